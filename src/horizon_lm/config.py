@@ -1,0 +1,397 @@
+"""Every setting, once: name, type, default, unit and meaning.
+
+Names are those of transformers' `TrainingArguments` where one exists; other trainers' names are accepted as
+aliases (`config_aliases`). Values are strict: `true` is no number, `1` is no boolean, NaN and infinity are
+refused, and so is a key that does not exist. Every fault is a `ConfigError`. Torch is not imported here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+from horizon_lm import config_merge
+from horizon_lm.config_base import STRICT, Settings, fault, setting, text_keys
+
+# Arguments that each curve of `lr_scheduler_type` takes, as in transformers' `get_scheduler`.
+SCHEDULER_KWARGS: dict[str, frozenset[str]] = {
+    "linear": frozenset(),
+    "cosine": frozenset({"num_cycles"}),
+    "constant": frozenset(),
+    "constant_with_warmup": frozenset(),
+    "cosine_with_min_lr": frozenset({"num_cycles", "min_lr", "min_lr_rate"}),
+    "warmup_stable_decay": frozenset(
+        {"num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles"}
+    ),
+}
+
+
+class DatasetConfig(BaseModel):
+    """One source of training text; an entry of `datasets`."""
+
+    model_config = STRICT
+
+    path: str = Field(
+        min_length=1,
+        description="A file, folder or glob of .txt, .md, .py, .jsonl, .json or .parquet files, or the "
+        "built-in name python-stdlib (the source of Python's own standard library).",
+    )
+    format: Literal["auto", "text"] = Field(
+        default="auto", description="How rows are read; auto looks at the files."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Columns to rename, old name to new name."
+    )
+    split: Literal["train"] = Field(default="train", description="Local files have one split, train.")
+    text_column: str = Field(
+        default="text", min_length=1, description="The column that holds the text of a row."
+    )
+
+
+class ModelSettings(Settings):
+    """Settings that `HostModel.from_pretrained` takes as well."""
+
+    device: str = setting(
+        "auto",
+        "Where layers are computed; auto takes a GPU where there is one.",
+        group="Memory and device",
+        expects="auto, cpu, cuda or cuda:N",
+        pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$",
+    )
+    dtype: Literal["bfloat16", "float32"] = setting(
+        "bfloat16",
+        "Number format of weights and computation; the optimizer keeps exact float32 masters in either case.",
+        group="Model",
+    )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = setting(
+        "sdpa",
+        "Attention kernel, by its transformers name; on a CPU only sdpa and eager work.",
+        group="Model",
+    )
+    trust_remote_code: bool = setting(
+        False,
+        "Run Python code that comes with the model; leave it off for models you have not read.",
+        group="Model",
+    )
+    model_revision: str | None = setting(
+        None,
+        "Branch, tag or commit of a model on the Hub; a commit makes the run reproducible.",
+        group="Model",
+    )
+    seed: int = setting(
+        42,
+        "Seed of weight initialisation, dropout and data order.",
+        group="Batch and schedule",
+        ge=0,
+        lt=2**63,
+        expects="a whole number >= 0",
+    )
+    slots: int = setting(
+        2,
+        "Weight slots on the device; two let the next layer arrive while one is computed.",
+        group="Memory and device",
+        unit="layers",
+        ge=2,
+    )
+    grad_slots: int = setting(
+        2,
+        "Gradient slots on the device; two let one layer's gradients leave while the next are computed.",
+        group="Memory and device",
+        unit="layers",
+        ge=1,
+    )
+    loss_chunk_tokens: int | Literal["auto"] = setting(
+        "auto",
+        "Tokens whose logits are alive at once in the loss; fewer need less memory.",
+        group="Memory and device",
+        unit="tokens",
+        expects="a whole number >= 1, or auto",
+    )
+    update: Literal["sync"] = setting(
+        "sync", "When the optimizer runs; sync means after the backward pass.", group="Optimizer"
+    )
+    adam_beta1: float = setting(
+        0.9, "Decay of AdamW's running mean of gradients.", group="Optimizer", ge=0, lt=1
+    )
+    adam_beta2: float = setting(
+        0.999, "Decay of AdamW's running mean of squared gradients.", group="Optimizer", ge=0, lt=1
+    )
+    adam_epsilon: float = setting(
+        1e-8, "Added to the denominator of AdamW's update.", group="Optimizer", gt=0
+    )
+    reserve_host_gb: float = setting(
+        2.0,
+        "Host memory that the check before the run leaves to the rest of the machine.",
+        group="Memory and device",
+        unit="GB",
+        ge=0,
+    )
+    lanes: Literal["auto", "inline", "cuda", "adversarial"] = setting(
+        "auto",
+        "What executes the schedule; inline is the CPU, cuda uses streams, adversarial (random order, real "
+        "copies) is for tests.",
+        group="Memory and device",
+    )
+    skip_memory_check: bool = setting(
+        False,
+        "Start even when the check before the run says that memory will not suffice.",
+        group="Memory and device",
+    )
+
+    @field_validator("loss_chunk_tokens")
+    @classmethod
+    def _check_loss_chunk(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("below 1")  # reported with the field's `expects`
+        return value
+
+
+class TrainConfig(ModelSettings):
+    """Everything that `horizon train` needs to know."""
+
+    model_name_or_path: str | None = setting(
+        None,
+        "The model to train: a folder in Hugging Face format or a name on the Hub (this or init_model).",
+        group="Model",
+        min_length=1,
+    )
+    init_model: dict[str, Any] | None = setting(
+        None,
+        "A transformers configuration, with its model_type, to build a model with random weights from.",
+        group="Model",
+        expects="a mapping with model_type, or null",
+    )
+    tokenizer_name_or_path: str | None = setting(
+        None, "The tokenizer's folder or name; null means the model's.", group="Model", min_length=1
+    )
+    train_tokenizer_vocab_size: int | None = setting(
+        None,
+        "Train a byte-level BPE tokenizer of this size on the data first; needs init_model.",
+        group="Model",
+        unit="tokens",
+        ge=257,  # 256 bytes and the end-of-text token
+    )
+    datasets: list[DatasetConfig] = setting(
+        ...,
+        "What to train on: files, folders, globs or python-stdlib; an entry may be a mapping.",
+        group="Data",
+        min_length=1,
+        expects="a path, or a list of paths or of mappings with a path",
+    )
+    max_train_bytes: int | None = setting(
+        None, "Read at most so much text; null reads all.", group="Data", unit="bytes", ge=1
+    )
+    max_length: int = setting(1024, "Length of a training sequence.", group="Data", unit="tokens", ge=2)
+    packing: bool = setting(
+        True,
+        "Join documents with the end-of-text token and cut them to max_length; nothing is padding.",
+        group="Data",
+        expects="true (training on padded documents is not available)",
+    )
+    packing_strategy: Literal["wrapped"] = setting(
+        "wrapped", "How documents are packed; wrapped lets one go on in the next sequence.", group="Data"
+    )
+    data_seed: int | None = setting(
+        None,
+        "Seed of the data order; null means seed.",
+        group="Data",
+        ge=0,
+        lt=2**63,
+        expects="a whole number >= 0, or null",
+    )
+    per_device_train_batch_size: int = setting(
+        1, "Sequences in one micro-batch.", group="Batch and schedule", unit="sequences", ge=1
+    )
+    gradient_accumulation_steps: int = setting(
+        1,
+        "Micro-batches per optimizer step; a layer is uploaded once for all of them.",
+        group="Batch and schedule",
+        unit="micro-batches",
+        ge=1,
+    )
+    num_train_epochs: float = setting(
+        1.0, "Passes over the data, fractions allowed.", group="Batch and schedule", unit="epochs", gt=0
+    )
+    max_steps: int = setting(
+        -1,
+        "Optimizer steps to train; -1 leaves the length to num_train_epochs, which it otherwise overrides.",
+        group="Batch and schedule",
+        unit="steps",
+        ge=-1,
+        expects="a whole number >= 1, or -1",
+    )
+    learning_rate: float = setting(1e-5, "Peak learning rate.", group="Batch and schedule", ge=0)
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_min_lr", "warmup_stable_decay"
+    ] = setting(
+        "cosine",
+        "Curve of the learning rate, as transformers' get_scheduler names it.",
+        group="Batch and schedule",
+    )
+    lr_scheduler_kwargs: dict[str, Any] = setting(
+        {},
+        "Arguments of the curve: min_lr or min_lr_rate for cosine_with_min_lr, num_decay_steps for "
+        "warmup_stable_decay.",
+        group="Batch and schedule",
+        expects="a mapping",
+    )
+    warmup_steps: int | float = setting(
+        0.03,
+        "Steps in which the learning rate rises from 0; below 1, a share of all steps, rounded up.",
+        group="Batch and schedule",
+        unit="steps",
+        expects="a whole number >= 0, or a share of all steps below 1",
+    )
+    weight_decay: float = setting(0.0, "Decoupled weight decay of AdamW.", group="Optimizer", ge=0)
+    max_grad_norm: float | None = setting(
+        1.0, "Clip gradients to this global norm; 0 or null switches clipping off.", group="Optimizer", ge=0
+    )
+    nonfinite: Literal["raise", "skip"] = setting(
+        "raise",
+        "What a NaN or infinite loss or gradient does: end the run, or skip that step's update.",
+        group="Optimizer",
+    )
+    max_skipped_steps: int = setting(
+        3,
+        "Updates skipped in a row, with nonfinite: skip, before the run ends.",
+        group="Optimizer",
+        unit="steps",
+        ge=0,
+    )
+    output_dir: str = setting(
+        "runs/run",
+        "Folder for the trained model, metrics and resolved settings.",
+        group="Output",
+        min_length=1,
+    )
+    overwrite_output_dir: bool = setting(False, "Allow output_dir to hold an earlier run.", group="Output")
+    run_name: str | None = setting(None, "A name for the run in its reports.", group="Output")
+    logging_steps: int = setting(1, "Write metrics every so many steps.", group="Output", unit="steps", ge=1)
+    plot_loss: bool = setting(True, "Leave a picture of the loss curve in output_dir.", group="Output")
+    save_dtype: Literal["bfloat16", "float32"] | None = setting(
+        None, "Number format of the exported model; null means dtype.", group="Output"
+    )
+    max_shard_size: str = setting(
+        "5GB",
+        "Largest weight file of the exported model.",
+        group="Output",
+        expects="a size such as 5GB or 500MB",
+        pattern=r"^[0-9]{0,6}[1-9][0-9]{0,6}(KB|MB|GB|TB)$",
+    )
+    sample_prompt: str | None = setting(
+        None, "Text to complete at the end of the run; null picks a piece of the data.", group="Output"
+    )
+    sample_max_new_tokens: int = setting(
+        64, "Length of that completion.", group="Output", unit="tokens", ge=1
+    )
+    progress: Literal["auto", "rich", "plain", "off"] = setting(
+        "auto", "Progress display; auto is rich on a terminal and plain elsewhere.", group="Output"
+    )
+
+    @field_validator("datasets", mode="before")
+    @classmethod
+    def _list_datasets(cls, value: Any) -> Any:
+        entries = value if isinstance(value, list) else [value]
+        return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
+
+    @field_validator("packing")
+    @classmethod
+    def _check_packing(cls, value: bool) -> bool:
+        if not value:  # refused rather than ignored; reported with the field's `expects`
+            raise ValueError("not available")
+        return value
+
+    @field_validator("max_steps")
+    @classmethod
+    def _check_max_steps(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("no steps")  # reported with the field's `expects`
+        return value
+
+    @field_validator("warmup_steps")
+    @classmethod
+    def _check_warmup(cls, value: int | float) -> int | float:
+        if value < 0 or isinstance(value, float) and value >= 1:
+            raise ValueError("neither steps nor a share")
+        return value
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        self._check_model()
+        self._check_scheduler()
+        return self
+
+    def _check_model(self) -> None:
+        if self.model_name_or_path is None and self.init_model is None:
+            raise fault(
+                "no model: neither 'model_name_or_path' nor 'init_model' is given",
+                key="model_name_or_path",
+                hint="model_name_or_path=FOLDER trains an existing model",
+            )
+        if self.model_name_or_path is not None and self.init_model is not None:
+            raise fault(
+                "'model_name_or_path' and 'init_model' are both given",
+                key="model_name_or_path",
+                hint="keep one of them, or set the other to null",
+            )
+        if self.init_model is not None and not isinstance(self.init_model.get("model_type"), str):
+            raise fault(
+                "init_model has no 'model_type'", key="init_model", hint="for example 'model_type: llama'"
+            )
+        if self.train_tokenizer_vocab_size is not None and self.init_model is None:
+            raise fault(
+                "train_tokenizer_vocab_size needs init_model",
+                key="train_tokenizer_vocab_size",
+                hint="an existing model keeps its own tokenizer",
+            )
+        if self.train_tokenizer_vocab_size is not None and self.tokenizer_name_or_path is not None:
+            raise fault(
+                "'train_tokenizer_vocab_size' and 'tokenizer_name_or_path' are both given",
+                key="train_tokenizer_vocab_size",
+                hint="keep one of them, or set the other to null",
+            )
+
+    def _check_scheduler(self) -> None:
+        name, given = self.lr_scheduler_type, self.lr_scheduler_kwargs
+        for key, value in given.items():
+            if isinstance(value, (bool, dict, list)) or value is None:
+                raise fault(
+                    f"lr_scheduler_kwargs.{key} is {value!r}, expected a number or text",
+                    key="lr_scheduler_kwargs",
+                )
+            if key not in SCHEDULER_KWARGS[name]:
+                known = ", ".join(sorted(SCHEDULER_KWARGS[name])) or "no arguments"
+                raise fault(
+                    f"lr_scheduler_kwargs: {name} has no argument '{key}'",
+                    key="lr_scheduler_kwargs",
+                    hint=f"{name} takes {known}",
+                )
+        if name == "cosine_with_min_lr" and ("min_lr" in given) == ("min_lr_rate" in given):
+            raise fault(
+                "cosine_with_min_lr needs either min_lr or min_lr_rate",
+                key="lr_scheduler_type",
+                hint="for example lr_scheduler_kwargs.min_lr_rate=0.1",
+            )
+        if name == "warmup_stable_decay" and "num_decay_steps" not in given:
+            raise fault(
+                "warmup_stable_decay needs num_decay_steps",
+                key="lr_scheduler_type",
+                hint="for example lr_scheduler_kwargs.num_decay_steps=100",
+            )
+
+
+def load_config(
+    path: str | os.PathLike[str] | None, overrides: Iterable[str] = ()
+) -> tuple[TrainConfig, list[str]]:
+    """The settings of a file (or of none) with overrides on top, and one-line notes about aliases."""
+    document, notes = config_merge.collect(path, overrides, text_keys(TrainConfig))
+    return TrainConfig.from_document(document), notes
+
+
+def json_schema() -> str:
+    """JSON schema of a configuration file, for editors."""
+    return json.dumps(TrainConfig.model_json_schema(), indent=2)

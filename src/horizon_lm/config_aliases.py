@@ -1,0 +1,165 @@
+"""Names that other trainers give to our settings.
+
+Each is accepted, reported once as a note, and absent from the resolved configuration. An alias beside its
+canonical key (or a second alias of it) in one place is an error: neither can be preferred without guessing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from horizon_lm.config_yaml import Document, KeyPath
+from horizon_lm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Alias:
+    """`key` is the canonical name; `convert` (ValueError if it cannot) turns the alias's value into its."""
+
+    key: str
+    convert: Callable[[Any], Any] | None = None
+
+
+def _dtype(value: Any) -> Any:
+    name = value.removeprefix("torch.") if isinstance(value, str) else value
+    return {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}.get(name, name) if name else name
+
+
+def _flag(yes: str, no: str) -> Callable[[Any], str]:
+    def convert(value: Any) -> str:
+        if (
+            value not in (True, False, "auto")
+            or isinstance(value, (int, float))
+            and not isinstance(value, bool)
+        ):
+            raise ValueError("expected true or false")
+        return yes if value else no
+
+    return convert
+
+
+def _ratio(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ValueError("expected a share of all steps, from 0 to below 1")
+    return float(value)
+
+
+def _flash(value: Any) -> Any:
+    if isinstance(value, bool):
+        return "flash_attention_2" if value else "sdpa"
+    return {"fa2": "flash_attention_2", "disabled": "eager", "auto": "sdpa"}.get(value, value)
+
+
+ALIASES: dict[str, Alias] = {
+    "base_model": Alias("model_name_or_path"),
+    "model": Alias("model_name_or_path"),
+    "model_name": Alias("model_name_or_path"),
+    "model_path": Alias("model_name_or_path"),
+    "revision": Alias("model_revision"),
+    "tokenizer": Alias("tokenizer_name_or_path"),
+    "tokenizer_name": Alias("tokenizer_name_or_path"),
+    "torch_dtype": Alias("dtype", _dtype),
+    "bf16": Alias("dtype", _flag("bfloat16", "float32")),
+    "pure_bf16": Alias("dtype", _flag("bfloat16", "float32")),
+    "fp32": Alias("dtype", _flag("float32", "bfloat16")),
+    "attn_impl": Alias("attn_implementation"),
+    "flash_attn": Alias("attn_implementation", _flash),
+    "flash_attention": Alias("attn_implementation", _flash),
+    "dataset": Alias("datasets"),
+    "dataset_name": Alias("datasets"),
+    "train_file": Alias("datasets"),
+    "cutoff_len": Alias("max_length"),
+    "sequence_len": Alias("max_length"),
+    "max_seq_length": Alias("max_length"),
+    "max_seq_len": Alias("max_length"),
+    "block_size": Alias("max_length"),
+    "sample_packing": Alias("packing"),
+    "packed": Alias("packing"),
+    "micro_batch_size": Alias("per_device_train_batch_size"),
+    "batch_size": Alias("per_device_train_batch_size"),
+    "num_epochs": Alias("num_train_epochs"),
+    "epochs": Alias("num_train_epochs"),
+    "lr": Alias("learning_rate"),
+    "lr_scheduler": Alias("lr_scheduler_type"),
+    "warmup_ratio": Alias("warmup_steps", _ratio),
+    "num_warmup_steps": Alias("warmup_steps"),
+    "clip_grad_norm": Alias("max_grad_norm"),
+    "max_norm": Alias("max_grad_norm"),
+    "gradient_clipping": Alias("max_grad_norm"),
+}
+
+_RECOMPUTED = "always on: layers are recomputed in the backward pass"
+DROPPED: dict[str, str] = {
+    "gradient_checkpointing": _RECOMPUTED,
+    "activation_checkpointing": _RECOMPUTED,
+}
+
+# Settings that people bring from elsewhere and that have no counterpart: the hint of the unknown-key error.
+_ADAMW = "the optimizer is AdamW: leave the key out (weight_decay, adam_beta1, adam_beta2, adam_epsilon)"
+UNAVAILABLE: dict[str, str] = {
+    "optim": _ADAMW,
+    "optimizer": _ADAMW,
+    "fp16": "leave the key out and choose 'dtype: bfloat16' or 'dtype: float32'",
+    "deepspeed": "leave the key out: weights and optimizer state are in host memory already",
+    "fsdp": "leave the key out: weights and optimizer state are in host memory already",
+}
+
+
+def canonical_name(key: str) -> str:
+    """The setting that `key` stands for; `key` itself when it is no alias."""
+    return ALIASES[key].key if key in ALIASES else key
+
+
+def canonical_value(key: str, value: Any, place: str) -> Any:
+    """What `key: value` means under the canonical name."""
+    convert = ALIASES[key].convert if key in ALIASES else None
+    if convert is None:
+        return value
+    try:
+        return convert(value)
+    except (ValueError, TypeError) as error:
+        reason = str(error) if isinstance(error, ValueError) else "this value is not understood"
+        raise ConfigError(
+            f"{place}: {key} is {value!r}: {reason}", f"or write '{canonical_name(key)}'"
+        ) from None
+
+
+def drop_or_note(key: str, place: str) -> tuple[bool, str | None]:
+    """Whether `key` has no effect, and the note to print about it, if any."""
+    if key in DROPPED:
+        return True, f"{place}: '{key}' is ignored, {DROPPED[key]}"
+    if key in ALIASES:
+        return False, f"{place}: '{key}' is read as '{ALIASES[key].key}'"
+    return False, None
+
+
+def canonicalise(document: Document) -> tuple[Document, list[str]]:
+    """The same settings under their canonical names, and one note per alias or ignored key."""
+    values: dict[str, Any] = {}
+    where: dict[KeyPath, str] = {(): document.where.get((), "")}
+    written: dict[str, str] = {}
+    notes: list[str] = []
+    for key, value in document.values.items():
+        place = document.where.get((key,), where[()])
+        dropped, note = drop_or_note(key, place)
+        if note:
+            notes.append(note)
+        if dropped:
+            continue
+        name = canonical_name(key)
+        if name in written:
+            raise conflict(written[name], key, place)
+        written[name] = key
+        values[name] = canonical_value(key, value, place)
+    for path, at in document.where.items():
+        head = tuple(canonical_name(str(part)) for part in path[:1])
+        where[head + path[1:]] = at
+    return Document(values, where), notes
+
+
+def conflict(first: str, second: str, place: str) -> ConfigError:
+    """The error for two names of one setting in one place."""
+    name = canonical_name(second)
+    return ConfigError(f"{place}: '{first}' and '{second}' are the same setting", f"keep '{name}' only")

@@ -1,0 +1,118 @@
+"""What the settings classes of `config` share: strict validation, readable faults, reading and writing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.config import JsonDict
+from pydantic_core import PydanticCustomError
+
+from horizon_lm import config_aliases, config_merge, config_yaml
+from horizon_lm.config_yaml import Document
+
+GROUPS = ("Model", "Data", "Batch and schedule", "Optimizer", "Memory and device", "Output")
+
+
+def setting(
+    default: Any,
+    description: str,
+    *,
+    group: str,
+    unit: str | None = None,
+    expects: str | None = None,
+    **limits: Any,
+) -> Any:
+    """A field with its documentation; `expects` replaces the words made from the type."""
+    extra: JsonDict = {"group": group}
+    if unit:
+        extra["unit"] = unit
+    if expects:
+        extra["expects"] = expects
+    return Field(default, description=description, json_schema_extra=extra, **limits)
+
+
+def fault(text: str, *, key: str, hint: str | None = None) -> PydanticCustomError:
+    return PydanticCustomError("setting", "{text}", {"text": text, "key": key, "hint": hint})
+
+
+STRICT = ConfigDict(
+    frozen=True,
+    extra="forbid",
+    strict=True,
+    allow_inf_nan=False,
+    protected_namespaces=(),
+    use_attribute_docstrings=False,
+)
+
+
+class Settings(BaseModel):
+    """A frozen set of settings. Every way to make one ends in `_fill`, so every fault is a `ConfigError`."""
+
+    model_config = STRICT
+
+    _source: ClassVar[str] = "settings"  # the origin of values in errors, when it is no file
+
+    if not TYPE_CHECKING:  # keeps the signature that type checkers derive from the fields
+
+        def __init__(self, **values: Any) -> None:
+            self._fill(Document(config_merge.plain(values, self._source), {(): self._source}))
+
+    def _fill(self, document: Document) -> None:
+        try:
+            self.__pydantic_validator__.validate_python(document.values, self_instance=self)
+        except ValidationError as error:
+            from horizon_lm.config_docs import explain
+
+            raise explain(type(self), error, document) from None
+
+    @classmethod
+    def from_document(cls, document: Document) -> Self:
+        self = cls.__new__(cls)
+        self._fill(document)
+        return self
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, source: str = "settings") -> Self:
+        """Settings from a mapping (aliases allowed); `source` says in errors where it came from."""
+        document, _ = config_aliases.canonicalise(Document(config_merge.plain(values, source), {(): source}))
+        return cls.from_document(document)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values of every setting, defaults included."""
+        return self.model_dump(mode="python")
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some settings changed, validated again."""
+        return self.from_dict({**self.to_dict(), **changes})
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Self:
+        """Settings of a YAML file, with `key=value` overrides on top."""
+        return cls.from_document(config_merge.collect(path, overrides, text_keys(cls))[0])
+
+    def to_yaml(self) -> str:
+        """Every setting, grouped, as YAML that the strict reader turns back into an equal configuration."""
+        values = self.to_dict()
+        parts = []
+        for group, keys in grouped_keys(type(self)).items():
+            parts.append(f"# {group}\n" + config_yaml.dump({key: values[key] for key in keys}))
+        return "\n".join(parts)
+
+
+def grouped_keys(cls: type[Settings]) -> dict[str, list[str]]:
+    """Group -> keys; within a group a class's own keys stand before the inherited ones."""
+    result: dict[str, list[str]] = {group: [] for group in GROUPS}
+    own = cls.__annotations__
+    for key in sorted(cls.model_fields, key=lambda key: key not in own):
+        extra = cls.model_fields[key].json_schema_extra
+        assert isinstance(extra, dict), key
+        result[str(extra["group"])].append(key)
+    return {group: keys for group, keys in result.items() if keys}
+
+
+def text_keys(cls: type[Settings]) -> frozenset[str]:
+    """The settings whose value is any text, or null."""
+    return frozenset(key for key, info in cls.model_fields.items() if info.annotation in (str, str | None))

@@ -1,0 +1,89 @@
+"""Several sources of settings become one: a file, then `key=value` overrides, or values from Python."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from horizon_lm import config_aliases, config_yaml
+from horizon_lm.config_yaml import Document, KeyPath
+from horizon_lm.errors import ConfigError
+
+
+def plain(value: Any, place: str) -> Any:
+    """Plain data of what Python callers pass: paths and torch dtypes become text, tuples lists."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ConfigError(f"{place}: {value} is not a finite number")
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry, f"{place}: {key}") for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry, place) for entry in value]
+    if isinstance(value, os.PathLike):
+        return os.fsdecode(value)
+    if hasattr(value, "model_dump"):  # one of our own settings objects
+        return value.model_dump(mode="python")
+    if type(value).__module__ == "torch":
+        return str(value).removeprefix("torch.")
+    raise ConfigError(f"{place}: a {type(value).__name__} is no setting's value")
+
+
+def collect(
+    path: str | os.PathLike[str] | None, overrides: Iterable[str], text_keys: frozenset[str]
+) -> tuple[Document, list[str]]:
+    document = Document({}, {(): "command line"}) if path is None else config_yaml.read_file(path)
+    document, notes = config_aliases.canonicalise(document)
+    written: dict[str, str] = {}
+    for text in overrides:
+        _override(document, text, text_keys, written, notes)
+    return document, notes
+
+
+def _override(
+    document: Document, text: str, text_keys: frozenset[str], written: dict[str, str], notes: list[str]
+) -> None:
+    """Put one `key=value` into `document`. The same key again wins over the earlier one."""
+    place = "command line"
+    (key, *inner), raw = config_yaml.split_override(text)
+    dropped, note = config_aliases.drop_or_note(key, place)
+    if note and note not in notes:
+        notes.append(note)
+    if dropped:
+        return
+    name = config_aliases.canonical_name(key)
+    if written.setdefault(name, key) != key:
+        raise config_aliases.conflict(written[name], key, place)
+    target, leaf = document.values, name
+    for part in inner:
+        if target.get(leaf) is None:
+            target[leaf] = {}
+            document.where.setdefault((name,), place)
+        target, leaf = target[leaf], part
+        if not isinstance(target, dict):
+            raise ConfigError(f"{place}: '{text}': {key} is not a mapping", f"write {key}=VALUE")
+    if inner:
+        value = config_yaml.read_value(raw, f"{place}: {text}")
+    else:
+        value = config_aliases.canonical_value(key, _value_of(name, raw, text_keys), place)
+    target[leaf] = value
+    written_path: KeyPath = (name, *inner)
+    for old in [old for old in document.where if old[: len(written_path)] == written_path]:
+        del document.where[old]
+    document.where[written_path] = place
+
+
+def _value_of(name: str, raw: str, text_keys: frozenset[str]) -> Any:
+    """The value of an override. Text is taken verbatim: `sample_prompt=def f(x):` is no mapping."""
+    stripped = raw.strip()
+    if name == "datasets":
+        verbatim = not stripped.startswith(("[", "{", '"', "'"))
+    else:
+        verbatim = name in text_keys and not stripped.startswith(('"', "'"))
+    if verbatim and stripped not in ("", "null", "~"):
+        return raw
+    return config_yaml.read_value(raw, f"command line: {name}={raw}")

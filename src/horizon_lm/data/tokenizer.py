@@ -1,0 +1,90 @@
+"""Loading a tokenizer, or training one on the data at hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from horizon_lm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST_VOCABULARY = 257  # every byte, and the end of a text
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def load_tokenizer(
+    name_or_path: str, *, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder or of a Hugging Face repository.
+
+    A local folder is read without any network access. Raises `ConfigError` where there is
+    no tokenizer, where it cannot be loaded, or where it has no end-of-text token (the
+    mark between two documents).
+    """
+    from transformers import AutoTokenizer
+
+    hint = "set tokenizer_name_or_path, or train_tokenizer_vocab_size to train one on the data"
+    path = Path(name_or_path).expanduser()
+    is_local = path.is_dir()
+    if is_local and not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        raise ConfigError(f"{name_or_path} holds no tokenizer", hint=hint)
+    if not is_local and (path.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
+        raise ConfigError(f"{name_or_path} is not a folder with a tokenizer", hint=hint)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path) if is_local else name_or_path,
+            trust_remote_code=trust_remote_code,
+            revision=revision or "main",
+            local_files_only=is_local or _is_offline(),
+        )
+    except Exception as error:  # transformers raises many kinds here; each means "no tokenizer"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"no tokenizer could be loaded from {name_or_path}: {reason}", hint=hint) from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"the tokenizer of {name_or_path} has no end-of-text token",
+            hint="set eos_token in its tokenizer_config.json",
+        )
+    return tokenizer
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """Train a byte-level BPE tokenizer with at most `vocab_size` tokens on `documents`.
+
+    The same documents give the same tokenizer. Every text can be encoded and decoded back
+    to itself; the end of a text is `<|endoftext|>`. Raises `ConfigError` for a vocabulary
+    that cannot hold all bytes.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ConfigError(
+            f"train_tokenizer_vocab_size={vocab_size} is too small",
+            hint=f"at least {SMALLEST_VOCABULARY}: all bytes and {END_OF_TEXT}",
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _is_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}

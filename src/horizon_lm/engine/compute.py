@@ -1,0 +1,214 @@
+"""Forward, and recompute + backward, of one unit on one micro-batch; embedding rows on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..memory.layout import Parameter, UnitLayout
+from ..model.capture import Call, capture_routers, run_layer, run_prologue, run_router_loss
+from ..model.skeleton import Skeleton
+from .loss import head_loss
+
+
+class UnitGradient:
+    """The gradient of one unit while it is accumulated in a slot.
+
+    Parameters that received nothing (an expert without tokens) are zeros in their own place.
+    """
+
+    def __init__(self, layout: UnitLayout, run: torch.Tensor) -> None:
+        self.layout = layout
+        self.run = run  # [trainable_numel]
+        self.written: set[str] = set()
+
+    def add(self, parameter: Parameter, gradient: torch.Tensor) -> None:
+        view = self.layout.trainable_view(self.run, parameter)
+        if parameter.name in self.written:
+            view.add_(gradient)
+        else:
+            view.copy_(gradient)
+            self.written.add(parameter.name)
+
+    def finish(self) -> torch.Tensor:
+        """Zero what received no gradient, and return the complete run."""
+        for parameter in self.layout.trainable:
+            if parameter.name not in self.written:
+                self.layout.trainable_view(self.run, parameter).zero_()
+        for start, length in self.layout.gaps():
+            self.run.narrow(0, start, length).zero_()
+        return self.run
+
+
+@contextmanager
+def bound_for_backward(
+    skeleton: Skeleton, unit: int, run: torch.Tensor | None, gradient: UnitGradient | None
+) -> Iterator[None]:
+    """The unit's weights bound as leaves whose gradients move into the slot as soon as they exist."""
+    with skeleton.bound(unit, run, grad=True) as tensors:
+        handles = []
+        for parameter in skeleton.units[unit].trainable:
+            assert gradient is not None
+
+            def collect(leaf: torch.Tensor, parameter: Parameter = parameter) -> None:
+                assert leaf.grad is not None
+                gradient.add(parameter, leaf.grad)
+                leaf.grad = None
+
+            handles.append(tensors[parameter.name].register_post_accumulate_grad_hook(collect))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def forward_prologue(
+    skeleton: Skeleton, run: torch.Tensor | None, embeds: torch.Tensor, inputs: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, Call]:
+    """Layer 0's input [batch, tokens, width] and what the layers receive beside it."""
+    with torch.no_grad(), skeleton.bound(0, run, grad=False):
+        return run_prologue(skeleton, embeds, inputs)
+
+
+def forward_layer(
+    skeleton: Skeleton, layer: int, run: torch.Tensor | None, call: Call, hidden: torch.Tensor
+) -> torch.Tensor:
+    """The layer's output; with a router loss, its router logits are kept in `call`."""
+    with torch.no_grad(), skeleton.bound(layer + 1, run, grad=False):
+        if not skeleton.has_router_loss:
+            return run_layer(skeleton, layer, call, hidden)
+        with capture_routers(skeleton, layer) as logits:
+            output = run_layer(skeleton, layer, call, hidden)
+        call.routers.append(logits)
+        return output
+
+
+def backward_layer(
+    skeleton: Skeleton,
+    layer: int,
+    run: torch.Tensor | None,
+    call: Call,
+    hidden: torch.Tensor,
+    output_gradient: torch.Tensor,
+    gradient: UnitGradient | None,
+) -> torch.Tensor:
+    """Run the layer again with a graph and return the gradient of its input."""
+    hidden = hidden.detach().requires_grad_()
+    with torch.enable_grad(), bound_for_backward(skeleton, layer + 1, run, gradient):
+        if skeleton.has_router_loss:
+            with capture_routers(skeleton, layer) as logits:
+                output = run_layer(skeleton, layer, call, hidden)
+            torch.autograd.backward([output, *logits], [output_gradient, *call.routers[layer]])
+        else:
+            run_layer(skeleton, layer, call, hidden).backward(output_gradient)
+    return _gradient_of(hidden)
+
+
+def loss_and_backward(
+    skeleton: Skeleton,
+    run: torch.Tensor | None,
+    call: Call,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    gradient: UnitGradient | None,
+    *,
+    num_tokens: int,
+    chunk: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss share of this micro-batch, gradient of the last layer's output [batch, tokens, width]).
+
+    targets: [batch, tokens] on the host. num_tokens: targets of the whole step. The router's
+    auxiliary loss counts with the micro-batch's share of those.
+    """
+    with torch.enable_grad(), bound_for_backward(skeleton, skeleton.head, run, gradient):
+        flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        total, hidden_gradient = head_loss(skeleton, flat, wanted, num_tokens, chunk)
+        if skeleton.has_router_loss:
+            share = int((wanted != -100).sum()) / num_tokens
+            leaves = [[t.detach().requires_grad_() for t in layer] for layer in call.routers]
+            loss = run_router_loss(skeleton, call, leaves, hidden) * share
+            loss.backward()
+            call.routers = [[_gradient_of(t) for t in layer] for layer in leaves]
+            total += loss.detach()
+    return total, hidden_gradient.view_as(hidden)
+
+
+def backward_prologue(
+    skeleton: Skeleton,
+    run: torch.Tensor | None,
+    embeds: torch.Tensor,
+    inputs: dict[str, torch.Tensor],
+    output_gradient: torch.Tensor,
+    gradient: UnitGradient | None,
+) -> torch.Tensor:
+    """The gradient of the embedding rows [batch, tokens, width], the prologue run again with a graph."""
+    embeds = embeds.detach().requires_grad_()
+    with torch.enable_grad(), bound_for_backward(skeleton, 0, run, gradient):
+        first, _ = run_prologue(skeleton, embeds, inputs)
+        if first is embeds:
+            return output_gradient
+        first.backward(output_gradient)
+    return _gradient_of(embeds)
+
+
+def _gradient_of(leaf: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+def gather_rows(skeleton: Skeleton, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Embeddings [batch, tokens, width] of ids [batch, tokens], by the embedding module's own forward."""
+    with torch.no_grad(), _embedding_weight(skeleton, table):
+        return skeleton.embedding(ids)
+
+
+def row_gradients(
+    skeleton: Skeleton, table: torch.Tensor, ids: list[torch.Tensor], gradients: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the table rows that were used, summed over micro-batches.
+
+    ids: [batch, tokens] each; gradients: of the module's output, [batch, tokens, width] each.
+    Returns (row numbers [r], rows [r, width]): of the table's dtype for one micro-batch, else fp32.
+    """
+    rows = torch.unique(torch.cat([i.reshape(-1) for i in ids]))
+    total: torch.Tensor | None = None
+    for batch_ids, gradient in zip(ids, gradients, strict=True):
+        leaf = table[rows].requires_grad_()
+        with torch.enable_grad(), _embedding_weight(skeleton, leaf):
+            skeleton.embedding(torch.searchsorted(rows, batch_ids)).backward(gradient)
+        if total is None:
+            total = _gradient_of(leaf) if len(ids) == 1 else _gradient_of(leaf).float()
+        else:
+            total += _gradient_of(leaf)
+    assert total is not None
+    if skeleton.padding_row is not None:
+        total[rows == skeleton.padding_row] = 0
+    return rows, total
+
+
+@contextmanager
+def _embedding_weight(skeleton: Skeleton, weight: torch.Tensor) -> Iterator[None]:
+    parameters = skeleton.embedding._parameters
+    old = parameters["weight"]
+    parameters["weight"] = weight  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        parameters["weight"] = old
+
+
+
+@contextmanager
+def random_state(skeleton: Skeleton, device: torch.device, base: int, unit: int, micro_batch: int) -> Iterator[None]:
+    """Random numbers that depend on (seed and step, unit, micro-batch) alone, so that a recompute
+    draws the same dropout masks whatever ran in between. The caller's generators are left as they
+    were. Does nothing for a model without dropout or other noise."""
+    if not skeleton.has_noise:
+        yield
+        return
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(hash((base, unit, micro_batch)) & 0x7FFF_FFFF_FFFF_FFFF)
+        yield

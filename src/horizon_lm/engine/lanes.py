@@ -1,0 +1,199 @@
+"""The executors of a schedule. The only file that knows streams, events and threads.
+
+All run the same ops with the same derived waits:
+
+    InlineLanes       one thread, program order (CPU)
+    AdversarialLanes  one thread, any order that the waits allow, chosen at random (tests)
+    CudaLanes         a thread for each lane; a CUDA stream for upload, compute and download
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Protocol
+
+import torch
+
+from ..schedule import Lane, Op
+
+Execute = Callable[[int], None]
+Waits = Sequence[tuple[int, ...]]
+Span = tuple[Op, float, float]  # op, start and end in seconds since the first op began
+
+
+class Lanes(Protocol):
+    """Runs the ops of a range in an order that the waits allow, and returns when all have ended.
+
+    spans: what ran when, in seconds, of the last `run` with record=True.
+    """
+
+    spans: list[Span]
+
+    def run(self, ops: Sequence[Op], waits: Waits, indices: range, execute: Execute, *, record: bool = False) -> None: ...
+
+
+class InlineLanes:
+    """Program order in the calling thread."""
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+
+    def run(self, ops: Sequence[Op], waits: Waits, indices: range, execute: Execute, *, record: bool = False) -> None:
+        self.spans = []
+        origin = time.perf_counter()
+        for i in indices:
+            start = time.perf_counter()
+            execute(i)
+            if record:
+                self.spans.append((ops[i], start - origin, time.perf_counter() - origin))
+
+
+class AdversarialLanes:
+    """Ready ops in random order: a wait that is missing shows up as wrong numbers, without a GPU."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.spans: list[Span] = []
+        self.random = random.Random(seed)
+        self.order: list[int] = []
+
+    def run(self, ops: Sequence[Op], waits: Waits, indices: range, execute: Execute, *, record: bool = False) -> None:
+        queues: dict[Lane, deque[int]] = defaultdict(deque)
+        for i in indices:
+            queues[ops[i].lane].append(i)
+        pending = set(indices)
+        self.order = []
+        while pending:
+            ready = [q[0] for q in queues.values() if q and not any(j in pending for j in waits[q[0]])]
+            assert ready, "the schedule is deadlocked"
+            i = self.random.choice(ready)
+            execute(i)
+            queues[ops[i].lane].popleft()
+            pending.discard(i)
+            self.order.append(i)
+
+
+class CudaLanes:
+    """A thread for each lane. Upload, compute and download issue to a stream of their own and
+    order themselves by events; host and update lanes run on the CPU and wait for events."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.spans: list[Span] = []
+        self._streams = {lane: torch.cuda.Stream(device) for lane in (Lane.UPLOAD, Lane.COMPUTE, Lane.DOWNLOAD)}
+
+    def run(self, ops: Sequence[Op], waits: Waits, indices: range, execute: Execute, *, record: bool = False) -> None:
+        torch.cuda.synchronize(self.device)  # nothing of an earlier range, or of the caller, is in flight
+        run = _CudaRun(self.device, self._streams, ops, waits, indices, execute, record)
+        run.finish()
+        self.spans = run.spans()
+
+
+class _CudaRun:
+    """One range of ops in flight."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        streams: dict[Lane, torch.cuda.Stream],
+        ops: Sequence[Op],
+        waits: Waits,
+        indices: range,
+        execute: Execute,
+        record: bool,
+    ) -> None:
+        self.device, self.streams = device, streams
+        self.ops, self.waits, self.indices, self.execute = ops, waits, indices, execute
+        self.record = record
+        self.issued = {i: threading.Event() for i in indices}
+        self.ended = {i: torch.cuda.Event(enable_timing=record) for i in indices if ops[i].lane in streams}
+        self.began = {i: torch.cuda.Event(enable_timing=True) for i in self.ended} if record else {}
+        self.host_times: dict[int, tuple[float, float]] = {}
+        self.failure: BaseException | None = None
+        self.origin = torch.cuda.Event(enable_timing=True)
+        self.origin.record(torch.cuda.current_stream(device))
+        torch.cuda.synchronize(device)
+        self.origin_seconds = time.perf_counter()
+        by_lane: dict[Lane, list[int]] = defaultdict(list)
+        for i in indices:
+            by_lane[ops[i].lane].append(i)
+        self.threads = [
+            threading.Thread(target=self._lane, args=(lane, mine), name=f"horizon-{lane}", daemon=True)
+            for lane, mine in by_lane.items()
+        ]
+        for thread in self.threads:
+            thread.start()
+
+    def _lane(self, lane: Lane, mine: list[int]) -> None:
+        try:
+            torch.cuda.set_device(self.device)
+            stream = self.streams.get(lane)
+            with torch.cuda.stream(stream) if stream is not None else nullcontext():
+                for i in mine:
+                    if not self._wait_for(i, stream):
+                        return
+                    self._execute(i, stream)
+                    self.issued[i].set()
+        except BaseException as error:  # surfaces on the main thread, in finish()
+            if self.failure is None:
+                self.failure = error
+            for event in self.issued.values():
+                event.set()
+
+    def _wait_for(self, i: int, stream: torch.cuda.Stream | None) -> bool:
+        for j in self.waits[i]:
+            if j not in self.issued:
+                continue  # of an earlier range, which has ended
+            self.issued[j].wait()
+            if self.failure is not None:
+                return False
+            if j in self.ended:
+                if stream is not None:
+                    stream.wait_event(self.ended[j])
+                else:
+                    self.ended[j].synchronize()
+        return self.failure is None
+
+    def _execute(self, i: int, stream: torch.cuda.Stream | None) -> None:
+        if stream is None:
+            start = time.perf_counter()
+            self.execute(i)
+            self.host_times[i] = (start - self.origin_seconds, time.perf_counter() - self.origin_seconds)
+            return
+        if self.record:
+            self.began[i].record(stream)
+        self.execute(i)
+        self.ended[i].record(stream)
+
+    def finish(self) -> None:
+        """Wait for all lanes; raise what one of them raised."""
+        for thread in self.threads:
+            thread.join()
+        torch.cuda.synchronize(self.device)
+        if self.failure is not None:
+            raise self.failure
+
+    def spans(self) -> list[Span]:
+        if not self.record:
+            return []
+        found = [(self.ops[i], *times) for i, times in self.host_times.items()]
+        for i, end in self.ended.items():
+            start = self.origin.elapsed_time(self.began[i]) / 1e3
+            found.append((self.ops[i], start, self.origin.elapsed_time(end) / 1e3))
+        return sorted(found, key=lambda span: span[1])
+
+
+def choose_lanes(kind: str, device: torch.device, seed: int = 0) -> Lanes:
+    """The executor for a device: `auto` is inline on the CPU and streams on CUDA."""
+    if kind == "auto":
+        kind = "cuda" if device.type == "cuda" else "inline"
+    table: dict[str, Callable[[], Lanes]] = {
+        "inline": InlineLanes,
+        "adversarial": lambda: AdversarialLanes(seed),
+        "cuda": lambda: CudaLanes(device),
+    }
+    return table[kind]()

@@ -1,0 +1,58 @@
+"""Errors that a user can act on.
+
+Each carries what happened (`message`), the way out (`hint`) and the exit code with which the command line
+ends (2 configuration or usage, 3 does not fit, 4 data, 5 checkpoint, 6 non-finite numbers). Mistakes of our
+own are `assert`s, not these.
+"""
+
+from __future__ import annotations
+
+
+class HorizonError(Exception):
+    """Base class; `str()` is the message and, on a second line, the hint."""
+
+    exit_code: int = 1
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message, hint)  # both in `args`, so that the error survives pickling
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  hint: {self.hint}" if self.hint else self.message
+
+
+class ConfigError(HorizonError, ValueError):
+    """A setting is unknown, of the wrong type, out of range or in conflict with another."""
+
+    exit_code = 2
+
+
+class UnsupportedModelError(HorizonError, ValueError):
+    """The architecture cannot be streamed layer by layer; refused by name rather than trained wrongly."""
+
+    exit_code = 2
+
+
+class DoesNotFitError(HorizonError):
+    """The run needs more host, device or disk space than there is; raised before anything is allocated."""
+
+    exit_code = 3
+
+
+class DataError(HorizonError, ValueError):
+    """The training data or the tokenizer cannot be used."""
+
+    exit_code = 4
+
+
+class CheckpointError(HorizonError):
+    """No valid checkpoint, or one that does not belong to this run."""
+
+    exit_code = 5
+
+
+class NonFiniteError(HorizonError):
+    """A loss or a gradient norm is NaN or infinite."""
+
+    exit_code = 6

@@ -1,0 +1,1 @@
+"""Where bytes live: layout, exact host allocations, the store, device slots."""

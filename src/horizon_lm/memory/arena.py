@@ -1,0 +1,50 @@
+"""Exact host memory: anonymous mappings with huge pages, registered with the device in place.
+
+PyTorch's pinned allocator rounds every block up to a power of two; a mapping of our own has the
+size that was asked for, rounded to a page.
+"""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+
+import torch
+
+from ..errors import DoesNotFitError
+
+
+def allocate(num_bytes: int, *, pin: bool = False) -> torch.Tensor:
+    """A zero-filled uint8 tensor of exactly `num_bytes` host bytes, pages touched on first use.
+
+    pin: register the pages with CUDA (page-locked, usable by asynchronous copies).
+    Raises DoesNotFitError when the system refuses the mapping or the registration.
+    """
+    if num_bytes == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    try:
+        block = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, ValueError, OverflowError) as error:
+        raise DoesNotFitError(
+            f"the system refused {num_bytes / 1e9:.1f} GB of host memory: {error}",
+            hint="free memory, raise the limit (ulimit -v, cgroup), or choose a smaller model",
+        ) from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        # A block below two huge pages would be rounded up to more than it holds.
+        if num_bytes >= 4 << 20:
+            block.madvise(mmap.MADV_HUGEPAGE)
+    tensor = torch.frombuffer(block, dtype=torch.uint8)
+    if pin:
+        _register(tensor)
+    return tensor
+
+
+def _register(tensor: torch.Tensor) -> None:
+    runtime = torch.cuda.cudart()
+    status = runtime.cudaHostRegister(tensor.data_ptr(), tensor.numel(), 0)
+    if int(status) != 0:
+        raise DoesNotFitError(
+            f"CUDA refused to pin {tensor.numel() / 1e9:.1f} GB of host memory (cudaHostRegister: {status})",
+            hint="raise the locked-memory limit (ulimit -l unlimited) or choose a smaller model",
+        )
+    weakref.finalize(tensor.untyped_storage(), runtime.cudaHostUnregister, tensor.data_ptr())

@@ -1,0 +1,88 @@
+"""Device buffers for weights and gradients, and the views into them.
+
+Slots live as long as the run. With `alias` (the device is the CPU) a weight slot is the store's
+own run and a gradient slot the store's gradient run wherever the dtype allows: no copies.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .store import HostStore
+
+
+class WeightSlots:
+    """`count` device buffers, each as large as the largest unit that is uploaded."""
+
+    def __init__(self, store: HostStore, uploaded: frozenset[int], count: int, device: torch.device, alias: bool) -> None:
+        self._store = store
+        self._alias = alias
+        self._runs: list[torch.Tensor | None] = [None] * count
+        self.capacity = max(store.units[u].numel for u in uploaded)
+        if not alias:
+            self._runs = [torch.empty(self.capacity, dtype=store.dtype, device=device) for _ in range(count)]
+
+    @property
+    def num_bytes(self) -> int:
+        """Device bytes taken by the slots; none when they alias the store."""
+        return 0 if self._alias else sum(run.nbytes for run in self._runs if run is not None)
+
+    def upload(self, slot: int, unit: int) -> None:
+        """Copy the unit's weights into the slot, asynchronously where the host memory is pinned."""
+        source = self._store.run("weights", unit)
+        if self._alias:
+            self._runs[slot] = source
+        else:
+            self.run(slot, unit).copy_(source, non_blocking=True)
+
+    def run(self, slot: int, unit: int) -> torch.Tensor:
+        """The slot as the unit's 1-D run [numel]."""
+        buffer = self._runs[slot]
+        assert buffer is not None
+        return buffer if self._alias else buffer[: self._store.units[unit].numel]
+
+    def poison(self, slot: int) -> None:
+        """Fill a slot that nothing may read any more with NaN (tests)."""
+        if not self._alias:
+            self._runs[slot].fill_(torch.nan)  # type: ignore[union-attr]
+
+
+class GradientSlots:
+    """`count` device buffers that hold one unit's gradient while it is accumulated.
+
+    A unit whose gradient is written once keeps the store's dtype; one that is added to (several
+    micro-batches, several loss chunks) is accumulated in fp32.
+    """
+
+    def __init__(self, store: HostStore, units: frozenset[int], count: int, device: torch.device, alias: bool) -> None:
+        self._store = store
+        self._alias = alias
+        self._device = device
+        self._count = count
+        self.capacity = max((store.units[u].trainable_numel for u in units), default=0)
+        self._buffers: list[torch.Tensor] = []
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._buffers)
+
+    def reserve(self) -> None:
+        """Allocate the buffers; with `alias` only when a gradient needs fp32 beside a bf16 store."""
+        if not self._buffers:
+            size = self.capacity * torch.float32.itemsize
+            self._buffers = [torch.empty(size, dtype=torch.uint8, device=self._device) for _ in range(self._count)]
+
+    def is_alias(self, dtype: torch.dtype) -> bool:
+        """Whether a gradient of this dtype is accumulated in the store itself."""
+        return self._alias and dtype == self._store.dtype
+
+    def run(self, grad_slot: int, unit: int, dtype: torch.dtype) -> torch.Tensor:
+        """The slot as the unit's 1-D gradient run [trainable_numel] of `dtype`."""
+        if self.is_alias(dtype):
+            return self._store.run("grads", unit)
+        self.reserve()
+        return self._buffers[grad_slot].view(dtype)[: self._store.units[unit].trainable_numel]
+
+    def poison(self, grad_slot: int) -> None:
+        if self._buffers:
+            self._buffers[grad_slot].view(torch.float32).fill_(torch.nan)

@@ -1,0 +1,237 @@
+"""Where a transformers model can be cut: its decoder layers, and what runs before and after them.
+
+Nothing is known of any model family. The model's own forward is run once on three tokens with
+its decoder layers replaced by markers; the autograd graph then tells which parameters the
+prologue and the head use, and whether anything but hidden states passes from layer to layer. A
+model that does not fit is refused by name, with the reason.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The cut. Names are Hugging Face parameter names without duplicates of tied ones.
+
+    layers_path: module path of the decoder layers. returns_tuple: what a layer hands on.
+    prologue, head, idle: parameters used before the layers, after them, and by neither.
+    embedding: name of the input embedding table; tied: whether the head uses it too.
+    """
+
+    layers_path: str
+    returns_tuple: bool
+    embedding: str
+    tied: bool
+    prologue: tuple[str, ...]
+    layers: tuple[tuple[str, ...], ...]
+    head: tuple[str, ...]
+    idle: tuple[str, ...]
+
+
+@contextmanager
+def intercept(layers: nn.ModuleList | list[nn.Module], replacement: Callable[..., Any]) -> Iterator[None]:
+    """While open, calling layer i runs `replacement(i, *args, **kwargs)` instead of its forward.
+
+    The module objects stay in place, so that attributes the model reads from its layers (kind of
+    attention, layer index) are the real ones.
+    """
+    try:
+        for i, layer in enumerate(layers):
+            layer.forward = _Replaced(replacement, i)
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
+class _Replaced:
+    def __init__(self, function: Callable[..., Any], index: int) -> None:
+        self.function, self.index = function, index
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.index, *args, **kwargs)
+
+
+def split_hidden(args: tuple, kwargs: dict) -> tuple[torch.Tensor, tuple, dict]:
+    """Take hidden states out of a layer call: (hidden states, other args, other kwargs)."""
+    if args:
+        return args[0], args[1:], kwargs
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), (), rest
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors inside nested tuples, lists and dictionaries."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
+
+
+def accepted(model: nn.Module, **wanted: Any) -> dict[str, Any]:
+    """Those of `wanted` that the model's forward takes."""
+    parameters = inspect.signature(model.forward).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return wanted
+    return {name: value for name, value in wanted.items() if name in parameters}
+
+
+def analyse(model: nn.Module) -> Anatomy:
+    """Find where `model` (parameters in memory, any device) can be cut.
+
+    Raises UnsupportedModelError with the model type and the reason when it cannot be streamed.
+    """
+    path, layers = _find_layers(model)
+    names = _unique_names(model)
+    embedding_module = model.get_input_embeddings()
+    if not isinstance(embedding_module, nn.Embedding) or id(embedding_module.weight) not in names:
+        raise _refuse(model, f"its input embedding is a {type(embedding_module).__name__}, not a table of rows")
+    embedding = names[id(embedding_module.weight)]
+    layer_names = _layer_parameters(model, path, layers, names)
+    in_layers = {name for unit in layer_names for name in unit}
+    outside = {id(p): p for p in model.parameters() if names[id(p)] not in in_layers}
+
+    returns_tuple, first_hidden, logits = _probe(model, layers, embedding_module, list(outside.values()))
+    used_before = {names[i] for i in _leaves(first_hidden) if i in outside}
+    used_after = {names[i] for i in _leaves(logits) if i in outside}
+    if embedding in used_before or used_before & used_after:
+        shared = sorted({embedding} & used_before | used_before & used_after)
+        raise _refuse(model, f"{', '.join(shared)} is used both before and after the decoder layers")
+    order = [names[i] for i in outside]
+    return Anatomy(
+        layers_path=path,
+        returns_tuple=returns_tuple,
+        embedding=embedding,
+        tied=embedding in used_after,
+        prologue=tuple(n for n in order if n in used_before),
+        layers=layer_names,
+        head=tuple(n for n in order if n in used_after),
+        idle=tuple(n for n in order if n not in used_before | used_after | {embedding}),
+    )
+
+
+def _refuse(model: nn.Module, reason: str) -> UnsupportedModelError:
+    kind = getattr(model.config, "model_type", type(model).__name__)
+    return UnsupportedModelError(
+        f"{kind} cannot be streamed layer by layer: {reason}",
+        hint="choose a decoder-only model whose layers pass on hidden states alone; docs/architectures.md lists them",
+    )
+
+
+def _find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The outermost list of modules that holds the most parameters."""
+    found: dict[str, nn.ModuleList] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and not any(path.startswith(f"{p}.") for p in found):
+            found[path] = module
+    if not found:
+        raise _refuse(model, "it has no list of decoder layers")
+    best = max(found, key=lambda path: sum(p.numel() for p in found[path].parameters()))
+    return best, found[best]
+
+
+def _unique_names(model: nn.Module) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in model.named_parameters()}
+
+
+def _layer_parameters(
+    model: nn.Module, path: str, layers: nn.ModuleList, names: dict[int, str]
+) -> tuple[tuple[str, ...], ...]:
+    owner: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        inside = name.startswith(f"{path}.")
+        place = ".".join(name.split(".")[: path.count(".") + 2]) if inside else ""
+        if owner.setdefault(id(parameter), place) != place:
+            raise _refuse(model, f"{name} is shared with {owner[id(parameter)] or 'a module outside the layers'}")
+    return tuple(tuple(dict.fromkeys(names[id(p)] for p in layer.parameters())) for layer in layers)
+
+
+class _BrokenChain(Exception):
+    pass
+
+
+def _probe(
+    model: nn.Module, layers: nn.ModuleList, embedding: nn.Embedding, outside: list[nn.Parameter]
+) -> tuple[bool, torch.Tensor, torch.Tensor]:
+    """(layers return a tuple, input of layer 0, logits), both with their autograd graphs."""
+    required = [p.requires_grad for p in outside]
+    try:
+        for parameter in outside:
+            parameter.requires_grad_(True)
+        reasons = []
+        for returns_tuple in (False, True):
+            try:
+                return returns_tuple, *_run_with_markers(model, layers, embedding, returns_tuple)
+            except _BrokenChain as broken:
+                reasons.append(str(broken))
+            except UnsupportedModelError:
+                raise
+            except Exception as error:  # whatever a model does when given the wrong kind of output
+                reasons.append(f"its forward with inputs_embeds failed: {type(error).__name__}: {error}")
+        raise _refuse(model, next((r for r in reasons if "failed" not in r), reasons[0]))
+    finally:
+        for parameter, flag in zip(outside, required, strict=True):
+            parameter.requires_grad_(flag)
+
+
+def _run_with_markers(
+    model: nn.Module, layers: nn.ModuleList, embedding: nn.Embedding, returns_tuple: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    seen: list[torch.Tensor] = []
+    marker: list[torch.Tensor] = []
+
+    def layer(i: int, *args: Any, **kwargs: Any) -> Any:
+        hidden, rest, named = split_hidden(args, kwargs)
+        if i != len(marker) or (marker and hidden is not marker[-1]):
+            raise _BrokenChain(f"something runs between decoder layers {i - 1} and {i}, or not all run in order")
+        if not marker:
+            seen.append(hidden)
+        for tensor in tensors_in([rest, named]):
+            if tensor.requires_grad:
+                raise _refuse(model, f"layer {i} receives a second activation of shape {tuple(tensor.shape)}")
+        marker.append(hidden.detach().clone().requires_grad_())
+        return (marker[-1],) if returns_tuple else marker[-1]
+
+    weight = embedding.weight
+    ids = torch.zeros(2, 3, dtype=torch.long, device=weight.device)
+    embeds = embedding(ids).detach().requires_grad_()
+    with torch.enable_grad(), intercept(layers, layer):
+        output = model(**accepted(model, inputs_embeds=embeds, use_cache=False, output_router_logits=False))
+    if len(marker) != len(layers):
+        raise _BrokenChain(f"{len(marker)} of its {len(layers)} decoder layers were called")
+    logits = output.logits
+    if tuple(logits.shape[:2]) != (2, 3) or id(marker[-1]) not in _leaves(logits):
+        raise _BrokenChain("its logits do not follow from the output of the last layer")
+    return seen[0], logits
+
+
+def _leaves(tensor: torch.Tensor) -> set[int]:
+    """The ids of the leaf tensors that `tensor` depends on."""
+    if tensor.grad_fn is None:
+        return {id(tensor)}
+    found: set[int] = set()
+    nodes, visited = [tensor.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.add(id(variable))
+        nodes += [following for following, _ in node.next_functions]
+    return found

@@ -1,0 +1,105 @@
+"""From a Hugging Face folder, name, configuration or model object to a filled host store.
+
+Reading goes through transformers' own loader, so that its weight conversions apply; parameters
+are then adopted unit by unit and their source is freed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError, DataError
+from ..memory.store import HostStore
+from .skeleton import Skeleton
+
+
+def load_model(
+    source: str | Path | nn.Module, *, trust_remote_code: bool, revision: str | None, attn_implementation: str
+) -> nn.Module:
+    """The transformers model of a folder or name, in the dtype of its files; a model object as it is.
+
+    Only safetensors are read, never pickles. Raises ConfigError for a missing folder or one that
+    holds no causal language model, DataError for damaged weights.
+    """
+    if isinstance(source, nn.Module):
+        return source
+    from transformers import AutoModelForCausalLM
+
+    name = str(source)
+    looks_local = isinstance(source, Path) or name.startswith((".", "/", "~")) or Path(name).exists()
+    if looks_local:
+        _check_folder(Path(name).expanduser())
+        name = str(Path(name).expanduser())
+    options: dict[str, Any] = {} if looks_local or revision is None else {"revision": revision}
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype="auto",
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+            **options,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"model_name_or_path={name!r} could not be loaded: {reason}",
+            hint="name a Hugging Face folder with config.json and *.safetensors, or a model on the Hub",
+        ) from error
+    except Exception as error:  # safetensors raises its own type for damaged files
+        raise DataError(
+            f"the weights in {name!r} are damaged: {type(error).__name__}: {error}", hint="download or export it again"
+        ) from error
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ConfigError(
+            f"model_name_or_path={str(folder)!r} is not a folder", hint="check the path; it is taken from where you are"
+        )
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"model_name_or_path={str(folder)!r} holds no config.json", hint="name a Hugging Face model folder"
+        )
+    if not list(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"model_name_or_path={str(folder)!r} holds no *.safetensors",
+            hint="pickled weights (*.bin) are never loaded; convert them with transformers' save_pretrained",
+        )
+
+
+def create_model(values: dict[str, Any], *, dtype: torch.dtype, seed: int, attn_implementation: str) -> nn.Module:
+    """A model with random weights from the values of a transformers configuration.
+
+    Weights are drawn in fp32 whatever the compute dtype. Raises ConfigError for a configuration that transformers refuses.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    rest = dict(values)
+    kind = rest.pop("model_type", None)
+    try:
+        config = AutoConfig.for_model(kind, **rest)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation=attn_implementation
+            )
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"init_model with model_type={kind!r} was refused by transformers: {reason}",
+            hint="the keys are those of the model's config.json",
+        ) from error
+    config.dtype = dtype
+    return model
+
+
+def fill_store(skeleton: Skeleton, store: HostStore) -> None:
+    """Adopt all parameters, one unit at a time; the model object's own are freed as it goes."""
+    for unit in range(len(store.units)):
+        for name, value in skeleton.take(unit):
+            store.adopt(name, value)

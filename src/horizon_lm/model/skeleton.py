@@ -1,0 +1,229 @@
+"""The Hugging Face model object without its memory: parameters on `meta`, bound from slots to run.
+
+Units are numbered as in the schedule: 0 prologue, 1 .. layers, then the head, then the embedding
+table when it is not tied, then parameters that no forward pass uses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UnsupportedModelError
+from ..memory.layout import Parameter, UnitLayout, lay_out
+from .anatomy import Anatomy, analyse
+
+Owner = tuple[nn.Module, str]
+Router = tuple[nn.Module, int]  # a router and the place of its logits in what it returns
+
+
+class Skeleton:
+    """A model cut into units.
+
+    model: the transformers model. Its parameters are replaced by `meta` ones, unit by unit, as
+    `take` hands them over; its buffers stay (small, and identical ones are stored once).
+    dtype: compute dtype, bf16 or fp32.
+    Raises UnsupportedModelError when the model cannot be streamed.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        self.model = model.train()
+        self.config = model.config
+        self.dtype = dtype
+        self.anatomy: Anatomy = analyse(model)
+        self.layers: list[nn.Module] = list(model.get_submodule(self.anatomy.layers_path))
+        self.embedding: nn.Embedding = model.get_input_embeddings()
+        # Rows are gathered compactly, under new row numbers, so the module must not know of a padding row.
+        self.padding_row: int | None = self.embedding.padding_idx
+        self.embedding.padding_idx = None
+        self.routers: list[list[Router]] = [_routers(model, layer) for layer in self.layers]
+        if self.has_router_loss and not any(self.routers):
+            raise UnsupportedModelError(
+                f"{self.model_type} asks for the router's auxiliary loss, but does not say where its router logits are",
+                hint="set output_router_logits: false in the model's configuration",
+            )
+        self._owners, self.aliases = _owners(model)
+        self.units: tuple[UnitLayout, ...] = self._lay_out()
+        self._bound_at: dict[int, list[tuple[Parameter, list[Owner]]]] = {
+            u: [(p, self._owners[p.name]) for p in unit.parameters] for u, unit in enumerate(self.units)
+        }
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def head(self) -> int:
+        return self.num_layers + 1
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits of a token."""
+        output = self.model.get_output_embeddings()
+        return int(output.weight.shape[0]) if output is not None else self.embedding.num_embeddings
+
+    @property
+    def has_noise(self) -> bool:
+        """Whether a forward pass in training draws random numbers (dropout, router jitter)."""
+        values = vars(self.config).items()
+        return any(
+            isinstance(value, float) and value > 0 and any(word in name for word in ("drop", "jitter"))
+            for name, value in values
+        )
+
+    @property
+    def has_router_loss(self) -> bool:
+        """Whether the configuration asks for the mixture-of-experts auxiliary loss."""
+        return bool(getattr(self.config, "output_router_logits", False)) and hasattr(self.config, "router_aux_loss_coef")
+
+    @property
+    def embedding_unit(self) -> int:
+        """The unit that owns the embedding table: the head when tied, else the one after it."""
+        return self.head if self.anatomy.tied else self.head + 1
+
+    @property
+    def model_type(self) -> str:
+        return str(getattr(self.config, "model_type", type(self.model).__name__))
+
+    def _lay_out(self) -> tuple[UnitLayout, ...]:
+        cut = self.anatomy
+        groups = [("prologue", cut.prologue)]
+        groups += [(f"layer {i}", names) for i, names in enumerate(cut.layers)]
+        groups += [("head", cut.head)]
+        if not cut.tied:
+            groups.append(("embedding", (cut.embedding,)))
+        if cut.idle:
+            groups.append(("idle", cut.idle))
+        kept = _kept_in_fp32(self.model, self.dtype)
+        units = []
+        for unit, names in groups:
+            rows = []
+            for name in names:
+                parameter = self._parameter(name)
+                compute = torch.float32 if kept(name, parameter) else self.dtype
+                rows.append((name, tuple(parameter.shape), parameter.requires_grad and unit != "idle", compute))
+            units.append(lay_out(unit, rows))
+        return tuple(units)
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        owner, local = self._owners[name][0]
+        return owner._parameters[local]  # type: ignore[return-value]
+
+    def take(self, unit: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Hand over the unit's parameters, one at a time; each is replaced by a `meta` tensor."""
+        for parameter, owners in self._bound_at[unit]:
+            value = self._parameter(parameter.name).detach()
+            hollow = torch.empty(parameter.shape, dtype=parameter.compute_dtype, device="meta")
+            for owner, local in owners:
+                owner._parameters[local] = nn.Parameter(hollow, requires_grad=parameter.trainable)
+            yield parameter.name, value
+
+    def place_buffers(self, device: torch.device) -> None:
+        """Move buffers to `device` in the dtype the model would have; equal ones share memory."""
+        wanted = _buffer_dtypes(self.model, self.dtype)
+        seen: list[torch.Tensor] = []
+        for path, module in self.model.named_modules():
+            for local, buffer in module._buffers.items():
+                if buffer is None:
+                    continue
+                dtype = wanted.get(f"{path}.{local}" if path else local, buffer.dtype)
+                value = buffer.to(device=device, dtype=dtype)
+                twin = next((t for t in seen if t.dtype == dtype and torch.equal(t, value)), None)
+                if twin is None:
+                    seen.append(value)
+                module._buffers[local] = value if twin is None else twin
+
+    @contextmanager
+    def bound(self, unit: int, run: torch.Tensor | None, *, grad: bool) -> Iterator[dict[str, torch.Tensor]]:
+        """While open, the unit's modules use the weights in `run` ([numel], on the device).
+
+        grad: trainable parameters become leaves that require a gradient.
+        Yields the tensors that were bound, by name; afterwards the modules hold nothing.
+        """
+        placed = self._bound_at[unit]
+        tensors: dict[str, torch.Tensor] = {}
+        hollow = [[owner._parameters[local] for owner, local in owners] for _, owners in placed]
+        try:
+            for parameter, owners in placed:
+                assert run is not None, f"unit {unit} has weights but no slot"
+                value = self.units[unit].view(run, parameter).detach()
+                value = value.to(parameter.compute_dtype)
+                if grad and parameter.trainable:
+                    value.requires_grad_()
+                tensors[parameter.name] = value
+                for owner, local in owners:
+                    owner._parameters[local] = value  # type: ignore[assignment]
+            yield tensors
+        finally:
+            for (_, owners), old in zip(placed, hollow, strict=True):
+                for (owner, local), value in zip(owners, old, strict=True):
+                    owner._parameters[local] = value
+
+
+def _owners(model: nn.Module) -> tuple[dict[str, list[Owner]], dict[str, list[str]]]:
+    """Each parameter's modules (several when tied) under its first name, and its other names."""
+    first: dict[int, str] = {}
+    owners: dict[str, list[Owner]] = {}
+    aliases: dict[str, list[str]] = {}
+    for path, module in model.named_modules():
+        for local, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            full = f"{path}.{local}" if path else local
+            name = first.setdefault(id(parameter), full)
+            owners.setdefault(name, []).append((module, local))
+            if name != full:
+                aliases.setdefault(name, []).append(full)
+    return owners, aliases
+
+
+def _kept_in_fp32(model: nn.Module, dtype: torch.dtype):
+    """Which parameters transformers keeps in fp32 in a bf16 model (its `_keep_in_fp32_modules_strict`)."""
+    if dtype == torch.float32:
+        return lambda name, parameter: True
+    patterns = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    words = [re.escape(p).replace(r"\*", ".*") for p in patterns]
+    expression = re.compile(rf"(^|\.)({'|'.join(words)})($|\.)") if words else None
+    mixed = len({p.dtype for p in model.parameters()}) > 1
+
+    def kept(name: str, parameter: torch.Tensor) -> bool:
+        if mixed:  # the model was loaded in its compute dtypes already
+            return parameter.dtype == torch.float32
+        return expression is not None and expression.search(name) is not None
+
+    return kept
+
+
+def _buffer_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Dtype of each floating-point buffer in a model that is created in `dtype`."""
+    try:
+        with torch.device("meta"):
+            reference = type(model)._from_config(model.config, dtype=dtype)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} could not be created from its configuration: {error}",
+            hint="check config.json in the model folder",
+        ) from error
+    return {name: buffer.dtype for name, buffer in reference.named_buffers() if buffer.is_floating_point()}
+
+
+def _routers(model: nn.Module, layer: nn.Module) -> list[Router]:
+    """The layer's routers, as the model's output recorders (`_can_record_outputs`) name them."""
+    specs: list[Any] = []
+    for module in model.modules():
+        recorded = getattr(module, "_can_record_outputs", None) or {}
+        spec = recorded.get("router_logits", [])
+        specs += [s for s in (spec if isinstance(spec, list) else [spec]) if s not in specs]
+    found: list[Router] = []
+    for path, module in layer.named_modules():
+        for spec in specs:
+            kind = getattr(spec, "target_class", spec)
+            inside = getattr(spec, "layer_name", None)
+            if isinstance(kind, type) and isinstance(module, kind) and (inside is None or inside in path):
+                found.append((module, getattr(spec, "index", 1)))
+    return found

@@ -1,0 +1,1 @@
+"""The parameter update on the host, and learning-rate curves."""

@@ -1,0 +1,106 @@
+"""One training step as plain data: ops on lanes that read and write named buffers.
+
+An op is printed and parsed as its kind, unit and micro-batch: `U3` uploads unit 3, `B3.1` is the
+backward pass of unit 3 on micro-batch 1. Nothing here knows torch, streams or threads.
+
+Kinds, in the order of a step (u: unit, m: micro-batch):
+
+    G.m    gather    rows of the embedding table for micro-batch m             host
+    Uu     upload    weights of unit u into a device slot                      upload
+    Fu.m   forward   prologue (u = 0) or a decoder layer, nothing kept but its input
+    Lu.m   loss      head: final norm, logits and loss by chunks, and their gradients
+    Bu.m   backward  recompute with a graph, then the gradients of unit u
+    Du     download  gradient slot to host memory, squared norm on the way      download
+    S      scatter   gradient rows added to the embedding table's gradient      host
+    N      norm      global gradient norm and the clipping factor               update
+    Ou     optimize  optimizer step of unit u on the host                       update
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+
+class Lane(StrEnum):
+    """Where an op runs. Ops of one lane run in program order, lanes run side by side."""
+
+    HOST = "host"
+    UPLOAD = "upload"
+    COMPUTE = "compute"
+    DOWNLOAD = "download"
+    UPDATE = "update"
+
+
+LANE_OF_KIND = {
+    "G": Lane.HOST,
+    "U": Lane.UPLOAD,
+    "F": Lane.COMPUTE,
+    "L": Lane.COMPUTE,
+    "B": Lane.COMPUTE,
+    "D": Lane.DOWNLOAD,
+    "S": Lane.HOST,
+    "N": Lane.UPDATE,
+    "O": Lane.UPDATE,
+}
+
+
+class Buffer(NamedTuple):
+    """A named piece of memory: `weights.3`, `slot.0`, `input.3.1` (input of unit 3, micro-batch 1)."""
+
+    region: str
+    index: int = -1
+    micro_batch: int = -1
+
+    def __str__(self) -> str:
+        parts = [self.region]
+        if self.index >= 0:
+            parts.append(str(self.index))
+        if self.micro_batch >= 0:
+            parts.append(str(self.micro_batch) if self.index >= 0 else f"m{self.micro_batch}")
+        return ".".join(parts)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op. `slot`: weight slot of U, F, L, B; `grad_slot`: gradient slot of L, B, D.
+
+    `first` marks the op that starts a gradient (it overwrites, later ones add).
+    """
+
+    kind: str
+    unit: int = -1
+    micro_batch: int = -1
+    reads: frozenset[Buffer] = frozenset()
+    writes: frozenset[Buffer] = frozenset()
+    slot: int = -1
+    grad_slot: int = -1
+    first: bool = False
+    step: int = 0
+
+    @property
+    def lane(self) -> Lane:
+        return LANE_OF_KIND[self.kind]
+
+    @property
+    def is_update(self) -> bool:
+        """Whether the op belongs to `step()` rather than to `forward_backward()`."""
+        return self.lane is Lane.UPDATE
+
+    def __str__(self) -> str:
+        unit = str(self.unit) if self.unit >= 0 else ""
+        micro_batch = f".{self.micro_batch}" if self.micro_batch >= 0 else ""
+        return f"{self.kind}{unit}{micro_batch}"
+
+
+_OP_TEXT = re.compile(r"([A-Z])(\d*)(?:\.(\d+))?")
+
+
+def parse_op(text: str) -> tuple[str, int, int]:
+    """`"B3.1"` -> `("B", 3, 1)`; absent numbers are -1. Raises ValueError on anything else."""
+    match = _OP_TEXT.fullmatch(text)
+    if match is None or match[1] not in LANE_OF_KIND:
+        raise ValueError(f"not an op: {text!r}; hint: write a kind of {''.join(LANE_OF_KIND)}, like U3 or B3.1")
+    return match[1], int(match[2] or -1), int(match[3]) if match[3] is not None else -1

@@ -1,0 +1,553 @@
+"""Settings: what is written comes back, what is wrong is named, nothing is guessed."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from horizon_lm import config_yaml, errors
+from horizon_lm.config import SCHEDULER_KWARGS, DatasetConfig, ModelSettings, TrainConfig, load_config
+from horizon_lm.config_aliases import ALIASES, DROPPED, UNAVAILABLE
+from horizon_lm.config_base import GROUPS
+from horizon_lm.config_docs import markdown, rows, settings_help
+from horizon_lm.errors import ConfigError
+
+BASE: dict[str, Any] = {"model_name_or_path": "folder", "datasets": "text.jsonl"}
+DOCS = Path(__file__).parent.parent / "docs" / "configuration.md"
+
+text = st.text(max_size=30)
+some_text = st.text(min_size=1, max_size=30)
+counts = st.integers(1, 10**12)
+positive = st.floats(1e-300, 1e300)
+share = st.floats(0, 1, exclude_max=True)
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**30), 10**30)
+    | st.floats(allow_nan=False, allow_infinity=False)
+)
+json_like = st.recursive(
+    scalars | text,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
+    max_leaves=8,
+)
+dataset_entries = some_text | st.fixed_dictionaries(
+    {"path": some_text},
+    optional={
+        "format": st.sampled_from(["auto", "text"]),
+        "columns": st.dictionaries(text, text, max_size=2),
+        "text_column": some_text,
+    },
+)
+schedulers = st.sampled_from(
+    [
+        {"lr_scheduler_type": "linear"},
+        {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 0.5}},
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
+        {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 5}},
+    ]
+)
+models = st.fixed_dictionaries({"model_name_or_path": some_text}) | st.builds(
+    lambda extra, vocabulary: {
+        "init_model": {**extra, "model_type": "llama"},
+        "train_tokenizer_vocab_size": vocabulary,
+    },
+    st.dictionaries(text, json_like, max_size=4),
+    st.none() | st.integers(257, 10**6),
+)
+others = st.fixed_dictionaries(
+    {"datasets": some_text | st.lists(dataset_entries, min_size=1, max_size=3)},
+    optional={
+        "device": st.sampled_from(["auto", "cpu", "cuda", "cuda:3"]),
+        "dtype": st.sampled_from(["bfloat16", "float32"]),
+        "trust_remote_code": st.booleans(),
+        "model_revision": st.none() | text,
+        "seed": st.integers(0, 2**63 - 1),
+        "slots": st.integers(2, 100),
+        "loss_chunk_tokens": st.just("auto") | counts,
+        "adam_beta1": share,
+        "adam_epsilon": positive,
+        "max_train_bytes": st.none() | counts,
+        "max_length": st.integers(2, 10**9),
+        "num_train_epochs": positive,
+        "max_steps": st.just(-1) | counts,
+        "learning_rate": st.just(0.0) | positive | counts,
+        "warmup_steps": share | st.integers(0, 10**9),
+        "max_grad_norm": st.none() | positive,
+        "output_dir": some_text,
+        "run_name": st.none() | text,
+        "sample_prompt": st.none() | text,
+        "save_dtype": st.sampled_from([None, "bfloat16", "float32"]),
+        "max_shard_size": st.sampled_from(["5GB", "500MB", "10KB"]),
+    },
+)
+valid = st.builds(
+    lambda *parts: {k: v for part in parts for k, v in part.items()}, models, others, schedulers
+)
+
+
+def write(folder: Path, content: str | bytes, name: str = "run.yaml") -> Path:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def message_of(content: str, folder: Path) -> tuple[str, str | None]:
+    """The fault of a file with this content, the file's folder removed."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(folder, content))
+    assert caught.value.exit_code == 2
+    assert "pydantic" not in str(caught.value)
+    return caught.value.message.replace(f"{folder}/", ""), caught.value.hint
+
+
+def read(content: str) -> Any:
+    return config_yaml.read_value(content, "test")
+
+
+# --- round trip -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(valid)
+def test_what_is_written_is_read_back_identically(values: dict[str, Any]) -> None:
+    config = TrainConfig.from_dict(values)
+    written = config.to_yaml()
+    document = config_yaml.read_text(written, "run.yaml")
+    assert document.values == config.to_dict()
+    again = TrainConfig.from_document(document)
+    assert again == config
+    assert again.to_yaml() == written
+    assert yaml.safe_load(written) == config.to_dict()  # other programs read the same values
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(text, json_like, max_size=5))
+@example({"<<": None, "no": "yes", "1": "1e5", "=": "0o7", "~": "", "a": "\u2028\ufeff\x85", "b": "1:30"})
+def test_any_plain_mapping_survives_the_writer(values: dict[str, Any]) -> None:
+    def typed(value: Any) -> Any:  # == alone takes True for 1 and 1 for 1.0
+        if isinstance(value, dict):
+            return [(key, typed(entry)) for key, entry in value.items()]
+        return [typed(entry) for entry in value] if isinstance(value, list) else (type(value), value)
+
+    assert typed(config_yaml.read_text(config_yaml.dump(values), "test").values) == typed(values)
+
+
+WRONG: dict[str, list[Any]] = {
+    "learning_rate": [True, "fast", -1.0, None, [1e-5], {"a": 1}],
+    "max_length": [True, 1, 512.5, 512.0, "512", None],
+    "trust_remote_code": [1, 0, "yes", None, "true"],
+    "packing": [1, False, "true"],
+    "dtype": ["float16", 16, None],
+    "slots": [1, 0, -3, "two"],
+    "warmup_steps": [-1, 1.0, 2.5, True, "0.1"],
+    "loss_chunk_tokens": [0, -1, "all", True, 1.5],
+    "max_steps": [0, -2, 1.5],
+    "datasets": [
+        [],
+        "",
+        3,
+        None,
+        [3],
+        [None],
+        [{"format": "text"}],
+        [{"path": 3}],
+        [{"path": "x", "formt": "text"}],
+    ],
+    "device": ["gpu", "cuda:", "cuda:x", 0, "cuda:0\n"],
+    "max_shard_size": ["5", "0GB", "5 potatoes", 5],
+    "init_model": ["llama", [1]],
+    "lr_scheduler_type": ["reduce_lr_on_plateau", "greedy", True],
+    "lr_scheduler_kwargs": [{"min_lr": 0.1}, "min_lr", {"num_cycles": [1]}],
+    "adam_beta2": [1.0, -0.1],
+    "seed": [-1, 2**63, 1.0],
+    "train_tokenizer_vocab_size": [256, "8k"],
+    "run_name": [3, True],
+    "output_dir": ["", None],
+    "max_grad_norm": [-1.0, "off"],
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_wrong_value_is_refused_by_name(key: str) -> None:
+    for value in WRONG[key]:
+        with pytest.raises(ConfigError, match=key) as caught:
+            TrainConfig.from_dict({**BASE, key: value})
+        assert "\n" not in caught.value.message, caught.value.message
+        with pytest.raises(ConfigError, match=key):
+            TrainConfig(**{**BASE, key: value})
+
+
+@settings(max_examples=100, deadline=None)
+@given(valid, st.data())
+def test_a_mutated_key_is_refused_by_name(values: dict[str, Any], data: st.DataObject) -> None:
+    key = data.draw(st.sampled_from(sorted(values)))
+    position = data.draw(st.integers(0, len(key) - 1))
+    broken = (
+        key[:position] + data.draw(st.sampled_from(["", "x", "_q", key[position] * 2])) + key[position + 1 :]
+    )
+    if broken in TrainConfig.model_fields or broken in ALIASES or broken in DROPPED:
+        return
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig.from_dict(
+            {**BASE, broken: values[key]} if key in BASE else {**values, broken: values[key]}
+        )
+    assert f"unknown key '{broken}'" in str(caught.value)
+
+
+def test_non_finite_numbers_from_python_are_refused() -> None:
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="learning_rate: .* not a finite number"):
+            TrainConfig.from_dict({**BASE, "learning_rate": value})
+        with pytest.raises(ConfigError, match="rope_theta"):
+            TrainConfig(
+                init_model={"model_type": "llama", "rope_theta": value}, datasets=[DatasetConfig(path="x")]
+            )
+
+
+# --- Python interface -----------------------------------------------------------------------------
+
+
+def test_python_values_become_plain_ones() -> None:
+    class Bfloat16:
+        __module__ = "torch"
+
+        def __str__(self) -> str:
+            return "torch.bfloat16"
+
+    config = TrainConfig.from_dict(
+        {**BASE, "datasets": (Path("a.txt"), {"path": Path("b")}), "dtype": Bfloat16()}
+    )
+    assert [entry.path for entry in config.datasets] == ["a.txt", "b"]
+    assert config.dtype == "bfloat16"
+    assert config.replace(dtype="float32").dtype == "float32"
+    assert TrainConfig.from_dict({**BASE, "datasets": [DatasetConfig(path="c")]}).datasets[0].path == "c"
+    with pytest.raises(ValueError):  # frozen
+        config.dtype = "float32"
+
+
+def test_model_settings_are_a_subset_of_the_same_names() -> None:
+    settings_ = ModelSettings.from_dict({"torch_dtype": "fp32"}, source="HostModel")
+    assert settings_.dtype == "float32"
+    assert set(ModelSettings.model_fields) < set(TrainConfig.model_fields)
+    with pytest.raises(ConfigError, match="HostModel: unknown key 'learning_rate'") as caught:
+        ModelSettings.from_dict({"learning_rate": 1.0}, source="HostModel")
+    assert "horizon train" in (caught.value.hint or "")
+
+
+def test_errors_carry_message_hint_and_code() -> None:
+    error = errors.DataError("no text", "give a file")
+    assert str(error) == "no text\n  hint: give a file"
+    assert isinstance(error, ValueError)
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    codes = {name: getattr(errors, name).exit_code for name in dir(errors) if name.endswith("Error")}
+    assert codes == {
+        "HorizonError": 1,
+        "ConfigError": 2,
+        "UnsupportedModelError": 2,
+        "DoesNotFitError": 3,
+        "DataError": 4,
+        "CheckpointError": 5,
+        "NonFiniteError": 6,
+    }
+
+
+# --- aliases --------------------------------------------------------------------------------------
+
+ALIAS_VALUES: dict[str, tuple[Any, Any]] = {
+    "bf16": (True, "bfloat16"),
+    "pure_bf16": (True, "bfloat16"),
+    "fp32": (True, "float32"),
+    "torch_dtype": ("torch.float32", "float32"),
+    "attn_impl": ("eager", "eager"),
+    "flash_attn": ("fa2", "flash_attention_2"),
+    "flash_attention": (False, "sdpa"),
+    "sample_packing": (True, True),
+    "packed": (True, True),
+    "warmup_ratio": (0.25, 0.25),
+    "lr_scheduler": ("linear", "linear"),
+    "dataset": ("a.txt", [DatasetConfig(path="a.txt")]),
+    "dataset_name": ("a.txt", [DatasetConfig(path="a.txt")]),
+    "train_file": (["a.txt"], [DatasetConfig(path="a.txt")]),
+}
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_every_alias_is_read_as_its_setting(alias: str) -> None:
+    key = ALIASES[alias].key
+    kind = TrainConfig.model_fields[key].annotation
+    given_value, expected = ALIAS_VALUES.get(
+        alias, (7, 7) if kind in (int, float, int | float, float | None) else ("a", "a")
+    )
+    rest = {name: value for name, value in BASE.items() if name != key}
+    config = TrainConfig.from_dict({**rest, alias: given_value})
+    assert getattr(config, key) == expected
+    assert alias not in config.to_yaml().replace(key, "").split(":")[0]
+    with pytest.raises(ConfigError, match=f"'{key}' and '{alias}' are the same setting"):
+        TrainConfig.from_dict({**rest, key: expected, alias: given_value})
+
+
+def test_each_alias_is_reported_once(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: folder\ndatasets: a.txt\nlr: 1e-4\ngradient_checkpointing: true\n")
+    config, notes = load_config(path, ["num-epochs=2", "num_epochs=3"])
+    assert config.learning_rate == 1e-4 and config.num_train_epochs == 3
+    assert notes == [
+        f"{path}:1: 'model' is read as 'model_name_or_path'",
+        f"{path}:3: 'lr' is read as 'learning_rate'",
+        f"{path}:4: 'gradient_checkpointing' is ignored, {DROPPED['gradient_checkpointing']}",
+        "command line: 'num_epochs' is read as 'num_train_epochs'",
+    ]
+
+
+def test_aliases_refuse_what_they_cannot_mean() -> None:
+    assert TrainConfig.from_dict({**BASE, "bf16": False}).dtype == "float32"
+    for alias, value in {
+        "warmup_ratio": 5,
+        "bf16": "maybe",
+        "fp32": 1,
+        "flash_attn": [1],
+        "torch_dtype": {},
+    }.items():
+        with pytest.raises(ConfigError):
+            TrainConfig.from_dict({**BASE, alias: value})
+    for key in UNAVAILABLE:
+        with pytest.raises(ConfigError, match=f"unknown key '{key}'\n  hint: .*leave the key out"):
+            TrainConfig.from_dict({**BASE, key: "x"})
+    assert not set(ALIASES) & set(TrainConfig.model_fields)
+    assert {alias.key for alias in ALIASES.values()} <= set(TrainConfig.model_fields)
+
+
+# --- strict YAML ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        *[("1e-5", 1e-5), ("1.e3", 1000.0), (".5", 0.5), ("-1E+2", -100.0), ("1.0e-5", 1e-5)],
+        *[("010", 10), ("0x1F", 31), ("0o17", 15), ("-3", -3), ("1_000", "1_000")],
+        *[("1:30", "1:30"), ("2024-01-01", "2024-01-01"), ("=", "="), ("inf", "inf")],
+        *[
+            ("true", True),
+            ("False", False),
+            ("yes", "yes"),
+            ("no", "no"),
+            ("on", "on"),
+            ("off", "off"),
+            ("y", "y"),
+        ],
+        *[("null", None), ("~", None), ("", None), ("'1'", "1"), ('"true"', "true"), ("${HOME}", "${HOME}")],
+        *[("[1, a]", [1, "a"]), ("{a: 1, 2: b}", {"a": 1, "2": "b"})],
+    ],
+)
+def test_scalars_are_those_of_yaml_1_2(written: str, value: Any) -> None:
+    result = read(written)
+    assert result == value and type(result) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "problem"),
+    [
+        ("seed: 1\nslots: 2\nseed: 2\n", 3, "duplicate key 'seed'"),
+        ("seed: 1\ninit_model:\n  a: 1\n  a: 2\n", 4, "duplicate key 'a'"),
+        ("seed: !!int '1'\n", 1, "the tag 'tag:yaml.org,2002:int' is not allowed"),
+        ("seed: !!python/object/apply:os.system [ls]\n", 1, "is not allowed"),
+        ("a: &a {b: 1}\nc:\n  <<: *a\n", 3, "merge keys"),
+        ("seed:\n\t- 1\n", 2, "cannot start any token"),
+        ("seed: 1\n  slots: 2\n", 2, "mapping values are not allowed"),
+        ("a: [1, 2\n", 2, "expected ',' or ']'"),
+        ("seed: 1\n---\nseed: 2\n", 2, "another document"),
+        ("learning_rate: .nan\n", 1, "not a finite number"),
+        ("\nlearning_rate: -.inf\n", 2, "not a finite number"),
+        ("learning_rate: 1e999\n", 1, "not a finite number"),
+        (f"seed: {'9' * 5000}\n", 1, "too large"),
+        ("seed: 1\nname: a\x07b\n", 2, "U+0007 is not allowed"),
+        ("? [a]\n: 1\n", 1, "a key must be text"),
+        ("a: &x [*x]\n", 1, "to themselves"),
+        ("a: *nowhere\n", 1, "undefined alias"),
+        ("a: " + "[" * 200, 1, "nested deeper"),
+    ],
+)
+def test_faults_of_yaml_name_file_and_line(content: str, line: int, problem: str, tmp_path: Path) -> None:
+    message, _ = message_of(content, tmp_path)
+    assert message.startswith(f"run.yaml:{line}: ") and problem in message and "\n" not in message
+
+
+def test_aliases_cannot_explode(tmp_path: Path) -> None:
+    levels = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    levels += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+    assert "expand to too many values" in message_of("\n".join(levels), tmp_path)[0]
+
+
+def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+    assert (
+        message_of("- 1\n", tmp_path)[0] == "run.yaml: expected lines of the form 'key: value', found a list"
+    )
+    assert "found text" in message_of("hello\n", tmp_path)[0]
+    assert "no model" in message_of("datasets: a\n", tmp_path)[0]
+    assert message_of("", tmp_path)[0] == "run.yaml: the key 'datasets' is missing"
+    assert "larger than" in message_of("#" * (1 << 20) + "#", tmp_path)[0]
+    with pytest.raises(ConfigError, match="run.yaml:2: not UTF-8 text"):
+        load_config(write(tmp_path, b"seed: 1\nrun_name: \xff\n"))
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path)
+    with_mark = write(tmp_path, b"\xef\xbb\xbfmodel_name_or_path: m\r\ndatasets: d\r\n")
+    assert load_config(with_mark)[0].datasets == [DatasetConfig(path="d")]
+
+
+# --- the shape of errors --------------------------------------------------------------------------
+
+GOOD = "model_name_or_path: m\ndatasets: d\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "message", "hint"),
+    [
+        ("learnig_rate: 1", "run.yaml:3: unknown key 'learnig_rate'", "did you mean 'learning_rate'?"),
+        ("cutof_len: 1", "run.yaml:3: unknown key 'cutof_len'", "did you mean 'max_length'?"),
+        ("zzz: 1", "run.yaml:3: unknown key 'zzz'", "'horizon train --help' lists every setting"),
+        ("slots: many", "run.yaml:3: slots is many, expected a whole number >= 2", None),
+        ("slots: 4.0", "run.yaml:3: slots is 4.0, expected a whole number >= 2", "write 4"),
+        ("dtype: bf16", "run.yaml:3: dtype is bf16, expected bfloat16 | float32", "did you mean 'bfloat16'?"),
+        ("plot_loss: yes", "run.yaml:3: plot_loss is yes, expected true or false", "write true"),
+        (
+            "run_name: 5",
+            "run.yaml:3: run_name is 5, expected text or null",
+            "put it in quotes to make it text",
+        ),
+        (
+            "warmup_steps: 1.5",
+            "run.yaml:3: warmup_steps is 1.5, expected a whole number >= 0, or a share of all steps below 1",
+            None,
+        ),
+        (
+            "init_model:\n  model_type: llama",
+            "run.yaml:1: 'model_name_or_path' and 'init_model' are both given",
+            "keep one of them, or set the other to null",
+        ),
+        (
+            "train_tokenizer_vocab_size: 4096",
+            "run.yaml:3: train_tokenizer_vocab_size needs init_model",
+            "an existing model keeps its own tokenizer",
+        ),
+        (
+            "lr_scheduler_type: cosine_with_min_lr",
+            "run.yaml:3: cosine_with_min_lr needs either min_lr or min_lr_rate",
+            "for example lr_scheduler_kwargs.min_lr_rate=0.1",
+        ),
+        (
+            "lr_scheduler_kwargs: {min_lr: 1}",
+            "run.yaml:3: lr_scheduler_kwargs: cosine has no argument 'min_lr'",
+            "cosine takes num_cycles",
+        ),
+    ],
+)
+def test_a_fault_is_one_line_and_a_hint(line: str, message: str, hint: str | None, tmp_path: Path) -> None:
+    assert message_of(GOOD + line + "\n", tmp_path) == (message, hint)
+
+
+def test_faults_inside_datasets_name_the_entry(tmp_path: Path) -> None:
+    content = "model_name_or_path: m\ndatasets:\n  - a.txt\n  - path: b\n    formt: text\n"
+    assert message_of(content, tmp_path) == (
+        "run.yaml:5: unknown key 'datasets[1].formt'",
+        "did you mean 'format'?",
+    )
+    content = "model_name_or_path: m\ndatasets:\n  - a.txt\n  - 5\n"
+    assert message_of(content, tmp_path)[0].startswith("run.yaml:4: datasets[1] is 5, expected a path")
+
+
+def test_several_faults_are_one_line_each(tmp_path: Path) -> None:
+    message, hint = message_of(GOOD + "lerning_rate: 1\nslots: 1\n", tmp_path)
+    assert message.splitlines() == [
+        "run.yaml:4: slots is 1, expected a whole number >= 2",
+        "run.yaml:3: unknown key 'lerning_rate' (did you mean 'learning_rate'?)",
+    ]
+    assert hint == "'horizon train --help' lists every setting"
+    message, _ = message_of(GOOD + "".join(f"q{i}: 1\n" for i in range(9)), tmp_path)
+    assert len(message.splitlines()) == 6 and message.endswith("and 4 more")
+
+
+# --- overrides ------------------------------------------------------------------------------------
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, "init_model: {model_type: llama, hidden_size: 8}\ndatasets: d\nlr: 1\nrun_name: x\n"
+    )
+    overrides = [
+        "init-model.hidden-size=256",
+        "--init_model.rope.theta=1e4",
+        "--learning-rate=2e-5",
+        "seed=1",
+    ]
+    overrides += [
+        "run_name=",
+        "sample_prompt=def f(x): # y",
+        "datasets=a: b.jsonl",
+        "max_grad_norm=null",
+        "seed=3",
+    ]
+    config = TrainConfig.from_yaml(path, overrides)
+    assert config.init_model == {"model_type": "llama", "hidden_size": 256, "rope": {"theta": 1e4}}
+    assert (config.learning_rate, config.seed, config.run_name, config.max_grad_norm) == (2e-5, 3, None, None)
+    assert config.sample_prompt == "def f(x): # y" and config.datasets[0].path == "a: b.jsonl"
+    several = load_config(
+        None, ["model=5", "datasets=[a.txt, {path: b, text_column: c}]", "run_name='null'"]
+    )[0]
+    assert [entry.text_column for entry in several.datasets] == ["text", "c"]
+    assert several.model_name_or_path == "5" and several.run_name == "null"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learnig_rate=1", "command line: unknown key 'learnig_rate'"),
+        ("learning_rate=fast", "command line: learning_rate is fast, expected a number >= 0"),
+        ("learning_rate=[1", "command line: learning_rate=[1: expected ',' or ']'"),
+        ("learning_rate", "command line: 'learning_rate' is not of the form key=value"),
+        ("=3", "command line: '=3' is not of the form key=value"),
+        ("datasets.path=x", "command line: 'datasets.path=x': datasets is not a mapping"),
+        ("seed.x=1", 'command line: seed is {"x": 1}, expected a whole number >= 0'),
+    ],
+)
+def test_a_wrong_override_is_named(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, GOOD), [override])
+    assert caught.value.message.startswith(message)
+
+
+def test_two_names_of_one_setting_on_the_command_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'lr' and 'learning_rate' are the same setting"):
+        load_config(write(tmp_path, GOOD), ["lr=1", "learning_rate=1"])
+
+
+# --- documentation --------------------------------------------------------------------------------
+
+
+def test_every_setting_is_documented() -> None:
+    listed = settings_help()
+    for row in rows(TrainConfig):
+        assert f"\n  {row.key} = {row.default}\n" in listed
+        assert row.meaning.endswith(".") and row.expects
+    for info in TrainConfig.model_fields.values():
+        assert isinstance(info.json_schema_extra, dict) and info.json_schema_extra["group"] in GROUPS
+
+
+def test_the_reference_is_up_to_date() -> None:
+    assert DOCS.read_text(encoding="utf-8") == markdown(), "run: horizon config docs > docs/configuration.md"
+
+
+def test_scheduler_names_are_those_of_transformers() -> None:
+    source = (
+        Path(__import__("importlib.util").util.find_spec("transformers").origin).parent / "trainer_utils.py"
+    )
+    names = source.read_text(encoding="utf-8")
+    for name in SCHEDULER_KWARGS:
+        assert f'= "{name}"\n' in names
