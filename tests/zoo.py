@@ -180,6 +180,12 @@ def _add(
 
 _ALTERNATE = ["sliding_attention", "full_attention"] * 2
 _AUX = {"output_router_logits": True, "router_aux_loss_coef": 0.01}
+_MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 2.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.3,
+}
 _INDEXER = {"index_topk": 8, "index_head_dim": 8, "index_n_heads": 2, "num_key_value_heads": 4}
 
 # Attention in every layer, dense feed-forward.
@@ -242,27 +248,14 @@ _add(
     "dense gqa sliding tied",
     layer_types=_ALTERNATE,
     rope_parameters={kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in _ALTERNATE[:2]},
+    logit_scale=0.5,
 )
 _add("olmo", "dense gqa untied", clip_qkv=0.5)
 _add("olmo2", "dense gqa untied")
 _add("olmo3", "dense gqa sliding untied")
-_add(
-    "granite",
-    "dense gqa tied",
-    embedding_multiplier=3.0,
-    logits_scaling=2.0,
-    residual_multiplier=0.5,
-    attention_multiplier=0.3,
-)
-_add("granite_swa", "dense gqa sliding tied", layer_types=_ALTERNATE, attn="eager")
-_add(
-    "hyperclovax",
-    "dense gqa untied",
-    embedding_multiplier=3.0,
-    logits_scaling=2.0,
-    residual_multiplier=0.5,
-    attention_multiplier=0.3,
-)
+_add("granite", "dense gqa tied", **_MULTIPLIERS)
+_add("granite_swa", "dense gqa sliding tied", layer_types=_ALTERNATE, attn="eager", **_MULTIPLIERS)
+_add("hyperclovax", "dense gqa untied", **_MULTIPLIERS)
 _add("glm", "dense gqa untied")
 _add("glm4", "dense gqa untied")
 _add("nemotron", "dense gqa untied")
@@ -281,7 +274,7 @@ _add("bitnet", "dense gqa untied")
 _add("cwm", "dense gqa sliding untied")
 _add("jais2", "dense gqa untied")
 _add("nanochat", "dense gqa softcap untied")
-_add("minicpm3", "dense tied", num_key_value_heads=4)
+_add("minicpm3", "dense tied", num_key_value_heads=4, dim_model_base=16)
 _add("youtu", "dense tied", num_key_value_heads=4)
 _add("internlm3", "dense gqa untied", attention_bias=True, mlp_bias=True)
 _add("iquestcoder", "dense gqa untied")
@@ -355,9 +348,9 @@ _add("phimoe", "moe gqa sliding untied", lm_head_bias=True)
 _add("olmoe", "moe gqa untied")
 _add("olmoe-aux", "moe gqa untied aux", model_type="olmoe", **_AUX)
 _add("flex_olmo", "moe gqa untied")
-_add("granitemoe", "moe gqa untied")
-_add("granitemoeshared", "moe gqa untied", shared_intermediate_size=16)
-_add("granitemoe_swa", "moe gqa sliding untied", layer_types=_ALTERNATE, attn="eager")
+_add("granitemoe", "moe gqa untied", **_MULTIPLIERS)
+_add("granitemoeshared", "moe gqa untied", shared_intermediate_size=16, **_MULTIPLIERS)
+_add("granitemoe_swa", "moe gqa sliding untied", layer_types=_ALTERNATE, attn="eager", **_MULTIPLIERS)
 _add("glm4_moe", "moe gqa untied", use_qk_norm=True)
 _add("glm4_moe_lite", "moe untied", num_key_value_heads=4)
 _add("gpt_oss", "moe gqa sliding untied", attn="eager")
@@ -384,7 +377,7 @@ _add("dots1", "moe gqa sliding untied", max_window_layers=2)
 _add("jetmoe", "moe gqa tied")
 _add("jetmoe-aux", "moe gqa tied aux", model_type="jetmoe", output_router_logits=True, aux_loss_coef=0.01)
 _add("minimax_m2", "moe gqa untied")
-_add("afmoe", "moe gqa sliding untied")
+_add("afmoe", "moe gqa sliding untied", mup_enabled=True)
 _add("aria_text", "moe gqa untied")
 _add("axk1", "moe untied", num_key_value_heads=4)
 _add("cohere2_moe", "moe gqa sliding tied")
@@ -417,13 +410,30 @@ _add(
 _add("recurrent_gemma", "hybrid gqa sliding softcap tied")
 _add("jamba", "moe hybrid gqa untied", attn_layer_period=2, attn_layer_offset=1, mamba_dt_rank=4)
 _add("bamba", "hybrid gqa untied", attn_layer_indices=[1, 3])
-_add("falcon_h1", "hybrid gqa untied", mamba_d_ssm=32)
+_add(
+    "bamba-z_loss",
+    "hybrid gqa untied",
+    model_type="bamba",
+    attn_layer_indices=[1, 3],
+    z_loss_coefficient=0.01,
+)
+_add(
+    "falcon_h1",
+    "hybrid gqa untied",
+    mamba_d_ssm=32,
+    embedding_multiplier=2.0,
+    lm_head_multiplier=0.5,
+    key_multiplier=0.7,
+    attention_out_multiplier=0.8,
+    ssm_out_multiplier=0.6,
+)
 _add(
     "granitemoehybrid",
     "moe hybrid gqa untied",
     layer_types=["mamba", "attention"] * 2,
     position_embedding_type="rope",
     shared_intermediate_size=16,
+    **_MULTIPLIERS,
 )
 _add("lfm2", "hybrid gqa tied", layer_types=["conv", "full_attention"] * 2, block_multiple_of=8)
 _add("lfm2_moe", "moe hybrid gqa tied", layer_types=["conv", "full_attention"] * 2)
@@ -543,10 +553,10 @@ _add(
     layer_types=["linear_attention", "indexed_attention"] * 2,
 )
 
-# What goes from layer to layer besides hidden states: gemma3n and gemma4, keys and values (and inputs per layer);
-# zamba, one transformer block at several depths, which reads the embeddings too; glm_moe_dsa and hy_v4, top-k
-# indices; zaya, the router's state; inkling2, outputs of several layers before. hrm_text runs its stacks over
-# and over.
+# What goes from layer to layer besides hidden states: gemma3n and gemma4, keys and values (and inputs per
+# layer); zamba, one transformer block at several depths, which reads the embeddings too; glm_moe_dsa and
+# hy_v4, top-k indices; zaya, the router's state; inkling2, outputs of several layers before. hrm_text runs
+# its stacks over and over.
 _add(
     "gemma3n_text",
     "dense gqa sliding softcap tied",

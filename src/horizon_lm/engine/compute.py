@@ -70,7 +70,9 @@ def forward_prologue(
 ) -> tuple[torch.Tensor, Call]:
     """Layer 0's input [batch, tokens, width] and what the layers receive beside it."""
     with torch.no_grad(), skeleton.bound(0, run, grad=False):
-        return run_prologue(skeleton, embeds, inputs)
+        first, call = run_prologue(skeleton, embeds, inputs)
+    # A buffer of its own, also when the prologue changes nothing: `embeds` has another lifetime.
+    return embeds.clone() if first is None else first, call
 
 
 def forward_layer(
@@ -80,9 +82,9 @@ def forward_layer(
     with torch.no_grad(), skeleton.bound(layer + 1, run, grad=False):
         if not skeleton.has_router_loss:
             return run_layer(skeleton, layer, call, hidden)
-        with capture_routers(skeleton, layer) as logits:
+        with capture_routers(skeleton, layer) as routers:
             output = run_layer(skeleton, layer, call, hidden)
-        call.routers.append(logits)
+        call.routers.append(routers)
         return output
 
 
@@ -99,9 +101,10 @@ def backward_layer(
     hidden = hidden.detach().requires_grad_()
     with torch.enable_grad(), bound_for_backward(skeleton, layer + 1, run, gradient):
         if skeleton.has_router_loss:
-            with capture_routers(skeleton, layer) as logits:
+            with capture_routers(skeleton, layer) as routers:
                 output = run_layer(skeleton, layer, call, hidden)
-            torch.autograd.backward([output, *logits], [output_gradient, *call.routers[layer]])
+            roots = [output, *(r.logits for r in routers)]
+            torch.autograd.backward(roots, [output_gradient, *(r.logits for r in call.routers[layer])])
         else:
             run_layer(skeleton, layer, call, hidden).backward(output_gradient)
     return _gradient_of(hidden)
@@ -128,10 +131,10 @@ def loss_and_backward(
         total, hidden_gradient = head_loss(skeleton, flat, wanted, num_tokens, chunk)
         if skeleton.has_router_loss:
             share = int((wanted != -100).sum()) / num_tokens
-            leaves = [[t.detach().requires_grad_() for t in layer] for layer in call.routers]
+            leaves = [[r._replace(logits=r.logits.detach().requires_grad_()) for r in layer] for layer in call.routers]
             loss = run_router_loss(skeleton, call, leaves, hidden) * share
             loss.backward()
-            call.routers = [[_gradient_of(t) for t in layer] for layer in leaves]
+            call.routers = [[r._replace(logits=_gradient_of(r.logits)) for r in layer] for layer in leaves]
             total += loss.detach()
     return total, hidden_gradient.view_as(hidden)
 
@@ -148,7 +151,7 @@ def backward_prologue(
     embeds = embeds.detach().requires_grad_()
     with torch.enable_grad(), bound_for_backward(skeleton, 0, run, gradient):
         first, _ = run_prologue(skeleton, embeds, inputs)
-        if first is embeds:
+        if first is None:
             return output_gradient
         first.backward(output_gradient)
     return _gradient_of(embeds)

@@ -84,7 +84,7 @@ class Engine:
         self.skeleton, self.store, self.optimizer = skeleton, store, optimizer
         self.device, self.lanes, self.seed = device, lanes, seed
         self.slots, self.grad_slots = slots, grad_slots
-        self.loss_chunk = chunk_tokens(loss_chunk, skeleton.vocabulary)
+        self.loss_chunk = min(chunk_tokens(loss_chunk, skeleton.vocabulary), skeleton.max_head_tokens)
         streamed = range(skeleton.head + 1)
         self.uploaded = frozenset(u for u in streamed if store.units[u].numel)
         self.trainable = frozenset(
@@ -192,11 +192,9 @@ class Engine:
         with self._random_state(op):
             if op.unit == 0:
                 embeds = step.tensor("embeds", -1, m).to(self.device, non_blocking=True)
-                first, call = compute.forward_prologue(
+                output, call = compute.forward_prologue(
                     self.skeleton, self._weights(op), embeds, self._inputs(step, m)
                 )
-                # The gathered rows are kept for the prologue's backward; their copy is not shared.
-                output = first.clone() if first is step.memory[Buffer("embeds", -1, m)] else first
                 step.memory[Buffer("call", -1, m)] = call
             else:
                 output = compute.forward_layer(

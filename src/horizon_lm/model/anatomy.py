@@ -24,13 +24,17 @@ from ..errors import UnsupportedModelError
 class Anatomy:
     """The cut. Names are Hugging Face parameter names without duplicates of tied ones.
 
-    layers_path: module path of the decoder layers. returns_tuple: what a layer hands on.
+    layers_path: module path of the decoder layers.
+    layer_outputs: 0 when a layer returns hidden states, n when it returns a tuple of up to n whose
+    first are the hidden states and of which the model uses nothing else.
+    head_takes_one_token: whether the head can be run on hidden states of other tokens than its dummy input.
     prologue, head, idle: parameters used before the layers, after them, and by neither.
     embedding: name of the input embedding table; tied: whether the head uses it too.
     """
 
     layers_path: str
-    returns_tuple: bool
+    layer_outputs: int
+    head_takes_one_token: bool
     embedding: str
     tied: bool
     prologue: tuple[str, ...]
@@ -100,12 +104,15 @@ def analyse(model: nn.Module) -> Anatomy:
     embedding_module = model.get_input_embeddings()
     if not isinstance(embedding_module, nn.Embedding) or id(embedding_module.weight) not in names:
         raise _refuse(model, f"its input embedding is a {type(embedding_module).__name__}, not a table of rows")
+    if len(list(embedding_module.parameters())) != 1:
+        raise _refuse(model, f"its input embedding ({type(embedding_module).__name__}) has parameters beside the table")
     embedding = names[id(embedding_module.weight)]
     layer_names = _layer_parameters(model, path, layers, names)
     in_layers = {name for unit in layer_names for name in unit}
     outside = {id(p): p for p in model.parameters() if names[id(p)] not in in_layers}
 
-    returns_tuple, first_hidden, logits = _probe(model, layers, embedding_module, list(outside.values()))
+    with _requiring_grad(list(outside.values())):
+        outputs, first_hidden, logits = _probe(model, layers, embedding_module)
     used_before = {names[i] for i in _leaves(first_hidden) if i in outside}
     used_after = {names[i] for i in _leaves(logits) if i in outside}
     if embedding in used_before or used_before & used_after:
@@ -114,7 +121,8 @@ def analyse(model: nn.Module) -> Anatomy:
     order = [names[i] for i in outside]
     return Anatomy(
         layers_path=path,
-        returns_tuple=returns_tuple,
+        layer_outputs=outputs,
+        head_takes_one_token=_head_takes_one_token(model, layers, embedding_module, outputs, logits.shape[-1]),
         embedding=embedding,
         tied=embedding in used_after,
         prologue=tuple(n for n in order if n in used_before),
@@ -164,32 +172,40 @@ class _BrokenChain(Exception):
     pass
 
 
-def _probe(
-    model: nn.Module, layers: nn.ModuleList, embedding: nn.Embedding, outside: list[nn.Parameter]
-) -> tuple[bool, torch.Tensor, torch.Tensor]:
-    """(layers return a tuple, input of layer 0, logits), both with their autograd graphs."""
-    required = [p.requires_grad for p in outside]
+@contextmanager
+def _requiring_grad(parameters: list[nn.Parameter]) -> Iterator[None]:
+    required = [p.requires_grad for p in parameters]
     try:
-        for parameter in outside:
+        for parameter in parameters:
             parameter.requires_grad_(True)
-        reasons = []
-        for returns_tuple in (False, True):
-            try:
-                return returns_tuple, *_run_with_markers(model, layers, embedding, returns_tuple)
-            except _BrokenChain as broken:
-                reasons.append(str(broken))
-            except UnsupportedModelError:
-                raise
-            except Exception as error:  # whatever a model does when given the wrong kind of output
-                reasons.append(f"its forward with inputs_embeds failed: {type(error).__name__}: {error}")
-        raise _refuse(model, next((r for r in reasons if "failed" not in r), reasons[0]))
+        yield
     finally:
-        for parameter, flag in zip(outside, required, strict=True):
+        for parameter, flag in zip(parameters, required, strict=True):
             parameter.requires_grad_(flag)
 
 
+def as_layer_output(hidden: torch.Tensor, outputs: int, extra: Any = None) -> Any:
+    """What a decoder layer returns: `hidden`, or a tuple of `outputs` values that starts with it."""
+    return (hidden, *[extra] * (outputs - 1)) if outputs else hidden
+
+
+def _probe(model: nn.Module, layers: nn.ModuleList, embedding: nn.Embedding) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """(layer outputs, input of layer 0, logits), the last two with their autograd graphs."""
+    broken, failed = "", ""
+    for outputs in (0, 3, 2, 1):
+        try:
+            return outputs, *_run_with_markers(model, layers, embedding, outputs)
+        except _BrokenChain as error:
+            broken = broken or str(error)
+        except UnsupportedModelError:
+            raise
+        except Exception as error:  # whatever a model does when given the wrong kind of output
+            failed = failed or f"its forward with inputs_embeds failed: {type(error).__name__}: {error}"
+    raise _refuse(model, broken or failed)
+
+
 def _run_with_markers(
-    model: nn.Module, layers: nn.ModuleList, embedding: nn.Embedding, returns_tuple: bool
+    model: nn.Module, layers: nn.ModuleList, embedding: nn.Embedding, outputs: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     seen: list[torch.Tensor] = []
     marker: list[torch.Tensor] = []
@@ -200,23 +216,44 @@ def _run_with_markers(
             raise _BrokenChain(f"something runs between decoder layers {i - 1} and {i}, or not all run in order")
         if not marker:
             seen.append(hidden)
+        if "input_ids" in named:
+            raise _refuse(model, f"layer {i} looks at input_ids")
         for tensor in tensors_in([rest, named]):
             if tensor.requires_grad:
                 raise _refuse(model, f"layer {i} receives a second activation of shape {tuple(tensor.shape)}")
         marker.append(hidden.detach().clone().requires_grad_())
-        return (marker[-1],) if returns_tuple else marker[-1]
+        return as_layer_output(marker[-1], outputs, hidden.detach().clone().requires_grad_())
 
-    weight = embedding.weight
-    ids = torch.zeros(2, 3, dtype=torch.long, device=weight.device)
-    embeds = embedding(ids).detach().requires_grad_()
+    ids = torch.zeros(2, 3, dtype=torch.long, device=embedding.weight.device)
+    embeds = embedding(ids).detach().requires_grad_().clone()  # no leaf: a model may scale it in place
     with torch.enable_grad(), intercept(layers, layer):
         output = model(**accepted(model, inputs_embeds=embeds, use_cache=False, output_router_logits=False))
     if len(marker) != len(layers):
         raise _BrokenChain(f"{len(marker)} of its {len(layers)} decoder layers were called")
     logits = output.logits
-    if tuple(logits.shape[:2]) != (2, 3) or id(marker[-1]) not in _leaves(logits):
+    leaves = _leaves(logits)
+    if tuple(logits.shape[:2]) != (2, 3) or id(marker[-1]) not in leaves:
         raise _BrokenChain("its logits do not follow from the output of the last layer")
+    known = {id(marker[-1]), *map(id, model.parameters())}
+    if not leaves <= known:
+        raise _refuse(model, "its head uses more than the hidden states of the last layer")
     return seen[0], logits
+
+
+def _head_takes_one_token(
+    model: nn.Module, layers: nn.ModuleList, embedding: nn.Embedding, outputs: int, vocabulary: int
+) -> bool:
+    def skip(i: int, *args: Any, **kwargs: Any) -> Any:
+        hidden = split_hidden(args, kwargs)[0]
+        return as_layer_output(hidden.expand(1, 3, hidden.shape[-1]), outputs)
+
+    ids = torch.zeros(1, 1, dtype=torch.long, device=embedding.weight.device)
+    try:
+        with torch.no_grad(), intercept(layers, skip):
+            given = accepted(model, inputs_embeds=embedding(ids), use_cache=False, output_router_logits=False)
+            return bool(model(**given).logits.numel() == 3 * vocabulary)
+    except Exception:  # a fixed view of the hidden states, for example
+        return False
 
 
 def _leaves(tensor: torch.Tensor) -> set[int]:

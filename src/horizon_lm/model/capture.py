@@ -8,15 +8,26 @@ the last layer replaced by the true hidden states.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from ..errors import UnsupportedModelError
-from .anatomy import accepted, intercept, split_hidden
-from .skeleton import Router, Skeleton
+from .anatomy import accepted, as_layer_output, intercept, split_hidden
+from .skeleton import Skeleton
+
+
+class RouterLogits(NamedTuple):
+    """A router, the place of its logits in what it returns, and the logits [tokens, experts]."""
+
+    module: nn.Module
+    index: int
+    logits: torch.Tensor
 
 
 @dataclass
@@ -25,13 +36,13 @@ class Call:
 
     layers: per layer (positional, named) arguments without hidden states.
     inputs: what the model's forward was given (attention_mask, position_ids).
-    routers: per layer its router logits [tokens, experts], when the auxiliary loss is asked for;
-    once the loss is known, their gradients.
+    routers: per layer its routers' logits when the auxiliary loss is asked for; once that is
+    known, the gradients in their place.
     """
 
     layers: list[tuple[tuple, dict[str, Any]]]
     inputs: dict[str, torch.Tensor]
-    routers: list[list[torch.Tensor]] = field(default_factory=list)
+    routers: list[list[RouterLogits]] = field(default_factory=list)
 
 
 class _Enough(Exception):
@@ -40,9 +51,10 @@ class _Enough(Exception):
 
 def run_prologue(
     skeleton: Skeleton, embeds: torch.Tensor, inputs: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, Call]:
+) -> tuple[torch.Tensor | None, Call]:
     """Run what comes before layer 0. embeds: [batch, tokens, hidden]; returns layer 0's input
-    [batch, tokens, hidden] and the captured call. Its parameters must be bound."""
+    [batch, tokens, hidden] (None when that is `embeds` itself) and the captured call. Its
+    parameters must be bound."""
     recorded: list[tuple[tuple, dict[str, Any]]] = []
     first: list[torch.Tensor] = []
     last = skeleton.num_layers - 1
@@ -54,10 +66,11 @@ def run_prologue(
         recorded.append((rest, named))
         if i == last:
             raise _Enough
-        return (hidden,) if skeleton.anatomy.returns_tuple else hidden
+        return as_layer_output(hidden, skeleton.anatomy.layer_outputs)
 
     model = skeleton.model
-    given = accepted(model, inputs_embeds=embeds, use_cache=False, output_router_logits=False, **inputs)
+    work = embeds.clone()  # some models scale it in place
+    given = accepted(model, inputs_embeds=work, use_cache=False, output_router_logits=False, **inputs)
     missing = inputs.keys() - given.keys()
     if missing:
         raise UnsupportedModelError(
@@ -69,7 +82,8 @@ def run_prologue(
             model(**given)
         except _Enough:
             pass
-    return first[0], Call(recorded, inputs)
+    untouched = first[0] is work and work._version == 0
+    return None if untouched else first[0], Call(recorded, inputs)
 
 
 def run_layer(skeleton: Skeleton, layer: int, call: Call, hidden: torch.Tensor) -> torch.Tensor:
@@ -80,28 +94,41 @@ def run_layer(skeleton: Skeleton, layer: int, call: Call, hidden: torch.Tensor) 
     rest, named = call.layers[layer]
     shared = [value for value in (*rest, *named.values()) if isinstance(value, (dict, list))]
     before = [len(value) for value in shared]
-    output = skeleton.layers[layer](hidden, *rest, **named)
-    extra: list[Any] = []
-    if isinstance(output, tuple):
-        output, *extra = output
-    if [len(value) for value in shared] != before or any(isinstance(e, torch.Tensor) for e in extra):
-        raise UnsupportedModelError(
-            f"{skeleton.model_type} cannot be streamed layer by layer: layer {layer} passes on more than hidden states",
-            hint="docs/architectures.md lists the models that can be streamed",
-        )
-    return output
+    version = hidden._version
+    try:
+        output = skeleton.layers[layer](hidden, *rest, **named)
+    except (RuntimeError, NotImplementedError) as error:
+        if "meta" in str(error):
+            raise _refuse(skeleton, f"layer {layer} uses weights that belong to another part of the model") from error
+        raise
+    if hidden._version != version:
+        raise _refuse(skeleton, f"layer {layer} writes into its input")
+    outputs = skeleton.anatomy.layer_outputs
+    if isinstance(output, (tuple, list)) != bool(outputs) or (outputs and len(output) > outputs):
+        raise _refuse(skeleton, f"layer {layer} passes on more than hidden states")
+    if [len(value) for value in shared] != before:
+        raise _refuse(skeleton, f"layer {layer} leaves something behind for later layers")
+    return output[0] if outputs else output
+
+
+def _refuse(skeleton: Skeleton, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{skeleton.model_type} cannot be streamed layer by layer: {reason}",
+        hint="docs/architectures.md lists the models that can be streamed",
+    )
 
 
 def run_head(skeleton: Skeleton, hidden: torch.Tensor) -> torch.Tensor:
     """Logits [n, vocabulary] of hidden [n, hidden], with whatever norm, scaling or soft-capping
     the model's own forward applies; the head's parameters must be bound."""
     rows = hidden.unsqueeze(0)
+    tokens = 1 if skeleton.anatomy.head_takes_one_token else hidden.shape[0]
 
     def skip(i: int, *args: Any, **kwargs: Any) -> Any:
         value = rows if i == skeleton.num_layers - 1 else split_hidden(args, kwargs)[0]
-        return (value,) if skeleton.anatomy.returns_tuple else value
+        return as_layer_output(value, skeleton.anatomy.layer_outputs)
 
-    logits = _run_after_layers(skeleton, skip, hidden, 1, 1, {"output_router_logits": False}).logits
+    logits = _run_after_layers(skeleton, skip, hidden, 1, tokens, {"output_router_logits": False}).logits
     return logits.reshape(hidden.shape[0], logits.shape[-1])
 
 
@@ -110,7 +137,7 @@ def _run_after_layers(
 ) -> Any:
     """The model's forward on dummy embeddings [batch, tokens, hidden], its layers replaced by `layer`."""
     width = skeleton.embedding.embedding_dim
-    dummy = torch.zeros(1, dtype=skeleton.dtype, device=like.device).expand(batch, tokens, width)
+    dummy = torch.zeros(batch, tokens, width, dtype=skeleton.dtype, device=like.device)
     given = accepted(skeleton.model, inputs_embeds=dummy, use_cache=False, **options)
     with _dummy_prologue(skeleton, like.device), intercept(skeleton.layers, layer):
         return skeleton.model(**given)
@@ -133,43 +160,36 @@ class _dummy_prologue:
         self.bound.__exit__(*exc)
 
 
-def capture_routers(skeleton: Skeleton, layer: int) -> _RouterCapture:
-    """A context in which the router logits of decoder layer `layer` are collected as a list."""
-    return _RouterCapture(skeleton.routers[layer])
+@contextmanager
+def capture_routers(skeleton: Skeleton, layer: int) -> Iterator[list[RouterLogits]]:
+    """While open, the routers of decoder layer `layer` (0-based) leave their logits in the yielded
+    list, in the order in which they ran."""
+    seen: list[RouterLogits] = []
 
+    def keep(module: nn.Module, args: Any, output: Any, *, index: int) -> None:
+        logits = output[index] if isinstance(output, (tuple, list)) else output
+        seen.append(RouterLogits(module, index, logits))
 
-class _RouterCapture:
-    def __init__(self, routers: list[Router]) -> None:
-        self.routers = routers
-        self.logits: list[torch.Tensor] = []
-
-    def __enter__(self) -> list[torch.Tensor]:
-        self.handles = [
-            module.register_forward_hook(lambda _m, _a, output, index=index: self._keep(output, index))
-            for module, index in self.routers
-        ]
-        return self.logits
-
-    def _keep(self, output: Any, index: int) -> None:
-        self.logits.append(output[index] if isinstance(output, tuple) else output)
-
-    def __exit__(self, *exc: Any) -> None:
-        for handle in self.handles:
+    handles = [module.register_forward_hook(partial(keep, index=index)) for module, index in skeleton.routers[layer]]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
             handle.remove()
 
 
 def run_router_loss(
-    skeleton: Skeleton, call: Call, routers: list[list[torch.Tensor]], hidden: torch.Tensor
+    skeleton: Skeleton, call: Call, routers: list[list[RouterLogits]], hidden: torch.Tensor
 ) -> torch.Tensor:
     """The router's auxiliary loss times its coefficient, as the model's own forward computes it.
 
-    routers: per layer its router logits [tokens, experts]; hidden: [batch, tokens, hidden], the
+    routers: per layer its routers' logits; hidden: [batch, tokens, hidden], the
     last layer's output. Router modules are called with their forward replaced, so that
     transformers' own output recorders see the given logits. The head must be bound.
     """
 
     def replay(i: int, *args: Any, **kwargs: Any) -> Any:
-        for (module, index), logits in zip(skeleton.routers[i], routers[i], strict=True):
+        for module, index, logits in routers[i]:
             output = tuple(logits if k == index else None for k in range(index + 1))
             module.forward = lambda *a, output=output: output
             try:
@@ -177,13 +197,10 @@ def run_router_loss(
             finally:
                 module.__dict__.pop("forward")
         value = hidden if i == skeleton.num_layers - 1 else split_hidden(args, kwargs)[0]
-        return (value,) if skeleton.anatomy.returns_tuple else value
+        return as_layer_output(value, skeleton.anatomy.layer_outputs)
 
     batch, tokens, _ = hidden.shape
-    options = {"output_router_logits": True, "logits_to_keep": 1, **call.inputs}
-    output = _run_after_layers(skeleton, replay, hidden, batch, tokens, options)
-    model = skeleton.model
-    coefficient = getattr(model, "router_aux_loss_coef", None)
-    if coefficient is None:
-        coefficient = skeleton.config.router_aux_loss_coef
-    return coefficient * output.aux_loss
+    # Labels that are all ignored, summed: what is left of the model's loss is the auxiliary part.
+    nothing = torch.full((batch, 1), -100, device=hidden.device)
+    options = {"output_router_logits": True, "logits_to_keep": 1, "labels": nothing, "num_items_in_batch": 1}
+    return _run_after_layers(skeleton, replay, hidden, batch, tokens, options | call.inputs).loss

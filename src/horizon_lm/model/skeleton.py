@@ -68,6 +68,14 @@ class Skeleton:
         return int(output.weight.shape[0]) if output is not None else self.embedding.num_embeddings
 
     @property
+    def max_head_tokens(self) -> int:
+        """Most tokens that the head can be run on at once; unlimited unless its dummy input must
+        be as long as its hidden states, and so within the model's positions."""
+        if self.anatomy.head_takes_one_token:
+            return 1 << 62
+        return int(getattr(self.config, "max_position_embeddings", 1024))
+
+    @property
     def has_noise(self) -> bool:
         """Whether a forward pass in training draws random numbers (dropout, router jitter)."""
         values = vars(self.config).items()
@@ -79,7 +87,7 @@ class Skeleton:
     @property
     def has_router_loss(self) -> bool:
         """Whether the configuration asks for the mixture-of-experts auxiliary loss."""
-        return bool(getattr(self.config, "output_router_logits", False)) and hasattr(self.config, "router_aux_loss_coef")
+        return bool(getattr(self.config, "output_router_logits", False))
 
     @property
     def embedding_unit(self) -> int:

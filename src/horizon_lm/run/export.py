@@ -16,12 +16,18 @@ from ..model.skeleton import Skeleton
 
 
 def save_model(
-    skeleton: Skeleton, store: HostStore, folder: Path, *, dtype: str | None, max_shard_size: str
+    skeleton: Skeleton,
+    store: HostStore,
+    folder: Path,
+    *,
+    dtype: str | None,
+    max_shard_size: str,
+    extra: Callable[[Path], None] | None = None,
 ) -> None:
     """Write config, generation config and sharded safetensors to `folder`; whole or absent.
 
     dtype None: the store's compute dtype, from views of the store (no second copy). float32 from a
-    bf16 store reconstructs the masters.
+    bf16 store reconstructs the masters. extra: writes further files (the tokenizer) into the folder.
     """
     wanted = {None: store.dtype, "bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
 
@@ -36,6 +42,8 @@ def save_model(
             skeleton.model.save_pretrained(target, state_dict=state, max_shard_size=max_shard_size)
         finally:
             skeleton.config.dtype = old
+        if extra is not None:
+            extra(target)
 
     write_folder(folder, write)
 

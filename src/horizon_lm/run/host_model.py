@@ -11,7 +11,7 @@ The handle for people who write their own loop:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,12 +176,22 @@ class HostModel:
         for name in self.store.names():
             yield name, self.store.master(name)
 
-    def save_pretrained(self, folder: str | Path, *, dtype: str | None = None, max_shard_size: str = "5GB") -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        dtype: str | None = None,
+        max_shard_size: str = "5GB",
+        extra: Callable[[Path], None] | None = None,
+    ) -> None:
         """Write a Hugging Face folder (safetensors, config, generation config); whole or absent.
 
         dtype: bfloat16 or float32, default the compute dtype. Written straight from the store.
+        extra: writes further files (the tokenizer) into the folder before it is put in place.
         """
-        save_model(self.skeleton, self.store, Path(folder), dtype=dtype, max_shard_size=max_shard_size)
+        save_model(
+            self.skeleton, self.store, Path(folder), dtype=dtype, max_shard_size=max_shard_size, extra=extra
+        )
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes by part: host regions of the store, weight and gradient slots on the device."""

@@ -1,0 +1,152 @@
+"""metrics.jsonl: what the run did, one JSON object a line, readable while it is written.
+
+    {"event": "start", ...}     versions, machine, size of the model and of the data
+    {"event": "step", ...}      every logging_steps steps, see `Metrics`
+    {"event": "end", ...}       "status": finished, interrupted or failed
+
+Every line has `event` and `time` (UTC). Numbers that are not finite are null, never 0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+import torch
+
+from ..errors import DataError
+from .folder import writing
+from .host_model import HostModel
+from .loop import StepRecord
+
+_PACKAGES = ("horizon-lm", "torch", "transformers", "tokenizers", "safetensors")
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """One line of the file: the steps since the line before it.
+
+    loss: mean over their target tokens, without skipped steps; grad_norm (before clipping),
+    learning_rate and epoch: of the last step; tokens_per_second: target tokens. Since the start of
+    the run: num_tokens (target tokens), seconds (in steps), skipped_steps. device_bytes: peak
+    on a CUDA device, else what the slots hold (0 where they share the store's memory).
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens_per_second: float
+    num_tokens: int
+    seconds: float
+    skipped_steps: int
+    host_rss_bytes: int
+    device_bytes: int
+
+
+class Meter:
+    """Sums up steps: `add` gives a record at every `every`th step, and at the first and the last."""
+
+    def __init__(self, model: HostModel, *, every: int, num_steps: int) -> None:
+        self._model, self._every, self._num_steps = model, every, num_steps
+        self._window: list[StepRecord] = []
+        self._num_tokens = self._skipped = 0
+        self._seconds = 0.0
+
+    def add(self, record: StepRecord) -> Metrics | None:
+        self._window.append(record)
+        self._num_tokens += record.num_tokens
+        self._seconds += record.seconds
+        self._skipped += record.skipped
+        if record.step % self._every and record.step not in (1, self._num_steps):
+            return None
+        window, self._window = self._window, []
+        learned = [r for r in window if not r.skipped]
+        tokens = sum(r.num_tokens for r in learned)
+        return Metrics(
+            step=record.step,
+            epoch=record.epoch,
+            loss=sum(r.loss * r.num_tokens for r in learned) / tokens if tokens else math.nan,
+            grad_norm=record.grad_norm,
+            learning_rate=record.learning_rate,
+            tokens_per_second=sum(r.num_tokens for r in window) / sum(r.seconds for r in window),
+            num_tokens=self._num_tokens,
+            seconds=self._seconds,
+            skipped_steps=self._skipped,
+            host_rss_bytes=psutil.Process().memory_info().rss,
+            device_bytes=device_bytes(self._model),
+        )
+
+
+class MetricsFile:
+    """Replaces the file, then appends line by line; each is on its way to the disk before `write` returns."""
+
+    def __init__(self, path: Path) -> None:
+        with writing(path):
+            self._file = path.open("w", encoding="utf-8")
+        self._path = path
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, event: str, values: dict[str, Any]) -> None:
+        """Append one line. Raises DoesNotFitError when the disk is full."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = {"event": event, **{key: _json(value) for key, value in values.items()}, "time": now}
+        with writing(self._path):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+
+    def write_step(self, metrics: Metrics) -> None:
+        self.write("step", asdict(metrics))
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """The step records of a metrics file; a last line that is cut off (a killed run) is passed over."""
+    return [line for line in _lines(path) if line.get("event") == "step"]
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                return
+            raise DataError(f"{path}:{number} is not JSON: {error.msg}", hint="the file is damaged") from error
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide on the numbers."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from a source folder
+            continue
+    return found
+
+
+def device_bytes(model: HostModel) -> int:
+    """Bytes taken on the compute device: the peak on CUDA, else the slots that are no part of the store."""
+    if model.device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(model.device))
+    memory = model.memory_bytes()
+    return memory["weight_slots"] + memory["gradient_slots"]
+
+
+def _json(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
