@@ -127,7 +127,7 @@ def loss_and_backward(
     auxiliary loss counts with the micro-batch's share of those.
     """
     with torch.enable_grad(), bound_for_backward(skeleton, skeleton.head, run, gradient):
-        flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        flat, wanted = hidden.flatten(0, 1), targets.flatten()
         total, hidden_gradient = head_loss(skeleton, flat, wanted, num_tokens, chunk)
         if skeleton.has_router_loss:
             share = int((wanted != -100).sum()) / num_tokens

@@ -297,7 +297,7 @@ class Engine:
         return step.gradients[op.unit]
 
     def _inputs(self, step: _Step, m: int) -> dict[str, torch.Tensor]:
-        names = ("attention_mask", "position_ids")
+        names = ("input_ids", "attention_mask", "position_ids")
         batch = step.micro_batches[m]
         return {n: batch[n].to(self.device, non_blocking=True) for n in names if batch.get(n) is not None}
 

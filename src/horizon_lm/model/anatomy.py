@@ -59,6 +59,27 @@ def intercept(layers: nn.ModuleList | list[nn.Module], replacement: Callable[...
             layer.__dict__.pop("forward", None)
 
 
+@contextmanager
+def embedding_gives(embedding: nn.Module, embeds: torch.Tensor) -> Iterator[list[int]]:
+    """While open, the embedding module returns `embeds` whatever it is asked for. Yields a list
+    that counts its calls.
+
+    The model is thus run with input_ids, as users run it, although the table is not at hand: some
+    models scale embeddings only when they looked them up themselves, or route tokens by their id.
+    """
+    calls: list[int] = []
+
+    def give(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        return embeds
+
+    embedding.forward = give  # type: ignore[method-assign]
+    try:
+        yield calls
+    finally:
+        embedding.__dict__.pop("forward", None)
+
+
 class _Replaced:
     def __init__(self, function: Callable[..., Any], index: int) -> None:
         self.function, self.index = function, index
@@ -136,7 +157,7 @@ def _refuse(model: nn.Module, reason: str) -> UnsupportedModelError:
     kind = getattr(model.config, "model_type", type(model).__name__)
     return UnsupportedModelError(
         f"{kind} cannot be streamed layer by layer: {reason}",
-        hint="choose a decoder-only model whose layers pass on hidden states alone; docs/architectures.md lists them",
+        hint="docs/architectures.md lists the models that can be streamed, and why others cannot",
     )
 
 
@@ -200,7 +221,7 @@ def _probe(model: nn.Module, layers: nn.ModuleList, embedding: nn.Embedding) -> 
         except UnsupportedModelError:
             raise
         except Exception as error:  # whatever a model does when given the wrong kind of output
-            failed = failed or f"its forward with inputs_embeds failed: {type(error).__name__}: {error}"
+            failed = failed or f"its forward failed when its layers were replaced: {type(error).__name__}: {error}"
     raise _refuse(model, broken or failed)
 
 
@@ -216,8 +237,6 @@ def _run_with_markers(
             raise _BrokenChain(f"something runs between decoder layers {i - 1} and {i}, or not all run in order")
         if not marker:
             seen.append(hidden)
-        if "input_ids" in named:
-            raise _refuse(model, f"layer {i} looks at input_ids")
         for tensor in tensors_in([rest, named]):
             if tensor.requires_grad:
                 raise _refuse(model, f"layer {i} receives a second activation of shape {tuple(tensor.shape)}")
@@ -226,8 +245,11 @@ def _run_with_markers(
 
     ids = torch.zeros(2, 3, dtype=torch.long, device=embedding.weight.device)
     embeds = embedding(ids).detach().requires_grad_().clone()  # no leaf: a model may scale it in place
-    with torch.enable_grad(), intercept(layers, layer):
-        output = model(**accepted(model, inputs_embeds=embeds, use_cache=False, output_router_logits=False))
+    with torch.enable_grad(), embedding_gives(embedding, embeds) as calls, intercept(layers, layer):
+        given = accepted(model, labels=ids, use_cache=False, output_router_logits=False)
+        output = model(input_ids=ids, **given)
+    if len(calls) != 1:
+        raise _refuse(model, f"its forward looks up embeddings {len(calls)} times")
     if len(marker) != len(layers):
         raise _BrokenChain(f"{len(marker)} of its {len(layers)} decoder layers were called")
     logits = output.logits
@@ -237,7 +259,18 @@ def _run_with_markers(
     known = {id(marker[-1]), *map(id, model.parameters())}
     if not leaves <= known:
         raise _refuse(model, "its head uses more than the hidden states of the last layer")
+    _check_loss(model, output, ids)
     return seen[0], logits
+
+
+def _check_loss(model: nn.Module, output: Any, labels: torch.Tensor) -> None:
+    """The model's own loss must be the mean cross-entropy of the next token, and nothing more."""
+    logits = output.logits.detach().float()
+    expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    if output.loss is not None and not torch.allclose(output.loss.detach().float(), expected, rtol=1e-5, atol=1e-6):
+        raise _refuse(
+            model, f"its forward computes a loss of its own ({output.loss.item():.6f}, cross-entropy {float(expected):.6f})"
+        )
 
 
 def _head_takes_one_token(
@@ -250,8 +283,8 @@ def _head_takes_one_token(
     ids = torch.zeros(1, 1, dtype=torch.long, device=embedding.weight.device)
     try:
         with torch.no_grad(), intercept(layers, skip):
-            given = accepted(model, inputs_embeds=embedding(ids), use_cache=False, output_router_logits=False)
-            return bool(model(**given).logits.numel() == 3 * vocabulary)
+            given = accepted(model, use_cache=False, output_router_logits=False)
+            return bool(model(input_ids=ids, **given).logits.numel() == 3 * vocabulary)
     except Exception:  # a fixed view of the hidden states, for example
         return False
 

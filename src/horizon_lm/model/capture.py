@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from .anatomy import accepted, as_layer_output, intercept, split_hidden
+from .anatomy import accepted, as_layer_output, embedding_gives, intercept, split_hidden
 from .skeleton import Skeleton
 
 
@@ -35,7 +35,7 @@ class Call:
     """What the layers receive beside hidden states for one micro-batch, and their router logits.
 
     layers: per layer (positional, named) arguments without hidden states.
-    inputs: what the model's forward was given (attention_mask, position_ids).
+    inputs: what the model's forward was given (input_ids, attention_mask, position_ids).
     routers: per layer its routers' logits when the auxiliary loss is asked for; once that is
     known, the gradients in their place.
     """
@@ -52,7 +52,8 @@ class _Enough(Exception):
 def run_prologue(
     skeleton: Skeleton, embeds: torch.Tensor, inputs: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor | None, Call]:
-    """Run what comes before layer 0. embeds: [batch, tokens, hidden]; returns layer 0's input
+    """Run what comes before layer 0. embeds: [batch, tokens, hidden]; inputs: input_ids, and
+    attention_mask and position_ids where there are any. Returns layer 0's input
     [batch, tokens, hidden] (None when that is `embeds` itself) and the captured call. Its
     parameters must be bound."""
     recorded: list[tuple[tuple, dict[str, Any]]] = []
@@ -70,14 +71,14 @@ def run_prologue(
 
     model = skeleton.model
     work = embeds.clone()  # some models scale it in place
-    given = accepted(model, inputs_embeds=work, use_cache=False, output_router_logits=False, **inputs)
+    given = accepted(model, use_cache=False, output_router_logits=False, **inputs)
     missing = inputs.keys() - given.keys()
     if missing:
         raise UnsupportedModelError(
             f"{skeleton.model_type} does not take {', '.join(sorted(missing))}",
             hint="leave it out of the micro-batches",
         )
-    with intercept(skeleton.layers, record):
+    with embedding_gives(skeleton.embedding, work), intercept(skeleton.layers, record):
         try:
             model(**given)
         except _Enough:
@@ -138,8 +139,13 @@ def _run_after_layers(
     """The model's forward on dummy embeddings [batch, tokens, hidden], its layers replaced by `layer`."""
     width = skeleton.embedding.embedding_dim
     dummy = torch.zeros(batch, tokens, width, dtype=skeleton.dtype, device=like.device)
-    given = accepted(skeleton.model, inputs_embeds=dummy, use_cache=False, **options)
-    with _dummy_prologue(skeleton, like.device), intercept(skeleton.layers, layer):
+    ids = torch.zeros(batch, tokens, dtype=torch.long, device=like.device)
+    given = accepted(skeleton.model, use_cache=False, **{"input_ids": ids} | options)
+    with (
+        _dummy_prologue(skeleton, like.device),
+        embedding_gives(skeleton.embedding, dummy),
+        intercept(skeleton.layers, layer),
+    ):
         return skeleton.model(**given)
 
 
@@ -199,7 +205,7 @@ def run_router_loss(
         value = hidden if i == skeleton.num_layers - 1 else split_hidden(args, kwargs)[0]
         return as_layer_output(value, skeleton.anatomy.layer_outputs)
 
-    batch, tokens, _ = hidden.shape
+    batch, tokens = hidden.shape[:2]
     # Labels that are all ignored, summed: what is left of the model's loss is the auxiliary part.
     nothing = torch.full((batch, 1), -100, device=hidden.device)
     options = {"output_router_logits": True, "logits_to_keep": 1, "labels": nothing, "num_items_in_batch": 1}
