@@ -69,12 +69,12 @@ class TokenLoader:
 
         Labels are aligned with the inputs, as transformers wants them; the model shifts.
         """
-        rows = self._take(self.rows_per_step)
-        batches = []
-        for begin in range(0, len(rows), self._micro_batch_size):
-            ids = torch.from_numpy(self._blocks[rows[begin : begin + self._micro_batch_size]].astype(np.int64))
-            batches.append({"input_ids": ids, "labels": ids.clone()})
-        return batches
+        rows = self._take(self.rows_per_step).reshape(self._micro_batches_per_step, -1)
+        step = []
+        for micro_batch in rows:
+            ids = torch.from_numpy(self._blocks[micro_batch].astype(np.int64))
+            step.append({"input_ids": ids, "labels": ids.clone()})
+        return step
 
     def state_dict(self) -> dict[str, int]:
         """The place, and what it is a place in; JSON-ready."""

@@ -39,9 +39,7 @@ class Packed:
     dropped_tokens: int
 
 
-def pack_documents(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> Packed:
+def pack_documents(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Packed:
     """Tokenise `documents` and cut them into blocks of `max_length` tokens.
 
     Needs, beside the result, no more memory than one batch of documents. A text beyond a

@@ -11,16 +11,13 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from horizon_lm.errors import DataError
 
 PYTHON_STDLIB = "python-stdlib"
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
-SUFFIXES = TEXT_SUFFIXES + ROW_SUFFIXES
 
 _STDLIB_SKIPPED = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
@@ -97,7 +94,7 @@ def list_files(name: str) -> list[Path]:
             raise DataError(f"{name}: unknown file type {path.suffix!r}", hint=f"one of {' '.join(SUFFIXES)}")
         return [path]
     if path.is_dir():
-        found: Iterable[str] = (os.path.join(folder, file) for folder, _, files in os.walk(path) for file in files)
+        found: Iterable[str] = (os.path.join(at, file) for at, _, names in os.walk(path) for file in names)
     elif glob.has_magic(name):
         found = (match for match in glob.iglob(str(path), recursive=True) if os.path.isfile(match))
     else:
@@ -112,16 +109,15 @@ def list_files(name: str) -> list[Path]:
 
 
 def read_file(path: Path, column: str) -> Iterator[tuple[str, str]]:
-    """(text, place) for each document of one file; `column` matters to tables only."""
-    suffix = path.suffix.lower()
-    reader = _read_parquet if suffix == ".parquet" else _read_json if suffix != ".jsonl" else _read_json_lines
+    """(text, place) for each document of one file; `column` matters to files of rows only."""
     try:
-        if suffix in TEXT_SUFFIXES:
-            yield _decode(path.read_bytes(), str(path)), str(path)
-        else:
-            yield from reader(path, column)
+        yield from _READERS[path.suffix.lower()](path, column)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _read_text(path: Path, column: str) -> Iterator[tuple[str, str]]:
+    yield _decode(path.read_bytes(), str(path)), str(path)
 
 
 def _read_json_lines(path: Path, column: str) -> Iterator[tuple[str, str]]:
@@ -163,6 +159,18 @@ def _read_parquet(path: Path, column: str) -> Iterator[tuple[str, str]]:
                     yield _checked_text(value, column, place), place
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from error
+
+
+# One reader for each file type: (path, column) -> (text, place) of each document.
+_READERS: dict[str, Callable[[Path, str], Iterator[tuple[str, str]]]] = {
+    ".txt": _read_text,
+    ".md": _read_text,
+    ".py": _read_text,
+    ".jsonl": _read_json_lines,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}
+SUFFIXES = tuple(_READERS)
 
 
 def _parse(text: str, place: str) -> Any:
@@ -236,6 +244,6 @@ def _read_stdlib() -> Iterator[tuple[str, str]]:
         paths = (Path(folder, name) for name in files if name.endswith(".py"))
         names += [path.relative_to(root).as_posix() for path in paths if not path.is_symlink()]
     if not names:
-        raise DataError(f"{root} holds no Python sources", hint="install the full Python, or set datasets=FILE")
+        raise DataError(f"{root} holds no Python sources", hint="set datasets=FILE")
     for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):
         yield (root / name).read_text(encoding="utf-8", errors="ignore"), str(root / name)

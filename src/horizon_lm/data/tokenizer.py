@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # every byte, and the end of a text
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name on the Hub: owner/name, or name alone
 
 
 def load_tokenizer(
@@ -33,7 +35,7 @@ def load_tokenizer(
     is_local = path.is_dir()
     if is_local and not any((path / name).is_file() for name in _TOKENIZER_FILES):
         raise ConfigError(f"{name_or_path} holds no tokenizer", hint=hint)
-    if not is_local and (path.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
+    if not is_local and (path.exists() or not _REPOSITORY.fullmatch(name_or_path)):
         raise ConfigError(f"{name_or_path} is not a folder with a tokenizer", hint=hint)
     try:
         tokenizer = AutoTokenizer.from_pretrained(

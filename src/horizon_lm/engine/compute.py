@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from ..memory.layout import Parameter, UnitLayout
-from ..model.capture import Call, capture_routers, run_layer, run_prologue, run_router_loss
+from ..model.capture import Call, RouterLogits, capture_routers, run_layer, run_prologue, run_router_loss
 from ..model.skeleton import Skeleton
 from .loss import head_loss
 
@@ -43,26 +46,34 @@ class UnitGradient:
 
 
 @contextmanager
+def collecting(
+    skeleton: Skeleton, unit: int, leaves: dict[str, torch.Tensor], gradient: UnitGradient | None
+) -> Iterator[None]:
+    """While open, gradients of the unit's leaves move into its slot as soon as they exist."""
+    handles = []
+    for parameter in skeleton.units[unit].trainable:
+        assert gradient is not None
+
+        def collect(leaf: torch.Tensor, parameter: Parameter = parameter) -> None:
+            assert leaf.grad is not None
+            gradient.add(parameter, leaf.grad)
+            leaf.grad = None
+
+        handles.append(leaves[parameter.name].register_post_accumulate_grad_hook(collect))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def bound_for_backward(
     skeleton: Skeleton, unit: int, run: torch.Tensor | None, gradient: UnitGradient | None
 ) -> Iterator[None]:
-    """The unit's weights bound as leaves whose gradients move into the slot as soon as they exist."""
-    with skeleton.bound(unit, run, grad=True) as tensors:
-        handles = []
-        for parameter in skeleton.units[unit].trainable:
-            assert gradient is not None
-
-            def collect(leaf: torch.Tensor, parameter: Parameter = parameter) -> None:
-                assert leaf.grad is not None
-                gradient.add(parameter, leaf.grad)
-                leaf.grad = None
-
-            handles.append(tensors[parameter.name].register_post_accumulate_grad_hook(collect))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    """The unit's weights bound as leaves whose gradients are collected."""
+    with skeleton.bound(unit, run, grad=True) as leaves, collecting(skeleton, unit, leaves, gradient):
+        yield
 
 
 def forward_prologue(
@@ -75,17 +86,40 @@ def forward_prologue(
     return embeds.clone() if first is None else first, call
 
 
+@dataclass
+class LayerGraph:
+    """The autograd graph of one layer on one micro-batch, between its forward and its backward.
+
+    What the graph would save is not kept: it is computed again in backward, with the weights bound
+    then (`torch.utils.checkpoint`, which also stops the recompute at the last tensor needed).
+
+    output: [batch, tokens, width]; hidden: the leaf it started from; leaves: the parameters.
+    """
+
+    output: torch.Tensor
+    hidden: torch.Tensor
+    leaves: dict[str, torch.Tensor]
+    routers: list[RouterLogits]
+
+
 def forward_layer(
-    skeleton: Skeleton, layer: int, run: torch.Tensor | None, call: Call, hidden: torch.Tensor
-) -> torch.Tensor:
-    """The layer's output; with a router loss, its router logits are kept in `call`."""
-    with torch.no_grad(), skeleton.bound(layer + 1, run, grad=False):
-        if not skeleton.has_router_loss:
-            return run_layer(skeleton, layer, call, hidden)
+    skeleton: Skeleton, layer: int, run: torch.Tensor | None, call: Call, hidden: torch.Tensor, *, grad: bool
+) -> tuple[torch.Tensor, LayerGraph | None]:
+    """The layer's output, and with `grad` the graph that its backward needs.
+
+    With a router loss, the router logits are left in `call` as well.
+    """
+    with torch.set_grad_enabled(grad), skeleton.bound(layer + 1, run, grad=grad) as leaves:
+        start = hidden.detach().requires_grad_(grad)
         with capture_routers(skeleton, layer) as routers:
-            output = run_layer(skeleton, layer, call, hidden)
-        call.routers.append(routers)
-        return output
+            if grad:
+                output = checkpoint(
+                    partial(run_layer, skeleton, layer, call), start, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                output = run_layer(skeleton, layer, call, start)
+    call.routers.append([r._replace(logits=r.logits.detach()) for r in routers])
+    return output.detach(), LayerGraph(output, start, leaves, routers) if grad else None
 
 
 def backward_layer(
@@ -93,21 +127,16 @@ def backward_layer(
     layer: int,
     run: torch.Tensor | None,
     call: Call,
-    hidden: torch.Tensor,
+    graph: LayerGraph,
     output_gradient: torch.Tensor,
     gradient: UnitGradient | None,
 ) -> torch.Tensor:
-    """Run the layer again with a graph and return the gradient of its input."""
-    hidden = hidden.detach().requires_grad_()
-    with torch.enable_grad(), bound_for_backward(skeleton, layer + 1, run, gradient):
-        if skeleton.has_router_loss:
-            with capture_routers(skeleton, layer) as routers:
-                output = run_layer(skeleton, layer, call, hidden)
-            roots = [output, *(r.logits for r in routers)]
-            torch.autograd.backward(roots, [output_gradient, *(r.logits for r in call.routers[layer])])
-        else:
-            run_layer(skeleton, layer, call, hidden).backward(output_gradient)
-    return _gradient_of(hidden)
+    """Recompute what the graph needs, run it backward, and return the gradient of the layer's input."""
+    roots = [graph.output, *(r.logits for r in graph.routers)]
+    gradients = [output_gradient, *(r.logits for r in call.routers[layer])] if graph.routers else [output_gradient]
+    with skeleton.bound(layer + 1, run, grad=True), collecting(skeleton, layer + 1, graph.leaves, gradient):
+        torch.autograd.backward(roots, gradients)
+    return _gradient_of(graph.hidden)
 
 
 def loss_and_backward(

@@ -46,7 +46,9 @@ class _Step:
     micro_batches: Sequence[MicroBatch]
     targets: list[torch.Tensor]
     num_tokens: int
+    lowest_backward: int
     memory: dict[Buffer, torch.Tensor | Call] = field(default_factory=dict)
+    graphs: dict[tuple[int, int], compute.LayerGraph] = field(default_factory=dict)  # by unit, micro-batch
     gradients: dict[int, compute.UnitGradient] = field(default_factory=dict)
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     square_norms: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -131,7 +133,8 @@ class Engine:
             ops = build(self.plan(count))
             self._schedules[count] = ops, derive_waits(ops), last_uses(ops)
         ops, waits, ends = self._schedules[count]
-        step = _Step(ops, waits, ends, micro_batches, targets, num_tokens)
+        lowest = self.plan(count).lowest_backward
+        step = _Step(ops, waits, ends, micro_batches, targets, num_tokens, lowest)
         self._step, self._rng_base = step, self.seed * 1_000_003 + num_step
         first_update = next(i for i, op in enumerate(ops) if op.is_update)
         self._execute(step, range(first_update), record)
@@ -197,9 +200,13 @@ class Engine:
                 )
                 step.memory[Buffer("call", -1, m)] = call
             else:
-                output = compute.forward_layer(
-                    self.skeleton, op.unit - 1, self._weights(op), step.call(m), step.tensor("input", op.unit, m)
+                hidden = step.tensor("input", op.unit, m)
+                grad = op.unit >= step.lowest_backward
+                output, graph = compute.forward_layer(
+                    self.skeleton, op.unit - 1, self._weights(op), step.call(m), hidden, grad=grad
                 )
+                if graph is not None:
+                    step.graphs[op.unit, m] = graph
         step.memory[Buffer("input", op.unit + 1, m)] = output
 
     def _loss(self, step: _Step, op: Op) -> None:
@@ -233,7 +240,7 @@ class Engine:
                 op.unit - 1,
                 self._weights(op),
                 step.call(m),
-                step.tensor("input", op.unit, m),
+                step.graphs.pop((op.unit, m)),
                 gradient,
                 self._gradient(step, op),
             )

@@ -35,13 +35,20 @@ class Skeleton:
         self.model = model.train()
         self.config = model.config
         self.dtype = dtype
+        if any("layerdrop" in name and value for name, value in vars(self.config).items()):
+            raise UnsupportedModelError(
+                f"{self.model_type} skips layers at random (layerdrop)",
+                hint="set layerdrop: 0 in the model's configuration",
+            )
         self.anatomy: Anatomy = analyse(model)
         self.layers: list[nn.Module] = list(model.get_submodule(self.anatomy.layers_path))
         self.embedding: nn.Embedding = model.get_input_embeddings()
         # Rows are gathered compactly, under new row numbers, so the module must not know of a padding row.
         self.padding_row: int | None = self.embedding.padding_idx
         self.embedding.padding_idx = None
-        self.routers: list[list[Router]] = [_routers(model, layer) for layer in self.layers]
+        # Routers matter for the auxiliary loss alone; without one there are none to listen to.
+        listen = self.has_router_loss
+        self.routers: list[list[Router]] = [_routers(model, layer) if listen else [] for layer in self.layers]
         if self.has_router_loss and not any(self.routers):
             raise UnsupportedModelError(
                 f"{self.model_type} asks for the router's auxiliary loss, but does not say where its router logits are",
@@ -196,7 +203,7 @@ def _kept_in_fp32(model: nn.Module, dtype: torch.dtype):
         return lambda name, parameter: True
     patterns = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     words = [re.escape(p).replace(r"\*", ".*") for p in patterns]
-    expression = re.compile(rf"(^|\.)({'|'.join(words)})($|\.)") if words else None
+    expression = re.compile("|".join(words)) if words else None  # anywhere in the name, as the loader does
     mixed = len({p.dtype for p in model.parameters()}) > 1
 
     def kept(name: str, parameter: torch.Tensor) -> bool:

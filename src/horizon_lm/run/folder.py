@@ -1,9 +1,9 @@
 """The run folder: what lies in it, who may use it, and how it stays whole.
 
-    config.resolved.yaml    every setting of the run; also the mark that a folder is a run of ours
-    metrics.jsonl           see `metrics`
-    model/                  the trained model and its tokenizer, in Hugging Face format
-    loss.png                the loss curve
+config.resolved.yaml    every setting of the run; also the mark that a folder is a run of ours
+metrics.jsonl           see `metrics`
+model/                  the trained model and its tokenizer, in Hugging Face format
+loss.png                the loss curve
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _check_free(folder: RunFolder, overwrite: bool) -> None:
     clashes = [result.name for result in folder.results if result.exists()]
     if clashes and not is_ours:
         raise ConfigError(
-            f"output_dir={str(path)!r} holds no run of ours, but {', '.join(clashes)}, which would be replaced",
+            f"output_dir={str(path)!r} holds no run of ours, yet {', '.join(clashes)}, which a run replaces",
             hint="choose another output_dir",
         )
 
@@ -127,6 +127,7 @@ def check_disk(folder: RunFolder, num_bytes: int) -> None:
     needed, free = num_bytes * 1.1, shutil.disk_usage(folder.path).free
     if needed > free:
         raise DoesNotFitError(
-            f"the trained model needs {needed / 1e9:.2f} GB of disk space, but {folder.path} has {free / 1e9:.2f} GB",
+            f"the trained model needs {needed / 1e9:.2f} GB of disk space, but {folder.path} has "
+            f"{free / 1e9:.2f} GB",
             hint="free disk space, choose another output_dir, or save_dtype: bfloat16",
         )

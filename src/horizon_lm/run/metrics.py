@@ -12,17 +12,17 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 import psutil
 import torch
 
-from ..errors import DataError
+from ..errors import DataError, HorizonError
 from .folder import writing
 from .host_model import HostModel
 from .loop import StepRecord
@@ -88,29 +88,52 @@ class Meter:
 
 
 class MetricsFile:
-    """Replaces the file, then appends line by line; each is on its way to the disk before `write` returns."""
+    """Written line by line; each is handed to the system before `write_step` returns.
 
-    def __init__(self, path: Path) -> None:
-        with writing(path):
-            self._file = path.open("w", encoding="utf-8")
-        self._path = path
+    Nothing exists before the first step is written: then `begin` is called (it makes the folder
+    ready), an earlier file is replaced and `header` becomes the first line. On leaving, the line
+    `end` says how the run ended.
+    """
+
+    def __init__(self, path: Path, *, begin: Callable[[], None], header: dict[str, Any]) -> None:
+        self._path, self._begin, self._header = path, begin, header
+        self._file: TextIO | None = None
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if self._file is None:
+            return
+        try:
+            if error is None:
+                self._write("end", {"status": "finished"})
+            else:
+                stopped = isinstance(error, KeyboardInterrupt)
+                status = "interrupted" if stopped else "failed"
+                self._write("end", {"status": status, "error": None if stopped else str(error)})
+        except HorizonError:
+            if error is None:  # else what went wrong first is the news
+                raise
+        finally:
+            self._file.close()
 
-    def write(self, event: str, values: dict[str, Any]) -> None:
-        """Append one line. Raises DoesNotFitError when the disk is full."""
+    def write_step(self, metrics: Metrics) -> None:
+        """Append a line. Raises DoesNotFitError when the disk is full."""
+        if self._file is None:
+            self._begin()
+            with writing(self._path):
+                self._file = self._path.open("w", encoding="utf-8")
+            self._write("start", self._header)
+        self._write("step", asdict(metrics))
+
+    def _write(self, event: str, values: dict[str, Any]) -> None:
+        assert self._file is not None
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = {"event": event, **{key: _json(value) for key, value in values.items()}, "time": now}
         with writing(self._path):
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
-
-    def write_step(self, metrics: Metrics) -> None:
-        self.write("step", asdict(metrics))
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
@@ -126,7 +149,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         except json.JSONDecodeError as error:
             if number == len(lines):
                 return
-            raise DataError(f"{path}:{number} is not JSON: {error.msg}", hint="the file is damaged") from error
+            raise DataError(f"{path}:{number} is damaged: {error.msg}") from error
 
 
 def versions() -> dict[str, str]:

@@ -59,7 +59,7 @@ def plot_loss(metrics: Path, picture: Path, *, title: str) -> None:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Exponential mean over about a twentieth of the values, unbiased at the start, past what is not finite."""
+    """Exponential mean over about a twentieth of the values, unbiased at the start; passes over NaN."""
     keep = 1 - 1 / max(1.0, len(values) / 20)
     mean = weight = 0.0
     result = []

@@ -84,8 +84,8 @@ class PlainProgress(Progress):
             f"grad norm {number(metrics.grad_norm)}",
             f"{rate(metrics.tokens_per_second)} tokens/s",
             f"left {clock(self.seconds_left(metrics.step))}",
-            f"host {gigabytes(metrics.host_rss_bytes)}",
-            f"device {gigabytes(metrics.device_bytes)}",
+            f"host {size(metrics.host_rss_bytes)}",
+            f"device {size(metrics.device_bytes)}",
         )
         return "  ".join(fields)
 
@@ -99,13 +99,13 @@ class RichProgress(Progress):
         from rich.live import Live
 
         self._console = Console(file=stream, highlight=False, markup=False)
-        self._live = Live(
-            console=self._console, get_renderable=self._render, refresh_per_second=4, vertical_overflow="crop"
-        )
         self._done = 0
         self._metrics: Metrics | None = None
         self._losses: deque[float] = deque(maxlen=10_000)
         self._started = time.monotonic()
+        self._live = Live(
+            console=self._console, get_renderable=self._render, refresh_per_second=4, vertical_overflow="crop"
+        )
 
     def __exit__(self, *_: object) -> None:
         self._live.stop()
@@ -155,12 +155,12 @@ class RichProgress(Progress):
 
         fields = {
             "loss": (number(metrics.loss), "bold cyan"),
-            "": (sparkline(list(self._losses)), "cyan"),
+            "": (f"{sparkline(list(self._losses)):12}", "cyan"),
             "learning rate": (f"{metrics.learning_rate:.2e}", ""),
             "grad norm": (number(metrics.grad_norm), ""),
             "tokens/s": (rate(metrics.tokens_per_second), ""),
-            "host": (gigabytes(metrics.host_rss_bytes), ""),
-            "device": (gigabytes(metrics.device_bytes), ""),
+            "host": (size(metrics.host_rss_bytes), ""),
+            "device": (size(metrics.device_bytes), ""),
         }
         table = Table.grid(padding=(0, 2))
         for _ in fields:
@@ -213,8 +213,8 @@ def rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def gigabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB"
+def size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"
 
 
 def clock(seconds: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ def reason_to_skip(folder: Path) -> str | None:
     """Why a second copy of the weights in `folder` is not loaded beside the run's own; None if it may be."""
     size, available = weight_bytes(folder), available_host_bytes()
     if size > LARGEST_SHARE * available:
-        return f"a copy of the weights takes {size / 1e9:.1f} GB and {available / 1e9:.1f} GB of memory are free"
+        return f"a copy of the weights takes {size / 1e9:.1f} GB, and {available / 1e9:.1f} GB are free"
     return None
 
 
@@ -54,10 +54,9 @@ def complete(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code, local_files_only=True
-    )
+    options: Any = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True, **options)
     device = device if _fits(device, weight_bytes(folder)) else torch.device("cpu")
     model = model.to(device).eval()
     ids = tokenizer(prompt).input_ids or [tokenizer.eos_token_id]  # an empty prompt: a new document

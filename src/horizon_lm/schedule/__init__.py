@@ -4,4 +4,15 @@ from .build import StepPlan, build, build_steps, derive_waits, last_uses
 from .check import check
 from .ops import Buffer, Lane, Op, parse_op
 
-__all__ = ["Buffer", "Lane", "Op", "StepPlan", "build", "build_steps", "check", "derive_waits", "last_uses", "parse_op"]
+__all__ = [
+    "Buffer",
+    "Lane",
+    "Op",
+    "StepPlan",
+    "build",
+    "build_steps",
+    "check",
+    "derive_waits",
+    "last_uses",
+    "parse_op",
+]

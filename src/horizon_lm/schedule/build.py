@@ -40,7 +40,9 @@ class StepPlan:
             if getattr(self, name) < bound:
                 raise ValueError(f"{name}={getattr(self, name)}; hint: a step needs at least {bound}")
         if self.embedding_unit not in (self.head, self.head + 1):
-            raise ValueError(f"embedding_unit={self.embedding_unit} is neither the head nor the unit after it")
+            raise ValueError(
+                f"embedding_unit={self.embedding_unit} is neither the head nor the unit after it"
+            )
 
     @property
     def head(self) -> int:
@@ -183,6 +185,11 @@ def _grad_slot(grad_slot: int) -> Buffer | None:
     return Buffer("grad_slot", grad_slot) if grad_slot >= 0 else None
 
 
+def _added_to(grad_slot: int, m: int) -> Buffer | None:
+    """The gradient slot as something read: the first micro-batch overwrites what the slot held."""
+    return _grad_slot(grad_slot) if m > 0 else None
+
+
 def _gather(plan: StepPlan, m: int) -> Op:
     return Op("G", -1, m, _set(Buffer("weights", plan.embedding_unit)), _set(Buffer("embeds", -1, m)))
 
@@ -200,24 +207,29 @@ def _forward(unit: int, m: int, slot: int) -> Op:
 
 
 def _loss(plan: StepPlan, unit: int, m: int, slot: int, grad_slot: int) -> Op:
-    reads = _set(_slot(slot), Buffer("call", -1, m), Buffer("input", unit, m), _grad_slot(grad_slot))
-    writes = _set(Buffer("call", -1, m), Buffer("input_grad", -1, m), Buffer("loss", -1, m), _grad_slot(grad_slot))
+    reads = _set(_slot(slot), Buffer("call", -1, m), Buffer("input", unit, m), _added_to(grad_slot, m))
+    writes = _set(
+        Buffer("call", -1, m), Buffer("input_grad", -1, m), Buffer("loss", -1, m), _grad_slot(grad_slot)
+    )
     return Op("L", unit, m, reads, writes, slot, grad_slot, first=m == 0)
 
 
 def _backward(plan: StepPlan, unit: int, m: int, slot: int, grad_slot: int) -> Op:
     gradient = Buffer("input_grad", -1, m)
     if unit == 0:
-        reads = _set(_slot(slot), Buffer("embeds", -1, m), gradient, _grad_slot(grad_slot))
+        reads = _set(_slot(slot), Buffer("embeds", -1, m), gradient, _added_to(grad_slot, m))
         writes = _set(Buffer("embeds_grad", -1, m), _grad_slot(grad_slot))
     else:
-        reads = _set(_slot(slot), Buffer("call", -1, m), Buffer("input", unit, m), gradient, _grad_slot(grad_slot))
+        reads = _set(
+            _slot(slot), Buffer("call", -1, m), Buffer("input", unit, m), gradient, _added_to(grad_slot, m)
+        )
         writes = _set(gradient, _grad_slot(grad_slot))
     return Op("B", unit, m, reads, writes, slot, grad_slot, first=m == 0)
 
 
 def _download(unit: int, grad_slot: int) -> Op:
-    writes = _set(Buffer("grads", unit), Buffer("sqnorm", unit))
+    # It writes to the slot as well: parameters that received no gradient are zeroed there.
+    writes = _set(Buffer("grads", unit), Buffer("sqnorm", unit), _grad_slot(grad_slot))
     return Op("D", unit, reads=_set(_grad_slot(grad_slot)), writes=writes, grad_slot=grad_slot)
 
 
@@ -245,7 +257,8 @@ def _optimize(unit: int) -> Op:
 def last_uses(ops: Sequence[Op]) -> list[tuple[Buffer, ...]]:
     """For each op the transient buffers that nothing reads after it, until they are written anew.
 
-    Every reader of a transient buffer is on one lane, so the last in program order is the last.
+    What touches a buffer last in program order waits for all that touch it before (they conflict,
+    or share a lane), so nothing reads a buffer once that op has ended.
     """
     last: dict[Buffer, int] = {}
     ends: list[list[Buffer]] = [[] for _ in ops]

@@ -69,44 +69,60 @@ def _check_order(ops: Sequence[Op], waits: Sequence[tuple[int, ...]]) -> list[st
 
 
 def _check_value(ops: Sequence[Op], plan: StepPlan) -> list[str]:
-    """Each read finds what it expects: written in this step, and of the right unit."""
+    """Each read finds what it expects: of the right unit, step and micro-batches."""
     faults = []
+    first_step = min((op.step for op in ops), default=0)
     holds: dict[Buffer, tuple[int, int]] = {}  # (unit, step) of the last writer
+    added: dict[Buffer, list[int]] = {}  # micro-batches whose gradient is in a gradient slot
     for op in ops:
         for buffer in sorted(op.reads):
-            unit, step = holds.get(buffer, (-1, -1))
+            unit, step = holds.get(buffer, (-1, first_step - 1))
+            where = f"{op} of step {op.step}"
             if buffer.region == "slot" and (unit, step) != (op.unit, op.step):
-                faults.append(f"{op} of step {op.step} needs unit {op.unit} in {buffer}, which holds {unit} of step {step}")
-            elif buffer.region == "grad_slot":
-                started = (unit, step) == (op.unit, op.step)
-                if not started and not op.first:
-                    faults.append(f"{op} of step {op.step} adds to {buffer}, which holds the gradient of unit {unit}")
-            elif buffer.region not in PERSISTENT and step != op.step:
-                faults.append(f"{op} of step {op.step} reads {buffer}, which this step has not written")
+                faults.append(f"{where} needs unit {op.unit} in {buffer}, which holds {unit} of step {step}")
+            elif buffer.region == "grad_slot" and (unit, step) != (op.unit, op.step):
+                faults.append(
+                    f"{where} needs the gradient of unit {op.unit} in {buffer}, "
+                    f"which holds that of unit {unit} of step {step}"
+                )
+            elif buffer.region in PERSISTENT:
+                if buffer.index in plan.trainable and step != op.step - 1:
+                    faults.append(f"{where} reads {buffer} of after step {step} instead of {op.step - 1}")
+            elif step != op.step:
+                faults.append(f"{where} reads {buffer}, which this step has not written")
+            elif buffer.region == "input_grad" and unit != op.unit + 1:
+                faults.append(
+                    f"{where} reads {buffer}, which comes from unit {unit} instead of {op.unit + 1}"
+                )
+            if op.kind == "D" and sorted(added.get(buffer, [])) != list(range(plan.micro_batches)):
+                faults.append(f"{where} takes {buffer} with micro-batches {added.get(buffer, [])} in it")
         if op.kind in "FLB" and op.unit in plan.uploaded and op.slot < 0:
             faults.append(f"{op} of step {op.step} has no slot to read its weights from")
         for buffer in op.writes:
             holds[buffer] = (op.unit, op.step)
+            if buffer.region == "grad_slot" and op.kind in "LB":
+                added[buffer] = [*([] if op.first else added.get(buffer, [])), op.micro_batch]
     return faults
 
 
 def _check_complete(ops: Sequence[Op], plan: StepPlan) -> list[str]:
-    """Each unit does its work exactly once a step for each micro-batch."""
-    counts = Counter((op.step, op.kind, op.unit, op.micro_batch) for op in ops)
+    """Each unit does its work exactly once a step for each micro-batch, and nothing else is done."""
     micro_batches = range(plan.micro_batches)
-    faults = []
-    for step in sorted({op.step for op in ops}):
-        expected = [("G", -1, m) for m in micro_batches]
-        expected += [("F", u, m) for u in range(plan.head) for m in micro_batches]
-        expected += [("L", plan.head, m) for m in micro_batches]
-        expected += [("B", u, m) for u in range(plan.lowest_backward, plan.head) for m in micro_batches]
-        expected += [("D", u, -1) for u in plan.trainable if u <= plan.head]
-        expected += [("O", u, -1) for u in plan.trainable]
-        for kind, unit, m in expected:
-            found = counts[step, kind, unit, m]
-            if found != 1:
-                faults.append(f"step {step} runs {Op(kind, unit, m)} {found} times instead of once")
-    return faults
+    expected = {("G", -1, m) for m in micro_batches}
+    expected |= {("F", u, m) for u in range(plan.head) for m in micro_batches}
+    expected |= {("L", plan.head, m) for m in micro_batches}
+    expected |= {("B", u, m) for u in range(plan.lowest_backward, plan.head) for m in micro_batches}
+    expected |= {("D", u, -1) for u in plan.trainable if u <= plan.head}
+    expected |= {("S", -1, -1)} if plan.embedding_unit in plan.trainable else set()
+    expected |= {("N", -1, -1)} | {("O", u, -1) for u in plan.trainable}
+    counts = Counter((op.step, op.kind, op.unit, op.micro_batch) for op in ops if op.kind != "U")
+    wanted = {(step, *key) for step in {op.step for op in ops} for key in expected}
+    return [
+        f"step {step} runs {Op(kind, unit, m)} {counts[step, kind, unit, m]} times instead of "
+        f"{'once' if (step, kind, unit, m) in wanted else 'never'}"
+        for step, kind, unit, m in sorted(wanted | counts.keys())
+        if counts[step, kind, unit, m] != ((step, kind, unit, m) in wanted)
+    ]
 
 
 def _check_waste(ops: Sequence[Op], waits: Sequence[tuple[int, ...]]) -> list[str]:
@@ -118,22 +134,32 @@ def _check_waste(ops: Sequence[Op], waits: Sequence[tuple[int, ...]]) -> list[st
             unread.pop(buffer, None)
         for buffer in op.writes:
             if buffer in unread and buffer not in op.reads:
-                faults.append(f"{unread[buffer]} fills {buffer} and nothing reads it before {op} overwrites it")
+                faults.append(
+                    f"{unread[buffer]} fills {buffer} and nothing reads it before {op} overwrites it"
+                )
             if op.kind == "U":
                 unread[buffer] = op
     faults += [f"{op} fills {buffer} and nothing reads it" for buffer, op in unread.items()]
     minimal = derive_waits(ops)
     for i, given in enumerate(waits):
-        faults += [f"{ops[i]} waits for {ops[j]}, which other waits imply" for j in given if j not in minimal[i]]
+        faults += [
+            f"{ops[i]} waits for {ops[j]}, which other waits imply" for j in given if j not in minimal[i]
+        ]
     return faults
 
 
 def _check_room(ops: Sequence[Op], plan: StepPlan) -> list[str]:
-    """Slots and gradient slots stay within the number that is allocated."""
-    rooms = {"slot": plan.slots, "grad_slot": plan.grad_slots}
-    return [
-        f"{op} uses {buffer}, but only {rooms[buffer.region]} are allocated"
-        for op in ops
-        for buffer in sorted(op.reads | op.writes)
-        if buffer.region in rooms and buffer.index >= rooms[buffer.region]
-    ]
+    """Slots stay within the number that is allocated, and an op uses those that it declares."""
+    faults = []
+    for op in ops:
+        for region, own, count in (
+            ("slot", op.slot, plan.slots),
+            ("grad_slot", op.grad_slot, plan.grad_slots),
+        ):
+            declared = sorted(b.index for b in op.reads | op.writes if b.region == region)
+            faults += [
+                f"{op} uses {region}.{k}, but only {count} are allocated" for k in declared if k >= count
+            ]
+            if declared != [own] * (own >= 0):
+                faults.append(f"{op} works on {region} {own}, but declares {declared}")
+    return faults

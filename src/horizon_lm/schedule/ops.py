@@ -51,7 +51,7 @@ class Buffer(NamedTuple):
     """A named piece of memory: `weights.3`, `slot.0`, `input.3.1` (input of unit 3, micro-batch 1)."""
 
     region: str
-    index: int = -1
+    index: int = -1  # type: ignore[assignment]  # hides tuple.index, which nobody needs
     micro_batch: int = -1
 
     def __str__(self) -> str:
@@ -102,5 +102,7 @@ def parse_op(text: str) -> tuple[str, int, int]:
     """`"B3.1"` -> `("B", 3, 1)`; absent numbers are -1. Raises ValueError on anything else."""
     match = _OP_TEXT.fullmatch(text)
     if match is None or match[1] not in LANE_OF_KIND:
-        raise ValueError(f"not an op: {text!r}; hint: write a kind of {''.join(LANE_OF_KIND)}, like U3 or B3.1")
+        raise ValueError(
+            f"not an op: {text!r}; hint: write a kind of {''.join(LANE_OF_KIND)}, like U3 or B3.1"
+        )
     return match[1], int(match[2] or -1), int(match[3]) if match[3] is not None else -1
