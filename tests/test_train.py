@@ -95,23 +95,22 @@ class Run:
     printed: str
 
 
-@dataclass
-class Built:
-    models: list[HostModel]
-
-
-@pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> Built:
-    """The models that `train` builds."""
-    made = Built([])
+def remember_models(patch: pytest.MonkeyPatch) -> list[HostModel]:
+    """The list receives the models that `train` builds."""
+    made: list[HostModel] = []
     build = run_train.build_model
 
     def remember(*arguments: Any) -> HostModel:
-        made.models.append(build(*arguments))
-        return made.models[-1]
+        made.append(build(*arguments))
+        return made[-1]
 
-    monkeypatch.setattr(run_train, "build_model", remember)
+    patch.setattr(run_train, "build_model", remember)
     return made
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[HostModel]:
+    return remember_models(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +127,7 @@ def run(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     file.write_text(config.to_yaml())
     output = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
-        models: list[HostModel] = []
-        build = run_train.build_model
-        patch.setattr(run_train, "build_model", lambda *a: models.append(build(*a)) or models[-1])
+        models = remember_models(patch)
         patch.setattr("sys.stdout", output)
         assert cli.main(["train", str(file)]) == 0
     return Run(config, dict(models[0].named_parameters()), folder, output.getvalue())
@@ -231,18 +228,39 @@ def test_the_loss_falls(run: Run) -> None:
     assert losses[-1] < losses[0] - 1
 
 
-def test_without_a_learning_rate_nothing_is_learned(text: Path, tmp_path: Path, built: Built) -> None:
+def test_without_a_learning_rate_nothing_is_learned(
+    text: Path, tmp_path: Path, built: list[HostModel]
+) -> None:
     """The control of the test above, and of the export's."""
     run_train.train(settings(text, tmp_path / "run", learning_rate=0.0, max_steps=3, plot_loss=False))
     for name, value in random_model().state_dict().items():
-        assert torch.equal(dict(built.models[0].named_parameters())[name], value)
+        assert torch.equal(dict(built[0].named_parameters())[name], value)
     assert entries(tmp_path / "run") == RUN_FILES - {"loss.png"}
+
+
+@pytest.mark.xfail(strict=True, reason="export: save_dtype other than dtype is not what is written")
+@pytest.mark.parametrize(("dtype", "save_dtype"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_the_number_format_of_the_export_can_be_chosen(
+    dtype: str, save_dtype: str, text: Path, tmp_path: Path
+) -> None:
+    """A bfloat16 run can export its fp32 masters: those are what was drawn in float32 before, but for
+    the one in 131,072 that the store keeps as its neighbour (`memory.master`), hence the one ulp.
+    """
+    config = settings(
+        text, tmp_path / "run", learning_rate=0.0, max_steps=1, dtype=dtype, save_dtype=save_dtype
+    )
+    result = run_train.train(config)
+    wanted = getattr(torch, save_dtype)
+    exported = AutoModelForCausalLM.from_pretrained(result.model_dir, dtype="auto").state_dict()
+    for name, value in random_model().state_dict().items():
+        torch.testing.assert_close(exported[name], value.to(wanted), rtol=2**-23, atol=0)
+        assert "norm" in name or not torch.equal(value, value.bfloat16().float())  # the control
 
 
 def test_training_goes_on_from_a_folder_on_jsonl(run: Run, tmp_path: Path) -> None:
     rows = run.config.datasets[0].path
-    lines = [json.dumps({"body": line}) for line in Path(rows).read_text().splitlines()]
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    documents = [json.dumps({"body": line}) for line in Path(rows).read_text().splitlines()]
+    (tmp_path / "rows.jsonl").write_text("\n".join(documents))
     config = settings(
         tmp_path / "rows.jsonl",
         tmp_path / "tuned",
@@ -485,7 +503,7 @@ def spoil_losses(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], None]:
 def test_skipped_steps_update_nothing_and_are_reported(
     text: Path,
     tmp_path: Path,
-    built: Built,
+    built: list[HostModel],
     spoil_losses: Callable[[set[int]], None],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -495,7 +513,7 @@ def test_skipped_steps_update_nothing_and_are_reported(
     add = run_train.Meter.add
 
     def look(self: Any, record: StepRecord) -> Metrics | None:
-        seen.append(dict(built.models[0].named_parameters()))
+        seen.append(dict(built[0].named_parameters()))
         return add(self, record)
 
     monkeypatch.setattr(run_train.Meter, "add", look)
@@ -508,7 +526,7 @@ def test_skipped_steps_update_nothing_and_are_reported(
     lines = read_steps(tmp_path / "run" / "metrics.jsonl")
     assert [line["loss"] is None for line in lines] == [False, True, True, False, True, False]
     assert [line["skipped_steps"] for line in lines] == [0, 1, 2, 2, 3, 3]
-    assert built.models[0].steps_done == 3
+    assert built[0].steps_done == 3
     assert capsys.readouterr().out.count("not updated") == 3
 
 

@@ -30,7 +30,7 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    hint = "set tokenizer_name_or_path, or train_tokenizer_vocab_size to train one on the data"
+    hint = "set tokenizer_name_or_path to a folder that holds one, with tokenizer_config.json"
     path = Path(name_or_path).expanduser()
     is_local = path.is_dir()
     if is_local and not any((path / name).is_file() for name in _TOKENIZER_FILES):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..memory.layout import Parameter, UnitLayout
@@ -90,8 +92,9 @@ def forward_prologue(
 class LayerGraph:
     """The autograd graph of one layer on one micro-batch, between its forward and its backward.
 
-    What the graph would save is not kept: it is computed again in backward, with the weights bound
-    then (`torch.utils.checkpoint`, which also stops the recompute at the last tensor needed).
+    What the graph would save is not kept but computed again in backward, with the weights bound
+    then (`torch.utils.checkpoint`, which also stops the recompute at the last tensor needed),
+    except at the turn.
 
     output: [batch, tokens, width]; hidden: the leaf it started from; leaves: the parameters.
     """
@@ -103,16 +106,25 @@ class LayerGraph:
 
 
 def forward_layer(
-    skeleton: Skeleton, layer: int, run: torch.Tensor | None, call: Call, hidden: torch.Tensor, *, grad: bool
+    skeleton: Skeleton,
+    layer: int,
+    run: torch.Tensor | None,
+    call: Call,
+    hidden: torch.Tensor,
+    *,
+    grad: bool,
+    recompute: bool = True,
 ) -> tuple[torch.Tensor, LayerGraph | None]:
     """The layer's output, and with `grad` the graph that its backward needs.
 
+    recompute: False keeps what the graph saves, weights included: for a layer whose backward
+    comes before anything else is put into its slot. Autograd's version counters would object.
     With a router loss, the router logits are left in `call` as well.
     """
     with torch.set_grad_enabled(grad), skeleton.bound(layer + 1, run, grad=grad) as leaves:
         start = hidden.detach().requires_grad_(grad)
         with capture_routers(skeleton, layer) as routers:
-            if grad:
+            if grad and recompute:
                 output = checkpoint(
                     partial(run_layer, skeleton, layer, call), start, use_reentrant=False, preserve_rng_state=False
                 )
@@ -181,7 +193,7 @@ def backward_prologue(
     with torch.enable_grad(), bound_for_backward(skeleton, 0, run, gradient):
         first, _ = run_prologue(skeleton, embeds, inputs)
         if first is None:
-            return output_gradient
+            return output_gradient.clone()  # a buffer of its own: the gradient that came in has another lifetime
         first.backward(output_gradient)
     return _gradient_of(embeds)
 
@@ -190,39 +202,58 @@ def _gradient_of(leaf: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
-def gather_rows(skeleton: Skeleton, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Embeddings [batch, tokens, width] of ids [batch, tokens], by the embedding module's own forward."""
-    with torch.no_grad(), _embedding_weight(skeleton, table):
-        return skeleton.embedding(ids)
+def host_embedding(skeleton: Skeleton) -> nn.Embedding:
+    """The model's embedding module once more, for look-ups on the host: its buffers (a scale, for
+    example) stay in host memory, and what is bound to one of the two modules the other does not see.
+
+    The compute lane replaces the forward of the model's own module while the host lane looks up the
+    rows of the next micro-batch; with one module for both, the two would race.
+    """
+    twin = copy.copy(skeleton.embedding)
+    twin._parameters = dict(skeleton.embedding._parameters)
+    twin._buffers = {n: None if b is None else b.cpu() for n, b in skeleton.embedding._buffers.items()}
+    return twin
+
+
+def gather_rows(embedding: nn.Embedding, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Embeddings [batch, tokens, width] of ids [batch, tokens], by the (host) module's own forward."""
+    with torch.no_grad(), _embedding_weight(embedding, table):
+        return embedding(ids)
 
 
 def row_gradients(
-    skeleton: Skeleton, table: torch.Tensor, ids: list[torch.Tensor], gradients: list[torch.Tensor]
+    embedding: nn.Embedding,
+    table: torch.Tensor,
+    ids: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    *,
+    padding_row: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the table rows that were used, summed over micro-batches.
 
-    ids: [batch, tokens] each; gradients: of the module's output, [batch, tokens, width] each.
+    ids: [batch, tokens] each; gradients: of the module's output, [batch, tokens, width] each;
+    padding_row: the row that gets none.
     Returns (row numbers [r], rows [r, width]): of the table's dtype for one micro-batch, else fp32.
     """
     rows = torch.unique(torch.cat([i.reshape(-1) for i in ids]))
     total: torch.Tensor | None = None
     for batch_ids, gradient in zip(ids, gradients, strict=True):
         leaf = table[rows].requires_grad_()
-        with torch.enable_grad(), _embedding_weight(skeleton, leaf):
-            skeleton.embedding(torch.searchsorted(rows, batch_ids)).backward(gradient)
+        with torch.enable_grad(), _embedding_weight(embedding, leaf):
+            embedding(torch.searchsorted(rows, batch_ids)).backward(gradient)
         if total is None:
             total = _gradient_of(leaf) if len(ids) == 1 else _gradient_of(leaf).float()
         else:
             total += _gradient_of(leaf)
     assert total is not None
-    if skeleton.padding_row is not None:
-        total[rows == skeleton.padding_row] = 0
+    if padding_row is not None:
+        total[rows == padding_row] = 0
     return rows, total
 
 
 @contextmanager
-def _embedding_weight(skeleton: Skeleton, weight: torch.Tensor) -> Iterator[None]:
-    parameters = skeleton.embedding._parameters
+def _embedding_weight(embedding: nn.Embedding, weight: torch.Tensor) -> Iterator[None]:
+    parameters = embedding._parameters
     old = parameters["weight"]
     parameters["weight"] = weight  # type: ignore[assignment]
     try:

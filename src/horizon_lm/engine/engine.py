@@ -98,8 +98,10 @@ class Engine:
         self.gradient_slots = GradientSlots(store, downloaded, grad_slots, device, alias)
         self._poison = isinstance(lanes, AdversarialLanes)
         self._schedules: dict[int, tuple[list[Op], list[tuple[int, ...]], list[tuple[Buffer, ...]]]] = {}
+        self._embedding = compute.host_embedding(skeleton)
         self._step: _Step | None = None
         self.spans: list[Span] = []
+        self._spans_origin = 0.0
         self._run: dict[str, Callable[[_Step, Op], None]] = {
             "G": self._gather,
             "U": self._upload,
@@ -127,6 +129,9 @@ class Engine:
     def forward_backward(self, micro_batches: Sequence[MicroBatch], num_step: int, *, record: bool = False) -> tuple[float, int]:
         """Run gather to scatter. Returns (loss, target tokens); gradients are in the store."""
         targets = [shifted_targets(batch["labels"]) for batch in micro_batches]
+        if self.device.type == "cuda":  # copies from pageable memory would hold up the compute lane
+            targets = [t.pin_memory() for t in targets]
+            micro_batches = [{n: v.pin_memory() for n, v in batch.items() if v is not None} for batch in micro_batches]
         num_tokens = sum(int((t != IGNORE_INDEX).sum()) for t in targets)
         count = len(micro_batches)
         if count not in self._schedules:
@@ -152,7 +157,8 @@ class Engine:
     def measure_norm(self) -> float:
         """Global gradient norm of the last forward_backward, without an update."""
         assert self._step is not None
-        return sum(float(square) for square in self._step.square_norms.values()) ** 0.5
+        squares = self._step.square_norms  # filled in whatever order downloads ended: added up in one order
+        return sum(float(squares[unit]) for unit in sorted(squares)) ** 0.5
 
     def _execute(self, step: _Step, indices: range, record: bool) -> None:
         def execute(i: int) -> None:
@@ -162,7 +168,10 @@ class Engine:
                 self._release(step, buffer)
 
         self.lanes.run(step.ops, step.waits, indices, execute, record=record)
-        self.spans = [*self.spans, *self.lanes.spans] if indices.start else self.lanes.spans
+        if indices.start == 0:
+            self.spans, self._spans_origin = [], self.lanes.origin
+        later = self.lanes.origin - self._spans_origin  # an update's spans follow those of its gradients
+        self.spans += [(op, start + later, end + later) for op, start, end in self.lanes.spans]
 
     def _release(self, step: _Step, buffer: Buffer) -> None:
         """Drop a buffer after its last use; adversarial lanes fill it with NaN first."""
@@ -182,7 +191,7 @@ class Engine:
     def _gather(self, step: _Step, op: Op) -> None:
         table = self.store.weight(self.skeleton.anatomy.embedding)
         ids = step.micro_batches[op.micro_batch]["input_ids"]
-        embeds = compute.gather_rows(self.skeleton, table, ids)
+        embeds = compute.gather_rows(self._embedding, table, ids)
         if self.device.type == "cuda":
             embeds = embeds.pin_memory()
         step.memory[Buffer("embeds", -1, op.micro_batch)] = embeds
@@ -202,8 +211,11 @@ class Engine:
             else:
                 hidden = step.tensor("input", op.unit, m)
                 grad = op.unit >= step.lowest_backward
+                # The last layer's backward follows the head at once, with its weights still in their
+                # slot: with one micro-batch its activations are kept rather than computed again.
+                turn = op.unit == self.skeleton.num_layers and len(step.micro_batches) == 1
                 output, graph = compute.forward_layer(
-                    self.skeleton, op.unit - 1, self._weights(op), step.call(m), hidden, grad=grad
+                    self.skeleton, op.unit - 1, self._weights(op), step.call(m), hidden, grad=grad, recompute=not turn
                 )
                 if graph is not None:
                     step.graphs[op.unit, m] = graph
@@ -254,7 +266,9 @@ class Engine:
         name = skeleton.anatomy.embedding
         ids = [batch["input_ids"] for batch in step.micro_batches]
         gradients = [step.tensor("embeds_grad", -1, m) for m in range(len(ids))]
-        rows, values = compute.row_gradients(skeleton, self.store.weight(name), ids, gradients)
+        rows, values = compute.row_gradients(
+            self._embedding, self.store.weight(name), ids, gradients, padding_row=skeleton.padding_row
+        )
         table = self.store.gradient(name)
         before = 0.0
         if skeleton.anatomy.tied:

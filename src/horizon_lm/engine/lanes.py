@@ -2,7 +2,7 @@
 
 All run the same ops with the same derived waits:
 
-    InlineLanes       one thread, program order (CPU)
+    InlineLanes       one thread, program order (the CPU; on CUDA, the reference for CudaLanes)
     AdversarialLanes  one thread, any order that the waits allow, chosen at random (tests)
     CudaLanes         a thread for each lane; a CUDA stream for upload, compute and download
 """
@@ -14,43 +14,60 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Protocol
 
 import torch
 
+from ..errors import ConfigError
 from ..schedule import Lane, Op
 
 Execute = Callable[[int], None]
 Waits = Sequence[tuple[int, ...]]
-Span = tuple[Op, float, float]  # op, start and end in seconds since the first op began
+Span = tuple[Op, float, float]  # op, start and end in seconds since the run began
+# Lanes whose ops are the CPU's own work, on memory that copies of the other lanes read and write.
+HOST_LANES = frozenset({Lane.HOST, Lane.UPDATE})
 
 
 class Lanes(Protocol):
     """Runs the ops of a range in an order that the waits allow, and returns when all have ended.
 
-    spans: what ran when, in seconds, of the last `run` with record=True.
+    spans: what ran when, of the last `run`; empty unless it was called with record=True.
+    origin: when that run began, in seconds of `time.perf_counter`.
     """
 
     spans: list[Span]
+    origin: float
 
     def run(self, ops: Sequence[Op], waits: Waits, indices: range, execute: Execute, *, record: bool = False) -> None: ...
 
 
 class InlineLanes:
-    """Program order in the calling thread."""
+    """Program order in the calling thread, and on one stream where the device is CUDA."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         self.spans: list[Span] = []
+        self.origin = 0.0
+        self._cuda = device if device is not None and device.type == "cuda" else None
 
     def run(self, ops: Sequence[Op], waits: Waits, indices: range, execute: Execute, *, record: bool = False) -> None:
         self.spans = []
-        origin = time.perf_counter()
+        self._settle()
+        self.origin = time.perf_counter()
         for i in indices:
+            if ops[i].lane in HOST_LANES:
+                self._settle()
             start = time.perf_counter()
             execute(i)
             if record:
-                self.spans.append((ops[i], start - origin, time.perf_counter() - origin))
+                self._settle()
+                self.spans.append((ops[i], start - self.origin, time.perf_counter() - self.origin))
+        self._settle()
+
+    def _settle(self) -> None:
+        """Wait for what was issued to a CUDA device; the CPU has ended its work already."""
+        if self._cuda is not None:
+            torch.cuda.synchronize(self._cuda)
 
 
 class AdversarialLanes:
@@ -58,6 +75,7 @@ class AdversarialLanes:
 
     def __init__(self, seed: int = 0) -> None:
         self.spans: list[Span] = []
+        self.origin = 0.0
         self.random = random.Random(seed)
         self.order: list[int] = []
 
@@ -84,12 +102,15 @@ class CudaLanes:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.spans: list[Span] = []
+        self.origin = 0.0
         self._streams = {lane: torch.cuda.Stream(device) for lane in (Lane.UPLOAD, Lane.COMPUTE, Lane.DOWNLOAD)}
 
     def run(self, ops: Sequence[Op], waits: Waits, indices: range, execute: Execute, *, record: bool = False) -> None:
         torch.cuda.synchronize(self.device)  # nothing of an earlier range, or of the caller, is in flight
+        self.spans = []
         run = _CudaRun(self.device, self._streams, ops, waits, indices, execute, record)
-        run.finish()
+        self.origin = run.origin_seconds
+        run.complete()
         self.spans = run.spans()
 
 
@@ -110,7 +131,10 @@ class _CudaRun:
         self.ops, self.waits, self.indices, self.execute = ops, waits, indices, execute
         self.record = record
         self.issued = {i: threading.Event() for i in indices}
-        self.ended = {i: torch.cuda.Event(enable_timing=record) for i in indices if ops[i].lane in streams}
+        # blocking: a host thread that waits for one sleeps, and leaves its core to the others
+        self.ended = {
+            i: torch.cuda.Event(enable_timing=record, blocking=True) for i in indices if ops[i].lane in streams
+        }
         self.began = {i: torch.cuda.Event(enable_timing=True) for i in self.ended} if record else {}
         self.host_times: dict[int, tuple[float, float]] = {}
         self.failure: BaseException | None = None
@@ -125,8 +149,6 @@ class _CudaRun:
             threading.Thread(target=self._lane, args=(lane, mine), name=f"horizon-{lane}", daemon=True)
             for lane, mine in by_lane.items()
         ]
-        for thread in self.threads:
-            thread.start()
 
     def _lane(self, lane: Lane, mine: list[int]) -> None:
         try:
@@ -138,11 +160,15 @@ class _CudaRun:
                         return
                     self._execute(i, stream)
                     self.issued[i].set()
-        except BaseException as error:  # surfaces on the main thread, in finish()
-            if self.failure is None:
-                self.failure = error
-            for event in self.issued.values():
-                event.set()
+        except BaseException as error:  # surfaces in the calling thread, in complete()
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """Stop all lanes: each looks for a failure before its next op, and none is left waiting."""
+        if self.failure is None:
+            self.failure = error
+        for event in self.issued.values():
+            event.set()
 
     def _wait_for(self, i: int, stream: torch.cuda.Stream | None) -> bool:
         for j in self.waits[i]:
@@ -169,13 +195,26 @@ class _CudaRun:
         self.execute(i)
         self.ended[i].record(stream)
 
-    def finish(self) -> None:
-        """Wait for all lanes; raise what one of them raised."""
-        for thread in self.threads:
-            thread.join()
-        torch.cuda.synchronize(self.device)
+    def complete(self) -> None:
+        """Run all lanes to their end; raise what one of them raised, or what interrupted the wait.
+
+        No lane is at work any more when this returns or raises.
+        """
+        try:
+            for thread in self.threads:
+                thread.start()
+            for thread in self.threads:
+                thread.join()
+        except BaseException as error:  # a KeyboardInterrupt, or no thread to be had
+            self._fail(error)
+            for thread in self.threads:
+                if thread.ident is not None:
+                    thread.join()
         if self.failure is not None:
+            with suppress(RuntimeError):  # what failed first tells more than what the device says after it
+                torch.cuda.synchronize(self.device)
             raise self.failure
+        torch.cuda.synchronize(self.device)
 
     def spans(self) -> list[Span]:
         if not self.record:
@@ -188,11 +227,17 @@ class _CudaRun:
 
 
 def choose_lanes(kind: str, device: torch.device, seed: int = 0) -> Lanes:
-    """The executor for a device: `auto` is inline on the CPU and streams on CUDA."""
+    """The executor for a device: `auto` is inline on the CPU and streams on CUDA.
+
+    Raises ConfigError for lanes that the device cannot have.
+    """
     if kind == "auto":
         kind = "cuda" if device.type == "cuda" else "inline"
+    needed = {"cuda": "cuda", "adversarial": "cpu"}.get(kind, device.type)
+    if device.type != needed:
+        raise ConfigError(f"lanes={kind!r} do not run on device={str(device)!r}", hint=f"device: {needed}, or lanes: auto")
     table: dict[str, Callable[[], Lanes]] = {
-        "inline": InlineLanes,
+        "inline": lambda: InlineLanes(device),
         "adversarial": lambda: AdversarialLanes(seed),
         "cuda": lambda: CudaLanes(device),
     }

@@ -38,6 +38,8 @@ def head_loss(
     Returns (fp32 scalar on the device, [n, width] in the dtype of hidden).
     """
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    # A tensor, since CUDA divides by a number as it multiplies by the reciprocal: other bits.
+    divisor = torch.full((), num_tokens, dtype=torch.float32, device=hidden.device)
     gradient = torch.zeros_like(hidden)
     for start in range(0, hidden.shape[0], chunk):
         wanted = targets[start : start + chunk]
@@ -48,7 +50,7 @@ def head_loss(
         loss = F.cross_entropy(
             logits, wanted.to(logits.device, non_blocking=True), ignore_index=IGNORE_INDEX, reduction="sum"
         )
-        loss = loss / num_tokens
+        loss = loss / divisor
         loss.backward()
         total += loss.detach()
         assert piece.grad is not None

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import torch
 
-_PIECE = 1 << 24  # elements: the bounce buffer is 32 MB in bf16
+# Elements of a piece. On the CPU a piece stays in the L2 cache; on a GPU it is 64 MB of fp32.
+# Sums of squares are fp32 within a piece and fp64 over pieces: one fp32 sum over 2**26 elements
+# was seen to be 1 % off on the CPU.
+_PIECE = {"cpu": 1 << 17, "cuda": 1 << 24}
 
 
 def download_gradient(run: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Copy a gradient run [n] (bf16 or fp32, device) into its host run [n] and return its squared norm.
 
-    The norm is that of the values the optimizer will read (after rounding to the host dtype),
-    summed in fp64 over pieces; a scalar on the device, so that the host makes no pass over gradients.
+    The norm is that of the values the optimizer will read (after rounding to the host dtype); a
+    scalar on the device, so that the host makes no pass over gradients to measure them.
     """
     total = torch.zeros((), dtype=torch.float64, device=run.device)
+    size = min(_PIECE[run.device.type], run.numel())
+    rounded = torch.empty(size, dtype=target.dtype, device=run.device)
+    wide = torch.empty(size, dtype=torch.float32, device=run.device)
     aliased = run.data_ptr() == target.data_ptr()
-    for piece, home in zip(run.split(_PIECE), target.split(_PIECE), strict=True):
-        rounded = piece.to(target.dtype)
-        total += torch.linalg.vector_norm(rounded, dtype=torch.float32).double().square()
+    for piece, home in zip(run.split(size), target.split(size), strict=True):
+        if piece.dtype != target.dtype:
+            piece = rounded[: piece.numel()].copy_(piece)
         if not aliased:
-            home.copy_(rounded, non_blocking=True)
+            home.copy_(piece, non_blocking=True)
+        if piece.dtype != torch.float32:
+            piece = wide[: piece.numel()].copy_(piece)
+        total += torch.dot(piece, piece)
     return total

@@ -6,8 +6,10 @@ size that was asked for, rounded to a page.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import weakref
+from contextlib import suppress
 
 import torch
 
@@ -29,14 +31,24 @@ def allocate(num_bytes: int, *, pin: bool = False) -> torch.Tensor:
             f"the system refused {num_bytes / 1e9:.1f} GB of host memory: {error}",
             hint="free memory, raise the limit (ulimit -v, cgroup), or choose a smaller model",
         ) from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        # A block below two huge pages would be rounded up to more than it holds.
-        if num_bytes >= 4 << 20:
+    # A block below two huge pages would gain nothing; a kernel without huge pages refuses the advice.
+    if num_bytes >= 4 << 20:
+        with suppress(AttributeError, OSError):
             block.madvise(mmap.MADV_HUGEPAGE)
     tensor = torch.frombuffer(block, dtype=torch.uint8)
     if pin:
+        if hasattr(mmap, "MADV_DONTFORK"):
+            # A child process must not share pages that the device reads and writes: after a fork they
+            # would be copied, all of them at once or on the next write, away from the device.
+            block.madvise(mmap.MADV_DONTFORK)
         _register(tensor)
     return tensor
+
+
+def return_free_memory() -> None:
+    """Hand memory that was freed, but that malloc keeps for later, back to the system (glibc)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _register(tensor: torch.Tensor) -> None:
@@ -47,4 +59,5 @@ def _register(tensor: torch.Tensor) -> None:
             f"CUDA refused to pin {tensor.numel() / 1e9:.1f} GB of host memory (cudaHostRegister: {status})",
             hint="raise the locked-memory limit (ulimit -l unlimited) or choose a smaller model",
         )
+    # Runs when the last view is gone and before the storage lets go of the mapping.
     weakref.finalize(tensor.untyped_storage(), runtime.cudaHostUnregister, tensor.data_ptr())

@@ -61,6 +61,8 @@ class GradientSlots:
         self._count = count
         self.capacity = max((store.units[u].trainable_numel for u in units), default=0)
         self._buffers: list[torch.Tensor] = []
+        if not alias:
+            self.reserve()  # now, not in the middle of the first step on another stream
 
     @property
     def num_bytes(self) -> int:

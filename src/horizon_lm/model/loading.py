@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, DataError
+from ..memory.arena import return_free_memory
 from ..memory.store import HostStore
 from .skeleton import Skeleton
 
@@ -101,5 +102,10 @@ def create_model(values: dict[str, Any], *, dtype: torch.dtype, seed: int, attn_
 def fill_store(skeleton: Skeleton, store: HostStore) -> None:
     """Adopt all parameters, one unit at a time; the model object's own are freed as it goes."""
     for unit in range(len(store.units)):
-        for name, value in skeleton.take(unit):
-            store.adopt(name, value)
+        _adopt_unit(skeleton, store, unit)
+    return_free_memory()
+
+
+def _adopt_unit(skeleton: Skeleton, store: HostStore, unit: int) -> None:
+    for name, value in skeleton.take(unit):
+        store.adopt(name, value)

@@ -33,15 +33,16 @@ def save_model(
 
     def write(target: Path) -> None:
         state = {name: _exported(skeleton, store, name, wanted) for name in store.names()}
-        state |= {name: b for name, b in skeleton.model.named_buffers() if _is_saved(skeleton, name)}
+        state.update((name, b) for name, b in skeleton.model.named_buffers() if _is_saved(skeleton, name))
         for name, alias in _tied_names(skeleton):
             state[alias] = state[name]
-        old = skeleton.config.dtype
+        skeleton.model.save_pretrained(target, state_dict=state, max_shard_size=max_shard_size)
+        # It writes the skeleton's own dtype into the configuration, not that of the state it was given.
         skeleton.config.dtype = wanted
         try:
-            skeleton.model.save_pretrained(target, state_dict=state, max_shard_size=max_shard_size)
+            skeleton.config.save_pretrained(target)
         finally:
-            skeleton.config.dtype = old
+            skeleton.config.dtype = store.dtype
         if extra is not None:
             extra(target)
 
@@ -61,7 +62,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         raise ConfigError(f"cannot write to {folder.parent}: {error.strerror}", hint="choose another folder") from error
     try:
         write(staging)
-        os.chmod(staging, 0o755)
+        _open_to_umask(staging)
         if folder.exists():
             retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
             os.rename(folder, retired / "old")
@@ -77,9 +78,17 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def _open_to_umask(folder: Path) -> None:
+    """Give a private staging folder and its files the modes that new ones have (safetensors writes 0600)."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in [folder, *folder.rglob("*")]:
+        os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~umask)
+
+
 def _exported(skeleton: Skeleton, store: HostStore, name: str, dtype: torch.dtype) -> torch.Tensor:
     unit, parameter = store.locate(name)
-    if parameter.compute_dtype == torch.float32 and dtype != torch.float32:
+    if parameter.compute_dtype != store.dtype and dtype != torch.float32:
         return store.master(name)  # one of the few that transformers keeps in fp32
     if dtype == store.dtype:
         return store.weight(name)

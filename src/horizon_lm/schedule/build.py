@@ -235,7 +235,9 @@ def _download(unit: int, grad_slot: int) -> Op:
 
 def _scatter(plan: StepPlan) -> Op:
     table = Buffer("grads", plan.embedding_unit)
-    reads = [Buffer("embeds_grad", -1, m) for m in range(plan.micro_batches)]
+    # The embedding's own forward is run again, so the table's weights are read as well.
+    reads = [Buffer("weights", plan.embedding_unit)]
+    reads += [Buffer("embeds_grad", -1, m) for m in range(plan.micro_batches)]
     # A tied table already holds the head's gradient; one of its own is overwritten.
     carried = [table] if plan.embedding_unit == plan.head else []
     return Op("S", reads=frozenset(reads + carried), writes=_set(table, Buffer("sqnorm", plan.head + 1)))

@@ -98,9 +98,13 @@ def _check_value(ops: Sequence[Op], plan: StepPlan) -> list[str]:
                 faults.append(f"{where} takes {buffer} with micro-batches {added.get(buffer, [])} in it")
         if op.kind in "FLB" and op.unit in plan.uploaded and op.slot < 0:
             faults.append(f"{op} of step {op.step} has no slot to read its weights from")
+        if op.kind in "LBD" and op.unit in plan.trainable and op.grad_slot < 0:
+            faults.append(f"{op} of step {op.step} has no gradient slot")
         for buffer in op.writes:
             holds[buffer] = (op.unit, op.step)
             if buffer.region == "grad_slot" and op.kind in "LB":
+                if op.first == (buffer in op.reads):
+                    faults.append(f"{op} of step {op.step} has first={op.first}, but declares otherwise")
                 added[buffer] = [*([] if op.first else added.get(buffer, [])), op.micro_batch]
     return faults
 

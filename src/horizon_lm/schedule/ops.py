@@ -95,7 +95,7 @@ class Op:
         return f"{self.kind}{unit}{micro_batch}"
 
 
-_OP_TEXT = re.compile(r"([A-Z])(\d*)(?:\.(\d+))?")
+_OP_TEXT = re.compile(r"([A-Z])([0-9]*)(?:\.([0-9]+))?")
 
 
 def parse_op(text: str) -> tuple[str, int, int]:

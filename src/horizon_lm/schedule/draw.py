@@ -1,0 +1,115 @@
+"""What ran when, drawn: a Chrome/Perfetto trace and a table for the terminal.
+
+Spans are (op, start, end) in seconds, as `HostModel.timeline` gives them, measured or simulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .ops import Lane, Op
+
+Span = tuple[Op, float, float]
+_MEANING = {
+    "G": "gather embedding rows",
+    "U": "upload weights",
+    "F": "forward",
+    "L": "loss",
+    "B": "recompute and backward",
+    "D": "download gradients",
+    "S": "scatter embedding gradients",
+    "N": "gradient norm",
+    "O": "optimizer",
+}
+_COLUMNS = 48
+
+
+def chrome_trace(spans: Iterable[Span]) -> dict[str, Any]:
+    """The trace event format that ui.perfetto.dev and chrome://tracing open: a row for each lane.
+
+    Returns a dictionary for `json.dump`. Times are in microseconds.
+    """
+    spans = list(spans)
+    rows = {lane: row for row, lane in enumerate(Lane)}
+    used = sorted({op.lane for op, _, _ in spans}, key=rows.__getitem__)
+    events: list[dict[str, Any]] = [
+        {"ph": "M", "name": "process_name", "pid": 0, "args": {"name": "training step"}}
+    ]
+    for lane in used:
+        place = {"ph": "M", "pid": 0, "tid": rows[lane]}
+        events.append({**place, "name": "thread_name", "args": {"name": str(lane)}})
+        events.append({**place, "name": "thread_sort_index", "args": {"sort_index": rows[lane]}})
+    for op, start, end in spans:
+        numbers = {"unit": op.unit, "micro_batch": op.micro_batch, "slot": op.slot, "grad_slot": op.grad_slot}
+        events.append(
+            {
+                "ph": "X",
+                "name": str(op),
+                "cat": _MEANING[op.kind],
+                "pid": 0,
+                "tid": rows[op.lane],
+                "ts": start * 1e6,
+                "dur": (end - start) * 1e6,
+                "args": {name: number for name, number in numbers.items() if number >= 0},
+            }
+        )
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def utilisation(spans: Iterable[Span]) -> dict[str, dict[str, float]]:
+    """Per lane: number of ops, busy seconds (overlapping spans counted once), and the share of the
+    time between the first start and the last end of all lanes."""
+    spans = list(spans)
+    whole = _extent(spans)
+    total = whole[1] - whole[0]
+    found: dict[str, dict[str, float]] = {}
+    for lane in Lane:
+        mine = [span for span in spans if span[0].lane is lane]
+        if mine:
+            busy = sum(end - start for start, end in _merged(mine))
+            found[str(lane)] = {
+                "ops": len(mine),
+                "busy_seconds": busy,
+                "share": busy / total if total else 0.0,
+            }
+    return found
+
+
+def text_timeline(spans: Iterable[Span]) -> str:
+    """A line for each lane: ops, busy time, share, and when it was busy (`#` most of a column's
+    time, `+` some of it, `.` none)."""
+    spans = list(spans)
+    if not spans:
+        return "no spans were recorded"
+    begin, end = _extent(spans)
+    width = (end - begin) / _COLUMNS
+    lines = [f"{'lane':<9}{'ops':>6}{'busy':>12}{'share':>8}  0 to {(end - begin) * 1e3:.1f} ms"]
+    for name, row in utilisation(spans).items():
+        mine = _merged([span for span in spans if str(span[0].lane) == name])
+        bar = "".join(_mark(mine, begin + k * width, width) for k in range(_COLUMNS))
+        busy = f"{row['busy_seconds'] * 1e3:.1f} ms"
+        lines.append(f"{name:<9}{row['ops']:>6.0f}{busy:>12}{row['share']:>8.0%}  {bar}")
+    return "\n".join(lines)
+
+
+def _mark(intervals: Sequence[tuple[float, float]], start: float, width: float) -> str:
+    busy = sum(max(0.0, min(e, start + width) - max(s, start)) for s, e in intervals)
+    return "#" if busy > width / 2 else "+" if busy > 0 else "."
+
+
+def _extent(spans: Sequence[Span]) -> tuple[float, float]:
+    if not spans:
+        return 0.0, 0.0
+    return min(start for _, start, _ in spans), max(end for _, _, end in spans)
+
+
+def _merged(spans: Iterable[Span]) -> list[tuple[float, float]]:
+    """Intervals in which at least one of the spans runs."""
+    merged: list[tuple[float, float]] = []
+    for start, end in sorted((start, end) for _, start, end in spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        else:
+            merged.append((start, end))
+    return merged

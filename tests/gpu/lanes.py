@@ -1,0 +1,157 @@
+"""Part 2: streams give the same bits as one thread on one stream, however long an upload takes."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+import horizon_lm as hz
+import zoo
+from gpu.common import Part, Place, deterministic, free, llama, random_batches, same
+from horizon_lm.config import ModelSettings
+from horizon_lm.engine.engine import Engine
+from horizon_lm.engine.lanes import choose_lanes
+from horizon_lm.schedule.draw import utilisation
+
+SMALL = ("llama-tied", "gemma3_text", "mixtral-aux", "gpt2")
+
+
+REGIONS = ("weights", "residual", "exp_avg", "exp_avg_sq", "grads")
+Bits = tuple[
+    float, float, tuple[int, ...]
+]  # of a step: loss, gradient norm, a checksum of each unit's gradient
+
+
+def check_lanes(place: Place, repeats: int = 20, seconds: float = 150.0) -> Part:
+    """repeats: steps of each run. seconds: time for all runs of the large model; where that does
+    not suffice there are fewer steps, and the table says how many."""
+    part = Part("lanes")
+    with deterministic():
+        for name in SMALL:
+            source = zoo.build(name, dtype=torch.bfloat16)
+            model = hz.HostModel.from_pretrained(
+                source, device=str(place.device), dtype="bfloat16", skip_memory_check=True
+            )
+            batches = [[zoo.batch(name, seed=10 * step + m) for m in range(3)] for step in range(repeats)]
+            _compare_lanes(part, place, name, model, batches)
+            del model, source
+            free()
+        _check_large(part, place, repeats, seconds)
+    free()
+    return part
+
+
+def _check_large(part: Part, place: Place, repeats: int, seconds: float) -> None:
+    """Layers whose upload takes longer than their compute: a missing wait would show as other bits."""
+    size = llama(3, 64, 128, 256) if place.dry else llama(6, 4096, 14336, 1024, heads=32)
+    tokens = 16
+    begin = time.perf_counter()
+    settings = ModelSettings(
+        device=str(place.device), dtype="bfloat16", attn_implementation="eager", skip_memory_check=True
+    )
+    model = hz.HostModel.from_config(size, settings)
+    part.note(
+        f"large: {model.num_parameters / 1e9:.2f} B parameters, built in {time.perf_counter() - begin:.0f} s"
+    )
+    begin = time.perf_counter()
+    steps = 2 if place.dry else repeats
+    batches = [random_batches(size["vocab_size"], 1, 1, tokens, seed=step) for step in range(steps)]
+    _restart(model, place, "auto", 2)
+    for _ in range(2):  # the second step is the one that counts: the first warms up
+        model.forward_backward(batches[0], record=True)
+    rows = utilisation(model.timeline)
+    compute, upload = rows["compute"]["busy_seconds"], rows["upload"]["busy_seconds"]
+    outlasts = upload > compute
+    part.add(
+        "large: upload outlasts compute",
+        None if place.dry else outlasts,
+        "" if outlasts else "the case that this model is for does not arise here",
+        upload_ms=f"{upload * 1e3:.2f}",
+        compute_ms=f"{compute * 1e3:.2f}",
+    )
+    begin = time.perf_counter()
+    model.forward_backward(batches[0])
+    model.step(lr=1e-4, max_grad_norm=1.0)
+    one = time.perf_counter() - begin
+    steps = max(2, min(steps, int(seconds / 3 / max(one, 1e-3))))
+    part.note(f"large: a step takes {one:.2f} s; {steps} of {repeats} steps are run with each kind of lanes")
+    _compare_lanes(part, place, "large", model, batches[:steps])
+
+
+def _compare_lanes(
+    part: Part, place: Place, name: str, model: hz.HostModel, batches: list[list[dict[str, torch.Tensor]]]
+) -> None:
+    start = [run.clone() for run in _runs(model, "weights")]
+    wanted = _run(model, place, "inline", 2, batches, start)
+    state = {
+        region: [run.clone() for run in _runs(model, region)] for region in REGIONS if model.store.has(region)
+    }
+    again = _run(model, place, "inline", 2, batches[:2], start)
+    for slots in (2, 3):
+        found = _run(model, place, "auto", slots, batches, start)
+        first = next(
+            (k + 1 for k, pair in enumerate(zip(found, wanted, strict=True)) if pair[0] != pair[1]), None
+        )
+        regions = [
+            region
+            for region, runs in state.items()
+            if not all(same(a, b) for a, b in zip(_runs(model, region), runs, strict=True))
+        ]
+        why = ""
+        if first or regions:
+            why = f"first different step: {first}; regions that differ at the end: {regions}"
+            if again != wanted[:2]:
+                why += "; inline lanes themselves differ from run to run"
+        cells = {"steps": len(batches), "micro_batches": len(batches[0]), "loss": f"{found[-1][0]:.4f}"}
+        part.add(f"{name}: {slots} slots", not why, why, **cells)
+
+
+def _runs(model: hz.HostModel, region: str) -> list[torch.Tensor]:
+    return [model.store.run(region, unit) for unit in range(len(model.store.units))]
+
+
+def _restart(
+    model: hz.HostModel, place: Place, lanes: str, slots: int, start: list[torch.Tensor] | None = None
+) -> None:
+    """Other lanes and slots; with `start`, the model as it was at first (its masters rounded)."""
+    if start is not None:
+        for run, value in zip(_runs(model, "weights"), start, strict=True):
+            run.copy_(value)
+        for region in ("residual", "exp_avg", "exp_avg_sq"):
+            for run in _runs(model, region):
+                run.zero_()
+    old = model.engine
+    model.engine = Engine(
+        model.skeleton,
+        model.store,
+        old.optimizer,
+        model.device,
+        choose_lanes(lanes, place.device),
+        slots=slots,
+        grad_slots=old.grad_slots,
+        loss_chunk="auto",
+        seed=old.seed,
+    )
+    model.steps_done = 0
+    del old
+    free()
+
+
+def _run(
+    model: hz.HostModel,
+    place: Place,
+    lanes: str,
+    slots: int,
+    batches: list[list[dict[str, torch.Tensor]]],
+    start: list[torch.Tensor],
+) -> list[Bits]:
+    _restart(model, place, lanes, slots, start)
+    found = []
+    for step in batches:
+        loss = model.forward_backward(step).loss
+        # Wrapping sums of the bits; what exactly differs is seen in the state at the end.
+        gradients = tuple(int(run.view(torch.int64).sum()) for run in _runs(model, "grads"))
+        norm = model.step(lr=1e-4, max_grad_norm=1.0, weight_decay=0.1).grad_norm
+        found.append((loss, norm, gradients))
+    return found

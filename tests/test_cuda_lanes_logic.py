@@ -1,0 +1,256 @@
+"""The threads, waits and failures of `CudaLanes`, without a GPU: CUDA's streams are replaced."""
+
+from __future__ import annotations
+
+import _thread
+import random
+import threading
+import time
+
+import pytest
+import torch
+
+import horizon_lm as hz
+import zoo
+from fake_cuda import Watch, fake_cuda  # noqa: F401  (a fixture)
+from horizon_lm.engine import compute, lanes
+from horizon_lm.engine.lanes import CudaLanes, InlineLanes, choose_lanes
+from horizon_lm.errors import ConfigError
+from horizon_lm.memory.slots import GradientSlots, WeightSlots
+from horizon_lm.model.anatomy import embedding_gives
+from horizon_lm.schedule import Lane, StepPlan, build, derive_waits
+
+CPU = torch.device("cpu")
+PLAN = StepPlan(
+    layers=4,
+    uploaded=frozenset(range(1, 6)),
+    trainable=frozenset(range(1, 6)),
+    embedding_unit=5,
+    micro_batches=3,
+)
+OPS = build(PLAN)
+WAITS = derive_waits(OPS)
+
+pytestmark = pytest.mark.usefixtures("fake_cuda")
+
+
+def _threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("horizon-")]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_order(seed: int) -> None:
+    chance = random.Random(seed)
+    done: list[int] = []
+
+    def execute(i: int) -> None:
+        assert threading.current_thread().name == f"horizon-{OPS[i].lane}"
+        assert all(j in done for j in WAITS[i])
+        time.sleep(chance.random() * 1e-3)
+        done.append(i)
+
+    CudaLanes(CPU).run(OPS, WAITS, range(len(OPS)), execute)
+    assert sorted(done) == list(range(len(OPS)))
+    for lane in Lane:
+        mine = [i for i in done if OPS[i].lane is lane]
+        assert mine == sorted(mine)
+    assert not _threads()
+
+
+def test_two_ranges_and_their_spans() -> None:
+    middle = next(i for i, op in enumerate(OPS) if op.is_update)
+    both = CudaLanes(CPU)
+    for indices in (range(middle), range(middle, len(OPS))):
+        both.run(OPS, WAITS, indices, lambda i: time.sleep(1e-4), record=True)
+        assert {span[0] for span in both.spans} == {OPS[i] for i in indices}
+        assert all(0 <= start < end for _, start, end in both.spans)
+    both.run(OPS, WAITS, range(middle), lambda i: None)
+    assert both.spans == []
+
+
+@pytest.mark.parametrize("kind", "GUFLBDSNO")
+@pytest.mark.parametrize("last", [False, True])
+def test_failure_surfaces(kind: str, last: bool) -> None:
+    """Whichever lane fails, the caller gets that error soon, and no lane goes on."""
+    places = [i for i, op in enumerate(OPS) if op.kind == kind]
+    victim = places[-1 if last else 0]
+    started = []
+
+    def execute(i: int) -> None:
+        started.append(i)
+        if i == victim:
+            raise ValueError(f"op {OPS[i]} failed")
+
+    begin = time.perf_counter()
+    with pytest.raises(ValueError, match=f"op {OPS[victim]} failed"):
+        CudaLanes(CPU).run(OPS, WAITS, range(len(OPS)), execute)
+    assert time.perf_counter() - begin < 5
+    assert not _threads()
+    later = [i for i in started if OPS[i].lane is OPS[victim].lane and i > victim]
+    assert not later
+    # The same object runs the next step.
+    CudaLanes(CPU).run(OPS, WAITS, range(len(OPS)), lambda i: None)
+
+
+def test_interrupt_stops_all_lanes() -> None:
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("only a main thread is interrupted")
+    started = []
+
+    def execute(i: int) -> None:
+        started.append(i)
+        if len(started) == 20:
+            _thread.interrupt_main()
+        time.sleep(5e-3)
+
+    with pytest.raises(KeyboardInterrupt):
+        CudaLanes(CPU).run(OPS, WAITS, range(len(OPS)), execute)
+    assert not _threads()
+    assert len(started) < len(OPS)
+
+
+def test_all_threads_failing_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == f"horizon-{Lane.COMPUTE}":
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        CudaLanes(CPU).run(OPS, WAITS, range(len(OPS)), lambda i: None)
+    assert not _threads()
+
+
+def test_inline_lanes_settle_before_host_ops(fake_cuda: list[str]) -> None:  # noqa: F811
+    """On CUDA, the CPU's own ops come after all copies that were issued; on the CPU nothing waits."""
+    seen: list[tuple[str, int]] = []
+    device = torch.device("cuda", 0)
+    InlineLanes(device).run(OPS, WAITS, range(len(OPS)), lambda i: seen.append((str(OPS[i]), len(fake_cuda))))
+    scatter = [op.kind for op in OPS].index("S")
+    assert seen[scatter][1] > seen[scatter - 1][1]
+    fake_cuda.clear()
+    InlineLanes().run(OPS, WAITS, range(len(OPS)), lambda i: None)
+    InlineLanes(CPU).run(OPS, WAITS, range(len(OPS)), lambda i: None, record=True)
+    assert fake_cuda == []
+
+
+@pytest.mark.parametrize(("kind", "device"), [("cuda", "cpu"), ("adversarial", "cuda")])
+def test_lanes_that_a_device_cannot_have(kind: str, device: str) -> None:
+    with pytest.raises(ConfigError, match=f"lanes='{kind}' do not run on device='{device}'"):
+        choose_lanes(kind, torch.device(device))
+
+
+# Real models.
+
+
+def _threaded(name: str, dtype: str = "float32", slots: int = 2) -> hz.HostModel:
+    """A model that is run by CudaLanes on the CPU, with slots of their own as on a GPU."""
+    model = hz.HostModel.from_pretrained(zoo.build(name), device="cpu", dtype=dtype, slots=slots)
+    engine = model.engine
+    engine.lanes = CudaLanes(CPU)
+    engine.weight_slots = WeightSlots(model.store, engine.uploaded, slots, CPU, False)
+    downloaded = frozenset(u for u in engine.trainable if u <= model.skeleton.head)
+    engine.gradient_slots = GradientSlots(model.store, downloaded, engine.grad_slots, CPU, False)
+    return model
+
+
+def _step(model: hz.HostModel, batches: list[dict]) -> tuple[float, float, dict[str, torch.Tensor]]:
+    out = model.forward_backward(batches)
+    gradients = {name: g.clone() for name, g in model.named_gradients()}
+    return out.loss, model.step(lr=1e-3, max_grad_norm=0.5).grad_norm, gradients
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma3_text", "mixtral-aux", "gpt2"])
+def test_same_bits_as_in_order(name: str, dtype: str) -> None:
+    batches = [zoo.batch(name, seed=seed) for seed in range(3)]
+    inline = hz.HostModel.from_pretrained(zoo.build(name), device="cpu", dtype=dtype, lanes="inline")
+    threaded = _threaded(name, dtype, slots=3 if name == "gpt2" else 2)
+    for _ in range(3):
+        loss, norm, gradients = _step(inline, batches)
+        other_loss, other_norm, other_gradients = _step(threaded, batches)
+        assert (loss, norm) == (other_loss, other_norm)
+        for key, gradient in gradients.items():
+            assert torch.equal(gradient, other_gradients[key]), key
+    for (key, one), (_, two) in zip(inline.named_parameters(), threaded.named_parameters(), strict=True):
+        assert torch.equal(one, two), key
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gemma3_text"])
+def test_look_ups_are_not_touched_by_the_compute_lane(name: str) -> None:
+    """The host lane gathers while the compute lane has the embedding module replaced."""
+    model = hz.HostModel.from_pretrained(zoo.build(name), device="cpu", dtype="float32")
+    plain = zoo.build(name).get_input_embeddings()
+    ids = zoo.batch(name)["input_ids"]
+    table = model.store.weight(model.skeleton.anatomy.embedding)
+    module = compute.host_embedding(model.skeleton)
+    with embedding_gives(model.skeleton.embedding, torch.zeros(1)):
+        assert torch.equal(compute.gather_rows(module, table, ids), plain(ids))
+        assert model.skeleton.embedding.weight.is_meta
+    assert module.weight.is_meta
+
+
+# Races: accesses to slots that the waits do not order, whatever a GPU makes of it.
+
+
+def _watched(
+    model: hz.HostModel, batches: list[dict], monkeypatch: pytest.MonkeyPatch, steps: int = 2
+) -> Watch:
+    engine = model.engine
+    runs = [*engine.weight_slots._runs, *engine.gradient_slots._buffers]
+    real = lanes._CudaRun._lane
+    with Watch(runs) as watch, monkeypatch.context() as patch:
+
+        def lane(run: lanes._CudaRun, name: Lane, mine: list[int]) -> None:
+            with watch.lane():
+                real(run, name, mine)
+
+        patch.setattr(lanes._CudaRun, "_lane", lane)
+        for _ in range(steps):
+            model.forward_backward(batches)
+    return watch
+
+
+def test_no_race(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("llama-tied", "mixtral-aux"):
+        batches = [zoo.batch(name, seed=seed) for seed in range(2)]
+        watch = _watched(_threaded(name), batches, monkeypatch)
+        assert not watch.errors, str(watch.errors[0])
+
+
+def test_every_wait_between_streams_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: without any one of the waits, two ops race for a slot, and it is seen.
+
+    The threads still issue in the right order; what is dropped is the wait of the stream alone.
+    """
+    model = _threaded("llama")
+    batches = [zoo.batch("llama", seed=seed) for seed in range(2)]
+    model.forward_backward(batches)
+    ops, waits, ends = model.engine._schedules[2]
+    host = (Lane.HOST, Lane.UPDATE)
+    pairs = [
+        (i, j)
+        for i, targets in enumerate(waits)
+        for j in targets
+        if ops[i].lane not in host and ops[j].lane not in host
+    ]
+    assert len(pairs) > 20
+    real = lanes._CudaRun._wait_for
+    for later, earlier in pairs:
+
+        def wait(
+            run: lanes._CudaRun, i: int, stream: object, later: int = later, earlier: int = earlier
+        ) -> bool:
+            if i == later:
+                run.issued[earlier].wait()
+            return real(run, i, stream)
+
+        fewer = list(waits)
+        fewer[later] = tuple(j for j in waits[later] if j != earlier)
+        model.engine._schedules[2] = ops, fewer, ends
+        with monkeypatch.context() as patch:
+            patch.setattr(lanes._CudaRun, "_wait_for", wait)
+            watch = _watched(model, batches, monkeypatch, steps=1)
+        assert watch.errors, f"{ops[later]} without its wait for {ops[earlier]}"

@@ -1,0 +1,420 @@
+"""Adversarial lanes: real copies into slots, ready ops in random order, released buffers filled with NaN.
+
+Whatever the order, the bits are those of in-order execution on lanes that alias the store; and a wait or a
+release that is wrong shows up as other bits, without a GPU.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import zoo
+from horizon_lm.engine import lanes as lanes_module
+from horizon_lm.engine.lanes import AdversarialLanes, InlineLanes
+from horizon_lm.run.host_model import HostModel
+from horizon_lm.schedule import Buffer, Lane, Op, derive_waits
+
+ORDERS = 200
+MICRO_BATCHES = 2
+# name of the architecture, dtype; llama has an untied table, gpt2 a tied one and a prologue with weights,
+# mixtral a mixture of experts with the router's auxiliary loss
+MODELS = {"llama": "float32", "gpt2": "bfloat16", "mixtral-aux": "float32"}
+
+Bits = dict[str, torch.Tensor]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def host_model(name: str, lanes: str, **settings: Any) -> HostModel:
+    settings = {"dtype": MODELS[name], "skip_memory_check": True} | settings
+    config = zoo.CASES[name].config()
+    config.num_hidden_layers = 3  # the fewest at which both slots are used again in forward and in backward
+    model = zoo._from_config(config, torch.float32, seed=0, attn="sdpa")
+    zoo._perturb(model, torch.Generator().manual_seed(1))
+    return HostModel.from_pretrained(model, device="cpu", lanes=lanes, **settings)
+
+
+def batches(name: str, step: int) -> list[dict[str, torch.Tensor]]:
+    return [zoo.batch(name, batch_size=1, length=8, seed=10 * step + m + 1) for m in range(MICRO_BATCHES)]
+
+
+def bits(value: torch.Tensor) -> torch.Tensor:
+    """Comparable even where there are NaNs."""
+    return value.detach().clone().contiguous().view(torch.uint8)
+
+
+def gradient_bits(model: HostModel) -> Bits:
+    return {name: bits(gradient) for name, gradient in model.named_gradients()}
+
+
+def same(one: Bits, two: Bits) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def two_steps(model: HostModel, name: str) -> list[Any]:
+    """Everything that two steps compute: losses, gradients, norms, and the masters they end with."""
+    found: list[Any] = []
+    for step in range(2):
+        out = model.forward_backward(batches(name, step))
+        found += [out.loss, gradient_bits(model), model.step(lr=1e-2, max_grad_norm=0.5).grad_norm]
+    return [*found, {key: bits(value) for key, value in model.named_parameters()}]
+
+
+def differences(one: list[Any], two: list[Any]) -> list[int]:
+    return [
+        i
+        for i, (a, b) in enumerate(zip(one, two, strict=True))
+        if not (same(a, b) if isinstance(a, dict) else a == b)
+    ]
+
+
+class Reset:
+    """Puts a model back to where it was: cheaper than to build it again for each order."""
+
+    def __init__(self, model: HostModel) -> None:
+        self.model = model
+        self.saved = {region: [run.clone() for run in runs] for region, runs in model.store._runs.items()}
+
+    def __call__(self) -> None:
+        for region, runs in self.saved.items():
+            for run, saved in zip(self.model.store._runs[region], runs, strict=True):
+                run.copy_(saved)
+        # A run that failed half-way leaves weights in slots; the next one must not find them there.
+        for slot in range(self.model.engine.slots):
+            self.model.engine.weight_slots.poison(slot)
+        for slot in range(self.model.engine.grad_slots):
+            self.model.engine.gradient_slots.poison(slot)
+        self.model.steps_done = 0
+
+
+def adversarial(model: HostModel) -> AdversarialLanes:
+    lanes = model.engine.lanes
+    assert isinstance(lanes, AdversarialLanes)
+    return lanes
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_random_orders_give_the_bits_of_program_order(name: str) -> None:
+    expected = two_steps(host_model(name, "inline"), name)
+    assert all(value == value for value in expected if isinstance(value, float))
+    model = host_model(name, "adversarial")
+    assert model.engine.weight_slots.num_bytes > 0, "slots must be real copies"
+    reset, orders = Reset(model), set()
+    for seed in range(ORDERS):
+        reset()
+        adversarial(model).random.seed(seed)
+        ran: list[int] = []
+        run = adversarial(model).run
+
+        def recording(*args: Any, run: Any = run, ran: list[int] = ran, **kwargs: Any) -> None:
+            run(*args, **kwargs)
+            ran += adversarial(model).order
+
+        model.engine.lanes.run = recording  # type: ignore[method-assign]
+        found = two_steps(model, name)
+        del model.engine.lanes.run  # the method of the class again
+        assert not differences(found, expected), f"seed {seed}: {differences(found, expected)}"
+        orders.add(tuple(ran))
+    print(f"\n{name}: {len(orders)} different orders of {len(ran)} ops in {ORDERS} runs, all the same bits")
+    assert len(orders) > 100
+
+
+def test_inline_lanes_alias_the_store() -> None:
+    model = host_model("llama", "inline")
+    model.forward_backward(batches("llama", 0)[:1])
+    assert model.engine.weight_slots.num_bytes == 0
+    assert model.engine.gradient_slots.num_bytes == 0  # one micro-batch, one dtype: accumulated in the store
+
+
+# What ops touch is what they declare.
+
+
+class Recorder(dict):
+    """A step's transient buffers, with a note of who reads and writes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: set[Buffer] = set()
+        self.written: set[Buffer] = set()
+
+    def __getitem__(self, buffer: Buffer) -> Any:
+        self.read.add(buffer)
+        return super().__getitem__(buffer)
+
+    def __setitem__(self, buffer: Buffer, value: Any) -> None:
+        self.written.add(buffer)
+        super().__setitem__(buffer, value)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("name", MODELS)
+def test_ops_touch_what_they_declare(name: str, micro_batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits are derived from declared reads and writes; here they are compared with what the engine does."""
+    model = host_model(name, "adversarial")
+    engine, store = model.engine, model.store
+    memory = Recorder()
+    of_unit = {
+        key: unit for unit, layout in enumerate(store.units) for key in (p.name for p in layout.parameters)
+    }
+    kinds = {"weights": "weights", "grads": "grads"}  # every other region is optimizer state
+
+    def note(target: Any, method: str, buffer: Callable[..., Buffer]) -> None:
+        original = getattr(target, method)
+
+        def noting(*args: Any) -> Any:
+            memory.read.add(buffer(*args))
+            return original(*args)
+
+        monkeypatch.setattr(target, method, noting)
+
+    note(store, "run", lambda region, unit: Buffer(kinds.get(region, "state"), unit))
+    note(store, "weight", lambda key: Buffer("weights", of_unit[key]))
+    note(store, "gradient", lambda key: Buffer("grads", of_unit[key]))
+    note(engine.weight_slots, "run", lambda slot, unit: Buffer("slot", slot))
+    note(engine.weight_slots, "upload", lambda slot, unit: Buffer("slot", slot))
+    note(engine.gradient_slots, "run", lambda slot, unit, dtype: Buffer("grad_slot", slot))
+    seen = set()
+
+    def watch(kind: str, function: Callable[..., None]) -> Callable[..., None]:
+        def watched(step: Any, op: Op) -> None:
+            if step.memory is not memory:
+                memory.clear()
+                step.memory = memory
+            memory.read, memory.written = set(), set()
+            function(step, op)
+            assert memory.written <= op.writes, f"{op} writes {memory.written - op.writes}"
+            touched = memory.read | memory.written
+            # A view of a gradient slot is kept with the unit's gradient, a layer's input with its graph.
+            through_others = {"grad_slot", "loss", "sqnorm", "clip"} | ({"input"} if kind == "B" else set())
+            undeclared = touched - op.reads - op.writes
+            assert not undeclared, f"{op} touches {sorted(map(str, undeclared))}"
+            idle = {b for b in (op.reads | op.writes) - touched if b.region not in through_others}
+            assert not idle, f"{op} declares {sorted(map(str, idle))} and does not touch it"
+            seen.add(kind)
+
+        return watched
+
+    engine._run = {kind: watch(kind, function) for kind, function in engine._run.items()}
+    model.forward_backward(batches(name, 0)[:micro_batches])
+    model.step(lr=1e-2, max_grad_norm=0.5)
+    assert seen == set("GUFLBDSNO")
+
+
+# Negative controls: a wait that is missing, a release that comes too early.
+
+
+class Targeted(random.Random):
+    """Chooses so that op `late` runs as late as it can."""
+
+    def __init__(self, late: int = -1) -> None:
+        super().__init__(0)
+        self.late = late
+
+    def choice(self, ready: Any) -> Any:
+        others = [i for i in ready if i != self.late]
+        return super().choice(others or ready)
+
+
+class InOrder(random.Random):
+    def choice(self, ready: Any) -> Any:
+        return min(ready)
+
+
+def outcome(model: HostModel, name: str) -> Any:
+    """The loss and gradients of one step; or the error, when a buffer was not there at all."""
+    try:
+        loss = model.forward_backward(batches(name, 0)).loss
+    except (KeyError, AssertionError, RuntimeError, AttributeError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return [loss, gradient_bits(model)]
+
+
+def is_wrong(found: Any, expected: Any) -> bool:
+    assert not isinstance(expected, str), expected
+    return isinstance(found, str) or bool(differences(found, expected))
+
+
+def forward_backward_waits(model: HostModel) -> list[tuple[int, int]]:
+    """(op, op it waits for); updates are left out, as a step runs them after all else has ended."""
+    ops, waits, _ = model.engine._schedules[MICRO_BATCHES]
+    return [(i, j) for i, targets in enumerate(waits) for j in targets if not ops[i].is_update]
+
+
+def without_wait(model: HostModel, i: int, j: int) -> None:
+    ops, waits, ends = model.engine._schedules[MICRO_BATCHES]
+    fewer = [tuple(k for k in targets if (n, k) != (i, j)) for n, targets in enumerate(waits)]
+    model.engine._schedules[MICRO_BATCHES] = ops, fewer, ends
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_wait_that_is_removed_gives_other_bits(name: str) -> None:
+    model = host_model(name, "adversarial")
+    reset = Reset(model)
+    expected = outcome(model, name)
+    schedule = model.engine._schedules[MICRO_BATCHES]
+    ops = schedule[0]
+    removed: set[tuple[str, str]] = set()
+    for i, j in forward_backward_waits(model):
+        reset()
+        without_wait(model, i, j)
+        adversarial(model).random = Targeted(late=j)
+        if not (name == "gpt2" and str(ops[i]).startswith("B0.") and str(ops[j]) == "U0"):
+            # (The gradient of learned positions does not depend on their values.)
+            assert is_wrong(outcome(model, name), expected), f"{ops[i]} need not wait for {ops[j]}"
+        model.engine._schedules[MICRO_BATCHES] = schedule
+        removed.add((ops[i].kind, ops[j].kind))
+    reset()
+    adversarial(model).random = random.Random(0)
+    assert not is_wrong(outcome(model, name), expected), "the schedule itself is right"
+    # A slot before it is filled, while it is in use, and before it is free; the same for gradient slots.
+    assert removed >= {
+        ("F", "U"),
+        ("U", "F"),
+        ("U", "B"),
+        ("B", "U"),
+        ("D", "B"),
+        ("B", "D"),
+        ("F", "G"),
+        ("S", "B"),
+    }
+
+
+@pytest.mark.parametrize("kinds", [("U", "F"), ("F", "U"), ("U", "B"), ("B", "U"), ("B", "D"), ("D", "B")])
+def test_random_orders_find_a_missing_wait(kinds: tuple[str, str]) -> None:
+    """No help from a chosen order: one of the first 300 random ones shows it."""
+    model = host_model("llama", "adversarial", grad_slots=1)
+    reset = Reset(model)
+    expected = outcome(model, "llama")
+    ops = model.engine._schedules[MICRO_BATCHES][0]
+    i, j = next((i, j) for i, j in forward_backward_waits(model) if (ops[i].kind, ops[j].kind) == kinds)
+    without_wait(model, i, j)
+    for seed in range(300):
+        reset()
+        adversarial(model).random.seed(seed)
+        if is_wrong(outcome(model, "llama"), expected):
+            return
+    pytest.fail(
+        f"300 random orders of a schedule in which {ops[i]} does not wait for {ops[j]} gave the same bits"
+    )
+
+
+def early_releases(ops: list[Op], ends: list[tuple[Buffer, ...]]) -> Iterator[tuple[Buffer, int, int]]:
+    """(buffer, op that releases it, op before that one that touches it)"""
+    for i, buffers in enumerate(ends):
+        for buffer in buffers:
+            yield buffer, i, max(j for j in range(i) if buffer in ops[j].reads | ops[j].writes)
+
+
+@pytest.mark.parametrize("poison", [True, False])
+def test_a_release_one_op_too_early_is_caught_by_poison(poison: bool) -> None:
+    model = host_model("llama", "adversarial")
+    reset = Reset(model)
+    adversarial(model).random = InOrder()
+    expected = outcome(model, "llama")
+    ops, waits, ends = model.engine._schedules[MICRO_BATCHES]
+    model.engine._poison = poison
+    unnoticed, regions = set(), set()
+    for buffer, i, j in early_releases(ops, ends):
+        early = [list(buffers) for buffers in ends]
+        early[i].remove(buffer)
+        early[j].append(buffer)
+        model.engine._schedules[MICRO_BATCHES] = ops, waits, [tuple(buffers) for buffers in early]
+        reset()
+        regions.add(buffer.region)
+        if not is_wrong(outcome(model, "llama"), expected):
+            unnoticed.add(buffer.region)
+    assert regions == {"slot", "grad_slot", "embeds", "call", "input", "input_grad", "embeds_grad"}
+    # Without poison, what was released is still there: in slots, and inputs in the graph of their layer.
+    assert unnoticed == (set() if poison else {"slot", "grad_slot", "input"})
+
+
+# The lanes by themselves.
+
+
+def chain() -> list[Op]:
+    """Upload, forward, upload into the same slot, forward."""
+    slot, given = Buffer("slot", 0), Buffer("input", 1, 0)
+    upload = Op("U", 1, writes=frozenset({slot}), slot=0)
+    forward = Op("F", 1, 0, frozenset({slot, given}), frozenset({given}), 0)
+    return [upload, forward, upload, forward]
+
+
+@pytest.mark.parametrize("lanes", [InlineLanes(), AdversarialLanes(3)])
+def test_an_error_in_an_op_surfaces_unchanged(lanes: Any) -> None:
+    ops, error, ran = chain(), OSError("disk on fire"), []
+
+    def execute(i: int) -> None:
+        ran.append(i)
+        if i == 2:
+            raise error
+
+    with pytest.raises(OSError, match="disk on fire") as caught:
+        lanes.run(ops, derive_waits(ops), range(4), execute)
+    assert caught.value is error
+    assert ran == [0, 1, 2]
+    lanes.run(ops, derive_waits(ops), range(4), lambda i: None)  # they can be used again
+
+
+@pytest.mark.parametrize("lanes", ["inline", "adversarial"])
+def test_an_error_in_a_step_surfaces_and_leaves_a_usable_model(lanes: str, monkeypatch: Any) -> None:
+    model = host_model("llama", lanes)
+    expected = outcome(model, "llama")
+    error = OverflowError("too much")
+
+    def fail(step: Any, op: Op) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setitem(model.engine._run, "D", fail)
+        with pytest.raises(OverflowError) as caught:
+            model.forward_backward(batches("llama", 0))
+    assert caught.value is error
+    with pytest.raises(ValueError, match="without gradients"):
+        model.step(lr=1.0)
+    assert not is_wrong(outcome(model, "llama"), expected)
+
+
+def test_inline_lanes_record_what_ran_when() -> None:
+    ops, lanes = chain(), InlineLanes()
+    lanes.run(ops, derive_waits(ops), range(1, 4), lambda i: None, record=True)
+    assert [op for op, _, _ in lanes.spans] == ops[1:]
+    times = [t for _, start, end in lanes.spans for t in (start, end)]
+    assert times == sorted(times)
+    lanes.run(ops, derive_waits(ops), range(4), lambda i: None)
+    assert lanes.spans == []
+
+
+def test_adversarial_lanes_keep_waits_and_lane_order() -> None:
+    ops = [Op("U", 1), Op("F", 0, 0), Op("U", 2), Op("F", 1, 0), Op("G", -1, 0)]
+    waits: list[tuple[int, ...]] = [(), (), (), (2,), ()]
+    lanes, orders = AdversarialLanes(0), set()
+    for _ in range(300):
+        lanes.run(ops, waits, range(5), lambda i: None)
+        order = lanes.order
+        assert order.index(0) < order.index(2) < order.index(3) > order.index(1)
+        orders.add(tuple(order))
+    assert len(orders) == 15  # F0 in 3 places beside U1 U2, then F1; and G in any of 5 places
+    assert {ops[i].lane for i in range(5)} == {Lane.UPLOAD, Lane.COMPUTE, Lane.HOST}
+
+
+def test_adversarial_lanes_notice_a_deadlock() -> None:
+    ops = [Op("U", 1), Op("F", 1, 0)]
+    with pytest.raises(AssertionError, match="deadlock"):
+        AdversarialLanes(0).run(ops, [(1,), (0,)], range(2), lambda i: None)
+
+
+def test_choice_of_lanes() -> None:
+    cpu = torch.device("cpu")
+    assert isinstance(lanes_module.choose_lanes("auto", cpu), InlineLanes)
+    assert isinstance(lanes_module.choose_lanes("adversarial", cpu, seed=7), AdversarialLanes)
