@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 
 import horizon_lm as hz
 from horizon_lm.errors import UnsupportedModelError
-from tests import zoo
 
 # Architectures that are refused rather than trained wrongly, with a word of the reason given.
 REFUSED = {
@@ -19,7 +19,7 @@ REFUSED = {
     "inkling_text": "parameters beside the table",
 }
 STREAMED = [name for name in zoo.CASES if name not in REFUSED]
-BF16 = ["llama", "gemma2", "mixtral", "gpt2", "qwen3_next", "ernie4_5_moe"]
+BF16 = ["llama", "gemma2", "mixtral", "gpt2", "qwen3_next", "ernie4_5_moe", "deepseek_v4", "flint"]
 
 
 @pytest.fixture(autouse=True)

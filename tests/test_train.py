@@ -238,7 +238,6 @@ def test_without_a_learning_rate_nothing_is_learned(
     assert entries(tmp_path / "run") == RUN_FILES - {"loss.png"}
 
 
-@pytest.mark.xfail(strict=True, reason="export: save_dtype other than dtype is not what is written")
 @pytest.mark.parametrize(("dtype", "save_dtype"), [("bfloat16", "float32"), ("float32", "bfloat16")])
 def test_the_number_format_of_the_export_can_be_chosen(
     dtype: str, save_dtype: str, text: Path, tmp_path: Path

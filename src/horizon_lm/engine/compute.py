@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..memory.layout import Parameter, UnitLayout
+from ..memory.slots import UnitWeights
 from ..model.capture import Call, RouterLogits, capture_routers, run_layer, run_prologue, run_router_loss
 from ..model.skeleton import Skeleton
 from .loss import head_loss
@@ -71,18 +72,18 @@ def collecting(
 
 @contextmanager
 def bound_for_backward(
-    skeleton: Skeleton, unit: int, run: torch.Tensor | None, gradient: UnitGradient | None
+    skeleton: Skeleton, unit: int, weights: UnitWeights | None, gradient: UnitGradient | None
 ) -> Iterator[None]:
     """The unit's weights bound as leaves whose gradients are collected."""
-    with skeleton.bound(unit, run, grad=True) as leaves, collecting(skeleton, unit, leaves, gradient):
+    with skeleton.bound(unit, weights, grad=True) as leaves, collecting(skeleton, unit, leaves, gradient):
         yield
 
 
 def forward_prologue(
-    skeleton: Skeleton, run: torch.Tensor | None, embeds: torch.Tensor, inputs: dict[str, torch.Tensor]
+    skeleton: Skeleton, weights: UnitWeights | None, embeds: torch.Tensor, inputs: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, Call]:
     """Layer 0's input [batch, tokens, width] and what the layers receive beside it."""
-    with torch.no_grad(), skeleton.bound(0, run, grad=False):
+    with torch.no_grad(), skeleton.bound(0, weights, grad=False):
         first, call = run_prologue(skeleton, embeds, inputs)
     # A buffer of its own, also when the prologue changes nothing: `embeds` has another lifetime.
     return embeds.clone() if first is None else first, call
@@ -108,7 +109,7 @@ class LayerGraph:
 def forward_layer(
     skeleton: Skeleton,
     layer: int,
-    run: torch.Tensor | None,
+    weights: UnitWeights | None,
     call: Call,
     hidden: torch.Tensor,
     *,
@@ -121,7 +122,7 @@ def forward_layer(
     comes before anything else is put into its slot. Autograd's version counters would object.
     With a router loss, the router logits are left in `call` as well.
     """
-    with torch.set_grad_enabled(grad), skeleton.bound(layer + 1, run, grad=grad) as leaves:
+    with torch.set_grad_enabled(grad), skeleton.bound(layer + 1, weights, grad=grad) as leaves:
         start = hidden.detach().requires_grad_(grad)
         with capture_routers(skeleton, layer) as routers:
             if grad and recompute:
@@ -137,7 +138,7 @@ def forward_layer(
 def backward_layer(
     skeleton: Skeleton,
     layer: int,
-    run: torch.Tensor | None,
+    weights: UnitWeights | None,
     call: Call,
     graph: LayerGraph,
     output_gradient: torch.Tensor,
@@ -146,14 +147,14 @@ def backward_layer(
     """Recompute what the graph needs, run it backward, and return the gradient of the layer's input."""
     roots = [graph.output, *(r.logits for r in graph.routers)]
     gradients = [output_gradient, *(r.logits for r in call.routers[layer])] if graph.routers else [output_gradient]
-    with skeleton.bound(layer + 1, run, grad=True), collecting(skeleton, layer + 1, graph.leaves, gradient):
+    with skeleton.bound(layer + 1, weights, grad=True), collecting(skeleton, layer + 1, graph.leaves, gradient):
         torch.autograd.backward(roots, gradients)
     return _gradient_of(graph.hidden)
 
 
 def loss_and_backward(
     skeleton: Skeleton,
-    run: torch.Tensor | None,
+    weights: UnitWeights | None,
     call: Call,
     hidden: torch.Tensor,
     targets: torch.Tensor,
@@ -167,7 +168,7 @@ def loss_and_backward(
     targets: [batch, tokens] on the host. num_tokens: targets of the whole step. The router's
     auxiliary loss counts with the micro-batch's share of those.
     """
-    with torch.enable_grad(), bound_for_backward(skeleton, skeleton.head, run, gradient):
+    with torch.enable_grad(), bound_for_backward(skeleton, skeleton.head, weights, gradient):
         flat, wanted = hidden.flatten(0, 1), targets.flatten()
         total, hidden_gradient = head_loss(skeleton, flat, wanted, num_tokens, chunk)
         if skeleton.has_router_loss:
@@ -182,7 +183,7 @@ def loss_and_backward(
 
 def backward_prologue(
     skeleton: Skeleton,
-    run: torch.Tensor | None,
+    weights: UnitWeights | None,
     embeds: torch.Tensor,
     inputs: dict[str, torch.Tensor],
     output_gradient: torch.Tensor,
@@ -190,7 +191,7 @@ def backward_prologue(
 ) -> torch.Tensor:
     """The gradient of the embedding rows [batch, tokens, width], the prologue run again with a graph."""
     embeds = embeds.detach().requires_grad_()
-    with torch.enable_grad(), bound_for_backward(skeleton, 0, run, gradient):
+    with torch.enable_grad(), bound_for_backward(skeleton, 0, weights, gradient):
         first, _ = run_prologue(skeleton, embeds, inputs)
         if first is None:
             return output_gradient.clone()  # a buffer of its own: the gradient that came in has another lifetime

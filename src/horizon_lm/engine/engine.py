@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..memory.slots import GradientSlots, WeightSlots
+from ..memory.slots import GradientSlots, UnitWeights, WeightSlots
 from ..memory.store import HostStore
 from ..model.capture import Call
 from ..model.skeleton import Skeleton
@@ -302,8 +302,8 @@ class Engine:
 
     # What the functions above are handed.
 
-    def _weights(self, op: Op) -> torch.Tensor | None:
-        return self.weight_slots.run(op.slot, op.unit) if op.slot >= 0 else None
+    def _weights(self, op: Op) -> UnitWeights | None:
+        return self.weight_slots.unit(op.slot, op.unit) if op.slot >= 0 else None
 
     def _gradient(self, step: _Step, op: Op) -> compute.UnitGradient | None:
         if op.grad_slot < 0:

@@ -6,9 +6,19 @@ own run and a gradient slot the store's gradient run wherever the dtype allows: 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from .store import HostStore
+
+
+class UnitWeights(NamedTuple):
+    """A unit's weights where they can be computed with: 1-D [numel], and the residuals of its wide
+    parameters (int16 [wide_numel])."""
+
+    weights: torch.Tensor
+    wide_residual: torch.Tensor
 
 
 class WeightSlots:
@@ -17,34 +27,38 @@ class WeightSlots:
     def __init__(self, store: HostStore, uploaded: frozenset[int], count: int, device: torch.device, alias: bool) -> None:
         self._store = store
         self._alias = alias
-        self._runs: list[torch.Tensor | None] = [None] * count
-        self.capacity = max(store.units[u].numel for u in uploaded)
+        self.capacity = max(store.units[u].slot_numel for u in uploaded)
+        self._buffers = []
         if not alias:
-            self._runs = [torch.empty(self.capacity, dtype=store.dtype, device=device) for _ in range(count)]
+            self._buffers = [torch.empty(self.capacity, dtype=store.dtype, device=device) for _ in range(count)]
 
     @property
     def num_bytes(self) -> int:
         """Device bytes taken by the slots; none when they alias the store."""
-        return 0 if self._alias else sum(run.nbytes for run in self._runs if run is not None)
+        return sum(buffer.nbytes for buffer in self._buffers)
 
     def upload(self, slot: int, unit: int) -> None:
         """Copy the unit's weights into the slot, asynchronously where the host memory is pinned."""
-        source = self._store.run("weights", unit)
         if self._alias:
-            self._runs[slot] = source
-        else:
-            self.run(slot, unit).copy_(source, non_blocking=True)
+            return
+        target = self.unit(slot, unit)
+        target.weights.copy_(self._store.run("weights", unit), non_blocking=True)
+        if target.wide_residual.numel():
+            target.wide_residual.copy_(self._store.wide_residual(unit), non_blocking=True)
 
-    def run(self, slot: int, unit: int) -> torch.Tensor:
-        """The slot as the unit's 1-D run [numel]."""
-        buffer = self._runs[slot]
-        assert buffer is not None
-        return buffer if self._alias else buffer[: self._store.units[unit].numel]
+    def unit(self, slot: int, unit: int) -> UnitWeights:
+        """The unit's weights in a slot."""
+        if self._alias:
+            return UnitWeights(self._store.run("weights", unit), self._store.wide_residual(unit))
+        layout, buffer = self._store.units[unit], self._buffers[slot]
+        if not layout.wide_numel:
+            return UnitWeights(buffer[: layout.numel], torch.empty(0, dtype=torch.int16))
+        return UnitWeights(buffer[: layout.numel], buffer[layout.numel : layout.slot_numel].view(torch.int16))
 
     def poison(self, slot: int) -> None:
         """Fill a slot that nothing may read any more with NaN (tests)."""
         if not self._alias:
-            self._runs[slot].fill_(torch.nan)  # type: ignore[union-attr]
+            self._buffers[slot].fill_(torch.nan)
 
 
 class GradientSlots:

@@ -8,12 +8,13 @@ Each region is one exact allocation with the units side by side in it:
     exp_avg_sq  fp32            4             second moment
     grads       bf16 (or fp32)  2 (4)         gradients of the last forward_backward, pinned
 
-`weights` covers all parameters; the other regions cover the trainable ones.
+`weights` covers all parameters; the other regions cover the trainable ones, and `residual` also
+the frozen ones that are computed with in fp32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,26 +30,35 @@ class Region:
 
     name: str
     dtype: torch.dtype
-    trainable_only: bool
+    numel: Callable[[UnitLayout], int]
     pinned: bool
-
-    def numel(self, unit: UnitLayout) -> int:
-        return unit.trainable_numel if self.trainable_only else unit.numel
 
     def num_bytes(self, units: Sequence[UnitLayout]) -> int:
         return sum(self.numel(unit) for unit in units) * self.dtype.itemsize
 
 
+def _all(unit: UnitLayout) -> int:
+    return unit.numel
+
+
+def _trainable(unit: UnitLayout) -> int:
+    return unit.trainable_numel
+
+
+def _with_residual(unit: UnitLayout) -> int:
+    return unit.residual_numel
+
+
 def regions(dtype: torch.dtype) -> list[Region]:
     """The regions of a store whose compute dtype is bf16 or fp32."""
     rows = [
-        Region("weights", dtype, trainable_only=False, pinned=True),
-        Region("exp_avg", torch.float32, trainable_only=True, pinned=False),
-        Region("exp_avg_sq", torch.float32, trainable_only=True, pinned=False),
-        Region("grads", dtype, trainable_only=True, pinned=True),
+        Region("weights", dtype, _all, pinned=True),
+        Region("exp_avg", torch.float32, _trainable, pinned=False),
+        Region("exp_avg_sq", torch.float32, _trainable, pinned=False),
+        Region("grads", dtype, _trainable, pinned=True),
     ]
     if dtype == torch.bfloat16:
-        rows.insert(1, Region("residual", torch.int16, trainable_only=True, pinned=False))
+        rows.insert(1, Region("residual", torch.int16, _with_residual, pinned=False))
     elif dtype != torch.float32:
         raise ValueError(f"dtype={dtype}; hint: bfloat16 or float32")
     return rows
@@ -100,21 +110,29 @@ class HostStore:
         unit, parameter = self._place[name]
         return self.units[unit].trainable_view(self.run("grads", unit), parameter)
 
+    def wide_residual(self, unit: int) -> torch.Tensor:
+        """The residuals of the unit's wide parameters, 1-D [wide_numel]; empty in an fp32 store."""
+        if not self.has("residual"):
+            return torch.empty(0, dtype=torch.int16)
+        return self.run("residual", unit)[: self.units[unit].wide_numel]
+
+    def _residual(self, name: str) -> torch.Tensor | None:
+        unit, parameter = self._place[name]
+        if not self.has("residual") or parameter.offset < self.units[unit].wide_offset:
+            return None
+        return self.units[unit].residual_view(self.run("residual", unit), parameter)
+
     def adopt(self, name: str, value: torch.Tensor) -> None:
         """Copy a parameter into the store as its fp32 master (residual included)."""
-        unit, parameter = self._place[name]
-        weight = self.weight(name)
-        if self.dtype == torch.bfloat16 and parameter.trainable and value.dtype == torch.float32:
-            residual = self.units[unit].trainable_view(self.run("residual", unit), parameter)
-            split_master(value, weight, residual)
+        residual = self._residual(name)
+        if residual is not None and value.dtype != torch.bfloat16:  # fp16 has more digits than bf16
+            split_master(value, self.weight(name), residual)
         else:
-            weight.copy_(value)  # same dtype, or exact widening; the residual stays zero
+            self.weight(name).copy_(value)  # same dtype, or exact widening; the residual stays zero
 
     def master(self, name: str) -> torch.Tensor:
         """The parameter's fp32 master as a new tensor, shape as in the model."""
-        unit, parameter = self._place[name]
-        weight = self.weight(name)
-        if self.dtype == torch.float32 or not parameter.trainable:
-            return weight.to(torch.float32, copy=True)
-        residual = self.units[unit].trainable_view(self.run("residual", unit), parameter)
-        return join_master(weight, residual)
+        residual = self._residual(name)
+        if residual is None:
+            return self.weight(name).to(torch.float32, copy=True)
+        return join_master(self.weight(name), residual)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
+from ..memory.slots import UnitWeights
 from .anatomy import accepted, as_layer_output, embedding_gives, intercept, split_hidden
 from .skeleton import Skeleton
 
@@ -153,11 +154,10 @@ class _dummy_prologue:
     """Bind the prologue's parameters to zeros that take no memory (stride 0): its output is discarded."""
 
     def __init__(self, skeleton: Skeleton, device: torch.device) -> None:
-        self.run = None
         unit = skeleton.units[0]
-        if unit.numel:
-            self.run = torch.zeros(1, dtype=skeleton.dtype, device=device).expand(unit.numel)
-        self.bound = skeleton.bound(0, self.run, grad=False)
+        zeros = torch.zeros(1, dtype=skeleton.dtype, device=device).expand(unit.numel)
+        residual = torch.zeros(unit.wide_numel, dtype=torch.int16, device=device)
+        self.bound = skeleton.bound(0, UnitWeights(zeros, residual), grad=False)
 
     def __enter__(self) -> None:
         self.bound.__enter__()

@@ -16,6 +16,8 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..memory.layout import Parameter, UnitLayout, lay_out
+from ..memory.master import join_master
+from ..memory.slots import UnitWeights
 from .anatomy import Anatomy, analyse
 
 Owner = tuple[nn.Module, str]
@@ -122,7 +124,7 @@ class Skeleton:
                 parameter = self._parameter(name)
                 compute = torch.float32 if kept(name, parameter) else self.dtype
                 rows.append((name, tuple(parameter.shape), parameter.requires_grad and unit != "idle", compute))
-            units.append(lay_out(unit, rows))
+            units.append(lay_out(unit, rows, self.dtype))
         return tuple(units)
 
     def _parameter(self, name: str) -> nn.Parameter:
@@ -154,8 +156,8 @@ class Skeleton:
                 module._buffers[local] = value if twin is None else twin
 
     @contextmanager
-    def bound(self, unit: int, run: torch.Tensor | None, *, grad: bool) -> Iterator[dict[str, torch.Tensor]]:
-        """While open, the unit's modules use the weights in `run` ([numel], on the device).
+    def bound(self, unit: int, source: UnitWeights | None, *, grad: bool) -> Iterator[dict[str, torch.Tensor]]:
+        """While open, the unit's modules use the weights of `source` (on the device).
 
         grad: trainable parameters become leaves that require a gradient.
         Yields the tensors that were bound, by name; afterwards the modules hold nothing.
@@ -165,9 +167,11 @@ class Skeleton:
         hollow = [[owner._parameters[local] for owner, local in owners] for _, owners in placed]
         try:
             for parameter, owners in placed:
-                assert run is not None, f"unit {unit} has weights but no slot"
-                value = self.units[unit].view(run, parameter).detach()
-                value = value.to(parameter.compute_dtype)
+                assert source is not None, f"unit {unit} has weights but no slot"
+                layout = self.units[unit]
+                value = layout.view(source.weights, parameter).detach()
+                if parameter.compute_dtype != self.dtype:
+                    value = join_master(value, layout.residual_view(source.wide_residual, parameter))
                 if grad and parameter.trainable:
                     value.requires_grad_()
                 tensors[parameter.name] = value

@@ -13,7 +13,7 @@ import torch
 from ..memory.master import join_master, split_master
 from ..memory.store import HostStore
 
-_CHUNK = 1 << 20  # elements; the temporaries of a chunk (about 20 MB) are all the memory an update adds
+_CHUNK = 1 << 18  # elements; the temporaries of a chunk (about 6 MB) are all the memory an update adds
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,9 @@ class AdamW:
         """
         layout = store.units[unit]
         weights = store.run("weights", unit)[layout.trainable_offset :]
-        names = ["grads", "exp_avg", "exp_avg_sq"] + (["residual"] if store.has("residual") else [])
-        runs = [weights, *(store.run(name, unit) for name in names)]
+        runs = [weights, *(store.run(name, unit) for name in ("grads", "exp_avg", "exp_avg_sq"))]
+        if store.has("residual"):  # which also covers frozen parameters before the trainable ones
+            runs.append(store.run("residual", unit)[-layout.trainable_numel :])
         for weight, grad, exp_avg, exp_avg_sq, *residual in zip(*(run.split(_CHUNK) for run in runs), strict=True):
             master = join_master(weight, residual[0]) if residual else weight
             gradient = grad.to(torch.float32)

@@ -1,0 +1,247 @@
+"""What does not fit is refused with figures, before anything is allocated."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from horizon_lm.errors import DoesNotFitError
+from horizon_lm.memory import arena
+from horizon_lm.memory.layout import UnitLayout, lay_out
+from horizon_lm.memory.store import predict_bytes
+from horizon_lm.plan import hardware
+from horizon_lm.plan.preflight import check_host_memory
+
+GB = 10**9
+NO_LIMIT_V1 = 9223372036854771712
+
+
+def units(parameters: int, dtype: torch.dtype = torch.bfloat16) -> list[UnitLayout]:
+    return [lay_out("layer", [("weight", (parameters,), True, dtype)], dtype)]
+
+
+# The refusal.
+
+
+def test_what_fits_is_accepted_to_the_byte() -> None:
+    parts = predict_bytes(units(10**9), torch.bfloat16)
+    assert sum(parts.values()) == 14 * GB
+    check_host_memory(units(10**9), torch.bfloat16, reserve_bytes=GB, available_bytes=15 * GB)
+    with pytest.raises(DoesNotFitError):
+        check_host_memory(units(10**9), torch.bfloat16, reserve_bytes=GB, available_bytes=15 * GB - 1)
+
+
+def test_refusal_gives_the_figures() -> None:
+    with pytest.raises(DoesNotFitError) as caught:
+        check_host_memory(units(10**9), torch.bfloat16, reserve_bytes=2 * GB, available_bytes=6 * GB)
+    error = caught.value
+    assert error.exit_code == 3
+    for figure in (
+        "needs 14.00 GB",
+        "weights 2.00, residual 2.00, exp_avg 4.00, exp_avg_sq 4.00, grads 2.00",
+        "2.00 GB are kept free (reserve_host_gb)",
+        "only 6.00 GB are available",
+        "short by 10.00 GB",
+    ):
+        assert figure in error.message
+    assert error.hint is not None and "free 10.00 GB" in error.hint
+    assert "bfloat16" not in error.hint
+
+
+def test_refusal_in_fp32_names_what_bf16_saves() -> None:
+    with pytest.raises(DoesNotFitError) as caught:
+        check_host_memory(units(10**9, torch.float32), torch.float32, reserve_bytes=0, available_bytes=GB)
+    assert "needs 16.00 GB" in caught.value.message
+    assert caught.value.hint is not None and "dtype: bfloat16 saves 2.00 GB" in caught.value.hint
+
+
+def test_nothing_is_measured_when_the_figure_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("horizon_lm.plan.preflight.available_host_bytes", lambda: 0)
+    check_host_memory(units(100), torch.bfloat16, reserve_bytes=0, available_bytes=GB)
+    with pytest.raises(DoesNotFitError):
+        check_host_memory(units(100), torch.bfloat16, reserve_bytes=0)
+
+
+def test_available_is_the_least_of_all_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = hardware.psutil.virtual_memory().available
+    assert 0 < hardware.available_host_bytes() <= free * 1.1
+    monkeypatch.setattr(hardware, "_cgroup_headrooms", lambda: [5 * 10**6, 10**15])
+    monkeypatch.setattr(hardware, "_process_limits", lambda: [10**15])
+    assert hardware.available_host_bytes() == 5 * 10**6
+    monkeypatch.setattr(hardware, "_process_limits", lambda: [-7])
+    assert hardware.available_host_bytes() == 0
+
+
+def test_a_mapping_that_the_system_refuses_is_one_line() -> None:
+    with pytest.raises(DoesNotFitError, match=r"refused .* GB of host memory") as caught:
+        arena.allocate(1 << 60)
+    assert caught.value.exit_code == 3
+
+
+# cgroups, in trees made for the purpose.
+
+
+Tree = Callable[[dict[str, str], str], list[int]]
+
+
+@pytest.fixture
+def headrooms(tmp_path: Path) -> Tree:
+    def measure(files: dict[str, str], listing: str) -> list[int]:
+        root = tmp_path / "cgroup"
+        for name, text in files.items():
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{text}\n")
+        (tmp_path / "self").write_text(listing)
+        return hardware._cgroup_headrooms(root, tmp_path / "self")
+
+    return measure
+
+
+def test_cgroup_v2(headrooms: Tree) -> None:
+    files = {
+        "job/memory.max": "1000",
+        "job/memory.current": "400",
+        "job/memory.stat": "anon 300\nfile 100\ninactive_file 60\nactive_file 40",
+    }
+    assert headrooms(files, "0::/job\n") == [660]
+
+
+def test_cgroup_v2_the_tightest_ancestor_counts(headrooms: Tree) -> None:
+    files = {
+        "a/memory.max": "500",
+        "a/memory.current": "450",
+        "a/memory.stat": "inactive_file 0",
+        "a/b/memory.max": "max",
+        "a/b/memory.current": "400",
+        "a/b/memory.stat": "inactive_file 0",
+        "a/b/c/memory.max": "10000",
+        "a/b/c/memory.current": "300",
+        "a/b/c/memory.stat": "inactive_file 100",
+    }
+    assert min(headrooms(files, "0::/a/b/c\n")) == 50
+
+
+def test_cgroup_v2_in_a_container_whose_path_is_the_hosts(headrooms: Tree) -> None:
+    """Without a cgroup namespace the listing names a path that does not exist here; the limit is at the root."""
+    files = {"memory.max": "1000", "memory.current": "400", "memory.stat": "inactive_file 10"}
+    assert headrooms(files, "0::/system.slice/docker-1234.scope\n") == [610]
+    assert headrooms(files, "0::/\n") == [610]
+    assert headrooms(files, "0::/../other\n") == [610]
+
+
+def test_cgroup_v1(headrooms: Tree) -> None:
+    files = {
+        "memory/docker/1234/memory.limit_in_bytes": "2000",
+        "memory/docker/1234/memory.usage_in_bytes": "1500",
+        "memory/docker/1234/memory.stat": "cache 10\ninactive_file 5\ntotal_cache 700\ntotal_inactive_file 300",
+        "memory/memory.limit_in_bytes": str(NO_LIMIT_V1),
+        "memory/memory.usage_in_bytes": "90000",
+        "memory/memory.stat": "total_inactive_file 0",
+    }
+    listing = "12:pids:/docker/1234\n9:memory:/docker/1234\n4:cpu,cpuacct:/docker/1234\n0::/docker/1234\n"
+    # Usage counts the children, and so must the cache that can be given back.
+    assert headrooms(files, listing) == [800]
+
+
+def test_cgroup_v1_with_memory_among_others(headrooms: Tree) -> None:
+    files = {
+        "memory/x/memory.limit_in_bytes": "2000",
+        "memory/x/memory.usage_in_bytes": "500",
+        "memory/x/memory.stat": "total_inactive_file 0",
+    }
+    assert headrooms(files, "3:cpu,memory:/x\n2:memoryless:/x\n") == [1500]
+
+
+def test_cgroup_without_statistics_still_limits(headrooms: Tree) -> None:
+    assert headrooms({"a/memory.max": "1000", "a/memory.current": "400"}, "0::/a\n") == [600]
+    assert headrooms({"b/memory.max": "1000"}, "0::/b\n") == [1000]
+
+
+@pytest.mark.parametrize("listing", ["", "nonsense\n", "0::\n", "a:b\n", "0::/a:b/c\n"])
+def test_cgroup_listing_that_says_nothing(headrooms: Tree, listing: str) -> None:
+    assert headrooms({}, listing) == []
+
+
+def test_no_cgroups_at_all(tmp_path: Path) -> None:
+    assert hardware._cgroup_headrooms(tmp_path, tmp_path / "missing") == []
+
+
+@pytest.mark.parametrize("limit", ["max", str(NO_LIMIT_V1), str(1 << 62), "", "garbage", "-1"])
+def test_cgroup_without_a_limit(headrooms: Tree, limit: str) -> None:
+    files = {"a/memory.max": limit, "a/memory.current": "400", "a/memory.stat": "inactive_file 0"}
+    assert headrooms(files, "0::/a\n") == []
+
+
+def test_this_machine_can_be_read() -> None:
+    assert all(isinstance(value, int) for value in hardware._cgroup_headrooms())
+
+
+# Limits of the process, in one of its own.
+
+_SCRIPT = """
+import resource, sys
+import torch
+from horizon_lm.errors import HorizonError
+from horizon_lm.config import ModelSettings
+from horizon_lm.run.host_model import HostModel
+import transformers.models.llama.modeling_llama
+
+kind, headroom, skip = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "skip"
+config = dict(model_type="llama", hidden_size=512, intermediate_size=1024, num_hidden_layers=8,
+              num_attention_heads=8, num_key_value_heads=8, vocab_size=2048)  # 23 M parameters
+torch.set_num_threads(1)
+fields = dict(line.split(":") for line in open("/proc/self/status"))
+used = int(fields[{"AS": "VmSize", "DATA": "VmData"}[kind]].split()[0]) * 1024
+limit = used + headroom
+resource.setrlimit(getattr(resource, f"RLIMIT_{kind}"), (limit, limit))
+try:
+    HostModel.from_config(config, ModelSettings(device="cpu", dtype="bfloat16", reserve_host_gb=0.0,
+                                                skip_memory_check=skip))
+except HorizonError as error:
+    print(error)
+    sys.exit(error.exit_code)
+print("built")
+"""
+
+
+def run_limited(kind: str, headroom_mb: int, skip: str = "check") -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", _SCRIPT, kind, str(headroom_mb * 10**6), skip],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of the process are Linux's")
+@pytest.mark.parametrize("kind", ["AS", "DATA"])
+@pytest.mark.parametrize("headroom_mb", [30, 250])
+def test_a_limit_of_the_process_is_respected(kind: str, headroom_mb: int) -> None:
+    """Less than the fp32 source needs, and enough for it but not for the store (328 MB)."""
+    done = run_limited(kind, headroom_mb)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "GB of host memory" in done.stdout and "hint:" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of the process are Linux's")
+def test_with_enough_room_the_same_model_is_built() -> None:
+    """The negative control."""
+    done = run_limited("AS", 3000)
+    assert (done.returncode, done.stdout.strip()) == (0, "built"), done.stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of the process are Linux's")
+def test_a_skipped_check_is_still_no_crash() -> None:
+    """skip_memory_check turns the forecast off; what the system then refuses is refused in one line too."""
+    done = run_limited("AS", 250, skip="skip")
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "refused" in done.stdout and "hint:" in done.stdout
