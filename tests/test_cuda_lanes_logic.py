@@ -199,7 +199,7 @@ def _watched(
     model: hz.HostModel, batches: list[dict], monkeypatch: pytest.MonkeyPatch, steps: int = 2
 ) -> Watch:
     engine = model.engine
-    runs = [*engine.weight_slots._runs, *engine.gradient_slots._buffers]
+    runs = [*engine.weight_slots._buffers, *engine.gradient_slots._buffers]
     real = lanes._CudaRun._lane
     with Watch(runs) as watch, monkeypatch.context() as patch:
 

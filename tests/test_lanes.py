@@ -181,7 +181,7 @@ def test_ops_touch_what_they_declare(name: str, micro_batches: int, monkeypatch:
     note(store, "run", lambda region, unit: Buffer(kinds.get(region, "state"), unit))
     note(store, "weight", lambda key: Buffer("weights", of_unit[key]))
     note(store, "gradient", lambda key: Buffer("grads", of_unit[key]))
-    note(engine.weight_slots, "run", lambda slot, unit: Buffer("slot", slot))
+    note(engine.weight_slots, "unit", lambda slot, unit: Buffer("slot", slot))
     note(engine.weight_slots, "upload", lambda slot, unit: Buffer("slot", slot))
     note(engine.gradient_slots, "run", lambda slot, unit, dtype: Buffer("grad_slot", slot))
     seen = set()

@@ -129,7 +129,7 @@ def test_cgroup_v2_the_tightest_ancestor_counts(headrooms: Tree) -> None:
 
 
 def test_cgroup_v2_in_a_container_whose_path_is_the_hosts(headrooms: Tree) -> None:
-    """Without a cgroup namespace the listing names a path that does not exist here; the limit is at the root."""
+    """Without a cgroup namespace the listing names a path that is not here; the limit is at the root."""
     files = {"memory.max": "1000", "memory.current": "400", "memory.stat": "inactive_file 10"}
     assert headrooms(files, "0::/system.slice/docker-1234.scope\n") == [610]
     assert headrooms(files, "0::/\n") == [610]
@@ -140,7 +140,7 @@ def test_cgroup_v1(headrooms: Tree) -> None:
     files = {
         "memory/docker/1234/memory.limit_in_bytes": "2000",
         "memory/docker/1234/memory.usage_in_bytes": "1500",
-        "memory/docker/1234/memory.stat": "cache 10\ninactive_file 5\ntotal_cache 700\ntotal_inactive_file 300",
+        "memory/docker/1234/memory.stat": "cache 10\ninactive_file 5\ntotal_inactive_file 300",
         "memory/memory.limit_in_bytes": str(NO_LIMIT_V1),
         "memory/memory.usage_in_bytes": "90000",
         "memory/memory.stat": "total_inactive_file 0",
@@ -223,12 +223,12 @@ def run_limited(kind: str, headroom_mb: int, skip: str = "check") -> subprocess.
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of the process are Linux's")
 @pytest.mark.parametrize("kind", ["AS", "DATA"])
-@pytest.mark.parametrize("headroom_mb", [30, 250])
+@pytest.mark.parametrize("headroom_mb", [60, 250])
 def test_a_limit_of_the_process_is_respected(kind: str, headroom_mb: int) -> None:
     """Less than the fp32 source needs, and enough for it but not for the store (328 MB)."""
     done = run_limited(kind, headroom_mb)
     assert done.returncode == 3, done.stdout + done.stderr
-    assert "GB of host memory" in done.stdout and "hint:" in done.stdout
+    assert "host memory" in done.stdout and "hint:" in done.stdout
     assert "Traceback" not in done.stderr
 
 

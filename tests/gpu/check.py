@@ -69,7 +69,9 @@ def _run(options: argparse.Namespace) -> int:
     trace = options.trace
     if trace is None and options.out is not None:
         trace = options.out.with_name(options.out.stem + "-timeline.json")
-    repeats = 3 if place.dry else options.repeats
+    repeats = 2 if place.dry else options.repeats
+    if place.dry:
+        torch.set_num_threads(1)
     parts = []
     for name in options.part or PARTS:
         print(f"{name}:", flush=True)

@@ -80,10 +80,8 @@ def free() -> None:
 @contextmanager
 def deterministic() -> Iterator[None]:
     """TF32 off, and kernels that give the same bits in each run wherever there are such kernels."""
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -92,7 +90,7 @@ def deterministic() -> Iterator[None]:
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            torch.use_deterministic_algorithms(before, warn_only=warn_only)
             torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
 
 
@@ -183,6 +181,12 @@ def llama(
         "max_position_embeddings": positions,
         "tie_word_embeddings": tied,
     }
+
+
+def first_line(error: BaseException) -> str:
+    """An exception as a short text."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:

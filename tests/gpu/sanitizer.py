@@ -28,11 +28,8 @@ CONTROLS = (("F", "U"), ("U", "F"), ("B", "U"), ("U", "B"), ("D", "B"), ("B", "D
 def check_sanitizer(place: Place) -> Part:
     part = Part("sanitizer")
     if place.dry:
-        part.add(
-            "sanitizer",
-            None,
-            "it watches CUDA alone; tests/test_cuda_lanes_logic.py runs its analysis on the CPU",
-        )
+        why = "it watches CUDA alone; tests/test_cuda_lanes_logic.py runs its analysis on the CPU"
+        part.add("sanitizer", None, why)
         return part
     here = Path(__file__).resolve().parent
     environment = os.environ | {"TORCH_CUDA_SANITIZER": "1", "PYTHONUNBUFFERED": "1"}
@@ -51,12 +48,8 @@ def check_sanitizer(place: Place) -> Part:
     result = json.loads(lines[-1][len(MARK) :])
     part.data = result
     clean = result["clean"]
-    part.add(
-        "one step, two micro-batches",
-        clean["reports"] == 0 and not clean["error"],
-        clean["error"],
-        **_cells(clean),
-    )
+    passed = clean["reports"] == 0 and not clean["error"]
+    part.add("one step, two micro-batches", passed, clean["error"], **_cells(clean))
     for text in clean["texts"]:
         part.note(text)
     # Without this, "no report" would say nothing.
@@ -68,15 +61,12 @@ def check_sanitizer(place: Place) -> Part:
         what = "reported" if caught else "not reported"
         part.add(f"without {control['dropped']}", None, control["error"], sanitizer=what)
     part.note(
-        f"negative controls: the sanitizer saw {seen} of {len(result['controls'])} dropped waits. It takes an event that "
-        "any thread waits for as one that all streams wait for, so it may miss some; "
-        "tests/test_cuda_lanes_logic.py drops every wait in turn, and all are seen there."
+        f"negative controls: the sanitizer saw {seen} of {len(result['controls'])} dropped waits. It takes "
+        "an event that any thread waits for as one that all streams wait for, so it may miss some;"
     )
-    part.add(
-        "at least one dropped wait is seen",
-        seen > 0,
-        "" if seen else "the sanitizer is blind to this pattern",
-    )
+    part.note("tests/test_cuda_lanes_logic.py drops every wait in turn, and all are seen there.")
+    why = "" if seen else "the sanitizer is blind to this pattern"
+    part.add("at least one dropped wait is seen", seen > 0, why, seen=seen, dropped=len(result["controls"]))
     return part
 
 
@@ -119,9 +109,8 @@ def run_sanitized() -> None:
         with _issued_in_order(later, earlier):
             found = watch.step(model, batches)
         model.engine._schedules[2] = ops, waits, ends
-        result["controls"].append(
-            {"dropped": f"{ops[later]}'s wait for {ops[earlier]}", **found, "texts": []}
-        )
+        dropped = f"{ops[later]}'s wait for {ops[earlier]}"
+        result["controls"].append(found | {"dropped": dropped, "texts": []})
     torch.cuda.synchronize()
     print(MARK + json.dumps(result), flush=True)
 
@@ -216,9 +205,5 @@ class _Watch:
         finally:
             lanes._CudaRun._lane = real  # type: ignore[method-assign]
             torch.cuda.synchronize()
-        return {
-            "reports": reports,
-            "texts": texts,
-            "error": error,
-            "launches_in_streams": self.launches_in_streams,
-        }
+        seen = self.launches_in_streams
+        return {"reports": reports, "texts": texts, "error": error, "launches_in_streams": seen}

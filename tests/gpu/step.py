@@ -31,13 +31,15 @@ def check_step(place: Place, trace: Path | None) -> Part:
     )
     part.note(
         f"{model.num_parameters / 1e9:.3f} B parameters, host store "
-        f"{sum(model.store.num_bytes.values()) / 1e9:.2f} GB, built and pinned in {time.perf_counter() - begin:.0f} s"
+        f"{sum(model.store.num_bytes.values()) / 1e9:.2f} GB, "
+        f"built and pinned in {time.perf_counter() - begin:.0f} s"
     )
     cuda = place.device.type == "cuda"
     if cuda:
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     batches = random_batches(values["vocab_size"], MICRO_BATCHES, rows, tokens)
+    count = MICRO_BATCHES * rows * tokens
     timings, losses = [], []
     for step in range(STEPS):
         last = step == STEPS - 1
@@ -48,7 +50,6 @@ def check_step(place: Place, trace: Path | None) -> Part:
         norm = model.step(lr=1e-4, max_grad_norm=1.0, record=last).grad_norm
         timings.append((middle - start, time.perf_counter() - middle))
         losses.append(loss)
-        count = MICRO_BATCHES * rows * tokens
         part.note(
             f"step {step + 1}: loss {loss:.4f}, norm {norm:.3f}, forward + backward {timings[-1][0]:.3f} s, "
             f"update {timings[-1][1]:.3f} s, {count / timings[-1][0]:.0f} tokens/s without the update"
@@ -56,12 +57,7 @@ def check_step(place: Place, trace: Path | None) -> Part:
     part.add("loss falls on the same batch", losses[-1] < losses[0], losses=[round(x, 4) for x in losses])
     _timeline(part, model, trace)
     _memory(part, model, held if cuda else None)
-    part.data |= {
-        "seconds": timings,
-        "losses": losses,
-        "tokens": MICRO_BATCHES * rows * tokens,
-        "model": values,
-    }
+    part.data |= {"seconds": timings, "losses": losses, "tokens": count, "model": values}
     if cuda:
         part.add("lanes are CUDA streams", isinstance(model.engine.lanes, CudaLanes))
     del model
@@ -72,9 +68,8 @@ def check_step(place: Place, trace: Path | None) -> Part:
 def _timeline(part: Part, model: hz.HostModel, trace: Path | None) -> None:
     spans = model.timeline
     ops = model.engine._schedules[MICRO_BATCHES][0]
-    part.add(
-        "every op is in the timeline", {op for op, _, _ in spans} == set(ops), ops=len(ops), spans=len(spans)
-    )
+    complete = {op for op, _, _ in spans} == set(ops) and len(spans) == len(ops)
+    part.add("every op is in the timeline", complete, ops=len(ops), spans=len(spans))
     streamed = [span for span in spans if not span[0].is_update]
     for line in ["forward and backward:", *text_timeline(streamed).splitlines()]:
         part.note(line)
@@ -94,19 +89,14 @@ def _memory(part: Part, model: hz.HostModel, held: int | None) -> None:
         return
     peak = torch.cuda.max_memory_allocated()
     weights = 2 * model.num_parameters
-    part.data["device_bytes"] = {
-        "peak": peak,
-        "slots": slots,
-        "before_the_steps": held,
-        "all_weights": weights,
-    }
+    sizes |= {"peak": peak, "slots": slots, "before_the_steps": held, "all_weights": weights}
+    part.data["bytes"] = sizes
     part.add(
         "slots are allocated before the steps",
         held >= slots,
         slots_mb=f"{slots / 1e6:.1f}",
         held_mb=f"{held / 1e6:.1f}",
     )
-    part.note(f"device memory: peak {peak / 1e6:.1f} MB, of which slots {slots / 1e6:.1f} MB")
-    part.note(
-        f"of it activations, logits and work space: {(peak - slots) / 1e6:.1f} MB; all weights: {weights / 1e6:.1f} MB"
-    )
+    rest = peak - slots
+    part.note(f"device memory: peak {peak / 1e6:.1f} MB = slots {slots / 1e6:.1f} MB + {rest / 1e6:.1f} MB")
+    part.note(f"of activations, logits and work space; all weights would be {weights / 1e6:.1f} MB")

@@ -21,7 +21,6 @@ from ..schedule import Buffer, Op, StepPlan, build, derive_waits, last_uses
 from . import compute
 from .lanes import AdversarialLanes, Lanes, Span
 from .loss import IGNORE_INDEX, chunk_tokens, shifted_targets
-from .transfer import download_gradient
 
 MicroBatch = dict[str, torch.Tensor]
 
@@ -258,8 +257,8 @@ class Engine:
             )
 
     def _download(self, step: _Step, op: Op) -> None:
-        run = step.gradients.pop(op.unit).finish()
-        step.square_norms[op.unit] = download_gradient(run, self.store.run("grads", op.unit))
+        gradient = step.gradients.pop(op.unit)
+        step.square_norms[op.unit] = gradient.download(self.store.run("grads", op.unit))
 
     def _scatter(self, step: _Step, op: Op) -> None:
         skeleton = self.skeleton
@@ -314,7 +313,8 @@ class Engine:
                 additions = max(additions, *(-(-t.numel() // self.loss_chunk) * additions for t in step.targets))
             dtype = self.store.dtype if additions == 1 else torch.float32
             run = self.gradient_slots.run(op.grad_slot, op.unit, dtype)
-            step.gradients[op.unit] = compute.UnitGradient(self.store.units[op.unit], run)
+            at_home = additions == 1 and self.gradient_slots.is_alias(dtype)
+            step.gradients[op.unit] = compute.UnitGradient(self.store.units[op.unit], run, at_home=at_home)
         return step.gradients[op.unit]
 
     def _inputs(self, step: _Step, m: int) -> dict[str, torch.Tensor]:

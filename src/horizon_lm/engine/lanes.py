@@ -39,7 +39,9 @@ class Lanes(Protocol):
     spans: list[Span]
     origin: float
 
-    def run(self, ops: Sequence[Op], waits: Waits, indices: range, execute: Execute, *, record: bool = False) -> None: ...
+    def run(
+        self, ops: Sequence[Op], waits: Waits, indices: range, execute: Execute, *, record: bool = False
+    ) -> None: ...
 
 
 class InlineLanes:
@@ -50,7 +52,9 @@ class InlineLanes:
         self.origin = 0.0
         self._cuda = device if device is not None and device.type == "cuda" else None
 
-    def run(self, ops: Sequence[Op], waits: Waits, indices: range, execute: Execute, *, record: bool = False) -> None:
+    def run(
+        self, ops: Sequence[Op], waits: Waits, indices: range, execute: Execute, *, record: bool = False
+    ) -> None:
         self.spans = []
         self._settle()
         self.origin = time.perf_counter()
@@ -79,7 +83,9 @@ class AdversarialLanes:
         self.random = random.Random(seed)
         self.order: list[int] = []
 
-    def run(self, ops: Sequence[Op], waits: Waits, indices: range, execute: Execute, *, record: bool = False) -> None:
+    def run(
+        self, ops: Sequence[Op], waits: Waits, indices: range, execute: Execute, *, record: bool = False
+    ) -> None:
         queues: dict[Lane, deque[int]] = defaultdict(deque)
         for i in indices:
             queues[ops[i].lane].append(i)
@@ -103,9 +109,13 @@ class CudaLanes:
         self.device = device
         self.spans: list[Span] = []
         self.origin = 0.0
-        self._streams = {lane: torch.cuda.Stream(device) for lane in (Lane.UPLOAD, Lane.COMPUTE, Lane.DOWNLOAD)}
+        self._streams = {
+            lane: torch.cuda.Stream(device) for lane in (Lane.UPLOAD, Lane.COMPUTE, Lane.DOWNLOAD)
+        }
 
-    def run(self, ops: Sequence[Op], waits: Waits, indices: range, execute: Execute, *, record: bool = False) -> None:
+    def run(
+        self, ops: Sequence[Op], waits: Waits, indices: range, execute: Execute, *, record: bool = False
+    ) -> None:
         torch.cuda.synchronize(self.device)  # nothing of an earlier range, or of the caller, is in flight
         self.spans = []
         run = _CudaRun(self.device, self._streams, ops, waits, indices, execute, record)
@@ -133,7 +143,9 @@ class _CudaRun:
         self.issued = {i: threading.Event() for i in indices}
         # blocking: a host thread that waits for one sleeps, and leaves its core to the others
         self.ended = {
-            i: torch.cuda.Event(enable_timing=record, blocking=True) for i in indices if ops[i].lane in streams
+            i: torch.cuda.Event(enable_timing=record, blocking=True)
+            for i in indices
+            if ops[i].lane in streams
         }
         self.began = {i: torch.cuda.Event(enable_timing=True) for i in self.ended} if record else {}
         self.host_times: dict[int, tuple[float, float]] = {}
@@ -235,7 +247,9 @@ def choose_lanes(kind: str, device: torch.device, seed: int = 0) -> Lanes:
         kind = "cuda" if device.type == "cuda" else "inline"
     needed = {"cuda": "cuda", "adversarial": "cpu"}.get(kind, device.type)
     if device.type != needed:
-        raise ConfigError(f"lanes={kind!r} do not run on device={str(device)!r}", hint=f"device: {needed}, or lanes: auto")
+        raise ConfigError(
+            f"lanes={kind!r} do not run on device={str(device)!r}", hint=f"device: {needed}, or lanes: auto"
+        )
     table: dict[str, Callable[[], Lanes]] = {
         "inline": lambda: InlineLanes(device),
         "adversarial": lambda: AdversarialLanes(seed),

@@ -37,9 +37,9 @@ def allocate(num_bytes: int, *, pin: bool = False) -> torch.Tensor:
             block.madvise(mmap.MADV_HUGEPAGE)
     tensor = torch.frombuffer(block, dtype=torch.uint8)
     if pin:
-        if hasattr(mmap, "MADV_DONTFORK"):
-            # A child process must not share pages that the device reads and writes: after a fork they
-            # would be copied, all of them at once or on the next write, away from the device.
+        # A child process must not share pages that the device reads and writes: after a fork they
+        # would be copied, all of them at once or on the next write, away from the device.
+        with suppress(AttributeError, OSError):
             block.madvise(mmap.MADV_DONTFORK)
         _register(tensor)
     return tensor

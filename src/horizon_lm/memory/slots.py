@@ -24,13 +24,17 @@ class UnitWeights(NamedTuple):
 class WeightSlots:
     """`count` device buffers, each as large as the largest unit that is uploaded."""
 
-    def __init__(self, store: HostStore, uploaded: frozenset[int], count: int, device: torch.device, alias: bool) -> None:
+    def __init__(
+        self, store: HostStore, uploaded: frozenset[int], count: int, device: torch.device, alias: bool
+    ) -> None:
         self._store = store
         self._alias = alias
         self.capacity = max(store.units[u].slot_numel for u in uploaded)
         self._buffers = []
         if not alias:
-            self._buffers = [torch.empty(self.capacity, dtype=store.dtype, device=device) for _ in range(count)]
+            self._buffers = [
+                torch.empty(self.capacity, dtype=store.dtype, device=device) for _ in range(count)
+            ]
 
     @property
     def num_bytes(self) -> int:
@@ -68,7 +72,9 @@ class GradientSlots:
     micro-batches, several loss chunks) is accumulated in fp32.
     """
 
-    def __init__(self, store: HostStore, units: frozenset[int], count: int, device: torch.device, alias: bool) -> None:
+    def __init__(
+        self, store: HostStore, units: frozenset[int], count: int, device: torch.device, alias: bool
+    ) -> None:
         self._store = store
         self._alias = alias
         self._device = device
@@ -86,7 +92,9 @@ class GradientSlots:
         """Allocate the buffers; with `alias` only when a gradient needs fp32 beside a bf16 store."""
         if not self._buffers:
             size = self.capacity * torch.float32.itemsize
-            self._buffers = [torch.empty(size, dtype=torch.uint8, device=self._device) for _ in range(self._count)]
+            self._buffers = [
+                torch.empty(size, dtype=torch.uint8, device=self._device) for _ in range(self._count)
+            ]
 
     def is_alias(self, dtype: torch.dtype) -> bool:
         """Whether a gradient of this dtype is accumulated in the store itself."""

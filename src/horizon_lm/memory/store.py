@@ -128,7 +128,9 @@ class HostStore:
         if residual is not None and value.dtype != torch.bfloat16:  # fp16 has more digits than bf16
             split_master(value, self.weight(name), residual)
         else:
-            self.weight(name).copy_(value)  # same dtype, or exact widening; the residual stays zero
+            self.weight(name).copy_(value)  # same dtype, or exact widening
+            if residual is not None:
+                residual.zero_()
 
     def master(self, name: str) -> torch.Tensor:
         """The parameter's fp32 master as a new tensor, shape as in the model."""

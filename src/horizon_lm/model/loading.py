@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, DoesNotFitError
 from ..memory.arena import return_free_memory
 from ..memory.store import HostStore
 from .skeleton import Skeleton
@@ -47,24 +47,27 @@ def load_model(
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(
+        raise _no_memory(error) or ConfigError(
             f"model_name_or_path={name!r} could not be loaded: {reason}",
             hint="name a Hugging Face folder with config.json and *.safetensors, or a model on the Hub",
         ) from error
     except Exception as error:  # safetensors raises its own type for damaged files
-        raise DataError(
-            f"the weights in {name!r} are damaged: {type(error).__name__}: {error}", hint="download or export it again"
+        raise _no_memory(error) or DataError(
+            f"the weights in {name!r} are damaged: {type(error).__name__}: {error}",
+            hint="download or export it again",
         ) from error
 
 
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise ConfigError(
-            f"model_name_or_path={str(folder)!r} is not a folder", hint="check the path; it is taken from where you are"
+            f"model_name_or_path={str(folder)!r} is not a folder",
+            hint="check the path; it is taken from where you are",
         )
     if not (folder / "config.json").is_file():
         raise ConfigError(
-            f"model_name_or_path={str(folder)!r} holds no config.json", hint="name a Hugging Face model folder"
+            f"model_name_or_path={str(folder)!r} holds no config.json",
+            hint="name a Hugging Face model folder",
         )
     if not list(folder.glob("*.safetensors")):
         raise ConfigError(
@@ -73,10 +76,13 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def create_model(values: dict[str, Any], *, dtype: torch.dtype, seed: int, attn_implementation: str) -> nn.Module:
+def create_model(
+    values: dict[str, Any], *, dtype: torch.dtype, seed: int, attn_implementation: str
+) -> nn.Module:
     """A model with random weights from the values of a transformers configuration.
 
-    Weights are drawn in fp32 whatever the compute dtype. Raises ConfigError for a configuration that transformers refuses.
+    Weights are drawn in fp32 whatever the compute dtype. Raises ConfigError for a configuration that
+    transformers refuses, DoesNotFitError when the system refuses the memory.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -91,12 +97,23 @@ def create_model(values: dict[str, Any], *, dtype: torch.dtype, seed: int, attn_
             )
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(
+        raise _no_memory(error) or ConfigError(
             f"init_model with model_type={kind!r} was refused by transformers: {reason}",
             hint="the keys are those of the model's config.json",
         ) from error
     config.dtype = dtype
     return model
+
+
+def _no_memory(error: Exception) -> DoesNotFitError | None:
+    """The error to raise instead when the system refused memory; torch says so in a RuntimeError."""
+    refused = "can't allocate memory", "Cannot allocate memory"
+    if not isinstance(error, MemoryError) and not any(words in str(error) for words in refused):
+        return None
+    return DoesNotFitError(
+        f"the system refused the host memory that the model's weights need: {error}",
+        hint="free memory, raise the limit (ulimit -v, cgroup), or choose a smaller model",
+    )
 
 
 def fill_store(skeleton: Skeleton, store: HostStore) -> None:

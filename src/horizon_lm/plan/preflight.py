@@ -31,7 +31,8 @@ def check_host_memory(
         saved = needed - sum(predict_bytes(units, torch.bfloat16).values())
         ways.insert(0, f"dtype: bfloat16 saves {saved / 1e9:.2f} GB")
     raise DoesNotFitError(
-        f"the model needs {needed / 1e9:.2f} GB of host memory ({table}) and {reserve_bytes / 1e9:.2f} GB are kept "
-        f"free (reserve_host_gb), but only {available / 1e9:.2f} GB are available: short by {short / 1e9:.2f} GB",
+        f"the model needs {needed / 1e9:.2f} GB of host memory ({table}) and {reserve_bytes / 1e9:.2f} GB "
+        f"are kept free (reserve_host_gb), but only {available / 1e9:.2f} GB are available: "
+        f"short by {short / 1e9:.2f} GB",
         hint="; ".join(ways),
     )

@@ -1,0 +1,68 @@
+"""A dated result file: what was run, on which commit and machine, and its tables."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def commit() -> str:
+    """Short hash of HEAD, with a mark when the working tree has changes."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + (" with changes" if changed else "")
+
+
+class Report:
+    """Collects tables and writes `results/DATE-NAME.md`."""
+
+    def __init__(self, name: str, about: str, *, command: str) -> None:
+        self.name = name
+        self.parts = [f"# {name}", about.strip(), f"Command: `{command}`", self._machine()]
+
+    @staticmethod
+    def _machine() -> str:
+        load = os.getloadavg()[0]
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none: the GPU part has not run"
+        return (
+            f"- date: {datetime.date.today()}, commit {commit()}\n"
+            f"- CPU: {cpu_name()}, {os.cpu_count()} cores, load at start {load:.1f}; GPU: {gpu}\n"
+            f"- Python {platform.python_version()}, torch {torch.__version__}"
+        )
+
+    def table(self, head: list[str], rows: list[list[str]], *, note: str = "") -> None:
+        lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        self.parts.append("\n".join(lines))
+        if note:
+            self.parts.append(note)
+
+    def write(self) -> Path:
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{datetime.date.today()}-{self.name}.md"
+        path.write_text("\n\n".join(self.parts) + "\n")
+        print(f"written: {path.relative_to(Path(__file__).parent.parent)}")
+        return path

@@ -1,0 +1,459 @@
+// The parameter update on the host: one pass over weights, residual, gradient and moments.
+//
+// Plain C interface, called through ctypes (see src/horizon_lm/optim/kernel.py, which fills `Update`).
+// Every element is computed by IEEE operations in one fixed order, so that the bits do not depend on the
+// instruction set, the number of threads, or how a run is cut into calls. Compile without anything that
+// changes arithmetic: -ffp-contract=off (no fused multiply-add), never -ffast-math.
+//
+//   update_plain     the reference: one scalar loop, every case decided inside it
+//   update_piece     the same arithmetic as a template without branches, which the compiler turns into
+//                    vector code for each instruction set; chosen at run time
+//
+// A 0.2-millisecond piece is the unit of work; there is nothing to tune. Non-temporal stores do not help:
+// each cache line that is written was read just before.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+using bf16 = uint16_t;  // the upper half of an fp32
+
+enum Rule : int32_t { kAdamW, kAdam, kSgd, kLion };
+enum Dtype : int32_t { kFloat32, kBFloat16 };
+enum Isa : int32_t { kAuto, kPlain, kBaseline, kAvx2, kAvx512 };
+
+}  // namespace
+
+// One call. Mirrored field by field in kernel.py.
+struct Update {
+  int64_t count;           // elements
+  void* weights;           // fp32 [count], or bf16 [count] with
+  int16_t* residual;       //   int16 [count]: the lower half of the fp32 master
+  const void* grads;       // bf16 or fp32 [count]
+  void* exp_avg;           // fp32 or bf16 [count]
+  void* exp_avg_sq;        // as exp_avg; unused by sgd and lion
+  uint64_t element_offset; // of element 0 in the whole store: with seed and step, the random numbers' counter
+  uint64_t seed, step;
+  int32_t rule, weight_dtype, grad_dtype, moment_dtype, isa, threads;
+  // Numbers that do not depend on the element, computed in double and rounded once (rules.py).
+  float grad_scale;    // clipping factor
+  float decay;         // 1 - lr * weight_decay            adamw, lion
+  float weight_decay;  // added to the gradient            adam, sgd
+  float take1;         // 1 - beta1                        adamw, adam, lion
+  float take2;         // 1 - beta2                        adamw, adam, lion
+  float beta2;         //                                  adamw, adam
+  float rescale2;      // 1 / sqrt(1 - beta2 ** step)      adamw, adam
+  float epsilon;       //                                  adamw, adam
+  float momentum;      //                                  sgd
+  float step_size;     // lr / (1 - beta1 ** step); lr for sgd, lion
+};
+
+namespace {
+
+// ---- one element: bits, rounding, random numbers --------------------------------------------------------
+
+ALWAYS_INLINE float as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+ALWAYS_INLINE uint32_t as_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// Every NaN is stored as this one: which of two NaNs an operation passes on is up to the compiler.
+constexpr uint32_t kNan = 0x7FC00000u;
+
+ALWAYS_INLINE uint32_t canonical_bits(float value) {
+  const uint32_t bits = as_bits(value);
+  return int32_t(bits & 0x7FFFFFFFu) > 0x7F800000 ? kNan : bits;
+}
+
+// A moment below 2^-126 is stored as zero. Without gradients (rows of an embedding that no batch visits)
+// moments decay until they stay denormal for good, and denormal operands cost Intel cores a hundredfold.
+ALWAYS_INLINE uint32_t moment_bits(float value) {
+  const uint32_t bits = canonical_bits(value);
+  return (bits & 0x7F800000u) == 0 ? 0u : bits;
+}
+
+// The master in a bf16 and a signed residual, as in memory/master.py: the upper tie of an even bf16 moves one
+// ulp down. What is left with a lower half of 0x8000 or more rounds up, and the residual, being signed, undoes it.
+ALWAYS_INLINE float join_master(bf16 weight, int16_t residual) {
+  return as_float((uint32_t(weight) << 16) + uint32_t(int32_t(residual)));
+}
+
+ALWAYS_INLINE uint32_t storable_bits(float master) {
+  const uint32_t bits = canonical_bits(master);
+  return bits - ((bits & 0x1FFFFu) == 0x8000u ? 1u : 0u);
+}
+
+ALWAYS_INLINE bf16 upper_half(uint32_t storable) { return bf16((storable + 0x8000u) >> 16); }
+
+// Random numbers as a function of (seed, step, element): splitmix64 makes two keys for every 2^32 elements,
+// and two rounds of Wellons' lowbias32 hash mix them with the element's low 32 bits. The lower half of the
+// result serves exp_avg and the upper half exp_avg_sq.
+struct Keys {
+  uint32_t first, second;
+};
+
+uint64_t splitmix64(uint64_t x) {
+  x += 0x9E3779B97F4A7C15ull;
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+  return x ^ (x >> 31);
+}
+
+Keys make_keys(uint64_t seed, uint64_t step, uint64_t element) {
+  const uint64_t key = splitmix64(splitmix64(splitmix64(seed) ^ step) ^ (element >> 32));
+  return {uint32_t(key), uint32_t(key >> 32)};
+}
+
+ALWAYS_INLINE uint32_t random_bits(Keys keys, uint32_t element) {
+  uint32_t x = element ^ keys.first;
+  x = (x ^ (x >> 16)) * 0x7FEB352Du;
+  x = (x ^ (x >> 15) ^ keys.second) * 0x846CA68Bu;
+  return x ^ (x >> 16);
+}
+
+// Rounds up with the probability of the part that is cut off: unbiased. `random`: 16 bits.
+ALWAYS_INLINE bf16 round_stochastic(uint32_t bits, uint32_t random) { return bf16((bits + random) >> 16); }
+
+// ---- the reference: one scalar loop ---------------------------------------------------------------------
+
+float load(const void* run, int32_t dtype, int64_t i) {
+  return dtype == kFloat32 ? static_cast<const float*>(run)[i]
+                           : as_float(uint32_t(static_cast<const bf16*>(run)[i]) << 16);
+}
+
+void store_moment(void* run, int32_t dtype, int64_t i, float value, uint32_t random) {
+  if (dtype == kFloat32) {
+    static_cast<float*>(run)[i] = as_float(moment_bits(value));
+  } else {
+    static_cast<bf16*>(run)[i] = round_stochastic(moment_bits(value), random & 0xFFFFu);
+  }
+}
+
+void update_plain(const Update& u, int64_t begin, int32_t count) {
+  for (int64_t i = begin; i < begin + count; i++) {
+    const bool split = u.weight_dtype == kBFloat16;
+    float master = split ? join_master(static_cast<bf16*>(u.weights)[i], u.residual[i])
+                         : static_cast<float*>(u.weights)[i];
+    float grad = load(u.grads, u.grad_dtype, i) * u.grad_scale;
+    float m = load(u.exp_avg, u.moment_dtype, i);
+    const uint64_t element = u.element_offset + uint64_t(i);
+    const uint32_t random = random_bits(make_keys(u.seed, u.step, element), uint32_t(element));
+    switch (u.rule) {
+      case kAdamW:
+      case kAdam: {
+        if (u.rule == kAdamW) {
+          master = master * u.decay;
+        } else {
+          grad = grad + master * u.weight_decay;
+        }
+        m = m + (grad - m) * u.take1;
+        float v = load(u.exp_avg_sq, u.moment_dtype, i);
+        v = v * u.beta2 + (grad * u.take2) * grad;
+        const float root = std::sqrt(v) * u.rescale2;
+        master = master - (m * u.step_size) / (root + u.epsilon);
+        store_moment(u.exp_avg_sq, u.moment_dtype, i, v, random >> 16);
+        break;
+      }
+      case kSgd:
+        grad = grad + master * u.weight_decay;
+        m = m * u.momentum + grad;
+        master = master - m * u.step_size;
+        break;
+      case kLion: {
+        master = master * u.decay;
+        const float direction = m + (grad - m) * u.take1;
+        const float sign = direction > 0 ? 1.0f : direction < 0 ? -1.0f : direction;  // NaN stays NaN
+        master = master - sign * u.step_size;
+        m = m + (grad - m) * u.take2;
+        break;
+      }
+    }
+    store_moment(u.exp_avg, u.moment_dtype, i, m, random);
+    if (split) {
+      const uint32_t bits = storable_bits(master);
+      static_cast<bf16*>(u.weights)[i] = upper_half(bits);
+      u.residual[i] = int16_t(uint16_t(bits));
+    } else {
+      static_cast<float*>(u.weights)[i] = as_float(canonical_bits(master));
+    }
+  }
+}
+
+// ---- the same for vector units --------------------------------------------------------------------------
+
+ALWAYS_INLINE float widen(float value) { return value; }
+ALWAYS_INLINE float widen(bf16 value) { return as_float(uint32_t(value) << 16); }
+
+ALWAYS_INLINE void narrow(float& place, float value, uint32_t) { place = as_float(moment_bits(value)); }
+ALWAYS_INLINE void narrow(bf16& place, float value, uint32_t random) {
+  place = round_stochastic(moment_bits(value), random);
+}
+
+// Weight: bf16 means with residual. Elements [begin, begin + count) lie in one block of 2^32 of the store.
+template <int kRule, typename Weight, typename Grad, typename Moment>
+ALWAYS_INLINE void update_piece(const Update& u, int64_t begin, int32_t count) {
+  constexpr bool kSplit = std::is_same<Weight, bf16>::value;
+  constexpr bool kRandom = std::is_same<Moment, bf16>::value;
+  constexpr bool kAdaptive = kRule == kAdamW || kRule == kAdam;
+  Weight* __restrict weights = static_cast<Weight*>(u.weights) + begin;
+  int16_t* __restrict residual = kSplit ? u.residual + begin : nullptr;
+  const Grad* __restrict grads = static_cast<const Grad*>(u.grads) + begin;
+  Moment* __restrict exp_avg = static_cast<Moment*>(u.exp_avg) + begin;
+  Moment* __restrict exp_avg_sq = kAdaptive ? static_cast<Moment*>(u.exp_avg_sq) + begin : nullptr;
+  const float grad_scale = u.grad_scale, decay = u.decay, weight_decay = u.weight_decay, take1 = u.take1,
+              take2 = u.take2, beta2 = u.beta2, rescale2 = u.rescale2, epsilon = u.epsilon,
+              momentum = u.momentum, step_size = u.step_size;
+  const uint64_t element = u.element_offset + uint64_t(begin);
+  const Keys keys = make_keys(u.seed, u.step, element);
+  const uint32_t low = uint32_t(element);
+
+  for (int32_t i = 0; i < count; i++) {
+    float master;
+    if constexpr (kSplit) {
+      master = join_master(weights[i], residual[i]);
+    } else {
+      master = weights[i];
+    }
+    const uint32_t random = kRandom ? random_bits(keys, low + uint32_t(i)) : 0u;
+    float grad = widen(grads[i]) * grad_scale;
+    float m = widen(exp_avg[i]);
+    if constexpr (kRule == kAdam || kRule == kSgd) {
+      grad = grad + master * weight_decay;
+    } else {
+      master = master * decay;
+    }
+    if constexpr (kAdaptive) {
+      m = m + (grad - m) * take1;
+      const float v = widen(exp_avg_sq[i]) * beta2 + (grad * take2) * grad;
+      const float root = std::sqrt(v) * rescale2;
+      master = master - (m * step_size) / (root + epsilon);
+      narrow(exp_avg_sq[i], v, random >> 16);
+    } else if constexpr (kRule == kSgd) {
+      m = m * momentum + grad;
+      master = master - m * step_size;
+    } else {
+      const float direction = m + (grad - m) * take1;
+      const float sign = direction > 0 ? 1.0f : direction < 0 ? -1.0f : direction;
+      master = master - sign * step_size;
+      m = m + (grad - m) * take2;
+    }
+    narrow(exp_avg[i], m, random & 0xFFFFu);
+    if constexpr (kSplit) {
+      const uint32_t bits = storable_bits(master);
+      weights[i] = upper_half(bits);
+      residual[i] = int16_t(uint16_t(bits));
+    } else {
+      weights[i] = as_float(canonical_bits(master));
+    }
+  }
+}
+
+ALWAYS_INLINE void triad_piece(float* __restrict a, const float* __restrict b, const float* __restrict c,
+                               float scale, int32_t count) {
+  for (int32_t i = 0; i < count; i++) a[i] = b[i] + scale * c[i];
+}
+
+ALWAYS_INLINE void triad_in_place_piece(float* __restrict a, const float* __restrict b, float scale,
+                                        int32_t count) {
+  for (int32_t i = 0; i < count; i++) a[i] = a[i] + scale * b[i];
+}
+
+// ---- one copy of the code for each instruction set --------------------------------------------------------
+
+using Kernel = void (*)(const Update&, int64_t, int32_t);
+
+#define VARIANT(NAME, TARGET)                                                                        \
+  struct NAME {                                                                                      \
+    template <int kRule, typename Weight, typename Grad, typename Moment>                            \
+    TARGET static void update(const Update& u, int64_t begin, int32_t count) {                       \
+      update_piece<kRule, Weight, Grad, Moment>(u, begin, count);                                    \
+    }                                                                                                \
+    TARGET static void triad(float* a, const float* b, const float* c, float scale, int32_t count) { \
+      if (c == nullptr) {                                                                            \
+        triad_in_place_piece(a, b, scale, count);                                                    \
+      } else {                                                                                       \
+        triad_piece(a, b, c, scale, count);                                                          \
+      }                                                                                              \
+    }                                                                                                \
+  };
+
+VARIANT(Baseline, )
+#if defined(__x86_64__)
+VARIANT(Avx2, __attribute__((target("avx2"))))
+#if defined(__clang__)
+VARIANT(Avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"), min_vector_width(512))))
+#else
+VARIANT(Avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))))
+#endif
+#endif
+
+template <class Variant, int kRule, typename Weight, typename Grad>
+Kernel by_moment(const Update& u) {
+  return u.moment_dtype == kFloat32 ? Variant::template update<kRule, Weight, Grad, float>
+                                    : Variant::template update<kRule, Weight, Grad, bf16>;
+}
+
+template <class Variant, int kRule>
+Kernel by_dtype(const Update& u) {
+  if (u.weight_dtype == kFloat32) return by_moment<Variant, kRule, float, float>(u);
+  return u.grad_dtype == kFloat32 ? by_moment<Variant, kRule, bf16, float>(u)
+                                  : by_moment<Variant, kRule, bf16, bf16>(u);
+}
+
+template <class Variant>
+Kernel by_rule(const Update& u) {
+  switch (u.rule) {
+    case kAdamW: return by_dtype<Variant, kAdamW>(u);
+    case kAdam: return by_dtype<Variant, kAdam>(u);
+    case kSgd: return by_dtype<Variant, kSgd>(u);
+    default: return by_dtype<Variant, kLion>(u);
+  }
+}
+
+bool available(int32_t isa) {
+  switch (isa) {
+    case kAuto:
+    case kPlain:
+    case kBaseline: return true;
+#if defined(__x86_64__)
+    case kAvx2: return __builtin_cpu_supports("avx2");
+    case kAvx512:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+    default: return false;
+  }
+}
+
+int32_t resolve(int32_t isa) {
+  if (isa != kAuto) return isa;
+  return available(kAvx512) ? kAvx512 : available(kAvx2) ? kAvx2 : kBaseline;
+}
+
+// Denormals are honoured whatever mode the calling thread is in (torch.set_flush_denormal, -ffast-math).
+class IeeeMode {
+ public:
+#if defined(__x86_64__)
+  IeeeMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1F80); }
+  ~IeeeMode() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#elif defined(__aarch64__)
+  IeeeMode() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    asm volatile("msr fpcr, %0" ::"r"(uint64_t{0}));
+  }
+  ~IeeeMode() { asm volatile("msr fpcr, %0" ::"r"(saved_)); }
+
+ private:
+  uint64_t saved_;
+#else
+  IeeeMode() {}
+#endif
+};
+
+constexpr int64_t kPiece = int64_t{1} << 20;      // elements; divides 2^32
+constexpr int64_t kShareMultiple = 64;            // elements: a thread starts on a whole cache line
+
+// Calls body(begin, count) for each piece of [0, count), split once over the threads. Pieces end where
+// `offset` + element is a multiple of kPiece, so that none crosses a multiple of 2^32.
+template <class Body>
+void for_pieces(int64_t count, uint64_t offset, int32_t threads, const Body& body) {
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+#endif
+  {
+    int64_t thread = 0, team = 1;
+#ifdef _OPENMP
+    thread = omp_get_thread_num();
+    team = omp_get_num_threads();
+#endif
+    const IeeeMode mode;
+    const int64_t blocks = (count + kShareMultiple - 1) / kShareMultiple;
+    int64_t begin = blocks * thread / team * kShareMultiple;
+    int64_t end = blocks * (thread + 1) / team * kShareMultiple;
+    if (end > count) end = count;
+    while (begin < end) {
+      int64_t size = kPiece - int64_t((offset + uint64_t(begin)) % uint64_t(kPiece));
+      if (size > end - begin) size = end - begin;
+      body(begin, int32_t(size));
+      begin += size;
+    }
+    (void)mode;
+  }
+  (void)threads;
+}
+
+}  // namespace
+
+extern "C" {
+
+// To be raised with every change of `Update` or of the functions below: an old library is not loaded.
+int32_t horizon_optimizer_version() { return 1; }
+
+int32_t horizon_has_openmp() {
+#ifdef _OPENMP
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+int32_t horizon_isa_available(int32_t isa) { return available(isa) ? 1 : 0; }
+
+int32_t horizon_isa_auto() { return resolve(kAuto); }
+
+// 0; or 1 when the instruction set is missing. The caller has checked pointers, sizes and numbers.
+int32_t horizon_update(const Update* update) {
+  const Update& u = *update;
+  if (!available(u.isa)) return 1;
+  Kernel kernel = update_plain;
+  switch (resolve(u.isa)) {
+    case kPlain: break;
+#if defined(__x86_64__)
+    case kAvx512: kernel = by_rule<Avx512>(u); break;
+    case kAvx2: kernel = by_rule<Avx2>(u); break;
+#endif
+    default: kernel = by_rule<Baseline>(u);
+  }
+  for_pieces(u.count, u.element_offset, u.threads,
+             [&](int64_t begin, int32_t count) { kernel(u, begin, count); });
+  return 0;
+}
+
+// STREAM's triad a = b + scale * c; with c null a = a + scale * b, which like the update writes only lines
+// that it has read. For the benchmark.
+int32_t horizon_triad(float* a, const float* b, const float* c, float scale, int64_t count, int32_t threads) {
+  auto* triad = Baseline::triad;
+#if defined(__x86_64__)
+  if (resolve(kAuto) == kAvx512) triad = Avx512::triad;
+  if (resolve(kAuto) == kAvx2) triad = Avx2::triad;
+#endif
+  for_pieces(count, 0, threads, [&](int64_t begin, int32_t size) {
+    triad(a + begin, b + begin, c == nullptr ? nullptr : c + begin, scale, size);
+  });
+  return 0;
+}
+
+}  // extern "C"
