@@ -8,7 +8,9 @@ import sys
 
 import benchmarks
 
-NAMES = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in ("__main__", "report"))
+NAMES = sorted(
+    m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in ("__main__", "report")
+)
 
 
 def main() -> int:

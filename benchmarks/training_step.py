@@ -48,7 +48,9 @@ class Plain:
         self.model.activation_checkpointing_enable()
         self.is_bf16 = model.dtype == torch.bfloat16
         parameters = list(model.parameters())
-        self.masters = [p.detach().float().requires_grad_() for p in parameters] if self.is_bf16 else parameters
+        self.masters = (
+            [p.detach().float().requires_grad_() for p in parameters] if self.is_bf16 else parameters
+        )
         self.optimizer = torch.optim.AdamW(self.masters, lr=1e-5, weight_decay=0.0, fused=True)
 
     def forward_backward(self) -> None:
@@ -131,8 +133,9 @@ def main(argv: list[str] | None = None) -> None:
     report.table(
         ["dtype", "micro-batches", "part", "our tokens/s over plain, wall", "the same, CPU time"],
         rows,
-        note=f"Medians of {arguments.runs} pairs (least to most); {arguments.threads} threads; llama, 110 M "
-        f"parameters, {TOKENS} tokens a micro-batch. step: clipping 1.0 and AdamW with fp32 masters on both sides.",
+        note=f"Medians of {arguments.runs} pairs (least to most); {arguments.threads} threads; "
+        f"llama, 110 M parameters, {TOKENS} tokens a micro-batch. "
+        "step: clipping 1.0 and AdamW with fp32 masters on both sides.",
     )
     report.write()
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-import zoo
 
 import horizon_lm as hz
+import zoo
 from horizon_lm.errors import UnsupportedModelError
 
 # Architectures that are refused rather than trained wrongly, with a word of the reason given.
@@ -49,7 +49,9 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30))
 
 
-def assert_same_bits(host: hz.HostModel, loss: float, gradients: dict[str, torch.Tensor], found: float) -> None:
+def assert_same_bits(
+    host: hz.HostModel, loss: float, gradients: dict[str, torch.Tensor], found: float
+) -> None:
     assert found == loss
     streamed = dict(host.named_gradients())
     assert streamed.keys() == gradients.keys()
@@ -108,7 +110,9 @@ def test_four_micro_batches_equal_their_union(name: str):
     out = host.forward_backward(parts)
     assert out.loss == pytest.approx(loss, rel=1e-5)
     assert out.num_tokens == int((union["labels"][:, 1:] != -100).sum())
-    worst = {n: relative(g, gradients[n]) for n, g in host.named_gradients() if gradients[n].abs().max() > 1e-8}
+    worst = {
+        n: relative(g, gradients[n]) for n, g in host.named_gradients() if gradients[n].abs().max() > 1e-8
+    }
     assert max(worst.values()) < 1e-5, max(worst, key=lambda n: worst[n])
 
 
@@ -130,7 +134,7 @@ def test_loss_in_chunks(name: str):
     host = stream(model, loss_chunk_tokens=7)
     assert host.forward_backward([batch]).loss == pytest.approx(loss, rel=1e-6)
     for n, gradient in host.named_gradients():
-        # The gradient of a parameter that only rounding reaches (phimoe's router) has no direction to compare.
+        # The gradient of a parameter that only rounding reaches (phimoe's router) has no direction.
         if gradients[n].abs().max() > 1e-7:
             assert relative(gradient, gradients[n]) < 1e-5, n
 

@@ -36,12 +36,15 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def host_model(name: str, lanes: str, **settings: Any) -> HostModel:
+def host_model(name: str, lanes: str, frozen: tuple[str, ...] = (), **settings: Any) -> HostModel:
+    """frozen: parts of the names of parameters that are not trained."""
     settings = {"dtype": MODELS[name], "skip_memory_check": True} | settings
     config = zoo.CASES[name].config()
     config.num_hidden_layers = 3  # the fewest at which both slots are used again in forward and in backward
     model = zoo._from_config(config, torch.float32, seed=0, attn="sdpa")
     zoo._perturb(model, torch.Generator().manual_seed(1))
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(part in key for part in frozen))
     return HostModel.from_pretrained(model, device="cpu", lanes=lanes, **settings)
 
 
@@ -128,6 +131,37 @@ def test_random_orders_give_the_bits_of_program_order(name: str) -> None:
         orders.add(tuple(ran))
     print(f"\n{name}: {len(orders)} different orders of {len(ran)} ops in {ORDERS} runs, all the same bits")
     assert len(orders) > 100
+
+
+FROZEN = [
+    ("llama", ("embed_tokens",)),
+    ("llama", ("lm_head", "layers.0", "layers.1")),
+    ("llama", ("layers", "norm", "embed_tokens")),
+    ("llama", ("mlp", "k_proj", "norm.")),
+    ("gpt2", ("wpe", "ln_")),
+    ("gpt2", ("wte", "wpe")),  # a tied table that is frozen beside a final norm that is not
+    ("mixtral-aux", ("experts", "layers.2")),
+]
+
+
+@pytest.mark.parametrize(("name", "frozen"), FROZEN)
+def test_frozen_parameters(name: str, frozen: tuple[str, ...]) -> None:
+    """The others get the gradients that they get when nothing is frozen, in any order; frozen ones stay."""
+    free = host_model(name, "inline")
+    free.forward_backward(batches(name, 0))
+    everything = gradient_bits(free)
+    expected = two_steps(host_model(name, "inline", frozen), name)
+    model = host_model(name, "adversarial", frozen)
+    before = {key: bits(value) for key, value in model.named_parameters()}
+    reset = Reset(model)
+    for seed in range(5):
+        reset()
+        adversarial(model).random.seed(seed)
+        assert not differences(two_steps(model, name), expected)
+    trained = {key for key in before if not any(part in key for part in frozen)}
+    assert expected[1].keys() == trained
+    assert same(expected[1], {key: everything[key] for key in trained})
+    assert {key for key, value in expected[-1].items() if not torch.equal(value, before[key])} == trained
 
 
 def test_inline_lanes_alias_the_store() -> None:

@@ -33,7 +33,7 @@ from horizon_lm.run.metrics import Metrics, read_steps
 from horizon_lm.run.plot import smoothed
 from horizon_lm.run.progress import RichProgress, choose_progress, clock, say, size, sparkline
 
-LENGTH, STEPS, ROWS = 32, 24, 8  # tokens in a sequence, steps, sequences in a step
+LENGTH, STEPS, ROWS = 32, 50, 8  # tokens in a sequence, steps, sequences in a step
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 32,
@@ -208,7 +208,7 @@ def test_training_equals_a_plain_pytorch_loop(run: Run) -> None:
     blocks = load_training_data(run.config, tokenizer).blocks
     loader = TokenLoader(blocks, micro_batch_size=ROWS, seed=42)
     optimizer = torch.optim.AdamW(reference.parameters(), lr=5e-3, weight_decay=0.0)
-    scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=1, num_training_steps=STEPS)
+    scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=2, num_training_steps=STEPS)
     expected = []
     for _ in range(STEPS):
         loss = reference(**next(loader)[0]).loss

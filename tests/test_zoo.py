@@ -8,9 +8,10 @@ from collections import Counter
 import pytest
 import torch
 import transformers
-import zoo
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import zoo
 
 ALL = zoo.CASES | zoo.SHARED_STATE
 # Parameters that no gradient reaches in transformers itself: biases that only choose experts, indexers that

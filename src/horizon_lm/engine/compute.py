@@ -136,7 +136,10 @@ def forward_layer(
         with capture_routers(skeleton, layer) as routers:
             if grad and recompute:
                 output = checkpoint(
-                    partial(run_layer, skeleton, layer, call), start, use_reentrant=False, preserve_rng_state=False
+                    partial(run_layer, skeleton, layer, call),
+                    start,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
                 )
             else:
                 output = run_layer(skeleton, layer, call, start)
@@ -155,8 +158,13 @@ def backward_layer(
 ) -> torch.Tensor:
     """Recompute what the graph needs, run it backward, and return the gradient of the layer's input."""
     roots = [graph.output, *(r.logits for r in graph.routers)]
-    gradients = [output_gradient, *(r.logits for r in call.routers[layer])] if graph.routers else [output_gradient]
-    with skeleton.bound(layer + 1, weights, grad=True), collecting(skeleton, layer + 1, graph.leaves, gradient):
+    gradients = (
+        [output_gradient, *(r.logits for r in call.routers[layer])] if graph.routers else [output_gradient]
+    )
+    with (
+        skeleton.bound(layer + 1, weights, grad=True),
+        collecting(skeleton, layer + 1, graph.leaves, gradient),
+    ):
         torch.autograd.backward(roots, gradients)
     return _gradient_of(graph.hidden)
 
@@ -182,7 +190,10 @@ def loss_and_backward(
         total, hidden_gradient = head_loss(skeleton, flat, wanted, num_tokens, chunk)
         if skeleton.has_router_loss:
             share = int((wanted != -100).sum()) / num_tokens
-            leaves = [[r._replace(logits=r.logits.detach().requires_grad_()) for r in layer] for layer in call.routers]
+            leaves = [
+                [r._replace(logits=r.logits.detach().requires_grad_()) for r in layer]
+                for layer in call.routers
+            ]
             loss = run_router_loss(skeleton, call, leaves, hidden) * share
             loss.backward()
             call.routers = [[r._replace(logits=_gradient_of(r.logits)) for r in layer] for layer in leaves]
@@ -203,7 +214,9 @@ def backward_prologue(
     with torch.enable_grad(), bound_for_backward(skeleton, 0, weights, gradient):
         first, _ = run_prologue(skeleton, embeds, inputs)
         if first is None:
-            return output_gradient.clone()  # a buffer of its own: the gradient that came in has another lifetime
+            return (
+                output_gradient.clone()
+            )  # a buffer of its own: the gradient that came in has another lifetime
         first.backward(output_gradient)
     return _gradient_of(embeds)
 
@@ -272,9 +285,10 @@ def _embedding_weight(embedding: nn.Embedding, weight: torch.Tensor) -> Iterator
         parameters["weight"] = old
 
 
-
 @contextmanager
-def random_state(skeleton: Skeleton, device: torch.device, base: int, unit: int, micro_batch: int) -> Iterator[None]:
+def random_state(
+    skeleton: Skeleton, device: torch.device, base: int, unit: int, micro_batch: int
+) -> Iterator[None]:
     """Random numbers that depend on (seed and step, unit, micro-batch) alone, so that a recompute
     draws the same dropout masks whatever ran in between. The caller's generators are left as they
     were. Does nothing for a model without dropout or other noise."""

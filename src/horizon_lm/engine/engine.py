@@ -123,14 +123,19 @@ class Engine:
             micro_batches=micro_batches,
             slots=self.slots,
             grad_slots=self.grad_slots,
+            embedding_frozen=not self.store.locate(self.skeleton.anatomy.embedding)[1].trainable,
         )
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], num_step: int, *, record: bool = False) -> tuple[float, int]:
+    def forward_backward(
+        self, micro_batches: Sequence[MicroBatch], num_step: int, *, record: bool = False
+    ) -> tuple[float, int]:
         """Run gather to scatter. Returns (loss, target tokens); gradients are in the store."""
         targets = [shifted_targets(batch["labels"]) for batch in micro_batches]
         if self.device.type == "cuda":  # copies from pageable memory would hold up the compute lane
             targets = [t.pin_memory() for t in targets]
-            micro_batches = [{n: v.pin_memory() for n, v in batch.items() if v is not None} for batch in micro_batches]
+            micro_batches = [
+                {n: v.pin_memory() for n, v in batch.items() if v is not None} for batch in micro_batches
+            ]
         num_tokens = sum(int((t != IGNORE_INDEX).sum()) for t in targets)
         count = len(micro_batches)
         if count not in self._schedules:
@@ -214,7 +219,13 @@ class Engine:
                 # slot: with one micro-batch its activations are kept rather than computed again.
                 turn = op.unit == self.skeleton.num_layers and len(step.micro_batches) == 1
                 output, graph = compute.forward_layer(
-                    self.skeleton, op.unit - 1, self._weights(op), step.call(m), hidden, grad=grad, recompute=not turn
+                    self.skeleton,
+                    op.unit - 1,
+                    self._weights(op),
+                    step.call(m),
+                    hidden,
+                    grad=grad,
+                    recompute=not turn,
                 )
                 if graph is not None:
                     step.graphs[op.unit, m] = graph
@@ -242,7 +253,12 @@ class Engine:
             if op.unit == 0:
                 embeds = step.tensor("embeds", -1, m).to(self.device, non_blocking=True)
                 gradient = compute.backward_prologue(
-                    self.skeleton, self._weights(op), embeds, self._inputs(step, m), gradient, self._gradient(step, op)
+                    self.skeleton,
+                    self._weights(op),
+                    embeds,
+                    self._inputs(step, m),
+                    gradient,
+                    self._gradient(step, op),
                 )
                 step.memory[Buffer("embeds_grad", -1, m)] = self._to_host(gradient)
                 return
@@ -310,10 +326,14 @@ class Engine:
         if op.first:
             additions = len(step.micro_batches)
             if op.unit == self.skeleton.head:
-                additions = max(additions, *(-(-t.numel() // self.loss_chunk) * additions for t in step.targets))
+                additions = max(
+                    additions, *(-(-t.numel() // self.loss_chunk) * additions for t in step.targets)
+                )
             dtype = self.store.dtype if additions == 1 else torch.float32
             run = self.gradient_slots.run(op.grad_slot, op.unit, dtype)
-            at_home = additions == 1 and self.gradient_slots.is_alias(dtype)
+            # The router's loss runs backward through the head as well, with a gradient of zeros.
+            twice = op.unit == self.skeleton.head and self.skeleton.has_router_loss
+            at_home = additions == 1 and not twice and self.gradient_slots.is_alias(dtype)
             step.gradients[op.unit] = compute.UnitGradient(self.store.units[op.unit], run, at_home=at_home)
         return step.gradients[op.unit]
 

@@ -33,8 +33,8 @@ def head_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed cross-entropy / num_tokens, and the gradient with respect to `hidden`.
 
-    hidden: [n, width] (or [n, streams, width]); targets: [n] on the host, -100 ignored. The gradients of the head's
-    parameters go to the leaves that are bound. Chunks without a target are skipped.
+    hidden: [n, width] (or [n, streams, width]); targets: [n] on the host, -100 ignored. The gradients
+    of the head's parameters go to the leaves that are bound. Chunks without a target are skipped.
     Returns (fp32 scalar on the device, [n, width] in the dtype of hidden).
     """
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)

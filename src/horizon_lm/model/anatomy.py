@@ -107,7 +107,7 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
         yield from tensors_in(list(value.values()))
 
 
-def accepted(model: nn.Module, **wanted: Any) -> dict[str, Any]:
+def accepted(model: Any, **wanted: Any) -> dict[str, Any]:
     """Those of `wanted` that the model's forward takes."""
     parameters = inspect.signature(model.forward).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -115,7 +115,7 @@ def accepted(model: nn.Module, **wanted: Any) -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if name in parameters}
 
 
-def analyse(model: nn.Module) -> Anatomy:
+def analyse(model: Any) -> Anatomy:
     """Find where `model` (parameters in memory, any device) can be cut.
 
     Raises UnsupportedModelError with the model type and the reason when it cannot be streamed.
@@ -124,9 +124,13 @@ def analyse(model: nn.Module) -> Anatomy:
     names = _unique_names(model)
     embedding_module = model.get_input_embeddings()
     if not isinstance(embedding_module, nn.Embedding) or id(embedding_module.weight) not in names:
-        raise _refuse(model, f"its input embedding is a {type(embedding_module).__name__}, not a table of rows")
+        raise _refuse(
+            model, f"its input embedding is a {type(embedding_module).__name__}, not a table of rows"
+        )
     if len(list(embedding_module.parameters())) != 1:
-        raise _refuse(model, f"its input embedding ({type(embedding_module).__name__}) has parameters beside the table")
+        raise _refuse(
+            model, f"its input embedding ({type(embedding_module).__name__}) has parameters beside the table"
+        )
     embedding = names[id(embedding_module.weight)]
     layer_names = _layer_parameters(model, path, layers, names)
     in_layers = {name for unit in layer_names for name in unit}
@@ -143,7 +147,9 @@ def analyse(model: nn.Module) -> Anatomy:
     return Anatomy(
         layers_path=path,
         layer_outputs=outputs,
-        head_takes_one_token=_head_takes_one_token(model, layers, embedding_module, outputs, logits.shape[-1]),
+        head_takes_one_token=_head_takes_one_token(
+            model, layers, embedding_module, outputs, logits.shape[-1]
+        ),
         embedding=embedding,
         tied=embedding in used_after,
         prologue=tuple(n for n in order if n in used_before),
@@ -153,7 +159,7 @@ def analyse(model: nn.Module) -> Anatomy:
     )
 
 
-def _refuse(model: nn.Module, reason: str) -> UnsupportedModelError:
+def _refuse(model: Any, reason: str) -> UnsupportedModelError:
     kind = getattr(model.config, "model_type", type(model).__name__)
     return UnsupportedModelError(
         f"{kind} cannot be streamed layer by layer: {reason}",
@@ -161,11 +167,15 @@ def _refuse(model: nn.Module, reason: str) -> UnsupportedModelError:
     )
 
 
-def _find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def _find_layers(model: Any) -> tuple[str, nn.ModuleList]:
     """The outermost list of modules that holds the most parameters."""
     found: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and not any(path.startswith(f"{p}.") for p in found):
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module)
+            and not any(path.startswith(f"{p}.") for p in found)
+        ):
             found[path] = module
     if not found:
         raise _refuse(model, "it has no list of decoder layers")
@@ -173,19 +183,21 @@ def _find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return best, found[best]
 
 
-def _unique_names(model: nn.Module) -> dict[int, str]:
+def _unique_names(model: Any) -> dict[int, str]:
     return {id(parameter): name for name, parameter in model.named_parameters()}
 
 
 def _layer_parameters(
-    model: nn.Module, path: str, layers: nn.ModuleList, names: dict[int, str]
+    model: Any, path: str, layers: nn.ModuleList, names: dict[int, str]
 ) -> tuple[tuple[str, ...], ...]:
     owner: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         inside = name.startswith(f"{path}.")
         place = ".".join(name.split(".")[: path.count(".") + 2]) if inside else ""
         if owner.setdefault(id(parameter), place) != place:
-            raise _refuse(model, f"{name} is shared with {owner[id(parameter)] or 'a module outside the layers'}")
+            raise _refuse(
+                model, f"{name} is shared with {owner[id(parameter)] or 'a module outside the layers'}"
+            )
     return tuple(tuple(dict.fromkeys(names[id(p)] for p in layer.parameters())) for layer in layers)
 
 
@@ -210,7 +222,9 @@ def as_layer_output(hidden: torch.Tensor, outputs: int, extra: Any = None) -> An
     return (hidden, *[extra] * (outputs - 1)) if outputs else hidden
 
 
-def _probe(model: nn.Module, layers: nn.ModuleList, embedding: nn.Embedding) -> tuple[int, torch.Tensor, torch.Tensor]:
+def _probe(
+    model: Any, layers: nn.ModuleList, embedding: nn.Embedding
+) -> tuple[int, torch.Tensor, torch.Tensor]:
     """(layer outputs, input of layer 0, logits), the last two with their autograd graphs."""
     broken, failed = "", ""
     for outputs in (0, 3, 2, 1):
@@ -221,12 +235,14 @@ def _probe(model: nn.Module, layers: nn.ModuleList, embedding: nn.Embedding) -> 
         except UnsupportedModelError:
             raise
         except Exception as error:  # whatever a model does when given the wrong kind of output
-            failed = failed or f"its forward failed when its layers were replaced: {type(error).__name__}: {error}"
+            failed = (
+                failed or f"its forward failed when its layers were replaced: {type(error).__name__}: {error}"
+            )
     raise _refuse(model, broken or failed)
 
 
 def _run_with_markers(
-    model: nn.Module, layers: nn.ModuleList, embedding: nn.Embedding, outputs: int
+    model: Any, layers: nn.ModuleList, embedding: nn.Embedding, outputs: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     seen: list[torch.Tensor] = []
     marker: list[torch.Tensor] = []
@@ -234,7 +250,9 @@ def _run_with_markers(
     def layer(i: int, *args: Any, **kwargs: Any) -> Any:
         hidden, rest, named = split_hidden(args, kwargs)
         if i != len(marker) or (marker and hidden is not marker[-1]):
-            raise _BrokenChain(f"something runs between decoder layers {i - 1} and {i}, or not all run in order")
+            raise _BrokenChain(
+                f"something runs between decoder layers {i - 1} and {i}, or not all run in order"
+            )
         if not marker:
             seen.append(hidden)
         for tensor in tensors_in([rest, named]):
@@ -263,18 +281,22 @@ def _run_with_markers(
     return seen[0], logits
 
 
-def _check_loss(model: nn.Module, output: Any, labels: torch.Tensor) -> None:
+def _check_loss(model: Any, output: Any, labels: torch.Tensor) -> None:
     """The model's own loss must be the mean cross-entropy of the next token, and nothing more."""
     logits = output.logits.detach().float()
     expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    if output.loss is not None and not torch.allclose(output.loss.detach().float(), expected, rtol=1e-5, atol=1e-6):
+    if output.loss is not None and not torch.allclose(
+        output.loss.detach().float(), expected, rtol=1e-5, atol=1e-6
+    ):
         raise _refuse(
-            model, f"its forward computes a loss of its own ({output.loss.item():.6f}, cross-entropy {float(expected):.6f})"
+            model,
+            f"its forward computes a loss of its own ({output.loss.item():.6f}, "
+            f"cross-entropy {expected.item():.6f})",
         )
 
 
 def _head_takes_one_token(
-    model: nn.Module, layers: nn.ModuleList, embedding: nn.Embedding, outputs: int, vocabulary: int
+    model: Any, layers: nn.ModuleList, embedding: nn.Embedding, outputs: int, vocabulary: int
 ) -> bool:
     def skip(i: int, *args: Any, **kwargs: Any) -> Any:
         hidden = split_hidden(args, kwargs)[0]
@@ -294,7 +316,8 @@ def _leaves(tensor: torch.Tensor) -> set[int]:
     if tensor.grad_fn is None:
         return {id(tensor)}
     found: set[int] = set()
-    nodes, visited = [tensor.grad_fn], set()
+    nodes: list[Any] = [tensor.grad_fn]
+    visited: set[Any] = set()
     while nodes:
         node = nodes.pop()
         if node is None or node in visited:

@@ -9,7 +9,7 @@ the last layer replaced by the true hidden states.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ class RouterLogits(NamedTuple):
     """A router, the place of its logits in what it returns, and the logits [tokens, experts]."""
 
     module: nn.Module
-    index: int
+    place: int
     logits: torch.Tensor
 
 
@@ -79,11 +79,8 @@ def run_prologue(
             f"{skeleton.model_type} does not take {', '.join(sorted(missing))}",
             hint="leave it out of the micro-batches",
         )
-    with embedding_gives(skeleton.embedding, work), intercept(skeleton.layers, record):
-        try:
-            model(**given)
-        except _Enough:
-            pass
+    with embedding_gives(skeleton.embedding, work), intercept(skeleton.layers, record), suppress(_Enough):
+        model(**given)
     untouched = first[0] is work and work._version == 0
     return None if untouched else first[0], Call(recorded, inputs)
 
@@ -101,7 +98,9 @@ def run_layer(skeleton: Skeleton, layer: int, call: Call, hidden: torch.Tensor) 
         output = skeleton.layers[layer](hidden, *rest, **named)
     except (RuntimeError, NotImplementedError) as error:
         if "meta" in str(error):
-            raise _refuse(skeleton, f"layer {layer} uses weights that belong to another part of the model") from error
+            raise _refuse(
+                skeleton, f"layer {layer} uses weights that belong to another part of the model"
+            ) from error
         raise
     if hidden._version != version:
         raise _refuse(skeleton, f"layer {layer} writes into its input")
@@ -135,7 +134,12 @@ def run_head(skeleton: Skeleton, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def _run_after_layers(
-    skeleton: Skeleton, layer: Callable[..., Any], like: torch.Tensor, batch: int, tokens: int, options: dict[str, Any]
+    skeleton: Skeleton,
+    layer: Callable[..., Any],
+    like: torch.Tensor,
+    batch: int,
+    tokens: int,
+    options: dict[str, Any],
 ) -> Any:
     """The model's forward on dummy embeddings [batch, tokens, hidden], its layers replaced by `layer`."""
     width = skeleton.embedding.embedding_dim
@@ -176,7 +180,9 @@ def capture_routers(skeleton: Skeleton, layer: int) -> Iterator[list[RouterLogit
         logits = output[index] if isinstance(output, (tuple, list)) else output
         seen.append(RouterLogits(module, index, logits))
 
-    handles = [module.register_forward_hook(partial(keep, index=index)) for module, index in skeleton.routers[layer]]
+    handles = [
+        module.register_forward_hook(partial(keep, index=index)) for module, index in skeleton.routers[layer]
+    ]
     try:
         yield seen
     finally:
@@ -195,8 +201,8 @@ def run_router_loss(
     """
 
     def replay(i: int, *args: Any, **kwargs: Any) -> Any:
-        for module, index, logits in routers[i]:
-            output = tuple(logits if k == index else None for k in range(index + 1))
+        for module, place, logits in routers[i]:
+            output = tuple(logits if k == place else None for k in range(place + 1))
             module.forward = lambda *a, output=output: output
             try:
                 module()

@@ -33,7 +33,7 @@ class Skeleton:
     Raises UnsupportedModelError when the model cannot be streamed.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
         self.model = model.train()
         self.config = model.config
         self.dtype = dtype
@@ -43,7 +43,8 @@ class Skeleton:
                 hint="set layerdrop: 0 in the model's configuration",
             )
         self.anatomy: Anatomy = analyse(model)
-        self.layers: list[nn.Module] = list(model.get_submodule(self.anatomy.layers_path))
+        layers: nn.ModuleList = model.get_submodule(self.anatomy.layers_path)
+        self.layers: list[nn.Module] = list(layers)
         self.embedding: nn.Embedding = model.get_input_embeddings()
         # Rows are gathered compactly, under new row numbers, so the module must not know of a padding row.
         self.padding_row: int | None = self.embedding.padding_idx
@@ -53,7 +54,8 @@ class Skeleton:
         self.routers: list[list[Router]] = [_routers(model, layer) if listen else [] for layer in self.layers]
         if self.has_router_loss and not any(self.routers):
             raise UnsupportedModelError(
-                f"{self.model_type} asks for the router's auxiliary loss, but does not say where its router logits are",
+                f"{self.model_type} asks for the router's auxiliary loss, but does not say where its "
+                "router logits are",
                 hint="set output_router_logits: false in the model's configuration",
             )
         self._owners, self.aliases = _owners(model)
@@ -123,7 +125,9 @@ class Skeleton:
             for name in names:
                 parameter = self._parameter(name)
                 compute = torch.float32 if kept(name, parameter) else self.dtype
-                rows.append((name, tuple(parameter.shape), parameter.requires_grad and unit != "idle", compute))
+                rows.append(
+                    (name, tuple(parameter.shape), parameter.requires_grad and unit != "idle", compute)
+                )
             units.append(lay_out(unit, rows, self.dtype))
         return tuple(units)
 
@@ -156,7 +160,9 @@ class Skeleton:
                 module._buffers[local] = value if twin is None else twin
 
     @contextmanager
-    def bound(self, unit: int, source: UnitWeights | None, *, grad: bool) -> Iterator[dict[str, torch.Tensor]]:
+    def bound(
+        self, unit: int, source: UnitWeights | None, *, grad: bool
+    ) -> Iterator[dict[str, torch.Tensor]]:
         """While open, the unit's modules use the weights of `source` (on the device).
 
         grad: trainable parameters become leaves that require a gradient.
@@ -180,11 +186,11 @@ class Skeleton:
             yield tensors
         finally:
             for (_, owners), old in zip(placed, hollow, strict=True):
-                for (owner, local), value in zip(owners, old, strict=True):
-                    owner._parameters[local] = value
+                for (owner, local), was in zip(owners, old, strict=True):
+                    owner._parameters[local] = was
 
 
-def _owners(model: nn.Module) -> tuple[dict[str, list[Owner]], dict[str, list[str]]]:
+def _owners(model: Any) -> tuple[dict[str, list[Owner]], dict[str, list[str]]]:
     """Each parameter's modules (several when tied) under its first name, and its other names."""
     first: dict[int, str] = {}
     owners: dict[str, list[Owner]] = {}
@@ -201,7 +207,7 @@ def _owners(model: nn.Module) -> tuple[dict[str, list[Owner]], dict[str, list[st
     return owners, aliases
 
 
-def _kept_in_fp32(model: nn.Module, dtype: torch.dtype):
+def _kept_in_fp32(model: Any, dtype: torch.dtype):
     """Which parameters transformers keeps in fp32 in a bf16 model (its `_keep_in_fp32_modules_strict`)."""
     if dtype == torch.float32:
         return lambda name, parameter: True
@@ -218,7 +224,7 @@ def _kept_in_fp32(model: nn.Module, dtype: torch.dtype):
     return kept
 
 
-def _buffer_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+def _buffer_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Dtype of each floating-point buffer in a model that is created in `dtype`."""
     try:
         with torch.device("meta"):
@@ -231,7 +237,7 @@ def _buffer_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtyp
     return {name: buffer.dtype for name, buffer in reference.named_buffers() if buffer.is_floating_point()}
 
 
-def _routers(model: nn.Module, layer: nn.Module) -> list[Router]:
+def _routers(model: Any, layer: nn.Module) -> list[Router]:
     """The layer's routers, as the model's output recorders (`_can_record_outputs`) name them."""
     specs: list[Any] = []
     for module in model.modules():
@@ -239,6 +245,7 @@ def _routers(model: nn.Module, layer: nn.Module) -> list[Router]:
         spec = recorded.get("router_logits", [])
         specs += [s for s in (spec if isinstance(spec, list) else [spec]) if s not in specs]
     found: list[Router] = []
+    kind: Any
     for path, module in layer.named_modules():
         for spec in specs:
             kind = getattr(spec, "target_class", spec)

@@ -36,7 +36,9 @@ class AdamW:
         runs = [weights, *(store.run(name, unit) for name in ("grads", "exp_avg", "exp_avg_sq"))]
         if store.has("residual"):  # which also covers frozen parameters before the trainable ones
             runs.append(store.run("residual", unit)[-layout.trainable_numel :])
-        for weight, grad, exp_avg, exp_avg_sq, *residual in zip(*(run.split(_CHUNK) for run in runs), strict=True):
+        for weight, grad, exp_avg, exp_avg_sq, *residual in zip(
+            *(run.split(_CHUNK) for run in runs), strict=True
+        ):
             master = join_master(weight, residual[0]) if residual else weight
             gradient = grad.to(torch.float32)
             if grad_scale != 1.0:

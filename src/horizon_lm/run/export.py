@@ -59,7 +59,9 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
-        raise ConfigError(f"cannot write to {folder.parent}: {error.strerror}", hint="choose another folder") from error
+        raise ConfigError(
+            f"cannot write to {folder.parent}: {error.strerror}", hint="choose another folder"
+        ) from error
     try:
         write(staging)
         _open_to_umask(staging)
@@ -72,7 +74,8 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
             os.rename(staging, folder)
     except OSError as error:
         raise DoesNotFitError(
-            f"writing {folder} failed: {error.strerror or error}", hint="free disk space or choose another folder"
+            f"writing {folder} failed: {error.strerror or error}",
+            hint="free disk space or choose another folder",
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

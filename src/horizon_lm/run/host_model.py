@@ -115,7 +115,9 @@ class HostModel:
     def num_parameters(self) -> int:
         return sum(p.numel for unit in self.store.units for p in unit.parameters)
 
-    def forward_backward(self, micro_batches: Sequence[MicroBatch], *, record: bool = False) -> ForwardBackwardOutput:
+    def forward_backward(
+        self, micro_batches: Sequence[MicroBatch], *, record: bool = False
+    ) -> ForwardBackwardOutput:
         """Gradients of the mean loss over all target tokens of all micro-batches of a step.
 
         micro_batches: dicts of input_ids and labels [batch, tokens] (int64, labels aligned with
@@ -138,7 +140,12 @@ class HostModel:
         return ForwardBackwardOutput(loss, num_tokens)
 
     def step(
-        self, lr: float, max_grad_norm: float | None = None, weight_decay: float = 0.0, *, record: bool = False
+        self,
+        lr: float,
+        max_grad_norm: float | None = None,
+        weight_decay: float = 0.0,
+        *,
+        record: bool = False,
     ) -> StepOutput:
         """Clip the gradients by their global norm and update all trainable parameters (AdamW).
 
@@ -146,7 +153,9 @@ class HostModel:
         when the norm is NaN or infinite.
         """
         if not self._has_gradients:
-            raise ConfigError("step() was called without gradients", hint="call forward_backward() before each step()")
+            raise ConfigError(
+                "step() was called without gradients", hint="call forward_backward() before each step()"
+            )
         norm = self.engine.measure_norm()
         if not math.isfinite(norm):
             raise NonFiniteError(
@@ -215,12 +224,13 @@ class HostModel:
         shape = batch["input_ids"].shape
         if len(shape) != 2 or shape[1] < 2:
             raise DataError(
-                f"micro-batch {m}: input_ids of shape {tuple(shape)}", hint="[batch, tokens] with at least 2 tokens"
+                f"micro-batch {m}: input_ids of shape {tuple(shape)}",
+                hint="[batch, tokens] with at least 2 tokens",
             )
         for name, value in batch.items():
             if value is not None and value.shape != shape:
                 raise DataError(
-                    f"micro-batch {m}: {name} of shape {tuple(value.shape)} beside input_ids of {tuple(shape)}",
+                    f"micro-batch {m}: {name} of shape {tuple(value.shape)}, input_ids of {tuple(shape)}",
                     hint="all have the shape [batch, tokens]",
                 )
         self._check_range(m, "input_ids", batch["input_ids"], self.skeleton.embedding.num_embeddings)
@@ -230,7 +240,9 @@ class HostModel:
 
     def _check_range(self, m: int, name: str, values: torch.Tensor, end: int) -> None:
         if values.dtype != torch.int64:
-            raise DataError(f"micro-batch {m}: {name} are {values.dtype}", hint="token numbers are torch.int64")
+            raise DataError(
+                f"micro-batch {m}: {name} are {values.dtype}", hint="token numbers are torch.int64"
+            )
         if values.numel() and (int(values.min()) < 0 or int(values.max()) >= end):
             worst = int(values.min()) if int(values.min()) < 0 else int(values.max())
             raise DataError(
@@ -246,9 +258,13 @@ def resolve_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise ConfigError(f"device={name!r}, but torch sees no CUDA device", hint="device: cpu, or check the driver")
+            raise ConfigError(
+                f"device={name!r}, but torch sees no CUDA device", hint="device: cpu, or check the driver"
+            )
         index = device.index if device.index is not None else torch.cuda.current_device()
         if index >= torch.cuda.device_count():
-            raise ConfigError(f"device={name!r}, but there are {torch.cuda.device_count()}", hint="device: cuda:0")
+            raise ConfigError(
+                f"device={name!r}, but there are {torch.cuda.device_count()}", hint="device: cuda:0"
+            )
         device = torch.device("cuda", index)
     return device

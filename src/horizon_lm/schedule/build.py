@@ -24,6 +24,7 @@ class StepPlan:
     uploaded: units that have weights to stream (a prologue often has none).
     trainable: units that have a gradient; a unit of frozen parameters has none.
     embedding_unit: unit that owns the embedding table; the head when tied.
+    embedding_frozen: the table has no gradient, although other parameters of its unit may have one.
     """
 
     layers: int
@@ -33,6 +34,7 @@ class StepPlan:
     micro_batches: int = 1
     slots: int = 2
     grad_slots: int = 2
+    embedding_frozen: bool = False
 
     def __post_init__(self) -> None:
         lowest = {"layers": 1, "micro_batches": 1, "slots": 2, "grad_slots": 1}
@@ -49,9 +51,14 @@ class StepPlan:
         return self.layers + 1
 
     @property
+    def scatters(self) -> bool:
+        """Whether gradient rows are added to the embedding table's gradient."""
+        return self.embedding_unit in self.trainable and not self.embedding_frozen
+
+    @property
     def lowest_backward(self) -> int:
         """The first unit whose backward pass is needed: nothing below it has a gradient."""
-        if self.embedding_unit in self.trainable:
+        if self.scatters:
             return 0
         return min(self.trainable, default=self.head)
 
@@ -80,7 +87,7 @@ def build(plan: StepPlan, step: int = 0) -> list[Op]:
         if unit in plan.trainable:
             grad_visits += 1
             ops.append(_download(unit, grad_slot))
-    if plan.embedding_unit in plan.trainable:
+    if plan.scatters:
         ops.append(_scatter(plan))
     ops.append(_norm(plan))
     ops += [_optimize(unit) for unit in sorted(plan.trainable)]
@@ -245,7 +252,7 @@ def _scatter(plan: StepPlan) -> Op:
 
 def _norm(plan: StepPlan) -> Op:
     norms = {Buffer("sqnorm", unit) for unit in plan.trainable}
-    if plan.embedding_unit in plan.trainable:
+    if plan.scatters:
         norms.add(Buffer("sqnorm", plan.head + 1))
     return Op("N", reads=frozenset(norms), writes=_set(Buffer("clip")))
 

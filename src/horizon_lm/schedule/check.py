@@ -94,7 +94,7 @@ def _check_value(ops: Sequence[Op], plan: StepPlan) -> list[str]:
                 faults.append(
                     f"{where} reads {buffer}, which comes from unit {unit} instead of {op.unit + 1}"
                 )
-            if op.kind == "D" and sorted(added.get(buffer, [])) != list(range(plan.micro_batches)):
+            if op.kind == "D" and added.get(buffer) != list(range(plan.micro_batches)):
                 faults.append(f"{where} takes {buffer} with micro-batches {added.get(buffer, [])} in it")
         if op.kind in "FLB" and op.unit in plan.uploaded and op.slot < 0:
             faults.append(f"{op} of step {op.step} has no slot to read its weights from")
@@ -117,7 +117,7 @@ def _check_complete(ops: Sequence[Op], plan: StepPlan) -> list[str]:
     expected |= {("L", plan.head, m) for m in micro_batches}
     expected |= {("B", u, m) for u in range(plan.lowest_backward, plan.head) for m in micro_batches}
     expected |= {("D", u, -1) for u in plan.trainable if u <= plan.head}
-    expected |= {("S", -1, -1)} if plan.embedding_unit in plan.trainable else set()
+    expected |= {("S", -1, -1)} if plan.scatters else set()
     expected |= {("N", -1, -1)} | {("O", u, -1) for u in plan.trainable}
     counts = Counter((op.step, op.kind, op.unit, op.micro_batch) for op in ops if op.kind != "U")
     wanted = {(step, *key) for step in {op.step for op in ops} for key in expected}
