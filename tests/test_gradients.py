@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -231,3 +233,14 @@ def test_the_callers_random_state_is_left_alone():
     state = torch.random.get_rng_state()
     host.forward_backward([zoo.batch("gpt2")])
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_list_of_architectures_is_current():
+    """docs/architectures.md names what is compared above, and what is refused."""
+    text = (Path(__file__).parent.parent / "docs" / "architectures.md").read_text()
+    streamed, refused = text.split("## Refused")
+    kinds = {zoo.CASES[name].config().model_type for name in STREAMED}
+    listed = set(re.findall(r"`([\w-]+)`", streamed.split("where the model takes them")[1]))
+    assert listed == kinds and f"these {len(kinds)} model types" in text
+    for name in REFUSED:
+        assert f"`{zoo.CASES[name].config().model_type}`" in refused

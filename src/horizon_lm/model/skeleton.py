@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -245,11 +245,10 @@ def _routers(model: Any, layer: nn.Module) -> list[Router]:
         spec = recorded.get("router_logits", [])
         specs += [s for s in (spec if isinstance(spec, list) else [spec]) if s not in specs]
     found: list[Router] = []
-    kind: Any
     for path, module in layer.named_modules():
         for spec in specs:
             kind = getattr(spec, "target_class", spec)
             inside = getattr(spec, "layer_name", None)
             if isinstance(kind, type) and isinstance(module, kind) and (inside is None or inside in path):
-                found.append((module, getattr(spec, "index", 1)))
+                found.append((cast(nn.Module, module), getattr(spec, "index", 1)))
     return found
