@@ -233,6 +233,13 @@ class HostModel:
                     f"micro-batch {m}: {name} of shape {tuple(value.shape)}, input_ids of {tuple(shape)}",
                     hint="all have the shape [batch, tokens]",
                 )
+        mask = batch.get("attention_mask")
+        if mask is not None and not bool(mask.any(dim=1).all()):
+            row = int(mask.any(dim=1).long().argmin())
+            raise DataError(
+                f"micro-batch {m}: attention_mask hides every token of row {row}",
+                hint="1 stands for a token, 0 for padding; leave empty rows out",
+            )
         self._check_range(m, "input_ids", batch["input_ids"], self.skeleton.embedding.num_embeddings)
         labels = batch["labels"]
         self._check_range(m, "labels", labels[labels != -100], self.skeleton.vocabulary)

@@ -1,0 +1,199 @@
+"""The update in one fused pass of C++ (csrc/optimizer.cpp), called through ctypes without the GIL.
+
+setup.py builds the library when the package is installed. Where the package is used from its sources,
+
+    python -m horizon_lm.optim.kernel --build
+
+builds it in place. Without it `update_run` falls back on the torch reference: the same bits, more slowly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import subprocess
+import sys
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+
+from . import reference
+from .rules import RULES, Hyper, check_run, coefficients
+from .threads import usable_cores
+
+__all__ = ["ISAS", "Hyper", "available_isas", "describe", "library", "update", "update_run"]
+
+ISAS = ("auto", "plain", "baseline", "avx2", "avx512")  # numbered as in csrc/optimizer.cpp
+_DTYPES = (torch.float32, torch.bfloat16)
+_VERSION = 1  # of the C interface
+_BUILD = "python -m horizon_lm.optim.kernel --build"
+_log = logging.getLogger(__name__)
+
+
+class _Update(ctypes.Structure):
+    """`Update` of csrc/optimizer.cpp."""
+
+    _fields_ = [
+        ("count", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("weights", "residual", "grads", "exp_avg", "exp_avg_sq")),
+        *((name, ctypes.c_uint64) for name in ("element_offset", "seed", "step")),
+        *((name, ctypes.c_int32) for name in ("rule", "weight_dtype", "grad_dtype", "moment_dtype")),
+        *((name, ctypes.c_int32) for name in ("isa", "threads")),
+        *((name, ctypes.c_float) for name in ("grad_scale", "decay", "weight_decay", "take1", "take2", "beta2")),
+        *((name, ctypes.c_float) for name in ("rescale2", "epsilon", "momentum", "step_size")),
+    ]
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """The library at `path`. Raises OSError when it is absent, unusable here, or of another version."""
+    loaded = ctypes.CDLL(str(path))
+    try:
+        version = loaded.horizon_optimizer_version()
+    except AttributeError as error:
+        raise OSError(f"{path.name} is not the optimizer") from error
+    if version != _VERSION:
+        raise OSError(f"{path.name} has interface {version}, not {_VERSION}")
+    loaded.horizon_update.argtypes = [ctypes.POINTER(_Update)]
+    floats = [ctypes.c_void_p] * 3
+    loaded.horizon_triad.argtypes = [*floats, ctypes.c_float, ctypes.c_int64, ctypes.c_int32]
+    return loaded
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library built for this Python, or None, with one line in the log that says why."""
+    package = Path(__file__).parent.parent
+    reason = "it was not built"
+    for suffix in EXTENSION_SUFFIXES:
+        path = package / f"_optimizer{suffix}"
+        if path.exists():
+            try:
+                return load(path)
+            except OSError as error:
+                reason = str(error)
+    _log.warning("no C++ optimizer (%s): the torch reference serves, more slowly; hint: %s", reason, _BUILD)
+    return None
+
+
+def available_isas() -> tuple[str, ...]:
+    """The instruction sets that this machine can run, `auto` left out; empty without the library."""
+    lib = library()
+    if lib is None:
+        return ()
+    return tuple(isa for number, isa in enumerate(ISAS) if number and lib.horizon_isa_available(number))
+
+
+def describe() -> str:
+    """What updates run on, for reports: 'C++ (avx512, 16 threads)' or 'torch reference'."""
+    lib = library()
+    if lib is None:
+        return "torch reference"
+    threads = usable_cores() if lib.horizon_has_openmp() else 1
+    return f"C++ ({ISAS[lib.horizon_isa_auto()]}, {threads} thread{'s' * (threads > 1)})"
+
+
+def update(
+    rule: str,
+    weights: torch.Tensor,
+    residual: torch.Tensor | None,
+    grads: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor | None,
+    *,
+    hyper: Hyper,
+    step: int,
+    grad_scale: float = 1.0,
+    element_offset: int = 0,
+    seed: int = 0,
+    threads: int | None = None,
+    isa: str = "auto",
+) -> None:
+    """Update a run of n elements in place; all tensors 1-D [n], contiguous, in host memory.
+
+    weights: bf16 with residual int16 (memory/master.py), or fp32 and residual None. grads: bf16 or fp32.
+    exp_avg, exp_avg_sq: fp32, or bf16 with stochastic rounding; exp_avg_sq None for sgd and lion.
+    step: 1 for the first update. grad_scale: the clipping factor. element_offset: the number of element 0
+    in the whole store; it, `seed` and `step` decide the random rounding. threads: taken as it is, by
+    default all usable cores (see threads.py to limit a wish). isa: one of ISAS, for tests.
+
+    The bits depend on neither threads nor isa nor on how a run is cut into calls, and equal those of
+    reference.update. Moments below 1.2e-38 are stored as zero. A NaN gradient makes master and moments
+    of its element NaN (one bit pattern), an infinite one the first moment infinite and the rest what
+    IEEE arithmetic says; no other element changes by it.
+
+    Raises ValueError for tensors or settings that it cannot use; RuntimeError without the library.
+    """
+    place = {"step": step, "element_offset": element_offset, "seed": seed}
+    check_run(rule, weights, residual, grads, exp_avg, exp_avg_sq, **place)
+    lib = library()
+    if lib is None:
+        raise RuntimeError(f"the C++ optimizer is not built; hint: {_BUILD}")
+    if isa not in ISAS:
+        raise ValueError(f"isa={isa!r}; hint: {' | '.join(ISAS)}")
+    if threads is None:
+        threads = usable_cores()
+    if threads < 1:
+        raise ValueError(f"threads={threads}; hint: 1 or more")
+    call = _Update(
+        count=weights.numel(),
+        weights=weights.data_ptr(),
+        residual=None if residual is None else residual.data_ptr(),
+        grads=grads.data_ptr(),
+        exp_avg=exp_avg.data_ptr(),
+        exp_avg_sq=None if exp_avg_sq is None else exp_avg_sq.data_ptr(),
+        rule=RULES.index(rule),
+        weight_dtype=_DTYPES.index(weights.dtype),
+        grad_dtype=_DTYPES.index(grads.dtype),
+        moment_dtype=_DTYPES.index(exp_avg.dtype),
+        isa=ISAS.index(isa),
+        threads=threads,
+        **place,
+        **vars(coefficients(rule, hyper, step, grad_scale)),
+    )
+    if lib.horizon_update(ctypes.byref(call)) != 0:
+        raise ValueError(f"isa={isa!r} is not available here; hint: {' | '.join(available_isas())}")
+
+
+def update_run(
+    rule: str,
+    weights: torch.Tensor,
+    residual: torch.Tensor | None,
+    grads: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor | None,
+    *,
+    hyper: Hyper,
+    step: int,
+    grad_scale: float = 1.0,
+    element_offset: int = 0,
+    seed: int = 0,
+    threads: int | None = None,
+) -> None:
+    """`update` by the kernel where it was built, else by the torch reference (on torch's own threads)."""
+    runs = (rule, weights, residual, grads, exp_avg, exp_avg_sq)
+    place = {"step": step, "element_offset": element_offset, "seed": seed}
+    if library() is not None:
+        update(*runs, hyper=hyper, grad_scale=grad_scale, threads=threads, **place)
+    else:
+        reference.update(*runs, hyper=hyper, grad_scale=grad_scale, **place)
+
+
+def _build() -> int:
+    """Build the library beside the package, by the recipe in setup.py; the exit status."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / "setup.py").exists():
+        print(f"No sources in {root}; hint: pip install the package again where a C++ compiler is found")
+        return 1
+    status = subprocess.run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=root).returncode
+    print(describe())
+    return status or int(library() is None)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] not in ([], ["--build"]):
+        sys.exit("usage: python -m horizon_lm.optim.kernel [--build]")
+    if sys.argv[1:] == ["--build"]:
+        sys.exit(_build())
+    print(describe())
