@@ -701,7 +701,7 @@ def test_a_sample_is_skipped_where_it_would_not_fit(run: Run, monkeypatch: pytes
 
 
 def test_a_sample_is_the_greedy_completion(run: Run) -> None:
-    options: dict[str, Any] = {"device": torch.device("cpu"), "trust_remote_code": False}
+    options: dict[str, Any] = {"device": torch.device("cpu"), "trust_remote_code": False, "temperature": 0}
     made = sample.complete(run.folder / "model", "the store", max_new_tokens=6, **options)
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
     model = AutoModelForCausalLM.from_pretrained(run.folder / "model").eval()
@@ -712,6 +712,15 @@ def test_a_sample_is_the_greedy_completion(run: Run) -> None:
     assert "the store" + made.completion == tokenizer.decode(ids, skip_special_tokens=True)
     empty = sample.complete(run.folder / "model", "", max_new_tokens=2, **options)
     assert empty.prompt == ""
+
+
+def test_a_sample_is_drawn_with_a_fixed_seed(run: Run) -> None:
+    options: dict[str, Any] = {"device": torch.device("cpu"), "trust_remote_code": False}
+    made = [
+        sample.complete(run.folder / "model", "the store", max_new_tokens=12, temperature=t, **options)
+        for t in (2.0, 2.0, 0.0)
+    ]
+    assert made[0] == made[1] != made[2]
 
 
 def test_metrics_of_a_killed_run_can_be_read(tmp_path: Path) -> None:

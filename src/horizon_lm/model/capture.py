@@ -8,6 +8,7 @@ the last layer replaced by the true hidden states.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -73,7 +74,8 @@ def run_prologue(
     model = skeleton.model
     work = embeds.clone()  # some models scale it in place
     given = accepted(model, use_cache=False, output_router_logits=False, **inputs)
-    missing = inputs.keys() - given.keys()
+    # A forward that swallows any keyword would ignore position_ids without a word.
+    missing = inputs.keys() - inspect.signature(model.forward).parameters.keys()
     if missing:
         raise UnsupportedModelError(
             f"{skeleton.model_type} does not take {', '.join(sorted(missing))}",

@@ -76,6 +76,13 @@ def _check_folder(folder: Path) -> None:
         )
 
 
+def count_parameters(values: dict[str, Any]) -> int:
+    """Parameters of a model from the values of a transformers configuration; takes no memory."""
+    with torch.device("meta"):
+        model = create_model(values, dtype=torch.float32, seed=0, attn_implementation="eager")
+    return sum(p.numel() for p in model.parameters())
+
+
 def create_model(
     values: dict[str, Any], *, dtype: torch.dtype, seed: int, attn_implementation: str
 ) -> nn.Module:

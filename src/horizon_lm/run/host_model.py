@@ -23,8 +23,9 @@ from ..config import ModelSettings
 from ..engine.engine import Engine, MicroBatch, UpdateSettings
 from ..engine.lanes import Span, choose_lanes
 from ..errors import ConfigError, DataError, NonFiniteError
+from ..memory.layout import lay_out
 from ..memory.store import HostStore
-from ..model.loading import create_model, fill_store, load_model
+from ..model.loading import count_parameters, create_model, fill_store, load_model
 from ..model.skeleton import Skeleton
 from ..optim.adamw import AdamW
 from ..plan.preflight import check_host_memory
@@ -101,6 +102,10 @@ class HostModel:
     def from_config(cls, values: dict[str, Any], settings: ModelSettings) -> HostModel:
         """A model with random weights (settings.seed) from the values of a transformers configuration."""
         dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[settings.dtype]
+        if not settings.skip_memory_check:  # before the source model takes its own share
+            whole = lay_out("all", [("all", (count_parameters(values),), True, dtype)], dtype)
+            check_host_memory([whole], dtype, reserve_bytes=int(settings.reserve_host_gb * 1e9))
+            settings = settings.replace(skip_memory_check=True)
         model = create_model(
             values, dtype=dtype, seed=settings.seed, attn_implementation=settings.attn_implementation
         )
