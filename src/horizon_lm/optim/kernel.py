@@ -41,7 +41,10 @@ class _Update(ctypes.Structure):
         *((name, ctypes.c_uint64) for name in ("element_offset", "seed", "step")),
         *((name, ctypes.c_int32) for name in ("rule", "weight_dtype", "grad_dtype", "moment_dtype")),
         *((name, ctypes.c_int32) for name in ("isa", "threads")),
-        *((name, ctypes.c_float) for name in ("grad_scale", "decay", "weight_decay", "take1", "take2", "beta2")),
+        *(
+            (name, ctypes.c_float)
+            for name in ("grad_scale", "decay", "weight_decay", "take1", "take2", "beta2")
+        ),
         *((name, ctypes.c_float) for name in ("rescale2", "epsilon", "momentum", "step_size")),
     ]
 
@@ -186,7 +189,9 @@ def _build() -> int:
     if not (root / "setup.py").exists():
         print(f"No sources in {root}; hint: pip install the package again where a C++ compiler is found")
         return 1
-    status = subprocess.run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=root).returncode
+    status = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=root
+    ).returncode
     print(describe())
     return status or int(library() is None)
 

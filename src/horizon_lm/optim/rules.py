@@ -1,9 +1,9 @@
 """What the kernel and its torch reference share: the settings, their fp32 coefficients, the checks.
 
-    adamw   decoupled weight decay (Loshchilov and Hutter 2019), as torch.optim.AdamW
-    adam    weight decay added to the gradient (Kingma and Ba 2015), as torch.optim.Adam
-    sgd     with momentum and weight decay in the gradient, as torch.optim.SGD
-    lion    sign of an interpolated momentum, decoupled weight decay (Chen et al. 2023, arXiv:2302.06675)
+adamw   decoupled weight decay (Loshchilov and Hutter 2019), as torch.optim.AdamW
+adam    weight decay added to the gradient (Kingma and Ba 2015), as torch.optim.Adam
+sgd     with momentum and weight decay in the gradient, as torch.optim.SGD
+lion    sign of an interpolated momentum, decoupled weight decay (Chen et al. 2023, arXiv:2302.06675)
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class Hyper:
 
     def __post_init__(self) -> None:
         for name in ("lr", "weight_decay"):
-            _require(math.isfinite(value := getattr(self, name)) and value >= 0, f"{name}={value}", "0 or more")
+            _require(
+                math.isfinite(value := getattr(self, name)) and value >= 0, f"{name}={value}", "0 or more"
+            )
         for name in ("beta1", "beta2", "momentum"):
             _require(0 <= (value := getattr(self, name)) < 1, f"{name}={value}", "0 or more, and below 1")
         # At least the smallest normal fp32, which keeps 0 / 0 away where no gradient ever came.
@@ -97,9 +99,13 @@ def check_run(
     """Raise ValueError unless the update can read and write these runs: the kernel works on bare addresses."""
     _require(rule in RULES, f"rule={rule!r}", " | ".join(RULES))
     split = weights.dtype == torch.bfloat16
-    _require(split == (residual is not None), f"residual with {weights.dtype} weights", "bf16 has one, fp32 none")
     _require(
-        (rule in ADAPTIVE_RULES) == (exp_avg_sq is not None), f"exp_avg_sq with rule={rule!r}", "adam and adamw only"
+        split == (residual is not None), f"residual with {weights.dtype} weights", "bf16 has one, fp32 none"
+    )
+    _require(
+        (rule in ADAPTIVE_RULES) == (exp_avg_sq is not None),
+        f"exp_avg_sq with rule={rule!r}",
+        "adam and adamw only",
     )
     runs: dict[str, tuple[torch.Tensor | None, tuple[torch.dtype, ...]]] = {
         "weights": (weights, _FLOATS),
@@ -113,8 +119,14 @@ def check_run(
             continue
         _require(run.device.type == "cpu", f"{name} on {run.device}", "a tensor in host memory")
         _require(run.dtype in dtypes, f"{name} of {run.dtype}", " or ".join(map(str, dtypes)))
-        _require(run.dim() == 1 and run.is_contiguous(), f"{name} of shape {tuple(run.shape)}", "1-D, contiguous")
-        _require(run.numel() == weights.numel(), f"{name} of {run.numel()} elements", f"{weights.numel()} as weights")
+        _require(
+            run.dim() == 1 and run.is_contiguous(), f"{name} of shape {tuple(run.shape)}", "1-D, contiguous"
+        )
+        _require(
+            run.numel() == weights.numel(),
+            f"{name} of {run.numel()} elements",
+            f"{weights.numel()} as weights",
+        )
     _require(step >= 1, f"step={step}", "1 for the first update")
     _require(0 <= element_offset < _UINT64 - weights.numel(), f"element_offset={element_offset}", "0 or more")
     _require(0 <= seed < _UINT64, f"seed={seed}", "0 or more, and below 2**64")

@@ -9,9 +9,7 @@ import os
 from pathlib import Path
 
 
-def usable_cores(
-    root: Path = Path("/sys/fs/cgroup"), listing: Path = Path("/proc/self/cgroup")
-) -> int:
+def usable_cores(root: Path = Path("/sys/fs/cgroup"), listing: Path = Path("/proc/self/cgroup")) -> int:
     """Cores that this process may use: the least of its affinity and every cgroup quota above it; at least 1.
 
     A quota of 2.5 cores counts as 2: threads beyond it would be stopped in turn, and all wait for the last.

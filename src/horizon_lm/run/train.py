@@ -19,7 +19,7 @@ from . import sample
 from .folder import RunFolder, check_disk, claim
 from .host_model import HostModel, resolve_device
 from .loop import count_steps, train_steps
-from .metrics import Meter, Metrics, MetricsFile, versions
+from .metrics import Meter, Metrics, MetricsFile, read_steps, versions
 from .plot import plot_loss
 from .progress import Progress, choose_progress, clock, number, say, size
 
@@ -29,12 +29,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """final_loss: of the last line of metrics_path. seconds: in steps, without loading and export.
+    """final_loss: of the last line of metrics_path; tail_loss: mean over the last tenth of its lines,
+    as single steps are noisy. seconds: in steps, without loading and export.
 
     model_dir holds the trained model and its tokenizer in Hugging Face format.
     """
 
     final_loss: float
+    tail_loss: float
     num_steps: int
     num_tokens: int
     seconds: float
@@ -74,10 +76,11 @@ def train(config: TrainConfig, *, config_notes: Sequence[str] = ()) -> TrainResu
             extra=lambda target: _save_tokenizer(data.tokenizer, target),
         )
         if config.plot_loss:
-            plot_loss(folder.metrics, folder.picture, title=_title(config, model, last))
+            plot_loss(folder.metrics, folder.picture, title=_title(config, model, last, folder.metrics))
         completion = _sample(config, folder, data, model)
     result = TrainResult(
         final_loss=last.loss,
+        tail_loss=tail_loss(folder.metrics),
         num_steps=last.step,
         num_tokens=last.num_tokens,
         seconds=last.seconds,
@@ -230,10 +233,17 @@ def _export_dtype(config: TrainConfig) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.save_dtype or config.dtype]
 
 
-def _title(config: TrainConfig, model: HostModel, last: Metrics) -> str:
+def tail_loss(metrics: Path) -> float:
+    """Mean loss over the last tenth of the recorded steps that were finite."""
+    losses = [line["loss"] for line in read_steps(metrics) if line["loss"] is not None]
+    tail = losses[-max(1, len(losses) // 10) :]
+    return sum(tail) / len(tail) if tail else float("nan")
+
+
+def _title(config: TrainConfig, model: HostModel, last: Metrics, metrics: Path) -> str:
     name = config.run_name or Path(config.output_dir).name
     what = f"{model.config.model_type}, {model.num_parameters / 1e6:,.1f} M parameters"
-    return f"{name}: {what}, {last.num_tokens:,} tokens, loss {number(last.loss)}"
+    return f"{name}: {what}, {last.num_tokens:,} tokens, loss {number(tail_loss(metrics))}"
 
 
 def _sample(config: TrainConfig, folder: RunFolder, data: TrainingData, model: HostModel) -> str:
@@ -261,7 +271,7 @@ def _summary(config: TrainConfig, folder: RunFolder, result: TrainResult) -> str
     speed = result.num_tokens / result.seconds
     lines = [
         f"trained {result.num_steps:,} steps on {result.num_tokens:,} tokens in {clock(result.seconds)} "
-        f"({speed:,.0f} tokens/s), loss {number(result.final_loss)}",
+        f"({speed:,.0f} tokens/s), loss {number(result.tail_loss)} (mean of the last tenth)",
         f"  model       {folder.model}",
         f"  metrics     {folder.metrics}",
         f"  settings    {folder.settings}",

@@ -1,0 +1,40 @@
+"""Repeat the random tests with new seeds until the time is up: `python -m tests.soak [--minutes 30]`."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import subprocess
+import sys
+import time
+
+FILES = [
+    "tests/test_config.py",
+    "tests/test_data.py",
+    "tests/test_schedule.py",
+    "tests/test_store.py",
+    "tests/test_lanes.py",
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=30)
+    arguments = parser.parse_args()
+    end = time.monotonic() + 60 * arguments.minutes
+    rounds = 0
+    while rounds == 0 or time.monotonic() < end:
+        seed = random.randrange(1 << 30)
+        print(f"round {rounds + 1}, seed {seed}", flush=True)
+        command = [sys.executable, "-m", "pytest", "-q", "-x", f"--hypothesis-seed={seed}", *FILES]
+        status = subprocess.run(command, check=False).returncode
+        if status:
+            print(f"failed with seed {seed}: {' '.join(command)}")
+            return status
+        rounds += 1
+    print(f"{rounds} rounds passed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
