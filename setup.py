@@ -29,6 +29,7 @@ setup(
         Extension(
             "horizon_lm._optimizer",
             sources=["csrc/optimizer.cpp"],
+            depends=["csrc/element.h"],
             language="c++",
             extra_compile_args=[*FLAGS, OPENMP],
             extra_link_args=[OPENMP],

@@ -230,7 +230,9 @@ def test_ops_touch_what_they_declare(name: str, micro_batches: int, monkeypatch:
             assert memory.written <= op.writes, f"{op} writes {memory.written - op.writes}"
             touched = memory.read | memory.written
             # A view of a gradient slot is kept with the unit's gradient, a layer's input with its graph.
-            through_others = {"grad_slot", "loss", "sqnorm", "clip"} | ({"input"} if kind == "B" else set())
+            through_others = {"grad_slot", "loss", "sqnorm", "clip"} | (
+                {"B": {"input"}, "N": {"grads"}}.get(kind, set())
+            )
             undeclared = touched - op.reads - op.writes
             assert not undeclared, f"{op} touches {sorted(map(str, undeclared))}"
             idle = {b for b in (op.reads | op.writes) - touched if b.region not in through_others}

@@ -17,44 +17,39 @@ from ..memory.slots import UnitWeights
 from ..model.capture import Call, RouterLogits, capture_routers, run_layer, run_prologue, run_router_loss
 from ..model.skeleton import Skeleton
 from .loss import head_loss
-from .transfer import download_gradient, move_and_measure
+from .transfer import download_gradient
 
 
 class UnitGradient:
     """The gradient of one unit while it is accumulated in a slot.
 
     Parameters that received nothing (an expert without tokens) are zeros in their own place.
-    at_home: the slot is the store's own run and each parameter is written once; the squared norm is
-    then taken on the way, and nothing is left to download.
+    at_home: the slot is the store's own run and of its dtype, so that nothing is left to download.
     """
 
     def __init__(self, layout: UnitLayout, run: torch.Tensor, *, at_home: bool = False) -> None:
         self.layout = layout
         self.run = run  # [trainable_numel]
         self.at_home = at_home
-        self.square_norm = torch.zeros((), dtype=torch.float64, device=run.device)
         self.written: set[str] = set()
 
     def add(self, parameter: Parameter, gradient: torch.Tensor) -> None:
         view = self.layout.trainable_view(self.run, parameter)
         if parameter.name in self.written:
-            assert not self.at_home, f"{parameter.name} received a second gradient"
             view.add_(gradient)
-            return
-        self.written.add(parameter.name)
-        if self.at_home:
-            self.square_norm += move_and_measure(gradient, view)
         else:
             view.copy_(gradient)
+            self.written.add(parameter.name)
 
-    def download(self, home: torch.Tensor) -> torch.Tensor:
-        """Bring the complete gradient to the store's run `home`, and return its squared norm."""
+    def download(self, home: torch.Tensor) -> torch.Tensor | None:
+        """Bring the complete gradient to the store's run `home` and return its squared norm; None
+        where it is at home, and is measured when the norm is asked for."""
         for parameter in self.layout.trainable:
             if parameter.name not in self.written:
                 self.layout.trainable_view(self.run, parameter).zero_()
         for start, length in self.layout.gaps():
             self.run.narrow(0, start, length).zero_()
-        return self.square_norm if self.at_home else download_gradient(self.run, home)
+        return None if self.at_home else download_gradient(self.run, home)
 
 
 @contextmanager

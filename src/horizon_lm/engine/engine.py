@@ -21,6 +21,7 @@ from ..schedule import Buffer, Op, StepPlan, build, derive_waits, last_uses
 from . import compute
 from .lanes import AdversarialLanes, Lanes, Span
 from .loss import IGNORE_INDEX, chunk_tokens, shifted_targets
+from .transfer import square_norm
 
 MicroBatch = dict[str, torch.Tensor]
 
@@ -161,8 +162,15 @@ class Engine:
     def measure_norm(self) -> float:
         """Global gradient norm of the last forward_backward, without an update."""
         assert self._step is not None
+        for unit in self.trainable:
+            self._measure(self._step, unit)
         squares = self._step.square_norms  # filled in whatever order downloads ended: added up in one order
         return sum(float(squares[unit]) for unit in sorted(squares)) ** 0.5
+
+    def _measure(self, step: _Step, unit: int) -> None:
+        """Take the norm of a gradient that was at home from the start, and so was not downloaded."""
+        if unit not in step.square_norms:
+            step.square_norms[unit] = square_norm(self.store.run("grads", unit))
 
     def _execute(self, step: _Step, indices: range, record: bool) -> None:
         def execute(i: int) -> None:
@@ -274,7 +282,9 @@ class Engine:
 
     def _download(self, step: _Step, op: Op) -> None:
         gradient = step.gradients.pop(op.unit)
-        step.square_norms[op.unit] = gradient.download(self.store.run("grads", op.unit))
+        square = gradient.download(self.store.run("grads", op.unit))
+        if square is not None:
+            step.square_norms[op.unit] = square
 
     def _scatter(self, step: _Step, op: Op) -> None:
         skeleton = self.skeleton
@@ -287,6 +297,7 @@ class Engine:
         table = self.store.gradient(name)
         before = 0.0
         if skeleton.anatomy.tied:
+            self._measure(step, skeleton.head)
             held = table[rows]
             before = float(held.double().square().sum())
             table[rows] = (held + values).to(table.dtype)
@@ -294,7 +305,7 @@ class Engine:
             table.zero_()
             table[rows] = values.to(table.dtype)
         after = float(table[rows].double().square().sum())
-        # The head's own norm was taken on the device; what the rows add to it is known here.
+        # A tied head's own norm was taken as it was downloaded; what the rows add to it is known here.
         step.square_norms[skeleton.head + 1] = torch.tensor(after - before, dtype=torch.float64)
 
     def _norm(self, step: _Step, op: Op) -> None:
@@ -331,9 +342,7 @@ class Engine:
                 )
             dtype = self.store.dtype if additions == 1 else torch.float32
             run = self.gradient_slots.run(op.grad_slot, op.unit, dtype)
-            # The router's loss runs backward through the head as well, with a gradient of zeros.
-            twice = op.unit == self.skeleton.head and self.skeleton.has_router_loss
-            at_home = additions == 1 and not twice and self.gradient_slots.is_alias(dtype)
+            at_home = self.gradient_slots.is_alias(dtype)
             step.gradients[op.unit] = compute.UnitGradient(self.store.units[op.unit], run, at_home=at_home)
         return step.gradients[op.unit]
 

@@ -30,19 +30,9 @@ def download_gradient(run: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def move_and_measure(gradient: torch.Tensor, home: torch.Tensor) -> torch.Tensor:
-    """Copy a parameter's gradient into its home, of the same shape, and return the squared norm.
-
-    Piece by piece, so that a piece is measured while it is in the cache: on the CPU this saves the
-    pass that `download_gradient` makes.
-    """
-    flat, target = gradient.reshape(-1), home.view(-1)
-    total = torch.zeros((), dtype=torch.float64, device=home.device)
-    size = min(_PIECE[home.device.type], flat.numel())
-    wide = torch.empty(size, dtype=torch.float32, device=home.device)
-    for piece, place in zip(flat.split(size), target.split(size), strict=True):
-        total += _square_norm(place.copy_(piece), wide)
-    return total
+def square_norm(run: torch.Tensor) -> torch.Tensor:
+    """Squared norm of a gradient run [n] (bf16 or fp32) where it is; an fp64 scalar."""
+    return download_gradient(run, run)
 
 
 def _square_norm(piece: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:

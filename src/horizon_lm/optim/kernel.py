@@ -16,6 +16,7 @@ import sys
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -175,12 +176,13 @@ def update_run(
     threads: int | None = None,
 ) -> None:
     """`update` by the kernel where it was built, else by the torch reference (on torch's own threads)."""
-    runs = (rule, weights, residual, grads, exp_avg, exp_avg_sq)
-    place = {"step": step, "element_offset": element_offset, "seed": seed}
+    runs = (weights, residual, grads, exp_avg, exp_avg_sq)
+    place: dict[str, Any] = {"step": step, "element_offset": element_offset, "seed": seed}
+    place.update(hyper=hyper, grad_scale=grad_scale)
     if library() is not None:
-        update(*runs, hyper=hyper, grad_scale=grad_scale, threads=threads, **place)
+        update(rule, *runs, threads=threads, **place)
     else:
-        reference.update(*runs, hyper=hyper, grad_scale=grad_scale, **place)
+        reference.update(rule, *runs, **place)
 
 
 def _build() -> int:

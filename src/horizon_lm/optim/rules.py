@@ -96,7 +96,7 @@ def check_run(
     element_offset: int,
     seed: int,
 ) -> None:
-    """Raise ValueError unless the update can read and write these runs: the kernel works on bare addresses."""
+    """Raise ValueError unless the update can use these runs: the kernel works on bare addresses."""
     _require(rule in RULES, f"rule={rule!r}", " | ".join(RULES))
     split = weights.dtype == torch.bfloat16
     _require(

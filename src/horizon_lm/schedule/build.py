@@ -252,6 +252,7 @@ def _scatter(plan: StepPlan) -> Op:
 
 def _norm(plan: StepPlan) -> Op:
     norms = {Buffer("sqnorm", unit) for unit in plan.trainable}
+    norms |= {Buffer("grads", unit) for unit in plan.trainable}  # read only where no download measured them
     if plan.scatters:
         norms.add(Buffer("sqnorm", plan.head + 1))
     return Op("N", reads=frozenset(norms), writes=_set(Buffer("clip")))
