@@ -13,17 +13,17 @@ ARGS ?=
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint types format bench soak gpu-check clean
+.PHONY: help setup quickstart test lint types format bench bench-optimizer soak gpu-check clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP) ## create .venv and install everything into it
 
 # The versions in constraints.txt are the tested ones. On Linux the ordinary index serves a
 # torch for NVIDIA GPUs, which also runs on a CPU; a smaller CPU-only build can be chosen as
 # PyTorch's installation page says, through pip's own settings (PIP_EXTRA_INDEX_URL).
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py csrc/optimizer.cpp csrc/element.h
 	@found=; \
 	for python in python3.11 python3.12 python3; do \
 	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
@@ -67,6 +67,10 @@ format: setup ## reformat, and mend what can be mended automatically
 
 bench: ## measure the speed of this machine
 	@PYTHONPATH=src $(PYTHON) -m benchmarks $(ARGS)
+
+bench-optimizer: ## measure the update on the host against memory speed and other optimizers
+	@PYTHONPATH=src $(PYTHON) -m horizon_lm.optim.kernel --build
+	@PYTHONPATH=src $(PYTHON) -m benchmarks.optimizer $(ARGS)
 
 soak: ## repeat the random tests for long, with new seeds
 	@PYTHONPATH=src $(PYTHON) -m tests.soak $(ARGS)

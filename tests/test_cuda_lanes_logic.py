@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import random
+import signal
 import threading
 import time
 
@@ -93,6 +94,15 @@ def test_failure_surfaces(kind: str, last: bool) -> None:
 
 
 def test_interrupt_stops_all_lanes() -> None:
+    # A process that was started in the background ignores the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        _interrupt_a_run()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupt_a_run() -> None:
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("only a main thread is interrupted")
     started = []

@@ -16,7 +16,7 @@ from ..memory.slots import GradientSlots, UnitWeights, WeightSlots
 from ..memory.store import HostStore
 from ..model.capture import Call
 from ..model.skeleton import Skeleton
-from ..optim.adamw import AdamW
+from ..optim.optimizer import Optimizer
 from ..schedule import Buffer, Op, StepPlan, build, derive_waits, last_uses
 from . import compute
 from .lanes import AdversarialLanes, Lanes, Span
@@ -74,7 +74,7 @@ class Engine:
         self,
         skeleton: Skeleton,
         store: HostStore,
-        optimizer: AdamW,
+        optimizer: Optimizer,
         device: torch.device,
         lanes: Lanes,
         *,

@@ -89,13 +89,20 @@ def available_isas() -> tuple[str, ...]:
     return tuple(isa for number, isa in enumerate(ISAS) if number and lib.horizon_isa_available(number))
 
 
+def auto_isa() -> str:
+    """The instruction set that `auto` means here. Only with the library."""
+    lib = library()
+    assert lib is not None
+    return ISAS[lib.horizon_isa_auto()]
+
+
 def describe() -> str:
     """What updates run on, for reports: 'C++ (avx512, 16 threads)' or 'torch reference'."""
     lib = library()
     if lib is None:
         return "torch reference"
     threads = usable_cores() if lib.horizon_has_openmp() else 1
-    return f"C++ ({ISAS[lib.horizon_isa_auto()]}, {threads} thread{'s' * (threads > 1)})"
+    return f"C++ ({auto_isa()}, {threads} thread{'s' * (threads > 1)})"
 
 
 def update(

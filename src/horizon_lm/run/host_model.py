@@ -27,7 +27,7 @@ from ..memory.layout import lay_out
 from ..memory.store import HostStore
 from ..model.loading import count_parameters, create_model, fill_store, load_model
 from ..model.skeleton import Skeleton
-from ..optim.adamw import AdamW
+from ..optim.optimizer import Optimizer
 from ..plan.preflight import check_host_memory
 from .export import save_model
 
@@ -67,7 +67,7 @@ class HostModel:
         self.engine = Engine(
             self.skeleton,
             self.store,
-            AdamW(settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon),
+            Optimizer(settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon, settings.seed),
             self.device,
             choose_lanes(settings.lanes, self.device, settings.seed),
             slots=settings.slots,

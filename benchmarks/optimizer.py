@@ -1,0 +1,201 @@
+"""The update on the host: bytes a second against the memory's speed, time a parameter against its peers.
+
+All in one process, in turns (order reversed every other round), so that a machine that changes its
+speed changes it for all; figures are medians, ratios are medians of the rounds' ratios. Every buffer,
+also those of the peers, is on the huge pages of memory/arena.py, and all run on the same threads.
+
+- triad: STREAM's a = b + s c, counted as STREAM does, 12 bytes an element, although writing `a` also reads
+  it. triad in place: a = a + s b, 12 bytes that all cross the bus, as in the update: the fair measure.
+- The kernel reads a bf16 gradient and writes the bf16 weights, and clips. The peers get fp32 gradients on
+  fp32 parameters, do not clip, and then cast to the bf16 copy that a device needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from horizon_lm.memory.arena import allocate
+from horizon_lm.optim import kernel
+from horizon_lm.optim.rules import ADAPTIVE_RULES, Hyper
+from horizon_lm.optim.threads import choose_threads
+
+from .report import Report
+
+Action = Callable[[], object]
+HYPER = Hyper(lr=1e-6, weight_decay=0.01, momentum=0.9)
+STREAM, IN_PLACE, KERNEL = "triad", "triad in place", "kernel adamw"
+TORCH, DEEPSPEED = "torch AdamW(fused) + cast", "DeepSpeedCPUAdam + cast"
+
+
+def block(count: int, dtype: torch.dtype, scale: float = 0.0) -> torch.Tensor:
+    """1-D [count] on huge pages, every page touched."""
+    run = allocate(count * dtype.itemsize).view(dtype)
+    if scale:
+        pattern = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0)).mul(scale).to(dtype)
+        for part in run.split(len(pattern)):
+            part.copy_(pattern[: len(part)])
+        return run
+    return run.zero_()
+
+
+def triads(count: int, threads: int) -> dict[str, tuple[Action, int]]:
+    """{name: (action, bytes an element)}."""
+    lib = kernel.library()
+    assert lib is not None
+    a, b, c = (block(count, torch.float32, 1.0) for _ in range(3))
+
+    def run(third: torch.Tensor | None) -> None:
+        pointer = None if third is None else third.data_ptr()
+        lib.horizon_triad(a.data_ptr(), b.data_ptr(), pointer, 1e-3, count, threads)
+
+    return {STREAM: (lambda: run(c), 12), IN_PLACE: (lambda: run(None), 12)}
+
+
+def kernels(count: int, threads: int) -> dict[str, tuple[Action, int]]:
+    """{name: (action, bytes a parameter)} for the rules, moments and instruction sets."""
+    weights, grads = (block(count, torch.bfloat16, scale) for scale in (0.02, 1e-3))
+    residual = block(count, torch.int16)
+    wide = [block(count, torch.float32, 1e-3), block(count, torch.float32, 1e-3).square_()]
+    narrow = [run.to(torch.bfloat16) for run in wide]
+
+    def action(rule: str, moments: list[torch.Tensor], isa: str) -> tuple[Action, int]:
+        count_of_moments = 2 if rule in ADAPTIVE_RULES else 1
+        square = moments[1] if count_of_moments == 2 else None
+        size = 10 + 2 * moments[0].dtype.itemsize * count_of_moments
+        settings: dict[str, Any] = {"hyper": HYPER, "step": 5, "threads": threads, "isa": isa}
+        return (
+            lambda: kernel.update(
+                rule, weights, residual, grads, moments[0], square, grad_scale=0.999, **settings
+            ),
+            size,
+        )
+
+    found = {KERNEL: action("adamw", wide, "auto")}
+    found |= {f"kernel {rule}": action(rule, wide, "auto") for rule in ("lion", "sgd")}
+    found["kernel adamw, bf16 moments"] = action("adamw", narrow, "auto")
+    for isa in kernel.available_isas():
+        if isa not in ("plain", kernel.auto_isa()):
+            found[f"{KERNEL}, {isa}"] = action("adamw", wide, isa)
+    return found
+
+
+def peers(count: int) -> dict[str, Action]:
+    """Fused optimizers on fp32 parameters, with the cast to bf16 after each step."""
+    found: dict[str, Action] = {}
+    parameter = torch.nn.Parameter(block(count, torch.float32, 0.02))
+    parameter.grad = block(count, torch.float32, 1e-3)
+    copy = block(count, torch.bfloat16)
+    moments = {name: block(count, torch.float32) for name in ("exp_avg", "exp_avg_sq")}
+
+    def step_and_cast(optimizer: torch.optim.Optimizer) -> Action:
+        optimizer.step()  # makes its own moments, on ordinary pages; replaced by ours
+        optimizer.state[parameter].update(moments)
+
+        def run() -> None:
+            optimizer.step()
+            with torch.no_grad():
+                copy.copy_(parameter)
+
+        return run
+
+    found[TORCH] = step_and_cast(torch.optim.AdamW([parameter], lr=1e-6, fused=True))
+    try:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+    except ImportError:
+        return found
+    found[DEEPSPEED] = step_and_cast(DeepSpeedCPUAdam([parameter], lr=1e-6, weight_decay=0.01))
+    return found
+
+
+def measure(actions: dict[str, Action], rounds: int, count: int) -> dict[str, dict[str, list[float]]]:
+    """{clock: {name: nanoseconds an element of each round}}, all actions in turns."""
+    for action in actions.values():
+        action()
+    found: dict[str, dict[str, list[float]]] = {
+        clock: {name: [] for name in actions} for clock in ("wall", "cpu")
+    }
+    for round_ in range(rounds):
+        names = list(actions)
+        for name in names if round_ % 2 else reversed(names):
+            wall, cpu = time.perf_counter(), time.process_time()
+            actions[name]()
+            found["wall"][name].append((time.perf_counter() - wall) / count * 1e9)
+            found["cpu"][name].append((time.process_time() - cpu) / count * 1e9)
+    return found
+
+
+def ratio(over: list[float], under: list[float], factor: float = 1.0) -> str:
+    """Median of the rounds' ratios, least and most behind it."""
+    values = sorted(factor * a / b for a, b in zip(over, under, strict=True))
+    return f"{statistics.median(values):.2f} ({values[0]:.2f} to {values[-1]:.2f})"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="The C++ update against memory speed and its peers.")
+    parser.add_argument("--parameters", type=int, default=100_000_000)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=None)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parser.parse_args(argv)
+    if kernel.library() is None:
+        return
+    count, threads = arguments.parameters, choose_threads(arguments.threads)
+    torch.set_num_threads(threads)
+    options = f" ARGS='{' '.join(argv)}'" if argv else ""
+    report = Report("optimizer-cpu", __doc__ or "", command=f"make bench-optimizer{options}")
+    sized = triads(count, threads) | kernels(count, threads)
+    others = peers(count)
+    actions = {name: action for name, (action, _) in sized.items()} | others
+    found = measure(actions, arguments.rounds, count)
+    sizes = {name: size for name, (_, size) in sized.items()} | dict.fromkeys(others, None)
+    rows = []
+    for name, size in sizes.items():
+        wall, cpu = (statistics.median(found[clock][name]) for clock in ("wall", "cpu"))
+        bandwidth = f"{size / wall:.1f}" if size else ""
+        rows.append([name, f"{wall:.3f}", f"{min(found['wall'][name]):.3f}", f"{cpu:.3f}", bandwidth])
+    head = ["action", "ns/parameter, median", "least", "CPU ns/parameter", "GB/s (median)"]
+    note = (
+        f"{count / 1e6:.0f} M parameters, {arguments.rounds} rounds, {kernel.auto_isa()}, {threads} threads; "
+        f"{' and '.join(versions())}; load {os.getloadavg()[0]:.1f} at the end."
+    )
+    report.table(head, rows, note=note)
+    report.table(["measure", "target", "wall", "CPU time"], comparisons(found, sizes))
+    print("\n\n".join(report.parts[-3:]))
+    report.write()
+
+
+def versions() -> list[str]:
+    """Of the peers."""
+    try:
+        return [f"torch {torch.__version__}", f"deepspeed {metadata.version('deepspeed')}"]
+    except metadata.PackageNotFoundError:
+        return [f"torch {torch.__version__}", "deepspeed not installed"]
+
+
+def comparisons(found: dict[str, dict[str, list[float]]], sizes: dict[str, int | None]) -> list[list[str]]:
+    """Rows: measure, target, ratio by wall clock, ratio by CPU time."""
+    rows = []
+    for name in (STREAM, IN_PLACE):
+        factor = (sizes[KERNEL] or 0) / (sizes[name] or 1)
+        values = [ratio(found[clock][name], found[clock][KERNEL], factor) for clock in ("wall", "cpu")]
+        rows.append([f"kernel bytes/s over {name}", "0.85 or more", *values])
+    for name in (TORCH, DEEPSPEED):
+        if name in sizes:
+            values = [ratio(found[clock][KERNEL], found[clock][name]) for clock in ("wall", "cpu")]
+        else:
+            values = ["not installed", ""]
+        rows.append([f"kernel time over {name}", "0.75 or less", *values])
+    return rows
+
+
+if __name__ == "__main__":
+    main()
