@@ -109,13 +109,14 @@ def compare(ours: Callable[[], None], plain: Callable[[], None], runs: int) -> d
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=[1])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     report = Report("training-step-cpu", __doc__ or "", command="python -m benchmarks training_step")
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
-        for micro_batches in (1, 4):
+        for micro_batches in arguments.micro_batches:
             generator = torch.Generator().manual_seed(0)
             ids = [torch.randint(0, 16384, (1, TOKENS), generator=generator) for _ in range(micro_batches)]
             batches = [{"input_ids": i, "labels": i} for i in ids]

@@ -138,15 +138,6 @@ def update(
     """
     place = {"step": step, "element_offset": element_offset, "seed": seed}
     check_run(rule, weights, residual, grads, exp_avg, exp_avg_sq, **place)
-    lib = library()
-    if lib is None:
-        raise RuntimeError(f"the C++ optimizer is not built; hint: {_BUILD}")
-    if isa not in ISAS:
-        raise ValueError(f"isa={isa!r}; hint: {' | '.join(ISAS)}")
-    if threads is None:
-        threads = usable_cores()
-    if threads < 1:
-        raise ValueError(f"threads={threads}; hint: 1 or more")
     call = _Update(
         count=weights.numel(),
         weights=weights.data_ptr(),
@@ -158,11 +149,21 @@ def update(
         weight_dtype=_DTYPES.index(weights.dtype),
         grad_dtype=_DTYPES.index(grads.dtype),
         moment_dtype=_DTYPES.index(exp_avg.dtype),
-        isa=ISAS.index(isa),
-        threads=threads,
         **place,
         **vars(coefficients(rule, hyper, step, grad_scale)),
     )
+    _run(call, threads, isa)
+
+
+def _run(call: _Update, threads: int | None, isa: str) -> None:
+    lib = library()
+    if lib is None:
+        raise RuntimeError(f"the C++ optimizer is not built; hint: {_BUILD}")
+    if isa not in ISAS:
+        raise ValueError(f"isa={isa!r}; hint: {' | '.join(ISAS)}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads={threads}; hint: 1 or more")
+    call.isa, call.threads = ISAS.index(isa), threads or usable_cores()
     if lib.horizon_update(ctypes.byref(call)) != 0:
         raise ValueError(f"isa={isa!r} is not available here; hint: {' | '.join(available_isas())}")
 
