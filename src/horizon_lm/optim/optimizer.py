@@ -28,7 +28,7 @@ class Optimizer:
         layout = store.units[unit]
         residual = None
         if store.has("residual"):  # which also covers frozen parameters before the trainable ones
-            residual = store.run("residual", unit)[-layout.trainable_numel :]
+            residual = store.run("residual", unit)[layout.trainable_offset - layout.wide_offset :]
         update_run(
             "adamw",
             store.run("weights", unit)[layout.trainable_offset :],

@@ -23,6 +23,7 @@ from ..config import ModelSettings
 from ..engine.engine import Engine, MicroBatch, UpdateSettings
 from ..engine.lanes import Span, choose_lanes
 from ..errors import ConfigError, DataError, NonFiniteError
+from ..memory.arena import keep_freed_memory
 from ..memory.layout import lay_out
 from ..memory.store import HostStore
 from ..model.loading import count_parameters, create_model, fill_store, load_model
@@ -64,6 +65,8 @@ class HostModel:
         self.store = HostStore(units, dtype, pin=self.device.type == "cuda")
         self.skeleton.place_buffers(self.device)
         fill_store(self.skeleton, self.store)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.engine = Engine(
             self.skeleton,
             self.store,
