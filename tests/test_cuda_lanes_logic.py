@@ -94,15 +94,6 @@ def test_failure_surfaces(kind: str, last: bool) -> None:
 
 
 def test_interrupt_stops_all_lanes() -> None:
-    # A process that was started in the background ignores the signal.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        _interrupt_a_run()
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _interrupt_a_run() -> None:
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("only a main thread is interrupted")
     started = []
@@ -113,8 +104,13 @@ def _interrupt_a_run() -> None:
             _thread.interrupt_main()
         time.sleep(5e-3)
 
-    with pytest.raises(KeyboardInterrupt):
-        CudaLanes(CPU).run(OPS, WAITS, range(len(OPS)), execute)
+    # A process that was started in the background ignores the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            CudaLanes(CPU).run(OPS, WAITS, range(len(OPS)), execute)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not _threads()
     assert len(started) < len(OPS)
 
