@@ -1,6 +1,12 @@
 """What needs a GPU to be shown. `make gpu-check`, or `python3 tests/gpu/check.py --part gradients`.
 
 Exit code 0 when all passed (or there is no CUDA device, and it says so), 1 when something failed.
+
+It needs torch, transformers and pydantic; on a machine without a network and without pydantic, put
+the wheels of pydantic, pydantic_core, annotated_types and typing_inspection into a folder, install
+them from there (`pip install --no-deps --target FOLDER *.whl`), and run it by its path with that
+folder in PYTHONPATH. The C++ optimizer is built by `python3 -m horizon_lm.optim.kernel --build`;
+without it the torch reference serves. With all parts it takes some minutes: --part splits it.
 """
 
 from __future__ import annotations
