@@ -52,6 +52,10 @@ def _flash(value: Any) -> Any:
     return {"fa2": "flash_attention_2", "disabled": "eager", "auto": "sdpa"}.get(value, value)
 
 
+def _checkpointing(value: Any) -> Any:
+    return _flag("recompute", "keep")(value)
+
+
 ALIASES: dict[str, Alias] = {
     "base_model": Alias("model_name_or_path"),
     "model": Alias("model_name_or_path"),
@@ -88,19 +92,17 @@ ALIASES: dict[str, Alias] = {
     "clip_grad_norm": Alias("max_grad_norm"),
     "max_norm": Alias("max_grad_norm"),
     "gradient_clipping": Alias("max_grad_norm"),
+    "optimizer": Alias("optim"),
+    "gradient_checkpointing": Alias("activations", _checkpointing),
+    "activation_checkpointing": Alias("activations", _checkpointing),
 }
 
-_RECOMPUTED = "always on: layers are recomputed in the backward pass"
 DROPPED: dict[str, str] = {
-    "gradient_checkpointing": _RECOMPUTED,
-    "activation_checkpointing": _RECOMPUTED,
+    "gradient_checkpointing_kwargs": "how a layer is recomputed is not a choice here",
 }
 
 # Settings that people bring from elsewhere and that have no counterpart: the hint of the unknown-key error.
-_ADAMW = "the optimizer is AdamW: leave the key out (weight_decay, adam_beta1, adam_beta2, adam_epsilon)"
 UNAVAILABLE: dict[str, str] = {
-    "optim": _ADAMW,
-    "optimizer": _ADAMW,
     "fp16": "leave the key out and choose 'dtype: bfloat16' or 'dtype: float32'",
     "deepspeed": "leave the key out: weights and optimizer state are in host memory already",
     "fsdp": "leave the key out: weights and optimizer state are in host memory already",

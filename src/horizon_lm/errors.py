@@ -7,6 +7,8 @@ own are `assert`s, not these.
 
 from __future__ import annotations
 
+import math
+
 
 class HorizonError(Exception):
     """Base class; `str()` is the message and, on a second line, the hint."""
@@ -53,6 +55,14 @@ class CheckpointError(HorizonError):
 
 
 class NonFiniteError(HorizonError):
-    """A loss or a gradient norm is NaN or infinite."""
+    """A loss or a gradient norm is NaN or infinite.
+
+    loss, grad_norm, num_tokens: of the step, NaN and 0 where not known. state_intact: whether no weight
+    has been updated from it.
+    """
 
     exit_code = 6
+    loss: float = math.nan
+    grad_norm: float = math.nan
+    num_tokens: int = 0
+    state_intact: bool = True

@@ -1,77 +1,19 @@
-"""Forward, and recompute + backward, of one unit on one micro-batch; embedding rows on the host."""
+"""Prologue, head and embedding rows of one micro-batch; layers are in `activations`."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from ..memory.layout import Parameter, UnitLayout
 from ..memory.slots import UnitWeights
-from ..model.capture import Call, RouterLogits, capture_routers, run_layer, run_prologue, run_router_loss
+from ..model.capture import Call, run_prologue, run_router_loss
 from ..model.skeleton import Skeleton
-from .loss import head_loss
-from .transfer import download_gradient
-
-
-class UnitGradient:
-    """The gradient of one unit while it is accumulated in a slot.
-
-    Parameters that received nothing (an expert without tokens) are zeros in their own place.
-    at_home: the slot is the store's own run and of its dtype, so that nothing is left to download.
-    """
-
-    def __init__(self, layout: UnitLayout, run: torch.Tensor, *, at_home: bool = False) -> None:
-        self.layout = layout
-        self.run = run  # [trainable_numel]
-        self.at_home = at_home
-        self.written: set[str] = set()
-
-    def add(self, parameter: Parameter, gradient: torch.Tensor) -> None:
-        view = self.layout.trainable_view(self.run, parameter)
-        if parameter.name in self.written:
-            view.add_(gradient)
-        else:
-            view.copy_(gradient)
-            self.written.add(parameter.name)
-
-    def download(self, home: torch.Tensor) -> torch.Tensor | None:
-        """Bring the complete gradient to the store's run `home` and return its squared norm; None
-        where it is at home, and is measured when the norm is asked for."""
-        for parameter in self.layout.trainable:
-            if parameter.name not in self.written:
-                self.layout.trainable_view(self.run, parameter).zero_()
-        for start, length in self.layout.gaps():
-            self.run.narrow(0, start, length).zero_()
-        return None if self.at_home else download_gradient(self.run, home)
-
-
-@contextmanager
-def collecting(
-    skeleton: Skeleton, unit: int, leaves: dict[str, torch.Tensor], gradient: UnitGradient | None
-) -> Iterator[None]:
-    """While open, gradients of the unit's leaves move into its slot as soon as they exist."""
-    handles = []
-    for parameter in skeleton.units[unit].trainable:
-        assert gradient is not None
-
-        def collect(leaf: torch.Tensor, parameter: Parameter = parameter) -> None:
-            assert leaf.grad is not None
-            gradient.add(parameter, leaf.grad)
-            leaf.grad = None
-
-        handles.append(leaves[parameter.name].register_post_accumulate_grad_hook(collect))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+from .gradient import UnitGradient, collecting
+from .loss import IGNORE_INDEX, HeadLoss
 
 
 @contextmanager
@@ -93,77 +35,6 @@ def forward_prologue(
     return embeds.clone() if first is None else first, call
 
 
-@dataclass
-class LayerGraph:
-    """The autograd graph of one layer on one micro-batch, between its forward and its backward.
-
-    What the graph would save is not kept but computed again in backward, with the weights bound
-    then (`torch.utils.checkpoint`, which also stops the recompute at the last tensor needed),
-    except at the turn.
-
-    output: [batch, tokens, width]; hidden: the leaf it started from; leaves: the parameters.
-    """
-
-    output: torch.Tensor
-    hidden: torch.Tensor
-    leaves: dict[str, torch.Tensor]
-    routers: list[RouterLogits]
-
-
-def forward_layer(
-    skeleton: Skeleton,
-    layer: int,
-    weights: UnitWeights | None,
-    call: Call,
-    hidden: torch.Tensor,
-    *,
-    grad: bool,
-    recompute: bool = True,
-) -> tuple[torch.Tensor, LayerGraph | None]:
-    """The layer's output, and with `grad` the graph that its backward needs.
-
-    recompute: False keeps what the graph saves, weights included: for a layer whose backward
-    comes before anything else is put into its slot. Autograd's version counters would object.
-    With a router loss, the router logits are left in `call` as well.
-    """
-    with torch.set_grad_enabled(grad), skeleton.bound(layer + 1, weights, grad=grad) as leaves:
-        start = hidden.detach().requires_grad_(grad)
-        with capture_routers(skeleton, layer) as routers:
-            if grad and recompute:
-                output = checkpoint(
-                    partial(run_layer, skeleton, layer, call),
-                    start,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                )
-            else:
-                output = run_layer(skeleton, layer, call, start)
-    call.routers.append([r._replace(logits=r.logits.detach()) for r in routers])
-    return output.detach(), LayerGraph(output, start, leaves, routers) if grad else None
-
-
-def backward_layer(
-    skeleton: Skeleton,
-    layer: int,
-    weights: UnitWeights | None,
-    call: Call,
-    graph: LayerGraph,
-    output_gradient: torch.Tensor,
-    gradient: UnitGradient | None,
-) -> torch.Tensor:
-    """Recompute what the graph needs, run it backward, and return the gradient of the layer's input."""
-    roots = [graph.output, *(r.logits for r in graph.routers)]
-    gradients = (
-        [output_gradient, *(r.logits for r in call.routers[layer])] if graph.routers else [output_gradient]
-    )
-    with (
-        skeleton.bound(layer + 1, weights, grad=True),
-        collecting(skeleton, layer + 1, graph.leaves, gradient),
-    ):
-        torch.autograd.backward(roots, gradients)
-    return _gradient_of(graph.hidden)
-
-
 def loss_and_backward(
     skeleton: Skeleton,
     weights: UnitWeights | None,
@@ -171,9 +42,9 @@ def loss_and_backward(
     hidden: torch.Tensor,
     targets: torch.Tensor,
     gradient: UnitGradient | None,
+    head_loss: HeadLoss,
     *,
     num_tokens: int,
-    chunk: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss share of this micro-batch, gradient of the last layer's output [batch, tokens, width]).
 
@@ -181,10 +52,9 @@ def loss_and_backward(
     auxiliary loss counts with the micro-batch's share of those.
     """
     with torch.enable_grad(), bound_for_backward(skeleton, skeleton.head, weights, gradient):
-        flat, wanted = hidden.flatten(0, 1), targets.flatten()
-        total, hidden_gradient = head_loss(skeleton, flat, wanted, num_tokens, chunk)
+        total, hidden_gradient = head_loss(skeleton, hidden, targets)
         if skeleton.has_router_loss:
-            share = int((wanted != -100).sum()) / num_tokens
+            share = int((targets != IGNORE_INDEX).sum()) / num_tokens
             leaves = [
                 [r._replace(logits=r.logits.detach().requires_grad_()) for r in layer]
                 for layer in call.routers
@@ -193,7 +63,7 @@ def loss_and_backward(
             loss.backward()
             call.routers = [[r._replace(logits=_gradient_of(r.logits)) for r in layer] for layer in leaves]
             total += loss.detach()
-    return total, hidden_gradient.view_as(hidden)
+    return total, hidden_gradient
 
 
 def backward_prologue(

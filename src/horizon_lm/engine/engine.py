@@ -6,65 +6,37 @@ slots and buffers by the numbers that the schedule gave it.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 
 import torch
 
-from ..memory.slots import GradientSlots, UnitWeights, WeightSlots
+from ..config import ModelSettings
+from ..memory.slots import BoundarySlots, GradientSlots, UnitWeights, WeightSlots
 from ..memory.store import HostStore
-from ..model.capture import Call
 from ..model.skeleton import Skeleton
-from ..optim.optimizer import Optimizer
-from ..schedule import Buffer, Op, StepPlan, build, derive_waits, last_uses
-from . import compute
-from .lanes import AdversarialLanes, Lanes, Span
-from .loss import IGNORE_INDEX, chunk_tokens, shifted_targets
+from ..optim.optimizer import Optimizer, UpdateSettings
+from ..schedule import Buffer, Op, StepPlan, build, build_flush, derive_waits, last_uses
+from ..schedule.step_plan import KEEP, RECOMPUTE
+from . import activations, compute
+from .gradient import UnitGradient
+from .lanes import AdversarialLanes, Lanes, Span, reads_on_this_lane
+from .loss import (
+    IGNORE_INDEX,
+    LossFunction,
+    chunk_tokens,
+    cross_entropy,
+    custom,
+    log_probabilities,
+    shifted_targets,
+)
+from .policies import layer_policies
+from .step import MicroBatch, Schedule, Step, Update
 from .transfer import square_norm
 
-MicroBatch = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class UpdateSettings:
-    """What a call of `step` asks for. step: number of this update, from 1."""
-
-    step: int
-    lr: float
-    max_grad_norm: float | None
-    weight_decay: float
-
-
-@dataclass
-class _Step:
-    """The step in flight: its schedule, its micro-batches and its transient buffers."""
-
-    ops: list[Op]
-    waits: list[tuple[int, ...]]
-    ends: list[tuple[Buffer, ...]]
-    micro_batches: Sequence[MicroBatch]
-    targets: list[torch.Tensor]
-    num_tokens: int
-    lowest_backward: int
-    memory: dict[Buffer, torch.Tensor | Call] = field(default_factory=dict)
-    graphs: dict[tuple[int, int], compute.LayerGraph] = field(default_factory=dict)  # by unit, micro-batch
-    gradients: dict[int, compute.UnitGradient] = field(default_factory=dict)
-    losses: dict[int, torch.Tensor] = field(default_factory=dict)
-    square_norms: dict[int, torch.Tensor] = field(default_factory=dict)
-    grad_norm: float = float("nan")
-    clip: float = 1.0
-    settings: UpdateSettings | None = None
-
-    def tensor(self, region: str, index: int, micro_batch: int) -> torch.Tensor:
-        value = self.memory[Buffer(region, index, micro_batch)]
-        assert isinstance(value, torch.Tensor)
-        return value
-
-    def call(self, micro_batch: int) -> Call:
-        value = self.memory[Buffer("call", -1, micro_batch)]
-        assert isinstance(value, Call)
-        return value
+_log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -77,36 +49,44 @@ class Engine:
         optimizer: Optimizer,
         device: torch.device,
         lanes: Lanes,
-        *,
-        slots: int,
-        grad_slots: int,
-        loss_chunk: int | str,
-        seed: int,
+        settings: ModelSettings,
     ) -> None:
         self.skeleton, self.store, self.optimizer = skeleton, store, optimizer
-        self.device, self.lanes, self.seed = device, lanes, seed
-        self.slots, self.grad_slots = slots, grad_slots
-        self.loss_chunk = min(chunk_tokens(loss_chunk, skeleton.vocabulary), skeleton.max_head_tokens)
+        self.device, self.lanes, self.settings = device, lanes, settings
+        # Layers of a block are on the device together, and the next block's first is on its way.
+        block = settings.checkpoint_interval
+        self.slots = max(settings.slots, block + 1 if block > 1 else 2)
+        self.grad_slots = max(settings.grad_slots, block)
+        self.loss_chunk = min(
+            chunk_tokens(settings.loss_chunk_tokens, skeleton.vocabulary), skeleton.max_head_tokens
+        )
         streamed = range(skeleton.head + 1)
         self.uploaded = frozenset(u for u in streamed if store.units[u].numel)
         self.trainable = frozenset(
             u for u in {*streamed, skeleton.embedding_unit} if store.units[u].trainable_numel
         )
+        self.kept, self.spilled = layer_policies(settings, skeleton.num_layers)
         alias = device.type == "cpu" and not isinstance(lanes, AdversarialLanes)
-        self.weight_slots = WeightSlots(store, self.uploaded, slots, device, alias)
+        self.weight_slots = WeightSlots(store, self.uploaded, self.slots, device, alias)
         downloaded = self.trainable & frozenset(streamed)
-        self.gradient_slots = GradientSlots(store, downloaded, grad_slots, device, alias)
+        self.gradient_slots = GradientSlots(store, downloaded, self.grad_slots, device, alias)
+        self.boundary_slots = BoundarySlots(settings.boundary_slots, device, alias)
         self._poison = isinstance(lanes, AdversarialLanes)
-        self._schedules: dict[int, tuple[list[Op], list[tuple[int, ...]], list[tuple[Buffer, ...]]]] = {}
+        self._schedules: dict[tuple[StepPlan, bool], Schedule] = {}
         self._embedding = compute.host_embedding(skeleton)
-        self._step: _Step | None = None
+        self._step: Step | None = None
+        self._pending: Update | None = None
         self.spans: list[Span] = []
         self._spans_origin = 0.0
-        self._run: dict[str, Callable[[_Step, Op], None]] = {
+        self._run: dict[str, Callable[[Step, Op], None]] = {
             "G": self._gather,
             "U": self._upload,
             "F": self._forward,
+            "X": self._spill,
             "L": self._loss,
+            "E": self._evaluate,
+            "R": self._restore,
+            "C": self._recompute,
             "B": self._backward,
             "D": self._download,
             "S": self._scatter,
@@ -114,7 +94,7 @@ class Engine:
             "O": self._optimize,
         }
 
-    def plan(self, micro_batches: int) -> StepPlan:
+    def plan(self, micro_batches: int, *, evaluate: bool = False) -> StepPlan:
         """The plan of a step of so many micro-batches."""
         return StepPlan(
             layers=self.skeleton.num_layers,
@@ -125,12 +105,74 @@ class Engine:
             slots=self.slots,
             grad_slots=self.grad_slots,
             embedding_frozen=not self.store.locate(self.skeleton.anatomy.embedding)[1].trainable,
+            update=self.settings.update_mode,
+            grad_slabs=self.settings.grad_slabs,
+            kept=self.kept,
+            checkpoint_interval=self.settings.checkpoint_interval,
+            spilled=self.spilled,
+            boundary_slots=self.settings.boundary_slots,
+            evaluate=evaluate,
         )
 
+    def schedule(self, plan: StepPlan, *, pending: bool = False) -> Schedule:
+        """The schedule of a step, made once. pending: it begins with the updates of the step before."""
+        if (plan, pending) not in self._schedules:
+            ops = build(plan, step=1, pending=plan.trainable if pending else ())
+            self._schedules[plan, pending] = Schedule(ops, derive_waits(ops), last_uses(ops))
+        return self._schedules[plan, pending]
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether updates that were decided on are still to be made (`update: deferred`)."""
+        return self._pending is not None and bool(self._pending.left)
+
     def forward_backward(
-        self, micro_batches: Sequence[MicroBatch], num_step: int, *, record: bool = False
-    ) -> tuple[float, int]:
-        """Run gather to scatter. Returns (loss, target tokens); gradients are in the store."""
+        self,
+        micro_batches: Sequence[MicroBatch],
+        num_step: int,
+        *,
+        update: UpdateSettings | None = None,
+        loss_fn: LossFunction | None = None,
+        record: bool = False,
+    ) -> Step:
+        """Run gather to scatter, with the deferred updates of the step before, or with this step's own
+        eager ones (`update`). Gradients are in the store, but for eager updates."""
+        if self._pending is not None and self._pending.begun:  # a step that failed half-way
+            self.flush()
+        plan = self.plan(len(micro_batches))
+        step = self._step = self._begin(plan, micro_batches, num_step, pending=self.has_pending)
+        if update is not None:
+            step.update = Update(update, 1.0, set(self.trainable))
+        elif self.has_pending:
+            step.update = self._pending
+        step.metrics = [{} for _ in micro_batches]
+        if loss_fn is None:
+            step.head_losses = [cross_entropy(step.num_tokens, self.loss_chunk)] * len(micro_batches)
+        else:
+            step.head_losses = [
+                custom(loss_fn, batch, self.loss_chunk, metrics)
+                for batch, metrics in zip(micro_batches, step.metrics, strict=True)
+            ]
+        end = next(i for i, op in enumerate(step.schedule.ops) if op.kind == "N")
+        self._execute(step, range(end), record)
+        if not self.has_pending:
+            self._pending = None
+        return step
+
+    def evaluate(self, micro_batches: Sequence[MicroBatch], *, record: bool = False) -> Step:
+        """Forward and loss alone, without dropout; losses and log-probabilities are in the step."""
+        self.flush()
+        step = self._begin(self.plan(len(micro_batches), evaluate=True), micro_batches, 0, pending=False)
+        self.skeleton.model.eval()
+        try:
+            self._execute(step, range(len(step.schedule.ops)), record)
+        finally:
+            self.skeleton.model.train()
+        return step
+
+    def _begin(
+        self, plan: StepPlan, micro_batches: Sequence[MicroBatch], num_step: int, *, pending: bool
+    ) -> Step:
         targets = [shifted_targets(batch["labels"]) for batch in micro_batches]
         if self.device.type == "cuda":  # copies from pageable memory would hold up the compute lane
             targets = [t.pin_memory() for t in targets]
@@ -138,69 +180,84 @@ class Engine:
                 {n: v.pin_memory() for n, v in batch.items() if v is not None} for batch in micro_batches
             ]
         num_tokens = sum(int((t != IGNORE_INDEX).sum()) for t in targets)
-        count = len(micro_batches)
-        if count not in self._schedules:
-            ops = build(self.plan(count))
-            self._schedules[count] = ops, derive_waits(ops), last_uses(ops)
-        ops, waits, ends = self._schedules[count]
-        lowest = self.plan(count).lowest_backward
-        step = _Step(ops, waits, ends, micro_batches, targets, num_tokens, lowest)
-        self._step, self._rng_base = step, self.seed * 1_000_003 + num_step
-        first_update = next(i for i, op in enumerate(ops) if op.is_update)
-        self._execute(step, range(first_update), record)
-        return float(sum(float(loss) for loss in step.losses.values())), num_tokens
+        rng_base = self.settings.seed * 1_000_003 + num_step
+        schedule = self.schedule(plan, pending=pending)
+        return Step(plan, schedule, micro_batches, targets, num_tokens, rng_base)
 
-    def update(self, settings: UpdateSettings, *, record: bool = False) -> float:
-        """Run the norm and the optimizer on the gradients in the store. Returns the global norm."""
+    def update(self, settings: UpdateSettings, *, record: bool = False) -> None:
+        """Take the norm of the gradients in the store and update: at once, or with the next step."""
         step = self._step
         assert step is not None, "update() needs a forward_backward() before it"
-        step.settings = settings
-        first_update = next(i for i, op in enumerate(step.ops) if op.is_update)
-        self._execute(step, range(first_update, len(step.ops)), record)
-        return step.grad_norm
+        ops = step.schedule.ops
+        if step.plan.update != "eager":
+            step.update = Update(settings, 1.0, set(self.trainable))
+        self._execute(step, range(next(i for i, op in enumerate(ops) if op.kind == "N"), len(ops)), record)
+        if step.plan.update == "deferred":
+            self._pending = step.update
+
+    def flush(self) -> None:
+        """Make the updates that are still to come, so that the store holds what the last step decided."""
+        update = self._pending
+        if update is None:
+            return
+        plan = self.plan(1)
+        ops = build_flush(plan, 0, update.left)
+        step = Step(plan, Schedule(ops, derive_waits(ops), last_uses(ops)), update=update)
+        self._execute(step, range(len(ops)), False)
+        self._pending = None
 
     def measure_norm(self) -> float:
         """Global gradient norm of the last forward_backward, without an update."""
         assert self._step is not None
-        for unit in self.trainable:
-            self._measure(self._step, unit)
-        squares = self._step.square_norms  # filled in whatever order downloads ended: added up in one order
-        return sum(float(squares[unit]) for unit in sorted(squares)) ** 0.5
+        if self._step.plan.update != "eager":
+            for unit in self.trainable:
+                self._measure(self._step, unit)
+        return self._step.norm()
 
-    def _measure(self, step: _Step, unit: int) -> None:
+    def _measure(self, step: Step, unit: int) -> None:
         """Take the norm of a gradient that was at home from the start, and so was not downloaded."""
         if unit not in step.square_norms:
             step.square_norms[unit] = square_norm(self.store.run("grads", unit))
 
-    def _execute(self, step: _Step, indices: range, record: bool) -> None:
+    def _execute(self, step: Step, indices: range, record: bool) -> None:
+        schedule = step.schedule
+
         def execute(i: int) -> None:
-            op = step.ops[i]
+            op = schedule.ops[i]
             self._run[op.kind](step, op)
-            for buffer in step.ends[i]:
+            for buffer in schedule.ends[i]:
                 self._release(step, buffer)
 
-        self.lanes.run(step.ops, step.waits, indices, execute, record=record)
+        self.lanes.run(schedule.ops, schedule.waits, indices, execute, record=record)
         if indices.start == 0:
             self.spans, self._spans_origin = [], self.lanes.origin
         later = self.lanes.origin - self._spans_origin  # an update's spans follow those of its gradients
         self.spans += [(op, start + later, end + later) for op, start, end in self.lanes.spans]
 
-    def _release(self, step: _Step, buffer: Buffer) -> None:
+    def _release(self, step: Step, buffer: Buffer) -> None:
         """Drop a buffer after its last use; adversarial lanes fill it with NaN first."""
         if self._poison:
-            if buffer.region == "slot":
-                self.weight_slots.poison(buffer.index)
-            elif buffer.region == "grad_slot":
-                self.gradient_slots.poison(buffer.index)
-            else:
-                value = step.memory.get(buffer)
-                if isinstance(value, torch.Tensor):
-                    value.fill_(torch.nan)
+            self._fill_with_nan(step, buffer)
         step.memory.pop(buffer, None)
+
+    def _fill_with_nan(self, step: Step, buffer: Buffer) -> None:
+        slots: dict[str, WeightSlots | GradientSlots | BoundarySlots] = {
+            "slot": self.weight_slots,
+            "grad_slot": self.gradient_slots,
+            "boundary_slot": self.boundary_slots,
+        }
+        if buffer.region in slots:
+            slots[buffer.region].poison(buffer.index)
+        elif buffer.region == "slab":
+            self.store.run("grad_slabs", buffer.index).fill_(torch.nan)
+        else:
+            value = step.memory.get(buffer)
+            if isinstance(value, torch.Tensor):
+                value.fill_(torch.nan)
 
     # One function for each op kind.
 
-    def _gather(self, step: _Step, op: Op) -> None:
+    def _gather(self, step: Step, op: Op) -> None:
         table = self.store.weight(self.skeleton.anatomy.embedding)
         ids = step.micro_batches[op.micro_batch]["input_ids"]
         embeds = compute.gather_rows(self._embedding, table, ids)
@@ -208,12 +265,12 @@ class Engine:
             embeds = embeds.pin_memory()
         step.memory[Buffer("embeds", -1, op.micro_batch)] = embeds
 
-    def _upload(self, step: _Step, op: Op) -> None:
+    def _upload(self, step: Step, op: Op) -> None:
         self.weight_slots.upload(op.slot, op.unit)
 
-    def _forward(self, step: _Step, op: Op) -> None:
+    def _forward(self, step: Step, op: Op) -> None:
         m = op.micro_batch
-        with self._random_state(op):
+        with self._random_state(step, op):
             if op.unit == 0:
                 embeds = step.tensor("embeds", -1, m).to(self.device, non_blocking=True)
                 output, call = compute.forward_prologue(
@@ -221,25 +278,58 @@ class Engine:
                 )
                 step.memory[Buffer("call", -1, m)] = call
             else:
-                hidden = step.tensor("input", op.unit, m)
-                grad = op.unit >= step.lowest_backward
-                # The last layer's backward follows the head at once, with its weights still in their
-                # slot: with one micro-batch its activations are kept rather than computed again.
-                turn = op.unit == self.skeleton.num_layers and len(step.micro_batches) == 1
-                output, graph = compute.forward_layer(
-                    self.skeleton,
-                    op.unit - 1,
-                    self._weights(op),
-                    step.call(m),
-                    hidden,
-                    grad=grad,
-                    recompute=not turn,
-                )
-                if graph is not None:
-                    step.graphs[op.unit, m] = graph
+                output = self._forward_layer(step, op)
         step.memory[Buffer("input", op.unit + 1, m)] = output
 
-    def _loss(self, step: _Step, op: Op) -> None:
+    def _forward_layer(self, step: Step, op: Op) -> torch.Tensor:
+        call, hidden = step.call(op.micro_batch), step.tensor("input", op.unit, op.micro_batch)
+        run = activations.forward_layer
+        place = (self.skeleton, op.unit - 1, self._weights(op), call, hidden)
+        grad = not step.plan.evaluate and op.unit >= step.plan.lowest_backward
+        done = run(*place, policy=op.policy, grad=grad)
+        if done.unbindable:
+            self._fall_back(op.unit)
+            done = run(*place, policy=RECOMPUTE, grad=grad)
+        if done.graph is not None:
+            step.memory[Buffer("graph", op.unit, op.micro_batch)] = done.graph
+        call.routers.append(done.routers)
+        return done.output
+
+    def _fall_back(self, unit: int) -> None:
+        """From the next step on the layer is computed again."""
+        if unit in self.kept:
+            _log.warning(
+                "%s keeps weights where they cannot be replaced: its activations are recomputed, not kept",
+                self.store.units[unit].name,
+            )
+        self.kept -= {unit}
+
+    def _spill(self, step: Step, op: Op) -> None:
+        value = step.tensor("input", op.unit, op.micro_batch)
+        reads_on_this_lane(value)
+        home = self.boundary_slots.spill(op.unit, op.micro_batch, value)
+        step.memory[Buffer("boundary", op.unit, op.micro_batch)] = home
+
+    def _restore(self, step: Step, op: Op) -> None:
+        self.boundary_slots.restore(op.boundary_slot, step.tensor("boundary", op.unit, op.micro_batch))
+
+    def _recompute(self, step: Step, op: Op) -> None:
+        m = op.micro_batch
+        with self._random_state(step, op):
+            done = activations.forward_layer(
+                self.skeleton,
+                op.unit - 1,
+                self._weights(op),
+                step.call(m),
+                self._stored_input(step, op),
+                policy=KEEP,
+                grad=True,
+            )
+        assert done.graph is not None
+        step.memory[Buffer("graph", op.unit, m)] = done.graph
+        step.memory[Buffer("input", op.unit + 1, m)] = done.output
+
+    def _loss(self, step: Step, op: Op) -> None:
         m = op.micro_batch
         loss, gradient = compute.loss_and_backward(
             self.skeleton,
@@ -248,16 +338,26 @@ class Engine:
             step.tensor("input", op.unit, m),
             step.targets[m],
             self._gradient(step, op),
+            step.head_losses[m],
             num_tokens=step.num_tokens,
-            chunk=self.loss_chunk,
         )
         step.losses[m] = loss
         step.memory[Buffer("input_grad", -1, m)] = gradient
 
-    def _backward(self, step: _Step, op: Op) -> None:
+    def _evaluate(self, step: Step, op: Op) -> None:
+        m = op.micro_batch
+        step.call(m)
+        with self.skeleton.bound(op.unit, self._weights(op), grad=False):
+            found = log_probabilities(
+                self.skeleton, step.tensor("input", op.unit, m), step.targets[m], self.loss_chunk
+            )
+        step.log_probs[m] = found[:, :-1]
+        step.losses[m] = -found.double().sum() / max(1, step.num_tokens)
+
+    def _backward(self, step: Step, op: Op) -> None:
         m = op.micro_batch
         gradient = step.tensor("input_grad", -1, m)
-        with self._random_state(op):
+        with self._random_state(step, op):
             if op.unit == 0:
                 embeds = step.tensor("embeds", -1, m).to(self.device, non_blocking=True)
                 gradient = compute.backward_prologue(
@@ -270,23 +370,25 @@ class Engine:
                 )
                 step.memory[Buffer("embeds_grad", -1, m)] = self._to_host(gradient)
                 return
-            step.memory[Buffer("input_grad", -1, m)] = compute.backward_layer(
+            step.memory[Buffer("input_grad", -1, m)] = activations.backward_layer(
                 self.skeleton,
                 op.unit - 1,
                 self._weights(op),
                 step.call(m),
-                step.graphs.pop((op.unit, m)),
+                step.graph(op.unit, m),
+                self._stored_input(step, op),
                 gradient,
                 self._gradient(step, op),
             )
 
-    def _download(self, step: _Step, op: Op) -> None:
+    def _download(self, step: Step, op: Op) -> None:
         gradient = step.gradients.pop(op.unit)
-        square = gradient.download(self.store.run("grads", op.unit))
+        home = self.store.gradient_run(op.unit, op.slab)
+        square = gradient.download(home, measure=step.plan.update == "eager")
         if square is not None:
             step.square_norms[op.unit] = square
 
-    def _scatter(self, step: _Step, op: Op) -> None:
+    def _scatter(self, step: Step, op: Op) -> None:
         skeleton = self.skeleton
         name = skeleton.anatomy.embedding
         ids = [batch["input_ids"] for batch in step.micro_batches]
@@ -294,44 +396,60 @@ class Engine:
         rows, values = compute.row_gradients(
             self._embedding, self.store.weight(name), ids, gradients, padding_row=skeleton.padding_row
         )
-        table = self.store.gradient(name)
+        table = self.store.gradient(name, op.slab)
         before = 0.0
         if skeleton.anatomy.tied:
-            self._measure(step, skeleton.head)
+            if op.slab < 0:
+                self._measure(step, skeleton.head)
             held = table[rows]
             before = float(held.double().square().sum())
             table[rows] = (held + values).to(table.dtype)
         else:
-            table.zero_()
+            self.store.gradient_run(skeleton.embedding_unit, op.slab).zero_()
             table[rows] = values.to(table.dtype)
         after = float(table[rows].double().square().sum())
         # A tied head's own norm was taken as it was downloaded; what the rows add to it is known here.
         step.square_norms[skeleton.head + 1] = torch.tensor(after - before, dtype=torch.float64)
 
-    def _norm(self, step: _Step, op: Op) -> None:
-        assert step.settings is not None
-        step.grad_norm = self.measure_norm()
-        limit = step.settings.max_grad_norm
-        step.clip = min(1.0, limit / (step.grad_norm + 1e-6)) if limit else 1.0  # as clip_grad_norm_
+    def _norm(self, step: Step, op: Op) -> None:
+        norm = self.measure_norm()
+        assert step.update is not None
+        limit = step.update.settings.max_grad_norm
+        step.update.grad_scale = min(1.0, limit / (norm + 1e-6)) if limit else 1.0  # as clip_grad_norm_
 
-    def _optimize(self, step: _Step, op: Op) -> None:
-        settings = step.settings
-        assert settings is not None
-        self.optimizer.update_unit(
-            self.store,
-            op.unit,
-            step=settings.step,
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            grad_scale=step.clip,
-        )
+    def _optimize(self, step: Step, op: Op) -> None:
+        update = step.update
+        assert update is not None
+        if step.plan.update == "eager" and not self._may_update(step, update, op.unit):
+            return
+        update.begun = True
+        grads = self.store.gradient_run(op.unit, op.slab)
+        self.optimizer.update_unit(self.store, op.unit, grads, update.settings, update.grad_scale)
+        update.left.discard(op.unit)
+
+    def _may_update(self, step: Step, update: Update, unit: int) -> bool:
+        """Eager updates look before each: at the loss, which is known before any, and at the gradient's
+        own norm. Once one is not finite, all that would follow are left out."""
+        if update.stopped_at is None:
+            square = float(step.square_norms[unit])
+            if step.plan.scatters and unit == step.plan.embedding_unit:
+                square += float(step.square_norms[step.plan.head + 1])
+            finite = math.isfinite(square) and (update.begun or math.isfinite(step.loss))
+            if not finite:
+                update.stopped_at = unit
+        return update.stopped_at is None
 
     # What the functions above are handed.
 
     def _weights(self, op: Op) -> UnitWeights | None:
         return self.weight_slots.unit(op.slot, op.unit) if op.slot >= 0 else None
 
-    def _gradient(self, step: _Step, op: Op) -> compute.UnitGradient | None:
+    def _stored_input(self, step: Step, op: Op) -> torch.Tensor:
+        if op.boundary_slot >= 0:
+            return self.boundary_slots.held(op.boundary_slot)
+        return step.tensor("input", op.unit, op.micro_batch)
+
+    def _gradient(self, step: Step, op: Op) -> UnitGradient | None:
         if op.grad_slot < 0:
             return None
         if op.first:
@@ -341,12 +459,13 @@ class Engine:
                     additions, *(-(-t.numel() // self.loss_chunk) * additions for t in step.targets)
                 )
             dtype = self.store.dtype if additions == 1 else torch.float32
-            run = self.gradient_slots.run(op.grad_slot, op.unit, dtype)
+            home = self.store.gradient_run(op.unit, step.plan.slab(op.unit))
+            run = self.gradient_slots.run(op.grad_slot, op.unit, dtype, home)
             at_home = self.gradient_slots.is_alias(dtype)
-            step.gradients[op.unit] = compute.UnitGradient(self.store.units[op.unit], run, at_home=at_home)
+            step.gradients[op.unit] = UnitGradient(self.store.units[op.unit], run, at_home=at_home)
         return step.gradients[op.unit]
 
-    def _inputs(self, step: _Step, m: int) -> dict[str, torch.Tensor]:
+    def _inputs(self, step: Step, m: int) -> dict[str, torch.Tensor]:
         names = ("input_ids", "attention_mask", "position_ids")
         batch = step.micro_batches[m]
         return {n: batch[n].to(self.device, non_blocking=True) for n in names if batch.get(n) is not None}
@@ -357,5 +476,5 @@ class Engine:
         staging = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
         return staging.copy_(value, non_blocking=True)
 
-    def _random_state(self, op: Op) -> AbstractContextManager[None]:
-        return compute.random_state(self.skeleton, self.device, self._rng_base, op.unit, op.micro_batch)
+    def _random_state(self, step: Step, op: Op) -> AbstractContextManager[None]:
+        return compute.random_state(self.skeleton, self.device, step.rng_base, op.unit, op.micro_batch)

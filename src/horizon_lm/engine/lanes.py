@@ -29,6 +29,13 @@ Span = tuple[Op, float, float]  # op, start and end in seconds since the run beg
 HOST_LANES = frozenset({Lane.HOST, Lane.UPDATE})
 
 
+def reads_on_this_lane(tensor: torch.Tensor) -> None:
+    """Say that the lane which calls reads a tensor that another lane's work allocated, so that its memory
+    is not given out again before the lane has done so."""
+    if tensor.device.type == "cuda":
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
+
 class Lanes(Protocol):
     """Runs the ops of a range in an order that the waits allow, and returns when all have ended.
 

@@ -1,14 +1,18 @@
-"""Linear + cross-entropy by chunks of tokens, so that the logits of all tokens never exist.
+"""Linear + loss by chunks of tokens, so that the logits of all tokens never exist.
 
-Each chunk runs forward and backward before the next one starts, and its logits are freed. The
-loss is computed from fp32 logits, as transformers' `ForCausalLMLoss` does.
+Each chunk runs forward and backward before the next one starts, and its logits are freed. Losses are
+computed from fp32 logits, as transformers' `ForCausalLMLoss` does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 
+from ..errors import ConfigError
 from ..model.capture import run_head
 from ..model.skeleton import Skeleton
 
@@ -16,6 +20,12 @@ IGNORE_INDEX = -100
 # Elements of fp32 logits alive at once when `loss_chunk_tokens` is auto: 512 MB, and about three
 # times that with their gradient and bf16 copy.
 _AUTO_LOGITS = 1 << 27
+
+# (skeleton, hidden [batch, tokens, width], targets [batch, tokens] on the host) -> (fp32 scalar on the
+# device, gradient of hidden). The gradients of the head's parameters go to the leaves that are bound.
+HeadLoss = Callable[[Skeleton, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# (log-probabilities [batch, tokens - 1], micro-batch) -> scalar, or (scalar, metrics)
+LossFunction = Callable[[torch.Tensor, dict[str, torch.Tensor]], Any]
 
 
 def shifted_targets(labels: torch.Tensor) -> torch.Tensor:
@@ -28,31 +38,106 @@ def chunk_tokens(setting: int | str, vocabulary: int) -> int:
     return max(128, _AUTO_LOGITS // vocabulary) if setting == "auto" else int(setting)
 
 
-def head_loss(
-    skeleton: Skeleton, hidden: torch.Tensor, targets: torch.Tensor, num_tokens: int, chunk: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed cross-entropy / num_tokens, and the gradient with respect to `hidden`.
-
-    hidden: [n, width] (or [n, streams, width]); targets: [n] on the host, -100 ignored. The gradients
-    of the head's parameters go to the leaves that are bound. Chunks without a target are skipped.
-    Returns (fp32 scalar on the device, [n, width] in the dtype of hidden).
-    """
-    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    # A tensor, since CUDA divides by a number as it multiplies by the reciprocal: other bits.
-    divisor = torch.full((), num_tokens, dtype=torch.float32, device=hidden.device)
-    gradient = torch.zeros_like(hidden)
+def _chunks(
+    hidden: torch.Tensor, targets: torch.Tensor, chunk: int
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """(place, hidden [n, width], targets [n] on the device) of each chunk that has a target."""
     for start in range(0, hidden.shape[0], chunk):
-        wanted = targets[start : start + chunk]
-        if not bool((wanted != IGNORE_INDEX).any()):
-            continue
-        piece = hidden[start : start + chunk].detach().requires_grad_()
-        logits = run_head(skeleton, piece).float()
-        loss = F.cross_entropy(
-            logits, wanted.to(logits.device, non_blocking=True), ignore_index=IGNORE_INDEX, reduction="sum"
-        )
-        loss = loss / divisor
+        place = slice(start, start + chunk)
+        wanted = targets[place]
+        if bool((wanted != IGNORE_INDEX).any()):
+            yield place, hidden[place].detach(), wanted.to(hidden.device, non_blocking=True)
+
+
+def cross_entropy(num_tokens: int, chunk: int) -> HeadLoss:
+    """The mean cross-entropy over the `num_tokens` targets of the whole step."""
+
+    def head_loss(
+        skeleton: Skeleton, hidden: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        # A tensor, since CUDA divides by a number as it multiplies by the reciprocal: other bits.
+        divisor = torch.full((), num_tokens, dtype=torch.float32, device=hidden.device)
+        flat = hidden.flatten(0, 1)
+        gradient = torch.zeros_like(flat)
+        for place, piece, wanted in _chunks(flat, targets.flatten(), chunk):
+            logits = run_head(skeleton, piece.requires_grad_()).float()
+            loss = F.cross_entropy(logits, wanted, ignore_index=IGNORE_INDEX, reduction="sum") / divisor
+            loss.backward()
+            total += loss.detach()
+            assert piece.grad is not None
+            gradient[place] = piece.grad
+        return total, gradient.view_as(hidden)
+
+    return head_loss
+
+
+def log_probabilities(
+    skeleton: Skeleton, hidden: torch.Tensor, targets: torch.Tensor, chunk: int
+) -> torch.Tensor:
+    """log p(target) of each token, fp32 [batch, tokens] on the device; 0 where the target is ignored.
+
+    hidden: [batch, tokens, width]; targets: [batch, tokens] on the host. The head must be bound.
+    """
+    flat = hidden.flatten(0, 1)
+    found = torch.zeros(flat.shape[0], dtype=torch.float32, device=hidden.device)
+    with torch.no_grad():
+        for place, piece, wanted in _chunks(flat, targets.flatten(), chunk):
+            found[place] = _log_probability(skeleton, piece, wanted)
+    return found.view(targets.shape)
+
+
+def _log_probability(skeleton: Skeleton, hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    logits = run_head(skeleton, hidden).float()
+    return -F.cross_entropy(logits, wanted, ignore_index=IGNORE_INDEX, reduction="none")
+
+
+def custom(
+    loss_fn: LossFunction, batch: dict[str, torch.Tensor], chunk: int, metrics: dict[str, float]
+) -> HeadLoss:
+    """A loss of the user's own on each token's log-probability.
+
+    The logits are computed twice: once for the log-probabilities that `loss_fn` gets, once for the
+    gradient that it sends back. metrics: receives what it returns beside the loss.
+    Raises ConfigError when it does not return a scalar that depends on the log-probabilities.
+    """
+
+    def head_loss(
+        skeleton: Skeleton, hidden: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # The last token of a row has no target.
+        leaf = log_probabilities(skeleton, hidden, targets, chunk)[:, :-1].requires_grad_()
+        given = {name: value.to(hidden.device) for name, value in batch.items()}
+        loss, extra = _checked(loss_fn(leaf, given))
+        metrics.update({name: float(value) for name, value in extra.items()})
         loss.backward()
-        total += loss.detach()
-        assert piece.grad is not None
-        gradient[start : start + chunk] = piece.grad
-    return total, gradient
+        if leaf.grad is None:
+            raise _no_loss("does not depend on the log-probabilities")
+        wanted_gradient = F.pad(leaf.grad, (0, 1)).flatten()
+        flat = hidden.flatten(0, 1)
+        gradient = torch.zeros_like(flat)
+        for place, piece, wanted in _chunks(flat, targets.flatten(), chunk):
+            found = _log_probability(skeleton, piece.requires_grad_(), wanted)
+            found.backward(wanted_gradient[place])
+            assert piece.grad is not None
+            gradient[place] = piece.grad
+        return loss.detach().float(), gradient.view_as(hidden)
+
+    return head_loss
+
+
+def _checked(result: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+    loss, extra = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not isinstance(extra, dict):
+        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
+        raise _no_loss(f"returned {what}")
+    if not loss.requires_grad:
+        raise _no_loss("does not depend on the log-probabilities")
+    return loss.reshape(()), extra
+
+
+def _no_loss(reason: str) -> ConfigError:
+    return ConfigError(
+        f"the loss function {reason}",
+        hint="return a scalar tensor made from the log-probabilities, or a pair of it and a dict of metrics",
+    )

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import arena
 from .store import HostStore
 
 
@@ -100,13 +101,70 @@ class GradientSlots:
         """Whether a gradient of this dtype is accumulated in the store itself."""
         return self._alias and dtype == self._store.dtype
 
-    def run(self, grad_slot: int, unit: int, dtype: torch.dtype) -> torch.Tensor:
-        """The slot as the unit's 1-D gradient run [trainable_numel] of `dtype`."""
+    def run(self, grad_slot: int, unit: int, dtype: torch.dtype, home: torch.Tensor) -> torch.Tensor:
+        """The slot as the unit's 1-D gradient run [trainable_numel] of `dtype`; `home`, its place in
+        host memory, where the two are the same."""
         if self.is_alias(dtype):
-            return self._store.run("grads", unit)
+            return home
         self.reserve()
         return self._buffers[grad_slot].view(dtype)[: self._store.units[unit].trainable_numel]
 
     def poison(self, grad_slot: int) -> None:
         if self._buffers:
             self._buffers[grad_slot].view(torch.float32).fill_(torch.nan)
+
+
+class BoundarySlots:
+    """Inputs of layers that wait in host memory for the backward pass, and `count` device buffers
+    through which they come back. With `alias` they stay where they are.
+
+    Host memory and buffers are kept from step to step, and grow with the largest input seen.
+    """
+
+    def __init__(self, count: int, device: torch.device, alias: bool) -> None:
+        self._device, self._alias = device, alias
+        self._homes: dict[tuple[int, int], torch.Tensor] = {}  # uint8, by unit and micro-batch
+        self._buffers: list[torch.Tensor] = [torch.empty(0, dtype=torch.uint8, device=device)] * count
+        self._held: list[torch.Tensor | None] = [None] * count
+
+    @property
+    def num_bytes(self) -> int:
+        """Device bytes of the buffers."""
+        return sum(buffer.nbytes for buffer in self._buffers)
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(home.nbytes for home in self._homes.values())
+
+    def spill(self, unit: int, micro_batch: int, value: torch.Tensor) -> torch.Tensor:
+        """Copy a layer's input to host memory and return it there, asynchronously from a GPU."""
+        if self._alias:
+            return value
+        home = self._homes.get((unit, micro_batch))
+        if home is None or home.nbytes < value.nbytes:
+            home = arena.allocate(value.nbytes, pin=self._device.type == "cuda")
+            self._homes[unit, micro_batch] = home
+        place = home[: value.nbytes].view(value.dtype).view(value.shape)
+        return place.copy_(value, non_blocking=True)
+
+    def restore(self, slot: int, home: torch.Tensor) -> None:
+        """Copy a spilled input into a device buffer."""
+        if self._alias:
+            self._held[slot] = home
+            return
+        # A buffer that is too small was read last by ops that this one has waited for.
+        if self._buffers[slot].nbytes < home.nbytes:
+            self._buffers[slot] = torch.empty(home.nbytes, dtype=torch.uint8, device=self._device)
+        place = self._buffers[slot][: home.nbytes].view(home.dtype).view(home.shape)
+        self._held[slot] = place.copy_(home, non_blocking=True)
+
+    def held(self, slot: int) -> torch.Tensor:
+        value = self._held[slot]
+        assert value is not None, f"boundary slot {slot} is empty"
+        return value
+
+    def poison(self, slot: int) -> None:
+        """Fill a buffer that nothing may read any more with NaN (tests)."""
+        value = self._held[slot]
+        if value is not None and not self._alias:
+            value.fill_(torch.nan)

@@ -4,12 +4,13 @@ Each region is one exact allocation with the units side by side in it:
 
     weights     bf16 (or fp32)  2 (4) bytes   compute copy and upper half of the master, pinned
     residual    int16           2 (0)         lower half of the fp32 master
-    exp_avg     fp32            4             first moment
-    exp_avg_sq  fp32            4             second moment
+    exp_avg     fp32 or bf16    4 (2)         first moment
+    exp_avg_sq  fp32 or bf16    4 (2)         second moment; none with sgd and lion
     grads       bf16 (or fp32)  2 (4)         gradients of the last forward_backward, pinned
 
 `weights` covers all parameters; the other regions cover the trainable ones, and `residual` also
-the frozen ones that are computed with in fp32.
+the frozen ones that are computed with in fp32. With eager updates there is no `grads`: gradients
+pass through a few slabs (`GradientSlabs`).
 """
 
 from __future__ import annotations
@@ -25,65 +26,109 @@ from .master import join_master, split_master
 
 
 @dataclass(frozen=True)
+class GradientSlabs:
+    """Host buffers for the gradients of eager updates: `count` for layers and prologue, in turn, and
+    one more that units `outer` (head and embedding table) share."""
+
+    count: int
+    outer: frozenset[int]
+
+    def numels(self, units: Sequence[UnitLayout]) -> list[int]:
+        """Elements of each slab, the shared one last."""
+        inner = [u.trainable_numel for i, u in enumerate(units) if i not in self.outer]
+        outer = [units[i].trainable_numel for i in self.outer]
+        return [max(inner, default=0)] * self.count + [max(outer, default=0)]
+
+
+@dataclass(frozen=True)
+class StoreSpec:
+    """What a store holds for each parameter. dtype: of weights and gradients, bf16 or fp32."""
+
+    dtype: torch.dtype
+    moment_dtype: torch.dtype = torch.float32
+    second_moment: bool = True
+    slabs: GradientSlabs | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("dtype", "moment_dtype"):
+            if getattr(self, name) not in (torch.bfloat16, torch.float32):
+                raise ValueError(f"{name}={getattr(self, name)}; hint: bfloat16 or float32")
+
+
+@dataclass(frozen=True)
 class Region:
-    """One row of the memory table: it allocates, reports and predicts."""
+    """One row of the memory table: it allocates, reports and predicts.
+
+    numels: elements of each run; one run for each unit, or for each slab.
+    """
 
     name: str
     dtype: torch.dtype
-    numel: Callable[[UnitLayout], int]
-    pinned: bool
+    numels: Callable[[Sequence[UnitLayout]], list[int]]
+    pinned: bool = False
 
     def num_bytes(self, units: Sequence[UnitLayout]) -> int:
-        return sum(self.numel(unit) for unit in units) * self.dtype.itemsize
+        return sum(self.numels(units)) * self.dtype.itemsize
 
 
-def _all(unit: UnitLayout) -> int:
-    return unit.numel
+def _all(units: Sequence[UnitLayout]) -> list[int]:
+    return [unit.numel for unit in units]
 
 
-def _trainable(unit: UnitLayout) -> int:
-    return unit.trainable_numel
+def _trainable(units: Sequence[UnitLayout]) -> list[int]:
+    return [unit.trainable_numel for unit in units]
 
 
-def _with_residual(unit: UnitLayout) -> int:
-    return unit.residual_numel
+def _with_residual(units: Sequence[UnitLayout]) -> list[int]:
+    return [unit.residual_numel for unit in units]
 
 
-def regions(dtype: torch.dtype) -> list[Region]:
-    """The regions of a store whose compute dtype is bf16 or fp32."""
-    rows = [
-        Region("weights", dtype, _all, pinned=True),
-        Region("exp_avg", torch.float32, _trainable, pinned=False),
-        Region("exp_avg_sq", torch.float32, _trainable, pinned=False),
-        Region("grads", dtype, _trainable, pinned=True),
-    ]
-    if dtype == torch.bfloat16:
-        rows.insert(1, Region("residual", torch.int16, _with_residual, pinned=False))
-    elif dtype != torch.float32:
-        raise ValueError(f"dtype={dtype}; hint: bfloat16 or float32")
+def regions(spec: StoreSpec) -> list[Region]:
+    """The regions of a store."""
+    rows = [Region("weights", spec.dtype, _all, pinned=True)]
+    if spec.dtype == torch.bfloat16:
+        rows.append(Region("residual", torch.int16, _with_residual))
+    rows.append(Region("exp_avg", spec.moment_dtype, _trainable))
+    if spec.second_moment:
+        rows.append(Region("exp_avg_sq", spec.moment_dtype, _trainable))
+    if spec.slabs is None:
+        rows.append(Region("grads", spec.dtype, _trainable, pinned=True))
+    else:
+        rows.append(Region("grad_slabs", spec.dtype, spec.slabs.numels, pinned=True))
     return rows
 
 
-def predict_bytes(units: Sequence[UnitLayout], dtype: torch.dtype) -> dict[str, int]:
+def predict_bytes(units: Sequence[UnitLayout], spec: StoreSpec) -> dict[str, int]:
     """Host bytes by region, before anything is allocated."""
-    return {region.name: region.num_bytes(units) for region in regions(dtype)}
+    return {region.name: region.num_bytes(units) for region in regions(spec)}
 
 
 class HostStore:
     """All parameters of a model, their gradients and optimizer state, in host memory."""
 
-    def __init__(self, units: Sequence[UnitLayout], dtype: torch.dtype, *, pin: bool = False) -> None:
+    def __init__(self, units: Sequence[UnitLayout], spec: StoreSpec, *, pin: bool = False) -> None:
         self.units = tuple(units)
-        self.dtype = dtype
+        self.spec = spec
         self._runs: dict[str, list[torch.Tensor]] = {}
-        for region in regions(dtype):
+        for region in regions(spec):
             block = arena.allocate(region.num_bytes(units), pin=pin and region.pinned).view(region.dtype)
-            self._runs[region.name] = list(block.split([region.numel(unit) for unit in units]))
+            self._runs[region.name] = list(block.split(region.numels(units)))
         self._place = {p.name: (u, p) for u, unit in enumerate(units) for p in unit.parameters}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and gradients."""
+        return self.spec.dtype
 
     def run(self, region: str, unit: int) -> torch.Tensor:
         """The unit's contiguous 1-D run in a region: [numel], or [trainable_numel]."""
         return self._runs[region][unit]
+
+    def gradient_run(self, unit: int, slab: int = -1) -> torch.Tensor:
+        """Where the unit's gradient lies, 1-D [trainable_numel]: in a slab, or in a place of its own."""
+        if slab < 0:
+            return self.run("grads", unit)
+        return self.run("grad_slabs", slab)[: self.units[unit].trainable_numel]
 
     def has(self, region: str) -> bool:
         return region in self._runs
@@ -105,10 +150,10 @@ class HostStore:
         unit, parameter = self._place[name]
         return self.units[unit].view(self.run("weights", unit), parameter)
 
-    def gradient(self, name: str) -> torch.Tensor:
+    def gradient(self, name: str, slab: int = -1) -> torch.Tensor:
         """View of a trainable parameter's gradient, shape as in the model."""
         unit, parameter = self._place[name]
-        return self.units[unit].trainable_view(self.run("grads", unit), parameter)
+        return self.units[unit].trainable_view(self.gradient_run(unit, slab), parameter)
 
     def wide_residual(self, unit: int) -> torch.Tensor:
         """The residuals of the unit's wide parameters, 1-D [wide_numel]; empty in an fp32 store."""

@@ -105,6 +105,10 @@ class Skeleton:
         """The unit that owns the embedding table: the head when tied, else the one after it."""
         return self.head if self.anatomy.tied else self.head + 1
 
+    def is_embedding(self, name: str) -> bool:
+        """Whether the parameter is the table of an embedding module (of tokens or positions)."""
+        return any(isinstance(owner, nn.Embedding) for owner, _ in self._owners[name])
+
     @property
     def model_type(self) -> str:
         return str(getattr(self.config, "model_type", type(self.model).__name__))

@@ -4,41 +4,96 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from ..memory.store import HostStore
+from .groups import Segment
 from .kernel import update_run
-from .rules import Hyper
+from .rules import ADAPTIVE_RULES, Hyper
+from .threads import choose_threads
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """What a call of `step` asks for. step: number of this update, from 1."""
+
+    step: int
+    lr: float
+    max_grad_norm: float | None
+    weight_decay: float
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW with the settings that hold for a whole run; the others come with each step."""
+    """A rule with the settings that hold for a whole run; the others come with each step.
 
+    rule: adamw, adam, sgd or lion. segments: per unit, the parts that are treated alike. threads: None
+    takes all usable cores.
+    """
+
+    rule: str = "adamw"
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
+    momentum: float = 0.0
     seed: int = 0
+    segments: tuple[tuple[Segment, ...], ...] = ()
+    threads: int | None = None
+
+    @property
+    def second_moment(self) -> bool:
+        return self.rule in ADAPTIVE_RULES
 
     def update_unit(
-        self, store: HostStore, unit: int, *, step: int, lr: float, weight_decay: float, grad_scale: float
+        self, store: HostStore, unit: int, grads: torch.Tensor, settings: UpdateSettings, grad_scale: float
     ) -> None:
         """Update the unit's trainable part in place from `grads * grad_scale`.
 
-        step: 1 for the first update (bias correction). grad_scale: the clipping factor.
+        grads: 1-D [trainable_numel], in host memory. grad_scale: the clipping factor.
         """
+        layout = store.units[unit]
+        before = sum(u.trainable_numel for u in store.units[:unit])
+        runs = self._runs(store, unit)
+        for start, stop, lr, weight_decay in self._parts(unit, layout.trainable_numel, settings):
+            weights, residual, exp_avg, exp_avg_sq = (None if r is None else r[start:stop] for r in runs)
+            assert weights is not None and exp_avg is not None
+            update_run(
+                self.rule,
+                weights,
+                residual,
+                grads[start:stop],
+                exp_avg,
+                exp_avg_sq,
+                hyper=Hyper(lr, self.beta1, self.beta2, self.epsilon, weight_decay, self.momentum),
+                step=settings.step,
+                grad_scale=grad_scale,
+                element_offset=before + start,
+                seed=self.seed,
+                threads=choose_threads(self.threads),
+            )
+
+    def _runs(self, store: HostStore, unit: int) -> tuple[torch.Tensor | None, ...]:
+        """Weights, residual and moments of the trainable part."""
         layout = store.units[unit]
         residual = None
         if store.has("residual"):  # which also covers frozen parameters before the trainable ones
             residual = store.run("residual", unit)[layout.trainable_offset - layout.wide_offset :]
-        update_run(
-            "adamw",
+        exp_avg_sq = store.run("exp_avg_sq", unit) if self.second_moment else None
+        return (
             store.run("weights", unit)[layout.trainable_offset :],
             residual,
-            store.run("grads", unit),
             store.run("exp_avg", unit),
-            store.run("exp_avg_sq", unit),
-            hyper=Hyper(lr, self.beta1, self.beta2, self.epsilon, weight_decay),
-            step=step,
-            grad_scale=grad_scale,
-            element_offset=sum(u.trainable_numel for u in store.units[:unit]),
-            seed=self.seed,
+            exp_avg_sq,
         )
+
+    def _parts(self, unit: int, numel: int, settings: UpdateSettings) -> list[tuple[int, int, float, float]]:
+        """(start, stop, learning rate, weight decay), as few as these settings allow."""
+        parts: list[tuple[int, int, float, float]] = []
+        for segment in self.segments[unit] if self.segments else ():
+            lr = settings.lr * segment.group.lr_factor
+            weight_decay = settings.weight_decay if segment.group.decays else 0.0
+            if parts and parts[-1][2:] == (lr, weight_decay):
+                parts[-1] = (parts[-1][0], segment.stop, lr, weight_decay)
+            else:
+                parts.append((segment.start, segment.stop, lr, weight_decay))
+        return parts or [(0, numel, settings.lr, settings.weight_decay)]

@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from ..errors import DoesNotFitError
 from ..memory.layout import UnitLayout
-from ..memory.store import predict_bytes
+from ..memory.store import StoreSpec, predict_bytes
 from .hardware import available_host_bytes
 
 
 def check_host_memory(
-    units: Sequence[UnitLayout], dtype: torch.dtype, *, reserve_bytes: int, available_bytes: int | None = None
+    units: Sequence[UnitLayout], spec: StoreSpec, *, reserve_bytes: int, available_bytes: int | None = None
 ) -> None:
     """Raises DoesNotFitError when the store is larger than what the machine has left.
 
     reserve_bytes: left to the rest of the machine. available_bytes: for tests; measured by default.
     """
-    parts = predict_bytes(units, dtype)
+    parts = predict_bytes(units, spec)
     needed = sum(parts.values())
     available = available_host_bytes() if available_bytes is None else available_bytes
     short = needed + reserve_bytes - available
     if short <= 0:
         return
     table = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-    ways = [f"free {short / 1e9:.2f} GB of memory", "choose a smaller model"]
-    if dtype == torch.float32:
-        saved = needed - sum(predict_bytes(units, torch.bfloat16).values())
-        ways.insert(0, f"dtype: bfloat16 saves {saved / 1e9:.2f} GB")
+    ways = {
+        "dtype: bfloat16": replace(spec, dtype=torch.bfloat16),
+        "moment_dtype: bfloat16": replace(spec, moment_dtype=torch.bfloat16),
+    }
+    hints = []
+    for way, smaller in ways.items():
+        saved = needed - sum(predict_bytes(units, smaller).values())
+        if saved > 0:
+            hints.append(f"{way} saves {saved / 1e9:.2f} GB")
+    hints += [f"free {short / 1e9:.2f} GB of memory", "choose a smaller model"]
     raise DoesNotFitError(
         f"the model needs {needed / 1e9:.2f} GB of host memory ({table}) and {reserve_bytes / 1e9:.2f} GB "
         f"are kept free (reserve_host_gb), but only {available / 1e9:.2f} GB are available: "
         f"short by {short / 1e9:.2f} GB",
-        hint="; ".join(ways),
+        hint="; ".join(hints),
     )

@@ -3,43 +3,61 @@
 The handle for people who write their own loop:
 
     model = HostModel.from_pretrained(folder, device="cuda", dtype="bfloat16")
-    out = model.forward_backward([{"input_ids": ids, "labels": ids}])
-    out = model.step(lr=1e-5, max_grad_norm=1.0)
+    out = model.train_step([{"input_ids": ids, "labels": ids}], lr=1e-5)
     model.save_pretrained("tuned")
+
+or, to look at the gradients in between, `forward_backward` and `step`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from ..config import ModelSettings
-from ..engine.engine import Engine, MicroBatch, UpdateSettings
+from ..engine.engine import Engine
 from ..engine.lanes import Span, choose_lanes
+from ..engine.loss import LossFunction
+from ..engine.step import MicroBatch, Step
 from ..errors import ConfigError, DataError, NonFiniteError
 from ..memory.arena import keep_freed_memory
 from ..memory.layout import lay_out
-from ..memory.store import HostStore
+from ..memory.store import GradientSlabs, HostStore, StoreSpec
 from ..model.loading import count_parameters, create_model, fill_store, load_model
 from ..model.skeleton import Skeleton
-from ..optim.optimizer import Optimizer
+from ..optim.groups import check_patterns, group_rule, segments
+from ..optim.optimizer import Optimizer, UpdateSettings
+from ..optim.rules import ADAPTIVE_RULES
 from ..plan.preflight import check_host_memory
 from .export import save_model
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_KNOWN = frozenset({"input_ids", "labels", "attention_mask", "position_ids"})
+
+
+class _Default(Enum):
+    """Stands for a setting that a call leaves as it is."""
+
+    SETTING = "the setting"
 
 
 @dataclass(frozen=True)
 class ForwardBackwardOutput:
     """loss: mean cross-entropy over all target tokens of the step (plus the router's auxiliary
-    loss where the model asks for it); num_tokens: target tokens, that is labels that are not ignored."""
+    loss where the model asks for it), or the sum of what a loss function of your own returned;
+    num_tokens: target tokens, that is labels that are not ignored; metrics: what the loss function
+    returned beside the loss, for each micro-batch."""
 
     loss: float
     num_tokens: int
+    metrics: list[dict[str, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -47,6 +65,30 @@ class StepOutput:
     """grad_norm: global L2 norm of the gradients before clipping."""
 
     grad_norm: float
+
+
+@dataclass(frozen=True)
+class TrainStepOutput(ForwardBackwardOutput):
+    """As `ForwardBackwardOutput`, and the global L2 norm of the gradients before clipping."""
+
+    grad_norm: float = math.nan
+
+
+@dataclass(frozen=True)
+class EvaluationOutput:
+    """loss: mean cross-entropy in nats over all target tokens; log_probs: where asked for, log p(label)
+    for each micro-batch, fp32 [batch, tokens - 1], aligned with labels[:, 1:], 0 where ignored."""
+
+    loss: float
+    num_tokens: int
+    log_probs: list[torch.Tensor] | None = None
+
+    @property
+    def perplexity(self) -> float:
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
 
 
 class HostModel:
@@ -57,12 +99,12 @@ class HostModel:
         store, and the object is left as a skeleton without memory."""
         self.settings = settings
         self.device = resolve_device(settings.device)
-        dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[settings.dtype]
-        self.skeleton = Skeleton(model, dtype)
-        units = self.skeleton.units
+        self.skeleton = Skeleton(model, _DTYPES[settings.dtype])
+        self.optimizer = make_optimizer(self.skeleton, settings)
+        units, spec = self.skeleton.units, store_spec(settings, self.skeleton)
         if not settings.skip_memory_check:
-            check_host_memory(units, dtype, reserve_bytes=int(settings.reserve_host_gb * 1e9))
-        self.store = HostStore(units, dtype, pin=self.device.type == "cuda")
+            check_host_memory(units, spec, reserve_bytes=int(settings.reserve_host_gb * 1e9))
+        self.store = HostStore(units, spec, pin=self.device.type == "cuda")
         self.skeleton.place_buffers(self.device)
         fill_store(self.skeleton, self.store)
         if self.device.type == "cpu":
@@ -70,13 +112,10 @@ class HostModel:
         self.engine = Engine(
             self.skeleton,
             self.store,
-            Optimizer(settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon, settings.seed),
+            self.optimizer,
             self.device,
             choose_lanes(settings.lanes, self.device, settings.seed),
-            slots=settings.slots,
-            grad_slots=settings.grad_slots,
-            loss_chunk=settings.loss_chunk_tokens,
-            seed=settings.seed,
+            settings,
         )
         self.steps_done = 0
         self._has_gradients = False
@@ -104,10 +143,12 @@ class HostModel:
     @classmethod
     def from_config(cls, values: dict[str, Any], settings: ModelSettings) -> HostModel:
         """A model with random weights (settings.seed) from the values of a transformers configuration."""
-        dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[settings.dtype]
+        dtype = _DTYPES[settings.dtype]
         if not settings.skip_memory_check:  # before the source model takes its own share
             whole = lay_out("all", [("all", (count_parameters(values),), True, dtype)], dtype)
-            check_host_memory([whole], dtype, reserve_bytes=int(settings.reserve_host_gb * 1e9))
+            # The slabs of eager updates are as large as a layer, which is not known yet.
+            spec = store_spec(settings, None)
+            check_host_memory([whole], spec, reserve_bytes=int(settings.reserve_host_gb * 1e9))
             settings = settings.replace(skip_memory_check=True)
         model = create_model(
             values, dtype=dtype, seed=settings.seed, attn_implementation=settings.attn_implementation
@@ -124,17 +165,40 @@ class HostModel:
         return sum(p.numel for unit in self.store.units for p in unit.parameters)
 
     def forward_backward(
-        self, micro_batches: Sequence[MicroBatch], *, record: bool = False
+        self,
+        micro_batches: Sequence[MicroBatch],
+        loss_fn: LossFunction | None = None,
+        *,
+        record: bool = False,
     ) -> ForwardBackwardOutput:
         """Gradients of the mean loss over all target tokens of all micro-batches of a step.
 
         micro_batches: dicts of input_ids and labels [batch, tokens] (int64, labels aligned with
-        input_ids, -100 ignored), and optionally attention_mask and position_ids of that shape.
+        input_ids, -100 ignored), and optionally attention_mask and position_ids of that shape; with
+        `loss_fn` any other tensors too.
+        loss_fn: called for each micro-batch as loss_fn(log_probs, batch), with log p(label) in fp32
+        [batch, tokens - 1] on the device, aligned with labels[:, 1:] and 0 where ignored. It returns a
+        scalar, or a pair of it and a dict of metrics; the step's loss is the sum over its micro-batches.
         A second call before `step` replaces the gradients of the first.
         record: keep what ran when in `timeline`.
-        Raises DataError for micro-batches that cannot be trained on.
+        Raises DataError for micro-batches that cannot be trained on, ConfigError with eager updates.
         """
-        batches = [self._checked(m, batch) for m, batch in enumerate(micro_batches)]
+        if self.settings.update_mode == "eager":
+            raise ConfigError(
+                "update: eager updates layers during the backward pass, so their gradients are never "
+                "together: forward_backward() and step() are one call",
+                hint="train_step(micro_batches, lr=...), or update='deferred'",
+            )
+        return _output(self._forward_backward(micro_batches, loss_fn, None, record))
+
+    def _forward_backward(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        loss_fn: LossFunction | None,
+        update: UpdateSettings | None,
+        record: bool,
+    ) -> Step:
+        batches = [self._checked(m, batch, bool(loss_fn)) for m, batch in enumerate(micro_batches)]
         if not batches:
             raise DataError("forward_backward was given no micro-batch", hint="pass a list of at least one")
         if not any(bool((batch["labels"][:, 1:] != -100).any()) for batch in batches):
@@ -143,38 +207,141 @@ class HostModel:
                 hint="check the labels and the mask; the first token of a row is never a target",
             )
         self._has_gradients = False
-        loss, num_tokens = self.engine.forward_backward(batches, self.steps_done, record=record)
+        step = self.engine.forward_backward(
+            batches, self.steps_done, update=update, loss_fn=loss_fn, record=record
+        )
         self._has_gradients = True
-        return ForwardBackwardOutput(loss, num_tokens)
+        return step
 
     def step(
         self,
         lr: float,
-        max_grad_norm: float | None = None,
+        max_grad_norm: float | None | Literal[_Default.SETTING] = _Default.SETTING,
         weight_decay: float = 0.0,
         *,
         record: bool = False,
     ) -> StepOutput:
-        """Clip the gradients by their global norm and update all trainable parameters (AdamW).
+        """Clip the gradients by their global norm and update all trainable parameters.
 
-        max_grad_norm: None or 0 turns clipping off. Raises NonFiniteError, with nothing updated,
-        when the norm is NaN or infinite.
+        max_grad_norm: None or 0 turns clipping off; by default that of the settings. With `update:
+        deferred` the update itself runs during the next forward_backward, or when parameters are read.
+        Raises NonFiniteError, with nothing updated, when the norm is NaN or infinite.
         """
         if not self._has_gradients:
             raise ConfigError(
                 "step() was called without gradients", hint="call forward_backward() before each step()"
             )
+        settings = self._update_settings(lr, max_grad_norm, weight_decay)
         norm = self.engine.measure_norm()
         if not math.isfinite(norm):
             raise NonFiniteError(
                 f"the gradient norm of step {self.steps_done + 1} is {norm}; nothing was updated",
                 hint="lower learning_rate, check the data, or set nonfinite: skip",
             )
-        settings = UpdateSettings(self.steps_done + 1, lr, max_grad_norm, weight_decay)
         self.engine.update(settings, record=record)
         self.steps_done += 1
         self._has_gradients = False
         return StepOutput(norm)
+
+    def train_step(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        lr: float,
+        max_grad_norm: float | None | Literal[_Default.SETTING] = _Default.SETTING,
+        weight_decay: float = 0.0,
+        *,
+        loss_fn: LossFunction | None = None,
+        record: bool = False,
+    ) -> TrainStepOutput:
+        """`forward_backward` and `step` in one call, in every update mode.
+
+        Raises NonFiniteError when the loss or the gradient norm is not finite. Nothing has been
+        updated then, unless `update: eager` met a gradient that is not finite under a loss that is: the
+        error says so (`state_intact`), and the state is that of no step.
+        """
+        settings = self._update_settings(lr, max_grad_norm, weight_decay)
+        eager = self.settings.update_mode == "eager"
+        step = self._forward_backward(micro_batches, loss_fn, settings if eager else None, record)
+        out = _output(step)
+        if eager:
+            norm = self._finish_eager(step, out, settings, record)
+        else:
+            if not math.isfinite(out.loss):
+                self._has_gradients = False
+                raise self._not_finite(f"the loss of step {self.steps_done + 1} is {out.loss}", out)
+            norm = self.engine.measure_norm()
+            if not math.isfinite(norm):
+                self._has_gradients = False
+                raise self._not_finite(
+                    f"the gradient norm of step {self.steps_done + 1} is {norm}", out, norm
+                )
+            self.engine.update(settings, record=record)
+        self.steps_done += 1
+        self._has_gradients = False
+        return TrainStepOutput(out.loss, out.num_tokens, out.metrics, norm)
+
+    def _finish_eager(
+        self, step: Step, out: ForwardBackwardOutput, settings: UpdateSettings, record: bool
+    ) -> float:
+        self._has_gradients = False
+        assert step.update is not None
+        norm = self.engine.measure_norm()
+        if step.update.stopped_at is not None:
+            what = "loss" if not math.isfinite(out.loss) else "gradient norm"
+            value = out.loss if what == "loss" else norm
+            raise self._not_finite(f"the {what} of step {self.steps_done + 1} is {value}", out, norm, step)
+        self.engine.update(settings, record=record)
+        return norm
+
+    def _not_finite(
+        self, what: str, out: ForwardBackwardOutput, norm: float = math.nan, step: Step | None = None
+    ) -> NonFiniteError:
+        """The error, with what the step found; `step`: one of eager updates, some of which may be done."""
+        done = 0
+        if step is not None and step.update is not None:
+            done = len(self.engine.trainable) - len(step.update.left)
+        hint = "look for NaN in the model's weights, lower learning_rate, or set nonfinite: skip"
+        after = "nothing was updated"
+        if done:
+            after = f"{done} of {len(self.engine.trainable)} layers had been updated already (update: eager)"
+            hint = "load the last saved model; update: deferred finds this before any update"
+        error = NonFiniteError(f"{what}; {after}", hint=hint)
+        error.loss, error.grad_norm, error.num_tokens = out.loss, norm, out.num_tokens
+        error.state_intact = not done
+        return error
+
+    def _update_settings(
+        self, lr: float, max_grad_norm: float | None | _Default, weight_decay: float
+    ) -> UpdateSettings:
+        limit = self.settings.max_grad_norm if isinstance(max_grad_norm, _Default) else max_grad_norm
+        if limit and self.settings.update_mode == "eager":
+            raise ConfigError(
+                f"max_grad_norm={limit} with update: eager, which updates layers before the norm is known",
+                hint="update='deferred' clips exactly, and overlaps the updates with the next forward pass",
+            )
+        return UpdateSettings(self.steps_done + 1, lr, limit, weight_decay)
+
+    def flush(self) -> None:
+        """Make the updates that `update: deferred` has put off; done by itself wherever parameters are
+        read through this object."""
+        self.engine.flush()
+
+    def evaluate(
+        self, micro_batches: Sequence[MicroBatch], *, return_log_probs: bool = False, record: bool = False
+    ) -> EvaluationOutput:
+        """Mean cross-entropy over all target tokens, by a forward pass without dropout or gradients.
+
+        micro_batches: as in `forward_backward`. Does not disturb the gradients of a step that is not
+        finished. Raises DataError for micro-batches that have no target at all.
+        """
+        batches = [self._checked(m, batch, False) for m, batch in enumerate(micro_batches)]
+        if not any(bool((batch["labels"][:, 1:] != -100).any()) for batch in batches):
+            raise DataError("no token is evaluated: every label is -100", hint="check the labels")
+        step = self.engine.evaluate(batches, record=record)
+        log_probs = None
+        if return_log_probs:
+            log_probs = [step.log_probs[m].cpu() for m in range(len(batches))]
+        return EvaluationOutput(step.loss, step.num_tokens, log_probs)
 
     @property
     def timeline(self) -> list[Span]:
@@ -183,13 +350,17 @@ class HostModel:
 
     def named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, gradient) of each trainable parameter: views into the store, in its
-        dtype, valid until the next forward_backward."""
+        dtype, valid until the next forward_backward. Raises ConfigError with eager updates, which
+        keep none."""
+        if self.settings.update_mode == "eager":
+            raise ConfigError("update: eager keeps no gradients", hint="update='deferred'")
         for unit in self.store.units:
             for parameter in unit.trainable:
                 yield parameter.name, self.store.gradient(parameter.name)
 
     def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, fp32 master) of each parameter, a new tensor each, one at a time."""
+        self.flush()
         for name in self.store.names():
             yield name, self.store.master(name)
 
@@ -206,25 +377,29 @@ class HostModel:
         dtype: bfloat16 or float32, default the compute dtype. Written straight from the store.
         extra: writes further files (the tokenizer) into the folder before it is put in place.
         """
+        self.flush()
         save_model(
             self.skeleton, self.store, Path(folder), dtype=dtype, max_shard_size=max_shard_size, extra=extra
         )
 
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes by part: host regions of the store, weight and gradient slots on the device."""
+        """Bytes by part: host regions of the store and spilled boundaries; slots on the device."""
         return {
             **self.store.num_bytes,
             "weight_slots": self.engine.weight_slots.num_bytes,
             "gradient_slots": self.engine.gradient_slots.num_bytes,
+            "boundary_slots": self.engine.boundary_slots.num_bytes,
+            "boundaries": self.engine.boundary_slots.host_bytes,
         }
 
-    def _checked(self, m: int, batch: MicroBatch) -> MicroBatch:
-        """The micro-batch with host int64 tensors, after looking for what would train wrongly."""
+    def _checked(self, m: int, batch: MicroBatch, extra: bool) -> MicroBatch:
+        """The micro-batch with host tensors, after looking for what would train wrongly. extra: tensors
+        of any name and shape may stand beside the known ones."""
         for name in ("input_ids", "labels"):
             if name not in batch:
                 raise DataError(f"micro-batch {m} has no {name}", hint=f"its keys are {sorted(batch)}")
-        unknown = batch.keys() - {"input_ids", "labels", "attention_mask", "position_ids"}
-        if unknown:
+        unknown = batch.keys() - _KNOWN
+        if unknown and not extra:
             raise DataError(
                 f"micro-batch {m} has unknown keys {sorted(unknown)}",
                 hint="input_ids, labels, attention_mask and position_ids are taken",
@@ -236,7 +411,7 @@ class HostModel:
                 hint="[batch, tokens] with at least 2 tokens",
             )
         for name, value in batch.items():
-            if value is not None and value.shape != shape:
+            if value is not None and value.shape != shape and name in _KNOWN:
                 raise DataError(
                     f"micro-batch {m}: {name} of shape {tuple(value.shape)}, input_ids of {tuple(shape)}",
                     hint="all have the shape [batch, tokens]",
@@ -264,6 +439,46 @@ class HostModel:
                 f"micro-batch {m}: {name} hold {worst}, outside the vocabulary of {end}",
                 hint="use the model's own tokenizer; -100 in labels means ignored",
             )
+
+
+def _output(step: Step) -> ForwardBackwardOutput:
+    return ForwardBackwardOutput(step.loss, step.num_tokens, step.metrics)
+
+
+def store_spec(settings: ModelSettings, skeleton: Skeleton | None) -> StoreSpec:
+    """What the store holds for each parameter; without the slabs of eager updates where the model is
+    not known yet."""
+    slabs = None
+    if settings.update_mode == "eager":
+        outer = frozenset() if skeleton is None else frozenset({skeleton.head, skeleton.embedding_unit})
+        slabs = GradientSlabs(settings.grad_slabs if skeleton is not None else 0, outer)
+    return StoreSpec(
+        _DTYPES[settings.dtype],
+        moment_dtype=_DTYPES[settings.moment_dtype],
+        second_moment=settings.optim in ADAPTIVE_RULES,
+        slabs=slabs,
+    )
+
+
+def make_optimizer(skeleton: Skeleton, settings: ModelSettings) -> Optimizer:
+    """Raises ConfigError for a pattern of lr_factors that fits nothing."""
+    trainable = [p.name for unit in skeleton.units for p in unit.trainable]
+    check_patterns(settings.lr_factors, trainable)
+    rule = group_rule(
+        settings.lr_factors,
+        decay_embeddings=settings.decay_embeddings,
+        is_embedding=skeleton.is_embedding,
+    )
+    return Optimizer(
+        settings.optim,
+        settings.adam_beta1,
+        settings.adam_beta2,
+        settings.adam_epsilon,
+        settings.sgd_momentum,
+        settings.seed,
+        tuple(segments(unit, rule) for unit in skeleton.units),
+        None if settings.optimizer_threads == "auto" else settings.optimizer_threads,
+    )
 
 
 def resolve_device(name: str) -> torch.device:

@@ -48,30 +48,20 @@ def train_steps(
     for step in range(1, num_steps + 1):
         started = time.perf_counter()
         lr = learning_rate(step - 1)
-        out = model.forward_backward(next(loader))
-        grad_norm = math.nan
+        micro_batches = next(loader)
         try:
-            _check_finite(out.loss, step)
-            grad_norm = model.step(lr, config.max_grad_norm, config.weight_decay).grad_norm
+            out = model.train_step(micro_batches, lr, config.max_grad_norm, config.weight_decay)
+            loss, num_tokens, grad_norm = out.loss, out.num_tokens, out.grad_norm
             skipped_in_a_row = 0
         except NonFiniteError as error:
+            loss, num_tokens, grad_norm = error.loss, error.num_tokens, math.nan
             skipped_in_a_row += 1
-            if config.nonfinite == "raise":
+            if config.nonfinite == "raise" or not error.state_intact:
                 raise
             if skipped_in_a_row > config.max_skipped_steps:
                 raise _too_many(skipped_in_a_row, error) from error
         seconds = time.perf_counter() - started
-        yield StepRecord(
-            step, loader.epoch, out.loss, grad_norm, lr, out.num_tokens, seconds, skipped_in_a_row > 0
-        )
-
-
-def _check_finite(loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        raise NonFiniteError(
-            f"the loss of step {step} is {loss}; nothing was updated",
-            hint="look for NaN in the model's weights, lower learning_rate, or set nonfinite: skip",
-        )
+        yield StepRecord(step, loader.epoch, loss, grad_norm, lr, num_tokens, seconds, skipped_in_a_row > 0)
 
 
 def _too_many(count: int, error: NonFiniteError) -> NonFiniteError:

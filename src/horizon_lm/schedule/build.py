@@ -1,284 +1,179 @@
-"""A step plan becomes a list of ops in program order; the waits between lanes are derived from it.
+"""A step plan becomes a list of ops in program order, by small passes.
 
-Units are numbered 0 (prologue), 1 .. layers, layers + 1 (head). The embedding table is never
-uploaded: it is unit layers + 2, or part of the head when the two are tied.
+Nothing here says what waits for what: that follows from what the ops read and write (`waits`).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 
-from .ops import Buffer, Lane, Op
-
-# Regions whose content lives within a step; the rest is host memory that outlives it.
-TRANSIENT = frozenset({"slot", "grad_slot", "embeds", "call", "input", "input_grad", "embeds_grad"})
+from . import make
+from .ops import Op
+from .step_plan import StepPlan
 
 
-@dataclass(frozen=True)
-class StepPlan:
-    """All that the builder needs to know of a model and its settings.
+def build(plan: StepPlan, step: int = 0, pending: Collection[int] = ()) -> list[Op]:
+    """One training step: gather, forward, loss, backward, norm, update; or one evaluation.
 
-    layers: number of decoder layers.
-    uploaded: units that have weights to stream (a prologue often has none).
-    trainable: units that have a gradient; a unit of frozen parameters has none.
-    embedding_unit: unit that owns the embedding table; the head when tied.
-    embedding_frozen: the table has no gradient, although other parameters of its unit may have one.
+    Layer-major: all micro-batches of a step pass through a unit before the next unit is visited.
+    Units of one block (`checkpoint_interval`) are visited together, one micro-batch after another.
+    pending: units whose update of the step before is still to come (`update: deferred`); each comes
+    just before the first use of its weights.
     """
-
-    layers: int
-    uploaded: frozenset[int]
-    trainable: frozenset[int]
-    embedding_unit: int
-    micro_batches: int = 1
-    slots: int = 2
-    grad_slots: int = 2
-    embedding_frozen: bool = False
-
-    def __post_init__(self) -> None:
-        lowest = {"layers": 1, "micro_batches": 1, "slots": 2, "grad_slots": 1}
-        for name, bound in lowest.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name}={getattr(self, name)}; hint: a step needs at least {bound}")
-        if self.embedding_unit not in (self.head, self.head + 1):
-            raise ValueError(
-                f"embedding_unit={self.embedding_unit} is neither the head nor the unit after it"
-            )
-
-    @property
-    def head(self) -> int:
-        return self.layers + 1
-
-    @property
-    def scatters(self) -> bool:
-        """Whether gradient rows are added to the embedding table's gradient."""
-        return self.embedding_unit in self.trainable and not self.embedding_frozen
-
-    @property
-    def lowest_backward(self) -> int:
-        """The first unit whose backward pass is needed: nothing below it has a gradient."""
-        if self.scatters:
-            return 0
-        return min(self.trainable, default=self.head)
-
-    @property
-    def order(self) -> list[int]:
-        """Units in the order in which the compute lane visits them."""
-        return [*range(self.head + 1), *range(self.layers, self.lowest_backward - 1, -1)]
-
-
-def build(plan: StepPlan, step: int = 0) -> list[Op]:
-    """One training step: gather, forward, loss, backward, norm, update. Layer-major: all
-    micro-batches of a step pass through a unit before the next unit is visited."""
     micro_batches = range(plan.micro_batches)
-    slot_of_visit, uploads_before = _place_in_slots(plan)
-    ops = [_gather(plan, m) for m in micro_batches]
-    grad_visits = 0
-    for visit, unit in enumerate(plan.order):
-        ops += [_upload(u, slot) for u, slot in uploads_before[visit]]
-        slot = slot_of_visit[visit]
-        grad_slot = grad_visits % plan.grad_slots if unit in plan.trainable else -1
-        if visit < plan.head:
-            ops += [_forward(unit, m, slot) for m in micro_batches]
-            continue
-        visit_ops = _loss if unit == plan.head else _backward
-        ops += [visit_ops(plan, unit, m, slot, grad_slot) for m in micro_batches]
-        if unit in plan.trainable:
-            grad_visits += 1
-            ops.append(_download(unit, grad_slot))
+    ops = [make.gather(plan, m) for m in micro_batches]
+    for visit_ops in _visits(plan):
+        ops += visit_ops
+    if plan.evaluate:
+        return [replace(op, step=step) for op in ops]
+    ops = _with_restores(plan, ops)
     if plan.scatters:
-        ops.append(_scatter(plan))
-    ops.append(_norm(plan))
-    ops += [_optimize(unit) for unit in sorted(plan.trainable)]
-    return [replace(op, step=step) for op in ops]
+        ops.append(make.scatter(plan))
+        if plan.update == "eager":
+            ops.append(make.optimize(plan, plan.embedding_unit))
+    ops.append(make.norm(plan))
+    if plan.update == "sync":
+        ops += [make.optimize(plan, unit) for unit in sorted(plan.trainable)]
+    return _with_pending(plan, [replace(op, step=step) for op in ops], pending, step - 1)
+
+
+def build_flush(plan: StepPlan, step: int, pending: Collection[int]) -> list[Op]:
+    """The updates of `step` that are still to come, alone."""
+    return [replace(make.optimize(plan, unit), step=step) for unit in _update_order(plan) if unit in pending]
 
 
 def build_steps(plan: StepPlan, steps: int) -> list[Op]:
     """Several steps in a row, so that the seam between two of them is part of what is checked."""
-    return [op for step in range(steps) for op in build(plan, step)]
+    deferred = plan.update == "deferred"
+    ops: list[Op] = []
+    for step in range(steps):
+        ops += build(plan, step, plan.trainable if deferred and step else ())
+    return ops + build_flush(plan, steps - 1, plan.trainable) if deferred else ops
 
 
-def _place_in_slots(plan: StepPlan) -> tuple[list[int], list[list[tuple[int, int]]]]:
-    """Choose the slot of each visit, and which uploads are issued before it.
+def _update_order(plan: StepPlan) -> list[int]:
+    """Trainable units in the order in which a step first uses their weights."""
+    first = [plan.embedding_unit, *range(plan.head + 1)]
+    return [unit for unit in dict.fromkeys(first) if unit in plan.trainable]
 
-    An upload is issued `slots - 1` visits ahead, into the slot whose unit is needed last
-    (Belady 1966). A unit that is still in its slot, as at the turn, is not uploaded again.
-    """
-    order = plan.order
-    ahead = plan.slots - 1
-    holds: list[int | None] = [None] * plan.slots
-    slot_of_visit = [-1] * len(order)
-    uploads: list[list[tuple[int, int]]] = [[] for _ in order]
 
-    def next_use(unit: int | None, visit: int) -> int:
-        later = (v for v in range(visit, len(order)) if order[v] == unit)
-        return next(later, len(order) + 1)
-
-    for visit, unit in enumerate(order):
-        if unit not in plan.uploaded:
+def _visits(plan: StepPlan) -> Iterator[list[Op]]:
+    """The ops of each visit: uploads issued before it, work on all micro-batches, downloads."""
+    slots, uploads_before = place_in_slots(plan)
+    grad_visits = 0
+    for visit, units in enumerate(plan.visits):
+        ops = [make.upload(unit, slot) for unit, slot in uploads_before[visit]]
+        if visit < plan.head:
+            yield ops + _forward(plan, units[0], slots[visit].get(units[0], -1))
             continue
-        if unit not in holds:
-            issue = max(0, visit - ahead)
-            victim = max(range(plan.slots), key=lambda s: (next_use(holds[s], issue), -s))
-            holds[victim] = unit
-            uploads[issue].append((unit, victim))
-        slot_of_visit[visit] = holds.index(unit)
-    return slot_of_visit, uploads
+        if plan.evaluate:
+            slot = slots[visit].get(plan.head, -1)
+            yield ops + [make.evaluate(plan, m, slot) for m in range(plan.micro_batches)]
+            continue
+        grad_slots = {}
+        for unit in reversed(units):
+            if unit in plan.trainable:
+                grad_slots[unit] = grad_visits % plan.grad_slots
+                grad_visits += 1
+        yield ops + _backward(plan, units, slots[visit], grad_slots)
 
 
-def derive_waits(ops: Sequence[Op]) -> list[tuple[int, ...]]:
-    """For each op, the ops of other lanes that it must wait for (indices into `ops`).
+def _forward(plan: StepPlan, unit: int, slot: int) -> list[Op]:
+    ops = [make.forward(plan, unit, m, slot) for m in range(plan.micro_batches)]
+    if plan.is_spilled(unit):
+        ops += [make.spill(unit, m) for m in range(plan.micro_batches)]
+    return ops
 
-    Two ops conflict when one writes what the other reads or writes. A conflict needs a wait
-    unless the order follows from program order within a lane and from other waits. Candidates
-    are taken latest first, which gives the smallest set: removing any wait leaves a conflict
-    unordered (`check` finds it, and a test removes each of them in turn).
+
+def _backward(
+    plan: StepPlan, units: tuple[int, ...], slots: dict[int, int], grad_slots: dict[int, int]
+) -> list[Op]:
+    """Of the head, the prologue, a layer, or a block of layers: each micro-batch climbs the block and
+    comes down again, the last one with the downloads."""
+    ops: list[Op] = []
+    for m in range(plan.micro_batches):
+        ops += [make.recompute(unit, m, slots.get(unit, -1)) for unit in units[:-1]]
+        for unit in reversed(units):
+            slot, grad_slot = slots.get(unit, -1), grad_slots.get(unit, -1)
+            if unit == plan.head:
+                ops.append(make.loss(unit, m, slot, grad_slot))
+            else:
+                ops.append(make.backward(unit, m, slot, grad_slot))
+            if m == plan.micro_batches - 1 and unit in plan.trainable:
+                ops.append(make.download(plan, unit, grad_slot))
+                if plan.update == "eager" and not (unit == plan.embedding_unit and plan.scatters):
+                    ops.append(make.optimize(plan, unit))
+    return ops
+
+
+def _with_restores(plan: StepPlan, ops: list[Op]) -> list[Op]:
+    """Bring spilled inputs back, `boundary_slots - 1` uses ahead of the op that needs them first.
+
+    In a block the lowest layer's backward needs its input until the block has come down again.
     """
-    past: list[int] = []  # past[i]: bit set of all ops that are known to end before op i starts
-    last_in_lane: dict[Lane, int] = {}
-    waits: list[tuple[int, ...]] = []
-    conflicts = conflicting_before(ops)
+    found = list(ops)
+    users: dict[tuple[int, int], list[int]] = {}
     for i, op in enumerate(ops):
-        known = 0
-        before = last_in_lane.get(op.lane)
-        if before is not None:
-            known = past[before] | 1 << before
-        needed = []
-        for j in sorted(conflicts[i], reverse=True):
-            if not known >> j & 1:
-                needed.append(j)
-                known |= past[j] | 1 << j
-        past.append(known)
-        last_in_lane[op.lane] = i
-        waits.append(tuple(needed))
-    return waits
+        if op.kind in "CB" and op.unit and plan.is_spilled(op.unit):
+            users.setdefault((op.unit, op.micro_batch), []).append(i)
+    turn = next(i for i, op in enumerate(ops) if op.kind == "L")
+    restores: dict[int, list[Op]] = {}
+    begins = [places[0] for places in users.values()]
+    for k, ((unit, m), places) in enumerate(users.items()):
+        boundary_slot = k % plan.boundary_slots
+        for i in places:
+            found[i] = make.from_boundary_slot(ops[i], boundary_slot)
+        earlier = k - (plan.boundary_slots - 1)
+        before = begins[earlier] if earlier >= 0 else turn
+        restores.setdefault(before, []).append(make.restore(unit, m, boundary_slot))
+    return [made for i, op in enumerate(found) for made in [*restores.get(i, []), op]]
 
 
-def conflicting_before(ops: Sequence[Op]) -> list[set[int]]:
-    """For each op the earlier ops it conflicts with directly: the last writer of what it reads
-    or writes, and the readers since then of what it writes."""
-    writer: dict[Buffer, int] = {}
-    readers: dict[Buffer, set[int]] = defaultdict(set)
-    found: list[set[int]] = []
-    for i, op in enumerate(ops):
-        mine: set[int] = set()
-        for buffer in op.reads | op.writes:
-            if buffer in writer:
-                mine.add(writer[buffer])
-        for buffer in op.writes:
-            mine |= readers[buffer]
-        found.append(mine - {i})
-        for buffer in op.reads:
-            readers[buffer].add(i)
-        for buffer in op.writes:
-            writer[buffer] = i
-            readers[buffer] = set()
+def _with_pending(plan: StepPlan, ops: list[Op], pending: Collection[int], step: int) -> list[Op]:
+    """Put the updates of the step before in front of the first use of each unit's weights."""
+    waiting = {op.unit: op for op in build_flush(plan, step, pending)}
+    found: list[Op] = []
+    for op in ops:
+        used = plan.embedding_unit if op.kind == "G" else op.unit if op.kind == "U" else -1
+        if used in waiting:
+            found.append(waiting.pop(used))
+        found.append(op)
+    assert not waiting, "every trainable unit's weights are used"
     return found
 
 
-# The ops. What each reads and writes is written here and nowhere else.
+def place_in_slots(plan: StepPlan) -> tuple[list[dict[int, int]], list[list[tuple[int, int]]]]:
+    """The slot of each unit of each visit, and which uploads are issued before it.
 
-
-def _set(*buffers: Buffer | None) -> frozenset[Buffer]:
-    return frozenset(b for b in buffers if b is not None)
-
-
-def _slot(slot: int) -> Buffer | None:
-    return Buffer("slot", slot) if slot >= 0 else None
-
-
-def _grad_slot(grad_slot: int) -> Buffer | None:
-    return Buffer("grad_slot", grad_slot) if grad_slot >= 0 else None
-
-
-def _added_to(grad_slot: int, m: int) -> Buffer | None:
-    """The gradient slot as something read: the first micro-batch overwrites what the slot held."""
-    return _grad_slot(grad_slot) if m > 0 else None
-
-
-def _gather(plan: StepPlan, m: int) -> Op:
-    return Op("G", -1, m, _set(Buffer("weights", plan.embedding_unit)), _set(Buffer("embeds", -1, m)))
-
-
-def _upload(unit: int, slot: int) -> Op:
-    return Op("U", unit, reads=_set(Buffer("weights", unit)), writes=_set(_slot(slot)), slot=slot)
-
-
-def _forward(unit: int, m: int, slot: int) -> Op:
-    call = Buffer("call", -1, m)  # what the layers receive beside hidden states, and router logits
-    output = Buffer("input", unit + 1, m)
-    if unit == 0:
-        return Op("F", 0, m, _set(_slot(slot), Buffer("embeds", -1, m)), _set(call, output), slot)
-    return Op("F", unit, m, _set(_slot(slot), call, Buffer("input", unit, m)), _set(output, call), slot)
-
-
-def _loss(plan: StepPlan, unit: int, m: int, slot: int, grad_slot: int) -> Op:
-    reads = _set(_slot(slot), Buffer("call", -1, m), Buffer("input", unit, m), _added_to(grad_slot, m))
-    writes = _set(
-        Buffer("call", -1, m), Buffer("input_grad", -1, m), Buffer("loss", -1, m), _grad_slot(grad_slot)
-    )
-    return Op("L", unit, m, reads, writes, slot, grad_slot, first=m == 0)
-
-
-def _backward(plan: StepPlan, unit: int, m: int, slot: int, grad_slot: int) -> Op:
-    gradient = Buffer("input_grad", -1, m)
-    if unit == 0:
-        reads = _set(_slot(slot), Buffer("embeds", -1, m), gradient, _added_to(grad_slot, m))
-        writes = _set(Buffer("embeds_grad", -1, m), _grad_slot(grad_slot))
-    else:
-        reads = _set(
-            _slot(slot), Buffer("call", -1, m), Buffer("input", unit, m), gradient, _added_to(grad_slot, m)
-        )
-        writes = _set(gradient, _grad_slot(grad_slot))
-    return Op("B", unit, m, reads, writes, slot, grad_slot, first=m == 0)
-
-
-def _download(unit: int, grad_slot: int) -> Op:
-    # It writes to the slot as well: parameters that received no gradient are zeroed there.
-    writes = _set(Buffer("grads", unit), Buffer("sqnorm", unit), _grad_slot(grad_slot))
-    return Op("D", unit, reads=_set(_grad_slot(grad_slot)), writes=writes, grad_slot=grad_slot)
-
-
-def _scatter(plan: StepPlan) -> Op:
-    table = Buffer("grads", plan.embedding_unit)
-    # The embedding's own forward is run again, so the table's weights are read as well.
-    reads = [Buffer("weights", plan.embedding_unit)]
-    reads += [Buffer("embeds_grad", -1, m) for m in range(plan.micro_batches)]
-    # A tied table already holds the head's gradient; one of its own is overwritten.
-    carried = [table] if plan.embedding_unit == plan.head else []
-    return Op("S", reads=frozenset(reads + carried), writes=_set(table, Buffer("sqnorm", plan.head + 1)))
-
-
-def _norm(plan: StepPlan) -> Op:
-    norms = {Buffer("sqnorm", unit) for unit in plan.trainable}
-    norms |= {Buffer("grads", unit) for unit in plan.trainable}  # read only where no download measured them
-    if plan.scatters:
-        norms.add(Buffer("sqnorm", plan.head + 1))
-    return Op("N", reads=frozenset(norms), writes=_set(Buffer("clip")))
-
-
-def _optimize(unit: int) -> Op:
-    state, weights = Buffer("state", unit), Buffer("weights", unit)
-    reads = _set(Buffer("grads", unit), Buffer("clip"), state, weights)
-    return Op("O", unit, reads=reads, writes=_set(state, weights))
-
-
-def last_uses(ops: Sequence[Op]) -> list[tuple[Buffer, ...]]:
-    """For each op the transient buffers that nothing reads after it, until they are written anew.
-
-    What touches a buffer last in program order waits for all that touch it before (they conflict,
-    or share a lane), so nothing reads a buffer once that op has ended.
+    An upload is issued up to `slots - 1` visits ahead, into a slot that none of those visits uses; of
+    several, the one whose unit is needed last (Belady 1966). A unit that is still in its slot, as at
+    the turn, is not uploaded again.
     """
-    last: dict[Buffer, int] = {}
-    ends: list[list[Buffer]] = [[] for _ in ops]
-    for i, op in enumerate(ops):
-        for buffer in op.writes - op.reads:
-            if buffer in last:
-                ends[last[buffer]].append(buffer)
-        for buffer in op.reads | op.writes:
-            if buffer.region in TRANSIENT:
-                last[buffer] = i
-    for buffer, i in last.items():
-        ends[i].append(buffer)
-    return [tuple(sorted(buffers)) for buffers in ends]
+    visits = [[u for u in units if u in plan.uploaded] for units in plan.visits]
+    ahead = plan.slots - 1
+    holds: list[int | None] = [None] * plan.slots
+    used: list[int] = [-1] * plan.slots  # last visit that used the slot
+    uses: dict[int | None, list[int]] = {None: []}
+    for visit, units in enumerate(visits):
+        for unit in units:
+            uses.setdefault(unit, []).append(visit)
+    placed: list[dict[int, int]] = []
+    uploads: list[list[tuple[int, int]]] = [[] for _ in visits]
+    for visit, units in enumerate(visits):
+        start = max(0, visit - ahead)
+
+        def rank(slot: int, visit: int = visit, start: int = start) -> tuple[int, int, int]:
+            later = next((v for v in uses[holds[slot]] if v >= visit), len(visits) + 1)
+            busy = max(used[slot] + 1, start)  # the visit before which the upload can be issued
+            return (-busy, later, -slot)
+
+        for unit in units:
+            if unit not in holds:
+                free = [slot for slot in range(plan.slots) if holds[slot] not in units]
+                slot = max(free, key=rank)
+                holds[slot] = unit
+                uploads[max(used[slot] + 1, start)].append((unit, slot))
+            used[holds.index(unit)] = visit
+        placed.append({unit: holds.index(unit) for unit in units})
+    return placed, uploads

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from .build import StepPlan, derive_waits
 from .ops import Buffer, Lane, Op
+from .step_plan import StepPlan
+from .waits import derive_waits
 
 # Regions that live on between steps; everything else must be written in a step before it is read.
 PERSISTENT = frozenset({"weights", "state"})
@@ -85,6 +86,19 @@ def _check_value(ops: Sequence[Op], plan: StepPlan) -> list[str]:
                     f"{where} needs the gradient of unit {op.unit} in {buffer}, "
                     f"which holds that of unit {unit} of step {step}"
                 )
+            elif buffer.region == "slab" and (unit, step) != (_slab_owner(op, plan), op.step):
+                faults.append(
+                    f"{where} needs the gradient of unit {_slab_owner(op, plan)} in {buffer}, "
+                    f"which holds that of unit {unit} of step {step}"
+                )
+            elif buffer.region == "boundary_slot" and (unit, added.get(buffer)) != (
+                op.unit,
+                [op.micro_batch],
+            ):
+                faults.append(
+                    f"{where} needs the input of unit {op.unit} in {buffer}, which holds that of {unit} "
+                    f"and micro-batches {added.get(buffer)}"
+                )
             elif buffer.region in PERSISTENT:
                 if buffer.index in plan.trainable and step != op.step - 1:
                     faults.append(f"{where} reads {buffer} of after step {step} instead of {op.step - 1}")
@@ -96,12 +110,16 @@ def _check_value(ops: Sequence[Op], plan: StepPlan) -> list[str]:
                 )
             if op.kind == "D" and added.get(buffer) != list(range(plan.micro_batches)):
                 faults.append(f"{where} takes {buffer} with micro-batches {added.get(buffer, [])} in it")
-        if op.kind in "FLB" and op.unit in plan.uploaded and op.slot < 0:
+        if op.kind in "FLECB" and op.unit in plan.uploaded and op.slot < 0:
             faults.append(f"{op} of step {op.step} has no slot to read its weights from")
         if op.kind in "LBD" and op.unit in plan.trainable and op.grad_slot < 0:
             faults.append(f"{op} of step {op.step} has no gradient slot")
+        if op.policy != plan.policy(op.unit) and op.kind == "F" and op.unit:
+            faults.append(f"{op} of step {op.step} keeps {op.policy!r} instead of {plan.policy(op.unit)!r}")
         for buffer in op.writes:
-            holds[buffer] = (op.unit, op.step)
+            holds[buffer] = (_slab_owner(op, plan) if buffer.region == "slab" else op.unit, op.step)
+            if buffer.region == "boundary_slot":
+                added[buffer] = [op.micro_batch]
             if buffer.region == "grad_slot" and op.kind in "LB":
                 if op.first == (buffer in op.reads):
                     faults.append(f"{op} of step {op.step} has first={op.first}, but declares otherwise")
@@ -109,16 +127,13 @@ def _check_value(ops: Sequence[Op], plan: StepPlan) -> list[str]:
     return faults
 
 
+def _slab_owner(op: Op, plan: StepPlan) -> int:
+    return plan.embedding_unit if op.kind == "S" else op.unit
+
+
 def _check_complete(ops: Sequence[Op], plan: StepPlan) -> list[str]:
     """Each unit does its work exactly once a step for each micro-batch, and nothing else is done."""
-    micro_batches = range(plan.micro_batches)
-    expected = {("G", -1, m) for m in micro_batches}
-    expected |= {("F", u, m) for u in range(plan.head) for m in micro_batches}
-    expected |= {("L", plan.head, m) for m in micro_batches}
-    expected |= {("B", u, m) for u in range(plan.lowest_backward, plan.head) for m in micro_batches}
-    expected |= {("D", u, -1) for u in plan.trainable if u <= plan.head}
-    expected |= {("S", -1, -1)} if plan.scatters else set()
-    expected |= {("N", -1, -1)} | {("O", u, -1) for u in plan.trainable}
+    expected = _expected(plan)
     counts = Counter((op.step, op.kind, op.unit, op.micro_batch) for op in ops if op.kind != "U")
     wanted = {(step, *key) for step in {op.step for op in ops} for key in expected}
     return [
@@ -127,6 +142,21 @@ def _check_complete(ops: Sequence[Op], plan: StepPlan) -> list[str]:
         for step, kind, unit, m in sorted(wanted | counts.keys())
         if counts[step, kind, unit, m] != ((step, kind, unit, m) in wanted)
     ]
+
+
+def _expected(plan: StepPlan) -> set[tuple[str, int, int]]:
+    """(kind, unit, micro-batch) of all ops of a step but the uploads."""
+    micro_batches = range(plan.micro_batches)
+    per_micro_batch = {("G", -1), *(("F", u) for u in range(plan.head))}
+    if plan.evaluate:
+        return {(*key, m) for key in per_micro_batch | {("E", plan.head)} for m in micro_batches}
+    per_micro_batch |= {("L", plan.head), *(("B", u) for u in range(plan.lowest_backward, plan.head))}
+    per_micro_batch |= {("C", u) for block in plan.backward_blocks for u in block[:-1]}
+    per_micro_batch |= {(kind, u) for u in range(1, plan.head) if plan.is_spilled(u) for kind in "XR"}
+    expected = {(*key, m) for key in per_micro_batch for m in micro_batches}
+    expected |= {("D", u, -1) for u in plan.trainable if u <= plan.head}
+    expected |= {("S", -1, -1)} if plan.scatters else set()
+    return expected | {("N", -1, -1)} | {("O", u, -1) for u in plan.trainable}
 
 
 def _check_waste(ops: Sequence[Op], waits: Sequence[tuple[int, ...]]) -> list[str]:
@@ -141,7 +171,7 @@ def _check_waste(ops: Sequence[Op], waits: Sequence[tuple[int, ...]]) -> list[st
                 faults.append(
                     f"{unread[buffer]} fills {buffer} and nothing reads it before {op} overwrites it"
                 )
-            if op.kind == "U":
+            if op.kind in "UR":
                 unread[buffer] = op
     faults += [f"{op} fills {buffer} and nothing reads it" for buffer, op in unread.items()]
     minimal = derive_waits(ops)
@@ -159,6 +189,8 @@ def _check_room(ops: Sequence[Op], plan: StepPlan) -> list[str]:
         for region, own, count in (
             ("slot", op.slot, plan.slots),
             ("grad_slot", op.grad_slot, plan.grad_slots),
+            ("slab", op.slab, plan.grad_slabs + 1 if plan.update == "eager" else 0),
+            ("boundary_slot", op.boundary_slot, plan.boundary_slots),
         ):
             declared = sorted(b.index for b in op.reads | op.writes if b.region == region)
             faults += [

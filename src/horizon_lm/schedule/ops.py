@@ -7,9 +7,13 @@ Kinds, in the order of a step (u: unit, m: micro-batch):
 
     G.m    gather    rows of the embedding table for micro-batch m             host
     Uu     upload    weights of unit u into a device slot                      upload
-    Fu.m   forward   prologue (u = 0) or a decoder layer, nothing kept but its input
+    Fu.m   forward   prologue (u = 0) or a decoder layer                         compute
+    Xu.m   spill     the layer's input to host memory                           download
     Lu.m   loss      head: final norm, logits and loss by chunks, and their gradients
-    Bu.m   backward  recompute with a graph, then the gradients of unit u
+    Eu.m   evaluate  head: the loss, and each token's log-probability
+    Ru.m   restore   the layer's input back into a device slot                  upload
+    Cu.m   recompute a layer inside a block, for the inputs of those above it   compute
+    Bu.m   backward  what was not kept is computed again, then the gradients of unit u
     Du     download  gradient slot to host memory, squared norm on the way      download
     S      scatter   gradient rows added to the embedding table's gradient      host
     N      norm      global gradient norm and the clipping factor               update
@@ -39,7 +43,11 @@ LANE_OF_KIND = {
     "U": Lane.UPLOAD,
     "F": Lane.COMPUTE,
     "L": Lane.COMPUTE,
+    "E": Lane.COMPUTE,
+    "C": Lane.COMPUTE,
     "B": Lane.COMPUTE,
+    "R": Lane.UPLOAD,
+    "X": Lane.DOWNLOAD,
     "D": Lane.DOWNLOAD,
     "S": Lane.HOST,
     "N": Lane.UPDATE,
@@ -65,9 +73,12 @@ class Buffer(NamedTuple):
 
 @dataclass(frozen=True)
 class Op:
-    """One op. `slot`: weight slot of U, F, L, B; `grad_slot`: gradient slot of L, B, D.
+    """One op.
 
-    `first` marks the op that starts a gradient (it overwrites, later ones add).
+    slot: weight slot of U, F, L, E, C, B; grad_slot: gradient slot of L, B, D; slab: host buffer of an
+    eager unit's gradient, of D, S, O; boundary_slot: device slot of a stored input, of R, C, B.
+    first: the op starts a gradient (it overwrites, later ones add). policy: what F and C leave for
+    the backward pass (`StepPlan.policy`). step: the step whose data or gradients the op works on.
     """
 
     kind: str
@@ -77,17 +88,15 @@ class Op:
     writes: frozenset[Buffer] = frozenset()
     slot: int = -1
     grad_slot: int = -1
+    slab: int = -1
+    boundary_slot: int = -1
     first: bool = False
+    policy: str = ""
     step: int = 0
 
     @property
     def lane(self) -> Lane:
         return LANE_OF_KIND[self.kind]
-
-    @property
-    def is_update(self) -> bool:
-        """Whether the op belongs to `step()` rather than to `forward_backward()`."""
-        return self.lane is Lane.UPDATE
 
     def __str__(self) -> str:
         unit = str(self.unit) if self.unit >= 0 else ""

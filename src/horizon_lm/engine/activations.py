@@ -1,0 +1,220 @@
+"""One layer between its forward and its backward: what it leaves behind, and how the rest comes back.
+
+A layer's autograd graph is built in its forward pass. Under `recompute` it holds nothing but the way to
+compute its saved tensors again (`torch.utils.checkpoint`, which also stops at the last one needed); under
+`keep` it holds them. In both cases it holds neither the layer's weights, which are in some slot now
+and in another one later, nor its input where that is stored elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import FunctionCtx
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from ..memory.slots import UnitWeights
+from ..model.capture import Call, RouterLogits, capture_routers, run_layer
+from ..model.skeleton import Skeleton
+from ..schedule.step_plan import KEEP, RECOMPUTE
+from .gradient import UnitGradient, collecting
+
+
+@dataclass
+class _Box:
+    """A layer's input while it runs, and afterwards the input's gradient."""
+
+    hidden: torch.Tensor | None = None
+    gradient: torch.Tensor | None = None
+
+
+class _Entry(torch.autograd.Function):
+    """The layer's input as a node that holds no tensor: a leaf would keep its memory alive."""
+
+    @staticmethod
+    def forward(ctx: Any, root: torch.Tensor, box: _Box) -> torch.Tensor:  # type: ignore[override]
+        assert box.hidden is not None, "a layer is computed again without its input"
+        ctx.box = box
+        return box.hidden.detach()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: torch.Tensor) -> tuple[None, None]:  # type: ignore[override]
+        ctx.box.gradient = gradient  # type: ignore[attr-defined]
+        return None, None
+
+
+class _Handle(NamedTuple):
+    """Where a saved weight lies: in the unit's run (name None), or in the wide parameter `name`."""
+
+    name: str | None
+    offset: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+
+class _Weights:
+    """Saved-tensor hooks that put handles in place of weights, and weights of now in place of handles."""
+
+    def __init__(self, run: torch.Tensor, bound: dict[str, torch.Tensor]) -> None:
+        self._run = run
+        self._storage = run.untyped_storage().data_ptr()
+        pointers = {name: t.untyped_storage().data_ptr() for name, t in bound.items()}
+        self._wide = {pointer: name for name, pointer in pointers.items() if pointer != self._storage}
+        self.unbindable = False
+        self._now: tuple[torch.Tensor, dict[str, torch.Tensor]] | None = None
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor | _Handle:
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer == self._storage:
+            if tensor.dtype != self._run.dtype:  # the same bytes under another type
+                self.unbindable = True
+                return tensor
+            offset = int(tensor.storage_offset() - self._run.storage_offset())
+            return _Handle(None, offset, tensor.shape, tensor.stride())
+        if pointer in self._wide:
+            return _Handle(self._wide[pointer], int(tensor.storage_offset()), tensor.shape, tensor.stride())
+        return tensor
+
+    def unpack(self, saved: torch.Tensor | _Handle) -> torch.Tensor:
+        if isinstance(saved, torch.Tensor):
+            return saved
+        assert self._now is not None, "a backward pass without its weights"
+        run, wide = self._now
+        base = run if saved.name is None else wide[saved.name]
+        return base.as_strided(saved.shape, saved.stride, saved.offset + base.storage_offset())
+
+    @contextmanager
+    def rebound(self, run: torch.Tensor, bound: dict[str, torch.Tensor]) -> Iterator[None]:
+        """While open, handles stand for these weights."""
+        self._now = run, {name: tensor.detach() for name, tensor in bound.items()}
+        try:
+            yield
+        finally:
+            self._now = None
+
+
+@dataclass
+class LayerGraph:
+    """The autograd graph of one layer on one micro-batch, between its forward and its backward.
+
+    output: [batch, tokens, width]; leaves: the trainable parameters that were bound; saved: the hooks
+    of a layer that keeps its activations.
+    """
+
+    output: torch.Tensor
+    leaves: dict[str, torch.Tensor]
+    routers: list[RouterLogits]
+    box: _Box
+    saved: _Weights | None = None
+
+
+@dataclass
+class LayerForward:
+    """What a layer's forward pass gives. graph: None where the policy leaves none."""
+
+    output: torch.Tensor
+    graph: LayerGraph | None
+    routers: list[RouterLogits] = field(default_factory=list)
+    unbindable: bool = False
+
+
+def forward_layer(
+    skeleton: Skeleton,
+    layer: int,
+    weights: UnitWeights | None,
+    call: Call,
+    hidden: torch.Tensor,
+    *,
+    policy: str,
+    grad: bool,
+) -> LayerForward:
+    """Run decoder layer `layer` (0-based) on hidden [batch, tokens, width].
+
+    policy: `recompute`, `keep`, or nothing. grad: run with gradients on even where no graph is left, so
+    that the same kernels run as in the backward pass. `unbindable` in the result says that the layer
+    kept weights where they cannot be replaced (in an attribute of an autograd function): its graph
+    must not be used once its slot is filled anew.
+    """
+    box, saved = _Box(hidden), None
+    held_before = _views_of(weights)
+    with (
+        torch.set_grad_enabled(grad),
+        skeleton.bound(layer + 1, weights, grad=grad) as bound,
+        capture_routers(skeleton, layer) as routers,
+    ):
+        root = torch.zeros((), device=hidden.device, requires_grad=grad)
+        run = partial(_run, skeleton, layer, call, box)
+        if policy == RECOMPUTE:
+            output = checkpoint(run, root, use_reentrant=False, preserve_rng_state=False)
+        elif policy == KEEP:
+            hooks = nullcontext()
+            if weights is not None:
+                saved = _Weights(weights.weights, bound)
+                hooks = saved_tensors_hooks(saved.pack, saved.unpack)  # type: ignore[assignment]
+            with hooks:
+                output = run(root)
+        elif grad:
+            with saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing):
+                output = run(root)
+        else:
+            output = run_layer(skeleton, layer, call, hidden)
+    plain = [r._replace(logits=r.logits.detach()) for r in routers]
+    if not policy:
+        return LayerForward(output.detach(), None, plain)
+    box.hidden = None
+    leaves = {name: tensor for name, tensor in bound.items() if tensor.requires_grad}
+    bound.clear()
+    unbindable = False
+    if saved is not None and weights is not None:
+        ours = sum(tensor.untyped_storage().data_ptr() == saved._storage for tensor in leaves.values())
+        unbindable = saved.unbindable or _views_of(weights) > held_before + ours
+    return LayerForward(output.detach(), LayerGraph(output, leaves, routers, box, saved), plain, unbindable)
+
+
+def _run(skeleton: Skeleton, layer: int, call: Call, box: _Box, root: torch.Tensor) -> torch.Tensor:
+    return run_layer(skeleton, layer, call, _Entry.apply(root, box))
+
+
+def _views_of(weights: UnitWeights | None) -> int:
+    """How many tensors share the memory of a unit's weights: what a layer has put aside counts too."""
+    if weights is None:
+        return 0
+    return torch._C._storage_Use_Count(weights.weights.untyped_storage()._cdata)  # type: ignore[attr-defined]
+
+
+def backward_layer(
+    skeleton: Skeleton,
+    layer: int,
+    weights: UnitWeights | None,
+    call: Call,
+    graph: LayerGraph,
+    hidden: torch.Tensor,
+    output_gradient: torch.Tensor,
+    gradient: UnitGradient | None,
+) -> torch.Tensor:
+    """Run the layer's graph backward, computing again what it does not hold, and return the gradient of
+    the layer's input [batch, tokens, width].
+
+    hidden: that input; weights: the unit's weights, in whatever slot they are now.
+    """
+    roots = [graph.output, *(r.logits for r in graph.routers)]
+    gradients = [output_gradient]
+    if graph.routers:
+        gradients += [r.logits for r in call.routers[layer]]
+    graph.box.hidden = hidden
+    with (
+        skeleton.bound(layer + 1, weights, grad=True) as bound,
+        collecting(skeleton, layer + 1, graph.leaves, gradient),
+        graph.saved.rebound(weights.weights, bound)
+        if graph.saved is not None and weights is not None
+        else nullcontext(),
+    ):
+        torch.autograd.backward(roots, gradients)
+    graph.box.hidden = None
+    return torch.zeros_like(hidden) if graph.box.gradient is None else graph.box.gradient

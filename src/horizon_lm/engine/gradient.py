@@ -1,0 +1,68 @@
+"""The gradient of one unit on its way: collected from autograd, accumulated in a slot, brought home."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..memory.layout import Parameter, UnitLayout
+from ..model.skeleton import Skeleton
+from .transfer import download_gradient, square_norm
+
+
+class UnitGradient:
+    """The gradient of one unit while it is accumulated in a slot.
+
+    Parameters that received nothing (an expert without tokens) are zeros in their own place.
+    at_home: the slot is the store's own run and of its dtype, so that nothing is left to download.
+    """
+
+    def __init__(self, layout: UnitLayout, run: torch.Tensor, *, at_home: bool = False) -> None:
+        self.layout = layout
+        self.run = run  # [trainable_numel]
+        self.at_home = at_home
+        self.written: set[str] = set()
+
+    def add(self, parameter: Parameter, gradient: torch.Tensor) -> None:
+        view = self.layout.trainable_view(self.run, parameter)
+        if parameter.name in self.written:
+            view.add_(gradient)
+        else:
+            view.copy_(gradient)
+            self.written.add(parameter.name)
+
+    def download(self, home: torch.Tensor, *, measure: bool) -> torch.Tensor | None:
+        """Bring the complete gradient to its place in host memory and return its squared norm; None
+        where it is there already, and need not be measured before the norm is asked for."""
+        for parameter in self.layout.trainable:
+            if parameter.name not in self.written:
+                self.layout.trainable_view(self.run, parameter).zero_()
+        for start, length in self.layout.gaps():
+            self.run.narrow(0, start, length).zero_()
+        if self.at_home:
+            return square_norm(self.run) if measure else None
+        return download_gradient(self.run, home)
+
+
+@contextmanager
+def collecting(
+    skeleton: Skeleton, unit: int, leaves: dict[str, torch.Tensor], gradient: UnitGradient | None
+) -> Iterator[None]:
+    """While open, gradients of the unit's leaves move into its slot as soon as they exist."""
+    handles = []
+    for parameter in skeleton.units[unit].trainable:
+        assert gradient is not None
+
+        def collect(leaf: torch.Tensor, parameter: Parameter = parameter) -> None:
+            assert leaf.grad is not None
+            gradient.add(parameter, leaf.grad)
+            leaf.grad = None
+
+        handles.append(leaves[parameter.name].register_post_accumulate_grad_hook(collect))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

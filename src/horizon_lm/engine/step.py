@@ -1,0 +1,86 @@
+"""What is in flight: the step that runs, and an update that is not through yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from ..model.capture import Call
+from ..optim.optimizer import UpdateSettings
+from ..schedule import Buffer, Op, StepPlan
+from .activations import LayerGraph
+from .gradient import UnitGradient
+from .loss import HeadLoss
+
+MicroBatch = dict[str, torch.Tensor]
+
+
+class Schedule(NamedTuple):
+    """Ops in program order, what each waits for, and the buffers that each is the last to use."""
+
+    ops: list[Op]
+    waits: list[tuple[int, ...]]
+    ends: list[tuple[Buffer, ...]]
+
+
+@dataclass
+class Update:
+    """An update that was decided on. left: units whose turn is still to come; stopped_at: the unit whose
+    gradient was not finite, before which eager updates stopped."""
+
+    settings: UpdateSettings
+    grad_scale: float
+    left: set[int]
+    begun: bool = False
+    stopped_at: int | None = None
+
+
+@dataclass
+class Step:
+    """The step in flight: its schedule, its micro-batches and its transient buffers.
+
+    targets: [batch, tokens] on the host for each micro-batch; num_tokens: those that count. head_losses:
+    one for each micro-batch. update: what the O ops of this schedule apply.
+    """
+
+    plan: StepPlan
+    schedule: Schedule
+    micro_batches: Sequence[MicroBatch] = ()
+    targets: list[torch.Tensor] = field(default_factory=list)
+    num_tokens: int = 0
+    rng_base: int = 0
+    head_losses: list[HeadLoss] = field(default_factory=list)
+    update: Update | None = None
+    memory: dict[Buffer, torch.Tensor | Call | LayerGraph] = field(default_factory=dict)
+    gradients: dict[int, UnitGradient] = field(default_factory=dict)
+    losses: dict[int, torch.Tensor] = field(default_factory=dict)
+    log_probs: dict[int, torch.Tensor] = field(default_factory=dict)
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    square_norms: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def tensor(self, region: str, index: int, micro_batch: int) -> torch.Tensor:
+        value = self.memory[Buffer(region, index, micro_batch)]
+        assert isinstance(value, torch.Tensor)
+        return value
+
+    def call(self, micro_batch: int) -> Call:
+        value = self.memory[Buffer("call", -1, micro_batch)]
+        assert isinstance(value, Call)
+        return value
+
+    def graph(self, unit: int, micro_batch: int) -> LayerGraph:
+        value = self.memory[Buffer("graph", unit, micro_batch)]
+        assert isinstance(value, LayerGraph)
+        return value
+
+    @property
+    def loss(self) -> float:
+        """Sum over the micro-batches; waits for the device."""
+        return float(sum(float(loss) for loss in self.losses.values()))
+
+    def norm(self) -> float:
+        """Global gradient norm, added up in one order whatever order downloads ended in."""
+        return sum(float(self.square_norms[unit]) for unit in sorted(self.square_norms)) ** 0.5

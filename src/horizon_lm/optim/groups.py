@@ -1,0 +1,90 @@
+"""Parameter groups: which parameters decay, and by what factor their learning rate differs.
+
+A unit is one run in memory, so a group becomes segments of it; neighbours that are treated alike are one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..errors import ConfigError
+from ..memory.layout import Parameter, UnitLayout
+
+
+@dataclass(frozen=True)
+class Group:
+    """decays: whether weight decay applies. lr_factor: times the learning rate of the step."""
+
+    decays: bool = True
+    lr_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Elements [start, stop) of a unit's trainable part that belong to one group."""
+
+    start: int
+    stop: int
+    group: Group
+
+
+def group_rule(
+    lr_factors: Mapping[str, float], *, decay_embeddings: bool, is_embedding: Callable[[str], bool]
+) -> Callable[[Parameter], Group]:
+    """The group of a parameter.
+
+    Decay spares biases and whatever has one dimension (the scales of norms, gates), as is usual
+    for AdamW, and embedding tables on demand. lr_factors: regular expression -> factor; the first that
+    is found anywhere in the parameter's name counts (`re.search`).
+    """
+    patterns = [(_compiled(pattern), factor) for pattern, factor in lr_factors.items()]
+
+    def group(parameter: Parameter) -> Group:
+        decays = len(parameter.shape) > 1 and not parameter.name.endswith("bias")
+        if not decay_embeddings and is_embedding(parameter.name):
+            decays = False
+        factor = next((f for pattern, f in patterns if pattern.search(parameter.name)), 1.0)
+        return Group(decays, factor)
+
+    return group
+
+
+def segments(layout: UnitLayout, group: Callable[[Parameter], Group]) -> tuple[Segment, ...]:
+    """The unit's trainable part, cut where the group changes. Gaps go with what stands before them."""
+    found: list[Segment] = []
+    for parameter in layout.trainable:
+        start = parameter.offset - layout.trainable_offset
+        mine = group(parameter)
+        if found and found[-1].group == mine:
+            continue
+        if found:
+            found[-1] = Segment(found[-1].start, start, found[-1].group)
+        found.append(Segment(start, layout.trainable_numel, mine))
+    return tuple(found)
+
+
+def check_patterns(lr_factors: Mapping[str, float], names: Iterable[str]) -> None:
+    """Raises ConfigError for a pattern that is no regular expression or that no trainable parameter has."""
+    names = list(names)
+    for pattern in lr_factors:
+        expression = _compiled(pattern)
+        if not any(expression.search(name) for name in names):
+            raise ConfigError(
+                f"lr_factors: {pattern!r} is found in the name of no trainable parameter",
+                hint=f"names look like {_examples(names)}",
+            )
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(
+            f"lr_factors: {pattern!r} is no regular expression: {error}", hint=r"for example 'lm_head|norm'"
+        ) from None
+
+
+def _examples(names: Sequence[str]) -> str:
+    return ", ".join(names[:: max(1, len(names) // 3)][:3]) or "nothing: all parameters are frozen"

@@ -1,0 +1,143 @@
+"""The ops of a step. What each reads and writes is written here and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .ops import Buffer, Op
+from .step_plan import KEEP, StepPlan
+
+
+def _set(*buffers: Buffer | None) -> frozenset[Buffer]:
+    return frozenset(b for b in buffers if b is not None)
+
+
+def _slot(slot: int) -> Buffer | None:
+    return Buffer("slot", slot) if slot >= 0 else None
+
+
+def _grad_slot(grad_slot: int) -> Buffer | None:
+    return Buffer("grad_slot", grad_slot) if grad_slot >= 0 else None
+
+
+def _added_to(grad_slot: int, m: int) -> Buffer | None:
+    """The gradient slot as something read: the first micro-batch overwrites what the slot held."""
+    return _grad_slot(grad_slot) if m > 0 else None
+
+
+def _home(plan: StepPlan, unit: int) -> Buffer:
+    """Where a unit's gradient lies in host memory."""
+    slab = plan.slab(unit)
+    return Buffer("grads", unit) if slab < 0 else Buffer("slab", slab)
+
+
+def _call(m: int) -> Buffer:
+    """What the layers receive beside hidden states, and router logits."""
+    return Buffer("call", -1, m)
+
+
+def gather(plan: StepPlan, m: int) -> Op:
+    return Op("G", -1, m, _set(Buffer("weights", plan.embedding_unit)), _set(Buffer("embeds", -1, m)))
+
+
+def upload(unit: int, slot: int) -> Op:
+    return Op("U", unit, reads=_set(Buffer("weights", unit)), writes=_set(_slot(slot)), slot=slot)
+
+
+def forward(plan: StepPlan, unit: int, m: int, slot: int) -> Op:
+    output, policy = Buffer("input", unit + 1, m), plan.policy(unit)
+    if unit == 0:
+        reads = _set(_slot(slot), Buffer("embeds", -1, m))
+        return Op("F", 0, m, reads, _set(_call(m), output), slot)
+    graph = Buffer("graph", unit, m) if policy else None
+    reads = _set(_slot(slot), _call(m), Buffer("input", unit, m))
+    return Op("F", unit, m, reads, _set(output, _call(m), graph), slot, policy=policy)
+
+
+def spill(unit: int, m: int) -> Op:
+    """After the layer has run; the device copy is given up with it, hence the write."""
+    given = Buffer("input", unit, m)
+    return Op("X", unit, m, _set(given), _set(Buffer("boundary", unit, m), given))
+
+
+def restore(unit: int, m: int, boundary_slot: int) -> Op:
+    target = Buffer("boundary_slot", boundary_slot)
+    return Op("R", unit, m, _set(Buffer("boundary", unit, m)), _set(target), boundary_slot=boundary_slot)
+
+
+def loss(unit: int, m: int, slot: int, grad_slot: int) -> Op:
+    reads = _set(_slot(slot), _call(m), Buffer("input", unit, m), _added_to(grad_slot, m))
+    writes = _set(_call(m), Buffer("input_grad", -1, m), Buffer("loss", -1, m), _grad_slot(grad_slot))
+    return Op("L", unit, m, reads, writes, slot, grad_slot, first=m == 0)
+
+
+def evaluate(plan: StepPlan, m: int, slot: int) -> Op:
+    reads = _set(_slot(slot), _call(m), Buffer("input", plan.head, m))
+    return Op("E", plan.head, m, reads, _set(Buffer("loss", -1, m)), slot)
+
+
+def recompute(unit: int, m: int, slot: int) -> Op:
+    reads = _set(_slot(slot), _call(m), Buffer("input", unit, m))
+    writes = _set(Buffer("graph", unit, m), Buffer("input", unit + 1, m))
+    return Op("C", unit, m, reads, writes, slot, policy=KEEP)
+
+
+def backward(unit: int, m: int, slot: int, grad_slot: int) -> Op:
+    """A layer's graph may hold its input, so that is read even where nothing is computed again."""
+    gradient = Buffer("input_grad", -1, m)
+    if unit == 0:
+        reads = _set(_slot(slot), Buffer("embeds", -1, m), gradient, _added_to(grad_slot, m))
+        writes = _set(Buffer("embeds_grad", -1, m), _grad_slot(grad_slot))
+    else:
+        given, graph = Buffer("input", unit, m), Buffer("graph", unit, m)
+        reads = _set(_slot(slot), _call(m), graph, given, gradient, _added_to(grad_slot, m))
+        writes = _set(gradient, _grad_slot(grad_slot))
+    return Op("B", unit, m, reads, writes, slot, grad_slot, first=m == 0)
+
+
+def from_boundary_slot(op: Op, boundary_slot: int) -> Op:
+    """A C or B whose layer's input was spilled, and is read from the slot it came back to."""
+    given = Buffer("input", op.unit, op.micro_batch)
+    reads = op.reads - {given} | {Buffer("boundary_slot", boundary_slot)}
+    return replace(op, reads=reads, boundary_slot=boundary_slot)
+
+
+def download(plan: StepPlan, unit: int, grad_slot: int) -> Op:
+    # It writes to the slot as well: parameters that received no gradient are zeroed there.
+    writes = _set(_home(plan, unit), Buffer("sqnorm", unit), _grad_slot(grad_slot))
+    slab = plan.slab(unit)
+    return Op("D", unit, reads=_set(_grad_slot(grad_slot)), writes=writes, grad_slot=grad_slot, slab=slab)
+
+
+def scatter(plan: StepPlan) -> Op:
+    table = _home(plan, plan.embedding_unit)
+    # The embedding's own forward is run again, so the table's weights are read as well.
+    reads = [Buffer("weights", plan.embedding_unit)]
+    reads += [Buffer("embeds_grad", -1, m) for m in range(plan.micro_batches)]
+    # A tied table already holds the head's gradient; one of its own is overwritten.
+    carried = [table] if plan.tied else []
+    writes = _set(table, Buffer("sqnorm", plan.head + 1))
+    return Op("S", reads=frozenset(reads + carried), writes=writes, slab=plan.slab(plan.embedding_unit))
+
+
+def norm(plan: StepPlan) -> Op:
+    norms = {Buffer("sqnorm", unit) for unit in plan.trainable}
+    if plan.update != "eager":  # read only where no download measured them
+        norms |= {Buffer("grads", unit) for unit in plan.trainable}
+    if plan.scatters:
+        norms.add(Buffer("sqnorm", plan.head + 1))
+    return Op("N", reads=frozenset(norms), writes=_set(Buffer("clip")))
+
+
+def optimize(plan: StepPlan, unit: int) -> Op:
+    """Eager updates look at the loss and at their own gradient's norm, the others at the global one."""
+    state, weights = Buffer("state", unit), Buffer("weights", unit)
+    reads = {_home(plan, unit), state, weights}
+    if plan.update == "eager":
+        reads |= {Buffer("loss", -1, m) for m in range(plan.micro_batches)}
+        reads.add(Buffer("sqnorm", unit))
+        if plan.scatters and unit == plan.embedding_unit:
+            reads.add(Buffer("sqnorm", plan.head + 1))
+    else:
+        reads.add(Buffer("clip"))
+    return Op("O", unit, reads=frozenset(reads), writes=_set(state, weights), slab=plan.slab(unit))

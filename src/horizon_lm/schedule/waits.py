@@ -1,0 +1,95 @@
+"""From what ops read and write: the waits between lanes, and when a buffer has served."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from .ops import Buffer, Lane, Op
+
+# Regions whose content lives within a step; the rest is host memory that outlives it.
+TRANSIENT = frozenset(
+    {
+        "slot",
+        "grad_slot",
+        "slab",
+        "embeds",
+        "call",
+        "input",
+        "graph",
+        "boundary",
+        "boundary_slot",
+        "input_grad",
+        "embeds_grad",
+    }
+)
+
+
+def derive_waits(ops: Sequence[Op]) -> list[tuple[int, ...]]:
+    """For each op, the ops of other lanes that it must wait for (indices into `ops`).
+
+    Two ops conflict when one writes what the other reads or writes. A conflict needs a wait
+    unless the order follows from program order within a lane and from other waits. Candidates
+    are taken latest first, which gives the smallest set: removing any wait leaves a conflict
+    unordered (`check` finds it, and a test removes each of them in turn).
+    """
+    past: list[int] = []  # past[i]: bit set of all ops that are known to end before op i starts
+    last_in_lane: dict[Lane, int] = {}
+    waits: list[tuple[int, ...]] = []
+    conflicts = conflicting_before(ops)
+    for i, op in enumerate(ops):
+        known = 0
+        before = last_in_lane.get(op.lane)
+        if before is not None:
+            known = past[before] | 1 << before
+        needed = []
+        for j in sorted(conflicts[i], reverse=True):
+            if not known >> j & 1:
+                needed.append(j)
+                known |= past[j] | 1 << j
+        past.append(known)
+        last_in_lane[op.lane] = i
+        waits.append(tuple(needed))
+    return waits
+
+
+def conflicting_before(ops: Sequence[Op]) -> list[set[int]]:
+    """For each op the earlier ops it conflicts with directly: the last writer of what it reads
+    or writes, and the readers since then of what it writes."""
+    writer: dict[Buffer, int] = {}
+    readers: dict[Buffer, set[int]] = defaultdict(set)
+    found: list[set[int]] = []
+    for i, op in enumerate(ops):
+        mine: set[int] = set()
+        for buffer in op.reads | op.writes:
+            if buffer in writer:
+                mine.add(writer[buffer])
+        for buffer in op.writes:
+            mine |= readers[buffer]
+        found.append(mine - {i})
+        for buffer in op.reads:
+            readers[buffer].add(i)
+        for buffer in op.writes:
+            writer[buffer] = i
+            readers[buffer] = set()
+    return found
+
+
+def last_uses(ops: Sequence[Op]) -> list[tuple[Buffer, ...]]:
+    """For each op the transient buffers that nothing reads after it, until they are written anew.
+
+    What touches a buffer last in program order waits for all that touch it before (they conflict,
+    or share a lane), so nothing reads a buffer once that op has ended.
+    """
+    last: dict[Buffer, int] = {}
+    ends: list[list[Buffer]] = [[] for _ in ops]
+    for i, op in enumerate(ops):
+        for buffer in op.writes - op.reads:
+            if buffer in last:
+                ends[last[buffer]].append(buffer)
+        for buffer in op.reads | op.writes:
+            if buffer.region in TRANSIENT:
+                last[buffer] = i
+    for buffer, i in last.items():
+        ends[i].append(buffer)
+    return [tuple(sorted(buffers)) for buffers in ends]
