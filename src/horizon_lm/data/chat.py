@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,7 @@ def without_marks(template: str) -> str:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text, and the spans of each assistant turn in order."""
+    """A conversation as text, and the spans of the assistant's turns in order: one or more for each."""
 
     text: str
     spans: list[Span]
@@ -121,15 +122,38 @@ class ChatTemplate:
             return Rendered(text, spans)
         return Rendered(text, [self._derived(messages, turn, chat.tools, text, place) for turn in turns])
 
+    def last_turn(self, chat: Chat, rendered: Rendered, place: str) -> list[Span]:
+        """Of the spans, those of the assistant's last turn."""
+        messages = self._fitting(chat.messages)
+        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=0)
+        if not self._has_marks or not last:
+            return rendered.spans[-1:] if not self._has_marks else rendered.spans
+        before, spans = self._render(messages[:last], chat.tools, place, ask=True)
+        earlier = [span for span in spans if span[1] > span[0]]
+        if rendered.spans[: len(earlier)] != earlier:
+            raise DataError(
+                f"{place}: the chat template writes earlier turns another way once more follow",
+                hint="loss_on: assistant, or another chat_template",
+            )
+        return rendered.spans[len(earlier) :]
+
     def completion_start(self, chat: Chat, text: str, place: str) -> int:
-        """Where the text of the completion begins, after the prompt's messages and the generation prompt."""
-        before = self._render(self._fitting(chat.messages[: chat.num_prompt]), chat.tools, place, ask=True)[0]
-        if not text.startswith(before):
+        """Where the text of the completion begins: after the prompt's messages and the generation prompt.
+
+        Of a generation prompt that goes on in another way than the answer (opening a thought, say), only
+        what both have in common is the prompt's, as in TRL.
+        """
+        prompt = self._fitting(chat.messages[: chat.num_prompt])
+        asked = self._render(prompt, chat.tools, place, ask=True)[0]
+        if text.startswith(asked):
+            return len(asked)
+        alone = self._render(prompt, chat.tools, place)[0]
+        if not text.startswith(alone):
             raise DataError(
                 f"{place}: the chat template writes the prompt another way before an answer than alone",
                 hint="loss_on: assistant, or another chat_template",
             )
-        return len(before)
+        return len(commonprefix([text, asked]))
 
     def _derived(
         self, messages: list[dict[str, Any]], turn: int, tools: Any, text: str, place: str

@@ -170,8 +170,9 @@ class Encoder:
             spans = [(self.chat.completion_start(chat, text, place), len(text))]
         else:
             rendered = self.chat.render(chat, place)
-            text = rendered.text
-            spans = rendered.spans[-1:] if loss_on == "last_assistant" else rendered.spans
+            text, spans = rendered.text, rendered.spans
+            if loss_on == "last_assistant":
+                spans = self.chat.last_turn(chat, rendered, place)
         return text, lambda ids, offsets: (ids, covered(offsets, spans))
 
 
