@@ -3,7 +3,7 @@
     tokens.bin    all ids in one row, uint16 or uint32
     trained.bin   one byte a token, whether it is trained on; absent where all are
     documents.bin int64 [documents, 2]: length, number of the dataset
-    meta.json     counts, and size and xxh3 hash of each file
+    meta.json     counts, size and xxh3 hash of each file, and a hash of all that
 
 The folder is made beside its place and renamed, so that it is whole or absent; hashes are checked when it is
 opened, as a flipped bit in a token would otherwise train on something else.
@@ -50,6 +50,8 @@ class TokenStore:
         """Raises DataError where the folder is damaged. keep_alive: dropped with this object."""
         self._keep_alive = keep_alive
         meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+        if meta.pop("hash", None) != _meta_hash(meta):
+            raise DataError(f"{folder / _META} is damaged", hint=f"remove {folder}; it is made again")
         for name, expected in meta["files"].items():
             if _hash(folder / name) != expected:
                 raise DataError(f"{folder / name} is damaged", hint=f"remove {folder}; it is made again")
@@ -69,6 +71,10 @@ def _mapped(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
     if path.stat().st_size == 0:
         return np.empty(0, dtype)
     return np.memmap(path, dtype, mode="r")
+
+
+def _meta_hash(meta: dict[str, Any]) -> str:
+    return xxhash.xxh3_128(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _hash(path: Path) -> list[Any]:
@@ -160,6 +166,7 @@ class TokenWriter:
         )
         files = {path.name: _hash(path) for path in sorted(self._folder.glob("*.bin"))}
         meta = {"dtype": self._dtype.name, "counts": asdict(counts), "files": files}
+        meta["hash"] = _meta_hash(meta)
         (self._folder / _META).write_text(json.dumps(meta), encoding="utf-8")
         if self._place is None:
             return TokenStore(self._folder, keep_alive=self._temporary)
@@ -172,10 +179,10 @@ class TokenWriter:
 
 def open_cached(place: Path) -> TokenStore | None:
     """The tokens of an earlier run, if they are there and whole; damaged ones are removed."""
-    if not (place / _META).is_file():
+    if not place.exists():
         return None
     try:
         return TokenStore(place)
-    except (DataError, ValueError, KeyError, TypeError, OSError):
+    except (DataError, ValueError, KeyError, TypeError, AttributeError, OSError):
         shutil.rmtree(place, ignore_errors=True)
         return None
