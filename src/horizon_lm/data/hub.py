@@ -33,7 +33,7 @@ def open_dataset(settings: Any, *, streaming: bool = False) -> Any:
 
     path = Path(settings.path).expanduser()
     try:
-        with _quiet(datasets):
+        with quiet(datasets):
             if path.is_dir():
                 return _saved(datasets, path, settings)
             return datasets.load_dataset(
@@ -78,7 +78,7 @@ def fingerprint(dataset: Any) -> str:
     return str(dataset._fingerprint)
 
 
-class _quiet:
+class quiet:
     """Its progress bars would run through our display."""
 
     def __init__(self, datasets: Any) -> None:

@@ -17,6 +17,7 @@ from functools import cached_property
 import numpy as np
 import xxhash
 
+from horizon_lm.data.hub import quiet
 from horizon_lm.data.tokens import TokenStore
 from horizon_lm.errors import DataError
 
@@ -194,8 +195,8 @@ def _has_target(store: TokenStore, starts: np.ndarray, lengths: np.ndarray) -> n
 
 def _best_fit(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
     """(order of the pieces, offsets of the rows in that order): TRL's best fit decreasing, on piece numbers."""
+    import datasets
     import pyarrow
-    from datasets import Dataset
     from trl import pack_dataset
 
     orders, counts = [], []
@@ -205,10 +206,10 @@ def _best_fit(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndar
         column = pyarrow.ListArray.from_arrays(
             np.concatenate([[0], np.cumsum(part)]).astype(np.int32), pyarrow.array(numbers)
         )
-        dataset = Dataset(pyarrow.table({"numbers": column}))
-        packed = pack_dataset(
-            dataset, max_length, "bfd", {"batch_size": len(part), "keep_in_memory": True}
-        ).data.table
+        dataset = datasets.Dataset(pyarrow.table({"numbers": column}))
+        options = {"batch_size": len(part), "keep_in_memory": True}
+        with quiet(datasets):
+            packed = pack_dataset(dataset, max_length, "bfd", options).data.table
         sequences = packed["seq_lengths"].combine_chunks()
         piece_lengths = sequences.flatten().to_numpy()
         values = packed["numbers"].combine_chunks().flatten().to_numpy()

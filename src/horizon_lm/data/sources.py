@@ -76,7 +76,11 @@ def _read_json_lines(path: Path) -> Iterator[PlacedRow]:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 place = f"{path}:{number}"
-                yield _row_or_fault(lambda: _row(_parse(_decode(line, place), place), place)), place  # noqa: B023
+                yield _row_or_fault(lambda: _json_row(line, place)), place  # noqa: B023
+
+
+def _json_row(line: bytes, place: str) -> dict[str, Any]:
+    return _row(_parse(_decode(line, place).strip(), place), place)
 
 
 def _read_json(path: Path) -> Iterator[PlacedRow]:
