@@ -72,7 +72,14 @@ others = st.fixed_dictionaries(
         "slots": st.integers(2, 100),
         "loss_chunk_tokens": st.just("auto") | counts,
         "adam_beta1": share,
-        "adam_epsilon": positive,
+        "adam_epsilon": st.floats(1e-37, 1e30),
+        "optim": st.sampled_from(["adamw", "adam", "sgd", "lion"]),
+        "update": st.sampled_from(["auto", "sync", "deferred"]),
+        "moment_dtype": st.sampled_from(["float32", "bfloat16"]),
+        "lr_factors": st.dictionaries(text, st.floats(0, 1e3), max_size=2),
+        "activations": st.sampled_from(["auto", "keep", ["keep*3", "recompute"]]),
+        "boundaries": st.sampled_from(["auto", "host", ["host"]]),
+        "optimizer_threads": st.just("auto") | counts,
         "max_train_bytes": st.none() | counts,
         "max_length": st.integers(2, 10**9),
         "num_train_epochs": positive,
@@ -171,6 +178,13 @@ WRONG: dict[str, list[Any]] = {
     "run_name": [3, True],
     "output_dir": ["", None],
     "max_grad_norm": [-1.0, "off"],
+    "optim": ["adamw_8bit", "", None],
+    "moment_dtype": ["float16", "int8"],
+    "lr_factors": [{"norm": -1.0}, {"norm": True}, ["norm"], {"norm": "half"}],
+    "optimizer_threads": [0, -1, "all", True],
+    "activations": ["offload", [], ["keep*0"], ["keep", "device"], ["keep*x"], [3]],
+    "boundaries": ["disk", [], ["host*"], ["recompute"]],
+    "update": ["lazy", None],
 }
 
 
@@ -264,6 +278,9 @@ ALIAS_VALUES: dict[str, tuple[Any, Any]] = {
     "bf16": (True, "bfloat16"),
     "pure_bf16": (True, "bfloat16"),
     "fp32": (True, "float32"),
+    "optimizer": ("lion", "lion"),
+    "gradient_checkpointing": (False, "keep"),
+    "activation_checkpointing": (True, "recompute"),
     "torch_dtype": ("torch.float32", "float32"),
     "attn_impl": ("eager", "eager"),
     "flash_attn": ("fa2", "flash_attention_2"),
@@ -294,13 +311,13 @@ def test_every_alias_is_read_as_its_setting(alias: str) -> None:
 
 
 def test_each_alias_is_reported_once(tmp_path: Path) -> None:
-    path = write(tmp_path, "model: folder\ndatasets: a.txt\nlr: 1e-4\ngradient_checkpointing: true\n")
+    path = write(tmp_path, "model: folder\ndatasets: a.txt\nlr: 1e-4\ngradient_checkpointing_kwargs: null\n")
     config, notes = load_config(path, ["num-epochs=2", "num_epochs=3"])
     assert config.learning_rate == 1e-4 and config.num_train_epochs == 3
     assert notes == [
         f"{path}:1: 'model' is read as 'model_name_or_path'",
         f"{path}:3: 'lr' is read as 'learning_rate'",
-        f"{path}:4: 'gradient_checkpointing' is ignored, {DROPPED['gradient_checkpointing']}",
+        f"{path}:4: 'gradient_checkpointing_kwargs' is ignored, {DROPPED['gradient_checkpointing_kwargs']}",
         "command line: 'num_epochs' is read as 'num_train_epochs'",
     ]
 

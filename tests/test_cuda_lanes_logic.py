@@ -59,7 +59,7 @@ def test_order(seed: int) -> None:
 
 
 def test_two_ranges_and_their_spans() -> None:
-    middle = next(i for i, op in enumerate(OPS) if op.is_update)
+    middle = next(i for i, op in enumerate(OPS) if op.kind == "N")
     both = CudaLanes(CPU)
     for indices in (range(middle), range(middle, len(OPS))):
         both.run(OPS, WAITS, indices, lambda i: time.sleep(1e-4), record=True)
@@ -234,7 +234,9 @@ def test_every_wait_between_streams_is_needed(monkeypatch: pytest.MonkeyPatch) -
     model = _threaded("llama")
     batches = [zoo.batch("llama", seed=seed) for seed in range(2)]
     model.forward_backward(batches)
-    ops, waits, ends = model.engine._schedules[2]
+    schedules, key = model.engine._schedules, (model.engine.plan(2), False)
+    honest = schedules[key]
+    ops, waits = honest.ops, honest.waits
     host = (Lane.HOST, Lane.UPDATE)
     pairs = [
         (i, j)
@@ -255,7 +257,7 @@ def test_every_wait_between_streams_is_needed(monkeypatch: pytest.MonkeyPatch) -
 
         fewer = list(waits)
         fewer[later] = tuple(j for j in waits[later] if j != earlier)
-        model.engine._schedules[2] = ops, fewer, ends
+        schedules[key] = honest._replace(waits=fewer)
         with monkeypatch.context() as patch:
             patch.setattr(lanes._CudaRun, "_wait_for", wait)
             watch = _watched(model, batches, monkeypatch, steps=1)

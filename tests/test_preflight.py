@@ -14,11 +14,12 @@ import torch
 from horizon_lm.errors import DoesNotFitError
 from horizon_lm.memory import arena
 from horizon_lm.memory.layout import UnitLayout, lay_out
-from horizon_lm.memory.store import predict_bytes
+from horizon_lm.memory.store import GradientSlabs, StoreSpec, predict_bytes
 from horizon_lm.plan import hardware
 from horizon_lm.plan.preflight import check_host_memory
 
 GB = 10**9
+BF16 = StoreSpec(torch.bfloat16)
 NO_LIMIT_V1 = 9223372036854771712
 
 
@@ -30,16 +31,16 @@ def units(parameters: int, dtype: torch.dtype = torch.bfloat16) -> list[UnitLayo
 
 
 def test_what_fits_is_accepted_to_the_byte() -> None:
-    parts = predict_bytes(units(10**9), torch.bfloat16)
+    parts = predict_bytes(units(10**9), BF16)
     assert sum(parts.values()) == 14 * GB
-    check_host_memory(units(10**9), torch.bfloat16, reserve_bytes=GB, available_bytes=15 * GB)
+    check_host_memory(units(10**9), BF16, reserve_bytes=GB, available_bytes=15 * GB)
     with pytest.raises(DoesNotFitError):
-        check_host_memory(units(10**9), torch.bfloat16, reserve_bytes=GB, available_bytes=15 * GB - 1)
+        check_host_memory(units(10**9), BF16, reserve_bytes=GB, available_bytes=15 * GB - 1)
 
 
 def test_refusal_gives_the_figures() -> None:
     with pytest.raises(DoesNotFitError) as caught:
-        check_host_memory(units(10**9), torch.bfloat16, reserve_bytes=2 * GB, available_bytes=6 * GB)
+        check_host_memory(units(10**9), BF16, reserve_bytes=2 * GB, available_bytes=6 * GB)
     error = caught.value
     assert error.exit_code == 3
     for figure in (
@@ -51,21 +52,32 @@ def test_refusal_gives_the_figures() -> None:
     ):
         assert figure in error.message
     assert error.hint is not None and "free 10.00 GB" in error.hint
-    assert "bfloat16" not in error.hint
+    assert "moment_dtype: bfloat16 saves 4.00 GB" in error.hint
+    assert not error.hint.startswith("dtype")
 
 
 def test_refusal_in_fp32_names_what_bf16_saves() -> None:
     with pytest.raises(DoesNotFitError) as caught:
-        check_host_memory(units(10**9, torch.float32), torch.float32, reserve_bytes=0, available_bytes=GB)
+        check_host_memory(
+            units(10**9, torch.float32), StoreSpec(torch.float32), reserve_bytes=0, available_bytes=GB
+        )
     assert "needs 16.00 GB" in caught.value.message
     assert caught.value.hint is not None and "dtype: bfloat16 saves 2.00 GB" in caught.value.hint
 
 
+def test_eager_updates_need_slabs_in_place_of_gradients() -> None:
+    layers = [u for _ in range(4) for u in units(10**8)]
+    spec = StoreSpec(torch.bfloat16, slabs=GradientSlabs(2, frozenset({3})))
+    parts = predict_bytes(layers, spec)
+    assert "grads" not in parts and parts["grad_slabs"] == 3 * 2 * 10**8
+    assert sum(parts.values()) == 12 * 4 * 10**8 + parts["grad_slabs"]
+
+
 def test_nothing_is_measured_when_the_figure_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("horizon_lm.plan.preflight.available_host_bytes", lambda: 0)
-    check_host_memory(units(100), torch.bfloat16, reserve_bytes=0, available_bytes=GB)
+    check_host_memory(units(100), BF16, reserve_bytes=0, available_bytes=GB)
     with pytest.raises(DoesNotFitError):
-        check_host_memory(units(100), torch.bfloat16, reserve_bytes=0)
+        check_host_memory(units(100), BF16, reserve_bytes=0)
 
 
 def test_available_is_the_least_of_all_limits(monkeypatch: pytest.MonkeyPatch) -> None:

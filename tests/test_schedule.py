@@ -25,6 +25,7 @@ from horizon_lm.schedule import (
     Op,
     StepPlan,
     build,
+    build_flush,
     build_steps,
     check,
     derive_waits,
@@ -58,6 +59,36 @@ def all_plans() -> Iterator[StepPlan]:
 PLANS = list(all_plans())
 
 
+def policy_plans() -> Iterator[StepPlan]:
+    """Update modes, kept and spilled layers, blocks: every combination, on models of five layers and less."""
+    grid = product(
+        (1, 2, 5), (True, False), (1, 3), (1, 2, 3), ("sync", "deferred", "eager"), (0, 1, 2), (0, 1, 2)
+    )
+    for layers, tied, micro_batches, block, update, keep, spill in grid:
+        head = layers + 1
+        uploaded = frozenset(range(layers % 2, head + 1))
+        embedding = head if tied else head + 1
+        yield StepPlan(
+            layers,
+            uploaded,
+            uploaded | {embedding} if spill < 2 else frozenset(range(layers // 2 + 1, head + 1)),
+            embedding,
+            micro_batches,
+            slots=max(2, block) + spill % 2,
+            grad_slots=max(1 + tied, block),
+            update=update,
+            grad_slabs=1 + tied,
+            kept=frozenset(range(layers + 1 - keep, head)) if layers > keep else frozenset(),
+            checkpoint_interval=block,
+            spilled=frozenset(range(1, layers + 1 - spill)) if spill else frozenset(),
+            boundary_slots=1 + micro_batches % 2 + tied,
+        )
+
+
+POLICIES = list(policy_plans())
+EVERY = PLANS + POLICIES
+
+
 @cache
 def prepared(plan: StepPlan) -> tuple[list[Op], list[tuple[int, ...]]]:
     ops = build_steps(plan, STEPS)
@@ -69,7 +100,8 @@ def label(plan: StepPlan) -> str:
     return (
         f"layers={plan.layers} prologue={0 in plan.uploaded} tied={plan.embedding_unit == plan.head} "
         f"frozen={frozen}{'+table' * plan.embedding_frozen} micro_batches={plan.micro_batches} "
-        f"slots={plan.slots}/{plan.grad_slots}"
+        f"slots={plan.slots}/{plan.grad_slots} {plan.update} kept={sorted(plan.kept)} "
+        f"block={plan.checkpoint_interval} spilled={sorted(plan.spilled)}"
     )
 
 
@@ -144,14 +176,27 @@ class Symbols:
             memory["embeds", m] = self.name("G", self.get("weights", plan.embedding_unit), data)
         elif op.kind == "U":
             memory["slot", op.slot] = self.name("U", u, self.get("weights", u))
-        elif op.kind == "F":
-            given = self.get("embeds", m) if u == 0 else self.get("input", u, m)
-            memory["call", m] = self.name("call", None if u == 0 else self.get("call", m), given, weights)
-            memory["input", u + 1, m] = self.name("F", u, weights, given, self.get("call", m))
+        elif op.kind in "FC":
+            given = self.given(op)
+            if u == 0:
+                memory["call", m] = (self.name("call", given, weights), None)
+            call = self.get("call", m)
+            arguments, routers = call if isinstance(call, tuple) else (call, None)  # not there, or released
+            memory["input", u + 1, m] = self.name("F", u, weights, given, arguments)
+            if op.policy:
+                memory["graph", u, m] = self.name("graph", u, given)
+            if op.kind == "F" and u:
+                memory["call", m] = (arguments, self.name("routers", routers, given, weights))
+        elif op.kind == "X":
+            memory["boundary", u, m] = self.get("input", u, m)
+        elif op.kind == "R":
+            memory["boundary_slot", op.boundary_slot] = self.get("boundary", u, m)
         elif op.kind in "LB":
-            given = self.get("embeds", m) if u == 0 else self.get("input", u, m)
+            given = self.given(op)
             above = data if op.kind == "L" else self.get("input_grad", m)
             gradient = self.name(op.kind, u, weights, given, above, self.get("call", m) if u else None)
+            if op.kind == "B" and u and self.get("graph", u, m) != self.name("graph", u, given):
+                gradient = self.name("a graph of another input", self.get("graph", u, m))
             if op.kind == "L":
                 memory["loss", op.step, m] = gradient
             memory[("embeds_grad", m) if u == 0 else ("input_grad", m)] = gradient
@@ -159,19 +204,43 @@ class Symbols:
                 held = () if op.first else (self.get("grad_slot", op.grad_slot),)
                 memory["grad_slot", op.grad_slot] = self.name("sum", held, gradient)
         elif op.kind == "D":
-            memory["grads", u] = memory["sqnorm", u] = self.name("D", u, self.get("grad_slot", op.grad_slot))
+            memory["sqnorm", u] = self.name("D", u, self.get("grad_slot", op.grad_slot))
+            memory[self.home(op, u)] = memory["sqnorm", u]
         elif op.kind == "S":
             rows = tuple(self.get("embeds_grad", k) for k in range(plan.micro_batches))
             tied = plan.embedding_unit == plan.head
-            held = self.get("grads", plan.head) if tied else None
-            memory["grads", plan.embedding_unit] = memory["sqnorm", "rows"] = self.name("S", held, rows)
+            held = self.get(*self.home(op, plan.head)) if tied else None
+            memory["sqnorm", "rows"] = self.name("S", held, rows)
+            memory[self.home(op, plan.embedding_unit)] = memory["sqnorm", "rows"]
         elif op.kind == "N":
             memory[("clip",)] = self.name(
                 "N", *(self.get("sqnorm", k) for k in [*sorted(plan.trainable), "rows"])
             )
         elif op.kind == "O":
-            wanted = (self.get("weights", u), self.get("state", u), self.get("grads", u), self.get("clip"))
+            gradient = self.get(*self.home(op, u))
+            wanted = (self.get("weights", u), self.get("state", u), gradient, self.scale(op))
             memory["weights", u], memory["state", u] = self.name("O", u, *wanted), self.name("M", u, *wanted)
+
+    def given(self, op: Op) -> Any:
+        """A unit's input, where the op's own fields say that it is."""
+        if op.unit == 0:
+            return self.get("embeds", op.micro_batch)
+        if op.boundary_slot >= 0:
+            return self.get("boundary_slot", op.boundary_slot)
+        return self.get("input", op.unit, op.micro_batch)
+
+    def home(self, op: Op, unit: int) -> tuple[str, int]:
+        return ("slab", op.slab) if op.slab >= 0 else ("grads", unit)
+
+    def scale(self, op: Op) -> Any:
+        """What decides on an update beside its gradient: the global norm, or for eager ones the loss and
+        the norm of their own."""
+        plan = self.plan
+        if plan.update != "eager":
+            return self.get("clip")
+        rows = self.get("sqnorm", "rows") if plan.scatters and op.unit == plan.embedding_unit else None
+        losses = (self.get("loss", op.step, m) for m in range(plan.micro_batches))
+        return self.name("look", self.get("sqnorm", op.unit), rows, *losses)
 
     def release(self, buffer: Buffer) -> None:
         place = tuple(part for part in buffer if part != -1)
@@ -201,10 +270,11 @@ def reference(plan: StepPlan, symbols: Symbols) -> dict[tuple, Any]:
         embeds_grads = {}
         for m in micro_batches:
             inputs = [name("G", weights[plan.embedding_unit], data[m])]
-            call = None
+            arguments, routers = name("call", inputs[0], on_device[0]), None
             for u in range(head):
-                call = name("call", call, inputs[u], on_device[u])
-                inputs.append(name("F", u, on_device[u], inputs[u], call))
+                inputs.append(name("F", u, on_device[u], inputs[u], arguments))
+                routers = name("routers", routers, inputs[u], on_device[u]) if u else None
+            call = (arguments, routers)
             above = outcome["loss", step, m] = name("L", head, on_device[head], inputs[head], data[m], call)
             gradients[head].append(above)
             for u in range(head - 1, -1, -1):
@@ -223,7 +293,12 @@ def reference(plan: StepPlan, symbols: Symbols) -> dict[tuple, Any]:
             grads[plan.embedding_unit] = norms["rows"]
         clip = name("N", *(norms.get(k, "nothing") for k in [*sorted(plan.trainable), "rows"]))
         for u in plan.trainable:
-            wanted = (weights[u], state[u], grads[u], clip)
+            scale = clip
+            if plan.update == "eager":
+                own = norms.get(u, "nothing")
+                rows = norms["rows"] if plan.scatters and u == plan.embedding_unit else None
+                scale = name("look", own, rows, *(outcome["loss", step, m] for m in micro_batches))
+            wanted = (weights[u], state[u], grads[u], scale)
             weights[u], state[u] = name("O", u, *wanted), name("M", u, *wanted)
     outcome |= {("weights", u): weights[u] for u in weights} | {("state", u): state[u] for u in state}
     return outcome
@@ -260,21 +335,21 @@ def random_order(ops: Sequence[Op], waits: Waits, rng: random.Random) -> list[in
 
 
 def test_two_consecutive_steps_are_sound_over_the_whole_grid() -> None:
-    assert len(PLANS) > 1400
-    for plan in PLANS:
+    assert len(PLANS) > 1400 and len(POLICIES) > 900
+    for plan in EVERY:
         ops, waits = prepared(plan)
         assert check(ops, plan, waits) == [], label(plan)
 
 
 def test_two_steps_compute_what_a_nested_loop_computes() -> None:
-    for plan in PLANS:
+    for plan in EVERY:
         assert run_symbolically(plan, prepared(plan)[0])[0], label(plan)
 
 
 def test_any_order_that_the_waits_allow_computes_the_same_across_the_seam() -> None:
     """Released buffers are poisoned, so this also shows that nothing is released too early."""
     rng, overlapping = random.Random(0), 0
-    for plan in PLANS[::3]:
+    for plan in EVERY[::3]:
         ops, waits = prepared(plan)
         ends = last_uses(ops)
         for _ in range(3):
@@ -343,12 +418,60 @@ def test_a_step_without_trainable_units_is_forward_and_loss_alone() -> None:
     assert check(build_steps(plan, 2), plan) == []
 
 
+def test_uploads_of_blocks() -> None:
+    """Layers that are computed again together are uploaded once for that: twice a step, as any other."""
+    for plan in POLICIES:
+        if plan.slots > plan.checkpoint_interval:
+            uploads = Counter(op.unit for op in build(plan) if op.kind == "U")
+            assert set(uploads) == plan.uploaded and max(uploads.values()) <= 2, label(plan)
+
+
+def test_each_layer_is_computed_again_at_most_once() -> None:
+    """Forward ops and recomputations of a step: a layer that keeps its activations runs once, any other
+    once more, whether in its own backward (which continues a graph) or ahead of it in its block."""
+    for plan in POLICIES:
+        ops = build(plan)
+        runs = Counter((op.unit, op.micro_batch) for op in ops if op.kind in "FC" and 0 < op.unit < plan.head)
+        again = {op.unit for op in ops if op.kind == "F" and op.policy == "recompute"}
+        for (unit, _), count in runs.items():
+            expected = 1 if unit in again or plan.policy(unit) == "keep" or unit < plan.lowest_backward else 2
+            assert count == expected, label(plan)
+
+
+def test_deferred_updates_come_before_their_unit_is_used() -> None:
+    plan = plain(update="deferred")
+    ops = [str(op) for op in build(plan, 1, plan.trainable)]
+    assert ops[:9] == ["O5", "G.0", "G.1", "O0", "U0", "O1", "U1", "F0.0", "F0.1"]
+    assert [op for op in ops if op.startswith("O")] == ["O5", "O0", "O1", "O2", "O3", "O4"]
+    assert ops[-1] == "N" and not any(op.startswith("O") for op in map(str, build(plan)))
+    assert [str(op) for op in build_flush(plan, 1, {2, 5, 3})] == ["O5", "O2", "O3"]
+
+
+def test_eager_updates_follow_their_gradient() -> None:
+    plan = plain(update="eager")
+    ops = [str(op) for op in build(plan)]
+    for unit in range(5):
+        assert ops.index(f"O{unit}") == ops.index(f"D{unit}") + 1
+    assert ops[-3:] == ["S", "O5", "N"]
+    tied = [str(op) for op in build(plain(update="eager", embedding_unit=4, trainable=frozenset(range(5))))]
+    assert tied[-3:] == ["S", "O4", "N"]  # the table's gradient is complete only then
+
+
+def test_an_evaluation_is_a_forward_pass_and_the_loss() -> None:
+    for plan in [*PLANS[::20], *POLICIES[::20]]:
+        plan = replace(plan, evaluate=True)
+        ops = build(plan)
+        assert {op.kind for op in ops} == set("GUFE") - (set() if plan.uploaded else {"U"})
+        assert check(ops, plan) == [], label(plan)
+        assert not any(op.policy or op.grad_slot >= 0 for op in ops)
+
+
 # Order: every derived wait is needed, and the checker agrees with brute force.
 
 
 def test_removing_any_one_wait_is_found() -> None:
     removed = 0
-    plans = PLANS[::7]  # every value of every setting is among them
+    plans = [*PLANS[::13], *POLICIES[::13]]  # every value of every setting is among them
     for plan in plans:
         ops, waits = prepared(plan)
         for i, targets in enumerate(waits):
@@ -425,7 +548,7 @@ def test_derived_waits_are_the_transitive_reduction() -> None:
 
 def test_nothing_is_released_before_its_last_reader() -> None:
     """When the op that releases a buffer has ended, so have all that touched it since it was written."""
-    for plan in PLANS:
+    for plan in EVERY:
         ops, waits = prepared(plan)
         ends, known = last_uses(ops), ends_before(ops, waits)
         touched: dict[Buffer, list[int]] = {}
@@ -447,7 +570,8 @@ def test_nothing_is_released_before_its_last_reader() -> None:
         assert not any(buffer.region in TRANSIENT for buffer in touched), "never released"
 
 
-TRANSIENT = {"slot", "grad_slot", "embeds", "call", "input", "input_grad", "embeds_grad"}
+TRANSIENT = {"slot", "grad_slot", "slab", "embeds", "call", "input", "graph", "boundary", "boundary_slot"}
+TRANSIENT |= {"input_grad", "embeds_grad"}
 
 
 def test_readers_of_a_transient_buffer_are_on_one_lane() -> None:
@@ -506,6 +630,15 @@ def mutants(plan: StepPlan) -> Iterator[tuple[str, list[Op]]]:
                 [*ops[:i], with_grad_slot(op, 1 - op.grad_slot), *ops[i + 1 :]],
             )
             yield f"{op} without a gradient slot", [*ops[:i], with_grad_slot(op, -1), *ops[i + 1 :]]
+        if op.boundary_slot >= 0:
+            moved = _with(op, "boundary_slot", 1 - op.boundary_slot)
+            yield f"{op} with another boundary slot", [*ops[:i], moved, *ops[i + 1 :]]
+        if op.slab >= 0:
+            moved = _with(op, "slab", (op.slab + 1) % 3)
+            yield f"{op} with another slab", [*ops[:i], moved, *ops[i + 1 :]]
+        if op.kind == "F" and op.unit:
+            other = replace(op, policy="" if op.policy else "keep")
+            yield f"{op} with another policy", [*ops[:i], other, *ops[i + 1 :]]
         if op.kind in "LB":
             yield (
                 f"{op} with first={not op.first}",
@@ -537,6 +670,8 @@ def _with(op: Op, region: str, slot: int) -> Op:
         plain(slots=4, micro_batches=3, uploaded=frozenset(range(1, 5)), trainable=frozenset(range(1, 6))),
         plain(trainable=frozenset({2, 4}), slots=3),
         plain(embedding_unit=4, trainable=frozenset(range(1, 5)), embedding_frozen=True),
+        plain(update="deferred", kept=frozenset({3}), spilled=frozenset({1, 2})),
+        plain(update="eager", checkpoint_interval=2, spilled=frozenset({1}), grad_slabs=2),
     ],
     ids=label,
 )
@@ -700,7 +835,7 @@ def test_print_and_parse_round_trip(kind: str, unit: int, micro_batch: int) -> N
     assert parse_op(str(Op(kind, unit, micro_batch))) == (kind, unit, micro_batch)
 
 
-@pytest.mark.parametrize("text", ["", "3", "X3", "U-1", "U3.", "U3.1.2", "u3", "U 3", "U3\n", "U٣"])
+@pytest.mark.parametrize("text", ["", "3", "Z3", "U-1", "U3.", "U3.1.2", "u3", "U 3", "U3\n", "U٣"])
 def test_text_that_is_no_op_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="not an op"):
         parse_op(text)

@@ -19,7 +19,7 @@ import zoo
 from horizon_lm.memory import arena
 from horizon_lm.memory.layout import ALIGN_ELEMENTS, UnitLayout, lay_out
 from horizon_lm.memory.master import join_master, split_master
-from horizon_lm.memory.store import HostStore, predict_bytes, regions
+from horizon_lm.memory.store import HostStore, StoreSpec, predict_bytes, regions
 from horizon_lm.run.host_model import HostModel
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -239,14 +239,15 @@ def units_of(dtype: torch.dtype, sizes: tuple[int, ...] = (160, 0, 4096, 32)) ->
 @pytest.mark.parametrize(("dtype", "per_parameter"), [(BF16, 2 + 2 + 4 + 4 + 2), (FP32, 4 + 4 + 4 + 4)])
 def test_regions_have_the_predicted_size(dtype: torch.dtype, per_parameter: int) -> None:
     units = units_of(dtype)
-    store = HostStore(units, dtype)
-    assert store.num_bytes == predict_bytes(units, dtype)
+    spec = StoreSpec(dtype)
+    store = HostStore(units, spec)
+    assert store.num_bytes == predict_bytes(units, spec)
     assert sum(store.num_bytes.values()) == per_parameter * sum(unit.numel for unit in units)
-    for region in regions(dtype):
+    for region in regions(spec):
         runs = [store.run(region.name, unit) for unit in range(len(units))]
         # One allocation, exactly as large as its units: the storage holds not one byte more.
         assert {run.untyped_storage().data_ptr() for run in runs} == {runs[0].untyped_storage().data_ptr()}
-        assert runs[0].untyped_storage().nbytes() == predict_bytes(units, dtype)[region.name]
+        assert runs[0].untyped_storage().nbytes() == predict_bytes(units, spec)[region.name]
         end = runs[0].data_ptr()
         for run in runs:
             assert run.data_ptr() in (end, 0) or not run.numel()
@@ -264,7 +265,7 @@ def even_llama() -> LlamaForCausalLM:
 def test_a_model_takes_14_or_16_bytes_a_parameter(dtype: str, per_parameter: int) -> None:
     model = HostModel.from_pretrained(even_llama(), device="cpu", dtype=dtype)
     assert sum(model.store.num_bytes.values()) == per_parameter * model.num_parameters
-    assert sum(predict_bytes(model.store.units, model.store.dtype).values()) == sum(
+    assert sum(predict_bytes(model.store.units, model.store.spec).values()) == sum(
         model.store.num_bytes.values()
     )
 
@@ -306,14 +307,14 @@ def test_masters_keep_the_precision_of_the_source(source: torch.dtype) -> None:
     value = (torch.randn(32, 32, generator=torch.Generator().manual_seed(0)) / 30).to(source)
     value[is_upper_tie(value.float())] = 0
     units = [lay_out("unit", [("w", (32, 32), True, BF16)], BF16)]
-    store = HostStore(units, BF16)
+    store = HostStore(units, StoreSpec(BF16))
     store.adopt("w", value)
     assert torch.equal(store.master("w"), value.float())
     assert torch.equal(store.weight("w"), value.float().bfloat16())
 
 
 def test_adopting_again_leaves_nothing_of_the_first() -> None:
-    store = HostStore([lay_out("unit", [("w", (16,), True, BF16)], BF16)], BF16)
+    store = HostStore([lay_out("unit", [("w", (16,), True, BF16)], BF16)], StoreSpec(BF16))
     store.adopt("w", torch.full((16,), 1.001))
     second = torch.full((16,), 0.5, dtype=BF16)
     store.adopt("w", second)
@@ -322,7 +323,7 @@ def test_adopting_again_leaves_nothing_of_the_first() -> None:
 
 def test_wide_parameters_keep_their_precision_when_frozen() -> None:
     value = torch.randn(16, generator=torch.Generator().manual_seed(0))
-    store = HostStore([lay_out("unit", [("w", (16,), False, FP32)], BF16)], BF16)
+    store = HostStore([lay_out("unit", [("w", (16,), False, FP32)], BF16)], StoreSpec(BF16))
     store.adopt("w", value)
     assert torch.equal(store.master("w"), value)
 
@@ -354,27 +355,29 @@ from horizon_lm.config import ModelSettings
 from horizon_lm.run.host_model import HostModel
 found["imported"] = memory()["VmRSS"]
 
-kind, source = sys.argv[1:]
+kind, source, update = sys.argv[1:]
 if kind == "folder":
-    model = HostModel.from_pretrained(source, device="cpu", dtype="bfloat16")
+    limit = None if update == "eager" else 1.0
+    settings = {"update": update, "max_grad_norm": limit}
+    model = HostModel.from_pretrained(source, device="cpu", dtype="bfloat16", **settings)
 else:
     model = HostModel.from_config(json.loads(source), ModelSettings(device="cpu", dtype="bfloat16"))
 found["loaded"], found["loading peak"] = memory()["VmRSS"], memory()["VmHWM"]
+found["slabs"] = model.store.num_bytes.get("grad_slabs", 0)
 found["parameters"], found["predicted"] = model.num_parameters, sum(model.store.num_bytes.values())
 if kind == "folder":
     ids = torch.arange(16)[None]
-    model.forward_backward([{"input_ids": ids, "labels": ids}])
-    found["gradients"] = memory()["VmHWM"]
-    model.step(lr=1e-4, max_grad_norm=1.0)
+    model.train_step([{"input_ids": ids, "labels": ids}], lr=1e-4)
+    model.flush()
     found["trained"] = memory()["VmRSS"]
 found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps(found))
 """
 
 
-def measure(kind: str, source: str) -> dict[str, int]:
+def measure(kind: str, source: str, update: str = "deferred") -> dict[str, int]:
     done = subprocess.run(
-        [sys.executable, "-c", _MEASURE, kind, source],
+        [sys.executable, "-c", _MEASURE, kind, source, update],
         capture_output=True,
         text=True,
         timeout=280,
@@ -404,11 +407,14 @@ needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="r
 
 
 @needs_linux
-def test_host_memory_is_what_the_layout_predicts(folder: str) -> None:
-    found = measure("folder", folder)
-    predicted = found["predicted"]
+@pytest.mark.parametrize("update", ["deferred", "eager"])
+def test_host_memory_is_what_the_layout_predicts(folder: str, update: str) -> None:
+    """With eager updates: 12 bytes a parameter, and slabs of a layer or of the head."""
+    found = measure("folder", folder, update)
+    predicted, slabs = found["predicted"], found["slabs"]
     assert found["parameters"] > 300e6
-    assert predicted == 14 * found["parameters"]
+    assert predicted == (14 if update == "deferred" else 12) * found["parameters"] + slabs
+    assert (slabs > 0) == (update == "eager") and slabs < 0.1 * predicted
     print(f"\n{found['parameters'] / 1e6:.1f} M parameters in bf16; MB")
     print(
         f"{'above a process that has imported':36}{'predicted':>10}{'loading':>9}{'training':>10}{'ratio':>8}"

@@ -8,7 +8,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 from horizon_lm import cli
 from horizon_lm.config import TrainConfig
 from horizon_lm.data import TokenLoader, load_training_data
+from horizon_lm.engine.engine import Engine
 from horizon_lm.errors import ConfigError, DoesNotFitError, NonFiniteError
 from horizon_lm.model.loading import create_model
 from horizon_lm.optim.curves import count_warmup_steps, learning_rates
@@ -27,7 +28,7 @@ from horizon_lm.plan import preflight
 from horizon_lm.run import folder as run_folder
 from horizon_lm.run import sample
 from horizon_lm.run import train as run_train
-from horizon_lm.run.host_model import ForwardBackwardOutput, HostModel
+from horizon_lm.run.host_model import HostModel, TrainStepOutput
 from horizon_lm.run.loop import StepRecord, count_steps
 from horizon_lm.run.metrics import Metrics, read_steps
 from horizon_lm.run.plot import smoothed
@@ -476,7 +477,7 @@ def test_a_device_that_runs_out_of_memory_ends_with_3(
     def out(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(HostModel, "forward_backward", out)
+    monkeypatch.setattr(HostModel, "train_step", out)
     with pytest.raises(DoesNotFitError, match="Tried to allocate") as caught:
         run_train.train(settings(text, tmp_path / "run"))
     assert caught.value.hint and "per_device_train_batch_size" in caught.value.hint
@@ -491,13 +492,14 @@ def spoil_losses(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], None]:
     """Makes the losses of some calls NaN."""
 
     def spoil(calls: set[int]) -> None:
-        honest, count = HostModel.forward_backward, iter(range(1, 1000))
+        honest, count = Engine._loss, iter(range(1, 1000))
 
-        def forward_backward(self: HostModel, batches: Any) -> ForwardBackwardOutput:
-            out = honest(self, batches)
-            return replace(out, loss=math.nan) if next(count) in calls else out
+        def loss(self: Engine, step: Any, op: Any) -> None:
+            honest(self, step, op)
+            if op.micro_batch == 0 and next(count) in calls:
+                step.losses[op.micro_batch] = torch.tensor(math.nan)
 
-        monkeypatch.setattr(HostModel, "forward_backward", forward_backward)
+        monkeypatch.setattr(Engine, "_loss", loss)
 
     return spoil
 
@@ -550,16 +552,8 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(
 def test_an_infinite_gradient_norm_is_a_skipped_step(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    norms = iter([1.0, math.inf])
-    honest = run_train.HostModel.step
-
-    def step(self: HostModel, *arguments: Any) -> Any:
-        norm = next(norms)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(self.engine, "measure_norm", lambda: norm)
-            return honest(self, *arguments)
-
-    monkeypatch.setattr(HostModel, "step", step)
+    honest, norms = Engine.measure_norm, iter([0.0, 0.0, math.inf])
+    monkeypatch.setattr(Engine, "measure_norm", lambda self: honest(self) + next(norms))
     run_train.train(settings(text, tmp_path / "run", max_steps=2, nonfinite="skip"))
     last = read_steps(tmp_path / "run" / "metrics.jsonl")[-1]
     assert last["grad_norm"] is None and last["skipped_steps"] == 1
@@ -568,14 +562,14 @@ def test_an_infinite_gradient_norm_is_a_skipped_step(
 def test_an_interrupted_run_keeps_its_metrics(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    honest, calls = HostModel.forward_backward, iter(range(1, 100))
+    honest, calls = HostModel.train_step, iter(range(1, 100))
 
-    def forward_backward(self: HostModel, batches: Any) -> ForwardBackwardOutput:
+    def train_step(self: HostModel, *arguments: Any) -> TrainStepOutput:
         if next(calls) == 3:
             raise KeyboardInterrupt
-        return honest(self, batches)
+        return honest(self, *arguments)
 
-    monkeypatch.setattr(HostModel, "forward_backward", forward_backward)
+    monkeypatch.setattr(HostModel, "train_step", train_step)
     (tmp_path / "run.yaml").write_text(settings(text, tmp_path / "run").to_yaml())
     assert cli.main(["train", str(tmp_path / "run.yaml")]) == 130
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -304,11 +304,13 @@ class ModelSettings(Settings):
 def per_layer(value: str | list[str], words: tuple[str, str]) -> list[str] | None:
     """A list setting with its repetitions written out; None where one word stands for all layers.
 
-    Raises ValueError for an entry that is neither one of `words` nor word*count.
+    Raises ValueError for an empty list and for an entry that is neither one of `words` nor word*count.
     """
     if isinstance(value, str):
         return None
     found: list[str] = []
+    if not value:
+        raise ValueError("an empty list")
     for entry in value:
         word, star, count = entry.partition("*")
         if word not in words or (star and not (count.isascii() and count.isdigit() and int(count) > 0)):

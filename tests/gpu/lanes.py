@@ -117,6 +117,7 @@ def _restart(
     model: hz.HostModel, place: Place, lanes: str, slots: int, start: list[torch.Tensor] | None = None
 ) -> None:
     """Other lanes and slots; with `start`, the model as it was at first (its masters rounded)."""
+    model.flush()
     if start is not None:
         for run, value in zip(_runs(model, "weights"), start, strict=True):
             run.copy_(value)
@@ -130,10 +131,7 @@ def _restart(
         old.optimizer,
         model.device,
         choose_lanes(lanes, place.device),
-        slots=slots,
-        grad_slots=old.grad_slots,
-        loss_chunk="auto",
-        seed=old.seed,
+        model.settings.replace(slots=slots),
     )
     model.steps_done = 0
     del old
@@ -156,4 +154,5 @@ def _run(
         gradients = tuple(int(run.view(torch.int64).sum()) for run in _runs(model, "grads"))
         norm = model.step(lr=1e-4, max_grad_norm=1.0, weight_decay=0.1).grad_norm
         found.append((loss, norm, gradients))
+    model.flush()
     return found

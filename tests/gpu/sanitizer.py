@@ -95,7 +95,9 @@ def run_sanitized() -> None:
     model.forward_backward(batches)  # memory and libraries are set up before anything is watched
     model.step(lr=1e-3, max_grad_norm=1.0)
     result: dict[str, Any] = {"clean": watch.step(model, batches), "controls": []}
-    ops, waits, ends = model.engine._schedules[2]
+    schedules, key = model.engine._schedules, (model.engine.plan(2), True)
+    honest = schedules[key]
+    ops, waits = honest.ops, honest.waits
     for kind, other in CONTROLS:
         streams = (Lane.UPLOAD, Lane.COMPUTE, Lane.DOWNLOAD)
         pairs = [(i, j) for i, targets in enumerate(waits) for j in targets if ops[i].lane in streams]
@@ -105,10 +107,10 @@ def run_sanitized() -> None:
         later, earlier = pairs[len(pairs) // 2]
         fewer = list(waits)
         fewer[later] = tuple(j for j in waits[later] if j != earlier)
-        model.engine._schedules[2] = ops, fewer, ends
+        schedules[key] = honest._replace(waits=fewer)
         with _issued_in_order(later, earlier):
             found = watch.step(model, batches)
-        model.engine._schedules[2] = ops, waits, ends
+        schedules[key] = honest
         dropped = f"{ops[later]}'s wait for {ops[earlier]}"
         result["controls"].append(found | {"dropped": dropped, "texts": []})
     torch.cuda.synchronize()

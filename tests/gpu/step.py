@@ -12,6 +12,7 @@ import horizon_lm as hz
 from gpu.common import Part, Place, free, llama, random_batches
 from horizon_lm.config import ModelSettings
 from horizon_lm.engine.lanes import CudaLanes
+from horizon_lm.schedule import Lane
 from horizon_lm.schedule.draw import chrome_trace, text_timeline, utilisation
 
 STEPS = 3
@@ -67,13 +68,14 @@ def check_step(place: Place, trace: Path | None) -> Part:
 
 def _timeline(part: Part, model: hz.HostModel, trace: Path | None) -> None:
     spans = model.timeline
-    ops = model.engine._schedules[MICRO_BATCHES][0]
+    engine = model.engine
+    ops = engine.schedule(engine.plan(MICRO_BATCHES), pending=True).ops
     complete = {op for op, _, _ in spans} == set(ops) and len(spans) == len(ops)
     part.add("every op is in the timeline", complete, ops=len(ops), spans=len(spans))
-    streamed = [span for span in spans if not span[0].is_update]
-    for line in ["forward and backward:", *text_timeline(streamed).splitlines()]:
+    streamed = [span for span in spans if span[0].lane is not Lane.UPDATE]
+    for line in ["without the updates:", *text_timeline(streamed).splitlines()]:
         part.note(line)
-    for line in ["with the update:", *text_timeline(spans).splitlines()]:
+    for line in ["with the updates of the step before:", *text_timeline(spans).splitlines()]:
         part.note(line)
     part.data["utilisation"] = {"forward_backward": utilisation(streamed), "step": utilisation(spans)}
     if trace is not None:

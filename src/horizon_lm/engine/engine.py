@@ -459,9 +459,11 @@ class Engine:
                     additions, *(-(-t.numel() // self.loss_chunk) * additions for t in step.targets)
                 )
             dtype = self.store.dtype if additions == 1 else torch.float32
-            home = self.store.gradient_run(op.unit, step.plan.slab(op.unit))
-            run = self.gradient_slots.run(op.grad_slot, op.unit, dtype, home)
             at_home = self.gradient_slots.is_alias(dtype)
+            if at_home:
+                run = self.store.gradient_run(op.unit, step.plan.slab(op.unit))
+            else:
+                run = self.gradient_slots.run(op.grad_slot, op.unit, dtype)
             step.gradients[op.unit] = UnitGradient(self.store.units[op.unit], run, at_home=at_home)
         return step.gradients[op.unit]
 

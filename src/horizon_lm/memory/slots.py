@@ -101,11 +101,8 @@ class GradientSlots:
         """Whether a gradient of this dtype is accumulated in the store itself."""
         return self._alias and dtype == self._store.dtype
 
-    def run(self, grad_slot: int, unit: int, dtype: torch.dtype, home: torch.Tensor) -> torch.Tensor:
-        """The slot as the unit's 1-D gradient run [trainable_numel] of `dtype`; `home`, its place in
-        host memory, where the two are the same."""
-        if self.is_alias(dtype):
-            return home
+    def run(self, grad_slot: int, unit: int, dtype: torch.dtype) -> torch.Tensor:
+        """The slot as the unit's 1-D gradient run [trainable_numel] of `dtype`."""
         self.reserve()
         return self._buffers[grad_slot].view(dtype)[: self._store.units[unit].trainable_numel]
 
