@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from horizon_lm import config_merge
+from horizon_lm import config_aliases, config_merge
 from horizon_lm.config_base import STRICT, Settings, fault, setting, text_keys
 
 # Arguments that each curve of `lr_scheduler_type` takes, as in transformers' `get_scheduler`.
@@ -63,6 +63,14 @@ class DatasetConfig(BaseModel):
         le=1000,
         description="How often each of its documents comes in an epoch; 0.25 takes a seeded quarter of them.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_aliases(cls, values: Any) -> Any:
+        try:
+            return config_aliases.canonical_entry(values)
+        except ValueError as error:
+            raise fault(str(error), key="datasets", hint="keep one of them") from None
 
 
 class ModelSettings(Settings):
