@@ -191,7 +191,8 @@ def test_metrics_are_one_uniform_line_a_step(run: Run) -> None:
     assert [line["num_tokens"] for line in steps] == [ROWS * LENGTH * s for s in range(1, STEPS + 1)]
     targets = [ROWS * (LENGTH - 1) * s for s in range(1, STEPS + 1)]  # nothing predicts a first token
     assert [line["num_target_tokens"] for line in steps] == targets
-    assert all(0 < line["mfu"] < 1 and line["lanes"]["compute"] > 0.5 for line in steps)
+    assert all(0 < line["mfu"] < 1 for line in steps)
+    assert all(line["lanes"]["compute"] > 0 and 0.5 < sum(line["lanes"].values()) < 1.01 for line in steps)
     assert all(line["host_rss_bytes"] > 1e8 and line["tokens_per_second"] > 0 for line in steps)
     assert [line["seconds"] for line in steps] == sorted(line["seconds"] for line in steps)
     curve = learning_rates(run.config, STEPS)
@@ -564,10 +565,10 @@ def test_an_interrupted_run_keeps_its_metrics(
 ) -> None:
     honest, calls = HostModel.train_step, iter(range(1, 100))
 
-    def train_step(self: HostModel, *arguments: Any) -> TrainStepOutput:
+    def train_step(self: HostModel, *arguments: Any, **options: Any) -> TrainStepOutput:
         if next(calls) == 3:
             raise KeyboardInterrupt
-        return honest(self, *arguments)
+        return honest(self, *arguments, **options)
 
     monkeypatch.setattr(HostModel, "train_step", train_step)
     (tmp_path / "run.yaml").write_text(settings(text, tmp_path / "run").to_yaml())
