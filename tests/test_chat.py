@@ -26,7 +26,12 @@ from horizon_lm.data.encode import Encoded, Encoder, covered
 from horizon_lm.data.formats import Chat, Pair, Text
 from horizon_lm.errors import ConfigError, DataError
 
-TEXTS = ["How many legs has a spider?", "Eight legs.\n\nIt is no insect: é, 日本, 😀.", "And  a crab ?", "Ten."]
+TEXTS = [
+    "How many legs has a spider?",
+    "Eight legs.\n\nIt is no insect: é, 日本, 😀.",
+    "And  a crab ?",
+    "Ten.",
+]
 
 
 def user(text: str) -> dict[str, Any]:
@@ -176,7 +181,12 @@ def test_loss_on_the_completion_of_messages(name: str, tokenizer: Any) -> None:
     text, spans = family.expected(TWO)
     found = encode(tokenizer, Chat(TWO, num_prompt=3), family.text, "completion")
     begin = spans[1][0]
-    if name in ("qwen2.5", "deepseek-v3", "qwen3", "glm4"):  # the generation prompt goes further than their mark
+    if name in (
+        "qwen2.5",
+        "deepseek-v3",
+        "qwen3",
+        "glm4",
+    ):  # the generation prompt goes further than their mark
         assert found.trained is not None
         inside = token_spans(tokenizer, text, [(begin, len(text))])
         assert not any(mine and not theirs for mine, theirs in zip(found.trained, inside, strict=True))
@@ -267,14 +277,15 @@ def test_conversations_with_tools_equal_transformers(name: str, tokenizer: Any) 
     [
         (LAST_ONLY, "marks 1 of 2 assistant turns"),
         (WRONG_SIDE, "holds the user's words"),
-        ("{% for m in messages %}{{ m['content'] }}{% endfor %}{{ messages | length }}", "cannot say which tokens"),
+        (
+            "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ messages | length }}",
+            "cannot say which tokens",
+        ),
         ("{{ raise_exception('no such thing') }}", "refuses this conversation: no such thing"),
         ("{% for m in messages %}", "refuses this conversation"),
     ],
 )
-def test_a_template_that_cannot_give_the_mask_is_refused(
-    template: str, message: str, tokenizer: Any
-) -> None:
+def test_a_template_that_cannot_give_the_mask_is_refused(template: str, message: str, tokenizer: Any) -> None:
     with pytest.raises(DataError, match=message) as caught:
         encode(tokenizer, Chat(TWO), template)
     assert caught.value.hint

@@ -27,7 +27,12 @@ def message(role: str, content: Any, **more: Any) -> dict[str, Any]:
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
 CALLED = Chat(
-    [message("user", "q"), message("assistant", "", tool_calls=[CALL]), message("tool", "r"), message("assistant", "s")],
+    [
+        message("user", "q"),
+        message("assistant", "", tool_calls=[CALL]),
+        message("tool", "r"),
+        message("assistant", "s"),
+    ],
     [TOOL],
 )
 
@@ -58,7 +63,11 @@ ROWS: dict[str, tuple[dict[str, Any], str, Any]] = {
         {
             "messages": [
                 message("user", "q"),
-                message("assistant", None, tool_calls=[{**CALL, "function": {"name": "f", "arguments": '{"a": 1}'}}]),
+                message(
+                    "assistant",
+                    None,
+                    tool_calls=[{**CALL, "function": {"name": "f", "arguments": '{"a": 1}'}}],
+                ),
                 message("tool", "r"),
                 message("assistant", "s"),
             ],
@@ -68,7 +77,10 @@ ROWS: dict[str, tuple[dict[str, Any], str, Any]] = {
         CALLED,
     ),
     "tools as text": (
-        {"messages": CALLED.messages, "tools": '[{"type": "function", "function": {"name": "f", "parameters": {}}}]'},
+        {
+            "messages": CALLED.messages,
+            "tools": '[{"type": "function", "function": {"name": "f", "parameters": {}}}]',
+        },
         "messages",
         CALLED,
     ),
@@ -177,6 +189,8 @@ def test_the_advice_for_preference_pairs_works(tmp_path: Path) -> None:
 
 def test_a_row_that_fits_nothing_names_the_columns(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{"q": "a", "a": "b"}])
-    with pytest.raises(DataError, match=r"a\.jsonl:1 fits no known format; its columns are 'q', 'a'") as caught:
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:1 fits no known format; its columns are 'q', 'a'"
+    ) as caught:
         examples(path)
     assert "columns" in (caught.value.hint or "")

@@ -161,7 +161,9 @@ def test_a_name_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'no/such' doesn't exist on the Hub\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", gone)
-    with pytest.raises(DataError, match="no/such is no local file, and could not be read .* exist on the Hub\n"):
+    with pytest.raises(
+        DataError, match="no/such is no local file, and could not be read .* exist on the Hub\n"
+    ):
         read("no/such")
 
 
@@ -185,7 +187,9 @@ def test_faults_of_paths(tmp_path: Path) -> None:
 
 def test_names_that_may_be_on_the_hub() -> None:
     suffixes = (".jsonl",)
-    assert hub.looks_like_repository("owner/name-1.5", suffixes) and hub.looks_like_repository("imdb", suffixes)
+    assert hub.looks_like_repository("owner/name-1.5", suffixes) and hub.looks_like_repository(
+        "imdb", suffixes
+    )
     for name in ("a.jsonl", "owner/a.jsonl", "/etc/passwd", "../up", "a/b/c", "a b", "*.txt", "~/x", ""):
         assert not hub.looks_like_repository(name, suffixes)
 

@@ -1,4 +1,4 @@
-"""Tokenising: on any number of processes the same, kept on disk by content and settings, checked when opened."""
+"""Tokenising: the same on any number of processes, kept by content and settings, checked when opened."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def many(folder: Path, count: int = 300) -> Path:
-    rows: list[Any] = [{"prompt": f"question {n}", "completion": f" answer {n} " * (n % 7 + 1)} for n in range(count)]
+    rows: list[Any] = [
+        {"prompt": f"question {n}", "completion": f" answer {n} " * (n % 7 + 1)} for n in range(count)
+    ]
     return write_rows(folder / "rows.jsonl", rows)
 
 
@@ -224,7 +226,10 @@ def test_all_together_from_a_configuration(tmp_path: Path, tokenizer: Any) -> No
 
 
 def test_the_training_loop_gets_what_the_settings_say(tmp_path: Path, tokenizer: Any) -> None:
-    chats = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * n}]} for n in range(1, 30)]
+    chats = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * n}]}
+        for n in range(1, 30)
+    ]
     path = str(write_rows(tmp_path / "a.jsonl", chats))
     options = {"datasets": path, "chat_template": "plain", "max_length": 48}
     packed = load_training_data(config(**options), tokenizer)

@@ -24,7 +24,7 @@ def preview(
     samples: Annotated[int, typer.Option(min=0, help="Sequences to show.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON instead.")] = False,
 ) -> None:
-    """Show what a run would train on: samples with the trained tokens marked, lengths, packing, what is left out.
+    """Show what a run would train on: samples with trained tokens marked, lengths, packing, what is left out.
 
     Reads and tokenises the data as training does (and keeps the tokens for it); loads no model.
     """

@@ -37,8 +37,8 @@ class DatasetConfig(BaseModel):
 
     path: str = Field(
         min_length=1,
-        description="A file, folder or glob of .jsonl, .json, .parquet, .txt, .md or .py files; a folder that "
-        "`datasets` has saved; a name on the Hugging Face Hub; or python-stdlib (the source of Python's own "
+        description="A file, folder or glob of .jsonl, .json, .parquet, .txt, .md or .py files; a folder "
+        "that `datasets` has saved; a name on the Hugging Face Hub; or python-stdlib (the source of Python's own "
         "standard library).",
     )
     format: Literal["auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt"] = Field(
@@ -421,14 +421,14 @@ class TrainConfig(ModelSettings):
     )
     dataset_cache_dir: str | None = setting(
         "auto",
-        "Where tokens are kept for the next run, by content and settings; auto is the user's cache folder, null "
-        "keeps none.",
+        "Where tokens are kept for the next run, by content and settings; auto is the user's cache folder, "
+        "null keeps none.",
         group="Data",
         min_length=1,
     )
     dataloader_num_workers: int = setting(
         1,
-        "Threads that make the next steps ready; 0 makes each when it is needed. The order does not depend on it.",
+        "Threads that make the next steps ready; 0 makes each when it is needed. The order is the same.",
         group="Data",
         unit="threads",
         ge=0,
@@ -516,9 +516,7 @@ class TrainConfig(ModelSettings):
     eval_steps: int = setting(
         100, "Steps between evaluations, with eval_strategy: steps.", group="Evaluation", unit="steps", ge=1
     )
-    eval_on_start: bool = setting(
-        False, "Evaluate before the first step too.", group="Evaluation"
-    )
+    eval_on_start: bool = setting(False, "Evaluate before the first step too.", group="Evaluation")
     per_device_eval_batch_size: int | None = setting(
         None,
         "Sequences in a micro-batch of evaluation; null means per_device_train_batch_size.",
@@ -646,7 +644,9 @@ class TrainConfig(ModelSettings):
             )
         if any(dataset.weight != 1 for dataset in self.datasets):
             raise fault(
-                "a weight takes data that is read whole", key="datasets", hint="streaming: false, or weight: 1"
+                "a weight takes data that is read whole",
+                key="datasets",
+                hint="streaming: false, or weight: 1",
             )
 
     def _check_model(self) -> None:

@@ -96,9 +96,7 @@ def explain(cls: type[Settings], error: ValidationError, document: Document) -> 
     seen: set[KeyPath] = set()
     for finding in error.errors(include_url=False):
         location = finding["loc"]
-        path = (
-            location if location[:1] in _DATASETS else location[:1]
-        )  # the rest names branches of a union
+        path = location if location[:1] in _DATASETS else location[:1]  # the rest names branches of a union
         if path in seen:
             continue
         seen.add(path)

@@ -150,7 +150,7 @@ def renamed(row: dict[str, Any], dataset: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ShardOrder:
-    """Reads a stream: nothing is downloaded beforehand, and the files of each dataset come in a seeded order."""
+    """Reads a stream: nothing is downloaded beforehand, and files come in an order by seed and epoch."""
 
     seed: int
     epoch: int
@@ -181,7 +181,11 @@ def opened_dataset(dataset: Any, *, streaming: bool = False) -> Any | None:
     path = Path(dataset.path).expanduser()
     if path.is_dir() and hub.is_saved_dataset(path):
         return hub.open_dataset(dataset)
-    if not path.exists() and hub.looks_like_repository(dataset.path, SUFFIXES) and not is_stdlib(dataset.path):
+    if (
+        not path.exists()
+        and hub.looks_like_repository(dataset.path, SUFFIXES)
+        and not is_stdlib(dataset.path)
+    ):
         return hub.open_dataset(dataset, streaming=streaming)
     return None
 

@@ -65,7 +65,7 @@ class Encoder:
         if self._chat is None:
             if not self.tokenizer.is_fast:
                 raise ConfigError(
-                    "this tokenizer cannot say which characters its tokens stand for, so that no mask can be made",
+                    "this tokenizer cannot say which characters its tokens stand for, as a mask needs",
                     hint="use a model with a tokenizer.json",
                 )
             chat = ChatTemplate(self.tokenizer, self._template_text, self._template_kwargs)
@@ -89,7 +89,11 @@ class Encoder:
         tokenizer: Any = self.tokenizer
         backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
         parts = (backend, self._start, self._end, sorted(tokenizer.special_tokens_map.items(), key=str))
-        template = (self._template_text, tokenizer.chat_template, sorted(self._template_kwargs.items(), key=str))
+        template = (
+            self._template_text,
+            tokenizer.chat_template,
+            sorted(self._template_kwargs.items(), key=str),
+        )
         made_by = (_FORMAT, version("trl"))  # TRL decides on the training variants of templates
         return xxhash.xxh3_128(repr((parts, template, self._loss_on, made_by)).encode()).hexdigest()
 

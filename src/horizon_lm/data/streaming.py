@@ -97,7 +97,9 @@ class StreamLoader:
         made, size = [], StepSize()
         for _ in range(self._shape[0]):
             taken = [self._next_row() for _ in range(self._shape[1])]
-            batch, part = collate([rows.row(number) for rows, number in taken], taken[0][0].strategy, self._pad_id)
+            batch, part = collate(
+                [rows.row(number) for rows, number in taken], taken[0][0].strategy, self._pad_id
+            )
             made.append(batch)
             size += part
         self.size = size

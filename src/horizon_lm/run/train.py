@@ -27,6 +27,7 @@ from .loop import count_steps, train_steps
 from .metrics import Meter, Metrics, MetricsFile, read_evaluations, read_steps, versions
 from .plot import plot_loss
 from .progress import Progress, choose_progress, clock, number, say, size
+from .quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +63,7 @@ def train(config: TrainConfig, *, config_notes: Sequence[str] = ()) -> TrainResu
     progress = choose_progress(config.progress)
     with (
         claim(config.output_dir, overwrite=config.overwrite_output_dir) as folder,
-        _quiet_transformers(),
+        quiet_transformers(),
         _memory_faults(),
     ):
         check_sources(config, folder)
@@ -249,7 +250,9 @@ def describe_data(data: TrainingData) -> str:
     lines = [f"{what}, {len(rows):,} sequences of {rows.max_length}, {rows.fill:.1%} full ({rows.strategy})"]
     left = rows.left
     if left.documents:
-        lines.append(f"data: {left.documents:,} documents left out: longer than max_length, or nothing to train on")
+        lines.append(
+            f"data: {left.documents:,} documents left out: longer than max_length, or nothing to train on"
+        )
     if left.truncated:
         lines.append(f"data: {left.truncated:,} documents longer than max_length were cut")
     if counts.num_bad:
@@ -347,20 +350,6 @@ def _summary(config: TrainConfig, folder: RunFolder, result: TrainResult) -> str
     if config.plot_loss:
         lines.append(f"  loss curve  {folder.picture}")
     return "\n".join(lines)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Its progress bars would run through our display."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 @contextmanager
