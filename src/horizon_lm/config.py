@@ -37,9 +37,9 @@ class DatasetConfig(BaseModel):
 
     path: str = Field(
         min_length=1,
-        description="A file, folder or glob of .jsonl, .json, .parquet, .txt, .md or .py files; a folder "
-        "that `datasets` has saved; a name on the Hugging Face Hub; or python-stdlib (the source of Python's own "
-        "standard library).",
+        description="A file, folder or glob of .jsonl, .json, .parquet, .txt, .md or .py files; a "
+        "folder that `datasets` has saved; a name on the Hugging Face Hub; or python-stdlib (the source of "
+        "Python's own standard library).",
     )
     format: Literal["auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt"] = Field(
         default="auto", description="How rows are read; auto looks at the columns of the first."

@@ -160,9 +160,9 @@ class ChatTemplate:
         through = self._render(messages[: turn + 1], tools, place)[0]
         if not turn or not through.startswith(before) or not text.startswith(through):
             raise DataError(
-                f"{place}: the chat template cannot say which tokens of message {turn + 1} the assistant "
-                "said: it has no {% generation %} marks, TRL has no training variant of it, and it writes earlier "
-                "turns another way once more follow",
+                f"{place}: the chat template cannot say which tokens of message {turn + 1} are the "
+                "assistant's: it has no {% generation %} marks, TRL has no training variant of it, and it "
+                "writes earlier turns another way once more follow",
                 hint=_NO_MASK + "loss_on: all",
             )
         return len(before), len(through)

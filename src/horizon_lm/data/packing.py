@@ -121,8 +121,8 @@ def make_rows(
     starts, lengths, left = _truncated(store, documents, max_length, truncation)
     if not len(starts):
         raise DataError(
-            f"no document fits: all {len(documents)} are longer than max_length={max_length}, or have nothing "
-            "to train on in so many tokens",
+            f"no document fits: all {len(documents)} are longer than max_length={max_length}, or have "
+            "nothing to train on in so many tokens",
             hint="raise max_length, or set truncation: keep_start",
         )
     if strategy == "bfd":
