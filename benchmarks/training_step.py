@@ -1,5 +1,6 @@
-"""Forward + backward, and the whole step, against plain transformers with activation checkpointing.
+"""Forward + backward, and the whole step, against plain transformers.
 
+`recompute` stands beside transformers with activation checkpointing, `keep` beside transformers without.
 Both models live in one process and take turns (order alternating), so that a machine that changes
 its speed changes it for both. Figures are medians of paired ratios; times are of the process's CPU
 seconds and of the wall clock. fp32 and bf16, about 100 M parameters, sequences of 512 tokens.
@@ -40,12 +41,13 @@ def model_of_100m() -> LlamaForCausalLM:
 
 
 class Plain:
-    """transformers + torch.optim.AdamW on fp32 masters, recomputing every layer."""
+    """transformers + torch.optim.AdamW on fp32 masters, recomputing every layer or none."""
 
-    def __init__(self, model: LlamaForCausalLM, micro_batches: list[dict]) -> None:
+    def __init__(self, model: LlamaForCausalLM, micro_batches: list[dict], activations: str) -> None:
         self.model, self.micro_batches = model.train(), micro_batches
         self.model.config.use_cache = False
-        self.model.activation_checkpointing_enable()
+        if activations == "recompute":
+            self.model.activation_checkpointing_enable()
         self.is_bf16 = model.dtype == torch.bfloat16
         parameters = list(model.parameters())
         self.masters = (
@@ -73,17 +75,16 @@ class Plain:
 
 
 class Ours:
-    def __init__(self, model: LlamaForCausalLM, micro_batches: list[dict]) -> None:
+    def __init__(self, model: LlamaForCausalLM, micro_batches: list[dict], **settings: object) -> None:
         dtype = str(model.dtype).removeprefix("torch.")
-        self.model = hz.HostModel.from_pretrained(model, device="cpu", dtype=dtype)
+        self.model = hz.HostModel.from_pretrained(model, device="cpu", dtype=dtype, **settings)
         self.micro_batches = micro_batches
 
     def forward_backward(self) -> None:
         self.model.forward_backward(self.micro_batches)
 
     def step(self) -> None:
-        self.forward_backward()
-        self.model.step(lr=1e-5, max_grad_norm=1.0)
+        self.model.train_step(self.micro_batches, lr=1e-5)
 
 
 def seconds(function: Callable[[], None]) -> tuple[float, float]:
@@ -106,37 +107,58 @@ def compare(ours: Callable[[], None], plain: Callable[[], None], runs: int) -> d
     return {clock: sorted(values) for clock, values in ratios.items()}
 
 
+def batches_of(micro_batches: int) -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(0, 16384, (1, TOKENS), generator=generator) for _ in range(micro_batches)]
+    return [{"input_ids": i, "labels": i} for i in ids]
+
+
+def row(found: dict[str, list[float]], *cells: str) -> list[str]:
+    """Cells, then median, least and most of each clock."""
+    values = [f"{statistics.median(v):.3f} ({v[0]:.2f} to {v[-1]:.2f})" for v in found.values()]
+    print(" | ".join([*cells, *values]), flush=True)
+    return [*cells, *values]
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=9)
-    parser.add_argument("--micro-batches", type=int, nargs="+", default=[1])
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     report = Report("training-step-cpu", __doc__ or "", command="python -m benchmarks training_step")
-    rows = []
+    rows, modes = [], []
     for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
         for micro_batches in arguments.micro_batches:
-            generator = torch.Generator().manual_seed(0)
-            ids = [torch.randint(0, 16384, (1, TOKENS), generator=generator) for _ in range(micro_batches)]
-            batches = [{"input_ids": i, "labels": i} for i in ids]
-            model = model_of_100m().to(dtype)
-            plain, ours = Plain(copy.deepcopy(model), batches), Ours(model, batches)
-            for part in ("forward_backward", "step"):
-                found = compare(getattr(ours, part), getattr(plain, part), arguments.runs)
-                row = [str(dtype).removeprefix("torch."), str(micro_batches), part]
-                for clock in ("wall", "cpu"):
-                    values = found[clock]
-                    row.append(f"{statistics.median(values):.3f} ({values[0]:.2f} to {values[-1]:.2f})")
-                rows.append(row)
-                print(" | ".join(row), flush=True)
-            del plain, ours
+            batches, model = batches_of(micro_batches), model_of_100m().to(dtype)
+            for activations in ("recompute", "keep"):
+                plain = Plain(copy.deepcopy(model), batches, activations)
+                ours = Ours(copy.deepcopy(model), batches, activations=activations)
+                for part in ("forward_backward", "step"):
+                    found = compare(getattr(ours, part), getattr(plain, part), arguments.runs)
+                    rows.append(row(found, name, activations, str(micro_batches), part))
+                    ours.model.flush()
+                del plain, ours
+            for update, limit in (("deferred", 1.0), ("deferred", None), ("eager", None)):
+                sync = Ours(copy.deepcopy(model), batches, update="sync", max_grad_norm=limit)
+                other = Ours(copy.deepcopy(model), batches, update=update, max_grad_norm=limit)
+                found = compare(other.step, sync.step, arguments.runs)
+                modes.append(row(found, name, str(micro_batches), update, "1.0" if limit else "off"))
+                del sync, other
+    size = f"{arguments.threads} threads; llama, 110 M parameters, {TOKENS} tokens a micro-batch. "
+    pairs = f"Medians of {arguments.runs} pairs (least to most); "
     report.table(
-        ["dtype", "micro-batches", "part", "our tokens/s over plain, wall", "the same, CPU time"],
+        ["dtype", "activations", "micro-batches", "part", "our tokens/s over plain, wall", "CPU time"],
         rows,
-        note=f"Medians of {arguments.runs} pairs (least to most); {arguments.threads} threads; "
-        f"llama, 110 M parameters, {TOKENS} tokens a micro-batch. "
-        "step: clipping 1.0 and AdamW with fp32 masters on both sides.",
+        note=pairs + size + "step: clipping 1.0 and AdamW with fp32 masters on both sides.",
+    )
+    report.table(
+        ["dtype", "micro-batches", "update", "clipping", "tokens/s over update: sync, wall", "CPU time"],
+        modes,
+        note=pairs + "the whole step, ours against ours. On the CPU the update shares the cores with all "
+        "else, so nothing can overlap.",
     )
     report.write()
 

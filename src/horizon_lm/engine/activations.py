@@ -63,22 +63,22 @@ class _Weights:
 
     def __init__(self, run: torch.Tensor, bound: dict[str, torch.Tensor]) -> None:
         self._run = run
-        self._storage = run.untyped_storage().data_ptr()
-        pointers = {name: t.untyped_storage().data_ptr() for name, t in bound.items()}
-        self._wide = {pointer: name for name, pointer in pointers.items() if pointer != self._storage}
+        self.storage = _storage_of(run)
+        storages = {name: _storage_of(tensor) for name, tensor in bound.items()}
+        self._wide = {storage: name for name, storage in storages.items() if storage != self.storage}
         self.unbindable = False
         self._now: tuple[torch.Tensor, dict[str, torch.Tensor]] | None = None
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor | _Handle:
-        pointer = tensor.untyped_storage().data_ptr()
-        if pointer == self._storage:
+        storage = _storage_of(tensor)
+        if storage == self.storage:
             if tensor.dtype != self._run.dtype:  # the same bytes under another type
                 self.unbindable = True
                 return tensor
             offset = int(tensor.storage_offset() - self._run.storage_offset())
             return _Handle(None, offset, tensor.shape, tensor.stride())
-        if pointer in self._wide:
-            return _Handle(self._wide[pointer], int(tensor.storage_offset()), tensor.shape, tensor.stride())
+        if storage in self._wide:
+            return _Handle(self._wide[storage], int(tensor.storage_offset()), tensor.shape, tensor.stride())
         return tensor
 
     def unpack(self, saved: torch.Tensor | _Handle) -> torch.Tensor:
@@ -172,13 +172,18 @@ def forward_layer(
     bound.clear()
     unbindable = False
     if saved is not None and weights is not None:
-        ours = sum(tensor.untyped_storage().data_ptr() == saved._storage for tensor in leaves.values())
+        ours = sum(_storage_of(tensor) == saved.storage for tensor in leaves.values())
         unbindable = saved.unbindable or _views_of(weights) > held_before + ours
     return LayerForward(output.detach(), LayerGraph(output, leaves, routers, box, saved), plain, unbindable)
 
 
 def _run(skeleton: Skeleton, layer: int, call: Call, box: _Box, root: torch.Tensor) -> torch.Tensor:
     return run_layer(skeleton, layer, call, _Entry.apply(root, box))
+
+
+def _storage_of(tensor: torch.Tensor) -> int:
+    """Identity of the memory behind a tensor; unlike its address also known of fake tensors."""
+    return tensor.untyped_storage()._cdata
 
 
 def _views_of(weights: UnitWeights | None) -> int:

@@ -21,6 +21,7 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..memory.slots import UnitWeights
 from .anatomy import accepted, as_layer_output, embedding_gives, intercept, split_hidden
+from .attention import attention_by_documents
 from .skeleton import Skeleton
 
 
@@ -81,7 +82,12 @@ def run_prologue(
             f"{skeleton.model_type} does not take {', '.join(sorted(missing))}",
             hint="leave it out of the micro-batches",
         )
-    with embedding_gives(skeleton.embedding, work), intercept(skeleton.layers, record), suppress(_Enough):
+    with (
+        attention_by_documents(),
+        embedding_gives(skeleton.embedding, work),
+        intercept(skeleton.layers, record),
+        suppress(_Enough),
+    ):
         model(**given)
     untouched = first[0] is work and work._version == 0
     return None if untouched else first[0], Call(recorded, inputs)
@@ -97,7 +103,8 @@ def run_layer(skeleton: Skeleton, layer: int, call: Call, hidden: torch.Tensor) 
     before = [len(value) for value in shared]
     version = hidden._version
     try:
-        output = skeleton.layers[layer](hidden, *rest, **named)
+        with attention_by_documents():
+            output = skeleton.layers[layer](hidden, *rest, **named)
     except (RuntimeError, NotImplementedError) as error:
         if "meta" in str(error):
             raise _refuse(

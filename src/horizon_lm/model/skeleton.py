@@ -19,6 +19,7 @@ from ..memory.layout import Parameter, UnitLayout, lay_out
 from ..memory.master import join_master
 from ..memory.slots import UnitWeights
 from .anatomy import Anatomy, analyse
+from .tiling import tile_mlps
 
 Owner = tuple[nn.Module, str]
 Router = tuple[nn.Module, int]  # a router and the place of its logits in what it returns
@@ -63,6 +64,14 @@ class Skeleton:
         self._bound_at: dict[int, list[tuple[Parameter, list[Owner]]]] = {
             u: [(p, self._owners[p.name]) for p in unit.parameters] for u, unit in enumerate(self.units)
         }
+
+    def tile_mlps(self, tile_tokens: int) -> None:
+        """Compute MLPs in tiles of so many tokens. Raises UnsupportedModelError where no layer has one."""
+        if not tile_mlps(self.layers, tile_tokens, has_noise=self.has_noise):
+            raise UnsupportedModelError(
+                f"{self.model_type} has no MLP that could be computed in tiles",
+                hint="leave mlp_tile_tokens out; experts and recurrent layers are computed at once",
+            )
 
     @property
     def num_layers(self) -> int:

@@ -100,6 +100,8 @@ class HostModel:
         self.settings = settings
         self.device = resolve_device(settings.device)
         self.skeleton = Skeleton(model, _DTYPES[settings.dtype])
+        if settings.mlp_tile_tokens is not None:
+            self.skeleton.tile_mlps(settings.mlp_tile_tokens)
         self.optimizer = make_optimizer(self.skeleton, settings)
         units, spec = self.skeleton.units, store_spec(settings, self.skeleton)
         if not settings.skip_memory_check:

@@ -1,0 +1,60 @@
+"""The MLP of a layer in tiles of tokens, for sequences whose intermediate activations would not fit.
+
+Each tile is computed again in the backward pass, so that only one tile's activations exist at a time; what
+the layer holds of its MLP is then input and output. (As the sequence tiling of Arctic Long Sequence
+Training, arXiv:2506.13996.)
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+NAMES = ("mlp", "feed_forward", "ffn", "ff")
+
+
+def find_mlps(layer: nn.Module) -> list[nn.Module]:
+    """The layer's MLPs that treat each token by itself: all of their parameters are those of linear maps.
+
+    A mixture of experts is none of these: it sends tokens to experts, and its routers are listened to.
+    """
+    return [child for name, child in layer.named_children() if name in NAMES and _is_token_wise(child)]
+
+
+def _is_token_wise(module: nn.Module) -> bool:
+    kinds = {
+        type(owner).__name__
+        for owner in module.modules()
+        for parameter in owner._parameters.values()
+        if parameter is not None
+    }
+    return bool(kinds) and kinds <= {"Linear", "Conv1D"}
+
+
+def tile_mlps(layers: list[nn.Module], tile_tokens: int, *, has_noise: bool) -> int:
+    """Replace the forward of the layers' MLPs by one that goes tile by tile; returns how many there are.
+
+    has_noise: draw the same dropout masks when a tile is computed again.
+    """
+    count = 0
+    for layer in layers:
+        for module in find_mlps(layer):
+            whole = module.forward
+            module.forward = partial(_in_tiles, whole, tile_tokens, has_noise)  # type: ignore[method-assign]
+            count += 1
+    return count
+
+
+def _in_tiles(whole: Any, tile_tokens: int, has_noise: bool, hidden: torch.Tensor) -> torch.Tensor:
+    """hidden: [batch, tokens, width]."""
+    if hidden.shape[1] <= tile_tokens:
+        return whole(hidden)
+    tiles = hidden.split(tile_tokens, dim=1)
+    if not torch.is_grad_enabled():
+        return torch.cat([whole(tile) for tile in tiles], dim=1)
+    run = partial(checkpoint, whole, use_reentrant=False, preserve_rng_state=has_noise)
+    return torch.cat([run(tile) for tile in tiles], dim=1)
