@@ -75,11 +75,6 @@ class Encoder:
         return self._chat
 
     @property
-    def mask_source(self) -> str | None:
-        """How the assistant's tokens are known; None where no conversation has been seen."""
-        return self._chat.source if self._chat is not None else None
-
-    @property
     def chat_template_to_save(self) -> str | None:
         """The template that was given in place of the tokenizer's own, as it is to be used later."""
         return self._template_text

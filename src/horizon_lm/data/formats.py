@@ -90,7 +90,7 @@ _NEEDED: dict[str, frozenset[str]] = {
     "alpaca": frozenset({"instruction", "output"}),
     "text": frozenset({"text"}),
 }
-FORMATS = tuple(_NEEDED)
+CHAT_FORMATS = frozenset({"messages", "sharegpt", "alpaca"})  # those that need a chat template
 
 
 def _refuse_other_methods(columns: set[str], row: Mapping[str, Any], place: str) -> None:

@@ -48,9 +48,7 @@ def layer_working_set(
     device = device or torch.device("cpu")
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         _, _, forward, backward = _run(skeleton, layer, batch, tokens, device, RECOMPUTE, live)
-        boundary, kept, keep_forward, keep_backward = _run(
-            skeleton, layer, batch, tokens, device, KEEP, live
-        )
+        boundary, kept, keep_forward, keep_backward = _run(skeleton, layer, batch, tokens, device, KEEP, live)
     return WorkingSet(boundary, kept, forward, backward, keep_forward, keep_backward)
 
 

@@ -24,6 +24,8 @@ def evaluate_model(config: TrainConfig) -> dict[str, Any]:
     """
     if config.model_name_or_path is None:
         raise ConfigError("there is no model to evaluate", hint="model_name_or_path=FOLDER")
+    config = config.replace(model_name_or_path=str(model_folder(config.model_name_or_path)))
+    assert config.model_name_or_path is not None
     tokenizer = tokenizer_of(config)
     encoder = make_encoder(config, tokenizer)
     if config.val_size:
@@ -35,7 +37,7 @@ def evaluate_model(config: TrainConfig) -> dict[str, Any]:
     settings = ModelSettings(**{key: getattr(config, key) for key in ModelSettings.model_fields})
     with quiet_transformers():
         model = load_model(
-            str(model_folder(config.model_name_or_path)),
+            config.model_name_or_path,
             trust_remote_code=settings.trust_remote_code,
             revision=settings.model_revision,
             attn_implementation=settings.attn_implementation,
