@@ -45,7 +45,7 @@ MODEL = {
 
 def write_text(path: Path, megabytes: float) -> Path:
     """The standard library's source again and again, a document a line, each with a number of its own."""
-    texts = [placed.example.text for placed in Documents([DatasetConfig(path="python-stdlib")])]  # type: ignore[union-attr]
+    texts = list(Documents([DatasetConfig(path="python-stdlib")]).texts())
     size = number = 0
     with path.open("w", encoding="utf-8") as file:
         while size < megabytes * 1e6:
@@ -58,7 +58,7 @@ def write_text(path: Path, megabytes: float) -> Path:
 
 def write_chats(path: Path, megabytes: float) -> Path:
     rng = random.Random(0)
-    texts = [placed.example.text for placed in Documents([DatasetConfig(path="python-stdlib")], 2_000_000)]  # type: ignore[union-attr]
+    texts = list(Documents([DatasetConfig(path="python-stdlib")], 2_000_000).texts())
     size = number = 0
     with path.open("w", encoding="utf-8") as file:
         while size < megabytes * 1e6:
@@ -112,8 +112,8 @@ def loader_against_training(report: Report, folder: Path, tokenizer: Any, runs: 
     report.table(
         ["packing", "worker threads", "loader, tokens/s", "training, tokens/s", "loader over training"],
         rows,
-        note=f"Medians of {runs} turns of 200 loaded steps and one training step (2 x {LENGTH} tokens; llama, 19 M "
-        f"parameters, fp32, {torch.get_num_threads()} threads).",
+        note=f"Medians of {runs} turns of 200 loaded steps and one training step (2 x {LENGTH} tokens; "
+        f"llama, 19 M parameters, fp32, {torch.get_num_threads()} threads).",
     )
 
 
@@ -160,8 +160,8 @@ def tokenising(report: Report, folder: Path, tokenizer: Any, megabytes: float, r
         ["rows", "JSONL", "tokens", "1 process", f"{cores} processes", "faster by", "cores in use"]
         + ["opened again", "faster by"],
         rows,
-        note=f"Medians of {runs} turns. Cores in use: CPU seconds of all processes over the clock's. Opening again "
-        "hashes the source and the kept tokens.",
+        note=f"Medians of {runs} turns. Cores in use: CPU seconds of all processes over the clock's. Opening "
+        "again hashes the source and the kept tokens.",
     )
 
 
