@@ -48,9 +48,7 @@ def layer_working_set(
     device = device or torch.device("cpu")
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         _, _, forward, backward = _run(skeleton, layer, batch, tokens, device, RECOMPUTE, live)
-        boundary, kept, keep_forward, keep_backward = _run(
-            skeleton, layer, batch, tokens, device, KEEP, live
-        )
+        boundary, kept, keep_forward, keep_backward = _run(skeleton, layer, batch, tokens, device, KEEP, live)
     return WorkingSet(boundary, kept, forward, backward, keep_forward, keep_backward)
 
 
@@ -73,7 +71,7 @@ def _run(
     layout = skeleton.units[layer + 1]
     slot = torch.empty(layout.trainable_numel, dtype=torch.float32, device=device)
     before = live.restart()
-    done = forward_layer(skeleton, layer, weights, call, hidden, policy=policy, grad=True)
+    done = forward_layer(skeleton, layer, weights, call, hidden, policy=policy, grad=True, in_place=True)
     forward = live.peak - before
     call.routers.append(done.routers)
     held = live.now - before - done.output.nbytes
