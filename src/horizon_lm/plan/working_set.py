@@ -71,7 +71,7 @@ def _run(
     layout = skeleton.units[layer + 1]
     slot = torch.empty(layout.trainable_numel, dtype=torch.float32, device=device)
     before = live.restart()
-    done = forward_layer(skeleton, layer, weights, call, hidden, policy=policy, grad=True)
+    done = forward_layer(skeleton, layer, weights, call, hidden, policy=policy, grad=True, in_place=True)
     forward = live.peak - before
     call.routers.append(done.routers)
     held = live.now - before - done.output.nbytes
