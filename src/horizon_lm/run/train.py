@@ -28,6 +28,7 @@ from .metrics import Meter, Metrics, MetricsFile, read_evaluations, read_steps, 
 from .plot import plot_loss
 from .progress import Progress, choose_progress, clock, number, say, size
 from .quiet import quiet_transformers
+from .separation import check_separation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,6 +74,7 @@ def train(config: TrainConfig, *, config_notes: Sequence[str] = ()) -> TrainResu
         model = build_model(config, data.tokenizer)
         progress.stage(describe_model(model))
         check_together(config, data, model)
+        check_separation(model, data.rows)
         check_disk(folder, model.num_parameters * _export_dtype(config).itemsize)
 
         last = _run_steps(config, config_notes, folder, data, model, progress)
