@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -326,6 +327,44 @@ def test_chat_template_names_and_files(tokenizer: Any, tmp_path: Any) -> None:
     assert learned_text(tokenizer, found) == [TEXTS[1] + "</s>\n"]
     with pytest.raises(ConfigError, match="no built-in template"):
         read_template("chatmll")
+
+
+def test_chatml_needs_its_tokens(tokenizer: Any) -> None:
+    """Else the end of an answer would be some letters, at which nothing stops."""
+    assert Encoder(tokenizer, chat_template="chatml").chat
+    with pytest.raises(ConfigError, match="no token of this tokenizer") as caught:
+        Encoder(train_tokenizer([], 257), chat_template="chatml")
+    assert "plain" in (caught.value.hint or "")
+
+
+def templates_of_trl() -> list[str]:
+    """Those that take text and have a training variant."""
+    names = {file.name.removesuffix(".jinja") for file in (files("trl") / "chat_templates").iterdir()}
+    return sorted(n for n in names if f"{n}_training" in names and n not in OF_PICTURES)
+
+
+OF_PICTURES = {"llava_next", "idefics3", "smolvlm", "qwen2_5_vl", "qwen3_vl", "diffusion_gemma"}
+
+
+@pytest.mark.parametrize("name", templates_of_trl())
+def test_every_template_that_trl_knows(name: str, tokenizer: Any) -> None:
+    found = encode(tokenizer, Chat(TWO), trl_template(name))
+    template = ChatTemplate(tokenizer)
+    theirs = tokenizer.apply_chat_template(
+        TWO, chat_template=template.template, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert found.ids.tolist() == theirs["input_ids"] and found.trained is not None
+    assert found.trained.astype(int).tolist() == theirs["assistant_masks"]
+    learned = "".join(learned_text(tokenizer, found))
+    assert TEXTS[1] in learned and TEXTS[3] in learned
+    assert TEXTS[0] not in learned and TEXTS[2] not in learned
+    last = encode(tokenizer, Chat(TWO), trl_template(name), "last_assistant")
+    assert TEXTS[3] in "".join(learned_text(tokenizer, last))
+    assert TEXTS[1] not in "".join(learned_text(tokenizer, last))
+
+
+def test_there_are_many_templates_of_trl() -> None:
+    assert len(templates_of_trl()) >= 20
 
 
 def test_template_variables_reach_the_template(tokenizer: Any) -> None:

@@ -114,7 +114,7 @@ def test_tokens_are_kept_by_content_and_settings(
     others = {
         "loss": run(path, Encoder(tokenizer, loss_on="all"), cache_dir=cache)[1],
         "tokenizer": run(path, Encoder(train_tokenizer(["abc"], 300)), cache_dir=cache)[1],
-        "template": run(path, Encoder(tokenizer, chat_template="chatml"), cache_dir=cache)[1],
+        "template": run(path, Encoder(tokenizer, chat_template="alpaca"), cache_dir=cache)[1],
     }
     path.write_text(path.read_text().replace("answer 3", "answer 4", 1))
     others["content"] = run(path, encoder, cache_dir=cache)[1]

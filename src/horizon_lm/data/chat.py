@@ -83,7 +83,7 @@ class ChatTemplate:
         if not given:
             raise DataError(
                 "the data are conversations, and the tokenizer has no chat template",
-                hint=f"set chat_template to a .jinja file or to one of {', '.join(built_in_templates())}",
+                hint="set chat_template to plain, alpaca, chatml or a .jinja file",
             )
         self._tokenizer = tokenizer
         self.source = "generation marks"

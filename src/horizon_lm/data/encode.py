@@ -52,6 +52,11 @@ class Encoder:
         self.tokenizer = tokenizer
         self._loss_on = loss_on
         self._template_text = None if chat_template is None else read_template(chat_template)
+        if chat_template == "chatml" and "<|im_end|>" not in tokenizer.get_added_vocab():
+            raise ConfigError(
+                "chat_template=chatml ends a turn with <|im_end|>, which is no token of this tokenizer",
+                hint="chat_template=plain ends it with the end-of-text token, which every tokenizer has",
+            )
         self._template_kwargs = chat_template_kwargs or {}
         self._chat: ChatTemplate | None = None
         self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
