@@ -430,8 +430,8 @@ def test_the_working_set_is_predicted(name: str, dtype: str, policy: str) -> Non
         pairs = [(forward_most, expected.keep_forward), (backward_most, expected.keep_backward)]
         pairs.append((held, expected.kept))
     for measured, predicted in pairs:
-        # Kernels also take room of their own, which the prediction does not see.
-        assert 0.9 * measured <= predicted <= 1.01 * measured, (measured, predicted)
+        # Kernels also take room of their own, which the prediction does not see: the more, the shorter.
+        assert 0.85 * measured <= predicted <= 1.01 * measured, (measured, predicted)
 
 
 def activations_input(skeleton: Any, prologue: Any, embeds: torch.Tensor, ids: torch.Tensor) -> Any:
