@@ -48,7 +48,9 @@ class DatasetConfig(BaseModel):
         default_factory=dict, description="Columns to rename, old name to new name."
     )
     split: str = Field(
-        default="train", min_length=1, description="The split to read; local files have one, train."
+        default="train",
+        min_length=1,
+        description="The split to read; in a folder, known by the files' names.",
     )
     name: str | None = Field(default=None, description="The configuration of a dataset on the Hub.")
     revision: str | None = Field(

@@ -27,6 +27,9 @@ _STDLIB_SKIPPED = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
 )
 
+# What lies beside the data in the folder of a dataset.
+_ABOUT = frozenset({"readme.md", "license.md", "license.txt", "dataset_info.json", "dataset_infos.json"})
+
 Row = dict[str, Any] | DataError
 PlacedRow = tuple[Row, str]
 
@@ -53,6 +56,7 @@ def list_files(name: str) -> list[Path]:
             f"{PYTHON_STDLIB}; looked in {os.getcwd()}",
         )
     files = sorted(Path(file) for file in found if file.lower().endswith(SUFFIXES))
+    files = [file for file in files if file.name.lower() not in _ABOUT] or files
     if not files:
         raise DataError(f"{name} matches no file of a known type", hint=f"one of {' '.join(SUFFIXES)}")
     return files
