@@ -39,10 +39,6 @@ config_app = typer.Typer(
 )
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
-app.command("init")(init)
-app.command("eval", cls=SettingsCommand, context_settings=PASS_OPTIONS)(evaluate)
-app.command("generate")(generate)
-app.command("chat")(chat)
 
 
 class TrainCommand(SettingsCommand):
@@ -57,7 +53,7 @@ class TrainCommand(SettingsCommand):
 
 @app.command(cls=TrainCommand, context_settings=PASS_OPTIONS)
 def train(settings: SettingsArguments = None) -> None:
-    """Train a model on text and leave it in Hugging Face format.
+    """Train a model and leave it in Hugging Face format.
 
     Settings come from CONFIG.yaml, if given, and from key=value, --key value or --key=value, which win.
     """
@@ -65,6 +61,12 @@ def train(settings: SettingsArguments = None) -> None:
     from horizon_lm.run.train import train as run_training
 
     run_training(config, config_notes=notes)
+
+
+app.command("init")(init)
+app.command("eval", cls=SettingsCommand, context_settings=PASS_OPTIONS)(evaluate)
+app.command("generate")(generate)
+app.command("chat")(chat)
 
 
 @config_app.command("show", cls=SettingsCommand, context_settings=PASS_OPTIONS)

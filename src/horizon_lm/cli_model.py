@@ -26,7 +26,10 @@ def evaluate(
     settings: SettingsArguments = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:
-    """Print loss and perplexity of a model on eval_datasets, what val_size holds out, or datasets."""
+    """Print loss and perplexity of a model.
+
+    On eval_datasets; else on what val_size holds out; else on datasets.
+    """
     config, _ = load_settings(settings)
     from horizon_lm.run.evaluate import evaluate_model
 
@@ -82,7 +85,10 @@ def chat(
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Talk to a model. /reset forgets the conversation, /quit or the end of input leaves."""
+    """Talk to a model.
+
+    /reset forgets the conversation, /quit or the end of input leaves.
+    """
     from horizon_lm.run.generate import Chat, Generator, Sampling
 
     conversation = Chat(Generator.load(model, device=device, trust_remote_code=trust_remote_code), system)

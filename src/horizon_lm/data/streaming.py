@@ -122,6 +122,8 @@ class StreamLoader:
                 "the place in the stream was saved with another tokenizer, chat template or buffer_size",
                 hint="restore the settings, or start a new run",
             )
+        if self._ahead is not None:
+            self._ahead.exception()  # it reads the same stream; let it end
         self._seed = int(state["seed"])
         self._source = self._ahead = None
         self._window = self._made(int(state["epoch"]), int(state["document"]))
