@@ -154,6 +154,28 @@ def test_the_same_from_parquet_which_fills_with_null(tmp_path: Path) -> None:
     assert examples(path) == [chat("a", "b"), Chat(CALLED.messages)]
 
 
+def test_arguments_of_other_calls_do_not_appear_in_a_call(tmp_path: Path) -> None:
+    """Arrow gives all calls all arguments; what is null was never said."""
+    calls = [[{"function": {"name": n, "arguments": {n: 1}}}] for n in ("f", "g")]
+    rows = [[message("user", "q"), message("assistant", "", tool_calls=call)] for call in calls]
+    path = write_parquet(tmp_path / "a.parquet", {"messages": rows})
+    said = [e.messages[1]["tool_calls"][0]["function"]["arguments"] for e in examples(path)]  # type: ignore[union-attr]
+    assert said == [{"f": 1}, {"g": 1}]
+    lines = write_rows(
+        tmp_path / "a.jsonl",
+        [
+            {
+                "messages": [
+                    *rows[0][:1],
+                    message("assistant", "", tool_calls=[{"name": "f", "arguments": {"a": None}}]),
+                ]
+            }
+        ],
+    )
+    kept = examples(lines)[0].messages[1]["tool_calls"][0]["function"]["arguments"]  # type: ignore[union-attr]
+    assert kept == {"a": None}  # in JSON a null was written by someone
+
+
 def test_a_format_can_be_named_and_columns_renamed(tmp_path: Path) -> None:
     row = {"question": "a", "answer": "b", "text": "c", "messages": [message("user", "d")]}
     path = write_rows(tmp_path / "a.jsonl", [row])
