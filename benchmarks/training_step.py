@@ -98,8 +98,9 @@ class Ours:
         device: torch.device,
         **settings: object,
     ) -> None:
-        dtype = str(model.dtype).removeprefix("torch.")
-        self.model = hz.HostModel.from_pretrained(model, device=str(device), dtype=dtype, **settings)
+        settings |= {"dtype": str(model.dtype).removeprefix("torch."), "device": str(device)}
+        settings["optimizer_threads"] = torch.get_num_threads()
+        self.model = hz.HostModel.from_pretrained(model, **settings)
         self.micro_batches = micro_batches
 
     def forward_backward(self) -> None:
@@ -163,7 +164,7 @@ def against_plain(case: Case, runs: int) -> list[list[str]]:
 
 def between_modes(case: Case, runs: int) -> list[list[str]]:
     rows = []
-    for update, limit in (("deferred", 1.0), ("deferred", None), ("eager", None)):
+    for update, limit in (("deferred", 1.0), ("eager", None)):
         model, batches = model_of(case.shape, case.dtype), case.batches()
         sync = Ours(copy.deepcopy(model), batches, case.device, update="sync", max_grad_norm=limit)
         other = Ours(model, batches, case.device, update=update, max_grad_norm=limit)
@@ -204,6 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cases", type=int, nargs="*", help="numbers of the cases to run; all by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
@@ -212,7 +214,8 @@ def main(argv: list[str] | None = None) -> None:
     report = Report(f"training-step-{device.type}", __doc__ or "", command=command)
     rows: list[list[str]] = []
     modes: list[list[str]] = []
-    for case in cases(device):
+    chosen = cases(device)
+    for case in [chosen[k] for k in arguments.cases] if arguments.cases else chosen:
         rows += against_plain(case, arguments.runs)
         modes += between_modes(case, arguments.runs)
     note = f"Medians of {arguments.runs} pairs (least to most); {arguments.threads} threads. "
