@@ -10,24 +10,19 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
 import typer
-from typer.core import TyperCommand
 
-from horizon_lm.errors import ConfigError, HorizonError
+from horizon_lm.cli_base import HELP, PASS_OPTIONS, SettingsArguments, SettingsCommand, load_settings
+from horizon_lm.cli_data import data_app, init
+from horizon_lm.cli_model import chat, evaluate, generate
+from horizon_lm.errors import HorizonError
 
-if TYPE_CHECKING:
-    from horizon_lm.config import TrainConfig
-
-_HELP = {"help_option_names": ["-h", "--help"]}
-_PASS_OPTIONS = {**_HELP, "ignore_unknown_options": True}
 _ENV_PACKAGES = (
-    *("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "datasets", "numpy"),
+    *("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "datasets", "trl", "numpy"),
     *("pydantic", "PyYAML", "typer", "rich", "matplotlib"),
 )
-
-Settings = Annotated[list[str] | None, typer.Argument(hidden=True)]
 
 app = typer.Typer(
     name="horizon",
@@ -37,19 +32,17 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=HELP,
 )
 config_app = typer.Typer(
     help="Show, check and document settings.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(config_app, name="config")
-
-
-class SettingsCommand(TyperCommand):
-    """A verb that takes a configuration file and overrides."""
-
-    def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        return ["[CONFIG.yaml]", "[KEY=VALUE | --KEY VALUE]..."]
+app.add_typer(data_app, name="data")
+app.command("init")(init)
+app.command("eval", cls=SettingsCommand, context_settings=PASS_OPTIONS)(evaluate)
+app.command("generate")(generate)
+app.command("chat")(chat)
 
 
 class TrainCommand(SettingsCommand):
@@ -62,63 +55,28 @@ class TrainCommand(SettingsCommand):
         formatter.write("\n" + settings_help(max(60, min(formatter.width, 110))))
 
 
-def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """What follows a verb -> (configuration file, overrides as `key=value`)."""
-    config: str | None = None
-    overrides: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        name = argument.partition("=")[0]
-        if argument.startswith("--") and "=" not in argument:
-            value = next(rest, None)
-            if value is None:
-                raise ConfigError(f"command line: '{argument}' has no value", f"write {argument}=VALUE")
-            overrides.append(f"{argument}={value}")
-        elif argument.startswith("--") or "=" in argument and "/" not in name and os.sep not in name:
-            overrides.append(argument)
-        elif argument.startswith("-") and argument != "-":
-            raise ConfigError(
-                f"command line: '{argument}' is no option", "settings are key=value or --key value"
-            )
-        elif config is not None:
-            hint = "settings are key=value; text with spaces needs quotes"
-            raise ConfigError(f"command line: '{argument}' is neither key=value nor the only file", hint)
-        else:
-            config = argument
-    return config, overrides
-
-
-def _load(arguments: Sequence[str] | None) -> tuple[TrainConfig, list[str]]:
-    from horizon_lm.config import load_config
-
-    config, notes = load_config(*split_arguments(arguments or ()))
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
-    return config, notes
-
-
-@app.command(cls=TrainCommand, context_settings=_PASS_OPTIONS)
-def train(settings: Settings = None) -> None:
+@app.command(cls=TrainCommand, context_settings=PASS_OPTIONS)
+def train(settings: SettingsArguments = None) -> None:
     """Train a model on text and leave it in Hugging Face format.
 
     Settings come from CONFIG.yaml, if given, and from key=value, --key value or --key=value, which win.
     """
-    config, notes = _load(settings)
+    config, notes = load_settings(settings)
     from horizon_lm.run.train import train as run_training
 
     run_training(config, config_notes=notes)
 
 
-@config_app.command("show", cls=SettingsCommand, context_settings=_PASS_OPTIONS)
-def config_show(settings: Settings = None) -> None:
+@config_app.command("show", cls=SettingsCommand, context_settings=PASS_OPTIONS)
+def config_show(settings: SettingsArguments = None) -> None:
     """Print every setting, defaults and overrides included, as YAML."""
-    print(_load(settings)[0].to_yaml(), end="")
+    print(load_settings(settings)[0].to_yaml(), end="")
 
 
-@config_app.command("validate", cls=SettingsCommand, context_settings=_PASS_OPTIONS)
-def config_validate(settings: Settings = None) -> None:
+@config_app.command("validate", cls=SettingsCommand, context_settings=PASS_OPTIONS)
+def config_validate(settings: SettingsArguments = None) -> None:
     """Check a configuration; exit code 2 if it has a fault."""
-    _load(settings)
+    load_settings(settings)
     print("the configuration is valid")
 
 

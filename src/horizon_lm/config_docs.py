@@ -29,6 +29,7 @@ _TYPE_WORDS = {
     "object": "a mapping",
     "null": "null",
 }
+_DATASETS = (("datasets",), ("eval_datasets",))  # lists of mappings with keys of their own
 _LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
@@ -96,7 +97,7 @@ def explain(cls: type[Settings], error: ValidationError, document: Document) -> 
     for finding in error.errors(include_url=False):
         location = finding["loc"]
         path = (
-            location if location[:1] == ("datasets",) else location[:1]
+            location if location[:1] in _DATASETS else location[:1]
         )  # the rest names branches of a union
         if path in seen:
             continue
@@ -124,7 +125,7 @@ def _place(document: Document, path: KeyPath) -> str:
 
 
 def _fault(cls: type[Settings], path: KeyPath, finding: Any) -> tuple[str, str | None]:
-    inside = len(path) > 1 and path[0] == "datasets"
+    inside = len(path) > 1 and path[:1] in _DATASETS
     owner: type[BaseModel] = DatasetConfig if inside else cls
     leaf = str(path[2] if len(path) > 2 else path[0])
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
