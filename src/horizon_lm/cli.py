@@ -17,7 +17,8 @@ import typer
 from horizon_lm.cli_base import HELP, PASS_OPTIONS, SettingsArguments, SettingsCommand, load_settings
 from horizon_lm.cli_data import data_app, init
 from horizon_lm.cli_model import chat, evaluate, generate
-from horizon_lm.errors import HorizonError
+from horizon_lm.cli_run import ResumeCommand, resume, verify
+from horizon_lm.errors import HorizonError, StoppedError
 
 _ENV_PACKAGES = (
     *("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "datasets", "trl", "numpy"),
@@ -43,6 +44,8 @@ app.command("init")(init)
 app.command("eval", cls=SettingsCommand, context_settings=PASS_OPTIONS)(evaluate)
 app.command("generate")(generate)
 app.command("chat")(chat)
+app.command("resume", cls=ResumeCommand, context_settings=PASS_OPTIONS)(resume)
+app.command("verify")(verify)
 
 
 class TrainCommand(SettingsCommand):
@@ -155,6 +158,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = app(args=arguments, prog_name="horizon", standalone_mode=False)
         return result if isinstance(result, int) else 0
+    except StoppedError as stop:
+        print(f"{stop.message}; to go on: {stop.hint}", file=sys.stderr)
+        return stop.exit_code
     except HorizonError as error:
         if debug:
             traceback.print_exc()
@@ -171,8 +177,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, _usage_errors()):
             return _report_usage(error)
         traceback.print_exc()
+        where = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
         _report(
-            f"this is a bug in horizon: {type(error).__name__}: {error}",
+            f"this is a bug in horizon: {type(error).__name__}: {error}{where}",
             "please report it with 'horizon env'",
         )
         return 1

@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from horizon_lm import config_aliases, config_merge
 from horizon_lm.config_base import STRICT, Settings, fault, setting, text_keys
+from horizon_lm.config_checkpoints import CheckpointSettings
 
 # Arguments that each curve of `lr_scheduler_type` takes, as in transformers' `get_scheduler`.
 SCHEDULER_KWARGS: dict[str, frozenset[str]] = {
@@ -167,9 +168,10 @@ class ModelSettings(Settings):
     max_grad_norm: float | None = setting(
         1.0, "Clip gradients to this global norm; 0 or null switches clipping off.", group="Optimizer", ge=0
     )
-    nonfinite: Literal["raise", "skip"] = setting(
+    nonfinite: Literal["raise", "skip", "rollback"] = setting(
         "raise",
-        "What a NaN or infinite loss or gradient does: end the run, or skip that step's update.",
+        "What a NaN or infinite loss or gradient does: end the run, skip that step's update, or go back to "
+        "the last checkpoint and on with the data after it.",
         group="Optimizer",
     )
     decay_embeddings: bool = setting(
@@ -327,7 +329,7 @@ def per_layer(value: str | list[str], words: tuple[str, str]) -> list[str] | Non
     return found
 
 
-class TrainConfig(ModelSettings):
+class TrainConfig(CheckpointSettings, ModelSettings):
     """Everything that `horizon train` needs to know."""
 
     model_name_or_path: str | None = setting(
@@ -516,9 +518,7 @@ class TrainConfig(ModelSettings):
     eval_steps: int = setting(
         100, "Steps between evaluations, with eval_strategy: steps.", group="Evaluation", unit="steps", ge=1
     )
-    eval_on_start: bool = setting(
-        False, "Evaluate before the first step too.", group="Evaluation"
-    )
+    eval_on_start: bool = setting(False, "Evaluate before the first step too.", group="Evaluation")
     per_device_eval_batch_size: int | None = setting(
         None,
         "Sequences in a micro-batch of evaluation; null means per_device_train_batch_size.",
@@ -611,7 +611,23 @@ class TrainConfig(ModelSettings):
         self._check_model()
         self._check_scheduler()
         self._check_data()
+        self._check_faults()
         return self
+
+    def _check_faults(self) -> None:
+        if self.loss_spike == "skip" and self.update_mode == "eager":
+            raise fault(
+                "loss_spike: skip leaves updates out, but update: eager makes them during the backward pass",
+                key="loss_spike",
+                hint="update: deferred, or loss_spike: rollback",
+            )
+        rollback = "rollback" in (self.nonfinite, self.loss_spike)
+        if rollback and self.save_strategy == "no":
+            raise fault(
+                "there is nothing to go back to with save_strategy: no",
+                key="save_strategy",
+                hint="save_strategy: steps",
+            )
 
     def _check_data(self) -> None:
         if self.val_size and self.eval_datasets:
@@ -646,7 +662,9 @@ class TrainConfig(ModelSettings):
             )
         if any(dataset.weight != 1 for dataset in self.datasets):
             raise fault(
-                "a weight takes data that is read whole", key="datasets", hint="streaming: false, or weight: 1"
+                "a weight takes data that is read whole",
+                key="datasets",
+                hint="streaming: false, or weight: 1",
             )
 
     def _check_model(self) -> None:
