@@ -35,7 +35,7 @@ from .loss import (
 from .policies import layer_policies
 from .saving import Saving
 from .step import MicroBatch, Schedule, Step, Update
-from .transfer import square_norm
+from .transfer import square_norm, sum_of_squares
 
 _log = logging.getLogger(__name__)
 
@@ -441,12 +441,12 @@ class Engine:
             if op.slab < 0:
                 self._measure(step, skeleton.head)
             held = table[rows]
-            before = float(held.double().square().sum())
+            before = sum_of_squares(held)
             table[rows] = (held + values).to(table.dtype)
         else:
             self.store.gradient_run(skeleton.embedding_unit, op.slab).zero_()
             table[rows] = values.to(table.dtype)
-        after = float(table[rows].double().square().sum())
+        after = sum_of_squares(table[rows])
         # A tied head's own norm was taken as it was downloaded; what the rows add to it is known here.
         step.square_norms[skeleton.head + 1] = torch.tensor(after - before, dtype=torch.float64)
 
