@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 
 from ..checkpoint import folder as checkpoints
 from ..checkpoint import units
+from ..checkpoint.disk import checksum
 from ..checkpoint.folder import Checkpoint, Rejected
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.reader import load_units, read_small
@@ -117,16 +118,19 @@ def restore(
     resume: Resume,
     model: HostModel,
     load_state: Callable[[Manifest], None],
+    small_files: Mapping[str, bytes],
     warn: Callable[[str], None],
 ) -> Checkpoint:
     """Put the model and (`load_state`) the trainer back to the best checkpoint whose content is right.
 
-    Raises CheckpointError where none is, DataError where the data has changed.
+    small_files: configuration and tokenizer of now. Raises CheckpointError where no content is right,
+    DataError where the data or the tokenizer have changed.
     """
     rejected = []
     for checkpoint in resume.checkpoints:
         try:
             load_checkpoint(checkpoint, model)
+            _check_tokenizer(checkpoint, small_files)
             try:
                 load_state(checkpoint.manifest)
             except DataError:
@@ -138,6 +142,17 @@ def restore(
             warn(f"passed over {error.message}")
             rejected.append(Rejected(checkpoint.path, error.message))
     raise checkpoints.none_valid(resume.checkpoints[0].path.parent, rejected)
+
+
+def _check_tokenizer(checkpoint: Checkpoint, small_files: Mapping[str, bytes]) -> None:
+    """Other words for the same numbers would go unnoticed by a look at the numbers."""
+    name = "tokenizer.json"
+    _, then = checkpoint.manifest.files.get(name, (0, None))
+    if then is not None and name in small_files and checksum(small_files[name]) != then:
+        raise DataError(
+            f"the tokenizer is not the one that {checkpoint.path} was trained with",
+            hint="restore the data, the tokenizer and the settings of the group Data, or start a new run",
+        )
 
 
 def load_checkpoint(checkpoint: Checkpoint, model: HostModel) -> None:

@@ -129,9 +129,10 @@ def _run_steps(
     peak = _peak(config, model)
     meter = Meter(model, loader, every=config.logging_steps, num_steps=num_steps, peak=peak)
     trainer = Trainer(model, loader, meter, LossGuard(config))
+    files = small_files(model, lambda target: _save_tokenizer(data, target))
     parent = None
     if resume is not None:
-        parent = restore(resume, model, trainer.load_state, progress.warn).path
+        parent = restore(resume, model, trainer.load_state, files, progress.warn).path
         progress.stage(f"resumed from {parent}, after step {trainer.loop.step}")
     evaluator = None
     if data.eval_rows is not None:
@@ -159,7 +160,7 @@ def _run_steps(
         config,
         state=trainer.state,
         load_state=trainer.load_guard,
-        small_files=small_files(model, lambda target: _save_tokenizer(data, target)),
+        small_files=files,
         versions=versions(),
         report=reports.checkpoint,
         parent=str(parent) if parent is not None else None,
