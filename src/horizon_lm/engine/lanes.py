@@ -43,8 +43,8 @@ def in_op(error: BaseException, op: Op, ended: Sequence[Op]) -> None:
     note = f"in op {op} ({op.lane} lane, step {op.step})"
     if ended:
         note += ", after " + " ".join(str(other) for other in ended[-8:])
-    if note not in getattr(error, "__notes__", ()):
-        error.add_note(note)
+    if not any(earlier.startswith("in op ") for earlier in getattr(error, "__notes__", ())):
+        error.add_note(note)  # else it comes from the disk lane, and arose in the op that is noted
 
 
 class DiskLane:
