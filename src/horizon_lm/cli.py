@@ -17,7 +17,7 @@ import typer
 from horizon_lm.cli_base import HELP, PASS_OPTIONS, SettingsArguments, SettingsCommand, load_settings
 from horizon_lm.cli_data import data_app, init
 from horizon_lm.cli_model import chat, evaluate, generate
-from horizon_lm.cli_run import ResumeCommand, resume, verify
+from horizon_lm.cli_run import ResumeCommand, export, resume, verify
 from horizon_lm.errors import HorizonError, StoppedError
 
 _ENV_PACKAGES = (
@@ -46,6 +46,7 @@ app.command("generate")(generate)
 app.command("chat")(chat)
 app.command("resume", cls=ResumeCommand, context_settings=PASS_OPTIONS)(resume)
 app.command("verify")(verify)
+app.command("export")(export)
 
 
 class TrainCommand(SettingsCommand):

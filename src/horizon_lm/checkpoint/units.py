@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,18 @@ from ..memory.layout import Parameter
 from ..memory.store import HostStore
 from .disk import PIECE_BYTES, HashedFile
 
-_DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int16: "I16"}
+_DTYPE_NAMES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 _MAX_HEADER_BYTES = 100_000_000  # as safetensors itself
 
 Entry = tuple[str, torch.Tensor]
@@ -57,9 +68,9 @@ def _entries(store: HostStore, unit: int) -> Iterator[Entry]:
             yield f"{region}.{parameter.name}", view(store.run(region, unit), parameter)
 
 
-def header(rows: list[Entry]) -> bytes:
+def header(rows: Sequence[Entry], metadata: dict[str, str] | None = None) -> bytes:
     """The header of a safetensors file that holds the rows one after the other."""
-    table: dict[str, Any] = {}
+    table: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for key, tensor in rows:
         start, end = end, end + tensor.nbytes

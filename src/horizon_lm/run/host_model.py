@@ -399,6 +399,12 @@ class HostModel:
         self.engine.save(saving, background=background)
 
     @property
+    def kept_in_fp32(self) -> list[str]:
+        """Parameters that are computed with in fp32 although the model is bf16, as transformers wants it."""
+        parameters = [p for unit in self.store.units for p in unit.parameters]
+        return [p.name for p in parameters if p.compute_dtype != self.store.dtype]
+
+    @property
     def is_saving(self) -> bool:
         """Whether a state is still on its way to the disk."""
         return not self.engine.lanes.disk.is_idle

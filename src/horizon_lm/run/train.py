@@ -18,6 +18,7 @@ from ..data.training_data import pad_id
 from ..errors import ConfigError, DataError, DoesNotFitError, NonFiniteError
 from ..optim.curves import learning_rates
 from . import sample
+from .card import model_card
 from .evaluation import Evaluator
 from .flops import FORMULA, measure_peak
 from .folder import RunFolder, check_disk, claim
@@ -93,7 +94,7 @@ def train(config: TrainConfig, *, config_notes: Sequence[str] = ()) -> TrainResu
             folder.model,
             dtype=config.save_dtype,
             max_shard_size=config.max_shard_size,
-            extra=lambda target: _save_tokenizer(data, target),
+            extra=lambda target: _save_beside(config, data, model, last, target),
         )
         if config.plot_loss:
             plot_loss(folder.metrics, folder.picture, title=_title(config, model, last, folder.metrics))
@@ -277,6 +278,21 @@ def _save_tokenizer(data: TrainingData, target: Path) -> None:
         tokenizer.save_pretrained(target)
     finally:
         tokenizer.chat_template = own
+
+
+def _save_beside(
+    config: TrainConfig, data: TrainingData, model: HostModel, last: Metrics, target: Path
+) -> None:
+    """What a model folder has beside the model: the tokenizer and a card."""
+    _save_tokenizer(data, target)
+    card = model_card(
+        config.to_dict(),
+        model_type=str(model.config.model_type),
+        step=last.step,
+        num_tokens=last.num_tokens,
+        versions=versions(),
+    )
+    (target / "README.md").write_text(card, encoding="utf-8")
 
 
 def describe_data(data: TrainingData) -> str:

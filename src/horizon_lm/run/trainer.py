@@ -48,6 +48,7 @@ class Trainer:
             "loader": self.loader.state_dict(),
             "meter": self.meter.state_dict(),
             "losses": self.guard.state_dict(),
+            "kept_in_fp32": self.model.kept_in_fp32,
             "last": finite_or_none(asdict(self.last)) if self.last is not None else None,
         }
 
