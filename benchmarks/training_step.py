@@ -3,7 +3,8 @@
 `recompute` stands beside transformers with activation checkpointing, `keep` beside transformers without.
 Both models live in one process and take turns (order alternating), so that a machine that changes
 its speed changes it for both. Figures are medians of paired ratios; times are of the process's CPU
-seconds and of the wall clock. fp32 and bf16, about 100 M parameters, sequences of 512 tokens.
+seconds and of the wall clock. On the CPU fp32 and bf16, about 100 M parameters, sequences of 512 tokens;
+on a GPU bf16, 1 B and 4 B parameters, sequences of 4096.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -21,30 +23,44 @@ import horizon_lm as hz
 
 from .report import Report
 
-TOKENS = 512
+# name: width, MLP, layers, heads, keys and values, vocabulary; about 110 M, 1.2 B and 4.0 B parameters
+SHAPES = {
+    "100m": (768, 2048, 12, 12, 12, 16384),
+    "1b": (2048, 8192, 16, 32, 8, 128256),
+    "4b": (2560, 9728, 36, 32, 8, 151936),
+}
 
 
-def model_of_100m() -> LlamaForCausalLM:
+def model_of(shape: str, dtype: torch.dtype) -> LlamaForCausalLM:
+    """Random weights; tied tables where they would be most of the model."""
+    width, mlp, layers, heads, kv, vocabulary = SHAPES[shape]
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=16384,
-            hidden_size=768,
-            intermediate_size=2048,
-            num_hidden_layers=12,
-            num_attention_heads=12,
-            num_key_value_heads=12,
-            max_position_embeddings=2048,
-            tie_word_embeddings=False,
-        )
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        max_position_embeddings=32768,
+        tie_word_embeddings=shape != "100m",
     )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
 
 
 class Plain:
     """transformers + torch.optim.AdamW on fp32 masters, recomputing every layer or none."""
 
-    def __init__(self, model: LlamaForCausalLM, micro_batches: list[dict], activations: str) -> None:
-        self.model, self.micro_batches = model.train(), micro_batches
+    def __init__(
+        self, model: LlamaForCausalLM, micro_batches: list[dict], activations: str, device: torch.device
+    ) -> None:
+        self.model = model.to(device).train()
+        self.micro_batches = [{k: v.to(device) for k, v in batch.items()} for batch in micro_batches]
         self.model.config.use_cache = False
         if activations == "recompute":
             self.model.activation_checkpointing_enable()
@@ -75,9 +91,15 @@ class Plain:
 
 
 class Ours:
-    def __init__(self, model: LlamaForCausalLM, micro_batches: list[dict], **settings: object) -> None:
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        micro_batches: list[dict],
+        device: torch.device,
+        **settings: object,
+    ) -> None:
         dtype = str(model.dtype).removeprefix("torch.")
-        self.model = hz.HostModel.from_pretrained(model, device="cpu", dtype=dtype, **settings)
+        self.model = hz.HostModel.from_pretrained(model, device=str(device), dtype=dtype, **settings)
         self.micro_batches = micro_batches
 
     def forward_backward(self) -> None:
@@ -90,6 +112,8 @@ class Ours:
 def seconds(function: Callable[[], None]) -> tuple[float, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
@@ -107,9 +131,10 @@ def compare(ours: Callable[[], None], plain: Callable[[], None], runs: int) -> d
     return {clock: sorted(values) for clock, values in ratios.items()}
 
 
-def batches_of(micro_batches: int) -> list[dict]:
+def batches_of(shape: str, micro_batches: int, tokens: int) -> list[dict]:
     generator = torch.Generator().manual_seed(0)
-    ids = [torch.randint(0, 16384, (1, TOKENS), generator=generator) for _ in range(micro_batches)]
+    vocabulary = SHAPES[shape][-1]
+    ids = [torch.randint(0, vocabulary, (1, tokens), generator=generator) for _ in range(micro_batches)]
     return [{"input_ids": i, "labels": i} for i in ids]
 
 
@@ -120,44 +145,87 @@ def row(found: dict[str, list[float]], *cells: str) -> list[str]:
     return [*cells, *values]
 
 
+def against_plain(case: Case, runs: int) -> list[list[str]]:
+    rows = []
+    for activations in ("recompute", "keep"):
+        model, batches = model_of(case.shape, case.dtype), case.batches()
+        ours = Ours(copy.deepcopy(model), batches, case.device, activations=activations)
+        plain = Plain(model, batches, activations, case.device)
+        for part in ("forward_backward", "step"):
+            found = compare(getattr(ours, part), getattr(plain, part), runs)
+            rows.append(row(found, *case.cells(), activations, part))
+            ours.model.flush()
+        del plain, ours
+        if case.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return rows
+
+
+def between_modes(case: Case, runs: int) -> list[list[str]]:
+    rows = []
+    for update, limit in (("deferred", 1.0), ("deferred", None), ("eager", None)):
+        model, batches = model_of(case.shape, case.dtype), case.batches()
+        sync = Ours(copy.deepcopy(model), batches, case.device, update="sync", max_grad_norm=limit)
+        other = Ours(model, batches, case.device, update=update, max_grad_norm=limit)
+        found = compare(other.step, sync.step, runs)
+        rows.append(row(found, *case.cells(), update, "1.0" if limit else "off"))
+        del sync, other
+    return rows
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting: a step of `micro_batches` rows of `tokens`."""
+
+    shape: str
+    dtype: torch.dtype
+    micro_batches: int
+    tokens: int
+    device: torch.device
+
+    def batches(self) -> list[dict]:
+        return batches_of(self.shape, self.micro_batches, self.tokens)
+
+    def cells(self) -> list[str]:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return [self.shape, dtype, f"{self.micro_batches} x {self.tokens}"]
+
+
+def cases(device: torch.device) -> list[Case]:
+    """On a GPU, steps of 4 K and 16 K tokens in rows of 4 K."""
+    if device.type == "cuda":
+        grid = [("1b", 1), ("1b", 4), ("4b", 1), ("4b", 4)]
+        return [Case(shape, torch.bfloat16, count, 4096, device) for shape, count in grid]
+    dtypes = (torch.float32, torch.bfloat16)
+    return [Case("100m", dtype, count, 512, device) for dtype in dtypes for count in (1, 4)]
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    report = Report("training-step-cpu", __doc__ or "", command="python -m benchmarks training_step")
-    rows, modes = [], []
-    for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix("torch.")
-        for micro_batches in arguments.micro_batches:
-            batches, model = batches_of(micro_batches), model_of_100m().to(dtype)
-            for activations in ("recompute", "keep"):
-                plain = Plain(copy.deepcopy(model), batches, activations)
-                ours = Ours(copy.deepcopy(model), batches, activations=activations)
-                for part in ("forward_backward", "step"):
-                    found = compare(getattr(ours, part), getattr(plain, part), arguments.runs)
-                    rows.append(row(found, name, activations, str(micro_batches), part))
-                    ours.model.flush()
-                del plain, ours
-            for update, limit in (("deferred", 1.0), ("deferred", None), ("eager", None)):
-                sync = Ours(copy.deepcopy(model), batches, update="sync", max_grad_norm=limit)
-                other = Ours(copy.deepcopy(model), batches, update=update, max_grad_norm=limit)
-                found = compare(other.step, sync.step, arguments.runs)
-                modes.append(row(found, name, str(micro_batches), update, "1.0" if limit else "off"))
-                del sync, other
-    size = f"{arguments.threads} threads; llama, 110 M parameters, {TOKENS} tokens a micro-batch. "
-    pairs = f"Medians of {arguments.runs} pairs (least to most); "
+    device = torch.device(arguments.device)
+    command = "python -m benchmarks training_step"
+    report = Report(f"training-step-{device.type}", __doc__ or "", command=command)
+    rows: list[list[str]] = []
+    modes: list[list[str]] = []
+    for case in cases(device):
+        rows += against_plain(case, arguments.runs)
+        modes += between_modes(case, arguments.runs)
+    note = f"Medians of {arguments.runs} pairs (least to most); {arguments.threads} threads. "
+    head = ["shape", "dtype", "micro-batches"]
     report.table(
-        ["dtype", "activations", "micro-batches", "part", "our tokens/s over plain, wall", "CPU time"],
+        [*head, "activations", "part", "our tokens/s over plain, wall", "CPU time"],
         rows,
-        note=pairs + size + "step: clipping 1.0 and AdamW with fp32 masters on both sides.",
+        note=note + "step: clipping 1.0 and AdamW with fp32 masters on both sides.",
     )
     report.table(
-        ["dtype", "micro-batches", "update", "clipping", "tokens/s over update: sync, wall", "CPU time"],
+        [*head, "update", "clipping", "tokens/s over update: sync, wall", "CPU time"],
         modes,
-        note=pairs + "the whole step, ours against ours. On the CPU the update shares the cores with all "
+        note=note + "The whole step, ours against ours. On the CPU the update shares the cores with all "
         "else, so nothing can overlap.",
     )
     report.write()

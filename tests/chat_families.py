@@ -13,10 +13,31 @@ from importlib.resources import files
 from typing import Any
 
 SPECIAL = [
-    *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>"),
+    *(
+        "<|begin_of_text|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+        "<|im_start|>",
+        "<|im_end|>",
+    ),
     *("<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "[INST]"),
-    *("[/INST]", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>", "[gMASK]", "<sop>", "<|tool_call|>"),
-    *("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>"),
+    *(
+        "[/INST]",
+        "<｜User｜>",
+        "<｜Assistant｜>",
+        "<｜end▁of▁sentence｜>",
+        "[gMASK]",
+        "<sop>",
+        "<|tool_call|>",
+    ),
+    *(
+        "<|START_OF_TURN_TOKEN|>",
+        "<|END_OF_TURN_TOKEN|>",
+        "<|USER_TOKEN|>",
+        "<|CHATBOT_TOKEN|>",
+        "<|SYSTEM_TOKEN|>",
+    ),
     *("<think>", "</think>", "<tool_call>", "</tool_call>", "<|turn>", "<turn|>"),
 ]
 
@@ -27,10 +48,12 @@ MISTRAL = """{{ bos_token }}{% set ns = namespace(system='') %}
 {%- else %}{{ ' ' + m.content + eos_token }}{% endif %}
 {%- endfor %}"""
 
-CHATML = """{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}
+CHATML = """{% for m in messages %}
+{{- '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
-ZEPHYR = """{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}
+ZEPHYR = """{% for m in messages %}
+{{- '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
 
 VICUNA = """{{ bos_token }}{% for m in messages -%}
@@ -47,7 +70,8 @@ FORGETFUL = """{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}
 
 # Marks the last turn alone.
 LAST_ONLY = """{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}
-{%- if m.role == 'assistant' and loop.last %}{% generation %}{{ m['content'] + '<|im_end|>\n' }}{% endgeneration %}
+{%- if m.role == 'assistant' and loop.last -%}
+{% generation %}{{ m['content'] + '<|im_end|>\n' }}{% endgeneration %}
 {%- else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"""
 
 # Marks what the user says.

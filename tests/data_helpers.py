@@ -41,5 +41,9 @@ def write_parquet(path: Path, columns: dict[str, Any]) -> Path:
 
 
 def config(**changes: Any) -> TrainConfig:
-    values: dict[str, Any] = {"init_model": {"model_type": "llama"}, "datasets": "absent.jsonl", "max_length": 16}
+    values: dict[str, Any] = {
+        "init_model": {"model_type": "llama"},
+        "datasets": "absent.jsonl",
+        "max_length": 16,
+    }
     return TrainConfig.from_dict({**values, **changes})

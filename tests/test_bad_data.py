@@ -1,4 +1,4 @@
-"""Malformed input: `horizon train` ends with one clear line and its exit code, and nothing is trained or written.
+"""Malformed input: `horizon train` ends with one clear line and its exit code; nothing is trained or written.
 
 Each case is a file as people have them, and what the line must say: the file, the row, what is wrong.
 """
@@ -225,7 +225,12 @@ def end_with_a_line(
     monkeypatch.setattr(run_train, "build_model", build)
 
     def run(path: Any, *more: str, begins: bool = False) -> str:
-        settings = [f"datasets={path}", f"output_dir={tmp_path / 'out' / 'run'}", "max_length=64", "progress=off"]
+        settings = [
+            f"datasets={path}",
+            f"output_dir={tmp_path / 'out' / 'run'}",
+            "max_length=64",
+            "progress=off",
+        ]
         settings += ["init_model.model_type=llama", f"tokenizer_name_or_path={tokenizer_folder}"]
         code = cli.main(["train", *settings, "chat_template=plain", *more])
         shown = capsys.readouterr().err.splitlines()
@@ -233,7 +238,9 @@ def end_with_a_line(
             assert code == 1 and "a model was built" in shown[-2]
             return ""
         assert code == 4
-        assert shown[0].startswith("error: ") and shown[1:2] == [s for s in shown[1:] if s.startswith("hint: ")]
+        assert shown[0].startswith("error: ") and shown[1:2] == [
+            s for s in shown[1:] if s.startswith("hint: ")
+        ]
         assert len(shown) <= 2 and len(shown[0]) < 600 and "Traceback" not in "".join(shown)
         assert not (tmp_path / "out").exists()
         return shown[0]
@@ -242,9 +249,7 @@ def end_with_a_line(
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_a_bad_file_is_one_clear_line(
-    case: str, end_with_a_line: Callable[..., str], tmp_path: Path
-) -> None:
+def test_a_bad_file_is_one_clear_line(case: str, end_with_a_line: Callable[..., str], tmp_path: Path) -> None:
     import re
 
     name, content, message = FILES[case]
@@ -263,9 +268,7 @@ def test_a_good_file_is_no_error(end_with_a_line: Callable[..., str], tmp_path: 
 
 
 @pytest.mark.parametrize("skippable", ["broken", "number", "columns", "no answer"])
-def test_bad_rows_can_be_skipped(
-    skippable: str, end_with_a_line: Callable[..., str], tmp_path: Path
-) -> None:
+def test_bad_rows_can_be_skipped(skippable: str, end_with_a_line: Callable[..., str], tmp_path: Path) -> None:
     bad = {
         "broken": b'{"messages": \n',
         "number": messages(USER, {"role": "assistant", "content": 4}),
@@ -319,9 +322,7 @@ def test_faults_of_parquet_columns(end_with_a_line: Callable[..., str], tmp_path
         assert f"a.parquet: {message}" in line
 
 
-def test_text_that_would_be_code_is_only_text(
-    end_with_a_line: Callable[..., str], tmp_path: Path
-) -> None:
+def test_text_that_would_be_code_is_only_text(end_with_a_line: Callable[..., str], tmp_path: Path) -> None:
     """Rows are data: a template's braces in them are not rendered, and nothing is imported or run."""
     attack = "{{ cycler.__init__.__globals__.os.system('touch owned') }}"
     row = {"messages": [{"role": "user", "content": attack}, {"role": "assistant", "content": attack}]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,12 @@ from horizon_lm.data.encode import Encoded, Encoder, covered
 from horizon_lm.data.formats import Chat, Pair, Text
 from horizon_lm.errors import ConfigError, DataError
 
-TEXTS = ["How many legs has a spider?", "Eight legs.\n\nIt is no insect: é, 日本, 😀.", "And  a crab ?", "Ten."]
+TEXTS = [
+    "How many legs has a spider?",
+    "Eight legs.\n\nIt is no insect: é, 日本, 😀.",
+    "And  a crab ?",
+    "Ten.",
+]
 
 
 def user(text: str) -> dict[str, Any]:
@@ -176,7 +182,12 @@ def test_loss_on_the_completion_of_messages(name: str, tokenizer: Any) -> None:
     text, spans = family.expected(TWO)
     found = encode(tokenizer, Chat(TWO, num_prompt=3), family.text, "completion")
     begin = spans[1][0]
-    if name in ("qwen2.5", "deepseek-v3", "qwen3", "glm4"):  # the generation prompt goes further than their mark
+    if name in (
+        "qwen2.5",
+        "deepseek-v3",
+        "qwen3",
+        "glm4",
+    ):  # the generation prompt goes further than their mark
         assert found.trained is not None
         inside = token_spans(tokenizer, text, [(begin, len(text))])
         assert not any(mine and not theirs for mine, theirs in zip(found.trained, inside, strict=True))
@@ -267,14 +278,15 @@ def test_conversations_with_tools_equal_transformers(name: str, tokenizer: Any) 
     [
         (LAST_ONLY, "marks 1 of 2 assistant turns"),
         (WRONG_SIDE, "holds the user's words"),
-        ("{% for m in messages %}{{ m['content'] }}{% endfor %}{{ messages | length }}", "cannot say which tokens"),
+        (
+            "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ messages | length }}",
+            "cannot say which tokens",
+        ),
         ("{{ raise_exception('no such thing') }}", "refuses this conversation: no such thing"),
         ("{% for m in messages %}", "refuses this conversation"),
     ],
 )
-def test_a_template_that_cannot_give_the_mask_is_refused(
-    template: str, message: str, tokenizer: Any
-) -> None:
+def test_a_template_that_cannot_give_the_mask_is_refused(template: str, message: str, tokenizer: Any) -> None:
     with pytest.raises(DataError, match=message) as caught:
         encode(tokenizer, Chat(TWO), template)
     assert caught.value.hint
@@ -315,6 +327,44 @@ def test_chat_template_names_and_files(tokenizer: Any, tmp_path: Any) -> None:
     assert learned_text(tokenizer, found) == [TEXTS[1] + "</s>\n"]
     with pytest.raises(ConfigError, match="no built-in template"):
         read_template("chatmll")
+
+
+def test_chatml_needs_its_tokens(tokenizer: Any) -> None:
+    """Else the end of an answer would be some letters, at which nothing stops."""
+    assert Encoder(tokenizer, chat_template="chatml").chat
+    with pytest.raises(ConfigError, match="no token of this tokenizer") as caught:
+        Encoder(train_tokenizer([], 257), chat_template="chatml")
+    assert "plain" in (caught.value.hint or "")
+
+
+def templates_of_trl() -> list[str]:
+    """Those that take text and have a training variant."""
+    names = {file.name.removesuffix(".jinja") for file in (files("trl") / "chat_templates").iterdir()}
+    return sorted(n for n in names if f"{n}_training" in names and n not in OF_PICTURES)
+
+
+OF_PICTURES = {"llava_next", "idefics3", "smolvlm", "qwen2_5_vl", "qwen3_vl", "diffusion_gemma"}
+
+
+@pytest.mark.parametrize("name", templates_of_trl())
+def test_every_template_that_trl_knows(name: str, tokenizer: Any) -> None:
+    found = encode(tokenizer, Chat(TWO), trl_template(name))
+    template = ChatTemplate(tokenizer)
+    theirs = tokenizer.apply_chat_template(
+        TWO, chat_template=template.template, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert found.ids.tolist() == theirs["input_ids"] and found.trained is not None
+    assert found.trained.astype(int).tolist() == theirs["assistant_masks"]
+    learned = "".join(learned_text(tokenizer, found))
+    assert TEXTS[1] in learned and TEXTS[3] in learned
+    assert TEXTS[0] not in learned and TEXTS[2] not in learned
+    last = encode(tokenizer, Chat(TWO), trl_template(name), "last_assistant")
+    assert TEXTS[3] in "".join(learned_text(tokenizer, last))
+    assert TEXTS[1] not in "".join(learned_text(tokenizer, last))
+
+
+def test_there_are_many_templates_of_trl() -> None:
+    assert len(templates_of_trl()) >= 20
 
 
 def test_template_variables_reach_the_template(tokenizer: Any) -> None:

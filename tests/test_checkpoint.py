@@ -1,5 +1,5 @@
-"""A checkpoint is whole or absent, and what is damaged is refused by name: every write position, every kind of
-damage, every file."""
+"""A checkpoint is whole or absent, and what is damaged is refused by name: every write position, every
+kind of damage, every file."""
 
 from __future__ import annotations
 
@@ -121,9 +121,7 @@ def test_what_is_saved_is_read_back_and_is_plain_safetensors(
     assert regions(other) == regions(model)
 
 
-def test_nothing_of_the_model_is_copied_in_memory(
-    model: HostModel, tmp_path: Path
-) -> None:
+def test_nothing_of_the_model_is_copied_in_memory(model: HostModel, tmp_path: Path) -> None:
     """What is handed to the disk is the store's own memory."""
     spans = [
         (run.untyped_storage().data_ptr(), run.untyped_storage().nbytes())
@@ -242,9 +240,7 @@ def test_a_full_file_system_at_every_size(
             assert first is not None and second is not None
             found, rejected = list_checkpoints(place)
             assert not rejected
-            assert [c.manifest.step for c in found] == [
-                o.step for o in (second, first) if o.error is None
-            ]
+            assert [c.manifest.step for c in found] == [o.step for o in (second, first) if o.error is None]
             for one in found:
                 assert not verify(one).faults
             assert not [p for p in place.iterdir() if p.name.startswith(".tmp")]
@@ -486,7 +482,8 @@ def test_every_damaged_checkpoint_is_refused_by_name(
         if (copy / name).is_file() and not (copy / name).is_symlink():
             assert (copy / name).read_bytes() != original
         error = refused(copy, target)
-        assert name in error.message or damage is swap or name == "manifest.json", (damage, name, error.message)
+        told = name in error.message or damage is swap or name == "manifest.json"
+        assert told, (damage, name, error.message)
         shutil.rmtree(copy)
         cases += 1
     for change in HEADERS.values():

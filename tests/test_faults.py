@@ -1,4 +1,4 @@
-"""What breaks while a run works: kills, full disks, lanes that fail or die, losses that are not to be learned."""
+"""What breaks while a run works: kills, full disks, lanes that fail or die, losses not to be learned from."""
 
 from __future__ import annotations
 
@@ -38,7 +38,17 @@ from horizon_lm.run.guard import LossGuard
 from horizon_lm.run.host_model import HostModel
 from horizon_lm.run.metrics import read_steps
 from horizon_lm.run.train import train
-from horizon_lm.schedule import Buffer, Lane, Op, StepPlan, build, build_save, build_steps, check, derive_waits
+from horizon_lm.schedule import (
+    Buffer,
+    Lane,
+    Op,
+    StepPlan,
+    build,
+    build_save,
+    build_steps,
+    check,
+    derive_waits,
+)
 from small_runs import losses_of, settings, tensors_of, values, write_text
 
 KILLS = 20
@@ -201,7 +211,8 @@ def test_a_disk_that_fails_for_a_while_is_reported_and_the_run_goes_on(
     shown = capsys.readouterr().out
     for step in (3, 4, 5):
         assert f"warning: no checkpoint of step {step}: {os.strerror(code)}" in shown
-    assert [e.get("error") is None for e in events(run, "checkpoint")] == [True] * 2 + [False] * 3 + [True] * 3
+    saved = [e.get("error") is None for e in events(run, "checkpoint")]
+    assert saved == [True] * 2 + [False] * 3 + [True] * 3
     assert losses_of(run) == losses_of(straight)
     assert tensors_of(run / "checkpoint-8") == tensors_of(straight / "checkpoint-8")
     assert {p.name for p in run.glob("*checkpoint-*")} == {"checkpoint-8"}
@@ -615,7 +626,8 @@ def test_a_spike_is_skipped_or_reported_or_ends_the_run(
     train(settings(text, tmp_path / "skip", loss_spike="skip", **SPIKES))
     assert [line["skipped_steps"] for line in read_steps(tmp_path / "skip" / "metrics.jsonl")][-1] == 1
     fault = events(tmp_path / "skip", "fault")
-    assert [(f["step"], f["done"]) for f in fault] == [(12, "not updated")] and "far above" in fault[0]["reason"]
+    assert [(f["step"], f["done"]) for f in fault] == [(12, "not updated")]
+    assert "far above" in fault[0]["reason"]
     train(settings(text, tmp_path / "warn", loss_spike="warn", **SPIKES))
     fault = events(tmp_path / "warn", "fault")
     assert [(f["step"], f["done"]) for f in fault] == [(12, "learned from")]

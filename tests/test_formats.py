@@ -27,7 +27,12 @@ def message(role: str, content: Any, **more: Any) -> dict[str, Any]:
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
 CALLED = Chat(
-    [message("user", "q"), message("assistant", "", tool_calls=[CALL]), message("tool", "r"), message("assistant", "s")],
+    [
+        message("user", "q"),
+        message("assistant", "", tool_calls=[CALL]),
+        message("tool", "r"),
+        message("assistant", "s"),
+    ],
     [TOOL],
 )
 
@@ -58,7 +63,11 @@ ROWS: dict[str, tuple[dict[str, Any], str, Any]] = {
         {
             "messages": [
                 message("user", "q"),
-                message("assistant", None, tool_calls=[{**CALL, "function": {"name": "f", "arguments": '{"a": 1}'}}]),
+                message(
+                    "assistant",
+                    None,
+                    tool_calls=[{**CALL, "function": {"name": "f", "arguments": '{"a": 1}'}}],
+                ),
                 message("tool", "r"),
                 message("assistant", "s"),
             ],
@@ -68,7 +77,10 @@ ROWS: dict[str, tuple[dict[str, Any], str, Any]] = {
         CALLED,
     ),
     "tools as text": (
-        {"messages": CALLED.messages, "tools": '[{"type": "function", "function": {"name": "f", "parameters": {}}}]'},
+        {
+            "messages": CALLED.messages,
+            "tools": '[{"type": "function", "function": {"name": "f", "parameters": {}}}]',
+        },
         "messages",
         CALLED,
     ),
@@ -142,6 +154,28 @@ def test_the_same_from_parquet_which_fills_with_null(tmp_path: Path) -> None:
     assert examples(path) == [chat("a", "b"), Chat(CALLED.messages)]
 
 
+def test_arguments_of_other_calls_do_not_appear_in_a_call(tmp_path: Path) -> None:
+    """Arrow gives all calls all arguments; what is null was never said."""
+    calls = [[{"function": {"name": n, "arguments": {n: 1}}}] for n in ("f", "g")]
+    rows = [[message("user", "q"), message("assistant", "", tool_calls=call)] for call in calls]
+    path = write_parquet(tmp_path / "a.parquet", {"messages": rows})
+    said = [e.messages[1]["tool_calls"][0]["function"]["arguments"] for e in examples(path)]  # type: ignore[union-attr]
+    assert said == [{"f": 1}, {"g": 1}]
+    lines = write_rows(
+        tmp_path / "a.jsonl",
+        [
+            {
+                "messages": [
+                    *rows[0][:1],
+                    message("assistant", "", tool_calls=[{"name": "f", "arguments": {"a": None}}]),
+                ]
+            }
+        ],
+    )
+    kept = examples(lines)[0].messages[1]["tool_calls"][0]["function"]["arguments"]  # type: ignore[union-attr]
+    assert kept == {"a": None}  # in JSON a null was written by someone
+
+
 def test_a_format_can_be_named_and_columns_renamed(tmp_path: Path) -> None:
     row = {"question": "a", "answer": "b", "text": "c", "messages": [message("user", "d")]}
     path = write_rows(tmp_path / "a.jsonl", [row])
@@ -177,6 +211,8 @@ def test_the_advice_for_preference_pairs_works(tmp_path: Path) -> None:
 
 def test_a_row_that_fits_nothing_names_the_columns(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{"q": "a", "a": "b"}])
-    with pytest.raises(DataError, match=r"a\.jsonl:1 fits no known format; its columns are 'q', 'a'") as caught:
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:1 fits no known format; its columns are 'q', 'a'"
+    ) as caught:
         examples(path)
     assert "columns" in (caught.value.hint or "")

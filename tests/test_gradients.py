@@ -13,7 +13,7 @@ import torch
 import horizon_lm as hz
 import zoo
 from horizon_lm.errors import UnsupportedModelError
-from horizon_lm.model.attention import DocumentMask, attention_by_documents, make_mask
+from horizon_lm.model.attention import IntervalMask, attend, attention_by_intervals, make_mask
 
 # Architectures that are refused rather than trained wrongly, with a word of the reason given.
 REFUSED = {
@@ -50,8 +50,8 @@ def stream(model: torch.nn.Module, dtype: str = "float32", **settings: Any) -> h
 
 def plain_as_streamed(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
     """`plain` with the attention that streamed models have for packed rows, which is compared with
-    transformers' own in `test_packed_documents_without_a_mask`."""
-    with attention_by_documents():
+    transformers' own in `test_documents_and_windows_without_a_mask`."""
+    with attention_by_intervals():
         return plain(model, batch)
 
 
@@ -84,18 +84,19 @@ def test_bitwise_equal_to_plain_transformers(name: str):
         assert_same_bits(host, loss, gradients, host.forward_backward([batch]).loss)
 
 
-PACKED = [name for name in STREAMED if "packed" in zoo.CASES[name].kinds]
+UNPADDED = [(name, kind) for name in STREAMED for kind in sorted(zoo.CASES[name].kinds - {"padded"})]
 
 
-@pytest.mark.parametrize("name", PACKED)
-def test_packed_documents_without_a_mask(name: str):
-    """Attention document by document against transformers' mask of tokens times tokens: fp32, 1e-5.
+@pytest.mark.parametrize(("name", "kind"), UNPADDED)
+def test_documents_and_windows_without_a_mask(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention by documents and windows against transformers' mask of tokens times tokens: fp32, 1e-5.
 
     Where a gradient is so ill-conditioned that transformers' own is further than that from fp64 (the
     time step of a gated delta rule), ours may be three times as far.
     """
+    monkeypatch.setattr("horizon_lm.model.attention._BLOCK", 3)  # several blocks in these short rows
     model = zoo.build(name)
-    batch = zoo.batch(name, kind="packed")
+    batch = zoo.batch(name, kind=kind)
     host = stream(model)
     loss, gradients = plain(model, batch)
     assert host.forward_backward([batch]).loss == pytest.approx(loss, rel=1e-6)
@@ -108,9 +109,43 @@ def test_packed_documents_without_a_mask(name: str):
             assert relative(found[n], exact[n]) < 3 * relative(gradients[n], exact[n]) + 1e-5, n
 
 
+def test_windows_in_blocks_are_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random documents, windows and blocks against a written-out mask; the last query of a window is the
+    negative control."""
+    monkeypatch.setattr("horizon_lm.model.attention._BLOCK", 4)
+    from transformers.masking_utils import (
+        and_masks,
+        causal_mask_function,
+        sliding_window_causal_mask_function,
+    )
+
+    generator = torch.Generator().manual_seed(0)
+    module, wrong = torch.nn.Module(), 0
+    for case in range(60):
+        tokens, window = 24, int(torch.randint(2, 9, (), generator=generator)) if case % 3 else None
+        document = torch.randint(0, 4, (2, tokens), generator=generator).eq(0).cumsum(-1)
+        causal = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+        inside = and_masks(causal, lambda b, h, q, k, d=document: d[b, q] == d[b, k])
+        given = {"batch_size": 2, "q_length": tokens, "kv_length": tokens, "mask_function": inside}
+        mask = make_mask(**given, local_size=window, allow_is_causal_skip=False)
+        place = torch.arange(tokens)
+        wanted = (document[:, :, None] == document[:, None, :]) & (place[None, :] <= place[:, None])
+        if window is not None:
+            wanted &= place[None, :] > place[:, None] - window
+        assert isinstance(mask, IntervalMask) and torch.equal(mask[:, 0], wanted)
+        q = torch.randn(2, 2, tokens, 8, generator=generator)
+        out, _ = attend(module, q, q, q, mask)
+        expected = torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=wanted[:, None])
+        assert torch.allclose(out, expected.transpose(1, 2), atol=1e-6)
+        if window is not None:
+            mask.window = window + 1
+            other, _ = attend(module, q, q, q, mask)
+            wrong += not torch.allclose(other, expected.transpose(1, 2), atol=1e-3)
+    assert wrong > 10  # where a document is longer than the window
+
+
 def test_no_mask_of_tokens_times_tokens_is_made():
-    """Causal, unpadded or packed: nothing, or the documents' bounds; a window that cuts a document needs
-    one, and so do padded rows."""
+    """Causal, unpadded, packed or within a window: nothing, or intervals; padded rows need one."""
     seen = []
 
     def spy(*args: Any, **kwargs: Any) -> Any:
@@ -130,16 +165,17 @@ def test_no_mask_of_tokens_times_tokens_is_made():
 
     for name in ("llama", "qwen3", "mixtral"):
         assert kinds(name, "plain") == {"none"}
-        assert kinds(name, "packed") == {"DocumentMask"}
+        assert kinds(name, "packed") == {"IntervalMask"}
         assert kinds(name, "padded") == {"Tensor"}
-    assert kinds("gemma3_text", "packed", sliding_window=64) == {"DocumentMask"}
-    assert kinds("gemma3_text", "packed", sliding_window=2) == {"DocumentMask", "Tensor"}
+    assert kinds("gemma3_text", "plain", sliding_window=64) == {"none"}
+    assert kinds("gemma3_text", "plain", sliding_window=3) == {"none", "IntervalMask"}
+    assert kinds("gemma3_text", "packed", sliding_window=3) == {"IntervalMask"}
 
 
-def test_a_document_mask_is_the_mask_that_it_stands_for():
+def test_an_interval_mask_is_the_mask_that_it_stands_for():
     """Whatever else a model does with its mask, it gets the boolean one."""
     starts = torch.tensor([[0, 0, 2, 2, 2], [0, 1, 1, 1, 4]], dtype=torch.int32).view(2, 1, 1, 5)
-    mask = starts.as_subclass(DocumentMask)
+    mask = starts.as_subclass(IntervalMask)
     documents = starts.view(2, 5)
     place = torch.arange(5)
     wanted = (documents[:, :, None] == documents[:, None, :]) & (place[None, :] <= place[:, None])

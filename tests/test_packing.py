@@ -150,7 +150,10 @@ def test_a_batch_in_each_way() -> None:
         "input_ids"
     ].tolist() == [[6, 7, 8, 9, 99], [1, 2, 3, 4, 5]]
     assert set(batch) == {"input_ids", "labels", "position_ids"}
-    positions = {tuple(ids): p for ids, p in zip(batch["input_ids"].tolist(), batch["position_ids"].tolist(), strict=True)}
+    positions = {
+        tuple(ids): p
+        for ids, p in zip(batch["input_ids"].tolist(), batch["position_ids"].tolist(), strict=True)
+    }
     assert positions == {(1, 2, 3, 4, 5): [0, 1, 2, 0, 1], (6, 7, 8, 9, 99): [0, 1, 2, 3, 0]}
     assert (size.tokens, size.positions, size.squares) == (9, 10, 9 + 4 + 16)
 
@@ -195,7 +198,9 @@ def test_wide_vocabularies_get_wide_tokens() -> None:
 LENGTHS = [7, 12, 3, 9, 2, 16, 5]
 
 
-def gradients(model: hz.HostModel, batches: list[dict[str, torch.Tensor]]) -> tuple[float, int, dict[str, torch.Tensor]]:
+def gradients(
+    model: hz.HostModel, batches: list[dict[str, torch.Tensor]]
+) -> tuple[float, int, dict[str, torch.Tensor]]:
     out = model.forward_backward(batches)
     return out.loss, out.num_tokens, {name: grad.float().clone() for name, grad in model.named_gradients()}
 

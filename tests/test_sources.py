@@ -161,7 +161,9 @@ def test_a_name_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'no/such' doesn't exist on the Hub\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", gone)
-    with pytest.raises(DataError, match="no/such is no local file, and could not be read .* exist on the Hub\n"):
+    with pytest.raises(
+        DataError, match="no/such is no local file, and could not be read .* exist on the Hub\n"
+    ):
         read("no/such")
 
 
@@ -175,6 +177,7 @@ def test_faults_of_paths(tmp_path: Path) -> None:
         (tmp_path / "*.txt", {}, "matches no file"),
         (tmp_path / "folder", {}, "matches no file"),
         (tmp_path / "a.jsonl", {"split": "test"}, "has no split 'test'"),
+        (tmp_path, {"split": "test"}, "has no split 'test'"),
     ]:
         with pytest.raises(DataError, match=message) as caught:
             check_exists(dataset(path, **options))
@@ -185,9 +188,36 @@ def test_faults_of_paths(tmp_path: Path) -> None:
 
 def test_names_that_may_be_on_the_hub() -> None:
     suffixes = (".jsonl",)
-    assert hub.looks_like_repository("owner/name-1.5", suffixes) and hub.looks_like_repository("imdb", suffixes)
+    assert hub.looks_like_repository("owner/name-1.5", suffixes) and hub.looks_like_repository(
+        "imdb", suffixes
+    )
     for name in ("a.jsonl", "owner/a.jsonl", "/etc/passwd", "../up", "a/b/c", "a b", "*.txt", "~/x", ""):
         assert not hub.looks_like_repository(name, suffixes)
+
+
+def test_a_folder_s_splits_are_known_by_names(tmp_path: Path) -> None:
+    names = ["train-0.jsonl", "train-1.jsonl", "test.jsonl", "dev/rows.jsonl"]
+    (tmp_path / "dev").mkdir()
+    for name in names:
+        write_rows(tmp_path / name, [{"text": name}])
+    (tmp_path / "README.md").write_text("# About")
+    assert read(tmp_path) == names[:2]
+    assert read(tmp_path, split="test") == names[2:3]
+    assert read(tmp_path, split="validation") == read(tmp_path, split="dev") == names[3:]
+    assert len(read(tmp_path / "**" / "*.jsonl")) == 4  # a glob says itself what it wants
+    with pytest.raises(DataError, match="has no split 'other'"):
+        read(tmp_path, split="other")
+
+
+def test_names_that_speak_of_no_split(tmp_path: Path) -> None:
+    for name in ("contest.jsonl", "training_notes.txt", "testimony.txt", "a.md"):
+        (tmp_path / name).write_text('{"text": "x"}')
+    assert len(examples(tmp_path)) == 4
+    (tmp_path / "README.md").write_text("about")
+    assert len(examples(tmp_path)) == 4
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "README.md").write_text("the only file")
+    assert read(tmp_path / "alone") == ["the only file"]
 
 
 # ---- several datasets -----------------------------------------------------------------------

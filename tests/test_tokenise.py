@@ -1,13 +1,18 @@
-"""Tokenising: on any number of processes the same, kept on disk by content and settings, checked when opened."""
+"""Tokenising: the same on any number of processes, kept by content and settings, checked when opened."""
 
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from data_helpers import config, dataset, read, write_rows
@@ -36,7 +41,9 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def many(folder: Path, count: int = 300) -> Path:
-    rows: list[Any] = [{"prompt": f"question {n}", "completion": f" answer {n} " * (n % 7 + 1)} for n in range(count)]
+    rows: list[Any] = [
+        {"prompt": f"question {n}", "completion": f" answer {n} " * (n % 7 + 1)} for n in range(count)
+    ]
     return write_rows(folder / "rows.jsonl", rows)
 
 
@@ -92,6 +99,33 @@ def test_the_first_bad_row_in_order_is_named_whichever_process_meets_it(
             run(path, encoder, num_proc=num_proc)
 
 
+def test_workers_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
+    path = many(tmp_path, 60_000)
+    program = f"""
+from horizon_lm.data import Documents, train_tokenizer
+from horizon_lm.data.encode import Encoder
+from horizon_lm.data import tokenise
+from horizon_lm.config import DatasetConfig
+tokenise._BATCH_CHARACTERS = 1000
+documents = Documents([DatasetConfig(path={str(path)!r})])
+tokenise.tokenise(documents, Encoder(train_tokenizer([], 257)), cache_dir=None, num_proc=2)
+"""
+    run = subprocess.Popen([sys.executable, "-c", program])
+    try:
+        workers: list[psutil.Process] = []
+        deadline = time.monotonic() + 60
+        while len(workers) < 2 and run.poll() is None and time.monotonic() < deadline:
+            workers = psutil.Process(run.pid).children()
+            time.sleep(0.05)
+        assert len(workers) == 2
+        time.sleep(0.2)
+    finally:
+        run.kill()
+        run.wait()
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive
+
+
 def test_tokens_are_kept_by_content_and_settings(
     tokenizer: Any, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,7 +146,7 @@ def test_tokens_are_kept_by_content_and_settings(
     others = {
         "loss": run(path, Encoder(tokenizer, loss_on="all"), cache_dir=cache)[1],
         "tokenizer": run(path, Encoder(train_tokenizer(["abc"], 300)), cache_dir=cache)[1],
-        "template": run(path, Encoder(tokenizer, chat_template="chatml"), cache_dir=cache)[1],
+        "template": run(path, Encoder(tokenizer, chat_template="alpaca"), cache_dir=cache)[1],
     }
     path.write_text(path.read_text().replace("answer 3", "answer 4", 1))
     others["content"] = run(path, encoder, cache_dir=cache)[1]
@@ -151,6 +185,47 @@ def test_a_failed_run_leaves_nothing_in_the_cache(encoder: Encoder, tmp_path: Pa
     with pytest.raises(DataError):
         run(tmp_path / "a.jsonl", encoder, cache_dir=str(cache))
     assert list(cache.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_swept_after_a_day(encoder: Encoder, tmp_path: Path) -> None:
+    path, cache = many(tmp_path, 5), tmp_path / "cache"
+    first, _ = run(path, encoder, cache_dir=str(cache))
+    old, young = (cache / f".{first.folder.name}.{name}" for name in ("old", "young"))
+    for folder in (old, young):
+        folder.mkdir()
+    os.utime(old, (0, 0))
+    (first.folder / "tokens.bin").unlink()
+    run(path, encoder, cache_dir=str(cache))
+    assert young.exists() and not old.exists()
+
+
+def test_ctrl_c_ends_workers_without_a_word(encoder: Encoder, tmp_path: Path) -> None:
+    path = many(tmp_path, 60_000)
+    program = f"""
+import sys
+from horizon_lm.data import tokenise
+from horizon_lm.cli import main
+tokenise._BATCH_CHARACTERS = 1000
+print("begun", flush=True)
+sys.exit(main(["data", "preview", "datasets={path}", "init_model.model_type=llama", "dataset_num_proc=2",
+               "tokenizer_name_or_path={tmp_path / "tokenizer"}", "dataset_cache_dir={tmp_path / "cache"}"]))
+"""
+    encoder.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    run = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while len(psutil.Process(run.pid).children()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 130 and "Traceback" not in errors
+    assert not list((tmp_path / "cache").iterdir())  # nothing half made
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(encoder: Encoder, tmp_path: Path) -> None:
@@ -224,7 +299,10 @@ def test_all_together_from_a_configuration(tmp_path: Path, tokenizer: Any) -> No
 
 
 def test_the_training_loop_gets_what_the_settings_say(tmp_path: Path, tokenizer: Any) -> None:
-    chats = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * n}]} for n in range(1, 30)]
+    chats = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * n}]}
+        for n in range(1, 30)
+    ]
     path = str(write_rows(tmp_path / "a.jsonl", chats))
     options = {"datasets": path, "chat_template": "plain", "max_length": 48}
     packed = load_training_data(config(**options), tokenizer)

@@ -46,7 +46,19 @@ LLAMA = {
 }
 RUN_FILES = {"config.resolved.yaml", "metrics.jsonl", "model", "loss.png"}
 STEP_KEYS = {
-    *("event", "step", "epoch", "loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "num_tokens", "num_target_tokens", "lanes"),
+    *(
+        "event",
+        "step",
+        "epoch",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "tokens_per_second",
+        "mfu",
+        "num_tokens",
+        "num_target_tokens",
+        "lanes",
+    ),
     *("seconds", "skipped_steps", "host_rss_bytes", "device_bytes", "time"),
 }
 
@@ -648,7 +660,12 @@ def test_plain_progress_prints_one_line_a_second_and_the_first_and_the_last() ->
             progress.step(record(step), metrics(step, math.nan if step == 1 else 2.0))
     lines = stream.getvalue().splitlines()
     assert len(lines) == 2 and "loss nan" in lines[0] and lines[1].startswith("step 500/500")
-    assert "1,234 tokens/s  mfu 42%" in lines[1] and "epoch 0.10" in lines[1] and "2.00 GB" in lines[1] and "5 MB" in lines[1]
+    assert (
+        "1,234 tokens/s  mfu 42%" in lines[1]
+        and "epoch 0.10" in lines[1]
+        and "2.00 GB" in lines[1]
+        and "5 MB" in lines[1]
+    )
 
 
 def test_rich_progress_shows_the_numbers_and_no_progress_shows_none() -> None:

@@ -40,13 +40,6 @@ config_app = typer.Typer(
 )
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
-app.command("init")(init)
-app.command("eval", cls=SettingsCommand, context_settings=PASS_OPTIONS)(evaluate)
-app.command("generate")(generate)
-app.command("chat")(chat)
-app.command("resume", cls=ResumeCommand, context_settings=PASS_OPTIONS)(resume)
-app.command("verify")(verify)
-app.command("export")(export)
 
 
 class TrainCommand(SettingsCommand):
@@ -61,7 +54,7 @@ class TrainCommand(SettingsCommand):
 
 @app.command(cls=TrainCommand, context_settings=PASS_OPTIONS)
 def train(settings: SettingsArguments = None) -> None:
-    """Train a model on text and leave it in Hugging Face format.
+    """Train a model and leave it in Hugging Face format.
 
     Settings come from CONFIG.yaml, if given, and from key=value, --key value or --key=value, which win.
     """
@@ -69,6 +62,15 @@ def train(settings: SettingsArguments = None) -> None:
     from horizon_lm.run.train import train as run_training
 
     run_training(config, config_notes=notes)
+
+
+app.command("init")(init)
+app.command("eval", cls=SettingsCommand, context_settings=PASS_OPTIONS)(evaluate)
+app.command("generate")(generate)
+app.command("chat")(chat)
+app.command("resume", cls=ResumeCommand, context_settings=PASS_OPTIONS)(resume)
+app.command("verify")(verify)
+app.command("export")(export)
 
 
 @config_app.command("show", cls=SettingsCommand, context_settings=PASS_OPTIONS)

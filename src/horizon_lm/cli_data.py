@@ -24,7 +24,9 @@ def preview(
     samples: Annotated[int, typer.Option(min=0, help="Sequences to show.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON instead.")] = False,
 ) -> None:
-    """Show what a run would train on: samples with the trained tokens marked, lengths, packing, what is left out.
+    """Show what a run would train on.
+
+    Samples with the trained tokens marked, lengths, packing, what is left out and why.
 
     Reads and tokenises the data as training does (and keeps the tokens for it); loads no model.
     """
@@ -45,7 +47,10 @@ def init(
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("horizon.yaml"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
 ) -> None:
-    """Write a commented configuration for a model and data, after a look at both."""
+    """Write a configuration for a model and data.
+
+    Looks at both, and comments every key.
+    """
     from horizon_lm.run.init_config import write_config
 
     for line in write_config(model, dataset, output, overwrite=overwrite):

@@ -10,7 +10,9 @@ import typer
 
 from horizon_lm.cli_base import SettingsArguments, load_settings
 
-Model = Annotated[str, typer.Argument(help="A folder in Hugging Face format, a run's output_dir, or a Hub name.")]
+Model = Annotated[
+    str, typer.Argument(help="A folder in Hugging Face format, a run's output_dir, or a Hub name.")
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token always.")]
 TopP = Annotated[float, typer.Option(min=0.01, max=1, help="Draw among the likeliest tokens of this share.")]
@@ -24,7 +26,10 @@ def evaluate(
     settings: SettingsArguments = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:
-    """Print loss and perplexity of a model on eval_datasets, on the part that val_size holds out, or on datasets."""
+    """Print loss and perplexity of a model.
+
+    On eval_datasets; else on what val_size holds out; else on datasets.
+    """
     config, _ = load_settings(settings)
     from horizon_lm.run.evaluate import evaluate_model
 
@@ -80,7 +85,10 @@ def chat(
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Talk to a model. /reset forgets the conversation, /quit or the end of input leaves."""
+    """Talk to a model.
+
+    /reset forgets the conversation, /quit or the end of input leaves.
+    """
     from horizon_lm.run.generate import Chat, Generator, Sampling
 
     conversation = Chat(Generator.load(model, device=device, trust_remote_code=trust_remote_code), system)

@@ -38,9 +38,9 @@ class DatasetConfig(BaseModel):
 
     path: str = Field(
         min_length=1,
-        description="A file, folder or glob of .jsonl, .json, .parquet, .txt, .md or .py files; a folder that "
-        "`datasets` has saved; a name on the Hugging Face Hub; or python-stdlib (the source of Python's own "
-        "standard library).",
+        description="A file, folder or glob of .jsonl, .json, .parquet, .txt, .md or .py files; a "
+        "folder that `datasets` has saved; a name on the Hugging Face Hub; or python-stdlib (the source of "
+        "Python's own standard library).",
     )
     format: Literal["auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt"] = Field(
         default="auto", description="How rows are read; auto looks at the columns of the first."
@@ -49,7 +49,9 @@ class DatasetConfig(BaseModel):
         default_factory=dict, description="Columns to rename, old name to new name."
     )
     split: str = Field(
-        default="train", min_length=1, description="The split to read; local files have one, train."
+        default="train",
+        min_length=1,
+        description="The split to read; in a folder, known by the files' names.",
     )
     name: str | None = Field(default=None, description="The configuration of a dataset on the Hub.")
     revision: str | None = Field(
@@ -423,14 +425,14 @@ class TrainConfig(CheckpointSettings, ModelSettings):
     )
     dataset_cache_dir: str | None = setting(
         "auto",
-        "Where tokens are kept for the next run, by content and settings; auto is the user's cache folder, null "
-        "keeps none.",
+        "Where tokens are kept for the next run, by content and settings; auto is the user's cache folder, "
+        "null keeps none.",
         group="Data",
         min_length=1,
     )
     dataloader_num_workers: int = setting(
         1,
-        "Threads that make the next steps ready; 0 makes each when it is needed. The order does not depend on it.",
+        "Threads that make the next steps ready; 0 makes each when it is needed. The order is the same.",
         group="Data",
         unit="threads",
         ge=0,

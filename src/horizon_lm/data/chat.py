@@ -83,7 +83,7 @@ class ChatTemplate:
         if not given:
             raise DataError(
                 "the data are conversations, and the tokenizer has no chat template",
-                hint=f"set chat_template to a .jinja file or to one of {', '.join(built_in_templates())}",
+                hint="set chat_template to plain, alpaca, chatml or a .jinja file",
             )
         self._tokenizer = tokenizer
         self.source = "generation marks"
@@ -116,7 +116,7 @@ class ChatTemplate:
             spans = [span for span in spans if span[1] > span[0]]
             if len(spans) < len(turns):
                 raise DataError(
-                    f"{place}: the chat template marks {len(spans)} of {len(turns)} assistant turns as learned",
+                    f"{place}: the chat template marks {len(spans)} of {len(turns)} assistant turns",
                     hint=_NO_MASK + "loss_on: all",
                 )
             return Rendered(text, spans)
@@ -155,16 +155,14 @@ class ChatTemplate:
             )
         return len(commonprefix([text, asked]))
 
-    def _derived(
-        self, messages: list[dict[str, Any]], turn: int, tools: Any, text: str, place: str
-    ) -> Span:
+    def _derived(self, messages: list[dict[str, Any]], turn: int, tools: Any, text: str, place: str) -> Span:
         before = self._render(messages[:turn], tools, place, ask=True)[0] if turn else ""
         through = self._render(messages[: turn + 1], tools, place)[0]
         if not turn or not through.startswith(before) or not text.startswith(through):
             raise DataError(
-                f"{place}: the chat template cannot say which tokens of message {turn + 1} the assistant said: "
-                "it has no {% generation %} marks, TRL has no training variant of it, and it writes earlier "
-                "turns another way once more follow",
+                f"{place}: the chat template cannot say which tokens of message {turn + 1} are the "
+                "assistant's: it has no {% generation %} marks, TRL has no training variant of it, and it "
+                "writes earlier turns another way once more follow",
                 hint=_NO_MASK + "loss_on: all",
             )
         return len(before), len(through)
@@ -181,7 +179,7 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, spans = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 conversations=[messages],
                 tools=tools,
                 chat_template=self.template,
@@ -195,7 +193,8 @@ class ChatTemplate:
                 f"{place}: the chat template refuses this conversation: {reason[:200]}",
                 hint="check the order of the roles, or choose another chat_template",
             ) from error
-        return texts[0], [tuple(span) for span in spans[0]] if spans else []
+        texts, spans = rendered
+        return texts[0], [(int(a), int(b)) for a, b in spans[0]] if spans else []
 
 
 def _training_variant(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, str]:

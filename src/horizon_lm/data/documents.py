@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from horizon_lm.data.sources import (
 from horizon_lm.errors import DataError
 
 _SHOWN_BAD_ROWS = 5
+_SPLIT = re.compile(r"[-_./](train|test|validation|valid|val|dev|eval)(?=[-_./0-9])")
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def renamed(row: dict[str, Any], dataset: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ShardOrder:
-    """Reads a stream: nothing is downloaded beforehand, and the files of each dataset come in a seeded order."""
+    """Reads a stream: nothing is downloaded beforehand, and files come in an order by seed and epoch."""
 
     seed: int
     epoch: int
@@ -181,19 +183,45 @@ def opened_dataset(dataset: Any, *, streaming: bool = False) -> Any | None:
     path = Path(dataset.path).expanduser()
     if path.is_dir() and hub.is_saved_dataset(path):
         return hub.open_dataset(dataset)
-    if not path.exists() and hub.looks_like_repository(dataset.path, SUFFIXES) and not is_stdlib(dataset.path):
+    if (
+        not path.exists()
+        and hub.looks_like_repository(dataset.path, SUFFIXES)
+        and not is_stdlib(dataset.path)
+    ):
         return hub.open_dataset(dataset, streaming=streaming)
     return None
 
 
 def local_files(dataset: Any) -> list[Path]:
     """The files of a dataset that is no Hub name. Raises DataError where there are none."""
-    if dataset.split != "train":
-        raise DataError(
-            f"{dataset.path} has no split {dataset.split!r}: local files have one split, train",
-            hint="give the files of that split as the path",
+    files = list_files(dataset.path)
+    folder = Path(dataset.path).expanduser()
+    found = {file: split_of(file.relative_to(folder)) for file in files} if folder.is_dir() else {}
+    splits = set(found.values()) - {None}
+    wanted = split_of(Path(dataset.split)) or dataset.split
+    if "train" in splits and len(splits) > 1 or wanted in splits and wanted != "train":
+        chosen = [file for file, split in found.items() if split == wanted]
+        if chosen:
+            return chosen
+    elif dataset.split == "train":
+        return files
+    raise DataError(
+        f"{dataset.path} has no split {dataset.split!r}",
+        hint="a folder's splits are known by the names of its files, as in train.jsonl and test.jsonl; "
+        "else give the files themselves as the path",
+    )
+
+
+def split_of(path: Path) -> str | None:
+    """The split that the name of a file, or of a folder it lies in, speaks of; None for other names."""
+    found = _SPLIT.search("/" + path.with_suffix("").as_posix().lower() + "/")
+    return (
+        {"valid": "validation", "val": "validation", "dev": "validation", "eval": "validation"}.get(
+            found[1], found[1]
         )
-    return list_files(dataset.path)
+        if found
+        else None
+    )
 
 
 def check_exists(dataset: Any) -> None:

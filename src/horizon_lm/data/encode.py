@@ -52,6 +52,11 @@ class Encoder:
         self.tokenizer = tokenizer
         self._loss_on = loss_on
         self._template_text = None if chat_template is None else read_template(chat_template)
+        if chat_template == "chatml" and "<|im_end|>" not in tokenizer.get_added_vocab():
+            raise ConfigError(
+                "chat_template=chatml ends a turn with <|im_end|>, which is no token of this tokenizer",
+                hint="chat_template=plain ends it with the end-of-text token, which every tokenizer has",
+            )
         self._template_kwargs = chat_template_kwargs or {}
         self._chat: ChatTemplate | None = None
         self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
@@ -65,7 +70,7 @@ class Encoder:
         if self._chat is None:
             if not self.tokenizer.is_fast:
                 raise ConfigError(
-                    "this tokenizer cannot say which characters its tokens stand for, so that no mask can be made",
+                    "this tokenizer cannot say which characters its tokens stand for, as a mask needs",
                     hint="use a model with a tokenizer.json",
                 )
             chat = ChatTemplate(self.tokenizer, self._template_text, self._template_kwargs)
@@ -73,11 +78,6 @@ class Encoder:
                 check_template(chat)
             self._chat = chat
         return self._chat
-
-    @property
-    def mask_source(self) -> str | None:
-        """How the assistant's tokens are known; None where no conversation has been seen."""
-        return self._chat.source if self._chat is not None else None
 
     @property
     def chat_template_to_save(self) -> str | None:
@@ -89,7 +89,11 @@ class Encoder:
         tokenizer: Any = self.tokenizer
         backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
         parts = (backend, self._start, self._end, sorted(tokenizer.special_tokens_map.items(), key=str))
-        template = (self._template_text, tokenizer.chat_template, sorted(self._template_kwargs.items(), key=str))
+        template = (
+            self._template_text,
+            tokenizer.chat_template,
+            sorted(self._template_kwargs.items(), key=str),
+        )
         made_by = (_FORMAT, version("trl"))  # TRL decides on the training variants of templates
         return xxhash.xxh3_128(repr((parts, template, self._loss_on, made_by)).encode()).hexdigest()
 

@@ -9,8 +9,8 @@
 | sharegpt          | conversations: from, value; (system, tools)                        | Chat    |
 
 The shape of a whole dataset is that of its first row; a row that fits it not is a `DataError` which names the
-place and the columns seen, never guessed at. Rows that other methods train on (preference pairs, prompts alone,
-answers with a label) are recognised and answered with what they are for.
+place and the columns seen, never guessed at. Rows that other methods train on (preference pairs, prompts
+alone, answers with a label) are recognised and answered with what they are for.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ _NEEDED: dict[str, frozenset[str]] = {
     "alpaca": frozenset({"instruction", "output"}),
     "text": frozenset({"text"}),
 }
-FORMATS = tuple(_NEEDED)
+CHAT_FORMATS = frozenset({"messages", "sharegpt", "alpaca"})  # those that need a chat template
 
 
 def _refuse_other_methods(columns: set[str], row: Mapping[str, Any], place: str) -> None:
@@ -118,7 +118,9 @@ def convert(row: Mapping[str, Any], format: str, place: str) -> Example:
     missing = _NEEDED[format] - row.keys()
     if missing:
         name = sorted(missing)[0]
-        hint = "set text_column of this dataset to the one that holds the text" if format == "text" else _KNOWN
+        hint = (
+            "set text_column of this dataset to the one that holds the text" if format == "text" else _KNOWN
+        )
         raise DataError(
             f"{place} has no column {name!r}, which the format {format} needs; it has {_listed(row)}", hint
         )
@@ -132,17 +134,15 @@ def _text(row: Mapping[str, Any], place: str) -> Example:
 def _prompt_completion(row: Mapping[str, Any], place: str) -> Example:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
-        pair = Pair(
-            checked_text(prompt, "prompt", place), checked_text(completion, "completion", place)
-        )
+        pair = Pair(checked_text(prompt, "prompt", place), checked_text(completion, "completion", place))
         if not pair.completion:
             raise DataError(f"{place}: 'completion' is empty", hint="remove the row, or on_bad_row: skip")
         return pair
     for name in ("prompt", "completion"):
         if not isinstance(row[name], list):
             raise DataError(
-                f"{place}: {name!r} holds {kind(row[name])}, expected text in both of prompt and completion, or "
-                "messages in both"
+                f"{place}: {name!r} holds {kind(row[name])}, expected text in both of prompt and completion, "
+                "or messages in both"
             )
     before = _messages(prompt, "prompt", place)
     after = _messages(completion, "completion", place)

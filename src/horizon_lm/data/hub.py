@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from horizon_lm.data.sources import PlacedRow
+from horizon_lm.data.sources import PlacedRow, without_filling
 from horizon_lm.errors import DataError
 
 _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -70,7 +70,7 @@ def _saved(datasets: Any, path: Path, settings: Any) -> Any:
 def rows_of(dataset: Any, name: str) -> Iterator[PlacedRow]:
     """(row, place) of each row of a `datasets` object."""
     for number, row in enumerate(dataset, start=1):
-        yield dict(row), f"{name}: row {number}"
+        yield without_filling(row), f"{name}: row {number}"
 
 
 def fingerprint(dataset: Any) -> str:

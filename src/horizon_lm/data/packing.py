@@ -121,8 +121,8 @@ def make_rows(
     starts, lengths, left = _truncated(store, documents, max_length, truncation)
     if not len(starts):
         raise DataError(
-            f"no document fits: all {len(documents)} are longer than max_length={max_length}, or have nothing to "
-            "train on in so many tokens",
+            f"no document fits: all {len(documents)} are longer than max_length={max_length}, or have "
+            "nothing to train on in so many tokens",
             hint="raise max_length, or set truncation: keep_start",
         )
     if strategy == "bfd":
@@ -151,9 +151,7 @@ def _wrapped(store: TokenStore, documents: np.ndarray, max_length: int, keep_res
     segment_lengths = np.diff(np.append(begins, used))
     offsets = np.append(np.searchsorted(begins, cuts), len(begins))
     left = Left(tokens=total - used)
-    return Rows(
-        store, starts, segment_lengths, offsets, max_length=max_length, strategy="wrapped", left=left
-    )
+    return Rows(store, starts, segment_lengths, offsets, max_length=max_length, strategy="wrapped", left=left)
 
 
 def _truncated(
@@ -194,7 +192,7 @@ def _has_target(store: TokenStore, starts: np.ndarray, lengths: np.ndarray) -> n
 
 
 def _best_fit(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(order of the pieces, offsets of the rows in that order): TRL's best fit decreasing, on piece numbers."""
+    """(order of the pieces, offsets of the rows in it): TRL's best fit decreasing, on piece numbers."""
     import datasets
     import pyarrow
     from trl import pack_dataset

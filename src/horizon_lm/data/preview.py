@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
+from horizon_lm.data.formats import CHAT_FORMATS
 from horizon_lm.data.packing import IGNORED, Row
 from horizon_lm.data.streaming import StreamLoader
 
@@ -52,7 +53,7 @@ def summary(data: TrainingData) -> dict[str, Any]:
         "eval_sequences": len(data.eval_rows) if data.eval_rows is not None else 0,
         "sequences_per_step": data.loader.rows_per_step,
         "is_stream": isinstance(data.loader, StreamLoader),
-        "mask_from": data.encoder.mask_source,
+        "mask_from": data.encoder.chat.source if CHAT_FORMATS & set(counts.formats) else None,
     }
 
 

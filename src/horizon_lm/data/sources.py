@@ -27,6 +27,9 @@ _STDLIB_SKIPPED = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
 )
 
+# What lies beside the data in the folder of a dataset.
+_ABOUT = frozenset({"readme.md", "license.md", "license.txt", "dataset_info.json", "dataset_infos.json"})
+
 Row = dict[str, Any] | DataError
 PlacedRow = tuple[Row, str]
 
@@ -53,6 +56,7 @@ def list_files(name: str) -> list[Path]:
             f"{PYTHON_STDLIB}; looked in {os.getcwd()}",
         )
     files = sorted(Path(file) for file in found if file.lower().endswith(SUFFIXES))
+    files = [file for file in files if file.name.lower() not in _ABOUT] or files
     if not files:
         raise DataError(f"{name} matches no file of a known type", hint=f"one of {' '.join(SUFFIXES)}")
     return files
@@ -106,9 +110,24 @@ def _read_parquet(path: Path) -> Iterator[PlacedRow]:
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield row, f"{path}: row {number}"
+                    yield without_filling(row), f"{path}: row {number}"
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from error
+
+
+def without_filling(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of Arrow's, without the nulls inside its values.
+
+    A column has one type there: a key that one object has is null in all others, such as an argument of
+    another tool's call.
+    """
+    return {key: _pruned(value) if isinstance(value, (dict, list)) else value for key, value in row.items()}
+
+
+def _pruned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _pruned(entry) for key, entry in value.items() if entry is not None}
+    return [_pruned(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _row_or_fault(read: Callable[[], dict[str, Any]]) -> Row:

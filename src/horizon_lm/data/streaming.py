@@ -97,7 +97,9 @@ class StreamLoader:
         made, size = [], StepSize()
         for _ in range(self._shape[0]):
             taken = [self._next_row() for _ in range(self._shape[1])]
-            batch, part = collate([rows.row(number) for rows, number in taken], taken[0][0].strategy, self._pad_id)
+            batch, part = collate(
+                [rows.row(number) for rows, number in taken], taken[0][0].strategy, self._pad_id
+            )
             made.append(batch)
             size += part
         self.size = size
@@ -120,6 +122,8 @@ class StreamLoader:
                 "the place in the stream was saved with another tokenizer, chat template or buffer_size",
                 hint="restore the settings, or start a new run",
             )
+        if self._ahead is not None:
+            self._ahead.exception()  # it reads the same stream; let it end
         self._seed = int(state["seed"])
         self._source = self._ahead = None
         self._window = self._made(int(state["epoch"]), int(state["document"]))

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,6 +103,7 @@ class TokenWriter:
                 self._folder = Path(self._temporary.name)
             else:
                 place.parent.mkdir(parents=True, exist_ok=True)
+                _sweep(place)
                 self._folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
         except OSError as error:
             raise DataError(
@@ -175,6 +177,13 @@ class TokenWriter:
         except OSError:  # another run was faster
             shutil.rmtree(self._folder, ignore_errors=True)
         return TokenStore(self._place)
+
+
+def _sweep(place: Path) -> None:
+    """Remove what runs that were killed left half made, a day ago or more: a younger one may be at work."""
+    for folder in place.parent.glob(f".{place.name}.*"):
+        if time.time() - folder.stat().st_mtime > 86_400:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def open_cached(place: Path) -> TokenStore | None:

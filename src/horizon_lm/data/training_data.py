@@ -88,12 +88,16 @@ def load_training_data(config: Any, tokenizer: PreTrainedTokenizerBase | None = 
 def _eval_rows(config: Any, encoder: Encoder) -> Rows | None:
     if not config.eval_datasets:
         return None
-    return load_eval_rows(config, encoder, config.eval_datasets)
+    return load_eval_rows(config, encoder)
 
 
-def load_eval_rows(config: Any, encoder: Encoder, datasets: list[Any]) -> Rows:
-    """The sequences of `datasets`, all of their tokens, for evaluation."""
-    store, _ = _tokens(config, Documents(datasets, on_bad_row=config.on_bad_row), encoder)
+def load_eval_rows(config: Any, encoder: Encoder) -> Rows:
+    """The sequences of eval_datasets, all of their tokens; without any, those of datasets."""
+    if config.eval_datasets:
+        documents = Documents(config.eval_datasets, on_bad_row=config.on_bad_row)
+    else:
+        documents = _documents(config, config.datasets)
+    store, _ = _tokens(config, documents, encoder)
     numbers = np.arange(len(store.lengths))
     return make_rows(store, numbers, keep_rest=True, **layout(config, store.counts.is_text))
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import FunctionCtx
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from ..memory.slots import UnitWeights
@@ -63,22 +63,22 @@ class _Weights:
 
     def __init__(self, run: torch.Tensor, bound: dict[str, torch.Tensor]) -> None:
         self._run = run
-        self._storage = run.untyped_storage().data_ptr()
-        pointers = {name: t.untyped_storage().data_ptr() for name, t in bound.items()}
-        self._wide = {pointer: name for name, pointer in pointers.items() if pointer != self._storage}
+        self.storage = _storage_of(run)
+        storages = {name: _storage_of(tensor) for name, tensor in bound.items()}
+        self._wide = {storage: name for name, storage in storages.items() if storage != self.storage}
         self.unbindable = False
         self._now: tuple[torch.Tensor, dict[str, torch.Tensor]] | None = None
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor | _Handle:
-        pointer = tensor.untyped_storage().data_ptr()
-        if pointer == self._storage:
+        storage = _storage_of(tensor)
+        if storage == self.storage:
             if tensor.dtype != self._run.dtype:  # the same bytes under another type
                 self.unbindable = True
                 return tensor
             offset = int(tensor.storage_offset() - self._run.storage_offset())
             return _Handle(None, offset, tensor.shape, tensor.stride())
-        if pointer in self._wide:
-            return _Handle(self._wide[pointer], int(tensor.storage_offset()), tensor.shape, tensor.stride())
+        if storage in self._wide:
+            return _Handle(self._wide[storage], int(tensor.storage_offset()), tensor.shape, tensor.stride())
         # Detached: an output that its own node saves would hold the node, which holds it, and a graph that
         # is never run backward (a step that fails) would stay in memory for ever.
         return tensor.detach()
@@ -105,15 +105,20 @@ class _Weights:
 class LayerGraph:
     """The autograd graph of one layer on one micro-batch, between its forward and its backward.
 
-    output: [batch, tokens, width]; leaves: the trainable parameters that were bound; saved: the hooks
-    of a layer that keeps its activations.
+    output: the graph's end, without the tensor, which may be spilled; leaves: the trainable parameters
+    that were bound; saved: the hooks of a layer that keeps its activations.
     """
 
-    output: torch.Tensor
+    output: GradientEdge
     leaves: dict[str, torch.Tensor]
     routers: list[RouterLogits]
     box: _Box
     saved: _Weights | None = None
+
+
+class Rerun:
+    """In place of the graph of a layer that has put weights aside where they cannot be replaced (in an
+    attribute of an autograd function): its backward runs the whole layer again."""
 
 
 @dataclass
@@ -121,9 +126,8 @@ class LayerForward:
     """What a layer's forward pass gives. graph: None where the policy leaves none."""
 
     output: torch.Tensor
-    graph: LayerGraph | None
+    graph: LayerGraph | Rerun | None
     routers: list[RouterLogits] = field(default_factory=list)
-    unbindable: bool = False
 
 
 def forward_layer(
@@ -135,19 +139,19 @@ def forward_layer(
     *,
     policy: str,
     grad: bool,
+    in_place: bool = False,
 ) -> LayerForward:
     """Run decoder layer `layer` (0-based) on hidden [batch, tokens, width].
 
     policy: `recompute`, `keep`, or nothing. grad: run with gradients on even where no graph is left, so
-    that the same kernels run as in the backward pass. `unbindable` in the result says that the layer
-    kept weights where they cannot be replaced (in an attribute of an autograd function): its graph
-    must not be used once its slot is filled anew.
+    that the same kernels run as in the backward pass. in_place: the backward pass follows before anything
+    else is put into the slot, so that it does not matter where the layer keeps its weights.
     """
     box, saved = _Box(hidden), None
-    held_before = _views_of(weights)
+    shared = _sharing([] if weights is None else [weights.weights])
     with (
         torch.set_grad_enabled(grad),
-        skeleton.bound(layer + 1, weights, grad=grad) as bound,
+        skeleton.bound(layer + 1, weights, grad=grad, aliased=bool(policy)) as bound,
         capture_routers(skeleton, layer) as routers,
     ):
         root = torch.zeros((), device=hidden.device, requires_grad=grad)
@@ -172,22 +176,30 @@ def forward_layer(
     box.hidden = None
     leaves = {name: tensor for name, tensor in bound.items() if tensor.requires_grad}
     bound.clear()
-    unbindable = False
-    if saved is not None and weights is not None:
-        ours = sum(tensor.untyped_storage().data_ptr() == saved._storage for tensor in leaves.values())
-        unbindable = saved.unbindable or _views_of(weights) > held_before + ours
-    return LayerForward(output.detach(), LayerGraph(output, leaves, routers, box, saved), plain, unbindable)
+    graph = LayerGraph(get_gradient_edge(output), leaves, routers, box, saved)
+    output = output.detach()
+    if weights is not None and not in_place:
+        flat = _storage_of(weights.weights)
+        wide = [tensor for tensor in leaves.values() if _storage_of(tensor) != flat]
+        put_aside = _sharing([weights.weights, *wide]) - shared > len(leaves)
+        if put_aside or (saved is not None and saved.unbindable):
+            return LayerForward(output, Rerun(), plain)
+    return LayerForward(output, graph, plain)
 
 
 def _run(skeleton: Skeleton, layer: int, call: Call, box: _Box, root: torch.Tensor) -> torch.Tensor:
     return run_layer(skeleton, layer, call, _Entry.apply(root, box))
 
 
-def _views_of(weights: UnitWeights | None) -> int:
-    """How many tensors share the memory of a unit's weights: what a layer has put aside counts too."""
-    if weights is None:
-        return 0
-    return torch._C._storage_Use_Count(weights.weights.untyped_storage()._cdata)  # type: ignore[attr-defined]
+def _storage_of(tensor: torch.Tensor) -> int:
+    """Identity of the memory behind a tensor; unlike its address also known of fake tensors."""
+    return tensor.untyped_storage()._cdata
+
+
+def _sharing(tensors: list[torch.Tensor]) -> int:
+    """How many tensors there are over the memory behind these, themselves and their bases included."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum(torch._C._storage_Use_Count(s._cdata) - 1 for s in storages)  # type: ignore[attr-defined]
 
 
 def backward_layer(
@@ -195,7 +207,7 @@ def backward_layer(
     layer: int,
     weights: UnitWeights | None,
     call: Call,
-    graph: LayerGraph,
+    graph: LayerGraph | Rerun,
     hidden: torch.Tensor,
     output_gradient: torch.Tensor,
     gradient: UnitGradient | None,
@@ -205,7 +217,13 @@ def backward_layer(
 
     hidden: that input; weights: the unit's weights, in whatever slot they are now.
     """
-    roots = [graph.output, *(r.logits for r in graph.routers)]
+    if isinstance(graph, Rerun):
+        again = forward_layer(
+            skeleton, layer, weights, call, hidden, policy=KEEP, grad=True, in_place=True
+        ).graph
+        assert isinstance(again, LayerGraph)
+        graph = again
+    roots = [graph.output, *(get_gradient_edge(r.logits) for r in graph.routers)]
     gradients = [output_gradient]
     if graph.routers:
         gradients += [r.logits for r in call.routers[layer]]

@@ -19,7 +19,7 @@ from ..memory.store import HostStore
 from ..model.skeleton import Skeleton
 from ..optim.optimizer import Optimizer, UpdateSettings
 from ..schedule import Buffer, Op, StepPlan, build, build_flush, build_save, derive_waits, last_uses
-from ..schedule.step_plan import KEEP, RECOMPUTE
+from ..schedule.step_plan import KEEP
 from . import activations, compute
 from .gradient import UnitGradient
 from .lanes import AdversarialLanes, Lanes, Span, reads_on_this_lane
@@ -322,13 +322,17 @@ class Engine:
 
     def _forward_layer(self, step: Step, op: Op) -> torch.Tensor:
         call, hidden = step.call(op.micro_batch), step.tensor("input", op.unit, op.micro_batch)
-        run = activations.forward_layer
-        place = (self.skeleton, op.unit - 1, self._weights(op), call, hidden)
-        grad = not step.plan.evaluate and op.unit >= step.plan.lowest_backward
-        done = run(*place, policy=op.policy, grad=grad)
-        if done.unbindable:
+        done = activations.forward_layer(
+            self.skeleton,
+            op.unit - 1,
+            self._weights(op),
+            call,
+            hidden,
+            policy=op.policy,
+            grad=not step.plan.evaluate and op.unit >= step.plan.lowest_backward,
+        )
+        if isinstance(done.graph, activations.Rerun):
             self._fall_back(op.unit)
-            done = run(*place, policy=RECOMPUTE, grad=grad)
         if done.graph is not None:
             step.memory[Buffer("graph", op.unit, op.micro_batch)] = done.graph
         call.routers.append(done.routers)
@@ -363,6 +367,7 @@ class Engine:
                 self._stored_input(step, op),
                 policy=KEEP,
                 grad=True,
+                in_place=True,
             )
         assert done.graph is not None
         step.memory[Buffer("graph", op.unit, m)] = done.graph

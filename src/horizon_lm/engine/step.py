@@ -11,7 +11,7 @@ import torch
 from ..model.capture import Call
 from ..optim.optimizer import UpdateSettings
 from ..schedule import Buffer, Op, StepPlan
-from .activations import LayerGraph
+from .activations import LayerGraph, Rerun
 from .gradient import UnitGradient
 from .loss import HeadLoss
 
@@ -54,7 +54,7 @@ class Step:
     rng_base: int = 0
     head_losses: list[HeadLoss] = field(default_factory=list)
     update: Update | None = None
-    memory: dict[Buffer, torch.Tensor | Call | LayerGraph] = field(default_factory=dict)
+    memory: dict[Buffer, torch.Tensor | Call | LayerGraph | Rerun] = field(default_factory=dict)
     gradients: dict[int, UnitGradient] = field(default_factory=dict)
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     log_probs: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -71,9 +71,9 @@ class Step:
         assert isinstance(value, Call)
         return value
 
-    def graph(self, unit: int, micro_batch: int) -> LayerGraph:
+    def graph(self, unit: int, micro_batch: int) -> LayerGraph | Rerun:
         value = self.memory[Buffer("graph", unit, micro_batch)]
-        assert isinstance(value, LayerGraph)
+        assert isinstance(value, (LayerGraph, Rerun))
         return value
 
     @property

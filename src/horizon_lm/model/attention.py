@@ -1,9 +1,10 @@
-"""Attention over packed documents without a mask of tokens times tokens.
+"""Causal attention over packed documents and sliding windows without a mask of tokens times tokens.
 
 transformers describes which key a query may see as a function of indices, and has its `sdpa` turn it into
-a boolean mask of [batch, 1, tokens, tokens]. Where that function means "causal, within contiguous
-documents", the documents' bounds say the same, and each document is attended to by itself: no mask, and
-no work on pairs that it would hide. Everything else goes through transformers' own functions.
+a boolean mask of [batch, 1, tokens, tokens]. Where that function means "the keys of my document up to me,
+no further back than the window", documents and window say the same: each document is attended to by
+itself, in blocks where it is longer than the window. Everything else goes through transformers' own
+functions.
 """
 
 from __future__ import annotations
@@ -13,20 +14,24 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._guards import detect_fake_mode
 
 Bounds = list[list[tuple[int, int]]]  # per row the (start, end) of its documents
+_BLOCK = 512  # queries of a window's block, at least
 
 
-class DocumentMask(torch.Tensor):
+class IntervalMask(torch.Tensor):
     """Stands for a boolean mask of [batch, 1, tokens, tokens], and holds int32 [batch, 1, 1, tokens]: the
-    first token of each token's document.
+    first key that each query sees; it sees all from there to itself.
 
     Only `attend` looks at what it holds. To anything else that a model does with its mask (add it to
     scores, combine it with one of its own) it is the boolean mask, written out.
-    bounds: documents as numbers, so that no layer has to ask the device for them.
+    documents: as numbers, so that no layer has to ask the device for them. window: keys that a query
+    sees at most, if there is a limit.
     """
 
-    bounds: Bounds
+    documents: Bounds
+    window: int | None
 
     @classmethod
     def __torch_function__(
@@ -37,9 +42,10 @@ class DocumentMask(torch.Tensor):
 
 
 def _written_out(value: Any) -> Any:
-    """The same arguments with boolean masks in place of documents."""
-    if isinstance(value, DocumentMask):
-        starts = value.as_subclass(torch.Tensor)
+    """The same arguments with boolean masks in place of intervals."""
+    if isinstance(value, IntervalMask):
+        with torch._C.DisableTorchFunctionSubclass():
+            starts = value.as_subclass(torch.Tensor)
         place = torch.arange(starts.shape[-1], device=starts.device)
         return (place[None, :] <= place[:, None]) & (place >= starts.transpose(-1, -2))
     if isinstance(value, (tuple, list)):
@@ -50,8 +56,8 @@ def _written_out(value: Any) -> Any:
 
 
 @contextmanager
-def attention_by_documents() -> Iterator[None]:
-    """While open, models with `attn_implementation: sdpa` attend to packed documents one by one.
+def attention_by_intervals() -> Iterator[None]:
+    """While open, models with `attn_implementation: sdpa` attend to documents and windows one by one.
 
     What transformers calls sdpa is replaced, not given another name: some models ask for the name.
     """
@@ -68,33 +74,44 @@ def attention_by_documents() -> Iterator[None]:
 
 
 def make_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """Of transformers' mask interface: document bounds where they say it all, else what `sdpa` gets."""
+    """Of transformers' mask interface: intervals where they say it all, else what `sdpa` gets."""
     from transformers.masking_utils import sdpa_mask
 
-    if not args and _may_be_documents(kwargs):
-        starts = _document_starts(
-            kwargs["mask_function"], kwargs["batch_size"], kwargs["q_length"], kwargs.get("device", "cpu")
+    if not args and _may_be_intervals(kwargs):
+        tokens, window = kwargs["q_length"], kwargs.get("local_size")
+        window = None if window is None or window >= tokens else int(window)
+        if detect_fake_mode() is not None:  # no values to look at: planned for as one document a row
+            return _planned(kwargs["batch_size"], tokens, window, kwargs.get("device", "cpu"))
+        found = _find_intervals(
+            kwargs["mask_function"], kwargs["batch_size"], tokens, window, kwargs.get("device", "cpu")
         )
-        if starts is not None:
-            mask = starts.as_subclass(DocumentMask)
-            mask.bounds = _bounds(starts)
-            return mask
+        if found is not None:
+            begins, starts = found
+            return _mask(starts, _bounds(begins), window)
     return sdpa_mask(*args, **kwargs)
 
 
-def _may_be_documents(given: dict[str, Any]) -> bool:
-    """A square mask that transformers would have to build, of tokens without padding."""
-    square = given["q_length"] == given["kv_length"]
-    offset = int(given.get("q_offset", 0)) or int(given.get("kv_offset", 0))
-    needed = not given.get("allow_is_causal_skip", True) and not given.get("use_vmap", False)
-    return square and not offset and needed and given.get("attention_mask") is None
+def _may_be_intervals(given: dict[str, Any]) -> bool:
+    """A square mask of tokens without padding that transformers would have to build."""
+    tokens, window = given["q_length"], given.get("local_size")
+    square = tokens == given["kv_length"] and not int(given.get("q_offset", 0))
+    cut = window is not None and window < tokens
+    needed = cut or not given.get("allow_is_causal_skip", True)
+    plain = not given.get("use_vmap", False) and not given.get("allow_is_bidirectional_skip", False)
+    unpadded = given.get("attention_mask") is None
+    return square and not int(given.get("kv_offset", 0)) and needed and plain and unpadded
 
 
-def _document_starts(
-    sees: Callable[..., torch.Tensor], batch: int, tokens: int, device: torch.device | str
-) -> torch.Tensor | None:
-    """The first token of each token's document, int32 [batch, 1, 1, tokens]; None where the mask is
-    anything but causal within contiguous documents (a sliding window that cuts one, for example)."""
+def _find_intervals(
+    sees: Callable[..., torch.Tensor],
+    batch: int,
+    tokens: int,
+    window: int | None,
+    device: torch.device | str,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(whether a token begins a document, the first key that it sees), [batch, 1, 1, tokens] each; None
+    where the mask is anything but causal, within documents, within the window. Asks `sees` for four
+    keys of each query: itself and the next, the first and the one before."""
     rows = torch.arange(batch, device=device).view(batch, 1, 1, 1)
     heads = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=device)
     query = torch.arange(tokens, device=device).view(1, 1, 1, tokens).expand(batch, 1, 1, tokens)
@@ -104,19 +121,36 @@ def _document_starts(
 
     begins = ~visible(query - 1) | (query == 0)
     starts = torch.where(begins, query, 0).cummax(dim=-1).values
+    if window is not None:
+        starts = torch.maximum(starts, query - (window - 1))
     sound = visible(query) & visible(starts)
     sound &= ~visible(starts - 1) | (starts == 0)
     sound &= ~visible(query + 1) | (query == tokens - 1)
-    return starts.to(torch.int32) if bool(sound.all()) else None
+    return (begins, starts) if bool(sound.all()) else None
 
 
-def _bounds(starts: torch.Tensor) -> Bounds:
-    tokens = starts.shape[-1]
+def _bounds(begins: torch.Tensor) -> Bounds:
+    tokens = begins.shape[-1]
     found = []
-    for row in starts.flatten(1).tolist():
-        first = sorted(set(row))
+    for row in begins.flatten(1).tolist():
+        first = [place for place, begin in enumerate(row) if begin]
         found.append(list(zip(first, [*first[1:], tokens], strict=True)))
     return found
+
+
+def _mask(starts: torch.Tensor, documents: Bounds, window: int | None) -> torch.Tensor:
+    mask = starts.to(torch.int32)
+    if type(mask) is torch.Tensor:  # a fake one can be no subclass
+        mask = mask.as_subclass(IntervalMask)
+    mask.documents, mask.window = documents, window  # type: ignore[attr-defined]
+    return mask
+
+
+def _planned(batch: int, tokens: int, window: int | None, device: torch.device | str) -> torch.Tensor | None:
+    if window is None:
+        return None
+    starts = torch.zeros((batch, 1, 1, tokens), dtype=torch.int32, device=device)
+    return _mask(starts, [[(0, tokens)]] * batch, window)
 
 
 def attend(
@@ -131,17 +165,40 @@ def attend(
     [batch, tokens, heads, size]."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if not isinstance(attention_mask, DocumentMask) or kwargs.get("position_bias") is not None:
-        mask = attention_mask if attention_mask is None else _written_out(attention_mask)
+    bounds: Bounds | None = getattr(attention_mask, "documents", None)
+    if bounds is None or kwargs.get("position_bias") is not None:
+        mask = _written_out(attention_mask)
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    window: int | None = attention_mask.window  # type: ignore[union-attr]
     rows = []
-    for row, documents in enumerate(attention_mask.bounds):
+    for row, documents in enumerate(bounds):
         parts = []
-        for start, end in documents:
-            place = (slice(row, row + 1), slice(None), slice(start, end))
-            out, _ = sdpa_attention_forward(
-                module, query[place], key[place], value[place], None, **{**kwargs, "is_causal": True}
-            )
+        for queries, keys in _pieces(documents, window):
+            mask = None
+            if window is not None and keys.stop - keys.start > window:
+                mask = _window_mask(queries, keys, window, query.device)
+            q = query[row : row + 1, :, queries]
+            k, v = key[row : row + 1, :, keys], value[row : row + 1, :, keys]
+            out, _ = sdpa_attention_forward(module, q, k, v, mask, **{**kwargs, "is_causal": True})
             parts.append(out)
         rows.append(torch.cat(parts, dim=1))
     return torch.cat(rows), None
+
+
+def _pieces(documents: list[tuple[int, int]], window: int | None) -> Iterator[tuple[slice, slice]]:
+    """(queries, keys that any of them sees): a document at once, or in blocks where a window cuts it."""
+    for start, end in documents:
+        if window is None or end - start <= window:
+            yield slice(start, end), slice(start, end)
+            continue
+        block = max(window, _BLOCK)
+        for first in range(start, end, block):
+            last = min(first + block, end)
+            yield slice(first, last), slice(max(start, first - window + 1), last)
+
+
+def _window_mask(queries: slice, keys: slice, window: int, device: torch.device) -> torch.Tensor:
+    """bool [1, 1, queries, keys]."""
+    q = torch.arange(queries.start, queries.stop, device=device)[:, None]
+    k = torch.arange(keys.start, keys.stop, device=device)[None, :]
+    return ((k <= q) & (k > q - window))[None, None]

@@ -21,7 +21,7 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..memory.slots import UnitWeights
 from .anatomy import accepted, as_layer_output, embedding_gives, intercept, split_hidden
-from .attention import attention_by_documents
+from .attention import attention_by_intervals
 from .skeleton import Skeleton
 
 
@@ -83,7 +83,7 @@ def run_prologue(
             hint="leave it out of the micro-batches",
         )
     with (
-        attention_by_documents(),
+        attention_by_intervals(),
         embedding_gives(skeleton.embedding, work),
         intercept(skeleton.layers, record),
         suppress(_Enough),
@@ -103,7 +103,7 @@ def run_layer(skeleton: Skeleton, layer: int, call: Call, hidden: torch.Tensor) 
     before = [len(value) for value in shared]
     version = hidden._version
     try:
-        with attention_by_documents():
+        with attention_by_intervals():
             output = skeleton.layers[layer](hidden, *rest, **named)
     except (RuntimeError, NotImplementedError) as error:
         if "meta" in str(error):

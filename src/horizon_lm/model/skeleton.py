@@ -174,11 +174,12 @@ class Skeleton:
 
     @contextmanager
     def bound(
-        self, unit: int, source: UnitWeights | None, *, grad: bool
+        self, unit: int, source: UnitWeights | None, *, grad: bool, aliased: bool = False
     ) -> Iterator[dict[str, torch.Tensor]]:
         """While open, the unit's modules use the weights of `source` (on the device).
 
-        grad: trainable parameters become leaves that require a gradient.
+        grad: trainable parameters become leaves that require a gradient. aliased: modules are given views
+        of them, so that a view which is still there afterwards was put aside by a module.
         Yields the tensors that were bound, by name; afterwards the modules hold nothing.
         """
         placed = self._bound_at[unit]
@@ -194,8 +195,11 @@ class Skeleton:
                 if grad and parameter.trainable:
                     value.requires_grad_()
                 tensors[parameter.name] = value
+                if aliased:
+                    value = value.view_as(value)
                 for owner, local in owners:
                     owner._parameters[local] = value  # type: ignore[assignment]
+            value = None  # type: ignore[assignment]
             yield tensors
         finally:
             for (_, owners), old in zip(placed, hollow, strict=True):

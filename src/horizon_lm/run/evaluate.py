@@ -1,7 +1,8 @@
-"""`horizon eval`: a model on held-out data, streamed as in training but without gradients or optimizer state."""
+"""`horizon eval`: a model on held-out data, streamed as in training, without gradients or moments."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +11,10 @@ from ..data.training_data import load_eval_rows, load_training_data, make_encode
 from ..errors import ConfigError
 from ..model.loading import load_model
 from .evaluation import evaluate
+from .generate import model_folder
 from .host_model import HostModel
+from .progress import say
+from .quiet import quiet_transformers
 
 
 def evaluate_model(config: TrainConfig) -> dict[str, Any]:
@@ -20,20 +24,24 @@ def evaluate_model(config: TrainConfig) -> dict[str, Any]:
     """
     if config.model_name_or_path is None:
         raise ConfigError("there is no model to evaluate", hint="model_name_or_path=FOLDER")
+    config = config.replace(model_name_or_path=str(model_folder(config.model_name_or_path)))
+    assert config.model_name_or_path is not None
     tokenizer = tokenizer_of(config)
     encoder = make_encoder(config, tokenizer)
     if config.val_size:
         rows = load_training_data(config, tokenizer).eval_rows
         assert rows is not None
     else:
-        rows = load_eval_rows(config, encoder, config.eval_datasets or config.datasets)
+        rows = load_eval_rows(config, encoder)
+    say(f"evaluating on {len(rows):,} sequences, {rows.num_tokens:,} tokens", sys.stderr)
     settings = ModelSettings(**{key: getattr(config, key) for key in ModelSettings.model_fields})
-    model = load_model(
-        config.model_name_or_path,
-        trust_remote_code=settings.trust_remote_code,
-        revision=settings.model_revision,
-        attn_implementation=settings.attn_implementation,
-    )
+    with quiet_transformers():
+        model = load_model(
+            config.model_name_or_path,
+            trust_remote_code=settings.trust_remote_code,
+            revision=settings.model_revision,
+            attn_implementation=settings.attn_implementation,
+        )
     model.requires_grad_(False)  # no gradients and no moments: weights alone
     found = evaluate(
         HostModel(model, settings),

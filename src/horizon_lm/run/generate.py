@@ -13,6 +13,7 @@ from ..data.chat import ChatTemplate
 from ..data.tokenizer import load_tokenizer
 from ..errors import ConfigError, DataError
 from .host_model import resolve_device
+from .quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,13 +50,14 @@ class Generator:
         place = model_folder(source)
         tokenizer = load_tokenizer(str(place), trust_remote_code=trust_remote_code)
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                place,
-                dtype="auto",
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                local_files_only=Path(place).is_dir(),
-            )
+            with quiet_transformers():
+                model: Any = AutoModelForCausalLM.from_pretrained(
+                    place,
+                    dtype="auto",
+                    use_safetensors=True,
+                    trust_remote_code=trust_remote_code,
+                    local_files_only=Path(place).is_dir(),
+                )
         except Exception as error:  # transformers raises many kinds; each means "no model"
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(
@@ -98,7 +100,7 @@ class Generator:
         return str(self.tokenizer.decode(output[0, inputs.shape[1] :].tolist(), skip_special_tokens=True))
 
     def _stops(self) -> list[int]:
-        """The tokens that end a text: those that the model names, the tokenizer's, and a chat's end of turn."""
+        """The tokens that end a text: the model's, the tokenizer's, and a chat's end of turn."""
         named = self._model.generation_config.eos_token_id
         stops = set(named if isinstance(named, list) else [named]) | {self.tokenizer.eos_token_id}
         known = self.tokenizer.get_added_vocab()
@@ -173,12 +175,13 @@ def _streamer(tokenizer: Any, on_text: Callable[[str], None] | None) -> Any:
     """transformers' streamer, which holds back what may still change, with our function at its end."""
     if on_text is None:
         return None
+    write = on_text
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             if text:
-                on_text(text)
+                write(text)
 
     return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
@@ -193,6 +196,8 @@ def prompts_of(texts: Sequence[str]) -> list[str]:
         try:
             lines = Path(text[1:]).expanduser().read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{text[1:]} cannot be read: {error}", hint="--prompt @FILE reads one a line") from error
+            raise ConfigError(
+                f"{text[1:]} cannot be read: {error}", hint="--prompt @FILE reads one a line"
+            ) from error
         prompts += [line for line in lines if line.strip()]
     return prompts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,7 @@ from ..config_yaml import dump
 from ..data import Documents, load_tokenizer
 from ..data.formats import Chat
 from ..errors import ConfigError, DataError, HorizonError
+from .generate import model_folder
 
 _LONGEST = 4096  # of a training sequence, unless the data is shorter: longer ones are for those who ask
 _LOOKED_AT = 1000  # rows
@@ -41,9 +43,11 @@ def write_config(model: str, datasets: Sequence[str], output: Path, *, overwrite
     if output.exists() and not overwrite:
         raise ConfigError(f"{output} exists", hint="--overwrite, or -o FILE")
     notes = []
-    if Path(model).expanduser().is_dir():  # the file may lie, and be used, elsewhere
-        model = os.path.abspath(Path(model).expanduser())
-    values: dict[str, Any] = {"model_name_or_path": model, "output_dir": f"runs/{Path(model).name}-tuned"}
+    name = Path(model).name
+    model = str(model_folder(model))
+    if Path(model).is_dir():  # the file may lie, and be used, elsewhere
+        model = os.path.abspath(model)
+    values: dict[str, Any] = {"model_name_or_path": model, "output_dir": f"runs/{name}-tuned"}
     seen = _look_at_data(datasets)
     notes.append(f"data: {seen['rows']:,} rows looked at, format {', '.join(seen['formats'])}")
     values["datasets"] = [
@@ -58,7 +62,9 @@ def write_config(model: str, datasets: Sequence[str], output: Path, *, overwrite
         template = _template_for(model)
         values["chat_template"] = template
         if template is not None:
-            notes.append("the tokenizer has no chat template: 'plain' is written down; chatml and alpaca are others")
+            notes.append(
+                "the tokenizer has no chat template: 'plain' is written down; chatml and alpaca are others"
+            )
     values.update(_batch(values["max_length"], is_text=not seen["is_chat"]))
     text = _text(values)
     config = TrainConfig.from_dict(values)  # what is written is valid
@@ -68,7 +74,12 @@ def write_config(model: str, datasets: Sequence[str], output: Path, *, overwrite
         output.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}", hint="-o FILE") from error
-    return [*notes, f"written: {output}", f"next: horizon data preview {output}", f"      horizon train {output}"]
+    return [
+        *notes,
+        f"written: {output}",
+        f"next: horizon data preview {output}",
+        f"      horizon train {output}",
+    ]
 
 
 def _look_at_data(datasets: Sequence[str]) -> dict[str, Any]:
@@ -135,10 +146,14 @@ def _text(values: dict[str, Any]) -> str:
             field = TrainConfig.model_fields[key]
             value = values.get(key, field.get_default(call_default_factory=True))
             written = dump({key: value}).rstrip("\n").split("\n")
-            meaning = str(field.description).split(";")[0].rstrip(".")
-            lines.append(f"{written[0]:<34} # {meaning[:1].lower()}{meaning[1:]}")
+            lines.append(f"{written[0]:<34} # {_short(field.description)}")
             for inner in written[1:]:
                 name = inner.strip("- ").split(":")[0]
-                about = DatasetConfig.model_fields[name].description
-                lines.append(f"{inner:<34} # {str(about).split(';')[0].rstrip('.').lower()[:80]}")
+                lines.append(f"{inner:<34} # {_short(DatasetConfig.model_fields[name].description)}")
     return "\n".join(lines) + "\n"
+
+
+def _short(description: str | None) -> str:
+    """The first clause of what a setting means, as a comment begins."""
+    clause = re.split(r"[;:.] |[.;]$", str(description))[0]
+    return clause[:1].lower() + clause[1:]

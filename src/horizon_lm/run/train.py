@@ -29,9 +29,11 @@ from .loop import count_steps
 from .metrics import Meter, Metrics, MetricsFile, read_evaluations, read_steps, versions
 from .plot import plot_loss
 from .progress import Progress, choose_progress, clock, number, say, size
+from .quiet import quiet_transformers
 from .reports import Reports
 from .resume import Resume, find, restore, wants_own_folder
 from .saver import Saver, small_files
+from .separation import check_separation
 from .signals import watched
 from .trainer import Trainer
 
@@ -71,7 +73,7 @@ def train(config: TrainConfig, *, config_notes: Sequence[str] = ()) -> TrainResu
     own = wants_own_folder(config)
     with (
         claim(config.output_dir, overwrite=config.overwrite_output_dir, resume=own) as folder,
-        _quiet_transformers(),
+        quiet_transformers(),
         _memory_faults(),
     ):
         check_sources(config, folder)
@@ -82,6 +84,7 @@ def train(config: TrainConfig, *, config_notes: Sequence[str] = ()) -> TrainResu
         model = build_model(config, data.tokenizer)
         progress.stage(describe_model(model))
         check_together(config, data, model)
+        check_separation(model, data.rows)
         check_disk(
             folder,
             model.num_parameters * _export_dtype(config).itemsize,
@@ -408,20 +411,6 @@ def _summary(config: TrainConfig, folder: RunFolder, result: TrainResult) -> str
     if config.plot_loss:
         lines.append(f"  loss curve  {folder.picture}")
     return "\n".join(lines)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Its progress bars would run through our display."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 @contextmanager

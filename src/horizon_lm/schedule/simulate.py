@@ -60,6 +60,13 @@ def simulate(
     return Simulation(spans, peaks)
 
 
+def peaks_in_order(
+    ops: Sequence[Op], num_bytes: Callable[[Buffer, Op], tuple[str, int] | None]
+) -> dict[str, int]:
+    """The peak of each memory when ops run one after another in program order; as in `simulate`."""
+    return _peaks(ops, [(op, float(i), float(i + 1)) for i, op in enumerate(ops)], num_bytes)
+
+
 def _peaks(
     ops: Sequence[Op], spans: Sequence[Span], num_bytes: Callable[[Buffer, Op], tuple[str, int] | None]
 ) -> dict[str, int]:

@@ -1,0 +1,49 @@
+"""Bytes that tensors take while something runs: counted on real tensors, or on fake ones that take none."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+class LiveBytes(TorchDispatchMode):
+    """While open, follows every storage that operations of this thread create, until it is freed.
+
+    now: bytes alive of those created since; peak: the most there were (`restart` begins anew). What a
+    kernel takes and gives back inside itself is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = WeakIdKeyDictionary()
+
+    def restart(self) -> int:
+        """Begin a new peak; returns the bytes that are alive now."""
+        self.peak = self.now
+        return self.now
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        given = {id(s) for s in map(_storage, tree_leaves((args, kwargs))) if s is not None}
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            storage = _storage(leaf)
+            if storage is not None and id(storage) not in given and storage not in self._known:
+                size = storage.nbytes()
+                self._known[storage] = size
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, size)
+        return out
+
+    def _freed(self, size: int) -> None:
+        self.now -= size
+
+
+def _storage(value: Any) -> torch.UntypedStorage | None:
+    return value.untyped_storage() if isinstance(value, torch.Tensor) else None
