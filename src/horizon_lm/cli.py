@@ -5,6 +5,7 @@ Torch, transformers and pydantic are imported by the verbs that need them, so th
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -23,6 +24,11 @@ from horizon_lm.errors import HorizonError, StoppedError
 _ENV_PACKAGES = (
     *("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "datasets", "trl", "numpy"),
     *("pydantic", "PyYAML", "typer", "rich", "matplotlib"),
+)
+
+# What a path that somebody gave may answer, wherever it is first used.
+_FAULTS_OF_PLACES = frozenset(
+    {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EROFS}
 )
 
 app = typer.Typer(
@@ -148,9 +154,11 @@ def _version() -> str:
 
 
 def _report(message: str, hint: str | None) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+    encoding = sys.stderr.encoding or "utf-8"
+    for title, text in (("error", message), ("hint", hint)):
+        if text:  # which may quote what no terminal can show
+            shown = text.encode(encoding, "backslashreplace").decode(encoding)
+            print(f"{title}: {shown}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -177,6 +185,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _FAULTS_OF_PLACES and error.filename and not debug:
+            _report(f"{os.fsdecode(error.filename):.200}: {error.strerror}", "give the path of another place")
+            return 2
         if isinstance(error, _usage_errors()):
             return _report_usage(error)
         traceback.print_exc()

@@ -59,7 +59,8 @@ def save_model(
         hollow = {name: _hollow(*_described(store, name, wanted)) for name in names}
         return Group(hollow, lambda: {name: _exported(store, name, wanted) for name in names})
 
-    buffers = {n: b for n, b in skeleton.model.named_buffers() if _is_saved(skeleton.model, n)}
+    named = skeleton.model.named_buffers(remove_duplicate=False)  # equal ones share memory there
+    buffers = {name: buffer for name, buffer in named if _is_saved(skeleton.model, name)}
     groups = [group([p.name for p in unit.parameters]) for unit in store.units]
     groups.append(Group({n: _hollow(b.shape, b.dtype) for n, b in buffers.items()}, lambda: buffers))
 
@@ -153,13 +154,15 @@ def _kept_names(model: Any, hollow: Tensors, aliases: Mapping[str, Sequence[str]
     """name in the groups -> the name that it is saved under; of tied ones that which transformers keeps."""
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-    state = dict(hollow)
+    # Buffers are never tied, though equal ones share memory in a skeleton.
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    state = {name: tensor for name, tensor in hollow.items() if name not in buffers}
     for name, others in aliases.items():
         if name in hollow:
             state.update(dict.fromkeys(others, hollow[name]))
     ignored = set(model._keys_to_ignore_on_save or ())
     state = {name: tensor for name, tensor in state.items() if name not in ignored}
-    left = remove_tied_weights_from_state_dict(state, model)
+    left = buffers - ignored | remove_tied_weights_from_state_dict(state, model).keys()
     found = {}
     for name in hollow:
         names = [n for n in (name, *aliases.get(name, ())) if n in left]

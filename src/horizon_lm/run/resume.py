@@ -181,7 +181,7 @@ def saved_buffers(model: HostModel) -> list[tuple[str, torch.Tensor]]:
 def _persistent_buffers(model: HostModel) -> Sequence[tuple[str, torch.Tensor]]:
     module = model.skeleton.model
     found = []
-    for name, buffer in module.named_buffers():
+    for name, buffer in module.named_buffers(remove_duplicate=False):
         path, _, local = name.rpartition(".")
         if local not in module.get_submodule(path)._non_persistent_buffers_set:
             found.append((name, buffer))
