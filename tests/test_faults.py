@@ -33,6 +33,7 @@ from horizon_lm.engine import lanes as lanes_module
 from horizon_lm.engine.engine import Engine
 from horizon_lm.engine.lanes import AdversarialLanes, CudaLanes, DiskLane, InlineLanes
 from horizon_lm.errors import ConfigError, DoesNotFitError, LossSpikeError, NonFiniteError
+from horizon_lm.plan.smaller import next_smaller
 from horizon_lm.run import sample, saver
 from horizon_lm.run.guard import LossGuard
 from horizon_lm.run.host_model import HostModel
@@ -51,7 +52,8 @@ from horizon_lm.schedule import (
 )
 from small_runs import losses_of, settings, tensors_of, values, write_text
 
-KILLS = 20
+SOAK = bool(os.environ.get("HORIZON_SOAK"))  # `make soak`: the long forms
+KILLS = 200 if SOAK else 20
 SECONDS = 10.0  # within which a fault must surface
 
 
@@ -175,10 +177,12 @@ def killed_runs(text: Path, place: Path, kills: int, seed: int) -> tuple[int, in
     return done, inside, finished
 
 
+@pytest.mark.timeout(1800 if SOAK else 300)
 def test_killed_at_random_moments_a_run_resumes_with_the_same_bits(
     text: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    kills, inside, _ = killed_runs(text, tmp_path, KILLS, seed=5)
+    seed = random.randrange(1 << 30) if SOAK else 5
+    kills, inside, _ = killed_runs(text, tmp_path, KILLS, seed)
     record_property("kills", kills)
     record_property("inside a save", inside)
     assert kills >= KILLS
@@ -257,6 +261,49 @@ def test_a_folder_that_vanishes_does_not_end_the_steps(
         train(settings(text, tmp_path / "run", max_steps=4, save_steps=2))
     assert "no checkpoint of step 2: No such file" in capsys.readouterr().out
     assert [c.manifest.step for c in list_checkpoints(tmp_path / "run")[0]] == [4]
+
+
+# Memory that runs out.
+
+
+@pytest.mark.parametrize("update", ["deferred", "eager"])
+def test_a_device_out_of_memory_leaves_the_checkpoint_and_names_the_next_smaller_choice(
+    update: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a backward pass, beside which a checkpoint is being written."""
+    common = {"max_steps": 8, "save_steps": 3, "update": update, "max_grad_norm": None}
+    train(settings(text, tmp_path / "straight", **common))
+    honest, calls = Engine._backward, iter(range(1, 1000))
+
+    def backward(self: Engine, step: Any, op: Op) -> None:
+        if next(calls) == 17:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        honest(self, step, op)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "_backward", backward)
+        with pytest.raises(DoesNotFitError, match="Tried to allocate 2 GiB") as caught:
+            train(settings(text, tmp_path / "run", **common))
+    assert caught.value.exit_code == 3 and caught.value.hint is not None
+    assert caught.value.hint.startswith("next smaller: boundaries=host; horizon resume ")
+    assert cli.main(["verify", str(tmp_path / "run")]) == 0
+    assert cli.main(["resume", str(tmp_path / "run"), "boundaries=host"]) == 0
+    one, two = tmp_path / "straight" / "checkpoint-6", tmp_path / "run" / "checkpoint-6"
+    assert tensors_of(one) == tensors_of(two)
+
+
+def test_the_next_smaller_choices_end_and_each_is_a_valid_configuration() -> None:
+    config = TrainConfig.from_dict(
+        {"model": "m", "datasets": "d", "per_device_train_batch_size": 8, "activations": "keep", "slots": 4}
+    )
+    seen = []
+    while (choice := next_smaller(config)) not in seen and len(seen) < 40:
+        seen.append(choice)
+        pairs = dict(part.split("=") for part in choice.split())
+        config = config.replace(**{k: int(v) if v.isdigit() else v for k, v in pairs.items()})
+    assert seen[0] == "activations=recompute" and seen[1] == "boundaries=host"
+    assert "per_device_train_batch_size=1 gradient_accumulation_steps=8" in seen
+    assert any(choice.startswith("max_length=") for choice in seen) and len(seen) > 10
 
 
 # Two runs, one folder.
@@ -709,3 +756,35 @@ def test_policies_that_cannot_work_are_refused(changes: dict[str, Any], message:
 
 def test_inline_and_adversarial_have_a_disk_lane() -> None:
     assert InlineLanes().disk.is_idle and AdversarialLanes().disk.is_idle
+
+
+# Long runs.
+
+
+@pytest.mark.timeout(1800 if SOAK else 300)
+def test_steps_and_checkpoints_leave_nothing_behind(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2,000 steps (400 in the short form), a checkpoint every 20: resident memory, open files and threads."""
+    steps = 2000 if SOAK else 400
+    process, seen = psutil.Process(), []
+    after = saver.Saver.after
+
+    def look(self: Any, record: Any, *, is_last: bool) -> None:
+        after(self, record, is_last=is_last)
+        if record.step % 20 == 19 and not is_last:  # no checkpoint is being written
+            self.finish()
+            gc.collect()
+            seen.append((process.memory_info().rss, process.num_fds(), threading.active_count()))
+
+    monkeypatch.setattr(saver.Saver, "after", look)
+    train(
+        settings(text, tmp_path / "run", max_steps=steps, save_steps=20, save_total_limit=2, progress="off")
+    )
+    settled = seen[len(seen) // 4 :]
+    grown = settled[-1][0] / settled[0][0] - 1
+    print(
+        f"{steps} steps: resident memory {grown:+.2%}, open files and threads {set(s[1:] for s in settled)}"
+    )
+    assert grown < 0.01
+    assert len({s[1:] for s in settled}) == 1

@@ -17,6 +17,7 @@ from ..data.documents import check_exists
 from ..data.training_data import pad_id
 from ..errors import ConfigError, DataError, DoesNotFitError, NonFiniteError
 from ..optim.curves import learning_rates
+from ..plan.smaller import next_smaller
 from . import sample
 from .card import model_card
 from .evaluation import Evaluator
@@ -74,7 +75,7 @@ def train(config: TrainConfig, *, config_notes: Sequence[str] = ()) -> TrainResu
     with (
         claim(config.output_dir, overwrite=config.overwrite_output_dir, resume=own) as folder,
         quiet_transformers(),
-        _memory_faults(),
+        _memory_faults(config),
     ):
         check_sources(config, folder)
         resume = find(config, folder, progress.warn)
@@ -414,15 +415,18 @@ def _summary(config: TrainConfig, folder: RunFolder, result: TrainResult) -> str
 
 
 @contextmanager
-def _memory_faults() -> Iterator[None]:
-    """Turns what torch and Python raise when memory runs out into DoesNotFitError."""
+def _memory_faults(config: TrainConfig) -> Iterator[None]:
+    """Turns what torch and Python raise when memory runs out into DoesNotFitError. Nothing is lost by it: a
+    step that fails leaves the last checkpoint as it is."""
     try:
         yield
     except torch.OutOfMemoryError as error:
+        run = RunFolder(Path(config.output_dir).expanduser())
+        hint = f"next smaller: {next_smaller(config)}"
+        if run.path.is_dir() and run.has_checkpoints:
+            hint += f"; horizon resume {run.path} goes on from the last checkpoint with it"
         raise DoesNotFitError(
-            f"the device is out of memory: {str(error).splitlines()[0]}",
-            hint="lower per_device_train_batch_size (with more gradient_accumulation_steps), max_length or "
-            "loss_chunk_tokens",
+            f"the device is out of memory: {str(error).splitlines()[0]}", hint=hint
         ) from error
     except MemoryError as error:
         raise DoesNotFitError(
