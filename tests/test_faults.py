@@ -89,11 +89,11 @@ sample.reason_to_skip = lambda folder: "tests"
 from horizon_lm.run import train as run_train
 from horizon_lm.run.train import train
 from horizon_lm.config import TrainConfig
-from horizon_lm.data import load_training_data
+from horizon_lm.errors import StoppedError
 import transformers.models.llama.modeling_llama
 print("ready", flush=True)
 for line in sys.stdin:  # one attempt in a child of its own: what is imported is imported once
-    delay, values = json.loads(line)
+    delay, values, number = json.loads(line)
     if os.fork() == 0:
         first = TrainConfig.from_dict(values)
         begun = threading.Event()
@@ -105,12 +105,17 @@ for line in sys.stdin:  # one attempt in a child of its own: what is imported is
         def kill():
             begun.wait()
             time.sleep(delay)
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         if delay >= 0:
             threading.Thread(target=kill, daemon=True).start()
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
-        train(first)
+        try:
+            train(first)
+        except StoppedError as stopped:
+            os._exit(stopped.exit_code)
+        except KeyboardInterrupt:
+            os._exit(1)
         os._exit(0)
     _, status = os.wait()
     print(os.waitstatus_to_exitcode(status), flush=True)
@@ -135,10 +140,10 @@ class Victim:
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
-    def attempt(self, config: dict[str, Any], delay: float) -> int:
+    def attempt(self, config: dict[str, Any], delay: float, number: int = signal.SIGKILL) -> int:
         """delay: seconds from the first step to the kill; negative for none. The exit code."""
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps([delay, config]) + "\n")
+        self.process.stdin.write(json.dumps([delay, config, number]) + "\n")
         self.process.stdin.flush()
         return int(self.answer())
 
@@ -186,6 +191,40 @@ def test_killed_at_random_moments_a_run_resumes_with_the_same_bits(
     record_property("kills", kills)
     record_property("inside a save", inside)
     assert kills >= KILLS
+
+
+@pytest.mark.timeout(1800 if SOAK else 300)
+def test_stopped_at_random_moments_a_run_resumes_with_the_same_bits(text: Path, tmp_path: Path) -> None:
+    """SIGTERM, SIGINT, SIGUSR1 from outside: each ends with its code, and nothing has to be done again."""
+    stops, rng = 60 if SOAK else 9, random.Random(4)
+    common = {"max_steps": 24, "save_steps": 10, "update": "deferred"}
+    victim = Victim()
+    assert victim.attempt(values(text, tmp_path / "straight", **common), -1) == 0
+    run, done, late = tmp_path / "run", 0, 0
+    codes = {signal.SIGTERM: 75, signal.SIGINT: 130, signal.SIGUSR1: 75}
+    while done < stops:
+        number = list(codes)[done % 3]
+        config = values(text, run, **common, resume_from_checkpoint="auto")
+        code = victim.attempt(config, rng.uniform(0, 0.1), number)
+        if code == codes[number]:
+            done += 1
+            found, rejected = list_checkpoints(run)
+            assert found and not rejected
+            recorded = losses_of(run)
+            assert recorded[-1][0] == found[0].manifest.step  # no step was lost
+        else:
+            assert code in (0, 1, -number), code  # the steps were done: it came in the export, or after it
+            late += 1
+            assert losses_of(run) == losses_of(tmp_path / "straight")
+            shutil.rmtree(run)
+    if run.exists():
+        assert victim.attempt(values(text, run, **common, resume_from_checkpoint="auto"), -1) == 0
+        assert tensors_of(run / "checkpoint-20") == tensors_of(tmp_path / "straight" / "checkpoint-20")
+        assert losses_of(run) == losses_of(tmp_path / "straight")
+    victim.close()
+    print(
+        f"{done} stops from outside, each with its code and a checkpoint of its step ({late} came too late)"
+    )
 
 
 # Disks that fail while a run goes on.
