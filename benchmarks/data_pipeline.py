@@ -133,12 +133,12 @@ def tokenising(report: Report, folder: Path, tokenizer: Any, megabytes: float, r
                 threads = "false" if num_proc == 1 else "true"
                 os.environ["TOKENIZERS_PARALLELISM"] = threads  # one process is to be one core
                 begun, started = sum(os.times()[:4]), time.perf_counter()
-                store, _ = tokenise(documents, encoder, cache_dir=None, num_proc=num_proc)
+                cache = str(folder / f"cache-{name}-{run}-{num_proc}")  # a new one: nothing is found there
+                store, was_cached = tokenise(documents, encoder, cache_dir=cache, num_proc=num_proc)
+                assert not was_cached
                 seconds[num_proc].append(time.perf_counter() - started)
                 if num_proc == cores:
                     cpu.append((sum(os.times()[:4]) - begun) / seconds[num_proc][-1])
-        cache = str(folder / f"cache-{name}")
-        tokenise(documents, encoder, cache_dir=cache)
         again = []
         for _ in range(3):
             started = time.perf_counter()

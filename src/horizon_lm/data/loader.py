@@ -20,13 +20,17 @@ _STEPS_AHEAD = 2  # for each worker
 class Loader(Protocol):
     """What the training loop takes its steps from.
 
-    epoch: passes over the data so far. size: of the latest step. The state is JSON-ready.
+    epoch: passes over the data so far. rows_per_step: sequences in a step. size: of the latest step.
+    The state is JSON-ready.
     """
 
     size: StepSize
 
     @property
     def epoch(self) -> float: ...
+
+    @property
+    def rows_per_step(self) -> int: ...
 
     def __iter__(self) -> Iterator[list[MicroBatch]]: ...
 
