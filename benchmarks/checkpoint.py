@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for dtype in arguments.dtypes:
         for update in ("deferred", "eager", "sync"):
-            with tempfile.TemporaryDirectory(prefix="horizon-", dir=Path.cwd()) as place:
+            with tempfile.TemporaryDirectory(prefix="horizon-") as place:
                 bench = Bench(update, dtype, arguments.tokens, arguments.micro_batches, Path(place))
                 bench.block(1, "background")
                 ratios: dict[str, list[float]] = {}

@@ -9,18 +9,20 @@ import pickle
 import random
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import horizon_lm
 from horizon_lm import cli
 from horizon_lm.checkpoint.disk import checksum
 from horizon_lm.config import TrainConfig
-from horizon_lm.errors import ConfigError
+from horizon_lm.errors import ConfigError, DataError
+from horizon_lm.model.loading import load_model
 from horizon_lm.run import sample
 from horizon_lm.run.train import train
 from small_runs import settings, values, write_text
@@ -189,6 +191,81 @@ def test_a_checkpoint_cannot_make_an_export_write_elsewhere(run: Path, tmp_path:
         resealed(copy, change)
         assert cli.main(["export", str(copy), str(tmp_path / "out")]) == 5
     assert not outside.exists() and not (tmp_path / "out").exists()
+
+
+# Damaged and hostile model folders.
+
+
+def test_damaged_model_folders_are_refused_in_words(tmp_path: Path, record_property: Any) -> None:
+    """Truncated, noise, other headers, missing shards, an index that leaves the folder: never a crash."""
+    rng, cases = random.Random(7), 0
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    source = tmp_path / "source"
+    LlamaForCausalLM(config).save_pretrained(source, max_shard_size="4KB")
+    shards = sorted(p.name for p in source.glob("*.safetensors"))
+    assert len(shards) > 2
+
+    def refused(change: Callable[[Path], None]) -> None:
+        nonlocal cases
+        folder = shutil.copytree(source, tmp_path / "model")
+        change(folder)
+        with pytest.raises((DataError, ConfigError)) as caught:
+            load_model(folder, trust_remote_code=False, revision=None, attn_implementation="sdpa")
+        assert str(folder) in caught.value.message
+        shutil.rmtree(folder)
+        cases += 1
+
+    def truncated(folder: Path) -> None:
+        file = folder / rng.choice(shards)
+        os.truncate(file, rng.randrange(file.stat().st_size))
+
+    def noise(folder: Path) -> None:
+        (folder / rng.choice(shards)).write_bytes(rng.randbytes(rng.randrange(1, 4000)))
+
+    def header(folder: Path) -> None:
+        file = folder / rng.choice(shards)
+        data = file.read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        text = rng.choice([b"{" * size, b"[]", b'{"a":' * (size // 5), data[8 : 8 + size - 9]])
+        length = rng.choice([len(text), len(text), 1 << 40, size + 5])
+        file.write_bytes(length.to_bytes(8, "little") + text + data[8 + size :])
+
+    def missing(folder: Path) -> None:
+        (folder / rng.choice(shards)).unlink()
+
+    def index(folder: Path) -> None:
+        path = folder / "model.safetensors.index.json"
+        values = json.loads(path.read_text())
+        key = rng.choice(sorted(values["weight_map"]))
+        values["weight_map"][key] = rng.choice(
+            ["../x", "/etc/passwd", "..", "a/b", "", 5, "gone.safetensors"]
+        )
+        path.write_text(json.dumps(values))
+
+    def no_index(folder: Path) -> None:
+        path = folder / "model.safetensors.index.json"
+        path.write_text(rng.choice(["", "[]", "{", '{"weight_map": 5}', "{}"]))
+
+    for change, count in (
+        (truncated, 60),
+        (noise, 40),
+        (header, 40),
+        (missing, 10),
+        (index, 20),
+        (no_index, 10),
+    ):
+        for _ in range(count):
+            refused(change)
+    load_model(source, trust_remote_code=False, revision=None, attn_implementation="sdpa")  # the control
+    record_property("cases", cases)
+    print(f"{cases} damaged model folders: all refused in words")
 
 
 # Secrets.
