@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import zoo
 from horizon_lm import cli
@@ -526,6 +527,20 @@ def test_numbers_that_are_not_finite_are_found_by_verify(
     assert cli.main(["verify", str(tmp_path)]) == 5
     shown = capsys.readouterr().err
     assert "has 2 values that are not finite" in shown and "exp_avg." in shown
+
+
+def test_a_checkpoint_of_version_1_can_be_read_for_ever(tmp_path: Path) -> None:
+    """One that the first version wrote. If this fails, the format has changed: raise `manifest.VERSION`, read
+    both, and add a fixture."""
+    folder = Path(__file__).parent / "fixtures" / "checkpoint-v1"
+    config = AutoConfig.from_pretrained(folder)
+    source = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    target = HostModel.from_pretrained(source, device="cpu", dtype="bfloat16", skip_memory_check=True)
+    load_checkpoint(open_checkpoint(folder), target)
+    masters = b"".join(tensor.numpy().tobytes() for _, tensor in target.named_parameters())
+    assert checksum(masters) == "3cf15b228b777a4e98904941a16da742" and target.steps_done == 2
+    assert cli.main(["verify", str(folder)]) == 0
+    assert cli.main(["export", str(folder), str(tmp_path / "out")]) == 0
 
 
 # Which one is taken.
