@@ -209,6 +209,24 @@ def test_a_deadline_saves_and_ends_in_time(text: Path, tmp_path: Path) -> None:
     assert any((tmp_path / "run").glob("checkpoint-*"))
 
 
+def test_a_signal_at_a_step_that_is_saved_anyway_saves_once(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_at(monkeypatch, 4)
+    with pytest.raises(StoppedError, match="after step 4: saved"):
+        train(settings(text, tmp_path / "run", save_steps=2))
+    assert sorted(p.name for p in (tmp_path / "run").glob("*checkpoint*")) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_checkpoint_between_two_logged_steps_stays(straight: Path, text: Path, tmp_path: Path) -> None:
+    """A new folder becomes the run's with the first step, also where that step is not logged."""
+    source = str(straight / "checkpoint-11")
+    config = settings(text, tmp_path / "run", max_steps=STEPS, save_steps=2, logging_steps=5)
+    train(config.replace(resume_from_checkpoint=source))
+    names = {p.name for p in (tmp_path / "run").glob("checkpoint-*")}
+    assert names == {f"checkpoint-{step}" for step in (12, 14, 16, 18, 20)}
+
+
 def test_without_save_on_signal_the_last_regular_checkpoint_is_named(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -186,8 +186,9 @@ class MetricsFile:
         finally:
             self._file.close()
 
-    def write_step(self, metrics: Metrics) -> None:
-        """Append a line. Raises DoesNotFitError when the disk is full."""
+    def open(self) -> None:
+        """Begin the file, and with it the run, unless that is done. Raises DoesNotFitError when the disk
+        is full."""
         if self._file is None:
             self._begin()
             goes_on = self._resumed_at is not None and self._path.exists()
@@ -200,6 +201,10 @@ class MetricsFile:
                 self._write("resume", {"step": self._resumed_at})
             for evaluation in self._waiting:
                 self._write("eval", asdict(evaluation))
+
+    def write_step(self, metrics: Metrics) -> None:
+        """Append a line. Raises DoesNotFitError when the disk is full."""
+        self.open()
         self._write("step", asdict(metrics))
 
     def write_event(self, event: str, values: dict[str, Any]) -> None:

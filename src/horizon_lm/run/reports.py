@@ -19,12 +19,14 @@ class Reports:
         self._begun = False
 
     def step(self, record: StepRecord, metrics: Metrics | None) -> None:
+        self.file.open()  # with the first step that is done, logged or not: from now on the folder is ours
+        self._begun = True
         if metrics is not None:
             self.file.write_step(metrics)
-            self._begun = True
-            for evaluation in self._before:
-                self.evaluation(evaluation)
-            self._before = []
+        before, self._before = self._before, []
+        for evaluation in before:
+            self.evaluation(evaluation)
+        if metrics is not None:
             self.loggers.step(metrics)
         if record.note:
             self._fault(record)

@@ -55,6 +55,7 @@ class Saver:
         self._disk = disk or Disk()
         self._writer: CheckpointWriter | None = None
         self._failed_in_a_row = 0
+        self._saved_step = -1
         self._epochs = int(state()["loader"].get("epoch", 0))
         self._last_save = time.monotonic()
         self._save_seconds = self._step_seconds = 0.0
@@ -166,6 +167,7 @@ class Saver:
     def _ended(self, outcome: Outcome) -> None:
         self._report(outcome)
         self._save_seconds = max(self._save_seconds, outcome.seconds)
+        self._saved_step = outcome.step if outcome.path is not None else self._saved_step
         self._failed_in_a_row = 0 if outcome.error is None else self._failed_in_a_row + 1
         limit = self._config.max_failed_saves
         if limit is not None and self._failed_in_a_row > limit:
@@ -204,9 +206,10 @@ class Saver:
 
     def stop(self, request: StopRequest, step: int) -> StoppedError:
         """Save, and the error that ends the run."""
-        if self._config.save_on_signal and self._config.save_strategy != "no":
-            self.save(step, background=False)
         self.finish()
+        wanted = self._config.save_on_signal and self._config.save_strategy != "no"
+        if wanted and self._saved_step != step:
+            self.save(step, background=False)
         found, _ = checkpoints.list_checkpoints(self._run)
         why = request.signal.name if request.signal is not None else "deadline_minutes"
         code = request.exit_code if request.signal is not None else REQUEUE

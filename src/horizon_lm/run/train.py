@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ def train(config: TrainConfig, *, config_notes: Sequence[str] = ()) -> TrainResu
     the deadline ended it, StoppedError; until the first step is done nothing is written, and an earlier run
     in output_dir is not touched.
     """
+    started = time.monotonic()
     progress = choose_progress(config.progress)
     own = wants_own_folder(config)
     with (
@@ -92,7 +94,7 @@ def train(config: TrainConfig, *, config_notes: Sequence[str] = ()) -> TrainResu
             sum(model.store.num_bytes.values()) if _will_save(config, data) else 0,
         )
 
-        last = _run_steps(config, config_notes, folder, data, model, progress, resume)
+        last = _run_steps(config, config_notes, folder, data, model, progress, resume, started)
 
         model.save_pretrained(
             folder.model,
@@ -127,6 +129,7 @@ def _run_steps(
     model: HostModel,
     progress: Progress,
     resume: Resume | None,
+    started: float,
 ) -> Metrics:
     """Train, evaluate, save, show and record; returns the last metrics."""
     loader = data.loader
@@ -185,7 +188,7 @@ def _run_steps(
                 reports.evaluation(evaluation)
             is_last = trainer.loop.step == num_steps
             saver.after(record, is_last=is_last)
-            if not is_last and (request.signal is not None or saver.is_deadline_near(trainer.started)):
+            if request.signal is not None or not is_last and saver.is_deadline_near(started):
                 raise saver.stop(request, trainer.loop.step)
     assert last is not None, "a run has at least one step, and the last is recorded"
     return last

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -25,7 +24,6 @@ class Trainer:
         self.model, self.loader, self.meter, self.guard = model, loader, meter, guard
         self.loop = LoopState()
         self.last: Metrics | None = None
-        self.started = time.monotonic()
 
     def steps(
         self, config: TrainConfig, learning_rate: Callable[[int], float], num_steps: int, roll_back: RollBack
