@@ -79,6 +79,8 @@ class StoppedError(HorizonError):
     exit_code: 75 (try again later, as sysexits names it), or 130 after Ctrl-C.
     """
 
+    exit_code = 75
+
     def __init__(self, message: str, hint: str | None = None, exit_code: int = 75) -> None:
         super().__init__(message, hint)
         self.exit_code = exit_code
