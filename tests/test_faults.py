@@ -169,7 +169,7 @@ def killed_runs(text: Path, place: Path, kills: int, seed: int) -> tuple[int, in
             code = victim.attempt(config, rng.uniform(0, 0.4) if done < kills else -1)
             if code == 0:
                 break
-            assert code == -signal.SIGKILL, code
+            assert code == -signal.SIGKILL, (code, sorted(p.name for p in run.iterdir()))
             done += 1
             inside += any(run.glob(".tmp-*")) if run.exists() else 0
         assert tensors_of(run / "checkpoint-24") == expected[0]

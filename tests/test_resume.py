@@ -286,6 +286,18 @@ def test_auto_begins_where_there_is_nothing_and_resumes_where_there_is(text: Pat
     assert not (tmp_path / "other").exists()
 
 
+def test_a_run_killed_as_it_wrote_its_first_file_can_begin_again(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.resolved.yaml.tmp").write_text("dty")
+    config = settings(text, tmp_path / "run", max_steps=2, resume_from_checkpoint="auto")
+    train(config)
+    assert not (tmp_path / "run" / ".config.resolved.yaml.tmp").exists()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "draft.txt").write_text("mine")  # the control: what is not ours is refused
+    with pytest.raises(ConfigError, match="not empty"):
+        train(config.replace(output_dir=str(tmp_path / "other")))
+
+
 CHANGES: list[tuple[dict[str, Any], bool | None]] = [  # and whether a yes helps; None: none is needed
     ({"learning_rate": 1e-3}, True),
     ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}, True),

@@ -133,7 +133,9 @@ def _check_free(folder: RunFolder, overwrite: bool) -> None:
     path = folder.path
     if path.exists() and not path.is_dir():
         raise ConfigError(f"output_dir={str(path)!r} is a file", hint="choose another output_dir")
-    if not path.is_dir() or not any(path.iterdir()):
+    # A run that was killed as it put its first file in place leaves the staging of that.
+    staging = f".{folder.settings.name}.tmp"
+    if not path.is_dir() or all(entry.name == staging for entry in path.iterdir()):
         return
     is_ours = folder.settings.is_file()
     if not overwrite:
