@@ -59,6 +59,8 @@ class Saver:
         self._epochs = int(state()["loader"].get("epoch", 0))
         self._last_save = time.monotonic()
         self._save_seconds = self._step_seconds = 0.0
+        with suppress(OSError):
+            checkpoints.sweep(run, self._disk)  # what a killed run left; the run's lock is held
         found, _ = checkpoints.list_checkpoints(run)
         self._serial = 1 + max((c.manifest.serial for c in found), default=0)
         self.num_bytes = sum(
