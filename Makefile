@@ -13,7 +13,7 @@ ARGS ?=
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint types format bench bench-optimizer soak gpu-check clean
+.PHONY: audit help setup quickstart test lint types format bench bench-optimizer soak gpu-check clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -74,6 +74,10 @@ bench-optimizer: ## measure the update on the host against memory speed and othe
 
 soak: ## repeat the random tests for long, with new seeds
 	@PYTHONPATH=src $(PYTHON) -m tests.soak $(ARGS)
+
+audit: ## look for known vulnerabilities in the pinned versions (needs a network)
+	@$(PYTHON) -m venv build/audit && build/audit/bin/pip install --quiet pip-audit
+	@build/audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip
 
 gpu-check: ## check everything that needs a GPU; says so where there is none
 	@PYTHONPATH=src $(PYTHON) -m tests.gpu.check $(ARGS)

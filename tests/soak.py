@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import subprocess
 import sys
@@ -16,6 +17,9 @@ FILES = [
     "tests/test_schedule.py",
     "tests/test_store.py",
     "tests/test_lanes.py",
+    "tests/test_faults.py",
+    "tests/test_checkpoint.py",
+    "tests/test_resume.py",
 ]
 
 
@@ -29,7 +33,7 @@ def main() -> int:
         seed = random.randrange(1 << 30)
         print(f"round {rounds + 1}, seed {seed}", flush=True)
         command = [sys.executable, "-m", "pytest", "-q", "-x", f"--hypothesis-seed={seed}", *FILES]
-        status = subprocess.run(command, check=False).returncode
+        status = subprocess.run(command, check=False, env={**os.environ, "HORIZON_SOAK": "1"}).returncode
         if status:
             print(f"failed with seed {seed}: {' '.join(command)}")
             return status

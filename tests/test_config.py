@@ -325,12 +325,15 @@ def test_errors_carry_message_hint_and_code() -> None:
         "DataError": 4,
         "CheckpointError": 5,
         "NonFiniteError": 6,
+        "LossSpikeError": 6,
+        "StoppedError": 75,
     }
 
 
 # --- aliases --------------------------------------------------------------------------------------
 
 ALIAS_VALUES: dict[str, tuple[Any, Any]] = {
+    "max_checkpoints": (3, 3),
     "bf16": (True, "bfloat16"),
     "pure_bf16": (True, "bfloat16"),
     "fp32": (True, "float32"),

@@ -5,6 +5,7 @@ Torch, transformers and pydantic are imported by the verbs that need them, so th
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -17,11 +18,17 @@ import typer
 from horizon_lm.cli_base import HELP, PASS_OPTIONS, SettingsArguments, SettingsCommand, load_settings
 from horizon_lm.cli_data import data_app, init
 from horizon_lm.cli_model import chat, evaluate, generate
-from horizon_lm.errors import HorizonError
+from horizon_lm.cli_run import ResumeCommand, export, resume, verify
+from horizon_lm.errors import HorizonError, StoppedError
 
 _ENV_PACKAGES = (
     *("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "datasets", "trl", "numpy"),
     *("pydantic", "PyYAML", "typer", "rich", "matplotlib"),
+)
+
+# What a path that somebody gave may answer, wherever it is first used.
+_FAULTS_OF_PLACES = frozenset(
+    {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EROFS}
 )
 
 app = typer.Typer(
@@ -67,6 +74,9 @@ app.command("init")(init)
 app.command("eval", cls=SettingsCommand, context_settings=PASS_OPTIONS)(evaluate)
 app.command("generate")(generate)
 app.command("chat")(chat)
+app.command("resume", cls=ResumeCommand, context_settings=PASS_OPTIONS)(resume)
+app.command("verify")(verify)
+app.command("export")(export)
 
 
 @config_app.command("show", cls=SettingsCommand, context_settings=PASS_OPTIONS)
@@ -144,9 +154,11 @@ def _version() -> str:
 
 
 def _report(message: str, hint: str | None) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+    encoding = sys.stderr.encoding or "utf-8"
+    for title, text in (("error", message), ("hint", hint)):
+        if text:  # which may quote what no terminal can show
+            shown = text.encode(encoding, "backslashreplace").decode(encoding)
+            print(f"{title}: {shown}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -157,6 +169,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = app(args=arguments, prog_name="horizon", standalone_mode=False)
         return result if isinstance(result, int) else 0
+    except StoppedError as stop:
+        print(f"{stop.message}; to go on: {stop.hint}", file=sys.stderr)
+        return stop.exit_code
     except HorizonError as error:
         if debug:
             traceback.print_exc()
@@ -170,11 +185,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _FAULTS_OF_PLACES and error.filename and not debug:
+            _report(f"{os.fsdecode(error.filename):.200}: {error.strerror}", "give the path of another place")
+            return 2
         if isinstance(error, _usage_errors()):
             return _report_usage(error)
         traceback.print_exc()
+        where = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
         _report(
-            f"this is a bug in horizon: {type(error).__name__}: {error}",
+            f"this is a bug in horizon: {type(error).__name__}: {error}{where}",
             "please report it with 'horizon env'",
         )
         return 1

@@ -32,7 +32,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     """What follows a verb -> (configuration file, overrides as `key=value`)."""
     config: str | None = None
     overrides: list[str] = []
-    rest = iter(arguments)
+    rest = iter(_with_resume(arguments))
     for argument in rest:
         name = argument.partition("=")[0]
         if argument.startswith("--") and "=" not in argument:
@@ -52,6 +52,19 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
         else:
             config = argument
     return config, overrides
+
+
+def _with_resume(arguments: Sequence[str]) -> list[str]:
+    """`--resume` may stand alone: it means the latest checkpoint of output_dir."""
+    found = list(arguments)
+    for i, argument in enumerate(found):
+        if argument != "--resume":
+            continue
+        following = found[i + 1] if i + 1 < len(found) else "--"
+        is_value = not following.startswith("-") and "=" not in following
+        if not is_value or following.endswith((".yaml", ".yml")):
+            found[i] = "--resume=latest"
+    return found
 
 
 def load_settings(arguments: Sequence[str] | None) -> tuple[TrainConfig, list[str]]:

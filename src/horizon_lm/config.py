@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from horizon_lm import config_aliases, config_merge
 from horizon_lm.config_base import STRICT, Settings, fault, setting, text_keys
+from horizon_lm.config_checkpoints import CheckpointSettings
 
 # Arguments that each curve of `lr_scheduler_type` takes, as in transformers' `get_scheduler`.
 SCHEDULER_KWARGS: dict[str, frozenset[str]] = {
@@ -169,9 +170,10 @@ class ModelSettings(Settings):
     max_grad_norm: float | None = setting(
         1.0, "Clip gradients to this global norm; 0 or null switches clipping off.", group="Optimizer", ge=0
     )
-    nonfinite: Literal["raise", "skip"] = setting(
+    nonfinite: Literal["raise", "skip", "rollback"] = setting(
         "raise",
-        "What a NaN or infinite loss or gradient does: end the run, or skip that step's update.",
+        "What a NaN or infinite loss or gradient does: end the run, skip that step's update, or go back to "
+        "the last checkpoint and on with the data after it.",
         group="Optimizer",
     )
     decay_embeddings: bool = setting(
@@ -329,7 +331,7 @@ def per_layer(value: str | list[str], words: tuple[str, str]) -> list[str] | Non
     return found
 
 
-class TrainConfig(ModelSettings):
+class TrainConfig(CheckpointSettings, ModelSettings):
     """Everything that `horizon train` needs to know."""
 
     model_name_or_path: str | None = setting(
@@ -611,7 +613,23 @@ class TrainConfig(ModelSettings):
         self._check_model()
         self._check_scheduler()
         self._check_data()
+        self._check_faults()
         return self
+
+    def _check_faults(self) -> None:
+        if self.loss_spike == "skip" and self.update_mode == "eager":
+            raise fault(
+                "loss_spike: skip leaves updates out, but update: eager makes them during the backward pass",
+                key="loss_spike",
+                hint="update: deferred, or loss_spike: rollback",
+            )
+        rollback = "rollback" in (self.nonfinite, self.loss_spike)
+        if rollback and self.save_strategy == "no":
+            raise fault(
+                "there is nothing to go back to with save_strategy: no",
+                key="save_strategy",
+                hint="save_strategy: steps",
+            )
 
     def _check_data(self) -> None:
         if self.val_size and self.eval_datasets:

@@ -126,6 +126,10 @@ ALIASES: dict[str, Alias] = {
     "max_norm": Alias("max_grad_norm"),
     "gradient_clipping": Alias("max_grad_norm"),
     "optimizer": Alias("optim"),
+    "resume": Alias("resume_from_checkpoint"),
+    "save_interval": Alias("save_steps"),
+    "save_every": Alias("save_steps"),
+    "max_checkpoints": Alias("save_total_limit"),
     "gradient_checkpointing": Alias("activations", _checkpointing),
     "activation_checkpointing": Alias("activations", _checkpointing),
 }

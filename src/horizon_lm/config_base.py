@@ -13,7 +13,10 @@ from pydantic_core import PydanticCustomError
 from horizon_lm import config_aliases, config_merge, config_yaml
 from horizon_lm.config_yaml import Document
 
-GROUPS = ("Model", "Data", "Batch and schedule", "Optimizer", "Evaluation", "Memory and device", "Output")
+GROUPS = (
+    *("Model", "Data", "Batch and schedule", "Optimizer", "Evaluation", "Memory and device"),
+    *("Checkpoints and faults", "Output"),
+)
 
 
 def setting(

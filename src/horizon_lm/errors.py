@@ -1,7 +1,8 @@
 """Errors that a user can act on.
 
 Each carries what happened (`message`), the way out (`hint`) and the exit code with which the command line
-ends (2 configuration or usage, 3 does not fit, 4 data, 5 checkpoint, 6 non-finite numbers). Mistakes of our
+ends (2 configuration or usage, 3 does not fit, 4 data, 5 checkpoint, 6 non-finite numbers; 75 and 130 for
+runs that were stopped from outside and saved). Mistakes of our
 own are `assert`s, not these.
 """
 
@@ -66,3 +67,20 @@ class NonFiniteError(HorizonError):
     grad_norm: float = math.nan
     num_tokens: int = 0
     state_intact: bool = True
+
+
+class LossSpikeError(NonFiniteError):
+    """A loss far above those before it, with a policy that does not let it pass."""
+
+
+class StoppedError(HorizonError):
+    """The run was asked to stop, by a signal or its deadline; the message says what was saved.
+
+    exit_code: 75 (try again later, as sysexits names it), or 130 after Ctrl-C.
+    """
+
+    exit_code = 75
+
+    def __init__(self, message: str, hint: str | None = None, exit_code: int = 75) -> None:
+        super().__init__(message, hint)
+        self.exit_code = exit_code

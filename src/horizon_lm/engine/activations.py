@@ -79,7 +79,9 @@ class _Weights:
             return _Handle(None, offset, tensor.shape, tensor.stride())
         if storage in self._wide:
             return _Handle(self._wide[storage], int(tensor.storage_offset()), tensor.shape, tensor.stride())
-        return tensor
+        # Detached: an output that its own node saves would hold the node, which holds it, and a graph that
+        # is never run backward (a step that fails) would stay in memory for ever.
+        return tensor.detach()
 
     def unpack(self, saved: torch.Tensor | _Handle) -> torch.Tensor:
         if isinstance(saved, torch.Tensor):

@@ -18,7 +18,7 @@ from ..memory.slots import BoundarySlots, GradientSlots, UnitWeights, WeightSlot
 from ..memory.store import HostStore
 from ..model.skeleton import Skeleton
 from ..optim.optimizer import Optimizer, UpdateSettings
-from ..schedule import Buffer, Op, StepPlan, build, build_flush, derive_waits, last_uses
+from ..schedule import Buffer, Op, StepPlan, build, build_flush, build_save, derive_waits, last_uses
 from ..schedule.step_plan import KEEP
 from . import activations, compute
 from .gradient import UnitGradient
@@ -33,8 +33,9 @@ from .loss import (
     shifted_targets,
 )
 from .policies import layer_policies
+from .saving import Saving
 from .step import MicroBatch, Schedule, Step, Update
-from .transfer import square_norm
+from .transfer import square_norm, sum_of_squares
 
 _log = logging.getLogger(__name__)
 
@@ -76,6 +77,8 @@ class Engine:
         self._embedding = compute.host_embedding(skeleton)
         self._step: Step | None = None
         self._pending: Update | None = None
+        self._saving: Saving | None = None
+        self._begins_to_save = False
         self.spans: list[Span] = []
         self._spans_origin = 0.0
         self._run: dict[str, Callable[[Step, Op], None]] = {
@@ -92,10 +95,11 @@ class Engine:
             "S": self._scatter,
             "N": self._norm,
             "O": self._optimize,
+            "W": self._write,
         }
 
-    def plan(self, micro_batches: int, *, evaluate: bool = False) -> StepPlan:
-        """The plan of a step of so many micro-batches."""
+    def plan(self, micro_batches: int, *, evaluate: bool = False, save: bool = False) -> StepPlan:
+        """The plan of a step of so many micro-batches. save: a checkpoint is written while it runs."""
         return StepPlan(
             layers=self.skeleton.num_layers,
             uploaded=self.uploaded,
@@ -112,6 +116,7 @@ class Engine:
             spilled=self.spilled,
             boundary_slots=self.settings.boundary_slots,
             evaluate=evaluate,
+            saved=frozenset(u for u, unit in enumerate(self.store.units) if unit.numel * save),
         )
 
     def schedule(self, plan: StepPlan, *, pending: bool = False) -> Schedule:
@@ -139,7 +144,7 @@ class Engine:
         eager ones (`update`). Gradients are in the store, but for eager updates."""
         if self._pending is not None and self._pending.begun:  # a step that failed half-way
             self.flush()
-        plan = self.plan(len(micro_batches))
+        plan = self.plan(len(micro_batches), save=self._begins_to_save)
         step = self._step = self._begin(plan, micro_batches, num_step, pending=self.has_pending)
         if update is not None:
             step.update = Update(update, 1.0, set(self.trainable))
@@ -154,7 +159,14 @@ class Engine:
                 for batch, metrics in zip(micro_batches, step.metrics, strict=True)
             ]
         end = next(i for i, op in enumerate(step.schedule.ops) if op.kind == "N")
-        self._execute(step, range(end), record)
+        try:
+            self._execute(step, range(end), record)
+        except BaseException:
+            if self._saving is not None and self._begins_to_save:
+                self._saving.abandon()  # its units would be of two steps
+            self._end_of_writes()
+            raise
+        self._end_of_writes()
         if not self.has_pending:
             self._pending = None
         return step
@@ -205,6 +217,33 @@ class Engine:
         step = Step(plan, Schedule(ops, derive_waits(ops), last_uses(ops)), update=update)
         self._execute(step, range(len(ops)), False)
         self._pending = None
+
+    def forget(self) -> None:
+        """Drop updates and gradients that are still to be applied: the store was filled anew."""
+        self._pending = self._step = None
+
+    def save(self, saving: Saving, *, background: bool) -> None:
+        """Write every unit, as the last step's update leaves it: while the next step and those after it
+        run (`background`), or at once. Waits for what is being saved already."""
+        self.lanes.disk.drain()
+        self.lanes.disk.give_up = saving.abandon
+        self._saving, self._begins_to_save = saving, True
+        if background:
+            return
+        update = self._pending
+        plan = self.plan(1, save=True)
+        ops = build_save(plan, 1, update.left if update is not None else ())
+        step = Step(plan, Schedule(ops, derive_waits(ops), last_uses(ops)), update=update)
+        self._execute(step, range(len(ops)), False)
+        self._pending = None
+        self._end_of_writes()
+        self.lanes.disk.drain()
+
+    def _end_of_writes(self) -> None:
+        """What was to be written is on its way: the disk lane ends the checkpoint when it comes to it."""
+        if self._saving is not None and self._begins_to_save:
+            self.lanes.disk.submit(frozenset(), self._saving.finish)
+            self._begins_to_save = False
 
     def measure_norm(self) -> float:
         """Global gradient norm of the last forward_backward, without an update."""
@@ -407,12 +446,12 @@ class Engine:
             if op.slab < 0:
                 self._measure(step, skeleton.head)
             held = table[rows]
-            before = float(held.double().square().sum())
+            before = sum_of_squares(held)
             table[rows] = (held + values).to(table.dtype)
         else:
             self.store.gradient_run(skeleton.embedding_unit, op.slab).zero_()
             table[rows] = values.to(table.dtype)
-        after = float(table[rows].double().square().sum())
+        after = sum_of_squares(table[rows])
         # A tied head's own norm was taken as it was downloaded; what the rows add to it is known here.
         step.square_norms[skeleton.head + 1] = torch.tensor(after - before, dtype=torch.float64)
 
@@ -431,6 +470,10 @@ class Engine:
         grads = self.store.gradient_run(op.unit, op.slab)
         self.optimizer.update_unit(self.store, op.unit, grads, update.settings, update.grad_scale)
         update.left.discard(op.unit)
+
+    def _write(self, step: Step, op: Op) -> None:
+        assert self._saving is not None
+        self._saving.write_unit(op.unit)
 
     def _may_update(self, step: Step, update: Update, unit: int) -> bool:
         """Eager updates look before each: at the loss, which is known before any, and at the gradient's

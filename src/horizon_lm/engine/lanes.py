@@ -1,6 +1,6 @@
 """The executors of a schedule. The only file that knows streams, events and threads.
 
-All run the same ops with the same derived waits:
+All run the same ops with the same derived waits (`W`, the writing of a checkpoint, on a `DiskLane`):
 
     InlineLanes       one thread, program order (the CPU; on CUDA, the reference for CudaLanes)
     AdversarialLanes  one thread, any order that the waits allow, chosen at random (tests)
@@ -12,21 +12,23 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from ..errors import ConfigError
-from ..schedule import Lane, Op
+from ..schedule import Buffer, Lane, Op
 
 Execute = Callable[[int], None]
 Waits = Sequence[tuple[int, ...]]
 Span = tuple[Op, float, float]  # op, start and end in seconds since the run began
 # Lanes whose ops are the CPU's own work, on memory that copies of the other lanes read and write.
 HOST_LANES = frozenset({Lane.HOST, Lane.UPDATE})
+_LOOK_SECONDS = 1.0  # between two looks at whether all lanes are still alive
 
 
 def reads_on_this_lane(tensor: torch.Tensor) -> None:
@@ -36,8 +38,105 @@ def reads_on_this_lane(tensor: torch.Tensor) -> None:
         tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
+def in_op(error: BaseException, op: Op, ended: Sequence[Op]) -> None:
+    """Note on an error in which op it arose, and what had ended just before."""
+    note = f"in op {op} ({op.lane} lane, step {op.step})"
+    if ended:
+        note += ", after " + " ".join(str(other) for other in ended[-8:])
+    if not any(earlier.startswith("in op ") for earlier in getattr(error, "__notes__", ())):
+        error.add_note(note)  # else it comes from the disk lane, and arose in the op that is noted
+
+
+class DiskLane:
+    """One thread for ops that write host memory to files. They outlive the run that they belong to: the
+    steps after it go on, and an op that writes what one of them reads waits for it, whichever step it is of.
+
+    patience_seconds: how long such a wait may take, as a disk may hang for ever. After it `give_up` is
+    called, and what was queued is forgotten: what it would have written must not be used.
+    """
+
+    def __init__(self, patience_seconds: float = 600.0) -> None:
+        self.patience_seconds = patience_seconds
+        self.give_up: Callable[[], None] = lambda: None
+        self._change = threading.Condition()
+        self._queue: deque[tuple[frozenset[Buffer], Callable[[], None]]] = deque()
+        self._reading: Counter[Buffer] = Counter()
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        return self._thread is None
+
+    def submit(self, reads: frozenset[Buffer], work: Callable[[], None]) -> None:
+        """Do `work` after what was submitted before; until it is done, nothing may write to `reads`."""
+        with self._change:
+            self._queue.append((reads, work))
+            self._reading.update(reads)
+            if self._thread is None:  # it ends when there is nothing left to do
+                self._thread = threading.Thread(target=self._work, name="horizon-disk", daemon=True)
+                self._thread.start()
+
+    def settle(self, writes: Iterable[Buffer]) -> None:
+        """Wait until nothing that was submitted reads any of `writes`. Raises what went wrong in a work."""
+        if self._thread is None and self._failure is None:  # nearly always
+            return
+        wanted = frozenset(writes)
+        self._wait(lambda: not any(self._reading[buffer] for buffer in wanted))
+
+    def drain(self) -> None:
+        """Wait until all that was submitted is done. Raises what went wrong in a work."""
+        self._wait(lambda: self._thread is None)
+
+    def _wait(self, done: Callable[[], bool]) -> None:
+        with self._change:
+            in_time = self._change.wait_for(
+                lambda: done() or self._failure is not None, self.patience_seconds
+            )
+            if not in_time:
+                self._forget()
+            failure, self._failure = self._failure, None
+        if not in_time:
+            self.give_up()
+        if failure is not None:
+            raise failure
+
+    def _forget(self) -> None:
+        self._queue.clear()
+        self._reading.clear()
+        self._thread = None  # if it ever comes back, it finds that it is no longer the one, and ends
+
+    def _work(self) -> None:
+        me = threading.current_thread()
+        while True:
+            with self._change:
+                if self._thread is not me:
+                    return
+                if not self._queue:
+                    self._thread = None
+                    self._change.notify_all()
+                    return
+                reads, work = self._queue[0]
+            try:
+                work()
+            except BaseException as error:  # surfaces in the thread that waits next
+                with self._change:
+                    if self._thread is me:
+                        self._failure = error
+                        self._forget()
+                        self._change.notify_all()
+                return
+            with self._change:
+                if self._thread is not me:
+                    return
+                self._queue.popleft()
+                self._reading.subtract(reads)
+                self._change.notify_all()
+
+
 class Lanes(Protocol):
-    """Runs the ops of a range in an order that the waits allow, and returns when all have ended.
+    """Runs the ops of a range in an order that the waits allow, and returns when all have ended but those
+    of the disk lane, which go on in `disk`.
 
     spans: what ran when, of the last `run`; empty unless it was called with record=True.
     origin: when that run began, in seconds of `time.perf_counter`.
@@ -45,6 +144,7 @@ class Lanes(Protocol):
 
     spans: list[Span]
     origin: float
+    disk: DiskLane
 
     def run(
         self, ops: Sequence[Op], waits: Waits, indices: range, execute: Execute, *, record: bool = False
@@ -57,6 +157,7 @@ class InlineLanes:
     def __init__(self, device: torch.device | None = None) -> None:
         self.spans: list[Span] = []
         self.origin = 0.0
+        self.disk = DiskLane()
         self._cuda = device if device is not None and device.type == "cuda" else None
 
     def run(
@@ -66,10 +167,15 @@ class InlineLanes:
         self._settle()
         self.origin = time.perf_counter()
         for i in indices:
+            if ops[i].lane is Lane.DISK:
+                self._settle()
+                self.disk.submit(ops[i].reads, partial(_noted, execute, i, ops))
+                continue
             if ops[i].lane in HOST_LANES:
                 self._settle()
+            self.disk.settle(ops[i].writes)
             start = time.perf_counter()
-            execute(i)
+            _noted(execute, i, ops)
             if record:
                 self._settle()
                 self.spans.append((ops[i], start - self.origin, time.perf_counter() - self.origin))
@@ -81,12 +187,21 @@ class InlineLanes:
             torch.cuda.synchronize(self._cuda)
 
 
+def _noted(execute: Execute, i: int, ops: Sequence[Op]) -> None:
+    try:
+        execute(i)
+    except BaseException as error:
+        in_op(error, ops[i], ops[max(0, i - 8) : i])
+        raise
+
+
 class AdversarialLanes:
     """Ready ops in random order: a wait that is missing shows up as wrong numbers, without a GPU."""
 
     def __init__(self, seed: int = 0) -> None:
         self.spans: list[Span] = []
         self.origin = 0.0
+        self.disk = DiskLane()  # its ops are run by the calling thread, like all others
         self.random = random.Random(seed)
         self.order: list[int] = []
 
@@ -102,7 +217,12 @@ class AdversarialLanes:
             ready = [q[0] for q in queues.values() if q and not any(j in pending for j in waits[q[0]])]
             assert ready, "the schedule is deadlocked"
             i = self.random.choice(ready)
-            execute(i)
+            self.disk.settle(ops[i].writes)
+            try:
+                execute(i)
+            except BaseException as error:
+                in_op(error, ops[i], [ops[j] for j in self.order])
+                raise
             queues[ops[i].lane].popleft()
             pending.discard(i)
             self.order.append(i)
@@ -116,6 +236,7 @@ class CudaLanes:
         self.device = device
         self.spans: list[Span] = []
         self.origin = 0.0
+        self.disk = DiskLane()
         self._streams = {
             lane: torch.cuda.Stream(device) for lane in (Lane.UPLOAD, Lane.COMPUTE, Lane.DOWNLOAD)
         }
@@ -125,7 +246,7 @@ class CudaLanes:
     ) -> None:
         torch.cuda.synchronize(self.device)  # nothing of an earlier range, or of the caller, is in flight
         self.spans = []
-        run = _CudaRun(self.device, self._streams, ops, waits, indices, execute, record)
+        run = _CudaRun(self.device, self._streams, self.disk, ops, waits, indices, execute, record)
         self.origin = run.origin_seconds
         run.complete()
         self.spans = run.spans()
@@ -138,13 +259,14 @@ class _CudaRun:
         self,
         device: torch.device,
         streams: dict[Lane, torch.cuda.Stream],
+        disk: DiskLane,
         ops: Sequence[Op],
         waits: Waits,
         indices: range,
         execute: Execute,
         record: bool,
     ) -> None:
-        self.device, self.streams = device, streams
+        self.device, self.streams, self.disk = device, streams, disk
         self.ops, self.waits, self.indices, self.execute = ops, waits, indices, execute
         self.record = record
         self.issued = {i: threading.Event() for i in indices}
@@ -156,6 +278,7 @@ class _CudaRun:
         }
         self.began = {i: torch.cuda.Event(enable_timing=True) for i in self.ended} if record else {}
         self.host_times: dict[int, tuple[float, float]] = {}
+        self.done: deque[Op] = deque(maxlen=8)
         self.failure: BaseException | None = None
         self.origin = torch.cuda.Event(enable_timing=True)
         self.origin.record(torch.cuda.current_stream(device))
@@ -164,6 +287,7 @@ class _CudaRun:
         by_lane: dict[Lane, list[int]] = defaultdict(list)
         for i in indices:
             by_lane[ops[i].lane].append(i)
+        self.mine = {f"horizon-{lane}": mine for lane, mine in by_lane.items()}
         self.threads = [
             threading.Thread(target=self._lane, args=(lane, mine), name=f"horizon-{lane}", daemon=True)
             for lane, mine in by_lane.items()
@@ -177,7 +301,12 @@ class _CudaRun:
                 for i in mine:
                     if not self._wait_for(i, stream):
                         return
-                    self._execute(i, stream)
+                    try:
+                        self._execute(i, stream)
+                    except BaseException as error:
+                        in_op(error, self.ops[i], list(self.done))
+                        raise
+                    self.done.append(self.ops[i])
                     self.issued[i].set()
         except BaseException as error:  # surfaces in the calling thread, in complete()
             self._fail(error)
@@ -204,6 +333,11 @@ class _CudaRun:
         return self.failure is None
 
     def _execute(self, i: int, stream: torch.cuda.Stream | None) -> None:
+        op = self.ops[i]
+        if op.lane is Lane.DISK:  # in order behind what it waits for; it may outlive this run
+            self.disk.submit(op.reads, partial(_noted, self.execute, i, self.ops))
+            return
+        self.disk.settle(op.writes)
         if stream is None:
             start = time.perf_counter()
             self.execute(i)
@@ -223,7 +357,9 @@ class _CudaRun:
             for thread in self.threads:
                 thread.start()
             for thread in self.threads:
-                thread.join()
+                while thread.is_alive():
+                    thread.join(_LOOK_SECONDS)
+                    self._look_for_dead_lanes()
         except BaseException as error:  # a KeyboardInterrupt, or no thread to be had
             self._fail(error)
             for thread in self.threads:
@@ -234,6 +370,15 @@ class _CudaRun:
                 torch.cuda.synchronize(self.device)
             raise self.failure
         torch.cuda.synchronize(self.device)
+
+    def _look_for_dead_lanes(self) -> None:
+        """A lane whose thread is gone without a word must not leave the others waiting for its ops."""
+        for thread in self.threads:
+            rest = [i for i in self.mine[thread.name] if not self.issued[i].is_set()]
+            if rest and self.failure is None and not thread.is_alive():
+                error = RuntimeError(f"the thread of the lane {thread.name} is gone")
+                in_op(error, self.ops[rest[0]], list(self.done))
+                self._fail(error)
 
     def spans(self) -> list[Span]:
         if not self.record:

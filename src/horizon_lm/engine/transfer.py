@@ -8,6 +8,7 @@ import torch
 # Sums of squares are fp32 within a piece and fp64 over pieces: one fp32 sum over 2**26 elements
 # was seen to be 1 % off on the CPU.
 _PIECE = {"cpu": 1 << 17, "cuda": 1 << 24}
+_ROW = 512
 
 
 def download_gradient(run: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -39,4 +40,15 @@ def _square_norm(piece: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
     """Sum of squares in fp32; `wide` is room for a piece that has to be widened."""
     if piece.dtype != torch.float32:
         piece = wide[: piece.numel()].copy_(piece)
-    return torch.dot(piece, piece)
+    if piece.device.type != "cpu":
+        return torch.dot(piece, piece)
+    # A dot product is cut into as many parts as there are threads, and a sum of other parts has other
+    # bits. These rows are each summed by one thread, and there are too few of them to be cut.
+    whole = piece.numel() - piece.numel() % _ROW
+    rows, rest = piece[:whole].view(-1, 1, _ROW), piece[whole:]
+    return torch.bmm(rows, rows.transpose(1, 2)).sum(dtype=torch.float64) + torch.dot(rest, rest)
+
+
+def sum_of_squares(rows: torch.Tensor) -> float:
+    """Of all elements of rows [r, width] in host memory, in fp64, whatever the number of threads."""
+    return float(sum(float(part.sum()) for part in rows.double().square().sum(1).split(1 << 14)))

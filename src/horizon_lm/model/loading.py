@@ -6,6 +6,7 @@ are then adopted unit by unit and their source is freed.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,27 @@ def _check_folder(folder: Path) -> None:
             f"model_name_or_path={str(folder)!r} holds no *.safetensors",
             hint="pickled weights (*.bin) are never loaded; convert them with transformers' save_pretrained",
         )
+    _check_index(folder)
+
+
+def _check_index(folder: Path) -> None:
+    """Raises DataError unless an index of weight files names files of its own folder, all of them there."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise DataError(f"{index} is damaged: {error}", hint="download or export it again") from error
+    for name in sorted(names, key=str):
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+            raise DataError(
+                f"{index} names {name!r}, which is not in its folder", hint="do not trust this model"
+            )
+        if not (folder / name).is_file():
+            raise DataError(
+                f"{folder / name} is missing, and {index.name} names it", hint="download it again"
+            )
 
 
 def count_parameters(values: dict[str, Any]) -> int:

@@ -62,13 +62,20 @@ class Evaluator:
     """Evaluates when it is due: at steps or epochs as the settings say, and at the end."""
 
     def __init__(
-        self, model: HostModel, rows: Rows, config: TrainConfig, *, num_steps: int, pad_id: int
+        self,
+        model: HostModel,
+        rows: Rows,
+        config: TrainConfig,
+        *,
+        num_steps: int,
+        pad_id: int,
+        epochs_done: int = 0,
     ) -> None:
         self._model, self._rows, self._pad_id = model, rows, pad_id
         self._strategy, self._every = config.eval_strategy, config.eval_steps
         self._num_steps = num_steps
         self._batch = config.per_device_eval_batch_size or config.per_device_train_batch_size
-        self._epochs_done = 0
+        self._epochs_done = epochs_done
 
     def run(self, step: int) -> Evaluation:
         return evaluate(self._model, self._rows, micro_batch_size=self._batch, pad_id=self._pad_id, step=step)

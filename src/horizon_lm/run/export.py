@@ -1,18 +1,42 @@
-"""A Hugging Face folder straight from the store, through the skeleton's own `save_pretrained`."""
+"""A Hugging Face folder, written a unit at a time: it takes the memory of one layer, whatever the model.
+
+Names and shapes are those that transformers' own `save_pretrained` would write: its rules for tied weights
+and its renames (fused experts are taken apart again) are applied, first to tensors without memory to know
+what goes into which file, then to the weights of one unit after the other.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
+from ..checkpoint import units
+from ..checkpoint.disk import Disk, HashedFile
 from ..errors import ConfigError, DoesNotFitError
 from ..memory.store import HostStore
 from ..model.skeleton import Skeleton
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that are in memory together: those of a unit.
+
+    hollow: name -> what is written, on `meta`. load: the same with content.
+    """
+
+    hollow: Tensors
+    load: Callable[[], Tensors]
 
 
 def save_model(
@@ -26,27 +50,153 @@ def save_model(
 ) -> None:
     """Write config, generation config and sharded safetensors to `folder`; whole or absent.
 
-    dtype None: the store's compute dtype, from views of the store (no second copy). float32 from a
-    bf16 store reconstructs the masters. extra: writes further files (the tokenizer) into the folder.
+    dtype None: the store's compute dtype, straight from the store. float32 from a bf16 store reconstructs the
+    masters. extra: writes further files (the tokenizer) into the folder.
     """
     wanted = {None: store.dtype, "bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
 
+    def group(names: Sequence[str]) -> Group:
+        hollow = {name: _hollow(*_described(store, name, wanted)) for name in names}
+        return Group(hollow, lambda: {name: _exported(store, name, wanted) for name in names})
+
+    named = skeleton.model.named_buffers(remove_duplicate=False)  # equal ones share memory there
+    buffers = {name: buffer for name, buffer in named if _is_saved(skeleton.model, name)}
+    groups = [group([p.name for p in unit.parameters]) for unit in store.units]
+    groups.append(Group({n: _hollow(b.shape, b.dtype) for n, b in buffers.items()}, lambda: buffers))
+
     def write(target: Path) -> None:
-        state = {name: _exported(skeleton, store, name, wanted) for name in store.names()}
-        state.update((name, b) for name, b in skeleton.model.named_buffers() if _is_saved(skeleton, name))
-        for name, alias in _tied_names(skeleton):
-            state[alias] = state[name]
-        skeleton.model.save_pretrained(target, state_dict=state, max_shard_size=max_shard_size)
-        # It writes the skeleton's own dtype into the configuration, not that of the state it was given.
-        skeleton.config.dtype = wanted
-        try:
-            skeleton.config.save_pretrained(target)
-        finally:
-            skeleton.config.dtype = store.dtype
+        write_model(skeleton.model, skeleton.aliases, groups, target, wanted, max_shard_size)
+        skeleton.config.dtype = store.dtype
         if extra is not None:
             extra(target)
 
     write_folder(folder, write)
+
+
+def write_model(
+    model: Any,
+    aliases: Mapping[str, Sequence[str]],
+    groups: Iterable[Group],
+    target: Path,
+    dtype: torch.dtype,
+    max_shard_size: str,
+) -> None:
+    """Fill the folder `target`.
+
+    model: a transformers model whose parameters may be on `meta`. aliases: of a name in the groups the other
+    names of the same tensor. Leaves `dtype` in the model's configuration.
+    """
+    from huggingface_hub import split_state_dict_into_shards_factory
+    from transformers.core_model_loading import revert_weight_conversion
+
+    # Without weights it writes the configurations, and the code of a model that has its own.
+    model.save_pretrained(target, state_dict={})
+    for rest in target.glob("*.safetensors*"):
+        rest.unlink()
+    model.config.dtype = dtype  # it has written the model's own, not that of what is exported
+    model.config.save_pretrained(target)
+
+    groups = list(groups)
+    kept = _kept_names(model, {n: t for g in groups for n, t in g.hollow.items()}, aliases)
+    plans = [revert_weight_conversion(model, _renamed(g.hollow, kept)) for g in groups]
+    hollow = {name: tensor for plan in plans for name, tensor in plan.items()}
+    split = split_state_dict_into_shards_factory(
+        hollow,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        get_storage_id=lambda tensor: None,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    files = _Shards(target, split.filename_to_tensors, hollow)
+    for group, plan in zip(groups, plans, strict=True):
+        content = revert_weight_conversion(model, _renamed(group.load(), kept))
+        for name in plan:
+            files.write(name, content.pop(name))
+    files.close()
+    if split.is_sharded:
+        total = sum(tensor.numel() for tensor in hollow.values())
+        index = {
+            "metadata": {"total_parameters": total, **split.metadata},
+            "weight_map": split.tensor_to_filename,
+        }
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (target / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+class _Shards:
+    """Weight files that are filled side by side, each in the order of its header."""
+
+    def __init__(self, folder: Path, contents: Mapping[str, Sequence[str]], hollow: Tensors) -> None:
+        self._folder, self._hollow = folder, hollow
+        self._file_of = {name: file for file, names in contents.items() for name in names}
+        # In the order in which the groups come, which is that of the header.
+        self._left = {file: [n for n in hollow if self._file_of[n] == file] for file in contents}
+        self._open: dict[str, HashedFile] = {}
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        file = self._file_of[name]
+        if file not in self._open:
+            self._open[file] = HashedFile(Disk(), self._folder / file)
+            rows = [(n, self._hollow[n]) for n in self._left[file]]
+            self._open[file].write(memoryview(units.header(rows, {"format": "pt"})))
+        planned = self._hollow[name]
+        assert self._left[file].pop(0) == name
+        assert tensor.shape == planned.shape and tensor.dtype == planned.dtype, name
+        self._open[file].write(units.as_bytes(tensor.detach().cpu().contiguous()))
+        if not self._left[file]:
+            self._open.pop(file).close()
+
+    def close(self) -> None:
+        assert not self._open, "a file is not complete"
+
+
+def _kept_names(model: Any, hollow: Tensors, aliases: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """name in the groups -> the name that it is saved under; of tied ones that which transformers keeps."""
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    # Buffers are never tied, though equal ones share memory in a skeleton.
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    state = {name: tensor for name, tensor in hollow.items() if name not in buffers}
+    for name, others in aliases.items():
+        if name in hollow:
+            state.update(dict.fromkeys(others, hollow[name]))
+    ignored = set(model._keys_to_ignore_on_save or ())
+    state = {name: tensor for name, tensor in state.items() if name not in ignored}
+    left = buffers - ignored | remove_tied_weights_from_state_dict(state, model).keys()
+    found = {}
+    for name in hollow:
+        names = [n for n in (name, *aliases.get(name, ())) if n in left]
+        if names:
+            found[name] = names[0]
+    return found
+
+
+def _renamed(tensors: Tensors, kept: Mapping[str, str]) -> Tensors:
+    return {kept[name]: tensor for name, tensor in tensors.items() if name in kept}
+
+
+def _hollow(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(tuple(shape), dtype=dtype, device="meta")
+
+
+def _described(store: HostStore, name: str, dtype: torch.dtype) -> tuple[Sequence[int], torch.dtype]:
+    _, parameter = store.locate(name)
+    wide = parameter.compute_dtype != store.dtype
+    return parameter.shape, torch.float32 if wide else dtype
+
+
+def _exported(store: HostStore, name: str, dtype: torch.dtype) -> torch.Tensor:
+    _, parameter = store.locate(name)
+    if parameter.compute_dtype != store.dtype:
+        return store.master(name)  # one of the few that transformers keeps in fp32
+    if dtype == store.dtype:
+        return store.weight(name)
+    return store.master(name).to(dtype)
+
+
+def _is_saved(model: nn.Module, name: str) -> bool:
+    path, _, local = name.rpartition(".")
+    return local not in model.get_submodule(path)._non_persistent_buffers_set
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -87,22 +237,3 @@ def _open_to_umask(folder: Path) -> None:
     os.umask(umask)
     for path in [folder, *folder.rglob("*")]:
         os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~umask)
-
-
-def _exported(skeleton: Skeleton, store: HostStore, name: str, dtype: torch.dtype) -> torch.Tensor:
-    unit, parameter = store.locate(name)
-    if parameter.compute_dtype != store.dtype and dtype != torch.float32:
-        return store.master(name)  # one of the few that transformers keeps in fp32
-    if dtype == store.dtype:
-        return store.weight(name)
-    return store.master(name).to(dtype)
-
-
-def _is_saved(skeleton: Skeleton, name: str) -> bool:
-    path, _, local = name.rpartition(".")
-    return local not in skeleton.model.get_submodule(path)._non_persistent_buffers_set
-
-
-def _tied_names(skeleton: Skeleton) -> list[tuple[str, str]]:
-    """(stored name, other name) of each parameter that several modules share."""
-    return [(name, alias) for name, aliases in skeleton.aliases.items() for alias in aliases]

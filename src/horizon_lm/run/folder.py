@@ -5,11 +5,15 @@ metrics.jsonl           see `metrics`
 model/                  the trained model and its tokenizer, in Hugging Face format
 loss.png                the loss curve
 tensorboard/            where report_to names it
+checkpoint-STEP/        see `checkpoint.folder`
+
+One process uses it at a time: it holds a lock on the folder itself, which ends with the process.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,6 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checkpoint import folder as checkpoints
+from ..checkpoint.disk import Disk
 from ..errors import ConfigError, DoesNotFitError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -45,6 +51,10 @@ class RunFolder:
         return self.path / "loss.png"
 
     @property
+    def has_checkpoints(self) -> bool:
+        return bool(checkpoints.list_checkpoints(self.path)[0])
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
@@ -60,6 +70,12 @@ class RunFolder:
                     shutil.rmtree(folder)
             for path in (self.picture, self.metrics):
                 path.unlink(missing_ok=True)
+            checkpoints.remove_all(self.path, Disk())
+            self.write_settings(settings)
+
+    def write_settings(self, settings: str) -> None:
+        """Put the resolved settings (YAML) in place: whole, or as they were."""
+        with writing(self.path):
             staging = self.settings.with_name(f".{self.settings.name}.tmp")
             try:
                 staging.write_text(settings, encoding="utf-8")
@@ -69,21 +85,23 @@ class RunFolder:
 
 
 @contextmanager
-def claim(output_dir: str, *, overwrite: bool) -> Iterator[RunFolder]:
+def claim(output_dir: str, *, overwrite: bool, resume: bool = False) -> Iterator[RunFolder]:
     """A folder for a run: created where there is none, and removed again if nothing came to lie in it.
 
-    A folder that holds anything is refused with ConfigError. `overwrite` allows an earlier run
-    of ours, and a foreign folder as long as nothing in it would be replaced.
+    A folder that holds anything is refused with ConfigError, and so is one that another process uses.
+    `overwrite` allows an earlier run of ours, and a foreign folder as long as nothing in it would be
+    replaced; `resume` allows a run of ours.
     """
     folder = RunFolder(Path(output_dir).expanduser())
-    _check_free(folder, overwrite)
+    _check_free(folder, overwrite or resume and folder.settings.is_file())
     created = _missing(folder.path)
     try:
         with writing(folder.path):
             folder.path.mkdir(parents=True, exist_ok=True)
         if not os.access(folder.path, os.W_OK | os.X_OK):
             raise ConfigError(f"output_dir={output_dir!r} is not writable", hint="choose another output_dir")
-        yield folder
+        with _locked(folder.path):
+            yield folder
     finally:
         for path in created:  # leaf first; a folder with something in it stays, and so do its parents
             try:
@@ -92,11 +110,32 @@ def claim(output_dir: str, *, overwrite: bool) -> Iterator[RunFolder]:
                 break
 
 
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the folder's lock. Raises ConfigError where another process holds it."""
+    file = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"output_dir={str(path)!r} is in use by another run",
+                hint="wait for it, or choose another output_dir",
+            ) from None
+        except OSError:  # a file system without locks on folders, as some networks have
+            pass
+        yield
+    finally:
+        os.close(file)
+
+
 def _check_free(folder: RunFolder, overwrite: bool) -> None:
     path = folder.path
     if path.exists() and not path.is_dir():
         raise ConfigError(f"output_dir={str(path)!r} is a file", hint="choose another output_dir")
-    if not path.is_dir() or not any(path.iterdir()):
+    # A run that was killed as it put its first file in place leaves the staging of that.
+    staging = f".{folder.settings.name}.tmp"
+    if not path.is_dir() or all(entry.name == staging for entry in path.iterdir()):
         return
     is_ours = folder.settings.is_file()
     if not overwrite:
@@ -128,12 +167,14 @@ def writing(path: Path) -> Iterator[None]:
         raise ConfigError(reason, hint="choose another output_dir") from error
 
 
-def check_disk(folder: RunFolder, num_bytes: int) -> None:
-    """Raises DoesNotFitError where the disk has no room for an export of `num_bytes` and a tenth more."""
-    needed, free = num_bytes * 1.1, shutil.disk_usage(folder.path).free
+def check_disk(folder: RunFolder, num_bytes: int, checkpoint_bytes: int = 0) -> None:
+    """Raises DoesNotFitError where the disk has no room for an export of `num_bytes`, a checkpoint beside
+    it, and a tenth more."""
+    needed, free = (num_bytes + checkpoint_bytes) * 1.1, shutil.disk_usage(folder.path).free
     if needed > free:
+        what = "the trained model and a checkpoint need" if checkpoint_bytes else "the trained model needs"
+        ways = "free disk space, choose another output_dir, or save_dtype: bfloat16"
         raise DoesNotFitError(
-            f"the trained model needs {needed / 1e9:.2f} GB of disk space, but {folder.path} has "
-            f"{free / 1e9:.2f} GB",
-            hint="free disk space, choose another output_dir, or save_dtype: bfloat16",
+            f"{what} {needed / 1e9:.2f} GB of disk space, but {folder.path} has {free / 1e9:.2f} GB",
+            hint=ways + (", or save_strategy: no" if checkpoint_bytes else ""),
         )

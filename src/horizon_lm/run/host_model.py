@@ -24,6 +24,7 @@ from ..config import ModelSettings
 from ..engine.engine import Engine
 from ..engine.lanes import Span, choose_lanes
 from ..engine.loss import LossFunction
+from ..engine.saving import Saving
 from ..engine.step import MicroBatch, Step
 from ..errors import ConfigError, NonFiniteError
 from ..memory.arena import keep_freed_memory
@@ -204,8 +205,12 @@ class HostModel:
         *,
         loss_fn: LossFunction | None = None,
         record: bool = False,
+        check: Callable[[float, int], None] | None = None,
     ) -> TrainStepOutput:
         """`forward_backward` and `step` in one call, in every update mode.
+
+        check: called with the loss and its number of tokens; what it raises leaves the update out (with
+        `update: eager` it comes too late for that).
 
         Raises NonFiniteError when the loss or the gradient norm is not finite. Nothing has been
         updated then, unless `update: eager` met a gradient that is not finite under a loss that is: the
@@ -217,19 +222,21 @@ class HostModel:
         out = _output(step)
         if eager:
             norm = self._finish_eager(step, out, settings, record)
+            if check is not None:
+                check(out.loss, out.num_tokens)
         else:
+            self._has_gradients = False  # of a step that is not learned from
             if not math.isfinite(out.loss):
-                self._has_gradients = False
                 raise self._not_finite(f"the loss of step {self.steps_done + 1} is {out.loss}", out)
+            if check is not None:
+                check(out.loss, out.num_tokens)
             norm = self.engine.measure_norm()
             if not math.isfinite(norm):
-                self._has_gradients = False
                 raise self._not_finite(
                     f"the gradient norm of step {self.steps_done + 1} is {norm}", out, norm
                 )
             self.engine.update(settings, record=record)
         self.steps_done += 1
-        self._has_gradients = False
         return TrainStepOutput(out.loss, out.num_tokens, out.metrics, norm)
 
     def _finish_eager(
@@ -331,6 +338,33 @@ class HostModel:
         save_model(
             self.skeleton, self.store, Path(folder), dtype=dtype, max_shard_size=max_shard_size, extra=extra
         )
+
+    def save_state(self, saving: Saving, *, background: bool = False) -> None:
+        """Hand every unit's weights and optimizer state, as of the last step, to `saving`.
+
+        background: while the next steps run. Else all is done when this returns.
+        """
+        self.engine.save(saving, background=background)
+
+    @property
+    def kept_in_fp32(self) -> list[str]:
+        """Parameters that are computed with in fp32 although the model is bf16, as transformers wants it."""
+        parameters = [p for unit in self.store.units for p in unit.parameters]
+        return [p.name for p in parameters if p.compute_dtype != self.store.dtype]
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a state is still on its way to the disk."""
+        return not self.engine.lanes.disk.is_idle
+
+    def finish_saving(self) -> None:
+        """Wait for the disk. Raises what went wrong there, but for what `saving` keeps to itself."""
+        self.engine.lanes.disk.drain()
+
+    def state_was_replaced(self, steps_done: int) -> None:
+        """Say that the store now holds the state after `steps_done` updates."""
+        self.engine.forget()
+        self.steps_done, self._has_gradients = steps_done, False
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes by part: host regions of the store and spilled boundaries; slots on the device."""

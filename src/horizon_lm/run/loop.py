@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from ..config import TrainConfig
 from ..data import Loader
-from ..errors import NonFiniteError
+from ..errors import LossSpikeError, NonFiniteError
+from .guard import LossGuard
 from .host_model import HostModel
 
 
@@ -18,8 +19,9 @@ class StepRecord:
     """What one step did.
 
     step: from 1. epoch: passes over the data so far. loss: mean over the step's target tokens;
-    grad_norm: before clipping, NaN where it was not taken. num_tokens: target tokens. skipped: the
-    loss or the norm was not finite and nothing was updated.
+    grad_norm: before clipping, NaN where it was not taken. num_tokens: target tokens. skipped: nothing was
+    updated, as the loss or the norm was not finite, or a spike. rolled_back_to: the step that the run went
+    back to after this one. note: what was wrong, in words; empty for nearly all steps.
     """
 
     step: int
@@ -30,6 +32,22 @@ class StepRecord:
     num_tokens: int
     seconds: float
     skipped: bool
+    rolled_back_to: int | None = None
+    note: str = ""
+
+
+@dataclass
+class LoopState:
+    """Where the loop stands. step: the last one that was done; the counts are those of the settings
+    max_skipped_steps and max_rollbacks."""
+
+    step: int = 0
+    skipped_in_a_row: int = 0
+    rollbacks: int = 0
+
+
+# Puts the run back to its last checkpoint and returns the step of that. Raises CheckpointError without one.
+RollBack = Callable[[], int]
 
 
 def train_steps(
@@ -38,33 +56,91 @@ def train_steps(
     learning_rate: Callable[[int], float],
     config: TrainConfig,
     num_steps: int,
+    *,
+    state: LoopState | None = None,
+    guard: LossGuard | None = None,
+    roll_back: RollBack | None = None,
 ) -> Iterator[StepRecord]:
-    """Train, giving out a record after each step.
+    """Train from `state` on (the beginning), giving out a record after each step.
 
     Numbers that are not finite never reach the weights: NonFiniteError is raised before the update,
-    or, with `nonfinite: skip`, once more than max_skipped_steps updates in a row had to be left out.
+    or, with `nonfinite: skip`, once more than max_skipped_steps updates in a row had to be left out, or the
+    run goes back to its last checkpoint (`rollback`). So too losses that `guard` calls spikes.
     """
-    skipped_in_a_row = 0
-    for step in range(1, num_steps + 1):
+    state = state or LoopState()
+    guard = guard or LossGuard(config)
+    while state.step < num_steps:
         started = time.perf_counter()
+        step = state.step + 1
         lr = learning_rate(step - 1)
         micro_batches = next(loader)
+        fault: NonFiniteError | None = None
+        back = None
         try:
-            is_logged = step % config.logging_steps == 0
             out = model.train_step(
-                micro_batches, lr, config.max_grad_norm, config.weight_decay, record=is_logged
+                micro_batches,
+                lr,
+                config.max_grad_norm,
+                config.weight_decay,
+                record=step % config.logging_steps == 0,
+                check=_check(guard, step, config),
             )
             loss, num_tokens, grad_norm = out.loss, out.num_tokens, out.grad_norm
-            skipped_in_a_row = 0
+            state.skipped_in_a_row = 0
         except NonFiniteError as error:
+            fault = error
             loss, num_tokens, grad_norm = error.loss, error.num_tokens, math.nan
-            skipped_in_a_row += 1
-            if config.nonfinite == "raise" or not error.state_intact:
-                raise
-            if skipped_in_a_row > config.max_skipped_steps:
-                raise _too_many(skipped_in_a_row, error) from error
+            back = _answer(error, state, config, roll_back)
+        note = fault.message if fault else guard.describe(loss) if loss > guard.limit() else ""
+        if fault is None:
+            guard.learned(loss)
+        state.step = step if back is None else back
         seconds = time.perf_counter() - started
-        yield StepRecord(step, loader.epoch, loss, grad_norm, lr, num_tokens, seconds, skipped_in_a_row > 0)
+        yield StepRecord(
+            step, loader.epoch, loss, grad_norm, lr, num_tokens, seconds, fault is not None, back, note
+        )
+
+
+def _check(guard: LossGuard, step: int, config: TrainConfig) -> Callable[[float, int], None] | None:
+    """Looks at a loss before it is learned from; None where nothing could come of it."""
+    if guard.policy in ("ignore", "warn"):
+        return None
+
+    def check(loss: float, num_tokens: int) -> None:
+        if loss > guard.limit():
+            error = guard.fault(step, loss, num_tokens)
+            error.state_intact = config.update_mode != "eager"
+            raise error
+
+    return check
+
+
+def _answer(
+    error: NonFiniteError, state: LoopState, config: TrainConfig, roll_back: RollBack | None
+) -> int | None:
+    """What the settings say to a step that must not be learned from: raise, go back (the step that the
+    run is at then), or leave the step out (None)."""
+    policy = config.loss_spike if isinstance(error, LossSpikeError) else config.nonfinite
+    if policy == "rollback" and roll_back is not None:
+        state.rollbacks += 1
+        if state.rollbacks > config.max_rollbacks:
+            raise _too_many_rollbacks(state.rollbacks, error) from error
+        state.skipped_in_a_row = 0
+        return roll_back()
+    if policy != "skip" or not error.state_intact:
+        raise error
+    state.skipped_in_a_row += 1
+    if state.skipped_in_a_row > config.max_skipped_steps:
+        raise _too_many(state.skipped_in_a_row, error) from error
+    return None
+
+
+def _too_many_rollbacks(count: int, error: NonFiniteError) -> NonFiniteError:
+    return NonFiniteError(
+        f"the run would go back to a checkpoint for the {count}th time and max_rollbacks allows {count - 1}; "
+        f"the last reason: {error.message}",
+        hint="lower learning_rate, or look at the data",
+    )
 
 
 def _too_many(count: int, error: NonFiniteError) -> NonFiniteError:

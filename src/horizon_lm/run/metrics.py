@@ -3,6 +3,11 @@
     {"event": "start", ...}     versions, machine, size of the model and of the data
     {"event": "step", ...}      every logging_steps steps, see `Metrics`
     {"event": "eval", ...}      every evaluation, see `evaluation.Evaluation`
+    {"event": "checkpoint", ...}   one that was saved, or why it was not
+    {"event": "fault", ...}     a step that was not learned from, or a loss spike, and what was done
+    {"event": "rollback", "step": n}, {"event": "resume", "step": n}
+                                the run goes on after step n: lines of later steps before this one are of
+                                steps that were undone, and `read_steps` passes over them
     {"event": "end", ...}       "status": finished, interrupted or failed
 
 Every line has `event` and `time` (UTC). Numbers that are not finite are null, never 0.
@@ -26,7 +31,7 @@ import torch
 from ..data import Loader
 from ..data.batches import StepSize
 from ..engine.lanes import Span
-from ..errors import DataError, HorizonError
+from ..errors import DataError, HorizonError, StoppedError
 from .evaluation import Evaluation
 from .flops import ModelFlops, count_flops
 from .folder import writing
@@ -63,6 +68,12 @@ class Metrics:
     device_bytes: int
     lanes: dict[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """What `finite_or_none` of the fields was, back again."""
+        found: dict[str, Any] = {k: math.nan if value is None else value for k, value in values.items()}
+        return cls(**found)
+
 
 class Meter:
     """Sums up steps: `add` gives a record at every `every`th step, and at the first and the last.
@@ -76,6 +87,20 @@ class Meter:
         self._window: list[tuple[StepRecord, StepSize]] = []
         self._num_tokens = self._num_targets = self._skipped = 0
         self._seconds = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums, and the steps since the last line; JSON-ready."""
+        window = [[finite_or_none(asdict(record)), asdict(size)] for record, size in self._window]
+        sums = [self._num_tokens, self._num_targets, self._skipped, self._seconds]
+        return {"sums": sums, "window": window}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._num_tokens, self._num_targets, self._skipped, self._seconds = state["sums"]
+        self._window = []
+        for record, step_size in state["window"]:
+            values: dict[str, Any] = {k: math.nan if v is None else v for k, v in record.items()}
+            values["rolled_back_to"] = record["rolled_back_to"]
+            self._window.append((StepRecord(**values), StepSize(**step_size)))
 
     def add(self, record: StepRecord) -> Metrics | None:
         size = self._loader.size
@@ -134,8 +159,11 @@ class MetricsFile:
     `end` says how the run ended.
     """
 
-    def __init__(self, path: Path, *, begin: Callable[[], None], header: dict[str, Any]) -> None:
-        self._path, self._begin, self._header = path, begin, header
+    def __init__(
+        self, path: Path, *, begin: Callable[[], None], header: dict[str, Any], resumed_at: int | None = None
+    ) -> None:
+        """resumed_at: the file goes on, after that step."""
+        self._path, self._begin, self._header, self._resumed_at = path, begin, header, resumed_at
         self._file: TextIO | None = None
         self._waiting: list[Evaluation] = []
 
@@ -149,7 +177,7 @@ class MetricsFile:
             if error is None:
                 self._write("end", {"status": "finished"})
             else:
-                stopped = isinstance(error, KeyboardInterrupt)
+                stopped = isinstance(error, KeyboardInterrupt | StoppedError | SystemExit)
                 status = "interrupted" if stopped else "failed"
                 self._write("end", {"status": status, "error": None if stopped else str(error)})
         except HorizonError:
@@ -158,16 +186,31 @@ class MetricsFile:
         finally:
             self._file.close()
 
-    def write_step(self, metrics: Metrics) -> None:
-        """Append a line. Raises DoesNotFitError when the disk is full."""
+    def open(self) -> None:
+        """Begin the file, and with it the run, unless that is done. Raises DoesNotFitError when the disk
+        is full."""
         if self._file is None:
             self._begin()
+            goes_on = self._resumed_at is not None and self._path.exists()
             with writing(self._path):
-                self._file = self._path.open("w", encoding="utf-8")
+                if goes_on:
+                    _end_last_line(self._path)
+                self._file = self._path.open("a" if goes_on else "w", encoding="utf-8")
             self._write("start", self._header)
+            if self._resumed_at is not None:
+                self._write("resume", {"step": self._resumed_at})
             for evaluation in self._waiting:
                 self._write("eval", asdict(evaluation))
+
+    def write_step(self, metrics: Metrics) -> None:
+        """Append a line. Raises DoesNotFitError when the disk is full."""
+        self.open()
         self._write("step", asdict(metrics))
+
+    def write_event(self, event: str, values: dict[str, Any]) -> None:
+        """Append a line of another kind; before the first step there is no file for it."""
+        if self._file is not None:
+            self._write(event, values)
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
         """Append a line for an evaluation; those before the first step wait for it."""
@@ -179,7 +222,7 @@ class MetricsFile:
     def _write(self, event: str, values: dict[str, Any]) -> None:
         assert self._file is not None
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line = {"event": event, **{key: _json(value) for key, value in values.items()}, "time": now}
+        line = {"event": event, **{key: finite_or_none(value) for key, value in values.items()}, "time": now}
         with writing(self._path):
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
@@ -187,12 +230,30 @@ class MetricsFile:
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
     """The step records of a metrics file; a last line that is cut off (a killed run) is passed over."""
-    return [line for line in _lines(path) if line.get("event") == "step"]
+    return _still_true(path, "step")
 
 
 def read_evaluations(path: Path) -> list[dict[str, Any]]:
     """The evaluations of a metrics file."""
-    return [line for line in _lines(path) if line.get("event") == "eval"]
+    return _still_true(path, "eval")
+
+
+def _still_true(path: Path, event: str) -> list[dict[str, Any]]:
+    """The lines of a kind, without those of steps that a later rollback or resume undid."""
+    found: list[dict[str, Any]] = []
+    for line in _lines(path):
+        if line.get("event") == event:
+            found.append(line)
+        elif line.get("event") in ("rollback", "resume"):
+            found = [earlier for earlier in found if earlier["step"] <= line["step"]]
+    return found
+
+
+def _end_last_line(path: Path) -> None:
+    """Cut off the line that a killed run was writing."""
+    with path.open("rb+") as file:
+        data = file.read()
+        file.truncate(data.rfind(b"\n") + 1)
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -225,7 +286,8 @@ def device_bytes(model: HostModel) -> int:
     return memory["weight_slots"] + memory["gradient_slots"]
 
 
-def _json(value: Any) -> Any:
+def finite_or_none(value: Any) -> Any:
+    """The value as JSON has it: numbers that are not finite are null."""
     if isinstance(value, dict):
-        return {key: _json(entry) for key, entry in value.items()}
+        return {key: finite_or_none(entry) for key, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

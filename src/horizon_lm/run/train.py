@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,18 +18,26 @@ from ..data.documents import check_exists
 from ..data.training_data import pad_id
 from ..errors import ConfigError, DataError, DoesNotFitError, NonFiniteError
 from ..optim.curves import learning_rates
+from ..plan.smaller import next_smaller
 from . import sample
-from .evaluation import Evaluation, Evaluator
+from .card import model_card
+from .evaluation import Evaluator
 from .flops import FORMULA, measure_peak
 from .folder import RunFolder, check_disk, claim
+from .guard import LossGuard
 from .host_model import HostModel, resolve_device
 from .loggers import Loggers, check_installed
-from .loop import count_steps, train_steps
+from .loop import count_steps
 from .metrics import Meter, Metrics, MetricsFile, read_evaluations, read_steps, versions
 from .plot import plot_loss
 from .progress import Progress, choose_progress, clock, number, say, size
 from .quiet import quiet_transformers
+from .reports import Reports
+from .resume import Resume, find, restore, wants_own_folder
+from .saver import Saver, small_files
 from .separation import check_separation
+from .signals import watched
+from .trainer import Trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,16 +67,20 @@ def train(config: TrainConfig, *, config_notes: Sequence[str] = ()) -> TrainResu
     """Train as `config` says and leave the run in its output_dir.
 
     config_notes: remarks on how the settings were read, kept with the metrics. Raises ConfigError,
-    UnsupportedModelError, DataError, DoesNotFitError and NonFiniteError; until the first step is
-    done nothing is written, and an earlier run in output_dir is not touched.
+    UnsupportedModelError, DataError, DoesNotFitError, CheckpointError, NonFiniteError and, where a signal or
+    the deadline ended it, StoppedError; until the first step is done nothing is written, and an earlier run
+    in output_dir is not touched.
     """
+    started = time.monotonic()
     progress = choose_progress(config.progress)
+    own = wants_own_folder(config)
     with (
-        claim(config.output_dir, overwrite=config.overwrite_output_dir) as folder,
+        claim(config.output_dir, overwrite=config.overwrite_output_dir, resume=own) as folder,
         quiet_transformers(),
-        _memory_faults(),
+        _memory_faults(config),
     ):
         check_sources(config, folder)
+        resume = find(config, folder, progress.warn)
         progress.stage("reading the data")
         data = load_training_data(config)
         progress.stage(describe_data(data))
@@ -75,15 +88,19 @@ def train(config: TrainConfig, *, config_notes: Sequence[str] = ()) -> TrainResu
         progress.stage(describe_model(model))
         check_together(config, data, model)
         check_separation(model, data.rows)
-        check_disk(folder, model.num_parameters * _export_dtype(config).itemsize)
+        check_disk(
+            folder,
+            model.num_parameters * _export_dtype(config).itemsize,
+            sum(model.store.num_bytes.values()) if _will_save(config, data) else 0,
+        )
 
-        last = _run_steps(config, config_notes, folder, data, model, progress)
+        last = _run_steps(config, config_notes, folder, data, model, progress, resume, started)
 
         model.save_pretrained(
             folder.model,
             dtype=config.save_dtype,
             max_shard_size=config.max_shard_size,
-            extra=lambda target: _save_tokenizer(data, target),
+            extra=lambda target: _save_beside(config, data, model, last, target),
         )
         if config.plot_loss:
             plot_loss(folder.metrics, folder.picture, title=_title(config, model, last, folder.metrics))
@@ -111,49 +128,78 @@ def _run_steps(
     data: TrainingData,
     model: HostModel,
     progress: Progress,
+    resume: Resume | None,
+    started: float,
 ) -> Metrics:
-    """Train, evaluate, show and record; returns the last metrics."""
+    """Train, evaluate, save, show and record; returns the last metrics."""
     loader = data.loader
     num_steps = count_steps(config, len(data.rows), loader.rows_per_step)
-    learning_rate = learning_rates(config, num_steps)
     peak = _peak(config, model)
     meter = Meter(model, loader, every=config.logging_steps, num_steps=num_steps, peak=peak)
+    trainer = Trainer(model, loader, meter, LossGuard(config))
+    files = small_files(model, lambda target: _save_tokenizer(data, target))
+    parent = None
+    if resume is not None:
+        parent = restore(resume, model, trainer.load_state, files, progress.warn).path
+        progress.stage(f"resumed from {parent}, after step {trainer.loop.step}")
     evaluator = None
     if data.eval_rows is not None:
         evaluator = Evaluator(
-            model, data.eval_rows, config, num_steps=num_steps, pad_id=pad_id(data.tokenizer)
+            model,
+            data.eval_rows,
+            config,
+            num_steps=num_steps,
+            pad_id=pad_id(data.tokenizer),
+            epochs_done=int(loader.epoch),
         )
-    header = _header(config, config_notes, data, model, num_steps, peak)
     # The folder becomes this run's with the first step that is done; see `claim` for runs without one.
-    file = MetricsFile(folder.metrics, begin=lambda: folder.begin(config.to_yaml()), header=header)
-    loggers = Loggers(config, folder.path)
-
-    def report(evaluation: Evaluation) -> None:
-        file.write_evaluation(evaluation)
-        loggers.evaluation(evaluation)
-        progress.evaluation(evaluation)
-
-    last: Metrics | None = None
-    with file, loggers, progress, _say_where(folder, progress):
-        before = evaluator.run(0) if evaluator is not None and config.eval_on_start else None
+    in_place = resume is not None and resume.in_place
+    settings = config.to_yaml()
+    file = MetricsFile(
+        folder.metrics,
+        begin=lambda: folder.write_settings(settings) if in_place else folder.begin(settings),
+        header=_header(config, config_notes, data, model, num_steps, peak),
+        resumed_at=trainer.loop.step if resume is not None else None,
+    )
+    reports = Reports(file, Loggers(config, folder.path), progress)
+    saver = Saver(
+        folder.path,
+        model,
+        config,
+        state=trainer.state,
+        load_state=trainer.load_guard,
+        small_files=files,
+        versions=versions(),
+        report=reports.checkpoint,
+        parent=str(parent) if parent is not None else None,
+    )
+    last = trainer.last
+    with file, reports.loggers, progress, _say_where(folder, progress), saver, watched() as request:
+        if evaluator is not None and config.eval_on_start and not trainer.loop.step:
+            reports.evaluation(evaluator.run(0))
         progress.start(num_steps)
-        for record in train_steps(model, loader, learning_rate, config, num_steps):
+        for record in trainer.steps(config, learning_rates(config, num_steps), num_steps, saver.roll_back):
             metrics = meter.add(record)
-            if metrics is not None:
-                file.write_step(metrics)
-                if before is not None:  # not sooner: nothing is written until a step is done
-                    report(before)
-                    before = None
-                loggers.step(metrics)
-                last = metrics
-            if record.skipped:
-                progress.warn(f"step {record.step} was not finite (loss {record.loss:.4g}): not updated")
-            progress.step(record, metrics)
+            last = metrics or last
+            trainer.last = last
+            reports.step(record, metrics)
             evaluation = evaluator.after(record.step, record.epoch) if evaluator is not None else None
             if evaluation is not None:
-                report(evaluation)
+                reports.evaluation(evaluation)
+            is_last = trainer.loop.step == num_steps
+            saver.after(record, is_last=is_last)
+            if request.signal is not None or not is_last and saver.is_deadline_near(started):
+                raise saver.stop(request, trainer.loop.step)
     assert last is not None, "a run has at least one step, and the last is recorded"
     return last
+
+
+def _will_save(config: TrainConfig, data: TrainingData) -> bool:
+    """Whether the run is long enough for a checkpoint that is due by its steps."""
+    num_steps = count_steps(config, len(data.rows), data.loader.rows_per_step)
+    return config.save_strategy != "no" and (
+        config.save_strategy != "steps" or num_steps >= config.save_steps
+    )
 
 
 def _peak(config: TrainConfig, model: HostModel) -> float:
@@ -170,6 +216,8 @@ def _say_where(folder: RunFolder, progress: Progress) -> Iterator[None]:
     except (KeyboardInterrupt, NonFiniteError):
         if folder.metrics.exists():
             progress.warn(f"no model is written; the metrics so far are in {folder.metrics}")
+        if folder.has_checkpoints:
+            progress.warn(f"the latest checkpoint is there: horizon resume {folder.path}")
         raise
 
 
@@ -237,6 +285,21 @@ def _save_tokenizer(data: TrainingData, target: Path) -> None:
         tokenizer.save_pretrained(target)
     finally:
         tokenizer.chat_template = own
+
+
+def _save_beside(
+    config: TrainConfig, data: TrainingData, model: HostModel, last: Metrics, target: Path
+) -> None:
+    """What a model folder has beside the model: the tokenizer and a card."""
+    _save_tokenizer(data, target)
+    card = model_card(
+        config.to_dict(),
+        model_type=str(model.config.model_type),
+        step=last.step,
+        num_tokens=last.num_tokens,
+        versions=versions(),
+    )
+    (target / "README.md").write_text(card, encoding="utf-8")
 
 
 def describe_data(data: TrainingData) -> str:
@@ -355,15 +418,18 @@ def _summary(config: TrainConfig, folder: RunFolder, result: TrainResult) -> str
 
 
 @contextmanager
-def _memory_faults() -> Iterator[None]:
-    """Turns what torch and Python raise when memory runs out into DoesNotFitError."""
+def _memory_faults(config: TrainConfig) -> Iterator[None]:
+    """Turns what torch and Python raise when memory runs out into DoesNotFitError. Nothing is lost by it: a
+    step that fails leaves the last checkpoint as it is."""
     try:
         yield
     except torch.OutOfMemoryError as error:
+        run = RunFolder(Path(config.output_dir).expanduser())
+        hint = f"next smaller: {next_smaller(config)}"
+        if run.path.is_dir() and run.has_checkpoints:
+            hint += f"; horizon resume {run.path} goes on from the last checkpoint with it"
         raise DoesNotFitError(
-            f"the device is out of memory: {str(error).splitlines()[0]}",
-            hint="lower per_device_train_batch_size (with more gradient_accumulation_steps), max_length or "
-            "loss_chunk_tokens",
+            f"the device is out of memory: {str(error).splitlines()[0]}", hint=hint
         ) from error
     except MemoryError as error:
         raise DoesNotFitError(

@@ -1,6 +1,6 @@
 """The training step as data: ops, builder, derived waits, checker, simulator. Pure Python, no torch."""
 
-from .build import build, build_flush, build_steps
+from .build import build, build_flush, build_save, build_steps
 from .check import check
 from .ops import Buffer, Lane, Op, parse_op
 from .simulate import Simulation, peaks_in_order, simulate
@@ -16,6 +16,7 @@ __all__ = [
     "StepPlan",
     "build",
     "build_flush",
+    "build_save",
     "build_steps",
     "check",
     "derive_waits",

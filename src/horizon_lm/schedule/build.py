@@ -35,12 +35,18 @@ def build(plan: StepPlan, step: int = 0, pending: Collection[int] = ()) -> list[
     ops.append(make.norm(plan))
     if plan.update == "sync":
         ops += [make.optimize(plan, unit) for unit in sorted(plan.trainable)]
-    return _with_pending(plan, [replace(op, step=step) for op in ops], pending, step - 1)
+    ops = _with_pending(plan, [replace(op, step=step) for op in ops], pending, step - 1)
+    return _with_writes(plan, ops, step)
 
 
 def build_flush(plan: StepPlan, step: int, pending: Collection[int]) -> list[Op]:
     """The updates of `step` that are still to come, alone."""
     return [replace(make.optimize(plan, unit), step=step) for unit in _update_order(plan) if unit in pending]
+
+
+def build_save(plan: StepPlan, step: int, pending: Collection[int]) -> list[Op]:
+    """The updates before `step` that are still to come, and the writing of `plan.saved`, alone."""
+    return _with_writes(plan, build_flush(plan, step - 1, pending), step)
 
 
 def build_steps(plan: StepPlan, steps: int) -> list[Op]:
@@ -140,6 +146,23 @@ def _with_pending(plan: StepPlan, ops: list[Op], pending: Collection[int], step:
             found.append(waiting.pop(used))
         found.append(op)
     assert not waiting, "every trainable unit's weights are used"
+    return found
+
+
+def _with_writes(plan: StepPlan, ops: list[Op], step: int) -> list[Op]:
+    """Put the writing of each saved unit where it is what the step before left: behind its update of that
+    step, or else at the start. What is updated next comes first, so that no update waits for long.
+    """
+    waiting = {unit: replace(make.write(plan, unit), step=step) for unit in sorted(plan.saved)}
+    updated = {op.unit for op in ops if op.kind == "O" and op.step < step}
+    coming = [op.unit for op in ops if op.kind == "O" and op.step == step]
+    order = [unit for unit in dict.fromkeys([*coming, *waiting]) if unit in waiting]
+    found = [waiting.pop(unit) for unit in order if unit not in updated]
+    for op in ops:
+        found.append(op)
+        if op.kind == "O" and op.step < step and op.unit in waiting:
+            found.append(waiting.pop(op.unit))
+    assert not waiting
     return found
 
 

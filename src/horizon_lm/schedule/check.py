@@ -156,6 +156,7 @@ def _expected(plan: StepPlan) -> set[tuple[str, int, int]]:
     expected = {(*key, m) for key in per_micro_batch for m in micro_batches}
     expected |= {("D", u, -1) for u in plan.trainable if u <= plan.head}
     expected |= {("S", -1, -1)} if plan.scatters else set()
+    expected |= {("W", u, -1) for u in plan.saved}
     return expected | {("N", -1, -1)} | {("O", u, -1) for u in plan.trainable}
 
 

@@ -141,3 +141,9 @@ def optimize(plan: StepPlan, unit: int) -> Op:
     else:
         reads.add(Buffer("clip"))
     return Op("O", unit, reads=frozenset(reads), writes=_set(state, weights), slab=plan.slab(unit))
+
+
+def write(plan: StepPlan, unit: int) -> Op:
+    """Reads what O writes: the derived waits put it after one update and before the next."""
+    state = Buffer("state", unit) if unit in plan.trainable else None
+    return Op("W", unit, reads=_set(Buffer("weights", unit), state))

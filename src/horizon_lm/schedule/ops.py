@@ -18,6 +18,7 @@ Kinds, in the order of a step (u: unit, m: micro-batch):
     S      scatter   gradient rows added to the embedding table's gradient      host
     N      norm      global gradient norm and the clipping factor               update
     Ou     optimize  optimizer step of unit u on the host                       update
+    Wu     write     weights and optimizer state of unit u to a checkpoint      disk
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Lane(StrEnum):
     COMPUTE = "compute"
     DOWNLOAD = "download"
     UPDATE = "update"
+    DISK = "disk"
 
 
 LANE_OF_KIND = {
@@ -52,6 +54,7 @@ LANE_OF_KIND = {
     "S": Lane.HOST,
     "N": Lane.UPDATE,
     "O": Lane.UPDATE,
+    "W": Lane.DISK,
 }
 
 

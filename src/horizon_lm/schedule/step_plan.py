@@ -31,6 +31,7 @@ class StepPlan:
     spilled: units whose stored inputs live in host memory between forward and backward.
     boundary_slots: device buffers through which they come back.
     evaluate: a forward pass and the loss alone.
+    saved: units that are written to a checkpoint, as the step before left them, while this step runs.
     """
 
     layers: int
@@ -48,6 +49,7 @@ class StepPlan:
     spilled: frozenset[int] = field(default_factory=frozenset)
     boundary_slots: int = 2
     evaluate: bool = False
+    saved: frozenset[int] = field(default_factory=frozenset)
 
     def __post_init__(self) -> None:
         lowest = {

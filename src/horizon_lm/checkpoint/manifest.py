@@ -1,0 +1,110 @@
+"""manifest.json: what a checkpoint is made of. A folder without one that is right is no checkpoint.
+
+Everything in it is checked before it is used: it may have been damaged, or written by somebody else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from .disk import checksum
+
+NAME = "manifest.json"
+FORMAT, VERSION = "horizon-checkpoint", 1
+_MAX_BYTES = 64 << 20
+_SEAL = "manifest_xxh3_128"
+# One folder deep at most; no name that could leave the folder, hide in it, or be an option of some program.
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127})?")
+_CHECKSUM = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """step: optimizer steps that the run had made, skipped ones included. serial: grows with every
+    checkpoint of a run folder; the highest is the latest, whatever the folders are called.
+    files: name -> (bytes, xxh3-128). config: the resolved settings. state: of the trainer (JSON).
+    created: UTC, for people. parent: the checkpoint that the run was resumed from, if any."""
+
+    step: int
+    serial: int
+    files: dict[str, tuple[int, str]]
+    config: dict[str, Any]
+    state: dict[str, Any]
+    versions: dict[str, str] = field(default_factory=dict)
+    created: str = ""
+    parent: str | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(size for size, _ in self.files.values())
+
+    def to_bytes(self) -> bytes:
+        values = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        values[_SEAL] = _seal(values)
+        return (json.dumps(values, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _seal(values: dict[str, Any]) -> str:
+    """Checksum of the manifest's content, whatever its layout as text."""
+    plain = {key: value for key, value in values.items() if key != _SEAL}
+    return checksum(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode())
+
+
+def parse(data: bytes, place: str) -> Manifest:
+    """The manifest in `data`. Raises CheckpointError that says what is wrong with it."""
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{place}: is no JSON") from None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise CheckpointError(f"{place}: is not the manifest of a checkpoint")
+    if values.get("version") != VERSION:
+        raise CheckpointError(
+            f"{place}: is of version {values.get('version')!r}, this program reads {VERSION}",
+            hint="use the version of horizon-lm that wrote it",
+        )
+    if values.get(_SEAL) != _seal(values):
+        raise CheckpointError(f"{place}: its content is not what its checksum says")
+    kinds: dict[str, type] = {"step": int, "serial": int, "files": dict, "config": dict, "state": dict}
+    kinds |= {"versions": dict, "created": str}
+    for key, kind in kinds.items():
+        if not isinstance(values.get(key), kind) or isinstance(values[key], bool):
+            raise CheckpointError(f"{place}: {key} is {values.get(key)!r:.60}")
+    if values["step"] < 0 or values["serial"] < 0 or not isinstance(values.get("parent"), str | None):
+        raise CheckpointError(f"{place}: step, serial or parent is out of range")
+    files = {name: _file(name, entry, place) for name, entry in values["files"].items()}
+    known = {key: values[key] for key in (*kinds, "parent")}
+    return Manifest(**{**known, "files": files})
+
+
+def _file(name: str, entry: Any, place: str) -> tuple[int, str]:
+    if not _FILE_NAME.fullmatch(name) or ".." in name or name == NAME:
+        raise CheckpointError(f"{place}: the file name {name!r:.80} is not allowed")
+    try:
+        size, digest = entry
+    except (TypeError, ValueError):
+        size = digest = None
+    ok = isinstance(size, int) and not isinstance(size, bool) and size >= 0 and isinstance(digest, str)
+    if not ok or not _CHECKSUM.fullmatch(digest):
+        raise CheckpointError(f"{place}: size or checksum of {name} is {entry!r:.80}")
+    return size, digest
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of a folder. Raises CheckpointError."""
+    path = folder / NAME
+    try:
+        if path.is_symlink():
+            raise CheckpointError(f"{path}: is a link")
+        if path.stat().st_size > _MAX_BYTES:
+            raise CheckpointError(f"{path}: is larger than {_MAX_BYTES} bytes")
+        return parse(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None

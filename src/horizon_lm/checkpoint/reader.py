@@ -1,0 +1,131 @@
+"""Checkpoints are read: into a store with everything checked on the way, or checked alone (`verify`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+
+from ..errors import CheckpointError
+from ..memory.store import HostStore
+from . import units
+from .disk import PIECE_BYTES
+from .folder import Checkpoint
+
+
+def load_units(checkpoint: Checkpoint, store: HostStore) -> None:
+    """Fill the store. Raises CheckpointError, with the store in no usable state, for a file that is damaged
+    or does not fit the model."""
+    wanted = {units.file_name(u) for u, unit in enumerate(store.units) if unit.numel}
+    listed = {name for name in checkpoint.manifest.files if name.startswith("unit-")}
+    for name in sorted(wanted ^ listed):
+        what = "is not part of the checkpoint" if name in wanted else "is of no unit of this model"
+        raise CheckpointError(f"{checkpoint.path / name}: {what}")
+    for number, unit in enumerate(store.units):
+        if not unit.numel:
+            continue
+        name = units.file_name(number)
+        with _opened(checkpoint.path / name) as file:
+            found = units.read(file, units.entries(store, number), str(checkpoint.path / name))
+        if found != checkpoint.manifest.files[name][1]:
+            raise _damaged(checkpoint.path / name)
+
+
+def read_small(checkpoint: Checkpoint, name: str) -> bytes:
+    """One of the small files, checked. Raises CheckpointError."""
+    if name not in checkpoint.manifest.files:
+        raise CheckpointError(f"{checkpoint.path / name}: is not part of the checkpoint")
+    path = checkpoint.path / name
+    with _opened(path) as file:
+        data = b"".join(iter(lambda: os.read(file, PIECE_BYTES), b""))
+    if xxhash.xxh3_128_hexdigest(data) != checkpoint.manifest.files[name][1]:
+        raise _damaged(path)
+    return data
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `verify` found. faults: one sentence for each; none means that the checkpoint is right."""
+
+    num_files: int
+    num_tensors: int
+    num_bytes: int
+    faults: tuple[str, ...]
+
+
+def verify(checkpoint: Checkpoint, say: Callable[[str], None] = lambda text: None) -> Verdict:
+    """Checksums, headers, and numbers that are not finite; every fault, not the first alone."""
+    faults: list[str] = []
+    num_tensors = 0
+    for name, (_, digest) in checkpoint.manifest.files.items():
+        path = checkpoint.path / name
+        say(name)
+        try:
+            if file_checksum(path) != digest:
+                raise _damaged(path)
+            if name.endswith(".safetensors"):
+                count, strange = _look_at_tensors(path)
+                num_tensors += count
+                faults += strange
+        except CheckpointError as error:
+            faults.append(error.message)
+    extra = sorted(_names(checkpoint.path) - checkpoint.manifest.files.keys() - {"manifest.json"})
+    faults += [f"{checkpoint.path / name}: is not listed in the manifest" for name in extra]
+    total = checkpoint.manifest
+    return Verdict(len(total.files), num_tensors, total.num_bytes, tuple(faults))
+
+
+def file_checksum(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with _opened(path) as file:
+        while piece := os.read(file, PIECE_BYTES):
+            digest.update(piece)
+    return str(digest.hexdigest())
+
+
+def _look_at_tensors(path: Path) -> tuple[int, list[str]]:
+    """(number of tensors, faults). The checksum has been found right, so the size is too."""
+    faults = []
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+            for key in keys:
+                tensor = file.get_tensor(key)
+                if tensor.is_floating_point():
+                    pieces = tensor.flatten().split(1 << 22)
+                    bad = sum(int((~torch.isfinite(piece)).sum()) for piece in pieces)
+                    if bad:
+                        faults.append(f"{path}: {key} has {bad:,} values that are not finite")
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return len(keys), faults
+
+
+def _names(folder: Path) -> set[str]:
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return {str(path.relative_to(folder)) for path in found}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """A file of a checkpoint; never through a link, never a device. OSErrors become CheckpointErrors."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from None
+    try:
+        yield file
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    finally:
+        os.close(file)
+
+
+def _damaged(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path}: its content is not what was written (checksum)")

@@ -1,0 +1,155 @@
+"""A unit of the store as a safetensors file, without a copy in memory on either way.
+
+    weights.NAME  residual.NAME  exp_avg.NAME  exp_avg_sq.NAME      for each parameter NAME of the unit
+
+The file's header follows from the store's layout alone. So reading needs no parser: a file whose header is
+another one does not fit the model, whatever it holds. What lies between parameters in the store (padding) is
+always zero and is not in the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import xxhash
+
+from ..errors import CheckpointError
+from ..memory.layout import Parameter
+from ..memory.store import HostStore
+from .disk import PIECE_BYTES, HashedFile
+
+_DTYPE_NAMES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_MAX_HEADER_BYTES = 100_000_000  # as safetensors itself
+
+Entry = tuple[str, torch.Tensor]
+
+
+def file_name(unit: int) -> str:
+    return f"unit-{unit:05}.safetensors"
+
+
+def entries(store: HostStore, unit: int) -> list[Entry]:
+    """(key, view into the store) of all that a unit has, in the order of the file: wide numbers first,
+    so that each starts at a multiple of its size, as readers that map the file need."""
+    return sorted(_entries(store, unit), key=lambda row: -row[1].element_size())
+
+
+def _entries(store: HostStore, unit: int) -> Iterator[Entry]:
+    layout = store.units[unit]
+    views: dict[str, Callable[[torch.Tensor, Parameter], torch.Tensor]] = {
+        "weights": layout.view,
+        "residual": layout.residual_view,
+        "exp_avg": layout.trainable_view,
+        "exp_avg_sq": layout.trainable_view,
+    }
+    for region, view in views.items():
+        if not store.has(region):
+            continue
+        for parameter in layout.parameters:
+            if region == "residual" and parameter.offset < layout.wide_offset:
+                continue
+            if region.startswith("exp_avg") and not parameter.trainable:
+                continue
+            yield f"{region}.{parameter.name}", view(store.run(region, unit), parameter)
+
+
+def header(rows: Sequence[Entry], metadata: dict[str, str] | None = None) -> bytes:
+    """The header of a safetensors file that holds the rows one after the other."""
+    table: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for key, tensor in rows:
+        start, end = end, end + tensor.nbytes
+        entry = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        table[key] = {**entry, "data_offsets": [start, end]}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def write(file: HashedFile, rows: list[Entry], is_wanted: Callable[[], bool]) -> None:
+    """Write rows as a safetensors file; ends early where it is not wanted any more."""
+    file.write(memoryview(header(rows)))
+    for _, tensor in rows:
+        data = as_bytes(tensor)
+        for start in range(0, len(data), PIECE_BYTES):
+            if not is_wanted():
+                return
+            file.write(data[start : start + PIECE_BYTES])
+
+
+def read(file: int, rows: list[Entry], name: str) -> str:
+    """Fill rows from an open file that `write` made; returns the checksum of what was read.
+
+    Raises CheckpointError where the file is not one of these rows.
+    """
+    expected = header(rows)
+    digest = xxhash.xxh3_128()
+    found = _read_exactly(file, bytearray(len(expected)))
+    digest.update(found)
+    if found != expected:
+        raise CheckpointError(f"{name}: {_difference(file, bytes(found), rows)}")
+    for key, tensor in rows:
+        data = as_bytes(tensor)
+        for start in range(0, len(data), PIECE_BYTES):
+            piece = data[start : start + PIECE_BYTES]
+            if len(_read_exactly(file, piece)) < len(piece):
+                raise CheckpointError(f"{name}: ends within {key}")
+            digest.update(piece)
+    if os.read(file, 1):
+        raise CheckpointError(f"{name}: goes on after its last tensor")
+    return str(digest.hexdigest())
+
+
+def _read_exactly(file: int, target: Any) -> memoryview:
+    """Fill `target`, or as much of it as the file still has."""
+    view, filled = memoryview(target), 0
+    while filled < len(view):
+        count = os.readv(file, [view[filled:]])
+        if not count:
+            break
+        filled += count
+    return view[:filled]
+
+
+def _difference(file: int, start: bytes, rows: list[Entry]) -> str:
+    """What differs between the header that a file has and the one that is needed, in words."""
+    size = int.from_bytes(start[:8], "little")
+    if len(start) < 8 or size > _MAX_HEADER_BYTES:
+        return "is no safetensors file"
+    text = start[8 : 8 + size]
+    text += bytes(_read_exactly(file, bytearray(max(0, size - len(text)))))
+    try:
+        table = json.loads(text)
+        found = {key: (entry["dtype"], tuple(entry["shape"])) for key, entry in table.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return "its header is damaged"
+    for key, tensor in rows:
+        wanted = _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
+        if key not in found:
+            return f"has no tensor {key}"
+        if found[key] != wanted:
+            return (
+                f"{key} is {found[key][0]} {list(found[key][1])}, the run needs {wanted[0]} {list(wanted[1])}"
+            )
+    strange = sorted(found.keys() - {key for key, _ in rows})
+    return f"holds {strange[0]}, which the model does not have" if strange else "its header is damaged"

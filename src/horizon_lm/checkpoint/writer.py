@@ -1,0 +1,153 @@
+"""A checkpoint is written: staged in a hidden folder, synced, renamed. Whole or absent.
+
+    .tmp-checkpoint-STEP/  unit files, buffers, configuration, tokenizer  ->  fsync of each
+                           manifest.json with size and xxh3-128 of each   ->  fsync, fsync of the folder
+    rename to checkpoint-STEP, fsync of the run folder; only then older ones are pruned
+
+Runs on the disk lane, beside training; a failure of the disk ends the checkpoint and not the run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ..memory.store import HostStore
+from . import folder, manifest, units
+from .disk import Disk, HashedFile
+from .manifest import Manifest
+
+BUFFERS = "buffers.safetensors"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a checkpoint ended. path: None where it failed; error: why. seconds: from asking to the end."""
+
+    step: int
+    path: Path | None
+    error: str | None
+    num_bytes: int
+    seconds: float
+    pruned: tuple[Path, ...] = ()
+
+
+class CheckpointWriter:
+    """Writes one checkpoint of a run; `Saving` for the engine. `outcome` is there when it has ended."""
+
+    def __init__(
+        self,
+        run: Path,
+        store: HostStore,
+        content: Manifest,
+        *,
+        small_files: Mapping[str, bytes],
+        buffers: Sequence[tuple[str, torch.Tensor]],
+        disk: Disk,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+    ) -> None:
+        """content: the manifest but for its files. small_files: configuration, tokenizer."""
+        self._run, self._store, self._content, self._disk = run, store, content, disk
+        self._small_files, self._buffers = small_files, list(buffers)
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._target = folder.free_name(run, content.step, content.serial)
+        self._staging = run / f".tmp-{self._target.name}"
+        self._files: dict[str, tuple[int, str]] = {}
+        self._error: str | None = None
+        self._abandoned = False
+        self._started = time.perf_counter()
+        self.outcome: Outcome | None = None
+
+    def write_unit(self, unit: int) -> None:
+        if not self._wanted():
+            return
+        try:
+            if not self._files:
+                self._begin()
+            self._write_rows(units.file_name(unit), units.entries(self._store, unit))
+        except OSError as error:
+            self._fail(error)
+
+    def finish(self) -> None:
+        pruned: list[Path] = []
+        try:
+            if self._wanted():
+                self._commit()
+            if self._wanted():
+                pruned = folder.prune(
+                    self._run, self._disk, keep_last=self._keep_last, keep_every=self._keep_every
+                )
+        except OSError as error:
+            self._fail(error)
+        done = self._error is None and not self._abandoned
+        if not done:
+            self._disk.remove(self._staging)
+        self.outcome = Outcome(
+            self._content.step,
+            self._target if done else None,
+            self._error or ("the step that it was written beside failed" if self._abandoned else None),
+            sum(size for size, _ in self._files.values()),
+            time.perf_counter() - self._started,
+            tuple(pruned),
+        )
+
+    def abandon(self) -> None:
+        self._abandoned = True
+
+    @property
+    def was_abandoned(self) -> bool:
+        return self._abandoned
+
+    def give_up(self, reason: str) -> None:
+        """For a disk that does not answer: ended as far as the run is concerned."""
+        self._abandoned, self._error = True, reason
+        self.outcome = Outcome(self._content.step, None, reason, 0, time.perf_counter() - self._started)
+
+    def _wanted(self) -> bool:
+        return self._error is None and not self._abandoned
+
+    def _fail(self, error: OSError) -> None:
+        self._error = f"{error.strerror or error} ({error.filename or self._staging})"
+
+    def _begin(self) -> None:
+        self._disk.remove(self._staging)  # of a try that failed
+        self._disk.make_folder(self._staging)
+
+    def _write_rows(self, name: str, rows: Sequence[units.Entry]) -> None:
+        file = HashedFile(self._disk, self._staging / name)
+        try:
+            units.write(file, list(rows), self._wanted)
+        finally:
+            self._files[name] = file.close()
+
+    def _write_bytes(self, name: str, data: bytes) -> None:
+        path = self._staging / name
+        if path.parent != self._staging and not path.parent.exists():
+            self._disk.make_folder(path.parent)
+        file = HashedFile(self._disk, path)
+        try:
+            file.write(memoryview(data))
+        finally:
+            self._files[name] = file.close()
+
+    def _commit(self) -> None:
+        disk, staging = self._disk, self._staging
+        self._write_rows(BUFFERS, self._buffers)
+        for name, data in self._small_files.items():
+            self._write_bytes(name, data)
+        for name in self._files:
+            disk.sync_path(staging / name)
+        files = dict(sorted(self._files.items()))
+        self._write_bytes(manifest.NAME, replace(self._content, files=files).to_bytes())
+        disk.sync_path(staging / manifest.NAME)
+        for path in {(staging / name).parent for name in files}:
+            disk.sync_path(path)
+        if not self._wanted():
+            return
+        disk.rename(staging, self._target)
+        disk.sync_path(self._run)

@@ -1,0 +1,106 @@
+"""The verbs of runs and their checkpoints: `horizon resume`, `horizon verify`, `horizon export`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from horizon_lm.cli_base import SettingsArguments, SettingsCommand, split_arguments
+from horizon_lm.errors import CheckpointError, ConfigError
+
+RunOrCheckpoint = Annotated[str, typer.Argument(help="A run's output_dir, or one of its checkpoints.")]
+
+
+class ResumeCommand(SettingsCommand):
+    """A run, and settings that are to be others from now on."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return ["RUN", "[KEY=VALUE | --KEY VALUE]..."]
+
+
+def resume(settings: SettingsArguments = None) -> None:
+    """Go on with a run that was stopped or killed, from its latest valid checkpoint.
+
+    RUN is its output_dir, or one of the checkpoints in it. Settings are those it began with; key=value
+    changes them, and those that alter results need allow_changed_settings=true as well.
+    """
+    place, overrides = split_arguments(settings or ())
+    if place is None:
+        raise ConfigError("command line: 'resume' needs a run", "horizon resume RUN, with its output_dir")
+    from horizon_lm.config import load_config
+    from horizon_lm.run.resume import run_of
+
+    folder, source = run_of(place)
+    own = [f"output_dir={folder}", f"resume_from_checkpoint={source}"]
+    config, notes = load_config(Path(folder) / "config.resolved.yaml", [*overrides, *own])
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    from horizon_lm.run.train import train
+
+    train(config, config_notes=notes)
+
+
+def verify(checkpoint: RunOrCheckpoint) -> None:
+    """Check a checkpoint, or all of a run: checksums, tensor headers, numbers; exit code 5 for a fault."""
+    from horizon_lm.checkpoint.folder import list_checkpoints, open_checkpoint
+    from horizon_lm.checkpoint.manifest import NAME
+    from horizon_lm.checkpoint.reader import verify as verify_checkpoint
+
+    place = Path(checkpoint).expanduser()
+    if (place / NAME).exists() or place.name.startswith("checkpoint-"):
+        found, faults = [open_checkpoint(place)], []
+    else:
+        found, rejected = list_checkpoints(place)
+        faults = [one.reason for one in rejected]
+        if not found and not faults:
+            raise CheckpointError(
+                f"{place} holds no checkpoint", hint="name a run's output_dir or a checkpoint"
+            )
+    for one in found:
+        verdict = verify_checkpoint(one)
+        state = "sound" if not verdict.faults else f"{len(verdict.faults)} faults"
+        print(
+            f"{one.path}: step {one.manifest.step}, {verdict.num_files} files, "
+            f"{verdict.num_tensors} tensors, {verdict.num_bytes:,} bytes: {state}"
+        )
+        faults += verdict.faults
+    if faults:
+        raise CheckpointError(
+            "\n  ".join(faults), hint="an earlier checkpoint may be sound: horizon verify RUN"
+        )
+
+
+def export(
+    checkpoint: RunOrCheckpoint,
+    output: Annotated[str, typer.Argument(metavar="OUT", help="A folder that is new or empty.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16 or float32; by default that of the run.")
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+) -> None:
+    """Write the model of a checkpoint in Hugging Face format, with tokenizer and model card."""
+    import re
+
+    if dtype not in (None, "bfloat16", "float32"):
+        raise ConfigError(f"command line: --dtype is {dtype!r}", "bfloat16 or float32")
+    if not re.fullmatch(r"[0-9]{0,6}[1-9][0-9]{0,6}(KB|MB|GB|TB)", max_shard_size):
+        raise ConfigError(
+            f"command line: --max-shard-size is {max_shard_size!r}", "a size such as 5GB or 500MB"
+        )
+    from horizon_lm.run.export_checkpoint import export_checkpoint
+
+    done = export_checkpoint(
+        Path(checkpoint).expanduser(),
+        Path(output).expanduser(),
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        trust_remote_code=trust_remote_code,
+        warn=lambda text: print(f"warning: {text}", file=sys.stderr),
+    )
+    print(f"{done.path}, step {done.manifest.step}, is now {output}")

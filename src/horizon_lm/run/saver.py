@@ -1,0 +1,239 @@
+"""When a run saves, and what it says about it: checkpoints beside training, rollback, the end of a run."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+from ..checkpoint import folder as checkpoints
+from ..checkpoint.disk import Disk
+from ..checkpoint.manifest import Manifest
+from ..checkpoint.writer import CheckpointWriter, Outcome
+from ..config import TrainConfig
+from ..errors import CheckpointError, DoesNotFitError, HorizonError, StoppedError
+from ..memory.store import predict_bytes
+from .host_model import HostModel
+from .loop import StepRecord
+from .progress import size
+from .resume import load_checkpoint, saved_buffers
+from .signals import REQUEUE, StopRequest
+
+_NOT_SAVED = ("grads", "grad_slabs")
+_MARGIN = 1.1  # of free disk space over what a checkpoint needs
+
+
+class Saver:
+    """Saves checkpoints of one run.
+
+    state: gives what the manifest keeps of the trainer, as of the last step. small_files: configuration and
+    tokenizer. report: told how each checkpoint ended. parent: the checkpoint that the run began from.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        model: HostModel,
+        config: TrainConfig,
+        *,
+        state: Callable[[], dict[str, Any]],
+        load_state: Callable[[Manifest], None],
+        small_files: dict[str, bytes],
+        versions: dict[str, str],
+        report: Callable[[Outcome], None],
+        parent: str | None = None,
+        disk: Disk | None = None,
+    ) -> None:
+        self._run, self._model, self._config = run, model, config
+        self._state, self._load_state, self._report = state, load_state, report
+        self._small_files, self._versions, self._parent = small_files, versions, parent
+        self._disk = disk or Disk()
+        self._writer: CheckpointWriter | None = None
+        self._failed_in_a_row = 0
+        self._saved_step = -1
+        self._epochs = int(state()["loader"].get("epoch", 0))
+        self._last_save = time.monotonic()
+        self._save_seconds = self._step_seconds = 0.0
+        with suppress(OSError):
+            checkpoints.sweep(run, self._disk)  # what a killed run left; the run's lock is held
+        found, _ = checkpoints.list_checkpoints(run)
+        self._serial = 1 + max((c.manifest.serial for c in found), default=0)
+        self.num_bytes = sum(
+            n
+            for name, n in predict_bytes(model.store.units, model.store.spec).items()
+            if name not in _NOT_SAVED
+        )
+        model.engine.lanes.disk.patience_seconds = config.save_patience_seconds
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """What is being written is finished, also when the run failed; not when it is to end at once."""
+        if self._writer is None:
+            return
+        if kind is not None and not issubclass(kind, Exception):
+            self._writer.abandon()
+            return
+        with suppress(*(() if kind is None else (HorizonError,))):
+            self.finish()
+
+    # After a step.
+
+    def after(self, record: StepRecord, *, is_last: bool) -> None:
+        """Save if it is due, and report what has ended meanwhile. Raises DoesNotFitError for the last of too
+        many failures."""
+        self._step_seconds = max(record.seconds, 0.5 * self._step_seconds)
+        self.poll()
+        if record.rolled_back_to is None and self._is_due(record):
+            self.save(record.step, background=self._config.save_in_background and not is_last)
+
+    def _is_due(self, record: StepRecord) -> bool:
+        config = self._config
+        crossed, self._epochs = int(record.epoch) > self._epochs, int(record.epoch)
+        if config.save_strategy == "no":
+            return False
+        if record.step == 1 and config.save_first_step:
+            return True
+        return {
+            "steps": record.step % config.save_steps == 0,
+            "epoch": crossed,
+            "time": time.monotonic() - self._last_save >= 60 * config.save_minutes,
+        }[config.save_strategy]
+
+    def save(self, step: int, *, background: bool) -> None:
+        """Save the state after `step`; done on return, or going on in the background."""
+        self.finish()
+        self._last_save = time.monotonic()
+        problem = self._no_room()
+        if problem is not None:
+            self._ended(Outcome(step, None, problem, 0, 0.0))
+            return
+        self._writer = CheckpointWriter(
+            self._run,
+            self._model.store,
+            Manifest(
+                step=step,
+                serial=self._serial,
+                files={},
+                config=self._config.to_dict(),
+                state=self._state(),
+                versions=self._versions,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                parent=self._parent,
+            ),
+            small_files=self._small_files,
+            buffers=saved_buffers(self._model),
+            disk=self._disk,
+            keep_last=self._config.save_total_limit,
+            keep_every=self._config.save_keep_every,
+        )
+        self._serial += 1
+        self._model.save_state(self._writer, background=background)
+        if not background:
+            self.finish()
+
+    def _no_room(self) -> str | None:
+        """Why a checkpoint is not even begun."""
+        try:
+            checkpoints.sweep(self._run, self._disk)
+            free = shutil.disk_usage(self._run).free
+        except OSError as error:
+            return f"{error.strerror or error} ({self._run})"
+        needed = int(_MARGIN * self.num_bytes)
+        return f"it needs {size(needed)} of disk space, {size(free)} are free" if needed > free else None
+
+    def poll(self) -> None:
+        """Report a checkpoint that has ended in the background."""
+        writer = self._writer
+        if writer is None:
+            return
+        if writer.outcome is None and writer.was_abandoned and not self._model.is_saving:
+            seconds = self._config.save_patience_seconds
+            writer.give_up(f"the disk has not answered for {seconds:g} s (save_patience_seconds)")
+        if writer.outcome is not None:
+            self._writer = None
+            self._ended(writer.outcome)
+
+    def finish(self) -> None:
+        """Wait for what is being written, and report it."""
+        if self._writer is not None:
+            self._model.finish_saving()
+            self.poll()
+
+    def _ended(self, outcome: Outcome) -> None:
+        self._report(outcome)
+        self._save_seconds = max(self._save_seconds, outcome.seconds)
+        self._saved_step = outcome.step if outcome.path is not None else self._saved_step
+        self._failed_in_a_row = 0 if outcome.error is None else self._failed_in_a_row + 1
+        limit = self._config.max_failed_saves
+        if limit is not None and self._failed_in_a_row > limit:
+            raise DoesNotFitError(
+                f"{self._failed_in_a_row} checkpoints in a row could not be saved "
+                f"(max_failed_saves={limit}); the last: {outcome.error}",
+                hint="the last good checkpoint is untouched: free disk space, then 'horizon resume "
+                f"{self._run}'",
+            )
+
+    # When something goes wrong, or somebody wants the run to end.
+
+    def roll_back(self) -> int:
+        """Go back to the latest checkpoint; the data goes on from where it is. Returns its step.
+
+        Raises CheckpointError where there is none.
+        """
+        self.finish()
+        found, rejected = checkpoints.list_checkpoints(self._run)
+        for checkpoint in found:
+            try:
+                load_checkpoint(checkpoint, self._model)
+                self._load_state(checkpoint.manifest)
+                return checkpoint.manifest.step
+            except CheckpointError as error:
+                rejected.append(checkpoints.Rejected(checkpoint.path, error.message))
+        raise checkpoints.none_valid(self._run, rejected)
+
+    def is_deadline_near(self, started: float) -> bool:
+        """Whether there is just time left for two more steps and a checkpoint. started: of the run."""
+        minutes = self._config.deadline_minutes
+        if minutes is None:
+            return False
+        needed = 2 * self._step_seconds + 1.5 * self._save_seconds + 1.0
+        return time.monotonic() + needed >= started + 60 * minutes
+
+    def stop(self, request: StopRequest, step: int) -> StoppedError:
+        """Save, and the error that ends the run."""
+        self.finish()
+        wanted = self._config.save_on_signal and self._config.save_strategy != "no"
+        if wanted and self._saved_step != step:
+            self.save(step, background=False)
+        found, _ = checkpoints.list_checkpoints(self._run)
+        why = request.signal.name if request.signal is not None else "deadline_minutes"
+        code = request.exit_code if request.signal is not None else REQUEUE
+        what = f"stopped by {why} after step {step}"
+        if not found:
+            raise CheckpointError(f"{what}: there is no checkpoint", hint="nothing is left but the metrics")
+        latest = found[0]
+        lost = step - latest.manifest.step
+        saved = (
+            f"saved {latest.path}"
+            if not lost
+            else f"the last checkpoint is {latest.path}, {lost} steps before"
+        )
+        return StoppedError(f"{what}: {saved}", f"horizon resume {self._run}", code)
+
+
+def small_files(model: HostModel, save_tokenizer: Callable[[Path], None]) -> dict[str, bytes]:
+    """The model's configuration and the tokenizer as files: with them a checkpoint can be exported alone."""
+    with tempfile.TemporaryDirectory(prefix="horizon-") as name:
+        folder = Path(name)
+        model.config.save_pretrained(folder)
+        if model.skeleton.model.can_generate():
+            model.skeleton.model.generation_config.save_pretrained(folder)
+        save_tokenizer(folder)
+        return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

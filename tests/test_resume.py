@@ -1,0 +1,408 @@
+"""N steps, stopped, and M more equal N + M: the same bits of weights, residuals, moments; the same losses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from horizon_lm import cli
+from horizon_lm.config import TrainConfig
+from horizon_lm.errors import CheckpointError, ConfigError, DataError, StoppedError
+from horizon_lm.run import sample
+from horizon_lm.run.host_model import HostModel, TrainStepOutput
+from horizon_lm.run.resume import FIXED, FREE
+from horizon_lm.run.train import train
+from small_runs import GPT2_DROPOUT, losses_of, place_of, settings, tensors_of, write_text
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "reason_to_skip", lambda folder: "tests")
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("data") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def straight(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 20 steps that keeps a checkpoint of each."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    train(settings(text, run, max_steps=STEPS))
+    return run
+
+
+def stop_at(patch: pytest.MonkeyPatch, step: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """The process gets a signal in the middle of a step."""
+    honest, calls = HostModel.train_step, iter(range(1, 1000))
+
+    def train_step(self: HostModel, *arguments: Any, **others: Any) -> TrainStepOutput:
+        if next(calls) == step:
+            os.kill(os.getpid(), number)
+        return honest(self, *arguments, **others)
+
+    patch.setattr(HostModel, "train_step", train_step)
+
+
+# Cuts and modes.
+
+
+@pytest.mark.parametrize("cut", range(1, STEPS))
+def test_a_cut_at_any_step_changes_no_bit(cut: int, straight: Path, text: Path, tmp_path: Path) -> None:
+    """From each of the 19 checkpoints, into a folder of its own."""
+    source = straight / f"checkpoint-{cut}"
+    train(
+        settings(
+            text,
+            tmp_path / "run",
+            max_steps=STEPS,
+            save_steps=STEPS,
+            resume_from_checkpoint=str(source),
+        )
+    )
+    last = f"checkpoint-{STEPS}"
+    assert tensors_of(tmp_path / "run" / last) == tensors_of(straight / last)
+    assert place_of(tmp_path / "run" / last) == place_of(straight / last)
+    assert losses_of(tmp_path / "run") == losses_of(straight)[cut:]
+    assert json.loads((tmp_path / "run" / last / "manifest.json").read_text())["parent"] == str(source)
+
+
+def test_the_comparison_notices_a_difference(straight: Path) -> None:
+    """The control of the tests above."""
+    one, two = straight / f"checkpoint-{STEPS}", straight / f"checkpoint-{STEPS - 1}"
+    assert tensors_of(one) != tensors_of(two) and place_of(one) != place_of(two)
+
+
+UPDATES = ("sync", "deferred", "eager")
+# What may be otherwise after the resume, beside the update mode: lanes, slots, what a layer keeps, threads.
+OTHERWISE: list[dict[str, Any]] = [
+    {"lanes": "adversarial", "slots": 3, "optimizer_threads": 1},
+    {"activations": "keep", "lanes": "adversarial", "grad_slots": 3},
+    {"boundaries": "host", "checkpoint_interval": 2, "optimizer_threads": 2},
+]
+
+
+@pytest.mark.parametrize(
+    ("number", "update", "dtype", "moments"),
+    [(i, *row) for i, row in enumerate(product(UPDATES, ("float32", "bfloat16"), ("float32", "bfloat16")))],
+)
+def test_every_mode_goes_on_with_the_same_bits(
+    number: int, update: str, dtype: str, moments: str, text: Path, tmp_path: Path
+) -> None:
+    """12 combinations; resumed with another update mode, other lanes and another number of threads."""
+    free = {"max_grad_norm": None} if number % 2 else {"max_grad_norm": 1.0}
+    if "eager" in (update, UPDATES[(number // 4 + 1) % 3]):
+        free = {"max_grad_norm": None}
+    changes = {
+        "dtype": dtype,
+        "moment_dtype": moments,
+        "gradient_accumulation_steps": 1 + 2 * (number % 2),
+        "weight_decay": 0.1,
+        "save_steps": 3,
+        "max_steps": 6,
+        **free,
+    }
+    train(settings(text, tmp_path / "straight", update=update, **changes))
+    other = {"update": UPDATES[(number // 4 + 1) % 3], **OTHERWISE[number % 3]}
+    source = tmp_path / "straight" / "checkpoint-3"
+    torch.set_num_threads(2)
+    try:
+        train(settings(text, tmp_path / "run", resume_from_checkpoint=str(source), **{**changes, **other}))
+    finally:
+        torch.set_num_threads(1)
+    assert tensors_of(tmp_path / "run" / "checkpoint-6") == tensors_of(tmp_path / "straight" / "checkpoint-6")
+    assert losses_of(tmp_path / "run") == losses_of(tmp_path / "straight")[3:]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"init_model": GPT2_DROPOUT},  # dropout, and a table that is tied to the head
+        {"optim": "lion"},
+        {"optim": "sgd", "sgd_momentum": 0.9},
+        {"streaming": True, "buffer_size": 4},
+        {"packing_strategy": "bfd", "truncation": "split"},
+        {"dataloader_num_workers": 0, "num_train_epochs": 3.0},
+        {"val_size": 0.2, "eval_strategy": "steps", "eval_steps": 2},
+        {"loss_spike": "warn", "loss_spike_window": 5},
+    ],
+    ids=lambda c: "-".join(c),
+)
+def test_other_runs_go_on_with_the_same_bits(changes: dict[str, Any], text: Path, tmp_path: Path) -> None:
+    if "streaming" in changes or "packing_strategy" in changes or "val_size" in changes:
+        lines = text.read_text().splitlines()
+        (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+        text = tmp_path / "rows.jsonl"
+    common = {"max_steps": 6, "save_steps": 3, **changes}
+    train(settings(text, tmp_path / "straight", **common))
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 4)
+        with pytest.raises(StoppedError):
+            train(settings(text, tmp_path / "run", **common))
+    assert (tmp_path / "run" / "checkpoint-4").is_dir()
+    assert cli.main(["resume", str(tmp_path / "run")]) == 0
+    one, two = tmp_path / "straight" / "checkpoint-6", tmp_path / "run" / "checkpoint-6"
+    assert tensors_of(one) == tensors_of(two) and place_of(one) == place_of(two)
+    assert losses_of(tmp_path / "run") == losses_of(tmp_path / "straight")
+
+
+# Stopped from outside.
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGUSR1, 75)]
+)
+@pytest.mark.parametrize("background", [True, False])
+def test_a_signal_saves_and_ends_with_its_code(
+    number: signal.Signals,
+    code: int,
+    background: bool,
+    straight: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = settings(text, tmp_path / "run", max_steps=STEPS, save_steps=4, save_in_background=background)
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
+    with monkeypatch.context() as patch:
+        stop_at(patch, 9, number)
+        before = signal.getsignal(number)
+        assert cli.main(["train", str(tmp_path / "run.yaml")]) == code
+        assert signal.getsignal(number) is before
+    shown = capsys.readouterr().err
+    assert shown.splitlines() == [
+        f"stopped by {number.name} after step 9: saved {tmp_path / 'run' / 'checkpoint-9'}; "
+        f"to go on: horizon resume {tmp_path / 'run'}"
+    ]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["event"] == "end" and lines[-1]["status"] == "interrupted"
+    assert cli.main(["train", str(tmp_path / "run.yaml"), "--resume"]) == 0
+    last = f"checkpoint-{STEPS}"
+    assert tensors_of(tmp_path / "run" / last) == tensors_of(straight / last)
+    assert losses_of(tmp_path / "run") == losses_of(straight)
+
+
+def test_a_deadline_saves_and_ends_in_time(text: Path, tmp_path: Path) -> None:
+    config = settings(text, tmp_path / "run", max_steps=100_000, save_steps=1000, deadline_minutes=1 / 20)
+    with pytest.raises(StoppedError, match="stopped by deadline_minutes") as caught:
+        train(config)
+    assert caught.value.exit_code == 75
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < lines[-2]["step"] < 100_000
+    assert any((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_a_signal_at_a_step_that_is_saved_anyway_saves_once(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_at(monkeypatch, 4)
+    with pytest.raises(StoppedError, match="after step 4: saved"):
+        train(settings(text, tmp_path / "run", save_steps=2))
+    assert sorted(p.name for p in (tmp_path / "run").glob("*checkpoint*")) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_checkpoint_between_two_logged_steps_stays(straight: Path, text: Path, tmp_path: Path) -> None:
+    """A new folder becomes the run's with the first step, also where that step is not logged."""
+    source = str(straight / "checkpoint-11")
+    config = settings(text, tmp_path / "run", max_steps=STEPS, save_steps=2, logging_steps=5)
+    train(config.replace(resume_from_checkpoint=source))
+    names = {p.name for p in (tmp_path / "run").glob("checkpoint-*")}
+    assert names == {f"checkpoint-{step}" for step in (12, 14, 16, 18, 20)}
+
+
+def test_without_save_on_signal_the_last_regular_checkpoint_is_named(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_at(monkeypatch, 4)
+    config = settings(text, tmp_path / "run", save_steps=3, save_on_signal=False)
+    with pytest.raises(StoppedError, match=r"checkpoint-3, 1 steps before"):
+        train(config)
+
+
+def test_a_signal_with_nothing_saved_is_no_promise(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_at(monkeypatch, 4)
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        train(settings(text, tmp_path / "run", save_strategy="no"))
+
+
+# What is resumed, and what is refused.
+
+
+def test_a_finished_run_is_exported_again_and_not_trained_on(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(settings(text, tmp_path / "run", max_steps=4, save_steps=4))
+    before = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    (tmp_path / "run" / "model" / "model.safetensors").unlink()
+    monkeypatch.setattr(HostModel, "train_step", None)
+    assert cli.main(["resume", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_latest_is_what_manifests_say_not_what_names_say(text: Path, tmp_path: Path) -> None:
+    """Gone back to an older checkpoint and on from there: the higher number is the older one."""
+    run = tmp_path / "run"
+    train(settings(text, run, max_steps=4, save_steps=1))
+    changed = {"learning_rate": 1e-4, "allow_changed_settings": True}
+    source = str(run / "checkpoint-2")
+    train(settings(text, run, max_steps=3, resume_from_checkpoint=source, **changed))
+    names = {path.name for path in run.glob("checkpoint-*")}
+    assert {"checkpoint-3", "checkpoint-4"} < names and len(names) == 5
+    newer = next(iter(names - {f"checkpoint-{i}" for i in range(1, 5)}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HostModel, "train_step", None)  # it resumes at step 3 of 3, not at 4
+        patch.setattr("builtins.print", lambda *a, **k: None)
+        train(settings(text, run, max_steps=3, resume_from_checkpoint="latest", **changed))
+    assert newer.startswith("checkpoint-3-")
+
+
+def test_auto_begins_where_there_is_nothing_and_resumes_where_there_is(text: Path, tmp_path: Path) -> None:
+    config = settings(text, tmp_path / "run", max_steps=3, save_steps=2, resume_from_checkpoint="auto")
+    train(config)
+    train(config)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("step") for line in lines if line["event"] == "resume"] == [2]
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        train(settings(text, tmp_path / "other", resume_from_checkpoint="latest"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_killed_as_it_wrote_its_first_file_can_begin_again(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.resolved.yaml.tmp").write_text("dty")
+    config = settings(text, tmp_path / "run", max_steps=2, resume_from_checkpoint="auto")
+    train(config)
+    assert not (tmp_path / "run" / ".config.resolved.yaml.tmp").exists()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "draft.txt").write_text("mine")  # the control: what is not ours is refused
+    with pytest.raises(ConfigError, match="not empty"):
+        train(config.replace(output_dir=str(tmp_path / "other")))
+
+
+CHANGES: list[tuple[dict[str, Any], bool | None]] = [  # and whether a yes helps; None: none is needed
+    ({"learning_rate": 1e-3}, True),
+    ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}, True),
+    ({"weight_decay": 0.5}, True),
+    ({"max_steps": 9}, True),
+    ({"seed": 1}, True),
+    ({"max_grad_norm": 0.1}, True),
+    ({"adam_beta2": 0.9}, True),
+    ({"lr_scheduler_type": "linear"}, True),
+    ({"loss_chunk_tokens": 4}, True),
+    ({"dtype": "bfloat16"}, False),
+    ({"moment_dtype": "bfloat16"}, False),
+    ({"optim": "sgd"}, False),
+    ({"logging_steps": 2, "slots": 4, "save_steps": 7, "run_name": "x", "update": "sync"}, None),
+]
+
+
+@pytest.mark.parametrize(("changes", "helps"), CHANGES, ids=str)
+def test_changed_settings_that_alter_results_are_named_and_need_a_yes(
+    changes: dict[str, Any], helps: bool | None, straight: Path, text: Path, tmp_path: Path
+) -> None:
+    source = {"resume_from_checkpoint": str(straight / f"checkpoint-{STEPS - 1}"), "max_steps": STEPS}
+    config = settings(text, tmp_path / "run", **{**source, **changes})
+    if helps is None:
+        train(config)
+        return
+    with pytest.raises(ConfigError) as caught:
+        train(config)
+    for key, value in changes.items():
+        assert f"{key} was " in caught.value.message and f"is {value!r}" in caught.value.message
+    assert not (tmp_path / "run").exists()
+    yes = config.replace(allow_changed_settings=True)
+    if helps:
+        assert caught.value.hint and "allow_changed_settings=true" in caught.value.hint
+        if "max_steps" not in changes:
+            train(yes)
+    else:
+        with pytest.raises(ConfigError, match="cannot be changed"):
+            train(yes)
+
+
+def test_every_setting_is_free_fixed_or_asked_about() -> None:
+    """A new setting is asked about until somebody shows that it changes no bit."""
+    assert not FREE & FIXED
+    assert TrainConfig.model_fields.keys() >= FREE | FIXED
+    asked = TrainConfig.model_fields.keys() - FREE - FIXED
+    assert {"learning_rate", "seed", "datasets", "max_length", "warmup_steps", "device"} < asked
+
+
+def test_other_data_are_refused(straight: Path, text: Path, tmp_path: Path) -> None:
+    other = tmp_path / "text.txt"
+    other.write_text(text.read_text().replace("store", "stove"))
+    config = settings(
+        other,
+        tmp_path / "run",
+        max_steps=STEPS,
+        resume_from_checkpoint=str(straight / "checkpoint-5"),
+        allow_changed_settings=True,
+        train_tokenizer_vocab_size=300,
+    )
+    with pytest.raises((DataError, CheckpointError), match="data has changed|needs|tokenizer is not"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_keep_last_and_keep_every(text: Path, tmp_path: Path) -> None:
+    config = settings(
+        text, tmp_path / "run", max_steps=10, save_steps=1, save_total_limit=2, save_keep_every=4
+    )
+    train(config)
+    names = {path.name for path in (tmp_path / "run").glob("*checkpoint-*")}
+    assert names == {"checkpoint-4", "checkpoint-8", "checkpoint-9", "checkpoint-10"}
+
+
+def test_other_times_to_save(text: Path, tmp_path: Path) -> None:
+    names = {}
+    for strategy, more in (
+        ("no", {}),
+        ("epoch", {"per_device_train_batch_size": 64, "max_steps": -1, "num_train_epochs": 2.0}),
+        ("time", {"save_minutes": 1e-7, "max_steps": 3}),
+        ("steps", {"save_steps": 50, "save_first_step": True, "max_steps": 3}),
+    ):
+        run = tmp_path / strategy
+        train(settings(text, run, save_strategy=strategy, **more))
+        names[strategy] = sorted(path.name for path in run.glob("*checkpoint-*"))
+    assert names["no"] == [] and names["steps"] == ["checkpoint-1"]
+    assert names["time"] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert len(names["epoch"]) == 2
+
+
+def test_resume_without_a_value_means_latest() -> None:
+    from horizon_lm.cli_base import split_arguments
+
+    assert split_arguments(["a.yaml", "--resume"]) == ("a.yaml", ["--resume=latest"])
+    assert split_arguments(["--resume", "a.yaml", "x=1"]) == ("a.yaml", ["--resume=latest", "x=1"])
+    assert split_arguments(["a.yaml", "--resume", "x=1"]) == ("a.yaml", ["--resume=latest", "x=1"])
+    assert split_arguments(["a.yaml", "--resume", "runs/a"]) == ("a.yaml", ["--resume=runs/a"])
+
+
+@pytest.mark.parametrize("arguments", [[], ["absent"], ["."], ["--lr=1"]])
+def test_resume_of_no_run_is_one_line(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = cli.main(["resume", *arguments])
+    shown = capsys.readouterr().err.splitlines()
+    assert code == (2 if not arguments or arguments[0].startswith("-") else 5)
+    assert len(shown) == 2 and shown[0].startswith("error: ") and shown[1].startswith("hint: ")
