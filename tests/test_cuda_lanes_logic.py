@@ -158,7 +158,7 @@ def _threaded(name: str, dtype: str = "float32", slots: int = 2) -> hz.HostModel
     engine.lanes = CudaLanes(CPU)
     engine.weight_slots = WeightSlots(model.store, engine.uploaded, slots, CPU, False)
     downloaded = frozenset(u for u in engine.trainable if u <= model.skeleton.head)
-    engine.gradient_slots = GradientSlots(model.store, downloaded, engine.grad_slots, CPU, False)
+    engine.gradient_slots = GradientSlots(model.store, downloaded, engine.policies.grad_slots, CPU, False)
     return model
 
 
