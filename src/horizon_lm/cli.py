@@ -109,6 +109,37 @@ def train(settings: Settings = None) -> None:
     run_training(config, config_notes=notes)
 
 
+class PlanCommand(SettingsCommand):
+    """Its settings are followed by a machine."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return ["[CONFIG.yaml]", "[KEY=VALUE]...", "[hardware=NAME]", "[--json]"]
+
+
+@app.command(cls=PlanCommand, context_settings=_PASS_OPTIONS)
+def plan(
+    settings: Settings = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Say what a run will take and how fast it will be, before it is started; nothing is allocated.
+
+    hardware=NAME plans for a machine that is not here: a shipped profile, or a file with one.
+    """
+    given = list(settings or ())
+    hardware = [a.removeprefix("--").partition("=")[2] for a in given if a.removeprefix("--").startswith("hardware=")]
+    config, _ = _load([a for a in given if not a.removeprefix("--").startswith("hardware=")])
+    from horizon_lm.plan.run_plan import plan_run
+    from horizon_lm.plan.show import describe
+
+    found = plan_run(config, hardware[-1] if hardware else "auto")
+    if json:
+        import json as writer
+
+        print(writer.dumps(found.to_dict() | {"largest": found.largest()}, indent=2))
+    else:
+        print(describe(found))
+
+
 @config_app.command("show", cls=SettingsCommand, context_settings=_PASS_OPTIONS)
 def config_show(settings: Settings = None) -> None:
     """Print every setting, defaults and overrides included, as YAML."""

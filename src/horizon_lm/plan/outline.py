@@ -41,6 +41,7 @@ class Outline:
 
     def __init__(self, config: Any, settings: ModelSettings) -> None:
         self.config, self.dtype = config, DTYPES[settings.dtype]
+        self.dtype_name, self.mlp_tile_tokens = settings.dtype, settings.mlp_tile_tokens
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self._mode:
             self.skeleton = Skeleton(_build(config, self.dtype, settings), self.dtype)

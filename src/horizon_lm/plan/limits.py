@@ -1,0 +1,41 @@
+"""What a run may take: host memory, device memory, pinned memory and disk, of this machine or of a profile."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from .hardware import available_host_bytes, lockable_bytes
+from .profile import Profile
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes; None where nothing is known or nothing limits. host counts from what the process holds now where
+    `here`, from nothing otherwise."""
+
+    host: int
+    device: int | None = None
+    pinned: int | None = None
+    disk: int | None = None
+    here: bool = False
+
+    @classmethod
+    def of_profile(cls, profile: Profile) -> Limits:
+        device = None if profile.device == "cpu" else int(profile.device_bytes)
+        return cls(int(profile.host_bytes), device)
+
+    @classmethod
+    def of_this_machine(cls, device: str, folder: str) -> Limits:
+        """device: cpu or cuda[:N]. folder: where the run will write; it need not exist yet."""
+        import torch
+
+        free = None
+        if device.startswith("cuda"):
+            free = torch.cuda.mem_get_info(torch.device(device))[0]
+        place = Path(folder).expanduser().absolute()
+        while not place.exists():
+            place = place.parent
+        pinned = lockable_bytes() if device.startswith("cuda") else None
+        return cls(available_host_bytes(), free, pinned, shutil.disk_usage(place).free, here=True)
