@@ -98,12 +98,21 @@ def _load(arguments: Sequence[str] | None) -> tuple[TrainConfig, list[str]]:
 
 
 @app.command(cls=TrainCommand, context_settings=_PASS_OPTIONS)
-def train(settings: Settings = None) -> None:
+def train(
+    settings: Settings = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Plan, build, check and simulate a step; train nothing.")
+    ] = False,
+) -> None:
     """Train a model on text and leave it in Hugging Face format.
 
     Settings come from CONFIG.yaml, if given, and from key=value, --key value or --key=value, which win.
     """
     config, notes = _load(settings)
+    if dry_run:
+        from horizon_lm.run.planning import dry_run as run_dry
+
+        return print(run_dry(config))
     from horizon_lm.run.train import train as run_training
 
     run_training(config, config_notes=notes)
@@ -138,6 +147,29 @@ def plan(
         print(writer.dumps(found.to_dict() | {"largest": found.largest()}, indent=2))
     else:
         print(describe(found))
+
+
+@app.command()
+def doctor(
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again, although this machine was.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+) -> None:
+    """Look at this machine: what it has, how fast it is, what limits a run and how to mend it."""
+    from horizon_lm.plan.doctor import examine
+
+    found = examine(fresh=fresh)
+    print(found.to_json() if json else found.to_text())
+    if found.has_failed:
+        raise typer.Exit(3)
+
+
+@app.command()
+def report(run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.")]) -> None:
+    """Write RUN/report.html, a page with everything in it, and RUN/trace.json for ui.perfetto.dev."""
+    from horizon_lm.run.report import write_report
+
+    for path in write_report(Path(run)):
+        print(f"written: {path}")
 
 
 @config_app.command("show", cls=SettingsCommand, context_settings=_PASS_OPTIONS)

@@ -52,9 +52,13 @@ class Lanes(Protocol):
 
 
 class InlineLanes:
-    """Program order in the calling thread, and on one stream where the device is CUDA."""
+    """Program order in the calling thread, and on one stream where the device is CUDA. clock: seconds, for
+    spans."""
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(
+        self, device: torch.device | None = None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._clock = clock
         self.spans: list[Span] = []
         self.origin = 0.0
         self._cuda = device if device is not None and device.type == "cuda" else None
@@ -64,15 +68,15 @@ class InlineLanes:
     ) -> None:
         self.spans = []
         self._settle()
-        self.origin = time.perf_counter()
+        self.origin = self._clock()
         for i in indices:
             if ops[i].lane in HOST_LANES:
                 self._settle()
-            start = time.perf_counter()
+            start = self._clock()
             execute(i)
             if record:
                 self._settle()
-                self.spans.append((ops[i], start - self.origin, time.perf_counter() - self.origin))
+                self.spans.append((ops[i], start - self.origin, self._clock() - self.origin))
         self._settle()
 
     def _settle(self) -> None:

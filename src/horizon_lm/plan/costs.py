@@ -193,6 +193,10 @@ class Costs:
     def _last(self) -> frozenset[int]:
         return frozenset(block[-1] for block in self.plan.blocks)
 
+    def work_of(self, op: Op) -> Work:
+        """What an op of the compute lane computes."""
+        return self._pass(op).work
+
     def _pass(self, op: Op) -> Pass:
         ends = self.measures.ends
         if op.unit == 0:

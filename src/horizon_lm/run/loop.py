@@ -50,7 +50,13 @@ def train_steps(
         lr = learning_rate(step - 1)
         micro_batches = next(loader)
         try:
-            out = model.train_step(micro_batches, lr, config.max_grad_norm, config.weight_decay)
+            out = model.train_step(
+                micro_batches,
+                lr,
+                config.max_grad_norm,
+                config.weight_decay,
+                record=step == recorded_step(num_steps),
+            )
             loss, num_tokens, grad_norm = out.loss, out.num_tokens, out.grad_norm
             skipped_in_a_row = 0
         except NonFiniteError as error:
@@ -62,6 +68,11 @@ def train_steps(
                 raise _too_many(skipped_in_a_row, error) from error
         seconds = time.perf_counter() - started
         yield StepRecord(step, loader.epoch, loss, grad_norm, lr, num_tokens, seconds, skipped_in_a_row > 0)
+
+
+def recorded_step(num_steps: int) -> int:
+    """The step whose timeline is kept: an early one, but none in which buffers are still made."""
+    return min(3, num_steps)
 
 
 def _too_many(count: int, error: NonFiniteError) -> NonFiniteError:

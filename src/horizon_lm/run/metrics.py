@@ -2,6 +2,7 @@
 
     {"event": "start", ...}     versions, machine, size of the model and of the data
     {"event": "step", ...}      every logging_steps steps, see `Metrics`
+    {"event": "timeline", ...}  what ran when in one step, once a run
     {"event": "end", ...}       "status": finished, interrupted or failed
 
 Every line has `event` and `time` (UTC). Numbers that are not finite are null, never 0.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +23,7 @@ from typing import Any, Self, TextIO
 import psutil
 import torch
 
+from ..engine.lanes import Span
 from ..errors import DataError, HorizonError
 from .folder import writing
 from .host_model import HostModel
@@ -126,6 +128,16 @@ class MetricsFile:
                 self._file = self._path.open("w", encoding="utf-8")
             self._write("start", self._header)
         self._write("step", asdict(metrics))
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the file exists: from the first recorded step on."""
+        return self._file is not None
+
+    def write_timeline(self, step: int, spans: Sequence[Span]) -> None:
+        """Append what ran when in a step, as [op, lane, start, end] in seconds."""
+        rows = [[str(op), str(op.lane), round(start, 7), round(end, 7)] for op, start, end in spans]
+        self._write("timeline", {"step": step, "spans": rows})
 
     def _write(self, event: str, values: dict[str, Any]) -> None:
         assert self._file is not None

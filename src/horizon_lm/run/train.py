@@ -18,13 +18,16 @@ from ..optim.curves import learning_rates
 from . import sample
 from .folder import RunFolder, check_disk, claim
 from .host_model import HostModel, resolve_device
-from .loop import count_steps, train_steps
+from .loop import count_steps, recorded_step, train_steps
 from .metrics import Meter, Metrics, MetricsFile, read_steps, versions
+from .planning import settle
 from .plot import plot_loss
 from .progress import Progress, choose_progress, clock, number, say, size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from ..plan.run_plan import RunPlan
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ def train(config: TrainConfig, *, config_notes: Sequence[str] = ()) -> TrainResu
         _memory_faults(),
     ):
         check_sources(config, folder)
+        asked = config
+        config, plan = settle(config, progress)
         progress.stage("reading the data")
         data = load_training_data(config)
         progress.stage(describe_data(data))
@@ -67,7 +72,7 @@ def train(config: TrainConfig, *, config_notes: Sequence[str] = ()) -> TrainResu
         check_together(config, data, model)
         check_disk(folder, model.num_parameters * _export_dtype(config).itemsize)
 
-        last = _run_steps(config, config_notes, folder, data, model, progress)
+        last = _run_steps(config, asked, plan, config_notes, folder, data, model, progress)
 
         model.save_pretrained(
             folder.model,
@@ -94,13 +99,16 @@ def train(config: TrainConfig, *, config_notes: Sequence[str] = ()) -> TrainResu
 
 def _run_steps(
     config: TrainConfig,
+    asked: TrainConfig,
+    plan: RunPlan | None,
     config_notes: Sequence[str],
     folder: RunFolder,
     data: TrainingData,
     model: HostModel,
     progress: Progress,
 ) -> Metrics:
-    """Train, show and record; returns the last metrics."""
+    """Train, show and record; returns the last metrics. asked: the settings as they were given, which the
+    run's folder keeps, so that a plan for another machine can be made of them; plan: what was chosen."""
     loader = TokenLoader(
         data.blocks,
         micro_batch_size=config.per_device_train_batch_size,
@@ -111,8 +119,10 @@ def _run_steps(
     learning_rate = learning_rates(config, num_steps)
     meter = Meter(model, every=config.logging_steps, num_steps=num_steps)
     header = _header(config, config_notes, data, model, num_steps)
+    if plan is not None:
+        header["plan"] = plan.to_dict()
     # The folder becomes this run's with the first step that is done; see `claim` for runs without one.
-    file = MetricsFile(folder.metrics, begin=lambda: folder.begin(config.to_yaml()), header=header)
+    file = MetricsFile(folder.metrics, begin=lambda: folder.begin(asked.to_yaml()), header=header)
     last: Metrics | None = None
     with file, progress, _say_where(folder, progress):
         progress.start(num_steps)
@@ -121,6 +131,8 @@ def _run_steps(
             if metrics is not None:
                 file.write_step(metrics)
                 last = metrics
+            if record.step == recorded_step(num_steps) and file.has_begun:
+                file.write_timeline(record.step, model.timeline)
             if record.skipped:
                 progress.warn(f"step {record.step} was not finite (loss {record.loss:.4g}): not updated")
             progress.step(record, metrics)
