@@ -7,6 +7,8 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from fake_cuda import Watch, fake_cuda  # noqa: F401  (a fixture)
 from horizon_lm.engine import compute, lanes
 from horizon_lm.engine.lanes import CudaLanes, InlineLanes, choose_lanes
 from horizon_lm.errors import ConfigError
-from horizon_lm.memory.slots import GradientSlots, WeightSlots
+from horizon_lm.memory.slots import BoundarySlots, GradientSlots, WeightSlots
 from horizon_lm.model.anatomy import embedding_gives
 from horizon_lm.schedule import Lane, StepPlan, build, derive_waits
 
@@ -151,12 +153,13 @@ def test_lanes_that_a_device_cannot_have(kind: str, device: str) -> None:
 # Real models.
 
 
-def _threaded(name: str, dtype: str = "float32", slots: int = 2) -> hz.HostModel:
+def _threaded(name: str, dtype: str = "float32", **settings: Any) -> hz.HostModel:
     """A model that is run by CudaLanes on the CPU, with slots of their own as on a GPU."""
-    model = hz.HostModel.from_pretrained(zoo.build(name), device="cpu", dtype=dtype, slots=slots)
+    model = hz.HostModel.from_pretrained(zoo.build(name), device="cpu", dtype=dtype, **settings)
     engine = model.engine
     engine.lanes = CudaLanes(CPU)
-    engine.weight_slots = WeightSlots(model.store, engine.uploaded, slots, CPU, False)
+    engine.weight_slots = WeightSlots(model.store, engine.uploaded, engine.slots, CPU, False)
+    engine.boundary_slots = BoundarySlots(engine.settings.boundary_slots, CPU, False)
     downloaded = frozenset(u for u in engine.trainable if u <= model.skeleton.head)
     engine.gradient_slots = GradientSlots(model.store, downloaded, engine.policies.grad_slots, CPU, False)
     return model
@@ -198,31 +201,57 @@ def test_look_ups_are_not_touched_by_the_compute_lane(name: str) -> None:
     assert module.weight.is_meta
 
 
+POLICIES: dict[str, dict[str, Any]] = {
+    "eager": {"update": "eager", "max_grad_norm": None},
+    "keep": {"activations": "keep"},
+    "spilled": {"boundaries": "host"},
+    "blocks": {"checkpoint_interval": 2, "boundaries": "host"},
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_update_modes_and_policies_in_threads(name: str, policy: str) -> None:
+    settings = POLICIES[policy]
+    inline = hz.HostModel.from_pretrained(zoo.build(name), device="cpu", dtype="bfloat16", **settings)
+    threaded = _threaded(name, "bfloat16", **settings)
+    for step in range(6):
+        batches = [zoo.batch(name, seed=10 * step + m) for m in range(1 + step % 2 * 2)]
+        one, two = (model.train_step(batches, lr=1e-3) for model in (inline, threaded))
+        assert (one.loss, one.grad_norm) == (two.loss, two.grad_norm)
+    for (key, mine), (_, other) in zip(inline.named_parameters(), threaded.named_parameters(), strict=True):
+        assert torch.equal(mine, other), key
+
+
 # Races: accesses to slots that the waits do not order, whatever a GPU makes of it.
 
 
 def _watched(
-    model: hz.HostModel, batches: list[dict], monkeypatch: pytest.MonkeyPatch, steps: int = 2
+    model: hz.HostModel, run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, repeats: int = 2
 ) -> Watch:
+    """What the analysis says of some runs in a row."""
     engine = model.engine
     runs = [*engine.weight_slots._buffers, *engine.gradient_slots._buffers]
+    runs += [buffer for buffer in engine.boundary_slots._buffers if buffer.numel()]
     real = lanes._CudaRun._lane
     with Watch(runs) as watch, monkeypatch.context() as patch:
 
-        def lane(run: lanes._CudaRun, name: Lane, mine: list[int]) -> None:
+        def lane(this: lanes._CudaRun, name: Lane, mine: list[int]) -> None:
             with watch.lane():
-                real(run, name, mine)
+                real(this, name, mine)
 
         patch.setattr(lanes._CudaRun, "_lane", lane)
-        for _ in range(steps):
-            model.forward_backward(batches)
+        for _ in range(repeats):
+            run()
     return watch
 
 
 def test_no_race(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("llama-tied", "mixtral-aux"):
+    for name, policy in [("llama-tied", {}), ("mixtral-aux", {}), *(("llama", p) for p in POLICIES.values())]:
         batches = [zoo.batch(name, seed=seed) for seed in range(2)]
-        watch = _watched(_threaded(name), batches, monkeypatch)
+        model = _threaded(name, **policy)
+        model.train_step(batches, lr=1e-3)  # boundary slots are made when they are first needed
+        watch = _watched(model, lambda m=model, b=batches: m.train_step(b, lr=1e-3), monkeypatch)
         assert not watch.errors, str(watch.errors[0])
 
 
@@ -260,5 +289,5 @@ def test_every_wait_between_streams_is_needed(monkeypatch: pytest.MonkeyPatch) -
         schedules[key] = honest._replace(waits=fewer)
         with monkeypatch.context() as patch:
             patch.setattr(lanes._CudaRun, "_wait_for", wait)
-            watch = _watched(model, batches, monkeypatch, steps=1)
+            watch = _watched(model, lambda: model.forward_backward(batches), monkeypatch, repeats=1)
         assert watch.errors, f"{ops[later]} without its wait for {ops[earlier]}"

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from horizon_lm.model.attention import attention_by_intervals
+
 Gradients = dict[str, torch.Tensor]
 
 # Largest relative error where bits cannot be equal. Gradients far below the largest of the model are
@@ -138,9 +140,11 @@ def compare(found: Gradients, wanted: Gradients) -> Difference:
 def run_plain(
     model: torch.nn.Module, batch: dict[str, torch.Tensor], device: torch.device
 ) -> tuple[torch.Tensor, Gradients]:
-    """Loss and gradients (on the CPU) of transformers itself; parameters without one have zeros."""
+    """Loss and gradients (on the CPU) of transformers itself; parameters without one have zeros. Packed
+    rows and windows have the attention that streamed models have for them (model/attention.py)."""
     model.zero_grad(set_to_none=True)
-    loss = model(**{name: value.to(device) for name, value in batch.items()}).loss
+    with attention_by_intervals():
+        loss = model(**{name: value.to(device) for name, value in batch.items()}).loss
     loss.backward()
     gradients = {
         name: torch.zeros_like(p, device="cpu") if p.grad is None else p.grad.cpu()

@@ -1,9 +1,11 @@
-"""Part 2: streams give the same bits as one thread on one stream, however long an upload takes."""
+"""Part 2: streams give the same bits as one thread on one stream, however long an upload takes, and
+whatever layers leave for their backward pass."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from typing import Any
 
 import torch
 
@@ -18,6 +20,11 @@ from horizon_lm.schedule.draw import text_timeline
 SMALL = ("llama-tied", "gemma3_text", "mixtral-aux", "gpt2")
 
 
+POLICIES = {
+    "keep": {"activations": "keep"},
+    "spilled": {"boundaries": "host"},
+    "blocks of 2, spilled": {"checkpoint_interval": 2, "boundaries": "host"},
+}
 REGIONS = ("weights", "residual", "exp_avg", "exp_avg_sq", "grads")
 # Of a step: its loss, its gradient norm, a checksum of each unit's gradient.
 Bits = tuple[float, float, tuple[int, ...]]
@@ -55,7 +62,7 @@ def _check_large(part: Part, place: Place, repeats: int, seconds: float) -> None
     part.note(f"large: {model.num_parameters / 1e9:.2f} B parameters, built in {took:.0f} s")
     steps = 2 if place.dry else repeats
     batches = [random_batches(size["vocab_size"], 1, 1, tokens, seed=step) for step in range(steps)]
-    _restart(model, place, "auto", 2)
+    _restart(model, place, "auto", {})
     for _ in range(2):  # the second step is the one that counts: the first warms up
         model.forward_backward(batches[0], record=True)
     upload, forward = _middle(model, "U"), _middle(model, "F")
@@ -89,11 +96,14 @@ def _compare_lanes(
     part: Part, place: Place, name: str, model: hz.HostModel, batches: list[list[dict[str, torch.Tensor]]]
 ) -> None:
     start = [run.clone() for run in _runs(model, "weights")]
-    wanted = _run(model, place, "inline", 2, batches, start)
+    wanted = _run(model, place, "inline", batches, start, {})
     state = {r: [run.clone() for run in _runs(model, r)] for r in REGIONS if model.store.has(r)}
-    again = _run(model, place, "inline", 2, batches[:2], start)
-    for slots in (2, 3):
-        found = _run(model, place, "auto", slots, batches, start)
+    again = _run(model, place, "inline", batches[:2], start, {})
+    variants: dict[str, dict[str, Any]] = {f"{slots} slots": {"slots": slots} for slots in (2, 3)}
+    if name != "large":
+        variants |= POLICIES
+    for what, settings in variants.items():
+        found = _run(model, place, "auto", batches, start, settings)
         first = next((k + 1 for k in range(len(found)) if found[k] != wanted[k]), None)
         regions = [
             region
@@ -106,7 +116,7 @@ def _compare_lanes(
             if again != wanted[:2]:
                 why += "; inline lanes themselves differ from run to run"
         cells = {"steps": len(batches), "micro_batches": len(batches[0]), "loss": f"{found[-1][0]:.4f}"}
-        part.add(f"{name}: {slots} slots", not why, why, **cells)
+        part.add(f"{name}: {what}", not why, why, **cells)
 
 
 def _runs(model: hz.HostModel, region: str) -> list[torch.Tensor]:
@@ -114,9 +124,13 @@ def _runs(model: hz.HostModel, region: str) -> list[torch.Tensor]:
 
 
 def _restart(
-    model: hz.HostModel, place: Place, lanes: str, slots: int, start: list[torch.Tensor] | None = None
+    model: hz.HostModel,
+    place: Place,
+    lanes: str,
+    settings: dict[str, Any],
+    start: list[torch.Tensor] | None = None,
 ) -> None:
-    """Other lanes and slots; with `start`, the model as it was at first (its masters rounded)."""
+    """Other lanes and settings; with `start`, the model as it was at first (its masters rounded)."""
     model.flush()
     if start is not None:
         for run, value in zip(_runs(model, "weights"), start, strict=True):
@@ -131,7 +145,7 @@ def _restart(
         old.optimizer,
         model.device,
         choose_lanes(lanes, place.device),
-        model.settings.replace(slots=slots),
+        model.settings.replace(**settings),
     )
     model.steps_done = 0
     del old
@@ -142,11 +156,11 @@ def _run(
     model: hz.HostModel,
     place: Place,
     lanes: str,
-    slots: int,
     batches: list[list[dict[str, torch.Tensor]]],
     start: list[torch.Tensor],
+    settings: dict[str, Any],
 ) -> list[Bits]:
-    _restart(model, place, lanes, slots, start)
+    _restart(model, place, lanes, settings, start)
     found = []
     for step in batches:
         loss = model.forward_backward(step).loss

@@ -109,7 +109,7 @@ def custom(
         leaf = log_probabilities(skeleton, hidden, targets, chunk)[:, :-1].requires_grad_()
         given = {name: value.to(hidden.device) for name, value in batch.items()}
         loss, extra = _checked(loss_fn(leaf, given))
-        metrics.update({name: float(value) for name, value in extra.items()})
+        metrics.update({name: _number(value) for name, value in extra.items()})
         loss.backward()
         if leaf.grad is None:
             raise _no_loss("does not depend on the log-probabilities")
@@ -124,6 +124,10 @@ def custom(
         return loss.detach().float(), gradient.view_as(hidden)
 
     return head_loss
+
+
+def _number(value: Any) -> float:
+    return float(value.detach()) if isinstance(value, torch.Tensor) else float(value)
 
 
 def _checked(result: Any) -> tuple[torch.Tensor, dict[str, Any]]:

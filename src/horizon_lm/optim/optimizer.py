@@ -13,6 +13,10 @@ from .rules import ADAPTIVE_RULES, Hyper
 from .threads import choose_threads
 
 
+# Below this, to wake another thread takes longer than what it would do.
+_ELEMENTS_OF_A_THREAD = 1 << 16
+
+
 @dataclass(frozen=True)
 class UpdateSettings:
     """What a call of `step` asks for. step: number of this update, from 1."""
@@ -28,7 +32,8 @@ class Optimizer:
     """A rule with the settings that hold for a whole run; the others come with each step.
 
     rule: adamw, adam, sgd or lion. segments: per unit, the parts that are treated alike. threads: None
-    takes all usable cores.
+    takes all usable cores (fewer for a
+    short run; the bits do not depend on it).
     """
 
     rule: str = "adamw"
@@ -53,7 +58,7 @@ class Optimizer:
         """
         layout = store.units[unit]
         before = sum(u.trainable_numel for u in store.units[:unit])
-        runs = self._runs(store, unit)
+        runs, threads = self._runs(store, unit), choose_threads(self.threads)
         for start, stop, lr, weight_decay in self._parts(unit, layout.trainable_numel, settings):
             weights, residual, exp_avg, exp_avg_sq = (None if r is None else r[start:stop] for r in runs)
             assert weights is not None and exp_avg is not None
@@ -69,7 +74,7 @@ class Optimizer:
                 grad_scale=grad_scale,
                 element_offset=before + start,
                 seed=self.seed,
-                threads=choose_threads(self.threads),
+                threads=max(1, min(threads, (stop - start) // _ELEMENTS_OF_A_THREAD)),
             )
 
     def _runs(self, store: HostStore, unit: int) -> tuple[torch.Tensor | None, ...]:
