@@ -3,8 +3,8 @@
 Each case is a process of its own that trains a model from a configuration, with everything that a run
 loads. Memory is the process's high-water mark (VmHWM), all of it. Time is the median of the steps after the
 first, of the same random tokens. The profile is measured by `plan.calibrate` before, between and after the
-cases (medians of its rates). Times are CPU seconds of one thread, for the profile as for the cases, since this machine has other
-users; on a machine of its own they are those of the wall clock.
+cases (medians of its rates). Times are CPU seconds of one thread, for the profile as for the cases, since
+this machine has other users; on a machine of its own they are those of the wall clock.
 """
 
 from __future__ import annotations
@@ -33,7 +33,12 @@ SMALL |= {"num_attention_heads": 8, "num_key_value_heads": 8}
 WIDE = LLAMA | {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "vocab_size": 16384}
 WIDE |= {"num_attention_heads": 16, "num_key_value_heads": 4}
 DEEP = SMALL | {"num_hidden_layers": 20, "tie_word_embeddings": True}
-QWEN = SMALL | {"model_type": "qwen3", "hidden_size": 768, "num_attention_heads": 12, "num_key_value_heads": 4}
+QWEN = SMALL | {
+    "model_type": "qwen3",
+    "hidden_size": 768,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+}
 QWEN |= {"intermediate_size": 2048, "head_dim": 64}
 
 # name: model, settings
@@ -42,13 +47,25 @@ CASES: dict[str, tuple[dict, dict]] = {
     "small, keep": (SMALL, {"max_length": 512, "activations": "keep"}),
     "small, fp32": (SMALL, {"max_length": 256, "activations": "recompute", "dtype": "float32"}),
     "small, fp32, keep": (SMALL, {"max_length": 512, "activations": "keep", "dtype": "float32"}),
-    "small, 4 micro-batches": (SMALL, {"max_length": 256, "gradient_accumulation_steps": 4, "activations": "recompute"}),
-    "small, batch of 4": (SMALL, {"max_length": 256, "per_device_train_batch_size": 4, "activations": "keep"}),
+    "small, 4 micro-batches": (
+        SMALL,
+        {"max_length": 256, "gradient_accumulation_steps": 4, "activations": "recompute"},
+    ),
+    "small, batch of 4": (
+        SMALL,
+        {"max_length": 256, "per_device_train_batch_size": 4, "activations": "keep"},
+    ),
     "small, long": (SMALL, {"max_length": 2048, "activations": "recompute"}),
-    "small, eager": (SMALL, {"max_length": 512, "max_grad_norm": None, "update": "eager", "activations": "recompute"}),
+    "small, eager": (
+        SMALL,
+        {"max_length": 512, "max_grad_norm": None, "update": "eager", "activations": "recompute"},
+    ),
     "small, sync, blocks of 2": (SMALL, {"max_length": 512, "update": "sync", "checkpoint_interval": 2}),
     "wide, recompute": (WIDE, {"max_length": 256, "activations": "recompute"}),
-    "wide, keep, 2 micro-batches": (WIDE, {"max_length": 128, "gradient_accumulation_steps": 2, "activations": "keep"}),
+    "wide, keep, 2 micro-batches": (
+        WIDE,
+        {"max_length": 128, "gradient_accumulation_steps": 2, "activations": "keep"},
+    ),
     "wide, bf16 moments": (WIDE, {"max_length": 256, "moment_dtype": "bfloat16", "activations": "recompute"}),
     "deep, tied": (DEEP, {"max_length": 256, "activations": "recompute"}),
     "deep, half kept": (DEEP, {"max_length": 256, "activations": ["recompute*10", "keep*10"]}),
@@ -86,7 +103,9 @@ def run_case(name: str, steps: int) -> None:
         model.train_step([{"input_ids": i, "labels": i} for i in ids], lr=1e-5)
         found.append(time.process_time() - start)
     # Not ru_maxrss, which begins with what the process that started this one holds.
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    lines = dict(
+        line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line
+    )
     peak = int(lines["VmHWM"].split()[0]) * 1024
     print(json.dumps({"bytes": peak, "seconds": statistics.median(found[1:])}))
 
@@ -100,7 +119,9 @@ def between(profiles: list[Profile]) -> Profile:
         return statistics.median(values) if isinstance(values[0], float) else values[0]
 
     dumped = [profile.model_dump() for profile in profiles]
-    return Profile.model_validate({k: v if k == "sources" else middle([d[k] for d in dumped]) for k, v in dumped[0].items()})
+    return Profile.model_validate(
+        {k: v if k == "sources" else middle([d[k] for d in dumped]) for k, v in dumped[0].items()}
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -156,9 +177,9 @@ def main(argv: list[str] | None = None) -> None:
     report.table(
         ["case", "host MB, measured", "predicted", "error", "s a step, measured", "predicted", "error"],
         rows,
-        note=f"Within 3 % of memory: {sum(m <= 0.03 for m, _ in errors)} of {len(errors)}; within 15 % of time: "
-        f"{sum(s <= 0.15 for _, s in errors)} of {len(errors)}. Largest errors {max(m for m, _ in errors):.1%} and "
-        f"{max(s for _, s in errors):.1%}. {arguments.steps} steps after the first.",
+        note=f"Within 3 % of memory: {sum(m <= 0.03 for m, _ in errors)} of {len(errors)}; within 15 % of "
+        f"time: {sum(s <= 0.15 for _, s in errors)} of {len(errors)}. Largest errors "
+        f"{max(m for m, _ in errors):.1%} and {max(s for _, s in errors):.1%}. {arguments.steps} steps after the first.",
     )
     report.parts.append("The profile:\n\n```yaml\n" + profile.to_yaml().partition("sources:")[0] + "```")
     report.write()

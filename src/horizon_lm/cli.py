@@ -135,7 +135,9 @@ def plan(
     hardware=NAME plans for a machine that is not here: a shipped profile, or a file with one.
     """
     given = list(settings or ())
-    hardware = [a.removeprefix("--").partition("=")[2] for a in given if a.removeprefix("--").startswith("hardware=")]
+    hardware = [
+        a.removeprefix("--").partition("=")[2] for a in given if a.removeprefix("--").startswith("hardware=")
+    ]
     config, _ = _load([a for a in given if not a.removeprefix("--").startswith("hardware=")])
     from horizon_lm.plan.run_plan import plan_run
     from horizon_lm.plan.show import describe

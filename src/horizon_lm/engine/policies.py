@@ -66,9 +66,7 @@ class Policies:
             shape,
             slots=max(settings.slots, block + 1 if block > 1 else 2),
             grad_slots=max(settings.grad_slots, block),
-            loss_chunk=min(
-                chunk_tokens(settings.loss_chunk_tokens, shape.vocabulary), shape.max_head_tokens
-            ),
+            loss_chunk=min(chunk_tokens(settings.loss_chunk_tokens, shape.vocabulary), shape.max_head_tokens),
             uploaded=frozenset(u for u in streamed if shape.units[u].numel),
             trainable=frozenset(
                 u for u in {*streamed, shape.embedding_unit} if shape.units[u].trainable_numel

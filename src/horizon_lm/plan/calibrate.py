@@ -60,9 +60,8 @@ def _measure(
     width, mlp, heads, kv, tokens = shape
     values = {"model_type": "llama", "hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": 2}
     values |= {"num_attention_heads": heads, "num_key_value_heads": kv, "vocab_size": 2048}
-    settings = ModelSettings(
-        device=device, dtype=dtype, activations=activations, skip_memory_check=True, lanes="inline", update="sync"
-    )
+    chosen = {"device": device, "dtype": dtype, "activations": activations, "skip_memory_check": True}
+    settings = ModelSettings.from_dict(chosen | {"lanes": "inline", "update": "sync"}, source="calibrate")
     model = HostModel.from_config(values, settings)
     model.engine.lanes = InlineLanes(model.device, clock)
     outline = Outline(model.config, settings)

@@ -153,7 +153,14 @@ class Planner:
             if self.fits(made):
                 firsts.append((self.predict(made).seconds, cut, spilled))
         if not firsts:
-            smallest = self.make(config, cuts[-1] if cuts[-1][1] * layers <= _MAX_OPS else coarse[-1], update, slots, 0, spills[-1])
+            smallest = self.make(
+                config,
+                cuts[-1] if cuts[-1][1] * layers <= _MAX_OPS else coarse[-1],
+                update,
+                slots,
+                0,
+                spills[-1],
+            )
             if not config.skip_memory_check:
                 fit.check(smallest, self.predict(smallest), self.limits, self.predict)
             return smallest

@@ -40,7 +40,9 @@ class Examination:
 
     def to_json(self) -> str:
         rows = [asdict(finding) for finding in self.findings]
-        return json.dumps({"profile": self.profile.model_dump(), "findings": rows, "cached": self.cached}, indent=2)
+        return json.dumps(
+            {"profile": self.profile.model_dump(), "findings": rows, "cached": self.cached}, indent=2
+        )
 
     def to_text(self) -> str:
         lines = []
@@ -83,17 +85,27 @@ def _memory() -> list[Finding]:
     ]
     swap = psutil.swap_memory()
     if swap.total and swap.used > 0.2 * swap.total:
-        found.append(Finding(WARN, "swap", f"{swap.used / _GB:.1f} GB in use", "close what fills memory: training in swap is hundreds of times slower"))
+        found.append(
+            Finding(
+                WARN,
+                "swap",
+                f"{swap.used / _GB:.1f} GB in use",
+                "close what fills memory: training in swap is hundreds of times slower",
+            )
+        )
     return found
 
 
 def judge_memory(total: int, available: int) -> Finding:
     """RAM, and how much of it this process may take (cgroup and ulimit included)."""
-    text = f"{total / _GB:.1f} GB, {available / _GB:.1f} GB for this process: {available / 14 / _GB:.2f} B parameters in bf16"
+    text = f"{total / _GB:.1f} GB, {available / _GB:.1f} GB for this process: "
+    text += f"{available / 14 / _GB:.2f} B parameters in bf16"
     if available < 1e9:
         return Finding(FAIL, "host memory", text, "free memory, or raise the cgroup's memory.max")
     if available < total / 2:
-        return Finding(WARN, "host memory", text, "other processes, a cgroup limit or ulimit -v hold more than half back")
+        return Finding(
+            WARN, "host memory", text, "other processes, a cgroup limit or ulimit -v hold more than half back"
+        )
     return Finding(PASS, "host memory", text)
 
 
@@ -105,7 +117,12 @@ def judge_memlock(limit: int | None, device: str) -> Finding:
     text = "no limit" if limit is None else f"ulimit -l is {limit / _GB:.3f} GB"
     if limit is None or device == "cpu":
         return Finding(PASS, "locked memory", text)
-    return Finding(WARN, "locked memory", text, "ulimit -l unlimited; CUDA commonly pins beyond it, containers may not let it")
+    return Finding(
+        WARN,
+        "locked memory",
+        text,
+        "ulimit -l unlimited; CUDA commonly pins beyond it, containers may not let it",
+    )
 
 
 def _processor() -> list[Finding]:
@@ -120,10 +137,24 @@ def _processor() -> list[Finding]:
     if library() is not None:
         found.append(Finding(PASS, "update kernel", "the C++ kernel is built"))
     else:
-        found.append(Finding(WARN, "update kernel", "not built: updates run in torch, several times slower", "install g++ and reinstall horizon-lm"))
+        found.append(
+            Finding(
+                WARN,
+                "update kernel",
+                "not built: updates run in torch, several times slower",
+                "install g++ and reinstall horizon-lm",
+            )
+        )
     load = os.getloadavg()[0]
     if load > 1.5 * usable:
-        found.append(Finding(WARN, "load", f"{load:.1f} on {usable} cores", "measured rates are too low while others compute; run doctor --fresh later"))
+        found.append(
+            Finding(
+                WARN,
+                "load",
+                f"{load:.1f} on {usable} cores",
+                "measured rates are too low while others compute; run doctor --fresh later",
+            )
+        )
     return found
 
 
@@ -133,11 +164,27 @@ def _device() -> list[Finding]:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         name = torch.cuda.get_device_name()
-        status, fix = (PASS, "") if free > 0.9 * total else (WARN, "another process holds device memory (nvidia-smi)")
+        status, fix = (
+            (PASS, "") if free > 0.9 * total else (WARN, "another process holds device memory (nvidia-smi)")
+        )
         return [Finding(status, "device", f"{name}, {free / _GB:.1f} of {total / _GB:.1f} GB free", fix)]
     if Path("/proc/driver/nvidia/version").exists():
-        return [Finding(FAIL, "device", "an NVIDIA driver, but torch sees no GPU", "install a torch build for CUDA, or check the driver")]
-    return [Finding(WARN, "device", "no GPU: layers are computed on the CPU", "small models only; `horizon plan hardware=NAME` plans for a GPU")]
+        return [
+            Finding(
+                FAIL,
+                "device",
+                "an NVIDIA driver, but torch sees no GPU",
+                "install a torch build for CUDA, or check the driver",
+            )
+        ]
+    return [
+        Finding(
+            WARN,
+            "device",
+            "no GPU: layers are computed on the CPU",
+            "small models only; `horizon plan hardware=NAME` plans for a GPU",
+        )
+    ]
 
 
 def _disk() -> list[Finding]:
@@ -145,7 +192,14 @@ def _disk() -> list[Finding]:
     for name, path in (("disk, here", Path.cwd()), ("disk, temporary", Path(tempfile.gettempdir()))):
         free = shutil.disk_usage(path).free
         low = free < 5e9
-        found.append(Finding(WARN if low else PASS, name, f"{free / _GB:.1f} GB free", "a bf16 export takes 2 bytes a parameter" if low else ""))
+        found.append(
+            Finding(
+                WARN if low else PASS,
+                name,
+                f"{free / _GB:.1f} GB free",
+                "a bf16 export takes 2 bytes a parameter" if low else "",
+            )
+        )
     return found
 
 
@@ -158,5 +212,7 @@ def _rates(profile: Profile) -> list[Finding]:
         ("disk write", f"{profile.disk / _GB:.2f} GB/s"),
     ]
     if profile.device == "cuda":
-        rows.append(("host link", f"{profile.h2d / _GB:.1f} GB/s up and {profile.d2h / _GB:.1f} down at once"))
+        rows.append(
+            ("host link", f"{profile.h2d / _GB:.1f} GB/s up and {profile.d2h / _GB:.1f} down at once")
+        )
     return [Finding(PASS, name, text) for name, text in rows]

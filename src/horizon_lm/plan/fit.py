@@ -92,7 +92,9 @@ def _ways_out(
 ) -> Iterator[tuple[str, int]]:
     """(settings, bytes saved), those first that cost least in speed, then in what is computed."""
     if worst.memory == "disk":
-        if export_bytes(config, prediction) > (smaller := export_bytes(config.replace(save_dtype="bfloat16"), prediction)):
+        if export_bytes(config, prediction) > (
+            smaller := export_bytes(config.replace(save_dtype="bfloat16"), prediction)
+        ):
             yield "save_dtype=bfloat16", worst.needed - smaller
         return
     for changes in _changes(config):
@@ -105,7 +107,10 @@ def _ways_out(
         else:
             saved = prediction.device_bytes - other.device_bytes
         if saved > 0:
-            yield " ".join(f"{key}={'null' if value is None else value}" for key, value in changes.items()), saved
+            yield (
+                " ".join(f"{key}={'null' if value is None else value}" for key, value in changes.items()),
+                saved,
+            )
 
 
 def _changes(config: TrainConfig) -> Iterator[dict]:
@@ -134,5 +139,3 @@ def _changes(config: TrainConfig) -> Iterator[dict]:
         yield {"max_length": config.max_length // 2}
     if steps > 1:
         yield {"gradient_accumulation_steps": max(1, steps // 2)}
-
-

@@ -190,5 +190,3 @@ def _attributes(module: nn.Module) -> tuple:
         if isinstance(value, (int, float, str, bool)) and "layer_idx" not in name and "layer_id" not in name
     }
     return type(module).__name__, tuple(sorted(plain.items()))
-
-

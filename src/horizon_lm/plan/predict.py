@@ -66,7 +66,13 @@ class Prediction:
 
 
 def predict(
-    outline: Outline, settings: ModelSettings, profile: Profile, *, batch: int, tokens: int, micro_batches: int
+    outline: Outline,
+    settings: ModelSettings,
+    profile: Profile,
+    *,
+    batch: int,
+    tokens: int,
+    micro_batches: int,
 ) -> Prediction:
     """The prediction for steps of `micro_batches` micro-batches [batch, tokens]."""
     policies = Policies.of(settings, outline)

@@ -108,7 +108,9 @@ def read_profile(path: Path) -> Profile:
     try:
         return _parse(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
-        raise ConfigError(f"hardware: {path} cannot be read: {error.strerror}", hint="check the path") from error
+        raise ConfigError(
+            f"hardware: {path} cannot be read: {error.strerror}", hint="check the path"
+        ) from error
 
 
 def _parse(text: str, where: str) -> Profile:
@@ -120,9 +122,9 @@ def _parse(text: str, where: str) -> Profile:
             f"hardware: {where} is no profile: {' '.join(line.strip() for line in first)}",
             hint="`horizon doctor --fresh` writes a new one; docs/planning.md has the format",
         ) from error
-    missing = sorted(set(Profile.model_fields) - {"sources", "name", "title", "measured", "device"} - set(profile.sources))
+    missing = sorted(
+        set(Profile.model_fields) - {"sources", "name", "title", "measured", "device"} - set(profile.sources)
+    )
     if missing:
-        raise ConfigError(
-            f"hardware: {where} gives no source for {missing[0]}", hint="add it under sources"
-        )
+        raise ConfigError(f"hardware: {where} gives no source for {missing[0]}", hint="add it under sources")
     return profile

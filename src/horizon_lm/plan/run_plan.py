@@ -1,4 +1,4 @@
-"""The plan of a run: machine, choices with their reasons, and what will happen. What `horizon plan` prints."""
+"""The plan of a run: machine, choices with their reasons, what will happen. `horizon plan` prints it."""
 
 from __future__ import annotations
 
@@ -32,15 +32,19 @@ class RunPlan:
     def largest(self) -> dict[str, int]:
         """The largest micro-batch, sequence and number of layers that would still fit, one at a time."""
         config, planner = self.config, self.planner
-        base = config.replace(activations="recompute", boundaries="auto", loss_chunk_tokens=config.loss_chunk_tokens)
+        base = config.replace(
+            activations="recompute", boundaries="auto", loss_chunk_tokens=config.loss_chunk_tokens
+        )
         if planner.profile.device != "cpu":
             base = base.replace(boundaries="host")
         found = {
             "per_device_train_batch_size": _grow(
-                lambda n: planner.fits(base.replace(per_device_train_batch_size=n)), base.per_device_train_batch_size
+                lambda n: planner.fits(base.replace(per_device_train_batch_size=n)),
+                base.per_device_train_batch_size,
             ),
             "max_length": _grow(
-                lambda n: planner.fits(base.replace(max_length=n, per_device_train_batch_size=1)), base.max_length
+                lambda n: planner.fits(base.replace(max_length=n, per_device_train_batch_size=1)),
+                base.max_length,
             ),
         }
 
@@ -57,8 +61,16 @@ class RunPlan:
         """Plain values, for JSON."""
         found, outline = self.prediction, self.planner.outline
         return {
-            "hardware": {"name": self.profile.name, "title": self.profile.title, "figures": self.profile.kind},
-            "model": {"type": outline.skeleton.model_type, "parameters": outline.num_parameters, "layers": outline.num_layers},
+            "hardware": {
+                "name": self.profile.name,
+                "title": self.profile.title,
+                "figures": self.profile.kind,
+            },
+            "model": {
+                "type": outline.skeleton.model_type,
+                "parameters": outline.num_parameters,
+                "layers": outline.num_layers,
+            },
             "choices": [vars(choice) for choice in self.choices],
             "host_bytes": found.host,
             "device_bytes": found.device,
@@ -109,8 +121,8 @@ def plan_run(config: TrainConfig, hardware: str = "auto", pinned: frozenset[str]
         fit.check(chosen, prediction, limits, planner.predict)
     if limits.pinned is not None and limits.pinned < prediction.host_bytes:
         notes.append(
-            f"ulimit -l is {limits.pinned / 1e9:.2f} GB; CUDA commonly pins memory beyond it, and the run says "
-            "so when it cannot"
+            f"ulimit -l is {limits.pinned / 1e9:.2f} GB; CUDA commonly pins memory beyond it, and the "
+            "run says so when it cannot"
         )
     return RunPlan(chosen, planner, prediction, _explain(config, chosen, planner), notes)
 
@@ -156,10 +168,14 @@ def _explain(config: TrainConfig, chosen: TrainConfig, planner: Planner) -> list
         "per_device_train_batch_size": _cut_reason(config, planner),
         "gradient_accumulation_steps": "weights cross the bus once for all micro-batches of a step",
         "activations": _activation_reason(config, chosen, planner),
-        "boundaries": "device memory is enough" if not _count(chosen.boundaries, "host", layers) else "without it the "
+        "boundaries": "device memory is enough"
+        if not _count(chosen.boundaries, "host", layers)
+        else "without it the "
         "inputs of all layers do not fit device memory, or fewer layers could keep their activations",
         "update": _update_reason(chosen),
-        "slots": "the next layer arrives while one is computed" if chosen.slots == 2 else "uploads are late with two",
+        "slots": "the next layer arrives while one is computed"
+        if chosen.slots == 2
+        else "uploads are late with two",
         "grad_slots": "one gradient leaves while the next is computed",
         "optimizer_threads": f"{planner.profile.cores} cores may be used",
     }
@@ -186,17 +202,22 @@ def _activation_reason(config: TrainConfig, chosen: TrainConfig, planner: Planne
     if kept == layers:
         return "all layers fit"
     more = planner.predict(
-        chosen.replace(activations=[f"recompute*{layers - kept - 1}", f"keep*{kept + 1}"] if kept + 1 < layers else "keep")
+        chosen.replace(
+            activations=[f"recompute*{layers - kept - 1}", f"keep*{kept + 1}"]
+            if kept + 1 < layers
+            else "keep"
+        )
     )
     short = fit.shortfalls(chosen, more, planner.limits)
     if short:
-        return f"{kept + 1} kept layers would be short of {short[0].memory} memory by {short[0].bytes / 1e9:.2f} GB"
+        missing = f"{short[0].memory} memory by {short[0].bytes / 1e9:.2f} GB"
+        return f"{kept + 1} kept layers would be short of {missing}"
     return "keeping more would not make the step shorter"
 
 
 def _update_reason(chosen: TrainConfig) -> str:
     return {
-        "eager": "without clipping each layer is updated during the backward pass, and no gradients are stored",
+        "eager": "without clipping each layer is updated as its gradient arrives; none are stored",
         "deferred": "clips exactly, and overlaps with the next forward pass",
         "sync": "nothing can overlap, so the simple order is as fast",
     }[chosen.update]
@@ -208,5 +229,3 @@ def _count(value: str | list[str], word: str, layers: int) -> int:
     words = ("recompute", "keep") if word == "keep" else ("device", "host")
     listed = per_layer(value, words if word == words[1] else words)
     return (layers if value == word else 0) if listed is None else listed.count(word)
-
-

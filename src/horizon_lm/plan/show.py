@@ -15,7 +15,8 @@ def describe(plan: RunPlan, *, largest: bool = True, timeline: bool = False) -> 
         f"model      {outline.skeleton.model_type}, {outline.num_parameters / 1e9:.3f} B parameters, "
         f"{outline.num_layers} layers",
         f"machine    {plan.profile.title} ({plan.profile.kind})",
-        f"step       {found.plan.micro_batches} x [{found.batch}, {found.tokens_per_row}] = {found.tokens:,} tokens",
+        f"step       {found.plan.micro_batches} x [{found.batch}, {found.tokens_per_row}] = "
+        f"{found.tokens:,} tokens",
         "",
         *_bytes("host", found.host),
         *_bytes("device", found.device),
@@ -33,7 +34,10 @@ def describe(plan: RunPlan, *, largest: bool = True, timeline: bool = False) -> 
     if largest:
         most = plan.largest()
         lines += ["", "largest that fits, one at a time, recomputing all layers"]
-        lines.append(f"  per_device_train_batch_size {most['per_device_train_batch_size']:,} at max_length {found.tokens_per_row:,}")
+        lines.append(
+            f"  per_device_train_batch_size {most['per_device_train_batch_size']:,} "
+            f"at max_length {found.tokens_per_row:,}"
+        )
         lines.append(f"  max_length {most['max_length']:,} with one sequence in a micro-batch")
         lines.append(f"  {most['layers']:,} layers of this kind, {most['parameters'] / 1e9:.2f} B parameters")
     return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])

@@ -197,9 +197,7 @@ def _head(skeleton: Skeleton, metered: _Metered, hidden: torch.Tensor, loss_chun
     return Pass(max(one.bytes, two.bytes) + rest, Work({k: n for k, n in work.items() if n > 0}))
 
 
-def _head_on(
-    skeleton: Skeleton, metered: _Metered, like: torch.Tensor, rows: int, loss_chunk: int
-) -> Pass:
+def _head_on(skeleton: Skeleton, metered: _Metered, like: torch.Tensor, rows: int, loss_chunk: int) -> Pass:
     head = skeleton.head
     weights = metered.weights(skeleton, head)
     gradient = metered.gradient(skeleton, head) if skeleton.units[head].trainable_numel else None

@@ -35,7 +35,11 @@ def settle(config: TrainConfig, progress: Progress) -> tuple[TrainConfig, RunPla
 
 def _in_words(plan: RunPlan) -> list[str]:
     shown = ("activations", "boundaries", "update")
-    return [f"{c.key} {' '.join(c.value) if isinstance(c.value, list) else c.value}" for c in plan.choices if c.key in shown]
+    return [
+        f"{c.key} {' '.join(c.value) if isinstance(c.value, list) else c.value}"
+        for c in plan.choices
+        if c.key in shown
+    ]
 
 
 def dry_run(config: TrainConfig) -> str:
@@ -50,6 +54,8 @@ def dry_run(config: TrainConfig) -> str:
     ops = build_steps(step, 2)
     faults = check(ops, step)
     if faults:
-        raise HorizonError(f"the schedule has a fault: {faults[0]}", hint="please report it with `horizon env`")
+        raise HorizonError(
+            f"the schedule has a fault: {faults[0]}", hint="please report it with `horizon env`"
+        )
     text = describe(plan, largest=False, timeline=True)
     return f"{text}\n{len(ops):,} ops of two steps in a row were checked; nothing was trained"

@@ -15,7 +15,7 @@ from .folder import RunFolder, writing
 from .metrics import read_steps
 
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24 }
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 table { border-collapse: collapse } td, th { padding: .2rem .8rem .2rem 0; text-align: right }
 td:first-child, th:first-child { text-align: left } svg { width: 100%; height: auto; display: block }
@@ -24,7 +24,7 @@ td:first-child, th:first-child { text-align: left } svg { width: 100%; height: a
 
 
 def write_report(run: Path) -> list[Path]:
-    """Write report.html (and trace.json where a step was recorded) into the run's folder; returns their paths.
+    """Write report.html, and trace.json where a step was recorded, into the run's folder; returns the paths.
 
     Raises DataError for a folder without a run.
     """
@@ -66,7 +66,8 @@ def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         steps = read_steps(path)
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{path.parent} holds no run: {path.name} cannot be read ({error})", hint="name the output_dir of a run"
+            f"{path.parent} holds no run: {path.name} cannot be read ({error})",
+            hint="name the output_dir of a run",
         ) from error
     if not steps:
         raise DataError(f"{path} holds no step", hint="the run ended before its first step")
@@ -88,7 +89,8 @@ def _summary(header: dict[str, Any], steps: Sequence[dict[str, Any]]) -> str:
     last = steps[-1]
     return (
         f"{header.get('model_type')}, {header.get('num_parameters', 0) / 1e6:,.1f} M parameters on "
-        f"{header.get('device')}; {last['step']:,} steps, {last['num_tokens']:,} tokens in {last['seconds']:,.1f} s"
+        f"{header.get('device')}; {last['step']:,} steps, {last['num_tokens']:,} tokens in "
+        f"{last['seconds']:,.1f} s"
     )
 
 
@@ -101,7 +103,9 @@ def _predicted(plan: dict[str, Any] | None, steps: Sequence[dict[str, Any]]) -> 
         ("tokens/s", plan["tokens_per_second"], statistics.median(speed)),
     ]
     if plan["device_bytes"]:
-        rows.append(("device memory, GB", plan["device_total"] / 1e9, max(s["device_bytes"] for s in steps) / 1e9))
+        rows.append(
+            ("device memory, GB", plan["device_total"] / 1e9, max(s["device_bytes"] for s in steps) / 1e9)
+        )
     cells = "".join(
         f"<tr><td>{name}</td><td>{said:,.2f}</td><td>{was:,.2f}</td><td>{said / was - 1:+.1%}</td></tr>"
         for name, said, was in rows
@@ -113,7 +117,8 @@ def _predicted(plan: dict[str, Any] | None, steps: Sequence[dict[str, Any]]) -> 
         for c in plan["choices"]
     )
     return (
-        "<h2>Predicted beside measured</h2><table><tr><th></th><th>predicted</th><th>measured</th><th></th></tr>"
+        "<h2>Predicted beside measured</h2>"
+        "<table><tr><th></th><th>predicted</th><th>measured</th><th></th></tr>"
         f"{cells}</table><p class='note'>Rates of {figures}. Memory is sampled at the end of steps, so that "
         f"peaks within a step are not in it.</p><ul>{choices}</ul>"
     )
@@ -138,7 +143,8 @@ def line_chart(xs: Sequence[float], ys: Sequence[float | None], x_name: str, y_n
         f"<polyline points='{line}' fill='none' stroke='#0969da' stroke-width='1.5'/>"
         f"<text x='4' y='18' font-size='12'>{high:,.4g}</text>"
         f"<text x='4' y='{height - bottom - 6}' font-size='12'>{low:,.4g}</text>"
-        f"<text x='{left}' y='{height - 8}' font-size='12'>{x_name} {first:g} to {last:g}; {y_name}</text></svg>"
+        f"<text x='{left}' y='{height - 8}' font-size='12'>"
+        f"{x_name} {first:g} to {last:g}; {y_name}</text></svg>"
     )
 
 
@@ -152,7 +158,10 @@ def _lanes(trace: list[list[Any]]) -> str:
     busy: dict[str, float] = {}
     for _, lane, start, end in spans:
         busy[lane] = busy.get(lane, 0.0) + end - start
-    rows = "".join(f"<tr><td>{lane}</td><td>{s * 1e3:,.1f} ms</td><td>{s / whole:.1%}</td></tr>" for lane, s in busy.items())
+    rows = "".join(
+        f"<tr><td>{lane}</td><td>{s * 1e3:,.1f} ms</td><td>{s / whole:.1%}</td></tr>"
+        for lane, s in busy.items()
+    )
     return f"<table><tr><th>lane</th><th>busy</th><th>of the step</th></tr>{rows}</table>"
 
 
