@@ -179,7 +179,8 @@ def main(argv: list[str] | None = None) -> None:
         rows,
         note=f"Within 3 % of memory: {sum(m <= 0.03 for m, _ in errors)} of {len(errors)}; within 15 % of "
         f"time: {sum(s <= 0.15 for _, s in errors)} of {len(errors)}. Largest errors "
-        f"{max(m for m, _ in errors):.1%} and {max(s for _, s in errors):.1%}. {arguments.steps} steps after the first.",
+        f"{max(m for m, _ in errors):.1%} and {max(s for _, s in errors):.1%}. "
+        f"{arguments.steps} steps after the first.",
     )
     report.parts.append("The profile:\n\n```yaml\n" + profile.to_yaml().partition("sources:")[0] + "```")
     report.write()

@@ -144,10 +144,17 @@ def test_a_machine_that_is_large_enough_is_not_refused(monkeypatch: pytest.Monke
 
 
 def test_120b_with_fp32_masters_fits_1500_gb() -> None:
-    plan = plan_run(config_of(OSS, **EAGER), "h200-1.5tb")
+    """Without clipping, and so without stored gradients; with it, where the moments are bf16."""
+    config = config_of(OSS, **EAGER, max_grad_norm=None)
+    plan = plan_run(config, "h200-1.5tb")
     assert plan.planner.outline.num_parameters > 116e9
     assert plan.prediction.host["weights"] + plan.prediction.host["residual"] > 4 * 116e9
     assert plan.prediction.host_bytes < 1.5e12 and plan.prediction.device_bytes < 141e9
+    clipped = config_of(OSS, **EAGER)
+    assert plan.planner.fits(clipped.replace(moment_dtype="bfloat16", update="deferred", boundaries="host"))
+    assert not plan.planner.fits(
+        clipped.replace(update="deferred", boundaries="host")
+    )  # 14 bytes a parameter
 
 
 @pytest.mark.parametrize("name", ["7B on 64 GB", "a large micro-batch", "no disk in fp32"])

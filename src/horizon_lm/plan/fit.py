@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ..config import TrainConfig
-from ..errors import ConfigError, DoesNotFitError
+from ..errors import ConfigError, DoesNotFitError, UnsupportedModelError
 from .limits import Limits
 from .predict import Prediction
 
@@ -100,7 +100,7 @@ def _ways_out(
     for changes in _changes(config):
         try:
             other = predictor(config.replace(**changes))
-        except ConfigError:
+        except (ConfigError, UnsupportedModelError):  # a way that this model does not have
             continue
         if worst.memory == "host":
             saved = prediction.host_bytes - other.host_bytes
@@ -126,7 +126,7 @@ def _changes(config: TrainConfig) -> Iterator[dict]:
         yield {"boundaries": "host"}
     if batch > 1:
         yield {"per_device_train_batch_size": batch // 2, "gradient_accumulation_steps": steps * 2}
-    yield {"mlp_tile_tokens": 1024}
+    yield {"mlp_tile_tokens": max(1024, config.max_length // 8)}
     if config.moment_dtype == "float32":
         yield {"moment_dtype": "bfloat16"}
     if config.max_grad_norm and config.nonfinite == "raise" and config.update == "auto":

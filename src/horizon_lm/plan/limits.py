@@ -9,7 +9,6 @@ from pathlib import Path
 from .hardware import available_host_bytes, lockable_bytes
 from .profile import Profile
 
-
 # Of device memory, for what allocators lose between blocks and kernels take for themselves: neither is
 # predicted, and how much it is has not been measured on a GPU yet.
 _DEVICE_SHARE = 0.95

@@ -14,6 +14,9 @@ from .outline import Outline, model_config
 from .predict import Prediction
 from .profile import FALLBACK, Profile, load_profile
 
+# Beyond these nobody asks: `largest` stops there.
+_MOST_ROWS, _MOST_TOKENS, _MOST_LAYERS = 4096, 1 << 20, 1024
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -41,10 +44,12 @@ class RunPlan:
             "per_device_train_batch_size": _grow(
                 lambda n: planner.fits(base.replace(per_device_train_batch_size=n)),
                 base.per_device_train_batch_size,
+                _MOST_ROWS,
             ),
             "max_length": _grow(
                 lambda n: planner.fits(base.replace(max_length=n, per_device_train_batch_size=1)),
                 base.max_length,
+                self._longest(),
             ),
         }
 
@@ -52,10 +57,15 @@ class RunPlan:
             deeper = Planner(planner.outline.with_layers(count), planner.profile, planner.limits)
             return deeper.fits(base)
 
-        found["layers"] = _grow(deep_enough, planner.outline.num_layers)
+        found["layers"] = _grow(deep_enough, planner.outline.num_layers, _MOST_LAYERS)
         deepest = planner.outline.with_layers(max(1, found["layers"]))
         found["parameters"] = deepest.num_parameters if found["layers"] else 0
         return found
+
+    def _longest(self) -> int:
+        """What the model's positions allow."""
+        longest = getattr(self.planner.outline.config.get_text_config(), "max_position_embeddings", None)
+        return longest if isinstance(longest, int) and longest > 0 else _MOST_TOKENS
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -85,16 +95,17 @@ class RunPlan:
         }
 
 
-def _grow(fits: Any, start: int) -> int:
-    """The largest number for which `fits` holds, to about 10 %; 0 when not even 1 does."""
+def _grow(fits: Any, start: int, most: int) -> int:
+    """The largest number for which `fits` holds, to about 10 % and up to `most`; 0 when not even 1
+    does."""
     low = start
     while low >= 1 and not fits(low):
         low //= 2
     if low < 1:
         return 0
-    high = low * 2
-    while high < 1 << 24 and fits(high):
-        low, high = high, high * 2
+    high = min(2 * low, most)
+    while high > low and fits(high):
+        low, high = high, min(2 * high, most)
     while high - low > max(1, low // 10):
         middle = (low + high) // 2
         if fits(middle):
