@@ -2,8 +2,8 @@
 
 Each case is a process of its own that trains a model from a configuration, with everything that a run
 loads. Memory is the process's high-water mark (VmHWM), all of it. Time is the median of the steps after the
-first, of the same random tokens. The profile is measured by `plan.calibrate` before, between and after the
-cases (medians of its rates). Times are CPU seconds of one thread, for the profile as for the cases, since
+first, of the same random tokens. The profile is measured by `plan.calibrate` before and after the
+cases (mean of its rates). Times are CPU seconds of one thread, for the profile as for the cases, since
 this machine has other users; on a machine of its own they are those of the wall clock.
 """
 
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     profiles = []
     measured: dict[str, dict] = {}
     for i, name in enumerate(CASES):
-        if i % 8 == 0:
+        if i == 0:
             profiles.append(calibrate.measure("cpu", time.process_time, threads=1))
         command = [sys.executable, "-m", "benchmarks.planner", f"--case={name}", f"--steps={arguments.steps}"]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -86,7 +86,11 @@ def row(what: str, model: dict, machine: str, batch: int, published: str) -> lis
     try:
         plan = plan_run(config, machine)
     except DoesNotFitError as error:
-        note = error.message.partition(":")[0] + " short by " + error.message.rpartition("short by ")[2]
+        note = (
+            error.message.partition(":")[0]
+            + " short by "
+            + error.message.partition("short by ")[2].partition(";")[0]
+        )
         plan = plan_run(config.replace(skip_memory_check=True, activations="recompute"), machine)
     found, parameters = plan.prediction, plan.planner.outline.num_parameters
     kept = len(found.plan.kept)
@@ -125,7 +129,8 @@ def main(argv: list[str] | None = None) -> None:
         head,
         rows,
         note="Simulated with the profiles named; nothing in this table was run on a GPU. GPT-OSS: N counts "
-        "all experts, of which a token uses 4 of 128, so its 6 N is no measure of work.",
+        "all experts, of which a token uses 4 of 128, so its 6 N is no measure of work. "
+        "What they widened and from which shape is not said; here it is width and MLP of the 7B shape.",
     )
     report.write()
 

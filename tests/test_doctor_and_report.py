@@ -133,7 +133,10 @@ def test_charts_show_every_point() -> None:
 
 
 def test_plan_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    values = [f"init_model={json.dumps(TINY)}", "datasets=none.txt", "max_length=32", "hardware=gh200"]
+    small = load_profile("gh200").model_dump() | {"host_bytes": 3e9, "device_bytes": 7e8}  # a short search
+    (tmp_path / "small.yaml").write_text(Profile.model_validate(small).to_yaml())
+    values = [f"init_model={json.dumps(TINY | {'vocab_size': 4096})}", "datasets=none.txt", "max_length=32"]
+    values.append(f"hardware={tmp_path / 'small.yaml'}")
     assert cli.main(["plan", *values]) == 0
     text = capsys.readouterr().out
     for word in ("host ", "weights", "choices", "limited by", "tokens/s", "largest that fits", "simulated"):

@@ -25,7 +25,7 @@ from horizon_lm.plan.limits import Limits
 from horizon_lm.plan.outline import Outline, model_config
 from horizon_lm.plan.predict import predict
 from horizon_lm.plan.profile import Profile, load_profile, read_profile, shipped
-from horizon_lm.plan.run_plan import plan_run
+from horizon_lm.plan.run_plan import RunPlan, plan_run
 from horizon_lm.plan.work import Kernel, Work, WorkMeter
 from horizon_lm.schedule import Buffer, StepPlan, build, simulate
 
@@ -168,7 +168,7 @@ def test_bytes_of_a_step_are_predicted(name: str) -> None:
         tokens=512,
         micro_batches=count,
     )
-    store = {"process", "weights", "residual", "exp_avg", "exp_avg_sq", "grads", "gradient_slots"}
+    store = {"process", "heap", "weights", "residual", "exp_avg", "exp_avg_sq", "grads", "gradient_slots"}
     predicted = sum(size for part, size in found.host.items() if part not in store)
     assert abs(predicted / live.peak - 1) < 0.06, (predicted, live.peak, found.host)
 
@@ -275,7 +275,14 @@ CASES: dict[str, tuple[dict[str, Any], float, float]] = {
 def machine(host_gb: float, device_mb: float) -> tuple[Profile, Limits]:
     """A slow link and a small device, so that every choice matters to a small model."""
     values = load_profile("rtx3090").model_dump()
-    values |= {"context_bytes": 0.0, "h2d": 2e9, "d2h": 2e9, "host": 2e10, "optimizer": 1e10}
+    values |= {
+        "context_bytes": 0.0,
+        "process_bytes": 0.0,
+        "h2d": 2e9,
+        "d2h": 2e9,
+        "host": 2e10,
+        "optimizer": 1e10,
+    }
     values |= {"matmul": {"bfloat16": 5e12, "float32": 2e12}, "device_bytes": device_mb * 1e6}
     values |= {"elementwise": {"bfloat16": 1e11, "float32": 1e11}}
     profile = Profile.model_validate(values)
@@ -329,9 +336,12 @@ def test_a_plan_gives_its_reasons() -> None:
 
 
 def test_the_largest_that_fits_is_just_below_what_does_not() -> None:
-    plan = plan_run(config_of(max_length=1024), "rtx3090")
+    config = config_of(max_length=128)
+    planner = planner_of(config, *machine(0.05, 40))
+    chosen = planner.choose(config.replace(reserve_host_gb=0.0))
+    plan = RunPlan(chosen, planner, planner.predict(chosen), [], [])
     most = plan.largest()
-    planner, base = plan.planner, plan.config.replace(activations="recompute", boundaries="host")
+    base = plan.config.replace(activations="recompute", boundaries="host")
     batch = most["per_device_train_batch_size"]
     assert planner.fits(base.replace(per_device_train_batch_size=batch))
     assert not planner.fits(base.replace(per_device_train_batch_size=int(batch * 1.3) + 2))

@@ -7,7 +7,10 @@ negative times). No rate is taken from a data sheet.
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,12 +27,14 @@ from ..optim.rules import Hyper
 from ..optim.threads import usable_cores
 from .costs import Costs
 from .outline import Outline
+from .predict import predict
 from .profile import Profile, Rates
 from .work import ATTENTION, MATMUL, Work
 
 Clock = Callable[[], float]
 # width, MLP, heads, keys and values, tokens: from where operations are what costs to where arithmetic is
 LAYERS = [(128, 352, 4, 4, 64), (256, 704, 4, 2, 256), (512, 1408, 8, 8, 512), (768, 2048, 12, 4, 384)]
+LAYERS += [(1024, 2816, 16, 4, 256), (256, 704, 4, 4, 2048)]
 _DTYPES = ("float32", "bfloat16")
 _COLUMNS = [(kind, dtype) for kind in (MATMUL, ATTENTION, "elementwise") for dtype in _DTYPES]
 
@@ -189,6 +194,7 @@ def measure(device: str = "cpu", clock: Clock = time.perf_counter, threads: int 
     cores = threads or usable_cores()
     rates, operation = fit_rates(measure_layers(device, clock))
     is_cpu = device == "cpu"
+    process, heap_share = process_memory(device)
     host = copy_rate(clock)
     up, down = (host, host) if is_cpu else link_rates()
 
@@ -208,7 +214,8 @@ def measure(device: str = "cpu", clock: Clock = time.perf_counter, threads: int 
         cores=cores,
         host_bytes=float(psutil.virtual_memory().total),
         device_bytes=float(total),
-        process_bytes=float(process_bytes(device)),
+        process_bytes=float(process),
+        heap_share=heap_share,
         context_bytes=0.0 if is_cpu else float(total - free - torch.cuda.memory_reserved()),
         matmul=pair(MATMUL),
         attention=pair(ATTENTION),
@@ -223,29 +230,44 @@ def measure(device: str = "cpu", clock: Clock = time.perf_counter, threads: int 
     )
 
 
-_SMALL_RUN = """
-import torch
+_RUN = """
+import torch, json, sys
 from horizon_lm import HostModel
 from horizon_lm.config import ModelSettings
-values = dict(model_type="llama", hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=256)
-values |= dict(num_attention_heads=2, num_key_value_heads=2)
-model = HostModel.from_config(values, ModelSettings(device="{device}", skip_memory_check=True))
-ids = torch.zeros(1, 16, dtype=torch.long)
-for _ in range(2):
+values, settings, tokens = json.loads(sys.argv[1])
+torch.set_num_threads(int(sys.argv[2]))
+model = HostModel.from_config(values, ModelSettings(**settings))
+ids = torch.zeros(1, tokens, dtype=torch.long)
+for _ in range(3):
     model.train_step([dict(input_ids=ids, labels=ids)], lr=1e-5)
 lines = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)
 print(int(lines["VmHWM"].split()[0]) * 1024)
 """
 
 
-def process_bytes(device: str = "cpu") -> int:
-    """The most that a process holds which trains a model of next to no parameters."""
-    import subprocess
-    import sys
+def process_memory(device: str = "cpu") -> tuple[int, float]:
+    """(bytes of a process before it has a model, share that the heap takes beyond what is alive in it): of
+    two runs of one model, with short and with long rows, what the prediction does not explain."""
+    values = {"model_type": "llama", "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 4}
+    values |= {"num_attention_heads": 6, "num_key_value_heads": 6, "vocab_size": 16384}
+    chosen = {"device": device, "skip_memory_check": True, "activations": "recompute"}
+    settings = ModelSettings.from_dict(chosen, source="calibrate")
+    from transformers import AutoConfig
 
-    command = [sys.executable, "-c", _SMALL_RUN.replace("{device}", device)]
-    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    return int(found.stdout.split()[-1])
+    kind = {name: value for name, value in values.items() if name != "model_type"}
+    outline = Outline(AutoConfig.for_model(values["model_type"], **kind), settings)
+    rest, transient = [], []
+    for tokens in (128, 1024):
+        given = json.dumps([values, chosen, tokens])
+        command = [sys.executable, "-c", _RUN, given, str(torch.get_num_threads())]
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+        said = predict(outline, settings, _UNKNOWN, batch=1, tokens=tokens, micro_batches=1)
+        transient.append(said.host_bytes - said.store_bytes)
+        rest.append(int(found.stdout.split()[-1]) - said.host_bytes)
+    if device != "cpu":  # what lies on the host is pinned, and taken once
+        return max(0, *rest), 0.0
+    share = max(0.0, (rest[1] - rest[0]) / (transient[1] - transient[0]))
+    return int(rest[0] - share * transient[0]), share
 
 
 def disk_rate(num_bytes: int = 1 << 26) -> float:
@@ -272,6 +294,7 @@ _UNKNOWN = Profile(
     host_bytes=1.0,
     device_bytes=0.0,
     process_bytes=0.0,
+    heap_share=0.0,
     context_bytes=0.0,
     matmul=Rates(bfloat16=1.0, float32=1.0),
     attention=Rates(bfloat16=1.0, float32=1.0),

@@ -39,6 +39,12 @@ class Prediction:
         return sum(self.host.values())
 
     @property
+    def store_bytes(self) -> int:
+        """Host bytes of weights, gradients and optimizer state."""
+        names = ("weights", "residual", "exp_avg", "exp_avg_sq", "grads", "grad_slabs")
+        return sum(self.host.get(name, 0) for name in names)
+
+    @property
     def device_bytes(self) -> int:
         return sum(self.device.values())
 
@@ -94,6 +100,8 @@ def predict(
     device: dict[str, int] = {}
     if costs.is_cpu:
         host |= costs.fixed_bytes()
+        transient = sum(host.values()) - sum(predict_bytes(outline.units, spec).values()) - host["process"]
+        host["heap"] = int(profile.heap_share * transient)
     else:
         device = {"context": int(profile.context_bytes), **costs.fixed_bytes()}
         device |= simulation.parts.get(DEVICE, {})

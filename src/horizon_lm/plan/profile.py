@@ -40,8 +40,9 @@ class Profile(BaseModel):
     matmul, attention: FLOPs as torch counts them (attention without regard to causality); elementwise: bytes
     read and written; operation_seconds: what any operation takes at least. h2d, d2h: while both are at
     work. optimizer: bytes that the update on the host reads and writes; host: of a copy in host memory.
-    process_bytes: a process with torch and transformers before it has a model; context_bytes: what the
-    device's driver and libraries take.
+    process_bytes: a process with torch and transformers before it has a model; heap_share: what the C
+    library's heap takes beyond what is alive in it, as a share of that (where the device is the CPU).
+    context_bytes: what the device's driver and libraries take.
     """
 
     model_config = STRICT
@@ -54,6 +55,7 @@ class Profile(BaseModel):
     host_bytes: float = Field(gt=0)
     device_bytes: float = Field(ge=0)
     process_bytes: float = Field(ge=0)
+    heap_share: float = Field(ge=0)
     context_bytes: float = Field(ge=0)
     matmul: Rates
     attention: Rates
