@@ -255,7 +255,7 @@ def process_memory(device: str = "cpu") -> tuple[int, float]:
     from transformers import AutoConfig
 
     kind = {name: value for name, value in values.items() if name != "model_type"}
-    outline = Outline(AutoConfig.for_model(values["model_type"], **kind), settings)
+    outline = Outline(AutoConfig.for_model(str(values["model_type"]), **kind), settings)
     rest, transient = [], []
     for tokens in (128, 1024):
         given = json.dumps([values, chosen, tokens])
