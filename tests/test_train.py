@@ -182,6 +182,8 @@ def test_the_exported_folder_has_its_tokenizer(run: Run) -> None:
 
 def test_metrics_are_one_uniform_line_a_step(run: Run) -> None:
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines].count("timeline") == 1
+    lines = [line for line in lines if line["event"] != "timeline"]
     assert [line["event"] for line in lines] == ["start", *["step"] * STEPS, "end"]
     assert lines[0]["versions"]["torch"] == torch.__version__ and lines[0]["num_steps"] == STEPS
     assert lines[-1]["status"] == "finished"
@@ -539,7 +541,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(
     with pytest.raises(NonFiniteError, match="4 steps in a row"):
         run_train.train(config)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line.get("step") for line in lines] == [None, 1, 2, 3, 4, 5, None]
+    assert [line.get("step") for line in lines if line["event"] != "timeline"] == [None, 1, 2, 3, 4, 5, None]
     assert (
         lines[-1]["event"] == "end" and lines[-1]["status"] == "failed" and "in a row" in lines[-1]["error"]
     )
@@ -561,10 +563,10 @@ def test_an_interrupted_run_keeps_its_metrics(
 ) -> None:
     honest, calls = HostModel.train_step, iter(range(1, 100))
 
-    def train_step(self: HostModel, *arguments: Any) -> TrainStepOutput:
+    def train_step(self: HostModel, *arguments: Any, **named: Any) -> TrainStepOutput:
         if next(calls) == 3:
             raise KeyboardInterrupt
-        return honest(self, *arguments)
+        return honest(self, *arguments, **named)
 
     monkeypatch.setattr(HostModel, "train_step", train_step)
     (tmp_path / "run.yaml").write_text(settings(text, tmp_path / "run").to_yaml())
