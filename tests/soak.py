@@ -10,7 +10,9 @@ import time
 
 FILES = [
     "tests/test_config.py",
-    "tests/test_data.py",
+    "tests/test_sources.py",
+    "tests/test_packing.py",
+    "tests/test_loader.py",
     "tests/test_schedule.py",
     "tests/test_store.py",
     "tests/test_lanes.py",

@@ -150,7 +150,7 @@ WRONG: dict[str, list[Any]] = {
     "learning_rate": [True, "fast", -1.0, None, [1e-5], {"a": 1}],
     "max_length": [True, 1, 512.5, 512.0, "512", None],
     "trust_remote_code": [1, 0, "yes", None, "true"],
-    "packing": [1, False, "true"],
+    "packing": [1, None, "true"],
     "dtype": ["float16", 16, None],
     "slots": [1, 0, -3, "two"],
     "warmup_steps": [-1, 1.0, 2.5, True, "0.1"],
@@ -185,7 +185,63 @@ WRONG: dict[str, list[Any]] = {
     "activations": ["offload", [], ["keep*0"], ["keep", "device"], ["keep*x"], [3]],
     "boundaries": ["disk", [], ["host*"], ["recompute"]],
     "update": ["lazy", None],
+    "packing_strategy": ["best", None, True],
+    "truncation": ["cut", None],
+    "loss_on": ["user", True],
+    "on_bad_row": ["ignore", False],
+    "val_size": [-1, 1.0, 2.5, True, "0.1"],
+    "eval_strategy": ["often", False],
+    "eval_datasets": ["", 3, [None], [{"path": "x", "formt": "text"}]],
+    "report_to": ["mlflow", 3, ["wandb", "x"]],
+    "dataset_num_proc": [0, -1, "all", True],
+    "dataloader_num_workers": [-1, 65, "auto"],
+    "buffer_size": [0, None],
+    "chat_template": ["", 3],
+    "peak_tflops": [0, -1.0, "fast"],
 }
+
+TOGETHER = [
+    ({"val_size": 0.1, "eval_datasets": "a"}, "'val_size' and 'eval_datasets' are both given"),
+    ({"eval_strategy": "steps"}, "nothing to evaluate on"),
+    ({"truncation": "split", "loss_on": "assistant"}, "would cut an answer from its question"),
+    ({"streaming": True}, "streaming needs max_steps"),
+    ({"streaming": True, "max_steps": 5, "val_size": 5}, "takes a part of data that is read whole"),
+    ({"streaming": True, "max_steps": 5, "datasets": [{"path": "a", "weight": 2}]}, "a weight takes data"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), TOGETHER)
+def test_settings_of_data_that_do_not_go_together(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        TrainConfig.from_dict({**BASE, **values})
+    assert caught.value.hint and "\n" not in caught.value.message
+
+
+def test_what_goes_together_with_data() -> None:
+    config = TrainConfig.from_dict(
+        {**BASE, "streaming": True, "max_steps": 5, "eval_datasets": ["a", {"path": "b", "split": "test"}]}
+    )
+    assert [entry.path for entry in config.eval_datasets] == ["a", "b"]
+    assert TrainConfig.from_dict({**BASE, "report_to": "none"}).report_to == []
+    assert TrainConfig.from_dict({**BASE, "report_to": "wandb"}).report_to == ["wandb"]
+    assert TrainConfig.from_dict({**BASE, "eval_datasets": None}).eval_datasets == []
+
+
+def test_an_entry_of_datasets_as_axolotl_writes_it() -> None:
+    def entry(**values: Any) -> DatasetConfig:
+        return TrainConfig.from_dict({**BASE, "datasets": [{"path": "a", **values}]}).datasets[0]
+
+    assert entry(type="chat_template", field_messages="turns") == DatasetConfig(
+        path="a", format="messages", columns={"turns": "messages"}
+    )
+    assert entry(type="completion", field="body") == DatasetConfig(
+        path="a", format="text", text_column="body"
+    )
+    assert entry(type="alpaca").format == "alpaca" and entry(type="sharegpt.load_role").format == "sharegpt"
+    with pytest.raises(ConfigError, match="same setting"):
+        entry(type="alpaca", format="alpaca")
+    with pytest.raises(ConfigError, match="format is input_output"):
+        entry(type="input_output")
 
 
 @pytest.mark.parametrize("key", WRONG)
@@ -292,6 +348,18 @@ ALIAS_VALUES: dict[str, tuple[Any, Any]] = {
     "dataset": ("a.txt", [DatasetConfig(path="a.txt")]),
     "dataset_name": ("a.txt", [DatasetConfig(path="a.txt")]),
     "train_file": (["a.txt"], [DatasetConfig(path="a.txt")]),
+    "evaluation_strategy": ("no", "no"),
+    "assistant_only_loss": (True, "assistant"),
+    "completion_only_loss": (False, "all"),
+    "train_on_inputs": (False, "auto"),
+    "train_on_prompt": (True, "all"),
+    "mask_history": (True, "last_assistant"),
+    "neat_packing": (True, "bfd"),
+    **{
+        name: ("a.txt", [DatasetConfig(path="a.txt")])
+        for name in ("dataset_path", "eval_dataset", "test_datasets", "val_dataset", "validation_file")
+    },
+    **{name: (7, 7) for name in ("eval_batch_size", "preprocessing_num_workers", "dataset_processes")},
 }
 
 
@@ -330,6 +398,9 @@ def test_aliases_refuse_what_they_cannot_mean() -> None:
         "fp32": 1,
         "flash_attn": [1],
         "torch_dtype": {},
+        "train_on_inputs": 1,
+        "assistant_only_loss": "yes",
+        "neat_packing": "bfd",
     }.items():
         with pytest.raises(ConfigError):
             TrainConfig.from_dict({**BASE, alias: value})

@@ -46,7 +46,19 @@ LLAMA = {
 }
 RUN_FILES = {"config.resolved.yaml", "metrics.jsonl", "model", "loss.png"}
 STEP_KEYS = {
-    *("event", "step", "epoch", "loss", "grad_norm", "learning_rate", "tokens_per_second", "num_tokens"),
+    *(
+        "event",
+        "step",
+        "epoch",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "tokens_per_second",
+        "mfu",
+        "num_tokens",
+        "num_target_tokens",
+        "lanes",
+    ),
     *("seconds", "skipped_steps", "host_rss_bytes", "device_bytes", "time"),
 }
 
@@ -190,7 +202,11 @@ def test_metrics_are_one_uniform_line_a_step(run: Run) -> None:
     steps = lines[1:-1]
     assert all(line.keys() == STEP_KEYS for line in steps)
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
-    assert [line["num_tokens"] for line in steps] == [ROWS * (LENGTH - 1) * s for s in range(1, STEPS + 1)]
+    assert [line["num_tokens"] for line in steps] == [ROWS * LENGTH * s for s in range(1, STEPS + 1)]
+    targets = [ROWS * (LENGTH - 1) * s for s in range(1, STEPS + 1)]  # nothing predicts a first token
+    assert [line["num_target_tokens"] for line in steps] == targets
+    assert all(0 < line["mfu"] < 1 for line in steps)
+    assert all(line["lanes"]["compute"] > 0 and 0.5 < sum(line["lanes"].values()) < 1.01 for line in steps)
     assert all(line["host_rss_bytes"] > 1e8 and line["tokens_per_second"] > 0 for line in steps)
     assert [line["seconds"] for line in steps] == sorted(line["seconds"] for line in steps)
     curve = learning_rates(run.config, STEPS)
@@ -208,8 +224,8 @@ def test_training_equals_a_plain_pytorch_loop(run: Run) -> None:
     """
     reference = random_model()
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "model")
-    blocks = load_training_data(run.config, tokenizer).blocks
-    loader = TokenLoader(blocks, micro_batch_size=ROWS, seed=42)
+    rows = load_training_data(run.config, tokenizer).rows
+    loader = TokenLoader(rows, micro_batch_size=ROWS, seed=42)
     optimizer = torch.optim.AdamW(reference.parameters(), lr=5e-3, weight_decay=0.0)
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=2, num_training_steps=STEPS)
     expected = []
@@ -563,10 +579,10 @@ def test_an_interrupted_run_keeps_its_metrics(
 ) -> None:
     honest, calls = HostModel.train_step, iter(range(1, 100))
 
-    def train_step(self: HostModel, *arguments: Any, **named: Any) -> TrainStepOutput:
+    def train_step(self: HostModel, *arguments: Any, **options: Any) -> TrainStepOutput:
         if next(calls) == 3:
             raise KeyboardInterrupt
-        return honest(self, *arguments, **named)
+        return honest(self, *arguments, **options)
 
     monkeypatch.setattr(HostModel, "train_step", train_step)
     (tmp_path / "run.yaml").write_text(settings(text, tmp_path / "run").to_yaml())
@@ -629,7 +645,7 @@ def test_counts_of_steps() -> None:
 
 
 def metrics(step: int, loss: float = 2.0) -> Metrics:
-    return Metrics(step, 0.1, loss, 0.5, 1e-3, 1234.5, 100, 1.0, 0, 2_000_000_000, 5_000_000)
+    return Metrics(step, 0.1, loss, 0.5, 1e-3, 1234.5, 0.42, 100, 90, 1.0, 0, 2_000_000_000, 5_000_000)
 
 
 def record(step: int) -> StepRecord:
@@ -645,7 +661,12 @@ def test_plain_progress_prints_one_line_a_second_and_the_first_and_the_last() ->
             progress.step(record(step), metrics(step, math.nan if step == 1 else 2.0))
     lines = stream.getvalue().splitlines()
     assert len(lines) == 2 and "loss nan" in lines[0] and lines[1].startswith("step 500/500")
-    assert "1,234 tokens/s" in lines[1] and "2.00 GB" in lines[1] and "5 MB" in lines[1]
+    assert (
+        "1,234 tokens/s  mfu 42%" in lines[1]
+        and "epoch 0.10" in lines[1]
+        and "2.00 GB" in lines[1]
+        and "5 MB" in lines[1]
+    )
 
 
 def test_rich_progress_shows_the_numbers_and_no_progress_shows_none() -> None:

@@ -10,24 +10,20 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
-from horizon_lm.errors import ConfigError, HorizonError
+from horizon_lm.cli_base import HELP, PASS_OPTIONS, SettingsArguments, SettingsCommand, load_settings
+from horizon_lm.cli_data import data_app, init
+from horizon_lm.cli_model import chat, evaluate, generate
+from horizon_lm.cli_plan import PlanCommand, doctor, plan, report
+from horizon_lm.errors import HorizonError
 
-if TYPE_CHECKING:
-    from horizon_lm.config import TrainConfig
-
-_HELP = {"help_option_names": ["-h", "--help"]}
-_PASS_OPTIONS = {**_HELP, "ignore_unknown_options": True}
 _ENV_PACKAGES = (
-    *("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "datasets", "numpy"),
+    *("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "datasets", "trl", "numpy"),
     *("pydantic", "PyYAML", "typer", "rich", "matplotlib"),
 )
-
-Settings = Annotated[list[str] | None, typer.Argument(hidden=True)]
 
 app = typer.Typer(
     name="horizon",
@@ -37,19 +33,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=HELP,
 )
 config_app = typer.Typer(
     help="Show, check and document settings.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(config_app, name="config")
-
-
-class SettingsCommand(TyperCommand):
-    """A verb that takes a configuration file and overrides."""
-
-    def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        return ["[CONFIG.yaml]", "[KEY=VALUE | --KEY VALUE]..."]
+app.add_typer(data_app, name="data")
 
 
 class TrainCommand(SettingsCommand):
@@ -62,53 +52,18 @@ class TrainCommand(SettingsCommand):
         formatter.write("\n" + settings_help(max(60, min(formatter.width, 110))))
 
 
-def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """What follows a verb -> (configuration file, overrides as `key=value`)."""
-    config: str | None = None
-    overrides: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        name = argument.partition("=")[0]
-        if argument.startswith("--") and "=" not in argument:
-            value = next(rest, None)
-            if value is None:
-                raise ConfigError(f"command line: '{argument}' has no value", f"write {argument}=VALUE")
-            overrides.append(f"{argument}={value}")
-        elif argument.startswith("--") or "=" in argument and "/" not in name and os.sep not in name:
-            overrides.append(argument)
-        elif argument.startswith("-") and argument != "-":
-            raise ConfigError(
-                f"command line: '{argument}' is no option", "settings are key=value or --key value"
-            )
-        elif config is not None:
-            hint = "settings are key=value; text with spaces needs quotes"
-            raise ConfigError(f"command line: '{argument}' is neither key=value nor the only file", hint)
-        else:
-            config = argument
-    return config, overrides
-
-
-def _load(arguments: Sequence[str] | None) -> tuple[TrainConfig, list[str]]:
-    from horizon_lm.config import load_config
-
-    config, notes = load_config(*split_arguments(arguments or ()))
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
-    return config, notes
-
-
-@app.command(cls=TrainCommand, context_settings=_PASS_OPTIONS)
+@app.command(cls=TrainCommand, context_settings=PASS_OPTIONS)
 def train(
-    settings: Settings = None,
+    settings: SettingsArguments = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Plan, build, check and simulate a step; train nothing.")
     ] = False,
 ) -> None:
-    """Train a model on text and leave it in Hugging Face format.
+    """Train a model and leave it in Hugging Face format.
 
     Settings come from CONFIG.yaml, if given, and from key=value, --key value or --key=value, which win.
     """
-    config, notes = _load(settings)
+    config, notes = load_settings(settings)
     if dry_run:
         from horizon_lm.run.planning import dry_run as run_dry
 
@@ -118,72 +73,25 @@ def train(
     run_training(config, config_notes=notes)
 
 
-class PlanCommand(SettingsCommand):
-    """Its settings are followed by a machine."""
-
-    def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        return ["[CONFIG.yaml]", "[KEY=VALUE]...", "[hardware=NAME]", "[--json]"]
-
-
-@app.command(cls=PlanCommand, context_settings=_PASS_OPTIONS)
-def plan(
-    settings: Settings = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
-) -> None:
-    """Say what a run will take and how fast it will be, before it is started; nothing is allocated.
-
-    hardware=NAME plans for a machine that is not here: a shipped profile, or a file with one.
-    """
-    given = list(settings or ())
-    hardware = [
-        a.removeprefix("--").partition("=")[2] for a in given if a.removeprefix("--").startswith("hardware=")
-    ]
-    config, _ = _load([a for a in given if not a.removeprefix("--").startswith("hardware=")])
-    from horizon_lm.plan.run_plan import plan_run
-    from horizon_lm.plan.show import describe
-
-    found = plan_run(config, hardware[-1] if hardware else "auto")
-    if json:
-        import json as writer
-
-        print(writer.dumps(found.to_dict() | {"largest": found.largest()}, indent=2))
-    else:
-        print(describe(found))
+app.command("plan", cls=PlanCommand, context_settings=PASS_OPTIONS)(plan)
+app.command("doctor")(doctor)
+app.command("report")(report)
+app.command("init")(init)
+app.command("eval", cls=SettingsCommand, context_settings=PASS_OPTIONS)(evaluate)
+app.command("generate")(generate)
+app.command("chat")(chat)
 
 
-@app.command()
-def doctor(
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again, although this machine was.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
-) -> None:
-    """Look at this machine: what it has, how fast it is, what limits a run and how to mend it."""
-    from horizon_lm.plan.doctor import examine
-
-    found = examine(fresh=fresh)
-    print(found.to_json() if json else found.to_text())
-    if found.has_failed:
-        raise typer.Exit(3)
-
-
-@app.command()
-def report(run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.")]) -> None:
-    """Write RUN/report.html, a page with everything in it, and RUN/trace.json for ui.perfetto.dev."""
-    from horizon_lm.run.report import write_report
-
-    for path in write_report(Path(run)):
-        print(f"written: {path}")
-
-
-@config_app.command("show", cls=SettingsCommand, context_settings=_PASS_OPTIONS)
-def config_show(settings: Settings = None) -> None:
+@config_app.command("show", cls=SettingsCommand, context_settings=PASS_OPTIONS)
+def config_show(settings: SettingsArguments = None) -> None:
     """Print every setting, defaults and overrides included, as YAML."""
-    print(_load(settings)[0].to_yaml(), end="")
+    print(load_settings(settings)[0].to_yaml(), end="")
 
 
-@config_app.command("validate", cls=SettingsCommand, context_settings=_PASS_OPTIONS)
-def config_validate(settings: Settings = None) -> None:
+@config_app.command("validate", cls=SettingsCommand, context_settings=PASS_OPTIONS)
+def config_validate(settings: SettingsArguments = None) -> None:
     """Check a configuration; exit code 2 if it has a fault."""
-    _load(settings)
+    load_settings(settings)
     print("the configuration is valid")
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from horizon_lm import config_merge
+from horizon_lm import config_aliases, config_merge
 from horizon_lm.config_base import STRICT, Settings, fault, setting, text_keys
 
 # Arguments that each curve of `lr_scheduler_type` takes, as in transformers' `get_scheduler`.
@@ -37,19 +37,42 @@ class DatasetConfig(BaseModel):
 
     path: str = Field(
         min_length=1,
-        description="A file, folder or glob of .txt, .md, .py, .jsonl, .json or .parquet files, or the "
-        "built-in name python-stdlib (the source of Python's own standard library).",
+        description="A file, folder or glob of .jsonl, .json, .parquet, .txt, .md or .py files; a "
+        "folder that `datasets` has saved; a name on the Hugging Face Hub; or python-stdlib (the source of "
+        "Python's own standard library).",
     )
-    format: Literal["auto", "text"] = Field(
-        default="auto", description="How rows are read; auto looks at the files."
+    format: Literal["auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt"] = Field(
+        default="auto", description="How rows are read; auto looks at the columns of the first."
     )
     columns: dict[str, str] = Field(
         default_factory=dict, description="Columns to rename, old name to new name."
     )
-    split: Literal["train"] = Field(default="train", description="Local files have one split, train.")
-    text_column: str = Field(
-        default="text", min_length=1, description="The column that holds the text of a row."
+    split: str = Field(
+        default="train",
+        min_length=1,
+        description="The split to read; in a folder, known by the files' names.",
     )
+    name: str | None = Field(default=None, description="The configuration of a dataset on the Hub.")
+    revision: str | None = Field(
+        default=None, description="Branch, tag or commit of a dataset on the Hub; a commit is reproducible."
+    )
+    text_column: str = Field(
+        default="text", min_length=1, description="The column that holds the text of a row of plain text."
+    )
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        le=1000,
+        description="How often each of its documents comes in an epoch; 0.25 takes a seeded quarter of them.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_aliases(cls, values: Any) -> Any:
+        try:
+            return config_aliases.canonical_entry(values)
+        except ValueError as error:
+            raise fault(str(error), key="datasets", hint="keep one of them") from None
 
 
 class ModelSettings(Settings):
@@ -334,7 +357,7 @@ class TrainConfig(ModelSettings):
     )
     datasets: list[DatasetConfig] = setting(
         ...,
-        "What to train on: files, folders, globs or python-stdlib; an entry may be a mapping.",
+        "What to train on: files, folders, globs, Hub names or python-stdlib; an entry may be a mapping.",
         group="Data",
         min_length=1,
         expects="a path, or a list of paths or of mappings with a path",
@@ -343,14 +366,76 @@ class TrainConfig(ModelSettings):
         None, "Read at most so much text; null reads all.", group="Data", unit="bytes", ge=1
     )
     max_length: int = setting(1024, "Length of a training sequence.", group="Data", unit="tokens", ge=2)
+    truncation: Literal["auto", "drop", "keep_start", "keep_end", "split"] = setting(
+        "auto",
+        "What becomes of a document longer than max_length; auto splits text and drops others. Not for "
+        "wrapped packing, which cuts everything.",
+        group="Data",
+    )
     packing: bool = setting(
         True,
-        "Join documents with the end-of-text token and cut them to max_length; nothing is padding.",
+        "Fill sequences with several documents; false gives each document its own and pads to the batch.",
         group="Data",
-        expects="true (training on padded documents is not available)",
     )
-    packing_strategy: Literal["wrapped"] = setting(
-        "wrapped", "How documents are packed; wrapped lets one go on in the next sequence.", group="Data"
+    packing_strategy: Literal["auto", "wrapped", "bfd"] = setting(
+        "auto",
+        "bfd (best fit decreasing) keeps documents whole and apart: positions from 0, no attention across. "
+        "wrapped joins them and cuts every max_length tokens. auto is wrapped for text, bfd for others.",
+        group="Data",
+    )
+    loss_on: Literal["auto", "all", "completion", "assistant", "last_assistant"] = setting(
+        "auto",
+        "Which tokens are trained on; auto: all of a text, the completion of a prompt, every turn of the "
+        "assistant in a conversation.",
+        group="Data",
+    )
+    chat_template: str | None = setting(
+        None,
+        "A .jinja file, or the built-in chatml, plain or alpaca; null means the tokenizer's own. It is saved "
+        "with the trained model.",
+        group="Data",
+        min_length=1,
+    )
+    chat_template_kwargs: dict[str, Any] = setting(
+        {}, "Further variables for the chat template, such as enable_thinking.", group="Data"
+    )
+    on_bad_row: Literal["raise", "skip"] = setting(
+        "raise", "What a row that cannot be used does: end the run, or be counted and left out.", group="Data"
+    )
+    streaming: bool = setting(
+        False,
+        "Tokenise while training, for data too large to tokenise first; needs max_steps.",
+        group="Data",
+    )
+    buffer_size: int = setting(
+        2000,
+        "Documents of a stream that are packed and shuffled together.",
+        group="Data",
+        unit="documents",
+        ge=1,
+    )
+    dataset_num_proc: int | None = setting(
+        None,
+        "Processes that tokenise; null means one for each core. The tokens do not depend on it.",
+        group="Data",
+        unit="processes",
+        ge=1,
+        le=1024,
+    )
+    dataset_cache_dir: str | None = setting(
+        "auto",
+        "Where tokens are kept for the next run, by content and settings; auto is the user's cache folder, "
+        "null keeps none.",
+        group="Data",
+        min_length=1,
+    )
+    dataloader_num_workers: int = setting(
+        1,
+        "Threads that make the next steps ready; 0 makes each when it is needed. The order is the same.",
+        group="Data",
+        unit="threads",
+        ge=0,
+        le=64,
     )
     data_seed: int | None = setting(
         None,
@@ -421,6 +506,35 @@ class TrainConfig(ModelSettings):
         unit="steps",
         ge=0,
     )
+    eval_datasets: list[DatasetConfig] = setting(
+        [],
+        "What to evaluate on, as in datasets.",
+        group="Evaluation",
+        expects="a path, or a list of paths or of mappings with a path",
+    )
+    val_size: int | float = setting(
+        0,
+        "Documents of datasets to hold out for evaluation instead: a share below 1, or a count.",
+        group="Evaluation",
+        unit="documents",
+        expects="a whole number >= 0, or a share below 1",
+    )
+    eval_strategy: Literal["no", "steps", "epoch"] = setting(
+        "no",
+        "When to evaluate; the end of the run always, where there is something to evaluate on.",
+        group="Evaluation",
+    )
+    eval_steps: int = setting(
+        100, "Steps between evaluations, with eval_strategy: steps.", group="Evaluation", unit="steps", ge=1
+    )
+    eval_on_start: bool = setting(False, "Evaluate before the first step too.", group="Evaluation")
+    per_device_eval_batch_size: int | None = setting(
+        None,
+        "Sequences in a micro-batch of evaluation; null means per_device_train_batch_size.",
+        group="Evaluation",
+        unit="sequences",
+        ge=1,
+    )
     output_dir: str = setting(
         "runs/run",
         "Folder for the trained model, metrics and resolved settings.",
@@ -430,6 +544,22 @@ class TrainConfig(ModelSettings):
     overwrite_output_dir: bool = setting(False, "Allow output_dir to hold an earlier run.", group="Output")
     run_name: str | None = setting(None, "A name for the run in its reports.", group="Output")
     logging_steps: int = setting(1, "Write metrics every so many steps.", group="Output", unit="steps", ge=1)
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = setting(
+        [],
+        "Where metrics go beside metrics.jsonl, which is always written: tensorboard, wandb, trackio.",
+        group="Output",
+        expects="a list of tensorboard, wandb and trackio",
+    )
+    project: str = setting(
+        "horizon-lm", "The project that wandb and trackio file the run under.", group="Output", min_length=1
+    )
+    peak_tflops: float | None = setting(
+        None,
+        "What the device can do, for MFU; null measures a large matrix product in the run's dtype.",
+        group="Output",
+        unit="TFLOP/s",
+        gt=0,
+    )
     plot_loss: bool = setting(True, "Leave a picture of the loss curve in output_dir.", group="Output")
     save_dtype: Literal["bfloat16", "float32"] | None = setting(
         None, "Number format of the exported model; null means dtype.", group="Output"
@@ -451,17 +581,24 @@ class TrainConfig(ModelSettings):
         "auto", "Progress display; auto is rich on a terminal and plain elsewhere.", group="Output"
     )
 
-    @field_validator("datasets", mode="before")
+    @field_validator("datasets", "eval_datasets", mode="before")
     @classmethod
     def _list_datasets(cls, value: Any) -> Any:
-        entries = value if isinstance(value, list) else [value]
+        entries = value if isinstance(value, list) else [] if value is None else [value]
         return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
 
-    @field_validator("packing")
+    @field_validator("report_to", mode="before")
     @classmethod
-    def _check_packing(cls, value: bool) -> bool:
-        if not value:  # refused rather than ignored; reported with the field's `expects`
-            raise ValueError("not available")
+    def _list_reports(cls, value: Any) -> Any:
+        if value in (None, "none", ["none"]):  # transformers' way to say so
+            return []
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("val_size")
+    @classmethod
+    def _check_val_size(cls, value: int | float) -> int | float:
+        if value < 0 or isinstance(value, float) and value >= 1:
+            raise ValueError("neither a count nor a share")  # reported with the field's `expects`
         return value
 
     @field_validator("max_steps")
@@ -482,7 +619,46 @@ class TrainConfig(ModelSettings):
     def _check_together(self) -> Self:
         self._check_model()
         self._check_scheduler()
+        self._check_data()
         return self
+
+    def _check_data(self) -> None:
+        if self.val_size and self.eval_datasets:
+            raise fault(
+                "'val_size' and 'eval_datasets' are both given", key="val_size", hint="keep one of them"
+            )
+        if self.eval_strategy != "no" and not (self.val_size or self.eval_datasets):
+            raise fault(
+                f"eval_strategy is {self.eval_strategy}, and there is nothing to evaluate on",
+                key="eval_strategy",
+                hint="set eval_datasets, or val_size to hold out a part of datasets",
+            )
+        if self.truncation == "split" and self.loss_on not in ("auto", "all"):
+            raise fault(
+                "truncation: split would cut an answer from its question",
+                key="truncation",
+                hint="drop, keep_start or keep_end",
+            )
+        if self.streaming:
+            self._check_streaming()
+
+    def _check_streaming(self) -> None:
+        if self.max_steps < 1:
+            raise fault(
+                "streaming needs max_steps, as the length of a stream is not known",
+                key="streaming",
+                hint="max_steps=1000",
+            )
+        if self.val_size:
+            raise fault(
+                "val_size takes a part of data that is read whole", key="val_size", hint="set eval_datasets"
+            )
+        if any(dataset.weight != 1 for dataset in self.datasets):
+            raise fault(
+                "a weight takes data that is read whole",
+                key="datasets",
+                hint="streaming: false, or weight: 1",
+            )
 
     def _check_model(self) -> None:
         if self.model_name_or_path is None and self.init_model is None:

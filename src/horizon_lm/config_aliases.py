@@ -56,6 +56,17 @@ def _checkpointing(value: Any) -> Any:
     return _flag("recompute", "keep")(value)
 
 
+def _choice(yes: str, no: str) -> Callable[[Any], str]:
+    """For switches whose two positions are two of our words."""
+
+    def convert(value: Any) -> str:
+        if not isinstance(value, bool):
+            raise ValueError("expected true or false")
+        return yes if value else no
+
+    return convert
+
+
 ALIASES: dict[str, Alias] = {
     "base_model": Alias("model_name_or_path"),
     "model": Alias("model_name_or_path"),
@@ -74,6 +85,28 @@ ALIASES: dict[str, Alias] = {
     "dataset": Alias("datasets"),
     "dataset_name": Alias("datasets"),
     "train_file": Alias("datasets"),
+    "dataset_path": Alias("datasets"),
+    "eval_dataset": Alias("eval_datasets"),
+    "test_datasets": Alias("eval_datasets"),
+    "val_dataset": Alias("eval_datasets"),
+    "validation_file": Alias("eval_datasets"),
+    "val_set_size": Alias("val_size"),
+    "split_dataset_ratio": Alias("val_size"),
+    "evaluation_strategy": Alias("eval_strategy"),
+    "eval_batch_size": Alias("per_device_eval_batch_size"),
+    "assistant_only_loss": Alias("loss_on", _choice("assistant", "all")),
+    "completion_only_loss": Alias("loss_on", _choice("completion", "all")),
+    "train_on_inputs": Alias("loss_on", _choice("all", "auto")),
+    "train_on_prompt": Alias("loss_on", _choice("all", "auto")),
+    "mask_history": Alias("loss_on", _choice("last_assistant", "auto")),
+    "chat_template_path": Alias("chat_template"),
+    "preprocessing_num_workers": Alias("dataset_num_proc"),
+    "dataset_processes": Alias("dataset_num_proc"),
+    "dataset_prepared_path": Alias("dataset_cache_dir"),
+    "shuffle_buffer_size": Alias("buffer_size"),
+    "neat_packing": Alias("packing_strategy", _choice("bfd", "wrapped")),
+    "wandb_project": Alias("project"),
+    "wandb_name": Alias("run_name"),
     "cutoff_len": Alias("max_length"),
     "sequence_len": Alias("max_length"),
     "max_seq_length": Alias("max_length"),
@@ -97,16 +130,67 @@ ALIASES: dict[str, Alias] = {
     "activation_checkpointing": Alias("activations", _checkpointing),
 }
 
+_READ = "columns that are not needed are not read into memory"
+_PADDED = "a batch is padded to its longest sequence"
 DROPPED: dict[str, str] = {
     "gradient_checkpointing_kwargs": "how a layer is recomputed is not a choice here",
+    "remove_unused_columns": _READ,
+    "pad_to_sequence_len": _PADDED,
+    "overwrite_cache": "tokens are kept by content and settings, so that a change is noticed",
+    "dataset_kwargs": "the dataset's format is known from its columns",
 }
 
 # Settings that people bring from elsewhere and that have no counterpart: the hint of the unknown-key error.
+_WHOLE = "leave the key out: all parameters are trained, in full precision"
+_METHOD = "leave the key out: supervised tuning or pretraining follows from the columns of the data"
+_HOST = "leave the key out: weights and optimizer state are in host memory already"
 UNAVAILABLE: dict[str, str] = {
     "fp16": "leave the key out and choose 'dtype: bfloat16' or 'dtype: float32'",
-    "deepspeed": "leave the key out: weights and optimizer state are in host memory already",
-    "fsdp": "leave the key out: weights and optimizer state are in host memory already",
+    "deepspeed": _HOST,
+    "fsdp": _HOST,
+    "method": _METHOD,
+    "stage": _METHOD,
+    "do_train": "leave the key out: 'horizon train' trains and 'horizon eval' evaluates",
+    "do_eval": "leave the key out: 'horizon train' trains and 'horizon eval' evaluates",
+    "finetuning_type": _WHOLE,
+    "adapter": _WHOLE,
+    "use_peft": _WHOLE,
+    "load_in_4bit": _WHOLE,
+    "load_in_8bit": _WHOLE,
+    "lora_r": _WHOLE,
+    "lora_rank": _WHOLE,
+    "lora_alpha": _WHOLE,
+    "lora_target_modules": _WHOLE,
+    "template": "leave the key out: the tokenizer's own chat template is used; 'chat_template' is another",
+    "dataset_text_field": "leave the key out and write 'datasets: [{path: ..., text_column: ...}]'",
+    "dataset_train_split": "leave the key out and write 'datasets: [{path: ..., split: ...}]'",
+    "dataset_config": "leave the key out and write 'datasets: [{path: ..., name: ...}]'",
+    "dataset_dir": "leave the key out and write the path of each dataset in 'datasets'",
+    "dataset_format": "leave the key out and write 'datasets: [{path: ..., format: ...}]'",
+    "padding_free": "leave the key out: 'packing: true' has no padding",
 }
+
+
+# Of an entry of `datasets`, as Axolotl writes it.
+ENTRY_ALIASES: dict[str, str] = {"type": "format", "field": "text_column", "field_messages": "columns"}
+_ENTRY_TYPES = {"chat_template": "messages", "completion": "text", "pretrain": "text"}
+
+
+def canonical_entry(values: Any) -> Any:
+    """An entry of `datasets` under our names. ValueError where a key stands there under two."""
+    if not isinstance(values, dict):
+        return values
+    result = dict(values)
+    for alias, key in ENTRY_ALIASES.items():
+        if alias not in result:
+            continue
+        value = result.pop(alias)
+        if key in result:
+            raise ValueError(f"'{key}' and '{alias}' are the same setting")
+        if alias == "type" and isinstance(value, str):
+            value = _ENTRY_TYPES.get(value.split(".")[0], value.split(".")[0])
+        result[key] = {value: "messages"} if alias == "field_messages" else value
+    return result
 
 
 def canonical_name(key: str) -> str:

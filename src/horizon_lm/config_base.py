@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 from horizon_lm import config_aliases, config_merge, config_yaml
 from horizon_lm.config_yaml import Document
 
-GROUPS = ("Model", "Data", "Batch and schedule", "Optimizer", "Memory and device", "Output")
+GROUPS = ("Model", "Data", "Batch and schedule", "Optimizer", "Evaluation", "Memory and device", "Output")
 
 
 def setting(

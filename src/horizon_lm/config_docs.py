@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from horizon_lm.config import DatasetConfig, TrainConfig
-from horizon_lm.config_aliases import ALIASES, DROPPED, UNAVAILABLE, canonical_name
+from horizon_lm.config_aliases import ALIASES, DROPPED, ENTRY_ALIASES, UNAVAILABLE, canonical_name
 from horizon_lm.config_base import Settings, grouped_keys
 from horizon_lm.config_yaml import Document, KeyPath
 from horizon_lm.errors import ConfigError
@@ -29,6 +29,7 @@ _TYPE_WORDS = {
     "object": "a mapping",
     "null": "null",
 }
+_DATASETS = (("datasets",), ("eval_datasets",))  # lists of mappings with keys of their own
 _LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
@@ -95,9 +96,7 @@ def explain(cls: type[Settings], error: ValidationError, document: Document) -> 
     seen: set[KeyPath] = set()
     for finding in error.errors(include_url=False):
         location = finding["loc"]
-        path = (
-            location if location[:1] == ("datasets",) else location[:1]
-        )  # the rest names branches of a union
+        path = location if location[:1] in _DATASETS else location[:1]  # the rest names branches of a union
         if path in seen:
             continue
         seen.add(path)
@@ -124,7 +123,7 @@ def _place(document: Document, path: KeyPath) -> str:
 
 
 def _fault(cls: type[Settings], path: KeyPath, finding: Any) -> tuple[str, str | None]:
-    inside = len(path) > 1 and path[0] == "datasets"
+    inside = len(path) > 1 and path[:1] in _DATASETS
     owner: type[BaseModel] = DatasetConfig if inside else cls
     leaf = str(path[2] if len(path) > 2 else path[0])
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
@@ -240,4 +239,5 @@ def markdown() -> str:
     lines += ["beside the first is an error.", "", "| Name | Read as |", "|---|---|"]
     lines += [f"| `{name}` | `{alias.key}` |" for name, alias in ALIASES.items()]
     lines += [f"| `{name}` | nothing: {reason} |" for name, reason in DROPPED.items()]
+    lines += [f"| `{name}` of a dataset | `{key}` of a dataset |" for name, key in ENTRY_ALIASES.items()]
     return "\n".join(lines) + "\n"

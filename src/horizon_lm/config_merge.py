@@ -80,7 +80,7 @@ def _override(
 def _value_of(name: str, raw: str, text_keys: frozenset[str]) -> Any:
     """The value of an override. Text is taken verbatim: `sample_prompt=def f(x):` is no mapping."""
     stripped = raw.strip()
-    if name == "datasets":
+    if name in ("datasets", "eval_datasets"):
         verbatim = not stripped.startswith(("[", "{", '"', "'"))
     else:
         verbatim = name in text_keys and not stripped.startswith(('"', "'"))

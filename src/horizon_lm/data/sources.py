@@ -1,7 +1,11 @@
-"""Where text comes from: files, folders, globs, and Python's own standard library.
+"""Rows from files: text, JSON lines, JSON and parquet, in a file, a folder or a glob; and Python's library.
 
-A source is read lazily, one document (a `str`) at a time, and every fault is a
-`DataError` that names the file and, where there is one, the line or row.
+A source is read lazily, one row at a time, and each row comes with the place where it stands. A text file is
+one row with the column `text`. Rows that cannot be read come as a `DataError` in place of the row, so that
+`on_bad_row: skip` can pass over them; what spoils a whole file is raised.
+
+The files are read here rather than by `datasets`, which infers one schema for all rows: a key that only some
+messages have would be filled with null in the others, and a broken row could not be named by its line.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,63 +27,11 @@ _STDLIB_SKIPPED = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
 )
 
+# What lies beside the data in the folder of a dataset.
+_ABOUT = frozenset({"readme.md", "license.md", "license.txt", "dataset_info.json", "dataset_infos.json"})
 
-class Documents:
-    """The documents of `datasets`, in order; iterate as often as needed, each time afresh.
-
-    Each dataset has a `path` (a file, a folder, a glob, or `python-stdlib`) and may have a
-    `text_column` (default "text") and `columns`, a map {name in the file: name here}.
-    A folder's files are read in the order of their names. `max_bytes` bounds the UTF-8
-    bytes of all documents together; the document that crosses it is cut there. Empty
-    texts are passed over; `num_empty` counts those of the latest iteration.
-
-    Iterating raises `DataError` for anything missing, empty, malformed or not text.
-    """
-
-    def __init__(self, datasets: Sequence[Any], max_bytes: int | None = None) -> None:
-        if not datasets:
-            raise DataError("no dataset is given", hint=f"datasets=FILE, a folder, or {PYTHON_STDLIB}")
-        self._datasets = list(datasets)
-        self._max_bytes = max_bytes
-        self.num_empty = 0
-
-    def __iter__(self) -> Iterator[str]:
-        self.num_empty = 0
-        left = self._max_bytes
-        for dataset in self._datasets:
-            found = False
-            for text, place in _documents_of(dataset):
-                if not text:
-                    self.num_empty += 1
-                    continue
-                found = True
-                size = _utf8_size(text, place)
-                if left is not None and size >= left:
-                    yield text.encode("utf-8")[:left].decode("utf-8", errors="ignore")
-                    return
-                if left is not None:
-                    left -= size
-                yield text
-            if not found:
-                raise DataError(f"{dataset.path} holds no text", hint="every file or row in it is empty")
-
-
-def _documents_of(dataset: Any) -> Iterator[tuple[str, str]]:
-    """(text, place it came from) for each document of one dataset."""
-    name = str(dataset.path)
-    if name == PYTHON_STDLIB and not os.path.exists(name):
-        yield from _read_stdlib()
-        return
-    column = _column_in_file(dataset)
-    for path in list_files(name):
-        yield from read_file(path, column)
-
-
-def _column_in_file(dataset: Any) -> str:
-    """The name, inside the file, of the column that holds the text."""
-    column = getattr(dataset, "text_column", None) or "text"
-    renamed = getattr(dataset, "columns", None) or {}
-    return next((old for old, new in renamed.items() if new == column), column)
+Row = dict[str, Any] | DataError
+PlacedRow = tuple[Row, str]
 
 
 def list_files(name: str) -> list[Path]:
@@ -100,69 +52,93 @@ def list_files(name: str) -> list[Path]:
     else:
         raise DataError(
             f"{name} does not exist",
-            hint=f"a dataset is a local file, a folder, a glob, or {PYTHON_STDLIB}; looked in {os.getcwd()}",
+            hint="a dataset is a local file, a folder, a glob, a name on the Hugging Face Hub, or "
+            f"{PYTHON_STDLIB}; looked in {os.getcwd()}",
         )
     files = sorted(Path(file) for file in found if file.lower().endswith(SUFFIXES))
+    files = [file for file in files if file.name.lower() not in _ABOUT] or files
     if not files:
         raise DataError(f"{name} matches no file of a known type", hint=f"one of {' '.join(SUFFIXES)}")
     return files
 
 
-def read_file(path: Path, column: str) -> Iterator[tuple[str, str]]:
-    """(text, place) for each document of one file; `column` matters to files of rows only."""
+def read_file(path: Path) -> Iterator[PlacedRow]:
+    """(row, place) for each row of one file."""
     try:
-        yield from _READERS[path.suffix.lower()](path, column)
+        yield from _READERS[path.suffix.lower()](path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _read_text(path: Path, column: str) -> Iterator[tuple[str, str]]:
-    yield _decode(path.read_bytes(), str(path)), str(path)
+def _read_text(path: Path) -> Iterator[PlacedRow]:
+    place = str(path)
+    yield _row_or_fault(lambda: {"text": _decode(path.read_bytes(), place)}), place
 
 
-def _read_json_lines(path: Path, column: str) -> Iterator[tuple[str, str]]:
+def _read_json_lines(path: Path) -> Iterator[PlacedRow]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            place = f"{path}:{number}"
-            text = _decode(line, place).strip()
-            if text:
-                yield _text_of(_parse(text, place), column, place), place
+            if line.strip():
+                place = f"{path}:{number}"
+                yield _row_or_fault(lambda: _json_row(line, place)), place  # noqa: B023
 
 
-def _read_json(path: Path, column: str) -> Iterator[tuple[str, str]]:
+def _json_row(line: bytes, place: str) -> dict[str, Any]:
+    return _row(_parse(_decode(line, place).strip(), place), place)
+
+
+def _read_json(path: Path) -> Iterator[PlacedRow]:
     """A `.json` file is one array of objects, or (as many tools write it) one object a line."""
     with path.open("rb") as file:
         start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not start.startswith(b"["):
-        yield from _read_json_lines(path, column)
+        yield from _read_json_lines(path)
         return
     rows = _parse(_decode(path.read_bytes(), str(path)), str(path))
     for number, row in enumerate(rows, start=1):
         place = f"{path}: row {number}"
-        yield _text_of(row, column, place), place
+        yield _row_or_fault(lambda: _row(row, place)), place  # noqa: B023
 
 
-def _read_parquet(path: Path, column: str) -> Iterator[tuple[str, str]]:
+def _read_parquet(path: Path) -> Iterator[PlacedRow]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if column not in names:
-                raise _missing_column(column, names, str(path))
             number = 0
-            for batch in file.iter_batches(columns=[column]):
-                for value in batch.column(0).to_pylist():
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
                     number += 1
-                    place = f"{path}: row {number}"
-                    yield _checked_text(value, column, place), place
+                    yield without_filling(row), f"{path}: row {number}"
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from error
 
 
-# One reader for each file type: (path, column) -> (text, place) of each document.
-_READERS: dict[str, Callable[[Path, str], Iterator[tuple[str, str]]]] = {
+def without_filling(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of Arrow's, without the nulls inside its values.
+
+    A column has one type there: a key that one object has is null in all others, such as an argument of
+    another tool's call.
+    """
+    return {key: _pruned(value) if isinstance(value, (dict, list)) else value for key, value in row.items()}
+
+
+def _pruned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _pruned(entry) for key, entry in value.items() if entry is not None}
+    return [_pruned(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _row_or_fault(read: Callable[[], dict[str, Any]]) -> Row:
+    try:
+        return read()
+    except DataError as error:
+        return error
+
+
+# One reader for each file type.
+_READERS: dict[str, Callable[[Path], Iterator[PlacedRow]]] = {
     ".txt": _read_text,
     ".md": _read_text,
     ".py": _read_text,
@@ -186,30 +162,16 @@ def _parse(text: str, place: str) -> Any:
         raise DataError(f"{place} is not usable JSON: {error}") from error
 
 
-def _text_of(row: Any, column: str, place: str) -> str:
-    if not isinstance(row, dict):
+def _row(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
         raise DataError(
-            f"{place} holds {_kind(row)}, not an object", hint='write each row as {"text": "..."}'
+            f"{place} holds {kind(value)}, not an object", hint='write each row as {"text": "..."}'
         )
-    if column not in row:
-        raise _missing_column(column, list(row), place)
-    return _checked_text(row[column], column, place)
-
-
-def _checked_text(value: Any, column: str, place: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{place}: {column!r} holds {_kind(value)}, not text")
     return value
 
 
-def _missing_column(column: str, seen: list[str], place: str) -> DataError:
-    return DataError(
-        f"{place} has no column {column!r}; it has {', '.join(map(repr, seen)) or 'none'}",
-        hint="set text_column of this dataset to the one that holds the text",
-    )
-
-
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
+    """What a JSON value is, in words."""
     names = {type(None): "null", dict: "an object", list: "a list", bool: "a boolean", str: "text"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
@@ -224,14 +186,7 @@ def _decode(data: bytes, place: str) -> str:
         ) from error
 
 
-def _utf8_size(text: str, place: str) -> int:
-    try:
-        return len(text.encode("utf-8"))
-    except UnicodeEncodeError as error:
-        raise DataError(f"{place}: character {error.start} is half of a surrogate pair") from error
-
-
-def _read_stdlib() -> Iterator[tuple[str, str]]:
+def stdlib_files() -> list[Path]:
     """The standard library's own modules, in an order that mixes its folders.
 
     Sorted by a hash of each file's relative name, so that any prefix is a fair sample of
@@ -245,5 +200,13 @@ def _read_stdlib() -> Iterator[tuple[str, str]]:
         names += [path.relative_to(root).as_posix() for path in paths if not path.is_symlink()]
     if not names:
         raise DataError(f"{root} holds no Python sources", hint="set datasets=FILE")
-    for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        yield (root / name).read_text(encoding="utf-8", errors="ignore"), str(root / name)
+    return [root / name for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())]
+
+
+def read_stdlib() -> Iterator[PlacedRow]:
+    for path in stdlib_files():
+        yield {"text": path.read_text(encoding="utf-8", errors="ignore")}, str(path)
+
+
+def is_stdlib(name: str) -> bool:
+    return name == PYTHON_STDLIB and not os.path.exists(name)

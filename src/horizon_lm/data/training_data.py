@@ -1,15 +1,22 @@
-"""All of a run's training data in one call: documents, tokenizer, blocks."""
+"""All of a run's data in one call: documents, tokenizer, tokens, sequences to train and to evaluate on."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from horizon_lm.data.packing import pack_documents
-from horizon_lm.data.sources import Documents
+from horizon_lm.data.documents import Documents
+from horizon_lm.data.encode import Encoder
+from horizon_lm.data.loader import TokenLoader
+from horizon_lm.data.packing import Rows, make_rows, split_off, weighted
+from horizon_lm.data.streaming import StreamLoader
+from horizon_lm.data.tokenise import tokenise
 from horizon_lm.data.tokenizer import load_tokenizer, train_tokenizer
+from horizon_lm.data.tokens import TokenStore
 from horizon_lm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,46 +25,131 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """`blocks` [n, max_length] of token ids (uint16 or uint32), and what they were made with.
+    """rows: sequences to train on (of a stream: those of its first window); eval_rows: held out, or None.
 
-    `num_documents` were read, beside `num_empty_documents` that hold nothing. They have
-    `num_tokens` tokens; `dropped_tokens` of these, at the end, did not fill a block.
+    store: the tokens of all documents read for training. loader: gives the steps. was_cached: an earlier
+    run had tokenised the same.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    blocks: np.ndarray
-    num_documents: int
-    num_empty_documents: int
-    num_tokens: int
-    dropped_tokens: int
+    encoder: Encoder
+    store: TokenStore
+    rows: Rows
+    eval_rows: Rows | None
+    loader: TokenLoader | StreamLoader
+    was_cached: bool
 
 
 def load_training_data(config: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> TrainingData:
-    """Read, tokenise and pack what `config` names.
+    """Read, tokenise and pack what `config` (a TrainConfig) names in its group Data.
 
-    Read from `config`: datasets, max_train_bytes, max_length, and, if no `tokenizer` is
-    given, train_tokenizer_vocab_size (one is trained on the data) or else
-    tokenizer_name_or_path, model_name_or_path, model_revision and trust_remote_code.
-    The data is read once more if a tokenizer is trained, never kept whole.
-    Raises `DataError` and `ConfigError`.
+    If no `tokenizer` is given, one is trained on the data (train_tokenizer_vocab_size) or read. The data is
+    read once more if one is trained, never kept whole. Raises `DataError` and `ConfigError`.
     """
-    documents = Documents(config.datasets, config.max_train_bytes)
+    documents = _documents(config, config.datasets)
     if tokenizer is None:
         tokenizer = _tokenizer_for(config, documents)
-    packed = pack_documents(documents, tokenizer, config.max_length)
-    return TrainingData(
-        tokenizer=tokenizer,
-        blocks=packed.blocks,
-        num_documents=packed.num_documents,
-        num_empty_documents=documents.num_empty,
-        num_tokens=packed.num_tokens,
-        dropped_tokens=packed.dropped_tokens,
+    encoder = make_encoder(config, tokenizer)
+    seed = data_seed(config)
+    batch = {
+        "micro_batch_size": config.per_device_train_batch_size,
+        "micro_batches_per_step": config.gradient_accumulation_steps,
+        "seed": seed,
+        "pad_id": pad_id(tokenizer),
+        "num_workers": config.dataloader_num_workers,
+    }
+    if config.streaming:
+        loader = StreamLoader(
+            config.datasets,
+            encoder,
+            layout=lambda is_text: layout(config, is_text),
+            buffer_size=config.buffer_size,
+            max_bytes=config.max_train_bytes,
+            on_bad_row=config.on_bad_row,
+            **batch,
+        )
+        rows = loader.first_rows
+        eval_rows = _eval_rows(config, encoder)
+        return TrainingData(tokenizer, encoder, rows.store, rows, eval_rows, loader, False)
+    store, was_cached = _tokens(config, documents, encoder)
+    numbers = np.arange(len(store.lengths))
+    held_out: np.ndarray | None = None
+    if config.val_size:
+        numbers, held_out = split_off(len(numbers), config.val_size, seed)
+    weights = [dataset.weight for dataset in config.datasets]
+    kind = layout(config, store.counts.is_text)
+    rows = make_rows(store, weighted(store, numbers, weights, seed), **kind)
+    eval_rows = _eval_rows(config, encoder)
+    if held_out is not None:
+        eval_rows = make_rows(store, held_out, keep_rest=True, **kind)
+    return TrainingData(tokenizer, encoder, store, rows, eval_rows, TokenLoader(rows, **batch), was_cached)
+
+
+def _eval_rows(config: Any, encoder: Encoder) -> Rows | None:
+    if not config.eval_datasets:
+        return None
+    return load_eval_rows(config, encoder)
+
+
+def load_eval_rows(config: Any, encoder: Encoder) -> Rows:
+    """The sequences of eval_datasets, all of their tokens; without any, those of datasets."""
+    if config.eval_datasets:
+        documents = Documents(config.eval_datasets, on_bad_row=config.on_bad_row)
+    else:
+        documents = _documents(config, config.datasets)
+    store, _ = _tokens(config, documents, encoder)
+    numbers = np.arange(len(store.lengths))
+    return make_rows(store, numbers, keep_rest=True, **layout(config, store.counts.is_text))
+
+
+def _documents(config: Any, datasets: list[Any]) -> Documents:
+    return Documents(datasets, config.max_train_bytes, on_bad_row=config.on_bad_row)
+
+
+def _tokens(config: Any, documents: Documents, encoder: Encoder) -> tuple[TokenStore, bool]:
+    return tokenise(
+        documents, encoder, cache_dir=cache_dir(config.dataset_cache_dir), num_proc=config.dataset_num_proc
     )
 
 
-def _tokenizer_for(config: Any, documents: Documents) -> PreTrainedTokenizerBase:
-    if config.train_tokenizer_vocab_size:
-        return train_tokenizer(documents, config.train_tokenizer_vocab_size)
+def cache_dir(setting: str | None) -> str | None:
+    """Where tokens are kept; `auto` is the place that the desktop's conventions give to caches."""
+    if setting != "auto":
+        return setting
+    base = os.environ.get("XDG_CACHE_HOME") or Path("~", ".cache")
+    return str(Path(base, "horizon-lm", "tokens").expanduser())
+
+
+def make_encoder(config: Any, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    return Encoder(
+        tokenizer,
+        loss_on=config.loss_on,
+        chat_template=config.chat_template,
+        chat_template_kwargs=config.chat_template_kwargs,
+    )
+
+
+def layout(config: Any, is_text: bool) -> dict[str, Any]:
+    """How documents become sequences: the settings with `auto` resolved by what the documents are."""
+    strategy = config.packing_strategy if config.packing else "none"
+    if strategy == "auto":
+        strategy = "wrapped" if is_text else "bfd"
+    truncation = config.truncation
+    if truncation == "auto":
+        truncation = "split" if is_text else "drop"
+    return {"max_length": config.max_length, "strategy": strategy, "truncation": truncation}
+
+
+def data_seed(config: Any) -> int:
+    return int(config.seed if config.data_seed is None else config.data_seed)
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def tokenizer_of(config: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer that the settings name. Raises ConfigError."""
     name = config.tokenizer_name_or_path or config.model_name_or_path
     if not name:
         raise ConfigError(
@@ -66,3 +158,9 @@ def _tokenizer_for(config: Any, documents: Documents) -> PreTrainedTokenizerBase
         )
     revision = None if config.tokenizer_name_or_path else config.model_revision
     return load_tokenizer(name, trust_remote_code=bool(config.trust_remote_code), revision=revision)
+
+
+def _tokenizer_for(config: Any, documents: Documents) -> PreTrainedTokenizerBase:
+    if config.train_tokenizer_vocab_size:
+        return train_tokenizer(documents.texts(), config.train_tokenizer_vocab_size)
+    return tokenizer_of(config)

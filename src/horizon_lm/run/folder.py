@@ -4,6 +4,7 @@ config.resolved.yaml    every setting of the run; also the mark that a folder is
 metrics.jsonl           see `metrics`
 model/                  the trained model and its tokenizer, in Hugging Face format
 loss.png                the loss curve
+tensorboard/            where report_to names it
 """
 
 from __future__ import annotations
@@ -44,14 +45,19 @@ class RunFolder:
         return self.path / "loss.png"
 
     @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
     def results(self) -> tuple[Path, ...]:
-        return self.settings, self.metrics, self.model, self.picture
+        return self.settings, self.metrics, self.model, self.picture, self.tensorboard
 
     def begin(self, settings: str) -> None:
         """Make it this run's folder: an earlier run's results go, `settings` (YAML) is written."""
         with writing(self.path):
-            if self.model.exists():
-                shutil.rmtree(self.model)
+            for folder in (self.model, self.tensorboard):
+                if folder.exists():
+                    shutil.rmtree(folder)
             for path in (self.picture, self.metrics):
                 path.unlink(missing_ok=True)
             staging = self.settings.with_name(f".{self.settings.name}.tmp")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +26,7 @@ from ..engine.lanes import Span, choose_lanes
 from ..engine.loss import LossFunction
 from ..engine.policies import DTYPES, store_spec
 from ..engine.step import MicroBatch, Step
-from ..errors import ConfigError, DataError, NonFiniteError
+from ..errors import ConfigError, NonFiniteError
 from ..memory.arena import keep_freed_memory
 from ..memory.layout import lay_out
 from ..memory.store import HostStore
@@ -37,57 +36,14 @@ from ..optim.groups import check_patterns, group_rule, segments
 from ..optim.optimizer import Optimizer, UpdateSettings
 from ..plan.preflight import check_host_memory
 from .export import save_model
-
-_KNOWN = frozenset({"input_ids", "labels", "attention_mask", "position_ids"})
+from .micro_batches import check_micro_batches
+from .outputs import EvaluationOutput, ForwardBackwardOutput, StepOutput, TrainStepOutput
 
 
 class _Default(Enum):
     """Stands for a setting that a call leaves as it is."""
 
     SETTING = "the setting"
-
-
-@dataclass(frozen=True)
-class ForwardBackwardOutput:
-    """loss: mean cross-entropy over all target tokens of the step (plus the router's auxiliary
-    loss where the model asks for it), or the sum of what a loss function of your own returned;
-    num_tokens: target tokens, that is labels that are not ignored; metrics: what the loss function
-    returned beside the loss, for each micro-batch."""
-
-    loss: float
-    num_tokens: int
-    metrics: list[dict[str, float]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """grad_norm: global L2 norm of the gradients before clipping."""
-
-    grad_norm: float
-
-
-@dataclass(frozen=True)
-class TrainStepOutput(ForwardBackwardOutput):
-    """As `ForwardBackwardOutput`, and the global L2 norm of the gradients before clipping."""
-
-    grad_norm: float = math.nan
-
-
-@dataclass(frozen=True)
-class EvaluationOutput:
-    """loss: mean cross-entropy in nats over all target tokens; log_probs: where asked for, log p(label)
-    for each micro-batch, fp32 [batch, tokens - 1], aligned with labels[:, 1:], 0 where ignored."""
-
-    loss: float
-    num_tokens: int
-    log_probs: list[torch.Tensor] | None = None
-
-    @property
-    def perplexity(self) -> float:
-        try:
-            return math.exp(self.loss)
-        except OverflowError:
-            return math.inf
 
 
 class HostModel:
@@ -199,14 +155,7 @@ class HostModel:
         update: UpdateSettings | None,
         record: bool,
     ) -> Step:
-        batches = [self._checked(m, batch, bool(loss_fn)) for m, batch in enumerate(micro_batches)]
-        if not batches:
-            raise DataError("forward_backward was given no micro-batch", hint="pass a list of at least one")
-        if not any(bool((batch["labels"][:, 1:] != -100).any()) for batch in batches):
-            raise DataError(
-                "no token of this step is trained on: every label is -100",
-                hint="check the labels and the mask; the first token of a row is never a target",
-            )
+        batches = check_micro_batches(micro_batches, self.skeleton, extra=bool(loss_fn))
         self._has_gradients = False
         step = self.engine.forward_backward(
             batches, self.steps_done, update=update, loss_fn=loss_fn, record=record
@@ -335,9 +284,7 @@ class HostModel:
         micro_batches: as in `forward_backward`. Does not disturb the gradients of a step that is not
         finished. Raises DataError for micro-batches that have no target at all.
         """
-        batches = [self._checked(m, batch, False) for m, batch in enumerate(micro_batches)]
-        if not any(bool((batch["labels"][:, 1:] != -100).any()) for batch in batches):
-            raise DataError("no token is evaluated: every label is -100", hint="check the labels")
+        batches = check_micro_batches(micro_batches, self.skeleton)
         step = self.engine.evaluate(batches, record=record)
         log_probs = None
         if return_log_probs:
@@ -392,54 +339,6 @@ class HostModel:
             "boundary_slots": self.engine.boundary_slots.num_bytes,
             "boundaries": self.engine.boundary_slots.host_bytes,
         }
-
-    def _checked(self, m: int, batch: MicroBatch, extra: bool) -> MicroBatch:
-        """The micro-batch with host tensors, after looking for what would train wrongly. extra: tensors
-        of any name and shape may stand beside the known ones."""
-        for name in ("input_ids", "labels"):
-            if name not in batch:
-                raise DataError(f"micro-batch {m} has no {name}", hint=f"its keys are {sorted(batch)}")
-        unknown = batch.keys() - _KNOWN
-        if unknown and not extra:
-            raise DataError(
-                f"micro-batch {m} has unknown keys {sorted(unknown)}",
-                hint="input_ids, labels, attention_mask and position_ids are taken",
-            )
-        shape = batch["input_ids"].shape
-        if len(shape) != 2 or shape[1] < 2:
-            raise DataError(
-                f"micro-batch {m}: input_ids of shape {tuple(shape)}",
-                hint="[batch, tokens] with at least 2 tokens",
-            )
-        for name, value in batch.items():
-            if value is not None and value.shape != shape and name in _KNOWN:
-                raise DataError(
-                    f"micro-batch {m}: {name} of shape {tuple(value.shape)}, input_ids of {tuple(shape)}",
-                    hint="all have the shape [batch, tokens]",
-                )
-        mask = batch.get("attention_mask")
-        if mask is not None and not bool(mask.any(dim=1).all()):
-            row = int(mask.any(dim=1).long().argmin())
-            raise DataError(
-                f"micro-batch {m}: attention_mask hides every token of row {row}",
-                hint="1 stands for a token, 0 for padding; leave empty rows out",
-            )
-        self._check_range(m, "input_ids", batch["input_ids"], self.skeleton.embedding.num_embeddings)
-        labels = batch["labels"]
-        self._check_range(m, "labels", labels[labels != -100], self.skeleton.vocabulary)
-        return {name: value.cpu() for name, value in batch.items() if value is not None}
-
-    def _check_range(self, m: int, name: str, values: torch.Tensor, end: int) -> None:
-        if values.dtype != torch.int64:
-            raise DataError(
-                f"micro-batch {m}: {name} are {values.dtype}", hint="token numbers are torch.int64"
-            )
-        if values.numel() and (int(values.min()) < 0 or int(values.max()) >= end):
-            worst = int(values.min()) if int(values.min()) < 0 else int(values.max())
-            raise DataError(
-                f"micro-batch {m}: {name} hold {worst}, outside the vocabulary of {end}",
-                hint="use the model's own tokenizer; -100 in labels means ignored",
-            )
 
 
 def _output(step: Step) -> ForwardBackwardOutput:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ..config import TrainConfig
-from ..data import TokenLoader
+from ..data import Loader
 from ..errors import NonFiniteError
 from .host_model import HostModel
 
@@ -34,7 +34,7 @@ class StepRecord:
 
 def train_steps(
     model: HostModel,
-    loader: TokenLoader,
+    loader: Loader,
     learning_rate: Callable[[int], float],
     config: TrainConfig,
     num_steps: int,
@@ -50,12 +50,9 @@ def train_steps(
         lr = learning_rate(step - 1)
         micro_batches = next(loader)
         try:
+            is_recorded = step % config.logging_steps == 0 or step == recorded_step(num_steps)
             out = model.train_step(
-                micro_batches,
-                lr,
-                config.max_grad_norm,
-                config.weight_decay,
-                record=step == recorded_step(num_steps),
+                micro_batches, lr, config.max_grad_norm, config.weight_decay, record=is_recorded
             )
             loss, num_tokens, grad_norm = out.loss, out.num_tokens, out.grad_norm
             skipped_in_a_row = 0

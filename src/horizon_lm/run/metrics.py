@@ -3,6 +3,7 @@
     {"event": "start", ...}     versions, machine, size of the model and of the data
     {"event": "step", ...}      every logging_steps steps, see `Metrics`
     {"event": "timeline", ...}  what ran when in one step, once a run
+    {"event": "eval", ...}      every evaluation, see `evaluation.Evaluation`
     {"event": "end", ...}       "status": finished, interrupted or failed
 
 Every line has `event` and `time` (UTC). Numbers that are not finite are null, never 0.
@@ -13,8 +14,8 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,13 +24,17 @@ from typing import Any, Self, TextIO
 import psutil
 import torch
 
+from ..data import Loader
+from ..data.batches import StepSize
 from ..engine.lanes import Span
 from ..errors import DataError, HorizonError
+from .evaluation import Evaluation
+from .flops import ModelFlops, count_flops
 from .folder import writing
 from .host_model import HostModel
 from .loop import StepRecord
 
-_PACKAGES = ("horizon-lm", "torch", "transformers", "tokenizers", "safetensors")
+_PACKAGES = ("horizon-lm", "torch", "transformers", "tokenizers", "safetensors", "datasets", "trl")
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,11 @@ class Metrics:
     """One line of the file: the steps since the line before it.
 
     loss: mean over their target tokens, without skipped steps; grad_norm (before clipping),
-    learning_rate and epoch: of the last step; tokens_per_second: target tokens. Since the start of
-    the run: num_tokens (target tokens), seconds (in steps), skipped_steps. device_bytes: peak
-    on a CUDA device, else what the slots hold (0 where they share the store's memory).
+    learning_rate and epoch: of the last step; tokens_per_second: real tokens, that is without padding;
+    mfu: see `flops`. Since the start of the run: num_tokens (real) and num_target_tokens (trained on),
+    seconds (in steps), skipped_steps. device_bytes: peak on a CUDA device, else what the slots hold (0
+    where they share the store's memory). lanes: share of the last step's time in which each lane worked,
+    where it was recorded.
     """
 
     step: int
@@ -48,45 +55,76 @@ class Metrics:
     grad_norm: float
     learning_rate: float
     tokens_per_second: float
+    mfu: float
     num_tokens: int
+    num_target_tokens: int
     seconds: float
     skipped_steps: int
     host_rss_bytes: int
     device_bytes: int
+    lanes: dict[str, float] = field(default_factory=dict)
 
 
 class Meter:
-    """Sums up steps: `add` gives a record at every `every`th step, and at the first and the last."""
+    """Sums up steps: `add` gives a record at every `every`th step, and at the first and the last.
 
-    def __init__(self, model: HostModel, *, every: int, num_steps: int) -> None:
-        self._model, self._every, self._num_steps = model, every, num_steps
-        self._window: list[StepRecord] = []
-        self._num_tokens = self._skipped = 0
+    loader: knows how large its latest step was. peak: FLOP/s of the device.
+    """
+
+    def __init__(self, model: HostModel, loader: Loader, *, every: int, num_steps: int, peak: float) -> None:
+        self._model, self._loader, self._every, self._num_steps = model, loader, every, num_steps
+        self._flops, self._peak = flops_of(model), peak
+        self._window: list[tuple[StepRecord, StepSize]] = []
+        self._num_tokens = self._num_targets = self._skipped = 0
         self._seconds = 0.0
 
     def add(self, record: StepRecord) -> Metrics | None:
-        self._window.append(record)
-        self._num_tokens += record.num_tokens
+        size = self._loader.size
+        self._window.append((record, size))
+        self._num_tokens += size.tokens
+        self._num_targets += record.num_tokens
         self._seconds += record.seconds
         self._skipped += record.skipped
         if record.step % self._every and record.step not in (1, self._num_steps):
             return None
         window, self._window = self._window, []
-        learned = [r for r in window if not r.skipped]
-        tokens = sum(r.num_tokens for r in learned)
+        learned = [r for r, _ in window if not r.skipped]
+        targets = sum(r.num_tokens for r in learned)
+        seconds = sum(r.seconds for r, _ in window)
         return Metrics(
             step=record.step,
             epoch=record.epoch,
-            loss=sum(r.loss * r.num_tokens for r in learned) / tokens if tokens else math.nan,
+            loss=sum(r.loss * r.num_tokens for r in learned) / targets if targets else math.nan,
             grad_norm=record.grad_norm,
             learning_rate=record.learning_rate,
-            tokens_per_second=sum(r.num_tokens for r in window) / sum(r.seconds for r in window),
+            tokens_per_second=sum(s.tokens for _, s in window) / seconds,
+            mfu=sum(self._flops.of(s) for _, s in window) / seconds / self._peak,
             num_tokens=self._num_tokens,
+            num_target_tokens=self._num_targets,
             seconds=self._seconds,
             skipped_steps=self._skipped,
             host_rss_bytes=psutil.Process().memory_info().rss,
             device_bytes=device_bytes(self._model),
+            lanes=lane_shares(self._model.timeline, record.seconds) if not record.skipped else {},
         )
+
+
+def flops_of(model: HostModel) -> ModelFlops:
+    """How to count the FLOPs of this model."""
+    counts = {p.name: p.numel for unit in model.store.units for p in unit.parameters}
+    text = model.config.get_text_config()
+    table = next((n for n, m in model.skeleton.model.named_modules() if m is model.skeleton.embedding), "")
+    is_tied = bool(getattr(text, "tie_word_embeddings", False))
+    return count_flops(counts, None if is_tied else f"{table}.weight", text)
+
+
+def lane_shares(spans: Iterable[Span], seconds: float) -> dict[str, float]:
+    """The share of `seconds` in which each lane worked; empty where nothing was recorded."""
+    busy: dict[str, float] = {}
+    for op, start, end in spans:
+        name = op.lane.name.lower()
+        busy[name] = busy.get(name, 0.0) + end - start
+    return {name: min(1.0, time / seconds) for name, time in sorted(busy.items())}
 
 
 class MetricsFile:
@@ -100,6 +138,7 @@ class MetricsFile:
     def __init__(self, path: Path, *, begin: Callable[[], None], header: dict[str, Any]) -> None:
         self._path, self._begin, self._header = path, begin, header
         self._file: TextIO | None = None
+        self._waiting: list[Evaluation] = []
 
     def __enter__(self) -> Self:
         return self
@@ -127,6 +166,8 @@ class MetricsFile:
             with writing(self._path):
                 self._file = self._path.open("w", encoding="utf-8")
             self._write("start", self._header)
+            for evaluation in self._waiting:
+                self._write("eval", asdict(evaluation))
         self._write("step", asdict(metrics))
 
     @property
@@ -138,6 +179,13 @@ class MetricsFile:
         """Append what ran when in a step, as [op, lane, start, end] in seconds."""
         rows = [[str(op), str(op.lane), round(start, 7), round(end, 7)] for op, start, end in spans]
         self._write("timeline", {"step": step, "spans": rows})
+
+    def write_evaluation(self, evaluation: Evaluation) -> None:
+        """Append a line for an evaluation; those before the first step wait for it."""
+        if self._file is None:
+            self._waiting.append(evaluation)
+            return
+        self._write("eval", asdict(evaluation))
 
     def _write(self, event: str, values: dict[str, Any]) -> None:
         assert self._file is not None
@@ -151,6 +199,11 @@ class MetricsFile:
 def read_steps(path: Path) -> list[dict[str, Any]]:
     """The step records of a metrics file; a last line that is cut off (a killed run) is passed over."""
     return [line for line in _lines(path) if line.get("event") == "step"]
+
+
+def read_evaluations(path: Path) -> list[dict[str, Any]]:
+    """The evaluations of a metrics file."""
+    return [line for line in _lines(path) if line.get("event") == "eval"]
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -184,4 +237,6 @@ def device_bytes(model: HostModel) -> int:
 
 
 def _json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _json(entry) for key, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Self, TextIO
 
+from .evaluation import Evaluation
 from .loop import StepRecord
 from .metrics import Metrics
 
@@ -47,6 +48,9 @@ class Progress:
     def step(self, record: StepRecord, metrics: Metrics | None) -> None:
         self._recent.append(record.seconds)
 
+    def evaluation(self, evaluation: Evaluation) -> None:
+        """Show an evaluation on the held-out set."""
+
     def seconds_left(self, step: int) -> float:
         """Estimated from the recent steps."""
         return (self.num_steps - step) * sum(self._recent) / max(1, len(self._recent))
@@ -76,13 +80,18 @@ class PlainProgress(Progress):
         self._last_line = now
         say(self._line(metrics), self._stream)
 
+    def evaluation(self, evaluation: Evaluation) -> None:
+        say(evaluation_line(evaluation), self._stream)
+
     def _line(self, metrics: Metrics) -> str:
         fields = (
             f"step {metrics.step:>{len(str(self.num_steps))}}/{self.num_steps}",
+            f"epoch {metrics.epoch:.2f}",
             f"loss {number(metrics.loss)}",
             f"lr {metrics.learning_rate:.2e}",
             f"grad norm {number(metrics.grad_norm)}",
             f"{rate(metrics.tokens_per_second)} tokens/s",
+            f"mfu {metrics.mfu:.0%}",
             f"left {clock(self.seconds_left(metrics.step))}",
             f"host {size(metrics.host_rss_bytes)}",
             f"device {size(metrics.device_bytes)}",
@@ -116,6 +125,9 @@ class RichProgress(Progress):
     def warn(self, text: str) -> None:
         self._console.print(f"warning: {text}", style="yellow")
 
+    def evaluation(self, evaluation: Evaluation) -> None:
+        self._console.print(evaluation_line(evaluation), style="green")
+
     def start(self, num_steps: int) -> None:
         super().start(num_steps)
         self._started = time.monotonic()
@@ -141,13 +153,16 @@ class RichProgress(Progress):
         elapsed = clock(time.monotonic() - self._started)
         left = clock(self.seconds_left(self._done)) if self._done else "-:--"
         bar.add_row(
-            Text(f"step {self._done}/{self.num_steps}", style="bold"),
+            Text(f"step {self._done}/{self.num_steps}{self._epoch()}", style="bold"),
             ProgressBar(total=self.num_steps, completed=self._done),
             Text(f"{elapsed} gone, {left} left"),
         )
         if self._metrics is None:
             return Group(bar, Text("the first step", style="dim"))
         return Group(bar, self._numbers(self._metrics))
+
+    def _epoch(self) -> str:
+        return f", epoch {self._metrics.epoch:.2f}" if self._metrics is not None else ""
 
     def _numbers(self, metrics: Metrics) -> RenderableType:
         from rich.table import Table
@@ -156,9 +171,10 @@ class RichProgress(Progress):
         fields = {
             "loss": (number(metrics.loss), "bold cyan"),
             "": (f"{sparkline(list(self._losses)):12}", "cyan"),
-            "learning rate": (f"{metrics.learning_rate:.2e}", ""),
+            "rate": (f"{metrics.learning_rate:.2e}", ""),
             "grad norm": (number(metrics.grad_norm), ""),
             "tokens/s": (rate(metrics.tokens_per_second), ""),
+            "mfu": (f"{metrics.mfu:.0%}", ""),
             "host": (size(metrics.host_rss_bytes), ""),
             "device": (size(metrics.device_bytes), ""),
         }
@@ -184,6 +200,13 @@ def choose_progress(mode: str, stream: TextIO | None = None) -> Progress:
         if console.is_terminal and not console.is_dumb_terminal:
             return RichProgress(stream)
     return PlainProgress(stream)
+
+
+def evaluation_line(evaluation: Evaluation) -> str:
+    return (
+        f"evaluation after step {evaluation.step}: loss {number(evaluation.eval_loss)}, perplexity "
+        f"{number(evaluation.eval_perplexity)} over {evaluation.eval_tokens:,} tokens"
+    )
 
 
 def say(text: str, stream: TextIO | None = None) -> None:

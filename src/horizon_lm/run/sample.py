@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from ..data.packing import IGNORED, Row
 from ..plan.hardware import available_host_bytes
+from .generate import Generator, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,10 +28,17 @@ class Sample:
     completion: str
 
 
-def piece_of_data(blocks: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The beginning of the first block [n, T] as text: some tokens, at most half the block."""
-    ids = blocks[0, : min(PROMPT_TOKENS, blocks.shape[1] // 2)]
-    return str(tokenizer.decode(ids.tolist(), skip_special_tokens=True))
+def piece_of_data(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
+    """(a prompt from the beginning of a sequence, whether it is one that a chat template wrote).
+
+    Where something stands before what is trained on, that is the prompt, with its special tokens; else
+    some tokens, at most half the sequence.
+    """
+    first = int(np.argmax(row.labels != IGNORED))
+    if first > 0:
+        return str(tokenizer.decode(row.ids[:first].tolist(), skip_special_tokens=False)), True
+    ids = row.ids[: min(PROMPT_TOKENS, len(row.ids) // 2)]
+    return str(tokenizer.decode(ids.tolist(), skip_special_tokens=True)), False
 
 
 def reason_to_skip(folder: Path) -> str | None:
@@ -52,35 +61,14 @@ def complete(
     device: torch.device,
     trust_remote_code: bool,
     temperature: float = 0.8,
+    special_tokens: bool = True,
 ) -> Sample:
     """Load an exported folder and let it go on from `prompt`; the same completion each time.
 
     temperature: of the draw, with a fixed seed; 0 takes the likeliest token always, which a little
     trained model answers with endless repetition. device: where it runs if it fits there easily,
-    else the CPU. Whatever transformers raises while loading or generating is passed on.
+    else the CPU.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    options: Any = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True, **options)
-    device = device if _fits(device, weight_bytes(folder)) else torch.device("cpu")
-    model = model.to(device).eval()
-    ids = tokenizer(prompt).input_ids or [tokenizer.eos_token_id]  # an empty prompt: a new document
-    inputs = torch.tensor([ids], device=device)
-    draw: Any = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    with torch.inference_mode(), torch.random.fork_rng():
-        torch.manual_seed(0)
-        output = model.generate(
-            input_ids=inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=max_new_tokens,
-            **draw,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-    new = output[0, inputs.shape[1] :].tolist()
-    return Sample(prompt, str(tokenizer.decode(new, skip_special_tokens=True)))
-
-
-def _fits(device: torch.device, num_bytes: int) -> bool:
-    return device.type == "cuda" and 2 * num_bytes < torch.cuda.mem_get_info(device)[0]
+    generator = Generator.load(folder, device=device, trust_remote_code=trust_remote_code)
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
+    return Sample(prompt, generator.complete(prompt, sampling, special_tokens=special_tokens))

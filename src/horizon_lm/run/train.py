@@ -11,18 +11,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..config import ModelSettings, TrainConfig
-from ..data import TokenLoader, TrainingData, load_training_data
-from ..data.sources import PYTHON_STDLIB, list_files
+from ..data import StreamLoader, TrainingData, load_training_data
+from ..data.chat import without_marks
+from ..data.documents import check_exists
+from ..data.training_data import pad_id
 from ..errors import ConfigError, DataError, DoesNotFitError, NonFiniteError
 from ..optim.curves import learning_rates
 from . import sample
+from .evaluation import Evaluation, Evaluator
+from .flops import FORMULA, measure_peak
 from .folder import RunFolder, check_disk, claim
 from .host_model import HostModel, resolve_device
+from .loggers import Loggers, check_installed
 from .loop import count_steps, recorded_step, train_steps
-from .metrics import Meter, Metrics, MetricsFile, read_steps, versions
+from .metrics import Meter, Metrics, MetricsFile, read_evaluations, read_steps, versions
 from .planning import settle
 from .plot import plot_loss
 from .progress import Progress, choose_progress, clock, number, say, size
+from .quiet import quiet_transformers
+from .separation import check_separation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,13 +40,15 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class TrainResult:
     """final_loss: of the last line of metrics_path; tail_loss: mean over the last tenth of its lines,
-    as single steps are noisy. seconds: in steps, without loading and export.
+    as single steps are noisy. eval_loss: at the end, None without anything to evaluate on. num_tokens: real
+    tokens, without padding. seconds: in steps, without loading, evaluation and export.
 
     model_dir holds the trained model and its tokenizer in Hugging Face format.
     """
 
     final_loss: float
     tail_loss: float
+    eval_loss: float | None
     num_steps: int
     num_tokens: int
     seconds: float
@@ -58,7 +67,7 @@ def train(config: TrainConfig, *, config_notes: Sequence[str] = ()) -> TrainResu
     progress = choose_progress(config.progress)
     with (
         claim(config.output_dir, overwrite=config.overwrite_output_dir) as folder,
-        _quiet_transformers(),
+        quiet_transformers(),
         _memory_faults(),
     ):
         check_sources(config, folder)
@@ -70,6 +79,7 @@ def train(config: TrainConfig, *, config_notes: Sequence[str] = ()) -> TrainResu
         model = build_model(config, data.tokenizer)
         progress.stage(describe_model(model))
         check_together(config, data, model)
+        check_separation(model, data.rows)
         check_disk(folder, model.num_parameters * _export_dtype(config).itemsize)
 
         last = _run_steps(config, asked, plan, config_notes, folder, data, model, progress)
@@ -78,13 +88,15 @@ def train(config: TrainConfig, *, config_notes: Sequence[str] = ()) -> TrainResu
             folder.model,
             dtype=config.save_dtype,
             max_shard_size=config.max_shard_size,
-            extra=lambda target: _save_tokenizer(data.tokenizer, target),
+            extra=lambda target: _save_tokenizer(data, target),
         )
         if config.plot_loss:
             plot_loss(folder.metrics, folder.picture, title=_title(config, model, last, folder.metrics))
         completion = _sample(config, folder, data, model)
+    evaluations = read_evaluations(folder.metrics)
     result = TrainResult(
         final_loss=last.loss,
+        eval_loss=evaluations[-1]["eval_loss"] if evaluations else None,
         tail_loss=tail_loss(folder.metrics),
         num_steps=last.step,
         num_tokens=last.num_tokens,
@@ -107,37 +119,60 @@ def _run_steps(
     model: HostModel,
     progress: Progress,
 ) -> Metrics:
-    """Train, show and record; returns the last metrics. asked: the settings as they were given, which the
-    run's folder keeps, so that a plan for another machine can be made of them; plan: what was chosen."""
-    loader = TokenLoader(
-        data.blocks,
-        micro_batch_size=config.per_device_train_batch_size,
-        micro_batches_per_step=config.gradient_accumulation_steps,
-        seed=config.seed if config.data_seed is None else config.data_seed,
-    )
-    num_steps = count_steps(config, len(data.blocks), loader.rows_per_step)
+    """Train, evaluate, show and record; returns the last metrics. asked: the settings as they were given,
+    which the run's folder keeps, so that a plan for another machine can be made of them; plan: what was
+    chosen."""
+    loader = data.loader
+    num_steps = count_steps(config, len(data.rows), loader.rows_per_step)
     learning_rate = learning_rates(config, num_steps)
-    meter = Meter(model, every=config.logging_steps, num_steps=num_steps)
-    header = _header(config, config_notes, data, model, num_steps)
+    peak = _peak(config, model)
+    meter = Meter(model, loader, every=config.logging_steps, num_steps=num_steps, peak=peak)
+    evaluator = None
+    if data.eval_rows is not None:
+        evaluator = Evaluator(
+            model, data.eval_rows, config, num_steps=num_steps, pad_id=pad_id(data.tokenizer)
+        )
+    header = _header(config, config_notes, data, model, num_steps, peak)
     if plan is not None:
         header["plan"] = plan.to_dict()
     # The folder becomes this run's with the first step that is done; see `claim` for runs without one.
     file = MetricsFile(folder.metrics, begin=lambda: folder.begin(asked.to_yaml()), header=header)
+    loggers = Loggers(config, folder.path)
+
+    def report(evaluation: Evaluation) -> None:
+        file.write_evaluation(evaluation)
+        loggers.evaluation(evaluation)
+        progress.evaluation(evaluation)
+
     last: Metrics | None = None
-    with file, progress, _say_where(folder, progress):
+    with file, loggers, progress, _say_where(folder, progress):
+        before = evaluator.run(0) if evaluator is not None and config.eval_on_start else None
         progress.start(num_steps)
         for record in train_steps(model, loader, learning_rate, config, num_steps):
             metrics = meter.add(record)
             if metrics is not None:
                 file.write_step(metrics)
+                if before is not None:  # not sooner: nothing is written until a step is done
+                    report(before)
+                    before = None
+                loggers.step(metrics)
                 last = metrics
             if record.step == recorded_step(num_steps) and file.has_begun:
                 file.write_timeline(record.step, model.timeline)
             if record.skipped:
                 progress.warn(f"step {record.step} was not finite (loss {record.loss:.4g}): not updated")
             progress.step(record, metrics)
+            evaluation = evaluator.after(record.step, record.epoch) if evaluator is not None else None
+            if evaluation is not None:
+                report(evaluation)
     assert last is not None, "a run has at least one step, and the last is recorded"
     return last
+
+
+def _peak(config: TrainConfig, model: HostModel) -> float:
+    if config.peak_tflops is not None:
+        return config.peak_tflops * 1e12
+    return measure_peak(model.device, model.store.dtype)
 
 
 @contextmanager
@@ -169,9 +204,9 @@ def check_sources(config: TrainConfig, folder: RunFolder) -> None:
                 f"{key}={name!r} lies in output_dir={str(folder.path)!r}, whose model this run replaces",
                 hint="choose another output_dir",
             )
-    for dataset in config.datasets:
-        if dataset.path != PYTHON_STDLIB or Path(dataset.path).exists():
-            list_files(dataset.path)
+    check_installed(config.report_to)
+    for dataset in [*config.datasets, *config.eval_datasets]:
+        check_exists(dataset)
 
 
 def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> HostModel:
@@ -191,7 +226,7 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Host
 
 def check_together(config: TrainConfig, data: TrainingData, model: HostModel) -> None:
     """Whether data and model fit each other. Raises DataError and ConfigError."""
-    vocabulary, highest = int(model.config.get_text_config().vocab_size), int(data.blocks.max())
+    vocabulary, highest = int(model.config.get_text_config().vocab_size), int(data.store.ids.max())
     if highest >= vocabulary:
         raise DataError(
             f"the data holds token {highest}, outside the model's vocabulary of {vocabulary}",
@@ -205,14 +240,41 @@ def check_together(config: TrainConfig, data: TrainingData, model: HostModel) ->
         )
 
 
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
-    tokenizer.save_pretrained(target)
+def _save_tokenizer(data: TrainingData, target: Path) -> None:
+    """The tokenizer, with the chat template that was trained on where one was given."""
+    tokenizer, given = data.tokenizer, data.encoder.chat_template_to_save
+    own = tokenizer.chat_template
+    if given is not None:
+        tokenizer.chat_template = without_marks(given)
+    try:
+        tokenizer.save_pretrained(target)
+    finally:
+        tokenizer.chat_template = own
 
 
 def describe_data(data: TrainingData) -> str:
-    rows, length = data.blocks.shape
-    read = f"{data.num_documents:,} documents, {data.num_tokens:,} tokens"
-    return f"data: {read}, {rows:,} sequences of {length}"
+    """What was read, what became of it, and what was left out, in words."""
+    counts, rows = data.store.counts, data.rows
+    formats = ", ".join(sorted({str(f) for f in counts.formats if f is not None}))
+    what = f"data: {counts.num_documents:,} documents ({formats}), {counts.num_tokens:,} tokens"
+    if counts.num_trained < counts.num_tokens:
+        what += f", {counts.num_trained:,} of them trained on"
+    if isinstance(data.loader, StreamLoader):
+        return f"{what} in the first window of the stream"
+    what += " (from the cache)" if data.was_cached else ""
+    lines = [f"{what}, {len(rows):,} sequences of {rows.max_length}, {rows.fill:.1%} full ({rows.strategy})"]
+    left = rows.left
+    if left.documents:
+        lines.append(
+            f"data: {left.documents:,} documents left out: longer than max_length, or nothing to train on"
+        )
+    if left.truncated:
+        lines.append(f"data: {left.truncated:,} documents longer than max_length were cut")
+    if counts.num_bad:
+        lines.append(f"data: {counts.num_bad:,} bad rows left out; the first: {counts.bad_rows[0]}")
+    if data.eval_rows is not None:
+        lines.append(f"evaluation: {len(data.eval_rows):,} sequences, {data.eval_rows.num_tokens:,} tokens")
+    return "\n".join(lines)
 
 
 def describe_model(model: HostModel) -> str:
@@ -224,7 +286,12 @@ def describe_model(model: HostModel) -> str:
 
 
 def _header(
-    config: TrainConfig, notes: Sequence[str], data: TrainingData, model: HostModel, num_steps: int
+    config: TrainConfig,
+    notes: Sequence[str],
+    data: TrainingData,
+    model: HostModel,
+    num_steps: int,
+    peak: float,
 ) -> dict[str, Any]:
     is_cuda = model.device.type == "cuda"
     return {
@@ -234,8 +301,13 @@ def _header(
         "num_threads": torch.get_num_threads(),
         "model_type": model.config.model_type,
         "num_parameters": model.num_parameters,
-        "num_sequences": len(data.blocks),
-        "max_length": data.blocks.shape[1],
+        "num_sequences": len(data.rows),
+        "max_length": data.rows.max_length,
+        "packing": data.rows.strategy,
+        "fill": data.rows.fill,
+        "peak_flops": peak,
+        "peak_from": "a matrix product" if config.peak_tflops is None else "peak_tflops",
+        "mfu_formula": FORMULA,
         "num_steps": num_steps,
         "notes": list(notes),
     }
@@ -262,15 +334,16 @@ def _sample(config: TrainConfig, folder: RunFolder, data: TrainingData, model: H
     reason = sample.reason_to_skip(folder.model)
     if reason is not None:
         return f"no sample completion: {reason}"
-    prompt = config.sample_prompt
+    prompt, is_chat = config.sample_prompt, False
     if prompt is None:
-        prompt = sample.piece_of_data(data.blocks, data.tokenizer)
+        prompt, is_chat = sample.piece_of_data(data.rows.row(0), data.tokenizer)
     made = sample.complete(
         folder.model,
         prompt,
         max_new_tokens=config.sample_max_new_tokens,
         device=model.device,
         trust_remote_code=config.trust_remote_code,
+        special_tokens=not is_chat,
     )
     return f"{_quoted('sample prompt', made.prompt)}\n{_quoted('completion', made.completion)}"
 
@@ -284,6 +357,7 @@ def _summary(config: TrainConfig, folder: RunFolder, result: TrainResult) -> str
     lines = [
         f"trained {result.num_steps:,} steps on {result.num_tokens:,} tokens in {clock(result.seconds)} "
         f"({speed:,.0f} tokens/s), loss {number(result.tail_loss)} (mean of the last tenth)",
+        *([f"evaluation loss {number(result.eval_loss)}"] if result.eval_loss is not None else []),
         f"  model       {folder.model}",
         f"  metrics     {folder.metrics}",
         f"  settings    {folder.settings}",
@@ -291,20 +365,6 @@ def _summary(config: TrainConfig, folder: RunFolder, result: TrainResult) -> str
     if config.plot_loss:
         lines.append(f"  loss curve  {folder.picture}")
     return "\n".join(lines)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Its progress bars would run through our display."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 @contextmanager

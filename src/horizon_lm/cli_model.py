@@ -1,0 +1,114 @@
+"""The verbs that try a model: `horizon eval`, `horizon generate`, `horizon chat`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from horizon_lm.cli_base import SettingsArguments, load_settings
+
+Model = Annotated[
+    str, typer.Argument(help="A folder in Hugging Face format, a run's output_dir, or a Hub name.")
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token always.")]
+TopP = Annotated[float, typer.Option(min=0.01, max=1, help="Draw among the likeliest tokens of this share.")]
+Penalty = Annotated[float, typer.Option(min=1, help="Above 1: tokens that have come become less likely.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the draw; the same seed gives the same text.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with it.")]
+
+
+def evaluate(
+    settings: SettingsArguments = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
+) -> None:
+    """Print loss and perplexity of a model.
+
+    On eval_datasets; else on what val_size holds out; else on datasets.
+    """
+    config, _ = load_settings(settings)
+    from horizon_lm.run.evaluate import evaluate_model
+
+    found = evaluate_model(config)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        print(
+            f"loss {found['eval_loss']:.4f}  perplexity {found['eval_perplexity']:.4f}  "
+            f"({found['eval_tokens']:,} tokens, {found['eval_seconds']:.1f} s)"
+        )
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[list[str], typer.Option(help="Text to go on from; @FILE: one a line. Repeatable.")],
+    as_chat: Annotated[bool, typer.Option("--chat", help="Ask it as a user, by the chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="System prompt, with --chat.")] = None,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 1.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt.")] = False,
+) -> None:
+    """Complete prompts with a model."""
+    from horizon_lm.run.generate import Chat, Generator, Sampling, prompts_of
+
+    prompts = prompts_of(prompt)
+    generator = Generator.load(model, device=device, trust_remote_code=trust_remote_code)
+    sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty, seed)
+    for text in prompts:
+        write = None if as_json else _write
+        if not as_json and len(prompts) > 1:
+            print(f"--- {text}")
+        if as_chat:
+            completion = Chat(generator, system).say(text, sampling, write)
+        else:
+            completion = generator.complete(text, sampling, on_text=write)
+        print(json.dumps({"prompt": text, "completion": completion}, ensure_ascii=False) if as_json else "")
+
+
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 1.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Talk to a model.
+
+    /reset forgets the conversation, /quit or the end of input leaves.
+    """
+    from horizon_lm.run.generate import Chat, Generator, Sampling
+
+    conversation = Chat(Generator.load(model, device=device, trust_remote_code=trust_remote_code), system)
+    sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty, seed)
+    is_terminal = sys.stdin.isatty()
+    while True:
+        try:
+            text = input("you> " if is_terminal else "").strip()
+        except EOFError:
+            return
+        if text in ("/quit", "/exit"):
+            return
+        if text == "/reset":
+            conversation.reset()
+        elif text:
+            print("model> " if is_terminal else "", end="", flush=True)
+            conversation.say(text, sampling, _write)
+            print()
+
+
+def _write(text: str) -> None:
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)

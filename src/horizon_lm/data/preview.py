@@ -1,0 +1,172 @@
+"""What a run would train on, for the eye: samples, lengths, packing, and what is left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TextIO
+
+import numpy as np
+
+from horizon_lm.data.formats import CHAT_FORMATS
+from horizon_lm.data.packing import IGNORED, Row
+from horizon_lm.data.streaming import StreamLoader
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from horizon_lm.data.training_data import TrainingData
+
+_BARS = 12
+_BAR_WIDTH = 40
+_SAMPLE_TOKENS = 400  # a longer sequence is shown by its beginning
+
+Piece = tuple[str, bool, int]  # text, whether it is trained on, number of its document
+
+
+def summary(data: TrainingData) -> dict[str, Any]:
+    """The figures, JSON-ready."""
+    counts, rows = data.store.counts, data.rows
+    lengths = data.store.lengths
+    return {
+        "datasets": [
+            {"documents": int((data.store.datasets == number).sum()), "format": format}
+            for number, format in enumerate(counts.formats)
+        ],
+        "documents": counts.num_documents,
+        "tokens": counts.num_tokens,
+        "trained_tokens": counts.num_trained,
+        "empty_texts": counts.num_empty,
+        "bad_rows": counts.num_bad,
+        "bad_row_messages": counts.bad_rows,
+        "length_min": int(lengths.min()),
+        "length_median": float(np.median(lengths)),
+        "length_max": int(lengths.max()),
+        "max_length": rows.max_length,
+        "packing": rows.strategy,
+        "sequences": len(rows),
+        "fill": rows.fill,
+        "padding_without_packing": _padding(lengths, rows.max_length),
+        "documents_left_out": rows.left.documents,
+        "documents_cut": rows.left.truncated,
+        "tokens_left_out": rows.left.tokens,
+        "eval_sequences": len(data.eval_rows) if data.eval_rows is not None else 0,
+        "sequences_per_step": data.loader.rows_per_step,
+        "is_stream": isinstance(data.loader, StreamLoader),
+        "mask_from": data.encoder.chat.source if CHAT_FORMATS & set(counts.formats) else None,
+    }
+
+
+def summary_json(data: TrainingData) -> str:
+    return json.dumps(summary(data))
+
+
+def _padding(lengths: np.ndarray, max_length: int) -> float:
+    """The share of padding were each document a sequence of its own, padded to max_length."""
+    kept = np.minimum(lengths, max_length)
+    return float(1 - kept.sum() / (len(kept) * max_length))
+
+
+def pieces(row: Row, tokenizer: Any) -> Iterator[Piece]:
+    """The text of a sequence, cut where training on it begins and ends and where documents do."""
+    document = np.repeat(np.arange(len(row.lengths)), row.lengths)
+    trained = row.labels != IGNORED
+    trained[np.cumsum(row.lengths) - row.lengths] = False  # nothing predicts the first token of a document
+    changes = np.flatnonzero((np.diff(document) != 0) | (np.diff(trained.astype(int)) != 0)) + 1
+    edges = [0, *changes.tolist(), len(row.ids)]
+    for begin, end in zip(edges, edges[1:], strict=False):
+        text = str(tokenizer.decode(row.ids[begin:end].tolist(), skip_special_tokens=False))
+        yield text, bool(trained[begin]), int(document[begin])
+
+
+def print_preview(data: TrainingData, samples: int, stream: TextIO) -> None:
+    """On a terminal trained tokens are green; elsewhere they stand between guillemets."""
+    from rich.console import Console
+
+    console = Console(file=stream, highlight=False, markup=False, soft_wrap=True)
+    found = summary(data)
+    for line in _figures(found):
+        console.print(line)
+    console.print("\ndocuments by length in tokens")
+    for line in histogram(data.store.lengths, data.rows.max_length):
+        console.print(line)
+    step = max(1, len(data.rows) // max(1, samples))
+    for number in range(0, min(samples * step, len(data.rows)), step):
+        row = data.rows.row(number)
+        trained = int((row.labels[1:] != IGNORED).sum())
+        title = f"\nsequence {number}: {len(row.ids)} tokens, {trained} trained on"
+        if data.rows.is_separate:
+            title += f", {len(row.lengths)} documents" if len(row.lengths) > 1 else ", 1 document"
+        console.print(title, style="bold")
+        console.print(_coloured(_cut(row), data.tokenizer, is_terminal=console.is_terminal))
+    if not console.is_terminal and samples:
+        console.print("\n«what is trained on stands between these»")
+
+
+def _cut(row: Row) -> Row:
+    if len(row.ids) <= _SAMPLE_TOKENS:
+        return row
+    ends = np.minimum(np.cumsum(row.lengths), _SAMPLE_TOKENS)
+    lengths = np.diff(np.concatenate([[0], ends]))
+    return Row(row.ids[:_SAMPLE_TOKENS], row.labels[:_SAMPLE_TOKENS], lengths[lengths > 0])
+
+
+def _coloured(row: Row, tokenizer: Any, *, is_terminal: bool) -> Text:
+    from rich.text import Text
+
+    text, last = Text(), 0
+    for piece, trained, document in pieces(row, tokenizer):
+        if document != last:
+            text.append("\n---- next document\n", style="dim")
+            last = document
+        if is_terminal:
+            text.append(piece, style="green" if trained else "dim")
+        else:
+            text.append(f"«{piece}»" if trained else piece)
+    return text
+
+
+def _figures(found: dict[str, Any]) -> Iterator[str]:
+    if found["is_stream"]:
+        yield "a stream: the figures are those of its first window"
+    for number, dataset in enumerate(found["datasets"], start=1):
+        yield f"dataset {number}    {dataset['documents']:,} documents, format {dataset['format']}"
+    share = found["trained_tokens"] / found["tokens"]
+    yield f"tokens       {found['tokens']:,}, {found['trained_tokens']:,} of them trained on ({share:.1%})"
+    if found["mask_from"]:
+        yield f"mask         by {found['mask_from']}"
+    median, longest = found["length_median"], found["length_max"]
+    yield f"lengths      {found['length_min']:,} to {longest:,} tokens, half of them up to {median:,.0f}"
+    yield (
+        f"sequences    {found['sequences']:,} of {found['max_length']:,} tokens ({found['packing']}), "
+        f"{found['fill']:.1%} full; one document each would be {found['padding_without_packing']:.1%} padding"
+    )
+    steps = -(-found["sequences"] // found["sequences_per_step"])
+    if not found["is_stream"]:
+        yield f"an epoch     {steps:,} steps of {found['sequences_per_step']:,} sequences"
+    if found["eval_sequences"]:
+        yield f"evaluation   {found['eval_sequences']:,} sequences"
+    left = found["documents_left_out"], found["documents_cut"], found["tokens_left_out"]
+    yield f"left out     {left[0]:,} documents; {left[1]:,} were cut; {left[2]:,} tokens in all"
+    if found["empty_texts"]:
+        yield f"empty        {found['empty_texts']:,} texts, passed over"
+    if found["bad_rows"]:
+        yield f"bad rows     {found['bad_rows']:,}, skipped; the first:"
+        yield from (f"  {message}" for message in found["bad_row_messages"])
+
+
+def histogram(lengths: np.ndarray, max_length: int) -> Iterator[str]:
+    """A line for each range of lengths; the last are those beyond max_length, if there are any."""
+    top = int(min(lengths.max(), max_length))
+    edges = np.unique(np.linspace(0, top, _BARS + 1).round().astype(int))
+    counts = [
+        int(((lengths > low) & (lengths <= high)).sum()) for low, high in zip(edges, edges[1:], strict=False)
+    ]
+    labels = [f"{low + 1:,}-{high:,}" for low, high in zip(edges, edges[1:], strict=False)]
+    if lengths.max() > max_length:
+        counts.append(int((lengths > max_length).sum()))
+        labels.append(f"over {max_length:,}")
+    width, most = max(map(len, labels)), max(counts)
+    for label, count in zip(labels, counts, strict=True):
+        bar = "█" * max(1 if count else 0, round(_BAR_WIDTH * count / most))
+        yield f"  {label:>{width}}  {bar} {count:,}"

@@ -1,0 +1,200 @@
+"""Data that is tokenised while it is trained on, for what is too large to tokenise first.
+
+A stream is read in windows of `buffer_size` documents. The documents of a window are packed together and its
+sequences shuffled by seed, epoch and window; the files themselves come in an order by seed and epoch. Nothing
+random is carried from one window into the next: a place is the number of documents before the window and of
+sequences given out of it, and the window is made again from these. (The shuffle buffer of `datasets` is not
+part of its state: resuming from that loses what was in it.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from horizon_lm.data.batches import MicroBatch, StepSize, collate
+from horizon_lm.data.documents import Documents, Placed, ShardOrder
+from horizon_lm.data.encode import Encoded, Encoder
+from horizon_lm.data.packing import Rows, make_rows
+from horizon_lm.data.tokenise import batches
+from horizon_lm.data.tokens import TokenWriter
+from horizon_lm.errors import DataError
+
+
+@dataclass(frozen=True)
+class _Window:
+    """epoch and the first document of the window; next_document 0: the epoch ends with it."""
+
+    epoch: int
+    document: int
+    next_document: int
+    rows: Rows | None
+    order: np.ndarray
+
+    @property
+    def following(self) -> tuple[int, int]:
+        return (self.epoch, self.next_document) if self.next_document else (self.epoch + 1, 0)
+
+
+class StreamLoader:
+    """Endless steps over a stream; same interface as `TokenLoader`.
+
+    layout: what `make_rows` takes (max_length, strategy, truncation). num_workers: above 0, the next window
+    is made ready in a thread; the order does not depend on it.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Any],
+        encoder: Encoder,
+        *,
+        layout: Callable[[bool], dict[str, Any]],
+        buffer_size: int,
+        micro_batch_size: int,
+        micro_batches_per_step: int = 1,
+        seed: int = 42,
+        pad_id: int = 0,
+        max_bytes: int | None = None,
+        on_bad_row: str = "raise",
+        num_workers: int = 0,
+    ) -> None:
+        self._datasets, self._encoder, self._layout = datasets, encoder, layout
+        self._buffer_size, self._seed, self._pad_id = buffer_size, seed, pad_id
+        self._shape = (micro_batches_per_step, micro_batch_size)
+        self._max_bytes, self._on_bad_row = max_bytes, on_bad_row
+        self._pool = ThreadPoolExecutor(1, "horizon-data") if num_workers else None
+        self._ahead: Future[_Window] | None = None
+        self._source: tuple[int, int, Documents, Iterator[Placed]] | None = None
+        self.num_bad = 0
+        self.size = StepSize()
+        self._position = 0  # rows given out of the window
+        self._window = self._made(0, 0)
+
+    @property
+    def rows_per_step(self) -> int:
+        return self._shape[0] * self._shape[1]
+
+    @property
+    def epoch(self) -> float:
+        """Whole passes over the data; how far a stream has got in one is not known."""
+        return float(self._window.epoch)
+
+    @property
+    def first_rows(self) -> Rows:
+        """Sequences of the present window, for a look at the data."""
+        assert self._window.rows is not None
+        return self._window.rows
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        return self
+
+    def __next__(self) -> list[MicroBatch]:
+        made, size = [], StepSize()
+        for _ in range(self._shape[0]):
+            taken = [self._next_row() for _ in range(self._shape[1])]
+            batch, part = collate(
+                [rows.row(number) for rows, number in taken], taken[0][0].strategy, self._pad_id
+            )
+            made.append(batch)
+            size += part
+        self.size = size
+        return made
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self._window.epoch,
+            "document": self._window.document,
+            "position": self._position,
+            "seed": self._seed,
+            "buffer_size": self._buffer_size,
+            "encoder": self._encoder.key(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved place: the stream is read, not tokenised, up to its window."""
+        if (state["buffer_size"], state["encoder"]) != (self._buffer_size, self._encoder.key()):
+            raise DataError(
+                "the place in the stream was saved with another tokenizer, chat template or buffer_size",
+                hint="restore the settings, or start a new run",
+            )
+        if self._ahead is not None:
+            self._ahead.exception()  # it reads the same stream; let it end
+        self._seed = int(state["seed"])
+        self._source = self._ahead = None
+        self._window = self._made(int(state["epoch"]), int(state["document"]))
+        self._position = int(state["position"])
+
+    def _next_row(self) -> tuple[Rows, int]:
+        while self._window.rows is None or self._position == len(self._window.order):
+            ahead, self._ahead = self._ahead, None
+            self._window = ahead.result() if ahead is not None else self._made(*self._window.following)
+            self._position = 0
+        if self._pool is not None and self._ahead is None:
+            self._ahead = self._pool.submit(self._made, *self._window.following)
+        self._position += 1
+        return self._window.rows, int(self._window.order[self._position - 1])
+
+    def _made(self, epoch: int, document: int) -> _Window:
+        """The window that begins with a document of an epoch; passes over those without a sequence."""
+        last_epoch = epoch + 1  # a whole pass, wherever it began
+        while True:
+            window = self._read(epoch, document)
+            if window.rows is not None:
+                return window
+            epoch, document = window.following
+            if epoch > last_epoch:
+                raise DataError("the stream holds nothing to train on", hint="horizon data preview shows why")
+
+    def _read(self, epoch: int, document: int) -> _Window:
+        documents, source = self._at(epoch, document)
+        placed = list(islice(source, self._buffer_size))
+        peeked = next(source, None)
+        following = document + len(placed) if peeked is not None else 0
+        if peeked is not None:
+            self._source = (epoch, following, documents, _with_first(peeked, source))
+        rows = self._rows(placed, documents)
+        count = len(rows) if rows is not None else 0
+        order = np.random.default_rng([self._seed, epoch, document]).permutation(count)
+        return _Window(epoch, document, following, rows, order)
+
+    def _at(self, epoch: int, document: int) -> tuple[Documents, Iterator[Placed]]:
+        """The stream of an epoch from a document on: the one that is open, or a new one."""
+        source, self._source = self._source, None
+        if source is not None and source[:2] == (epoch, document):
+            return source[2], source[3]
+        shards = ShardOrder(self._seed, epoch)
+        documents = Documents(self._datasets, self._max_bytes, on_bad_row=self._on_bad_row, shards=shards)
+        return documents, islice(iter(documents), document, None)
+
+    def _rows(self, placed: list[Placed], documents: Documents) -> Rows | None:
+        with TokenWriter(None, self._encoder.dtype) as writer:
+            num_documents = 0
+            for batch in batches(placed):
+                usable = []
+                for result in self._encoder.encode(batch):
+                    if isinstance(result, Encoded):
+                        usable.append(result)
+                    else:
+                        documents.skip(result)
+                writer.add(usable)
+                num_documents += len(usable)
+            store = writer.finish(num_empty=0, num_bad=0, bad_rows=[], formats=documents.formats)
+        self.num_bad = documents.num_bad
+        if not num_documents:
+            return None
+        try:
+            return make_rows(
+                store, np.arange(num_documents), keep_rest=True, **self._layout(store.counts.is_text)
+            )
+        except DataError:  # nothing in this window fits; others may
+            return None
+
+
+def _with_first(first: Placed, rest: Iterator[Placed]) -> Iterator[Placed]:
+    yield first
+    yield from rest

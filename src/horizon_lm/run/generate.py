@@ -1,0 +1,203 @@
+"""Trying a model: completion of a text, and conversation, through transformers' own `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..data.chat import ChatTemplate
+from ..data.tokenizer import load_tokenizer
+from ..errors import ConfigError, DataError
+from .host_model import resolve_device
+from .quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0: the likeliest token always. The same seed and prompt give the same text."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.7
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+
+class Generator:
+    """A model that is whole on one device, and its tokenizer."""
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
+        self._model, self.tokenizer, self.device = model, tokenizer, device
+
+    @classmethod
+    def load(
+        cls, source: str | Path, *, device: str | torch.device = "auto", trust_remote_code: bool = False
+    ) -> Generator:
+        """From a Hugging Face folder or name, or a run's folder, which holds one as `model`.
+
+        device: "auto" is the GPU where the weights take less than half of what is free there.
+        Raises ConfigError.
+        """
+        from transformers import AutoModelForCausalLM
+
+        place = model_folder(source)
+        tokenizer = load_tokenizer(str(place), trust_remote_code=trust_remote_code)
+        try:
+            with quiet_transformers():
+                model: Any = AutoModelForCausalLM.from_pretrained(
+                    place,
+                    dtype="auto",
+                    use_safetensors=True,
+                    trust_remote_code=trust_remote_code,
+                    local_files_only=Path(place).is_dir(),
+                )
+        except Exception as error:  # transformers raises many kinds; each means "no model"
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(
+                f"no model could be loaded from {source}: {reason}",
+                hint="give a folder in Hugging Face format, or a run's output_dir",
+            ) from error
+        chosen = _device_for(model, device)
+        return cls(model.to(chosen).eval(), tokenizer, chosen)
+
+    def complete(
+        self,
+        prompt: str,
+        sampling: Sampling,
+        *,
+        special_tokens: bool = True,
+        on_text: Callable[[str], None] | None = None,
+    ) -> str:
+        """What the model writes after `prompt`; `on_text` gets it piece by piece while it is made.
+
+        special_tokens: begin as the tokenizer begins a text; False for a prompt made by a chat template.
+        """
+        ids = self.tokenizer(prompt, add_special_tokens=special_tokens).input_ids
+        ids = ids or [self.tokenizer.eos_token_id]  # an empty prompt: a new document
+        inputs = torch.tensor([ids], device=self.device)
+        draw: dict[str, Any] = {"do_sample": False}
+        if sampling.temperature:
+            draw = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        with torch.inference_mode(), torch.random.fork_rng():
+            torch.manual_seed(sampling.seed)
+            output = self._model.generate(
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=sampling.max_new_tokens,
+                repetition_penalty=sampling.repetition_penalty,
+                pad_token_id=self.tokenizer.eos_token_id,
+                eos_token_id=self._stops(),
+                streamer=_streamer(self.tokenizer, on_text),
+                **draw,
+            )
+        return str(self.tokenizer.decode(output[0, inputs.shape[1] :].tolist(), skip_special_tokens=True))
+
+    def _stops(self) -> list[int]:
+        """The tokens that end a text: the model's, the tokenizer's, and a chat's end of turn."""
+        named = self._model.generation_config.eos_token_id
+        stops = set(named if isinstance(named, list) else [named]) | {self.tokenizer.eos_token_id}
+        known = self.tokenizer.get_added_vocab()
+        template = str(self.tokenizer.chat_template or "")
+        stops |= {known[mark] for mark in _END_OF_TURN if mark in known and mark in template}
+        return sorted(stop for stop in stops if stop is not None)
+
+    def chat(self) -> Chat:
+        """A conversation with the model. Raises DataError where there is no chat template."""
+        return Chat(self)
+
+
+_END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "</s>")
+
+
+class Chat:
+    """Keeps the messages of a conversation; `reset` forgets them."""
+
+    def __init__(self, generator: Generator, system: str | None = None) -> None:
+        self._generator = generator
+        try:
+            self._template = ChatTemplate(generator.tokenizer)
+        except DataError as error:
+            raise ConfigError(
+                "the tokenizer of this model has no chat template",
+                hint="horizon generate completes text with any model; a tuned model keeps its template",
+            ) from error
+        self.system = system
+        self.messages: list[dict[str, Any]] = []
+
+    def reset(self) -> None:
+        self.messages = []
+
+    def say(self, text: str, sampling: Sampling, on_text: Callable[[str], None] | None = None) -> str:
+        """The model's answer to `text`, which becomes part of the conversation."""
+        asked = [*self.messages, {"role": "user", "content": text}]
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        prompt = self._template.prompt([*system, *asked])
+        answer = self._generator.complete(prompt, sampling, special_tokens=False, on_text=on_text).strip()
+        self.messages = [*asked, {"role": "assistant", "content": answer}]
+        return answer
+
+
+def model_folder(source: str | Path) -> str | Path:
+    """The folder of the model itself, where `source` is that of a run."""
+    path = Path(source).expanduser()
+    if (path / "model" / "config.json").is_file():
+        return path / "model"
+    if path.exists() or str(source).startswith((".", "/", "~")):
+        if not (path / "config.json").is_file():
+            raise ConfigError(
+                f"{source} holds no model", hint="a folder in Hugging Face format, or a run's output_dir"
+            )
+        return path
+    return source
+
+
+def _device_for(model: Any, device: str | torch.device) -> torch.device:
+    if isinstance(device, torch.device):
+        wanted = device
+    else:
+        wanted = resolve_device(device)
+        if device != "auto":
+            return wanted
+    if wanted.type != "cuda":
+        return wanted
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return wanted if 2 * size < torch.cuda.mem_get_info(wanted)[0] else torch.device("cpu")
+
+
+def _streamer(tokenizer: Any, on_text: Callable[[str], None] | None) -> Any:
+    """transformers' streamer, which holds back what may still change, with our function at its end."""
+    if on_text is None:
+        return None
+    write = on_text
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if text:
+                write(text)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def prompts_of(texts: Sequence[str]) -> list[str]:
+    """Prompts from the command line; `@FILE` stands for the lines of a file. Raises ConfigError."""
+    prompts: list[str] = []
+    for text in texts:
+        if not text.startswith("@"):
+            prompts.append(text)
+            continue
+        try:
+            lines = Path(text[1:]).expanduser().read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"{text[1:]} cannot be read: {error}", hint="--prompt @FILE reads one a line"
+            ) from error
+        prompts += [line for line in lines if line.strip()]
+    return prompts

@@ -1,0 +1,232 @@
+"""The loaders: every token once in an epoch, and the same order with any workers and after any resume."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_helpers import dataset, write_rows
+from horizon_lm.data import StreamLoader, TokenLoader, train_tokenizer
+from horizon_lm.data.encode import Encoder
+from horizon_lm.data.packing import Rows
+from horizon_lm.errors import DataError
+from test_packing import numbered, rows_of
+
+SIZES = {
+    "lengths": st.lists(st.integers(2, 9), min_size=1, max_size=30),
+    "strategy": st.sampled_from(["wrapped", "bfd", "none"]),
+    "micro_batch": st.integers(1, 4),
+    "micro_batches": st.integers(1, 3),
+    "seed": st.integers(0, 2**63 - 1),
+    "workers": st.sampled_from([0, 1, 3]),
+}
+
+
+def make_rows(lengths: list[int], strategy: str) -> Rows:
+    return rows_of(numbered(lengths), strategy, 9, keep_rest=True)
+
+
+def loader_of(rows: Rows, micro_batch: int, micro_batches: int, seed: int, workers: int = 0) -> TokenLoader:
+    return TokenLoader(
+        rows,
+        micro_batch_size=micro_batch,
+        micro_batches_per_step=micro_batches,
+        seed=seed,
+        pad_id=0,
+        num_workers=workers,
+    )
+
+
+def steps_of(loader: Any, count: int) -> list[list[list[int]]]:
+    """The real ids of each row of each of the next steps."""
+    return [
+        [[id for id in row.tolist() if id] for batch in step for row in batch["input_ids"]]
+        for step in islice(loader, count)
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(**SIZES)
+def test_each_epoch_holds_every_token_once(
+    lengths: list[int], strategy: str, micro_batch: int, micro_batches: int, seed: int, workers: int
+) -> None:
+    rows = make_rows(lengths, strategy)
+    loader = loader_of(rows, micro_batch, micro_batches, seed, workers)
+    steps = 3 * loader.steps_per_epoch
+    given = [row for step in steps_of(loader, steps) for row in step]
+    once = Counter(id for row in range(len(rows)) for id in rows.row(row).ids.tolist())
+    assert set(once.values()) == {1} and sum(once.values()) >= sum(lengths) - 1
+    for begin in range(0, len(given) - len(rows) + 1, len(rows)):
+        epoch = Counter(id for row in given[begin : begin + len(rows)] for id in row)
+        assert epoch == once
+    assert loader.epoch == pytest.approx(steps * loader.rows_per_step / len(rows))
+
+
+@settings(max_examples=60, deadline=None)
+@given(**SIZES, before=st.integers(0, 20))
+def test_any_workers_and_a_resume_at_any_step_give_the_same_order(
+    lengths: list[int],
+    strategy: str,
+    micro_batch: int,
+    micro_batches: int,
+    seed: int,
+    workers: int,
+    before: int,
+) -> None:
+    rows = make_rows(lengths, strategy)
+    straight = steps_of(loader_of(rows, micro_batch, micro_batches, seed), before + 10)
+    stopped = loader_of(rows, micro_batch, micro_batches, seed, workers)
+    assert steps_of(stopped, before) == straight[:before]
+    state = json.loads(json.dumps(stopped.state_dict()))
+    resumed = loader_of(rows, micro_batch, micro_batches, 0, workers)
+    steps_of(resumed, 3)  # it may have begun already
+    resumed.load_state_dict(state)
+    assert steps_of(resumed, 10) == straight[before:]
+    assert steps_of(stopped, 10) == straight[before:]
+    assert resumed.state_dict() == stopped.state_dict()
+
+
+def test_orders_differ_by_epoch_and_seed() -> None:
+    rows = make_rows([4] * 50, "none")
+    one = steps_of(loader_of(rows, 1, 1, 1), 100)
+    assert one[:50] != one[50:]
+    assert one != steps_of(loader_of(rows, 1, 1, 2), 100)
+
+
+def test_a_step_is_micro_batches_and_knows_its_size() -> None:
+    loader = loader_of(make_rows([4, 3, 2, 4, 3, 2, 9], "none"), 2, 3, 0)
+    step = next(loader)
+    assert len(step) == 3 and loader.rows_per_step == 6
+    real = sum(int(batch["attention_mask"].sum()) for batch in step)
+    assert loader.size.tokens == real
+    assert loader.size.positions == sum(batch["input_ids"].numel() for batch in step) >= real
+    assert all(batch["input_ids"].dtype == torch.int64 for batch in step)
+
+
+def test_a_place_in_other_data_is_refused() -> None:
+    state = loader_of(make_rows([4, 5, 6], "none"), 1, 1, 0).state_dict()
+    for other in (make_rows([4, 6, 5], "none"), make_rows([4, 5, 6], "bfd"), make_rows([4, 5], "none")):
+        with pytest.raises(DataError, match="the data has changed"):
+            loader_of(other, 1, 1, 0).load_state_dict(state)
+    loader_of(make_rows([4, 5, 6], "none"), 1, 1, 0).load_state_dict(state)  # the control
+
+
+# ---- streams --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return Encoder(train_tokenizer([], 257))  # a token a byte
+
+
+def files(folder: Path, sizes: list[int]) -> Path:
+    """A file of so many rows each; a row is a text of its own."""
+    number = 0
+    for i, size in enumerate(sizes):
+        rows = []
+        for _ in range(size):
+            rows.append({"text": f"<{number}>" * (1 + number % 3)})
+            number += 1
+        write_rows(folder / f"{i}.jsonl", rows)
+    return folder
+
+
+def stream(folder: Path, encoder: Encoder, strategy: str = "bfd", **options: Any) -> StreamLoader:
+    values = {"buffer_size": 5, "micro_batch_size": 2, "seed": 7, "pad_id": 0, **options}
+    layout = {"max_length": 24, "strategy": strategy, "truncation": "split"}
+    return StreamLoader([dataset(folder)], encoder, layout=lambda is_text: layout, **values)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    strategy=st.sampled_from(["wrapped", "bfd", "none"]),
+    buffer_size=st.integers(1, 12),
+    before=st.integers(0, 12),
+    workers=st.sampled_from([0, 1]),
+)
+def test_a_stream_resumes_at_any_step_and_does_not_depend_on_workers(
+    sizes: list[int],
+    strategy: str,
+    buffer_size: int,
+    before: int,
+    workers: int,
+    encoder: Encoder,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = files(tmp_path_factory.mktemp("stream"), sizes)
+    straight = steps_of(stream(folder, encoder, strategy, buffer_size=buffer_size), before + 8)
+    stopped = stream(folder, encoder, strategy, buffer_size=buffer_size, num_workers=workers)
+    assert steps_of(stopped, before) == straight[:before]
+    state = json.loads(json.dumps(stopped.state_dict()))
+    resumed = stream(folder, encoder, strategy, buffer_size=buffer_size, num_workers=workers, seed=0)
+    resumed.load_state_dict(state)
+    assert steps_of(resumed, 8) == straight[before:]
+    assert steps_of(stopped, 8) == straight[before:]
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    strategy=st.sampled_from(["wrapped", "bfd", "none"]),
+    buffer_size=st.integers(1, 12),
+)
+def test_an_epoch_of_a_stream_holds_every_document_once(
+    sizes: list[int],
+    strategy: str,
+    buffer_size: int,
+    encoder: Encoder,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = files(tmp_path_factory.mktemp("stream"), sizes)
+    loader = stream(folder, encoder, strategy, buffer_size=buffer_size, micro_batch_size=1)
+    epochs: dict[int, list[str]] = {}
+    while loader.epoch < 3:
+        ids = next(loader)[0]["input_ids"][0]
+        text = encoder.tokenizer.decode([int(id) for id in ids if id])  # 0: padding, and the end of a text
+        epochs.setdefault(int(loader.epoch), []).append(text)
+    expected = "".join(sorted("".join(f"<{n}>" * (1 + n % 3) for n in range(sum(sizes)))))
+    orders = [epochs[number] for number in (0, 1, 2)]
+    for order in orders:
+        assert "".join(sorted("".join(order))) == expected
+
+
+def test_a_stream_is_shuffled_by_seed_and_epoch(encoder: Encoder, tmp_path: Path) -> None:
+    folder = files(tmp_path, [10, 10, 10])
+
+    def order(seed: int) -> list[Any]:
+        return steps_of(stream(folder, encoder, "none", seed=seed, micro_batch_size=1), 60)
+
+    assert order(1) == order(1) and order(1) != order(2)
+    assert order(1)[:30] != order(1)[30:60]
+
+
+def test_a_place_in_a_stream_of_other_settings_is_refused(encoder: Encoder, tmp_path: Path) -> None:
+    folder = files(tmp_path, [10])
+    state = stream(folder, encoder).state_dict()
+    with pytest.raises(DataError, match="saved with another"):
+        stream(folder, encoder, buffer_size=6).load_state_dict(state)
+
+
+def test_a_stream_with_nothing_to_train_on_is_refused(encoder: Encoder, tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", [{"text": 5}] * 3)
+    with pytest.raises(DataError, match="holds no text|nothing to train on"):
+        stream(tmp_path, encoder, on_bad_row="skip")
+    with pytest.raises(DataError, match="holds a number"):
+        stream(tmp_path, encoder)
+
+
+def test_sizes_of_steps_add_up_over_a_stream(encoder: Encoder, tmp_path: Path) -> None:
+    loader = stream(files(tmp_path, [9]), encoder, "none", micro_batches_per_step=2)
+    step = next(loader)
+    assert loader.size.tokens == sum(int(batch["attention_mask"].sum()) for batch in step)
+    assert np.isfinite(loader.epoch)

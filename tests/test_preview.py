@@ -1,0 +1,312 @@
+"""`horizon data preview`, `init`, `generate` and `chat`: what they show is what training does."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from data_helpers import write_rows
+from horizon_lm import cli
+from horizon_lm.config import TrainConfig
+from horizon_lm.data import load_training_data, train_tokenizer
+from horizon_lm.data.packing import IGNORED
+from horizon_lm.data.preview import histogram, pieces, print_preview, summary
+from horizon_lm.run.generate import Generator, Sampling, model_folder
+
+ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"question {n}"},
+            {"role": "assistant", "content": f"answer {n}" * (n % 5 + 1)},
+        ]
+    }
+    for n in range(40)
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model with random weights, its tokenizer with a chat template, in a run's folder."""
+    folder = tmp_path_factory.mktemp("run")
+    tokenizer = train_tokenizer((json.dumps(row) for row in ROWS), 320)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            vocab_size=320,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+    made.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "rows.jsonl", ROWS)
+
+
+def settings(model: Path, data: Path, **changes: Any) -> TrainConfig:
+    values = {"model_name_or_path": str(model / "model"), "datasets": str(data), "max_length": 64}
+    return TrainConfig.from_dict({**values, **changes})
+
+
+def test_the_pieces_are_the_sequence_and_its_labels(model: Path, data: Path) -> None:
+    loaded = load_training_data(settings(model, data))
+    for number in range(len(loaded.rows)):
+        row = loaded.rows.row(number)
+        found = list(pieces(row, loaded.tokenizer))
+        assert "".join(text for text, _, _ in found) == loaded.tokenizer.decode(row.ids.tolist())
+        learned = "".join(text for text, trained, _ in found if trained)
+        assert learned == loaded.tokenizer.decode(row.ids[row.labels != IGNORED].tolist())
+        assert {document for _, _, document in found} == set(range(len(row.lengths)))
+    assert "answer" in learned and "question" not in learned
+
+
+def test_preview_on_a_terminal_and_elsewhere(model: Path, data: Path) -> None:
+    loaded = load_training_data(settings(model, data, val_size=4))
+    plain = io.StringIO()
+    print_preview(loaded, 2, plain)
+    shown = plain.getvalue()
+    assert "«answer" in shown and "question" in shown and "«question" not in shown
+    assert "36 documents" not in shown and "40 documents, format messages" in shown
+    assert "differences between turns" in shown and "% full" in shown and "█" in shown
+    assert shown.count("\nsequence ") == 2 and "---- next document" in shown
+    assert "evaluation   " in shown
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TERM", "xterm-256color")
+        patch.delenv("NO_COLOR", raising=False)
+        coloured = Terminal()
+        print_preview(loaded, 1, coloured)
+    assert "\x1b[32m" in coloured.getvalue() and "«" not in coloured.getvalue()
+
+
+def test_the_figures_are_those_of_the_data(
+    model: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = load_training_data(settings(model, data))
+    found = summary(loaded)
+    assert (
+        cli.main(
+            [
+                "data",
+                "preview",
+                "--json",
+                f"model_name_or_path={model / 'model'}",
+                f"datasets={data}",
+                "max_length=64",
+            ]
+        )
+        == 0
+    )
+    assert json.loads(capsys.readouterr().out) == found
+    assert found["documents"] == 40 and found["sequences"] == len(loaded.rows)
+    assert found["trained_tokens"] == int(np.asarray(loaded.store.trained).sum())
+    assert found["fill"] == pytest.approx(loaded.rows.num_tokens / (64 * len(loaded.rows)))
+    assert found["packing"] == "bfd" and found["datasets"] == [{"documents": 40, "format": "messages"}]
+
+
+def test_bad_rows_and_long_documents_are_shown(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        *ROWS[:3],
+        {"messages": []},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c" * 200}]},
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    arguments = [
+        f"model_name_or_path={model / 'model'}",
+        f"datasets={path}",
+        "max_length=64",
+        "on_bad_row=skip",
+    ]
+    assert cli.main(["data", "preview", *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert "left out     1 documents" in shown and "bad rows     1" in shown
+    assert f"{path}:4: 'messages' is an empty list" in shown and "over 64" in shown
+
+
+def test_preview_of_text_and_of_a_stream(model: Path, tmp_path: Path, capsys: Any) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": f"text {n} " * 9} for n in range(30)])
+    arguments = [f"model_name_or_path={model / 'model'}", f"datasets={path}", "max_length=32"]
+    assert cli.main(["data", "preview", *arguments]) == 0
+    assert "(wrapped)" in capsys.readouterr().out
+    assert cli.main(["data", "preview", *arguments, "streaming=true", "max_steps=5"]) == 0
+    assert "a stream: the figures are those of its first window" in capsys.readouterr().out
+
+
+def test_a_histogram_counts_every_document() -> None:
+    lengths = np.array([1, 5, 5, 9, 64, 65, 200])
+    lines = list(histogram(lengths, 64))
+    assert sum(int(line.split()[-1].replace(",", "")) for line in lines) == len(lengths)
+    assert lines[-1].split()[:2] == ["over", "64"] and lines[-1].endswith(" 2")
+    assert not list(histogram(lengths[:4], 64))[-1].strip().startswith("over")
+
+
+# ---- init -----------------------------------------------------------------------------------
+
+
+def test_init_writes_a_valid_commented_file(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "deeper" / "run.yaml"
+    arguments = ["init", "--model", str(model), "--dataset", str(data), "-o", str(out)]
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "40 rows looked at, format messages" in shown and f"horizon train {out}" in shown
+    config = TrainConfig.from_yaml(out)
+    assert config.model_name_or_path == str(model / "model")
+    assert config.datasets[0].path == str(data) and config.datasets[0].format == "messages"
+    assert config.max_length == 128  # what the model is made for
+    assert config.chat_template is None  # the tokenizer has one
+    for line in out.read_text().splitlines():
+        assert not line or "#" in line, line
+    assert cli.main(["data", "preview", str(out)]) == 0
+    assert "«answer" in capsys.readouterr().out
+    assert cli.main(arguments) == 2 and "exists" in capsys.readouterr().err
+    assert cli.main([*arguments, "--overwrite"]) == 0
+
+
+def test_init_for_a_model_without_a_template_and_for_text(model: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in (model / "model").iterdir():
+        if file.name != "chat_template.jinja":
+            (bare / file.name).write_bytes(file.read_bytes())
+    chats = write_rows(tmp_path / "chats.jsonl", ROWS * 4)
+    assert (
+        cli.main(["init", "--model", str(bare), "--dataset", str(chats), "-o", str(tmp_path / "a.yaml")]) == 0
+    )
+    config = TrainConfig.from_yaml(tmp_path / "a.yaml")
+    assert config.chat_template == "plain" and config.val_size == 0.05 and config.eval_strategy == "steps"
+    text = write_rows(tmp_path / "text.jsonl", [{"text": "a"}])
+    both = ["--dataset", str(text), "--dataset", str(chats)]
+    assert cli.main(["init", "--model", str(bare), *both, "-o", str(tmp_path / "b.yaml")]) == 0
+    formats = [entry.format for entry in TrainConfig.from_yaml(tmp_path / "b.yaml").datasets]
+    assert formats == ["text", "messages"]
+
+
+def test_init_says_what_is_wrong(model: Path, tmp_path: Path, capsys: Any) -> None:
+    bad = write_rows(tmp_path / "bad.jsonl", [{"q": "a"}])
+    assert (
+        cli.main(["init", "--model", str(model), "--dataset", str(bad), "-o", str(tmp_path / "a.yaml")]) == 4
+    )
+    assert "fits no known format" in capsys.readouterr().err and not (tmp_path / "a.yaml").exists()
+    assert cli.main(["init", "--model", "/no/such", "--dataset", str(bad), "-o", "x.yaml"]) == 2
+    assert "holds no model" in capsys.readouterr().err
+
+
+# ---- generate and chat ----------------------------------------------------------------------
+
+
+def test_generate_is_greedy_decoding_by_transformers(model: Path, capsys: Any) -> None:
+    generator = Generator.load(model, device="cpu")
+    tokenizer = generator.tokenizer
+    expected_model = AutoModelForCausalLM.from_pretrained(model / "model").eval()
+    ids = tokenizer("question").input_ids
+    for _ in range(5):
+        ids.append(int(expected_model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    expected = tokenizer.decode(ids, skip_special_tokens=True)
+    found = generator.complete("question", Sampling(5, temperature=0))
+    assert "question" + found == expected
+    heard: list[str] = []
+    assert generator.complete("question", Sampling(5, temperature=0), on_text=heard.append) == "".join(heard)
+    asked = ["generate", str(model), "--temperature", "0", "--max-new-tokens", "5", "--prompt", "question"]
+    assert cli.main(asked) == 0
+    assert capsys.readouterr().out == found + "\n"
+
+
+def test_the_same_seed_gives_the_same_text(model: Path) -> None:
+    generator = Generator.load(model, device="cpu")
+    drawn = [generator.complete("a", Sampling(12, 1.5, seed=seed)) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_prompts_from_a_file(model: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
+    arguments = ["generate", str(model), "--max-new-tokens", "2", "--json"]
+    assert cli.main([*arguments, "--prompt", f"@{tmp_path / 'prompts.txt'}", "--prompt", "three"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["prompt"] for line in lines] == ["one", "two", "three"]
+    assert cli.main([*arguments, "--prompt", "@/no/such"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_a_conversation_is_kept_and_forgotten(model: Path, monkeypatch: Any, capsys: Any) -> None:
+    prompts: list[str] = []
+
+    def complete(self: Generator, prompt: str, *_: Any, on_text: Any = None, **__: Any) -> str:
+        prompts.append(prompt)
+        on_text("hm")
+        return "hm"
+
+    monkeypatch.setattr(Generator, "complete", complete)
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n/reset\nthree\n/quit\nfour\n"))
+    assert cli.main(["chat", str(model), "--system", "S"]) == 0
+    end = "<|endoftext|>\n"
+    assert prompts == [
+        f"system: S{end}user: one{end}assistant: ",
+        f"system: S{end}user: one{end}assistant: hm{end}user: two{end}assistant: ",
+        f"system: S{end}user: three{end}assistant: ",
+    ]
+    assert capsys.readouterr().out == "hm\nhm\nhm\n"
+
+
+def test_chat_really_answers(model: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    assert cli.main(["chat", str(model), "--max-new-tokens", "4", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.endswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["generate", "/no/such", "--prompt", "a"], 2, "holds no model"),
+        (["chat", "/no/such"], 2, "holds no model"),
+        (["generate", "MODEL"], 2, "--prompt"),
+        (["generate", "MODEL", "--prompt", "a", "--temperature", "-1"], 2, "--temperature"),
+        (["generate", "MODEL", "--prompt", "a", "--device", "cuda:99"], 2, "device="),
+    ],
+)
+def test_wrong_use_of_a_model(
+    arguments: list[str], code: int, message: str, model: Path, capsys: Any
+) -> None:
+    assert cli.main([str(model) if a == "MODEL" else a for a in arguments]) == code
+    shown = capsys.readouterr().err
+    assert message in shown and "Traceback" not in shown
+
+
+def test_a_model_without_a_template_cannot_chat(model: Path, tmp_path: Path, capsys: Any) -> None:
+    for file in (model / "model").iterdir():
+        if file.name != "chat_template.jinja":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert cli.main(["chat", str(tmp_path)]) == 2
+    assert "has no chat template" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_run_is_that_of_its_model(model: Path) -> None:
+    assert model_folder(model) == model / "model" == model_folder(model / "model")
+    assert model_folder("owner/name") == "owner/name"
