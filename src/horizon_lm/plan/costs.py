@@ -14,6 +14,7 @@ from ..engine.policies import Policies
 from ..memory.store import StoreSpec, regions
 from ..schedule import Buffer, Op, StepPlan
 from ..schedule.step_plan import KEEP
+from .device import slot_bytes
 from .outline import Measures, Outline
 from .profile import Profile
 from .work import ATTENTION, MATMUL, Kernel, Work
@@ -64,19 +65,14 @@ class Costs:
 
     def fixed_bytes(self) -> dict[str, int]:
         """Device buffers that live as long as the run."""
-        units, plan = self.outline.units, self.plan
-        itemsize = self.spec.dtype.itemsize
-        weights = max((units[u].slot_numel for u in plan.uploaded), default=0)
-        downloaded = [u for u in plan.trainable if u <= plan.head]
-        gradients = max((units[u].trainable_numel for u in downloaded), default=0)
+        plan = self.plan
         spills = any(plan.is_spilled(u) for u in range(1, plan.head))
-        parts = {
-            "weight_slots": plan.slots * weights * itemsize,
-            "gradient_slots": plan.grad_slots * gradients * torch.float32.itemsize,
-            "boundary_slots": plan.boundary_slots * self.boundary if spills else 0,
-        }
+        parts = slot_bytes(self.outline.units, plan, self.spec.dtype)
+        parts["boundary_slots"] = plan.boundary_slots * self.boundary if spills else 0
         if self.is_cpu:
-            widened = any(self._gradient_dtype(u) != self.spec.dtype for u in downloaded)
+            widened = any(
+                self._gradient_dtype(u) != self.spec.dtype for u in plan.trainable if u <= plan.head
+            )
             parts = {"gradient_slots": parts["gradient_slots"] if widened else 0}
         return {name: size for name, size in parts.items() if size}
 
