@@ -161,7 +161,7 @@ def _threaded(name: str, dtype: str = "float32", **settings: Any) -> hz.HostMode
     engine.weight_slots = WeightSlots(model.store, engine.uploaded, engine.slots, CPU, False)
     engine.boundary_slots = BoundarySlots(engine.settings.boundary_slots, CPU, False)
     downloaded = frozenset(u for u in engine.trainable if u <= model.skeleton.head)
-    engine.gradient_slots = GradientSlots(model.store, downloaded, engine.grad_slots, CPU, False)
+    engine.gradient_slots = GradientSlots(model.store, downloaded, engine.policies.grad_slots, CPU, False)
     return model
 
 

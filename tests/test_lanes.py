@@ -95,9 +95,9 @@ class Reset:
             for run, saved in zip(self.model.store._runs[region], runs, strict=True):
                 run.copy_(saved)
         # A run that failed half-way leaves weights in slots; the next one must not find them there.
-        for slot in range(self.model.engine.slots):
+        for slot in range(self.model.engine.policies.slots):
             self.model.engine.weight_slots.poison(slot)
-        for slot in range(self.model.engine.grad_slots):
+        for slot in range(self.model.engine.policies.grad_slots):
             self.model.engine.gradient_slots.poison(slot)
         self.model.steps_done = 0
         self.model.engine._pending = None

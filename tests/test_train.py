@@ -194,6 +194,8 @@ def test_the_exported_folder_has_its_tokenizer(run: Run) -> None:
 
 def test_metrics_are_one_uniform_line_a_step(run: Run) -> None:
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines].count("timeline") == 1
+    lines = [line for line in lines if line["event"] != "timeline"]
     assert [line["event"] for line in lines] == ["start", *["step"] * STEPS, "end"]
     assert lines[0]["versions"]["torch"] == torch.__version__ and lines[0]["num_steps"] == STEPS
     assert lines[-1]["status"] == "finished"

@@ -11,13 +11,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from horizon_lm.cli_base import HELP, PASS_OPTIONS, SettingsArguments, SettingsCommand, load_settings
 from horizon_lm.cli_data import data_app, init
 from horizon_lm.cli_model import chat, evaluate, generate
+from horizon_lm.cli_plan import PlanCommand, doctor, plan, report
 from horizon_lm.cli_run import ResumeCommand, export, resume, verify
 from horizon_lm.errors import HorizonError, StoppedError
 
@@ -59,17 +60,29 @@ class TrainCommand(SettingsCommand):
 
 
 @app.command(cls=TrainCommand, context_settings=PASS_OPTIONS)
-def train(settings: SettingsArguments = None) -> None:
+def train(
+    settings: SettingsArguments = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Plan, build, check and simulate a step; train nothing.")
+    ] = False,
+) -> None:
     """Train a model and leave it in Hugging Face format.
 
     Settings come from CONFIG.yaml, if given, and from key=value, --key value or --key=value, which win.
     """
     config, notes = load_settings(settings)
+    if dry_run:
+        from horizon_lm.run.planning import dry_run as run_dry
+
+        return print(run_dry(config))
     from horizon_lm.run.train import train as run_training
 
     run_training(config, config_notes=notes)
 
 
+app.command("plan", cls=PlanCommand, context_settings=PASS_OPTIONS)(plan)
+app.command("doctor")(doctor)
+app.command("report")(report)
 app.command("init")(init)
 app.command("eval", cls=SettingsCommand, context_settings=PASS_OPTIONS)(evaluate)
 app.command("generate")(generate)

@@ -198,14 +198,15 @@ class ModelSettings(Settings):
     activations: Literal["auto", "recompute", "keep"] | list[str] = setting(
         "auto",
         "What a layer leaves for its backward pass: recompute its input alone, keep all that is needed. A "
-        'list names the policy of each layer, as in ["recompute*23", "keep*9"]. auto is recompute.',
+        'list names the policy of each layer, as in ["recompute*23", "keep*9"]. auto lets the '
+        "planner keep as many layers as fit, from the last one down; without a plan it is recompute.",
         group="Memory and device",
         expects="auto, recompute, keep, or a list such as [recompute*23, keep*9]",
     )
     boundaries: Literal["auto", "device", "host"] | list[str] = setting(
         "auto",
         "Where the inputs of recomputed layers wait for the backward pass; a list as for activations. auto "
-        "is device.",
+        "lets the planner choose; without a plan it is device.",
         group="Memory and device",
         expects="auto, device, host, or a list such as [host*12, device*20]",
     )
@@ -455,6 +456,14 @@ class TrainConfig(CheckpointSettings, ModelSettings):
         group="Batch and schedule",
         unit="micro-batches",
         ge=1,
+    )
+    tokens_per_step: int | None = setting(
+        None,
+        "Tokens of an optimizer step; the planner cuts them into micro-batches, in place of "
+        "per_device_train_batch_size and gradient_accumulation_steps.",
+        group="Batch and schedule",
+        unit="tokens",
+        ge=2,
     )
     num_train_epochs: float = setting(
         1.0, "Passes over the data, fractions allowed.", group="Batch and schedule", unit="epochs", gt=0

@@ -88,8 +88,11 @@ class Settings(BaseModel):
         return self.model_dump(mode="python")
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some settings changed, validated again."""
-        return self.from_dict({**self.to_dict(), **changes})
+        """A copy with some settings changed, validated again. What was named (`model_fields_set`) stays so,
+        and what is changed here is not named by the user."""
+        copy = self.from_dict({**self.to_dict(), **changes})
+        copy.__pydantic_fields_set__.intersection_update(self.model_fields_set)
+        return copy
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Self:

@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 
@@ -26,13 +27,12 @@ from .lanes import AdversarialLanes, Lanes, Span, reads_on_this_lane
 from .loss import (
     IGNORE_INDEX,
     LossFunction,
-    chunk_tokens,
     cross_entropy,
     custom,
     log_probabilities,
     shifted_targets,
 )
-from .policies import layer_policies
+from .policies import Policies
 from .saving import Saving
 from .step import MicroBatch, Schedule, Step, Update
 from .transfer import square_norm, sum_of_squares
@@ -54,23 +54,12 @@ class Engine:
     ) -> None:
         self.skeleton, self.store, self.optimizer = skeleton, store, optimizer
         self.device, self.lanes, self.settings = device, lanes, settings
-        # Layers of a block are on the device together, and the next block's first is on its way.
-        block = settings.checkpoint_interval
-        self.slots = max(settings.slots, block + 1 if block > 1 else 2)
-        self.grad_slots = max(settings.grad_slots, block)
-        self.loss_chunk = min(
-            chunk_tokens(settings.loss_chunk_tokens, skeleton.vocabulary), skeleton.max_head_tokens
-        )
-        streamed = range(skeleton.head + 1)
-        self.uploaded = frozenset(u for u in streamed if store.units[u].numel)
-        self.trainable = frozenset(
-            u for u in {*streamed, skeleton.embedding_unit} if store.units[u].trainable_numel
-        )
-        self.kept, self.spilled = layer_policies(settings, skeleton.num_layers)
+        self.policies = Policies.of(settings, skeleton)
+        self.uploaded, self.trainable = self.policies.uploaded, self.policies.trainable
         alias = device.type == "cpu" and not isinstance(lanes, AdversarialLanes)
-        self.weight_slots = WeightSlots(store, self.uploaded, self.slots, device, alias)
-        downloaded = self.trainable & frozenset(streamed)
-        self.gradient_slots = GradientSlots(store, downloaded, self.grad_slots, device, alias)
+        self.weight_slots = WeightSlots(store, self.uploaded, self.policies.slots, device, alias)
+        downloaded = frozenset(u for u in self.trainable if u <= skeleton.head)
+        self.gradient_slots = GradientSlots(store, downloaded, self.policies.grad_slots, device, alias)
         self.boundary_slots = BoundarySlots(settings.boundary_slots, device, alias)
         self._poison = isinstance(lanes, AdversarialLanes)
         self._schedules: dict[tuple[StepPlan, bool], Schedule] = {}
@@ -100,24 +89,8 @@ class Engine:
 
     def plan(self, micro_batches: int, *, evaluate: bool = False, save: bool = False) -> StepPlan:
         """The plan of a step of so many micro-batches. save: a checkpoint is written while it runs."""
-        return StepPlan(
-            layers=self.skeleton.num_layers,
-            uploaded=self.uploaded,
-            trainable=self.trainable,
-            embedding_unit=self.skeleton.embedding_unit,
-            micro_batches=micro_batches,
-            slots=self.slots,
-            grad_slots=self.grad_slots,
-            embedding_frozen=not self.store.locate(self.skeleton.anatomy.embedding)[1].trainable,
-            update=self.settings.update_mode,
-            grad_slabs=self.settings.grad_slabs,
-            kept=self.kept,
-            checkpoint_interval=self.settings.checkpoint_interval,
-            spilled=self.spilled,
-            boundary_slots=self.settings.boundary_slots,
-            evaluate=evaluate,
-            saved=frozenset(u for u, unit in enumerate(self.store.units) if unit.numel * save),
-        )
+        saved = frozenset(u for u, unit in enumerate(self.store.units) if unit.numel * save)
+        return self.policies.step_plan(micro_batches, evaluate=evaluate, saved=saved)
 
     def schedule(self, plan: StepPlan, *, pending: bool = False) -> Schedule:
         """The schedule of a step, made once. pending: it begins with the updates of the step before."""
@@ -152,10 +125,10 @@ class Engine:
             step.update = self._pending
         step.metrics = [{} for _ in micro_batches]
         if loss_fn is None:
-            step.head_losses = [cross_entropy(step.num_tokens, self.loss_chunk)] * len(micro_batches)
+            step.head_losses = [cross_entropy(step.num_tokens, self.policies.loss_chunk)] * len(micro_batches)
         else:
             step.head_losses = [
-                custom(loss_fn, batch, self.loss_chunk, metrics)
+                custom(loss_fn, batch, self.policies.loss_chunk, metrics)
                 for batch, metrics in zip(micro_batches, step.metrics, strict=True)
             ]
         end = next(i for i, op in enumerate(step.schedule.ops) if op.kind == "N")
@@ -340,12 +313,12 @@ class Engine:
 
     def _fall_back(self, unit: int) -> None:
         """From the next step on the layer is computed again."""
-        if unit in self.kept:
+        if unit in self.policies.kept:
             _log.warning(
                 "%s keeps weights where they cannot be replaced: its activations are recomputed, not kept",
                 self.store.units[unit].name,
             )
-        self.kept -= {unit}
+        self.policies = replace(self.policies, kept=self.policies.kept - {unit})
 
     def _spill(self, step: Step, op: Op) -> None:
         value = step.tensor("input", op.unit, op.micro_batch)
@@ -393,7 +366,7 @@ class Engine:
         step.call(m)
         with self.skeleton.bound(op.unit, self._weights(op), grad=False):
             found = log_probabilities(
-                self.skeleton, step.tensor("input", op.unit, m), step.targets[m], self.loss_chunk
+                self.skeleton, step.tensor("input", op.unit, m), step.targets[m], self.policies.loss_chunk
             )
         step.log_probs[m] = found[:, :-1]
         step.losses[m] = -found.double().sum() / max(1, step.num_tokens)
@@ -501,12 +474,8 @@ class Engine:
         if op.grad_slot < 0:
             return None
         if op.first:
-            additions = len(step.micro_batches)
-            if op.unit == self.skeleton.head:
-                additions = max(
-                    additions, *(-(-t.numel() // self.loss_chunk) * additions for t in step.targets)
-                )
-            dtype = self.store.dtype if additions == 1 else torch.float32
+            token_counts = [t.numel() for t in step.targets]
+            dtype = self.policies.gradient_dtype(op.unit, token_counts, self.store.dtype)
             at_home = self.gradient_slots.is_alias(dtype)
             if at_home:
                 run = self.store.gradient_run(op.unit, step.plan.slab(op.unit))

@@ -152,9 +152,13 @@ class Lanes(Protocol):
 
 
 class InlineLanes:
-    """Program order in the calling thread, and on one stream where the device is CUDA."""
+    """Program order in the calling thread, and on one stream where the device is CUDA. clock: seconds, for
+    spans."""
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(
+        self, device: torch.device | None = None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._clock = clock
         self.spans: list[Span] = []
         self.origin = 0.0
         self.disk = DiskLane()
@@ -165,7 +169,7 @@ class InlineLanes:
     ) -> None:
         self.spans = []
         self._settle()
-        self.origin = time.perf_counter()
+        self.origin = self._clock()
         for i in indices:
             if ops[i].lane is Lane.DISK:
                 self._settle()
@@ -174,11 +178,11 @@ class InlineLanes:
             if ops[i].lane in HOST_LANES:
                 self._settle()
             self.disk.settle(ops[i].writes)
-            start = time.perf_counter()
+            start = self._clock()
             _noted(execute, i, ops)
             if record:
                 self._settle()
-                self.spans.append((ops[i], start - self.origin, time.perf_counter() - self.origin))
+                self.spans.append((ops[i], start - self.origin, self._clock() - self.origin))
         self._settle()
 
     def _settle(self) -> None:

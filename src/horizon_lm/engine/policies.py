@@ -1,9 +1,110 @@
-"""The activation policy of each layer, from the settings."""
+"""From settings and unit layouts to the plan of a step: the one way, of the engine and of the planner."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
 from ..config import ModelSettings, per_layer
 from ..errors import ConfigError
+from ..memory.layout import UnitLayout
+from ..memory.store import GradientSlabs, StoreSpec
+from ..optim.rules import ADAPTIVE_RULES
+from ..schedule import StepPlan
+from .loss import chunk_tokens
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class ModelShape(Protocol):
+    """What a plan needs to know of a model: a `Skeleton`, or what stands for one."""
+
+    @property
+    def units(self) -> Sequence[UnitLayout]: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def embedding_unit(self) -> int: ...
+    @property
+    def embedding_trainable(self) -> bool: ...
+    @property
+    def vocabulary(self) -> int: ...
+    @property
+    def max_head_tokens(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Policies:
+    """Settings, made out for one model.
+
+    slots, grad_slots: as many as the settings and the blocks of layers ask for. loss_chunk: tokens.
+    uploaded, trainable, kept, spilled: units.
+    """
+
+    settings: ModelSettings
+    shape: ModelShape
+    slots: int
+    grad_slots: int
+    loss_chunk: int
+    uploaded: frozenset[int]
+    trainable: frozenset[int]
+    kept: frozenset[int]
+    spilled: frozenset[int]
+
+    @classmethod
+    def of(cls, settings: ModelSettings, shape: ModelShape) -> Policies:
+        """Raises ConfigError when a list of policies does not name each layer once."""
+        # Layers of a block are on the device together, and the next block's first is on its way.
+        block = settings.checkpoint_interval
+        streamed = range(shape.num_layers + 2)
+        kept, spilled = layer_policies(settings, shape.num_layers)
+        return cls(
+            settings,
+            shape,
+            slots=max(settings.slots, block + 1 if block > 1 else 2),
+            grad_slots=max(settings.grad_slots, block),
+            loss_chunk=min(chunk_tokens(settings.loss_chunk_tokens, shape.vocabulary), shape.max_head_tokens),
+            uploaded=frozenset(u for u in streamed if shape.units[u].numel),
+            trainable=frozenset(
+                u for u in {*streamed, shape.embedding_unit} if shape.units[u].trainable_numel
+            ),
+            kept=kept,
+            spilled=spilled,
+        )
+
+    def step_plan(
+        self, micro_batches: int, *, evaluate: bool = False, saved: frozenset[int] = frozenset()
+    ) -> StepPlan:
+        """The plan of a step of so many micro-batches. saved: units that a checkpoint takes meanwhile."""
+        return StepPlan(
+            layers=self.shape.num_layers,
+            uploaded=self.uploaded,
+            trainable=self.trainable,
+            embedding_unit=self.shape.embedding_unit,
+            micro_batches=micro_batches,
+            slots=self.slots,
+            grad_slots=self.grad_slots,
+            embedding_frozen=not self.shape.embedding_trainable,
+            update=self.settings.update_mode,
+            grad_slabs=self.settings.grad_slabs,
+            kept=self.kept,
+            checkpoint_interval=self.settings.checkpoint_interval,
+            spilled=self.spilled,
+            boundary_slots=self.settings.boundary_slots,
+            evaluate=evaluate,
+            saved=saved,
+        )
+
+    def gradient_dtype(self, unit: int, token_counts: Sequence[int], dtype: torch.dtype) -> torch.dtype:
+        """In which a unit's gradient is collected: a store's own (`dtype`) when it is written once, fp32
+        when it is added to. token_counts: tokens of each micro-batch."""
+        count = len(token_counts)
+        chunks = max((-(-tokens // self.loss_chunk) for tokens in token_counts), default=1)
+        additions = count * max(1, chunks) if unit == self.shape.num_layers + 1 else count
+        return dtype if additions == 1 else torch.float32
 
 
 def layer_policies(settings: ModelSettings, num_layers: int) -> tuple[frozenset[int], frozenset[int]]:
@@ -27,3 +128,18 @@ def _chosen(value: str | list[str], words: tuple[str, str], key: str, num_layers
             hint=f'for example {key}: ["{words[0]}*{num_layers}"]',
         )
     return frozenset(i + 1 for i, word in enumerate(listed) if word == words[1])
+
+
+def store_spec(settings: ModelSettings, shape: ModelShape | None) -> StoreSpec:
+    """What the store holds for each parameter; without the slabs of eager updates where the model is
+    not known yet."""
+    slabs = None
+    if settings.update_mode == "eager":
+        outer = frozenset() if shape is None else frozenset({shape.num_layers + 1, shape.embedding_unit})
+        slabs = GradientSlabs(settings.grad_slabs if shape is not None else 0, outer)
+    return StoreSpec(
+        DTYPES[settings.dtype],
+        moment_dtype=DTYPES[settings.moment_dtype],
+        second_moment=settings.optim in ADAPTIVE_RULES,
+        slabs=slabs,
+    )

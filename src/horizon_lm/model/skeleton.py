@@ -114,6 +114,11 @@ class Skeleton:
         """The unit that owns the embedding table: the head when tied, else the one after it."""
         return self.head if self.anatomy.tied else self.head + 1
 
+    @property
+    def embedding_trainable(self) -> bool:
+        """Whether the embedding table has a gradient."""
+        return any(p.name == self.anatomy.embedding for p in self.units[self.embedding_unit].trainable)
+
     def is_embedding(self, name: str) -> bool:
         """Whether the parameter is the table of an embedding module (of tokens or positions)."""
         return any(isinstance(owner, nn.Embedding) for owner, _ in self._owners[name])

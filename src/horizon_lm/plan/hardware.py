@@ -81,3 +81,14 @@ def _process_limits() -> list[int]:
     used = {resource.RLIMIT_AS: memory.vms, resource.RLIMIT_DATA: getattr(memory, "data", memory.vms)}
     soft = {kind: resource.getrlimit(kind)[0] for kind in used}
     return [soft[kind] - used[kind] for kind in used if soft[kind] != resource.RLIM_INFINITY]
+
+
+def lockable_bytes() -> int | None:
+    """`ulimit -l`, the memory that this process may lock; None without a limit. CUDA pins through its driver
+    and is commonly not bound by it, so that this is a warning, never a refusal."""
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return None
+    soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return None if soft == resource.RLIM_INFINITY else soft

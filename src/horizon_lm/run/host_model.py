@@ -24,23 +24,21 @@ from ..config import ModelSettings
 from ..engine.engine import Engine
 from ..engine.lanes import Span, choose_lanes
 from ..engine.loss import LossFunction
+from ..engine.policies import DTYPES, store_spec
 from ..engine.saving import Saving
 from ..engine.step import MicroBatch, Step
 from ..errors import ConfigError, NonFiniteError
 from ..memory.arena import keep_freed_memory
 from ..memory.layout import lay_out
-from ..memory.store import GradientSlabs, HostStore, StoreSpec
+from ..memory.store import HostStore
 from ..model.loading import count_parameters, create_model, fill_store, load_model
 from ..model.skeleton import Skeleton
 from ..optim.groups import check_patterns, group_rule, segments
 from ..optim.optimizer import Optimizer, UpdateSettings
-from ..optim.rules import ADAPTIVE_RULES
 from ..plan.preflight import check_host_memory
 from .export import save_model
 from .micro_batches import check_micro_batches
 from .outputs import EvaluationOutput, ForwardBackwardOutput, StepOutput, TrainStepOutput
-
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class _Default(Enum):
@@ -57,7 +55,7 @@ class HostModel:
         store, and the object is left as a skeleton without memory."""
         self.settings = settings
         self.device = resolve_device(settings.device)
-        self.skeleton = Skeleton(model, _DTYPES[settings.dtype])
+        self.skeleton = Skeleton(model, DTYPES[settings.dtype])
         if settings.mlp_tile_tokens is not None:
             self.skeleton.tile_mlps(settings.mlp_tile_tokens)
         self.optimizer = make_optimizer(self.skeleton, settings)
@@ -103,7 +101,7 @@ class HostModel:
     @classmethod
     def from_config(cls, values: dict[str, Any], settings: ModelSettings) -> HostModel:
         """A model with random weights (settings.seed) from the values of a transformers configuration."""
-        dtype = _DTYPES[settings.dtype]
+        dtype = DTYPES[settings.dtype]
         if not settings.skip_memory_check:  # before the source model takes its own share
             whole = lay_out("all", [("all", (count_parameters(values),), True, dtype)], dtype)
             # The slabs of eager updates are as large as a layer, which is not known yet.
@@ -379,21 +377,6 @@ class HostModel:
 
 def _output(step: Step) -> ForwardBackwardOutput:
     return ForwardBackwardOutput(step.loss, step.num_tokens, step.metrics)
-
-
-def store_spec(settings: ModelSettings, skeleton: Skeleton | None) -> StoreSpec:
-    """What the store holds for each parameter; without the slabs of eager updates where the model is
-    not known yet."""
-    slabs = None
-    if settings.update_mode == "eager":
-        outer = frozenset() if skeleton is None else frozenset({skeleton.head, skeleton.embedding_unit})
-        slabs = GradientSlabs(settings.grad_slabs if skeleton is not None else 0, outer)
-    return StoreSpec(
-        _DTYPES[settings.dtype],
-        moment_dtype=_DTYPES[settings.moment_dtype],
-        second_moment=settings.optim in ADAPTIVE_RULES,
-        slabs=slabs,
-    )
 
 
 def make_optimizer(skeleton: Skeleton, settings: ModelSettings) -> Optimizer:

@@ -77,12 +77,13 @@ def train_steps(
         fault: NonFiniteError | None = None
         back = None
         try:
+            is_recorded = step % config.logging_steps == 0 or step == recorded_step(num_steps)
             out = model.train_step(
                 micro_batches,
                 lr,
                 config.max_grad_norm,
                 config.weight_decay,
-                record=step % config.logging_steps == 0,
+                record=is_recorded,
                 check=_check(guard, step, config),
             )
             loss, num_tokens, grad_norm = out.loss, out.num_tokens, out.grad_norm
@@ -141,6 +142,11 @@ def _too_many_rollbacks(count: int, error: NonFiniteError) -> NonFiniteError:
         f"the last reason: {error.message}",
         hint="lower learning_rate, or look at the data",
     )
+
+
+def recorded_step(num_steps: int) -> int:
+    """The step whose timeline is kept: an early one, but none in which buffers are still made."""
+    return min(3, num_steps)
 
 
 def _too_many(count: int, error: NonFiniteError) -> NonFiniteError:

@@ -2,6 +2,7 @@
 
     {"event": "start", ...}     versions, machine, size of the model and of the data
     {"event": "step", ...}      every logging_steps steps, see `Metrics`
+    {"event": "timeline", ...}  what ran when in one step, once a run
     {"event": "eval", ...}      every evaluation, see `evaluation.Evaluation`
     {"event": "checkpoint", ...}   one that was saved, or why it was not
     {"event": "fault", ...}     a step that was not learned from, or a loss spike, and what was done
@@ -18,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -211,6 +212,16 @@ class MetricsFile:
         """Append a line of another kind; before the first step there is no file for it."""
         if self._file is not None:
             self._write(event, values)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the file exists: from the first recorded step on."""
+        return self._file is not None
+
+    def write_timeline(self, step: int, spans: Sequence[Span]) -> None:
+        """Append what ran when in a step, as [op, lane, start, end] in seconds."""
+        rows = [[str(op), str(op.lane), round(start, 7), round(end, 7)] for op, start, end in spans]
+        self._write("timeline", {"step": step, "spans": rows})
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
         """Append a line for an evaluation; those before the first step wait for it."""

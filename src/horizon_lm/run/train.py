@@ -27,8 +27,9 @@ from .folder import RunFolder, check_disk, claim
 from .guard import LossGuard
 from .host_model import HostModel, resolve_device
 from .loggers import Loggers, check_installed
-from .loop import count_steps
+from .loop import count_steps, recorded_step
 from .metrics import Meter, Metrics, MetricsFile, read_evaluations, read_steps, versions
+from .planning import settle
 from .plot import plot_loss
 from .progress import Progress, choose_progress, clock, number, say, size
 from .quiet import quiet_transformers
@@ -41,6 +42,8 @@ from .trainer import Trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from ..plan.run_plan import RunPlan
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,9 @@ def train(config: TrainConfig, *, config_notes: Sequence[str] = ()) -> TrainResu
         _memory_faults(config),
     ):
         check_sources(config, folder)
-        resume = find(config, folder, progress.warn)
+        asked = config
+        config, plan = settle(config, progress)
+        resume = find(asked, folder, progress.warn)
         progress.stage("reading the data")
         data = load_training_data(config)
         progress.stage(describe_data(data))
@@ -94,7 +99,7 @@ def train(config: TrainConfig, *, config_notes: Sequence[str] = ()) -> TrainResu
             sum(model.store.num_bytes.values()) if _will_save(config, data) else 0,
         )
 
-        last = _run_steps(config, config_notes, folder, data, model, progress, resume, started)
+        last = _run_steps(config, asked, plan, config_notes, folder, data, model, progress, resume, started)
 
         model.save_pretrained(
             folder.model,
@@ -123,6 +128,8 @@ def train(config: TrainConfig, *, config_notes: Sequence[str] = ()) -> TrainResu
 
 def _run_steps(
     config: TrainConfig,
+    asked: TrainConfig,
+    plan: RunPlan | None,
     config_notes: Sequence[str],
     folder: RunFolder,
     data: TrainingData,
@@ -131,7 +138,9 @@ def _run_steps(
     resume: Resume | None,
     started: float,
 ) -> Metrics:
-    """Train, evaluate, save, show and record; returns the last metrics."""
+    """Train, evaluate, save, show and record; returns the last metrics. asked: the settings as they were
+    given, which the run's folder keeps, so that a plan for another machine can be made of them; plan: what
+    was chosen."""
     loader = data.loader
     num_steps = count_steps(config, len(data.rows), loader.rows_per_step)
     peak = _peak(config, model)
@@ -154,11 +163,14 @@ def _run_steps(
         )
     # The folder becomes this run's with the first step that is done; see `claim` for runs without one.
     in_place = resume is not None and resume.in_place
-    settings = config.to_yaml()
+    settings = asked.to_yaml()
+    header = _header(config, config_notes, data, model, num_steps, peak)
+    if plan is not None:
+        header["plan"] = plan.to_dict()
     file = MetricsFile(
         folder.metrics,
         begin=lambda: folder.write_settings(settings) if in_place else folder.begin(settings),
-        header=_header(config, config_notes, data, model, num_steps, peak),
+        header=header,
         resumed_at=trainer.loop.step if resume is not None else None,
     )
     reports = Reports(file, Loggers(config, folder.path), progress)
@@ -183,6 +195,8 @@ def _run_steps(
             last = metrics or last
             trainer.last = last
             reports.step(record, metrics)
+            if record.step == recorded_step(num_steps) and file.has_begun:
+                file.write_timeline(record.step, model.timeline)
             evaluation = evaluator.after(record.step, record.epoch) if evaluator is not None else None
             if evaluation is not None:
                 reports.evaluation(evaluation)

@@ -8,20 +8,28 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .ops import Buffer, Lane, Op
 from .waits import derive_waits, last_uses
 
 Span = tuple[Op, float, float]
+# (memory, bytes) of a buffer that an op writes first, or None where that memory exists anyway
+BufferBytes = Callable[[Buffer, Op], tuple[str, int] | None]
+# (memory, bytes) that an op takes while it runs, and gives back when it ends
+WorkingBytes = Callable[[Op], tuple[str, int] | None]
+WORKING_SET = "working_set"
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """spans: (op, start, end) in seconds, in program order. peaks: bytes by memory."""
+    """spans: (op, start, end) in seconds, in program order. peaks: bytes by memory. parts: what each
+    memory holds at its peak, by region of the buffers, and as `working_set` what the ops that run take.
+    """
 
     spans: list[Span]
     peaks: dict[str, int]
+    parts: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -35,60 +43,79 @@ def simulate(
     ops: Sequence[Op],
     seconds: Callable[[Op], float],
     *,
-    num_bytes: Callable[[Buffer, Op], tuple[str, int] | None] | None = None,
+    num_bytes: BufferBytes | None = None,
+    working_bytes: WorkingBytes | None = None,
     waits: Sequence[tuple[int, ...]] | None = None,
+    one_at_a_time: bool = False,
 ) -> Simulation:
     """Run `ops` (program order) with the given cost of each.
 
-    seconds: how long an op takes on its lane. num_bytes: for a transient buffer and the op that
-    writes it first, the memory that holds it and its bytes, or None where that memory exists
-    anyway (slots). waits: derived when not given. Raises ValueError for a negative cost.
+    seconds: how long an op takes on its lane. waits: derived when not given. one_at_a_time: no lanes, as
+    on the CPU. Raises ValueError for a negative cost.
     """
-    waits = derive_waits(ops) if waits is None else waits
+    if waits is None:
+        waits = [()] * len(ops) if one_at_a_time else derive_waits(ops)
     ends: list[float] = []
-    free: dict[Lane, float] = defaultdict(float)
+    free: dict[Lane | None, float] = defaultdict(float)
     spans: list[Span] = []
     for i, op in enumerate(ops):
         cost = seconds(op)
         if cost < 0:
             raise ValueError(f"{op} takes {cost} s; hint: costs are 0 or more")
-        start = max([free[op.lane], *(ends[j] for j in waits[i])])
+        lane = None if one_at_a_time else op.lane
+        start = max([free[lane], *(ends[j] for j in waits[i])])
         ends.append(start + cost)
-        free[op.lane] = ends[i]
+        free[lane] = ends[i]
         spans.append((op, start, ends[i]))
-    peaks = {} if num_bytes is None else _peaks(ops, spans, num_bytes)
-    return Simulation(spans, peaks)
+    if num_bytes is None and working_bytes is None:
+        return Simulation(spans, {})
+    order = [(op, float(i), float(i + 1)) for i, op in enumerate(ops)] if one_at_a_time else spans
+    peaks, parts = _peaks(ops, order, num_bytes, working_bytes)
+    return Simulation(spans, peaks, parts)
 
 
-def peaks_in_order(
-    ops: Sequence[Op], num_bytes: Callable[[Buffer, Op], tuple[str, int] | None]
-) -> dict[str, int]:
+def peaks_in_order(ops: Sequence[Op], num_bytes: BufferBytes) -> dict[str, int]:
     """The peak of each memory when ops run one after another in program order; as in `simulate`."""
-    return _peaks(ops, [(op, float(i), float(i + 1)) for i, op in enumerate(ops)], num_bytes)
+    return simulate(ops, lambda op: 0.0, num_bytes=num_bytes, one_at_a_time=True).peaks
 
 
 def _peaks(
-    ops: Sequence[Op], spans: Sequence[Span], num_bytes: Callable[[Buffer, Op], tuple[str, int] | None]
-) -> dict[str, int]:
+    ops: Sequence[Op],
+    spans: Sequence[Span],
+    num_bytes: BufferBytes | None,
+    working_bytes: WorkingBytes | None,
+) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
     """A buffer is alive from the start of the op that writes it first to the end of its last user."""
-    changes: dict[str, list[tuple[float, int, int]]] = defaultdict(list)
+    changes: dict[str, list[tuple[float, int, int, str]]] = defaultdict(list)
     alive: dict[Buffer, tuple[str, int]] = {}
     for (op, start, end), released in zip(spans, last_uses(ops), strict=True):
-        for buffer in sorted(op.writes):
-            found = None if buffer in alive else num_bytes(buffer, op)
+        taken = None if working_bytes is None else working_bytes(op)
+        if taken is not None:
+            changes[taken[0]] += [(start, 1, taken[1], WORKING_SET), (end, 0, -taken[1], WORKING_SET)]
+        for buffer in sorted(op.writes) if num_bytes is not None else ():
+            found = None if buffer in alive else num_bytes(buffer, op)  # type: ignore[misc]
             if found is not None:
                 alive[buffer] = found
-                changes[found[0]].append((start, 1, found[1]))
+                changes[found[0]].append((start, 1, found[1], buffer.region))
         for buffer in released:
             if buffer in alive:
                 memory, size = alive.pop(buffer)
-                changes[memory].append((end, 0, -size))
-    return {memory: _highest(size for _, _, size in sorted(rows)) for memory, rows in changes.items()}
+                changes[memory].append((end, 0, -size, buffer.region))
+    found_peaks = {memory: _highest(sorted(rows)) for memory, rows in changes.items()}
+    return (
+        {memory: peak for memory, (peak, _) in found_peaks.items()},
+        {memory: parts for memory, (_, parts) in found_peaks.items()},
+    )
 
 
-def _highest(changes: Iterable[int]) -> int:
+def _highest(changes: Iterable[tuple[float, int, int, str]]) -> tuple[int, dict[str, int]]:
+    """The highest sum, and what it is made of."""
     now = highest = 0
-    for change in changes:
+    held: dict[str, int] = defaultdict(int)
+    parts: dict[str, int] = {}
+    for _, _, change, region in changes:
         now += change
-        highest = max(highest, now)
-    return highest
+        held[region] += change
+        if now > highest:
+            highest, parts = now, {name: size for name, size in held.items() if size}
+    return highest, parts

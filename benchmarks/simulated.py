@@ -1,0 +1,139 @@
+"""The papers' settings, simulated: what our schedule would do on their machines, beside what they published.
+
+Every figure of ours in this table is **simulated**, not measured: the schedule that the engine runs, with
+the rates of a profile that ships with this package (`plan/profiles`), whose sources say which rates are
+measurements of others, which are peaks of data sheets, and what is not known. Launches of kernels, memory
+that several lanes want at once and fragmentation are not in it, so that times are a lower bound. Published
+figures are those of Horizon-LM (arXiv:2602.04816, withdrawn) and MegaTrain (arXiv:2604.05091), as collected
+by others from its tables and pictures; some of them contradict each other.
+
+TFLOPS is 6 N x tokens/s with all N parameters and all tokens, as theirs. Ours are for rows of 1024 tokens in
+one micro-batch of the batch size given; clipping is on, the masters and moments are fp32. What each layer
+keeps is the planner's choice, but for the rows of depth and width, which recompute all layers as theirs
+did. Where they give no batch size the planner cuts 98,304 tokens a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+from horizon_lm.config import TrainConfig
+from horizon_lm.errors import DoesNotFitError
+from horizon_lm.plan.run_plan import plan_run
+
+from .report import Report
+
+QWEN = {"model_type": "qwen2", "vocab_size": 152064, "max_position_embeddings": 131072}
+SHAPES = {
+    "7B": (3584, 18944, 28, 28, 4),
+    "14B": (5120, 13824, 48, 40, 8),
+    "32B": (5120, 27648, 64, 40, 8),
+    "72B": (8192, 29568, 80, 64, 8),
+}
+
+
+def qwen(name: str, **changes: int) -> dict:
+    width, mlp, layers, heads, kv = SHAPES[name]
+    found = QWEN | {"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers}
+    return found | {"num_attention_heads": heads, "num_key_value_heads": kv} | changes
+
+
+def wider(factor: float) -> dict:
+    """The 7B shape, wider: heads of 128 as they are, more of them."""
+    heads = round(28 * factor)
+    return qwen(
+        "7B",
+        hidden_size=128 * heads,
+        intermediate_size=round(18944 * factor / 128) * 128,
+        num_attention_heads=heads,
+        num_key_value_heads=heads if heads % 4 else 4,
+    )
+
+
+# what, model, machine, batch (0: the planner's), published TFLOPS and what is known of it
+def cases() -> Iterator[tuple[str, dict, str, int, str]]:
+    yield "7B", qwen("7B"), "gh200", 158, "284.7 (table 7)"
+    yield "14B", qwen("14B"), "gh200", 96, "266.3 (table 4)"
+    yield "32B", qwen("32B"), "gh200", 0, "> 250"
+    yield "7B", qwen("7B"), "a100-pcie", 0, "128"
+    yield "14B", qwen("14B"), "a100-pcie", 0, "122"
+    yield "32B", qwen("32B"), "a100-pcie", 0, "114"
+    yield "72B", qwen("72B"), "h200-1.5tb", 0, "no number found"
+    for what in ("GPT-OSS-120B", "GPT-OSS-120B, no clipping"):
+        yield what, {"model_type": "gpt_oss"}, "h200-1.5tb", 0, "no number found"
+    for layers, said in ((28, 284), (42, 272), (56, 264), (84, 255), (132, 247), (180, 227)):
+        yield f"7B width, {layers} layers", qwen("7B", num_hidden_layers=layers), "gh200", 96, str(said)
+    for factor, number in ((1.0, "406"), (3.0, "264"), (3.5, "193"), (4.0, "136"), (5.0, "about 100")):
+        yield f"28 layers, width {factor:g}x", wider(factor), "gh200", 16, number
+
+
+def row(what: str, model: dict, machine: str, batch: int, published: str) -> list[str]:
+    clip = {"max_grad_norm": None} if "no clipping" in what else {}
+    policy = "recompute" if "width" in what else "auto"
+    size = {"per_device_train_batch_size": batch} if batch else {"tokens_per_step": 98304}
+    attention = "eager" if model["model_type"] == "gpt_oss" else "sdpa"
+    config = TrainConfig(
+        init_model=model,
+        datasets=["none"],
+        max_length=1024,
+        attn_implementation=attention,
+        activations=policy,
+        **size,
+        **clip,
+    )
+    note = ""
+    try:
+        plan = plan_run(config, machine)
+    except DoesNotFitError as error:
+        note = (
+            error.message.partition(":")[0]
+            + " short by "
+            + error.message.partition("short by ")[2].partition(";")[0]
+        )
+        plan = plan_run(config.replace(skip_memory_check=True, activations="recompute"), machine)
+    found, parameters = plan.prediction, plan.planner.outline.num_parameters
+    kept = len(found.plan.kept)
+    return [
+        what,
+        machine,
+        f"{parameters / 1e9:.2f}",
+        f"{found.plan.micro_batches} x {found.batch}",
+        f"{found.host_bytes / 1e9:,.0f}",
+        f"{found.device_bytes / 1e9:.1f}",
+        f"{kept} of {plan.planner.outline.num_layers}",
+        f"{found.seconds:.1f}",
+        f"{found.tokens_per_second:,.0f}",
+        f"{6 * parameters * found.tokens_per_second / 1e12:.0f}",
+        published,
+        note or found.limit(),
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args(argv)
+    head = ["model", "profile", "B parameters", "micro-batches", "host GB", "device GB", "layers kept"]
+    head += [
+        "s a step",
+        "tokens/s",
+        "TFLOPS, simulated",
+        "TFLOPS, published",
+        "limited by, or short of",
+    ]
+    rows = []
+    for case in cases():
+        rows.append(row(*case))
+        print(" | ".join(rows[-1]), flush=True)
+    report = Report("simulated", __doc__ or "", command="python -m benchmarks simulated")
+    report.table(
+        head,
+        rows,
+        note="Simulated with the profiles named; nothing in this table was run on a GPU. GPT-OSS: N counts "
+        "all experts, of which a token uses 4 of 128, so its 6 N is no measure of work. "
+        "What they widened and from which shape is not said; here it is width and MLP of the 7B shape.",
+    )
+    report.write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The verbs `plan`, `doctor` and `report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from horizon_lm.cli_base import SettingsArguments, SettingsCommand, load_settings
+
+
+class PlanCommand(SettingsCommand):
+    """Its settings are followed by a machine."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return ["[CONFIG.yaml]", "[KEY=VALUE]...", "[hardware=NAME]", "[--json]"]
+
+
+def plan(
+    settings: SettingsArguments = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Say what a run will take and how fast it will be, before it is started; nothing is allocated.
+
+    hardware=NAME plans for a machine that is not here: a shipped profile, or a file with one.
+    """
+    hardware, rest = "auto", []
+    for argument in settings or ():
+        name, _, value = argument.removeprefix("--").partition("=")
+        if name == "hardware" and value:
+            hardware = value
+        else:
+            rest.append(argument)
+    config, _ = load_settings(rest)
+    from horizon_lm.plan.run_plan import plan_run
+    from horizon_lm.plan.show import describe
+
+    found = plan_run(config, hardware)
+    if json:
+        import json as writer
+
+        print(writer.dumps(found.to_dict() | {"largest": found.largest()}, indent=2))
+    else:
+        print(describe(found))
+
+
+def doctor(
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again, although this machine was.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+) -> None:
+    """Look at this machine: what it has, how fast it is, what limits a run and how to mend it."""
+    from horizon_lm.plan.doctor import examine
+
+    found = examine(fresh=fresh)
+    print(found.to_json() if json else found.to_text())
+    if found.has_failed:
+        raise typer.Exit(3)
+
+
+def report(run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.")]) -> None:
+    """Write RUN/report.html, a page with everything in it, and RUN/trace.json for ui.perfetto.dev."""
+    from horizon_lm.run.report import write_report
+
+    for path in write_report(Path(run)):
+        print(f"written: {path}")

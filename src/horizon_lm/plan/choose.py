@@ -1,0 +1,215 @@
+"""The planner's choices: what the settings leave open, made out for one machine.
+
+A setting that is named in the configuration is pinned and stays. Of the others the fastest combination that
+fits is taken, by simulation. The space is searched in stages; `space` lists all of it, for tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from ..config import TrainConfig
+from ..errors import ConfigError
+from . import fit
+from .limits import Limits
+from .outline import Outline
+from .predict import Prediction, predict
+from .profile import Profile
+
+_MAX_OPS = 1000  # micro-batches times layers beyond which a finer cut is not looked at
+# How much slower a step may be for a choice that takes less memory or is simpler: below what is measurable.
+_TIE = 0.002
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting with its value and why. pinned: the configuration named it."""
+
+    key: str
+    value: Any
+    reason: str
+    pinned: bool
+
+
+@dataclass
+class Planner:
+    """One model on one machine. pinned: keys that the configuration names."""
+
+    outline: Outline
+    profile: Profile
+    limits: Limits
+    pinned: frozenset[str] = frozenset()
+    _seen: dict[str, Prediction] = field(default_factory=dict)
+    _outlines: dict[tuple, Outline] = field(default_factory=dict)
+
+    def predict(self, config: TrainConfig) -> Prediction:
+        key = config.model_dump_json()
+        if key not in self._seen:
+            self._seen[key] = predict(
+                self._outline(config),
+                config,
+                self.profile,
+                batch=config.per_device_train_batch_size,
+                tokens=config.max_length,
+                micro_batches=config.gradient_accumulation_steps,
+            )
+        return self._seen[key]
+
+    def _outline(self, config: TrainConfig) -> Outline:
+        """The model under settings that change what it is made of."""
+        key = config.dtype, config.mlp_tile_tokens
+        self._outlines.setdefault((self.outline.dtype_name, self.outline.mlp_tile_tokens), self.outline)
+        if key not in self._outlines:
+            self._outlines[key] = Outline(self.outline.config, config).with_layers(self.outline.num_layers)
+        return self._outlines[key]
+
+    def fits(self, config: TrainConfig) -> bool:
+        return not fit.shortfalls(config, self.predict(config), self.limits)
+
+    # The space.
+
+    def is_open(self, *keys: str) -> bool:
+        return not self.pinned & set(keys)
+
+    def batches(self, config: TrainConfig) -> list[tuple[int, int]]:
+        """(sequences of a micro-batch, micro-batches) for the wanted tokens of a step, largest first."""
+        batch, count = config.per_device_train_batch_size, config.gradient_accumulation_steps
+        if config.tokens_per_step is None:
+            return [(batch, count)]
+        rows = max(1, config.tokens_per_step // config.max_length)
+        cuts = [(b, rows // b) for b in range(rows, 0, -1) if rows % b == 0]
+        if not self.is_open("per_device_train_batch_size"):
+            cuts = [cut for cut in cuts if cut[0] == batch]
+        if not self.is_open("gradient_accumulation_steps"):
+            cuts = [cut for cut in cuts if cut[1] == count]
+        if not cuts:
+            raise ConfigError(
+                f"tokens_per_step={config.tokens_per_step} is {rows} sequences of {config.max_length}, which "
+                f"per_device_train_batch_size={batch} and gradient_accumulation_steps={count} do not give",
+                hint="leave out one of the three",
+            )
+        return cuts
+
+    def updates(self, config: TrainConfig) -> list[str]:
+        if config.update != "auto":
+            return [config.update]
+        return ["deferred", "sync"] if config.update_mode == "deferred" else ["eager", "deferred", "sync"]
+
+    def slots(self, config: TrainConfig) -> list[int]:
+        return [config.slots] if self.profile.device == "cpu" or not self.is_open("slots") else [2, 3]
+
+    def kept(self, config: TrainConfig) -> list[int]:
+        """How many layers, from the last one down, may keep their activations."""
+        is_open = config.activations == "auto" and config.checkpoint_interval == 1
+        return list(range(self.outline.num_layers + 1)) if is_open else [0]
+
+    def spilled(self, config: TrainConfig) -> list[int]:
+        """How many layers, from the first one up, may spill their inputs."""
+        is_open = config.boundaries == "auto" and self.profile.device != "cpu"
+        return list(range(self.outline.num_layers + 1)) if is_open else [0]
+
+    def make(
+        self, config: TrainConfig, cut: tuple[int, int], update: str, slots: int, kept: int, spilled: int
+    ) -> TrainConfig:
+        layers = self.outline.num_layers
+        changes: dict[str, Any] = {
+            "per_device_train_batch_size": cut[0],
+            "gradient_accumulation_steps": cut[1],
+            "update": update,
+            "slots": slots,
+        }
+        if config.activations == "auto":
+            changes["activations"] = _listed("recompute", layers - kept, "keep", kept)
+        if config.boundaries == "auto":
+            changes["boundaries"] = _listed("host", spilled, "device", layers - spilled)
+        return config.replace(**changes)
+
+    def space(self, config: TrainConfig) -> Iterator[TrainConfig]:
+        """Every combination that may be chosen, whether it fits or not."""
+        for cut, update, slots, kept, spilled in product(
+            self.batches(config),
+            self.updates(config),
+            self.slots(config),
+            self.kept(config),
+            self.spilled(config),
+        ):
+            yield self.make(config, cut, update, slots, kept, spilled)
+
+    # The search.
+
+    def choose(self, config: TrainConfig) -> TrainConfig:
+        """The fastest combination that fits. Raises DoesNotFitError when none was found."""
+        cuts = self.batches(config)
+        layers = self.outline.num_layers
+        coarse = [cut for cut in cuts if cut[1] * layers <= _MAX_OPS] or cuts[:1]
+        update, slots = self.updates(config)[0], self.slots(config)[0]
+        spills = sorted({self.spilled(config)[0], self.spilled(config)[-1]})
+        firsts: list[tuple[float, tuple[int, int], int]] = []
+        for cut, spilled in product(coarse, spills):
+            made = self.make(config, cut, update, slots, 0, spilled)
+            if self.fits(made):
+                firsts.append((self.predict(made).seconds, cut, spilled))
+        if not firsts:
+            smallest = self.make(
+                config,
+                cuts[-1] if cuts[-1][1] * layers <= _MAX_OPS else coarse[-1],
+                update,
+                slots,
+                0,
+                spills[-1],
+            )
+            if not config.skip_memory_check:
+                fit.check(smallest, self.predict(smallest), self.limits, self.predict)
+            return smallest
+        best: list[tuple[float, TrainConfig]] = []
+        for _, cut, spilled in sorted(firsts)[:6]:
+            kept = self._most_kept(config, cut, update, slots, spilled)
+            spilled = self._least_spilled(config, cut, update, slots, kept, spilled)
+            made = self.make(config, cut, update, slots, kept, spilled)
+            best.append((self.predict(made).seconds, made))
+        chosen = min(best, key=lambda row: row[0])[1]
+        return self._refine(config, chosen)
+
+    def _most_kept(
+        self, config: TrainConfig, cut: tuple[int, int], update: str, slots: int, spilled: int
+    ) -> int:
+        """More layers that keep take more memory, so the most that fit are found by halving."""
+        low, high = 0, self.kept(config)[-1]
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.fits(self.make(config, cut, update, slots, middle, spilled)):
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def _least_spilled(
+        self, config: TrainConfig, cut: tuple[int, int], update: str, slots: int, kept: int, spilled: int
+    ) -> int:
+        low, high = self.spilled(config)[0], spilled
+        while low < high:
+            middle = (low + high) // 2
+            if self.fits(self.make(config, cut, update, slots, kept, middle)):
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def _refine(self, config: TrainConfig, chosen: TrainConfig) -> TrainConfig:
+        """Other update modes and one more slot, where they gain something."""
+        best = self.predict(chosen).seconds
+        for update, slots in product(self.updates(config), self.slots(config)):
+            other = chosen.replace(update=update, slots=slots)
+            if self.fits(other) and self.predict(other).seconds < best * (1 - _TIE):
+                chosen, best = other, self.predict(other).seconds
+        return chosen
+
+
+def _listed(first: str, first_count: int, second: str, second_count: int) -> str | list[str]:
+    """A setting by layer, as one word where all are alike."""
+    if not first_count:
+        return second
+    return [f"{first}*{first_count}", f"{second}*{second_count}"] if second_count else first

@@ -1,0 +1,205 @@
+"""What each op of a schedule costs: seconds on its lane, bytes while it runs, bytes of what it leaves.
+
+Counted work (`plan.work`) meets the rates of a machine (`plan.profile`) here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from ..engine.policies import Policies
+from ..memory.store import StoreSpec, regions
+from ..schedule import Buffer, Op, StepPlan
+from ..schedule.step_plan import KEEP
+from .device import slot_bytes
+from .outline import Measures, Outline
+from .profile import Profile
+from .work import ATTENTION, MATMUL, Kernel, Work
+from .working_set import Pass
+
+DEVICE, HOST = "device", "host"
+
+
+def kernel_seconds(kernel: Kernel, profile: Profile) -> float:
+    """One operation: arithmetic or memory, whichever takes longer, and what any operation takes."""
+    memory = kernel.bytes / profile.elementwise.of(kernel.dtype)
+    if kernel.kind == MATMUL:
+        memory = kernel.flops / profile.matmul.of(kernel.dtype)
+    elif kernel.kind == ATTENTION:
+        memory = kernel.flops / profile.attention.of(kernel.dtype)
+    return memory + profile.operation_seconds
+
+
+def work_seconds(work: Work, profile: Profile) -> float:
+    return sum(count * kernel_seconds(kernel, profile) for kernel, count in work.items())
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of the ops of one step of `plan`, micro-batches all of one shape."""
+
+    outline: Outline
+    measures: Measures
+    policies: Policies
+    plan: StepPlan
+    spec: StoreSpec
+    profile: Profile
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether slots alias the store, and everything lies in host memory."""
+        return self.profile.device == "cpu"
+
+    @property
+    def boundary(self) -> int:
+        return self.measures.layers[0].boundary
+
+    @property
+    def device_memory(self) -> str:
+        return HOST if self.is_cpu else DEVICE
+
+    # Bytes.
+
+    def fixed_bytes(self) -> dict[str, int]:
+        """Device buffers that live as long as the run."""
+        plan = self.plan
+        spills = any(plan.is_spilled(u) for u in range(1, plan.head))
+        parts = slot_bytes(self.outline.units, plan, self.spec.dtype)
+        parts["boundary_slots"] = plan.boundary_slots * self.boundary if spills else 0
+        if self.is_cpu:
+            widened = any(
+                self._gradient_dtype(u) != self.spec.dtype for u in plan.trainable if u <= plan.head
+            )
+            parts = {"gradient_slots": parts["gradient_slots"] if widened else 0}
+        return {name: size for name, size in parts.items() if size}
+
+    def num_bytes(self, buffer: Buffer, op: Op) -> tuple[str, int] | None:
+        """Of a transient buffer, by the op that writes it first; see `schedule.simulate`."""
+        region = buffer.region
+        if region in ("input", "input_grad"):
+            return self.device_memory, self.boundary
+        if region in ("embeds", "embeds_grad", "boundary"):
+            return HOST, self.boundary
+        if region == "call":
+            return self.device_memory, self.measures.ends.call
+        if region == "graph":
+            layer = self._layer(buffer.index)
+            return self.device_memory, layer.kept if op.policy == KEEP else layer.held
+        return None
+
+    def working_bytes(self, op: Op) -> tuple[str, int] | None:
+        """What an op takes beside what it is given and what it leaves."""
+        given = 0
+        if op.kind == "S":
+            return HOST, self._rows * self.outline.width * (2 * self.spec.dtype.itemsize + 4)
+        if op.kind not in "FBCLE":
+            return None
+        found = self._pass(op)
+        if op.kind == "F" and op.unit == 0 or op.kind == "B" and op.unit == 0:
+            given = self.boundary if self.is_cpu or op.kind == "B" else 0
+        elif op.kind in "FC":
+            layer = self._layer(op.unit)
+            given = self.boundary + (layer.kept if op.policy == KEEP else layer.held if op.policy else 0)
+        elif op.kind == "B":
+            layer = self._layer(op.unit)
+            given = layer.kept if self._was_kept(op.unit) else layer.held
+        elif op.kind == "L":
+            given = self.boundary
+        return self.device_memory, max(0, found.bytes - given)
+
+    # Seconds.
+
+    def seconds(self, op: Op) -> float:
+        """How long an op takes on its lane."""
+        if op.kind in "FBCLE":
+            key = op.kind, op.policy, self._kind(op.unit), self._was_kept(op.unit)
+            if key not in self._seconds:
+                self._seconds[key] = work_seconds(self._pass(op).work, self.profile)
+            return self._seconds[key]
+        profile = self.profile
+        if op.kind == "G":
+            return 2 * self.boundary / profile.host
+        if op.kind == "U":
+            unit = self.outline.units[op.unit]
+            return 0.0 if self.is_cpu else unit.slot_numel * self.spec.dtype.itemsize / profile.h2d
+        if op.kind in "XR":
+            return 0.0 if self.is_cpu else self.boundary / (profile.d2h if op.kind == "X" else profile.h2d)
+        if op.kind == "D":
+            return self._download_seconds(op.unit)
+        if op.kind == "S":
+            table = self.outline.units[self.plan.embedding_unit].trainable_numel if not self.plan.tied else 0
+            rows = self._rows * self.outline.width * 4 * torch.float32.itemsize
+            return (table * self.spec.dtype.itemsize + rows) / profile.host
+        if op.kind == "N":
+            return self._norm_seconds()
+        return self.outline.units[op.unit].trainable_numel * self.update_bytes / profile.optimizer
+
+    @property
+    def update_bytes(self) -> int:
+        """Bytes a parameter that an update reads and writes; gradients are only read."""
+        return sum(r.dtype.itemsize * (1 if r.name.startswith("grad") else 2) for r in regions(self.spec))
+
+    def _download_seconds(self, unit: int) -> float:
+        numel, size = self.outline.units[unit].trainable_numel, self.spec.dtype.itemsize
+        if not self.is_cpu:
+            return numel * size / self.profile.d2h
+        if self._gradient_dtype(unit) != self.spec.dtype:
+            return numel * (4 + size) / self.profile.host
+        return numel * size / self.profile.host if self.plan.update == "eager" else 0.0
+
+    def _norm_seconds(self) -> float:
+        """A pass over the gradients that were at home from the start; the others were measured on the way."""
+        if not self.is_cpu or self.plan.update == "eager":
+            return 0.0
+        units = self.outline.units
+        at_home = (u for u in self.plan.trainable if self._gradient_dtype(u) == self.spec.dtype)
+        return sum(units[u].trainable_numel for u in at_home) * self.spec.dtype.itemsize / self.profile.host
+
+    # What the model's parts do.
+
+    @cached_property
+    def _seconds(self) -> dict[tuple, float]:
+        return {}
+
+    @property
+    def _rows(self) -> int:
+        """Rows of the embedding table that a step uses, at most."""
+        tokens = self.measures.batch * self.measures.tokens * self.plan.micro_batches
+        return min(tokens, self.outline.skeleton.embedding.num_embeddings)
+
+    def _gradient_dtype(self, unit: int) -> torch.dtype:
+        counts = [self.measures.batch * self.measures.tokens] * self.plan.micro_batches
+        return self.policies.gradient_dtype(unit, counts, self.spec.dtype)
+
+    def _kind(self, unit: int) -> int:
+        return self.outline.kind_of[unit - 1] if 0 < unit < self.plan.head else -1 - (unit > 0)
+
+    def _layer(self, unit: int):
+        return self.measures.layers[self._kind(unit)]
+
+    def _was_kept(self, unit: int) -> bool:
+        """Whether a layer's backward pass finds its activations: kept by its forward, or computed again by
+        an op of their own (C) inside of a block."""
+        return self.plan.policy(unit) == KEEP or (0 < unit < self.plan.head and unit not in self._last)
+
+    @cached_property
+    def _last(self) -> frozenset[int]:
+        return frozenset(block[-1] for block in self.plan.blocks)
+
+    def work_of(self, op: Op) -> Work:
+        """What an op of the compute lane computes."""
+        return self._pass(op).work
+
+    def _pass(self, op: Op) -> Pass:
+        ends = self.measures.ends
+        if op.unit == 0:
+            return ends.forward if op.kind == "F" else ends.backward
+        if op.unit == self.plan.head:
+            return ends.loss
+        layer = self._layer(op.unit)
+        if op.kind in "FC":
+            return layer.keep_forward if op.policy == KEEP else layer.forward
+        return layer.keep_backward if self._was_kept(op.unit) else layer.backward

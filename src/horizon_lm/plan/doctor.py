@@ -1,0 +1,218 @@
+"""What this machine has, how fast it is, what limits a run, and how to mend it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from .hardware import available_host_bytes, lockable_bytes
+from .profile import Profile, cache_path, read_profile
+
+PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
+_GB = 1e9
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, what was found, and what to do where it is not well."""
+
+    status: str
+    what: str
+    found: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Examination:
+    profile: Profile
+    findings: list[Finding]
+    cached: bool
+
+    @property
+    def has_failed(self) -> bool:
+        return any(finding.status == FAIL for finding in self.findings)
+
+    def to_json(self) -> str:
+        rows = [asdict(finding) for finding in self.findings]
+        return json.dumps(
+            {"profile": self.profile.model_dump(), "findings": rows, "cached": self.cached}, indent=2
+        )
+
+    def to_text(self) -> str:
+        lines = []
+        for finding in self.findings:
+            lines.append(f"{finding.status}  {finding.what:16} {finding.found}")
+            if finding.fix:
+                lines.append(f"      fix: {finding.fix}")
+        how = "measured earlier" if self.cached else "measured now"
+        lines += ["", f"profile    {cache_path()} ({how}; `horizon doctor --fresh` measures again)"]
+        return "\n".join(lines)
+
+
+def examine(*, fresh: bool = False) -> Examination:
+    """Look at everything; rates are measured once and kept for `horizon plan` and `horizon train`."""
+    import torch
+
+    from . import calibrate
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = cache_path()
+    cached = path.is_file() and not fresh
+    profile = read_profile(path) if cached else calibrate.measure(device)
+    if not cached:
+        _write(path, profile.to_yaml())
+    findings = [*_memory(), *_process_limits(device), *_processor(), *_device(), *_disk(), *_rates(profile)]
+    return Examination(profile, findings, cached)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        file.write(text)
+    os.replace(file.name, path)
+
+
+def _memory() -> list[Finding]:
+    total, available = psutil.virtual_memory().total, available_host_bytes()
+    found = [
+        judge_memory(total, available),
+    ]
+    swap = psutil.swap_memory()
+    if swap.total and swap.used > 0.2 * swap.total:
+        found.append(
+            Finding(
+                WARN,
+                "swap",
+                f"{swap.used / _GB:.1f} GB in use",
+                "close what fills memory: training in swap is hundreds of times slower",
+            )
+        )
+    return found
+
+
+def judge_memory(total: int, available: int) -> Finding:
+    """RAM, and how much of it this process may take (cgroup and ulimit included)."""
+    text = f"{total / _GB:.1f} GB, {available / _GB:.1f} GB for this process: "
+    text += f"{available / 14 / _GB:.2f} B parameters in bf16"
+    if available < 1e9:
+        return Finding(FAIL, "host memory", text, "free memory, or raise the cgroup's memory.max")
+    if available < total / 2:
+        return Finding(
+            WARN, "host memory", text, "other processes, a cgroup limit or ulimit -v hold more than half back"
+        )
+    return Finding(PASS, "host memory", text)
+
+
+def _process_limits(device: str) -> list[Finding]:
+    return [judge_memlock(lockable_bytes(), device)]
+
+
+def judge_memlock(limit: int | None, device: str) -> Finding:
+    text = "no limit" if limit is None else f"ulimit -l is {limit / _GB:.3f} GB"
+    if limit is None or device == "cpu":
+        return Finding(PASS, "locked memory", text)
+    return Finding(
+        WARN,
+        "locked memory",
+        text,
+        "ulimit -l unlimited; CUDA commonly pins beyond it, containers may not let it",
+    )
+
+
+def _processor() -> list[Finding]:
+    from ..optim.kernel import library
+    from ..optim.threads import usable_cores
+
+    usable, there = usable_cores(), os.cpu_count() or 1
+    status = WARN if usable < there else PASS
+    fix = "a cgroup quota or taskset holds cores back from the optimizer" if usable < there else ""
+    nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
+    found = [Finding(status, "cores", f"{usable} of {there} usable, {max(1, nodes)} NUMA node(s)", fix)]
+    if library() is not None:
+        found.append(Finding(PASS, "update kernel", "the C++ kernel is built"))
+    else:
+        found.append(
+            Finding(
+                WARN,
+                "update kernel",
+                "not built: updates run in torch, several times slower",
+                "install g++ and reinstall horizon-lm",
+            )
+        )
+    load = os.getloadavg()[0]
+    if load > 1.5 * usable:
+        found.append(
+            Finding(
+                WARN,
+                "load",
+                f"{load:.1f} on {usable} cores",
+                "measured rates are too low while others compute; run doctor --fresh later",
+            )
+        )
+    return found
+
+
+def _device() -> list[Finding]:
+    import torch
+
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        name = torch.cuda.get_device_name()
+        status, fix = (
+            (PASS, "") if free > 0.9 * total else (WARN, "another process holds device memory (nvidia-smi)")
+        )
+        return [Finding(status, "device", f"{name}, {free / _GB:.1f} of {total / _GB:.1f} GB free", fix)]
+    if Path("/proc/driver/nvidia/version").exists():
+        return [
+            Finding(
+                FAIL,
+                "device",
+                "an NVIDIA driver, but torch sees no GPU",
+                "install a torch build for CUDA, or check the driver",
+            )
+        ]
+    return [
+        Finding(
+            WARN,
+            "device",
+            "no GPU: layers are computed on the CPU",
+            "small models only; `horizon plan hardware=NAME` plans for a GPU",
+        )
+    ]
+
+
+def _disk() -> list[Finding]:
+    found = []
+    for name, path in (("disk, here", Path.cwd()), ("disk, temporary", Path(tempfile.gettempdir()))):
+        free = shutil.disk_usage(path).free
+        low = free < 5e9
+        found.append(
+            Finding(
+                WARN if low else PASS,
+                name,
+                f"{free / _GB:.1f} GB free",
+                "a bf16 export takes 2 bytes a parameter" if low else "",
+            )
+        )
+    return found
+
+
+def _rates(profile: Profile) -> list[Finding]:
+    rows = [
+        ("matrices, bf16", f"{profile.matmul.bfloat16 / 1e12:.3f} TFLOP/s"),
+        ("matrices, fp32", f"{profile.matmul.float32 / 1e12:.3f} TFLOP/s"),
+        ("host copy", f"{profile.host / _GB:.1f} GB/s read and written"),
+        ("update", f"{profile.optimizer / 26 / 1e9:.3f} B parameters/s"),
+        ("disk write", f"{profile.disk / _GB:.2f} GB/s"),
+    ]
+    if profile.device == "cuda":
+        rows.append(
+            ("host link", f"{profile.h2d / _GB:.1f} GB/s up and {profile.d2h / _GB:.1f} down at once")
+        )
+    return [Finding(PASS, name, text) for name, text in rows]

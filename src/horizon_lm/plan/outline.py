@@ -1,0 +1,192 @@
+"""A model known by its configuration alone: its units, and what each part of it takes and does.
+
+The transformers model is built from fake tensors, which have shapes and no memory, and is cut by the same
+`Skeleton` as for training. A model of 10^12 parameters is outlined in seconds and some hundred megabytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..config import ModelSettings, TrainConfig
+from ..engine.policies import DTYPES
+from ..errors import ConfigError, HorizonError, UnsupportedModelError
+from ..memory.layout import UnitLayout
+from ..model.skeleton import Skeleton
+from .working_set import Ends, WorkingSet, ends_working_set, layer_working_set
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Of one micro-batch [batch, tokens]. layers: by kind of layer."""
+
+    batch: int
+    tokens: int
+    ends: Ends
+    layers: tuple[WorkingSet, ...]
+
+
+class Outline:
+    """Raises UnsupportedModelError for a model that cannot be streamed.
+
+    config: a transformers configuration. settings: dtype, attention and tiles enter here.
+    """
+
+    def __init__(self, config: Any, settings: ModelSettings) -> None:
+        self.config, self.dtype = config, DTYPES[settings.dtype]
+        self.dtype_name, self.mlp_tile_tokens = settings.dtype, settings.mlp_tile_tokens
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with self._mode:
+            self.skeleton = Skeleton(_build(config, self.dtype, settings), self.dtype)
+            if settings.mlp_tile_tokens is not None:
+                self.skeleton.tile_mlps(settings.mlp_tile_tokens)
+            for unit in range(len(self.skeleton.units)):
+                for _ in self.skeleton.take(unit):
+                    pass
+        self.units: tuple[UnitLayout, ...] = self.skeleton.units
+        self._kinds, self.kind_of = _kinds_of_layers(self.skeleton)
+        self._measured: dict[tuple[int, int, int], Measures] = {}
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.kind_of)
+
+    @property
+    def head(self) -> int:
+        return self.num_layers + 1
+
+    @cached_property
+    def embedding_unit(self) -> int:
+        return self.head if self.skeleton.anatomy.tied else self.head + 1
+
+    @property
+    def embedding_trainable(self) -> bool:
+        return self.skeleton.embedding_trainable
+
+    @property
+    def vocabulary(self) -> int:
+        return self.skeleton.vocabulary
+
+    @property
+    def max_head_tokens(self) -> int:
+        return self.skeleton.max_head_tokens
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel for unit in self.units for p in unit.parameters)
+
+    @property
+    def width(self) -> int:
+        return self.skeleton.embedding.embedding_dim
+
+    def with_layers(self, count: int) -> Outline:
+        """The same model with `count` layers; kinds of layers follow each other as they do now."""
+        other = object.__new__(Outline)
+        other.__dict__.update(self.__dict__)
+        other.__dict__.pop("embedding_unit", None)
+        layers = [self.units[1 + i % self.num_layers] for i in range(count)]
+        other.units = (self.units[0], *layers, *self.units[self.head :])
+        other.kind_of = [self.kind_of[i % self.num_layers] for i in range(count)]
+        return other
+
+    def measures(self, batch: int, tokens: int, loss_chunk: int) -> Measures:
+        """What the parts take on a micro-batch; found once for each shape."""
+        key = batch, tokens, loss_chunk
+        if key not in self._measured:
+            try:
+                ends = ends_working_set(self.skeleton, batch, tokens, loss_chunk, mode=self._mode)
+                layers = tuple(
+                    layer_working_set(self.skeleton, layer, batch, tokens, mode=self._mode)
+                    for layer in self._kinds
+                )
+            except HorizonError:
+                raise
+            except Exception as error:
+                raise UnsupportedModelError(
+                    f"{self.skeleton.model_type} cannot be run without its weights, so nothing can be "
+                    f"predicted: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+                    hint="train it with skip_memory_check: true; the plan is then left out",
+                ) from error
+            self._measured[key] = Measures(batch, tokens, ends, layers)
+        return self._measured[key]
+
+
+def model_config(config: TrainConfig) -> Any:
+    """The transformers configuration that a run would train; weights are not read.
+
+    Raises ConfigError where there is none, or none that transformers takes.
+    """
+    from transformers import AutoConfig
+
+    try:
+        if config.init_model is not None:
+            values = dict(config.init_model)
+            kind = values.pop("model_type")
+            if config.train_tokenizer_vocab_size is not None:
+                values.setdefault("vocab_size", config.train_tokenizer_vocab_size)
+            return AutoConfig.for_model(kind, **values)
+        assert config.model_name_or_path is not None  # TrainConfig has seen to it
+        name = str(Path(config.model_name_or_path).expanduser())
+        options = {} if config.model_revision is None else {"revision": config.model_revision}
+        return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code, **options)
+    except Exception as error:
+        key = "init_model" if config.init_model is not None else "model_name_or_path"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"{key}: transformers finds no configuration: {reason}",
+            hint="name a folder with config.json, or give init_model with its model_type",
+        ) from error
+
+
+def _build(config: Any, dtype: torch.dtype, settings: ModelSettings) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    try:
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype,
+                attn_implementation=settings.attn_implementation,
+                trust_remote_code=settings.trust_remote_code,
+            )
+        model.tie_weights()  # which else is done as weights are drawn
+        return model
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"the model's configuration was refused by transformers: {reason}",
+            hint="check config.json or init_model, and attn_implementation",
+        ) from error
+
+
+def _kinds_of_layers(skeleton: Skeleton) -> tuple[list[int], list[int]]:
+    """(the first layer of each kind, the kind of each layer). Layers are alike that have the same parameters,
+    the same modules and the same plain attributes, their own number apart."""
+    kinds: dict[Any, int] = {}
+    first: list[int] = []
+    kind_of: list[int] = []
+    for i, layer in enumerate(skeleton.layers):
+        rows = tuple((p.shape, p.trainable, p.compute_dtype) for p in skeleton.units[i + 1].parameters)
+        key = rows, tuple(_attributes(module) for module in layer.modules())
+        if key not in kinds:
+            kinds[key] = len(first)
+            first.append(i)
+        kind_of.append(kinds[key])
+    return first, kind_of
+
+
+def _attributes(module: nn.Module) -> tuple:
+    plain = {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, (int, float, str, bool)) and "layer_idx" not in name and "layer_id" not in name
+    }
+    return type(module).__name__, tuple(sorted(plain.items()))

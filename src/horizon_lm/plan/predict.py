@@ -1,0 +1,115 @@
+"""What a step will take: bytes by part on host and device, seconds by lane, and what limits it.
+
+The schedule is the one that the engine would run (`schedule.build`), simulated with the costs of its ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ..config import ModelSettings
+from ..engine.policies import Policies, store_spec
+from ..memory.store import predict_bytes
+from ..schedule import Lane, Op, Simulation, StepPlan, build, derive_waits, simulate
+from .costs import DEVICE, HOST, Costs
+from .outline import Outline
+from .profile import Profile
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one step in the middle of a run.
+
+    host, device: bytes by part; device is empty where the device is the CPU. tokens: of the step.
+    """
+
+    settings: ModelSettings
+    plan: StepPlan
+    batch: int
+    tokens_per_row: int
+    host: dict[str, int]
+    device: dict[str, int]
+    simulation: Simulation
+    profile: Profile
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
+    @property
+    def store_bytes(self) -> int:
+        """Host bytes of weights, gradients and optimizer state."""
+        names = ("weights", "residual", "exp_avg", "exp_avg_sq", "grads", "grad_slabs")
+        return sum(self.host.get(name, 0) for name in names)
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(self.device.values())
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.tokens_per_row * self.plan.micro_batches
+
+    @property
+    def seconds(self) -> float:
+        return self.simulation.seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def lanes(self) -> dict[str, float]:
+        """Busy seconds of each lane."""
+        return {str(lane): self.simulation.busy_seconds(lane) for lane in Lane}
+
+    def limit(self) -> str:
+        """The lane that is busy longest, and how much of the step it is."""
+        lanes = self.lanes()
+        name = max(lanes, key=lanes.__getitem__)
+        return f"{name} ({lanes[name] / self.seconds:.0%} of the step)" if self.seconds else name
+
+
+def predict(
+    outline: Outline,
+    settings: ModelSettings,
+    profile: Profile,
+    *,
+    batch: int,
+    tokens: int,
+    micro_batches: int,
+) -> Prediction:
+    """The prediction for steps of `micro_batches` micro-batches [batch, tokens]."""
+    policies = Policies.of(settings, outline)
+    plan = policies.step_plan(micro_batches)
+    measures = outline.measures(batch, tokens, policies.loss_chunk)
+    spec = store_spec(settings, outline)
+    costs = Costs(outline, measures, policies, plan, spec, profile)
+    ops, waits = _schedule(plan)
+    simulation = simulate(
+        ops,
+        costs.seconds,
+        num_bytes=costs.num_bytes,
+        working_bytes=costs.working_bytes,
+        waits=waits,
+        one_at_a_time=costs.is_cpu,
+    )
+    host = {"process": int(profile.process_bytes), **predict_bytes(outline.units, spec)}
+    host |= simulation.parts.get(HOST, {})
+    device: dict[str, int] = {}
+    if costs.is_cpu:
+        host |= costs.fixed_bytes()
+        transient = sum(host.values()) - sum(predict_bytes(outline.units, spec).values()) - host["process"]
+        host["heap"] = int(profile.heap_share * transient)
+    else:
+        device = {"context": int(profile.context_bytes), **costs.fixed_bytes()}
+        device |= simulation.parts.get(DEVICE, {})
+    return Prediction(settings, plan, batch, tokens, host, device, simulation, profile)
+
+
+@lru_cache(maxsize=256)
+def _schedule(plan: StepPlan) -> tuple[Sequence[Op], Sequence[tuple[int, ...]]]:
+    """The ops of a step that begins with the deferred updates of the one before, as most steps do."""
+    ops = build(plan, step=1, pending=plan.trainable if plan.update == "deferred" else ())
+    return ops, derive_waits(ops)

@@ -1,0 +1,242 @@
+"""The plan of a run: machine, choices with their reasons, what will happen. `horizon plan` prints it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import TrainConfig
+from ..errors import ConfigError
+from . import fit
+from .choose import Choice, Planner
+from .limits import Limits
+from .outline import Outline, model_config
+from .predict import Prediction
+from .profile import FALLBACK, Profile, load_profile
+
+# Beyond these nobody asks: `largest` stops there.
+_MOST_ROWS, _MOST_TOKENS, _MOST_LAYERS = 4096, 1 << 20, 1024
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """config: with the choices made out. notes: what to know of the figures."""
+
+    config: TrainConfig
+    planner: Planner
+    prediction: Prediction
+    choices: list[Choice]
+    notes: list[str]
+
+    @property
+    def profile(self) -> Profile:
+        return self.planner.profile
+
+    def largest(self) -> dict[str, int]:
+        """The largest micro-batch, sequence and number of layers that would still fit, one at a time."""
+        config, planner = self.config, self.planner
+        base = config.replace(
+            activations="recompute", boundaries="auto", loss_chunk_tokens=config.loss_chunk_tokens
+        )
+        if planner.profile.device != "cpu":
+            base = base.replace(boundaries="host")
+        found = {
+            "per_device_train_batch_size": _grow(
+                lambda n: planner.fits(base.replace(per_device_train_batch_size=n)),
+                base.per_device_train_batch_size,
+                _MOST_ROWS,
+            ),
+            "max_length": _grow(
+                lambda n: planner.fits(base.replace(max_length=n, per_device_train_batch_size=1)),
+                base.max_length,
+                self._longest(),
+            ),
+        }
+
+        def deep_enough(count: int) -> bool:
+            deeper = Planner(planner.outline.with_layers(count), planner.profile, planner.limits)
+            return deeper.fits(base)
+
+        found["layers"] = _grow(deep_enough, planner.outline.num_layers, _MOST_LAYERS)
+        deepest = planner.outline.with_layers(max(1, found["layers"]))
+        found["parameters"] = deepest.num_parameters if found["layers"] else 0
+        return found
+
+    def _longest(self) -> int:
+        """What the model's positions allow."""
+        longest = getattr(self.planner.outline.config.get_text_config(), "max_position_embeddings", None)
+        return longest if isinstance(longest, int) and longest > 0 else _MOST_TOKENS
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        found, outline = self.prediction, self.planner.outline
+        return {
+            "hardware": {
+                "name": self.profile.name,
+                "title": self.profile.title,
+                "figures": self.profile.kind,
+            },
+            "model": {
+                "type": outline.skeleton.model_type,
+                "parameters": outline.num_parameters,
+                "layers": outline.num_layers,
+            },
+            "choices": [vars(choice) for choice in self.choices],
+            "host_bytes": found.host,
+            "device_bytes": found.device,
+            "host_total": found.host_bytes,
+            "device_total": found.device_bytes,
+            "step_seconds": found.seconds,
+            "lane_seconds": found.lanes(),
+            "tokens_per_step": found.tokens,
+            "tokens_per_second": found.tokens_per_second,
+            "limited_by": found.limit(),
+            "notes": self.notes,
+        }
+
+
+def _grow(fits: Any, start: int, most: int) -> int:
+    """The largest number for which `fits` holds, to about 10 % and up to `most`; 0 when not even 1
+    does."""
+    low = start
+    while low >= 1 and not fits(low):
+        low //= 2
+    if low < 1:
+        return 0
+    high = min(2 * low, most)
+    while high > low and fits(high):
+        low, high = high, min(2 * high, most)
+    while high - low > max(1, low // 10):
+        middle = (low + high) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def plan_run(config: TrainConfig, hardware: str = "auto", pinned: frozenset[str] | None = None) -> RunPlan:
+    """The plan of a run on this machine (`auto`), on a shipped one, or on one described by a file.
+
+    pinned: the keys that the user named; by default those that were given to `config`. Raises ConfigError,
+    UnsupportedModelError, and DoesNotFitError when there is no way to fit.
+    """
+    pinned = frozenset(config.model_fields_set) if pinned is None else pinned
+    profile, limits, notes = machine(config, hardware)
+    outline = Outline(model_config(config), config)
+    _check_positions(config, outline)
+    planner = Planner(outline, profile, limits, pinned)
+    chosen = planner.choose(config)
+    prediction = planner.predict(chosen)
+    if not config.skip_memory_check:
+        fit.check(chosen, prediction, limits, planner.predict)
+    if limits.pinned is not None and limits.pinned < prediction.host_bytes:
+        notes.append(
+            f"ulimit -l is {limits.pinned / 1e9:.2f} GB; CUDA commonly pins memory beyond it, and the "
+            "run says so when it cannot"
+        )
+    return RunPlan(chosen, planner, prediction, _explain(config, chosen, planner), notes)
+
+
+def machine(config: TrainConfig, hardware: str) -> tuple[Profile, Limits, list[str]]:
+    """The profile, its limits, and what is to be said of them."""
+    if hardware != "auto":
+        profile = load_profile(hardware)
+        return profile, Limits.of_profile(profile), [f"{profile.name}: {profile.kind}"]
+    import torch
+
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device={device!r}, but torch sees no CUDA device",
+            hint="device: cpu, or hardware=NAME for a machine that is not here",
+        )
+    limits = Limits.of_this_machine(device, config.output_dir)
+    profile = load_profile("auto")
+    notes = []
+    if profile.device != device.partition(":")[0]:
+        profile = load_profile(FALLBACK if device == "cpu" else "h100-sxm")
+    if not profile.measured:
+        notes.append(f"times are those of {profile.name}; `horizon doctor` measures this machine")
+    return profile, limits, notes
+
+
+def _check_positions(config: TrainConfig, outline: Outline) -> None:
+    longest = getattr(outline.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(longest, int) and 0 < longest < config.max_length:
+        raise ConfigError(
+            f"max_length={config.max_length} is more than the model's max_position_embeddings={longest}",
+            hint=f"max_length={longest}",
+        )
+
+
+def _explain(config: TrainConfig, chosen: TrainConfig, planner: Planner) -> list[Choice]:
+    """Each choice with the figures behind it: what the neighbouring choice would have meant."""
+    layers = planner.outline.num_layers
+    reasons = {
+        "per_device_train_batch_size": _cut_reason(config, planner),
+        "gradient_accumulation_steps": "weights cross the bus once for all micro-batches of a step",
+        "activations": _activation_reason(config, chosen, planner),
+        "boundaries": "device memory is enough"
+        if not _count(chosen.boundaries, "host", layers)
+        else "without it the "
+        "inputs of all layers do not fit device memory, or fewer layers could keep their activations",
+        "update": _update_reason(chosen),
+        "slots": "the next layer arrives while one is computed"
+        if chosen.slots == 2
+        else "uploads are late with two",
+        "grad_slots": "one gradient leaves while the next is computed",
+        "optimizer_threads": f"{planner.profile.cores} cores may be used",
+    }
+    open_when_auto = {"activations", "boundaries", "update", "optimizer_threads"}
+    rows = []
+    for key, reason in reasons.items():
+        named = key in planner.pinned and not (key in open_when_auto and getattr(config, key) == "auto")
+        value = getattr(chosen, key)
+        if key == "optimizer_threads" and value == "auto":
+            value = planner.profile.cores
+        rows.append(Choice(key, value, "as configured" if named else reason, named))
+    return rows
+
+
+def _cut_reason(config: TrainConfig, planner: Planner) -> str:
+    if config.tokens_per_step is None:
+        return "the default; tokens_per_step leaves it to the planner"
+    return f"the fastest cut of {config.tokens_per_step} tokens a step that fits"
+
+
+def _activation_reason(config: TrainConfig, chosen: TrainConfig, planner: Planner) -> str:
+    layers = planner.outline.num_layers
+    kept = _count(chosen.activations, "keep", layers)
+    if kept == layers:
+        return "all layers fit"
+    more = planner.predict(
+        chosen.replace(
+            activations=[f"recompute*{layers - kept - 1}", f"keep*{kept + 1}"]
+            if kept + 1 < layers
+            else "keep"
+        )
+    )
+    short = fit.shortfalls(chosen, more, planner.limits)
+    if short:
+        missing = f"{short[0].memory} memory by {short[0].bytes / 1e9:.2f} GB"
+        return f"{kept + 1} kept layers would be short of {missing}"
+    return "keeping more would not make the step shorter"
+
+
+def _update_reason(chosen: TrainConfig) -> str:
+    return {
+        "eager": "without clipping each layer is updated as its gradient arrives; none are stored",
+        "deferred": "clips exactly, and overlaps with the next forward pass",
+        "sync": "nothing can overlap, so the simple order is as fast",
+    }[chosen.update]
+
+
+def _count(value: str | list[str], word: str, layers: int) -> int:
+    from ..config import per_layer
+
+    words = ("recompute", "keep") if word == "keep" else ("device", "host")
+    listed = per_layer(value, words if word == words[1] else words)
+    return (layers if value == word else 0) if listed is None else listed.count(word)

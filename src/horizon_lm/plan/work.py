@@ -1,0 +1,111 @@
+"""What a piece of computation asks of a device, counted operation by operation.
+
+FLOPs come from torch's own registry (`torch.utils.flop_counter`), to which the kernels that it does not
+know are added; bytes are those of the tensors that an operation reads and writes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+aten = torch.ops.aten
+MATMUL, ATTENTION, ELEMENTWISE = "matmul", "attention", "elementwise"
+
+
+class Kernel(NamedTuple):
+    """One operation. kind: matmul, attention or elementwise; flops: 0 for elementwise."""
+
+    kind: str
+    dtype: str
+    flops: int
+    bytes: int
+
+
+Work = Counter[Kernel]
+
+
+def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape)
+
+
+def _grouped(a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> int:
+    """Rows are shared out among the groups, or (two matrices) the inner dimension is."""
+    groups = a.shape[0] if a.dim() == 3 and b.dim() == 3 else 1
+    return 2 * groups * a.shape[-2] * a.shape[-1] * b.shape[-1]
+
+
+def _grouped_output(a: torch.Tensor, b: torch.Tensor, offs: Any = None, **kwargs: Any) -> torch.Tensor:
+    """Of a grouped product in fp32, for which torch has a kernel and no rule for fake tensors."""
+    shape = [a.shape[-2], b.shape[-1]]
+    if a.dim() == b.dim():
+        shape.insert(0, a.shape[0] if a.dim() == 3 else offs.shape[0])
+    return torch.empty(shape, dtype=a.dtype, device=a.device)
+
+
+_ADDED: dict[Any, Callable[..., int]] = {
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    aten._grouped_mm: _grouped,
+}
+
+
+class WorkMeter(TorchDispatchMode):
+    """While open, counts the operations of this thread. A question about a value, which fake tensors
+    cannot answer, is answered with yes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.work: Work = Counter()
+
+    def take(self) -> Work:
+        """What was counted since the last call."""
+        work, self.work = self.work, Counter()
+        return work
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            return True
+        if func._overloadpacket is aten._grouped_mm and args[0].dtype == torch.float32:
+            out = _grouped_output(*args, **kwargs)
+        else:
+            out = func(*args, **kwargs)
+        if not _is_free(func) and any(isinstance(t, torch.Tensor) for t in tree_leaves(out)):
+            self.work[_kernel(func, args, kwargs, out)] += 1
+        return out
+
+
+_NO_WORK = {aten.empty, aten.empty_like, aten.empty_strided, aten.detach, aten._unsafe_view}
+
+
+def _is_free(func: Any) -> bool:
+    """Whether an operation computes nothing: it gives memory, or its input under another shape."""
+    returned = [r.alias_info for r in func._schema.returns]
+    views = bool(returned) and all(r is not None and not r.is_write for r in returned)
+    return views or func._overloadpacket in _NO_WORK
+
+
+def _kernel(func: Any, args: tuple, kwargs: dict, out: Any) -> Kernel:
+    packet = func._overloadpacket
+    tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+    size = sum(min(t.numel() * t.itemsize, t.untyped_storage().nbytes()) for t in tensors)
+    floating = [t.dtype for t in tensors if t.dtype.is_floating_point]
+    dtype = str(min(floating, key=lambda d: d.itemsize, default=torch.float32)).removeprefix("torch.")
+    if packet in _ADDED:
+        kind = MATMUL if packet is aten._grouped_mm else ATTENTION
+        return Kernel(kind, dtype, int(_ADDED[packet](*args, **kwargs)), size)
+    if packet in flop_registry:
+        flops = int(flop_registry[packet](*args, **kwargs, out_val=out))
+        return Kernel(ATTENTION if "attention" in str(packet) else MATMUL, dtype, flops, size)
+    return Kernel(ELEMENTWISE, dtype, 0, size)

@@ -1,0 +1,265 @@
+"""What cannot work is refused before anything is allocated: with the reason, the figures, and ways out."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import horizon_lm
+from horizon_lm.config import TrainConfig
+from horizon_lm.errors import ConfigError, DoesNotFitError, HorizonError
+from horizon_lm.plan import limits as limits_module
+from horizon_lm.plan import run_plan
+from horizon_lm.plan.fit import check, shortfalls
+from horizon_lm.plan.limits import Limits
+from horizon_lm.plan.profile import load_profile
+from horizon_lm.plan.run_plan import plan_run
+
+GB = 10**9
+BASE = {"model_type": "qwen2", "max_position_embeddings": 131072, "vocab_size": 152064}
+B7 = BASE | {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
+B7 |= {"num_attention_heads": 28, "num_key_value_heads": 4}
+B72 = BASE | {"hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80}
+B72 |= {"num_attention_heads": 64, "num_key_value_heads": 8}
+TINY = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
+TINY |= {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 256,
+}
+OSS = {"model_type": "gpt_oss"}
+EAGER = {"attn_implementation": "eager"}
+
+# name: model, settings, host GB, device GB, disk GB, what the refusal is about
+REFUSALS: dict[str, tuple[dict, dict[str, Any], float, float, float, str]] = {
+    "7B on 64 GB": (B7, {}, 64, 80, 500, "host memory"),
+    "7B just short": (B7, {}, 109, 80, 500, "host memory"),
+    "7B in fp32 on 128 GB": (B7, {"dtype": "float32"}, 117, 80, 500, "host memory"),
+    "72B on 512 GB": (B72, {}, 512, 80, 500, "host memory"),
+    "120B on 1 TB": (OSS, EAGER, 1000, 141, 500, "host memory"),
+    "120B without clipping on 1 TB": (OSS, EAGER | {"max_grad_norm": None}, 1000, 141, 500, "host memory"),
+    "a large reserve": (B7, {"reserve_host_gb": 300.0}, 400, 80, 500, "host memory"),
+    "spilled inputs of a long sequence": (
+        B7,
+        {"boundaries": "host", "max_length": 131072, "gradient_accumulation_steps": 16},
+        400,
+        80,
+        500,
+        "host memory",
+    ),
+    "slots on a small card": (B72, {}, 2000, 8, 500, "device memory"),
+    "many slots": (B72, {"slots": 8}, 2000, 24, 500, "device memory"),
+    "many gradient slots": (B72, {"grad_slots": 6}, 2000, 24, 500, "device memory"),
+    "a long sequence": (B7, {"max_length": 131072, "boundaries": "device"}, 400, 24, 500, "device memory"),
+    "a large micro-batch": (B7, {"per_device_train_batch_size": 256}, 400, 24, 500, "device memory"),
+    "keep pinned": (
+        B7,
+        {"activations": "keep", "per_device_train_batch_size": 16},
+        400,
+        24,
+        500,
+        "device memory",
+    ),
+    "boundaries pinned": (
+        B7,
+        {
+            "boundaries": "device",
+            "gradient_accumulation_steps": 256,
+            "max_length": 4096,
+            "activations": "recompute",
+        },
+        400,
+        48,
+        500,
+        "device memory",
+    ),
+    "a large loss chunk": (
+        B7,
+        {"loss_chunk_tokens": 65536, "max_length": 65536},
+        400,
+        48,
+        500,
+        "device memory",
+    ),
+    "120B on a 24 GB card": (OSS, EAGER, 2000, 24, 500, "device memory"),
+    "a block of layers": (
+        B72,
+        {"checkpoint_interval": 8, "activations": "recompute"},
+        2000,
+        48,
+        500,
+        "device memory",
+    ),
+    "no disk for 7B": (B7, {}, 400, 80, 10, "disk"),
+    "no disk in fp32": (B7, {"save_dtype": "float32"}, 400, 80, 20, "disk"),
+}
+
+
+def place(monkeypatch: pytest.MonkeyPatch, host: float, device: float, disk: float) -> None:
+    """Plan for a card in a machine with these sizes."""
+    values = load_profile("h100-sxm").model_dump() | {"host_bytes": host * GB, "device_bytes": device * GB}
+    profile = type(load_profile("h100-sxm")).model_validate(values)
+    found = Limits(int(host * GB), int(device * GB), None, int(disk * GB))
+    monkeypatch.setattr(run_plan, "machine", lambda config, hardware: (profile, found, []))
+
+
+def config_of(model: dict, **values: Any) -> TrainConfig:
+    return TrainConfig(init_model=model, datasets=["none.txt"], **values)
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_cannot_work_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In CPU seconds, since the machine may have other users; memory beyond what the process held."""
+    model, values, host, device, disk, about = REFUSALS[name]
+    place(monkeypatch, host, device, disk)
+    config = config_of(model, **values)
+    before, start = psutil.Process().memory_info().rss, time.process_time()
+    with pytest.raises(DoesNotFitError) as caught:
+        plan_run(config)
+    assert time.process_time() - start < 10
+    assert psutil.Process().memory_info().rss - before < 500e6
+    error = caught.value
+    assert error.exit_code == 3 and error.message.startswith(about)
+    short = re.search(r"short by ([0-9.]+) GB", error.message)
+    assert short is not None and float(short[1]) > 0
+    assert error.hint is not None and error.hint.count(";") <= 2 and re.search(r"[0-9.]+ GB", error.hint)
+
+
+def test_a_machine_that_is_large_enough_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: the same models pass with room."""
+    for name in ("7B just short", "many slots", "no disk for 7B"):
+        model, values, *_ = REFUSALS[name]
+        place(monkeypatch, 3000, 200, 2000)
+        assert plan_run(config_of(model, **values)).prediction.seconds > 0
+
+
+def test_120b_with_fp32_masters_fits_1500_gb() -> None:
+    """Without clipping, and so without stored gradients; with it, where the moments are bf16."""
+    config = config_of(OSS, **EAGER, max_grad_norm=None)
+    plan = plan_run(config, "h200-1.5tb")
+    assert plan.planner.outline.num_parameters > 116e9
+    assert plan.prediction.host["weights"] + plan.prediction.host["residual"] > 4 * 116e9
+    assert plan.prediction.host_bytes < 1.5e12 and plan.prediction.device_bytes < 141e9
+    clipped = config_of(OSS, **EAGER)
+    assert plan.planner.fits(clipped.replace(moment_dtype="bfloat16", update="deferred", boundaries="host"))
+    assert not plan.planner.fits(
+        clipped.replace(update="deferred", boundaries="host")
+    )  # 14 bytes a parameter
+
+
+@pytest.mark.parametrize("name", ["7B on 64 GB", "a large micro-batch", "no disk in fp32"])
+def test_ways_out_save_what_they_say(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, values, host, device, disk, _ = REFUSALS[name]
+    place(monkeypatch, host, device, disk)
+    config = config_of(model, **values).replace(activations="recompute")
+    with pytest.raises(DoesNotFitError) as caught:
+        plan_run(config)
+    ways = re.findall(
+        r"((?:[a-z_]+=\S+ )+)saves ([0-9.]+) GB( \(not enough alone\))?", caught.value.hint or ""
+    )
+    assert ways
+    monkeypatch.undo()
+    place(monkeypatch, 5000, 500, 5000)
+    base = plan_run(config)
+    limits = Limits(int(host * GB), int(device * GB), None, int(disk * GB))
+    for text, _, not_enough in ways:
+        changes = dict(pair.split("=", 1) for pair in text.split())
+        changed = config.replace(**{k: _value(v) for k, v in changes.items()})
+        remaining = shortfalls(changed, base.planner.predict(changed), limits)
+        kinds = {s.memory for s in remaining}
+        first = caught.value.message.split()[0].rstrip(":")
+        assert (first in kinds) == bool(not_enough), (text, kinds)
+
+
+def _value(text: str) -> Any:
+    return None if text == "null" else int(text) if text.isdigit() else text
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"activations": ["keep*5"]}, "activations names 5 layers, the model has 4"),
+        ({"boundaries": ["host*3"]}, "boundaries names 3 layers, the model has 4"),
+        ({"max_length": 512}, "max_length=512 is more than the model's max_position_embeddings=256"),
+        ({"tokens_per_step": 640, "gradient_accumulation_steps": 4, "max_length": 64}, "tokens_per_step=640"),
+    ],
+)
+def test_impossible_pins_are_refused(values: dict[str, Any], expected: str) -> None:
+    values = {"max_length": 64} | values
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        plan_run(config_of(TINY, **values), "rtx3090")
+
+
+def test_a_model_that_cannot_be_streamed_is_refused_by_name() -> None:
+    with pytest.raises(HorizonError, match="gemma3n"):
+        plan_run(config_of({"model_type": "gemma3n_text"}, max_length=64), "rtx3090")
+
+
+def test_exactly_what_is_needed_is_enough() -> None:
+    plan = plan_run(config_of(TINY, max_length=64, device="cpu"), "cpu-2core")
+    needed = plan.prediction.host_bytes + int(plan.config.reserve_host_gb * 1e9)
+    check(plan.config, plan.prediction, Limits(needed), plan.planner.predict)
+    with pytest.raises(DoesNotFitError, match="short by 0.00 GB"):
+        check(plan.config, plan.prediction, Limits(needed - 1), plan.planner.predict)
+
+
+_UNDER_A_LIMIT = """
+import resource, sys
+from pathlib import Path
+from horizon_lm.cli import main
+import torch, transformers
+lines = dict(l.split(":", 1) for l in Path("/proc/self/status").read_text().splitlines() if ":" in l)
+used = int(lines["VmData"].split()[0]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (used + 3 * 10**9, used + 3 * 10**9))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def command(*arguments: str, code: str = _UNDER_A_LIMIT) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(horizon_lm.__file__).parent.parent)}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, timeout=120
+    )
+
+
+def test_train_refuses_under_a_limit_of_the_process_and_writes_nothing(tmp_path: Path) -> None:
+    """The limit is set by the test; the data does not even exist, so that nothing was read."""
+    small = TINY | {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "vocab_size": 32000,
+    }
+    (tmp_path / "data.txt").write_text("text")
+    target = tmp_path / "run"
+    arguments = [
+        "train",
+        f"init_model={json.dumps(small)}",
+        f"datasets={tmp_path / 'data.txt'}",
+        "tokenizer_name_or_path=none",
+        "max_length=128",
+        "device=cpu",
+        f"output_dir={target}",
+    ]
+    for extra in ([], ["--dry-run"]):
+        found = command(*arguments, *extra)
+        assert found.returncode == 3, found.stderr
+        assert "error: host memory: a step needs" in found.stderr and "hint: " in found.stderr
+        assert not target.exists()
+
+
+def test_limits_of_this_machine_name_disk_and_memory(tmp_path: Path) -> None:
+    found = Limits.of_this_machine("cpu", str(tmp_path / "not" / "there"))
+    assert found.here and found.host > 0 and found.disk is not None and found.disk > 0
+    assert found.device is None and found.pinned is None
+    assert limits_module.lockable_bytes() is None or limits_module.lockable_bytes() >= 0
