@@ -210,14 +210,24 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
-    command = "python -m benchmarks training_step"
-    report = Report(f"training-step-{device.type}", __doc__ or "", command=command)
     rows: list[list[str]] = []
     modes: list[list[str]] = []
     chosen = cases(device)
     for case in [chosen[k] for k in arguments.cases] if arguments.cases else chosen:
         rows += against_plain(case, arguments.runs)
         modes += between_modes(case, arguments.runs)
+        write(device, rows, modes, arguments)  # after each: a run that is stopped leaves what it has measured
+
+
+def write(
+    device: torch.device, rows: list[list[str]], modes: list[list[str]], arguments: argparse.Namespace
+) -> None:
+    options = "".join(f" --{name}={value}" for name, value in vars(arguments).items() if name != "cases")
+    report = Report(
+        f"training-step-{device.type}",
+        __doc__ or "",
+        command=f"python -m benchmarks training_step{options}",
+    )
     note = f"Medians of {arguments.runs} pairs (least to most); {arguments.threads} threads. "
     head = ["shape", "dtype", "micro-batches"]
     report.table(

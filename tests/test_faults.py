@@ -491,7 +491,8 @@ def test_memory_comes_back_after_errors(monkeypatch: pytest.MonkeyPatch) -> None
         if i in (9, 49):
             counts.append((tensors(), process.memory_info().rss))
     assert counts[1][0] <= counts[0][0] + 5
-    assert counts[1][1] < counts[0][1] * 1.02
+    # (Memory of other tests in the same process comes and goes.)
+    assert counts[1][1] < counts[0][1] * 1.05
 
 
 def test_a_lane_that_dies_without_a_word_is_noticed(

@@ -137,6 +137,7 @@ class Engine:
         except BaseException:
             if self._saving is not None and self._begins_to_save:
                 self._saving.abandon()  # its units would be of two steps
+                self.lanes.disk.clear()
             self._end_of_writes()
             raise
         self._end_of_writes()

@@ -69,8 +69,11 @@ class DiskLane:
         return self._thread is None
 
     def submit(self, reads: frozenset[Buffer], work: Callable[[], None]) -> None:
-        """Do `work` after what was submitted before; until it is done, nothing may write to `reads`."""
+        """Do `work` after what was submitted before; until it is done, nothing may write to `reads`. What
+        follows a failure that nobody has seen yet is forgotten like what was queued behind it."""
         with self._change:
+            if self._failure is not None:
+                return
             self._queue.append((reads, work))
             self._reading.update(reads)
             if self._thread is None:  # it ends when there is nothing left to do
@@ -87,6 +90,17 @@ class DiskLane:
     def drain(self) -> None:
         """Wait until all that was submitted is done. Raises what went wrong in a work."""
         self._wait(lambda: self._thread is None)
+
+    def clear(self) -> None:
+        """Forget what is queued, wait for what is being done, and drop what went wrong in it: for a step
+        that has failed already, and whose checkpoint is given up."""
+        with self._change:
+            while len(self._queue) > 1:
+                reads, _ = self._queue.pop()
+                self._reading.subtract(reads)
+            self._change.wait_for(lambda: self._thread is None, self.patience_seconds)
+            self._forget()
+            self._failure = None
 
     def _wait(self, done: Callable[[], bool]) -> None:
         with self._change:
