@@ -232,6 +232,9 @@ def end_with_a_line(
             "progress=off",
         ]
         settings += ["init_model.model_type=llama", f"tokenizer_name_or_path={tokenizer_folder}"]
+        # Small: a model that does not fit would be refused before the data is read.
+        settings += ["init_model.hidden_size=32", "init_model.num_hidden_layers=1"]
+        settings += ["init_model.intermediate_size=64", "init_model.num_attention_heads=4"]
         code = cli.main(["train", *settings, "chat_template=plain", *more])
         shown = capsys.readouterr().err.splitlines()
         if begins:  # the control: the data was good, so that training would have begun
