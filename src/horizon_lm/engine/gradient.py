@@ -11,7 +11,6 @@ from ..memory.layout import Parameter, UnitLayout
 from ..model.skeleton import Skeleton
 from .transfer import download_gradient, square_norm
 
-
 _PIECE = 1 << 18  # elements that are widened at a time
 
 
