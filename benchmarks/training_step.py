@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -146,13 +147,13 @@ def row(found: dict[str, list[float]], *cells: str) -> list[str]:
     return [*cells, *values]
 
 
-def against_plain(case: Case, runs: int) -> list[list[str]]:
+def against_plain(case: Case, runs: int, policies: list[str], parts: list[str]) -> list[list[str]]:
     rows = []
-    for activations in ("recompute", "keep"):
+    for activations in policies:
         model, batches = model_of(case.shape, case.dtype), case.batches()
         ours = Ours(copy.deepcopy(model), batches, case.device, activations=activations)
         plain = Plain(model, batches, activations, case.device)
-        for part in ("forward_backward", "step"):
+        for part in parts:
             found = compare(getattr(ours, part), getattr(plain, part), runs)
             rows.append(row(found, *case.cells(), activations, part))
             ours.model.flush()
@@ -205,6 +206,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--activations", nargs="+", default=["recompute", "keep"])
+    parser.add_argument("--parts", nargs="+", default=["forward_backward", "step"])
+    parser.add_argument("--modes", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--cases", type=int, nargs="*", help="numbers of the cases to run; all by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(argv)
@@ -214,15 +218,16 @@ def main(argv: list[str] | None = None) -> None:
     modes: list[list[str]] = []
     chosen = cases(device)
     for case in [chosen[k] for k in arguments.cases] if arguments.cases else chosen:
-        rows += against_plain(case, arguments.runs)
-        modes += between_modes(case, arguments.runs)
+        rows += against_plain(case, arguments.runs, arguments.activations, arguments.parts)
+        if arguments.modes:
+            modes += between_modes(case, arguments.runs)
         write(device, rows, modes, arguments)  # after each: a run that is stopped leaves what it has measured
 
 
 def write(
     device: torch.device, rows: list[list[str]], modes: list[list[str]], arguments: argparse.Namespace
 ) -> None:
-    options = "".join(f" --{name}={value}" for name, value in vars(arguments).items() if name != "cases")
+    options = " " + " ".join(sys.argv[1:])
     report = Report(
         f"training-step-{device.type}",
         __doc__ or "",

@@ -158,7 +158,7 @@ def _threaded(name: str, dtype: str = "float32", **settings: Any) -> hz.HostMode
     model = hz.HostModel.from_pretrained(zoo.build(name), device="cpu", dtype=dtype, **settings)
     engine = model.engine
     engine.lanes = CudaLanes(CPU)
-    engine.weight_slots = WeightSlots(model.store, engine.uploaded, engine.slots, CPU, False)
+    engine.weight_slots = WeightSlots(model.store, engine.uploaded, engine.policies.slots, CPU, False)
     engine.boundary_slots = BoundarySlots(engine.settings.boundary_slots, CPU, False)
     downloaded = frozenset(u for u in engine.trainable if u <= model.skeleton.head)
     engine.gradient_slots = GradientSlots(model.store, downloaded, engine.policies.grad_slots, CPU, False)

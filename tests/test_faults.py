@@ -277,7 +277,7 @@ def test_too_many_failures_in_a_row_end_the_run_with_the_last_good_one_kept(
 def test_too_little_room_is_seen_before_a_byte_is_written(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    free = iter([10**12, 1000, 1000])  # before the run, and before each checkpoint
+    free = iter([10**12, 10**12, 1000, 1000])  # of the plan, before the run, and before each checkpoint
     monkeypatch.setattr(saver.shutil, "disk_usage", lambda path: type("Usage", (), {"free": next(free)}))
     train(settings(text, tmp_path / "run", max_steps=2, save_steps=1))
     assert "no checkpoint of step 1: it needs 0 MB of disk space, 0 MB are free" in capsys.readouterr().out
