@@ -267,7 +267,7 @@ def test_there_are_enough_cases() -> None:
 def test_a_good_file_is_no_error(end_with_a_line: Callable[..., str], tmp_path: Path) -> None:
     """The control: with the same settings, training would have begun."""
     (tmp_path / "a.jsonl").write_bytes(GOOD_LINE * 20)
-    end_with_a_line(tmp_path / "a.jsonl", begins=True)
+    assert end_with_a_line(tmp_path / "a.jsonl", begins=True) == ""
 
 
 @pytest.mark.parametrize("skippable", ["broken", "number", "columns", "no answer"])
