@@ -23,7 +23,7 @@ setup: $(STAMP) ## create .venv and install everything into it
 # The versions in constraints.txt are the tested ones. On Linux the ordinary index serves a
 # torch for NVIDIA GPUs, which also runs on a CPU; a smaller CPU-only build can be chosen as
 # PyTorch's installation page says, through pip's own settings (PIP_EXTRA_INDEX_URL).
-$(STAMP): pyproject.toml constraints.txt setup.py csrc/optimizer.cpp csrc/element.h
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	@found=; \
 	for python in python3.11 python3.12 python3; do \
 	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \

@@ -8,6 +8,7 @@ from setuptools.command.build_ext import build_ext
 # -ffp-contract=off: no fused multiply-add, so that every instruction set gives the same bits. The other two
 # let sqrt and selections become vector code and change no value: nobody reads errno or the exception flags.
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-g0"]
+FLAGS += ["-Wno-psabi"]  # vectors are passed between functions that are always inlined
 OPENMP = "-fopenmp"
 
 
@@ -28,8 +29,8 @@ setup(
     ext_modules=[
         Extension(
             "horizon_lm._optimizer",
-            sources=["csrc/optimizer.cpp"],
-            depends=["csrc/element.h"],
+            sources=["csrc/optimizer.cpp", "csrc/gradients.cpp"],
+            depends=["csrc/dispatch.h", "csrc/element.h"],
             language="c++",
             extra_compile_args=[*FLAGS, OPENMP],
             extra_link_args=[OPENMP],

@@ -31,6 +31,9 @@ ALWAYS_INLINE uint32_t as_bits(float value) {
   return bits;
 }
 
+ALWAYS_INLINE float widen(float value) { return value; }
+ALWAYS_INLINE float widen(bf16 value) { return as_float(uint32_t(value) << 16); }
+
 // Every NaN is stored as this one: which of two NaNs an operation passes on is up to the compiler.
 constexpr uint32_t kNan = 0x7FC00000u;
 
@@ -66,14 +69,14 @@ struct Keys {
   uint32_t first, second;
 };
 
-uint64_t splitmix64(uint64_t x) {
+inline uint64_t splitmix64(uint64_t x) {
   x += 0x9E3779B97F4A7C15ull;
   x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
   x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
   return x ^ (x >> 31);
 }
 
-Keys make_keys(uint64_t seed, uint64_t step, uint64_t element) {
+inline Keys make_keys(uint64_t seed, uint64_t step, uint64_t element) {
   const uint64_t key = splitmix64(splitmix64(splitmix64(seed) ^ step) ^ (element >> 32));
   return {uint32_t(key), uint32_t(key >> 32)};
 }

@@ -9,6 +9,7 @@
 //   update_piece     the same arithmetic as a template without branches, which the compiler turns into
 //                    vector code for each instruction set; chosen at run time
 //   element.h        bits, rounding, random numbers
+//   dispatch.h       instruction sets and threads
 //
 // Ordinary stores: each cache line that is written was read just before, so non-temporal ones save nothing.
 
@@ -16,17 +17,12 @@
 #include <cstdint>
 #include <type_traits>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
+#include "dispatch.h"
 #include "element.h"
 
 namespace {
 
 enum Rule : int32_t { kAdamW, kAdam, kSgd, kLion };
-enum Dtype : int32_t { kFloat32, kBFloat16 };
-enum Isa : int32_t { kAuto, kPlain, kBaseline, kAvx2, kAvx512 };
 
 }  // namespace
 
@@ -123,9 +119,6 @@ void update_plain(const Update& u, int64_t begin, int32_t count) {
 
 // ---- the same for vector units --------------------------------------------------------------------------
 
-ALWAYS_INLINE float widen(float value) { return value; }
-ALWAYS_INLINE float widen(bf16 value) { return as_float(uint32_t(value) << 16); }
-
 ALWAYS_INLINE void narrow(float& place, float value, uint32_t) { place = as_float(moment_bits(value)); }
 ALWAYS_INLINE void narrow(bf16& place, float value, uint32_t random) {
   place = round_stochastic(moment_bits(value), random);
@@ -219,15 +212,7 @@ using Kernel = void (*)(const Update&, int64_t, int32_t);
     }                                                                                                \
   };
 
-VARIANT(Baseline, )
-#if defined(__x86_64__)
-VARIANT(Avx2, __attribute__((target("avx2"))))
-#if defined(__clang__)
-VARIANT(Avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"), min_vector_width(512))))
-#else
-VARIANT(Avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))))
-#endif
-#endif
+FOR_EACH_ISA(VARIANT)
 
 template <class Variant, int kRule, typename Weight, typename Grad>
 Kernel by_moment(const Update& u) {
@@ -256,64 +241,12 @@ Kernel by_rule(const Update& u) {
   }
 }
 
-bool available(int32_t isa) {
-  switch (isa) {
-    case kAuto:
-    case kPlain:
-    case kBaseline: return true;
-#if defined(__x86_64__)
-    case kAvx2: return __builtin_cpu_supports("avx2");
-    case kAvx512:
-      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#endif
-    default: return false;
-  }
-}
-
-int32_t resolve(int32_t isa) {
-  if (isa != kAuto) return isa;
-  return available(kAvx512) ? kAvx512 : available(kAvx2) ? kAvx2 : kBaseline;
-}
-
-constexpr int64_t kPiece = int64_t{1} << 20;      // elements; divides 2^32
-constexpr int64_t kShareMultiple = 64;            // elements: a thread starts on a whole cache line
-
-// Calls body(begin, count) for each piece of [0, count), split once over the threads. Pieces end where
-// `offset` + element is a multiple of kPiece, so that none crosses a multiple of 2^32.
-template <class Body>
-void for_pieces(int64_t count, uint64_t offset, int32_t threads, const Body& body) {
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads)
-#endif
-  {
-    int64_t thread = 0, team = 1;
-#ifdef _OPENMP
-    thread = omp_get_thread_num();
-    team = omp_get_num_threads();
-#endif
-    const IeeeMode mode;
-    const int64_t blocks = (count + kShareMultiple - 1) / kShareMultiple;
-    int64_t begin = blocks * thread / team * kShareMultiple;
-    int64_t end = blocks * (thread + 1) / team * kShareMultiple;
-    if (end > count) end = count;
-    while (begin < end) {
-      int64_t size = kPiece - int64_t((offset + uint64_t(begin)) % uint64_t(kPiece));
-      if (size > end - begin) size = end - begin;
-      body(begin, int32_t(size));
-      begin += size;
-    }
-    (void)mode;
-  }
-  (void)threads;
-}
-
 }  // namespace
 
 extern "C" {
 
-// To be raised with every change of `Update` or of the functions below: an old library is not loaded.
-int32_t horizon_optimizer_version() { return 1; }
+// To be raised with every change of `Update` or of the functions here and in gradients.cpp: an old library is not loaded.
+int32_t horizon_optimizer_version() { return 2; }
 
 int32_t horizon_has_openmp() {
 #ifdef _OPENMP
@@ -340,7 +273,7 @@ int32_t horizon_update(const Update* update) {
 #endif
     default: kernel = by_rule<Baseline>(u);
   }
-  for_pieces(u.count, u.element_offset, u.threads,
+  for_pieces(u.count, u.element_offset, u.threads, kCacheLine,
              [&](int64_t begin, int32_t count) { kernel(u, begin, count); });
   return 0;
 }
@@ -353,7 +286,7 @@ int32_t horizon_triad(float* a, const float* b, const float* c, float scale, int
   if (resolve(kAuto) == kAvx512) triad = Avx512::triad;
   if (resolve(kAuto) == kAvx2) triad = Avx2::triad;
 #endif
-  for_pieces(count, 0, threads, [&](int64_t begin, int32_t size) {
+  for_pieces(count, 0, threads, kCacheLine, [&](int64_t begin, int32_t size) {
     triad(a + begin, b + begin, c == nullptr ? nullptr : c + begin, scale, size);
   });
   return 0;

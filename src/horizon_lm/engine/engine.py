@@ -35,7 +35,7 @@ from .loss import (
 from .policies import Policies
 from .saving import Saving
 from .step import MicroBatch, Schedule, Step, Update
-from .transfer import square_norm, sum_of_squares
+from .transfer import square_norm
 
 _log = logging.getLogger(__name__)
 
@@ -415,19 +415,19 @@ class Engine:
             self._embedding, self.store.weight(name), ids, gradients, padding_row=skeleton.padding_row
         )
         table = self.store.gradient(name, op.slab)
-        before = 0.0
+        before = torch.zeros((), dtype=torch.float64)
         if skeleton.anatomy.tied:
             if op.slab < 0:
                 self._measure(step, skeleton.head)
             held = table[rows]
-            before = sum_of_squares(held)
+            before = square_norm(held.view(-1))
             table[rows] = (held + values).to(table.dtype)
         else:
             self.store.gradient_run(skeleton.embedding_unit, op.slab).zero_()
             table[rows] = values.to(table.dtype)
-        after = sum_of_squares(table[rows])
+        after = square_norm(table[rows].view(-1))
         # A tied head's own norm was taken as it was downloaded; what the rows add to it is known here.
-        step.square_norms[skeleton.head + 1] = torch.tensor(after - before, dtype=torch.float64)
+        step.square_norms[skeleton.head + 1] = after - before
 
     def _norm(self, step: Step, op: Op) -> None:
         norm = self.measure_norm()

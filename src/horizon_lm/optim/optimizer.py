@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -31,8 +32,7 @@ class Optimizer:
     """A rule with the settings that hold for a whole run; the others come with each step.
 
     rule: adamw, adam, sgd or lion. segments: per unit, the parts that are treated alike. threads: None
-    takes all usable cores (fewer for a
-    short run; the bits do not depend on it).
+    takes all usable cores (the bits do not depend on it).
     """
 
     rule: str = "adamw"
@@ -48,6 +48,10 @@ class Optimizer:
     def second_moment(self) -> bool:
         return self.rule in ADAPTIVE_RULES
 
+    @cached_property
+    def _threads(self) -> int:
+        return choose_threads(self.threads)  # which reads files, too slow for every unit of every step
+
     def update_unit(
         self, store: HostStore, unit: int, grads: torch.Tensor, settings: UpdateSettings, grad_scale: float
     ) -> None:
@@ -57,7 +61,7 @@ class Optimizer:
         """
         layout = store.units[unit]
         before = sum(u.trainable_numel for u in store.units[:unit])
-        runs, threads = self._runs(store, unit), choose_threads(self.threads)
+        runs, threads = self._runs(store, unit), self._threads
         for start, stop, lr, weight_decay in self._parts(unit, layout.trainable_numel, settings):
             weights, residual, exp_avg, exp_avg_sq = (None if r is None else r[start:stop] for r in runs)
             assert weights is not None and exp_avg is not None

@@ -1,0 +1,97 @@
+"""Gradients in host memory: the C++ passes against their torch reference and against fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from horizon_lm.optim import gradients, kernel
+
+SIZES = (1, 15, 16, 63, 64, 65, 4095, 4096, 4097, 70_001, 300_000)
+FLOAT, HALF = torch.float32, torch.bfloat16
+ISAS = kernel.available_isas() or ("auto",)
+
+
+def values(n: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """Of many magnitudes, with ties and values that do not stay finite in bf16."""
+    generator = torch.Generator().manual_seed(seed)
+    found = torch.randn(n, generator=generator) * torch.exp(4 * torch.randn(n, generator=generator))
+    found[::7] = (torch.randint(1, 1 << 8, (len(found[::7]),), generator=generator) * 2 + 1) / 512  # ties
+    return found.to(dtype)
+
+
+def reference(source: torch.Tensor, target: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> float:
+    with monkeypatch.context() as patch:
+        patch.setattr(gradients, "library", lambda: None)
+        return gradients.move_gradient(source, target)
+
+
+@pytest.mark.skipif(not kernel.available_isas(), reason="the C++ library is not built")
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("source", [FLOAT, HALF])
+@pytest.mark.parametrize("target", [FLOAT, HALF])
+def test_moving_gives_the_bits_of_the_reference(
+    source: torch.dtype, target: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in SIZES:
+        given = values(n, source)
+        ours, theirs = torch.full((n,), 9.0, dtype=target), torch.full((n,), 7.0, dtype=target)
+        expected = reference(given, theirs, monkeypatch)
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert gradients.move_gradient(given, ours, isa=isa) == expected
+            assert torch.equal(ours, theirs) and torch.equal(ours, given.to(target))
+        torch.set_num_threads(1)
+        assert gradients.move_gradient(ours, ours, isa=isa) == expected  # measured where it is
+        wide = float(ours.double().square().sum())
+        assert expected == pytest.approx(wide, rel=1e-6)  # fp32 sums of 64 elements
+
+
+@pytest.mark.parametrize("source", [FLOAT, HALF])
+def test_adding_gives_the_bits_of_torch(source: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    for n in SIZES:
+        total, given = values(n, FLOAT, 1), values(n, source, 2)
+        expected = total + given.float()
+        for isa in ISAS:
+            ours = total.clone()
+            gradients.add_gradient(ours, given, isa=isa)
+            assert torch.equal(ours, expected)
+        monkeypatch.setattr(gradients, "library", lambda: None)
+        ours = total.clone()
+        gradients.add_gradient(ours, given)
+        assert torch.equal(ours, expected)
+        monkeypatch.undo()
+
+
+def test_a_sum_in_bf16_is_that_of_torch() -> None:
+    """Where a parameter is used twice by what writes its gradient once."""
+    total, given = values(5000, HALF, 1), values(5000, HALF, 2)
+    expected = total + given
+    guard = torch.full((10_000,), 3.0, dtype=HALF)  # what lies behind stays as it is
+    guard[:5000] = total
+    gradients.add_gradient(guard[:5000], given)
+    assert torch.equal(guard[:5000], expected) and bool((guard[5000:] == 3).all())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 63, 4096, 4999])
+def test_what_is_not_finite_shows_in_the_norm(bad: float, place: int) -> None:
+    given = values(5000, FLOAT)
+    given[place] = bad
+    target = torch.empty(5000, dtype=HALF)
+    assert not torch.isfinite(torch.tensor(gradients.move_gradient(given, target)))
+    assert torch.equal(target.isnan(), given.isnan()) and torch.equal(target.isinf(), given.isinf())
+
+
+def test_one_element_more_is_noticed() -> None:
+    """The control: the sum is of all elements, the last included, and each once."""
+    given = torch.ones(4097)
+    assert gradients.move_gradient(given, given) == 4097
+    given[-1] = 2
+    assert gradients.move_gradient(given, given) == 4100
+
+
+def test_tensors_it_does_not_know_are_left_to_torch() -> None:
+    total, given = torch.zeros(4, 6), torch.arange(24.0).view(6, 4).t()  # not contiguous
+    gradients.add_gradient(total, given)
+    assert torch.equal(total, given)
