@@ -182,8 +182,8 @@ class Counting(torch.nn.Module):
     ],
 )
 def test_forwards_of_each_layer(settings: dict[str, Any], expected: list[int], micro_batches: int) -> None:
-    """What is kept runs once; what is recomputed runs once more, also in blocks; and with one micro-batch
-    nothing at the turn runs again."""
+    """What is kept runs once; what is recomputed runs once more, also in blocks; and nothing at the turn runs
+    again, where one micro-batch is there at a time."""
     model, runs = source("llama"), Counter()
     for i, layer in enumerate(model.model.layers):
         layer.input_layernorm = Counting(layer.input_layernorm, runs, i)
@@ -191,19 +191,19 @@ def test_forwards_of_each_layer(settings: dict[str, Any], expected: list[int], m
     streamed = hz.HostModel.from_pretrained(model, **(values | settings))
     runs.clear()
     streamed.forward_backward(batches("llama", micro_batches))
-    if micro_batches == 1:
-        turn = streamed.engine.plan(1).at_turn
-        expected = [1 if i + 1 in turn else count for i, count in enumerate(expected)]
-        assert turn
+    turn = streamed.engine.plan(micro_batches).at_turn
+    expected = [1 if i + 1 in turn else count for i, count in enumerate(expected)]
+    # A block of two and the head need three gradient slots, if not one micro-batch passes after another.
+    assert bool(turn) == (micro_batches == 1 or "checkpoint_interval" not in settings)
     assert [runs[i] for i in range(LAYERS)] == [count * micro_batches for count in expected]
 
 
 # Layer 1 and 2 come back to other slots than they had in the forward pass: between them are blocks.
-MOVED: dict[str, Any] = {"activations": ["keep*3", "recompute*3"], "checkpoint_interval": 2}
+MOVED: dict[str, Any] = {"activations": ["keep*3", "recompute*4"], "checkpoint_interval": 2}
 
 
 def moved(change: Any = None) -> hz.HostModel:
-    model = source("llama", layers=6)
+    model = source("llama", layers=7)
     if change is not None:
         change(model)
     values = {"device": "cpu", "dtype": "float32", "skip_memory_check": True, "lanes": "adversarial"}
@@ -214,7 +214,7 @@ def test_kept_weights_are_handles(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer finds its weights in whatever slot holds them; the negative control, layers that keep views
     of the slot they had, reads the weights of another."""
     data = batches("llama", 1)
-    expected = autograd(source("llama", layers=6), data)
+    expected = autograd(source("llama", layers=7), data)
     model = moved()
     slots: dict[int, set[int]] = {}
     for op in model.engine.schedule(model.engine.plan(1)).ops:
@@ -260,7 +260,7 @@ def test_a_layer_that_cannot_be_rebound_is_recomputed(
         found = gradients(model)
         return all(torch.allclose(found[n], w, rtol=1e-5, atol=1e-7) for n, w in expected.items())
 
-    expected = autograd(source("llama", layers=6), data)
+    expected = autograd(source("llama", layers=7), data)
     model = moved(stash)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):

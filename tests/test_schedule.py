@@ -377,8 +377,30 @@ def test_uploads_of_a_step() -> None:
 
 def test_uploads_do_not_depend_on_micro_batches() -> None:
     for plan in PLANS:
-        one = [str(op) for op in build(replace(plan, micro_batches=1)) if op.kind in "UD"]
-        assert one == [str(op) for op in build(plan) if op.kind in "UD"]
+        for kind in "UD":
+            one = [str(op) for op in build(replace(plan, micro_batches=1)) if op.kind == kind]
+            assert one == [str(op) for op in build(plan) if op.kind == kind]
+
+
+def test_micro_batches_pass_the_turn_one_after_another() -> None:
+    """Where head and last block fit side by side: computed once, and one graph at a time."""
+    for plan in PLANS:
+        if not plan.blocks:
+            continue
+        ops = build(plan)
+        block = plan.blocks[-1]
+        fits = len({*block, plan.head} & plan.uploaded) <= plan.slots
+        fits = fits and len({*block, plan.head} & plan.trainable) <= plan.grad_slots
+        assert (block[-1] in plan.at_turn) == (fits or plan.micro_batches == 1)
+        if not fits:
+            continue
+        assert not any(op.kind == "C" and op.unit in block for op in ops)
+        alive, most = set(), 0
+        for op in ops:
+            graphs = {b for b in op.reads | op.writes if b.region == "graph" and b.index in block}
+            alive = alive | graphs if op.kind == "F" else alive - graphs
+            most = max(most, len(alive))
+        assert most == len(block)
 
 
 def test_uploads_run_ahead() -> None:

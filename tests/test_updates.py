@@ -402,10 +402,11 @@ def test_a_simulation_follows_lanes_and_waits() -> None:
         lanes[op.lane] = end
     assert done.seconds == max(lanes.values()) < len(ops)
     assert done.busy_seconds(Lane.COMPUTE) == sum(op.lane is Lane.COMPUTE for op in ops)
-    # Inputs of two micro-batches: kept from forward to backward, so that all are there at the turn.
+    # Inputs of two micro-batches of both layers, kept from forward to backward, and the head's of the one
+    # that passes the turn.
     sizes = simulate(
         ops, lambda op: 1.0, num_bytes=lambda b, op: ("device", 10) if b.region == "input" else None
     )
-    assert sizes.peaks == {"device": 10 * 2 * 3}
+    assert sizes.peaks == {"device": 10 * (2 * 2 + 1)}
     with pytest.raises(ValueError, match="costs are 0 or more"):
         simulate(ops, lambda op: -1.0)

@@ -68,7 +68,7 @@ def keep_freed_memory() -> None:
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, -1)  # never
 
 
 def _register(tensor: torch.Tensor) -> None:

@@ -17,7 +17,8 @@ def build(plan: StepPlan, step: int = 0, pending: Collection[int] = ()) -> list[
     """One training step: gather, forward, loss, backward, norm, update; or one evaluation.
 
     Layer-major: all micro-batches of a step pass through a unit before the next unit is visited.
-    Units of one block (`checkpoint_interval`) are visited together, one micro-batch after another.
+    Units of one block (`checkpoint_interval`) are visited together, one micro-batch after another; so are
+    the last block and the head, where there is room for them.
     pending: units whose update of the step before is still to come (`update: deferred`); each comes
     just before the first use of its weights.
     """
@@ -68,9 +69,10 @@ def _visits(plan: StepPlan) -> Iterator[list[Op]]:
     """The ops of each visit: uploads issued before it, work on all micro-batches, downloads."""
     slots, uploads_before = place_in_slots(plan)
     grad_visits = 0
+    turn = plan.visits.index(next(units for units in plan.visits if units[-1] == plan.head))
     for visit, units in enumerate(plan.visits):
         ops = [make.upload(unit, slot) for unit, slot in uploads_before[visit]]
-        if visit < plan.head:
+        if visit < turn:
             yield ops + _forward(plan, units[0], slots[visit].get(units[0], -1))
             continue
         if plan.evaluate:
@@ -96,10 +98,14 @@ def _backward(
     plan: StepPlan, units: tuple[int, ...], slots: dict[int, int], grad_slots: dict[int, int]
 ) -> list[Op]:
     """Of the head, the prologue, a layer, or a block of layers: each micro-batch climbs the block and
-    comes down again, the last one with the downloads."""
+    comes down again, the last one with the downloads. A block below the head is climbed for the first
+    time."""
     ops: list[Op] = []
     for m in range(plan.micro_batches):
-        ops += [make.recompute(unit, m, slots.get(unit, -1)) for unit in units[:-1]]
+        for unit in units[:-1]:
+            slot = slots.get(unit, -1)
+            first = units[-1] == plan.head
+            ops.append(make.forward(plan, unit, m, slot) if first else make.recompute(unit, m, slot))
         for unit in reversed(units):
             slot, grad_slot = slots.get(unit, -1), grad_slots.get(unit, -1)
             if unit == plan.head:
@@ -186,10 +192,12 @@ def place_in_slots(plan: StepPlan) -> tuple[list[dict[int, int]], list[list[tupl
     for visit, units in enumerate(visits):
         start = max(0, visit - ahead)
 
-        def rank(slot: int, visit: int = visit, start: int = start) -> tuple[int, int, int]:
-            later = next((v for v in uses[holds[slot]] if v >= visit), len(visits) + 1)
+        def rank(slot: int, visit: int = visit, start: int = start) -> tuple[int, int, int, int]:
+            unit = holds[slot]
+            later = next((v for v in uses[unit] if v >= visit), len(visits) + 1)
             busy = max(used[slot] + 1, start)  # the visit before which the upload can be issued
-            return (-busy, later, -slot)
+            # Of the units of one visit the highest is done with first.
+            return (-busy, later, plan.head if unit is None else unit, -slot)
 
         for unit in units:
             if unit not in holds:

@@ -121,11 +121,21 @@ class StepPlan:
 
     @cached_property
     def at_turn(self) -> frozenset[int]:
-        """Layers of the last block when there is one micro-batch: their backward follows the head at
-        once, so that keeping what it needs takes no more than computing it again."""
-        if self.micro_batches > 1 or self.evaluate or not self.blocks:
+        """Layers of the last block, which are computed once, where their backward can follow the head at
+        once: keeping what it needs takes no more then than computing it again."""
+        if self.evaluate or not self.blocks:
             return frozenset()
-        return frozenset(self.blocks[-1])
+        return frozenset(self.blocks[-1]) if self.micro_batches == 1 or self.joins_turn else frozenset()
+
+    @cached_property
+    def joins_turn(self) -> bool:
+        """Whether several micro-batches pass one after another through the last block, the head and back
+        again, so that but one of them at a time holds activations. Then the weights and the gradients of
+        all these units are on the device together."""
+        if self.evaluate or self.micro_batches == 1 or not self.blocks:
+            return False
+        units = {*self.blocks[-1], self.head}
+        return len(units & self.uploaded) <= self.slots and len(units & self.trainable) <= self.grad_slots
 
     @cached_property
     def backward_blocks(self) -> tuple[tuple[int, ...], ...]:
@@ -167,8 +177,13 @@ class StepPlan:
         forward: list[tuple[int, ...]] = [(unit,) for unit in range(self.head + 1)]
         if self.evaluate:
             return forward
+        backward = list(reversed(self.backward_blocks))
+        if self.joins_turn:
+            block = self.blocks[-1]
+            forward[block[0] :] = [(*block, self.head)]
+            backward = backward[len(block) :]
         prologue: list[tuple[int, ...]] = [(0,)] if self.lowest_backward == 0 else []
-        return [*forward, *reversed(self.backward_blocks), *prologue]
+        return [*forward, *backward, *prologue]
 
     def slab(self, unit: int) -> int:
         """The host buffer through which an eager unit's gradient passes; -1 where it has a place of
