@@ -4,18 +4,22 @@ kind of damage, every file."""
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import random
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -24,7 +28,7 @@ from horizon_lm import cli
 from horizon_lm.checkpoint import folder as checkpoints
 from horizon_lm.checkpoint import manifest as manifests
 from horizon_lm.checkpoint import units
-from horizon_lm.checkpoint.disk import Disk, checksum
+from horizon_lm.checkpoint.disk import Disk, HashedFile, checksum
 from horizon_lm.checkpoint.folder import candidates, list_checkpoints, open_checkpoint
 from horizon_lm.checkpoint.manifest import Manifest
 from horizon_lm.checkpoint.reader import verify
@@ -122,30 +126,72 @@ def test_what_is_saved_is_read_back_and_is_plain_safetensors(
     assert regions(other) == regions(model)
 
 
-def test_nothing_of_the_model_is_copied_in_memory(model: HostModel, tmp_path: Path) -> None:
-    """What is handed to the disk is the store's own memory."""
-    spans = [
-        (run.untyped_storage().data_ptr(), run.untyped_storage().nbytes())
-        for runs in model.store._runs.values()
-        for run in runs
-    ]
-    seen = 0
-    headers: set[Path] = set()
+@pytest.mark.parametrize("buffer", [4096, 1 << 16, 4 << 20])
+@pytest.mark.parametrize("refuses", ["nothing", "the flag", "each write"])
+def test_a_file_is_written_past_the_page_cache_where_that_is_possible(
+    tmp_path: Path, buffer: int, refuses: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes with and without; a file system may refuse the flag (tmpfs did), or what is written."""
+    direct = 0
 
     class Watching(Disk):
+        buffer_bytes = buffer
+
+        def write(self, number: int, path: Path, data: memoryview) -> None:
+            nonlocal direct
+            is_direct = bool(fcntl.fcntl(number, fcntl.F_GETFL) & os.O_DIRECT)
+            assert len(data) <= buffer
+            if is_direct:
+                direct += 1
+                address = np.frombuffer(data, dtype=np.uint8).ctypes.data
+                assert address % 4096 == len(data) % 4096 == os.lseek(number, 0, os.SEEK_CUR) % 4096 == 0
+                if refuses == "each write":
+                    raise OSError(errno.EINVAL, "Invalid argument")
+            super().write(number, path, data)
+
+    if refuses == "the flag":
+
+        def refuse(number: int, command: int, *rest: int) -> int:
+            if command == fcntl.F_SETFL and rest[0] & os.O_DIRECT:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return actual(number, command, *rest)
+
+        actual = fcntl.fcntl
+        monkeypatch.setattr("horizon_lm.checkpoint.disk.fcntl.fcntl", refuse)
+    expected = np.random.default_rng(0).integers(0, 256, 300_001, dtype=np.uint8).tobytes()
+    file = HashedFile(Watching(), tmp_path / "file")
+    could = file.is_direct
+    for start, end in ((0, 7), (7, 7), (7, 200_000), (200_000, 300_001)):
+        file.write(memoryview(expected)[start:end])
+    assert file.close() == (300_001, xxhash.xxh3_128_hexdigest(expected))
+    assert (tmp_path / "file").read_bytes() == expected
+    if refuses == "the flag":
+        assert not could and not direct
+    elif could and buffer < 300_001:
+        assert direct == (1 if refuses == "each write" else 300_001 // buffer + (buffer > 4096))
+
+
+def test_a_save_holds_a_buffer_and_not_a_copy(model: HostModel, tmp_path: Path) -> None:
+    seen = 0
+
+    class Watching(Disk):
+        buffer_bytes = 1 << 14
+
         def write(self, file: int, path: Path, data: memoryview) -> None:
             nonlocal seen
-            if path.name.startswith("unit-") and path not in headers:
-                headers.add(path)
-            elif path.name.startswith("unit-") and len(data):
-                address = torch.frombuffer(data, dtype=torch.uint8).data_ptr()
-                assert any(start <= address < start + size for start, size in spans), path
-                seen += len(data)
+            assert len(data) <= self.buffer_bytes
+            seen += len(data)
             super().write(file, path, data)
 
-    writer = save(tmp_path, model, 1, Watching())
+    tracemalloc.start()
+    try:
+        writer = save(tmp_path, model, 1, Watching())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    size = sum(len(data) for data in regions(model).values())
     assert writer.outcome is not None and writer.outcome.error is None, writer.outcome
-    assert seen == sum(len(data) for data in regions(model).values())
+    assert seen > size > 4 * peak
 
 
 def test_everything_is_synced_before_the_rename_and_the_rename_before_old_ones_go(
@@ -176,6 +222,8 @@ def test_everything_is_synced_before_the_rename_and_the_rename_before_old_ones_g
 
 class Failing(Disk):
     """Raises at the `at`th call (None: never) and counts."""
+
+    buffer_bytes = 4096  # many write positions
 
     def __init__(self, at: int | None = None, code: int = errno.ENOSPC, kinds: str = "") -> None:
         self.at, self.code, self.kinds, self.count = at, code, kinds.split(), 0
@@ -264,6 +312,7 @@ import test_checkpoint as t
 from horizon_lm.checkpoint.disk import Disk
 class Dying(Disk):
     count = writes = 0
+    buffer_bytes = 4096
     def before(self, what, path):
         Dying.writes += what == "write"
         if what == "write" and Dying.writes % {stride}:
