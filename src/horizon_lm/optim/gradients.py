@@ -10,6 +10,7 @@ import ctypes
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .kernel import ISAS, library
 
@@ -50,8 +51,13 @@ def move_gradient(source: torch.Tensor, target: torch.Tensor, *, isa: str = "aut
 
 
 def _library(first: torch.Tensor, second: torch.Tensor) -> ctypes.CDLL | None:
-    """The library, where it can take both: contiguous, of a dtype that it knows, and no fake tensors."""
+    """The library, where it can take both: contiguous, of a dtype that it knows, and no fake tensors.
+
+    What a dispatch mode watches (the planner, the race detector of the tests) is done by operations of torch.
+    """
     assert first.numel() == second.numel()
+    if _get_current_dispatch_mode() is not None:
+        return None
     for tensor in (first, second):
         if type(tensor) is not torch.Tensor or not tensor.is_contiguous() or tensor.dtype not in _DTYPES:
             return None
