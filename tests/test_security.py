@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -237,6 +238,30 @@ def test_damaged_model_folders_are_refused_in_words(tmp_path: Path, record_prope
         length = rng.choice([len(text), len(text), 1 << 40, size + 5])
         file.write_bytes(length.to_bytes(8, "little") + text + data[8 + size :])
 
+    def fuzzed(folder: Path) -> None:
+        """Some bytes of the header are others, one of them in a key that is needed."""
+        file = folder / rng.choice(shards)
+        data = bytearray(file.read_bytes())
+        size = int.from_bytes(data[:8], "little")
+        keys = re.search(rb'"data_offsets":\[', data)
+        assert keys is not None
+        for _ in range(rng.randrange(1, 6)):
+            data[rng.randrange(8, 8 + size)] = rng.choice(b'{}[]",:x0\x00\xff')
+        data[keys.start() + 1] = 0  # this one never does
+        file.write_bytes(data)
+
+    def shape(folder: Path) -> None:
+        file = folder / rng.choice(shards)
+        data = file.read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        table = json.loads(data[8 : 8 + size])
+        entry = table[rng.choice(sorted(table.keys() - {"__metadata__"}))]
+        entry["shape"] = rng.choice(
+            [[1, *entry["shape"]], [n + 1 for n in entry["shape"]], [-1], "x", [1 << 62]]
+        )
+        text = json.dumps(table).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+
     def missing(folder: Path) -> None:
         (folder / rng.choice(shards)).unlink()
 
@@ -254,9 +279,11 @@ def test_damaged_model_folders_are_refused_in_words(tmp_path: Path, record_prope
         path.write_text(rng.choice(["", "[]", "{", '{"weight_map": 5}', "{}"]))
 
     for change, count in (
-        (truncated, 60),
-        (noise, 40),
-        (header, 40),
+        (truncated, 200),
+        (noise, 200),
+        (header, 200),
+        (fuzzed, 300),
+        (shape, 50),
         (missing, 10),
         (index, 20),
         (no_index, 10),
