@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from ..config import ModelSettings, per_layer
+from ..config_model import ModelSettings, per_layer
 from ..errors import ConfigError
 from ..memory.layout import UnitLayout
 from ..memory.store import GradientSlabs, StoreSpec

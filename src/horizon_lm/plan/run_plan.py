@@ -235,7 +235,7 @@ def _update_reason(chosen: TrainConfig) -> str:
 
 
 def _count(value: str | list[str], word: str, layers: int) -> int:
-    from ..config import per_layer
+    from ..config_model import per_layer
 
     words = ("recompute", "keep") if word == "keep" else ("device", "host")
     listed = per_layer(value, words if word == words[1] else words)
