@@ -52,9 +52,15 @@ ALWAYS_INLINE Floats load_some(const Value* place, int32_t count) {
   return load(padded);
 }
 
+// total = (total + first) + second, or first + second where nothing is there yet.
 template <typename Source>
-ALWAYS_INLINE void add_piece(float* __restrict total, const Source* __restrict source, int32_t count) {
-  for (int32_t i = 0; i < count; i++) total[i] = total[i] + widen(source[i]);
+ALWAYS_INLINE void add_piece(float* __restrict total, const Source* __restrict first,
+                             const Source* __restrict second, bool begins, int32_t count) {
+  if (begins) {
+    for (int32_t i = 0; i < count; i++) total[i] = widen(first[i]) + widen(second[i]);
+  } else {
+    for (int32_t i = 0; i < count; i++) total[i] = (total[i] + widen(first[i])) + widen(second[i]);
+  }
 }
 
 // Of at most kBlock elements, from source to target, or where they are when those are one: the sum of the
@@ -97,14 +103,16 @@ ALWAYS_INLINE void move_piece(const Source* source, Target* target, double* squa
   }
 }
 
-using Add = void (*)(float*, const void*, int64_t, int32_t);
+using Add = void (*)(float*, const void*, const void*, bool, int64_t, int32_t);
 using Move = void (*)(const void*, void*, double*, int64_t, int32_t);
 
 #define VARIANT(NAME, TARGET)                                                                          \
   struct NAME {                                                                                        \
     template <typename Source>                                                                         \
-    TARGET static void add(float* total, const void* source, int64_t begin, int32_t count) {           \
-      add_piece(total + begin, static_cast<const Source*>(source) + begin, count);                     \
+    TARGET static void add(float* total, const void* first, const void* second, bool begins,           \
+                           int64_t begin, int32_t count) {                                             \
+      add_piece(total + begin, static_cast<const Source*>(first) + begin,                              \
+                static_cast<const Source*>(second) + begin, begins, count);                            \
     }                                                                                                  \
     template <typename Source, typename Target>                                                        \
     TARGET static void move(const void* source, void* target, double* squares, int64_t begin,          \
@@ -135,17 +143,17 @@ extern "C" {
 
 // Both return 0; or 1 when the instruction set is missing. The caller has checked pointers and sizes.
 
-// total[i] += source[i].
-int32_t horizon_add_gradient(float* total, const void* source, int32_t source_dtype, int64_t count, int32_t isa,
-                             int32_t threads) {
+// total[i] = (total[i] + first[i]) + second[i]; without total where it `begins`.
+int32_t horizon_add_gradients(float* total, const void* first, const void* second, int32_t dtype, int32_t begins,
+                              int64_t count, int32_t isa, int32_t threads) {
   if (!available(isa)) return 1;
-  Add add = add_of<Baseline>(source_dtype);
+  Add add = add_of<Baseline>(dtype);
 #if defined(__x86_64__)
-  if (resolve(isa) == kAvx512) add = add_of<Avx512>(source_dtype);
-  if (resolve(isa) == kAvx2) add = add_of<Avx2>(source_dtype);
+  if (resolve(isa) == kAvx512) add = add_of<Avx512>(dtype);
+  if (resolve(isa) == kAvx2) add = add_of<Avx2>(dtype);
 #endif
   for_pieces(count, 0, threads, kCacheLine,
-             [&](int64_t begin, int32_t size) { add(total, source, begin, size); });
+             [&](int64_t begin, int32_t size) { add(total, first, second, begins != 0, begin, size); });
   return 0;
 }
 

@@ -246,7 +246,7 @@ Kernel by_rule(const Update& u) {
 extern "C" {
 
 // To be raised with every change of `Update` or of the functions here and in gradients.cpp: an old library is not loaded.
-int32_t horizon_optimizer_version() { return 2; }
+int32_t horizon_optimizer_version() { return 3; }
 
 int32_t horizon_has_openmp() {
 #ifdef _OPENMP

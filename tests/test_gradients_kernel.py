@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from horizon_lm.engine.gradient import UnitGradient
+from horizon_lm.memory.layout import lay_out
 from horizon_lm.optim import gradients, kernel
 
 SIZES = (1, 15, 16, 63, 64, 65, 4095, 4096, 4097, 70_001, 300_000)
@@ -47,30 +49,52 @@ def test_moving_gives_the_bits_of_the_reference(
         assert expected == pytest.approx(wide, rel=1e-6)  # fp32 sums of 64 elements
 
 
+@pytest.mark.parametrize("begins", [True, False])
 @pytest.mark.parametrize("source", [FLOAT, HALF])
-def test_adding_gives_the_bits_of_torch(source: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adding_gives_the_bits_of_torch(
+    source: torch.dtype, begins: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other, as a device does it."""
     for n in SIZES:
-        total, given = values(n, FLOAT, 1), values(n, source, 2)
-        expected = total + given.float()
+        total, first, second = values(n, FLOAT, 1), values(n, source, 2), values(n, source, 3)
+        expected = first.float() if begins else total + first.float()
+        expected = expected + second.float()
         for isa in ISAS:
             ours = total.clone()
-            gradients.add_gradient(ours, given, isa=isa)
+            gradients.add_gradients(ours, first, second, begins=begins, isa=isa)
             assert torch.equal(ours, expected)
-        monkeypatch.setattr(gradients, "library", lambda: None)
-        ours = total.clone()
-        gradients.add_gradient(ours, given)
-        assert torch.equal(ours, expected)
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(gradients, "library", lambda: None)
+            ours = total.clone()
+            gradients.add_gradients(ours, first, second, begins=begins)
+            assert torch.equal(ours, expected)
 
 
 def test_a_sum_in_bf16_is_that_of_torch() -> None:
     """Where a parameter is used twice by what writes its gradient once."""
-    total, given = values(5000, HALF, 1), values(5000, HALF, 2)
-    expected = total + given
+    total, first, second = (values(5000, HALF, seed) for seed in (1, 2, 3))
+    expected = (total + first) + second
     guard = torch.full((10_000,), 3.0, dtype=HALF)  # what lies behind stays as it is
     guard[:5000] = total
-    gradients.add_gradient(guard[:5000], given)
+    gradients.add_gradients(guard[:5000], first, second, begins=False)
     assert torch.equal(guard[:5000], expected) and bool((guard[5000:] == 3).all())
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_any_number_of_gradients_is_added(count: int) -> None:
+    """In pairs where several are to come; with the bits of one after the other."""
+    rows = [(name, shape, True, HALF) for name, shape in (("a", (40, 3)), ("b", (7,)), ("none", (5,)))]
+    layout = lay_out("unit", rows, HALF)
+    found = {}
+    for adds in (False, True):
+        gradient = UnitGradient(layout, torch.full((layout.trainable_numel,), torch.nan), adds=adds)
+        for k in range(count):
+            for parameter in layout.trainable[:2]:
+                gradient.add(parameter, values(parameter.numel, HALF, k).view(parameter.shape))
+        found[adds] = torch.empty(layout.trainable_numel, dtype=HALF)
+        gradient.download(found[adds], measure=True)
+    assert torch.equal(found[False], found[True]) and not found[True].isnan().any()
+    assert not layout.trainable_view(found[True], layout.trainable[2]).any()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -93,5 +117,5 @@ def test_one_element_more_is_noticed() -> None:
 
 def test_tensors_it_does_not_know_are_left_to_torch() -> None:
     total, given = torch.zeros(4, 6), torch.arange(24.0).view(6, 4).t()  # not contiguous
-    gradients.add_gradient(total, given)
-    assert torch.equal(total, given)
+    gradients.add_gradients(total, given, given, begins=True)
+    assert torch.equal(total, 2 * given)

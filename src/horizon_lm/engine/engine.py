@@ -482,7 +482,9 @@ class Engine:
                 run = self.store.gradient_run(op.unit, step.plan.slab(op.unit))
             else:
                 run = self.gradient_slots.run(op.grad_slot, op.unit, dtype)
-            step.gradients[op.unit] = UnitGradient(self.store.units[op.unit], run, at_home=at_home)
+            adds = self.policies.adds_gradients(op.unit, token_counts)
+            layout = self.store.units[op.unit]
+            step.gradients[op.unit] = UnitGradient(layout, run, at_home=at_home, adds=adds)
         return step.gradients[op.unit]
 
     def _inputs(self, step: Step, m: int) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 
 from ..memory.layout import Parameter, UnitLayout
 from ..model.skeleton import Skeleton
-from ..optim.gradients import add_gradient
+from ..optim.gradients import add_gradients
 from .transfer import download_gradient, square_norm
 
 
@@ -18,30 +18,41 @@ class UnitGradient:
 
     Parameters that received nothing (an expert without tokens) are zeros in their own place.
     at_home: the slot is the store's own run and of its dtype, so that nothing is left to download.
+    adds: several gradients of each parameter are to come. On the CPU they are then added two at a time, and
+    the first of two stays where autograd put it.
     """
 
-    def __init__(self, layout: UnitLayout, run: torch.Tensor, *, at_home: bool = False) -> None:
+    def __init__(
+        self, layout: UnitLayout, run: torch.Tensor, *, at_home: bool = False, adds: bool = False
+    ) -> None:
         self.layout = layout
         self.run = run  # [trainable_numel]
         self.at_home = at_home
+        self.in_pairs = adds and run.device.type == "cpu"
+        self.waiting: dict[str, torch.Tensor] = {}
         self.written: set[str] = set()
 
     def add(self, parameter: Parameter, gradient: torch.Tensor) -> None:
-        view = self.layout.trainable_view(self.run, parameter)
-        if parameter.name in self.written:
-            if view.device.type == "cpu":
-                add_gradient(view, gradient)
-            else:
-                view.add_(gradient)
+        name, view = parameter.name, self.layout.trainable_view(self.run, parameter)
+        if self.in_pairs and name not in self.waiting:
+            self.waiting[name] = gradient
+            return
+        if self.in_pairs:
+            add_gradients(view, self.waiting.pop(name), gradient, begins=name not in self.written)
+        elif name in self.written:
+            view.add_(gradient)
         else:
             view.copy_(gradient)
-            self.written.add(parameter.name)
+        self.written.add(name)
 
     def download(self, home: torch.Tensor, *, measure: bool) -> torch.Tensor | None:
         """Bring the complete gradient to its place in host memory and return its squared norm; None
         where it is there already, and need not be measured before the norm is asked for."""
+        self.in_pairs = False
         for parameter in self.layout.trainable:
-            if parameter.name not in self.written:
+            if parameter.name in self.waiting:  # the last of an odd number
+                self.add(parameter, self.waiting.pop(parameter.name))
+            elif parameter.name not in self.written:
                 self.layout.trainable_view(self.run, parameter).zero_()
         for start, length in self.layout.gaps():
             self.run.narrow(0, start, length).zero_()

@@ -101,10 +101,13 @@ class Policies:
     def gradient_dtype(self, unit: int, token_counts: Sequence[int], dtype: torch.dtype) -> torch.dtype:
         """In which a unit's gradient is collected: a store's own (`dtype`) when it is written once, fp32
         when it is added to. token_counts: tokens of each micro-batch."""
+        return torch.float32 if self.adds_gradients(unit, token_counts) else dtype
+
+    def adds_gradients(self, unit: int, token_counts: Sequence[int]) -> bool:
+        """Whether a unit's gradient is a sum: over micro-batches, and in the head over chunks of the loss."""
         count = len(token_counts)
         chunks = max((-(-tokens // self.loss_chunk) for tokens in token_counts), default=1)
-        additions = count * max(1, chunks) if unit == self.shape.num_layers + 1 else count
-        return dtype if additions == 1 else torch.float32
+        return (count * max(1, chunks) if unit == self.shape.num_layers + 1 else count) > 1
 
 
 def layer_policies(settings: ModelSettings, num_layers: int) -> tuple[frozenset[int], frozenset[int]]:

@@ -19,17 +19,22 @@ _BLOCK, _LANES = 4096, 64  # as in csrc/gradients.cpp
 _CHUNK = 1 << 18  # elements of the reference's temporaries; whole blocks
 
 
-def add_gradient(total: torch.Tensor, gradient: torch.Tensor, *, isa: str = "auto") -> None:
-    """total += gradient, both of one shape and contiguous, in host memory; gradient bf16 or fp32, as total.
+def add_gradients(
+    total: torch.Tensor, first: torch.Tensor, second: torch.Tensor, *, begins: bool, isa: str = "auto"
+) -> None:
+    """total = (total + first) + second, without what total held where it `begins`.
 
-    A sum in bf16 is torch's: it is met where one parameter is used twice by what writes a gradient once.
+    All of one shape and contiguous, in host memory; first and second of one dtype, bf16 or fp32, total too.
+    Two are added at a time, since a sum costs the memory traffic of reading and writing the total. A sum in
+    bf16 is torch's: it is met where one parameter is used twice by what writes a gradient once.
     """
-    lib = _library(total, gradient) if total.dtype == torch.float32 else None
-    if lib is None:
-        _add(total.view(-1), gradient.reshape(-1))
+    lib = _library(total, first, second) if total.dtype == torch.float32 else None
+    if lib is None or first.dtype != second.dtype:
+        _add(total.view(-1), first.reshape(-1), begins)
+        _add(total.view(-1), second.reshape(-1), False)
         return
-    arguments = total.data_ptr(), gradient.data_ptr(), _DTYPES.index(gradient.dtype), total.numel()
-    _check(lib.horizon_add_gradient(*arguments, ISAS.index(isa), torch.get_num_threads()), isa)
+    runs = total.data_ptr(), first.data_ptr(), second.data_ptr(), _DTYPES.index(first.dtype), int(begins)
+    _check(lib.horizon_add_gradients(*runs, total.numel(), ISAS.index(isa), torch.get_num_threads()), isa)
 
 
 def move_gradient(source: torch.Tensor, target: torch.Tensor, *, isa: str = "auto") -> float:
@@ -50,15 +55,15 @@ def move_gradient(source: torch.Tensor, target: torch.Tensor, *, isa: str = "aut
     return float(np.cumsum(squares.numpy())[-1]) if squares.numel() else 0.0
 
 
-def _library(first: torch.Tensor, second: torch.Tensor) -> ctypes.CDLL | None:
-    """The library, where it can take both: contiguous, of a dtype that it knows, and no fake tensors.
+def _library(*tensors: torch.Tensor) -> ctypes.CDLL | None:
+    """The library, where it can take them: contiguous, of a dtype that it knows, and no fake tensors.
 
     What a dispatch mode watches (the planner, the race detector of the tests) is done by operations of torch.
     """
-    assert first.numel() == second.numel()
+    assert len({tensor.numel() for tensor in tensors}) == 1
     if _get_current_dispatch_mode() is not None:
         return None
-    for tensor in (first, second):
+    for tensor in tensors:
         if type(tensor) is not torch.Tensor or not tensor.is_contiguous() or tensor.dtype not in _DTYPES:
             return None
     return library()
@@ -72,8 +77,11 @@ def _check(status: int, isa: str) -> None:
 # In torch: serves without a compiler, and tests compare the C++ with it.
 
 
-def _add(total: torch.Tensor, gradient: torch.Tensor) -> None:
+def _add(total: torch.Tensor, gradient: torch.Tensor, begins: bool) -> None:
     """Widened first, piece by piece: torch adds bf16 to fp32 element by element, ten times as slowly."""
+    if begins:
+        total.copy_(gradient)
+        return
     for part, piece in zip(total.split(_CHUNK), gradient.split(_CHUNK), strict=True):
         part.add_(piece.to(total.dtype))
 

@@ -28,7 +28,7 @@ __all__ = ["ISAS", "Hyper", "available_isas", "describe", "library", "update", "
 
 ISAS = ("auto", "plain", "baseline", "avx2", "avx512")  # numbered as in csrc/optimizer.cpp
 _DTYPES = (torch.float32, torch.bfloat16)
-_VERSION = 2  # of the C interface
+_VERSION = 3  # of the C interface
 _BUILD = "python -m horizon_lm.optim.kernel --build"
 _log = logging.getLogger(__name__)
 
@@ -63,7 +63,10 @@ def load(path: Path) -> ctypes.CDLL:
     floats = [ctypes.c_void_p] * 3
     loaded.horizon_triad.argtypes = [*floats, ctypes.c_float, ctypes.c_int64, ctypes.c_int32]
     pointer, number = ctypes.c_void_p, ctypes.c_int32
-    loaded.horizon_add_gradient.argtypes = [pointer, pointer, number, ctypes.c_int64, number, number]
+    loaded.horizon_add_gradients.argtypes = [
+        *(pointer, pointer, pointer, number, number),  # total and what is added
+        *(ctypes.c_int64, number, number),
+    ]
     loaded.horizon_move_gradient.argtypes = [
         *(pointer, number, pointer, number),  # source and target
         *(pointer, ctypes.c_int64, number, number),
