@@ -482,7 +482,8 @@ class Engine:
                 run = self.store.gradient_run(op.unit, step.plan.slab(op.unit))
             else:
                 run = self.gradient_slots.run(op.grad_slot, op.unit, dtype)
-            adds = self.policies.adds_gradients(op.unit, token_counts)
+            # Adversarial lanes stand for a device, which writes its slot with the first gradient.
+            adds = not self._poison and self.policies.adds_gradients(op.unit, token_counts)
             layout = self.store.units[op.unit]
             step.gradients[op.unit] = UnitGradient(layout, run, at_home=at_home, adds=adds)
         return step.gradients[op.unit]
