@@ -568,8 +568,8 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(
 def test_an_infinite_gradient_norm_is_a_skipped_step(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest, norms = Engine.measure_norm, iter([0.0, 0.0, math.inf])
-    monkeypatch.setattr(Engine, "measure_norm", lambda self: honest(self) + next(norms))
+    honest, norms = Engine.norm_of, iter([0.0, 0.0, math.inf])
+    monkeypatch.setattr(Engine, "norm_of", lambda self, step: honest(self, step) + next(norms))
     run_train.train(settings(text, tmp_path / "run", max_steps=2, nonfinite="skip"))
     last = read_steps(tmp_path / "run" / "metrics.jsonl")[-1]
     assert last["grad_norm"] is None and last["skipped_steps"] == 1
