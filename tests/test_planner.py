@@ -15,7 +15,7 @@ import horizon_lm as hz
 import zoo
 from horizon_lm.config import ModelSettings, TrainConfig
 from horizon_lm.engine.policies import Policies
-from horizon_lm.errors import ConfigError, DoesNotFitError
+from horizon_lm.errors import ConfigError, DoesNotFitError, UnsupportedModelError
 from horizon_lm.memory.live import LiveBytes
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.plan import calibrate
@@ -82,6 +82,47 @@ def test_units_are_those_of_the_real_model(name: str) -> None:
     assert outline.with_layers(7).units[0] == real.units[0]
     assert len(outline.with_layers(7).units) == len(real.units) + 7 - real.num_layers
     assert outline.with_layers(7).units != outline.units  # the comparison can fail
+
+
+# These cannot be run without values; `horizon train` says so and goes on without a plan.
+UNPLANNED = {
+    "jetmoe": "split_with_sizes",
+    "jetmoe-aux": "split_with_sizes",
+    "deepseek_v4": "same reduction dim",
+    "rwkv": "cannot be streamed",
+    "inkling_text": "cannot be streamed",
+}
+
+
+@pytest.mark.parametrize("name", list(zoo.CASES))
+def test_every_model_is_planned_or_refused_by_name(name: str) -> None:
+    config = zoo.build(name).config
+    settings = settings_of(dtype="float32", attn_implementation=config._attn_implementation)
+    if name in UNPLANNED:
+        with pytest.raises(UnsupportedModelError, match=UNPLANNED[name]) as caught:
+            Outline(config, settings).measures(1, 32, 128)
+        assert name.removesuffix("-aux") in caught.value.message and caught.value.hint
+        return
+    measures = Outline(config, settings).measures(1, 32, 128)
+    for layer in measures.layers:
+        assert layer.forward.bytes > 0 and layer.backward.bytes > 0
+        flops = [
+            sum(k.flops * n for k, n in p.work.items()) for p in (layer.keep_forward, layer.keep_backward)
+        ]
+        assert flops[1] > flops[0] > 0
+    assert measures.ends.loss.work
+
+
+def test_experts_that_are_visited_one_by_one_share_the_tokens() -> None:
+    """dbrx looks for the tokens of each expert, which depends on values; the sum over them does not."""
+    config = zoo.build("dbrx").config
+    width, inner = config.d_model, config.ffn_config.ffn_hidden_size
+    tokens, found = 320, []
+    for count in (1, 2):
+        config.ffn_config.moe_top_k = count
+        measures = Outline(config, settings_of(dtype="float32")).measures(1, tokens, 128)
+        found.append(sum(k.flops * n for k, n in measures.layers[0].forward.work.items()))
+    assert found[1] - found[0] == pytest.approx(tokens * 3 * 2 * width * inner, rel=0.02)
 
 
 def test_layers_of_different_kinds_are_told_apart() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch._guards import detect_fake_mode
 
 Bounds = list[list[tuple[int, int]]]  # per row the (start, end) of its documents
 _BLOCK = 512  # queries of a window's block, at least
+_plans_write_out: ContextVar[bool] = ContextVar("plans_write_out", default=False)
 
 
 class IntervalMask(torch.Tensor):
@@ -73,6 +75,16 @@ def attention_by_intervals() -> Iterator[None]:
         AttentionMaskInterface.register("sdpa", was[1])
 
 
+@contextmanager
+def masks_written_out() -> Iterator[None]:
+    """While open, fake tensors get the boolean mask: for the plan of a model that reads its mask itself."""
+    token = _plans_write_out.set(True)
+    try:
+        yield
+    finally:
+        _plans_write_out.reset(token)
+
+
 def make_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """Of transformers' mask interface: intervals where they say it all, else what `sdpa` gets."""
     from transformers.masking_utils import sdpa_mask
@@ -81,6 +93,8 @@ def make_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
         tokens, window = kwargs["q_length"], kwargs.get("local_size")
         window = None if window is None or window >= tokens else int(window)
         if detect_fake_mode() is not None:  # no values to look at: planned for as one document a row
+            if _plans_write_out.get():
+                return sdpa_mask(**kwargs)
             return _planned(kwargs["batch_size"], tokens, window, kwargs.get("device", "cpu"))
         found = _find_intervals(
             kwargs["mask_function"], kwargs["batch_size"], tokens, window, kwargs.get("device", "cpu")
