@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,8 +19,10 @@ from horizon_lm.engine import activations
 from horizon_lm.errors import ConfigError, DataError, UnsupportedModelError
 from horizon_lm.memory.live import LiveBytes
 from horizon_lm.model.tiling import find_mlps
-from horizon_lm.plan.device import boundary_bytes, slot_bytes
+from horizon_lm.plan.device import slot_bytes
 from horizon_lm.plan.working_set import layer_working_set
+from horizon_lm.schedule import Buffer, Op, StepPlan, simulate
+from horizon_lm.schedule.step_plan import KEEP
 
 LAYERS = 4
 # attention, norms, experts and recurrences as transformers writes them; tied and untied tables
@@ -329,6 +332,31 @@ def peak_of_step(
     with LiveBytes() as live:
         model.train_step(data, lr=0.0)
     return live.peak, model
+
+
+def boundary_bytes(
+    ops: Sequence[Op],
+    plan: StepPlan,
+    input_bytes: Sequence[int],
+    kept_bytes: Callable[[int, int], int] = lambda unit, micro_batch: 0,
+) -> dict[str, int]:
+    """By the schedule: the most that inputs of layers take, on the device and in host memory, and the slots
+    through which they come back. kept_bytes: what layer `unit` holds beside its input when it keeps."""
+
+    def num_bytes(buffer: Buffer, op: Op) -> tuple[str, int] | None:
+        if buffer.region == "input":
+            return "boundaries", input_bytes[buffer.micro_batch]
+        if buffer.region == "boundary":
+            return "spilled", input_bytes[buffer.micro_batch]
+        if buffer.region == "graph" and op.policy == KEEP:
+            return "kept", kept_bytes(buffer.index, buffer.micro_batch)
+        return None
+
+    spills = any(op.kind == "X" for op in ops)
+    peaks = {"boundaries": 0, "spilled": 0, "kept": 0} | simulate(
+        ops, lambda op: 0.0, num_bytes=num_bytes, one_at_a_time=True
+    ).peaks
+    return peaks | {"boundary_slots": plan.boundary_slots * max(input_bytes) if spills else 0}
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])

@@ -3,7 +3,7 @@
 from .build import build, build_flush, build_save, build_steps
 from .check import check
 from .ops import Buffer, Lane, Op, parse_op
-from .simulate import Simulation, peaks_in_order, simulate
+from .simulate import Simulation, simulate
 from .step_plan import StepPlan
 from .waits import TRANSIENT, derive_waits, last_uses
 
@@ -22,6 +22,5 @@ __all__ = [
     "derive_waits",
     "last_uses",
     "parse_op",
-    "peaks_in_order",
     "simulate",
 ]

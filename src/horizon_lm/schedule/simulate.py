@@ -74,11 +74,6 @@ def simulate(
     return Simulation(spans, peaks, parts)
 
 
-def peaks_in_order(ops: Sequence[Op], num_bytes: BufferBytes) -> dict[str, int]:
-    """The peak of each memory when ops run one after another in program order; as in `simulate`."""
-    return simulate(ops, lambda op: 0.0, num_bytes=num_bytes, one_at_a_time=True).peaks
-
-
 def _peaks(
     ops: Sequence[Op],
     spans: Sequence[Span],
