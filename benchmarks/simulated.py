@@ -112,6 +112,13 @@ def row(what: str, model: dict, machine: str, batch: int, published: str) -> lis
 
 def main(argv: list[str] | None = None) -> None:
     argparse.ArgumentParser(description=__doc__).parse_args(argv)
+    report = Report("simulated", __doc__ or "", command="python -m benchmarks simulated")
+    fill(report)
+    report.write()
+
+
+def fill(report: Report) -> None:
+    """Simulate, and add the table to a report."""
     head = ["model", "profile", "B parameters", "micro-batches", "host GB", "device GB", "layers kept"]
     head += [
         "s a step",
@@ -124,7 +131,6 @@ def main(argv: list[str] | None = None) -> None:
     for case in cases():
         rows.append(row(*case))
         print(" | ".join(rows[-1]), flush=True)
-    report = Report("simulated", __doc__ or "", command="python -m benchmarks simulated")
     report.table(
         head,
         rows,
@@ -132,7 +138,6 @@ def main(argv: list[str] | None = None) -> None:
         "all experts, of which a token uses 4 of 128, so its 6 N is no measure of work. "
         "What they widened and from which shape is not said; here it is width and MLP of the 7B shape.",
     )
-    report.write()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import IO, Any
 from .figures import spread
 from .models import work_of
 from .protocol import Case
+from .worker import Session, fault
 
 OURS, TORCH = "horizon_lm.bench.ours:build", "horizon_lm.bench.plain:build"
 Row = dict[str, Any]
@@ -105,20 +106,54 @@ class Worker:
         return self._log.read().decode(errors="replace").splitlines()[-8:]
 
 
+class InlineWorker:
+    """A worker in this process: for rehearsals, in which nothing is measured."""
+
+    def __init__(self, system: str, case: Case, *, deadline: float) -> None:
+        self.system, self.case, self.ready = system, case, Row()
+        self._session: Session | None = None
+
+    def __exit__(self, *_: object) -> None:
+        self._session = None
+
+    def build(self) -> Row:
+        def begin() -> Row:
+            self._session = Session({"system": self.system, "case": self.case.to_json()})
+            return self._session.ready
+
+        self.ready = self._caught(begin)
+        return self.ready
+
+    def ask(self, request: Row) -> Row:
+        session = self._session
+        assert session is not None
+        return self._caught(lambda: session.answer(request))
+
+    @staticmethod
+    def _caught(call: Callable[[], Row]) -> Row:
+        try:
+            return call()
+        except Exception as error:
+            raise WorkerError(fault(error)) from error
+
+
+AnyWorker = Worker | InlineWorker
+
+
 def row_of(system: str, case: Case) -> Row:
     work, parameters = work_of(case)
     return {"key": case.key(system), "system": system, "case": case.to_json(), "parameters": parameters}
 
 
 def measure(
-    systems: Sequence[tuple[str, Case]], *, seconds: float = 3600.0, say: Callable[[str], None] = str
+    systems: Sequence[tuple[str, Case]], *, seconds: float = 3600.0, kind: type[AnyWorker] = Worker
 ) -> list[Row]:
     """A row for each system; two or more take their steps in turns (the order reversed every other step),
     so that a machine that changes its speed changes it for all. Each is in a process of its own. A system
     that cannot run is a row that says why, and the others run without it."""
     deadline = time.monotonic() + seconds
     rows = [row_of(system, case) for system, case in systems]
-    workers = [Worker(system, case, deadline=deadline) for system, case in systems]
+    workers: list[AnyWorker] = [kind(system, case, deadline=deadline) for system, case in systems]
     alive: list[int] = []
     try:
         for i, worker in enumerate(workers):
@@ -147,7 +182,7 @@ def _attempt(row: Row, call: Callable[[], Row]) -> bool:
         return False
 
 
-def _run_steps(workers: Sequence[Worker], rows: Sequence[Row], alive: list[int]) -> None:
+def _run_steps(workers: Sequence[AnyWorker], rows: Sequence[Row], alive: list[int]) -> None:
     """Warm-up and timed steps of all that are alive, in turns; one that fails is taken off the list."""
     total = max((w.case.warmup + w.case.steps for w in workers), default=0)
     for number in range(total):
@@ -182,6 +217,19 @@ def _summary(row: Row, case: Case) -> Row:
         "hardware_flops": work.hardware_flops(case.sequences, case.length, recomputed),
         "host_bytes_per_parameter": host / parameters,
     }
+
+
+def measure_fitting(system: str, case: Case, *, seconds: float, kind: type[AnyWorker] = Worker) -> Row:
+    """One system; where memory runs out it tries again with half the rows in a micro-batch, down to one.
+    `tried`: the rows that were too many."""
+    deadline, tried = time.monotonic() + seconds, []
+    while True:
+        row = measure([(system, case)], seconds=max(0.0, deadline - time.monotonic()), kind=kind)[0]
+        rows = case.rows or 1
+        if row.get("status") != "out of memory" or rows <= 1:
+            return row | {"tried": tried}
+        tried.append(rows)
+        case = case.replace(rows=rows // 2)
 
 
 class Ledger:

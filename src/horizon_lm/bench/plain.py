@@ -51,13 +51,14 @@ def backward(model: nn.Module, micro_batches: list[torch.Tensor], device: torch.
 
 
 class Plain:
-    """bf16 weights for compute and fp32 masters for AdamW; in fp32 they are one."""
+    """bf16 weights for compute and fp32 masters for AdamW; in fp32 they are one. extra: masters=False leaves
+    them out, for pure bf16 (8 bytes a parameter, not the same training)."""
 
     def __init__(self, case: Case) -> None:
         self.case, self.device = case, torch.device(case.device)
         source = source_model(case)
         self.masters = None
-        if case.torch_dtype != torch.float32:
+        if case.torch_dtype != torch.float32 and case.extra.get("masters", True):
             self.masters = {
                 n: nn.Parameter(p.detach().to(self.device, torch.float32, copy=True))
                 for n, p in source.named_parameters()

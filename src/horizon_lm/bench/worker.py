@@ -1,8 +1,9 @@
 """A system in a process of its own: `python -m horizon_lm.bench.worker`, spoken to in JSON lines.
 
-The first line names the system as `module:function` and the case; the answer says whether it was built. Then
-`{"step": n}` trains on the tokens of step n, `{"begin": true}` starts the count of memory, `{"end": true}` asks
-for peaks and breakdown, and ends the process. What libraries print goes to stderr.
+The first line names the system as `module:function` and the case; the answer says whether it was built.
+Then `{"step": n}` trains on the tokens of step n, `{"begin": true}` starts the count of memory, and
+`{"end": n}` asks for peaks and breakdown (of one more step, n) and ends the process. What libraries print
+goes to stderr.
 """
 
 from __future__ import annotations
