@@ -1,9 +1,9 @@
 """Ours beside plain transformers with torch's AdamW and beside the Hugging Face Trainer, on the CPU.
 
-Each system is in a process of its own, so that peaks of memory are its own; the two of a pair take their steps
-in turns, the order reversed every other step, so that a machine that changes its speed changes it for both.
-Same configuration, seed, tokens, attention (sdpa), AdamW with fp32 masters and moments, bf16 compute; a step
-is one sequence of 512 tokens, none of it padding. `torch` recomputes every layer and stands beside our
+Each system is in a process of its own, so that peaks of memory are its own; the two of a pair take their
+steps in turns, the order reversed every other step, so that a machine that changes its speed changes it for
+both. Same configuration, seed, tokens, attention (sdpa), AdamW with fp32 masters and moments, bf16 compute; a
+step is one sequence of 512 tokens, none of it padding. `torch` recomputes every layer and stands beside our
 `recompute`; `torch-keep` and `hf-trainer` keep all and stand beside our `keep`. Without clipping our updates
 are eager, which needs no memory for gradients.
 
@@ -133,9 +133,9 @@ def fill(report: Report, arguments: argparse.Namespace) -> list[list[str]]:
     ledger = run(arguments)
     rows = [cells(row) for row in ledger.rows.values() if "theirs" in row]
     note = (
-        f"Medians (least to most) of the steps' ratios; a ratio above 1 is in our favour for speed, below 1 for "
-        f"memory. {arguments.threads} threads. Peak: VmHWM of the process, building the model included; about "
-        "0.4 GB of it are Python, torch and transformers."
+        "Medians (least to most) of the steps' ratios; a ratio above 1 is in our favour for speed, below 1 "
+        f"for memory. {arguments.threads} threads. Peak: VmHWM of the process, building the model included; "
+        "about 0.4 GB of it are Python, torch and transformers."
     )
     report.table(HEAD, rows, note=note)
     head = ["size", "steps", "first loss", "last loss", "ours differs by", "control differs by"]

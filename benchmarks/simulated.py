@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from itertools import islice
 
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import DoesNotFitError
@@ -117,8 +118,8 @@ def main(argv: list[str] | None = None) -> None:
     report.write()
 
 
-def fill(report: Report) -> None:
-    """Simulate, and add the table to a report."""
+def fill(report: Report, most: int | None = None) -> None:
+    """Simulate, and add the table to a report. most: cases, all by default."""
     head = ["model", "profile", "B parameters", "micro-batches", "host GB", "device GB", "layers kept"]
     head += [
         "s a step",
@@ -128,7 +129,7 @@ def fill(report: Report) -> None:
         "limited by, or short of",
     ]
     rows = []
-    for case in cases():
+    for case in islice(cases(), most):
         rows.append(row(*case))
         print(" | ".join(rows[-1]), flush=True)
     report.table(

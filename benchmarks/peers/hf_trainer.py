@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from horizon_lm.bench.models import own, source_model
+from horizon_lm.bench.plain import prepare
 from horizon_lm.bench.protocol import Case
 
 from . import installed
@@ -36,20 +37,16 @@ class HfTrainer:
             adam_epsilon=case.eps,
             weight_decay=case.weight_decay,
             max_grad_norm=case.clip or 0.0,
-            activation_checkpointing=case.activations != "keep",
             per_device_train_batch_size=case.rows or case.sequences,
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
         )
-        model = own(source_model(case), torch.float32)
-        model.config.use_cache = False
-        if case.activations != "keep":
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model = prepare(own(source_model(case), torch.float32), case)
         self.trainer = Trainer(model=model, args=arguments)
         self.trainer.create_optimizer_and_scheduler(num_training_steps=10**6)
-        prepare = self.trainer.accelerator.prepare
-        self.model, self.optimizer = prepare(self.trainer.model, self.trainer.optimizer)
+        accelerator = self.trainer.accelerator
+        self.model, self.optimizer = accelerator.prepare(self.trainer.model, self.trainer.optimizer)
         self.trainer.model_wrapped = self.model
 
     def step(self, micro_batches: list[torch.Tensor]) -> float:

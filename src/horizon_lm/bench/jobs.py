@@ -164,8 +164,14 @@ def measure(
         _run_steps(workers, rows, alive)
         last = max((case.warmup + case.steps for _, case in systems), default=0)
         for i in list(alive):
-            if _attempt(rows[i], lambda i=i: rows[i].update(workers[i].ask({"end": last})) or {}):
-                rows[i] |= _summary(rows[i], systems[i][1])
+            row, worker = rows[i], workers[i]
+
+            def end(row: Row = row, worker: AnyWorker = worker) -> Row:
+                row |= worker.ask({"end": last})
+                return row
+
+            if _attempt(row, end):
+                row |= _summary(row, systems[i][1])
     finally:
         for worker in workers:
             worker.__exit__(None, None, None)
@@ -222,7 +228,8 @@ def _summary(row: Row, case: Case) -> Row:
 def measure_fitting(system: str, case: Case, *, seconds: float, kind: type[AnyWorker] = Worker) -> Row:
     """One system; where memory runs out it tries again with half the rows in a micro-batch, down to one.
     `tried`: the rows that were too many."""
-    deadline, tried = time.monotonic() + seconds, []
+    deadline = time.monotonic() + seconds
+    tried: list[int] = []
     while True:
         row = measure([(system, case)], seconds=max(0.0, deadline - time.monotonic()), kind=kind)[0]
         rows = case.rows or 1
@@ -251,7 +258,7 @@ class Ledger:
                 self.rows[row["job"]] = row
 
     def add(self, job: str, row: Row) -> Row:
-        row = {"job": job, "stamp": self.stamp, **row}
+        row = {**row, "job": job, "stamp": self.stamp}
         self.rows[job] = row
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

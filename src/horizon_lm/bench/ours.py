@@ -63,13 +63,17 @@ def train_config(case: Case) -> TrainConfig:
         rows = min(case.rows, case.sequences)
         count = -(-case.sequences // rows)
         cut = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": count}
-    return TrainConfig(
-        init_model=case.model, datasets=["none"], max_length=case.length, **cut, **_settings(case)
-    )
+    data: Any = ["none"]  # none is read
+    common = {"init_model": case.model, "datasets": data, "max_length": case.length}
+    return TrainConfig(**common, **cut, **_settings(case))
 
 
 def _settings(case: Case) -> dict[str, Any]:
-    found = {"device": case.device, "dtype": case.dtype, "attn_implementation": case.attention}
+    found: dict[str, Any] = {
+        "device": case.device,
+        "dtype": case.dtype,
+        "attn_implementation": case.attention,
+    }
     found |= {"max_grad_norm": case.clip, "adam_beta1": case.betas[0], "adam_beta2": case.betas[1]}
     found |= {"adam_epsilon": case.eps, "activations": case.activations, "seed": case.seed}
     if case.threads:
@@ -80,7 +84,8 @@ def _settings(case: Case) -> dict[str, Any]:
 def settle(case: Case) -> tuple[ModelSettings, int, dict[str, Any]]:
     """(settings, rows of a micro-batch, what was chosen and by which profile)."""
     config = train_config(case)
-    rows, chosen = case.rows or case.sequences, {}
+    rows = case.rows or case.sequences
+    chosen: dict[str, Any] = {}
     if case.activations == "auto" or not case.rows:
         try:
             plan = plan_run(config)

@@ -24,12 +24,12 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def prepare(model: nn.Module, case: Case) -> nn.Module:
+def prepare(model: Any, case: Case) -> Any:
     """What all peers need: no cache, training mode, activation checkpointing if it is asked for."""
     model.config.use_cache = False
     model.train()
     if case.activations != "keep":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable()
     return model
 
 
