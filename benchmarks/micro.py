@@ -162,7 +162,8 @@ def main(argv: list[str] | None = None) -> None:
     report = Report(f"micro-{place}", __doc__ or "", command=command)
     fill(report, arguments)
     print("\n\n".join(report.parts[4:]))
-    report.write()
+    if not arguments.rehearse:
+        report.write()
 
 
 if __name__ == "__main__":
