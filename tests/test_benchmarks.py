@@ -192,8 +192,8 @@ def test_the_largest_model_is_the_planners_and_shrinks(monkeypatch: pytest.Monke
     layers: list[int] = []
 
     class Plan:
-        def largest(self) -> dict[str, int]:
-            return {"layers": 100}
+        def most_layers(self) -> int:
+            return 100
 
     def run(system: str, case: Case, *, seconds: float, kind: Any) -> Row:
         layers.append(case.model["num_hidden_layers"])
@@ -202,6 +202,21 @@ def test_the_largest_model_is_the_planners_and_shrinks(monkeypatch: pytest.Monke
     monkeypatch.setattr(gpu, "plan_run", lambda config: Plan())
     monkeypatch.setattr(gpu, "measure_fitting", run)
     assert gpu.run_job(small, 100.0, rehearse=False)["status"] == "done" and layers == [100, 95, 90]
+
+
+def test_the_largest_model_of_a_small_machine_has_few_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As shaped, it would not fit; and the plan of all that is largest says so too, without an error."""
+    from horizon_lm.plan import limits
+
+    (job, *_) = gpu_parts.PARTS["largest"]()
+    job = gpu_parts.rehearsed(job)
+    wide = shape("tiny", hidden_size=512, intermediate_size=1024, num_hidden_layers=64)
+    monkeypatch.setattr(limits, "available_host_bytes", lambda: 900_000_000)
+    found = gpu.with_largest_model(gpu_parts.Job("", "", job.case.replace(model=wide), ""))
+    assert 1 <= found.case.model["num_hidden_layers"] < 64
+    monkeypatch.setattr(limits, "available_host_bytes", lambda: 1)
+    config = gpu.train_config(job.case).replace(skip_memory_check=True)
+    assert set(gpu.plan_run(config).largest().values()) == {0}
 
 
 def test_goals_say_by_how_much_they_are_missed() -> None:
