@@ -135,8 +135,12 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="name the parts and their jobs")
     parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU, nothing kept")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of a part")
-    parser.set_defaults(work=WORK)
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder of the rows and the results file; to go on, the same"
+    )
+    arguments = parser.parse_args(argv)
+    arguments.work = arguments.out or WORK
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -151,11 +155,11 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments.rehearse and not torch.cuda.is_available():
         print(ABSENT)
         report.section("Result", ABSENT + ". `make bench-gpu` on a machine with one runs it.")
-        report.write()
+        report.write(arguments.out)
         return 0
     run_all(report, arguments)
     if not arguments.rehearse:
-        report.write()
+        report.write(arguments.out)
     return 0
 
 

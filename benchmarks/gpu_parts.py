@@ -55,7 +55,7 @@ def _peer(name: str, size: str, sequences: int, length: int, group: str, **chang
     rows = max(1, min(sequences, FIRST_ROWS // length))
     case = case_of(shape(size), sequences, length, **changes).replace(rows=rows)
     title = name if case.clip else f"{name}, clip off"
-    return Job(title, PEERS[name].target, case, group, reference=name == "torch" and bool(case.clip))
+    return Job(title, PEERS[name].target, case, group, reference=name == "torch")
 
 
 def _sweep(size: str) -> Iterator[Job]:

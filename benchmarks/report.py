@@ -75,9 +75,11 @@ class Report:
     def section(self, title: str, text: str = "") -> None:
         self.parts.append(f"## {title}" + (f"\n\n{text}" if text else ""))
 
-    def write(self) -> Path:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{datetime.date.today()}-{self.name}.md"
+    def write(self, folder: Path | None = None) -> Path:
+        """folder: `results` by default."""
+        folder = folder or RESULTS
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{datetime.date.today()}-{self.name}.md"
         path.write_text("\n\n".join(self.parts) + "\n")
         print(f"written: {path.parent.name}/{path.name}")
         return path

@@ -34,9 +34,13 @@ def resident_peak() -> int:
 
 
 class Meter:
-    """Peaks of a process: made at its start, told when the steps begin, read at the end."""
+    """Peaks of a process: made at its start, told when the steps begin, read at the end.
 
-    def __init__(self) -> None:
+    device: where the system computes; CUDA is not touched for a CPU.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device.startswith("cuda")
         self._before = 0
         self._was_reset = False
 
@@ -46,21 +50,20 @@ class Meter:
         with suppress(OSError):  # a kernel or a sandbox that does not have it
             Path("/proc/self/clear_refs").write_text("5")
             self._was_reset = True
-        if torch.cuda.is_available():
+        if self._cuda:
             torch.cuda.reset_peak_memory_stats()
 
     def peaks(self) -> Peaks:
         now = resident_peak()
-        device = reserved = 0
-        if torch.cuda.is_available():
+        device = reserved = pinned = 0
+        if self._cuda:
             device, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            pinned = _pinned()
         steps = now if self._was_reset else 0
-        return Peaks(max(now, self._before), steps, device, reserved, _pinned())
+        return Peaks(max(now, self._before), steps, device, reserved, pinned)
 
 
 def _pinned() -> int:
-    if not torch.cuda.is_available():
-        return 0
     with suppress(AttributeError, RuntimeError):
         return int(torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0))
     return 0

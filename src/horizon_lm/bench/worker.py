@@ -41,8 +41,8 @@ class Session:
     """Answers requests with one system."""
 
     def __init__(self, request: dict[str, Any]) -> None:
-        self.meter = Meter()
         self.case = Case.from_json(request["case"])
+        self.meter = Meter(self.case.device)
         if self.case.threads:
             torch.set_num_threads(self.case.threads)
         start = time.perf_counter()
