@@ -76,12 +76,14 @@ def from_checkout(variable: str, name: str, subfolder: str = "") -> ModuleType:
     return installed(name)
 
 
-def need_cuda(case: Case) -> None:
-    """Raises AbsentError where the case is not for a CUDA device that is here."""
+def need_cuda(case: Case) -> torch.device:
+    """The case's device, made the current one. Raises AbsentError where it is no CUDA device that is here."""
     if not torch.cuda.is_available():
         raise AbsentError("needs a CUDA device, and torch sees none")
     if not case.device.startswith("cuda"):
         raise AbsentError(f"needs a CUDA device, and the case is for {case.device}")
+    torch.cuda.set_device(0)
+    return torch.device("cuda", 0)
 
 
 def one_rank(backend: str) -> None:

@@ -53,12 +53,10 @@ def settings_of(case: Case, zero: dict[str, Any]) -> dict[str, Any]:
 
 class DeepSpeed:
     def __init__(self, case: Case, zero: dict[str, Any]) -> None:
-        need_cuda(case)
+        self.case, self.device = case, need_cuda(case)
         deepspeed = installed("deepspeed")
         cpu_adam = installed("deepspeed.ops.adam").DeepSpeedCPUAdam
-        torch.cuda.set_device(0)
         one_rank("nccl")
-        self.case, self.device = case, torch.device("cuda", 0)
         model = prepare(own(source_model(case), torch.bfloat16), case)
         groups = decay_groups(model, case.weight_decay)
         optimizer = cpu_adam(groups, lr=case.lr, betas=case.betas, eps=case.eps, adamw_mode=True)

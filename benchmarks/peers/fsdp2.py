@@ -17,12 +17,10 @@ from . import need_cuda, one_rank
 
 class Fsdp2:
     def __init__(self, case: Case) -> None:
-        need_cuda(case)
+        self.case, self.device = case, need_cuda(case)
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
         one_rank("cpu:gloo,cuda:nccl")  # gloo: the norm of gradients that lie on the CPU
-        torch.cuda.set_device(0)
-        self.case, self.device = case, torch.device("cuda", 0)
         model = prepare(own(source_model(case), torch.float32), case)
         policy = MixedPrecisionPolicy(param_dtype=case.torch_dtype, reduce_dtype=torch.float32)
         options = {"mp_policy": policy, "offload_policy": CPUOffloadPolicy(pin_memory=True)}

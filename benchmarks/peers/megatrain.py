@@ -18,11 +18,11 @@ from . import from_checkout, installed, need_cuda
 
 class MegaTrain:
     def __init__(self, case: Case) -> None:
-        need_cuda(case)
+        self.case, self.device = case, need_cuda(case)
         infinity = from_checkout("MEGATRAIN", "infinity")
         config = installed("infinity.config").CPUMasterConfig
         cpu_adam = installed("deepspeed.ops.adam").DeepSpeedCPUAdam
-        self.case, rows = case, case.rows or case.sequences
+        rows = case.rows or case.sequences
         settings = config(
             model_name="random",
             dataset_name="random",

@@ -20,9 +20,8 @@ from . import from_checkout, need_cuda
 
 class OffloadAdam:
     def __init__(self, case: Case) -> None:
-        need_cuda(case)
+        self.case, self.device = case, need_cuda(case)
         optimizer = from_checkout("OFFLOAD_ADAM", "offload_adam", "src").OffloadAdam
-        self.case, self.device = case, torch.device("cuda", 0)
         self.model = prepare(own(source_model(case), torch.bfloat16, self.device), case)
         options: dict[str, Any] = {"lr": case.lr, "betas": case.betas, "eps": case.eps}
         options |= {"weight_decay": case.weight_decay, "decoupled_weight_decay": True}

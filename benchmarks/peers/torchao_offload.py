@@ -20,14 +20,13 @@ from . import installed, need_cuda
 
 class TorchaoOffload:
     def __init__(self, case: Case) -> None:
-        need_cuda(case)
+        self.case, self.device = case, need_cuda(case)
         if case.clip:
             raise AbsentError("cannot clip by the global norm while gradients are offloaded")
         rows = case.rows or case.sequences
         if rows < case.sequences:
             raise AbsentError("offload_gradients takes one micro-batch a step")
         optimizer = installed("torchao.optim").CPUOffloadOptimizer
-        self.case, self.device = case, torch.device("cuda", 0)
         self.model = prepare(own(source_model(case), torch.bfloat16, self.device), case)
         groups = decay_groups(self.model, case.weight_decay)
         self.optimizer = optimizer(groups, torch.optim.AdamW, offload_gradients=True, **adam_options(case))

@@ -20,9 +20,8 @@ from . import installed, need_cuda
 
 class TrainStream:
     def __init__(self, case: Case) -> None:
-        need_cuda(case)
+        self.case, self.device = case, need_cuda(case)
         trainstream = installed("trainstream")
-        self.case, self.device = case, torch.device("cuda", 0)
         paged = case.extra.get("param_offload", False)
         place = "cpu" if paged else self.device
         model = prepare(own(source_model(case), torch.float32, place), case)
@@ -43,7 +42,7 @@ class TrainStream:
         )
 
     def step(self, micro_batches: list[torch.Tensor]) -> float:
-        with torch.autocast("cuda", dtype=self.case.torch_dtype):
+        with torch.autocast(self.device.type, dtype=self.case.torch_dtype):
             loss = backward(self.model, micro_batches, self.device)
         self.optimizer.step()
         self.optimizer.zero_grad()
