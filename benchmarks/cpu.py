@@ -29,7 +29,7 @@ from .peers import PEERS
 from .report import Report, commit, cpu_name
 
 WORK = Path(__file__).parent.parent / "build" / "bench"
-STEPS = {"tiny": (1, 3), "30m": (2, 7), "100m": (2, 5), "350m": (1, 3)}
+STEPS = {"tiny": (1, 3), "30m": (2, 7), "100m": (2, 5), "350m": (2, 3)}
 PAIRS = {
     "torch": ("torch", "recompute"),
     "torch-keep": ("torch", "keep"),

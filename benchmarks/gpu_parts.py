@@ -103,7 +103,7 @@ def _long() -> Iterator[Job]:
     for length in LONG:
         group = f"qwen3-4b, one sequence of {length}"
         model = shape("qwen3-4b", max_position_embeddings=max(LONG))
-        case = case_of(model, 1, length, activations="auto").replace(warmup=1, steps=3)
+        case = case_of(model, 1, length, activations="auto").replace(warmup=2, steps=3)
         yield Job("ours", OURS, case, group)
         yield Job("torch", TORCH, case.replace(rows=1, activations="recompute"), group, reference=True)
 

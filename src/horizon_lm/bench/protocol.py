@@ -1,7 +1,8 @@
 """What every system runs: the same configuration and seed, the same random tokens, no padding.
 
 A system is made by `build(case)` and trains on the batches of `tokens_of`. Warm-up steps are not counted;
-of the timed ones the median is reported, with the least and the most.
+of the timed ones the median is reported, with the least and the most. Two warm-up steps are the least: an
+update that is put off to the next step touches the moments' memory for the first time in the second one.
 """
 
 from __future__ import annotations
