@@ -129,6 +129,7 @@ Config = dataclasses.make_dataclass("CPUMasterConfig", FIELDS.split())
 def packages(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-ins, installed; the CPU stands for the device."""
     SEEN.clear()
+    monkeypatch.setenv("LOCAL_RANK", "0")  # which adapters set for their process; taken back after the test
     contents: dict[str, dict[str, Any]] = {
         "deepspeed": {"initialize": initialize},
         "deepspeed.ops.adam": {"DeepSpeedCPUAdam": CpuAdam},

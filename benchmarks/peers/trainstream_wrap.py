@@ -42,7 +42,8 @@ class TrainStream:
         )
 
     def step(self, micro_batches: list[torch.Tensor]) -> float:
-        with torch.autocast(self.device.type, dtype=self.case.torch_dtype):
+        low = self.case.dtype == "bfloat16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low):
             loss = backward(self.model, micro_batches, self.device)
         self.optimizer.step()
         self.optimizer.zero_grad()
