@@ -20,10 +20,15 @@ import sys
 import time
 from pathlib import Path
 
-from horizon_lm.bench.figures import curve_difference, spread
+import torch
+
+from horizon_lm.bench.figures import curve_difference, peak_of, spread
 from horizon_lm.bench.jobs import OURS, InlineWorker, Ledger, Row, Worker, measure
 from horizon_lm.bench.protocol import Case
 from horizon_lm.bench.shapes import shape
+from horizon_lm.bench.table import HEAD as DETAILS
+from horizon_lm.bench.table import cells as detail_cells
+from horizon_lm.bench.table import lane_lines
 
 from .peers import PEERS
 from .report import Report, commit, cpu_name
@@ -141,12 +146,31 @@ def fill(report: Report, arguments: argparse.Namespace) -> list[list[str]]:
     head = ["size", "steps", "first loss", "last loss", "ours differs by", "control differs by"]
     found = [line for size in arguments.sizes if (line := curves(size, ledger))]
     report.table([*head, "same training"], found, note="Beside torch-keep, clipping 1.0.")
+    add_details(report, ledger)
     return rows
 
 
-def options(argv: list[str] | None = None) -> argparse.Namespace:
-    import torch
+def add_details(report: Report, ledger: Ledger) -> None:
+    """Both systems of each pair by all the figures of the suite, and the lanes of ours."""
+    peak, source = peak_of(torch.device("cpu"), torch.bfloat16)
+    rows, lanes = [], []
+    for row in ledger.rows.values():
+        if "theirs" not in row:
+            continue
+        name = f"{row['size']}, {row['peer']}, clipping {row['clip'] or 'off'}"
+        rate = row["theirs"].get("tokens_per_second", [None])[0]
+        for who in ("ours", "theirs"):
+            rows.append(detail_cells(f"{name}: {who}", row[who], peak=peak, in_memory=rate))
+        if "breakdown" in row["ours"]:
+            lanes += ["", f"{name}: ours", *lane_lines(row["ours"]["breakdown"])]
+    note = (
+        f"MFU and HFU against {peak / 1e12:.2f} TFLOP/s ({source}). Practicality: over the other of the pair."
+    )
+    report.table(DETAILS, rows, note=note)
+    report.parts.append("```" + "\n".join(lanes) + "\n```")
 
+
+def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Ours beside plain transformers and the Trainer, on the CPU."
     )
@@ -163,6 +187,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     arguments = options(argv)
+    torch.set_num_threads(arguments.threads)  # for the matrix product that MFU is against
     command = " ".join(["python -m benchmarks cpu", *argv])
     report = Report("against-peers-cpu", __doc__ or "", command=command)
     fill(report, arguments)
