@@ -13,7 +13,7 @@ ARGS ?=
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: audit help setup quickstart test lint types format bench bench-optimizer soak gpu-check clean
+.PHONY: audit help setup quickstart test lint types format bench bench-gpu bench-optimizer soak gpu-check clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -65,8 +65,11 @@ format: setup ## reformat, and mend what can be mended automatically
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-bench: ## measure the speed of this machine
+bench: ## measure everything that this machine can run; a dated file in benchmarks/results
 	@PYTHONPATH=src $(PYTHON) -m benchmarks $(ARGS)
+
+bench-gpu: ## the GPU suite, in parts that go on where they stopped; says so where there is none
+	@PYTHONPATH=src $(PYTHON) -m benchmarks gpu $(ARGS)
 
 bench-optimizer: ## measure the update on the host against memory speed and other optimizers
 	@PYTHONPATH=src $(PYTHON) -m horizon_lm.optim.kernel --build

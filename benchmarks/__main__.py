@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME ...]`: run all benchmarks, or those named."""
+"""`python -m benchmarks [NAME ...]`: run the suite, or the benchmarks named with the options that follow."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ import sys
 
 import benchmarks
 
-NAMES = sorted(
-    m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in ("__main__", "report")
-)
+HELPERS = ("__main__", "report", "peers", "gpu_parts", "gpu_goals")
+NAMES = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in HELPERS)
 
 
-def main() -> int:
-    names = [a for a in sys.argv[1:] if not a.startswith("-")]
-    options = [a for a in sys.argv[1:] if a.startswith("-")]
+def main(argv: list[str] | None = None) -> int:
+    """Names first; options, and their values, from the first word with a dash on."""
+    argv = sys.argv[1:] if argv is None else argv
+    first = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    names, options = argv[:first], argv[first:]
     unknown = [n for n in names if n not in NAMES]
     if unknown:
         print(f"unknown benchmark {unknown[0]!r}\n  hint: there are {', '.join(NAMES)}", file=sys.stderr)
         return 2
-    for name in names or NAMES:
+    worst = 0
+    for name in names or ["suite"]:
         print(f"== {name}", flush=True)
-        importlib.import_module(f"benchmarks.{name}").main(options)
-    return 0
+        worst = max(worst, importlib.import_module(f"benchmarks.{name}").main(options) or 0)
+    return worst
 
 
 if __name__ == "__main__":

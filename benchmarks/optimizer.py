@@ -152,10 +152,17 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(threads)
     options = f" ARGS='{' '.join(argv)}'" if argv else ""
     report = Report("optimizer-cpu", __doc__ or "", command=f"make bench-optimizer{options}")
+    fill(report, count, threads, arguments.rounds)
+    print("\n\n".join(report.parts[-3:]))
+    report.write()
+
+
+def fill(report: Report, count: int, threads: int, rounds: int) -> None:
+    """Measure, and add the tables to a report."""
     sized = triads(count, threads) | kernels(count, threads)
     others = peers(count)
     actions = {name: action for name, (action, _) in sized.items()} | others
-    found = measure(actions, arguments.rounds, count)
+    found = measure(actions, rounds, count)
     sizes = {name: size for name, (_, size) in sized.items()} | dict.fromkeys(others, None)
     rows = []
     for name, size in sizes.items():
@@ -164,13 +171,11 @@ def main(argv: list[str] | None = None) -> None:
         rows.append([name, f"{wall:.3f}", f"{min(found['wall'][name]):.3f}", f"{cpu:.3f}", bandwidth])
     head = ["action", "ns/parameter, median", "least", "CPU ns/parameter", "GB/s (median)"]
     note = (
-        f"{count / 1e6:.0f} M parameters, {arguments.rounds} rounds, {kernel.auto_isa()}, {threads} threads; "
+        f"{count / 1e6:.0f} M parameters, {rounds} rounds, {kernel.auto_isa()}, {threads} threads; "
         f"{' and '.join(versions())}; load {os.getloadavg()[0]:.1f} at the end."
     )
     report.table(head, rows, note=note)
     report.table(["measure", "target", "wall", "CPU time"], comparisons(found, sizes))
-    print("\n\n".join(report.parts[-3:]))
-    report.write()
 
 
 def versions() -> list[str]:

@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -36,6 +37,17 @@ def commit() -> str:
     return head + (" with changes" if changed else "")
 
 
+def versions(names: tuple[str, ...] = ("transformers", "accelerate", "deepspeed", "torchao")) -> str:
+    """Of the packages that decide on the figures; absent ones say so."""
+    found = []
+    for name in names:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            found.append(f"{name} not installed")
+    return ", ".join(found)
+
+
 class Report:
     """Collects tables and writes `results/DATE-NAME.md`."""
 
@@ -50,7 +62,7 @@ class Report:
         return (
             f"- date: {datetime.date.today()}, commit {commit()}\n"
             f"- CPU: {cpu_name()}, {os.cpu_count()} cores, load at start {load:.1f}; GPU: {gpu}\n"
-            f"- Python {platform.python_version()}, torch {torch.__version__}"
+            f"- Python {platform.python_version()}, torch {torch.__version__}, {versions()}"
         )
 
     def table(self, head: list[str], rows: list[list[str]], *, note: str = "") -> None:
@@ -60,9 +72,14 @@ class Report:
         if note:
             self.parts.append(note)
 
-    def write(self) -> Path:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{datetime.date.today()}-{self.name}.md"
+    def section(self, title: str, text: str = "") -> None:
+        self.parts.append(f"## {title}" + (f"\n\n{text}" if text else ""))
+
+    def write(self, folder: Path | None = None) -> Path:
+        """folder: `results` by default."""
+        folder = folder or RESULTS
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{datetime.date.today()}-{self.name}.md"
         path.write_text("\n\n".join(self.parts) + "\n")
-        print(f"written: {path.relative_to(Path(__file__).parent.parent)}")
+        print(f"written: {path.parent.name}/{path.name}")
         return path

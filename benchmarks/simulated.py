@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from itertools import islice
 
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import DoesNotFitError
@@ -112,6 +113,13 @@ def row(what: str, model: dict, machine: str, batch: int, published: str) -> lis
 
 def main(argv: list[str] | None = None) -> None:
     argparse.ArgumentParser(description=__doc__).parse_args(argv)
+    report = Report("simulated", __doc__ or "", command="python -m benchmarks simulated")
+    fill(report)
+    report.write()
+
+
+def fill(report: Report, most: int | None = None) -> None:
+    """Simulate, and add the table to a report. most: cases, all by default."""
     head = ["model", "profile", "B parameters", "micro-batches", "host GB", "device GB", "layers kept"]
     head += [
         "s a step",
@@ -121,10 +129,9 @@ def main(argv: list[str] | None = None) -> None:
         "limited by, or short of",
     ]
     rows = []
-    for case in cases():
+    for case in islice(cases(), most):
         rows.append(row(*case))
         print(" | ".join(rows[-1]), flush=True)
-    report = Report("simulated", __doc__ or "", command="python -m benchmarks simulated")
     report.table(
         head,
         rows,
@@ -132,7 +139,6 @@ def main(argv: list[str] | None = None) -> None:
         "all experts, of which a token uses 4 of 128, so its 6 N is no measure of work. "
         "What they widened and from which shape is not said; here it is width and MLP of the 7B shape.",
     )
-    report.write()
 
 
 if __name__ == "__main__":

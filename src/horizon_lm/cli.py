@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from horizon_lm.cli_base import HELP, PASS_OPTIONS, SettingsArguments, SettingsCommand, load_settings
+from horizon_lm.cli_bench import bench
 from horizon_lm.cli_data import data_app, init
 from horizon_lm.cli_model import chat, evaluate, generate
 from horizon_lm.cli_plan import PlanCommand, doctor, plan, report
@@ -83,6 +84,7 @@ def train(
 app.command("plan", cls=PlanCommand, context_settings=PASS_OPTIONS)(plan)
 app.command("doctor")(doctor)
 app.command("report")(report)
+app.command("bench")(bench)
 app.command("init")(init)
 app.command("eval", cls=SettingsCommand, context_settings=PASS_OPTIONS)(evaluate)
 app.command("generate")(generate)

@@ -133,6 +133,11 @@ class BoundarySlots:
     def host_bytes(self) -> int:
         return sum(home.nbytes for home in self._homes.values())
 
+    def home_bytes(self, unit: int, micro_batch: int) -> int:
+        """Host bytes of one stored input; 0 where none was spilled."""
+        home = self._homes.get((unit, micro_batch))
+        return 0 if home is None else home.nbytes
+
     def spill(self, unit: int, micro_batch: int, value: torch.Tensor) -> torch.Tensor:
         """Copy a layer's input to host memory and return it there, asynchronously from a GPU."""
         if self._alias:

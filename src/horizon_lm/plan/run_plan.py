@@ -34,12 +34,7 @@ class RunPlan:
 
     def largest(self) -> dict[str, int]:
         """The largest micro-batch, sequence and number of layers that would still fit, one at a time."""
-        config, planner = self.config, self.planner
-        base = config.replace(
-            activations="recompute", boundaries="auto", loss_chunk_tokens=config.loss_chunk_tokens
-        )
-        if planner.profile.device != "cpu":
-            base = base.replace(boundaries="host")
+        planner, base = self.planner, self._leanest()
         found = {
             "per_device_train_batch_size": _grow(
                 lambda n: planner.fits(base.replace(per_device_train_batch_size=n)),
@@ -47,20 +42,33 @@ class RunPlan:
                 _MOST_ROWS,
             ),
             "max_length": _grow(
-                lambda n: planner.fits(base.replace(max_length=n, per_device_train_batch_size=1)),
+                lambda n: n > 1 and planner.fits(base.replace(max_length=n, per_device_train_batch_size=1)),
                 base.max_length,
                 self._longest(),
             ),
+            "layers": self.most_layers(),
         }
+        deepest = planner.outline.with_layers(max(1, found["layers"]))
+        found["parameters"] = deepest.num_parameters if found["layers"] else 0
+        return found
+
+    def most_layers(self) -> int:
+        """The largest number of layers that would still fit; 0 when not even one does."""
+        planner, base = self.planner, self._leanest()
 
         def deep_enough(count: int) -> bool:
             deeper = Planner(planner.outline.with_layers(count), planner.profile, planner.limits)
             return deeper.fits(base)
 
-        found["layers"] = _grow(deep_enough, planner.outline.num_layers, _MOST_LAYERS)
-        deepest = planner.outline.with_layers(max(1, found["layers"]))
-        found["parameters"] = deepest.num_parameters if found["layers"] else 0
-        return found
+        return _grow(deep_enough, planner.outline.num_layers, _MOST_LAYERS)
+
+    def _leanest(self) -> TrainConfig:
+        """The run with the choices that take least memory."""
+        config = self.config
+        base = config.replace(
+            activations="recompute", boundaries="auto", loss_chunk_tokens=config.loss_chunk_tokens
+        )
+        return base if self.planner.profile.device == "cpu" else base.replace(boundaries="host")
 
     def _longest(self) -> int:
         """What the model's positions allow."""

@@ -1,0 +1,129 @@
+"""The goals on the GPU machine beside what was reached, the lane that holds it back, and the remedies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from horizon_lm.bench.figures import peak_of
+from horizon_lm.bench.jobs import Row
+from horizon_lm.bench.ours import train_config
+from horizon_lm.bench.protocol import Case
+from horizon_lm.errors import HorizonError
+from horizon_lm.plan.run_plan import plan_run
+
+from .report import Report
+
+HEAD = ["goal", "wanted", "found", "reached", "busiest lane"]
+
+
+def _find(rows: Iterable[Row], group: str, name: str) -> Row | None:
+    fits = (r for r in rows if r["group"] == group and r["name"] == name and r.get("status") == "done")
+    return next(fits, None)
+
+
+def _rate(row: Row | None) -> float | None:
+    return row["tokens_per_second"][0] if row else None
+
+
+def _ratio(one: Row | None, two: Row | None) -> float | None:
+    a, b = _rate(one), _rate(two)
+    return a / b if a and b else None
+
+
+def lane_of(row: Row | None) -> str:
+    """The lane that was busy longest in the recorded step, and for how much of it."""
+    lanes = (row or {}).get("breakdown", {}).get("lanes", {})
+    if not lanes:
+        return ""
+    name = max(lanes, key=lambda lane: lanes[lane]["busy_seconds"])
+    return f"{name} ({lanes[name]['share']:.0%})"
+
+
+def goals(rows: list[Row], peak: float) -> list[list[str]]:
+    """A row for each goal; `not measured` where a run is missing."""
+    found: list[tuple[str, float, float | None, Row | None]] = []
+    for what, wanted in (("16k", 0.90), ("64k", 0.98)):
+        group = f"qwen3-4b, {what} tokens, 1024 a sequence"
+        ours = _find(rows, group, "ours")
+        practical = _ratio(ours, _find(rows, group, "torch"))
+        found.append((f"practicality of Qwen3-4B at {what} tokens", wanted, practical, ours))
+    group = "qwen3-4b, peers, 16 x 1024, clip 1.0"
+    ours = _find(rows, group, "ours")
+    found.append(
+        ("times ZeRO-3 full offload, Qwen3-4B", 3.0, _ratio(ours, _find(rows, group, "zero3-offload")), ours)
+    )
+    ours = _find(rows, "qwen2.5-7b, 148 x 1024", "ours")
+    found.append(("tokens/s of Qwen2.5-7B at 148 x 1024", 8650.0, _rate(ours), ours))
+    mfu = ours["model_flops"] * ours["tokens_per_second"][0] / _tokens(ours) / peak if ours else None
+    found.append(("MFU of the same", 0.40, mfu, ours))
+    group = "qwen3-4b, clipping, 16k tokens"
+    ours = _find(rows, group, "ours")
+    kept = _ratio(ours, _find(rows, group, "ours, clip off, deferred"))
+    found.append(("speed with clipping over without, same update mode", 0.98, kept, ours))
+    kept = _ratio(ours, _find(rows, group, "ours, clip off"))
+    found.append(("speed with clipping over without, best mode", 0.98, kept, ours))
+    deep = [r for r in rows if r["group"] == "largest" and "exact, clip 1.0" in r["name"]]
+    large = next((r for r in deep if r.get("status") == "done"), None)
+    billions = large["parameters"] / 1e9 if large else None
+    found.append(("B parameters, exact AdamW, clip 1.0, host memory alone", 10.0, billions, large))
+    return [_cells(*row) for row in found]
+
+
+def _tokens(row: Row) -> int:
+    return int(row["case"]["sequences"]) * int(row["case"]["length"])
+
+
+def _cells(goal: str, wanted: float, value: float | None, row: Row | None) -> list[str]:
+    if value is None:
+        return [goal, f"{wanted:,g}", "not measured", "", ""]
+    short = f"no, {1 - value / wanted:.1%} short"
+    return [goal, f"{wanted:,g}", f"{value:,.4g}", "yes" if value >= wanted else short, lane_of(row)]
+
+
+@lru_cache(maxsize=64)
+def _simulated(case_json: str) -> tuple[float | None, str]:
+    """(tokens/s, profile) of a case; None where it does not fit."""
+    try:
+        plan = plan_run(train_config(Case.from_json(json.loads(case_json))))
+    except HorizonError:
+        return None, ""
+    return plan.prediction.tokens_per_second, plan.profile.name
+
+
+def remedies(row: Row) -> list[list[str]]:
+    """What the simulator gives for each remedy, over the run as it was; `-` where it does not fit."""
+    case = Case.from_json(row["case"])
+    kinds: dict[str, Case] = {
+        "as it was": case,
+        "bf16 moments": case.replace(extra=case.extra | {"moment_dtype": "bfloat16"}),
+        "twice the tokens a step": case.replace(sequences=2 * case.sequences),
+    }
+    found = {name: _simulated(json.dumps(changed.to_json())) for name, changed in kinds.items()}
+    rates = {name: rate for name, (rate, _) in found.items()}
+    profile = found["as it was"][1]
+    base: Any = rates["as it was"]
+    rows = [
+        [n, f"{r:,.0f}" if r else "-", f"{r / base:.3f}" if r and base else "-"] for n, r in rates.items()
+    ]
+    return [[row["group"], profile, *cells] for cells in rows]
+
+
+def add_goals(report: Report, rows: list[Row], device: torch.device) -> None:
+    """Goals, and for each run of ours that fell short of one, the simulated remedies."""
+    peak, _ = peak_of(device, torch.bfloat16)
+    report.section("Goals")
+    report.table(HEAD, goals(rows, peak))
+    groups = [f"qwen3-4b, {what} tokens, 1024 a sequence" for what in ("16k", "64k")]
+    runs = [run for g in [*groups, "qwen2.5-7b, 148 x 1024"] if (run := _find(rows, g, "ours"))]
+    if runs:
+        head = ["run", "profile", "remedy", "tokens/s, SIMULATED", "over as it was, SIMULATED"]
+        note = (
+            "Simulated with the profile named. Optimizer state of some units in idle device memory is not in "
+            "the simulator yet, so no figure is given for it."
+        )
+        report.table(head, [cells for run in runs for cells in remedies(run)], note=note)

@@ -1,0 +1,153 @@
+"""What the GPU suite runs: parts, each a list of jobs. Pure data; `gpu.py` runs them.
+
+Sequences of 1024 tokens unless the name says 4k; 4, 16, 64 and 148 thousand tokens a step. Peers begin with
+micro-batches of 16 thousand tokens and halve them while the device's memory runs out; ours are cut by the
+planner. Rows named `clip off` train without clipping, all others clip at 1.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from horizon_lm.bench.jobs import OURS, TORCH
+from horizon_lm.bench.protocol import Case
+from horizon_lm.bench.shapes import shape
+
+from .peers import PEERS
+
+SIZES = ("qwen3-0.6b", "qwen3-4b", "qwen2.5-7b", "llama-3.1-8b")
+TOKENS = {"4k": 4096, "16k": 16384, "64k": 65536, "148k": 148 * 1024}
+DEPTHS = (28, 56, 84, 132, 180)
+LONG = (32768, 65536, 131072, 262144)
+FIRST_ROWS = 16384  # tokens of a peer's first micro-batch
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row. group: rows of a group have the same model and tokens, and share an in-memory reference.
+
+    largest: the model gets as many layers as the planner says will fit.
+    """
+
+    name: str
+    system: str
+    case: Case
+    group: str
+    reference: bool = False
+    largest: bool = False
+
+
+def case_of(model: dict[str, Any], sequences: int, length: int, **changes: Any) -> Case:
+    """A step of `sequences` x `length`; fewer steps where one takes long."""
+    long = sequences * length >= 65536
+    base = Case(model, length=length, sequences=sequences, rows=0, device="cuda", init="quick")
+    return base.replace(warmup=2 if long else 5, steps=5 if long else 10, **changes)
+
+
+def _ours(size: str, sequences: int, length: int, group: str, **changes: Any) -> Job:
+    case = case_of(shape(size), sequences, length, activations="auto", **changes)
+    return Job("ours" if case.clip else "ours, clip off", OURS, case, group)
+
+
+def _peer(name: str, size: str, sequences: int, length: int, group: str, **changes: Any) -> Job:
+    rows = max(1, min(sequences, FIRST_ROWS // length))
+    case = case_of(shape(size), sequences, length, **changes).replace(rows=rows)
+    title = name if case.clip else f"{name}, clip off"
+    return Job(title, PEERS[name].target, case, group, reference=name == "torch")
+
+
+def _sweep(size: str) -> Iterator[Job]:
+    """Ours and the in-memory run, at each number of tokens, in sequences of 1k and 4k."""
+    for what, tokens in TOKENS.items():
+        for length in (1024, 4096):
+            group = f"{size}, {what} tokens, {length} a sequence"
+            yield _ours(size, tokens // length, length, group)
+            if size in ("qwen3-0.6b", "qwen3-4b"):
+                yield _peer("torch", size, tokens // length, length, group)
+            else:  # fp32 masters do not fit; pure bf16 is another training, and the nearest there is
+                rows = max(1, FIRST_ROWS // length)
+                case = case_of(shape(size), tokens // length, length, extra={"masters": False})
+                case = case.replace(rows=min(rows, case.sequences))
+                yield Job("torch, pure bf16", TORCH, case, group, reference=True)
+
+
+def _clipping(size: str) -> Iterator[Job]:
+    """What clipping costs: on, off with the same update mode, off with the mode that then is chosen."""
+    group = f"{size}, clipping, 16k tokens"
+    yield _ours(size, 16, 1024, group)
+    yield _ours(size, 16, 1024, group, clip=None)
+    case = case_of(shape(size), 16, 1024, activations="auto", clip=None, extra={"update": "deferred"})
+    yield Job("ours, clip off, deferred", OURS, case, group)
+
+
+def _race(size: str, sequences: int, length: int, clip: float | None) -> Iterator[Job]:
+    """All peers at one setting."""
+    group = f"{size}, peers, {sequences} x {length}, clip {clip or 'off'}"
+    yield _ours(size, sequences, length, group, clip=clip)
+    for name in PEERS:
+        yield _peer(name, size, sequences, length, group, clip=clip)
+
+
+def _megatrain() -> Iterator[Job]:
+    """MegaTrain's own setting, one micro-batch of 148 x 1024."""
+    group = "qwen2.5-7b, 148 x 1024"
+    yield _ours("qwen2.5-7b", 148, 1024, group)
+    case = case_of(shape("qwen2.5-7b"), 148, 1024).replace(rows=148)
+    yield Job("megatrain", PEERS["megatrain"].target, case, group)
+
+
+def _long() -> Iterator[Job]:
+    """One sequence a step."""
+    for length in LONG:
+        group = f"qwen3-4b, one sequence of {length}"
+        model = shape("qwen3-4b", max_position_embeddings=max(LONG))
+        case = case_of(model, 1, length, activations="auto").replace(warmup=2, steps=3)
+        yield Job("ours", OURS, case, group)
+        yield Job("torch", TORCH, case.replace(rows=1, activations="recompute"), group, reference=True)
+
+
+def _depth() -> Iterator[Job]:
+    """The width of qwen3-0.6b at other depths, 16k tokens."""
+    for layers in DEPTHS:
+        group = f"qwen3-0.6b width, {layers} layers, 16k tokens"
+        case = case_of(shape("qwen3-0.6b", num_hidden_layers=layers), 16, 1024, activations="auto")
+        yield Job("ours", OURS, case.replace(warmup=2, steps=5), group)
+
+
+def _largest() -> Iterator[Job]:
+    """The most layers of qwen3-8b's width that train 10 steps, by what is kept for each parameter."""
+    modes: dict[str, dict[str, Any]] = {
+        "exact, clip 1.0": {},
+        "exact, clip off": {"clip": None},
+        "bf16 moments, clip 1.0": {"extra": {"moment_dtype": "bfloat16"}},
+        "bf16 moments, clip off": {"clip": None, "extra": {"moment_dtype": "bfloat16"}},
+    }
+    for name, changes in modes.items():
+        case = case_of(shape("qwen3-8b"), 8, 1024, activations="auto", **changes)
+        yield Job(f"ours, {name}", OURS, case.replace(warmup=2, steps=8), "largest", largest=True)
+
+
+PARTS: dict[str, Callable[[], Iterator[Job]]] = {
+    **{f"sweep-{size}": (lambda size=size: _sweep(size)) for size in SIZES},
+    "clipping-0.6b": lambda: _clipping("qwen3-0.6b"),
+    "clipping-4b": lambda: _clipping("qwen3-4b"),
+    "peers-0.6b": lambda: _race("qwen3-0.6b", 16, 1024, 1.0),
+    "peers-4b": lambda: _race("qwen3-4b", 16, 1024, 1.0),
+    "peers-4b-clip-off": lambda: _race("qwen3-4b", 16, 1024, None),
+    "peers-4b-long": lambda: _race("qwen3-4b", 4, 4096, 1.0),
+    "megatrain-7b": _megatrain,
+    "long": _long,
+    "depth": _depth,
+    "largest": _largest,
+}
+
+
+def rehearsed(job: Job) -> Job:
+    """The same job at a size that takes no time, on the CPU."""
+    tiny = shape("tiny")
+    case = job.case.replace(
+        model=tiny, device="cpu", length=16, sequences=2, rows=min(job.case.rows, 1), warmup=0, steps=1
+    )
+    return Job(job.name, job.system, case, job.group, job.reference, job.largest)

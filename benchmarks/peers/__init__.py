@@ -1,0 +1,98 @@
+"""Systems to race, each behind `build(case)` (horizon_lm.bench.protocol.System).
+
+An adapter uses the installed package or, for what is not on PyPI, a checkout that an environment variable
+names. What is missing raises AbsentError with the reason, which becomes a row of the table. Adapters were
+written from documentation and public sources; those that need a GPU have not been run by us so far (the
+results file of a GPU run says which have).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from horizon_lm.bench.protocol import AbsentError, Case
+
+
+@dataclass(frozen=True)
+class Peer:
+    """target: `module:function`. note: what a reader of its row must know. exact: AdamW with fp32 masters and
+    moments. gpu: needs CUDA. clips: can clip by the global norm."""
+
+    target: str
+    note: str
+    exact: bool = True
+    gpu: bool = True
+    clips: bool = True
+
+
+PEERS: dict[str, Peer] = {
+    "torch": Peer("horizon_lm.bench.plain:build", "transformers in memory, fused AdamW", gpu=False),
+    "hf-trainer": Peer("benchmarks.peers.hf_trainer:build", "bf16 autocast over fp32 weights", gpu=False),
+    "fsdp2-offload": Peer("benchmarks.peers.fsdp2:build", "CPUOffloadPolicy, one rank, fused CPU AdamW"),
+    "zero3-offload": Peer(
+        "benchmarks.peers.deepspeed_zero:build_zero3", "parameters and optimizer on the CPU"
+    ),
+    "superoffload": Peer(
+        "benchmarks.peers.deepspeed_zero:build_superoffload", "rolls back when clipping acts"
+    ),
+    "zenflow": Peer(
+        "benchmarks.peers.deepspeed_zero:build_zenflow", "approximate: late updates", exact=False
+    ),
+    "torchao-offload": Peer(
+        "benchmarks.peers.torchao_offload:build", "pure bf16, no masters", exact=False, clips=False
+    ),
+    "trainstream": Peer("benchmarks.peers.trainstream_wrap:build", "autocast over fp32 weights"),
+    "offload-adam": Peer("benchmarks.peers.offload_adam:build", "fp32 masters, bf16 moments", exact=False),
+    "megatrain": Peer("benchmarks.peers.megatrain:build", "bf16 weights without masters", exact=False),
+}
+
+
+def installed(name: str) -> ModuleType:
+    """An installed package. Raises AbsentError with the reason where it cannot be imported."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise AbsentError(f"{name.partition('.')[0]} is not installed ({error})") from error
+    except Exception as error:  # packages that build or look for a device as they are imported
+        raise AbsentError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def from_checkout(variable: str, name: str, subfolder: str = "") -> ModuleType:
+    """A package of the checkout that an environment variable names. Raises AbsentError."""
+    folder = os.environ.get(variable)
+    if not folder:
+        raise AbsentError(f"not on PyPI, and {variable} names no checkout")
+    place = Path(folder).expanduser() / subfolder
+    if not place.is_dir():
+        raise AbsentError(f"{variable}: {place.name!r} is not a folder")
+    sys.path.insert(0, str(place))
+    return installed(name)
+
+
+def need_cuda(case: Case) -> torch.device:
+    """The case's device, made the current one. Raises AbsentError where it is no CUDA device that is here."""
+    if not torch.cuda.is_available():
+        raise AbsentError("needs a CUDA device, and torch sees none")
+    if not case.device.startswith("cuda"):
+        raise AbsentError(f"needs a CUDA device, and the case is for {case.device}")
+    torch.cuda.set_device(0)
+    return torch.device("cuda", 0)
+
+
+def one_rank(backend: str) -> None:
+    """A process group of this process alone, without a network."""
+    import tempfile
+
+    import torch.distributed as dist
+
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if not dist.is_initialized():
+        place = Path(tempfile.mkdtemp()) / "rendezvous"
+        dist.init_process_group(backend, init_method=f"file://{place}", rank=0, world_size=1)

@@ -1,0 +1,93 @@
+"""DeepSpeed: ZeRO-3 with parameters and optimizer on the CPU, SuperOffload, and ZenFlow.
+
+Settings are explicit where defaults would decide the race: `gradient_clipping` always (0.19.4 and later clip
+at 1.0 when it is not given, and SuperOffload then loses its overlap), pinned memory, bf16 with fp32 masters,
+`DeepSpeedCPUAdam`. The process may use all cores. ZenFlow postpones most updates: it is not exact.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from horizon_lm.bench.models import own, source_model
+from horizon_lm.bench.plain import decay_groups, prepare
+from horizon_lm.bench.protocol import Case
+
+from . import installed, need_cuda, one_rank
+
+_CPU = {"device": "cpu", "pin_memory": True}
+_COMMON = {"overlap_comm": True, "contiguous_gradients": True}
+_STAGE3 = _COMMON | {"stage": 3, "sub_group_size": 10**9, "stage3_prefetch_bucket_size": 5 * 10**8}
+ZERO3 = _STAGE3 | {"offload_param": dict(_CPU), "offload_optimizer": dict(_CPU)}
+_SUPER = {"ratio": 0.9, "super_offload": True, "cpuadam_cores_perc": 0.9}
+SUPEROFFLOAD = _STAGE3 | {"offload_optimizer": _CPU | _SUPER}
+ZENFLOW = _COMMON | {"stage": 2, "offload_optimizer": dict(_CPU)}
+ZENFLOW |= {
+    "zenflow": {
+        "topk_ratio": 0.05,
+        "select_strategy": "auto",
+        "select_interval": "auto",
+        "update_interval": 4,
+        "full_warm_up_rounds": 0,
+        "overlap_step": True,
+    }
+}
+
+
+def settings_of(case: Case, zero: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's configuration for a case."""
+    rows = case.rows or case.sequences
+    return {
+        "train_micro_batch_size_per_gpu": rows,
+        "gradient_accumulation_steps": -(-case.sequences // rows),
+        "gradient_clipping": case.clip or 0.0,
+        "bf16": {"enabled": True},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": False,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+class DeepSpeed:
+    def __init__(self, case: Case, zero: dict[str, Any]) -> None:
+        self.case, self.device = case, need_cuda(case)
+        deepspeed = installed("deepspeed")
+        cpu_adam = installed("deepspeed.ops.adam").DeepSpeedCPUAdam
+        one_rank("nccl")
+        model = prepare(own(source_model(case), torch.bfloat16), case)
+        groups = decay_groups(model, case.weight_decay)
+        optimizer = cpu_adam(groups, lr=case.lr, betas=case.betas, eps=case.eps, adamw_mode=True)
+        self.engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=settings_of(case, zero)
+        )
+
+    def step(self, micro_batches: list[torch.Tensor]) -> float:
+        loss = 0.0
+        for ids in micro_batches:  # of equal size: the engine divides by their number
+            ids = ids.to(self.device)
+            part = self.engine(input_ids=ids, labels=ids).loss
+            self.engine.backward(part)
+            self.engine.step()  # acts at the last of them
+            loss += float(part.detach()) / len(micro_batches)
+        return loss
+
+    def describe(self) -> dict[str, Any]:
+        return {"recomputed": 0.0 if self.case.activations == "keep" else 1.0}
+
+    def close(self) -> None:
+        self.engine.destroy()
+
+
+def build_zero3(case: Case) -> DeepSpeed:
+    return DeepSpeed(case, ZERO3)
+
+
+def build_superoffload(case: Case) -> DeepSpeed:
+    return DeepSpeed(case, SUPEROFFLOAD)
+
+
+def build_zenflow(case: Case) -> DeepSpeed:
+    return DeepSpeed(case, ZENFLOW)

@@ -1,0 +1,60 @@
+"""TrainStream: `wrap(model, optimizer)` over fp32 weights with bf16 autocast.
+
+`offload=True`, so that it does not switch itself to a stock optimizer where the model fits; activations are
+recomputed as for all, not paged. With clipping its updates are no longer eager. `case.extra["param_offload"]`
+pages the weights too. Its extension is compiled at the first import and needs nvcc.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from horizon_lm.bench.models import own, source_model
+from horizon_lm.bench.plain import adam_options, backward, decay_groups, prepare
+from horizon_lm.bench.protocol import Case
+
+from . import installed, need_cuda
+
+
+class TrainStream:
+    def __init__(self, case: Case) -> None:
+        self.case, self.device = case, need_cuda(case)
+        trainstream = installed("trainstream")
+        paged = case.extra.get("param_offload", False)
+        place = "cpu" if paged else self.device
+        model = prepare(own(source_model(case), torch.float32, place), case)
+        groups = decay_groups(model, case.weight_decay)
+        optimizer = torch.optim.AdamW(groups, **(adam_options(case) | {"fused": not paged}))
+        rows = case.rows or case.sequences
+        self.model, self.optimizer = trainstream.wrap(
+            model,
+            optimizer,
+            offload=True,
+            activation_offload=False,
+            param_offload=paged,
+            device=self.device,
+            moment_dtype="float32",
+            max_grad_norm=case.clip,
+            accumulation_steps=-(-case.sequences // rows),
+            quantize="none",
+        )
+
+    def step(self, micro_batches: list[torch.Tensor]) -> float:
+        low = self.case.dtype == "bfloat16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low):
+            loss = backward(self.model, micro_batches, self.device)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
+
+    def describe(self) -> dict[str, Any]:
+        return {"recomputed": 0.0 if self.case.activations == "keep" else 1.0}
+
+    def close(self) -> None:
+        """Nothing outlives the process."""
+
+
+def build(case: Case) -> TrainStream:
+    return TrainStream(case)

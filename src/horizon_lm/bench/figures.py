@@ -1,0 +1,90 @@
+"""The formulas of every figure that is reported.
+
+    model FLOPs     6 N tokens + 6 L d sum(l^2)                     (run/flops.py; PaLM, appendix B)
+    hardware FLOPs  model FLOPs + one more forward of each layer that is recomputed:
+                    2 N_r tokens + 2 L_r d sum(l^2)                 (Korthikanti et al., 2205.05198)
+    MFU, HFU        model, hardware FLOPs / seconds / peak
+    practicality    tokens/s / tokens/s of the in-memory run at equal tokens a step
+    bytes/parameter peak host bytes of the steps / parameters
+
+N: parameters that multiply a token: all but the embedding table, unless the output layer shares it. Attention
+is causal: a token attends to half of its sequence on average. L, N_r, L_r: layers, parameters in recomputed
+layers, recomputed layers; d: width of all heads; l: length of a sequence. Padding does not occur.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..run.flops import ModelFlops, count_flops, measure_peak
+
+# Dense bf16 FLOP/s of the makers' data sheets, by a part of the device's name. MFU is quoted against these.
+_PEAKS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "4090": 165e12}
+
+
+@dataclass(frozen=True)
+class Work:
+    """model: of forward and backward. layers: the share of it that recomputing all layers would repeat,
+    as FLOPs of their forward and backward."""
+
+    model: ModelFlops
+    layers: ModelFlops
+
+    def model_flops(self, sequences: int, length: int) -> float:
+        """Of a step of `sequences` x `length` tokens."""
+        return sequences * (self.model.per_token * length + self.model.per_square * length**2)
+
+    def hardware_flops(self, sequences: int, length: int, recomputed: float) -> float:
+        """recomputed: share of the layers whose forward runs twice, 0 to 1."""
+        again = sequences * (self.layers.per_token * length + self.layers.per_square * length**2) / 3
+        return self.model_flops(sequences, length) + recomputed * again
+
+
+def count_work(parameters: dict[str, int], embedding: str | None, config: Any) -> Work:
+    """parameters: name to elements. embedding: the table's name, None where the output layer shares it."""
+    layers = {name: count for name, count in parameters.items() if ".layers." in name or ".h." in name}
+    return Work(count_flops(parameters, embedding, config), count_flops(layers, None, config))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of some numbers."""
+
+    median: float
+    least: float
+    most: float
+
+    def text(self, digits: int = 0) -> str:
+        return f"{self.median:,.{digits}f} ({self.least:,.{digits}f} to {self.most:,.{digits}f})"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    return Spread(statistics.median(values), min(values), max(values))
+
+
+def practicality(tokens_per_second: float, in_memory: float) -> float:
+    return tokens_per_second / in_memory
+
+
+def bytes_per_parameter(peak_bytes: int, parameters: int) -> float:
+    return peak_bytes / parameters
+
+
+def curve_difference(one: Sequence[float], two: Sequence[float]) -> float:
+    """Largest relative difference of two loss curves over the steps that both have."""
+    return max((abs(a - b) / abs(b) for a, b in zip(one, two, strict=False)), default=float("nan"))
+
+
+def peak_of(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """(FLOP/s, where the figure is from): a data sheet, or a large matrix product on this device."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for part, value in _PEAKS.items():
+            if part in name:
+                return value, "data sheet, dense bf16"
+    return measure_peak(device, dtype), "a large matrix product on this device"
