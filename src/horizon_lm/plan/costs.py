@@ -74,7 +74,19 @@ class Costs:
                 self._gradient_dtype(u) != self.spec.dtype for u in plan.trainable if u <= plan.head
             )
             parts = {"gradient_slots": parts["gradient_slots"] if widened else 0}
+            parts["waiting_gradients"] = self._waiting_bytes()
         return {name: size for name, size in parts.items() if size}
+
+    def _waiting_bytes(self) -> int:
+        """On the CPU two gradients are added at a time, and the first waits where autograd put it: of one
+        layer, and of the head beside it where micro-batches pass the turn one after another."""
+        plan, units = self.plan, self.outline.units
+        counts = [self.measures.batch * self.measures.tokens] * plan.micro_batches
+        sizes = {u: units[u].trainable_numel for u in plan.trainable if u <= plan.head}
+        adds = {u: n for u, n in sizes.items() if self.policies.adds_gradients(u, counts)}
+        head = adds.pop(plan.head, 0)
+        layer = max(adds.values(), default=0)
+        return (head + layer if plan.joins_turn else max(head, layer)) * self.spec.dtype.itemsize
 
     def num_bytes(self, buffer: Buffer, op: Op) -> tuple[str, int] | None:
         """Of a transient buffer, by the op that writes it first; see `schedule.simulate`."""

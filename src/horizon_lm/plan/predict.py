@@ -99,8 +99,9 @@ def predict(
     host |= simulation.parts.get(HOST, {})
     device: dict[str, int] = {}
     if costs.is_cpu:
-        host |= costs.fixed_bytes()
-        transient = sum(host.values()) - sum(predict_bytes(outline.units, spec).values()) - host["process"]
+        fixed = costs.fixed_bytes()
+        transient = sum(simulation.parts.get(HOST, {}).values()) + fixed.get("waiting_gradients", 0)
+        host |= fixed
         host["heap"] = int(profile.heap_share * transient)
     else:
         device = {"context": int(profile.context_bytes), **costs.fixed_bytes()}
