@@ -146,9 +146,13 @@ def _mask(starts: torch.Tensor, documents: Bounds, window: int | None) -> torch.
     return mask
 
 
-def _planned(batch: int, tokens: int, window: int | None, device: torch.device | str) -> torch.Tensor | None:
+def _planned(batch: int, tokens: int, window: int | None, device: torch.device | str) -> torch.Tensor:
+    """Without a window only a model asks that looks at the mask itself: one of the true shape, written out
+    where it is used, and so without bytes of its own."""
     if window is None:
-        return None
+        whole = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device).expand(batch, 1, tokens, tokens)
+        whole.sees_all_before = True  # type: ignore[attr-defined]
+        return whole
     starts = torch.zeros((batch, 1, 1, tokens), dtype=torch.int32, device=device)
     return _mask(starts, [[(0, tokens)]] * batch, window)
 
@@ -165,6 +169,8 @@ def attend(
     [batch, tokens, heads, size]."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if getattr(attention_mask, "sees_all_before", False):
+        attention_mask = None
     bounds: Bounds | None = getattr(attention_mask, "documents", None)
     if bounds is None or kwargs.get("position_bias") is not None:
         mask = _written_out(attention_mask)

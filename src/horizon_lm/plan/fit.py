@@ -36,6 +36,16 @@ def export_bytes(config: TrainConfig, prediction: Prediction) -> int:
 
 def shortfalls(config: TrainConfig, prediction: Prediction, limits: Limits) -> list[Shortfall]:
     """What does not fit, worst first."""
+    compared = _compare(config, prediction, limits)
+    return sorted((s for s in compared if s.bytes > 0), key=lambda s: -s.bytes)
+
+
+def room_bytes(config: TrainConfig, prediction: Prediction, limits: Limits) -> int:
+    """What is left of the memory that has least left; negative where something does not fit."""
+    return min(-s.bytes for s in _compare(config, prediction, limits))
+
+
+def _compare(config: TrainConfig, prediction: Prediction, limits: Limits) -> list[Shortfall]:
     host = prediction.host_bytes - (prediction.host["process"] if limits.here else 0)
     room = limits.host - int(config.reserve_host_gb * _GB)
     found = [Shortfall("host", host, room)]
@@ -43,7 +53,7 @@ def shortfalls(config: TrainConfig, prediction: Prediction, limits: Limits) -> l
         found.append(Shortfall("device", prediction.device_bytes, limits.device))
     if limits.disk is not None:
         found.append(Shortfall("disk", export_bytes(config, prediction), limits.disk))
-    return sorted((s for s in found if s.bytes > 0), key=lambda s: -s.bytes)
+    return found
 
 
 def check(config: TrainConfig, prediction: Prediction, limits: Limits, predictor: Predictor) -> None:

@@ -9,6 +9,7 @@ from ..config import TrainConfig
 from ..errors import ConfigError
 from . import fit
 from .choose import Choice, Planner
+from .grow import largest_that_fits
 from .limits import Limits
 from .outline import Outline, model_config
 from .predict import Prediction
@@ -41,23 +42,23 @@ class RunPlan:
         if planner.profile.device != "cpu":
             base = base.replace(boundaries="host")
         found = {
-            "per_device_train_batch_size": _grow(
-                lambda n: planner.fits(base.replace(per_device_train_batch_size=n)),
+            "per_device_train_batch_size": largest_that_fits(
+                lambda n: planner.room_bytes(base.replace(per_device_train_batch_size=n)),
                 base.per_device_train_batch_size,
                 _MOST_ROWS,
             ),
-            "max_length": _grow(
-                lambda n: planner.fits(base.replace(max_length=n, per_device_train_batch_size=1)),
+            "max_length": largest_that_fits(
+                lambda n: planner.room_bytes(base.replace(max_length=n, per_device_train_batch_size=1)),
                 base.max_length,
                 self._longest(),
             ),
         }
 
-        def deep_enough(count: int) -> bool:
+        def room_of_deeper(count: int) -> int:
             deeper = Planner(planner.outline.with_layers(count), planner.profile, planner.limits)
-            return deeper.fits(base)
+            return deeper.room_bytes(base)
 
-        found["layers"] = _grow(deep_enough, planner.outline.num_layers, _MOST_LAYERS)
+        found["layers"] = largest_that_fits(room_of_deeper, planner.outline.num_layers, _MOST_LAYERS)
         deepest = planner.outline.with_layers(max(1, found["layers"]))
         found["parameters"] = deepest.num_parameters if found["layers"] else 0
         return found
@@ -93,26 +94,6 @@ class RunPlan:
             "limited_by": found.limit(),
             "notes": self.notes,
         }
-
-
-def _grow(fits: Any, start: int, most: int) -> int:
-    """The largest number for which `fits` holds, to about 10 % and up to `most`; 0 when not even 1
-    does."""
-    low = start
-    while low >= 1 and not fits(low):
-        low //= 2
-    if low < 1:
-        return 0
-    high = min(2 * low, most)
-    while high > low and fits(high):
-        low, high = high, min(2 * high, most)
-    while high - low > max(1, low // 10):
-        middle = (low + high) // 2
-        if fits(middle):
-            low = middle
-        else:
-            high = middle
-    return low
 
 
 def plan_run(config: TrainConfig, hardware: str = "auto", pinned: frozenset[str] | None = None) -> RunPlan:

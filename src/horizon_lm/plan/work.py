@@ -61,8 +61,9 @@ _ADDED: dict[Any, Callable[..., int]] = {
 
 
 class WorkMeter(TorchDispatchMode):
-    """While open, counts the operations of this thread. A question about a value, which fake tensors
-    cannot answer, is answered with yes."""
+    """While open, counts the operations of this thread. Questions about values, which fake tensors cannot
+    answer, are answered as for work that is shared out evenly: a bool is true, an index is the first, and a
+    mask that was cut out of a larger one selects its even share (an expert its share of the tokens)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,6 +78,10 @@ class WorkMeter(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default and args[0].dtype == torch.bool:
             return True
+        if func is aten._local_scalar_dense.default and not args[0].dtype.is_floating_point:
+            return 0
+        if func is aten.nonzero.default:
+            return _even_share(args[0])
         if func._overloadpacket is aten._grouped_mm and args[0].dtype == torch.float32:
             out = _grouped_output(*args, **kwargs)
         else:
@@ -84,6 +89,13 @@ class WorkMeter(TorchDispatchMode):
         if not _is_free(func) and any(isinstance(t, torch.Tensor) for t in tree_leaves(out)):
             self.work[_kernel(func, args, kwargs, out)] += 1
         return out
+
+
+def _even_share(mask: torch.Tensor) -> torch.Tensor:
+    """Places [n, dimensions] of a mask's true elements: all of them, or one in as many as it is parts of."""
+    whole = mask.untyped_storage().nbytes() // mask.itemsize
+    parts = max(1, whole // max(1, mask.numel()))
+    return torch.empty(-(-mask.numel() // parts), mask.dim(), dtype=torch.long, device=mask.device)
 
 
 _NO_WORK = {aten.empty, aten.empty_like, aten.empty_strided, aten.detach, aten._unsafe_view}
