@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig
 
 import horizon_lm as hz
@@ -363,3 +364,40 @@ def test_a_choice_that_does_not_exist_is_no_way_out() -> None:
     config = config_of(max_length=128)
     with pytest.raises(DoesNotFitError):
         planner_of(config, *machine(0.0001, 4000)).choose(config)
+
+
+def test_the_plan_of_a_large_model_takes_little_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """14 B with all that `horizon plan` prints: layers run on fake tensors, and schedules simulated, by count.
+    Doubling and halving took 18 and 46."""
+    from horizon_lm.plan import outline as outline_module
+    from horizon_lm.plan import predict as predict_module
+
+    counts = {"layers": 0, "simulations": 0}
+
+    def counted(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    measure, run = outline_module.layer_working_set, predict_module.simulate
+    monkeypatch.setattr(outline_module, "layer_working_set", counted("layers", measure))
+    monkeypatch.setattr(predict_module, "simulate", counted("simulations", run))
+    model = {"model_type": "qwen2", "max_position_embeddings": 131072, "vocab_size": 152064}
+    model |= {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 48}
+    model |= {"num_attention_heads": 40, "num_key_value_heads": 8}
+    plan = plan_run(config_of(init_model=model, max_length=2048), "h200-1.5tb")
+    assert plan.largest()["layers"] > 200
+    assert 2 <= counts["layers"] <= 12 and 10 <= counts["simulations"] <= 42
+
+
+def test_a_gradient_that_is_added_is_one_pass_in_a_plan() -> None:
+    """As the C++ makes it: reads both, writes one; in pieces it would be counted as thousands of operations."""
+    from horizon_lm.optim.gradients import add_gradient
+
+    with FakeTensorMode(), WorkMeter() as meter:
+        total, gradient = torch.empty(1 << 20), torch.empty(1 << 20, dtype=torch.bfloat16)
+        add_gradient(total, gradient)
+    work = meter.take()
+    assert sum(work.values()) == 1 and next(iter(work)).bytes == (1 << 20) * (4 + 4 + 2)

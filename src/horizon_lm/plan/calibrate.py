@@ -86,7 +86,7 @@ def _measure(
                 key = op.kind, op.unit, op.policy
                 seconds.setdefault(key, []).append(end - start)
                 work[key] = costs.work_of(op)
-    return [Sample(work[key], statistics.median(values)) for key, values in seconds.items()]
+    return [Sample(work[key], min(values)) for key, values in seconds.items()]
 
 
 def fit_rates(samples: list[Sample]) -> tuple[dict[tuple[str, str], float], float]:

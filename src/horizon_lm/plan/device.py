@@ -19,4 +19,3 @@ def slot_bytes(units: Sequence[UnitLayout], plan: StepPlan, dtype: torch.dtype) 
         "weight_slots": plan.slots * weights * dtype.itemsize,
         "gradient_slots": plan.grad_slots * gradients * torch.float32.itemsize,
     }
-

@@ -16,7 +16,7 @@ Predictor = Callable[[TrainConfig], Prediction]
 
 @dataclass(frozen=True)
 class Shortfall:
-    """memory: host, device or disk. All in bytes."""
+    """memory: host, device, locked or disk. All in bytes."""
 
     memory: str
     needed: int
@@ -51,6 +51,8 @@ def _compare(config: TrainConfig, prediction: Prediction, limits: Limits) -> lis
     found = [Shortfall("host", host, room)]
     if limits.device is not None:
         found.append(Shortfall("device", prediction.device_bytes, limits.device))
+    if limits.pinned is not None:
+        found.append(Shortfall("locked", prediction.pinned_bytes, limits.pinned))
     if limits.disk is not None:
         found.append(Shortfall("disk", export_bytes(config, prediction), limits.disk))
     return found
@@ -65,6 +67,12 @@ def check(config: TrainConfig, prediction: Prediction, limits: Limits, predictor
     if not found:
         return
     worst = found[0]
+    if worst.memory == "locked":
+        raise DoesNotFitError(
+            f"locked memory: a run pins {worst.needed / _GB:.2f} GB for the device, and CUDA pins no more than "
+            f"ulimit -l, {worst.available / _GB:.3f} GB: short by {worst.bytes / _GB:.2f} GB",
+            hint="ulimit -l unlimited (docker run --ulimit memlock=-1; LimitMEMLOCK=infinity for a service)",
+        )
     parts = prediction.host if worst.memory == "host" else prediction.device
     table = ""
     if worst.memory != "disk":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 _MOST_LOOKS = 24
@@ -41,11 +42,12 @@ def _above(fits: list[tuple[int, int]]) -> int:
         return 2 * last
     before, more = fits[-2]
     each = (more - room) / (last - before)
-    return max(last + 1, int((last + room / each) * 1.04)) if each > 0 else 4 * last
+    met = int((last + room / each) * 1.04) if each > 0 else 4 * last
+    return max(last + 1, min(met, 16 * last))
 
 
 def _between(low: tuple[int, int], high: tuple[int, int], look: int) -> int:
-    """A little below where the line meets 0, and the middle every third time."""
-    share = 0.5 if look % 3 == 2 else low[1] / (low[1] - high[1])
-    met = low[0] + share * (high[0] - low[0])
-    return min(high[0] - 1, max(low[0] + 1, int(met if share == 0.5 else met * 0.98)))
+    """A little below where the line meets 0, and the middle (of the logarithms) every other time."""
+    met = 0.98 * (low[0] + low[1] / (low[1] - high[1]) * (high[0] - low[0]))
+    number = math.sqrt(low[0] * high[0]) if look % 2 else met
+    return min(high[0] - 1, max(low[0] + 1, int(number)))

@@ -10,6 +10,7 @@ from ..errors import ConfigError
 from . import fit
 from .choose import Choice, Planner
 from .grow import largest_that_fits
+from .hardware import lockable_bytes
 from .limits import Limits
 from .outline import Outline, model_config
 from .predict import Prediction
@@ -111,10 +112,11 @@ def plan_run(config: TrainConfig, hardware: str = "auto", pinned: frozenset[str]
     prediction = planner.predict(chosen)
     if not config.skip_memory_check:
         fit.check(chosen, prediction, limits, planner.predict)
-    if limits.pinned is not None and limits.pinned < prediction.host_bytes:
+    lockable = lockable_bytes() if limits.here else None
+    if lockable is not None and lockable < prediction.pinned_bytes:
         notes.append(
-            f"ulimit -l is {limits.pinned / 1e9:.2f} GB; CUDA commonly pins memory beyond it, and the "
-            "run says so when it cannot"
+            f"ulimit -l is {lockable / 1e9:.3f} GB and the run pins {prediction.pinned_bytes / 1e9:.2f} GB: CUDA "
+            "goes beyond the limit here; hint: ulimit -l unlimited where it stops"
         )
     return RunPlan(chosen, planner, prediction, _explain(config, chosen, planner), notes)
 
