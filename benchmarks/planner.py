@@ -2,9 +2,9 @@
 
 Each case is a process of its own that trains a model from a configuration, with everything that a run
 loads. Memory is the process's high-water mark (VmHWM), all of it. Time is the fastest of the steps after the
-first, of the same random tokens. The profile is measured by `plan.calibrate` before, between and after groups of
-four cases; a case is predicted with the median of each rate in the profiles just before and after its group, so
-that what slows the machine for minutes slows both. Times are CPU seconds of one thread, for the profile as
+first, of the same random tokens. The profile is measured by `plan.calibrate` before, between and after groups
+of four cases; a case is predicted with the median of each rate in the profiles just before and after its
+group, so that what slows the machine for minutes slows both. Times are CPU seconds of one thread, for the profile as
 for the cases, since this machine has other users; on a machine of its own they are those of the wall clock.
 """
 
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     if arguments.case:
         return run_case(arguments.case, arguments.steps)
-    profiles = [calibrate.measure("cpu", time.process_time, threads=1)]
+    profiles = [calibrate.measure("cpu", time.process_time, threads=1, repeats=2)]
     measured: dict[str, dict] = {}
     for i, name in enumerate(CASES):
         command = [sys.executable, "-m", "benchmarks.planner", f"--case={name}", f"--steps={arguments.steps}"]
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
         measured[name] = json.loads(output.splitlines()[-1])
         print(name, measured[name], flush=True)
         if (i + 1) % _GROUP == 0:
-            profiles.append(calibrate.measure("cpu", time.process_time, threads=1))
+            profiles.append(calibrate.measure("cpu", time.process_time, threads=1, repeats=2))
     profile = between(profiles)
     if arguments.profile_only:
         with open(arguments.profile_only, "w", encoding="utf-8") as file:

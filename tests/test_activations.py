@@ -23,6 +23,7 @@ from horizon_lm.plan.device import slot_bytes
 from horizon_lm.plan.outline import Outline
 from horizon_lm.plan.predict import predict
 from horizon_lm.plan.profile import load_profile
+from horizon_lm.plan.working_set import layer_working_set
 
 LAYERS = 4
 # attention, norms, experts and recurrences as transformers writes them; tied and untied tables

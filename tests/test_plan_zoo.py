@@ -1,4 +1,4 @@
-"""Every architecture that trains can be planned from its configuration, or is refused by name with the reason."""
+"""Every architecture that trains can be planned from its configuration, or is refused by name."""
 
 from __future__ import annotations
 

@@ -367,7 +367,7 @@ def test_a_choice_that_does_not_exist_is_no_way_out() -> None:
 
 
 def test_the_plan_of_a_large_model_takes_little_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """14 B with all that `horizon plan` prints: layers run on fake tensors, and schedules simulated, by count.
+    """14 B with all that `horizon plan` prints: layers run on fake tensors, and schedules simulated.
     Doubling and halving took 18 and 46."""
     from horizon_lm.plan import outline as outline_module
     from horizon_lm.plan import predict as predict_module
@@ -389,11 +389,11 @@ def test_the_plan_of_a_large_model_takes_little_work(monkeypatch: pytest.MonkeyP
     model |= {"num_attention_heads": 40, "num_key_value_heads": 8}
     plan = plan_run(config_of(init_model=model, max_length=2048), "h200-1.5tb")
     assert plan.largest()["layers"] > 200
-    assert 2 <= counts["layers"] <= 12 and 10 <= counts["simulations"] <= 42
+    assert 2 <= counts["layers"] <= 12 and 10 <= counts["simulations"] <= 45
 
 
 def test_a_gradient_that_is_added_is_one_pass_in_a_plan() -> None:
-    """As the C++ makes it: reads both, writes one; in pieces it would be counted as thousands of operations."""
+    """As the C++ makes it: reads both, writes one; in pieces it would be thousands of operations."""
     from horizon_lm.optim.gradients import add_gradient
 
     with FakeTensorMode(), WorkMeter() as meter:

@@ -69,8 +69,8 @@ def check(config: TrainConfig, prediction: Prediction, limits: Limits, predictor
     worst = found[0]
     if worst.memory == "locked":
         raise DoesNotFitError(
-            f"locked memory: a run pins {worst.needed / _GB:.2f} GB for the device, and CUDA pins no more than "
-            f"ulimit -l, {worst.available / _GB:.3f} GB: short by {worst.bytes / _GB:.2f} GB",
+            f"locked memory: a run pins {worst.needed / _GB:.2f} GB for the device, and CUDA pins no more "
+            f"than ulimit -l, {worst.available / _GB:.3f} GB: short by {worst.bytes / _GB:.2f} GB",
             hint="ulimit -l unlimited (docker run --ulimit memlock=-1; LimitMEMLOCK=infinity for a service)",
         )
     parts = prediction.host if worst.memory == "host" else prediction.device

@@ -97,8 +97,8 @@ def lockable_bytes() -> int | None:
 def pinnable_bytes() -> int | None:
     """What may be pinned for a CUDA device, in bytes; None where nothing limits it.
 
-    Most drivers pin for the device without regard to `ulimit -l`, and the usual limit is 8 MB, so the driver is
-    asked: it pins a little more than the limit, or it does not. A limit above 1 GB is not tried and not
+    Most drivers pin for the device without regard to `ulimit -l`, and the usual limit is 8 MB, so the driver
+    is asked: it pins a little more than the limit, or it does not. A limit above 1 GB is not tried and not
     taken for one.
     """
     limit = lockable_bytes()

@@ -115,8 +115,8 @@ def plan_run(config: TrainConfig, hardware: str = "auto", pinned: frozenset[str]
     lockable = lockable_bytes() if limits.here else None
     if lockable is not None and lockable < prediction.pinned_bytes:
         notes.append(
-            f"ulimit -l is {lockable / 1e9:.3f} GB and the run pins {prediction.pinned_bytes / 1e9:.2f} GB: CUDA "
-            "goes beyond the limit here; hint: ulimit -l unlimited where it stops"
+            f"ulimit -l is {lockable / 1e9:.3f} GB and the run pins {prediction.pinned_bytes / 1e9:.2f} GB: "
+            "CUDA goes beyond the limit here; hint: ulimit -l unlimited where it stops"
         )
     return RunPlan(chosen, planner, prediction, _explain(config, chosen, planner), notes)
 
