@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import zoo
 from horizon_lm.config import ModelSettings
 from horizon_lm.errors import UnsupportedModelError
+from horizon_lm.optim.gradients import add_gradient
 from horizon_lm.plan.grow import largest_that_fits
 from horizon_lm.plan.outline import Outline
+from horizon_lm.plan.work import WorkMeter
 
 # Experts that cut their tokens by numbers: no even share that would add up can be given from without.
 NOT_PLANNED = {"jetmoe": "jetmoe cannot be run without its weights", "jetmoe-aux": "jetmoe cannot be run"}
@@ -79,3 +82,12 @@ def test_the_largest_is_found_in_few_looks(power: int, limit: int) -> None:
     wanted = min(limit, 1 << 17)
     assert found <= wanted <= found + max(1, found // 10)
     assert len(looks) <= 16
+
+
+def test_a_gradient_that_is_added_is_one_pass_in_a_plan() -> None:
+    """As the C++ makes it: reads both, writes one; in pieces it would be thousands of operations."""
+    with FakeTensorMode(), WorkMeter() as meter:
+        total, gradient = torch.empty(1 << 20), torch.empty(1 << 20, dtype=torch.bfloat16)
+        add_gradient(total, gradient)
+    work = meter.take()
+    assert sum(work.values()) == 1 and next(iter(work)).bytes == (1 << 20) * (4 + 4 + 2)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig
 
 import horizon_lm as hz
@@ -390,14 +389,3 @@ def test_the_plan_of_a_large_model_takes_little_work(monkeypatch: pytest.MonkeyP
     plan = plan_run(config_of(init_model=model, max_length=2048), "h200-1.5tb")
     assert plan.largest()["layers"] > 200
     assert 2 <= counts["layers"] <= 12 and 10 <= counts["simulations"] <= 45
-
-
-def test_a_gradient_that_is_added_is_one_pass_in_a_plan() -> None:
-    """As the C++ makes it: reads both, writes one; in pieces it would be thousands of operations."""
-    from horizon_lm.optim.gradients import add_gradient
-
-    with FakeTensorMode(), WorkMeter() as meter:
-        total, gradient = torch.empty(1 << 20), torch.empty(1 << 20, dtype=torch.bfloat16)
-        add_gradient(total, gradient)
-    work = meter.take()
-    assert sum(work.values()) == 1 and next(iter(work)).bytes == (1 << 20) * (4 + 4 + 2)
