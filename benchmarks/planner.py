@@ -4,8 +4,9 @@ Each case is a process of its own that trains a model from a configuration, with
 loads. Memory is the process's high-water mark (VmHWM), all of it. Time is the fastest of the steps after the
 first, of the same random tokens. The profile is measured by `plan.calibrate` before, between and after groups
 of four cases; a case is predicted with the median of each rate in the profiles just before and after its
-group, so that what slows the machine for minutes slows both. Times are CPU seconds of one thread, for the profile
-as for the cases, since this machine has other users; on a machine of its own they are those of the wall clock.
+group, so that what slows the machine for minutes slows both. Times are CPU seconds of one thread, for the
+profile as for the cases, since this machine has other users; on a machine of its own they are those of the
+wall clock.
 """
 
 from __future__ import annotations
