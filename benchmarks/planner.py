@@ -1,10 +1,12 @@
 """Predicted beside measured, on the CPU: the most host memory of a run, and the time of a step.
 
 Each case is a process of its own that trains a model from a configuration, with everything that a run
-loads. Memory is the process's high-water mark (VmHWM), all of it. Time is the median of the steps after the
-first, of the same random tokens. The profile is measured by `plan.calibrate` before and after the
-cases (mean of its rates). Times are CPU seconds of one thread, for the profile as for the cases, since
-this machine has other users; on a machine of its own they are those of the wall clock.
+loads. Memory is the process's high-water mark (VmHWM), all of it. Time is the fastest of the steps after the
+first, of the same random tokens. The profile is measured by `plan.calibrate` before, between and after groups
+of four cases; a case is predicted with the median of each rate in the profiles just before and after its
+group, so that what slows the machine for minutes slows both. Times are CPU seconds of one thread, for the
+profile as for the cases, since this machine has other users; on a machine of its own they are those of the
+wall clock.
 """
 
 from __future__ import annotations
@@ -76,6 +78,8 @@ CASES: dict[str, tuple[dict, dict]] = {
     ),
 }
 
+_GROUP = 4  # cases between two measurements of the profile
+
 
 def config_of(name: str) -> TrainConfig:
     model, settings = CASES[name]
@@ -107,7 +111,7 @@ def run_case(name: str, steps: int) -> None:
         line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line
     )
     peak = int(lines["VmHWM"].split()[0]) * 1024
-    print(json.dumps({"bytes": peak, "seconds": statistics.median(found[1:])}))
+    print(json.dumps({"bytes": peak, "seconds": min(found[1:])}))
 
 
 def between(profiles: list[Profile]) -> Profile:
@@ -127,33 +131,36 @@ def between(profiles: list[Profile]) -> Profile:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", default="")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--profile-only", default="", help="write the measured profile to this file")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     if arguments.case:
         return run_case(arguments.case, arguments.steps)
-    profiles = []
+    profiles = [calibrate.measure("cpu", time.process_time, threads=1, repeats=2)]
     measured: dict[str, dict] = {}
     for i, name in enumerate(CASES):
-        if i == 0:
-            profiles.append(calibrate.measure("cpu", time.process_time, threads=1))
         command = [sys.executable, "-m", "benchmarks.planner", f"--case={name}", f"--steps={arguments.steps}"]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         measured[name] = json.loads(output.splitlines()[-1])
         print(name, measured[name], flush=True)
-    profiles.append(calibrate.measure("cpu", time.process_time, threads=1))
+        if (i + 1) % _GROUP == 0:
+            profiles.append(calibrate.measure("cpu", time.process_time, threads=1, repeats=2))
     profile = between(profiles)
     if arguments.profile_only:
         with open(arguments.profile_only, "w", encoding="utf-8") as file:
             file.write(profile.to_yaml())
     rows, errors = [], []
-    for name in CASES:
+    for i, name in enumerate(CASES):
         config = config_of(name)
+        at_the_time = between(profiles[i // _GROUP : i // _GROUP + 2])
+        at_the_time = at_the_time.model_copy(
+            update={"process_bytes": profile.process_bytes, "heap_share": profile.heap_share}
+        )
         found = predict(
             Outline(model_config(config), config),
             config,
-            profile,
+            at_the_time,
             batch=config.per_device_train_batch_size,
             tokens=config.max_length,
             micro_batches=config.gradient_accumulation_steps,

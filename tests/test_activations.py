@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -19,10 +18,12 @@ from horizon_lm.engine import activations
 from horizon_lm.errors import ConfigError, DataError, UnsupportedModelError
 from horizon_lm.memory.live import LiveBytes
 from horizon_lm.model.tiling import find_mlps
+from horizon_lm.plan.costs import DEVICE, HOST
 from horizon_lm.plan.device import slot_bytes
+from horizon_lm.plan.outline import Outline
+from horizon_lm.plan.predict import predict
+from horizon_lm.plan.profile import load_profile
 from horizon_lm.plan.working_set import layer_working_set
-from horizon_lm.schedule import Buffer, Op, StepPlan, simulate
-from horizon_lm.schedule.step_plan import KEEP
 
 LAYERS = 4
 # attention, norms, experts and recurrences as transformers writes them; tied and untied tables
@@ -334,35 +335,11 @@ def peak_of_step(
     return live.peak, model
 
 
-def boundary_bytes(
-    ops: Sequence[Op],
-    plan: StepPlan,
-    input_bytes: Sequence[int],
-    kept_bytes: Callable[[int, int], int] = lambda unit, micro_batch: 0,
-) -> dict[str, int]:
-    """By the schedule: the most that inputs of layers take, on the device and in host memory, and the slots
-    through which they come back. kept_bytes: what layer `unit` holds beside its input when it keeps."""
-
-    def num_bytes(buffer: Buffer, op: Op) -> tuple[str, int] | None:
-        if buffer.region == "input":
-            return "boundaries", input_bytes[buffer.micro_batch]
-        if buffer.region == "boundary":
-            return "spilled", input_bytes[buffer.micro_batch]
-        if buffer.region == "graph" and op.policy == KEEP:
-            return "kept", kept_bytes(buffer.index, buffer.micro_batch)
-        return None
-
-    spills = any(op.kind == "X" for op in ops)
-    peaks = {"boundaries": 0, "spilled": 0, "kept": 0} | simulate(
-        ops, lambda op: 0.0, num_bytes=num_bytes, one_at_a_time=True
-    ).peaks
-    return peaks | {"boundary_slots": plan.boundary_slots * max(input_bytes) if spills else 0}
-
-
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("policy", ["device", "host", "keep", "blocks"])
 def test_bytes_of_boundaries_are_predicted(policy: str, micro_batches: int) -> None:
-    """A layer more costs its input (device), nothing (host), or what it keeps; within 1 %."""
+    """A layer more costs its input (device), nothing (host), or what it keeps; within 1 %. The planner's
+    own simulation, for a device with memory of its own, as these lanes have."""
     settings: dict[str, dict[str, Any]] = {
         "device": {},
         "host": {"boundaries": "host"},
@@ -374,13 +351,15 @@ def test_bytes_of_boundaries_are_predicted(policy: str, micro_batches: int) -> N
     for layers in (few, many):
         peak, model = peak_of_step(layers, tokens, micro_batches, **settings[policy])
         peaks.append(peak)
-        plan = model.engine.plan(micro_batches)
-        ops = model.engine.schedule(plan).ops
-        kept = layer_working_set(model.skeleton, 1, 1, tokens).kept
-        parts = boundary_bytes(ops, plan, [tokens * 128 * 2] * micro_batches, lambda u, m, k=kept: k)
-        predicted.append(parts["boundaries"] + parts["kept"])
-        assert parts["boundary_slots"] == model.memory_bytes()["boundary_slots"]
-        assert parts["spilled"] == model.memory_bytes()["boundaries"]
+        wanted = ModelSettings(dtype="bfloat16", skip_memory_check=True, **settings[policy])
+        outline, profile = Outline(model.config, wanted), load_profile("gh200")
+        found = predict(outline, wanted, profile, batch=1, tokens=tokens, micro_batches=micro_batches)
+        parts = found.simulation.parts
+        predicted.append(parts[DEVICE].get("input", 0) + parts[DEVICE].get("graph", 0))
+        assert found.device.get("boundary_slots", 0) == model.memory_bytes()["boundary_slots"]
+        # The engine's buffers stay; in the simulation one may come after the most embeddings have gone.
+        spilled = parts[HOST].get("boundary", 0)
+        assert 0 <= model.memory_bytes()["boundaries"] - spilled <= tokens * 128 * 2
     one = tokens * 128 * 2 * micro_batches
     grown, expected = peaks[1] - peaks[0], predicted[1] - predicted[0]
     assert abs(grown - expected) <= 0.01 * max(expected, one), (grown, expected)

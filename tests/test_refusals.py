@@ -17,8 +17,7 @@ import pytest
 import horizon_lm
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import ConfigError, DoesNotFitError, HorizonError
-from horizon_lm.plan import limits as limits_module
-from horizon_lm.plan import run_plan
+from horizon_lm.plan import hardware, run_plan
 from horizon_lm.plan.fit import check, shortfalls
 from horizon_lm.plan.limits import Limits
 from horizon_lm.plan.profile import load_profile
@@ -262,4 +261,80 @@ def test_limits_of_this_machine_name_disk_and_memory(tmp_path: Path) -> None:
     found = Limits.of_this_machine("cpu", str(tmp_path / "not" / "there"))
     assert found.here and found.host > 0 and found.disk is not None and found.disk > 0
     assert found.device is None and found.pinned is None
-    assert limits_module.lockable_bytes() is None or limits_module.lockable_bytes() >= 0
+    assert hardware.lockable_bytes() is None or hardware.lockable_bytes() >= 0
+
+
+_LITTLE_LOCKED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (8 << 20, 8 << 20))
+from dataclasses import replace
+from horizon_lm.config import TrainConfig
+from horizon_lm.errors import DoesNotFitError
+from horizon_lm.plan import hardware, run_plan
+from horizon_lm.plan.limits import Limits
+from horizon_lm.plan.profile import load_profile
+hardware.pins_beyond = lambda limit: sys.argv[1] == "pins"
+profile = load_profile("h100-sxm")
+limits = replace(Limits.of_profile(profile), pinned=hardware.pinnable_bytes(), here=True)
+run_plan.machine = lambda config, name: (profile, limits, [])
+model = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4}
+try:
+    plan = run_plan.plan_run(TrainConfig(init_model=model, datasets=["none.txt"], max_length=64))
+except DoesNotFitError as error:
+    sys.exit(f"{error.message}\\nhint: {error.hint}")
+print(*plan.notes, plan.prediction.pinned_bytes)
+"""
+
+
+def test_too_little_locked_memory_is_refused_where_the_driver_heeds_it() -> None:
+    """RLIMIT_MEMLOCK is set in a process of its own; what the driver does beyond it is given."""
+    refused = command("refuses", code=_LITTLE_LOCKED)
+    assert refused.returncode == 1, refused.stderr
+    assert "locked memory: a run pins 0." in refused.stderr and "0.008 GB: short by" in refused.stderr
+    assert "hint: ulimit -l unlimited" in refused.stderr
+    passed = command("pins", code=_LITTLE_LOCKED)  # the control: a driver that pins beyond the limit
+    assert passed.returncode == 0, passed.stderr
+    assert "ulimit -l is 0.008 GB and the run pins 0." in passed.stdout and "hint:" in passed.stdout
+
+
+_IN_A_GROUP = """
+import os, sys
+from pathlib import Path
+Path(sys.argv[1], "cgroup.procs").write_text(str(os.getpid()))
+from horizon_lm.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture
+def group() -> Any:
+    """A cgroup of 2 GB, where this machine lets a test make one."""
+    root = Path("/sys/fs/cgroup")
+    v2 = (root / "cgroup.controllers").is_file()
+    folder = (root if v2 else root / "memory") / f"horizon-test-{os.getpid()}"
+    try:
+        folder.mkdir()
+        (folder / ("memory.max" if v2 else "memory.limit_in_bytes")).write_text(str(2 * GB))
+    except OSError as error:
+        if folder.is_dir():
+            folder.rmdir()
+        pytest.skip(f"no cgroup with a limit can be made here: {error}")
+    yield folder
+    folder.rmdir()
+
+
+def test_train_refuses_under_a_limit_of_a_cgroup(group: Path, tmp_path: Path) -> None:
+    small = TINY | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+    (tmp_path / "data.txt").write_text("text")
+    values = ["train", f"init_model={json.dumps(small)}", f"datasets={tmp_path / 'data.txt'}", "device=cpu"]
+    values += ["tokenizer_name_or_path=none", "max_length=128", f"output_dir={tmp_path / 'run'}"]
+    found = command(str(group), *values, "--dry-run", code=_IN_A_GROUP)
+    assert found.returncode == 3, found.stderr
+    there = re.search(r"error: host memory: a step needs .* and ([0-9.]+) GB are there", found.stderr)
+    assert there is not None and float(there[1]) < 2
+    if hardware.available_host_bytes() > 3 * GB:  # the control: outside of the group more is there
+        outside = command(
+            *values, "--dry-run", code="import sys; from horizon_lm.cli import main; sys.exit(main())"
+        )
+        seen = re.search(r"and ([0-9.]+) GB are there", outside.stderr)
+        assert seen is None or float(seen[1]) > 2

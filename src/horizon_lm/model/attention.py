@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from torch._guards import detect_fake_mode
 
 Bounds = list[list[tuple[int, int]]]  # per row the (start, end) of its documents
 _BLOCK = 512  # queries of a window's block, at least
-_plans_write_out: ContextVar[bool] = ContextVar("plans_write_out", default=False)
 
 
 class IntervalMask(torch.Tensor):
@@ -75,16 +73,6 @@ def attention_by_intervals() -> Iterator[None]:
         AttentionMaskInterface.register("sdpa", was[1])
 
 
-@contextmanager
-def masks_written_out() -> Iterator[None]:
-    """While open, fake tensors get the boolean mask: for the plan of a model that reads its mask itself."""
-    token = _plans_write_out.set(True)
-    try:
-        yield
-    finally:
-        _plans_write_out.reset(token)
-
-
 def make_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """Of transformers' mask interface: intervals where they say it all, else what `sdpa` gets."""
     from transformers.masking_utils import sdpa_mask
@@ -93,8 +81,6 @@ def make_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
         tokens, window = kwargs["q_length"], kwargs.get("local_size")
         window = None if window is None or window >= tokens else int(window)
         if detect_fake_mode() is not None:  # no values to look at: planned for as one document a row
-            if _plans_write_out.get():
-                return sdpa_mask(**kwargs)
             return _planned(kwargs["batch_size"], tokens, window, kwargs.get("device", "cpu"))
         found = _find_intervals(
             kwargs["mask_function"], kwargs["batch_size"], tokens, window, kwargs.get("device", "cpu")
@@ -160,9 +146,13 @@ def _mask(starts: torch.Tensor, documents: Bounds, window: int | None) -> torch.
     return mask
 
 
-def _planned(batch: int, tokens: int, window: int | None, device: torch.device | str) -> torch.Tensor | None:
+def _planned(batch: int, tokens: int, window: int | None, device: torch.device | str) -> torch.Tensor:
+    """Without a window only a model asks that looks at the mask itself: one of the true shape, written out
+    where it is used, and so without bytes of its own."""
     if window is None:
-        return None
+        whole = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device).expand(batch, 1, tokens, tokens)
+        whole.sees_all_before = True  # type: ignore[attr-defined]
+        return whole
     starts = torch.zeros((batch, 1, 1, tokens), dtype=torch.int32, device=device)
     return _mask(starts, [[(0, tokens)]] * batch, window)
 
@@ -179,6 +169,8 @@ def attend(
     [batch, tokens, heads, size]."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if getattr(attention_mask, "sees_all_before", False):
+        attention_mask = None
     bounds: Bounds | None = getattr(attention_mask, "documents", None)
     if bounds is None or kwargs.get("position_bias") is not None:
         mask = _written_out(attention_mask)

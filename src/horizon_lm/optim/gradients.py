@@ -78,9 +78,14 @@ def _check(status: int, isa: str) -> None:
 
 
 def _add(total: torch.Tensor, gradient: torch.Tensor, begins: bool) -> None:
-    """Widened first, piece by piece: torch adds bf16 to fp32 element by element, ten times as slowly."""
+    """Widened first, piece by piece: torch adds bf16 to fp32 element by element, ten times as slowly.
+
+    Tensors without memory stand for the C++: one pass, whose bytes a plan counts."""
     if begins:
         total.copy_(gradient)
+        return
+    if type(total) is not torch.Tensor:
+        total.add_(gradient)
         return
     for part, piece in zip(total.split(_CHUNK), gradient.split(_CHUNK), strict=True):
         part.add_(piece.to(total.dtype))

@@ -86,7 +86,7 @@ def _measure(
                 key = op.kind, op.unit, op.policy
                 seconds.setdefault(key, []).append(end - start)
                 work[key] = costs.work_of(op)
-    return [Sample(work[key], statistics.median(values)) for key, values in seconds.items()]
+    return [Sample(work[key], min(values)) for key, values in seconds.items()]
 
 
 def fit_rates(samples: list[Sample]) -> tuple[dict[tuple[str, str], float], float]:
@@ -187,12 +187,15 @@ def link_rates(num_bytes: int = 1 << 28) -> tuple[float, float]:
     return up, down
 
 
-def measure(device: str = "cpu", clock: Clock = time.perf_counter, threads: int | None = None) -> Profile:
-    """The profile of this machine. clock: seconds; another one only for machines that are shared."""
+def measure(
+    device: str = "cpu", clock: Clock = time.perf_counter, threads: int | None = None, repeats: int = 5
+) -> Profile:
+    """The profile of this machine. clock: seconds; another one only for machines that are shared.
+    repeats: steps of each small model, of which the fastest counts."""
     import psutil
 
     cores = threads or usable_cores()
-    rates, operation = fit_rates(measure_layers(device, clock))
+    rates, operation = fit_rates(measure_layers(device, clock, repeats))
     is_cpu = device == "cpu"
     process, heap_share = process_memory(device)
     host = copy_rate(clock)

@@ -69,6 +69,10 @@ class Planner:
     def fits(self, config: TrainConfig) -> bool:
         return not fit.shortfalls(config, self.predict(config), self.limits)
 
+    def room_bytes(self, config: TrainConfig) -> int:
+        """What a run leaves of the memory that has least left; negative where it does not fit."""
+        return fit.room_bytes(config, self.predict(config), self.limits)
+
     # The space.
 
     def is_open(self, *keys: str) -> bool:

@@ -1,4 +1,4 @@
-"""Device bytes that live as long as a run."""
+"""Device bytes of the slots, which live as long as the run."""
 
 from __future__ import annotations
 

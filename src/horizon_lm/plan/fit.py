@@ -16,7 +16,7 @@ Predictor = Callable[[TrainConfig], Prediction]
 
 @dataclass(frozen=True)
 class Shortfall:
-    """memory: host, device or disk. All in bytes."""
+    """memory: host, device, locked or disk. All in bytes."""
 
     memory: str
     needed: int
@@ -36,14 +36,26 @@ def export_bytes(config: TrainConfig, prediction: Prediction) -> int:
 
 def shortfalls(config: TrainConfig, prediction: Prediction, limits: Limits) -> list[Shortfall]:
     """What does not fit, worst first."""
+    compared = _compare(config, prediction, limits)
+    return sorted((s for s in compared if s.bytes > 0), key=lambda s: -s.bytes)
+
+
+def room_bytes(config: TrainConfig, prediction: Prediction, limits: Limits) -> int:
+    """What is left of the memory that has least left; negative where something does not fit."""
+    return min(-s.bytes for s in _compare(config, prediction, limits))
+
+
+def _compare(config: TrainConfig, prediction: Prediction, limits: Limits) -> list[Shortfall]:
     host = prediction.host_bytes - (prediction.host["process"] if limits.here else 0)
     room = limits.host - int(config.reserve_host_gb * _GB)
     found = [Shortfall("host", host, room)]
     if limits.device is not None:
         found.append(Shortfall("device", prediction.device_bytes, limits.device))
+    if limits.pinned is not None:
+        found.append(Shortfall("locked", prediction.pinned_bytes, limits.pinned))
     if limits.disk is not None:
         found.append(Shortfall("disk", export_bytes(config, prediction), limits.disk))
-    return sorted((s for s in found if s.bytes > 0), key=lambda s: -s.bytes)
+    return found
 
 
 def check(config: TrainConfig, prediction: Prediction, limits: Limits, predictor: Predictor) -> None:
@@ -55,6 +67,12 @@ def check(config: TrainConfig, prediction: Prediction, limits: Limits, predictor
     if not found:
         return
     worst = found[0]
+    if worst.memory == "locked":
+        raise DoesNotFitError(
+            f"locked memory: a run pins {worst.needed / _GB:.2f} GB for the device, and CUDA pins no more "
+            f"than ulimit -l, {worst.available / _GB:.3f} GB: short by {worst.bytes / _GB:.2f} GB",
+            hint="ulimit -l unlimited (docker run --ulimit memlock=-1; LimitMEMLOCK=infinity for a service)",
+        )
     parts = prediction.host if worst.memory == "host" else prediction.device
     table = ""
     if worst.memory != "disk":

@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil
 
 _NO_LIMIT = 1 << 60
+_MOST_TRIED = 1 << 30  # bytes of locked memory
 
 
 def available_host_bytes() -> int:
@@ -84,11 +85,35 @@ def _process_limits() -> list[int]:
 
 
 def lockable_bytes() -> int | None:
-    """`ulimit -l`, the memory that this process may lock; None without a limit. CUDA pins through its driver
-    and is commonly not bound by it, so that this is a warning, never a refusal."""
+    """`ulimit -l`, the memory that this process may lock, in bytes; None without a limit."""
     try:
         import resource
     except ImportError:  # not a Unix
         return None
     soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     return None if soft == resource.RLIM_INFINITY else soft
+
+
+def pinnable_bytes() -> int | None:
+    """What may be pinned for a CUDA device, in bytes; None where nothing limits it.
+
+    Most drivers pin for the device without regard to `ulimit -l`, and the usual limit is 8 MB, so the driver
+    is asked: it pins a little more than the limit, or it does not. A limit above 1 GB is not tried and not
+    taken for one.
+    """
+    limit = lockable_bytes()
+    if limit is None or limit > _MOST_TRIED or pins_beyond(limit):
+        return None
+    return limit
+
+
+def pins_beyond(limit: int) -> bool:
+    """Whether CUDA pins more than `limit` bytes, tried with a megabyte more."""
+    from ..errors import DoesNotFitError
+    from ..memory import arena
+
+    try:
+        arena.allocate(limit + (1 << 20), pin=True)
+    except DoesNotFitError:
+        return False
+    return True

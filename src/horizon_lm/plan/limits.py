@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from .hardware import available_host_bytes, lockable_bytes
+from .hardware import available_host_bytes, pinnable_bytes
 from .profile import Profile
 
 # Of device memory, for what allocators lose between blocks and kernels take for themselves: neither is
@@ -41,5 +41,5 @@ class Limits:
         place = Path(folder).expanduser().absolute()
         while not place.exists():
             place = place.parent
-        pinned = lockable_bytes() if device.startswith("cuda") else None
+        pinned = pinnable_bytes() if device.startswith("cuda") else None
         return cls(available_host_bytes(), free, pinned, shutil.disk_usage(place).free, here=True)

@@ -19,7 +19,6 @@ from ..config import ModelSettings, TrainConfig
 from ..engine.policies import DTYPES
 from ..errors import ConfigError, HorizonError, UnsupportedModelError
 from ..memory.layout import UnitLayout
-from ..model.attention import masks_written_out
 from ..model.skeleton import Skeleton
 from .working_set import Ends, WorkingSet, ends_working_set, layer_working_set
 
@@ -102,31 +101,21 @@ class Outline:
         key = batch, tokens, loss_chunk
         if key not in self._measured:
             try:
-                try:
-                    self._measured[key] = self._measure(*key)
-                except (TypeError, AttributeError):  # it reads its mask itself, and there was none
-                    with masks_written_out():
-                        self._measured[key] = self._measure(*key)
+                ends = ends_working_set(self.skeleton, batch, tokens, loss_chunk, mode=self._mode)
+                layers = tuple(
+                    layer_working_set(self.skeleton, layer, batch, tokens, mode=self._mode)
+                    for layer in self._kinds
+                )
             except HorizonError:
                 raise
             except Exception as error:
-                raise self._cannot_run(error) from error
+                raise UnsupportedModelError(
+                    f"{self.skeleton.model_type} cannot be run without its weights, so nothing can be "
+                    f"predicted: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+                    hint="train it with skip_memory_check: true; the plan is then left out",
+                ) from error
+            self._measured[key] = Measures(batch, tokens, ends, layers)
         return self._measured[key]
-
-    def _measure(self, batch: int, tokens: int, loss_chunk: int) -> Measures:
-        ends = ends_working_set(self.skeleton, batch, tokens, loss_chunk, mode=self._mode)
-        layers = [
-            layer_working_set(self.skeleton, layer, batch, tokens, mode=self._mode) for layer in self._kinds
-        ]
-        return Measures(batch, tokens, ends, tuple(layers))
-
-    def _cannot_run(self, error: Exception) -> UnsupportedModelError:
-        reason = str(error).splitlines()[0] if str(error) else ""
-        return UnsupportedModelError(
-            f"{self.skeleton.model_type} cannot be run without its weights, so nothing can be predicted: "
-            f"{type(error).__name__}: {reason}",
-            hint="train it with skip_memory_check: true; the plan is then left out",
-        )
 
 
 def model_config(config: TrainConfig) -> Any:

@@ -45,6 +45,12 @@ class Prediction:
         return sum(self.host.get(name, 0) for name in names)
 
     @property
+    def pinned_bytes(self) -> int:
+        """Host bytes that a device with memory of its own copies from and to, and that are locked."""
+        names = ("weights", "grads", "grad_slabs", "boundary") if self.device else ()
+        return sum(self.host.get(name, 0) for name in names)
+
+    @property
     def device_bytes(self) -> int:
         return sum(self.device.values())
 

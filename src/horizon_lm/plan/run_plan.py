@@ -9,6 +9,8 @@ from ..config import TrainConfig
 from ..errors import ConfigError
 from . import fit
 from .choose import Choice, Planner
+from .grow import largest_that_fits
+from .hardware import lockable_bytes
 from .limits import Limits
 from .outline import Outline, model_config
 from .predict import Prediction
@@ -36,13 +38,17 @@ class RunPlan:
         """The largest micro-batch, sequence and number of layers that would still fit, one at a time."""
         planner, base = self.planner, self._leanest()
         found = {
-            "per_device_train_batch_size": _grow(
-                lambda n: planner.fits(base.replace(per_device_train_batch_size=n)),
+            "per_device_train_batch_size": largest_that_fits(
+                lambda n: planner.room_bytes(base.replace(per_device_train_batch_size=n)),
                 base.per_device_train_batch_size,
                 _MOST_ROWS,
             ),
-            "max_length": _grow(
-                lambda n: n > 1 and planner.fits(base.replace(max_length=n, per_device_train_batch_size=1)),
+            "max_length": largest_that_fits(
+                lambda n: (
+                    planner.room_bytes(base.replace(max_length=n, per_device_train_batch_size=1))
+                    if n > 1
+                    else -1
+                ),
                 base.max_length,
                 self._longest(),
             ),
@@ -56,11 +62,11 @@ class RunPlan:
         """The largest number of layers that would still fit; 0 when not even one does."""
         planner, base = self.planner, self._leanest()
 
-        def deep_enough(count: int) -> bool:
+        def room_of_deeper(count: int) -> int:
             deeper = Planner(planner.outline.with_layers(count), planner.profile, planner.limits)
-            return deeper.fits(base)
+            return deeper.room_bytes(base)
 
-        return _grow(deep_enough, planner.outline.num_layers, _MOST_LAYERS)
+        return largest_that_fits(room_of_deeper, planner.outline.num_layers, _MOST_LAYERS)
 
     def _leanest(self) -> TrainConfig:
         """The run with the choices that take least memory."""
@@ -103,26 +109,6 @@ class RunPlan:
         }
 
 
-def _grow(fits: Any, start: int, most: int) -> int:
-    """The largest number for which `fits` holds, to about 10 % and up to `most`; 0 when not even 1
-    does."""
-    low = start
-    while low >= 1 and not fits(low):
-        low //= 2
-    if low < 1:
-        return 0
-    high = min(2 * low, most)
-    while high > low and fits(high):
-        low, high = high, min(2 * high, most)
-    while high - low > max(1, low // 10):
-        middle = (low + high) // 2
-        if fits(middle):
-            low = middle
-        else:
-            high = middle
-    return low
-
-
 def plan_run(config: TrainConfig, hardware: str = "auto", pinned: frozenset[str] | None = None) -> RunPlan:
     """The plan of a run on this machine (`auto`), on a shipped one, or on one described by a file.
 
@@ -138,10 +124,11 @@ def plan_run(config: TrainConfig, hardware: str = "auto", pinned: frozenset[str]
     prediction = planner.predict(chosen)
     if not config.skip_memory_check:
         fit.check(chosen, prediction, limits, planner.predict)
-    if limits.pinned is not None and limits.pinned < prediction.host_bytes:
+    lockable = lockable_bytes() if limits.here else None
+    if lockable is not None and lockable < prediction.pinned_bytes:
         notes.append(
-            f"ulimit -l is {limits.pinned / 1e9:.2f} GB; CUDA commonly pins memory beyond it, and the "
-            "run says so when it cannot"
+            f"ulimit -l is {lockable / 1e9:.3f} GB and the run pins {prediction.pinned_bytes / 1e9:.2f} GB: "
+            "CUDA goes beyond the limit here; hint: ulimit -l unlimited where it stops"
         )
     return RunPlan(chosen, planner, prediction, _explain(config, chosen, planner), notes)
 

@@ -61,18 +61,13 @@ _ADDED: dict[Any, Callable[..., int]] = {
 
 
 class WorkMeter(TorchDispatchMode):
-    """While open, counts the operations of this thread.
-
-    What fake tensors cannot answer, for want of values, is answered so: a question with yes; which one (the
-    number of an expert) with the first; which of a row are not zero with all of them; which of a matrix
-    (an expert's tokens, in models that visit one expert after another) with an even share of them, among
-    as many experts as that row was long.
-    """
+    """While open, counts the operations of this thread. Questions about values, which fake tensors cannot
+    answer, are answered as for work that is shared out evenly: a bool is true, an index is the first, and a
+    mask that was cut out of a larger one selects its even share (an expert its share of the tokens)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.work: Work = Counter()
-        self._experts = 1
 
     def take(self) -> Work:
         """What was counted since the last call."""
@@ -81,11 +76,13 @@ class WorkMeter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            return True
         if func is aten._local_scalar_dense.default and not args[0].dtype.is_floating_point:
-            return args[0].dtype == torch.bool or 0
+            return 0
         if func is aten.nonzero.default:
-            out = self._nonzero(args[0])
-        elif func._overloadpacket is aten._grouped_mm and args[0].dtype == torch.float32:
+            return _even_share(args[0])
+        if func._overloadpacket is aten._grouped_mm and args[0].dtype == torch.float32:
             out = _grouped_output(*args, **kwargs)
         else:
             out = func(*args, **kwargs)
@@ -93,12 +90,12 @@ class WorkMeter(TorchDispatchMode):
             self.work[_kernel(func, args, kwargs, out)] += 1
         return out
 
-    def _nonzero(self, values: torch.Tensor) -> torch.Tensor:
-        if values.dim() == 1:
-            self._experts = count = values.numel()
-        else:
-            count = -(-values.numel() // self._experts)
-        return torch.empty((count, values.dim()), dtype=torch.long, device=values.device)
+
+def _even_share(mask: torch.Tensor) -> torch.Tensor:
+    """Places [n, dimensions] of a mask's true elements: all of them, or one in as many as it is parts of."""
+    whole = mask.untyped_storage().nbytes() // mask.itemsize
+    parts = max(1, whole // max(1, mask.numel()))
+    return torch.empty(-(-mask.numel() // parts), mask.dim(), dtype=torch.long, device=mask.device)
 
 
 _NO_WORK = {aten.empty, aten.empty_like, aten.empty_strided, aten.detach, aten._unsafe_view}

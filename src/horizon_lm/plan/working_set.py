@@ -193,7 +193,7 @@ def _head(skeleton: Skeleton, metered: _Metered, hidden: torch.Tensor, loss_chun
     for kernel, count in two.work.items():
         work[kernel] += (count - one.work[kernel]) * (chunks - 1)
     # What grows with the rows is the gradient that goes down to the last layer.
-    rest = max(0, rows - 2 * loss_chunk) * hidden.shape[-1] * hidden.itemsize
+    rest = max(0, rows - 2 * loss_chunk) * hidden[0, 0].numel() * hidden.itemsize
     return Pass(max(one.bytes, two.bytes) + rest, Work({k: n for k, n in work.items() if n > 0}))
 
 
@@ -201,7 +201,7 @@ def _head_on(skeleton: Skeleton, metered: _Metered, like: torch.Tensor, rows: in
     head = skeleton.head
     weights = metered.weights(skeleton, head)
     gradient = metered.gradient(skeleton, head) if skeleton.units[head].trainable_numel else None
-    hidden = torch.empty(1, rows, like.shape[-1], dtype=like.dtype, device=like.device)
+    hidden = torch.empty(1, rows, *like.shape[2:], dtype=like.dtype, device=like.device)
     targets = torch.zeros(1, rows, dtype=torch.long)
     metered.meter.take()
     before = metered.live.restart()
