@@ -200,7 +200,7 @@ def test_what_a_killed_run_left_is_swept_after_a_day(encoder: Encoder, tmp_path:
 
 
 def test_ctrl_c_ends_workers_without_a_word(encoder: Encoder, tmp_path: Path) -> None:
-    path = many(tmp_path, 60_000)
+    path = many(tmp_path, 600_000)
     program = f"""
 import sys
 from horizon_lm.data import tokenise
