@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import zoo
 from horizon_lm.config import ModelSettings
 from horizon_lm.errors import UnsupportedModelError
-from horizon_lm.optim.gradients import add_gradient
+from horizon_lm.optim.gradients import add_gradients
 from horizon_lm.plan.grow import largest_that_fits
 from horizon_lm.plan.outline import Outline
 from horizon_lm.plan.work import WorkMeter
@@ -85,9 +85,9 @@ def test_the_largest_is_found_in_few_looks(power: int, limit: int) -> None:
 
 
 def test_a_gradient_that_is_added_is_one_pass_in_a_plan() -> None:
-    """As the C++ makes it: reads both, writes one; in pieces it would be thousands of operations."""
+    """Reads it and the sum, writes the sum; in pieces it would be thousands of operations."""
     with FakeTensorMode(), WorkMeter() as meter:
         total, gradient = torch.empty(1 << 20), torch.empty(1 << 20, dtype=torch.bfloat16)
-        add_gradient(total, gradient)
+        add_gradients(total, gradient, gradient, begins=False)
     work = meter.take()
-    assert sum(work.values()) == 1 and next(iter(work)).bytes == (1 << 20) * (4 + 4 + 2)
+    assert sum(work.values()) == 2 and next(iter(work)).bytes == (1 << 20) * (4 + 4 + 2)
