@@ -16,6 +16,7 @@ import xxhash
 PIECE_BYTES = 16 << 20  # written between two looks at whether the checkpoint is still wanted
 _BLOCK = 4096  # bytes: where direct writes have to begin and end
 _DIRECT = getattr(os, "O_DIRECT", 0)
+_spare: list[np.ndarray] = []  # the buffer of the last file: a new one costs a page fault for every 4 KB
 
 
 class Disk:
@@ -79,7 +80,7 @@ class HashedFile:
         self._hash = xxhash.xxh3_128()
         self.size = 0
         self._file = disk.create(path)
-        self._buffer = np.frombuffer(mmap.mmap(-1, disk.buffer_bytes), dtype=np.uint8)  # a page aligned one
+        self._buffer = _take_buffer(disk.buffer_bytes)
         self._filled = 0
         self.is_direct = False
         with suppress(OSError):
@@ -99,6 +100,8 @@ class HashedFile:
             self._flush()
         finally:
             os.close(self._file)
+            if not _spare:
+                _spare.append(self._buffer)
         return self.size, self._hash.hexdigest()
 
     def _flush(self) -> None:
@@ -127,6 +130,14 @@ class HashedFile:
         flags = fcntl.fcntl(self._file, fcntl.F_GETFL) & ~_DIRECT
         fcntl.fcntl(self._file, fcntl.F_SETFL, flags | (_DIRECT if wanted else 0))
         self.is_direct = wanted and bool(_DIRECT)
+
+
+def _take_buffer(num_bytes: int) -> np.ndarray:
+    """Page-aligned bytes."""
+    spare = _spare.pop() if _spare else None
+    if spare is not None and len(spare) == num_bytes:
+        return spare
+    return np.frombuffer(mmap.mmap(-1, num_bytes), dtype=np.uint8)
 
 
 def checksum(data: bytes) -> str:
