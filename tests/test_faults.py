@@ -31,8 +31,9 @@ from horizon_lm.checkpoint.disk import Disk
 from horizon_lm.checkpoint.folder import list_checkpoints
 from horizon_lm.config import TrainConfig
 from horizon_lm.engine import lanes as lanes_module
+from horizon_lm.engine.disk_lane import DiskLane
 from horizon_lm.engine.engine import Engine
-from horizon_lm.engine.lanes import AdversarialLanes, CudaLanes, DiskLane, InlineLanes
+from horizon_lm.engine.lanes import AdversarialLanes, CudaLanes, InlineLanes
 from horizon_lm.errors import ConfigError, DoesNotFitError, LossSpikeError, NonFiniteError
 from horizon_lm.plan.smaller import next_smaller
 from horizon_lm.run import sample, saver

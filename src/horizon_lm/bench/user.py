@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import ConfigError
-from ..run.host_model import resolve_device
+from ..run.device import resolve_device
 from .figures import peak_of
 from .jobs import OURS, TORCH, Row, measure
 from .models import work_of

@@ -1,4 +1,4 @@
-"""The executors of a schedule. The only file that knows streams, events and threads.
+"""The executors of a schedule: streams, events, and the lanes' threads.
 
 All run the same ops with the same derived waits (`W`, the writing of a checkpoint, on a `DiskLane`):
 
@@ -12,8 +12,8 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Protocol
@@ -21,7 +21,8 @@ from typing import Protocol
 import torch
 
 from ..errors import ConfigError
-from ..schedule import Buffer, Lane, Op
+from ..schedule import Lane, Op
+from .disk_lane import DiskLane
 
 Execute = Callable[[int], None]
 Waits = Sequence[tuple[int, ...]]
@@ -45,107 +46,6 @@ def in_op(error: BaseException, op: Op, ended: Sequence[Op]) -> None:
         note += ", after " + " ".join(str(other) for other in ended[-8:])
     if not any(earlier.startswith("in op ") for earlier in getattr(error, "__notes__", ())):
         error.add_note(note)  # else it comes from the disk lane, and arose in the op that is noted
-
-
-class DiskLane:
-    """One thread for ops that write host memory to files. They outlive the run that they belong to: the
-    steps after it go on, and an op that writes what one of them reads waits for it, whichever step it is of.
-
-    patience_seconds: how long such a wait may take, as a disk may hang for ever. After it `give_up` is
-    called, and what was queued is forgotten: what it would have written must not be used.
-    """
-
-    def __init__(self, patience_seconds: float = 600.0) -> None:
-        self.patience_seconds = patience_seconds
-        self.give_up: Callable[[], None] = lambda: None
-        self._change = threading.Condition()
-        self._queue: deque[tuple[frozenset[Buffer], Callable[[], None]]] = deque()
-        self._reading: Counter[Buffer] = Counter()
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
-
-    @property
-    def is_idle(self) -> bool:
-        return self._thread is None
-
-    def submit(self, reads: frozenset[Buffer], work: Callable[[], None]) -> None:
-        """Do `work` after what was submitted before; until it is done, nothing may write to `reads`. What
-        follows a failure that nobody has seen yet is forgotten like what was queued behind it."""
-        with self._change:
-            if self._failure is not None:
-                return
-            self._queue.append((reads, work))
-            self._reading.update(reads)
-            if self._thread is None:  # it ends when there is nothing left to do
-                self._thread = threading.Thread(target=self._work, name="horizon-disk", daemon=True)
-                self._thread.start()
-
-    def settle(self, writes: Iterable[Buffer]) -> None:
-        """Wait until nothing that was submitted reads any of `writes`. Raises what went wrong in a work."""
-        if self._thread is None and self._failure is None:  # nearly always
-            return
-        wanted = frozenset(writes)
-        self._wait(lambda: not any(self._reading[buffer] for buffer in wanted))
-
-    def drain(self) -> None:
-        """Wait until all that was submitted is done. Raises what went wrong in a work."""
-        self._wait(lambda: self._thread is None)
-
-    def clear(self) -> None:
-        """Forget what is queued, wait for what is being done, and drop what went wrong in it: for a step
-        that has failed already, and whose checkpoint is given up."""
-        with self._change:
-            while len(self._queue) > 1:
-                reads, _ = self._queue.pop()
-                self._reading.subtract(reads)
-            self._change.wait_for(lambda: self._thread is None, self.patience_seconds)
-            self._forget()
-            self._failure = None
-
-    def _wait(self, done: Callable[[], bool]) -> None:
-        with self._change:
-            in_time = self._change.wait_for(
-                lambda: done() or self._failure is not None, self.patience_seconds
-            )
-            if not in_time:
-                self._forget()
-            failure, self._failure = self._failure, None
-        if not in_time:
-            self.give_up()
-        if failure is not None:
-            raise failure
-
-    def _forget(self) -> None:
-        self._queue.clear()
-        self._reading.clear()
-        self._thread = None  # if it ever comes back, it finds that it is no longer the one, and ends
-
-    def _work(self) -> None:
-        me = threading.current_thread()
-        while True:
-            with self._change:
-                if self._thread is not me:
-                    return
-                if not self._queue:
-                    self._thread = None
-                    self._change.notify_all()
-                    return
-                reads, work = self._queue[0]
-            try:
-                work()
-            except BaseException as error:  # surfaces in the thread that waits next
-                with self._change:
-                    if self._thread is me:
-                        self._failure = error
-                        self._forget()
-                        self._change.notify_all()
-                return
-            with self._change:
-                if self._thread is not me:
-                    return
-                self._queue.popleft()
-                self._reading.subtract(reads)
-                self._change.notify_all()
 
 
 class Lanes(Protocol):

@@ -12,7 +12,7 @@ import torch
 from ..data.chat import ChatTemplate
 from ..data.tokenizer import load_tokenizer
 from ..errors import ConfigError, DataError
-from .host_model import resolve_device
+from .device import resolve_device
 from .quiet import quiet_transformers
 
 if TYPE_CHECKING:

@@ -36,6 +36,7 @@ from ..model.skeleton import Skeleton
 from ..optim.groups import check_patterns, group_rule, segments
 from ..optim.optimizer import Optimizer, UpdateSettings
 from ..plan.preflight import check_host_memory
+from .device import resolve_device
 from .export import save_model
 from .micro_batches import check_micro_batches
 from .outputs import EvaluationOutput, ForwardBackwardOutput, StepOutput, TrainStepOutput
@@ -293,9 +294,7 @@ class HostModel:
         """
         batches = check_micro_batches(micro_batches, self.skeleton)
         step = self.engine.evaluate(batches, record=record)
-        log_probs = None
-        if return_log_probs:
-            log_probs = [step.log_probs[m].cpu() for m in range(len(batches))]
+        log_probs = [step.log_probs[m].cpu() for m in range(len(batches))] if return_log_probs else None
         return EvaluationOutput(step.loss, step.num_tokens, log_probs)
 
     @property
@@ -398,22 +397,3 @@ def make_optimizer(skeleton: Skeleton, settings: ModelSettings) -> Optimizer:
         tuple(segments(unit, rule) for unit in skeleton.units),
         None if settings.optimizer_threads == "auto" else settings.optimizer_threads,
     )
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device, or the CPU. Raises ConfigError for a device that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError(
-                f"device={name!r}, but torch sees no CUDA device", hint="device: cpu, or check the driver"
-            )
-        index = device.index if device.index is not None else torch.cuda.current_device()
-        if index >= torch.cuda.device_count():
-            raise ConfigError(
-                f"device={name!r}, but there are {torch.cuda.device_count()}", hint="device: cuda:0"
-            )
-        device = torch.device("cuda", index)
-    return device

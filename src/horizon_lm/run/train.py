@@ -5,33 +5,34 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..config import ModelSettings, TrainConfig
-from ..data import StreamLoader, TrainingData, load_training_data
+from ..data import TrainingData, load_training_data
 from ..data.chat import without_marks
 from ..data.documents import check_exists
 from ..data.training_data import pad_id
 from ..errors import ConfigError, DataError, DoesNotFitError, NonFiniteError
 from ..optim.curves import learning_rates
 from ..plan.smaller import next_smaller
-from . import sample
+from . import describe, sample
 from .card import model_card
+from .describe import TrainResult
+from .device import resolve_device
 from .evaluation import Evaluator
-from .flops import FORMULA, measure_peak
+from .flops import measure_peak
 from .folder import RunFolder, check_disk, claim
 from .guard import LossGuard
-from .host_model import HostModel, resolve_device
+from .host_model import HostModel
 from .loggers import Loggers, check_installed
 from .loop import count_steps, recorded_step
-from .metrics import Meter, Metrics, MetricsFile, read_evaluations, read_steps, versions
+from .metrics import Meter, Metrics, MetricsFile, read_evaluations, versions
 from .planning import settle
 from .plot import plot_loss
-from .progress import Progress, choose_progress, clock, number, say, size
+from .progress import Progress, choose_progress, say
 from .quiet import quiet_transformers
 from .reports import Reports
 from .resume import Resume, find, restore, wants_own_folder
@@ -44,26 +45,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ..plan.run_plan import RunPlan
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """final_loss: of the last line of metrics_path; tail_loss: mean over the last tenth of its lines,
-    as single steps are noisy. eval_loss: at the end, None without anything to evaluate on. num_tokens: real
-    tokens, without padding. seconds: in steps, without loading, evaluation and export.
-
-    model_dir holds the trained model and its tokenizer in Hugging Face format.
-    """
-
-    final_loss: float
-    tail_loss: float
-    eval_loss: float | None
-    num_steps: int
-    num_tokens: int
-    seconds: float
-    output_dir: Path
-    model_dir: Path
-    metrics_path: Path
 
 
 def train(config: TrainConfig, *, config_notes: Sequence[str] = ()) -> TrainResult:
@@ -88,9 +69,9 @@ def train(config: TrainConfig, *, config_notes: Sequence[str] = ()) -> TrainResu
         resume = find(asked, folder, progress.warn)
         progress.stage("reading the data")
         data = load_training_data(config)
-        progress.stage(describe_data(data))
+        progress.stage(describe.about_data(data))
         model = build_model(config, data.tokenizer)
-        progress.stage(describe_model(model))
+        progress.stage(describe.about_model(model))
         check_together(config, data, model)
         check_separation(model, data.rows)
         check_disk(
@@ -108,13 +89,15 @@ def train(config: TrainConfig, *, config_notes: Sequence[str] = ()) -> TrainResu
             extra=lambda target: _save_beside(config, data, model, last, target),
         )
         if config.plot_loss:
-            plot_loss(folder.metrics, folder.picture, title=_title(config, model, last, folder.metrics))
+            plot_loss(
+                folder.metrics, folder.picture, title=describe.title(config, model, last, folder.metrics)
+            )
         completion = _sample(config, folder, data, model)
     evaluations = read_evaluations(folder.metrics)
     result = TrainResult(
         final_loss=last.loss,
         eval_loss=evaluations[-1]["eval_loss"] if evaluations else None,
-        tail_loss=tail_loss(folder.metrics),
+        tail_loss=describe.tail_loss(folder.metrics),
         num_steps=last.step,
         num_tokens=last.num_tokens,
         seconds=last.seconds,
@@ -122,7 +105,7 @@ def train(config: TrainConfig, *, config_notes: Sequence[str] = ()) -> TrainResu
         model_dir=folder.model,
         metrics_path=folder.metrics,
     )
-    say(f"\n{completion}\n\n{_summary(config, folder, result)}")
+    say(f"\n{completion}\n\n{describe.summary(config, folder, result)}")
     return result
 
 
@@ -164,7 +147,7 @@ def _run_steps(
     # The folder becomes this run's with the first step that is done; see `claim` for runs without one.
     in_place = resume is not None and resume.in_place
     settings = asked.to_yaml()
-    header = _header(config, config_notes, data, model, num_steps, peak)
+    header = describe.header(config, config_notes, data, model, num_steps, peak)
     if plan is not None:
         header["plan"] = plan.to_dict()
     file = MetricsFile(
@@ -316,82 +299,8 @@ def _save_beside(
     (target / "README.md").write_text(card, encoding="utf-8")
 
 
-def describe_data(data: TrainingData) -> str:
-    """What was read, what became of it, and what was left out, in words."""
-    counts, rows = data.store.counts, data.rows
-    formats = ", ".join(sorted({str(f) for f in counts.formats if f is not None}))
-    what = f"data: {counts.num_documents:,} documents ({formats}), {counts.num_tokens:,} tokens"
-    if counts.num_trained < counts.num_tokens:
-        what += f", {counts.num_trained:,} of them trained on"
-    if isinstance(data.loader, StreamLoader):
-        return f"{what} in the first window of the stream"
-    what += " (from the cache)" if data.was_cached else ""
-    lines = [f"{what}, {len(rows):,} sequences of {rows.max_length}, {rows.fill:.1%} full ({rows.strategy})"]
-    left = rows.left
-    if left.documents:
-        lines.append(
-            f"data: {left.documents:,} documents left out: longer than max_length, or nothing to train on"
-        )
-    if left.truncated:
-        lines.append(f"data: {left.truncated:,} documents longer than max_length were cut")
-    if counts.num_bad:
-        lines.append(f"data: {counts.num_bad:,} bad rows left out; the first: {counts.bad_rows[0]}")
-    if data.eval_rows is not None:
-        lines.append(f"evaluation: {len(data.eval_rows):,} sequences, {data.eval_rows.num_tokens:,} tokens")
-    return "\n".join(lines)
-
-
-def describe_model(model: HostModel) -> str:
-    store = sum(model.store.num_bytes.values())
-    return (
-        f"model: {model.config.model_type}, {model.num_parameters / 1e6:,.1f} M parameters, "
-        f"{model.settings.dtype} on {model.device}, {size(store)} in host memory"
-    )
-
-
-def _header(
-    config: TrainConfig,
-    notes: Sequence[str],
-    data: TrainingData,
-    model: HostModel,
-    num_steps: int,
-    peak: float,
-) -> dict[str, Any]:
-    is_cuda = model.device.type == "cuda"
-    return {
-        "run_name": config.run_name,
-        "versions": versions(),
-        "device": torch.cuda.get_device_name(model.device) if is_cuda else "cpu",
-        "num_threads": torch.get_num_threads(),
-        "model_type": model.config.model_type,
-        "num_parameters": model.num_parameters,
-        "num_sequences": len(data.rows),
-        "max_length": data.rows.max_length,
-        "packing": data.rows.strategy,
-        "fill": data.rows.fill,
-        "peak_flops": peak,
-        "peak_from": "a matrix product" if config.peak_tflops is None else "peak_tflops",
-        "mfu_formula": FORMULA,
-        "num_steps": num_steps,
-        "notes": list(notes),
-    }
-
-
 def _export_dtype(config: TrainConfig) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.save_dtype or config.dtype]
-
-
-def tail_loss(metrics: Path) -> float:
-    """Mean loss over the last tenth of the recorded steps that were finite."""
-    losses = [line["loss"] for line in read_steps(metrics) if line["loss"] is not None]
-    tail = losses[-max(1, len(losses) // 10) :]
-    return sum(tail) / len(tail) if tail else float("nan")
-
-
-def _title(config: TrainConfig, model: HostModel, last: Metrics, metrics: Path) -> str:
-    name = config.run_name or Path(config.output_dir).name
-    what = f"{model.config.model_type}, {model.num_parameters / 1e6:,.1f} M parameters"
-    return f"{name}: {what}, {last.num_tokens:,} tokens, loss {number(tail_loss(metrics))}"
 
 
 def _sample(config: TrainConfig, folder: RunFolder, data: TrainingData, model: HostModel) -> str:
@@ -409,26 +318,7 @@ def _sample(config: TrainConfig, folder: RunFolder, data: TrainingData, model: H
         trust_remote_code=config.trust_remote_code,
         special_tokens=not is_chat,
     )
-    return f"{_quoted('sample prompt', made.prompt)}\n{_quoted('completion', made.completion)}"
-
-
-def _quoted(title: str, text: str) -> str:
-    return "\n".join([title, *(f"  | {line}" for line in text.splitlines() or [""])])
-
-
-def _summary(config: TrainConfig, folder: RunFolder, result: TrainResult) -> str:
-    speed = result.num_tokens / result.seconds
-    lines = [
-        f"trained {result.num_steps:,} steps on {result.num_tokens:,} tokens in {clock(result.seconds)} "
-        f"({speed:,.0f} tokens/s), loss {number(result.tail_loss)} (mean of the last tenth)",
-        *([f"evaluation loss {number(result.eval_loss)}"] if result.eval_loss is not None else []),
-        f"  model       {folder.model}",
-        f"  metrics     {folder.metrics}",
-        f"  settings    {folder.settings}",
-    ]
-    if config.plot_loss:
-        lines.append(f"  loss curve  {folder.picture}")
-    return "\n".join(lines)
+    return describe.completion(made)
 
 
 @contextmanager

@@ -1,0 +1,137 @@
+"""A run in words: what was read, what is trained, what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import TrainConfig
+from ..data import StreamLoader, TrainingData
+from .flops import FORMULA
+from .folder import RunFolder
+from .host_model import HostModel
+from .metrics import Metrics, read_steps, versions
+from .progress import clock, number, size
+from .sample import Sample
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """final_loss: of the last line of metrics_path; tail_loss: mean over the last tenth of its lines,
+    as single steps are noisy. eval_loss: at the end, None without anything to evaluate on. num_tokens: real
+    tokens, without padding. seconds: in steps, without loading, evaluation and export.
+
+    model_dir holds the trained model and its tokenizer in Hugging Face format.
+    """
+
+    final_loss: float
+    tail_loss: float
+    eval_loss: float | None
+    num_steps: int
+    num_tokens: int
+    seconds: float
+    output_dir: Path
+    model_dir: Path
+    metrics_path: Path
+
+
+def about_data(data: TrainingData) -> str:
+    """What was read, what became of it, and what was left out, in words."""
+    counts, rows = data.store.counts, data.rows
+    formats = ", ".join(sorted({str(f) for f in counts.formats if f is not None}))
+    what = f"data: {counts.num_documents:,} documents ({formats}), {counts.num_tokens:,} tokens"
+    if counts.num_trained < counts.num_tokens:
+        what += f", {counts.num_trained:,} of them trained on"
+    if isinstance(data.loader, StreamLoader):
+        return f"{what} in the first window of the stream"
+    what += " (from the cache)" if data.was_cached else ""
+    lines = [f"{what}, {len(rows):,} sequences of {rows.max_length}, {rows.fill:.1%} full ({rows.strategy})"]
+    left = rows.left
+    if left.documents:
+        lines.append(
+            f"data: {left.documents:,} documents left out: longer than max_length, or nothing to train on"
+        )
+    if left.truncated:
+        lines.append(f"data: {left.truncated:,} documents longer than max_length were cut")
+    if counts.num_bad:
+        lines.append(f"data: {counts.num_bad:,} bad rows left out; the first: {counts.bad_rows[0]}")
+    if data.eval_rows is not None:
+        lines.append(f"evaluation: {len(data.eval_rows):,} sequences, {data.eval_rows.num_tokens:,} tokens")
+    return "\n".join(lines)
+
+
+def about_model(model: HostModel) -> str:
+    store = sum(model.store.num_bytes.values())
+    return (
+        f"model: {model.config.model_type}, {model.num_parameters / 1e6:,.1f} M parameters, "
+        f"{model.settings.dtype} on {model.device}, {size(store)} in host memory"
+    )
+
+
+def header(
+    config: TrainConfig,
+    notes: Sequence[str],
+    data: TrainingData,
+    model: HostModel,
+    num_steps: int,
+    peak: float,
+) -> dict[str, Any]:
+    is_cuda = model.device.type == "cuda"
+    return {
+        "run_name": config.run_name,
+        "versions": versions(),
+        "device": torch.cuda.get_device_name(model.device) if is_cuda else "cpu",
+        "num_threads": torch.get_num_threads(),
+        "model_type": model.config.model_type,
+        "num_parameters": model.num_parameters,
+        "num_sequences": len(data.rows),
+        "max_length": data.rows.max_length,
+        "packing": data.rows.strategy,
+        "fill": data.rows.fill,
+        "peak_flops": peak,
+        "peak_from": "a matrix product" if config.peak_tflops is None else "peak_tflops",
+        "mfu_formula": FORMULA,
+        "num_steps": num_steps,
+        "notes": list(notes),
+    }
+
+
+def tail_loss(metrics: Path) -> float:
+    """Mean loss over the last tenth of the recorded steps that were finite."""
+    losses = [line["loss"] for line in read_steps(metrics) if line["loss"] is not None]
+    tail = losses[-max(1, len(losses) // 10) :]
+    return sum(tail) / len(tail) if tail else float("nan")
+
+
+def title(config: TrainConfig, model: HostModel, last: Metrics, metrics: Path) -> str:
+    name = config.run_name or Path(config.output_dir).name
+    what = f"{model.config.model_type}, {model.num_parameters / 1e6:,.1f} M parameters"
+    return f"{name}: {what}, {last.num_tokens:,} tokens, loss {number(tail_loss(metrics))}"
+
+
+def completion(made: Sample) -> str:
+    """What the model answered, and to what."""
+    return f"{_quoted('sample prompt', made.prompt)}\n{_quoted('completion', made.completion)}"
+
+
+def _quoted(title: str, text: str) -> str:
+    return "\n".join([title, *(f"  | {line}" for line in text.splitlines() or [""])])
+
+
+def summary(config: TrainConfig, folder: RunFolder, result: TrainResult) -> str:
+    speed = result.num_tokens / result.seconds
+    lines = [
+        f"trained {result.num_steps:,} steps on {result.num_tokens:,} tokens in {clock(result.seconds)} "
+        f"({speed:,.0f} tokens/s), loss {number(result.tail_loss)} (mean of the last tenth)",
+        *([f"evaluation loss {number(result.eval_loss)}"] if result.eval_loss is not None else []),
+        f"  model       {folder.model}",
+        f"  metrics     {folder.metrics}",
+        f"  settings    {folder.settings}",
+    ]
+    if config.plot_loss:
+        lines.append(f"  loss curve  {folder.picture}")
+    return "\n".join(lines)
