@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -11,3 +12,24 @@ import pytest
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tokens that tests keep lie in a place of their own, and go with it."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """The models of tests are so small that more threads only wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def no_samples() -> Iterator[None]:
+    """Runs end without writing a text, for which the model would be loaded once more."""
+    from horizon_lm.run import sample
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "reason_to_skip", lambda folder: "tests")
+        yield

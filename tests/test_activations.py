@@ -53,12 +53,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 Gradients = dict[str, torch.Tensor]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def source(name: str, layers: int = LAYERS) -> Any:

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from horizon_lm import cli
 from horizon_lm.checkpoint.disk import Disk
 from horizon_lm.checkpoint.manifest import Manifest
 from horizon_lm.checkpoint.writer import CheckpointWriter
-from horizon_lm.run import sample
 from horizon_lm.run.card import model_card
 from horizon_lm.run.host_model import HostModel
 from horizon_lm.run.resume import saved_buffers
@@ -33,14 +31,7 @@ from small_runs import settings, write_text
 MODELS = ["llama", "gpt2", "gemma3_text", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "phimoe"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "reason_to_skip", lambda folder: "tests")
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread", "no_samples")
 
 
 def contents(folder: Path) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from horizon_lm.engine.engine import Engine
 from horizon_lm.engine.lanes import AdversarialLanes, CudaLanes, InlineLanes
 from horizon_lm.errors import ConfigError, DoesNotFitError, LossSpikeError, NonFiniteError
 from horizon_lm.plan.smaller import next_smaller
-from horizon_lm.run import sample, saver
+from horizon_lm.run import saver
 from horizon_lm.run.guard import LossGuard
 from horizon_lm.run.host_model import HostModel
 from horizon_lm.run.metrics import read_steps
@@ -59,14 +59,7 @@ KILLS = 200 if SOAK else 20
 SECONDS = 10.0  # within which a fault must surface
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "reason_to_skip", lambda folder: "tests")
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread", "no_samples")
 
 
 @pytest.fixture(scope="module")

@@ -29,12 +29,7 @@ MODELS = {"llama": "float32", "gpt2": "bfloat16", "mixtral-aux": "float32"}
 Bits = dict[str, torch.Tensor]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def host_model(name: str, lanes: str, frozen: tuple[str, ...] = (), **settings: Any) -> HostModel:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import torch
 from horizon_lm import cli
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import CheckpointError, ConfigError, DataError, StoppedError
-from horizon_lm.run import sample
 from horizon_lm.run.host_model import HostModel, TrainStepOutput
 from horizon_lm.run.resume import FIXED, FREE
 from horizon_lm.run.train import train
@@ -25,14 +23,7 @@ from small_runs import GPT2_DROPOUT, losses_of, place_of, settings, tensors_of, 
 STEPS = 20
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "reason_to_skip", lambda folder: "tests")
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread", "no_samples")
 
 
 @pytest.fixture(scope="module")

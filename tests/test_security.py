@@ -10,12 +10,11 @@ import random
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import horizon_lm
@@ -24,7 +23,6 @@ from horizon_lm.checkpoint.disk import checksum
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import ConfigError, DataError
 from horizon_lm.model.loading import load_model
-from horizon_lm.run import sample
 from horizon_lm.run.train import train
 from small_runs import settings, values, write_text
 from test_checkpoint import resealed
@@ -33,14 +31,7 @@ SOURCE = Path(horizon_lm.__file__).parent
 FUZZED = 1050
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "reason_to_skip", lambda folder: "tests")
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread", "no_samples")
 
 
 @pytest.fixture(scope="module")

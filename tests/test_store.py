@@ -26,12 +26,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 LOWER_HALVES = torch.arange(1 << 16, dtype=torch.int64)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # The split master.

@@ -6,8 +6,7 @@ import errno
 import io
 import json
 import math
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
+import small_runs
 from horizon_lm import cli
 from horizon_lm.config import TrainConfig
 from horizon_lm.data import TokenLoader, load_training_data
@@ -63,21 +63,7 @@ STEP_KEYS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The models are so small that more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def write_text(path: Path, sentences: int = 600) -> Path:
-    """Sentences that a model can learn something about in a few steps."""
-    rng = random.Random(0)
-    words = ["the", "store", "holds", "every", "weight", "while", "one", "layer", "visits", "a", "device"]
-    path.write_text("\n".join(" ".join(rng.choices(words, k=9)) + "." for _ in range(sentences)))
-    return path
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def settings(text: Path, output_dir: Path, **changes: Any) -> TrainConfig:
@@ -128,7 +114,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[HostModel]:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("data") / "text.txt")
+    return small_runs.write_text(tmp_path_factory.mktemp("data") / "text.txt", sentences=600)
 
 
 @pytest.fixture(scope="module")

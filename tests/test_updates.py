@@ -23,12 +23,7 @@ MODELS = {"llama": "float32", "gpt2": "bfloat16", "mixtral-aux": "bfloat16"}
 State = dict[str, torch.Tensor]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def host(name: str, **settings: Any) -> hz.HostModel:

@@ -22,12 +22,7 @@ ZERO_GRADIENT = re.compile(r"^model\.layers\.\d+\.mlp\.router\.weight$")
 NO_PLAIN_BF16 = {"inkling2_text"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @functools.cache
