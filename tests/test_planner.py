@@ -26,7 +26,7 @@ from horizon_lm.plan.outline import Outline, model_config
 from horizon_lm.plan.predict import predict
 from horizon_lm.plan.profile import Profile, load_profile, read_profile, shipped
 from horizon_lm.plan.run_plan import RunPlan, plan_run
-from horizon_lm.plan.work import Kernel, Work, WorkMeter
+from horizon_lm.plan.work import KINDS, Kernel, Work, WorkMeter
 from horizon_lm.schedule import Buffer, StepPlan, build, simulate
 
 GB = 10**9
@@ -211,21 +211,29 @@ def test_work_is_counted_by_operation() -> None:
     assert kernel_seconds(Kernel("elementwise", "bfloat16", 0, int(4e12)), profile) == pytest.approx(1.0)
 
 
+def test_attention_is_counted_forward_and_backward() -> None:
+    """They take different times for a FLOP. torch counts 2 products forward and 5 backward."""
+    query = torch.ones(2, 3, 16, 8, requires_grad=True)
+    with WorkMeter() as meter:
+        torch.nn.functional.scaled_dot_product_attention(query, query, query).sum().backward()
+    flops = {kernel.kind: kernel.flops for kernel in meter.take() if kernel.flops}
+    product = 2 * 2 * 3 * 16 * 16 * 8
+    assert flops == {"attention": 2 * product, "attention_backward": 5 * product}
+    profile = load_profile("cpu-2core")
+    times = [kernel_seconds(Kernel(kind, "float32", 10**12, 0), profile) for kind in flops]
+    assert times[0] != times[1] and set(KINDS) <= set(Profile.model_fields)
+
+
 def test_rates_are_found_from_samples() -> None:
-    kinds = [
-        ("matmul", "float32"),
-        ("matmul", "bfloat16"),
-        ("elementwise", "float32"),
-        ("elementwise", "bfloat16"),
-    ]
-    true = dict(zip(kinds, (1e-11, 2e-12, 1e-10, 3e-10), strict=True))
+    kinds = [(kind, dtype) for kind in KINDS for dtype in ("float32", "bfloat16")]
+    true = dict(zip(kinds, (1e-11, 2e-12, 3e-11, 4e-12, 5e-11, 6e-12, 1e-10, 3e-10), strict=True))
     samples = []
     for i in range(1, 25):
         work: Work = Work()
         seconds = 0.0
         for j, (kind, dtype) in enumerate(kinds):
-            amount = 10**6 * (1 + (i * 7 + j * 13) % 11)
-            kernel = Kernel(kind, dtype, amount if kind == "matmul" else 0, amount)
+            amount = 10**6 * (1 + (i * 7 + j * 13 + i * i * j) % 11)
+            kernel = Kernel(kind, dtype, 0 if kind == "elementwise" else amount, amount)
             work[kernel] += i
             seconds += i * (amount * true[kind, dtype] + 5e-6)
         samples.append(calibrate.Sample(work, seconds))

@@ -17,20 +17,15 @@ from ..schedule.step_plan import KEEP
 from .device import slot_bytes
 from .outline import Measures, Outline
 from .profile import Profile
-from .work import ATTENTION, MATMUL, Kernel, Work
+from .work import Kernel, Work
 from .working_set import Pass
 
 DEVICE, HOST = "device", "host"
 
 
 def kernel_seconds(kernel: Kernel, profile: Profile) -> float:
-    """One operation: arithmetic or memory, whichever takes longer, and what any operation takes."""
-    memory = kernel.bytes / profile.elementwise.of(kernel.dtype)
-    if kernel.kind == MATMUL:
-        memory = kernel.flops / profile.matmul.of(kernel.dtype)
-    elif kernel.kind == ATTENTION:
-        memory = kernel.flops / profile.attention.of(kernel.dtype)
-    return memory + profile.operation_seconds
+    """One operation: its arithmetic or its memory, and what any operation takes."""
+    return kernel.amount / profile.rates(kernel.kind).of(kernel.dtype) + profile.operation_seconds
 
 
 def work_seconds(work: Work, profile: Profile) -> float:

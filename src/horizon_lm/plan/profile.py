@@ -37,12 +37,12 @@ class Rates(BaseModel):
 class Profile(BaseModel):
     """Sizes in bytes, rates a second. Every key has an entry in `sources`.
 
-    matmul, attention: FLOPs as torch counts them (attention without regard to causality); elementwise: bytes
-    read and written; operation_seconds: what any operation takes at least. h2d, d2h: while both are at
-    work. optimizer: bytes that the update on the host reads and writes; host: of a copy in host memory.
-    process_bytes: a process with torch and transformers before it has a model; heap_share: what the C
-    library's heap takes beyond what is alive in it, as a share of that (where the device is the CPU).
-    context_bytes: what the device's driver and libraries take.
+    matmul, attention, attention_backward: FLOPs as torch counts them (attention without regard to
+    causality); elementwise: bytes read and written; operation_seconds: what any operation takes at least.
+    h2d, d2h: while both are at work. optimizer: bytes that the update on the host reads and writes; host: of
+    a copy in host memory. process_bytes: a process with torch and transformers before it has a model;
+    heap_share: what the C library's heap takes beyond what is alive in it, as a share of that (where the
+    device is the CPU). context_bytes: what the device's driver and libraries take.
     """
 
     model_config = STRICT
@@ -59,6 +59,7 @@ class Profile(BaseModel):
     context_bytes: float = Field(ge=0)
     matmul: Rates
     attention: Rates
+    attention_backward: Rates
     elementwise: Rates
     operation_seconds: float = Field(ge=0)
     h2d: float = Field(gt=0)
@@ -70,6 +71,11 @@ class Profile(BaseModel):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=100)
+
+    def rates(self, kind: str) -> Rates:
+        """Of a kind of operation; see `plan.work`."""
+        found: Rates = getattr(self, kind)
+        return found
 
     @property
     def kind(self) -> str:

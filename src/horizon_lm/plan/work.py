@@ -16,16 +16,23 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
-MATMUL, ATTENTION, ELEMENTWISE = "matmul", "attention", "elementwise"
+MATMUL, ATTENTION, ATTENTION_BACKWARD = "matmul", "attention", "attention_backward"
+ELEMENTWISE = "elementwise"
+KINDS = MATMUL, ATTENTION, ATTENTION_BACKWARD, ELEMENTWISE
 
 
 class Kernel(NamedTuple):
-    """One operation. kind: matmul, attention or elementwise; flops: 0 for elementwise."""
+    """One operation. kind: of KINDS; flops: 0 for elementwise."""
 
     kind: str
     dtype: str
     flops: int
     bytes: int
+
+    @property
+    def amount(self) -> int:
+        """What decides on its time: FLOPs, or bytes where there is no arithmetic to speak of."""
+        return self.bytes if self.kind == ELEMENTWISE else self.flops
 
 
 Work = Counter[Kernel]
@@ -115,9 +122,14 @@ def _kernel(func: Any, args: tuple, kwargs: dict, out: Any) -> Kernel:
     floating = [t.dtype for t in tensors if t.dtype.is_floating_point]
     dtype = str(min(floating, key=lambda d: d.itemsize, default=torch.float32)).removeprefix("torch.")
     if packet in _ADDED:
-        kind = MATMUL if packet is aten._grouped_mm else ATTENTION
-        return Kernel(kind, dtype, int(_ADDED[packet](*args, **kwargs)), size)
+        return Kernel(_kind(packet), dtype, int(_ADDED[packet](*args, **kwargs)), size)
     if packet in flop_registry:
-        flops = int(flop_registry[packet](*args, **kwargs, out_val=out))
-        return Kernel(ATTENTION if "attention" in str(packet) else MATMUL, dtype, flops, size)
+        return Kernel(_kind(packet), dtype, int(flop_registry[packet](*args, **kwargs, out_val=out)), size)
     return Kernel(ELEMENTWISE, dtype, 0, size)
+
+
+def _kind(packet: Any) -> str:
+    name = str(packet)
+    if "attention" not in name:
+        return MATMUL
+    return ATTENTION_BACKWARD if "backward" in name else ATTENTION
