@@ -8,7 +8,7 @@ import sys
 
 import benchmarks
 
-HELPERS = ("__main__", "report", "peers", "gpu_parts", "gpu_goals")
+HELPERS = ("__main__", "report", "peers", "gpu_parts", "gpu_goals", "remedies")
 NAMES = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in HELPERS)
 
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from functools import lru_cache
-from typing import Any
 
 import torch
 
 from horizon_lm.bench.figures import peak_of
 from horizon_lm.bench.jobs import Row
-from horizon_lm.bench.ours import train_config
 from horizon_lm.bench.protocol import Case
-from horizon_lm.errors import HorizonError
-from horizon_lm.plan.run_plan import plan_run
 
+from . import remedies
 from .report import Report
 
 HEAD = ["goal", "wanted", "found", "reached", "busiest lane"]
@@ -85,34 +80,6 @@ def _cells(goal: str, wanted: float, value: float | None, row: Row | None) -> li
     return [goal, f"{wanted:,g}", f"{value:,.4g}", "yes" if value >= wanted else short, lane_of(row)]
 
 
-@lru_cache(maxsize=64)
-def _simulated(case_json: str) -> tuple[float | None, str]:
-    """(tokens/s, profile) of a case; None where it does not fit."""
-    try:
-        plan = plan_run(train_config(Case.from_json(json.loads(case_json))))
-    except HorizonError:
-        return None, ""
-    return plan.prediction.tokens_per_second, plan.profile.name
-
-
-def remedies(row: Row) -> list[list[str]]:
-    """What the simulator gives for each remedy, over the run as it was; `-` where it does not fit."""
-    case = Case.from_json(row["case"])
-    kinds: dict[str, Case] = {
-        "as it was": case,
-        "bf16 moments": case.replace(extra=case.extra | {"moment_dtype": "bfloat16"}),
-        "twice the tokens a step": case.replace(sequences=2 * case.sequences),
-    }
-    found = {name: _simulated(json.dumps(changed.to_json())) for name, changed in kinds.items()}
-    rates = {name: rate for name, (rate, _) in found.items()}
-    profile = found["as it was"][1]
-    base: Any = rates["as it was"]
-    rows = [
-        [n, f"{r:,.0f}" if r else "-", f"{r / base:.3f}" if r and base else "-"] for n, r in rates.items()
-    ]
-    return [[row["group"], profile, *cells] for cells in rows]
-
-
 def add_goals(report: Report, rows: list[Row], device: torch.device) -> None:
     """Goals, and for each run of ours that fell short of one, the simulated remedies."""
     peak, _ = peak_of(device, torch.bfloat16)
@@ -121,9 +88,7 @@ def add_goals(report: Report, rows: list[Row], device: torch.device) -> None:
     groups = [f"qwen3-4b, {what} tokens, 1024 a sequence" for what in ("16k", "64k")]
     runs = [run for g in [*groups, "qwen2.5-7b, 148 x 1024"] if (run := _find(rows, g, "ours"))]
     if runs:
-        head = ["run", "profile", "remedy", "tokens/s, SIMULATED", "over as it was, SIMULATED"]
-        note = (
-            "Simulated with the profile named. Optimizer state of some units in idle device memory is not in "
-            "the simulator yet, so no figure is given for it."
+        found = [cells for run in runs for cells in remedies.rows(run["group"], Case.from_json(run["case"]))]
+        report.table(
+            remedies.HEAD, found, note="Simulated with the profile named; see benchmarks/remedies.py."
         )
-        report.table(head, [cells for run in runs for cells in remedies(run)], note=note)

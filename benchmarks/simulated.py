@@ -19,10 +19,13 @@ import argparse
 from collections.abc import Iterator
 from itertools import islice
 
+from horizon_lm.bench.protocol import Case
+from horizon_lm.bench.shapes import shape
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import DoesNotFitError
 from horizon_lm.plan.run_plan import plan_run
 
+from . import remedies
 from .report import Report
 
 QWEN = {"model_type": "qwen2", "vocab_size": 152064, "max_position_embeddings": 131072}
@@ -67,6 +70,10 @@ def cases() -> Iterator[tuple[str, dict, str, int, str]]:
         yield f"7B width, {layers} layers", qwen("7B", num_hidden_layers=layers), "gh200", 96, str(said)
     for factor, number in ((1.0, "406"), (3.0, "264"), (3.5, "193"), (4.0, "136"), (5.0, "about 100")):
         yield f"28 layers, width {factor:g}x", wider(factor), "gh200", 16, number
+
+
+# The shapes and tokens a step that the goals on a GPU are about.
+GOALS = (("qwen3-4b", 16), ("qwen3-4b", 64), ("qwen2.5-7b", 148))
 
 
 def row(what: str, model: dict, machine: str, batch: int, published: str) -> list[str]:
@@ -139,6 +146,11 @@ def fill(report: Report, most: int | None = None) -> None:
         "all experts, of which a token uses 4 of 128, so its 6 N is no measure of work. "
         "What they widened and from which shape is not said; here it is width and MLP of the 7B shape.",
     )
+    report.section("Remedies", remedies.__doc__ or "")
+    for name, sequences in islice(GOALS, most):
+        case = Case(shape(name), length=1024, sequences=sequences, rows=0, device="cuda", activations="auto")
+        found = remedies.rows(f"{name}, {sequences} x 1024 tokens", case, "h200-1.5tb")
+        report.table(remedies.HEAD, found)
 
 
 if __name__ == "__main__":

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from benchmarks import __main__ as runner
-from benchmarks import cpu, gpu, gpu_goals, gpu_parts, micro, peers, report, suite
+from benchmarks import cpu, gpu, gpu_goals, gpu_parts, micro, peers, remedies, report, suite
 from benchmarks.peers import PEERS
 
 from horizon_lm.bench.figures import curve_difference
 from horizon_lm.bench.jobs import OURS, InlineWorker, Ledger, Row, measure
 from horizon_lm.bench.protocol import AbsentError, Case
 from horizon_lm.bench.shapes import shape
+from horizon_lm.plan.limits import Limits
+from horizon_lm.plan.run_plan import plan_run
 
 ROOT = Path(__file__).parent.parent
 TINY = Case(shape("tiny"), length=32, sequences=4, rows=2, dtype="float32", warmup=0, steps=6, threads=1)
@@ -234,6 +237,25 @@ def test_goals_say_by_how_much_they_are_missed() -> None:
     assert missed[2:] == ["0.81", "no, 10.0% short", "update (90%)"]
     assert gpu_goals.goals([row("ours", 95.0), row("torch", 100.0)], 1e15)[0][3] == "yes"
     assert gpu_goals.goals([row("ours", 95.0)], 1e15)[0][2] == "not measured"
+
+
+def test_state_in_idle_device_memory_is_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing resident gives the plan's own figure; what is resident crosses no bus, and there is no more of it
+    than the device has room for."""
+    case = Case(shape("qwen3-4b"), length=1024, sequences=16, rows=0, device="cuda", activations="recompute")
+    plan = plan_run(remedies.train_config(case), "h200-1.5tb")
+    assert remedies.tokens_per_second(plan, frozenset()) == pytest.approx(plan.prediction.tokens_per_second)
+    some = remedies.resident_units(plan)
+    trainable = set(plan.prediction.plan.trainable)
+    assert some and some <= trainable
+    rates = [remedies.tokens_per_second(plan, frozenset(sorted(some)[-n:])) for n in (1, 8, len(some))]
+    assert plan.prediction.tokens_per_second <= rates[0] <= rates[1] <= rates[2]
+    assert rates[2] > 1.02 * plan.prediction.tokens_per_second
+    small = replace(plan, planner=replace(plan.planner, limits=Limits(10**12, plan.prediction.device_bytes)))
+    assert not remedies.resident_units(small)
+    (as_it_was, moments, tokens, idle) = remedies.rows("4b", case, "h200-1.5tb")
+    assert as_it_was[-1] == "1.000" and idle[2].startswith(remedies.IDLE) and float(tokens[-1]) > 1.0
+    assert float(idle[-1]) == pytest.approx(rates[2] / plan.prediction.tokens_per_second, abs=1e-3)
 
 
 # ---- all of it ------------------------------------------------------------------------------

@@ -87,12 +87,9 @@ def predict(
     micro_batches: int,
 ) -> Prediction:
     """The prediction for steps of `micro_batches` micro-batches [batch, tokens]."""
-    policies = Policies.of(settings, outline)
-    plan = policies.step_plan(micro_batches)
-    measures = outline.measures(batch, tokens, policies.loss_chunk)
-    spec = store_spec(settings, outline)
-    costs = Costs(outline, measures, policies, plan, spec, profile)
-    ops, waits = _schedule(plan)
+    costs = costs_of(outline, settings, profile, batch=batch, tokens=tokens, micro_batches=micro_batches)
+    plan = costs.plan
+    ops, waits = schedule_of(plan)
     simulation = simulate(
         ops,
         costs.seconds,
@@ -101,7 +98,7 @@ def predict(
         waits=waits,
         one_at_a_time=costs.is_cpu,
     )
-    host = {"process": int(profile.process_bytes), **predict_bytes(outline.units, spec)}
+    host = {"process": int(profile.process_bytes), **predict_bytes(outline.units, costs.spec)}
     host |= simulation.parts.get(HOST, {})
     device: dict[str, int] = {}
     if costs.is_cpu:
@@ -115,8 +112,24 @@ def predict(
     return Prediction(settings, plan, batch, tokens, host, device, simulation, profile)
 
 
+def costs_of(
+    outline: Outline,
+    settings: ModelSettings,
+    profile: Profile,
+    *,
+    batch: int,
+    tokens: int,
+    micro_batches: int,
+) -> Costs:
+    """What each op of such a step takes."""
+    policies = Policies.of(settings, outline)
+    measures = outline.measures(batch, tokens, policies.loss_chunk)
+    spec = store_spec(settings, outline)
+    return Costs(outline, measures, policies, policies.step_plan(micro_batches), spec, profile)
+
+
 @lru_cache(maxsize=256)
-def _schedule(plan: StepPlan) -> tuple[Sequence[Op], Sequence[tuple[int, ...]]]:
+def schedule_of(plan: StepPlan) -> tuple[Sequence[Op], Sequence[tuple[int, ...]]]:
     """The ops of a step that begins with the deferred updates of the one before, as most steps do."""
     ops = build(plan, step=1, pending=plan.trainable if plan.update == "deferred" else ())
     return ops, derive_waits(ops)

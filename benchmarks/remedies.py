@@ -1,0 +1,98 @@
+"""Simulated: what would help a run that its host or its bus holds back, over the run as it is.
+
+`state in idle device memory`: the weights, gradients and optimizer state of as many units as fit lie in the
+device memory that the plan leaves over. Such a unit crosses the bus in neither direction, and its update runs
+at the device's memory rate instead of the host's; all else is the schedule that the engine runs, with the
+planner's costs. The engine cannot do this: the figure says what it would be worth.
+"""
+
+from __future__ import annotations
+
+from horizon_lm.bench.ours import train_config
+from horizon_lm.bench.protocol import Case
+from horizon_lm.errors import HorizonError
+from horizon_lm.memory.store import predict_bytes
+from horizon_lm.plan.costs import Costs
+from horizon_lm.plan.predict import costs_of, schedule_of
+from horizon_lm.plan.run_plan import RunPlan, plan_run
+from horizon_lm.schedule import Op, simulate
+
+HEAD = ["run", "profile", "remedy", "tokens/s, SIMULATED", "over as it was, SIMULATED"]
+IDLE = "state in idle device memory"
+
+
+def rows(name: str, case: Case, hardware: str = "auto") -> list[list[str]]:
+    """A row of HEAD for each remedy; `-` where it does not fit, or fits nothing more."""
+    as_it_was = _plan(case, hardware)
+    found: dict[str, float | None] = {"as it was": _rate(as_it_was)}
+    found["bf16 moments"] = _rate(
+        _plan(case.replace(extra=case.extra | {"moment_dtype": "bfloat16"}), hardware)
+    )
+    found["twice the tokens a step"] = _rate(_plan(case.replace(sequences=2 * case.sequences), hardware))
+    resident = resident_units(as_it_was) if as_it_was else frozenset()
+    count = f" ({len(resident)} of {len(as_it_was.prediction.plan.trainable)} units)" if as_it_was else ""
+    found[IDLE + count] = tokens_per_second(as_it_was, resident) if as_it_was and resident else None
+    base = found["as it was"]
+    profile = as_it_was.profile.name if as_it_was else ""
+    return [
+        [
+            name,
+            profile,
+            remedy,
+            f"{rate:,.0f}" if rate else "-",
+            f"{rate / base:.3f}" if rate and base else "-",
+        ]
+        for remedy, rate in found.items()
+    ]
+
+
+def _plan(case: Case, hardware: str) -> RunPlan | None:
+    try:
+        return plan_run(train_config(case), hardware)
+    except HorizonError:
+        return None
+
+
+def _rate(plan: RunPlan | None) -> float | None:
+    return plan.prediction.tokens_per_second if plan else None
+
+
+def _costs(plan: RunPlan) -> Costs:
+    found = plan.prediction
+    return costs_of(
+        plan.planner.outline,
+        plan.config,
+        plan.profile,
+        batch=found.batch,
+        tokens=found.tokens_per_row,
+        micro_batches=found.plan.micro_batches,
+    )
+
+
+def resident_units(plan: RunPlan) -> frozenset[int]:
+    """The units, from the last trainable one down, that fit into what the plan leaves of device memory."""
+    room = (plan.planner.limits.device or 0) - plan.prediction.device_bytes
+    costs = _costs(plan)
+    taken: set[int] = set()
+    for unit in sorted(costs.plan.trainable, reverse=True):
+        room -= sum(predict_bytes([costs.outline.units[unit]], costs.spec).values())
+        if room < 0:
+            break
+        taken.add(unit)
+    return frozenset(taken)
+
+
+def tokens_per_second(plan: RunPlan, resident: frozenset[int]) -> float:
+    """Of the planned step with `resident` units; with none, what the plan says."""
+    costs = _costs(plan)
+
+    def seconds(op: Op) -> float:
+        if op.unit not in resident or op.kind not in "UDO":
+            return costs.seconds(op)
+        if op.kind in "UD":
+            return 0.0
+        numel = costs.outline.units[op.unit].trainable_numel
+        return numel * costs.update_bytes / plan.profile.elementwise.bfloat16
+
+    ops, waits = schedule_of(costs.plan)
+    return plan.prediction.tokens / simulate(ops, seconds, waits=waits).seconds
