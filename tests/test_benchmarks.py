@@ -239,8 +239,8 @@ def test_goals_say_by_how_much_they_are_missed() -> None:
     assert gpu_goals.goals([row("ours", 95.0)], 1e15)[0][2] == "not measured"
 
 
-def test_state_in_idle_device_memory_is_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing resident gives the plan's own figure; what is resident crosses no bus, and there is no more of it
+def test_state_in_idle_device_memory_is_simulated() -> None:
+    """Nothing resident gives the plan's own figure; what is resident crosses no bus, and no more of it is
     than the device has room for."""
     case = Case(shape("qwen3-4b"), length=1024, sequences=16, rows=0, device="cuda", activations="recompute")
     plan = plan_run(remedies.train_config(case), "h200-1.5tb")
