@@ -2,7 +2,11 @@
 
 Settings are explicit where defaults would decide the race: `gradient_clipping` always (0.19.4 and later clip
 at 1.0 when it is not given, and SuperOffload then loses its overlap), pinned memory, bf16 with fp32 masters,
-`DeepSpeedCPUAdam`. The process may use all cores. ZenFlow postpones most updates: it is not exact.
+`DeepSpeedCPUAdam`. The process may use all cores. Masters start from the bf16 weights, as DeepSpeed casts the
+model first. ZenFlow postpones most updates: it is not exact.
+
+Run here on DeepSpeed's CPU accelerator (no offload to speak of, but its own code): ZeRO-3 with 0.18.8 and
+0.19.8, ZenFlow with 0.19.8 (0.18.8 gives NaN there). SuperOffload wants CUDA and has not run.
 """
 
 from __future__ import annotations
@@ -52,17 +56,31 @@ def settings_of(case: Case, zero: dict[str, Any]) -> dict[str, Any]:
 
 
 class DeepSpeed:
+    """zero: the `zero_optimization` part of the configuration."""
+
     def __init__(self, case: Case, zero: dict[str, Any]) -> None:
         self.case, self.device = case, need_cuda(case)
         deepspeed = installed("deepspeed")
-        cpu_adam = installed("deepspeed.ops.adam").DeepSpeedCPUAdam
         one_rank("nccl")
         model = prepare(own(source_model(case), torch.bfloat16), case)
         groups = decay_groups(model, case.weight_decay)
-        optimizer = cpu_adam(groups, lr=case.lr, betas=case.betas, eps=case.eps, adamw_mode=True)
-        self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=settings_of(case, zero)
-        )
+        settings = settings_of(case, zero)
+        adam = {"lr": case.lr, "betas": case.betas, "eps": case.eps}
+        if "zenflow" in zero:  # reads its own parameters there, and builds the optimizer from them
+            adam |= {"weight_decay": case.weight_decay}
+            given = {"model_parameters": groups}
+            settings["optimizer"] = {"type": "AdamW", "params": adam}
+            settings["zero_allow_untested_optimizer"] = True  # its own is not on its own list
+        else:
+            if zero is SUPEROFFLOAD:  # in 0.18 a group that is one bucket ends in a KeyError, as norms are
+                parameters = [p for group in groups for p in group["params"]]
+                groups = [{"params": parameters, "weight_decay": case.weight_decay}]
+                whole = sum(p.numel() for p in parameters)
+                bucket = min(int(zero["sub_group_size"]), whole // 2)
+                settings["zero_optimization"] = zero | {"sub_group_size": bucket}
+            cpu_adam = installed("deepspeed.ops.adam").DeepSpeedCPUAdam
+            given = {"optimizer": cpu_adam(groups, **adam, adamw_mode=True)}
+        self.engine, *_ = deepspeed.initialize(model=model, config=settings, **given)
 
     def step(self, micro_batches: list[torch.Tensor]) -> float:
         loss = 0.0
