@@ -66,8 +66,23 @@ class Engine:
         SEEN["destroyed"] = True
 
 
-def initialize(*, model: nn.Module, optimizer: Clipping, config: dict[str, Any]) -> tuple[Any, ...]:
+def initialize(
+    *,
+    model: nn.Module,
+    config: dict[str, Any],
+    optimizer: Clipping | None = None,
+    model_parameters: Any = None,
+) -> tuple[Any, ...]:
+    """With what DeepSpeed 0.18.8 was found to refuse."""
     SEEN["config"] = config
+    zero = config["zero_optimization"]
+    if "zenflow" in zero:
+        assert config["zero_allow_untested_optimizer"] and optimizer is None
+        optimizer = Clipping(model_parameters, **config["optimizer"]["params"])
+    assert optimizer is not None and model_parameters is None or "zenflow" in zero
+    if "super_offload" in zero["offload_optimizer"]:
+        (group,) = optimizer.param_groups
+        assert zero["sub_group_size"] < sum(p.numel() for p in group["params"])
     return Engine(model, optimizer, config), optimizer, None, None
 
 

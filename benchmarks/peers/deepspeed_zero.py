@@ -60,26 +60,23 @@ class DeepSpeed:
 
     def __init__(self, case: Case, zero: dict[str, Any]) -> None:
         self.case, self.device = case, need_cuda(case)
-        deepspeed = installed("deepspeed")
+        deepspeed, ops = installed("deepspeed"), installed("deepspeed.ops.adam")
         one_rank("nccl")
         model = prepare(own(source_model(case), torch.bfloat16), case)
         groups = decay_groups(model, case.weight_decay)
         settings = settings_of(case, zero)
         adam = {"lr": case.lr, "betas": case.betas, "eps": case.eps}
-        if "zenflow" in zero:  # reads its own parameters there, and builds the optimizer from them
-            adam |= {"weight_decay": case.weight_decay}
+        if zero is ZENFLOW:  # reads these settings, and builds its optimizer, which is not on its own list
+            settings["optimizer"] = {"type": "AdamW", "params": adam | {"weight_decay": case.weight_decay}}
+            settings["zero_allow_untested_optimizer"] = True
             given = {"model_parameters": groups}
-            settings["optimizer"] = {"type": "AdamW", "params": adam}
-            settings["zero_allow_untested_optimizer"] = True  # its own is not on its own list
         else:
             if zero is SUPEROFFLOAD:  # in 0.18 a group that is one bucket ends in a KeyError, as norms are
-                parameters = [p for group in groups for p in group["params"]]
-                groups = [{"params": parameters, "weight_decay": case.weight_decay}]
-                whole = sum(p.numel() for p in parameters)
-                bucket = min(int(zero["sub_group_size"]), whole // 2)
+                every = list(model.parameters())
+                groups = [{"params": every, "weight_decay": case.weight_decay}]
+                bucket = min(zero["sub_group_size"], sum(p.numel() for p in every) // 2)
                 settings["zero_optimization"] = zero | {"sub_group_size": bucket}
-            cpu_adam = installed("deepspeed.ops.adam").DeepSpeedCPUAdam
-            given = {"optimizer": cpu_adam(groups, **adam, adamw_mode=True)}
+            given = {"optimizer": ops.DeepSpeedCPUAdam(groups, **adam, adamw_mode=True)}
         self.engine, *_ = deepspeed.initialize(model=model, config=settings, **given)
 
     def step(self, micro_batches: list[torch.Tensor]) -> float:
