@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import json
 import math
@@ -533,6 +534,27 @@ def test_skipped_steps_update_nothing_and_are_reported(
     assert [line["skipped_steps"] for line in lines] == [0, 1, 2, 2, 3, 3]
     assert built[0].steps_done == 3
     assert capsys.readouterr().out.count("not updated") == 3
+
+
+def test_steps_are_not_held_up_by_the_garbage_collector(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was there before the first step is frozen, and no longer when the run has ended, or failed."""
+    add, frozen = run_train.Meter.add, []
+
+    def look(self: Any, record: StepRecord) -> Metrics | None:
+        frozen.append(gc.get_freeze_count())
+        if record.step == 3:
+            raise RuntimeError("no luck")
+        return add(self, record)
+
+    monkeypatch.setattr(run_train.Meter, "add", look)
+    run_train.train(settings(text, tmp_path / "run", max_steps=2))
+    assert gc.get_freeze_count() == 0
+    with pytest.raises(RuntimeError, match="no luck"):
+        run_train.train(settings(text, tmp_path / "other", max_steps=3))
+    assert gc.get_freeze_count() == 0
+    assert len(frozen) == 5 and min(frozen) > 100_000
 
 
 def test_too_many_skipped_steps_in_a_row_end_the_run(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -95,7 +96,7 @@ class Skeleton:
             return 1 << 62
         return int(getattr(self.config, "max_position_embeddings", 1024))
 
-    @property
+    @cached_property
     def has_noise(self) -> bool:
         """Whether a forward pass in training draws random numbers (dropout, router jitter)."""
         values = vars(self.config).items()
