@@ -115,6 +115,24 @@ def test_the_model_object_is_consumed() -> None:
     assert all(p.is_meta for p in plain.parameters())
 
 
+def test_a_model_that_recomputes_by_itself_is_not_recomputed_twice() -> None:
+    """Such a model object (or an old config.json) would compute each layer three times."""
+    counts = []
+    for enabled in (False, True):
+        source, seen = zoo.build("llama"), []
+        if enabled:
+            source.gradient_checkpointing_enable()
+            assert source.is_gradient_checkpointing
+        for layer in source.model.layers:
+            layer.mlp.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+        model = hz.HostModel.from_pretrained(source, device="cpu", dtype="float32", activations="recompute")
+        seen.clear()
+        model.forward_backward([GOOD, GOOD])
+        counts.append(len(seen))
+    layers = model.skeleton.num_layers
+    assert counts == [2 * (2 * layers - 1)] * 2  # the last layer's graph is still there
+
+
 def test_fp32_weights_give_fp32_masters_under_bf16() -> None:
     plain = zoo.build("llama")
     wanted = {n: p.detach().clone() for n, p in plain.named_parameters()}

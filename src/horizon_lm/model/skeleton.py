@@ -44,6 +44,9 @@ class Skeleton:
                 f"{self.model_type} skips layers at random (layerdrop)",
                 hint="set layerdrop: 0 in the model's configuration",
             )
+        for module in model.modules():  # it is the engine that computes layers again
+            if getattr(module, "gradient_checkpointing", False):
+                module.gradient_checkpointing = False
         self.anatomy: Anatomy = analyse(model)
         layers: nn.ModuleList = model.get_submodule(self.anatomy.layers_path)
         self.layers: list[nn.Module] = list(layers)
