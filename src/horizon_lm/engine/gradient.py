@@ -33,10 +33,11 @@ class UnitGradient:
         self.written: set[str] = set()
 
     def add(self, parameter: Parameter, gradient: torch.Tensor) -> None:
-        name, view = parameter.name, self.layout.trainable_view(self.run, parameter)
+        name = parameter.name
         if self.in_pairs and name not in self.waiting:
             self.waiting[name] = gradient
             return
+        view = self.layout.trainable_view(self.run, parameter)
         if self.in_pairs:
             add_gradients(view, self.waiting.pop(name), gradient, begins=name not in self.written)
         elif name in self.written:

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -110,10 +111,17 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 def accepted(model: Any, **wanted: Any) -> dict[str, Any]:
     """Those of `wanted` that the model's forward takes."""
-    parameters = inspect.signature(model.forward).parameters
+    names = _accepted_names(type(model))
+    return wanted if names is None else {name: value for name, value in wanted.items() if name in names}
+
+
+@lru_cache(maxsize=64)
+def _accepted_names(kind: Any) -> frozenset[str] | None:
+    """What the forward of a model class takes; None: anything."""
+    parameters = inspect.signature(kind.forward).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return wanted
-    return {name: value for name, value in wanted.items() if name in parameters}
+        return None
+    return frozenset(parameters)
 
 
 def analyse(model: Any) -> Anatomy:
