@@ -111,14 +111,14 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 def accepted(model: Any, **wanted: Any) -> dict[str, Any]:
     """Those of `wanted` that the model's forward takes."""
-    names = _accepted_names(type(model))
+    names = _accepted_names(type(model).forward)
     return wanted if names is None else {name: value for name, value in wanted.items() if name in names}
 
 
 @lru_cache(maxsize=64)
-def _accepted_names(kind: Any) -> frozenset[str] | None:
-    """What the forward of a model class takes; None: anything."""
-    parameters = inspect.signature(kind.forward).parameters
+def _accepted_names(forward: Callable) -> frozenset[str] | None:
+    """What a model's forward takes; None: anything."""
+    parameters = inspect.signature(forward).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return None
     return frozenset(parameters)
