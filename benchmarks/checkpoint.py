@@ -112,9 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    report = Report(
-        "checkpoint-cpu", __doc__ or "", command=" ".join(["python -m benchmarks checkpoint", *(argv or [])])
-    )
+    report = Report("checkpoint-cpu", __doc__ or "")
     rows = []
     for dtype in arguments.dtypes:
         for update in arguments.updates:

@@ -23,10 +23,11 @@ import torch
 
 import horizon_lm as hz
 from horizon_lm.config import DatasetConfig, ModelSettings
+from horizon_lm.cores import usable_cores
 from horizon_lm.data import Documents, TokenLoader, train_tokenizer
 from horizon_lm.data.encode import Encoder
 from horizon_lm.data.packing import make_rows
-from horizon_lm.data.tokenise import tokenise, usable_cores
+from horizon_lm.data.tokenise import tokenise
 
 from .report import Report
 
@@ -170,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--megabytes", type=float, default=100)
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args(argv)
-    report = Report("data-pipeline-cpu", __doc__ or "", command="python -m benchmarks data_pipeline")
+    report = Report("data-pipeline-cpu", __doc__ or "")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         documents = Documents([DatasetConfig(path="python-stdlib")], 2_000_000)

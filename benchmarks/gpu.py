@@ -117,6 +117,9 @@ def _note(group: str, rows: list[Row]) -> str:
         layers = row["case"]["model"]["num_hidden_layers"]
         if row["part"] == "largest":
             lines.append(f"{row['name']}: {layers} layers, {row['parameters'] / 1e9:.2f} B parameters.")
+        peer = PEERS.get(row["name"].partition(",")[0])
+        if peer is not None:
+            lines.append(f"{row['name']}: {peer.note}.")
         if "breakdown" in row:
             lines += ["", "```", row["name"], *lane_lines(row["breakdown"]), "```"]
     return "\n".join(lines)

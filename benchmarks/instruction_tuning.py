@@ -42,9 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--questions", type=int, default=8)
     arguments = parser.parse_args(argv)
-    report = Report(
-        "instruction-tuning-cpu", __doc__ or "", command="python -m benchmarks instruction_tuning"
-    )
+    report = Report("instruction-tuning-cpu", __doc__ or "")
     base = ROOT / "runs" / "quickstart" / "model"
     if not base.is_dir():
         train(TrainConfig.from_yaml(ROOT / "configs" / "quickstart.yaml"))

@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
     arguments = parser.parse_args(argv)
-    report = Report("long-sequences-cpu", __doc__ or "", command="python -m benchmarks long_sequences")
+    report = Report("long-sequences-cpu", __doc__ or "")
     rows, fits = [], []
     for kind in KINDS:
         peaks = []

@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
             ]
         )
         print(" | ".join(rows[-1]), flush=True)
-    report = Report("planner-cpu", __doc__ or "", command="python -m benchmarks planner")
+    report = Report("planner-cpu", __doc__ or "")
     report.table(
         ["case", "host MB, measured", "predicted", "error", "s a step, measured", "predicted", "error"],
         rows,

@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -48,12 +49,19 @@ def versions(names: tuple[str, ...] = ("transformers", "accelerate", "deepspeed"
     return ", ".join(found)
 
 
-class Report:
-    """Collects tables and writes `results/DATE-NAME.md`."""
+def command_line() -> str:
+    """The command of this process, without paths."""
+    place = Path(sys.argv[0])
+    module = "benchmarks" if place.stem == "__main__" else f"benchmarks.{place.stem}"
+    return " ".join(["python -m", module, *sys.argv[1:]])
 
-    def __init__(self, name: str, about: str, *, command: str) -> None:
+
+class Report:
+    """Collects tables and writes `results/DATE-NAME.md`. command: by default that of this process."""
+
+    def __init__(self, name: str, about: str, *, command: str | None = None) -> None:
         self.name = name
-        self.parts = [f"# {name}", about.strip(), f"Command: `{command}`", self._machine()]
+        self.parts = [f"# {name}", about.strip(), f"Command: `{command or command_line()}`", self._machine()]
 
     @staticmethod
     def _machine() -> str:

@@ -120,7 +120,7 @@ def row(what: str, model: dict, machine: str, batch: int, published: str) -> lis
 
 def main(argv: list[str] | None = None) -> None:
     argparse.ArgumentParser(description=__doc__).parse_args(argv)
-    report = Report("simulated", __doc__ or "", command="python -m benchmarks simulated")
+    report = Report("simulated", __doc__ or "")
     fill(report)
     report.write()
 

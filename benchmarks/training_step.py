@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -228,12 +227,7 @@ def main(argv: list[str] | None = None) -> None:
 def write(
     device: torch.device, rows: list[list[str]], modes: list[list[str]], arguments: argparse.Namespace
 ) -> None:
-    options = " " + " ".join(sys.argv[1:])
-    report = Report(
-        f"training-step-{device.type}",
-        __doc__ or "",
-        command=f"python -m benchmarks training_step{options}",
-    )
+    report = Report(f"training-step-{device.type}", __doc__ or "")
     note = f"Medians of {arguments.runs} pairs (least to most); {arguments.threads} threads. "
     head = ["shape", "dtype", "micro-batches"]
     report.table(

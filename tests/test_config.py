@@ -366,6 +366,53 @@ ALIAS_VALUES: dict[str, tuple[Any, Any]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("lines", "key", "meant"),
+    [
+        ("train_on_prompt: false\nmask_history: true", "loss_on", "last_assistant"),
+        ("mask_history: true\ntrain_on_prompt: false", "loss_on", "last_assistant"),
+        ("assistant_only_loss: false\ncompletion_only_loss: true", "loss_on", "completion"),
+        ("train_on_prompt: false\nmask_history: false", "loss_on", "auto"),
+        ("bf16: true\nfp32: false", "dtype", "bfloat16"),
+    ],
+)
+def test_of_two_switches_the_one_that_is_off_yields(lines: str, key: str, meant: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(f"init_model: {{model_type: llama}}\ndatasets: a.txt\n{lines}\n")
+    config, notes = load_config(tmp_path / "run.yaml")
+    assert getattr(config, key) == meant and len(notes) == 2
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "train_on_prompt: true\nmask_history: true",
+        "bf16: true\nfp32: true",
+        "mask_history: false\nloss_on: all",  # beside the key itself nothing yields
+        "batch_size: 2\nmicro_batch_size: 2",
+    ],
+)
+def test_two_names_that_both_say_something_are_refused(lines: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(f"init_model: {{model_type: llama}}\ndatasets: a.txt\n{lines}\n")
+    with pytest.raises(ConfigError, match="are the same setting"):
+        load_config(tmp_path / "run.yaml")
+
+
+def test_tokens_per_step_on_the_command_line_stands_in_place_of_the_files_cut(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    cut = "per_device_train_batch_size: 8\ngradient_accumulation_steps: 32\n"
+    file.write_text("init_model: {model_type: llama}\ndatasets: a.txt\n" + cut)
+    config, notes = load_config(file, ["tokens_per_step=4096"])
+    named = config.model_fields_set
+    assert config.tokens_per_step == 4096 and "tokens_per_step" in named
+    assert not named & {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    assert sum("stands in place of" in note for note in notes) == 2
+    pinned, _ = load_config(file, ["tokens_per_step=4096", "batch_size=2"])  # what is said beside it stays
+    assert pinned.per_device_train_batch_size == 2
+    assert "per_device_train_batch_size" in pinned.model_fields_set
+    kept, _ = load_config(file, ["tokens_per_step=null"])
+    assert kept.gradient_accumulation_steps == 32
+
+
 @pytest.mark.parametrize("alias", ALIASES)
 def test_every_alias_is_read_as_its_setting(alias: str) -> None:
     key = ALIASES[alias].key

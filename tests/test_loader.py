@@ -61,7 +61,7 @@ def test_each_epoch_holds_every_token_once(
 ) -> None:
     rows = make_rows(lengths, strategy)
     loader = loader_of(rows, micro_batch, micro_batches, seed, workers)
-    steps = 3 * loader.steps_per_epoch
+    steps = 3 * -(-len(rows) // loader.rows_per_step)
     given = [row for step in steps_of(loader, steps) for row in step]
     once = Counter(id for row in range(len(rows)) for id in rows.row(row).ids.tolist())
     assert set(once.values()) == {1} and sum(once.values()) >= sum(lengths) - 1

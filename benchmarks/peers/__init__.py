@@ -23,13 +23,12 @@ from horizon_lm.bench.protocol import AbsentError, Case
 @dataclass(frozen=True)
 class Peer:
     """target: `module:function`. note: what a reader of its row must know. exact: AdamW with fp32 masters and
-    moments. gpu: needs CUDA. clips: can clip by the global norm."""
+    moments. gpu: needs CUDA."""
 
     target: str
     note: str
     exact: bool = True
     gpu: bool = True
-    clips: bool = True
 
 
 PEERS: dict[str, Peer] = {
@@ -45,9 +44,7 @@ PEERS: dict[str, Peer] = {
     "zenflow": Peer(
         "benchmarks.peers.deepspeed_zero:build_zenflow", "approximate: late updates", exact=False
     ),
-    "torchao-offload": Peer(
-        "benchmarks.peers.torchao_offload:build", "pure bf16, no masters", exact=False, clips=False
-    ),
+    "torchao-offload": Peer("benchmarks.peers.torchao_offload:build", "pure bf16, no masters", exact=False),
     "trainstream": Peer("benchmarks.peers.trainstream_wrap:build", "autocast over fp32 weights"),
     "offload-adam": Peer("benchmarks.peers.offload_adam:build", "fp32 masters, bf16 moments", exact=False),
     "megatrain": Peer("benchmarks.peers.megatrain:build", "bf16 weights without masters", exact=False),

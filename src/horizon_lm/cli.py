@@ -128,17 +128,14 @@ def env() -> None:
     """Print the versions that a bug report needs."""
     import platform
 
+    from .cores import usable_cores
+
     lines = [
         ("horizon-lm", _version()),
         ("python", platform.python_version()),
         ("platform", platform.platform()),
     ]
-    lines += [
-        (
-            "cpu cores",
-            str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
-        )
-    ]
+    lines += [("cpu cores", str(usable_cores()))]
     driver = Path("/proc/driver/nvidia/version")
     lines += [("nvidia driver", driver.read_text().splitlines()[0] if driver.exists() else "none")]
     lines += [(name, _installed(name) or "not installed") for name in _ENV_PACKAGES]

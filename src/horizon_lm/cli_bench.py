@@ -33,7 +33,7 @@ def bench(
     steps: Annotated[int, typer.Option("--steps", help="Timed steps.", min=1)] = 5,
     against: Annotated[
         list[str] | None,
-        typer.Option("--against", help="torch: plain torch, recomputing as ours; torch-keep: keeping all."),
+        typer.Option("--against", help="torch: plain, recomputing every layer; torch-keep: keeping all."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print a JSON line for each system.")] = False,
 ) -> None:

@@ -69,7 +69,8 @@ def verify(checkpoint: RunOrCheckpoint) -> None:
         faults += verdict.faults
     if faults:
         raise CheckpointError(
-            "\n  ".join(faults), hint="an earlier checkpoint may be sound: horizon verify RUN"
+            "\n  ".join(faults),
+            hint="'horizon resume' takes the latest sound one; 'horizon verify RUN' shows all",
         )
 
 

@@ -2,6 +2,7 @@
 
 Each is accepted, reported once as a note, and absent from the resolved configuration. An alias beside its
 canonical key (or a second alias of it) in one place is an error: neither can be preferred without guessing.
+But of two switches that are aliases of one key, one that is off yields to the other.
 """
 
 from __future__ import annotations
@@ -238,11 +239,15 @@ def canonicalise(document: Document) -> tuple[Document, list[str]]:
             notes.append(note)
         if dropped:
             continue
-        name = canonical_name(key)
+        name, meant = canonical_name(key), canonical_value(key, value, place)
         if name in written:
-            raise conflict(written[name], key, place)
+            earlier = written[name]
+            if name in (earlier, key) or document.values[earlier] is not False and value is not False:
+                raise conflict(earlier, key, place)
+            if value is False:
+                continue
         written[name] = key
-        values[name] = canonical_value(key, value, place)
+        values[name] = meant
     for path, at in document.where.items():
         head = tuple(canonical_name(str(part)) for part in path[:1])
         where[head + path[1:]] = at

@@ -33,6 +33,10 @@ def plain(value: Any, place: str) -> Any:
     raise ConfigError(f"{place}: a {type(value).__name__} is no setting's value")
 
 
+# A setting of the command line that stands in place of others, which a file may name.
+_REPLACES = {"tokens_per_step": ("per_device_train_batch_size", "gradient_accumulation_steps")}
+
+
 def collect(
     path: str | os.PathLike[str] | None, overrides: Iterable[str], text_keys: frozenset[str]
 ) -> tuple[Document, list[str]]:
@@ -41,6 +45,11 @@ def collect(
     written: dict[str, str] = {}
     for text in overrides:
         _override(document, text, text_keys, written, notes)
+    for key, others in _REPLACES.items():
+        if key in written and document.values[key] is not None:
+            for other in others:
+                if other not in written and document.values.pop(other, None) is not None:
+                    notes.append(f"command line: '{key}' stands in place of the file's '{other}'")
     return document, notes
 
 

@@ -77,7 +77,7 @@ class ModelSettings(Settings):
         "auto",
         "When the optimizer runs: sync after the backward pass, deferred during the next forward pass, eager "
         "during the backward pass. All give the same bits; eager cannot clip, and needs no memory for "
-        "gradients. auto is eager without clipping and with nonfinite: raise, else deferred.",
+        "gradients. auto is deferred with clipping or nonfinite: skip, else eager.",
         group="Optimizer",
     )
     moment_dtype: Literal["float32", "bfloat16"] = setting(

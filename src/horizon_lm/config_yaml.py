@@ -161,7 +161,9 @@ def _parse(text: str, place: str, *, with_lines: bool) -> tuple[Any, dict[KeyPat
         line = text.count("\n", 0, error.position) + 1
         at = f"{place}:{line}" if with_lines else place
         character = error.character if isinstance(error.character, int) else ord(error.character)
-        raise ConfigError(f"{at}: the character U+{character:04X} is not allowed in YAML") from None
+        raise ConfigError(
+            f"{at}: the character U+{character:04X} is not allowed in YAML", "save the file as plain text"
+        ) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = f"{place}:{mark.line + 1}" if with_lines and mark is not None else place
@@ -227,7 +229,7 @@ def split_override(text: str) -> tuple[tuple[str, ...], str]:
     key, equals, value = text.removeprefix("--").partition("=")
     path = tuple(key.strip().replace("-", "_").split("."))
     if not equals or not all(path):
-        raise ConfigError(f"command line: '{text}' is not of the form key=value")
+        raise ConfigError(f"command line: '{text}' is not of the form key=value", "as in learning_rate=1e-5")
     return path, value
 
 

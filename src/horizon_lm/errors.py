@@ -38,7 +38,8 @@ class UnsupportedModelError(HorizonError, ValueError):
 
 
 class DoesNotFitError(HorizonError):
-    """The run needs more host, device or disk space than there is; raised before anything is allocated."""
+    """The run needs more host, device or disk space than there is: found before anything is allocated, or
+    where memory or the disk ran out in the middle of it."""
 
     exit_code = 3
 

@@ -71,10 +71,6 @@ def practicality(tokens_per_second: float, in_memory: float) -> float:
     return tokens_per_second / in_memory
 
 
-def bytes_per_parameter(peak_bytes: int, parameters: int) -> float:
-    return peak_bytes / parameters
-
-
 def curve_difference(one: Sequence[float], two: Sequence[float]) -> float:
     """Largest relative difference of two loss curves over the steps that both have."""
     return max((abs(a - b) / abs(b) for a, b in zip(one, two, strict=False)), default=float("nan"))

@@ -14,6 +14,7 @@ from typing import Any, Protocol, Self
 
 import torch
 
+from ..engine.policies import DTYPES
 from ..errors import HorizonError
 
 
@@ -60,7 +61,7 @@ class Case:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[self.dtype]
+        return DTYPES[self.dtype]
 
     def replace(self, **changes: Any) -> Self:
         return replace(self, **changes)

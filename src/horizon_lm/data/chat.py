@@ -46,11 +46,16 @@ def read_template(name: str) -> str:
             hint=f"built in are {', '.join(built_in_templates())}; null takes the tokenizer's own",
         )
     if path.stat().st_size > _LARGEST_TEMPLATE:
-        raise ConfigError(f"chat_template={name!r} is larger than {_LARGEST_TEMPLATE} bytes")
+        raise ConfigError(
+            f"chat_template={name!r} is larger than {_LARGEST_TEMPLATE} bytes",
+            hint="check the path",
+        )
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"chat_template={name!r} cannot be read: {error}") from error
+        raise ConfigError(
+            f"chat_template={name!r} cannot be read: {error}", hint="a text file in UTF-8"
+        ) from error
 
 
 def without_marks(template: str) -> str:
@@ -85,7 +90,6 @@ class ChatTemplate:
                 "the data are conversations, and the tokenizer has no chat template",
                 hint="set chat_template to plain, alpaca, chatml or a .jinja file",
             )
-        self._tokenizer = tokenizer
         self.source = "generation marks"
         self.template = str(given)
         if not _MARK.search(self.template):

@@ -246,5 +246,7 @@ def _content(dataset: Any) -> Iterator[bytes]:
                 while chunk := file.read(1 << 22):
                     digest.update(chunk)
         except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+            raise DataError(
+                f"{path} cannot be read: {error.strerror or error}", hint="check its permissions"
+            ) from error
         yield digest.digest()

@@ -11,7 +11,6 @@ from horizon_lm.data.sources import PlacedRow, without_filling
 from horizon_lm.errors import DataError
 
 _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_SAVED = ("dataset_info.json", "dataset_dict.json")
 
 
 def is_saved_dataset(path: Path) -> bool:

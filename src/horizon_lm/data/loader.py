@@ -65,7 +65,11 @@ class TokenLoader:
         num_workers: int = 0,
     ) -> None:
         if not len(rows):
-            raise DataError("there is no sequence to train on")
+            raise DataError(
+                "there is no sequence to train on",
+                hint="'horizon data preview' shows what becomes of the data; max_length, truncation and "
+                "loss_on decide what is left",
+            )
         if micro_batch_size < 1 or micro_batches_per_step < 1:
             raise ValueError(f"batch sizes must be positive: {micro_batch_size}, {micro_batches_per_step}")
         self._rows = rows
@@ -79,11 +83,6 @@ class TokenLoader:
     def rows_per_step(self) -> int:
         """Sequences in one step, over all its micro-batches."""
         return self._micro_batch_size * self._micro_batches_per_step
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps after which every row has been seen at least once."""
-        return -(-len(self._rows) // self.rows_per_step)
 
     @property
     def epoch(self) -> float:

@@ -67,7 +67,9 @@ def read_file(path: Path) -> Iterator[PlacedRow]:
     try:
         yield from _READERS[path.suffix.lower()](path)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise DataError(
+            f"{path} cannot be read: {error.strerror or error}", hint="check its permissions"
+        ) from error
 
 
 def _read_text(path: Path) -> Iterator[PlacedRow]:
@@ -112,7 +114,9 @@ def _read_parquet(path: Path) -> Iterator[PlacedRow]:
                     number += 1
                     yield without_filling(row), f"{path}: row {number}"
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from error
+        raise DataError(
+            f"{path} is not a readable parquet file: {str(error).splitlines()[0]}", hint="write it again"
+        ) from error
 
 
 def without_filling(row: dict[str, Any]) -> dict[str, Any]:

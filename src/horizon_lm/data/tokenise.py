@@ -16,6 +16,7 @@ from pathlib import Path
 
 import xxhash
 
+from horizon_lm.cores import usable_cores
 from horizon_lm.data.documents import Documents, Placed
 from horizon_lm.data.encode import Encoded, Encoder
 from horizon_lm.data.formats import texts
@@ -65,10 +66,6 @@ def tokenise(
             formats=documents.formats,
         )
     return store, False
-
-
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def batches(documents: Iterable[Placed], size: int | None = None) -> Iterator[list[Placed]]:

@@ -87,7 +87,9 @@ def _hash(path: Path) -> list[Any]:
                 digest.update(chunk)
                 size += len(chunk)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise DataError(
+            f"{path} cannot be read: {error.strerror or error}", hint="check its permissions"
+        ) from error
     return [size, digest.hexdigest()]
 
 

@@ -59,9 +59,9 @@ def keep_freed_memory() -> None:
 
     For training on the CPU: each layer's activations and gradients are freed before the next layer
     allocates its own, and giving them back in between costs a page fault for every 4 KB, some
-    50,000 a step at 100 M parameters and 2 to 4 % of its time. The peak stays what it was. Like any
-    setting of malloc's limits this one also ends their automatic growth. An environment that sets
-    limits of its own (MALLOC_*) is left alone.
+    50,000 a step at 100 M parameters: 2 to 10 % of its time. The peak is higher by up to as much
+    (`benchmarks/heap.py`). Like any setting of malloc's limits this one also ends their automatic
+    growth. An environment that sets limits of its own (MALLOC_*) is left alone.
     """
     if any(name.startswith("MALLOC_") for name in os.environ):
         return

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
+from ..cores import usable_cores
 from . import reference
 from .rules import RULES, Hyper, check_run, coefficients
-from .threads import usable_cores
 
 __all__ = ["ISAS", "Hyper", "available_isas", "describe", "library", "update", "update_run"]
 

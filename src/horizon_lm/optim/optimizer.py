@@ -7,11 +7,11 @@ from functools import cached_property
 
 import torch
 
+from ..cores import choose_threads
 from ..memory.store import HostStore
 from .groups import Segment
 from .kernel import update_run
 from .rules import ADAPTIVE_RULES, Hyper
-from .threads import choose_threads
 
 # Below this, to wake another thread takes longer than what it would do.
 _ELEMENTS_OF_A_THREAD = 1 << 16

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 
 from ..config import ModelSettings
+from ..cores import usable_cores
 from ..engine.lanes import InlineLanes
 from ..engine.policies import Policies, store_spec
 from ..memory import arena
 from ..optim.kernel import update_run
 from ..optim.rules import Hyper
-from ..optim.threads import usable_cores
 from .costs import Costs
 from .outline import Outline
 from .predict import predict

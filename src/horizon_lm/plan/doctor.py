@@ -126,8 +126,8 @@ def judge_memlock(limit: int | None, device: str) -> Finding:
 
 
 def _processor() -> list[Finding]:
+    from ..cores import usable_cores
     from ..optim.kernel import library
-    from ..optim.threads import usable_cores
 
     usable, there = usable_cores(), os.cpu_count() or 1
     status = WARN if usable < there else PASS

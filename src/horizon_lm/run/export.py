@@ -21,6 +21,7 @@ from torch import nn
 
 from ..checkpoint import units
 from ..checkpoint.disk import Disk, HashedFile
+from ..engine.policies import DTYPES
 from ..errors import ConfigError, DoesNotFitError
 from ..memory.store import HostStore
 from ..model.skeleton import Skeleton
@@ -53,7 +54,7 @@ def save_model(
     dtype None: the store's compute dtype, straight from the store. float32 from a bf16 store reconstructs the
     masters. extra: writes further files (the tokenizer) into the folder.
     """
-    wanted = {None: store.dtype, "bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
+    wanted = store.dtype if dtype is None else DTYPES[dtype]
 
     def group(names: Sequence[str]) -> Group:
         hollow = {name: _hollow(*_described(store, name, wanted)) for name in names}

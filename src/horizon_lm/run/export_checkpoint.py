@@ -15,12 +15,12 @@ from ..checkpoint import folder as checkpoints
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.reader import file_checksum, read_small
 from ..checkpoint.writer import BUFFERS
+from ..engine.policies import DTYPES
 from ..errors import CheckpointError, ConfigError
 from ..memory.master import join_master
 from .card import model_card
 from .export import Group, Tensors, write_folder, write_model
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _NO_WEIGHTS = ("config.json", "generation_config.json")
 
 
@@ -56,8 +56,8 @@ def _export(
     checkpoint: Checkpoint, target: Path, dtype: str | None, max_shard_size: str, trust_remote_code: bool
 ) -> None:
     manifest = checkpoint.manifest
-    own = _DTYPES[str(manifest.config.get("dtype", "bfloat16"))]
-    wanted = own if dtype is None else _DTYPES[dtype]
+    own = DTYPES[str(manifest.config.get("dtype", "bfloat16"))]
+    wanted = own if dtype is None else DTYPES[dtype]
     model = _hollow_model(checkpoint, trust_remote_code)
     wide = frozenset(manifest.state.get("kept_in_fp32", ()))
     names = [name for name in manifest.files if name.startswith("unit-")] + [BUFFERS]

@@ -108,10 +108,6 @@ class Generator:
         stops |= {known[mark] for mark in _END_OF_TURN if mark in known and mark in template}
         return sorted(stop for stop in stops if stop is not None)
 
-    def chat(self) -> Chat:
-        """A conversation with the model. Raises DataError where there is no chat template."""
-        return Chat(self)
-
 
 _END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "</s>")
 

@@ -21,7 +21,7 @@ _LONGEST = 4096  # of a training sequence, unless the data is shorter: longer on
 _LOOKED_AT = 1000  # rows
 _CHARACTERS_A_TOKEN = 3  # a low guess, so that few documents are longer than max_length
 
-# What is written, by group; `None`: the default is shown, so that it can be changed.
+# What is written, by group.
 _KEYS: dict[str, tuple[str, ...]] = {
     "model": ("model_name_or_path", "dtype", "attn_implementation", "device", "seed"),
     "data": (

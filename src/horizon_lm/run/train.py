@@ -16,6 +16,7 @@ from ..data import TrainingData, load_training_data
 from ..data.chat import without_marks
 from ..data.documents import check_exists
 from ..data.training_data import pad_id
+from ..engine.policies import DTYPES
 from ..errors import ConfigError, DataError, DoesNotFitError, NonFiniteError
 from ..optim.curves import learning_rates
 from ..plan.smaller import next_smaller
@@ -314,7 +315,7 @@ def _save_beside(
 
 
 def _export_dtype(config: TrainConfig) -> torch.dtype:
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.save_dtype or config.dtype]
+    return DTYPES[config.save_dtype or config.dtype]
 
 
 def _sample(config: TrainConfig, folder: RunFolder, data: TrainingData, model: HostModel) -> str:
