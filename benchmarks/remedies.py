@@ -12,8 +12,7 @@ from horizon_lm.bench.ours import train_config
 from horizon_lm.bench.protocol import Case
 from horizon_lm.errors import HorizonError
 from horizon_lm.memory.store import predict_bytes
-from horizon_lm.plan.costs import Costs
-from horizon_lm.plan.predict import costs_of, schedule_of
+from horizon_lm.plan.predict import schedule_of
 from horizon_lm.plan.run_plan import RunPlan, plan_run
 from horizon_lm.schedule import Op, simulate
 
@@ -57,22 +56,10 @@ def _rate(plan: RunPlan | None) -> float | None:
     return plan.prediction.tokens_per_second if plan else None
 
 
-def _costs(plan: RunPlan) -> Costs:
-    found = plan.prediction
-    return costs_of(
-        plan.planner.outline,
-        plan.config,
-        plan.profile,
-        batch=found.batch,
-        tokens=found.tokens_per_row,
-        micro_batches=found.plan.micro_batches,
-    )
-
-
 def resident_units(plan: RunPlan) -> frozenset[int]:
     """The units, from the last trainable one down, that fit into what the plan leaves of device memory."""
     room = (plan.planner.limits.device or 0) - plan.prediction.device_bytes
-    costs = _costs(plan)
+    costs = plan.prediction.costs
     taken: set[int] = set()
     for unit in sorted(costs.plan.trainable, reverse=True):
         room -= sum(predict_bytes([costs.outline.units[unit]], costs.spec).values())
@@ -84,7 +71,7 @@ def resident_units(plan: RunPlan) -> frozenset[int]:
 
 def tokens_per_second(plan: RunPlan, resident: frozenset[int]) -> float:
     """Of the planned step with `resident` units; with none, what the plan says."""
-    costs = _costs(plan)
+    costs = plan.prediction.costs
 
     def seconds(op: Op) -> float:
         if op.unit not in resident or op.kind not in "UDO":

@@ -22,17 +22,32 @@ from .profile import Profile
 class Prediction:
     """Of one step in the middle of a run.
 
-    host, device: bytes by part; device is empty where the device is the CPU. tokens: of the step.
+    costs: of the step's ops. host, device: bytes by part; device is empty where the device is the CPU.
+    tokens: of the step.
     """
 
     settings: ModelSettings
-    plan: StepPlan
-    batch: int
-    tokens_per_row: int
+    costs: Costs
     host: dict[str, int]
     device: dict[str, int]
     simulation: Simulation
-    profile: Profile
+
+    @property
+    def plan(self) -> StepPlan:
+        return self.costs.plan
+
+    @property
+    def profile(self) -> Profile:
+        return self.costs.profile
+
+    @property
+    def batch(self) -> int:
+        """Sequences of a micro-batch, each of `tokens_per_row`."""
+        return self.costs.measures.batch
+
+    @property
+    def tokens_per_row(self) -> int:
+        return self.costs.measures.tokens
 
     @property
     def host_bytes(self) -> int:
@@ -87,9 +102,11 @@ def predict(
     micro_batches: int,
 ) -> Prediction:
     """The prediction for steps of `micro_batches` micro-batches [batch, tokens]."""
-    costs = costs_of(outline, settings, profile, batch=batch, tokens=tokens, micro_batches=micro_batches)
-    plan = costs.plan
-    ops, waits = schedule_of(plan)
+    policies = Policies.of(settings, outline)
+    measures = outline.measures(batch, tokens, policies.loss_chunk)
+    spec = store_spec(settings, outline)
+    costs = Costs(outline, measures, policies, policies.step_plan(micro_batches), spec, profile)
+    ops, waits = schedule_of(costs.plan)
     simulation = simulate(
         ops,
         costs.seconds,
@@ -98,7 +115,7 @@ def predict(
         waits=waits,
         one_at_a_time=costs.is_cpu,
     )
-    host = {"process": int(profile.process_bytes), **predict_bytes(outline.units, costs.spec)}
+    host = {"process": int(profile.process_bytes), **predict_bytes(outline.units, spec)}
     host |= simulation.parts.get(HOST, {})
     device: dict[str, int] = {}
     if costs.is_cpu:
@@ -109,27 +126,11 @@ def predict(
     else:
         device = {"context": int(profile.context_bytes), **costs.fixed_bytes()}
         device |= simulation.parts.get(DEVICE, {})
-    return Prediction(settings, plan, batch, tokens, host, device, simulation, profile)
-
-
-def costs_of(
-    outline: Outline,
-    settings: ModelSettings,
-    profile: Profile,
-    *,
-    batch: int,
-    tokens: int,
-    micro_batches: int,
-) -> Costs:
-    """What each op of such a step takes."""
-    policies = Policies.of(settings, outline)
-    measures = outline.measures(batch, tokens, policies.loss_chunk)
-    spec = store_spec(settings, outline)
-    return Costs(outline, measures, policies, policies.step_plan(micro_batches), spec, profile)
+    return Prediction(settings, costs, host, device, simulation)
 
 
 @lru_cache(maxsize=256)
 def schedule_of(plan: StepPlan) -> tuple[Sequence[Op], Sequence[tuple[int, ...]]]:
-    """The ops of a step that begins with the deferred updates of the one before, as most steps do."""
+    """Ops and waits of a step that begins with the deferred updates of the one before, as most do."""
     ops = build(plan, step=1, pending=plan.trainable if plan.update == "deferred" else ())
     return ops, derive_waits(ops)
