@@ -136,16 +136,7 @@ def _run_steps(
     if resume is not None:
         parent = restore(resume, model, trainer.load_state, files, progress.warn).path
         progress.stage(f"resumed from {parent}, after step {trainer.loop.step}")
-    evaluator = None
-    if data.eval_rows is not None:
-        evaluator = Evaluator(
-            model,
-            data.eval_rows,
-            config,
-            num_steps=num_steps,
-            pad_id=pad_id(data.tokenizer),
-            epochs_done=int(loader.epoch),
-        )
+    evaluator = _evaluator(config, data, model, num_steps)
     # The folder becomes this run's with the first step that is done; see `claim` for runs without one.
     in_place = resume is not None and resume.in_place
     settings = asked.to_yaml()
@@ -192,6 +183,20 @@ def _run_steps(
                 raise saver.stop(request, trainer.loop.step)
     assert last is not None, "a run has at least one step, and the last is recorded"
     return last
+
+
+def _evaluator(config: TrainConfig, data: TrainingData, model: HostModel, num_steps: int) -> Evaluator | None:
+    """None without anything to evaluate on."""
+    if data.eval_rows is None:
+        return None
+    return Evaluator(
+        model,
+        data.eval_rows,
+        config,
+        num_steps=num_steps,
+        pad_id=pad_id(data.tokenizer),
+        epochs_done=int(data.loader.epoch),
+    )
 
 
 def _will_save(config: TrainConfig, data: TrainingData) -> bool:
