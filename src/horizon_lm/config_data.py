@@ -1,0 +1,192 @@
+"""The settings of data: what is read, how it becomes sequences, and what is evaluated on, and when."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+from horizon_lm import config_aliases
+from horizon_lm.config_base import STRICT, Settings, fault, setting
+
+
+class DatasetConfig(BaseModel):
+    """One source of training text; an entry of `datasets`."""
+
+    model_config = STRICT
+
+    path: str = Field(
+        min_length=1,
+        description="A file, folder or glob of .jsonl, .json, .parquet, .txt, .md or .py files; a "
+        "folder that `datasets` has saved; a name on the Hugging Face Hub; or python-stdlib (the source of "
+        "Python's own standard library).",
+    )
+    format: Literal["auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt"] = Field(
+        default="auto", description="How rows are read; auto looks at the columns of the first."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Columns to rename, old name to new name."
+    )
+    split: str = Field(
+        default="train",
+        min_length=1,
+        description="The split to read; in a folder, known by the files' names.",
+    )
+    name: str | None = Field(default=None, description="The configuration of a dataset on the Hub.")
+    revision: str | None = Field(
+        default=None, description="Branch, tag or commit of a dataset on the Hub; a commit is reproducible."
+    )
+    text_column: str = Field(
+        default="text", min_length=1, description="The column that holds the text of a row of plain text."
+    )
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        le=1000,
+        description="How often each of its documents comes in an epoch; 0.25 takes a seeded quarter of them.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_aliases(cls, values: Any) -> Any:
+        try:
+            return config_aliases.canonical_entry(values)
+        except ValueError as error:
+            raise fault(str(error), key="datasets", hint="keep one of them") from None
+
+
+class DataSettings(Settings):
+    """Part of `TrainConfig`."""
+
+    datasets: list[DatasetConfig] = setting(
+        ...,
+        "What to train on: files, folders, globs, Hub names or python-stdlib; an entry may be a mapping.",
+        group="Data",
+        min_length=1,
+        expects="a path, or a list of paths or of mappings with a path",
+    )
+    max_train_bytes: int | None = setting(
+        None, "Read at most so much text; null reads all.", group="Data", unit="bytes", ge=1
+    )
+    max_length: int = setting(1024, "Length of a training sequence.", group="Data", unit="tokens", ge=2)
+    truncation: Literal["auto", "drop", "keep_start", "keep_end", "split"] = setting(
+        "auto",
+        "What becomes of a document longer than max_length; auto splits text and drops others. Not for "
+        "wrapped packing, which cuts everything.",
+        group="Data",
+    )
+    packing: bool = setting(
+        True,
+        "Fill sequences with several documents; false gives each document its own and pads to the batch.",
+        group="Data",
+    )
+    packing_strategy: Literal["auto", "wrapped", "bfd"] = setting(
+        "auto",
+        "bfd (best fit decreasing) keeps documents whole and apart: positions from 0, no attention across. "
+        "wrapped joins them and cuts every max_length tokens. auto is wrapped for text, bfd for others.",
+        group="Data",
+    )
+    loss_on: Literal["auto", "all", "completion", "assistant", "last_assistant"] = setting(
+        "auto",
+        "Which tokens are trained on; auto: all of a text, the completion of a prompt, every turn of the "
+        "assistant in a conversation.",
+        group="Data",
+    )
+    chat_template: str | None = setting(
+        None,
+        "A .jinja file, or the built-in chatml, plain or alpaca; null means the tokenizer's own. It is saved "
+        "with the trained model.",
+        group="Data",
+        min_length=1,
+    )
+    chat_template_kwargs: dict[str, Any] = setting(
+        {}, "Further variables for the chat template, such as enable_thinking.", group="Data"
+    )
+    on_bad_row: Literal["raise", "skip"] = setting(
+        "raise", "What a row that cannot be used does: end the run, or be counted and left out.", group="Data"
+    )
+    streaming: bool = setting(
+        False,
+        "Tokenise while training, for data too large to tokenise first; needs max_steps.",
+        group="Data",
+    )
+    buffer_size: int = setting(
+        2000,
+        "Documents of a stream that are packed and shuffled together.",
+        group="Data",
+        unit="documents",
+        ge=1,
+    )
+    dataset_num_proc: int | None = setting(
+        None,
+        "Processes that tokenise; null means one for each core. The tokens do not depend on it.",
+        group="Data",
+        unit="processes",
+        ge=1,
+        le=1024,
+    )
+    dataset_cache_dir: str | None = setting(
+        "auto",
+        "Where tokens are kept for the next run, by content and settings; auto is the user's cache folder, "
+        "null keeps none.",
+        group="Data",
+        min_length=1,
+    )
+    dataloader_num_workers: int = setting(
+        1,
+        "Threads that make the next steps ready; 0 makes each when it is needed. The order is the same.",
+        group="Data",
+        unit="threads",
+        ge=0,
+        le=64,
+    )
+    data_seed: int | None = setting(
+        None,
+        "Seed of the data order; null means seed.",
+        group="Data",
+        ge=0,
+        lt=2**63,
+        expects="a whole number >= 0, or null",
+    )
+    eval_datasets: list[DatasetConfig] = setting(
+        [],
+        "What to evaluate on, as in datasets.",
+        group="Evaluation",
+        expects="a path, or a list of paths or of mappings with a path",
+    )
+    val_size: int | float = setting(
+        0,
+        "Documents of datasets to hold out for evaluation instead: a share below 1, or a count.",
+        group="Evaluation",
+        unit="documents",
+        expects="a whole number >= 0, or a share below 1",
+    )
+    eval_strategy: Literal["no", "steps", "epoch"] = setting(
+        "no",
+        "When to evaluate; the end of the run always, where there is something to evaluate on.",
+        group="Evaluation",
+    )
+    eval_steps: int = setting(
+        100, "Steps between evaluations, with eval_strategy: steps.", group="Evaluation", unit="steps", ge=1
+    )
+    eval_on_start: bool = setting(False, "Evaluate before the first step too.", group="Evaluation")
+    per_device_eval_batch_size: int | None = setting(
+        None,
+        "Sequences in a micro-batch of evaluation; null means per_device_train_batch_size.",
+        group="Evaluation",
+        unit="sequences",
+        ge=1,
+    )
+
+    @field_validator("datasets", "eval_datasets", mode="before")
+    @classmethod
+    def _list_datasets(cls, value: Any) -> Any:
+        entries = value if isinstance(value, list) else [] if value is None else [value]
+        return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
+
+    @field_validator("val_size")
+    @classmethod
+    def _check_val_size(cls, value: int | float) -> int | float:
+        if value < 0 or isinstance(value, float) and value >= 1:
+            raise ValueError("neither a count nor a share")  # reported with the field's `expects`
+        return value
