@@ -196,7 +196,7 @@ def _help_lines(help_rows: Iterator[Row], width: int) -> Iterator[str]:
 
 _INTRO = """# Configuration
 
-<!-- Written by `horizon config docs`; a test compares. Edit the declarations in src/horizon_lm/config*.py. -->
+<!-- Written by `horizon config docs`; a test compares. Edit the declarations in src/horizon_lm/config*.py -->
 
     horizon train CONFIG.yaml [key=value ...] [--key value ...]
 
