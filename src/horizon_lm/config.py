@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
-from typing import Any, Literal, Self
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import field_validator
+from pydantic_core import PydanticCustomError
 
 from horizon_lm import config_merge
-from horizon_lm.config_base import fault, setting, text_keys
+from horizon_lm.config_base import fault, keys_of, setting
 from horizon_lm.config_checkpoints import CheckpointSettings
 from horizon_lm.config_data import DatasetConfig as DatasetConfig
 from horizon_lm.config_data import DataSettings
@@ -187,120 +188,119 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
             raise ValueError("neither steps nor a share")
         return value
 
-    @model_validator(mode="after")
-    def _check_together(self) -> Self:
-        self._check_model()
-        self._check_scheduler()
-        self._check_data()
-        self._check_faults()
-        return self
+    def faults(self) -> Iterator[PydanticCustomError]:
+        yield from super().faults()
+        yield from self._model_faults()
+        yield from self._scheduler_faults()
+        yield from self._data_faults()
+        if self.streaming:
+            yield from self._streaming_faults()
+        yield from self._fault_policy_faults()
 
-    def _check_faults(self) -> None:
+    def _fault_policy_faults(self) -> Iterator[PydanticCustomError]:
         if self.loss_spike == "skip" and self.update_mode == "eager":
-            raise fault(
+            yield fault(
                 "loss_spike: skip leaves updates out, but update: eager makes them during the backward pass",
                 key="loss_spike",
                 hint="update: deferred, or loss_spike: rollback",
             )
         rollback = "rollback" in (self.nonfinite, self.loss_spike)
         if rollback and self.save_strategy == "no":
-            raise fault(
+            yield fault(
                 "there is nothing to go back to with save_strategy: no",
                 key="save_strategy",
                 hint="save_strategy: steps",
             )
 
-    def _check_data(self) -> None:
+    def _data_faults(self) -> Iterator[PydanticCustomError]:
         if self.val_size and self.eval_datasets:
-            raise fault(
+            yield fault(
                 "'val_size' and 'eval_datasets' are both given", key="val_size", hint="keep one of them"
             )
         if self.eval_strategy != "no" and not (self.val_size or self.eval_datasets):
-            raise fault(
+            yield fault(
                 f"eval_strategy is {self.eval_strategy}, and there is nothing to evaluate on",
                 key="eval_strategy",
                 hint="set eval_datasets, or val_size to hold out a part of datasets",
             )
         if self.truncation == "split" and self.loss_on not in ("auto", "all"):
-            raise fault(
+            yield fault(
                 "truncation: split would cut an answer from its question",
                 key="truncation",
                 hint="drop, keep_start or keep_end",
             )
-        if self.streaming:
-            self._check_streaming()
 
-    def _check_streaming(self) -> None:
+    def _streaming_faults(self) -> Iterator[PydanticCustomError]:
         if self.max_steps < 1:
-            raise fault(
+            yield fault(
                 "streaming needs max_steps, as the length of a stream is not known",
                 key="streaming",
                 hint="max_steps=1000",
             )
         if self.val_size:
-            raise fault(
+            yield fault(
                 "val_size takes a part of data that is read whole", key="val_size", hint="set eval_datasets"
             )
         if any(dataset.weight != 1 for dataset in self.datasets):
-            raise fault(
+            yield fault(
                 "a weight takes data that is read whole",
                 key="datasets",
                 hint="streaming: false, or weight: 1",
             )
 
-    def _check_model(self) -> None:
+    def _model_faults(self) -> Iterator[PydanticCustomError]:
         if self.model_name_or_path is None and self.init_model is None:
-            raise fault(
+            yield fault(
                 "no model: neither 'model_name_or_path' nor 'init_model' is given",
                 key="model_name_or_path",
                 hint="model_name_or_path=FOLDER trains an existing model",
             )
         if self.model_name_or_path is not None and self.init_model is not None:
-            raise fault(
+            yield fault(
                 "'model_name_or_path' and 'init_model' are both given",
                 key="model_name_or_path",
                 hint="keep one of them, or set the other to null",
             )
         if self.init_model is not None and not isinstance(self.init_model.get("model_type"), str):
-            raise fault(
+            yield fault(
                 "init_model has no 'model_type'", key="init_model", hint="for example 'model_type: llama'"
             )
         if self.train_tokenizer_vocab_size is not None and self.init_model is None:
-            raise fault(
+            yield fault(
                 "train_tokenizer_vocab_size needs init_model",
                 key="train_tokenizer_vocab_size",
                 hint="an existing model keeps its own tokenizer",
             )
         if self.train_tokenizer_vocab_size is not None and self.tokenizer_name_or_path is not None:
-            raise fault(
+            yield fault(
                 "'train_tokenizer_vocab_size' and 'tokenizer_name_or_path' are both given",
                 key="train_tokenizer_vocab_size",
                 hint="keep one of them, or set the other to null",
             )
 
-    def _check_scheduler(self) -> None:
+    def _scheduler_faults(self) -> Iterator[PydanticCustomError]:
         name, given = self.lr_scheduler_type, self.lr_scheduler_kwargs
         for key, value in given.items():
             if isinstance(value, (bool, dict, list)) or value is None:
-                raise fault(
+                yield fault(
                     f"lr_scheduler_kwargs.{key} is {value!r}, expected a number or text",
                     key="lr_scheduler_kwargs",
                 )
             if key not in SCHEDULER_KWARGS[name]:
                 known = ", ".join(sorted(SCHEDULER_KWARGS[name])) or "no arguments"
-                raise fault(
+                yield fault(
                     f"lr_scheduler_kwargs: {name} has no argument '{key}'",
                     key="lr_scheduler_kwargs",
                     hint=f"{name} takes {known}",
                 )
         if name == "cosine_with_min_lr" and ("min_lr" in given) == ("min_lr_rate" in given):
-            raise fault(
+            yield fault(
                 "cosine_with_min_lr needs either min_lr or min_lr_rate",
                 key="lr_scheduler_type",
                 hint="for example lr_scheduler_kwargs.min_lr_rate=0.1",
             )
         if name == "warmup_stable_decay" and "num_decay_steps" not in given:
-            raise fault(
+            yield fault(
                 "warmup_stable_decay needs num_decay_steps",
                 key="lr_scheduler_type",
                 hint="for example lr_scheduler_kwargs.num_decay_steps=100",
@@ -311,7 +311,7 @@ def load_config(
     path: str | os.PathLike[str] | None, overrides: Iterable[str] = ()
 ) -> tuple[TrainConfig, list[str]]:
     """The settings of a file (or of none) with overrides on top, and one-line notes about aliases."""
-    document, notes = config_merge.collect(path, overrides, text_keys(TrainConfig))
+    document, notes = config_merge.collect(path, overrides, keys_of(TrainConfig))
     return TrainConfig.from_document(document), notes
 
 

@@ -103,7 +103,7 @@ ALIASES: dict[str, Alias] = {
     "chat_template_path": Alias("chat_template"),
     "preprocessing_num_workers": Alias("dataset_num_proc"),
     "dataset_processes": Alias("dataset_num_proc"),
-    "dataset_prepared_path": Alias("dataset_cache_dir"),
+    "dataset_prepared_path": Alias("dataset_cache_dir", lambda value: value or "auto"),
     "shuffle_buffer_size": Alias("buffer_size"),
     "neat_packing": Alias("packing_strategy", _choice("bfd", "wrapped")),
     "wandb_project": Alias("project"),
@@ -137,7 +137,21 @@ ALIASES: dict[str, Alias] = {
 
 _READ = "columns that are not needed are not read into memory"
 _PADDED = "a batch is padded to its longest sequence"
+_TYPE = "the model's own files say what it is"
 DROPPED: dict[str, str] = {
+    "model_type": _TYPE,
+    "tokenizer_type": _TYPE,
+    "base_model_config": _TYPE,
+    "is_llama_derived_model": _TYPE,
+    "is_mistral_derived_model": _TYPE,
+    "tokenizer_use_fast": "the fast tokenizer is used",
+    "use_fast_tokenizer": "the fast tokenizer is used",
+    "strict": "unknown keys are errors",
+    "tf32": "float32 products are computed as torch is set to",
+    "local_rank": "one process trains",
+    "ddp_timeout": "one process trains",
+    "plot_loss_curve": "see plot_loss",
+    "include_num_input_tokens_seen": "tokens are counted in any case",
     "gradient_checkpointing_kwargs": "how a layer is recomputed is not a choice here",
     "remove_unused_columns": _READ,
     "pad_to_sequence_len": _PADDED,
@@ -149,7 +163,34 @@ DROPPED: dict[str, str] = {
 _WHOLE = "leave the key out: all parameters are trained, in full precision"
 _METHOD = "leave the key out: supervised tuning or pretraining follows from the columns of the data"
 _HOST = "leave the key out: weights and optimizer state are in host memory already"
+_EPOCH_PARTS = "leave the key out and write eval_strategy and save_strategy: steps or epoch, with eval_steps and save_steps"
 UNAVAILABLE: dict[str, str] = {
+    "evals_per_epoch": _EPOCH_PARTS,
+    "saves_per_epoch": _EPOCH_PARTS,
+    "eval_table_size": "leave the key out: evaluation gives the loss",
+    "group_by_length": "leave the key out: 'packing: true' has no padding to save",
+    "train_sampling_strategy": "leave the key out: rows come in a seeded random order",
+    "fsdp_config": _HOST,
+    "lora_model_dir": _WHOLE,
+    "lora_dropout": _WHOLE,
+    "lora_target": _WHOLE,
+    "lora_target_linear": _WHOLE,
+    "qlora": _WHOLE,
+    "relora": _WHOLE,
+    "xformers_attention": "leave the key out and choose attn_implementation",
+    "sdp_attention": "leave the key out: attn_implementation is sdpa unless it is set",
+    "s2_attention": "leave the key out and choose attn_implementation",
+    "flex_attention": "leave the key out and write 'attn_implementation: flex_attention'",
+    "wandb_entity": "leave the key out: set WANDB_ENTITY in the environment",
+    "wandb_watch": "leave the key out: gradients do not stay for wandb to watch",
+    "wandb_log_model": "leave the key out: the model is written to output_dir/model",
+    "wandb_run_id": "leave the key out: set WANDB_RUN_ID in the environment",
+    "use_wandb": "leave the key out and write 'report_to: wandb'",
+    "debug": "leave the key out",
+    "eval_accumulation_steps": "leave the key out: evaluation keeps sums, not logits",
+    "auto_find_batch_size": "leave the key out and write tokens_per_step, and the planner finds the micro-batch that fits",
+    "torch_compile": "leave the key out: layers are run as transformers writes them",
+    "use_liger_kernel": "leave the key out: the loss is computed in chunks already",
     "fp16": "leave the key out and choose 'dtype: bfloat16' or 'dtype: float32'",
     "deepspeed": _HOST,
     "fsdp": _HOST,
@@ -217,41 +258,56 @@ def canonical_value(key: str, value: Any, place: str) -> Any:
         ) from None
 
 
-def drop_or_note(key: str, place: str) -> tuple[bool, str | None]:
-    """Whether `key` has no effect, and the note to print about it, if any."""
+def drop_or_note(key: str, place: str, value: Any) -> tuple[bool, str | None]:
+    """Whether `key: value` has no effect, and the note to print about it, if any."""
     if key in DROPPED:
         return True, f"{place}: '{key}' is ignored, {DROPPED[key]}"
+    if key in UNAVAILABLE and (value is None or value is False):
+        return True, f"{place}: '{key}' is ignored, it is off"
     if key in ALIASES:
         return False, f"{place}: '{key}' is read as '{ALIASES[key].key}'"
     return False, None
 
 
 def canonicalise(document: Document) -> tuple[Document, list[str]]:
-    """The same settings under their canonical names, and one note per alias or ignored key."""
+    """The same settings under their canonical names, and one note per alias or ignored key.
+
+    A value that an alias cannot have is left out and kept as a fault of the result.
+    """
     values: dict[str, Any] = {}
     where: dict[KeyPath, str] = {(): document.where.get((), "")}
     written: dict[str, str] = {}
     notes: list[str] = []
+    faults: list[ConfigError] = []
+    lost: set[str | int] = set()
     for key, value in document.values.items():
         place = document.where.get((key,), where[()])
-        dropped, note = drop_or_note(key, place)
+        dropped, note = drop_or_note(key, place, value)
         if note:
             notes.append(note)
         if dropped:
             continue
-        name, meant = canonical_name(key), canonical_value(key, value, place)
-        if name in written:
-            earlier = written[name]
-            if name in (earlier, key) or document.values[earlier] is not False and value is not False:
-                raise conflict(earlier, key, place)
-            if value is False:
-                continue
+        name = canonical_name(key)
+        try:
+            meant = canonical_value(key, value, place)
+            if name in written:
+                earlier = written[name]
+                if name in (earlier, key) or document.values[earlier] is not False and value is not False:
+                    raise conflict(earlier, key, place)
+                if value is False:
+                    continue
+        except ConfigError as error:
+            faults.append(error)
+            lost.add(key)
+            continue
         written[name] = key
         values[name] = meant
     for path, at in document.where.items():
+        if path and path[0] in lost:
+            continue
         head = tuple(canonical_name(str(part)) for part in path[:1])
         where[head + path[1:]] = at
-    return Document(values, where), notes
+    return Document(values, where, faults), notes
 
 
 def conflict(first: str, second: str, place: str) -> ConfigError:

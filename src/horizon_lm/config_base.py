@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
@@ -41,6 +41,11 @@ def fault(text: str, *, key: str, hint: str | None = None) -> PydanticCustomErro
     return PydanticCustomError("setting", "{text}", {"text": text, "key": key, "hint": hint})
 
 
+def _together(faults: list[PydanticCustomError]) -> PydanticCustomError:
+    """Several faults as the one error that a validator may raise."""
+    return PydanticCustomError("settings", "{count} faults", {"count": len(faults), "faults": faults})
+
+
 STRICT = ConfigDict(
     frozen=True,
     extra="forbid",
@@ -58,18 +63,32 @@ class Settings(BaseModel):
 
     _source: ClassVar[str] = "settings"  # the origin of values in errors, when it is no file
 
+    def faults(self) -> Iterator[PydanticCustomError]:
+        """Settings that are right one by one and do not go together; all of them are reported at once."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        found = list(self.faults())
+        if found:
+            raise found[0] if len(found) == 1 else _together(found)
+        return self
+
     if not TYPE_CHECKING:  # keeps the signature that type checkers derive from the fields
 
         def __init__(self, **values: Any) -> None:
             self._fill(Document(config_merge.plain(values, self._source), {(): self._source}))
 
     def _fill(self, document: Document) -> None:
+        error: ValidationError | None = None
         try:
             self.__pydantic_validator__.validate_python(document.values, self_instance=self)
-        except ValidationError as error:
+        except ValidationError as found:
+            error = found
+        if error is not None or document.faults:
             from horizon_lm.config_docs import explain
 
-            raise explain(type(self), error, document) from None
+            raise explain(type(self), error, document)
 
     @classmethod
     def from_document(cls, document: Document) -> Self:
@@ -97,7 +116,7 @@ class Settings(BaseModel):
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Self:
         """Settings of a YAML file, with `key=value` overrides on top."""
-        return cls.from_document(config_merge.collect(path, overrides, text_keys(cls))[0])
+        return cls.from_document(config_merge.collect(path, overrides, keys_of(cls))[0])
 
     def to_yaml(self) -> str:
         """Every setting, grouped, as YAML that the strict reader turns back into an equal configuration."""
@@ -119,6 +138,9 @@ def grouped_keys(cls: type[Settings]) -> dict[str, list[str]]:
     return {group: keys for group, keys in result.items() if keys}
 
 
-def text_keys(cls: type[Settings]) -> frozenset[str]:
-    """The settings whose value is any text, or null."""
-    return frozenset(key for key, info in cls.model_fields.items() if info.annotation in (str, str | None))
+def keys_of(cls: type[Settings]) -> config_merge.Keys:
+    fields = cls.model_fields
+    text = frozenset(key for key, info in fields.items() if info.annotation in (str, str | None))
+    nullable = frozenset(key for key, info in fields.items() if type(None) in get_args(info.annotation))
+    required = frozenset(key for key, info in fields.items() if info.is_required())
+    return config_merge.Keys(frozenset(fields), text, nullable | required)

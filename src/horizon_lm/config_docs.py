@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from horizon_lm.config_base import Settings, grouped_keys
 from horizon_lm.config_yaml import Document, KeyPath
 from horizon_lm.errors import ConfigError
 
-_SHOWN_FAULTS = 5
+_SHOWN_FAULTS = 50  # all that a person wrote; a file of another kind would fill the screen
 _ALL_SETTINGS = "'horizon train --help' lists every setting"
 _TYPE_WORDS = {
     "integer": "a whole number",
@@ -90,30 +91,36 @@ def shown(value: Any) -> str:
 # --- faults ---------------------------------------------------------------------------------------
 
 
-def explain(cls: type[Settings], error: ValidationError, document: Document) -> ConfigError:
-    """One `ConfigError` for all of pydantic's findings: a line each, the first one's hint."""
-    faults: dict[str, str | None] = {}
+def explain(cls: type[Settings], error: ValidationError | None, document: Document) -> ConfigError:
+    """One `ConfigError` for all that was found, by pydantic and before: a line each, the first one's hint."""
+    faults: dict[str, str | None] = {one.message: one.hint for one in document.faults}
     seen: set[KeyPath] = set()
-    for finding in error.errors(include_url=False):
+    for finding in error.errors(include_url=False) if error is not None else ():
+        if finding["type"] in ("setting", "settings"):
+            context = finding["ctx"]
+            for one in context.get("faults", [finding]):
+                told = one["ctx"] if isinstance(one, dict) else one.context
+                faults[f"{_place(document, (told['key'],))}: {told['text']}"] = told["hint"]
+            continue
         location = finding["loc"]
         path = location if location[:1] in _DATASETS else location[:1]  # the rest names branches of a union
-        if path in seen:
-            continue
-        seen.add(path)
-        if len(seen) > _SHOWN_FAULTS:
-            continue
-        if finding["type"] == "setting":
-            context = finding["ctx"]
-            faults[f"{_place(document, (context['key'],))}: {context['text']}"] = context["hint"]
-        else:
+        lost = document.faults and finding["type"] == "missing"  # its value is one of the faults
+        if path not in seen and not lost:
+            seen.add(path)
             line, hint = _fault(cls, path, finding)
             faults[f"{_place(document, path)}: {line}"] = hint
-    if len(seen) == 1:
+    if len(faults) == 1:
         return ConfigError(*next(iter(faults.items())))
-    lines = [f"{line} ({hint})" if hint else line for line, hint in faults.items()]
-    if len(seen) > _SHOWN_FAULTS:
-        lines.append(f"and {len(seen) - _SHOWN_FAULTS} more")
+    lines = [f"{line} ({hint})" if hint else line for line, hint in sorted(faults.items(), key=_line)]
+    if len(lines) > _SHOWN_FAULTS:
+        lines[_SHOWN_FAULTS:] = [f"and {len(lines) - _SHOWN_FAULTS} more"]
     return ConfigError("\n".join(lines), _ALL_SETTINGS)
+
+
+def _line(entry: tuple[str, str | None]) -> int:
+    """The number of the line that a fault is in; what is in none comes first."""
+    found = re.match(r"[^\n]*?:([0-9]+): ", entry[0])
+    return int(found[1]) if found else 0
 
 
 def _place(document: Document, path: KeyPath) -> str:
@@ -150,8 +157,19 @@ def _nearest_key(owner: type[BaseModel], key: str) -> str:
     known = [*owner.model_fields, *(alias for alias in ALIASES if ALIASES[alias].key in owner.model_fields)]
     if key in TrainConfig.model_fields:
         return "this is a setting of 'horizon train', not of a model alone"
-    near = get_close_matches(key[:100], known, 1)
-    return f"did you mean '{canonical_name(near[0])}'?" if near else _ALL_SETTINGS
+    nearest = _nearest(key[:100], known)
+    return f"did you mean '{canonical_name(nearest)}'?" if nearest else _ALL_SETTINGS
+
+
+def _nearest(key: str, known: list[str]) -> str | None:
+    """The name that `key` is a slip of, or the only one that has all of its words; better none than a wrong
+    one."""
+    near = get_close_matches(key, known, 1, 0.8)
+    if near:
+        return near[0]
+    words = set(key.replace("-", "_").split("_"))
+    longer = [name for name in known if words < set(name.split("_"))]
+    return longer[0] if len({canonical_name(name) for name in longer}) == 1 else None
 
 
 def _value_hint(schema: dict[str, Any], value: Any) -> str | None:

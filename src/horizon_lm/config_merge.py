@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from horizon_lm import config_aliases, config_yaml
@@ -33,18 +34,32 @@ def plain(value: Any, place: str) -> Any:
     raise ConfigError(f"{place}: a {type(value).__name__} is no setting's value")
 
 
+@dataclass(frozen=True)
+class Keys:
+    """known: all settings. text: those whose value is any text, or null. nullable: those to which null says
+    something, or that must be given."""
+
+    known: frozenset[str]
+    text: frozenset[str]
+    nullable: frozenset[str]
+
+
 # A setting of the command line that stands in place of others, which a file may name.
 _REPLACES = {"tokens_per_step": ("per_device_train_batch_size", "gradient_accumulation_steps")}
 
 
 def collect(
-    path: str | os.PathLike[str] | None, overrides: Iterable[str], text_keys: frozenset[str]
+    path: str | os.PathLike[str] | None, overrides: Iterable[str], keys: Keys
 ) -> tuple[Document, list[str]]:
+    """The settings of a file (or of none) with overrides on top, and one-line notes."""
     document = Document({}, {(): "command line"}) if path is None else config_yaml.read_file(path)
+    empty = _drop_empty(document, keys) if path is not None else []
     document, notes = config_aliases.canonicalise(document)
+    if empty:
+        notes.append(f"{path}: keys without a value are as if not written: {', '.join(empty)}")
     written: dict[str, str] = {}
     for text in overrides:
-        _override(document, text, text_keys, written, notes)
+        _override(document, text, keys.text, written, notes)
     for key, others in _REPLACES.items():
         if key in written and document.values[key] is not None:
             for other in others:
@@ -53,13 +68,28 @@ def collect(
     return document, notes
 
 
+def _drop_empty(document: Document, keys: Keys) -> list[str]:
+    """Take out the keys of a file that stand there without a value, as in files written for Axolotl; but not
+    where null is one of the values. Returns their names."""
+    empty = [
+        key
+        for key, value in document.values.items()
+        if value is None
+        and key not in config_aliases.DROPPED
+        and config_aliases.canonical_name(key) not in keys.nullable
+    ]
+    for key in empty:
+        del document.values[key]
+    return empty
+
+
 def _override(
     document: Document, text: str, text_keys: frozenset[str], written: dict[str, str], notes: list[str]
 ) -> None:
     """Put one `key=value` into `document`. The same key again wins over the earlier one."""
     place = "command line"
     (key, *inner), raw = config_yaml.split_override(text)
-    dropped, note = config_aliases.drop_or_note(key, place)
+    dropped, note = config_aliases.drop_or_note(key, place, _off(raw))
     if note and note not in notes:
         notes.append(note)
     if dropped:
@@ -84,6 +114,11 @@ def _override(
     for old in [old for old in document.where if old[: len(written_path)] == written_path]:
         del document.where[old]
     document.where[written_path] = place
+
+
+def _off(raw: str) -> Any:
+    """null and false as values, any other text as it is."""
+    return {"": None, "null": None, "~": None, "false": False}.get(raw.strip(), raw)
 
 
 def _value_of(name: str, raw: str, text_keys: frozenset[str]) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from collections.abc import Iterator
+from typing import Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import field_validator
+from pydantic_core import PydanticCustomError
 
 from horizon_lm.config_base import Settings, fault, setting
 
@@ -223,21 +225,20 @@ class ModelSettings(Settings):
         per_layer(value, ("device", "host"))
         return value
 
-    @model_validator(mode="after")
-    def _check_update(self) -> Self:
+    def faults(self) -> Iterator[PydanticCustomError]:
+        yield from super().faults()
         reason = "clips by the norm of all gradients" if self.max_grad_norm else None
         if self.nonfinite == "skip":
             reason = reason or "leaves a step out when any of its gradients is not finite"
         if self.update == "eager" and reason is not None:
             culprit = "max_grad_norm" if self.max_grad_norm else "nonfinite"
-            raise fault(
+            yield fault(
                 f"update: eager updates layers before all gradients are known, but {culprit}: "
                 f"{getattr(self, culprit)} {reason}",
                 key="update",
                 hint="update: deferred does both, or "
                 + ("max_grad_norm: null" if self.max_grad_norm else "nonfinite: raise"),
             )
-        return self
 
     @property
     def update_mode(self) -> str:

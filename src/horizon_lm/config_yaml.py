@@ -41,10 +41,14 @@ _SCALARS = (  # YAML 1.2, chapter 10.3.2: tag, pattern, possible first character
 
 @dataclass(frozen=True)
 class Document:
-    """A mapping and, for each path in it, the place where it was written (`file:line`)."""
+    """A mapping and, for each path in it, the place where it was written (`file:line`).
+
+    faults: what was wrong with keys that are not in `values`, to be reported with the others.
+    """
 
     values: dict[str, Any]
     where: dict[KeyPath, str] = field(default_factory=dict)
+    faults: list[ConfigError] = field(default_factory=list)
 
 
 class _Loader(yaml.SafeLoader):

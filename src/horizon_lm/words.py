@@ -1,0 +1,28 @@
+"""Numbers as people read them, the same everywhere: counts with their noun, bytes, parameters."""
+
+from __future__ import annotations
+
+_BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    """`1 step`, `1,204 steps`; plural: where it is not the noun with an s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in the unit in which they have one to three digits before the point."""
+    for unit, name in _BYTES:
+        if abs(num_bytes) >= 0.9995 * unit:
+            value = num_bytes / unit
+            return f"{value:.0f} {name}" if abs(value) >= 99.95 else f"{value:.3g} {name}"
+    return count(int(num_bytes), "byte")
+
+
+def parameters(number: float) -> str:
+    """`4.02 B parameters`, `18.9 M parameters`, `37,120 parameters`."""
+    if number >= 999.5e6:
+        return f"{number / 1e9:.3g} B parameters" if number < 99.95e9 else f"{number / 1e9:.0f} B parameters"
+    if number >= 999_500:
+        return f"{number / 1e6:.3g} M parameters"
+    return count(int(number), "parameter")
