@@ -2,7 +2,8 @@
 
 Same transformers configuration, weights, random tokens without padding, bf16 compute, sdpa attention and
 AdamW for all; activation checkpointing in every layer for peers, the planner's choice for ours. Each system
-runs in a process of its own. `practicality` is tokens/s over those of the in-memory run of the same group.
+runs in a process of its own. `speed / in-memory` is tokens/s over those of the in-memory run of
+the same group.
 MFU counts 6 N + causal attention, without the embedding table and without recomputation; HFU counts
 recomputation too.
 

@@ -46,7 +46,7 @@ def goals(rows: list[Row], peak: float) -> list[list[str]]:
         group = f"qwen3-4b, {what} tokens, 1024 a sequence"
         ours = _find(rows, group, "ours")
         practical = _ratio(ours, _find(rows, group, "torch"))
-        found.append((f"practicality of Qwen3-4B at {what} tokens", wanted, practical, ours))
+        found.append((f"speed / in-memory of Qwen3-4B at {what} tokens", wanted, practical, ours))
     group = "qwen3-4b, peers, 16 x 1024, clip 1.0"
     ours = _find(rows, group, "ours")
     found.append(

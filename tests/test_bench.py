@@ -195,7 +195,7 @@ SMALL = ["--length", "16", "--warmup", "1", "--steps", "1", "--threads", "1", "-
 def test_bench_prints_figures_and_lanes(inline: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "tiny", *SMALL, "--activations", "recompute", "--against", "torch"]) == 0
     shown = capsys.readouterr().out
-    for word in ("tokens/s", "MFU", "HFU", "practicality", "compute", "moved:", "none of it padding"):
+    for word in ("tokens/s", "MFU", "HFU", "speed / in-memory", "compute", "moved:", "none of it padding"):
         assert word in shown
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ from horizon_lm.plan.outline import Outline, model_config
 from horizon_lm.plan.predict import predict
 from horizon_lm.plan.profile import Profile, load_profile, read_profile, shipped
 from horizon_lm.plan.run_plan import RunPlan, plan_run
+from horizon_lm.plan.show import describe
 from horizon_lm.plan.work import KINDS, Kernel, Work, WorkMeter
 from horizon_lm.schedule import Buffer, StepPlan, build, simulate
 
@@ -354,7 +356,7 @@ def test_the_largest_that_fits_is_just_below_what_does_not() -> None:
     config = config_of(max_length=128)
     planner = planner_of(config, *machine(0.05, 40))
     chosen = planner.choose(config.replace(reserve_host_gb=0.0))
-    plan = RunPlan(chosen, planner, planner.predict(chosen), [], [])
+    plan = RunPlan(chosen, planner, planner.predict(chosen), [], [], "a machine")
     most = plan.largest()
     base = plan.config.replace(activations="recompute", boundaries="host")
     batch = most["per_device_train_batch_size"]
@@ -404,3 +406,46 @@ def test_the_plan_of_a_large_model_takes_little_work(monkeypatch: pytest.MonkeyP
     plan = plan_run(config_of(init_model=model, max_length=2048), "h200-1.5tb")
     assert plan.largest()["layers"] > 200
     assert 2 <= counts["layers"] <= 12 and 10 <= counts["simulations"] <= 45
+
+
+def test_what_only_device_memory_has_is_not_chosen_on_a_cpu() -> None:
+    on_cpu = {choice.key for choice in plan_run(config_of(max_length=128), "cpu-2core").choices}
+    on_gpu = {choice.key for choice in plan_run(config_of(max_length=128), "rtx3090").choices}
+    assert on_gpu - on_cpu == {"boundaries", "slots", "grad_slots"}
+    pinned = plan_run(config_of(max_length=128, slots=3), "cpu-2core").choices
+    assert [choice.pinned for choice in pinned if choice.key == "slots"] == [True]
+
+
+def test_the_end_of_the_search_is_not_called_the_largest() -> None:
+    text = describe(plan_run(config_of(max_length=128), "h200-1.5tb"))
+    assert "per_device_train_batch_size 4,096 or more at max_length 128" in text
+    assert "1,024 or more layers of this kind" in text
+    assert re.search(r"max_length [0-9,]+, all that the model has positions for,", text)
+    config = config_of(max_length=128)
+    planner = planner_of(config, *machine(0.05, 40))
+    chosen = planner.choose(config.replace(reserve_host_gb=0.0))
+    small = describe(RunPlan(chosen, planner, planner.predict(chosen), [], [], "a small machine"))
+    assert "or more" not in small and "0.000" not in small and "0.00 " not in small.replace("0.00 ms", "")
+
+
+def test_more_tokens_a_step_are_advised_where_the_update_limits() -> None:
+    """The advice is what the planner predicts for it; where compute limits there is none."""
+    config = config_of(max_length=16, per_device_train_batch_size=1, max_grad_norm=None)
+    plan = plan_run(config, "h100-sxm")
+    assert plan.prediction.limit().startswith("update")
+    (advice,) = [note for note in plan.all_notes() if "gradient_accumulation_steps=" in note]
+    wanted, rate = re.search(r"gradient_accumulation_steps=(\d+) .* give ([\d,]+) tokens/s", advice).groups()
+    more = plan_run(config.replace(gradient_accumulation_steps=int(wanted)), "h100-sxm")
+    assert int(rate.replace(",", "")) > plan.prediction.tokens_per_second * 1.05
+    found = plan.planner.predict(plan.config.replace(gradient_accumulation_steps=int(wanted)))
+    assert rate == f"{found.tokens_per_second:,.0f}" and more.prediction.tokens == int(wanted) * 16
+    enough = plan_run(config_of(max_length=128, gradient_accumulation_steps=64), "cpu-2core")
+    assert enough.prediction.limit().startswith("compute") and enough.all_notes() == enough.notes
+
+
+def test_this_machine_is_not_called_one_that_is_not_here(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # nothing has been measured
+    plan = plan_run(config_of(max_length=128, device="cpu"))
+    assert "not measured here" not in describe(plan) and plan.machine.startswith("this one")
+    assert "`horizon doctor` measures it" in plan.machine
+    assert "not measured here" in describe(plan_run(config_of(max_length=128), "cpu-2core"))

@@ -129,9 +129,9 @@ def test_what_cannot_work_is_refused(name: str, monkeypatch: pytest.MonkeyPatch)
     assert psutil.Process().memory_info().rss - before < 500e6
     error = caught.value
     assert error.exit_code == 3 and error.message.startswith(about)
-    short = re.search(r"short by ([0-9.]+) GB", error.message)
+    short = re.search(r"short by ([0-9.]+) [kMGT]B", error.message)
     assert short is not None and float(short[1]) > 0
-    assert error.hint is not None and error.hint.count(";") <= 2 and re.search(r"[0-9.]+ GB", error.hint)
+    assert error.hint is not None and error.hint.count(";") <= 2 and re.search(r"[0-9.]+ [kMGT]B", error.hint)
 
 
 def test_a_machine_that_is_large_enough_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from horizon_lm.cli_base import SettingsArguments, SettingsCommand, split_arguments
 from horizon_lm.errors import CheckpointError, ConfigError
+from horizon_lm.words import count
 
 RunOrCheckpoint = Annotated[str, typer.Argument(help="A run's output_dir, or one of its checkpoints.")]
 
@@ -61,10 +62,10 @@ def verify(checkpoint: RunOrCheckpoint) -> None:
             )
     for one in found:
         verdict = verify_checkpoint(one)
-        state = "sound" if not verdict.faults else f"{len(verdict.faults)} faults"
+        state = "sound" if not verdict.faults else count(len(verdict.faults), "fault")
         print(
-            f"{one.path}: step {one.manifest.step}, {verdict.num_files} files, "
-            f"{verdict.num_tensors} tensors, {verdict.num_bytes:,} bytes: {state}"
+            f"{one.path}: step {one.manifest.step}, {count(verdict.num_files, 'file')}, "
+            f"{count(verdict.num_tensors, 'tensor')}, {count(verdict.num_bytes, 'byte')}: {state}"
         )
         faults += verdict.faults
     if faults:

@@ -163,7 +163,7 @@ DROPPED: dict[str, str] = {
 _WHOLE = "leave the key out: all parameters are trained, in full precision"
 _METHOD = "leave the key out: supervised tuning or pretraining follows from the columns of the data"
 _HOST = "leave the key out: weights and optimizer state are in host memory already"
-_EPOCH_PARTS = "leave the key out and write eval_strategy and save_strategy: steps or epoch, with eval_steps and save_steps"
+_EPOCH_PARTS = "leave the key out and write eval_strategy, eval_steps, save_strategy and save_steps"
 UNAVAILABLE: dict[str, str] = {
     "evals_per_epoch": _EPOCH_PARTS,
     "saves_per_epoch": _EPOCH_PARTS,
@@ -188,7 +188,7 @@ UNAVAILABLE: dict[str, str] = {
     "use_wandb": "leave the key out and write 'report_to: wandb'",
     "debug": "leave the key out",
     "eval_accumulation_steps": "leave the key out: evaluation keeps sums, not logits",
-    "auto_find_batch_size": "leave the key out and write tokens_per_step, and the planner finds the micro-batch that fits",
+    "auto_find_batch_size": "leave the key out and write tokens_per_step: the planner cuts it",
     "torch_compile": "leave the key out: layers are run as transformers writes them",
     "use_liger_kernel": "leave the key out: the loss is computed in chunks already",
     "fp16": "leave the key out and choose 'dtype: bfloat16' or 'dtype: float32'",

@@ -14,15 +14,20 @@ def size(num_bytes: float) -> str:
     """Bytes in the unit in which they have one to three digits before the point."""
     for unit, name in _BYTES:
         if abs(num_bytes) >= 0.9995 * unit:
-            value = num_bytes / unit
-            return f"{value:.0f} {name}" if abs(value) >= 99.95 else f"{value:.3g} {name}"
+            return f"{_three(num_bytes / unit)} {name}"
     return count(int(num_bytes), "byte")
 
 
 def parameters(number: float) -> str:
     """`4.02 B parameters`, `18.9 M parameters`, `37,120 parameters`."""
     if number >= 999.5e6:
-        return f"{number / 1e9:.3g} B parameters" if number < 99.95e9 else f"{number / 1e9:.0f} B parameters"
+        return f"{_three(number / 1e9)} B parameters"
     if number >= 999_500:
-        return f"{number / 1e6:.3g} M parameters"
+        return f"{_three(number / 1e6)} M parameters"
     return count(int(number), "parameter")
+
+
+def _three(value: float) -> str:
+    """Three digits, or more before the point."""
+    digits = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
+    return f"{value:,.{digits}f}"

@@ -7,7 +7,7 @@ from typing import Any
 from .jobs import Row
 
 HEAD = ["system", "tokens/s, median (least to most)", "MFU", "HFU", "host peak GB", "pinned GB"]
-HEAD += ["device peak GB", "host B/parameter", "practicality", "loss, last"]
+HEAD += ["device peak GB", "host B/parameter", "speed / in-memory", "loss, last"]
 
 
 def cells(name: str, row: Row, *, peak: float, in_memory: float | None = None) -> list[str]:

@@ -15,6 +15,7 @@ from contextlib import suppress
 import torch
 
 from ..errors import DoesNotFitError
+from ..words import size
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
@@ -31,7 +32,7 @@ def allocate(num_bytes: int, *, pin: bool = False) -> torch.Tensor:
         block = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, ValueError, OverflowError) as error:
         raise DoesNotFitError(
-            f"the system refused {num_bytes / 1e9:.1f} GB of host memory: {error}",
+            f"the system refused {size(num_bytes)} of host memory: {error}",
             hint="free memory, raise the limit (ulimit -v, cgroup), or choose a smaller model",
         ) from error
     # A block below two huge pages would gain nothing; a kernel without huge pages refuses the advice.
@@ -76,7 +77,7 @@ def _register(tensor: torch.Tensor) -> None:
     status = runtime.cudaHostRegister(tensor.data_ptr(), tensor.numel(), 0)
     if int(status) != 0:
         raise DoesNotFitError(
-            f"CUDA refused to pin {tensor.numel() / 1e9:.1f} GB of host memory (cudaHostRegister: {status})",
+            f"CUDA refused to pin {size(tensor.numel())} of host memory (cudaHostRegister: {status})",
             hint="raise the locked-memory limit (ulimit -l unlimited) or choose a smaller model",
         )
     # Runs when the last view is gone and before the storage lets go of the mapping.

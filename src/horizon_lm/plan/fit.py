@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..config import TrainConfig
 from ..errors import ConfigError, DoesNotFitError, UnsupportedModelError
+from ..words import size
 from .limits import Limits
 from .predict import Prediction
 
@@ -69,23 +70,24 @@ def check(config: TrainConfig, prediction: Prediction, limits: Limits, predictor
     worst = found[0]
     if worst.memory == "locked":
         raise DoesNotFitError(
-            f"locked memory: a run pins {worst.needed / _GB:.2f} GB for the device, and CUDA pins no more "
-            f"than ulimit -l, {worst.available / _GB:.3f} GB: short by {worst.bytes / _GB:.2f} GB",
+            f"locked memory: a run pins {size(worst.needed)} for the device, and CUDA pins no more "
+            f"than ulimit -l, {size(worst.available)}: short by {size(worst.bytes)}",
             hint="ulimit -l unlimited (docker run --ulimit memlock=-1; LimitMEMLOCK=infinity for a service)",
         )
     parts = prediction.host if worst.memory == "host" else prediction.device
     table = ""
     if worst.memory != "disk":
         rows = sorted(parts.items(), key=lambda row: -row[1])
-        table = " (" + ", ".join(f"{name} {size / _GB:.2f}" for name, size in rows if size >= 5e6) + ")"
+        seen = (f"{name} {size(part)}" for name, part in rows if part >= worst.needed / 2000)
+        table = f" ({', '.join(seen)})"
     kept = f" beside the {config.reserve_host_gb:g} GB of reserve_host_gb" if worst.memory == "host" else ""
-    also = "".join(f"; {s.memory} is short by {s.bytes / _GB:.2f} GB too" for s in found[1:])
+    also = "".join(f"; {s.memory} is short by {size(s.bytes)} too" for s in found[1:])
     raise DoesNotFitError(
-        f"{worst.memory} memory: a step needs {worst.needed / _GB:.2f} GB{table}, and "
-        f"{max(0, worst.available) / _GB:.2f} GB are there{kept}: short by {worst.bytes / _GB:.2f} GB{also}"
+        f"{worst.memory} memory: a step needs {size(worst.needed)}{table}, and "
+        f"{size(max(0, worst.available))} are there{kept}: short by {size(worst.bytes)}{also}"
         if worst.memory != "disk"
-        else f"disk: the trained model needs {worst.needed / _GB:.2f} GB in {config.output_dir!r}, and "
-        f"{worst.available / _GB:.2f} GB are free: short by {worst.bytes / _GB:.2f} GB{also}",
+        else f"disk: the trained model needs {size(worst.needed)} in {config.output_dir!r}, and "
+        f"{size(worst.available)} are free: short by {size(worst.bytes)}{also}",
         hint=_hint(config, prediction, worst, predictor),
     )
 
@@ -96,12 +98,12 @@ def _hint(config: TrainConfig, prediction: Prediction, worst: Shortfall, predict
     rest = sorted((way for way in ways if way[1] < worst.bytes), key=lambda way: -way[1])
     shown = (enough + rest)[:3]
     texts = [
-        f"{name} saves {saved / _GB:.2f} GB" + ("" if saved >= worst.bytes else " (not enough alone)")
+        f"{name} saves {size(saved)}" + ("" if saved >= worst.bytes else " (not enough alone)")
         for name, saved in shown
     ]
     if len(texts) < 3:
         place = "disk space" if worst.memory == "disk" else f"{worst.memory} memory"
-        texts.append(f"free {worst.bytes / _GB:.2f} GB of {place}, or take a smaller model")
+        texts.append(f"free {size(worst.bytes)} of {place}, or take a smaller model")
     return "; ".join(texts)
 
 

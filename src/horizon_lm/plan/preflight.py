@@ -10,6 +10,7 @@ import torch
 from ..errors import DoesNotFitError
 from ..memory.layout import UnitLayout
 from ..memory.store import StoreSpec, predict_bytes
+from ..words import size
 from .hardware import available_host_bytes
 
 
@@ -26,7 +27,7 @@ def check_host_memory(
     short = needed + reserve_bytes - available
     if short <= 0:
         return
-    table = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+    table = ", ".join(f"{name} {size(part)}" for name, part in parts.items())
     ways = {
         "dtype: bfloat16": replace(spec, dtype=torch.bfloat16),
         "moment_dtype: bfloat16": replace(spec, moment_dtype=torch.bfloat16),
@@ -35,11 +36,11 @@ def check_host_memory(
     for way, smaller in ways.items():
         saved = needed - sum(predict_bytes(units, smaller).values())
         if saved > 0:
-            hints.append(f"{way} saves {saved / 1e9:.2f} GB")
-    hints += [f"free {short / 1e9:.2f} GB of memory", "choose a smaller model"]
+            hints.append(f"{way} saves {size(saved)}")
+    hints += [f"free {size(short)} of memory", "choose a smaller model"]
     raise DoesNotFitError(
-        f"the model needs {needed / 1e9:.2f} GB of host memory ({table}) and {reserve_bytes / 1e9:.2f} GB "
-        f"are kept free (reserve_host_gb), but only {available / 1e9:.2f} GB are available: "
-        f"short by {short / 1e9:.2f} GB",
+        f"the model needs {size(needed)} of host memory ({table}) and {size(reserve_bytes)} "
+        f"are kept free (reserve_host_gb), but only {size(available)} are available: "
+        f"short by {size(short)}",
         hint="; ".join(hints),
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from ..config import TrainConfig
 from ..errors import ConfigError
+from ..words import size
 from . import fit
 from .choose import Choice, Planner
 from .grow import largest_that_fits
@@ -16,19 +18,23 @@ from .outline import Outline, model_config
 from .predict import Prediction
 from .profile import FALLBACK, Profile, load_profile
 
+# On a CPU layers are computed where they are: there is nothing to choose.
+_OF_DEVICE_MEMORY = frozenset({"boundaries", "slots", "grad_slots"})
 # Beyond these nobody asks: `largest` stops there.
 _MOST_ROWS, _MOST_TOKENS, _MOST_LAYERS = 4096, 1 << 20, 1024
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """config: with the choices made out. notes: what to know of the figures."""
+    """config: with the choices made out. notes: what to know of the figures. machine: what it is planned for,
+    and how far its figures may be trusted, in words."""
 
     config: TrainConfig
     planner: Planner
     prediction: Prediction
     choices: list[Choice]
     notes: list[str]
+    machine: str
 
     @property
     def profile(self) -> Profile:
@@ -58,6 +64,37 @@ class RunPlan:
         found["parameters"] = deepest.num_parameters if found["layers"] else 0
         return found
 
+    def search_ends(self) -> dict[str, int]:
+        """The largest numbers that `largest` looks at: one that is as large was not found to be the last."""
+        return {
+            "per_device_train_batch_size": _MOST_ROWS,
+            "max_length": self._longest(),
+            "layers": _MOST_LAYERS,
+        }
+
+    def all_notes(self) -> list[str]:
+        """`notes`, and the advice that takes a second look at the model."""
+        advice = self._advice()
+        return [*self.notes, *([advice] if advice else [])]
+
+    def _advice(self) -> str | None:
+        """Take more tokens a step, where the update limits it: that takes as long however many there are."""
+        found, config = self.prediction, self.config
+        batches = config.gradient_accumulation_steps
+        update, rest = found.lanes()["update"], max(v for k, v in found.lanes().items() if k != "update")
+        if update <= rest:
+            return None
+        times = min(64, 2 ** math.ceil(math.log2(update / rest))) if rest else 2
+        more = self.planner.predict(config.replace(gradient_accumulation_steps=batches * times))
+        gain = more.tokens_per_second / found.tokens_per_second - 1
+        if gain < 0.05:
+            return None
+        return (
+            f"the update takes {update / found.seconds:.0%} of a step, however many tokens it has: "
+            f"gradient_accumulation_steps={batches * times} ({more.tokens:,} tokens a step) would give "
+            f"{more.tokens_per_second:,.0f} tokens/s, {gain:.0%} more"
+        )
+
     def most_layers(self) -> int:
         """The largest number of layers that would still fit; 0 when not even one does."""
         planner, base = self.planner, self._leanest()
@@ -76,10 +113,18 @@ class RunPlan:
         )
         return base if self.planner.profile.device == "cpu" else base.replace(boundaries="host")
 
+    @property
+    def has_longest(self) -> bool:
+        """Whether the model itself says how many positions it has."""
+        return _positions(self.planner.outline) is not None
+
     def _longest(self) -> int:
-        """What the model's positions allow."""
-        longest = getattr(self.planner.outline.config.get_text_config(), "max_position_embeddings", None)
-        return longest if isinstance(longest, int) and longest > 0 else _MOST_TOKENS
+        return _positions(self.planner.outline) or _MOST_TOKENS
+
+    def _figures(self) -> str:
+        if self.planner.limits.here and not self.profile.measured:
+            return f"memory of this machine, times of {self.profile.name}"
+        return self.profile.kind
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -88,7 +133,7 @@ class RunPlan:
             "hardware": {
                 "name": self.profile.name,
                 "title": self.profile.title,
-                "figures": self.profile.kind,
+                "figures": self._figures(),
             },
             "model": {
                 "type": outline.skeleton.model_type,
@@ -105,7 +150,7 @@ class RunPlan:
             "tokens_per_step": found.tokens,
             "tokens_per_second": found.tokens_per_second,
             "limited_by": found.limit(),
-            "notes": self.notes,
+            "notes": self.all_notes(),
         }
 
 
@@ -127,10 +172,20 @@ def plan_run(config: TrainConfig, hardware: str = "auto", pinned: frozenset[str]
     lockable = lockable_bytes() if limits.here else None
     if lockable is not None and lockable < prediction.pinned_bytes:
         notes.append(
-            f"ulimit -l is {lockable / 1e9:.3f} GB and the run pins {prediction.pinned_bytes / 1e9:.2f} GB: "
+            f"ulimit -l is {size(lockable)} and the run pins {size(prediction.pinned_bytes)}: "
             "CUDA goes beyond the limit here; hint: ulimit -l unlimited where it stops"
         )
-    return RunPlan(chosen, planner, prediction, _explain(config, chosen, planner), notes)
+    title = _machine(profile, limits, prediction)
+    return RunPlan(chosen, planner, prediction, _explain(config, chosen, planner), notes, title)
+
+
+def _machine(profile: Profile, limits: Limits, prediction: Prediction) -> str:
+    if not limits.here or profile.measured:
+        return f"{profile.title} ({profile.kind})"
+    memory = f"{size(limits.host)} of memory to take"
+    if limits.device is not None:
+        memory += f" and {size(limits.device)} on the device"
+    return f"this one, {memory}; times are those of {profile.name} until `horizon doctor` measures it"
 
 
 def machine(config: TrainConfig, hardware: str) -> tuple[Profile, Limits, list[str]]:
@@ -150,17 +205,20 @@ def machine(config: TrainConfig, hardware: str) -> tuple[Profile, Limits, list[s
         )
     limits = Limits.of_this_machine(device, config.output_dir)
     profile = load_profile("auto")
-    notes = []
     if profile.device != device.partition(":")[0]:
         profile = load_profile(FALLBACK if device == "cpu" else "h100-sxm")
-    if not profile.measured:
-        notes.append(f"times are those of {profile.name}; `horizon doctor` measures this machine")
-    return profile, limits, notes
+    return profile, limits, []
+
+
+def _positions(outline: Outline) -> int | None:
+    """The model's max_position_embeddings; None where it has none."""
+    longest = getattr(outline.config.get_text_config(), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None
 
 
 def _check_positions(config: TrainConfig, outline: Outline) -> None:
-    longest = getattr(outline.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(longest, int) and 0 < longest < config.max_length:
+    longest = _positions(outline)
+    if longest is not None and longest < config.max_length:
         raise ConfigError(
             f"max_length={config.max_length} is more than the model's max_position_embeddings={longest}",
             hint=f"max_length={longest}",
@@ -169,10 +227,12 @@ def _check_positions(config: TrainConfig, outline: Outline) -> None:
 
 def _explain(config: TrainConfig, chosen: TrainConfig, planner: Planner) -> list[Choice]:
     """Each choice with the figures behind it: what the neighbouring choice would have meant."""
-    layers = planner.outline.num_layers
+    layers, is_cpu = planner.outline.num_layers, planner.profile.device == "cpu"
     reasons = {
         "per_device_train_batch_size": _cut_reason(config, planner),
-        "gradient_accumulation_steps": "weights cross the bus once for all micro-batches of a step",
+        "gradient_accumulation_steps": "a layer is visited once for all micro-batches of a step"
+        if is_cpu
+        else "weights cross the bus once for all micro-batches of a step",
         "activations": _activation_reason(config, chosen, planner),
         "boundaries": "device memory is enough"
         if not _count(chosen.boundaries, "host", layers)
@@ -188,6 +248,8 @@ def _explain(config: TrainConfig, chosen: TrainConfig, planner: Planner) -> list
     open_when_auto = {"activations", "boundaries", "update", "optimizer_threads"}
     rows = []
     for key, reason in reasons.items():
+        if is_cpu and key in _OF_DEVICE_MEMORY and key not in planner.pinned:
+            continue
         named = key in planner.pinned and not (key in open_when_auto and getattr(config, key) == "auto")
         value = getattr(chosen, key)
         if key == "optimizer_threads" and value == "auto":
@@ -216,8 +278,8 @@ def _activation_reason(config: TrainConfig, chosen: TrainConfig, planner: Planne
     )
     short = fit.shortfalls(chosen, more, planner.limits)
     if short:
-        missing = f"{short[0].memory} memory by {short[0].bytes / 1e9:.2f} GB"
-        return f"{kept + 1} kept layers would be short of {missing}"
+        missing = f"{size(short[0].bytes)} of {short[0].memory} memory"
+        return f"{kept + 1} kept layers would need {missing} more than there is"
     return "keeping more would not make the step shorter"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..schedule.draw import text_timeline
+from ..words import count, parameters, size
 from .run_plan import RunPlan
 
 
@@ -12,11 +13,11 @@ def describe(plan: RunPlan, *, largest: bool = True, timeline: bool = False) -> 
     """The plan in lines of text; largest: with what would still fit."""
     found, outline = plan.prediction, plan.planner.outline
     lines = [
-        f"model      {outline.skeleton.model_type}, {outline.num_parameters / 1e9:.3f} B parameters, "
-        f"{outline.num_layers} layers",
-        f"machine    {plan.profile.title} ({plan.profile.kind})",
+        f"model      {outline.skeleton.model_type}, {parameters(outline.num_parameters)}, "
+        f"{count(outline.num_layers, 'layer')}",
+        f"machine    {plan.machine}",
         f"step       {found.plan.micro_batches} x [{found.batch}, {found.tokens_per_row}] = "
-        f"{found.tokens:,} tokens",
+        f"{count(found.tokens, 'token')}",
         "",
         *_bytes("host", found.host),
         *_bytes("device", found.device),
@@ -27,28 +28,38 @@ def describe(plan: RunPlan, *, largest: bool = True, timeline: bool = False) -> 
         lines.append(f"  {choice.key + ' = ' + str(value):44} {choice.reason}")
     lines += ["", f"time       {_seconds(found.seconds)} a step, {found.tokens_per_second:,.0f} tokens/s"]
     for lane, seconds in found.lanes().items():
-        lines.append(f"  {lane:10}{_seconds(seconds):>12}  {seconds / found.seconds:6.1%}")
+        if seconds:
+            lines.append(f"  {lane:10}{_seconds(seconds):>12}  {seconds / found.seconds:6.1%}")
     lines.append(f"  limited by {found.limit()}")
     if timeline:
         lines += ["", text_timeline(found.simulation.spans)]
     if largest:
-        most = plan.largest()
-        lines += ["", "largest that fits, one at a time, recomputing all layers"]
-        lines.append(
-            f"  per_device_train_batch_size {most['per_device_train_batch_size']:,} "
-            f"at max_length {found.tokens_per_row:,}"
-        )
-        lines.append(f"  max_length {most['max_length']:,} with one sequence in a micro-batch")
-        lines.append(f"  {most['layers']:,} layers of this kind, {most['parameters'] / 1e9:.2f} B parameters")
-    return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
+        lines += ["", "largest that fits, one at a time, recomputing all layers", *_largest(plan)]
+    return "\n".join([*lines, *(f"note: {note}" for note in plan.all_notes())])
+
+
+def _largest(plan: RunPlan) -> Iterable[str]:
+    """What was found, or where the search ended without an end of memory."""
+    most, ends = plan.largest(), plan.search_ends()
+    found = {key: f"{most[key]:,}" + (" or more" if most[key] >= end else "") for key, end in ends.items()}
+    if plan.has_longest and most["max_length"] >= ends["max_length"]:
+        found["max_length"] = f"{most['max_length']:,}, all that the model has positions for,"
+    yield (
+        f"  per_device_train_batch_size {found['per_device_train_batch_size']} "
+        f"at max_length {plan.prediction.tokens_per_row:,}"
+    )
+    yield f"  max_length {found['max_length']} with one sequence in a micro-batch"
+    yield f"  {found['layers']} layers of this kind, {parameters(most['parameters'])}"
 
 
 def _bytes(name: str, parts: dict[str, int]) -> Iterable[str]:
+    """The sum, and the parts that one can see in it."""
     if not parts:
         return
-    yield f"{name:10} {sum(parts.values()) / 1e9:10.3f} GB"
-    for part, size in sorted(parts.items(), key=lambda row: -row[1]):
-        yield f"  {part:18}{size / 1e9:10.3f}"
+    total = sum(parts.values())
+    yield f"{name:18} {size(total):>10}"
+    rows = sorted(parts.items(), key=lambda row: -row[1])
+    yield from (f"  {part:16} {size(bytes_):>10}" for part, bytes_ in rows if bytes_ >= total / 2000)
     yield ""
 
 

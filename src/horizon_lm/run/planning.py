@@ -7,6 +7,7 @@ from ..errors import HorizonError, UnsupportedModelError
 from ..plan.run_plan import RunPlan, plan_run
 from ..plan.show import describe
 from ..schedule import build_steps, check
+from ..words import count, size
 from .folder import claim
 from .progress import Progress
 
@@ -26,8 +27,8 @@ def settle(config: TrainConfig, progress: Progress) -> tuple[TrainConfig, RunPla
         return config, None
     found = plan.prediction
     progress.stage(
-        f"plan: {found.host_bytes / 1e9:.2f} GB of host memory"
-        + (f", {found.device_bytes / 1e9:.2f} GB on the device" if found.device else "")
+        f"plan: {size(found.host_bytes)} of host memory"
+        + (f", {size(found.device_bytes)} on the device" if found.device else "")
         + f"; {', '.join(_in_words(plan))}"
     )
     return plan.config, plan
@@ -58,4 +59,4 @@ def dry_run(config: TrainConfig) -> str:
             f"the schedule has a fault: {faults[0]}", hint="please report it with `horizon env`"
         )
     text = describe(plan, largest=False, timeline=True)
-    return f"{text}\n{len(ops):,} ops of two steps in a row were checked; nothing was trained"
+    return f"{text}\n{count(len(ops), 'op')} of two steps in a row were checked; nothing was trained"
