@@ -91,7 +91,7 @@ def test_available_is_the_least_of_all_limits(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_mapping_that_the_system_refuses_is_one_line() -> None:
-    with pytest.raises(DoesNotFitError, match=r"refused .* GB of host memory") as caught:
+    with pytest.raises(DoesNotFitError, match=r"refused .* TB of host memory") as caught:
         arena.allocate(1 << 60)
     assert caught.value.exit_code == 3
 
