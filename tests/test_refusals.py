@@ -294,7 +294,7 @@ def test_too_little_locked_memory_is_refused_where_the_driver_heeds_it() -> None
     assert "hint: ulimit -l unlimited" in refused.stderr
     passed = command("pins", code=_LITTLE_LOCKED)  # the control: a driver that pins beyond the limit
     assert passed.returncode == 0, passed.stderr
-    assert "ulimit -l is 0.008 GB and the run pins 0." in passed.stdout and "hint:" in passed.stdout
+    assert "ulimit -l is 8.39 MB and the run pins 173 MB" in passed.stdout and "hint:" in passed.stdout
 
 
 _IN_A_GROUP = """
