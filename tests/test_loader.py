@@ -213,8 +213,26 @@ def test_a_stream_is_shuffled_by_seed_and_epoch(encoder: Encoder, tmp_path: Path
 def test_a_place_in_a_stream_of_other_settings_is_refused(encoder: Encoder, tmp_path: Path) -> None:
     folder = files(tmp_path, [10])
     state = stream(folder, encoder).state_dict()
-    with pytest.raises(DataError, match="saved with another"):
+    with pytest.raises(DataError, match="saved with buffer_size=5, and now it is 6"):
         stream(folder, encoder, buffer_size=6).load_state_dict(state)
+    with pytest.raises(DataError, match="saved with another tokenizer"):
+        stream(folder, Encoder(encoder.tokenizer, loss_on="all")).load_state_dict(state)
+
+
+def test_a_stream_of_before_resumes_unless_it_holds_pairs(encoder: Encoder, tmp_path: Path) -> None:
+    """Format 1 gave other masks to pairs alone: the place of a stream of text is still good."""
+    folder = files(tmp_path, [10])
+    begun = stream(folder, encoder)
+    steps_of(begun, 2)
+    state = {**begun.state_dict(), "encoder": encoder.key(1)}
+    resumed = stream(folder, encoder)
+    resumed.load_state_dict(state)
+    assert steps_of(resumed, 5) == steps_of(begun, 5)
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    write_rows(pairs / "a.jsonl", [{"prompt": "a", "completion": "b"}] * 10)
+    with pytest.raises(DataError, match="other tokens of prompt and completion"):
+        stream(pairs, encoder).load_state_dict(state)
 
 
 def test_a_stream_with_nothing_to_train_on_is_refused(encoder: Encoder, tmp_path: Path) -> None:

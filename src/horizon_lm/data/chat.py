@@ -15,7 +15,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +90,7 @@ class ChatTemplate:
                 hint="set chat_template to plain, alpaca, chatml or a .jinja file",
             )
         self.source = "generation marks"
-        self.template = str(given)
+        self.template = self._given = str(given)
         if not _MARK.search(self.template):
             self.template, self.source = _training_variant(tokenizer, self.template)
         self._has_marks = bool(_MARK.search(self.template))
@@ -141,23 +140,25 @@ class ChatTemplate:
             )
         return rendered.spans[len(earlier) :]
 
-    def completion_start(self, chat: Chat, text: str, place: str) -> int:
-        """Where the text of the completion begins: after the prompt's messages and the generation prompt.
+    def prompt_and_whole(self, chat: Chat, place: str) -> tuple[str, str]:
+        """(the prompt's messages with the generation prompt, the whole conversation), as TRL renders them for
+        a prompt and its completion: by the template itself, not by its training variant.
 
-        Of a generation prompt that goes on in another way than the answer (opening a thought, say), only
-        what both have in common is the prompt's, as in TRL.
+        The generation prompt may go on in another way than the answer (opening a thought, say); the prompt's
+        messages may not, as then the user's words would be counted to the completion. Raises DataError.
         """
-        prompt = self._fitting(chat.messages[: chat.num_prompt])
-        asked = self._render(prompt, chat.tools, place, ask=True)[0]
-        if text.startswith(asked):
-            return len(asked)
-        alone = self._render(prompt, chat.tools, place)[0]
-        if not text.startswith(alone):
-            raise DataError(
-                f"{place}: the chat template writes the prompt another way before an answer than alone",
-                hint="loss_on: assistant, or another chat_template",
-            )
-        return len(commonprefix([text, asked]))
+        messages = self._fitting(chat.messages)
+        prompt = messages[: chat.num_prompt]
+        whole = self._render(messages, chat.tools, place, own=True)[0]
+        asked = self._render(prompt, chat.tools, place, ask=True, own=True)[0]
+        if not whole.startswith(asked):
+            alone = self._render(prompt, chat.tools, place, own=True)[0]
+            if not whole.startswith(alone):
+                raise DataError(
+                    f"{place}: the chat template writes the prompt another way before an answer than alone",
+                    hint="loss_on: assistant, or another chat_template",
+                )
+        return asked, whole
 
     def _derived(self, messages: list[dict[str, Any]], turn: int, tools: Any, text: str, place: str) -> Span:
         before = self._render(messages[:turn], tools, place, ask=True)[0] if turn else ""
@@ -178,16 +179,18 @@ class ChatTemplate:
         return [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
 
     def _render(
-        self, messages: list[dict[str, Any]], tools: Any, place: str, *, ask: bool = False
+        self, messages: list[dict[str, Any]], tools: Any, place: str, *, ask: bool = False, own: bool = False
     ) -> tuple[str, list[Span]]:
+        """(text, spans of generation marks). ask: with the generation prompt. own: by the template as it was
+        given, without spans."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
             rendered: Any = render_jinja_template(
                 conversations=[messages],
                 tools=tools,
-                chat_template=self.template,
-                return_assistant_tokens_mask=self._has_marks,
+                chat_template=self._given if own else self.template,
+                return_assistant_tokens_mask=self._has_marks and not own,
                 add_generation_prompt=ask,
                 **self._kwargs,
             )
