@@ -145,6 +145,41 @@ FILES: dict[str, tuple[str, bytes, str]] = {
         r"a\.jsonl:1: messages\[1\]: 'content' holds a number",
     ),
     "no content": ("a.jsonl", messages({"role": "user"}), r"messages\[0\] has no 'content'"),
+    "content that is null": (
+        "a.jsonl",
+        GOOD_LINE + messages(USER, {"role": "assistant", "content": None}),
+        r"a\.jsonl:2: messages\[1\]: 'content' is null",
+    ),
+    "a role that is null": (
+        "a.jsonl",
+        messages({"role": None, "content": "a"}),
+        r"a\.jsonl:1: messages\[0\]: 'role' is null",
+    ),
+    "a sharegpt value that is null": (
+        "a.jsonl",
+        lines({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": None}]}),
+        r"a\.jsonl:1: conversations\[1\]: 'value' is null",
+    ),
+    "a call that is null": (
+        "a.jsonl",
+        lines({"conversations": [{"from": "function_call", "value": None}]}),
+        r"a\.jsonl:1: conversations\[0\]: 'value' is null",
+    ),
+    "an output that is null": (
+        "a.jsonl",
+        lines({"instruction": "a", "output": None}),
+        r"a\.jsonl:1: 'output' is null, which the format alpaca needs",
+    ),
+    "a completion that is null": (
+        "a.jsonl",
+        lines({"prompt": "a", "completion": None}),
+        r"a\.jsonl:1: 'completion' is null, which the format prompt_completion needs",
+    ),
+    "messages that are null": (
+        "a.jsonl",
+        GOOD_LINE + lines({"messages": None}),
+        r"a\.jsonl:2: 'messages' holds null, expected a list",
+    ),
     "no role": ("a.jsonl", messages({"content": "a"}), r"messages\[0\] has no 'role'; it has 'content'"),
     "an unknown role": (
         "a.jsonl",

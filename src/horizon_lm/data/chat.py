@@ -161,9 +161,12 @@ class ChatTemplate:
         return asked, whole
 
     def _derived(self, messages: list[dict[str, Any]], turn: int, tools: Any, text: str, place: str) -> Span:
-        before = self._render(messages[:turn], tools, place, ask=True)[0] if turn else ""
         through = self._render(messages[: turn + 1], tools, place)[0]
-        if not turn or not through.startswith(before) or not text.startswith(through):
+        if not turn:  # the assistant begins: there is nothing to ask with
+            before = self._before_opening(messages[0], tools, through, place)
+        else:
+            before = self._render(messages[:turn], tools, place, ask=True)[0]
+        if before is None or not through.startswith(before) or not text.startswith(through):
             raise DataError(
                 f"{place}: the chat template cannot say which tokens of message {turn + 1} are the "
                 "assistant's: it has no {% generation %} marks, TRL has no training variant of it, and it "
@@ -171,6 +174,21 @@ class ChatTemplate:
                 hint=_NO_MASK + "loss_on: all",
             )
         return len(before), len(through)
+
+    def _before_opening(self, opening: dict[str, Any], tools: Any, through: str, place: str) -> str | None:
+        """What stands in `through` before the words of an assistant that speaks first; None: not known.
+
+        All up to its first word, or up to the generation prompt's end where that stands before it.
+        """
+        trial = [{"role": "user", "content": "first question"}]
+        alone, asked = (self._render(trial, tools, place, ask=ask)[0] for ask in (False, True))
+        header = asked[len(alone) :] if asked.startswith(alone) else ""
+        words = opening["content"].strip()
+        said = through.find(words) if words else len(through)
+        at = through.rfind(header, 0, said) if header and said >= 0 else -1
+        if at >= 0:
+            return through[: at + len(header)]
+        return through[:said] if words and said >= 0 else None
 
     def _fitting(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """`developer`, a newer name of the system role, for templates that do not know it."""
@@ -198,7 +216,7 @@ class ChatTemplate:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(
                 f"{place}: the chat template refuses this conversation: {reason[:200]}",
-                hint="check the order of the roles, or choose another chat_template",
+                hint="check the order of the roles; another chat_template, or on_bad_row: skip",
             ) from error
         texts, spans = rendered
         return texts[0], [(int(a), int(b)) for a, b in spans[0]] if spans else []
