@@ -12,6 +12,7 @@ import numpy as np
 import xxhash
 
 from horizon_lm.data import hub
+from horizon_lm.data.compressed import suffix_of
 from horizon_lm.data.formats import Example, Text, convert, detect, texts
 from horizon_lm.data.sources import (
     PYTHON_STDLIB,
@@ -240,7 +241,7 @@ def _content(dataset: Any) -> Iterator[bytes]:
         yield hub.fingerprint(opened).encode()
         return
     for path in stdlib_files() if is_stdlib(dataset.path) else local_files(dataset):
-        digest = xxhash.xxh3_128(path.suffix.lower().encode())
+        digest = xxhash.xxh3_128(suffix_of(path).encode())
         try:
             with path.open("rb") as file:
                 while chunk := file.read(1 << 22):
