@@ -63,7 +63,8 @@ def list_files(name: str) -> list[Path]:
     else:
         raise DataError(
             f"{name} does not exist",
-            hint="a dataset is a local file, a folder, a glob, a name on the Hugging Face Hub, or "
+            hint=hint_for_names(name)
+            or "a dataset is a local file, a folder, a glob, a name on the Hugging Face Hub, or "
             f"{PYTHON_STDLIB}; looked in {os.getcwd()}",
         )
     files = sorted(Path(file) for file in found if file.lower().endswith(SUFFIXES))
@@ -73,6 +74,13 @@ def list_files(name: str) -> list[Path]:
     if not files:
         raise DataError(f"{name} matches no file of a known type", hint=_TYPES)
     return files
+
+
+def hint_for_names(name: str) -> str | None:
+    """The way out for what LLaMA-Factory would look up, or for several paths in one text."""
+    if os.path.isfile("data/dataset_info.json"):
+        return "dataset_dir=data looks names up in data/dataset_info.json"
+    return "several datasets are a list: datasets=[A, B]" if "," in name else None
 
 
 def _one_form(files: list[Path]) -> list[Path]:
