@@ -63,13 +63,25 @@ INFO: dict[str, Any] = {  # entries as LLaMA-Factory's own file has them
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("data")
     (made / "dataset_info.json").write_text("\ufeff" + json.dumps(INFO, indent=1), encoding="utf-8")
-    alpaca = {"instruction": "a", "input": "b", "output": "c", "system": "unread", "history": [["unread", "x"]]}
+    alpaca = {
+        "instruction": "a",
+        "input": "b",
+        "output": "c",
+        "system": "unread",
+        "history": [["unread", "x"]],
+    }
     (made / "identity.json").write_text(json.dumps([alpaca]))
     write_rows(made / "firefly.jsonl", [{"kind": "k", "instruction": "unread", "input": "q", "target": "a"}])
     write_rows(
         made / "orca.jsonl", [{"question": "q", "response": "a", "system_prompt": "s", "input": "unread"}]
     )
-    talk = [("RULES", "s"), ("ME", "q"), ("CALL", '{"name": "f", "arguments": {}}'), ("SEEN", "r"), ("IT", "a")]
+    talk = [
+        ("RULES", "s"),
+        ("ME", "q"),
+        ("CALL", '{"name": "f", "arguments": {}}'),
+        ("SEEN", "r"),
+        ("IT", "a"),
+    ]
     rows = [{"who": who, "what": what, "role": "unread", "value": "unread"} for who, what in talk]
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}, "what": "kept"}
     write_rows(made / "spoken.jsonl", [{"talk": rows, "functions": [tool], "system": "unread"}])
@@ -100,7 +112,13 @@ def test_keys_and_roles_of_messages(folder: Path) -> None:
     (placed,) = Documents(named(folder, "spoken").datasets)
     chat = placed.example
     assert isinstance(chat, Chat)
-    assert [message["role"] for message in chat.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert [message["role"] for message in chat.messages] == [
+        "system",
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
     assert [message["content"] for message in chat.messages] == ["s", "q", "", "r", "a"]
     assert chat.messages[2]["tool_calls"][0]["function"]["name"] == "f"
     assert chat.tools and chat.tools[0]["what"] == "kept"  # a tool is no message
@@ -120,7 +138,9 @@ def test_several_names_paths_and_entries(folder: Path, monkeypatch: pytest.Monke
     ]
     assert (found[2].split, found[2].name, found[2].max_samples) == ("train_sft", "default", 3)
     assert found[2].columns["messages"] == "conversations" and found[2].tags == TAGS
-    listed = named(folder, ["identity", {"path": "orca", "weight": 2, "columns": {"question": "instruction"}}])
+    listed = named(
+        folder, ["identity", {"path": "orca", "weight": 2, "columns": {"question": "instruction"}}]
+    )
     assert [entry.weight for entry in listed.datasets] == [1, 2]
     assert listed.datasets[1].columns == {"question": "instruction"}  # what is written here wins
     monkeypatch.chdir(folder.parent)
@@ -187,7 +207,8 @@ def test_from_a_file_of_llama_factory_to_the_preview(
 ) -> None:
     train_tokenizer(["a b"], 300).save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "run.yaml").write_text(
-        f"dataset: identity,orca\ndataset_dir: {folder}\nmax_samples: 1\ncutoff_len: 128\nchat_template: plain\n"
+        f"dataset: identity,orca\ndataset_dir: {folder}\nmax_samples: 1\ncutoff_len: 128\n"
+        "chat_template: plain\n"
         f"init_model: {{model_type: llama}}\ntokenizer_name_or_path: {tmp_path / 'tokenizer'}\n"
     )
     assert cli.main(["data", "preview", str(tmp_path / "run.yaml")]) == 0

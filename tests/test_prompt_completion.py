@@ -62,7 +62,12 @@ def around(made: Tokenizer, *parts: str) -> None:
 
 
 def byte_level(
-    eos: str, *, regex: str | None = None, prefix_space: bool = False, whole: bool = False, bos: str | None = None
+    eos: str,
+    *,
+    regex: str | None = None,
+    prefix_space: bool = False,
+    whole: bool = False,
+    bos: str | None = None,
 ) -> Any:
     """GPT-2's pattern unless `regex` is another; whole: no pattern at all, merges cross spaces."""
     made = Tokenizer(models.BPE())
@@ -77,7 +82,9 @@ def byte_level(
     special = [eos, *([bos] if bos else [])]
     made.train_from_iterator(
         CORPUS,
-        trainers.BpeTrainer(vocab_size=420, special_tokens=special, initial_alphabet=BYTES, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=420, special_tokens=special, initial_alphabet=BYTES, show_progress=False
+        ),
     )
     if bos:
         around(made, bos, "$A")
@@ -115,7 +122,9 @@ def unigram() -> Any:
     special = ["<pad>", "</s>", "<unk>"]
     made.train_from_iterator(
         CORPUS,
-        trainers.UnigramTrainer(vocab_size=200, special_tokens=special, unk_token="<unk>", show_progress=False),
+        trainers.UnigramTrainer(
+            vocab_size=200, special_tokens=special, unk_token="<unk>", show_progress=False
+        ),
     )
     around(made, "$A", "</s>")
     return finished(made, "</s>", unk_token="<unk>", pad_token="<pad>")

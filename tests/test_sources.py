@@ -48,7 +48,9 @@ def test_compressed_files_are_read_as_what_they_hold(tmp_path: Path) -> None:
     (tmp_path / "packed").mkdir()
     for name, content in plain.items():
         (tmp_path / "plain" / name).write_bytes(content)
-        (tmp_path / "packed" / f"{name.upper() if name < 'c' else name}.gz").write_bytes(gzip.compress(content))
+        (tmp_path / "packed" / f"{name.upper() if name < 'c' else name}.gz").write_bytes(
+            gzip.compress(content)
+        )
     for name in plain:
         (packed,) = (tmp_path / "packed").glob(f"{name.upper() if name < 'c' else name}.gz")
         assert read(packed) == read(tmp_path / "plain" / name), name
@@ -72,7 +74,7 @@ def test_content_is_known_by_its_type_too(tmp_path: Path) -> None:
     assert len(prints) == 3
 
 
-CSV = '''instruction,input,output,note
+CSV = """instruction,input,output,note
 "Say ""hi"", twice",,hi hi,"1,5"
 "two
 lines",x,"a
@@ -80,7 +82,7 @@ b\r
 c",
 
 é 日本, ,😀,null
-'''
+"""
 
 
 def test_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from horizon_lm import config_aliases
 from horizon_lm.config_base import STRICT, Settings, fault, setting
 
-
 # The words of LLaMA-Factory's `tags`: two keys of a message, and the roles it may have.
 TAGS = (
     *("role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag"),
@@ -24,9 +23,9 @@ class DatasetConfig(BaseModel):
 
     path: str = Field(
         min_length=1,
-        description="A file, folder or glob of .jsonl, .json, .csv, .parquet, .txt, .md or .py files (all but "
-        "parquet also as .gz); a folder that `datasets` has saved; a name on the Hugging Face Hub; or python-stdlib (the source of "
-        "Python's own standard library).",
+        description="A file, folder or glob of .jsonl, .json, .csv, .parquet, .txt, .md or .py files (all "
+        "but parquet also as .gz); a folder that `datasets` has saved; a name on the Hugging Face Hub; or "
+        "python-stdlib (the source of Python's own standard library).",
     )
     format: Literal["auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt"] = Field(
         default="auto", description="How rows are read; auto looks at the columns of the first."

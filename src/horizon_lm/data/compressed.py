@@ -11,7 +11,7 @@ import gzip
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from horizon_lm.errors import DataError
 
@@ -34,7 +34,7 @@ def is_compressed(path: Path) -> bool:
 
 def open_bytes(path: Path) -> IO[bytes]:
     """The file's content, decompressed as it is read."""
-    return gzip.open(path, "rb") if is_compressed(path) else path.open("rb")
+    return cast(IO[bytes], gzip.open(path, "rb")) if is_compressed(path) else path.open("rb")
 
 
 def read_whole(path: Path) -> bytes:

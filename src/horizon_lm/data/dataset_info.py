@@ -1,7 +1,7 @@
 """LLaMA-Factory's `dataset_info.json`: names of datasets, and what each is, as entries of `datasets`.
 
-    {"name": {"file_name" | "hf_hub_url": ..., "formatting": "alpaca" | "sharegpt", "columns": {...}, "tags": {...},
-              "split", "subset", "revision", "num_samples": ...}}
+    {"name": {"file_name" | "hf_hub_url": ..., "formatting": "alpaca" | "sharegpt", "columns": {...},
+              "tags": {...}, "split", "subset", "revision", "num_samples": ...}}
 
 A name is looked up in the file first; what is not in it is a path (of the working directory, or of the folder
 of the file) or a name on the Hub with its owner. Columns mean what they mean there: where an entry names any,
@@ -54,8 +54,8 @@ class InfoError(ValueError):
 
 
 def resolved(value: Any, folder: str) -> Any:
-    """The value of `datasets` with its names looked up: text (names divided by commas), or a list of names and
-    of entries. What is neither is left for the checks of settings. Raises InfoError."""
+    """The value of `datasets` with its names looked up: text (names divided by commas), or a list of names
+    and of entries. What is neither is left for the checks of settings. Raises InfoError."""
     entries = value.split(",") if isinstance(value, str) else value
     if not isinstance(entries, list):
         return value
@@ -173,7 +173,9 @@ def _source(entry: dict[str, Any], at: str, folder: str) -> str:
         return os.path.join(folder, str(entry["file_name"]))
     given = next((key for key in _SOURCES if entry.get(key)), None)
     raise InfoError(
-        f"{at} has only {given}, which is not read here" if given else f"{at} names no file_name or hf_hub_url",
+        f"{at} has only {given}, which is not read here"
+        if given
+        else f"{at} names no file_name or hf_hub_url",
         "download the data and give it a file_name; scripts are never run",
     )
 

@@ -228,7 +228,8 @@ def rows(dataset: Any, shards: ShardOrder | None = None) -> Iterator[PlacedRow]:
 def _all_rows(dataset: Any, shards: ShardOrder | None) -> Iterator[PlacedRow]:
     opened = opened_dataset(dataset, streaming=shards is not None)
     if opened is not None:
-        if shards is not None and not shards.is_fixed and hasattr(opened, "set_epoch"):  # the library's stream
+        is_stream = hasattr(opened, "set_epoch")  # of the library
+        if is_stream and shards is not None and not shards.is_fixed:
             opened = opened.shuffle(seed=shards.seed, buffer_size=1)  # of the shards' order alone
             opened.set_epoch(shards.epoch)
         yield from hub.rows_of(opened, dataset.path)

@@ -41,7 +41,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Job:
-    """What an example needs of the tokenizer: `texts`, with offsets or without; `finish` takes their tokens."""
+    """What an example needs of the tokenizer: `texts`, with offsets or not; `finish` takes their tokens."""
 
     texts: tuple[str, ...]
     finish: Callable[..., Finished]
@@ -106,7 +106,7 @@ class Encoder:
         return self._template_text
 
     def key(self, format: int = _FORMAT) -> str:
-        """A hash of everything that decides on the tokens of an example. format: that of an earlier version."""
+        """A hash of everything that decides on the tokens of an example. format: an earlier version's."""
         tokenizer: Any = self.tokenizer
         backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
         parts = (backend, self._start, self._end, sorted(tokenizer.special_tokens_map.items(), key=str))
@@ -204,14 +204,16 @@ class Encoder:
         spans = rendered.spans
         if loss_on == "last_assistant":
             spans = self.chat.last_turn(chat, rendered, place)
-        return _Job((rendered.text,), lambda tokens: (tokens[0], covered(tokens[1], spans)), with_offsets=True)
+        return _Job(
+            (rendered.text,), lambda tokens: (tokens[0], covered(tokens[1], spans)), with_offsets=True
+        )
 
 
 _BY_TURNS = frozenset({"assistant", "last_assistant"})
 
 
 def _from_border(prompt: list[int], whole: list[int]) -> Finished:
-    """`whole`, trained on from where it leaves `prompt`: a token that straddles the border is the completion's.
+    """`whole`, trained on from where it leaves `prompt`: a token that straddles the border is trained on.
 
     The border is that of TRL (`trl.data_utils.common_prefix_length`).
     """

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from horizon_lm.data.batches import MicroBatch, StepSize, collate
-from horizon_lm.data.packing import Rows
+from horizon_lm.data.packing import Rows, data_has_changed
 from horizon_lm.errors import DataError
 
 Step = tuple[list[MicroBatch], StepSize]
@@ -110,16 +110,13 @@ class TokenLoader:
             "seed": self._seed,
             "rows": len(self._rows),
             "fingerprint": self._rows.fingerprint,
+            "made_from": self._rows.made_from,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved place. Raises `DataError` if the data is not what it was then."""
         if state["fingerprint"] != self._rows.fingerprint:
-            raise DataError(
-                f"the data has changed since this state was saved: {state['rows']} rows then, "
-                f"{len(self._rows)} now",
-                hint="restore the data, the tokenizer and the settings of the group Data, or start a new run",
-            )
+            raise data_has_changed(state, self._rows)
         self._seed = int(state["seed"])
         self._go_to(int(state["epoch"]), int(state["position"]))
 

@@ -1,8 +1,9 @@
-"""Rows from files: text, JSON lines, JSON, CSV and parquet, in a file, a folder or a glob; and Python's library.
+"""Rows from files: text, JSON lines, JSON, CSV and parquet, in a file, a folder or a glob; Python's library.
 
 A source is read lazily, one row at a time, and each row comes with the place where it stands. A text file is
-one row with the column `text`. All but parquet may be compressed with gzip (`.jsonl.gz`). Rows that cannot be read come as a `DataError` in place of the row, so that
-`on_bad_row: skip` can pass over them; what spoils a whole file is raised.
+one row with the column `text`. All but parquet may be compressed with gzip (`.jsonl.gz`). Rows that cannot be
+read come as a `DataError` in place of the row, so that `on_bad_row: skip` can pass over them; what spoils a
+whole file is raised.
 
 The files are read here rather than by `datasets`, which infers one schema for all rows: a key that only some
 messages have would be filled with null in the others, and a broken row could not be named by its line.

@@ -138,7 +138,7 @@ class StreamLoader:
         self._position = int(state["position"])
 
     def _is_of_before(self, key: str) -> bool:
-        """Whether an earlier version, which made other tokens of pairs alone, saved it, and there are none."""
+        """Whether an earlier version saved it, which made other tokens of pairs alone, and none are here."""
         if key != self._encoder.key(1):
             return False
         for dataset in self._datasets:
