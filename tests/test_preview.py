@@ -150,7 +150,7 @@ def test_bad_rows_and_long_documents_are_shown(
     shown = capsys.readouterr().out
     assert "dataset 1    3 documents, format messages" in shown  # what is trained on
     assert "warning      1 of 4 documents (25.0%) left out: longer than max_length=64" in shown
-    assert "holds them all" in shown and "over 64" in shown
+    assert "to keep them, or truncation=keep_start to cut them" in shown and "over 64" in shown
     assert f"1 of 5 rows (20.0%) left out: bad rows, the first: {path}:4: 'messages' is an empty" in shown
     assert cli.main(["data", "preview", "--json", *arguments]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -251,6 +251,17 @@ def test_init_for_a_model_without_a_template_and_for_text(model: Path, tmp_path:
     assert cli.main(["init", "--model", str(bare), *both, "-o", str(tmp_path / "b.yaml")]) == 0
     formats = [entry.format for entry in TrainConfig.from_yaml(tmp_path / "b.yaml").datasets]
     assert formats == ["text", "messages"]
+
+
+def test_init_says_how_many_rows_may_be_left_out(model: Path, tmp_path: Path, capsys: Any) -> None:
+    long = {"messages": [ROWS[0]["messages"][0], {"role": "assistant", "content": "b c " * 4000}]}
+    path = write_rows(tmp_path / "rows.jsonl", [*ROWS, long, long, long])
+    arguments = ["init", "--model", str(model), "--dataset", str(path), "-o", str(tmp_path / "a.yaml")]
+    assert cli.main(arguments) == 0
+    assert "warning: 3 of 43 rows (7.0%) may be longer than max_length=128" in capsys.readouterr().out
+    write_rows(path, ROWS)
+    assert cli.main([*arguments, "--overwrite"]) == 0
+    assert "may be longer" not in capsys.readouterr().out
 
 
 def test_init_says_what_is_wrong(model: Path, tmp_path: Path, capsys: Any) -> None:

@@ -59,9 +59,9 @@ def remarks(rows: Rows, *, with_bad_rows: bool = True) -> list[Remark]:
             _remark(
                 left.too_long,
                 all_documents,
-                f"longer than max_length={rows.max_length}, the longest of {longest:,} tokens",
-                f"max_length={1 << (longest - 1).bit_length()} holds them all; "
-                "truncation=keep_start cuts them",
+                f"longer than max_length={rows.max_length} (the longest: {longest:,} tokens)",
+                f"set max_length={1 << (longest - 1).bit_length()} to keep them, or truncation=keep_start to "
+                "cut them",
             )
         )
     without = left.documents - left.too_long
@@ -73,7 +73,7 @@ def remarks(rows: Rows, *, with_bad_rows: bool = True) -> list[Remark]:
                 f"nothing to train on in their first {rows.max_length} tokens"
                 if left.truncated
                 else "nothing to train on",
-                "raise max_length, or see loss_on" if left.truncated else "see loss_on",
+                "raise max_length, or change loss_on" if left.truncated else "change loss_on, or remove them",
             )
         )
     if left.truncated:
@@ -81,7 +81,7 @@ def remarks(rows: Rows, *, with_bad_rows: bool = True) -> list[Remark]:
         found.append(Remark(text, f"{left.tokens:,} tokens are left out", False))
     if counts.num_bad and with_bad_rows:
         all_rows = counts.num_documents + counts.num_empty + counts.num_bad
-        hint = "on_bad_row=raise names the first of them and ends"
+        hint = "correct them; horizon data preview shows the first five"
         reason = f"bad rows, the first: {counts.bad_rows[0]}"
         found.append(_remark(counts.num_bad, all_rows, reason, hint, what="rows"))
     return found

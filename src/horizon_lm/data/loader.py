@@ -105,12 +105,12 @@ class TokenLoader:
         """The place, and what it is a place in."""
         epoch, position = divmod(self._given, len(self._rows))
         return {
+            "made_from": self._rows.made_from,
             "epoch": epoch,
             "position": position,
             "seed": self._seed,
             "rows": len(self._rows),
             "fingerprint": self._rows.fingerprint,
-            "made_from": self._rows.made_from,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

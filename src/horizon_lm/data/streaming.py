@@ -137,16 +137,6 @@ class StreamLoader:
         self._window = self._made(int(state["epoch"]), int(state["document"]))
         self._position = int(state["position"])
 
-    def _is_of_before(self, key: str) -> bool:
-        """Whether an earlier version saved it, which made other tokens of pairs alone, and none are here."""
-        if key != self._encoder.key(1):
-            return False
-        for dataset in self._datasets:
-            first = next(iter(Documents([dataset], on_bad_row=self._on_bad_row))).example
-            if isinstance(first, Pair) or isinstance(first, Chat) and first.num_prompt:
-                return False
-        return True
-
     def _next_row(self) -> tuple[Rows, int]:
         while self._window.rows is None or self._position == len(self._window.order):
             ahead, self._ahead = self._ahead, None
@@ -188,6 +178,16 @@ class StreamLoader:
         shards = ShardOrder(self._seed, epoch)
         documents = Documents(self._datasets, self._max_bytes, on_bad_row=self._on_bad_row, shards=shards)
         return documents, islice(iter(documents), document, None)
+
+    def _is_of_before(self, key: str) -> bool:
+        """Whether an earlier version saved it, which made other tokens of pairs alone, and none are here."""
+        if key != self._encoder.key(1):
+            return False
+        for dataset in self._datasets:
+            first = next(iter(Documents([dataset], on_bad_row=self._on_bad_row))).example
+            if isinstance(first, Pair) or isinstance(first, Chat) and first.num_prompt:
+                return False
+        return True
 
     def _rows(self, placed: list[Placed], documents: Documents) -> Rows | None:
         with TokenWriter(None, self._encoder.dtype) as writer:
