@@ -5,6 +5,7 @@ Each case is a file as people have them, and what the line must say: the file, t
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from collections.abc import Callable
@@ -145,6 +146,41 @@ FILES: dict[str, tuple[str, bytes, str]] = {
         r"a\.jsonl:1: messages\[1\]: 'content' holds a number",
     ),
     "no content": ("a.jsonl", messages({"role": "user"}), r"messages\[0\] has no 'content'"),
+    "content that is null": (
+        "a.jsonl",
+        GOOD_LINE + messages(USER, {"role": "assistant", "content": None}),
+        r"a\.jsonl:2: messages\[1\]: 'content' is null",
+    ),
+    "a role that is null": (
+        "a.jsonl",
+        messages({"role": None, "content": "a"}),
+        r"a\.jsonl:1: messages\[0\]: 'role' is null",
+    ),
+    "a sharegpt value that is null": (
+        "a.jsonl",
+        lines({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": None}]}),
+        r"a\.jsonl:1: conversations\[1\]: 'value' is null",
+    ),
+    "a call that is null": (
+        "a.jsonl",
+        lines({"conversations": [{"from": "function_call", "value": None}]}),
+        r"a\.jsonl:1: conversations\[0\]: 'value' is null",
+    ),
+    "an output that is null": (
+        "a.jsonl",
+        lines({"instruction": "a", "output": None}),
+        r"a\.jsonl:1: 'output' is null, which the format alpaca needs",
+    ),
+    "a completion that is null": (
+        "a.jsonl",
+        lines({"prompt": "a", "completion": None}),
+        r"a\.jsonl:1: 'completion' is null, which the format prompt_completion needs",
+    ),
+    "messages that are null": (
+        "a.jsonl",
+        GOOD_LINE + lines({"messages": None}),
+        r"a\.jsonl:2: 'messages' holds null, expected a list",
+    ),
     "no role": ("a.jsonl", messages({"content": "a"}), r"messages\[0\] has no 'role'; it has 'content'"),
     "an unknown role": (
         "a.jsonl",
@@ -197,6 +233,48 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     # other kinds of files
     "no parquet": ("a.parquet", b"PAR1 no PAR1", r"a\.parquet is not a readable parquet file"),
     "half a parquet": ("a.parquet", b"PAR1", r"a\.parquet is not a readable parquet file"),
+    # compressed files and CSV
+    "no gzip": ("a.jsonl.gz", GOOD_LINE, r"a\.jsonl\.gz cannot be decompressed: .*no row can be read"),
+    "half a gzip": (
+        "a.jsonl.gz",
+        gzip.compress(b"".join(lines({"text": str(n) * 9}) for n in range(20_000)))[:-3000],
+        r"a\.jsonl\.gz cannot be decompressed: it ends early; the last row that can be read is .*gz:\d+",
+    ),
+    "a flipped bit in a gzip": (
+        "a.csv.gz",
+        gzip.compress(b"text\n" + b"x\n" * 99, mtime=0)[:-8] + b"\0" * 8,
+        r"a\.csv\.gz cannot be decompressed: CRC",
+    ),
+    "a bad row in a gzip": (
+        "a.jsonl.gz",
+        gzip.compress(GOOD_LINE + b"{"),
+        r"a\.jsonl\.gz:2 is not valid JSON",
+    ),
+    "gzip twice": ("a.jsonl.gz", gzip.compress(gzip.compress(GOOD_LINE)), r"a\.jsonl\.gz:1 is not UTF-8"),
+    "parquet in a gzip": ("a.parquet.gz", b"", r"unknown file type '\.parquet\.gz'"),
+    "csv without rows": ("a.csv", b"text\n", r"a\.csv holds no text"),
+    "csv with no bytes": ("a.csv", b"", r"a\.csv holds no text"),
+    "csv with too many cells": (
+        "a.csv",
+        b"text,n\nx,1\ny, and z,2\n",
+        r"a\.csv: row 2 has 3 cells, and the header names 2 columns",
+    ),
+    "an open quote": (
+        "a.csv",
+        b'text\nx\n"y\nz\n',
+        r"a\.csv: row 2 is not valid CSV: unexpected end of data",
+    ),
+    "text after a quote": ("a.csv", b'text\n"x"y\n', r"a\.csv: row 1 is not valid CSV"),
+    "a column twice": ("a.csv", b"text,text\nx,y\n", r"a\.csv: the header names the column 'text' twice"),
+    "semicolons": (
+        "a.csv",
+        b"prompt;completion\na;b\n",
+        r"a\.csv: the header is one column, .*by semicolons",
+    ),
+    "latin-1 in csv": ("a.csv", b"text\nx\n\xe9\n", r"a\.csv: row 2 is not UTF-8: byte 0xe9"),
+    "csv of other columns": ("a.csv", b"q,a\nx,y\n", r"a\.csv: row 1 fits no .*its columns are 'q', 'a'"),
+    "an empty cell of csv": ("a.csv", b"prompt,completion\nx,\n", r"a\.csv: row 1: 'completion' is empty"),
+    "preference pairs in csv": ("a.csv", b"prompt,chosen,rejected\na,b,c\n", r"row 1 is a preference pair"),
     "a spreadsheet": ("a.xlsx", b"PK\x03\x04", r"a\.xlsx: unknown file type '\.xlsx'"),
     "a pickle": ("a.pkl", b"\x80\x04.", r"a\.pkl: unknown file type '\.pkl'"),
     "no suffix": ("rows", GOOD_LINE, r"rows: unknown file type ''"),

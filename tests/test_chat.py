@@ -178,23 +178,12 @@ def test_loss_on_the_last_turn_or_on_everything(name: str, tokenizer: Any) -> No
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_loss_on_the_completion_of_messages(name: str, tokenizer: Any) -> None:
-    family = FAMILIES[name]
-    text, spans = family.expected(TWO)
-    found = encode(tokenizer, Chat(TWO, num_prompt=3), family.text, "completion")
-    begin = spans[1][0]
-    if name in (
-        "qwen2.5",
-        "deepseek-v3",
-        "qwen3",
-        "glm4",
-    ):  # the generation prompt goes further than their mark
-        assert found.trained is not None
-        inside = token_spans(tokenizer, text, [(begin, len(text))])
-        assert not any(mine and not theirs for mine, theirs in zip(found.trained, inside, strict=True))
-        assert TEXTS[3] in learned_text(tokenizer, found)[0]
-    else:
-        assert found.trained is not None
-        assert found.trained.tolist() == token_spans(tokenizer, text, [(begin, len(text))])
+    """From where the prompt with its generation prompt ends; equal to TRL's in test_prompt_completion.py."""
+    found = encode(tokenizer, Chat(TWO, num_prompt=3), FAMILIES[name].text, "completion")
+    text = tokenizer.decode(found.ids.tolist())
+    assert text == tokenizer.apply_chat_template(TWO, tokenize=False)  # by the template as it is given
+    (learned,) = learned_text(tokenizer, found)
+    assert text.endswith(learned) and TEXTS[3] in learned and TEXTS[2] not in learned
 
 
 @pytest.mark.parametrize("name", built_in_templates())
@@ -215,6 +204,49 @@ def test_built_in_templates(name: str, tokenizer: Any) -> None:
         ]
         assert texts[0] == texts[1]
         assert not ask or texts[0].rstrip().endswith(("assistant", "Assistant:", "### Response:"))
+
+
+# ---- conversations that the assistant begins ------------------------------------------------
+
+GREETING = assistant("Hello, I am here.")
+ALTERNATING = {"gemma", "gemma3", "cohere"}  # their templates insist on a user's turn first
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ALTERNATING])
+def test_a_conversation_that_the_assistant_begins(name: str, tokenizer: Any) -> None:
+    """As in many ShareGPT files: the greeting is a turn of the assistant's like the others, whether the
+    template has marks or the mask is had from differences, which have nothing to begin with here."""
+    family = FAMILIES[name]
+    for before in [[], [SYSTEM]] if family.takes_system() else [[]]:
+        found = encode(tokenizer, Chat([*before, GREETING, *TWO]), family.text)
+        learned = learned_text(tokenizer, found)
+        assert len(learned) == 3
+        assert learned[0].removeprefix(" ") == family.learned.format(GREETING["content"]).removeprefix(" ")
+        rest = learned_text(tokenizer, encode(tokenizer, Chat([*before, *TWO]), family.text))
+        assert [text.removesuffix(family.end) for text in learned[1:]] == [
+            text.removesuffix(family.end) for text in rest
+        ]
+        last = encode(tokenizer, Chat([*before, GREETING, *TWO]), family.text, "last_assistant")
+        assert TEXTS[3] in "".join(learned_text(tokenizer, last))
+        assert "Hello" not in "".join(learned_text(tokenizer, last))
+
+
+@pytest.mark.parametrize("name", sorted(ALTERNATING))
+def test_a_template_that_wants_the_user_first_is_refused_by_its_own_words(name: str, tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="row 1: the chat template refuses .* roles must alternate") as caught:
+        encode(tokenizer, Chat([GREETING, *TWO]), FAMILIES[name].text)
+    assert "on_bad_row: skip" in (caught.value.hint or "")
+
+
+def test_an_opening_that_the_template_rewrites_is_refused(tokenizer: Any) -> None:
+    """No generation prompt, and its words are not found: what is the assistant's cannot be told."""
+    shouting = (
+        "{% for m in messages %}{% set first = loop.first and m.role == 'assistant' %}"
+        "{{ m.role + ': ' + (m.content | upper if first else m.content) + eos_token }}{% endfor %}"
+    )
+    assert encode(tokenizer, Chat(ONE), shouting)
+    with pytest.raises(DataError, match="cannot say which tokens of message 1"):
+        encode(tokenizer, Chat([GREETING, *ONE]), shouting)
 
 
 # ---- tools ----------------------------------------------------------------------------------

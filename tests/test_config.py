@@ -334,6 +334,7 @@ def test_errors_carry_message_hint_and_code() -> None:
 
 ALIAS_VALUES: dict[str, tuple[Any, Any]] = {
     "max_checkpoints": (3, 3),
+    "max_train_samples": (7, 7),
     "bf16": (True, "bfloat16"),
     "pure_bf16": (True, "bfloat16"),
     "fp32": (True, "float32"),

@@ -125,6 +125,32 @@ ROWS: dict[str, tuple[dict[str, Any], str, Any]] = {
         "sharegpt",
         CALLED,
     ),
+    "sharegpt with two calls at once": (
+        {
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "function_call", "value": '[{"name": "f", "arguments": {}}, {"name": "g"}]'},
+            ]
+        },
+        "sharegpt",
+        Chat(
+            [
+                message("user", "q"),
+                message(
+                    "assistant",
+                    "",
+                    tool_calls=[
+                        {"type": "function", "function": {"name": name, "arguments": {}}} for name in "fg"
+                    ],
+                ),
+            ]
+        ),
+    ),
+    "sharegpt that the assistant begins": (
+        {"conversations": [{"from": "gpt", "value": "h"}, {"from": "human", "value": "a"}]},
+        "sharegpt",
+        Chat([message("assistant", "h"), message("user", "a")]),
+    ),
     "messages before text": ({"text": "a", "messages": [message("user", "b")]}, "messages", chat("b")),
     "null columns do not count": ({"messages": None, "text": "a"}, "text", Text("a")),
 }
@@ -195,6 +221,7 @@ def test_a_format_can_be_named_and_columns_renamed(tmp_path: Path) -> None:
         ({"chosen": [message("user", "a")], "rejected": [message("user", "a")]}, "preference pair", "DPO"),
         ({"prompt": "a", "answer": "4"}, "prompt without an answer", "GRPO"),
         ({"prompt": "a", "completion": "b", "label": True}, "answer with a label", "KTO"),
+        ({"prompt": "a", "completion": "b", "label": "False"}, "answer with a label", "KTO"),  # from csv
     ],
 )
 def test_rows_of_other_methods_are_recognised(row: dict[str, Any], what: str, where: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -14,8 +15,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_helpers import dataset, write_rows
-from horizon_lm.data import StreamLoader, TokenLoader, train_tokenizer
+from data_helpers import config, dataset, write_rows
+from horizon_lm.data import StreamLoader, TokenLoader, load_training_data, train_tokenizer
 from horizon_lm.data.encode import Encoder
 from horizon_lm.data.packing import Rows
 from horizon_lm.errors import DataError
@@ -120,6 +121,43 @@ def test_a_place_in_other_data_is_refused() -> None:
     loader_of(make_rows([4, 5, 6], "none"), 1, 1, 0).load_state_dict(state)  # the control
 
 
+def test_what_has_changed_is_said(tmp_path: Path) -> None:
+    """Never two equal numbers: the part that is another is named."""
+    tokenizer = train_tokenizer([], 257)
+    rows = [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(8)]
+
+    def load(**changes: Any) -> TokenLoader:
+        path = str(write_rows(tmp_path / "a.jsonl", changes.pop("rows", rows)))
+        values = {"datasets": path, "packing": False, "dataset_cache_dir": None, **changes}
+        loader = load_training_data(config(**values), tokenizer).loader
+        assert isinstance(loader, TokenLoader)
+        return loader
+
+    state = json.loads(json.dumps(load().state_dict()))
+    load().load_state_dict(state)  # the control
+    before = {key: value for key, value in state.items() if key != "made_from"}  # of an earlier version
+    load().load_state_dict(before)
+    other = [{**rows[0], "completion": "b0"}, *rows[1:]]
+    more = [*rows, {"prompt": "q", "completion": "a"}]
+    for saved, now, message, hint in [
+        (state, load(rows=other), r"the tokens are others, though as many \(40 in 8 documents\)$", "files"),
+        (state, load(rows=more), "others: 40 in 8 documents then, 43 in 9 now$", "data files"),
+        (state, load(loss_on="all"), "same, but others are trained on: 24 then, 40 now$", "loss_on"),
+        (state, load(packing=True), "cut or packed another way: 8 sequences then, 3 now$", "packing"),
+        (
+            before,
+            load(rows=other),
+            "still 8 sequences, but of other tokens, or with others",
+            "earlier version",
+        ),
+        (before, load(rows=more), "8 sequences then, 9 now$", "start a new run"),
+    ]:
+        with pytest.raises(DataError) as caught:
+            now.load_state_dict(saved)
+        assert re.search(message, caught.value.message), caught.value.message
+        assert hint in (caught.value.hint or "")
+
+
 # ---- streams --------------------------------------------------------------------------------
 
 
@@ -213,8 +251,26 @@ def test_a_stream_is_shuffled_by_seed_and_epoch(encoder: Encoder, tmp_path: Path
 def test_a_place_in_a_stream_of_other_settings_is_refused(encoder: Encoder, tmp_path: Path) -> None:
     folder = files(tmp_path, [10])
     state = stream(folder, encoder).state_dict()
-    with pytest.raises(DataError, match="saved with another"):
+    with pytest.raises(DataError, match="saved with buffer_size=5, and now it is 6"):
         stream(folder, encoder, buffer_size=6).load_state_dict(state)
+    with pytest.raises(DataError, match="saved with another tokenizer"):
+        stream(folder, Encoder(encoder.tokenizer, loss_on="all")).load_state_dict(state)
+
+
+def test_a_stream_of_before_resumes_unless_it_holds_pairs(encoder: Encoder, tmp_path: Path) -> None:
+    """Format 1 gave other masks to pairs alone: the place of a stream of text is still good."""
+    folder = files(tmp_path, [10])
+    begun = stream(folder, encoder)
+    steps_of(begun, 2)
+    state = {**begun.state_dict(), "encoder": encoder.key(1)}
+    resumed = stream(folder, encoder)
+    resumed.load_state_dict(state)
+    assert steps_of(resumed, 5) == steps_of(begun, 5)
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    write_rows(pairs / "a.jsonl", [{"prompt": "a", "completion": "b"}] * 10)
+    with pytest.raises(DataError, match="other tokens of prompt and completion"):
+        stream(pairs, encoder).load_state_dict(state)
 
 
 def test_a_stream_with_nothing_to_train_on_is_refused(encoder: Encoder, tmp_path: Path) -> None:

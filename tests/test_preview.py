@@ -16,8 +16,10 @@ from data_helpers import write_rows
 from horizon_lm import cli
 from horizon_lm.config import TrainConfig
 from horizon_lm.data import load_training_data, train_tokenizer
+from horizon_lm.data.left_out import remarks
 from horizon_lm.data.packing import IGNORED
 from horizon_lm.data.preview import histogram, pieces, print_preview, summary
+from horizon_lm.run.describe import about_data, left_out
 from horizon_lm.run.generate import Generator, Sampling, model_folder
 
 ROWS = [
@@ -86,7 +88,7 @@ def test_preview_on_a_terminal_and_elsewhere(model: Path, data: Path) -> None:
     print_preview(loaded, 2, plain)
     shown = plain.getvalue()
     assert "«answer" in shown and "question" in shown and "«question" not in shown
-    assert "36 documents" not in shown and "40 documents, format messages" in shown
+    assert "36 documents, format messages" in shown and "left out     nothing" in shown
     assert "differences between turns" in shown and "% full" in shown and "█" in shown
     assert shown.count("\nsequence ") == 2 and "---- next document" in shown
     assert "evaluation   " in shown
@@ -122,7 +124,8 @@ def test_the_figures_are_those_of_the_data(
         == 0
     )
     assert json.loads(capsys.readouterr().out) == found
-    assert found["documents"] == 40 and found["sequences"] == len(loaded.rows)
+    assert found["documents"] == found["documents_read"] == 40
+    assert found["sequences"] == len(loaded.rows) and not found["remarks"]
     assert found["trained_tokens"] == int(np.asarray(loaded.store.trained).sum())
     assert found["fill"] == pytest.approx(loaded.rows.num_tokens / (64 * len(loaded.rows)))
     assert found["packing"] == "bfd" and found["datasets"] == [{"documents": 40, "format": "messages"}]
@@ -145,8 +148,51 @@ def test_bad_rows_and_long_documents_are_shown(
     ]
     assert cli.main(["data", "preview", *arguments]) == 0
     shown = capsys.readouterr().out
-    assert "left out     1 documents" in shown and "bad rows     1" in shown
-    assert f"{path}:4: 'messages' is an empty list" in shown and "over 64" in shown
+    assert "dataset 1    3 documents, format messages" in shown  # what is trained on
+    assert "warning      1 of 4 documents (25.0%) left out: longer than max_length=64" in shown
+    assert "to keep them, or truncation=keep_start to cut them" in shown and "over 64" in shown
+    assert f"1 of 5 rows (20.0%) left out: bad rows, the first: {path}:4: 'messages' is an empty" in shown
+    assert cli.main(["data", "preview", "--json", *arguments]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["documents"], found["documents_read"], found["documents_too_long"]) == (3, 4, 1)
+    loaded = load_training_data(settings(model, path, on_bad_row="skip"))
+    rows_of_labels = [loaded.rows.row(number).labels for number in range(len(loaded.rows))]
+    assert found["tokens"] == sum(map(len, rows_of_labels))
+    assert found["trained_tokens"] == sum(int((labels != IGNORED).sum()) for labels in rows_of_labels)
+
+
+@pytest.mark.parametrize(("good", "is_warning"), [(39, False), (19, False), (18, True)])
+def test_more_than_a_twentieth_left_out_is_a_warning(
+    good: int, is_warning: bool, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = {"messages": [ROWS[0]["messages"][0], {"role": "assistant", "content": "b c" * 200}]}
+    path = write_rows(tmp_path / "rows.jsonl", [*(ROWS * 2)[:good], long])
+    loaded = load_training_data(settings(model, path))
+    (remark,) = remarks(loaded.rows)
+    assert remark.is_warning is is_warning and remark.hint
+    assert remark.text.startswith(f"1 of {good + 1} documents ({1 / (good + 1):.1%}) left out: longer than")
+    ((text, warns),) = left_out(loaded)
+    assert text.startswith("data: 1 of") and warns is is_warning
+    assert about_data(loaded).startswith(f"data: {good} documents (messages)")
+    model_settings = [f"model_name_or_path={model / 'model'}", f"datasets={path}", "max_length=64"]
+    assert cli.main(["data", "preview", *model_settings, "--samples", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert ("\nwarning  " in shown) is is_warning and ("\nnote  " in shown) is not is_warning
+
+
+def test_what_is_held_out_and_not_evaluated_on_is_said_too(model: Path, tmp_path: Path) -> None:
+    long = {"messages": [ROWS[0]["messages"][0], {"role": "assistant", "content": "b c" * 200}]}
+    write_rows(tmp_path / "eval.jsonl", [*ROWS[:3], long, {"messages": []}])
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    options = {"eval_datasets": str(tmp_path / "eval.jsonl"), "on_bad_row": "skip"}
+    found = left_out(load_training_data(settings(model, path, **options)))
+    assert [(text[:30], warns) for text, warns in found] == [
+        ("evaluation: 1 of 4 documents (", True),
+        ("evaluation: 1 of 5 rows (20.0%", True),
+    ]
+    cut = load_training_data(settings(model, tmp_path / "eval.jsonl", truncation="keep_start", **options))
+    first = remarks(cut.rows)[0]
+    assert first.text == "1 documents longer than max_length=64 were cut" and not first.is_warning
 
 
 def test_preview_of_text_and_of_a_stream(model: Path, tmp_path: Path, capsys: Any) -> None:
@@ -205,6 +251,17 @@ def test_init_for_a_model_without_a_template_and_for_text(model: Path, tmp_path:
     assert cli.main(["init", "--model", str(bare), *both, "-o", str(tmp_path / "b.yaml")]) == 0
     formats = [entry.format for entry in TrainConfig.from_yaml(tmp_path / "b.yaml").datasets]
     assert formats == ["text", "messages"]
+
+
+def test_init_says_how_many_rows_may_be_left_out(model: Path, tmp_path: Path, capsys: Any) -> None:
+    long = {"messages": [ROWS[0]["messages"][0], {"role": "assistant", "content": "b c " * 4000}]}
+    path = write_rows(tmp_path / "rows.jsonl", [*ROWS, long, long, long])
+    arguments = ["init", "--model", str(model), "--dataset", str(path), "-o", str(tmp_path / "a.yaml")]
+    assert cli.main(arguments) == 0
+    assert "warning: 3 of 43 rows (7.0%) may be longer than max_length=128" in capsys.readouterr().out
+    write_rows(path, ROWS)
+    assert cli.main([*arguments, "--overwrite"]) == 0
+    assert "may be longer" not in capsys.readouterr().out
 
 
 def test_init_says_what_is_wrong(model: Path, tmp_path: Path, capsys: Any) -> None:

@@ -16,7 +16,7 @@ from horizon_lm import cli
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import CheckpointError, ConfigError, DataError, StoppedError
 from horizon_lm.run.host_model import HostModel, TrainStepOutput
-from horizon_lm.run.resume import FIXED, FREE
+from horizon_lm.run.resume import FIXED, FREE, check_settings
 from horizon_lm.run.train import train
 from small_runs import GPT2_DROPOUT, losses_of, place_of, settings, tensors_of, write_text
 
@@ -328,6 +328,22 @@ def test_changed_settings_that_alter_results_are_named_and_need_a_yes(
     else:
         with pytest.raises(ConfigError, match="cannot be changed"):
             train(yes)
+
+
+def test_settings_of_datasets_that_are_newer_than_a_run_do_not_stop_it(text: Path, tmp_path: Path) -> None:
+    """A manifest of before has entries of datasets without the keys that came later."""
+    config = settings(text, tmp_path / "run", eval_datasets=str(text))
+    then = config.to_dict()
+    for key in ("datasets", "eval_datasets"):
+        then[key] = [
+            {k: v for k, v in entry.items() if k not in ("tags", "max_samples")} for entry in then[key]
+        ]
+    for key in ("max_samples", "dataset_dir"):
+        del then[key]
+    check_settings(config, then)
+    limited = config.replace(datasets=[{"path": str(text), "max_samples": 3}])
+    with pytest.raises(ConfigError, match="datasets was"):  # the control
+        check_settings(limited, then)
 
 
 def test_every_setting_is_free_fixed_or_asked_about() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_helpers import config, dataset, examples, read, write_parquet, write_rows
-from horizon_lm.data import Documents, hub, load_training_data, train_tokenizer
+from horizon_lm.data import Documents, compressed, hub, load_training_data, train_tokenizer
 from horizon_lm.data.documents import ShardOrder, check_exists, rows
 from horizon_lm.data.formats import Chat, Pair, Text
+from horizon_lm.data.sources import read_file
 from horizon_lm.errors import DataError
 
 
@@ -31,6 +34,112 @@ def test_every_kind_of_file_and_folders_and_globs(tmp_path: Path) -> None:
     assert read(tmp_path) == documents
     assert read(tmp_path / "**" / "*") == documents
     assert read(tmp_path / "*.txt", tmp_path / "g.parquet") == ["one\r\ntwo", "ten", "eleven"]
+
+
+def test_compressed_files_are_read_as_what_they_hold(tmp_path: Path) -> None:
+    plain = {
+        "a.txt": b"one\r\ntwo",
+        "b.jsonl": b'\xef\xbb\xbf{"text": "three"}\n\n{"text": "four"}',
+        "c.json": b'\n [{"text": "five"}]',
+        "d.json": b'{"text": "six"}\n{"text": "seven"}\n',
+        "e.csv": b"\xef\xbb\xbfid,text\r\n1,eight\r\n2,nine\r\n",
+    }
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "packed").mkdir()
+    for name, content in plain.items():
+        (tmp_path / "plain" / name).write_bytes(content)
+        (tmp_path / "packed" / f"{name.upper() if name < 'c' else name}.gz").write_bytes(
+            gzip.compress(content)
+        )
+    for name in plain:
+        (packed,) = (tmp_path / "packed").glob(f"{name.upper() if name < 'c' else name}.gz")
+        assert read(packed) == read(tmp_path / "plain" / name), name
+    everything = ["one\r\ntwo", "three", "four", "five", "six", "seven", "eight", "nine"]
+    for folder in ("plain", "packed"):
+        assert read(tmp_path / folder / "*") == everything
+        assert read(tmp_path / folder) == everything[:-2]  # CSV beside JSON may be the same in another form
+    (tmp_path / "packed" / "b.jsonl").write_bytes(plain["b.jsonl"])
+    assert read(tmp_path / "packed") == [*everything[:1], *everything[1:3], *everything[1:6]]
+    (tmp_path / "packed" / "c.json").write_bytes(plain["c.json"])
+    assert read(tmp_path / "packed").count("five") == 1  # beside itself a compressed file is not read again
+
+
+def test_content_is_known_by_its_type_too(tmp_path: Path) -> None:
+    """The same bytes under .jsonl.gz and .txt.gz are other rows, and other tokens in the cache."""
+    content = gzip.compress(b'{"text": "a"}\n')
+    prints = set()
+    for name in ("a.jsonl.gz", "a.txt.gz", "a.json.gz"):
+        (tmp_path / name).write_bytes(content)
+        prints.add(Documents([dataset(tmp_path / name)]).fingerprint())
+    assert len(prints) == 3
+
+
+CSV = """instruction,input,output,note
+"Say ""hi"", twice",,hi hi,"1,5"
+"two
+lines",x,"a
+b\r
+c",
+
+é 日本, ,😀,null
+"""
+
+
+def test_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + CSV.encode())
+    found = [chat.messages for chat in examples(path) if isinstance(chat, Chat)]
+    assert [[m["content"] for m in messages] for messages in found] == [
+        ['Say "hi", twice', "hi hi"],
+        ["two\nlines\nx", "a\nb\r\nc"],
+        ["é 日本\n ", "😀"],
+    ]
+    with path.open(encoding="utf-8-sig", newline="") as file:  # the authority
+        rows_of = list(csv.DictReader(file))
+    assert [row for row, _ in read_file(path)] == rows_of
+    (tmp_path / "b.csv").write_bytes(CSV.encode().replace(b"\n", b"\r\n"))
+    assert len(examples(tmp_path / "b.csv")) == 3
+
+
+def test_a_cell_of_csv_may_be_a_document(tmp_path: Path) -> None:
+    long = "word, " * 60_000
+    limit = csv.field_size_limit()
+    (tmp_path / "a.csv").write_text(f'text\n"{long}"\n')
+    assert read(tmp_path / "a.csv") == [long]
+    assert csv.field_size_limit() == limit  # which is everyone's
+
+
+def test_bad_rows_of_csv_can_be_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'text,n\nx,1\ny\n"z"z,3\n\xff,4\nv,5\n"open,6\n')
+    documents = Documents([dataset(path)], on_bad_row="skip")
+    assert [placed.example for placed in documents] == [Text("x"), Text("v")]
+    assert [row.removeprefix(f"{path}: ").split(" ")[:2] for row in documents.bad_rows] == [
+        ["row", str(number)] for number in (2, 3, 4, 6)
+    ]
+
+
+def test_a_small_file_that_decompresses_to_much_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compressed, "LARGEST_ROW", 1 << 16)
+    monkeypatch.setattr(compressed, "LARGEST_WHOLE", 1 << 17)
+    row = b'{"text": "x"}\n'
+    (tmp_path / "many.jsonl.gz").write_bytes(gzip.compress(row * 100_000))  # rows of a fair size
+    assert len(read(tmp_path / "many.jsonl.gz")) == 100_000
+    bomb = gzip.compress(b'{"text": "' + b"x" * (1 << 18))
+    for name, message in [
+        ("bomb.jsonl.gz", "bomb.jsonl.gz:1 is longer than"),
+        ("bomb.csv.gz", "bomb.csv.gz:1 is longer than"),
+        ("bomb.txt.gz", "bomb.txt.gz holds more than"),
+        ("bomb.json.gz", "bomb.json.gz:1 is longer than"),
+    ]:
+        (tmp_path / name).write_bytes(bomb)
+        with pytest.raises(DataError, match=message):
+            read(tmp_path / name)
+    (tmp_path / "array.json.gz").write_bytes(gzip.compress(b"[" + b" " * (1 << 18)))
+    with pytest.raises(DataError, match="holds more than"):
+        read(tmp_path / "array.json.gz")
 
 
 def test_the_text_column_can_be_named_or_renamed(tmp_path: Path) -> None:

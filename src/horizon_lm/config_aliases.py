@@ -91,6 +91,7 @@ ALIASES: dict[str, Alias] = {
     "test_datasets": Alias("eval_datasets"),
     "val_dataset": Alias("eval_datasets"),
     "validation_file": Alias("eval_datasets"),
+    "max_train_samples": Alias("max_samples"),
     "val_set_size": Alias("val_size"),
     "split_dataset_ratio": Alias("val_size"),
     "evaluation_strategy": Alias("eval_strategy"),
@@ -211,14 +212,21 @@ UNAVAILABLE: dict[str, str] = {
     "dataset_text_field": "leave the key out and write 'datasets: [{path: ..., text_column: ...}]'",
     "dataset_train_split": "leave the key out and write 'datasets: [{path: ..., split: ...}]'",
     "dataset_config": "leave the key out and write 'datasets: [{path: ..., name: ...}]'",
-    "dataset_dir": "leave the key out and write the path of each dataset in 'datasets'",
     "dataset_format": "leave the key out and write 'datasets: [{path: ..., format: ...}]'",
     "padding_free": "leave the key out: 'packing: true' has no padding",
 }
 
 
-# Of an entry of `datasets`, as Axolotl writes it.
-ENTRY_ALIASES: dict[str, str] = {"type": "format", "field": "text_column", "field_messages": "columns"}
+# Of an entry of `datasets`, as Axolotl and LLaMA-Factory write it.
+ENTRY_ALIASES: dict[str, str] = {
+    "type": "format",
+    "formatting": "format",
+    "field": "text_column",
+    "field_messages": "columns",
+    "message_property_mappings": "tags",
+    "subset": "name",
+    "num_samples": "max_samples",
+}
 _ENTRY_TYPES = {"chat_template": "messages", "completion": "text", "pretrain": "text"}
 
 
@@ -235,7 +243,11 @@ def canonical_entry(values: Any) -> Any:
             raise ValueError(f"'{key}' and '{alias}' are the same setting")
         if alias == "type" and isinstance(value, str):
             value = _ENTRY_TYPES.get(value.split(".")[0], value.split(".")[0])
-        result[key] = {value: "messages"} if alias == "field_messages" else value
+        if alias == "field_messages":
+            value = {value: "messages"}
+        if alias == "message_property_mappings" and isinstance(value, dict):
+            value = {f"{ours}_tag": theirs for ours, theirs in value.items()}
+        result[key] = value
     return result
 
 

@@ -9,6 +9,12 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from horizon_lm import config_aliases
 from horizon_lm.config_base import STRICT, Settings, fault, setting
 
+# The words of LLaMA-Factory's `tags`: two keys of a message, and the roles it may have.
+TAGS = (
+    *("role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag"),
+    "system_tag",
+)
+
 
 class DatasetConfig(BaseModel):
     """One source of training text; an entry of `datasets`."""
@@ -17,15 +23,27 @@ class DatasetConfig(BaseModel):
 
     path: str = Field(
         min_length=1,
-        description="A file, folder or glob of .jsonl, .json, .parquet, .txt, .md or .py files; a "
-        "folder that `datasets` has saved; a name on the Hugging Face Hub; or python-stdlib (the source of "
-        "Python's own standard library).",
+        description="A file, folder or glob of .jsonl, .json, .csv, .parquet, .txt, .md or .py files (all "
+        "but parquet also as .gz); a folder that `datasets` has saved; a name on the Hugging Face Hub; or "
+        "python-stdlib (the source of Python's own standard library).",
     )
     format: Literal["auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt"] = Field(
         default="auto", description="How rows are read; auto looks at the columns of the first."
     )
-    columns: dict[str, str] = Field(
-        default_factory=dict, description="Columns to rename, old name to new name."
+    columns: dict[str, str | None] = Field(
+        default_factory=dict,
+        description="Columns to rename, old name to new name; null leaves one out.",
+    )
+    tags: dict[str, str] = Field(
+        default_factory=dict,
+        description="Keys and roles of messages that have other names, as in LLaMA-Factory: role_tag and "
+        "content_tag are keys, user_tag, assistant_tag and so on are roles.",
+        json_schema_extra={"expects": f"a mapping with some of {', '.join(TAGS)}"},
+    )
+    max_samples: int | None = Field(
+        default=None,
+        ge=1,
+        description="Read at most so many rows, the first ones; null means the setting max_samples.",
     )
     split: str = Field(
         default="train",
@@ -46,6 +64,13 @@ class DatasetConfig(BaseModel):
         description="How often each of its documents comes in an epoch; 0.25 takes a seeded quarter of them.",
     )
 
+    @field_validator("tags")
+    @classmethod
+    def _check_tags(cls, value: dict[str, str]) -> dict[str, str]:
+        if not value.keys() <= set(TAGS):
+            raise ValueError("an unknown tag")  # reported with the field's `expects`
+        return value
+
     @model_validator(mode="before")
     @classmethod
     def _read_aliases(cls, values: Any) -> Any:
@@ -64,6 +89,20 @@ class DataSettings(Settings):
         group="Data",
         min_length=1,
         expects="a path, or a list of paths or of mappings with a path",
+    )
+    dataset_dir: str | None = setting(
+        None,
+        "Folder of LLaMA-Factory's dataset_info.json: names in datasets and eval_datasets, also several "
+        "divided by commas, are looked up in it. The saved configuration holds what was found instead.",
+        group="Data",
+        min_length=1,
+    )
+    max_samples: int | None = setting(
+        None,
+        "Read at most so many rows of each dataset, the first ones; null reads all.",
+        group="Data",
+        unit="rows",
+        ge=1,
     )
     max_train_bytes: int | None = setting(
         None, "Read at most so much text; null reads all.", group="Data", unit="bytes", ge=1
@@ -177,6 +216,23 @@ class DataSettings(Settings):
         unit="sequences",
         ge=1,
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _look_names_up(cls, values: Any) -> Any:
+        """Entries in place of names of `dataset_dir`, which is then as if it had not been given."""
+        if not isinstance(values, dict) or not isinstance(values.get("dataset_dir"), str):
+            return values
+        from horizon_lm.data import dataset_info  # read by few
+
+        result = {**values, "dataset_dir": None}
+        for key in ("datasets", "eval_datasets"):
+            try:
+                if result.get(key) is not None:
+                    result[key] = dataset_info.resolved(result[key], values["dataset_dir"])
+            except dataset_info.InfoError as error:
+                raise fault(error.message, key=key, hint=error.hint) from None
+        return result
 
     @field_validator("datasets", "eval_datasets", mode="before")
     @classmethod

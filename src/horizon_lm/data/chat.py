@@ -15,7 +15,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +90,7 @@ class ChatTemplate:
                 hint="set chat_template to plain, alpaca, chatml or a .jinja file",
             )
         self.source = "generation marks"
-        self.template = str(given)
+        self.template = self._given = str(given)
         if not _MARK.search(self.template):
             self.template, self.source = _training_variant(tokenizer, self.template)
         self._has_marks = bool(_MARK.search(self.template))
@@ -141,28 +140,33 @@ class ChatTemplate:
             )
         return rendered.spans[len(earlier) :]
 
-    def completion_start(self, chat: Chat, text: str, place: str) -> int:
-        """Where the text of the completion begins: after the prompt's messages and the generation prompt.
+    def prompt_and_whole(self, chat: Chat, place: str) -> tuple[str, str]:
+        """(the prompt's messages with the generation prompt, the whole conversation), as TRL renders them for
+        a prompt and its completion: by the template itself, not by its training variant.
 
-        Of a generation prompt that goes on in another way than the answer (opening a thought, say), only
-        what both have in common is the prompt's, as in TRL.
+        The generation prompt may go on in another way than the answer (opening a thought, say); the prompt's
+        messages may not, as then the user's words would be counted to the completion. Raises DataError.
         """
-        prompt = self._fitting(chat.messages[: chat.num_prompt])
-        asked = self._render(prompt, chat.tools, place, ask=True)[0]
-        if text.startswith(asked):
-            return len(asked)
-        alone = self._render(prompt, chat.tools, place)[0]
-        if not text.startswith(alone):
-            raise DataError(
-                f"{place}: the chat template writes the prompt another way before an answer than alone",
-                hint="loss_on: assistant, or another chat_template",
-            )
-        return len(commonprefix([text, asked]))
+        messages = self._fitting(chat.messages)
+        prompt = messages[: chat.num_prompt]
+        whole = self._render(messages, chat.tools, place, own=True)[0]
+        asked = self._render(prompt, chat.tools, place, ask=True, own=True)[0]
+        if not whole.startswith(asked):
+            alone = self._render(prompt, chat.tools, place, own=True)[0]
+            if not whole.startswith(alone):
+                raise DataError(
+                    f"{place}: the chat template writes the prompt another way before an answer than alone",
+                    hint="loss_on: assistant, or another chat_template",
+                )
+        return asked, whole
 
     def _derived(self, messages: list[dict[str, Any]], turn: int, tools: Any, text: str, place: str) -> Span:
-        before = self._render(messages[:turn], tools, place, ask=True)[0] if turn else ""
         through = self._render(messages[: turn + 1], tools, place)[0]
-        if not turn or not through.startswith(before) or not text.startswith(through):
+        if not turn:  # the assistant begins: there is nothing to ask with
+            before = self._before_opening(messages[0], tools, through, place)
+        else:
+            before = self._render(messages[:turn], tools, place, ask=True)[0]
+        if before is None or not through.startswith(before) or not text.startswith(through):
             raise DataError(
                 f"{place}: the chat template cannot say which tokens of message {turn + 1} are the "
                 "assistant's: it has no {% generation %} marks, TRL has no training variant of it, and it "
@@ -171,6 +175,21 @@ class ChatTemplate:
             )
         return len(before), len(through)
 
+    def _before_opening(self, opening: dict[str, Any], tools: Any, through: str, place: str) -> str | None:
+        """What stands in `through` before the words of an assistant that speaks first; None: not known.
+
+        All up to its first word, or up to the generation prompt's end where that stands before it.
+        """
+        trial = [{"role": "user", "content": "first question"}]
+        alone, asked = (self._render(trial, tools, place, ask=ask)[0] for ask in (False, True))
+        header = asked[len(alone) :] if asked.startswith(alone) else ""
+        words = opening["content"].strip()
+        said = through.find(words) if words else len(through)
+        at = through.rfind(header, 0, said) if header and said >= 0 else -1
+        if at >= 0:
+            return through[: at + len(header)]
+        return through[:said] if words and said >= 0 else None
+
     def _fitting(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """`developer`, a newer name of the system role, for templates that do not know it."""
         if self._knows_developer:
@@ -178,16 +197,18 @@ class ChatTemplate:
         return [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
 
     def _render(
-        self, messages: list[dict[str, Any]], tools: Any, place: str, *, ask: bool = False
+        self, messages: list[dict[str, Any]], tools: Any, place: str, *, ask: bool = False, own: bool = False
     ) -> tuple[str, list[Span]]:
+        """(text, spans of generation marks). ask: with the generation prompt. own: by the template as it was
+        given, without spans."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
             rendered: Any = render_jinja_template(
                 conversations=[messages],
                 tools=tools,
-                chat_template=self.template,
-                return_assistant_tokens_mask=self._has_marks,
+                chat_template=self._given if own else self.template,
+                return_assistant_tokens_mask=self._has_marks and not own,
                 add_generation_prompt=ask,
                 **self._kwargs,
             )
@@ -195,7 +216,7 @@ class ChatTemplate:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(
                 f"{place}: the chat template refuses this conversation: {reason[:200]}",
-                hint="check the order of the roles, or choose another chat_template",
+                hint="check the order of the roles; another chat_template, or on_bad_row: skip",
             ) from error
         texts, spans = rendered
         return texts[0], [(int(a), int(b)) for a, b in spans[0]] if spans else []

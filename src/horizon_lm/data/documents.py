@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import xxhash
 
 from horizon_lm.data import hub
+from horizon_lm.data.compressed import suffix_of
 from horizon_lm.data.formats import Example, Text, convert, detect, texts
 from horizon_lm.data.sources import (
     PYTHON_STDLIB,
@@ -132,7 +134,10 @@ class Documents:
         """Of the content of all files and of how it is read; the same content elsewhere has the same."""
         digest = xxhash.xxh3_128()
         for dataset in self.datasets:
-            reading = (dataset.format, sorted(dataset.columns.items()), dataset.text_column)
+            reading = [dataset.format, sorted(dataset.columns.items()), dataset.text_column]
+            # Named only where they are set, so that what was read without them is the same as it was.
+            reading += [sorted(dataset.tags.items())] if dataset.tags else []
+            reading += [dataset.max_samples] if dataset.max_samples else []
             digest.update(repr((reading, self._max_bytes, self._skip)).encode())
             for part in _content(dataset):
                 digest.update(part)
@@ -140,33 +145,91 @@ class Documents:
 
 
 def renamed(row: dict[str, Any], dataset: Any) -> dict[str, Any]:
-    """The row under our names: `columns`, an old name to a new one, and `text_column`."""
+    """The row under our names: `columns`, an old name to a new one or to null, `text_column` and `tags`."""
     names = dict(dataset.columns)
     if dataset.text_column != "text" and dataset.text_column in row and dataset.text_column not in names:
         names[dataset.text_column] = "text"
-    if not names:
-        return row
-    kept = {key: value for key, value in row.items() if key not in names.values() or key in names}
-    return {names.get(key, key): value for key, value in kept.items()}
+    if names:
+        kept = {key: value for key, value in row.items() if key not in names.values() or key in names}
+        new = {key: names.get(key, key) for key in kept}
+        row = {name: kept[key] for key, name in new.items() if name is not None}
+    if dataset.tags:
+        row = {k: tagged(v, dataset.tags) if k in _OF_MESSAGES else v for k, v in row.items()}
+    return row
+
+
+_OF_MESSAGES = frozenset({"messages", "conversations", "prompt", "completion"})
+_TAGGED_ROLES = {
+    "user_tag": "user",
+    "assistant_tag": "assistant",
+    "observation_tag": "tool",
+    "function_tag": "function_call",
+    "system_tag": "system",
+}
+
+
+def tagged(value: Any, tags: dict[str, str]) -> Any:
+    """A list of messages with our keys and roles in place of those that `tags` names; else `value`."""
+    if not isinstance(value, list):
+        return value
+    roles = {tags[tag]: role for tag, role in _TAGGED_ROLES.items() if tag in tags}
+    keys = {tags[tag]: tag.removesuffix("_tag") for tag in ("role_tag", "content_tag") if tag in tags}
+    hidden = {name for tag, name in _OTHER_KEYS if tag in tags} - keys.keys()
+
+    def message(entry: Any) -> Any:
+        if not isinstance(entry, dict):
+            return entry
+        new = {keys.get(key, key): part for key, part in entry.items() if key not in hidden}
+        for key in ("role", "from"):
+            if isinstance(new.get(key), str):
+                new[key] = roles.get(new[key], new[key])
+        return new
+
+    return [message(entry) for entry in value]
+
+
+# What a message's role and content are called where no tag says otherwise.
+_OTHER_KEYS = (
+    *(("role_tag", "role"), ("role_tag", "from")),
+    *(("content_tag", "content"), ("content_tag", "value")),
+)
 
 
 @dataclass(frozen=True)
 class ShardOrder:
-    """Reads a stream: nothing is downloaded beforehand, and files come in an order by seed and epoch."""
+    """Reads a stream: nothing is downloaded beforehand, and files come in an order by seed and epoch.
+
+    is_fixed: in their own order instead.
+    """
 
     seed: int
     epoch: int
+    is_fixed: bool = False
 
     def shuffled(self, files: list[Path]) -> list[Path]:
+        if self.is_fixed:
+            return files
         order = np.random.default_rng([self.seed, self.epoch, 2]).permutation(len(files))
         return [files[i] for i in order]
 
 
 def rows(dataset: Any, shards: ShardOrder | None = None) -> Iterator[PlacedRow]:
-    """(row, place) of each row of one dataset, wherever it comes from."""
+    """(row, place) of each row of one dataset, wherever it comes from.
+
+    max_samples: the first ones in the dataset's own order, which a stream then keeps in every epoch.
+    """
+    if dataset.max_samples is not None:
+        own_order = None if shards is None else ShardOrder(shards.seed, shards.epoch, is_fixed=True)
+        yield from islice(_all_rows(dataset, own_order), dataset.max_samples)
+    else:
+        yield from _all_rows(dataset, shards)
+
+
+def _all_rows(dataset: Any, shards: ShardOrder | None) -> Iterator[PlacedRow]:
     opened = opened_dataset(dataset, streaming=shards is not None)
     if opened is not None:
-        if shards is not None and hasattr(opened, "set_epoch"):  # a stream of the library
+        is_stream = hasattr(opened, "set_epoch")  # of the library
+        if is_stream and shards is not None and not shards.is_fixed:
             opened = opened.shuffle(seed=shards.seed, buffer_size=1)  # of the shards' order alone
             opened.set_epoch(shards.epoch)
         yield from hub.rows_of(opened, dataset.path)
@@ -240,7 +303,7 @@ def _content(dataset: Any) -> Iterator[bytes]:
         yield hub.fingerprint(opened).encode()
         return
     for path in stdlib_files() if is_stdlib(dataset.path) else local_files(dataset):
-        digest = xxhash.xxh3_128(path.suffix.lower().encode())
+        digest = xxhash.xxh3_128(suffix_of(path).encode())
         try:
             with path.open("rb") as file:
                 while chunk := file.read(1 << 22):

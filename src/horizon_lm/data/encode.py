@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
 # A tokenizer needs some hundred bytes for each token of one text: a long text is cut at a line's end.
 _PIECE_CHARACTERS = 1 << 20
-_FORMAT = 1  # to be raised when the same input is to give other tokens
+# To be raised when the same input is to give other tokens or another mask. 2: a completion begins where the
+# tokens of prompt and completion leave those of the prompt.
+_FORMAT = 2
+
+Tokens = tuple[list[int], list[Span]]  # ids, and the characters of each where they were asked for
+Finished = tuple[list[int], np.ndarray | None]  # ids, and which are trained on; None: all
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,15 @@ class Encoded:
     place: str
     dataset: int
     is_text: bool
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What an example needs of the tokenizer: `texts`, with offsets or not; `finish` takes their tokens."""
+
+    texts: tuple[str, ...]
+    finish: Callable[..., Finished]
+    with_offsets: bool = False
 
 
 class Encoder:
@@ -59,33 +73,40 @@ class Encoder:
             )
         self._template_kwargs = chat_template_kwargs or {}
         self._chat: ChatTemplate | None = None
+        self._is_checked = False
         self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
         added = tokenizer("").input_ids
         self._start = added[:1] if added and added[0] == tokenizer.bos_token_id else []
         self._end = [tokenizer.eos_token_id]
+        self._before, self._after = _special_around(tokenizer)
 
     @property
     def chat(self) -> ChatTemplate:
-        """The chat template, tried out at its first use. Raises DataError and ConfigError."""
+        """The chat template. Raises DataError and ConfigError."""
         if self._chat is None:
+            self._chat = ChatTemplate(self.tokenizer, self._template_text, self._template_kwargs)
+        return self._chat
+
+    @property
+    def _marking_chat(self) -> ChatTemplate:
+        """The chat template, tried out at its first use on whether it can say what the assistant said."""
+        if not self._is_checked:
             if not self.tokenizer.is_fast:
                 raise ConfigError(
                     "this tokenizer cannot say which characters its tokens stand for, as a mask needs",
                     hint="use a model with a tokenizer.json",
                 )
-            chat = ChatTemplate(self.tokenizer, self._template_text, self._template_kwargs)
-            if self._loss_on != "all":
-                check_template(chat)
-            self._chat = chat
-        return self._chat
+            check_template(self.chat)
+            self._is_checked = True
+        return self.chat
 
     @property
     def chat_template_to_save(self) -> str | None:
         """The template that was given in place of the tokenizer's own, as it is to be used later."""
         return self._template_text
 
-    def key(self) -> str:
-        """A hash of everything that decides on the tokens of an example."""
+    def key(self, format: int = _FORMAT) -> str:
+        """A hash of everything that decides on the tokens of an example. format: an earlier version's."""
         tokenizer: Any = self.tokenizer
         backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
         parts = (backend, self._start, self._end, sorted(tokenizer.special_tokens_map.items(), key=str))
@@ -94,7 +115,7 @@ class Encoder:
             tokenizer.chat_template,
             sorted(self._template_kwargs.items(), key=str),
         )
-        made_by = (_FORMAT, version("trl"))  # TRL decides on the training variants of templates
+        made_by = (format, version("trl"))  # TRL decides on the training variants of templates
         return xxhash.xxh3_128(repr((parts, template, self._loss_on, made_by)).encode()).hexdigest()
 
     def encode(self, batch: Sequence[Placed]) -> list[Encoded | DataError]:
@@ -104,31 +125,29 @@ class Encoder:
         """
         self.get_ready(batch)
         results: list[Encoded | DataError | None] = [None] * len(batch)
-        texts: list[str] = []
-        jobs: list[tuple[int, Any]] = []  # place in `results`, and what finishes it
+        jobs: list[tuple[int, _Job]] = []  # place in `results`, and what is to be done for it
         for i, placed in enumerate(batch):
             try:
-                text, finish = self._prepared(placed)
+                jobs.append((i, self._job(placed)))
             except DataError as error:
                 results[i] = error
-                continue
-            jobs.append((i, finish))
-            texts.append(text)
+        texts = [text for _, job in jobs for text in job.texts]
         if texts:
-            needs_offsets = any(not isinstance(batch[i].example, Text) for i, _ in jobs)
-            rows = _tokenised(self.tokenizer, texts, with_offsets=needs_offsets)
-            for (i, finish), row in zip(jobs, rows, strict=True):
+            with_offsets = any(job.with_offsets for _, job in jobs)
+            tokens = iter(_tokenised(self.tokenizer, texts, with_offsets=with_offsets))
+            for i, job in jobs:
+                own = [next(tokens) for _ in job.texts]
                 try:
-                    ids, trained = finish(*row)
-                    results[i] = self._encoded(ids, trained, batch[i])
+                    results[i] = self._encoded(*job.finish(*own), batch[i])
                 except DataError as error:
                     results[i] = error
         return [result for result in results if result is not None]
 
     def get_ready(self, batch: Sequence[Placed]) -> None:
         """Try the chat template out, if `batch` needs it."""
-        if any(isinstance(placed.example, Chat) for placed in batch):
-            _ = self.chat
+        for placed in batch:
+            if isinstance(placed.example, Chat):
+                _ = self._marking_chat if self._loss_of(placed.example) in _BY_TURNS else self.chat
 
     def _encoded(self, ids: list[int], trained: np.ndarray | None, placed: Placed) -> Encoded:
         if trained is not None and not trained.any():
@@ -139,50 +158,81 @@ class Encoder:
         is_text = isinstance(placed.example, Text)
         return Encoded(np.asarray(ids, self.dtype), trained, placed.place, placed.dataset, is_text)
 
-    def _prepared(self, placed: Placed) -> tuple[str, Any]:
-        """The text of an example, and a function from its tokens and their offsets to (ids, trained)."""
+    def _job(self, placed: Placed) -> _Job:
         example = placed.example
         if isinstance(example, Text):
-            return example.text, self._finish_text
+            return _Job((example.text,), lambda tokens: ([*self._start, *tokens[0], *self._end], None))
         if isinstance(example, Pair):
-            return self._prepared_pair(example)
-        return self._prepared_chat(example, placed.place)
+            return self._job_of_pair(example)
+        return self._job_of_chat(example, placed.place)
 
-    def _finish_text(self, ids: list[int], offsets: Any) -> tuple[list[int], None]:
-        return [*self._start, *ids, *self._end], None
+    def _job_of_pair(self, pair: Pair) -> _Job:
+        """As TRL's SFTTrainer prepares it, to the token: the end of a text is written unless it is there, and
+        both texts get the special tokens that the tokenizer puts around a text."""
+        end = str(self.tokenizer.eos_token)
+        completion = pair.completion if pair.completion.endswith(end) else pair.completion + end
+        whole = pair.prompt + completion
+        if self._loss_on == "all":
+            return _Job((whole,), lambda tokens: (self._around(tokens[0]), None))
+        return _Job(
+            (pair.prompt, whole),
+            lambda prompt, tokens: _from_border(self._around(prompt[0]), self._around(tokens[0])),
+        )
 
-    def _prepared_pair(self, pair: Pair) -> tuple[str, Any]:
-        border = len(pair.prompt)
-        everything = self._loss_on == "all"
+    def _around(self, ids: list[int]) -> list[int]:
+        return [*self._before, *ids, *self._after]
 
-        def finish(ids: list[int], offsets: list[Span]) -> tuple[list[int], np.ndarray | None]:
-            # A token that begins in the prompt is the prompt's, as it would be were the prompt alone.
-            inside = [True] * len(ids) if everything else [begin >= border for begin, _ in offsets]
-            trained = np.array([everything] * len(self._start) + inside + [True])
-            return [*self._start, *ids, *self._end], None if everything else trained
+    def _loss_of(self, chat: Chat) -> str:
+        """What is trained on, with `auto` made out."""
+        if self._loss_on == "auto":
+            return "completion" if chat.num_prompt else "assistant"
+        return self._loss_on
 
-        return pair.prompt + pair.completion, finish
-
-    def _prepared_chat(self, chat: Chat, place: str) -> tuple[str, Any]:
-        loss_on = self._loss_on
-        if loss_on == "auto":
-            loss_on = "completion" if chat.num_prompt else "assistant"
-        if loss_on == "completion" and not chat.num_prompt:
-            raise DataError(
-                f"{place} is a conversation without a prompt column, which loss_on: completion needs",
-                hint="loss_on: assistant, or last_assistant",
-            )
+    def _job_of_chat(self, chat: Chat, place: str) -> _Job:
+        loss_on = self._loss_of(chat)
         if loss_on == "all":
-            return self.chat.text(chat, place), lambda ids, offsets: (ids, None)
+            return _Job((self.chat.text(chat, place),), lambda tokens: (tokens[0], None))
         if loss_on == "completion":
-            text = self.chat.text(chat, place)
-            spans = [(self.chat.completion_start(chat, text, place), len(text))]
-        else:
-            rendered = self.chat.render(chat, place)
-            text, spans = rendered.text, rendered.spans
-            if loss_on == "last_assistant":
-                spans = self.chat.last_turn(chat, rendered, place)
-        return text, lambda ids, offsets: (ids, covered(offsets, spans))
+            if not chat.num_prompt:
+                raise DataError(
+                    f"{place} is a conversation without a prompt column, which loss_on: completion needs",
+                    hint="loss_on: assistant, or last_assistant",
+                )
+            texts = self.chat.prompt_and_whole(chat, place)
+            return _Job(texts, lambda prompt, tokens: _from_border(prompt[0], tokens[0]))
+        rendered = self.chat.render(chat, place)
+        spans = rendered.spans
+        if loss_on == "last_assistant":
+            spans = self.chat.last_turn(chat, rendered, place)
+        return _Job(
+            (rendered.text,), lambda tokens: (tokens[0], covered(tokens[1], spans)), with_offsets=True
+        )
+
+
+_BY_TURNS = frozenset({"assistant", "last_assistant"})
+
+
+def _from_border(prompt: list[int], whole: list[int]) -> Finished:
+    """`whole`, trained on from where it leaves `prompt`: a token that straddles the border is trained on.
+
+    The border is that of TRL (`trl.data_utils.common_prefix_length`).
+    """
+    same = 0
+    for one, other in zip(prompt, whole, strict=False):
+        if one != other:
+            break
+        same += 1
+    return whole, np.arange(len(whole)) >= same
+
+
+def _special_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer puts before and after one text."""
+    bare = list(tokenizer("a", add_special_tokens=False).input_ids)
+    full = list(tokenizer("a").input_ids)
+    for begin in range(len(full) - len(bare) + 1):
+        if bare and full[begin : begin + len(bare)] == bare:
+            return full[:begin], full[begin + len(bare) :]
+    return [], []
 
 
 def covered(offsets: Sequence[Span], spans: Sequence[Span]) -> np.ndarray:
@@ -201,7 +251,7 @@ def covered(offsets: Sequence[Span], spans: Sequence[Span]) -> np.ndarray:
 
 def _tokenised(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, with_offsets: bool
-) -> list[tuple[list[int], list[Span]]]:
+) -> list[Tokens]:
     """(ids, offsets) of each text, without special tokens; offsets are empty unless asked for."""
     pieces: list[str] = []
     owners: list[tuple[int, int]] = []  # text, and its character at which the piece begins
@@ -221,7 +271,7 @@ def _tokenised(
         return_offsets_mapping=with_offsets,
         verbose=False,
     )
-    rows: list[tuple[list[int], list[Span]]] = [([], []) for _ in texts]
+    rows: list[Tokens] = [([], []) for _ in texts]
     for k, (i, begin) in enumerate(owners):
         ids, offsets = rows[i]
         ids += out.input_ids[k]

@@ -66,6 +66,7 @@ _ROLES = {
     "observation": "tool",
     "function_call": "function_call",
 }
+_NULL = "write text there, or remove the row, or on_bad_row: skip"
 _KNOWN = (
     "known are text; messages; prompt and completion; instruction and output (alpaca); conversations "
     "(sharegpt); set `format`, or rename with `columns`"
@@ -79,6 +80,10 @@ def detect(row: Mapping[str, Any], place: str) -> str:
     for format, needed in _NEEDED.items():
         if needed <= columns:
             return format
+    for format, needed in _NEEDED.items():
+        if needed <= row.keys():  # it would fit, were there anything in it
+            empty = sorted(needed - columns)[0]
+            raise DataError(f"{place}: {empty!r} is null, which the format {format} needs", hint=_NULL)
     raise DataError(f"{place} fits no known format; its columns are {_listed(row)}", hint=_KNOWN)
 
 
@@ -100,12 +105,12 @@ def _refuse_other_methods(columns: set[str], row: Mapping[str, Any], place: str)
             hint="not available yet; to imitate the chosen answers only: columns: {chosen: messages} or "
             "{chosen: completion}, with format: messages or prompt_completion",
         )
-    if {"prompt", "completion", "label"} <= columns and isinstance(row["label"], bool):
+    if {"prompt", "completion", "label"} <= columns and str(row["label"]).lower() in ("true", "false"):
         raise DataError(
             f"{place} is an answer with a label, which is for unpaired preference training (KTO)",
             hint="not available yet; keep the rows with label true and set format: prompt_completion",
         )
-    if "prompt" in columns and not columns & {"completion", "messages", "conversations", "text"}:
+    if "prompt" in columns and not row.keys() & {"completion", "messages", "conversations", "text"}:
         raise DataError(
             f"{place} is a prompt without an answer, which is for reinforcement learning (GRPO); its columns "
             f"are {_listed(row)}",
@@ -215,7 +220,7 @@ def _message(entry: Any, at: str) -> dict[str, Any]:
     message = {key: value for key, value in entry.items() if value is not None}
     role = message.pop("role", None) or message.pop("from", None)
     if role is None:
-        raise DataError(f"{at} has no 'role'; it has {_listed(message)}", hint="or 'from', as in sharegpt")
+        raise _without(entry, ("role", "from"), at)
     if not isinstance(role, str) or role not in _ROLES:
         raise DataError(
             f"{at}: the role is {role!r}"[:200], hint="roles are system, developer, user, assistant and tool"
@@ -223,7 +228,11 @@ def _message(entry: Any, at: str) -> dict[str, Any]:
     role = _ROLES[role]
     content = _content(message.pop("content", message.pop("value", None)), at)
     if role == "function_call":  # sharegpt's way to write an assistant's call of a tool
-        return {"role": "assistant", "content": "", "tool_calls": [_call(_parsed(content, at), at)]}
+        if content is None:
+            raise _without(entry, ("content", "value"), at)
+        said = _parsed(content, at)
+        calls = said if isinstance(said, list) else [said]
+        return {"role": "assistant", "content": "", "tool_calls": [_call(call, at) for call in calls]}
     message.pop("value", None)
     calls = message.pop("tool_calls", None)
     if calls and role == "assistant":
@@ -231,8 +240,19 @@ def _message(entry: Any, at: str) -> dict[str, Any]:
             raise DataError(f"{at}: 'tool_calls' holds {kind(calls)}, expected a list")
         message["tool_calls"] = [_call(call, at) for call in calls]
     elif content is None:
-        raise DataError(f"{at} has no 'content'; it has {_listed(entry)}", hint="or 'value', as in sharegpt")
+        raise _without(entry, ("content", "value"), at)
     return {"role": role, "content": content or "", **message}
+
+
+def _without(entry: Mapping[str, Any], names: tuple[str, str], at: str) -> DataError:
+    """The error for a message that lacks a key, which has two names, or holds null under it."""
+    for name in names:
+        if name in entry:
+            return DataError(f"{at}: {name!r} is null", hint=_NULL)
+    return DataError(
+        f"{at} has no {names[0]!r}; it has {_listed(entry)}",
+        hint=f"or {names[1]!r}, as in sharegpt; in parquet, a null counts as absent",
+    )
 
 
 def _content(value: Any, at: str) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from horizon_lm.data.sources import PlacedRow, without_filling
+from horizon_lm.data.sources import PlacedRow, hint_for_names, without_filling
 from horizon_lm.errors import DataError
 
 _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -50,7 +50,8 @@ def open_dataset(settings: Any, *, streaming: bool = False) -> Any:
             f"{settings.path} is no local file, and could not be read as a dataset of the Hub: {reason[:300]}"
             if not path.exists()
             else f"{settings.path} could not be read as a saved dataset: {reason[:300]}",
-            hint="check the path or the name, `name` (the dataset's configuration), `split` and the network",
+            hint=(hint_for_names(settings.path) if not path.exists() else None)
+            or "check the path or the name, `name` (the dataset's configuration), `split` and the network",
         ) from error
 
 

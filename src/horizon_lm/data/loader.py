@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from horizon_lm.data.batches import MicroBatch, StepSize, collate
-from horizon_lm.data.packing import Rows
+from horizon_lm.data.packing import Rows, data_has_changed
 from horizon_lm.errors import DataError
 
 Step = tuple[list[MicroBatch], StepSize]
@@ -105,6 +105,7 @@ class TokenLoader:
         """The place, and what it is a place in."""
         epoch, position = divmod(self._given, len(self._rows))
         return {
+            "made_from": self._rows.made_from,
             "epoch": epoch,
             "position": position,
             "seed": self._seed,
@@ -115,11 +116,7 @@ class TokenLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved place. Raises `DataError` if the data is not what it was then."""
         if state["fingerprint"] != self._rows.fingerprint:
-            raise DataError(
-                f"the data has changed since this state was saved: {state['rows']} rows then, "
-                f"{len(self._rows)} now",
-                hint="restore the data, the tokenizer and the settings of the group Data, or start a new run",
-            )
+            raise data_has_changed(state, self._rows)
         self._seed = int(state["seed"])
         self._go_to(int(state["epoch"]), int(state["position"]))
 

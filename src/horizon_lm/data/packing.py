@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -39,11 +40,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Left:
-    """What `truncation` and packing left out: documents, and tokens (with those of the documents)."""
+    """What `truncation` and packing left out: documents, and tokens (with those of the documents).
+
+    truncated: documents that were cut. too_long: those of `documents` that are longer than max_length.
+    """
 
     documents: int = 0
     tokens: int = 0
     truncated: int = 0
+    too_long: int = 0
 
 
 class Rows:
@@ -101,6 +106,64 @@ class Rows:
             digest.update(np.ascontiguousarray(array, np.int64).data)
         digest.update(np.random.default_rng([0, 0]).permutation(len(self)).tobytes())
         return digest.hexdigest()
+
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """What the sequences are made from, part by part, to say later what is no longer the same."""
+        segments = xxhash.xxh3_128()
+        for array in (self.starts, self.segment_lengths, self.offsets):
+            segments.update(np.ascontiguousarray(array, np.int64).data)
+        counts = self.store.counts
+        return {
+            "documents": counts.num_documents,
+            "tokens": counts.num_tokens,
+            "trained_tokens": counts.num_trained,
+            "files": self.store.hashes,
+            "segments": segments.hexdigest(),
+        }
+
+
+def data_has_changed(state: dict[str, Any], rows: Rows) -> DataError:
+    """The error for a loader's state that was saved with other sequences: says which part is another.
+
+    States of earlier versions say no more than their number of sequences.
+    """
+    hint = "restore the data, the tokenizer and the settings of the group Data, or start a new run"
+    then, now = state.get("made_from"), rows.made_from
+    if then is None:
+        what = f"{state['rows']:,} sequences then, {len(rows):,} now"
+        if state["rows"] == len(rows):
+            what = f"still {len(rows):,} sequences, but of other tokens, or with others trained on"
+        if "prompt_completion" in rows.store.counts.formats:
+            hint += "; of prompt and completion, an earlier version left out the first tokens of some answers"
+    elif then["files"].get("tokens.bin") != now["files"].get("tokens.bin"):
+        what = "the tokens are others"
+        if (then["documents"], then["tokens"]) != (now["documents"], now["tokens"]):
+            what += (
+                f": {then['tokens']:,} in {then['documents']:,} documents then, {now['tokens']:,} in "
+                f"{now['documents']:,} now"
+            )
+        else:
+            what += f", though as many ({now['tokens']:,} in {now['documents']:,} documents)"
+        hint = (
+            "restore the content of the data files, the tokenizer and the chat template, or start a new run"
+        )
+    elif then["files"].get("trained.bin") != now["files"].get("trained.bin"):
+        what = (
+            f"the tokens are the same, but others are trained on: {then['trained_tokens']:,} then, "
+            f"{now['trained_tokens']:,} now"
+        )
+        hint = "restore loss_on, the chat template and the versions of trl and horizon-lm, or start a new run"
+    elif (then["files"], then["segments"]) != (now["files"], now["segments"]):
+        what = (
+            f"the tokens are the same, but cut or packed another way: {state['rows']:,} sequences then, "
+            f"{len(rows):,} now"
+        )
+        hint = "restore max_length, packing, truncation, weights, val_size and data_seed, or start a new run"
+    else:
+        what = "the order is another, as this version of numpy permutes another way"
+        hint = "restore the version of numpy, or start a new run"
+    return DataError(f"the data has changed since this state was saved: {what}", hint=hint)
 
 
 def make_rows(
@@ -178,7 +241,9 @@ def _truncated(
     starts, lengths = starts[useful], lengths[useful]
     gone = len(documents) - len(starts) if truncation != "split" else 0
     truncated = 0 if truncation == "drop" else int(is_long.sum())
-    return starts, lengths, Left(documents=gone, tokens=total - int(lengths.sum()), truncated=truncated)
+    too_long = int(is_long.sum()) if truncation == "drop" else 0
+    left = Left(gone, total - int(lengths.sum()), truncated, too_long)
+    return starts, lengths, left
 
 
 def _has_target(store: TokenStore, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 
 from horizon_lm.data.formats import CHAT_FORMATS
+from horizon_lm.data.left_out import remarks, used
 from horizon_lm.data.packing import IGNORED, Row
 from horizon_lm.data.streaming import StreamLoader
 
@@ -25,17 +26,21 @@ Piece = tuple[str, bool, int]  # text, whether it is trained on, number of its d
 
 
 def summary(data: TrainingData) -> dict[str, Any]:
-    """The figures, JSON-ready."""
+    """The figures, JSON-ready. documents, tokens, trained_tokens: of what is trained on, in an epoch;
+    documents_read: with what is held out or left out. Lengths are those of all documents."""
     counts, rows = data.store.counts, data.rows
     lengths = data.store.lengths
+    inside = used(rows)
+    found = remarks(rows)
     return {
         "datasets": [
-            {"documents": int((data.store.datasets == number).sum()), "format": format}
-            for number, format in enumerate(counts.formats)
+            {"documents": number, "format": format}
+            for number, format in zip(inside.documents, counts.formats, strict=True)
         ],
-        "documents": counts.num_documents,
-        "tokens": counts.num_tokens,
-        "trained_tokens": counts.num_trained,
+        "documents": sum(inside.documents),
+        "documents_read": counts.num_documents,
+        "tokens": inside.tokens,
+        "trained_tokens": inside.trained,
         "empty_texts": counts.num_empty,
         "bad_rows": counts.num_bad,
         "bad_row_messages": counts.bad_rows,
@@ -48,8 +53,10 @@ def summary(data: TrainingData) -> dict[str, Any]:
         "fill": rows.fill,
         "padding_without_packing": _padding(lengths, rows.max_length),
         "documents_left_out": rows.left.documents,
+        "documents_too_long": rows.left.too_long,
         "documents_cut": rows.left.truncated,
         "tokens_left_out": rows.left.tokens,
+        "remarks": [{"text": r.text, "hint": r.hint, "is_warning": r.is_warning} for r in found],
         "eval_sequences": len(data.eval_rows) if data.eval_rows is not None else 0,
         "sequences_per_step": data.loader.rows_per_step,
         "is_stream": isinstance(data.loader, StreamLoader),
@@ -86,7 +93,7 @@ def print_preview(data: TrainingData, samples: int, stream: TextIO) -> None:
     console = Console(file=stream, highlight=False, markup=False, soft_wrap=True)
     found = summary(data)
     for line in _figures(found):
-        console.print(line)
+        console.print(line, style="yellow" if line.startswith("warning") else None)
     console.print("\ndocuments by length in tokens")
     for line in histogram(data.store.lengths, data.rows.max_length):
         console.print(line)
@@ -146,12 +153,15 @@ def _figures(found: dict[str, Any]) -> Iterator[str]:
         yield f"an epoch     {steps:,} steps of {found['sequences_per_step']:,} sequences"
     if found["eval_sequences"]:
         yield f"evaluation   {found['eval_sequences']:,} sequences"
-    left = found["documents_left_out"], found["documents_cut"], found["tokens_left_out"]
-    yield f"left out     {left[0]:,} documents; {left[1]:,} were cut; {left[2]:,} tokens in all"
+    if not found["remarks"]:
+        yield "left out     nothing"
     if found["empty_texts"]:
         yield f"empty        {found['empty_texts']:,} texts, passed over"
-    if found["bad_rows"]:
-        yield f"bad rows     {found['bad_rows']:,}, skipped; the first:"
+    for remark in found["remarks"]:
+        yield f"{'warning' if remark['is_warning'] else 'note':<12} {remark['text']}"
+        yield f"{'':<12} {remark['hint']}"
+    if found["bad_rows"] > 1:
+        yield "bad rows     the first of them:"
         yield from (f"  {message}" for message in found["bad_row_messages"])
 
 

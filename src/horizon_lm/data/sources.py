@@ -1,8 +1,9 @@
-"""Rows from files: text, JSON lines, JSON and parquet, in a file, a folder or a glob; and Python's library.
+"""Rows from files: text, JSON lines, JSON, CSV and parquet, in a file, a folder or a glob; Python's library.
 
 A source is read lazily, one row at a time, and each row comes with the place where it stands. A text file is
-one row with the column `text`. Rows that cannot be read come as a `DataError` in place of the row, so that
-`on_bad_row: skip` can pass over them; what spoils a whole file is raised.
+one row with the column `text`. All but parquet may be compressed with gzip (`.jsonl.gz`). Rows that cannot be
+read come as a `DataError` in place of the row, so that `on_bad_row: skip` can pass over them; what spoils a
+whole file is raised.
 
 The files are read here rather than by `datasets`, which infers one schema for all rows: a key that only some
 messages have would be filled with null in the others, and a broken row could not be named by its line.
@@ -19,6 +20,16 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from horizon_lm.data.compressed import (
+    DAMAGED,
+    damage,
+    is_compressed,
+    lines,
+    open_bytes,
+    read_whole,
+    suffix_of,
+)
+from horizon_lm.data.csv_file import read_csv
 from horizon_lm.errors import DataError
 
 PYTHON_STDLIB = "python-stdlib"
@@ -38,12 +49,13 @@ def list_files(name: str) -> list[Path]:
     """The readable files that `name` (a file, a folder or a glob) stands for, sorted.
 
     Files of other types inside a folder or a glob are passed over; naming one directly,
-    or finding nothing, is a `DataError`.
+    or finding nothing, is a `DataError`. In a folder, so is what seems to be another form of what is there:
+    a compressed file beside the same one that is not, and CSV beside JSON or parquet.
     """
     path = Path(name).expanduser()
     if path.is_file():
-        if path.suffix.lower() not in SUFFIXES:
-            raise DataError(f"{name}: unknown file type {path.suffix!r}", hint=f"one of {' '.join(SUFFIXES)}")
+        if suffix_of(path) not in SUFFIXES:
+            raise DataError(f"{name}: unknown file type {suffix_of(path)!r}", hint=_TYPES)
         return [path]
     if path.is_dir():
         found: Iterable[str] = (os.path.join(at, file) for at, _, names in os.walk(path) for file in names)
@@ -52,20 +64,43 @@ def list_files(name: str) -> list[Path]:
     else:
         raise DataError(
             f"{name} does not exist",
-            hint="a dataset is a local file, a folder, a glob, a name on the Hugging Face Hub, or "
+            hint=hint_for_names(name)
+            or "a dataset is a local file, a folder, a glob, a name on the Hugging Face Hub, or "
             f"{PYTHON_STDLIB}; looked in {os.getcwd()}",
         )
     files = sorted(Path(file) for file in found if file.lower().endswith(SUFFIXES))
     files = [file for file in files if file.name.lower() not in _ABOUT] or files
+    if path.is_dir():
+        files = _one_form(files)
     if not files:
-        raise DataError(f"{name} matches no file of a known type", hint=f"one of {' '.join(SUFFIXES)}")
+        raise DataError(f"{name} matches no file of a known type", hint=_TYPES)
     return files
+
+
+def hint_for_names(name: str) -> str | None:
+    """The way out for what LLaMA-Factory would look up, or for several paths in one text."""
+    if os.path.isfile("data/dataset_info.json"):
+        return "dataset_dir=data looks names up in data/dataset_info.json"
+    return "several datasets are a list: datasets=[A, B]" if "," in name else None
+
+
+def _one_form(files: list[Path]) -> list[Path]:
+    there = set(files)
+    files = [file for file in files if not (is_compressed(file) and file.with_suffix("") in there)]
+    types = {file: suffix_of(file).removesuffix(".gz") for file in files}
+    has_rows = any(type in (".jsonl", ".json", ".parquet") for type in types.values())
+    return [file for file in files if not (has_rows and types[file] == ".csv")]
 
 
 def read_file(path: Path) -> Iterator[PlacedRow]:
     """(row, place) for each row of one file."""
+    last = None
     try:
-        yield from _READERS[path.suffix.lower()](path)
+        for row, place in _READERS[suffix_of(path).removesuffix(".gz")](path):
+            last = place
+            yield row, place
+    except DAMAGED as error:
+        raise damage(path, error, last) from error
     except OSError as error:
         raise DataError(
             f"{path} cannot be read: {error.strerror or error}", hint="check its permissions"
@@ -74,15 +109,14 @@ def read_file(path: Path) -> Iterator[PlacedRow]:
 
 def _read_text(path: Path) -> Iterator[PlacedRow]:
     place = str(path)
-    yield _row_or_fault(lambda: {"text": _decode(path.read_bytes(), place)}), place
+    yield _row_or_fault(lambda: {"text": _decode(read_whole(path), place)}), place
 
 
 def _read_json_lines(path: Path) -> Iterator[PlacedRow]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                place = f"{path}:{number}"
-                yield _row_or_fault(lambda: _json_row(line, place)), place  # noqa: B023
+    for number, line in enumerate(lines(path), start=1):
+        if line.strip():
+            place = f"{path}:{number}"
+            yield _row_or_fault(lambda: _json_row(line, place)), place  # noqa: B023
 
 
 def _json_row(line: bytes, place: str) -> dict[str, Any]:
@@ -91,12 +125,12 @@ def _json_row(line: bytes, place: str) -> dict[str, Any]:
 
 def _read_json(path: Path) -> Iterator[PlacedRow]:
     """A `.json` file is one array of objects, or (as many tools write it) one object a line."""
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not start.startswith(b"["):
         yield from _read_json_lines(path)
         return
-    rows = _parse(_decode(path.read_bytes(), str(path)), str(path))
+    rows = _parse(_decode(read_whole(path), str(path)), str(path))
     for number, row in enumerate(rows, start=1):
         place = f"{path}: row {number}"
         yield _row_or_fault(lambda: _row(row, place)), place  # noqa: B023
@@ -148,9 +182,11 @@ _READERS: dict[str, Callable[[Path], Iterator[PlacedRow]]] = {
     ".py": _read_text,
     ".jsonl": _read_json_lines,
     ".json": _read_json,
+    ".csv": read_csv,
     ".parquet": _read_parquet,
 }
-SUFFIXES = tuple(_READERS)
+SUFFIXES = (*_READERS, *(f"{suffix}.gz" for suffix in _READERS if suffix != ".parquet"))
+_TYPES = f"one of {' '.join(_READERS)}; all but .parquet also as .gz"
 
 
 def _parse(text: str, place: str) -> Any:

@@ -20,6 +20,7 @@ import numpy as np
 from horizon_lm.data.batches import MicroBatch, StepSize, collate
 from horizon_lm.data.documents import Documents, Placed, ShardOrder
 from horizon_lm.data.encode import Encoded, Encoder
+from horizon_lm.data.formats import Chat, Pair
 from horizon_lm.data.packing import Rows, make_rows
 from horizon_lm.data.tokenise import batches
 from horizon_lm.data.tokens import TokenWriter
@@ -117,10 +118,17 @@ class StreamLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved place: the stream is read, not tokenised, up to its window."""
-        if (state["buffer_size"], state["encoder"]) != (self._buffer_size, self._encoder.key()):
+        if state["buffer_size"] != self._buffer_size:
             raise DataError(
-                "the place in the stream was saved with another tokenizer, chat template or buffer_size",
-                hint="restore the settings, or start a new run",
+                f"the place in the stream was saved with buffer_size={state['buffer_size']}, and now it is "
+                f"{self._buffer_size}",
+                hint=f"buffer_size={state['buffer_size']}, or start a new run",
+            )
+        if state["encoder"] != self._encoder.key() and not self._is_of_before(state["encoder"]):
+            raise DataError(
+                "the place in the stream was saved with another tokenizer, chat template, loss_on or version "
+                "of trl, or by a version of Horizon-LM that trained on other tokens of prompt and completion",
+                hint="restore the settings and versions, or start a new run",
             )
         if self._ahead is not None:
             self._ahead.exception()  # it reads the same stream; let it end
@@ -170,6 +178,16 @@ class StreamLoader:
         shards = ShardOrder(self._seed, epoch)
         documents = Documents(self._datasets, self._max_bytes, on_bad_row=self._on_bad_row, shards=shards)
         return documents, islice(iter(documents), document, None)
+
+    def _is_of_before(self, key: str) -> bool:
+        """Whether an earlier version saved it, which made other tokens of pairs alone, and none are here."""
+        if key != self._encoder.key(1):
+            return False
+        for dataset in self._datasets:
+            first = next(iter(Documents([dataset], on_bad_row=self._on_bad_row))).example
+            if isinstance(first, Pair) or isinstance(first, Chat) and first.num_prompt:
+                return False
+        return True
 
     def _rows(self, placed: list[Placed], documents: Documents) -> Rows | None:
         with TokenWriter(None, self._encoder.dtype) as writer:

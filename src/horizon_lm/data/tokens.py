@@ -57,6 +57,7 @@ class TokenStore:
             if _hash(folder / name) != expected:
                 raise DataError(f"{folder / name} is damaged", hint=f"remove {folder}; it is made again")
         self.counts = Counts(**meta["counts"])
+        self.hashes: dict[str, Any] = meta["files"]
         self.fingerprint = xxhash.xxh3_128(json.dumps(meta["files"], sort_keys=True).encode()).hexdigest()
         self.folder = folder
         self.ids = _mapped(folder / "tokens.bin", np.dtype(meta["dtype"]))

@@ -46,7 +46,8 @@ def load_training_data(config: Any, tokenizer: PreTrainedTokenizerBase | None = 
     If no `tokenizer` is given, one is trained on the data (train_tokenizer_vocab_size) or read. The data is
     read once more if one is trained, never kept whole. Raises `DataError` and `ConfigError`.
     """
-    documents = _documents(config, config.datasets)
+    datasets = limited(config, config.datasets)
+    documents = _documents(config, datasets)
     if tokenizer is None:
         tokenizer = _tokenizer_for(config, documents)
     encoder = make_encoder(config, tokenizer)
@@ -60,7 +61,7 @@ def load_training_data(config: Any, tokenizer: PreTrainedTokenizerBase | None = 
     }
     if config.streaming:
         loader = StreamLoader(
-            config.datasets,
+            datasets,
             encoder,
             layout=lambda is_text: layout(config, is_text),
             buffer_size=config.buffer_size,
@@ -94,12 +95,24 @@ def _eval_rows(config: Any, encoder: Encoder) -> Rows | None:
 def load_eval_rows(config: Any, encoder: Encoder) -> Rows:
     """The sequences of eval_datasets, all of their tokens; without any, those of datasets."""
     if config.eval_datasets:
-        documents = Documents(config.eval_datasets, on_bad_row=config.on_bad_row)
+        documents = Documents(limited(config, config.eval_datasets), on_bad_row=config.on_bad_row)
     else:
-        documents = _documents(config, config.datasets)
+        documents = _documents(config, limited(config, config.datasets))
     store, _ = _tokens(config, documents, encoder)
     numbers = np.arange(len(store.lengths))
     return make_rows(store, numbers, keep_rest=True, **layout(config, store.counts.is_text))
+
+
+def limited(config: Any, datasets: list[Any]) -> list[Any]:
+    """Entries of datasets, each with its `max_samples`: its own, or that of the settings."""
+    if config.max_samples is None:
+        return datasets
+    return [
+        dataset
+        if dataset.max_samples is not None
+        else dataset.model_copy(update={"max_samples": config.max_samples})
+        for dataset in datasets
+    ]
 
 
 def _documents(config: Any, datasets: list[Any]) -> Documents:

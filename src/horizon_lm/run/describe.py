@@ -11,6 +11,7 @@ import torch
 
 from ..config import TrainConfig
 from ..data import StreamLoader, TrainingData
+from ..data.left_out import remarks, used
 from .flops import FORMULA
 from .folder import RunFolder
 from .host_model import HostModel
@@ -40,28 +41,31 @@ class TrainResult:
 
 
 def about_data(data: TrainingData) -> str:
-    """What was read, what became of it, and what was left out, in words."""
+    """What is trained on, in words; what is not is in `left_out`."""
     counts, rows = data.store.counts, data.rows
     formats = ", ".join(sorted({str(f) for f in counts.formats if f is not None}))
-    what = f"data: {counts.num_documents:,} documents ({formats}), {counts.num_tokens:,} tokens"
-    if counts.num_trained < counts.num_tokens:
-        what += f", {counts.num_trained:,} of them trained on"
+    inside = used(rows)
+    what = f"data: {sum(inside.documents):,} documents ({formats}), {inside.tokens:,} tokens"
+    if inside.trained < inside.tokens:
+        what += f", {inside.trained:,} of them trained on"
     if isinstance(data.loader, StreamLoader):
         return f"{what} in the first window of the stream"
     what += " (from the cache)" if data.was_cached else ""
     lines = [f"{what}, {len(rows):,} sequences of {rows.max_length}, {rows.fill:.1%} full ({rows.strategy})"]
-    left = rows.left
-    if left.documents:
-        lines.append(
-            f"data: {left.documents:,} documents left out: longer than max_length, or nothing to train on"
-        )
-    if left.truncated:
-        lines.append(f"data: {left.truncated:,} documents longer than max_length were cut")
-    if counts.num_bad:
-        lines.append(f"data: {counts.num_bad:,} bad rows left out; the first: {counts.bad_rows[0]}")
     if data.eval_rows is not None:
         lines.append(f"evaluation: {len(data.eval_rows):,} sequences, {data.eval_rows.num_tokens:,} tokens")
     return "\n".join(lines)
+
+
+def left_out(data: TrainingData) -> list[tuple[str, bool]]:
+    """(what is not trained or evaluated on, whether it is so much that it is a warning)."""
+    found = [(f"data: {remark}", remark.is_warning) for remark in remarks(data.rows)]
+    rows = data.eval_rows
+    if rows is not None:
+        with_bad_rows = rows.store is not data.rows.store
+        more = remarks(rows, with_bad_rows=with_bad_rows)
+        found += [(f"evaluation: {remark}", remark.is_warning) for remark in more]
+    return found
 
 
 def about_model(model: HostModel) -> str:

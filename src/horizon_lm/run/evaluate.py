@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..config import ModelSettings, TrainConfig
+from ..data.left_out import remarks
 from ..data.training_data import load_eval_rows, load_training_data, make_encoder, pad_id, tokenizer_of
 from ..errors import ConfigError
 from ..model.loading import load_model
@@ -34,6 +35,8 @@ def evaluate_model(config: TrainConfig) -> dict[str, Any]:
     else:
         rows = load_eval_rows(config, encoder)
     say(f"evaluating on {len(rows):,} sequences, {rows.num_tokens:,} tokens", sys.stderr)
+    for remark in remarks(rows):
+        say(f"{'warning: ' if remark.is_warning else ''}{remark}", sys.stderr)
     settings = ModelSettings(**{key: getattr(config, key) for key in ModelSettings.model_fields})
     with quiet_transformers():
         model = load_model(

@@ -13,7 +13,8 @@ from typing import Any
 from ..config import DatasetConfig, TrainConfig
 from ..config_yaml import dump
 from ..data import Documents, load_tokenizer
-from ..data.formats import Chat
+from ..data.formats import Chat, Text
+from ..data.left_out import WARN_ABOVE
 from ..errors import ConfigError, DataError, HorizonError
 from .generate import model_folder
 
@@ -55,6 +56,7 @@ def write_config(model: str, datasets: Sequence[str], output: Path, *, overwrite
     ]
     limit = _longest_position(model)
     values["max_length"] = _length(seen, limit)
+    notes += _about_long_rows(seen, values["max_length"])
     if seen["rows"] >= 100:
         values["val_size"] = 0.05
         values["eval_strategy"] = "steps"
@@ -84,6 +86,7 @@ def write_config(model: str, datasets: Sequence[str], output: Path, *, overwrite
 
 def _look_at_data(datasets: Sequence[str]) -> dict[str, Any]:
     formats, rows, longest, is_chat = [], 0, 0, False
+    sizes: list[int] = []  # of what is not split where it is too long
     for path in datasets:
         documents = Documents([DatasetConfig(path=path)])
         found = 0
@@ -92,11 +95,26 @@ def _look_at_data(datasets: Sequence[str]) -> dict[str, Any]:
             is_chat = is_chat or isinstance(placed.example, Chat)
             size = len(json.dumps(placed.example.__dict__, default=str, ensure_ascii=False))
             longest = max(longest, size)
+            if not isinstance(placed.example, Text):
+                sizes.append(size)
         if not found:
             raise DataError(f"{path} holds no row", hint="horizon data preview shows why")
         formats.append(str(documents.formats[0]))
         rows += found
-    return {"formats": formats, "rows": rows, "longest": longest, "is_chat": is_chat}
+    return {"formats": formats, "rows": rows, "longest": longest, "is_chat": is_chat, "sizes": sizes}
+
+
+def _about_long_rows(seen: dict[str, Any], max_length: int) -> list[str]:
+    """How many rows will be left out, by a guess at their tokens; the preview counts them."""
+    sizes = seen["sizes"]
+    long = sum(size > max_length * _CHARACTERS_A_TOKEN for size in sizes)
+    if not long:
+        return []
+    share = long / len(sizes)
+    return [
+        f"{'warning: ' if share > WARN_ABOVE else ''}{long:,} of {len(sizes):,} rows ({share:.1%}) may be "
+        f"longer than max_length={max_length} and would be left out; truncation=keep_start cuts them"
+    ]
 
 
 def _longest_position(model: str) -> int:

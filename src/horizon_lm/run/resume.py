@@ -17,7 +17,7 @@ from ..checkpoint.folder import Checkpoint, Rejected
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.reader import load_units, read_small
 from ..checkpoint.writer import BUFFERS
-from ..config import TrainConfig
+from ..config import DatasetConfig, TrainConfig
 from ..errors import CheckpointError, ConfigError, DataError
 from .folder import RunFolder
 from .host_model import HostModel
@@ -90,6 +90,7 @@ def _lies_in(place: Path, run: Path) -> bool:
 def check_settings(config: TrainConfig, then: dict[str, Any]) -> None:
     """Raises ConfigError, naming them, for settings that alter results and are not what they were."""
     now = config.to_dict()
+    then = {**then, **{key: _whole(then[key]) for key in ("datasets", "eval_datasets") if key in then}}
     changed = {key: (then[key], now[key]) for key in now if key in then and then[key] != now[key]}
     for title, keys, hint in (
         (
@@ -107,6 +108,14 @@ def check_settings(config: TrainConfig, then: dict[str, Any]) -> None:
         if named and not (config.allow_changed_settings and keys != FIXED):
             parts = [f"{key} was {_short(changed[key][0])}, is {_short(changed[key][1])}" for key in named]
             raise ConfigError(f"settings that {title}: {'; '.join(parts)}", hint=hint)
+
+
+def _whole(entries: Any) -> Any:
+    """Entries of datasets with the defaults of settings that did not exist when they were saved."""
+    if not isinstance(entries, list):
+        return entries
+    defaults = DatasetConfig(path="a").model_dump()
+    return [{**defaults, **entry} if isinstance(entry, dict) else entry for entry in entries]
 
 
 def _short(value: Any) -> str:

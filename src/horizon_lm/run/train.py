@@ -72,6 +72,8 @@ def train(config: TrainConfig, *, config_notes: Sequence[str] = ()) -> TrainResu
         progress.stage("reading the data")
         data = load_training_data(config)
         progress.stage(describe.about_data(data))
+        for text, is_warning in describe.left_out(data):
+            (progress.warn if is_warning else progress.stage)(text)
         model = build_model(config, data.tokenizer)
         progress.stage(describe.about_model(model))
         check_together(config, data, model)
