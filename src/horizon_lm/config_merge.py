@@ -34,7 +34,7 @@ def plain(value: Any, place: str) -> Any:
 
 
 # A setting of the command line that stands in place of others, which a file may name.
-_REPLACES = {"tokens_per_step": ("per_device_train_batch_size", "gradient_accumulation_steps")}
+REPLACES = {"tokens_per_step": ("per_device_train_batch_size", "gradient_accumulation_steps")}
 
 
 def collect(
@@ -45,7 +45,7 @@ def collect(
     written: dict[str, str] = {}
     for text in overrides:
         _override(document, text, text_keys, written, notes)
-    for key, others in _REPLACES.items():
+    for key, others in REPLACES.items():
         if key in written and document.values[key] is not None:
             for other in others:
                 if other not in written and document.values.pop(other, None) is not None:

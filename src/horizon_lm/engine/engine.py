@@ -115,8 +115,8 @@ class Engine(OpFunctions):
             if update is not None and step.update is not None and step.update.begun:
                 done, count = len(self.trainable) - len(step.update.left), len(self.trainable)
                 error.add_note(
-                    f"{done} of {count} units had been updated already (update: eager): the weights are those "
-                    "of no step; load the last saved model, or use update: deferred"
+                    f"{done} of {count} units were updated already (update: eager): the weights are those "
+                    "of no step. Load the last saved model, or use update: deferred"
                 )
             raise
         self._end_of_writes()

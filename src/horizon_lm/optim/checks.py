@@ -11,6 +11,9 @@ import torch
 
 from ..errors import ConfigError
 
+# What stands for a number in a call: of Python, numpy or torch (one element).
+Number = float | np.number[Any] | torch.Tensor
+
 
 def finite_number(where: str, name: str, value: Any, *, hint: str) -> float:
     """`value` as a float: finite and at least 0.
@@ -28,7 +31,8 @@ def finite_number(where: str, name: str, value: Any, *, hint: str) -> float:
     one = value
     if isinstance(value, (torch.Tensor, np.ndarray)):
         if math.prod(value.shape) != 1:
-            raise refused("is not one number", f"{hint}; lr_factors scales the rate by parameter name")
+            by_name = "; lr_factors scales the rate by parameter name" if name == "lr" else ""
+            raise refused("is not one number", hint + by_name)
         if isinstance(value, torch.Tensor) and value.is_meta:
             raise refused("is a tensor without content (meta)")
         one = value.item()
@@ -57,6 +61,6 @@ def _shown(value: Any) -> str:
 def _as_number(name: str, text: str | bytes) -> str | None:
     """How to pass what the text says; None for text that says no number."""
     try:
-        return f"{name}={float(text):g}, without quotes (YAML 1.1 reads 1e-3 as text: write 1.0e-3)"
+        return f"{name}={float(text):g}, without quotes"
     except ValueError:
         return None

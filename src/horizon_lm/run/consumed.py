@@ -18,9 +18,9 @@ _HINTS = {
     "push_to_hub": "use HostModel.save_pretrained(folder), then upload the folder",
     "state_dict": "use dict(HostModel.named_parameters())",
     "load_state_dict": "load the weights before HostModel.from_pretrained(model)",
-    "_apply": "say so before: HostModel.from_pretrained(model, device=..., dtype=...)",
+    "_apply": "set device and dtype in HostModel.from_pretrained",
     "train": "HostModel.evaluate() runs without dropout and train_step() with it, whatever the mode",
-    "gradient_checkpointing_enable": "say so before: HostModel.from_pretrained(model, activations='recompute')",
+    "gradient_checkpointing_enable": "set activations='recompute' in HostModel.from_pretrained",
     "resize_token_embeddings": "resize before HostModel.from_pretrained(model)",
     "tie_weights": "tie weights before HostModel.from_pretrained(model)",
 }

@@ -18,17 +18,16 @@ def describe_model(model: HostModel) -> str:
     parameters = f"{amount(model.num_parameters)} parameters"
     if trainable != model.num_parameters:
         parameters += f" ({amount(trainable)} trainable)"
+    kind = type(skeleton.model).__name__
     memory = model.memory_bytes()
     device = sum(memory[name] for name in _ON_DEVICE)
     parts = ", ".join(f"{n} {size(b)}" for n, b in memory.items() if b and n not in _ON_DEVICE)
     clipping = f"max_grad_norm {settings.max_grad_norm:g}" if settings.max_grad_norm else "no clipping"
     lines = [
-        f"{type(skeleton.model).__name__} ({skeleton.model_type}), {skeleton.num_layers} layers, {parameters}",
+        f"{kind} ({skeleton.model_type}), {skeleton.num_layers} layers, {parameters}",
         f"compute: {settings.dtype} on {model.device}",
         f"host memory: {size(sum(memory.values()) - device)} ({parts})",
-        f"device memory: {size(device)} in slots"
-        if device
-        else "device memory: none, slots alias the host's",
+        f"device memory: {size(device)} in slots" if device else "device memory: none, the host's is used",
         f"updates: {settings.optim}, {settings.update_mode}, {clipping}; {model.steps_done} steps done",
     ]
     return "HostModel(\n" + "".join(f"  {line}\n" for line in lines) + ")"
@@ -42,8 +41,9 @@ def amount(count: int) -> str:
 
 
 def size(num_bytes: int) -> str:
-    """Bytes, with the unit that leaves one to three digits before the point."""
+    """Bytes with three digits: 14.2 GB, 608 KB."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
         if num_bytes >= factor:
-            return f"{num_bytes / factor:.3g} {unit}"
+            value = num_bytes / factor
+            return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {unit}"
     return f"{num_bytes} bytes"

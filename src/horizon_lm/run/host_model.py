@@ -36,7 +36,7 @@ from ..memory.layout import lay_out
 from ..memory.store import HostStore
 from ..model.loading import count_parameters, create_model, fill_store, load_model
 from ..model.skeleton import Skeleton
-from ..optim.checks import finite_number
+from ..optim.checks import Number, finite_number
 from ..optim.groups import check_patterns, group_rule, segments
 from ..optim.optimizer import Optimizer, UpdateSettings
 from ..plan.preflight import check_host_memory
@@ -244,9 +244,9 @@ class HostModel:
 
     def step(
         self,
-        lr: float,
-        max_grad_norm: float | None | Literal[_Default.SETTING] = _Default.SETTING,
-        weight_decay: float = 0.0,
+        lr: Number,
+        max_grad_norm: Number | None | Literal[_Default.SETTING] = _Default.SETTING,
+        weight_decay: Number = 0.0,
         *,
         record: bool = False,
     ) -> StepOutput:
@@ -275,9 +275,9 @@ class HostModel:
     def train_step(
         self,
         micro_batches: MicroBatches,
-        lr: float,
-        max_grad_norm: float | None | Literal[_Default.SETTING] = _Default.SETTING,
-        weight_decay: float = 0.0,
+        lr: Number,
+        max_grad_norm: Number | None | Literal[_Default.SETTING] = _Default.SETTING,
+        weight_decay: Number = 0.0,
         *,
         loss_fn: LossFunction | None = None,
         record: bool = False,

@@ -87,8 +87,8 @@ def _tensors(m: int, given: Any, extra: bool) -> MicroBatch:
         if given.get(name) is None:
             what = f"{name}: it is None" if name in given else name
             ways = {
-                "labels": "add labels: a copy of input_ids with -100 where nothing is to be learned "
-                "(padding, prompts), as transformers' DataCollatorForLanguageModeling(tokenizer, mlm=False) does",
+                "labels": "add labels: a copy of input_ids with -100 where nothing is to be learned, as "
+                "transformers' DataCollatorForLanguageModeling(tokenizer, mlm=False) makes it",
                 "input_ids": "add input_ids: token numbers [batch, tokens]",
             }
             raise DataError(
@@ -184,7 +184,7 @@ def _check_positions(m: int, batch: MicroBatch, skeleton: Skeleton) -> None:
     end = getattr(skeleton.config, "max_position_embeddings", None)
     if has_table and isinstance(end, int) and highest >= end:
         raise DataError(
-            f"micro-batch {m} reaches position {highest}, and the model knows {end} (max_position_embeddings)",
+            f"micro-batch {m} reaches position {highest}, the model's max_position_embeddings is {end}",
             hint=f"cut the sequences to {end} tokens",
         )
 
