@@ -69,7 +69,7 @@ class Optimizer:
             try:
                 found = coefficients(self.rule, self._hyper(lr, weight_decay), settings.step, 1.0)
             except (ValueError, ArithmeticError) as error:
-                raise self._unusable(settings, group, str(error)) from None
+                raise self._unusable(settings, group, str(error).partition("; hint:")[0]) from None
             for name, value in vars(found).items():
                 if not math.isfinite(value):
                     raise self._unusable(settings, group, f"its {name} overflows float32")

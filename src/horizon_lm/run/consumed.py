@@ -20,6 +20,7 @@ _HINTS = {
     "load_state_dict": "load the weights before HostModel.from_pretrained(model)",
     "_apply": "set device and dtype in HostModel.from_pretrained",
     "train": "HostModel.evaluate() runs without dropout and train_step() with it, whatever the mode",
+    "activation_checkpointing_enable": "set activations='recompute' in HostModel.from_pretrained",
     "gradient_checkpointing_enable": "set activations='recompute' in HostModel.from_pretrained",
     "resize_token_embeddings": "resize before HostModel.from_pretrained(model)",
     "tie_weights": "tie weights before HostModel.from_pretrained(model)",

@@ -22,7 +22,6 @@ from torch import nn
 
 from ..checkpoint import units
 from ..checkpoint.disk import Disk, HashedFile
-from ..data.tokenizer import load_tokenizer
 from ..engine.policies import DTYPES
 from ..errors import ConfigError, DoesNotFitError
 from ..memory.store import HostStore
@@ -74,6 +73,8 @@ def tokenizer_saver(tokenizer: Any, trust_remote_code: bool) -> Callable[[Path],
     if tokenizer is None:
         return lambda target: None
     if isinstance(tokenizer, (str, os.PathLike)):
+        from ..data.tokenizer import load_tokenizer  # with all of `data`
+
         tokenizer = load_tokenizer(os.fspath(tokenizer), trust_remote_code=trust_remote_code)
     if not callable(getattr(tokenizer, "save_pretrained", None)):
         raise ConfigError(
