@@ -102,7 +102,7 @@ def _tensors(m: int, given: Any, extra: bool) -> MicroBatch:
             hint="leave them out: input_ids, labels, attention_mask and position_ids are taken, and with "
             "train_step(..., loss_fn=...) tensors of any name for that function",
         )
-    return {name: _tensor(m, name, value) for name, value in present.items()}
+    return {name: _tensor(m, name, value).contiguous() for name, value in present.items()}
 
 
 def _tensor(m: int, name: str, value: Any) -> torch.Tensor:
