@@ -116,6 +116,10 @@ BAD_CALLS: dict[str, tuple[type[BaseException], Call]] = {
     "loss_fn is text": (ConfigError, lambda m: m.train_step(batch(1), lr=1e-3, loss_fn="mse")),  # type: ignore[arg-type]
     "loss_fn raises": (OverflowError, lambda m: m.train_step(batch(1), lr=1e-3, loss_fn=raises_in_loss)),
     "loss_fn returns text": (ConfigError, lambda m: m.train_step(batch(1), lr=1e-3, loss_fn=lambda p, b: "")),
+    "a metric is text": (
+        ConfigError,
+        lambda m: m.train_step(batch(1), lr=1e-3, loss_fn=lambda p, b: (p.sum(), {"note": "text"})),
+    ),
     "a loss of NaN": (
         NonFiniteError,
         lambda m: m.train_step(batch(1), lr=1e-3, loss_fn=lambda p, b: p.sum() * math.nan),

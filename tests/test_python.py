@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
+import re
 import subprocess
 import sys
 import weakref
@@ -208,6 +210,7 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
     "an empty generator": (iter(()), "no micro-batch", "at least one"),
     "a list of tensors": (list(HALVES[0].values()), "micro-batch 0 is a Tensor of shape", "labels"),
     "pairs": ([(1, 2)], "micro-batch 0 is a tuple", "labels"),
+    "a loader that never ends": (itertools.repeat(HALVES), "micro-batch 0 is a list", "labels"),
     "no dict": ([HALVES[0], None], "micro-batch 1 is None", "labels"),
     "no labels": ([{"input_ids": HALVES[0]["input_ids"]}], "micro-batch 0 has no labels", "mlm=False"),
     "labels of None": (bad(labels=None), "has no labels: it is None", "-100"),
@@ -493,3 +496,32 @@ def test_a_closed_model_gives_its_memory_back_and_says_so() -> None:
     for use in uses():
         with pytest.raises(ConfigError, match="this HostModel is closed"):
             use()
+
+
+# ---- docs/python.md -------------------------------------------------------------------------
+
+
+def test_the_code_of_the_page_runs(
+    tokenizer: Any, tmp_path: Path, no_samples: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = Path(__file__).parent.parent / "docs" / "python.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / "text.txt")
+    run = values(Path("text.txt"), Path("run"), save_strategy="no", progress="off")
+    (tmp_path / "run.yaml").write_text(hz.TrainConfig.from_dict(run).to_yaml())
+    host().save_pretrained(tmp_path / "path/to/model")
+    tokenizer.pad_token = tokenizer.eos_token
+    rows = [{"input_ids": ROWS["input_ids"][i].tolist()} for i in range(2)]
+    names = {
+        "hz": hz,
+        "torch": torch,
+        "loader": [HALVES],
+        "held_out": ROWS,
+        "tokenizer": tokenizer,
+        "rows": rows,
+    }
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 3 and (tmp_path / "tuned/tokenizer.json").exists()
+    assert (tmp_path / "run/model/config.json").exists()

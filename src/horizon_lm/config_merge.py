@@ -34,7 +34,7 @@ def plain(value: Any, place: str) -> Any:
         return str(value).removeprefix("torch.")
     raise ConfigError(
         f"{place}: a {type(value).__name__} is no setting's value",
-        hint="pass text, numbers, booleans, None, paths, torch dtypes or devices, and lists and dicts of them",
+        hint="pass text, numbers, booleans, None, paths, torch dtypes or devices, or lists and dicts of them",
     )
 
 

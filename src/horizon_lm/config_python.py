@@ -1,4 +1,4 @@
-"""Settings of a run as Python callers give them: a file, a mapping, a `TrainConfig`, keyword arguments."""
+"""Settings as Python callers give them: a file, a mapping, a `TrainConfig`, keyword arguments."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from horizon_lm import config_aliases, config_merge
-from horizon_lm.config import TrainConfig
+from horizon_lm.config import ModelSettings, TrainConfig
 from horizon_lm.config_base import text_keys
 from horizon_lm.config_yaml import Document
 from horizon_lm.errors import ConfigError
@@ -46,6 +46,14 @@ def as_train_config(
     where = {path: at for path, at in document.where.items() if not path or path[0] not in mine.values}
     where.update({(key,): mine.where[()] for key in mine.values})
     return TrainConfig.from_document(Document(values, where)), notes + more
+
+
+def model_settings(caller: str, device: Any, dtype: Any, more: Mapping[str, Any]) -> ModelSettings:
+    """Settings from the arguments of a call; other trainers' names (torch_dtype) may stand for `dtype`."""
+    values = {"device": device, "dtype": dtype, **more}
+    if dtype == "bfloat16" and any(config_aliases.canonical_name(key) == "dtype" for key in more):
+        del values["dtype"]  # it is the default
+    return ModelSettings.from_dict(values, source=caller)
 
 
 def _document(values: Mapping[str, Any], place: str) -> tuple[Document, list[str]]:

@@ -1,4 +1,5 @@
-"""A transformers model object that was handed to `HostModel`: it says so when somebody uses it again."""
+"""What has given its weights away says so when it is used again: a transformers model object that was
+handed to `HostModel`, and a `HostModel` that is closed."""
 
 from __future__ import annotations
 
@@ -27,6 +28,15 @@ _HINTS = {
 }
 _SHOWN = {"forward": "a call", "_apply": "to()", "train": "train() or eval()"}
 _MARK = "_handed_to_host_model"
+
+
+class Closed:
+    """Stands for what a closed `HostModel` had."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ConfigError("this HostModel is closed", hint="save it before close(), or load it again")
 
 
 def check_model(model: nn.Module) -> None:

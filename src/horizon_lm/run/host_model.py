@@ -17,13 +17,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
 
 from ..config import ModelSettings
-from ..config_aliases import canonical_name
+from ..config_python import model_settings
 from ..engine.engine import Engine
 from ..engine.lanes import Span, choose_lanes
 from ..engine.loss import LossFunction
@@ -40,7 +40,7 @@ from ..optim.checks import Number, finite_number
 from ..optim.groups import check_patterns, group_rule, segments
 from ..optim.optimizer import Optimizer, UpdateSettings
 from ..plan.preflight import check_host_memory
-from .consumed import check_model, refuse_use, take_over
+from .consumed import Closed, check_model, refuse_use, take_over
 from .describe_model import describe_model
 from .device import resolve_device
 from .export import check_target, choose_dtype, save_model, tokenizer_saver
@@ -52,15 +52,6 @@ class _Default(Enum):
     """Stands for a setting that a call leaves as it is."""
 
     SETTING = "the setting"
-
-
-class _Closed:
-    """Stands for what a closed model had."""
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise ConfigError("this HostModel is closed", hint="save it before close(), or load it again")
 
 
 class HostModel:
@@ -116,7 +107,7 @@ class HostModel:
         precision of the source: an fp32 checkpoint gives fp32 masters whatever `dtype` is.
         Raises ConfigError, UnsupportedModelError, DoesNotFitError, DataError.
         """
-        resolved = _settings("HostModel.from_pretrained()", device, dtype, settings)
+        resolved = model_settings("HostModel.from_pretrained()", device, dtype, settings)
         if isinstance(source, nn.Module):
             check_model(source)
         elif isinstance(source, os.PathLike):
@@ -151,7 +142,7 @@ class HostModel:
         if not isinstance(values, Mapping):
             values = values.to_dict()
         if settings is None:
-            settings = _settings("HostModel.from_config()", device, dtype, more)
+            settings = model_settings("HostModel.from_config()", device, dtype, more)
         values, computes_in = dict(values), DTYPES[settings.dtype]
         if not settings.skip_memory_check:  # before the source model takes its own share
             whole = lay_out("all", [("all", (count_parameters(values),), True, computes_in)], computes_in)
@@ -165,7 +156,7 @@ class HostModel:
         return cls(model, settings)
 
     def __repr__(self) -> str:
-        if isinstance(self.store, _Closed):
+        if isinstance(self.store, Closed):
             return f"HostModel({self.skeleton.model_type}, closed)"
         return describe_model(self)
 
@@ -177,10 +168,10 @@ class HostModel:
 
     def close(self) -> None:
         """Give the memory back, once what is being saved is on the disk. What was not saved is lost."""
-        if isinstance(self.store, _Closed):
+        if isinstance(self.store, Closed):
             return
         self.finish_saving()
-        closed: Any = _Closed()
+        closed: Any = Closed()
         self.store = self.engine = self.optimizer = closed
         gc.collect()  # the engine's table of functions refers to it
         return_free_memory()
@@ -483,16 +474,6 @@ class HostModel:
             "boundary_slots": self.engine.boundary_slots.num_bytes,
             "boundaries": self.engine.boundary_slots.host_bytes,
         }
-
-
-def _settings(
-    where: str, device: str | torch.device, dtype: str | torch.dtype, more: Mapping[str, Any]
-) -> ModelSettings:
-    """Settings from the arguments of a call. Other trainers' names (torch_dtype) may stand for `dtype`."""
-    values = {"device": device, "dtype": dtype, **more}
-    if dtype == "bfloat16" and any(canonical_name(key) == "dtype" for key in more):
-        del values["dtype"]  # it is the default
-    return ModelSettings.from_dict(values, source=where)
 
 
 def _output(step: Step) -> ForwardBackwardOutput:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ def check_micro_batches(
     DataLoader). Values are tensors on any device, numpy arrays or nested lists; None means not given.
     extra: tensors of any other name and shape may stand alongside the known ones. Raises DataError.
     """
-    batches = [_checked(m, batch, skeleton, extra) for m, batch in enumerate(_listed(micro_batches))]
+    batches = [_checked(m, batch, skeleton, extra) for m, batch in enumerate(_each(micro_batches))]
     if not batches:
         raise DataError("a step was given no micro-batch", hint=f"pass at least one, as in {_EXAMPLE}")
     if not any(bool((batch["labels"][:, 1:] != IGNORE_INDEX).any()) for batch in batches):
@@ -40,14 +40,14 @@ def check_micro_batches(
     return batches
 
 
-def _listed(given: Any) -> list[Any]:
-    """One micro-batch or several -> a list."""
+def _each(given: Any) -> Iterator[Any]:
+    """One micro-batch, or each of several."""
     if isinstance(given, Mapping):
-        return [given]
+        return iter([given])
     is_one_value = isinstance(given, (str, bytes, torch.Tensor, np.ndarray))
     if is_one_value or not isinstance(given, Iterable):
         raise DataError(f"micro_batches is {_kind(given)}, not a list of dicts", hint=f"pass {_EXAMPLE}")
-    return list(given)
+    return iter(given)
 
 
 def _checked(m: int, given: Any, skeleton: Skeleton, extra: bool) -> MicroBatch:
