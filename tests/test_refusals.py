@@ -330,7 +330,9 @@ def test_train_refuses_under_a_limit_of_a_cgroup(group: Path, tmp_path: Path) ->
     values += ["tokenizer_name_or_path=none", "max_length=128", f"output_dir={tmp_path / 'run'}"]
     found = command(str(group), *values, "--dry-run", code=_IN_A_GROUP)
     assert found.returncode == 3, found.stderr
-    there = re.search(r"error: host memory: a step needs .* and ([0-9.]+) ([a-zA-Z]+) are there", found.stderr)
+    there = re.search(
+        r"error: host memory: a step needs .* and ([0-9.]+) ([a-zA-Z]+) are there", found.stderr
+    )
     assert there is not None and (there[2] != "GB" or float(there[1]) < 2)
     if hardware.available_host_bytes() > 3 * GB:  # the control: outside of the group more is there
         outside = command(

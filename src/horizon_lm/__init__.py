@@ -1,19 +1,40 @@
-"""Horizon-LM: train language models whose weights live in host memory, on one device."""
+"""Horizon-LM: train language models whose weights live in host memory, on one device.
+
+    import horizon_lm as hz
+
+    result = hz.train("run.yaml", max_steps=100)  # a whole run, as `horizon train` does
+
+    model = hz.HostModel.from_pretrained("path/to/model", device="cuda", dtype="bfloat16")
+    for micro_batches in loader:  # a loop of your own
+        out = model.train_step(micro_batches, lr=1e-5)
+    model.save_pretrained("tuned", tokenizer=tokenizer)
+
+Errors that a user can act on are in `horizon_lm.errors`; docs/python.md describes the interface.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import errors
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .config import TrainConfig
+    from .config import ModelSettings, TrainConfig
+    from .run.describe import TrainResult
     from .run.host_model import HostModel
     from .run.train import train
 
-_HOME = {"HostModel": "run.host_model", "TrainConfig": "config", "train": "run.train"}
+_HOME = {
+    "HostModel": "run.host_model",
+    "ModelSettings": "config",
+    "TrainConfig": "config",
+    "TrainResult": "run.describe",
+    "train": "run.train",
+}
 
-__all__ = ["HostModel", "TrainConfig", "__version__", "train"]
+__all__ = ["HostModel", "ModelSettings", "TrainConfig", "TrainResult", "__version__", "errors", "train"]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,3 +44,8 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    """What there is to use, imported yet or not."""
+    return sorted({*__all__, "__doc__", "__file__", "__name__", "__path__"})

@@ -173,13 +173,16 @@ def _report(message: str, hint: str | None) -> None:
             print(f"{title}: {shown}", file=sys.stderr)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (see `errors`; 130 after Ctrl-C; 1 for a mistake of ours)."""
+def main(argv: Sequence[str] | None = None, *, prog_name: str = "horizon") -> int:
+    """Run one command; returns the exit code (see `errors`; 130 after Ctrl-C; 1 for a mistake of ours).
+
+    prog_name: what its help calls it.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        result = app(args=arguments, prog_name="horizon", standalone_mode=False)
+        result = app(args=arguments, prog_name=prog_name, standalone_mode=False)
         return result if isinstance(result, int) else 0
     except StoppedError as stop:
         print(f"{stop.message}; to go on: {stop.hint}", file=sys.stderr)

@@ -33,6 +33,8 @@ SCHEDULER_KWARGS: dict[str, frozenset[str]] = {
         {"num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles"}
     ),
 }
+# Of those, the learning rate or the share of it that a curve ends at.
+_LOWEST_RATES = frozenset({"min_lr", "min_lr_rate", "min_lr_ratio", "lr_end"})
 
 
 class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
@@ -285,6 +287,12 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
                 yield fault(
                     f"lr_scheduler_kwargs.{key} is {value!r}, expected a number or text",
                     key="lr_scheduler_kwargs",
+                )
+            if key in _LOWEST_RATES and isinstance(value, (int, float)) and value < 0:
+                yield fault(
+                    f"lr_scheduler_kwargs.{key} is {value}, expected a number >= 0",
+                    key="lr_scheduler_kwargs",
+                    hint="0 lets the learning rate end at 0",
                 )
             if key not in SCHEDULER_KWARGS[name]:
                 known = ", ".join(sorted(SCHEDULER_KWARGS[name])) or "no arguments"

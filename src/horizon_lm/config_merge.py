@@ -14,12 +14,12 @@ from horizon_lm.errors import ConfigError
 
 
 def plain(value: Any, place: str) -> Any:
-    """Plain data of what Python callers pass: paths and torch dtypes become text, tuples lists."""
+    """Plain data of what Python callers pass: paths, torch dtypes and devices become text, tuples lists."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise ConfigError(f"{place}: {value} is not a finite number")
+            raise ConfigError(f"{place}: {value} is not a finite number", hint="pass a number, or None")
         return value
     if isinstance(value, Mapping):
         return {str(key): plain(entry, f"{place}: {key}") for key, entry in value.items()}
@@ -29,9 +29,14 @@ def plain(value: Any, place: str) -> Any:
         return os.fsdecode(value)
     if hasattr(value, "model_dump"):  # one of our own settings objects
         return value.model_dump(mode="python")
-    if type(value).__module__ == "torch":
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a number of numpy or torch
+        return plain(value.item(), place)
+    if type(value).__module__ == "torch" and not hasattr(value, "ndim"):  # a dtype or a device
         return str(value).removeprefix("torch.")
-    raise ConfigError(f"{place}: a {type(value).__name__} is no setting's value")
+    raise ConfigError(
+        f"{place}: a {type(value).__name__} is no setting's value",
+        hint="pass text, numbers, booleans, None, paths, torch dtypes or devices, or lists and dicts of them",
+    )
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Keys:
 
 
 # A setting of the command line that stands in place of others, which a file may name.
-_REPLACES = {"tokens_per_step": ("per_device_train_batch_size", "gradient_accumulation_steps")}
+REPLACES = {"tokens_per_step": ("per_device_train_batch_size", "gradient_accumulation_steps")}
 
 
 def collect(
@@ -60,7 +65,7 @@ def collect(
     written: dict[str, str] = {}
     for text in overrides:
         _override(document, text, keys.text, written, notes)
-    for key, others in _REPLACES.items():
+    for key, others in REPLACES.items():
         if key in written and document.values[key] is not None:
             for other in others:
                 if other not in written and document.values.pop(other, None) is not None:

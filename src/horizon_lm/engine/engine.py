@@ -109,11 +109,15 @@ class Engine(OpFunctions):
         end = next(i for i, op in enumerate(step.schedule.ops) if op.kind == "N")
         try:
             self._execute(step, range(end), record)
-        except BaseException:
-            if self._saving is not None and self._begins_to_save:
-                self._saving.abandon()  # its units would be of two steps
-                self.lanes.disk.clear()
-            self._end_of_writes()
+        except BaseException as error:
+            self._give_up_saving()  # its units would be of two steps
+            self._step = None  # with all that the step holds: what is called next may need the memory
+            if update is not None and step.update is not None and step.update.begun:
+                done, count = len(self.trainable) - len(step.update.left), len(self.trainable)
+                error.add_note(
+                    f"{done} of {count} units were updated already (update: eager): the weights are those "
+                    "of no step. Load the last saved model, or use update: deferred"
+                )
             raise
         self._end_of_writes()
         if not self.has_pending:
@@ -152,7 +156,13 @@ class Engine(OpFunctions):
         ops = step.schedule.ops
         if step.plan.update != "eager":
             step.update = Update(settings, 1.0, set(self.trainable))
-        self._execute(step, range(next(i for i, op in enumerate(ops) if op.kind == "N"), len(ops)), record)
+        norm = next(i for i, op in enumerate(ops) if op.kind == "N")
+        try:
+            self._execute(step, range(norm, len(ops)), record)
+        except BaseException:
+            if step.plan.update == "sync" and step.update is not None and step.update.begun:
+                self._pending = step.update  # flush() makes the rest
+            raise
         if step.plan.update == "deferred":
             self._pending = step.update
 
@@ -183,10 +193,21 @@ class Engine(OpFunctions):
         plan = self.plan(1, save=True)
         ops = build_save(plan, 1, update.left if update is not None else ())
         step = Step(plan, Schedule(ops, derive_waits(ops), last_uses(ops)), update=update)
-        self._execute(step, range(len(ops)), False)
+        try:
+            self._execute(step, range(len(ops)), False)
+        except BaseException:
+            self._give_up_saving()
+            raise
         self._pending = None
         self._end_of_writes()
         self.lanes.disk.drain()
+
+    def _give_up_saving(self) -> None:
+        """Drop the checkpoint whose units a failed run was to write."""
+        if self._saving is not None and self._begins_to_save:
+            self._saving.abandon()
+            self.lanes.disk.clear()
+        self._end_of_writes()
 
     def _end_of_writes(self) -> None:
         """What was to be written is on its way: the disk lane ends the checkpoint when it comes to it."""

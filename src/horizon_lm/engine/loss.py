@@ -109,7 +109,7 @@ def custom(
         leaf = log_probabilities(skeleton, hidden, targets, chunk)[:, :-1].requires_grad_()
         given = {name: value.to(hidden.device) for name, value in batch.items()}
         loss, extra = _checked(loss_fn(leaf, given))
-        metrics.update({name: _number(value) for name, value in extra.items()})
+        metrics.update({str(name): _number(name, value) for name, value in extra.items()})
         loss.backward()
         if leaf.grad is None:
             raise _no_loss("does not depend on the log-probabilities")
@@ -126,8 +126,12 @@ def custom(
     return head_loss
 
 
-def _number(value: Any) -> float:
-    return float(value.detach()) if isinstance(value, torch.Tensor) else float(value)
+def _number(name: Any, value: Any) -> float:
+    try:
+        return float(value.detach()) if isinstance(value, torch.Tensor) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        shape = f" of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
+        raise _no_loss(f"returned the metric {name!r} as a {type(value).__name__}{shape}") from None
 
 
 def _checked(result: Any) -> tuple[torch.Tensor, dict[str, Any]]:

@@ -11,13 +11,17 @@ from torch.optim.lr_scheduler import LambdaLR
 from ..config import TrainConfig
 from ..errors import ConfigError
 
+_LOOKS = 50_000  # 0.1 s
+_LARGEST = torch.finfo(torch.float32).max
+
 
 def learning_rates(config: TrainConfig, num_steps: int) -> Callable[[int], float]:
     """The learning rate of each step, counted from 0, of a run of `num_steps` steps.
 
     Transformers' `get_scheduler` makes the curve on an optimizer of one dummy parameter, so that
     every value is the one that its Trainer would use. A pure function of the step: a resumed run
-    needs no state. Raises ConfigError for arguments that the curve refuses.
+    needs no state. Raises ConfigError for arguments that the curve refuses, and for a
+    rate that is negative or not finite at some step.
     """
     from transformers import get_scheduler
 
@@ -32,9 +36,7 @@ def learning_rates(config: TrainConfig, num_steps: int) -> Callable[[int], float
         )
         assert isinstance(scheduler, LambdaLR), config.lr_scheduler_type
         factor = scheduler.lr_lambdas[0]
-        first, last = factor(0), factor(num_steps - 1)
-        if not (math.isfinite(first) and math.isfinite(last)):
-            raise ValueError(f"the factor goes from {first} to {last}")
+        _check_rates(lambda step: config.learning_rate * factor(step), num_steps)
     except (ArithmeticError, TypeError, ValueError) as error:
         raise ConfigError(
             f"lr_scheduler_type={config.lr_scheduler_type!r} with lr_scheduler_kwargs="
@@ -42,6 +44,18 @@ def learning_rates(config: TrainConfig, num_steps: int) -> Callable[[int], float
             hint="the arguments are those of transformers' get_scheduler",
         ) from error
     return lambda step: config.learning_rate * factor(step)
+
+
+def _check_rates(rate: Callable[[int], float], num_steps: int) -> None:
+    """Raise ValueError for a learning rate that is negative or that fp32 cannot hold, anywhere in the run.
+
+    Looks at every step of a run of up to `_LOOKS` steps, and at as many of a longer one.
+    """
+    stride = max(1, num_steps // _LOOKS)
+    for step in (*range(0, num_steps, stride), num_steps - 1):
+        value = rate(step)
+        if not 0 <= value <= _LARGEST:  # nor NaN
+            raise ValueError(f"the learning rate of step {step + 1} is {value:g}")
 
 
 def count_warmup_steps(warmup_steps: int | float, num_steps: int) -> int:

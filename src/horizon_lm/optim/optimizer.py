@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from ..cores import choose_threads
+from ..errors import ConfigError
 from ..memory.store import HostStore
-from .groups import Segment
+from .groups import Group, Segment
 from .kernel import update_run
-from .rules import ADAPTIVE_RULES, Hyper
+from .rules import ADAPTIVE_RULES, Hyper, coefficients
 
 # Below this, to wake another thread takes longer than what it would do.
 _ELEMENTS_OF_A_THREAD = 1 << 16
@@ -52,6 +54,37 @@ class Optimizer:
     def _threads(self) -> int:
         return choose_threads(self.threads)  # which reads files, too slow for every unit of every step
 
+    @cached_property
+    def _groups(self) -> frozenset[Group]:
+        return frozenset(s.group for unit in self.segments for s in unit) or frozenset({Group()})
+
+    def check(self, settings: UpdateSettings) -> None:
+        """Raise ConfigError unless fp32 holds every coefficient of this update, in every group.
+
+        An update may be put off until the next step, so what it cannot compute with is refused before.
+        """
+        for group in self._groups:
+            lr = settings.lr * group.lr_factor
+            weight_decay = settings.weight_decay if group.decays else 0.0
+            try:
+                found = coefficients(self.rule, self._hyper(lr, weight_decay), settings.step, 1.0)
+            except (ValueError, ArithmeticError) as error:
+                raise self._unusable(settings, group, str(error).partition("; hint:")[0]) from None
+            for name, value in vars(found).items():
+                if not math.isfinite(value):
+                    raise self._unusable(settings, group, f"its {name} overflows float32")
+
+    def _unusable(self, settings: UpdateSettings, group: Group, reason: str) -> ConfigError:
+        factor = f", lr_factors={group.lr_factor:g}" if group.lr_factor != 1.0 else ""
+        return ConfigError(
+            f"{self.rule} cannot update with lr={settings.lr:g}{factor}, "
+            f"weight_decay={settings.weight_decay:g}, adam_epsilon={self.epsilon:g}: {reason}",
+            hint="usual values are lr=1e-5, weight_decay=0.1, adam_epsilon=1e-8",
+        )
+
+    def _hyper(self, lr: float, weight_decay: float) -> Hyper:
+        return Hyper(lr, self.beta1, self.beta2, self.epsilon, weight_decay, self.momentum)
+
     def update_unit(
         self, store: HostStore, unit: int, grads: torch.Tensor, settings: UpdateSettings, grad_scale: float
     ) -> None:
@@ -72,7 +105,7 @@ class Optimizer:
                 grads[start:stop],
                 exp_avg,
                 exp_avg_sq,
-                hyper=Hyper(lr, self.beta1, self.beta2, self.epsilon, weight_decay, self.momentum),
+                hyper=self._hyper(lr, weight_decay),
                 step=settings.step,
                 grad_scale=grad_scale,
                 element_offset=before + start,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +27,62 @@ from ..errors import ConfigError, DoesNotFitError
 from ..memory.store import HostStore
 from ..model.skeleton import Skeleton
 
+_SIZE = re.compile(r"[0-9]*[1-9][0-9]*(\.[0-9]+)?(KB|MB|GB|TB)", re.IGNORECASE)
+
 Tensors = dict[str, torch.Tensor]
+
+
+def check_target(folder: str | os.PathLike[str]) -> Path:
+    """The folder to write a model to; what is there already is replaced as a whole.
+
+    Raises ConfigError for a file, and for a folder with anything in it but a model.
+    """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise ConfigError(f"a {type(folder).__name__} is not a folder", hint="pass a path")
+    path = Path(os.path.abspath(Path(folder).expanduser()))
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path} is a file", hint="choose another folder")
+    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
+        raise ConfigError(
+            f"{path} holds something other than a model, and saving replaces the whole folder",
+            hint=f"choose a new folder, as in {path / 'model'}",
+        )
+    return path
+
+
+def choose_dtype(dtype: str | torch.dtype | None, max_shard_size: int | str) -> str | None:
+    """The name of the dtype to save in, or None. Raises ConfigError for another one, and for a size that
+    huggingface_hub does not understand."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype is not None and name not in DTYPES:
+        raise ConfigError(f"dtype={name} cannot be saved", hint=f"dtype={' or dtype='.join(DTYPES)}")
+    if isinstance(max_shard_size, str):
+        is_size = _SIZE.fullmatch(max_shard_size.strip()) is not None
+    else:
+        is_size = type(max_shard_size) is int and max_shard_size > 0
+    if not is_size:
+        raise ConfigError(
+            f"max_shard_size={max_shard_size!r} is not a size", hint='max_shard_size="5GB", or bytes'
+        )
+    return None if dtype is None else name
+
+
+def tokenizer_saver(tokenizer: Any, trust_remote_code: bool) -> Callable[[Path], object]:
+    """Writes a tokenizer or processor, or the one of a folder or name, into a folder. Raises ConfigError
+    for what is none."""
+    if tokenizer is None:
+        return lambda target: None
+    if isinstance(tokenizer, (str, os.PathLike)):
+        from ..data.tokenizer import load_tokenizer  # with all of `data`
+
+        tokenizer = load_tokenizer(os.fspath(tokenizer), trust_remote_code=trust_remote_code)
+    if not callable(getattr(tokenizer, "save_pretrained", None)):
+        raise ConfigError(
+            f"tokenizer is a {type(tokenizer).__name__}, which cannot be saved",
+            hint="pass a transformers tokenizer or processor, or the folder of one",
+        )
+    save: Callable[[Path], object] = tokenizer.save_pretrained
+    return save
 
 
 @dataclass(frozen=True)
@@ -46,7 +102,7 @@ def save_model(
     folder: Path,
     *,
     dtype: str | None,
-    max_shard_size: str,
+    max_shard_size: int | str,
     extra: Callable[[Path], None] | None = None,
 ) -> None:
     """Write config, generation config and sharded safetensors to `folder`; whole or absent.
@@ -66,8 +122,10 @@ def save_model(
     groups.append(Group({n: _hollow(b.shape, b.dtype) for n, b in buffers.items()}, lambda: buffers))
 
     def write(target: Path) -> None:
-        write_model(skeleton.model, skeleton.aliases, groups, target, wanted, max_shard_size)
-        skeleton.config.dtype = store.dtype
+        try:
+            write_model(skeleton.model, skeleton.aliases, groups, target, wanted, max_shard_size)
+        finally:
+            skeleton.config.dtype = store.dtype
         if extra is not None:
             extra(target)
 
@@ -80,7 +138,7 @@ def write_model(
     groups: Iterable[Group],
     target: Path,
     dtype: torch.dtype,
-    max_shard_size: str,
+    max_shard_size: int | str,
 ) -> None:
     """Fill the folder `target`.
 

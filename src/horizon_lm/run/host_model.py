@@ -11,34 +11,40 @@ or, to look at the gradients in between, `forward_backward` and `step`.
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
 
 from ..config import ModelSettings
+from ..config_python import model_settings
 from ..engine.engine import Engine
 from ..engine.lanes import Span, choose_lanes
 from ..engine.loss import LossFunction
 from ..engine.policies import DTYPES, store_spec
 from ..engine.saving import Saving
-from ..engine.step import MicroBatch, Step
+from ..engine.step import Step
 from ..errors import ConfigError, NonFiniteError
-from ..memory.arena import keep_freed_memory
+from ..memory.arena import keep_freed_memory, return_free_memory
 from ..memory.layout import lay_out
 from ..memory.store import HostStore
 from ..model.loading import count_parameters, create_model, fill_store, load_model
 from ..model.skeleton import Skeleton
+from ..optim.checks import Number, finite_number
 from ..optim.groups import check_patterns, group_rule, segments
 from ..optim.optimizer import Optimizer, UpdateSettings
 from ..plan.preflight import check_host_memory
+from .consumed import Closed, check_model, refuse_use, take_over
+from .describe_model import describe_model
 from .device import resolve_device
-from .export import save_model
-from .micro_batches import check_micro_batches
+from .export import check_target, choose_dtype, save_model, tokenizer_saver
+from .micro_batches import MicroBatches, check_micro_batches
 from .outputs import EvaluationOutput, ForwardBackwardOutput, StepOutput, TrainStepOutput
 
 
@@ -49,14 +55,21 @@ class _Default(Enum):
 
 
 class HostModel:
-    """Built by `from_pretrained` or `from_config`. Not safe to use from several threads at once."""
+    """Built by `from_pretrained` or `from_config`. Not safe to use from several threads at once.
+
+    An error from a call leaves the state of the last finished step, which can be evaluated, saved and
+    trained on. The exception is `update: eager`, where an error in the middle of the backward pass comes
+    after some updates; the error says so.
+    As a context manager it gives its memory back at the end (`close`).
+    """
 
     def __init__(self, model: nn.Module, settings: ModelSettings) -> None:
         """model: a transformers model in host memory. It is consumed: its parameters move into the
-        store, and the object is left as a skeleton without memory."""
+        store, and the object answers with an error when it is used again."""
+        check_model(model)
         self.settings = settings
         self.device = resolve_device(settings.device)
-        self.skeleton = Skeleton(model, DTYPES[settings.dtype])
+        self.skeleton = Skeleton(take_over(model), DTYPES[settings.dtype])
         if settings.mlp_tile_tokens is not None:
             self.skeleton.tile_mlps(settings.mlp_tile_tokens)
         self.optimizer = make_optimizer(self.skeleton, settings)
@@ -65,6 +78,7 @@ class HostModel:
             check_host_memory(units, spec, reserve_bytes=int(settings.reserve_host_gb * 1e9))
         self.store = HostStore(units, spec, pin=self.device.type == "cuda")
         self.skeleton.place_buffers(self.device)
+        refuse_use(model)
         fill_store(self.skeleton, self.store)
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -81,7 +95,11 @@ class HostModel:
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path | nn.Module, device: str = "auto", dtype: Any = "bfloat16", **settings: Any
+        cls,
+        source: str | os.PathLike[str] | nn.Module,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "bfloat16",
+        **settings: Any,
     ) -> HostModel:
         """Load a Hugging Face folder or name, or consume a transformers model object.
 
@@ -89,8 +107,16 @@ class HostModel:
         precision of the source: an fp32 checkpoint gives fp32 masters whatever `dtype` is.
         Raises ConfigError, UnsupportedModelError, DoesNotFitError, DataError.
         """
-        values = {"device": device, "dtype": dtype, **settings}
-        resolved = ModelSettings.from_dict(values, source="HostModel.from_pretrained")
+        resolved = model_settings("HostModel.from_pretrained()", device, dtype, settings)
+        if isinstance(source, nn.Module):
+            check_model(source)
+        elif isinstance(source, os.PathLike):
+            source = Path(source)
+        elif not isinstance(source, str):
+            raise ConfigError(
+                f"HostModel.from_pretrained(): a {type(source).__name__} is not a model",
+                hint="pass a folder, a name on the Hub, or a transformers model object",
+            )
         model = load_model(
             source,
             trust_remote_code=resolved.trust_remote_code,
@@ -100,19 +126,55 @@ class HostModel:
         return cls(model, resolved)
 
     @classmethod
-    def from_config(cls, values: dict[str, Any], settings: ModelSettings) -> HostModel:
-        """A model with random weights (settings.seed) from the values of a transformers configuration."""
-        dtype = DTYPES[settings.dtype]
+    def from_config(
+        cls,
+        values: Any,
+        settings: ModelSettings | None = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "bfloat16",
+        **more: Any,
+    ) -> HostModel:
+        """A model with random weights (by `seed`).
+
+        values: a transformers configuration, or its values as a mapping with `model_type`. settings: all
+        at once, in place of device, dtype and the others. Raises as `from_pretrained` does.
+        """
+        if not isinstance(values, Mapping):
+            values = values.to_dict()
+        if settings is None:
+            settings = model_settings("HostModel.from_config()", device, dtype, more)
+        values, computes_in = dict(values), DTYPES[settings.dtype]
         if not settings.skip_memory_check:  # before the source model takes its own share
-            whole = lay_out("all", [("all", (count_parameters(values),), True, dtype)], dtype)
+            whole = lay_out("all", [("all", (count_parameters(values),), True, computes_in)], computes_in)
             # The slabs of eager updates are as large as a layer, which is not known yet.
             spec = store_spec(settings, None)
             check_host_memory([whole], spec, reserve_bytes=int(settings.reserve_host_gb * 1e9))
             settings = settings.replace(skip_memory_check=True)
         model = create_model(
-            values, dtype=dtype, seed=settings.seed, attn_implementation=settings.attn_implementation
+            values, dtype=computes_in, seed=settings.seed, attn_implementation=settings.attn_implementation
         )
         return cls(model, settings)
+
+    def __repr__(self) -> str:
+        if isinstance(self.store, Closed):
+            return f"HostModel({self.skeleton.model_type}, closed)"
+        return describe_model(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the memory back, once what is being saved is on the disk. What was not saved is lost."""
+        if isinstance(self.store, Closed):
+            return
+        self.finish_saving()
+        closed: Any = Closed()
+        self.store = self.engine = self.optimizer = closed
+        gc.collect()  # the engine's table of functions refers to it
+        return_free_memory()
 
     @property
     def config(self) -> Any:
@@ -125,16 +187,17 @@ class HostModel:
 
     def forward_backward(
         self,
-        micro_batches: Sequence[MicroBatch],
+        micro_batches: MicroBatches,
         loss_fn: LossFunction | None = None,
         *,
         record: bool = False,
     ) -> ForwardBackwardOutput:
         """Gradients of the mean loss over all target tokens of all micro-batches of a step.
 
-        micro_batches: dicts of input_ids and labels [batch, tokens] (int64, labels aligned with
+        micro_batches: dicts of input_ids and labels [batch, tokens] (whole numbers, labels aligned with
         input_ids, -100 ignored), and optionally attention_mask and position_ids of that shape; with
-        `loss_fn` any other tensors too.
+        `loss_fn` any other tensors too. One dict (a BatchEncoding), a list or any iterable of them (a
+        DataLoader); values are tensors on any device, numpy arrays or nested lists.
         loss_fn: called for each micro-batch as loss_fn(log_probs, batch), with log p(label) in fp32
         [batch, tokens - 1] on the device, aligned with labels[:, 1:] and 0 where ignored. It returns a
         scalar, or a pair of it and a dict of metrics; the step's loss is the sum over its micro-batches.
@@ -152,12 +215,17 @@ class HostModel:
 
     def _forward_backward(
         self,
-        micro_batches: Sequence[MicroBatch],
+        micro_batches: MicroBatches,
         loss_fn: LossFunction | None,
         update: UpdateSettings | None,
         record: bool,
     ) -> Step:
-        batches = check_micro_batches(micro_batches, self.skeleton, extra=bool(loss_fn))
+        if loss_fn is not None and not callable(loss_fn):
+            raise ConfigError(
+                f"loss_fn is a {type(loss_fn).__name__}, not a function",
+                hint="pass a function of (log_probs, batch) that returns a scalar tensor",
+            )
+        batches = check_micro_batches(micro_batches, self.skeleton, extra=loss_fn is not None)
         self._has_gradients = False
         step = self.engine.forward_backward(
             batches, self.steps_done, update=update, loss_fn=loss_fn, record=record
@@ -167,40 +235,40 @@ class HostModel:
 
     def step(
         self,
-        lr: float,
-        max_grad_norm: float | None | Literal[_Default.SETTING] = _Default.SETTING,
-        weight_decay: float = 0.0,
+        lr: Number,
+        max_grad_norm: Number | None | Literal[_Default.SETTING] = _Default.SETTING,
+        weight_decay: Number = 0.0,
         *,
         record: bool = False,
     ) -> StepOutput:
         """Clip the gradients by their global norm and update all trainable parameters.
 
-        max_grad_norm: None or 0 turns clipping off; by default that of the settings. With `update:
-        deferred` the update itself runs during the next forward_backward, or when parameters are read.
-        Raises NonFiniteError, with nothing updated, when the norm is NaN or infinite.
+        lr, weight_decay: numbers, or tensors of one element, finite and at least 0. max_grad_norm: so too;
+        None or 0 turns clipping off; by default that of the settings. With `update: deferred` the update
+        itself runs during the next forward_backward, or when parameters are read.
+        Raises ConfigError for a number that cannot be used, and NonFiniteError when the norm is NaN or
+        infinite; nothing is updated then.
         """
         if not self._has_gradients:
             raise ConfigError(
                 "step() was called without gradients", hint="call forward_backward() before each step()"
             )
-        settings = self._update_settings(lr, max_grad_norm, weight_decay)
+        settings = self._update_settings("step()", lr, max_grad_norm, weight_decay)
         norm = self.engine.measure_norm()
         if not math.isfinite(norm):
             raise NonFiniteError(
                 f"the gradient norm of step {self.steps_done + 1} is {norm}; nothing was updated",
                 hint="lower learning_rate, check the data, or set nonfinite: skip",
             )
-        self.engine.update(settings, record=record)
-        self.steps_done += 1
-        self._has_gradients = False
+        self._update(settings, record)
         return StepOutput(norm)
 
     def train_step(
         self,
-        micro_batches: Sequence[MicroBatch],
-        lr: float,
-        max_grad_norm: float | None | Literal[_Default.SETTING] = _Default.SETTING,
-        weight_decay: float = 0.0,
+        micro_batches: MicroBatches,
+        lr: Number,
+        max_grad_norm: Number | None | Literal[_Default.SETTING] = _Default.SETTING,
+        weight_decay: Number = 0.0,
         *,
         loss_fn: LossFunction | None = None,
         record: bool = False,
@@ -215,12 +283,13 @@ class HostModel:
         updated then, unless `update: eager` met a gradient that is not finite under a loss that is: the
         error says so (`state_intact`), and the state is that of no step.
         """
-        settings = self._update_settings(lr, max_grad_norm, weight_decay)
+        settings = self._update_settings("train_step()", lr, max_grad_norm, weight_decay)
         eager = self.settings.update_mode == "eager"
         step = self._forward_backward(micro_batches, loss_fn, settings if eager else None, record)
         out = _output(step)
         if eager:
             norm = self._finish_eager(step, out, settings, record)
+            self.steps_done += 1
             if check is not None:
                 check(out.loss, out.num_tokens)
         else:
@@ -234,9 +303,22 @@ class HostModel:
                 raise self._not_finite(
                     f"the gradient norm of step {self.steps_done + 1} is {norm}", out, norm
                 )
-            self.engine.update(settings, record=record)
-        self.steps_done += 1
+            self._update(settings, record)
         return TrainStepOutput(out.loss, out.num_tokens, out.metrics, norm)
+
+    def _update(self, settings: UpdateSettings, record: bool) -> None:
+        """Update now or with the next step; the step counts as done once an update has begun, as
+        flush() completes it."""
+        try:
+            self.engine.update(settings, record=record)
+        except BaseException:
+            if not self.engine.has_pending:
+                raise
+            self.steps_done += 1
+            self._has_gradients = False
+            raise
+        self.steps_done += 1
+        self._has_gradients = False
 
     def _finish_eager(
         self, step: Step, out: ForwardBackwardOutput, settings: UpdateSettings, record: bool
@@ -268,16 +350,22 @@ class HostModel:
         error.state_intact = not done
         return error
 
-    def _update_settings(
-        self, lr: float, max_grad_norm: float | None | _Default, weight_decay: float
-    ) -> UpdateSettings:
+    def _update_settings(self, where: str, lr: Any, max_grad_norm: Any, weight_decay: Any) -> UpdateSettings:
+        """Everything an update depends on, checked before anything is computed or put off."""
+        lr = finite_number(where, "lr", lr, hint="lr=1e-5 is a usual learning rate")
+        weight_decay = finite_number(where, "weight_decay", weight_decay, hint="weight_decay=0 turns it off")
         limit = self.settings.max_grad_norm if isinstance(max_grad_norm, _Default) else max_grad_norm
+        if limit is not None:
+            hint = "max_grad_norm=None turns clipping off, 1.0 is a usual limit"
+            limit = finite_number(where, "max_grad_norm", limit, hint=hint)
         if limit and self.settings.update_mode == "eager":
             raise ConfigError(
                 f"max_grad_norm={limit} with update: eager, which updates layers before the norm is known",
                 hint="update='deferred' clips exactly, and overlaps the updates with the next forward pass",
             )
-        return UpdateSettings(self.steps_done + 1, lr, limit, weight_decay)
+        settings = UpdateSettings(self.steps_done + 1, lr, limit, weight_decay)
+        self.optimizer.check(settings)
+        return settings
 
     def flush(self) -> None:
         """Make the updates that `update: deferred` has put off; done by itself wherever parameters are
@@ -285,7 +373,7 @@ class HostModel:
         self.engine.flush()
 
     def evaluate(
-        self, micro_batches: Sequence[MicroBatch], *, return_log_probs: bool = False, record: bool = False
+        self, micro_batches: MicroBatches, *, return_log_probs: bool = False, record: bool = False
     ) -> EvaluationOutput:
         """Mean cross-entropy over all target tokens, by a forward pass without dropout or gradients.
 
@@ -320,20 +408,34 @@ class HostModel:
 
     def save_pretrained(
         self,
-        folder: str | Path,
+        folder: str | os.PathLike[str],
         *,
-        dtype: str | None = None,
-        max_shard_size: str = "5GB",
+        dtype: str | torch.dtype | None = None,
+        max_shard_size: int | str = "5GB",
+        tokenizer: Any = None,
         extra: Callable[[Path], None] | None = None,
     ) -> None:
         """Write a Hugging Face folder (safetensors, config, generation config); whole or absent.
 
         dtype: bfloat16 or float32, default the compute dtype. Written straight from the store.
-        extra: writes further files (the tokenizer) into the folder before it is put in place.
+        max_shard_size: of each file, as "5GB" or a number of bytes.
+        tokenizer: saved with the model; a tokenizer or processor, or the folder or name of a tokenizer.
+        extra: writes further files into the folder before it is put in place.
+        Raises ConfigError, before anything is written, for values that cannot be used and for a folder that
+        holds something other than a model; DoesNotFitError when the disk is full.
         """
+        target = check_target(folder)
+        wanted = choose_dtype(dtype, max_shard_size)
+        save_tokenizer = tokenizer_saver(tokenizer, self.settings.trust_remote_code)
+
+        def write_more(staging: Path) -> None:
+            save_tokenizer(staging)
+            if extra is not None:
+                extra(staging)
+
         self.flush()
         save_model(
-            self.skeleton, self.store, Path(folder), dtype=dtype, max_shard_size=max_shard_size, extra=extra
+            self.skeleton, self.store, target, dtype=wanted, max_shard_size=max_shard_size, extra=write_more
         )
 
     def save_state(self, saving: Saving, *, background: bool = False) -> None:
@@ -387,7 +489,7 @@ def make_optimizer(skeleton: Skeleton, settings: ModelSettings) -> Optimizer:
         decay_embeddings=settings.decay_embeddings,
         is_embedding=skeleton.is_embedding,
     )
-    return Optimizer(
+    optimizer = Optimizer(
         settings.optim,
         settings.adam_beta1,
         settings.adam_beta2,
@@ -397,3 +499,5 @@ def make_optimizer(skeleton: Skeleton, settings: ModelSettings) -> Optimizer:
         tuple(segments(unit, rule) for unit in skeleton.units),
         None if settings.optimizer_threads == "auto" else settings.optimizer_threads,
     )
+    optimizer.check(UpdateSettings(1, 0.0, None, 0.0))
+    return optimizer

@@ -7,11 +7,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..config import ModelSettings, TrainConfig
+from ..config_python import ConfigSource, as_train_config
 from ..data import TrainingData, load_training_data
 from ..data.chat import without_marks
 from ..data.documents import check_exists
@@ -49,15 +50,18 @@ if TYPE_CHECKING:
     from ..plan.run_plan import RunPlan
 
 
-def train(config: TrainConfig, *, config_notes: Sequence[str] = ()) -> TrainResult:
+def train(config: ConfigSource = None, *, config_notes: Sequence[str] = (), **settings: Any) -> TrainResult:
     """Train as `config` says and leave the run in its output_dir.
 
-    config_notes: remarks on how the settings were read, kept with the metrics. Raises ConfigError,
-    UnsupportedModelError, DataError, DoesNotFitError, CheckpointError, NonFiniteError and, where a signal or
-    the deadline ended it, StoppedError; until the first step is done nothing is written, and an earlier run
-    in output_dir is not touched.
+    config: a TrainConfig, the path of a YAML file, or a dict of settings. settings: further ones by name,
+    which win, as in train("run.yaml", max_steps=100). config_notes: remarks on how the settings were read,
+    kept with the metrics. Raises ConfigError, UnsupportedModelError, DataError, DoesNotFitError,
+    CheckpointError, NonFiniteError and, where a signal or the deadline ended it, StoppedError; until the
+    first step is done nothing is written, and an earlier run in output_dir is not touched.
     """
     started = time.monotonic()
+    config, notes = as_train_config(config, settings)
+    config_notes = [*config_notes, *notes]
     progress = choose_progress(config.progress)
     own = wants_own_folder(config)
     with (
