@@ -15,7 +15,7 @@ from .flops import FORMULA
 from .folder import RunFolder
 from .host_model import HostModel
 from .machine import commit, machine
-from .metrics import Metrics, mean_of_tail, read_steps, versions
+from .metrics import Metrics, mean_of_tail, read_evaluations, read_steps, versions
 from .progress import clock, number, size
 from .sample import Sample
 
@@ -138,7 +138,9 @@ def tail_loss(metrics: Path) -> float:
 def title(config: TrainConfig, model: HostModel, last: Metrics, metrics: Path) -> str:
     name = config.run_name or Path(config.output_dir).name
     what = f"{model.config.model_type}, {model.num_parameters / 1e6:,.1f} M parameters"
-    return f"{name}: {what}, {last.num_tokens:,} tokens, loss {number(tail_loss(metrics))}"
+    found = f"{name}: {what}, {last.num_tokens:,} tokens, loss {number(tail_loss(metrics))}"
+    held_out = [e["eval_loss"] for e in read_evaluations(metrics) if e["eval_loss"] is not None]
+    return found + (f", held-out {number(held_out[-1])}" if held_out else "")
 
 
 def completion(made: Sample) -> str:

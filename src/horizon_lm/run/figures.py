@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
-from ..config import TrainConfig
+from ..config import DatasetConfig, TrainConfig
 from ..config_base import grouped_keys
 from ..schedule.ops import Lane
 from .charts import Chart, Mark, Series, draw, short, tokens_at
@@ -386,7 +386,7 @@ def _checkpoint(line: Line, folder: RunFolder) -> Line:
     name = line.get("name")
     outcome = f"failed: {line.get('error')}"
     if name:
-        outcome = str(name) if (folder.path / str(name)).is_dir() else f"{name}, no longer there"
+        outcome = str(name) if (folder.path / str(name)).is_dir() else f"{name} (removed)"
     return {
         "step": f"{line['step']:,}",
         "time": moment(str(line.get("time") or "")),
@@ -447,7 +447,22 @@ def _machine(header: Line) -> list[tuple[str, str]]:
 
 
 def _value(value: Any) -> str:
+    """A setting as it is written; of a dataset what is not by default."""
+    if isinstance(value, list) and value and all(isinstance(v, dict) and "path" in v for v in value):
+        return "; ".join(
+            ", ".join(f"{k} {_value(v)}" if k != "path" else str(v) for k, v in _given(entry))
+            for entry in value
+        )
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _given(dataset: Line) -> list[tuple[str, Any]]:
+    fields = DatasetConfig.model_fields
+    return [
+        (key, value)
+        for key, value in dataset.items()
+        if value and (key not in fields or value != fields[key].default)
+    ]
 
 
 def _column(lines: Sequence[Line], key: str) -> list[Any]:

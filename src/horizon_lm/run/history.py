@@ -106,8 +106,9 @@ class History:
             return State("finished", f"finished at {where}", reason)
         if status == "finished":
             return State("finished", f"finished, {where}", reason)
-        error = session.end.get("error") or reason
+        error = str(session.end.get("error") or reason)
         stopped = status == "interrupted" or error.startswith("stopped by ")
+        error = error[:1].upper() + error[1:]
         return State(
             "stopped" if stopped else "failed", f"{'stopped' if stopped else 'failed'} at {where}", error
         )
