@@ -247,6 +247,8 @@ def test_a_stopped_run_says_why_where_and_how_to_go_on(
     assert "finished, 12 of 12" in shown
     assert [title.partition(":")[0] for *_, title in page.dots("held")] == ["step 4", "step 8", "step 12"]
     assert any("resumed after step 7" in text for text in page.text("li"))
+    first = lines_of(run)[0]["plan"]["choices"]  # to the second session all settings were given
+    assert {c["reason"] for c in first if not c["pinned"]} <= set(page.text("td"))
     named = {key: value for _, rows, _ in _settings_of(run) for key, value in rows}
     assert named["logging_steps"] == "3" and named["weight_decay"] == "0.0"
 

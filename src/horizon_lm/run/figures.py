@@ -289,11 +289,7 @@ def tables(history: History, folder: RunFolder) -> dict[str, Any]:
         "checkpoints": [_checkpoint(line, folder) for line in saved[-_MOST_ROWS:]],
         "checkpoints_left_out": max(0, len(saved) - _MOST_ROWS),
         "settings": _settings(history),
-        "choices": [
-            (c.get("key"), _value(c.get("value")), c.get("reason"))
-            for c in plan.get("choices") or ()
-            if not c.get("pinned")
-        ],
+        "choices": _choices(history),
         "machine": _machine(header),
         "sessions": [
             {
@@ -425,6 +421,18 @@ def _settings(history: History) -> list[tuple[str, list[tuple[str, str]], bool]]
         if rest:
             found.append((f"{group}: by default, or chosen", rest, False))
     return found
+
+
+def _choices(history: History) -> list[tuple[str, str, str]]:
+    """What the planner chose, and why. To a session that was resumed all settings are given, so that the
+    reasons are those of the first."""
+    found = {
+        str(c.get("key")): (str(c.get("key")), _value(c.get("value")), str(c.get("reason")))
+        for session in history.sessions
+        for c in (session.header.get("plan") or {}).get("choices") or ()
+        if not c.get("pinned")
+    }
+    return list(found.values())
 
 
 def _machine(header: Line) -> list[tuple[str, str]]:
