@@ -59,8 +59,13 @@ def doctor(
 
 
 def report(run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.")]) -> None:
-    """Write RUN/report.html, a page with everything in it, and RUN/trace.json for ui.perfetto.dev."""
+    """Write RUN/report.html, a page with everything in it, and RUN/trace.json for ui.perfetto.dev.
+
+    Also of a run that goes on, or that was stopped or killed.
+    """
     from horizon_lm.run.report import write_report
 
-    for path in write_report(Path(run)):
+    report = write_report(Path(run))
+    print(report.text)
+    for path in report.written:
         print(f"written: {path}")

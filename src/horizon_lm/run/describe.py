@@ -15,7 +15,8 @@ from ..data.left_out import remarks, used
 from .flops import FORMULA
 from .folder import RunFolder
 from .host_model import HostModel
-from .metrics import Metrics, read_steps, versions
+from .machine import commit, machine
+from .metrics import Metrics, mean_of_tail, read_evaluations, read_steps, versions
 from .progress import clock, number, size
 from .sample import Sample
 
@@ -88,6 +89,8 @@ def header(
     return {
         "run_name": config.run_name,
         "versions": versions(),
+        "commit": commit(),
+        "machine": machine(),
         "device": torch.cuda.get_device_name(model.device) if is_cuda else "cpu",
         "num_threads": torch.get_num_threads(),
         "model_type": model.config.model_type,
@@ -101,20 +104,47 @@ def header(
         "mfu_formula": FORMULA,
         "num_steps": num_steps,
         "notes": list(notes),
+        "data": data_record(config, data),
+        "settings": config.to_dict(),
+        "named": sorted(config.model_fields_set),
+    }
+
+
+def data_record(config: TrainConfig, data: TrainingData) -> dict[str, Any]:
+    """What was read and what was left out, as the report shows it. Of a stream: its first window."""
+    counts, rows, held_out = data.store.counts, data.rows, data.eval_rows
+    return {
+        "is_stream": isinstance(data.loader, StreamLoader),
+        "files": [
+            {"path": d.path, "split": d.split, "format": str(f) if f else None, "weight": d.weight}
+            for d, f in zip(config.datasets, counts.formats, strict=True)
+        ],
+        "documents": counts.num_documents,
+        "tokens": counts.num_tokens,
+        "trained_tokens": counts.num_trained,
+        "sequences": len(rows),
+        "left_out": rows.left.documents,
+        "truncated": rows.left.truncated,
+        "empty": counts.num_empty,
+        "bad": counts.num_bad,
+        "bad_rows": list(counts.bad_rows),
+        "eval_files": [d.path for d in config.eval_datasets],
+        "eval_sequences": len(held_out) if held_out is not None else 0,
+        "eval_tokens": held_out.num_tokens if held_out is not None else 0,
     }
 
 
 def tail_loss(metrics: Path) -> float:
     """Mean loss over the last tenth of the recorded steps that were finite."""
-    losses = [line["loss"] for line in read_steps(metrics) if line["loss"] is not None]
-    tail = losses[-max(1, len(losses) // 10) :]
-    return sum(tail) / len(tail) if tail else float("nan")
+    return mean_of_tail(read_steps(metrics))
 
 
 def title(config: TrainConfig, model: HostModel, last: Metrics, metrics: Path) -> str:
     name = config.run_name or Path(config.output_dir).name
     what = f"{model.config.model_type}, {model.num_parameters / 1e6:,.1f} M parameters"
-    return f"{name}: {what}, {last.num_tokens:,} tokens, loss {number(tail_loss(metrics))}"
+    found = f"{name}: {what}, {last.num_tokens:,} tokens, loss {number(tail_loss(metrics))}"
+    held_out = [e["eval_loss"] for e in read_evaluations(metrics) if e["eval_loss"] is not None]
+    return found + (f", held-out {number(held_out[-1])}" if held_out else "")
 
 
 def completion(made: Sample) -> str:
@@ -138,4 +168,5 @@ def summary(config: TrainConfig, folder: RunFolder, result: TrainResult) -> str:
     ]
     if config.plot_loss:
         lines.append(f"  loss curve  {folder.picture}")
+    lines.append(f"  report      horizon report {folder.path}")
     return "\n".join(lines)

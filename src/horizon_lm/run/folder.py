@@ -4,6 +4,7 @@ config.resolved.yaml    every setting of the run; also the mark that a folder is
 metrics.jsonl           see `metrics`
 model/                  the trained model and its tokenizer, in Hugging Face format
 loss.png                the loss curve
+report.html, trace.json what `horizon report` made of metrics.jsonl
 tensorboard/            where report_to names it
 checkpoint-STEP/        see `checkpoint.folder`
 
@@ -51,6 +52,14 @@ class RunFolder:
         return self.path / "loss.png"
 
     @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def trace(self) -> Path:
+        return self.path / "trace.json"
+
+    @property
     def has_checkpoints(self) -> bool:
         return bool(checkpoints.list_checkpoints(self.path)[0])
 
@@ -60,7 +69,27 @@ class RunFolder:
 
     @property
     def results(self) -> tuple[Path, ...]:
-        return self.settings, self.metrics, self.model, self.picture, self.tensorboard
+        return (
+            *(self.settings, self.metrics, self.model, self.picture, self.tensorboard),
+            *(self.report, self.trace),
+        )
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether a run holds the folder's lock at this moment."""
+        try:
+            file = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without locks on folders
+            return False
+        finally:
+            os.close(file)
+        return False
 
     def begin(self, settings: str) -> None:
         """Make it this run's folder: an earlier run's results go, `settings` (YAML) is written."""
@@ -68,7 +97,7 @@ class RunFolder:
             for folder in (self.model, self.tensorboard):
                 if folder.exists():
                     shutil.rmtree(folder)
-            for path in (self.picture, self.metrics):
+            for path in (self.picture, self.metrics, self.report, self.trace):
                 path.unlink(missing_ok=True)
             checkpoints.remove_all(self.path, Disk())
             self.write_settings(settings)

@@ -9,7 +9,8 @@
     {"event": "rollback", "step": n}, {"event": "resume", "step": n}
                                 the run goes on after step n: lines of later steps before this one are of
                                 steps that were undone, and `read_steps` passes over them
-    {"event": "end", ...}       "status": finished, interrupted or failed
+    {"event": "end", ...}       "status": finished, interrupted or failed; "step": the last one done; "reason"
+                                or "error": why the run stopped
 
 Every line has `event` and `time` (UTC). Numbers that are not finite are null, never 0.
 """
@@ -167,6 +168,7 @@ class MetricsFile:
         self._path, self._begin, self._header, self._resumed_at = path, begin, header, resumed_at
         self._file: TextIO | None = None
         self._waiting: list[Evaluation] = []
+        self.step = resumed_at or 0  # the last step done, logged or not
 
     def __enter__(self) -> Self:
         return self
@@ -175,12 +177,7 @@ class MetricsFile:
         if self._file is None:
             return
         try:
-            if error is None:
-                self._write("end", {"status": "finished"})
-            else:
-                stopped = isinstance(error, KeyboardInterrupt | StoppedError | SystemExit)
-                status = "interrupted" if stopped else "failed"
-                self._write("end", {"status": status, "error": None if stopped else str(error)})
+            self._write("end", {**_ending(error), "step": self.step})
         except HorizonError:
             if error is None:  # else what went wrong first is the news
                 raise
@@ -239,25 +236,44 @@ class MetricsFile:
             self._file.flush()
 
 
+def _ending(error: BaseException | None) -> dict[str, Any]:
+    """Why a run ends, as the line `end` says it."""
+    if error is None:
+        return {"status": "finished"}
+    if isinstance(error, StoppedError):
+        return {"status": "interrupted", "error": None, "reason": error.message}
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        who = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else "a second signal"
+        return {"status": "interrupted", "error": None, "reason": f"{who} ended the run within a step"}
+    return {"status": "failed", "error": str(error) or type(error).__name__}
+
+
 def read_steps(path: Path) -> list[dict[str, Any]]:
     """The step records of a metrics file; a last line that is cut off (a killed run) is passed over."""
-    return _still_true(path, "step")
+    return still_true(read_lines(path), "step")
 
 
 def read_evaluations(path: Path) -> list[dict[str, Any]]:
     """The evaluations of a metrics file."""
-    return _still_true(path, "eval")
+    return still_true(read_lines(path), "eval")
 
 
-def _still_true(path: Path, event: str) -> list[dict[str, Any]]:
+def still_true(lines: Iterable[dict[str, Any]], event: str) -> list[dict[str, Any]]:
     """The lines of a kind, without those of steps that a later rollback or resume undid."""
     found: list[dict[str, Any]] = []
-    for line in _lines(path):
+    for line in lines:
         if line.get("event") == event:
             found.append(line)
         elif line.get("event") in ("rollback", "resume"):
             found = [earlier for earlier in found if earlier["step"] <= line["step"]]
     return found
+
+
+def mean_of_tail(steps: Sequence[dict[str, Any]]) -> float:
+    """Mean loss over the last tenth of the finite records, as single steps are noisy; NaN without any."""
+    losses = [line["loss"] for line in steps if line["loss"] is not None]
+    tail = losses[-max(1, len(losses) // 10) :]
+    return sum(tail) / len(tail) if tail else math.nan
 
 
 def _end_last_line(path: Path) -> None:
@@ -267,7 +283,8 @@ def _end_last_line(path: Path) -> None:
         file.truncate(data.rfind(b"\n") + 1)
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics file, in order, without a last one that is cut off. Raises DataError."""
     lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         try:

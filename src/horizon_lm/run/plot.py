@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture."""
+"""The loss curves of a run as a picture: on what is trained on, and on what is held out."""
 
 from __future__ import annotations
 
@@ -6,15 +6,31 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .folder import writing
-from .metrics import read_steps
+from .metrics import read_evaluations, read_steps
 
-_LOSS, _RATE = "#1f5fa8", "#c8781e"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_LOSS, _HELD_OUT, _RATE = "#1f5fa8", "#bc4c00", "#6e7781"
 
 
 def plot_loss(metrics: Path, picture: Path, *, title: str) -> None:
-    """Draw loss and learning rate over the steps of a metrics file into a PNG; whole or absent."""
+    """Write `draw_loss` as a PNG; whole or absent."""
+    figure = draw_loss(metrics, title=title)
+    staging = picture.with_name(f".{picture.name}.tmp")
+    try:
+        with writing(picture):
+            figure.savefig(staging, format="png")
+            os.replace(staging, picture)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def draw_loss(metrics: Path, *, title: str) -> Figure:
+    """Training loss, held-out loss where there is one, and learning rate over the steps of a metrics file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -35,27 +51,32 @@ def plot_loss(metrics: Path, picture: Path, *, title: str) -> None:
     rates.set_ylim(bottom=0)
     rates.spines["top"].set_visible(False)
 
+    held_out = read_evaluations(metrics)
     marker = "o" if len(steps) == 1 else None
-    axes.plot(steps, losses, color=_LOSS, lw=0.8, alpha=0.4, label="each record", marker=marker)
-    axes.plot(steps, smooth, color=_LOSS, lw=2.0, label="smoothed")
+    axes.plot(steps, losses, color=_LOSS, lw=0.8, alpha=0.4, label="training", marker=marker)
+    axes.plot(steps, smooth, color=_LOSS, lw=2.0, label="training, smoothed")
+    if held_out:
+        losses = [math.nan if e["eval_loss"] is None else e["eval_loss"] for e in held_out]
+        few = len(held_out) <= 60
+        axes.plot(
+            [e["step"] for e in held_out],
+            losses,
+            color=_HELD_OUT,
+            lw=1.6,
+            marker="o" if few else None,
+            ms=4,
+            label="held-out",
+        )
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats per token)", color=_LOSS)
-    axes.tick_params(axis="y", labelcolor=_LOSS)
+    axes.set_ylabel("loss (nats per token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines["top"].set_visible(False)
     axes.grid(alpha=0.25, lw=0.6)
     axes.set_zorder(rates.get_zorder() + 1)  # the loss in front of the learning rate
     axes.patch.set_visible(False)
-    axes.legend(frameon=False, loc="upper right")
+    axes.legend(framealpha=0.8, edgecolor="none", loc="upper right")
     axes.set_title(title, fontsize=11)
-
-    staging = picture.with_name(f".{picture.name}.tmp")
-    try:
-        with writing(picture):
-            figure.savefig(staging, format="png")
-            os.replace(staging, picture)
-    finally:
-        staging.unlink(missing_ok=True)
+    return figure
 
 
 def smoothed(values: Sequence[float]) -> list[float]:

@@ -21,6 +21,7 @@ class Reports:
     def step(self, record: StepRecord, metrics: Metrics | None) -> None:
         self.file.open()  # with the first step that is done, logged or not: from now on the folder is ours
         self._begun = True
+        self.file.step = record.step if record.rolled_back_to is None else record.rolled_back_to
         if metrics is not None:
             self.file.write_step(metrics)
         before, self._before = self._before, []

@@ -11,7 +11,7 @@ from typing import Any
 from .ops import Lane, Op
 
 Span = tuple[Op, float, float]
-_MEANING = {
+MEANING = {
     "G": "gather embedding rows",
     "U": "upload weights",
     "F": "forward",
@@ -25,6 +25,7 @@ _MEANING = {
     "S": "scatter embedding gradients",
     "N": "gradient norm",
     "O": "optimizer",
+    "W": "write a checkpoint",
 }
 _COLUMNS = 48
 
@@ -50,7 +51,7 @@ def chrome_trace(spans: Iterable[Span]) -> dict[str, Any]:
             {
                 "ph": "X",
                 "name": str(op),
-                "cat": _MEANING[op.kind],
+                "cat": MEANING[op.kind],
                 "pid": 0,
                 "tid": rows[op.lane],
                 "ts": start * 1e6,
@@ -117,38 +118,3 @@ def _merged(spans: Iterable[Span]) -> list[tuple[float, float]]:
         else:
             merged.append((start, end))
     return merged
-
-
-_COLOURS = {"F": "#54aeff", "C": "#80ccff", "B": "#0969da", "L": "#8250df", "E": "#8250df", "U": "#4ac26b"}
-_COLOURS |= {"R": "#aceebb", "D": "#d4a72c", "X": "#eac54f", "O": "#fa4549", "N": "#ff8182", "G": "#8c959f"}
-
-
-def svg_timeline(spans: Iterable[tuple[str, str, float, float]]) -> str:
-    """A picture of a step: a row for each lane, a box for each op, its name and times as a tooltip.
-
-    spans: (op, lane, start, end) in seconds. The result stands in an HTML page as it is.
-    """
-    spans = list(spans)
-    if not spans:
-        return "<p>no spans were recorded</p>"
-    begin, end = min(s[2] for s in spans), max(s[3] for s in spans)
-    lanes = [lane for lane in map(str, Lane) if any(s[1] == lane for s in spans)]
-    width, left, row = 1000.0, 80.0, 28
-    scale = (width - left) / ((end - begin) or 1.0)
-    parts = [
-        f"<svg viewBox='0 0 {width:.0f} {row * len(lanes) + 24}' role='img' aria-label='timeline of a step'>"
-    ]
-    for i, lane in enumerate(lanes):
-        parts.append(f"<text x='0' y='{i * row + 18}' font-size='12'>{lane}</text>")
-    for name, lane, start, stop in spans:
-        x, y = left + (start - begin) * scale, lanes.index(lane) * row + 4
-        shown = f"{name} {(stop - start) * 1e3:.3f} ms"
-        parts.append(
-            f"<rect x='{x:.2f}' y='{y}' width='{max(0.3, (stop - start) * scale):.2f}' height='{row - 8}' "
-            f"fill='{_COLOURS.get(name[:1], '#8c959f')}'><title>{shown}</title></rect>"
-        )
-    parts.append(
-        f"<text x='{left}' y='{row * len(lanes) + 16}' font-size='12'>"
-        f"0 to {(end - begin) * 1e3:.1f} ms</text>"
-    )
-    return "".join(parts) + "</svg>"
