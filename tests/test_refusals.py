@@ -330,7 +330,8 @@ def test_train_refuses_under_a_limit_of_a_cgroup(group: Path, tmp_path: Path) ->
     values += ["tokenizer_name_or_path=none", "max_length=128", f"output_dir={tmp_path / 'run'}"]
     found = command(str(group), *values, "--dry-run", code=_IN_A_GROUP)
     assert found.returncode == 3, found.stderr
-    there = re.search(
+    pattern = r"error: host memory: a step needs .* and ([0-9.]+) ([a-zA-Z]+) are there"
+    there = re.search(pattern, found.stderr)
         r"error: host memory: a step needs .* and ([0-9.]+) ([a-zA-Z]+) are there", found.stderr
     )
     assert there is not None and (there[2] != "GB" or float(there[1]) < 2)
