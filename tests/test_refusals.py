@@ -332,8 +332,6 @@ def test_train_refuses_under_a_limit_of_a_cgroup(group: Path, tmp_path: Path) ->
     assert found.returncode == 3, found.stderr
     pattern = r"error: host memory: a step needs .* and ([0-9.]+) ([a-zA-Z]+) are there"
     there = re.search(pattern, found.stderr)
-        r"error: host memory: a step needs .* and ([0-9.]+) ([a-zA-Z]+) are there", found.stderr
-    )
     assert there is not None and (there[2] != "GB" or float(there[1]) < 2)
     if hardware.available_host_bytes() > 3 * GB:  # the control: outside of the group more is there
         outside = command(
