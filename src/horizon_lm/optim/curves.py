@@ -32,9 +32,10 @@ def learning_rates(config: TrainConfig, num_steps: int) -> Callable[[int], float
         )
         assert isinstance(scheduler, LambdaLR), config.lr_scheduler_type
         factor = scheduler.lr_lambdas[0]
-        first, last = factor(0), factor(num_steps - 1)
-        if not (math.isfinite(first) and math.isfinite(last)):
-            raise ValueError(f"the factor goes from {first} to {last}")
+        for step in range(num_steps):
+            rate = config.learning_rate * factor(step)
+            if not isinstance(rate, float | int) or not 0 <= rate < math.inf:
+                raise ValueError(f"the rate of step {step + 1} is {rate}")
     except (ArithmeticError, TypeError, ValueError) as error:
         raise ConfigError(
             f"lr_scheduler_type={config.lr_scheduler_type!r} with lr_scheduler_kwargs="

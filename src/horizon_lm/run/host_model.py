@@ -157,6 +157,12 @@ class HostModel:
         update: UpdateSettings | None,
         record: bool,
     ) -> Step:
+        if loss_fn is not None and self.settings.label_smoothing_factor:
+            raise ConfigError(
+                f"label_smoothing_factor={self.settings.label_smoothing_factor:g} has no effect on a loss_fn "
+                "of your own, which receives the log-probability of each target only",
+                hint="label_smoothing_factor=0",
+            )
         batches = check_micro_batches(micro_batches, self.skeleton, extra=bool(loss_fn))
         self._has_gradients = False
         step = self.engine.forward_backward(
