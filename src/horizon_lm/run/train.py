@@ -205,7 +205,8 @@ def _run_steps(
             is_best = evaluation is not None and best.add(evaluation)
             if evaluation is not None:
                 reports.evaluation(evaluation)
-            stopped_by = called.stopped_by or best.reason_to_stop
+            if trainer.loop.step < num_steps:
+                stopped_by = called.stopped_by or best.reason_to_stop
             is_last = trainer.loop.step == num_steps or stopped_by is not None
             if is_last and metrics is None:
                 trainer.last = reports.rest(meter.rest())
@@ -221,6 +222,7 @@ def _run_steps(
         called.saved()
         if called.error is not None:
             raise called.fault(saver.secure(trainer.loop.step), folder.path)
+        file.open()  # where no step was left to do, too
         end = finish(best, model, trainer, num_steps, stopped_by, progress.warn)
         for event, values in end.events:
             file.write_event(event, values)
