@@ -128,12 +128,8 @@ ALIASES: dict[str, Alias] = {
     "gradient_clipping": Alias("max_grad_norm"),
     "optimizer": Alias("optim"),
     "resume": Alias("resume_from_checkpoint"),
-    "patience": Alias("early_stopping_patience"),
-    "label_smoothing": Alias("label_smoothing_factor"),
-    "hub_repo_id": Alias("hub_model_id"),
     "push_to_hub_model_id": Alias("hub_model_id"),
     "export_hub_model_id": Alias("hub_model_id"),
-    "hub_private": Alias("hub_private_repo"),
     "save_interval": Alias("save_steps"),
     "save_every": Alias("save_steps"),
     "max_checkpoints": Alias("save_total_limit"),
@@ -149,6 +145,7 @@ DROPPED: dict[str, str] = {
     "pad_to_sequence_len": _PADDED,
     "overwrite_cache": "tokens are kept by content and settings, so that a change is noticed",
     "dataset_kwargs": "the dataset's format is known from its columns",
+    "hf_use_auth_token": "the token is looked for wherever one is needed",
     "hub_strategy": "the model is uploaded once, at the end of the run",
 }
 
