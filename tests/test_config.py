@@ -170,7 +170,10 @@ WRONG: dict[str, list[Any]] = {
     "device": ["gpu", "cuda:", "cuda:x", 0, "cuda:0\n"],
     "max_shard_size": ["5", "0GB", "5 potatoes", 5],
     "init_model": ["llama", [1]],
-    "lr_scheduler_type": ["reduce_lr_on_plateau", "greedy", True],
+    "lr_scheduler_type": ["reduce_lr_on_plateau", "greedy", "one_cycle", True],
+    "label_smoothing_factor": [-0.1, 1.0, True],
+    "early_stopping_patience": [0, 1.5],
+    "hub_model_id": ["a/b/c", ""],
     "lr_scheduler_kwargs": [{"min_lr": 0.1}, "min_lr", {"num_cycles": [1]}],
     "adam_beta2": [1.0, -0.1],
     "seed": [-1, 2**63, 1.0],
@@ -215,6 +218,25 @@ def test_settings_of_data_that_do_not_go_together(values: dict[str, Any], messag
     with pytest.raises(ConfigError, match=message) as caught:
         TrainConfig.from_dict({**BASE, **values})
     assert caught.value.hint and "\n" not in caught.value.message
+
+
+def test_curves_under_other_names_and_those_that_cannot_be() -> None:
+    config = TrainConfig.from_dict(
+        {**BASE, "lr_scheduler_type": "wsd", "lr_scheduler_kwargs": {"num_decay_steps": 3}}
+    )
+    assert config.lr_scheduler_type == "warmup_stable_decay"
+    for name in ("reduce_lr_on_plateau", "greedy"):
+        with pytest.raises(ConfigError, match=f"{name} is not supported: it follows") as caught:
+            TrainConfig.from_dict({**BASE, "lr_scheduler_type": name})
+        assert "lr_scheduler_type=cosine" in str(caught.value.hint)
+    for name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
+        with pytest.raises(ConfigError, match=f"{name} needs either min_lr or min_lr_rate"):
+            TrainConfig.from_dict({**BASE, "lr_scheduler_type": name})
+    with pytest.raises(ConfigError, match="polynomial has no argument 'min_lr'") as caught:
+        TrainConfig.from_dict(
+            {**BASE, "lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"min_lr": 0.1}}
+        )
+    assert caught.value.hint == "polynomial takes lr_end, power"
 
 
 def test_what_goes_together_with_data() -> None:
@@ -326,6 +348,8 @@ def test_errors_carry_message_hint_and_code() -> None:
         "CheckpointError": 5,
         "NonFiniteError": 6,
         "LossSpikeError": 6,
+        "UploadError": 7,
+        "CallbackError": 1,
         "StoppedError": 75,
     }
 
@@ -359,6 +383,7 @@ ALIAS_VALUES: dict[str, tuple[Any, Any]] = {
     "train_on_prompt": (True, "all"),
     "mask_history": (True, "last_assistant"),
     "neat_packing": (True, "bfd"),
+    **{name: ("me/model", "me/model") for name in ("push_to_hub_model_id", "export_hub_model_id")},
     **{
         name: ("a.txt", [DatasetConfig(path="a.txt")])
         for name in ("dataset_path", "eval_dataset", "test_datasets", "val_dataset", "validation_file")

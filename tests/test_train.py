@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 import small_runs
 from horizon_lm import cli
-from horizon_lm.config import TrainConfig
+from horizon_lm.config import SCHEDULER_KWARGS, TrainConfig
 from horizon_lm.data import TokenLoader, load_training_data
 from horizon_lm.engine.engine import Engine
 from horizon_lm.errors import ConfigError, DoesNotFitError, NonFiniteError
@@ -612,8 +612,47 @@ CURVES: list[tuple[str, dict[str, Any]]] = [
     ("constant_with_warmup", {}),
     ("cosine_with_min_lr", {"min_lr": 1e-4}),
     ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
+    ("cosine_with_min_lr", {"min_lr_rate": 0.1, "num_cycles": 0.75}),
+    ("cosine_with_restarts", {}),
+    ("cosine_with_restarts", {"num_cycles": 3}),
+    ("polynomial", {}),
+    ("polynomial", {"lr_end": 1e-5, "power": 2.5}),
+    ("inverse_sqrt", {}),
+    ("inverse_sqrt", {"timescale": 30}),
+    ("cosine_warmup_with_min_lr", {"min_lr": 1e-4}),
+    ("cosine_warmup_with_min_lr", {"min_lr_rate": 0.2, "warmup_lr_rate": 0.05, "num_cycles": 0.4}),
     ("warmup_stable_decay", {"num_decay_steps": 20, "min_lr_ratio": 0.1, "decay_type": "1-sqrt"}),
+    ("warmup_stable_decay", {"num_decay_steps": 30, "num_stable_steps": 40, "warmup_type": "cosine"}),
+    ("warmup_stable_decay", {"num_decay_steps": 30, "decay_type": "linear", "warmup_type": "1-sqrt"}),
+    ("warmup_stable_decay", {"num_decay_steps": 30, "decay_type": "cosine", "num_cycles": 1.5}),
 ]
+
+
+def test_every_curve_and_each_of_its_arguments_is_compared_below() -> None:
+    tried = {name: set().union(*(k for n, k in CURVES if n == name)) for name in dict(CURVES)}
+    assert tried == {name: set(arguments) for name, arguments in SCHEDULER_KWARGS.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "said"),
+    [
+        ("polynomial", {"lr_end": 1.0}, "must be smaller than initial lr"),
+        ("polynomial", {"lr_end": -1e-3}, "the rate of step"),
+        ("inverse_sqrt", {"timescale": -3}, "is refused"),
+        (
+            "warmup_stable_decay",
+            {"num_decay_steps": 30, "num_stable_steps": 10, "min_lr_ratio": -0.5},
+            "the rate of step",
+        ),
+        ("warmup_stable_decay", {"num_decay_steps": 30, "decay_type": "sudden"}, "Unknown decay type"),
+    ],
+)
+def test_rates_that_are_negative_or_no_numbers_anywhere_are_refused(
+    name: str, kwargs: dict[str, Any], said: str
+) -> None:
+    config = settings(Path("text.txt"), Path("run"), lr_scheduler_type=name, lr_scheduler_kwargs=kwargs)
+    with pytest.raises(ConfigError, match=said):
+        learning_rates(config, 100)
 
 
 @pytest.mark.parametrize(("name", "kwargs"), CURVES)

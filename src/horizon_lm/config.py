@@ -26,15 +26,25 @@ from horizon_lm.config_model import ModelSettings as ModelSettings
 SCHEDULER_KWARGS: dict[str, frozenset[str]] = {
     "linear": frozenset(),
     "cosine": frozenset({"num_cycles"}),
+    "cosine_with_restarts": frozenset({"num_cycles"}),
+    "polynomial": frozenset({"lr_end", "power"}),
     "constant": frozenset(),
     "constant_with_warmup": frozenset(),
+    "inverse_sqrt": frozenset({"timescale"}),
     "cosine_with_min_lr": frozenset({"num_cycles", "min_lr", "min_lr_rate"}),
+    "cosine_warmup_with_min_lr": frozenset({"num_cycles", "min_lr", "min_lr_rate", "warmup_lr_rate"}),
     "warmup_stable_decay": frozenset(
         {"num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles"}
     ),
 }
 # Of those, the learning rate or the share of it that a curve ends at.
 _LOWEST_RATES = frozenset({"min_lr", "min_lr_rate", "min_lr_ratio", "lr_end"})
+_CURVE_ALIASES = {"wsd": "warmup_stable_decay"}
+# Curves of transformers that are no function of the step: a resumed run could not go on with the same bits.
+_NO_CURVES = {
+    "reduce_lr_on_plateau": "it follows the evaluations, and a rate here is a function of the step alone",
+    "greedy": "it follows the losses, and a rate here is a function of the step alone",
+}
 
 
 class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
@@ -93,16 +103,26 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
     )
     learning_rate: float = setting(1e-5, "Peak learning rate.", group="Batch and schedule", ge=0)
     lr_scheduler_type: Literal[
-        "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_min_lr", "warmup_stable_decay"
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
+        "warmup_stable_decay",
     ] = setting(
         "cosine",
-        "Curve of the learning rate, as transformers' get_scheduler names it.",
+        "Curve of the learning rate, as transformers' get_scheduler names it; wsd is warmup_stable_decay.",
         group="Batch and schedule",
     )
     lr_scheduler_kwargs: dict[str, Any] = setting(
         {},
-        "Arguments of the curve: min_lr or min_lr_rate for cosine_with_min_lr, num_decay_steps for "
-        "warmup_stable_decay.",
+        "Arguments of the curve: min_lr or min_lr_rate for cosine_with_min_lr and cosine_warmup_with_min_lr, "
+        "num_decay_steps for warmup_stable_decay, lr_end and power for polynomial, num_cycles for "
+        "cosine_with_restarts, timescale for inverse_sqrt.",
         group="Batch and schedule",
         expects="a mapping",
     )
@@ -159,6 +179,21 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         expects="a size such as 5GB or 500MB",
         pattern=r"^[0-9]{0,6}[1-9][0-9]{0,6}(KB|MB|GB|TB)$",
     )
+    push_to_hub: bool = setting(
+        False,
+        "Upload the finished model to the Hugging Face Hub, with the token of HF_TOKEN or `hf auth login`.",
+        group="Output",
+    )
+    hub_model_id: str | None = setting(
+        None,
+        "The repository to upload to; a name alone is under your account, null is the name of output_dir.",
+        group="Output",
+        expects="NAME or OWNER/NAME, or null",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$",
+    )
+    hub_private_repo: bool = setting(
+        True, "Whether a repository that is created for push_to_hub is private.", group="Output"
+    )
     sample_prompt: str | None = setting(
         None, "Text to complete at the end of the run; null picks a piece of the data.", group="Output"
     )
@@ -175,6 +210,17 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         if value in (None, "none", ["none"]):  # transformers' way to say so
             return []
         return [value] if isinstance(value, str) else value
+
+    @field_validator("lr_scheduler_type", mode="before")
+    @classmethod
+    def _name_curve(cls, value: Any) -> Any:
+        if isinstance(value, str) and value in _NO_CURVES:
+            raise fault(
+                f"lr_scheduler_type: {value} is not supported: {_NO_CURVES[value]}",
+                key="lr_scheduler_type",
+                hint="lr_scheduler_type=cosine, or lr_scheduler_type=warmup_stable_decay",
+            )
+        return _CURVE_ALIASES.get(value, value) if isinstance(value, str) else value
 
     @field_validator("max_steps")
     @classmethod
@@ -197,7 +243,21 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         yield from self._data_faults()
         if self.streaming:
             yield from self._streaming_faults()
+        yield from self._best_faults()
         yield from self._fault_policy_faults()
+
+    def _best_faults(self) -> Iterator[PydanticCustomError]:
+        wants = {
+            "load_best_model_at_end": self.load_best_model_at_end,
+            "early_stopping_patience": self.early_stopping_patience,
+        }
+        for key, value in wants.items():
+            if value and self.eval_strategy == "no":
+                yield fault(
+                    f"{key} is {str(value).lower()}, but eval_strategy is no",
+                    key=key,
+                    hint="eval_strategy: steps (with eval_steps), or eval_strategy: epoch",
+                )
 
     def _fault_policy_faults(self) -> Iterator[PydanticCustomError]:
         if self.loss_spike == "skip" and self.update_mode == "eager":
@@ -301,9 +361,9 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
                     key="lr_scheduler_kwargs",
                     hint=f"{name} takes {known}",
                 )
-        if name == "cosine_with_min_lr" and ("min_lr" in given) == ("min_lr_rate" in given):
+        if "min_lr" in SCHEDULER_KWARGS[name] and ("min_lr" in given) == ("min_lr_rate" in given):
             yield fault(
-                "cosine_with_min_lr needs either min_lr or min_lr_rate",
+                f"{name} needs either min_lr or min_lr_rate",
                 key="lr_scheduler_type",
                 hint="for example lr_scheduler_kwargs.min_lr_rate=0.1",
             )

@@ -129,6 +129,8 @@ ALIASES: dict[str, Alias] = {
     "gradient_clipping": Alias("max_grad_norm"),
     "optimizer": Alias("optim"),
     "resume": Alias("resume_from_checkpoint"),
+    "push_to_hub_model_id": Alias("hub_model_id"),
+    "export_hub_model_id": Alias("hub_model_id"),
     "save_interval": Alias("save_steps"),
     "save_every": Alias("save_steps"),
     "max_checkpoints": Alias("save_total_limit"),
@@ -158,11 +160,18 @@ DROPPED: dict[str, str] = {
     "pad_to_sequence_len": _PADDED,
     "overwrite_cache": "tokens are kept by content and settings, so that a change is noticed",
     "dataset_kwargs": "the dataset's format is known from its columns",
+    "hf_use_auth_token": "the token is looked for wherever one is needed",
+    "hub_strategy": "the model is uploaded once, at the end of the run",
 }
 
 # Settings that people bring from elsewhere and that have no counterpart: the hint of the unknown-key error.
 _WHOLE = "leave the key out: all parameters are trained, in full precision"
 _METHOD = "leave the key out: supervised tuning or pretraining follows from the columns of the data"
+_TOKEN = "leave the key out: the token comes from HF_TOKEN or 'hf auth login', never from a configuration"
+_MIN_LR = (
+    "leave the key out and write 'lr_scheduler_type: cosine_with_min_lr' and "
+    "'lr_scheduler_kwargs: {min_lr_rate: ...}'"
+)
 _HOST = "leave the key out: weights and optimizer state are in host memory already"
 _EPOCH_PARTS = "leave the key out and write eval_strategy, eval_steps, save_strategy and save_steps"
 UNAVAILABLE: dict[str, str] = {
@@ -213,6 +222,13 @@ UNAVAILABLE: dict[str, str] = {
     "dataset_train_split": "leave the key out and write 'datasets: [{path: ..., split: ...}]'",
     "dataset_config": "leave the key out and write 'datasets: [{path: ..., name: ...}]'",
     "dataset_format": "leave the key out and write 'datasets: [{path: ..., format: ...}]'",
+    "hub_token": _TOKEN,
+    "push_to_hub_token": _TOKEN,
+    "hf_hub_token": _TOKEN,
+    "push_to_hub_organization": "leave the key out and write 'hub_model_id: OWNER/NAME'",
+    "cosine_min_lr_ratio": _MIN_LR,
+    "min_lr_rate": _MIN_LR,
+    "min_lr": _MIN_LR,
     "padding_free": "leave the key out: 'packing: true' has no padding",
 }
 

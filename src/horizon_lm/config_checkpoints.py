@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import field_validator
 
 from horizon_lm.config_base import Settings, setting
 
@@ -104,3 +106,39 @@ class CheckpointSettings(Settings):
         group=_GROUP,
         ge=0,
     )
+    load_best_model_at_end: bool = setting(
+        False,
+        "Export the model of the best evaluation. Each new best is saved as a checkpoint, which is kept in "
+        "addition to save_total_limit; save_strategy need not fit.",
+        group="Evaluation",
+    )
+    metric_for_best_model: Literal["eval_loss", "eval_perplexity"] = setting(
+        "eval_loss",
+        "What the best evaluation is measured by, for load_best_model_at_end and early_stopping_patience.",
+        group="Evaluation",
+    )
+    greater_is_better: bool | None = setting(
+        None,
+        "Whether more of that metric is better; null means less is, for loss and perplexity alike.",
+        group="Evaluation",
+    )
+    early_stopping_patience: int | None = setting(
+        None,
+        "End the run after this many evaluations in a row that are not better; null never does.",
+        group="Evaluation",
+        unit="evaluations",
+        ge=1,
+    )
+    early_stopping_threshold: float = setting(
+        0.0,
+        "How much better than the best an evaluation must be to count for early_stopping_patience.",
+        group="Evaluation",
+        ge=0,
+    )
+
+    @field_validator("metric_for_best_model", mode="before")
+    @classmethod
+    def _name_metric(cls, value: Any) -> Any:
+        """transformers allows the names without their prefix, and null for the loss."""
+        names = {None: "eval_loss", "loss": "eval_loss", "perplexity": "eval_perplexity"}
+        return names.get(value, value) if value is None or isinstance(value, str) else value

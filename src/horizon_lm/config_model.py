@@ -70,6 +70,14 @@ class ModelSettings(Settings):
         unit="tokens",
         expects="a whole number >= 1, or auto",
     )
+    label_smoothing_factor: float = setting(
+        0.0,
+        "Label smoothing of the training loss: this share of it is the mean of -log p over the vocabulary, "
+        "as with transformers' LabelSmoother. Evaluation stays without it.",
+        group="Optimizer",
+        ge=0,
+        lt=1,
+    )
     optim: Literal["adamw", "adam", "sgd", "lion"] = setting(
         "adamw",
         "The update rule: decoupled (adamw, lion) or added weight decay (adam, sgd).",

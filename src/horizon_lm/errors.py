@@ -1,9 +1,9 @@
 """Errors that a user can act on.
 
 Each carries what happened (`message`), the way out (`hint`) and the exit code with which the command line
-ends (2 configuration or usage, 3 does not fit, 4 data, 5 checkpoint, 6 non-finite numbers; 75 and 130 for
-runs that were stopped from outside and saved). Mistakes of our
-own are `assert`s, not these.
+ends (2 configuration or usage, 3 does not fit, 4 data, 5 checkpoint, 6 non-finite numbers, 7 trained and
+saved but not uploaded; 75 and 130 for runs that were stopped from outside and saved). Mistakes of our own are
+`assert`s, not these.
 """
 
 from __future__ import annotations
@@ -72,6 +72,16 @@ class NonFiniteError(HorizonError):
 
 class LossSpikeError(NonFiniteError):
     """A loss far above those before it, with a policy that does not let it pass."""
+
+
+class UploadError(HorizonError):
+    """The trained model is saved, and uploading it failed; the hint says how to do that later."""
+
+    exit_code = 7
+
+
+class CallbackError(HorizonError):
+    """A callback raised an exception (`__cause__`); the message says where the run can be resumed."""
 
 
 class StoppedError(HorizonError):

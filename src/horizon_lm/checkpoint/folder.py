@@ -106,8 +106,16 @@ def sweep(run: Path, disk: Disk) -> None:
             disk.remove(path)
 
 
-def prune(run: Path, disk: Disk, *, keep_last: int | None, keep_every: int | None) -> list[Path]:
-    """Remove all but the `keep_last` latest and those whose step is a multiple of `keep_every`.
+def prune(
+    run: Path,
+    disk: Disk,
+    *,
+    keep_last: int | None,
+    keep_every: int | None,
+    keep: frozenset[str] = frozenset(),
+) -> list[Path]:
+    """Remove all but the `keep_last` latest, those whose step is a multiple of `keep_every`, and those named
+    in `keep`.
 
     What is no valid checkpoint is left alone: somebody may want to look at it.
     """
@@ -115,6 +123,8 @@ def prune(run: Path, disk: Disk, *, keep_last: int | None, keep_every: int | Non
     gone = []
     for checkpoint in found[keep_last:] if keep_last is not None else []:
         if keep_every is not None and checkpoint.manifest.step % keep_every == 0:
+            continue
+        if checkpoint.path.name in keep:
             continue
         doomed = run / f".del-{checkpoint.path.name}"
         try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,11 +51,13 @@ class CheckpointWriter:
         disk: Disk,
         keep_last: int | None = None,
         keep_every: int | None = None,
+        keep: frozenset[str] = frozenset(),
     ) -> None:
-        """content: the manifest but for its files. small_files: configuration, tokenizer."""
+        """content: the manifest but for its files. small_files: configuration, tokenizer. keep_last,
+        keep_every, keep: see `folder.prune`."""
         self._run, self._store, self._content, self._disk = run, store, content, disk
         self._small_files, self._buffers = small_files, list(buffers)
-        self._keep_last, self._keep_every = keep_last, keep_every
+        self._prune = partial(folder.prune, keep_last=keep_last, keep_every=keep_every, keep=keep)
         self._target = folder.free_name(run, content.step, content.serial)
         self._staging = run / f".tmp-{self._target.name}"
         self._files: dict[str, tuple[int, str]] = {}
@@ -79,9 +82,7 @@ class CheckpointWriter:
             if self._wanted():
                 self._commit()
             if self._wanted():
-                pruned = folder.prune(
-                    self._run, self._disk, keep_last=self._keep_last, keep_every=self._keep_every
-                )
+                pruned = self._prune(self._run, self._disk)
         except OSError as error:
             self._fail(error)
         done = self._error is None and not self._abandoned

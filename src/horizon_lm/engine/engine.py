@@ -100,7 +100,9 @@ class Engine(OpFunctions):
             step.update = self._pending
         step.metrics = [{} for _ in micro_batches]
         if loss_fn is None:
-            step.head_losses = [cross_entropy(step.num_tokens, self.policies.loss_chunk)] * len(micro_batches)
+            smoothing = self.policies.settings.label_smoothing_factor
+            head_loss = cross_entropy(step.num_tokens, self.policies.loss_chunk, smoothing)
+            step.head_losses = [head_loss] * len(micro_batches)
         else:
             step.head_losses = [
                 custom(loss_fn, batch, self.policies.loss_chunk, metrics)

@@ -49,8 +49,12 @@ def _chunks(
             yield place, hidden[place].detach(), wanted.to(hidden.device, non_blocking=True)
 
 
-def cross_entropy(num_tokens: int, chunk: int) -> HeadLoss:
-    """The mean cross-entropy over the `num_tokens` targets of the whole step."""
+def cross_entropy(num_tokens: int, chunk: int, label_smoothing: float = 0.0) -> HeadLoss:
+    """The mean cross-entropy over the `num_tokens` targets of the whole step.
+
+    label_smoothing: epsilon. The loss of a target is (1 - epsilon) times its own -log p, and epsilon times
+    the mean of -log p over the vocabulary: transformers' LabelSmoother, computed in fp32.
+    """
 
     def head_loss(
         skeleton: Skeleton, hidden: torch.Tensor, targets: torch.Tensor
@@ -62,7 +66,14 @@ def cross_entropy(num_tokens: int, chunk: int) -> HeadLoss:
         gradient = torch.zeros_like(flat)
         for place, piece, wanted in _chunks(flat, targets.flatten(), chunk):
             logits = run_head(skeleton, piece.requires_grad_()).float()
-            loss = F.cross_entropy(logits, wanted, ignore_index=IGNORE_INDEX, reduction="sum") / divisor
+            loss = F.cross_entropy(
+                logits,
+                wanted,
+                ignore_index=IGNORE_INDEX,
+                reduction="sum",
+                label_smoothing=label_smoothing,
+            )
+            loss = loss / divisor
             loss.backward()
             total += loss.detach()
             assert piece.grad is not None

@@ -52,7 +52,7 @@ class Outline:
                     pass
         self.units: tuple[UnitLayout, ...] = self.skeleton.units
         self._kinds, self.kind_of = _kinds_of_layers(self.skeleton)
-        self._measured: dict[tuple[int, int, int], Measures] = {}
+        self._measured: dict[tuple[int, int, int, bool], Measures] = {}
 
     @property
     def num_layers(self) -> int:
@@ -96,12 +96,19 @@ class Outline:
         other.kind_of = [self.kind_of[i % self.num_layers] for i in range(count)]
         return other
 
-    def measures(self, batch: int, tokens: int, loss_chunk: int) -> Measures:
+    def measures(self, batch: int, tokens: int, loss_chunk: int, label_smoothing: float = 0.0) -> Measures:
         """What the parts take on a micro-batch; found once for each shape."""
-        key = batch, tokens, loss_chunk
+        key = batch, tokens, loss_chunk, bool(label_smoothing)
         if key not in self._measured:
             try:
-                ends = ends_working_set(self.skeleton, batch, tokens, loss_chunk, mode=self._mode)
+                ends = ends_working_set(
+                    self.skeleton,
+                    batch,
+                    tokens,
+                    loss_chunk,
+                    mode=self._mode,
+                    label_smoothing=label_smoothing,
+                )
                 layers = tuple(
                     layer_working_set(self.skeleton, layer, batch, tokens, mode=self._mode)
                     for layer in self._kinds

@@ -103,7 +103,7 @@ def predict(
 ) -> Prediction:
     """The prediction for steps of `micro_batches` micro-batches [batch, tokens]."""
     policies = Policies.of(settings, outline)
-    measures = outline.measures(batch, tokens, policies.loss_chunk)
+    measures = outline.measures(batch, tokens, policies.loss_chunk, settings.label_smoothing_factor)
     spec = store_spec(settings, outline)
     costs = Costs(outline, measures, policies, policies.step_plan(micro_batches), spec, profile)
     ops, waits = schedule_of(costs.plan)

@@ -6,8 +6,10 @@ tensors; what it allocates and what it computes is counted. Nothing is known of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..engine.activations import backward_layer, forward_layer
 from ..engine.compute import backward_prologue, bound_for_backward, forward_prologue
 from ..engine.gradient import UnitGradient
-from ..engine.loss import cross_entropy
+from ..engine.loss import HeadLoss, cross_entropy
 from ..memory.live import LiveBytes
 from ..memory.slots import UnitWeights
 from ..model.anatomy import tensors_in
@@ -91,6 +93,8 @@ def ends_working_set(
     loss_chunk: int,
     device: torch.device | None = None,
     mode: FakeTensorMode | None = None,
+    *,
+    label_smoothing: float = 0.0,
 ) -> Ends:
     """What prologue and head take. The router's auxiliary loss is left out: its logits are few."""
     with _Metered(device, mode) as metered:
@@ -101,7 +105,8 @@ def ends_working_set(
         backward = Pass(0, Work())
         if any(u.trainable_numel for u in (skeleton.units[0], skeleton.units[skeleton.embedding_unit])):
             backward = _prologue_backward(skeleton, metered, hidden, batch, tokens)
-        loss = _head(skeleton, metered, hidden, loss_chunk)
+        head_loss = partial(cross_entropy, chunk=loss_chunk, label_smoothing=label_smoothing)
+        loss = _head(skeleton, metered, hidden, loss_chunk, head_loss)
     return Ends(sum(shared.values()), forward, backward, loss)
 
 
@@ -181,14 +186,20 @@ def _prologue_backward(
     return Pass(metered.live.peak - before, metered.meter.take())
 
 
-def _head(skeleton: Skeleton, metered: _Metered, hidden: torch.Tensor, loss_chunk: int) -> Pass:
+def _head(
+    skeleton: Skeleton,
+    metered: _Metered,
+    hidden: torch.Tensor,
+    loss_chunk: int,
+    head_loss: Callable[[int], HeadLoss],
+) -> Pass:
     """Chunks of the loss are alike, so two are run and the others are counted as the second."""
     rows = hidden.shape[0] * hidden.shape[1]
-    one = _head_on(skeleton, metered, hidden, min(rows, loss_chunk), loss_chunk)
+    one = _head_on(skeleton, metered, hidden, min(rows, loss_chunk), head_loss)
     chunks = -(-rows // loss_chunk)
     if chunks == 1:
         return one
-    two = _head_on(skeleton, metered, hidden, min(rows, 2 * loss_chunk), loss_chunk)
+    two = _head_on(skeleton, metered, hidden, min(rows, 2 * loss_chunk), head_loss)
     work = Work(one.work)
     for kernel, count in two.work.items():
         work[kernel] += (count - one.work[kernel]) * (chunks - 1)
@@ -197,7 +208,13 @@ def _head(skeleton: Skeleton, metered: _Metered, hidden: torch.Tensor, loss_chun
     return Pass(max(one.bytes, two.bytes) + rest, Work({k: n for k, n in work.items() if n > 0}))
 
 
-def _head_on(skeleton: Skeleton, metered: _Metered, like: torch.Tensor, rows: int, loss_chunk: int) -> Pass:
+def _head_on(
+    skeleton: Skeleton,
+    metered: _Metered,
+    like: torch.Tensor,
+    rows: int,
+    head_loss: Callable[[int], HeadLoss],
+) -> Pass:
     head = skeleton.head
     weights = metered.weights(skeleton, head)
     gradient = metered.gradient(skeleton, head) if skeleton.units[head].trainable_numel else None
@@ -206,5 +223,5 @@ def _head_on(skeleton: Skeleton, metered: _Metered, like: torch.Tensor, rows: in
     metered.meter.take()
     before = metered.live.restart()
     with torch.enable_grad(), bound_for_backward(skeleton, head, weights, gradient):
-        cross_entropy(rows, loss_chunk)(skeleton, hidden, targets)
+        head_loss(rows)(skeleton, hidden, targets)
     return Pass(metered.live.peak - before, metered.meter.take())

@@ -24,8 +24,10 @@ from .sample import Sample
 @dataclass(frozen=True)
 class TrainResult:
     """final_loss: of the last line of metrics_path; tail_loss: mean over the last tenth of its lines,
-    as single steps are noisy. eval_loss: at the end, None without anything to evaluate on. num_tokens: real
-    tokens, without padding. seconds: in steps, without loading, evaluation and export.
+    as single steps are noisy. eval_loss: of the exported model, None without anything to evaluate on.
+    num_tokens: real tokens, without padding. seconds: in steps, without loading, evaluation and export.
+    exported_step: the step whose model is exported; with load_best_model_at_end that of the best evaluation.
+    stopped_by: what ended the run before its last step, in words; None for a run that was not stopped.
 
     model_dir holds the trained model and its tokenizer in Hugging Face format.
     """
@@ -39,6 +41,8 @@ class TrainResult:
     output_dir: Path
     model_dir: Path
     metrics_path: Path
+    exported_step: int
+    stopped_by: str | None = None
 
 
 def about_data(data: TrainingData) -> str:
@@ -139,6 +143,13 @@ def tail_loss(metrics: Path) -> float:
     return mean_of_tail(read_steps(metrics))
 
 
+def eval_loss(metrics: Path, step: int) -> float | None:
+    """The loss of the latest evaluation after `step`, else of the latest of all; None without any."""
+    found = read_evaluations(metrics)
+    chosen = [line for line in found if line["step"] == step] or found
+    return chosen[-1]["eval_loss"] if chosen else None
+
+
 def title(config: TrainConfig, model: HostModel, last: Metrics, metrics: Path) -> str:
     name = config.run_name or Path(config.output_dir).name
     what = f"{model.config.model_type}, {model.num_parameters / 1e6:,.1f} M parameters"
@@ -156,11 +167,13 @@ def _quoted(title: str, text: str) -> str:
     return "\n".join([title, *(f"  | {line}" for line in text.splitlines() or [""])])
 
 
-def summary(config: TrainConfig, folder: RunFolder, result: TrainResult) -> str:
+def summary(config: TrainConfig, folder: RunFolder, result: TrainResult, remarks: Sequence[str] = ()) -> str:
+    """remarks: on how the run ended."""
     speed = result.num_tokens / result.seconds
     lines = [
         f"trained {result.num_steps:,} steps on {result.num_tokens:,} tokens in {clock(result.seconds)} "
         f"({speed:,.0f} tokens/s), loss {number(result.tail_loss)} (mean of the last tenth)",
+        *remarks,
         *([f"evaluation loss {number(result.eval_loss)}"] if result.eval_loss is not None else []),
         f"  model       {folder.model}",
         f"  metrics     {folder.metrics}",

@@ -80,12 +80,13 @@ class Evaluator:
     def run(self, step: int) -> Evaluation:
         return evaluate(self._model, self._rows, micro_batch_size=self._batch, pad_id=self._pad_id, step=step)
 
-    def after(self, step: int, epoch: float) -> Evaluation | None:
-        """The evaluation that is due after a step, if one is."""
+    def after(self, step: int, epoch: float, *, is_last: bool = False) -> Evaluation | None:
+        """The evaluation that is due after a step, if one is. is_last: the run ends here, early or not."""
         crossed = int(epoch) > self._epochs_done
         self._epochs_done = int(epoch)
         is_due = (
-            step == self._num_steps
+            is_last
+            or step == self._num_steps
             or self._strategy == "steps"
             and step % self._every == 0
             or self._strategy == "epoch"

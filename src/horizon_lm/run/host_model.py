@@ -225,6 +225,12 @@ class HostModel:
                 f"loss_fn is a {type(loss_fn).__name__}, not a function",
                 hint="pass a function of (log_probs, batch) that returns a scalar tensor",
             )
+        if loss_fn is not None and self.settings.label_smoothing_factor:
+            raise ConfigError(
+                f"label_smoothing_factor={self.settings.label_smoothing_factor:g} has no effect on a loss_fn "
+                "of your own, which receives the log-probability of each target only",
+                hint="label_smoothing_factor=0",
+            )
         batches = check_micro_batches(micro_batches, self.skeleton, extra=loss_fn is not None)
         self._has_gradients = False
         step = self.engine.forward_backward(

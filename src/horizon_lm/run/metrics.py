@@ -6,6 +6,8 @@
     {"event": "eval", ...}      every evaluation, see `evaluation.Evaluation`
     {"event": "checkpoint", ...}   one that was saved, or why it was not
     {"event": "fault", ...}     a step that was not learned from, or a loss spike, and what was done
+    {"event": "stopped", ...}   a run that ended before num_steps: the step, and by whom
+    {"event": "best", ...}      the evaluation whose model was exported, with load_best_model_at_end
     {"event": "rollback", "step": n}, {"event": "resume", "step": n}
                                 the run goes on after step n: lines of later steps before this one are of
                                 steps that were undone, and `read_steps` passes over them
@@ -113,6 +115,14 @@ class Meter:
         self._skipped += record.skipped
         if record.step % self._every and record.step not in (1, self._num_steps):
             return None
+        return self._line()
+
+    def rest(self) -> Metrics:
+        """The record of the steps since the last one (there are some), for a run that ends early."""
+        return self._line(with_lanes=False)
+
+    def _line(self, *, with_lanes: bool = True) -> Metrics:
+        record = self._window[-1][0]
         window, self._window = self._window, []
         learned = [r for r, _ in window if not r.skipped]
         targets = sum(r.num_tokens for r in learned)
@@ -131,7 +141,9 @@ class Meter:
             skipped_steps=self._skipped,
             host_rss_bytes=psutil.Process().memory_info().rss,
             device_bytes=device_bytes(self._model),
-            lanes=lane_shares(self._model.timeline, record.seconds) if not record.skipped else {},
+            lanes=lane_shares(self._model.timeline, record.seconds)
+            if with_lanes and not record.skipped
+            else {},
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..checkpoint.writer import Outcome
+from .callbacks import Callbacks
 from .evaluation import Evaluation
 from .loggers import Loggers
 from .loop import StepRecord
@@ -13,8 +14,8 @@ from .progress import Progress, size
 class Reports:
     """Nothing is written before the first step is done; evaluations before it wait."""
 
-    def __init__(self, file: MetricsFile, loggers: Loggers, progress: Progress) -> None:
-        self.file, self.loggers, self.progress = file, loggers, progress
+    def __init__(self, file: MetricsFile, loggers: Loggers, progress: Progress, callbacks: Callbacks) -> None:
+        self.file, self.loggers, self.progress, self.callbacks = file, loggers, progress, callbacks
         self._before: list[Evaluation] = []
         self._begun = False
 
@@ -26,12 +27,20 @@ class Reports:
             self.file.write_step(metrics)
         before, self._before = self._before, []
         for evaluation in before:
-            self.evaluation(evaluation)
+            self._show(evaluation)
         if metrics is not None:
             self.loggers.step(metrics)
         if record.note:
             self._fault(record)
         self.progress.step(record, metrics)
+        self.callbacks.step_ended(record, metrics)
+
+    def rest(self, metrics: Metrics) -> Metrics:
+        """Report the steps since the last line, where the run ends before the next one is due."""
+        self.file.write_step(metrics)
+        self.loggers.step(metrics)
+        self.callbacks.logged(metrics)
+        return metrics
 
     def _fault(self, record: StepRecord) -> None:
         back = record.rolled_back_to
@@ -45,14 +54,19 @@ class Reports:
             self.file.write_event("rollback", {"step": back})
 
     def evaluation(self, evaluation: Evaluation) -> None:
-        if not self._begun:
+        if self._begun:
+            self._show(evaluation)
+        else:
             self._before.append(evaluation)
-            return
+        self.callbacks.evaluated(evaluation)
+
+    def _show(self, evaluation: Evaluation) -> None:
         self.file.write_evaluation(evaluation)
         self.loggers.evaluation(evaluation)
         self.progress.evaluation(evaluation)
 
     def checkpoint(self, outcome: Outcome) -> None:
+        self.callbacks.note(outcome)
         values = {"step": outcome.step, "seconds": outcome.seconds, "bytes": outcome.num_bytes}
         if outcome.path is None:
             self.progress.warn(f"no checkpoint of step {outcome.step}: {outcome.error}; the run goes on")

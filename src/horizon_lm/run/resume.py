@@ -40,7 +40,9 @@ FREE = frozenset(
         *("save_keep_every", "save_in_background", "save_on_signal", "save_patience_seconds"),
         *("max_failed_saves", "resume_from_checkpoint", "allow_changed_settings", "deadline_minutes"),
         *("nonfinite", "max_skipped_steps", "loss_spike", "loss_spike_sigmas", "loss_spike_window"),
-        *("max_rollbacks",),
+        *("max_rollbacks", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+        *("early_stopping_patience", "early_stopping_threshold"),
+        *("push_to_hub", "hub_model_id", "hub_private_repo"),
     }
 )
 # Settings that the bytes of a checkpoint depend on: no yes helps.

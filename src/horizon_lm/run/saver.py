@@ -18,6 +18,7 @@ from ..checkpoint.writer import CheckpointWriter, Outcome
 from ..config import TrainConfig
 from ..errors import CheckpointError, DoesNotFitError, HorizonError, StoppedError
 from ..memory.store import predict_bytes
+from .best import Best
 from .host_model import HostModel
 from .loop import StepRecord
 from .progress import size
@@ -32,7 +33,8 @@ class Saver:
     """Saves checkpoints of one run.
 
     state: gives what the manifest keeps of the trainer, as of the last step. small_files: configuration and
-    tokenizer. report: told how each checkpoint ended. parent: the checkpoint that the run began from.
+    tokenizer. report: told how each checkpoint ended. best: names the checkpoint that is kept whatever comes
+    after it. parent: the checkpoint that the run began from.
     """
 
     def __init__(
@@ -46,12 +48,14 @@ class Saver:
         small_files: dict[str, bytes],
         versions: dict[str, str],
         report: Callable[[Outcome], None],
+        best: Best,
         parent: str | None = None,
         disk: Disk | None = None,
     ) -> None:
         self._run, self._model, self._config = run, model, config
         self._state, self._load_state, self._report = state, load_state, report
         self._small_files, self._versions, self._parent = small_files, versions, parent
+        self._best = best
         self._disk = disk or Disk()
         self._writer: CheckpointWriter | None = None
         self._failed_in_a_row = 0
@@ -85,12 +89,13 @@ class Saver:
 
     # After a step.
 
-    def after(self, record: StepRecord, *, is_last: bool) -> None:
+    def after(self, record: StepRecord, *, is_last: bool, is_best: bool = False) -> None:
         """Save if it is due, and report what has ended meanwhile. Raises DoesNotFitError for the last of too
-        many failures."""
+        many failures. is_best: a best evaluation, which is saved unless the model is exported now anyway."""
         self._step_seconds = max(record.seconds, 0.5 * self._step_seconds)
         self.poll()
-        if record.rolled_back_to is None and self._is_due(record):
+        is_due = record.rolled_back_to is None and self._is_due(record)
+        if is_due or is_best and not is_last:
             self.save(record.step, background=self._config.save_in_background and not is_last)
 
     def _is_due(self, record: StepRecord) -> bool:
@@ -132,6 +137,7 @@ class Saver:
             disk=self._disk,
             keep_last=self._config.save_total_limit,
             keep_every=self._config.save_keep_every,
+            keep=self._best.keep(step),
         )
         self._serial += 1
         self._model.save_state(self._writer, background=background)
@@ -167,6 +173,7 @@ class Saver:
             self.poll()
 
     def _ended(self, outcome: Outcome) -> None:
+        self._best.saved(outcome)
         self._report(outcome)
         self._save_seconds = max(self._save_seconds, outcome.seconds)
         self._saved_step = outcome.step if outcome.path is not None else self._saved_step
@@ -193,6 +200,7 @@ class Saver:
             try:
                 load_checkpoint(checkpoint, self._model)
                 self._load_state(checkpoint.manifest)
+                self._best.restore(checkpoint)
                 return checkpoint.manifest.step
             except CheckpointError as error:
                 rejected.append(checkpoints.Rejected(checkpoint.path, error.message))
@@ -206,25 +214,29 @@ class Saver:
         needed = 2 * self._step_seconds + 1.5 * self._save_seconds + 1.0
         return time.monotonic() + needed >= started + 60 * minutes
 
-    def stop(self, request: StopRequest, step: int) -> StoppedError:
-        """Save, and the error that ends the run."""
+    def secure(self, step: int) -> str | None:
+        """Save, unless that is done or not wanted, and say what there is to resume from; None for nothing."""
         self.finish()
         wanted = self._config.save_on_signal and self._config.save_strategy != "no"
         if wanted and self._saved_step != step:
             self.save(step, background=False)
         found, _ = checkpoints.list_checkpoints(self._run)
+        if not found:
+            return None
+        latest = found[0]
+        lost = step - latest.manifest.step
+        if not lost:
+            return f"saved {latest.path}"
+        return f"the last checkpoint is {latest.path}, {lost} steps before"
+
+    def stop(self, request: StopRequest, step: int) -> StoppedError:
+        """Save, and the error that ends the run."""
+        saved = self.secure(step)
         why = request.signal.name if request.signal is not None else "deadline_minutes"
         code = request.exit_code if request.signal is not None else REQUEUE
         what = f"stopped by {why} after step {step}"
-        if not found:
+        if saved is None:
             raise CheckpointError(f"{what}: there is no checkpoint", hint="nothing is left but the metrics")
-        latest = found[0]
-        lost = step - latest.manifest.step
-        saved = (
-            f"saved {latest.path}"
-            if not lost
-            else f"the last checkpoint is {latest.path}, {lost} steps before"
-        )
         return StoppedError(f"{what}: {saved}", f"horizon resume {self._run}", code)
 
 

@@ -22,17 +22,21 @@ from ..errors import ConfigError, DataError, DoesNotFitError, NonFiniteError
 from ..optim.curves import learning_rates
 from ..plan.smaller import next_smaller
 from . import describe, sample
+from .best import Best
+from .callbacks import Callbacks, CallbackState, check_callbacks
 from .card import model_card
 from .describe import TrainResult
 from .device import resolve_device
+from .ending import RunEnd, finish
 from .evaluation import Evaluator
 from .flops import measure_peak
 from .folder import RunFolder, check_disk, claim
 from .guard import LossGuard
 from .host_model import HostModel
+from .hub import prepare_upload
 from .loggers import Loggers, check_installed
 from .loop import count_steps, recorded_step
-from .metrics import Meter, Metrics, MetricsFile, read_evaluations, versions
+from .metrics import Meter, MetricsFile, versions
 from .planning import settle
 from .plot import plot_loss
 from .progress import Progress, choose_progress, say
@@ -50,16 +54,27 @@ if TYPE_CHECKING:
     from ..plan.run_plan import RunPlan
 
 
-def train(config: ConfigSource = None, *, config_notes: Sequence[str] = (), **settings: Any) -> TrainResult:
+def train(
+    config: ConfigSource = None,
+    *,
+    callbacks: Sequence[Any] = (),
+    config_notes: Sequence[str] = (),
+    **settings: Any,
+) -> TrainResult:
     """Train as `config` says and leave the run in its output_dir.
 
     config: a TrainConfig, the path of a YAML file, or a dict of settings. settings: further ones by name,
-    which win, as in train("run.yaml", max_steps=100). config_notes: remarks on how the settings were read,
-    kept with the metrics. Raises ConfigError, UnsupportedModelError, DataError, DoesNotFitError,
-    CheckpointError, NonFiniteError and, where a signal or the deadline ended it, StoppedError; until the
-    first step is done nothing is written, and an earlier run in output_dir is not touched.
+    which win, as in train("run.yaml", max_steps=100). callbacks: objects with some of the methods
+    on_step_end, on_log, on_evaluate and on_save, each called as method(state, control); see `callbacks`.
+    config_notes: remarks on how the settings were read, kept with the metrics.
+
+    Raises ConfigError, UnsupportedModelError, DataError, DoesNotFitError, CheckpointError, NonFiniteError,
+    CallbackError for an exception in a callback and, where a signal or the deadline ended it, StoppedError;
+    until the first step is done nothing is written, and an earlier run in output_dir is not touched. Raises
+    UploadError where the finished model, which is in output_dir, could not be uploaded.
     """
     started = time.monotonic()
+    check_callbacks(callbacks)
     config, notes = as_train_config(config, settings)
     config_notes = [*config_notes, *notes]
     progress = choose_progress(config.progress)
@@ -70,6 +85,7 @@ def train(config: ConfigSource = None, *, config_notes: Sequence[str] = (), **se
         _memory_faults(config),
     ):
         check_sources(config, folder)
+        hub = prepare_upload(config, progress.warn) if config.push_to_hub else None
         asked = config
         config, plan = settle(config, progress)
         resume = find(asked, folder, progress.warn)
@@ -88,23 +104,25 @@ def train(config: ConfigSource = None, *, config_notes: Sequence[str] = (), **se
             sum(model.store.num_bytes.values()) if _will_save(config, data) else 0,
         )
 
-        last = _run_steps(config, asked, plan, config_notes, folder, data, model, progress, resume, started)
+        end = _run_steps(
+            config, asked, plan, config_notes, folder, data, model, progress, resume, started, callbacks
+        )
+        last = end.last
 
         model.save_pretrained(
             folder.model,
             dtype=config.save_dtype,
             max_shard_size=config.max_shard_size,
-            extra=lambda target: _save_beside(config, data, model, last, target),
+            extra=lambda target: _save_beside(config, data, model, end, target),
         )
         if config.plot_loss:
             plot_loss(
                 folder.metrics, folder.picture, title=describe.title(config, model, last, folder.metrics)
             )
         completion = _sample(config, folder, data, model)
-    evaluations = read_evaluations(folder.metrics)
     result = TrainResult(
         final_loss=last.loss,
-        eval_loss=evaluations[-1]["eval_loss"] if evaluations else None,
+        eval_loss=describe.eval_loss(folder.metrics, end.exported_step),
         tail_loss=describe.tail_loss(folder.metrics),
         num_steps=last.step,
         num_tokens=last.num_tokens,
@@ -112,8 +130,12 @@ def train(config: ConfigSource = None, *, config_notes: Sequence[str] = (), **se
         output_dir=folder.path,
         model_dir=folder.model,
         metrics_path=folder.metrics,
+        exported_step=end.exported_step,
+        stopped_by=end.stopped_by,
     )
-    say(f"\n{completion}\n\n{describe.summary(config, folder, result)}")
+    say(f"\n{completion}\n\n{describe.summary(config, folder, result, end.remarks)}")
+    if hub is not None:
+        say(f"  uploaded    {hub.upload(folder.model)}")
     return result
 
 
@@ -128,19 +150,23 @@ def _run_steps(
     progress: Progress,
     resume: Resume | None,
     started: float,
-) -> Metrics:
-    """Train, evaluate, save, show and record; returns the last metrics. asked: the settings as they were
-    given, which the run's folder keeps, so that a plan for another machine can be made of them; plan: what
-    was chosen."""
+    callbacks: Sequence[Any],
+) -> RunEnd:
+    """Train, evaluate, save, show and record; the model is left as it is to be exported. asked: the settings
+    as they were given, which the run's folder keeps, so that a plan for another machine can be made of them;
+    plan: what was chosen."""
     loader = data.loader
     num_steps = count_steps(config, len(data.rows), loader.rows_per_step)
     peak = _peak(config, model)
     meter = Meter(model, loader, every=config.logging_steps, num_steps=num_steps, peak=peak)
-    trainer = Trainer(model, loader, meter, LossGuard(config))
+    best = Best(config, folder.path, progress.warn)
+    trainer = Trainer(model, loader, meter, LossGuard(config), best)
     files = small_files(model, lambda target: _save_tokenizer(data, target))
     parent = None
     if resume is not None:
-        parent = restore(resume, model, trainer.load_state, files, progress.warn).path
+        checkpoint = restore(resume, model, trainer.load_state, files, progress.warn)
+        best.restore(checkpoint)
+        parent = checkpoint.path
         progress.stage(f"resumed from {parent}, after step {trainer.loop.step}")
     evaluator = _evaluator(config, data, model, num_steps)
     # The folder becomes this run's with the first step that is done; see `claim` for runs without one.
@@ -155,7 +181,8 @@ def _run_steps(
         header=header,
         resumed_at=trainer.loop.step if resume is not None else None,
     )
-    reports = Reports(file, Loggers(config, folder.path), progress)
+    called = Callbacks(callbacks, CallbackState(trainer.loop.step, num_steps, loader.epoch))
+    reports = Reports(file, Loggers(config, folder.path), progress, called)
     saver = Saver(
         folder.path,
         model,
@@ -165,30 +192,51 @@ def _run_steps(
         small_files=files,
         versions=versions(),
         report=reports.checkpoint,
+        best=best,
         parent=str(parent) if parent is not None else None,
     )
-    last = trainer.last
+    rates = learning_rates(config, num_steps)
+    stopped_by = best.reason_to_stop  # of a run that was killed after it had stopped
     where = _say_where(folder, progress)
     with file, reports.loggers, progress, where, saver, _frozen_heap(), watched() as request:
         if evaluator is not None and config.eval_on_start and not trainer.loop.step:
             reports.evaluation(evaluator.run(0))
         progress.start(num_steps)
-        for record in trainer.steps(config, learning_rates(config, num_steps), num_steps, saver.roll_back):
+        for record in trainer.steps(config, rates, num_steps, saver.roll_back) if not stopped_by else ():
             metrics = meter.add(record)
-            last = metrics or last
-            trainer.last = last
+            trainer.last = metrics or trainer.last
             reports.step(record, metrics)
             if record.step == recorded_step(num_steps) and file.has_begun:
                 file.write_timeline(record.step, model.timeline)
-            evaluation = evaluator.after(record.step, record.epoch) if evaluator is not None else None
+            is_last = trainer.loop.step == num_steps or called.stopped_by is not None
+            evaluation = None
+            if evaluator is not None and record.rolled_back_to is None:
+                evaluation = evaluator.after(record.step, record.epoch, is_last=is_last)
+            is_best = evaluation is not None and best.add(evaluation)
             if evaluation is not None:
                 reports.evaluation(evaluation)
-            is_last = trainer.loop.step == num_steps
-            saver.after(record, is_last=is_last)
+            if trainer.loop.step < num_steps:
+                stopped_by = called.stopped_by or best.reason_to_stop
+            is_last = trainer.loop.step == num_steps or stopped_by is not None
+            if is_last and metrics is None:
+                trainer.last = reports.rest(meter.rest())
+            saver.after(record, is_last=is_last, is_best=is_best)
+            called.saved()
+            if called.error is not None:
+                raise called.fault(saver.secure(trainer.loop.step), folder.path)
             if request.signal is not None or not is_last and saver.is_deadline_near(started):
                 raise saver.stop(request, trainer.loop.step)
-    assert last is not None, "a run has at least one step, and the last is recorded"
-    return last
+            if is_last:
+                break
+        saver.finish()
+        called.saved()
+        if called.error is not None:
+            raise called.fault(saver.secure(trainer.loop.step), folder.path)
+        file.open()  # where no step was left to do, too
+        end = finish(best, model, trainer, num_steps, stopped_by, progress.warn)
+        for event, values in end.events:
+            file.write_event(event, values)
+    return end
 
 
 def _evaluator(config: TrainConfig, data: TrainingData, model: HostModel, num_steps: int) -> Evaluator | None:
@@ -208,8 +256,8 @@ def _evaluator(config: TrainConfig, data: TrainingData, model: HostModel, num_st
 def _will_save(config: TrainConfig, data: TrainingData) -> bool:
     """Whether the run is long enough for a checkpoint that is due by its steps."""
     num_steps = count_steps(config, len(data.rows), data.loader.rows_per_step)
-    return config.save_strategy != "no" and (
-        config.save_strategy != "steps" or num_steps >= config.save_steps
+    return config.load_best_model_at_end or (
+        config.save_strategy != "no" and (config.save_strategy != "steps" or num_steps >= config.save_steps)
     )
 
 
@@ -311,15 +359,15 @@ def _save_tokenizer(data: TrainingData, target: Path) -> None:
 
 
 def _save_beside(
-    config: TrainConfig, data: TrainingData, model: HostModel, last: Metrics, target: Path
+    config: TrainConfig, data: TrainingData, model: HostModel, end: RunEnd, target: Path
 ) -> None:
     """What a model folder has beside the model: the tokenizer and a card."""
     _save_tokenizer(data, target)
     card = model_card(
         config.to_dict(),
         model_type=str(model.config.model_type),
-        step=last.step,
-        num_tokens=last.num_tokens,
+        step=end.exported_step,
+        num_tokens=end.exported_tokens,
         versions=versions(),
     )
     (target / "README.md").write_text(card, encoding="utf-8")

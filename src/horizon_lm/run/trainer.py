@@ -9,6 +9,7 @@ from typing import Any
 from ..checkpoint.manifest import Manifest
 from ..config import TrainConfig
 from ..data import Loader
+from .best import Best
 from .guard import LossGuard
 from .host_model import HostModel
 from .loop import LoopState, RollBack, StepRecord, train_steps
@@ -17,11 +18,12 @@ from .resume import loop_state
 
 
 class Trainer:
-    """The loop's place, the loader's, the sums of the metrics and the recent losses. The learning rate is a
+    """The loop's place, the loader's, the sums of the metrics, the recent losses and the best evaluation
+    (which `Best.restore` puts back, as it needs the checkpoint's own folder). The learning rate is a
     function of the step, dropout one of seed, step, layer and micro-batch: neither has a state to keep."""
 
-    def __init__(self, model: HostModel, loader: Loader, meter: Meter, guard: LossGuard) -> None:
-        self.model, self.loader, self.meter, self.guard = model, loader, meter, guard
+    def __init__(self, model: HostModel, loader: Loader, meter: Meter, guard: LossGuard, best: Best) -> None:
+        self.model, self.loader, self.meter, self.guard, self.best = model, loader, meter, guard, best
         self.loop = LoopState()
         self.last: Metrics | None = None
 
@@ -48,6 +50,7 @@ class Trainer:
             "losses": self.guard.state_dict(),
             "kept_in_fp32": self.model.kept_in_fp32,
             "last": finite_or_none(asdict(self.last)) if self.last is not None else None,
+            **({"best": self.best.state_dict()} if self.best.has_state else {}),
         }
 
     def load_state(self, manifest: Manifest) -> None:
