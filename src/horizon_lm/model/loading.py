@@ -146,7 +146,9 @@ def _no_memory(error: Exception) -> DoesNotFitError | None:
 
 
 def fill_store(skeleton: Skeleton, store: HostStore) -> None:
-    """Adopt all parameters, one unit at a time; the model object's own are freed as it goes."""
+    """Adopt all parameters, one unit at a time; the model object's own are freed as it goes.
+
+    Those on `meta` have no values to adopt: a checkpoint will be read into the store."""
     for unit in range(len(store.units)):
         _adopt_unit(skeleton, store, unit)
     return_free_memory()
@@ -154,4 +156,5 @@ def fill_store(skeleton: Skeleton, store: HostStore) -> None:
 
 def _adopt_unit(skeleton: Skeleton, store: HostStore, unit: int) -> None:
     for name, value in skeleton.take(unit):
-        store.adopt(name, value)
+        if not value.is_meta:
+            store.adopt(name, value)
