@@ -152,7 +152,7 @@ def test_evaluations_of_a_run(tuned: Any, chats: Path) -> None:
     losses = [line["eval_loss"] for line in found]
     assert losses[-1] < losses[0] - 2 and tuned.eval_loss == losses[-1]
     events = [json.loads(line)["event"] for line in tuned.metrics_path.read_text().splitlines()]
-    assert events[:3] == ["start", "step", "eval"] and events[-2:] == ["eval", "end"]
+    assert events[:3] == ["start", "step", "eval"] and events[-3:] == ["eval", "checkpoint", "end"]
     # What the exported model gives to transformers is what the run says.
     model = AutoModelForCausalLM.from_pretrained(tuned.model_dir)
     from transformers import AutoTokenizer

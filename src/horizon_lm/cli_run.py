@@ -25,8 +25,8 @@ def resume(settings: SettingsArguments = None) -> None:
     """Go on with a run that was stopped or killed, or make a finished one longer.
 
     RUN is its output_dir (the latest valid checkpoint is taken), or a checkpoint in it. The run keeps its
-    settings; key=value changes them. max_steps=N and num_train_epochs=N make the run longer or shorter; others
-    that alter results need allow_changed_settings=true as well.
+    settings; key=value changes them. max_steps=N and num_train_epochs=N make the run longer or shorter;
+    others that alter results need allow_changed_settings=true as well.
     """
     place, overrides = split_arguments(settings or ())
     if place is None:

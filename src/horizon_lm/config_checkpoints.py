@@ -31,8 +31,8 @@ class CheckpointSettings(Settings):
     )
     save_last: bool | Literal["auto"] = setting(
         "auto",
-        "Save a checkpoint after the last step too, so that horizon resume RUN max_steps=N can train further. "
-        "auto: if the run is long enough for other checkpoints, or if one takes at most 1 GB. "
+        "Save a checkpoint after the last step too, so that horizon resume RUN max_steps=N can train "
+        "further. auto: if the run is long enough for other checkpoints, or if one takes at most 1 GB. "
         "save_strategy: no saves none.",
         group=_GROUP,
         expects="true, false or auto",

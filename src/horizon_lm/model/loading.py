@@ -146,9 +146,7 @@ def _no_memory(error: Exception) -> DoesNotFitError | None:
 
 
 def fill_store(skeleton: Skeleton, store: HostStore) -> None:
-    """Adopt all parameters, one unit at a time; the model object's own are freed as it goes.
-
-    Those on `meta` have no values to adopt: a checkpoint will be read into the store."""
+    """Adopt all parameters, one unit at a time; the model object's own are freed as it goes."""
     for unit in range(len(store.units)):
         _adopt_unit(skeleton, store, unit)
     return_free_memory()
@@ -156,5 +154,4 @@ def fill_store(skeleton: Skeleton, store: HostStore) -> None:
 
 def _adopt_unit(skeleton: Skeleton, store: HostStore, unit: int) -> None:
     for name, value in skeleton.take(unit):
-        if not value.is_meta:
-            store.adopt(name, value)
+        store.adopt(name, value)

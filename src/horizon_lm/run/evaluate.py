@@ -67,7 +67,7 @@ def target_of(place: str | None, overrides: Sequence[str]) -> tuple[Target, list
         if looked.kind != "model" and not (looked.kind == "absent" and may_be_on_hub(str(place))):
             raise no_model(looked, "eval")
         document, notes = config_merge.collect(None, overrides, text_keys(TrainConfig))
-        document.values.setdefault("model_name_or_path", str(place))
+        document.values.setdefault("model_name_or_path", str(looked.model or place))
     _choose_data(document, given)
     config = TrainConfig.from_document(document)
     if config.model_name_or_path is not None and not what:

@@ -21,6 +21,10 @@ from .folder import RunFolder
 
 Kind = Literal["run", "checkpoint", "model", "configuration", "file", "empty", "folder", "absent"]
 
+_NOT_OF_A_NEW_RUN = (
+    *("init_model", "train_tokenizer_vocab_size", "tokenizer_name_or_path", "model_revision"),
+    "resume_from_checkpoint",
+)
 _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name on the Hub
 
 
@@ -29,8 +33,8 @@ class Place:
     """One look at `path`.
 
     checkpoints: those with a sound manifest and files of the right size, latest first; rejected: the others.
-    model: the folder of a complete model, if there is one. step, num_steps: of a run by its metrics, else of a
-    checkpoint. is_finished: all steps of the run are done.
+    model: the folder of a complete model, if there is one. step, num_steps: of a run by its metrics, else of
+    a checkpoint. is_finished: all steps of the run are done.
     """
 
     path: Path
@@ -48,13 +52,13 @@ class Place:
         if self.kind == "run":
             return self._run()
         return {
-            "checkpoint": f"a checkpoint, of step {self.step}",
-            "model": "a model in Hugging Face format, not a run",
-            "configuration": "a configuration file, not the folder of a run or a model",
-            "file": "a file, not a folder",
+            "checkpoint": f"it is a checkpoint of step {self.step:,}",
+            "model": "it is a model in Hugging Face format",
+            "configuration": "it is a configuration file",
+            "file": "it is a file, not a folder",
             "empty": "the folder is empty",
-            "folder": "neither a run (config.resolved.yaml) nor a model (config.json) is in it",
-            "absent": "no such file or folder",
+            "folder": "there is neither a run (config.resolved.yaml) nor a model (config.json) in it",
+            "absent": "it does not exist",
         }[self.kind]
 
     def _run(self) -> str:
@@ -87,8 +91,9 @@ def look(place: str | Path) -> Place:
         if found and step < found[0].manifest.step:  # a run without its metrics
             step = found[0].manifest.step
         return Place(path, "run", tuple(found), tuple(rejected), model, step, num_steps, is_finished)
-    if (path / "config.json").is_file():
-        return Place(path, "model", model=path)
+    for folder in (path, run.model):  # the second: a run's folder of which nothing else was kept
+        if (folder / "config.json").is_file():
+            return Place(path, "model", model=folder)
     return Place(path, "folder" if any(path.iterdir()) else "empty")
 
 
@@ -167,14 +172,17 @@ def _no_checkpoint_hint(place: Place, verb: str) -> str:
         return f"'horizon chat {place.path}' and 'horizon eval {place.path}' take the model as it is"
     if place.kind == "model":
         return f"'horizon chat {place.path}' and 'horizon eval {place.path}' take it as it is"
-    return _elsewhere(place, "a run's output_dir, or a checkpoint in it")
+    return _elsewhere(place, verb, "a run's output_dir, or a checkpoint in it")
 
 
 def new_run(place: Place) -> str:
     """How to train a run's model further without a checkpoint."""
+    settings = RunFolder(place.path).settings
+    written = _values(settings)
+    off = "".join(f" {key}=null" for key in _NOT_OF_A_NEW_RUN if written.get(key) is not None)
     return (
-        f"a new run can begin with its model: horizon train {RunFolder(place.path).settings} "
-        f"model_name_or_path={place.model} output_dir=NEW; save_last=true keeps a checkpoint of the end"
+        f"a new run can begin with its model: horizon train {settings} model_name_or_path={place.model}{off} "
+        "output_dir=NEW; save_last=true keeps a checkpoint of the end"
     )
 
 
@@ -184,20 +192,22 @@ def no_model(place: Place, verb: str) -> HorizonError:
         return ConfigError(
             f"{place.path} holds no model yet: {place.what}",
             hint=f"horizon export {place.path} OUT, then horizon {verb} OUT"
-            + (f"; horizon resume {place.path} finishes the run" if place.kind == "run" else ""),
+            + (f"; or finish the run: horizon resume {place.path}" if place.kind == "run" else ""),
         )
-    hint = _elsewhere(place, "a folder in Hugging Face format, a run's output_dir, or a name on the Hub")
+    hint = _elsewhere(
+        place, verb, "a folder in Hugging Face format, a run's output_dir, or a name on the Hub"
+    )
     if place.kind == "run":
         hint = f"begin again: horizon train {RunFolder(place.path).settings} overwrite_output_dir=true"
     reasons = "; ".join(one.reason for one in place.rejected) if place.kind == "checkpoint" else place.what
     return ConfigError(f"{place.path} holds no model: {reasons}", hint=hint)
 
 
-def _elsewhere(place: Place, wanted: str) -> str:
+def _elsewhere(place: Place, verb: str, wanted: str) -> str:
     if place.kind == "configuration":
         output = _output_dir(place.path)
         if output is not None and output.is_dir():
-            return f"its run is in {output}"
+            return f"horizon {verb} {output}, the folder of its run"
     if place.kind == "absent":
         return f"give {wanted}; looked in {os.getcwd()}"
     return f"give {wanted}"
@@ -205,10 +215,15 @@ def _elsewhere(place: Place, wanted: str) -> str:
 
 def _output_dir(path: Path) -> Path | None:
     """The output_dir of a configuration file."""
+    found = _values(path).get("output_dir")
+    return Path(found).expanduser() if isinstance(found, str) else None
+
+
+def _values(path: Path) -> dict[str, Any]:
+    """What a configuration file says; nothing if it cannot be read."""
     from ..config_yaml import read_file
 
     try:
-        found = read_file(path).values.get("output_dir")
+        return read_file(path).values
     except ConfigError:
-        return None
-    return Path(found).expanduser() if isinstance(found, str) else None
+        return {}

@@ -85,6 +85,8 @@ def find(config: TrainConfig, folder: RunFolder, warn: Callable[[str], None]) ->
         raise error
     found = checkpoints.candidates(place, warn)
     check_settings(config, found[0])
+    if config.max_steps > 0:
+        _check_length(config, found[0], config.max_steps, found[0].manifest.step)
     return Resume(tuple(found), _lies_in(place, folder.path))
 
 
@@ -264,13 +266,8 @@ def about(
 ) -> list[str]:
     """What happens next, in sentences. step: the last that is done. Raises ConfigError for a run that is to
     be shorter than it is already."""
+    _check_length(config, checkpoint, num_steps, step)
     changed = {key: pair for key, pair in changed_settings(config, checkpoint).items() if key in LENGTH}
-    if num_steps < step:
-        key = next(iter(changed), "max_steps")
-        raise ConfigError(
-            f"{key}={getattr(config, key)} makes the run {num_steps:,} steps long, and {step:,} are done",
-            hint=f"max_steps={step + max(1, step // 10)} goes on; an earlier checkpoint can be named instead",
-        )
     first = f"resumed from {checkpoint.path}, after step {step}"
     looked = places.look(folder.path)
     is_own = checkpoint.path.resolve().parent == folder.path.resolve()
@@ -292,3 +289,14 @@ def about(
             f"all {num_steps:,} steps are done: the model is written again; max_steps=N trains further"
         )
     return lines
+
+
+def _check_length(config: TrainConfig, checkpoint: Checkpoint, num_steps: int, step: int) -> None:
+    """Raises ConfigError for a run that is to be shorter than it is already."""
+    if num_steps < step:
+        key = "max_steps" if config.max_steps > 0 else "num_train_epochs"
+        raise ConfigError(
+            f"{key}={getattr(config, key)}: the run would have {num_steps:,} steps, and {checkpoint.path} is "
+            f"after step {step:,}",
+            hint=f"max_steps={step + max(1, step // 10)} trains further; or name an earlier checkpoint",
+        )

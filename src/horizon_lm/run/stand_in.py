@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.reader import read_small
 from ..config import ModelSettings, TrainConfig
@@ -88,4 +90,8 @@ def model_without_source(checkpoint: Checkpoint, config: TrainConfig) -> HostMod
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
     )
+    # Tensors of zeros that take no memory: the model is looked at before it is cut, which runs parts of it.
+    zeros = {n: torch.zeros((), dtype=p.dtype).expand(p.shape) for n, p in hollow.named_parameters()}
+    hollow.load_state_dict(zeros, strict=False, assign=True)
+    hollow.tie_weights()
     return HostModel(hollow, settings)

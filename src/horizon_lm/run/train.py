@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -106,10 +107,11 @@ def train(config: TrainConfig, *, config_notes: Sequence[str] = ()) -> TrainResu
             )
         completion = _sample(config, folder, data, model)
     evaluations = read_evaluations(folder.metrics)
+    tail = describe.tail_loss(folder.metrics)
     result = TrainResult(
         final_loss=last.loss,
         eval_loss=evaluations[-1]["eval_loss"] if evaluations else None,
-        tail_loss=describe.tail_loss(folder.metrics),
+        tail_loss=last.loss if math.isnan(tail) else tail,  # no step is recorded here of a run that was done
         num_steps=last.step,
         num_tokens=last.num_tokens,
         seconds=last.seconds,
