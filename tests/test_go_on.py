@@ -308,7 +308,7 @@ def test_a_run_of_before_with_relative_paths_is_found_again(
     (run / "config.resolved.yaml").write_text(old)
     assert cli.main(["resume", str(run)]) == 0
     check_ends_as(run, project.ref)
-    shutil.rmtree(run / "checkpoint-4")
+    shutil.rmtree(run / "model")
     moved = shutil.move(run, project.home.parent / "alone")  # the control: nothing says any more where it was
     (moved / "config.resolved.yaml").write_text(old)
     assert cli.main(["resume", str(moved)]) == 4
@@ -321,7 +321,8 @@ def test_a_project_and_a_run_may_move(project: Project) -> None:
     home = shutil.move(project.home, project.home.parent / "new home")
     assert cli.main(["resume", str(home / "runs" / "a")]) == 0
     check_ends_as(home / "runs" / "a", project.ref)
-    alone = shutil.move(home / "runs" / "a", home.parent / "alone")
+    (home.parent / "alone").mkdir()
+    alone = Path(shutil.move(home / "runs" / "a", home.parent / "alone"))
     shutil.rmtree(alone / "checkpoint-4")
     shutil.rmtree(alone / "model")
     assert cli.main(["resume", str(alone)]) == 0

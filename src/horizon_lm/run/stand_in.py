@@ -11,7 +11,9 @@ import torch
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.reader import read_small
 from ..config import ModelSettings, TrainConfig
+from ..engine.policies import DTYPES
 from ..errors import CheckpointError, ConfigError, DataError
+from .export_checkpoint import groups_of
 from .hollow import has_own_code, hollow_model
 from .host_model import HostModel
 from .resume import Resume
@@ -71,11 +73,11 @@ def _is_here(name: str, revision: str | None) -> bool:
 
 
 def _is_whole(checkpoint: Checkpoint) -> bool:
-    """Whether configuration and tokenizer of a checkpoint are there and are what was written."""
+    """Whether configuration, tokenizer and buffers of a checkpoint are there and are what was written."""
     files = checkpoint.manifest.files
     try:
         for name in files:
-            if not name.endswith(".safetensors"):
+            if not name.startswith("unit-"):
                 read_small(checkpoint, name)
     except CheckpointError:
         return False
@@ -92,6 +94,8 @@ def model_without_source(checkpoint: Checkpoint, config: TrainConfig) -> HostMod
     )
     # Tensors of zeros that take no memory: the model is looked at before it is cut, which runs parts of it.
     zeros = {n: torch.zeros((), dtype=p.dtype).expand(p.shape) for n, p in hollow.named_parameters()}
-    hollow.load_state_dict(zeros, strict=False, assign=True)
+    # Buffers as they were saved: those of a new model may be equal, and would share their memory for good.
+    buffers = groups_of(checkpoint, DTYPES[config.dtype])[-1].load()
+    hollow.load_state_dict({**zeros, **buffers}, strict=False, assign=True)
     hollow.tie_weights()
     return HostModel(hollow, settings)
