@@ -160,6 +160,35 @@ def test_a_look_at_a_run(places: Path) -> None:
     assert not look(weightless).is_finished and look(weightless).num_steps == 8
 
 
+def test_a_folder_in_place_of_settings_or_of_a_model(
+    places: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = places / "finished"
+    for arguments in (["train", str(run)], ["plan", str(run)], ["config", "validate", str(run)]):
+        assert cli.main(arguments) == 2
+        assert capsys.readouterr().err.splitlines() == [
+            f"error: {run} is a folder, not a configuration file: {FINISHED.format(place=run)}",
+            f"hint: horizon resume {run} trains further; its settings are {run / 'config.resolved.yaml'}",
+        ]
+    assert cli.main(["train", str(places / "model")]) == 2
+    assert f"hint: model_name_or_path={places / 'model'}" in capsys.readouterr().err
+    more = ["datasets=python-stdlib", f"output_dir={places / 'new'}", "device=cpu"]
+    for name, way in (
+        ("finished", f"model_name_or_path={run / 'model'}"),
+        ("interrupted", f"horizon export {places / 'interrupted'} OUT, then model_name_or_path=OUT"),
+        (
+            "interrupted/checkpoint-2",
+            f"{places / 'interrupted' / 'checkpoint-2'} OUT, then model_name_or_path=OUT",
+        ),
+    ):
+        assert cli.main(["train", f"model_name_or_path={places / name}", *more]) == 2
+        error, hint = capsys.readouterr().err.splitlines()
+        assert "is not the folder of a model: " in error and way in hint
+    data = places / "other" / "notes.txt"
+    assert cli.main(["eval", str(data)]) == 2
+    assert f"horizon eval MODEL eval_datasets={data}" in capsys.readouterr().err
+
+
 def test_names_of_the_hub() -> None:
     assert may_be_on_hub("owner/name") and may_be_on_hub("gpt2")
     assert not any(may_be_on_hub(name) for name in ("./name", "a/b/c", "run.yaml", "/tmp", "~/x", ""))

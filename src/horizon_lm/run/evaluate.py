@@ -21,6 +21,7 @@ from ..config import ModelSettings, TrainConfig
 from ..config_base import text_keys
 from ..config_yaml import Document
 from ..data.packing import Rows
+from ..data.sources import SUFFIXES
 from ..data.training_data import load_eval_rows, load_training_data, make_encoder, pad_id, tokenizer_of
 from ..errors import CheckpointError, ConfigError
 from ..model.loading import load_model
@@ -53,6 +54,11 @@ def target_of(place: str | None, overrides: Sequence[str]) -> tuple[Target, list
     looked = look(place) if place is not None else None
     what = ""
     checkpoints: tuple[Checkpoint, ...] = ()
+    if looked is not None and looked.kind == "file" and looked.path.name.lower().endswith(SUFFIXES):
+        raise ConfigError(
+            f"{place} is data, not a model, a run or a configuration",
+            hint=f"horizon eval MODEL eval_datasets={place}",
+        )
     if looked is None or looked.kind in ("configuration", "file"):
         document, notes = config_merge.collect(place, overrides, text_keys(TrainConfig))
     elif looked.kind in ("run", "checkpoint"):

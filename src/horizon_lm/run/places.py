@@ -203,6 +203,30 @@ def no_model(place: Place, verb: str) -> HorizonError:
     return ConfigError(f"{place.path} holds no model: {reasons}", hint=hint)
 
 
+def no_settings(name: str) -> ConfigError:
+    """The error for a folder where a configuration file is wanted."""
+    place = look(name)
+    hint = "give the path of a YAML file, or key=value pairs"
+    if place.kind == "run" and RunFolder(place.path).settings.is_file():
+        hint = (
+            f"horizon resume {place.path} trains further; its settings are {RunFolder(place.path).settings}"
+        )
+    elif place.kind == "model":
+        hint = f"model_name_or_path={place.model}"
+    return ConfigError(f"{name} is a folder, not a configuration file: {place.what}", hint=hint)
+
+
+def check_is_model(key: str, name: str | None) -> None:
+    """Raises ConfigError where a setting for a model names the folder of a run, or a checkpoint."""
+    place = look(name) if name is not None else None
+    if place is None or place.kind not in ("run", "checkpoint"):
+        return
+    hint = f"{key}={place.model}"
+    if place.model is None:
+        hint = f"horizon export {place.path} OUT, then {key}=OUT"
+    raise ConfigError(f"{key}={name!r} is not the folder of a model: {place.what}", hint=hint)
+
+
 def _elsewhere(place: Place, verb: str, wanted: str) -> str:
     if place.kind == "configuration":
         output = _output_dir(place.path)

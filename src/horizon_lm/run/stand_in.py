@@ -16,6 +16,7 @@ from ..errors import CheckpointError, ConfigError, DataError
 from .export_checkpoint import groups_of
 from .hollow import has_own_code, hollow_model
 from .host_model import HostModel
+from .places import check_is_model
 from .resume import Resume
 
 NAMES = ("model_name_or_path", "tokenizer_name_or_path")
@@ -38,11 +39,14 @@ def stand_in(config: TrainConfig, resume: Resume | None) -> tuple[TrainConfig, C
 
     If the folder of the model or of the tokenizer is gone, or a Hub model is not on this machine, the
     checkpoint's own files replace it. Else: the settings as they are, and None.
-    Raises ConfigError for a model that comes with code, which a checkpoint does not hold.
+    Raises ConfigError for a model that comes with code, which a checkpoint does not hold, and for the folder
+    of a run in place of a model's.
     """
+    names = {key: getattr(config, key) for key in NAMES}
+    for key, name in names.items():
+        check_is_model(key, name)
     if resume is None:
         return config, None
-    names = {key: getattr(config, key) for key in NAMES}
     revision = config.model_revision
     gone = [key for key, name in names.items() if name is not None and not _is_here(name, revision)]
     checkpoint = next((one for one in resume.checkpoints if _is_whole(one)), None) if gone else None
