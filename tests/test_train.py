@@ -184,10 +184,10 @@ def test_metrics_are_one_uniform_line_a_step(run: Run) -> None:
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["event"] for line in lines].count("timeline") == 1
     lines = [line for line in lines if line["event"] != "timeline"]
-    assert [line["event"] for line in lines] == ["start", *["step"] * STEPS, "end"]
+    assert [line["event"] for line in lines] == ["start", *["step"] * STEPS, "checkpoint", "end"]
     assert lines[0]["versions"]["torch"] == torch.__version__ and lines[0]["num_steps"] == STEPS
     assert lines[-1]["status"] == "finished"
-    steps = lines[1:-1]
+    steps = lines[1:-2]
     assert all(line.keys() == STEP_KEYS for line in steps)
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
     assert [line["num_tokens"] for line in steps] == [ROWS * LENGTH * s for s in range(1, STEPS + 1)]
@@ -287,10 +287,10 @@ def test_training_goes_on_from_a_folder_on_jsonl(run: Run, tmp_path: Path) -> No
     assert result.num_steps == math.ceil(sequences / 2 / ROWS) == steps[-1]
     assert steps == sorted({1, *range(3, result.num_steps, 3), result.num_steps})
     assert lines[1]["loss"] < math.log(300) - 1  # it began where the first run ended
-    assert lines[-2]["epoch"] == pytest.approx(0.5, abs=ROWS / sequences)
+    assert lines[-3]["epoch"] == pytest.approx(0.5, abs=ROWS / sequences)
     tuned = AutoModelForCausalLM.from_pretrained(result.model_dir, dtype="auto")
     assert tuned.dtype == torch.bfloat16
-    assert result.final_loss == lines[-2]["loss"] and result.num_tokens == lines[-2]["num_tokens"]
+    assert result.final_loss == lines[-3]["loss"] and result.num_tokens == lines[-3]["num_tokens"]
 
 
 # Where a run may be written.
@@ -471,7 +471,7 @@ def test_a_full_disk_at_the_export_leaves_metrics_and_no_half_model(
     monkeypatch.setattr(run_train, "_save_beside", full)
     with pytest.raises(DoesNotFitError, match="No space left"):
         run_train.train(settings(text, tmp_path / "run", max_steps=2))
-    assert entries(tmp_path / "run") == {"config.resolved.yaml", "metrics.jsonl"}
+    assert entries(tmp_path / "run") == {"config.resolved.yaml", "metrics.jsonl", "checkpoint-2"}
 
 
 def test_a_device_that_runs_out_of_memory_ends_with_3(
@@ -571,7 +571,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(
     assert (
         lines[-1]["event"] == "end" and lines[-1]["status"] == "failed" and "in a row" in lines[-1]["error"]
     )
-    assert entries(tmp_path / "run") == {"config.resolved.yaml", "metrics.jsonl"}
+    assert entries(tmp_path / "run") == {"config.resolved.yaml", "metrics.jsonl", "checkpoint-2"}
 
 
 def test_an_infinite_gradient_norm_is_a_skipped_step(
