@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import xxhash
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 import horizon_lm as hz
@@ -22,7 +24,7 @@ from horizon_lm.data.batches import StepSize
 from horizon_lm.errors import ConfigError, DataError
 from horizon_lm.run import loggers
 from horizon_lm.run import train as run_train
-from horizon_lm.run.evaluate import evaluate_model
+from horizon_lm.run.evaluate import evaluate_model, target_of
 from horizon_lm.run.evaluation import Evaluator, evaluate, perplexity
 from horizon_lm.run.flops import count_flops, measure_peak
 from horizon_lm.run.metrics import flops_of, read_evaluations, read_steps
@@ -152,7 +154,7 @@ def test_evaluations_of_a_run(tuned: Any, chats: Path) -> None:
     losses = [line["eval_loss"] for line in found]
     assert losses[-1] < losses[0] - 2 and tuned.eval_loss == losses[-1]
     events = [json.loads(line)["event"] for line in tuned.metrics_path.read_text().splitlines()]
-    assert events[:3] == ["start", "step", "eval"] and events[-2:] == ["eval", "end"]
+    assert events[:3] == ["start", "step", "eval"] and events[-3:] == ["eval", "checkpoint", "end"]
     # What the exported model gives to transformers is what the run says.
     model = AutoModelForCausalLM.from_pretrained(tuned.model_dir)
     from transformers import AutoTokenizer
@@ -219,6 +221,88 @@ def test_eval_of_a_folder_equals_the_run(tuned: Any, chats: Path, capsys: Any) -
     assert found["eval_loss"] == pytest.approx(tuned.eval_loss, abs=1e-5)
     assert cli.main(["eval", *arguments]) == 0
     assert f"loss {tuned.eval_loss:.4f}" in capsys.readouterr().out
+
+
+def asked(capsys: Any, *arguments: object) -> tuple[dict[str, Any], str]:
+    """What `horizon eval --json` answers, and what it says beside it."""
+    assert cli.main(["eval", "--json", *map(str, arguments)]) == 0
+    shown = capsys.readouterr()
+    return json.loads(shown.out), shown.err
+
+
+def test_eval_takes_a_run_a_model_or_settings_alone(
+    tuned: Any, chats: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same model on the same data by five ways to name it, from another directory."""
+    monkeypatch.chdir(tmp_path)
+    run, model, data = tuned.output_dir, tuned.model_dir, f"eval_datasets={chats / 'eval.jsonl'}"
+    by_hand = ["dtype=float32", "device=cpu", "chat_template=plain", "reserve_host_gb=0", data]
+    found = {
+        "run": asked(capsys, run),
+        "run, data": asked(capsys, run, data),
+        "checkpoint": asked(capsys, run / "checkpoint-80"),
+        "model": asked(capsys, model, *by_hand),
+        "settings": asked(capsys, f"model_name_or_path={model}", *by_hand),
+    }
+    for how, (values, said) in found.items():
+        assert values["eval_loss"] == pytest.approx(tuned.eval_loss, abs=1e-5), how
+        assert (values["eval_tokens"], values["eval_sequences"], values["dtype"]) == (25, 2, "float32"), how
+        assert values["data"] == str(chats / "eval.jsonl") and values["model"] in said
+    assert found["run"][0]["model"] == f"{model} (the run is finished, 80 steps)"
+    assert found["checkpoint"][0]["model"] == f"{run / 'checkpoint-80'}, step 80"
+    assert found["model"][0]["model"] == found["settings"][0]["model"] == str(model)
+    other, _ = asked(capsys, run, f"eval_datasets={chats / 'train.jsonl'}")  # the control: other data
+    assert other["eval_tokens"] > 100 and other["data"] == str(chats / "train.jsonl")
+    assert cli.main(["eval", str(run)]) == 0
+    assert (
+        f"loss {tuned.eval_loss:.4f}" in (said := capsys.readouterr().out)
+        and "25 tokens, 2 sequences" in said
+    )
+
+
+def test_eval_of_an_unfinished_run_takes_its_latest_sound_checkpoint(
+    tuned: Any, chats: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run = shutil.copytree(tuned.output_dir, tmp_path / "run")
+    shutil.rmtree(run / "model")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:-1]))
+    values, _ = asked(capsys, run)
+    assert values["model"] == f"{run / 'checkpoint-80'}, step 80 (the run is not finished)"
+    assert values["eval_loss"] == pytest.approx(tuned.eval_loss, abs=1e-5)
+    newest = shutil.copytree(run / "checkpoint-80", run / "checkpoint-81")  # a later one, with a flipped bit
+    manifest = json.loads((newest / "manifest.json").read_text())
+    rest = {key: value for key, value in manifest.items() if key != "manifest_xxh3_128"} | {
+        "serial": 9,
+        "step": 81,
+    }
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()
+    sealed = {**rest, "manifest_xxh3_128": xxhash.xxh3_128_hexdigest(text)}
+    (newest / "manifest.json").write_text(json.dumps(sealed))
+    unit = bytearray((newest / "unit-00001.safetensors").read_bytes())
+    unit[-1] ^= 1
+    (newest / "unit-00001.safetensors").write_bytes(unit)
+    values, said = asked(capsys, run)
+    assert "passed over" in said and "checkpoint-81/unit-00001" in said
+    assert values["model"] == f"{run / 'checkpoint-80'}, step 80"
+
+
+def test_eval_without_anything_to_evaluate_on_says_what_to_set(tuned: Any, chats: Path, capsys: Any) -> None:
+    for arguments in ([str(tuned.model_dir)], [f"model={tuned.model_dir}"]):
+        assert cli.main(["eval", *arguments]) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note")]
+        assert lines == [
+            "error: there is nothing to evaluate on",
+            "hint: eval_datasets=FILE, a folder or a Hub name",
+        ]
+    assert cli.main(["eval", f"eval_datasets={chats / 'eval.jsonl'}"]) == 2
+    assert "no model" in capsys.readouterr().err
+
+
+def test_eval_cuts_to_the_models_length_unless_one_is_asked_for(tuned: Any, chats: Path) -> None:
+    data = [f"eval_datasets={chats / 'eval.jsonl'}"]
+    assert target_of(str(tuned.model_dir), data)[0].config.max_length == 64
+    assert target_of(str(tuned.model_dir), [*data, "max_length=32"])[0].config.max_length == 32
 
 
 def test_eval_needs_a_model_and_something_to_evaluate_on(chats: Path, tmp_path: Path) -> None:

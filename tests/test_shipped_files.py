@@ -13,6 +13,7 @@ from horizon_lm.cli_base import split_arguments
 from horizon_lm.config import DatasetConfig, TrainConfig, load_config
 from horizon_lm.config_aliases import ALIASES, DROPPED, ENTRY_ALIASES, UNAVAILABLE
 from horizon_lm.data.documents import check_exists
+from horizon_lm.run.evaluate import target_of
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -91,8 +92,13 @@ def test_a_command_of_the_pages_is_understood(command: str, monkeypatch: pytest.
     if "--help" in rest:
         return
     file, overrides = split_arguments(rest)
+    if verb == "eval" and file is None:
+        target, _ = target_of(file, overrides)
+        assert target.config.eval_datasets and target.config.model_name_or_path
+        return
     if file is not None and not file.startswith("configs/"):
-        assert file in ("run.yaml", "CONFIG.yaml", "CONFIG")
+        places = ("RUN", "RUN/checkpoint-500", "MODEL") if verb == "eval" else ()
+        assert file in ("run.yaml", "CONFIG.yaml", "CONFIG", *places)
         overrides += [
             f"{key}=X" for key in ("model_name_or_path", "datasets") if key not in " ".join(overrides)
         ]

@@ -46,6 +46,7 @@ LLAMA = {
     "max_position_embeddings": 64,
 }
 RUN_FILES = {"config.resolved.yaml", "metrics.jsonl", "model", "loss.png"}
+LAST = f"checkpoint-{STEPS}"  # the end of a run whose checkpoint is small
 STEP_KEYS = {
     *(
         "event",
@@ -151,7 +152,7 @@ def entries(folder: Path) -> set[str]:
 
 
 def test_a_run_leaves_exactly_its_files_and_says_where(run: Run) -> None:
-    assert entries(run.folder) == RUN_FILES
+    assert entries(run.folder) == RUN_FILES | {LAST}
     for name in RUN_FILES:
         assert str(run.folder / name) in run.printed
     assert (run.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -183,10 +184,10 @@ def test_metrics_are_one_uniform_line_a_step(run: Run) -> None:
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["event"] for line in lines].count("timeline") == 1
     lines = [line for line in lines if line["event"] != "timeline"]
-    assert [line["event"] for line in lines] == ["start", *["step"] * STEPS, "end"]
+    assert [line["event"] for line in lines] == ["start", *["step"] * STEPS, "checkpoint", "end"]
     assert lines[0]["versions"]["torch"] == torch.__version__ and lines[0]["num_steps"] == STEPS
     assert lines[-1]["status"] == "finished"
-    steps = lines[1:-1]
+    steps = lines[1:-2]
     assert all(line.keys() == STEP_KEYS for line in steps)
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
     assert [line["num_tokens"] for line in steps] == [ROWS * LENGTH * s for s in range(1, STEPS + 1)]
@@ -241,7 +242,7 @@ def test_without_a_learning_rate_nothing_is_learned(
     run_train.train(settings(text, tmp_path / "run", learning_rate=0.0, max_steps=3, plot_loss=False))
     for name, value in random_model().state_dict().items():
         assert torch.equal(dict(built[0].named_parameters())[name], value)
-    assert entries(tmp_path / "run") == RUN_FILES - {"loss.png"}
+    assert entries(tmp_path / "run") == RUN_FILES - {"loss.png"} | {"checkpoint-3"}
 
 
 @pytest.mark.parametrize(("dtype", "save_dtype"), [("bfloat16", "float32"), ("float32", "bfloat16")])
@@ -286,10 +287,10 @@ def test_training_goes_on_from_a_folder_on_jsonl(run: Run, tmp_path: Path) -> No
     assert result.num_steps == math.ceil(sequences / 2 / ROWS) == steps[-1]
     assert steps == sorted({1, *range(3, result.num_steps, 3), result.num_steps})
     assert lines[1]["loss"] < math.log(300) - 1  # it began where the first run ended
-    assert lines[-2]["epoch"] == pytest.approx(0.5, abs=ROWS / sequences)
+    assert lines[-3]["epoch"] == pytest.approx(0.5, abs=ROWS / sequences)
     tuned = AutoModelForCausalLM.from_pretrained(result.model_dir, dtype="auto")
     assert tuned.dtype == torch.bfloat16
-    assert result.final_loss == lines[-2]["loss"] and result.num_tokens == lines[-2]["num_tokens"]
+    assert result.final_loss == lines[-3]["loss"] and result.num_tokens == lines[-3]["num_tokens"]
 
 
 # Where a run may be written.
@@ -317,7 +318,7 @@ def test_an_earlier_run_is_kept_unless_it_may_be_replaced(
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
     assert cli.main([*again, "overwrite_output_dir=true"]) == 0
-    assert entries(folder) == RUN_FILES
+    assert entries(folder) == RUN_FILES | {"checkpoint-3"}
     assert len(read_steps(folder / "metrics.jsonl")) == 3
 
 
@@ -346,7 +347,7 @@ def test_a_model_is_not_trained_into_its_own_place(run: Run, text: Path) -> None
     )
     with pytest.raises(ConfigError, match="lies in output_dir"):
         run_train.train(config)
-    assert entries(run.folder) == RUN_FILES
+    assert entries(run.folder) == RUN_FILES | {LAST}
 
 
 # Bad input: the exit code, one clear line with a hint, and nothing written.
@@ -436,7 +437,7 @@ def test_bad_input_ends_with_its_code_and_writes_nothing(
     assert cli.main(["train", str(tmp_path / "run.yaml"), *overrides]) == code
     shown = capsys.readouterr().err
     if code == 0:  # the control: it is not the settings around the fault
-        assert entries(folder) == RUN_FILES
+        assert entries(folder) == RUN_FILES | {"checkpoint-2"}
         return
     assert message in shown and "hint: " in shown and "Traceback" not in shown
     assert len([line for line in shown.splitlines() if line.startswith("error: ")]) == 1
@@ -470,7 +471,7 @@ def test_a_full_disk_at_the_export_leaves_metrics_and_no_half_model(
     monkeypatch.setattr(run_train, "_save_beside", full)
     with pytest.raises(DoesNotFitError, match="No space left"):
         run_train.train(settings(text, tmp_path / "run", max_steps=2))
-    assert entries(tmp_path / "run") == {"config.resolved.yaml", "metrics.jsonl"}
+    assert entries(tmp_path / "run") == {"config.resolved.yaml", "metrics.jsonl", "checkpoint-2"}
 
 
 def test_a_device_that_runs_out_of_memory_ends_with_3(
@@ -570,7 +571,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(
     assert (
         lines[-1]["event"] == "end" and lines[-1]["status"] == "failed" and "in a row" in lines[-1]["error"]
     )
-    assert entries(tmp_path / "run") == {"config.resolved.yaml", "metrics.jsonl"}
+    assert entries(tmp_path / "run") == {"config.resolved.yaml", "metrics.jsonl", "checkpoint-2"}
 
 
 def test_an_infinite_gradient_norm_is_a_skipped_step(

@@ -18,7 +18,7 @@ import typer
 from horizon_lm.cli_base import HELP, PASS_OPTIONS, SettingsArguments, SettingsCommand, load_settings
 from horizon_lm.cli_bench import bench
 from horizon_lm.cli_data import data_app, init
-from horizon_lm.cli_model import chat, evaluate, generate
+from horizon_lm.cli_model import EvalCommand, chat, evaluate, generate
 from horizon_lm.cli_plan import PlanCommand, doctor, plan, report
 from horizon_lm.cli_run import ResumeCommand, export, resume, verify
 from horizon_lm.errors import HorizonError, StoppedError
@@ -86,7 +86,7 @@ app.command("doctor")(doctor)
 app.command("report")(report)
 app.command("bench")(bench)
 app.command("init")(init)
-app.command("eval", cls=SettingsCommand, context_settings=PASS_OPTIONS)(evaluate)
+app.command("eval", cls=EvalCommand, context_settings=PASS_OPTIONS)(evaluate)
 app.command("generate")(generate)
 app.command("chat")(chat)
 app.command("resume", cls=ResumeCommand, context_settings=PASS_OPTIONS)(resume)

@@ -70,7 +70,12 @@ def _with_resume(arguments: Sequence[str]) -> list[str]:
 def load_settings(arguments: Sequence[str] | None) -> tuple[TrainConfig, list[str]]:
     from horizon_lm.config import load_config
 
-    config, notes = load_config(*split_arguments(arguments or ()))
+    place, overrides = split_arguments(arguments or ())
+    if place is not None and os.path.isdir(place):
+        from horizon_lm.run.places import no_settings
+
+        raise no_settings(place)
+    config, notes = load_config(place, overrides)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     return config, notes

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from horizon_lm.cli_base import SettingsArguments, load_settings
+from horizon_lm.cli_base import SettingsArguments, SettingsCommand, split_arguments
 
 Model = Annotated[
     str, typer.Argument(help="A folder in Hugging Face format, a run's output_dir, or a Hub name.")
@@ -22,24 +22,38 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with it.")]
 
 
+class EvalCommand(SettingsCommand):
+    """Something to evaluate, and settings."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return ["[RUN | MODEL | CONFIG.yaml]", "[KEY=VALUE | --KEY VALUE]..."]
+
+
 def evaluate(
     settings: SettingsArguments = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:
     """Print loss and perplexity of a model.
 
+    RUN: its trained model, or its latest checkpoint while it is not finished. MODEL: a folder in Hugging Face
+    format or a Hub name. CONFIG.yaml, or no file: what model_name_or_path names.
+
     On eval_datasets; else on what val_size holds out; else on datasets.
     """
-    config, _ = load_settings(settings)
-    from horizon_lm.run.evaluate import evaluate_model
+    place, overrides = split_arguments(settings or ())
+    from horizon_lm.run.evaluate import evaluate_target, target_of
 
-    found = evaluate_model(config)
+    target, notes = target_of(place, overrides)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    found = evaluate_target(target)
     if as_json:
         print(json.dumps(found))
     else:
         print(
             f"loss {found['eval_loss']:.4f}  perplexity {found['eval_perplexity']:.4f}  "
-            f"({found['eval_tokens']:,} tokens, {found['eval_seconds']:.1f} s)"
+            f"({found['eval_tokens']:,} tokens, {found['eval_sequences']:,} sequences, {found['dtype']}, "
+            f"{found['eval_seconds']:.1f} s)"
         )
 
 
@@ -91,7 +105,8 @@ def chat(
     """
     from horizon_lm.run.generate import Chat, Generator, Sampling
 
-    conversation = Chat(Generator.load(model, device=device, trust_remote_code=trust_remote_code), system)
+    generator = Generator.load(model, device=device, trust_remote_code=trust_remote_code, verb="chat")
+    conversation = Chat(generator, system)
     sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty, seed)
     is_terminal = sys.stdin.isatty()
     while True:

@@ -23,20 +23,33 @@ class ResumeCommand(SettingsCommand):
 
 
 def resume(settings: SettingsArguments = None) -> None:
-    """Go on with a run that was stopped or killed, from its latest valid checkpoint.
+    """Go on with a run that was stopped or killed, or make a finished one longer.
 
-    RUN is its output_dir, or one of the checkpoints in it. Settings are those it began with; key=value
-    changes them, and those that alter results need allow_changed_settings=true as well.
+    RUN is its output_dir (the latest valid checkpoint is taken), or a checkpoint in it. The run keeps its
+    settings; key=value changes them. max_steps=N and num_train_epochs=N make the run longer or shorter;
+    others that alter results need allow_changed_settings=true as well.
     """
     place, overrides = split_arguments(settings or ())
     if place is None:
         raise ConfigError("command line: 'resume' needs a run", "horizon resume RUN, with its output_dir")
-    from horizon_lm.config import load_config
-    from horizon_lm.run.resume import run_of
+    from horizon_lm.run.places import look, new_run
+
+    looked = look(place)
+    if looked.kind == "run" and looked.is_finished and looked.model is not None and not overrides:
+        print(f"{place}: {looked.what}")
+        more = looked.step + max(1, looked.step // 10)
+        if looked.checkpoints:
+            print(f"to train further: horizon resume {place} max_steps={more}")
+        else:
+            print(f"it has no checkpoint to go on from; {new_run(looked)}")
+        return
+    from horizon_lm.config import TrainConfig
+    from horizon_lm.run.run_settings import read_settings, run_of
 
     folder, source = run_of(place)
     own = [f"output_dir={folder}", f"resume_from_checkpoint={source}"]
-    config, notes = load_config(Path(folder) / "config.resolved.yaml", [*overrides, *own])
+    document, notes = read_settings(Path(folder), [*overrides, *own])
+    config = TrainConfig.from_document(document)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     from horizon_lm.run.train import train
@@ -46,21 +59,14 @@ def resume(settings: SettingsArguments = None) -> None:
 
 def verify(checkpoint: RunOrCheckpoint) -> None:
     """Check a checkpoint, or all of a run: checksums, tensor headers, numbers; exit code 5 for a fault."""
-    from horizon_lm.checkpoint.folder import list_checkpoints, open_checkpoint
-    from horizon_lm.checkpoint.manifest import NAME
     from horizon_lm.checkpoint.reader import verify as verify_checkpoint
+    from horizon_lm.run.places import look, no_checkpoint
 
-    place = Path(checkpoint).expanduser()
-    if (place / NAME).exists() or place.name.startswith("checkpoint-"):
-        found, faults = [open_checkpoint(place)], []
-    else:
-        found, rejected = list_checkpoints(place)
-        faults = [one.reason for one in rejected]
-        if not found and not faults:
-            raise CheckpointError(
-                f"{place} holds no checkpoint", hint="name a run's output_dir or a checkpoint"
-            )
-    for one in found:
+    looked = look(checkpoint)
+    faults = [one.reason for one in looked.rejected]
+    if not looked.checkpoints and not faults:
+        raise no_checkpoint(looked, "verify")
+    for one in looked.checkpoints:
         verdict = verify_checkpoint(one)
         state = "sound" if not verdict.faults else count(len(verdict.faults), "fault")
         print(
@@ -95,6 +101,11 @@ def export(
         raise ConfigError(
             f"command line: --max-shard-size is {max_shard_size!r}", "a size such as 5GB or 500MB"
         )
+    from horizon_lm.run.places import look, no_checkpoint
+
+    looked = look(checkpoint)
+    if not looked.checkpoints and not looked.rejected:
+        raise no_checkpoint(looked, "export")
     from horizon_lm.run.export_checkpoint import export_checkpoint
 
     done = export_checkpoint(

@@ -31,6 +31,14 @@ class CheckpointSettings(Settings):
         "Save after the first step as well: shows that saving works before hours are spent.",
         group=_GROUP,
     )
+    save_last: bool | Literal["auto"] = setting(
+        "auto",
+        "Save a checkpoint after the last step too, so that horizon resume RUN max_steps=N can train "
+        "further. auto: if the run is long enough for other checkpoints, or if one takes at most 1 GB. "
+        "save_strategy: no saves none.",
+        group=_GROUP,
+        expects="true, false or auto",
+    )
     save_total_limit: int | None = setting(
         2, "Keep so many of the latest checkpoints; null keeps all.", group=_GROUP, unit="checkpoints", ge=1
     )

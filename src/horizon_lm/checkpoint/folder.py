@@ -42,7 +42,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_symlink():
         raise CheckpointError(f"{path}: is a link", hint="name the folder itself")
     if not path.is_dir():
-        raise CheckpointError(f"{path}: is no folder", hint="name a checkpoint or a run folder")
+        what = "is not a folder" if path.exists() else "no such folder"
+        raise CheckpointError(f"{path}: {what}", hint="name a checkpoint or a run folder")
     found = manifest.read(path)
     for name, (size, _) in found.files.items():
         file = path / name
@@ -53,6 +54,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if file.stat().st_size != size:
             raise CheckpointError(f"{file}: has {file.stat().st_size:,} bytes instead of {size:,}")
     return Checkpoint(path, found)
+
+
+def is_name(name: str) -> bool:
+    """Whether a folder of this name is, or was, a checkpoint."""
+    return bool(_NAME.fullmatch(name))
 
 
 def list_checkpoints(run: Path) -> tuple[list[Checkpoint], list[Rejected]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,7 @@ from ..errors import CheckpointError, ConfigError
 from ..memory.master import join_master
 from .card import model_card
 from .export import Group, Tensors, write_folder, write_model
-
-_NO_WEIGHTS = ("config.json", "generation_config.json")
+from .hollow import CONFIGURATIONS, hollow_model
 
 
 def export_checkpoint(
@@ -56,17 +53,14 @@ def _export(
     checkpoint: Checkpoint, target: Path, dtype: str | None, max_shard_size: str, trust_remote_code: bool
 ) -> None:
     manifest = checkpoint.manifest
-    own = DTYPES[str(manifest.config.get("dtype", "bfloat16"))]
-    wanted = own if dtype is None else DTYPES[dtype]
-    model = _hollow_model(checkpoint, trust_remote_code)
-    wide = frozenset(manifest.state.get("kept_in_fp32", ()))
-    names = [name for name in manifest.files if name.startswith("unit-")] + [BUFFERS]
-    groups = [_group(checkpoint, name, wanted, own, wide) for name in names]
+    wanted = DTYPES[dtype or str(manifest.config.get("dtype", "bfloat16"))]
+    model = hollow_model(checkpoint, trust_remote_code=trust_remote_code)
+    groups = groups_of(checkpoint, wanted)
 
     def write(folder: Path) -> None:
         write_model(model, _aliases(model), groups, folder, wanted, max_shard_size)
         for name in manifest.files:
-            if name not in (*names, *_NO_WEIGHTS):  # the tokenizer and its templates
+            if not name.endswith(".safetensors") and name not in CONFIGURATIONS:  # tokenizer and templates
                 path = folder / name
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(read_small(checkpoint, name))
@@ -83,35 +77,25 @@ def _export(
     write_folder(target, write)
 
 
-def _hollow_model(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    """The model as transformers builds it from the configuration, on `meta`."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+def groups_of(checkpoint: Checkpoint, wanted: torch.dtype) -> list[Group]:
+    """The weights of a checkpoint, one group for each unit, and its buffers."""
+    own = DTYPES[str(checkpoint.manifest.config.get("dtype", "bfloat16"))]
+    wide = frozenset(checkpoint.manifest.state.get("kept_in_fp32", ()))
+    names = [name for name in checkpoint.manifest.files if name.startswith("unit-")] + [BUFFERS]
+    return [_group(checkpoint, name, wanted, own, wide) for name in names]
 
-    with tempfile.TemporaryDirectory(prefix="horizon-") as name:
-        folder = Path(name)
-        for file in _NO_WEIGHTS:
-            if file in checkpoint.manifest.files:
-                (folder / file).write_bytes(read_small(checkpoint, file))
-        if not (folder / "config.json").exists():
-            raise CheckpointError(f"{checkpoint.path / 'config.json'}: is not part of the checkpoint")
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if values.get("auto_map") and not trust_remote_code:
-            raise ConfigError(
-                f"{checkpoint.path}: the model comes with code of its own, which is not run",
-                hint="--trust-remote-code, if you have read it",
-            )
-        try:
-            options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, **options)
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, **options)
-        except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ConfigError(
-                f"{checkpoint.path / 'config.json'} is refused by transformers: {reason}"
-            ) from error
-        if (folder / _NO_WEIGHTS[1]).exists():
-            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+
+def model_of(checkpoint: Checkpoint, *, trust_remote_code: bool, attn_implementation: str) -> Any:
+    """The transformers model of a checkpoint with its weights, as the run computes with them.
+
+    Raises CheckpointError for what is damaged, ConfigError.
+    """
+    model = hollow_model(
+        checkpoint, trust_remote_code=trust_remote_code, attn_implementation=attn_implementation
+    )
+    for group in groups_of(checkpoint, DTYPES[str(checkpoint.manifest.config.get("dtype", "bfloat16"))]):
+        model.load_state_dict(group.load(), strict=False, assign=True)
+    model.tie_weights()
     return model
 
 

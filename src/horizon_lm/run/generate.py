@@ -13,6 +13,7 @@ from ..data.chat import ChatTemplate
 from ..data.tokenizer import load_tokenizer
 from ..errors import ConfigError, DataError
 from .device import resolve_device
+from .places import look, may_be_on_hub, no_model
 from .quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -38,16 +39,21 @@ class Generator:
 
     @classmethod
     def load(
-        cls, source: str | Path, *, device: str | torch.device = "auto", trust_remote_code: bool = False
+        cls,
+        source: str | Path,
+        *,
+        device: str | torch.device = "auto",
+        trust_remote_code: bool = False,
+        verb: str = "generate",
     ) -> Generator:
         """From a Hugging Face folder or name, or a run's folder, which holds one as `model`.
 
         device: "auto" is the GPU where the weights take less than half of what is free there.
-        Raises ConfigError.
+        verb: the command that asks, for errors. Raises ConfigError.
         """
         from transformers import AutoModelForCausalLM
 
-        place = model_folder(source)
+        place = model_folder(source, verb)
         tokenizer = load_tokenizer(str(place), trust_remote_code=trust_remote_code)
         try:
             with quiet_transformers():
@@ -140,18 +146,18 @@ class Chat:
         return answer
 
 
-def model_folder(source: str | Path) -> str | Path:
-    """The folder of the model itself, where `source` is that of a run."""
-    path = Path(source).expanduser()
-    if (path / "model" / "config.json").is_file():
-        return path / "model"
-    if path.exists() or str(source).startswith((".", "/", "~")):
-        if not (path / "config.json").is_file():
-            raise ConfigError(
-                f"{source} holds no model", hint="a folder in Hugging Face format, or a run's output_dir"
-            )
-        return path
-    return source
+def model_folder(source: str | Path, verb: str = "generate") -> str | Path:
+    """The folder of the model itself, where `source` is that of a run; a name on the Hub as it is.
+
+    Raises ConfigError where there is no model, with what is there instead. verb: the command that asks.
+    """
+    looked = look(source)
+    if looked.model is not None:
+        return looked.model
+    name = str(source)
+    if looked.kind == "absent" and not name.startswith((".", "/", "~")) and may_be_on_hub(name):
+        return source
+    raise no_model(looked, verb)
 
 
 def _device_for(model: Any, device: str | torch.device) -> torch.device:

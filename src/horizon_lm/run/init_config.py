@@ -45,7 +45,7 @@ def write_config(model: str, datasets: Sequence[str], output: Path, *, overwrite
         raise ConfigError(f"{output} exists", hint="--overwrite, or -o FILE")
     notes = []
     name = Path(model).name
-    model = str(model_folder(model))
+    model = str(model_folder(model, "init --model"))
     if Path(model).is_dir():  # the file may lie, and be used, elsewhere
         model = os.path.abspath(model)
     values: dict[str, Any] = {"model_name_or_path": model, "output_dir": f"runs/{name}-tuned"}

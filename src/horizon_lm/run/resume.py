@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..checkpoint.reader import load_units, read_small
 from ..checkpoint.writer import BUFFERS
 from ..config import DatasetConfig, TrainConfig
 from ..errors import CheckpointError, ConfigError, DataError
+from . import paths, places
 from .folder import RunFolder
 from .host_model import HostModel
 from .loop import LoopState
@@ -37,7 +38,7 @@ FREE = frozenset(
         *("peak_tflops", "plot_loss", "save_dtype", "max_shard_size", "sample_prompt"),
         *("sample_max_new_tokens", "progress"),
         *("save_strategy", "save_steps", "save_minutes", "save_first_step", "save_total_limit"),
-        *("save_keep_every", "save_in_background", "save_on_signal", "save_patience_seconds"),
+        *("save_last", "save_keep_every", "save_in_background", "save_on_signal", "save_patience_seconds"),
         *("max_failed_saves", "resume_from_checkpoint", "allow_changed_settings", "deadline_minutes"),
         *("nonfinite", "max_skipped_steps", "loss_spike", "loss_spike_sigmas", "loss_spike_window"),
         *("max_rollbacks", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
@@ -47,6 +48,8 @@ FREE = frozenset(
 )
 # Settings that the bytes of a checkpoint depend on: no yes helps.
 FIXED = frozenset({"dtype", "moment_dtype", "optim", "init_model"})
+# How long the run is: changed on purpose or not at all, so no yes is asked for; it is said what it does.
+LENGTH = frozenset({"max_steps", "num_train_epochs"})
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,16 @@ def find(config: TrainConfig, folder: RunFolder, warn: Callable[[str], None]) ->
         found, rejected = checkpoints.list_checkpoints(place)
         if not found and not rejected:
             return None
-    elif source == LATEST and not place.is_dir():
-        raise CheckpointError(
-            f"{place} holds no checkpoint", hint="resume_from_checkpoint=auto starts a new run"
-        )
+    looked = places.look(place)
+    if not looked.checkpoints and not looked.rejected:
+        error = places.no_checkpoint(looked, "resume")
+        if source == LATEST:
+            error.hint = f"{error.hint}; resume_from_checkpoint=auto starts a new run where there is none"
+        raise error
     found = checkpoints.candidates(place, warn)
-    check_settings(config, found[0].manifest.config)
+    check_settings(config, found[0])
+    if config.max_steps > 0:
+        _check_length(config, found[0], config.max_steps, found[0].manifest.step)
     return Resume(tuple(found), _lies_in(place, folder.path))
 
 
@@ -89,11 +96,9 @@ def _lies_in(place: Path, run: Path) -> bool:
     return place.resolve() in (run.resolve(), *(p.resolve() for p in run.glob("checkpoint-*")))
 
 
-def check_settings(config: TrainConfig, then: dict[str, Any]) -> None:
+def check_settings(config: TrainConfig, checkpoint: Checkpoint) -> None:
     """Raises ConfigError, naming them, for settings that alter results and are not what they were."""
-    now = config.to_dict()
-    then = {**then, **{key: _whole(then[key]) for key in ("datasets", "eval_datasets") if key in then}}
-    changed = {key: (then[key], now[key]) for key in now if key in then and then[key] != now[key]}
+    changed = changed_settings(config, checkpoint)
     for title, keys, hint in (
         (
             "cannot be changed in a run",
@@ -102,11 +107,11 @@ def check_settings(config: TrainConfig, then: dict[str, Any]) -> None:
         ),
         (
             "alter the results of the run that is resumed",
-            now.keys() - FREE - FIXED,
+            changed.keys() - FREE - FIXED - LENGTH,
             "allow_changed_settings=true resumes with the new values",
         ),
     ):
-        named = [key for key in now if key in changed and key in keys]
+        named = [key for key in changed if key in keys]
         if named and not (config.allow_changed_settings and keys != FIXED):
             parts = [f"{key} was {_short(changed[key][0])}, is {_short(changed[key][1])}" for key in named]
             raise ConfigError(f"settings that {title}: {'; '.join(parts)}", hint=hint)
@@ -120,6 +125,60 @@ def _whole(entries: Any) -> Any:
     return [{**defaults, **entry} if isinstance(entry, dict) else entry for entry in entries]
 
 
+def changed_settings(config: TrainConfig, checkpoint: Checkpoint) -> dict[str, tuple[Any, Any]]:
+    """Setting -> (value then, value now), where they differ. A setting that is newer than the checkpoint has
+    no value then. Files whose content is compared later may be at another path."""
+    then, now = checkpoint.manifest.config, config.to_dict()
+    then = {**then, **{key: _whole(then[key]) for key in ("datasets", "eval_datasets") if key in then}}
+    changed = {key: (then[key], now[key]) for key in now if key in then and then[key] != now[key]}
+    return {key: pair for key, pair in changed.items() if not _is_other_path(key, *pair, checkpoint, config)}
+
+
+def _is_other_path(key: str, then: Any, now: Any, checkpoint: Checkpoint, config: TrainConfig) -> bool:
+    """Whether only the path of the same thing differs, or of one that is known by its content: tokens and
+    their marks by their fingerprint, a tokenizer by its file, a model by its configuration."""
+    if key == "datasets":
+        if len(then) != len(now):
+            return False
+        pairs = list(zip(then, now, strict=True))
+        same = all(old[k] == new[k] for old, new in pairs for k in new if k in old and k != "path")
+        moved = [(old["path"], new["path"]) for old, new in pairs]
+        return same and (not config.streaming or all(_is_same_path(*pair, checkpoint) for pair in moved))
+    if not isinstance(then, str) or not isinstance(now, str):
+        return False
+    if key == "tokenizer_name_or_path":
+        return "tokenizer.json" in checkpoint.manifest.files or _is_same_path(then, now, checkpoint)
+    if key == "chat_template":
+        return paths.is_template_file(then) and paths.is_template_file(now)
+    return key == "model_name_or_path"
+
+
+def _is_same_path(then: str, now: str, checkpoint: Checkpoint) -> bool:
+    """Whether both name one file or folder, or one name on the Hub; `then` may be relative."""
+    output_dir = Path(str(checkpoint.manifest.config.get("output_dir", "."))).expanduser()
+    bases = paths.places_of(output_dir, checkpoint.path.resolve().parent)
+    place = Path(now).expanduser().resolve()
+    return then == now or any((base / Path(then).expanduser()).resolve() == place for base in bases)
+
+
+def _check_model(checkpoint: Checkpoint, small_files: Mapping[str, bytes], config: TrainConfig) -> None:
+    """Refuse a model at another path whose configuration differs; its weights do not matter."""
+    then, now = checkpoint.manifest.config.get("model_name_or_path"), config.model_name_or_path
+    if then == now or config.allow_changed_settings or "config.json" not in small_files:
+        return
+    old, new = (
+        json.loads(data) for data in (read_small(checkpoint, "config.json"), small_files["config.json"])
+    )
+    unimportant = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
+    keys = sorted(k for k in old.keys() | new.keys() if k not in unimportant and old.get(k) != new.get(k))
+    if keys:
+        what = "; ".join(f"{key} was {_short(old.get(key))}, is {_short(new.get(key))}" for key in keys)
+        raise ConfigError(
+            f"model_name_or_path={now!r} is not the model of {checkpoint.path}: {what}",
+            hint=f"model_name_or_path={then} or its copy; allow_changed_settings=true resumes all the same",
+        )
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -130,16 +189,18 @@ def restore(
     model: HostModel,
     load_state: Callable[[Manifest], None],
     small_files: Mapping[str, bytes],
+    config: TrainConfig,
     warn: Callable[[str], None],
 ) -> Checkpoint:
     """Put the model and (`load_state`) the trainer back to the best checkpoint whose content is right.
 
     small_files: configuration and tokenizer of now. Raises CheckpointError where no content is right,
-    DataError where the data or the tokenizer have changed.
+    DataError where the data or the tokenizer have changed, ConfigError where it is another model.
     """
     rejected = []
     for checkpoint in resume.checkpoints:
         try:
+            _check_model(checkpoint, small_files, config)
             load_checkpoint(checkpoint, model)
             _check_tokenizer(checkpoint, small_files)
             try:
@@ -203,19 +264,50 @@ def loop_state(state: dict[str, Any]) -> LoopState:
     return LoopState(**{key: int(state["loop"][key]) for key in ("step", "skipped_in_a_row", "rollbacks")})
 
 
-def run_of(place: str) -> tuple[str, str]:
-    """(output_dir, resume_from_checkpoint) for `horizon resume PLACE`, a run or one of its checkpoints.
+# What is said of it.
 
-    Raises CheckpointError where it is neither.
-    """
-    path = Path(place).expanduser()
-    if (path / "manifest.json").is_file():
-        return str(path.resolve().parent), str(path)
-    if not path.is_dir():
-        raise CheckpointError(f"{place!r} is no folder", hint="name a run's output_dir or a checkpoint in it")
-    if not (path / "config.resolved.yaml").is_file():
-        raise CheckpointError(
-            f"{place!r} holds no run: config.resolved.yaml is missing",
-            hint=f"looked in {os.path.abspath(place)}",
+
+def about(
+    checkpoint: Checkpoint,
+    config: TrainConfig,
+    folder: RunFolder,
+    step: int,
+    num_steps: int,
+    learning_rate: Callable[[int], float],
+) -> list[str]:
+    """What happens next, in sentences. step: the last that is done. Raises ConfigError for a run that is to
+    be shorter than it is already."""
+    _check_length(config, checkpoint, num_steps, step)
+    changed = {key: pair for key, pair in changed_settings(config, checkpoint).items() if key in LENGTH}
+    first = f"resumed from {checkpoint.path}, after step {step}"
+    looked = places.look(folder.path)
+    is_own = checkpoint.path.resolve().parent == folder.path.resolve()
+    if is_own and looked.step > step:
+        again = f"steps {step + 1}-{looked.step} are" if looked.step > step + 1 else f"step {looked.step} is"
+        first += f"; {again} done again"
+    lines = [first]
+    if changed and num_steps > step:
+        was = ", ".join(f"{key} was {old}, is {new}" for key, (old, new) in changed.items())
+        last = checkpoint.manifest.state.get("last") or {}
+        before = last.get("learning_rate")
+        rate = f" (after {before:.2e} at step {last['step']})" if before is not None else ""
+        lines.append(
+            f"{was}: the learning rate follows the curve of {num_steps:,} steps and goes on at "
+            f"{learning_rate(step):.2e}{rate}"
         )
-    return str(path), LATEST
+    if num_steps == step:
+        lines.append(
+            f"all {num_steps:,} steps are done: the model is written again; max_steps=N trains further"
+        )
+    return lines
+
+
+def _check_length(config: TrainConfig, checkpoint: Checkpoint, num_steps: int, step: int) -> None:
+    """Raises ConfigError for a run that is to be shorter than it is already."""
+    if num_steps < step:
+        key = "max_steps" if config.max_steps > 0 else "num_train_epochs"
+        raise ConfigError(
+            f"{key}={getattr(config, key)}: the run would have {num_steps:,} steps, and {checkpoint.path} is "
+            f"after step {step:,}",
+            hint=f"max_steps={step + max(1, step // 10)} trains further; or name an earlier checkpoint",
+        )

@@ -16,8 +16,10 @@ from ..checkpoint.disk import Disk
 from ..checkpoint.manifest import Manifest
 from ..checkpoint.writer import CheckpointWriter, Outcome
 from ..config import TrainConfig
+from ..engine.policies import DTYPES
 from ..errors import CheckpointError, DoesNotFitError, HorizonError, StoppedError
 from ..memory.store import predict_bytes
+from . import paths
 from .best import Best
 from .host_model import HostModel
 from .loop import StepRecord
@@ -27,6 +29,7 @@ from .signals import REQUEUE, StopRequest
 
 _NOT_SAVED = ("grads", "grad_slabs")
 _MARGIN = 1.1  # of free disk space over what a checkpoint needs
+_SMALL = 1_000_000_000  # bytes: save_last=auto keeps the end of any run whose checkpoint takes no more
 
 
 class Saver:
@@ -59,6 +62,7 @@ class Saver:
         self._disk = disk or Disk()
         self._writer: CheckpointWriter | None = None
         self._failed_in_a_row = 0
+        self._is_extra = False  # the end of a run is worth no failure of the run
         self._saved_step = -1
         self._epochs = int(state()["loader"].get("epoch", 0))
         self._last_save = time.monotonic()
@@ -94,9 +98,12 @@ class Saver:
         many failures. is_best: a best evaluation, which is saved unless the model is exported now anyway."""
         self._step_seconds = max(record.seconds, 0.5 * self._step_seconds)
         self.poll()
-        is_due = record.rolled_back_to is None and self._is_due(record)
-        if is_due or is_best and not is_last:
+        if record.rolled_back_to is not None:
+            return
+        if self._is_due(record) or is_best and not is_last:
             self.save(record.step, background=self._config.save_in_background and not is_last)
+        elif is_last and self._keeps_end(record.step):
+            self._save_end(record.step)
 
     def _is_due(self, record: StepRecord) -> bool:
         config = self._config
@@ -111,11 +118,26 @@ class Saver:
             "time": time.monotonic() - self._last_save >= 60 * config.save_minutes,
         }[config.save_strategy]
 
-    def save(self, step: int, *, background: bool) -> None:
-        """Save the state after `step`; done on return, or going on in the background."""
+    def _keeps_end(self, num_steps: int) -> bool:
+        """Whether the end of a run of so many steps is saved although no other setting asks for it."""
+        config = self._config
+        if config.save_strategy == "no" or config.save_last is False:
+            return False
+        is_long = config.save_strategy != "steps" or num_steps >= config.save_steps
+        return config.save_last is True or is_long or self.num_bytes <= _SMALL
+
+    def _save_end(self, step: int) -> None:
+        """Save the end of the run if the disk has room for that and the model; a failure does not matter."""
+        model = self._model.num_parameters * DTYPES[self._config.save_dtype or self._config.dtype].itemsize
+        self._is_extra = True
+        self.save(step, background=False, beside_bytes=model)
+
+    def save(self, step: int, *, background: bool, beside_bytes: int = 0) -> None:
+        """Save the state after `step`; done on return, or going on in the background. beside_bytes: what else
+        the disk must have room for."""
         self.finish()
         self._last_save = time.monotonic()
-        problem = self._no_room()
+        problem = self._no_room(beside_bytes)
         if problem is not None:
             self._ended(Outcome(step, None, problem, 0, 0.0))
             return
@@ -126,7 +148,7 @@ class Saver:
                 step=step,
                 serial=self._serial,
                 files={},
-                config=self._config.to_dict(),
+                config=paths.absolute(self._config).to_dict(),
                 state=self._state(),
                 versions=self._versions,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -144,15 +166,16 @@ class Saver:
         if not background:
             self.finish()
 
-    def _no_room(self) -> str | None:
+    def _no_room(self, beside_bytes: int = 0) -> str | None:
         """Why a checkpoint is not even begun."""
         try:
             checkpoints.sweep(self._run, self._disk)
             free = shutil.disk_usage(self._run).free
         except OSError as error:
             return f"{error.strerror or error} ({self._run})"
-        needed = int(_MARGIN * self.num_bytes)
-        return f"it needs {size(needed)} of disk space, {size(free)} are free" if needed > free else None
+        needed = int(_MARGIN * (self.num_bytes + beside_bytes))
+        what = "it and the trained model need" if beside_bytes else "it needs"
+        return f"{what} {size(needed)} of disk space, {size(free)} are free" if needed > free else None
 
     def poll(self) -> None:
         """Report a checkpoint that has ended in the background."""
@@ -179,7 +202,7 @@ class Saver:
         self._saved_step = outcome.step if outcome.path is not None else self._saved_step
         self._failed_in_a_row = 0 if outcome.error is None else self._failed_in_a_row + 1
         limit = self._config.max_failed_saves
-        if limit is not None and self._failed_in_a_row > limit:
+        if limit is not None and self._failed_in_a_row > limit and not self._is_extra:
             raise DoesNotFitError(
                 f"{self._failed_in_a_row} checkpoints in a row could not be saved "
                 f"(max_failed_saves={limit}); the last: {outcome.error}",

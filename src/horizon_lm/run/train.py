@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,15 +38,18 @@ from .hub import prepare_upload
 from .loggers import Loggers, check_installed
 from .loop import count_steps, recorded_step
 from .metrics import Meter, MetricsFile, versions
+from .paths import absolute
 from .planning import settle
 from .plot import plot_loss
 from .progress import Progress, choose_progress, say
 from .quiet import quiet_transformers
 from .reports import Reports
 from .resume import Resume, find, restore, wants_own_folder
+from .resume import about as about_resume
 from .saver import Saver, small_files
 from .separation import check_separation
 from .signals import watched
+from .stand_in import NAMES, explain_missing, model_without_source, stand_in
 from .trainer import Trainer
 
 if TYPE_CHECKING:
@@ -84,17 +88,24 @@ def train(
         quiet_transformers(),
         _memory_faults(config),
     ):
+        asked = config
+        resume = find(asked, folder, progress.warn)
+        config, source = stand_in(asked, resume)
         check_sources(config, folder)
         hub = prepare_upload(config, progress.warn) if config.push_to_hub else None
-        asked = config
         config, plan = settle(config, progress)
-        resume = find(asked, folder, progress.warn)
         progress.stage("reading the data")
         data = load_training_data(config)
         progress.stage(describe.about_data(data))
         for text, is_warning in describe.left_out(data):
             (progress.warn if is_warning else progress.stage)(text)
-        model = build_model(config, data.tokenizer)
+        if source is None:
+            model = build_model(config, data.tokenizer)
+        else:
+            model = model_without_source(source, config)
+            name = asked.model_name_or_path
+            progress.stage(f"model_name_or_path={name!r} does not exist; {source.path} replaces it")
+        config = config.replace(**{key: getattr(asked, key) for key in NAMES})
         progress.stage(describe.about_model(model))
         check_together(config, data, model)
         check_separation(model, data.rows)
@@ -120,10 +131,11 @@ def train(
                 folder.metrics, folder.picture, title=describe.title(config, model, last, folder.metrics)
             )
         completion = _sample(config, folder, data, model)
+    tail = describe.tail_loss(folder.metrics)
     result = TrainResult(
         final_loss=last.loss,
         eval_loss=describe.eval_loss(folder.metrics, end.exported_step),
-        tail_loss=describe.tail_loss(folder.metrics),
+        tail_loss=last.loss if math.isnan(tail) else tail,  # no step is recorded here of a run that was done
         num_steps=last.step,
         num_tokens=last.num_tokens,
         seconds=last.seconds,
@@ -163,15 +175,17 @@ def _run_steps(
     trainer = Trainer(model, loader, meter, LossGuard(config), best)
     files = small_files(model, lambda target: _save_tokenizer(data, target))
     parent = None
+    rates = learning_rates(config, num_steps)
     if resume is not None:
-        checkpoint = restore(resume, model, trainer.load_state, files, progress.warn)
-        best.restore(checkpoint)
-        parent = checkpoint.path
-        progress.stage(f"resumed from {parent}, after step {trainer.loop.step}")
+        found = restore(resume, model, trainer.load_state, files, asked, progress.warn)
+        best.restore(found)
+        parent = found.path
+        for line in about_resume(found, asked, folder, trainer.loop.step, num_steps, rates):
+            progress.stage(line)
     evaluator = _evaluator(config, data, model, num_steps)
     # The folder becomes this run's with the first step that is done; see `claim` for runs without one.
     in_place = resume is not None and resume.in_place
-    settings = asked.to_yaml()
+    settings = absolute(asked).to_yaml()
     header = describe.header(config, config_notes, data, model, num_steps, peak)
     if plan is not None:
         header["plan"] = plan.to_dict()
@@ -195,10 +209,11 @@ def _run_steps(
         best=best,
         parent=str(parent) if parent is not None else None,
     )
-    rates = learning_rates(config, num_steps)
     stopped_by = best.reason_to_stop  # of a run that was killed after it had stopped
     where = _say_where(folder, progress)
     with file, reports.loggers, progress, where, saver, _frozen_heap(), watched() as request:
+        if trainer.loop.step >= num_steps and not in_place:
+            file.open()  # there is no step with which the folder would become this run's
         if evaluator is not None and config.eval_on_start and not trainer.loop.step:
             reports.evaluation(evaluator.run(0))
         progress.start(num_steps)
@@ -311,8 +326,10 @@ def check_sources(config: TrainConfig, folder: RunFolder) -> None:
                 hint="choose another output_dir",
             )
     check_installed(config.report_to)
-    for dataset in [*config.datasets, *config.eval_datasets]:
-        check_exists(dataset)
+    for key in ("datasets", "eval_datasets"):
+        for dataset in getattr(config, key):
+            with explain_missing(config, key):
+                check_exists(dataset)
 
 
 def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> HostModel:

@@ -1,0 +1,69 @@
+"""A model built from a checkpoint's own files: its configuration, and, where wanted, its weights."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint.folder import Checkpoint
+from ..checkpoint.reader import read_small
+from ..engine.policies import DTYPES
+from ..errors import CheckpointError, ConfigError
+
+CONFIGURATIONS = ("config.json", "generation_config.json")
+
+
+def hollow_model(
+    checkpoint: Checkpoint, *, trust_remote_code: bool, attn_implementation: str | None = None
+) -> Any:
+    """Build the transformers model of a checkpoint without its weights.
+
+    Parameters are on `meta`, in the dtypes that the run computes with; buffers are those of a new model.
+    Raises CheckpointError for a damaged configuration, ConfigError for one that transformers refuses and for
+    a model with code of its own, unless that is trusted.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    with tempfile.TemporaryDirectory(prefix="horizon-") as name:
+        folder = Path(name)
+        for file in CONFIGURATIONS:
+            if file in checkpoint.manifest.files:
+                (folder / file).write_bytes(read_small(checkpoint, file))
+        if not (folder / "config.json").exists():
+            raise CheckpointError(f"{checkpoint.path / 'config.json'}: is not part of the checkpoint")
+        if has_own_code(checkpoint) and not trust_remote_code:
+            raise ConfigError(
+                f"{checkpoint.path}: the model comes with code of its own, which is not run",
+                hint="--trust-remote-code, if you have read it",
+            )
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, **options)
+            if attn_implementation is not None:
+                options["attn_implementation"] = attn_implementation
+            dtype = DTYPES[str(checkpoint.manifest.config.get("dtype", "bfloat16"))]
+            with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+            model.tie_weights()
+        except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(
+                f"{checkpoint.path / 'config.json'} is refused by transformers: {reason}",
+                hint="use the versions that the checkpoint was written with; manifest.json names them",
+            ) from error
+        if (folder / CONFIGURATIONS[1]).exists():
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    wide = frozenset(checkpoint.manifest.state.get("kept_in_fp32", ()))
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if name in wide else dtype)
+    return model
+
+
+def has_own_code(checkpoint: Checkpoint) -> bool:
+    """Whether the model comes with code of its own, which a checkpoint does not hold."""
+    return bool(json.loads(read_small(checkpoint, "config.json")).get("auto_map"))
