@@ -223,6 +223,31 @@ def test_update_modes_and_policies_in_threads(name: str, policy: str) -> None:
         assert torch.equal(mine, other), key
 
 
+@pytest.mark.parametrize("kind", "GUFLBDS")
+def test_a_lane_that_fails_leaves_the_last_step(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deferred updates of the step before run beside the op that fails: each is made once, then or later."""
+    model, twin = _threaded("llama"), hz.HostModel.from_pretrained(zoo.build("llama"), "cpu", "float32")
+    batches = [[zoo.batch("llama", seed=10 * step + m) for m in range(2)] for step in range(3)]
+    for one in (model, twin):
+        one.train_step(batches[0], lr=1e-3)
+    honest, count = model.engine._run[kind], 0
+
+    def fail_in_the_third(step: Any, op: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 3 or kind == "S":
+            raise torch.OutOfMemoryError("no room")
+        honest(step, op)
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setitem(model.engine._run, kind, fail_in_the_third)
+        model.train_step(batches[1] * 2, lr=1e-3)
+    for one in (model, twin):
+        one.train_step(batches[2], lr=1e-3)
+    for (key, mine), (_, other) in zip(twin.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.equal(mine, other), key
+
+
 # Races: accesses to slots that the waits do not order, whatever a GPU makes of it.
 
 

@@ -446,6 +446,8 @@ def test_an_error_in_any_op_surfaces_with_its_name(
             model.finish_saving()
         assert time.perf_counter() - began < SECONDS
         notes = caught.value.__notes__
+        if update == "eager" and len(notes) > 1:  # what was updated before the error
+            assert "units were updated already (update: eager)" in notes.pop()
         assert len(notes) == 1 and f"in op {where[0]} ({where[0].lane} lane" in notes[0], (kind, notes)
         model.engine._run = dict(honest)
         model.engine.forget()

@@ -367,6 +367,10 @@ def test_a_configuration_object_makes_a_model() -> None:
     two = hz.HostModel.from_config(config.to_dict(), settings.replace(seed=7))
     assert one.evaluate(ROWS) == two.evaluate(ROWS)
     assert one.evaluate(ROWS) != hz.HostModel.from_config(config, settings).evaluate(ROWS)
+    with pytest.raises(ConfigError, match="a str is not a configuration"):
+        hz.HostModel.from_config("folder")
+    with pytest.raises(ConfigError, match="settings and seed are both given"):
+        hz.HostModel.from_config(config, settings, seed=7)
 
 
 def test_a_run_takes_a_path_a_dict_a_config_or_names(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ class Optimizer:
                     raise self._unusable(settings, group, f"its {name} overflows float32")
 
     def _unusable(self, settings: UpdateSettings, group: Group, reason: str) -> ConfigError:
-        factor = f", lr_factors={group.lr_factor:g}" if group.lr_factor != 1.0 else ""
+        factor = f" (lr_factors={group.lr_factor:g})" if group.lr_factor != 1.0 else ""
         return ConfigError(
             f"{self.rule} cannot update with lr={settings.lr:g}{factor}, "
             f"weight_decay={settings.weight_decay:g}, adam_epsilon={self.epsilon:g}: {reason}",

@@ -140,9 +140,19 @@ class HostModel:
         at once, in place of device, dtype and the others. Raises as `from_pretrained` does.
         """
         if not isinstance(values, Mapping):
+            if not hasattr(values, "to_dict"):
+                raise ConfigError(
+                    f"HostModel.from_config(): a {type(values).__name__} is not a configuration",
+                    hint="pass a transformers configuration, or a dict with model_type",
+                )
             values = values.to_dict()
         if settings is None:
             settings = model_settings("HostModel.from_config()", device, dtype, more)
+        elif more:
+            raise ConfigError(
+                f"HostModel.from_config(): settings and {', '.join(more)} are both given",
+                hint="pass one or the other",
+            )
         values, computes_in = dict(values), DTYPES[settings.dtype]
         if not settings.skip_memory_check:  # before the source model takes its own share
             whole = lay_out("all", [("all", (count_parameters(values),), True, computes_in)], computes_in)
