@@ -293,7 +293,7 @@ def test_a_best_checkpoint_that_is_gone_or_damaged_is_said(
                 data[-1] ^= 1
                 path.write_bytes(data)
 
-    train(config_of(text, tmp_path / "run"), callbacks=[Damage()])
+    train(config_of(text, tmp_path / "run", save_in_background=False), callbacks=[Damage()])
     said = capsys.readouterr().out
     assert "warning: the best model (step 4) cannot be read" in said and "checksum" in said
     assert "is exported" in said and exported(tmp_path / "run") == models[8]

@@ -99,9 +99,8 @@ def test_a_command_of_the_pages_is_understood(command: str, monkeypatch: pytest.
     if file is not None and not file.startswith("configs/"):
         places = ("RUN", "RUN/checkpoint-500", "MODEL") if verb == "eval" else ()
         assert file in ("run.yaml", "CONFIG.yaml", "CONFIG", *places)
-        overrides += [
-            f"{key}=X" for key in ("model_name_or_path", "datasets") if key not in " ".join(overrides)
-        ]
+        given = {override.removeprefix("--").partition("=")[0] for override in overrides}
+        overrides += [f"{key}=X" for key in ("model_name_or_path", "datasets") if key not in given]
         file = None
     assert load_config(file, overrides)[0]
 
