@@ -234,7 +234,7 @@ def test_early_stopping_ends_a_run_as_a_finished_one(
     assert f"stopped at step 6 of 8 by {who}" in capsys.readouterr().out and result.stopped_by == who
     assert events(run, "stopped") == [{"step": 6, "num_steps": 8, "by": who}]
     assert [line["step"] for line in events(run, "step")] == [1, 4, 6]
-    assert events(run, "end") == [{"status": "finished"}]
+    assert events(run, "end") == [{"status": "finished", "step": 6}]
 
 
 @pytest.mark.parametrize(("cut", "elsewhere"), [(2, False), (4, False), (5, False), (5, True), (7, False)])
