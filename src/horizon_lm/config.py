@@ -59,6 +59,13 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         unit="tokens",
         ge=257,  # 256 bytes and the end-of-text token
     )
+    new_tokens: list[str] = setting(
+        [],
+        "Special tokens to add to the tokenizer; embeddings that are too small for them grow, the new rows "
+        "drawn around the mean of the old ones, as transformers' resize_token_embeddings does it.",
+        group="Model",
+        expects="a list of different texts, none of them empty",
+    )
     per_device_train_batch_size: int = setting(
         1, "Sequences in one micro-batch.", group="Batch and schedule", unit="sequences", ge=1
     )
@@ -172,6 +179,13 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         if value in (None, "none", ["none"]):  # transformers' way to say so
             return []
         return [value] if isinstance(value, str) else value
+
+    @field_validator("new_tokens")
+    @classmethod
+    def _check_new_tokens(cls, value: list[str]) -> list[str]:
+        if not all(value) or len(set(value)) < len(value):
+            raise ValueError("empty or twice")  # reported with the field's `expects`
+        return value
 
     @field_validator("max_steps")
     @classmethod

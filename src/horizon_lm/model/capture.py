@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +65,7 @@ def run_prologue(
     layer before it returns.
     """
     model = skeleton.model
-    work = embeds.clone()  # some models scale it in place
+    work = _with_neftune_noise(skeleton, embeds.clone())  # a copy: some models scale it in place
     given = accepted(model, use_cache=False, output_router_logits=False, **inputs)
     # A forward that swallows any keyword would ignore position_ids without a word.
     missing = inputs.keys() - inspect.signature(model.forward).parameters.keys()
@@ -88,8 +89,20 @@ def run_prologue(
             raise _refuse(skeleton, f"weights of the head are used after layer {recorder.last}") from error
         raise
     first = recorder.finish()
-    untouched = first is work and work._version == 0
+    untouched = first is work and work._version == 0 and skeleton.neftune_noise_alpha is None
     return None if untouched else first, Call(recorder.calls, inputs)
+
+
+def _with_neftune_noise(skeleton: Skeleton, embeds: torch.Tensor) -> torch.Tensor:
+    """The embeddings as transformers' NEFTune hook would leave them: with noise in training alone."""
+    if skeleton.neftune_noise_alpha is None:
+        return embeds
+    from transformers.integrations.neftune import neftune_post_forward_hook
+
+    stand_in = SimpleNamespace(
+        training=skeleton.embedding.training, neftune_noise_alpha=skeleton.neftune_noise_alpha
+    )
+    return neftune_post_forward_hook(stand_in, None, embeds)
 
 
 class _Recorder:

@@ -40,6 +40,7 @@ class Skeleton:
         self.config = model.config
         self.dtype = dtype
         self.draws_noise = False  # seen as it happened, without a name for it
+        self.neftune_noise_alpha: float | None = None
         if any("layerdrop" in name and value for name, value in vars(self.config).items()):
             raise UnsupportedModelError(
                 f"{self.model_type} skips layers at random (layerdrop)",
@@ -103,7 +104,7 @@ class Skeleton:
     @property
     def has_noise(self) -> bool:
         """Whether a forward pass in training draws random numbers (dropout, router jitter)."""
-        return self.draws_noise or self._names_noise
+        return self.draws_noise or self.neftune_noise_alpha is not None or self._names_noise
 
     @cached_property
     def _names_noise(self) -> bool:

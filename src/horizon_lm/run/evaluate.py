@@ -9,10 +9,10 @@ from typing import Any
 from ..config import ModelSettings, TrainConfig
 from ..data.training_data import load_eval_rows, load_training_data, make_encoder, pad_id, tokenizer_of
 from ..errors import ConfigError
-from ..model.loading import load_model
+from ..model.loading import grow_vocabulary
 from .evaluation import evaluate
 from .generate import model_folder
-from .host_model import HostModel
+from .host_model import HostModel, load_model_of
 from .progress import say
 from .quiet import quiet_transformers
 
@@ -36,15 +36,12 @@ def evaluate_model(config: TrainConfig) -> dict[str, Any]:
     say(f"evaluating on {len(rows):,} sequences, {rows.num_tokens:,} tokens", sys.stderr)
     settings = ModelSettings(**{key: getattr(config, key) for key in ModelSettings.model_fields})
     with quiet_transformers():
-        model = load_model(
-            config.model_name_or_path,
-            trust_remote_code=settings.trust_remote_code,
-            revision=settings.model_revision,
-            attn_implementation=settings.attn_implementation,
-        )
+        model = load_model_of(config.model_name_or_path, settings)
+        if config.new_tokens:
+            grow_vocabulary(model, len(tokenizer), config.seed)
     model.requires_grad_(False)  # no gradients and no moments: weights alone
     found = evaluate(
-        HostModel(model, settings),
+        HostModel(model, settings.replace(freeze=[], lr_factors={})),  # which name what is trained
         rows,
         micro_batch_size=config.per_device_eval_batch_size or config.per_device_train_batch_size,
         pad_id=pad_id(tokenizer),

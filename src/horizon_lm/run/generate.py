@@ -11,7 +11,8 @@ import torch
 
 from ..data.chat import ChatTemplate
 from ..data.tokenizer import load_tokenizer
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, HorizonError
+from ..model.pretrained import EVERYTHING_UNEXPECTED, read_pretrained
 from .device import resolve_device
 from .quiet import quiet_transformers
 
@@ -43,21 +44,22 @@ class Generator:
         """From a Hugging Face folder or name, or a run's folder, which holds one as `model`.
 
         device: "auto" is the GPU where the weights take less than half of what is free there.
-        Raises ConfigError.
+        Raises ConfigError, and DataError where weights are missing.
         """
-        from transformers import AutoModelForCausalLM
-
         place = model_folder(source)
         tokenizer = load_tokenizer(str(place), trust_remote_code=trust_remote_code)
         try:
             with quiet_transformers():
-                model: Any = AutoModelForCausalLM.from_pretrained(
-                    place,
+                model: Any = read_pretrained(
+                    str(place),
+                    EVERYTHING_UNEXPECTED,  # what is not used spoils no text
                     dtype="auto",
                     use_safetensors=True,
                     trust_remote_code=trust_remote_code,
                     local_files_only=Path(place).is_dir(),
                 )
+        except HorizonError:
+            raise
         except Exception as error:  # transformers raises many kinds; each means "no model"
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(

@@ -40,11 +40,11 @@ FREE = frozenset(
         *("save_keep_every", "save_in_background", "save_on_signal", "save_patience_seconds"),
         *("max_failed_saves", "resume_from_checkpoint", "allow_changed_settings", "deadline_minutes"),
         *("nonfinite", "max_skipped_steps", "loss_spike", "loss_spike_sigmas", "loss_spike_window"),
-        *("max_rollbacks",),
+        *("max_rollbacks", "allow_missing", "allow_unexpected"),
     }
 )
 # Settings that the bytes of a checkpoint depend on: no yes helps.
-FIXED = frozenset({"dtype", "moment_dtype", "optim", "init_model"})
+FIXED = frozenset({"dtype", "moment_dtype", "optim", "init_model", "freeze", "new_tokens"})
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,9 @@ def _lies_in(place: Path, run: Path) -> bool:
 def check_settings(config: TrainConfig, then: dict[str, Any]) -> None:
     """Raises ConfigError, naming them, for settings that alter results and are not what they were."""
     now = config.to_dict()
-    changed = {key: (then[key], now[key]) for key in now if key in then and then[key] != now[key]}
+    defaults = {key: TrainConfig.model_fields[key].default for key in now}  # of settings that came later
+    before = {key: then.get(key, defaults[key]) for key in now}
+    changed = {key: (before[key], now[key]) for key in now if before[key] != now[key]}
     for title, keys, hint in (
         (
             "cannot be changed in a run",
