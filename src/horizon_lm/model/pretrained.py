@@ -191,8 +191,11 @@ def _not_converted(reports: Sequence[str]) -> list[str]:
 
 def _check_quantised(model: Any, name: str) -> None:
     found = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if not _is_plain(p)})
-    if found or getattr(model, "is_quantized", False):
-        raise _refuse_quantised(name, getattr(model, "quantization_method", None), ", ".join(found))
+    config = getattr(getattr(model, "config", None), "quantization_config", None)  # gone once dequantised
+    if found or config or getattr(model, "is_quantized", False):
+        method = config.get("quant_method") if isinstance(config, dict) else None
+        method = method or getattr(config, "quant_method", getattr(model, "quantization_method", None))
+        raise _refuse_quantised(name, method, ", ".join(found))
 
 
 def _is_plain(parameter: torch.Tensor) -> bool:
