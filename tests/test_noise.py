@@ -195,3 +195,49 @@ def test_a_model_without_noise_has_none() -> None:
     streamed = host(zoo.build("llama"))
     streamed.forward_backward([zoo.batch("llama")])
     assert not streamed.skeleton.has_noise
+
+
+# Noise on the embeddings (NEFTune).
+
+
+def hooked(name: str, alpha: float) -> Any:
+    """The model with transformers' own NEFTune hook."""
+    from transformers.integrations.neftune import activate_neftune
+
+    model = zoo.build(name)
+    activate_neftune(model, alpha)
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "llama-tied"])
+def test_neftune_is_that_of_transformers(name: str) -> None:
+    """Gemma's embedding module scales its rows; the noise comes after it."""
+    batch = zoo.batch(name)
+    streamed = host(zoo.build(name), neftune_noise_alpha=5.0)
+    found = streamed.forward_backward([batch]).loss
+    loss, wanted = plain(hooked(name, 5.0), batch)
+    assert found == loss
+    assert same(gradients(streamed), wanted)
+    assert streamed.evaluate([batch]).loss == host(zoo.build(name)).evaluate([batch]).loss, "in training alone"
+    assert abs(host(zoo.build(name)).forward_backward([batch]).loss - loss) > 1e-4
+    assert not same(gradients(host_with_loss(name, 6.0, batch)), wanted), "negative control: another alpha"
+
+
+def host_with_loss(name: str, alpha: float, batch: dict[str, torch.Tensor]) -> hz.HostModel:
+    streamed = host(zoo.build(name), neftune_noise_alpha=alpha)
+    streamed.forward_backward([batch])
+    return streamed
+
+
+def test_neftune_does_not_depend_on_how_layers_are_computed() -> None:
+    data = [zoo.batch("gpt2", seed=seed) for seed in (1, 2)]
+    reference = host(zoo.build("gpt2"), neftune_noise_alpha=5.0)
+    loss = reference.forward_backward(data).loss
+    for policy, settings in POLICIES.items():
+        other = host(zoo.build("gpt2"), neftune_noise_alpha=5.0, **settings)
+        assert other.forward_backward(data).loss == loss, policy
+        assert same(gradients(other), gradients(reference)), policy
+    seeds = host(zoo.build("gpt2"), neftune_noise_alpha=5.0, seed=1)
+    assert seeds.forward_backward(data).loss != loss
+    reference.steps_done = 1
+    assert reference.forward_backward(data).loss != loss, "another step, other noise"
