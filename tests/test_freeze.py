@@ -18,6 +18,7 @@ from horizon_lm.errors import CheckpointError, ConfigError
 from horizon_lm.plan.outline import Outline
 from horizon_lm.plan.run_plan import plan_run
 from horizon_lm.run.metrics import flops_of
+from horizon_lm.run.resume import check_settings
 from horizon_lm.run.train import train
 from small_runs import LLAMA, settings, write_text
 
@@ -149,9 +150,18 @@ def test_a_run_with_frozen_parameters_resumes_and_keeps_them(tmp_path: Path) -> 
     text = write_text(tmp_path / "text.txt")
     config = settings(text, tmp_path / "run", freeze=["embed_tokens", "norm"], max_steps=4, weight_decay=0.1)
     train(config)
-    train(config.replace(output_dir=str(tmp_path / "b"), resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2")))
+    train(
+        config.replace(
+            output_dir=str(tmp_path / "b"), resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2")
+        )
+    )
     one, two = ((tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("run", "b"))
     assert one == two
+    # A checkpoint of before this setting was trained whole.
+    then = {key: value for key, value in config.to_dict().items() if key != "freeze"}
+    check_settings(config.replace(freeze=[]), then)
+    with pytest.raises(ConfigError, match=r"freeze was \[\], is"):
+        check_settings(config, then)
     changed = config.replace(resume_from_checkpoint="latest", allow_changed_settings=True)
     for patterns in ([], ["embed_tokens"]):
         with pytest.raises((ConfigError, CheckpointError), match="freeze"):

@@ -1,4 +1,4 @@
-"""A layer that receives more than the output of the one before it is refused by name, never trained wrongly."""
+"""A layer that receives more than the output of the one before it is refused, never trained wrongly."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_a_model_that_does_nothing_of_it_is_streamed() -> None:
 
 
 def picture_model() -> nn.Module:
-    """A small Qwen3-VL that is given one picture's features, as transformers takes them (`mm_encoder_outputs`)."""
+    """A small Qwen3-VL that is given one picture's features, as transformers takes them."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
     from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 

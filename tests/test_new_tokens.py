@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from horizon_lm.config import TrainConfig
 from horizon_lm.data import load_training_data
 from horizon_lm.data.tokenizer import add_new_tokens, load_tokenizer, train_tokenizer
-from horizon_lm.errors import ConfigError
+from horizon_lm.errors import ConfigError, DataError
 from horizon_lm.model.loading import grow_vocabulary
 from horizon_lm.plan.run_plan import plan_run
 from horizon_lm.run.evaluate import evaluate_model
+from horizon_lm.run.export_checkpoint import export_checkpoint
+from horizon_lm.run.generate import Generator, Sampling
 from horizon_lm.run.train import build_model, train
 from small_runs import LLAMA, settings, tensors_of
 
@@ -73,6 +75,9 @@ def test_a_run_grows_tokenizer_and_embeddings(
     train(config.replace(output_dir=str(tmp_path / "b"), resume_from_checkpoint=source))
     one, two = (tensors_of(tmp_path / run / "checkpoint-4") for run in ("run", "b"))
     assert one == two
+    export_checkpoint(tmp_path / "run", tmp_path / "exported", dtype=None, max_shard_size="5GB")
+    assert load_tokenizer(str(tmp_path / "exported")).get_added_vocab().keys() >= set(NEW)
+    assert json.loads((tmp_path / "exported" / "config.json").read_text())["vocab_size"] == size + 3
     # The trained model has the tokens now: the same settings change nothing more.
     again = config.replace(model_name_or_path=str(folder), output_dir=str(tmp_path / "c"), max_steps=1)
     train(again)
@@ -109,6 +114,25 @@ def test_a_padded_table_is_neither_grown_nor_shrunk(tmp_path: Path) -> None:
     assert model.config.vocab_size == 320 == model.lm_head.weight.shape[0]
     grow_vocabulary(model, 10, 0)
     assert model.config.vocab_size == 320
+
+
+def test_tokens_without_a_row_are_refused_by_name(tmp_path: Path) -> None:
+    """A tokenizer that has more tokens than the model has rows."""
+    place = base(tmp_path / "m")
+    tokenizer = load_tokenizer(str(place))
+    size = len(tokenizer)
+    add_new_tokens(tokenizer, NEW)
+    tokenizer.save_pretrained(place)
+    generator = Generator.load(place, device="cpu")
+    assert generator.complete("the store", Sampling(max_new_tokens=1, temperature=0)) is not None
+    with pytest.raises(
+        DataError, match=rf"token {size} \('<think>'\), and the model's embeddings {size} rows"
+    ):
+        generator.complete("the <think>", Sampling(max_new_tokens=1))
+    with pytest.raises(DataError, match="outside the model's vocabulary") as caught:
+        train(config_of(place, tmp_path, new_tokens=[], max_steps=1))
+    assert "new_tokens" in str(caught.value.hint)
+    train(config_of(place, tmp_path, max_steps=1))  # named, they get their rows
 
 
 def test_the_tokens_are_part_of_the_cache_key(tmp_path: Path) -> None:

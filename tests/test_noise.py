@@ -218,7 +218,9 @@ def test_neftune_is_that_of_transformers(name: str) -> None:
     loss, wanted = plain(hooked(name, 5.0), batch)
     assert found == loss
     assert same(gradients(streamed), wanted)
-    assert streamed.evaluate([batch]).loss == host(zoo.build(name)).evaluate([batch]).loss, "in training alone"
+    assert streamed.evaluate([batch]).loss == host(zoo.build(name)).evaluate([batch]).loss, (
+        "in training alone"
+    )
     assert abs(host(zoo.build(name)).forward_backward([batch]).loss - loss) > 1e-4
     assert not same(gradients(host_with_loss(name, 6.0, batch)), wanted), "negative control: another alpha"
 

@@ -147,7 +147,7 @@ class _Recorder:
 
     def _check(self, hidden: Any, who: str) -> None:
         """All stand-ins return what layer 0 was given, so that is what everyone must receive."""
-        if hidden is not self.first:
+        if self.first is None or hidden is not self.first:
             raise _refuse(
                 self.skeleton, f"{who} receives something else than the output of layer {self.last}"
             )
@@ -186,14 +186,17 @@ class _Recorder:
     def finish(self) -> torch.Tensor:
         """Layer 0's input. Raises UnsupportedModelError unless all layers were called, and then the head."""
         if not self._complete:
-            raise _refuse(self.skeleton, f"{len(self.calls)} of its {self.skeleton.num_layers} layers are run")
+            raise _refuse(
+                self.skeleton, f"{len(self.calls)} of its {self.skeleton.num_layers} layers are run"
+            )
         if not self._done:
             raise _refuse(self.skeleton, "its head does not receive the output of the last layer")
         with torch._C.DisableTorchFunctionSubclass():
             for layer, tensor, version in self._given.values():
                 if tensor._version != version:
                     raise _refuse(
-                        self.skeleton, f"what layer {layer} receives beside hidden states is written into later"
+                        self.skeleton,
+                        f"what layer {layer} receives beside hidden states is written into later",
                     )
         assert self.first is not None
         return self.first

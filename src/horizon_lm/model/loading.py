@@ -190,7 +190,10 @@ def grow_vocabulary(model: Any, tokens: int, seed: int) -> None:
     if tokens <= model.get_input_embeddings().num_embeddings:
         return
     try:
-        with without_messages("new embeddings will be init", "new lm_head weights will be init"), _seeded(seed):
+        with (
+            without_messages("new embeddings will be init", "new lm_head weights will be init"),
+            _seeded(seed),
+        ):
             model.resize_token_embeddings(tokens)
     except (NotImplementedError, TypeError, ValueError, AttributeError) as error:
         raise UnsupportedModelError(

@@ -30,7 +30,7 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 class Allowed:
     """Regular expressions, found anywhere in a name (`re.search`).
 
-    missing: weights that may be absent, or of another shape, and are then initialised as transformers does it.
+    missing: weights that may be absent, or of another shape, and are then initialised by transformers.
     unexpected: weights of the checkpoint that the model may not have.
     """
 
@@ -55,9 +55,10 @@ def read_pretrained(name: str, allowed: Allowed, *, seed: int = 0, **options: An
     with without_messages("LOAD REPORT") as reports, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
+            model, info = loaded
         except Exception as error:
             broken = _not_converted(reports)
             if broken:
@@ -90,14 +91,11 @@ def read_pretrained(name: str, allowed: Allowed, *, seed: int = 0, **options: An
 def check_has_weights(model: nn.Module) -> None:
     """Raises DataError for a model object some of whose parameters or buffers have no values."""
     named = [*model.named_parameters(), *model.named_buffers()]
-    hollow = [
-        name
-        for name, tensor in named
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin) or tensor.is_meta
-    ]
+    hollow = [name for name, tensor in named if nn.parameter.is_lazy(tensor) or tensor.is_meta]
     if hollow:
         raise DataError(
-            f"{type(model).__name__} has no values for {len(hollow)} of its {len(named)} tensors: {_some(hollow)}",
+            f"{type(model).__name__} has no values for {len(hollow)} of its {len(named)} tensors: "
+            f"{_some(hollow)}",
             hint="load it with from_pretrained and without a device_map, or fill it before",
         )
     _check_quantised(model, type(model).__name__)
@@ -113,7 +111,9 @@ def _check_fit(
     if missing:
         parts.append(f"{_count(missing)} missing: {_some(missing)}")
     if shapes:
-        shown = [f"{key} is {_by(found)}, the model's {_by(wanted)}" for key, (found, wanted) in shapes.items()]
+        shown = [
+            f"{key} is {_by(found)}, the model's {_by(wanted)}" for key, (found, wanted) in shapes.items()
+        ]
         parts.append(f"{_count(shapes)} of another shape: {_some(shown)}")
     if missing or shapes:
         ways.append(f"allow_missing: [{_as_pattern([*missing, *shapes])}] trains them from random values")
@@ -217,7 +217,8 @@ def _quantised(name: str, options: dict[str, Any]) -> HorizonError | None:
 def _refuse_quantised(name: str, method: Any, dtypes: str) -> UnsupportedModelError:
     kind = getattr(method, "value", method)
     what = f"quantised ({kind})" if kind else "quantised"
+    what += f", stored in {dtypes}" if dtypes else ""
     return UnsupportedModelError(
-        f"the weights of {name!r} are {what}{f', stored in {dtypes}' if dtypes else ''}: they cannot be trained",
+        f"the weights of {name!r} are {what}: they cannot be trained",
         hint="name the model that it was made from, in bfloat16 or float32",
     )

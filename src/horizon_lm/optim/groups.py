@@ -5,7 +5,6 @@ A unit is one run in memory, so a group becomes segments of it; neighbours that 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 

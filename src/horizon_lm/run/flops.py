@@ -3,8 +3,10 @@
 Model FLOPs of a step = 6 N tokens + 6 L d sum(l²), with N the parameters that multiply a token (all but the
 embedding table, unless the output layer shares it; of experts, those that a token visits), L layers of
 attention of total head width d, and l the length of each piece of text that attends to itself. Recomputation
-is not counted, nor is padding. A frozen parameter counts 4 in place of 6, as its own gradient is not computed,
-and 2 where nothing before it is trained either, as no gradient passes there. MFU = model FLOPs / seconds / peak.
+is not counted, nor is padding. MFU = model FLOPs / seconds / peak.
+
+A frozen parameter counts 4 in place of 6, as its own gradient is not computed, and 2 where nothing before
+it is trained either, as no gradient passes there.
 """
 
 from __future__ import annotations

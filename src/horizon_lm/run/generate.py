@@ -83,6 +83,13 @@ class Generator:
         """
         ids = self.tokenizer(prompt, add_special_tokens=special_tokens).input_ids
         ids = ids or [self.tokenizer.eos_token_id]  # an empty prompt: a new document
+        rows = int(self._model.get_input_embeddings().weight.shape[0])
+        if max(ids) >= rows:
+            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise DataError(
+                f"the prompt has token {max(ids)} ({token!r}), and the model's embeddings {rows:,} rows",
+                hint="give it the tokenizer that the model was trained with",
+            )
         inputs = torch.tensor([ids], device=self.device)
         draw: dict[str, Any] = {"do_sample": False}
         if sampling.temperature:

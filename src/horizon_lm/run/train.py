@@ -290,7 +290,8 @@ def check_together(config: TrainConfig, data: TrainingData, model: HostModel) ->
     if highest >= vocabulary:
         raise DataError(
             f"the data holds token {highest}, outside the model's vocabulary of {vocabulary}",
-            hint="use the model's own tokenizer, or leave vocab_size out of init_model",
+            hint="use the model's own tokenizer, leave vocab_size out of init_model, or name the tokens in "
+            "new_tokens, for which the embeddings grow",
         )
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(longest, int) and 0 < longest < config.max_length:
