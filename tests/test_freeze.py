@@ -85,8 +85,8 @@ def test_a_frozen_parameter_takes_its_weights_alone() -> None:
         (["embed_tokns"], "'embed_tokns' is found in the name of no parameter", "model.embed_tokens.weight"),
         (["embed", "layres.3"], "'layres.3'", "model.layers."),
         (["("], "is no regular expression", "lm_head"),
-        (["."], "'.' leave no parameter to train", "lm_head"),
-        (["model", "lm_head"], "leave no parameter to train", "lm_head"),
+        (["."], "freeze leaves no parameter to train: '.'", "lm_head"),
+        (["model", "lm_head"], "leaves no parameter to train", "lm_head"),
     ],
 )
 def test_patterns_that_make_no_sense(patterns: list[str], words: str, hint: str) -> None:

@@ -155,7 +155,7 @@ def test_what_is_allowed_is_initialised_from_the_seed(
     assert torch.equal(torch.get_rng_state(), state)
     said = [r.message for r in caplog.records if r.name.startswith("horizon_lm")]
     assert len(said) == 1
-    assert f"2 weights begin with random values (allow_missing): lm_head.weight, {UP}" in said[0]
+    assert f"random values (allow_missing) for 2 weights: lm_head.weight, {UP}" in said[0]
     again, other = (load(place, seed=s, missing=["up_proj", "lm_head"]) for s in (1, 2))
     weights = [dict(m.named_parameters()) for m in (first, again, other)]
     for name in (UP, "lm_head.weight"):
@@ -208,8 +208,9 @@ def damaged(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_generate_and_eval_refuse_it_too(damaged: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="missing"):
+    with pytest.raises(DataError, match="missing") as caught:
         Generator.load(damaged, device="cpu")
+    assert "allow_missing" not in str(caught.value.hint), "which is no option there"
     changes = {"init_model": None, "train_tokenizer_vocab_size": None, "model_name_or_path": str(damaged)}
     config = settings(write_text(tmp_path / "t.txt"), tmp_path / "run", **changes)
     with pytest.raises(DataError, match="missing"):
@@ -237,6 +238,21 @@ def test_quantised_weights_are_refused_by_name(tmp_path: Path) -> None:
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(UnsupportedModelError, match="int8"):
         hz.HostModel.from_pretrained(model, device="cpu", dtype="float32")
+
+
+def test_fp8_weights_are_turned_back(tmp_path: Path) -> None:
+    """As DeepSeek-V3 is published: eight bits and a scale for each block."""
+
+    def eight_bits(tensors: Tensors) -> None:
+        for key in [key for key in tensors if key.endswith("proj.weight")]:
+            tensors[key] = (tensors[key] / 2).to(torch.float8_e4m3fn)
+            tensors[key + "_scale_inv"] = torch.full((1, 1), 2.0)
+
+    scheme = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    model = load(folder(tmp_path / "m", "llama", eight_bits, quantization_config=scheme))
+    for key, value in zoo.build("llama").state_dict().items():
+        assert (model.state_dict()[key].float() - value).norm() < 0.05 * value.norm(), key
+    hz.HostModel.from_pretrained(model, device="cpu", dtype="float32", skip_memory_check=True)
 
 
 def test_a_model_object_without_values_is_refused() -> None:

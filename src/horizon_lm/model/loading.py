@@ -179,7 +179,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
             parameter.requires_grad_(False)
     if patterns and not any(parameter.requires_grad for parameter in named.values()):
         raise ConfigError(
-            f"freeze: {', '.join(map(repr, patterns))} leave no parameter to train",
+            f"freeze leaves no parameter to train: {', '.join(map(repr, patterns))}",
             hint="'^(?!lm_head)' freezes all but the names that begin with lm_head",
         )
 

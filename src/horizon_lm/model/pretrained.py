@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import DataError, HorizonError, UnsupportedModelError
+from ..errors import DataError, UnsupportedModelError
 from ..patterns import compiled
 
 _log = logging.getLogger(__name__)
@@ -31,14 +31,17 @@ class Allowed:
     """Regular expressions, found anywhere in a name (`re.search`).
 
     missing: weights that may be absent, or of another shape, and are then initialised by transformers.
-    unexpected: weights of the checkpoint that the model may not have.
+    unexpected: weights of the checkpoint that the model may not have. by_settings: whether the user can say
+    so.
     """
 
     missing: Sequence[str] = ()
     unexpected: Sequence[str] = ()
+    by_settings: bool = True
 
 
-EVERYTHING_UNEXPECTED = Allowed(unexpected=("",))
+# To write texts with a model: what it does not use spoils none.
+TO_GENERATE = Allowed(unexpected=("",), by_settings=False)
 
 
 def read_pretrained(name: str, allowed: Allowed, *, seed: int = 0, **options: Any) -> nn.Module:
@@ -52,11 +55,16 @@ def read_pretrained(name: str, allowed: Allowed, *, seed: int = 0, **options: An
 
     missing = [compiled(pattern, "allow_missing") for pattern in allowed.missing]
     unexpected = [compiled(pattern, "allow_unexpected") for pattern in allowed.unexpected]
+    method = _quantisation(name, options)
     with without_messages("LOAD REPORT") as reports, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name, output_loading_info=True, ignore_mismatched_sizes=True, **options
+                name,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **_dequantised(method),
+                **options,
             )
             model, info = loaded
         except Exception as error:
@@ -67,9 +75,8 @@ def read_pretrained(name: str, allowed: Allowed, *, seed: int = 0, **options: An
                     "what the files hold",
                     hint="download or export it again; an expert or a part of a fused weight is missing",
                 ) from error
-            quantised = _quantised(name, options)
-            if quantised is not None:
-                raise quantised from error
+            if method is not None and not _dequantised(method):
+                raise _refuse_quantised(name, method, "") from error
             raise
     _check_quantised(model, name)
     shapes = {key: (tuple(found), tuple(wanted)) for key, found, wanted in info["mismatched_keys"]}
@@ -80,11 +87,10 @@ def read_pretrained(name: str, allowed: Allowed, *, seed: int = 0, **options: An
         [key for key in lacking if not _fits(missing, key) and key not in shapes],
         [key for key in strange if not _fits(unexpected, key) and not _OLD_CONSTANTS.search(key)],
         {key: shapes[key] for key in lacking if key in shapes and not _fits(missing, key)},
+        by_settings=allowed.by_settings,
     )
     if lacking:
-        _log.warning(
-            "%s: %d weights begin with random values (allow_missing): %s", name, len(lacking), _some(lacking)
-        )
+        _log.warning("%s: random values (allow_missing) for %s: %s", name, _count(lacking), _some(lacking))
     return model
 
 
@@ -106,6 +112,8 @@ def _check_fit(
     missing: list[str],
     unexpected: list[str],
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]],
+    *,
+    by_settings: bool,
 ) -> None:
     parts, ways = [], []
     if missing:
@@ -121,9 +129,10 @@ def _check_fit(
         parts.append(f"{_count(unexpected)} unknown to the model: {_some(unexpected)}")
         ways.append(f"allow_unexpected: [{_as_pattern(unexpected)}] leaves them out")
     if parts:
+        hint = "check config.json and the weight files"
         raise DataError(
             f"the checkpoint {name!r} does not fit its model: {'; '.join(parts)}",
-            hint=f"check config.json and the weight files, or {', and '.join(ways)}",
+            hint=f"{hint}, or {', and '.join(ways)}" if by_settings else hint,
         )
 
 
@@ -202,16 +211,23 @@ def _is_plain(parameter: torch.Tensor) -> bool:
     return parameter.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _quantised(name: str, options: dict[str, Any]) -> HorizonError | None:
-    """The error to raise instead where loading failed as weights are quantised."""
+def _quantisation(name: str, options: dict[str, Any]) -> Any:
+    """The method that the configuration of a checkpoint names; None where there is none. Raises what
+    transformers raises for a configuration that it cannot read."""
     from transformers import PreTrainedConfig
 
-    try:
-        given = {key: options[key] for key in ("revision", "local_files_only") if key in options}
-        method = PreTrainedConfig.get_config_dict(name, **given)[0]["quantization_config"]["quant_method"]
-    except Exception:  # there is no such configuration, or none at all
-        return None
-    return _refuse_quantised(name, method, "")
+    given = {key: options[key] for key in ("revision", "local_files_only") if key in options}
+    found = PreTrainedConfig.get_config_dict(name, **given)[0].get("quantization_config")
+    return found.get("quant_method") if isinstance(found, dict) else None
+
+
+def _dequantised(method: Any) -> dict[str, Any]:
+    """Options by which transformers turns weights back that it can turn back: on any device alike."""
+    from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
+
+    kinds: dict[Any, Any] = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
+    kind = kinds.get(method)
+    return {} if kind is None else {"quantization_config": kind(dequantize=True)}
 
 
 def _refuse_quantised(name: str, method: Any, dtypes: str) -> UnsupportedModelError:

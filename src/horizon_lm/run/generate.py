@@ -12,7 +12,7 @@ import torch
 from ..data.chat import ChatTemplate
 from ..data.tokenizer import load_tokenizer
 from ..errors import ConfigError, DataError, HorizonError
-from ..model.pretrained import EVERYTHING_UNEXPECTED, read_pretrained
+from ..model.pretrained import TO_GENERATE, read_pretrained
 from .device import resolve_device
 from .quiet import quiet_transformers
 
@@ -52,7 +52,7 @@ class Generator:
             with quiet_transformers():
                 model: Any = read_pretrained(
                     str(place),
-                    EVERYTHING_UNEXPECTED,  # what is not used spoils no text
+                    TO_GENERATE,
                     dtype="auto",
                     use_safetensors=True,
                     trust_remote_code=trust_remote_code,
