@@ -357,6 +357,13 @@ def test_errors_carry_message_hint_and_code() -> None:
 # --- aliases --------------------------------------------------------------------------------------
 
 ALIAS_VALUES: dict[str, tuple[Any, Any]] = {
+    "unfrozen_parameters": (["lm_head", "model.norm"], ["^(?!(?:lm_head)|(?:model.norm))"]),
+    "freeze_parameters": (["model.embed"], [r"^model\.embed"]),
+    "freeze_parameters_regex": ("experts", ["experts"]),
+    "tokens": (["<a>"], ["<a>"]),
+    "add_tokens": ("<a>, <b>", ["<a>", "<b>"]),
+    "new_special_tokens": ("<a>,<b>", ["<a>", "<b>"]),
+    "add_special_tokens": (None, []),
     "max_checkpoints": (3, 3),
     "max_train_samples": (7, 7),
     "bf16": (True, "bfloat16"),

@@ -72,6 +72,13 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         unit="tokens",
         ge=257,  # 256 bytes and the end-of-text token
     )
+    new_tokens: list[str] = setting(
+        [],
+        "Special tokens to add to the tokenizer; embeddings that are too small for them grow, the new rows "
+        "drawn around the mean of the old ones, as transformers' resize_token_embeddings does it.",
+        group="Model",
+        expects="a list of different texts, none of them empty",
+    )
     per_device_train_batch_size: int = setting(
         1, "Sequences in one micro-batch.", group="Batch and schedule", unit="sequences", ge=1
     )
@@ -221,6 +228,13 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
                 hint="lr_scheduler_type=cosine, or lr_scheduler_type=warmup_stable_decay",
             )
         return _CURVE_ALIASES.get(value, value) if isinstance(value, str) else value
+
+    @field_validator("new_tokens")
+    @classmethod
+    def _check_new_tokens(cls, value: list[str]) -> list[str]:
+        if not all(value) or len(set(value)) < len(value):
+            raise ValueError("empty or twice")  # reported with the field's `expects`
+        return value
 
     @field_validator("max_steps")
     @classmethod

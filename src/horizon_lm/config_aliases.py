@@ -7,6 +7,7 @@ But of two switches that are aliases of one key, one that is off yields to the o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,28 @@ def _choice(yes: str, no: str) -> Callable[[Any], str]:
         return yes if value else no
 
     return convert
+
+
+def _texts(value: Any) -> Any:
+    """A list; LLaMA-Factory writes one text with commas."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return [] if value is None else value
+
+
+def _prefixes(value: Any) -> Any:
+    """Beginnings of names, as ms-swift has them, as patterns."""
+    return [f"^{re.escape(text)}" for text in _texts(value)]
+
+
+def _all_but(value: Any) -> Any:
+    """Axolotl names the parameters that are trained: patterns that match from a name's beginning."""
+    patterns = _texts(value)
+    if not isinstance(patterns, list) or any(not isinstance(p, str) for p in patterns):
+        raise ValueError("expected a list of regular expressions")
+    if any(re.search(r"\[[0-9]*:[0-9]*\]$", p) for p in patterns):
+        raise ValueError("parts of a parameter ([a:b]) cannot be trained alone")
+    return [f"^(?!{'|'.join(f'(?:{p})' for p in patterns)})"] if patterns else []
 
 
 ALIASES: dict[str, Alias] = {
@@ -128,6 +151,15 @@ ALIASES: dict[str, Alias] = {
     "max_norm": Alias("max_grad_norm"),
     "gradient_clipping": Alias("max_grad_norm"),
     "optimizer": Alias("optim"),
+    "unfrozen_parameters": Alias("freeze", _all_but),
+    "freeze_parameters": Alias("freeze", _prefixes),
+    "freeze_parameters_regex": Alias("freeze", _texts),
+    "noisy_embedding_alpha": Alias("neftune_noise_alpha"),
+    "neftune_alpha": Alias("neftune_noise_alpha"),
+    "tokens": Alias("new_tokens", _texts),
+    "add_tokens": Alias("new_tokens", _texts),
+    "new_special_tokens": Alias("new_tokens", _texts),
+    "add_special_tokens": Alias("new_tokens", _texts),
     "resume": Alias("resume_from_checkpoint"),
     "push_to_hub_model_id": Alias("hub_model_id"),
     "export_hub_model_id": Alias("hub_model_id"),
@@ -158,6 +190,7 @@ DROPPED: dict[str, str] = {
     "gradient_checkpointing_kwargs": "how a layer is recomputed is not a choice here",
     "remove_unused_columns": _READ,
     "pad_to_sequence_len": _PADDED,
+    "resize_vocab": "embeddings grow by themselves for new_tokens",
     "overwrite_cache": "tokens are kept by content and settings, so that a change is noticed",
     "dataset_kwargs": "the dataset's format is known from its columns",
     "hf_use_auth_token": "the token is looked for wherever one is needed",
@@ -166,6 +199,7 @@ DROPPED: dict[str, str] = {
 
 # Settings that people bring from elsewhere and that have no counterpart: the hint of the unknown-key error.
 _WHOLE = "leave the key out: all parameters are trained, in full precision"
+_PART = "leave the key out: all parameters are trained; 'freeze: [patterns]' takes some out of training"
 _METHOD = "leave the key out: supervised tuning or pretraining follows from the columns of the data"
 _TOKEN = "leave the key out: the token comes from HF_TOKEN or 'hf auth login', never from a configuration"
 _MIN_LR = (
@@ -208,7 +242,15 @@ UNAVAILABLE: dict[str, str] = {
     "stage": _METHOD,
     "do_train": "leave the key out: 'horizon train' trains and 'horizon eval' evaluates",
     "do_eval": "leave the key out: 'horizon train' trains and 'horizon eval' evaluates",
-    "finetuning_type": _WHOLE,
+    "finetuning_type": _PART,
+    "freeze_trainable_layers": _PART,
+    "freeze_trainable_modules": _PART,
+    "freeze_extra_modules": _PART,
+    "freeze_layers": _PART,
+    "freeze_parameters_ratio": _PART,
+    "trainable_parameters": _PART,
+    "trainable_parameters_regex": _PART,
+    "special_tokens": "leave the key out: the tokenizer keeps its own; 'new_tokens: [...]' adds more",
     "adapter": _WHOLE,
     "use_peft": _WHOLE,
     "load_in_4bit": _WHOLE,

@@ -41,6 +41,34 @@ class ModelSettings(Settings):
         "Branch, tag or commit of a model on the Hub; a commit makes the run reproducible.",
         group="Model",
     )
+    allow_missing: list[str] = setting(
+        [],
+        "Weights that the checkpoint may lack, or hold in another shape, by regular expressions that are "
+        "found in their names: they begin with random values, as transformers initialises them.",
+        group="Model",
+        expects="a list of regular expressions",
+    )
+    allow_unexpected: list[str] = setting(
+        [],
+        "Weights of the checkpoint that the model may not have, by regular expressions that are found in "
+        "their names: they are left out.",
+        group="Model",
+        expects="a list of regular expressions",
+    )
+    freeze: list[str] = setting(
+        [],
+        "Parameters that are not trained, by regular expressions that are found in their names; they need "
+        "no memory for gradients and moments.",
+        group="Optimizer",
+        expects="a list of regular expressions",
+    )
+    neftune_noise_alpha: float | None = setting(
+        None,
+        "Uniform noise on the embeddings in training (NEFTune), of magnitude alpha / sqrt(tokens * width), "
+        "drawn anew for each micro-batch; null means none. Usual values are 5 to 15.",
+        group="Optimizer",
+        gt=0,
+    )
     seed: int = setting(
         42,
         "Seed of weight initialisation, dropout and data order.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +51,15 @@ def load_tokenizer(
         raise ConfigError(
             f"the tokenizer of {name_or_path} has no end-of-text token",
             hint="set eos_token in its tokenizer_config.json",
+        )
+    return tokenizer
+
+
+def add_new_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> PreTrainedTokenizerBase:
+    """The same tokenizer with `tokens` as special tokens; those that it has already keep their number."""
+    if tokens:
+        tokenizer.add_special_tokens(
+            {"extra_special_tokens": list(tokens)}, replace_extra_special_tokens=False
         )
     return tokenizer
 

@@ -15,7 +15,7 @@ from horizon_lm.data.loader import TokenLoader
 from horizon_lm.data.packing import Rows, make_rows, split_off, weighted
 from horizon_lm.data.streaming import StreamLoader
 from horizon_lm.data.tokenise import tokenise
-from horizon_lm.data.tokenizer import load_tokenizer, train_tokenizer
+from horizon_lm.data.tokenizer import add_new_tokens, load_tokenizer, train_tokenizer
 from horizon_lm.data.tokens import TokenStore
 from horizon_lm.errors import ConfigError
 
@@ -170,10 +170,12 @@ def tokenizer_of(config: Any) -> PreTrainedTokenizerBase:
             hint="set tokenizer_name_or_path, or train_tokenizer_vocab_size to train one on the data",
         )
     revision = None if config.tokenizer_name_or_path else config.model_revision
-    return load_tokenizer(name, trust_remote_code=bool(config.trust_remote_code), revision=revision)
+    tokenizer = load_tokenizer(name, trust_remote_code=bool(config.trust_remote_code), revision=revision)
+    return add_new_tokens(tokenizer, config.new_tokens)
 
 
 def _tokenizer_for(config: Any, documents: Documents) -> PreTrainedTokenizerBase:
     if config.train_tokenizer_vocab_size:
-        return train_tokenizer(documents.texts(), config.train_tokenizer_vocab_size)
+        tokenizer = train_tokenizer(documents.texts(), config.train_tokenizer_vocab_size)
+        return add_new_tokens(tokenizer, config.new_tokens)
     return tokenizer_of(config)

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from ..memory.slots import UnitWeights
-from ..model.capture import Call, run_prologue, run_router_loss
+from ..model.capture import Call, run_head, run_prologue, run_router_loss
 from ..model.skeleton import Skeleton
 from .gradient import UnitGradient, collecting
 from .loss import IGNORE_INDEX, HeadLoss
+from .noise import generator_state, has_moved, set_generator_state
 
 
 @contextmanager
@@ -64,6 +65,16 @@ def loss_and_backward(
             call.routers = [[r._replace(logits=_gradient_of(r.logits)) for r in layer] for layer in leaves]
             total += loss.detach()
     return total, hidden_gradient
+
+
+def head_draws_noise(skeleton: Skeleton, weights: UnitWeights | None, hidden: torch.Tensor) -> bool:
+    """Whether the head draws random numbers, tried on one token of hidden [batch, tokens, width]."""
+    before = generator_state(hidden.device)
+    with torch.no_grad(), skeleton.bound(skeleton.head, weights, grad=False):
+        run_head(skeleton, hidden.flatten(0, 1)[:1])
+    drawn = has_moved(hidden.device, before)
+    set_generator_state(hidden.device, before)
+    return drawn
 
 
 def backward_prologue(
@@ -148,19 +159,3 @@ def _embedding_weight(embedding: nn.Embedding, weight: torch.Tensor) -> Iterator
         yield
     finally:
         parameters["weight"] = old
-
-
-@contextmanager
-def random_state(
-    skeleton: Skeleton, device: torch.device, base: int, unit: int, micro_batch: int
-) -> Iterator[None]:
-    """Random numbers that depend on (seed and step, unit, micro-batch) alone, so that a recompute
-    draws the same dropout masks whatever ran in between. The caller's generators are left as they
-    were. Does nothing for a model without dropout or other noise."""
-    if not skeleton.has_noise:
-        yield
-        return
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(hash((base, unit, micro_batch)) & 0x7FFF_FFFF_FFFF_FFFF)
-        yield

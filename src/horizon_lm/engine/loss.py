@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ..errors import ConfigError
 from ..model.capture import run_head
 from ..model.skeleton import Skeleton
+from .noise import generator_state, set_generator_state
 
 IGNORE_INDEX = -100
 # Elements of fp32 logits alive at once when `loss_chunk_tokens` is auto: 512 MB, and about three
@@ -116,6 +117,7 @@ def custom(
     def head_loss(
         skeleton: Skeleton, hidden: torch.Tensor, targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        drawn = generator_state(hidden.device) if skeleton.has_noise else None
         # The last token of a row has no target.
         leaf = log_probabilities(skeleton, hidden, targets, chunk)[:, :-1].requires_grad_()
         given = {name: value.to(hidden.device) for name, value in batch.items()}
@@ -124,6 +126,8 @@ def custom(
         loss.backward()
         if leaf.grad is None:
             raise _no_loss("does not depend on the log-probabilities")
+        if drawn is not None:  # the head's noise once more, whatever `loss_fn` drew
+            set_generator_state(hidden.device, drawn)
         wanted_gradient = F.pad(leaf.grad, (0, 1)).flatten()
         flat = hidden.flatten(0, 1)
         gradient = torch.zeros_like(flat)

@@ -19,7 +19,7 @@ from ..model.skeleton import Skeleton
 from ..optim.optimizer import Optimizer
 from ..schedule import Buffer, Op
 from ..schedule.step_plan import KEEP
-from . import activations, compute
+from . import activations, compute, noise
 from .gradient import UnitGradient
 from .lanes import reads_on_this_lane
 from .loss import log_probabilities
@@ -46,6 +46,7 @@ class OpFunctions:
     boundary_slots: BoundarySlots
     _embedding: nn.Embedding
     _poison: bool
+    _head_was_tried: bool
     _saving: Saving | None
 
     def table(self) -> dict[str, Callable[[Step, Op], None]]:
@@ -79,6 +80,20 @@ class OpFunctions:
         self.weight_slots.upload(op.slot, op.unit)
 
     def _forward(self, step: Step, op: Op) -> None:
+        if self.skeleton.has_noise:
+            self._run_forward(step, op)
+            return
+        before = noise.generator_state(self.device)
+        self._run_forward(step, op)
+        if noise.has_moved(self.device, before):
+            # Noise that nothing announced. What ran so far drew none, so this op alone is done over.
+            noise.set_generator_state(self.device, before)
+            self.skeleton.draws_noise = True
+            if op.unit > 0:
+                step.call(op.micro_batch).routers.pop()
+            self._run_forward(step, op)
+
+    def _run_forward(self, step: Step, op: Op) -> None:
         m = op.micro_batch
         with self._random_state(step, op):
             if op.unit == 0:
@@ -146,16 +161,21 @@ class OpFunctions:
 
     def _loss(self, step: Step, op: Op) -> None:
         m = op.micro_batch
-        loss, gradient = compute.loss_and_backward(
-            self.skeleton,
-            self._weights(op),
-            step.call(m),
-            step.tensor("input", op.unit, m),
-            step.targets[m],
-            self._gradient(step, op),
-            step.head_losses[m],
-            num_tokens=step.num_tokens,
-        )
+        hidden = step.tensor("input", op.unit, m)
+        if not self.skeleton.has_noise and not self._head_was_tried:
+            self.skeleton.draws_noise = compute.head_draws_noise(self.skeleton, self._weights(op), hidden)
+        self._head_was_tried = True
+        with self._random_state(step, op):
+            loss, gradient = compute.loss_and_backward(
+                self.skeleton,
+                self._weights(op),
+                step.call(m),
+                hidden,
+                step.targets[m],
+                self._gradient(step, op),
+                step.head_losses[m],
+                num_tokens=step.num_tokens,
+            )
         step.losses[m] = loss
         step.memory[Buffer("input_grad", -1, m)] = gradient
 
@@ -309,4 +329,4 @@ class OpFunctions:
         return staging.copy_(value, non_blocking=True)
 
     def _random_state(self, step: Step, op: Op) -> AbstractContextManager[None]:
-        return compute.random_state(self.skeleton, self.device, step.rng_base, op.unit, op.micro_batch)
+        return noise.random_state(self.skeleton, self.device, step.rng_base, op.unit, op.micro_batch)

@@ -30,6 +30,8 @@ class Anatomy:
     layer_outputs: 0 when a layer returns hidden states, n when it returns a tuple of up to n whose
     first are the hidden states and of which the model uses nothing else.
     head_takes_one_token: whether the head can be run on hidden states of other tokens than its dummy input.
+    head_entry: path of the module that is handed the last layer's output itself, as the first to run after
+    the layers; empty where the forward computes something else first.
     prologue, head, idle: parameters used before the layers, after them, and by neither.
     embedding: name of the input embedding table; tied: whether the head uses it too.
     """
@@ -37,6 +39,7 @@ class Anatomy:
     layers_path: str
     layer_outputs: int
     head_takes_one_token: bool
+    head_entry: str
     embedding: str
     tied: bool
     prologue: tuple[str, ...]
@@ -146,7 +149,7 @@ def analyse(model: Any) -> Anatomy:
     outside = {id(p): p for p in model.parameters() if names[id(p)] not in in_layers}
 
     with _requiring_grad(list(outside.values())):
-        outputs, first_hidden, logits = _probe(model, layers, embedding_module)
+        outputs, first_hidden, logits, head_entry = _probe(model, layers, embedding_module)
     used_before = {names[i] for i in _leaves(first_hidden) if i in outside}
     used_after = {names[i] for i in _leaves(logits) if i in outside}
     if embedding in used_before or used_before & used_after:
@@ -159,6 +162,7 @@ def analyse(model: Any) -> Anatomy:
         head_takes_one_token=_head_takes_one_token(
             model, layers, embedding_module, outputs, logits.shape[-1]
         ),
+        head_entry=head_entry,
         embedding=embedding,
         tied=embedding in used_after,
         prologue=tuple(n for n in order if n in used_before),
@@ -233,8 +237,8 @@ def as_layer_output(hidden: torch.Tensor, outputs: int, extra: Any = None) -> An
 
 def _probe(
     model: Any, layers: nn.ModuleList, embedding: nn.Embedding
-) -> tuple[int, torch.Tensor, torch.Tensor]:
-    """(layer outputs, input of layer 0, logits), the last two with their autograd graphs."""
+) -> tuple[int, torch.Tensor, torch.Tensor, str]:
+    """(layer outputs, input of layer 0, logits, head entry), the tensors with their autograd graphs."""
     broken, failed = "", ""
     for outputs in (0, 3, 2, 1):
         try:
@@ -252,13 +256,13 @@ def _probe(
 
 def _run_with_markers(
     model: Any, layers: nn.ModuleList, embedding: nn.Embedding, outputs: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, str]:
     seen: list[torch.Tensor] = []
     marker: list[torch.Tensor] = []
 
     def layer(i: int, *args: Any, **kwargs: Any) -> Any:
         hidden, rest, named = split_hidden(args, kwargs)
-        if i != len(marker) or (marker and hidden is not marker[-1]):
+        if i != len(marker) or (marker and (hidden is not marker[-1] or hidden._version)):
             raise _BrokenChain(
                 f"something runs between decoder layers {i - 1} and {i}, or not all run in order"
             )
@@ -272,7 +276,18 @@ def _run_with_markers(
 
     ids = torch.zeros(2, 3, dtype=torch.long, device=embedding.weight.device)
     embeds = embedding(ids).detach().requires_grad_().clone()  # no leaf: a model may scale it in place
-    with torch.enable_grad(), embedding_gives(embedding, embeds) as calls, intercept(layers, layer):
+    entry: list[str] = []
+
+    def follows(path: str, args: tuple, kwargs: dict) -> None:
+        if len(marker) == len(layers) and not entry:
+            entry.append(path if any(t is marker[-1] for t in tensors_in([args, kwargs])) else "")
+
+    with (
+        torch.enable_grad(),
+        embedding_gives(embedding, embeds) as calls,
+        intercept(layers, layer),
+        _watching(model, layers, follows),
+    ):
         given = accepted(model, labels=ids, use_cache=False, output_router_logits=False)
         output = model(input_ids=ids, **given)
     if len(calls) != 1:
@@ -287,7 +302,27 @@ def _run_with_markers(
     if not leaves <= known:
         raise _refuse(model, "its head uses more than the hidden states of the last layer")
     _check_loss(model, output, ids)
-    return seen[0], logits
+    return seen[0], logits, entry[0] if entry else ""
+
+
+@contextmanager
+def _watching(
+    model: nn.Module, layers: nn.ModuleList, called: Callable[[str, tuple, dict], None]
+) -> Iterator[None]:
+    """While open, `called(path, args, kwargs)` hears of each module's call, those of the layers apart."""
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs, path=path: called(path, args, kwargs), with_kwargs=True
+        )
+        for path, module in model.named_modules()
+        if path and id(module) not in inside
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _check_loss(model: Any, output: Any, labels: torch.Tensor) -> None:

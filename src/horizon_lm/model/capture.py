@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..memory.slots import UnitWeights
-from .anatomy import accepted, as_layer_output, embedding_gives, intercept, split_hidden
+from .anatomy import accepted, as_layer_output, embedding_gives, intercept, split_hidden, tensors_in
 from .attention import attention_by_intervals
 from .skeleton import Skeleton
 
@@ -58,22 +59,13 @@ def run_prologue(
     """Run what comes before layer 0. embeds: [batch, tokens, hidden]; inputs: input_ids, and
     attention_mask and position_ids where there are any. Returns layer 0's input
     [batch, tokens, hidden] (None when that is `embeds` itself) and the captured call. Its
-    parameters must be bound."""
-    recorded: list[tuple[tuple, dict[str, Any]]] = []
-    first: list[torch.Tensor] = []
-    last = skeleton.num_layers - 1
+    parameters must be bound.
 
-    def record(i: int, *args: Any, **kwargs: Any) -> Any:
-        hidden, rest, named = split_hidden(args, kwargs)
-        if i == 0:
-            first.append(hidden)
-        recorded.append((rest, named))
-        if i == last:
-            raise _Enough
-        return as_layer_output(hidden, skeleton.anatomy.layer_outputs)
-
+    Raises UnsupportedModelError where a layer, or what follows the last one, would not receive just what the
+    layer before it returns.
+    """
     model = skeleton.model
-    work = embeds.clone()  # some models scale it in place
+    work = _with_neftune_noise(skeleton, embeds.clone())  # a copy: some models scale it in place
     given = accepted(model, use_cache=False, output_router_logits=False, **inputs)
     # A forward that swallows any keyword would ignore position_ids without a word.
     missing = inputs.keys() - inspect.signature(model.forward).parameters.keys()
@@ -82,15 +74,132 @@ def run_prologue(
             f"{skeleton.model_type} does not take {', '.join(sorted(missing))}",
             hint="leave it out of the micro-batches",
         )
-    with (
-        attention_by_intervals(),
-        embedding_gives(skeleton.embedding, work),
-        intercept(skeleton.layers, record),
-        suppress(_Enough),
-    ):
-        model(**given)
-    untouched = first[0] is work and work._version == 0
-    return None if untouched else first[0], Call(recorded, inputs)
+    recorder = _Recorder(skeleton)
+    try:
+        with (
+            attention_by_intervals(),
+            embedding_gives(skeleton.embedding, work),
+            intercept(skeleton.layers, recorder.layer),
+            recorder.head_watched(),
+            suppress(_Enough),
+        ):
+            model(**given)
+    except (RuntimeError, NotImplementedError) as error:
+        if "meta" in str(error) and recorder.first is not None:
+            raise _refuse(skeleton, f"weights of the head are used after layer {recorder.last}") from error
+        raise
+    first = recorder.finish()
+    untouched = first is work and work._version == 0 and skeleton.neftune_noise_alpha is None
+    return None if untouched else first, Call(recorder.calls, inputs)
+
+
+def _with_neftune_noise(skeleton: Skeleton, embeds: torch.Tensor) -> torch.Tensor:
+    """The embeddings as transformers' NEFTune hook would leave them: with noise in training alone."""
+    if skeleton.neftune_noise_alpha is None:
+        return embeds
+    from transformers.integrations.neftune import neftune_post_forward_hook
+
+    stand_in = SimpleNamespace(
+        training=skeleton.embedding.training, neftune_noise_alpha=skeleton.neftune_noise_alpha
+    )
+    return neftune_post_forward_hook(stand_in, None, embeds)
+
+
+class _Recorder:
+    """Stands in for the layers while the prologue runs; notes what each receives, and sees to it that its
+    hidden states are the output of the layer before it: the same tensor, and nothing written into it."""
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        self.skeleton = skeleton
+        self.calls: list[tuple[tuple, dict[str, Any]]] = []
+        self.first: torch.Tensor | None = None
+        self._version = 0
+        self._done = False
+        self._given: dict[int, tuple[int, torch.Tensor, int]] = {}  # layer, tensor, version by identity
+
+    @property
+    def last(self) -> int:
+        """The layer that was called last."""
+        return len(self.calls) - 1
+
+    def layer(self, i: int, *args: Any, **kwargs: Any) -> Any:
+        hidden, rest, named = split_hidden(args, kwargs)
+        if i != len(self.calls):
+            raise _refuse(self.skeleton, f"layer {i} runs after layer {self.last}")
+        if self.first is None:
+            self.first, self._version = hidden, hidden._version
+        self._check(hidden, f"layer {i}")
+        with torch._C.DisableTorchFunctionSubclass():
+            for tensor in tensors_in([rest, named]):
+                if tensor.requires_grad:
+                    shape = tuple(tensor.shape)
+                    raise _refuse(self.skeleton, f"layer {i} receives a second activation of shape {shape}")
+                self._given.setdefault(id(tensor), (i, tensor, tensor._version))
+        self.calls.append((rest, named))
+        if self._complete and not self.skeleton.anatomy.head_entry:
+            self._done = True
+            raise _Enough
+        return as_layer_output(hidden, self.skeleton.anatomy.layer_outputs)
+
+    @property
+    def _complete(self) -> bool:
+        return len(self.calls) == self.skeleton.num_layers
+
+    def _check(self, hidden: Any, who: str) -> None:
+        """All stand-ins return what layer 0 was given, so that is what everyone must receive."""
+        if self.first is None or hidden is not self.first:
+            raise _refuse(
+                self.skeleton, f"{who} receives something else than the output of layer {self.last}"
+            )
+        if hidden._version != self._version:
+            raise _refuse(
+                self.skeleton, f"the output of layer {self.last} is written into before {who} receives it"
+            )
+
+    @contextmanager
+    def head_watched(self) -> Iterator[None]:
+        """While open, the run ends where the head begins, which must be handed the last layer's output."""
+        path = self.skeleton.anatomy.head_entry
+        if not path:
+            yield
+            return
+        module = self.skeleton.model.get_submodule(path)
+        own = module.__dict__.get("forward")
+
+        def begin(*args: Any, **kwargs: Any) -> Any:
+            if not self._complete:  # it is used before the layers as well
+                return (own or partial(type(module).forward, module))(*args, **kwargs)
+            given = list(tensors_in([args, kwargs]))
+            same = next((t for t in given if t is self.first), given[0] if given else None)
+            self._check(same, "the head")
+            self._done = True
+            raise _Enough
+
+        module.forward = begin  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            module.__dict__.pop("forward")
+            if own is not None:
+                module.forward = own
+
+    def finish(self) -> torch.Tensor:
+        """Layer 0's input. Raises UnsupportedModelError unless all layers were called, and then the head."""
+        if not self._complete:
+            raise _refuse(
+                self.skeleton, f"{len(self.calls)} of its {self.skeleton.num_layers} layers are run"
+            )
+        if not self._done:
+            raise _refuse(self.skeleton, "its head does not receive the output of the last layer")
+        with torch._C.DisableTorchFunctionSubclass():
+            for layer, tensor, version in self._given.values():
+                if tensor._version != version:
+                    raise _refuse(
+                        self.skeleton,
+                        f"what layer {layer} receives beside hidden states is written into later",
+                    )
+        assert self.first is not None
+        return self.first
 
 
 def run_layer(skeleton: Skeleton, layer: int, call: Call, hidden: torch.Tensor) -> torch.Tensor:

@@ -7,30 +7,39 @@ are then adopted unit by unit and their source is freed.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import ConfigError, DataError, DoesNotFitError
+from ..errors import ConfigError, DataError, DoesNotFitError, HorizonError, UnsupportedModelError
 from ..memory.arena import return_free_memory
 from ..memory.store import HostStore
+from ..patterns import compiled, nearest
+from .pretrained import Allowed, read_pretrained, without_messages
 from .skeleton import Skeleton
 
 
 def load_model(
-    source: str | Path | nn.Module, *, trust_remote_code: bool, revision: str | None, attn_implementation: str
+    source: str | Path | nn.Module,
+    *,
+    trust_remote_code: bool,
+    revision: str | None,
+    attn_implementation: str,
+    allowed: Allowed = Allowed(),  # noqa: B008
+    seed: int = 0,
 ) -> nn.Module:
     """The transformers model of a folder or name, in the dtype of its files; a model object as it is.
 
+    allowed: what checkpoint and model may have that the other has not; seed: of weights that are missing.
     Only safetensors are read, never pickles. Raises ConfigError for a missing folder or one that
-    holds no causal language model, DataError for damaged weights.
+    holds no causal language model, DataError for weights that are damaged or do not fit the model.
     """
     if isinstance(source, nn.Module):
         return source
-    from transformers import AutoModelForCausalLM
-
     name = str(source)
     looks_local = isinstance(source, Path) or name.startswith((".", "/", "~")) or Path(name).exists()
     if looks_local:
@@ -38,14 +47,18 @@ def load_model(
         name = str(Path(name).expanduser())
     options: dict[str, Any] = {} if looks_local or revision is None else {"revision": revision}
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        return read_pretrained(
             name,
+            allowed,
+            seed=seed,
             dtype="auto",
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             attn_implementation=attn_implementation,
             **options,
         )
+    except HorizonError:
+        raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise _no_memory(error) or ConfigError(
@@ -98,11 +111,14 @@ def _check_index(folder: Path) -> None:
             )
 
 
-def count_parameters(values: dict[str, Any]) -> int:
-    """Parameters of a model from the values of a transformers configuration; takes no memory."""
+def count_parameters(values: dict[str, Any], frozen: Sequence[str] = ()) -> tuple[int, int]:
+    """(trained, frozen) parameters of a model from the values of a transformers configuration; takes no
+    memory. frozen: as `freeze`."""
     with torch.device("meta"):
         model = create_model(values, dtype=torch.float32, seed=0, attn_implementation="eager")
-    return sum(p.numel() for p in model.parameters())
+    freeze(model, frozen)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trained, sum(p.numel() for p in model.parameters()) - trained
 
 
 def create_model(
@@ -119,8 +135,7 @@ def create_model(
     kind = rest.pop("model_type", None)
     try:
         config = AutoConfig.for_model(kind, **rest)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with _seeded(seed):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation=attn_implementation
             )
@@ -143,6 +158,55 @@ def _no_memory(error: Exception) -> DoesNotFitError | None:
         f"the system refused the host memory that the model's weights need: {error}",
         hint="free memory, raise the limit (ulimit -v, cgroup), or choose a smaller model",
     )
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Take the parameters whose names any of the patterns is found in out of training.
+
+    A tied weight has several names, and each of them counts. Raises ConfigError for a pattern that fits no
+    parameter, and where nothing would be left to train.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for pattern in patterns:
+        expression = compiled(pattern, "freeze")
+        found = [parameter for name, parameter in named.items() if expression.search(name)]
+        if not found:
+            raise ConfigError(
+                f"freeze: {pattern!r} is found in the name of no parameter",
+                hint=f"the nearest names are {', '.join(nearest(pattern, list(named)))}",
+            )
+        for parameter in found:
+            parameter.requires_grad_(False)
+    if patterns and not any(parameter.requires_grad for parameter in named.values()):
+        raise ConfigError(
+            f"freeze leaves no parameter to train: {', '.join(map(repr, patterns))}",
+            hint="'^(?!lm_head)' freezes all but the names that begin with lm_head",
+        )
+
+
+def grow_vocabulary(model: Any, tokens: int, seed: int) -> None:
+    """Give the embeddings at least `tokens` rows, new ones as transformers draws them (seed); a table that
+    is large enough stays as it is. Raises UnsupportedModelError where transformers cannot."""
+    if tokens <= model.get_input_embeddings().num_embeddings:
+        return
+    try:
+        with (
+            without_messages("new embeddings will be init", "new lm_head weights will be init"),
+            _seeded(seed),
+        ):
+            model.resize_token_embeddings(tokens)
+    except (NotImplementedError, TypeError, ValueError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"the embeddings of a {type(model).__name__} cannot grow to {tokens:,} rows: {error}",
+            hint="leave new_tokens out",
+        ) from error
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def fill_store(skeleton: Skeleton, store: HostStore) -> None:

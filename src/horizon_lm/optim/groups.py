@@ -5,12 +5,12 @@ A unit is one run in memory, so a group becomes segments of it; neighbours that 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import ConfigError
 from ..memory.layout import Parameter, UnitLayout
+from ..patterns import compiled
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def group_rule(
     for AdamW, and embedding tables on demand. lr_factors: regular expression -> factor; the first that
     is found anywhere in the parameter's name counts (`re.search`).
     """
-    patterns = [(_compiled(pattern), factor) for pattern, factor in lr_factors.items()]
+    patterns = [(compiled(pattern, "lr_factors"), factor) for pattern, factor in lr_factors.items()]
 
     def group(parameter: Parameter) -> Group:
         decays = len(parameter.shape) > 1 and not parameter.name.endswith("bias")
@@ -69,21 +69,12 @@ def check_patterns(lr_factors: Mapping[str, float], names: Iterable[str]) -> Non
     """Raises ConfigError for a pattern that is no regular expression or that no trainable parameter has."""
     names = list(names)
     for pattern in lr_factors:
-        expression = _compiled(pattern)
+        expression = compiled(pattern, "lr_factors")
         if not any(expression.search(name) for name in names):
             raise ConfigError(
                 f"lr_factors: {pattern!r} is found in the name of no trainable parameter",
                 hint=f"names look like {_examples(names)}",
             )
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(
-            f"lr_factors: {pattern!r} is no regular expression: {error}", hint=r"for example 'lm_head|norm'"
-        ) from None
 
 
 def _examples(names: Sequence[str]) -> str:

@@ -16,9 +16,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..config import ModelSettings, TrainConfig
+from ..data.training_data import tokenizer_of
 from ..engine.policies import DTYPES
 from ..errors import ConfigError, HorizonError, UnsupportedModelError
 from ..memory.layout import UnitLayout
+from ..model.loading import freeze
 from ..model.skeleton import Skeleton
 from .working_set import Ends, WorkingSet, ends_working_set, layer_working_set
 
@@ -44,7 +46,9 @@ class Outline:
         self.dtype_name, self.mlp_tile_tokens = settings.dtype, settings.mlp_tile_tokens
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self._mode:
-            self.skeleton = Skeleton(_build(config, self.dtype, settings), self.dtype)
+            model = _build(config, self.dtype, settings)
+            freeze(model, settings.freeze)
+            self.skeleton = Skeleton(model, self.dtype)
             if settings.mlp_tile_tokens is not None:
                 self.skeleton.tile_mlps(settings.mlp_tile_tokens)
             for unit in range(len(self.skeleton.units)):
@@ -138,11 +142,12 @@ def model_config(config: TrainConfig) -> Any:
             kind = values.pop("model_type")
             if config.train_tokenizer_vocab_size is not None:
                 values.setdefault("vocab_size", config.train_tokenizer_vocab_size)
-            return AutoConfig.for_model(kind, **values)
-        assert config.model_name_or_path is not None  # TrainConfig has seen to it
-        name = str(Path(config.model_name_or_path).expanduser())
-        options = {} if config.model_revision is None else {"revision": config.model_revision}
-        return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code, **options)
+            found = AutoConfig.for_model(kind, **values)
+        else:
+            assert config.model_name_or_path is not None  # TrainConfig has seen to it
+            name = str(Path(config.model_name_or_path).expanduser())
+            options = {} if config.model_revision is None else {"revision": config.model_revision}
+            found = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code, **options)
     except Exception as error:
         key = "init_model" if config.init_model is not None else "model_name_or_path"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -150,6 +155,20 @@ def model_config(config: TrainConfig) -> Any:
             f"{key}: transformers finds no configuration: {reason}",
             hint="name a folder with config.json, or give init_model with its model_type",
         ) from error
+    return _with_new_tokens(config, found)
+
+
+def _with_new_tokens(config: TrainConfig, model: Any) -> Any:
+    """The model's configuration with room for `new_tokens`."""
+    if not config.new_tokens:
+        return model
+    if config.train_tokenizer_vocab_size is not None:
+        tokens = config.train_tokenizer_vocab_size + len(config.new_tokens)
+    else:
+        tokens = len(tokenizer_of(config))
+    text = model.get_text_config()
+    text.vocab_size = max(text.vocab_size, tokens)
+    return model
 
 
 def _build(config: Any, dtype: torch.dtype, settings: ModelSettings) -> nn.Module:

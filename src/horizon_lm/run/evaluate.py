@@ -25,12 +25,12 @@ from ..data.packing import Rows
 from ..data.sources import SUFFIXES
 from ..data.training_data import load_eval_rows, load_training_data, make_encoder, pad_id, tokenizer_of
 from ..errors import CheckpointError, ConfigError
-from ..model.loading import load_model
+from ..model.loading import grow_vocabulary
 from ..words import count
 from .evaluation import evaluate
 from .export_checkpoint import model_of
 from .generate import model_folder
-from .host_model import HostModel
+from .host_model import HostModel, load_model_of
 from .places import Place, look, may_be_on_hub, no_model
 from .progress import say
 from .quiet import quiet_transformers
@@ -181,7 +181,7 @@ def evaluate_target(
         say(f"{'warning: ' if remark.is_warning else ''}{remark}", sys.stderr)
     settings = ModelSettings(**{key: getattr(config, key) for key in ModelSettings.model_fields})
     with quiet_transformers():
-        model, what = _load(target, config, settings, warn)
+        model, what = _load(target, config, settings, len(tokenizer), warn)
     found = _measure(model, settings, rows, config, pad_id(tokenizer))
     return {**found, "model": what, "data": data, "dtype": config.dtype}
 
@@ -190,6 +190,7 @@ def _measure(
     model: nn.Module, settings: ModelSettings, rows: Rows, config: TrainConfig, pad: int
 ) -> dict[str, Any]:
     model.requires_grad_(False)  # no gradients and no moments: weights alone
+    settings = settings.replace(freeze=[], lr_factors={})  # which name what is trained
     batch = config.per_device_eval_batch_size or config.per_device_train_batch_size
     found = asdict(evaluate(HostModel(model, settings), rows, micro_batch_size=batch, pad_id=pad))
     del found["step"]
@@ -197,17 +198,18 @@ def _measure(
 
 
 def _load(
-    target: Target, config: TrainConfig, settings: ModelSettings, warn: Callable[[str], None]
+    target: Target,
+    config: TrainConfig,
+    settings: ModelSettings,
+    num_tokens: int,
+    warn: Callable[[str], None],
 ) -> tuple[nn.Module, str]:
     """The model, and in words which one it is: of checkpoints the first that is sound."""
     assert config.model_name_or_path is not None
     if not target.checkpoints:
-        model = load_model(
-            config.model_name_or_path,
-            trust_remote_code=settings.trust_remote_code,
-            revision=settings.model_revision,
-            attn_implementation=settings.attn_implementation,
-        )
+        model = load_model_of(config.model_name_or_path, settings)
+        if config.new_tokens:
+            grow_vocabulary(model, num_tokens, config.seed)
         return model, target.what
     last: CheckpointError | None = None
     for number, checkpoint in enumerate(target.checkpoints):

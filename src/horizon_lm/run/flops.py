@@ -4,6 +4,9 @@ Model FLOPs of a step = 6 N tokens + 6 L d sum(l²), with N the parameters that 
 embedding table, unless the output layer shares it; of experts, those that a token visits), L layers of
 attention of total head width d, and l the length of each piece of text that attends to itself. Recomputation
 is not counted, nor is padding. MFU = model FLOPs / seconds / peak.
+
+A frozen parameter counts 4 in place of 6, as its own gradient is not computed, and 2 where nothing before
+it is trained either, as no gradient passes there.
 """
 
 from __future__ import annotations
@@ -31,20 +34,29 @@ class ModelFlops:
         return self.per_token * size.tokens + self.per_square * size.squares
 
 
-def count_flops(parameters: dict[str, int], embedding: str | None, config: Any) -> ModelFlops:
+def count_flops(
+    parameters: dict[str, int],
+    embedding: str | None,
+    config: Any,
+    *,
+    factors: dict[str, int] | None = None,
+    share_backward: float = 1.0,
+) -> ModelFlops:
     """parameters: name to number of elements. embedding: the table, None where the output layer shares it.
 
-    config: the transformers configuration of the text model.
+    config: the transformers configuration of the text model. factors: FLOPs of a parameter and token where
+    they are not 6. share_backward: of the layers, those through which gradients pass.
     """
     share = _share_of_experts(config)
     total = 0.0
     for name, count in parameters.items():
         if name != embedding:
-            total += count * (share if ".experts." in name else 1.0)
+            factor = (factors or {}).get(name, 6) / 6
+            total += count * (share if ".experts." in name else 1.0) * factor
     heads = int(getattr(config, "num_attention_heads", 0) or 0)
     width = int(getattr(config, "head_dim", 0) or 0) * heads or int(getattr(config, "hidden_size", 0) or 0)
     layers = int(getattr(config, "num_hidden_layers", 0) or 0)
-    return ModelFlops(6 * total, 6.0 * layers * width)
+    return ModelFlops(6 * total, (2.0 + 4.0 * share_backward) * layers * width)
 
 
 def _share_of_experts(config: Any) -> float:

@@ -11,7 +11,8 @@ import torch
 
 from ..data.chat import ChatTemplate
 from ..data.tokenizer import load_tokenizer
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, HorizonError
+from ..model.pretrained import TO_GENERATE, read_pretrained
 from .device import resolve_device
 from .places import look, may_be_on_hub, no_model
 from .quiet import quiet_transformers
@@ -49,21 +50,22 @@ class Generator:
         """From a Hugging Face folder or name, or a run's folder, which holds one as `model`.
 
         device: "auto" is the GPU where the weights take less than half of what is free there.
-        verb: the command that asks, for errors. Raises ConfigError.
+        verb: the command that asks, for errors. Raises ConfigError, and DataError where weights are missing.
         """
-        from transformers import AutoModelForCausalLM
-
         place = model_folder(source, verb)
         tokenizer = load_tokenizer(str(place), trust_remote_code=trust_remote_code)
         try:
             with quiet_transformers():
-                model: Any = AutoModelForCausalLM.from_pretrained(
-                    place,
+                model: Any = read_pretrained(
+                    str(place),
+                    TO_GENERATE,
                     dtype="auto",
                     use_safetensors=True,
                     trust_remote_code=trust_remote_code,
                     local_files_only=Path(place).is_dir(),
                 )
+        except HorizonError:
+            raise
         except Exception as error:  # transformers raises many kinds; each means "no model"
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(
@@ -87,6 +89,13 @@ class Generator:
         """
         ids = self.tokenizer(prompt, add_special_tokens=special_tokens).input_ids
         ids = ids or [self.tokenizer.eos_token_id]  # an empty prompt: a new document
+        rows = int(self._model.get_input_embeddings().weight.shape[0])
+        if max(ids) >= rows:
+            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise DataError(
+                f"the prompt has token {max(ids)} ({token!r}), and the model's embeddings {rows:,} rows",
+                hint="give it the tokenizer that the model was trained with",
+            )
         inputs = torch.tensor([ids], device=self.device)
         draw: dict[str, Any] = {"do_sample": False}
         if sampling.temperature:

@@ -34,7 +34,8 @@ from ..errors import ConfigError, NonFiniteError
 from ..memory.arena import keep_freed_memory, return_free_memory
 from ..memory.layout import lay_out
 from ..memory.store import HostStore
-from ..model.loading import count_parameters, create_model, fill_store, load_model
+from ..model.loading import count_parameters, create_model, fill_store, freeze, load_model
+from ..model.pretrained import Allowed, check_has_weights
 from ..model.skeleton import Skeleton
 from ..optim.checks import Number, finite_number
 from ..optim.groups import check_patterns, group_rule, segments
@@ -69,7 +70,10 @@ class HostModel:
         check_model(model)
         self.settings = settings
         self.device = resolve_device(settings.device)
+        check_has_weights(model)
+        freeze(model, settings.freeze)
         self.skeleton = Skeleton(take_over(model), DTYPES[settings.dtype])
+        self.skeleton.neftune_noise_alpha = settings.neftune_noise_alpha
         if settings.mlp_tile_tokens is not None:
             self.skeleton.tile_mlps(settings.mlp_tile_tokens)
         self.optimizer = make_optimizer(self.skeleton, settings)
@@ -117,13 +121,7 @@ class HostModel:
                 f"HostModel.from_pretrained(): a {type(source).__name__} is not a model",
                 hint="pass a folder, a name on the Hub, or a transformers model object",
             )
-        model = load_model(
-            source,
-            trust_remote_code=resolved.trust_remote_code,
-            revision=resolved.model_revision,
-            attn_implementation=resolved.attn_implementation,
-        )
-        return cls(model, resolved)
+        return cls(load_model_of(source, resolved), resolved)
 
     @classmethod
     def from_config(
@@ -155,7 +153,9 @@ class HostModel:
             )
         values, computes_in = dict(values), DTYPES[settings.dtype]
         if not settings.skip_memory_check:  # before the source model takes its own share
-            whole = lay_out("all", [("all", (count_parameters(values),), True, computes_in)], computes_in)
+            trained, frozen = count_parameters(values, settings.freeze)
+            rows = [("trained", (trained,), True, computes_in), ("frozen", (frozen,), False, computes_in)]
+            whole = lay_out("all", rows, computes_in)
             # The slabs of eager updates are as large as a layer, which is not known yet.
             spec = store_spec(settings, None)
             check_host_memory([whole], spec, reserve_bytes=int(settings.reserve_host_gb * 1e9))
@@ -490,6 +490,18 @@ class HostModel:
             "boundary_slots": self.engine.boundary_slots.num_bytes,
             "boundaries": self.engine.boundary_slots.host_bytes,
         }
+
+
+def load_model_of(source: str | Path | nn.Module, settings: ModelSettings) -> nn.Module:
+    """The transformers model that the settings describe; a model object as it is."""
+    return load_model(
+        source,
+        trust_remote_code=settings.trust_remote_code,
+        revision=settings.model_revision,
+        attn_implementation=settings.attn_implementation,
+        allowed=Allowed(settings.allow_missing, settings.allow_unexpected),
+        seed=settings.seed,
+    )
 
 
 def _output(step: Step) -> ForwardBackwardOutput:

@@ -153,7 +153,25 @@ def flops_of(model: HostModel) -> ModelFlops:
     text = model.config.get_text_config()
     table = next((n for n, m in model.skeleton.model.named_modules() if m is model.skeleton.embedding), "")
     is_tied = bool(getattr(text, "tie_word_embeddings", False))
-    return count_flops(counts, None if is_tied else f"{table}.weight", text)
+    factors, share = _factors(model)
+    return count_flops(
+        counts, None if is_tied else f"{table}.weight", text, factors=factors, share_backward=share
+    )
+
+
+def _factors(model: HostModel) -> tuple[dict[str, int], float]:
+    """(FLOPs of each frozen parameter and token, share of the layers through which gradients pass)."""
+    skeleton = model.skeleton
+    trained = [u for u in range(skeleton.head + 1) if skeleton.units[u].trainable_numel]
+    lowest = 0 if skeleton.embedding_trainable else min(trained, default=skeleton.head + 1)
+    factors = {
+        p.name: 4 if u >= lowest else 2
+        for u, unit in enumerate(skeleton.units[: skeleton.head + 1])
+        for p in unit.parameters
+        if not p.trainable
+    }
+    passed = sum(u >= lowest for u in range(1, skeleton.head))
+    return factors, passed / skeleton.num_layers
 
 
 def lane_shares(spans: Iterable[Span], seconds: float) -> dict[str, float]:

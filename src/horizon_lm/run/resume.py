@@ -43,11 +43,11 @@ FREE = frozenset(
         *("nonfinite", "max_skipped_steps", "loss_spike", "loss_spike_sigmas", "loss_spike_window"),
         *("max_rollbacks", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
         *("early_stopping_patience", "early_stopping_threshold"),
-        *("push_to_hub", "hub_model_id", "hub_private_repo"),
+        *("push_to_hub", "hub_model_id", "hub_private_repo", "allow_missing", "allow_unexpected"),
     }
 )
 # Settings that the bytes of a checkpoint depend on: no yes helps.
-FIXED = frozenset({"dtype", "moment_dtype", "optim", "init_model"})
+FIXED = frozenset({"dtype", "moment_dtype", "optim", "init_model", "freeze", "new_tokens"})
 # How long the run is: changed on purpose or not at all, so no yes is asked for; it is said what it does.
 LENGTH = frozenset({"max_steps", "num_train_epochs"})
 
@@ -126,10 +126,15 @@ def _whole(entries: Any) -> Any:
 
 
 def changed_settings(config: TrainConfig, checkpoint: Checkpoint) -> dict[str, tuple[Any, Any]]:
-    """Setting -> (value then, value now), where they differ. A setting that is newer than the checkpoint has
-    no value then. Files whose content is compared later may be at another path."""
-    then, now = checkpoint.manifest.config, config.to_dict()
-    then = {**then, **{key: _whole(then[key]) for key in ("datasets", "eval_datasets") if key in then}}
+    """Setting -> (value then, value now), where they differ. A setting that is newer than the checkpoint had
+    its default then. Files whose content is compared later may be at another path."""
+    saved, now = checkpoint.manifest.config, config.to_dict()
+    fields = TrainConfig.model_fields.items()
+    newer: dict[str, Any] = {
+        k: field.get_default(call_default_factory=True) for k, field in fields if k not in saved
+    }
+    lists = {key: _whole(saved[key]) for key in ("datasets", "eval_datasets") if key in saved}
+    then = {**newer, **saved, **lists}
     changed = {key: (then[key], now[key]) for key in now if key in then and then[key] != now[key]}
     return {key: pair for key, pair in changed.items() if not _is_other_path(key, *pair, checkpoint, config)}
 

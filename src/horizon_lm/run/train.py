@@ -20,6 +20,7 @@ from ..data.documents import check_exists
 from ..data.training_data import pad_id
 from ..engine.policies import DTYPES
 from ..errors import ConfigError, DataError, DoesNotFitError, NonFiniteError
+from ..model.loading import grow_vocabulary
 from ..optim.curves import learning_rates
 from ..plan.smaller import next_smaller
 from . import describe, sample
@@ -33,7 +34,7 @@ from .evaluation import Evaluator
 from .flops import measure_peak
 from .folder import RunFolder, check_disk, claim
 from .guard import LossGuard
-from .host_model import HostModel
+from .host_model import HostModel, load_model_of
 from .hub import prepare_upload
 from .loggers import Loggers, check_installed
 from .loop import count_steps, recorded_step
@@ -336,7 +337,11 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Host
     """The model to train: read, or with random weights and, where not given, the tokenizer's vocabulary."""
     settings = {key: getattr(config, key) for key in ModelSettings.model_fields}
     if config.model_name_or_path is not None:
-        return HostModel.from_pretrained(config.model_name_or_path, **settings)
+        model_settings = ModelSettings(**settings)
+        model = load_model_of(config.model_name_or_path, model_settings)
+        if config.new_tokens:
+            grow_vocabulary(model, len(tokenizer), config.seed)
+        return HostModel(model, model_settings)
     assert config.init_model is not None  # TrainConfig has seen to it
     fitting = {
         "vocab_size": len(tokenizer),
@@ -344,7 +349,10 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Host
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    return HostModel.from_config({**fitting, **config.init_model}, ModelSettings(**settings))
+    values = {**fitting, **config.init_model}
+    if config.new_tokens:
+        values["vocab_size"] = max(values["vocab_size"], len(tokenizer))
+    return HostModel.from_config(values, ModelSettings(**settings))
 
 
 def check_together(config: TrainConfig, data: TrainingData, model: HostModel) -> None:
@@ -353,7 +361,8 @@ def check_together(config: TrainConfig, data: TrainingData, model: HostModel) ->
     if highest >= vocabulary:
         raise DataError(
             f"the data holds token {highest}, outside the model's vocabulary of {vocabulary}",
-            hint="use the model's own tokenizer, or leave vocab_size out of init_model",
+            hint="use the model's own tokenizer, leave vocab_size out of init_model, or name the tokens in "
+            "new_tokens, for which the embeddings grow",
         )
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(longest, int) and 0 < longest < config.max_length:

@@ -1,0 +1,240 @@
+"""Weights from a checkpoint through transformers' own loader, none of them left to chance.
+
+transformers gives weights that a checkpoint lacks random values, leaves out those that it does not know, and
+prints a table. Here each of the three is an error with the names, unless they are allowed.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import DataError, UnsupportedModelError
+from ..patterns import compiled
+
+_log = logging.getLogger(__name__)
+_SHOWN = 4  # names in a message
+# Constants that old checkpoints hold beside the weights, and that transformers does not skip everywhere.
+_OLD_CONSTANTS = re.compile(r"\.(attn|attention)\.masked_bias$")
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Regular expressions, found anywhere in a name (`re.search`).
+
+    missing: weights that may be absent, or of another shape, and are then initialised by transformers.
+    unexpected: weights of the checkpoint that the model may not have. by_settings: whether the user can say
+    so.
+    """
+
+    missing: Sequence[str] = ()
+    unexpected: Sequence[str] = ()
+    by_settings: bool = True
+
+
+# To write texts with a model: what it does not use spoils none.
+TO_GENERATE = Allowed(unexpected=("",), by_settings=False)
+
+
+def read_pretrained(name: str, allowed: Allowed, *, seed: int = 0, **options: Any) -> nn.Module:
+    """The causal language model of a folder or name on the Hub.
+
+    seed: of weights that are missing and may be. options: of transformers' `from_pretrained`. Raises
+    DataError, with the names, where checkpoint and model do not fit each other, UnsupportedModelError for
+    quantised weights, and whatever transformers raises.
+    """
+    from transformers import AutoModelForCausalLM
+
+    missing = [compiled(pattern, "allow_missing") for pattern in allowed.missing]
+    unexpected = [compiled(pattern, "allow_unexpected") for pattern in allowed.unexpected]
+    method = _quantisation(name, options)
+    with without_messages("LOAD REPORT") as reports, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **_dequantised(method),
+                **options,
+            )
+            model, info = loaded
+        except Exception as error:
+            broken = _not_converted(reports)
+            if broken:
+                raise DataError(
+                    f"the weights in {name!r} are incomplete: {_some(broken)} cannot be put together from "
+                    "what the files hold",
+                    hint="download or export it again; an expert or a part of a fused weight is missing",
+                ) from error
+            if method is not None and not _dequantised(method):
+                raise _refuse_quantised(name, method, "") from error
+            raise
+    _check_quantised(model, name)
+    shapes = {key: (tuple(found), tuple(wanted)) for key, found, wanted in info["mismatched_keys"]}
+    lacking = sorted(set(info["missing_keys"]) | set(shapes), key=_natural)
+    strange = sorted(info["unexpected_keys"], key=_natural)
+    _check_fit(
+        name,
+        [key for key in lacking if not _fits(missing, key) and key not in shapes],
+        [key for key in strange if not _fits(unexpected, key) and not _OLD_CONSTANTS.search(key)],
+        {key: shapes[key] for key in lacking if key in shapes and not _fits(missing, key)},
+        by_settings=allowed.by_settings,
+    )
+    if lacking:
+        _log.warning("%s: random values (allow_missing) for %s: %s", name, _count(lacking), _some(lacking))
+    return model
+
+
+def check_has_weights(model: nn.Module) -> None:
+    """Raises DataError for a model object some of whose parameters or buffers have no values."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    hollow = [name for name, tensor in named if nn.parameter.is_lazy(tensor) or tensor.is_meta]
+    if hollow:
+        raise DataError(
+            f"{type(model).__name__} has no values for {len(hollow)} of its {len(named)} tensors: "
+            f"{_some(hollow)}",
+            hint="load it with from_pretrained and without a device_map, or fill it before",
+        )
+    _check_quantised(model, type(model).__name__)
+
+
+def _check_fit(
+    name: str,
+    missing: list[str],
+    unexpected: list[str],
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]],
+    *,
+    by_settings: bool,
+) -> None:
+    parts, ways = [], []
+    if missing:
+        parts.append(f"{_count(missing)} missing: {_some(missing)}")
+    if shapes:
+        shown = [
+            f"{key} is {_by(found)}, the model's {_by(wanted)}" for key, (found, wanted) in shapes.items()
+        ]
+        parts.append(f"{_count(shapes)} of another shape: {_some(shown)}")
+    if missing or shapes:
+        ways.append(f"allow_missing: [{_as_pattern([*missing, *shapes])}] trains them from random values")
+    if unexpected:
+        parts.append(f"{_count(unexpected)} unknown to the model: {_some(unexpected)}")
+        ways.append(f"allow_unexpected: [{_as_pattern(unexpected)}] leaves them out")
+    if parts:
+        hint = "check config.json and the weight files"
+        raise DataError(
+            f"the checkpoint {name!r} does not fit its model: {'; '.join(parts)}",
+            hint=f"{hint}, or {', and '.join(ways)}" if by_settings else hint,
+        )
+
+
+def _as_pattern(keys: Iterable[str]) -> str:
+    """A pattern for the first of the names: its module, with any number for the layer's."""
+    first = next(iter(keys))
+    parts = (first.rpartition(".")[0] or first).split(".")
+    return "'" + r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in parts) + "'"
+
+
+def _count(keys: Iterable[str]) -> str:
+    number = len(list(keys))
+    return f"{number:,} weight{'s' * (number != 1)}"
+
+
+def _some(keys: Sequence[str]) -> str:
+    more = len(keys) - _SHOWN
+    return ", ".join(keys[:_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "a scalar"
+
+
+def _natural(key: str) -> list[Any]:
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in key.split(".")]
+
+
+def _fits(patterns: Sequence[re.Pattern[str]], key: str) -> bool:
+    return any(pattern.search(key) for pattern in patterns)
+
+
+class _Withheld(logging.Filter):
+    """Holds back transformers' messages that have any of `words` in them."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        super().__init__()
+        self.words = words
+        self.texts: list[str] = []
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = _ANSI.sub("", str(record.msg))
+        if not any(word in text for word in self.words):
+            return True
+        self.texts.append(text)
+        return False
+
+
+@contextmanager
+def without_messages(*words: str) -> Iterator[list[str]]:
+    """While open, what transformers' loader logs with any of `words` in it goes into the yielded list, not
+    to the terminal."""
+    logger, withheld = logging.getLogger("transformers.modeling_utils"), _Withheld(words)
+    logger.addFilter(withheld)
+    try:
+        yield withheld.texts
+    finally:
+        logger.removeFilter(withheld)
+
+
+def _not_converted(reports: Sequence[str]) -> list[str]:
+    """Weights that transformers could not make from those of the checkpoint."""
+    return [key for text in reports for key in re.findall(r"^(\S+) +\| CONVERSION", text, re.MULTILINE)]
+
+
+def _check_quantised(model: Any, name: str) -> None:
+    found = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if not _is_plain(p)})
+    config = getattr(getattr(model, "config", None), "quantization_config", None)  # gone once dequantised
+    if found or config or getattr(model, "is_quantized", False):
+        method = config.get("quant_method") if isinstance(config, dict) else None
+        method = method or getattr(config, "quant_method", getattr(model, "quantization_method", None))
+        raise _refuse_quantised(name, method, ", ".join(found))
+
+
+def _is_plain(parameter: torch.Tensor) -> bool:
+    return parameter.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _quantisation(name: str, options: dict[str, Any]) -> Any:
+    """The method that the configuration of a checkpoint names; None where there is none. Raises what
+    transformers raises for a configuration that it cannot read."""
+    from transformers import PreTrainedConfig
+
+    given = {key: options[key] for key in ("revision", "local_files_only") if key in options}
+    found = PreTrainedConfig.get_config_dict(name, **given)[0].get("quantization_config")
+    return found.get("quant_method") if isinstance(found, dict) else None
+
+
+def _dequantised(method: Any) -> dict[str, Any]:
+    """Options by which transformers turns weights back that it can turn back: on any device alike."""
+    from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
+
+    kinds: dict[Any, Any] = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
+    kind = kinds.get(method)
+    return {} if kind is None else {"quantization_config": kind(dequantize=True)}
+
+
+def _refuse_quantised(name: str, method: Any, dtypes: str) -> UnsupportedModelError:
+    kind = getattr(method, "value", method)
+    what = f"quantised ({kind})" if kind else "quantised"
+    what += f", stored in {dtypes}" if dtypes else ""
+    return UnsupportedModelError(
+        f"the weights of {name!r} are {what}: they cannot be trained",
+        hint="name the model that it was made from, in bfloat16 or float32",
+    )
