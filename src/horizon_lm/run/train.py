@@ -18,9 +18,8 @@ from ..data.documents import check_exists
 from ..data.training_data import pad_id
 from ..engine.policies import DTYPES
 from ..errors import ConfigError, DataError, DoesNotFitError, NonFiniteError
-from ..optim.curves import learning_rates
 from ..plan.smaller import next_smaller
-from . import describe, sample
+from . import describe, sample, steps
 from .card import model_card
 from .describe import TrainResult
 from .device import resolve_device
@@ -30,7 +29,7 @@ from .folder import RunFolder, check_disk, claim
 from .guard import LossGuard
 from .host_model import HostModel
 from .loggers import Loggers, check_installed
-from .loop import count_steps, recorded_step
+from .loop import recorded_step
 from .metrics import Meter, Metrics, MetricsFile, read_evaluations, versions
 from .planning import settle
 from .plot import plot_loss
@@ -72,9 +71,12 @@ def train(config: TrainConfig, *, config_notes: Sequence[str] = ()) -> TrainResu
         progress.stage("reading the data")
         data = load_training_data(config)
         progress.stage(describe.about_data(data))
+        if resume is None:  # else the checkpoint says by which rule the steps are counted
+            steps.curve(config, data.loader, steps.count_steps(config, data.loader))
         model = build_model(config, data.tokenizer)
         progress.stage(describe.about_model(model))
         check_together(config, data, model)
+        steps.check_factors(config, model)
         check_separation(model, data.rows)
         check_disk(
             folder,
@@ -127,20 +129,24 @@ def _run_steps(
     given, which the run's folder keeps, so that a plan for another machine can be made of them; plan: what
     was chosen."""
     loader = data.loader
-    num_steps = count_steps(config, len(data.rows), loader.rows_per_step)
     peak = _peak(config, model)
-    meter = Meter(model, loader, every=config.logging_steps, num_steps=num_steps, peak=peak)
+    meter = Meter(model, loader, every=config.logging_steps, peak=peak)
     trainer = Trainer(model, loader, meter, LossGuard(config))
     files = small_files(model, lambda target: _save_tokenizer(data, target))
     parent = None
     if resume is not None:
         parent = restore(resume, model, trainer.load_state, files, progress.warn).path
         progress.stage(f"resumed from {parent}, after step {trainer.loop.step}")
+    num_steps = meter.num_steps = steps.count_steps(config, loader)
+    learning_rate = steps.curve(config, loader, num_steps)
+    remarks = steps.remarks(config, data, num_steps)
+    for remark in remarks:
+        progress.warn(remark)
     evaluator = _evaluator(config, data, model, num_steps)
     # The folder becomes this run's with the first step that is done; see `claim` for runs without one.
     in_place = resume is not None and resume.in_place
     settings = asked.to_yaml()
-    header = describe.header(config, config_notes, data, model, num_steps, peak)
+    header = describe.header(config, [*config_notes, *remarks], data, model, num_steps, peak)
     if plan is not None:
         header["plan"] = plan.to_dict()
     file = MetricsFile(
@@ -167,7 +173,7 @@ def _run_steps(
         if evaluator is not None and config.eval_on_start and not trainer.loop.step:
             reports.evaluation(evaluator.run(0))
         progress.start(num_steps)
-        for record in trainer.steps(config, learning_rates(config, num_steps), num_steps, saver.roll_back):
+        for record in trainer.steps(config, learning_rate, num_steps, saver.roll_back):
             metrics = meter.add(record)
             last = metrics or last
             trainer.last = last
@@ -201,7 +207,7 @@ def _evaluator(config: TrainConfig, data: TrainingData, model: HostModel, num_st
 
 def _will_save(config: TrainConfig, data: TrainingData) -> bool:
     """Whether the run is long enough for a checkpoint that is due by its steps."""
-    num_steps = count_steps(config, len(data.rows), data.loader.rows_per_step)
+    num_steps = steps.count_steps(config, data.loader)
     return config.save_strategy != "no" and (
         config.save_strategy != "steps" or num_steps >= config.save_steps
     )
