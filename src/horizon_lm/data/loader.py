@@ -115,7 +115,7 @@ class TokenLoader:
         if self.crosses_epochs:
             steps = num_train_epochs * len(self._rows) / self.rows_per_step
             return max(1, math.ceil(steps - 1e-9))  # 0.1 * 30 is not to become 4 steps by a rounding error
-        self._end = max(1, round(num_train_epochs * len(self._rows)))
+        self._end = max(1, math.floor(num_train_epochs * len(self._rows) + 0.5))
         epochs, rest = divmod(self._end, len(self._rows))
         return epochs * -(-len(self._rows) // self.rows_per_step) + -(-rest // self.rows_per_step)
 
