@@ -280,7 +280,7 @@ def test_training_goes_on_from_a_folder_on_jsonl(run: Run, tmp_path: Path) -> No
     )
     result = run_train.train(config, config_notes=["a note"])
     lines = [json.loads(line) for line in result.metrics_path.read_text().splitlines()]
-    assert lines[0]["notes"] == ["a note"]
+    assert lines[0]["notes"][0] == "a note"
     steps = [line["step"] for line in lines if line["event"] == "step"]
     sequences = lines[0]["num_sequences"]
     assert result.num_steps == math.ceil(sequences / 2 / ROWS) == steps[-1]

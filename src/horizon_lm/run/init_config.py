@@ -19,10 +19,7 @@ from .generate import model_folder
 
 _LONGEST = 4096  # of a training sequence, unless the data is shorter: longer ones are for those who ask
 _LOOKED_AT = 1000  # rows of a dataset, for its format and the longest of them
-_COUNTED_ROWS, _COUNTED_CHARACTERS = (
-    50_000,
-    20_000_000,
-)  # more is large, and the steps are those of large data
+_COUNTED_ROWS, _COUNTED_CHARACTERS = 50_000, 20_000_000  # more is large: the steps are those of large data
 _TOKENISED_CHARACTERS = 2_000_000  # beyond, tokens are guessed from characters
 _WANTED_STEPS = 50  # of a run, where the data has as many sequences
 _CHARACTERS_A_TOKEN = 3  # a low guess, so that few documents are longer than max_length
