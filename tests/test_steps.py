@@ -16,7 +16,7 @@ import horizon_lm as hz
 import zoo
 from data_helpers import write_rows
 from horizon_lm import cli
-from horizon_lm.config import TrainConfig
+from horizon_lm.config import ModelSettings, TrainConfig
 from horizon_lm.data import StreamLoader, TokenLoader, train_tokenizer
 from horizon_lm.errors import StoppedError
 from horizon_lm.run.metrics import read_evaluations, read_steps
@@ -75,9 +75,9 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     ]
     write_rows(folder / "chats.jsonl", rows)
     tokenizer = train_tokenizer((json.dumps(row) for row in rows), 320)
-    hz.HostModel.from_config(
-        {**LLAMA, "vocab_size": len(tokenizer), "max_position_embeddings": 512}, device="cpu", dtype="float32"
-    ).save_pretrained(folder / "model")
+    values = {**LLAMA, "vocab_size": len(tokenizer), "max_position_embeddings": 512}
+    plain = ModelSettings(device="cpu", dtype="float32", reserve_host_gb=0.0)
+    hz.HostModel.from_config(values, plain).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     return folder / "model", folder / "chats.jsonl"
 
@@ -253,7 +253,7 @@ def micro_batches(step: int) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(step)
     found = []
     for rows in SHAPES[step]:
-        ids = torch.randint(0, 200, (rows, 12), generator=generator)
+        ids = torch.randint(0, 96, (rows, 12), generator=generator)
         labels = ids.clone()
         labels[:, : 2 + rows] = -100
         found.append({"input_ids": ids, "labels": labels})
