@@ -62,14 +62,15 @@ def test_each_epoch_holds_every_token_once(
 ) -> None:
     rows = make_rows(lengths, strategy)
     loader = loader_of(rows, micro_batch, micro_batches, seed, workers)
-    steps = 3 * -(-len(rows) // loader.rows_per_step)
-    given = [row for step in steps_of(loader, steps) for row in step]
+    an_epoch = -(-len(rows) // loader.rows_per_step)
+    assert loader.end_after(3.0, -1) == 3 * an_epoch
     once = Counter(id for row in range(len(rows)) for id in rows.row(row).ids.tolist())
     assert set(once.values()) == {1} and sum(once.values()) >= sum(lengths) - 1
-    for begin in range(0, len(given) - len(rows) + 1, len(rows)):
-        epoch = Counter(id for row in given[begin : begin + len(rows)] for id in row)
-        assert epoch == once
-    assert loader.epoch == pytest.approx(steps * loader.rows_per_step / len(rows))
+    for number in (1, 2, 3):
+        steps = steps_of(loader, an_epoch)
+        assert [len(step) for step in steps[:-1]] == [loader.rows_per_step] * (an_epoch - 1)
+        assert Counter(id for step in steps for row in step for id in row) == once
+        assert loader.epoch == number  # exactly: evaluation and checkpoints by epoch go by it
 
 
 @settings(max_examples=60, deadline=None)
@@ -111,6 +112,78 @@ def test_a_step_is_micro_batches_and_knows_its_size() -> None:
     assert loader.size.tokens == real
     assert loader.size.positions == sum(batch["input_ids"].numel() for batch in step) >= real
     assert all(batch["input_ids"].dtype == torch.int64 for batch in step)
+
+
+def test_the_last_step_of_an_epoch_is_smaller() -> None:
+    """11 rows, 2 x 3 a step: 6, then 3 + 2 in two micro-batches; a step larger than the data is an epoch."""
+    rows = make_rows([4] * 11, "none")
+    shapes = [[len(b["input_ids"]) for b in step] for step in islice(loader_of(rows, 3, 2, 0), 4)]
+    assert shapes == [[3, 3], [3, 2], [3, 3], [3, 2]]
+    loader = loader_of(rows, 4, 250, 0)
+    assert [[len(b["input_ids"]) for b in step] for step in islice(loader, 2)] == [[4, 4, 3]] * 2
+    assert loader.epoch == 2 and loader.end_after(3, -1) == 3
+
+
+@pytest.mark.parametrize(
+    ("epochs", "per_step", "sizes"),
+    [
+        (1.0, 4, [4, 4, 3]),
+        (0.5, 4, [4, 2]),  # 5.5 rows are 6
+        (0.4, 4, [4]),  # 4.4 are 4
+        (1.5, 4, [4, 4, 3, 4, 2]),  # 16.5 are 17
+        (0.001, 4, [1]),
+        (2.0, 1000, [11, 11]),
+        (1.1, 1000, [11, 1]),
+    ],
+)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_epochs_asked_are_epochs_given(epochs: float, per_step: int, sizes: list[int], workers: int) -> None:
+    rows = make_rows([4] * 11, "none")
+    loader = loader_of(rows, per_step, 1, 0, workers)
+    steps = loader.end_after(epochs, -1)
+    given = steps_of(loader, steps)
+    assert [len(step) for step in given] == sizes
+    assert loader.epoch == pytest.approx(epochs, abs=0.5 / 11) or epochs < 1 / 11
+    counts = Counter(tuple(row) for step in given for row in step)
+    assert max(counts.values()) == -(-sum(sizes) // 11) and sum(counts.values()) == sum(sizes)
+    # Beyond the end (a run that went back to a checkpoint) there is more, the rest of the epoch first.
+    rest = -sum(sizes) % 11
+    assert sum(map(len, steps_of(loader, -(-rest // per_step)))) == rest and loader.epoch == int(loader.epoch)
+    assert loader.end_after(epochs, 7) == 7  # max_steps decides
+
+
+def order_of_before(count: int, per_step: int, seed: int, steps: int) -> list[list[int]]:
+    """The row numbers of each step by the rule of versions before: permutations without a gap."""
+    epochs = -(-steps * per_step // count)
+    order = np.concatenate([np.random.default_rng([seed, e]).permutation(count) for e in range(epochs)])
+    return [order[s * per_step : (s + 1) * per_step].tolist() for s in range(steps)]
+
+
+@pytest.mark.parametrize(("micro_batch", "micro_batches"), [(3, 2), (5, 5), (1, 1)])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_state_of_before_goes_on_with_its_rule(micro_batch: int, micro_batches: int, workers: int) -> None:
+    rows = make_rows([4] * 11, "none")
+    numbers = {tuple(rows.row(n).ids.tolist()): n for n in range(11)}
+    size = micro_batch * micro_batches
+    expected = order_of_before(11, size, 5, 12)
+    for done in (0, 1, 2, 5):
+        epoch, position = divmod(done * size, 11)
+        state = {
+            **{"epoch": epoch, "position": position, "seed": 5},
+            **{"rows": 11, "fingerprint": rows.fingerprint},
+        }
+        loader = loader_of(rows, micro_batch, micro_batches, 0, workers)
+        loader.load_state_dict(state)
+        assert loader.end_after(2.5, -1) == -(-int(2.5 * 11 * 2) // (2 * size))  # 27.5 rows, rounded up
+        found = [[numbers[tuple(row)] for row in step] for step in steps_of(loader, 4)]
+        assert found == expected[done : done + 4]
+        again = loader_of(rows, micro_batch, micro_batches, 0, workers)
+        again.load_state_dict(json.loads(json.dumps(loader.state_dict())))  # and so do those saved by it
+        found = [[numbers[tuple(row)] for row in step] for step in steps_of(again, 3)]
+        assert found == expected[done + 4 : done + 7]
+    now = loader_of(rows, micro_batch, micro_batches, 5)  # the control: a new run has another order
+    found = [[numbers[tuple(row)] for row in step] for step in steps_of(now, 12)]
+    assert (found == expected) == (size == 1)
 
 
 def test_a_place_in_other_data_is_refused() -> None:
@@ -228,14 +301,62 @@ def test_an_epoch_of_a_stream_holds_every_document_once(
     folder = files(tmp_path_factory.mktemp("stream"), sizes)
     loader = stream(folder, encoder, strategy, buffer_size=buffer_size, micro_batch_size=1)
     epochs: dict[int, list[str]] = {}
-    while loader.epoch < 3:
+    while (epoch := loader.epoch) < 3:  # before the row: the last one of an epoch ends it
         ids = next(loader)[0]["input_ids"][0]
         text = encoder.tokenizer.decode([int(id) for id in ids if id])  # 0: padding, and the end of a text
-        epochs.setdefault(int(loader.epoch), []).append(text)
+        epochs.setdefault(int(epoch), []).append(text)
     expected = "".join(sorted("".join(f"<{n}>" * (1 + n % 3) for n in range(sum(sizes)))))
     orders = [epochs[number] for number in (0, 1, 2)]
     for order in orders:
         assert "".join(sorted("".join(order))) == expected
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("size", "buffer_size"), [(4, 5), (4, 100), (3, 3), (1000, 5)])
+def test_a_step_of_a_stream_ends_with_the_epoch(
+    size: int, buffer_size: int, workers: int, encoder: Encoder, tmp_path: Path
+) -> None:
+    """Also one that is larger than the stream: no document twice in a step, and epochs end exactly."""
+    folder = files(tmp_path, [6, 4])
+    options = {"buffer_size": buffer_size, "micro_batch_size": size, "num_workers": workers}
+    loader = stream(folder, encoder, "none", **options)
+    for epoch in (1, 2, 3):
+        steps = steps_of(loader, -(-10 // size))
+        assert [len(step) for step in steps] == [*[size] * (10 // size), *[10 % size] * bool(10 % size)]
+        texts = {tuple(row) for step in steps for row in step}
+        assert len(texts) == 10 and loader.epoch == epoch
+        assert loader.state_dict()["epoch"] == epoch  # what a checkpoint at the border says
+        resumed = stream(folder, encoder, "none", **options)
+        resumed.load_state_dict(json.loads(json.dumps(loader.state_dict())))
+        assert resumed.epoch == epoch
+        assert steps_of(resumed, 3) == steps_of(stream_at(loader, folder, encoder, options), 3)
+
+
+def stream_at(loader: StreamLoader, folder: Path, encoder: Encoder, options: dict[str, Any]) -> StreamLoader:
+    """A stream that was read up to the end of the same epoch, not resumed."""
+    straight = stream(folder, encoder, "none", **options)
+    while straight.epoch < loader.epoch:
+        next(straight)
+    return straight
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_state_of_a_stream_of_before_goes_on_with_its_rule(
+    workers: int, encoder: Encoder, tmp_path: Path
+) -> None:
+    """Steps that cross the end of the stream: the rows follow each other as one by one, without a gap."""
+    folder = files(tmp_path, [6, 4])
+    rows = [row for step in steps_of(stream(folder, encoder, "none", micro_batch_size=1), 40) for row in step]
+    old = stream(folder, encoder, "none", micro_batch_size=2, micro_batches_per_step=2, num_workers=workers)
+    state = old.state_dict()
+    del state["crosses_epochs"]
+    old.load_state_dict(state)
+    assert steps_of(old, 4) == [rows[s : s + 4] for s in range(0, 16, 4)]
+    again = stream(folder, encoder, "none", micro_batch_size=2, micro_batches_per_step=2, num_workers=workers)
+    again.load_state_dict(json.loads(json.dumps(old.state_dict())))
+    assert steps_of(again, 4) == [rows[s : s + 4] for s in range(16, 32, 4)]
+    now = stream(folder, encoder, "none", micro_batch_size=4)
+    assert steps_of(now, 4) != [rows[s : s + 4] for s in range(0, 16, 4)]  # the control
 
 
 def test_a_stream_is_shuffled_by_seed_and_epoch(encoder: Encoder, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from horizon_lm.run import folder as run_folder
 from horizon_lm.run import sample
 from horizon_lm.run import train as run_train
 from horizon_lm.run.host_model import HostModel, TrainStepOutput
-from horizon_lm.run.loop import StepRecord, count_steps
+from horizon_lm.run.loop import StepRecord
 from horizon_lm.run.metrics import Metrics, read_steps
 from horizon_lm.run.plot import smoothed
 from horizon_lm.run.progress import RichProgress, choose_progress, clock, say, size, sparkline
@@ -238,8 +238,8 @@ def test_the_loss_falls(run: Run) -> None:
 def test_without_a_learning_rate_nothing_is_learned(
     text: Path, tmp_path: Path, built: list[HostModel]
 ) -> None:
-    """The control of the test above, and of the export's."""
-    run_train.train(settings(text, tmp_path / "run", learning_rate=0.0, max_steps=3, plot_loss=False))
+    """The control of the test above, and of the export's. 1e-30 is below what any weight can take up."""
+    run_train.train(settings(text, tmp_path / "run", learning_rate=1e-30, max_steps=3, plot_loss=False))
     for name, value in random_model().state_dict().items():
         assert torch.equal(dict(built[0].named_parameters())[name], value)
     assert entries(tmp_path / "run") == RUN_FILES - {"loss.png"} | {"checkpoint-3"}
@@ -253,7 +253,7 @@ def test_the_number_format_of_the_export_can_be_chosen(
     the one in 131,072 that the store keeps as its neighbour (`memory.master`), hence the one ulp.
     """
     config = settings(
-        text, tmp_path / "run", learning_rate=0.0, max_steps=1, dtype=dtype, save_dtype=save_dtype
+        text, tmp_path / "run", learning_rate=1e-30, max_steps=1, dtype=dtype, save_dtype=save_dtype
     )
     result = run_train.train(config)
     wanted = getattr(torch, save_dtype)
@@ -281,7 +281,7 @@ def test_training_goes_on_from_a_folder_on_jsonl(run: Run, tmp_path: Path) -> No
     )
     result = run_train.train(config, config_notes=["a note"])
     lines = [json.loads(line) for line in result.metrics_path.read_text().splitlines()]
-    assert lines[0]["notes"] == ["a note"]
+    assert lines[0]["notes"][0] == "a note"
     steps = [line["step"] for line in lines if line["event"] == "step"]
     sequences = lines[0]["num_sequences"]
     assert result.num_steps == math.ceil(sequences / 2 / ROWS) == steps[-1]
@@ -685,12 +685,44 @@ def test_learning_rates_are_those_of_transformers(
 def test_counts_of_steps() -> None:
     assert count_warmup_steps(0.03, 100) == 3 and count_warmup_steps(0.03, 101) == 4
     assert count_warmup_steps(12, 100) == 12 and count_warmup_steps(0.0, 100) == 0
-    base = settings(Path("text.txt"), Path("run"), max_steps=-1)
-    counts = {0.1: 3, 0.25: 8, 1.0: 30, 2.5: 75, 0.001: 1}
-    for epochs, expected in counts.items():
-        assert count_steps(base.replace(num_train_epochs=epochs), 30, 1) == expected
-    assert count_steps(base, 31, 8) == 4
-    assert count_steps(base.replace(max_steps=5), 31, 8) == 5
+    for warmup in (0.99, 1.0 - 1e-9, 100, 5000):  # the peak is always reached
+        assert count_warmup_steps(warmup, 100) == 99 and count_warmup_steps(warmup, 1) == 0
+    assert count_warmup_steps(0.03, 1) == 0 and count_warmup_steps(0.03, 2) == 1
+    assert count_warmup_steps(0.03, 1, as_before=True) == 1 and count_warmup_steps(9, 5, as_before=True) == 9
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize("warmup", [0.03, 0.5, 3, 100])
+@pytest.mark.parametrize(("name", "kwargs"), CURVES)
+def test_the_peak_is_reached_whatever_the_warmup(
+    name: str, kwargs: dict[str, Any], warmup: int | float, steps: int
+) -> None:
+    if name == "warmup_stable_decay":
+        kwargs = {"num_decay_steps": 1}
+    changes = {"lr_scheduler_type": name, "lr_scheduler_kwargs": kwargs, "warmup_steps": warmup}
+    config = settings(Path("text.txt"), Path("run"), learning_rate=3e-3, **changes)
+    curve = learning_rates(config, steps)
+    top = max(curve(step) for step in range(steps))
+    if name != "warmup_stable_decay" or count_warmup_steps(warmup, steps) < steps - 1 or steps == 1:
+        assert top == pytest.approx(3e-3)
+    assert top > 0
+
+
+def test_a_run_that_would_train_nothing_is_refused_before_it_writes(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for changes, said in (
+        ({"learning_rate": 0.0}, "learning_rate=0 would train nothing"),
+        ({"lr_factors": {".": 0.0}}, "the learning rate of every parameter 0"),
+    ):
+        config = settings(text, tmp_path / "run", max_steps=2, **changes)
+        (tmp_path / "run.yaml").write_text(config.to_yaml())
+        assert cli.main(["train", str(tmp_path / "run.yaml")]) == 2
+        shown = capsys.readouterr().err
+        assert said in shown and "hint:" in shown and not (tmp_path / "run").exists()
+    config = settings(text, tmp_path / "run", max_steps=1, learning_rate=1e-3)  # the control: one step trains
+    assert learning_rates(config, 1)(0) == 1e-3
+    assert learning_rates(config, 1, as_before=True)(0) == 0  # as it was: the warmup was all of the run
 
 
 def metrics(step: int, loss: float = 2.0) -> Metrics:

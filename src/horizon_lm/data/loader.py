@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,8 +21,8 @@ _STEPS_AHEAD = 2  # for each worker
 class Loader(Protocol):
     """What the training loop takes its steps from.
 
-    epoch: passes over the data so far. rows_per_step: sequences in a step. size: of the latest step.
-    The state is JSON-ready.
+    epoch: passes over the data so far. rows_per_step: sequences in a full step. size: of the latest step.
+    crosses_epochs: steps go by the rule of earlier versions (see `TokenLoader`). The state is JSON-ready.
     """
 
     size: StepSize
@@ -31,6 +32,11 @@ class Loader(Protocol):
 
     @property
     def rows_per_step(self) -> int: ...
+
+    @property
+    def crosses_epochs(self) -> bool: ...
+
+    def end_after(self, num_train_epochs: float, max_steps: int) -> int: ...
 
     def __iter__(self) -> Iterator[list[MicroBatch]]: ...
 
@@ -44,9 +50,14 @@ class Loader(Protocol):
 class TokenLoader:
     """Endless steps over `rows`: each epoch is one seeded permutation of them.
 
-    Every row comes exactly once in an epoch. The permutations follow each other without a gap: a step that
-    reaches the end of one takes its last rows from the next, so that any number of rows serves any size of
-    step. The place is two numbers, so resuming is exact.
+    Every row comes exactly once in an epoch, and no step crosses the end of one: the last step of an epoch
+    takes the rows that are left, in fewer micro-batches, the last of which may have fewer rows. A step that
+    is larger than the data is one whole epoch. (So does transformers' Trainer.) The place is two numbers, so
+    resuming is exact.
+
+    crosses_epochs: the rule of versions before 28 November 2026: a step that reaches the end of an epoch
+    takes its last rows from the next one. States that were saved by them do not have that key; a loader that
+    goes on from such a state keeps to it, and to its count of steps.
 
     num_workers: threads that make the next steps ready while one is computed; 0: each is made when asked for.
     The order does not depend on it, nor does the place: that is of the steps given out, not of those made.
@@ -77,12 +88,36 @@ class TokenLoader:
         self._micro_batches_per_step = micro_batches_per_step
         self._seed, self._pad_id = seed, pad_id
         self._ahead = StepsAhead(num_workers)
+        self._end: int | None = None  # rows of the whole run
+        self.crosses_epochs = False
         self._go_to(0, 0)
 
     @property
     def rows_per_step(self) -> int:
-        """Sequences in one step, over all its micro-batches."""
+        """Sequences in one full step, over all its micro-batches."""
         return self._micro_batch_size * self._micro_batches_per_step
+
+    def cut(self, micro_batch_size: int, micro_batches_per_step: int) -> None:
+        """Make steps of another size from here on."""
+        self._micro_batch_size = micro_batch_size
+        self._micro_batches_per_step = micro_batches_per_step
+        self._go_to(*divmod(self._given, len(self._rows)))
+
+    def end_after(self, num_train_epochs: float, max_steps: int) -> int:
+        """Set where the run ends, and return its optimizer steps from the beginning.
+
+        max_steps above 0 decides. Else the run takes each row in every whole epoch, and as many rows as are
+        nearest to a fraction of one; at least one row. The step at the end takes no more than that.
+        """
+        self._end = None
+        if max_steps > 0:
+            return max_steps
+        if self.crosses_epochs:
+            steps = num_train_epochs * len(self._rows) / self.rows_per_step
+            return max(1, math.ceil(steps - 1e-9))  # 0.1 * 30 is not to become 4 steps by a rounding error
+        self._end = max(1, math.floor(num_train_epochs * len(self._rows) + 0.5))
+        epochs, rest = divmod(self._end, len(self._rows))
+        return epochs * -(-len(self._rows) // self.rows_per_step) + -(-rest // self.rows_per_step)
 
     @property
     def epoch(self) -> float:
@@ -98,7 +133,7 @@ class TokenLoader:
         Labels are aligned with the inputs, as transformers wants them; the model shifts.
         """
         batches, self.size = self._ahead.next(self._next_job)
-        self._given += self.rows_per_step
+        self._given += sum(len(batch["input_ids"]) for batch in batches)
         return batches
 
     def state_dict(self) -> dict[str, Any]:
@@ -111,6 +146,7 @@ class TokenLoader:
             "seed": self._seed,
             "rows": len(self._rows),
             "fingerprint": self._rows.fingerprint,
+            "crosses_epochs": self.crosses_epochs,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -118,6 +154,7 @@ class TokenLoader:
         if state["fingerprint"] != self._rows.fingerprint:
             raise data_has_changed(state, self._rows)
         self._seed = int(state["seed"])
+        self.crosses_epochs = bool(state.get("crosses_epochs", True))
         self._go_to(int(state["epoch"]), int(state["position"]))
 
     def _go_to(self, epoch: int, position: int) -> None:
@@ -131,20 +168,29 @@ class TokenLoader:
         return np.random.default_rng([self._seed, epoch]).permutation(len(self._rows))
 
     def _next_job(self) -> Callable[[], Step]:
-        numbers = self._take(self.rows_per_step)
+        numbers = self._take(self._rows_of_next_step())
         return lambda: self._make(numbers)
+
+    def _rows_of_next_step(self) -> int:
+        if self.crosses_epochs:
+            return self.rows_per_step
+        left = len(self._rows) - self._position
+        to_end = 0 if self._end is None else self._end - self._epoch * len(self._rows) - self._position
+        if to_end > 0:  # a run that went back to a checkpoint takes its last steps from beyond the end
+            left = min(left, to_end)
+        return min(self.rows_per_step, left)
 
     def _make(self, numbers: np.ndarray) -> Step:
         batches, size = [], StepSize()
-        for micro_batch in numbers.reshape(self._micro_batches_per_step, -1):
-            rows = [self._rows.row(number) for number in micro_batch]
+        for begin in range(0, len(numbers), self._micro_batch_size):
+            rows = [self._rows.row(number) for number in numbers[begin : begin + self._micro_batch_size]]
             batch, part = collate(rows, self._rows.strategy, self._pad_id)
             batches.append(batch)
             size += part
         return batches, size
 
     def _take(self, count: int) -> np.ndarray:
-        """The next `count` row numbers, over as many epochs as that needs."""
+        """The next `count` row numbers, of as many epochs as that needs."""
         parts = []
         while count > 0:
             part = self._order[self._position : self._position + count]

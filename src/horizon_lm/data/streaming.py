@@ -43,7 +43,8 @@ class _Window:
 
 
 class StreamLoader:
-    """Endless steps over a stream; same interface as `TokenLoader`.
+    """Endless steps over a stream; same interface and rule as `TokenLoader`: no step crosses the end of an
+    epoch, which is where the stream ends; the last one before it is smaller.
 
     layout: what `make_rows` takes (max_length, strategy, truncation). num_workers: above 0, the next window
     is made ready in a thread; the order does not depend on it.
@@ -72,6 +73,7 @@ class StreamLoader:
         self._ahead: Future[_Window] | None = None
         self._source: tuple[int, int, Documents, Iterator[Placed]] | None = None
         self.num_bad = 0
+        self.crosses_epochs = False
         self.size = StepSize()
         self._position = 0  # rows given out of the window
         self._window = self._made(0, 0)
@@ -83,7 +85,17 @@ class StreamLoader:
     @property
     def epoch(self) -> float:
         """Whole passes over the data; how far a stream has got in one is not known."""
-        return float(self._window.epoch)
+        return float(self._window.epoch + self._is_at_end)
+
+    @property
+    def _is_at_end(self) -> bool:
+        """Whether the epoch is known to be over: its last window is used up."""
+        used_up = self._position == len(self._window.order)
+        return used_up and not self._window.next_document and not self.crosses_epochs
+
+    def end_after(self, num_train_epochs: float, max_steps: int) -> int:
+        """The optimizer steps of the run; the length of a stream is not known, so these are given."""
+        return max_steps
 
     @property
     def first_rows(self) -> Rows:
@@ -96,24 +108,37 @@ class StreamLoader:
 
     def __next__(self) -> list[MicroBatch]:
         made, size = [], StepSize()
-        for _ in range(self._shape[0]):
-            taken = [self._next_row() for _ in range(self._shape[1])]
-            batch, part = collate(
-                [rows.row(number) for rows, number in taken], taken[0][0].strategy, self._pad_id
-            )
+        taken = self._take()
+        for begin in range(0, len(taken), self._shape[1]):
+            rows = [rows.row(number) for rows, number in taken[begin : begin + self._shape[1]]]
+            batch, part = collate(rows, taken[begin][0].strategy, self._pad_id)
             made.append(batch)
             size += part
         self.size = size
         return made
 
+    def _take(self) -> list[tuple[Rows, int]]:
+        """The rows of the next step: fewer than a full one where the epoch ends."""
+        taken = [self._next_row()]
+        epoch = self._window.epoch
+        while len(taken) < self.rows_per_step and not self._is_at_end:
+            self._enter_next_window()  # of a later epoch, where the rest of this one has no rows
+            if self._window.epoch != epoch and not self.crosses_epochs:
+                break
+            taken.append(self._next_row())
+        return taken
+
     def state_dict(self) -> dict[str, Any]:
+        place = (self._window.epoch, self._window.document, self._position)
+        epoch, document, position = (self._window.epoch + 1, 0, 0) if self._is_at_end else place
         return {
-            "epoch": self._window.epoch,
-            "document": self._window.document,
-            "position": self._position,
+            "epoch": epoch,
+            "document": document,
+            "position": position,
             "seed": self._seed,
             "buffer_size": self._buffer_size,
             "encoder": self._encoder.key(),
+            "crosses_epochs": self.crosses_epochs,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -133,18 +158,24 @@ class StreamLoader:
         if self._ahead is not None:
             self._ahead.exception()  # it reads the same stream; let it end
         self._seed = int(state["seed"])
+        self.crosses_epochs = bool(state.get("crosses_epochs", True))
         self._source = self._ahead = None
         self._window = self._made(int(state["epoch"]), int(state["document"]))
         self._position = int(state["position"])
 
-    def _next_row(self) -> tuple[Rows, int]:
+    def _enter_next_window(self) -> None:
+        """Where the present window is used up, go to the next one that has rows."""
         while self._window.rows is None or self._position == len(self._window.order):
             ahead, self._ahead = self._ahead, None
             self._window = ahead.result() if ahead is not None else self._made(*self._window.following)
             self._position = 0
+
+    def _next_row(self) -> tuple[Rows, int]:
+        self._enter_next_window()
         if self._pool is not None and self._ahead is None:
             self._ahead = self._pool.submit(self._made, *self._window.following)
         self._position += 1
+        assert self._window.rows is not None
         return self._window.rows, int(self._window.order[self._position - 1])
 
     def _made(self, epoch: int, document: int) -> _Window:

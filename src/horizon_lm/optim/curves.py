@@ -11,17 +11,20 @@ from torch.optim.lr_scheduler import LambdaLR
 from ..config import TrainConfig
 from ..errors import ConfigError
 
+Curve = Callable[[int], float]
+
 _LOOKS = 50_000  # 0.1 s
 _LARGEST = torch.finfo(torch.float32).max
 
 
-def learning_rates(config: TrainConfig, num_steps: int) -> Callable[[int], float]:
+def learning_rates(config: TrainConfig, num_steps: int, *, as_before: bool = False) -> Curve:
     """The learning rate of each step, counted from 0, of a run of `num_steps` steps.
 
     Transformers' `get_scheduler` makes the curve on an optimizer of one dummy parameter, so that
     every value is the one that its Trainer would use. A pure function of the step: a resumed run
-    needs no state. Raises ConfigError for arguments that the curve refuses, and for a
-    rate that is negative or not finite at some step.
+    needs no state. Raises ConfigError for arguments that the curve refuses, for a rate that is negative or
+    not finite at some step, and if the rate is 0 in every step. as_before: the warmup of versions before
+    28 November 2026, which could fill the whole run, and no check for 0.
     """
     from transformers import get_scheduler
 
@@ -30,7 +33,7 @@ def learning_rates(config: TrainConfig, num_steps: int) -> Callable[[int], float
         scheduler = get_scheduler(
             config.lr_scheduler_type,
             dummy,
-            num_warmup_steps=count_warmup_steps(config.warmup_steps, num_steps),
+            num_warmup_steps=count_warmup_steps(config.warmup_steps, num_steps, as_before=as_before),
             num_training_steps=num_steps,
             scheduler_specific_kwargs=dict(config.lr_scheduler_kwargs),
         )
@@ -43,7 +46,13 @@ def learning_rates(config: TrainConfig, num_steps: int) -> Callable[[int], float
             f"{config.lr_scheduler_kwargs} and learning_rate={config.learning_rate:g} is refused: {error}",
             hint="the arguments are those of transformers' get_scheduler",
         ) from error
-    return lambda step: config.learning_rate * factor(step)
+
+    def curve(step: int) -> float:
+        return config.learning_rate * factor(step)
+
+    if not as_before and not any(curve(step) for step in range(num_steps)):
+        raise _nothing_trained(config, num_steps)
+    return curve
 
 
 def _check_rates(rate: Callable[[int], float], num_steps: int) -> None:
@@ -58,6 +67,21 @@ def _check_rates(rate: Callable[[int], float], num_steps: int) -> None:
             raise ValueError(f"the learning rate of step {step + 1} is {value:g}")
 
 
-def count_warmup_steps(warmup_steps: int | float, num_steps: int) -> int:
-    """Steps of warmup; a share of all steps (below 1) is rounded up, as transformers does."""
-    return math.ceil(num_steps * warmup_steps) if warmup_steps < 1 else int(warmup_steps)
+def _nothing_trained(config: TrainConfig, num_steps: int) -> ConfigError:
+    if not config.learning_rate:
+        return ConfigError("learning_rate=0 would train nothing", hint="for example learning_rate=1e-5")
+    return ConfigError(
+        f"the learning rate is 0 in every step ({num_steps}): lr_scheduler_type={config.lr_scheduler_type!r} "
+        f"with lr_scheduler_kwargs={config.lr_scheduler_kwargs} and warmup_steps={config.warmup_steps}; "
+        "nothing would be trained",
+        hint="change lr_scheduler_kwargs, or take lr_scheduler_type=cosine",
+    )
+
+
+def count_warmup_steps(warmup_steps: int | float, num_steps: int, *, as_before: bool = False) -> int:
+    """Steps of warmup; a share of all steps (below 1) is rounded up, as transformers does.
+
+    At most all but the last step, so that the peak is reached. as_before: without that limit.
+    """
+    steps = math.ceil(num_steps * warmup_steps) if warmup_steps < 1 else int(warmup_steps)
+    return steps if as_before else min(steps, num_steps - 1)

@@ -6,20 +6,24 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from itertools import islice
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..config import DatasetConfig, TrainConfig
 from ..config_yaml import dump
-from ..data import Documents, load_tokenizer
+from ..data import Documents, load_tokenizer, load_training_data
 from ..data.formats import Chat, Text
 from ..data.left_out import WARN_ABOVE
 from ..errors import ConfigError, DataError, HorizonError
+from ..words import count
 from .generate import model_folder
 
 _LONGEST = 4096  # of a training sequence, unless the data is shorter: longer ones are for those who ask
-_LOOKED_AT = 1000  # rows
+_LOOKED_AT = 1000  # rows of a dataset, for its format and the longest of them
+_COUNTED_ROWS, _COUNTED_CHARACTERS = 50_000, 20_000_000  # more is large: the steps are those of large data
+_TOKENISED_CHARACTERS = 2_000_000  # beyond, tokens are guessed from characters
+_WANTED_STEPS = 50  # of a run, where the data has as many sequences
 _CHARACTERS_A_TOKEN = 3  # a low guess, so that few documents are longer than max_length
 
 # What is written, by group.
@@ -35,7 +39,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     ),
     "optimizer": ("adam_beta1", "adam_beta2", "weight_decay", "max_grad_norm"),
     "evaluation": ("eval_strategy", "eval_steps"),
-    "output": ("output_dir", "logging_steps", "report_to"),
+    "output": ("output_dir", "save_strategy", "save_steps", "logging_steps", "report_to"),
 }
 
 
@@ -59,7 +63,6 @@ def write_config(model: str, datasets: Sequence[str], output: Path, *, overwrite
     notes += _about_long_rows(seen, values["max_length"])
     if seen["rows"] >= 100:
         values["val_size"] = 0.05
-        values["eval_strategy"] = "steps"
     if seen["is_chat"]:
         template = _template_for(model)
         values["chat_template"] = template
@@ -67,7 +70,12 @@ def write_config(model: str, datasets: Sequence[str], output: Path, *, overwrite
             notes.append(
                 "the tokenizer has no chat template: 'plain' is written down; chatml and alpaca are others"
             )
-    values.update(_batch(values["max_length"], is_text=not seen["is_chat"]))
+    is_text = not seen["is_chat"]
+    sequences, how = _count_sequences(values, seen)
+    values.update(_batch(values["max_length"], sequences, is_text=is_text))
+    values.update(_when(values, sequences))
+    if sequences is not None:
+        notes.append(_in_words(values, seen, sequences, how))
     text = _text(values)
     config = TrainConfig.from_dict(values)  # what is written is valid
     assert config.datasets
@@ -85,23 +93,39 @@ def write_config(model: str, datasets: Sequence[str], output: Path, *, overwrite
 
 
 def _look_at_data(datasets: Sequence[str]) -> dict[str, Any]:
-    formats, rows, longest, is_chat = [], 0, 0, False
+    formats, rows, longest, characters, is_chat, is_all = [], 0, 0, 0, False, True
     sizes: list[int] = []  # of what is not split where it is too long
     for path in datasets:
         documents = Documents([DatasetConfig(path=path)])
+        is_here = Path(path).expanduser().exists()  # else more rows would have to be fetched
         found = 0
-        for placed in islice(documents, _LOOKED_AT):
+        for placed in documents:
+            if found == _LOOKED_AT and not is_here or rows + found == _COUNTED_ROWS:
+                is_all = False
+                break
             found += 1
             is_chat = is_chat or isinstance(placed.example, Chat)
             size = len(json.dumps(placed.example.__dict__, default=str, ensure_ascii=False))
-            longest = max(longest, size)
+            longest = max(longest, size if found <= _LOOKED_AT else 0)
             if not isinstance(placed.example, Text):
                 sizes.append(size)
+            characters += size
+            if characters > _COUNTED_CHARACTERS:
+                is_all = False
+                break
         if not found:
             raise DataError(f"{path} holds no row", hint="horizon data preview shows why")
         formats.append(str(documents.formats[0]))
         rows += found
-    return {"formats": formats, "rows": rows, "longest": longest, "is_chat": is_chat, "sizes": sizes}
+    return {
+        "formats": formats,
+        "rows": rows,
+        "longest": longest,
+        "characters": characters,
+        "is_chat": is_chat,
+        "is_all": is_all,
+        "sizes": sizes,
+    }
 
 
 def _about_long_rows(seen: dict[str, Any], max_length: int) -> list[str]:
@@ -141,16 +165,67 @@ def _template_for(model: str) -> str | None:
     return None if tokenizer.chat_template else "plain"
 
 
-def _batch(max_length: int, *, is_text: bool) -> dict[str, Any]:
-    """About 16 k tokens a step for tuning and 64 k for text, in micro-batches of about 4 k."""
-    rows = max(1, 4096 // max_length)
-    tokens = 65536 if is_text else 16384
+def _count_sequences(values: dict[str, Any], seen: dict[str, Any]) -> tuple[int | None, str]:
+    """Sequences to train on, and how sure that is. None: more than were looked at.
+
+    They are tokenised and packed as training does it where there are few and the tokenizer is at hand.
+    """
+    if not seen["is_all"]:
+        return None, ""
+    if seen["characters"] <= _TOKENISED_CHARACTERS:
+        few = {**values, "dataset_cache_dir": None, "dataset_num_proc": 1}
+        with suppress(HorizonError):
+            return len(load_training_data(TrainConfig.from_dict(few)).rows), ""
+    tokens = seen["characters"] // _CHARACTERS_A_TOKEN
+    return max(1, int(tokens * (1 - values.get("val_size", 0)) // values["max_length"])), "about "
+
+
+def _batch(max_length: int, sequences: int | None, *, is_text: bool) -> dict[str, Any]:
+    """About 16 k tokens a step for tuning and 64 k for text, in micro-batches of about 4 k. Less for so few
+    sequences that the run would have few steps."""
+    epochs = 1 if is_text else 3
+    most = max(1, (65536 if is_text else 16384) // max_length)
+    if sequences is not None:
+        most = min(most, max(1, sequences // -(-_WANTED_STEPS // epochs)))
+    rows = min(max(1, 4096 // max_length), most)
     return {
         "per_device_train_batch_size": rows,
-        "gradient_accumulation_steps": max(1, tokens // (rows * max_length)),
-        "num_train_epochs": 1 if is_text else 3,
+        "gradient_accumulation_steps": max(1, most // rows),
+        "num_train_epochs": epochs,
         "adam_beta2": 0.95 if is_text else 0.999,
     }
+
+
+def _steps(values: dict[str, Any], sequences: int) -> int:
+    size = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
+    return int(values["num_train_epochs"]) * -(-sequences // size)
+
+
+def _when(values: dict[str, Any], sequences: int | None) -> dict[str, Any]:
+    """When to evaluate and save: a short run never comes to the defaults' steps."""
+    fields = TrainConfig.model_fields
+    steps = None if sequences is None else _steps(values, sequences)
+    found: dict[str, Any] = {}
+    by_epoch = values["num_train_epochs"] > 1
+    if steps is not None and steps < 2 * fields["save_steps"].default:
+        found |= {"save_strategy": "epoch"} if by_epoch else {"save_steps": max(1, steps // 2)}
+    if "val_size" in values:
+        found["eval_strategy"] = "steps"
+        if steps is not None and steps < 4 * fields["eval_steps"].default:
+            found |= {"eval_strategy": "epoch"} if by_epoch else {"eval_steps": max(1, steps // 4)}
+    return found
+
+
+def _in_words(values: dict[str, Any], seen: dict[str, Any], sequences: int, how: str) -> str:
+    steps, epochs = _steps(values, sequences), values["num_train_epochs"]
+    size = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
+    rows = count(seen["rows"], "chat" if seen["is_chat"] else "row")
+    held_out = f", {values['val_size']:.0%} of them held out," if "val_size" in values else ""
+    return (
+        f"{rows}{held_out} = {how}{count(sequences, 'sequence')} of {values['max_length']:,}; "
+        f"{count(epochs, 'epoch')} {'is' if epochs == 1 else 'are'} {how}{count(steps, 'step')} of "
+        f"{count(size, 'sequence')}"
+    )
 
 
 def _text(values: dict[str, Any]) -> str:

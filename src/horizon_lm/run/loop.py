@@ -155,14 +155,3 @@ def _too_many(count: int, error: NonFiniteError) -> NonFiniteError:
         f"the last: {error.message}",
         hint="look for NaN in the model's weights, or lower learning_rate",
     )
-
-
-def count_steps(config: TrainConfig, num_rows: int, rows_per_step: int) -> int:
-    """Optimizer steps of the run: max_steps, or what num_train_epochs over `num_rows` sequences takes.
-
-    The last step of an epoch that does not come out even takes rows of the next.
-    """
-    if config.max_steps > 0:
-        return config.max_steps
-    steps = config.num_train_epochs * num_rows / rows_per_step
-    return max(1, math.ceil(steps - 1e-9))  # 0.1 * 30 is not to become 4 steps by a rounding error

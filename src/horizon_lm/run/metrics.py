@@ -82,11 +82,14 @@ class Metrics:
 class Meter:
     """Sums up steps: `add` gives a record at every `every`th step, and at the first and the last.
 
-    loader: knows how large its latest step was. peak: FLOP/s of the device.
+    loader: knows how large its latest step was. peak: FLOP/s of the device. num_steps: of the run, set once
+    it is known.
     """
 
-    def __init__(self, model: HostModel, loader: Loader, *, every: int, num_steps: int, peak: float) -> None:
-        self._model, self._loader, self._every, self._num_steps = model, loader, every, num_steps
+    def __init__(
+        self, model: HostModel, loader: Loader, *, every: int, peak: float, num_steps: int = 0
+    ) -> None:
+        self._model, self._loader, self._every, self.num_steps = model, loader, every, num_steps
         self._flops, self._peak = flops_of(model), peak
         self._window: list[tuple[StepRecord, StepSize]] = []
         self._num_tokens = self._num_targets = self._skipped = 0
@@ -113,7 +116,7 @@ class Meter:
         self._num_targets += record.num_tokens
         self._seconds += record.seconds
         self._skipped += record.skipped
-        if record.step % self._every and record.step not in (1, self._num_steps):
+        if record.step % self._every and record.step not in (1, self.num_steps):
             return None
         return self._line()
 

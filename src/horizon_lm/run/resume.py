@@ -133,8 +133,8 @@ def changed_settings(config: TrainConfig, checkpoint: Checkpoint) -> dict[str, t
     newer: dict[str, Any] = {
         k: field.get_default(call_default_factory=True) for k, field in fields if k not in saved
     }
-    lists = {key: _whole(saved[key]) for key in ("datasets", "eval_datasets") if key in saved}
-    then = {**newer, **saved, **lists}
+    lists: dict[str, Any] = {key: _whole(saved[key]) for key in ("datasets", "eval_datasets") if key in saved}
+    then: dict[str, Any] = {**newer, **saved, **lists}
     changed = {key: (then[key], now[key]) for key in now if key in then and then[key] != now[key]}
     return {key: pair for key, pair in changed.items() if not _is_other_path(key, *pair, checkpoint, config)}
 

@@ -21,9 +21,8 @@ from ..data.training_data import pad_id
 from ..engine.policies import DTYPES
 from ..errors import ConfigError, DataError, DoesNotFitError, NonFiniteError
 from ..model.loading import grow_vocabulary
-from ..optim.curves import learning_rates
 from ..plan.smaller import next_smaller
-from . import describe, sample
+from . import describe, sample, steps
 from .best import Best
 from .callbacks import Callbacks, CallbackState, check_callbacks
 from .card import model_card
@@ -37,7 +36,7 @@ from .guard import LossGuard
 from .host_model import HostModel, load_model_of
 from .hub import prepare_upload
 from .loggers import Loggers, check_installed
-from .loop import count_steps, recorded_step
+from .loop import recorded_step
 from .metrics import Meter, MetricsFile, versions
 from .paths import absolute
 from .planning import settle
@@ -100,6 +99,8 @@ def train(
         progress.stage(describe.about_data(data))
         for text, is_warning in describe.left_out(data):
             (progress.warn if is_warning else progress.stage)(text)
+        if resume is None:  # else the checkpoint says by which rule the steps are counted
+            steps.curve(config, data.loader, steps.count_steps(config, data.loader))
         if source is None:
             model = build_model(config, data.tokenizer)
         else:
@@ -109,6 +110,7 @@ def train(
         config = config.replace(**{key: getattr(asked, key) for key in NAMES})
         progress.stage(describe.about_model(model))
         check_together(config, data, model)
+        steps.check_factors(config, model)
         check_separation(model, data.rows)
         check_disk(
             folder,
@@ -169,25 +171,29 @@ def _run_steps(
     as they were given, which the run's folder keeps, so that a plan for another machine can be made of them;
     plan: what was chosen."""
     loader = data.loader
-    num_steps = count_steps(config, len(data.rows), loader.rows_per_step)
     peak = _peak(config, model)
-    meter = Meter(model, loader, every=config.logging_steps, num_steps=num_steps, peak=peak)
+    meter = Meter(model, loader, every=config.logging_steps, peak=peak)
     best = Best(config, folder.path, progress.warn)
     trainer = Trainer(model, loader, meter, LossGuard(config), best)
     files = small_files(model, lambda target: _save_tokenizer(data, target))
     parent = None
-    rates = learning_rates(config, num_steps)
     if resume is not None:
         found = restore(resume, model, trainer.load_state, files, asked, progress.warn)
         best.restore(found)
         parent = found.path
+    num_steps = meter.num_steps = steps.count_steps(config, loader)
+    rates = steps.curve(config, loader, num_steps)
+    if resume is not None:
         for line in about_resume(found, asked, folder, trainer.loop.step, num_steps, rates):
             progress.stage(line)
+    remarks = steps.remarks(config, data, num_steps)
+    for remark in remarks:
+        progress.warn(remark)
     evaluator = _evaluator(config, data, model, num_steps)
     # The folder becomes this run's with the first step that is done; see `claim` for runs without one.
     in_place = resume is not None and resume.in_place
     settings = absolute(asked).to_yaml()
-    header = describe.header(config, config_notes, data, model, num_steps, peak)
+    header = describe.header(config, [*config_notes, *remarks], data, model, num_steps, peak)
     if plan is not None:
         header["plan"] = plan.to_dict()
     file = MetricsFile(
@@ -271,7 +277,7 @@ def _evaluator(config: TrainConfig, data: TrainingData, model: HostModel, num_st
 
 def _will_save(config: TrainConfig, data: TrainingData) -> bool:
     """Whether the run is long enough for a checkpoint that is due by its steps."""
-    num_steps = count_steps(config, len(data.rows), data.loader.rows_per_step)
+    num_steps = steps.count_steps(config, data.loader)
     return config.load_best_model_at_end or (
         config.save_strategy != "no" and (config.save_strategy != "steps" or num_steps >= config.save_steps)
     )

@@ -1,0 +1,67 @@
+"""The optimizer steps of a run: how many there are, whether they can train, and remarks on them."""
+
+from __future__ import annotations
+
+from ..config import TrainConfig
+from ..data import Loader, StreamLoader, TrainingData
+from ..errors import ConfigError
+from ..optim.curves import Curve, count_warmup_steps, learning_rates
+from ..words import count
+from .host_model import HostModel
+
+_FEW = 20  # steps in which a model learns little, and the curve of the learning rate has no room
+
+
+def count_steps(config: TrainConfig, loader: Loader) -> int:
+    """Steps from the beginning to the end of the run. The loader ends there too."""
+    return loader.end_after(config.num_train_epochs, config.max_steps)
+
+
+def curve(config: TrainConfig, loader: Loader, num_steps: int) -> Curve:
+    """The learning rate of each step. Raises ConfigError if it is 0 in all of them; a run that began under
+    the rules of earlier versions goes on with its own."""
+    return learning_rates(config, num_steps, as_before=loader.crosses_epochs)
+
+
+def check_factors(config: TrainConfig, model: HostModel) -> None:
+    """Raises ConfigError if `lr_factors` leaves no parameter to train."""
+    factors = [s.group.lr_factor for unit in model.engine.optimizer.segments for s in unit]
+    if factors and not any(factors):
+        raise ConfigError(
+            f"lr_factors={config.lr_factors} makes the learning rate of every parameter 0: nothing would be "
+            "trained",
+            hint="give at least one parameter a factor above 0",
+        )
+
+
+def remarks(config: TrainConfig, data: TrainingData, num_steps: int) -> list[str]:
+    """What to know of a run of so few steps, or whose settings have no room in it."""
+    found = []
+    sequences, size = len(data.rows), data.loader.rows_per_step
+    by_epochs = config.max_steps < 1
+    if isinstance(data.loader, StreamLoader) or data.loader.crosses_epochs:
+        by_epochs = False
+    elif size > sequences:
+        found.append(
+            f"a step of {size:,} sequences is larger than the data ({count(sequences, 'sequence')}): each "
+            "step is one whole epoch"
+        )
+    if by_epochs and num_steps < _FEW:
+        more = "a larger num_train_epochs makes more"
+        if size > 1:
+            more = (
+                "smaller per_device_train_batch_size x gradient_accumulation_steps, or a larger "
+                "num_train_epochs, make more"
+            )
+        found.append(
+            f"the run has only {count(num_steps, 'optimizer step')}: {count(sequences, 'sequence')}, up to "
+            f"{size:,} a step, num_train_epochs={config.num_train_epochs:g}; {more}"
+        )
+    wanted = count_warmup_steps(config.warmup_steps, num_steps, as_before=True)
+    used = count_warmup_steps(config.warmup_steps, num_steps, as_before=data.loader.crosses_epochs)
+    if used < wanted and config.warmup_steps >= 1:
+        found.append(
+            f"warmup_steps={config.warmup_steps} is too long for a run of "
+            f"{count(num_steps, 'step')}: {used:,} used, so that learning_rate is reached"
+        )
+    return found
