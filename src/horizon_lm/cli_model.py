@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from horizon_lm.cli_base import SettingsArguments, SettingsCommand, split_arguments
+from horizon_lm.words import count
 
 Model = Annotated[
     str, typer.Argument(help="A folder in Hugging Face format, a run's output_dir, or a Hub name.")
@@ -52,8 +53,8 @@ def evaluate(
     else:
         print(
             f"loss {found['eval_loss']:.4f}  perplexity {found['eval_perplexity']:.4f}  "
-            f"({found['eval_tokens']:,} tokens, {found['eval_sequences']:,} sequences, {found['dtype']}, "
-            f"{found['eval_seconds']:.1f} s)"
+            f"({count(found['eval_tokens'], 'token')}, {count(found['eval_sequences'], 'sequence')}, "
+            f"{found['dtype']}, {found['eval_seconds']:.1f} s)"
         )
 
 

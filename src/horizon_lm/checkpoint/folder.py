@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..words import count
 from . import manifest
 from .disk import Disk
 from .manifest import Manifest
@@ -52,7 +53,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if not file.is_file():
             raise CheckpointError(f"{file}: is missing")
         if file.stat().st_size != size:
-            raise CheckpointError(f"{file}: has {file.stat().st_size:,} bytes instead of {size:,}")
+            raise CheckpointError(f"{file}: has {count(file.stat().st_size, 'byte')} instead of {size:,}")
     return Checkpoint(path, found)
 
 

@@ -8,6 +8,8 @@ import numpy as np
 
 from horizon_lm.data.packing import Rows
 
+from ..words import count
+
 WARN_ABOVE = 0.05  # of the documents
 
 
@@ -59,7 +61,7 @@ def remarks(rows: Rows, *, with_bad_rows: bool = True) -> list[Remark]:
             _remark(
                 left.too_long,
                 all_documents,
-                f"longer than max_length={rows.max_length} (the longest: {longest:,} tokens)",
+                f"longer than max_length={rows.max_length} (the longest: {count(longest, 'token')})",
                 f"set max_length={1 << (longest - 1).bit_length()} to keep them, or truncation=keep_start to "
                 "cut them",
             )
@@ -77,8 +79,8 @@ def remarks(rows: Rows, *, with_bad_rows: bool = True) -> list[Remark]:
             )
         )
     if left.truncated:
-        text = f"{left.truncated:,} documents longer than max_length={rows.max_length} were cut"
-        found.append(Remark(text, f"{left.tokens:,} tokens are left out", False))
+        text = f"{count(left.truncated, 'document')} longer than max_length={rows.max_length} were cut"
+        found.append(Remark(text, f"{count(left.tokens, 'token')} are left out", False))
     if counts.num_bad and with_bad_rows:
         all_rows = counts.num_documents + counts.num_empty + counts.num_bad
         hint = "correct them; horizon data preview shows the first five"

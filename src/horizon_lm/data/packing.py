@@ -22,6 +22,8 @@ from horizon_lm.data.hub import quiet
 from horizon_lm.data.tokens import TokenStore
 from horizon_lm.errors import DataError
 
+from ..words import count
+
 IGNORED = -100  # a label that is not trained on, as in transformers
 
 # Documents that are packed together: TRL's algorithm takes about 0.1 ms for each, and with so many fills more
@@ -131,20 +133,20 @@ def data_has_changed(state: dict[str, Any], rows: Rows) -> DataError:
     hint = "restore the data, the tokenizer and the settings of the group Data, or start a new run"
     then, now = state.get("made_from"), rows.made_from
     if then is None:
-        what = f"{state['rows']:,} sequences then, {len(rows):,} now"
+        what = f"{count(state['rows'], 'sequence')} then, {len(rows):,} now"
         if state["rows"] == len(rows):
-            what = f"still {len(rows):,} sequences, but of other tokens, or with others trained on"
+            what = f"still {count(len(rows), 'sequence')}, but of other tokens, or with others trained on"
         if "prompt_completion" in rows.store.counts.formats:
             hint += "; of prompt and completion, an earlier version left out the first tokens of some answers"
     elif then["files"].get("tokens.bin") != now["files"].get("tokens.bin"):
         what = "the tokens are others"
         if (then["documents"], then["tokens"]) != (now["documents"], now["tokens"]):
             what += (
-                f": {then['tokens']:,} in {then['documents']:,} documents then, {now['tokens']:,} in "
+                f": {then['tokens']:,} in {count(then['documents'], 'document')} then, {now['tokens']:,} in "
                 f"{now['documents']:,} now"
             )
         else:
-            what += f", though as many ({now['tokens']:,} in {now['documents']:,} documents)"
+            what += f", though as many ({now['tokens']:,} in {count(now['documents'], 'document')})"
         hint = (
             "restore the content of the data files, the tokenizer and the chat template, or start a new run"
         )
@@ -156,8 +158,8 @@ def data_has_changed(state: dict[str, Any], rows: Rows) -> DataError:
         hint = "restore loss_on, the chat template and the versions of trl and horizon-lm, or start a new run"
     elif (then["files"], then["segments"]) != (now["files"], now["segments"]):
         what = (
-            f"the tokens are the same, but cut or packed another way: {state['rows']:,} sequences then, "
-            f"{len(rows):,} now"
+            "the tokens are the same, but cut or packed another way: "
+            f"{count(state['rows'], 'sequence')} then, {len(rows):,} now"
         )
         hint = "restore max_length, packing, truncation, weights, val_size and data_seed, or start a new run"
     else:

@@ -13,6 +13,8 @@ from horizon_lm.data.left_out import remarks, used
 from horizon_lm.data.packing import IGNORED, Row
 from horizon_lm.data.streaming import StreamLoader
 
+from ..words import count
+
 if TYPE_CHECKING:
     from rich.text import Text
 
@@ -137,22 +139,23 @@ def _figures(found: dict[str, Any]) -> Iterator[str]:
     if found["is_stream"]:
         yield "a stream: the figures are those of its first window"
     for number, dataset in enumerate(found["datasets"], start=1):
-        yield f"dataset {number}    {dataset['documents']:,} documents, format {dataset['format']}"
+        yield f"dataset {number}    {count(dataset['documents'], 'document')}, format {dataset['format']}"
     share = found["trained_tokens"] / found["tokens"]
     yield f"tokens       {found['tokens']:,}, {found['trained_tokens']:,} of them trained on ({share:.1%})"
     if found["mask_from"]:
         yield f"mask         by {found['mask_from']}"
     median, longest = found["length_median"], found["length_max"]
-    yield f"lengths      {found['length_min']:,} to {longest:,} tokens, half of them up to {median:,.0f}"
+    upper = f"{count(longest, 'token')}, half of them up to {median:,.0f}"
+    yield f"lengths      {found['length_min']:,} to {upper}"
     yield (
-        f"sequences    {found['sequences']:,} of {found['max_length']:,} tokens ({found['packing']}), "
+        f"sequences    {found['sequences']:,} of {count(found['max_length'], 'token')} ({found['packing']}), "
         f"{found['fill']:.1%} full; one document each would be {found['padding_without_packing']:.1%} padding"
     )
     steps = -(-found["sequences"] // found["sequences_per_step"])
     if not found["is_stream"]:
-        yield f"an epoch     {steps:,} steps of {found['sequences_per_step']:,} sequences"
+        yield f"an epoch     {count(steps, 'step')} of {count(found['sequences_per_step'], 'sequence')}"
     if found["eval_sequences"]:
-        yield f"evaluation   {found['eval_sequences']:,} sequences"
+        yield f"evaluation   {count(found['eval_sequences'], 'sequence')}"
     if not found["remarks"]:
         yield "left out     nothing"
     if found["empty_texts"]:
@@ -177,6 +180,6 @@ def histogram(lengths: np.ndarray, max_length: int) -> Iterator[str]:
         counts.append(int((lengths > max_length).sum()))
         labels.append(f"over {max_length:,}")
     width, most = max(map(len, labels)), max(counts)
-    for label, count in zip(labels, counts, strict=True):
-        bar = "█" * max(1 if count else 0, round(_BAR_WIDTH * count / most))
-        yield f"  {label:>{width}}  {bar} {count:,}"
+    for label, number in zip(labels, counts, strict=True):
+        bar = "█" * max(1 if number else 0, round(_BAR_WIDTH * number / most))
+        yield f"  {label:>{width}}  {bar} {number:,}"

@@ -19,6 +19,7 @@ from ..errors import ConfigError, DataError, DoesNotFitError, HorizonError, Unsu
 from ..memory.arena import return_free_memory
 from ..memory.store import HostStore
 from ..patterns import compiled, nearest
+from ..words import count
 from .pretrained import Allowed, read_pretrained, without_messages
 from .skeleton import Skeleton
 
@@ -197,7 +198,7 @@ def grow_vocabulary(model: Any, tokens: int, seed: int) -> None:
             model.resize_token_embeddings(tokens)
     except (NotImplementedError, TypeError, ValueError, AttributeError) as error:
         raise UnsupportedModelError(
-            f"the embeddings of a {type(model).__name__} cannot grow to {tokens:,} rows: {error}",
+            f"the embeddings of a {type(model).__name__} cannot grow to {count(tokens, 'row')}: {error}",
             hint="leave new_tokens out",
         ) from error
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config import TrainConfig
 from ..errors import ConfigError
-from ..words import size
+from ..words import count, size
 from . import fit
 from .choose import Choice, Planner
 from .grow import largest_that_fits
@@ -91,8 +91,8 @@ class RunPlan:
             return None
         return (
             f"the update takes {update / found.seconds:.0%} of a step, however many tokens it has: "
-            f"gradient_accumulation_steps={batches * times} ({more.tokens:,} tokens a step) would give "
-            f"{more.tokens_per_second:,.0f} tokens/s, {gain:.0%} more"
+            f"gradient_accumulation_steps={batches * times} ({count(more.tokens, 'token')} a step) would "
+            f"give {more.tokens_per_second:,.0f} tokens/s, {gain:.0%} more"
         )
 
     def most_layers(self) -> int:

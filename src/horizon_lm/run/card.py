@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..words import count
+
 _SHOWN = (
     *("optim", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "packing", "loss_on"),
@@ -41,7 +43,7 @@ def model_card(
 
     base = _public(config.get("model_name_or_path"))
     origin = f"`{base}`" if base else f"random weights ({model_type})"
-    tokens = f" on {num_tokens:,} tokens" if num_tokens else ""
+    tokens = f" on {count(num_tokens, 'token')}" if num_tokens else ""
     data = [f"- {_public(entry['path'])}" for entry in config.get("datasets", [])]
     rows = [f"| {key} | {config[key]} |" for key in _SHOWN if key in config]
     card_data = ModelCardData(
@@ -54,7 +56,7 @@ def model_card(
         card_data,
         template_str=_TEMPLATE,
         name=_public(config.get("run_name")) or Path(str(config.get("output_dir", "model"))).name,
-        what=f"All parameters of {origin}, trained for {step:,} steps{tokens} with horizon-lm.",
+        what=f"All parameters of {origin}, trained for {count(step, 'step')}{tokens} with horizon-lm.",
         data="\n".join(data),
         table="\n".join(["| setting | value |", "| --- | --- |", *rows]),
         versions="\n".join(f"- {name} {version}" for name, version in versions.items()),

@@ -12,12 +12,13 @@ import torch
 from ..config import TrainConfig
 from ..data import StreamLoader, TrainingData
 from ..data.left_out import remarks, used
+from ..words import count, parameters, size
 from .flops import FORMULA
 from .folder import RunFolder
 from .host_model import HostModel
 from .machine import commit, machine
 from .metrics import Metrics, mean_of_tail, read_evaluations, read_steps, versions
-from .progress import clock, number, size
+from .progress import clock, number
 from .sample import Sample
 
 
@@ -50,15 +51,19 @@ def about_data(data: TrainingData) -> str:
     counts, rows = data.store.counts, data.rows
     formats = ", ".join(sorted({str(f) for f in counts.formats if f is not None}))
     inside = used(rows)
-    what = f"data: {sum(inside.documents):,} documents ({formats}), {inside.tokens:,} tokens"
+    what = f"data: {count(sum(inside.documents), 'document')} ({formats}), {count(inside.tokens, 'token')}"
     if inside.trained < inside.tokens:
         what += f", {inside.trained:,} of them trained on"
     if isinstance(data.loader, StreamLoader):
         return f"{what} in the first window of the stream"
     what += " (from the cache)" if data.was_cached else ""
-    lines = [f"{what}, {len(rows):,} sequences of {rows.max_length}, {rows.fill:.1%} full ({rows.strategy})"]
+    lines = [
+        f"{what}, {count(len(rows), 'sequence')} of {rows.max_length}, {rows.fill:.1%} full ({rows.strategy})"
+    ]
     if data.eval_rows is not None:
-        lines.append(f"evaluation: {len(data.eval_rows):,} sequences, {data.eval_rows.num_tokens:,} tokens")
+        lines.append(
+            f"evaluation: {count(len(data.eval_rows), 'sequence')}, {count(data.eval_rows.num_tokens, 'token')}"
+        )
     return "\n".join(lines)
 
 
@@ -76,7 +81,7 @@ def left_out(data: TrainingData) -> list[tuple[str, bool]]:
 def about_model(model: HostModel) -> str:
     store = sum(model.store.num_bytes.values())
     return (
-        f"model: {model.config.model_type}, {model.num_parameters / 1e6:,.1f} M parameters, "
+        f"model: {model.config.model_type}, {parameters(model.num_parameters)}, "
         f"{model.settings.dtype} on {model.device}, {size(store)} in host memory"
     )
 
@@ -152,8 +157,8 @@ def eval_loss(metrics: Path, step: int) -> float | None:
 
 def title(config: TrainConfig, model: HostModel, last: Metrics, metrics: Path) -> str:
     name = config.run_name or Path(config.output_dir).name
-    what = f"{model.config.model_type}, {model.num_parameters / 1e6:,.1f} M parameters"
-    found = f"{name}: {what}, {last.num_tokens:,} tokens, loss {number(tail_loss(metrics))}"
+    what = f"{model.config.model_type}, {parameters(model.num_parameters)}"
+    found = f"{name}: {what}, {count(last.num_tokens, 'token')}, loss {number(tail_loss(metrics))}"
     held_out = [e["eval_loss"] for e in read_evaluations(metrics) if e["eval_loss"] is not None]
     return found + (f", held-out {number(held_out[-1])}" if held_out else "")
 
@@ -171,7 +176,7 @@ def summary(config: TrainConfig, folder: RunFolder, result: TrainResult, remarks
     """remarks: on how the run ended."""
     speed = result.num_tokens / result.seconds
     lines = [
-        f"trained {result.num_steps:,} steps on {result.num_tokens:,} tokens in {clock(result.seconds)} "
+        f"trained {count(result.num_steps, 'step')} on {count(result.num_tokens, 'token')} in {clock(result.seconds)} "
         f"({speed:,.0f} tokens/s), loss {number(result.tail_loss)} (mean of the last tenth)",
         *remarks,
         *([f"evaluation loss {number(result.eval_loss)}"] if result.eval_loss is not None else []),

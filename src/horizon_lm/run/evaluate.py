@@ -103,7 +103,7 @@ def _model_of_run(looked: Place) -> tuple[dict[str, Any], str, tuple[Checkpoint,
     none = {"init_model": None, "train_tokenizer_vocab_size": None, "model_revision": None}
     if looked.model is not None and looked.is_finished:
         names = {"model_name_or_path": str(looked.model), "tokenizer_name_or_path": None}
-        return {**none, **names}, f"{looked.model} (the run is finished, {looked.step:,} steps)", ()
+        return {**none, **names}, f"{looked.model} (the run is finished, {count(looked.step, 'step')})", ()
     if not looked.checkpoints:
         raise no_model(looked, "eval")
     best = looked.checkpoints[0]

@@ -12,12 +12,13 @@ from typing import Any
 from ..config import DatasetConfig, TrainConfig
 from ..config_base import grouped_keys
 from ..schedule.ops import Lane
+from ..words import count, parameters, size
 from .charts import Chart, Mark, Series, draw, short, tokens_at
 from .folder import RunFolder
 from .history import History, Line
 from .metrics import mean_of_tail
 from .plot import smoothed
-from .progress import clock, number, rate, size
+from .progress import clock, number, rate
 
 _MOST_ROWS, _MOST_NOTES = 60, 50
 _SMOOTHED_FROM = 40  # records; fewer are as clear as their mean
@@ -28,7 +29,7 @@ def head(history: History) -> dict[str, Any]:
     header, last = history.header, history.steps[-1]
     parts = [str(header.get("model_type") or "model")]
     if header.get("num_parameters"):
-        parts.append(f"{header['num_parameters'] / 1e6:,.1f} M parameters")
+        parts.append(parameters(header["num_parameters"]))
     if history.settings.get("dtype"):
         parts.append(str(history.settings["dtype"]))
     parts.append(f"on {header.get('device', 'an unknown device')}")
@@ -336,8 +337,8 @@ def _end(line: Line | None, *, is_running: bool) -> str:
 
 def _data(header: Line) -> list[tuple[str, str]]:
     data = header.get("data")
-    count, length = (_or_dash(header.get(key), "{:,}".format) for key in ("num_sequences", "max_length"))
-    shape = f"{count} of {length} tokens"
+    sequences, length = (_or_dash(header.get(key), "{:,}".format) for key in ("num_sequences", "max_length"))
+    shape = f"{sequences} of {length} tokens"
     if header.get("fill") is not None:
         shape += f", {header['fill']:.1%} full"
     rows = [("sequences", f"{shape} (packing: {header.get('packing', '–')})")]
@@ -360,17 +361,19 @@ def _data(header: Line) -> list[tuple[str, str]]:
         ("empty", "empty"),
         ("bad", "bad rows"),
     ):
-        count = data.get(key)
-        if count:
+        lost = data.get(key)
+        if lost:
             title = "cut" if key == "truncated" else "left out"
-            rows.append((title, f"{count:,} documents ({count / max(1, read):.1%} of those read): {what}"))
+            share = f"{lost / max(1, read):.1%} of those read"
+            rows.append((title, f"{count(lost, 'document')} ({share}): {what}"))
     rows += [("a bad row", str(text)) for text in data.get("bad_rows") or ()]
     if data.get("eval_sequences"):
         named = ", ".join(map(str, data.get("eval_files") or ())) or "a part of datasets (val_size)"
         rows.append(
             (
                 "held out",
-                f"{named}: {data['eval_sequences']:,} sequences, {data.get('eval_tokens', 0):,} tokens",
+                f"{named}: {count(data['eval_sequences'], 'sequence')}, "
+                f"{count(data.get('eval_tokens', 0), 'token')}",
             )
         )
     else:

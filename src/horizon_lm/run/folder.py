@@ -25,6 +25,7 @@ from pathlib import Path
 from ..checkpoint import folder as checkpoints
 from ..checkpoint.disk import Disk
 from ..errors import ConfigError, DoesNotFitError
+from ..words import size
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
@@ -204,6 +205,6 @@ def check_disk(folder: RunFolder, num_bytes: int, checkpoint_bytes: int = 0) -> 
         what = "the trained model and a checkpoint need" if checkpoint_bytes else "the trained model needs"
         ways = "free disk space, choose another output_dir, or save_dtype: bfloat16"
         raise DoesNotFitError(
-            f"{what} {needed / 1e9:.2f} GB of disk space, but {folder.path} has {free / 1e9:.2f} GB",
+            f"{what} {size(needed)} of disk space, but {folder.path} has {size(free)}",
             hint=ways + (", or save_strategy: no" if checkpoint_bytes else ""),
         )

@@ -13,6 +13,7 @@ from ..data.chat import ChatTemplate
 from ..data.tokenizer import load_tokenizer
 from ..errors import ConfigError, DataError, HorizonError
 from ..model.pretrained import TO_GENERATE, read_pretrained
+from ..words import count
 from .device import resolve_device
 from .places import look, may_be_on_hub, no_model
 from .quiet import quiet_transformers
@@ -93,7 +94,7 @@ class Generator:
         if max(ids) >= rows:
             token = self.tokenizer.convert_ids_to_tokens(max(ids))
             raise DataError(
-                f"the prompt has token {max(ids)} ({token!r}), and the model's embeddings {rows:,} rows",
+                f"the prompt has token {max(ids)} ({token!r}), and the model's embeddings {count(rows, 'row')}",
                 hint="give it the tokenizer that the model was trained with",
             )
         inputs = torch.tensor([ids], device=self.device)

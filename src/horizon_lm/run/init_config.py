@@ -54,7 +54,7 @@ def write_config(model: str, datasets: Sequence[str], output: Path, *, overwrite
         model = os.path.abspath(model)
     values: dict[str, Any] = {"model_name_or_path": model, "output_dir": f"runs/{name}-tuned"}
     seen = _look_at_data(datasets)
-    notes.append(f"data: {seen['rows']:,} rows looked at, format {', '.join(seen['formats'])}")
+    notes.append(f"data: {count(seen['rows'], 'row')} looked at, format {', '.join(seen['formats'])}")
     values["datasets"] = [
         {"path": path, "format": format} for path, format in zip(datasets, seen["formats"], strict=True)
     ]
@@ -136,7 +136,7 @@ def _about_long_rows(seen: dict[str, Any], max_length: int) -> list[str]:
         return []
     share = long / len(sizes)
     return [
-        f"{'warning: ' if share > WARN_ABOVE else ''}{long:,} of {len(sizes):,} rows ({share:.1%}) may be "
+        f"{'warning: ' if share > WARN_ABOVE else ''}{long:,} of {count(len(sizes), 'row')} ({share:.1%}) may be "
         f"longer than max_length={max_length} and would be left out; truncation=keep_start cuts them"
     ]
 

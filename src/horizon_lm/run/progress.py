@@ -8,6 +8,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Self, TextIO
 
+from ..words import count, size
 from .evaluation import Evaluation
 from .loop import StepRecord
 from .metrics import Metrics
@@ -205,7 +206,7 @@ def choose_progress(mode: str, stream: TextIO | None = None) -> Progress:
 def evaluation_line(evaluation: Evaluation) -> str:
     return (
         f"evaluation after step {evaluation.step}: loss {number(evaluation.eval_loss)}, perplexity "
-        f"{number(evaluation.eval_perplexity)} over {evaluation.eval_tokens:,} tokens"
+        f"{number(evaluation.eval_perplexity)} over {count(evaluation.eval_tokens, 'token')}"
     )
 
 
@@ -234,10 +235,6 @@ def number(value: float) -> str:
 
 def rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"
 
 
 def clock(seconds: float) -> str:

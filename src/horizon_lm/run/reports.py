@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from ..checkpoint.writer import Outcome
+from ..words import size
 from .callbacks import Callbacks
 from .evaluation import Evaluation
 from .loggers import Loggers
 from .loop import StepRecord
 from .metrics import Metrics, MetricsFile
-from .progress import Progress, size
+from .progress import Progress
 
 
 class Reports:

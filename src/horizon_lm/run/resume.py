@@ -19,6 +19,7 @@ from ..checkpoint.reader import load_units, read_small
 from ..checkpoint.writer import BUFFERS
 from ..config import DatasetConfig, TrainConfig
 from ..errors import CheckpointError, ConfigError, DataError
+from ..words import count
 from . import paths, places
 from .folder import RunFolder
 from .host_model import HostModel
@@ -297,12 +298,12 @@ def about(
         before = last.get("learning_rate")
         rate = f" (after {before:.2e} at step {last['step']})" if before is not None else ""
         lines.append(
-            f"{was}: the learning rate follows the curve of {num_steps:,} steps and goes on at "
+            f"{was}: the learning rate follows the curve of {count(num_steps, 'step')} and goes on at "
             f"{learning_rate(step):.2e}{rate}"
         )
     if num_steps == step:
         lines.append(
-            f"all {num_steps:,} steps are done: the model is written again; max_steps=N trains further"
+            f"all {count(num_steps, 'step')} are done: the model is written again; max_steps=N trains further"
         )
     return lines
 
@@ -312,7 +313,7 @@ def _check_length(config: TrainConfig, checkpoint: Checkpoint, num_steps: int, s
     if num_steps < step:
         key = "max_steps" if config.max_steps > 0 else "num_train_epochs"
         raise ConfigError(
-            f"{key}={getattr(config, key)}: the run would have {num_steps:,} steps, and {checkpoint.path} is "
+            f"{key}={getattr(config, key)}: the run would have {count(num_steps, 'step')}, and {checkpoint.path} is "
             f"after step {step:,}",
             hint=f"max_steps={step + max(1, step // 10)} trains further; or name an earlier checkpoint",
         )

@@ -11,6 +11,7 @@ import torch
 
 from ..data.packing import IGNORED, Row
 from ..plan.hardware import available_host_bytes
+from ..words import size
 from .generate import Generator, Sampling
 
 if TYPE_CHECKING:
@@ -43,9 +44,9 @@ def piece_of_data(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bo
 
 def reason_to_skip(folder: Path) -> str | None:
     """Why a second copy of the weights in `folder` is not loaded beside the run's own; None if it may be."""
-    size, available = weight_bytes(folder), available_host_bytes()
-    if size > LARGEST_SHARE * available:
-        return f"a copy of the weights takes {size / 1e9:.1f} GB, and {available / 1e9:.1f} GB are free"
+    needed, available = weight_bytes(folder), available_host_bytes()
+    if needed > LARGEST_SHARE * available:
+        return f"a copy of the weights takes {size(needed)}, and {size(available)} are free"
     return None
 
 

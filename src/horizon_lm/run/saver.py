@@ -19,11 +19,11 @@ from ..config import TrainConfig
 from ..engine.policies import DTYPES
 from ..errors import CheckpointError, DoesNotFitError, HorizonError, StoppedError
 from ..memory.store import predict_bytes
+from ..words import size
 from . import paths
 from .best import Best
 from .host_model import HostModel
 from .loop import StepRecord
-from .progress import size
 from .resume import load_checkpoint, saved_buffers
 from .signals import REQUEUE, StopRequest
 

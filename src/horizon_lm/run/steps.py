@@ -43,7 +43,7 @@ def remarks(config: TrainConfig, data: TrainingData, num_steps: int) -> list[str
         by_epochs = False
     elif size > sequences:
         found.append(
-            f"a step of {size:,} sequences is larger than the data ({count(sequences, 'sequence')}): each "
+            f"a step of {count(size, 'sequence')} is larger than the data ({count(sequences, 'sequence')}): each "
             "step is one whole epoch"
         )
     if by_epochs and num_steps < _FEW:
