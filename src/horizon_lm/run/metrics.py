@@ -6,6 +6,7 @@
     {"event": "eval", ...}      every evaluation, see `evaluation.Evaluation`
     {"event": "checkpoint", ...}   one that was saved, or why it was not
     {"event": "fault", ...}     a step that was not learned from, or a loss spike, and what was done
+    {"event": "note", ...}      a setting that does not hold any more from a step on, and why
     {"event": "rollback", "step": n}, {"event": "resume", "step": n}
                                 the run goes on after step n: lines of later steps before this one are of
                                 steps that were undone, and `read_steps` passes over them
@@ -247,6 +248,11 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
 def read_evaluations(path: Path) -> list[dict[str, Any]]:
     """The evaluations of a metrics file."""
     return _still_true(path, "eval")
+
+
+def read_notes(path: Path) -> list[dict[str, Any]]:
+    """The changes that a run noted, each with its step and text; they hold after a rollback too."""
+    return [line for line in _lines(path) if line.get("event") == "note"]
 
 
 def _still_true(path: Path, event: str) -> list[dict[str, Any]]:

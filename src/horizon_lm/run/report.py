@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import DataError
 from ..schedule.draw import svg_timeline
 from .folder import RunFolder, writing
-from .metrics import read_steps
+from .metrics import read_notes, read_steps
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
@@ -41,6 +41,7 @@ def write_report(run: Path) -> list[Path]:
         "<h2>Host memory</h2>"
         + line_chart([s["step"] for s in steps], [s["host_rss_bytes"] / 1e9 for s in steps], "step", "GB"),
         _predicted(header.get("plan"), steps),
+        _changes(read_notes(folder.metrics)),
     ]
     if trace:
         parts += ["<h2>A step, as it ran</h2>", _lanes(trace), svg_timeline(_spans(trace))]
@@ -122,6 +123,12 @@ def _predicted(plan: dict[str, Any] | None, steps: Sequence[dict[str, Any]]) -> 
         f"{cells}</table><p class='note'>Rates of {figures}. Memory is sampled at the end of steps, so that "
         f"peaks within a step are not in it.</p><ul>{choices}</ul>"
     )
+
+
+def _changes(notes: Sequence[dict[str, Any]]) -> str:
+    """Settings that did not hold for the whole run."""
+    rows = "".join(f"<li>after step {n['step']}: {html.escape(str(n['text']))}</li>" for n in notes)
+    return f"<h2>Notes</h2><ul>{rows}</ul>" if rows else ""
 
 
 def line_chart(xs: Sequence[float], ys: Sequence[float | None], x_name: str, y_name: str) -> str:
