@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, DataError, DoesNotFitError
+from ..hub_access import require_reachable
 from ..memory.arena import return_free_memory
 from ..memory.store import HostStore
 from .skeleton import Skeleton
@@ -36,6 +37,8 @@ def load_model(
     if looks_local:
         _check_folder(Path(name).expanduser())
         name = str(Path(name).expanduser())
+    else:
+        require_reachable(name, "model_name_or_path")
     options: dict[str, Any] = {} if looks_local or revision is None else {"revision": revision}
     try:
         return AutoModelForCausalLM.from_pretrained(

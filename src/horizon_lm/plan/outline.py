@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..config import ModelSettings, TrainConfig
 from ..engine.policies import DTYPES
 from ..errors import ConfigError, HorizonError, UnsupportedModelError
+from ..hub_access import require_reachable
 from ..memory.layout import UnitLayout
 from ..model.skeleton import Skeleton
 from .working_set import Ends, WorkingSet, ends_working_set, layer_working_set
@@ -134,8 +135,11 @@ def model_config(config: TrainConfig) -> Any:
             return AutoConfig.for_model(kind, **values)
         assert config.model_name_or_path is not None  # TrainConfig has seen to it
         name = str(Path(config.model_name_or_path).expanduser())
+        require_reachable(name, "model_name_or_path")
         options = {} if config.model_revision is None else {"revision": config.model_revision}
         return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code, **options)
+    except HorizonError:
+        raise
     except Exception as error:
         key = "init_model" if config.init_model is not None else "model_name_or_path"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -48,7 +48,7 @@ class Generator:
         from transformers import AutoModelForCausalLM
 
         place = model_folder(source)
-        tokenizer = load_tokenizer(str(place), trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(str(place), trust_remote_code=trust_remote_code, key="model")
         try:
             with quiet_transformers():
                 model: Any = AutoModelForCausalLM.from_pretrained(
