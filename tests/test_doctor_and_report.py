@@ -60,7 +60,9 @@ def test_every_measurement_has_a_line_and_ctrl_c_prints_what_is_known(
     monkeypatch.setattr(calibrate, "copy_rate", lambda clock: 4e9)
     monkeypatch.setattr(calibrate, "disk_rate", lambda: 1e9)
     monkeypatch.setattr(calibrate, "process_memory", lambda device, runs, until: (4 * 10**8, 0.1))
-    monkeypatch.setattr(calibrate, "fit_rates", lambda samples: (dict.fromkeys(calibrate._COLUMNS, 1e-9), 0.0))
+    monkeypatch.setattr(
+        calibrate, "fit_rates", lambda samples: (dict.fromkeys(calibrate._COLUMNS, 1e-9), 0.0)
+    )
     sample = calibrate.Sample(calibrate.Work(), 0.002)
     monkeypatch.setattr(calibrate, "_measure", lambda *_: [sample])
 

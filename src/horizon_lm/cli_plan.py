@@ -34,8 +34,12 @@ def plan(
         else:
             rest.append(argument)
     config, _ = load_settings(rest)
+    import gc
+
     from horizon_lm.plan.run_plan import plan_run
     from horizon_lm.plan.show import describe
+
+    gc.freeze()  # the libraries' objects stay: no look through all of them for each of the plan's
 
     found = plan_run(config, hardware)
     if json:

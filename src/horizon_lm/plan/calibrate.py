@@ -294,7 +294,9 @@ def measure(
     names = set(Profile.model_fields) - {"name", "title", "device", "measured", "sources"}
     sources = dict.fromkeys(sorted(names), how)
     if memory is None:
-        taken = f"that of {FALLBACK}: the machine was too busy to measure it; `horizon doctor --thorough` does"
+        taken = (
+            f"that of {FALLBACK}: the machine was too busy to measure it; `horizon doctor --thorough` does"
+        )
         sources |= dict.fromkeys(("process_bytes", "heap_share"), taken)
     return Profile(
         name="here",

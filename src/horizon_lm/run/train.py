@@ -18,7 +18,6 @@ from ..data.documents import check_exists
 from ..data.training_data import pad_id
 from ..engine.policies import DTYPES
 from ..errors import ConfigError, DataError, DoesNotFitError, NonFiniteError
-from ..hub_access import require_reachable
 from ..optim.curves import learning_rates
 from ..plan.smaller import next_smaller
 from . import describe, sample
@@ -252,7 +251,6 @@ def check_sources(config: TrainConfig, folder: RunFolder) -> None:
             raise ConfigError(
                 f"{key}={name!r} is not a folder", hint=f"check the path; looked in {Path.cwd()}"
             )
-        require_reachable(name, key)
         if path.is_dir() and path.resolve().is_relative_to(folder.model.resolve()):
             raise ConfigError(
                 f"{key}={name!r} lies in output_dir={str(folder.path)!r}, whose model this run replaces",
