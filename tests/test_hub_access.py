@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
-from small_runs import values, write_text
 
 from horizon_lm import cli, hub_access
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import ConfigError
 from horizon_lm.hub_access import require_reachable
+from small_runs import values, write_text
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ def test_every_command_says_so_at_once(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     text = write_text(tmp_path / "text.txt")
-    plain = TrainConfig(init_model=values(text, tmp_path)["init_model"], datasets=[str(text)])
+    plain = TrainConfig(init_model=values(text, tmp_path)["init_model"], datasets=[str(text)], max_length=16)
     (tmp_path / "plain.yaml").write_text(plain.to_yaml())
     model = ["model_name_or_path=nope", f"datasets={text}"]
     cases = [

@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import LLAMA, settings, write_text
-from test_activations import Stashing, batches, gradients, same, source
 
 import horizon_lm as hz
 from horizon_lm.engine import activations
@@ -23,6 +21,8 @@ from horizon_lm.run import train as run_train
 from horizon_lm.run.metrics import read_notes
 from horizon_lm.run.report import write_report
 from horizon_lm.run.train import train
+from small_runs import LLAMA, settings, write_text
+from test_activations import Stashing, batches, gradients, same, source
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -112,7 +112,7 @@ def _go_offline() -> None:
 
 
 def _is_cached(name: str, kind: str) -> bool:
-    """Whether the local cache holds a snapshot of a repository, or the `datasets` library what it made of it."""
+    """Whether the local cache holds a snapshot of a repository, or what `datasets` made of it."""
     from huggingface_hub import constants
 
     folder = f"{kind}s--{name.replace('/', '--')}"
