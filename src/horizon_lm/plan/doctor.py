@@ -89,9 +89,9 @@ def examine(
             say(what, figure)
 
     budget = calibrate.Budget(None if thorough else SECONDS, hear)
-    effort = {} if thorough else {"repeats": 2, "runs": 1}
+    repeats, runs = (5, 3) if thorough else (2, 1)
     try:
-        profile = calibrate.measure(device, budget=budget, **effort)
+        profile = calibrate.measure(device, repeats=repeats, runs=runs, budget=budget)
     except KeyboardInterrupt:
         measured = [Finding(PASS, what, figure) for what, figure in known.items()]
         raise Interrupted(findings + measured) from None
