@@ -27,7 +27,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """Measuring is replaced; the list grows with each call."""
     calls: list[str] = []
 
-    def measure(device: str) -> Profile:
+    def measure(device: str, **_: Any) -> Profile:
         calls.append(device)
         values = load_profile("cpu-2core").model_dump() | {"name": "here", "measured": True}
         return Profile.model_validate(values)
@@ -48,6 +48,57 @@ def test_doctor_measures_once(measured: list[str], capsys: pytest.CaptureFixture
     assert load_profile("auto").measured  # what `plan` and `train` use from now on
     cli.main(["doctor", "--fresh"])
     assert len(measured) == 2
+
+
+def test_every_measurement_has_a_line_and_ctrl_c_prints_what_is_known(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 130, with the figures so far; nothing is kept. The negative control keeps its profile."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(calibrate, "copy_rate", lambda clock: 4e9)
+    monkeypatch.setattr(calibrate, "disk_rate", lambda: 1e9)
+    monkeypatch.setattr(calibrate, "process_memory", lambda device, runs, until: (4 * 10**8, 0.1))
+    monkeypatch.setattr(
+        calibrate, "fit_rates", lambda samples: (dict.fromkeys(calibrate._COLUMNS, 1e-9), 0.0)
+    )
+    sample = calibrate.Sample(calibrate.Work(), 0.002)
+    monkeypatch.setattr(calibrate, "_measure", lambda *_: [sample])
+
+    def interrupted(*_: Any) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibrate, "optimizer_rate", interrupted)
+    assert cli.main(["doctor"]) == 130
+    out, err = capsys.readouterr()
+    assert "measuring  copies in host memory ... 4 GB/s" in err and "nothing was kept" in err
+    assert re.search(r"^PASS  copies in host memory 4 GB/s$", out, re.M) and "host memory" in out
+    assert not list(tmp_path.rglob("*.yaml"))
+    monkeypatch.setattr(calibrate, "optimizer_rate", lambda *_: 5e9)
+    assert cli.main(["doctor", "--json"]) in (0, 3)
+    out, err = capsys.readouterr()
+    assert err.count("measuring  ") == err.count(" ... ") == len(err.splitlines()) == 4 + 24
+    assert "layers 1 of 24: width 128, 64 tokens, float32, recompute ... 2.00 ms" in err
+    assert json.loads(out)["profile"]["measured"] and list(tmp_path.rglob("hardware.yaml"))
+
+
+def test_a_busy_machine_is_measured_within_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time that is up ends repeating, then leaves models out, which is said; a process that does not end
+    in time gives the fallback's memory. The negative control has time."""
+    ends: list[float] = []
+
+    def slow(*arguments: Any) -> list[calibrate.Sample]:
+        ends.append(arguments[-2])
+        clock[0] += 5.0
+        return [calibrate.Sample(calibrate.Work(), 1.0)]
+
+    clock = [0.0]
+    monkeypatch.setattr(calibrate.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(calibrate, "_measure", slow)
+    budget = calibrate.Budget(30.0)
+    assert len(calibrate.measure_layers(budget=budget, until=budget.share(1.0))) == 6
+    assert budget.missing == ["18 of 24 models of layers"] and ends[0] == pytest.approx(30 / 24)
+    assert len(calibrate.measure_layers(budget=budget, until=budget.share(1.0))) == 4  # the fewest
+    assert len(calibrate.measure_layers()) == 24
 
 
 def test_what_is_not_well_comes_with_a_way_to_mend_it() -> None:

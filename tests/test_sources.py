@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_helpers import config, dataset, examples, read, write_parquet, write_rows
-from horizon_lm.data import Documents, compressed, hub, load_training_data, train_tokenizer
+from horizon_lm.data import Documents, compressed, documents, hub, load_training_data, train_tokenizer
 from horizon_lm.data.documents import ShardOrder, check_exists, rows
 from horizon_lm.data.formats import Chat, Pair, Text
 from horizon_lm.data.sources import read_file
@@ -230,7 +230,13 @@ def test_a_saved_dataset_and_its_splits(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (documents, hub):
+        monkeypatch.setattr(module, "require_reachable", lambda *_, **__: None)
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub_answers: None) -> str:
     """A dataset of three files that `load_dataset` finds under a name as on the Hub, without a network."""
     folder = tmp_path / "there"
     folder.mkdir()
@@ -265,7 +271,7 @@ def test_a_stream_of_the_hub_comes_in_an_order_of_shards_by_seed_and_epoch(repos
     assert order(1, 2) == orders[1, 2]
 
 
-def test_a_name_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch, hub_answers: None) -> None:
     def gone(*_: Any, **__: Any) -> Any:
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'no/such' doesn't exist on the Hub\nmore")
 

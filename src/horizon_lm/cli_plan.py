@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,8 +34,12 @@ def plan(
         else:
             rest.append(argument)
     config, _ = load_settings(rest)
+    import gc
+
     from horizon_lm.plan.run_plan import plan_run
     from horizon_lm.plan.show import describe
+
+    gc.freeze()  # the libraries' objects stay: no look through all of them for each of the plan's
 
     found = plan_run(config, hardware)
     if json:
@@ -47,15 +52,41 @@ def plan(
 
 def doctor(
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again, although this machine was.")] = False,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Measure again, with more repetitions; takes minutes.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> None:
-    """Look at this machine: what it has, how fast it is, what limits a run and how to mend it."""
-    from horizon_lm.plan.doctor import examine
+    """Look at this machine: what it has, how fast it is, what limits a run and how to mend it.
 
-    found = examine(fresh=fresh)
+    Measuring takes under a minute. --thorough repeats each model five times instead of twice, and looks at
+    the memory of three processes of each kind instead of one.
+    """
+    from horizon_lm.plan.doctor import Interrupted, examine, to_lines
+
+    try:
+        found = examine(fresh=fresh, thorough=thorough, say=_say_measured)
+    except Interrupted as stop:
+        print(file=sys.stderr)
+        if json:
+            import json as writer
+
+            print(writer.dumps({"findings": [vars(f) for f in stop.findings], "interrupted": True}, indent=2))
+        else:
+            print("\n".join(to_lines(stop.findings)))
+        print("nothing was kept: measuring did not come to its end", file=sys.stderr)
+        raise
     print(found.to_json() if json else found.to_text())
     if found.has_failed:
         raise typer.Exit(3)
+
+
+def _say_measured(what: str, figure: str | None) -> None:
+    """One line for each measurement, begun with what it is and ended with its figure."""
+    if figure is None:
+        print(f"measuring  {what} ... ", end="", file=sys.stderr, flush=True)
+    else:
+        print(figure, file=sys.stderr, flush=True)
 
 
 def report(run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.")]) -> None:

@@ -26,6 +26,7 @@ from horizon_lm.data.sources import (
     stdlib_files,
 )
 from horizon_lm.errors import DataError
+from horizon_lm.hub_access import require_reachable
 
 _SHOWN_BAD_ROWS = 5
 _SPLIT = re.compile(r"[-_./](train|test|validation|valid|val|dev|eval)(?=[-_./0-9])")
@@ -292,7 +293,11 @@ def check_exists(dataset: Any) -> None:
     path = Path(dataset.path).expanduser()
     is_saved = path.is_dir() and hub.is_saved_dataset(path)
     is_remote = not path.exists() and hub.looks_like_repository(dataset.path, SUFFIXES)
-    if not (is_stdlib(dataset.path) or is_saved or is_remote):
+    if is_stdlib(dataset.path) or is_saved:
+        return
+    if is_remote:
+        require_reachable(dataset.path, "datasets", kind="dataset", error=DataError)
+    else:
         local_files(dataset)
 
 

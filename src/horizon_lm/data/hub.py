@@ -9,6 +9,7 @@ from typing import Any
 
 from horizon_lm.data.sources import PlacedRow, hint_for_names, without_filling
 from horizon_lm.errors import DataError
+from horizon_lm.hub_access import require_reachable
 
 _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -28,9 +29,10 @@ def open_dataset(settings: Any, *, streaming: bool = False) -> Any:
 
     settings: an entry of `datasets` in the configuration. Scripts are never run. Raises DataError.
     """
+    path = Path(settings.path).expanduser()
+    require_reachable(settings.path, "datasets", kind="dataset", error=DataError)
     import datasets
 
-    path = Path(settings.path).expanduser()
     try:
         with quiet(datasets):
             if path.is_dir():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from horizon_lm.errors import ConfigError
+from horizon_lm.hub_access import is_offline, require_reachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,13 +20,17 @@ _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name on the Hub: owner/
 
 
 def load_tokenizer(
-    name_or_path: str, *, trust_remote_code: bool = False, revision: str | None = None
+    name_or_path: str,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    key: str = "tokenizer_name_or_path",
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder or of a Hugging Face repository.
 
     A local folder is read without any network access. Raises `ConfigError` where there is
     no tokenizer, where it cannot be loaded, or where it has no end-of-text token (the
-    mark between two documents).
+    mark between two documents). key: the setting that named it, for messages.
     """
     from transformers import AutoTokenizer
 
@@ -37,12 +41,13 @@ def load_tokenizer(
         raise ConfigError(f"{name_or_path} holds no tokenizer", hint=hint)
     if not is_local and (path.exists() or not _REPOSITORY.fullmatch(name_or_path)):
         raise ConfigError(f"{name_or_path} is not a folder with a tokenizer", hint=hint)
+    require_reachable(name_or_path, key)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(path) if is_local else name_or_path,
             trust_remote_code=trust_remote_code,
             revision=revision or "main",
-            local_files_only=is_local or _is_offline(),
+            local_files_only=is_local or is_offline(),
         )
     except Exception as error:  # transformers raises many kinds here; each means "no tokenizer"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -95,7 +100,3 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
         eos_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
     )
-
-
-def _is_offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}

@@ -14,8 +14,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ import xxhash
 
 from horizon_lm.data.encode import Encoded
 from horizon_lm.errors import DataError, DoesNotFitError
+from horizon_lm.leftovers import OwnedFolder
 
 _META = "meta.json"
 
@@ -99,15 +98,15 @@ class TokenWriter:
 
     def __init__(self, place: Path | None, dtype: np.dtype[Any]) -> None:
         self._place, self._dtype = place, dtype
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._temporary: OwnedFolder
         try:
             if place is None:
-                self._temporary = tempfile.TemporaryDirectory(prefix="horizon-tokens-")
-                self._folder = Path(self._temporary.name)
+                self._temporary = OwnedFolder("horizon-tokens-")
+                self._folder = self._temporary.path
             else:
                 place.parent.mkdir(parents=True, exist_ok=True)
-                _sweep(place)
-                self._folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+                self._temporary = OwnedFolder(f".{place.name}.", place.parent)
+                self._folder = self._temporary.path
         except OSError as error:
             raise DataError(
                 f"tokens cannot be written to {place}: {error.strerror or error}",
@@ -127,7 +126,7 @@ class TokenWriter:
             if file is not None:
                 file.close()
         if kind is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._temporary.release()
 
     def add(self, documents: Sequence[Encoded]) -> None:
         """Append documents. Raises DoesNotFitError when the disk is full."""
@@ -175,18 +174,12 @@ class TokenWriter:
         (self._folder / _META).write_text(json.dumps(meta), encoding="utf-8")
         if self._place is None:
             return TokenStore(self._folder, keep_alive=self._temporary)
+        self._temporary.disown()
         try:
             os.rename(self._folder, self._place)
         except OSError:  # another run was faster
             shutil.rmtree(self._folder, ignore_errors=True)
         return TokenStore(self._place)
-
-
-def _sweep(place: Path) -> None:
-    """Remove what runs that were killed left half made, a day ago or more: a younger one may be at work."""
-    for folder in place.parent.glob(f".{place.name}.*"):
-        if time.time() - folder.stat().st_mtime > 86_400:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def open_cached(place: Path) -> TokenStore | None:

@@ -170,7 +170,9 @@ def tokenizer_of(config: Any) -> PreTrainedTokenizerBase:
             hint="set tokenizer_name_or_path, or train_tokenizer_vocab_size to train one on the data",
         )
     revision = None if config.tokenizer_name_or_path else config.model_revision
-    tokenizer = load_tokenizer(name, trust_remote_code=bool(config.trust_remote_code), revision=revision)
+    key = "tokenizer_name_or_path" if config.tokenizer_name_or_path else "model_name_or_path"
+    trusted = bool(config.trust_remote_code)
+    tokenizer = load_tokenizer(name, trust_remote_code=trusted, revision=revision, key=key)
     return add_new_tokens(tokenizer, config.new_tokens)
 
 

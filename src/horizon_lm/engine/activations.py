@@ -8,6 +8,7 @@ and in another one later, nor its input where that is stored elsewhere.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import torch
 from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from ..memory.slots import UnitWeights
 from ..model.capture import Call, RouterLogits, capture_routers, run_layer
@@ -66,14 +68,14 @@ class _Weights:
         self.storage = _storage_of(run)
         storages = {name: _storage_of(tensor) for name, tensor in bound.items()}
         self._wide = {storage: name for name, storage in storages.items() if storage != self.storage}
-        self.unbindable = False
+        self.unbindable: torch.dtype | None = None
         self._now: tuple[torch.Tensor, dict[str, torch.Tensor]] | None = None
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor | _Handle:
         storage = _storage_of(tensor)
         if storage == self.storage:
             if tensor.dtype != self._run.dtype:  # the same bytes under another type
-                self.unbindable = True
+                self.unbindable = tensor.dtype
                 return tensor
             offset = int(tensor.storage_offset() - self._run.storage_offset())
             return _Handle(None, offset, tensor.shape, tensor.stride())
@@ -116,9 +118,15 @@ class LayerGraph:
     saved: _Weights | None = None
 
 
+@dataclass(frozen=True)
 class Rerun:
-    """In place of the graph of a layer that has put weights aside where they cannot be replaced (in an
-    attribute of an autograd function): its backward runs the whole layer again."""
+    """Replaces the graph of a layer that stored weights where they cannot be replaced: its backward pass
+    runs the whole layer again. reason: what the layer does, in words."""
+
+    reason: str
+
+
+_PUT_ASIDE = "its forward pass stores a weight outside of autograd's saved tensors"
 
 
 @dataclass
@@ -140,14 +148,18 @@ def forward_layer(
     policy: str,
     grad: bool,
     in_place: bool = False,
+    reruns: bool = False,
 ) -> LayerForward:
     """Run decoder layer `layer` (0-based) on hidden [batch, tokens, width].
 
     policy: `recompute`, `keep`, or nothing. grad: run with gradients on even where no graph is left, so
     that the same kernels run as in the backward pass. in_place: the backward pass follows before anything
-    else is put into the slot, so that it does not matter where the layer keeps its weights.
+    else is put into the slot, so that it does not matter where the layer keeps its weights. reruns: this
+    layer is known to store weights where they cannot be replaced.
     """
     box, saved = _Box(hidden), None
+    if weights is not None and policy and not in_place:
+        weights = weights._replace(weights=_private(weights.weights))
     shared = _sharing([] if weights is None else [weights.weights])
     with (
         torch.set_grad_enabled(grad),
@@ -179,12 +191,37 @@ def forward_layer(
     graph = LayerGraph(get_gradient_edge(output), leaves, routers, box, saved)
     output = output.detach()
     if weights is not None and not in_place:
-        flat = _storage_of(weights.weights)
-        wide = [tensor for tensor in leaves.values() if _storage_of(tensor) != flat]
-        put_aside = _sharing([weights.weights, *wide]) - shared > len(leaves)
-        if put_aside or (saved is not None and saved.unbindable):
-            return LayerForward(output, Rerun(), plain)
+        if saved is not None and saved.unbindable is not None:
+            kind = str(saved.unbindable).removeprefix("torch.")
+            return LayerForward(output, Rerun(f"its forward pass saves a weight's bytes as {kind}"), plain)
+        if _has_put_aside(weights, leaves, shared, is_known=reruns):
+            return LayerForward(output, Rerun(_PUT_ASIDE), plain)
     return LayerForward(output, graph, plain)
+
+
+def _has_put_aside(
+    weights: UnitWeights, leaves: dict[str, torch.Tensor], shared: int, *, is_known: bool
+) -> bool:
+    """Whether a layer still holds weights after its forward pass, beside its leaves.
+
+    shared: tensors over the run before it. The count is exact: the run's storage is private to this pass
+    (`_private`), so no other thread adds to it, and garbage in cycles is collected before it is believed.
+    """
+    flat = _storage_of(weights.weights)
+    tensors = [weights.weights, *(t for t in leaves.values() if _storage_of(t) != flat)]
+
+    def is_more() -> bool:
+        return _sharing(tensors) - shared > len(leaves)
+
+    if is_more() and not is_known:
+        gc.collect()
+    return is_more()
+
+
+def _private(run: torch.Tensor) -> torch.Tensor:
+    """The same memory under a storage of its own, which only this pass knows: users of the store's storage
+    (a checkpoint being written, views that a caller holds) come and go at any time, in other threads."""
+    return from_dlpack(to_dlpack(run.detach()))
 
 
 def _run(skeleton: Skeleton, layer: int, call: Call, box: _Box, root: torch.Tensor) -> torch.Tensor:

@@ -59,6 +59,9 @@ class Engine(OpFunctions):
         self._pending: Update | None = None
         self._saving: Saving | None = None
         self._begins_to_save = False
+        self.reruns: set[int] = set()
+        self.notes: list[str] = []
+        self.logs_notes = True
         self.spans: list[Span] = []
         self._spans_origin = 0.0
         self._run = self.table()

@@ -48,6 +48,9 @@ class OpFunctions:
     _poison: bool
     _head_was_tried: bool
     _saving: Saving | None
+    reruns: set[int]
+    notes: list[str]
+    logs_notes: bool
 
     def table(self) -> dict[str, Callable[[Step, Op], None]]:
         """Op kind to function."""
@@ -116,22 +119,33 @@ class OpFunctions:
             hidden,
             policy=op.policy,
             grad=not step.plan.evaluate and op.unit >= step.plan.lowest_backward,
+            reruns=op.unit in self.reruns,
         )
         if isinstance(done.graph, activations.Rerun):
-            self._fall_back(op.unit)
+            self._fall_back(op.unit, done.graph.reason)
         if done.graph is not None:
             step.memory[Buffer("graph", op.unit, op.micro_batch)] = done.graph
         call.routers.append(done.routers)
         return done.output
 
-    def _fall_back(self, unit: int) -> None:
-        """From the next step on the layer is computed again."""
+    def _fall_back(self, unit: int, reason: str) -> None:
+        """Recompute the layer from the next step on. The cause lies in the layer's own code, so it is for
+        good; where it changes anything it is said once, in `notes`."""
+        if unit in self.reruns:
+            return
+        self.reruns.add(unit)
         if unit in self.policies.kept:
-            _log.warning(
-                "%s keeps weights where they cannot be replaced: its activations are recomputed, not kept",
-                self.store.units[unit].name,
+            self.tell(
+                f"{self.store.units[unit].name} is recomputed from now on because {reason}, where streamed "
+                "weights cannot be replaced; costs about one more forward pass of that layer a step"
             )
         self.policies = replace(self.policies, kept=self.policies.kept - {unit})
+
+    def tell(self, note: str) -> None:
+        """Note a change of what the settings asked for; logged unless somebody takes the notes."""
+        self.notes.append(note)
+        if self.logs_notes:
+            _log.warning(note)
 
     def _spill(self, step: Step, op: Op) -> None:
         value = step.tensor("input", op.unit, op.micro_batch)

@@ -18,6 +18,11 @@ class LiveBytes(TorchDispatchMode):
     kernel takes and gives back inside itself is not seen.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Never compiled: so torch need not wrap each call, nor import its compiler for that."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0

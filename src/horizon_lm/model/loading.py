@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, DataError, DoesNotFitError, HorizonError, UnsupportedModelError
+from ..hub_access import require_reachable
 from ..memory.arena import return_free_memory
 from ..memory.store import HostStore
 from ..patterns import compiled, nearest
@@ -46,6 +47,8 @@ def load_model(
     if looks_local:
         _check_folder(Path(name).expanduser())
         name = str(Path(name).expanduser())
+    else:
+        require_reachable(name, "model_name_or_path")
     options: dict[str, Any] = {} if looks_local or revision is None else {"revision": revision}
     try:
         return read_pretrained(

@@ -8,6 +8,7 @@ negative times). No rate is taken from a data sheet.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from ..optim.rules import Hyper
 from .costs import Costs
 from .outline import Outline
 from .predict import predict
-from .profile import Profile, Rates
+from .profile import FALLBACK, Profile, Rates, load_profile
 from .work import KINDS, Work
 
 Clock = Callable[[], float]
@@ -36,6 +37,9 @@ Clock = Callable[[], float]
 LAYERS = [(128, 352, 4, 4, 64), (256, 704, 4, 2, 256), (512, 1408, 8, 8, 512), (768, 2048, 12, 4, 384)]
 LAYERS += [(1024, 2816, 16, 4, 256), (256, 704, 4, 4, 2048)]
 _DTYPES = ("float32", "bfloat16")
+_ORDER = (0, 2, 5, 1, 3, 4)  # of LAYERS: operations, arithmetic and attention come first
+_FEWEST_CASES = 4  # models that are measured however slow the machine is: two shapes in both formats
+_LONGEST_SECONDS = 2.0  # of one rate in host memory or of the disk
 _COLUMNS = [(kind, dtype) for kind in KINDS for dtype in _DTYPES]
 
 
@@ -47,19 +51,69 @@ class Sample:
     seconds: float
 
 
-def measure_layers(device: str = "cpu", clock: Clock = time.perf_counter, repeats: int = 5) -> list[Sample]:
-    """Forward, backward and loss of small models, in fp32 and bf16, kept and computed again."""
+class Budget:
+    """How long measuring may take, and who hears of it.
+
+    seconds: of everything, shared out among the measurements; None for as long as it takes. say: told what
+    is being measured, and again with its figure.
+    """
+
+    def __init__(
+        self, seconds: float | None = None, say: Callable[[str, str | None], None] = lambda what, figure: None
+    ) -> None:
+        self._end = None if seconds is None else time.monotonic() + seconds
+        self.say = say
+        self.missing: list[str] = []  # what it was not enough for
+
+    def left(self) -> float:
+        return math.inf if self._end is None else max(0.0, self._end - time.monotonic())
+
+    def share(self, part: float) -> float:
+        """Seconds of the clock at which a part of what is left is used up."""
+        return time.monotonic() + part * self.left()
+
+
+def measure_layers(
+    device: str = "cpu",
+    clock: Clock = time.perf_counter,
+    repeats: int = 5,
+    budget: Budget | None = None,
+    until: float = math.inf,
+) -> list[Sample]:
+    """Forward, backward and loss of small models, in fp32 and bf16, kept and computed again.
+
+    until: the monotonic time at which no further model is begun, but for the first of each format; those
+    that tell most come first, and each gets its share of the time for repeating.
+    """
+    budget = budget or Budget()
+    cases = [(a, LAYERS[s], d) for a in ("recompute", "keep") for s in _ORDER for d in _DTYPES]
     found: list[Sample] = []
-    for dtype in _DTYPES:
-        for shape in LAYERS:
-            for activations in ("recompute", "keep"):
-                found += _measure(shape, dtype, activations, device, clock, repeats)
+    outlines: dict[tuple, Outline] = {}
+    for number, (activations, shape, dtype) in enumerate(cases):
+        now = time.monotonic()
+        if number >= _FEWEST_CASES and now >= until:
+            budget.missing.append(f"{len(cases) - number} of {len(cases)} models of layers")
+            break
+        what = f"layers {number + 1} of {len(cases)}: width {shape[0]}, {shape[-1]} tokens, {dtype}"
+        budget.say(f"{what}, {activations}", None)
+        end = now + (until - now) / (len(cases) - number) if until < math.inf else math.inf
+        samples = _measure(shape, dtype, activations, device, clock, repeats, end, outlines)
+        found += samples
+        budget.say(what, f"{sum(s.seconds for s in samples) * 1e3:.2f} ms")
     return found
 
 
 def _measure(
-    shape: tuple[int, ...], dtype: str, activations: str, device: str, clock: Clock, repeats: int
+    shape: tuple[int, ...],
+    dtype: str,
+    activations: str,
+    device: str,
+    clock: Clock,
+    repeats: int,
+    end: float,
+    outlines: dict[tuple, Outline],
 ) -> list[Sample]:
+    """end: the monotonic time after which nothing is repeated any more."""
     from ..run.host_model import HostModel
 
     width, mlp, heads, kv, tokens = shape
@@ -69,7 +123,9 @@ def _measure(
     settings = ModelSettings.from_dict(chosen | {"lanes": "inline", "update": "sync"}, source="calibrate")
     model = HostModel.from_config(values, settings)
     model.engine.lanes = InlineLanes(model.device, clock)
-    outline = Outline(model.config, settings)
+    if (shape, dtype) not in outlines:  # the same for both policies, with what was found on it
+        outlines[shape, dtype] = Outline(model.config, settings)
+    outline = outlines[shape, dtype]
     policies = Policies.of(settings, outline)
     plan = policies.step_plan(2)
     measures = outline.measures(1, tokens, policies.loss_chunk)
@@ -80,6 +136,8 @@ def _measure(
     seconds: dict[tuple, list[float]] = {}
     work: dict[tuple, Work] = {}
     for repeat in range(repeats + 1):
+        if repeat > 1 and time.monotonic() >= end:
+            break
         model.forward_backward(batches, record=True)
         for op, start, end in model.timeline:
             if op.kind in "FBL" and repeat:
@@ -153,9 +211,12 @@ def optimizer_rate(threads: int, clock: Clock = time.perf_counter, numel: int = 
 
 
 def _median_seconds(function: Callable[[], object], clock: Clock, repeats: int = 5) -> float:
+    began = time.monotonic()
     function()
-    found = []
+    found: list[float] = []
     for _ in range(repeats):
+        if len(found) >= 2 and time.monotonic() - began > _LONGEST_SECONDS:
+            break
         start = clock()
         function()
         found.append(clock() - start)
@@ -187,18 +248,41 @@ def link_rates(num_bytes: int = 1 << 28) -> tuple[float, float]:
 
 
 def measure(
-    device: str = "cpu", clock: Clock = time.perf_counter, threads: int | None = None, repeats: int = 5
+    device: str = "cpu",
+    clock: Clock = time.perf_counter,
+    threads: int | None = None,
+    repeats: int = 5,
+    *,
+    runs: int = 3,
+    budget: Budget | None = None,
 ) -> Profile:
     """The profile of this machine. clock: seconds; another one only for machines that are shared.
-    repeats: steps of each small model, of which the fastest counts."""
+    repeats: steps of each small model, of which the fastest counts; runs: processes whose memory is looked
+    at, for short and for long rows. budget: the time for all of it, within which less is repeated."""
     import psutil
 
+    budget = budget or Budget()
     cores = threads or usable_cores()
-    rates, operation = fit_rates(measure_layers(device, clock, repeats))
     is_cpu = device == "cpu"
-    process, heap_share = process_memory(device)
-    host = copy_rate(clock)
+
+    def one(what: str, rate: Callable[[], float], unit: str = "GB/s", scale: float = 1e9) -> float:
+        budget.say(what, None)
+        found = rate()
+        budget.say(what, f"{found / scale:.3g} {unit}")
+        return found
+
+    host = one("copies in host memory", lambda: copy_rate(clock))
+    optimizer = one("updates of the optimizer", lambda: optimizer_rate(cores, clock))
+    disk = one("writing to the disk", disk_rate)
     up, down = (host, host) if is_cpu else link_rates()
+    budget.say("memory of a process", None)
+    memory = _process_memory_within(device, runs, budget)
+    if memory is None:
+        budget.missing.append("the memory of a process")
+    process, heap_share = memory or (load_profile(FALLBACK).process_bytes, load_profile(FALLBACK).heap_share)
+    budget.say("memory of a process", f"{process / 1e9:.2f} GB" + ("" if memory else " (not measured)"))
+    until = budget.share(1.0) if budget.left() < math.inf else math.inf
+    rates, operation = fit_rates(measure_layers(device, clock, repeats, budget, until))
 
     def pair(kind: str) -> Rates:
         # A kind that explains no time at all is as fast as can be told.
@@ -208,6 +292,12 @@ def measure(
     free, total = (0, 0) if is_cpu else torch.cuda.mem_get_info()
     how = "measured by `horizon doctor` on this machine"
     names = set(Profile.model_fields) - {"name", "title", "device", "measured", "sources"}
+    sources = dict.fromkeys(sorted(names), how)
+    if memory is None:
+        taken = (
+            f"that of {FALLBACK}: the machine was too busy to measure it; `horizon doctor --thorough` does"
+        )
+        sources |= dict.fromkeys(("process_bytes", "heap_share"), taken)
     return Profile(
         name="here",
         title="this machine" if is_cpu else f"this machine, {torch.cuda.get_device_name()}",
@@ -224,10 +314,18 @@ def measure(
         h2d=up,
         d2h=down,
         host=host,
-        optimizer=optimizer_rate(cores, clock),
-        disk=disk_rate(),
-        sources={name: how for name in sorted(names)},
+        optimizer=optimizer,
+        disk=disk,
+        sources=sources,
     )
+
+
+def _process_memory_within(device: str, runs: int, budget: Budget) -> tuple[int, float] | None:
+    """None where the budget's share for it was not enough."""
+    try:
+        return process_memory(device, runs, until=budget.share(0.5))
+    except subprocess.TimeoutExpired:
+        return None
 
 
 _RUN = """
@@ -245,11 +343,12 @@ print(int(lines["VmHWM"].split()[0]) * 1024)
 """
 
 
-def process_memory(device: str = "cpu", runs: int = 3) -> tuple[int, float]:
+def process_memory(device: str = "cpu", runs: int = 3, until: float = math.inf) -> tuple[int, float]:
     """(bytes of a process before it has a model, share that the heap takes beyond what is alive in it): of
     a model trained with short and with long rows, what the prediction does not explain. Medians of `runs`
     processes each: where blocks come to lie in the heap is a matter of luck (10 % of the peak with rows of
-    2,048 tokens)."""
+    2,048 tokens). Raises subprocess.TimeoutExpired when not even one of each has ended at the monotonic time
+    `until`."""
     values = {"model_type": "llama", "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 4}
     values |= {"num_attention_heads": 6, "num_key_value_heads": 6, "vocab_size": 16384}
     chosen = {"device": device, "skip_memory_check": True, "activations": "recompute"}
@@ -264,7 +363,8 @@ def process_memory(device: str = "cpu", runs: int = 3) -> tuple[int, float]:
         command = [sys.executable, "-c", _RUN, given, str(torch.get_num_threads())]
         found = []
         for _ in range(runs):
-            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+            left = min(600.0, max(0.1, until - time.monotonic()))
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=left)
             found.append(int(done.stdout.split()[-1]))
         said = predict(outline, settings, _UNKNOWN, batch=1, tokens=tokens, micro_batches=1)
         transient.append(said.host_bytes - said.store_bytes)
@@ -283,11 +383,15 @@ def disk_rate(num_bytes: int = 1 << 26) -> float:
     block = os.urandom(1 << 20)
     with tempfile.TemporaryFile() as file:
         start = time.perf_counter()
-        for _ in range(num_bytes >> 20):
+        written = 0
+        while written < num_bytes:
             file.write(block)
-        file.flush()
+            file.flush()
+            written += len(block)
+            if time.perf_counter() - start > _LONGEST_SECONDS:
+                break
         os.fsync(file.fileno())
-        return num_bytes / max(1e-9, time.perf_counter() - start)
+        return written / max(1e-9, time.perf_counter() - start)
 
 
 _UNKNOWN = Profile(

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from .hardware import available_host_bytes, lockable_bytes
 from .profile import Profile, cache_path, read_profile
 
 PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
+SECONDS = 30.0  # for measuring, imports not counted; one measurement that was begun is ended
 _GB = 1e9
 
 
@@ -45,30 +47,75 @@ class Examination:
         )
 
     def to_text(self) -> str:
-        lines = []
-        for finding in self.findings:
-            lines.append(f"{finding.status}  {finding.what:16} {finding.found}")
-            if finding.fix:
-                lines.append(f"      fix: {finding.fix}")
+        lines = to_lines(self.findings)
         how = "measured earlier" if self.cached else "measured now"
         lines += ["", f"profile    {cache_path()} ({how}; `horizon doctor --fresh` measures again)"]
         return "\n".join(lines)
 
 
-def examine(*, fresh: bool = False) -> Examination:
-    """Look at everything; rates are measured once and kept for `horizon plan` and `horizon train`."""
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while measuring. findings: what was known by then."""
+
+    def __init__(self, findings: list[Finding]) -> None:
+        super().__init__()
+        self.findings = findings
+
+
+def examine(
+    *, fresh: bool = False, thorough: bool = False, say: Callable[[str, str | None], None] | None = None
+) -> Examination:
+    """Look at everything; rates are measured once and kept for `horizon plan` and `horizon train`.
+
+    thorough: measure again, with as many repetitions as it takes; else within `SECONDS`, on a busy machine
+    too. say: told what is being measured, and again with its figure. Raises Interrupted.
+    """
     import torch
 
     from . import calibrate
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = cache_path()
-    cached = path.is_file() and not fresh
-    profile = read_profile(path) if cached else calibrate.measure(device)
-    if not cached:
-        _write(path, profile.to_yaml())
-    findings = [*_memory(), *_process_limits(device), *_processor(), *_device(), *_disk(), *_rates(profile)]
+    cached = path.is_file() and not (fresh or thorough)
+    findings = [*_memory(), *_process_limits(device), *_processor(), *_device(), *_disk()]
+    if cached:
+        profile = read_profile(path)
+        return Examination(profile, [*findings, *_rates(profile)], cached)
+    known: dict[str, str] = {}
+
+    def hear(what: str, figure: str | None) -> None:
+        if figure is not None:
+            known[what] = figure
+        if say is not None:
+            say(what, figure)
+
+    budget = calibrate.Budget(None if thorough else SECONDS, hear)
+    repeats, runs = (5, 3) if thorough else (2, 1)
+    try:
+        profile = calibrate.measure(device, repeats=repeats, runs=runs, budget=budget)
+    except KeyboardInterrupt:
+        measured = [Finding(PASS, what, figure) for what, figure in known.items()]
+        raise Interrupted(findings + measured) from None
+    _write(path, profile.to_yaml())
+    findings += _rates(profile)
+    if budget.missing:
+        findings.append(
+            Finding(
+                WARN,
+                "measuring",
+                f"{', '.join(budget.missing)} left out: this machine was too slow or too busy",
+                "predictions are less exact; run horizon doctor --thorough, which takes minutes",
+            )
+        )
     return Examination(profile, findings, cached)
+
+
+def to_lines(findings: list[Finding]) -> list[str]:
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.status}  {finding.what:16} {finding.found}")
+        if finding.fix:
+            lines.append(f"      fix: {finding.fix}")
+    return lines
 
 
 def _write(path: Path, text: str) -> None:

@@ -19,6 +19,7 @@ from ..config import ModelSettings, TrainConfig
 from ..data.training_data import tokenizer_of
 from ..engine.policies import DTYPES
 from ..errors import ConfigError, HorizonError, UnsupportedModelError
+from ..hub_access import require_reachable
 from ..memory.layout import UnitLayout
 from ..model.loading import freeze
 from ..model.skeleton import Skeleton
@@ -146,8 +147,11 @@ def model_config(config: TrainConfig) -> Any:
         else:
             assert config.model_name_or_path is not None  # TrainConfig has seen to it
             name = str(Path(config.model_name_or_path).expanduser())
+            require_reachable(name, "model_name_or_path")
             options = {} if config.model_revision is None else {"revision": config.model_revision}
             found = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code, **options)
+    except HorizonError:
+        raise
     except Exception as error:
         key = "init_model" if config.init_model is not None else "model_name_or_path"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

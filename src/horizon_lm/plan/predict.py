@@ -106,7 +106,8 @@ def predict(
     measures = outline.measures(batch, tokens, policies.loss_chunk, settings.label_smoothing_factor)
     spec = store_spec(settings, outline)
     costs = Costs(outline, measures, policies, policies.step_plan(micro_batches), spec, profile)
-    ops, waits = schedule_of(costs.plan)
+    # One op after another waits for nothing but the one before it.
+    ops, waits = (ops_of(costs.plan), None) if costs.is_cpu else schedule_of(costs.plan)
     simulation = simulate(
         ops,
         costs.seconds,
@@ -132,5 +133,11 @@ def predict(
 @lru_cache(maxsize=256)
 def schedule_of(plan: StepPlan) -> tuple[Sequence[Op], Sequence[tuple[int, ...]]]:
     """Ops and waits of a step that begins with the deferred updates of the one before, as most do."""
-    ops = build(plan, step=1, pending=plan.trainable if plan.update == "deferred" else ())
+    ops = ops_of(plan)
     return ops, derive_waits(ops)
+
+
+@lru_cache(maxsize=256)
+def ops_of(plan: StepPlan) -> Sequence[Op]:
+    """The ops of `schedule_of` alone."""
+    return build(plan, step=1, pending=plan.trainable if plan.update == "deferred" else ())

@@ -72,6 +72,11 @@ class WorkMeter(TorchDispatchMode):
     answer, are answered as for work that is shared out evenly: a bool is true, an index is the first, and a
     mask that was cut out of a larger one selects its even share (an expert its share of the tokens)."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Never compiled: so torch need not wrap each call, nor import its compiler for that."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()
         self.work: Work = Counter()

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -40,18 +40,35 @@ class Pass:
 class WorkingSet:
     """Of one layer and one micro-batch, on the device.
 
+    What it takes when it keeps its activations is measured when it is asked for (`measure_kept`): most of
+    what the planner looks at recomputes all layers.
+
     boundary: bytes of its input. kept, held: what it holds between forward and backward, beside its input,
     when it keeps its activations and when it computes them again. The others are its passes; the bytes of
     a backward pass are beside the gradient that comes in, with those of its parameters in a slot.
     """
 
     boundary: int
-    kept: int
     held: int
     forward: Pass
     backward: Pass
-    keep_forward: Pass
-    keep_backward: Pass
+    measure_kept: Callable[[], tuple[int, Pass, Pass]] = field(compare=False)
+
+    @cached_property
+    def _kept(self) -> tuple[int, Pass, Pass]:
+        return self.measure_kept()
+
+    @property
+    def kept(self) -> int:
+        return self._kept[0]
+
+    @property
+    def keep_forward(self) -> Pass:
+        return self._kept[1]
+
+    @property
+    def keep_backward(self) -> Pass:
+        return self._kept[2]
 
 
 @dataclass(frozen=True)
@@ -77,13 +94,15 @@ def layer_working_set(
     device: where it would run, which decides on the kernels; the CPU by default. mode: that of a skeleton
     which was built from fake tensors.
     """
-    with _Metered(device, mode) as metered:
-        hidden, call = metered.prologue(skeleton, batch, tokens)
-        call.routers = [[] for _ in range(layer)]
-        held, forward, backward = _run_layer(skeleton, layer, metered, hidden, call, RECOMPUTE)
-        call.routers = [[] for _ in range(layer)]
-        kept, keep_forward, keep_backward = _run_layer(skeleton, layer, metered, hidden, call, KEEP)
-    return WorkingSet(hidden.nbytes, kept, held, forward, backward, keep_forward, keep_backward)
+
+    def measure(policy: str) -> tuple[int, tuple[int, Pass, Pass]]:
+        with _Metered(device, mode) as metered:
+            hidden, call = metered.prologue(skeleton, batch, tokens)
+            call.routers = [[] for _ in range(layer)]
+            return hidden.nbytes, _run_layer(skeleton, layer, metered, hidden, call, policy)
+
+    boundary, (held, forward, backward) = measure(RECOMPUTE)
+    return WorkingSet(boundary, held, forward, backward, lambda: measure(KEEP)[1])
 
 
 def ends_working_set(

@@ -60,10 +60,9 @@ def about_data(data: TrainingData) -> str:
     lines = [
         f"{what}, {count(len(rows), 'sequence')} of {rows.max_length}, {rows.fill:.1%} full ({rows.strategy})"
     ]
-    if data.eval_rows is not None:
-        lines.append(
-            f"evaluation: {count(len(data.eval_rows), 'sequence')}, {count(data.eval_rows.num_tokens, 'token')}"
-        )
+    held = data.eval_rows
+    if held is not None:
+        lines.append(f"evaluation: {count(len(held), 'sequence')}, {count(held.num_tokens, 'token')}")
     return "\n".join(lines)
 
 
@@ -176,8 +175,8 @@ def summary(config: TrainConfig, folder: RunFolder, result: TrainResult, remarks
     """remarks: on how the run ended."""
     speed = result.num_tokens / result.seconds
     lines = [
-        f"trained {count(result.num_steps, 'step')} on {count(result.num_tokens, 'token')} in {clock(result.seconds)} "
-        f"({speed:,.0f} tokens/s), loss {number(result.tail_loss)} (mean of the last tenth)",
+        f"trained {count(result.num_steps, 'step')} on {count(result.num_tokens, 'token')} in "
+        f"{clock(result.seconds)} ({speed:,.0f} tokens/s), loss {number(result.tail_loss)} (mean of the last tenth)",
         *remarks,
         *([f"evaluation loss {number(result.eval_loss)}"] if result.eval_loss is not None else []),
         f"  model       {folder.model}",

@@ -30,6 +30,7 @@ def describe_model(model: HostModel) -> str:
         f"compute: {settings.dtype} on {model.device}",
         f"host memory: {size(sum(memory.values()) - device)} ({parts})",
         f"device memory: {size(device)} in slots" if device else "device memory: none, the host's is used",
-        f"updates: {settings.optim}, {settings.update_mode}, {clipping}; {count(model.steps_done, 'step')} done",
+        f"updates: {settings.optim}, {settings.update_mode}, {clipping}; "
+        f"{count(model.steps_done, 'step')} done",
     ]
     return "HostModel(\n" + "".join(f"  {line}\n" for line in lines) + ")"

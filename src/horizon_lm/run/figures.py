@@ -285,6 +285,7 @@ def tables(history: History, folder: RunFolder) -> dict[str, Any]:
             *map(str, header.get("notes") or ()),
             *map(str, plan.get("notes") or ()),
             *_resumes(history),
+            *_ending(history),
         ],
         "data": _data(header),
         "checkpoints": [_checkpoint(line, folder) for line in saved[-_MOST_ROWS:]],
@@ -311,6 +312,8 @@ def _warnings(history: History) -> list[str]:
         if event == "fault":
             loss = _or_dash(line.get("loss"), number)
             found.append(f"step {step:,} (loss {loss}), {line.get('done')}: {line.get('reason')}")
+        elif event == "note":
+            found.append(f"step {step:,}: {line.get('text')}")
         elif event == "checkpoint" and line.get("error"):
             found.append(f"no checkpoint of step {step:,}: {line['error']}")
     for line in history.unknown:
@@ -326,6 +329,15 @@ def _resumes(history: History) -> list[str]:
         for s in history.sessions
         if s.resumed_at is not None
     ]
+
+
+def _ending(history: History) -> list[str]:
+    """Who ended the run before its last step, and which model was exported."""
+    found = [f"stopped at step {line['step']:,} by {line.get('by')}" for line in history.of("stopped")]
+    for line in history.of("best"):
+        value = _or_dash(line.get("value"), number)
+        found.append(f"exported: the model of step {line['step']:,}, the best {line.get('metric')} ({value})")
+    return found
 
 
 def _end(line: Line | None, *, is_running: bool) -> str:

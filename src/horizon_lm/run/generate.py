@@ -54,7 +54,7 @@ class Generator:
         verb: the command that asks, for errors. Raises ConfigError, and DataError where weights are missing.
         """
         place = model_folder(source, verb)
-        tokenizer = load_tokenizer(str(place), trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(str(place), trust_remote_code=trust_remote_code, key="model")
         try:
             with quiet_transformers():
                 model: Any = read_pretrained(
@@ -94,7 +94,8 @@ class Generator:
         if max(ids) >= rows:
             token = self.tokenizer.convert_ids_to_tokens(max(ids))
             raise DataError(
-                f"the prompt has token {max(ids)} ({token!r}), and the model's embeddings {count(rows, 'row')}",
+                f"the prompt has token {max(ids)} ({token!r}), and the model's embeddings have "
+                f"{count(rows, 'row')}",
                 hint="give it the tokenizer that the model was trained with",
             )
         inputs = torch.tensor([ids], device=self.device)

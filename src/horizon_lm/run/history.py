@@ -15,7 +15,7 @@ from .folder import RunFolder
 from .metrics import read_lines, still_true
 
 _STEPS = ("step", "eval", "checkpoint", "fault", "rollback", "resume", "end")
-_KNOWN = (*_STEPS, "start", "timeline")
+_KNOWN = (*_STEPS, "start", "timeline", "note", "stopped", "best")
 
 Line = dict[str, Any]
 

@@ -401,6 +401,14 @@ class HostModel:
         log_probs = [step.log_probs[m].cpu() for m in range(len(batches))] if return_log_probs else None
         return EvaluationOutput(step.loss, step.num_tokens, log_probs)
 
+    def take_notes(self) -> list[str]:
+        """What the engine changed since the last call of what the settings ask for, and why; empty for
+        nearly all steps. Once called, such notes are not logged any more."""
+        engine = self.engine
+        engine.logs_notes = False
+        notes, engine.notes = engine.notes, []
+        return notes
+
     @property
     def timeline(self) -> list[Span]:
         """(op, start, end) in seconds of the last calls made with record=True."""

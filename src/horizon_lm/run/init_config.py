@@ -136,8 +136,8 @@ def _about_long_rows(seen: dict[str, Any], max_length: int) -> list[str]:
         return []
     share = long / len(sizes)
     return [
-        f"{'warning: ' if share > WARN_ABOVE else ''}{long:,} of {count(len(sizes), 'row')} ({share:.1%}) may be "
-        f"longer than max_length={max_length} and would be left out; truncation=keep_start cuts them"
+        f"{'warning: ' if share > WARN_ABOVE else ''}{long:,} of {count(len(sizes), 'row')} ({share:.1%}) "
+        f"may be longer than max_length={max_length} and would be left out; truncation=keep_start cuts them"
     ]
 
 

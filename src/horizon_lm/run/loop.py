@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..config import TrainConfig
@@ -21,7 +21,8 @@ class StepRecord:
     step: from 1. epoch: passes over the data so far. loss: mean over the step's target tokens;
     grad_norm: before clipping, NaN where it was not taken. num_tokens: target tokens. skipped: nothing was
     updated, as the loss or the norm was not finite, or a spike. rolled_back_to: the step that the run went
-    back to after this one. note: what was wrong, in words; empty for nearly all steps.
+    back to after this one. note: what was wrong, in words; empty for nearly all steps. changes: settings that
+    do not hold any more from this step on, and why, such as a layer that cannot keep its activations.
     """
 
     step: int
@@ -34,6 +35,7 @@ class StepRecord:
     skipped: bool
     rolled_back_to: int | None = None
     note: str = ""
+    changes: Sequence[str] = ()
 
 
 @dataclass
@@ -98,7 +100,17 @@ def train_steps(
         state.step = step if back is None else back
         seconds = time.perf_counter() - started
         yield StepRecord(
-            step, loader.epoch, loss, grad_norm, lr, num_tokens, seconds, fault is not None, back, note
+            step,
+            loader.epoch,
+            loss,
+            grad_norm,
+            lr,
+            num_tokens,
+            seconds,
+            fault is not None,
+            back,
+            note,
+            model.take_notes(),
         )
 
 

@@ -8,6 +8,7 @@
     {"event": "fault", ...}     a step that was not learned from, or a loss spike, and what was done
     {"event": "stopped", ...}   a run that ended before num_steps: the step, and by whom
     {"event": "best", ...}      the evaluation whose model was exported, with load_best_model_at_end
+    {"event": "note", ...}      a setting that does not hold any more from a step on, and why
     {"event": "rollback", "step": n}, {"event": "resume", "step": n}
                                 the run goes on after step n: lines of later steps before this one are of
                                 steps that were undone, and `read_steps` passes over them

@@ -33,6 +33,9 @@ class Reports:
             self.loggers.step(metrics)
         if record.note:
             self._fault(record)
+        for text in record.changes:
+            self.progress.warn(f"step {record.step}: {text}")
+            self.file.write_event("note", {"step": record.step, "text": text})
         self.progress.step(record, metrics)
         self.callbacks.step_ended(record, metrics)
 

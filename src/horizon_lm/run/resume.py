@@ -313,7 +313,7 @@ def _check_length(config: TrainConfig, checkpoint: Checkpoint, num_steps: int, s
     if num_steps < step:
         key = "max_steps" if config.max_steps > 0 else "num_train_epochs"
         raise ConfigError(
-            f"{key}={getattr(config, key)}: the run would have {count(num_steps, 'step')}, and {checkpoint.path} is "
-            f"after step {step:,}",
+            f"{key}={getattr(config, key)}: the run would have {count(num_steps, 'step')}, and "
+            f"{checkpoint.path} is after step {step:,}",
             hint=f"max_steps={step + max(1, step // 10)} trains further; or name an earlier checkpoint",
         )

@@ -43,8 +43,8 @@ def remarks(config: TrainConfig, data: TrainingData, num_steps: int) -> list[str
         by_epochs = False
     elif size > sequences:
         found.append(
-            f"a step of {count(size, 'sequence')} is larger than the data ({count(sequences, 'sequence')}): each "
-            "step is one whole epoch"
+            f"a step of {count(size, 'sequence')} is larger than the data ({count(sequences, 'sequence')}): "
+            "each step is one whole epoch"
         )
     if by_epochs and num_steps < _FEW:
         more = "a larger num_train_epochs makes more"

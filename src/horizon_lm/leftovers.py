@@ -1,0 +1,110 @@
+"""Temporary folders that say whose they are, so that those of killed processes can be swept.
+
+A folder holds `.owner`, on which its process holds a lock (flock). The system gives the lock up when the
+process ends, however it ends: so a folder whose lock can be taken belongs to nobody. A process that is
+forked from the owner holds the lock too, as it may still use the folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import stat
+import tempfile
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_OWNER = ".owner"
+_OLD_SECONDS = 86_400.0  # a folder without a lock file, of an earlier version, is then nobody's
+
+
+class OwnedFolder:
+    """A temporary folder `prefix`* of this process; removed with this object, or swept after a kill."""
+
+    def __init__(self, prefix: str, root: Path | None = None) -> None:
+        """root: the system's folder of temporary files by default. Raises OSError."""
+        root = Path(tempfile.gettempdir()) if root is None else root
+        sweep(prefix, root)
+        self.path, self._lock = _made(prefix, root)
+        self._finalizer = weakref.finalize(self, _remove, self.path, self._lock, os.getpid())
+
+    def disown(self) -> None:
+        """Let the folder stay, without its lock file: it is about to be renamed."""
+        if self._finalizer.detach() is not None:
+            (self.path / _OWNER).unlink(missing_ok=True)
+            os.close(self._lock)
+
+    def release(self) -> None:
+        """Remove the folder."""
+        self._finalizer()
+
+
+def _made(prefix: str, root: Path) -> tuple[Path, int]:
+    """A new folder and its lock, held. One that another process swept before it was locked is made again."""
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=prefix, dir=root))
+        with suppress(FileNotFoundError, BlockingIOError):
+            lock = os.open(path / _OWNER, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock), os.stat(path / _OWNER)):
+                return path, lock
+
+
+def _remove(path: Path, lock: int, owner: int) -> None:
+    if os.getpid() == owner:  # a forked worker leaves it to its parent
+        shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        os.close(lock)
+
+
+def sweep(prefix: str, root: Path) -> list[Path]:
+    """Remove the folders `prefix`* in `root` that belong to a process that has ended; returns them.
+
+    Never one that is in use, of another user, or a link. Several processes may sweep at once.
+    """
+    gone = []
+    for path in _candidates(prefix, root):
+        with suppress(OSError), _taken(path) as is_free:
+            if is_free:
+                shutil.rmtree(path, ignore_errors=True)
+                gone.append(path)
+    return gone
+
+
+def _candidates(prefix: str, root: Path) -> Iterator[Path]:
+    try:
+        names = sorted(os.listdir(root))
+    except OSError:
+        return
+    for name in names:
+        if not name.startswith(prefix):
+            continue
+        path = root / name
+        with suppress(OSError):
+            found = path.lstat()
+            if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+                yield path
+
+
+@contextmanager
+def _taken(path: Path) -> Iterator[bool]:
+    """Hold the folder's lock; whether it was free. Without a lock file only an old folder is free: earlier
+    versions left such."""
+    try:
+        file = os.open(path / _OWNER, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield time.time() - path.stat().st_mtime > _OLD_SECONDS
+        return
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True
+    finally:
+        os.close(file)

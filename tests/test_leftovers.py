@@ -1,0 +1,97 @@
+"""Temporary folders of killed processes are swept at the next start, and no others."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from horizon_lm import leftovers
+from horizon_lm.data.tokens import TokenWriter
+from horizon_lm.leftovers import OwnedFolder, sweep
+
+_HOLD = """
+import sys
+from pathlib import Path
+from horizon_lm.leftovers import OwnedFolder
+folder = OwnedFolder("horizon-tokens-", Path(sys.argv[1]))
+(folder.path / "tokens.bin").write_bytes(b"1234")
+print(folder.path, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_folders_of_killed_processes_are_swept(tmp_path: Path) -> None:
+    """The negative controls, side by side: a live process's, another prefix, a link, a young one of an
+    earlier version."""
+    command = [sys.executable, "-c", _HOLD, str(tmp_path)]
+    started = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
+    dead, alive = (Path(p.stdout.readline().decode().strip()) for p in started)  # type: ignore[union-attr]
+    os.kill(started[0].pid, signal.SIGKILL)
+    started[0].wait()
+    kept = [tmp_path / "horizon-tokens-young", tmp_path / "other-folder"]
+    old = tmp_path / "horizon-tokens-old"
+    for path in (*kept, old):
+        path.mkdir()
+    os.utime(old, (0, time.time() - 2 * 86_400))
+    os.symlink(dead, tmp_path / "horizon-tokens-link")
+    try:
+        assert dead.is_dir() and alive.is_dir()
+        mine = OwnedFolder("horizon-tokens-", tmp_path)
+        assert not dead.exists() and not old.exists()
+        assert alive.is_dir() and (alive / "tokens.bin").read_bytes() == b"1234"
+        assert all(path.is_dir() for path in kept) and (tmp_path / "horizon-tokens-link").is_symlink()
+        assert not sweep("horizon-tokens-", tmp_path) and mine.path.is_dir()
+        place = mine.path
+        del mine
+        assert not place.exists()
+    finally:
+        started[1].communicate(b"")
+    assert not alive.exists()  # it ended by itself
+
+
+def test_folders_of_other_users_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "horizon-tokens-a").mkdir()
+    (tmp_path / "horizon-tokens-a" / ".owner").touch()
+    monkeypatch.setattr(leftovers.os, "getuid", lambda: os.stat(tmp_path).st_uid + 1)
+    assert sweep("horizon-tokens-", tmp_path) == []
+    monkeypatch.undo()
+    assert len(sweep("horizon-tokens-", tmp_path)) == 1
+
+
+def test_a_folder_that_is_swept_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock, swept = leftovers.fcntl.flock, []
+
+    def late(file: int, how: int) -> None:
+        if not swept:
+            monkeypatch.setattr(leftovers.fcntl, "flock", flock)
+            swept.extend(sweep("horizon-tokens-", tmp_path))
+        flock(file, how)
+
+    monkeypatch.setattr(leftovers.fcntl, "flock", late)
+    folder = OwnedFolder("horizon-tokens-", tmp_path)
+    assert len(swept) == 1 and folder.path.is_dir() and folder.path != swept[0]
+
+
+def test_token_caches_are_whole_or_absent(tmp_path: Path) -> None:
+    """What a killed run left beside its place goes with the next writer; the lock file is no part of it."""
+    place = tmp_path / "key"
+    left = tmp_path / ".key.left"
+    left.mkdir()
+    (left / ".owner").touch()
+    with TokenWriter(place, np.dtype(np.uint16)) as writer:
+        assert not left.exists()
+        writer.finish(num_empty=0, num_bad=0, bad_rows=[], formats=[])
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+    assert ".owner" not in os.listdir(place)
+    with pytest.raises(RuntimeError), TokenWriter(tmp_path / "two", np.dtype(np.uint16)):
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]

@@ -1,0 +1,57 @@
+"""What makes a plan quick changes none of its figures."""
+
+from __future__ import annotations
+
+import pytest
+
+from horizon_lm.config import TrainConfig
+from horizon_lm.plan import predict as module
+from horizon_lm.plan import working_set
+from horizon_lm.plan.outline import Outline, model_config
+from horizon_lm.plan.predict import predict
+from horizon_lm.plan.profile import load_profile
+from horizon_lm.schedule import derive_waits, simulate
+
+TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256}
+
+
+def outline_of(**values: object) -> tuple[TrainConfig, Outline]:
+    config = TrainConfig(init_model=TINY, datasets=["none.txt"], device="cpu", max_length=32, **values)
+    return config, Outline(model_config(config), config)
+
+
+def test_ops_one_by_one_need_no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prediction for the CPU has the figures that it has with the waits derived."""
+    config, outline = outline_of(activations="keep")
+    sizes = {"batch": 2, "tokens": 32, "micro_batches": 2}
+    quick = predict(outline, config, load_profile("cpu-2core"), **sizes)
+
+    def with_waits(ops, seconds, *, waits, **rest):
+        assert waits is None
+        return simulate(ops, seconds, waits=derive_waits(ops), **rest)
+
+    monkeypatch.setattr(module, "simulate", with_waits)
+    slow = predict(outline, config, load_profile("cpu-2core"), **sizes)
+    assert (quick.host, quick.simulation.spans) == (slow.host, slow.simulation.spans)
+
+
+def test_keeping_is_measured_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for each shape, with the figures that it has when it is measured first."""
+    run, policies = working_set._run_layer, []
+
+    def counted(*arguments):
+        policies.append(arguments[-1])
+        return run(*arguments)
+
+    monkeypatch.setattr(working_set, "_run_layer", counted)
+    config, outline = outline_of()
+    layer = outline.measures(2, 32, 64).layers[0]
+    assert policies == ["recompute"]
+    found = layer.kept, layer.keep_forward, layer.keep_backward
+    assert policies == ["recompute", "keep"] and found[0] > layer.held
+    _, other = outline_of()
+    with other._mode:
+        pass
+    again = other.measures(2, 32, 64).layers[0]
+    assert again.measure_kept() == found
