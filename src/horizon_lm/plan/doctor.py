@@ -255,7 +255,7 @@ def _rates(profile: Profile) -> list[Finding]:
         ("matrices, bf16", f"{profile.matmul.bfloat16 / 1e12:.3f} TFLOP/s"),
         ("matrices, fp32", f"{profile.matmul.float32 / 1e12:.3f} TFLOP/s"),
         ("host copy", f"{profile.host / _GB:.1f} GB/s read and written"),
-        ("update", f"{profile.optimizer / 26 / 1e9:.3f} B parameters/s"),
+        ("update", f"{parameters(profile.optimizer / 26)}/s"),
         ("disk write", f"{profile.disk / _GB:.2f} GB/s"),
     ]
     if profile.device == "cuda":

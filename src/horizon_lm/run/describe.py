@@ -176,7 +176,8 @@ def summary(config: TrainConfig, folder: RunFolder, result: TrainResult, remarks
     speed = result.num_tokens / result.seconds
     lines = [
         f"trained {count(result.num_steps, 'step')} on {count(result.num_tokens, 'token')} in "
-        f"{clock(result.seconds)} ({speed:,.0f} tokens/s), loss {number(result.tail_loss)} (mean of the last tenth)",
+        f"{clock(result.seconds)} ({speed:,.0f} tokens/s), loss {number(result.tail_loss)} "
+        "(mean of the last tenth)",
         *remarks,
         *([f"evaluation loss {number(result.eval_loss)}"] if result.eval_loss is not None else []),
         f"  model       {folder.model}",
