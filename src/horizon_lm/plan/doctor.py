@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from ..words import parameters
 from .hardware import available_host_bytes, lockable_bytes
 from .profile import Profile, cache_path, read_profile
 
