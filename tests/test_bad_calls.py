@@ -102,6 +102,7 @@ BAD_CALLS: dict[str, tuple[type[BaseException], Call]] = {
     **{
         f"{name} is {what}": (ConfigError, bad_number(name, value, in_two=bool(i % 2)))
         for i, (name, (what, (value, _))) in enumerate(itertools.product(NAMES, NUMBERS.items()))
+        if (name, what) != ("max_grad_norm", "infinite")  # which clips nothing, as in PyTorch
     },
     **{
         f"{name} overflows": (ConfigError, bad_number(name, v, in_two=False)) for name, v in TOO_LARGE.items()
@@ -179,6 +180,14 @@ def test_a_tensor_for_a_number_gives_the_same_bits() -> None:
         model.train_step(batch(), lr=number(0.5), weight_decay=number(0.25), max_grad_norm=number(0.125))
         model.flush()
     assert digest(one) == digest(two)
+
+
+def test_an_infinite_limit_clips_nothing() -> None:
+    one, two, clipped = host(), host(), host()
+    for limit, model in ((math.inf, one), (None, two), (1e-3, clipped)):
+        model.train_step(batch(), lr=0.5, max_grad_norm=limit)
+        model.flush()
+    assert digest(one) == digest(two) != digest(clipped)
 
 
 def test_without_the_check_the_model_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -371,6 +371,8 @@ class HostModel:
         lr = finite_number(where, "lr", lr, hint="lr=1e-5 is a usual learning rate")
         weight_decay = finite_number(where, "weight_decay", weight_decay, hint="weight_decay=0 turns it off")
         limit = self.settings.max_grad_norm if isinstance(max_grad_norm, _Default) else max_grad_norm
+        if isinstance(limit, float) and limit == math.inf:
+            limit = None  # as in torch.nn.utils.clip_grad_norm_
         if limit is not None:
             hint = "max_grad_norm=None turns clipping off, 1.0 is a usual limit"
             limit = finite_number(where, "max_grad_norm", limit, hint=hint)
