@@ -213,7 +213,7 @@ def test_from_a_file_of_llama_factory_to_the_preview(
     )
     assert cli.main(["data", "preview", str(tmp_path / "run.yaml")]) == 0
     shown = capsys.readouterr().out
-    assert "dataset 2    1 documents, format alpaca" in shown
+    assert "dataset 2    1 document, format alpaca" in shown
     # Without dataset_dir the names are no files, and the way out is said.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(folder)

@@ -114,7 +114,7 @@ def test_a_finished_run_says_so_and_how_to_go_on(
     ]
     assert cli.main(["resume", str(run), "max_steps=1"]) == 2  # also before anything is read
     shown = capsys.readouterr().err
-    assert "max_steps=1: the run would have 1 steps" in shown and "max_steps=3 trains further" in shown
+    assert "max_steps=1: the run would have 1 step," in shown and "max_steps=3 trains further" in shown
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 

@@ -192,7 +192,7 @@ def test_what_is_held_out_and_not_evaluated_on_is_said_too(model: Path, tmp_path
     ]
     cut = load_training_data(settings(model, tmp_path / "eval.jsonl", truncation="keep_start", **options))
     first = remarks(cut.rows)[0]
-    assert first.text == "1 documents longer than max_length=64 were cut" and not first.is_warning
+    assert first.text == "1 document longer than max_length=64 was cut" and not first.is_warning
 
 
 def test_preview_of_text_and_of_a_stream(model: Path, tmp_path: Path, capsys: Any) -> None:

@@ -75,7 +75,7 @@ def test_repr_says_what_the_model_is() -> None:
         *(
             "LlamaForCausalLM (llama), 4 layers, 37,152 parameters",
             "float32 on cpu",
-            "host memory: 532 KB (weights 152 KB",
+            "host memory: 532 kB (weights 152 kB",
         ),
         *("updates: adamw, eager, no clipping; 0 steps done", "device memory"),
     ):

@@ -223,7 +223,7 @@ def test_without_save_on_signal_the_last_regular_checkpoint_is_named(
 ) -> None:
     stop_at(monkeypatch, 4)
     config = settings(text, tmp_path / "run", save_steps=3, save_on_signal=False)
-    with pytest.raises(StoppedError, match=r"checkpoint-3, 1 steps before"):
+    with pytest.raises(StoppedError, match=r"checkpoint-3, 1 step before"):
         train(config)
 
 

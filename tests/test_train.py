@@ -33,7 +33,7 @@ from horizon_lm.run.host_model import HostModel, TrainStepOutput
 from horizon_lm.run.loop import StepRecord
 from horizon_lm.run.metrics import Metrics, read_steps
 from horizon_lm.run.plot import smoothed
-from horizon_lm.run.progress import RichProgress, choose_progress, clock, say, size, sparkline
+from horizon_lm.run.progress import RichProgress, choose_progress, clock, say, sparkline
 
 LENGTH, STEPS, ROWS = 32, 50, 8  # tokens in a sequence, steps, sequences in a step
 LLAMA = {
@@ -746,7 +746,7 @@ def test_plain_progress_prints_one_line_a_second_and_the_first_and_the_last() ->
         "1,234 tokens/s  mfu 42%" in lines[1]
         and "epoch 0.10" in lines[1]
         and "2.00 GB" in lines[1]
-        and "5 MB" in lines[1]
+        and "5.00 MB" in lines[1]
     )
 
 
@@ -766,7 +766,7 @@ def test_rich_progress_shows_the_numbers_and_no_progress_shows_none() -> None:
         "1.00e-03",
         "1,234",
         "2.00 GB",
-        "5 MB",
+        "5.00 MB",
         "0:00 left",
         "a [red]warning",
     ):
@@ -780,7 +780,6 @@ def test_rich_progress_shows_the_numbers_and_no_progress_shows_none() -> None:
 
 def test_small_formats() -> None:
     assert (clock(59.7), clock(61), clock(3661)) == ("1:00", "1:01", "1:01:01")
-    assert (size(999_000_000), size(1_500_000_000)) == ("999 MB", "1.50 GB")
     assert sparkline([]) == "" and sparkline([3.0]) == "▁" and sparkline([0.0, 1.0]) == "▁█"
     assert sparkline([float(-i) for i in range(100)], 8) == "█▇▆▅▄▃▂▁"
     assert smoothed([2.0] * 50) == pytest.approx([2.0] * 50)

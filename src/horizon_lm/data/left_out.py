@@ -79,7 +79,8 @@ def remarks(rows: Rows, *, with_bad_rows: bool = True) -> list[Remark]:
             )
         )
     if left.truncated:
-        text = f"{count(left.truncated, 'document')} longer than max_length={rows.max_length} were cut"
+        verb = "was" if left.truncated == 1 else "were"
+        text = f"{count(left.truncated, 'document')} longer than max_length={rows.max_length} {verb} cut"
         found.append(Remark(text, f"{count(left.tokens, 'token')} are left out", False))
     if counts.num_bad and with_bad_rows:
         all_rows = counts.num_documents + counts.num_empty + counts.num_bad

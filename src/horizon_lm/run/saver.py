@@ -19,7 +19,7 @@ from ..config import TrainConfig
 from ..engine.policies import DTYPES
 from ..errors import CheckpointError, DoesNotFitError, HorizonError, StoppedError
 from ..memory.store import predict_bytes
-from ..words import size
+from ..words import count, size
 from . import paths
 from .best import Best
 from .host_model import HostModel
@@ -250,7 +250,7 @@ class Saver:
         lost = step - latest.manifest.step
         if not lost:
             return f"saved {latest.path}"
-        return f"the last checkpoint is {latest.path}, {lost} steps before"
+        return f"the last checkpoint is {latest.path}, {count(lost, 'step')} before"
 
     def stop(self, request: StopRequest, step: int) -> StoppedError:
         """Save, and the error that ends the run."""
