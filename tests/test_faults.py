@@ -810,8 +810,8 @@ def test_steps_and_checkpoints_leave_nothing_behind(
     process, seen = psutil.Process(), []
     after = saver.Saver.after
 
-    def look(self: Any, record: Any, *, is_last: bool) -> None:
-        after(self, record, is_last=is_last)
+    def look(self: Any, record: Any, *, is_last: bool, **more: Any) -> None:
+        after(self, record, is_last=is_last, **more)
         if record.step % 20 == 19 and not is_last:  # no checkpoint is being written
             self.finish()
             gc.collect()

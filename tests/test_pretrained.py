@@ -274,5 +274,5 @@ def test_a_model_object_without_values_is_refused() -> None:
 def test_a_consumed_model_cannot_be_adopted_again() -> None:
     model = zoo.build("llama")
     hz.HostModel.from_pretrained(model, device="cpu", dtype="float32", skip_memory_check=True)
-    with pytest.raises(DataError, match="no values"):
+    with pytest.raises(ConfigError, match="was handed to HostModel before"):
         hz.HostModel.from_pretrained(model, device="cpu", dtype="float32", skip_memory_check=True)
