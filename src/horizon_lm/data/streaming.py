@@ -82,6 +82,10 @@ class StreamLoader:
     def rows_per_step(self) -> int:
         return self._shape[0] * self._shape[1]
 
+    def cut(self, micro_batch_size: int, micro_batches_per_step: int) -> None:
+        """Make steps of another size from here on."""
+        self._shape = (micro_batches_per_step, micro_batch_size)
+
     @property
     def epoch(self) -> float:
         """Whole passes over the data; how far a stream has got in one is not known."""
