@@ -348,34 +348,35 @@ def test_auto_sizes_the_step_to_the_data(text: Path, tmp_path: Path) -> None:
 
 
 def test_a_step_by_tokens_is_at_most_an_epoch(text: Path, tmp_path: Path) -> None:
-    large = by_tokens(text, tmp_path / "run", tokens_per_step=16000, num_train_epochs=2.0, max_steps=-1)
+    large = by_tokens(text, tmp_path / "run", tokens_per_step=37 * 16, num_train_epochs=2.0, max_steps=-1)
     train(large)
     sequences = header_of(tmp_path / "run")["num_sequences"]
     assert header_of(tmp_path / "run")["plan"]["tokens_per_step"] == 16 * sequences
     notes = " ".join(header_of(tmp_path / "run")["notes"])
-    assert f"tokens_per_step=16000 is more than the data ({sequences} sequences of 16)" in notes
+    assert f"tokens_per_step=592 is more than the data ({sequences} sequences of 16)" in notes
     assert math.prod(cut_of(tmp_path / "run" / "checkpoint-2")) == sequences
-    pinned = large.replace(output_dir=str(tmp_path / "p")).to_dict() | {"per_device_train_batch_size": 8}
+    pinned = large.replace(output_dir=str(tmp_path / "p")).to_dict() | {
+        "per_device_train_batch_size": 8,
+        "tokens_per_step": 640,
+    }
     del pinned["gradient_accumulation_steps"]
     train(TrainConfig.from_dict(pinned))
     assert cut_of(tmp_path / "p" / "checkpoint-2") == (8, -(-sequences // 8))
-    for given in ({}, {"tokens_per_step": 16 * sequences}):  # the control: as many as there are, no remark
-        small = by_tokens(text, tmp_path / "small", overwrite_output_dir=True, max_steps=1, **given)
-        train(small)
-        assert "more than the data" not in " ".join(header_of(tmp_path / "small")["notes"])
+    whole = {"tokens_per_step": 16 * sequences, "per_device_train_batch_size": sequences}
+    train(by_tokens(text, tmp_path / "whole", max_steps=1, **whole))  # the control
+    assert "more than the data" not in " ".join(header_of(tmp_path / "whole")["notes"])
 
 
 def test_steps_by_tokens_are_refused_before_the_data_is_read(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    another_machine(monkeypatch)  # it looks at one cut alone, and is quick
     read = []
     honest = planning.load_training_data
     monkeypatch.setattr(planning, "load_training_data", lambda config: read.append(1) or honest(config))
-    for tokens in (64, None):
-        config = by_tokens(text, tmp_path / "run", tokens_per_step=tokens, reserve_host_gb=1e6)
-        with pytest.raises(DoesNotFitError):
-            train(config)
-        assert not read
+    with pytest.raises(DoesNotFitError):
+        train(by_tokens(text, tmp_path / "run", reserve_host_gb=1e6))
+    assert not read
     with pytest.raises(DoesNotFitError):  # the control: here the data decides
         train(by_tokens(text, tmp_path / "run", tokens_per_step="auto", reserve_host_gb=1e6))
     assert read
@@ -386,16 +387,20 @@ def test_auto_of_a_stream_and_of_a_plan(
 ) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": line} for line in text.read_text().splitlines()])
     changes = {"streaming": True, "buffer_size": 10, "max_steps": 2, "max_length": 64}
+    changes["per_device_train_batch_size"] = 256  # one cut alone, which is quick to plan
     train(by_tokens(rows, tmp_path / "run", tokens_per_step="auto", **changes))
     assert math.prod(cut_of(tmp_path / "run" / "checkpoint-2")) == 65536 // 64
     capsys.readouterr()
-    for path, tokens in ((text, 65536), (tmp_path / "rows.jsonl", 16384)):
-        file = tmp_path / "plan.yaml"
-        file.write_text(by_tokens(path, tmp_path / "new", tokens_per_step="auto").to_yaml())
-        for command in (["plan", str(file)], ["train", str(file), "--dry-run"]):
-            assert cli.main(command) == 0
-            shown = capsys.readouterr().out
-            assert f"tokens_per_step=auto: the data was not read; {tokens:,} tokens a step" in shown
+    file = tmp_path / "plan.yaml"
+    for path, tokens, command in (
+        (text, 65536, ["plan", str(file)]),
+        (rows, 16384, ["train", str(file), "--dry-run"]),
+    ):
+        cut = {"tokens_per_step": "auto", "per_device_train_batch_size": 1024}
+        file.write_text(by_tokens(path, tmp_path / "new", **cut).to_yaml())
+        assert cli.main(command) == 0
+        shown = capsys.readouterr().out
+        assert f"tokens_per_step=auto: the data was not read; {tokens:,} tokens a step" in shown
     assert cli.main(["data", "preview", str(file)]) == 0
     assert "an epoch     1 step of " in capsys.readouterr().out  # not one sequence a step
 

@@ -76,11 +76,9 @@ def _might_fit_less(config: TrainConfig) -> bool:
     """Whether the smallest step would fit, so that it is worth to look at how much data there is."""
     if config.tokens_per_step is None or config.streaming:
         return False
-    try:
-        plan_run(config.replace(tokens_per_step=rows_wanted(config, 1, False) * config.max_length))
-    except DoesNotFitError:
-        return False
-    return True
+    tokens = rows_wanted(config, 1, False) * config.max_length
+    smallest = plan_run(config.replace(tokens_per_step=tokens, skip_memory_check=True))
+    return smallest.planner.fits(smallest.config)
 
 
 def _is_sized_by_data(config: TrainConfig, data: TrainingData) -> bool:
