@@ -207,6 +207,29 @@ def test_a_cut_at_any_step_of_several_epochs_changes_no_bit(
     assert losses_of(tmp_path / "run") == losses_of(straight)[cut:]
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2, 3])  # 2: as before, the control
+def test_epochs_asked_are_epochs_trained_after_another_batch_size(
+    micro_batches: int, straight: Path, text: Path, tmp_path: Path
+) -> None:
+    """Steps were counted from the beginning as if all of them had the new size. Cut once more, on the way."""
+    sequences, run = header_of(straight)["num_sequences"], tmp_path / "run"
+    changes = {
+        "num_train_epochs": 2.5,
+        "save_strategy": "steps",
+        "gradient_accumulation_steps": micro_batches,
+    }
+    source = straight / "checkpoint-3"
+    others = {"resume_from_checkpoint": str(source), "allow_changed_settings": True, "save_steps": 2}
+    result = train(run_of(text, run, **{**changes, **others}))
+    last = read_steps(result.metrics_path)[-1]
+    rows = round(2.5 * sequences + 1e-9)
+    assert last["step"] == result.num_steps and last["epoch"] == pytest.approx(rows / sequences)
+    assert micro_batches != 2 or result.num_steps == header_of(straight)["num_steps"]
+    again = run_of(text, tmp_path / "again", **changes, resume_from_checkpoint=str(run / "checkpoint-4"))
+    assert train(again).num_steps == result.num_steps
+    assert losses_of(tmp_path / "again") == losses_of(run)[1:]
+
+
 def as_before(patch: pytest.MonkeyPatch, kind: type) -> None:
     """Loaders begin, and save their place, as versions before this rule did."""
     make, state = kind.__init__, kind.state_dict  # type: ignore[misc]

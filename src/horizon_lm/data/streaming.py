@@ -97,6 +97,9 @@ class StreamLoader:
         used_up = self._position == len(self._window.order)
         return used_up and not self._window.next_document and not self.crosses_epochs
 
+    def count_from(self, steps_done: int) -> None:
+        """Nothing to do: the number of steps is given."""
+
     def end_after(self, num_train_epochs: float, max_steps: int) -> int:
         """The optimizer steps of the run; the length of a stream is not known, so these are given."""
         return max_steps

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+from ..checkpoint.folder import Checkpoint
 from ..config import TrainConfig
 from ..data import Loader, StreamLoader, TrainingData
 from ..errors import ConfigError
 from ..optim.curves import Curve, count_warmup_steps, learning_rates
+from ..plan.step_size import CUT
 from ..words import count
 from .host_model import HostModel
 
@@ -15,6 +19,14 @@ _FEW = 20  # steps in which a model learns little, and the curve of the learning
 def count_steps(config: TrainConfig, loader: Loader) -> int:
     """Steps from the beginning to the end of the run. The loader ends there too."""
     return loader.end_after(config.num_train_epochs, config.max_steps)
+
+
+def count_on(loader: Loader, checkpoint: Checkpoint, step: int) -> None:
+    """Where a run goes on after `step` with steps of another size, count those to come from here, so that the
+    epochs asked are those trained."""
+    then = math.prod(int(checkpoint.manifest.config[key]) for key in CUT)
+    if loader.rows_per_step != then:
+        loader.count_from(step)
 
 
 def curve(config: TrainConfig, loader: Loader, num_steps: int) -> Curve:

@@ -175,6 +175,7 @@ def _run_steps(
     if resume is not None:
         found = restore(resume, model, trainer.load_state, files, asked, progress.warn)
         best.restore(found)
+        steps.count_on(loader, found, trainer.loop.step)
         parent = found.path
     num_steps = meter.num_steps = steps.count_steps(config, loader)
     rates = steps.curve(config, loader, num_steps)
