@@ -17,8 +17,7 @@ from horizon_lm import cli, config_yaml
 from horizon_lm.config import TrainConfig
 from horizon_lm.data import train_tokenizer
 from horizon_lm.errors import ConfigError
-from horizon_lm.run import paths, saver
-from horizon_lm.run import train as run_train
+from horizon_lm.run import paths, planning, saver
 from horizon_lm.run.host_model import HostModel
 from horizon_lm.run.train import train
 from small_runs import LLAMA, losses_of, place_of, settings, tensors_of, write_text
@@ -105,7 +104,7 @@ def test_a_finished_run_says_so_and_how_to_go_on(
     run = tmp_path / "run"
     train(settings(text, run, max_steps=2, save_steps=9))
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    monkeypatch.setattr(run_train, "load_training_data", None)
+    monkeypatch.setattr(planning, "load_training_data", None)
     capsys.readouterr()
     assert cli.main(["resume", str(run)]) == 0
     assert capsys.readouterr().out.splitlines() == [

@@ -35,6 +35,10 @@ def preview(
     from horizon_lm.data.preview import print_preview, summary_json
 
     data = load_training_data(config)
+    if config.tokens_per_step is not None:
+        from horizon_lm.run.planning import wanted_rows
+
+        data.loader.cut(wanted_rows(config, data), 1)
     if as_json:
         print(summary_json(data))
     else:

@@ -89,13 +89,15 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         unit="micro-batches",
         ge=1,
     )
-    tokens_per_step: int | None = setting(
+    tokens_per_step: int | Literal["auto"] | None = setting(
         None,
-        "Tokens of an optimizer step; the planner cuts them into micro-batches, in place of "
-        "per_device_train_batch_size and gradient_accumulation_steps.",
+        "Tokens of an optimizer step, at most an epoch; the planner cuts them into micro-batches, in place "
+        "of per_device_train_batch_size and gradient_accumulation_steps. auto sizes the step to the data: "
+        "about 16384 for conversations and pairs and 65536 for text, fewer if a run by epochs would have "
+        "less than about 50 steps.",
         group="Batch and schedule",
         unit="tokens",
-        ge=2,
+        expects="a whole number >= 2, auto or null",
     )
     num_train_epochs: float = setting(
         1.0, "Passes over the data, fractions allowed.", group="Batch and schedule", unit="epochs", gt=0
@@ -135,7 +137,8 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
     )
     warmup_steps: int | float = setting(
         0.03,
-        "Steps in which the learning rate rises from 0; below 1, a share of all steps, rounded up.",
+        "Steps in which the learning rate rises from 0; below 1, a share of all steps, rounded up. At most "
+        "all steps but the last.",
         group="Batch and schedule",
         unit="steps",
         expects="a whole number >= 0, or a share of all steps below 1",
@@ -241,6 +244,13 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
     def _check_max_steps(cls, value: int) -> int:
         if value == 0:
             raise ValueError("no steps")  # reported with the field's `expects`
+        return value
+
+    @field_validator("tokens_per_step")
+    @classmethod
+    def _check_tokens_per_step(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, int) and value < 2:
+            raise ValueError("too few")  # reported with the field's `expects`
         return value
 
     @field_validator("warmup_steps")

@@ -119,11 +119,20 @@ class Settings(BaseModel):
         return cls.from_document(config_merge.collect(path, overrides, keys_of(cls))[0])
 
     def to_yaml(self) -> str:
-        """Every setting, grouped, as YAML that the strict reader turns back into an equal configuration."""
+        """Every setting, grouped, as YAML that the strict reader turns back into an equal configuration.
+
+        What another setting leaves to the planner, and the user did not name, is left out: written down it
+        would count as named (tokens_per_step and the cut of a step).
+        """
         values = self.to_dict()
+        for key, others in config_merge.REPLACES.items():
+            if values.get(key) is not None:
+                values = {k: v for k, v in values.items() if k not in others or k in self.model_fields_set}
         parts = []
         for group, keys in grouped_keys(type(self)).items():
-            parts.append(f"# {group}\n" + config_yaml.dump({key: values[key] for key in keys}))
+            parts.append(
+                f"# {group}\n" + config_yaml.dump({key: values[key] for key in keys if key in values})
+            )
         return "\n".join(parts)
 
 

@@ -36,6 +36,10 @@ class Loader(Protocol):
     @property
     def crosses_epochs(self) -> bool: ...
 
+    def cut(self, micro_batch_size: int, micro_batches_per_step: int) -> None: ...
+
+    def count_from(self, steps_done: int) -> None: ...
+
     def end_after(self, num_train_epochs: float, max_steps: int) -> int: ...
 
     def __iter__(self) -> Iterator[list[MicroBatch]]: ...
@@ -90,6 +94,7 @@ class TokenLoader:
         self._ahead = StepsAhead(num_workers)
         self._end: int | None = None  # rows of the whole run
         self.crosses_epochs = False
+        self._counted = (0, 0)  # steps done and rows given out when steps began to have this size
         self._go_to(0, 0)
 
     @property
@@ -103,6 +108,10 @@ class TokenLoader:
         self._micro_batches_per_step = micro_batches_per_step
         self._go_to(*divmod(self._given, len(self._rows)))
 
+    def count_from(self, steps_done: int) -> None:
+        """Steps have had another size up to here: `end_after` counts those to come from this place on."""
+        self._counted = (steps_done, self._given)
+
     def end_after(self, num_train_epochs: float, max_steps: int) -> int:
         """Set where the run ends, and return its optimizer steps from the beginning.
 
@@ -112,12 +121,17 @@ class TokenLoader:
         self._end = None
         if max_steps > 0:
             return max_steps
+        done, given = self._counted
         if self.crosses_epochs:
-            steps = num_train_epochs * len(self._rows) / self.rows_per_step
-            return max(1, math.ceil(steps - 1e-9))  # 0.1 * 30 is not to become 4 steps by a rounding error
+            steps = (num_train_epochs * len(self._rows) - given) / self.rows_per_step
+            # 0.1 * 30 is not to become 4 steps by a rounding error
+            return max(1, done + max(0, math.ceil(steps - 1e-9)))
         self._end = max(1, math.floor(num_train_epochs * len(self._rows) + 0.5))
-        epochs, rest = divmod(self._end, len(self._rows))
-        return epochs * -(-len(self._rows) // self.rows_per_step) + -(-rest // self.rows_per_step)
+        left = max(0, self._end - given)
+        to_border = min(left, -given % len(self._rows))
+        epochs, rest = divmod(left - to_border, len(self._rows))
+        first, whole, last = (-(-part // self.rows_per_step) for part in (to_border, len(self._rows), rest))
+        return done + first + epochs * whole + last
 
     @property
     def epoch(self) -> float:
@@ -147,6 +161,7 @@ class TokenLoader:
             "rows": len(self._rows),
             "fingerprint": self._rows.fingerprint,
             "crosses_epochs": self.crosses_epochs,
+            **({"counted": list(self._counted)} if any(self._counted) else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -155,6 +170,8 @@ class TokenLoader:
             raise data_has_changed(state, self._rows)
         self._seed = int(state["seed"])
         self.crosses_epochs = bool(state.get("crosses_epochs", True))
+        steps_done, given = state.get("counted", (0, 0))
+        self._counted = (int(steps_done), int(given))
         self._go_to(int(state["epoch"]), int(state["position"]))
 
     def _go_to(self, epoch: int, position: int) -> None:

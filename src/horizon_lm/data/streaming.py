@@ -82,6 +82,10 @@ class StreamLoader:
     def rows_per_step(self) -> int:
         return self._shape[0] * self._shape[1]
 
+    def cut(self, micro_batch_size: int, micro_batches_per_step: int) -> None:
+        """Make steps of another size from here on."""
+        self._shape = (micro_batches_per_step, micro_batch_size)
+
     @property
     def epoch(self) -> float:
         """Whole passes over the data; how far a stream has got in one is not known."""
@@ -92,6 +96,9 @@ class StreamLoader:
         """Whether the epoch is known to be over: its last window is used up."""
         used_up = self._position == len(self._window.order)
         return used_up and not self._window.next_document and not self.crosses_epochs
+
+    def count_from(self, steps_done: int) -> None:
+        """Nothing to do: the number of steps is given."""
 
     def end_after(self, num_train_epochs: float, max_steps: int) -> int:
         """The optimizer steps of the run; the length of a stream is not known, so these are given."""

@@ -83,6 +83,7 @@ class Planner:
         batch, count = config.per_device_train_batch_size, config.gradient_accumulation_steps
         if config.tokens_per_step is None:
             return [(batch, count)]
+        assert config.tokens_per_step != "auto"  # `plan_run` has seen to it
         rows = max(1, config.tokens_per_step // config.max_length)
         cuts = [(b, rows // b) for b in range(rows, 0, -1) if rows % b == 0]
         if not self.is_open("per_device_train_batch_size"):

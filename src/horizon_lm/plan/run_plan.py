@@ -17,6 +17,7 @@ from .limits import Limits
 from .outline import Outline, model_config
 from .predict import Prediction
 from .profile import FALLBACK, Profile, load_profile
+from .step_size import assumed_tokens
 
 # On a CPU layers are computed where they are: there is nothing to choose.
 _OF_DEVICE_MEMORY = frozenset({"boundaries", "slots", "grad_slots"})
@@ -89,9 +90,12 @@ class RunPlan:
         gain = more.tokens_per_second / found.tokens_per_second - 1
         if gain < 0.05:
             return None
+        key = f"gradient_accumulation_steps={batches * times}"
+        if config.tokens_per_step is not None:
+            key = f"tokens_per_step={more.tokens}"
         return (
             f"the update takes {update / found.seconds:.0%} of a step, however many tokens it has: "
-            f"gradient_accumulation_steps={batches * times} ({count(more.tokens, 'token')} a step) would "
+            f"{key} ({count(more.tokens, 'token')} a step) would "
             f"give {more.tokens_per_second:,.0f} tokens/s, {gain:.0%} more"
         )
 
@@ -162,6 +166,10 @@ def plan_run(config: TrainConfig, hardware: str = "auto", pinned: frozenset[str]
     """
     pinned = frozenset(config.model_fields_set) if pinned is None else pinned
     profile, limits, notes = machine(config, hardware)
+    if config.tokens_per_step == "auto":
+        tokens, note = assumed_tokens(config)
+        config = config.replace(tokens_per_step=tokens)
+        notes.append(note)
     outline = Outline(model_config(config), config)
     _check_positions(config, outline)
     planner = Planner(outline, profile, limits, pinned)

@@ -16,6 +16,7 @@ from ..data import Documents, load_tokenizer, load_training_data
 from ..data.formats import Chat, Text
 from ..data.left_out import WARN_ABOVE
 from ..errors import ConfigError, DataError, HorizonError
+from ..plan.step_size import usual_cut
 from ..words import count
 from .generate import model_folder
 
@@ -23,7 +24,6 @@ _LONGEST = 4096  # of a training sequence, unless the data is shorter: longer on
 _LOOKED_AT = 1000  # rows of a dataset, for its format and the longest of them
 _COUNTED_ROWS, _COUNTED_CHARACTERS = 50_000, 20_000_000  # more is large: the steps are those of large data
 _TOKENISED_CHARACTERS = 2_000_000  # beyond, tokens are guessed from characters
-_WANTED_STEPS = 50  # of a run, where the data has as many sequences
 _CHARACTERS_A_TOKEN = 3  # a low guess, so that few documents are longer than max_length
 
 # What is written, by group.
@@ -181,16 +181,12 @@ def _count_sequences(values: dict[str, Any], seen: dict[str, Any]) -> tuple[int 
 
 
 def _batch(max_length: int, sequences: int | None, *, is_text: bool) -> dict[str, Any]:
-    """About 16 k tokens a step for tuning and 64 k for text, in micro-batches of about 4 k. Less for so few
-    sequences that the run would have few steps."""
+    """Epochs, and steps that suit so many sequences, by the rule of tokens_per_step=auto."""
     epochs = 1 if is_text else 3
-    most = max(1, (65536 if is_text else 16384) // max_length)
-    if sequences is not None:
-        most = min(most, max(1, sequences // -(-_WANTED_STEPS // epochs)))
-    rows = min(max(1, 4096 // max_length), most)
+    rows, micro_batches = usual_cut(max_length, sequences, is_text=is_text, epochs=epochs)
     return {
         "per_device_train_batch_size": rows,
-        "gradient_accumulation_steps": max(1, most // rows),
+        "gradient_accumulation_steps": micro_batches,
         "num_train_epochs": epochs,
         "adam_beta2": 0.95 if is_text else 0.999,
     }

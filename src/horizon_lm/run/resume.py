@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..checkpoint.reader import load_units, read_small
 from ..checkpoint.writer import BUFFERS
 from ..config import DatasetConfig, TrainConfig
 from ..errors import CheckpointError, ConfigError, DataError
+from ..plan.step_size import CUT
 from ..words import count
 from . import paths, places
 from .folder import RunFolder
@@ -126,10 +128,38 @@ def _whole(entries: Any) -> Any:
     return [{**defaults, **entry} if isinstance(entry, dict) else entry for entry in entries]
 
 
+def cut_of(resume: Resume | None, config: TrainConfig) -> dict[str, int]:
+    """The cut of a step of the run that is resumed, where `tokens_per_step` had left it to the planner; empty
+    for a new run, and where the settings now name another step."""
+    return _cut_in(resume.checkpoints[0], config) if resume is not None else {}
+
+
+def _cut_in(checkpoint: Checkpoint, config: TrainConfig) -> dict[str, int]:
+    saved, tokens = checkpoint.manifest.config, config.tokens_per_step
+    same = ("tokens_per_step", "max_length")
+    if tokens is None or any(saved.get(key) != getattr(config, key) for key in same):
+        return {}
+    cut = {key: int(saved[key]) for key in CUT}
+    given = {key: getattr(config, key) for key in CUT}
+    # The default cut beside another number of tokens: files of earlier versions, which named what was open.
+    is_odd = tokens != "auto" and math.prod(given.values()) != max(1, tokens // config.max_length)
+    for key in CUT:
+        is_open = key not in config.model_fields_set or is_odd and given[key] == _default(key)
+        if not is_open and given[key] != cut[key]:
+            return {}
+    return cut
+
+
+def _default(key: str) -> Any:
+    return TrainConfig.model_fields[key].default
+
+
 def changed_settings(config: TrainConfig, checkpoint: Checkpoint) -> dict[str, tuple[Any, Any]]:
     """Setting -> (value then, value now), where they differ. A setting that is newer than the checkpoint had
     its default then. Files whose content is compared later may be at another path."""
-    saved, now = checkpoint.manifest.config, config.to_dict()
+    saved, now = checkpoint.manifest.config, {**config.to_dict(), **_cut_in(checkpoint, config)}
+    if config.tokens_per_step is not None:  # what is open is not changed
+        now |= {key: saved[key] for key in CUT if key not in config.model_fields_set}
     fields = TrainConfig.model_fields.items()
     newer: dict[str, Any] = {
         k: field.get_default(call_default_factory=True) for k, field in fields if k not in saved

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+from ..checkpoint.folder import Checkpoint
 from ..config import TrainConfig
 from ..data import Loader, StreamLoader, TrainingData
 from ..errors import ConfigError
 from ..optim.curves import Curve, count_warmup_steps, learning_rates
+from ..plan.step_size import CUT
 from ..words import count
 from .host_model import HostModel
 
@@ -15,6 +19,14 @@ _FEW = 20  # steps in which a model learns little, and the curve of the learning
 def count_steps(config: TrainConfig, loader: Loader) -> int:
     """Steps from the beginning to the end of the run. The loader ends there too."""
     return loader.end_after(config.num_train_epochs, config.max_steps)
+
+
+def count_on(loader: Loader, checkpoint: Checkpoint, step: int) -> None:
+    """Where a run goes on after `step` with steps of another size, count those to come from here, so that the
+    epochs asked are those trained."""
+    then = math.prod(int(checkpoint.manifest.config[key]) for key in CUT)
+    if loader.rows_per_step != then:
+        loader.count_from(step)
 
 
 def curve(config: TrainConfig, loader: Loader, num_steps: int) -> Curve:
@@ -34,13 +46,18 @@ def check_factors(config: TrainConfig, model: HostModel) -> None:
         )
 
 
-def remarks(config: TrainConfig, data: TrainingData, num_steps: int) -> list[str]:
+def remarks(config: TrainConfig, data: TrainingData, num_steps: int, rates: Curve) -> list[str]:
     """What to know of a run of so few steps, or whose settings have no room in it."""
     found = []
     sequences, size = len(data.rows), data.loader.rows_per_step
     by_epochs = config.max_steps < 1
     if isinstance(data.loader, StreamLoader) or data.loader.crosses_epochs:
         by_epochs = False
+    elif isinstance(config.tokens_per_step, int) and config.tokens_per_step // config.max_length > sequences:
+        found.append(
+            f"tokens_per_step={config.tokens_per_step} is more than the data "
+            f"({count(sequences, 'sequence')} of {config.max_length}): each step is one whole epoch"
+        )
     elif size > sequences:
         found.append(
             f"a step of {count(size, 'sequence')} is larger than the data ({count(sequences, 'sequence')}): "
@@ -48,7 +65,9 @@ def remarks(config: TrainConfig, data: TrainingData, num_steps: int) -> list[str
         )
     if by_epochs and num_steps < _FEW:
         more = "a larger num_train_epochs makes more"
-        if size > 1:
+        if size > 1 and config.tokens_per_step is not None:
+            more = "a smaller tokens_per_step, or a larger num_train_epochs, makes more"
+        elif size > 1:
             more = (
                 "smaller per_device_train_batch_size x gradient_accumulation_steps, or a larger "
                 "num_train_epochs, make more"
@@ -64,4 +83,13 @@ def remarks(config: TrainConfig, data: TrainingData, num_steps: int) -> list[str
             f"warmup_steps={config.warmup_steps} is too long for a run of "
             f"{count(num_steps, 'step')}: {used:,} used, so that learning_rate is reached"
         )
+    if config.lr_scheduler_type == "warmup_stable_decay":
+        highest = max(rates(step) for step in range(num_steps))
+        if highest < config.learning_rate:
+            found.append(
+                f"warmup_steps={config.warmup_steps} and num_decay_steps="
+                f"{config.lr_scheduler_kwargs['num_decay_steps']} together are more than "
+                f"{count(num_steps, 'step')}: the learning rate only reaches {highest:.2e} of "
+                f"{config.learning_rate:.2e}"
+            )
     return found

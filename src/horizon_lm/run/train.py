@@ -14,7 +14,7 @@ import torch
 
 from ..config import ModelSettings, TrainConfig
 from ..config_python import ConfigSource, as_train_config
-from ..data import TrainingData, load_training_data
+from ..data import TrainingData
 from ..data.chat import without_marks
 from ..data.documents import check_exists
 from ..data.training_data import pad_id
@@ -39,12 +39,12 @@ from .loggers import Loggers, check_installed
 from .loop import recorded_step
 from .metrics import Meter, MetricsFile, versions
 from .paths import absolute
-from .planning import settle
+from .planning import plan_and_read
 from .plot import plot_loss
 from .progress import Progress, choose_progress, say
 from .quiet import quiet_transformers
 from .reports import Reports
-from .resume import Resume, find, restore, wants_own_folder
+from .resume import Resume, cut_of, find, restore, wants_own_folder
 from .resume import about as about_resume
 from .saver import Saver, small_files
 from .separation import check_separation
@@ -93,12 +93,7 @@ def train(
         config, source = stand_in(asked, resume)
         check_sources(config, folder)
         hub = prepare_upload(config, progress.warn) if config.push_to_hub else None
-        config, plan = settle(config, progress)
-        progress.stage("reading the data")
-        data = load_training_data(config)
-        progress.stage(describe.about_data(data))
-        for text, is_warning in describe.left_out(data):
-            (progress.warn if is_warning else progress.stage)(text)
+        config, plan, data = plan_and_read(config, progress, cut_of(resume, config))
         if resume is None:  # else the checkpoint says by which rule the steps are counted
             steps.curve(config, data.loader, steps.count_steps(config, data.loader))
         if source is None:
@@ -180,13 +175,14 @@ def _run_steps(
     if resume is not None:
         found = restore(resume, model, trainer.load_state, files, asked, progress.warn)
         best.restore(found)
+        steps.count_on(loader, found, trainer.loop.step)
         parent = found.path
     num_steps = meter.num_steps = steps.count_steps(config, loader)
     rates = steps.curve(config, loader, num_steps)
     if resume is not None:
         for line in about_resume(found, asked, folder, trainer.loop.step, num_steps, rates):
             progress.stage(line)
-    remarks = steps.remarks(config, data, num_steps)
+    remarks = steps.remarks(config, data, num_steps, rates)
     for remark in remarks:
         progress.warn(remark)
     evaluator = _evaluator(config, data, model, num_steps)
