@@ -14,7 +14,7 @@ import torch
 
 from horizon_lm import cli
 from horizon_lm.config import TrainConfig
-from horizon_lm.errors import CheckpointError, ConfigError, DataError, StoppedError
+from horizon_lm.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StoppedError
 from horizon_lm.run.host_model import HostModel, TrainStepOutput
 from horizon_lm.run.resume import FIXED, FREE, check_settings
 from horizon_lm.run.train import train
@@ -46,6 +46,18 @@ def stop_at(patch: pytest.MonkeyPatch, step: int, number: signal.Signals = signa
     def train_step(self: HostModel, *arguments: Any, **others: Any) -> TrainStepOutput:
         if next(calls) == step:
             os.kill(os.getpid(), number)
+        return honest(self, *arguments, **others)
+
+    patch.setattr(HostModel, "train_step", train_step)
+
+
+def fail_before(patch: pytest.MonkeyPatch, step: int, error: Exception) -> None:
+    """A step fails before any of it has run."""
+    honest, calls = HostModel.train_step, iter(range(1, 1000))
+
+    def train_step(self: HostModel, *arguments: Any, **others: Any) -> TrainStepOutput:
+        if next(calls) == step:
+            raise error
         return honest(self, *arguments, **others)
 
     patch.setattr(HostModel, "train_step", train_step)
@@ -412,3 +424,28 @@ def test_resume_of_no_run_is_one_line(
     shown = capsys.readouterr().err.splitlines()
     assert code == (2 if not arguments or arguments[0].startswith("-") else 5)
     assert len(shown) == 2 and shown[0].startswith("error: ") and shown[1].startswith("hint: ")
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_checkpoint_asked_for_is_written_although_no_step_comes_after_it(
+    background: bool, straight: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written beside the next step, it would be lost with data that end in an error."""
+    fail_before(monkeypatch, 5, DataError("row 9 cannot be read"))
+    run = tmp_path / "run"
+    config = settings(text, run, max_steps=STEPS, save_steps=4, save_in_background=background)
+    with pytest.raises(DataError, match="row 9"):
+        train(config)
+    assert tensors_of(run / "checkpoint-4") == tensors_of(straight / "checkpoint-4")
+    assert place_of(run / "checkpoint-4") == place_of(straight / "checkpoint-4")
+    assert not list(run.glob("*tmp*"))
+
+
+def test_a_rollback_before_the_next_step_has_begun_writes_the_checkpoint_of_its_own_step(
+    straight: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the step after it would write the state that was gone back to under the name of a later one."""
+    fail_before(monkeypatch, 5, NonFiniteError("before anything ran"))
+    run = tmp_path / "run"
+    train(settings(text, run, max_steps=STEPS, save_steps=4, nonfinite="rollback", max_rollbacks=1))
+    assert tensors_of(run / "checkpoint-4") == tensors_of(straight / "checkpoint-4")
