@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from itertools import product
 from pathlib import Path
@@ -16,9 +17,9 @@ from horizon_lm import cli
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StoppedError
 from horizon_lm.run.host_model import HostModel, TrainStepOutput
-from horizon_lm.run.resume import FIXED, FREE, check_settings
+from horizon_lm.run.resume import CUT, FIXED, FREE, check_settings
 from horizon_lm.run.train import train
-from small_runs import GPT2_DROPOUT, losses_of, place_of, settings, tensors_of, write_text
+from small_runs import GPT2_DROPOUT, losses_of, place_of, settings, tensors_of, values, write_text
 
 STEPS = 20
 
@@ -449,3 +450,40 @@ def test_a_rollback_before_the_next_step_has_begun_writes_the_checkpoint_of_its_
     run = tmp_path / "run"
     train(settings(text, run, max_steps=STEPS, save_steps=4, nonfinite="rollback", max_rollbacks=1))
     assert tensors_of(run / "checkpoint-4") == tensors_of(straight / "checkpoint-4")
+
+
+def test_a_run_of_tokens_per_step_goes_on_with_its_cut(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The planner's cut into micro-batches is kept: from the folder, and from the file that left it open."""
+    open_cut = {k: v for k, v in values(text, tmp_path / "run").items() if k not in CUT}
+    config = tmp_path / "run.json"
+    config.write_text(json.dumps({**open_cut, "tokens_per_step": 64, "max_steps": 6}))  # JSON is YAML
+    assert cli.main(["train", str(config)]) == 0
+    run = tmp_path / "run"
+    kept = TrainConfig.from_yaml(run / "config.resolved.yaml")
+    assert kept.per_device_train_batch_size * kept.gradient_accumulation_steps == 4
+    weights = tensors_of(run / "checkpoint-6")
+    shutil.rmtree(run / "checkpoint-6")
+    assert cli.main(["resume", str(run), "save_steps=2"]) == 0
+    assert tensors_of(run / "checkpoint-6") == weights
+    for damaged in (run / "checkpoint-6", run / "checkpoint-5"):
+        shutil.rmtree(damaged)
+    assert cli.main(["train", str(config), "--resume"]) == 0
+    assert tensors_of(run / "checkpoint-6") == weights
+    # Settings of a run that did not keep its cut hold the defaults; a cut that is named must be that of then.
+    old = kept.replace(per_device_train_batch_size=1, gradient_accumulation_steps=1).to_yaml()
+    (run / "config.resolved.yaml").write_text(old)
+    assert cli.main(["resume", str(run), "max_steps=7"]) == 0
+    capsys.readouterr()
+    named = 1 if kept.per_device_train_batch_size != 1 else 2
+    assert cli.main(["train", str(config), "--resume", f"per_device_train_batch_size={named}"]) == 2
+    assert "per_device_train_batch_size was" in capsys.readouterr().err
+
+
+def test_resume_says_that_it_goes_on_in_the_run_itself(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["resume", str(straight), f"output_dir={tmp_path / 'new'}"]) == 2
+    shown = capsys.readouterr().err
+    assert "output_dir cannot be given to resume" in shown and "horizon train" in shown

@@ -51,6 +51,8 @@ FREE = frozenset(
 FIXED = frozenset({"dtype", "moment_dtype", "optim", "init_model", "freeze", "new_tokens"})
 # How long the run is: changed on purpose or not at all, so no yes is asked for; it is said what it does.
 LENGTH = frozenset({"max_steps", "num_train_epochs"})
+# What the planner cuts tokens_per_step into.
+CUT = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ def find(config: TrainConfig, folder: RunFolder, warn: Callable[[str], None]) ->
             error.hint = f"{error.hint}; resume_from_checkpoint=auto starts a new run where there is none"
         raise error
     found = checkpoints.candidates(place, warn)
+    config = with_cut_of(config, found[0])
     check_settings(config, found[0])
     if config.max_steps > 0:
         _check_length(config, found[0], config.max_steps, found[0].manifest.step)
@@ -95,6 +98,22 @@ def find(config: TrainConfig, folder: RunFolder, warn: Callable[[str], None]) ->
 
 def _lies_in(place: Path, run: Path) -> bool:
     return place.resolve() in (run.resolve(), *(p.resolve() for p in run.glob("checkpoint-*")))
+
+
+def with_cut_of(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
+    """The settings with the checkpoint's cut of tokens_per_step into micro-batches, as another cut gives other
+    bits. What was named stays, but for a cut that does not give tokens_per_step: those are the defaults, in
+    the files of runs that did not keep their cut."""
+    then, keys = checkpoint.manifest.config, ("tokens_per_step", "max_length")
+    if config.tokens_per_step is None or any(then.get(key) != getattr(config, key) for key in keys):
+        return config
+    sequences = max(1, config.tokens_per_step // config.max_length)
+    is_cut = config.per_device_train_batch_size * config.gradient_accumulation_steps == sequences
+    named = config.model_fields_set if is_cut or not config.model_fields_set.issuperset(CUT) else ()
+    cut = {key: then[key] for key in CUT if key not in named}
+    config = config.replace(**cut)
+    config.model_fields_set.update(cut)  # the planner leaves alone what is named
+    return config
 
 
 def check_settings(config: TrainConfig, checkpoint: Checkpoint) -> None:

@@ -17,7 +17,7 @@ from ..checkpoint.manifest import Manifest
 from ..checkpoint.writer import CheckpointWriter, Outcome
 from ..config import TrainConfig
 from ..engine.policies import DTYPES
-from ..errors import CheckpointError, DoesNotFitError, HorizonError, StoppedError
+from ..errors import CheckpointError, DoesNotFitError, StoppedError
 from ..memory.store import predict_bytes
 from ..words import size
 from . import paths

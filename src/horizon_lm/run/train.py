@@ -44,7 +44,7 @@ from .plot import plot_loss
 from .progress import Progress, choose_progress, say
 from .quiet import quiet_transformers
 from .reports import Reports
-from .resume import Resume, find, restore, wants_own_folder
+from .resume import CUT, Resume, find, restore, wants_own_folder, with_cut_of
 from .resume import about as about_resume
 from .saver import Saver, small_files
 from .separation import check_separation
@@ -90,10 +90,14 @@ def train(
     ):
         asked = config
         resume = find(asked, folder, progress.warn)
+        if resume is not None:
+            asked = with_cut_of(asked, resume.checkpoints[0])
         config, source = stand_in(asked, resume)
         check_sources(config, folder)
         hub = prepare_upload(config, progress.warn) if config.push_to_hub else None
         config, plan = settle(config, progress)
+        if asked.tokens_per_step is not None:  # the folder keeps the cut, as another one gives other bits
+            asked = asked.replace(**{key: getattr(config, key) for key in CUT})
         progress.stage("reading the data")
         data = load_training_data(config)
         progress.stage(describe.about_data(data))
