@@ -101,7 +101,7 @@ def _lies_in(place: Path, run: Path) -> bool:
 
 
 def with_cut_of(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
-    """The settings with the checkpoint's cut of tokens_per_step into micro-batches, as another cut gives other
+    """The settings with the checkpoint's cut of tokens_per_step into micro-batches: another cut gives other
     bits. What was named stays, but for a cut that does not give tokens_per_step: those are the defaults, in
     the files of runs that did not keep their cut."""
     then, keys = checkpoint.manifest.config, ("tokens_per_step", "max_length")
