@@ -487,3 +487,22 @@ def test_resume_says_that_it_goes_on_in_the_run_itself(
     assert cli.main(["resume", str(straight), f"output_dir={tmp_path / 'new'}"]) == 2
     shown = capsys.readouterr().err
     assert "output_dir cannot be given to resume" in shown and "horizon train" in shown
+
+
+def test_names_of_dataset_dir_are_kept_as_the_files_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of a relative dataset_dir goes on from another directory."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    rows = [{"instruction": f"say {i}", "input": "", "output": f"it is {i}"} for i in range(12)]
+    (tmp_path / "data" / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "rows.json"}}))
+    monkeypatch.chdir(tmp_path)
+    changes = {"datasets": "mine", "dataset_dir": "data", "chat_template": "plain", "max_length": 32}
+    train(settings(tmp_path, Path("run"), **changes, max_steps=2))
+    kept = TrainConfig.from_yaml("run/config.resolved.yaml")
+    assert kept.dataset_dir is None and kept.datasets[0].path == str(tmp_path / "data" / "rows.json")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert cli.main(["resume", "../run", "max_steps=3"]) == 0
+    assert (tmp_path / "run" / "checkpoint-3").is_dir()
