@@ -392,7 +392,7 @@ def test_a_run_takes_a_path_a_dict_a_config_or_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "changes", "message"),
     [
-        (3, {}, "a int is not a configuration"),
+        (3, {}, "an int is not a configuration"),
         ("none.yaml", {}, "none.yaml: no such file"),
         (".", {}, "is a directory"),
         ({"model_name_or_path": "x"}, {"learning_rat": 1}, r"train\(\) arguments.*learning_rat"),

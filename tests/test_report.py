@@ -185,7 +185,7 @@ NO_CHECKPOINT = {"status": "failed", "error": "stopped by SIGINT after step 4: t
     ("end", "kind", "title", "why"),
     [
         ({"status": "finished", "step": 59}, "finished", "finished, 59 of 59", ""),
-        ({"status": "finished", "step": 22}, "finished", "finished at 22 of 59", ""),
+        ({"status": "finished", "step": 22}, "finished", "ended early, at 22 of 59", ""),
         ({**STOPPED, "step": 22}, "stopped", "stopped at 22 of 59", "Stopped by SIGTERM after step 4"),
         ({"status": "interrupted", "error": None}, "stopped", "stopped at 4 of 59", ""),  # of before
         (NO_CHECKPOINT, "stopped", "stopped at 4 of 59", "Stopped by SIGINT"),

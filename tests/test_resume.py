@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from itertools import product
 from pathlib import Path
@@ -14,11 +15,11 @@ import torch
 
 from horizon_lm import cli
 from horizon_lm.config import TrainConfig
-from horizon_lm.errors import CheckpointError, ConfigError, DataError, StoppedError
+from horizon_lm.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StoppedError
+from horizon_lm.plan.step_size import CUT, FIXED, FREE, check_settings
 from horizon_lm.run.host_model import HostModel, TrainStepOutput
-from horizon_lm.run.resume import FIXED, FREE, check_settings
 from horizon_lm.run.train import train
-from small_runs import GPT2_DROPOUT, losses_of, place_of, settings, tensors_of, write_text
+from small_runs import GPT2_DROPOUT, losses_of, place_of, settings, tensors_of, values, write_text
 
 STEPS = 20
 
@@ -46,6 +47,18 @@ def stop_at(patch: pytest.MonkeyPatch, step: int, number: signal.Signals = signa
     def train_step(self: HostModel, *arguments: Any, **others: Any) -> TrainStepOutput:
         if next(calls) == step:
             os.kill(os.getpid(), number)
+        return honest(self, *arguments, **others)
+
+    patch.setattr(HostModel, "train_step", train_step)
+
+
+def fail_before(patch: pytest.MonkeyPatch, step: int, error: Exception) -> None:
+    """A step fails before any of it has run."""
+    honest, calls = HostModel.train_step, iter(range(1, 1000))
+
+    def train_step(self: HostModel, *arguments: Any, **others: Any) -> TrainStepOutput:
+        if next(calls) == step:
+            raise error
         return honest(self, *arguments, **others)
 
     patch.setattr(HostModel, "train_step", train_step)
@@ -412,3 +425,85 @@ def test_resume_of_no_run_is_one_line(
     shown = capsys.readouterr().err.splitlines()
     assert code == (2 if not arguments or arguments[0].startswith("-") else 5)
     assert len(shown) == 2 and shown[0].startswith("error: ") and shown[1].startswith("hint: ")
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_checkpoint_asked_for_is_written_although_no_step_comes_after_it(
+    background: bool, straight: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written beside the next step, it would be lost with data that end in an error."""
+    fail_before(monkeypatch, 5, DataError("row 9 cannot be read"))
+    run = tmp_path / "run"
+    config = settings(text, run, max_steps=STEPS, save_steps=4, save_in_background=background)
+    with pytest.raises(DataError, match="row 9"):
+        train(config)
+    assert tensors_of(run / "checkpoint-4") == tensors_of(straight / "checkpoint-4")
+    assert place_of(run / "checkpoint-4") == place_of(straight / "checkpoint-4")
+    assert not list(run.glob("*tmp*"))
+
+
+def test_a_rollback_before_the_next_step_has_begun_writes_the_checkpoint_of_its_own_step(
+    straight: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the step after it would write the state that was gone back to under the name of a later one."""
+    fail_before(monkeypatch, 5, NonFiniteError("before anything ran"))
+    run = tmp_path / "run"
+    train(settings(text, run, max_steps=STEPS, save_steps=4, nonfinite="rollback", max_rollbacks=1))
+    assert tensors_of(run / "checkpoint-4") == tensors_of(straight / "checkpoint-4")
+
+
+def test_a_run_of_tokens_per_step_goes_on_with_its_cut(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The planner's cut into micro-batches stays: with the folder's settings, and with the file's."""
+    open_cut = {k: v for k, v in values(text, tmp_path / "run").items() if k not in CUT}
+    config = tmp_path / "run.json"
+    config.write_text(json.dumps({**open_cut, "tokens_per_step": 64, "max_steps": 6}))  # JSON is YAML
+    assert cli.main(["train", str(config)]) == 0
+    run = tmp_path / "run"
+    manifest = json.loads((run / "checkpoint-6" / "manifest.json").read_text())["config"]
+    size, count = (manifest[key] for key in CUT)
+    assert size * count == 4
+    weights = tensors_of(run / "checkpoint-6")
+    shutil.rmtree(run / "checkpoint-6")
+    assert cli.main(["resume", str(run), "save_steps=2"]) == 0
+    assert tensors_of(run / "checkpoint-6") == weights
+    for damaged in (run / "checkpoint-6", run / "checkpoint-5"):
+        shutil.rmtree(damaged)
+    assert cli.main(["train", str(config), "--resume"]) == 0
+    assert tensors_of(run / "checkpoint-6") == weights
+    # Settings of a run that did not keep its cut hold the defaults; a cut that is named must be that of then.
+    with (run / "config.resolved.yaml").open("a") as file:
+        file.write("".join(f"\n{key}: 1" for key in CUT) + "\n")
+    assert cli.main(["resume", str(run), "max_steps=7"]) == 0
+    capsys.readouterr()
+    named = 1 if size != 1 else 2
+    assert cli.main(["train", str(config), "--resume", f"per_device_train_batch_size={named}"]) == 2
+    assert "per_device_train_batch_size was" in capsys.readouterr().err
+
+
+def test_resume_says_that_it_goes_on_in_the_run_itself(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["resume", str(straight), f"output_dir={tmp_path / 'new'}"]) == 2
+    shown = capsys.readouterr().err
+    assert "output_dir cannot be given to resume" in shown and "horizon train" in shown
+
+
+def test_names_of_dataset_dir_are_kept_as_the_files_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of a relative dataset_dir goes on from another directory."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    rows = [{"instruction": f"say {i}", "input": "", "output": f"it is {i}"} for i in range(12)]
+    (tmp_path / "data" / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "rows.json"}}))
+    monkeypatch.chdir(tmp_path)
+    changes = {"datasets": "mine", "dataset_dir": "data", "chat_template": "plain", "max_length": 32}
+    train(settings(tmp_path, Path("run"), **changes, max_steps=2))
+    kept = TrainConfig.from_yaml("run/config.resolved.yaml")
+    assert kept.dataset_dir is None and kept.datasets[0].path == str(tmp_path / "data" / "rows.json")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert cli.main(["resume", "../run", "max_steps=3"]) == 0
+    assert (tmp_path / "run" / "checkpoint-3").is_dir()

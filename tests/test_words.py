@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 import pytest
 
+from horizon_lm.run.progress import number
 from horizon_lm.words import count, parameters, size
 
 SOURCES = Path(__file__).parent.parent / "src" / "horizon_lm"
@@ -62,3 +64,15 @@ def test_no_message_builds_its_own_numbers() -> None:
         if any(pattern.search(line) for pattern in BUILT_BY_HAND)
     ]
     assert not found, "\n".join(found)
+
+
+def test_numbers_keep_the_digits_that_are_read() -> None:
+    assert [number(x) for x in (6.90791, 999.94, 1000.4, 656_327.9, 4.34e6, math.inf, math.nan)] == [
+        "6.9079",
+        "999.9400",
+        "1,000",
+        "656,328",
+        "4.34e+06",
+        "inf",
+        "nan",
+    ]

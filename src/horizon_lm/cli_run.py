@@ -44,9 +44,16 @@ def resume(settings: SettingsArguments = None) -> None:
             print(f"it has no checkpoint to go on from; {new_run(looked)}")
         return
     from horizon_lm.config import TrainConfig
-    from horizon_lm.run.run_settings import read_settings, run_of
+    from horizon_lm.run.run_settings import given_keys, read_settings, run_of
 
     folder, source = run_of(place)
+    refused = given_keys(overrides) & {"output_dir", "resume_from_checkpoint"}
+    if refused:
+        raise ConfigError(
+            f"command line: {' and '.join(sorted(refused))} cannot be given to resume, "
+            f"which goes on in {folder}",
+            hint=f"horizon train {folder}/config.resolved.yaml resume_from_checkpoint={place} output_dir=NEW",
+        )
     own = [f"output_dir={folder}", f"resume_from_checkpoint={source}"]
     document, notes = read_settings(Path(folder), [*overrides, *own])
     config = TrainConfig.from_document(document)

@@ -68,7 +68,8 @@ def _values(source: Any, caller: str) -> Mapping[str, Any]:
         return {key: named[key] for key in named if key in source.model_fields_set}
     if isinstance(source, Mapping):
         return source
+    name = type(source).__name__
     raise ConfigError(
-        f"{caller}: a {type(source).__name__} is not a configuration",
+        f"{caller}: {'an' if name[0] in 'aeiou' else 'a'} {name} is not a configuration",
         hint="pass the path of a YAML file, a dict of settings, or a TrainConfig",
     )

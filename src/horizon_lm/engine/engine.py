@@ -208,6 +208,12 @@ class Engine(OpFunctions):
         self._end_of_writes()
         self.lanes.disk.drain()
 
+    def finish_saving(self) -> None:
+        """Write at once what was to be written beside a step that has not come; wait for the disk."""
+        if self._saving is not None and self._begins_to_save:
+            self.save(self._saving, background=False)
+        self.lanes.disk.drain()
+
     def _give_up_saving(self) -> None:
         """Drop the checkpoint whose units a failed run was to write."""
         if self._saving is not None and self._begins_to_save:

@@ -103,7 +103,7 @@ class History:
             return State("stopped", f"stopped at {where}", "It was killed: no end was recorded.")
         status, reason = session.end.get("status"), session.end.get("reason") or ""
         if status == "finished" and total and session.step < total:
-            return State("finished", f"finished at {where}", reason)
+            return State("finished", f"ended early, at {where}", reason)
         if status == "finished":
             return State("finished", f"finished, {where}", reason)
         error = str(session.end.get("error") or reason)

@@ -180,7 +180,7 @@ class HostModel:
         """Give the memory back, once what is being saved is on the disk. What was not saved is lost."""
         if isinstance(self.store, Closed):
             return
-        self.finish_saving()
+        self.engine.lanes.disk.drain()
         closed: Any = Closed()
         self.store = self.engine = self.optimizer = closed
         gc.collect()  # the engine's table of functions refers to it
@@ -483,8 +483,9 @@ class HostModel:
         return not self.engine.lanes.disk.is_idle
 
     def finish_saving(self) -> None:
-        """Wait for the disk. Raises what went wrong there, but for what `saving` keeps to itself."""
-        self.engine.lanes.disk.drain()
+        """Wait for the disk; a state that was to be written beside a step that has not come is written now.
+        Raises what went wrong there, but for what `saving` keeps to itself."""
+        self.engine.finish_saving()
 
     def state_was_replaced(self, steps_done: int) -> None:
         """Say that the store now holds the state after `steps_done` updates."""

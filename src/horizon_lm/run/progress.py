@@ -229,8 +229,9 @@ def sparkline(values: list[float], width: int = 12) -> str:
 
 
 def number(value: float) -> str:
-    """Four significant places at the sizes that a loss has; `nan` and `inf` as they are."""
-    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.3g}"
+    """Four places at the sizes that a loss has, none for a large perplexity; `nan` and `inf` as they are."""
+    size = abs(value)
+    return f"{value:.4f}" if size < 1000 else f"{value:,.0f}" if size < 1e6 else f"{value:.3g}"
 
 
 def rate(value: float) -> str:

@@ -17,7 +17,7 @@ from ..checkpoint.manifest import Manifest
 from ..checkpoint.writer import CheckpointWriter, Outcome
 from ..config import TrainConfig
 from ..engine.policies import DTYPES
-from ..errors import CheckpointError, DoesNotFitError, HorizonError, StoppedError
+from ..errors import CheckpointError, DoesNotFitError, StoppedError
 from ..memory.store import predict_bytes
 from ..words import count, size
 from . import paths
@@ -88,7 +88,7 @@ class Saver:
         if kind is not None and not issubclass(kind, Exception):
             self._writer.abandon()
             return
-        with suppress(*(() if kind is None else (HorizonError,))):
+        with suppress(*(() if kind is None else (Exception,))):  # what failed the run is what is told
             self.finish()
 
     # After a step.
