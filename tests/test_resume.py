@@ -16,8 +16,9 @@ import torch
 from horizon_lm import cli
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StoppedError
-from horizon_lm.plan.step_size import CUT, FIXED, FREE, check_settings
+from horizon_lm.plan.step_size import CUT
 from horizon_lm.run.host_model import HostModel, TrainStepOutput
+from horizon_lm.run.resume import FIXED, FREE, check_settings
 from horizon_lm.run.train import train
 from small_runs import GPT2_DROPOUT, losses_of, place_of, settings, tensors_of, values, write_text
 
