@@ -77,7 +77,9 @@ def test_every_command_says_so_at_once(
 
 
 @pytest.mark.parametrize("is_offline", [False, True])
-def test_a_model_that_is_nowhere_is_said_before_anything_is_imported(tmp_path: Path, is_offline: bool) -> None:
+def test_a_model_that_is_nowhere_is_said_before_anything_is_imported(
+    tmp_path: Path, is_offline: bool
+) -> None:
     """Six commands in one process of its own: one line and a hint each, no file written, no torch imported.
     The negative control: a model's folder is looked at (and found empty) by libraries."""
     write_text(tmp_path / "text.txt")

@@ -15,7 +15,14 @@ from typing import Annotated, Any
 
 import typer
 
-from horizon_lm.cli_base import HELP, PASS_OPTIONS, SettingsArguments, SettingsCommand, load_settings, require_named_model
+from horizon_lm.cli_base import (
+    HELP,
+    PASS_OPTIONS,
+    SettingsArguments,
+    SettingsCommand,
+    load_settings,
+    require_named_model,
+)
 from horizon_lm.cli_bench import bench
 from horizon_lm.cli_data import data_app, init
 from horizon_lm.cli_model import EvalCommand, chat, evaluate, generate

@@ -8,7 +8,13 @@ from typing import Annotated
 
 import typer
 
-from horizon_lm.cli_base import PASS_OPTIONS, SettingsArguments, SettingsCommand, load_settings, require_named_model
+from horizon_lm.cli_base import (
+    PASS_OPTIONS,
+    SettingsArguments,
+    SettingsCommand,
+    load_settings,
+    require_named_model,
+)
 from horizon_lm.hub_access import require_model
 
 data_app = typer.Typer(help="Look at training data.", no_args_is_help=True, rich_markup_mode=None)

@@ -138,7 +138,6 @@ class Outline:
             self._measured[key] = Measures(batch, tokens, ends, layers)
         return self._measured[key]
 
-
     def expect(self, line: Line) -> None:
         """Many shapes of `line` will be asked for: its ends are measured, and those between follow."""
         if line.high - line.low > 1 and line not in self._lines and self.mlp_tile_tokens is None:

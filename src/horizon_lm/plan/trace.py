@@ -1,10 +1,10 @@
 """What a measurement on fake tensors did, event by event, and the same for a size between two measured ones.
 
 A layer that is run on 2 and on 4095 sequences does the same operations, and every tensor of it is as large
-as the number of sequences, times a constant (or its square, or one more or less). Where both ends of a line of sizes agree on
-that, to the byte and for every single event, the sizes between need not be run: their events follow, and
-with them peaks and work, exactly. Where anything differs (another branch, a padded or rounded size) nothing
-is concluded, and each size is measured.
+as the number of sequences times a constant (or its square, or one more or less). Where both ends of a line
+of sizes agree on that, to the byte and for every single event, the sizes between need not be run: their
+events follow, and with them peaks and work, exactly. Where anything differs (another branch, a padded or
+rounded size) nothing is concluded, and each size is measured.
 """
 
 from __future__ import annotations
