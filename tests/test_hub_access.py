@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -70,6 +74,85 @@ def test_every_command_says_so_at_once(
         assert key in error and "nope' is neither a" in error and closed in error, arguments
         assert hint.startswith("hint: check the path; looked in ") and "network" in hint
         assert time.monotonic() - started < 30  # seconds of retries were 27 for each request
+
+
+@pytest.mark.parametrize("is_offline", [False, True])
+def test_a_model_that_is_nowhere_is_said_before_anything_is_imported(
+    tmp_path: Path, is_offline: bool
+) -> None:
+    """Six commands in one process of its own: one line and a hint each, no file written, no torch imported.
+    The negative control: a model's folder is looked at (and found empty) by libraries."""
+    write_text(tmp_path / "text.txt")
+    (tmp_path / "empty").mkdir()
+    data, model = "datasets=text.txt", "model_name_or_path=nope"
+    commands = [
+        ["init", "--model", "nope", "--dataset", "text.txt"],
+        ["chat", "nope"],
+        ["generate", "nope", "--prompt", "a"],
+        ["eval", "nope", "eval_datasets=text.txt"],
+        ["eval", model, "eval_datasets=text.txt"],
+        ["plan", model, data],
+        ["data", "preview", model, data],
+        ["train", model, data],
+    ]
+    script = (
+        "import sys; from horizon_lm import cli\n"
+        f"codes = [cli.main(command) for command in {commands!r}]\n"
+        "assert codes == [2] * len(codes), codes\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+        "assert cli.main(['plan', 'model_name_or_path=./empty', 'datasets=text.txt']) == 2\n"
+        "assert 'transformers' in sys.modules\n"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": str(int(is_offline)), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()[: 2 * len(commands)]
+    assert all("nope' is neither a folder here" in line for line in lines[::2])
+    assert all(line.startswith("hint: check the path; looked in ") for line in lines[1::2])
+    assert {path.name for path in tmp_path.iterdir()} <= {"text.txt", "empty", "home"}
+
+
+class _KnowsNothing(BaseHTTPRequestHandler):
+    """A Hub without that model; or one that asks for a login."""
+
+    code = "RepoNotFound"
+
+    def do_GET(self) -> None:
+        self.send_response(401 if self.code == "GatedRepo" else 404)
+        self.send_header("X-Error-Code", self.code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("code", ["RepoNotFound", "GatedRepo"])
+def test_init_writes_nothing_for_a_name_that_the_hub_does_not_know(tmp_path: Path, code: str) -> None:
+    """The negative control: a model that asks for a login is there, and is written down."""
+    write_text(tmp_path / "text.txt")
+    handler = type("Handler", (_KnowsNothing,), {"code": code})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+        environment |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        environment |= {"PYTHONPATH": os.pathsep.join(sys.path)}
+        script = "import sys; from horizon_lm import cli; sys.exit(cli.main(sys.argv[1:]))"
+        command = [sys.executable, "-c", script, "init", "--model", "who/nope", "--dataset", "text.txt"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        server.shutdown()
+    if code == "GatedRepo":
+        assert done.returncode == 0 and (tmp_path / "horizon.yaml").exists(), done.stderr
+        return
+    assert done.returncode == 2 and not (tmp_path / "horizon.yaml").exists(), done.stderr
+    assert done.stderr.splitlines()[0] == (
+        "error: --model='who/nope' is neither a folder here nor a model of the Hub"
+    )
 
 
 def test_offline_by_choice_is_said_and_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

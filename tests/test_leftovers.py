@@ -14,7 +14,8 @@ import pytest
 
 from horizon_lm import leftovers
 from horizon_lm.data.tokens import TokenWriter
-from horizon_lm.leftovers import OwnedFolder, sweep
+from horizon_lm.leftovers import OwnedFolder, sweep, temporary_folder
+from horizon_lm.run.export import write_folder
 
 _HOLD = """
 import sys
@@ -95,3 +96,63 @@ def test_token_caches_are_whole_or_absent(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), TokenWriter(tmp_path / "two", np.dtype(np.uint16)):
         raise RuntimeError
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from horizon_lm.run import export
+from horizon_lm.leftovers import temporary_folder
+
+place, when = Path(sys.argv[1]), sys.argv[2]
+die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+if when == "files":
+    with temporary_folder("horizon-files-") as folder:
+        (folder / "a").write_text("a")
+        die()
+if when == "old":
+    rename = os.rename
+    os.rename = lambda a, b: (rename(a, b), die()) if Path(b).name == "old" else rename(a, b)
+export.write_folder(place, die if when == "writing" else lambda folder: (folder / "a").write_text("new"))
+"""
+
+
+def _killed(place: Path, when: str) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(place.parent)}
+    done = subprocess.run([sys.executable, "-c", _KILLED, str(place), when], env=environment)
+    assert done.returncode == -signal.SIGKILL
+
+
+def test_what_a_killed_export_left_is_swept_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while it writes, and between the old folder and the new one, which leaves the old one aside:
+    that is put back, also where the next one fails. The negative control: a folder of somebody else's."""
+    place, own = tmp_path / "model", tmp_path / ".model.mine"
+    for folder in (place, own):
+        folder.mkdir()
+        (folder / "a").write_text("old")
+    os.utime(own, (0, 0))
+    _killed(place, "files")
+    _killed(place, "writing")
+    _killed(place, "old")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert len(left) == 4 and "model" not in left  # mine, what was staged last, the old one, files
+
+    def fails(_: Path) -> None:
+        raise OSError("full")
+
+    with pytest.raises(Exception, match="full"):
+        write_folder(place, fails)
+    assert (place / "a").read_text() == "old"
+    write_folder(place, lambda folder: (folder / "a").write_text("new") and None)
+    monkeypatch.setattr(leftovers.tempfile, "gettempdir", lambda: str(tmp_path))
+    with temporary_folder("horizon-files-") as folder:
+        assert list(folder.iterdir()) == []
+    left = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".model.horizon-")}
+    assert left == {"model", ".model.mine"} and os.listdir(place) == ["a"]
+    for path in tmp_path.glob(".model.horizon-*"):  # disowned before it was renamed: swept a day later
+        os.utime(path, (0, 0))
+    write_folder(place, lambda folder: (folder / "a").write_text("newer") and None)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", ".model.mine"}
+    assert (place / "a").read_text() == "newer"

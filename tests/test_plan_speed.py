@@ -10,6 +10,7 @@ from horizon_lm.plan import working_set
 from horizon_lm.plan.outline import Outline, model_config
 from horizon_lm.plan.predict import predict
 from horizon_lm.plan.profile import load_profile
+from horizon_lm.plan.trace import Law, Line, Trace
 from horizon_lm.schedule import derive_waits, simulate
 
 TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
@@ -42,7 +43,7 @@ def test_keeping_is_measured_only_where_it_is_asked_for(monkeypatch: pytest.Monk
 
     def counted(*arguments):
         policies.append(arguments[-1])
-        return run(*arguments)
+        run(*arguments)
 
     monkeypatch.setattr(working_set, "_run_layer", counted)
     config, outline = outline_of()
@@ -55,3 +56,41 @@ def test_keeping_is_measured_only_where_it_is_asked_for(monkeypatch: pytest.Monk
         pass
     again = other.measures(2, 32, 64).layers[0]
     assert again.measure_kept() == found
+
+
+LINES = [Line("batch", 32, 2, 63), Line("tokens", 1, 8, 63)]
+
+
+@pytest.mark.parametrize("line", LINES, ids=["batch", "tokens"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_sizes_between_two_measured_ones_follow_exactly(line: Line, attention: str) -> None:
+    """Every figure, bytes and work, is the one that a measurement of the size itself has."""
+    config, quick = outline_of(attn_implementation=attention)
+    quick.expect(line)
+    _, plain = outline_of(attn_implementation=attention)
+    for number in (line.low, line.low + 3, 37, line.high + 1):
+        assert figures(quick, *line.shape(number)) == figures(plain, *line.shape(number)), number
+    shapes = {(batch, tokens) for part, batch, tokens in quick._traces if part[0] != "head"}
+    assert shapes == {line.shape(line.low), line.shape(line.high)}
+
+
+def figures(outline: Outline, batch: int, tokens: int) -> tuple:
+    found = outline.measures(batch, tokens, 16)
+    layer = found.layers[0]
+    return found.ends, layer, layer.kept, layer.keep_forward, layer.keep_backward
+
+
+def test_nothing_is_concluded_where_the_ends_differ() -> None:
+    """A padded size, another branch, and a size beyond the line are measured."""
+    line = Line("batch", 1, 2, 63)
+    low, high = Trace(), Trace()
+    low.note(("alloc", 1), 8)
+    high.note(("alloc", 1), 252)
+    assert Law.of(line, low, high) is not None
+    assert line.number(65, 1) is None and line.number(64, 1) == 64 and line.number(5, 2) is None
+    padded, branched = Trace(), Trace()
+    padded.note(("alloc", 1), 256)
+    assert Law.of(line, low, padded) is None
+    branched.note(("alloc", 1), 252)
+    branched.note(("free", 1))
+    assert Law.of(line, low, branched) is None

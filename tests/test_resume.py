@@ -8,12 +8,14 @@ import shutil
 import signal
 from itertools import product
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 from horizon_lm import cli
+from horizon_lm.checkpoint.folder import Checkpoint
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StoppedError
 from horizon_lm.plan.step_size import CUT
@@ -353,10 +355,16 @@ def test_settings_of_datasets_that_are_newer_than_a_run_do_not_stop_it(text: Pat
         ]
     for key in ("max_samples", "dataset_dir"):
         del then[key]
-    check_settings(config, then)
+    check_settings(config, saved_with(then, tmp_path))
     limited = config.replace(datasets=[{"path": str(text), "max_samples": 3}])
     with pytest.raises(ConfigError, match="datasets was"):  # the control
-        check_settings(limited, then)
+        check_settings(limited, saved_with(then, tmp_path))
+
+
+def saved_with(config: dict[str, Any], run: Path) -> Checkpoint:
+    """What `check_settings` looks at of a checkpoint."""
+    manifest = SimpleNamespace(config=config, files={})
+    return cast(Checkpoint, SimpleNamespace(manifest=manifest, path=run / "checkpoint-1"))
 
 
 def test_every_setting_is_free_fixed_or_asked_about() -> None:
@@ -479,7 +487,8 @@ def test_a_run_of_tokens_per_step_goes_on_with_its_cut(
     assert cli.main(["resume", str(run), "max_steps=7"]) == 0
     capsys.readouterr()
     named = 1 if size != 1 else 2
-    assert cli.main(["train", str(config), "--resume", f"per_device_train_batch_size={named}"]) == 2
+    other = f"per_device_train_batch_size={named}"
+    assert cli.main(["train", str(config), "--resume", "max_steps=8", other]) == 2
     assert "per_device_train_batch_size was" in capsys.readouterr().err
 
 

@@ -15,7 +15,14 @@ from typing import Annotated, Any
 
 import typer
 
-from horizon_lm.cli_base import HELP, PASS_OPTIONS, SettingsArguments, SettingsCommand, load_settings
+from horizon_lm.cli_base import (
+    HELP,
+    PASS_OPTIONS,
+    SettingsArguments,
+    SettingsCommand,
+    load_settings,
+    require_named_model,
+)
 from horizon_lm.cli_bench import bench
 from horizon_lm.cli_data import data_app, init
 from horizon_lm.cli_model import EvalCommand, chat, evaluate, generate
@@ -72,6 +79,8 @@ def train(
     Settings come from CONFIG.yaml, if given, and from key=value, --key value or --key=value, which win.
     """
     config, notes = load_settings(settings)
+    if config.resume_from_checkpoint is None:  # a checkpoint may hold all that the model's folder did
+        require_named_model(config)
     if dry_run:
         from horizon_lm.run.planning import dry_run as run_dry
 

@@ -79,3 +79,11 @@ def load_settings(arguments: Sequence[str] | None) -> tuple[TrainConfig, list[st
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     return config, notes
+
+
+def require_named_model(config: TrainConfig) -> None:
+    """Raises ConfigError, before a library is imported, for a model that can be had nowhere."""
+    from horizon_lm.hub_access import require_model
+
+    if config.init_model is None and config.model_name_or_path is not None:
+        require_model(config.model_name_or_path, "model_name_or_path")

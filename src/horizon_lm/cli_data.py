@@ -8,7 +8,14 @@ from typing import Annotated
 
 import typer
 
-from horizon_lm.cli_base import PASS_OPTIONS, SettingsArguments, SettingsCommand, load_settings
+from horizon_lm.cli_base import (
+    PASS_OPTIONS,
+    SettingsArguments,
+    SettingsCommand,
+    load_settings,
+    require_named_model,
+)
+from horizon_lm.hub_access import require_model
 
 data_app = typer.Typer(help="Look at training data.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -31,6 +38,7 @@ def preview(
     Reads and tokenises the data as training does (and keeps the tokens for it); loads no model.
     """
     config, _ = load_settings(settings)
+    require_named_model(config)
     from horizon_lm.data import load_training_data
     from horizon_lm.data.preview import print_preview, summary_json
 
@@ -55,6 +63,7 @@ def init(
 
     Looks at both, and comments every key.
     """
+    require_model(model, "--model")
     from horizon_lm.run.init_config import write_config
 
     for line in write_config(model, dataset, output, overwrite=overwrite):

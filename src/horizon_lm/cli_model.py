@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from horizon_lm.cli_base import SettingsArguments, SettingsCommand, split_arguments
+from horizon_lm.hub_access import require_model
 from horizon_lm.words import count
 
 Model = Annotated[
@@ -42,6 +43,11 @@ def evaluate(
     On eval_datasets; else on what val_size holds out; else on datasets.
     """
     place, overrides = split_arguments(settings or ())
+    if place is not None:
+        require_model(place, "model")
+    for key, _, name in (override.removeprefix("--").partition("=") for override in overrides):
+        if key.replace("-", "_") == "model_name_or_path":
+            require_model(name, "model_name_or_path")
     from horizon_lm.run.evaluate import evaluate_target, target_of
 
     target, notes = target_of(place, overrides)
@@ -73,6 +79,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt.")] = False,
 ) -> None:
     """Complete prompts with a model."""
+    require_model(model, "model")
     from horizon_lm.run.generate import Chat, Generator, Sampling, prompts_of
 
     prompts = prompts_of(prompt)
@@ -104,6 +111,7 @@ def chat(
 
     /reset forgets the conversation, /quit or the end of input leaves.
     """
+    require_model(model, "model")
     from horizon_lm.run.generate import Chat, Generator, Sampling
 
     generator = Generator.load(model, device=device, trust_remote_code=trust_remote_code, verb="chat")

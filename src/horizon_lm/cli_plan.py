@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from horizon_lm.cli_base import SettingsArguments, SettingsCommand, load_settings
+from horizon_lm.cli_base import SettingsArguments, SettingsCommand, load_settings, require_named_model
 
 
 class PlanCommand(SettingsCommand):
@@ -34,6 +34,7 @@ def plan(
         else:
             rest.append(argument)
     config, _ = load_settings(rest)
+    require_named_model(config)
     import gc
 
     from horizon_lm.plan.run_plan import plan_run

@@ -59,6 +59,13 @@ def require_reachable(
     )
 
 
+def require_model(name: str, key: str) -> None:
+    """`require_reachable` for the name of a model, for the commands: before a library is imported, which
+    takes longer. What looks like a file is left to those who say what is there instead."""
+    if not name.endswith((".yaml", ".yml", ".json", ".jsonl")):
+        require_reachable(name, key)
+
+
 def is_offline() -> bool:
     """Whether the environment forbids requests to the Hub."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}

@@ -43,6 +43,18 @@ class OwnedFolder:
         self._finalizer()
 
 
+@contextmanager
+def temporary_folder(prefix: str) -> Iterator[Path]:
+    """An empty folder in an `OwnedFolder`."""
+    owned = OwnedFolder(prefix)
+    try:
+        folder = owned.path / "files"
+        folder.mkdir()
+        yield folder
+    finally:
+        owned.release()
+
+
 def _made(prefix: str, root: Path) -> tuple[Path, int]:
     """A new folder and its lock, held. One that another process swept before it was locked is made again."""
     while True:

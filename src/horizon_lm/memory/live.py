@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,9 +24,11 @@ class LiveBytes(TorchDispatchMode):
         """Never compiled: so torch need not wrap each call, nor import its compiler for that."""
         return False
 
-    def __init__(self) -> None:
+    def __init__(self, note: Callable[..., None] | None = None) -> None:
+        """note: called with ("alloc", number of the storage) and its bytes, and ("free", number)."""
         super().__init__()
         self.now = self.peak = 0
+        self._note, self._count = note, 0
         self._known = WeakIdKeyDictionary()
 
     def restart(self) -> int:
@@ -43,11 +46,16 @@ class LiveBytes(TorchDispatchMode):
                 self._known[storage] = size
                 self.now += size
                 self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._freed, size)
+                self._count += 1
+                if self._note is not None:
+                    self._note(("alloc", self._count), size)
+                weakref.finalize(storage, self._freed, size, self._count)
         return out
 
-    def _freed(self, size: int) -> None:
+    def _freed(self, size: int, number: int) -> None:
         self.now -= size
+        if self._note is not None:
+            self._note(("free", number))
 
 
 def _storage(value: Any) -> torch.UntypedStorage | None:

@@ -6,6 +6,8 @@ The transformers model is built from fake tensors, which have shapes and no memo
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +25,8 @@ from ..hub_access import require_reachable
 from ..memory.layout import UnitLayout
 from ..model.loading import freeze
 from ..model.skeleton import Skeleton
-from .working_set import Ends, WorkingSet, ends_working_set, layer_working_set
+from .trace import Law, Line, Trace
+from .working_set import Ends, Measure, WorkingSet, ends_working_set, layer_working_set
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,9 @@ class Outline:
         self.units: tuple[UnitLayout, ...] = self.skeleton.units
         self._kinds, self.kind_of = _kinds_of_layers(self.skeleton)
         self._measured: dict[tuple[int, int, int, bool], Measures] = {}
+        self._traces: dict[tuple[Hashable, int, int], Trace] = {}
+        self._lines: list[Line] = []
+        self._laws: dict[tuple[Hashable, Line], Law | None] = {}
 
     @property
     def num_layers(self) -> int:
@@ -113,9 +119,12 @@ class Outline:
                     loss_chunk,
                     mode=self._mode,
                     label_smoothing=label_smoothing,
+                    source=self._readings,
                 )
                 layers = tuple(
-                    layer_working_set(self.skeleton, layer, batch, tokens, mode=self._mode)
+                    layer_working_set(
+                        self.skeleton, layer, batch, tokens, mode=self._mode, source=self._readings
+                    )
                     for layer in self._kinds
                 )
             except HorizonError:
@@ -128,6 +137,37 @@ class Outline:
                 ) from error
             self._measured[key] = Measures(batch, tokens, ends, layers)
         return self._measured[key]
+
+    def expect(self, line: Line) -> None:
+        """Many shapes of `line` will be asked for: its ends are measured, and those between follow."""
+        if line.high - line.low > 1 and line not in self._lines and self.mlp_tile_tokens is None:
+            self._lines.append(line)
+
+    def _readings(self, part: Hashable, batch: int, tokens: int, measure: Measure) -> Sequence[Any]:
+        """Of a part of the model: measured, or between two that were."""
+        if (part, batch, tokens) not in self._traces and batch:  # the head has rows alone
+            for line in self._lines:
+                number = line.number(batch, tokens)
+                if number is None or number in (line.low, line.high):
+                    continue
+                law = self._law(part, line, measure)
+                if law is not None:
+                    return law.at(number)
+        return self._trace(part, batch, tokens, measure).readings
+
+    def _trace(self, part: Hashable, batch: int, tokens: int, measure: Measure) -> Trace:
+        key = part, batch, tokens
+        if key not in self._traces:
+            self._traces[key] = measure(batch, tokens)
+        return self._traces[key]
+
+    def _law(self, part: Hashable, line: Line, measure: Measure) -> Law | None:
+        if (part, line) not in self._laws:
+            self._laws[part, line] = None
+            with suppress(Exception):  # an end that cannot be run tells nothing of the shapes between
+                low, high = (self._trace(part, *line.shape(n), measure) for n in (line.low, line.high))
+                self._laws[part, line] = Law.of(line, low, high)
+        return self._laws[part, line]
 
 
 def model_config(config: TrainConfig) -> Any:

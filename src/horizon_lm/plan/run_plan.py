@@ -18,6 +18,7 @@ from .outline import Outline, model_config
 from .predict import Prediction
 from .profile import FALLBACK, Profile, load_profile
 from .step_size import assumed_tokens
+from .trace import Line
 
 # On a CPU layers are computed where they are: there is nothing to choose.
 _OF_DEVICE_MEMORY = frozenset({"boundaries", "slots", "grad_slots"})
@@ -44,6 +45,11 @@ class RunPlan:
     def largest(self) -> dict[str, int]:
         """The largest micro-batch, sequence and number of layers that would still fit, one at a time."""
         planner, base = self.planner, self._leanest()
+        # One below the most is odd, as a rule: sizes that are rounded up show there. One sequence is a
+        # case of its own, whose tensors need fewer copies.
+        rows, tokens = base.per_device_train_batch_size, base.max_length
+        planner.outline.expect(Line("batch", tokens, max(2, rows), _MOST_ROWS - 1))
+        planner.outline.expect(Line("tokens", 1, tokens, self._longest() - 1))
         found = {
             "per_device_train_batch_size": largest_that_fits(
                 lambda n: planner.room_bytes(base.replace(per_device_train_batch_size=n)),

@@ -7,7 +7,7 @@ know are added; bytes are those of the tensors that an operation reads and write
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -77,9 +77,12 @@ class WorkMeter(TorchDispatchMode):
         """Never compiled: so torch need not wrap each call, nor import its compiler for that."""
         return False
 
-    def __init__(self) -> None:
+    def __init__(self, note: Callable[..., None] | None = None) -> None:
+        """note: called with ("kernel", kind, dtype), the FLOPs, and for each tensor its bytes and those
+        of the memory that it lies in."""
         super().__init__()
         self.work: Work = Counter()
+        self._note = note
 
     def take(self) -> Work:
         """What was counted since the last call."""
@@ -99,7 +102,10 @@ class WorkMeter(TorchDispatchMode):
         else:
             out = func(*args, **kwargs)
         if not _is_free(func) and any(isinstance(t, torch.Tensor) for t in tree_leaves(out)):
-            self.work[_kernel(func, args, kwargs, out)] += 1
+            kind, dtype, flops, sizes = _kernel(func, args, kwargs, out)
+            self.work[Kernel(kind, dtype, flops, bytes_of(sizes))] += 1
+            if self._note is not None:
+                self._note(("kernel", kind, dtype), flops, *sizes)
         return out
 
 
@@ -120,17 +126,24 @@ def _is_free(func: Any) -> bool:
     return views or func._overloadpacket in _NO_WORK
 
 
-def _kernel(func: Any, args: tuple, kwargs: dict, out: Any) -> Kernel:
+def bytes_of(sizes: Sequence[int]) -> int:
+    """Of the tensors of an operation: of each the smaller of its bytes and its memory's, which follow each
+    other. What was expanded is read once."""
+    return sum(map(min, sizes[::2], sizes[1::2]))
+
+
+def _kernel(func: Any, args: tuple, kwargs: dict, out: Any) -> tuple[str, str, int, list[int]]:
+    """(kind, dtype, FLOPs, sizes for `bytes_of`)."""
     packet = func._overloadpacket
     tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
-    size = sum(min(t.numel() * t.itemsize, t.untyped_storage().nbytes()) for t in tensors)
+    sizes = [n for t in tensors for n in (t.numel() * t.itemsize, t.untyped_storage().nbytes())]
     floating = [t.dtype for t in tensors if t.dtype.is_floating_point]
     dtype = str(min(floating, key=lambda d: d.itemsize, default=torch.float32)).removeprefix("torch.")
     if packet in _ADDED:
-        return Kernel(_kind(packet), dtype, int(_ADDED[packet](*args, **kwargs)), size)
+        return _kind(packet), dtype, int(_ADDED[packet](*args, **kwargs)), sizes
     if packet in flop_registry:
-        return Kernel(_kind(packet), dtype, int(flop_registry[packet](*args, **kwargs, out_val=out)), size)
-    return Kernel(ELEMENTWISE, dtype, 0, size)
+        return _kind(packet), dtype, int(flop_registry[packet](*args, **kwargs, out_val=out)), sizes
+    return ELEMENTWISE, dtype, 0, sizes
 
 
 def _kind(packet: Any) -> str:

@@ -6,7 +6,7 @@ tensors; what it allocates and what it computes is counted. Nothing is known of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -25,6 +25,7 @@ from ..model.anatomy import tensors_in
 from ..model.capture import Call
 from ..model.skeleton import Skeleton
 from ..schedule.step_plan import KEEP, RECOMPUTE
+from .trace import Trace
 from .work import Work, WorkMeter
 
 
@@ -81,6 +82,15 @@ class Ends:
     loss: Pass
 
 
+# Readings of a part on [batch, tokens], measured as they are asked for or known from other shapes.
+Measure = Callable[[int, int], Trace]
+Source = Callable[[Hashable, int, int, Measure], Sequence[Any]]
+
+
+def _measured(part: Hashable, batch: int, tokens: int, measure: Measure) -> Sequence[Any]:
+    return measure(batch, tokens).readings
+
+
 def layer_working_set(
     skeleton: Skeleton,
     layer: int,
@@ -88,21 +98,35 @@ def layer_working_set(
     tokens: int,
     device: torch.device | None = None,
     mode: FakeTensorMode | None = None,
+    source: Source = _measured,
 ) -> WorkingSet:
     """The working set of decoder layer `layer` (0-based) on a micro-batch [batch, tokens], unpacked.
 
     device: where it would run, which decides on the kernels; the CPU by default. mode: that of a skeleton
-    which was built from fake tensors.
+    which was built from fake tensors. source: where readings come from; measured by default.
     """
 
-    def measure(policy: str) -> tuple[int, tuple[int, Pass, Pass]]:
-        with _Metered(device, mode) as metered:
-            hidden, call = metered.prologue(skeleton, batch, tokens)
-            call.routers = [[] for _ in range(layer)]
-            return hidden.nbytes, _run_layer(skeleton, layer, metered, hidden, call, policy)
+    def readings(policy: str) -> Sequence[Any]:
+        def measure(batch: int, tokens: int) -> Trace:
+            with _Metered(device, mode) as metered:
+                hidden, call = metered.prologue(skeleton, batch, tokens)
+                call.routers = [[] for _ in range(layer)]
+                metered.size(hidden)
+                _run_layer(skeleton, layer, metered, hidden, call, policy)
+                return metered.trace
 
-    boundary, (held, forward, backward) = measure(RECOMPUTE)
-    return WorkingSet(boundary, held, forward, backward, lambda: measure(KEEP)[1])
+        return source((layer, policy), batch, tokens, measure)
+
+    boundary, (held, forward, backward) = _layer_figures(readings(RECOMPUTE))
+    return WorkingSet(boundary, held, forward, backward, lambda: _layer_figures(readings(KEEP))[1])
+
+
+def _layer_figures(readings: Sequence[Any]) -> tuple[int, tuple[int, Pass, Pass]]:
+    """(bytes of the input, (bytes held between forward and backward, forward, backward))."""
+    _, boundary, _, before, peak, work, now, output, backward_before, backward_peak, backward_work = readings
+    held = now - before - output
+    forward = Pass(peak - before, work)
+    return boundary, (held, forward, Pass(backward_peak - (backward_before - held), backward_work))
 
 
 def ends_working_set(
@@ -114,19 +138,46 @@ def ends_working_set(
     mode: FakeTensorMode | None = None,
     *,
     label_smoothing: float = 0.0,
+    source: Source = _measured,
 ) -> Ends:
     """What prologue and head take. The router's auxiliary loss is left out: its logits are few."""
-    with _Metered(device, mode) as metered:
-        before = metered.live.restart()
-        hidden, call = metered.prologue(skeleton, batch, tokens)
-        forward = Pass(max(0, metered.live.peak - before - hidden.nbytes), metered.meter.take())
-        shared = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors_in(call.layers)}
-        backward = Pass(0, Work())
-        if any(u.trainable_numel for u in (skeleton.units[0], skeleton.units[skeleton.embedding_unit])):
-            backward = _prologue_backward(skeleton, metered, hidden, batch, tokens)
-        head_loss = partial(cross_entropy, chunk=loss_chunk, label_smoothing=label_smoothing)
-        loss = _head(skeleton, metered, hidden, loss_chunk, head_loss)
-    return Ends(sum(shared.values()), forward, backward, loss)
+    has_backward = any(
+        u.trainable_numel for u in (skeleton.units[0], skeleton.units[skeleton.embedding_unit])
+    )
+
+    def measure(batch: int, tokens: int) -> Trace:
+        with _Metered(device, mode) as metered:
+            metered.restart()
+            hidden, call = metered.prologue(skeleton, batch, tokens)
+            metered.size(hidden)
+            metered.peak()
+            metered.take()
+            if has_backward:
+                _prologue_backward(skeleton, metered, hidden, batch, tokens)
+            shared = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors_in(call.layers)}
+            for storage in shared.values():
+                metered.trace.read("size", storage.nbytes(), storage.nbytes())
+            return metered.trace
+
+    def measure_head(_: int, rows: int) -> Trace:
+        with _Metered(device, mode) as metered:
+            width = skeleton.embedding.embedding_dim
+            _head_on(skeleton, metered, width, rows, head_loss)
+            return metered.trace
+
+    head_loss = partial(cross_entropy, chunk=loss_chunk, label_smoothing=label_smoothing)
+    before, _, hidden, peak, work, *rest = source("ends", batch, tokens, measure)
+    forward, backward = Pass(max(0, peak - before - hidden), work), Pass(0, Work())
+    if has_backward:
+        _, before, peak, work, *rest = rest
+        backward = Pass(peak - before, work)
+
+    def head(rows: int) -> Pass:
+        _, before, peak, work = source(("head", loss_chunk, bool(label_smoothing)), 0, rows, measure_head)
+        return Pass(peak - before, work)
+
+    loss = _head(batch * tokens, hidden // (batch * tokens), loss_chunk, head)
+    return Ends(sum(rest), forward, backward, loss)
 
 
 class _Metered:
@@ -135,7 +186,8 @@ class _Metered:
     def __init__(self, device: torch.device | None, mode: FakeTensorMode | None) -> None:
         self.device = device or torch.device("cpu")
         self.mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
-        self.live, self.meter = LiveBytes(), WorkMeter()
+        self.trace = Trace()
+        self.live, self.meter = LiveBytes(self.trace.note), WorkMeter(self.trace.note)
 
     def __enter__(self) -> _Metered:
         self._stack = ExitStack()
@@ -146,9 +198,26 @@ class _Metered:
     def __exit__(self, *exc: Any) -> None:
         self._stack.close()
 
+    # What is read off goes into the trace.
+
+    def restart(self) -> None:
+        self.trace.read("restart", self.live.restart())
+
+    def peak(self) -> None:
+        self.trace.read("peak", self.live.peak)
+
+    def now(self) -> None:
+        self.trace.read("now", self.live.now)
+
+    def take(self) -> None:
+        self.trace.read("take", self.meter.take())
+
+    def size(self, tensor: torch.Tensor) -> None:
+        self.trace.read("size", tensor.nbytes, tensor.nbytes)
+
     def prologue(self, skeleton: Skeleton, batch: int, tokens: int) -> tuple[torch.Tensor, Call]:
         embeds, inputs = self.inputs(skeleton, batch, tokens)
-        self.meter.take()
+        self.take()
         return forward_prologue(skeleton, self.weights(skeleton, 0), embeds, inputs)
 
     def inputs(self, skeleton: Skeleton, batch: int, tokens: int) -> tuple[torch.Tensor, dict]:
@@ -172,75 +241,72 @@ class _Metered:
 
 def _run_layer(
     skeleton: Skeleton, layer: int, metered: _Metered, hidden: torch.Tensor, call: Call, policy: str
-) -> tuple[int, Pass, Pass]:
-    """(bytes held between forward and backward, forward, backward)."""
-    live, meter = metered.live, metered.meter
+) -> None:
+    """Read off what `_layer_figures` makes figures of."""
     weights = metered.weights(skeleton, layer + 1)
     gradient = metered.gradient(skeleton, layer + 1)
-    meter.take()
-    before = live.restart()
+    metered.take()
+    metered.restart()
     done = forward_layer(skeleton, layer, weights, call, hidden, policy=policy, grad=True, in_place=True)
-    forward = Pass(live.peak - before, meter.take())
+    metered.peak()
+    metered.take()
     call.routers.append(done.routers)
-    held = live.now - before - done.output.nbytes
+    metered.now()
+    metered.size(done.output)
     incoming = torch.empty_like(done.output)
-    graph, output_bytes = done.graph, done.output.nbytes
+    graph = done.graph
     assert graph is not None
     del done
-    before = live.restart() - held - output_bytes
+    metered.restart()
     backward_layer(skeleton, layer, weights, call, graph, hidden, incoming, gradient)
-    return held, forward, Pass(live.peak - before - output_bytes, meter.take())
+    metered.peak()
+    metered.take()
 
 
 def _prologue_backward(
     skeleton: Skeleton, metered: _Metered, hidden: torch.Tensor, batch: int, tokens: int
-) -> Pass:
+) -> None:
     weights = metered.weights(skeleton, 0)
     gradient = metered.gradient(skeleton, 0) if skeleton.units[0].trainable_numel else None
     embeds, inputs = metered.inputs(skeleton, batch, tokens)
     incoming = torch.empty_like(hidden)
-    metered.meter.take()
-    before = metered.live.restart()
+    metered.take()
+    metered.restart()
     backward_prologue(skeleton, weights, embeds, inputs, incoming, gradient)
-    return Pass(metered.live.peak - before, metered.meter.take())
+    metered.peak()
+    metered.take()
 
 
-def _head(
-    skeleton: Skeleton,
-    metered: _Metered,
-    hidden: torch.Tensor,
-    loss_chunk: int,
-    head_loss: Callable[[int], HeadLoss],
-) -> Pass:
+def _head(rows: int, row_bytes: int, loss_chunk: int, head: Callable[[int], Pass]) -> Pass:
     """Chunks of the loss are alike, so two are run and the others are counted as the second."""
-    rows = hidden.shape[0] * hidden.shape[1]
-    one = _head_on(skeleton, metered, hidden, min(rows, loss_chunk), head_loss)
+    one = head(min(rows, loss_chunk))
     chunks = -(-rows // loss_chunk)
     if chunks == 1:
         return one
-    two = _head_on(skeleton, metered, hidden, min(rows, 2 * loss_chunk), head_loss)
+    two = head(min(rows, 2 * loss_chunk))
     work = Work(one.work)
     for kernel, count in two.work.items():
         work[kernel] += (count - one.work[kernel]) * (chunks - 1)
     # What grows with the rows is the gradient that goes down to the last layer.
-    rest = max(0, rows - 2 * loss_chunk) * hidden[0, 0].numel() * hidden.itemsize
+    rest = max(0, rows - 2 * loss_chunk) * row_bytes
     return Pass(max(one.bytes, two.bytes) + rest, Work({k: n for k, n in work.items() if n > 0}))
 
 
 def _head_on(
     skeleton: Skeleton,
     metered: _Metered,
-    like: torch.Tensor,
+    width: int,
     rows: int,
     head_loss: Callable[[int], HeadLoss],
-) -> Pass:
+) -> None:
     head = skeleton.head
     weights = metered.weights(skeleton, head)
     gradient = metered.gradient(skeleton, head) if skeleton.units[head].trainable_numel else None
-    hidden = torch.empty(1, rows, *like.shape[2:], dtype=like.dtype, device=like.device)
+    hidden = torch.empty(1, rows, width, dtype=skeleton.dtype, device=metered.device)
     targets = torch.zeros(1, rows, dtype=torch.long)
-    metered.meter.take()
-    before = metered.live.restart()
+    metered.take()
+    metered.restart()
     with torch.enable_grad(), bound_for_backward(skeleton, head, weights, gradient):
         head_loss(rows)(skeleton, hidden, targets)
-    return Pass(metered.live.peak - before, metered.meter.take())
+    metered.peak()
+    metered.take()

@@ -7,6 +7,7 @@ what goes into which file, then to the weights of one unit after the other.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from ..checkpoint import units
 from ..checkpoint.disk import Disk, HashedFile
 from ..engine.policies import DTYPES
 from ..errors import ConfigError, DoesNotFitError
+from ..leftovers import OwnedFolder
 from ..memory.store import HostStore
 from ..model.skeleton import Skeleton
 
@@ -266,16 +268,19 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        _put_back(folder)
+        owned = OwnedFolder(f".{folder.name}.horizon-", folder.parent)  # those of killed processes are swept
+        staging = owned.path
     except OSError as error:
         raise ConfigError(
             f"cannot write to {folder.parent}: {error.strerror}", hint="choose another folder"
         ) from error
     try:
         write(staging)
+        owned.disown()
         _open_to_umask(staging)
         if folder.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+            retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.horizon-old-", dir=folder.parent))
             os.rename(folder, retired / "old")
             os.rename(staging, folder)
             shutil.rmtree(retired)
@@ -287,7 +292,17 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
             hint="free disk space or choose another folder",
         ) from error
     finally:
+        owned.release()
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _put_back(folder: Path) -> None:
+    """A process that was killed between taking the old folder away and putting the new one in its place left
+    none: the old one is there again."""
+    for retired in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.horizon-old-*/old")):
+        if not folder.exists():
+            os.rename(retired, folder)
+            retired.parent.rmdir()
 
 
 def _open_to_umask(folder: Path) -> None:

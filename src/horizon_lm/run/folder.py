@@ -131,6 +131,8 @@ def claim(output_dir: str, *, overwrite: bool, resume: bool = False) -> Iterator
         if not os.access(folder.path, os.W_OK | os.X_OK):
             raise ConfigError(f"output_dir={output_dir!r} is not writable", hint="choose another output_dir")
         with _locked(folder.path):
+            for path in (folder.settings, folder.picture):  # of a run that was killed as it wrote them
+                path.with_name(f".{path.name}.tmp").unlink(missing_ok=True)
             yield folder
     finally:
         for path in created:  # leaf first; a folder with something in it stays, and so do its parents

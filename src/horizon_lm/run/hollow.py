@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from ..checkpoint.folder import Checkpoint
 from ..checkpoint.reader import read_small
 from ..engine.policies import DTYPES
 from ..errors import CheckpointError, ConfigError
+from ..leftovers import temporary_folder
 
 CONFIGURATIONS = ("config.json", "generation_config.json")
 
@@ -29,8 +28,7 @@ def hollow_model(
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    with tempfile.TemporaryDirectory(prefix="horizon-") as name:
-        folder = Path(name)
+    with temporary_folder("horizon-files-") as folder:
         for file in CONFIGURATIONS:
             if file in checkpoint.manifest.files:
                 (folder / file).write_bytes(read_small(checkpoint, file))

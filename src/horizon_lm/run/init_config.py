@@ -10,12 +10,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
 from ..config import DatasetConfig, TrainConfig
 from ..config_yaml import dump
 from ..data import Documents, load_tokenizer, load_training_data
 from ..data.formats import Chat, Text
 from ..data.left_out import WARN_ABOVE
 from ..errors import ConfigError, DataError, HorizonError
+from ..hub_access import require_reachable
 from ..plan.step_size import usual_cut
 from ..words import count
 from .generate import model_folder
@@ -52,6 +55,8 @@ def write_config(model: str, datasets: Sequence[str], output: Path, *, overwrite
     model = str(model_folder(model, "init --model"))
     if Path(model).is_dir():  # the file may lie, and be used, elsewhere
         model = os.path.abspath(model)
+    else:
+        _require_on_hub(model)
     values: dict[str, Any] = {"model_name_or_path": model, "output_dir": f"runs/{name}-tuned"}
     seen = _look_at_data(datasets)
     notes.append(f"data: {count(seen['rows'], 'row')} looked at, format {', '.join(seen['formats'])}")
@@ -155,6 +160,23 @@ def _length(seen: dict[str, Any], limit: int) -> int:
     """As long as the data needs, a power of two, within what model and reason allow."""
     wanted = max(256, seen["longest"] // _CHARACTERS_A_TOKEN) if seen["is_chat"] else _LONGEST
     return min(1 << (wanted - 1).bit_length(), limit, _LONGEST)
+
+
+def _require_on_hub(model: str) -> None:
+    """Raises ConfigError for a name that the Hub does not know."""
+    require_reachable(model, "--model")
+    try:
+        load_tokenizer(model, key="--model")
+    except ConfigError as error:  # a model without a tokenizer, or one that asks for a login, is there
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, RepositoryNotFoundError):
+            cause = cause.__cause__
+        if cause is None or isinstance(cause, GatedRepoError):
+            return
+        raise ConfigError(
+            f"--model={model!r} is neither a folder here nor a model of the Hub",
+            hint=f"check the name; looked in {Path.cwd()}; a private model needs `hf auth login`",
+        ) from None
 
 
 def _template_for(model: str) -> str | None:

@@ -141,8 +141,9 @@ def _cut_in(checkpoint: Checkpoint, config: TrainConfig) -> dict[str, int]:
         return {}
     cut = {key: int(saved[key]) for key in CUT}
     given = {key: getattr(config, key) for key in CUT}
-    # The default cut beside another number of tokens: files of earlier versions, which named what was open.
-    is_odd = tokens != "auto" and math.prod(given.values()) != max(1, tokens // config.max_length)
+    # Both named, and not the tokens that are asked for: files of earlier versions, which named what was open.
+    both = config.model_fields_set.issuperset(CUT)
+    is_odd = both and tokens != "auto" and math.prod(given.values()) != max(1, tokens // config.max_length)
     for key in CUT:
         is_open = key not in config.model_fields_set or is_odd and given[key] == _default(key)
         if not is_open and given[key] != cut[key]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,6 +17,7 @@ from ..checkpoint.writer import CheckpointWriter, Outcome
 from ..config import TrainConfig
 from ..engine.policies import DTYPES
 from ..errors import CheckpointError, DoesNotFitError, StoppedError
+from ..leftovers import temporary_folder
 from ..memory.store import predict_bytes
 from ..words import count, size
 from . import paths
@@ -265,8 +265,7 @@ class Saver:
 
 def small_files(model: HostModel, save_tokenizer: Callable[[Path], None]) -> dict[str, bytes]:
     """The model's configuration and the tokenizer as files: with them a checkpoint can be exported alone."""
-    with tempfile.TemporaryDirectory(prefix="horizon-") as name:
-        folder = Path(name)
+    with temporary_folder("horizon-files-") as folder:
         model.config.save_pretrained(folder)
         if model.skeleton.model.can_generate():
             model.skeleton.model.generation_config.save_pretrained(folder)
