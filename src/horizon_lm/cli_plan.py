@@ -35,20 +35,19 @@ def plan(
             rest.append(argument)
     config, _ = load_settings(rest)
     require_named_model(config)
-    import gc
-
+    from horizon_lm.heap import frozen_heap
     from horizon_lm.plan.run_plan import plan_run
     from horizon_lm.plan.show import describe
 
-    gc.freeze()  # the libraries' objects stay: no look through all of them for each of the plan's
+    with frozen_heap():
+        found = plan_run(config, hardware)
+        if json:
+            import json as writer
 
-    found = plan_run(config, hardware)
-    if json:
-        import json as writer
-
-        print(writer.dumps(found.to_dict() | {"largest": found.largest()}, indent=2))
-    else:
-        print(describe(found))
+            text = writer.dumps(found.to_dict() | {"largest": found.largest()}, indent=2)
+        else:
+            text = describe(found)
+    print(text)
 
 
 def doctor(

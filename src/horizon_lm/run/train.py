@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from ..data.documents import check_exists
 from ..data.training_data import pad_id
 from ..engine.policies import DTYPES
 from ..errors import ConfigError, DataError, DoesNotFitError, NonFiniteError
+from ..heap import frozen_heap
 from ..model.loading import grow_vocabulary
 from ..plan.smaller import next_smaller
 from . import describe, sample, steps
@@ -214,7 +214,7 @@ def _run_steps(
     )
     stopped_by = best.reason_to_stop  # of a run that was killed after it had stopped
     where = _say_where(folder, progress)
-    with file, reports.loggers, progress, where, saver, _frozen_heap(), watched() as request:
+    with file, reports.loggers, progress, where, saver, frozen_heap(), watched() as request:
         if trainer.loop.step >= num_steps and not in_place:
             file.open()  # there is no step with which the folder would become this run's
         if evaluator is not None and config.eval_on_start and not trainer.loop.step:
@@ -283,18 +283,6 @@ def _peak(config: TrainConfig, model: HostModel) -> float:
     if config.peak_tflops is not None:
         return config.peak_tflops * 1e12
     return measure_peak(model.device, model.store.dtype)
-
-
-@contextmanager
-def _frozen_heap() -> Iterator[None]:
-    """Python's garbage collector leaves alone what is there before the first step: with torch and
-    transformers loaded, a look through all of it takes 0.1 s in the middle of a step."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 @contextmanager
