@@ -1,4 +1,4 @@
-"""Python's heap: the garbage collector's share of a run."""
+"""Python's heap while something runs that must not be held up."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def frozen_heap() -> Iterator[None]:
-    """The garbage collector leaves alone what is there at the beginning: with torch and transformers loaded, a
-    look through all of it takes 0.1 s, in the middle of whatever runs. At the end it is looked at again."""
+    """Python's garbage collector leaves alone what is there at the beginning: with torch and transformers
+    loaded, a look through all of it takes 0.1 s in the middle of a step."""
     gc.collect()
     gc.freeze()
     try:
