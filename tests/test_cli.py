@@ -50,6 +50,7 @@ def training(monkeypatch: pytest.MonkeyPatch) -> list[tuple[TrainConfig, list[st
     module.train = lambda config, *, config_notes=(): calls.append((config, list(config_notes)))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "horizon_lm.run", types.ModuleType("horizon_lm.run"))
     monkeypatch.setitem(sys.modules, "horizon_lm.run.train", module)
+    monkeypatch.setattr(cli, "require_named_model", lambda config: None)  # there is none
     return calls
 
 

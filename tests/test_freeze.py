@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import re
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 import horizon_lm as hz
 import zoo
+from horizon_lm.checkpoint.folder import Checkpoint
 from horizon_lm.config import TrainConfig
 from horizon_lm.config_model import ModelSettings
 from horizon_lm.errors import CheckpointError, ConfigError
@@ -159,9 +161,10 @@ def test_a_run_with_frozen_parameters_resumes_and_keeps_them(tmp_path: Path) -> 
     assert one == two
     # A checkpoint of before this setting was trained whole.
     then = {key: value for key, value in config.to_dict().items() if key != "freeze"}
-    check_settings(config.replace(freeze=[]), then)
+    saved = cast(Checkpoint, SimpleNamespace(manifest=SimpleNamespace(config=then, files={}), path=tmp_path))
+    check_settings(config.replace(freeze=[]), saved)
     with pytest.raises(ConfigError, match=r"freeze was \[\], is"):
-        check_settings(config, then)
+        check_settings(config, saved)
     changed = config.replace(resume_from_checkpoint="latest", allow_changed_settings=True)
     for patterns in ([], ["embed_tokens"]):
         with pytest.raises((ConfigError, CheckpointError), match="freeze"):

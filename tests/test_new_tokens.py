@@ -126,7 +126,7 @@ def test_tokens_without_a_row_are_refused_by_name(tmp_path: Path) -> None:
     generator = Generator.load(place, device="cpu")
     assert generator.complete("the store", Sampling(max_new_tokens=1, temperature=0)) is not None
     with pytest.raises(
-        DataError, match=rf"token {size} \('<think>'\), and the model's embeddings {size} rows"
+        DataError, match=rf"token {size} \('<think>'\), and the model's embeddings have {size} rows"
     ):
         generator.complete("the <think>", Sampling(max_new_tokens=1))
     with pytest.raises(DataError, match="outside the model's vocabulary") as caught:

@@ -28,6 +28,8 @@ from ..schedule.step_plan import KEEP, RECOMPUTE
 from .trace import Trace
 from .work import Work, WorkMeter
 
+_FEW_TOKENS = 16  # enough for what a prologue looks at, and soon run
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -161,8 +163,9 @@ def ends_working_set(
 
     def measure_head(_: int, rows: int) -> Trace:
         with _Metered(device, mode) as metered:
-            width = skeleton.embedding.embedding_dim
-            _head_on(skeleton, metered, width, rows, head_loss)
+            like, call = metered.prologue(skeleton, 1, _FEW_TOKENS)  # not all are as wide as the table
+            del call
+            _head_on(skeleton, metered, like, rows, head_loss)
             return metered.trace
 
     head_loss = partial(cross_entropy, chunk=loss_chunk, label_smoothing=label_smoothing)
@@ -173,7 +176,7 @@ def ends_working_set(
         backward = Pass(peak - before, work)
 
     def head(rows: int) -> Pass:
-        _, before, peak, work = source(("head", loss_chunk, bool(label_smoothing)), 0, rows, measure_head)
+        *_, before, peak, work = source(("head", loss_chunk, bool(label_smoothing)), 0, rows, measure_head)
         return Pass(peak - before, work)
 
     loss = _head(batch * tokens, hidden // (batch * tokens), loss_chunk, head)
@@ -295,14 +298,14 @@ def _head(rows: int, row_bytes: int, loss_chunk: int, head: Callable[[int], Pass
 def _head_on(
     skeleton: Skeleton,
     metered: _Metered,
-    width: int,
+    like: torch.Tensor,
     rows: int,
     head_loss: Callable[[int], HeadLoss],
 ) -> None:
     head = skeleton.head
     weights = metered.weights(skeleton, head)
     gradient = metered.gradient(skeleton, head) if skeleton.units[head].trainable_numel else None
-    hidden = torch.empty(1, rows, width, dtype=skeleton.dtype, device=metered.device)
+    hidden = torch.empty(1, rows, *like.shape[2:], dtype=like.dtype, device=like.device)
     targets = torch.zeros(1, rows, dtype=torch.long)
     metered.take()
     metered.restart()

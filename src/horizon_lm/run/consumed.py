@@ -64,8 +64,11 @@ def take_over(model: Any) -> Any:
 
 def refuse_use(model: nn.Module) -> None:
     """Make the caller's object, and the modules right below it, answer with a ConfigError when they are
-    called, saved or moved. Their own children, which are shared, stay as they are."""
-    children = {name: copy.copy(child) for name, child in model._modules.items() if child is not None}
+    called, saved or moved. Their own children, which are shared, stay as they are; so do the modules below an
+    object whose forward was replaced by one of its own, as that one calls them."""
+    is_own = "forward" in model.__dict__
+    below = {} if is_own else model._modules
+    children = {name: copy.copy(child) for name, child in below.items() if child is not None}
     model.__dict__["_modules"] = {**model._modules, **children}
     for module in (model, *children.values()):
         for name in _HINTS:
