@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from ..words import parameters
+from ..words import parameters, size
 from .hardware import available_host_bytes, lockable_bytes
 from .profile import Profile, cache_path, read_profile
 
@@ -103,7 +103,7 @@ def examine(
             Finding(
                 WARN,
                 "measuring",
-                f"{', '.join(budget.missing)} left out: this machine was too slow or too busy",
+                f"{', '.join(budget.missing)} left out, for time",
                 "predictions are less exact; run horizon doctor --thorough, which takes minutes",
             )
         )
@@ -162,7 +162,7 @@ def _process_limits(device: str) -> list[Finding]:
 
 
 def judge_memlock(limit: int | None, device: str) -> Finding:
-    text = "no limit" if limit is None else f"ulimit -l is {limit / _GB:.3f} GB"
+    text = "no limit" if limit is None else f"ulimit -l is {size(limit)}"
     if limit is None or device == "cpu":
         return Finding(PASS, "locked memory", text)
     return Finding(
