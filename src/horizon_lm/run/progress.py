@@ -95,7 +95,7 @@ class PlainProgress(Progress):
             f"mfu {metrics.mfu:.0%}",
             f"left {clock(self.seconds_left(metrics.step))}",
             f"host {size(metrics.host_rss_bytes)}",
-            f"device {size(metrics.device_bytes)}",
+            *([f"device {size(metrics.device_bytes)}"] if metrics.device_bytes else []),
         )
         return "  ".join(fields)
 
@@ -177,7 +177,7 @@ class RichProgress(Progress):
             "tokens/s": (rate(metrics.tokens_per_second), ""),
             "mfu": (f"{metrics.mfu:.0%}", ""),
             "host": (size(metrics.host_rss_bytes), ""),
-            "device": (size(metrics.device_bytes), ""),
+            **({"device": (size(metrics.device_bytes), "")} if metrics.device_bytes else {}),
         }
         table = Table.grid(padding=(0, 2))
         for _ in fields:
