@@ -214,3 +214,5 @@ def test_a_network_that_does_not_answer_is_bounded(monkeypatch: pytest.MonkeyPat
 def test_paths_are_no_business_of_the_hub(closed: str, tmp_path: Path) -> None:
     for name in (str(tmp_path), "/not/here", "./nope", "data/train/a.jsonl"):
         require_reachable(name, "datasets", kind="dataset")
+    with pytest.raises(ConfigError, match="cannot be reached"):  # the control: a name is looked up there
+        require_reachable("nope", "datasets", kind="dataset")
