@@ -22,7 +22,7 @@ import horizon_lm as hz
 from horizon_lm.engine.activations import backward_layer, forward_layer
 from horizon_lm.engine.compute import forward_prologue
 from horizon_lm.engine.gradient import UnitGradient
-from horizon_lm.plan.working_set import layer_working_set
+from horizon_lm.plan.working_set import Built, layer_working_set
 
 from .report import Report
 
@@ -107,7 +107,8 @@ def main(argv: list[str] | None = None) -> None:
         for tokens in arguments.lengths:
             model = model_of(kind, tokens)
             forward, backward = measure(model, kind, tokens)
-            expected = layer_working_set(model.skeleton, 0, 1, tokens)
+            built = Built(model.skeleton)
+            expected = layer_working_set(lambda built=built: built, 0, 1, tokens)
             peaks.append(backward)
             cells = [kind, f"{tokens:,}", f"{forward / 1e6:.1f}", f"{backward / 1e6:.1f}"]
             cells += [f"{expected.forward / forward:.3f}", f"{expected.backward / backward:.3f}"]

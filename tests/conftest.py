@@ -10,8 +10,12 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tokens that tests keep lie in a place of their own, and go with it."""
+    """Tokens that tests keep lie in a place of their own, and go with it. What plans find out about models is
+    kept there as the command keeps it: many tests train the same few models."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    from horizon_lm import plan
+
+    plan.models_are_stock = True
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from horizon_lm.plan.device import slot_bytes
 from horizon_lm.plan.outline import Outline
 from horizon_lm.plan.predict import predict
 from horizon_lm.plan.profile import load_profile
-from horizon_lm.plan.working_set import layer_working_set
+from horizon_lm.plan.working_set import Built, layer_working_set
 
 LAYERS = 4
 # attention, norms, experts and recurrences as transformers writes them; tied and untied tables
@@ -425,7 +425,7 @@ def test_the_working_set_is_predicted(name: str, dtype: str, policy: str) -> Non
         kept.append(activations.backward_layer(skeleton, 0, weights, call, graph, hidden, incoming, gradient))
 
     backward_most = allocated(backward)[0] + held
-    expected = layer_working_set(skeleton, 0, 1, tokens)
+    expected = layer_working_set(lambda: Built(skeleton), 0, 1, tokens)
     if policy == "recompute":
         pairs = [(forward_most, expected.forward.bytes), (backward_most, expected.backward.bytes)]
     else:
@@ -464,7 +464,8 @@ def test_tiles_take_less_memory() -> None:
     for tile in (None, 64):
         values = {"device": "cpu", "dtype": "bfloat16", "skip_memory_check": True, "mlp_tile_tokens": tile}
         model = hz.HostModel.from_pretrained(small_llama(2), **values)
-        sets.append(layer_working_set(model.skeleton, 0, 1, 1024))
+        built = Built(model.skeleton)
+        sets.append(layer_working_set(lambda built=built: built, 0, 1, 1024))
     assert sets[1].backward.bytes < 0.75 * sets[0].backward.bytes
     assert sets[1].kept < 0.75 * sets[0].kept
 

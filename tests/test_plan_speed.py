@@ -52,8 +52,6 @@ def test_keeping_is_measured_only_where_it_is_asked_for(monkeypatch: pytest.Monk
     found = layer.kept, layer.keep_forward, layer.keep_backward
     assert policies == ["recompute", "keep"] and found[0] > layer.held
     _, other = outline_of()
-    with other._mode:
-        pass
     again = other.measures(2, 32, 64).layers[0]
     assert again.measure_kept() == found
 

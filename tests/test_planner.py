@@ -73,7 +73,7 @@ def test_units_are_those_of_the_real_model(name: str) -> None:
     real = Skeleton(model, torch.float32)
     outline = Outline(model.config, settings_of(dtype="float32", attn_implementation=attention))
     assert outline.units == real.units
-    assert outline.skeleton.anatomy == real.anatomy
+    assert outline.built.skeleton.anatomy == real.anatomy
     measures = outline.measures(1, 16, 128)
     assert all(layer.forward.work and layer.backward.bytes > 0 for layer in measures.layers)
     assert outline.with_layers(7).units[0] == real.units[0]

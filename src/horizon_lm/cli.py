@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from horizon_lm import plan as plan_package
 from horizon_lm.cli_base import (
     HELP,
     PASS_OPTIONS,
@@ -188,6 +189,7 @@ def main(argv: Sequence[str] | None = None, *, prog_name: str = "horizon") -> in
     prog_name: what its help calls it.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    plan_package.models_are_stock |= argv is None
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:

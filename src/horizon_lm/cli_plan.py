@@ -36,11 +36,12 @@ def plan(
     config, _ = load_settings(rest)
     require_named_model(config)
     from horizon_lm.heap import frozen_heap
+    from horizon_lm.plan.outline_cache import outline_cache
     from horizon_lm.plan.run_plan import plan_run
     from horizon_lm.plan.show import describe
 
-    with frozen_heap():
-        found = plan_run(config, hardware)
+    with frozen_heap(), outline_cache(config) as cache:
+        found = plan_run(config, hardware, cache=cache)
         if json:
             import json as writer
 

@@ -175,7 +175,7 @@ class Costs:
     def _rows(self) -> int:
         """Rows of the embedding table that a step uses, at most."""
         tokens = self.measures.batch * self.measures.tokens * self.plan.micro_batches
-        return min(tokens, self.outline.skeleton.embedding.num_embeddings)
+        return min(tokens, self.outline.facts.rows)
 
     def _gradient_dtype(self, unit: int) -> torch.dtype:
         counts = [self.measures.batch * self.measures.tokens] * self.plan.micro_batches

@@ -6,7 +6,7 @@ The transformers model is built from fake tensors, which have shapes and no memo
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,8 +25,9 @@ from ..hub_access import require_reachable
 from ..memory.layout import UnitLayout
 from ..model.loading import freeze
 from ..model.skeleton import Skeleton
+from .outline_cache import Facts, OutlineCache, TraceKey
 from .trace import Law, Line, Trace
-from .working_set import Ends, Measure, WorkingSet, ends_working_set, layer_working_set
+from .working_set import Built, Ends, Measure, WorkingSet, ends_working_set, layer_working_set
 
 
 @dataclass(frozen=True)
@@ -42,28 +43,47 @@ class Measures:
 class Outline:
     """Raises UnsupportedModelError for a model that cannot be streamed.
 
-    config: a transformers configuration. settings: dtype, attention and tiles enter here.
+    config: a transformers configuration, or what gives it when it is asked for. settings: dtype, attention
+    and tiles enter here. cache: what was found of this model before, and is kept for the next time; the model
+    is then built only for what is not there.
     """
 
-    def __init__(self, config: Any, settings: ModelSettings) -> None:
-        self.config, self.dtype = config, DTYPES[settings.dtype]
+    def __init__(
+        self, config: Any | Callable[[], Any], settings: ModelSettings, cache: OutlineCache | None = None
+    ) -> None:
+        self._config, self._settings = config, settings
+        self.dtype = DTYPES[settings.dtype]
         self.dtype_name, self.mlp_tile_tokens = settings.dtype, settings.mlp_tile_tokens
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with self._mode:
-            model = _build(config, self.dtype, settings)
-            freeze(model, settings.freeze)
-            self.skeleton = Skeleton(model, self.dtype)
-            if settings.mlp_tile_tokens is not None:
-                self.skeleton.tile_mlps(settings.mlp_tile_tokens)
-            for unit in range(len(self.skeleton.units)):
-                for _ in self.skeleton.take(unit):
-                    pass
-        self.units: tuple[UnitLayout, ...] = self.skeleton.units
-        self._kinds, self.kind_of = _kinds_of_layers(self.skeleton)
+        cache = cache or OutlineCache()
+        if cache.facts is None:
+            cache.facts = _facts(self.config, self.built.skeleton)
+        self.facts: Facts = cache.facts
+        self.units: tuple[UnitLayout, ...] = self.facts.units
+        self.kind_of: Sequence[int] = self.facts.kind_of
         self._measured: dict[tuple[int, int, int, bool], Measures] = {}
-        self._traces: dict[tuple[Hashable, int, int], Trace] = {}
+        self._traces: dict[TraceKey, Trace] = cache.traces
         self._lines: list[Line] = []
         self._laws: dict[tuple[Hashable, Line], Law | None] = {}
+
+    @cached_property
+    def config(self) -> Any:
+        """The transformers configuration."""
+        return self._config() if callable(self._config) else self._config
+
+    @cached_property
+    def built(self) -> Built:
+        """The model, of fake tensors."""
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with mode:
+            model = _build(self.config, self.dtype, self._settings)
+            freeze(model, self._settings.freeze)
+            skeleton = Skeleton(model, self.dtype)
+            if self.mlp_tile_tokens is not None:
+                skeleton.tile_mlps(self.mlp_tile_tokens)
+            for unit in range(len(skeleton.units)):
+                for _ in skeleton.take(unit):
+                    pass
+        return Built(skeleton, mode)
 
     @property
     def num_layers(self) -> int:
@@ -75,19 +95,19 @@ class Outline:
 
     @cached_property
     def embedding_unit(self) -> int:
-        return self.head if self.skeleton.anatomy.tied else self.head + 1
+        return self.head if self.facts.tied else self.head + 1
 
     @property
     def embedding_trainable(self) -> bool:
-        return self.skeleton.embedding_trainable
+        return self.facts.embedding_trainable
 
     @property
     def vocabulary(self) -> int:
-        return self.skeleton.vocabulary
+        return self.facts.vocabulary
 
     @property
     def max_head_tokens(self) -> int:
-        return self.skeleton.max_head_tokens
+        return self.facts.max_head_tokens
 
     @property
     def num_parameters(self) -> int:
@@ -95,7 +115,7 @@ class Outline:
 
     @property
     def width(self) -> int:
-        return self.skeleton.embedding.embedding_dim
+        return self.facts.width
 
     def with_layers(self, count: int) -> Outline:
         """The same model with `count` layers; kinds of layers follow each other as they do now."""
@@ -113,30 +133,33 @@ class Outline:
         if key not in self._measured:
             try:
                 ends = ends_working_set(
-                    self.skeleton,
+                    lambda: self.built,
                     batch,
                     tokens,
                     loss_chunk,
-                    mode=self._mode,
                     label_smoothing=label_smoothing,
+                    has_backward=self._ends_have_backward,
                     source=self._readings,
                 )
                 layers = tuple(
-                    layer_working_set(
-                        self.skeleton, layer, batch, tokens, mode=self._mode, source=self._readings
-                    )
-                    for layer in self._kinds
+                    layer_working_set(lambda: self.built, layer, batch, tokens, source=self._readings)
+                    for layer in self.facts.kinds
                 )
             except HorizonError:
                 raise
             except Exception as error:
                 raise UnsupportedModelError(
-                    f"{self.skeleton.model_type} cannot be run without its weights, so nothing can be "
+                    f"{self.facts.model_type} cannot be run without its weights, so nothing can be "
                     f"predicted: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
                     hint="train it with skip_memory_check: true; the plan is then left out",
                 ) from error
             self._measured[key] = Measures(batch, tokens, ends, layers)
         return self._measured[key]
+
+    @property
+    def _ends_have_backward(self) -> bool:
+        """Whether anything before the layers is trained."""
+        return any(self.facts.units[u].trainable_numel for u in (0, self.facts.embedding_unit))
 
     def expect(self, line: Line) -> None:
         """Many shapes of `line` will be asked for: its ends are measured, and those between follow."""
@@ -235,6 +258,24 @@ def _build(config: Any, dtype: torch.dtype, settings: ModelSettings) -> nn.Modul
             f"the model's configuration was refused by transformers: {reason}",
             hint="check config.json or init_model, and attn_implementation",
         ) from error
+
+
+def _facts(config: Any, skeleton: Skeleton) -> Facts:
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    kinds, kind_of = _kinds_of_layers(skeleton)
+    return Facts(
+        model_type=skeleton.model_type,
+        units=skeleton.units,
+        kinds=tuple(kinds),
+        kind_of=tuple(kind_of),
+        tied=skeleton.anatomy.tied,
+        embedding_trainable=skeleton.embedding_trainable,
+        rows=skeleton.embedding.num_embeddings,
+        width=skeleton.embedding.embedding_dim,
+        vocabulary=skeleton.vocabulary,
+        max_head_tokens=skeleton.max_head_tokens,
+        positions=longest if isinstance(longest, int) and longest > 0 else None,
+    )
 
 
 def _kinds_of_layers(skeleton: Skeleton) -> tuple[list[int], list[int]]:

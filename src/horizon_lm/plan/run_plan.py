@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..config import TrainConfig
@@ -15,6 +16,7 @@ from .grow import largest_that_fits
 from .hardware import lockable_bytes
 from .limits import Limits
 from .outline import Outline, model_config
+from .outline_cache import OutlineCache
 from .predict import Prediction
 from .profile import FALLBACK, Profile, load_profile
 from .step_size import assumed_tokens
@@ -126,10 +128,10 @@ class RunPlan:
     @property
     def has_longest(self) -> bool:
         """Whether the model itself says how many positions it has."""
-        return _positions(self.planner.outline) is not None
+        return self.planner.outline.facts.positions is not None
 
     def _longest(self) -> int:
-        return _positions(self.planner.outline) or _MOST_TOKENS
+        return self.planner.outline.facts.positions or _MOST_TOKENS
 
     def _figures(self) -> str:
         if self.planner.limits.here and not self.profile.measured:
@@ -146,7 +148,7 @@ class RunPlan:
                 "figures": self._figures(),
             },
             "model": {
-                "type": outline.skeleton.model_type,
+                "type": outline.facts.model_type,
                 "parameters": outline.num_parameters,
                 "layers": outline.num_layers,
             },
@@ -164,11 +166,17 @@ class RunPlan:
         }
 
 
-def plan_run(config: TrainConfig, hardware: str = "auto", pinned: frozenset[str] | None = None) -> RunPlan:
+def plan_run(
+    config: TrainConfig,
+    hardware: str = "auto",
+    pinned: frozenset[str] | None = None,
+    cache: OutlineCache | None = None,
+) -> RunPlan:
     """The plan of a run on this machine (`auto`), on a shipped one, or on one described by a file.
 
-    pinned: the keys that the user named; by default those that were given to `config`. Raises ConfigError,
-    UnsupportedModelError, and DoesNotFitError when there is no way to fit.
+    pinned: the keys that the user named; by default those that were given to `config`. cache: what is known
+    of the model from earlier plans. Raises ConfigError, UnsupportedModelError, and DoesNotFitError when there
+    is no way to fit.
     """
     pinned = frozenset(config.model_fields_set) if pinned is None else pinned
     profile, limits, notes = machine(config, hardware)
@@ -176,7 +184,7 @@ def plan_run(config: TrainConfig, hardware: str = "auto", pinned: frozenset[str]
         tokens, note = assumed_tokens(config)
         config = config.replace(tokens_per_step=tokens)
         notes.append(note)
-    outline = Outline(model_config(config), config)
+    outline = Outline(partial(model_config, config), config, cache)
     _check_positions(config, outline)
     planner = Planner(outline, profile, limits, pinned)
     chosen = planner.choose(config)
@@ -224,14 +232,8 @@ def machine(config: TrainConfig, hardware: str) -> tuple[Profile, Limits, list[s
     return profile, limits, []
 
 
-def _positions(outline: Outline) -> int | None:
-    """The model's max_position_embeddings; None where it has none."""
-    longest = getattr(outline.config.get_text_config(), "max_position_embeddings", None)
-    return longest if isinstance(longest, int) and longest > 0 else None
-
-
 def _check_positions(config: TrainConfig, outline: Outline) -> None:
-    longest = _positions(outline)
+    longest = outline.facts.positions
     if longest is not None and longest < config.max_length:
         raise ConfigError(
             f"max_length={config.max_length} is more than the model's max_position_embeddings={longest}",

@@ -13,7 +13,7 @@ def describe(plan: RunPlan, *, largest: bool = True, timeline: bool = False) -> 
     """The plan in lines of text; largest: with what would still fit."""
     found, outline = plan.prediction, plan.planner.outline
     lines = [
-        f"model      {outline.skeleton.model_type}, {parameters(outline.num_parameters)}, "
+        f"model      {outline.facts.model_type}, {parameters(outline.num_parameters)}, "
         f"{count(outline.num_layers, 'layer')}",
         f"machine    {plan.machine}",
         f"step       {found.plan.micro_batches} x [{found.batch}, {found.tokens_per_row}] = "

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -84,6 +84,13 @@ class Ends:
     loss: Pass
 
 
+class Built(NamedTuple):
+    """A model to measure. mode: that of its fake tensors; None where its tensors are real."""
+
+    skeleton: Skeleton
+    mode: FakeTensorMode | None = None
+
+
 # Readings of a part on [batch, tokens], measured as they are asked for or known from other shapes.
 Measure = Callable[[int, int], Trace]
 Source = Callable[[Hashable, int, int, Measure], Sequence[Any]]
@@ -94,22 +101,22 @@ def _measured(part: Hashable, batch: int, tokens: int, measure: Measure) -> Sequ
 
 
 def layer_working_set(
-    skeleton: Skeleton,
+    built: Callable[[], Built],
     layer: int,
     batch: int,
     tokens: int,
     device: torch.device | None = None,
-    mode: FakeTensorMode | None = None,
     source: Source = _measured,
 ) -> WorkingSet:
     """The working set of decoder layer `layer` (0-based) on a micro-batch [batch, tokens], unpacked.
 
-    device: where it would run, which decides on the kernels; the CPU by default. mode: that of a skeleton
-    which was built from fake tensors. source: where readings come from; measured by default.
+    built: gives the model, asked only where something is measured. device: where it would run, which decides
+    on the kernels; the CPU by default. source: where readings come from; measured by default.
     """
 
     def readings(policy: str) -> Sequence[Any]:
         def measure(batch: int, tokens: int) -> Trace:
+            skeleton, mode = built()
             with _Metered(device, mode) as metered:
                 hidden, call = metered.prologue(skeleton, batch, tokens)
                 call.routers = [[] for _ in range(layer)]
@@ -132,22 +139,23 @@ def _layer_figures(readings: Sequence[Any]) -> tuple[int, tuple[int, Pass, Pass]
 
 
 def ends_working_set(
-    skeleton: Skeleton,
+    built: Callable[[], Built],
     batch: int,
     tokens: int,
     loss_chunk: int,
     device: torch.device | None = None,
-    mode: FakeTensorMode | None = None,
     *,
+    has_backward: bool,
     label_smoothing: float = 0.0,
     source: Source = _measured,
 ) -> Ends:
-    """What prologue and head take. The router's auxiliary loss is left out: its logits are few."""
-    has_backward = any(
-        u.trainable_numel for u in (skeleton.units[0], skeleton.units[skeleton.embedding_unit])
-    )
+    """What prologue and head take. The router's auxiliary loss is left out: its logits are few.
+
+    has_backward: whether anything before the layers is trained.
+    """
 
     def measure(batch: int, tokens: int) -> Trace:
+        skeleton, mode = built()
         with _Metered(device, mode) as metered:
             metered.restart()
             hidden, call = metered.prologue(skeleton, batch, tokens)
@@ -162,6 +170,7 @@ def ends_working_set(
             return metered.trace
 
     def measure_head(_: int, rows: int) -> Trace:
+        skeleton, mode = built()
         with _Metered(device, mode) as metered:
             like, call = metered.prologue(skeleton, 1, _FEW_TOKENS)  # not all are as wide as the table
             del call

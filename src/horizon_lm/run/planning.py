@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from ..config import TrainConfig
 from ..data import StreamLoader, TrainingData, load_training_data
 from ..errors import DoesNotFitError, HorizonError, UnsupportedModelError
+from ..plan.outline_cache import outline_cache
 from ..plan.run_plan import RunPlan, plan_run
 from ..plan.show import describe
 from ..plan.step_size import CUT, rows_wanted
@@ -77,7 +78,7 @@ def _might_fit_less(config: TrainConfig) -> bool:
     if config.tokens_per_step is None or config.streaming:
         return False
     tokens = rows_wanted(config, 1, False) * config.max_length
-    smallest = plan_run(config.replace(tokens_per_step=tokens, skip_memory_check=True))
+    smallest = _planned(config.replace(tokens_per_step=tokens, skip_memory_check=True))
     return smallest.planner.fits(smallest.config)
 
 
@@ -99,7 +100,7 @@ def settle(
     if it cannot be streamed at all, loading it says so.
     """
     try:
-        plan = plan_run(config, pinned=pinned)
+        plan = _planned(config, pinned)
     except UnsupportedModelError as error:
         if config.tokens_per_step is not None:
             raise
@@ -112,6 +113,11 @@ def settle(
         + f"; {', '.join(_in_words(plan))}"
     )
     return plan.config, plan
+
+
+def _planned(config: TrainConfig, pinned: frozenset[str] | None = None) -> RunPlan:
+    with outline_cache(config) as cache:
+        return plan_run(config, pinned=pinned, cache=cache)
 
 
 def _in_words(plan: RunPlan) -> list[str]:
@@ -130,7 +136,7 @@ def dry_run(config: TrainConfig) -> str:
 
     with claim(config.output_dir, overwrite=config.overwrite_output_dir) as folder:
         check_sources(config, folder)
-        plan = plan_run(config)
+        plan = _planned(config)
     step = plan.prediction.plan
     ops = build_steps(step, 2)
     faults = check(ops, step)

@@ -1,0 +1,203 @@
+"""What is known of a model from earlier plans, kept in a file: its units, and its parts' traces.
+
+Most of a plan's time goes into importing transformers' model code and running a layer on fake tensors. Both
+say the same for the same configuration, settings and versions; all of these decide on the name of the file.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import platform
+import sys
+import tempfile
+import zlib
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import plan as package
+from ..config import TrainConfig
+from ..memory.layout import Parameter, UnitLayout
+from .trace import Trace, replay
+
+_FORMAT = 1
+_MOST_TRACES, _MOST_FILES = 400, 64
+# What the environment may tell torch and transformers to do otherwise.
+_VARIABLES = ("TORCH", "PYTORCH", "TRANSFORMERS", "ATEN", "USE_", "DISABLE_")
+# A part of the model, and the shape [batch, tokens] that it ran on.
+TraceKey = tuple[Hashable, int, int]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a plan asks of a model beside its traces.
+
+    kinds: the first layer of each kind. kind_of: the kind of each layer. rows, width: of the embedding table.
+    vocabulary: tokens that the head tells apart. positions: max_position_embeddings, where there is one.
+    """
+
+    model_type: str
+    units: tuple[UnitLayout, ...]
+    kinds: tuple[int, ...]
+    kind_of: tuple[int, ...]
+    tied: bool
+    embedding_trainable: bool
+    rows: int
+    width: int
+    vocabulary: int
+    max_head_tokens: int
+    positions: int | None
+
+    @property
+    def embedding_unit(self) -> int:
+        head = len(self.kind_of) + 1
+        return head if self.tied else head + 1
+
+
+@dataclass
+class OutlineCache:
+    """Of one model under one set of settings. facts: None until they are found."""
+
+    facts: Facts | None = None
+    traces: dict[TraceKey, Trace] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        assert self.facts is not None
+        kept = list(self.traces.items())[-_MOST_TRACES:]
+        values = {
+            "facts": asdict(self.facts),
+            "traces": [[*key, trace.events, trace.numbers] for key, trace in kept],
+        }
+        return gzip.compress(json.dumps(values, default=str).encode(), compresslevel=1)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> OutlineCache:
+        values = json.loads(gzip.decompress(data))
+        facts = values["facts"]
+        facts["units"] = tuple(_unit(row) for row in facts["units"])
+        facts |= {name: tuple(facts[name]) for name in ("kinds", "kind_of")}
+        cache = cls(Facts(**facts))
+        for part, batch, tokens, events, numbers in values["traces"]:
+            found = [tuple(event) for event in events]
+            trace = Trace(found, numbers, replay(found, numbers))
+            cache.traces[tuple(part) if isinstance(part, list) else part, batch, tokens] = trace
+        return cache
+
+
+def _unit(row: dict[str, Any]) -> UnitLayout:
+    parameters = []
+    for values in row.pop("parameters"):
+        compute = getattr(torch, str(values.pop("compute_dtype")).removeprefix("torch."))
+        shape = tuple(values.pop("shape"))
+        parameters.append(Parameter(shape=shape, compute_dtype=compute, **values))
+    return UnitLayout(parameters=tuple(parameters), **row)
+
+
+@contextmanager
+def outline_cache(config: TrainConfig) -> Iterator[OutlineCache]:
+    """What is known of the run's model; what is found meanwhile is kept at the end.
+
+    It is empty, and nothing is kept, in a program other than `horizon`, where the model is not known by files
+    alone (code of its own, tokens to be added), and where the file cannot be read or written.
+    """
+    key = _key(config) if package.models_are_stock else None
+    path = None if key is None else cache_folder() / f"{key}.json.gz"
+    cache = _read(path)
+    known = len(cache.traces), cache.facts
+    try:
+        yield cache
+    finally:
+        if path is not None and cache.facts is not None and known != (len(cache.traces), cache.facts):
+            with suppress(OSError):
+                _write(path, cache.to_bytes())
+
+
+def cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "horizon-lm" / "outlines"
+
+
+def _read(path: Path | None) -> OutlineCache:
+    """What a file holds; nothing for none, and for one that is damaged."""
+    if path is not None:
+        with suppress(OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError):
+            return OutlineCache.from_bytes(path.read_bytes())
+    return OutlineCache()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Whole or not at all; of many files the oldest go."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, staged = tempfile.mkstemp(dir=path.parent, prefix=".")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(staged, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(staged)
+        raise
+    files = sorted(path.parent.iterdir(), key=lambda p: p.stat().st_mtime_ns)
+    for old in files[:-_MOST_FILES]:
+        old.unlink(missing_ok=True)
+
+
+def _key(config: TrainConfig) -> str | None:
+    """Of everything that decides on a model's outline; None where files do not tell."""
+    if config.trust_remote_code or config.new_tokens:
+        return None
+    if config.init_model is not None:
+        model: Any = [config.init_model, config.train_tokenizer_vocab_size]
+    else:
+        text = _config_json(str(config.model_name_or_path), config.model_revision)
+        if text is None:
+            return None
+        model = hashlib.sha256(text).hexdigest()
+    decides = {
+        "format": _FORMAT,
+        "model": model,
+        "settings": [config.dtype, config.attn_implementation, config.freeze, config.mlp_tile_tokens],
+        "machine": [sys.version, platform.machine(), torch.__version__],
+        "environment": sorted(item for item in os.environ.items() if item[0].startswith(_VARIABLES)),
+        "installed": _installed(),
+        "code": _code(),
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _config_json(name: str, revision: str | None) -> bytes | None:
+    """A model's config.json, of a folder or of the Hub; None where there is none."""
+    folder = Path(name).expanduser()
+    with suppress(Exception):  # the plan itself says what is wrong
+        if folder.is_dir():
+            return (folder / "config.json").read_bytes()
+        from huggingface_hub import hf_hub_download
+
+        from ..hub_access import require_reachable
+
+        require_reachable(name, "model_name_or_path")
+        return Path(hf_hub_download(name, "config.json", revision=revision)).read_bytes()
+    return None
+
+
+def _installed() -> list[str]:
+    """Names of all installed distributions with their versions."""
+    found: list[str] = []
+    for place in sys.path:
+        with suppress(OSError):
+            found += [name for name in os.listdir(place or ".") if name.endswith((".dist-info", ".egg-info"))]
+    return sorted(found)
+
+
+def _code() -> Sequence[tuple[str, int, int]]:
+    """This package's own files, with size and time."""
+    root = Path(__file__).parents[1]
+    stats = ((str(path.relative_to(root)), path.stat()) for path in sorted(root.rglob("*.py")))
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
