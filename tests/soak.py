@@ -17,6 +17,8 @@ FILES = [
     "tests/test_schedule.py",
     "tests/test_store.py",
     "tests/test_lanes.py",
+    "tests/test_updates.py",
+    "tests/test_security.py",
     "tests/test_faults.py",
     "tests/test_checkpoint.py",
     "tests/test_resume.py",

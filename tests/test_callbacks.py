@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +195,36 @@ def test_a_control_that_does_not_exist_is_no_silent_wish(text: Path, tmp_path: P
 
     with pytest.raises(CallbackError, match="should_save"):
         hz.train(settings(text, tmp_path / "run", max_steps=2), callbacks=[Wishes()])
+
+
+@pytest.mark.parametrize("changes", [{}, {"streaming": True, "buffer_size": 4}], ids=["loader", "stream"])
+@pytest.mark.parametrize("fails", [False, True], ids=["done", "failed"])
+def test_a_run_leaves_no_thread_behind(
+    fails: bool, changes: dict[str, Any], text: Path, tmp_path: Path
+) -> None:
+    """Not even while somebody looks at the error, whose traceback holds on to everything."""
+    during: list[int] = []
+
+    class Look:
+        def on_step_end(self, state: Any, control: Any) -> None:
+            during.append(len(_data_threads()))
+            if fails:
+                raise RuntimeError("stop")
+
+    before, caught = _data_threads(), None
+    config = settings(text, tmp_path / "run", max_steps=2, dataloader_num_workers=2, **changes)
+    try:
+        train(config, callbacks=[Look()])
+    except CallbackError as error:
+        caught = error
+    assert (caught is not None) == fails
+    assert during[0] > len(before), "the control: there were some"
+    for _ in range(100):
+        if _data_threads() == before:
+            break
+        time.sleep(0.05)
+    assert _data_threads() == before
+
+
+def _data_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("horizon-data")]

@@ -38,7 +38,8 @@ pytestmark = pytest.mark.usefixtures("fake_cuda")
 
 
 def _threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("horizon-")]
+    lanes = {f"horizon-{lane}" for lane in Lane}
+    return [t.name for t in threading.enumerate() if t.name in lanes]
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -53,10 +53,10 @@ from horizon_lm.schedule import (
     check,
     derive_waits,
 )
+from sizes import SOAK, times
 from small_runs import losses_of, settings, tensors_of, values, write_text
 
-SOAK = bool(os.environ.get("HORIZON_SOAK"))  # `make soak`: the long forms
-KILLS = 200 if SOAK else 20
+KILLS = times(8, 200)
 SECONDS = 10.0  # within which a fault must surface
 
 
@@ -82,6 +82,8 @@ import torch; torch.set_num_threads(1)
 from pathlib import Path
 from horizon_lm.run import sample
 sample.reason_to_skip = lambda folder: "tests"
+from horizon_lm import plan
+plan.models_are_stock = True
 from horizon_lm.run import train as run_train
 from horizon_lm.run.train import train
 from horizon_lm.config import TrainConfig
@@ -178,7 +180,7 @@ def killed_runs(text: Path, place: Path, kills: int, seed: int) -> tuple[int, in
     return done, inside, finished
 
 
-@pytest.mark.timeout(1800 if SOAK else 300)
+@pytest.mark.timeout(times(300, 1800))
 def test_killed_at_random_moments_a_run_resumes_with_the_same_bits(
     text: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
@@ -189,10 +191,10 @@ def test_killed_at_random_moments_a_run_resumes_with_the_same_bits(
     assert kills >= KILLS
 
 
-@pytest.mark.timeout(1800 if SOAK else 300)
+@pytest.mark.timeout(times(300, 1800))
 def test_stopped_at_random_moments_a_run_resumes_with_the_same_bits(text: Path, tmp_path: Path) -> None:
     """SIGTERM, SIGINT, SIGUSR1 from outside: each ends with its code, and nothing has to be done again."""
-    stops, rng = 60 if SOAK else 9, random.Random(4)
+    stops, rng = times(6, 60), random.Random(4)
     common = {"max_steps": 24, "save_steps": 10, "update": "deferred"}
     victim = Victim()
     assert victim.attempt(values(text, tmp_path / "straight", **common), -1) == 0
@@ -801,12 +803,12 @@ def test_inline_and_adversarial_have_a_disk_lane() -> None:
 # Long runs.
 
 
-@pytest.mark.timeout(1800 if SOAK else 300)
+@pytest.mark.timeout(times(300, 1800))
 def test_steps_and_checkpoints_leave_nothing_behind(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """2,000 steps (400 in the short form), a checkpoint every 20: resident memory, open files and threads."""
-    steps = 2000 if SOAK else 400
+    steps = times(400, 2000)
     process, seen = psutil.Process(), []
     after = saver.Saver.after
 

@@ -20,6 +20,7 @@ from horizon_lm.errors import ConfigError, DoesNotFitError, HorizonError
 from horizon_lm.plan import hardware, run_plan
 from horizon_lm.plan.fit import check, shortfalls
 from horizon_lm.plan.limits import Limits
+from horizon_lm.plan.outline_cache import outline_cache
 from horizon_lm.plan.profile import load_profile
 from horizon_lm.plan.run_plan import plan_run
 
@@ -123,9 +124,10 @@ def test_what_cannot_work_is_refused(name: str, monkeypatch: pytest.MonkeyPatch)
     place(monkeypatch, host, device, disk)
     config = config_of(model, **values)
     before, start = psutil.Process().memory_info().rss, time.process_time()
-    with pytest.raises(DoesNotFitError) as caught:
-        plan_run(config)
-    assert time.process_time() - start < 10
+    with pytest.raises(DoesNotFitError) as caught, outline_cache(config) as cache:
+        plan_run(config, cache=cache)
+    # Two to five seconds on a machine that has nothing else to do, and three times as many beside others.
+    assert time.process_time() - start < 30
     assert psutil.Process().memory_info().rss - before < 500e6
     error = caught.value
     assert error.exit_code == 3 and error.message.startswith(about)

@@ -422,7 +422,8 @@ def test_host_memory_is_what_the_layout_predicts(folder: str, update: str) -> No
         )
         print(f"{name:36}{figures}")
     assert 1.0 < (found["peak"] - found["imported"]) / predicted < 1.03
-    assert 1.0 < (found["peak"] - found["torch"]) / predicted < 1.05
+    # What the libraries take is a number of bytes and no share of the model: 133 MB with transformers 5.23.
+    assert found["imported"] - found["torch"] < 160e6
     # While loading: file, weights and residuals, 6 of 14 bytes a parameter; then the file is gone.
     assert found["loading peak"] < found["imported"] + 0.5 * predicted
     assert found["loaded"] - found["imported"] < 4 * found["parameters"] + 50e6

@@ -150,6 +150,10 @@ class TokenLoader:
         self._given += sum(len(batch["input_ids"]) for batch in batches)
         return batches
 
+    def close(self) -> None:
+        """End the threads that make steps ready; no more can be taken."""
+        self._ahead.close()
+
     def state_dict(self) -> dict[str, Any]:
         """The place, and what it is a place in."""
         epoch, position = divmod(self._given, len(self._rows))
@@ -235,6 +239,11 @@ class StepsAhead:
         while len(self._waiting) <= self._num_workers * _STEPS_AHEAD:
             self._waiting.append(self._pool.submit(next_job()))
         return self._waiting.popleft().result()
+
+    def close(self) -> None:
+        """End the threads; what they are at is not waited for."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
     def clear(self) -> None:
         """Forget what was made ready."""

@@ -170,6 +170,11 @@ class StreamLoader:
         self._window = self._made(int(state["epoch"]), int(state["document"]))
         self._position = int(state["position"])
 
+    def close(self) -> None:
+        """End the thread that makes windows ready; no more steps can be taken."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
     def _enter_next_window(self) -> None:
         """Where the present window is used up, go to the next one that has rows."""
         while self._window.rows is None or self._position == len(self._window.order):

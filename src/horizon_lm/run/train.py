@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,9 +113,10 @@ def train(
             sum(model.store.num_bytes.values()) if _will_save(config, data) else 0,
         )
 
-        end = _run_steps(
-            config, asked, plan, config_notes, folder, data, model, progress, resume, started, callbacks
-        )
+        with closing(data.loader):
+            end = _run_steps(
+                config, asked, plan, config_notes, folder, data, model, progress, resume, started, callbacks
+            )
         last = end.last
 
         model.save_pretrained(
