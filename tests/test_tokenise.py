@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -199,14 +200,28 @@ def test_what_a_killed_run_left_is_swept_after_a_day(encoder: Encoder, tmp_path:
     assert young.exists() and not old.exists()
 
 
-def test_ctrl_c_ends_workers_without_a_word(encoder: Encoder, tmp_path: Path) -> None:
+AS_A_WORKER_IS_FORKED = """
+import os, signal
+fork, forks = os.fork, []
+def forked():
+    pid = fork()
+    forks.append(pid)
+    if len(forks) == 2:  # the second worker; Ctrl-C reaches parent and child
+        os.kill(os.getpid(), signal.SIGINT)
+    return pid
+os.fork = forked
+"""
+
+
+@pytest.mark.parametrize("moment", ["", AS_A_WORKER_IS_FORKED], ids=["later", "as a worker is forked"])
+def test_ctrl_c_ends_workers_without_a_word(moment: str, encoder: Encoder, tmp_path: Path) -> None:
     path = many(tmp_path, 300_000)
     program = f"""
 import sys
 from horizon_lm.data import tokenise
 from horizon_lm.cli import main
 tokenise._BATCH_CHARACTERS = 1000
-print("begun", flush=True)
+print("begun", flush=True){moment}
 sys.exit(main(["data", "preview", "datasets={path}", "init_model.model_type=llama", "dataset_num_proc=2",
                "tokenizer_name_or_path={tmp_path / "tokenizer"}", "dataset_cache_dir={tmp_path / "cache"}"]))
 """
@@ -218,13 +233,18 @@ sys.exit(main(["data", "preview", "datasets={path}", "init_model.model_type=llam
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 60
-    # The second worker is started only when the first is busy as a batch comes.
-    while not psutil.Process(run.pid).children() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(0.3)
-    os.killpg(run.pid, signal.SIGINT)  # as a terminal does
-    _, errors = run.communicate(timeout=60)
+    if not moment:
+        deadline = time.monotonic() + 60
+        # The second worker is started only when the first is busy as a batch comes.
+        while not psutil.Process(run.pid).children() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+    try:
+        _, errors = run.communicate(timeout=60)
+    finally:
+        with suppress(ProcessLookupError):  # nothing of it is left, as a rule
+            os.killpg(run.pid, signal.SIGKILL)
     assert run.returncode == 130 and "Traceback" not in errors
     assert not list((tmp_path / "cache").iterdir())  # nothing half made
 

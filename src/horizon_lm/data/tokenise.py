@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 
@@ -119,6 +120,24 @@ def _work(batch: list[Placed]) -> Result:
     return _worker_encoder.encode(batch)
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C comes after the block, in which a worker may be forked. In a worker that has just begun it would
+    run what this process does on Ctrl-C, and wait for ever for the workers, which are not its own."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is None or threading.current_thread() is not threading.main_thread():
+        yield  # Ctrl-C is not Python's, or does not reach this thread
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
+
+
 def _in_workers(todo: Iterator[list[Placed]], encoder: Encoder, num_proc: int) -> Iterator[Result]:
     """Forked workers: a script that trains needs no `if __name__ == "__main__"`, and nothing is sent twice.
 
@@ -131,7 +150,8 @@ def _in_workers(todo: Iterator[list[Placed]], encoder: Encoder, num_proc: int) -
     waiting: deque[Future[Result]] = deque()
     try:
         for batch in todo:
-            waiting.append(pool.submit(_work, batch))
+            with _interrupts_held():
+                waiting.append(pool.submit(_work, batch))
             if len(waiting) > 2 * num_proc:
                 yield waiting.popleft().result()
         while waiting:
