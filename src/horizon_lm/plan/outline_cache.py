@@ -25,6 +25,7 @@ import torch
 from .. import plan as package
 from ..config import TrainConfig
 from ..memory.layout import Parameter, UnitLayout
+from .profile import cache_path
 from .trace import Trace, replay
 
 _FORMAT = 1
@@ -120,8 +121,7 @@ def outline_cache(config: TrainConfig) -> Iterator[OutlineCache]:
 
 
 def cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "horizon-lm" / "outlines"
+    return cache_path().parent / "outlines"
 
 
 def _read(path: Path | None) -> OutlineCache:
