@@ -1,14 +1,16 @@
 """Whether documents that are packed into one sequence stay apart in this model: tried, not assumed.
 
 Attention is kept within a document by position ids. A model that carries anything else from token to token (a
-state-space layer, a convolution) would let one document into the next, without a word. So, before the first
-step, one packed sequence is run twice with other tokens in its first document: nothing may change after it.
+state-space layer, a convolution) would let one document into the next, without a word; one that compresses
+groups of tokens cuts them by their place in the sequence. So, before the first step, two documents are run in
+both orders: what stands before a document may not change its log-probabilities.
 """
 
 from __future__ import annotations
 
 import inspect
 
+import numpy as np
 import torch
 
 from ..data.batches import MicroBatch, collate
@@ -37,38 +39,43 @@ def check_separation(model: HostModel, rows: Rows) -> None:
     pair = _two_documents(rows)
     if pair is None:
         return
-    change = change_after_first(model, pair, vocabulary=model.skeleton.embedding.num_embeddings)
+    change = change_by_place(model, pair)
     if change > _TOLERANCE[model.store.dtype]:  # NaN is for the first step to report
         raise ConfigError(
-            f"documents packed into one sequence see each other in a {name} model: other tokens in the first "
-            f"changed a log-probability in the second by {change:.2g}",
+            f"documents packed into one sequence see each other in a {name} model: a log-probability of a "
+            f"document changed by {change:.2g} when another stood before it",
             _HINT,
         )
 
 
-def change_after_first(model: HostModel, row: Row, *, vocabulary: int) -> float:
-    """Largest change of a log-probability in the second document of `row` when the first has other tokens."""
-    first = int(row.lengths[0])
-    other = row.ids.copy()
-    other[:first] = (other[:first] + 1 + vocabulary // 2) % vocabulary
+def change_by_place(model: HostModel, row: Row) -> float:
+    """Largest change of a log-probability of the second document of `row` when it stands before the first."""
+    first, second = (int(length) for length in row.lengths)
     batches: list[MicroBatch] = []
-    for ids in (row.ids, other):
-        labels = ids.copy()
-        labels[: first + 1] = -100  # of the second document alone, whose first token nothing predicts
-        batches.append(collate([Row(ids, labels, row.lengths)], "bfd", 0)[0])
+    for begin, lengths in ((first, row.lengths), (0, row.lengths[::-1])):
+        ids = row.ids if begin else np.roll(row.ids, second)
+        labels = np.full_like(ids, -100)
+        labels[begin + 1 : begin + second] = ids[begin + 1 : begin + second]  # nothing predicts a first token
+        batches.append(collate([Row(ids, labels, lengths)], "bfd", 0)[0])
     found = model.evaluate(batches, return_log_probs=True).log_probs
     assert found is not None
-    return float((found[0] - found[1]).abs().max())
+    behind, before = found[0][0, first : first + second - 1], found[1][0, : second - 1]
+    return float((behind - before).abs().max())
 
 
 def _two_documents(rows: Rows) -> Row | None:
-    """A sequence of two documents, cut short, or None where none of the first hundred has two."""
+    """A sequence of two documents, cut short, or None where none of the first hundred has two.
+
+    The first has an odd length, so that a model that compresses tokens in groups of 2 or more has a group
+    with tokens of both.
+    """
     for number in range(min(len(rows), 100)):
         row = rows.row(number)
         if len(row.lengths) < 2 or row.lengths[1] < 2:
             continue
         first, second = (min(int(length), _LONGEST) for length in row.lengths[:2])
+        first -= first % 2 == 0
         begin = int(row.lengths[0])
         ids = row.ids[begin - first : begin + second]
-        return Row(ids, ids.copy(), row.lengths[:2].clip(max=_LONGEST))
+        return Row(ids, ids.copy(), np.array([first, second], row.lengths.dtype))
     return None
