@@ -118,7 +118,8 @@ class Engine(OpFunctions):
         update = self._update
         if update is None or not update.is_torn:
             return None
-        return f"step {update.settings.step:,} was cut short after {update.extent} (update: eager)"
+        number = f"{update.settings.step:,}"
+        return f"{update.extent} were updated already (update: eager) when step {number} was cut short"
 
     @property
     def op_at_work(self) -> Op | None:
@@ -192,7 +193,7 @@ class Engine(OpFunctions):
         return step
 
     def _set_mode(self, *, training: bool) -> None:
-        """Put the model into the mode that is needed; where that is cut short, the next call does it again."""
+        """Put the model into a mode; where that is cut short, the next call does it again."""
         if self._is_training is not training:
             self._is_training = None
             self.skeleton.model.train(training)

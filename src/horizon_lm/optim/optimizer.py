@@ -97,8 +97,7 @@ class Optimizer:
         grad_scale: float,
         progress: Progress,
     ) -> None:
-        """Update the unit's trainable part in place from `grads * grad_scale`; from where it was cut short, if
-        `progress` says so.
+        """Update the unit's trainable part in place from `grads * grad_scale`, from where `progress` is on.
 
         grads: 1-D [trainable_numel], in host memory. grad_scale: the clipping factor.
         """

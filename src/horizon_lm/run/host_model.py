@@ -480,7 +480,7 @@ class HostModel:
         self.engine.flush()
         if self.steps_done != steps_done:
             raise ConfigError(
-                f"the model was trained while named_parameters() was read: step {steps_done:,} at first, step "
+                f"the model was trained while named_parameters() was read: step {steps_done:,} at first, "
                 f"{self.steps_done:,} now",
                 hint="parameters = dict(model.named_parameters()) between two steps",
             )
