@@ -4,8 +4,8 @@ One table maps each op kind to its function (`ops`).
 
 An exception may end a call between any two bytecodes. What a step has come to is therefore never noted beside
 the work, where the note could be lost, but read off the work itself: `Update.progress` for the weights,
-`steps_done` from the update that was last decided on. What a call left at work is ended by the next
-(`_come_back`).
+`steps_done` from the update that was last decided on. What a call left at work is ended before the next
+(`come_back`).
 """
 
 from __future__ import annotations
@@ -107,6 +107,11 @@ class Engine(OpFunctions):
         usable = step is not None and step.number == self.steps_done and not step.ends_itself
         return step if usable else None
 
+    @property
+    def holds_gradients(self) -> bool:
+        """Whether those in the store are of one step, be it learned from or not."""
+        return self._step is not None
+
     def holds_gradients_of(self, step: Step) -> bool:
         return self._step is step
 
@@ -140,7 +145,6 @@ class Engine(OpFunctions):
 
         A state of no step is taken as the one to go on from. ends_itself: see `Step`.
         """
-        self._come_back()
         if self.torn:
             self.replaced(self.steps_done)
         if self.has_pending and (self._is_cut_short or self.settings.update_mode != "deferred"):
@@ -228,7 +232,6 @@ class Engine(OpFunctions):
 
     def flush(self) -> None:
         """Make the updates that are still to come, so that the store holds what the last step decided."""
-        self._come_back()
         update = self._update
         if update is None or not self.has_pending:
             return
@@ -257,7 +260,6 @@ class Engine(OpFunctions):
     def save(self, saving: Saving, *, background: bool) -> None:
         """Write every unit, as the last step's update leaves it: while the next step and those after it
         run (`background`), or at once. Waits for what is being saved already."""
-        self._come_back()
         self.lanes.disk.drain()
         self.lanes.disk.give_up = saving.abandon
         self._saving, self._begins_to_save = saving, True
@@ -276,13 +278,13 @@ class Engine(OpFunctions):
 
     def finish_saving(self) -> None:
         """Write at once what was to be written beside a step that has not come; wait for the disk."""
-        self._come_back()
         if self._saving is not None and self._begins_to_save:
             self.save(self._saving, background=False)
         self.lanes.disk.drain()
 
-    def _come_back(self) -> None:
-        """End what the last call left at work, or half written, when it was interrupted."""
+    def come_back(self) -> None:
+        """End what the last call left at work, or half written, when it was interrupted. Comes before each
+        call."""
         self.lanes.join()
         if self._has_run_writes:
             self._give_up_saving()

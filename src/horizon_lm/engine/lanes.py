@@ -225,10 +225,18 @@ class _CudaRun:
         for i in indices:
             by_lane[ops[i].lane].append(i)
         self.mine = {f"horizon-{lane}": mine for lane, mine in by_lane.items()}
+        # An interrupt of `Thread.join` makes Python 3.11 take the thread for ended while it is at work.
+        self.gone = {name: threading.Event() for name in self.mine}
         self.threads = [
-            threading.Thread(target=self._lane, args=(lane, mine), name=f"horizon-{lane}", daemon=True)
+            threading.Thread(target=self._live, args=(lane, mine), name=f"horizon-{lane}", daemon=True)
             for lane, mine in by_lane.items()
         ]
+
+    def _live(self, lane: Lane, mine: list[int]) -> None:
+        try:
+            self._lane(lane, mine)
+        finally:
+            self.gone[f"horizon-{lane}"].set()
 
     def _lane(self, lane: Lane, mine: list[int]) -> None:
         try:
@@ -295,9 +303,10 @@ class _CudaRun:
             for thread in self.threads:
                 thread.start()
             for thread in self.threads:
-                while thread.is_alive():
-                    thread.join(_LOOK_SECONDS)
+                while not self.gone[thread.name].wait(_LOOK_SECONDS):
                     self._look_for_dead_lanes()
+                self._look_for_dead_lanes()
+                thread.join()
         except BaseException as error:  # a KeyboardInterrupt, or no thread to be had
             self.abandon(error)
         if self.failure is not None:
@@ -310,14 +319,16 @@ class _CudaRun:
         """Let each lane end the op that it is in, and no more; return when all have."""
         self._fail(error or RuntimeError("the run was interrupted"))
         for thread in self.threads:
-            if thread.ident is not None:
-                thread.join()
+            if thread.ident is not None:  # one that starts later finds the failure
+                self.gone[thread.name].wait()
 
     def _look_for_dead_lanes(self) -> None:
         """A lane whose thread is gone without a word must not leave the others waiting for its ops."""
         for thread in self.threads:
+            if not self.gone[thread.name].is_set():
+                continue
             rest = [i for i in self.mine[thread.name] if not self.issued[i].is_set()]
-            if rest and self.failure is None and not thread.is_alive():
+            if rest and self.failure is None:
                 error = RuntimeError(f"the thread of the lane {thread.name} is gone")
                 in_op(error, self.ops[rest[0]], list(self.done))
                 self._fail(error)

@@ -193,7 +193,6 @@ class HostModel:
 
     @in_turn
     def _close(self) -> None:
-        self.engine.lanes.join()
         self.engine.lanes.disk.drain()
         closed: Any = Closed()
         closed.steps_done = self.steps_done
@@ -459,10 +458,14 @@ class HostModel:
 
     def named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, gradient) of each trainable parameter: views into the store, in its
-        dtype, valid until the next forward_backward. Raises ConfigError with eager updates, which
-        keep none."""
+        dtype, valid until the next forward_backward. Raises ConfigError where there are none, or of a
+        step that was cut short, and with eager updates, which keep none."""
         if self.settings.update_mode == "eager":
             raise ConfigError("update: eager keeps no gradients", hint="update='deferred'")
+        if not self.engine.holds_gradients:
+            raise ConfigError(
+                "named_gradients() was called without gradients", hint="call forward_backward() before it"
+            )
         for unit in self.store.units:
             for parameter in unit.trainable:
                 yield parameter.name, self.store.gradient(parameter.name)

@@ -35,6 +35,7 @@ def in_turn(
                 "its arguments",
             )
         with self._turn:
+            self.engine.come_back()
             return method(self, *args, **kwargs)
 
     return call
