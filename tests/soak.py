@@ -20,6 +20,7 @@ FILES = [
     "tests/test_updates.py",
     "tests/test_security.py",
     "tests/test_faults.py",
+    "tests/test_interrupts.py",
     "tests/test_checkpoint.py",
     "tests/test_resume.py",
     "tests/test_parity.py",

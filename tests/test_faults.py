@@ -454,7 +454,7 @@ def test_an_error_in_any_op_surfaces_with_its_name(
             assert "units were updated already (update: eager)" in notes.pop()
         assert len(notes) == 1 and f"in op {where[0]} ({where[0].lane} lane" in notes[0], (kind, notes)
         model.engine._run = dict(honest)
-        model.engine.forget()
+        model.state_was_replaced(model.steps_done)
         model.finish_saving()
         out = model.train_step(batch, lr=1e-3)  # usable, and nothing is left over
         assert math.isfinite(out.loss)

@@ -95,8 +95,7 @@ class Reset:
             self.model.engine.weight_slots.poison(slot)
         for slot in range(self.model.engine.policies.grad_slots):
             self.model.engine.gradient_slots.poison(slot)
-        self.model.steps_done = 0
-        self.model.engine._pending = None
+        self.model.state_was_replaced(0)
 
 
 def adversarial(model: HostModel) -> AdversarialLanes:

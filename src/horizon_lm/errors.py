@@ -56,6 +56,13 @@ class CheckpointError(HorizonError):
     exit_code = 5
 
 
+class TornStateError(HorizonError):
+    """The weights are those of no step: an update or the reading of a state was cut short, and could not be
+    finished. They are neither trained on nor saved unless with `force=True`."""
+
+    exit_code = 5
+
+
 class NonFiniteError(HorizonError):
     """A loss or a gradient norm is NaN or infinite.
 

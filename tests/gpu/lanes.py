@@ -147,7 +147,7 @@ def _restart(
         choose_lanes(lanes, place.device),
         model.settings.replace(**settings),
     )
-    model.steps_done = 0
+    model.state_was_replaced(0)
     del old
     free()
 

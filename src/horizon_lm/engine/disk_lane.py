@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable
 
 from ..schedule import Buffer
@@ -22,13 +22,12 @@ class DiskLane:
         self.give_up: Callable[[], None] = lambda: None
         self._change = threading.Condition()
         self._queue: deque[tuple[frozenset[Buffer], Callable[[], None]]] = deque()
-        self._reading: Counter[Buffer] = Counter()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
     @property
     def is_idle(self) -> bool:
-        return self._thread is None
+        return not self._queue
 
     def submit(self, reads: frozenset[Buffer], work: Callable[[], None]) -> None:
         """Do `work` after what was submitted before; until it is done, nothing may write to `reads`. What
@@ -37,35 +36,41 @@ class DiskLane:
             if self._failure is not None:
                 return
             self._queue.append((reads, work))
-            self._reading.update(reads)
-            if self._thread is None:  # it ends when there is nothing left to do
-                self._thread = threading.Thread(target=self._work, name="horizon-disk", daemon=True)
-                self._thread.start()
+            self._see_to_thread()
+
+    def _see_to_thread(self) -> None:
+        """Have a thread at work where there is something to do; it ends when there is nothing left. One that
+        an interrupt kept from starting, or from being known here, is replaced."""
+        if self._queue and (self._thread is None or not self._thread.is_alive()):
+            thread = threading.Thread(target=self._work, name="horizon-disk", daemon=True)
+            self._thread = thread
+            thread.start()
 
     def settle(self, writes: Iterable[Buffer]) -> None:
         """Wait until nothing that was submitted reads any of `writes`. Raises what went wrong in a work."""
-        if self._thread is None and self._failure is None:  # nearly always
+        if not self._queue and self._failure is None:  # nearly always
             return
         wanted = frozenset(writes)
-        self._wait(lambda: not any(self._reading[buffer] for buffer in wanted))
+        self._wait(lambda: all(wanted.isdisjoint(reads) for reads, _ in self._queue))
 
     def drain(self) -> None:
         """Wait until all that was submitted is done. Raises what went wrong in a work."""
-        self._wait(lambda: self._thread is None)
+        self._wait(lambda: not self._queue)
 
     def clear(self) -> None:
         """Forget what is queued, wait for what is being done, and drop what went wrong in it: for a step
         that has failed already, and whose checkpoint is given up."""
         with self._change:
             while len(self._queue) > 1:
-                reads, _ = self._queue.pop()
-                self._reading.subtract(reads)
-            self._change.wait_for(lambda: self._thread is None, self.patience_seconds)
+                self._queue.pop()
+            self._see_to_thread()
+            self._change.wait_for(lambda: not self._queue, self.patience_seconds)
             self._forget()
             self._failure = None
 
     def _wait(self, done: Callable[[], bool]) -> None:
         with self._change:
+            self._see_to_thread()
             in_time = self._change.wait_for(
                 lambda: done() or self._failure is not None, self.patience_seconds
             )
@@ -79,7 +84,6 @@ class DiskLane:
 
     def _forget(self) -> None:
         self._queue.clear()
-        self._reading.clear()
         self._thread = None  # if it ever comes back, it finds that it is no longer the one, and ends
 
     def _work(self) -> None:
@@ -92,7 +96,7 @@ class DiskLane:
                     self._thread = None
                     self._change.notify_all()
                     return
-                reads, work = self._queue[0]
+                _, work = self._queue[0]
             try:
                 work()
             except BaseException as error:  # surfaces in the thread that waits next
@@ -106,5 +110,4 @@ class DiskLane:
                 if self._thread is not me:
                     return
                 self._queue.popleft()
-                self._reading.subtract(reads)
                 self._change.notify_all()

@@ -1,10 +1,16 @@
 """The engine: runs a step's schedule over a skeleton, a host store and device slots.
 
 One table maps each op kind to its function (`ops`).
+
+An exception may end a call between any two bytecodes. What a step has come to is therefore never noted beside
+the work, where the note could be lost, but read off the work itself: `Update.progress` for the weights,
+`steps_done` from the update that was last decided on. What a call left at work is ended before the next
+(`come_back`).
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +20,7 @@ from ..memory.slots import BoundarySlots, GradientSlots, WeightSlots
 from ..memory.store import HostStore
 from ..model.skeleton import Skeleton
 from ..optim.optimizer import Optimizer, UpdateSettings
-from ..schedule import Buffer, StepPlan, build, build_flush, build_save, derive_waits, last_uses
+from ..schedule import Buffer, Op, StepPlan, build, build_flush, build_save, derive_waits, last_uses
 from . import compute
 from .lanes import AdversarialLanes, Lanes, Span
 from .loss import (
@@ -55,10 +61,15 @@ class Engine(OpFunctions):
         self._head_was_tried = False
         self._schedules: dict[tuple[StepPlan, bool], Schedule] = {}
         self._embedding = compute.host_embedding(skeleton)
-        self._step: Step | None = None
-        self._pending: Update | None = None
+        self._step: Step | None = None  # whose gradients the store holds, whole
+        self._steps_before = 0  # those done before `_update`
+        self._update: Update | None = None  # the last that was decided on, or is under way (eager)
+        self._is_mixed = False
+        self._is_training: bool | None = True  # the mode of the model's modules; None where that is not known
         self._saving: Saving | None = None
         self._begins_to_save = False
+        self._has_run_writes = False
+        self._inside = threading.local()
         self.reruns: set[int] = set()
         self.notes: list[str] = []
         self.logs_notes = True
@@ -79,70 +90,121 @@ class Engine(OpFunctions):
         return self._schedules[plan, pending]
 
     @property
+    def steps_done(self) -> int:
+        """Steps whose updates are made, or will be before anybody reads the weights."""
+        update = self._update
+        return self._steps_before if update is None else update.settings.step - (not update.counts)
+
+    @property
     def has_pending(self) -> bool:
-        """Whether updates that were decided on are still to be made (`update: deferred`)."""
-        return self._pending is not None and bool(self._pending.left)
+        """Whether updates that were decided on are still to be made (`update: deferred`, or an error)."""
+        return self._update is not None and not self._update.eager and bool(self._update.left)
+
+    @property
+    def gradients(self) -> Step | None:
+        """The step whose gradients are in the store and have not been learned from."""
+        step = self._step
+        usable = step is not None and step.number == self.steps_done and not step.ends_itself
+        return step if usable else None
+
+    @property
+    def holds_gradients(self) -> bool:
+        """Whether those in the store are of one step, be it learned from or not."""
+        return self._step is not None
+
+    def holds_gradients_of(self, step: Step) -> bool:
+        return self._step is step
+
+    @property
+    def torn(self) -> str | None:
+        """Why the weights are those of no step, in words; None for nearly all states."""
+        if self._is_mixed:
+            return "reading a saved state was cut short"
+        update = self._update
+        if update is None or not update.is_torn:
+            return None
+        number = f"{update.settings.step:,}"
+        return f"{update.extent} were updated already (update: eager) when step {number} was cut short"
+
+    @property
+    def op_at_work(self) -> Op | None:
+        """The op that the calling thread is in the middle of."""
+        return getattr(self._inside, "op", None)
 
     def forward_backward(
         self,
         micro_batches: Sequence[MicroBatch],
-        num_step: int,
         *,
         update: UpdateSettings | None = None,
         loss_fn: LossFunction | None = None,
         record: bool = False,
+        ends_itself: bool = False,
     ) -> Step:
         """Run gather to scatter, with the deferred updates of the step before, or with this step's own
-        eager ones (`update`). Gradients are in the store, but for eager updates."""
-        if self._pending is not None and self._pending.begun:  # a step that failed half-way
+        eager ones (`update`). Gradients are in the store, but for eager updates.
+
+        A state of no step is taken as the one to go on from. ends_itself: see `Step`.
+        """
+        if self.torn:
+            self.replaced(self.steps_done)
+        if self.has_pending and (self._is_cut_short or self.settings.update_mode != "deferred"):
             self.flush()
+        self._step = None  # with all that it holds: the memory may be needed
+        self._set_mode(training=True)
         plan = self.plan(len(micro_batches), save=self._begins_to_save)
-        step = self._step = self._begin(plan, micro_batches, num_step, pending=self.has_pending)
+        step = self._begin(plan, micro_batches, self.steps_done, pending=self.has_pending)
+        step.ends_itself = ends_itself
         if update is not None:
-            step.update = Update(update, 1.0, set(self.trainable))
+            self._update = step.update = Update.of(self.trainable, update, eager=True)
         elif self.has_pending:
-            step.update = self._pending
-        step.metrics = [{} for _ in micro_batches]
-        if loss_fn is None:
-            smoothing = self.policies.settings.label_smoothing_factor
-            head_loss = cross_entropy(step.num_tokens, self.policies.loss_chunk, smoothing)
-            step.head_losses = [head_loss] * len(micro_batches)
-        else:
-            step.head_losses = [
-                custom(loss_fn, batch, self.policies.loss_chunk, metrics)
-                for batch, metrics in zip(micro_batches, step.metrics, strict=True)
-            ]
+            step.update = self._update
+        self._prepare_losses(step, loss_fn)
         end = next(i for i, op in enumerate(step.schedule.ops) if op.kind == "N")
+        self._has_run_writes = self._begins_to_save
         try:
             self._execute(step, range(end), record)
         except BaseException as error:
             self._give_up_saving()  # its units would be of two steps
-            self._step = None  # with all that the step holds: what is called next may need the memory
-            if update is not None and step.update is not None and step.update.begun:
-                done, count = len(self.trainable) - len(step.update.left), len(self.trainable)
+            if self.torn:
                 error.add_note(
-                    f"{done} of {count} units were updated already (update: eager): the weights are those "
-                    "of no step. Load the last saved model, or use update: deferred"
+                    f"{self.torn}: the weights are those of no step. Load the last saved model, or use "
+                    "update: deferred"
                 )
             raise
         self._end_of_writes()
-        if not self.has_pending:
-            self._pending = None
+        self._step = step
         return step
+
+    def _prepare_losses(self, step: Step, loss_fn: LossFunction | None) -> None:
+        step.metrics = [{} for _ in step.micro_batches]
+        if loss_fn is None:
+            smoothing = self.policies.settings.label_smoothing_factor
+            head_loss = cross_entropy(step.num_tokens, self.policies.loss_chunk, smoothing)
+            step.head_losses = [head_loss] * len(step.micro_batches)
+        else:
+            step.head_losses = [
+                custom(loss_fn, batch, self.policies.loss_chunk, metrics)
+                for batch, metrics in zip(step.micro_batches, step.metrics, strict=True)
+            ]
 
     def evaluate(self, micro_batches: Sequence[MicroBatch], *, record: bool = False) -> Step:
         """Forward and loss alone, without dropout; losses and log-probabilities are in the step."""
         self.flush()
-        step = self._begin(self.plan(len(micro_batches), evaluate=True), micro_batches, 0, pending=False)
-        self.skeleton.model.eval()
-        try:
-            self._execute(step, range(len(step.schedule.ops)), record)
-        finally:
-            self.skeleton.model.train()
+        plan = self.plan(len(micro_batches), evaluate=True)
+        step = self._begin(plan, micro_batches, 0, pending=False)
+        self._set_mode(training=False)
+        self._execute(step, range(len(step.schedule.ops)), record)
         return step
 
+    def _set_mode(self, *, training: bool) -> None:
+        """Put the model into a mode; where that is cut short, the next call does it again."""
+        if self._is_training is not training:
+            self._is_training = None
+            self.skeleton.model.train(training)
+            self._is_training = training
+
     def _begin(
-        self, plan: StepPlan, micro_batches: Sequence[MicroBatch], num_step: int, *, pending: bool
+        self, plan: StepPlan, micro_batches: Sequence[MicroBatch], number: int, *, pending: bool
     ) -> Step:
         targets = [shifted_targets(batch["labels"]) for batch in micro_batches]
         if self.device.type == "cuda":  # copies from pageable memory would hold up the compute lane
@@ -151,41 +213,49 @@ class Engine(OpFunctions):
                 {n: v.pin_memory() for n, v in batch.items() if v is not None} for batch in micro_batches
             ]
         num_tokens = sum(int((t != IGNORE_INDEX).sum()) for t in targets)
-        rng_base = self.settings.seed * 1_000_003 + num_step
+        rng_base = self.settings.seed * 1_000_003 + number
         schedule = self.schedule(plan, pending=pending)
-        return Step(plan, schedule, micro_batches, targets, num_tokens, rng_base)
+        return Step(plan, schedule, micro_batches, targets, num_tokens, number, rng_base)
 
-    def update(self, settings: UpdateSettings, *, record: bool = False) -> None:
-        """Take the norm of the gradients in the store and update: at once, or with the next step."""
-        step = self._step
-        assert step is not None, "update() needs a forward_backward() before it"
+    def update(self, step: Step, settings: UpdateSettings, *, record: bool = False) -> None:
+        """Take the norm of the gradients of `step`, which the store holds, and update: at once, or with the
+        next step. Once the norm is taken the update is decided on, and `flush` makes what is left of it."""
+        assert self.holds_gradients_of(step), "update() needs a forward_backward() before it"
         ops = step.schedule.ops
         if step.plan.update != "eager":
-            step.update = Update(settings, 1.0, set(self.trainable))
+            step.update = Update.of(self.trainable, settings)
         norm = next(i for i, op in enumerate(ops) if op.kind == "N")
-        try:
-            self._execute(step, range(norm, len(ops)), record)
-        except BaseException:
-            if step.plan.update == "sync" and step.update is not None and step.update.begun:
-                self._pending = step.update  # flush() makes the rest
-            raise
-        if step.plan.update == "deferred":
-            self._pending = step.update
+        self._execute(step, range(norm, norm + 1), record)
+        self._update = step.update
+        if norm + 1 < len(ops):
+            self._execute(step, range(norm + 1, len(ops)), record)
 
     def flush(self) -> None:
         """Make the updates that are still to come, so that the store holds what the last step decided."""
-        update = self._pending
-        if update is None:
+        update = self._update
+        if update is None or not self.has_pending:
             return
-        plan = self.plan(1)
-        ops = build_flush(plan, 0, update.left)
-        step = Step(plan, Schedule(ops, derive_waits(ops), last_uses(ops)), update=update)
-        self._execute(step, range(len(ops)), False)
-        self._pending = None
+        ops = build_flush(self.plan(1), 0, update.left)
+        self._execute(self._apart(ops, update), range(len(ops)), False)
 
-    def forget(self) -> None:
-        """Drop updates and gradients that are still to be applied: the store was filled anew."""
-        self._pending = self._step = None
+    def _apart(self, ops: list[Op], update: Update | None, *, save: bool = False) -> Step:
+        """A step of nothing but these ops."""
+        schedule = Schedule(ops, derive_waits(ops), last_uses(ops))
+        return Step(self.plan(1, save=save), schedule, update=update)
+
+    @property
+    def _is_cut_short(self) -> bool:
+        return self._update is not None and self._update.has_begun and bool(self._update.left)
+
+    def is_being_replaced(self) -> None:
+        """The store is about to be filled anew: until `replaced` its content is of no step."""
+        self.flush()
+        self.replaced(self.steps_done)
+        self._is_mixed = True
+
+    def replaced(self, steps_done: int) -> None:
+        """Take the store as it is for the state after so many steps; drop updates and gradients."""
+        self._steps_before, self._update, self._step, self._is_mixed = steps_done, None, None, False
 
     def save(self, saving: Saving, *, background: bool) -> None:
         """Write every unit, as the last step's update leaves it: while the next step and those after it
@@ -195,16 +265,14 @@ class Engine(OpFunctions):
         self._saving, self._begins_to_save = saving, True
         if background:
             return
-        update = self._pending
-        plan = self.plan(1, save=True)
-        ops = build_save(plan, 1, update.left if update is not None else ())
-        step = Step(plan, Schedule(ops, derive_waits(ops), last_uses(ops)), update=update)
+        update = self._update if self.has_pending else None
+        ops = build_save(self.plan(1, save=True), 1, update.left if update is not None else ())
+        self._has_run_writes = True
         try:
-            self._execute(step, range(len(ops)), False)
+            self._execute(self._apart(ops, update, save=True), range(len(ops)), False)
         except BaseException:
             self._give_up_saving()
             raise
-        self._pending = None
         self._end_of_writes()
         self.lanes.disk.drain()
 
@@ -213,6 +281,13 @@ class Engine(OpFunctions):
         if self._saving is not None and self._begins_to_save:
             self.save(self._saving, background=False)
         self.lanes.disk.drain()
+
+    def come_back(self) -> None:
+        """End what the last call left at work, or half written, when it was interrupted. Comes before each
+        call."""
+        self.lanes.join()
+        if self._has_run_writes:
+            self._give_up_saving()
 
     def _give_up_saving(self) -> None:
         """Drop the checkpoint whose units a failed run was to write."""
@@ -225,19 +300,17 @@ class Engine(OpFunctions):
         """What was to be written is on its way: the disk lane ends the checkpoint when it comes to it."""
         if self._saving is not None and self._begins_to_save:
             self.lanes.disk.submit(frozenset(), self._saving.finish)
-            self._begins_to_save = False
-
-    def measure_norm(self) -> float:
-        """Global gradient norm of the last forward_backward, without an update."""
-        assert self._step is not None
-        return self.norm_of(self._step)
+        self._begins_to_save = self._has_run_writes = False
 
     def _execute(self, step: Step, indices: range, record: bool) -> None:
         schedule = step.schedule
 
         def execute(i: int) -> None:
-            op = schedule.ops[i]
-            self._run[op.kind](step, op)
+            op = self._inside.op = schedule.ops[i]
+            try:
+                self._run[op.kind](step, op)
+            finally:
+                self._inside.op = None
             for buffer in schedule.ends[i]:
                 self._release(step, buffer)
 

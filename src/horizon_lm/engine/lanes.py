@@ -64,6 +64,9 @@ class Lanes(Protocol):
         self, ops: Sequence[Op], waits: Waits, indices: range, execute: Execute, *, record: bool = False
     ) -> None: ...
 
+    def join(self) -> None:
+        """Stop, and wait for, what is still at work after a `run` that was interrupted."""
+
 
 class InlineLanes:
     """Program order in the calling thread, and on one stream where the device is CUDA. clock: seconds, for
@@ -98,6 +101,9 @@ class InlineLanes:
                 self._settle()
                 self.spans.append((ops[i], start - self.origin, self._clock() - self.origin))
         self._settle()
+
+    def join(self) -> None:
+        """Nothing is: the ops run in the thread that calls."""
 
     def _settle(self) -> None:
         """Wait for what was issued to a CUDA device; the CPU has ended its work already."""
@@ -145,6 +151,9 @@ class AdversarialLanes:
             pending.discard(i)
             self.order.append(i)
 
+    def join(self) -> None:
+        """Nothing is: the ops run in the thread that calls."""
+
 
 class CudaLanes:
     """A thread for each lane. Upload, compute and download issue to a stream of their own and
@@ -158,16 +167,26 @@ class CudaLanes:
         self._streams = {
             lane: torch.cuda.Stream(device) for lane in (Lane.UPLOAD, Lane.COMPUTE, Lane.DOWNLOAD)
         }
+        self._last: _CudaRun | None = None
 
     def run(
         self, ops: Sequence[Op], waits: Waits, indices: range, execute: Execute, *, record: bool = False
     ) -> None:
+        self.join()
         torch.cuda.synchronize(self.device)  # nothing of an earlier range, or of the caller, is in flight
         self.spans = []
-        run = _CudaRun(self.device, self._streams, self.disk, ops, waits, indices, execute, record)
+        run = self._last = _CudaRun(
+            self.device, self._streams, self.disk, ops, waits, indices, execute, record
+        )
         self.origin = run.origin_seconds
         run.complete()
+        self._last = None
         self.spans = run.spans()
+
+    def join(self) -> None:
+        if self._last is not None:
+            self._last.abandon()
+            self._last = None
 
 
 class _CudaRun:
@@ -206,10 +225,18 @@ class _CudaRun:
         for i in indices:
             by_lane[ops[i].lane].append(i)
         self.mine = {f"horizon-{lane}": mine for lane, mine in by_lane.items()}
+        # An interrupt of `Thread.join` makes Python 3.11 take the thread for ended while it is at work.
+        self.gone = {name: threading.Event() for name in self.mine}
         self.threads = [
-            threading.Thread(target=self._lane, args=(lane, mine), name=f"horizon-{lane}", daemon=True)
+            threading.Thread(target=self._live, args=(lane, mine), name=f"horizon-{lane}", daemon=True)
             for lane, mine in by_lane.items()
         ]
+
+    def _live(self, lane: Lane, mine: list[int]) -> None:
+        try:
+            self._lane(lane, mine)
+        finally:
+            self.gone[f"horizon-{lane}"].set()
 
     def _lane(self, lane: Lane, mine: list[int]) -> None:
         try:
@@ -269,31 +296,39 @@ class _CudaRun:
     def complete(self) -> None:
         """Run all lanes to their end; raise what one of them raised, or what interrupted the wait.
 
-        No lane is at work any more when this returns or raises.
+        No lane is at work any more when this returns or raises, unless the wait for that is interrupted
+        too: whoever wants the process to end need not wait for a device that hangs.
         """
         try:
             for thread in self.threads:
                 thread.start()
             for thread in self.threads:
-                while thread.is_alive():
-                    thread.join(_LOOK_SECONDS)
+                while not self.gone[thread.name].wait(_LOOK_SECONDS):
                     self._look_for_dead_lanes()
+                self._look_for_dead_lanes()
+                thread.join()
         except BaseException as error:  # a KeyboardInterrupt, or no thread to be had
-            self._fail(error)
-            for thread in self.threads:
-                if thread.ident is not None:
-                    thread.join()
+            self.abandon(error)
         if self.failure is not None:
             with suppress(RuntimeError):  # what failed first tells more than what the device says after it
                 torch.cuda.synchronize(self.device)
             raise self.failure
         torch.cuda.synchronize(self.device)
 
+    def abandon(self, error: BaseException | None = None) -> None:
+        """Let each lane end the op that it is in, and no more; return when all have."""
+        self._fail(error or RuntimeError("the run was interrupted"))
+        for thread in self.threads:
+            if thread.ident is not None:  # one that starts later finds the failure
+                self.gone[thread.name].wait()
+
     def _look_for_dead_lanes(self) -> None:
         """A lane whose thread is gone without a word must not leave the others waiting for its ops."""
         for thread in self.threads:
+            if not self.gone[thread.name].is_set():
+                continue
             rest = [i for i in self.mine[thread.name] if not self.issued[i].is_set()]
-            if rest and self.failure is None and not thread.is_alive():
+            if rest and self.failure is None:
                 error = RuntimeError(f"the thread of the lane {thread.name} is gone")
                 in_op(error, self.ops[rest[0]], list(self.done))
                 self._fail(error)

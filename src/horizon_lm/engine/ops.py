@@ -133,13 +133,13 @@ class OpFunctions:
         good; where it changes anything it is said once, in `notes`."""
         if unit in self.reruns:
             return
-        self.reruns.add(unit)
         if unit in self.policies.kept:
             self.tell(
                 f"{self.store.units[unit].name} is recomputed from now on because {reason}, where streamed "
                 "weights cannot be replaced; costs about one more forward pass of that layer a step"
             )
         self.policies = replace(self.policies, kept=self.policies.kept - {unit})
+        self.reruns.add(unit)
 
     def tell(self, note: str) -> None:
         """Note a change of what the settings asked for; logged unless somebody takes the notes."""
@@ -271,10 +271,9 @@ class OpFunctions:
         assert update is not None
         if step.plan.update == "eager" and not self._may_update(step, update, op.unit):
             return
-        update.begun = True
+        progress = update.progress[op.unit]
         grads = self.store.gradient_run(op.unit, op.slab)
-        self.optimizer.update_unit(self.store, op.unit, grads, update.settings, update.grad_scale)
-        update.left.discard(op.unit)
+        self.optimizer.update_unit(self.store, op.unit, grads, update.settings, update.grad_scale, progress)
 
     def _write(self, step: Step, op: Op) -> None:
         assert self._saving is not None
@@ -287,7 +286,7 @@ class OpFunctions:
             square = float(step.square_norms[unit])
             if step.plan.scatters and unit == step.plan.embedding_unit:
                 square += float(step.square_norms[step.plan.head + 1])
-            finite = math.isfinite(square) and (update.begun or math.isfinite(step.loss))
+            finite = math.isfinite(square) and (update.has_begun or math.isfinite(step.loss))
             if not finite:
                 update.stopped_at = unit
         return update.stopped_at is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -10,7 +10,9 @@ import torch
 
 from ..model.capture import Call
 from ..optim.optimizer import UpdateSettings
+from ..optim.progress import Progress
 from ..schedule import Buffer, Op, StepPlan
+from ..words import count
 from .activations import LayerGraph, Rerun
 from .gradient import UnitGradient
 from .loss import HeadLoss
@@ -28,22 +30,55 @@ class Schedule(NamedTuple):
 
 @dataclass
 class Update:
-    """An update that was decided on. left: units whose turn is still to come; stopped_at: the unit whose
-    gradient was not finite, before which eager updates stopped."""
+    """An update of the trainable units, and how far it has come.
+
+    eager: each unit is updated as its gradient arrives, before all of them are known to be good; others are
+    decided on as a whole, and then made whatever happens. stopped_at: the unit whose gradient was not
+    finite, before which eager updates stopped.
+    """
 
     settings: UpdateSettings
-    grad_scale: float
-    left: set[int]
-    begun: bool = False
+    eager: bool
+    progress: dict[int, Progress]
+    grad_scale: float = 1.0
     stopped_at: int | None = None
+
+    @classmethod
+    def of(cls, units: Iterable[int], settings: UpdateSettings, *, eager: bool = False) -> Update:
+        return cls(settings, eager, {unit: Progress() for unit in units})
+
+    @property
+    def left(self) -> set[int]:
+        """Units whose turn is still to come, or that were cut short."""
+        return {unit for unit, progress in self.progress.items() if not progress.is_done}
+
+    @property
+    def has_begun(self) -> bool:
+        return any(progress.has_begun for progress in self.progress.values())
+
+    @property
+    def is_torn(self) -> bool:
+        """Eager updates of which some were made and others were not. Only while none is running."""
+        return self.eager and self.has_begun and bool(self.left)
+
+    @property
+    def counts(self) -> bool:
+        """Whether its step is done, as far as anybody can tell who reads the weights."""
+        return not self.eager or not self.left
+
+    @property
+    def extent(self) -> str:
+        """What was updated, as in "20 of 48 units"."""
+        return f"{len(self.progress) - len(self.left):,} of {count(len(self.progress), 'unit')}"
 
 
 @dataclass
 class Step:
     """The step in flight: its schedule, its micro-batches and its transient buffers.
 
-    targets: [batch, tokens] on the host for each micro-batch; num_tokens: those that count. head_losses:
-    one for each micro-batch. update: what the O ops of this schedule apply.
+    targets: [batch, tokens] on the host for each micro-batch; num_tokens: those that count. number: of the
+    steps that were done before it. head_losses: one for each micro-batch. update: what the O ops of this
+    schedule apply. ends_itself: its gradients are of no use but to the call that made them.
     """
 
     plan: StepPlan
@@ -51,9 +86,11 @@ class Step:
     micro_batches: Sequence[MicroBatch] = ()
     targets: list[torch.Tensor] = field(default_factory=list)
     num_tokens: int = 0
+    number: int = 0
     rng_base: int = 0
     head_losses: list[HeadLoss] = field(default_factory=list)
     update: Update | None = None
+    ends_itself: bool = False
     memory: dict[Buffer, torch.Tensor | Call | LayerGraph | Rerun] = field(default_factory=dict)
     gradients: dict[int, UnitGradient] = field(default_factory=dict)
     losses: dict[int, torch.Tensor] = field(default_factory=dict)

@@ -22,6 +22,7 @@ import torch
 
 from ..cores import usable_cores
 from . import reference
+from .progress import Progress
 from .rules import RULES, Hyper, check_run, coefficients
 
 __all__ = ["ISAS", "Hyper", "available_isas", "describe", "library", "update", "update_run"]
@@ -29,6 +30,7 @@ __all__ = ["ISAS", "Hyper", "available_isas", "describe", "library", "update", "
 ISAS = ("auto", "plain", "baseline", "avx2", "avx512")  # numbered as in csrc/optimizer.cpp
 _DTYPES = (torch.float32, torch.bfloat16)
 _VERSION = 3  # of the C interface
+_REFERENCE_PIECE = 1 << 22  # elements: 50 MB and less, and few enough pieces
 _BUILD = "python -m horizon_lm.optim.kernel --build"
 _log = logging.getLogger(__name__)
 
@@ -129,6 +131,7 @@ def update(
     seed: int = 0,
     threads: int | None = None,
     isa: str = "auto",
+    progress: Progress | None = None,
 ) -> None:
     """Update a run of n elements in place; all tensors 1-D [n], contiguous, in host memory.
 
@@ -136,7 +139,8 @@ def update(
     exp_avg, exp_avg_sq: fp32, or bf16 with stochastic rounding; exp_avg_sq None for sgd and lion.
     step: 1 for the first update. grad_scale: the clipping factor. element_offset: the number of element 0
     in the whole store; it, `seed` and `step` decide the random rounding. threads: taken as it is, by
-    default all usable cores (see threads.py to limit a wish). isa: one of ISAS, for tests.
+    default all usable cores (see threads.py to limit a wish). isa: one of ISAS, for tests. progress: the call
+    is its next piece.
 
     The bits depend on neither threads nor isa nor on how a run is cut into calls, and equal those of
     reference.update. Moments below 1.2e-38 are stored as zero. A NaN gradient makes master and moments
@@ -161,10 +165,10 @@ def update(
         **place,
         **vars(coefficients(rule, hyper, step, grad_scale)),
     )
-    _run(call, threads, isa)
+    _run(call, threads, isa, progress or Progress())
 
 
-def _run(call: _Update, threads: int | None, isa: str) -> None:
+def _run(call: _Update, threads: int | None, isa: str, progress: Progress) -> None:
     lib = library()
     if lib is None:
         raise RuntimeError(f"the C++ optimizer is not built; hint: {_BUILD}")
@@ -173,7 +177,8 @@ def _run(call: _Update, threads: int | None, isa: str) -> None:
     if threads is not None and threads < 1:
         raise ValueError(f"threads={threads}; hint: 1 or more")
     call.isa, call.threads = ISAS.index(isa), threads or usable_cores()
-    if lib.horizon_update(ctypes.byref(call)) != 0:
+    if progress.call(lib.horizon_update, ctypes.byref(call)) != 0:
+        progress.ended.pop()  # nothing was updated
         raise ValueError(f"isa={isa!r} is not available here; hint: {' | '.join(available_isas())}")
 
 
@@ -191,15 +196,31 @@ def update_run(
     element_offset: int = 0,
     seed: int = 0,
     threads: int | None = None,
+    progress: Progress | None = None,
 ) -> None:
-    """`update` by the kernel where it was built, else by the torch reference (on torch's own threads)."""
+    """`update` by the kernel where it was built, else by the torch reference (on torch's own threads).
+
+    progress: the run is its next piece.
+    """
     runs = (weights, residual, grads, exp_avg, exp_avg_sq)
     place: dict[str, Any] = {"step": step, "element_offset": element_offset, "seed": seed}
     place.update(hyper=hyper, grad_scale=grad_scale)
     if library() is not None:
-        update(rule, *runs, threads=threads, **place)
-    else:
+        update(rule, *runs, threads=threads, progress=progress, **place)
+    elif progress is None:
         reference.update(rule, *runs, **place)
+    else:
+        written = (weights, residual, exp_avg, exp_avg_sq)
+        new = [None if run is None else run.clone() for run in written]
+        reference.update(rule, new[0], new[1], grads, new[2], new[3], **place)  # type: ignore[arg-type]
+        pairs = zip(written, new, strict=True)
+        progress.copy([(run, value) for run, value in pairs if run is not None and value is not None])
+
+
+def longest_piece() -> int | None:
+    """Elements of a run that an update with `progress` may take at once: the reference computes beside it,
+    which takes memory. None where there is no limit."""
+    return None if library() is not None else _REFERENCE_PIECE
 
 
 def _build() -> int:

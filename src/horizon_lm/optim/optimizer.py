@@ -12,11 +12,14 @@ from ..cores import choose_threads
 from ..errors import ConfigError
 from ..memory.store import HostStore
 from .groups import Group, Segment
-from .kernel import update_run
+from .kernel import longest_piece, update_run
+from .progress import Progress
 from .rules import ADAPTIVE_RULES, Hyper, coefficients
 
 # Below this, to wake another thread takes longer than what it would do.
 _ELEMENTS_OF_A_THREAD = 1 << 16
+
+Part = tuple[int, int, float, float]  # start, stop, learning rate, weight decay
 
 
 @dataclass(frozen=True)
@@ -86,16 +89,25 @@ class Optimizer:
         return Hyper(lr, self.beta1, self.beta2, self.epsilon, weight_decay, self.momentum)
 
     def update_unit(
-        self, store: HostStore, unit: int, grads: torch.Tensor, settings: UpdateSettings, grad_scale: float
+        self,
+        store: HostStore,
+        unit: int,
+        grads: torch.Tensor,
+        settings: UpdateSettings,
+        grad_scale: float,
+        progress: Progress,
     ) -> None:
-        """Update the unit's trainable part in place from `grads * grad_scale`.
+        """Update the unit's trainable part in place from `grads * grad_scale`, from where `progress` is on.
 
         grads: 1-D [trainable_numel], in host memory. grad_scale: the clipping factor.
         """
         layout = store.units[unit]
         before = sum(u.trainable_numel for u in store.units[:unit])
         runs, threads = self._runs(store, unit), self._threads
-        for start, stop, lr, weight_decay in self._parts(unit, layout.trainable_numel, settings):
+        pieces = _cut(self._parts(unit, layout.trainable_numel, settings), longest_piece())
+        progress.pieces = len(pieces)
+        progress.end_copies()
+        for start, stop, lr, weight_decay in pieces[len(progress.ended) :]:
             weights, residual, exp_avg, exp_avg_sq = (None if r is None else r[start:stop] for r in runs)
             assert weights is not None and exp_avg is not None
             update_run(
@@ -111,6 +123,7 @@ class Optimizer:
                 element_offset=before + start,
                 seed=self.seed,
                 threads=max(1, min(threads, (stop - start) // _ELEMENTS_OF_A_THREAD)),
+                progress=progress,
             )
 
     def _runs(self, store: HostStore, unit: int) -> tuple[torch.Tensor | None, ...]:
@@ -127,9 +140,9 @@ class Optimizer:
             exp_avg_sq,
         )
 
-    def _parts(self, unit: int, numel: int, settings: UpdateSettings) -> list[tuple[int, int, float, float]]:
+    def _parts(self, unit: int, numel: int, settings: UpdateSettings) -> list[Part]:
         """(start, stop, learning rate, weight decay), as few as these settings allow."""
-        parts: list[tuple[int, int, float, float]] = []
+        parts: list[Part] = []
         for segment in self.segments[unit] if self.segments else ():
             lr = settings.lr * segment.group.lr_factor
             weight_decay = settings.weight_decay if segment.group.decays else 0.0
@@ -138,3 +151,14 @@ class Optimizer:
             else:
                 parts.append((segment.start, segment.stop, lr, weight_decay))
         return parts or [(0, numel, settings.lr, settings.weight_decay)]
+
+
+def _cut(parts: list[Part], longest: int | None) -> list[Part]:
+    """The parts, none longer than `longest` elements."""
+    if longest is None:
+        return parts
+    return [
+        (begin, min(begin + longest, stop), lr, weight_decay)
+        for start, stop, lr, weight_decay in parts
+        for begin in range(start, max(stop, start + 1), longest)
+    ]

@@ -12,8 +12,10 @@ or, to look at the gradients in between, `forward_backward` and `step`.
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
@@ -30,7 +32,7 @@ from ..engine.loss import LossFunction
 from ..engine.policies import DTYPES, store_spec
 from ..engine.saving import Saving
 from ..engine.step import Step
-from ..errors import ConfigError, NonFiniteError
+from ..errors import ConfigError, NonFiniteError, TornStateError
 from ..memory.arena import keep_freed_memory, return_free_memory
 from ..memory.layout import lay_out
 from ..memory.store import HostStore
@@ -47,6 +49,9 @@ from .device import resolve_device
 from .export import check_target, choose_dtype, save_model, tokenizer_saver
 from .micro_batches import MicroBatches, check_micro_batches
 from .outputs import EvaluationOutput, ForwardBackwardOutput, StepOutput, TrainStepOutput
+from .turns import in_turn
+
+_log = logging.getLogger(__name__)
 
 
 class _Default(Enum):
@@ -56,11 +61,13 @@ class _Default(Enum):
 
 
 class HostModel:
-    """Built by `from_pretrained` or `from_config`. Not safe to use from several threads at once.
+    """Built by `from_pretrained` or `from_config`.
 
-    An error from a call leaves the state of the last finished step, which can be evaluated, saved and
-    trained on. The exception is `update: eager`, where an error in the middle of the backward pass comes
-    after some updates; the error says so.
+    An error from a call, Ctrl-C included, leaves the state before the step or the one after it
+    (`steps_done` says which), and that can be evaluated, saved and trained on. The exception is `update:
+    eager`, where some layers may have been updated and others not: the error says so, and what would go on
+    from such a state or save it raises TornStateError, unless with `force=True`.
+    Calls from several threads take turns; from within a step (a `loss_fn`) they are refused.
     As a context manager it gives its memory back at the end (`close`).
     """
 
@@ -94,8 +101,8 @@ class HostModel:
             choose_lanes(settings.lanes, self.device, settings.seed),
             settings,
         )
-        self.steps_done = 0
-        self._has_gradients = False
+        self._turn = threading.RLock()
+        self._warned_of = ""
 
     @classmethod
     def from_pretrained(
@@ -180,11 +187,21 @@ class HostModel:
         """Give the memory back, once what is being saved is on the disk. What was not saved is lost."""
         if isinstance(self.store, Closed):
             return
-        self.engine.lanes.disk.drain()
-        closed: Any = Closed()
-        self.store = self.engine = self.optimizer = closed
+        self._close()
         gc.collect()  # the engine's table of functions refers to it
         return_free_memory()
+
+    @in_turn
+    def _close(self) -> None:
+        self.engine.lanes.disk.drain()
+        closed: Any = Closed()
+        closed.steps_done = self.steps_done
+        self.store = self.engine = self.optimizer = closed
+
+    @property
+    def steps_done(self) -> int:
+        """Updates so far: those that are made, and those that are before anybody can read the weights."""
+        return self.engine.steps_done
 
     @property
     def config(self) -> Any:
@@ -195,12 +212,14 @@ class HostModel:
     def num_parameters(self) -> int:
         return sum(p.numel for unit in self.store.units for p in unit.parameters)
 
+    @in_turn
     def forward_backward(
         self,
         micro_batches: MicroBatches,
         loss_fn: LossFunction | None = None,
         *,
         record: bool = False,
+        force: bool = False,
     ) -> ForwardBackwardOutput:
         """Gradients of the mean loss over all target tokens of all micro-batches of a step.
 
@@ -212,8 +231,9 @@ class HostModel:
         [batch, tokens - 1] on the device, aligned with labels[:, 1:] and 0 where ignored. It returns a
         scalar, or a pair of it and a dict of metrics; the step's loss is the sum over its micro-batches.
         A second call before `step` replaces the gradients of the first.
-        record: keep what ran when in `timeline`.
-        Raises DataError for micro-batches that cannot be trained on, ConfigError with eager updates.
+        record: keep what ran when in `timeline`. force: go on from weights that are those of no step.
+        Raises DataError for micro-batches that cannot be trained on, ConfigError with eager updates,
+        TornStateError for weights of no step.
         """
         if self.settings.update_mode == "eager":
             raise ConfigError(
@@ -221,14 +241,17 @@ class HostModel:
                 "together: forward_backward() and step() are one call",
                 hint="train_step(micro_batches, lr=...), or update='deferred'",
             )
-        return _output(self._forward_backward(micro_batches, loss_fn, None, record))
+        self._refuse_torn("forward_backward()", force)
+        return _output(self._forward_backward(micro_batches, loss_fn, record=record))
 
     def _forward_backward(
         self,
         micro_batches: MicroBatches,
         loss_fn: LossFunction | None,
-        update: UpdateSettings | None,
+        update: UpdateSettings | None = None,
+        *,
         record: bool,
+        ends_itself: bool = False,
     ) -> Step:
         if loss_fn is not None and not callable(loss_fn):
             raise ConfigError(
@@ -242,13 +265,11 @@ class HostModel:
                 hint="label_smoothing_factor=0",
             )
         batches = check_micro_batches(micro_batches, self.skeleton, extra=loss_fn is not None)
-        self._has_gradients = False
-        step = self.engine.forward_backward(
-            batches, self.steps_done, update=update, loss_fn=loss_fn, record=record
+        return self.engine.forward_backward(
+            batches, update=update, loss_fn=loss_fn, record=record, ends_itself=ends_itself
         )
-        self._has_gradients = True
-        return step
 
+    @in_turn
     def step(
         self,
         lr: Number,
@@ -265,20 +286,22 @@ class HostModel:
         Raises ConfigError for a number that cannot be used, and NonFiniteError when the norm is NaN or
         infinite; nothing is updated then.
         """
-        if not self._has_gradients:
+        step = self.engine.gradients
+        if step is None:
             raise ConfigError(
                 "step() was called without gradients", hint="call forward_backward() before each step()"
             )
         settings = self._update_settings("step()", lr, max_grad_norm, weight_decay)
-        norm = self.engine.measure_norm()
+        norm = self.engine.norm_of(step)
         if not math.isfinite(norm):
             raise NonFiniteError(
                 f"the gradient norm of step {self.steps_done + 1} is {norm}; nothing was updated",
                 hint="lower learning_rate, check the data, or set nonfinite: skip",
             )
-        self._update(settings, record)
+        self.engine.update(step, settings, record=record)
         return StepOutput(norm)
 
+    @in_turn
     def train_step(
         self,
         micro_batches: MicroBatches,
@@ -289,64 +312,62 @@ class HostModel:
         loss_fn: LossFunction | None = None,
         record: bool = False,
         check: Callable[[float, int], None] | None = None,
+        force: bool = False,
     ) -> TrainStepOutput:
         """`forward_backward` and `step` in one call, in every update mode.
 
         check: called with the loss and its number of tokens; what it raises leaves the update out (with
-        `update: eager` it comes too late for that).
+        `update: eager` it comes too late for that). It may evaluate, read and save, but not train.
+        force: go on from weights that are those of no step.
 
         Raises NonFiniteError when the loss or the gradient norm is not finite. Nothing has been
         updated then, unless `update: eager` met a gradient that is not finite under a loss that is: the
-        error says so (`state_intact`), and the state is that of no step.
+        error says so (`state_intact`), and the state is that of no step. Raises TornStateError for such a
+        state.
         """
         settings = self._update_settings("train_step()", lr, max_grad_norm, weight_decay)
+        self._refuse_torn("train_step()", force)
         eager = self.settings.update_mode == "eager"
-        step = self._forward_backward(micro_batches, loss_fn, settings if eager else None, record)
+        step = self._forward_backward(
+            micro_batches, loss_fn, settings if eager else None, record=record, ends_itself=True
+        )
         out = _output(step)
         if eager:
             norm = self._finish_eager(step, out, settings, record)
-            self.steps_done += 1
             if check is not None:
                 check(out.loss, out.num_tokens)
         else:
-            self._has_gradients = False  # of a step that is not learned from
             if not math.isfinite(out.loss):
                 raise self._not_finite(f"the loss of step {self.steps_done + 1} is {out.loss}", out)
             if check is not None:
                 check(out.loss, out.num_tokens)
-            norm = self.engine.measure_norm()
+                self._see_gradients_of(step)
+            norm = self.engine.norm_of(step)
             if not math.isfinite(norm):
                 raise self._not_finite(
                     f"the gradient norm of step {self.steps_done + 1} is {norm}", out, norm
                 )
-            self._update(settings, record)
+            self.engine.update(step, settings, record=record)
         return TrainStepOutput(out.loss, out.num_tokens, out.metrics, norm)
 
-    def _update(self, settings: UpdateSettings, record: bool) -> None:
-        """Update now or with the next step; the step counts as done once an update has begun, as
-        flush() completes it."""
-        try:
-            self.engine.update(settings, record=record)
-        except BaseException:
-            if not self.engine.has_pending:
-                raise
-            self.steps_done += 1
-            self._has_gradients = False
-            raise
-        self.steps_done += 1
-        self._has_gradients = False
+    def _see_gradients_of(self, step: Step) -> None:
+        if not self.engine.holds_gradients_of(step):
+            raise ConfigError(
+                "train_step(check=...): check trained the model, and the gradients of the step that it was "
+                "to check are gone",
+                hint="train after train_step() has returned; what check raises leaves an update out",
+            )
 
     def _finish_eager(
         self, step: Step, out: ForwardBackwardOutput, settings: UpdateSettings, record: bool
     ) -> float:
-        self._has_gradients = False
         assert step.update is not None
-        norm = self.engine.measure_norm()
+        norm = self.engine.norm_of(step)
         if step.update.stopped_at is not None:
             what = "loss" if not math.isfinite(out.loss) else "gradient norm"
             value = out.loss if what == "loss" else norm
             raise self._not_finite(f"the {what} of step {self.steps_done + 1} is {value}", out, norm, step)
-        self.engine.update(settings, record=record)
+        self.engine.update(step, settings, record=record)
         return norm
 
     def _not_finite(
@@ -385,11 +406,29 @@ class HostModel:
         self.optimizer.check(settings)
         return settings
 
+    def _refuse_torn(self, where: str, force: bool) -> None:
+        """Raises TornStateError where the weights are those of no step."""
+        torn = self.engine.torn
+        if torn is not None and not force:
+            raise TornStateError(
+                f"{where}: the weights are those of no step: {torn}",
+                hint="load the last saved model; force=True takes the weights as they are",
+            )
+
+    def _warn_of_torn(self, where: str) -> None:
+        """Once for each such state: it can be looked at."""
+        torn = self.engine.torn
+        if torn is not None and torn != self._warned_of:
+            self._warned_of = torn
+            _log.warning("%s: the weights are those of no step: %s", where, torn)
+
+    @in_turn
     def flush(self) -> None:
         """Make the updates that `update: deferred` has put off; done by itself wherever parameters are
         read through this object."""
         self.engine.flush()
 
+    @in_turn
     def evaluate(
         self, micro_batches: MicroBatches, *, return_log_probs: bool = False, record: bool = False
     ) -> EvaluationOutput:
@@ -398,6 +437,7 @@ class HostModel:
         micro_batches: as in `forward_backward`. Does not disturb the gradients of a step that is not
         finished. Raises DataError for micro-batches that have no target at all.
         """
+        self._warn_of_torn("evaluate()")
         batches = check_micro_batches(micro_batches, self.skeleton)
         step = self.engine.evaluate(batches, record=record)
         log_probs = [step.log_probs[m].cpu() for m in range(len(batches))] if return_log_probs else None
@@ -418,20 +458,38 @@ class HostModel:
 
     def named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, gradient) of each trainable parameter: views into the store, in its
-        dtype, valid until the next forward_backward. Raises ConfigError with eager updates, which
-        keep none."""
+        dtype, valid until the next forward_backward. Raises ConfigError where there are none, or of a
+        step that was cut short, and with eager updates, which keep none."""
         if self.settings.update_mode == "eager":
             raise ConfigError("update: eager keeps no gradients", hint="update='deferred'")
+        if not self.engine.holds_gradients:
+            raise ConfigError(
+                "named_gradients() was called without gradients", hint="call forward_backward() before it"
+            )
         for unit in self.store.units:
             for parameter in unit.trainable:
                 yield parameter.name, self.store.gradient(parameter.name)
 
     def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, fp32 master) of each parameter, a new tensor each, one at a time."""
-        self.flush()
-        for name in self.store.names():
-            yield name, self.store.master(name)
+        """(Hugging Face name, fp32 master) of each parameter, a new tensor each, one at a time. Raises
+        ConfigError when the model is trained before all are read, as they would be of two steps."""
+        steps_done = self.steps_done
+        self._warn_of_torn("named_parameters()")
+        for name in list(self.store.names()):
+            yield name, self._master(name, steps_done)
 
+    @in_turn
+    def _master(self, name: str, steps_done: int) -> torch.Tensor:
+        self.engine.flush()
+        if self.steps_done != steps_done:
+            raise ConfigError(
+                f"the model was trained while named_parameters() was read: step {steps_done:,} at first, "
+                f"{self.steps_done:,} now",
+                hint="parameters = dict(model.named_parameters()) between two steps",
+            )
+        return self.store.master(name)
+
+    @in_turn
     def save_pretrained(
         self,
         folder: str | os.PathLike[str],
@@ -440,16 +498,20 @@ class HostModel:
         max_shard_size: int | str = "5GB",
         tokenizer: Any = None,
         extra: Callable[[Path], None] | None = None,
+        force: bool = False,
     ) -> None:
         """Write a Hugging Face folder (safetensors, config, generation config); whole or absent.
 
         dtype: bfloat16 or float32, default the compute dtype. Written straight from the store.
         max_shard_size: of each file, as "5GB" or a number of bytes.
         tokenizer: saved with the model; a tokenizer or processor, or the folder or name of a tokenizer.
-        extra: writes further files into the folder before it is put in place.
+        extra: writes further files into the folder before it is put in place. force: save weights that are
+        those of no step.
         Raises ConfigError, before anything is written, for values that cannot be used and for a folder that
-        holds something other than a model; DoesNotFitError when the disk is full.
+        holds something other than a model; TornStateError for weights of no step; DoesNotFitError when the
+        disk is full.
         """
+        self._refuse_torn("save_pretrained()", force)
         target = check_target(folder)
         wanted = choose_dtype(dtype, max_shard_size)
         save_tokenizer = tokenizer_saver(tokenizer, self.settings.trust_remote_code)
@@ -459,16 +521,19 @@ class HostModel:
             if extra is not None:
                 extra(staging)
 
-        self.flush()
+        self.engine.flush()
         save_model(
             self.skeleton, self.store, target, dtype=wanted, max_shard_size=max_shard_size, extra=write_more
         )
 
-    def save_state(self, saving: Saving, *, background: bool = False) -> None:
+    @in_turn
+    def save_state(self, saving: Saving, *, background: bool = False, force: bool = False) -> None:
         """Hand every unit's weights and optimizer state, as of the last step, to `saving`.
 
-        background: while the next steps run. Else all is done when this returns.
+        background: while the next steps run. Else all is done when this returns. force: also weights that
+        are those of no step, for which TornStateError is raised otherwise.
         """
+        self._refuse_torn("save_state()", force)
         self.engine.save(saving, background=background)
 
     @property
@@ -482,15 +547,21 @@ class HostModel:
         """Whether a state is still on its way to the disk."""
         return not self.engine.lanes.disk.is_idle
 
+    @in_turn
     def finish_saving(self) -> None:
         """Wait for the disk; a state that was to be written beside a step that has not come is written now.
         Raises what went wrong there, but for what `saving` keeps to itself."""
         self.engine.finish_saving()
 
+    @in_turn
+    def state_is_being_replaced(self) -> None:
+        """Say that the store is about to be filled: until `state_was_replaced` it holds that of no step."""
+        self.engine.is_being_replaced()
+
+    @in_turn
     def state_was_replaced(self, steps_done: int) -> None:
         """Say that the store now holds the state after `steps_done` updates."""
-        self.engine.forget()
-        self.steps_done, self._has_gradients = steps_done, False
+        self.engine.replaced(steps_done)
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes by part: host regions of the store and spilled boundaries; slots on the device."""

@@ -266,6 +266,7 @@ def _check_tokenizer(checkpoint: Checkpoint, small_files: Mapping[str, bytes]) -
 
 def load_checkpoint(checkpoint: Checkpoint, model: HostModel) -> None:
     """Fill the model's store and buffers. Raises CheckpointError."""
+    model.state_is_being_replaced()
     load_units(checkpoint, model.store)
     rows = saved_buffers(model)
     path = checkpoint.path / BUFFERS
