@@ -31,6 +31,7 @@ from horizon_lm.data.compressed import (
 )
 from horizon_lm.data.csv_file import read_csv
 from horizon_lm.errors import DataError
+from horizon_lm.files import check_is_file
 
 PYTHON_STDLIB = "python-stdlib"
 
@@ -61,6 +62,8 @@ def list_files(name: str) -> list[Path]:
         found: Iterable[str] = (os.path.join(at, file) for at, _, names in os.walk(path) for file in names)
     elif glob.has_magic(name):
         found = (match for match in glob.iglob(str(path), recursive=True) if os.path.isfile(match))
+    elif path.exists():
+        raise DataError(f"{name} is a pipe or a device, not a file", hint="write it to a file first")
     else:
         raise DataError(
             f"{name} does not exist",
@@ -96,6 +99,7 @@ def read_file(path: Path) -> Iterator[PlacedRow]:
     """(row, place) for each row of one file."""
     last = None
     try:
+        check_is_file(path)
         for row, place in _READERS[suffix_of(path).removesuffix(".gz")](path):
             last = place
             yield row, place
