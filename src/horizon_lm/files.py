@@ -29,10 +29,8 @@ from typing import IO, BinaryIO, TextIO
 
 from .errors import ConfigError
 
-PATIENCE_SECONDS = 60.0  # for a pipe in place of a configuration file
-STAGED = re.compile(
-    r"\.horizon-[0-9a-f]{16}\.tmp"
-)  # a file that was being written when its process was killed
+PATIENCE_SECONDS = 30.0  # for a pipe in place of a configuration file
+STAGED = re.compile(r"\.horizon-[0-9a-f]{16}\.tmp")  # the name of a file that is being written
 _NEW = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC

@@ -1,7 +1,8 @@
 """What a local folder of a model may have read: regular files of its own.
 
-transformers opens what it finds there: it would wait for a named pipe, and take weights from wherever a link or
-an index of weight files points. In the cache of the Hub each file is a link into the same repository's `blobs`.
+transformers opens what it finds there: it would wait for a named pipe, and take weights from wherever a link
+or an index of weight files points. In the cache of the Hub each file is a link into the same repository's
+`blobs`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ _TEMPLATES = "additional_chat_templates"
 
 
 def check_model_folder(name: str | os.PathLike[str]) -> None:
-    """Raises DataError for a folder that has a pipe or a device where a file belongs, a link to a file outside
-    of it, or an index that names such a file. A name on the Hub is not looked at."""
+    """Raises DataError for a folder that has a pipe or a device where a file belongs, a link to a file
+    outside of it, or an index that names such a file. A name on the Hub is not looked at."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return

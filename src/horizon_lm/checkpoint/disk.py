@@ -66,10 +66,10 @@ class Disk:
         """Remove a folder and what is in it, as much of it as can be; of a link never what it points to."""
         with suppress(OSError):
             self.before("remove", folder)
-            if folder.is_symlink():
-                folder.unlink()
-            else:
+            if folder.is_dir() and not folder.is_symlink():
                 shutil.rmtree(folder, ignore_errors=True)
+            else:
+                folder.unlink(missing_ok=True)
 
 
 class HashedFile:

@@ -98,18 +98,17 @@ def read_pretrained(name: str, allowed: Allowed, *, seed: int = 0, **options: An
 
 
 def _check_files(name: str, options: dict[str, Any]) -> None:
-    """Raises DataError where weights, or what goes with them, would be read from outside of the model's folder,
-    or of its repository in the local cache."""
+    """Raises DataError where something would be read from outside of the model's folder, or of its repository
+    in the local cache."""
     if Path(name).expanduser().is_dir():
         check_model_folder(name)
         return
     from transformers.utils import cached_file
 
     given = {key: options[key] for key in ("revision", "local_files_only") if key in options}
-    quiet = dict.fromkeys(("gated_repo", "missing_entries", "connection_errors"), False)
-    found = cached_file(
-        name, INDEX, **given, **{f"_raise_exceptions_for_{key}": no for key, no in quiet.items()}
-    )
+    reasons = ("gated_repo", "missing_entries", "connection_errors")  # from_pretrained itself tells of these
+    quiet = {f"_raise_exceptions_for_{reason}": False for reason in reasons}
+    found = cached_file(name, INDEX, **given, **quiet)
     if found is not None:
         names_in(Path(found))
 

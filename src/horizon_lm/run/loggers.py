@@ -107,9 +107,7 @@ class _Wandb:
     def __init__(self, config: TrainConfig, folder: Path) -> None:
         import wandb
 
-        files.make_folder(
-            RunFolder(folder).wandb, below=folder
-        )  # where it writes, which else might be a link
+        files.make_folder(RunFolder(folder).wandb, below=folder)  # or it would take a link
         self._run = wandb.init(
             project=config.project, name=config.run_name, config=config.to_dict(), dir=str(folder)
         )
