@@ -24,6 +24,7 @@ from horizon_lm.data.sources import (
     read_file,
     read_stdlib,
     stdlib_files,
+    unreadable,
 )
 from horizon_lm.errors import DataError
 from horizon_lm.files import open_file
@@ -315,7 +316,5 @@ def _content(dataset: Any) -> Iterator[bytes]:
                 while chunk := file.read(1 << 22):
                     digest.update(chunk)
         except OSError as error:
-            raise DataError(
-                f"{path} cannot be read: {error.strerror or error}", hint="check its permissions"
-            ) from error
+            raise unreadable(path, error) from error
         yield digest.digest()

@@ -11,6 +11,7 @@ messages have would be filled with null in the others, and a broken row could no
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -106,9 +107,14 @@ def read_file(path: Path) -> Iterator[PlacedRow]:
     except DAMAGED as error:
         raise damage(path, error, last) from error
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read: {error.strerror or error}", hint="check its permissions"
-        ) from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    """The error for a file that the system does not let us read, or that is none."""
+    is_other = error.errno == errno.ENXIO  # see `check_is_file`
+    hint = "leave it out, or write it to a file" if is_other else "check its permissions"
+    return DataError(f"{path} cannot be read: {error.strerror or error}", hint=hint)
 
 
 def _read_text(path: Path) -> Iterator[PlacedRow]:
