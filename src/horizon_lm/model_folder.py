@@ -2,7 +2,7 @@
 
 transformers opens what it finds there: it would wait for a named pipe, and take weights from wherever a link
 or an index of weight files points. In the cache of the Hub each file is a link into the same repository's
-`blobs`.
+`blobs`. For a name on the Hub huggingface_hub itself refuses files outside of the repository.
 """
 
 from __future__ import annotations

@@ -11,14 +11,13 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import DataError, UnsupportedModelError
-from ..model_folder import INDEX, check_model_folder, names_in
+from ..model_folder import check_model_folder
 from ..patterns import compiled
 
 _log = logging.getLogger(__name__)
@@ -57,7 +56,7 @@ def read_pretrained(name: str, allowed: Allowed, *, seed: int = 0, **options: An
 
     missing = [compiled(pattern, "allow_missing") for pattern in allowed.missing]
     unexpected = [compiled(pattern, "allow_unexpected") for pattern in allowed.unexpected]
-    _check_files(name, options)
+    check_model_folder(name)
     method = _quantisation(name, options)
     with without_messages("LOAD REPORT") as reports, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -95,22 +94,6 @@ def read_pretrained(name: str, allowed: Allowed, *, seed: int = 0, **options: An
     if lacking:
         _log.warning("%s: random values (allow_missing) for %s: %s", name, _count(lacking), _some(lacking))
     return model
-
-
-def _check_files(name: str, options: dict[str, Any]) -> None:
-    """Raises DataError where something would be read from outside of the model's folder, or of its repository
-    in the local cache."""
-    if Path(name).expanduser().is_dir():
-        check_model_folder(name)
-        return
-    from transformers.utils import cached_file
-
-    given = {key: options[key] for key in ("revision", "local_files_only") if key in options}
-    reasons = ("gated_repo", "missing_entries", "connection_errors")  # from_pretrained itself tells of these
-    quiet = {f"_raise_exceptions_for_{reason}": False for reason in reasons}
-    found = cached_file(name, INDEX, **given, **quiet)
-    if found is not None:
-        names_in(Path(found))
 
 
 def check_has_weights(model: nn.Module) -> None:
