@@ -325,6 +325,30 @@ def test_what_killed_processes_were_writing_is_swept_and_no_more(tmp_path: Path,
     assert young.exists() and own.exists() and not old.exists()
 
 
+@pytest.mark.parametrize("moment", ["before", "while"])
+def test_a_file_that_is_swept_before_it_is_locked_is_made_again(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process has removed it, or holds its lock to do so, when its owner comes to lock it."""
+    flock, swept, held = files.fcntl.flock, [], []
+
+    def late(file: int, how: int) -> None:
+        if not swept:
+            swept.append(next(path for path in tmp_path.iterdir()))
+            if moment == "before":
+                swept[0].unlink()
+            else:
+                held.append(swept[0].open("rb+"))
+                flock(held[0], how)
+        flock(file, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    files.write_file(tmp_path / "a.txt", "text")
+    assert (tmp_path / "a.txt").read_text() == "text" and swept[0].exists() == (moment == "while")
+    for file in held:
+        file.close()
+
+
 def test_a_run_sweeps_what_earlier_versions_left(run: Path) -> None:
     for name in STAGED:
         (run / name).write_text("half")

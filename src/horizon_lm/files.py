@@ -17,7 +17,6 @@ import errno
 import fcntl
 import os
 import re
-import secrets
 import select
 import shutil
 import stat
@@ -171,15 +170,19 @@ def _opened_folder(path: Path, below: Path | None) -> Iterator[int]:
 
 
 def _stage(folder: int) -> tuple[int, str]:
-    """A new file under a name of its own, with its lock held. One that another process swept before it was
+    """A new file under a name of its own, with its lock held. One that another process sweeps before it is
     locked is made again."""
     while True:
-        name = f".horizon-{secrets.token_hex(8)}.tmp"
+        name = f".horizon-{os.urandom(8).hex()}.tmp"
         file = os.open(name, _NEW, 0o666, dir_fd=folder)
-        with suppress(OSError):  # a file system without locks
+        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = True
+        except OSError as error:  # another kind: a file system without locks, where nothing is swept
+            is_ours = not isinstance(error, BlockingIOError)
         with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file), os.stat(name, dir_fd=folder, follow_symlinks=False)):
+            found = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            if is_ours and os.path.samestat(os.fstat(file), found):
                 return file, name
         os.close(file)
 

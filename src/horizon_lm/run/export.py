@@ -318,5 +318,5 @@ def _open_to_umask(folder: Path) -> None:
     """Give a private staging folder and its files the modes that new ones have (safetensors writes 0600)."""
     umask = os.umask(0)
     os.umask(umask)
-    for path in [folder, *folder.rglob("*")]:
+    for path in [folder, *(path for path in folder.rglob("*") if not path.is_symlink())]:
         os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~umask)
