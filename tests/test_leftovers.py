@@ -85,12 +85,19 @@ def test_a_folder_that_is_swept_before_it_is_locked_is_made_again(
 def test_token_caches_are_whole_or_absent(tmp_path: Path) -> None:
     """What a killed run left beside its place goes with the next writer; the lock file is no part of it."""
     place = tmp_path / "key"
-    left = tmp_path / ".key.left"
-    left.mkdir()
-    (left / ".owner").touch()
+    left = [
+        tmp_path / name for name in (".horizon-tokens-left", f".{'0a' * 16}.abcd_123")
+    ]  # of any other key
+    kept = [tmp_path / name for name in (".git", f".{'0a' * 16}", ".key.abcd_123")]
+    for folder in (*left, *kept):
+        folder.mkdir()
+        (folder / ".owner").touch()
     with TokenWriter(place, np.dtype(np.uint16)) as writer:
-        assert not left.exists()
+        assert not any(folder.exists() for folder in left) and all(folder.exists() for folder in kept)
         writer.finish(num_empty=0, num_bad=0, bad_rows=[], formats=[])
+    for folder in kept:
+        (folder / ".owner").unlink()
+        folder.rmdir()
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
     assert ".owner" not in os.listdir(place)
     with pytest.raises(RuntimeError), TokenWriter(tmp_path / "two", np.dtype(np.uint16)):

@@ -15,14 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import horizon_lm
 from horizon_lm import cli
 from horizon_lm.checkpoint.disk import checksum
 from horizon_lm.config import TrainConfig
+from horizon_lm.data.tokenizer import load_tokenizer
 from horizon_lm.errors import ConfigError, DataError
 from horizon_lm.model.loading import load_model
+from horizon_lm.model_folder import check_model_folder
+from horizon_lm.run.generate import Generator
 from horizon_lm.run.train import train
 from sizes import times
 from small_runs import settings, values, write_text
@@ -285,6 +289,94 @@ def test_damaged_model_folders_are_refused_in_words(tmp_path: Path, record_prope
     load_model(source, trust_remote_code=False, revision=None, attn_implementation="sdpa")  # the control
     record_property("cases", cases)
     print(f"{cases} damaged model folders: all refused in words")
+
+
+# What a model's folder has read.
+
+
+def _outside(run: Path, tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """A model's folder whose weights lie outside of it, and an index that names them."""
+    folder = shutil.copytree(run / "model", tmp_path / "model")
+    shutil.move(folder / "model.safetensors", tmp_path / "outside.safetensors")
+    with safe_open(tmp_path / "outside.safetensors", framework="pt") as file:
+        return folder, dict.fromkeys(file.keys(), "../outside.safetensors")
+
+
+def _load(folder: Path) -> None:
+    Generator.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "absolute", "a/../../outside.safetensors"])
+def test_an_index_cannot_have_files_outside_read(
+    name: str, run: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By any command; also the index that config.json names. The control: transformers follows it."""
+    folder, names = _outside(run, tmp_path)
+    names = dict.fromkeys(names, str(tmp_path / "outside.safetensors") if name == "absolute" else name)
+    (folder / "a").mkdir()
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "other.safetensors").touch()  # or it is no model for some commands
+    given = [f"model_name_or_path={folder}", f"datasets={text}", "max_length=16", "device=cpu"]
+    verbs = [
+        ["generate", str(folder), "--prompt", "a"],
+        ["eval", str(folder), f"eval_datasets={text}", "device=cpu"],
+        ["train", *given, f"output_dir={tmp_path / 'new'}"],
+        ["plan", *given],
+    ]
+    for verb in verbs if name == "absolute" else verbs[:1]:
+        assert cli.main(verb) == 4, verb
+        assert f"error: {index} names " in capsys.readouterr().err
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "transformers_weights": "b.safetensors.index.json"})
+    )
+    index.rename(folder / "b.safetensors.index.json")
+    AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(DataError, match="which is not in its folder"):
+        _load(folder)
+    assert not (tmp_path / "new").exists()
+
+
+def test_links_of_a_model_folder_stay_in_it_or_in_the_hub_s_cache(run: Path, tmp_path: Path) -> None:
+    folder, _ = _outside(run, tmp_path)
+    weights = folder / "model.safetensors"
+    weights.symlink_to("../outside.safetensors")
+    with pytest.raises(DataError, match=r"model.safetensors is a link to .*, outside of its folder"):
+        _load(folder)
+    weights.unlink()
+    shutil.copy(tmp_path / "outside.safetensors", folder / "in")
+    weights.symlink_to("in")
+    (tmp_path / "folder").symlink_to(folder)  # the user's own link
+    _load(tmp_path / "folder")
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    blobs = tmp_path / "models--a--b" / "blobs"
+    shutil.copytree(folder, blobs)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    _load(snapshot)
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to("../../../outside.safetensors")
+    with pytest.raises(DataError, match="outside of its folder"):
+        _load(snapshot)
+
+
+def test_a_pipe_in_a_model_folder_is_refused_at_once(run: Path, text: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run / "model", tmp_path / "model")
+    names = sorted(os.listdir(folder))
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(names)
+    for name in [*names, "model.safetensors.index.json"]:
+        aside = shutil.move(folder / name, tmp_path / "aside") if name in names else None
+        os.mkfifo(folder / name)
+        for look in (check_model_folder, load_tokenizer):
+            with pytest.raises(DataError, match="a named pipe, not a file"):
+                look(str(folder))
+        (folder / name).unlink()
+        if aside is not None:
+            shutil.move(aside, folder / name)
+    check_model_folder(folder)  # the control
 
 
 # Secrets.

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from horizon_lm import files
 from horizon_lm.errors import ConfigError
 
 MAX_BYTES = 1 << 20
@@ -201,8 +202,7 @@ def read_file(path: str | os.PathLike[str]) -> Document:
     """Read a YAML file of at most `MAX_BYTES`, in UTF-8."""
     place = os.fspath(path)
     try:
-        with open(path, "rb") as file:
-            raw = file.read(MAX_BYTES + 1)
+        raw = files.read_stream(path, MAX_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(
             f"{place}: no such file", "give the path of a YAML file, or key=value pairs"

@@ -1,5 +1,7 @@
 """Temporary folders that say whose they are, so that those of killed processes can be swept.
 
+Files that were being written are swept by `files`; `sweep_files` is for those of earlier versions.
+
 A folder holds `.owner`, on which its process holds a lock (flock). The system gives the lock up when the
 process ends, however it ends: so a folder whose lock can be taken belongs to nobody. A process that is
 forked from the owner holds the lock too, as it may still use the folder.
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -25,10 +28,13 @@ _OLD_SECONDS = 86_400.0  # a folder without a lock file, of an earlier version, 
 class OwnedFolder:
     """A temporary folder `prefix`* of this process; removed with this object, or swept after a kill."""
 
-    def __init__(self, prefix: str, root: Path | None = None) -> None:
-        """root: the system's folder of temporary files by default. Raises OSError."""
+    def __init__(
+        self, prefix: str, root: Path | None = None, *, relatives: re.Pattern[str] | None = None
+    ) -> None:
+        """root: the system's folder of temporary files by default. relatives: names of folders that are swept
+        with those of the prefix. Raises OSError."""
         root = Path(tempfile.gettempdir()) if root is None else root
-        sweep(prefix, root)
+        sweep(prefix, root, relatives)
         self.path, self._lock = _made(prefix, root)
         self._finalizer = weakref.finalize(self, _remove, self.path, self._lock, os.getpid())
 
@@ -73,13 +79,14 @@ def _remove(path: Path, lock: int, owner: int) -> None:
         os.close(lock)
 
 
-def sweep(prefix: str, root: Path) -> list[Path]:
-    """Remove the folders `prefix`* in `root` that belong to a process that has ended; returns them.
+def sweep(prefix: str, root: Path, relatives: re.Pattern[str] | None = None) -> list[Path]:
+    """Remove the folders `prefix`*, and those whose whole name fits `relatives`, in `root` that belong to a
+    process that has ended; returns them.
 
     Never one that is in use, of another user, or a link. Several processes may sweep at once.
     """
     gone = []
-    for path in _candidates(prefix, root):
+    for path in _candidates(prefix, root, relatives):
         with suppress(OSError), _taken(path) as is_free:
             if is_free:
                 shutil.rmtree(path, ignore_errors=True)
@@ -87,13 +94,23 @@ def sweep(prefix: str, root: Path) -> list[Path]:
     return gone
 
 
-def _candidates(prefix: str, root: Path) -> Iterator[Path]:
+def sweep_files(names: re.Pattern[str], root: Path) -> None:
+    """Remove files of ours in `root` whose whole name fits and that nobody has changed for a day."""
+    for path in root.iterdir() if root.is_dir() else ():
+        with suppress(OSError):
+            found = path.lstat()
+            is_ours = stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid()
+            if is_ours and names.fullmatch(path.name) and time.time() - found.st_mtime > _OLD_SECONDS:
+                path.unlink()
+
+
+def _candidates(prefix: str, root: Path, relatives: re.Pattern[str] | None) -> Iterator[Path]:
     try:
         names = sorted(os.listdir(root))
     except OSError:
         return
     for name in names:
-        if not name.startswith(prefix):
+        if not name.startswith(prefix) and (relatives is None or not relatives.fullmatch(name)):
             continue
         path = root / name
         with suppress(OSError):

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from .. import files
+
 PIECE_BYTES = 16 << 20  # written between two looks at whether the checkpoint is still wanted
 _BLOCK = 4096  # bytes: where direct writes have to begin and end
 _DIRECT = getattr(os, "O_DIRECT", 0)
@@ -50,7 +52,7 @@ class Disk:
 
     def sync_path(self, path: Path) -> None:
         """A file or a folder that is not open."""
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             self.sync(file, path)
         finally:
@@ -58,13 +60,16 @@ class Disk:
 
     def rename(self, source: Path, target: Path) -> None:
         self.before("rename", target)
-        os.rename(source, target)
+        files.put_folder(source, target)
 
     def remove(self, folder: Path) -> None:
-        """Remove a folder and what is in it; as much of it as can be."""
+        """Remove a folder and what is in it, as much of it as can be; of a link never what it points to."""
         with suppress(OSError):
             self.before("remove", folder)
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.is_dir() and not folder.is_symlink():
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                folder.unlink(missing_ok=True)
 
 
 class HashedFile:

@@ -109,7 +109,7 @@ def free_name(run: Path, step: int, serial: int) -> Path:
 def sweep(run: Path, disk: Disk) -> None:
     """Remove what killed runs left half written or half removed. Only with the run's lock held."""
     for path in run.iterdir():
-        if _LEFTOVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+        if _LEFTOVER.fullmatch(path.name):
             disk.remove(path)
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from ..errors import CheckpointError
 from .disk import checksum
 
@@ -103,7 +104,7 @@ def read(folder: Path) -> Manifest:
             raise CheckpointError(f"{path}: is a link")
         if path.stat().st_size > _MAX_BYTES:
             raise CheckpointError(f"{path}: is larger than {_MAX_BYTES} bytes")
-        return parse(path.read_bytes(), str(path))
+        return parse(files.read_bytes(path), str(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: is missing") from None
     except OSError as error:

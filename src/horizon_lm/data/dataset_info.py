@@ -17,6 +17,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from horizon_lm.files import read_bytes
+
 FILE = "dataset_info.json"
 _LARGEST = 1 << 24  # bytes
 _ONLINE = "ONLINE"  # LLaMA-Factory's word for: all names are of the Hub
@@ -69,7 +71,7 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _LARGEST:
             raise InfoError(f"{path} is larger than {_LARGEST} bytes", "check the path")
-        info = json.loads(path.read_bytes().decode("utf-8-sig"))
+        info = json.loads(read_bytes(path).decode("utf-8-sig"))
     except OSError as error:
         raise InfoError(
             f"{path} cannot be read: {error.strerror or error}",

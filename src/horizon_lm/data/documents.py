@@ -24,8 +24,10 @@ from horizon_lm.data.sources import (
     read_file,
     read_stdlib,
     stdlib_files,
+    unreadable,
 )
 from horizon_lm.errors import DataError
+from horizon_lm.files import open_file
 from horizon_lm.hub_access import require_reachable
 
 _SHOWN_BAD_ROWS = 5
@@ -310,11 +312,9 @@ def _content(dataset: Any) -> Iterator[bytes]:
     for path in stdlib_files() if is_stdlib(dataset.path) else local_files(dataset):
         digest = xxhash.xxh3_128(suffix_of(path).encode())
         try:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 while chunk := file.read(1 << 22):
                     digest.update(chunk)
         except OSError as error:
-            raise DataError(
-                f"{path} cannot be read: {error.strerror or error}", hint="check its permissions"
-            ) from error
+            raise unreadable(path, error) from error
         yield digest.digest()

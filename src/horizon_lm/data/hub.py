@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from horizon_lm.data.sources import PlacedRow, hint_for_names, without_filling
 from horizon_lm.errors import DataError
+from horizon_lm.files import read_bytes
 from horizon_lm.hub_access import require_reachable
 
 _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -58,6 +60,7 @@ def open_dataset(settings: Any, *, streaming: bool = False) -> Any:
 
 
 def _saved(datasets: Any, path: Path, settings: Any) -> Any:
+    check_names(path)
     loaded = datasets.load_from_disk(str(path))
     if not isinstance(loaded, datasets.DatasetDict):
         return loaded
@@ -67,6 +70,29 @@ def _saved(datasets: Any, path: Path, settings: Any) -> Any:
             hint="set `split` of this dataset",
         )
     return loaded[settings.split]
+
+
+def check_names(folder: Path) -> None:
+    """Raises DataError where a saved dataset names files, or splits, outside of its own folder."""
+    splits = _names(folder / "dataset_dict.json", lambda values: values["splits"])
+    for place in [folder / split for split in splits] if splits else [folder]:
+        _names(place / "state.json", lambda values: [entry["filename"] for entry in values["_data_files"]])
+
+
+def _names(path: Path, named: Callable[[Any], list[str]]) -> list[str]:
+    """The names in a file of a saved dataset; none where there is no such file."""
+    if not path.exists():
+        return []
+    try:
+        names = named(json.loads(read_bytes(path)))
+        strange = [name for name in names if Path(name).name != name or name == ".."]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{path} is damaged: {error!r:.200}", hint="save the dataset again") from error
+    if strange:
+        raise DataError(
+            f"{path} names {strange[0]!r:.200}, which is not in its folder", hint="do not trust this dataset"
+        )
+    return names
 
 
 def rows_of(dataset: Any, name: str) -> Iterator[PlacedRow]:

@@ -11,6 +11,7 @@ messages have would be filled with null in the others, and a broken row could no
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -31,6 +32,7 @@ from horizon_lm.data.compressed import (
 )
 from horizon_lm.data.csv_file import read_csv
 from horizon_lm.errors import DataError
+from horizon_lm.files import check_is_file
 
 PYTHON_STDLIB = "python-stdlib"
 
@@ -61,6 +63,8 @@ def list_files(name: str) -> list[Path]:
         found: Iterable[str] = (os.path.join(at, file) for at, _, names in os.walk(path) for file in names)
     elif glob.has_magic(name):
         found = (match for match in glob.iglob(str(path), recursive=True) if os.path.isfile(match))
+    elif path.exists():
+        raise DataError(f"{name} is a pipe or a device, not a file", hint="write it to a file first")
     else:
         raise DataError(
             f"{name} does not exist",
@@ -96,15 +100,21 @@ def read_file(path: Path) -> Iterator[PlacedRow]:
     """(row, place) for each row of one file."""
     last = None
     try:
+        check_is_file(path)
         for row, place in _READERS[suffix_of(path).removesuffix(".gz")](path):
             last = place
             yield row, place
     except DAMAGED as error:
         raise damage(path, error, last) from error
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read: {error.strerror or error}", hint="check its permissions"
-        ) from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    """The error for a file that the system does not let us read, or that is none."""
+    is_other = error.errno == errno.ENXIO  # see `check_is_file`
+    hint = "leave it out, or write it to a file" if is_other else "check its permissions"
+    return DataError(f"{path} cannot be read: {error.strerror or error}", hint=hint)
 
 
 def _read_text(path: Path) -> Iterator[PlacedRow]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from horizon_lm.errors import ConfigError
 from horizon_lm.hub_access import is_offline, require_reachable
+from horizon_lm.model_folder import check_model_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +43,7 @@ def load_tokenizer(
     if not is_local and (path.exists() or not _REPOSITORY.fullmatch(name_or_path)):
         raise ConfigError(f"{name_or_path} is not a folder with a tokenizer", hint=hint)
     require_reachable(name_or_path, key)
+    check_model_folder(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(path) if is_local else name_or_path,

@@ -12,7 +12,7 @@ opened, as a flipped bit in a token would otherwise train on something else.
 from __future__ import annotations
 
 import json
-import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,11 +22,14 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 import xxhash
 
+from horizon_lm import files
 from horizon_lm.data.encode import Encoded
 from horizon_lm.errors import DataError, DoesNotFitError
 from horizon_lm.leftovers import OwnedFolder
 
 _META = "meta.json"
+_STAGED = ".horizon-tokens-"  # a folder that is being filled: one prefix for all, so that any run sweeps them
+_EARLIER = re.compile(r"\.[0-9a-f]{32}\.[a-z0-9_]{8}")  # what earlier versions called it
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class TokenStore:
     def __init__(self, folder: Path, keep_alive: Any = None) -> None:
         """Raises DataError where the folder is damaged. keep_alive: dropped with this object."""
         self._keep_alive = keep_alive
-        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+        meta = json.loads(files.read_text(folder / _META))
         if meta.pop("hash", None) != _meta_hash(meta):
             raise DataError(f"{folder / _META} is damaged", hint=f"remove {folder}; it is made again")
         for name, expected in meta["files"].items():
@@ -82,7 +85,7 @@ def _hash(path: Path) -> list[Any]:
     digest = xxhash.xxh3_128()
     size = 0
     try:
-        with path.open("rb") as file:
+        with files.open_file(path) as file:
             while chunk := file.read(1 << 22):
                 digest.update(chunk)
                 size += len(chunk)
@@ -105,14 +108,14 @@ class TokenWriter:
                 self._folder = self._temporary.path
             else:
                 place.parent.mkdir(parents=True, exist_ok=True)
-                self._temporary = OwnedFolder(f".{place.name}.", place.parent)
+                self._temporary = OwnedFolder(_STAGED, place.parent, relatives=_EARLIER)
                 self._folder = self._temporary.path
         except OSError as error:
             raise DataError(
                 f"tokens cannot be written to {place}: {error.strerror or error}",
                 hint="set dataset_cache_dir to another folder, or to null",
             ) from error
-        self._tokens: BinaryIO = (self._folder / "tokens.bin").open("wb")
+        self._tokens: BinaryIO = files.create(self._folder / "tokens.bin")
         self._trained: BinaryIO | None = None
         self._documents: list[tuple[int, int]] = []
         self._num_tokens = self._num_trained = 0
@@ -142,7 +145,7 @@ class TokenWriter:
     def _add(self, document: Encoded) -> None:
         self._tokens.write(np.ascontiguousarray(document.ids).data)
         if document.trained is not None and self._trained is None:
-            self._trained = (self._folder / "trained.bin").open("wb")
+            self._trained = files.create(self._folder / "trained.bin")
             self._trained.write(b"\x01" * self._num_tokens)
         if self._trained is not None:
             trained = document.trained
@@ -154,7 +157,8 @@ class TokenWriter:
 
     def finish(self, *, num_empty: int, num_bad: int, bad_rows: list[str], formats: list[Any]) -> TokenStore:
         """Put the folder in place and open it; one that is there by now is taken instead."""
-        np.asarray(self._documents, np.int64).reshape(-1, 2).tofile(self._folder / "documents.bin")
+        documents = np.asarray(self._documents, np.int64).reshape(-1, 2)
+        files.write_file(self._folder / "documents.bin", lambda file: file.write(documents.data))
         for file in (self._tokens, self._trained):
             if file is not None:
                 file.close()
@@ -168,15 +172,15 @@ class TokenWriter:
             formats=formats,
             is_text=self._is_text,
         )
-        files = {path.name: _hash(path) for path in sorted(self._folder.glob("*.bin"))}
-        meta = {"dtype": self._dtype.name, "counts": asdict(counts), "files": files}
+        hashes = {path.name: _hash(path) for path in sorted(self._folder.glob("*.bin"))}
+        meta = {"dtype": self._dtype.name, "counts": asdict(counts), "files": hashes}
         meta["hash"] = _meta_hash(meta)
-        (self._folder / _META).write_text(json.dumps(meta), encoding="utf-8")
+        files.write_file(self._folder / _META, json.dumps(meta))
         if self._place is None:
             return TokenStore(self._folder, keep_alive=self._temporary)
         self._temporary.disown()
         try:
-            os.rename(self._folder, self._place)
+            files.put_folder(self._folder, self._place)
         except OSError:  # another run was faster
             shutil.rmtree(self._folder, ignore_errors=True)
         return TokenStore(self._place)

@@ -6,7 +6,6 @@ are then adopted unit by unit and their source is freed.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from ..errors import ConfigError, DataError, DoesNotFitError, HorizonError, Unsu
 from ..hub_access import require_reachable
 from ..memory.arena import return_free_memory
 from ..memory.store import HostStore
+from ..model_folder import INDEX, names_in
 from ..patterns import compiled, nearest
 from ..words import count
 from .pretrained import Allowed, read_pretrained, without_messages
@@ -97,18 +97,10 @@ def _check_folder(folder: Path) -> None:
 
 def _check_index(folder: Path) -> None:
     """Raises DataError unless an index of weight files names files of its own folder, all of them there."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if not index.is_file():
         return
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise DataError(f"{index} is damaged: {error}", hint="download or export it again") from error
-    for name in sorted(names, key=str):
-        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-            raise DataError(
-                f"{index} names {name!r}, which is not in its folder", hint="do not trust this model"
-            )
+    for name in sorted(names_in(index)):
         if not (folder / name).is_file():
             raise DataError(
                 f"{folder / name} is missing, and {index.name} names it", hint="download it again"

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..errors import DataError, UnsupportedModelError
+from ..model_folder import check_model_folder
 from ..patterns import compiled
 
 _log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ def read_pretrained(name: str, allowed: Allowed, *, seed: int = 0, **options: An
 
     missing = [compiled(pattern, "allow_missing") for pattern in allowed.missing]
     unexpected = [compiled(pattern, "allow_unexpected") for pattern in allowed.unexpected]
+    check_model_folder(name)
     method = _quantisation(name, options)
     with without_messages("LOAD REPORT") as reports, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

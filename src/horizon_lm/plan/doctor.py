@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from .. import files
+from ..leftovers import sweep_files
 from ..words import parameters, size
 from .hardware import available_host_bytes, lockable_bytes
 from .profile import Profile, cache_path, read_profile
@@ -19,6 +22,8 @@ from .profile import Profile, cache_path, read_profile
 PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
 SECONDS = 30.0  # for measuring, imports not counted; one measurement that was begun is ended
 _GB = 1e9
+# What earlier versions called the profile while they wrote it.
+_EARLIER = re.compile(r"tmp[a-z0-9_]{8}")
 
 
 @dataclass(frozen=True)
@@ -121,9 +126,8 @@ def to_lines(findings: list[Finding]) -> list[str]:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-    os.replace(file.name, path)
+    sweep_files(_EARLIER, path.parent)
+    files.write_file(path, text)
 
 
 def _memory() -> list[Finding]:

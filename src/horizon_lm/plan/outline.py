@@ -25,6 +25,7 @@ from ..hub_access import require_reachable
 from ..memory.layout import UnitLayout
 from ..model.loading import freeze
 from ..model.skeleton import Skeleton
+from ..model_folder import check_model_folder
 from .outline_cache import Facts, OutlineCache, TraceKey
 from .trace import Law, Line, Trace
 from .working_set import Built, Ends, Measure, WorkingSet, ends_working_set, layer_working_set
@@ -211,6 +212,7 @@ def model_config(config: TrainConfig) -> Any:
             assert config.model_name_or_path is not None  # TrainConfig has seen to it
             name = str(Path(config.model_name_or_path).expanduser())
             require_reachable(name, "model_name_or_path")
+            check_model_folder(name)
             options = {} if config.model_revision is None else {"revision": config.model_revision}
             found = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code, **options)
     except HorizonError:

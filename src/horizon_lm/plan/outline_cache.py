@@ -11,8 +11,8 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sys
-import tempfile
 import zlib
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,14 +22,17 @@ from typing import Any
 
 import torch
 
+from .. import files
 from .. import plan as package
 from ..config import TrainConfig
+from ..leftovers import sweep_files
 from ..memory.layout import Parameter, UnitLayout
 from .profile import cache_path
 from .trace import Trace, replay
 
 _FORMAT = 1
 _MOST_TRACES, _MOST_FILES = 400, 64
+_EARLIER = re.compile(r"\.[a-z0-9_]{8}")  # what earlier versions called a file while they wrote it
 # What the environment may tell torch and transformers to do otherwise.
 _VARIABLES = ("TORCH", "PYTORCH", "TRANSFORMERS", "ATEN", "USE_", "DISABLE_")
 # A part of the model, and the shape [batch, tokens] that it ran on.
@@ -128,24 +131,17 @@ def _read(path: Path | None) -> OutlineCache:
     """What a file holds; nothing for none, and for one that is damaged."""
     if path is not None:
         with suppress(OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError):
-            return OutlineCache.from_bytes(path.read_bytes())
+            return OutlineCache.from_bytes(files.read_bytes(path))
     return OutlineCache()
 
 
 def _write(path: Path, data: bytes) -> None:
     """Whole or not at all; of many files the oldest go."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, staged = tempfile.mkstemp(dir=path.parent, prefix=".")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(staged, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(staged)
-        raise
-    files = sorted(path.parent.iterdir(), key=lambda p: p.stat().st_mtime_ns)
-    for old in files[:-_MOST_FILES]:
+    sweep_files(_EARLIER, path.parent)
+    files.write_file(path, data)
+    kept = sorted(path.parent.glob("*.json.gz"), key=lambda p: p.lstat().st_mtime_ns)
+    for old in kept[:-_MOST_FILES]:
         old.unlink(missing_ok=True)
 
 
@@ -177,7 +173,7 @@ def _config_json(name: str, revision: str | None) -> bytes | None:
     folder = Path(name).expanduser()
     with suppress(Exception):  # the plan itself says what is wrong
         if folder.is_dir():
-            return (folder / "config.json").read_bytes()
+            return files.read_bytes(folder / "config.json")
         from huggingface_hub import hf_hub_download
 
         from ..hub_access import require_reachable

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from .. import config_merge
+from .. import config_merge, files
 from ..checkpoint.folder import Checkpoint
 from ..config import ModelSettings, TrainConfig
 from ..config_base import keys_of
@@ -135,7 +135,7 @@ def _fitted(config: TrainConfig, given: set[str]) -> TrainConfig:
     if name is None or "max_length" in given or "max_length" in config.model_fields_set:
         return config
     try:
-        values = json.loads((Path(model_folder(name)) / "config.json").read_text(encoding="utf-8"))
+        values = json.loads(files.read_text(Path(model_folder(name)) / "config.json"))
         longest = values.get("max_position_embeddings", values.get("n_positions"))
     except (OSError, ValueError, ConfigError):
         return config

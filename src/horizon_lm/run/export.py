@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import files
 from ..checkpoint import units
 from ..checkpoint.disk import Disk, HashedFile
 from ..engine.policies import DTYPES
@@ -29,19 +31,23 @@ from ..leftovers import OwnedFolder
 from ..memory.store import HostStore
 from ..model.skeleton import Skeleton
 
+_STAGED = re.compile(r"\..+\.horizon-[a-z0-9_]{8}")  # beside a folder that is being written
 _SIZE = re.compile(r"[0-9]*[1-9][0-9]*(\.[0-9]+)?(KB|MB|GB|TB)", re.IGNORECASE)
 
 Tensors = dict[str, torch.Tensor]
 
 
 def check_target(folder: str | os.PathLike[str]) -> Path:
-    """The folder to write a model to; what is there already is replaced as a whole.
+    """The folder to write a model to; what is there already is replaced as a whole. A link is replaced too:
+    what it points to stays as it is.
 
     Raises ConfigError for a file, and for a folder with anything in it but a model.
     """
     if not isinstance(folder, (str, os.PathLike)):
         raise ConfigError(f"a {type(folder).__name__} is not a folder", hint="pass a path")
     path = Path(os.path.abspath(Path(folder).expanduser()))
+    if path.is_symlink():
+        return path
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path} is a file", hint="choose another folder")
     if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
@@ -168,12 +174,12 @@ def write_model(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
-    files = _Shards(target, split.filename_to_tensors, hollow)
+    shards = _Shards(target, split.filename_to_tensors, hollow)
     for group, plan in zip(groups, plans, strict=True):
         content = revert_weight_conversion(model, _renamed(group.load(), kept))
         for name in plan:
-            files.write(name, content.pop(name))
-    files.close()
+            shards.write(name, content.pop(name))
+    shards.close()
     if split.is_sharded:
         total = sum(tensor.numel() for tensor in hollow.values())
         index = {
@@ -181,7 +187,7 @@ def write_model(
             "weight_map": split.tensor_to_filename,
         }
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (target / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        files.write_file(target / "model.safetensors.index.json", text)
 
 
 class _Shards:
@@ -269,7 +275,8 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _put_back(folder)
-        owned = OwnedFolder(f".{folder.name}.horizon-", folder.parent)  # those of killed processes are swept
+        # Those of killed processes are swept, of other exports too.
+        owned = OwnedFolder(f".{folder.name}.horizon-", folder.parent, relatives=_STAGED)
         staging = owned.path
     except OSError as error:
         raise ConfigError(
@@ -279,13 +286,13 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         write(staging)
         owned.disown()
         _open_to_umask(staging)
-        if folder.exists():
+        if folder.exists() and not folder.is_symlink():
             retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.horizon-old-", dir=folder.parent))
-            os.rename(folder, retired / "old")
-            os.rename(staging, folder)
+            files.put_folder(folder, retired / "old")
+            files.put_folder(staging, folder)
             shutil.rmtree(retired)
         else:
-            os.rename(staging, folder)
+            files.put_folder(staging, folder)
     except OSError as error:
         raise DoesNotFitError(
             f"writing {folder} failed: {error.strerror or error}",
@@ -298,16 +305,18 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 def _put_back(folder: Path) -> None:
     """A process that was killed between taking the old folder away and putting the new one in its place left
-    none: the old one is there again."""
-    for retired in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.horizon-old-*/old")):
-        if not folder.exists():
-            os.rename(retired, folder)
-            retired.parent.rmdir()
+    none: the old one is there again. Never through a link, and nobody else's."""
+    for aside in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.horizon-old-*")):
+        found, retired = aside.lstat(), aside / "old"
+        is_ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+        if is_ours and retired.is_dir() and not retired.is_symlink() and not folder.exists():
+            files.put_folder(retired, folder)
+            aside.rmdir()
 
 
 def _open_to_umask(folder: Path) -> None:
     """Give a private staging folder and its files the modes that new ones have (safetensors writes 0600)."""
     umask = os.umask(0)
     os.umask(umask)
-    for path in [folder, *folder.rglob("*")]:
+    for path in [folder, *(path for path in folder.rglob("*") if not path.is_symlink())]:
         os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~umask)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from .. import files
 from ..checkpoint import folder as checkpoints
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.reader import file_checksum, read_small
@@ -61,9 +62,7 @@ def _export(
         write_model(model, _aliases(model), groups, folder, wanted, max_shard_size)
         for name in manifest.files:
             if not name.endswith(".safetensors") and name not in CONFIGURATIONS:  # tokenizer and templates
-                path = folder / name
-                path.parent.mkdir(exist_ok=True)
-                path.write_bytes(read_small(checkpoint, name))
+                files.write_file(folder / name, read_small(checkpoint, name), below=folder)
         tokens = manifest.state.get("meter", {}).get("sums", [None])[0]
         card = model_card(
             manifest.config,
@@ -72,7 +71,7 @@ def _export(
             num_tokens=tokens,
             versions=manifest.versions,
         )
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        files.write_file(folder / "README.md", card)
 
     write_folder(target, write)
 

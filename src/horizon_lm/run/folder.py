@@ -5,10 +5,11 @@ metrics.jsonl           see `metrics`
 model/                  the trained model and its tokenizer, in Hugging Face format
 loss.png                the loss curve
 report.html, trace.json what `horizon report` made of metrics.jsonl
-tensorboard/            where report_to names it
+tensorboard/, wandb/    where report_to names them
 checkpoint-STEP/        see `checkpoint.folder`
 
-One process uses it at a time: it holds a lock on the folder itself, which ends with the process.
+One process uses it at a time: it holds a lock on the folder itself, which ends with the process. Nothing is
+written through a link that lies in it (see `files`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import files
 from ..checkpoint import folder as checkpoints
 from ..checkpoint.disk import Disk
 from ..errors import ConfigError, DoesNotFitError
@@ -69,6 +71,10 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def wandb(self) -> Path:
+        return self.path / "wandb"
+
+    @property
     def results(self) -> tuple[Path, ...]:
         return (
             *(self.settings, self.metrics, self.model, self.picture, self.tensorboard),
@@ -95,23 +101,31 @@ class RunFolder:
     def begin(self, settings: str) -> None:
         """Make it this run's folder: an earlier run's results go, `settings` (YAML) is written."""
         with writing(self.path):
-            for folder in (self.model, self.tensorboard):
-                if folder.exists():
-                    shutil.rmtree(folder)
-            for path in (self.picture, self.metrics, self.report, self.trace):
-                path.unlink(missing_ok=True)
+            for path in self.results:
+                if path != self.settings:
+                    files.remove(path)
             checkpoints.remove_all(self.path, Disk())
             self.write_settings(settings)
 
     def write_settings(self, settings: str) -> None:
         """Put the resolved settings (YAML) in place: whole, or as they were."""
         with writing(self.path):
-            staging = self.settings.with_name(f".{self.settings.name}.tmp")
-            try:
-                staging.write_text(settings, encoding="utf-8")
-                os.replace(staging, self.settings)
-            finally:
-                staging.unlink(missing_ok=True)
+            files.write_file(self.settings, settings)
+
+    def check_goes_on(self) -> None:
+        """Raises ConfigError for a link where a run that goes on appends to what is there, and for a `model`
+        that could not be replaced in the end."""
+        from .export import check_target  # with torch
+
+        for path in (self.metrics, self.tensorboard, self.wandb):
+            files.check_own(path)
+        check_target(self.model)
+
+    def sweep(self) -> None:
+        """Remove what runs of earlier versions left of files that they were writing when they were killed;
+        only with the folder's lock held. Those of this version go with the next file that is written."""
+        for path in (self.settings, self.picture, self.report, self.trace):
+            path.with_name(_earlier(path)).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -131,8 +145,9 @@ def claim(output_dir: str, *, overwrite: bool, resume: bool = False) -> Iterator
         if not os.access(folder.path, os.W_OK | os.X_OK):
             raise ConfigError(f"output_dir={output_dir!r} is not writable", hint="choose another output_dir")
         with _locked(folder.path):
-            for path in (folder.settings, folder.picture):  # of a run that was killed as it wrote them
-                path.with_name(f".{path.name}.tmp").unlink(missing_ok=True)
+            folder.sweep()
+            if resume:
+                folder.check_goes_on()
             yield folder
     finally:
         for path in created:  # leaf first; a folder with something in it stays, and so do its parents
@@ -166,20 +181,25 @@ def _check_free(folder: RunFolder, overwrite: bool) -> None:
     if path.exists() and not path.is_dir():
         raise ConfigError(f"output_dir={str(path)!r} is a file", hint="choose another output_dir")
     # A run that was killed as it put its first file in place leaves the staging of that.
-    staging = f".{folder.settings.name}.tmp"
-    if not path.is_dir() or all(entry.name == staging for entry in path.iterdir()):
+    staged = (_earlier(folder.settings),)
+    if not path.is_dir() or all(e.name in staged or files.STAGED.fullmatch(e.name) for e in path.iterdir()):
         return
     is_ours = folder.settings.is_file()
     if not overwrite:
         what = "holds an earlier run" if is_ours else "is not empty and holds no run of ours"
         way = "output_dir=FOLDER, or overwrite_output_dir=true" + (" to replace that run" if is_ours else "")
         raise ConfigError(f"output_dir={str(path)!r} {what}", hint=way)
-    clashes = [result.name for result in folder.results if result.exists()]
+    clashes = [result.name for result in folder.results if os.path.lexists(result)]
     if clashes and not is_ours:
         raise ConfigError(
             f"output_dir={str(path)!r} holds no run of ours, yet {', '.join(clashes)}, which a run replaces",
             hint="choose another output_dir",
         )
+
+
+def _earlier(path: Path) -> str:
+    """What earlier versions called a file while they wrote it."""
+    return f".{path.name}.tmp"
 
 
 def _missing(path: Path) -> list[Path]:

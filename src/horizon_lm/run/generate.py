@@ -9,17 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import files
 from ..data.chat import ChatTemplate
 from ..data.tokenizer import load_tokenizer
 from ..errors import ConfigError, DataError, HorizonError
 from ..model.pretrained import TO_GENERATE, read_pretrained
-from ..words import count
+from ..words import count, size
 from .device import resolve_device
 from .places import look, may_be_on_hub, no_model
 from .quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_LARGEST_PROMPTS = 64_000_000  # bytes of a file of prompts
 
 
 @dataclass(frozen=True)
@@ -207,10 +210,15 @@ def prompts_of(texts: Sequence[str]) -> list[str]:
             prompts.append(text)
             continue
         try:
-            lines = Path(text[1:]).expanduser().read_text(encoding="utf-8").splitlines()
+            content = files.read_stream(Path(text[1:]).expanduser(), _LARGEST_PROMPTS + 1)
+            lines = content.decode().splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"{text[1:]} cannot be read: {error}", hint="--prompt @FILE reads one a line"
             ) from error
+        if len(content) > _LARGEST_PROMPTS:
+            raise ConfigError(
+                f"{text[1:]} is larger than {size(_LARGEST_PROMPTS)}", hint="--prompt @FILE reads one a line"
+            )
         prompts += [line for line in lines if line.strip()]
     return prompts

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .. import files
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.reader import read_small
 from ..engine.policies import DTYPES
@@ -31,7 +32,7 @@ def hollow_model(
     with temporary_folder("horizon-files-") as folder:
         for file in CONFIGURATIONS:
             if file in checkpoint.manifest.files:
-                (folder / file).write_bytes(read_small(checkpoint, file))
+                files.write_file(folder / file, read_small(checkpoint, file))
         if not (folder / "config.json").exists():
             raise CheckpointError(f"{checkpoint.path / 'config.json'}: is not part of the checkpoint")
         if has_own_code(checkpoint) and not trust_remote_code:

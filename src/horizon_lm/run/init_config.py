@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+from .. import files
 from ..config import DatasetConfig, TrainConfig
 from ..config_yaml import dump
 from ..data import Documents, load_tokenizer, load_training_data
@@ -85,8 +86,7 @@ def write_config(model: str, datasets: Sequence[str], output: Path, *, overwrite
     config = TrainConfig.from_dict(values)  # what is written is valid
     assert config.datasets
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text, encoding="utf-8")
+        files.write_output(output, text)
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}", hint="-o FILE") from error
     return [
@@ -149,7 +149,7 @@ def _about_long_rows(seen: dict[str, Any], max_length: int) -> list[str]:
 def _longest_position(model: str) -> int:
     """max_position_embeddings of a local model; else the limit that we set."""
     try:
-        values = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+        values = json.loads(files.read_text(Path(model) / "config.json"))
         text = values.get("text_config", values)
         return int(text.get("max_position_embeddings") or _LONGEST)
     except (OSError, ValueError, AttributeError, TypeError):

@@ -13,9 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from .. import files
 from ..config import TrainConfig
 from ..errors import ConfigError
 from .evaluation import Evaluation
+from .folder import RunFolder
 from .metrics import Metrics
 
 
@@ -87,7 +89,9 @@ class _TensorBoard:
     def __init__(self, config: TrainConfig, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        place = RunFolder(folder).tensorboard
+        files.make_folder(place, below=folder)
+        self._writer = SummaryWriter(str(place))
         self._writer.add_text("settings", "```yaml\n" + config.to_yaml() + "\n```")
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -103,6 +107,7 @@ class _Wandb:
     def __init__(self, config: TrainConfig, folder: Path) -> None:
         import wandb
 
+        files.make_folder(RunFolder(folder).wandb, below=folder)  # or it would take a link
         self._run = wandb.init(
             project=config.project, name=config.run_name, config=config.to_dict(), dir=str(folder)
         )

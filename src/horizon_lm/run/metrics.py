@@ -33,6 +33,7 @@ from typing import Any, Self, TextIO
 import psutil
 import torch
 
+from .. import files
 from ..data import Loader
 from ..data.batches import StepSize
 from ..engine.lanes import Span
@@ -225,9 +226,7 @@ class MetricsFile:
             self._begin()
             goes_on = self._resumed_at is not None and self._path.exists()
             with writing(self._path):
-                if goes_on:
-                    _end_last_line(self._path)
-                self._file = self._path.open("a" if goes_on else "w", encoding="utf-8")
+                self._file = files.open_log(self._path, goes_on=goes_on)
             self._write("start", self._header)
             if self._resumed_at is not None:
                 self._write("resume", {"step": self._resumed_at})
@@ -310,16 +309,9 @@ def mean_of_tail(steps: Sequence[dict[str, Any]]) -> float:
     return sum(tail) / len(tail) if tail else math.nan
 
 
-def _end_last_line(path: Path) -> None:
-    """Cut off the line that a killed run was writing."""
-    with path.open("rb+") as file:
-        data = file.read()
-        file.truncate(data.rfind(b"\n") + 1)
-
-
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a metrics file, in order, without a last one that is cut off. Raises DataError."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = files.read_text(path).splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             yield json.loads(line)

@@ -6,6 +6,7 @@ transformers are not imported.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from .. import files
 from ..checkpoint import folder as checkpoints
 from ..checkpoint import manifest
 from ..checkpoint.folder import Checkpoint, Rejected
@@ -119,7 +121,7 @@ def _progress(metrics: Path) -> tuple[int, int | None, bool]:
     """(last step, steps in all, whether the last word is that the run is finished)."""
     step, num_steps, is_finished = 0, None, False
     try:
-        with metrics.open(encoding="utf-8") as file:
+        with io.TextIOWrapper(files.open_file(metrics), encoding="utf-8") as file:
             for text in file:
                 line = _event(text)
                 kind = line.get("event")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import files
 from .folder import writing
 from .metrics import read_evaluations, read_steps
 
@@ -20,13 +20,8 @@ _LOSS, _HELD_OUT, _RATE = "#1f5fa8", "#bc4c00", "#6e7781"
 def plot_loss(metrics: Path, picture: Path, *, title: str) -> None:
     """Write `draw_loss` as a PNG; whole or absent."""
     figure = draw_loss(metrics, title=title)
-    staging = picture.with_name(f".{picture.name}.tmp")
-    try:
-        with writing(picture):
-            figure.savefig(staging, format="png")
-            os.replace(staging, picture)
-    finally:
-        staging.unlink(missing_ok=True)
+    with writing(picture):
+        files.write_file(picture, lambda file: figure.savefig(file, format="png"))
 
 
 def draw_loss(metrics: Path, *, title: str) -> Figure:

@@ -7,13 +7,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from .. import files
 from ..schedule.draw import MEANING, Span, chrome_trace, utilisation
 from ..schedule.ops import Op, parse_op
 from . import figures
@@ -43,13 +43,8 @@ def write_report(run: Path) -> Report:
     if history.timeline and history.timeline["spans"]:
         texts[folder.trace] = json.dumps(chrome_trace(_ops(history.timeline)))
     for path, text in texts.items():
-        staging = path.with_name(f".{path.name}.tmp")
-        try:
-            with writing(path):
-                staging.write_text(text, encoding="utf-8")
-                os.replace(staging, path)
-        finally:
-            staging.unlink(missing_ok=True)
+        with writing(path):
+            files.write_file(path, text)
     return Report(list(texts), _in_words(folder, history))
 
 

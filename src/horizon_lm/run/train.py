@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import files
 from ..config import ModelSettings, TrainConfig
 from ..config_python import ConfigSource, as_train_config
 from ..data import TrainingData
@@ -387,7 +388,7 @@ def _save_beside(
         num_tokens=end.exported_tokens,
         versions=versions(),
     )
-    (target / "README.md").write_text(card, encoding="utf-8")
+    files.write_file(target / "README.md", card)
 
 
 def _export_dtype(config: TrainConfig) -> torch.dtype:
