@@ -57,6 +57,11 @@ class DatasetConfig(BaseModel):
     text_column: str = Field(
         default="text", min_length=1, description="The column that holds the text of a row of plain text."
     )
+    follow_links: bool = Field(
+        default=False,
+        description="Read also what lies outside a folder of data, where links in it or its lists of files "
+        "(dataset_info.json, state.json) lead there.",
+    )
     weight: float = Field(
         default=1.0,
         gt=0,

@@ -258,7 +258,7 @@ def opened_dataset(dataset: Any, *, streaming: bool = False) -> Any | None:
 
 def local_files(dataset: Any) -> list[Path]:
     """The files of a dataset that is no Hub name. Raises DataError where there are none."""
-    files = list_files(dataset.path)
+    files = list_files(dataset.path, follow_links=dataset.follow_links)
     folder = Path(dataset.path).expanduser()
     found = {file: split_of(file.relative_to(folder)) for file in files} if folder.is_dir() else {}
     splits = set(found.values()) - {None}

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from horizon_lm.data.sources import PlacedRow, hint_for_names, without_filling
+from horizon_lm.data.parquet_file import without_filling
+from horizon_lm.data.sources import PlacedRow, hint_for_names
 from horizon_lm.errors import DataError
 from horizon_lm.hub_access import require_reachable
 
