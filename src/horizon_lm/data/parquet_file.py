@@ -2,7 +2,8 @@
 
 A few hundred bytes of parquet can hold many gigabytes: a value that is written once and named by each row. So
 as many rows are decoded at a time as have room even if each has the largest value of its columns, and a file
-that becomes too many times its size is refused (`check_expansion`).
+that becomes too many times its size is refused (`check_expansion`), before a row of it is used: decoding is
+quick, and tokenising is not.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from horizon_lm.data.compressed import LARGEST_ROW, check_expansion
+from horizon_lm.data.compressed import FREE_EXPANSION, LARGEST_ROW, check_expansion
 from horizon_lm.errors import DataError
 
 _MOST_ROWS = 64  # decoded at a time; more is not faster
@@ -25,16 +26,12 @@ def read_parquet(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     import pyarrow.parquet
 
     try:
-        number = decoded = 0
+        number = 0
         with pyarrow.parquet.ParquetFile(path) as file:
-            for group in range(file.num_row_groups):
-                count = _rows_at_a_time(file.metadata.row_group(group))
-                for batch in file.iter_batches(batch_size=count, row_groups=[group]):
-                    decoded += _decoded_size(batch)
-                    check_expansion(path, decoded)
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield without_filling(row), f"{path}: row {number}"
+            for batch in _batches(path, file):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield without_filling(row), f"{path}: row {number}"
     except (pyarrow.ArrowException, UnicodeDecodeError, MemoryError) as error:
         reason = str(error).strip() or "memory ran out"
         raise DataError(
@@ -42,15 +39,34 @@ def read_parquet(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         ) from error
 
 
-def _rows_at_a_time(group: Any) -> int:
-    """Rows of a row group that take `LARGEST_ROW` bytes or less, were each as large as its columns allow."""
-    worst = 1
+def _batches(path: Path, file: Any) -> Iterator[Any]:
+    decoded = 0
+    for group in range(file.num_row_groups):
+        about = file.metadata.row_group(group)
+        largest = _largest_row(about)
+        count = max(1, min(_MOST_ROWS, LARGEST_ROW // largest))
+        is_counted = largest * about.num_rows > FREE_EXPANSION
+        if is_counted:
+            for batch in file.iter_batches(count, row_groups=[group]):
+                decoded += _decoded_size(batch)
+                check_expansion(path, decoded)
+        for batch in file.iter_batches(count, row_groups=[group]):
+            if not is_counted:
+                decoded += _decoded_size(batch)
+                check_expansion(path, decoded)
+            yield batch
+
+
+def _largest_row(group: Any) -> int:
+    """Bytes of a row of a row group that has the largest value its columns can have, where values are not
+    written out one by one."""
+    largest = 1
     for index in range(group.num_columns):
         column = group.column(index)
         if column.physical_type in _BYTES and not _ONE_BY_ONE.issuperset(column.encodings):
             in_a_row = -(-column.num_values // max(1, group.num_rows))
-            worst += max(0, column.total_uncompressed_size) * max(1, in_a_row)
-    return max(1, min(_MOST_ROWS, LARGEST_ROW // worst))
+            largest += max(0, column.total_uncompressed_size) * max(1, in_a_row)
+    return largest
 
 
 def _decoded_size(batch: Any) -> int:

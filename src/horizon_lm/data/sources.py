@@ -17,6 +17,7 @@ import json
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -204,8 +205,17 @@ def _row(value: Any, place: str) -> dict[str, Any]:
     return value
 
 
+@dataclass(frozen=True)
+class Media:
+    """Stands for a picture, sound or the like in a row, which is not read. kind: `Image`, `Audio` and so on."""
+
+    kind: str
+
+
 def kind(value: Any) -> str:
     """What a JSON value is, in words."""
+    if isinstance(value, Media):
+        return value.kind
     names = {type(None): "null", dict: "an object", list: "a list", bool: "a boolean", str: "text"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 

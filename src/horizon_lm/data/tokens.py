@@ -152,8 +152,16 @@ class TokenWriter:
         self._num_trained += len(document.ids) if document.trained is None else int(document.trained.sum())
         self._is_text &= document.is_text
 
-    def finish(self, *, num_empty: int, num_bad: int, bad_rows: list[str], formats: list[Any]) -> TokenStore:
-        """Put the folder in place and open it; one that is there by now is taken instead."""
+    def finish(
+        self,
+        *,
+        num_empty: int,
+        num_bad: int,
+        bad_rows: list[str],
+        formats: list[Any],
+        is_kept: bool = False,
+    ) -> TokenStore:
+        """Put the folder in place (is_kept) and open it; one that is there by now is taken instead."""
         np.asarray(self._documents, np.int64).reshape(-1, 2).tofile(self._folder / "documents.bin")
         for file in (self._tokens, self._trained):
             if file is not None:
@@ -172,7 +180,7 @@ class TokenWriter:
         meta = {"dtype": self._dtype.name, "counts": asdict(counts), "files": files}
         meta["hash"] = _meta_hash(meta)
         (self._folder / _META).write_text(json.dumps(meta), encoding="utf-8")
-        if self._place is None:
+        if self._place is None or not is_kept:
             return TokenStore(self._folder, keep_alive=self._temporary)
         self._temporary.disown()
         try:
