@@ -18,8 +18,8 @@ from pydantic_core import PydanticCustomError
 from horizon_lm import config_merge
 from horizon_lm.config_base import fault, keys_of, setting
 from horizon_lm.config_checkpoints import CheckpointSettings
+from horizon_lm.config_data import MOST, MOST_ROWS, DataSettings
 from horizon_lm.config_data import DatasetConfig as DatasetConfig
-from horizon_lm.config_data import DataSettings
 from horizon_lm.config_model import ModelSettings as ModelSettings
 
 # Arguments that each curve of `lr_scheduler_type` takes, as in transformers' `get_scheduler`.
@@ -71,6 +71,7 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         group="Model",
         unit="tokens",
         ge=257,  # 256 bytes and the end-of-text token
+        le=10**7,
     )
     new_tokens: list[str] = setting(
         [],
@@ -80,7 +81,12 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         expects="a list of different texts, none of them empty",
     )
     per_device_train_batch_size: int = setting(
-        1, "Sequences in one micro-batch.", group="Batch and schedule", unit="sequences", ge=1
+        1,
+        "Sequences in one micro-batch.",
+        group="Batch and schedule",
+        unit="sequences",
+        ge=1,
+        le=MOST_ROWS,
     )
     gradient_accumulation_steps: int = setting(
         1,
@@ -88,6 +94,7 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         group="Batch and schedule",
         unit="micro-batches",
         ge=1,
+        le=MOST_ROWS,
     )
     tokens_per_step: int | Literal["auto"] | None = setting(
         None,
@@ -97,10 +104,15 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         "less than about 50 steps.",
         group="Batch and schedule",
         unit="tokens",
-        expects="a whole number >= 2, auto or null",
+        expects=f"a whole number >= 2 and <= {MOST}, auto or null",
     )
     num_train_epochs: float = setting(
-        1.0, "Passes over the data, fractions allowed.", group="Batch and schedule", unit="epochs", gt=0
+        1.0,
+        "Passes over the data, fractions allowed.",
+        group="Batch and schedule",
+        unit="epochs",
+        gt=0,
+        le=10**6,
     )
     max_steps: int = setting(
         -1,
@@ -108,7 +120,8 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         group="Batch and schedule",
         unit="steps",
         ge=-1,
-        expects="a whole number >= 1, or -1",
+        le=MOST,
+        expects=f"a whole number >= 1 and <= {MOST}, or -1",
     )
     learning_rate: float = setting(1e-5, "Peak learning rate.", group="Batch and schedule", ge=0)
     lr_scheduler_type: Literal[
@@ -249,8 +262,8 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
     @field_validator("tokens_per_step")
     @classmethod
     def _check_tokens_per_step(cls, value: int | str | None) -> int | str | None:
-        if isinstance(value, int) and value < 2:
-            raise ValueError("too few")  # reported with the field's `expects`
+        if isinstance(value, int) and not 2 <= value <= MOST:
+            raise ValueError("too few, or too many")  # reported with the field's `expects`
         return value
 
     @field_validator("warmup_steps")

@@ -15,6 +15,9 @@ TAGS = (
     "system_tag",
 )
 
+MOST = 10**12  # rows, documents or steps: far more than there are, and NumPy can count them
+MOST_ROWS = 10**6  # sequences in a micro-batch, micro-batches in a step
+
 
 class DatasetConfig(BaseModel):
     """One source of training text; an entry of `datasets`."""
@@ -43,6 +46,7 @@ class DatasetConfig(BaseModel):
     max_samples: int | None = Field(
         default=None,
         ge=1,
+        le=MOST,
         description="Read at most so many rows, the first ones; null means the setting max_samples.",
     )
     split: str = Field(
@@ -56,6 +60,11 @@ class DatasetConfig(BaseModel):
     )
     text_column: str = Field(
         default="text", min_length=1, description="The column that holds the text of a row of plain text."
+    )
+    follow_links: bool = Field(
+        default=False,
+        description="Read also what lies outside a folder of data, where links in it or its lists of files "
+        "(dataset_info.json, state.json) lead there.",
     )
     weight: float = Field(
         default=1.0,
@@ -103,11 +112,14 @@ class DataSettings(Settings):
         group="Data",
         unit="rows",
         ge=1,
+        le=MOST,
     )
     max_train_bytes: int | None = setting(
-        None, "Read at most so much text; null reads all.", group="Data", unit="bytes", ge=1
+        None, "Read at most so much text; null reads all.", group="Data", unit="bytes", ge=1, le=10**18
     )
-    max_length: int = setting(1024, "Length of a training sequence.", group="Data", unit="tokens", ge=2)
+    max_length: int = setting(
+        1024, "Length of a training sequence.", group="Data", unit="tokens", ge=2, le=10**9
+    )
     truncation: Literal["auto", "drop", "keep_start", "keep_end", "split"] = setting(
         "auto",
         "What becomes of a document longer than max_length; auto splits text and drops others. Not for "
@@ -155,6 +167,7 @@ class DataSettings(Settings):
         group="Data",
         unit="documents",
         ge=1,
+        le=10**9,
     )
     dataset_num_proc: int | None = setting(
         None,
@@ -198,7 +211,7 @@ class DataSettings(Settings):
         "Documents of datasets to hold out for evaluation instead: a share below 1, or a count.",
         group="Evaluation",
         unit="documents",
-        expects="a whole number >= 0, or a share below 1",
+        expects=f"a whole number >= 0 and <= {MOST}, or a share below 1",
     )
     eval_strategy: Literal["no", "steps", "epoch"] = setting(
         "no",
@@ -215,6 +228,7 @@ class DataSettings(Settings):
         group="Evaluation",
         unit="sequences",
         ge=1,
+        le=MOST_ROWS,
     )
 
     @model_validator(mode="before")
@@ -243,6 +257,6 @@ class DataSettings(Settings):
     @field_validator("val_size")
     @classmethod
     def _check_val_size(cls, value: int | float) -> int | float:
-        if value < 0 or isinstance(value, float) and value >= 1:
+        if not 0 <= value <= MOST or isinstance(value, float) and value >= 1:
             raise ValueError("neither a count nor a share")  # reported with the field's `expects`
         return value

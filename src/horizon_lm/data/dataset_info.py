@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from horizon_lm.data.inside import is_inside
 from horizon_lm.files import read_bytes
 
 FILE = "dataset_info.json"
@@ -93,7 +94,8 @@ def _entry(entry: Any, info: dict[str, Any], folder: str) -> Any:
         return entry
     name = own["path"].strip()
     if name in info:
-        return {**_described(name, info[name], folder), **{k: v for k, v in own.items() if k != "path"}}
+        described = _described(name, info[name], folder, follow_links=own.get("follow_links") is True)
+        return {**described, **{k: v for k, v in own.items() if k != "path"}}
     return {**own, "path": _path(name, info, folder)}
 
 
@@ -114,12 +116,14 @@ def _path(name: str, info: dict[str, Any], folder: str) -> str:
     )
 
 
-def _described(name: str, entry: dict[str, Any], folder: str) -> dict[str, Any]:
+def _described(name: str, entry: dict[str, Any], folder: str, *, follow_links: bool) -> dict[str, Any]:
     at = f"{os.path.join(folder, FILE)}: {name}"
     _check(entry, at)
     formatting = entry.get("formatting") or "alpaca"
     columns = entry.get("columns") or {}
     result: dict[str, Any] = {"path": _source(entry, at, folder)}
+    if not follow_links and result["path"] != entry.get("hf_hub_url"):
+        _check_inside(name, Path(result["path"]), at, Path(folder).expanduser())
     result.update({ours: entry[key] for key, ours in _TAKEN.items() if entry.get(key) is not None})
     if formatting == "alpaca" and columns.get("prompt") and not columns.get("response"):
         return {**result, "format": "text", "text_column": columns["prompt"]}  # for pretraining
@@ -180,6 +184,14 @@ def _source(entry: dict[str, Any], at: str, folder: str) -> str:
         else f"{at} names no file_name or hf_hub_url",
         "download the data and give it a file_name; scripts are never run",
     )
+
+
+def _check_inside(name: str, path: Path, at: str, folder: Path) -> None:
+    if not is_inside(path.expanduser(), folder):
+        raise InfoError(
+            f"{at}: file_name leads out of its folder, to {path.expanduser().resolve()}",
+            f"move the file there, or datasets=[{{path: {name}, follow_links: true}}]",
+        )
 
 
 def _renamed(

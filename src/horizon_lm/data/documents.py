@@ -13,7 +13,8 @@ import numpy as np
 import xxhash
 
 from horizon_lm.data import hub
-from horizon_lm.data.compressed import suffix_of
+from horizon_lm.data.arrow_rows import ArrowRows
+from horizon_lm.data.file_hash import FileHashes
 from horizon_lm.data.formats import Example, Text, convert, detect, texts
 from horizon_lm.data.sources import (
     PYTHON_STDLIB,
@@ -24,10 +25,8 @@ from horizon_lm.data.sources import (
     read_file,
     read_stdlib,
     stdlib_files,
-    unreadable,
 )
 from horizon_lm.errors import DataError
-from horizon_lm.files import open_file
 from horizon_lm.hub_access import require_reachable
 
 _SHOWN_BAD_ROWS = 5
@@ -133,17 +132,21 @@ class Documents:
         for placed in self:
             yield from texts(placed.example)
 
-    def fingerprint(self) -> str:
-        """Of the content of all files and of how it is read; the same content elsewhere has the same."""
-        digest = xxhash.xxh3_128()
+    def fingerprint(self, cache_dir: Path | None = None) -> str:
+        """Of the content of all files and of how it is read; the same content elsewhere has the same.
+
+        cache_dir: where the hashes of files are kept; None: all are read.
+        """
+        digest, hashes = xxhash.xxh3_128(), FileHashes(cache_dir)
         for dataset in self.datasets:
             reading = [dataset.format, sorted(dataset.columns.items()), dataset.text_column]
             # Named only where they are set, so that what was read without them is the same as it was.
             reading += [sorted(dataset.tags.items())] if dataset.tags else []
             reading += [dataset.max_samples] if dataset.max_samples else []
             digest.update(repr((reading, self._max_bytes, self._skip)).encode())
-            for part in _content(dataset):
+            for part in _content(dataset, hashes):
                 digest.update(part)
+        hashes.save()
         return digest.hexdigest()
 
 
@@ -231,11 +234,9 @@ def rows(dataset: Any, shards: ShardOrder | None = None) -> Iterator[PlacedRow]:
 def _all_rows(dataset: Any, shards: ShardOrder | None) -> Iterator[PlacedRow]:
     opened = opened_dataset(dataset, streaming=shards is not None)
     if opened is not None:
-        is_stream = hasattr(opened, "set_epoch")  # of the library
-        if is_stream and shards is not None and not shards.is_fixed:
-            opened = opened.shuffle(seed=shards.seed, buffer_size=1)  # of the shards' order alone
-            opened.set_epoch(shards.epoch)
-        yield from hub.rows_of(opened, dataset.path)
+        if opened.is_stream and shards is not None and not shards.is_fixed:
+            opened = opened.shuffled(shards.seed, shards.epoch)
+        yield from opened
     elif is_stdlib(dataset.path):
         yield from read_stdlib()
     else:
@@ -244,8 +245,8 @@ def _all_rows(dataset: Any, shards: ShardOrder | None) -> Iterator[PlacedRow]:
             yield from read_file(path)
 
 
-def opened_dataset(dataset: Any, *, streaming: bool = False) -> Any | None:
-    """The object of the `datasets` library where it has to read; None for plain files."""
+def opened_dataset(dataset: Any, *, streaming: bool = False) -> ArrowRows | None:
+    """The rows where the `datasets` library has to read them; None for plain files."""
     path = Path(dataset.path).expanduser()
     if path.is_dir() and hub.is_saved_dataset(path):
         return hub.open_dataset(dataset)
@@ -260,7 +261,7 @@ def opened_dataset(dataset: Any, *, streaming: bool = False) -> Any | None:
 
 def local_files(dataset: Any) -> list[Path]:
     """The files of a dataset that is no Hub name. Raises DataError where there are none."""
-    files = list_files(dataset.path)
+    files = list_files(dataset.path, follow_links=dataset.follow_links)
     folder = Path(dataset.path).expanduser()
     found = {file: split_of(file.relative_to(folder)) for file in files} if folder.is_dir() else {}
     splits = set(found.values()) - {None}
@@ -303,18 +304,10 @@ def check_exists(dataset: Any) -> None:
         local_files(dataset)
 
 
-def _content(dataset: Any) -> Iterator[bytes]:
-    """What the content of a dataset is known by: for files, a hash of each in order."""
+def _content(dataset: Any, hashes: FileHashes) -> Iterator[bytes]:
+    """What the content of a dataset is known by: a hash of each of its files in order."""
     opened = opened_dataset(dataset)
     if opened is not None:
-        yield hub.fingerprint(opened).encode()
-        return
-    for path in stdlib_files() if is_stdlib(dataset.path) else local_files(dataset):
-        digest = xxhash.xxh3_128(suffix_of(path).encode())
-        try:
-            with open_file(path) as file:
-                while chunk := file.read(1 << 22):
-                    digest.update(chunk)
-        except OSError as error:
-            raise unreadable(path, error) from error
-        yield digest.digest()
+        yield from opened.content(hashes)
+    else:
+        yield from hashes.of(stdlib_files() if is_stdlib(dataset.path) else local_files(dataset))

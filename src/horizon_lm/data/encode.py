@@ -14,6 +14,7 @@ from horizon_lm.data.chat import ChatTemplate, Span, check_template, read_templa
 from horizon_lm.data.documents import Placed
 from horizon_lm.data.formats import Chat, Pair, Text
 from horizon_lm.errors import ConfigError, DataError
+from horizon_lm.leftovers import temporary_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,10 +106,17 @@ class Encoder:
         """The template that was given in place of the tokenizer's own, as it is to be used later."""
         return self._template_text
 
-    def key(self, format: int = _FORMAT) -> str:
-        """A hash of everything that decides on the tokens of an example. format: an earlier version's."""
+    def key(self, format: int = _FORMAT, *, by_name: bool = False) -> str:
+        """A hash of everything that decides on the tokens of an example.
+
+        format: an earlier version's. by_name: as versions before 28 November 2026 made it of a tokenizer
+        written in Python (of its name and size), and of one that splits special tokens (as if it did not).
+        """
         tokenizer: Any = self.tokenizer
-        backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
+        if by_name:
+            backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
+        else:
+            backend = _content_of(tokenizer)
         parts = (backend, self._start, self._end, sorted(tokenizer.special_tokens_map.items(), key=str))
         template = (
             self._template_text,
@@ -223,6 +231,20 @@ def _from_border(prompt: list[int], whole: list[int]) -> Finished:
             break
         same += 1
     return whole, np.arange(len(whole)) >= same
+
+
+def _content_of(tokenizer: Any) -> str:
+    """What a tokenizer is, apart from the special tokens that it names: as JSON, or as a hash of its files."""
+    if tokenizer.is_fast:
+        backend = tokenizer.backend_tokenizer  # its JSON does not say whether special tokens are split
+        return str(backend.to_str()) + ("split_special_tokens" if backend.encode_special_tokens else "")
+    digest = xxhash.xxh3_128(type(tokenizer).__name__.encode())
+    with temporary_folder("horizon-tokenizer-") as folder:
+        tokenizer.save_pretrained(folder)
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            digest.update(path.relative_to(folder).as_posix().encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _special_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

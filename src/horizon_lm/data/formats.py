@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from horizon_lm.data.sources import kind
+from horizon_lm.data.sources import Media, kind
 from horizon_lm.errors import DataError
 
 
@@ -328,5 +328,8 @@ def texts(example: Example) -> Iterator[str]:
 
 
 def _listed(row: Mapping[str, Any]) -> str:
-    names = [repr(str(name)[:40]) for name in row]
+    names = [
+        repr(str(name)[:40]) + (f" ({value.kind})" if isinstance(value, Media) else "")
+        for name, value in row.items()
+    ]
     return (", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")) or "none"

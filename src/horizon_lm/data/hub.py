@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from horizon_lm.data.sources import PlacedRow, hint_for_names, without_filling
+from horizon_lm.data.arrow_rows import ArrowRows
+from horizon_lm.data.inside import check_files
+from horizon_lm.data.sources import hint_for_names
 from horizon_lm.errors import DataError
 from horizon_lm.files import read_bytes
 from horizon_lm.hub_access import require_reachable
 
+from ..words import size
+
+_STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
+_LARGEST_JSON = 1 << 26
 _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def is_saved_dataset(path: Path) -> bool:
     """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` made this folder."""
-    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+    return (path / _STATE).is_file() or (path / _SPLITS).is_file()
 
 
 def looks_like_repository(name: str, suffixes: tuple[str, ...]) -> bool:
@@ -26,8 +31,8 @@ def looks_like_repository(name: str, suffixes: tuple[str, ...]) -> bool:
     return bool(_REPOSITORY.fullmatch(name)) and not name.lower().endswith(suffixes)
 
 
-def open_dataset(settings: Any, *, streaming: bool = False) -> Any:
-    """The `datasets` object of a saved folder or a Hub name, in the split that is asked for.
+def open_dataset(settings: Any, *, streaming: bool = False) -> ArrowRows:
+    """The rows of a saved folder or a Hub name, in the split that is asked for.
 
     settings: an entry of `datasets` in the configuration. Scripts are never run. Raises DataError.
     """
@@ -35,75 +40,59 @@ def open_dataset(settings: Any, *, streaming: bool = False) -> Any:
     require_reachable(settings.path, "datasets", kind="dataset", error=DataError)
     import datasets
 
+    in_files = {} if streaming else {"keep_in_memory": False}
     try:
         with quiet(datasets):
             if path.is_dir():
-                return _saved(datasets, path, settings)
-            return datasets.load_dataset(
+                return ArrowRows(_saved(datasets, path, settings), settings.path)
+            loaded = datasets.load_dataset(
                 settings.path,
                 name=settings.name,
                 split=settings.split,
                 revision=settings.revision,
                 streaming=streaming,
+                **in_files,
             )
+            return ArrowRows(loaded, settings.path)
     except DataError:
         raise
     except Exception as error:  # the library and the Hub's client raise many kinds; each means "no data"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise DataError(
-            f"{settings.path} is no local file, and could not be read as a dataset of the Hub: {reason[:300]}"
+            f"{settings.path} is no local file, and could not be read as a dataset of the Hub: {reason}"
             if not path.exists()
-            else f"{settings.path} could not be read as a saved dataset: {reason[:300]}",
+            else f"{settings.path} could not be read as a saved dataset: {reason}",
             hint=(hint_for_names(settings.path) if not path.exists() else None)
             or "check the path or the name, `name` (the dataset's configuration), `split` and the network",
         ) from error
 
 
 def _saved(datasets: Any, path: Path, settings: Any) -> Any:
-    check_names(path)
-    loaded = datasets.load_from_disk(str(path))
-    if not isinstance(loaded, datasets.DatasetDict):
-        return loaded
-    if settings.split not in loaded:
-        raise DataError(
-            f"{path} has no split {settings.split!r}; it has {', '.join(map(repr, loaded))}",
-            hint="set `split` of this dataset",
-        )
-    return loaded[settings.split]
+    """The `Dataset` of a saved folder, whose files lie in it, and none of whose formats are applied."""
+    folder, follow = path, settings.follow_links
+    if not (path / _STATE).is_file():
+        splits = _json(path / _SPLITS, path, follow)["splits"]
+        if settings.split not in splits:
+            raise DataError(
+                f"{path} has no split {settings.split!r}; it has {', '.join(map(repr, splits))}",
+                hint="set `split` of this dataset",
+            )
+        folder = path / settings.split
+    state = _json(folder / _STATE, path, follow)
+    info = datasets.DatasetInfo.from_dict(_json(folder / _INFO, path, follow))
+    files = [folder / entry["filename"] for entry in state["_data_files"]]
+    check_files(files, path, follow_links=follow)
+    tables = [datasets.table.MemoryMappedTable.from_file(str(file)) for file in files]
+    dataset = datasets.Dataset(datasets.table.concat_tables(tables), info=info)
+    shown = None if state["_output_all_columns"] else state["_format_columns"]
+    return dataset.with_format(None, columns=shown)
 
 
-def check_names(folder: Path) -> None:
-    """Raises DataError where a saved dataset names files, or splits, outside of its own folder."""
-    splits = _names(folder / "dataset_dict.json", lambda values: values["splits"])
-    for place in [folder / split for split in splits] if splits else [folder]:
-        _names(place / "state.json", lambda values: [entry["filename"] for entry in values["_data_files"]])
-
-
-def _names(path: Path, named: Callable[[Any], list[str]]) -> list[str]:
-    """The names in a file of a saved dataset; none where there is no such file."""
-    if not path.exists():
-        return []
-    try:
-        names = named(json.loads(read_bytes(path)))
-        strange = [name for name in names if Path(name).name != name or name == ".."]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path} is damaged: {error!r:.200}", hint="save the dataset again") from error
-    if strange:
-        raise DataError(
-            f"{path} names {strange[0]!r:.200}, which is not in its folder", hint="do not trust this dataset"
-        )
-    return names
-
-
-def rows_of(dataset: Any, name: str) -> Iterator[PlacedRow]:
-    """(row, place) of each row of a `datasets` object."""
-    for number, row in enumerate(dataset, start=1):
-        yield without_filling(row), f"{name}: row {number}"
-
-
-def fingerprint(dataset: Any) -> str:
-    """The library's own fingerprint of the content and of what was done to it."""
-    return str(dataset._fingerprint)
+def _json(path: Path, folder: Path, follow_links: bool) -> Any:
+    check_files([path], folder, follow_links=follow_links)
+    if path.stat().st_size > _LARGEST_JSON:
+        raise DataError(f"{path} is larger than {size(_LARGEST_JSON)}", hint="check the path")
+    return json.loads(read_bytes(path))
 
 
 class quiet:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -13,6 +13,8 @@ import numpy as np
 from horizon_lm.data.batches import MicroBatch, StepSize, collate
 from horizon_lm.data.packing import Rows, data_has_changed
 from horizon_lm.errors import DataError
+
+from ..words import count
 
 Step = tuple[list[MicroBatch], StepSize]
 _STEPS_AHEAD = 2  # for each worker
@@ -48,7 +50,7 @@ class Loader(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class TokenLoader:
@@ -168,15 +170,20 @@ class TokenLoader:
             **({"counted": list(self._counted)} if any(self._counted) else {}),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to a saved place. Raises `DataError` if the data is not what it was then."""
-        if state["fingerprint"] != self._rows.fingerprint:
+        if isinstance(state, Mapping) and state.get("fingerprint") != self._rows.fingerprint:
             raise data_has_changed(state, self._rows)
-        self._seed = int(state["seed"])
+        epoch, position, seed = numbers_of(state, "epoch", "position", "seed")
+        if position >= len(self._rows):
+            raise not_a_place(f"position={position} of {count(len(self._rows), 'sequence')}")
+        counted = state.get("counted", [0, 0])
+        if not isinstance(counted, Sequence) or len(counted) != 2:
+            raise not_a_place(f"counted={str(counted)[:80]}")
+        steps_done, given = numbers_of({"counted[0]": counted[0], "counted[1]": counted[1]}, *_COUNTED)
+        self._seed, self._counted = seed, (steps_done, given)
         self.crosses_epochs = bool(state.get("crosses_epochs", True))
-        steps_done, given = state.get("counted", (0, 0))
-        self._counted = (int(steps_done), int(given))
-        self._go_to(int(state["epoch"]), int(state["position"]))
+        self._go_to(epoch, position)
 
     def _go_to(self, epoch: int, position: int) -> None:
         self._ahead.clear()
@@ -210,19 +217,40 @@ class TokenLoader:
             size += part
         return batches, size
 
-    def _take(self, count: int) -> np.ndarray:
-        """The next `count` row numbers, of as many epochs as that needs."""
+    def _take(self, wanted: int) -> np.ndarray:
+        """The next `wanted` row numbers, of as many epochs as that needs."""
         parts = []
-        while count > 0:
-            part = self._order[self._position : self._position + count]
+        while wanted > 0:
+            part = self._order[self._position : self._position + wanted]
             parts.append(part)
-            count -= len(part)
+            wanted -= len(part)
             self._position += len(part)
             if self._position == len(self._rows):
                 self._epoch += 1
                 self._position = 0
                 self._order = self._permutation(self._epoch)
         return np.concatenate(parts)
+
+
+_COUNTED = ("counted[0]", "counted[1]")
+
+
+def numbers_of(state: Mapping[str, Any], *keys: str) -> list[int]:
+    """The counts under `keys` of a loader's state. Raises DataError for what cannot be one."""
+    if not isinstance(state, Mapping):
+        raise not_a_place(str(state)[:80])
+    for key in keys:
+        value = state.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+            raise not_a_place(f"{key}={str(value)[:80]}")
+    return [int(state[key]) for key in keys]
+
+
+def not_a_place(what: str) -> DataError:
+    """The error for a loader's state that no loader has saved."""
+    return DataError(
+        f"the saved place in the data is not one: {what}", hint="resume from an earlier checkpoint"
+    )
 
 
 class StepsAhead:

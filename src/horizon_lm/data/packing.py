@@ -11,6 +11,7 @@ In the last two, what is done with a document longer than `max_length` is `trunc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -125,11 +126,20 @@ class Rows:
         }
 
 
-def data_has_changed(state: dict[str, Any], rows: Rows) -> DataError:
+def data_has_changed(state: Mapping[str, Any], rows: Rows) -> DataError:
     """The error for a loader's state that was saved with other sequences: says which part is another.
 
     States of earlier versions say no more than their number of sequences.
     """
+    try:
+        what, hint = _what_has_changed(state, rows)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        what, hint = "what it was made from is not known", "resume from an earlier checkpoint"
+    return DataError(f"the data has changed since this state was saved: {what}", hint=hint)
+
+
+def _what_has_changed(state: Mapping[str, Any], rows: Rows) -> tuple[str, str]:
+    """(what is another, the hint)."""
     hint = "restore the data, the tokenizer and the settings of the group Data, or start a new run"
     then, now = state.get("made_from"), rows.made_from
     if then is None:
@@ -165,7 +175,7 @@ def data_has_changed(state: dict[str, Any], rows: Rows) -> DataError:
     else:
         what = "the order is another, as this version of numpy permutes another way"
         hint = "restore the version of numpy, or start a new run"
-    return DataError(f"the data has changed since this state was saved: {what}", hint=hint)
+    return what, hint
 
 
 def make_rows(
@@ -274,7 +284,9 @@ def _best_fit(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndar
         dataset = datasets.Dataset(pyarrow.table({"numbers": column}))
         options = {"batch_size": len(part), "keep_in_memory": True}
         with quiet(datasets):
-            packed = pack_dataset(dataset, max_length, "bfd", options).data.table
+            # Its tree has a leaf for each length. Where all fit into one sequence, a longer one is the same.
+            room = min(max_length, int(part.sum()))
+            packed = pack_dataset(dataset, room, "bfd", options).data.table
         sequences = packed["seq_lengths"].combine_chunks()
         piece_lengths = sequences.flatten().to_numpy()
         values = packed["numbers"].combine_chunks().flatten().to_numpy()

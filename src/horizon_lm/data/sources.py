@@ -18,6 +18,8 @@ import json
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ from horizon_lm.data.compressed import (
     suffix_of,
 )
 from horizon_lm.data.csv_file import read_csv
+from horizon_lm.data.inside import check_files
+from horizon_lm.data.parquet_file import read_parquet
 from horizon_lm.errors import DataError
 from horizon_lm.files import check_is_file
 
@@ -47,22 +51,25 @@ Row = dict[str, Any] | DataError
 PlacedRow = tuple[Row, str]
 
 
-def list_files(name: str) -> list[Path]:
+def list_files(name: str, *, follow_links: bool = False) -> list[Path]:
     """The readable files that `name` (a file, a folder or a glob) stands for, sorted.
 
     Files of other types inside a folder or a glob are passed over; naming one directly,
     or finding nothing, is a `DataError`. In a folder, so is what seems to be another form of what is there:
     a compressed file beside the same one that is not, and CSV beside JSON or parquet.
+    What is found in a folder and leads out of it by a link is a `DataError` too, unless `follow_links`.
     """
     path = Path(name).expanduser()
     if path.is_file():
         if suffix_of(path) not in SUFFIXES:
             raise DataError(f"{name}: unknown file type {suffix_of(path)!r}", hint=_TYPES)
         return [path]
+    folder = path
     if path.is_dir():
-        found: Iterable[str] = (os.path.join(at, file) for at, _, names in os.walk(path) for file in names)
+        found: Iterable[str] = _in_folder(path, follow_links=follow_links)
     elif glob.has_magic(name):
-        found = (match for match in glob.iglob(str(path), recursive=True) if os.path.isfile(match))
+        folder = _before_magic(path)
+        found = (match for match in glob.iglob(str(path), recursive=True) if not os.path.isdir(match))
     elif path.exists():
         raise DataError(f"{name} is a pipe or a device, not a file", hint="write it to a file first")
     else:
@@ -78,7 +85,25 @@ def list_files(name: str) -> list[Path]:
         files = _one_form(files)
     if not files:
         raise DataError(f"{name} matches no file of a known type", hint=_TYPES)
+    check_files(files, folder, follow_links=follow_links)
     return files
+
+
+def _in_folder(path: Path, *, follow_links: bool) -> Iterator[str]:
+    seen: set[str] = set()  # a link may lead back up
+    for at, folders, names in os.walk(path, followlinks=follow_links):
+        real = os.path.realpath(at)
+        if real in seen:
+            folders.clear()
+        else:
+            seen.add(real)
+            yield from (os.path.join(at, file) for file in names)
+
+
+def _before_magic(path: Path) -> Path:
+    """The folder that a glob begins in: its parts before the first with a `*`, `?` or `[`."""
+    parts = list(takewhile(lambda part: not glob.has_magic(part), path.parts))
+    return Path(*parts)
 
 
 def hint_for_names(name: str) -> str | None:
@@ -146,38 +171,6 @@ def _read_json(path: Path) -> Iterator[PlacedRow]:
         yield _row_or_fault(lambda: _row(row, place)), place  # noqa: B023
 
 
-def _read_parquet(path: Path) -> Iterator[PlacedRow]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield without_filling(row), f"{path}: row {number}"
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path} is not a readable parquet file: {str(error).splitlines()[0]}", hint="write it again"
-        ) from error
-
-
-def without_filling(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of Arrow's, without the nulls inside its values.
-
-    A column has one type there: a key that one object has is null in all others, such as an argument of
-    another tool's call.
-    """
-    return {key: _pruned(value) if isinstance(value, (dict, list)) else value for key, value in row.items()}
-
-
-def _pruned(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _pruned(entry) for key, entry in value.items() if entry is not None}
-    return [_pruned(entry) for entry in value] if isinstance(value, list) else value
-
-
 def _row_or_fault(read: Callable[[], dict[str, Any]]) -> Row:
     try:
         return read()
@@ -193,7 +186,7 @@ _READERS: dict[str, Callable[[Path], Iterator[PlacedRow]]] = {
     ".jsonl": _read_json_lines,
     ".json": _read_json,
     ".csv": read_csv,
-    ".parquet": _read_parquet,
+    ".parquet": read_parquet,
 }
 SUFFIXES = (*_READERS, *(f"{suffix}.gz" for suffix in _READERS if suffix != ".parquet"))
 _TYPES = f"one of {' '.join(_READERS)}; all but .parquet also as .gz"
@@ -220,8 +213,17 @@ def _row(value: Any, place: str) -> dict[str, Any]:
     return value
 
 
+@dataclass(frozen=True)
+class Media:
+    """Stands for a picture, sound or the like in a row, which is not read. kind: `Image`, `Audio` and so on."""
+
+    kind: str
+
+
 def kind(value: Any) -> str:
     """What a JSON value is, in words."""
+    if isinstance(value, Media):
+        return value.kind
     names = {type(None): "null", dict: "an object", list: "a list", bool: "a boolean", str: "text"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 

@@ -9,7 +9,7 @@ part of its state: resuming from that loses what was in it.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -21,10 +21,13 @@ from horizon_lm.data.batches import MicroBatch, StepSize, collate
 from horizon_lm.data.documents import Documents, Placed, ShardOrder
 from horizon_lm.data.encode import Encoded, Encoder
 from horizon_lm.data.formats import Chat, Pair
+from horizon_lm.data.loader import not_a_place, numbers_of
 from horizon_lm.data.packing import Rows, make_rows
 from horizon_lm.data.tokenise import batches
 from horizon_lm.data.tokens import TokenWriter
 from horizon_lm.errors import DataError
+
+from ..words import count
 
 
 @dataclass(frozen=True)
@@ -146,17 +149,25 @@ class StreamLoader:
             "buffer_size": self._buffer_size,
             "encoder": self._encoder.key(),
             "crosses_epochs": self.crosses_epochs,
+            **({} if self._is_at_end else {"window": self._content}),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    @property
+    def _content(self) -> str | None:
+        """Of the tokens of the present window."""
+        return self._window.rows.store.fingerprint if self._window.rows is not None else None
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to a saved place: the stream is read, not tokenised, up to its window."""
-        if state["buffer_size"] != self._buffer_size:
+        (buffer_size,) = numbers_of(state, "buffer_size")
+        if buffer_size != self._buffer_size:
             raise DataError(
-                f"the place in the stream was saved with buffer_size={state['buffer_size']}, and now it is "
+                f"the place in the stream was saved with buffer_size={buffer_size}, and now it is "
                 f"{self._buffer_size}",
-                hint=f"buffer_size={state['buffer_size']}, or start a new run",
+                hint=f"buffer_size={buffer_size}, or start a new run",
             )
-        if state["encoder"] != self._encoder.key() and not self._is_of_before(state["encoder"]):
+        keys, saved = (self._encoder.key(), self._encoder.key(by_name=True)), state.get("encoder")
+        if saved not in keys and not self._is_of_before(saved):
             raise DataError(
                 "the place in the stream was saved with another tokenizer, chat template, loss_on or version "
                 "of trl, or by a version of Horizon-LM that trained on other tokens of prompt and completion",
@@ -164,11 +175,25 @@ class StreamLoader:
             )
         if self._ahead is not None:
             self._ahead.exception()  # it reads the same stream; let it end
-        self._seed = int(state["seed"])
+        epoch, document, position, seed = numbers_of(state, "epoch", "document", "position", "seed")
+        self._seed = seed
         self.crosses_epochs = bool(state.get("crosses_epochs", True))
         self._source = self._ahead = None
-        self._window = self._made(int(state["epoch"]), int(state["document"]))
-        self._position = int(state["position"])
+        self._window = self._made(epoch, document)
+        self._check_window(state, document, position)
+        self._position = position
+
+    def _check_window(self, state: Mapping[str, Any], document: int, position: int) -> None:
+        """Raise DataError if the window is not the one that was saved: the data is other than it was. States
+        of earlier versions, and of the end of an epoch, do not say what was in it."""
+        if "window" in state and (self._window.document, self._content) != (document, state["window"]):
+            raise DataError(
+                f"the data has changed since this state was saved: from document {document:,} on the stream "
+                "is another",
+                hint="restore the content of the data files, or start a new run",
+            )
+        if position > len(self._window.order):
+            raise not_a_place(f"position={position} of {count(len(self._window.order), 'sequence')}")
 
     def close(self) -> None:
         """End the thread that makes windows ready; no more steps can be taken."""
@@ -209,8 +234,8 @@ class StreamLoader:
         if peeked is not None:
             self._source = (epoch, following, documents, _with_first(peeked, source))
         rows = self._rows(placed, documents)
-        count = len(rows) if rows is not None else 0
-        order = np.random.default_rng([self._seed, epoch, document]).permutation(count)
+        num_rows = len(rows) if rows is not None else 0
+        order = np.random.default_rng([self._seed, epoch, document]).permutation(num_rows)
         return _Window(epoch, document, following, rows, order)
 
     def _at(self, epoch: int, document: int) -> tuple[Documents, Iterator[Placed]]:
@@ -222,9 +247,9 @@ class StreamLoader:
         documents = Documents(self._datasets, self._max_bytes, on_bad_row=self._on_bad_row, shards=shards)
         return documents, islice(iter(documents), document, None)
 
-    def _is_of_before(self, key: str) -> bool:
+    def _is_of_before(self, key: Any) -> bool:
         """Whether an earlier version saved it, which made other tokens of pairs alone, and none are here."""
-        if key != self._encoder.key(1):
+        if key != self._encoder.key(1, by_name=True):
             return False
         for dataset in self._datasets:
             first = next(iter(Documents([dataset], on_bad_row=self._on_bad_row))).example

@@ -35,14 +35,16 @@ def tokenise(
 ) -> tuple[TokenStore, bool]:
     """The tokens of all documents, and whether an earlier run had made them.
 
-    cache_dir: the place for tokens by content and settings; None: nothing is kept. num_proc: worker
-    processes, None for as many as there are cores. The tokens do not depend on it.
+    cache_dir: the place for tokens by content and settings; None: nothing is kept, nor is what changed while
+    it was read. num_proc: worker processes, None for as many as there are cores. The tokens do not depend on it.
     Raises DataError for the first row in order that cannot be used, unless such rows are skipped.
     """
-    place = None
+    place = kept = None
+    content = ""
     if cache_dir is not None:
-        key = xxhash.xxh3_128((documents.fingerprint() + encoder.key()).encode()).hexdigest()
-        place = Path(cache_dir).expanduser() / key
+        kept = Path(cache_dir).expanduser()
+        content = documents.fingerprint(kept)
+        place = kept / xxhash.xxh3_128((content + encoder.key()).encode()).hexdigest()
         found = open_cached(place)
         if found is not None:
             return found, True
@@ -65,6 +67,7 @@ def tokenise(
             num_bad=documents.num_bad,
             bad_rows=documents.bad_rows,
             formats=documents.formats,
+            is_kept=kept is not None and documents.fingerprint(kept) == content,
         )
     return store, False
 

@@ -155,8 +155,16 @@ class TokenWriter:
         self._num_trained += len(document.ids) if document.trained is None else int(document.trained.sum())
         self._is_text &= document.is_text
 
-    def finish(self, *, num_empty: int, num_bad: int, bad_rows: list[str], formats: list[Any]) -> TokenStore:
-        """Put the folder in place and open it; one that is there by now is taken instead."""
+    def finish(
+        self,
+        *,
+        num_empty: int,
+        num_bad: int,
+        bad_rows: list[str],
+        formats: list[Any],
+        is_kept: bool = False,
+    ) -> TokenStore:
+        """Put the folder in place (is_kept) and open it; one that is there by now is taken instead."""
         documents = np.asarray(self._documents, np.int64).reshape(-1, 2)
         files.write_file(self._folder / "documents.bin", lambda file: file.write(documents.data))
         for file in (self._tokens, self._trained):
@@ -176,7 +184,7 @@ class TokenWriter:
         meta = {"dtype": self._dtype.name, "counts": asdict(counts), "files": hashes}
         meta["hash"] = _meta_hash(meta)
         files.write_file(self._folder / _META, json.dumps(meta))
-        if self._place is None:
+        if self._place is None or not is_kept:
             return TokenStore(self._folder, keep_alive=self._temporary)
         self._temporary.disown()
         try:
