@@ -12,6 +12,7 @@ import torch
 from ..data.chat import ChatTemplate
 from ..data.tokenizer import load_tokenizer
 from ..errors import ConfigError, DataError, HorizonError
+from ..model.configuration import reason_of
 from ..model.pretrained import TO_GENERATE, read_pretrained
 from ..words import count
 from .device import resolve_device
@@ -68,9 +69,8 @@ class Generator:
         except HorizonError:
             raise
         except Exception as error:  # transformers raises many kinds; each means "no model"
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(
-                f"no model could be loaded from {source}: {reason}",
+                f"no model could be loaded from {source}: {reason_of(error)}",
                 hint="give a folder in Hugging Face format, or a run's output_dir",
             ) from error
         chosen = _device_for(model, device)
