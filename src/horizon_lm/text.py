@@ -1,14 +1,15 @@
 """Text from outside made fit to be shown and kept: control characters, secrets, Markdown.
 
-Files, data, model folders and servers say what they like. A terminal obeys control characters, a Markdown page
-obeys brackets and pipes, and a secret that is printed or written is one no longer.
+Files, data, model folders and servers may say anything. A terminal obeys control characters, a Markdown page
+obeys brackets and pipes, and whoever reads a log reads the secrets in it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -24,7 +25,7 @@ _SECRETS = (
     (re.compile(r"\b(hf_|gh[opsu]_|github_pat_|sk-)[A-Za-z0-9]{16}[\w-]*"), r"\1" + _HIDDEN),
     (
         re.compile(
-            r"(?i)([?&;](?:[\w.-]*[_-])?(?:token|key|apikey|password|passwd|pwd|secret|signature|sig|credential|auth)"
+            r"(?i)([?&;](?:[\w.-]*[_-])?(?:token|key|apikey|password|pwd|secret|signature|sig|auth)"
             r"=)[^&;#\s'\"<>]+"
         ),
         r"\1" + _HIDDEN,
@@ -35,11 +36,14 @@ _SECRETS = (
     ),
     (re.compile(r"(?i)(\b(?:bearer|basic)\s+)[\w.~+/=-]{16,}"), r"\1" + _HIDDEN),
 )
+_MAY_HOLD_SECRETS = re.compile(
+    "@|hf_|gh[opsu]_|_pat_|sk-|=|uth|UTH|(?i:bearer|basic)"
+)  # quick, for the many texts that hold none
 # Variables of the environment whose values are secrets, by their names.
 _SECRET_NAMES = re.compile(r"(?i)(?:TOKEN|API_?KEY|SECRET|SECRET_KEY|SECRET_ACCESS_KEY|PASSWORD|PASSWD)$")
-_SHORTEST = 8  # of such a value; a shorter one may be a word
+_SHORTEST = 16  # of such a value; a shorter one may be a word
 
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+!|~&$@-])")
+_MARKDOWN = re.compile(r"[\\`*{}\[\]<>()|~&$@]|(?<!\w)_|_(?!\w)|^[-+#]|(?<=^\d)\.(?=\s)|(?<=^\d\d)\.(?=\s)")
 
 
 def printable(text: str) -> str:
@@ -57,42 +61,52 @@ def _escaped(found: re.Match[str]) -> str:
 
 
 def redact(text: str) -> str:
-    """The same text with `***` in place of secrets: what is before the @ of an address, tokens of the Hub and of
-    others, parameters such as `?token=`, `Authorization`, and the values of HF_TOKEN and its like."""
-    for value in _environment():
+    """The same text with `***` in place of secrets: user and password in an address, tokens of the Hub,
+    parameters such as `?token=`, `Authorization`, and the values of HF_TOKEN and its like."""
+    return _redact(text, _environment())
+
+
+def _redact(text: str, values: list[str]) -> str:
+    for value in values:
         text = text.replace(value, _HIDDEN)
-    for pattern, shown in _SECRETS:
-        text = pattern.sub(shown, text)
+    if _MAY_HOLD_SECRETS.search(text):
+        for pattern, shown in _SECRETS:
+            text = pattern.sub(shown, text)
     return text
 
 
 def redacted(value: Any) -> Any:
-    """Settings with every text in them redacted, keys too."""
+    """Plain values with every text in them redacted, keys too; what holds no secret is the same object."""
+    return _redacted(value, _environment())
+
+
+def _redacted(value: Any, values: list[str]) -> Any:
     if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, Mapping):
-        return {redacted(key): redacted(entry) for key, entry in value.items()}
+        found = _redact(value, values)
+        return found if found != value else value
+    if isinstance(value, dict):
+        new = {_redacted(key, values): _redacted(entry, values) for key, entry in value.items()}
+        return value if all(a is b for a, b in zip(_flat(new), _flat(value), strict=False)) else new
     if isinstance(value, (list, tuple)):
-        return type(value)(redacted(entry) for entry in value)
+        entries = [_redacted(entry, values) for entry in value]
+        return value if all(a is b for a, b in zip(entries, value, strict=True)) else type(value)(entries)
     return value
 
 
+def _flat(values: dict[Any, Any]) -> list[Any]:
+    return [*values.keys(), *values.values()]
+
+
 def _environment() -> list[str]:
-    return sorted(
-        (
-            value
-            for name, value in os.environ.items()
-            if _SECRET_NAMES.search(name) and len(value) >= _SHORTEST
-        ),
-        key=len,
-        reverse=True,
-    )
+    """Values of the environment that are secrets by their names, the longest first."""
+    found = (value for name, value in os.environ.items() if _SECRET_NAMES.search(name))
+    return sorted((value for value in found if len(value) >= _SHORTEST), key=len, reverse=True)
 
 
 def markdown(text: str) -> str:
     """One line of Markdown that shows `text` as it is and means nothing else."""
     line = one_line(redact(text))
-    return _MARKDOWN.sub(r"\\\1", line).replace(":", "&#58;").replace("www.", "www&#46;")
+    return _MARKDOWN.sub(r"\\\g<0>", line).replace("://", ":&#47;&#47;").replace("www.", "www&#46;")
 
 
 def code_span(text: str) -> str:
@@ -101,6 +115,12 @@ def code_span(text: str) -> str:
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
     pad = " " if line.startswith("`") or line.endswith("`") or not line else ""
     return f"{fence}{pad}{line}{pad}{fence}"
+
+
+def json_text(value: Any) -> str:
+    """JSON on one line, readable in any script, with control characters as its own escapes."""
+    text = json.dumps(value, ensure_ascii=False)
+    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 class SafeStream:

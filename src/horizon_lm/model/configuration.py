@@ -1,8 +1,8 @@
 """A model's configuration: what its values may be, and which of them do not count.
 
-A config.json comes with the weights, from anywhere. It describes the model; it does not choose the code that runs
-it: attention and expert kernels, some of which transformers fetches from the Hub, are the user's choice. Its
-numbers are looked at before anything is built from them: transformers builds 10^9 layers if told so.
+A config.json comes from anywhere. It describes the model and does not choose the code that runs it: attention
+and expert kernels, some of which transformers fetches from the Hub, are the user's choice. Its numbers are
+checked before anything is built from them: transformers builds 10^9 layers if told so.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _EXPERTS = ("_experts_implementation", "experts_implementation", "_experts_imple
 CHOOSES_CODE = frozenset({*_ATTENTION, *_EXPERTS, "use_kernels", "kernel_config"})
 
 MOST_MODULES = 4_096  # of a kind: built in seconds; the deepest model published has 1,000 layers
-LARGEST = 2**40  # of any size or count: more bytes than a host has, whatever it counts
+LARGEST = 2**32  # of any other size; larger ones overflow in products
 _DEEPEST = 64  # lists and mappings within each other
 _MOST_VALUES = 1_000_000  # vocabularies and label names are the long ones
 # What counts modules or labels, which are made one by one; what is the size of something.
@@ -34,9 +34,10 @@ _SIZES = re.compile(r"(_size|_dim|_rank|_embd|_inner|_positions|_embeddings|_hea
 _WHOLE = frozenset(
     {
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-        *("n_embd", "n_layer", "n_head", "d_model", "num_layers"),
+        *("n_embd", "n_layer", "n_head", "d_model", "num_layers", "num_key_value_heads", "head_dim"),
     }
 )
+_POSITIVE = frozenset({"vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads"})
 _said: set[tuple[str, str]] = set()
 
 
@@ -74,6 +75,23 @@ def configuration_of(
     kind = rest.pop("model_type", None)
     with _refused(where):
         return by_the_user(AutoConfig.for_model(kind, **rest), attn_implementation, where)
+
+
+def check_folder(folder: Path) -> None:
+    """`check_values` for the config.json of a folder, if there is one; ConfigError also for invalid JSON."""
+    from transformers import PreTrainedConfig
+
+    if (folder / "config.json").is_file():
+        where = str(folder / "config.json")
+        try:
+            values, _ = PreTrainedConfig.get_config_dict(str(folder), local_files_only=True)
+        except RecursionError as error:
+            raise _nested(where) from error
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{where} cannot be read: {reason_of(error)}", hint="download or export the model again"
+            ) from error
+        check_values(values, where)
 
 
 @contextmanager
@@ -137,7 +155,7 @@ def _check_value(path: str, key: str, value: Any, where: str) -> None:
         raise _wrong(where, path, _short(value), "a whole number")
     if not isinstance(value, int):
         return
-    if key in _WHOLE and value < 0:
+    if key in _WHOLE and value < (key in _POSITIVE):
         raise _wrong(where, path, _short(value), "a positive number")
     most = MOST_MODULES if is_count else LARGEST
     if value > most:

@@ -27,8 +27,8 @@ _log = logging.getLogger(__name__)
 _SHOWN = 4  # names in a message
 # Constants that old checkpoints hold beside the weights, and that transformers does not skip everywhere.
 _OLD_CONSTANTS = re.compile(r"\.(attn|attention)\.masked_bias$")
-# Parameters that a file of weights may stand for, for each of its bytes (two in four bits), with room for some
-# that are missing; and what is never too many.
+# Parameters for each byte of weight files: two in four bits, and room for some that are missing. And how many
+# are never too many.
 _MOST_PER_BYTE, _ALWAYS = 16, 100_000_000
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -227,7 +227,7 @@ def _is_plain(parameter: torch.Tensor) -> bool:
 
 def _quantisation(name: str, config: Any) -> Any:
     """The method that the configuration of a checkpoint names; None where there is none. Raises
-    UnsupportedModelError for one that is not turned back: its code, which a model would choose, never runs."""
+    UnsupportedModelError for one that is not dequantised: its code never runs."""
     found = getattr(config, "quantization_config", None)
     method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
     if found and not _dequantised(method):
@@ -249,8 +249,8 @@ def _check_size(name: str, config: Any, options: dict[str, Any]) -> None:
     number = sum(p.numel() for p in model.parameters())
     if number > _MOST_PER_BYTE * held + _ALWAYS:
         raise DataError(
-            f"the checkpoint {name!r} does not fit its model: config.json describes {parameters(number)}, and "
-            f"the weight files hold {size(held)}",
+            f"the checkpoint {name!r} does not fit its model: config.json describes {parameters(number)}, "
+            f"and the weight files hold {size(held)}",
             hint="check config.json and the weight files",
         )
 

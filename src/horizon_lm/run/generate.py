@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,7 +103,7 @@ class Generator:
         draw: dict[str, Any] = {"do_sample": False}
         if sampling.temperature:
             draw = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
-        with torch.inference_mode(), torch.random.fork_rng():
+        with torch.inference_mode(), torch.random.fork_rng(), _cannot_write(self._model):
             torch.manual_seed(sampling.seed)
             output = self._model.generate(
                 input_ids=inputs,
@@ -124,6 +125,18 @@ class Generator:
         template = str(self.tokenizer.chat_template or "")
         stops |= {known[mark] for mark in _END_OF_TURN if mark in known and mark in template}
         return sorted(stop for stop in stops if stop is not None)
+
+
+@contextmanager
+def _cannot_write(model: Any) -> Iterator[None]:
+    """Turns what transformers raises for impossible values of config.json and generation_config.json."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
+        raise ConfigError(
+            f"a {type(model).__name__} cannot generate by its configuration: {reason_of(error)}",
+            hint="check config.json and generation_config.json of the model",
+        ) from error
 
 
 _END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "</s>")
