@@ -2,12 +2,14 @@
 
 A template comes with a tokenizer, from anywhere. Jinja's sandbox keeps it from the machine, not from running
 for ever: two loops of 10^4 within each other take minutes for each conversation, and doubling a text 40 times
-takes all memory. transformers compiles a template once and keeps it; here it compiles it in an environment that
+takes all memory. transformers compiles a template once and keeps it; here it does so in an environment that
 counts each turn of a loop and each call of a macro.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 from functools import wraps
 from typing import Any
@@ -17,6 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 MOST_TURNS = 1_000_000  # of loops and macros, for one conversation: about a second
+MOST_SECONDS = 10  # of this thread's time on a core, for one conversation
 MOST_CHARACTERS = 1 << 26  # of any text made within a template, and of its output
 
 
@@ -50,7 +53,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.turns = 0
+        self.turns, self.until = 0, math.inf
         self.filters |= {"_horizon_turn": self._turn, "_horizon_text": _bounded}  # cheaper than calls
         for name in ("center", "indent"):
             self.filters[name] = _narrow(self.filters[name])
@@ -62,6 +65,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
         def limited(*given: Any, **named: Any) -> Iterator[str]:
             self.turns = written = 0
+            self.until = time.thread_time() + MOST_SECONDS
             for piece in render(*given, **named):
                 written += len(piece)
                 if written > MOST_CHARACTERS:
@@ -79,6 +83,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         self.turns += 1
         if self.turns > MOST_TURNS:
             raise TemplateLimitError(f"its loops take more than {MOST_TURNS:,} turns")
+        if time.thread_time() > self.until:
+            raise TemplateLimitError(f"it takes more than {MOST_SECONDS} s")
         return value
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
