@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, HorizonError
-from ..text import one_line
+from ..text import one_line, redacted
 
 _log = logging.getLogger(__name__)
 
@@ -25,11 +25,12 @@ _EXPERTS = ("_experts_implementation", "experts_implementation", "_experts_imple
 CHOOSES_CODE = frozenset({*_ATTENTION, *_EXPERTS, "use_kernels", "kernel_config"})
 
 MOST_MODULES = 4_096  # of a kind: built in seconds; the deepest model published has 1,000 layers
+MOST_LABELS = 1_000_000  # each gets a name
 LARGEST = 2**32  # of any other size; larger ones overflow in products
 _DEEPEST = 64  # lists and mappings within each other
 _MOST_VALUES = 1_000_000  # vocabularies and label names are the long ones
-# What counts modules or labels, which are made one by one; what is the size of something.
-_COUNTS = re.compile(r"^(n|num)_(\w+_)?(layers?|blocks?|experts|labels|groups|stages|codebooks)$|^depth$")
+# What counts modules, which are made one by one; what is the size of something.
+_COUNTS = re.compile(r"^(n|num)_(\w+_)?(layers?|blocks?|experts|groups|stages|codebooks)$|^depth$")
 _SIZES = re.compile(r"(_size|_dim|_rank|_embd|_inner|_positions|_embeddings|_heads?)$|^(d_model|dim|n_ctx)$")
 _WHOLE = frozenset(
     {
@@ -71,7 +72,7 @@ def configuration_of(
     from transformers import AutoConfig
 
     check_values(values, where)
-    rest = dict(values)
+    rest = dict(redacted(values))  # it is exported as config.json
     kind = rest.pop("model_type", None)
     with _refused(where):
         return by_the_user(AutoConfig.for_model(kind, **rest), attn_implementation, where)
@@ -113,6 +114,8 @@ def _refused(where: str) -> Iterator[None]:
 
 def reason_of(error: BaseException) -> str:
     """The first line that an error says, and the next one where the first only announces it."""
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     told = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return told if len(told) <= 300 else told[:297] + "..."
@@ -149,7 +152,7 @@ def _walk(values: dict[str, Any], where: str) -> Iterator[tuple[str, str, Any]]:
 
 def _check_value(path: str, key: str, value: Any, where: str) -> None:
     is_count = bool(_COUNTS.search(key))
-    if isinstance(value, bool) or not (is_count or _SIZES.search(key)):
+    if isinstance(value, bool) or not (is_count or key == "num_labels" or _SIZES.search(key)):
         return
     if isinstance(value, (str, float)) and key in _WHOLE:
         raise _wrong(where, path, _short(value), "a whole number")
@@ -157,7 +160,7 @@ def _check_value(path: str, key: str, value: Any, where: str) -> None:
         return
     if key in _WHOLE and value < (key in _POSITIVE):
         raise _wrong(where, path, _short(value), "a positive number")
-    most = MOST_MODULES if is_count else LARGEST
+    most = MOST_MODULES if is_count else MOST_LABELS if key == "num_labels" else LARGEST
     if value > most:
         raise _wrong(where, path, _short(value), f"at most {most:,}")
 
