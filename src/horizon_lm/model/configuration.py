@@ -114,8 +114,8 @@ def _refused(where: str) -> Iterator[None]:
 
 def reason_of(error: BaseException) -> str:
     """The first line that an error says, and the next one where the first only announces it."""
-    if isinstance(error, KeyError):
-        return f"it has no {error}"
+    if isinstance(error, KeyError) and error.args and " " not in str(error.args[0]):
+        return f"unknown name {error}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     told = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return told if len(told) <= 300 else told[:297] + "..."
@@ -129,6 +129,11 @@ def check_values(values: Any, where: str) -> None:
         if number >= _MOST_VALUES:
             raise ConfigError(f"{where} has more than {_MOST_VALUES:,} values", hint="check the file")
         _check_value(path, key, value, where)
+    if not isinstance(values.get("model_type", ""), str):
+        raise _wrong(where, "model_type", _short(values["model_type"]), "the name of an architecture")
+    for key in ("dtype", "torch_dtype"):
+        if not isinstance(values.get(key), (str, dict, type(None))):
+            raise _wrong(where, key, _short(values[key]), "the name of a dtype")
     file = values.get("transformers_weights")
     if file is not None and (not isinstance(file, str) or Path(file).name != file):
         raise _wrong(where, "transformers_weights", _short(file), "the name of a file in the model's folder")

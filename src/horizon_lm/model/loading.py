@@ -64,7 +64,7 @@ def load_model(
         )
     except HorizonError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
         reason = reason_of(error)
         raise _no_memory(error) or ConfigError(
             f"model_name_or_path={name!r} could not be loaded: {reason}",

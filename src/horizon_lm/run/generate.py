@@ -110,6 +110,8 @@ class Generator:
                 attention_mask=torch.ones_like(inputs),
                 max_new_tokens=sampling.max_new_tokens,
                 repetition_penalty=sampling.repetition_penalty,
+                num_beams=1,  # generation_config.json may ask for 10^9, and a stream cannot show any
+                num_return_sequences=1,
                 pad_token_id=self.tokenizer.eos_token_id,
                 eos_token_id=self._stops(),
                 streamer=_streamer(self.tokenizer, on_text),

@@ -152,7 +152,7 @@ def _longest_position(model: str) -> int:
         values = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
         text = values.get("text_config", values)
         return int(text.get("max_position_embeddings") or _LONGEST)
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return _LONGEST
 
 
