@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from horizon_lm.cli_model import EvalCommand, chat, evaluate, generate
 from horizon_lm.cli_plan import PlanCommand, doctor, plan, report
 from horizon_lm.cli_run import ResumeCommand, export, resume, verify
 from horizon_lm.errors import HorizonError, StoppedError
+from horizon_lm.text import safe_output
 
 _ENV_PACKAGES = (
     *("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "datasets", "trl", "numpy"),
@@ -176,13 +178,12 @@ def _version() -> str:
 
 
 def _report(message: str, hint: str | None) -> None:
-    encoding = sys.stderr.encoding or "utf-8"
     for title, text in (("error", message), ("hint", hint)):
-        if text:  # which may quote what no terminal can show
-            shown = text.encode(encoding, "backslashreplace").decode(encoding)
-            print(f"{title}: {shown}", file=sys.stderr)
+        if text:  # which may quote a name with lines that begin with another title
+            print(f"{title}: " + re.sub(r"\n(?! )", "\n  ", text), file=sys.stderr)
 
 
+@safe_output()
 def main(argv: Sequence[str] | None = None, *, prog_name: str = "horizon") -> int:
     """Run one command; returns the exit code (see `errors`; 130 after Ctrl-C; 1 for a mistake of ours).
 

@@ -10,6 +10,7 @@ import typer
 
 from horizon_lm.cli_base import SettingsArguments, SettingsCommand, split_arguments
 from horizon_lm.hub_access import require_model
+from horizon_lm.text import json_text, shown
 from horizon_lm.words import count
 
 Model = Annotated[
@@ -93,7 +94,7 @@ def generate(
             completion = Chat(generator, system).say(text, sampling, write)
         else:
             completion = generator.complete(text, sampling, on_text=write)
-        print(json.dumps({"prompt": text, "completion": completion}, ensure_ascii=False) if as_json else "")
+        print(json_text({"prompt": text, "completion": completion}) if as_json else "")
 
 
 def chat(
@@ -134,5 +135,4 @@ def chat(
 
 
 def _write(text: str) -> None:
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)
+    print(shown(text, sys.stdout.encoding), end="", flush=True)

@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from horizon_lm import config_aliases, config_merge, config_yaml
 from horizon_lm.config_yaml import Document
+from horizon_lm.text import redacted
 
 GROUPS = (
     *("Model", "Data", "Batch and schedule", "Optimizer", "Evaluation", "Memory and device"),
@@ -81,6 +82,8 @@ class Settings(BaseModel):
 
     def _fill(self, document: Document) -> None:
         error: ValidationError | None = None
+        # No setting needs a secret, and all are kept in files.
+        document = Document(redacted(document.values), document.where, document.faults)
         try:
             self.__pydantic_validator__.validate_python(document.values, self_instance=self)
         except ValidationError as found:

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import math
 
+from horizon_lm.text import shown
+
 
 class HorizonError(Exception):
-    """Base class; `str()` is the message and, on a second line, the hint."""
+    """Base class; `str()` is the message and, on a second line, the hint. Both are printable and redacted."""
 
     exit_code: int = 1
 
     def __init__(self, message: str, hint: str | None = None) -> None:
+        message, hint = shown(message), shown(hint) if hint else hint
         super().__init__(message, hint)  # both in `args`, so that the error survives pickling
         self.message = message
         self.hint = hint

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from horizon_lm.errors import ConfigError, HorizonError
+from horizon_lm.text import redact
 
 _log = logging.getLogger(__name__)
 _PATIENCE_SECONDS = 2.5  # for one connection; HF_HUB_ETAG_TIMEOUT, where it is set
@@ -104,7 +105,7 @@ def _probe(endpoint: str) -> str | None:
     thread.start()
     thread.join(patience)
     reason = found[0] if found else f"no answer in {patience:g} s"
-    return None if reason is None else f"{endpoint} cannot be reached ({reason})"
+    return None if reason is None else f"{redact(endpoint)} cannot be reached ({reason})"
 
 
 def _go_offline() -> None:

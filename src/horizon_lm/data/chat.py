@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,6 +90,11 @@ class ChatTemplate:
                 "the data are conversations, and the tokenizer has no chat template",
                 hint="set chat_template to plain, alpaca, chatml or a .jinja file",
             )
+        self._name = (
+            "chat_template"
+            if template
+            else f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
+        )
         self.source = "generation marks"
         self.template = self._given = str(given)
         if not _MARK.search(self.template):
@@ -203,7 +209,10 @@ class ChatTemplate:
         given, without spans."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        from horizon_lm.data.template_limits import TemplateLimitError, limit
+
         try:
+            limit(self._given if own else self.template)
             rendered: Any = render_jinja_template(
                 conversations=[messages],
                 tools=tools,
@@ -212,6 +221,11 @@ class ChatTemplate:
                 add_generation_prompt=ask,
                 **self._kwargs,
             )
+        except TemplateLimitError as error:  # no matter which row: each would take as long
+            raise ConfigError(
+                f"{self._name} was stopped at {place}: {error}",
+                hint="use another chat_template, such as chatml",
+            ) from error
         except Exception as error:  # a template may raise anything; its own words are the news
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(
@@ -226,6 +240,10 @@ def _training_variant(tokenizer: PreTrainedTokenizerBase, template: str) -> tupl
     """(template to train with, how the mask is had)."""
     from trl import get_training_chat_template
 
+    from horizon_lm.data.template_limits import limit
+
+    with suppress(Exception):  # rendering says what is wrong with it
+        limit(template)  # TRL renders it, too
     original = tokenizer.chat_template
     try:
         tokenizer.chat_template = template

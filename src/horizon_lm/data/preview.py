@@ -13,6 +13,7 @@ from horizon_lm.data.left_out import remarks, used
 from horizon_lm.data.packing import IGNORED, Row
 from horizon_lm.data.streaming import StreamLoader
 
+from ..text import printable, raw_stream, shown
 from ..words import count
 
 if TYPE_CHECKING:
@@ -92,10 +93,10 @@ def print_preview(data: TrainingData, samples: int, stream: TextIO) -> None:
     """On a terminal trained tokens are green; elsewhere they stand between guillemets."""
     from rich.console import Console
 
-    console = Console(file=stream, highlight=False, markup=False, soft_wrap=True)
+    console = Console(file=raw_stream(stream), highlight=False, markup=False, emoji=False, soft_wrap=True)
     found = summary(data)
     for line in _figures(found):
-        console.print(line, style="yellow" if line.startswith("warning") else None)
+        console.print(shown(line), style="yellow" if line.startswith("warning") else None)
     console.print("\ndocuments by length in tokens")
     for line in histogram(data.store.lengths, data.rows.max_length):
         console.print(line)
@@ -124,7 +125,8 @@ def _coloured(row: Row, tokenizer: Any, *, is_terminal: bool) -> Text:
     from rich.text import Text
 
     text, last = Text(), 0
-    for piece, trained, document in pieces(row, tokenizer):
+    for found, trained, document in pieces(row, tokenizer):
+        piece = printable(found)
         if document != last:
             text.append("\n---- next document\n", style="dim")
             last = document

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from horizon_lm.errors import ConfigError
 from horizon_lm.hub_access import is_offline, require_reachable
+from horizon_lm.model.configuration import check_folder, reason_of
 from horizon_lm.model_folder import check_model_folder
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ def load_tokenizer(
         raise ConfigError(f"{name_or_path} is not a folder with a tokenizer", hint=hint)
     require_reachable(name_or_path, key)
     check_model_folder(path)
+    if is_local:
+        check_folder(path)  # the model's configuration, which the library reads to find the tokenizer's class
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(path) if is_local else name_or_path,
@@ -52,8 +55,9 @@ def load_tokenizer(
             local_files_only=is_local or is_offline(),
         )
     except Exception as error:  # transformers raises many kinds here; each means "no tokenizer"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"no tokenizer could be loaded from {name_or_path}: {reason}", hint=hint) from error
+        raise ConfigError(
+            f"no tokenizer could be loaded from {name_or_path}: {reason_of(error)}", hint=hint
+        ) from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"the tokenizer of {name_or_path} has no end-of-text token",

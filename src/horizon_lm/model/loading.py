@@ -21,6 +21,7 @@ from ..memory.store import HostStore
 from ..model_folder import INDEX, names_in
 from ..patterns import compiled, nearest
 from ..words import count
+from .configuration import configuration_of, reason_of
 from .pretrained import Allowed, read_pretrained, without_messages
 from .skeleton import Skeleton
 
@@ -63,8 +64,8 @@ def load_model(
         )
     except HorizonError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
+        reason = reason_of(error)
         raise _no_memory(error) or ConfigError(
             f"model_name_or_path={name!r} could not be loaded: {reason}",
             hint="name a Hugging Face folder with config.json and *.safetensors, or a model on the Hub",
@@ -125,18 +126,19 @@ def create_model(
     Weights are drawn in fp32 whatever the compute dtype. Raises ConfigError for a configuration that
     transformers refuses, DoesNotFitError when the system refuses the memory.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    rest = dict(values)
-    kind = rest.pop("model_type", None)
+    kind = values.get("model_type")
     try:
-        config = AutoConfig.for_model(kind, **rest)
+        config = configuration_of(values, attn_implementation)
         with _seeded(seed):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation=attn_implementation
             )
+    except HorizonError:
+        raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason_of(error)
         raise _no_memory(error) or ConfigError(
             f"init_model with model_type={kind!r} was refused by transformers: {reason}",
             hint="the keys are those of the model's config.json",

@@ -6,11 +6,13 @@ prints a table. Here each of the three is an error with the names, unless they a
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +21,16 @@ from torch import nn
 from ..errors import DataError, UnsupportedModelError
 from ..model_folder import check_model_folder
 from ..patterns import compiled
+from ..words import parameters, size
+from .configuration import read_configuration
 
 _log = logging.getLogger(__name__)
 _SHOWN = 4  # names in a message
 # Constants that old checkpoints hold beside the weights, and that transformers does not skip everywhere.
 _OLD_CONSTANTS = re.compile(r"\.(attn|attention)\.masked_bias$")
+# Parameters for each byte of weight files: two in four bits, and room for some that are missing. And how many
+# are never too many.
+_MOST_PER_BYTE, _ALWAYS = 16, 100_000_000
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -54,15 +61,24 @@ def read_pretrained(name: str, allowed: Allowed, *, seed: int = 0, **options: An
     """
     from transformers import AutoModelForCausalLM
 
+    check_model_folder(name)
+    given = {key: options[key] for key in ("revision", "local_files_only") if key in options}
+    config = read_configuration(
+        name,
+        trust_remote_code=bool(options.get("trust_remote_code")),
+        attn_implementation=options.pop("attn_implementation", None),
+        **given,
+    )
     missing = [compiled(pattern, "allow_missing") for pattern in allowed.missing]
     unexpected = [compiled(pattern, "allow_unexpected") for pattern in allowed.unexpected]
-    check_model_folder(name)
-    method = _quantisation(name, options)
+    method = _quantisation(name, config)
+    _check_size(name, config, options)
     with without_messages("LOAD REPORT") as reports, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name,
+                config=config,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 **_dequantised(method),
@@ -77,8 +93,6 @@ def read_pretrained(name: str, allowed: Allowed, *, seed: int = 0, **options: An
                     "what the files hold",
                     hint="download or export it again; an expert or a part of a fused weight is missing",
                 ) from error
-            if method is not None and not _dequantised(method):
-                raise _refuse_quantised(name, method, "") from error
             raise
     _check_quantised(model, name)
     shapes = {key: (tuple(found), tuple(wanted)) for key, found, wanted in info["mismatched_keys"]}
@@ -213,14 +227,34 @@ def _is_plain(parameter: torch.Tensor) -> bool:
     return parameter.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _quantisation(name: str, options: dict[str, Any]) -> Any:
-    """The method that the configuration of a checkpoint names; None where there is none. Raises what
-    transformers raises for a configuration that it cannot read."""
-    from transformers import PreTrainedConfig
+def _quantisation(name: str, config: Any) -> Any:
+    """The method that the configuration of a checkpoint names; None where there is none. Raises
+    UnsupportedModelError for one that is not dequantised: its code never runs."""
+    found = getattr(config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    if found and not _dequantised(method):
+        raise _refuse_quantised(name, method, "")
+    return method
 
-    given = {key: options[key] for key in ("revision", "local_files_only") if key in options}
-    found = PreTrainedConfig.get_config_dict(name, **given)[0].get("quantization_config")
-    return found.get("quant_method") if isinstance(found, dict) else None
+
+def _check_size(name: str, config: Any, options: dict[str, Any]) -> None:
+    """Raises DataError for a folder whose files hold next to nothing of what its configuration describes, and
+    transformers would make up the rest."""
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    held = sum(file.stat().st_size for file in Path(name).glob("*.safetensors"))
+    if not held or options.get("trust_remote_code"):
+        return
+    with torch.device("meta"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16)
+    number = sum(p.numel() for p in model.parameters())
+    if number > _MOST_PER_BYTE * held + _ALWAYS:
+        raise DataError(
+            f"the checkpoint {name!r} does not fit its model: config.json describes {parameters(number)}, "
+            f"and the weight files hold {size(held)}",
+            hint="check config.json and the weight files",
+        )
 
 
 def _dequantised(method: Any) -> dict[str, Any]:

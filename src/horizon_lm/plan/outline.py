@@ -23,6 +23,7 @@ from ..engine.policies import DTYPES
 from ..errors import ConfigError, HorizonError, UnsupportedModelError
 from ..hub_access import require_reachable
 from ..memory.layout import UnitLayout
+from ..model.configuration import configuration_of, read_configuration, reason_of
 from ..model.loading import freeze
 from ..model.skeleton import Skeleton
 from ..model_folder import check_model_folder
@@ -199,29 +200,30 @@ def model_config(config: TrainConfig) -> Any:
 
     Raises ConfigError where there is none, or none that transformers takes.
     """
-    from transformers import AutoConfig
-
     try:
         if config.init_model is not None:
             values = dict(config.init_model)
-            kind = values.pop("model_type")
             if config.train_tokenizer_vocab_size is not None:
                 values.setdefault("vocab_size", config.train_tokenizer_vocab_size)
-            found = AutoConfig.for_model(kind, **values)
+            found = configuration_of(values, config.attn_implementation)
         else:
             assert config.model_name_or_path is not None  # TrainConfig has seen to it
             name = str(Path(config.model_name_or_path).expanduser())
             require_reachable(name, "model_name_or_path")
             check_model_folder(name)
             options = {} if config.model_revision is None else {"revision": config.model_revision}
-            found = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code, **options)
+            found = read_configuration(
+                name,
+                trust_remote_code=config.trust_remote_code,
+                attn_implementation=config.attn_implementation,
+                **options,
+            )
     except HorizonError:
         raise
     except Exception as error:
         key = "init_model" if config.init_model is not None else "model_name_or_path"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"{key}: transformers finds no configuration: {reason}",
+            f"{key}: transformers finds no configuration: {reason_of(error)}",
             hint="name a folder with config.json, or give init_model with its model_type",
         ) from error
     return _with_new_tokens(config, found)
@@ -255,9 +257,8 @@ def _build(config: Any, dtype: torch.dtype, settings: ModelSettings) -> nn.Modul
         model.tie_weights()  # which else is done as weights are drawn
         return model
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"the model's configuration was refused by transformers: {reason}",
+            f"the model's configuration was refused by transformers: {reason_of(error)}",
             hint="check config.json or init_model, and attn_implementation",
         ) from error
 

@@ -12,6 +12,7 @@ import torch
 from ..config import TrainConfig
 from ..data import StreamLoader, TrainingData
 from ..data.left_out import remarks, used
+from ..text import redact
 from ..words import count, parameters, size
 from .flops import FORMULA
 from .folder import RunFolder
@@ -111,7 +112,7 @@ def header(
         "peak_from": "a matrix product" if config.peak_tflops is None else "peak_tflops",
         "mfu_formula": FORMULA,
         "num_steps": num_steps,
-        "notes": list(notes),
+        "notes": [redact(note) for note in notes],
         "data": data_record(config, data),
         "settings": config.to_dict(),
         "named": sorted(config.model_fields_set),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from .. import files
 from ..data.chat import ChatTemplate
 from ..data.tokenizer import load_tokenizer
 from ..errors import ConfigError, DataError, HorizonError
+from ..model.configuration import reason_of
 from ..model.pretrained import TO_GENERATE, read_pretrained
 from ..words import count, size
 from .device import resolve_device
@@ -71,9 +73,8 @@ class Generator:
         except HorizonError:
             raise
         except Exception as error:  # transformers raises many kinds; each means "no model"
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(
-                f"no model could be loaded from {source}: {reason}",
+                f"no model could be loaded from {source}: {reason_of(error)}",
                 hint="give a folder in Hugging Face format, or a run's output_dir",
             ) from error
         chosen = _device_for(model, device)
@@ -105,13 +106,15 @@ class Generator:
         draw: dict[str, Any] = {"do_sample": False}
         if sampling.temperature:
             draw = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
-        with torch.inference_mode(), torch.random.fork_rng():
+        with torch.inference_mode(), torch.random.fork_rng(), _cannot_write(self._model):
             torch.manual_seed(sampling.seed)
             output = self._model.generate(
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),
                 max_new_tokens=sampling.max_new_tokens,
                 repetition_penalty=sampling.repetition_penalty,
+                num_beams=1,  # generation_config.json may ask for 10^9, and a stream cannot show any
+                num_return_sequences=1,
                 pad_token_id=self.tokenizer.eos_token_id,
                 eos_token_id=self._stops(),
                 streamer=_streamer(self.tokenizer, on_text),
@@ -127,6 +130,18 @@ class Generator:
         template = str(self.tokenizer.chat_template or "")
         stops |= {known[mark] for mark in _END_OF_TURN if mark in known and mark in template}
         return sorted(stop for stop in stops if stop is not None)
+
+
+@contextmanager
+def _cannot_write(model: Any) -> Iterator[None]:
+    """Turns what transformers raises for impossible values of config.json and generation_config.json."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
+        raise ConfigError(
+            f"a {type(model).__name__} cannot generate by its configuration: {reason_of(error)}",
+            hint="check config.json and generation_config.json of the model",
+        ) from error
 
 
 _END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "</s>")

@@ -11,8 +11,9 @@ from .. import files
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.reader import read_small
 from ..engine.policies import DTYPES
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, HorizonError
 from ..leftovers import temporary_folder
+from ..model.configuration import read_configuration, reason_of
 
 CONFIGURATIONS = ("config.json", "generation_config.json")
 
@@ -27,7 +28,7 @@ def hollow_model(
     a model with code of its own, unless that is trusted.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     with temporary_folder("horizon-files-") as folder:
         for file in CONFIGURATIONS:
@@ -40,19 +41,25 @@ def hollow_model(
                 f"{checkpoint.path}: the model comes with code of its own, which is not run",
                 hint="--trust-remote-code, if you have read it",
             )
-        options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, **options)
-            if attn_implementation is not None:
-                options["attn_implementation"] = attn_implementation
+            config = read_configuration(
+                str(folder),
+                trust_remote_code=trust_remote_code,
+                attn_implementation=attn_implementation,
+                where=str(checkpoint.path / "config.json"),
+                local_files_only=True,
+            )
             dtype = DTYPES[str(checkpoint.manifest.config.get("dtype", "bfloat16"))]
             with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, trust_remote_code=trust_remote_code
+                )
             model.tie_weights()
+        except HorizonError:
+            raise
         except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(
-                f"{checkpoint.path / 'config.json'} is refused by transformers: {reason}",
+                f"{checkpoint.path / 'config.json'} is refused by transformers: {reason_of(error)}",
                 hint="use the versions that the checkpoint was written with; manifest.json names them",
             ) from error
         if (folder / CONFIGURATIONS[1]).exists():

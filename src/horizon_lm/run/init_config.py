@@ -152,7 +152,7 @@ def _longest_position(model: str) -> int:
         values = json.loads(files.read_text(Path(model) / "config.json"))
         text = values.get("text_config", values)
         return int(text.get("max_position_embeddings") or _LONGEST)
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return _LONGEST
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import files
+from ..text import one_line
 from .folder import writing
 from .metrics import read_evaluations, read_steps
 
@@ -70,7 +71,7 @@ def draw_loss(metrics: Path, *, title: str) -> Figure:
     axes.set_zorder(rates.get_zorder() + 1)  # the loss in front of the learning rate
     axes.patch.set_visible(False)
     axes.legend(framealpha=0.8, edgecolor="none", loc="upper right")
-    axes.set_title(title, fontsize=11)
+    axes.set_title(one_line(title), fontsize=11, parse_math=False)
     return figure
 
 

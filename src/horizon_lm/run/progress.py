@@ -8,6 +8,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Self, TextIO
 
+from ..text import raw_stream, shown
 from ..words import count, size
 from .evaluation import Evaluation
 from .loop import StepRecord
@@ -108,7 +109,7 @@ class RichProgress(Progress):
         from rich.console import Console
         from rich.live import Live
 
-        self._console = Console(file=stream, highlight=False, markup=False)
+        self._console = Console(file=raw_stream(stream), highlight=False, markup=False, emoji=False)
         self._done = 0
         self._metrics: Metrics | None = None
         self._losses: deque[float] = deque(maxlen=10_000)
@@ -121,10 +122,10 @@ class RichProgress(Progress):
         self._live.stop()
 
     def stage(self, text: str) -> None:
-        self._console.print(text, style="dim")
+        self._console.print(shown(text), style="dim")
 
     def warn(self, text: str) -> None:
-        self._console.print(f"warning: {text}", style="yellow")
+        self._console.print(shown(f"warning: {text}"), style="yellow")
 
     def evaluation(self, evaluation: Evaluation) -> None:
         self._console.print(evaluation_line(evaluation), style="green")
@@ -213,8 +214,7 @@ def evaluation_line(evaluation: Evaluation) -> str:
 def say(text: str, stream: TextIO | None = None) -> None:
     """Print a line at once; characters that the stream cannot show become `?`."""
     stream = stream or sys.stdout
-    encoding = stream.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
+    print(shown(text, stream.encoding), file=stream, flush=True)
 
 
 def sparkline(values: list[float], width: int = 12) -> str:

@@ -1,0 +1,171 @@
+"""Text from outside made fit to be shown and kept: control characters, secrets, Markdown.
+
+Files, data, model folders and servers may say anything. A terminal obeys control characters, a Markdown page
+obeys brackets and pipes, and whoever reads a log reads the secrets in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+# C0 without newline and tab, DEL, C1, separators of lines, marks that reorder text, halves of characters.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_LINES = re.compile("[\n\t]")
+# What a progress bar of another library writes to redraw itself: `\r` and its line, or moves to other lines.
+_REDRAWN = re.compile("\r(?=[^\r\n]*$)|(?:\x1b\\[A|\n|\r)*$")
+
+_HIDDEN = "***"
+_SECRETS = (
+    (re.compile(r"(\b[A-Za-z][\w+.-]*:/?/)[^\s/?#'\"<>]+@"), r"\1" + _HIDDEN + "@"),
+    (re.compile(r"\b(hf_|gh[opsu]_|github_pat_|sk-)[A-Za-z0-9]{16}[\w-]*"), r"\1" + _HIDDEN),
+    (
+        re.compile(
+            r"(?i)([?&;](?:[\w.-]*[_-])?(?:token|key|apikey|password|pwd|secret|signature|sig|auth)"
+            r"=)[^&;#\s'\"<>]+"
+        ),
+        r"\1" + _HIDDEN,
+    ),
+    (
+        re.compile(r"(?i)(\bauthorization['\"]?\s*[:=]\s*['\"]?)(?:(bearer|basic|token)\s+)?[^\s'\",;]+"),
+        r"\1" + _HIDDEN,
+    ),
+    (re.compile(r"(?i)(\b(?:bearer|basic)\s+)[\w.~+/=-]{16,}"), r"\1" + _HIDDEN),
+)
+_MAY_HOLD_SECRETS = re.compile(
+    "@|hf_|gh[opsu]_|_pat_|sk-|=|uth|UTH|(?i:bearer|basic)"
+)  # quick, for the many texts that hold none
+# Variables of the environment whose values are secrets, by their names.
+_SECRET_NAMES = re.compile(r"(?i)(?:TOKEN|API_?KEY|SECRET|SECRET_KEY|SECRET_ACCESS_KEY|PASSWORD|PASSWD)$")
+_SHORTEST = 16  # of such a value; a shorter one may be a word
+
+_MARKDOWN = re.compile(r"[\\`*{}\[\]<>()|~&$@]|(?<!\w)_|_(?!\w)|^[-+#]|(?<=^\d)\.(?=\s)|(?<=^\d\d)\.(?=\s)")
+
+
+def printable(text: str) -> str:
+    """The same text with control characters as escapes, such as `\\x1b`; newlines and tabs stay."""
+    return text if text.isprintable() else _CONTROLS.sub(_escaped, text)
+
+
+def one_line(text: str) -> str:
+    """`printable`, with newlines and tabs as escapes too: for a name within a line."""
+    return _LINES.sub(_escaped, printable(text))
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def redact(text: str) -> str:
+    """The same text with `***` in place of secrets: user and password in an address, tokens of the Hub,
+    parameters such as `?token=`, `Authorization`, and the values of HF_TOKEN and its like."""
+    return _redact(text, _environment())
+
+
+def _redact(text: str, values: list[str]) -> str:
+    for value in values:
+        text = text.replace(value, _HIDDEN)
+    if _MAY_HOLD_SECRETS.search(text):
+        for pattern, shown in _SECRETS:
+            text = pattern.sub(shown, text)
+    return text
+
+
+def redacted(value: Any) -> Any:
+    """Plain values with every text in them redacted, keys too; what holds no secret is the same object."""
+    return _redacted(value, _environment())
+
+
+def _redacted(value: Any, values: list[str]) -> Any:
+    if isinstance(value, str):
+        found = _redact(value, values)
+        return found if found != value else value
+    if isinstance(value, dict):
+        new = {_redacted(key, values): _redacted(entry, values) for key, entry in value.items()}
+        return value if all(a is b for a, b in zip(_flat(new), _flat(value), strict=False)) else new
+    if isinstance(value, (list, tuple)):
+        entries = [_redacted(entry, values) for entry in value]
+        return value if all(a is b for a, b in zip(entries, value, strict=True)) else type(value)(entries)
+    return value
+
+
+def _flat(values: dict[Any, Any]) -> list[Any]:
+    return [*values.keys(), *values.values()]
+
+
+def _environment() -> list[str]:
+    """Values of the environment that are secrets by their names, the longest first."""
+    found = (value for name, value in os.environ.items() if _SECRET_NAMES.search(name))
+    return sorted((value for value in found if len(value) >= _SHORTEST), key=len, reverse=True)
+
+
+def markdown(text: str) -> str:
+    """One line of Markdown that shows `text` as it is and means nothing else."""
+    line = one_line(redact(text))
+    return _MARKDOWN.sub(r"\\\g<0>", line).replace("://", ":&#47;&#47;").replace("www.", "www&#46;")
+
+
+def code_span(text: str) -> str:
+    """`text` between backticks, as Markdown shows code; a pipe cannot end a cell of a table."""
+    line = one_line(redact(text)).replace("|", "\\|")
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    pad = " " if line.startswith("`") or line.endswith("`") or not line else ""
+    return f"{fence}{pad}{line}{pad}{fence}"
+
+
+def json_text(value: Any) -> str:
+    """JSON on one line, readable in any script, with control characters as its own escapes."""
+    text = json.dumps(value, ensure_ascii=False)
+    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+class SafeStream:
+    """A stream to a terminal or a pipe whose text is redacted and printable, whoever writes it.
+
+    raw: the stream itself, for a display that moves the cursor and shows nothing but `printable` text.
+    with_bars: progress bars of other libraries may redraw their line.
+    """
+
+    def __init__(self, raw: TextIO, *, with_bars: bool = False) -> None:
+        self.raw, self._with_bars = raw, with_bars
+
+    def write(self, text: str) -> int:
+        head = _REDRAWN.match(text) if self._with_bars else None
+        end = head.end() if head else 0
+        self.raw.write(text[:end] + shown(text[end:], self.raw.encoding))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.raw, name)
+
+
+def shown(text: str, encoding: str | None = None) -> str:
+    """Text as it may be shown: redacted, printable, with `?` for what the encoding lacks."""
+    encoding = encoding or "utf-8"
+    return printable(redact(text)).encode(encoding, "replace").decode(encoding)
+
+
+def raw_stream(stream: TextIO) -> TextIO:
+    """The stream under a `SafeStream`; any other as it is."""
+    return getattr(stream, "raw", stream) if isinstance(stream, SafeStream) else stream
+
+
+@contextmanager
+def safe_output() -> Iterator[None]:
+    """While open, what this process prints is redacted and printable."""
+    import sys
+
+    was = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = SafeStream(was[0]), SafeStream(was[1], with_bars=True)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = was
