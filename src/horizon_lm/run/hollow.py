@@ -48,14 +48,14 @@ def hollow_model(
             with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
             model.tie_weights()
-        except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
+            if (folder / CONFIGURATIONS[1]).exists():
+                model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # whatever an odd configuration leads to in there
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(
                 f"{checkpoint.path / 'config.json'} is refused by transformers: {reason}",
                 hint="use the versions that the checkpoint was written with; manifest.json names them",
             ) from error
-        if (folder / CONFIGURATIONS[1]).exists():
-            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     wide = frozenset(checkpoint.manifest.state.get("kept_in_fp32", ()))
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if name in wide else dtype)
@@ -64,4 +64,11 @@ def hollow_model(
 
 def has_own_code(checkpoint: Checkpoint) -> bool:
     """Whether the model comes with code of its own, which a checkpoint does not hold."""
-    return bool(json.loads(read_small(checkpoint, "config.json")).get("auto_map"))
+    data = read_small(checkpoint, "config.json")
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{checkpoint.path / 'config.json'}: is not a JSON object")
+    return bool(values.get("auto_map"))

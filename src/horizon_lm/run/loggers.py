@@ -21,7 +21,6 @@ from ..words import count
 from .evaluation import Evaluation
 from .metrics import Metrics
 
-
 _LEAST_PAUSE_SECONDS, _PAUSE_FACTOR = 10.0, 100.0
 
 

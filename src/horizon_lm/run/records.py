@@ -138,7 +138,7 @@ class _Best(_OfStep):
 
 
 class _Timeline(_OfStep):
-    spans: list[tuple[Annotated[str, AfterValidator(_op)], str, Real, Real]]
+    spans: list[Annotated[tuple[Annotated[str, AfterValidator(_op)], str, Real, Real], Field(strict=False)]]
 
 
 class _End(_Line):

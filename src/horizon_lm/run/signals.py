@@ -46,7 +46,9 @@ def watched() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # by nohup: the run is to outlive its terminal
+    ignored = (
+        signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    )  # by nohup: the run is to outlive its terminal
     numbers = [number for number in _WATCHED if number != signal.SIGHUP or not ignored]
     before = {number: signal.signal(number, request._handle) for number in numbers}
     try:
