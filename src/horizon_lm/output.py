@@ -1,7 +1,7 @@
-"""Standard output and standard error that may go away: a reader that has gone, a full disk, a closed stream.
+"""Standard streams that may fail: the reader of a pipe exits, the disk of a log fills up, a stream is closed.
 
-The text of some commands is their result (`plan`, `eval`): they end when nobody can take it. That of others only
-tells of the result (`train`, `export`): they go on, and say the rest through the stream that is left.
+Some commands print their result (`plan`, `eval`): they end when it cannot be written. Others write their
+result to disk and only report on it (`train`, `export`): they go on, and report on the stream that still works.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ _DRAWN = "\x1b"  # of a display that is redrawn in place, on a terminal that has
 
 
 class Output:
-    """A text stream that outlives what it writes to.
+    """A text stream whose writes do not fail unexpectedly.
 
-    stream: None in a process that was started without it. fault: why the latest text could not be written, None
-    while it can. Lost text raises OutputLostError where it `is_result`, else goes to `instead`, else is dropped; after_pipe: also
-    where the reader of a pipe has gone. Characters that the encoding lacks become `?`.
+    stream: None in a process that was started without it. fault: why the latest text could not be written,
+    None if it was. Text that cannot be written raises OutputLostError if it `is_result`; else it goes to
+    `instead`, if that is set (after a broken pipe only with `after_pipe`), or is dropped. Characters that the
+    encoding lacks become `?`.
     """
 
     def __init__(self, stream: TextIO | None, name: str, *, is_result: bool = False) -> None:
@@ -81,7 +82,7 @@ class Output:
         self.instead._attempt(text, flush=True)
 
     def settle(self) -> None:
-        """Leave nothing to write when the interpreter ends: it would complain, and end with another code."""
+        """Leave nothing to flush at exit, when Python would print an exception and change the exit code."""
         if self.stream is None or self._attempt("", flush=True) is None:
             return
         with suppress(OSError, ValueError):
@@ -122,8 +123,8 @@ def _lost(name: str, reason: str, error: Exception) -> OutputLostError:
 
 @contextmanager
 def command_output() -> Iterator[None]:
-    """The streams of a command whose text is its result: it ends with OutputLostError when standard output is
-    lost; standard error may be lost unnoticed."""
+    """Streams for a command that prints its result: a failing standard output raises OutputLostError, a
+    failing standard error is ignored."""
     _open_closed()
     out, err = Output(sys.stdout, "standard output", is_result=True), Output(sys.stderr, "standard error")
     before = sys.stdout, sys.stderr
@@ -138,9 +139,9 @@ def command_output() -> Iterator[None]:
 
 @contextmanager
 def lasting_output(*, after_pipe: bool = False) -> Iterator[None]:
-    """The streams of work whose result is not its text: what one of them cannot take, the other one says.
+    """Streams for work whose result is on disk: text that one of them cannot take goes to the other.
 
-    after_pipe: also where the reader of a pipe has gone, who has seen enough of most things.
+    after_pipe: also if the reader of a pipe has exited, as `head` does once it has seen enough.
     """
     _open_closed()
     before = sys.stdout, sys.stderr
@@ -162,8 +163,8 @@ def _outlasting(stream: TextIO | None, name: str) -> Output:
 
 
 def _open_closed() -> None:
-    """Open what a process was started without: else a file of ours would get its number, and take the text of
-    whoever writes to that."""
+    """Open /dev/null in place of standard streams that are closed: otherwise a file of ours would get the
+    number of one, and with it whatever is printed there."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)

@@ -1,7 +1,7 @@
-"""What a manifest may say of the trainer and of the settings, as far as a checkpoint is used by it.
+"""The shape of a manifest's trainer state and settings, checked before either is used.
 
-A checkpoint may have been written by somebody else, with a checksum that is right. Keys that are not named here
-are kept as they are; all may be missing, as checkpoints of earlier versions lack some.
+Anybody can write a manifest with a valid checksum. Keys that are not named here pass unchecked; all may be
+missing, as checkpoints of earlier versions lack some.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class _Config(_Part):
 
 
 def fault(config: dict[str, Any], state: dict[str, Any]) -> str | None:
-    """What is wrong with them, in words."""
+    """The first value that cannot be used, in words; None if there is none."""
     for name, kind, values in (("config", _Config, config), ("state", _State, state)):
         try:
             kind.model_validate(values)

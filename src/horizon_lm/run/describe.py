@@ -149,7 +149,7 @@ def tail_loss(metrics: Path) -> float:
 
 
 def _readable(read: Callable[[Path], list[dict[str, Any]]], metrics: Path) -> list[dict[str, Any]]:
-    """What is recorded; nothing of a file that has been lost or damaged: the run itself is not."""
+    """The records; none if the file is lost or damaged, which is no reason for the run to fail."""
     try:
         return read(metrics)
     except (DataError, OSError):

@@ -147,9 +147,7 @@ def _group(
 def _joined(weight: torch.Tensor, rest: torch.Tensor, path: Path) -> torch.Tensor:
     kinds = (weight.dtype, rest.dtype) == (torch.bfloat16, torch.int16)
     if not kinds or weight.shape != rest.shape:
-        raise CheckpointError(
-            f"{path}: a residual of {rest.dtype} {list(rest.shape)} does not fit its weight"
-        )
+        raise CheckpointError(f"{path}: residual ({rest.dtype} {list(rest.shape)}) and weight do not fit")
     return join_master(weight, rest)
 
 
@@ -185,7 +183,8 @@ def _check_weights(checkpoint: Checkpoint, groups: list[Group], model: Any) -> N
             found[name] = tuple(tensor.shape)
             if found[name] != expected[name]:
                 raise CheckpointError(
-                    f"{checkpoint.path}: {name} is {list(found[name])}, the model needs {list(expected[name])}"
+                    f"{checkpoint.path}: {name} is {list(found[name])}, "
+                    f"the model needs {list(expected[name])}"
                 )
     missing = [name for name, _ in model.named_parameters() if name not in found]
     if missing:

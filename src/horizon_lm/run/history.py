@@ -63,8 +63,9 @@ class History:
         try:
             lines = list(read_lines(folder.metrics))
         except OSError as error:
+            reason = error.strerror or error
             raise DataError(
-                f"{folder.path} holds no run: {folder.metrics.name} cannot be read ({error.strerror or error})",
+                f"{folder.path} holds no run: {folder.metrics.name} cannot be read ({reason})",
                 hint="name the output_dir of a run",
             ) from error
         steps = still_true(lines, "step")

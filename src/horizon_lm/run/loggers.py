@@ -39,8 +39,8 @@ class _Kind:
 class Loggers:
     """All loggers of a run as one; nothing is opened before the first step is logged.
 
-    One that fails costs its own lines, not the run: it is said once, tried again after a pause that keeps what
-    that takes below a hundredth of the run, and said at the end.
+    A logger that fails loses its records, not the run: the failure is reported once, retried after a pause a
+    hundred times as long as the attempt, and counted at the end.
     """
 
     def __init__(self, config: TrainConfig, folder: Path, warn: Callable[[str], None]) -> None:

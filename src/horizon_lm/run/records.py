@@ -1,7 +1,7 @@
-"""What a line of metrics.jsonl may hold: checked before it is drawn, as a file may have been damaged or edited.
+"""The shape of the lines of metrics.jsonl, checked before they are used: the file may be damaged or edited.
 
-Fields that are not named here are shown as they are, or not at all. All but `step` may be missing, as files of
-earlier versions lack some.
+Fields that are not named here pass unchecked. All but `step` may be missing, as files of earlier versions lack
+some.
 """
 
 from __future__ import annotations
@@ -159,13 +159,13 @@ _KINDS: dict[str, type[_Line]] = {
 
 
 def check(line: Any, place: str) -> dict[str, Any]:
-    """The line, which may be drawn. Raises DataError that says what is wrong with it."""
+    """Return the line if it is valid. Raises DataError that names the value that is not."""
     kind = _KINDS.get(str(line.get("event")), _Line) if isinstance(line, dict) else _Line
     return _checked(kind, line, place)
 
 
 def check_settings(values: Any, place: str) -> dict[str, Any]:
-    """The same of settings that were read from a run's folder."""
+    """Return settings that were read from a run's folder, if they are valid. Raises DataError."""
     return _checked(_Settings, values, place)
 
 
@@ -175,9 +175,10 @@ def _checked(kind: type[_Part], values: Any, place: str) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the line"
+        why = first["msg"][:1].lower() + first["msg"][1:]
         raise DataError(
-            f"{place} is damaged: {where} is {first['input']!r:.60}: {first['msg'][:1].lower()}{first['msg'][1:]}",
-            hint="the other lines can be shown without it",
+            f"{place} is damaged: {where} is {first['input']!r:.60}: {why}",
+            hint="remove the line: the others can be shown without it",
         ) from None
     found: dict[str, Any] = values
     return found
