@@ -1,7 +1,7 @@
 """Standard streams that may fail: the reader of a pipe exits, the disk of a log fills up, a stream is closed.
 
 Some commands print their result (`plan`, `eval`): they end when it cannot be written. Others write their
-result to disk and only report on it (`train`, `export`): they go on, and report on the stream that still works.
+result to disk and only report on it (`train`, `export`): they go on, and report on the stream that works.
 """
 
 from __future__ import annotations

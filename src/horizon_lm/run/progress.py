@@ -101,7 +101,7 @@ class PlainProgress(Progress):
 
 
 class RichProgress(Progress):
-    """A bar and the latest numbers, redrawn in place four times a second; plain lines if the terminal fails."""
+    """A bar and the latest numbers, redrawn in place four times a second; plain lines if that fails."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()

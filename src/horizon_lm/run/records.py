@@ -1,7 +1,7 @@
 """The shape of the lines of metrics.jsonl, checked before they are used: the file may be damaged or edited.
 
-Fields that are not named here pass unchecked. All but `step` may be missing, as files of earlier versions lack
-some.
+Fields that are not named here pass unchecked. All but `step` may be missing, as files of earlier versions
+lack some.
 """
 
 from __future__ import annotations
