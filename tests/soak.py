@@ -22,6 +22,7 @@ FILES = [
     "tests/test_faults.py",
     "tests/test_checkpoint.py",
     "tests/test_resume.py",
+    "tests/test_damaged_runs.py",
 ]
 
 
