@@ -67,7 +67,6 @@ def init(
     require_model(model, "--model")
     from horizon_lm.run.init_config import write_config
 
-    lines = write_config(model, dataset, output, overwrite=overwrite)
     with lasting_output():
-        for line in lines:
+        for line in write_config(model, dataset, output, overwrite=overwrite):
             print(line)

@@ -98,8 +98,8 @@ def report(run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a r
     """
     from horizon_lm.run.report import write_report
 
-    report = write_report(Path(run))
     with lasting_output():
+        report = write_report(Path(run))
         print(report.text)
         for path in report.written:
             print(f"written: {path}")

@@ -117,13 +117,13 @@ def export(
         raise no_checkpoint(looked, "export")
     from horizon_lm.run.export_checkpoint import export_checkpoint
 
-    done = export_checkpoint(
-        Path(checkpoint).expanduser(),
-        Path(output).expanduser(),
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        trust_remote_code=trust_remote_code,
-        warn=lambda text: print(f"warning: {text}", file=sys.stderr),
-    )
     with lasting_output():
+        done = export_checkpoint(
+            Path(checkpoint).expanduser(),
+            Path(output).expanduser(),
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            trust_remote_code=trust_remote_code,
+            warn=lambda text: print(f"warning: {text}", file=sys.stderr),
+        )
         print(f"{done.path}, step {done.manifest.step}, is now {output}")
