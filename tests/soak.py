@@ -24,6 +24,7 @@ FILES = [
     "tests/test_checkpoint.py",
     "tests/test_resume.py",
     "tests/test_parity.py",
+    "tests/test_damaged_runs.py",
 ]
 
 

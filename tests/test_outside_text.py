@@ -25,11 +25,22 @@ from horizon_lm.data.preview import print_preview
 from horizon_lm.errors import ConfigError, DataError, HorizonError
 from horizon_lm.model import configuration
 from horizon_lm.model.loading import create_model, load_model
+from horizon_lm.output import Output
 from horizon_lm.plan.outline import Outline, model_config
 from horizon_lm.run.card import model_card
 from horizon_lm.run.generate import Generator, Sampling
 from horizon_lm.run.progress import RichProgress, say
-from horizon_lm.text import SafeStream, code_span, json_text, markdown, one_line, printable, redact, redacted
+from horizon_lm.text import (
+    code_span,
+    json_text,
+    markdown,
+    one_line,
+    printable,
+    redact,
+    redacted,
+    shown,
+    shown_with_bars,
+)
 from small_runs import LLAMA, settings, values, write_text
 
 EVIL = "a\x1b[31mb\x1b]0;title\x07c\rd\x08e\x9b2Jf\u202eg\x7f"
@@ -47,20 +58,20 @@ SECRETS = [
 
 
 def test_control_characters_become_escapes() -> None:
-    shown = printable(EVIL + "\n\t\ud800é日")
-    assert not RAW & set(shown) and shown.endswith("\n\t\\ud800é日")
-    assert shown.startswith("a\\x1b[31mb\\x1b]0;title\\x07c\\rd\\x08e\\x9b2Jf\\u202eg\\x7f")
+    found = printable(EVIL + "\n\t\ud800é日")
+    assert not RAW & set(found) and found.endswith("\n\t\\ud800é日")
+    assert found.startswith("a\\x1b[31mb\\x1b]0;title\\x07c\\rd\\x08e\\x9b2Jf\\u202eg\\x7f")
     assert one_line("a\nb\tc") == "a\\nb\\tc" and printable("plain ü") == "plain ü"
     assert json.loads(json_text({"a": EVIL + "é"})) == {"a": EVIL + "é"} and not RAW & set(json_text(EVIL))
 
 
 def test_a_stream_is_safe_and_leaves_progress_bars_alone() -> None:
     raw = io.StringIO()
-    print(EVIL, SECRETS[0], file=SafeStream(raw))  # type: ignore[arg-type]
+    print(EVIL, SECRETS[0], file=Output(raw, "out", fit=shown))  # type: ignore[arg-type]
     assert not RAW & set(raw.getvalue()) and CANARY not in raw.getvalue()
     bars = io.StringIO()
     for text in ("\r 50%|###  | 1/2", "\x1b[A", "\n", f"\r{EVIL}"):
-        SafeStream(bars, with_bars=True).write(text)
+        Output(bars, "bars", fit=shown_with_bars).write(text)
     assert bars.getvalue().startswith("\r 50%|###  | 1/2\x1b[A\n") and "\x1b[31m" not in bars.getvalue()
 
 

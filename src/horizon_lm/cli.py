@@ -30,8 +30,8 @@ from horizon_lm.cli_data import data_app, init
 from horizon_lm.cli_model import EvalCommand, chat, evaluate, generate
 from horizon_lm.cli_plan import PlanCommand, doctor, plan, report
 from horizon_lm.cli_run import ResumeCommand, export, resume, verify
-from horizon_lm.errors import HorizonError, StoppedError
-from horizon_lm.text import safe_output
+from horizon_lm.errors import HorizonError, OutputLostError, StoppedError
+from horizon_lm.output import command_output, lasting_output
 
 _ENV_PACKAGES = (
     *("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "datasets", "trl", "numpy"),
@@ -116,7 +116,8 @@ def config_show(settings: SettingsArguments = None) -> None:
 def config_validate(settings: SettingsArguments = None) -> None:
     """Check a configuration; exit code 2 if it has a fault."""
     load_settings(settings)
-    print("the configuration is valid")
+    with lasting_output():  # the answer is the exit code
+        print("the configuration is valid")
 
 
 @config_app.command("schema")
@@ -183,7 +184,6 @@ def _report(message: str, hint: str | None) -> None:
             print(f"{title}: " + re.sub(r"\n(?! )", "\n  ", text), file=sys.stderr)
 
 
-@safe_output()
 def main(argv: Sequence[str] | None = None, *, prog_name: str = "horizon") -> int:
     """Run one command; returns the exit code (see `errors`; 130 after Ctrl-C; 1 for a mistake of ours).
 
@@ -193,9 +193,23 @@ def main(argv: Sequence[str] | None = None, *, prog_name: str = "horizon") -> in
     plan_package.models_are_stock |= argv is None
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    with command_output():
+        try:
+            code = _run(arguments, prog_name, debug=debug)
+            sys.stdout.flush()
+            return code
+        except OutputLostError as lost:
+            if not lost.is_silent:
+                _report(lost.message, lost.hint)
+            return lost.exit_code
+
+
+def _run(arguments: list[str], prog_name: str, *, debug: bool) -> int:
     try:
         result = app(args=arguments, prog_name=prog_name, standalone_mode=False)
         return result if isinstance(result, int) else 0
+    except OutputLostError:
+        raise
     except StoppedError as stop:
         print(f"{stop.message}; to go on: {stop.hint}", file=sys.stderr)
         return stop.exit_code
@@ -207,23 +221,28 @@ def main(argv: Sequence[str] | None = None, *, prog_name: str = "horizon") -> in
     except (KeyboardInterrupt, typer.Abort):
         _report("interrupted", None)
         return 130
-    except BrokenPipeError:
-        # The reader of our output went away (`| head`); without this Python complains again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except SystemExit as end:
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
+        return _report_exception(end.__context__, debug=debug)  # of no output of ours; typer exits for any
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _FAULTS_OF_PLACES and error.filename and not debug:
-            _report(f"{os.fsdecode(error.filename):.200}: {error.strerror}", "give the path of another place")
-            return 2
-        if isinstance(error, _usage_errors()):
-            return _report_usage(error)
-        traceback.print_exc()
-        where = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        _report(
-            f"this is a bug in horizon: {type(error).__name__}: {error}{where}",
-            "please report it with 'horizon env'",
-        )
-        return 1
+        return _report_exception(error, debug=debug)
+
+
+def _report_exception(error: Exception, *, debug: bool) -> int:
+    """Say what no code of ours has put into words."""
+    if isinstance(error, OSError) and error.errno in _FAULTS_OF_PLACES and error.filename and not debug:
+        _report(f"{os.fsdecode(error.filename):.200}: {error.strerror}", "give the path of another place")
+        return 2
+    if isinstance(error, _usage_errors()):
+        return _report_usage(error)
+    traceback.print_exception(error)
+    where = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    _report(
+        f"this is a bug in horizon: {type(error).__name__}: {error}{where}",
+        "please report it with 'horizon env'",
+    )
+    return 1
 
 
 def _usage_errors() -> type[Exception]:

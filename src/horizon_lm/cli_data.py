@@ -16,6 +16,7 @@ from horizon_lm.cli_base import (
     require_named_model,
 )
 from horizon_lm.hub_access import require_model
+from horizon_lm.output import lasting_output
 
 data_app = typer.Typer(help="Look at training data.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -66,5 +67,6 @@ def init(
     require_model(model, "--model")
     from horizon_lm.run.init_config import write_config
 
-    for line in write_config(model, dataset, output, overwrite=overwrite):
-        print(line)
+    with lasting_output():
+        for line in write_config(model, dataset, output, overwrite=overwrite):
+            print(line)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from horizon_lm.cli_base import SettingsArguments, SettingsCommand, load_settings, require_named_model
+from horizon_lm.output import lasting_output
 
 
 class PlanCommand(SettingsCommand):
@@ -97,7 +98,8 @@ def report(run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a r
     """
     from horizon_lm.run.report import write_report
 
-    report = write_report(Path(run))
-    print(report.text)
-    for path in report.written:
-        print(f"written: {path}")
+    with lasting_output():
+        report = write_report(Path(run))
+        print(report.text)
+        for path in report.written:
+            print(f"written: {path}")

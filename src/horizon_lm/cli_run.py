@@ -10,6 +10,7 @@ import typer
 
 from horizon_lm.cli_base import SettingsArguments, SettingsCommand, split_arguments
 from horizon_lm.errors import CheckpointError, ConfigError
+from horizon_lm.output import lasting_output
 from horizon_lm.words import count
 
 RunOrCheckpoint = Annotated[str, typer.Argument(help="A run's output_dir, or one of its checkpoints.")]
@@ -76,10 +77,11 @@ def verify(checkpoint: RunOrCheckpoint) -> None:
     for one in looked.checkpoints:
         verdict = verify_checkpoint(one)
         state = "sound" if not verdict.faults else count(len(verdict.faults), "fault")
-        print(
-            f"{one.path}: step {one.manifest.step}, {count(verdict.num_files, 'file')}, "
-            f"{count(verdict.num_tensors, 'tensor')}, {count(verdict.num_bytes, 'byte')}: {state}"
-        )
+        with lasting_output():  # the answer is the exit code
+            print(
+                f"{one.path}: step {one.manifest.step}, {count(verdict.num_files, 'file')}, "
+                f"{count(verdict.num_tensors, 'tensor')}, {count(verdict.num_bytes, 'byte')}: {state}"
+            )
         faults += verdict.faults
     if faults:
         raise CheckpointError(
@@ -115,12 +117,13 @@ def export(
         raise no_checkpoint(looked, "export")
     from horizon_lm.run.export_checkpoint import export_checkpoint
 
-    done = export_checkpoint(
-        Path(checkpoint).expanduser(),
-        Path(output).expanduser(),
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        trust_remote_code=trust_remote_code,
-        warn=lambda text: print(f"warning: {text}", file=sys.stderr),
-    )
-    print(f"{done.path}, step {done.manifest.step}, is now {output}")
+    with lasting_output():
+        done = export_checkpoint(
+            Path(checkpoint).expanduser(),
+            Path(output).expanduser(),
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            trust_remote_code=trust_remote_code,
+            warn=lambda text: print(f"warning: {text}", file=sys.stderr),
+        )
+        print(f"{done.path}, step {done.manifest.step}, is now {output}")

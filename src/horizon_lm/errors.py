@@ -84,6 +84,16 @@ class LossSpikeError(NonFiniteError):
     """A loss far above those before it, with a policy that does not let it pass."""
 
 
+class OutputLostError(HorizonError):
+    """Standard output, on which a command prints its result, takes no more text.
+
+    exit_code: 3 for a full disk, 2 for a stream that cannot be written to; 1, and nothing is said, where the
+    reader of a pipe has gone (is_silent).
+    """
+
+    is_silent: bool = True
+
+
 class UploadError(HorizonError):
     """The trained model is saved, and uploading it failed; the hint says how to do that later."""
 

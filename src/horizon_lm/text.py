@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any
 
 # C0 without newline and tab, DEL, C1, separators of lines, marks that reorder text, halves of characters.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -123,49 +121,14 @@ def json_text(value: Any) -> str:
     return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-class SafeStream:
-    """A stream to a terminal or a pipe whose text is redacted and printable, whoever writes it.
-
-    raw: the stream itself, for a display that moves the cursor and shows nothing but `printable` text.
-    with_bars: progress bars of other libraries may redraw their line.
-    """
-
-    def __init__(self, raw: TextIO, *, with_bars: bool = False) -> None:
-        self.raw, self._with_bars = raw, with_bars
-
-    def write(self, text: str) -> int:
-        head = _REDRAWN.match(text) if self._with_bars else None
-        end = head.end() if head else 0
-        self.raw.write(text[:end] + shown(text[end:], self.raw.encoding))
-        return len(text)
-
-    def writelines(self, lines: Any) -> None:
-        for line in lines:
-            self.write(line)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.raw, name)
-
-
 def shown(text: str, encoding: str | None = None) -> str:
     """Text as it may be shown: redacted, printable, with `?` for what the encoding lacks."""
     encoding = encoding or "utf-8"
     return printable(redact(text)).encode(encoding, "replace").decode(encoding)
 
 
-def raw_stream(stream: TextIO) -> TextIO:
-    """The stream under a `SafeStream`; any other as it is."""
-    return getattr(stream, "raw", stream) if isinstance(stream, SafeStream) else stream
-
-
-@contextmanager
-def safe_output() -> Iterator[None]:
-    """While open, what this process prints is redacted and printable."""
-    import sys
-
-    was = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = SafeStream(was[0]), SafeStream(was[1], with_bars=True)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = was
+def shown_with_bars(text: str, encoding: str | None = None) -> str:
+    """`shown`, with what progress bars of other libraries write to redraw their line as it is."""
+    head = _REDRAWN.match(text)
+    end = head.end() if head else 0
+    return text[:end] + shown(text[end:], encoding)

@@ -40,6 +40,13 @@ class Rejected:
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Raises CheckpointError unless manifest and sizes are right."""
+    try:
+        return _opened(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _opened(path: Path) -> Checkpoint:
     if path.is_symlink():
         raise CheckpointError(f"{path}: is a link", hint="name the folder itself")
     if not path.is_dir():

@@ -13,6 +13,7 @@ from typing import Any
 
 from .. import files
 from ..errors import CheckpointError
+from . import state
 from .disk import checksum
 
 NAME = "manifest.json"
@@ -60,7 +61,7 @@ def parse(data: bytes, place: str) -> Manifest:
     """The manifest in `data`. Raises CheckpointError that says what is wrong with it."""
     try:
         values = json.loads(data)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # also numbers with more digits than any has
         raise CheckpointError(f"{place}: is no JSON") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise CheckpointError(f"{place}: is not the manifest of a checkpoint")
@@ -78,8 +79,11 @@ def parse(data: bytes, place: str) -> Manifest:
             raise CheckpointError(f"{place}: {key} is {values.get(key)!r:.60}")
     if values["step"] < 0 or values["serial"] < 0 or not isinstance(values.get("parent"), str | None):
         raise CheckpointError(f"{place}: step, serial or parent is out of range")
+    wrong = state.fault(values["config"], values["state"])
+    if wrong is not None:
+        raise CheckpointError(f"{place}: {wrong}")
     files = {name: _file(name, entry, place) for name, entry in values["files"].items()}
-    known = {key: values[key] for key in (*kinds, "parent")}
+    known = {"parent": values.get("parent"), **{key: values[key] for key in kinds}}
     return Manifest(**{**known, "files": files})
 
 

@@ -13,7 +13,8 @@ from horizon_lm.data.left_out import remarks, used
 from horizon_lm.data.packing import IGNORED, Row
 from horizon_lm.data.streaming import StreamLoader
 
-from ..text import printable, raw_stream, shown
+from ..output import raw_stream
+from ..text import printable, shown
 from ..words import count
 
 if TYPE_CHECKING:

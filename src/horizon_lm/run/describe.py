@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from ..config import TrainConfig
 from ..data import StreamLoader, TrainingData
 from ..data.left_out import remarks, used
+from ..errors import DataError
 from ..text import redact
 from ..words import count, parameters, size
 from .flops import FORMULA
@@ -144,22 +145,31 @@ def data_record(config: TrainConfig, data: TrainingData) -> dict[str, Any]:
 
 
 def tail_loss(metrics: Path) -> float:
-    """Mean loss over the last tenth of the recorded steps that were finite."""
-    return mean_of_tail(read_steps(metrics))
+    """Mean loss over the last tenth of the recorded steps that were finite; NaN where none can be read."""
+    return mean_of_tail(_readable(read_steps, metrics))
+
+
+def _readable(read: Callable[[Path], list[dict[str, Any]]], metrics: Path) -> list[dict[str, Any]]:
+    """The records; none if the file is lost or damaged, which is no reason for the run to fail."""
+    try:
+        return read(metrics)
+    except (DataError, OSError):
+        return []
 
 
 def eval_loss(metrics: Path, step: int) -> float | None:
     """The loss of the latest evaluation after `step`, else of the latest of all; None without any."""
-    found = read_evaluations(metrics)
+    found = _readable(read_evaluations, metrics)
     chosen = [line for line in found if line["step"] == step] or found
-    return chosen[-1]["eval_loss"] if chosen else None
+    return chosen[-1].get("eval_loss") if chosen else None
 
 
 def title(config: TrainConfig, model: HostModel, last: Metrics, metrics: Path) -> str:
     name = config.run_name or Path(config.output_dir).name
     what = f"{model.config.model_type}, {parameters(model.num_parameters)}"
     found = f"{name}: {what}, {count(last.num_tokens, 'token')}, loss {number(tail_loss(metrics))}"
-    held_out = [e["eval_loss"] for e in read_evaluations(metrics) if e["eval_loss"] is not None]
+    evaluations = _readable(read_evaluations, metrics)
+    held_out = [e["eval_loss"] for e in evaluations if e.get("eval_loss") is not None]
     return found + (f", held-out {number(held_out[-1])}" if held_out else "")
 
 

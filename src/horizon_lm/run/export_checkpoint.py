@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from .. import files
 from ..checkpoint import folder as checkpoints
@@ -20,6 +21,9 @@ from ..memory.master import join_master
 from .card import model_card
 from .export import Group, Tensors, write_folder, write_model
 from .hollow import CONFIGURATIONS, hollow_model
+
+_FLOATS = ("BF16", "F16", "F32")  # dtypes of weights, as safetensors names them
+_UNIT_FILE = re.compile(r"unit-[0-9]{5,9}\.safetensors")
 
 
 def export_checkpoint(
@@ -57,6 +61,7 @@ def _export(
     wanted = DTYPES[dtype or str(manifest.config.get("dtype", "bfloat16"))]
     model = hollow_model(checkpoint, trust_remote_code=trust_remote_code)
     groups = groups_of(checkpoint, wanted)
+    _check_weights(checkpoint, groups, model)
 
     def write(folder: Path) -> None:
         write_model(model, _aliases(model), groups, folder, wanted, max_shard_size)
@@ -80,7 +85,9 @@ def groups_of(checkpoint: Checkpoint, wanted: torch.dtype) -> list[Group]:
     """The weights of a checkpoint, one group for each unit, and its buffers."""
     own = DTYPES[str(checkpoint.manifest.config.get("dtype", "bfloat16"))]
     wide = frozenset(checkpoint.manifest.state.get("kept_in_fp32", ()))
-    names = [name for name in checkpoint.manifest.files if name.startswith("unit-")] + [BUFFERS]
+    names = [name for name in checkpoint.manifest.files if _UNIT_FILE.fullmatch(name)] + [BUFFERS]
+    if BUFFERS not in checkpoint.manifest.files:
+        raise CheckpointError(f"{checkpoint.path / BUFFERS}: is not part of the checkpoint")
     return [_group(checkpoint, name, wanted, own, wide) for name in names]
 
 
@@ -92,7 +99,9 @@ def model_of(checkpoint: Checkpoint, *, trust_remote_code: bool, attn_implementa
     model = hollow_model(
         checkpoint, trust_remote_code=trust_remote_code, attn_implementation=attn_implementation
     )
-    for group in groups_of(checkpoint, DTYPES[str(checkpoint.manifest.config.get("dtype", "bfloat16"))]):
+    groups = groups_of(checkpoint, DTYPES[str(checkpoint.manifest.config.get("dtype", "bfloat16"))])
+    _check_weights(checkpoint, groups, model)
+    for group in groups:
         model.load_state_dict(group.load(), strict=False, assign=True)
     model.tie_weights()
     return model
@@ -127,11 +136,18 @@ def _group(
                 dtype = torch.float32 if plain in wide else wanted
                 if prefix and own == torch.bfloat16 and dtype == torch.float32:
                     rest = f"residual.{plain}"
-                    tensor = join_master(tensor, file.get_tensor(rest)) if rest in keys else tensor.float()
+                    tensor = _joined(tensor, file.get_tensor(rest), path) if rest in keys else tensor.float()
                 found[plain] = tensor.to(dtype) if prefix else tensor
         return found
 
     return Group(dict(_shapes(path, prefix, wanted, wide)), load)
+
+
+def _joined(weight: torch.Tensor, rest: torch.Tensor, path: Path) -> torch.Tensor:
+    kinds = (weight.dtype, rest.dtype) == (torch.bfloat16, torch.int16)
+    if not kinds or weight.shape != rest.shape:
+        raise CheckpointError(f"{path}: residual ({rest.dtype} {list(rest.shape)}) and weight do not fit")
+    return join_master(weight, rest)
 
 
 def _shapes(
@@ -139,11 +155,36 @@ def _shapes(
 ) -> list[tuple[str, torch.Tensor]]:
     """(name, tensor on `meta`) of what is exported from a file, from its header alone."""
     found = []
-    with safe_open(path, framework="pt") as file:
-        for key in sorted(key for key in file.keys() if key.startswith(prefix)):  # noqa: SIM118
-            plain, view = key.removeprefix(prefix), file.get_slice(key)
-            dtype = torch.float32 if plain in wide else wanted
-            if not prefix:
-                dtype = file.get_tensor(key).dtype
-            found.append((plain, torch.empty(view.get_shape(), dtype=dtype, device="meta")))
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key in sorted(key for key in file.keys() if key.startswith(prefix)):  # noqa: SIM118
+                plain, view = key.removeprefix(prefix), file.get_slice(key)
+                dtype = torch.float32 if plain in wide else wanted
+                if not prefix:
+                    dtype = file.get_tensor(key).dtype
+                elif view.get_dtype() not in _FLOATS:
+                    raise CheckpointError(f"{path}: {key} is of {view.get_dtype()}, which no weight is")
+                found.append((plain, torch.empty(view.get_shape(), dtype=dtype, device="meta")))
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     return found
+
+
+def _check_weights(checkpoint: Checkpoint, groups: list[Group], model: Any) -> None:
+    """Raises CheckpointError unless the weights are those of the model, each once."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
+    found: dict[str, tuple[int, ...]] = {}
+    for group in groups:
+        for name, tensor in group.hollow.items():
+            if name in found or name not in expected:
+                what = "is in two of its files" if name in found else "is of no part of the model"
+                raise CheckpointError(f"{checkpoint.path}: {name} {what}")
+            found[name] = tuple(tensor.shape)
+            if found[name] != expected[name]:
+                raise CheckpointError(
+                    f"{checkpoint.path}: {name} is {list(found[name])}, "
+                    f"the model needs {list(expected[name])}"
+                )
+    missing = [name for name, _ in model.named_parameters() if name not in found]
+    if missing:
+        raise CheckpointError(f"{checkpoint.path}: has no weights of {missing[0]}")

@@ -13,6 +13,7 @@ from .. import config_yaml
 from ..errors import DataError
 from .folder import RunFolder
 from .metrics import read_lines, still_true
+from .records import check_settings
 
 _STEPS = ("step", "eval", "checkpoint", "fault", "rollback", "resume", "end")
 _KNOWN = (*_STEPS, "start", "timeline", "note", "stopped", "best")
@@ -60,10 +61,11 @@ class History:
     def read(cls, folder: RunFolder) -> History:
         """Raises DataError for a folder without a run, and for a run without a step."""
         try:
-            lines = [line for line in read_lines(folder.metrics) if isinstance(line, dict)]
-        except (OSError, ValueError) as error:
+            lines = list(read_lines(folder.metrics))
+        except OSError as error:
+            reason = error.strerror or error
             raise DataError(
-                f"{folder.path} holds no run: {folder.metrics.name} cannot be read ({error})",
+                f"{folder.path} holds no run: {folder.metrics.name} cannot be read ({reason})",
                 hint="name the output_dir of a run",
             ) from error
         steps = still_true(lines, "step")
@@ -135,6 +137,6 @@ def _sessions(lines: list[Line]) -> list[Session]:
 def _settings(folder: RunFolder) -> Line:
     """As the run's folder keeps them: settings that were left open are still open in it."""
     try:
-        return config_yaml.read_file(folder.settings).values
+        return check_settings(config_yaml.read_file(folder.settings).values, str(folder.settings))
     except (OSError, ValueError):
         return {}

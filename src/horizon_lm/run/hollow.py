@@ -55,15 +55,15 @@ def hollow_model(
                     config, dtype=dtype, trust_remote_code=trust_remote_code
                 )
             model.tie_weights()
+            if (folder / CONFIGURATIONS[1]).exists():
+                model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
         except HorizonError:
             raise
-        except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
+        except Exception as error:  # whatever an odd configuration leads to in there
             raise ConfigError(
                 f"{checkpoint.path / 'config.json'} is refused by transformers: {reason_of(error)}",
                 hint="use the versions that the checkpoint was written with; manifest.json names them",
             ) from error
-        if (folder / CONFIGURATIONS[1]).exists():
-            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     wide = frozenset(checkpoint.manifest.state.get("kept_in_fp32", ()))
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if name in wide else dtype)
@@ -72,4 +72,11 @@ def hollow_model(
 
 def has_own_code(checkpoint: Checkpoint) -> bool:
     """Whether the model comes with code of its own, which a checkpoint does not hold."""
-    return bool(json.loads(read_small(checkpoint, "config.json")).get("auto_map"))
+    data = read_small(checkpoint, "config.json")
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{checkpoint.path / 'config.json'}: is not a JSON object")
+    return bool(values.get("auto_map"))

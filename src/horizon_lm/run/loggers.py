@@ -7,8 +7,10 @@ these programs group by: train/loss, train/grad_norm, eval/loss, ...
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,9 +18,12 @@ from typing import Any, Protocol
 from .. import files
 from ..config import TrainConfig
 from ..errors import ConfigError
+from ..words import count
 from .evaluation import Evaluation
 from .folder import RunFolder
 from .metrics import Metrics
+
+_LEAST_PAUSE_SECONDS, _PAUSE_FACTOR = 10.0, 100.0
 
 
 class Logger(Protocol):
@@ -34,13 +39,18 @@ class _Kind:
 
 
 class Loggers:
-    """All loggers of a run as one; nothing is opened before the first step is logged."""
+    """All loggers of a run as one; nothing is opened before the first step is logged.
 
-    def __init__(self, config: TrainConfig, folder: Path) -> None:
+    A logger that fails loses its records, not the run: the failure is reported once, retried after a pause a
+    hundred times as long as the attempt, and counted at the end.
+    """
+
+    def __init__(self, config: TrainConfig, folder: Path, warn: Callable[[str], None]) -> None:
         """Raises ConfigError for one that is not installed."""
         check_installed(config.report_to)
-        self._config, self._folder = config, folder
-        self._open: list[Logger] | None = None
+        self._all = [
+            _Guarded(name, partial(_KINDS[name].open, config, folder), warn) for name in config.report_to
+        ]
 
     def step(self, metrics: Metrics) -> None:
         values = {f"train/{name}": value for name, value in asdict(metrics).items() if name != "step"}
@@ -52,18 +62,58 @@ class Loggers:
         self._log(_numbers({name.replace("eval_", "eval/"): value for name, value in values.items()}), step)
 
     def _log(self, values: Mapping[str, float], step: int) -> None:
-        if self._open is None:
-            self._open = [_KINDS[name].open(self._config, self._folder) for name in self._config.report_to]
-        for logger in self._open:
+        for logger in self._all:
             logger.log(values, step)
 
     def __enter__(self) -> Loggers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        opened, self._open = self._open or [], None
-        for logger in opened:
+        for logger in self._all:
             logger.close("finished" if kind is None else "failed")
+
+
+class _Guarded:
+    """A logger whose exceptions stay its own."""
+
+    def __init__(self, name: str, open_: Callable[[], Logger], warn: Callable[[str], None]) -> None:
+        self._name, self._open, self._warn = name, open_, warn
+        self._logger: Logger | None = None
+        self._given = self._lost = 0
+        self._again = -math.inf  # when it is tried again
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._given += 1
+        began = time.monotonic()
+        if began < self._again:
+            self._lost += 1
+            return
+        try:
+            if self._logger is None:
+                self._logger = self._open()
+            self._logger.log(values, step)
+        except Exception as error:
+            now = time.monotonic()
+            self._again = now + max(_LEAST_PAUSE_SECONDS, _PAUSE_FACTOR * (now - began))
+            if not self._lost:
+                self._warn(f"{self._name} failed at step {step} ({_in_short(error)}); the run goes on")
+            self._lost += 1
+
+    def close(self, status: str) -> None:
+        logger, self._logger = self._logger, None
+        if self._lost:
+            self._warn(f"{self._name} has missed {self._lost:,} of {count(self._given, 'record')}")
+        self._given = self._lost = 0
+        if logger is None:
+            return
+        try:
+            logger.close(status)
+        except Exception as error:
+            self._warn(f"{self._name} could not be closed ({_in_short(error)})")
+
+
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".removesuffix(": ")
 
 
 def check_installed(names: Sequence[str]) -> None:

@@ -22,8 +22,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -37,13 +39,16 @@ from .. import files
 from ..data import Loader
 from ..data.batches import StepSize
 from ..engine.lanes import Span
-from ..errors import DataError, HorizonError, StoppedError
+from ..errors import DataError, StoppedError
+from ..words import count
 from .evaluation import Evaluation
 from .flops import ModelFlops, count_flops
 from .folder import writing
 from .host_model import HostModel
 from .loop import StepRecord
+from .records import check
 
+_MOST_WAITING = 16 << 20  # bytes of lines that the disk does not take
 _PACKAGES = ("horizon-lm", "torch", "transformers", "tokenizers", "safetensors", "datasets", "trl")
 
 
@@ -194,14 +199,27 @@ class MetricsFile:
     Nothing exists before the first step is written: then `begin` is called (it makes the folder
     ready), an earlier file is replaced and `header` becomes the first line. On leaving, the line
     `end` says how the run ended.
+
+    Lines that a full or failing disk does not take wait for the next one, at most `_MOST_WAITING` bytes of
+    them: they may be lost, the run is not. `warn` is told once, and at the end of what is missing.
     """
 
     def __init__(
-        self, path: Path, *, begin: Callable[[], None], header: dict[str, Any], resumed_at: int | None = None
+        self,
+        path: Path,
+        *,
+        begin: Callable[[], None],
+        header: dict[str, Any],
+        resumed_at: int | None = None,
+        warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         """resumed_at: the file goes on, after that step."""
         self._path, self._begin, self._header, self._resumed_at = path, begin, header, resumed_at
+        self._warn = warn
         self._file: TextIO | None = None
+        self._unwritten = bytearray()
+        self._num_dropped = 0
+        self._fault = ""
         self._waiting: list[Evaluation] = []
         self.step = resumed_at or 0  # the last step done, logged or not
 
@@ -211,12 +229,11 @@ class MetricsFile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if self._file is None:
             return
-        try:
-            self._write("end", {**_ending(error), "step": self.step})
-        except HorizonError:
-            if error is None:  # else what went wrong first is the news
-                raise
-        finally:
+        self._write("end", {**_ending(error), "step": self.step})
+        missing = self._num_dropped + self._unwritten.count(b"\n")
+        if missing:
+            self._warn(f"{self._path} lacks {count(missing, 'line')}: {self._fault}")
+        with suppress(OSError):  # a network file system may tell only now
             self._file.close()
 
     def open(self) -> None:
@@ -234,7 +251,7 @@ class MetricsFile:
                 self._write("eval", asdict(evaluation))
 
     def write_step(self, metrics: Metrics) -> None:
-        """Append a line. Raises DoesNotFitError when the disk is full."""
+        """Append a line."""
         self.open()
         self._write("step", asdict(metrics))
 
@@ -264,9 +281,22 @@ class MetricsFile:
         assert self._file is not None
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = {"event": event, **{key: finite_or_none(value) for key, value in values.items()}, "time": now}
-        with writing(self._path):
-            self._file.write(json.dumps(line, allow_nan=False) + "\n")
-            self._file.flush()
+        self._append((json.dumps(line, allow_nan=False) + "\n").encode())
+
+    def _append(self, line: bytes) -> None:
+        """Write what waits and the line, from where the disk has stopped taking it."""
+        assert self._file is not None
+        if len(self._unwritten) + len(line) > _MOST_WAITING:
+            self._num_dropped += 1
+        else:
+            self._unwritten += line
+        try:
+            while self._unwritten:
+                del self._unwritten[: os.write(self._file.fileno(), self._unwritten)]
+        except OSError as error:
+            if not self._fault:
+                self._warn(f"{self._path}: {error.strerror or error}; its lines wait, the run goes on")
+            self._fault = error.strerror or str(error)
 
 
 def _ending(error: BaseException | None) -> dict[str, Any]:
@@ -304,21 +334,31 @@ def still_true(lines: Iterable[dict[str, Any]], event: str) -> list[dict[str, An
 
 def mean_of_tail(steps: Sequence[dict[str, Any]]) -> float:
     """Mean loss over the last tenth of the finite records, as single steps are noisy; NaN without any."""
-    losses = [line["loss"] for line in steps if line["loss"] is not None]
+    losses = [line["loss"] for line in steps if line.get("loss") is not None]
     tail = losses[-max(1, len(losses) // 10) :]
     return sum(tail) / len(tail) if tail else math.nan
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics file, in order, without a last one that is cut off. Raises DataError."""
-    lines = files.read_text(path).splitlines()
-    for number, line in enumerate(lines, start=1):
+    """The lines of a metrics file, in order, without a last one that is cut off. Raises DataError for what is
+    damaged, OSError."""
+    try:
+        lines = files.read_text(path).split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is damaged: {error.reason} at byte {error.start:,}") from None
+    last = len(lines) if lines[-1] else len(lines) - 1
+    for number, line in enumerate(lines[:last], start=1):
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
+            found = json.loads(line, parse_constant=_not_finite)
+        except (ValueError, RecursionError) as error:
+            if number == last:
                 return
-            raise DataError(f"{path}:{number} is damaged: {error.msg}") from error
+            raise DataError(f"{path}:{number} is damaged: {getattr(error, 'msg', error)}") from None
+        yield check(found, f"{path}:{number}")
+
+
+def _not_finite(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def versions() -> dict[str, str]:

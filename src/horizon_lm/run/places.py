@@ -126,12 +126,12 @@ def _progress(metrics: Path) -> tuple[int, int | None, bool]:
                 line = _event(text)
                 kind = line.get("event")
                 if kind == "start":
-                    num_steps = line.get("num_steps")
+                    num_steps = None if line.get("num_steps") is None else int(line["num_steps"])
                 elif kind in ("step", "resume", "rollback"):
                     step = int(line.get("step", 0))
                 if kind is not None:
                     is_finished = kind == "end" and line.get("status") == "finished"
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, OverflowError):
         pass
     return step, num_steps, is_finished
 
@@ -142,7 +142,7 @@ def _event(text: str) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

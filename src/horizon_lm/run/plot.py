@@ -33,14 +33,16 @@ def draw_loss(metrics: Path, *, title: str) -> Figure:
 
     records = read_steps(metrics)
     steps = [record["step"] for record in records]
-    losses = [math.nan if record["loss"] is None else record["loss"] for record in records]
+    losses = [math.nan if record.get("loss") is None else record["loss"] for record in records]
     smooth = smoothed(losses)
 
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     rates = axes.twinx()
-    rates.plot(steps, [record["learning_rate"] for record in records], color=_RATE, lw=1.2, ls=(0, (4, 2)))
+    rates.plot(
+        steps, [record.get("learning_rate") for record in records], color=_RATE, lw=1.2, ls=(0, (4, 2))
+    )
     rates.set_ylabel("learning rate", color=_RATE)
     rates.tick_params(axis="y", labelcolor=_RATE)
     rates.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3), useMathText=True)
@@ -52,7 +54,7 @@ def draw_loss(metrics: Path, *, title: str) -> Figure:
     axes.plot(steps, losses, color=_LOSS, lw=0.8, alpha=0.4, label="training", marker=marker)
     axes.plot(steps, smooth, color=_LOSS, lw=2.0, label="training, smoothed")
     if held_out:
-        losses = [math.nan if e["eval_loss"] is None else e["eval_loss"] for e in held_out]
+        losses = [math.nan if e.get("eval_loss") is None else e["eval_loss"] for e in held_out]
         few = len(held_out) <= 60
         axes.plot(
             [e["step"] for e in held_out],

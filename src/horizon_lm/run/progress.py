@@ -8,7 +8,8 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Self, TextIO
 
-from ..text import raw_stream, shown
+from ..output import raw_stream
+from ..text import shown
 from ..words import count, size
 from .evaluation import Evaluation
 from .loop import StepRecord
@@ -102,10 +103,12 @@ class PlainProgress(Progress):
 
 
 class RichProgress(Progress):
-    """A bar and the latest numbers, redrawn in place four times a second."""
+    """A bar and the latest numbers, redrawn in place four times a second; plain lines if that fails."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
+        self._stream = stream
+        self._plain: PlainProgress | None = None
         from rich.console import Console
         from rich.live import Live
 
@@ -121,22 +124,40 @@ class RichProgress(Progress):
     def __exit__(self, *_: object) -> None:
         self._live.stop()
 
+    def _lines(self) -> PlainProgress | None:
+        """What goes on once there is no terminal to draw on."""
+        if self._plain is None and getattr(self._stream, "fault", None):
+            self._live.stop()
+            self._plain = PlainProgress(self._stream)
+            self._plain.num_steps = self.num_steps
+        return self._plain
+
     def stage(self, text: str) -> None:
+        if lines := self._lines():
+            return lines.stage(text)
         self._console.print(shown(text), style="dim")
 
     def warn(self, text: str) -> None:
+        if lines := self._lines():
+            return lines.warn(text)
         self._console.print(shown(f"warning: {text}"), style="yellow")
 
     def evaluation(self, evaluation: Evaluation) -> None:
+        if lines := self._lines():
+            return lines.evaluation(evaluation)
         self._console.print(evaluation_line(evaluation), style="green")
 
     def start(self, num_steps: int) -> None:
         super().start(num_steps)
         self._started = time.monotonic()
+        if lines := self._lines():
+            return lines.start(num_steps)
         self._live.start()
 
     def step(self, record: StepRecord, metrics: Metrics | None) -> None:
         super().step(record, metrics)
+        if lines := self._lines():
+            return lines.step(record, metrics)
         self._done = record.step
         self._metrics = metrics or self._metrics
         if metrics is not None and math.isfinite(metrics.loss):

@@ -85,7 +85,7 @@ def _in_words(folder: RunFolder, history: History) -> str:
     state = history.state
     lines = [f"{_name(folder, history)}: {state.title}", *state.why.splitlines()[:1]]
     losses = [f"loss {number(mean_of_tail(history.steps))} (mean of the last tenth)"]
-    held_out = [e for e in history.evaluations if e["eval_loss"] is not None]
+    held_out = [e for e in history.evaluations if e.get("eval_loss") is not None]
     if held_out:
         best = min(held_out, key=lambda e: e["eval_loss"])
         last = held_out[-1]

@@ -163,7 +163,9 @@ def changed_settings(config: TrainConfig, checkpoint: Checkpoint) -> dict[str, t
         now |= {key: saved[key] for key in CUT if key not in config.model_fields_set}
     fields = TrainConfig.model_fields.items()
     newer: dict[str, Any] = {
-        k: field.get_default(call_default_factory=True) for k, field in fields if k not in saved
+        k: field.get_default(call_default_factory=True)
+        for k, field in fields
+        if k not in saved and not field.is_required()
     }
     lists: dict[str, Any] = {key: _whole(saved[key]) for key in ("datasets", "eval_datasets") if key in saved}
     then: dict[str, Any] = {**newer, **saved, **lists}

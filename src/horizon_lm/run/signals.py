@@ -7,12 +7,12 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
-# Schedulers send SIGTERM, some SIGUSR1 some minutes before; people press Ctrl-C.
-_WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Schedulers send SIGTERM, some SIGUSR1 some minutes before; people press Ctrl-C, or close the terminal.
+_WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 INTERRUPTED, REQUEUE = 130, 75
 
 
@@ -27,13 +27,16 @@ class StopRequest:
         return INTERRUPTED if self.signal is signal.SIGINT else REQUEUE
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP and self.signal is not None:
+            return  # nobody asks twice: the system and the shell both send it
         if self.signal is not None:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             raise SystemExit(128 + number)
         self.signal = signal.Signals(number)
         if sys.stderr is not None and os.isatty(2):  # somebody watches; a log gets the one line at the end
-            os.write(2, b"\nending this step and saving; once more stops at once\n")
+            with suppress(OSError):  # or somebody did
+                os.write(2, b"\nending this step and saving; once more stops at once\n")
 
 
 @contextmanager
@@ -43,7 +46,11 @@ def watched() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, request._handle) for number in _WATCHED}
+    ignored = (
+        signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    )  # by nohup: the run is to outlive its terminal
+    numbers = [number for number in _WATCHED if number != signal.SIGHUP or not ignored]
+    before = {number: signal.signal(number, request._handle) for number in numbers}
     try:
         yield request
     finally:

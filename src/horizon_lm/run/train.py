@@ -19,9 +19,10 @@ from ..data.chat import without_marks
 from ..data.documents import check_exists
 from ..data.training_data import pad_id
 from ..engine.policies import DTYPES
-from ..errors import ConfigError, DataError, DoesNotFitError, NonFiniteError
+from ..errors import ConfigError, DataError, DoesNotFitError, HorizonError, NonFiniteError
 from ..heap import frozen_heap
 from ..model.loading import grow_vocabulary
+from ..output import lasting_output
 from ..plan.smaller import next_smaller
 from . import describe, sample, steps
 from .best import Best
@@ -80,8 +81,14 @@ def train(
     """
     started = time.monotonic()
     check_callbacks(callbacks)
-    config, notes = as_train_config(config, settings)
-    config_notes = [*config_notes, *notes]
+    found, notes = as_train_config(config, settings)
+    with lasting_output(after_pipe=True):
+        return _train(found, [*config_notes, *notes], callbacks, started)
+
+
+def _train(
+    config: TrainConfig, config_notes: Sequence[str], callbacks: Sequence[Any], started: float
+) -> TrainResult:
     progress = choose_progress(config.progress)
     own = wants_own_folder(config)
     with (
@@ -127,10 +134,10 @@ def train(
             extra=lambda target: _save_beside(config, data, model, end, target),
         )
         if config.plot_loss:
-            plot_loss(
-                folder.metrics, folder.picture, title=describe.title(config, model, last, folder.metrics)
-            )
-        completion = _sample(config, folder, data, model)
+            with _worth_no_failure("loss.png is not drawn", progress):
+                title = describe.title(config, model, last, folder.metrics)
+                plot_loss(folder.metrics, folder.picture, title=title)
+        completion = _sample(config, folder, data, model, progress)
     tail = describe.tail_loss(folder.metrics)
     result = TrainResult(
         final_loss=last.loss,
@@ -145,7 +152,7 @@ def train(
         exported_step=end.exported_step,
         stopped_by=end.stopped_by,
     )
-    say(f"\n{completion}\n\n{describe.summary(config, folder, result, end.remarks)}")
+    say(f"{completion}\n{describe.summary(config, folder, result, end.remarks)}")
     if hub is not None:
         say(f"  uploaded    {hub.upload(folder.model)}")
     return result
@@ -199,9 +206,10 @@ def _run_steps(
         begin=lambda: folder.write_settings(settings) if in_place else folder.begin(settings),
         header=header,
         resumed_at=trainer.loop.step if resume is not None else None,
+        warn=progress.warn,
     )
     called = Callbacks(callbacks, CallbackState(trainer.loop.step, num_steps, loader.epoch))
-    reports = Reports(file, Loggers(config, folder.path), progress, called)
+    reports = Reports(file, Loggers(config, folder.path, progress.warn), progress, called)
     saver = Saver(
         folder.path,
         model,
@@ -395,22 +403,37 @@ def _export_dtype(config: TrainConfig) -> torch.dtype:
     return DTYPES[config.save_dtype or config.dtype]
 
 
-def _sample(config: TrainConfig, folder: RunFolder, data: TrainingData, model: HostModel) -> str:
-    reason = sample.reason_to_skip(folder.model)
-    if reason is not None:
-        return f"no sample completion: {reason}"
-    prompt, is_chat = config.sample_prompt, False
-    if prompt is None:
-        prompt, is_chat = sample.piece_of_data(data.rows.row(0), data.tokenizer)
-    made = sample.complete(
-        folder.model,
-        prompt,
-        max_new_tokens=config.sample_max_new_tokens,
-        device=model.device,
-        trust_remote_code=config.trust_remote_code,
-        special_tokens=not is_chat,
-    )
-    return describe.completion(made)
+def _sample(
+    config: TrainConfig, folder: RunFolder, data: TrainingData, model: HostModel, progress: Progress
+) -> str:
+    """What the exported model makes of a prompt, in words; empty where that fails."""
+    with _worth_no_failure("no sample completion", progress):
+        reason = sample.reason_to_skip(folder.model)
+        if reason is not None:
+            return f"\nno sample completion: {reason}\n"
+        prompt, is_chat = config.sample_prompt, False
+        if prompt is None:
+            prompt, is_chat = sample.piece_of_data(data.rows.row(0), data.tokenizer)
+        made = sample.complete(
+            folder.model,
+            prompt,
+            max_new_tokens=config.sample_max_new_tokens,
+            device=model.device,
+            trust_remote_code=config.trust_remote_code,
+            special_tokens=not is_chat,
+        )
+        return f"\n{describe.completion(made)}\n"
+    return ""
+
+
+@contextmanager
+def _worth_no_failure(what: str, progress: Progress) -> Iterator[None]:
+    """For extras once the model is trained and saved: whatever goes wrong with them is a warning."""
+    try:
+        yield
+    except Exception as error:
+        message = error.message if isinstance(error, HorizonError) else f"{type(error).__name__}: {error}"
+        progress.warn(f"{what}: {message}")
 
 
 @contextmanager
