@@ -30,6 +30,7 @@ from ..errors import ConfigError, DoesNotFitError
 from ..leftovers import OwnedFolder
 from ..memory.store import HostStore
 from ..model.skeleton import Skeleton
+from .quiet import quiet_transformers
 
 _STAGED = re.compile(r"\..+\.horizon-[a-z0-9_]{8}")  # beside a folder that is being written
 _SIZE = re.compile(r"[0-9]*[1-9][0-9]*(\.[0-9]+)?(KB|MB|GB|TB)", re.IGNORECASE)
@@ -157,7 +158,8 @@ def write_model(
     from transformers.core_model_loading import revert_weight_conversion
 
     # Without weights it writes the configurations, and the code of a model that has its own.
-    model.save_pretrained(target, state_dict={})
+    with quiet_transformers():  # whose bar would count none
+        model.save_pretrained(target, state_dict={})
     for rest in target.glob("*.safetensors*"):
         rest.unlink()
     model.config.dtype = dtype  # it has written the model's own, not that of what is exported
