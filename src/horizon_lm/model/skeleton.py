@@ -117,6 +117,21 @@ class Skeleton:
             for module in self.model.modules()
         )
 
+    @cached_property
+    def max_positions(self) -> int | None:
+        """Rows of the table in which a position is looked up; None where there is none (rotary, alibi)."""
+        tables = [(p.name, len(p.shape)) for p in self.units[0].parameters]
+        tables += [(name, buffer.dim()) for name, buffer in self.model.named_buffers()]
+        words = ("wpe", "position", "pos_encoding")
+        has_table = any(dim == 2 and any(word in name for word in words) for name, dim in tables)
+        end = getattr(self.config, "max_position_embeddings", None)
+        return end if has_table and isinstance(end, int) else None
+
+    @cached_property
+    def extends_positions(self) -> bool:
+        """Whether that table is made longer for a longer sequence (sinusoids, as in fairseq)."""
+        return any(hasattr(module, "make_weights") for module in self.model.modules())
+
     @property
     def has_router_loss(self) -> bool:
         """Whether the configuration asks for the mixture-of-experts auxiliary loss."""
