@@ -75,7 +75,7 @@ def _checked(m: int, given: Any, skeleton: Skeleton, extra: bool) -> MicroBatch:
     if len(shape) != 2 or shape[0] < 1 or shape[1] < 2:
         raise DataError(
             f"micro-batch {m}: input_ids of shape {tuple(shape)}",
-            hint="[batch, tokens] with at least 1 row and 2 tokens"
+            hint="[batch, tokens] with at least 2 tokens, in at least one row"
             + ("; one row is input_ids[None]" if len(shape) == 1 else ""),
         )
     for name, value in batch.items():
