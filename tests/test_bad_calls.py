@@ -418,7 +418,9 @@ def long_opt() -> Any:
 @pytest.mark.parametrize("name", ["gptj", "codegen", "ctrl", "xglm", "opt"])
 def test_positions_beyond_a_table_of_sinusoids_are_refused(name: str) -> None:
     """Tables that are buffers, in each layer or before them all; xglm makes its own longer as it needs to."""
-    model = hz.HostModel.from_pretrained(zoo.build(name), device="cpu", dtype="float32", skip_memory_check=True)
+    model = hz.HostModel.from_pretrained(
+        zoo.build(name), device="cpu", dtype="float32", skip_memory_check=True
+    )
     ids = torch.arange(70)[None] % zoo.VOCAB
     short = {"input_ids": ids[:, :8], "labels": ids[:, :8]}
     positions = torch.arange(8)[None] + 57

@@ -257,8 +257,8 @@ def _check_positions(m: int, batch: MicroBatch, skeleton: Skeleton) -> None:
         raise DataError(f"micro-batch {m}: position_ids hold {lowest}", hint="positions count from 0")
     if highest >= _MAX_POSITION:
         raise DataError(
-            f"micro-batch {m}: position_ids hold {highest}; positions are computed with in fp32, which is exact "
-            f"below {_MAX_POSITION}",
+            f"micro-batch {m}: position_ids hold {highest}; positions are computed with in fp32, exact below "
+            f"{_MAX_POSITION}",
             hint="positions count from 0 in each document",
         )
     end = skeleton.max_positions
