@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointError
 
 import horizon_lm as hz
 import zoo
@@ -179,9 +181,14 @@ def test_a_custom_loss_sees_the_heads_noise_as_its_gradient_does() -> None:
         torch.testing.assert_close(gradients(two)[name], gradient, rtol=1e-4, atol=1e-7)
 
 
+def without_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every pass draws from the caller's generator, as it comes."""
+    monkeypatch.setattr(noise, "random_state", lambda *_: nullcontext())
+
+
 def test_without_replay_the_gradients_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control: with a watch that sees nothing, keep and recompute disagree."""
-    monkeypatch.setattr(noise, "has_moved", lambda device, state: False)
+    """Negative control."""
+    without_replay(monkeypatch)
     model, data = adapted(Unnamed), [zoo.batch("llama")]
     one, two = host(model), host(model, activations="keep")
     torch.manual_seed(0)
@@ -191,10 +198,176 @@ def test_without_replay_the_gradients_differ(monkeypatch: pytest.MonkeyPatch) ->
     assert not same(gradients(one), gradients(two))
 
 
-def test_a_model_without_noise_has_none() -> None:
-    streamed = host(zoo.build("llama"))
-    streamed.forward_backward([zoo.batch("llama")])
-    assert not streamed.skeleton.has_noise
+def test_a_model_without_noise_has_the_same_bits_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = [zoo.batch("llama", seed=seed) for seed in (1, 2)]
+    one, two = host(zoo.build("llama")), host(zoo.build("llama"))
+    loss = one.forward_backward(data).loss
+    without_replay(monkeypatch)
+    assert two.forward_backward(data).loss == loss and same(gradients(one), gradients(two))
+
+
+def test_a_loss_functions_own_draws_come_from_the_caller() -> None:
+    """Called again for the same step it draws on; a seed that the caller sets brings the same back."""
+    model, batch = host(zoo.build("llama")), zoo.batch("llama")
+
+    def weighted(log_probs: torch.Tensor, given: dict[str, torch.Tensor]) -> torch.Tensor:
+        return -(log_probs * torch.rand(log_probs.shape)).mean()
+
+    losses = []
+    for seed in (0, None, 0):
+        if seed is not None:
+            torch.manual_seed(seed)
+        losses.append(model.forward_backward([batch], weighted).loss)
+    assert losses[0] == losses[2] != losses[1]
+
+
+# Noise in nested settings, in parts of a model only, for some inputs only.
+
+
+class WithManyTokens(nn.Module):
+    """Noise where more than one token is looked at: a trial on one token sees none."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        rows = hidden.numel() // hidden.shape[-1]
+        return hidden * (1 + 0.5 * torch.rand_like(hidden)) if self.training and rows > 1 else hidden
+
+
+class _RoundedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * (1 + 0.5 * torch.rand_like(gradient))
+
+
+class InBackward(nn.Module):
+    """Noise in the backward pass alone, as stochastic rounding of gradients has it."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return _RoundedGradient.apply(hidden)
+
+
+class StochasticDepth(nn.Module):
+    """A part that is left out at random: with another draw, other tensors are saved."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.training and torch.rand(()) < 0.5:
+            return torch.zeros_like(hidden)
+        return self.inner(hidden)
+
+
+def nested(name: str, **changes: Any) -> Any:
+    """The model with settings changed inside its configuration: `attn_config__attn_pdrop=0.1`."""
+    settings = zoo.CASES[name].config()
+    for path, value in changes.items():
+        *outer, last = path.split("__")
+        place = settings
+        for part in outer:
+            place = getattr(place, part)
+        assert hasattr(place, last)
+        setattr(place, last, value)
+    return zoo._from_config(settings, torch.float32, 0, zoo.CASES[name].attn).train()
+
+
+def with_layers(change: Callable[[Any], None]) -> Any:
+    model = zoo.build("llama")
+    for layer in model.model.layers[1:3]:
+        change(layer)
+    return model
+
+
+def in_norm(noise_in_head: nn.Module) -> Any:
+    model = zoo.build("llama")
+    model.model.norm = nn.Sequential(model.model.norm, noise_in_head)
+    return model
+
+
+SOURCES: dict[str, tuple[str, Callable[[], Any]]] = {
+    "dbrx, attention": ("dbrx", lambda: nested("dbrx", attn_config__attn_pdrop=0.1)),
+    "dbrx, 8 experts": (
+        "dbrx",
+        lambda: nested("dbrx", attn_config__attn_pdrop=0.1, ffn_config__moe_num_experts=8),
+    ),
+    "dbrx, 8 experts, jitter": (
+        "dbrx",
+        lambda: nested("dbrx", ffn_config__moe_jitter_eps=0.3, ffn_config__moe_num_experts=8),
+    ),
+    "jetmoe, 8 experts": ("jetmoe", lambda: nested("jetmoe", attention_dropout=0.3, num_local_experts=8)),
+    "mixtral, jitter": ("mixtral", lambda: nested("mixtral", router_jitter_noise=0.3, num_local_experts=8)),
+    "stochastic depth": (
+        "llama",
+        lambda: with_layers(lambda layer: setattr(layer, "mlp", StochasticDepth(layer.mlp))),
+    ),
+    "two layers": (
+        "llama",
+        lambda: with_layers(
+            lambda layer: setattr(layer, "input_layernorm", nn.Sequential(layer.input_layernorm, Unnamed()))
+        ),
+    ),
+    "the head, by its tokens": ("llama", lambda: in_norm(WithManyTokens())),
+    "the head's backward pass": ("llama", lambda: in_norm(InBackward())),
+    "backward passes": (
+        "llama",
+        lambda: with_layers(lambda layer: setattr(layer, "mlp", nn.Sequential(layer.mlp, InBackward()))),
+    ),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_noise_of_any_kind_follows_the_seed_alone(source: str) -> None:
+    """Not the caller's generator, nor what is kept; another seed and another step draw something else."""
+    name, build = SOURCES[source]
+    model, data = build(), [zoo.batch(name, seed=seed) for seed in (1, 2)]
+    one, kept = host(model), host(model, activations="keep", lanes="adversarial")
+    losses = []
+    for seed, streamed in enumerate((one, kept)):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        losses.append(streamed.forward_backward(data).loss)
+        assert torch.equal(torch.get_rng_state(), state), "the caller's generator is left alone"
+    wanted = gradients(one)
+    assert losses[0] == losses[1] and same(gradients(kept), wanted)
+    other = host(model, seed=1)
+    other.forward_backward(data)
+    assert not same(gradients(other), wanted), "the seed has an effect"
+    one.steps_done = 1
+    one.forward_backward(data)
+    assert not same(gradients(one), wanted), "another step, other noise"
+
+
+@pytest.mark.parametrize("source", ["dbrx, 8 experts", "stochastic depth"])
+def test_without_replay_other_tensors_are_saved(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: tokens reach other experts and parts are left out elsewhere, which torch refuses."""
+    without_replay(monkeypatch)
+    name, build = SOURCES[source]
+    torch.manual_seed(0)
+    with pytest.raises(CheckpointError):
+        host(build()).forward_backward([zoo.batch(name)])
+
+
+@pytest.mark.parametrize("source", ["dbrx, attention", "the head, by its tokens"])
+def test_a_model_that_goes_on_draws_as_if_it_had_not_stopped(source: str) -> None:
+    """Weights are all the state that this optimizer has."""
+    name, build = SOURCES[source]
+    steps = [[zoo.batch(name, seed=seed)] for seed in (1, 2)]
+    model = build()
+    whole = host(model, optim="sgd", sgd_momentum=0.0)
+    whole.train_step(steps[0], lr=0.1)
+    stopped = dict(whole.named_parameters())
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            parameter.copy_(stopped[key])
+    resumed = host(model, optim="sgd", sgd_momentum=0.0)
+    resumed.steps_done = 1
+    torch.manual_seed(7)
+    assert resumed.train_step(steps[1], lr=0.1) == whole.train_step(steps[1], lr=0.1)
+    assert same(dict(resumed.named_parameters()), dict(whole.named_parameters()))
 
 
 # Noise on the embeddings (NEFTune).

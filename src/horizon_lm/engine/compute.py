@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from ..memory.slots import UnitWeights
-from ..model.capture import Call, run_head, run_prologue, run_router_loss
+from ..model.capture import Call, run_prologue, run_router_loss
 from ..model.skeleton import Skeleton
 from .gradient import UnitGradient, collecting
 from .loss import IGNORE_INDEX, HeadLoss
-from .noise import generator_state, has_moved, set_generator_state
+from .noise import Draws
 
 
 @contextmanager
@@ -44,6 +44,7 @@ def loss_and_backward(
     targets: torch.Tensor,
     gradient: UnitGradient | None,
     head_loss: HeadLoss,
+    draws: Draws,
     *,
     num_tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,28 +54,19 @@ def loss_and_backward(
     auxiliary loss counts with the micro-batch's share of those.
     """
     with torch.enable_grad(), bound_for_backward(skeleton, skeleton.head, weights, gradient):
-        total, hidden_gradient = head_loss(skeleton, hidden, targets)
+        total, hidden_gradient = head_loss(skeleton, hidden, targets, draws)
         if skeleton.has_router_loss:
             share = int((targets != IGNORE_INDEX).sum()) / num_tokens
             leaves = [
                 [r._replace(logits=r.logits.detach().requires_grad_()) for r in layer]
                 for layer in call.routers
             ]
-            loss = run_router_loss(skeleton, call, leaves, hidden) * share
+            with draws():  # dropouts on the way to it have no effect, but draw
+                loss = run_router_loss(skeleton, call, leaves, hidden) * share
             loss.backward()
             call.routers = [[r._replace(logits=_gradient_of(r.logits)) for r in layer] for layer in leaves]
             total += loss.detach()
     return total, hidden_gradient
-
-
-def head_draws_noise(skeleton: Skeleton, weights: UnitWeights | None, hidden: torch.Tensor) -> bool:
-    """Whether the head draws random numbers, tried on one token of hidden [batch, tokens, width]."""
-    before = generator_state(hidden.device)
-    with torch.no_grad(), skeleton.bound(skeleton.head, weights, grad=False):
-        run_head(skeleton, hidden.flatten(0, 1)[:1])
-    drawn = has_moved(hidden.device, before)
-    set_generator_state(hidden.device, before)
-    return drawn
 
 
 def backward_prologue(

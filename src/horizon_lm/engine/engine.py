@@ -58,7 +58,6 @@ class Engine(OpFunctions):
         self.gradient_slots = GradientSlots(store, downloaded, self.policies.grad_slots, device, alias)
         self.boundary_slots = BoundarySlots(settings.boundary_slots, device, alias)
         self._poison = isinstance(lanes, AdversarialLanes)
-        self._head_was_tried = False
         self._schedules: dict[tuple[StepPlan, bool], Schedule] = {}
         self._embedding = compute.host_embedding(skeleton)
         self._step: Step | None = None  # whose gradients the store holds, whole

@@ -15,16 +15,17 @@ from torch.nn import functional as F
 from ..errors import ConfigError
 from ..model.capture import run_head
 from ..model.skeleton import Skeleton
-from .noise import generator_state, set_generator_state
+from .noise import Draws
 
 IGNORE_INDEX = -100
 # Elements of fp32 logits alive at once when `loss_chunk_tokens` is auto: 512 MB, and about three
 # times that with their gradient and bf16 copy.
 _AUTO_LOGITS = 1 << 27
 
-# (skeleton, hidden [batch, tokens, width], targets [batch, tokens] on the host) -> (fp32 scalar on the
-# device, gradient of hidden). The gradients of the head's parameters go to the leaves that are bound.
-HeadLoss = Callable[[Skeleton, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# (skeleton, hidden [batch, tokens, width], targets [batch, tokens] on the host, the head's random state) ->
+# (fp32 scalar on the device, gradient of hidden). The gradients of the head's parameters go to the leaves
+# that are bound.
+HeadLoss = Callable[[Skeleton, torch.Tensor, torch.Tensor, Draws], tuple[torch.Tensor, torch.Tensor]]
 # (log-probabilities [batch, tokens - 1], micro-batch) -> scalar, or (scalar, metrics)
 LossFunction = Callable[[torch.Tensor, dict[str, torch.Tensor]], Any]
 
@@ -58,27 +59,28 @@ def cross_entropy(num_tokens: int, chunk: int, label_smoothing: float = 0.0) -> 
     """
 
     def head_loss(
-        skeleton: Skeleton, hidden: torch.Tensor, targets: torch.Tensor
+        skeleton: Skeleton, hidden: torch.Tensor, targets: torch.Tensor, draws: Draws
     ) -> tuple[torch.Tensor, torch.Tensor]:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         # A tensor, since CUDA divides by a number as it multiplies by the reciprocal: other bits.
         divisor = torch.full((), num_tokens, dtype=torch.float32, device=hidden.device)
         flat = hidden.flatten(0, 1)
         gradient = torch.zeros_like(flat)
-        for place, piece, wanted in _chunks(flat, targets.flatten(), chunk):
-            logits = run_head(skeleton, piece.requires_grad_()).float()
-            loss = F.cross_entropy(
-                logits,
-                wanted,
-                ignore_index=IGNORE_INDEX,
-                reduction="sum",
-                label_smoothing=label_smoothing,
-            )
-            loss = loss / divisor
-            loss.backward()
-            total += loss.detach()
-            assert piece.grad is not None
-            gradient[place] = piece.grad
+        with draws():
+            for place, piece, wanted in _chunks(flat, targets.flatten(), chunk):
+                logits = run_head(skeleton, piece.requires_grad_()).float()
+                loss = F.cross_entropy(
+                    logits,
+                    wanted,
+                    ignore_index=IGNORE_INDEX,
+                    reduction="sum",
+                    label_smoothing=label_smoothing,
+                )
+                loss = loss / divisor
+                loss.backward()
+                total += loss.detach()
+                assert piece.grad is not None
+                gradient[place] = piece.grad
         return total, gradient.view_as(hidden)
 
     return head_loss
@@ -115,27 +117,25 @@ def custom(
     """
 
     def head_loss(
-        skeleton: Skeleton, hidden: torch.Tensor, targets: torch.Tensor
+        skeleton: Skeleton, hidden: torch.Tensor, targets: torch.Tensor, draws: Draws
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        drawn = generator_state(hidden.device) if skeleton.has_noise else None
-        # The last token of a row has no target.
-        leaf = log_probabilities(skeleton, hidden, targets, chunk)[:, :-1].requires_grad_()
+        with draws():  # the last token of a row has no target
+            leaf = log_probabilities(skeleton, hidden, targets, chunk)[:, :-1].requires_grad_()
         given = {name: value.to(hidden.device) for name, value in batch.items()}
-        loss, extra = _checked(loss_fn(leaf, given))
+        loss, extra = _checked(loss_fn(leaf, given))  # what it draws comes from the caller's generators
         metrics.update({str(name): _number(name, value) for name, value in extra.items()})
         loss.backward()
         if leaf.grad is None:
             raise _no_loss("does not depend on the log-probabilities")
-        if drawn is not None:  # the head's noise once more, whatever `loss_fn` drew
-            set_generator_state(hidden.device, drawn)
         wanted_gradient = F.pad(leaf.grad, (0, 1)).flatten()
         flat = hidden.flatten(0, 1)
         gradient = torch.zeros_like(flat)
-        for place, piece, wanted in _chunks(flat, targets.flatten(), chunk):
-            found = _log_probability(skeleton, piece.requires_grad_(), wanted)
-            found.backward(wanted_gradient[place])
-            assert piece.grad is not None
-            gradient[place] = piece.grad
+        with draws():  # the head's noise once more
+            for place, piece, wanted in _chunks(flat, targets.flatten(), chunk):
+                found = _log_probability(skeleton, piece.requires_grad_(), wanted)
+                found.backward(wanted_gradient[place])
+                assert piece.grad is not None
+                gradient[place] = piece.grad
         return loss.detach().float(), gradient.view_as(hidden)
 
     return head_loss

@@ -6,8 +6,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -46,7 +46,6 @@ class OpFunctions:
     boundary_slots: BoundarySlots
     _embedding: nn.Embedding
     _poison: bool
-    _head_was_tried: bool
     _saving: Saving | None
     reruns: set[int]
     notes: list[str]
@@ -83,22 +82,8 @@ class OpFunctions:
         self.weight_slots.upload(op.slot, op.unit)
 
     def _forward(self, step: Step, op: Op) -> None:
-        if self.skeleton.has_noise:
-            self._run_forward(step, op)
-            return
-        before = noise.generator_state(self.device)
-        self._run_forward(step, op)
-        if noise.has_moved(self.device, before):
-            # Noise that nothing announced. What ran so far drew none, so this op alone is done over.
-            noise.set_generator_state(self.device, before)
-            self.skeleton.draws_noise = True
-            if op.unit > 0:
-                step.call(op.micro_batch).routers.pop()
-            self._run_forward(step, op)
-
-    def _run_forward(self, step: Step, op: Op) -> None:
         m = op.micro_batch
-        with self._random_state(step, op):
+        with self._draws(step, op)():
             if op.unit == 0:
                 embeds = step.tensor("embeds", -1, m).to(self.device, non_blocking=True)
                 output, call = compute.forward_prologue(
@@ -158,7 +143,7 @@ class OpFunctions:
 
     def _recompute(self, step: Step, op: Op) -> None:
         m = op.micro_batch
-        with self._random_state(step, op):
+        with self._draws(step, op)():
             done = activations.forward_layer(
                 self.skeleton,
                 op.unit - 1,
@@ -175,28 +160,24 @@ class OpFunctions:
 
     def _loss(self, step: Step, op: Op) -> None:
         m = op.micro_batch
-        hidden = step.tensor("input", op.unit, m)
-        if not self.skeleton.has_noise and not self._head_was_tried:
-            self.skeleton.draws_noise = compute.head_draws_noise(self.skeleton, self._weights(op), hidden)
-        self._head_was_tried = True
-        with self._random_state(step, op):
-            loss, gradient = compute.loss_and_backward(
-                self.skeleton,
-                self._weights(op),
-                step.call(m),
-                hidden,
-                step.targets[m],
-                self._gradient(step, op),
-                step.head_losses[m],
-                num_tokens=step.num_tokens,
-            )
+        loss, gradient = compute.loss_and_backward(
+            self.skeleton,
+            self._weights(op),
+            step.call(m),
+            step.tensor("input", op.unit, m),
+            step.targets[m],
+            self._gradient(step, op),
+            step.head_losses[m],
+            self._draws(step, op),
+            num_tokens=step.num_tokens,
+        )
         step.losses[m] = loss
         step.memory[Buffer("input_grad", -1, m)] = gradient
 
     def _evaluate(self, step: Step, op: Op) -> None:
         m = op.micro_batch
         step.call(m)
-        with self.skeleton.bound(op.unit, self._weights(op), grad=False):
+        with self._draws(step, op)(), self.skeleton.bound(op.unit, self._weights(op), grad=False):
             found = log_probabilities(
                 self.skeleton, step.tensor("input", op.unit, m), step.targets[m], self.policies.loss_chunk
             )
@@ -206,7 +187,7 @@ class OpFunctions:
     def _backward(self, step: Step, op: Op) -> None:
         m = op.micro_batch
         gradient = step.tensor("input_grad", -1, m)
-        with self._random_state(step, op):
+        with self._draws(step, op)():
             if op.unit == 0:
                 embeds = step.tensor("embeds", -1, m).to(self.device, non_blocking=True)
                 gradient = compute.backward_prologue(
@@ -341,5 +322,5 @@ class OpFunctions:
         staging = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
         return staging.copy_(value, non_blocking=True)
 
-    def _random_state(self, step: Step, op: Op) -> AbstractContextManager[None]:
-        return noise.random_state(self.skeleton, self.device, step.rng_base, op.unit, op.micro_batch)
+    def _draws(self, step: Step, op: Op) -> noise.Draws:
+        return partial(noise.random_state, self.device, step.rng_base, op.unit, op.micro_batch)

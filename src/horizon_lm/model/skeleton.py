@@ -39,7 +39,6 @@ class Skeleton:
         self.model = model.train()
         self.config = model.config
         self.dtype = dtype
-        self.draws_noise = False  # seen as it happened, without a name for it
         self.neftune_noise_alpha: float | None = None
         if any("layerdrop" in name and value for name, value in vars(self.config).items()):
             raise UnsupportedModelError(
@@ -73,7 +72,7 @@ class Skeleton:
 
     def tile_mlps(self, tile_tokens: int) -> None:
         """Compute MLPs in tiles of so many tokens. Raises UnsupportedModelError where no layer has one."""
-        if not tile_mlps(self.layers, tile_tokens, has_noise=lambda: self.has_noise):
+        if not tile_mlps(self.layers, tile_tokens):
             raise UnsupportedModelError(
                 f"{self.model_type} has no MLP that could be computed in tiles",
                 hint="leave mlp_tile_tokens out; experts and recurrent layers are computed at once",
@@ -101,21 +100,20 @@ class Skeleton:
             return 1 << 62
         return int(getattr(self.config, "max_position_embeddings", 1024))
 
-    @property
-    def has_noise(self) -> bool:
-        """Whether a forward pass in training draws random numbers (dropout, router jitter)."""
-        return self.draws_noise or self.neftune_noise_alpha is not None or self._names_noise
+    @cached_property
+    def max_positions(self) -> int | None:
+        """Rows of the table in which a position is looked up; None where there is none (rotary, alibi)."""
+        tables = [(p.name, len(p.shape)) for p in self.units[0].parameters]
+        tables += [(name, buffer.dim()) for name, buffer in self.model.named_buffers()]
+        words = ("wpe", "position", "pos_encoding")
+        has_table = any(dim == 2 and any(word in name for word in words) for name, dim in tables)
+        end = getattr(self.config, "max_position_embeddings", None)
+        return end if has_table and isinstance(end, int) else None
 
     @cached_property
-    def _names_noise(self) -> bool:
-        """Whether the configuration or a module (an adapter's dropout) says so."""
-        return _is_noise(vars(self.config)) or any(
-            isinstance(module, nn.RReLU)
-            or isinstance(module, nn.modules.dropout._DropoutNd)
-            and module.p > 0
-            or _is_noise(vars(module))
-            for module in self.model.modules()
-        )
+    def extends_positions(self) -> bool:
+        """Whether that table is made longer for a longer sequence (sinusoids, as in fairseq)."""
+        return any(hasattr(module, "make_weights") for module in self.model.modules())
 
     @property
     def has_router_loss(self) -> bool:
@@ -223,14 +221,6 @@ class Skeleton:
             for (_, owners), old in zip(placed, hollow, strict=True):
                 for (owner, local), was in zip(owners, old, strict=True):
                     owner._parameters[local] = was
-
-
-def _is_noise(values: dict[str, Any]) -> bool:
-    words = ("drop", "jitter")
-    return any(
-        isinstance(value, float) and value > 0 and any(word in name for word in words)
-        for name, value in values.items()
-    )
 
 
 def _owners(model: Any) -> tuple[dict[str, list[Owner]], dict[str, list[str]]]:

@@ -7,7 +7,6 @@ Training, arXiv:2506.13996.)
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -36,28 +35,24 @@ def _is_token_wise(module: nn.Module) -> bool:
     return bool(kinds) and kinds <= {"Linear", "Conv1D"}
 
 
-def tile_mlps(layers: list[nn.Module], tile_tokens: int, *, has_noise: Callable[[], bool]) -> int:
+def tile_mlps(layers: list[nn.Module], tile_tokens: int) -> int:
     """Replace the forward of the layers' MLPs by one that goes tile by tile; returns how many there are.
-
-    has_noise: asked whether to draw the same dropout masks when a tile is computed again.
-    """
+    A tile that is computed again draws the same dropout masks."""
     count = 0
     for layer in layers:
         for module in find_mlps(layer):
             whole = module.forward
-            module.forward = partial(_in_tiles, whole, tile_tokens, has_noise)  # type: ignore[method-assign]
+            module.forward = partial(_in_tiles, whole, tile_tokens)  # type: ignore[method-assign]
             count += 1
     return count
 
 
-def _in_tiles(
-    whole: Any, tile_tokens: int, has_noise: Callable[[], bool], hidden: torch.Tensor
-) -> torch.Tensor:
+def _in_tiles(whole: Any, tile_tokens: int, hidden: torch.Tensor) -> torch.Tensor:
     """hidden: [batch, tokens, width]."""
     if hidden.shape[1] <= tile_tokens:
         return whole(hidden)
     tiles = hidden.split(tile_tokens, dim=1)
     if not torch.is_grad_enabled():
         return torch.cat([whole(tile) for tile in tiles], dim=1)
-    run = partial(checkpoint, whole, use_reentrant=False, preserve_rng_state=has_noise())
+    run = partial(checkpoint, whole, use_reentrant=False)
     return torch.cat([run(tile) for tile in tiles], dim=1)

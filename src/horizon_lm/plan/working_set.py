@@ -7,7 +7,7 @@ tensors; what it allocates and what it computes is counted. Nothing is known of 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -319,6 +319,6 @@ def _head_on(
     metered.take()
     metered.restart()
     with torch.enable_grad(), bound_for_backward(skeleton, head, weights, gradient):
-        head_loss(rows)(skeleton, hidden, targets)
+        head_loss(rows)(skeleton, hidden, targets, nullcontext)
     metered.peak()
     metered.take()
