@@ -28,7 +28,7 @@ __all__ = ["ISAS", "Hyper", "available_isas", "describe", "library", "update", "
 
 ISAS = ("auto", "plain", "baseline", "avx2", "avx512")  # numbered as in csrc/optimizer.cpp
 _DTYPES = (torch.float32, torch.bfloat16)
-_VERSION = 3  # of the C interface
+_VERSION = 4  # of the C interface
 _BUILD = "python -m horizon_lm.optim.kernel --build"
 _log = logging.getLogger(__name__)
 
