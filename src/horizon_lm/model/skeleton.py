@@ -20,6 +20,7 @@ from ..memory.layout import Parameter, UnitLayout, lay_out
 from ..memory.master import join_master
 from ..memory.slots import UnitWeights
 from .anatomy import Anatomy, analyse
+from .rope import separate_documents
 from .tiling import tile_mlps
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
@@ -53,6 +54,7 @@ class Skeleton:
         for module in model.modules():  # it is the engine that computes layers again
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False
+        separate_documents(model)
         self.anatomy: Anatomy = analyse(model)
         layers: nn.ModuleList = model.get_submodule(self.anatomy.layers_path)
         self.layers: list[nn.Module] = list(layers)
