@@ -281,8 +281,8 @@ BETAS1 = (0.0, 0.01, 0.1, 0.3, 0.5, 0.9)
 @pytest.mark.parametrize("beta1", BETAS1)
 @pytest.mark.parametrize("rule", ["adamw", "adam", "lion"])
 def test_the_first_moment_is_torchs_lerp_for_any_beta1(rule, beta1, by):
-    """Gradients that fall by up to 1e9 from one step to the next. torch's own lerp may fuse its multiplication
-    with its addition, hence half an ulp of the larger end; the control is the form for small weights alone."""
+    """Gradients that are up to 1e9 times smaller than the moment. torch's own lerp may fuse multiplication and
+    addition, hence the tolerance of some roundings. The control: the form for small weights alone."""
     hyper = Hyper(lr=1e-3, beta1=beta1, beta2=beta1 if rule == "lion" else 0.999)
     run = make_run(4000, rule=rule, weights=FP32, grads=FP32)
     generator = torch.Generator().manual_seed(1)
@@ -313,7 +313,7 @@ def test_the_first_moment_is_torchs_lerp_for_any_beta1(rule, beta1, by):
 @pytest.mark.parametrize("rule", ["adamw", "adam", "lion"])
 def test_the_master_follows_torch_optim_for_any_beta1(rule, beta1):
     """30 steps; one gradient of 1e6 is followed by ones of 1e-3."""
-    run = make_run(3000, rule=rule, weights=FP32, grads=FP32)
+    run = make_run(500, rule=rule, weights=FP32, grads=FP32)
     for moment in (run.exp_avg, run.exp_avg_sq):
         if moment is not None:
             moment.zero_()
@@ -322,10 +322,10 @@ def test_the_master_follows_torch_optim_for_any_beta1(rule, beta1):
     optimizer = authority(rule, parameter, hyper)
     generator = torch.Generator().manual_seed(1)
     for step in range(1, 31):
-        run.grads.copy_(torch.randn(3000, generator=generator) * (1e6 if step == 3 else 1e-3))
+        run.grads.copy_(torch.randn(500, generator=generator) * (1e6 if step == 3 else 1e-3))
         parameter.grad = run.grads.clone()
         optimizer.step()
-        run.update(rule, hyper=hyper, step=step)
+        run.update(rule, hyper=hyper, step=step, threads=1)
     assert (run.master() - parameter.detach()).abs().max() <= 1e-6 * parameter.abs().max()
 
 

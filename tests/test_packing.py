@@ -329,7 +329,9 @@ def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
 
 
 def host_gradients(model: Any, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return gradients(hz.HostModel.from_pretrained(copy.deepcopy(model), device="cpu", dtype="float32"), batches)[2]
+    return gradients(
+        hz.HostModel.from_pretrained(copy.deepcopy(model), device="cpu", dtype="float32"), batches
+    )[2]
 
 
 @pytest.mark.parametrize("kind", ROPES)
@@ -337,8 +339,8 @@ def test_each_document_has_the_frequencies_of_its_own_length(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Documents of up to three times the length from which on frequencies are others, two rows of them and
-    padding; and one by one in falling order, where transformers keeps the longest one's. The control: a call's
-    longest position counts for all that is in it."""
+    padding; and one by one, short ones after long ones. The control: the longest position of a call counts for
+    all that is in it."""
     lengths = [24, 5, LIMIT, 13]
     rng = np.random.default_rng(3)
     documents: list[Document] = [(rng.integers(3, zoo.VOCAB, n).tolist(), None) for n in lengths]

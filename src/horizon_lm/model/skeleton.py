@@ -177,7 +177,7 @@ class Skeleton:
         return _created_dtypes(self.model, self.dtype)
 
     def _kept_in_fp32(self) -> Callable[[str, torch.Tensor], bool]:
-        """Which parameters are computed with in fp32: in a bf16 model those that transformers' loader keeps so
+        """Which parameters are computed with in fp32: in a bf16 model those that transformers' loader keeps
         (`_keep_in_fp32_modules_strict`, and what the class creates in fp32), whatever the dtype of the files.
 
         A model object that is in bf16 but for some fp32 parameters has its compute dtypes already. In an fp16
@@ -189,7 +189,8 @@ class Skeleton:
         if torch.bfloat16 in dtypes and len(dtypes) > 1:
             return lambda name, parameter: parameter.dtype == torch.float32
         globs = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
-        strict = re.compile("|".join(glob.replace("*", ".*") for glob in globs) or "(?!)")  # as the loader does
+        words = [glob.replace("*", ".*") for glob in globs]  # expressions, as to the loader
+        strict = re.compile("|".join(words) or "(?!)")
         created = {name for name, dtype in self._created.items() if dtype == torch.float32}
         return lambda name, parameter: name in created or strict.search(name) is not None
 

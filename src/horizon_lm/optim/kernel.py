@@ -141,7 +141,7 @@ def update(
     The bits depend on neither threads nor isa nor on how a run is cut into calls, and equal those of
     reference.update. Moments below 1.2e-38 are stored as zero. A NaN gradient makes master and moments
     of its element NaN (one bit pattern), an infinite one the first moment infinite and the rest what
-    IEEE arithmetic says; no other element changes by it.
+    IEEE arithmetic says (with beta1 = 0 the moment is then NaN, as torch's); no other element changes by it.
 
     Raises ValueError for tensors or settings that it cannot use; RuntimeError without the library.
     """
