@@ -281,8 +281,8 @@ BETAS1 = (0.0, 0.01, 0.1, 0.3, 0.5, 0.9)
 @pytest.mark.parametrize("beta1", BETAS1)
 @pytest.mark.parametrize("rule", ["adamw", "adam", "lion"])
 def test_the_first_moment_is_torchs_lerp_for_any_beta1(rule, beta1, by):
-    """Gradients that are up to 1e9 times smaller than the moment. torch's own lerp may fuse multiplication and
-    addition, hence the tolerance of some roundings. The control: the form for small weights alone."""
+    """Gradients that are up to 1e9 times smaller than the moment. torch's own lerp may fuse operations,
+    hence the tolerance of some roundings. The control: the form for small weights alone."""
     hyper = Hyper(lr=1e-3, beta1=beta1, beta2=beta1 if rule == "lion" else 0.999)
     run = make_run(4000, rule=rule, weights=FP32, grads=FP32)
     generator = torch.Generator().manual_seed(1)
