@@ -49,15 +49,17 @@ ALWAYS_INLINE uint32_t moment_bits(float value) {
   return (bits & 0x7F800000u) == 0 ? 0u : bits;
 }
 
-// The master in a bf16 and a signed residual, as in memory/master.py: the upper tie of an even bf16 moves one
-// ulp down. What is left with a lower half of 0x8000 or more rounds up, and the residual, being signed, undoes it.
+// The master in a bf16 and a signed residual, as in memory/master.py: beside an even bf16, residual 0x7FFF stands for
+// the upper tie, and the master one ulp below that tie moves one ulp down. What is left with a lower half of 0x8000 or
+// more rounds up, and the residual, being signed, undoes it.
 ALWAYS_INLINE float join_master(bf16 weight, int16_t residual) {
-  return as_float((uint32_t(weight) << 16) + uint32_t(int32_t(residual)));
+  const uint32_t upper_tie = uint32_t(residual == 0x7FFF) & ~uint32_t(weight);
+  return as_float((uint32_t(weight) << 16) + uint32_t(int32_t(residual)) + upper_tie);
 }
 
 ALWAYS_INLINE uint32_t storable_bits(float master) {
   const uint32_t bits = canonical_bits(master);
-  return bits - ((bits & 0x1FFFFu) == 0x8000u ? 1u : 0u);
+  return bits - ((bits & 0x1FFFFu) - 0x7FFFu < 2u ? 1u : 0u);
 }
 
 ALWAYS_INLINE bf16 upper_half(uint32_t storable) { return bf16((storable + 0x8000u) >> 16); }

@@ -52,6 +52,12 @@ struct Update {
 
 namespace {
 
+// As torch.lerp: from the nearer end, so that all of `weight` 1 is `end`, however much larger `start` is.
+ALWAYS_INLINE float lerp(float start, float end, float weight) {
+  const bool near_start = weight < 0.5f;
+  return (near_start ? start : end) + (end - start) * (near_start ? weight : weight - 1.0f);
+}
+
 // ---- the reference: one scalar loop ---------------------------------------------------------------------
 
 float load(const void* run, int32_t dtype, int64_t i) {
@@ -84,7 +90,7 @@ void update_plain(const Update& u, int64_t begin, int32_t count) {
         } else {
           grad = grad + master * u.weight_decay;
         }
-        m = m + (grad - m) * u.take1;
+        m = lerp(m, grad, u.take1);
         float v = load(u.exp_avg_sq, u.moment_dtype, i);
         v = v * u.beta2 + (grad * u.take2) * grad;
         const float root = std::sqrt(v) * u.rescale2;
@@ -99,10 +105,10 @@ void update_plain(const Update& u, int64_t begin, int32_t count) {
         break;
       case kLion: {
         master = master * u.decay;
-        const float direction = m + (grad - m) * u.take1;
+        const float direction = lerp(m, grad, u.take1);
         const float sign = direction > 0 ? 1.0f : direction < 0 ? -1.0f : direction;  // NaN stays NaN
         master = master - sign * u.step_size;
-        m = m + (grad - m) * u.take2;
+        m = lerp(m, grad, u.take2);
         break;
       }
     }
@@ -158,7 +164,7 @@ ALWAYS_INLINE void update_piece(const Update& u, int64_t begin, int32_t count) {
       master = master * decay;
     }
     if constexpr (kAdaptive) {
-      m = m + (grad - m) * take1;
+      m = lerp(m, grad, take1);
       const float v = widen(exp_avg_sq[i]) * beta2 + (grad * take2) * grad;
       const float root = std::sqrt(v) * rescale2;
       master = master - (m * step_size) / (root + epsilon);
@@ -167,10 +173,10 @@ ALWAYS_INLINE void update_piece(const Update& u, int64_t begin, int32_t count) {
       m = m * momentum + grad;
       master = master - m * step_size;
     } else {
-      const float direction = m + (grad - m) * take1;
+      const float direction = lerp(m, grad, take1);
       const float sign = direction > 0 ? 1.0f : direction < 0 ? -1.0f : direction;
       master = master - sign * step_size;
-      m = m + (grad - m) * take2;
+      m = lerp(m, grad, take2);
     }
     narrow(exp_avg[i], m, random & 0xFFFFu);
     if constexpr (kSplit) {
@@ -246,7 +252,7 @@ Kernel by_rule(const Update& u) {
 extern "C" {
 
 // To be raised with every change of `Update` or of the functions here and in gradients.cpp: an old library is not loaded.
-int32_t horizon_optimizer_version() { return 3; }
+int32_t horizon_optimizer_version() { return 4; }
 
 int32_t horizon_has_openmp() {
 #ifdef _OPENMP

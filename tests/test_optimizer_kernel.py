@@ -6,6 +6,7 @@ import itertools
 import logging
 import shutil
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import pytest
 import torch
@@ -152,6 +153,25 @@ def test_any_bit_pattern_gives_the_bits_of_the_reference(n, rule, dtypes, seed, 
 
 
 @needs_kernel
+@pytest.mark.parametrize("by", [*kernel.available_isas(), "reference"])
+def test_every_stored_master_is_read_and_written_alike(by):
+    """A step that changes nothing (learning rate 0) over all lower halves beside even and odd weights: what
+    memory/master.py stores is read and written back by every instruction set."""
+    uppers = torch.tensor([0x0000, 0x0001, 0x3F80, 0x3F81, 0x7F7E, 0x7F7F, -0x8000, -0x407F, -0x81])
+    lower = torch.arange(-(1 << 15), 1 << 15)
+    master = ((uppers[:, None] << 16) + lower).flatten().to(torch.int32).view(FP32)
+    master = torch.where(master.isfinite(), master, 0)
+    weight, residual = torch.empty(len(master), dtype=BF16), torch.empty(len(master), dtype=torch.int16)
+    split_master(master, weight, residual)
+    assert (residual == 0x7FFF).any()
+    run = Run(weight, residual, torch.zeros(len(master)), torch.zeros(len(master)), None)
+    start = run.clone()
+    update = reference.update if by == "reference" else partial(kernel.update, isa=by)
+    run.update("sgd", by=update, hyper=Hyper(lr=0.0))
+    assert same_bits(run, start)
+
+
+@needs_kernel
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_bad_gradient_spoils_its_own_element_only(rule, bad):
@@ -251,6 +271,62 @@ def test_the_master_follows_torch_optim_for_200_steps(rule, weights):
     assert (found - first).norm() > 0.05 * first.norm()
     assert (found - expected).norm() <= 1e-6 * expected.norm()
     assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+BETAS1 = (0.0, 0.01, 0.1, 0.3, 0.5, 0.9)
+
+
+@needs_kernel
+@pytest.mark.parametrize("by", [kernel.update, reference.update])
+@pytest.mark.parametrize("beta1", BETAS1)
+@pytest.mark.parametrize("rule", ["adamw", "adam", "lion"])
+def test_the_first_moment_is_torchs_lerp_for_any_beta1(rule, beta1, by):
+    """Gradients that are up to 1e9 times smaller than the moment. torch's own lerp may fuse operations,
+    hence the tolerance of some roundings. The control: the form for small weights alone."""
+    hyper = Hyper(lr=1e-3, beta1=beta1, beta2=beta1 if rule == "lion" else 0.999)
+    run = make_run(4000, rule=rule, weights=FP32, grads=FP32)
+    generator = torch.Generator().manual_seed(1)
+    run.exp_avg.copy_(torch.randn(4000, generator=generator))
+    run.grads.mul_(10.0 ** (-9 * torch.rand(4000, generator=generator)))
+    old, grads = run.exp_avg.clone(), run.grads.clone()
+    before = run.weights.clone()
+    run.update(rule, by=by, hyper=hyper, step=2)
+    weight = 1 - beta1
+    near = grads if weight >= 0.5 else old
+    allowed = 2**-24 * (near.abs() + 3 * (grads - old).abs() * min(weight, beta1)).double()
+    error = (run.exp_avg.double() - torch.lerp(old, grads, weight).double()).abs()
+    assert (error <= 2 * allowed).all()
+    one_form = old + (grads - old) * torch.tensor(weight)
+    off = (one_form.double() - torch.lerp(old, grads, weight).double()).abs()
+    assert bool((off > 2 * allowed).any()) == (beta1 <= 0.1)
+    if beta1 == 0:
+        assert torch.equal(run.exp_avg, grads)
+    if rule == "lion":
+        sign = (before - run.weights).sign()
+        exact = (old.double() * beta1 + grads.double() * weight).sign().float()
+        clear = (old.double() * beta1 + grads.double() * weight).abs() > 4 * allowed
+        assert torch.equal(sign[clear], exact[clear]) and clear.float().mean() > 0.9
+
+
+@needs_kernel
+@pytest.mark.parametrize("beta1", BETAS1)
+@pytest.mark.parametrize("rule", ["adamw", "adam", "lion"])
+def test_the_master_follows_torch_optim_for_any_beta1(rule, beta1):
+    """30 steps; one gradient of 1e6 is followed by ones of 1e-3."""
+    run = make_run(500, rule=rule, weights=FP32, grads=FP32)
+    for moment in (run.exp_avg, run.exp_avg_sq):
+        if moment is not None:
+            moment.zero_()
+    hyper = Hyper(lr=1e-3, beta1=beta1, beta2=0.9, weight_decay=0.1)
+    parameter = run.master().requires_grad_()
+    optimizer = authority(rule, parameter, hyper)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(1, 31):
+        run.grads.copy_(torch.randn(500, generator=generator) * (1e6 if step == 3 else 1e-3))
+        parameter.grad = run.grads.clone()
+        optimizer.step()
+        run.update(rule, hyper=hyper, step=step, threads=1)
+    assert (run.master() - parameter.detach()).abs().max() <= 1e-6 * parameter.abs().max()
 
 
 # ---- bf16 moments ---------------------------------------------------------------------------------------

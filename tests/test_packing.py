@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +14,13 @@ from hypothesis import strategies as st
 
 import horizon_lm as hz
 import zoo
+from horizon_lm.config import ModelSettings
 from horizon_lm.data.batches import collate, in_order
 from horizon_lm.data.encode import Encoded
 from horizon_lm.data.packing import IGNORED, Rows, make_rows, split_off
 from horizon_lm.data.tokens import TokenStore, TokenWriter
 from horizon_lm.errors import DataError
+from horizon_lm.plan.outline import Outline
 
 Document = tuple[list[int], list[bool] | None]
 
@@ -252,3 +255,131 @@ def test_packed_has_the_per_token_losses_of_its_documents() -> None:
             at += length
             compared += 1
     assert compared == len(documents)
+
+
+# ---- frequencies that depend on the length ------------------------------------------------------------
+
+LIMIT = 8  # tokens from which on the frequencies are others
+_PAIRS = 4  # of a head
+_DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+_LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": LIMIT,
+    "short_factor": [1.0 + 0.1 * i for i in range(_PAIRS)],
+    "long_factor": [3.0 + i for i in range(_PAIRS)],
+}
+ROPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "dynamic": ("llama", {"max_position_embeddings": LIMIT, "rope_parameters": _DYNAMIC}),
+    "dynamic in some layers": (
+        "gemma3_text",
+        {
+            "max_position_embeddings": LIMIT,
+            "rope_parameters": {
+                "full_attention": _DYNAMIC,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
+    "longrope": (
+        "phi3",
+        {
+            "max_position_embeddings": 64,
+            "original_max_position_embeddings": LIMIT,
+            "rope_parameters": _LONG,
+        },
+    ),
+    "longrope with scales": (
+        "phimoe",
+        {
+            "max_position_embeddings": 64,
+            "original_max_position_embeddings": LIMIT,
+            "rope_parameters": _LONG | {"short_mscale": 1.0, "long_mscale": 1.2},
+        },
+    ),
+}
+
+
+def rope_model(kind: str) -> Any:
+    name, changes = ROPES[kind]
+    config = zoo.CASES[name].config()
+    for key, value in changes.items():
+        setattr(config, key, copy.deepcopy(value))
+    return zoo._from_config(config, torch.float32, 0, "sdpa").train()
+
+
+def one_by_one(model: Any, documents: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gradients of the mean loss by transformers, each document in a copy that has seen no other."""
+    total = sum(len(ids) - 1 for ids in documents)
+    found: dict[str, torch.Tensor] = {}
+    for ids in documents:
+        fresh = copy.deepcopy(model)
+        logits = fresh(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").div(total).backward()
+        for name, parameter in fresh.named_parameters():
+            if parameter.grad is not None:
+                found[name] = found.get(name, 0) + parameter.grad
+    return found
+
+
+def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    parts = [(found[name] - value).norm() for name, value in expected.items()]
+    return float(torch.stack(parts).norm() / torch.stack([v.norm() for v in expected.values()]).norm())
+
+
+def host_gradients(model: Any, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return gradients(
+        hz.HostModel.from_pretrained(copy.deepcopy(model), device="cpu", dtype="float32"), batches
+    )[2]
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_each_document_has_the_frequencies_of_its_own_length(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Documents of up to three times the length from which on frequencies are others, two rows of them and
+    padding; and one by one, short ones after long ones. The control: the longest position of a call counts
+    for all that is in it."""
+    lengths = [24, 5, LIMIT, 13]
+    rng = np.random.default_rng(3)
+    documents: list[Document] = [(rng.integers(3, zoo.VOCAB, n).tolist(), None) for n in lengths]
+    rows, alone = rows_of(documents, "bfd", 32), rows_of(documents, "none", 32)
+    packed = collate([rows.row(r) for r in range(len(rows))], "bfd", 0)[0]
+    assert len(packed["input_ids"]) == 2
+    single = [collate([alone.row(r)], "none", 0)[0] for r in range(len(alone))]
+    model = rope_model(kind)
+    expected = one_by_one(model, [torch.tensor(ids) for ids, _ in documents])
+    assert distance(host_gradients(model, [packed]), expected) < 2e-6
+    assert distance(host_gradients(model, single), expected) < 2e-6
+    monkeypatch.setattr("horizon_lm.model.skeleton.separate_documents", lambda model: None)
+    assert distance(host_gradients(model, [packed]), expected) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_documents_below_the_limit_and_lone_ones_are_left_to_transformers(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit by bit: packed rows of short documents, and rows without positions, padded or of any length."""
+    model, generator = rope_model(kind), torch.Generator().manual_seed(0)
+    ids = torch.randint(3, zoo.VOCAB, (2, 20), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 14:] = 0
+    places = torch.cat([torch.arange(LIMIT), torch.arange(LIMIT), torch.arange(4)]).expand(2, 20)
+    batches = [{"input_ids": ids, "labels": ids, "attention_mask": mask}]
+    batches += [{"input_ids": ids, "labels": ids, "position_ids": places.contiguous()}]
+    batches += [{"input_ids": ids, "labels": ids}]
+    found = [host_gradients(model, [batch]) for batch in batches]
+    monkeypatch.setattr("horizon_lm.model.skeleton.separate_documents", lambda model: None)
+    for batch, grads in zip(batches, found, strict=True):
+        as_it_is = host_gradients(model, [batch])
+        assert all(torch.equal(grads[name], value) for name, value in as_it_is.items())
+
+
+@pytest.mark.parametrize("kind", ["dynamic in some layers", "longrope with scales"])
+def test_frequencies_that_depend_on_the_length_can_be_planned(kind: str) -> None:
+    config = rope_model(kind).config
+    before = copy.deepcopy(config.rope_parameters)
+    outline = Outline(config, ModelSettings(device="cpu"))
+    assert outline.measures(1, 4 * LIMIT, 128).layers
+    assert config.rope_parameters == before

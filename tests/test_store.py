@@ -53,11 +53,16 @@ def is_upper_tie(master: torch.Tensor) -> torch.Tensor:
     return (to_bits(master).to(torch.int64) & 0x1FFFF) == 0x8000
 
 
+def is_moved(master: torch.Tensor) -> torch.Tensor:
+    """The one master in 131,072 that has no room: an fp32 ulp below an upper tie."""
+    return (to_bits(master).to(torch.int64) & 0x1FFFF) == 0x7FFF
+
+
 def check_split(master: torch.Tensor) -> None:
     weight, residual = split(master)
     stored = join_master(weight, residual)
-    moved = is_upper_tie(master)
-    # Only the upper tie is moved, by one fp32 ulp toward zero; all else comes back bit by bit.
+    moved = is_moved(master)
+    # Only that one is moved, by one fp32 ulp toward zero; all else comes back bit by bit.
     assert torch.equal(to_bits(stored), to_bits(master) - moved.to(torch.int32))
     # The weight is what torch rounds the master to, the one given and the one stored alike.
     assert torch.equal(weight.view(torch.int16), master.to(BF16).view(torch.int16))
@@ -89,7 +94,7 @@ UPPER_HALVES = {
 @pytest.mark.parametrize("upper", UPPER_HALVES.values(), ids=UPPER_HALVES.keys())
 def test_split_and_join_over_all_lower_halves(upper: int) -> None:
     master = from_bits((upper << 16) + LOWER_HALVES)
-    assert int(is_upper_tie(master).sum()) == (1 if upper % 2 == 0 else 0)
+    assert int(is_moved(master).sum()) == (1 if upper % 2 == 0 else 0)
     check_split(master)
 
 
@@ -97,8 +102,32 @@ def test_split_and_join_over_all_upper_halves() -> None:
     """Every finite sign, exponent and bf16 mantissa, at the lower halves where rounding changes."""
     uppers = torch.arange(1 << 16, dtype=torch.int64)
     uppers = uppers[(uppers & 0x7F80) != 0x7F80]
-    for lower in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
+    for lower in (0, 1, 0x7FFE, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
         check_split(from_bits((uppers << 16) + lower))
+
+
+def half_precision(dtype: torch.dtype) -> torch.Tensor:
+    """Every number of a 16-bit format but NaNs, in fp32: denormals, zeros of both signs, infinities."""
+    values = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype).float()
+    return values[~values.isnan()]
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_every_number_of_fp16_and_bf16_is_an_exact_master(dtype: torch.dtype) -> None:
+    """The control is what was done before: the upper tie, 1 in 16 numbers of fp16, moved by one ulp."""
+    master = half_precision(dtype)
+    weight, residual = split(master)
+    assert torch.equal(to_bits(join_master(weight, residual)), to_bits(master))
+    assert torch.equal(weight.view(torch.int16), master.to(BF16).view(torch.int16))
+    before = to_bits(master) - is_upper_tie(master).to(torch.int32)
+    wrong = (before != to_bits(master)).double().mean().item()
+    assert wrong == (0 if dtype == BF16 else pytest.approx(1 / 16, rel=0.05))
+
+
+def test_nan_masters_stay_nan() -> None:
+    payloads = torch.cat([LOWER_HALVES[1:], LOWER_HALVES])
+    uppers = torch.cat([torch.full((65535,), 0x7F80), torch.full((65536,), 0xFFC0)])
+    assert join_master(*split(from_bits((uppers << 16) + payloads))).isnan().all()
 
 
 def test_infinity_is_kept() -> None:
@@ -146,16 +175,19 @@ def test_split_of_a_transposed_master() -> None:
     assert torch.equal(join_master(weight, residual), master)
 
 
-def test_a_naive_difference_fails_on_the_tie() -> None:
-    """The negative control: without moving it, the upper tie wraps around and comes back wrong."""
+def test_a_plain_sum_fails_on_the_tie() -> None:
+    """The negative control: without its residual's second meaning the upper tie comes back one ulp off, and
+    as a plain difference of 16 bits it wraps around, to a whole bf16 step away."""
     master = from_bits((0x3F82 << 16) + LOWER_HALVES)
-    weight = master.to(BF16)
-    naive = (to_bits(master) - (weight.view(torch.int16).to(torch.int32) << 16)).to(torch.int16)
-    wrong = to_bits(join_master(weight, naive)) != to_bits(master)
-    assert torch.equal(wrong, is_upper_tie(master))
-    assert int(wrong.sum()) == 1
-    off = abs(float(join_master(weight, naive)[wrong][0]) - float(master[wrong][0]))
-    assert off == 2**-7  # a whole bf16 step, where the split is off by 2**-23
+    weight, residual = split(master)
+    upper = weight.view(torch.int16).to(torch.int32) << 16
+    tie = is_upper_tie(master)
+    assert int(tie.sum()) == 1
+    plain = upper + residual
+    assert torch.equal(plain != to_bits(master), tie | is_moved(master))
+    wrapped = upper + (to_bits(master) - upper).to(torch.int16)
+    assert torch.equal(wrapped != to_bits(master), tie)
+    assert float((wrapped.view(FP32) - master)[tie].abs()) == 2**-7
 
 
 # Layout.
@@ -300,7 +332,7 @@ def test_an_allocation_is_given_back() -> None:
 @pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16])
 def test_masters_keep_the_precision_of_the_source(source: torch.dtype) -> None:
     value = (torch.randn(32, 32, generator=torch.Generator().manual_seed(0)) / 30).to(source)
-    value[is_upper_tie(value.float())] = 0
+    value[is_moved(value.float())] = 0
     units = [lay_out("unit", [("w", (32, 32), True, BF16)], BF16)]
     store = HostStore(units, StoreSpec(BF16))
     store.adopt("w", value)

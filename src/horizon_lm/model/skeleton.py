@@ -7,7 +7,7 @@ table when it is not tied, then parameters that no forward pass uses.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, cast
@@ -20,7 +20,12 @@ from ..memory.layout import Parameter, UnitLayout, lay_out
 from ..memory.master import join_master
 from ..memory.slots import UnitWeights
 from .anatomy import Anatomy, analyse
+from .rope import separate_documents
 from .tiling import tile_mlps
+
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+# transformers writes most norms itself: CohereLayerNorm, LlamaRMSNorm, MambaRMSNormGated, NemotronLayerNorm1P
+_NORM_NAME = re.compile(r"(?i)norm(gated|1p|[123]d)?$")
 
 Owner = tuple[nn.Module, str]
 Router = tuple[nn.Module, int]  # a router and the place of its logits in what it returns
@@ -48,6 +53,7 @@ class Skeleton:
         for module in model.modules():  # it is the engine that computes layers again
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False
+        separate_documents(model)
         self.anatomy: Anatomy = analyse(model)
         layers: nn.ModuleList = model.get_submodule(self.anatomy.layers_path)
         self.layers: list[nn.Module] = list(layers)
@@ -134,6 +140,10 @@ class Skeleton:
         """Whether the parameter is the table of an embedding module (of tokens or positions)."""
         return any(isinstance(owner, nn.Embedding) for owner, _ in self._owners[name])
 
+    def is_norm(self, name: str) -> bool:
+        """Whether the parameter is the scale or shift of a normalisation, whatever its shape."""
+        return any(_is_norm(owner) for owner, _ in self._owners[name])
+
     @property
     def model_type(self) -> str:
         return str(getattr(self.config, "model_type", type(self.model).__name__))
@@ -147,7 +157,7 @@ class Skeleton:
             groups.append(("embedding", (cut.embedding,)))
         if cut.idle:
             groups.append(("idle", cut.idle))
-        kept = _kept_in_fp32(self.model, self.dtype)
+        kept = self._kept_in_fp32()
         units = []
         for unit, names in groups:
             rows = []
@@ -159,6 +169,28 @@ class Skeleton:
                 )
             units.append(lay_out(unit, rows, self.dtype))
         return tuple(units)
+
+    @cached_property
+    def _created(self) -> dict[str, torch.dtype]:
+        return _created_dtypes(self.model, self.dtype)
+
+    def _kept_in_fp32(self) -> Callable[[str, torch.Tensor], bool]:
+        """Which parameters are computed with in fp32: in a bf16 model those that transformers' loader keeps
+        (`_keep_in_fp32_modules_strict`, and what the class creates in fp32), whatever the dtype of the files.
+
+        A model object that is in bf16 but for some fp32 parameters has its compute dtypes already. In an fp16
+        one the fp32 parameters are no such choice: `_keep_in_fp32_modules` holds for fp16 alone.
+        """
+        if self.dtype == torch.float32:
+            return lambda name, parameter: True
+        dtypes = {parameter.dtype for parameter in self.model.parameters()}
+        if torch.bfloat16 in dtypes and len(dtypes) > 1:
+            return lambda name, parameter: parameter.dtype == torch.float32
+        globs = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
+        words = [glob.replace("*", ".*") for glob in globs]  # expressions, as to the loader
+        strict = re.compile("|".join(words) or "(?!)")
+        created = {name for name, dtype in self._created.items() if dtype == torch.float32}
+        return lambda name, parameter: name in created or strict.search(name) is not None
 
     def _parameter(self, name: str) -> nn.Parameter:
         owner, local = self._owners[name][0]
@@ -174,18 +206,23 @@ class Skeleton:
             yield parameter.name, value
 
     def place_buffers(self, device: torch.device) -> None:
-        """Move buffers to `device` in the dtype the model would have; equal ones share memory."""
-        wanted = _buffer_dtypes(self.model, self.dtype)
-        seen: list[torch.Tensor] = []
+        """Move buffers to `device` in the dtype the model would have.
+
+        Equal ones share memory where they are the same buffer of several modules (a mask in every layer).
+        Others do not: rotary embeddings write the frequencies of long texts over those of short ones, and
+        keep the latter in a second buffer that is equal at first.
+        """
+        seen: dict[tuple[type, str], list[torch.Tensor]] = {}
         for path, module in self.model.named_modules():
             for local, buffer in module._buffers.items():
                 if buffer is None:
                     continue
-                dtype = wanted.get(f"{path}.{local}" if path else local, buffer.dtype)
+                dtype = self._created.get(f"{path}.{local}" if path else local, buffer.dtype)
                 value = buffer.to(device=device, dtype=dtype)
-                twin = next((t for t in seen if t.dtype == dtype and torch.equal(t, value)), None)
+                alike = seen.setdefault((type(module), local), [])
+                twin = next((t for t in alike if t.dtype == dtype and torch.equal(t, value)), None)
                 if twin is None:
-                    seen.append(value)
+                    alike.append(value)
                 module._buffers[local] = value if twin is None else twin
 
     @contextmanager
@@ -223,6 +260,12 @@ class Skeleton:
                     owner._parameters[local] = was
 
 
+def _is_norm(module: nn.Module) -> bool:
+    """By class, as names mislead: projections lie in `norm_attn_norm` (dbrx), an embedding that normalises
+    its rows is a NormedEmbedding (inkling)."""
+    return isinstance(module, _NORMS) or _NORM_NAME.search(type(module).__name__) is not None
+
+
 def _owners(model: Any) -> tuple[dict[str, list[Owner]], dict[str, list[str]]]:
     """Each parameter's modules (several when tied) under its first name, and its other names."""
     first: dict[int, str] = {}
@@ -240,34 +283,18 @@ def _owners(model: Any) -> tuple[dict[str, list[Owner]], dict[str, list[str]]]:
     return owners, aliases
 
 
-def _kept_in_fp32(model: Any, dtype: torch.dtype):
-    """Which parameters transformers keeps in fp32 in a bf16 model (its `_keep_in_fp32_modules_strict`)."""
-    if dtype == torch.float32:
-        return lambda name, parameter: True
-    patterns = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
-    words = [re.escape(p).replace(r"\*", ".*") for p in patterns]
-    expression = re.compile("|".join(words)) if words else None  # anywhere in the name, as the loader does
-    mixed = len({p.dtype for p in model.parameters()}) > 1
-
-    def kept(name: str, parameter: torch.Tensor) -> bool:
-        if mixed:  # the model was loaded in its compute dtypes already
-            return parameter.dtype == torch.float32
-        return expression is not None and expression.search(name) is not None
-
-    return kept
-
-
-def _buffer_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Dtype of each floating-point buffer in a model that is created in `dtype`."""
+def _created_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Dtype of each floating-point parameter and buffer in a model that its class creates in `dtype`."""
     try:
         with torch.device("meta"):
-            reference = type(model)._from_config(model.config, dtype=dtype)
+            created = type(model)._from_config(model.config, dtype=dtype)
     except Exception as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} could not be created from its configuration: {error}",
             hint="check config.json in the model folder",
         ) from error
-    return {name: buffer.dtype for name, buffer in reference.named_buffers() if buffer.is_floating_point()}
+    named = [*created.named_parameters(remove_duplicate=False), *created.named_buffers()]
+    return {name: tensor.dtype for name, tensor in named if tensor.is_floating_point()}
 
 
 def _routers(model: Any, layer: nn.Module) -> list[Router]:

@@ -31,21 +31,26 @@ class Segment:
 
 
 def group_rule(
-    lr_factors: Mapping[str, float], *, decay_embeddings: bool, is_embedding: Callable[[str], bool]
+    lr_factors: Mapping[str, float],
+    *,
+    decay_embeddings: bool,
+    is_embedding: Callable[[str], bool],
+    is_norm: Callable[[str], bool],
 ) -> Callable[[Parameter], Group]:
     """The group of a parameter.
 
-    Decay spares biases and whatever has one dimension (the scales of norms, gates), as is usual
-    for AdamW, and embedding tables on demand. lr_factors: regular expression -> factor; the first that
-    is found anywhere in the parameter's name counts (`re.search`).
+    Decay spares biases, norms (of any shape: Cohere's have a row for each head) and whatever else has one
+    dimension (gates), as is usual for AdamW, and embedding tables on demand. lr_factors: regular
+    expression -> factor; the first that is found anywhere in the parameter's name counts (`re.search`).
     """
     patterns = [(compiled(pattern, "lr_factors"), factor) for pattern, factor in lr_factors.items()]
 
     def group(parameter: Parameter) -> Group:
-        decays = len(parameter.shape) > 1 and not parameter.name.endswith("bias")
-        if not decay_embeddings and is_embedding(parameter.name):
+        name = parameter.name
+        decays = len(parameter.shape) > 1 and not name.endswith("bias") and not is_norm(name)
+        if not decay_embeddings and is_embedding(name):
             decays = False
-        factor = next((f for pattern, f in patterns if pattern.search(parameter.name)), 1.0)
+        factor = next((f for pattern, f in patterns if pattern.search(name)), 1.0)
         return Group(decays, factor)
 
     return group

@@ -29,7 +29,7 @@ __all__ = ["ISAS", "Hyper", "available_isas", "describe", "library", "update", "
 
 ISAS = ("auto", "plain", "baseline", "avx2", "avx512")  # numbered as in csrc/optimizer.cpp
 _DTYPES = (torch.float32, torch.bfloat16)
-_VERSION = 3  # of the C interface
+_VERSION = 4  # of the C interface
 _REFERENCE_PIECE = 1 << 22  # elements: 50 MB and less, and few enough pieces
 _BUILD = "python -m horizon_lm.optim.kernel --build"
 _log = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ def update(
     The bits depend on neither threads nor isa nor on how a run is cut into calls, and equal those of
     reference.update. Moments below 1.2e-38 are stored as zero. A NaN gradient makes master and moments
     of its element NaN (one bit pattern), an infinite one the first moment infinite and the rest what
-    IEEE arithmetic says; no other element changes by it.
+    IEEE arithmetic says (with beta1 = 0 the moment is then NaN, as torch's); no other element changes by it.
 
     Raises ValueError for tensors or settings that it cannot use; RuntimeError without the library.
     """

@@ -85,7 +85,7 @@ def _compute(
         master.mul_(c.decay)
     if rule in ADAPTIVE_RULES:
         assert v is not None
-        m.add_((grad - m).mul_(c.take1))
+        _lerp_(m, grad, c.take1)
         v.mul_(c.beta2).add_((grad * c.take2).mul_(grad))
         # numpy's sqrt is correctly rounded; torch's goes through MKL and is one ulp off for one in 200.
         with np.errstate(invalid="ignore"):
@@ -95,11 +95,19 @@ def _compute(
         m.mul_(c.momentum).add_(grad)
         master.sub_(m * c.step_size)
     else:
-        direction = m + (grad - m).mul_(c.take1)
+        direction = _lerp_(m.clone(), grad, c.take1)
         one = torch.ones(())
         sign = torch.where(direction > 0, one, torch.where(direction < 0, -one, direction))  # NaN stays NaN
         master.sub_(sign.mul_(c.step_size))
-        m.add_((grad - m).mul_(c.take2))
+        _lerp_(m, grad, c.take2)
+
+
+def _lerp_(start: torch.Tensor, end: torch.Tensor, weight: float) -> torch.Tensor:
+    """`start` moved to `end` by `weight`, in place, from the nearer end as torch.lerp does it."""
+    step = end - start
+    if weight < 0.5:
+        return start.add_(step.mul_(weight))
+    return start.copy_(end).add_(step.mul_(weight - 1))  # exact in fp32, as weight is an fp32
 
 
 def _store_moment(place: torch.Tensor, value: torch.Tensor, random: torch.Tensor | None) -> None:

@@ -598,6 +598,7 @@ def make_optimizer(skeleton: Skeleton, settings: ModelSettings) -> Optimizer:
         settings.lr_factors,
         decay_embeddings=settings.decay_embeddings,
         is_embedding=skeleton.is_embedding,
+        is_norm=skeleton.is_norm,
     )
     optimizer = Optimizer(
         settings.optim,
