@@ -60,7 +60,7 @@ def test_an_interrupt_at_any_moment(
     assert not moments.run(one.call)
     total, seed = moments.count, random.randrange(1 << 30) if SOAK else 3
     rng = random.Random(seed)
-    repeats = times(5, 150)
+    repeats = times(5 if by == "kernel" else 3, 150)
     for part in range(repeats):  # from the whole of it, evenly
         one.begin()
         at = int(total * (part + rng.random()) / repeats)
@@ -133,7 +133,7 @@ def test_an_update_is_made_once_wherever_it_is_cut(
     moments.run(pending.model.flush)
     total = moments.count
     assert total > 100 and same(bytes_of(pending.model), pending.after)
-    tried_at = range(0, total, times(max(1, total // 40), 1))
+    tried_at = range(0, total, times(max(1, total // 25), 1))
     for at in tried_at:
         pending.begin()
         assert moments.run(pending.model.flush, at)
