@@ -74,6 +74,8 @@ class Moments:
             return self._look
         if _handler(code, before) != _handler(code, place):
             return self._look  # raised here, it would go another way than raised by the call before
+        if frame.f_lineno is None:
+            return self._look  # of no line of source, which pytest cannot show
         if self.count == self.at:
             self.where = f"{Path(code.co_filename).name}:{frame.f_lineno} {code.co_name}"
             sys.settrace(None)
