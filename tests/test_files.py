@@ -29,6 +29,7 @@ from horizon_lm.run import loggers, plot
 from horizon_lm.run.export import write_folder
 from horizon_lm.run.folder import RunFolder, claim
 from horizon_lm.run.generate import prompts_of
+from horizon_lm.run.metrics import read_steps
 from horizon_lm.run.places import look
 from horizon_lm.run.report import write_report
 from horizon_lm.run.train import train
@@ -145,6 +146,7 @@ def test_links_at_all_names_are_replaced_and_never_followed(kind: str, run: Path
         assert (run / name).exists() and not (run / name).is_symlink(), name
         assert (run / name).is_dir() or (run / name).stat().st_nlink == 1, name
     assert look(run).is_finished and look(run).step == 3
+    assert [line["step"] for line in read_steps(run / "metrics.jsonl")] == [1, 2, 3]
     assert [c.manifest.step for c in list_checkpoints(run)[0]] == [3, 2]
     assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
 
@@ -185,12 +187,15 @@ def test_what_a_run_goes_on_with_is_no_link(
 ) -> None:
     """Refused before anything is read. A second name is harmless: the run goes on with a copy."""
     if kind == "second name":
+        before = (run / "metrics.jsonl").read_text()
         with (run / "metrics.jsonl").open("a") as file:
             file.write('{"event": "st')  # what a killed run was writing
         outside.plant(run / "metrics.jsonl", kind)
         assert go_on(run) == 0 and outside.is_untouched
-        lines = (run / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line)["event"] for line in lines][-1] == "end"
+        after = (run / "metrics.jsonl").read_text()
+        assert after.startswith(before)
+        added = [json.loads(line)["event"] for line in after.removeprefix(before).splitlines()]
+        assert added[:2] == ["start", "resume"] and added[-1] == "end"
         return
     for name in GOES_ON:
         content = (run / name).read_bytes() if (run / name).is_file() else None
@@ -294,6 +299,22 @@ def test_files_are_whole_or_as_they_were(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         files.create(tmp_path / "link")
     assert not (tmp_path / "gone").exists()
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+@pytest.mark.parametrize("end", ["", "cut o"])
+def test_a_log_goes_on_after_its_whole_lines(is_shared: bool, end: str, tmp_path: Path) -> None:
+    log, other = tmp_path / "log", tmp_path / "other"
+    log.write_text("one\ntwo\n" + end)
+    if is_shared:
+        os.link(log, other)
+    with files.open_log(log, goes_on=True) as file:
+        file.write("three\n")
+    assert log.read_text() == "one\ntwo\nthree\n"
+    assert not is_shared or other.read_text() == "one\ntwo\n" + end
+    with files.open_log(log, goes_on=False) as file:
+        file.write("new\n")
+    assert log.read_text() == "new\n"
 
 
 def test_what_killed_processes_were_writing_is_swept_and_no_more(tmp_path: Path, outside: Outside) -> None:

@@ -90,18 +90,16 @@ def open_log(path: Path, *, goes_on: bool) -> TextIO:
         check_own(path)
         flags = os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         file = os.open(path.name, flags, dir_fd=folder)
-    log = os.fdopen(file, "a", encoding="utf-8")
     try:
-        with os.fdopen(os.dup(file), "rb") as content:
+        with open(os.dup(file), "rb") as content:
             data = content.read()
         whole = data.rfind(b"\n") + 1
-        if os.fstat(file).st_nlink == 1:
+        is_shared = os.fstat(file).st_nlink > 1
+        if not is_shared:
             os.ftruncate(file, whole)
-            return log
-    except BaseException:
-        log.close()
-        raise
-    log.close()
+            return os.fdopen(os.dup(file), "a", encoding="utf-8")
+    finally:
+        os.close(file)
     write_file(path, data[:whole])
     return open_log(path, goes_on=True)
 
