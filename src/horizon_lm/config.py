@@ -18,8 +18,8 @@ from pydantic_core import PydanticCustomError
 from horizon_lm import config_merge
 from horizon_lm.config_base import fault, keys_of, setting
 from horizon_lm.config_checkpoints import CheckpointSettings
-from horizon_lm.config_data import DatasetConfig as DatasetConfig
 from horizon_lm.config_data import MOST, MOST_ROWS, DataSettings
+from horizon_lm.config_data import DatasetConfig as DatasetConfig
 from horizon_lm.config_model import ModelSettings as ModelSettings
 
 # Arguments that each curve of `lr_scheduler_type` takes, as in transformers' `get_scheduler`.

@@ -234,7 +234,7 @@ def _from_border(prompt: list[int], whole: list[int]) -> Finished:
 
 
 def _content_of(tokenizer: Any) -> str:
-    """What a tokenizer is, apart from the special tokens that it names: as JSON, or as a hash of its files."""
+    """What a tokenizer is, apart from the special tokens that it names: JSON, or a hash of its files."""
     if tokenizer.is_fast:
         backend = tokenizer.backend_tokenizer  # its JSON does not say whether special tokens are split
         return str(backend.to_str()) + ("split_special_tokens" if backend.encode_special_tokens else "")
