@@ -1,4 +1,4 @@
-"""Kept tokens are known by content: of data, of tokenizers, and of what a saved place in a stream is a place in."""
+"""Kept tokens are known by the content of data and tokenizers, and a saved place in a stream by its window."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def test_a_tokenizer_that_splits_special_tokens_is_another() -> None:
     tokenizer: Any = train_tokenizer([], 257)
     before = Encoder(tokenizer).key()
     assert before == Encoder(tokenizer).key(by_name=True)  # what was kept is found
-    tokenizer.backend_tokenizer.encode_special_tokens = True
+    tokenizer.split_special_tokens = True
     assert Encoder(tokenizer).key() != before == Encoder(tokenizer).key(by_name=True)
 
 
