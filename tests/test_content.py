@@ -1,4 +1,4 @@
-"""Kept tokens are known by the content of data and tokenizers, and a saved place in a stream by its window."""
+"""Kept tokens are known by the content of data and tokenizers, saved places in a stream by their window."""
 
 from __future__ import annotations
 
