@@ -234,10 +234,10 @@ def _from_border(prompt: list[int], whole: list[int]) -> Finished:
 
 
 def _content_of(tokenizer: Any) -> str:
-    """What a tokenizer is, apart from the special tokens that it names: as JSON, or as a hash of its files."""
+    """What a tokenizer is, apart from the special tokens that it names: JSON, or a hash of its files."""
     if tokenizer.is_fast:
-        backend = tokenizer.backend_tokenizer  # its JSON does not say whether special tokens are split
-        return str(backend.to_str()) + ("split_special_tokens" if backend.encode_special_tokens else "")
+        backend = str(tokenizer.backend_tokenizer.to_str())  # does not say whether special tokens are split
+        return backend + ("split_special_tokens" if tokenizer.split_special_tokens else "")
     digest = xxhash.xxh3_128(type(tokenizer).__name__.encode())
     with temporary_folder("horizon-tokenizer-") as folder:
         tokenizer.save_pretrained(folder)

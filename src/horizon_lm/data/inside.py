@@ -1,7 +1,7 @@
 """Files that belong to a data folder, and those outside it to which a link or a list of names in it leads.
 
 A folder of data comes from elsewhere as a rule. A link in it to `~/.ssh/config`, or `../notes.txt` in a list
-of its files, would make training text of what was never meant to be. What a user names is read wherever it is.
+of its files, would turn private files into training text. What a user names is read wherever it is.
 """
 
 from __future__ import annotations

@@ -215,7 +215,7 @@ def _row(value: Any, place: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Media:
-    """Stands for a picture, sound or the like in a row, which is not read. kind: `Image`, `Audio` and so on."""
+    """Stands for a picture, sound or the like in a row, which is not read. kind: `Image`, `Audio`, ..."""
 
     kind: str
 

@@ -36,7 +36,7 @@ def tokenise(
     """The tokens of all documents, and whether an earlier run had made them.
 
     cache_dir: the place for tokens by content and settings; None: nothing is kept, nor is what changed while
-    it was read. num_proc: worker processes, None for as many as there are cores. The tokens do not depend on it.
+    it was read. num_proc: worker processes, None for as many as there are cores; the tokens are the same.
     Raises DataError for the first row in order that cannot be used, unless such rows are skipped.
     """
     place = kept = None

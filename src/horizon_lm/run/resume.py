@@ -180,7 +180,8 @@ def _is_other_path(key: str, then: Any, now: Any, checkpoint: Checkpoint, config
         if len(then) != len(now):
             return False
         pairs = list(zip(then, now, strict=True))
-        same = all(old[k] == new[k] for old, new in pairs for k in new if k in old and k != "path")
+        kept = DatasetConfig.model_fields.keys() - {"path", "follow_links"}
+        same = all(old[k] == new[k] for old, new in pairs for k in kept if k in old)
         moved = [(old["path"], new["path"]) for old, new in pairs]
         return same and (not config.streaming or all(_is_same_path(*pair, checkpoint) for pair in moved))
     if not isinstance(then, str) or not isinstance(now, str):
