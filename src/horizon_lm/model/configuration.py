@@ -226,7 +226,7 @@ def _parts(config: Any) -> Iterator[Any]:
 
 def _named(values: dict[str, Any]) -> set[tuple[str, str]]:
     """(key, value) of CHOOSES_CODE, also in mappings within, out of which they are taken."""
-    found = set()
+    found: set[tuple[str, str]] = set()
     for key in CHOOSES_CODE & values.keys():
         public = next((keys[1] for keys in (_ATTENTION, _EXPERTS) if key in keys), key)
         if values[key]:
