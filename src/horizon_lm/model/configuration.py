@@ -24,7 +24,7 @@ _ATTENTION = ("_attn_implementation", "attn_implementation", "_attn_implementati
 _EXPERTS = ("_experts_implementation", "experts_implementation", "_experts_implementation_internal")
 CHOOSES_CODE = frozenset({*_ATTENTION, *_EXPERTS, "use_kernels", "kernel_config"})
 
-MOST_MODULES = 4_096  # of a kind: built in seconds; the deepest model published has 1,000 layers
+MOST_MODULES = 2_048  # of a kind: built in seconds; the deepest model published has 1,000 layers
 MOST_LABELS = 1_000_000  # each gets a name
 LARGEST = 2**32  # of any other size; larger ones overflow in products
 _DEEPEST = 64  # lists and mappings within each other
