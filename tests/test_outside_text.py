@@ -295,7 +295,7 @@ def test_the_users_attention_wins(
     planned = model_config(config)
     assert planned._attn_implementation == user
     assert Outline(planned, ModelSettings(attn_implementation=user)).num_layers == 2
-    found = [line for line in said.messages if "which it may not choose" in line]
+    found = [line for line in said.messages if "which is ignored" in line]
     assert any(
         str(KERNEL if isinstance(folders, dict) else folders) in line and user in line for line in found
     )

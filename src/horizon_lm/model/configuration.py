@@ -24,7 +24,7 @@ _ATTENTION = ("_attn_implementation", "attn_implementation", "_attn_implementati
 _EXPERTS = ("_experts_implementation", "experts_implementation", "_experts_implementation_internal")
 CHOOSES_CODE = frozenset({*_ATTENTION, *_EXPERTS, "use_kernels", "kernel_config"})
 
-MOST_MODULES = 4_096  # of a kind: built in seconds; the deepest model published has 1,000 layers
+MOST_MODULES = 2_048  # of a kind: built in seconds; the deepest model published has 1,000 layers
 MOST_LABELS = 1_000_000  # each gets a name
 LARGEST = 2**32  # of any other size; larger ones overflow in products
 _DEEPEST = 64  # lists and mappings within each other
@@ -195,7 +195,7 @@ def by_the_user(config: Any, attn_implementation: str | None, where: str) -> Any
 
     attn_implementation: None leaves the choice to transformers. A difference is logged, once.
     """
-    named: set[str] = set()
+    named: set[tuple[str, str]] = set()
     parts = list(_parts(config))
     for part in parts:
         named |= _named(vars(part))
@@ -203,13 +203,13 @@ def by_the_user(config: Any, attn_implementation: str | None, where: str) -> Any
             delattr(part, key)
     for part in parts:
         part._attn_implementation, part._experts_implementation = attn_implementation, None
-    used = attn_implementation or "sdpa"
-    for value in sorted(named - {used}):
+    used = attn_implementation or "transformers' default"
+    for key, value in sorted(named - {(_ATTENTION[1], attn_implementation or "sdpa")}):
         if (where, value) not in _said:
             _said.add((where, value))
+            ours = used if key == _ATTENTION[1] else "transformers' default"
             _log.warning(
-                "%s asks for %s, which it may not choose; attention is %s (attn_implementation)",
-                *(where, one_line(value), attn_implementation or "transformers' default"),
+                "note: %s sets %s to %s, which is ignored: it is %s", where, key, one_line(value), ours
             )
     return config
 
@@ -224,9 +224,13 @@ def _parts(config: Any) -> Iterator[Any]:
             yield from _parts(value)
 
 
-def _named(values: dict[str, Any]) -> set[str]:
-    """What the keys of CHOOSES_CODE say, also in mappings within, out of which they are taken."""
-    found = {str(values[key]) for key in CHOOSES_CODE & values.keys() if values[key] is not None}
+def _named(values: dict[str, Any]) -> set[tuple[str, str]]:
+    """(key, value) of CHOOSES_CODE, also in mappings within, out of which they are taken."""
+    found: set[tuple[str, str]] = set()
+    for key in CHOOSES_CODE & values.keys():
+        public = next((keys[1] for keys in (_ATTENTION, _EXPERTS) if key in keys), key)
+        if values[key]:
+            found.add((public, str(values[key])))
     for value in values.values():
         if isinstance(value, dict):
             found |= _named(value)
