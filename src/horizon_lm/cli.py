@@ -211,7 +211,8 @@ def _run(arguments: list[str], prog_name: str, *, debug: bool) -> int:
     except OutputLostError:
         raise
     except StoppedError as stop:
-        print(f"{stop.message}; to go on: {stop.hint}", file=sys.stderr)
+        with lasting_output(after_pipe=True):  # the last word of a run
+            print(f"{stop.message}; to go on: {stop.hint}", file=sys.stderr)
         return stop.exit_code
     except HorizonError as error:
         if debug:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from horizon_lm.cli_base import SettingsArguments, SettingsCommand, split_arguments
+from horizon_lm.errors import ConfigError
 from horizon_lm.hub_access import require_model
 from horizon_lm.text import json_text, shown
 from horizon_lm.words import count
@@ -115,6 +116,8 @@ def chat(
     require_model(model, "model")
     from horizon_lm.run.generate import Chat, Generator, Sampling
 
+    if sys.stdin is None:
+        raise ConfigError("standard input is closed, and chat reads from it", "horizon generate needs none")
     generator = Generator.load(model, device=device, trust_remote_code=trust_remote_code, verb="chat")
     conversation = Chat(generator, system)
     sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty, seed)
