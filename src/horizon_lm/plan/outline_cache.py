@@ -25,6 +25,7 @@ import torch
 from .. import plan as package
 from ..config import TrainConfig
 from ..memory.layout import Parameter, UnitLayout
+from .model_flops import Counted
 from .profile import cache_path
 from .trace import Trace, replay
 
@@ -64,9 +65,10 @@ class Facts:
 
 @dataclass
 class OutlineCache:
-    """Of one model under one set of settings. facts: None until they are found."""
+    """Of one model under one set of settings. facts, counted: None until they are found."""
 
     facts: Facts | None = None
+    counted: Counted | None = None
     traces: dict[TraceKey, Trace] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
@@ -74,6 +76,7 @@ class OutlineCache:
         kept = list(self.traces.items())[-_MOST_TRACES:]
         values = {
             "facts": asdict(self.facts),
+            "counted": asdict(self.counted) if self.counted is not None else None,
             "traces": [[*key, trace.events, trace.numbers] for key, trace in kept],
         }
         return gzip.compress(json.dumps(values, default=str).encode(), compresslevel=1)
@@ -84,7 +87,8 @@ class OutlineCache:
         facts = values["facts"]
         facts["units"] = tuple(_unit(row) for row in facts["units"])
         facts |= {name: tuple(facts[name]) for name in ("kinds", "kind_of")}
-        cache = cls(Facts(**facts))
+        counted = values["counted"]
+        cache = cls(Facts(**facts), Counted.from_json(counted) if counted is not None else None)
         for part, batch, tokens, events, numbers in values["traces"]:
             found = [tuple(event) for event in events]
             trace = Trace(found, numbers, replay(found, numbers))
@@ -111,11 +115,11 @@ def outline_cache(config: TrainConfig) -> Iterator[OutlineCache]:
     key = _key(config) if package.models_are_stock else None
     path = None if key is None else cache_folder() / f"{key}.json.gz"
     cache = _read(path)
-    known = len(cache.traces), cache.facts
+    known = len(cache.traces), cache.facts, cache.counted
     try:
         yield cache
     finally:
-        if path is not None and cache.facts is not None and known != (len(cache.traces), cache.facts):
+        if path is not None and cache.facts is not None and known != (len(cache.traces), cache.facts, cache.counted):
             with suppress(OSError):
                 _write(path, cache.to_bytes())
 

@@ -97,16 +97,22 @@ class WorkMeter(TorchDispatchMode):
             return 0
         if func is aten.nonzero.default:
             return _even_share(args[0])
+        if func is aten.split_with_sizes.default:
+            args = _with_even_sizes(*args)
         if func._overloadpacket is aten._grouped_mm and args[0].dtype == torch.float32:
             out = _grouped_output(*args, **kwargs)
         else:
             out = func(*args, **kwargs)
+        self._record(func, args, kwargs, out)
+        return out
+
+    def _record(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+        """Count an operation that was done."""
         if not _is_free(func) and any(isinstance(t, torch.Tensor) for t in tree_leaves(out)):
             kind, dtype, flops, sizes = _kernel(func, args, kwargs, out)
             self.work[Kernel(kind, dtype, flops, bytes_of(sizes))] += 1
             if self._note is not None:
                 self._note(("kernel", kind, dtype), flops, *sizes)
-        return out
 
 
 def _even_share(mask: torch.Tensor) -> torch.Tensor:
@@ -114,6 +120,14 @@ def _even_share(mask: torch.Tensor) -> torch.Tensor:
     whole = mask.untyped_storage().nbytes() // mask.itemsize
     parts = max(1, whole // max(1, mask.numel()))
     return torch.empty(-(-mask.numel() // parts), mask.dim(), dtype=torch.long, device=mask.device)
+
+
+def _with_even_sizes(whole: torch.Tensor, sizes: Sequence[int], dim: int = 0) -> tuple:
+    """The arguments of a split whose sizes, read off a tensor without values, do not add up."""
+    length, parts = whole.shape[dim], len(sizes)
+    if sum(sizes) != length and parts:
+        sizes = [length // parts + (i < length % parts) for i in range(parts)]
+    return whole, sizes, dim
 
 
 _NO_WORK = {aten.empty, aten.empty_like, aten.empty_strided, aten.detach, aten._unsafe_view}
@@ -132,18 +146,24 @@ def bytes_of(sizes: Sequence[int]) -> int:
     return sum(map(min, sizes[::2], sizes[1::2]))
 
 
+def flops_of_call(func: Any, args: tuple, kwargs: dict, out: Any) -> tuple[str, int]:
+    """(kind, FLOPs) of an operation."""
+    packet = func._overloadpacket
+    if packet in _ADDED:
+        return _kind(packet), int(_ADDED[packet](*args, **kwargs))
+    if packet in flop_registry:
+        return _kind(packet), int(flop_registry[packet](*args, **kwargs, out_val=out))
+    return ELEMENTWISE, 0
+
+
 def _kernel(func: Any, args: tuple, kwargs: dict, out: Any) -> tuple[str, str, int, list[int]]:
     """(kind, dtype, FLOPs, sizes for `bytes_of`)."""
-    packet = func._overloadpacket
     tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
     sizes = [n for t in tensors for n in (t.numel() * t.itemsize, t.untyped_storage().nbytes())]
     floating = [t.dtype for t in tensors if t.dtype.is_floating_point]
     dtype = str(min(floating, key=lambda d: d.itemsize, default=torch.float32)).removeprefix("torch.")
-    if packet in _ADDED:
-        return _kind(packet), dtype, int(_ADDED[packet](*args, **kwargs)), sizes
-    if packet in flop_registry:
-        return _kind(packet), dtype, int(flop_registry[packet](*args, **kwargs, out_val=out)), sizes
-    return ELEMENTWISE, dtype, 0, sizes
+    kind, flops = flops_of_call(func, args, kwargs, out)
+    return kind, dtype, flops, sizes
 
 
 def _kind(packet: Any) -> str:
