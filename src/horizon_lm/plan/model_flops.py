@@ -1,13 +1,14 @@
 """How often each parameter of a layer multiplies a token, and which products of activations a layer makes.
 
-A layer of each kind is run forward on tensors without memory, and every matrix product is looked at. One with
-a parameter says how many of its rows, experts above all, a token visits. One of two activations grows with the
-length of a sequence (states of linear attention and state spaces) or with its square (attention); two
-lengths tell which. Nothing is known of any model family, but for `_local_window`.
+A layer of each kind is run forward on tensors without memory, and every matrix product is looked at. Those
+with a parameter say what share of it, of experts above all, a token visits. Those of two activations grow
+with the length of a sequence (states of linear attention and state spaces) or with its square (attention);
+two lengths tell which. Nothing is known of any model family, but for `_local_window`.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -23,14 +24,15 @@ from ..engine.compute import forward_prologue
 from ..model.anatomy import tensors_in
 from ..model.capture import Call, run_layer
 from ..model.skeleton import Skeleton
-from .work import ELEMENTWISE, WorkMeter, aten, flops_of_call
+from .work import ATTENTION, ELEMENTWISE, WorkMeter, aten, flops_of_call
 from .working_set import Built, empty_weights, without_values
 
-# Tokens of a sequence: blocks of linear attention, of 8 to 512 tokens, fill both lengths.
-_LENGTHS = 512, 1024
+# Tokens of a sequence. Few tell all of a layer that goes from token to token, in many operations. More fill
+# the blocks of linear attention, of up to 256 tokens, which look like attention else.
+_FEW, _MORE = (22, 44), (768, 1536)
 _LONG = 1 << 17  # beyond what a layer selects for a query
-# Sequences, so that tokens are shared out evenly among 2 to 10, 60, 72, 160, 384, ... experts.
-_BATCH = 315
+# Sequences: tokens are shared out evenly among 2 to 10, 60, 72, 160, 256, 384, 512, ... experts.
+_BATCH = 315 << 9
 
 
 class Pairs(NamedTuple):
@@ -49,13 +51,12 @@ class Pairs(NamedTuple):
 @dataclass(frozen=True)
 class LayerFlops:
     """visits: of each parameter of the unit, how often it multiplies a token (an expert's: the share of the
-    tokens that visit it). unlearned: places of those that no gradient reaches. states, unlearned_states:
-    forward FLOPs a token of products between activations that do not grow with the sequence."""
+    tokens that visit it). unlearned: places of those that no gradient reaches. states: forward FLOPs a token
+    of products between activations that do not grow with the sequence."""
 
     visits: tuple[float, ...]
     unlearned: tuple[int, ...]
     states: float
-    unlearned_states: float
     pairs: tuple[Pairs, ...]
 
     @classmethod
@@ -107,43 +108,67 @@ def _attributes(module: nn.Module) -> tuple:
 def count_layers(built: Built, kind_of: Sequence[int]) -> Counted:
     """kind_of: layers that are alike have the same number. Raises whatever the model's code does on tensors
     without values."""
-    skeleton, positions = built.skeleton, _positions(built.skeleton)
-    try:
-        return _count(built, kind_of, _LENGTHS)
-    except Exception:
-        if positions is None or positions >= _LENGTHS[1]:
-            raise
-        return _count(built, kind_of, (positions // 2, positions))
-
-
-def _positions(skeleton: Skeleton) -> int | None:
-    longest = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
-    return longest if isinstance(longest, int) and longest > 1 else None
-
-
-def _count(built: Built, kind_of: Sequence[int], lengths: tuple[int, int]) -> Counted:
+    with _quiet():
+        places, found, runs = _runs(built, kind_of)
+        selected = [_most_selected(built, *item) for item in zip(places, runs, strict=True)]
     skeleton = built.skeleton
-    with _Counting(built, lengths[0]) as first:
-        kinds: dict[Any, int] = {}
-        found: list[int] = []
-        for layer, kind in enumerate(kind_of):
-            key = kind, first.masks_of(layer), _local_window(skeleton, layer)
-            found.append(kinds.setdefault(key, len(kinds)))
-        places = [found.index(kind) for kind in range(len(kinds))]
-        short = [first.run(layer) for layer in places]
-    long = short
-    if any(seen.has_products for seen in short):
-        with _Counting(built, lengths[1]) as second:
-            long = [second.run(layer) for layer in places]
-    most = [_most_selected(built, *item) for item in zip(places, short, long, strict=True)]
     layers = tuple(
-        _conclude(skeleton, layer, lengths, *seen)
-        for layer, *seen in zip(places, short, long, most, strict=True)
+        _conclude(skeleton, layer, run, most) for layer, run, most in zip(places, runs, selected, strict=True)
     )
     tied = {skeleton.anatomy.embedding} if skeleton.anatomy.tied else set()
     names = (p.name for unit in skeleton.units for p in unit.parameters)
     lookups = tuple(name for name in names if name not in tied and skeleton.is_embedding(name))
     return Counted(layers, tuple(found), lookups)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """While open, torch does not log what fails on tensors without values."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    was, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = was
+
+
+class _Runs(NamedTuple):
+    """What a layer did on sequences of two lengths; the same twice where the first tells all."""
+
+    short: _Seen
+    long: _Seen
+
+    @property
+    def is_loop(self) -> bool:
+        """Whether it goes from token to token."""
+        return self.long.operations - self.short.operations >= self.long.length - self.short.length
+
+
+def _runs(built: Built, kind_of: Sequence[int]) -> tuple[list[int], list[int], list[_Runs]]:
+    """(the first layer of each kind, the kind of each layer, masks considered, and runs of each kind)."""
+    kinds: dict[Any, int] = {}
+    with _Counting(built, _FEW[0]) as counting:
+        found = [
+            kinds.setdefault((kind, counting.masks_of(i), _local_window(built.skeleton, i)), len(kinds))
+            for i, kind in enumerate(kind_of)
+        ]
+        places = [found.index(kind) for kind in range(len(kinds))]
+        runs = {layer: _Runs(seen, seen) for layer in places for seen in [counting.run(layer)]}
+    unclear = {layer: run.short for layer, run in runs.items() if run.short.has_products}
+    runs |= _second(built, unclear, _FEW[1])
+    blocks = [layer for layer, run in runs.items() if run.long is not run.short and not run.is_loop]
+    if blocks:
+        with _Counting(built, _MORE[0]) as counting:
+            first = {layer: counting.run(layer) for layer in blocks}
+        runs |= _second(built, first, _MORE[1])
+    return places, found, [runs[layer] for layer in places]
+
+
+def _second(built: Built, first: dict[int, _Seen], length: int) -> dict[int, _Runs]:
+    if not first:
+        return {}
+    with _Counting(built, length) as counting:
+        return {layer: _Runs(seen, counting.run(layer)) for layer, seen in first.items()}
 
 
 def _local_window(skeleton: Skeleton, layer: int) -> int | None:
@@ -155,34 +180,42 @@ def _local_window(skeleton: Skeleton, layer: int) -> int | None:
 
 
 class _Product(NamedTuple):
-    """flops: of all tokens. out: tells whether a gradient passes. owners: the parameters that were multiplied,
-    by place in the unit; none for two activations. batched: one product a group, with all tokens."""
+    """flops: of all tokens. out: tells whether a gradient passes. owners: places in the unit of the
+    parameters that were multiplied; none for two activations. groups: of a parameter, where each is multiplied
+    with rows of its own. fused: attention by torch's own kernels. wide: there is a row or column a token."""
 
     flops: int
     out: torch.Tensor
     owners: tuple[int, ...]
     groups: int
+    fused: bool
+    wide: bool
 
 
 @dataclass
 class _Seen:
     """What a run of a layer on `tokens` tokens did. products: with whether a gradient passes. choices:
     (number of which some were chosen, how many), in order. gathered: parameters of which rows were taken.
-    masks: (limit, in chunks) of those that were used."""
+    masks: (limit, in chunks) of those that were used.
+    operations: how many there were."""
 
     tokens: int
+    length: int
     products: list[tuple[_Product, bool]] = field(default_factory=list)
     choices: list[tuple[int, int]] = field(default_factory=list)
     gathered: set[int] = field(default_factory=set)
     masks: set[tuple[int, bool]] = field(default_factory=set)
+    operations: int = 0
 
     @property
     def has_products(self) -> bool:
-        return any(not product.owners for product, _ in self.products)
+        """Whether activations are multiplied, other than by torch's own attention."""
+        return any(not (p.owners or p.fused) for p, _ in self.products)
 
-    def between(self, learned: bool) -> int:
-        """FLOPs of products of activations."""
-        return sum(p.flops for p, is_learned in self.products if not p.owners and is_learned == learned)
+    def between(self, learned: bool, *, fused: bool = False, wide: bool = False) -> float:
+        """FLOPs a token of products of activations."""
+        found = (p for p, is_learned in self.products if not p.owners and is_learned == learned)
+        return sum(p.flops for p in found if (p.fused, p.wide) == (fused, wide)) / self.tokens
 
 
 class _Counting:
@@ -220,7 +253,7 @@ class _Counting:
         weights = empty_weights(skeleton, unit, self._device)
         hidden = self._hidden.detach().requires_grad_()
         with torch.enable_grad(), skeleton.bound(unit, weights, grad=True) as tensors:
-            self._meter.begin(tensors, self._batch * self._length)
+            self._meter.begin(tensors, self._batch, self._length)
             # not the leaf itself, into which a layer may not write
             return self._meter.end(run_layer(skeleton, layer, call, hidden.view_as(hidden)))
 
@@ -247,9 +280,9 @@ class ProductMeter(WorkMeter):
         self.masks[_storage(mask)] = limit, in_chunks
         return mask
 
-    def begin(self, parameters: dict[str, torch.Tensor], tokens: int) -> None:
+    def begin(self, parameters: dict[str, torch.Tensor], batch: int, length: int) -> None:
         """parameters: as they are bound, in the unit's order."""
-        self._seen, self._products, self._owners = _Seen(tokens), [], {}
+        self._seen, self._products, self._owners = _Seen(batch * length, length), [], {}
         runs: dict[int, list[tuple[int, int, int]]] = {}
         for place, tensor in enumerate(parameters.values()):
             begin = tensor.storage_offset()
@@ -270,6 +303,7 @@ class ProductMeter(WorkMeter):
         results = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         masks = {self.masks[_storage(t)] for t in tensors if _storage(t) in self.masks}
         if self._seen is not None:
+            self._seen.operations += 1
             self._seen.masks.update(masks)
             self._look(func, args, kwargs, tensors, results)
         elif len(masks) == 1:  # what the model makes of its mask
@@ -301,17 +335,21 @@ class ProductMeter(WorkMeter):
                     self._owners[_storage(result)] = lambda _, every=every: every
 
     def _note_product(self, func: Any, args: tuple, kind: str, flops: int, out: torch.Tensor) -> None:
-        first = 1 if func._overloadpacket in _WITH_BIAS else 0
+        assert self._seen is not None
+        if func._overloadpacket is aten.convolution:  # with each of its weights once a token
+            return
+        first, fused = int(func._overloadpacket in _WITH_BIAS), kind == ATTENTION
         a, b = args[first : first + 2]
         sides = self._owned(a), self._owned(b)
         if all(sides):  # once, whatever the tokens
             return
         owners = sides[0] or sides[1]
-        if not owners and "attention" not in kind and a.shape[-1] == 1:  # all pairs of numbers, none added
+        if not owners and not fused and a.shape[-1] == 1:  # all pairs of numbers, none added
             return
         weight = a if sides[0] else b
         groups = weight.shape[0] if owners and out.dim() == 3 and weight.dim() == 3 else 1
-        self._products.append(_Product(flops, out, owners, groups))
+        wide = not fused and self._seen.length in (*a.shape[-2:], *b.shape[-2:])
+        self._products.append(_Product(flops, out, owners, groups, fused, wide))
 
     def _owned(self, tensor: torch.Tensor) -> tuple[int, ...]:
         """The unit's parameters that a tensor is a part or a copy of."""
@@ -375,9 +413,10 @@ def _in_chunks(function: Any) -> bool:
     return name.startswith("chunked_overlay") or any(_in_chunks(part) for part in parts if callable(part))
 
 
-def _most_selected(built: Built, layer: int, short: _Seen, long: _Seen) -> int | None:
+def _most_selected(built: Built, layer: int, runs: _Runs) -> int | None:
     """Keys that a query attends to at most, where a layer selects them; None where it does not."""
-    growing = [i for i, (a, b) in enumerate(zip(short.choices, long.choices, strict=False)) if a[0] < b[0]]
+    both = zip(runs.short.choices, runs.long.choices, strict=False)
+    growing = [i for i, (a, b) in enumerate(both) if a[0] < b[0]]
     if not growing:
         return None
     with _Counting(built, _LONG, batch=1) as counting:
@@ -385,21 +424,31 @@ def _most_selected(built: Built, layer: int, short: _Seen, long: _Seen) -> int |
     return None if chosen >= number else chosen * (_LONG // number)
 
 
-def _conclude(
-    skeleton: Skeleton, layer: int, lengths: tuple[int, int], short: _Seen, long: _Seen, selected: int | None
-) -> LayerFlops:
-    visits, unlearned = _visits(skeleton, layer, short)
-    states, pairs = [], []
+def _conclude(skeleton: Skeleton, layer: int, runs: _Runs, selected: int | None) -> LayerFlops:
+    visits, unlearned = _visits(skeleton, layer, runs.short)
+    limits = [(most, False) for most in (_local_window(skeleton, layer), selected) if most is not None]
+    states, pairs = 0.0, []
     for learned in (True, False):
-        grown = [seen.between(learned) * n / seen.tokens for seen, n in zip((short, long), lengths, strict=True)]
-        square = (grown[1] - 2 * grown[0]) / (2 * lengths[0] ** 2)
-        states.append(round(grown[0] / lengths[0] - square * lengths[0], 6))
-        if square > 0:
-            limits = list(short.masks) if learned else []
-            window = _local_window(skeleton, layer)
-            limits += [(most, False) for most in (selected, window) if learned and most is not None]
-            pairs.append(Pairs(square, learned, *min(limits, default=(None, False))))
-    return LayerFlops(visits, unlearned, *states, tuple(pairs))
+        a_token, square = _growth(runs, learned)
+        states += a_token
+        if square:  # what only selects looks at all keys
+            limit = min([*runs.short.masks, *limits], default=(None, False)) if learned else ()
+            pairs.append(Pairs(square, learned, *limit))
+    return LayerFlops(visits, unlearned, round(states, 6), tuple(pairs))
+
+
+def _growth(runs: _Runs, learned: bool) -> tuple[float, float]:
+    """FLOPs of products of activations: (of each token, of each pair of tokens)."""
+    short, long = runs
+    square = short.between(learned, fused=True) / short.length
+    if short is long:
+        return 0.0, round(square, 6)
+    low, high = (seen.between(learned, wide=True) for seen in runs)
+    grown = (high - low) / (long.length - short.length)
+    # A pass over all pairs of blocks, if there is one, is left out: states do not need it.
+    times = long.length / short.length
+    states = (times * short.between(learned) - long.between(learned)) / (times - 1)
+    return states + low - grown * short.length, round(square + grown, 6)
 
 
 def _visits(skeleton: Skeleton, layer: int, seen: _Seen) -> tuple[tuple[float, ...], tuple[int, ...]]:
@@ -445,5 +494,5 @@ def _follow_siblings(parameters: Sequence[Any], visits: list[float], multiplied:
         of_module.setdefault(module, []).append(visits[place])
     for place, parameter in enumerate(parameters):
         shares = of_module.get(_role(parameter.name).rpartition(".")[0], [])
-        if place not in multiplied and shares and visits[place] == 1.0 and max(shares) < 1:
+        if place not in multiplied and shares and max(shares) < 1:
             visits[place] = max(shares)

@@ -71,6 +71,11 @@ class OutlineCache:
     counted: Counted | None = None
     traces: dict[TraceKey, Trace] = field(default_factory=dict)
 
+    @property
+    def known(self) -> tuple:
+        """What differs once something was found."""
+        return len(self.traces), self.facts, self.counted
+
     def to_bytes(self) -> bytes:
         assert self.facts is not None
         kept = list(self.traces.items())[-_MOST_TRACES:]
@@ -115,11 +120,11 @@ def outline_cache(config: TrainConfig) -> Iterator[OutlineCache]:
     key = _key(config) if package.models_are_stock else None
     path = None if key is None else cache_folder() / f"{key}.json.gz"
     cache = _read(path)
-    known = len(cache.traces), cache.facts, cache.counted
+    known = cache.known
     try:
         yield cache
     finally:
-        if path is not None and cache.facts is not None and known != (len(cache.traces), cache.facts, cache.counted):
+        if path is not None and cache.facts is not None and known != cache.known:
             with suppress(OSError):
                 _write(path, cache.to_bytes())
 

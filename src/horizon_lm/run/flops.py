@@ -71,7 +71,8 @@ class ModelFlops:
     def of(self, size: StepSize) -> float:
         """FLOPs of a step, without recomputation."""
         lengths = np.array(size.lengths, dtype=np.float64)
-        return self.per_token * size.tokens + sum(span.per_square * span.squares(lengths) for span in self.spans)
+        attention = sum(span.per_square * span.squares(lengths) for span in self.spans)
+        return self.per_token * size.tokens + attention
 
     @property
     def per_square(self) -> float:
@@ -84,7 +85,7 @@ UNKNOWN = ModelFlops(math.nan, ())
 
 
 def flops_of(model: HostModel, counted: Counted | None = None) -> ModelFlops:
-    """Of a model that is trained. counted: where that is known already. `UNKNOWN` where it cannot be counted."""
+    """Of a model that is trained. counted: what is known of its layers; else they are run."""
     skeleton = model.skeleton
     if counted is None:
         try:
@@ -122,7 +123,7 @@ def _sum(units: Sequence[UnitLayout], counted: Counted, which: range, lowest: in
             per_token += parameter.numel * (1.0 if layer is None else layer.visits[place]) * factor
         if layer is None:
             continue
-        per_token += (3 if passes else 1) * layer.states + layer.unlearned_states
+        per_token += (3 if passes else 1) * layer.states
         for pairs in layer.pairs:
             key = pairs.most, pairs.in_chunks
             flops = pairs.flops / 2 * (3 if passes and pairs.learned else 1)

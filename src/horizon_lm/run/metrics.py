@@ -90,8 +90,8 @@ class _Computed:
 class Meter:
     """Sums up steps: `add` gives a record at every `every`th step, and at the first and the last.
 
-    loader: knows how large its latest step was. flops: what the model computes. peak: FLOP/s of the device. num_steps: of the run, set once
-    it is known.
+    loader: knows how large its latest step was. flops: what the model computes. peak: FLOP/s of the device.
+    num_steps: of the run, set once it is known.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Meter:
 
     def state_dict(self) -> dict[str, Any]:
         """The sums, and the steps since the last line; JSON-ready."""
-        window = [[finite_or_none(asdict(record)), finite_or_none(asdict(done))] for record, done in self._window]
+        window = [[finite_or_none(asdict(value)) for value in pair] for pair in self._window]
         sums = [self._num_tokens, self._num_targets, self._skipped, self._seconds]
         return {"sums": sums, "window": window}
 

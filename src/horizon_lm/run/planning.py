@@ -115,9 +115,7 @@ def settle(
     return plan.config, plan
 
 
-def _planned(
-    config: TrainConfig, pinned: frozenset[str] | None = None, *, counted: bool = False
-) -> RunPlan:
+def _planned(config: TrainConfig, pinned: frozenset[str] | None = None, *, counted: bool = False) -> RunPlan:
     """counted: with the FLOPs of its layers, where these can be counted."""
     with outline_cache(config) as cache:
         plan = plan_run(config, pinned=pinned, cache=cache)
