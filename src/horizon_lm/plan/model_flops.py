@@ -139,9 +139,10 @@ class _Runs(NamedTuple):
     long: _Seen
 
     @property
-    def is_loop(self) -> bool:
-        """Whether it goes from token to token."""
-        return self.long.operations - self.short.operations >= self.long.length - self.short.length
+    def has_blocks(self) -> bool:
+        """Whether it may compute in blocks of tokens: not where it goes from token to token."""
+        short, long = self
+        return short is not long and long.operations - short.operations < long.length - short.length
 
 
 def _runs(built: Built, kind_of: Sequence[int]) -> tuple[list[int], list[int], list[_Runs]]:
@@ -153,10 +154,13 @@ def _runs(built: Built, kind_of: Sequence[int]) -> tuple[list[int], list[int], l
             for i, kind in enumerate(kind_of)
         ]
         places = [found.index(kind) for kind in range(len(kinds))]
-        runs = {layer: _Runs(seen, seen) for layer in places for seen in [counting.run(layer)]}
-    unclear = {layer: run.short for layer, run in runs.items() if run.short.has_products}
-    runs |= _second(built, unclear, _FEW[1])
-    blocks = [layer for layer, run in runs.items() if run.long is not run.short and not run.is_loop]
+        try:
+            first = {layer: counting.run(layer) for layer in places}
+        except Exception:  # some take whole blocks only
+            first = {}
+    runs = {layer: _Runs(seen, seen) for layer, seen in first.items()}
+    runs |= _second(built, {layer: seen for layer, seen in first.items() if seen.has_products}, _FEW[1])
+    blocks = [layer for layer in places if layer not in runs or runs[layer].has_blocks]
     if blocks:
         with _Counting(built, _MORE[0]) as counting:
             first = {layer: counting.run(layer) for layer in blocks}
@@ -181,8 +185,8 @@ def _local_window(skeleton: Skeleton, layer: int) -> int | None:
 
 class _Product(NamedTuple):
     """flops: of all tokens. out: tells whether a gradient passes. owners: places in the unit of the
-    parameters that were multiplied; none for two activations. groups: of a parameter, where each is multiplied
-    with rows of its own. fused: attention by torch's own kernels. wide: there is a row or column a token."""
+    parameters that were multiplied; none for two activations. groups: of a parameter, each multiplied with
+    rows of its own. fused: attention by torch's own kernels. wide: there is a row or column a token."""
 
     flops: int
     out: torch.Tensor
