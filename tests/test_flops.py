@@ -27,6 +27,8 @@ NOT_STREAMED = {"rwkv", "bamba-z_loss", "inkling_text"}
 TWINS = {name for name in zoo.CASES if name.endswith("-aux")}
 # Computes all experts for all tokens, and multiplies by zero what the router did not choose.
 ALL_EXPERTS = {"llama4_text"}
+# Its random tokens go to the expert without arithmetic more or less often than to others.
+NEAR = {"longcat_flash": 0.03}
 BLOCKS = 128
 
 
@@ -56,7 +58,7 @@ def grouped(a: torch.Size, b: torch.Size, *args: Any, out_shape: Any = None, **k
 
 def by_torch(name: str, length: int) -> int:
     """FLOPs of a forward pass of the true model on random tokens, as torch counts them."""
-    model = zoo.build(name, attn_implementation="eager")
+    model = zoo.build(name, attn_implementation="eager").requires_grad_(False)
     ids = torch.randint(3, zoo.VOCAB, (1, length), generator=torch.Generator().manual_seed(0))
     mapping = {torch.ops.aten._grouped_mm: grouped}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
@@ -83,7 +85,7 @@ def test_flops_are_those_that_torch_counts(name: str) -> None:
     length = 20 if "dense" in tags or "hybrid" not in tags and "moe" in tags else BLOCKS
     outline = outline_of(name)
     ours, theirs = as_torch_counts(outline, length), by_torch(name, length)
-    assert ours == pytest.approx(theirs, rel=0.01)
+    assert ours == pytest.approx(theirs, rel=NEAR.get(name, 1e-6))
 
 
 # By hand, from the zoo's sizes: 4 layers (longcat_flash: 2 of two attentions each), 4 heads of 8; with latent
@@ -120,9 +122,7 @@ def test_attention_and_experts_are_those_counted_by_hand(name: str) -> None:
         for p, visits in zip(outline.units[u + 1].parameters, layers.layers[kind].visits, strict=True):
             is_expert = len(p.shape) == 3 and "conv" not in p.name or ".experts.mlp." in p.name
             if is_expert and "gate_up" in p.name and name == "longcat_flash":
-                assert visits == pytest.approx(
-                    share * 4 / 5
-                )  # the expert without arithmetic has a matrix, too
+                assert visits == pytest.approx(share * 4 / 5)  # that expert has a matrix all the same
             else:
                 assert visits == pytest.approx(share if is_expert else 1), p.name
 
@@ -150,10 +150,8 @@ def test_selected_keys_limit_attention_and_not_what_selects() -> None:
     assert unlearned and unlearned < names
 
 
-@pytest.mark.parametrize(
-    ("most", "in_chunks"), [(None, False), (1, False), (8, False), (8, True), (64, True)]
-)
-def test_squares_are_twice_the_pairs(most: int | None, in_chunks: bool) -> None:
+@pytest.mark.parametrize("limit", [(None, False), (1, False), (8, False), (8, True), (64, True)])
+def test_squares_are_twice_the_pairs(limit: tuple[int | None, bool]) -> None:
     """Of query and key, the query's own key as half a pair, within windows in the full ones alone."""
     most, in_chunks = limit
     for length in (1, 7, 8, 9, 50):
