@@ -19,7 +19,7 @@ from horizon_lm.config_model import ModelSettings
 from horizon_lm.errors import CheckpointError, ConfigError
 from horizon_lm.plan.outline import Outline
 from horizon_lm.plan.run_plan import plan_run
-from horizon_lm.run.metrics import flops_of
+from horizon_lm.run.flops import flops_of
 from horizon_lm.run.resume import check_settings
 from horizon_lm.run.train import train
 from small_runs import LLAMA, settings, write_text

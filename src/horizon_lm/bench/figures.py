@@ -17,11 +17,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from ..run.flops import ModelFlops, count_flops, measure_peak
+from ..data.batches import StepSize
+from ..run.flops import ModelFlops, measure_peak
 
 # Dense bf16 FLOP/s of the makers' data sheets, by a part of the device's name. MFU is quoted against these.
 _PEAKS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "4090": 165e12}
@@ -29,26 +29,23 @@ _PEAKS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "4090
 
 @dataclass(frozen=True)
 class Work:
-    """model: of forward and backward. layers: the share of it that recomputing all layers would repeat,
-    as FLOPs of their forward and backward."""
+    """model: of forward and backward. layers: of one forward pass through all layers."""
 
     model: ModelFlops
     layers: ModelFlops
 
     def model_flops(self, sequences: int, length: int) -> float:
         """Of a step of `sequences` x `length` tokens."""
-        return sequences * (self.model.per_token * length + self.model.per_square * length**2)
+        return self.model.of(_step(sequences, length))
 
     def hardware_flops(self, sequences: int, length: int, recomputed: float) -> float:
         """recomputed: share of the layers whose forward runs twice, 0 to 1."""
-        again = sequences * (self.layers.per_token * length + self.layers.per_square * length**2) / 3
-        return self.model_flops(sequences, length) + recomputed * again
+        step = _step(sequences, length)
+        return self.model.of(step) + recomputed * self.layers.of(step)
 
 
-def count_work(parameters: dict[str, int], embedding: str | None, config: Any) -> Work:
-    """parameters: name to elements. embedding: the table's name, None where the output layer shares it."""
-    layers = {name: count for name, count in parameters.items() if ".layers." in name or ".h." in name}
-    return Work(count_flops(parameters, embedding, config), count_flops(layers, None, config))
+def _step(sequences: int, length: int) -> StepSize:
+    return StepSize(sequences * length, sequences * length, (length,) * sequences)
 
 
 @dataclass(frozen=True)

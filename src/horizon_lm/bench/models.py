@@ -9,8 +9,11 @@ from functools import lru_cache
 import torch
 from torch import nn
 
+from ..config import ModelSettings
 from ..model.loading import create_model
-from .figures import Work, count_work
+from ..plan.outline import Outline
+from ..run.flops import UNKNOWN, forward_of_layers, model_flops
+from .figures import Work
 from .protocol import Case
 
 _POOL = 1 << 20
@@ -72,18 +75,16 @@ def own(model: nn.Module, dtype: torch.dtype | None = None, device: str | torch.
 
 @lru_cache(maxsize=64)
 def _work(model_json: str) -> tuple[Work, int]:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     values = json.loads(model_json)
     config = AutoConfig.for_model(values.pop("model_type"), **values)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    text = config.get_text_config()
-    table = model.get_input_embeddings()
-    name = next(n for n, m in model.named_modules() if m is table)
-    counts = {n: p.numel() for n, p in model.named_parameters()}
-    tied = bool(getattr(text, "tie_word_embeddings", False))
-    return count_work(counts, None if tied else f"{name}.weight", text), sum(counts.values())
+    outline = Outline(config, ModelSettings(device="cpu"))
+    counted = outline.count()
+    if counted is None:
+        return Work(UNKNOWN, UNKNOWN), outline.num_parameters
+    model = model_flops(outline.units, counted, embedding_trainable=True)
+    return Work(model, forward_of_layers(outline.units, counted)), outline.num_parameters
 
 
 def work_of(case: Case) -> tuple[Work, int]:

@@ -15,16 +15,21 @@ MicroBatch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class StepSize:
-    """What a step is made of. tokens: without padding; positions: with it; squares: sum of the squared
-    lengths of what attends to itself, for counting the FLOPs of attention."""
+    """What a step is made of. tokens: without padding; positions: with it; lengths: of what attends to
+    itself, for counting the FLOPs of attention."""
 
     tokens: int = 0
     positions: int = 0
-    squares: int = 0
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def squares(self) -> int:
+        """Sum of the squared lengths."""
+        return sum(length * length for length in self.lengths)
 
     def __add__(self, other: StepSize) -> StepSize:
         return StepSize(
-            self.tokens + other.tokens, self.positions + other.positions, self.squares + other.squares
+            self.tokens + other.tokens, self.positions + other.positions, self.lengths + other.lengths
         )
 
 
@@ -39,17 +44,16 @@ def collate(rows: Sequence[Row], strategy: str, pad_id: int) -> tuple[MicroBatch
     ids = np.full((len(rows), longest), pad_id, np.int64)
     labels = np.full((len(rows), longest), IGNORED, np.int64)
     mask = np.zeros((len(rows), longest), np.int64)
-    squares = 0
+    lengths: list[int] = []
     for i, row in enumerate(rows):
         ids[i, : len(row.ids)], labels[i, : len(row.ids)], mask[i, : len(row.ids)] = row.ids, row.labels, 1
-        parts = [len(row.ids)] if strategy == "wrapped" else row.lengths.tolist()
-        squares += sum(part * part for part in parts)
+        lengths += [len(row.ids)] if strategy == "wrapped" else row.lengths.tolist()
     batch = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
     if strategy == "bfd":
         batch["position_ids"] = torch.from_numpy(np.stack([_positions(row, longest) for row in rows]))
     elif strategy == "none" or not mask.all():
         batch["attention_mask"] = torch.from_numpy(mask)
-    return batch, StepSize(int(mask.sum()), mask.size, squares)
+    return batch, StepSize(int(mask.sum()), mask.size, tuple(lengths))
 
 
 def _positions(row: Row, longest: int) -> np.ndarray:

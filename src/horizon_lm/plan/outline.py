@@ -27,6 +27,7 @@ from ..model.configuration import configuration_of, read_configuration, reason_o
 from ..model.loading import freeze
 from ..model.skeleton import Skeleton
 from ..model_folder import check_model_folder
+from .model_flops import Counted, count_layers, kinds_of_layers
 from .outline_cache import Facts, OutlineCache, TraceKey
 from .trace import Law, Line, Trace
 from .working_set import Built, Ends, Measure, WorkingSet, ends_working_set, layer_working_set
@@ -56,7 +57,7 @@ class Outline:
         self._config, self._settings = config, settings
         self.dtype = DTYPES[settings.dtype]
         self.dtype_name, self.mlp_tile_tokens = settings.dtype, settings.mlp_tile_tokens
-        cache = cache or OutlineCache()
+        self._cache = cache = cache or OutlineCache()
         if cache.facts is None:
             cache.facts = _facts(self.config, self.built.skeleton)
         self.facts: Facts = cache.facts
@@ -86,6 +87,19 @@ class Outline:
                 for _ in skeleton.take(unit):
                     pass
         return Built(skeleton, mode)
+
+    @property
+    def counted(self) -> Counted | None:
+        """What `count` found."""
+        return self._cache.counted
+
+    def count(self) -> Counted | None:
+        """How often parameters multiply a token, and other products; None for a model that cannot be run
+        without its weights. Found once."""
+        if self._cache.counted is None:
+            with suppress(Exception):  # whatever a model's code makes of tensors without values
+                self._cache.counted = count_layers(self.built, self.facts.kind_of)
+        return self._cache.counted
 
     @property
     def num_layers(self) -> int:
@@ -265,7 +279,7 @@ def _build(config: Any, dtype: torch.dtype, settings: ModelSettings) -> nn.Modul
 
 def _facts(config: Any, skeleton: Skeleton) -> Facts:
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    kinds, kind_of = _kinds_of_layers(skeleton)
+    kinds, kind_of = kinds_of_layers(skeleton)
     return Facts(
         model_type=skeleton.model_type,
         units=skeleton.units,
@@ -279,28 +293,3 @@ def _facts(config: Any, skeleton: Skeleton) -> Facts:
         max_head_tokens=skeleton.max_head_tokens,
         positions=longest if isinstance(longest, int) and longest > 0 else None,
     )
-
-
-def _kinds_of_layers(skeleton: Skeleton) -> tuple[list[int], list[int]]:
-    """(the first layer of each kind, the kind of each layer). Layers are alike that have the same parameters,
-    the same modules and the same plain attributes, their own number apart."""
-    kinds: dict[Any, int] = {}
-    first: list[int] = []
-    kind_of: list[int] = []
-    for i, layer in enumerate(skeleton.layers):
-        rows = tuple((p.shape, p.trainable, p.compute_dtype) for p in skeleton.units[i + 1].parameters)
-        key = rows, tuple(_attributes(module) for module in layer.modules())
-        if key not in kinds:
-            kinds[key] = len(first)
-            first.append(i)
-        kind_of.append(kinds[key])
-    return first, kind_of
-
-
-def _attributes(module: nn.Module) -> tuple:
-    plain = {
-        name: value
-        for name, value in vars(module).items()
-        if isinstance(value, (int, float, str, bool)) and "layer_idx" not in name and "layer_id" not in name
-    }
-    return type(module).__name__, tuple(sorted(plain.items()))

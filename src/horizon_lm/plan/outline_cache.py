@@ -27,6 +27,7 @@ from .. import plan as package
 from ..config import TrainConfig
 from ..leftovers import sweep_files
 from ..memory.layout import Parameter, UnitLayout
+from .model_flops import Counted
 from .profile import cache_path
 from .trace import Trace, replay
 
@@ -67,16 +68,23 @@ class Facts:
 
 @dataclass
 class OutlineCache:
-    """Of one model under one set of settings. facts: None until they are found."""
+    """Of one model under one set of settings. facts, counted: None until they are found."""
 
     facts: Facts | None = None
+    counted: Counted | None = None
     traces: dict[TraceKey, Trace] = field(default_factory=dict)
+
+    @property
+    def known(self) -> tuple:
+        """What differs once something was found."""
+        return len(self.traces), self.facts, self.counted
 
     def to_bytes(self) -> bytes:
         assert self.facts is not None
         kept = list(self.traces.items())[-_MOST_TRACES:]
         values = {
             "facts": asdict(self.facts),
+            "counted": asdict(self.counted) if self.counted is not None else None,
             "traces": [[*key, trace.events, trace.numbers] for key, trace in kept],
         }
         return gzip.compress(json.dumps(values, default=str).encode(), compresslevel=1)
@@ -87,7 +95,8 @@ class OutlineCache:
         facts = values["facts"]
         facts["units"] = tuple(_unit(row) for row in facts["units"])
         facts |= {name: tuple(facts[name]) for name in ("kinds", "kind_of")}
-        cache = cls(Facts(**facts))
+        counted = values["counted"]
+        cache = cls(Facts(**facts), Counted.from_json(counted) if counted is not None else None)
         for part, batch, tokens, events, numbers in values["traces"]:
             found = [tuple(event) for event in events]
             trace = Trace(found, numbers, replay(found, numbers))
@@ -114,11 +123,11 @@ def outline_cache(config: TrainConfig) -> Iterator[OutlineCache]:
     key = _key(config) if package.models_are_stock else None
     path = None if key is None else cache_folder() / f"{key}.json.gz"
     cache = _read(path)
-    known = len(cache.traces), cache.facts
+    known = cache.known
     try:
         yield cache
     finally:
-        if path is not None and cache.facts is not None and known != (len(cache.traces), cache.facts):
+        if path is not None and cache.facts is not None and known != cache.known:
             with suppress(OSError):
                 _write(path, cache.to_bytes())
 

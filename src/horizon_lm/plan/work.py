@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.weak import WeakIdKeyDictionary
 
 aten = torch.ops.aten
 MATMUL, ATTENTION, ATTENTION_BACKWARD = "matmul", "attention", "attention_backward"
@@ -69,8 +70,9 @@ _ADDED: dict[Any, Callable[..., int]] = {
 
 class WorkMeter(TorchDispatchMode):
     """While open, counts the operations of this thread. Questions about values, which fake tensors cannot
-    answer, are answered as for work that is shared out evenly: a bool is true, an index is the first, and a
-    mask that was cut out of a larger one selects its even share (an expert its share of the tokens)."""
+    answer, are answered as for work that is shared out evenly: a bool is true, a mask that was cut out of a
+    larger one selects its even share (an expert its share of the tokens), another mask all there is (the
+    experts that have work, one after another), and any other index is the first."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -83,6 +85,7 @@ class WorkMeter(TorchDispatchMode):
         super().__init__()
         self.work: Work = Counter()
         self._note = note
+        self._counts_up = WeakIdKeyDictionary()  # storages of 0, 1, 2, ...
 
     def take(self) -> Work:
         """What was counted since the last call."""
@@ -94,19 +97,28 @@ class WorkMeter(TorchDispatchMode):
         if func is aten._local_scalar_dense.default and args[0].dtype == torch.bool:
             return True
         if func is aten._local_scalar_dense.default and not args[0].dtype.is_floating_point:
-            return 0
+            return args[0].storage_offset() if args[0].untyped_storage() in self._counts_up else 0
         if func is aten.nonzero.default:
-            return _even_share(args[0])
+            places = _even_share(args[0])
+            if places.shape == (*args[0].shape, 1):
+                self._counts_up[places.untyped_storage()] = True
+            return places
+        if func is aten.split_with_sizes.default:
+            args = _with_even_sizes(*args)
         if func._overloadpacket is aten._grouped_mm and args[0].dtype == torch.float32:
             out = _grouped_output(*args, **kwargs)
         else:
             out = func(*args, **kwargs)
+        self._record(func, args, kwargs, out)
+        return out
+
+    def _record(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+        """Count an operation that was done."""
         if not _is_free(func) and any(isinstance(t, torch.Tensor) for t in tree_leaves(out)):
             kind, dtype, flops, sizes = _kernel(func, args, kwargs, out)
             self.work[Kernel(kind, dtype, flops, bytes_of(sizes))] += 1
             if self._note is not None:
                 self._note(("kernel", kind, dtype), flops, *sizes)
-        return out
 
 
 def _even_share(mask: torch.Tensor) -> torch.Tensor:
@@ -114,6 +126,14 @@ def _even_share(mask: torch.Tensor) -> torch.Tensor:
     whole = mask.untyped_storage().nbytes() // mask.itemsize
     parts = max(1, whole // max(1, mask.numel()))
     return torch.empty(-(-mask.numel() // parts), mask.dim(), dtype=torch.long, device=mask.device)
+
+
+def _with_even_sizes(whole: torch.Tensor, sizes: Sequence[int], dim: int = 0) -> tuple:
+    """The arguments of a split whose sizes, read off a tensor without values, do not add up."""
+    length, parts = whole.shape[dim], len(sizes)
+    if sum(sizes) != length and parts:
+        sizes = [length // parts + (i < length % parts) for i in range(parts)]
+    return whole, sizes, dim
 
 
 _NO_WORK = {aten.empty, aten.empty_like, aten.empty_strided, aten.detach, aten._unsafe_view}
@@ -132,18 +152,24 @@ def bytes_of(sizes: Sequence[int]) -> int:
     return sum(map(min, sizes[::2], sizes[1::2]))
 
 
+def flops_of_call(func: Any, args: tuple, kwargs: dict, out: Any) -> tuple[str, int]:
+    """(kind, FLOPs) of an operation."""
+    packet = func._overloadpacket
+    if packet in _ADDED:
+        return _kind(packet), int(_ADDED[packet](*args, **kwargs))
+    if packet in flop_registry:
+        return _kind(packet), int(flop_registry[packet](*args, **kwargs, out_val=out))
+    return ELEMENTWISE, 0
+
+
 def _kernel(func: Any, args: tuple, kwargs: dict, out: Any) -> tuple[str, str, int, list[int]]:
     """(kind, dtype, FLOPs, sizes for `bytes_of`)."""
-    packet = func._overloadpacket
     tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
     sizes = [n for t in tensors for n in (t.numel() * t.itemsize, t.untyped_storage().nbytes())]
     floating = [t.dtype for t in tensors if t.dtype.is_floating_point]
     dtype = str(min(floating, key=lambda d: d.itemsize, default=torch.float32)).removeprefix("torch.")
-    if packet in _ADDED:
-        return _kind(packet), dtype, int(_ADDED[packet](*args, **kwargs)), sizes
-    if packet in flop_registry:
-        return _kind(packet), dtype, int(flop_registry[packet](*args, **kwargs, out_val=out)), sizes
-    return ELEMENTWISE, dtype, 0, sizes
+    kind, flops = flops_of_call(func, args, kwargs, out)
+    return kind, dtype, flops, sizes
 
 
 def _kind(packet: Any) -> str:

@@ -233,22 +233,34 @@ class _Metered:
         return forward_prologue(skeleton, self.weights(skeleton, 0), embeds, inputs)
 
     def inputs(self, skeleton: Skeleton, batch: int, tokens: int) -> tuple[torch.Tensor, dict]:
-        ids = torch.zeros(batch, tokens, dtype=torch.long, device=self.device)
-        width = skeleton.embedding.embedding_dim
-        embeds = torch.empty(batch, tokens, width, dtype=skeleton.dtype, device=self.device)
-        return embeds, {"input_ids": ids}
+        return without_values(skeleton, batch, tokens, self.device)
 
     def weights(self, skeleton: Skeleton, unit: int) -> UnitWeights | None:
-        layout = skeleton.units[unit]
-        if not layout.numel:
-            return None
-        run = torch.empty(layout.numel, dtype=skeleton.dtype, device=self.device)
-        return UnitWeights(run, torch.empty(layout.wide_numel, dtype=torch.int16, device=self.device))
+        return empty_weights(skeleton, unit, self.device)
 
     def gradient(self, skeleton: Skeleton, unit: int) -> UnitGradient:
         layout = skeleton.units[unit]
         slot = torch.empty(layout.trainable_numel, dtype=torch.float32, device=self.device)
         return UnitGradient(layout, slot)
+
+
+def without_values(
+    skeleton: Skeleton, batch: int, tokens: int, device: torch.device
+) -> tuple[torch.Tensor, dict]:
+    """(embeddings [batch, tokens, width], the forward's other inputs)."""
+    ids = torch.zeros(batch, tokens, dtype=torch.long, device=device)
+    width = skeleton.embedding.embedding_dim
+    embeds = torch.empty(batch, tokens, width, dtype=skeleton.dtype, device=device)
+    return embeds, {"input_ids": ids}
+
+
+def empty_weights(skeleton: Skeleton, unit: int, device: torch.device) -> UnitWeights | None:
+    """Memory for a unit's weights; None for a unit without any."""
+    layout = skeleton.units[unit]
+    if not layout.numel:
+        return None
+    run = torch.empty(layout.numel, dtype=skeleton.dtype, device=device)
+    return UnitWeights(run, torch.empty(layout.wide_numel, dtype=torch.int16, device=device))
 
 
 def _run_layer(

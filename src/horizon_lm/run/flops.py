@@ -1,71 +1,134 @@
 """What a step computes, and which part of the device's power that is (MFU).
 
-Model FLOPs of a step = 6 N tokens + 6 L d sum(l²), with N the parameters that multiply a token (all but the
-embedding table, unless the output layer shares it; of experts, those that a token visits), L layers of
-attention of total head width d, and l the length of each piece of text that attends to itself. Recomputation
-is not counted, nor is padding. MFU = model FLOPs / seconds / peak.
+Model FLOPs of a step = 6 N tokens + 6 L d sum(l²), with N the parameters that multiply a token, L layers of
+attention of total head width d, and l the length of each piece of text that attends to itself. MFU = model
+FLOPs / seconds / peak. Recomputation is not counted, nor is padding. What a layer really multiplies decides
+(`plan.model_flops`), so that in general
+
+- N counts a parameter as often as a token visits it: an expert for its share of the tokens, tables of which
+  rows are looked up not at all, an embedding table only where the output layer shares it;
+- L d is summed over the layers that have attention, with (d of queries and keys + d of values) / 2 where
+  these differ;
+- where a query sees w keys at most (a window, or keys that are selected for it), l² is w (2 l - w) for l > w;
+  where it sees its chunk, the sum of the squared chunks;
+- products of a state (linear attention, state spaces) are counted for each token as the model computes them.
 
 A frozen parameter counts 4 in place of 6, as its own gradient is not computed, and 2 where nothing before
-it is trained either, as no gradient passes there.
+it is trained either, as no gradient passes there. So does what only selects (an indexer of sparse attention).
 """
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
 from ..data.batches import StepSize
+from ..memory.layout import UnitLayout
+from ..plan.model_flops import Counted, count_layers, kinds_of_layers
+from ..plan.working_set import Built
 
-FORMULA = "(6 N tokens + 6 L d sum of squared lengths) / seconds / peak; N without the embedding table"
+if TYPE_CHECKING:
+    from .host_model import HostModel
+
+FORMULA = (
+    "(6 N tokens + 6 L d sum of squared lengths) / seconds / peak; N without the embedding table, experts by "
+    "the tokens that visit them; L d over layers of attention, lengths within windows"
+)
+
+
+class Span(NamedTuple):
+    """Attention of some layers. per_square: FLOPs, forward and backward, over l². most: keys that a query
+    sees at most; in_chunks: those of its chunk."""
+
+    per_square: float
+    most: int | None = None
+    in_chunks: bool = False
+
+    def squares(self, lengths: np.ndarray) -> float:
+        """Twice the pairs of query and key in pieces of these lengths."""
+        if self.most is None:
+            return float((lengths * lengths).sum())
+        if self.in_chunks:
+            whole, rest = lengths // self.most, lengths % self.most
+            return float((whole * self.most**2 + rest * rest).sum())
+        reach = np.minimum(lengths, self.most)
+        return float((reach * (2 * lengths - reach)).sum())
 
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """per_token: 6 N; per_square: 6 L d."""
+    """per_token: 6 N, and states. spans: attention, by what limits it."""
 
     per_token: float
-    per_square: float
+    spans: tuple[Span, ...]
 
     def of(self, size: StepSize) -> float:
-        """FLOPs of forward and backward of a step, without recomputation."""
-        return self.per_token * size.tokens + self.per_square * size.squares
+        """FLOPs of a step, without recomputation."""
+        lengths = np.array(size.lengths, dtype=np.float64)
+        attention = sum(span.per_square * span.squares(lengths) for span in self.spans)
+        return self.per_token * size.tokens + attention
+
+    @property
+    def per_square(self) -> float:
+        """6 L d of attention without limits."""
+        return sum(span.per_square for span in self.spans)
 
 
-def count_flops(
-    parameters: dict[str, int],
-    embedding: str | None,
-    config: Any,
-    *,
-    factors: dict[str, int] | None = None,
-    share_backward: float = 1.0,
-) -> ModelFlops:
-    """parameters: name to number of elements. embedding: the table, None where the output layer shares it.
-
-    config: the transformers configuration of the text model. factors: FLOPs of a parameter and token where
-    they are not 6. share_backward: of the layers, those through which gradients pass.
-    """
-    share = _share_of_experts(config)
-    total = 0.0
-    for name, count in parameters.items():
-        if name != embedding:
-            factor = (factors or {}).get(name, 6) / 6
-            total += count * (share if ".experts." in name else 1.0) * factor
-    heads = int(getattr(config, "num_attention_heads", 0) or 0)
-    width = int(getattr(config, "head_dim", 0) or 0) * heads or int(getattr(config, "hidden_size", 0) or 0)
-    layers = int(getattr(config, "num_hidden_layers", 0) or 0)
-    return ModelFlops(6 * total, (2.0 + 4.0 * share_backward) * layers * width)
+# Of a model that cannot be run without its weights.
+UNKNOWN = ModelFlops(math.nan, ())
 
 
-def _share_of_experts(config: Any) -> float:
-    """Experts that a token visits, of all; 1 for a model without."""
-    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
-        count = getattr(config, name, None)
-        if count:
-            return float(getattr(config, "num_experts_per_tok", count) or count) / float(count)
-    return 1.0
+def flops_of(model: HostModel, counted: Counted | None = None) -> ModelFlops:
+    """Of a model that is trained. counted: what is known of its layers; else they are run."""
+    skeleton = model.skeleton
+    if counted is None:
+        try:
+            counted = count_layers(Built(skeleton), kinds_of_layers(skeleton)[1])
+        except Exception:  # whatever a model's code makes of tensors without values
+            return UNKNOWN
+    return model_flops(skeleton.units, counted, embedding_trainable=skeleton.embedding_trainable)
+
+
+def model_flops(units: Sequence[UnitLayout], counted: Counted, *, embedding_trainable: bool) -> ModelFlops:
+    """Of forward and backward. units: as in `Skeleton.units`; some may be frozen."""
+    head = len(counted.kind_of) + 1
+    trained = [u for u in range(head + 1) if units[u].trainable_numel]
+    lowest = 0 if embedding_trainable else min(trained, default=head + 1)
+    return _sum(units, counted, range(head + 1), lowest)
+
+
+def forward_of_layers(units: Sequence[UnitLayout], counted: Counted) -> ModelFlops:
+    """Of one forward pass through all layers: what recomputing them adds."""
+    return _sum(units, counted, range(1, len(counted.kind_of) + 1), None)
+
+
+def _sum(units: Sequence[UnitLayout], counted: Counted, which: range, lowest: int | None) -> ModelFlops:
+    """lowest: the first unit through which a gradient passes; None for a forward pass alone."""
+    per_token, spans = 0.0, dict[tuple[int | None, bool], float]()
+    lookups, layers = set(counted.lookups), range(1, len(counted.kind_of) + 1)
+    for u in which:
+        passes = lowest is not None and u >= lowest
+        layer = counted.layers[counted.kind_of[u - 1]] if u in layers else None
+        for place, parameter in enumerate(units[u].parameters):
+            if parameter.name in lookups:
+                continue
+            learns = passes and (layer is None or place not in layer.unlearned)
+            factor = 2 + (2 + 2 * parameter.trainable if learns else 0)
+            per_token += parameter.numel * (1.0 if layer is None else layer.visits[place]) * factor
+        if layer is None:
+            continue
+        per_token += (3 if passes else 1) * layer.states
+        for pairs in layer.pairs:
+            key = pairs.most, pairs.in_chunks
+            flops = pairs.flops / 2 * (3 if passes and pairs.learned else 1)
+            spans[key] = spans.get(key, 0.0) + flops
+    return ModelFlops(per_token, tuple(Span(flops, *key) for key, flops in spans.items()))
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:

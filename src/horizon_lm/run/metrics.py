@@ -37,12 +37,11 @@ import torch
 
 from .. import files
 from ..data import Loader
-from ..data.batches import StepSize
 from ..engine.lanes import Span
 from ..errors import DataError, StoppedError
 from ..words import count
 from .evaluation import Evaluation
-from .flops import ModelFlops, count_flops
+from .flops import ModelFlops
 from .folder import writing
 from .host_model import HostModel
 from .loop import StepRecord
@@ -86,39 +85,62 @@ class Metrics:
         return cls(**found)
 
 
+@dataclass(frozen=True)
+class _Computed:
+    """In one step. tokens: without padding."""
+
+    tokens: int
+    flops: float
+
+
 class Meter:
     """Sums up steps: `add` gives a record at every `every`th step, and at the first and the last.
 
-    loader: knows how large its latest step was. peak: FLOP/s of the device. num_steps: of the run, set once
-    it is known.
+    loader: knows how large its latest step was. flops: what the model computes. peak: FLOP/s of the device.
+    num_steps: of the run, set once it is known.
     """
 
     def __init__(
-        self, model: HostModel, loader: Loader, *, every: int, peak: float, num_steps: int = 0
+        self,
+        model: HostModel,
+        loader: Loader,
+        *,
+        every: int,
+        flops: ModelFlops,
+        peak: float,
+        num_steps: int = 0,
     ) -> None:
         self._model, self._loader, self._every, self.num_steps = model, loader, every, num_steps
-        self._flops, self._peak = flops_of(model), peak
-        self._window: list[tuple[StepRecord, StepSize]] = []
+        self._flops, self._peak = flops, peak
+        self._window: list[tuple[StepRecord, _Computed]] = []
         self._num_tokens = self._num_targets = self._skipped = 0
         self._seconds = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """The sums, and the steps since the last line; JSON-ready."""
-        window = [[finite_or_none(asdict(record)), asdict(size)] for record, size in self._window]
+        window = [[finite_or_none(asdict(value)) for value in pair] for pair in self._window]
         sums = [self._num_tokens, self._num_targets, self._skipped, self._seconds]
         return {"sums": sums, "window": window}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._num_tokens, self._num_targets, self._skipped, self._seconds = state["sums"]
         self._window = []
-        for record, step_size in state["window"]:
+        for record, done in state["window"]:
             values: dict[str, Any] = {k: math.nan if v is None else v for k, v in record.items()}
             values["rolled_back_to"] = record["rolled_back_to"]
-            self._window.append((StepRecord(**values), StepSize(**step_size)))
+            self._window.append((StepRecord(**values), self._computed(done)))
+
+    def _computed(self, values: dict[str, Any]) -> _Computed:
+        """What `asdict` made of it; earlier versions wrote the squared lengths in place of the FLOPs."""
+        if "squares" in values:
+            flops = self._flops.per_token * values["tokens"] + self._flops.per_square * values["squares"]
+        else:
+            flops = math.nan if values["flops"] is None else values["flops"]
+        return _Computed(values["tokens"], flops)
 
     def add(self, record: StepRecord) -> Metrics | None:
         size = self._loader.size
-        self._window.append((record, size))
+        self._window.append((record, _Computed(size.tokens, self._flops.of(size))))
         self._num_tokens += size.tokens
         self._num_targets += record.num_tokens
         self._seconds += record.seconds
@@ -143,8 +165,8 @@ class Meter:
             loss=sum(r.loss * r.num_tokens for r in learned) / targets if targets else math.nan,
             grad_norm=record.grad_norm,
             learning_rate=record.learning_rate,
-            tokens_per_second=sum(s.tokens for _, s in window) / seconds,
-            mfu=sum(self._flops.of(s) for _, s in window) / seconds / self._peak,
+            tokens_per_second=sum(done.tokens for _, done in window) / seconds,
+            mfu=sum(done.flops for _, done in window) / seconds / self._peak,
             num_tokens=self._num_tokens,
             num_target_tokens=self._num_targets,
             seconds=self._seconds,
@@ -155,33 +177,6 @@ class Meter:
             if with_lanes and not record.skipped
             else {},
         )
-
-
-def flops_of(model: HostModel) -> ModelFlops:
-    """How to count the FLOPs of this model."""
-    counts = {p.name: p.numel for unit in model.store.units for p in unit.parameters}
-    text = model.config.get_text_config()
-    table = next((n for n, m in model.skeleton.model.named_modules() if m is model.skeleton.embedding), "")
-    is_tied = bool(getattr(text, "tie_word_embeddings", False))
-    factors, share = _factors(model)
-    return count_flops(
-        counts, None if is_tied else f"{table}.weight", text, factors=factors, share_backward=share
-    )
-
-
-def _factors(model: HostModel) -> tuple[dict[str, int], float]:
-    """(FLOPs of each frozen parameter and token, share of the layers through which gradients pass)."""
-    skeleton = model.skeleton
-    trained = [u for u in range(skeleton.head + 1) if skeleton.units[u].trainable_numel]
-    lowest = 0 if skeleton.embedding_trainable else min(trained, default=skeleton.head + 1)
-    factors = {
-        p.name: 4 if u >= lowest else 2
-        for u, unit in enumerate(skeleton.units[: skeleton.head + 1])
-        for p in unit.parameters
-        if not p.trainable
-    }
-    passed = sum(u >= lowest for u in range(1, skeleton.head))
-    return factors, passed / skeleton.num_layers
 
 
 def lane_shares(spans: Iterable[Span], seconds: float) -> dict[str, float]:

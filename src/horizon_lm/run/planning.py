@@ -100,7 +100,7 @@ def settle(
     if it cannot be streamed at all, loading it says so.
     """
     try:
-        plan = _planned(config, pinned)
+        plan = _planned(config, pinned, counted=True)
     except UnsupportedModelError as error:
         if config.tokens_per_step is not None:
             raise
@@ -115,9 +115,13 @@ def settle(
     return plan.config, plan
 
 
-def _planned(config: TrainConfig, pinned: frozenset[str] | None = None) -> RunPlan:
+def _planned(config: TrainConfig, pinned: frozenset[str] | None = None, *, counted: bool = False) -> RunPlan:
+    """counted: with the FLOPs of its layers, where these can be counted."""
     with outline_cache(config) as cache:
-        return plan_run(config, pinned=pinned, cache=cache)
+        plan = plan_run(config, pinned=pinned, cache=cache)
+        if counted:
+            plan.planner.outline.count()
+        return plan
 
 
 def _in_words(plan: RunPlan) -> list[str]:

@@ -94,7 +94,7 @@ class PlainProgress(Progress):
             f"lr {metrics.learning_rate:.2e}",
             f"grad norm {number(metrics.grad_norm)}",
             f"{rate(metrics.tokens_per_second)} tokens/s",
-            f"mfu {metrics.mfu:.0%}",
+            *([f"mfu {metrics.mfu:.0%}"] if math.isfinite(metrics.mfu) else []),
             f"left {clock(self.seconds_left(metrics.step))}",
             f"host {size(metrics.host_rss_bytes)}",
             *([f"device {size(metrics.device_bytes)}"] if metrics.device_bytes else []),
@@ -197,7 +197,7 @@ class RichProgress(Progress):
             "rate": (f"{metrics.learning_rate:.2e}", ""),
             "grad norm": (number(metrics.grad_norm), ""),
             "tokens/s": (rate(metrics.tokens_per_second), ""),
-            "mfu": (f"{metrics.mfu:.0%}", ""),
+            **({"mfu": (f"{metrics.mfu:.0%}", "")} if math.isfinite(metrics.mfu) else {}),
             "host": (size(metrics.host_rss_bytes), ""),
             **({"device": (size(metrics.device_bytes), "")} if metrics.device_bytes else {}),
         }

@@ -32,7 +32,7 @@ from .describe import TrainResult
 from .device import resolve_device
 from .ending import RunEnd, finish
 from .evaluation import Evaluator
-from .flops import measure_peak
+from .flops import UNKNOWN, flops_of, measure_peak
 from .folder import RunFolder, check_disk, claim
 from .guard import LossGuard
 from .host_model import HostModel, load_model_of
@@ -176,7 +176,10 @@ def _run_steps(
     plan: what was chosen."""
     loader = data.loader
     peak = _peak(config, model)
-    meter = Meter(model, loader, every=config.logging_steps, peak=peak)
+    flops = flops_of(model, plan.planner.outline.counted if plan is not None else None)
+    if flops == UNKNOWN:
+        progress.warn(f"no MFU: {model.config.model_type} cannot be run without its weights")
+    meter = Meter(model, loader, every=config.logging_steps, flops=flops, peak=peak)
     best = Best(config, folder.path, progress.warn)
     trainer = Trainer(model, loader, meter, LossGuard(config), best)
     files = small_files(model, lambda target: _save_tokenizer(data, target))
