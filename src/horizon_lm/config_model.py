@@ -23,7 +23,7 @@ class ModelSettings(Settings):
     )
     dtype: Literal["bfloat16", "float32"] = setting(
         "bfloat16",
-        "Number format of weights and computation; the optimizer keeps exact float32 masters in either case.",
+        "Number format of weights and computation; the optimizer keeps float32 masters in either case.",
         group="Model",
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = setting(

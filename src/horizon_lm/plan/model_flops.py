@@ -289,7 +289,7 @@ class ProductMeter(WorkMeter):
         self._seen, self._products, self._owners = _Seen(batch * length, length), [], {}
         runs: dict[int, list[tuple[int, int, int]]] = {}
         for place, tensor in enumerate(parameters.values()):
-            begin = tensor.storage_offset()
+            begin = int(tensor.storage_offset())
             runs.setdefault(_storage(tensor), []).append((begin, begin + tensor.numel(), place))
         self._held.append(parameters)
         for storage, ranges in runs.items():
@@ -336,7 +336,7 @@ class ProductMeter(WorkMeter):
             for result in results:
                 if _storage(result) not in self._owners:
                     self._held.append(result)
-                    self._owners[_storage(result)] = lambda _, every=every: every
+                    self._owners[_storage(result)] = partial(_always, every)
 
     def _note_product(self, func: Any, args: tuple, kind: str, flops: int, out: torch.Tensor) -> None:
         assert self._seen is not None
@@ -368,6 +368,10 @@ _GATHERS = {aten.embedding, aten.index, aten.index_select, aten.gather}
 def _within(ranges: list[tuple[int, int, int]], tensor: torch.Tensor) -> tuple[int, ...]:
     at = tensor.storage_offset()
     return tuple(place for begin, end, place in ranges if begin <= at < end)
+
+
+def _always(places: tuple[int, ...], _: torch.Tensor) -> tuple[int, ...]:
+    return places
 
 
 def _storage(tensor: torch.Tensor) -> int:

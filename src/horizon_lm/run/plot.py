@@ -40,9 +40,8 @@ def draw_loss(metrics: Path, *, title: str) -> Figure:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     rates = axes.twinx()
-    rates.plot(
-        steps, [record.get("learning_rate") for record in records], color=_RATE, lw=1.2, ls=(0, (4, 2))
-    )
+    given = [math.nan if (rate := record.get("learning_rate")) is None else rate for record in records]
+    rates.plot(steps, given, color=_RATE, lw=1.2, ls=(0, (4, 2)))
     rates.set_ylabel("learning rate", color=_RATE)
     rates.tick_params(axis="y", labelcolor=_RATE)
     rates.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3), useMathText=True)
