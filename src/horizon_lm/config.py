@@ -112,7 +112,7 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         group="Batch and schedule",
         unit="epochs",
         gt=0,
-        le=MOST,
+        le=1e300,  # times the rows, still a number
     )
     max_steps: int = setting(
         -1,
