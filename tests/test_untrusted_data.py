@@ -330,9 +330,10 @@ def test_a_compressed_file_that_is_far_more_than_its_size(tmp_path: Path, small_
     ],
 )
 def test_settings_of_data_have_bounds(key: str) -> None:
-    for value in (10**19, 10**30, 10**400):
+    values = (1e301, 1e308) if key == "num_train_epochs" else (10**19, 10**30, 10**400)
+    for value in values:
         with pytest.raises(ConfigError, match=key) as caught:
-            config(**{key: float(value) if key == "num_train_epochs" and value < 10**300 else value})
+            config(**{key: value})
         assert caught.value.exit_code == 2 and len(caught.value.message) < 1200
     assert isinstance(config(), TrainConfig)
 

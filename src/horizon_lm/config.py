@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError
 from horizon_lm import config_merge
 from horizon_lm.config_base import fault, keys_of, setting
 from horizon_lm.config_checkpoints import CheckpointSettings
-from horizon_lm.config_data import MOST, MOST_ROWS, DataSettings
+from horizon_lm.config_data import MOST, DataSettings
 from horizon_lm.config_data import DatasetConfig as DatasetConfig
 from horizon_lm.config_model import ModelSettings as ModelSettings
 
@@ -86,7 +86,7 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         group="Batch and schedule",
         unit="sequences",
         ge=1,
-        le=MOST_ROWS,
+        le=MOST,
     )
     gradient_accumulation_steps: int = setting(
         1,
@@ -94,7 +94,7 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         group="Batch and schedule",
         unit="micro-batches",
         ge=1,
-        le=MOST_ROWS,
+        le=MOST,
     )
     tokens_per_step: int | Literal["auto"] | None = setting(
         None,
@@ -112,7 +112,7 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         group="Batch and schedule",
         unit="epochs",
         gt=0,
-        le=10**6,
+        le=1e300,  # times the rows, still a number
     )
     max_steps: int = setting(
         -1,

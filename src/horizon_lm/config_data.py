@@ -16,7 +16,6 @@ TAGS = (
 )
 
 MOST = 10**12  # rows, documents or steps: far more than there are, and NumPy can count them
-MOST_ROWS = 10**6  # sequences in a micro-batch, micro-batches in a step
 
 
 class DatasetConfig(BaseModel):
@@ -167,7 +166,7 @@ class DataSettings(Settings):
         group="Data",
         unit="documents",
         ge=1,
-        le=10**9,
+        le=MOST,
     )
     dataset_num_proc: int | None = setting(
         None,
@@ -228,7 +227,7 @@ class DataSettings(Settings):
         group="Evaluation",
         unit="sequences",
         ge=1,
-        le=MOST_ROWS,
+        le=MOST,
     )
 
     @model_validator(mode="before")

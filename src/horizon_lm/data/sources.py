@@ -69,7 +69,8 @@ def list_files(name: str, *, follow_links: bool = False) -> list[Path]:
         found: Iterable[str] = _in_folder(path, follow_links=follow_links)
     elif glob.has_magic(name):
         folder = _before_magic(path)
-        found = (match for match in glob.iglob(str(path), recursive=True) if not os.path.isdir(match))
+        matches = (Path(match) for match in glob.iglob(str(path), recursive=True))
+        found = (str(match) for match in matches if match.exists() and not match.is_dir())
     elif path.exists():
         raise DataError(f"{name} is a pipe or a device, not a file", hint="write it to a file first")
     else:
