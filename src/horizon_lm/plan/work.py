@@ -14,7 +14,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
-from torch.utils.weak import WeakIdKeyDictionary
 
 aten = torch.ops.aten
 MATMUL, ATTENTION, ATTENTION_BACKWARD = "matmul", "attention", "attention_backward"
@@ -71,8 +70,8 @@ _ADDED: dict[Any, Callable[..., int]] = {
 class WorkMeter(TorchDispatchMode):
     """While open, counts the operations of this thread. Questions about values, which fake tensors cannot
     answer, are answered as for work that is shared out evenly: a bool is true, a mask that was cut out of a
-    larger one selects its even share (an expert its share of the tokens), another mask all there is (the
-    experts that have work, one after another), and any other index is the first."""
+    larger one selects its even share (an expert its share of the tokens), and an index is the
+    first."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -85,7 +84,6 @@ class WorkMeter(TorchDispatchMode):
         super().__init__()
         self.work: Work = Counter()
         self._note = note
-        self._counts_up = WeakIdKeyDictionary()  # storages of 0, 1, 2, ...
 
     def take(self) -> Work:
         """What was counted since the last call."""
@@ -97,12 +95,9 @@ class WorkMeter(TorchDispatchMode):
         if func is aten._local_scalar_dense.default and args[0].dtype == torch.bool:
             return True
         if func is aten._local_scalar_dense.default and not args[0].dtype.is_floating_point:
-            return args[0].storage_offset() if args[0].untyped_storage() in self._counts_up else 0
+            return 0
         if func is aten.nonzero.default:
-            places = _even_share(args[0])
-            if places.shape == (*args[0].shape, 1):
-                self._counts_up[places.untyped_storage()] = True
-            return places
+            return _even_share(args[0])
         if func is aten.split_with_sizes.default:
             args = _with_even_sizes(*args)
         if func._overloadpacket is aten._grouped_mm and args[0].dtype == torch.float32:
