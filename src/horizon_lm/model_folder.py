@@ -1,15 +1,14 @@
-"""What a local folder of a model may have read: regular files of its own.
+"""What a local folder of a model may have read: regular files that lie in it.
 
-transformers opens what it finds there: it would wait for a named pipe, and take weights from wherever a link
-or an index of weight files points. In the cache of the Hub each file is a link into the same repository's
-`blobs`. For a name on the Hub huggingface_hub itself refuses files outside of the repository.
+transformers opens what it finds there: it would wait for a named pipe, and take weights from wherever an
+index of weight files points. Links are followed: weights often lie on another disk, and in the cache of the
+Hub each file is a link. For a name on the Hub huggingface_hub itself refuses files outside of the repository.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -22,40 +21,28 @@ _TEMPLATES = "additional_chat_templates"
 
 
 def check_model_folder(name: str | os.PathLike[str]) -> None:
-    """Raises DataError for a folder that has a pipe or a device where a file belongs, a link to a file
-    outside of it, or an index that names such a file. A name on the Hub is not looked at."""
+    """Raises DataError for a folder that has a pipe or a device where a file belongs, or an index that names
+    a file outside of it. A name on the Hub is not looked at."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return
-    root = folder.resolve()
-    if root.parent.name == "snapshots" and (root.parents[1] / "blobs").is_dir():
-        root = root.parents[1]
     templates = folder / _TEMPLATES
     for path in [*sorted(folder.iterdir()), *(sorted(templates.iterdir()) if templates.is_dir() else ())]:
-        _check_entry(path, root)
+        _check_entry(path)
     index = _index_in_use(folder)
     if index is not None:
         names_in(index)
 
 
-def _check_entry(path: Path, root: Path) -> None:
-    try:
-        mode = path.stat().st_mode
-    except OSError:  # a link to nothing: who needs the file says so
+def _check_entry(path: Path) -> None:
+    if path.is_dir() or not path.exists():  # a link to nothing: who needs the file says so
         return
-    is_folder = stat.S_ISDIR(mode)
-    if not is_folder:
-        try:
-            check_is_file(path)
-        except OSError as error:
-            raise DataError(
-                f"{path} cannot be read: {error.strerror}", hint="replace it by a file, or remove it"
-            ) from None
-    if (not is_folder or path.name == _TEMPLATES) and not path.resolve().is_relative_to(root):
+    try:
+        check_is_file(path)
+    except OSError as error:
         raise DataError(
-            f"{path} is a link to {path.resolve()}, outside of its folder",
-            hint=f"if you trust it, put a copy in its place: cp --remove-destination {path.resolve()} {path}",
-        )
+            f"{path} cannot be read: {error.strerror}", hint="replace it by a file, or remove it"
+        ) from None
 
 
 def _index_in_use(folder: Path) -> Path | None:
