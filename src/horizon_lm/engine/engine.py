@@ -192,7 +192,10 @@ class Engine(OpFunctions):
         plan = self.plan(len(micro_batches), evaluate=True)
         step = self._begin(plan, micro_batches, 0, pending=False)
         self._set_mode(training=False)
-        self._execute(step, range(len(step.schedule.ops)), record)
+        try:
+            self._execute(step, range(len(step.schedule.ops)), record)
+        finally:
+            self._set_mode(training=True)
         return step
 
     def _set_mode(self, *, training: bool) -> None:
