@@ -342,7 +342,7 @@ def mean_of_all(log_probs: torch.Tensor, given: dict[str, torch.Tensor]) -> torc
 
 
 def state_of(model: hz.HostModel) -> tuple[Any, ...]:
-    return digest(model), model._has_gradients, model.engine.has_pending, bytes(torch.get_rng_state().numpy())
+    return digest(model), model.engine.gradients is not None, model.engine.has_pending, bytes(torch.get_rng_state().numpy())
 
 
 @pytest.fixture(scope="module")

@@ -27,8 +27,11 @@ NOT_STREAMED = {"rwkv", "bamba-z_loss", "inkling_text"}
 TWINS = {name for name in zoo.CASES if name.endswith("-aux")}
 # Computes all experts for all tokens, and multiplies by zero what the router did not choose.
 ALL_EXPERTS = {"llama4_text"}
-# Random tokens go to an expert without arithmetic as it happens; 20 tokens do not fill blocks of 8 keys.
-NEAR = {"longcat_flash": 0.2, "deepseek_v4": 0.01}
+# 80 choices of random tokens go to experts without arithmetic as it happens, 0.2 of them on average, which is
+# 16 with a deviation of 4; 20 tokens do not fill blocks of 8 keys.
+NEAR = {"longcat_flash": 0.05, "deepseek_v4": 0.01}
+# Loop over sequences, or over more blocks of 4 tokens than can be counted in seconds.
+NOT_COUNTED = {"qwen4_exp_text", "xlstm"}
 BLOCKS = 128
 
 
@@ -79,7 +82,7 @@ def as_torch_counts(outline: Outline, length: int) -> float:
     return total
 
 
-@pytest.mark.parametrize("name", [n for n in zoo.CASES if n not in NOT_STREAMED | TWINS | ALL_EXPERTS])
+@pytest.mark.parametrize("name", [n for n in zoo.CASES if n not in NOT_STREAMED | TWINS | ALL_EXPERTS | NOT_COUNTED])
 def test_flops_are_those_that_torch_counts(name: str) -> None:
     tags = zoo.CASES[name].tags
     length = 20 if "dense" in tags or "hybrid" not in tags and "moe" in tags else BLOCKS
@@ -122,6 +125,19 @@ def test_attention_and_experts_are_those_counted_by_hand(name: str) -> None:
             is_expert = len(p.shape) == 3 and "conv" not in p.name or ".experts.mlp." in p.name
             if len(p.shape) > 1:  # a router's scales are looked up
                 assert visits == pytest.approx(share if is_expert else 1), p.name
+
+
+def test_experts_without_arithmetic_take_their_share_of_tokens() -> None:
+    """longcat_flash: 2 of 5 experts for a token, of which 1 is without; `gate_up_proj` has a place for all."""
+    outline = outline_of("longcat_flash")
+    layers = counted(outline)
+    parameters = outline.units[1].parameters
+    found = {p.name: v for p, v in zip(parameters, layers.layers[layers.kind_of[0]].visits, strict=True)}
+    experts = {name: visits for name, visits in found.items() if visits < 1}
+    assert experts and {name.rpartition(".")[2]: v for name, v in experts.items()} == pytest.approx(
+        {"gate_up_proj": 2 * 0.8 / 5, "down_proj": 2 * 0.8 / 4}
+    )
+    assert {s.per_square for s in whole(outline).spans} == {6 * 2 * 2 * 40}
 
 
 def test_dense_models_are_counted_by_the_formula() -> None:

@@ -418,12 +418,13 @@ def test_a_run_that_is_saved_does_not_fail_for_its_extras(
 
 
 def test_a_hangup_stops_a_run_once_and_nohup_is_heeded() -> None:
-    with watched() as request:
-        for _ in range(2):  # by the system and by the shell
-            os.kill(os.getpid(), signal.SIGHUP)
-        assert request.signal is signal.SIGHUP and request.exit_code == 75
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
+        with watched() as request:
+            for _ in range(2):  # by the system and by the shell
+                os.kill(os.getpid(), signal.SIGHUP)
+            assert request.signal is signal.SIGHUP and request.exit_code == 75
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with watched() as request:
             os.kill(os.getpid(), signal.SIGHUP)
             assert request.signal is None

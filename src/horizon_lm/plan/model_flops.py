@@ -31,8 +31,13 @@ from .working_set import Built, empty_weights, without_values
 # the blocks of linear attention, of up to 256 tokens, which look like attention else.
 _FEW, _MORE = (22, 44), (768, 1536)
 _LONG = 1 << 17  # beyond what a layer selects for a query
+_MOST_OPERATIONS = 10_000  # of a run of a layer: about five seconds
 # Sequences: tokens are shared out evenly among 2 to 10, 60, 72, 160, 256, 384, 512, ... experts.
 _BATCH = 315 << 9
+
+
+class TooManyOperationsError(Exception):
+    """A layer loops over tokens or sequences, and takes too long to count."""
 
 
 class Pairs(NamedTuple):
@@ -156,15 +161,21 @@ def _runs(built: Built, kind_of: Sequence[int]) -> tuple[list[int], list[int], l
         places = [found.index(kind) for kind in range(len(kinds))]
         try:
             first = {layer: counting.run(layer) for layer in places}
+        except TooManyOperationsError:
+            raise
         except Exception:  # some take whole blocks only
             first = {}
     runs = {layer: _Runs(seen, seen) for layer, seen in first.items()}
     runs |= _second(built, {layer: seen for layer, seen in first.items() if seen.has_products}, _FEW[1])
     blocks = [layer for layer in places if layer not in runs or runs[layer].has_blocks]
-    if blocks:
-        with _Counting(built, _MORE[0]) as counting:
-            first = {layer: counting.run(layer) for layer in blocks}
-        runs |= _second(built, first, _MORE[1])
+    try:
+        if blocks:
+            with _Counting(built, _MORE[0]) as counting:
+                first = {layer: counting.run(layer) for layer in blocks}
+            runs |= _second(built, first, _MORE[1])
+    except Exception:  # some hold tables of fewer positions
+        if any(layer not in runs for layer in places):
+            raise
     return places, found, [runs[layer] for layer in places]
 
 
@@ -181,6 +192,12 @@ def _local_window(skeleton: Skeleton, layer: int) -> int | None:
     if getattr(config, "model_type", "") == "gpt_neo" and config.attention_layers[layer] == "local":
         return int(config.window_size)
     return None
+
+
+def _share_of_real_experts(skeleton: Skeleton) -> float:
+    """longcat_flash alone has experts without arithmetic, which a run without values cannot tell apart."""
+    zero = int(getattr(skeleton.config, "zero_expert_num", 0) or 0)
+    return skeleton.config.n_routed_experts / (skeleton.config.n_routed_experts + zero) if zero else 1.0
 
 
 class _Product(NamedTuple):
@@ -308,6 +325,8 @@ class ProductMeter(WorkMeter):
         masks = {self.masks[_storage(t)] for t in tensors if _storage(t) in self.masks}
         if self._seen is not None:
             self._seen.operations += 1
+            if self._seen.operations > _MOST_OPERATIONS:
+                raise TooManyOperationsError
             self._seen.masks.update(masks)
             self._look(func, args, kwargs, tensors, results)
         elif len(masks) == 1:  # what the model makes of its mask
@@ -434,6 +453,8 @@ def _most_selected(built: Built, layer: int, runs: _Runs) -> int | None:
 
 def _conclude(skeleton: Skeleton, layer: int, runs: _Runs, selected: int | None) -> LayerFlops:
     visits, unlearned = _visits(skeleton, layer, runs.short)
+    real = _share_of_real_experts(skeleton)
+    visits = tuple(times * real if times < 1 else times for times in visits)
     limits = [(most, False) for most in (_local_window(skeleton, layer), selected) if most is not None]
     states, pairs = 0.0, []
     for learned in (True, False):
