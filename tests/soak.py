@@ -25,6 +25,8 @@ FILES = [
     "tests/test_checkpoint.py",
     "tests/test_resume.py",
     "tests/test_parity.py",
+    "tests/test_parameter_kinds.py",
+    "tests/test_flops.py",
     "tests/test_damaged_runs.py",
 ]
 

@@ -342,7 +342,8 @@ def mean_of_all(log_probs: torch.Tensor, given: dict[str, torch.Tensor]) -> torc
 
 
 def state_of(model: hz.HostModel) -> tuple[Any, ...]:
-    return digest(model), model.engine.gradients is not None, model.engine.has_pending, bytes(torch.get_rng_state().numpy())
+    engine, generator = model.engine, bytes(torch.get_rng_state().numpy())
+    return digest(model), engine.gradients is not None, engine.has_pending, generator
 
 
 @pytest.fixture(scope="module")
