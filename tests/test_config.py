@@ -346,10 +346,12 @@ def test_errors_carry_message_hint_and_code() -> None:
         "DoesNotFitError": 3,
         "DataError": 4,
         "CheckpointError": 5,
+        "TornStateError": 5,
         "NonFiniteError": 6,
         "LossSpikeError": 6,
         "UploadError": 7,
         "CallbackError": 1,
+        "OutputLostError": 1,
         "StoppedError": 75,
     }
 

@@ -327,15 +327,24 @@ def test_files_that_are_something_else(run: Path, tmp_path: Path, name: str, dat
     assert error.value.exit_code in (2, 5) and "checkpoint-4" in error.value.message
 
 
-@pytest.mark.parametrize("key, value", [("num_attention_heads", 0), ("vocab_size", -1), ("hidden_act", "no")])
-def test_a_configuration_that_makes_no_model(run: Path, tmp_path: Path, key: str, value: Any) -> None:
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("num_attention_heads", 0, "num_attention_heads is 0, expected a positive number"),
+        ("vocab_size", -1, "vocab_size is -1, expected a positive number"),
+        ("hidden_act", "no", "is refused by transformers"),
+    ],
+)
+def test_a_configuration_that_makes_no_model(
+    run: Path, tmp_path: Path, key: str, value: Any, said: str
+) -> None:
     data = json.dumps(json.loads((run / "checkpoint-4" / "config.json").read_text()) | {key: value}).encode()
     made = sealed(
         run / "checkpoint-4", tmp_path / "checkpoint-4", lambda values: None, **{"config.json": data}
     )
     with pytest.raises(HorizonError) as error:
         export(made, tmp_path / "model")
-    assert error.value.exit_code == 2 and "config.json is refused by transformers" in error.value.message
+    assert error.value.exit_code == 2 and "config.json" in error.value.message and said in error.value.message
 
 
 def test_random_values_in_a_manifest(run: Path, tmp_path: Path) -> None:

@@ -31,6 +31,9 @@ ALL_EXPERTS = {"llama4_text"}
 # 80 choices of random tokens go to experts without arithmetic as it happens, 0.2 of them on average, which is
 # 16 with a deviation of 4; 20 tokens do not fill blocks of 8 keys.
 NEAR = {"longcat_flash": 0.05, "deepseek_v4": 0.01}
+# Theirs hold a pass over all pairs of blocks, which states do not need and ours leaves out.
+NEAR |= dict.fromkeys(["mamba2", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h"], 0.1)
+NEAR |= {"minimax": 0.2}  # 128 tokens are half a block, of which ours are full
 # Loop over sequences, or over more blocks of 4 tokens than can be counted in seconds.
 NOT_COUNTED = {"qwen4_exp_text", "xlstm"}
 BLOCKS = 128
@@ -76,7 +79,9 @@ def as_torch_counts(outline: Outline, length: int) -> float:
     for u, unit in enumerate(outline.units[: outline.head + 1]):
         layer = found.layers[found.kind_of[u - 1]] if 0 < u < outline.head else None
         for place, p in enumerate(unit.parameters):
-            if len(p.shape) > 1 and p.name not in found.lookups:
+            vector = len(p.shape) < 2 or p.name.endswith(("bias", "A_log"))
+            vector |= outline.built.skeleton.is_norm(p.name)
+            if not vector and p.name not in found.lookups:
                 total += 2 * length * p.numel * (1 if layer is None else layer.visits[place])
         if layer is not None:
             total += layer.states * length + sum(pairs.flops * length**2 for pairs in layer.pairs)
@@ -104,7 +109,8 @@ def test_flops_are_those_that_torch_counts(name: str) -> None:
     length = 20 if "dense" in tags or "hybrid" not in tags and "moe" in tags else BLOCKS
     outline = outline_of(name)
     ours, theirs = as_torch_counts(outline, length), by_torch(name, length)
-    assert ours == pytest.approx(theirs, rel=NEAR.get(name, 1e-6))
+    padded = "hybrid" in tags or "mamba" in name  # convolutions, of which theirs count the padding
+    assert ours == pytest.approx(theirs, rel=NEAR.get(name, 1e-3 if padded else 1e-6))
 
 
 # By hand, from the zoo's sizes: 4 layers (longcat_flash: 2 of two attentions each), 4 heads of 8; with latent
