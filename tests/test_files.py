@@ -488,10 +488,7 @@ def test_pipes_and_devices_are_no_data(tmp_path: Path) -> None:
         for name in (folder, path, folder / "*"):
             documents = Documents([DatasetConfig(path=str(name))])
             for read in (partial(list, documents), documents.fingerprint):
-                if name == folder / "*":  # a glob takes files alone
-                    read()
-                    continue
-                with pytest.raises(DataError, match="a named pipe|a device"):
+                with pytest.raises(DataError, match="a named pipe|a pipe or a device|leads out of"):
                     read()
 
 
@@ -541,7 +538,8 @@ ALLOWED = {
     ("run/loggers.py", "open"): "opens a logger",
     ("data/tokens.py", "memmap"): "mode r",
     ("plan/calibrate.py", "TemporaryFile"): "has no name",
-    ("cli.py", "os.open"): "/dev/null",
+    ("output.py", "os.open"): "/dev/null",
+    ("data/encode.py", "save_pretrained"): "fills a temporary folder",
     ("bench/worker.py", "fdopen"): "standard output",
     ("bench/jobs.py", "TemporaryFile"): "has no name",
     ("bench/memory.py", "write_text"): "a switch of the kernel, /proc/self/clear_refs",

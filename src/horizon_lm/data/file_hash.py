@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -18,6 +17,7 @@ from typing import Any
 
 import xxhash
 
+from horizon_lm import files
 from horizon_lm.data.compressed import suffix_of
 from horizon_lm.errors import DataError
 
@@ -37,7 +37,7 @@ class FileHashes:
         self._found: dict[str, list[Any]] = {}
         if self._path is not None:
             with suppress(OSError, ValueError, RecursionError):
-                known = json.loads(self._path.read_bytes())
+                known = json.loads(files.read_bytes(self._path))
                 self._known = known if isinstance(known, dict) else {}
 
     def of(self, paths: Iterable[Path], prefix: str | None = None) -> Iterator[bytes]:
@@ -52,7 +52,7 @@ class FileHashes:
                 ) from error
 
     def _of(self, path: Path, prefix: str) -> bytes:
-        with path.open("rb") as file:
+        with files.open_file(path) as file:
             before = os.fstat(file.fileno())
             signature = _signature(before)
             key = f"{before.st_dev}:{before.st_ino}:{prefix}"
@@ -81,15 +81,7 @@ class FileHashes:
         entries = [*kept.items(), *self._found.items()][-_MOST_FILES:]
         with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            handle, staged = tempfile.mkstemp(dir=self._path.parent, prefix=f".{_NAME}.")
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
-                    json.dump(dict(entries), file)
-                os.replace(staged, self._path)
-            except BaseException:
-                with suppress(OSError):
-                    os.unlink(staged)
-                raise
+            files.write_file(self._path, json.dumps(dict(entries)))
 
 
 def _signature(status: os.stat_result) -> list[int]:
