@@ -535,7 +535,6 @@ ALLOWED = {
     ("run/saver.py", "save_pretrained"): "fills a temporary folder",
     ("run/plot.py", "savefig"): "writes into a file that `files` opened",
     ("run/loggers.py", "SummaryWriter"): "in a folder that `files` looked at",
-    ("run/loggers.py", "open"): "opens a logger",
     ("data/tokens.py", "memmap"): "mode r",
     ("plan/calibrate.py", "TemporaryFile"): "has no name",
     ("output.py", "os.open"): "/dev/null",

@@ -94,7 +94,7 @@ def test_token_caches_are_whole_or_absent(tmp_path: Path) -> None:
         (folder / ".owner").touch()
     with TokenWriter(place, np.dtype(np.uint16)) as writer:
         assert not any(folder.exists() for folder in left) and all(folder.exists() for folder in kept)
-        writer.finish(num_empty=0, num_bad=0, bad_rows=[], formats=[])
+        writer.finish(num_empty=0, num_bad=0, bad_rows=[], formats=[], is_kept=True)
     for folder in kept:
         (folder / ".owner").unlink()
         folder.rmdir()
