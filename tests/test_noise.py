@@ -336,7 +336,7 @@ def test_noise_of_any_kind_follows_the_seed_alone(source: str) -> None:
     other = host(model, seed=1)
     other.forward_backward(data)
     assert not same(gradients(other), wanted), "the seed has an effect"
-    one.steps_done = 1
+    one.state_was_replaced(1)
     one.forward_backward(data)
     assert not same(gradients(one), wanted), "another step, other noise"
 
@@ -364,7 +364,7 @@ def test_a_model_that_goes_on_draws_as_if_it_had_not_stopped(source: str) -> Non
         for key, parameter in model.named_parameters():
             parameter.copy_(stopped[key])
     resumed = host(model, optim="sgd", sgd_momentum=0.0)
-    resumed.steps_done = 1
+    resumed.state_was_replaced(1)
     torch.manual_seed(7)
     assert resumed.train_step(steps[1], lr=0.1) == whole.train_step(steps[1], lr=0.1)
     assert same(dict(resumed.named_parameters()), dict(whole.named_parameters()))

@@ -191,7 +191,7 @@ def test_a_failed_run_leaves_nothing_in_the_cache(encoder: Encoder, tmp_path: Pa
 def test_what_a_killed_run_left_is_swept_after_a_day(encoder: Encoder, tmp_path: Path) -> None:
     path, cache = many(tmp_path, 5), tmp_path / "cache"
     first, _ = run(path, encoder, cache_dir=str(cache))
-    old, young = (cache / f".{first.folder.name}.{name}" for name in ("old", "young"))
+    old, young = (cache / f".{first.folder.name}.{name}" for name in ("old_left", "youngest"))
     for folder in (old, young):
         folder.mkdir()
     os.utime(old, (0, 0))

@@ -147,7 +147,7 @@ def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
     for path, message in (
         (tmp_path, "is a named pipe, not a file"),
         (tmp_path / "*.jsonl", "is a named pipe, not a file"),
-        (tmp_path / "a.jsonl", "is not a regular file"),
+        (tmp_path / "a.jsonl", "is a pipe or a device, not a file"),
     ):
         with pytest.raises(DataError, match=message):
             read(path)
