@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AttentionInterface
 
 import horizon_lm as hz
 from horizon_lm.checkpoint.folder import list_checkpoints
 from horizon_lm.engine.step import Update
 from horizon_lm.errors import ConfigError, TornStateError
+from horizon_lm.model.attention import attend
 from horizon_lm.optim import kernel
 from horizon_lm.optim.progress import Progress
 from horizon_lm.run.resume import load_checkpoint
@@ -163,6 +165,40 @@ def test_an_update_that_is_noted_later_is_made_twice(monkeypatch: pytest.MonkeyP
         pending.model.flush()
     pending.model.flush()
     assert not same(bytes_of(pending.model), pending.after)
+
+
+def left_behind(model: hz.HostModel) -> list[str]:
+    """What a call that was cut short has not put back."""
+    modules = dict(model.skeleton.model.named_modules())
+    found = [path for path, module in modules.items() if "forward" in module.__dict__]
+    for path, module in modules.items():
+        bound = [name for name, p in module._parameters.items() if p is not None and p.device.type != "meta"]
+        found += [f"{path}.{name}" for name in bound]
+    return found + ["attention"] * (AttentionInterface()["sdpa"] is attend)
+
+
+def test_an_interrupt_leaves_the_modules_as_they_were(tried: Callable[[str], Tried]) -> None:
+    """Control: without what restores them, weights stay bound and forwards replaced."""
+    one = tried("sync")
+    moments = Moments(lambda path: path.startswith(("model/skeleton", "model/anatomy", "model/attention")))
+    restore, left = one.model.engine._restore, 0
+    for restores in (restore, ()):
+        one.model.engine._restore = restores
+        one.begin()
+        moments.run(one.call)
+        total = moments.count
+        for at in range(0, total, times(max(1, total // 30), 1)):
+            one.begin()
+            moments.run(one.call, at)
+            one.model.flush()  # any call
+            if restores:
+                assert not left_behind(one.model), moments.where
+            else:
+                left += bool(left_behind(one.model))
+                for function in restore:
+                    function()
+    one.model.engine._restore = restore
+    assert left > 0
 
 
 # What is of no step.

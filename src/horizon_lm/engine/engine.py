@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from ..config import ModelSettings
 from ..memory.slots import BoundarySlots, GradientSlots, WeightSlots
 from ..memory.store import HostStore
+from ..model.attention import attention_restorer
+from ..model.capture import drop_captures
 from ..model.skeleton import Skeleton
 from ..optim.optimizer import Optimizer, UpdateSettings
 from ..schedule import Buffer, Op, StepPlan, build, build_flush, build_save, derive_waits, last_uses
@@ -75,6 +78,8 @@ class Engine(OpFunctions):
         self.spans: list[Span] = []
         self._spans_origin = 0.0
         self._run = self.table()
+        self._is_at_work = False
+        self._restore = skeleton.restorer(), attention_restorer(), partial(drop_captures, skeleton)
 
     def plan(self, micro_batches: int, *, evaluate: bool = False, save: bool = False) -> StepPlan:
         """The plan of a step of so many micro-batches. save: a checkpoint is written while it runs."""
@@ -288,6 +293,10 @@ class Engine(OpFunctions):
         """End what the last call left at work, or half written, when it was interrupted. Comes before each
         call."""
         self.lanes.join()
+        if self._is_at_work:
+            for restore in self._restore:
+                restore()
+            self._is_at_work = False
         if self._has_run_writes:
             self._give_up_saving()
 
@@ -316,7 +325,13 @@ class Engine(OpFunctions):
             for buffer in schedule.ends[i]:
                 self._release(step, buffer)
 
-        self.lanes.run(schedule.ops, schedule.waits, indices, execute, record=record)
+        self._is_at_work = True
+        try:
+            self.lanes.run(schedule.ops, schedule.waits, indices, execute, record=record)
+        except Exception:  # which has put everything back on its way
+            self._is_at_work = False
+            raise
+        self._is_at_work = False
         if indices.start == 0:
             self.spans, self._spans_origin = [], self.lanes.origin
         later = self.lanes.origin - self._spans_origin  # an update's spans follow those of its gradients

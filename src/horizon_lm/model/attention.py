@@ -64,13 +64,27 @@ def attention_by_intervals() -> Iterator[None]:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     was = AttentionInterface()["sdpa"], AttentionMaskInterface()["sdpa"]
-    AttentionInterface.register("sdpa", attend)
-    AttentionMaskInterface.register("sdpa", make_mask)
     try:
+        AttentionInterface.register("sdpa", attend)
+        AttentionMaskInterface.register("sdpa", make_mask)
         yield
     finally:
         AttentionInterface.register("sdpa", was[0])
         AttentionMaskInterface.register("sdpa", was[1])
+
+
+def attention_restorer() -> Callable[[], None]:
+    """A function that gives transformers its own attention back, where an interrupt kept us from it."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    was = AttentionInterface()["sdpa"], AttentionMaskInterface()["sdpa"]
+
+    def restore() -> None:
+        if was[0] is not attend:
+            AttentionInterface.register("sdpa", was[0])
+            AttentionMaskInterface.register("sdpa", was[1])
+
+    return restore
 
 
 def make_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:

@@ -308,6 +308,14 @@ def capture_routers(skeleton: Skeleton, layer: int) -> Iterator[list[RouterLogit
             handle.remove()
 
 
+def drop_captures(skeleton: Skeleton) -> None:
+    """Take back the hooks that an interrupt kept `capture_routers` from removing."""
+    for module in {module for routers in skeleton.routers for module, _ in routers}:
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, partial) and hook.func.__qualname__.startswith(capture_routers.__name__):
+                del module._forward_hooks[key]
+
+
 def run_router_loss(
     skeleton: Skeleton, call: Call, routers: list[list[RouterLogits]], hidden: torch.Tensor
 ) -> torch.Tensor:

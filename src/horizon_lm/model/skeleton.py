@@ -225,6 +225,20 @@ class Skeleton:
                     alike.append(value)
                 module._buffers[local] = value if twin is None else twin
 
+    def restorer(self) -> Callable[[], None]:
+        """A function that puts the modules back as they are now, where an interrupt kept them from it."""
+        kept = [(m, dict(m._parameters), m.__dict__.get("forward")) for m in self.model.modules()]
+
+        def restore() -> None:
+            for module, parameters, forward in kept:
+                module._parameters.update(parameters)
+                if forward is None:
+                    module.__dict__.pop("forward", None)
+                else:
+                    module.forward = forward
+
+        return restore
+
     @contextmanager
     def bound(
         self, unit: int, source: UnitWeights | None, *, grad: bool, aliased: bool = False
