@@ -181,9 +181,9 @@ def test_an_interrupt_leaves_the_modules_as_they_were(tried: Callable[[str], Tri
     """Control: without what restores them, weights stay bound and forwards replaced."""
     one = tried("sync")
     moments = Moments(lambda path: path.startswith(("model/skeleton", "model/anatomy", "model/attention")))
-    restore, left = one.model.engine._restore, 0
+    restore, left = one.model.engine._restorers, 0
     for restores in (restore, ()):
-        one.model.engine._restore = restores
+        one.model.engine._restorers = restores
         one.begin()
         moments.run(one.call)
         total = moments.count
@@ -197,7 +197,7 @@ def test_an_interrupt_leaves_the_modules_as_they_were(tried: Callable[[str], Tri
                 left += bool(left_behind(one.model))
                 for function in restore:
                     function()
-    one.model.engine._restore = restore
+    one.model.engine._restorers = restore
     assert left > 0
 
 

@@ -79,7 +79,7 @@ class Engine(OpFunctions):
         self._spans_origin = 0.0
         self._run = self.table()
         self._is_at_work = False
-        self._restore = skeleton.restorer(), attention_restorer(), partial(drop_captures, skeleton)
+        self._restorers = skeleton.restorer(), attention_restorer(), partial(drop_captures, skeleton)
 
     def plan(self, micro_batches: int, *, evaluate: bool = False, save: bool = False) -> StepPlan:
         """The plan of a step of so many micro-batches. save: a checkpoint is written while it runs."""
@@ -294,7 +294,7 @@ class Engine(OpFunctions):
         call."""
         self.lanes.join()
         if self._is_at_work:
-            for restore in self._restore:
+            for restore in self._restorers:
                 restore()
             self._is_at_work = False
         if self._has_run_writes:
