@@ -135,7 +135,7 @@ BY_HAND: dict[str, tuple[dict[tuple[int | None, bool], int], float]] = {
 }
 
 
-@pytest.mark.parametrize("name", BY_HAND)
+@pytest.mark.parametrize("name", [name for name in BY_HAND if SOAK or name != "kimi_linear"])  # 16 s
 def test_attention_and_experts_are_those_counted_by_hand(name: str) -> None:
     outline = outline_of(name)
     widths, share = BY_HAND[name]
