@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import math
 import random
 import shutil
 from collections import Counter
@@ -190,7 +191,10 @@ def test_report_refuses_bytes_that_are_no_text(run: Path, tmp_path: Path) -> Non
 
 def test_a_picture_of_lines_without_numbers(run: Path, tmp_path: Path) -> None:
     lines = [{"event": "step", "step": 1}, {"event": "eval", "step": 1}]
-    draw_loss(folder_with(lines, tmp_path / "run", run).metrics, title="nothing")
+    folder = folder_with(lines, tmp_path / "run", run)
+    drawn = draw_loss(folder.metrics, title="nothing")
+    values = [y for axes in drawn.axes for line in axes.lines for y in line.get_ydata()]
+    assert values and all(math.isnan(y) for y in values)
 
 
 # Manifests with a right checksum.

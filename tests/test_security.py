@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import horizon_lm
+import horizon_lm as hz
 from horizon_lm import cli
 from horizon_lm.checkpoint.disk import checksum
 from horizon_lm.config import TrainConfig
@@ -344,7 +346,10 @@ def test_links_of_a_model_folder_are_followed(run: Path, tmp_path: Path) -> None
     folder, _ = _outside(run, tmp_path)
     (folder / "model.safetensors").symlink_to("../outside.safetensors")
     (tmp_path / "folder").symlink_to(folder)
-    _load(tmp_path / "folder")
+    found = AutoModelForCausalLM.from_pretrained(run / "model").state_dict()
+    model = hz.HostModel.from_pretrained(tmp_path / "folder", device="cpu", dtype="float32")
+    masters = dict(model.named_parameters())
+    assert masters and all(torch.equal(value, found[name].float()) for name, value in masters.items())
 
 
 def test_a_pipe_in_a_model_folder_is_refused_at_once(run: Path, text: Path, tmp_path: Path) -> None:
