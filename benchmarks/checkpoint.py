@@ -23,7 +23,7 @@ import horizon_lm as hz
 from horizon_lm.checkpoint.disk import Disk
 from horizon_lm.checkpoint.manifest import Manifest
 from horizon_lm.checkpoint.writer import CheckpointWriter
-from horizon_lm.run.resume import saved_buffers
+from horizon_lm.training.resume import saved_buffers
 
 from .report import Report
 

@@ -23,11 +23,11 @@ import torch
 
 import horizon_lm as hz
 from horizon_lm.config import DatasetConfig, ModelSettings
-from horizon_lm.cores import usable_cores
 from horizon_lm.data import Documents, TokenLoader, train_tokenizer
 from horizon_lm.data.encode import Encoder
 from horizon_lm.data.packing import make_rows
 from horizon_lm.data.tokenise import tokenise
+from horizon_lm.machine.cores import usable_cores
 
 from .report import Report
 

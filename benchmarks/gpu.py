@@ -25,7 +25,7 @@ from horizon_lm.bench.figures import peak_of
 from horizon_lm.bench.jobs import InlineWorker, Ledger, Row, Worker, measure_fitting
 from horizon_lm.bench.ours import train_config
 from horizon_lm.bench.table import HEAD, cells, lane_lines
-from horizon_lm.plan.profile import cache_path
+from horizon_lm.machine.profile import cache_path
 from horizon_lm.plan.run_plan import plan_run
 
 from .gpu_goals import add_goals

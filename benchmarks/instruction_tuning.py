@@ -15,9 +15,9 @@ import torch
 
 from horizon_lm.config import TrainConfig
 from horizon_lm.data.chat import ChatTemplate, read_template
-from horizon_lm.run.generate import Generator, Sampling
-from horizon_lm.run.metrics import read_evaluations, read_steps
-from horizon_lm.run.train import train
+from horizon_lm.report.metrics import read_evaluations, read_steps
+from horizon_lm.training.generate import Generator, Sampling
+from horizon_lm.training.train import train
 
 from .report import Report
 

@@ -15,14 +15,14 @@ from collections.abc import Callable
 
 import torch
 
-from horizon_lm.cores import choose_threads
+from horizon_lm.machine.cores import choose_threads
 from horizon_lm.memory import arena
 from horizon_lm.memory.layout import lay_out
 from horizon_lm.memory.slots import WeightSlots
 from horizon_lm.memory.store import HostStore, StoreSpec
 from horizon_lm.optim import kernel
 from horizon_lm.plan.calibrate import link_rates
-from horizon_lm.run.flops import measure_peak
+from horizon_lm.report.flops import measure_peak
 
 from . import optimizer
 from .report import Report

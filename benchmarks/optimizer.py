@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from horizon_lm.cores import choose_threads
+from horizon_lm.machine.cores import choose_threads
 from horizon_lm.memory.arena import allocate
 from horizon_lm.optim import kernel
 from horizon_lm.optim.rules import ADAPTIVE_RULES, Hyper

@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 
 from horizon_lm.config import TrainConfig
+from horizon_lm.machine.profile import Profile
 from horizon_lm.plan import calibrate
 from horizon_lm.plan.outline import Outline, model_config
 from horizon_lm.plan.predict import predict
-from horizon_lm.plan.profile import Profile
 
 from .report import Report
 

@@ -32,7 +32,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def no_samples() -> Iterator[None]:
     """Runs end without writing a text, for which the model would be loaded once more."""
-    from horizon_lm.run import sample
+    from horizon_lm.training import sample
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "reason_to_skip", lambda folder: "tests")

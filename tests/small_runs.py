@@ -81,6 +81,6 @@ def place_of(checkpoint: Path) -> dict[str, Any]:
 
 
 def losses_of(run: Path) -> list[tuple[int, float]]:
-    from horizon_lm.run.metrics import read_steps
+    from horizon_lm.report.metrics import read_steps
 
     return [(line["step"], line["loss"]) for line in read_steps(run / "metrics.jsonl")]

@@ -19,11 +19,11 @@ from torch.optim.lr_scheduler import LambdaLR
 import horizon_lm as hz
 import zoo
 from data_helpers import config
+from horizon_lm import host_model
 from horizon_lm.errors import ConfigError, DataError, HorizonError, NonFiniteError
 from horizon_lm.optim.checks import finite_number
 from horizon_lm.optim.curves import learning_rates
 from horizon_lm.optim.optimizer import Optimizer, UpdateSettings
-from horizon_lm.run import host_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,7 +17,7 @@ import pytest
 from data_helpers import write_parquet
 from horizon_lm import cli
 from horizon_lm.data import train_tokenizer
-from horizon_lm.run import train as run_train
+from horizon_lm.training import train as run_train
 
 GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 GOOD_LINE = json.dumps(GOOD).encode() + b"\n"

@@ -19,9 +19,10 @@ from horizon_lm.checkpoint.folder import open_checkpoint
 from horizon_lm.checkpoint.writer import Outcome
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import ConfigError, StoppedError
-from horizon_lm.run.best import Best
-from horizon_lm.run.evaluation import Evaluation, Evaluator, perplexity
-from horizon_lm.run.train import train
+from horizon_lm.report.events import Evaluation
+from horizon_lm.training.best import Best
+from horizon_lm.training.evaluation import Evaluator, perplexity
+from horizon_lm.training.train import train
 from small_runs import settings, tensors_of, write_text
 from test_faults import losses as losses
 from test_resume import stop_at

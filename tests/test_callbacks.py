@@ -14,7 +14,7 @@ from transformers import EarlyStoppingCallback
 import horizon_lm as hz
 from horizon_lm import cli
 from horizon_lm.errors import CallbackError, ConfigError
-from horizon_lm.run.train import train
+from horizon_lm.training.train import train
 from small_runs import losses_of, settings, tensors_of, write_text
 from test_best import exported, weights
 

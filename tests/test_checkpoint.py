@@ -34,8 +34,8 @@ from horizon_lm.checkpoint.manifest import Manifest
 from horizon_lm.checkpoint.reader import verify
 from horizon_lm.checkpoint.writer import CheckpointWriter
 from horizon_lm.errors import CheckpointError
-from horizon_lm.run.host_model import HostModel
-from horizon_lm.run.resume import load_checkpoint, saved_buffers
+from horizon_lm.host_model import HostModel
+from horizon_lm.training.resume import load_checkpoint, saved_buffers
 
 DAMAGES = 560
 

@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 
 import horizon_lm
-from horizon_lm import cli, config_yaml, errors
+from horizon_lm import cli, errors
+from horizon_lm.cli import app
 from horizon_lm.config import TrainConfig
+from horizon_lm.config import yaml as config_yaml
 
 SOURCE = str(Path(horizon_lm.__file__).parent.parent)
 HEAVY = ("torch", "transformers", "datasets", "numpy", "pydantic")
@@ -46,11 +48,11 @@ def seconds(run: Callable[[], Any]) -> float:
 def training(monkeypatch: pytest.MonkeyPatch) -> list[tuple[TrainConfig, list[str]]]:
     """Replaces the training run; the list receives what it was called with."""
     calls: list[tuple[TrainConfig, list[str]]] = []
-    module = types.ModuleType("horizon_lm.run.train")
+    module = types.ModuleType("horizon_lm.training.train")
     module.train = lambda config, *, config_notes=(): calls.append((config, list(config_notes)))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "horizon_lm.run", types.ModuleType("horizon_lm.run"))
-    monkeypatch.setitem(sys.modules, "horizon_lm.run.train", module)
-    monkeypatch.setattr(cli, "require_named_model", lambda config: None)  # there is none
+    monkeypatch.setitem(sys.modules, "horizon_lm.training", types.ModuleType("horizon_lm.training"))
+    monkeypatch.setitem(sys.modules, "horizon_lm.training.train", module)
+    monkeypatch.setattr(app, "require_named_model", lambda config: None)  # there is none
     return calls
 
 
@@ -176,7 +178,7 @@ def test_exit_codes(
     def fail(*_: Any, **__: Any) -> None:
         raise raised
 
-    monkeypatch.setattr(sys.modules["horizon_lm.run.train"], "train", fail)
+    monkeypatch.setattr(sys.modules["horizon_lm.training.train"], "train", fail)
     assert cli.main(["train", "model=m", "datasets=d"]) == code
     captured = capsys.readouterr().err
     assert message in captured

@@ -11,11 +11,12 @@ import yaml  # type: ignore[import-untyped]
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from horizon_lm import config_yaml, errors
+from horizon_lm import errors
 from horizon_lm.config import SCHEDULER_KWARGS, DatasetConfig, ModelSettings, TrainConfig, load_config
-from horizon_lm.config_aliases import ALIASES, DROPPED, UNAVAILABLE
-from horizon_lm.config_base import GROUPS
-from horizon_lm.config_docs import markdown, rows, settings_help
+from horizon_lm.config import yaml as config_yaml
+from horizon_lm.config.aliases import ALIASES, DROPPED, UNAVAILABLE
+from horizon_lm.config.base import GROUPS
+from horizon_lm.config.reference import markdown, rows, settings_help
 from horizon_lm.errors import ConfigError
 
 BASE: dict[str, Any] = {"model_name_or_path": "folder", "datasets": "text.jsonl"}

@@ -12,10 +12,10 @@ import torch
 
 from horizon_lm import cli
 from horizon_lm.config import TrainConfig
+from horizon_lm.machine.profile import Profile, load_profile
 from horizon_lm.plan import calibrate, doctor
-from horizon_lm.plan.profile import Profile, load_profile
-from horizon_lm.run.loop import recorded_step
-from horizon_lm.run.train import train
+from horizon_lm.training.loop import recorded_step
+from horizon_lm.training.train import train
 
 GB = 10**9
 TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}

@@ -17,14 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 import zoo
 from horizon_lm import cli
+from horizon_lm.checkpoint.card import model_card
 from horizon_lm.checkpoint.disk import Disk
 from horizon_lm.checkpoint.manifest import Manifest
 from horizon_lm.checkpoint.writer import CheckpointWriter
-from horizon_lm.run.card import model_card
-from horizon_lm.run.host_model import HostModel
-from horizon_lm.run.resume import saved_buffers
-from horizon_lm.run.saver import small_files
-from horizon_lm.run.train import train
+from horizon_lm.host_model import HostModel
+from horizon_lm.training.resume import saved_buffers
+from horizon_lm.training.save import small_files
+from horizon_lm.training.train import train
 from small_runs import settings, write_text
 
 # dense, tied, mixtures whose experts are fused in memory and apart on disk, parameters kept in fp32
@@ -153,7 +153,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from horizon_lm.checkpoint import disk
-from horizon_lm.run.export_checkpoint import export_checkpoint
+from horizon_lm.checkpoint.export_checkpoint import export_checkpoint
 def anonymous():
     line = next(l for l in open("/proc/self/status") if l.startswith("RssAnon"))
     return int(line.split()[1]) * 1024

@@ -36,12 +36,9 @@ from horizon_lm.engine.disk_lane import DiskLane
 from horizon_lm.engine.engine import Engine
 from horizon_lm.engine.lanes import AdversarialLanes, CudaLanes, InlineLanes
 from horizon_lm.errors import ConfigError, DoesNotFitError, LossSpikeError, NonFiniteError
+from horizon_lm.host_model import HostModel
 from horizon_lm.plan.smaller import next_smaller
-from horizon_lm.run import saver
-from horizon_lm.run.guard import LossGuard
-from horizon_lm.run.host_model import HostModel
-from horizon_lm.run.metrics import read_steps
-from horizon_lm.run.train import train
+from horizon_lm.report.metrics import read_steps
 from horizon_lm.schedule import (
     Buffer,
     Lane,
@@ -53,6 +50,9 @@ from horizon_lm.schedule import (
     check,
     derive_waits,
 )
+from horizon_lm.training import save as saver
+from horizon_lm.training.guard import LossGuard
+from horizon_lm.training.train import train
 from sizes import SOAK, times
 from small_runs import losses_of, settings, tensors_of, values, write_text
 
@@ -80,12 +80,12 @@ import json, os, signal, sys, threading, time
 sys.path[:0] = {path!r}
 import torch; torch.set_num_threads(1)
 from pathlib import Path
-from horizon_lm.run import sample
+from horizon_lm.training import sample
 sample.reason_to_skip = lambda folder: "tests"
 from horizon_lm import plan
 plan.models_are_stock = True
-from horizon_lm.run import train as run_train
-from horizon_lm.run.train import train
+from horizon_lm.training import train as run_train
+from horizon_lm.training.train import train
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import StoppedError
 import transformers.models.llama.modeling_llama

@@ -19,20 +19,22 @@ from typing import Any
 import pytest
 
 import horizon_lm
-from horizon_lm import cli, config_yaml, files
+from horizon_lm import cli
+from horizon_lm.checkpoint.export import write_folder
 from horizon_lm.checkpoint.folder import list_checkpoints
+from horizon_lm.checkpoint.places import look
+from horizon_lm.checkpoint.run_folder import RunFolder, claim
 from horizon_lm.config import DatasetConfig
+from horizon_lm.config import yaml as config_yaml
 from horizon_lm.data import Documents
 from horizon_lm.errors import ConfigError, DataError
-from horizon_lm.leftovers import sweep_files
-from horizon_lm.run import loggers, plot
-from horizon_lm.run.export import write_folder
-from horizon_lm.run.folder import RunFolder, claim
-from horizon_lm.run.generate import prompts_of
-from horizon_lm.run.metrics import read_steps
-from horizon_lm.run.places import look
-from horizon_lm.run.report import write_report
-from horizon_lm.run.train import train
+from horizon_lm.io import files
+from horizon_lm.io.leftovers import sweep_files
+from horizon_lm.report import loggers, plot
+from horizon_lm.report.html import write_report
+from horizon_lm.report.metrics import read_steps
+from horizon_lm.training.generate import prompts_of
+from horizon_lm.training.train import train
 from small_runs import settings, write_text
 
 SOURCE = Path(horizon_lm.__file__).parent
@@ -525,19 +527,19 @@ _STAGED_FOLDER = "fills a folder that was staged, and is renamed"
 _OWN_FOLDER = "makes a new file or folder, of a name that nobody knows"
 # (module, call) -> why it may write by itself.
 ALLOWED = {
-    ("files.py", "*"): "the functions",
+    ("io/files.py", "*"): "the functions",
     ("checkpoint/disk.py", "os.open"): "new files in a new folder, O_EXCL and O_NOFOLLOW",
-    ("leftovers.py", "mkdtemp"): _OWN_FOLDER,
-    ("leftovers.py", "os.open"): "the lock file in such a folder; O_NOFOLLOW where it is another's",
-    ("run/export.py", "mkdtemp"): _OWN_FOLDER,
-    ("run/export.py", "save_pretrained"): _STAGED_FOLDER,
-    ("run/train.py", "save_pretrained"): _STAGED_FOLDER + ", or is written by such a function",
-    ("run/saver.py", "save_pretrained"): "fills a temporary folder",
-    ("run/plot.py", "savefig"): "writes into a file that `files` opened",
-    ("run/loggers.py", "SummaryWriter"): "in a folder that `files` looked at",
+    ("io/leftovers.py", "mkdtemp"): _OWN_FOLDER,
+    ("io/leftovers.py", "os.open"): "the lock file in such a folder; O_NOFOLLOW where it is another's",
+    ("checkpoint/export.py", "mkdtemp"): _OWN_FOLDER,
+    ("checkpoint/export.py", "save_pretrained"): _STAGED_FOLDER,
+    ("training/train.py", "save_pretrained"): _STAGED_FOLDER + ", or is written by such a function",
+    ("training/save.py", "save_pretrained"): "fills a temporary folder",
+    ("report/plot.py", "savefig"): "writes into a file that `files` opened",
+    ("report/loggers.py", "SummaryWriter"): "in a folder that `files` looked at",
     ("data/tokens.py", "memmap"): "mode r",
     ("plan/calibrate.py", "TemporaryFile"): "has no name",
-    ("output.py", "os.open"): "/dev/null",
+    ("io/output.py", "os.open"): "/dev/null",
     ("data/encode.py", "save_pretrained"): "fills a temporary folder",
     ("bench/worker.py", "fdopen"): "standard output",
     ("bench/jobs.py", "TemporaryFile"): "has no name",
@@ -591,7 +593,7 @@ def test_nothing_writes_by_itself() -> None:
         for name in writes_of(path.read_text())
     }
     found = {("files.py", "*") if module == "files.py" else (module, name) for module, name in found}
-    assert found - ALLOWED.keys() == set(), "write by horizon_lm.files, or say here why not"
+    assert found - ALLOWED.keys() == set(), "write by horizon_lm.io.files, or say here why not"
     assert ALLOWED.keys() - found == set(), "these are gone"
 
 

@@ -17,7 +17,7 @@ from horizon_lm.data.batches import StepSize
 from horizon_lm.plan.model_flops import Counted
 from horizon_lm.plan.outline import Outline
 from horizon_lm.plan.outline_cache import OutlineCache
-from horizon_lm.run.flops import UNKNOWN, ModelFlops, Span, flops_of, model_flops
+from horizon_lm.report.flops import UNKNOWN, ModelFlops, Span, flops_of, model_flops
 from sizes import SOAK
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,13 +15,13 @@ import horizon_lm as hz
 import zoo
 from horizon_lm.checkpoint.folder import Checkpoint
 from horizon_lm.config import TrainConfig
-from horizon_lm.config_model import ModelSettings
+from horizon_lm.config.model import ModelSettings
 from horizon_lm.errors import CheckpointError, ConfigError
 from horizon_lm.plan.outline import Outline
 from horizon_lm.plan.run_plan import plan_run
-from horizon_lm.run.flops import flops_of
-from horizon_lm.run.resume import check_settings
-from horizon_lm.run.train import train
+from horizon_lm.report.flops import flops_of
+from horizon_lm.training.resume import check_settings
+from horizon_lm.training.train import train
 from small_runs import LLAMA, settings, write_text
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_samples")

@@ -13,13 +13,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from horizon_lm import cli, config_yaml
+from horizon_lm import cli
 from horizon_lm.config import TrainConfig
+from horizon_lm.config import yaml as config_yaml
 from horizon_lm.data import train_tokenizer
 from horizon_lm.errors import ConfigError
-from horizon_lm.run import paths, planning, saver
-from horizon_lm.run.host_model import HostModel
-from horizon_lm.run.train import train
+from horizon_lm.host_model import HostModel
+from horizon_lm.training import paths, planning
+from horizon_lm.training import save as saver
+from horizon_lm.training.train import train
 from small_runs import LLAMA, losses_of, place_of, settings, tensors_of, write_text
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_samples")
@@ -353,7 +355,7 @@ def test_a_model_that_is_gone_is_no_obstacle(
 
 
 def test_a_model_with_code_of_its_own_has_to_be_there(project: Project) -> None:
-    from horizon_lm.run import stand_in
+    from horizon_lm.training import stand_in
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ConfigError, match="code of its own") as caught:
         patch.setattr(stand_in, "has_own_code", lambda checkpoint: True)

@@ -10,15 +10,15 @@ import torch
 
 import zoo
 from horizon_lm.checkpoint.disk import Disk
+from horizon_lm.checkpoint.export_checkpoint import model_of
 from horizon_lm.checkpoint.folder import Checkpoint, open_checkpoint
 from horizon_lm.checkpoint.manifest import Manifest
 from horizon_lm.checkpoint.writer import CheckpointWriter
 from horizon_lm.config import TrainConfig
-from horizon_lm.run.export_checkpoint import model_of
-from horizon_lm.run.host_model import HostModel
-from horizon_lm.run.resume import load_checkpoint, saved_buffers
-from horizon_lm.run.saver import small_files
-from horizon_lm.run.stand_in import model_without_source
+from horizon_lm.host_model import HostModel
+from horizon_lm.training.resume import load_checkpoint, saved_buffers
+from horizon_lm.training.save import small_files
+from horizon_lm.training.stand_in import model_without_source
 
 # tied, scaled embeddings, experts, parameters kept in fp32, buffers that belong to layers
 MODELS = ["llama", "gpt2", "gemma3_text", "mixtral", "gpt_oss", "deepseek_v3", "phimoe", "mamba2"]

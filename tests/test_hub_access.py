@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from horizon_lm import cli, hub_access
+from horizon_lm import cli
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import ConfigError
-from horizon_lm.hub_access import require_reachable
+from horizon_lm.io import hub as hub_access
+from horizon_lm.io.hub import require_reachable
 from small_runs import values, write_text
 
 

@@ -20,8 +20,8 @@ from horizon_lm.errors import ConfigError, TornStateError
 from horizon_lm.model.attention import attend
 from horizon_lm.optim import kernel
 from horizon_lm.optim.progress import Progress
-from horizon_lm.run.resume import load_checkpoint
 from horizon_lm.schedule import Op
+from horizon_lm.training.resume import load_checkpoint
 from known_states import MODES, Copies, Tried, batch, bytes_of, host, runs_of, same
 from moments import Moments
 from sizes import SOAK, times
@@ -49,7 +49,9 @@ def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def of_the_state(path: str) -> bool:
     """Whether a file keeps account of where the model is."""
-    return path.startswith(("optim/", "run/", "engine/engine", "engine/step", "engine/disk", "engine/lanes"))
+    return path.startswith(
+        ("optim/", "host_model", "training/", "engine/engine", "engine/step", "engine/disk", "engine/lanes")
+    )
 
 
 @pytest.mark.parametrize("update", MODES)

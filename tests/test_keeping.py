@@ -17,10 +17,10 @@ import torch
 
 import horizon_lm as hz
 from horizon_lm.engine import activations
-from horizon_lm.run import train as run_train
-from horizon_lm.run.metrics import read_lines
-from horizon_lm.run.report import write_report
-from horizon_lm.run.train import train
+from horizon_lm.report.html import write_report
+from horizon_lm.report.metrics import read_lines
+from horizon_lm.training import train as run_train
+from horizon_lm.training.train import train
 from small_runs import LLAMA, settings, write_text
 from test_activations import Stashing, batches, gradients, same, source
 

@@ -17,7 +17,7 @@ import zoo
 from horizon_lm.engine import lanes as lanes_module
 from horizon_lm.engine.lanes import AdversarialLanes, InlineLanes
 from horizon_lm.engine.step import Schedule
-from horizon_lm.run.host_model import HostModel
+from horizon_lm.host_model import HostModel
 from horizon_lm.schedule import Buffer, Lane, Op, derive_waits
 from sizes import times
 

@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from horizon_lm import leftovers
+from horizon_lm.checkpoint.export import write_folder
 from horizon_lm.data.tokens import TokenWriter
-from horizon_lm.leftovers import OwnedFolder, sweep, temporary_folder
-from horizon_lm.run.export import write_folder
+from horizon_lm.io import leftovers
+from horizon_lm.io.leftovers import OwnedFolder, sweep, temporary_folder
 
 _HOLD = """
 import sys
 from pathlib import Path
-from horizon_lm.leftovers import OwnedFolder
+from horizon_lm.io.leftovers import OwnedFolder
 folder = OwnedFolder("horizon-tokens-", Path(sys.argv[1]))
 (folder.path / "tokens.bin").write_bytes(b"1234")
 print(folder.path, flush=True)
@@ -108,8 +108,8 @@ def test_token_caches_are_whole_or_absent(tmp_path: Path) -> None:
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-from horizon_lm.run import export
-from horizon_lm.leftovers import temporary_folder
+from horizon_lm.checkpoint import export
+from horizon_lm.io.leftovers import temporary_folder
 
 place, when = Path(sys.argv[1]), sys.argv[2]
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)

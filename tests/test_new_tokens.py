@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from horizon_lm.checkpoint.export_checkpoint import export_checkpoint
 from horizon_lm.config import TrainConfig
 from horizon_lm.data import load_training_data
 from horizon_lm.data.tokenizer import add_new_tokens, load_tokenizer, train_tokenizer
 from horizon_lm.errors import ConfigError, DataError
 from horizon_lm.model.loading import grow_vocabulary
 from horizon_lm.plan.run_plan import plan_run
-from horizon_lm.run.evaluate import evaluate_model
-from horizon_lm.run.export_checkpoint import export_checkpoint
-from horizon_lm.run.generate import Generator, Sampling
-from horizon_lm.run.train import build_model, train
+from horizon_lm.training.evaluate import evaluate_model
+from horizon_lm.training.generate import Generator, Sampling
+from horizon_lm.training.train import build_model, train
 from small_runs import LLAMA, settings, tensors_of
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_samples")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from horizon_lm.cores import choose_threads, usable_cores
+from horizon_lm.machine.cores import choose_threads, usable_cores
 
 ROOT = Path(__file__).parent.parent
 

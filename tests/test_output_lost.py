@@ -21,17 +21,19 @@ from typing import Any
 import pytest
 
 from horizon_lm import cli
+from horizon_lm.cli import app
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import OutputLostError
-from horizon_lm.output import Output, command_output, lasting_output
-from horizon_lm.run import loggers, metrics, sample
-from horizon_lm.run import train as run_train
-from horizon_lm.run.describe import TrainResult
-from horizon_lm.run.loggers import Loggers
-from horizon_lm.run.loop import StepRecord
-from horizon_lm.run.metrics import Metrics, MetricsFile, read_lines, read_steps
-from horizon_lm.run.progress import RichProgress, choose_progress
-from horizon_lm.run.signals import watched
+from horizon_lm.io.output import Output, command_output, lasting_output
+from horizon_lm.report import loggers, metrics
+from horizon_lm.report.display import RichProgress, choose_progress
+from horizon_lm.report.events import StepRecord
+from horizon_lm.report.loggers import Loggers
+from horizon_lm.report.metrics import Metrics, MetricsFile, read_lines, read_steps
+from horizon_lm.training import sample
+from horizon_lm.training import train as run_train
+from horizon_lm.training.describe import TrainResult
+from horizon_lm.training.signals import watched
 from small_runs import losses_of, settings, tensors_of, values, write_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -177,7 +179,7 @@ def test_a_broken_pipe_of_something_else_is_no_lost_output(monkeypatch: pytest.M
     def fail() -> str:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr(cli, "_version", fail)
+    monkeypatch.setattr(app, "_version", fail)
     with redirect_stderr(io.StringIO()) as error:
         assert cli.main(["version"]) == 1
     assert "BrokenPipeError" in error.getvalue()

@@ -16,20 +16,20 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from data_helpers import write_rows
-from horizon_lm import cli, cli_model, train
+from horizon_lm import cli, train
+from horizon_lm.checkpoint.card import model_card
+from horizon_lm.cli import model as cli_model
 from horizon_lm.config import ModelSettings, TrainConfig
 from horizon_lm.data import load_training_data, template_limits, train_tokenizer
 from horizon_lm.data.chat import ChatTemplate, read_template
 from horizon_lm.data.formats import Chat
 from horizon_lm.data.preview import print_preview
 from horizon_lm.errors import ConfigError, DataError, HorizonError
+from horizon_lm.io.output import Output
 from horizon_lm.model import configuration
 from horizon_lm.model.loading import create_model, load_model
-from horizon_lm.output import Output
 from horizon_lm.plan.outline import Outline, model_config
-from horizon_lm.run.card import model_card
-from horizon_lm.run.generate import Generator, Sampling
-from horizon_lm.run.progress import RichProgress, say
+from horizon_lm.report.display import RichProgress, say
 from horizon_lm.text import (
     code_span,
     json_text,
@@ -41,6 +41,7 @@ from horizon_lm.text import (
     shown,
     shown_with_bars,
 )
+from horizon_lm.training.generate import Generator, Sampling
 from small_runs import LLAMA, settings, values, write_text
 
 EVIL = "a\x1b[31mb\x1b]0;title\x07c\rd\x08e\x9b2Jf\u202eg\x7f"

@@ -15,7 +15,7 @@ import zoo
 from horizon_lm.data.batches import collate
 from horizon_lm.errors import ConfigError, UnsupportedModelError
 from horizon_lm.optim.curves import learning_rates
-from horizon_lm.run.separation import check_separation
+from horizon_lm.training.separation import check_separation
 from sizes import SOAK
 from test_optimizer_kernel import Lion
 from test_packing import documents_for, gradients, rows_of

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from horizon_lm import cli
-from horizon_lm.run.places import look, may_be_on_hub
+from horizon_lm.checkpoint.places import look, may_be_on_hub
 
 FIXTURE = Path(__file__).parent / "fixtures" / "checkpoint-v1"
 CHECKPOINT_VERBS, MODEL_VERBS = ("verify", "export", "resume"), ("eval", "generate", "chat")

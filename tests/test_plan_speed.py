@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from horizon_lm.config import TrainConfig
+from horizon_lm.machine.profile import load_profile
 from horizon_lm.plan import predict as module
 from horizon_lm.plan import working_set
 from horizon_lm.plan.outline import Outline, model_config
 from horizon_lm.plan.predict import predict
-from horizon_lm.plan.profile import load_profile
 from horizon_lm.plan.trace import Law, Line, Trace
 from horizon_lm.schedule import derive_waits, simulate
 

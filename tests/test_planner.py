@@ -17,6 +17,7 @@ import zoo
 from horizon_lm.config import ModelSettings, TrainConfig
 from horizon_lm.engine.policies import Policies
 from horizon_lm.errors import ConfigError, DoesNotFitError
+from horizon_lm.machine.profile import Profile, load_profile, read_profile, shipped
 from horizon_lm.memory.live import LiveBytes
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.plan import calibrate
@@ -25,7 +26,6 @@ from horizon_lm.plan.costs import kernel_seconds
 from horizon_lm.plan.limits import Limits
 from horizon_lm.plan.outline import Outline, model_config
 from horizon_lm.plan.predict import predict
-from horizon_lm.plan.profile import Profile, load_profile, read_profile, shipped
 from horizon_lm.plan.run_plan import RunPlan, plan_run
 from horizon_lm.plan.show import describe
 from horizon_lm.plan.work import KINDS, Kernel, Work, WorkMeter

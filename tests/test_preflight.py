@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from horizon_lm.errors import DoesNotFitError
+from horizon_lm.machine import memory as hardware
 from horizon_lm.memory import arena
 from horizon_lm.memory.layout import UnitLayout, lay_out
+from horizon_lm.memory.preflight import check_host_memory
 from horizon_lm.memory.store import GradientSlabs, StoreSpec, predict_bytes
-from horizon_lm.plan import hardware
-from horizon_lm.plan.preflight import check_host_memory
 
 GB = 10**9
 BF16 = StoreSpec(torch.bfloat16)
@@ -74,7 +74,7 @@ def test_eager_updates_need_slabs_in_place_of_gradients() -> None:
 
 
 def test_nothing_is_measured_when_the_figure_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("horizon_lm.plan.preflight.available_host_bytes", lambda: 0)
+    monkeypatch.setattr("horizon_lm.memory.preflight.available_host_bytes", lambda: 0)
     check_host_memory(units(100), BF16, reserve_bytes=0, available_bytes=GB)
     with pytest.raises(DoesNotFitError):
         check_host_memory(units(100), BF16, reserve_bytes=0)
@@ -202,7 +202,7 @@ import resource, sys
 import torch
 from horizon_lm.errors import HorizonError
 from horizon_lm.config import ModelSettings
-from horizon_lm.run.host_model import HostModel
+from horizon_lm.host_model import HostModel
 import transformers.models.llama.modeling_llama
 
 kind, headroom, skip = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "skip"

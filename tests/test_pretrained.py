@@ -17,8 +17,8 @@ import zoo
 from horizon_lm.errors import ConfigError, DataError, UnsupportedModelError
 from horizon_lm.model.loading import load_model
 from horizon_lm.model.pretrained import Allowed
-from horizon_lm.run.evaluate import evaluate_model
-from horizon_lm.run.generate import Generator
+from horizon_lm.training.evaluate import evaluate_model
+from horizon_lm.training.generate import Generator
 from small_runs import settings, write_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -19,8 +19,8 @@ from horizon_lm.data import load_training_data, train_tokenizer
 from horizon_lm.data.left_out import remarks
 from horizon_lm.data.packing import IGNORED
 from horizon_lm.data.preview import histogram, pieces, print_preview, summary
-from horizon_lm.run.describe import about_data, left_out
-from horizon_lm.run.generate import Generator, Sampling, model_folder
+from horizon_lm.training.describe import about_data, left_out
+from horizon_lm.training.generate import Generator, Sampling, model_folder
 
 ROWS = [
     {

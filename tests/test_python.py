@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 
 import horizon_lm as hz
 import zoo
-from horizon_lm.config_python import as_train_config
+from horizon_lm.config.python import as_train_config
 from horizon_lm.data.tokenizer import train_tokenizer
 from horizon_lm.errors import ConfigError, DataError
 from small_runs import values, write_text
@@ -314,8 +314,8 @@ def test_a_consumed_model_says_so() -> None:
 
 def test_a_model_that_was_not_taken_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: an error before the first weight is moved leaves the caller's object alone."""
+    from horizon_lm import host_model
     from horizon_lm.errors import DoesNotFitError
-    from horizon_lm.run import host_model
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise DoesNotFitError("too large", hint="smaller")

@@ -17,11 +17,12 @@ import pytest
 import horizon_lm
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import ConfigError, DoesNotFitError, HorizonError
-from horizon_lm.plan import hardware, run_plan
+from horizon_lm.machine import memory as hardware
+from horizon_lm.machine.profile import load_profile
+from horizon_lm.plan import run_plan
 from horizon_lm.plan.fit import check, shortfalls
 from horizon_lm.plan.limits import Limits
 from horizon_lm.plan.outline_cache import outline_cache
-from horizon_lm.plan.profile import load_profile
 from horizon_lm.plan.run_plan import plan_run
 
 GB = 10**9
@@ -272,12 +273,13 @@ resource.setrlimit(resource.RLIMIT_MEMLOCK, (8 << 20, 8 << 20))
 from dataclasses import replace
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import DoesNotFitError
-from horizon_lm.plan import hardware, run_plan
+from horizon_lm.memory import arena
+from horizon_lm.plan import run_plan
 from horizon_lm.plan.limits import Limits
-from horizon_lm.plan.profile import load_profile
-hardware.pins_beyond = lambda limit: sys.argv[1] == "pins"
+from horizon_lm.machine.profile import load_profile
+arena.pins_beyond = lambda limit: sys.argv[1] == "pins"
 profile = load_profile("h100-sxm")
-limits = replace(Limits.of_profile(profile), pinned=hardware.pinnable_bytes(), here=True)
+limits = replace(Limits.of_profile(profile), pinned=arena.pinnable_bytes(), here=True)
 run_plan.machine = lambda config, name: (profile, limits, [])
 model = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4}
 try:

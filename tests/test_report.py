@@ -17,16 +17,16 @@ from typing import Any
 import pytest
 
 from horizon_lm import cli
+from horizon_lm.checkpoint.run_folder import RunFolder
 from horizon_lm.errors import ConfigError, DataError, StoppedError
-from horizon_lm.run.charts import Series, draw, lane_boxes, thin
-from horizon_lm.run.folder import RunFolder
-from horizon_lm.run.history import History
-from horizon_lm.run.host_model import HostModel
-from horizon_lm.run.metrics import read_evaluations, read_steps
-from horizon_lm.run.outputs import TrainStepOutput
-from horizon_lm.run.plot import draw_loss
-from horizon_lm.run.report import write_report
-from horizon_lm.run.train import train
+from horizon_lm.host_model import HostModel
+from horizon_lm.outputs import TrainStepOutput
+from horizon_lm.report.charts import Series, draw, lane_boxes, thin
+from horizon_lm.report.history import History
+from horizon_lm.report.html import write_report
+from horizon_lm.report.metrics import read_evaluations, read_steps
+from horizon_lm.report.plot import draw_loss
+from horizon_lm.training.train import train
 from small_runs import settings, write_text
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_samples")
@@ -254,7 +254,7 @@ def test_a_stopped_run_says_why_where_and_how_to_go_on(
 
 
 def _settings_of(run: Path) -> list[tuple[str, list[tuple[str, str]], bool]]:
-    from horizon_lm.run.figures import tables
+    from horizon_lm.report.figures import tables
 
     folder = RunFolder(run)
     found: list[tuple[str, list[tuple[str, str]], bool]] = tables(History.read(folder), folder)["settings"]

@@ -18,10 +18,10 @@ from horizon_lm import cli
 from horizon_lm.checkpoint.folder import Checkpoint
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StoppedError
+from horizon_lm.host_model import HostModel, TrainStepOutput
 from horizon_lm.plan.step_size import CUT
-from horizon_lm.run.host_model import HostModel, TrainStepOutput
-from horizon_lm.run.resume import FIXED, FREE, check_settings
-from horizon_lm.run.train import train
+from horizon_lm.training.resume import FIXED, FREE, check_settings
+from horizon_lm.training.train import train
 from small_runs import GPT2_DROPOUT, losses_of, place_of, settings, tensors_of, values, write_text
 
 STEPS = 20
@@ -417,7 +417,7 @@ def test_other_times_to_save(text: Path, tmp_path: Path) -> None:
 
 
 def test_resume_without_a_value_means_latest() -> None:
-    from horizon_lm.cli_base import split_arguments
+    from horizon_lm.cli.base import split_arguments
 
     assert split_arguments(["a.yaml", "--resume"]) == ("a.yaml", ["--resume=latest"])
     assert split_arguments(["--resume", "a.yaml", "x=1"]) == ("a.yaml", ["--resume=latest", "x=1"])

@@ -26,10 +26,10 @@ from horizon_lm.checkpoint.disk import checksum
 from horizon_lm.config import TrainConfig
 from horizon_lm.data.tokenizer import load_tokenizer
 from horizon_lm.errors import ConfigError, DataError
+from horizon_lm.model.folder import check_model_folder
 from horizon_lm.model.loading import load_model
-from horizon_lm.model_folder import check_model_folder
-from horizon_lm.run.generate import Generator
-from horizon_lm.run.train import train
+from horizon_lm.training.generate import Generator
+from horizon_lm.training.train import train
 from sizes import times
 from small_runs import settings, values, write_text
 from test_checkpoint import resealed

@@ -23,9 +23,9 @@ from horizon_lm.data import StreamLoader, TokenLoader, train_tokenizer
 from horizon_lm.errors import DoesNotFitError, StoppedError
 from horizon_lm.plan.choose import Planner
 from horizon_lm.plan.step_size import CUT
-from horizon_lm.run import planning
-from horizon_lm.run.metrics import read_evaluations, read_steps
-from horizon_lm.run.train import train
+from horizon_lm.report.metrics import read_evaluations, read_steps
+from horizon_lm.training import planning
+from horizon_lm.training.train import train
 from small_runs import LLAMA, losses_of, place_of, settings, tensors_of, values, write_text
 from test_resume import stop_at
 
@@ -113,7 +113,7 @@ def test_init_then_train_trains(
 
 
 def test_init_keeps_the_steps_of_large_data() -> None:
-    from horizon_lm.run.init_config import _batch
+    from horizon_lm.cli.init import _batch
 
     large = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
     for sequences in (None, 100_000, 32 * 17):

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import zoo
+from horizon_lm.host_model import HostModel
 from horizon_lm.memory import arena
 from horizon_lm.memory.layout import ALIGN_ELEMENTS, UnitLayout, lay_out
 from horizon_lm.memory.master import join_master, split_master
 from horizon_lm.memory.store import HostStore, StoreSpec, predict_bytes, regions
-from horizon_lm.run.host_model import HostModel
 
 BF16, FP32 = torch.bfloat16, torch.float32
 LOWER_HALVES = torch.arange(1 << 16, dtype=torch.int64)
@@ -379,7 +379,7 @@ torch.set_num_threads(1)
 found = {"torch": memory()["VmRSS"]}
 import transformers.models.llama.modeling_llama
 from horizon_lm.config import ModelSettings
-from horizon_lm.run.host_model import HostModel
+from horizon_lm.host_model import HostModel
 found["imported"] = memory()["VmRSS"]
 
 kind, source, update = sys.argv[1:]

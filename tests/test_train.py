@@ -19,21 +19,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 import small_runs
 from horizon_lm import cli
+from horizon_lm.checkpoint import run_folder
 from horizon_lm.config import SCHEDULER_KWARGS, TrainConfig
 from horizon_lm.data import TokenLoader, load_training_data
 from horizon_lm.engine.engine import Engine
 from horizon_lm.errors import ConfigError, DoesNotFitError, NonFiniteError
+from horizon_lm.host_model import HostModel, TrainStepOutput
+from horizon_lm.memory import preflight
 from horizon_lm.model.loading import create_model
 from horizon_lm.optim.curves import count_warmup_steps, learning_rates
-from horizon_lm.plan import preflight
-from horizon_lm.run import folder as run_folder
-from horizon_lm.run import sample
-from horizon_lm.run import train as run_train
-from horizon_lm.run.host_model import HostModel, TrainStepOutput
-from horizon_lm.run.loop import StepRecord
-from horizon_lm.run.metrics import Metrics, read_steps
-from horizon_lm.run.plot import smoothed
-from horizon_lm.run.progress import RichProgress, choose_progress, clock, say, sparkline
+from horizon_lm.report.display import RichProgress, choose_progress, clock, say, sparkline
+from horizon_lm.report.events import StepRecord
+from horizon_lm.report.metrics import Metrics, read_steps
+from horizon_lm.report.plot import smoothed
+from horizon_lm.training import sample
+from horizon_lm.training import train as run_train
 
 LENGTH, STEPS, ROWS = 32, 50, 8  # tokens in a sequence, steps, sequences in a step
 LLAMA = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from horizon_lm.run.progress import number
+from horizon_lm.report.display import number
 from horizon_lm.words import count, parameters, size
 
 SOURCES = Path(__file__).parent.parent / "src" / "horizon_lm"

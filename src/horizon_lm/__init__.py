@@ -16,22 +16,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import errors
+from horizon_lm import errors
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .config import ModelSettings, TrainConfig
-    from .run.describe import TrainResult
-    from .run.host_model import HostModel
-    from .run.train import train
+    from horizon_lm.config import ModelSettings, TrainConfig
+    from horizon_lm.host_model import HostModel
+    from horizon_lm.training.describe import TrainResult
+    from horizon_lm.training.train import train
 
 _HOME = {
-    "HostModel": "run.host_model",
+    "HostModel": "host_model",
     "ModelSettings": "config",
     "TrainConfig": "config",
-    "TrainResult": "run.describe",
-    "train": "run.train",
+    "TrainResult": "training.describe",
+    "train": "training.train",
 }
 
 __all__ = ["HostModel", "ModelSettings", "TrainConfig", "TrainResult", "__version__", "errors", "train"]

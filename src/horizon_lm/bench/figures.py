@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..data.batches import StepSize
-from ..run.flops import ModelFlops, measure_peak
+from horizon_lm.data.batches import StepSize
+from horizon_lm.report.flops import ModelFlops, measure_peak
 
 # Dense bf16 FLOP/s of the makers' data sheets, by a part of the device's name. MFU is quoted against these.
 _PEAKS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "4090": 165e12}

@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from .figures import spread
-from .models import work_of
-from .protocol import Case
-from .worker import Session, fault
+from horizon_lm.bench.figures import spread
+from horizon_lm.bench.models import work_of
+from horizon_lm.bench.protocol import Case
+from horizon_lm.bench.worker import Session, fault
 
 OURS, TORCH = "horizon_lm.bench.ours:build", "horizon_lm.bench.plain:build"
 Row = dict[str, Any]

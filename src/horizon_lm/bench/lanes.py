@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ..run.host_model import HostModel
-from ..schedule import Lane
-from ..schedule.draw import Span, utilisation
+from horizon_lm.host_model import HostModel
+from horizon_lm.schedule import Lane
+from horizon_lm.schedule.draw import Span, utilisation
 
 Interval = tuple[float, float]
 

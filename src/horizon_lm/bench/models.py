@@ -9,12 +9,12 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from ..config import ModelSettings
-from ..model.loading import create_model
-from ..plan.outline import Outline
-from ..run.flops import UNKNOWN, forward_of_layers, model_flops
-from .figures import Work
-from .protocol import Case
+from horizon_lm.bench.figures import Work
+from horizon_lm.bench.protocol import Case
+from horizon_lm.config import ModelSettings
+from horizon_lm.model.loading import create_model
+from horizon_lm.plan.outline import Outline
+from horizon_lm.report.flops import UNKNOWN, forward_of_layers, model_flops
 
 _POOL = 1 << 20
 

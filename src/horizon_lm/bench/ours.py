@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from ..config import ModelSettings, TrainConfig
-from ..errors import UnsupportedModelError
-from ..plan.run_plan import plan_run
-from ..run.host_model import HostModel
-from .lanes import breakdown
-from .models import source_model
-from .protocol import Case
+from horizon_lm.bench.lanes import breakdown
+from horizon_lm.bench.models import source_model
+from horizon_lm.bench.protocol import Case
+from horizon_lm.config import ModelSettings, TrainConfig
+from horizon_lm.errors import UnsupportedModelError
+from horizon_lm.host_model import HostModel
+from horizon_lm.plan.run_plan import plan_run
 
 
 class Ours:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .models import own, source_model
-from .protocol import Case
+from horizon_lm.bench.models import own, source_model
+from horizon_lm.bench.protocol import Case
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -14,8 +14,8 @@ from typing import Any, Protocol, Self
 
 import torch
 
-from ..engine.policies import DTYPES
-from ..errors import HorizonError
+from horizon_lm.engine.policies import DTYPES
+from horizon_lm.errors import HorizonError
 
 
 class AbsentError(HorizonError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .jobs import Row
+from horizon_lm.bench.jobs import Row
 
 HEAD = ["system", "tokens/s, median (least to most)", "MFU", "HFU", "host peak GB", "pinned GB"]
 HEAD += ["device peak GB", "host B/parameter", "speed / in-memory", "loss, last"]

@@ -10,14 +10,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import ConfigError
-from ..run.device import resolve_device
-from .figures import peak_of
-from .jobs import OURS, TORCH, Row, measure
-from .models import work_of
-from .protocol import Case
-from .shapes import SHAPES
-from .table import HEAD, cells, lane_lines
+from horizon_lm.bench.figures import peak_of
+from horizon_lm.bench.jobs import OURS, TORCH, Row, measure
+from horizon_lm.bench.models import work_of
+from horizon_lm.bench.protocol import Case
+from horizon_lm.bench.shapes import SHAPES
+from horizon_lm.bench.table import HEAD, cells, lane_lines
+from horizon_lm.errors import ConfigError
+from horizon_lm.machine.device import resolve_device
 
 
 def model_values(name: str, layers: int = 0) -> dict[str, Any]:

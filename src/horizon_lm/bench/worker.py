@@ -18,9 +18,9 @@ from typing import IO, Any
 
 import torch
 
-from ..errors import DoesNotFitError, HorizonError
-from .memory import Meter
-from .protocol import AbsentError, Case, System, tokens_of
+from horizon_lm.bench.memory import Meter
+from horizon_lm.bench.protocol import AbsentError, Case, System, tokens_of
+from horizon_lm.errors import DoesNotFitError, HorizonError
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from .. import files
+from horizon_lm.io import files
 
 PIECE_BYTES = 16 << 20  # written between two looks at whether the checkpoint is still wanted
 _BLOCK = 4096  # bytes: where direct writes have to begin and end

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import CheckpointError
-from ..words import count
-from . import manifest
-from .disk import Disk
-from .manifest import Manifest
+from horizon_lm.checkpoint import manifest
+from horizon_lm.checkpoint.disk import Disk
+from horizon_lm.checkpoint.manifest import Manifest
+from horizon_lm.errors import CheckpointError
+from horizon_lm.words import count
 
 _NAME = re.compile(r"checkpoint-[0-9]+(-[0-9]+)?")
 _LEFTOVER = re.compile(r"\.(tmp|del)-checkpoint-[0-9]+(-[0-9]+)?")

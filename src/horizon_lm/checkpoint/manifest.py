@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import files
-from ..errors import CheckpointError
-from . import state
-from .disk import checksum
+from horizon_lm.checkpoint import state
+from horizon_lm.checkpoint.disk import checksum
+from horizon_lm.errors import CheckpointError
+from horizon_lm.io import files
 
 NAME = "manifest.json"
 FORMAT, VERSION = "horizon-checkpoint", 1

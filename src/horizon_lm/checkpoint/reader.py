@@ -12,11 +12,11 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from ..errors import CheckpointError
-from ..memory.store import HostStore
-from . import units
-from .disk import PIECE_BYTES
-from .folder import Checkpoint
+from horizon_lm.checkpoint import units
+from horizon_lm.checkpoint.disk import PIECE_BYTES
+from horizon_lm.checkpoint.folder import Checkpoint
+from horizon_lm.errors import CheckpointError
+from horizon_lm.memory.store import HostStore
 
 
 def load_units(checkpoint: Checkpoint, store: HostStore) -> None:

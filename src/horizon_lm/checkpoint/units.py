@@ -17,10 +17,10 @@ from typing import Any
 import torch
 import xxhash
 
-from ..errors import CheckpointError
-from ..memory.layout import Parameter
-from ..memory.store import HostStore
-from .disk import PIECE_BYTES, HashedFile
+from horizon_lm.checkpoint.disk import PIECE_BYTES, HashedFile
+from horizon_lm.errors import CheckpointError
+from horizon_lm.memory.layout import Parameter
+from horizon_lm.memory.store import HostStore
 
 _DTYPE_NAMES = {
     torch.bfloat16: "BF16",

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from ..memory.store import HostStore
-from . import folder, manifest, units
-from .disk import Disk, HashedFile
-from .manifest import Manifest
+from horizon_lm.checkpoint import folder, manifest, units
+from horizon_lm.checkpoint.disk import Disk, HashedFile
+from horizon_lm.checkpoint.manifest import Manifest
+from horizon_lm.memory.store import HostStore
 
 BUFFERS = "buffers.safetensors"
 

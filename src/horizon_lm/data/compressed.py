@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from horizon_lm.errors import DataError
-
-from ..words import size
+from horizon_lm.words import size
 
 LARGEST_ROW = 1 << 28  # 256 MiB
 LARGEST_WHOLE = 1 << 32  # 4 GiB

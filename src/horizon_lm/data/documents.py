@@ -12,22 +12,20 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from horizon_lm.config.dataset_info import PYTHON_STDLIB, SUFFIXES, is_stdlib
 from horizon_lm.data import hub
 from horizon_lm.data.arrow_rows import ArrowRows
 from horizon_lm.data.file_hash import FileHashes
 from horizon_lm.data.formats import Example, Text, convert, detect, texts
 from horizon_lm.data.sources import (
-    PYTHON_STDLIB,
-    SUFFIXES,
     PlacedRow,
-    is_stdlib,
     list_files,
     read_file,
     read_stdlib,
     stdlib_files,
 )
 from horizon_lm.errors import DataError
-from horizon_lm.hub_access import require_reachable
+from horizon_lm.io.hub import require_reachable
 
 _SHOWN_BAD_ROWS = 5
 _SPLIT = re.compile(r"[-_./](train|test|validation|valid|val|dev|eval)(?=[-_./0-9])")

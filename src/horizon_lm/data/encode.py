@@ -14,7 +14,7 @@ from horizon_lm.data.chat import ChatTemplate, Span, check_template, read_templa
 from horizon_lm.data.documents import Placed
 from horizon_lm.data.formats import Chat, Pair, Text
 from horizon_lm.errors import ConfigError, DataError
-from horizon_lm.leftovers import temporary_folder
+from horizon_lm.io.leftovers import temporary_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,9 +17,9 @@ from typing import Any
 
 import xxhash
 
-from horizon_lm import files
 from horizon_lm.data.compressed import suffix_of
 from horizon_lm.errors import DataError
+from horizon_lm.io import files
 
 _NAME = "hashes.json"
 _SETTLED_SECONDS = 60.0

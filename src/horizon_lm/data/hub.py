@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from horizon_lm.data.arrow_rows import ArrowRows
-from horizon_lm.data.inside import check_files
 from horizon_lm.data.sources import hint_for_names
 from horizon_lm.errors import DataError
-from horizon_lm.files import read_bytes
-from horizon_lm.hub_access import require_reachable
-
-from ..words import size
+from horizon_lm.io.files import read_bytes
+from horizon_lm.io.hub import require_reachable
+from horizon_lm.io.inside import check_files
+from horizon_lm.words import size
 
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 _LARGEST_JSON = 1 << 26

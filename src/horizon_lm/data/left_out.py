@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from horizon_lm.data.packing import Rows
-
-from ..words import count
+from horizon_lm.words import count
 
 WARN_ABOVE = 0.05  # of the documents
 

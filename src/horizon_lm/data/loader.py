@@ -13,8 +13,7 @@ import numpy as np
 from horizon_lm.data.batches import MicroBatch, StepSize, collate
 from horizon_lm.data.packing import Rows, data_has_changed
 from horizon_lm.errors import DataError
-
-from ..words import count
+from horizon_lm.words import count
 
 Step = tuple[list[MicroBatch], StepSize]
 _STEPS_AHEAD = 2  # for each worker

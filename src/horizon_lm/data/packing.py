@@ -22,8 +22,7 @@ import xxhash
 from horizon_lm.data.hub import quiet
 from horizon_lm.data.tokens import TokenStore
 from horizon_lm.errors import DataError
-
-from ..words import count
+from horizon_lm.words import count
 
 IGNORED = -100  # a label that is not trained on, as in transformers
 

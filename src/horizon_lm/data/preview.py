@@ -12,10 +12,9 @@ from horizon_lm.data.formats import CHAT_FORMATS
 from horizon_lm.data.left_out import remarks, used
 from horizon_lm.data.packing import IGNORED, Row
 from horizon_lm.data.streaming import StreamLoader
-
-from ..output import raw_stream
-from ..text import printable, shown
-from ..words import count
+from horizon_lm.io.output import raw_stream
+from horizon_lm.text import printable, shown
+from horizon_lm.words import count
 
 if TYPE_CHECKING:
     from rich.text import Text

@@ -23,6 +23,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from horizon_lm.config.dataset_info import PYTHON_STDLIB, SUFFIXES
 from horizon_lm.data.compressed import (
     DAMAGED,
     damage,
@@ -33,12 +34,10 @@ from horizon_lm.data.compressed import (
     suffix_of,
 )
 from horizon_lm.data.csv_file import read_csv
-from horizon_lm.data.inside import check_files
 from horizon_lm.data.parquet_file import read_parquet
 from horizon_lm.errors import DataError
-from horizon_lm.files import check_is_file
-
-PYTHON_STDLIB = "python-stdlib"
+from horizon_lm.io.files import check_is_file
+from horizon_lm.io.inside import check_files
 
 _STDLIB_SKIPPED = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
@@ -189,7 +188,7 @@ _READERS: dict[str, Callable[[Path], Iterator[PlacedRow]]] = {
     ".csv": read_csv,
     ".parquet": read_parquet,
 }
-SUFFIXES = (*_READERS, *(f"{suffix}.gz" for suffix in _READERS if suffix != ".parquet"))
+assert set(SUFFIXES) == {*_READERS, *(f"{suffix}.gz" for suffix in _READERS if suffix != ".parquet")}
 _TYPES = f"one of {' '.join(_READERS)}; all but .parquet also as .gz"
 
 
@@ -259,7 +258,3 @@ def stdlib_files() -> list[Path]:
 def read_stdlib() -> Iterator[PlacedRow]:
     for path in stdlib_files():
         yield {"text": path.read_text(encoding="utf-8", errors="ignore")}, str(path)
-
-
-def is_stdlib(name: str) -> bool:
-    return name == PYTHON_STDLIB and not os.path.exists(name)

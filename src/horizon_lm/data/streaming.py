@@ -26,8 +26,7 @@ from horizon_lm.data.packing import Rows, make_rows
 from horizon_lm.data.tokenise import batches
 from horizon_lm.data.tokens import TokenWriter
 from horizon_lm.errors import DataError
-
-from ..words import count
+from horizon_lm.words import count
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import xxhash
 
-from horizon_lm.cores import usable_cores
 from horizon_lm.data.documents import Documents, Placed
 from horizon_lm.data.encode import Encoded, Encoder
 from horizon_lm.data.formats import texts
 from horizon_lm.data.tokens import TokenStore, TokenWriter, open_cached
 from horizon_lm.errors import DataError
+from horizon_lm.machine.cores import usable_cores
 
 _BATCH_CHARACTERS = 1 << 19  # what a worker gets at a time
 _SMALL_BATCHES = 8  # no more than this is done here: starting workers takes longer

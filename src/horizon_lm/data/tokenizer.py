@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from horizon_lm.errors import ConfigError
-from horizon_lm.hub_access import is_offline, require_reachable
+from horizon_lm.io.hub import is_offline, require_reachable
 from horizon_lm.model.configuration import check_folder, reason_of
-from horizon_lm.model_folder import check_model_folder
+from horizon_lm.model.folder import check_model_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -22,10 +22,10 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 import xxhash
 
-from horizon_lm import files
 from horizon_lm.data.encode import Encoded
 from horizon_lm.errors import DataError, DoesNotFitError
-from horizon_lm.leftovers import OwnedFolder
+from horizon_lm.io import files
+from horizon_lm.io.leftovers import OwnedFolder
 
 _META = "meta.json"
 _STAGED = ".horizon-tokens-"  # a folder that is being filled: one prefix for all, so that any run sweeps them

@@ -21,11 +21,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from torch.utils.checkpoint import checkpoint
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
-from ..memory.slots import UnitWeights
-from ..model.capture import Call, RouterLogits, capture_routers, run_layer
-from ..model.skeleton import Skeleton
-from ..schedule.step_plan import KEEP, RECOMPUTE
-from .gradient import UnitGradient, collecting
+from horizon_lm.engine.gradient import UnitGradient, collecting
+from horizon_lm.memory.slots import UnitWeights
+from horizon_lm.model.capture import Call, RouterLogits, capture_routers, run_layer
+from horizon_lm.model.skeleton import Skeleton
+from horizon_lm.schedule.step_plan import KEEP, RECOMPUTE
 
 
 @dataclass

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..memory.slots import UnitWeights
-from ..model.capture import Call, run_prologue, run_router_loss
-from ..model.skeleton import Skeleton
-from .gradient import UnitGradient, collecting
-from .loss import IGNORE_INDEX, HeadLoss
-from .noise import Draws
+from horizon_lm.engine.gradient import UnitGradient, collecting
+from horizon_lm.engine.loss import IGNORE_INDEX, HeadLoss
+from horizon_lm.engine.noise import Draws
+from horizon_lm.memory.slots import UnitWeights
+from horizon_lm.model.capture import Call, run_prologue, run_router_loss
+from horizon_lm.model.skeleton import Skeleton
 
 
 @contextmanager

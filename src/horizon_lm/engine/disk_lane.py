@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from ..schedule import Buffer
+from horizon_lm.schedule import Buffer
 
 
 class DiskLane:

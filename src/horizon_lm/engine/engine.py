@@ -16,27 +16,21 @@ from functools import partial
 
 import torch
 
-from ..config import ModelSettings
-from ..memory.slots import BoundarySlots, GradientSlots, WeightSlots
-from ..memory.store import HostStore
-from ..model.attention import attention_restorer
-from ..model.capture import drop_captures
-from ..model.skeleton import Skeleton
-from ..optim.optimizer import Optimizer, UpdateSettings
-from ..schedule import Buffer, Op, StepPlan, build, build_flush, build_save, derive_waits, last_uses
-from . import compute
-from .lanes import AdversarialLanes, Lanes, Span
-from .loss import (
-    IGNORE_INDEX,
-    LossFunction,
-    cross_entropy,
-    custom,
-    shifted_targets,
-)
-from .ops import OpFunctions
-from .policies import Policies
-from .saving import Saving
-from .step import MicroBatch, Schedule, Step, Update
+from horizon_lm.config import ModelSettings
+from horizon_lm.engine import compute
+from horizon_lm.engine.lanes import AdversarialLanes, Lanes, Span
+from horizon_lm.engine.loss import IGNORE_INDEX, LossFunction, cross_entropy, custom, shifted_targets
+from horizon_lm.engine.ops import OpFunctions
+from horizon_lm.engine.policies import Policies
+from horizon_lm.engine.saving import Saving
+from horizon_lm.engine.step import MicroBatch, Schedule, Step, Update
+from horizon_lm.memory.slots import BoundarySlots, GradientSlots, WeightSlots
+from horizon_lm.memory.store import HostStore
+from horizon_lm.model.attention import attention_restorer
+from horizon_lm.model.capture import drop_captures
+from horizon_lm.model.skeleton import Skeleton
+from horizon_lm.optim.optimizer import Optimizer, UpdateSettings
+from horizon_lm.schedule import Buffer, Op, StepPlan, build, build_flush, build_save, derive_waits, last_uses
 
 
 class Engine(OpFunctions):

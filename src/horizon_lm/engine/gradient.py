@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 import torch
 
-from ..memory.layout import Parameter, UnitLayout
-from ..model.skeleton import Skeleton
-from ..optim.gradients import add_gradients
-from .transfer import download_gradient, square_norm
+from horizon_lm.engine.transfer import download_gradient, square_norm
+from horizon_lm.memory.layout import Parameter, UnitLayout
+from horizon_lm.model.skeleton import Skeleton
+from horizon_lm.optim.gradients import add_gradients
 
 
 class UnitGradient:

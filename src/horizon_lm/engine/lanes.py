@@ -20,9 +20,9 @@ from typing import Protocol
 
 import torch
 
-from ..errors import ConfigError
-from ..schedule import Lane, Op
-from .disk_lane import DiskLane
+from horizon_lm.engine.disk_lane import DiskLane
+from horizon_lm.errors import ConfigError
+from horizon_lm.schedule import Lane, Op
 
 Execute = Callable[[int], None]
 Waits = Sequence[tuple[int, ...]]

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..errors import ConfigError
-from ..model.capture import run_head
-from ..model.skeleton import Skeleton
-from .noise import Draws
+from horizon_lm.engine.noise import Draws
+from horizon_lm.errors import ConfigError
+from horizon_lm.model.capture import run_head
+from horizon_lm.model.skeleton import Skeleton
 
 IGNORE_INDEX = -100
 # Elements of fp32 logits alive at once when `loss_chunk_tokens` is auto: 512 MB, and about three

@@ -12,21 +12,21 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..config import ModelSettings
-from ..memory.slots import BoundarySlots, GradientSlots, UnitWeights, WeightSlots
-from ..memory.store import HostStore
-from ..model.skeleton import Skeleton
-from ..optim.optimizer import Optimizer
-from ..schedule import Buffer, Op
-from ..schedule.step_plan import KEEP
-from . import activations, compute, noise
-from .gradient import UnitGradient
-from .lanes import reads_on_this_lane
-from .loss import log_probabilities
-from .policies import Policies
-from .saving import Saving
-from .step import Step, Update
-from .transfer import square_norm
+from horizon_lm.config import ModelSettings
+from horizon_lm.engine import activations, compute, noise
+from horizon_lm.engine.gradient import UnitGradient
+from horizon_lm.engine.lanes import reads_on_this_lane
+from horizon_lm.engine.loss import log_probabilities
+from horizon_lm.engine.policies import Policies
+from horizon_lm.engine.saving import Saving
+from horizon_lm.engine.step import Step, Update
+from horizon_lm.engine.transfer import square_norm
+from horizon_lm.memory.slots import BoundarySlots, GradientSlots, UnitWeights, WeightSlots
+from horizon_lm.memory.store import HostStore
+from horizon_lm.model.skeleton import Skeleton
+from horizon_lm.optim.optimizer import Optimizer
+from horizon_lm.schedule import Buffer, Op
+from horizon_lm.schedule.step_plan import KEEP
 
 _log = logging.getLogger(__name__)
 

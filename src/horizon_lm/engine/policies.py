@@ -8,13 +8,13 @@ from typing import Protocol
 
 import torch
 
-from ..config_model import ModelSettings, per_layer
-from ..errors import ConfigError
-from ..memory.layout import UnitLayout
-from ..memory.store import GradientSlabs, StoreSpec
-from ..optim.rules import ADAPTIVE_RULES
-from ..schedule import StepPlan
-from .loss import chunk_tokens
+from horizon_lm.config.model import ModelSettings, per_layer
+from horizon_lm.engine.loss import chunk_tokens
+from horizon_lm.errors import ConfigError
+from horizon_lm.memory.layout import UnitLayout
+from horizon_lm.memory.store import GradientSlabs, StoreSpec
+from horizon_lm.optim.rules import ADAPTIVE_RULES
+from horizon_lm.schedule import StepPlan
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 import torch
 
-from ..model.capture import Call
-from ..optim.optimizer import UpdateSettings
-from ..optim.progress import Progress
-from ..schedule import Buffer, Op, StepPlan
-from ..words import count
-from .activations import LayerGraph, Rerun
-from .gradient import UnitGradient
-from .loss import HeadLoss
+from horizon_lm.engine.activations import LayerGraph, Rerun
+from horizon_lm.engine.gradient import UnitGradient
+from horizon_lm.engine.loss import HeadLoss
+from horizon_lm.model.capture import Call
+from horizon_lm.optim.optimizer import UpdateSettings
+from horizon_lm.optim.progress import Progress
+from horizon_lm.schedule import Buffer, Op, StepPlan
+from horizon_lm.words import count
 
 MicroBatch = dict[str, torch.Tensor]
 

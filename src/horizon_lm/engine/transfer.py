@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..optim.gradients import move_gradient
+from horizon_lm.optim.gradients import move_gradient
 
 _PIECE = 1 << 24  # elements, 64 MB of fp32. Sums of squares are fp32 within a piece, fp64 over pieces.
 

@@ -14,9 +14,11 @@ from contextlib import suppress
 
 import torch
 
-from ..errors import DoesNotFitError
-from ..words import size
+from horizon_lm.errors import DoesNotFitError
+from horizon_lm.machine.memory import lockable_bytes
+from horizon_lm.words import size
 
+_MOST_TRIED = 1 << 30  # bytes of locked memory
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
@@ -47,6 +49,28 @@ def allocate(num_bytes: int, *, pin: bool = False) -> torch.Tensor:
             block.madvise(mmap.MADV_DONTFORK)
         _register(tensor)
     return tensor
+
+
+def pinnable_bytes() -> int | None:
+    """What may be pinned for a CUDA device, in bytes; None where nothing limits it.
+
+    Most drivers pin for the device without regard to `ulimit -l`, and the usual limit is 8 MB, so the driver
+    is asked: it pins a little more than the limit, or it does not. A limit above 1 GB is not tried and not
+    taken for one.
+    """
+    limit = lockable_bytes()
+    if limit is None or limit > _MOST_TRIED or pins_beyond(limit):
+        return None
+    return limit
+
+
+def pins_beyond(limit: int) -> bool:
+    """Whether CUDA pins more than `limit` bytes, tried with a megabyte more."""
+    try:
+        allocate(limit + (1 << 20), pin=True)
+    except DoesNotFitError:
+        return False
+    return True
 
 
 def return_free_memory() -> None:

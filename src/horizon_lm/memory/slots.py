@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from . import arena
-from .store import HostStore
+from horizon_lm.memory import arena
+from horizon_lm.memory.store import HostStore
 
 
 class UnitWeights(NamedTuple):

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 
 import torch
 
-from . import arena
-from .layout import Parameter, UnitLayout
-from .master import join_master, split_master
+from horizon_lm.memory import arena
+from horizon_lm.memory.layout import Parameter, UnitLayout
+from horizon_lm.memory.master import join_master, split_master
 
 
 @dataclass(frozen=True)

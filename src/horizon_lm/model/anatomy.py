@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..errors import UnsupportedModelError
+from horizon_lm.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)

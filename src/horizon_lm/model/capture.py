@@ -19,11 +19,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..errors import UnsupportedModelError
-from ..memory.slots import UnitWeights
-from .anatomy import accepted, as_layer_output, embedding_gives, intercept, split_hidden, tensors_in
-from .attention import attention_by_intervals
-from .skeleton import Skeleton
+from horizon_lm.errors import UnsupportedModelError
+from horizon_lm.memory.slots import UnitWeights
+from horizon_lm.model.anatomy import (
+    accepted,
+    as_layer_output,
+    embedding_gives,
+    intercept,
+    split_hidden,
+    tensors_in,
+)
+from horizon_lm.model.attention import attention_by_intervals
+from horizon_lm.model.skeleton import Skeleton
 
 
 class RouterLogits(NamedTuple):

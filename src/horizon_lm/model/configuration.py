@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, HorizonError
-from ..text import one_line, redacted
+from horizon_lm.errors import ConfigError, HorizonError
+from horizon_lm.text import one_line, redacted
 
 _log = logging.getLogger(__name__)
 

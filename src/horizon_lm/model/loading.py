@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ConfigError, DataError, DoesNotFitError, HorizonError, UnsupportedModelError
-from ..hub_access import require_reachable
-from ..memory.arena import return_free_memory
-from ..memory.store import HostStore
-from ..model_folder import INDEX, names_in
-from ..patterns import compiled, nearest
-from ..words import count
-from .configuration import configuration_of, reason_of
-from .pretrained import Allowed, read_pretrained, without_messages
-from .skeleton import Skeleton
+from horizon_lm.config.patterns import compiled, nearest
+from horizon_lm.errors import ConfigError, DataError, DoesNotFitError, HorizonError, UnsupportedModelError
+from horizon_lm.io.hub import require_reachable
+from horizon_lm.memory.arena import return_free_memory
+from horizon_lm.memory.store import HostStore
+from horizon_lm.model.configuration import configuration_of, reason_of
+from horizon_lm.model.folder import INDEX, names_in
+from horizon_lm.model.pretrained import Allowed, read_pretrained, without_messages
+from horizon_lm.model.skeleton import Skeleton
+from horizon_lm.words import count
 
 
 def load_model(

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import DataError, UnsupportedModelError
-from ..model_folder import check_model_folder
-from ..patterns import compiled
-from ..words import parameters, size
-from .configuration import read_configuration
+from horizon_lm.config.patterns import compiled
+from horizon_lm.errors import DataError, UnsupportedModelError
+from horizon_lm.model.configuration import read_configuration
+from horizon_lm.model.folder import check_model_folder
+from horizon_lm.words import parameters, size
 
 _log = logging.getLogger(__name__)
 _SHOWN = 4  # names in a message

@@ -15,13 +15,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..errors import UnsupportedModelError
-from ..memory.layout import Parameter, UnitLayout, lay_out
-from ..memory.master import join_master
-from ..memory.slots import UnitWeights
-from .anatomy import Anatomy, analyse
-from .rope import separate_documents
-from .tiling import tile_mlps
+from horizon_lm.errors import UnsupportedModelError
+from horizon_lm.memory.layout import Parameter, UnitLayout, lay_out
+from horizon_lm.memory.master import join_master
+from horizon_lm.memory.slots import UnitWeights
+from horizon_lm.model.anatomy import Anatomy, analyse
+from horizon_lm.model.rope import separate_documents
+from horizon_lm.model.tiling import tile_mlps
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 # transformers writes most norms itself: CohereLayerNorm, LlamaRMSNorm, MambaRMSNormGated, NemotronLayerNorm1P

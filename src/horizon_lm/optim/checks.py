@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import ConfigError
+from horizon_lm.errors import ConfigError
 
 # What stands for a number in a call: of Python, numpy or torch (one element).
 Number = float | np.number[Any] | torch.Tensor

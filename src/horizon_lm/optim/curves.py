@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..config import TrainConfig
-from ..errors import ConfigError
+from horizon_lm.config import TrainConfig
+from horizon_lm.errors import ConfigError
 
 Curve = Callable[[int], float]
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .kernel import ISAS, library
+from horizon_lm.optim.kernel import ISAS, library
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _BLOCK, _LANES = 4096, 64  # as in csrc/gradients.cpp

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..errors import ConfigError
-from ..memory.layout import Parameter, UnitLayout
-from ..patterns import compiled
+from horizon_lm.config.patterns import compiled
+from horizon_lm.errors import ConfigError
+from horizon_lm.memory.layout import Parameter, UnitLayout
 
 
 @dataclass(frozen=True)

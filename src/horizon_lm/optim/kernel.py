@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from ..cores import usable_cores
-from . import reference
-from .progress import Progress
-from .rules import RULES, Hyper, check_run, coefficients
+from horizon_lm.machine.cores import usable_cores
+from horizon_lm.optim import reference
+from horizon_lm.optim.progress import Progress
+from horizon_lm.optim.rules import RULES, Hyper, check_run, coefficients
 
 __all__ = ["ISAS", "Hyper", "available_isas", "describe", "library", "update", "update_run"]
 

@@ -8,13 +8,13 @@ from functools import cached_property
 
 import torch
 
-from ..cores import choose_threads
-from ..errors import ConfigError
-from ..memory.store import HostStore
-from .groups import Group, Segment
-from .kernel import longest_piece, update_run
-from .progress import Progress
-from .rules import ADAPTIVE_RULES, Hyper, coefficients
+from horizon_lm.errors import ConfigError
+from horizon_lm.machine.cores import choose_threads
+from horizon_lm.memory.store import HostStore
+from horizon_lm.optim.groups import Group, Segment
+from horizon_lm.optim.kernel import longest_piece, update_run
+from horizon_lm.optim.progress import Progress
+from horizon_lm.optim.rules import ADAPTIVE_RULES, Hyper, coefficients
 
 # Below this, to wake another thread takes longer than what it would do.
 _ELEMENTS_OF_A_THREAD = 1 << 16

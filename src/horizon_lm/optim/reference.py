@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from ..memory.master import join_master, split_master
-from .rules import ADAPTIVE_RULES, Coefficients, Hyper, check_run, coefficients
+from horizon_lm.memory.master import join_master, split_master
+from horizon_lm.optim.rules import ADAPTIVE_RULES, Coefficients, Hyper, check_run, coefficients
 
 _CHUNK = 1 << 18  # elements; the temporaries of a chunk (about 6 MB) are all the memory an update adds
 _TINY = torch.finfo(torch.float32).tiny

@@ -19,18 +19,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..config import ModelSettings
-from ..cores import usable_cores
-from ..engine.lanes import InlineLanes
-from ..engine.policies import Policies, store_spec
-from ..memory import arena
-from ..optim.kernel import update_run
-from ..optim.rules import Hyper
-from .costs import Costs
-from .outline import Outline
-from .predict import predict
-from .profile import FALLBACK, Profile, Rates, load_profile
-from .work import KINDS, Work
+from horizon_lm.config import ModelSettings
+from horizon_lm.engine.lanes import InlineLanes
+from horizon_lm.engine.policies import Policies, store_spec
+from horizon_lm.machine.cores import usable_cores
+from horizon_lm.machine.profile import FALLBACK, Profile, Rates, load_profile
+from horizon_lm.memory import arena
+from horizon_lm.optim.kernel import update_run
+from horizon_lm.optim.rules import Hyper
+from horizon_lm.plan.costs import Costs
+from horizon_lm.plan.outline import Outline
+from horizon_lm.plan.predict import predict
+from horizon_lm.plan.work import KINDS, Work
 
 Clock = Callable[[], float]
 # width, MLP, heads, keys and values, tokens: from where operations are what costs to where arithmetic is
@@ -114,7 +114,7 @@ def _measure(
     outlines: dict[tuple, Outline],
 ) -> list[Sample]:
     """end: the monotonic time after which nothing is repeated any more."""
-    from ..run.host_model import HostModel
+    from horizon_lm.host_model import HostModel
 
     width, mlp, heads, kv, tokens = shape
     values = {"model_type": "llama", "hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": 2}

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from ..config import TrainConfig
-from ..errors import ConfigError
-from . import fit
-from .limits import Limits
-from .outline import Outline
-from .predict import Prediction, predict
-from .profile import Profile
+from horizon_lm.config import TrainConfig
+from horizon_lm.errors import ConfigError
+from horizon_lm.machine.profile import Profile
+from horizon_lm.plan import fit
+from horizon_lm.plan.limits import Limits
+from horizon_lm.plan.outline import Outline
+from horizon_lm.plan.predict import Prediction, predict
 
 _MAX_OPS = 1000  # micro-batches times layers beyond which a finer cut is not looked at
 # How much slower a step may be for a choice that takes less memory or is simpler: below what is measurable.

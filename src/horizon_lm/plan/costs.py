@@ -10,15 +10,15 @@ from functools import cached_property
 
 import torch
 
-from ..engine.policies import Policies
-from ..memory.store import StoreSpec, regions
-from ..schedule import Buffer, Op, StepPlan
-from ..schedule.step_plan import KEEP
-from .device import slot_bytes
-from .outline import Measures, Outline
-from .profile import Profile
-from .work import Kernel, Work
-from .working_set import Pass
+from horizon_lm.engine.policies import Policies
+from horizon_lm.machine.profile import Profile
+from horizon_lm.memory.store import StoreSpec, regions
+from horizon_lm.plan.device import slot_bytes
+from horizon_lm.plan.outline import Measures, Outline
+from horizon_lm.plan.work import Kernel, Work
+from horizon_lm.plan.working_set import Pass
+from horizon_lm.schedule import Buffer, Op, StepPlan
+from horizon_lm.schedule.step_plan import KEEP
 
 DEVICE, HOST = "device", "host"
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..memory.layout import UnitLayout
-from ..schedule import StepPlan
+from horizon_lm.memory.layout import UnitLayout
+from horizon_lm.schedule import StepPlan
 
 
 def slot_bytes(units: Sequence[UnitLayout], plan: StepPlan, dtype: torch.dtype) -> dict[str, int]:

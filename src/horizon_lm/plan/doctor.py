@@ -13,11 +13,11 @@ from pathlib import Path
 
 import psutil
 
-from .. import files
-from ..leftovers import sweep_files
-from ..words import parameters, size
-from .hardware import available_host_bytes, lockable_bytes
-from .profile import Profile, cache_path, read_profile
+from horizon_lm.io import files
+from horizon_lm.io.leftovers import sweep_files
+from horizon_lm.machine.memory import available_host_bytes, lockable_bytes
+from horizon_lm.machine.profile import Profile, cache_path, read_profile
+from horizon_lm.words import parameters, size
 
 PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
 SECONDS = 30.0  # for measuring, imports not counted; one measurement that was begun is ended
@@ -77,7 +77,7 @@ def examine(
     """
     import torch
 
-    from . import calibrate
+    from horizon_lm.plan import calibrate
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = cache_path()
@@ -178,8 +178,8 @@ def judge_memlock(limit: int | None, device: str) -> Finding:
 
 
 def _processor() -> list[Finding]:
-    from ..cores import usable_cores
-    from ..optim.kernel import library
+    from horizon_lm.machine.cores import usable_cores
+    from horizon_lm.optim.kernel import library
 
     usable, there = usable_cores(), os.cpu_count() or 1
     status = WARN if usable < there else PASS

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from ..config import TrainConfig
-from ..errors import ConfigError, DoesNotFitError, UnsupportedModelError
-from ..words import size
-from .limits import Limits
-from .predict import Prediction
+from horizon_lm.config import TrainConfig
+from horizon_lm.errors import ConfigError, DoesNotFitError, UnsupportedModelError
+from horizon_lm.plan.limits import Limits
+from horizon_lm.plan.predict import Prediction
+from horizon_lm.words import size
 
 _GB = 1e9
 Predictor = Callable[[TrainConfig], Prediction]

@@ -6,8 +6,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from .hardware import available_host_bytes, pinnable_bytes
-from .profile import Profile
+from horizon_lm.machine.memory import available_host_bytes
+from horizon_lm.machine.profile import Profile
+from horizon_lm.memory.arena import pinnable_bytes
 
 # Of device memory, for what allocators lose between blocks and kernels take for themselves: neither is
 # predicted, and how much it is has not been measured on a GPU yet.

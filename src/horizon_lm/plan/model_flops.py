@@ -20,12 +20,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from ..engine.compute import forward_prologue
-from ..model.anatomy import tensors_in
-from ..model.capture import Call, run_layer
-from ..model.skeleton import Skeleton
-from .work import ATTENTION, ELEMENTWISE, WorkMeter, aten, flops_of_call
-from .working_set import Built, empty_weights, without_values
+from horizon_lm.engine.compute import forward_prologue
+from horizon_lm.model.anatomy import tensors_in
+from horizon_lm.model.capture import Call, run_layer
+from horizon_lm.model.skeleton import Skeleton
+from horizon_lm.plan.work import ATTENTION, ELEMENTWISE, WorkMeter, aten, flops_of_call
+from horizon_lm.plan.working_set import Built, empty_weights, without_values
 
 # Tokens of a sequence. Few tell all of a layer that goes from token to token, in many operations. More fill
 # the blocks of linear attention, of up to 256 tokens, which look like attention else.

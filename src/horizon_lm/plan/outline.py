@@ -17,20 +17,20 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..config import ModelSettings, TrainConfig
-from ..data.training_data import tokenizer_of
-from ..engine.policies import DTYPES
-from ..errors import ConfigError, HorizonError, UnsupportedModelError
-from ..hub_access import require_reachable
-from ..memory.layout import UnitLayout
-from ..model.configuration import configuration_of, read_configuration, reason_of
-from ..model.loading import freeze
-from ..model.skeleton import Skeleton
-from ..model_folder import check_model_folder
-from .model_flops import Counted, count_layers, kinds_of_layers
-from .outline_cache import Facts, OutlineCache, TraceKey
-from .trace import Law, Line, Trace
-from .working_set import Built, Ends, Measure, WorkingSet, ends_working_set, layer_working_set
+from horizon_lm.config import ModelSettings, TrainConfig
+from horizon_lm.data.training_data import tokenizer_of
+from horizon_lm.engine.policies import DTYPES
+from horizon_lm.errors import ConfigError, HorizonError, UnsupportedModelError
+from horizon_lm.io.hub import require_reachable
+from horizon_lm.memory.layout import UnitLayout
+from horizon_lm.model.configuration import configuration_of, read_configuration, reason_of
+from horizon_lm.model.folder import check_model_folder
+from horizon_lm.model.loading import freeze
+from horizon_lm.model.skeleton import Skeleton
+from horizon_lm.plan.model_flops import Counted, count_layers, kinds_of_layers
+from horizon_lm.plan.outline_cache import Facts, OutlineCache, TraceKey
+from horizon_lm.plan.trace import Law, Line, Trace
+from horizon_lm.plan.working_set import Built, Ends, Measure, WorkingSet, ends_working_set, layer_working_set
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,14 @@ from typing import Any
 
 import torch
 
-from .. import files
-from .. import plan as package
-from ..config import TrainConfig
-from ..leftovers import sweep_files
-from ..memory.layout import Parameter, UnitLayout
-from .model_flops import Counted
-from .profile import cache_path
-from .trace import Trace, replay
+from horizon_lm import plan as package
+from horizon_lm.config import TrainConfig
+from horizon_lm.io import files
+from horizon_lm.io.leftovers import sweep_files
+from horizon_lm.machine.profile import cache_path
+from horizon_lm.memory.layout import Parameter, UnitLayout
+from horizon_lm.plan.model_flops import Counted
+from horizon_lm.plan.trace import Trace, replay
 
 _FORMAT = 1
 _MOST_TRACES, _MOST_FILES = 400, 64
@@ -185,7 +185,7 @@ def _config_json(name: str, revision: str | None) -> bytes | None:
             return files.read_bytes(folder / "config.json")
         from huggingface_hub import hf_hub_download
 
-        from ..hub_access import require_reachable
+        from horizon_lm.io.hub import require_reachable
 
         require_reachable(name, "model_name_or_path")
         return Path(hf_hub_download(name, "config.json", revision=revision)).read_bytes()

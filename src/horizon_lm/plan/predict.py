@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ..config import ModelSettings
-from ..engine.policies import Policies, store_spec
-from ..memory.store import predict_bytes
-from ..schedule import Lane, Op, Simulation, StepPlan, build, derive_waits, simulate
-from .costs import DEVICE, HOST, Costs
-from .outline import Outline
-from .profile import Profile
+from horizon_lm.config import ModelSettings
+from horizon_lm.engine.policies import Policies, store_spec
+from horizon_lm.machine.profile import Profile
+from horizon_lm.memory.store import predict_bytes
+from horizon_lm.plan.costs import DEVICE, HOST, Costs
+from horizon_lm.plan.outline import Outline
+from horizon_lm.schedule import Lane, Op, Simulation, StepPlan, build, derive_waits, simulate
 
 
 @dataclass(frozen=True)

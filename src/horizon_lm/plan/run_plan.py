@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ..config import TrainConfig
-from ..errors import ConfigError
-from ..words import count, size
-from . import fit
-from .choose import Choice, Planner
-from .grow import largest_that_fits
-from .hardware import lockable_bytes
-from .limits import Limits
-from .outline import Outline, model_config
-from .outline_cache import OutlineCache
-from .predict import Prediction
-from .profile import FALLBACK, Profile, load_profile
-from .step_size import assumed_tokens
-from .trace import Line
+from horizon_lm.config import TrainConfig
+from horizon_lm.errors import ConfigError
+from horizon_lm.machine.memory import lockable_bytes
+from horizon_lm.machine.profile import FALLBACK, Profile, load_profile
+from horizon_lm.plan import fit
+from horizon_lm.plan.choose import Choice, Planner
+from horizon_lm.plan.grow import largest_that_fits
+from horizon_lm.plan.limits import Limits
+from horizon_lm.plan.outline import Outline, model_config
+from horizon_lm.plan.outline_cache import OutlineCache
+from horizon_lm.plan.predict import Prediction
+from horizon_lm.plan.step_size import assumed_tokens
+from horizon_lm.plan.trace import Line
+from horizon_lm.words import count, size
 
 # On a CPU layers are computed where they are: there is nothing to choose.
 _OF_DEVICE_MEMORY = frozenset({"boundaries", "slots", "grad_slots"})
@@ -308,7 +308,7 @@ def _update_reason(chosen: TrainConfig) -> str:
 
 
 def _count(value: str | list[str], word: str, layers: int) -> int:
-    from ..config_model import per_layer
+    from horizon_lm.config.model import per_layer
 
     words = ("recompute", "keep") if word == "keep" else ("device", "host")
     listed = per_layer(value, words if word == words[1] else words)

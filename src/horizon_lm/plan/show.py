@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..schedule.draw import text_timeline
-from ..words import count, parameters, size
-from .run_plan import RunPlan
+from horizon_lm.plan.run_plan import RunPlan
+from horizon_lm.schedule.draw import text_timeline
+from horizon_lm.words import count, parameters, size
 
 
 def describe(plan: RunPlan, *, largest: bool = True, timeline: bool = False) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..config import TrainConfig
+from horizon_lm.config import TrainConfig
 
 
 def next_smaller(config: TrainConfig) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from ..config import DatasetConfig, TrainConfig
-from ..config_merge import REPLACES
-from ..words import count
+from horizon_lm.config import DatasetConfig, TrainConfig
+from horizon_lm.config.merge import REPLACES
+from horizon_lm.words import count
 
 CUT = REPLACES["tokens_per_step"]  # the settings that the planner cuts a step by
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from .work import Kernel, Work, bytes_of
+from horizon_lm.plan.work import Kernel, Work, bytes_of
 
 # How a size may depend on the number that varies. Attention without a fused kernel is quadratic in tokens;
 # arange(n + 1) and x[1:] are what they are.

@@ -15,18 +15,18 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..engine.activations import backward_layer, forward_layer
-from ..engine.compute import backward_prologue, bound_for_backward, forward_prologue
-from ..engine.gradient import UnitGradient
-from ..engine.loss import HeadLoss, cross_entropy
-from ..memory.live import LiveBytes
-from ..memory.slots import UnitWeights
-from ..model.anatomy import tensors_in
-from ..model.capture import Call
-from ..model.skeleton import Skeleton
-from ..schedule.step_plan import KEEP, RECOMPUTE
-from .trace import Trace
-from .work import Work, WorkMeter
+from horizon_lm.engine.activations import backward_layer, forward_layer
+from horizon_lm.engine.compute import backward_prologue, bound_for_backward, forward_prologue
+from horizon_lm.engine.gradient import UnitGradient
+from horizon_lm.engine.loss import HeadLoss, cross_entropy
+from horizon_lm.memory.live import LiveBytes
+from horizon_lm.memory.slots import UnitWeights
+from horizon_lm.model.anatomy import tensors_in
+from horizon_lm.model.capture import Call
+from horizon_lm.model.skeleton import Skeleton
+from horizon_lm.plan.trace import Trace
+from horizon_lm.plan.work import Work, WorkMeter
+from horizon_lm.schedule.step_plan import KEEP, RECOMPUTE
 
 _FEW_TOKENS = 16  # enough for what a prologue looks at, and soon run
 

@@ -1,11 +1,11 @@
 """The training step as data: ops, builder, derived waits, checker, simulator. Pure Python, no torch."""
 
-from .build import build, build_flush, build_save, build_steps
-from .check import check
-from .ops import Buffer, Lane, Op, parse_op
-from .simulate import Simulation, simulate
-from .step_plan import StepPlan
-from .waits import TRANSIENT, derive_waits, last_uses
+from horizon_lm.schedule.build import build, build_flush, build_save, build_steps
+from horizon_lm.schedule.check import check
+from horizon_lm.schedule.ops import Buffer, Lane, Op, parse_op
+from horizon_lm.schedule.simulate import Simulation, simulate
+from horizon_lm.schedule.step_plan import StepPlan
+from horizon_lm.schedule.waits import TRANSIENT, derive_waits, last_uses
 
 __all__ = [
     "TRANSIENT",

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 
-from . import make
-from .ops import Op
-from .step_plan import StepPlan
+from horizon_lm.schedule import make
+from horizon_lm.schedule.ops import Op
+from horizon_lm.schedule.step_plan import StepPlan
 
 
 def build(plan: StepPlan, step: int = 0, pending: Collection[int] = ()) -> list[Op]:

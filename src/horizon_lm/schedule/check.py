@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from .ops import Buffer, Lane, Op
-from .step_plan import StepPlan
-from .waits import derive_waits
+from horizon_lm.schedule.ops import Buffer, Lane, Op
+from horizon_lm.schedule.step_plan import StepPlan
+from horizon_lm.schedule.waits import derive_waits
 
 # Regions that live on between steps; everything else must be written in a step before it is read.
 PERSISTENT = frozenset({"weights", "state"})

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .ops import Lane, Op
+from horizon_lm.schedule.ops import Lane, Op
 
 Span = tuple[Op, float, float]
 MEANING = {

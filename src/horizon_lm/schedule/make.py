@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .ops import Buffer, Op
-from .step_plan import KEEP, StepPlan
+from horizon_lm.schedule.ops import Buffer, Op
+from horizon_lm.schedule.step_plan import KEEP, StepPlan
 
 
 def _set(*buffers: Buffer | None) -> frozenset[Buffer]:

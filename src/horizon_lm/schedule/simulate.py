@@ -10,8 +10,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from .ops import Buffer, Lane, Op
-from .waits import derive_waits, last_uses
+from horizon_lm.schedule.ops import Buffer, Lane, Op
+from horizon_lm.schedule.waits import derive_waits, last_uses
 
 Span = tuple[Op, float, float]
 # (memory, bytes) of a buffer that an op writes first, or None where that memory exists anyway

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from .ops import Buffer, Lane, Op
+from horizon_lm.schedule.ops import Buffer, Lane, Op
 
 # Regions whose content lives within a step; the rest is host memory that outlives it.
 TRANSIENT = frozenset(

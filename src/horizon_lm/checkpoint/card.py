@@ -1,0 +1,78 @@
+"""The model card: what was trained on what and how. Of local paths only the last part is told, and no name is
+Markdown."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from horizon_lm.text import code_span, markdown, redact
+from horizon_lm.words import count
+
+_SHOWN = (
+    *("optim", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "packing", "loss_on"),
+    *("num_train_epochs", "max_steps", "dtype", "moment_dtype", "seed"),
+)
+
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # what the Hub takes as the name of a base model
+
+_TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+{{ what }}
+
+## Data
+
+{{ data }}
+
+## Settings
+
+{{ table }}
+
+## Made with
+
+{{ versions }}
+"""
+
+
+def model_card(
+    config: dict[str, Any], *, model_type: str, step: int, num_tokens: int | None, versions: dict[str, str]
+) -> str:
+    """The text of README.md. config: the resolved settings."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    base = _public(config.get("model_name_or_path"))
+    origin = code_span(base) if base else f"random weights ({markdown(model_type)})"
+    tokens = f" on {count(num_tokens, 'token')}" if num_tokens else ""
+    data = [f"- {markdown(_public(entry['path']) or '')}" for entry in config.get("datasets", [])]
+    rows = [f"| {key} | {markdown(str(config[key]))} |" for key in _SHOWN if key in config]
+    card_data = ModelCardData(
+        base_model=base if base and _REPOSITORY.fullmatch(base) else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["horizon-lm"],
+    )
+    card = ModelCard.from_template(
+        card_data,
+        template_str=_TEMPLATE,
+        name=markdown(_public(config.get("run_name")) or Path(str(config.get("output_dir", "model"))).name),
+        what=f"All parameters of {origin}, trained for {count(step, 'step')}{tokens} with horizon-lm.",
+        data="\n".join(data),
+        table="\n".join(["| setting | value |", "| --- | --- |", *rows]),
+        versions="\n".join(f"- {name} {version}" for name, version in versions.items()),
+    )
+    return str(card)
+
+
+def _public(name: str | None) -> str | None:
+    """A name on the Hub as it is; of a path on this machine the last part alone."""
+    if name is None:
+        return None
+    name = redact(name)
+    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).expanduser().exists()
+    return Path(name).name if is_path else name

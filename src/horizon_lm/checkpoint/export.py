@@ -1,0 +1,324 @@
+"""A Hugging Face folder, written a unit at a time: it takes the memory of one layer, whatever the model.
+
+Names and shapes are those that transformers' own `save_pretrained` would write: its rules for tied weights
+and its renames (fused experts are taken apart again) are applied, first to tensors without memory to know
+what goes into which file, then to the weights of one unit after the other.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from horizon_lm.checkpoint import units
+from horizon_lm.checkpoint.disk import Disk, HashedFile
+from horizon_lm.engine.policies import DTYPES
+from horizon_lm.errors import ConfigError, DoesNotFitError
+from horizon_lm.io import files
+from horizon_lm.io.leftovers import OwnedFolder
+from horizon_lm.memory.store import HostStore
+from horizon_lm.model.quiet import quiet_transformers
+from horizon_lm.model.skeleton import Skeleton
+
+_STAGED = re.compile(r"\..+\.horizon-[a-z0-9_]{8}")  # beside a folder that is being written
+_SIZE = re.compile(r"[0-9]*[1-9][0-9]*(\.[0-9]+)?(KB|MB|GB|TB)", re.IGNORECASE)
+
+Tensors = dict[str, torch.Tensor]
+
+
+def check_target(folder: str | os.PathLike[str]) -> Path:
+    """The folder to write a model to; what is there already is replaced as a whole. A link is replaced too:
+    what it points to stays as it is.
+
+    Raises ConfigError for a file, and for a folder with anything in it but a model.
+    """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise ConfigError(f"a {type(folder).__name__} is not a folder", hint="pass a path")
+    path = Path(os.path.abspath(Path(folder).expanduser()))
+    if path.is_symlink():
+        return path
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path} is a file", hint="choose another folder")
+    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
+        raise ConfigError(
+            f"{path} holds something other than a model, and saving replaces the whole folder",
+            hint=f"choose a new folder, as in {path / 'model'}",
+        )
+    return path
+
+
+def choose_dtype(dtype: str | torch.dtype | None, max_shard_size: int | str) -> str | None:
+    """The name of the dtype to save in, or None. Raises ConfigError for another one, and for a size that
+    huggingface_hub does not understand."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype is not None and name not in DTYPES:
+        raise ConfigError(f"dtype={name} cannot be saved", hint=f"dtype={' or dtype='.join(DTYPES)}")
+    if isinstance(max_shard_size, str):
+        is_size = _SIZE.fullmatch(max_shard_size.strip()) is not None
+    else:
+        is_size = type(max_shard_size) is int and max_shard_size > 0
+    if not is_size:
+        raise ConfigError(
+            f"max_shard_size={max_shard_size!r} is not a size", hint='max_shard_size="5GB", or bytes'
+        )
+    return None if dtype is None else name
+
+
+def tokenizer_saver(tokenizer: Any, trust_remote_code: bool) -> Callable[[Path], object]:
+    """Writes a tokenizer or processor, or the one of a folder or name, into a folder. Raises ConfigError
+    for what is none."""
+    if tokenizer is None:
+        return lambda target: None
+    if isinstance(tokenizer, (str, os.PathLike)):
+        from horizon_lm.data.tokenizer import load_tokenizer  # with all of `data`
+
+        tokenizer = load_tokenizer(os.fspath(tokenizer), trust_remote_code=trust_remote_code)
+    if not callable(getattr(tokenizer, "save_pretrained", None)):
+        raise ConfigError(
+            f"tokenizer is a {type(tokenizer).__name__}, which cannot be saved",
+            hint="pass a transformers tokenizer or processor, or the folder of one",
+        )
+    save: Callable[[Path], object] = tokenizer.save_pretrained
+    return save
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that are in memory together: those of a unit.
+
+    hollow: name -> what is written, on `meta`. load: the same with content.
+    """
+
+    hollow: Tensors
+    load: Callable[[], Tensors]
+
+
+def save_model(
+    skeleton: Skeleton,
+    store: HostStore,
+    folder: Path,
+    *,
+    dtype: str | None,
+    max_shard_size: int | str,
+    extra: Callable[[Path], None] | None = None,
+) -> None:
+    """Write config, generation config and sharded safetensors to `folder`; whole or absent.
+
+    dtype None: the store's compute dtype, straight from the store. float32 from a bf16 store reconstructs the
+    masters. extra: writes further files (the tokenizer) into the folder.
+    """
+    wanted = store.dtype if dtype is None else DTYPES[dtype]
+
+    def group(names: Sequence[str]) -> Group:
+        hollow = {name: _hollow(*_described(store, name, wanted)) for name in names}
+        return Group(hollow, lambda: {name: _exported(store, name, wanted) for name in names})
+
+    named = skeleton.model.named_buffers(remove_duplicate=False)  # equal ones share memory there
+    buffers = {name: buffer for name, buffer in named if _is_saved(skeleton.model, name)}
+    groups = [group([p.name for p in unit.parameters]) for unit in store.units]
+    groups.append(Group({n: _hollow(b.shape, b.dtype) for n, b in buffers.items()}, lambda: buffers))
+
+    def write(target: Path) -> None:
+        try:
+            write_model(skeleton.model, skeleton.aliases, groups, target, wanted, max_shard_size)
+        finally:
+            skeleton.config.dtype = store.dtype
+        if extra is not None:
+            extra(target)
+
+    write_folder(folder, write)
+
+
+def write_model(
+    model: Any,
+    aliases: Mapping[str, Sequence[str]],
+    groups: Iterable[Group],
+    target: Path,
+    dtype: torch.dtype,
+    max_shard_size: int | str,
+) -> None:
+    """Fill the folder `target`.
+
+    model: a transformers model whose parameters may be on `meta`. aliases: of a name in the groups the other
+    names of the same tensor. Leaves `dtype` in the model's configuration.
+    """
+    from huggingface_hub import split_state_dict_into_shards_factory
+    from transformers.core_model_loading import revert_weight_conversion
+
+    # Without weights it writes the configurations, and the code of a model that has its own.
+    with quiet_transformers():  # whose bar would count none
+        model.save_pretrained(target, state_dict={})
+    for rest in target.glob("*.safetensors*"):
+        rest.unlink()
+    model.config.dtype = dtype  # it has written the model's own, not that of what is exported
+    model.config.save_pretrained(target)
+
+    groups = list(groups)
+    kept = _kept_names(model, {n: t for g in groups for n, t in g.hollow.items()}, aliases)
+    plans = [revert_weight_conversion(model, _renamed(g.hollow, kept)) for g in groups]
+    hollow = {name: tensor for plan in plans for name, tensor in plan.items()}
+    split = split_state_dict_into_shards_factory(
+        hollow,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        get_storage_id=lambda tensor: None,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    shards = _Shards(target, split.filename_to_tensors, hollow)
+    for group, plan in zip(groups, plans, strict=True):
+        content = revert_weight_conversion(model, _renamed(group.load(), kept))
+        for name in plan:
+            shards.write(name, content.pop(name))
+    shards.close()
+    if split.is_sharded:
+        total = sum(tensor.numel() for tensor in hollow.values())
+        index = {
+            "metadata": {"total_parameters": total, **split.metadata},
+            "weight_map": split.tensor_to_filename,
+        }
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        files.write_file(target / "model.safetensors.index.json", text)
+
+
+class _Shards:
+    """Weight files that are filled side by side, each in the order of its header."""
+
+    def __init__(self, folder: Path, contents: Mapping[str, Sequence[str]], hollow: Tensors) -> None:
+        self._folder, self._hollow = folder, hollow
+        self._file_of = {name: file for file, names in contents.items() for name in names}
+        # In the order in which the groups come, which is that of the header.
+        self._left = {file: [n for n in hollow if self._file_of[n] == file] for file in contents}
+        self._open: dict[str, HashedFile] = {}
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        file = self._file_of[name]
+        if file not in self._open:
+            self._open[file] = HashedFile(Disk(), self._folder / file)
+            rows = [(n, self._hollow[n]) for n in self._left[file]]
+            self._open[file].write(memoryview(units.header(rows, {"format": "pt"})))
+        planned = self._hollow[name]
+        assert self._left[file].pop(0) == name
+        assert tensor.shape == planned.shape and tensor.dtype == planned.dtype, name
+        self._open[file].write(units.as_bytes(tensor.detach().cpu().contiguous()))
+        if not self._left[file]:
+            self._open.pop(file).close()
+
+    def close(self) -> None:
+        assert not self._open, "a file is not complete"
+
+
+def _kept_names(model: Any, hollow: Tensors, aliases: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """name in the groups -> the name that it is saved under; of tied ones that which transformers keeps."""
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    # Buffers are never tied, though equal ones share memory in a skeleton.
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    state = {name: tensor for name, tensor in hollow.items() if name not in buffers}
+    for name, others in aliases.items():
+        if name in hollow:
+            state.update(dict.fromkeys(others, hollow[name]))
+    ignored = set(model._keys_to_ignore_on_save or ())
+    state = {name: tensor for name, tensor in state.items() if name not in ignored}
+    left = buffers - ignored | remove_tied_weights_from_state_dict(state, model).keys()
+    found = {}
+    for name in hollow:
+        names = [n for n in (name, *aliases.get(name, ())) if n in left]
+        if names:
+            found[name] = names[0]
+    return found
+
+
+def _renamed(tensors: Tensors, kept: Mapping[str, str]) -> Tensors:
+    return {kept[name]: tensor for name, tensor in tensors.items() if name in kept}
+
+
+def _hollow(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(tuple(shape), dtype=dtype, device="meta")
+
+
+def _described(store: HostStore, name: str, dtype: torch.dtype) -> tuple[Sequence[int], torch.dtype]:
+    _, parameter = store.locate(name)
+    wide = parameter.compute_dtype != store.dtype
+    return parameter.shape, torch.float32 if wide else dtype
+
+
+def _exported(store: HostStore, name: str, dtype: torch.dtype) -> torch.Tensor:
+    _, parameter = store.locate(name)
+    if parameter.compute_dtype != store.dtype:
+        return store.master(name)  # one of the few that transformers keeps in fp32
+    if dtype == store.dtype:
+        return store.weight(name)
+    return store.master(name).to(dtype)
+
+
+def _is_saved(model: nn.Module, name: str) -> bool:
+    path, _, local = name.rpartition(".")
+    return local not in model.get_submodule(path)._non_persistent_buffers_set
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill a new folder beside `folder`, then put it in place: whole or absent.
+
+    An existing folder is replaced only once the new one is complete. Raises DoesNotFitError when
+    the disk is full and ConfigError when the place cannot be written.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _put_back(folder)
+        # Those of killed processes are swept, of other exports too.
+        owned = OwnedFolder(f".{folder.name}.horizon-", folder.parent, relatives=_STAGED)
+        staging = owned.path
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to {folder.parent}: {error.strerror}", hint="choose another folder"
+        ) from error
+    try:
+        write(staging)
+        owned.disown()
+        _open_to_umask(staging)
+        if folder.exists() and not folder.is_symlink():
+            retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.horizon-old-", dir=folder.parent))
+            files.put_folder(folder, retired / "old")
+            files.put_folder(staging, folder)
+            shutil.rmtree(retired)
+        else:
+            files.put_folder(staging, folder)
+    except OSError as error:
+        raise DoesNotFitError(
+            f"writing {folder} failed: {error.strerror or error}",
+            hint="free disk space or choose another folder",
+        ) from error
+    finally:
+        owned.release()
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _put_back(folder: Path) -> None:
+    """A process that was killed between taking the old folder away and putting the new one in its place left
+    none: the old one is there again. Never through a link, and nobody else's."""
+    for aside in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.horizon-old-*")):
+        found, retired = aside.lstat(), aside / "old"
+        is_ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+        if is_ours and retired.is_dir() and not retired.is_symlink() and not folder.exists():
+            files.put_folder(retired, folder)
+            aside.rmdir()
+
+
+def _open_to_umask(folder: Path) -> None:
+    """Give a private staging folder and its files the modes that new ones have (safetensors writes 0600)."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in [folder, *(path for path in folder.rglob("*") if not path.is_symlink())]:
+        os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~umask)

@@ -1,0 +1,255 @@
+"""One look at a path that a command was given: a run and how far it is, a checkpoint, a model, or neither.
+
+`verify`, `export`, `resume`, `eval`, `generate` and `chat` all ask here, so that they answer alike. Torch and
+transformers are not imported.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from horizon_lm.checkpoint import folder as checkpoints
+from horizon_lm.checkpoint import manifest
+from horizon_lm.checkpoint.folder import Checkpoint, Rejected
+from horizon_lm.checkpoint.run_folder import RunFolder
+from horizon_lm.errors import CheckpointError, ConfigError, HorizonError
+from horizon_lm.io import files
+
+Kind = Literal["run", "checkpoint", "model", "configuration", "file", "empty", "folder", "absent"]
+
+_NOT_OF_A_NEW_RUN = (
+    *("init_model", "train_tokenizer_vocab_size", "tokenizer_name_or_path", "model_revision"),
+    "resume_from_checkpoint",
+)
+_REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name on the Hub
+
+
+@dataclass(frozen=True)
+class Place:
+    """One look at `path`.
+
+    checkpoints: those with a sound manifest and files of the right size, latest first; rejected: the others.
+    model: the folder of a complete model, if there is one. step, num_steps: of a run by its metrics, else of
+    a checkpoint. is_finished: all steps of the run are done.
+    """
+
+    path: Path
+    kind: Kind
+    checkpoints: tuple[Checkpoint, ...] = ()
+    rejected: tuple[Rejected, ...] = ()
+    model: Path | None = None
+    step: int = 0
+    num_steps: int | None = None
+    is_finished: bool = False
+
+    @property
+    def what(self) -> str:
+        """What it is, as the end of a sentence that begins with its path and a colon."""
+        if self.kind == "run":
+            return self._run()
+        return {
+            "checkpoint": f"it is a checkpoint of step {self.step:,}",
+            "model": "it is a model in Hugging Face format",
+            "configuration": "it is a configuration file",
+            "file": "it is a file, not a folder",
+            "empty": "the folder is empty",
+            "folder": "there is neither a run (config.resolved.yaml) nor a model (config.json) in it",
+            "absent": "it does not exist",
+        }[self.kind]
+
+    def _run(self) -> str:
+        of = f" of {self.num_steps:,}" if self.num_steps is not None else ""
+        if self.is_finished and self.model is not None:
+            return f"this run is finished ({self.step:,}{of} steps); its model is in {self.model}"
+        done = "all steps of this run are done" if self.is_finished else "this run is not finished"
+        found = f"{done} (step {self.step:,}{of})"
+        if self.checkpoints:
+            return f"{found}; its latest checkpoint is {self.checkpoints[0].path}"
+        if self.rejected:
+            return f"{found}; no checkpoint of it is sound: {'; '.join(one.reason for one in self.rejected)}"
+        return f"{found} and has no checkpoint"
+
+
+def look(place: str | Path) -> Place:
+    """Find out what `place` is; nothing but small files is read. Never raises for what it finds."""
+    path = Path(place).expanduser()
+    if not path.is_dir():
+        if not path.exists():
+            return Place(path, "absent")
+        return Place(path, "configuration" if path.suffix in (".yaml", ".yml") else "file")
+    if (path / manifest.NAME).exists() or checkpoints.is_name(path.name):
+        return _checkpoint(path)
+    run = RunFolder(path)
+    found, rejected = checkpoints.list_checkpoints(path)
+    if run.settings.is_file() or found or rejected:
+        step, num_steps, is_finished = _progress(run.metrics)
+        model = run.model if has_model(run.model) else None
+        if found and step < found[0].manifest.step:  # a run without its metrics
+            step = found[0].manifest.step
+        return Place(path, "run", tuple(found), tuple(rejected), model, step, num_steps, is_finished)
+    for folder in (path, run.model):  # the second: a run's folder of which nothing else was kept
+        if (folder / "config.json").is_file():
+            return Place(path, "model", model=folder)
+    return Place(path, "folder" if any(path.iterdir()) else "empty")
+
+
+def has_model(folder: Path) -> bool:
+    """Whether a folder holds a model with its weights."""
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def may_be_on_hub(name: str) -> bool:
+    """Whether `name`, which is no local path, may be one of the Hub: owner/name, or name alone."""
+    return bool(_REPOSITORY.fullmatch(name)) and not name.endswith((".yaml", ".yml", ".jsonl", ".json"))
+
+
+def _checkpoint(path: Path) -> Place:
+    try:
+        found = checkpoints.open_checkpoint(path)
+    except CheckpointError as error:
+        return Place(path, "checkpoint", rejected=(Rejected(path, error.message),))
+    return Place(path, "checkpoint", (found,), step=found.manifest.step)
+
+
+def _progress(metrics: Path) -> tuple[int, int | None, bool]:
+    """(last step, steps in all, whether the last word is that the run is finished)."""
+    step, num_steps, is_finished = 0, None, False
+    try:
+        with io.TextIOWrapper(files.open_file(metrics), encoding="utf-8") as file:
+            for text in file:
+                line = _event(text)
+                kind = line.get("event")
+                if kind == "start":
+                    num_steps = None if line.get("num_steps") is None else int(line["num_steps"])
+                elif kind in ("step", "resume", "rollback"):
+                    step = int(line.get("step", 0))
+                if kind is not None:
+                    is_finished = kind == "end" and line.get("status") == "finished"
+    except (OSError, ValueError, TypeError, OverflowError):
+        pass
+    return step, num_steps, is_finished
+
+
+def _event(text: str) -> dict[str, Any]:
+    """A line of the metrics; empty for those that say nothing here, and for one that was cut off."""
+    if '"timeline"' in text[:40] or not text.endswith("\n"):
+        return {}
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+# What is missing, in the words of all commands.
+
+
+def no_checkpoint(place: Place, verb: str) -> CheckpointError:
+    """The error for `horizon VERB PLACE` where there is no checkpoint that it could take."""
+    if place.kind == "checkpoint":
+        return CheckpointError(
+            "; ".join(one.reason for one in place.rejected),
+            hint=f"'horizon {verb} RUN', with the folder of the run, takes the latest sound one",
+        )
+    if place.kind == "run" and place.rejected:
+        return checkpoints.none_valid(place.path, place.rejected)
+    return CheckpointError(
+        f"{place.path} holds no checkpoint: {place.what}", hint=_no_checkpoint_hint(place, verb)
+    )
+
+
+def _no_checkpoint_hint(place: Place, verb: str) -> str:
+    if place.kind == "run":
+        settings = RunFolder(place.path).settings
+        if place.model is None:
+            return f"begin again: horizon train {settings} overwrite_output_dir=true"
+        if verb == "resume":
+            return new_run(place)
+        return f"'horizon chat {place.path}' and 'horizon eval {place.path}' take the model as it is"
+    if place.kind == "model":
+        return f"'horizon chat {place.path}' and 'horizon eval {place.path}' take it as it is"
+    return _elsewhere(place, verb, "a run's output_dir, or a checkpoint in it")
+
+
+def new_run(place: Place) -> str:
+    """How to train a run's model further without a checkpoint."""
+    settings = RunFolder(place.path).settings
+    written = _values(settings)
+    off = "".join(f" {key}=null" for key in _NOT_OF_A_NEW_RUN if written.get(key) is not None)
+    return (
+        f"a new run can begin with its model: horizon train {settings} model_name_or_path={place.model}{off} "
+        "output_dir=NEW; save_last=true keeps a checkpoint of the end"
+    )
+
+
+def no_model(place: Place, verb: str) -> HorizonError:
+    """The error for `horizon VERB PLACE` where there is no model that it could take."""
+    if place.kind in ("checkpoint", "run") and place.checkpoints:
+        return ConfigError(
+            f"{place.path} holds no model yet: {place.what}",
+            hint=f"horizon export {place.path} OUT, then horizon {verb} OUT"
+            + (f"; or finish the run: horizon resume {place.path}" if place.kind == "run" else ""),
+        )
+    hint = _elsewhere(
+        place, verb, "a folder in Hugging Face format, a run's output_dir, or a name on the Hub"
+    )
+    if place.kind == "run":
+        hint = f"begin again: horizon train {RunFolder(place.path).settings} overwrite_output_dir=true"
+    reasons = "; ".join(one.reason for one in place.rejected) if place.kind == "checkpoint" else place.what
+    return ConfigError(f"{place.path} holds no model: {reasons}", hint=hint)
+
+
+def no_settings(name: str) -> ConfigError:
+    """The error for a folder where a configuration file is wanted."""
+    place = look(name)
+    hint = "give the path of a YAML file, or key=value pairs"
+    if place.kind == "run" and RunFolder(place.path).settings.is_file():
+        hint = (
+            f"horizon resume {place.path} trains further; its settings are {RunFolder(place.path).settings}"
+        )
+    elif place.kind == "model":
+        hint = f"model_name_or_path={place.model}"
+    return ConfigError(f"{name} is a folder, not a configuration file: {place.what}", hint=hint)
+
+
+def check_is_model(key: str, name: str | None) -> None:
+    """Raises ConfigError where a setting for a model names the folder of a run, or a checkpoint."""
+    place = look(name) if name is not None else None
+    if place is None or place.kind not in ("run", "checkpoint"):
+        return
+    hint = f"{key}={place.model}"
+    if place.model is None:
+        hint = f"horizon export {place.path} OUT, then {key}=OUT"
+    raise ConfigError(f"{key}={name!r} is not the folder of a model: {place.what}", hint=hint)
+
+
+def _elsewhere(place: Place, verb: str, wanted: str) -> str:
+    if place.kind == "configuration":
+        output = _output_dir(place.path)
+        if output is not None and output.is_dir():
+            return f"horizon {verb} {output}, the folder of its run"
+    if place.kind == "absent":
+        return f"give {wanted}; looked in {os.getcwd()}"
+    return f"give {wanted}"
+
+
+def _output_dir(path: Path) -> Path | None:
+    """The output_dir of a configuration file."""
+    found = _values(path).get("output_dir")
+    return Path(found).expanduser() if isinstance(found, str) else None
+
+
+def _values(path: Path) -> dict[str, Any]:
+    """What a configuration file says; nothing if it cannot be read."""
+    from horizon_lm.config.yaml import read_file
+
+    try:
+        return read_file(path).values
+    except ConfigError:
+        return {}

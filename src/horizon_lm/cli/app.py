@@ -1,0 +1,267 @@
+"""The command `horizon`: each verb parses, makes a configuration, and makes one call.
+
+Torch, transformers and pydantic are imported by the verbs that need them, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from horizon_lm import plan as plan_package
+from horizon_lm.cli.base import (
+    HELP,
+    PASS_OPTIONS,
+    SettingsArguments,
+    SettingsCommand,
+    load_settings,
+    require_named_model,
+)
+from horizon_lm.cli.bench import bench
+from horizon_lm.cli.data import data_app, init
+from horizon_lm.cli.model import EvalCommand, chat, evaluate, generate
+from horizon_lm.cli.plan import PlanCommand, doctor, plan, report
+from horizon_lm.cli.run import ResumeCommand, export, resume, verify
+from horizon_lm.errors import HorizonError, OutputLostError, StoppedError
+from horizon_lm.io.output import command_output, lasting_output
+
+_ENV_PACKAGES = (
+    *("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "datasets", "trl", "numpy"),
+    *("pydantic", "PyYAML", "typer", "rich", "matplotlib"),
+)
+
+# What a path that somebody gave may answer, wherever it is first used.
+_FAULTS_OF_PLACES = frozenset(
+    {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EROFS}
+)
+
+app = typer.Typer(
+    name="horizon",
+    help="Train large language models on one GPU, with the weights in host memory.",
+    epilog="--debug, anywhere, shows a traceback with every error.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings=HELP,
+)
+config_app = typer.Typer(
+    help="Show, check and document settings.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(config_app, name="config")
+app.add_typer(data_app, name="data")
+
+
+class TrainCommand(SettingsCommand):
+    """Its help ends with every setting."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from horizon_lm.config.reference import settings_help
+
+        super().format_help(ctx, formatter)
+        formatter.write("\n" + settings_help(max(60, min(formatter.width, 110))))
+
+
+@app.command(cls=TrainCommand, context_settings=PASS_OPTIONS)
+def train(
+    settings: SettingsArguments = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Plan, build, check and simulate a step; train nothing.")
+    ] = False,
+) -> None:
+    """Train a model and leave it in Hugging Face format.
+
+    Settings come from CONFIG.yaml, if given, and from key=value, --key value or --key=value, which win.
+    """
+    config, notes = load_settings(settings)
+    if config.resume_from_checkpoint is None:  # a checkpoint may hold all that the model's folder did
+        require_named_model(config)
+    if dry_run:
+        from horizon_lm.training.planning import dry_run as run_dry
+
+        return print(run_dry(config))
+    from horizon_lm.training.train import train as run_training
+
+    run_training(config, config_notes=notes)
+
+
+app.command("plan", cls=PlanCommand, context_settings=PASS_OPTIONS)(plan)
+app.command("doctor")(doctor)
+app.command("report")(report)
+app.command("bench")(bench)
+app.command("init")(init)
+app.command("eval", cls=EvalCommand, context_settings=PASS_OPTIONS)(evaluate)
+app.command("generate")(generate)
+app.command("chat")(chat)
+app.command("resume", cls=ResumeCommand, context_settings=PASS_OPTIONS)(resume)
+app.command("verify")(verify)
+app.command("export")(export)
+
+
+@config_app.command("show", cls=SettingsCommand, context_settings=PASS_OPTIONS)
+def config_show(settings: SettingsArguments = None) -> None:
+    """Print every setting, defaults and overrides included, as YAML."""
+    print(load_settings(settings)[0].to_yaml(), end="")
+
+
+@config_app.command("validate", cls=SettingsCommand, context_settings=PASS_OPTIONS)
+def config_validate(settings: SettingsArguments = None) -> None:
+    """Check a configuration; exit code 2 if it has a fault."""
+    load_settings(settings)
+    with lasting_output():  # the answer is the exit code
+        print("the configuration is valid")
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of a configuration, for editors."""
+    from horizon_lm.config import json_schema
+
+    print(json_schema())
+
+
+@config_app.command("docs")
+def config_docs() -> None:
+    """Print the reference of all settings, as Markdown."""
+    from horizon_lm.config.reference import markdown
+
+    print(markdown(), end="")
+
+
+@app.command()
+def env() -> None:
+    """Print the versions that a bug report needs."""
+    import platform
+
+    from horizon_lm.machine.cores import usable_cores
+
+    lines = [
+        ("horizon-lm", _version()),
+        ("python", platform.python_version()),
+        ("platform", platform.platform()),
+    ]
+    lines += [("cpu cores", str(usable_cores()))]
+    driver = Path("/proc/driver/nvidia/version")
+    lines += [("nvidia driver", driver.read_text().splitlines()[0] if driver.exists() else "none")]
+    lines += [(name, _installed(name) or "not installed") for name in _ENV_PACKAGES]
+    for name, version in lines:
+        print(f"{name + ':':18}{version}")
+
+
+@app.command()
+def version() -> None:
+    """Print the version of horizon-lm."""
+    print(_version())
+
+
+def _installed(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed_version
+
+    try:
+        return installed_version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _version() -> str:
+    import horizon_lm
+
+    return getattr(horizon_lm, "__version__", None) or _installed("horizon-lm") or "unknown"
+
+
+def _report(message: str, hint: str | None) -> None:
+    for title, text in (("error", message), ("hint", hint)):
+        if text:  # which may quote a name with lines that begin with another title
+            print(f"{title}: " + re.sub(r"\n(?! )", "\n  ", text), file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None, *, prog_name: str = "horizon") -> int:
+    """Run one command; returns the exit code (see `errors`; 130 after Ctrl-C; 1 for a mistake of ours).
+
+    prog_name: what its help calls it.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    plan_package.models_are_stock |= argv is None
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    with command_output():
+        try:
+            code = _run(arguments, prog_name, debug=debug)
+            sys.stdout.flush()
+            return code
+        except OutputLostError as lost:
+            if not lost.is_silent:
+                _report(lost.message, lost.hint)
+            return lost.exit_code
+
+
+def _run(arguments: list[str], prog_name: str, *, debug: bool) -> int:
+    try:
+        result = app(args=arguments, prog_name=prog_name, standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except OutputLostError:
+        raise
+    except StoppedError as stop:
+        with lasting_output(after_pipe=True):  # the last word of a run
+            print(f"{stop.message}; to go on: {stop.hint}", file=sys.stderr)
+        return stop.exit_code
+    except HorizonError as error:
+        if debug:
+            traceback.print_exc()
+        _report(error.message, error.hint)
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        _report("interrupted", None)
+        return 130
+    except SystemExit as end:
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
+        return _report_exception(end.__context__, debug=debug)  # of no output of ours; typer exits for any
+    except Exception as error:
+        return _report_exception(error, debug=debug)
+
+
+def _report_exception(error: Exception, *, debug: bool) -> int:
+    """Say what no code of ours has put into words."""
+    if isinstance(error, OSError) and error.errno in _FAULTS_OF_PLACES and error.filename and not debug:
+        _report(f"{os.fsdecode(error.filename):.200}: {error.strerror}", "give the path of another place")
+        return 2
+    if isinstance(error, _usage_errors()):
+        return _report_usage(error)
+    traceback.print_exception(error)
+    where = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    _report(
+        f"this is a bug in horizon: {type(error).__name__}: {error}{where}",
+        "please report it with 'horizon env'",
+    )
+    return 1
+
+
+def _usage_errors() -> type[Exception]:
+    """The base of typer's usage errors, which typer exports only through its subclass."""
+    base: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+    return base
+
+
+def _report_usage(error: Any) -> int:
+    text = str(error.format_message())
+    if type(error).__name__ == "NoArgsIsHelpError":  # the message is the help
+        print(text, file=sys.stderr)
+        return 2
+    text, found, nearest = text.partition(". Did you mean ")
+    hint = f"did you mean {nearest}" if found else "'horizon --help' lists the commands"
+    _report(text[:1].lower() + text[1:].rstrip("."), hint)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

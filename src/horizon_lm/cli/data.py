@@ -1,0 +1,72 @@
+"""The verbs that look at data before any training: `horizon data preview`, `horizon init`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from horizon_lm.cli.base import (
+    PASS_OPTIONS,
+    SettingsArguments,
+    SettingsCommand,
+    load_settings,
+    require_named_model,
+)
+from horizon_lm.io.hub import require_model
+from horizon_lm.io.output import lasting_output
+
+data_app = typer.Typer(help="Look at training data.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@data_app.callback()
+def _data() -> None:
+    """Keeps `preview` a verb of its own although it is the only one."""
+
+
+@data_app.command("preview", cls=SettingsCommand, context_settings=PASS_OPTIONS)
+def preview(
+    settings: SettingsArguments = None,
+    samples: Annotated[int, typer.Option(min=0, help="Sequences to show.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON instead.")] = False,
+) -> None:
+    """Show what a run would train on.
+
+    Samples with the trained tokens marked, lengths, packing, what is left out and why.
+
+    Reads and tokenises the data as training does (and keeps the tokens for it); loads no model.
+    """
+    config, _ = load_settings(settings)
+    require_named_model(config)
+    from horizon_lm.data import load_training_data
+    from horizon_lm.data.preview import print_preview, summary_json
+
+    data = load_training_data(config)
+    if config.tokens_per_step is not None:
+        from horizon_lm.training.planning import wanted_rows
+
+        data.loader.cut(wanted_rows(config, data), 1)
+    if as_json:
+        print(summary_json(data))
+    else:
+        print_preview(data, samples, sys.stdout)
+
+
+def init(
+    model: Annotated[str, typer.Option(help="Folder or Hub name of the model to train.")],
+    dataset: Annotated[list[str], typer.Option(help="What to train on; may be given several times.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("horizon.yaml"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Write a configuration for a model and data.
+
+    Looks at both, and comments every key.
+    """
+    require_model(model, "--model")
+    from horizon_lm.cli.init import write_config
+
+    with lasting_output():
+        for line in write_config(model, dataset, output, overwrite=overwrite):
+            print(line)

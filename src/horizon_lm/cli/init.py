@@ -1,0 +1,270 @@
+"""`horizon init`: a commented configuration for a model and data, after a look at both."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+from horizon_lm.config import DatasetConfig, TrainConfig
+from horizon_lm.config.yaml import dump
+from horizon_lm.data import Documents, load_tokenizer, load_training_data
+from horizon_lm.data.formats import Chat, Text
+from horizon_lm.data.left_out import WARN_ABOVE
+from horizon_lm.errors import ConfigError, DataError, HorizonError
+from horizon_lm.io import files
+from horizon_lm.io.hub import require_reachable
+from horizon_lm.plan.step_size import usual_cut
+from horizon_lm.training.generate import model_folder
+from horizon_lm.words import count
+
+_LONGEST = 4096  # of a training sequence, unless the data is shorter: longer ones are for those who ask
+_LOOKED_AT = 1000  # rows of a dataset, for its format and the longest of them
+_COUNTED_ROWS, _COUNTED_CHARACTERS = 50_000, 20_000_000  # more is large: the steps are those of large data
+_TOKENISED_CHARACTERS = 2_000_000  # beyond, tokens are guessed from characters
+_CHARACTERS_A_TOKEN = 3  # a low guess, so that few documents are longer than max_length
+
+# What is written, by group.
+_KEYS: dict[str, tuple[str, ...]] = {
+    "model": ("model_name_or_path", "dtype", "attn_implementation", "device", "seed"),
+    "data": (
+        *("datasets", "max_length", "packing", "packing_strategy", "truncation", "loss_on", "chat_template"),
+        *("on_bad_row", "val_size"),
+    ),
+    "batch and schedule": (
+        *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
+        *("learning_rate", "lr_scheduler_type", "warmup_steps"),
+    ),
+    "optimizer": ("adam_beta1", "adam_beta2", "weight_decay", "max_grad_norm"),
+    "evaluation": ("eval_strategy", "eval_steps"),
+    "output": ("output_dir", "save_strategy", "save_steps", "logging_steps", "report_to"),
+}
+
+
+def write_config(model: str, datasets: Sequence[str], output: Path, *, overwrite: bool) -> list[str]:
+    """Write the file and return what there is to say about it. Raises ConfigError and DataError."""
+    if output.exists() and not overwrite:
+        raise ConfigError(f"{output} exists", hint="--overwrite, or -o FILE")
+    notes = []
+    name = Path(model).name
+    model = str(model_folder(model, "init --model"))
+    if Path(model).is_dir():  # the file may lie, and be used, elsewhere
+        model = os.path.abspath(model)
+    else:
+        _require_on_hub(model)
+    values: dict[str, Any] = {"model_name_or_path": model, "output_dir": f"runs/{name}-tuned"}
+    seen = _look_at_data(datasets)
+    notes.append(f"data: {count(seen['rows'], 'row')} looked at, format {', '.join(seen['formats'])}")
+    values["datasets"] = [
+        {"path": path, "format": format} for path, format in zip(datasets, seen["formats"], strict=True)
+    ]
+    limit = _longest_position(model)
+    values["max_length"] = _length(seen, limit)
+    notes += _about_long_rows(seen, values["max_length"])
+    if seen["rows"] >= 100:
+        values["val_size"] = 0.05
+    if seen["is_chat"]:
+        template = _template_for(model)
+        values["chat_template"] = template
+        if template is not None:
+            notes.append(
+                "the tokenizer has no chat template: 'plain' is written down; chatml and alpaca are others"
+            )
+    is_text = not seen["is_chat"]
+    sequences, how = _count_sequences(values, seen)
+    values.update(_batch(values["max_length"], sequences, is_text=is_text))
+    values.update(_when(values, sequences))
+    if sequences is not None:
+        notes.append(_in_words(values, seen, sequences, how))
+    text = _text(values)
+    config = TrainConfig.from_dict(values)  # what is written is valid
+    assert config.datasets
+    try:
+        files.write_output(output, text)
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be written: {error.strerror}", hint="-o FILE") from error
+    return [
+        *notes,
+        f"written: {output}",
+        f"next: horizon data preview {output}",
+        f"      horizon train {output}",
+    ]
+
+
+def _look_at_data(datasets: Sequence[str]) -> dict[str, Any]:
+    formats, rows, longest, characters, is_chat, is_all = [], 0, 0, 0, False, True
+    sizes: list[int] = []  # of what is not split where it is too long
+    for path in datasets:
+        documents = Documents([DatasetConfig(path=path)])
+        is_here = Path(path).expanduser().exists()  # else more rows would have to be fetched
+        found = 0
+        for placed in documents:
+            if found == _LOOKED_AT and not is_here or rows + found == _COUNTED_ROWS:
+                is_all = False
+                break
+            found += 1
+            is_chat = is_chat or isinstance(placed.example, Chat)
+            size = len(json.dumps(placed.example.__dict__, default=str, ensure_ascii=False))
+            longest = max(longest, size if found <= _LOOKED_AT else 0)
+            if not isinstance(placed.example, Text):
+                sizes.append(size)
+            characters += size
+            if characters > _COUNTED_CHARACTERS:
+                is_all = False
+                break
+        if not found:
+            raise DataError(f"{path} holds no row", hint="horizon data preview shows why")
+        formats.append(str(documents.formats[0]))
+        rows += found
+    return {
+        "formats": formats,
+        "rows": rows,
+        "longest": longest,
+        "characters": characters,
+        "is_chat": is_chat,
+        "is_all": is_all,
+        "sizes": sizes,
+    }
+
+
+def _about_long_rows(seen: dict[str, Any], max_length: int) -> list[str]:
+    """How many rows will be left out, by a guess at their tokens; the preview counts them."""
+    sizes = seen["sizes"]
+    long = sum(size > max_length * _CHARACTERS_A_TOKEN for size in sizes)
+    if not long:
+        return []
+    share = long / len(sizes)
+    return [
+        f"{'warning: ' if share > WARN_ABOVE else ''}{long:,} of {count(len(sizes), 'row')} ({share:.1%}) "
+        f"may be longer than max_length={max_length} and would be left out; truncation=keep_start cuts them"
+    ]
+
+
+def _longest_position(model: str) -> int:
+    """max_position_embeddings of a local model; else the limit that we set."""
+    try:
+        values = json.loads(files.read_text(Path(model) / "config.json"))
+        text = values.get("text_config", values)
+        return int(text.get("max_position_embeddings") or _LONGEST)
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return _LONGEST
+
+
+def _length(seen: dict[str, Any], limit: int) -> int:
+    """As long as the data needs, a power of two, within what model and reason allow."""
+    wanted = max(256, seen["longest"] // _CHARACTERS_A_TOKEN) if seen["is_chat"] else _LONGEST
+    return min(1 << (wanted - 1).bit_length(), limit, _LONGEST)
+
+
+def _require_on_hub(model: str) -> None:
+    """Raises ConfigError for a name that the Hub does not know."""
+    require_reachable(model, "--model")
+    try:
+        load_tokenizer(model, key="--model")
+    except ConfigError as error:  # a model without a tokenizer, or one that asks for a login, is there
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, RepositoryNotFoundError):
+            cause = cause.__cause__
+        if cause is None or isinstance(cause, GatedRepoError):
+            return
+        raise ConfigError(
+            f"--model={model!r} is neither a folder here nor a model of the Hub",
+            hint=f"check the name; looked in {Path.cwd()}; a private model needs `hf auth login`",
+        ) from None
+
+
+def _template_for(model: str) -> str | None:
+    try:
+        tokenizer = load_tokenizer(model)
+    except HorizonError:
+        return None  # not at hand: its own template is what will be used, if it has one
+    return None if tokenizer.chat_template else "plain"
+
+
+def _count_sequences(values: dict[str, Any], seen: dict[str, Any]) -> tuple[int | None, str]:
+    """Sequences to train on, and how sure that is. None: more than were looked at.
+
+    They are tokenised and packed as training does it where there are few and the tokenizer is at hand.
+    """
+    if not seen["is_all"]:
+        return None, ""
+    if seen["characters"] <= _TOKENISED_CHARACTERS:
+        few = {**values, "dataset_cache_dir": None, "dataset_num_proc": 1}
+        with suppress(HorizonError):
+            return len(load_training_data(TrainConfig.from_dict(few)).rows), ""
+    tokens = seen["characters"] // _CHARACTERS_A_TOKEN
+    return max(1, int(tokens * (1 - values.get("val_size", 0)) // values["max_length"])), "about "
+
+
+def _batch(max_length: int, sequences: int | None, *, is_text: bool) -> dict[str, Any]:
+    """Epochs, and steps that suit so many sequences, by the rule of tokens_per_step=auto."""
+    epochs = 1 if is_text else 3
+    rows, micro_batches = usual_cut(max_length, sequences, is_text=is_text, epochs=epochs)
+    return {
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": micro_batches,
+        "num_train_epochs": epochs,
+        "adam_beta2": 0.95 if is_text else 0.999,
+    }
+
+
+def _steps(values: dict[str, Any], sequences: int) -> int:
+    size = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
+    return int(values["num_train_epochs"]) * -(-sequences // size)
+
+
+def _when(values: dict[str, Any], sequences: int | None) -> dict[str, Any]:
+    """When to evaluate and save: a short run never comes to the defaults' steps."""
+    fields = TrainConfig.model_fields
+    steps = None if sequences is None else _steps(values, sequences)
+    found: dict[str, Any] = {}
+    by_epoch = values["num_train_epochs"] > 1
+    if steps is not None and steps < 2 * fields["save_steps"].default:
+        found |= {"save_strategy": "epoch"} if by_epoch else {"save_steps": max(1, steps // 2)}
+    if "val_size" in values:
+        found["eval_strategy"] = "steps"
+        if steps is not None and steps < 4 * fields["eval_steps"].default:
+            found |= {"eval_strategy": "epoch"} if by_epoch else {"eval_steps": max(1, steps // 4)}
+    return found
+
+
+def _in_words(values: dict[str, Any], seen: dict[str, Any], sequences: int, how: str) -> str:
+    steps, epochs = _steps(values, sequences), values["num_train_epochs"]
+    size = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
+    rows = count(seen["rows"], "chat" if seen["is_chat"] else "row")
+    held_out = f", {values['val_size']:.0%} of them held out," if "val_size" in values else ""
+    return (
+        f"{rows}{held_out} = {how}{count(sequences, 'sequence')} of {values['max_length']:,}; "
+        f"{count(epochs, 'epoch')} {'is' if epochs == 1 else 'are'} {how}{count(steps, 'step')} of "
+        f"{count(size, 'sequence')}"
+    )
+
+
+def _text(values: dict[str, Any]) -> str:
+    lines = [
+        "# Written by `horizon init`. Every key may be changed here or on the command line (key=value);",
+        "# `horizon train --help` lists those that are not here.",
+    ]
+    for group, keys in _KEYS.items():
+        lines += ["", f"# -- {group}"]
+        for key in keys:
+            field = TrainConfig.model_fields[key]
+            value = values.get(key, field.get_default(call_default_factory=True))
+            written = dump({key: value}).rstrip("\n").split("\n")
+            lines.append(f"{written[0]:<34} # {_short(field.description)}")
+            for inner in written[1:]:
+                name = inner.strip("- ").split(":")[0]
+                lines.append(f"{inner:<34} # {_short(DatasetConfig.model_fields[name].description)}")
+    return "\n".join(lines) + "\n"
+
+
+def _short(description: str | None) -> str:
+    """The first clause of what a setting means, as a comment begins."""
+    clause = re.split(r"[;:.] |[.;]$", str(description))[0]
+    return clause[:1].lower() + clause[1:]

@@ -1,0 +1,141 @@
+"""The verbs that try a model: `horizon eval`, `horizon generate`, `horizon chat`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from horizon_lm.cli.base import SettingsArguments, SettingsCommand, split_arguments
+from horizon_lm.errors import ConfigError
+from horizon_lm.io.hub import require_model
+from horizon_lm.text import json_text, shown
+from horizon_lm.words import count
+
+Model = Annotated[
+    str, typer.Argument(help="A folder in Hugging Face format, a run's output_dir, or a Hub name.")
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token always.")]
+TopP = Annotated[float, typer.Option(min=0.01, max=1, help="Draw among the likeliest tokens of this share.")]
+Penalty = Annotated[float, typer.Option(min=1, help="Above 1: tokens that have come become less likely.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the draw; the same seed gives the same text.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with it.")]
+
+
+class EvalCommand(SettingsCommand):
+    """Something to evaluate, and settings."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return ["[RUN | MODEL | CONFIG.yaml]", "[KEY=VALUE | --KEY VALUE]..."]
+
+
+def evaluate(
+    settings: SettingsArguments = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
+) -> None:
+    """Print loss and perplexity of a model.
+
+    RUN: its trained model, or its latest checkpoint while it is not finished. MODEL: a folder in Hugging Face
+    format or a Hub name. CONFIG.yaml, or no file: what model_name_or_path names.
+
+    On eval_datasets; else on what val_size holds out; else on datasets.
+    """
+    place, overrides = split_arguments(settings or ())
+    if place is not None:
+        require_model(place, "model")
+    for key, _, name in (override.removeprefix("--").partition("=") for override in overrides):
+        if key.replace("-", "_") == "model_name_or_path":
+            require_model(name, "model_name_or_path")
+    from horizon_lm.training.evaluate import evaluate_target, target_of
+
+    target, notes = target_of(place, overrides)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    found = evaluate_target(target)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        print(
+            f"loss {found['eval_loss']:.4f}  perplexity {found['eval_perplexity']:.4f}  "
+            f"({count(found['eval_tokens'], 'token')}, {count(found['eval_sequences'], 'sequence')}, "
+            f"{found['dtype']}, {found['eval_seconds']:.1f} s)"
+        )
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[list[str], typer.Option(help="Text to go on from; @FILE: one a line. Repeatable.")],
+    as_chat: Annotated[bool, typer.Option("--chat", help="Ask it as a user, by the chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="System prompt, with --chat.")] = None,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 1.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt.")] = False,
+) -> None:
+    """Complete prompts with a model."""
+    require_model(model, "model")
+    from horizon_lm.training.generate import Chat, Generator, Sampling, prompts_of
+
+    prompts = prompts_of(prompt)
+    generator = Generator.load(model, device=device, trust_remote_code=trust_remote_code)
+    sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty, seed)
+    for text in prompts:
+        write = None if as_json else _write
+        if not as_json and len(prompts) > 1:
+            print(f"--- {text}")
+        if as_chat:
+            completion = Chat(generator, system).say(text, sampling, write)
+        else:
+            completion = generator.complete(text, sampling, on_text=write)
+        print(json_text({"prompt": text, "completion": completion}) if as_json else "")
+
+
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 1.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Talk to a model.
+
+    /reset forgets the conversation, /quit or the end of input leaves.
+    """
+    require_model(model, "model")
+    from horizon_lm.training.generate import Chat, Generator, Sampling
+
+    if sys.stdin is None:
+        raise ConfigError("standard input is closed, and chat reads from it", "horizon generate needs none")
+    generator = Generator.load(model, device=device, trust_remote_code=trust_remote_code, verb="chat")
+    conversation = Chat(generator, system)
+    sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty, seed)
+    is_terminal = sys.stdin.isatty()
+    while True:
+        try:
+            text = input("you> " if is_terminal else "").strip()
+        except EOFError:
+            return
+        if text in ("/quit", "/exit"):
+            return
+        if text == "/reset":
+            conversation.reset()
+        elif text:
+            print("model> " if is_terminal else "", end="", flush=True)
+            conversation.say(text, sampling, _write)
+            print()
+
+
+def _write(text: str) -> None:
+    print(shown(text, sys.stdout.encoding), end="", flush=True)

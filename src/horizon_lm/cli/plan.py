@@ -1,0 +1,105 @@
+"""The verbs `plan`, `doctor` and `report`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from horizon_lm.cli.base import SettingsArguments, SettingsCommand, load_settings, require_named_model
+from horizon_lm.io.output import lasting_output
+
+
+class PlanCommand(SettingsCommand):
+    """Its settings are followed by a machine."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return ["[CONFIG.yaml]", "[KEY=VALUE]...", "[hardware=NAME]", "[--json]"]
+
+
+def plan(
+    settings: SettingsArguments = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Say what a run will take and how fast it will be, before it is started; nothing is allocated.
+
+    hardware=NAME plans for a machine that is not here: a shipped profile, or a file with one.
+    """
+    hardware, rest = "auto", []
+    for argument in settings or ():
+        name, _, value = argument.removeprefix("--").partition("=")
+        if name == "hardware" and value:
+            hardware = value
+        else:
+            rest.append(argument)
+    config, _ = load_settings(rest)
+    require_named_model(config)
+    from horizon_lm.machine.heap import frozen_heap
+    from horizon_lm.plan.outline_cache import outline_cache
+    from horizon_lm.plan.run_plan import plan_run
+    from horizon_lm.plan.show import describe
+
+    with frozen_heap(), outline_cache(config) as cache:
+        found = plan_run(config, hardware, cache=cache)
+        if json:
+            import json as writer
+
+            text = writer.dumps(found.to_dict() | {"largest": found.largest()}, indent=2)
+        else:
+            text = describe(found)
+    print(text)
+
+
+def doctor(
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again, although this machine was.")] = False,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Measure again, with more repetitions; takes minutes.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+) -> None:
+    """Look at this machine: what it has, how fast it is, what limits a run and how to mend it.
+
+    Measuring takes under a minute. --thorough repeats each model five times instead of twice, and looks at
+    the memory of three processes of each kind instead of one.
+    """
+    from horizon_lm.plan.doctor import Interrupted, examine, to_lines
+
+    try:
+        found = examine(fresh=fresh, thorough=thorough, say=_say_measured)
+    except Interrupted as stop:
+        print(file=sys.stderr)
+        if json:
+            import json as writer
+
+            print(writer.dumps({"findings": [vars(f) for f in stop.findings], "interrupted": True}, indent=2))
+        else:
+            print("\n".join(to_lines(stop.findings)))
+        print("nothing was kept: measuring did not come to its end", file=sys.stderr)
+        raise
+    print(found.to_json() if json else found.to_text())
+    if found.has_failed:
+        raise typer.Exit(3)
+
+
+def _say_measured(what: str, figure: str | None) -> None:
+    """One line for each measurement, begun with what it is and ended with its figure."""
+    if figure is None:
+        print(f"measuring  {what} ... ", end="", file=sys.stderr, flush=True)
+    else:
+        print(figure, file=sys.stderr, flush=True)
+
+
+def report(run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.")]) -> None:
+    """Write RUN/report.html, a page with everything in it, and RUN/trace.json for ui.perfetto.dev.
+
+    Also of a run that goes on, or that was stopped or killed.
+    """
+    from horizon_lm.report.html import write_report
+
+    with lasting_output():
+        report = write_report(Path(run))
+        print(report.text)
+        for path in report.written:
+            print(f"written: {path}")

@@ -1,0 +1,386 @@
+"""Names that other trainers give to our settings.
+
+Each is accepted, reported once as a note, and absent from the resolved configuration. An alias beside its
+canonical key (or a second alias of it) in one place is an error: neither can be preferred without guessing.
+But of two switches that are aliases of one key, one that is off yields to the other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from horizon_lm.config.yaml import Document, KeyPath
+from horizon_lm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Alias:
+    """`key` is the canonical name; `convert` (ValueError if it cannot) turns the alias's value into its."""
+
+    key: str
+    convert: Callable[[Any], Any] | None = None
+
+
+def _dtype(value: Any) -> Any:
+    name = value.removeprefix("torch.") if isinstance(value, str) else value
+    return {"bf16": "bfloat16", "fp32": "float32", "float": "float32"}.get(name, name) if name else name
+
+
+def _flag(yes: str, no: str) -> Callable[[Any], str]:
+    def convert(value: Any) -> str:
+        if (
+            value not in (True, False, "auto")
+            or isinstance(value, (int, float))
+            and not isinstance(value, bool)
+        ):
+            raise ValueError("expected true or false")
+        return yes if value else no
+
+    return convert
+
+
+def _ratio(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ValueError("expected a share of all steps, from 0 to below 1")
+    return float(value)
+
+
+def _flash(value: Any) -> Any:
+    if isinstance(value, bool):
+        return "flash_attention_2" if value else "sdpa"
+    return {"fa2": "flash_attention_2", "disabled": "eager", "auto": "sdpa"}.get(value, value)
+
+
+def _checkpointing(value: Any) -> Any:
+    return _flag("recompute", "keep")(value)
+
+
+def _choice(yes: str, no: str) -> Callable[[Any], str]:
+    """For switches whose two positions are two of our words."""
+
+    def convert(value: Any) -> str:
+        if not isinstance(value, bool):
+            raise ValueError("expected true or false")
+        return yes if value else no
+
+    return convert
+
+
+def _texts(value: Any) -> Any:
+    """A list; LLaMA-Factory writes one text with commas."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return [] if value is None else value
+
+
+def _prefixes(value: Any) -> Any:
+    """Beginnings of names, as ms-swift has them, as patterns."""
+    return [f"^{re.escape(text)}" for text in _texts(value)]
+
+
+def _all_but(value: Any) -> Any:
+    """Axolotl names the parameters that are trained: patterns that match from a name's beginning."""
+    patterns = _texts(value)
+    if not isinstance(patterns, list) or any(not isinstance(p, str) for p in patterns):
+        raise ValueError("expected a list of regular expressions")
+    if any(re.search(r"\[[0-9]*:[0-9]*\]$", p) for p in patterns):
+        raise ValueError("parts of a parameter ([a:b]) cannot be trained alone")
+    return [f"^(?!{'|'.join(f'(?:{p})' for p in patterns)})"] if patterns else []
+
+
+ALIASES: dict[str, Alias] = {
+    "base_model": Alias("model_name_or_path"),
+    "model": Alias("model_name_or_path"),
+    "model_name": Alias("model_name_or_path"),
+    "model_path": Alias("model_name_or_path"),
+    "revision": Alias("model_revision"),
+    "tokenizer": Alias("tokenizer_name_or_path"),
+    "tokenizer_name": Alias("tokenizer_name_or_path"),
+    "torch_dtype": Alias("dtype", _dtype),
+    "bf16": Alias("dtype", _flag("bfloat16", "float32")),
+    "pure_bf16": Alias("dtype", _flag("bfloat16", "float32")),
+    "fp32": Alias("dtype", _flag("float32", "bfloat16")),
+    "attn_impl": Alias("attn_implementation"),
+    "flash_attn": Alias("attn_implementation", _flash),
+    "flash_attention": Alias("attn_implementation", _flash),
+    "dataset": Alias("datasets"),
+    "dataset_name": Alias("datasets"),
+    "train_file": Alias("datasets"),
+    "dataset_path": Alias("datasets"),
+    "eval_dataset": Alias("eval_datasets"),
+    "test_datasets": Alias("eval_datasets"),
+    "val_dataset": Alias("eval_datasets"),
+    "validation_file": Alias("eval_datasets"),
+    "max_train_samples": Alias("max_samples"),
+    "val_set_size": Alias("val_size"),
+    "split_dataset_ratio": Alias("val_size"),
+    "evaluation_strategy": Alias("eval_strategy"),
+    "eval_batch_size": Alias("per_device_eval_batch_size"),
+    "assistant_only_loss": Alias("loss_on", _choice("assistant", "all")),
+    "completion_only_loss": Alias("loss_on", _choice("completion", "all")),
+    "train_on_inputs": Alias("loss_on", _choice("all", "auto")),
+    "train_on_prompt": Alias("loss_on", _choice("all", "auto")),
+    "mask_history": Alias("loss_on", _choice("last_assistant", "auto")),
+    "chat_template_path": Alias("chat_template"),
+    "preprocessing_num_workers": Alias("dataset_num_proc"),
+    "dataset_processes": Alias("dataset_num_proc"),
+    "dataset_prepared_path": Alias("dataset_cache_dir", lambda value: value or "auto"),
+    "shuffle_buffer_size": Alias("buffer_size"),
+    "neat_packing": Alias("packing_strategy", _choice("bfd", "wrapped")),
+    "wandb_project": Alias("project"),
+    "wandb_name": Alias("run_name"),
+    "cutoff_len": Alias("max_length"),
+    "sequence_len": Alias("max_length"),
+    "max_seq_length": Alias("max_length"),
+    "max_seq_len": Alias("max_length"),
+    "block_size": Alias("max_length"),
+    "sample_packing": Alias("packing"),
+    "packed": Alias("packing"),
+    "micro_batch_size": Alias("per_device_train_batch_size"),
+    "batch_size": Alias("per_device_train_batch_size"),
+    "num_epochs": Alias("num_train_epochs"),
+    "epochs": Alias("num_train_epochs"),
+    "lr": Alias("learning_rate"),
+    "lr_scheduler": Alias("lr_scheduler_type"),
+    "warmup_ratio": Alias("warmup_steps", _ratio),
+    "num_warmup_steps": Alias("warmup_steps"),
+    "clip_grad_norm": Alias("max_grad_norm"),
+    "max_norm": Alias("max_grad_norm"),
+    "gradient_clipping": Alias("max_grad_norm"),
+    "optimizer": Alias("optim"),
+    "unfrozen_parameters": Alias("freeze", _all_but),
+    "freeze_parameters": Alias("freeze", _prefixes),
+    "freeze_parameters_regex": Alias("freeze", _texts),
+    "noisy_embedding_alpha": Alias("neftune_noise_alpha"),
+    "neftune_alpha": Alias("neftune_noise_alpha"),
+    "tokens": Alias("new_tokens", _texts),
+    "add_tokens": Alias("new_tokens", _texts),
+    "new_special_tokens": Alias("new_tokens", _texts),
+    "add_special_tokens": Alias("new_tokens", _texts),
+    "resume": Alias("resume_from_checkpoint"),
+    "push_to_hub_model_id": Alias("hub_model_id"),
+    "export_hub_model_id": Alias("hub_model_id"),
+    "save_interval": Alias("save_steps"),
+    "save_every": Alias("save_steps"),
+    "max_checkpoints": Alias("save_total_limit"),
+    "gradient_checkpointing": Alias("activations", _checkpointing),
+    "activation_checkpointing": Alias("activations", _checkpointing),
+}
+
+_READ = "columns that are not needed are not read into memory"
+_PADDED = "a batch is padded to its longest sequence"
+_TYPE = "the model's own files say what it is"
+DROPPED: dict[str, str] = {
+    "model_type": _TYPE,
+    "tokenizer_type": _TYPE,
+    "base_model_config": _TYPE,
+    "is_llama_derived_model": _TYPE,
+    "is_mistral_derived_model": _TYPE,
+    "tokenizer_use_fast": "the fast tokenizer is used",
+    "use_fast_tokenizer": "the fast tokenizer is used",
+    "strict": "unknown keys are errors",
+    "tf32": "float32 products are computed as torch is set to",
+    "local_rank": "one process trains",
+    "ddp_timeout": "one process trains",
+    "plot_loss_curve": "see plot_loss",
+    "include_num_input_tokens_seen": "tokens are counted in any case",
+    "gradient_checkpointing_kwargs": "how a layer is recomputed is not a choice here",
+    "remove_unused_columns": _READ,
+    "pad_to_sequence_len": _PADDED,
+    "resize_vocab": "embeddings grow by themselves for new_tokens",
+    "overwrite_cache": "tokens are kept by content and settings, so that a change is noticed",
+    "dataset_kwargs": "the dataset's format is known from its columns",
+    "hf_use_auth_token": "the token is looked for wherever one is needed",
+    "hub_strategy": "the model is uploaded once, at the end of the run",
+}
+
+# Settings that people bring from elsewhere and that have no counterpart: the hint of the unknown-key error.
+_WHOLE = "leave the key out: all parameters are trained, in full precision"
+_PART = "leave the key out: all parameters are trained; 'freeze: [patterns]' takes some out of training"
+_METHOD = "leave the key out: supervised tuning or pretraining follows from the columns of the data"
+_TOKEN = "leave the key out: the token comes from HF_TOKEN or 'hf auth login', never from a configuration"
+_MIN_LR = (
+    "leave the key out and write 'lr_scheduler_type: cosine_with_min_lr' and "
+    "'lr_scheduler_kwargs: {min_lr_rate: ...}'"
+)
+_HOST = "leave the key out: weights and optimizer state are in host memory already"
+_EPOCH_PARTS = "leave the key out and write eval_strategy, eval_steps, save_strategy and save_steps"
+UNAVAILABLE: dict[str, str] = {
+    "evals_per_epoch": _EPOCH_PARTS,
+    "saves_per_epoch": _EPOCH_PARTS,
+    "eval_table_size": "leave the key out: evaluation gives the loss",
+    "group_by_length": "leave the key out: 'packing: true' has no padding to save",
+    "train_sampling_strategy": "leave the key out: rows come in a seeded random order",
+    "fsdp_config": _HOST,
+    "lora_model_dir": _WHOLE,
+    "lora_dropout": _WHOLE,
+    "lora_target": _WHOLE,
+    "lora_target_linear": _WHOLE,
+    "qlora": _WHOLE,
+    "relora": _WHOLE,
+    "xformers_attention": "leave the key out and choose attn_implementation",
+    "sdp_attention": "leave the key out: attn_implementation is sdpa unless it is set",
+    "s2_attention": "leave the key out and choose attn_implementation",
+    "flex_attention": "leave the key out and write 'attn_implementation: flex_attention'",
+    "wandb_entity": "leave the key out: set WANDB_ENTITY in the environment",
+    "wandb_watch": "leave the key out: gradients do not stay for wandb to watch",
+    "wandb_log_model": "leave the key out: the model is written to output_dir/model",
+    "wandb_run_id": "leave the key out: set WANDB_RUN_ID in the environment",
+    "use_wandb": "leave the key out and write 'report_to: wandb'",
+    "debug": "leave the key out",
+    "eval_accumulation_steps": "leave the key out: evaluation keeps sums, not logits",
+    "auto_find_batch_size": "leave the key out and write tokens_per_step: the planner cuts it",
+    "torch_compile": "leave the key out: layers are run as transformers writes them",
+    "use_liger_kernel": "leave the key out: the loss is computed in chunks already",
+    "fp16": "leave the key out and choose 'dtype: bfloat16' or 'dtype: float32'",
+    "deepspeed": _HOST,
+    "fsdp": _HOST,
+    "method": _METHOD,
+    "stage": _METHOD,
+    "do_train": "leave the key out: 'horizon train' trains and 'horizon eval' evaluates",
+    "do_eval": "leave the key out: 'horizon train' trains and 'horizon eval' evaluates",
+    "finetuning_type": _PART,
+    "freeze_trainable_layers": _PART,
+    "freeze_trainable_modules": _PART,
+    "freeze_extra_modules": _PART,
+    "freeze_layers": _PART,
+    "freeze_parameters_ratio": _PART,
+    "trainable_parameters": _PART,
+    "trainable_parameters_regex": _PART,
+    "special_tokens": "leave the key out: the tokenizer keeps its own; 'new_tokens: [...]' adds more",
+    "adapter": _WHOLE,
+    "use_peft": _WHOLE,
+    "load_in_4bit": _WHOLE,
+    "load_in_8bit": _WHOLE,
+    "lora_r": _WHOLE,
+    "lora_rank": _WHOLE,
+    "lora_alpha": _WHOLE,
+    "lora_target_modules": _WHOLE,
+    "template": "leave the key out: the tokenizer's own chat template is used; 'chat_template' is another",
+    "dataset_text_field": "leave the key out and write 'datasets: [{path: ..., text_column: ...}]'",
+    "dataset_train_split": "leave the key out and write 'datasets: [{path: ..., split: ...}]'",
+    "dataset_config": "leave the key out and write 'datasets: [{path: ..., name: ...}]'",
+    "dataset_format": "leave the key out and write 'datasets: [{path: ..., format: ...}]'",
+    "hub_token": _TOKEN,
+    "push_to_hub_token": _TOKEN,
+    "hf_hub_token": _TOKEN,
+    "push_to_hub_organization": "leave the key out and write 'hub_model_id: OWNER/NAME'",
+    "cosine_min_lr_ratio": _MIN_LR,
+    "min_lr_rate": _MIN_LR,
+    "min_lr": _MIN_LR,
+    "padding_free": "leave the key out: 'packing: true' has no padding",
+}
+
+
+# Of an entry of `datasets`, as Axolotl and LLaMA-Factory write it.
+ENTRY_ALIASES: dict[str, str] = {
+    "type": "format",
+    "formatting": "format",
+    "field": "text_column",
+    "field_messages": "columns",
+    "message_property_mappings": "tags",
+    "subset": "name",
+    "num_samples": "max_samples",
+}
+_ENTRY_TYPES = {"chat_template": "messages", "completion": "text", "pretrain": "text"}
+
+
+def canonical_entry(values: Any) -> Any:
+    """An entry of `datasets` under our names. ValueError where a key stands there under two."""
+    if not isinstance(values, dict):
+        return values
+    result = dict(values)
+    for alias, key in ENTRY_ALIASES.items():
+        if alias not in result:
+            continue
+        value = result.pop(alias)
+        if key in result:
+            raise ValueError(f"'{key}' and '{alias}' are the same setting")
+        if alias == "type" and isinstance(value, str):
+            value = _ENTRY_TYPES.get(value.split(".")[0], value.split(".")[0])
+        if alias == "field_messages":
+            value = {value: "messages"}
+        if alias == "message_property_mappings" and isinstance(value, dict):
+            value = {f"{ours}_tag": theirs for ours, theirs in value.items()}
+        result[key] = value
+    return result
+
+
+def canonical_name(key: str) -> str:
+    """The setting that `key` stands for; `key` itself when it is no alias."""
+    return ALIASES[key].key if key in ALIASES else key
+
+
+def canonical_value(key: str, value: Any, place: str) -> Any:
+    """What `key: value` means under the canonical name."""
+    convert = ALIASES[key].convert if key in ALIASES else None
+    if convert is None:
+        return value
+    try:
+        return convert(value)
+    except (ValueError, TypeError) as error:
+        reason = str(error) if isinstance(error, ValueError) else "this value is not understood"
+        raise ConfigError(
+            f"{place}: {key} is {value!r}: {reason}", f"or write '{canonical_name(key)}'"
+        ) from None
+
+
+def drop_or_note(key: str, place: str, value: Any) -> tuple[bool, str | None]:
+    """Whether `key: value` has no effect, and the note to print about it, if any."""
+    if key in DROPPED:
+        return True, f"{place}: '{key}' is ignored, {DROPPED[key]}"
+    if key in UNAVAILABLE and (value is None or value is False):
+        return True, f"{place}: '{key}' is ignored, it is off"
+    if key in ALIASES:
+        return False, f"{place}: '{key}' is read as '{ALIASES[key].key}'"
+    return False, None
+
+
+def canonicalise(document: Document) -> tuple[Document, list[str]]:
+    """The same settings under their canonical names, and one note per alias or ignored key.
+
+    A value that an alias cannot have is left out and kept as a fault of the result.
+    """
+    values: dict[str, Any] = {}
+    where: dict[KeyPath, str] = {(): document.where.get((), "")}
+    written: dict[str, str] = {}
+    notes: list[str] = []
+    faults: list[ConfigError] = []
+    lost: set[str | int] = set()
+    for key, value in document.values.items():
+        place = document.where.get((key,), where[()])
+        dropped, note = drop_or_note(key, place, value)
+        if note:
+            notes.append(note)
+        if dropped:
+            continue
+        name = canonical_name(key)
+        try:
+            meant = canonical_value(key, value, place)
+            if name in written:
+                earlier = written[name]
+                if name in (earlier, key) or document.values[earlier] is not False and value is not False:
+                    raise conflict(earlier, key, place)
+                if value is False:
+                    continue
+        except ConfigError as error:
+            faults.append(error)
+            lost.add(key)
+            continue
+        written[name] = key
+        values[name] = meant
+    for path, at in document.where.items():
+        if path and path[0] in lost:
+            continue
+        head = tuple(canonical_name(str(part)) for part in path[:1])
+        where[head + path[1:]] = at
+    return Document(values, where, faults), notes
+
+
+def conflict(first: str, second: str, place: str) -> ConfigError:
+    """The error for two names of one setting in one place."""
+    name = canonical_name(second)
+    return ConfigError(f"{place}: '{first}' and '{second}' are the same setting", f"keep '{name}' only")

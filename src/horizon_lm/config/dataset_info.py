@@ -1,0 +1,212 @@
+"""LLaMA-Factory's `dataset_info.json`: names of datasets, and what each is, as entries of `datasets`.
+
+    {"name": {"file_name" | "hf_hub_url": ..., "formatting": "alpaca" | "sharegpt", "columns": {...},
+              "tags": {...}, "split", "subset", "revision", "num_samples": ...}}
+
+A name is looked up in the file first; what is not in it is a path (of the working directory, or of the folder
+of the file) or a name on the Hub with its owner. Columns mean what they mean there: where an entry names any,
+those that it does not name are not read.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from horizon_lm.io.files import read_bytes
+from horizon_lm.io.inside import is_inside
+
+FILE = "dataset_info.json"
+PYTHON_STDLIB = "python-stdlib"  # built-in data: the source of Python's standard library
+_PLAIN = (".txt", ".md", ".py", ".jsonl", ".json", ".csv")
+SUFFIXES = (*_PLAIN, *(f"{suffix}.gz" for suffix in _PLAIN), ".parquet")  # of files that data is read from
+_LARGEST = 1 << 24  # bytes
+_ONLINE = "ONLINE"  # LLaMA-Factory's word for: all names are of the Hub
+
+# Their words for columns -> ours, by formatting, and what is read where an entry names no columns.
+_COLUMNS: dict[str, dict[str, str]] = {
+    "alpaca": {
+        "prompt": "instruction",
+        "query": "input",
+        "response": "output",
+        "system": "system",
+        "history": "history",
+    },
+    "sharegpt": {"messages": "conversations", "system": "system", "tools": "tools"},
+    "openai": {"messages": "messages", "system": "system", "tools": "tools"},
+}
+_UNNAMED: dict[str, frozenset[str]] = {
+    "alpaca": frozenset({"prompt", "query", "response"}),
+    "sharegpt": frozenset({"messages"}),
+    "openai": frozenset({"messages"}),
+}
+_FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "openai": "messages"}
+_TAKEN = {"split": "split", "subset": "name", "revision": "revision", "num_samples": "max_samples"}
+_SOURCES = ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
+_KEYS = (*_SOURCES, *_TAKEN, "file_sha1", "folder", "ranking", "formatting", "columns", "tags")
+_MEDIA = ("images", "videos", "audios")
+
+
+def is_stdlib(name: str) -> bool:
+    return name == PYTHON_STDLIB and not os.path.exists(name)
+
+
+class InfoError(ValueError):
+    """What is wrong with the file or a name; `hint` says the way out."""
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.hint = message, hint
+
+
+def resolved(value: Any, folder: str) -> Any:
+    """The value of `datasets` with its names looked up: text (names divided by commas), or a list of names
+    and of entries. What is neither is left for the checks of settings. Raises InfoError."""
+    entries = value.split(",") if isinstance(value, str) else value
+    if not isinstance(entries, list):
+        return value
+    info = {} if folder == _ONLINE else read(Path(folder).expanduser())
+    return [_entry(entry, info, folder) for entry in entries]
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The file's content. Raises InfoError where there is none, or it is no mapping of mappings."""
+    path = folder / FILE
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise InfoError(f"{path} is larger than {_LARGEST} bytes", "check the path")
+        info = json.loads(read_bytes(path).decode("utf-8-sig"))
+    except OSError as error:
+        raise InfoError(
+            f"{path} cannot be read: {error.strerror or error}",
+            "dataset_dir is the folder of LLaMA-Factory's dataset_info.json; without one, leave it out",
+        ) from error
+    except json.JSONDecodeError as error:
+        raise InfoError(f"{path}:{error.lineno} is not valid JSON: {error.msg}", "correct it") from error
+    except (ValueError, RecursionError) as error:
+        raise InfoError(f"{path} is not usable JSON: {error}", "save it as UTF-8") from error
+    if not isinstance(info, dict) or not all(isinstance(entry, dict) for entry in info.values()):
+        raise InfoError(f"{path} is no object of objects", 'as in {"name": {"file_name": "a.json"}}')
+    return info
+
+
+def _entry(entry: Any, info: dict[str, Any], folder: str) -> Any:
+    """An entry of `datasets` with what the file says of its name; keys of the entry itself win."""
+    own = {"path": entry} if isinstance(entry, str) else entry
+    if not isinstance(own, dict) or not isinstance(own.get("path"), str):
+        return entry
+    name = own["path"].strip()
+    if name in info:
+        described = _described(name, info[name], folder, follow_links=own.get("follow_links") is True)
+        return {**described, **{k: v for k, v in own.items() if k != "path"}}
+    return {**own, "path": _path(name, info, folder)}
+
+
+def _path(name: str, info: dict[str, Any], folder: str) -> str:
+    beside = os.path.join(folder, name)
+    if not os.path.exists(os.path.expanduser(name)) and os.path.exists(os.path.expanduser(beside)):
+        return beside
+    is_file = os.path.exists(os.path.expanduser(name)) or glob.has_magic(name) or name.endswith(SUFFIXES)
+    if is_file or is_stdlib(name) or "/" in name or folder == _ONLINE:
+        return name
+    near = get_close_matches(name, info, 1)
+    known = ", ".join(sorted(info)[:8]) or "none"
+    raise InfoError(
+        f"{os.path.join(folder, FILE)} has no dataset {name!r}, and there is no such file",
+        f"did you mean {near[0]!r}?" if near else f"it has {known}",
+    )
+
+
+def _described(name: str, entry: dict[str, Any], folder: str, *, follow_links: bool) -> dict[str, Any]:
+    at = f"{os.path.join(folder, FILE)}: {name}"
+    _check(entry, at)
+    formatting = entry.get("formatting") or "alpaca"
+    columns = entry.get("columns") or {}
+    result: dict[str, Any] = {"path": _source(entry, at, folder)}
+    if not follow_links and result["path"] != entry.get("hf_hub_url"):
+        _check_inside(name, Path(result["path"]), at, Path(folder).expanduser())
+    result.update({ours: entry[key] for key, ours in _TAKEN.items() if entry.get(key) is not None})
+    if formatting == "alpaca" and columns.get("prompt") and not columns.get("response"):
+        return {**result, "format": "text", "text_column": columns["prompt"]}  # for pretraining
+    result["format"] = _FORMATS[formatting]
+    renamed = _renamed(_COLUMNS[formatting], columns, _UNNAMED[formatting])
+    if renamed:
+        result["columns"] = renamed
+    if entry.get("tags"):
+        result["tags"] = {tag: word for tag, word in entry["tags"].items() if word is not None}
+    return result
+
+
+def _check(entry: dict[str, Any], at: str) -> None:
+    for key in entry:
+        if key not in _KEYS:
+            near = get_close_matches(key, _KEYS, 1)
+            raise InfoError(
+                f"{at}: unknown key {key!r}",
+                f"did you mean {near[0]!r}?" if near else f"known are {', '.join(_KEYS)}",
+            )
+    columns = entry.get("columns") or {}
+    if entry.get("ranking") or isinstance(columns, dict) and columns.get("kto_tag"):
+        raise InfoError(
+            f"{at} is preference data (ranking or kto_tag), for DPO or KTO, which is not available yet",
+            "choose a dataset for supervised tuning",
+        )
+    formatting = entry.get("formatting") or "alpaca"
+    if formatting not in _COLUMNS:
+        raise InfoError(f"{at}: formatting is {formatting!r}", f"known are {', '.join(_COLUMNS)}")
+    for part in ("columns", "tags"):
+        given = entry.get(part) or {}
+        if not isinstance(given, dict) or not all(isinstance(v, str) or v is None for v in given.values()):
+            raise InfoError(f"{at}: {part} is no object of texts", 'as in {"messages": "conversations"}')
+    for key in columns:
+        if key in _MEDIA:
+            raise InfoError(f"{at} holds {key}, and only text is trained on", "choose a dataset of text")
+        if key not in _COLUMNS[formatting] and key not in ("chosen", "rejected"):
+            raise InfoError(
+                f"{at}: columns has the unknown key {key!r} for {formatting}",
+                f"known are {', '.join(_COLUMNS[formatting])}",
+            )
+
+
+def _source(entry: dict[str, Any], at: str, folder: str) -> str:
+    if entry.get("hf_hub_url"):
+        if entry.get("folder"):
+            raise InfoError(
+                f"{at}: a folder of a dataset on the Hub cannot be named here",
+                "download the dataset and give the folder as a path",
+            )
+        return str(entry["hf_hub_url"])
+    if entry.get("file_name") and not entry.get("script_url"):
+        return os.path.join(folder, str(entry["file_name"]))
+    given = next((key for key in _SOURCES if entry.get(key)), None)
+    raise InfoError(
+        f"{at} has only {given}, which is not read here"
+        if given
+        else f"{at} names no file_name or hf_hub_url",
+        "download the data and give it a file_name; scripts are never run",
+    )
+
+
+def _check_inside(name: str, path: Path, at: str, folder: Path) -> None:
+    if not is_inside(path.expanduser(), folder):
+        raise InfoError(
+            f"{at}: file_name leads out of its folder, to {path.expanduser().resolve()}",
+            f"move the file there, or datasets=[{{path: {name}, follow_links: true}}]",
+        )
+
+
+def _renamed(
+    known: dict[str, str], given: dict[str, str | None], unnamed: frozenset[str]
+) -> dict[str, str | None]:
+    """Their columns as our renames: those given, and null for a column of ours that is not to be read."""
+    used = {key: column for key, column in given.items() if column and key in known}
+    if not given:
+        used = {key: known[key] for key in unnamed}
+    renames: dict[str, str | None] = {c: known[key] for key, c in used.items() if c != known[key]}
+    read = set(used.values())
+    dropped = [ours for key, ours in known.items() if key not in used and ours not in read]
+    return {**renames, **dict.fromkeys(dropped)}

@@ -1,0 +1,425 @@
+"""Every setting, once: name, type, default, unit and meaning.
+
+Names are those of transformers' `TrainingArguments` where one exists; other trainers' names are accepted as
+aliases (`config_aliases`). Values are strict: `true` is no number, `1` is no boolean, NaN and infinity are
+refused, and so is a key that does not exist. Every fault is a `ConfigError`. Torch is not imported here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+from pydantic import field_validator
+from pydantic_core import PydanticCustomError
+
+from horizon_lm.config import merge as config_merge
+from horizon_lm.config.base import fault, keys_of, setting
+from horizon_lm.config.checkpoints import CheckpointSettings
+from horizon_lm.config.data import MOST, DataSettings
+from horizon_lm.config.data import DatasetConfig as DatasetConfig
+from horizon_lm.config.model import ModelSettings as ModelSettings
+
+# Arguments that each curve of `lr_scheduler_type` takes, as in transformers' `get_scheduler`.
+SCHEDULER_KWARGS: dict[str, frozenset[str]] = {
+    "linear": frozenset(),
+    "cosine": frozenset({"num_cycles"}),
+    "cosine_with_restarts": frozenset({"num_cycles"}),
+    "polynomial": frozenset({"lr_end", "power"}),
+    "constant": frozenset(),
+    "constant_with_warmup": frozenset(),
+    "inverse_sqrt": frozenset({"timescale"}),
+    "cosine_with_min_lr": frozenset({"num_cycles", "min_lr", "min_lr_rate"}),
+    "cosine_warmup_with_min_lr": frozenset({"num_cycles", "min_lr", "min_lr_rate", "warmup_lr_rate"}),
+    "warmup_stable_decay": frozenset(
+        {"num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles"}
+    ),
+}
+# Of those, the learning rate or the share of it that a curve ends at.
+_LOWEST_RATES = frozenset({"min_lr", "min_lr_rate", "min_lr_ratio", "lr_end"})
+_CURVE_ALIASES = {"wsd": "warmup_stable_decay"}
+# Curves of transformers that are no function of the step: a resumed run could not go on with the same bits.
+_NO_CURVES = {
+    "reduce_lr_on_plateau": "it follows the evaluations, and a rate here is a function of the step alone",
+    "greedy": "it follows the losses, and a rate here is a function of the step alone",
+}
+
+
+class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
+    """Everything that `horizon train` needs to know."""
+
+    model_name_or_path: str | None = setting(
+        None,
+        "The model to train: a folder in Hugging Face format or a name on the Hub (this or init_model).",
+        group="Model",
+        min_length=1,
+    )
+    init_model: dict[str, Any] | None = setting(
+        None,
+        "A transformers configuration, with its model_type, to build a model with random weights from.",
+        group="Model",
+        expects="a mapping with model_type, or null",
+    )
+    tokenizer_name_or_path: str | None = setting(
+        None, "The tokenizer's folder or name; null means the model's.", group="Model", min_length=1
+    )
+    train_tokenizer_vocab_size: int | None = setting(
+        None,
+        "Train a byte-level BPE tokenizer of this size on the data first; needs init_model.",
+        group="Model",
+        unit="tokens",
+        ge=257,  # 256 bytes and the end-of-text token
+        le=10**7,
+    )
+    new_tokens: list[str] = setting(
+        [],
+        "Special tokens to add to the tokenizer; embeddings that are too small for them grow, the new rows "
+        "drawn around the mean of the old ones, as transformers' resize_token_embeddings does it.",
+        group="Model",
+        expects="a list of different texts, none of them empty",
+    )
+    per_device_train_batch_size: int = setting(
+        1,
+        "Sequences in one micro-batch.",
+        group="Batch and schedule",
+        unit="sequences",
+        ge=1,
+        le=MOST,
+    )
+    gradient_accumulation_steps: int = setting(
+        1,
+        "Micro-batches per optimizer step; a layer is uploaded once for all of them.",
+        group="Batch and schedule",
+        unit="micro-batches",
+        ge=1,
+        le=MOST,
+    )
+    tokens_per_step: int | Literal["auto"] | None = setting(
+        None,
+        "Tokens of an optimizer step, at most an epoch; the planner cuts them into micro-batches, in place "
+        "of per_device_train_batch_size and gradient_accumulation_steps. auto sizes the step to the data: "
+        "about 16384 for conversations and pairs and 65536 for text, fewer if a run by epochs would have "
+        "less than about 50 steps.",
+        group="Batch and schedule",
+        unit="tokens",
+        expects=f"a whole number >= 2 and <= {MOST}, auto or null",
+    )
+    num_train_epochs: float = setting(
+        1.0,
+        "Passes over the data, fractions allowed.",
+        group="Batch and schedule",
+        unit="epochs",
+        gt=0,
+        le=1e300,  # times the rows, still a number
+    )
+    max_steps: int = setting(
+        -1,
+        "Optimizer steps to train; -1 leaves the length to num_train_epochs, which it otherwise overrides.",
+        group="Batch and schedule",
+        unit="steps",
+        ge=-1,
+        le=MOST,
+        expects=f"a whole number >= 1 and <= {MOST}, or -1",
+    )
+    learning_rate: float = setting(1e-5, "Peak learning rate.", group="Batch and schedule", ge=0)
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
+        "warmup_stable_decay",
+    ] = setting(
+        "cosine",
+        "Curve of the learning rate, as transformers' get_scheduler names it; wsd is warmup_stable_decay.",
+        group="Batch and schedule",
+    )
+    lr_scheduler_kwargs: dict[str, Any] = setting(
+        {},
+        "Arguments of the curve: min_lr or min_lr_rate for cosine_with_min_lr and cosine_warmup_with_min_lr, "
+        "num_decay_steps for warmup_stable_decay, lr_end and power for polynomial, num_cycles for "
+        "cosine_with_restarts, timescale for inverse_sqrt.",
+        group="Batch and schedule",
+        expects="a mapping",
+    )
+    warmup_steps: int | float = setting(
+        0.03,
+        "Steps in which the learning rate rises from 0; below 1, a share of all steps, rounded up. At most "
+        "all steps but the last.",
+        group="Batch and schedule",
+        unit="steps",
+        expects="a whole number >= 0, or a share of all steps below 1",
+    )
+    weight_decay: float = setting(
+        0.0, "Weight decay, not applied to biases and norms.", group="Optimizer", ge=0
+    )
+    max_skipped_steps: int = setting(
+        3,
+        "Updates skipped in a row, with nonfinite: skip, before the run ends.",
+        group="Optimizer",
+        unit="steps",
+        ge=0,
+    )
+    output_dir: str = setting(
+        "runs/run",
+        "Folder for the trained model, metrics and resolved settings.",
+        group="Output",
+        min_length=1,
+    )
+    overwrite_output_dir: bool = setting(False, "Allow output_dir to hold an earlier run.", group="Output")
+    run_name: str | None = setting(None, "A name for the run in its reports.", group="Output")
+    logging_steps: int = setting(1, "Write metrics every so many steps.", group="Output", unit="steps", ge=1)
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = setting(
+        [],
+        "Where metrics go beside metrics.jsonl, which is always written: tensorboard, wandb, trackio.",
+        group="Output",
+        expects="a list of tensorboard, wandb and trackio",
+    )
+    project: str = setting(
+        "horizon-lm", "The project that wandb and trackio file the run under.", group="Output", min_length=1
+    )
+    peak_tflops: float | None = setting(
+        None,
+        "What the device can do, for MFU; null measures a large matrix product in the run's dtype.",
+        group="Output",
+        unit="TFLOP/s",
+        gt=0,
+    )
+    plot_loss: bool = setting(True, "Leave a picture of the loss curve in output_dir.", group="Output")
+    save_dtype: Literal["bfloat16", "float32"] | None = setting(
+        None, "Number format of the exported model; null means dtype.", group="Output"
+    )
+    max_shard_size: str = setting(
+        "5GB",
+        "Largest weight file of the exported model.",
+        group="Output",
+        expects="a size such as 5GB or 500MB",
+        pattern=r"^[0-9]{0,6}[1-9][0-9]{0,6}(KB|MB|GB|TB)$",
+    )
+    push_to_hub: bool = setting(
+        False,
+        "Upload the finished model to the Hugging Face Hub, with the token of HF_TOKEN or `hf auth login`.",
+        group="Output",
+    )
+    hub_model_id: str | None = setting(
+        None,
+        "The repository to upload to; a name alone is under your account, null is the name of output_dir.",
+        group="Output",
+        expects="NAME or OWNER/NAME, or null",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$",
+    )
+    hub_private_repo: bool = setting(
+        True, "Whether a repository that is created for push_to_hub is private.", group="Output"
+    )
+    sample_prompt: str | None = setting(
+        None, "Text to complete at the end of the run; null picks a piece of the data.", group="Output"
+    )
+    sample_max_new_tokens: int = setting(
+        64, "Length of that completion.", group="Output", unit="tokens", ge=1
+    )
+    progress: Literal["auto", "rich", "plain", "off"] = setting(
+        "auto", "Progress display; auto is rich on a terminal and plain elsewhere.", group="Output"
+    )
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _list_reports(cls, value: Any) -> Any:
+        if value in (None, "none", ["none"]):  # transformers' way to say so
+            return []
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("lr_scheduler_type", mode="before")
+    @classmethod
+    def _name_curve(cls, value: Any) -> Any:
+        if isinstance(value, str) and value in _NO_CURVES:
+            raise fault(
+                f"lr_scheduler_type: {value} is not supported: {_NO_CURVES[value]}",
+                key="lr_scheduler_type",
+                hint="lr_scheduler_type=cosine, or lr_scheduler_type=warmup_stable_decay",
+            )
+        return _CURVE_ALIASES.get(value, value) if isinstance(value, str) else value
+
+    @field_validator("new_tokens")
+    @classmethod
+    def _check_new_tokens(cls, value: list[str]) -> list[str]:
+        if not all(value) or len(set(value)) < len(value):
+            raise ValueError("empty or twice")  # reported with the field's `expects`
+        return value
+
+    @field_validator("max_steps")
+    @classmethod
+    def _check_max_steps(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("no steps")  # reported with the field's `expects`
+        return value
+
+    @field_validator("tokens_per_step")
+    @classmethod
+    def _check_tokens_per_step(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, int) and not 2 <= value <= MOST:
+            raise ValueError("too few, or too many")  # reported with the field's `expects`
+        return value
+
+    @field_validator("warmup_steps")
+    @classmethod
+    def _check_warmup(cls, value: int | float) -> int | float:
+        if value < 0 or isinstance(value, float) and value >= 1:
+            raise ValueError("neither steps nor a share")
+        return value
+
+    def faults(self) -> Iterator[PydanticCustomError]:
+        yield from super().faults()
+        yield from self._model_faults()
+        yield from self._scheduler_faults()
+        yield from self._data_faults()
+        if self.streaming:
+            yield from self._streaming_faults()
+        yield from self._best_faults()
+        yield from self._fault_policy_faults()
+
+    def _best_faults(self) -> Iterator[PydanticCustomError]:
+        wants = {
+            "load_best_model_at_end": self.load_best_model_at_end,
+            "early_stopping_patience": self.early_stopping_patience,
+        }
+        for key, value in wants.items():
+            if value and self.eval_strategy == "no":
+                yield fault(
+                    f"{key} is {str(value).lower()}, but eval_strategy is no",
+                    key=key,
+                    hint="eval_strategy: steps (with eval_steps), or eval_strategy: epoch",
+                )
+
+    def _fault_policy_faults(self) -> Iterator[PydanticCustomError]:
+        if self.loss_spike == "skip" and self.update_mode == "eager":
+            yield fault(
+                "loss_spike: skip leaves updates out, but update: eager makes them during the backward pass",
+                key="loss_spike",
+                hint="update: deferred, or loss_spike: rollback",
+            )
+        rollback = "rollback" in (self.nonfinite, self.loss_spike)
+        if rollback and self.save_strategy == "no":
+            yield fault(
+                "there is nothing to go back to with save_strategy: no",
+                key="save_strategy",
+                hint="save_strategy: steps",
+            )
+
+    def _data_faults(self) -> Iterator[PydanticCustomError]:
+        if self.val_size and self.eval_datasets:
+            yield fault(
+                "'val_size' and 'eval_datasets' are both given", key="val_size", hint="keep one of them"
+            )
+        if self.eval_strategy != "no" and not (self.val_size or self.eval_datasets):
+            yield fault(
+                f"eval_strategy is {self.eval_strategy}, and there is nothing to evaluate on",
+                key="eval_strategy",
+                hint="set eval_datasets, or val_size to hold out a part of datasets",
+            )
+        if self.truncation == "split" and self.loss_on not in ("auto", "all"):
+            yield fault(
+                "truncation: split would cut an answer from its question",
+                key="truncation",
+                hint="drop, keep_start or keep_end",
+            )
+
+    def _streaming_faults(self) -> Iterator[PydanticCustomError]:
+        if self.max_steps < 1:
+            yield fault(
+                "streaming needs max_steps, as the length of a stream is not known",
+                key="streaming",
+                hint="max_steps=1000",
+            )
+        if self.val_size:
+            yield fault(
+                "val_size takes a part of data that is read whole", key="val_size", hint="set eval_datasets"
+            )
+        if any(dataset.weight != 1 for dataset in self.datasets):
+            yield fault(
+                "a weight takes data that is read whole",
+                key="datasets",
+                hint="streaming: false, or weight: 1",
+            )
+
+    def _model_faults(self) -> Iterator[PydanticCustomError]:
+        if self.model_name_or_path is None and self.init_model is None:
+            yield fault(
+                "no model: neither 'model_name_or_path' nor 'init_model' is given",
+                key="model_name_or_path",
+                hint="model_name_or_path=FOLDER trains an existing model",
+            )
+        if self.model_name_or_path is not None and self.init_model is not None:
+            yield fault(
+                "'model_name_or_path' and 'init_model' are both given",
+                key="model_name_or_path",
+                hint="keep one of them, or set the other to null",
+            )
+        if self.init_model is not None and not isinstance(self.init_model.get("model_type"), str):
+            yield fault(
+                "init_model has no 'model_type'", key="init_model", hint="for example 'model_type: llama'"
+            )
+        if self.train_tokenizer_vocab_size is not None and self.init_model is None:
+            yield fault(
+                "train_tokenizer_vocab_size needs init_model",
+                key="train_tokenizer_vocab_size",
+                hint="an existing model keeps its own tokenizer",
+            )
+        if self.train_tokenizer_vocab_size is not None and self.tokenizer_name_or_path is not None:
+            yield fault(
+                "'train_tokenizer_vocab_size' and 'tokenizer_name_or_path' are both given",
+                key="train_tokenizer_vocab_size",
+                hint="keep one of them, or set the other to null",
+            )
+
+    def _scheduler_faults(self) -> Iterator[PydanticCustomError]:
+        name, given = self.lr_scheduler_type, self.lr_scheduler_kwargs
+        for key, value in given.items():
+            if isinstance(value, (bool, dict, list)) or value is None:
+                yield fault(
+                    f"lr_scheduler_kwargs.{key} is {value!r}, expected a number or text",
+                    key="lr_scheduler_kwargs",
+                )
+            if key in _LOWEST_RATES and isinstance(value, (int, float)) and value < 0:
+                yield fault(
+                    f"lr_scheduler_kwargs.{key} is {value}, expected a number >= 0",
+                    key="lr_scheduler_kwargs",
+                    hint="0 lets the learning rate end at 0",
+                )
+            if key not in SCHEDULER_KWARGS[name]:
+                known = ", ".join(sorted(SCHEDULER_KWARGS[name])) or "no arguments"
+                yield fault(
+                    f"lr_scheduler_kwargs: {name} has no argument '{key}'",
+                    key="lr_scheduler_kwargs",
+                    hint=f"{name} takes {known}",
+                )
+        if "min_lr" in SCHEDULER_KWARGS[name] and ("min_lr" in given) == ("min_lr_rate" in given):
+            yield fault(
+                f"{name} needs either min_lr or min_lr_rate",
+                key="lr_scheduler_type",
+                hint="for example lr_scheduler_kwargs.min_lr_rate=0.1",
+            )
+        if name == "warmup_stable_decay" and "num_decay_steps" not in given:
+            yield fault(
+                "warmup_stable_decay needs num_decay_steps",
+                key="lr_scheduler_type",
+                hint="for example lr_scheduler_kwargs.num_decay_steps=100",
+            )
+
+
+def load_config(
+    path: str | os.PathLike[str] | None, overrides: Iterable[str] = ()
+) -> tuple[TrainConfig, list[str]]:
+    """The settings of a file (or of none) with overrides on top, and one-line notes about aliases."""
+    document, notes = config_merge.collect(path, overrides, keys_of(TrainConfig))
+    return TrainConfig.from_document(document), notes
+
+
+def json_schema() -> str:
+    """JSON schema of a configuration file, for editors."""
+    return json.dumps(TrainConfig.model_json_schema(), indent=2)

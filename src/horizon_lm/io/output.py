@@ -1,0 +1,204 @@
+"""Standard streams that may fail: the reader of a pipe exits, the disk of a log fills up, a stream is closed.
+
+Some commands print their result (`plan`, `eval`): they end when it cannot be written. Others write their
+result to disk and only report on it (`train`, `export`): they go on, and report on the stream that works.
+What a command prints is made fit to be shown, whoever prints it (see `text`).
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO, cast
+
+from horizon_lm.errors import OutputLostError
+from horizon_lm.text import shown, shown_with_bars
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_CLOSED = "it is closed"
+_DRAWN = "\x1b"  # of a display that is redrawn in place, on a terminal that has gone
+
+
+class Output:
+    """A text stream whose writes do not fail unexpectedly.
+
+    stream: None in a process that was started without it. fault: why the latest text could not be written,
+    None if it was. Text that cannot be written raises OutputLostError if it `is_result`; else it goes to
+    `instead`, if that is set (after a broken pipe only with `after_pipe`), or is dropped. Characters that the
+    encoding lacks become `?`. fit: makes text, for an encoding, fit to be shown.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO | None,
+        name: str,
+        *,
+        is_result: bool = False,
+        fit: Callable[[str, str], str] | None = None,
+    ) -> None:
+        self.stream, self.name, self.is_result, self._fit = stream, name, is_result, fit
+        self.instead: Output | None = None
+        self.after_pipe = True
+        self.fault: str | None = None
+        self._is_said = False
+
+    def write(self, text: str) -> int:
+        if not isinstance(text, str):
+            raise TypeError(f"write() argument must be str, not {type(text).__name__}")
+        self.write_raw(text if self._fit is None else self._fit(text, self.encoding))
+        return len(text)
+
+    def write_raw(self, text: str) -> int:
+        """`write`, for text that is fit to be shown already."""
+        self._answer(self._attempt(text, flush=not self.is_result), text)
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        self._answer(self._attempt("", flush=True), "")
+
+    def _attempt(self, text: str, *, flush: bool) -> Exception | None:
+        """Write; the error of a stream that cannot take it."""
+        if self.stream is None:
+            return OSError(errno.EBADF, _CLOSED) if text else None
+        try:
+            try:
+                self.stream.write(text)
+            except UnicodeEncodeError:
+                encoding = self.encoding
+                self.stream.write(text.encode(encoding, "replace").decode(encoding))
+            if flush:
+                self.stream.flush()
+        except (OSError, ValueError) as error:
+            return error
+        return None
+
+    def _answer(self, error: Exception | None, text: str) -> None:
+        if error is None:
+            self.fault = None
+            return
+        self.fault = getattr(error, "strerror", None) or _CLOSED
+        if self.is_result:
+            raise _lost(self.name, self.fault, error)
+        has_seen_enough = isinstance(error, BrokenPipeError) and not self.after_pipe
+        if self.instead is None or not text or has_seen_enough or _DRAWN in text:
+            return
+        if not self._is_said:
+            self._is_said = True
+            text = f"warning: {self.name}: {self.fault}; the rest is said here\n{text}"
+        self.instead._attempt(text, flush=True)
+
+    def settle(self) -> None:
+        """Leave nothing to flush at exit, when Python would print an exception and change the exit code."""
+        if self.stream is None or self._attempt("", flush=True) is None:
+            return
+        with suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.stream.fileno())
+            os.close(null)
+            self.stream.flush()
+
+    @property
+    def encoding(self) -> str:
+        return getattr(self.stream, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        try:
+            return self.stream is not None and self.stream.isatty()
+        except ValueError:
+            return False
+
+    def fileno(self) -> int:
+        if self.stream is None:
+            raise io.UnsupportedOperation("fileno")
+        return self.stream.fileno()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+class _Raw:
+    """An `Output` as a stream that writes its text as it is."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self.write = output.write_raw
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._output, name)
+
+
+def raw_stream(stream: TextIO) -> TextIO:
+    """The stream for a display that moves the cursor, and shows nothing but `text.shown`."""
+    return cast(TextIO, _Raw(stream)) if isinstance(stream, Output) else stream
+
+
+def _lost(name: str, reason: str, error: Exception) -> OutputLostError:
+    code = getattr(error, "errno", None)
+    if code == errno.EPIPE:
+        return OutputLostError(f"{name}: {reason}")
+    hint = "free disk space" if code in _NO_ROOM else "'>/dev/null' discards what is printed"
+    found = OutputLostError(f"writing to {name} failed: {reason}", hint)
+    found.exit_code = 3 if code in _NO_ROOM else 2
+    found.is_silent = False
+    return found
+
+
+@contextmanager
+def command_output() -> Iterator[None]:
+    """Streams for a command that prints its result: a failing standard output raises OutputLostError, a
+    failing standard error is ignored. Text is redacted and printable, whoever writes it."""
+    _open_closed()
+    out = Output(sys.stdout, "standard output", is_result=True, fit=shown)
+    err = Output(sys.stderr, "standard error", fit=shown_with_bars)
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        out.settle()
+        err.settle()
+
+
+@contextmanager
+def lasting_output(*, after_pipe: bool = False) -> Iterator[None]:
+    """Streams for work whose result is on disk: text that one of them cannot take goes to the other.
+
+    after_pipe: also if the reader of a pipe has exited, as `head` does once it has seen enough.
+    """
+    _open_closed()
+    before = sys.stdout, sys.stderr
+    out, err = _outlasting(sys.stdout, "standard output"), _outlasting(sys.stderr, "standard error")
+    was_result, out.is_result = out.is_result, False
+    out.instead, err.instead = err, out
+    out.after_pipe = err.after_pipe = after_pipe
+    sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        out.instead = err.instead = None
+        out.is_result = was_result and out.fault is None  # what was lost has been dealt with
+
+
+def _outlasting(stream: TextIO | None, name: str) -> Output:
+    return stream if isinstance(stream, Output) else Output(stream, name)
+
+
+def _open_closed() -> None:
+    """Open /dev/null in place of standard streams that are closed: otherwise a file of ours would get the
+    number of one, and with it whatever is printed there."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            with suppress(OSError):
+                os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)

@@ -1,0 +1,61 @@
+"""Where a run happens: processor, cores, memory, and the commit of the source that runs."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from horizon_lm.machine.cores import usable_cores
+
+
+def machine() -> dict[str, Any]:
+    """Plain values, for the first line of metrics.jsonl; nothing that names the machine or its user."""
+    return {
+        "cpu": cpu_name(),
+        "cores": usable_cores(),
+        "host_bytes": psutil.virtual_memory().total,
+        "platform": platform.platform(),
+    }
+
+
+def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's own name; its architecture where the system does not tell."""
+    try:
+        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    found = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(found, platform.machine())
+
+
+@cache
+def commit(package: Path = Path(__file__).parents[1]) -> str | None:
+    """The commit that the running source is of, with `+` where files differ from it; None if unknown.
+
+    Known from a checkout (`src/horizon_lm` below a `.git`) or from pip, where it installed from git.
+    """
+    root = package.parents[1]
+    if package.parent.name == "src" and (root / ".git").exists():
+        head = _git(root, "rev-parse", "--short=12", "HEAD")
+        return head and head + ("+" if _git(root, "status", "--porcelain", "-uno") else "")
+    try:
+        source = json.loads(distribution("horizon-lm").read_text("direct_url.json") or "{}")
+        return str(source["vcs_info"]["commit_id"])[:12]
+    except (PackageNotFoundError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _git(root: Path, *words: str) -> str | None:
+    try:
+        command = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false", "-C", str(root), *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

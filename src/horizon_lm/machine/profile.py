@@ -1,0 +1,138 @@
+"""A machine as the planner sees it: a few rates and sizes, read from a data file with their sources.
+
+Shipped files describe machines that are not here; `horizon doctor` measures the one at hand and writes the
+same format.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from horizon_lm.config.base import STRICT
+from horizon_lm.errors import ConfigError
+
+_FOLDER = "horizon_lm.machine.profiles"
+# Without a profile of this machine its times are those of the smallest shipped one.
+FALLBACK = "cpu-2core"
+
+
+class Rates(BaseModel):
+    """FLOPs a second by number format."""
+
+    model_config = STRICT
+
+    bfloat16: float = Field(gt=0)
+    float32: float = Field(gt=0)
+
+    def of(self, dtype: str) -> float:
+        return self.float32 if dtype == "float32" else self.bfloat16
+
+
+class Profile(BaseModel):
+    """Sizes in bytes, rates a second. Every key has an entry in `sources`.
+
+    matmul, attention, attention_backward: FLOPs as torch counts them (attention without regard to
+    causality); elementwise: bytes read and written; operation_seconds: what any operation takes at least.
+    h2d, d2h: while both are at work. optimizer: bytes that the update on the host reads and writes; host: of
+    a copy in host memory. process_bytes: a process with torch and transformers before it has a model;
+    heap_share: what the C library's heap takes beyond what is alive in it, as a share of that (where the
+    device is the CPU). context_bytes: what the device's driver and libraries take.
+    """
+
+    model_config = STRICT
+
+    name: str
+    title: str
+    device: Literal["cpu", "cuda"]
+    measured: bool
+    cores: int = Field(ge=1)
+    host_bytes: float = Field(gt=0)
+    device_bytes: float = Field(ge=0)
+    process_bytes: float = Field(ge=0)
+    heap_share: float = Field(ge=0)
+    context_bytes: float = Field(ge=0)
+    matmul: Rates
+    attention: Rates
+    attention_backward: Rates
+    elementwise: Rates
+    operation_seconds: float = Field(ge=0)
+    h2d: float = Field(gt=0)
+    d2h: float = Field(gt=0)
+    host: float = Field(gt=0)
+    optimizer: float = Field(gt=0)
+    disk: float = Field(gt=0)
+    sources: dict[str, str]
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=100)
+
+    def rates(self, kind: str) -> Rates:
+        """Of a kind of operation; see `plan.work`."""
+        found: Rates = getattr(self, kind)
+        return found
+
+    @property
+    def kind(self) -> str:
+        """How far its figures may be trusted, in words."""
+        return "measured on this machine" if self.measured else "simulated: not measured here"
+
+
+def shipped() -> list[str]:
+    """Names of the profiles that come with the package."""
+    files = resources.files(_FOLDER).iterdir()
+    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+
+
+def cache_path() -> Path:
+    """Where `horizon doctor` leaves the profile of this machine."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "horizon-lm" / "hardware.yaml"
+
+
+def load_profile(name: str) -> Profile:
+    """A shipped profile, a file, or `auto`: what doctor measured here, else the fallback.
+
+    Raises ConfigError for a name that is neither, and for a file with a fault.
+    """
+    if name == "auto":
+        return read_profile(cache_path()) if cache_path().is_file() else load_profile(FALLBACK)
+    if name in shipped():
+        text = (resources.files(_FOLDER) / f"{name}.yaml").read_text(encoding="utf-8")
+        return _parse(text, name)
+    if Path(name).expanduser().is_file():
+        return read_profile(Path(name).expanduser())
+    raise ConfigError(
+        f"hardware={name!r} is neither a profile nor a file", hint=f"one of {', '.join(shipped())}, or a file"
+    )
+
+
+def read_profile(path: Path) -> Profile:
+    try:
+        return _parse(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise ConfigError(
+            f"hardware: {path} cannot be read: {error.strerror}", hint="check the path"
+        ) from error
+
+
+def _parse(text: str, where: str) -> Profile:
+    try:
+        profile = Profile.model_validate(yaml.safe_load(text))
+    except (ValidationError, yaml.YAMLError) as error:
+        first = str(error).splitlines()[1:3] or [str(error)]
+        raise ConfigError(
+            f"hardware: {where} is no profile: {' '.join(line.strip() for line in first)}",
+            hint="`horizon doctor --fresh` writes a new one; docs/planning.md has the format",
+        ) from error
+    missing = sorted(
+        set(Profile.model_fields) - {"sources", "name", "title", "measured", "device"} - set(profile.sources)
+    )
+    if missing:
+        raise ConfigError(f"hardware: {where} gives no source for {missing[0]}", hint="add it under sources")
+    return profile

@@ -1,0 +1,85 @@
+"""What has given its weights away says so when it is used again: a transformers model object that was
+handed to `HostModel`, and a `HostModel` that is closed."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any, NoReturn
+
+from torch import nn
+
+from horizon_lm.errors import ConfigError
+
+# What needs weights, or would change the modules that HostModel runs -> what to use instead.
+_HINTS = {
+    "forward": "use HostModel.evaluate(micro_batches) or HostModel.train_step(micro_batches, lr=...)",
+    "generate": "use HostModel.save_pretrained(folder), then AutoModelForCausalLM.from_pretrained(folder)",
+    "save_pretrained": "use HostModel.save_pretrained(folder)",
+    "push_to_hub": "use HostModel.save_pretrained(folder), then upload the folder",
+    "state_dict": "use dict(HostModel.named_parameters())",
+    "load_state_dict": "load the weights before HostModel.from_pretrained(model)",
+    "_apply": "set device and dtype in HostModel.from_pretrained",
+    "train": "HostModel.evaluate() runs without dropout and train_step() with it, whatever the mode",
+    "activation_checkpointing_enable": "set activations='recompute' in HostModel.from_pretrained",
+    "gradient_checkpointing_enable": "set activations='recompute' in HostModel.from_pretrained",
+    "resize_token_embeddings": "resize before HostModel.from_pretrained(model)",
+    "tie_weights": "tie weights before HostModel.from_pretrained(model)",
+}
+_SHOWN = {"forward": "a call", "_apply": "to()", "train": "train() or eval()"}
+_MARK = "_handed_to_host_model"
+
+
+class Closed:
+    """Stands for what a closed `HostModel` had."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ConfigError("this HostModel is closed", hint="save it before close(), or load it again")
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise ConfigError for a module that `HostModel` cannot take over."""
+    name = type(model).__name__
+    if _MARK in model.__dict__:
+        raise ConfigError(
+            f"this {name} was handed to HostModel before, and has no weights of its own any more",
+            hint="use that HostModel, or load the model again",
+        )
+    if not (hasattr(model, "config") and hasattr(model, "get_input_embeddings")):
+        raise ConfigError(
+            f"{name} is not a transformers model",
+            hint="pass a folder, a name on the Hub, or what AutoModelForCausalLM.from_pretrained returns",
+        )
+
+
+def take_over(model: Any) -> Any:
+    """The model to work with: another object over the same modules, parameters and buffers.
+
+    What the caller holds can thereby refuse to be used (`refuse_use`) while ours runs as it always did.
+    """
+    return copy.copy(model)
+
+
+def refuse_use(model: nn.Module) -> None:
+    """Make the caller's object, and the modules right below it, answer with a ConfigError when they are
+    called, saved or moved. Their own children, which are shared, stay as they are; so do the modules below an
+    object whose forward was replaced by one of its own, as that one calls them."""
+    is_own = "forward" in model.__dict__
+    below = {} if is_own else model._modules
+    children = {name: copy.copy(child) for name, child in below.items() if child is not None}
+    model.__dict__["_modules"] = {**model._modules, **children}
+    for module in (model, *children.values()):
+        for name in _HINTS:
+            if hasattr(type(module), name):
+                module.__dict__[name] = partial(_refuse, type(module).__name__, name)
+        module.__dict__[_MARK] = True
+
+
+def _refuse(kind: str, name: str, *args: Any, **kwargs: Any) -> NoReturn:
+    raise ConfigError(
+        f"this {kind} was handed to HostModel, which holds its weights; {_SHOWN.get(name, name + '()')} "
+        "finds none here",
+        hint=_HINTS[name],
+    )

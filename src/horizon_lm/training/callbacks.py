@@ -1,0 +1,167 @@
+"""Callbacks: functions of yours that a run calls, and that may stop it.
+
+    class Watch:
+        def on_evaluate(self, state, control):
+            if state.evaluation["eval_loss"] < 2.0:
+                control.should_training_stop = True
+
+    hz.train(config, callbacks=[Watch()])
+
+Names and `control` are those of transformers' TrainerCallback. Only methods that an object has are called.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from difflib import get_close_matches
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from horizon_lm.checkpoint.writer import Outcome
+from horizon_lm.errors import CallbackError, ConfigError
+from horizon_lm.report.events import Evaluation, StepRecord
+from horizon_lm.report.metrics import Metrics
+
+EVENTS = ("on_step_end", "on_log", "on_evaluate", "on_save")
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class CallbackState:
+    """Where the run is; nothing in it can be changed.
+
+    step: optimizer steps done, of num_steps. epoch: passes over the data. metrics, evaluation: the latest
+    lines of metrics.jsonl (`loss`, `learning_rate`, ...; `eval_loss`, ...), empty before the first.
+    checkpoint: the latest that was saved.
+    """
+
+    step: int
+    num_steps: int
+    epoch: float = 0.0
+    metrics: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
+    evaluation: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
+    checkpoint: Path | None = None
+
+
+@dataclass(slots=True)
+class CallbackControl:
+    """should_training_stop: set it to True, and the run ends after this step as a finished one does."""
+
+    should_training_stop: bool = False
+
+
+class Callbacks:
+    """Calls the callbacks of a run.
+
+    stopped_by: who asked for the end of the run; None while nobody has. error: what a callback raised; no
+    other is called after it, and the step that the run is at is finished first.
+    """
+
+    def __init__(self, callbacks: Sequence[Any], state: CallbackState) -> None:
+        self._callbacks, self.state = tuple(callbacks), state
+        self.stopped_by: str | None = None
+        self.error: CallbackError | None = None
+        self._saved: list[Path] = []
+
+    def step_ended(self, record: StepRecord, metrics: Metrics | None) -> None:
+        """Call on_log where there are metrics, then on_step_end."""
+        step = record.step if record.rolled_back_to is None else record.rolled_back_to
+        self.state = replace(self.state, step=step, epoch=record.epoch)
+        if metrics is not None:
+            self.logged(metrics)
+        self._call("on_step_end")
+
+    def logged(self, metrics: Metrics) -> None:
+        self.state = replace(self.state, metrics=_frozen(metrics))
+        self._call("on_log")
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        self.state = replace(self.state, evaluation=_frozen(evaluation))
+        self._call("on_evaluate")
+
+    def note(self, outcome: Outcome) -> None:
+        """Keep a checkpoint for `saved`; it is told of in the middle of other work."""
+        if outcome.path is not None:
+            self._saved.append(outcome.path)
+
+    def saved(self) -> None:
+        """Call on_save for each checkpoint that was noted."""
+        while self._saved:
+            self.state = replace(self.state, checkpoint=self._saved.pop(0))
+            self._call("on_save")
+
+    def fault(self, saved: str | None, run: Path) -> CallbackError:
+        """The error that ends the run. saved: what there is to resume from, in words."""
+        assert self.error is not None
+        found = CallbackError(
+            f"{self.error.message}; {saved or 'there is no checkpoint'}",
+            hint=f"mend the callback, then resume_from_checkpoint='latest' goes on in {run}"
+            if saved
+            else None,
+        )
+        found.__cause__ = self.error.__cause__
+        return found
+
+    def _call(self, event: str) -> None:
+        for callback in self._callbacks:
+            method = getattr(callback, event, None)
+            if method is None or self.error is not None:
+                continue
+            control = CallbackControl()
+            name = f"{type(callback).__name__}.{event}"
+            try:
+                method(self.state, control)
+            except Exception as error:
+                what = f"the callback {name} failed after step {self.state.step}"
+                self.error = CallbackError(f"{what}: {type(error).__name__}: {error}")
+                self.error.__cause__ = error
+            if control.should_training_stop and self.stopped_by is None:
+                self.stopped_by = f"the callback {name}"
+
+
+def check_callbacks(callbacks: Any) -> None:
+    """Raises ConfigError for what is no list of callbacks, and for one that would never be called."""
+    if not isinstance(callbacks, list | tuple):
+        raise ConfigError(
+            f"callbacks is a {type(callbacks).__name__}, expected a list of objects", hint="callbacks=[...]"
+        )
+    for number, callback in enumerate(callbacks):
+        name = f"callbacks[{number}] ({getattr(callback, '__name__', type(callback).__name__)})"
+        _check(callback, name)
+
+
+def _check(callback: Any, name: str) -> None:
+    if inspect.isclass(callback):
+        raise ConfigError(f"{name} is a class, expected an object", hint=f"{callback.__name__}()")
+    if any(c.__module__.startswith("transformers.") for c in type(callback).__mro__):
+        raise ConfigError(
+            f"{name} is a callback of transformers' Trainer, whose arguments and model do not exist here",
+            hint="an object with on_step_end(state, control) and so on; for EarlyStoppingCallback set "
+            "early_stopping_patience",
+        )
+    known = ", ".join(EVENTS)
+    found = [event for event in dir(callback) if event.startswith("on_")]
+    for event in found:
+        if event not in EVENTS:
+            near = get_close_matches(event, EVENTS, 1, 0.7)
+            raise ConfigError(
+                f"{name}: {event} would never be called",
+                hint=f"did you mean {near[0]}?" if near else f"a callback may have {known}",
+            )
+        try:
+            inspect.signature(getattr(callback, event)).bind(None, None)
+        except TypeError as error:
+            raise ConfigError(
+                f"{name}: {event} cannot be called as {event}(state, control): {error}",
+                hint=f"def {event}(self, state, control)",
+            ) from None
+    if not found:
+        raise ConfigError(f"{name} has no method of a callback", hint=f"a callback may have {known}")
+
+
+def _frozen(line: Metrics | Evaluation) -> Mapping[str, Any]:
+    values = {k: MappingProxyType(v) if isinstance(v, dict) else v for k, v in asdict(line).items()}
+    return MappingProxyType(values)

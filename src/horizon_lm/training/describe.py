@@ -1,0 +1,201 @@
+"""A run in words: what was read, what is trained, what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from horizon_lm.checkpoint.run_folder import RunFolder
+from horizon_lm.config import TrainConfig
+from horizon_lm.data import StreamLoader, TrainingData
+from horizon_lm.data.left_out import remarks, used
+from horizon_lm.errors import DataError
+from horizon_lm.host_model import HostModel
+from horizon_lm.machine.identity import commit, machine
+from horizon_lm.report.display import clock, number
+from horizon_lm.report.flops import FORMULA
+from horizon_lm.report.metrics import Metrics, mean_of_tail, read_evaluations, read_steps, versions
+from horizon_lm.text import redact
+from horizon_lm.training.sample import Sample
+from horizon_lm.words import count, parameters, size
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """final_loss: of the last line of metrics_path; tail_loss: mean over the last tenth of its lines,
+    as single steps are noisy. eval_loss: of the exported model, None without anything to evaluate on.
+    num_tokens: real tokens, without padding. seconds: in steps, without loading, evaluation and export.
+    exported_step: the step whose model is exported; with load_best_model_at_end that of the best evaluation.
+    stopped_by: what ended the run before its last step, in words; None for a run that was not stopped.
+
+    model_dir holds the trained model and its tokenizer in Hugging Face format.
+    """
+
+    final_loss: float
+    tail_loss: float
+    eval_loss: float | None
+    num_steps: int
+    num_tokens: int
+    seconds: float
+    output_dir: Path
+    model_dir: Path
+    metrics_path: Path
+    exported_step: int
+    stopped_by: str | None = None
+
+
+def about_data(data: TrainingData) -> str:
+    """What is trained on, in words; what is not is in `left_out`."""
+    counts, rows = data.store.counts, data.rows
+    formats = ", ".join(sorted({str(f) for f in counts.formats if f is not None}))
+    inside = used(rows)
+    what = f"data: {count(sum(inside.documents), 'document')} ({formats}), {count(inside.tokens, 'token')}"
+    if inside.trained < inside.tokens:
+        what += f", {inside.trained:,} of them trained on"
+    if isinstance(data.loader, StreamLoader):
+        return f"{what} in the first window of the stream"
+    what += " (from the cache)" if data.was_cached else ""
+    lines = [
+        f"{what}, {count(len(rows), 'sequence')} of {rows.max_length}, {rows.fill:.1%} full ({rows.strategy})"
+    ]
+    held = data.eval_rows
+    if held is not None:
+        lines.append(f"evaluation: {count(len(held), 'sequence')}, {count(held.num_tokens, 'token')}")
+    return "\n".join(lines)
+
+
+def left_out(data: TrainingData) -> list[tuple[str, bool]]:
+    """(what is not trained or evaluated on, whether it is so much that it is a warning)."""
+    found = [(f"data: {remark}", remark.is_warning) for remark in remarks(data.rows)]
+    rows = data.eval_rows
+    if rows is not None:
+        with_bad_rows = rows.store is not data.rows.store
+        more = remarks(rows, with_bad_rows=with_bad_rows)
+        found += [(f"evaluation: {remark}", remark.is_warning) for remark in more]
+    return found
+
+
+def about_model(model: HostModel) -> str:
+    store = sum(model.store.num_bytes.values())
+    return (
+        f"model: {model.config.model_type}, {parameters(model.num_parameters)}, "
+        f"{model.settings.dtype} on {model.device}, {size(store)} in host memory"
+    )
+
+
+def header(
+    config: TrainConfig,
+    notes: Sequence[str],
+    data: TrainingData,
+    model: HostModel,
+    num_steps: int,
+    peak: float,
+) -> dict[str, Any]:
+    is_cuda = model.device.type == "cuda"
+    return {
+        "run_name": config.run_name,
+        "versions": versions(),
+        "commit": commit(),
+        "machine": machine(),
+        "device": torch.cuda.get_device_name(model.device) if is_cuda else "cpu",
+        "num_threads": torch.get_num_threads(),
+        "model_type": model.config.model_type,
+        "num_parameters": model.num_parameters,
+        "num_sequences": len(data.rows),
+        "max_length": data.rows.max_length,
+        "packing": data.rows.strategy,
+        "fill": data.rows.fill,
+        "peak_flops": peak,
+        "peak_from": "a matrix product" if config.peak_tflops is None else "peak_tflops",
+        "mfu_formula": FORMULA,
+        "num_steps": num_steps,
+        "notes": [redact(note) for note in notes],
+        "data": data_record(config, data),
+        "settings": config.to_dict(),
+        "named": sorted(config.model_fields_set),
+    }
+
+
+def data_record(config: TrainConfig, data: TrainingData) -> dict[str, Any]:
+    """What was read and what was left out, as the report shows it. Of a stream: its first window."""
+    counts, rows, held_out = data.store.counts, data.rows, data.eval_rows
+    return {
+        "is_stream": isinstance(data.loader, StreamLoader),
+        "files": [
+            {"path": d.path, "split": d.split, "format": str(f) if f else None, "weight": d.weight}
+            for d, f in zip(config.datasets, counts.formats, strict=True)
+        ],
+        "documents": counts.num_documents,
+        "tokens": counts.num_tokens,
+        "trained_tokens": counts.num_trained,
+        "sequences": len(rows),
+        "left_out": rows.left.documents,
+        "truncated": rows.left.truncated,
+        "empty": counts.num_empty,
+        "bad": counts.num_bad,
+        "bad_rows": list(counts.bad_rows),
+        "eval_files": [d.path for d in config.eval_datasets],
+        "eval_sequences": len(held_out) if held_out is not None else 0,
+        "eval_tokens": held_out.num_tokens if held_out is not None else 0,
+    }
+
+
+def tail_loss(metrics: Path) -> float:
+    """Mean loss over the last tenth of the recorded steps that were finite; NaN where none can be read."""
+    return mean_of_tail(_readable(read_steps, metrics))
+
+
+def _readable(read: Callable[[Path], list[dict[str, Any]]], metrics: Path) -> list[dict[str, Any]]:
+    """The records; none if the file is lost or damaged, which is no reason for the run to fail."""
+    try:
+        return read(metrics)
+    except (DataError, OSError):
+        return []
+
+
+def eval_loss(metrics: Path, step: int) -> float | None:
+    """The loss of the latest evaluation after `step`, else of the latest of all; None without any."""
+    found = _readable(read_evaluations, metrics)
+    chosen = [line for line in found if line["step"] == step] or found
+    return chosen[-1].get("eval_loss") if chosen else None
+
+
+def title(config: TrainConfig, model: HostModel, last: Metrics, metrics: Path) -> str:
+    name = config.run_name or Path(config.output_dir).name
+    what = f"{model.config.model_type}, {parameters(model.num_parameters)}"
+    found = f"{name}: {what}, {count(last.num_tokens, 'token')}, loss {number(tail_loss(metrics))}"
+    evaluations = _readable(read_evaluations, metrics)
+    held_out = [e["eval_loss"] for e in evaluations if e.get("eval_loss") is not None]
+    return found + (f", held-out {number(held_out[-1])}" if held_out else "")
+
+
+def completion(made: Sample) -> str:
+    """What the model answered, and to what."""
+    return f"{_quoted('sample prompt', made.prompt)}\n{_quoted('completion', made.completion)}"
+
+
+def _quoted(title: str, text: str) -> str:
+    return "\n".join([title, *(f"  | {line}" for line in text.splitlines() or [""])])
+
+
+def summary(config: TrainConfig, folder: RunFolder, result: TrainResult, remarks: Sequence[str] = ()) -> str:
+    """remarks: on how the run ended."""
+    speed = result.num_tokens / result.seconds
+    lines = [
+        f"trained {count(result.num_steps, 'step')} on {count(result.num_tokens, 'token')} in "
+        f"{clock(result.seconds)} ({speed:,.0f} tokens/s), loss {number(result.tail_loss)} "
+        "(mean of the last tenth)",
+        *remarks,
+        *([f"evaluation loss {number(result.eval_loss)}"] if result.eval_loss is not None else []),
+        f"  model       {folder.model}",
+        f"  metrics     {folder.metrics}",
+        f"  settings    {folder.settings}",
+    ]
+    if config.plot_loss:
+        lines.append(f"  loss curve  {folder.picture}")
+    lines.append(f"  report      horizon report {folder.path}")
+    return "\n".join(lines)

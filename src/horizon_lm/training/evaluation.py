@@ -1,0 +1,84 @@
+"""Loss and perplexity on held-out sequences, without dropout and without gradients."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+from horizon_lm.config import TrainConfig
+from horizon_lm.data.batches import MicroBatch, in_order
+from horizon_lm.data.packing import Rows
+from horizon_lm.errors import DataError
+from horizon_lm.host_model import HostModel
+from horizon_lm.report.events import Evaluation
+
+# Micro-batches that go through a layer while it is on the device. Their boundaries wait on the host or the
+# device, so there is a limit; with so many the weights' way over the bus is a small part.
+_TOGETHER = 16
+
+
+def evaluate(
+    model: HostModel, rows: Rows, *, micro_batch_size: int, pad_id: int, step: int = 0
+) -> Evaluation:
+    """The mean over every target token of `rows`, each counted once whatever the batch. Raises DataError."""
+    started = time.perf_counter()
+    total, num_tokens = 0.0, 0
+    for group in _groups(in_order(rows, micro_batch_size, pad_id)):
+        out = model.evaluate(group)
+        total += out.loss * out.num_tokens
+        num_tokens += out.num_tokens
+    if num_tokens == 0:
+        raise DataError("the evaluation set has no token to predict", hint="check eval_datasets and loss_on")
+    loss = total / num_tokens
+    seconds = time.perf_counter() - started
+    return Evaluation(step, loss, perplexity(loss), num_tokens, seconds)
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _groups(batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
+    """Of micro-batches that have a target; the model refuses a call without any."""
+    useful = (batch for batch in batches if bool((batch["labels"][:, 1:] != -100).any()))
+    while group := list(islice(useful, _TOGETHER)):
+        yield group
+
+
+class Evaluator:
+    """Evaluates when it is due: at steps or epochs as the settings say, and at the end."""
+
+    def __init__(
+        self,
+        model: HostModel,
+        rows: Rows,
+        config: TrainConfig,
+        *,
+        num_steps: int,
+        pad_id: int,
+        epochs_done: int = 0,
+    ) -> None:
+        self._model, self._rows, self._pad_id = model, rows, pad_id
+        self._strategy, self._every = config.eval_strategy, config.eval_steps
+        self._num_steps = num_steps
+        self._batch = config.per_device_eval_batch_size or config.per_device_train_batch_size
+        self._epochs_done = epochs_done
+
+    def run(self, step: int) -> Evaluation:
+        return evaluate(self._model, self._rows, micro_batch_size=self._batch, pad_id=self._pad_id, step=step)
+
+    def after(self, step: int, epoch: float, *, is_last: bool = False) -> Evaluation | None:
+        """The evaluation that is due after a step, if one is. is_last: the run ends here, early or not."""
+        crossed = int(epoch) > self._epochs_done
+        self._epochs_done = int(epoch)
+        is_due = (
+            is_last
+            or step == self._num_steps
+            or self._strategy == "steps"
+            and step % self._every == 0
+            or self._strategy == "epoch"
+            and crossed
+        )
+        return self.run(step) if is_due else None

@@ -1,0 +1,239 @@
+"""Trying a model: completion of a text, and conversation, through transformers' own `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from horizon_lm.checkpoint.places import look, may_be_on_hub, no_model
+from horizon_lm.data.chat import ChatTemplate
+from horizon_lm.data.tokenizer import load_tokenizer
+from horizon_lm.errors import ConfigError, DataError, HorizonError
+from horizon_lm.io import files
+from horizon_lm.machine.device import resolve_device
+from horizon_lm.model.configuration import reason_of
+from horizon_lm.model.pretrained import TO_GENERATE, read_pretrained
+from horizon_lm.model.quiet import quiet_transformers
+from horizon_lm.words import count, size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_LARGEST_PROMPTS = 64_000_000  # bytes of a file of prompts
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0: the likeliest token always. The same seed and prompt give the same text."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.7
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+
+class Generator:
+    """A model that is whole on one device, and its tokenizer."""
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
+        self._model, self.tokenizer, self.device = model, tokenizer, device
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        device: str | torch.device = "auto",
+        trust_remote_code: bool = False,
+        verb: str = "generate",
+    ) -> Generator:
+        """From a Hugging Face folder or name, or a run's folder, which holds one as `model`.
+
+        device: "auto" is the GPU where the weights take less than half of what is free there.
+        verb: the command that asks, for errors. Raises ConfigError, and DataError where weights are missing.
+        """
+        place = model_folder(source, verb)
+        tokenizer = load_tokenizer(str(place), trust_remote_code=trust_remote_code, key="model")
+        try:
+            with quiet_transformers():
+                model: Any = read_pretrained(
+                    str(place),
+                    TO_GENERATE,
+                    dtype="auto",
+                    use_safetensors=True,
+                    trust_remote_code=trust_remote_code,
+                    local_files_only=Path(place).is_dir(),
+                )
+        except HorizonError:
+            raise
+        except Exception as error:  # transformers raises many kinds; each means "no model"
+            raise ConfigError(
+                f"no model could be loaded from {source}: {reason_of(error)}",
+                hint="give a folder in Hugging Face format, or a run's output_dir",
+            ) from error
+        chosen = _device_for(model, device)
+        return cls(model.to(chosen).eval(), tokenizer, chosen)
+
+    def complete(
+        self,
+        prompt: str,
+        sampling: Sampling,
+        *,
+        special_tokens: bool = True,
+        on_text: Callable[[str], None] | None = None,
+    ) -> str:
+        """What the model writes after `prompt`; `on_text` gets it piece by piece while it is made.
+
+        special_tokens: begin as the tokenizer begins a text; False for a prompt made by a chat template.
+        """
+        ids = self.tokenizer(prompt, add_special_tokens=special_tokens).input_ids
+        ids = ids or [self.tokenizer.eos_token_id]  # an empty prompt: a new document
+        rows = int(self._model.get_input_embeddings().weight.shape[0])
+        if max(ids) >= rows:
+            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise DataError(
+                f"the prompt has token {max(ids)} ({token!r}), and the model's embeddings have "
+                f"{count(rows, 'row')}",
+                hint="give it the tokenizer that the model was trained with",
+            )
+        inputs = torch.tensor([ids], device=self.device)
+        draw: dict[str, Any] = {"do_sample": False}
+        if sampling.temperature:
+            draw = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        with torch.inference_mode(), torch.random.fork_rng(), _cannot_write(self._model):
+            torch.manual_seed(sampling.seed)
+            output = self._model.generate(
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=sampling.max_new_tokens,
+                repetition_penalty=sampling.repetition_penalty,
+                num_beams=1,  # generation_config.json may ask for 10^9, and a stream cannot show any
+                num_return_sequences=1,
+                pad_token_id=self.tokenizer.eos_token_id,
+                eos_token_id=self._stops(),
+                streamer=_streamer(self.tokenizer, on_text),
+                **draw,
+            )
+        return str(self.tokenizer.decode(output[0, inputs.shape[1] :].tolist(), skip_special_tokens=True))
+
+    def _stops(self) -> list[int]:
+        """The tokens that end a text: the model's, the tokenizer's, and a chat's end of turn."""
+        named = self._model.generation_config.eos_token_id
+        stops = set(named if isinstance(named, list) else [named]) | {self.tokenizer.eos_token_id}
+        known = self.tokenizer.get_added_vocab()
+        template = str(self.tokenizer.chat_template or "")
+        stops |= {known[mark] for mark in _END_OF_TURN if mark in known and mark in template}
+        return sorted(stop for stop in stops if stop is not None)
+
+
+@contextmanager
+def _cannot_write(model: Any) -> Iterator[None]:
+    """Turns what transformers raises for impossible values of config.json and generation_config.json."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
+        raise ConfigError(
+            f"a {type(model).__name__} cannot generate by its configuration: {reason_of(error)}",
+            hint="check config.json and generation_config.json of the model",
+        ) from error
+
+
+_END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "</s>")
+
+
+class Chat:
+    """Keeps the messages of a conversation; `reset` forgets them."""
+
+    def __init__(self, generator: Generator, system: str | None = None) -> None:
+        self._generator = generator
+        try:
+            self._template = ChatTemplate(generator.tokenizer)
+        except DataError as error:
+            raise ConfigError(
+                "the tokenizer of this model has no chat template",
+                hint="horizon generate completes text with any model; a tuned model keeps its template",
+            ) from error
+        self.system = system
+        self.messages: list[dict[str, Any]] = []
+
+    def reset(self) -> None:
+        self.messages = []
+
+    def say(self, text: str, sampling: Sampling, on_text: Callable[[str], None] | None = None) -> str:
+        """The model's answer to `text`, which becomes part of the conversation."""
+        asked = [*self.messages, {"role": "user", "content": text}]
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        prompt = self._template.prompt([*system, *asked])
+        answer = self._generator.complete(prompt, sampling, special_tokens=False, on_text=on_text).strip()
+        self.messages = [*asked, {"role": "assistant", "content": answer}]
+        return answer
+
+
+def model_folder(source: str | Path, verb: str = "generate") -> str | Path:
+    """The folder of the model itself, where `source` is that of a run; a name on the Hub as it is.
+
+    Raises ConfigError where there is no model, with what is there instead. verb: the command that asks.
+    """
+    looked = look(source)
+    if looked.model is not None:
+        return looked.model
+    name = str(source)
+    if looked.kind == "absent" and not name.startswith((".", "/", "~")) and may_be_on_hub(name):
+        return source
+    raise no_model(looked, verb)
+
+
+def _device_for(model: Any, device: str | torch.device) -> torch.device:
+    if isinstance(device, torch.device):
+        wanted = device
+    else:
+        wanted = resolve_device(device)
+        if device != "auto":
+            return wanted
+    if wanted.type != "cuda":
+        return wanted
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return wanted if 2 * size < torch.cuda.mem_get_info(wanted)[0] else torch.device("cpu")
+
+
+def _streamer(tokenizer: Any, on_text: Callable[[str], None] | None) -> Any:
+    """transformers' streamer, which holds back what may still change, with our function at its end."""
+    if on_text is None:
+        return None
+    write = on_text
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if text:
+                write(text)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def prompts_of(texts: Sequence[str]) -> list[str]:
+    """Prompts from the command line; `@FILE` stands for the lines of a file. Raises ConfigError."""
+    prompts: list[str] = []
+    for text in texts:
+        if not text.startswith("@"):
+            prompts.append(text)
+            continue
+        try:
+            content = files.read_stream(Path(text[1:]).expanduser(), _LARGEST_PROMPTS + 1)
+            lines = content.decode().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"{text[1:]} cannot be read: {error}", hint="--prompt @FILE reads one a line"
+            ) from error
+        if len(content) > _LARGEST_PROMPTS:
+            raise ConfigError(
+                f"{text[1:]} is larger than {size(_LARGEST_PROMPTS)}", hint="--prompt @FILE reads one a line"
+            )
+        prompts += [line for line in lines if line.strip()]
+    return prompts

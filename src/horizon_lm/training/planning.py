@@ -1,0 +1,151 @@
+"""The plan of a run before it starts: choices made out, what cannot work refused, a dry run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from horizon_lm.checkpoint.run_folder import claim
+from horizon_lm.config import TrainConfig
+from horizon_lm.data import StreamLoader, TrainingData, load_training_data
+from horizon_lm.errors import DoesNotFitError, HorizonError, UnsupportedModelError
+from horizon_lm.plan.outline_cache import outline_cache
+from horizon_lm.plan.run_plan import RunPlan, plan_run
+from horizon_lm.plan.show import describe
+from horizon_lm.plan.step_size import CUT, rows_wanted
+from horizon_lm.report.display import Progress
+from horizon_lm.schedule import build_steps, check
+from horizon_lm.training import describe as words_of
+from horizon_lm.training.checks import check_sources
+from horizon_lm.words import count, size
+
+
+def plan_and_read(
+    config: TrainConfig, progress: Progress, cut: Mapping[str, int]
+) -> tuple[TrainConfig, RunPlan | None, TrainingData]:
+    """The settings with what they left open made out, the plan behind them, and the data.
+
+    What does not fit is refused before the data is tokenised, unless the data decides the size of a step
+    (tokens_per_step=auto, or more than an epoch). cut: that of a step of the run that is resumed, which stays
+    as it is on any machine, since the bits depend on it; empty for a new run. Raises as `settle` and
+    `load_training_data` do.
+    """
+    asked = config.tokens_per_step
+    if cut:
+        rows = cut[CUT[0]] * cut[CUT[1]]
+        config = config.replace(**cut, tokens_per_step=rows * config.max_length)
+        config, plan = settle(config, progress, pinned=frozenset({*config.model_fields_set, *cut}))
+        config = config.replace(tokens_per_step=asked)
+        return config, plan, read_data(config, progress)
+    data = None
+    if asked != "auto":
+        try:
+            found, plan = settle(config, progress)
+        except DoesNotFitError:
+            if not _might_fit_less(config):
+                raise
+            data = read_data(config, progress)
+            if not _is_sized_by_data(config, data):
+                raise
+        else:
+            data = read_data(found, progress)
+            if not _is_sized_by_data(config, data):
+                return found, plan, data
+    data = read_data(config, progress) if data is None else data
+    tokens = wanted_rows(config, data) * config.max_length
+    progress.stage(f"tokens_per_step={asked}: {count(tokens, 'token')} a step for this data")
+    found, plan = settle(config.replace(tokens_per_step=tokens), progress)
+    data.loader.cut(found.per_device_train_batch_size, found.gradient_accumulation_steps)
+    return found.replace(tokens_per_step=asked), plan, data
+
+
+def read_data(config: TrainConfig, progress: Progress) -> TrainingData:
+    """Read and tokenise, and say what there is and what was left out. Raises DataError and ConfigError."""
+    progress.stage("reading the data")
+    data = load_training_data(config)
+    progress.stage(words_of.about_data(data))
+    for text, is_warning in words_of.left_out(data):
+        (progress.warn if is_warning else progress.stage)(text)
+    return data
+
+
+def wanted_rows(config: TrainConfig, data: TrainingData) -> int:
+    """The sequences of a step by `tokens_per_step`, which is not null."""
+    sequences = None if isinstance(data.loader, StreamLoader) else len(data.rows)
+    return rows_wanted(config, sequences, data.store.counts.is_text)
+
+
+def _might_fit_less(config: TrainConfig) -> bool:
+    """Whether the smallest step would fit, so that it is worth to look at how much data there is."""
+    if config.tokens_per_step is None or config.streaming:
+        return False
+    tokens = rows_wanted(config, 1, False) * config.max_length
+    smallest = _planned(config.replace(tokens_per_step=tokens, skip_memory_check=True))
+    return smallest.planner.fits(smallest.config)
+
+
+def _is_sized_by_data(config: TrainConfig, data: TrainingData) -> bool:
+    """Whether `tokens_per_step`, if it is a number, is more than an epoch."""
+    tokens = config.tokens_per_step
+    if not isinstance(tokens, int):
+        return False
+    return wanted_rows(config, data) != max(1, tokens // config.max_length)
+
+
+def settle(
+    config: TrainConfig, progress: Progress, pinned: frozenset[str] | None = None
+) -> tuple[TrainConfig, RunPlan | None]:
+    """The settings with what they left open made out, and the plan behind them.
+
+    pinned: the keys that stay as they are; by default those that the user named. Raises ConfigError and
+    DoesNotFitError. A model that cannot be outlined without its weights runs as configured, with a warning;
+    if it cannot be streamed at all, loading it says so.
+    """
+    try:
+        plan = _planned(config, pinned, counted=True)
+    except UnsupportedModelError as error:
+        if config.tokens_per_step is not None:
+            raise
+        progress.warn(f"no plan: {error.message}")
+        return config, None
+    found = plan.prediction
+    progress.stage(
+        f"plan: {size(found.host_bytes)} of host memory"
+        + (f", {size(found.device_bytes)} on the device" if found.device else "")
+        + f"; {', '.join(_in_words(plan))}"
+    )
+    return plan.config, plan
+
+
+def _planned(config: TrainConfig, pinned: frozenset[str] | None = None, *, counted: bool = False) -> RunPlan:
+    """counted: with the FLOPs of its layers, where these can be counted."""
+    with outline_cache(config) as cache:
+        plan = plan_run(config, pinned=pinned, cache=cache)
+        if counted:
+            plan.planner.outline.count()
+        return plan
+
+
+def _in_words(plan: RunPlan) -> list[str]:
+    shown = ("activations", "boundaries", "update")
+    return [
+        f"{c.key} {' '.join(c.value) if isinstance(c.value, list) else c.value}"
+        for c in plan.choices
+        if c.key in shown
+    ]
+
+
+def dry_run(config: TrainConfig) -> str:
+    """Plan a run, build and check the schedule of two steps in a row, simulate one; nothing is trained and
+    nothing stays on the disk. Returns what to print. Raises as `train` does before it starts."""
+    with claim(config.output_dir, overwrite=config.overwrite_output_dir) as folder:
+        check_sources(config, folder)
+        plan = _planned(config)
+    step = plan.prediction.plan
+    ops = build_steps(step, 2)
+    faults = check(ops, step)
+    if faults:
+        raise HorizonError(
+            f"the schedule has a fault: {faults[0]}", hint="please report it with `horizon env`"
+        )
+    text = describe(plan, largest=False, timeline=True)
+    return f"{text}\n{count(len(ops), 'op')} of two steps in a row were checked; nothing was trained"

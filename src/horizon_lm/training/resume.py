@@ -1,0 +1,354 @@
+"""Going on from a checkpoint: which one, whether the settings still fit it, and the state put back."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from horizon_lm.checkpoint import folder as checkpoints
+from horizon_lm.checkpoint import places, units
+from horizon_lm.checkpoint.disk import checksum
+from horizon_lm.checkpoint.folder import Checkpoint, Rejected
+from horizon_lm.checkpoint.manifest import Manifest
+from horizon_lm.checkpoint.reader import load_units, read_small
+from horizon_lm.checkpoint.run_folder import RunFolder
+from horizon_lm.checkpoint.writer import BUFFERS
+from horizon_lm.config import DatasetConfig, TrainConfig
+from horizon_lm.errors import CheckpointError, ConfigError, DataError
+from horizon_lm.host_model import HostModel
+from horizon_lm.plan.step_size import CUT
+from horizon_lm.training import paths
+from horizon_lm.training.loop import LoopState
+from horizon_lm.words import count
+
+LATEST, AUTO = "latest", "auto"
+
+# Settings that change where bytes are, when work is done, or what is reported, and never a bit of the result
+# (tests/test_lanes.py, tests/test_resume.py), and those that only decide what a fault leads to.
+FREE = frozenset(
+    {
+        *("lanes", "slots", "grad_slots", "grad_slabs", "boundary_slots", "boundaries", "activations"),
+        *("checkpoint_interval", "optimizer_threads", "update", "reserve_host_gb", "skip_memory_check"),
+        *("trust_remote_code", "dataset_num_proc", "dataset_cache_dir", "dataloader_num_workers"),
+        *("eval_datasets", "eval_strategy", "eval_steps", "eval_on_start", "per_device_eval_batch_size"),
+        *("output_dir", "overwrite_output_dir", "run_name", "logging_steps", "report_to", "project"),
+        *("peak_tflops", "plot_loss", "save_dtype", "max_shard_size", "sample_prompt"),
+        *("sample_max_new_tokens", "progress"),
+        *("save_strategy", "save_steps", "save_minutes", "save_first_step", "save_total_limit"),
+        *("save_last", "save_keep_every", "save_in_background", "save_on_signal", "save_patience_seconds"),
+        *("max_failed_saves", "resume_from_checkpoint", "allow_changed_settings", "deadline_minutes"),
+        *("nonfinite", "max_skipped_steps", "loss_spike", "loss_spike_sigmas", "loss_spike_window"),
+        *("max_rollbacks", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+        *("early_stopping_patience", "early_stopping_threshold"),
+        *("push_to_hub", "hub_model_id", "hub_private_repo", "allow_missing", "allow_unexpected"),
+    }
+)
+# Settings that the bytes of a checkpoint depend on: no yes helps.
+FIXED = frozenset({"dtype", "moment_dtype", "optim", "init_model", "freeze", "new_tokens"})
+# How long the run is: changed on purpose or not at all, so no yes is asked for; it is said what it does.
+LENGTH = frozenset({"max_steps", "num_train_epochs"})
+
+
+@dataclass(frozen=True)
+class Resume:
+    """checkpoints: what can be resumed from, best first. in_place: they lie in the run's own folder, whose
+    metrics go on."""
+
+    checkpoints: tuple[Checkpoint, ...]
+    in_place: bool
+
+
+def wants_own_folder(config: TrainConfig) -> bool:
+    """Whether the run may go on in an output_dir that holds it already."""
+    source = config.resume_from_checkpoint
+    if source in (LATEST, AUTO):
+        return True
+    return source is not None and _lies_in(Path(source).expanduser(), Path(config.output_dir).expanduser())
+
+
+def find(config: TrainConfig, folder: RunFolder, warn: Callable[[str], None]) -> Resume | None:
+    """What the settings ask to resume from; None for a new run. Raises CheckpointError, ConfigError."""
+    source = config.resume_from_checkpoint
+    if source is None:
+        return None
+    place = folder.path if source in (LATEST, AUTO) else Path(source).expanduser()
+    if source == AUTO:
+        found, rejected = checkpoints.list_checkpoints(place)
+        if not found and not rejected:
+            return None
+    looked = places.look(place)
+    if not looked.checkpoints and not looked.rejected:
+        error = places.no_checkpoint(looked, "resume")
+        if source == LATEST:
+            error.hint = f"{error.hint}; resume_from_checkpoint=auto starts a new run where there is none"
+        raise error
+    found = checkpoints.candidates(place, warn)
+    check_settings(config, found[0])
+    if config.max_steps > 0:
+        _check_length(config, found[0], config.max_steps, found[0].manifest.step)
+    return Resume(tuple(found), _lies_in(place, folder.path))
+
+
+def _lies_in(place: Path, run: Path) -> bool:
+    return place.resolve() in (run.resolve(), *(p.resolve() for p in run.glob("checkpoint-*")))
+
+
+def check_settings(config: TrainConfig, checkpoint: Checkpoint) -> None:
+    """Raises ConfigError, naming them, for settings that alter results and are not what they were."""
+    changed = changed_settings(config, checkpoint)
+    for title, keys, hint in (
+        (
+            "cannot be changed in a run",
+            FIXED,
+            "start a new run: model_name_or_path=RUN/model, another output_dir",
+        ),
+        (
+            "alter the results of the run that is resumed",
+            changed.keys() - FREE - FIXED - LENGTH,
+            "allow_changed_settings=true resumes with the new values",
+        ),
+    ):
+        named = [key for key in changed if key in keys]
+        if named and not (config.allow_changed_settings and keys != FIXED):
+            parts = [f"{key} was {_short(changed[key][0])}, is {_short(changed[key][1])}" for key in named]
+            raise ConfigError(f"settings that {title}: {'; '.join(parts)}", hint=hint)
+
+
+def _whole(entries: Any) -> Any:
+    """Entries of datasets with the defaults of settings that did not exist when they were saved."""
+    if not isinstance(entries, list):
+        return entries
+    defaults = DatasetConfig(path="a").model_dump()
+    return [{**defaults, **entry} if isinstance(entry, dict) else entry for entry in entries]
+
+
+def cut_of(resume: Resume | None, config: TrainConfig) -> dict[str, int]:
+    """The cut of a step of the run that is resumed, where `tokens_per_step` had left it to the planner; empty
+    for a new run, and where the settings now name another step."""
+    return _cut_in(resume.checkpoints[0], config) if resume is not None else {}
+
+
+def _cut_in(checkpoint: Checkpoint, config: TrainConfig) -> dict[str, int]:
+    saved, tokens = checkpoint.manifest.config, config.tokens_per_step
+    same = ("tokens_per_step", "max_length")
+    if tokens is None or any(saved.get(key) != getattr(config, key) for key in same):
+        return {}
+    cut = {key: int(saved[key]) for key in CUT}
+    given = {key: getattr(config, key) for key in CUT}
+    # Both named, and not the tokens that are asked for: files of earlier versions, which named what was open.
+    both = config.model_fields_set.issuperset(CUT)
+    is_odd = both and tokens != "auto" and math.prod(given.values()) != max(1, tokens // config.max_length)
+    for key in CUT:
+        is_open = key not in config.model_fields_set or is_odd and given[key] == _default(key)
+        if not is_open and given[key] != cut[key]:
+            return {}
+    return cut
+
+
+def _default(key: str) -> Any:
+    return TrainConfig.model_fields[key].default
+
+
+def changed_settings(config: TrainConfig, checkpoint: Checkpoint) -> dict[str, tuple[Any, Any]]:
+    """Setting -> (value then, value now), where they differ. A setting that is newer than the checkpoint had
+    its default then. Files whose content is compared later may be at another path."""
+    saved, now = checkpoint.manifest.config, {**config.to_dict(), **_cut_in(checkpoint, config)}
+    if config.tokens_per_step is not None:  # what is open is not changed
+        now |= {key: saved[key] for key in CUT if key not in config.model_fields_set}
+    fields = TrainConfig.model_fields.items()
+    newer: dict[str, Any] = {
+        k: field.get_default(call_default_factory=True)
+        for k, field in fields
+        if k not in saved and not field.is_required()
+    }
+    lists: dict[str, Any] = {key: _whole(saved[key]) for key in ("datasets", "eval_datasets") if key in saved}
+    then: dict[str, Any] = {**newer, **saved, **lists}
+    changed = {key: (then[key], now[key]) for key in now if key in then and then[key] != now[key]}
+    return {key: pair for key, pair in changed.items() if not _is_other_path(key, *pair, checkpoint, config)}
+
+
+def _is_other_path(key: str, then: Any, now: Any, checkpoint: Checkpoint, config: TrainConfig) -> bool:
+    """Whether only the path of the same thing differs, or of one that is known by its content: tokens and
+    their marks by their fingerprint, a tokenizer by its file, a model by its configuration."""
+    if key == "datasets":
+        if len(then) != len(now):
+            return False
+        pairs = list(zip(then, now, strict=True))
+        kept = DatasetConfig.model_fields.keys() - {"path", "follow_links"}
+        same = all(old[k] == new[k] for old, new in pairs for k in kept if k in old)
+        moved = [(old["path"], new["path"]) for old, new in pairs]
+        return same and (not config.streaming or all(_is_same_path(*pair, checkpoint) for pair in moved))
+    if not isinstance(then, str) or not isinstance(now, str):
+        return False
+    if key == "tokenizer_name_or_path":
+        return "tokenizer.json" in checkpoint.manifest.files or _is_same_path(then, now, checkpoint)
+    if key == "chat_template":
+        return paths.is_template_file(then) and paths.is_template_file(now)
+    return key == "model_name_or_path"
+
+
+def _is_same_path(then: str, now: str, checkpoint: Checkpoint) -> bool:
+    """Whether both name one file or folder, or one name on the Hub; `then` may be relative."""
+    output_dir = Path(str(checkpoint.manifest.config.get("output_dir", "."))).expanduser()
+    bases = paths.places_of(output_dir, checkpoint.path.resolve().parent)
+    place = Path(now).expanduser().resolve()
+    return then == now or any((base / Path(then).expanduser()).resolve() == place for base in bases)
+
+
+def _check_model(checkpoint: Checkpoint, small_files: Mapping[str, bytes], config: TrainConfig) -> None:
+    """Refuse a model at another path whose configuration differs; its weights do not matter."""
+    then, now = checkpoint.manifest.config.get("model_name_or_path"), config.model_name_or_path
+    if then == now or config.allow_changed_settings or "config.json" not in small_files:
+        return
+    old, new = (
+        json.loads(data) for data in (read_small(checkpoint, "config.json"), small_files["config.json"])
+    )
+    unimportant = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
+    keys = sorted(k for k in old.keys() | new.keys() if k not in unimportant and old.get(k) != new.get(k))
+    if keys:
+        what = "; ".join(f"{key} was {_short(old.get(key))}, is {_short(new.get(key))}" for key in keys)
+        raise ConfigError(
+            f"model_name_or_path={now!r} is not the model of {checkpoint.path}: {what}",
+            hint=f"model_name_or_path={then} or its copy; allow_changed_settings=true resumes all the same",
+        )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def restore(
+    resume: Resume,
+    model: HostModel,
+    load_state: Callable[[Manifest], None],
+    small_files: Mapping[str, bytes],
+    config: TrainConfig,
+    warn: Callable[[str], None],
+) -> Checkpoint:
+    """Put the model and (`load_state`) the trainer back to the best checkpoint whose content is right.
+
+    small_files: configuration and tokenizer of now. Raises CheckpointError where no content is right,
+    DataError where the data or the tokenizer have changed, ConfigError where it is another model.
+    """
+    rejected = []
+    for checkpoint in resume.checkpoints:
+        try:
+            _check_model(checkpoint, small_files, config)
+            load_checkpoint(checkpoint, model)
+            _check_tokenizer(checkpoint, small_files)
+            try:
+                load_state(checkpoint.manifest)
+            except DataError:
+                raise
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise CheckpointError(f"{checkpoint.path}: its state cannot be read: {error!r}") from error
+            return checkpoint
+        except CheckpointError as error:
+            warn(f"passed over {error.message}")
+            rejected.append(Rejected(checkpoint.path, error.message))
+    raise checkpoints.none_valid(resume.checkpoints[0].path.parent, rejected)
+
+
+def _check_tokenizer(checkpoint: Checkpoint, small_files: Mapping[str, bytes]) -> None:
+    """Other words for the same numbers would go unnoticed by a look at the numbers."""
+    name = "tokenizer.json"
+    _, then = checkpoint.manifest.files.get(name, (0, None))
+    if then is not None and name in small_files and checksum(small_files[name]) != then:
+        raise DataError(
+            f"the tokenizer is not the one that {checkpoint.path} was trained with",
+            hint="restore the data, the tokenizer and the settings of the group Data, or start a new run",
+        )
+
+
+def load_checkpoint(checkpoint: Checkpoint, model: HostModel) -> None:
+    """Fill the model's store and buffers. Raises CheckpointError."""
+    model.state_is_being_replaced()
+    load_units(checkpoint, model.store)
+    rows = saved_buffers(model)
+    path = checkpoint.path / BUFFERS
+    read_small(checkpoint, BUFFERS)  # checks it
+    with open(path, "rb") as file:
+        units.read(file.fileno(), rows, str(path))
+    for (name, value), (_, buffer) in zip(rows, _persistent_buffers(model), strict=True):
+        assert value.shape == buffer.shape, name
+        buffer.copy_(value)
+    try:
+        steps_done = int(checkpoint.manifest.state["steps_done"])
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{checkpoint.path}: its state has no steps_done") from None
+    model.state_was_replaced(steps_done)
+
+
+def saved_buffers(model: HostModel) -> list[tuple[str, torch.Tensor]]:
+    """Copies, in host memory, of the buffers that belong to the saved model."""
+    return [(name, b.detach().cpu().contiguous().clone()) for name, b in _persistent_buffers(model)]
+
+
+def _persistent_buffers(model: HostModel) -> Sequence[tuple[str, torch.Tensor]]:
+    module = model.skeleton.model
+    found = []
+    for name, buffer in module.named_buffers(remove_duplicate=False):
+        path, _, local = name.rpartition(".")
+        if local not in module.get_submodule(path)._non_persistent_buffers_set:
+            found.append((name, buffer))
+    return found
+
+
+def loop_state(state: dict[str, Any]) -> LoopState:
+    return LoopState(**{key: int(state["loop"][key]) for key in ("step", "skipped_in_a_row", "rollbacks")})
+
+
+# What is said of it.
+
+
+def about(
+    checkpoint: Checkpoint,
+    config: TrainConfig,
+    folder: RunFolder,
+    step: int,
+    num_steps: int,
+    learning_rate: Callable[[int], float],
+) -> list[str]:
+    """What happens next, in sentences. step: the last that is done. Raises ConfigError for a run that is to
+    be shorter than it is already."""
+    _check_length(config, checkpoint, num_steps, step)
+    changed = {key: pair for key, pair in changed_settings(config, checkpoint).items() if key in LENGTH}
+    first = f"resumed from {checkpoint.path}, after step {step}"
+    looked = places.look(folder.path)
+    is_own = checkpoint.path.resolve().parent == folder.path.resolve()
+    if is_own and looked.step > step:
+        again = f"steps {step + 1}-{looked.step} are" if looked.step > step + 1 else f"step {looked.step} is"
+        first += f"; {again} done again"
+    lines = [first]
+    if changed and num_steps > step:
+        was = ", ".join(f"{key} was {old}, is {new}" for key, (old, new) in changed.items())
+        last = checkpoint.manifest.state.get("last") or {}
+        before = last.get("learning_rate")
+        rate = f" (after {before:.2e} at step {last['step']})" if before is not None else ""
+        lines.append(
+            f"{was}: the learning rate follows the curve of {count(num_steps, 'step')} and goes on at "
+            f"{learning_rate(step):.2e}{rate}"
+        )
+    if num_steps == step:
+        lines.append(
+            f"all {count(num_steps, 'step')} are done: the model is written again; max_steps=N trains further"
+        )
+    return lines
+
+
+def _check_length(config: TrainConfig, checkpoint: Checkpoint, num_steps: int, step: int) -> None:
+    """Raises ConfigError for a run that is to be shorter than it is already."""
+    if num_steps < step:
+        key = "max_steps" if config.max_steps > 0 else "num_train_epochs"
+        raise ConfigError(
+            f"{key}={getattr(config, key)}: the run would have {count(num_steps, 'step')}, and "
+            f"{checkpoint.path} is after step {step:,}",
+            hint=f"max_steps={step + max(1, step // 10)} trains further; or name an earlier checkpoint",
+        )

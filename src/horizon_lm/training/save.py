@@ -1,0 +1,273 @@
+"""When a run saves, and what it says about it: checkpoints beside training, rollback, the end of a run."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+from horizon_lm.checkpoint import folder as checkpoints
+from horizon_lm.checkpoint.disk import Disk
+from horizon_lm.checkpoint.manifest import Manifest
+from horizon_lm.checkpoint.writer import CheckpointWriter, Outcome
+from horizon_lm.config import TrainConfig
+from horizon_lm.engine.policies import DTYPES
+from horizon_lm.errors import CheckpointError, DoesNotFitError, StoppedError
+from horizon_lm.host_model import HostModel
+from horizon_lm.io.leftovers import temporary_folder
+from horizon_lm.memory.store import predict_bytes
+from horizon_lm.report.events import StepRecord
+from horizon_lm.training import paths
+from horizon_lm.training.best import Best
+from horizon_lm.training.resume import load_checkpoint, saved_buffers
+from horizon_lm.training.signals import REQUEUE, StopRequest
+from horizon_lm.words import count, size
+
+_NOT_SAVED = ("grads", "grad_slabs")
+_MARGIN = 1.1  # of free disk space over what a checkpoint needs
+_SMALL = 1_000_000_000  # bytes: save_last=auto keeps the end of any run whose checkpoint takes no more
+
+
+class Saver:
+    """Saves checkpoints of one run.
+
+    state: gives what the manifest keeps of the trainer, as of the last step. small_files: configuration and
+    tokenizer. report: told how each checkpoint ended. best: names the checkpoint that is kept whatever comes
+    after it. parent: the checkpoint that the run began from.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        model: HostModel,
+        config: TrainConfig,
+        *,
+        state: Callable[[], dict[str, Any]],
+        load_state: Callable[[Manifest], None],
+        small_files: dict[str, bytes],
+        versions: dict[str, str],
+        report: Callable[[Outcome], None],
+        best: Best,
+        parent: str | None = None,
+        disk: Disk | None = None,
+    ) -> None:
+        self._run, self._model, self._config = run, model, config
+        self._state, self._load_state, self._report = state, load_state, report
+        self._small_files, self._versions, self._parent = small_files, versions, parent
+        self._best = best
+        self._disk = disk or Disk()
+        self._writer: CheckpointWriter | None = None
+        self._failed_in_a_row = 0
+        self._is_extra = False  # the end of a run is worth no failure of the run
+        self._saved_step = -1
+        self._epochs = int(state()["loader"].get("epoch", 0))
+        self._last_save = time.monotonic()
+        self._save_seconds = self._step_seconds = 0.0
+        with suppress(OSError):
+            checkpoints.sweep(run, self._disk)  # what a killed run left; the run's lock is held
+        found, _ = checkpoints.list_checkpoints(run)
+        self._serial = 1 + max((c.manifest.serial for c in found), default=0)
+        self.num_bytes = sum(
+            n
+            for name, n in predict_bytes(model.store.units, model.store.spec).items()
+            if name not in _NOT_SAVED
+        )
+        model.engine.lanes.disk.patience_seconds = config.save_patience_seconds
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """What is being written is finished, also when the run failed; not when it is to end at once."""
+        if self._writer is None:
+            return
+        if kind is not None and not issubclass(kind, Exception):
+            self._writer.abandon()
+            return
+        with suppress(*(() if kind is None else (Exception,))):  # what failed the run is what is told
+            self.finish()
+
+    # After a step.
+
+    def after(self, record: StepRecord, *, is_last: bool, is_best: bool = False) -> None:
+        """Save if it is due, and report what has ended meanwhile. Raises DoesNotFitError for the last of too
+        many failures. is_best: a best evaluation, which is saved unless the model is exported now anyway."""
+        self._step_seconds = max(record.seconds, 0.5 * self._step_seconds)
+        self.poll()
+        if record.rolled_back_to is not None:
+            return
+        if self._is_due(record) or is_best and not is_last:
+            self.save(record.step, background=self._config.save_in_background and not is_last)
+        elif is_last and self._keeps_end(record.step):
+            self._save_end(record.step)
+
+    def _is_due(self, record: StepRecord) -> bool:
+        config = self._config
+        crossed, self._epochs = int(record.epoch) > self._epochs, int(record.epoch)
+        if config.save_strategy == "no":
+            return False
+        if record.step == 1 and config.save_first_step:
+            return True
+        return {
+            "steps": record.step % config.save_steps == 0,
+            "epoch": crossed,
+            "time": time.monotonic() - self._last_save >= 60 * config.save_minutes,
+        }[config.save_strategy]
+
+    def _keeps_end(self, num_steps: int) -> bool:
+        """Whether the end of a run of so many steps is saved although no other setting asks for it."""
+        config = self._config
+        if config.save_strategy == "no" or config.save_last is False:
+            return False
+        is_long = config.save_strategy != "steps" or num_steps >= config.save_steps
+        return config.save_last is True or is_long or self.num_bytes <= _SMALL
+
+    def _save_end(self, step: int) -> None:
+        """Save the end of the run if the disk has room for that and the model; a failure does not matter."""
+        model = self._model.num_parameters * DTYPES[self._config.save_dtype or self._config.dtype].itemsize
+        self._is_extra = True
+        self.save(step, background=False, beside_bytes=model)
+
+    def save(self, step: int, *, background: bool, beside_bytes: int = 0) -> None:
+        """Save the state after `step`; done on return, or going on in the background. beside_bytes: what else
+        the disk must have room for."""
+        self.finish()
+        self._last_save = time.monotonic()
+        problem = self._no_room(beside_bytes)
+        if problem is not None:
+            self._ended(Outcome(step, None, problem, 0, 0.0))
+            return
+        self._writer = CheckpointWriter(
+            self._run,
+            self._model.store,
+            Manifest(
+                step=step,
+                serial=self._serial,
+                files={},
+                config=paths.absolute(self._config).to_dict(),
+                state=self._state(),
+                versions=self._versions,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                parent=self._parent,
+            ),
+            small_files=self._small_files,
+            buffers=saved_buffers(self._model),
+            disk=self._disk,
+            keep_last=self._config.save_total_limit,
+            keep_every=self._config.save_keep_every,
+            keep=self._best.keep(step),
+        )
+        self._serial += 1
+        self._model.save_state(self._writer, background=background)
+        if not background:
+            self.finish()
+
+    def _no_room(self, beside_bytes: int = 0) -> str | None:
+        """Why a checkpoint is not even begun."""
+        try:
+            checkpoints.sweep(self._run, self._disk)
+            free = shutil.disk_usage(self._run).free
+        except OSError as error:
+            return f"{error.strerror or error} ({self._run})"
+        needed = int(_MARGIN * (self.num_bytes + beside_bytes))
+        what = "it and the trained model need" if beside_bytes else "it needs"
+        return f"{what} {size(needed)} of disk space, {size(free)} are free" if needed > free else None
+
+    def poll(self) -> None:
+        """Report a checkpoint that has ended in the background."""
+        writer = self._writer
+        if writer is None:
+            return
+        if writer.outcome is None and writer.was_abandoned and not self._model.is_saving:
+            seconds = self._config.save_patience_seconds
+            writer.give_up(f"the disk has not answered for {seconds:g} s (save_patience_seconds)")
+        if writer.outcome is not None:
+            self._writer = None
+            self._ended(writer.outcome)
+
+    def finish(self) -> None:
+        """Wait for what is being written, and report it."""
+        if self._writer is not None:
+            self._model.finish_saving()
+            self.poll()
+
+    def _ended(self, outcome: Outcome) -> None:
+        self._best.saved(outcome)
+        self._report(outcome)
+        self._save_seconds = max(self._save_seconds, outcome.seconds)
+        self._saved_step = outcome.step if outcome.path is not None else self._saved_step
+        self._failed_in_a_row = 0 if outcome.error is None else self._failed_in_a_row + 1
+        limit = self._config.max_failed_saves
+        if limit is not None and self._failed_in_a_row > limit and not self._is_extra:
+            raise DoesNotFitError(
+                f"{self._failed_in_a_row} checkpoints in a row could not be saved "
+                f"(max_failed_saves={limit}); the last: {outcome.error}",
+                hint="the last good checkpoint is untouched: free disk space, then 'horizon resume "
+                f"{self._run}'",
+            )
+
+    # When something goes wrong, or somebody wants the run to end.
+
+    def roll_back(self) -> int:
+        """Go back to the latest checkpoint; the data goes on from where it is. Returns its step.
+
+        Raises CheckpointError where there is none.
+        """
+        self.finish()
+        found, rejected = checkpoints.list_checkpoints(self._run)
+        for checkpoint in found:
+            try:
+                load_checkpoint(checkpoint, self._model)
+                self._load_state(checkpoint.manifest)
+                self._best.restore(checkpoint)
+                return checkpoint.manifest.step
+            except CheckpointError as error:
+                rejected.append(checkpoints.Rejected(checkpoint.path, error.message))
+        raise checkpoints.none_valid(self._run, rejected)
+
+    def is_deadline_near(self, started: float) -> bool:
+        """Whether there is just time left for two more steps and a checkpoint. started: of the run."""
+        minutes = self._config.deadline_minutes
+        if minutes is None:
+            return False
+        needed = 2 * self._step_seconds + 1.5 * self._save_seconds + 1.0
+        return time.monotonic() + needed >= started + 60 * minutes
+
+    def secure(self, step: int) -> str | None:
+        """Save, unless that is done or not wanted, and say what there is to resume from; None for nothing."""
+        self.finish()
+        wanted = self._config.save_on_signal and self._config.save_strategy != "no"
+        if wanted and self._saved_step != step:
+            self.save(step, background=False)
+        found, _ = checkpoints.list_checkpoints(self._run)
+        if not found:
+            return None
+        latest = found[0]
+        lost = step - latest.manifest.step
+        if not lost:
+            return f"saved {latest.path}"
+        return f"the last checkpoint is {latest.path}, {count(lost, 'step')} before"
+
+    def stop(self, request: StopRequest, step: int) -> StoppedError:
+        """Save, and the error that ends the run."""
+        saved = self.secure(step)
+        why = request.signal.name if request.signal is not None else "deadline_minutes"
+        code = request.exit_code if request.signal is not None else REQUEUE
+        what = f"stopped by {why} after step {step}"
+        if saved is None:
+            raise CheckpointError(f"{what}: there is no checkpoint", hint="nothing is left but the metrics")
+        return StoppedError(f"{what}: {saved}", f"horizon resume {self._run}", code)
+
+
+def small_files(model: HostModel, save_tokenizer: Callable[[Path], None]) -> dict[str, bytes]:
+    """The model's configuration and the tokenizer as files: with them a checkpoint can be exported alone."""
+    with temporary_folder("horizon-files-") as folder:
+        model.config.save_pretrained(folder)
+        if model.skeleton.model.can_generate():
+            model.skeleton.model.generation_config.save_pretrained(folder)
+        save_tokenizer(folder)
+        return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
