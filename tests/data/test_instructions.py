@@ -16,7 +16,7 @@ from data_helpers import dataset
 from horizon_lm.data import Documents
 from horizon_lm.data.formats import Chat
 
-FOLDER = Path(__file__).parent.parent / "examples" / "instructions"
+FOLDER = Path(__file__).parents[2] / "examples" / "instructions"
 
 
 def rows(name: str) -> list[dict[str, Any]]:

@@ -247,8 +247,8 @@ def as_before(patch: pytest.MonkeyPatch, kind: type) -> None:
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_run_of_before_goes_on_with_its_steps_and_bits(streaming: bool, text: Path, tmp_path: Path) -> None:
-    """Steps across the border, the count of steps and the warmup of then; tests/test_loader.py compares the
-    order with one that is computed there."""
+    """Steps across the border, the count of steps and the warmup of then; tests/data/test_loader.py compares
+    the order with one that is computed there."""
     kind: type = StreamLoader if streaming else TokenLoader
     changes: dict[str, Any] = {"num_train_epochs": 2.5, "warmup_steps": 100, "save_strategy": "steps"}
     if streaming:

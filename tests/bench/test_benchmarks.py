@@ -22,7 +22,7 @@ from horizon_lm.bench.shapes import shape
 from horizon_lm.plan.limits import Limits
 from horizon_lm.plan.run_plan import plan_run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TINY = Case(shape("tiny"), length=32, sequences=4, rows=2, dtype="float32", warmup=0, steps=6, threads=1)
 GPU_ONLY = [name for name, peer in PEERS.items() if peer.gpu]
 

@@ -11,7 +11,7 @@ import pytest
 from horizon_lm.run.progress import number
 from horizon_lm.words import count, parameters, size
 
-SOURCES = Path(__file__).parent.parent / "src" / "horizon_lm"
+SOURCES = Path(__file__).parents[2] / "src" / "horizon_lm"
 
 
 @pytest.mark.parametrize(

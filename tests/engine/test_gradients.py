@@ -345,7 +345,7 @@ def test_the_callers_random_state_is_left_alone():
 
 def test_the_list_of_architectures_is_current():
     """docs/architectures.md names what is compared above, and what is refused."""
-    text = (Path(__file__).parent.parent / "docs" / "architectures.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text()
     streamed, refused = text.split("## Refused")
     kinds = {zoo.CASES[name].config().model_type for name in STREAMED}
     listed = set(re.findall(r"`([\w-]+)`", streamed.split("where the model takes them")[1]))

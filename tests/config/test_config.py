@@ -19,7 +19,7 @@ from horizon_lm.config_docs import markdown, rows, settings_help
 from horizon_lm.errors import ConfigError
 
 BASE: dict[str, Any] = {"model_name_or_path": "folder", "datasets": "text.jsonl"}
-DOCS = Path(__file__).parent.parent / "docs" / "configuration.md"
+DOCS = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 text = st.text(max_size=30)
 some_text = st.text(min_size=1, max_size=30)

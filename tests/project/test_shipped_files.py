@@ -15,7 +15,7 @@ from horizon_lm.config_aliases import ALIASES, DROPPED, ENTRY_ALIASES, UNAVAILAB
 from horizon_lm.data.documents import check_exists
 from horizon_lm.run.evaluate import target_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 

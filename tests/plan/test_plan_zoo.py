@@ -14,7 +14,7 @@ from horizon_lm.plan.grow import largest_that_fits
 from horizon_lm.plan.outline import Outline
 from horizon_lm.plan.work import WorkMeter
 
-# As in training (tests/test_gradients.py).
+# As in training (tests/engine/test_gradients.py).
 NOT_STREAMED = {
     "rwkv": "second activation",
     "bamba-z_loss": "",

@@ -22,7 +22,7 @@ from sizes import SOAK
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# As in training (tests/test_gradients.py).
+# As in training (tests/engine/test_gradients.py).
 NOT_STREAMED = {"rwkv", "bamba-z_loss", "inkling_text"}
 # Another loss of a type that is there, which a forward pass through the layers does not have.
 TWINS = {name for name in zoo.CASES if name.endswith("-aux")}

@@ -338,7 +338,7 @@ def test_a_kill_at_any_call_leaves_the_last_checkpoint(
     (tmp_path / "count").mkdir()
     for at in range(1, 140):
         shutil.copytree(tmp_path / "checkpoint-1", tmp_path / f"run-{at}" / "checkpoint-1")
-    script = KILLED.format(path=[str(Path(__file__).parent)], root=str(tmp_path), stride=5)
+    script = KILLED.format(path=[str(Path(__file__).parents[1])], root=str(tmp_path), stride=5)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     total = int(done.stdout.split()[0])
@@ -576,7 +576,7 @@ def test_numbers_that_are_not_finite_are_found_by_verify(
 def test_a_checkpoint_of_version_1_can_be_read_for_ever(tmp_path: Path) -> None:
     """One that the first version wrote. If this fails, the format has changed: raise `manifest.VERSION`, read
     both, and add a fixture."""
-    folder = Path(__file__).parent / "fixtures" / "checkpoint-v1"
+    folder = Path(__file__).parents[1] / "fixtures" / "checkpoint-v1"
     config = AutoConfig.from_pretrained(folder)
     source = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     target = HostModel.from_pretrained(source, device="cpu", dtype="bfloat16", skip_memory_check=True)

@@ -508,7 +508,7 @@ def test_a_closed_model_gives_its_memory_back_and_says_so() -> None:
 def test_the_code_of_the_page_runs(
     tokenizer: Any, tmp_path: Path, no_samples: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = Path(__file__).parent.parent / "docs" / "python.md"
+    page = Path(__file__).parents[2] / "docs" / "python.md"
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
     monkeypatch.chdir(tmp_path)
     write_text(tmp_path / "text.txt")

@@ -11,7 +11,7 @@ import pytest
 from horizon_lm import cli
 from horizon_lm.run.places import look, may_be_on_hub
 
-FIXTURE = Path(__file__).parent / "fixtures" / "checkpoint-v1"
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "checkpoint-v1"
 CHECKPOINT_VERBS, MODEL_VERBS = ("verify", "export", "resume"), ("eval", "generate", "chat")
 
 

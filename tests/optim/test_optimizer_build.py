@@ -12,7 +12,7 @@ import pytest
 
 from horizon_lm.cores import choose_threads, usable_cores
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_package_builds_without_a_compiler(tmp_path):
