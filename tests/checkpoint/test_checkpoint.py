@@ -338,7 +338,7 @@ def test_a_kill_at_any_call_leaves_the_last_checkpoint(
     (tmp_path / "count").mkdir()
     for at in range(1, 140):
         shutil.copytree(tmp_path / "checkpoint-1", tmp_path / f"run-{at}" / "checkpoint-1")
-    script = KILLED.format(path=[str(Path(__file__).parents[1])], root=str(tmp_path), stride=5)
+    script = KILLED.format(path=[str(Path(__file__).parents[1] / "helpers")], root=str(tmp_path), stride=5)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     total = int(done.stdout.split()[0])

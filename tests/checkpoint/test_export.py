@@ -196,7 +196,9 @@ def test_an_export_takes_the_memory_of_a_unit_and_not_of_the_model(tmp_path: Pat
     )
     model.save_state(writer)
     script = MEMORY.format(
-        path=[str(Path(__file__).parents[1])], source=str(tmp_path / "run"), target=str(tmp_path / "out")
+        path=[str(Path(__file__).parents[1] / "helpers")],
+        source=str(tmp_path / "run"),
+        target=str(tmp_path / "out"),
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -124,7 +124,7 @@ class Victim:
     """A process that tries the run again and again, killed or not."""
 
     def __init__(self) -> None:
-        script = KILLED_RUN.format(path=[str(Path(__file__).parents[1])])
+        script = KILLED_RUN.format(path=[str(Path(__file__).parents[1] / "helpers")])
         self.process = subprocess.Popen(
             [sys.executable, "-c", script],
             stdin=subprocess.PIPE,
