@@ -21,6 +21,7 @@ from horizon_lm.data.loader import TokenLoader
 from horizon_lm.data.streaming import StreamLoader
 from horizon_lm.data.tokenise import tokenise
 from horizon_lm.errors import DataError
+from loaded_rows import loader_of, make_rows
 
 
 @pytest.fixture(scope="module")
@@ -244,8 +245,6 @@ ABSURD = [10**18, 10**30, -1, 1.5, "0", None, True, [0]]
 @pytest.mark.parametrize("key", ["epoch", "position", "seed", "counted"])
 def test_absurd_places_are_refused(key: str, encoder: Encoder, tmp_path: Path) -> None:
     """A place beyond the end of an epoch was looked for without end."""
-    from test_loader import loader_of, make_rows
-
     loader: TokenLoader = loader_of(make_rows([4, 5, 6], "none"), 1, 1, 0)
     state = loader.state_dict()
     loader.load_state_dict(state)  # the control

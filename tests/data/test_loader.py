@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 from data_helpers import config, dataset, write_rows
 from horizon_lm.data import StreamLoader, TokenLoader, load_training_data, train_tokenizer
 from horizon_lm.data.encode import Encoder
-from horizon_lm.data.packing import Rows
 from horizon_lm.errors import DataError
-from test_packing import numbered, rows_of
+from loaded_rows import loader_of, make_rows
 
 SIZES = {
     "lengths": st.lists(st.integers(2, 9), min_size=1, max_size=30),
@@ -30,21 +29,6 @@ SIZES = {
     "seed": st.integers(0, 2**63 - 1),
     "workers": st.sampled_from([0, 1, 3]),
 }
-
-
-def make_rows(lengths: list[int], strategy: str) -> Rows:
-    return rows_of(numbered(lengths), strategy, 9, keep_rest=True)
-
-
-def loader_of(rows: Rows, micro_batch: int, micro_batches: int, seed: int, workers: int = 0) -> TokenLoader:
-    return TokenLoader(
-        rows,
-        micro_batch_size=micro_batch,
-        micro_batches_per_step=micro_batches,
-        seed=seed,
-        pad_id=0,
-        num_workers=workers,
-    )
 
 
 def steps_of(loader: Any, count: int) -> list[list[list[int]]]:
@@ -229,9 +213,6 @@ def test_what_has_changed_is_said(tmp_path: Path) -> None:
             now.load_state_dict(saved)
         assert re.search(message, caught.value.message), caught.value.message
         assert hint in (caught.value.hint or "")
-
-
-# ---- streams --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -16,36 +16,10 @@ import horizon_lm as hz
 import zoo
 from horizon_lm.config import ModelSettings
 from horizon_lm.data.batches import collate, in_order
-from horizon_lm.data.encode import Encoded
-from horizon_lm.data.packing import IGNORED, Rows, make_rows, split_off
-from horizon_lm.data.tokens import TokenStore, TokenWriter
+from horizon_lm.data.packing import IGNORED, Rows, split_off
 from horizon_lm.errors import DataError
 from horizon_lm.plan.outline import Outline
-
-Document = tuple[list[int], list[bool] | None]
-
-
-def store_of(documents: Sequence[Document], dtype: Any = np.uint16) -> TokenStore:
-    with TokenWriter(None, np.dtype(dtype)) as writer:
-        for ids, trained in documents:
-            mask = None if trained is None else np.array(trained, bool)
-            writer.add([Encoded(np.array(ids, dtype), mask, "here", 0, trained is None)])
-        return writer.finish(num_empty=0, num_bad=0, bad_rows=[], formats=["text"])
-
-
-def rows_of(documents: Sequence[Document], strategy: str, max_length: int, **options: Any) -> Rows:
-    store = store_of(documents)
-    return make_rows(store, np.arange(len(documents)), strategy=strategy, max_length=max_length, **options)
-
-
-def numbered(lengths: Sequence[int], masked: bool = False) -> list[Document]:
-    """Documents of unlike tokens, so that each can be told from where it came."""
-    documents, at = [], 1
-    for length in lengths:
-        ids = list(range(at, at + length))
-        documents.append((ids, [i % 2 == 1 for i in range(length)] if masked else None))
-        at += length
-    return documents
+from packed_rows import Document, documents_for, gradients, numbered, rows_of, store_of
 
 
 def segments(rows: Rows) -> list[list[int]]:
@@ -196,23 +170,6 @@ def test_wide_vocabularies_get_wide_tokens() -> None:
     assert store.ids.tolist() == [1, 70_000]
 
 
-# ---- packed equals one by one ---------------------------------------------------------------
-
-LENGTHS = [7, 12, 3, 9, 2, 16, 5]
-
-
-def gradients(
-    model: hz.HostModel, batches: list[dict[str, torch.Tensor]]
-) -> tuple[float, int, dict[str, torch.Tensor]]:
-    out = model.forward_backward(batches)
-    return out.loss, out.num_tokens, {name: grad.float().clone() for name, grad in model.named_gradients()}
-
-
-def documents_for(vocabulary: int) -> list[Document]:
-    rng = np.random.default_rng(3)
-    return [(rng.integers(0, vocabulary, n).tolist(), (rng.random(n) < 0.7).tolist()) for n in LENGTHS]
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
 def test_packed_has_the_gradients_and_losses_of_its_documents_one_by_one(name: str, attention: str) -> None:
@@ -256,8 +213,6 @@ def test_packed_has_the_per_token_losses_of_its_documents() -> None:
             compared += 1
     assert compared == len(documents)
 
-
-# ---- frequencies that depend on the length ------------------------------------------------------------
 
 LIMIT = 8  # tokens from which on the frequencies are others
 _PAIRS = 4  # of a head

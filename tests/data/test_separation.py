@@ -10,7 +10,7 @@ import zoo
 from horizon_lm.data.packing import Row
 from horizon_lm.errors import ConfigError
 from horizon_lm.run.separation import change_by_place, check_separation
-from test_packing import numbered, rows_of
+from packed_rows import numbered, rows_of
 
 
 def host(name: str, dtype: str = "float32") -> hz.HostModel:

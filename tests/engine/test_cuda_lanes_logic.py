@@ -15,7 +15,8 @@ import torch
 
 import horizon_lm as hz
 import zoo
-from fake_cuda import Watch, fake_cuda  # noqa: F401  (a fixture)
+from fake_cuda import Watch
+from fake_cuda import fake_cuda as fake_cuda
 from horizon_lm.engine import compute, lanes
 from horizon_lm.engine.lanes import CudaLanes, InlineLanes, choose_lanes
 from horizon_lm.errors import ConfigError
@@ -132,7 +133,7 @@ def test_all_threads_failing_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not _threads()
 
 
-def test_inline_lanes_settle_before_host_ops(fake_cuda: list[str]) -> None:  # noqa: F811
+def test_inline_lanes_settle_before_host_ops(fake_cuda: list[str]) -> None:
     """On CUDA, the CPU's own ops come after all copies that were issued; on the CPU nothing waits."""
     seen: list[tuple[str, int]] = []
     device = torch.device("cuda", 0)

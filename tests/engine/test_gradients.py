@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import horizon_lm as hz
 import zoo
 from horizon_lm.errors import UnsupportedModelError
 from horizon_lm.model.attention import IntervalMask, attend, attention_by_intervals, make_mask
+from plain_gradients import plain, relative, stream
 
 # Architectures that are refused rather than trained wrongly, with a word of the reason given.
 REFUSED = {
@@ -28,30 +28,11 @@ BF16 = ["llama", "gemma2", "mixtral", "gpt2", "qwen3_next", "ernie4_5_moe", "dee
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def plain(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of ordinary autograd; a parameter that received none has zeros."""
-    model.zero_grad()
-    loss = model(**batch, use_cache=False).loss
-    loss.backward()
-    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    return loss.item(), {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trainable.items()}
-
-
-def stream(model: torch.nn.Module, dtype: str = "float32", **settings: Any) -> hz.HostModel:
-    return hz.HostModel.from_pretrained(
-        copy.deepcopy(model), device="cpu", dtype=dtype, skip_memory_check=True, **settings
-    )
-
-
 def plain_as_streamed(model: Any, batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
     """`plain` with the attention that streamed models have for packed rows, which is compared with
     transformers' own in `test_documents_and_windows_without_a_mask`."""
     with attention_by_intervals():
         return plain(model, batch)
-
-
-def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30))
 
 
 def assert_same_bits(

@@ -21,8 +21,8 @@ from horizon_lm.run import train as run_train
 from horizon_lm.run.metrics import read_lines
 from horizon_lm.run.report import write_report
 from horizon_lm.run.train import train
+from policy_models import Stashing, batches, gradients, same, source
 from small_runs import LLAMA, settings, write_text
-from test_activations import Stashing, batches, gradients, same, source
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,65 +1,39 @@
 """Adversarial lanes: real copies into slots, ready ops in random order, released buffers filled with NaN.
 
-Whatever the order, the bits are those of in-order execution on lanes that alias the store; and a wait or a
-release that is wrong shows up as other bits, without a GPU.
+Whatever the order, the bits are those of in-order execution on lanes that alias the store.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-import zoo
 from horizon_lm.engine import lanes as lanes_module
 from horizon_lm.engine.lanes import AdversarialLanes, InlineLanes
-from horizon_lm.engine.step import Schedule
 from horizon_lm.run.host_model import HostModel
 from horizon_lm.schedule import Buffer, Lane, Op, derive_waits
+from random_orders import (
+    MODELS,
+    VARIANTS,
+    Reset,
+    adversarial,
+    batches,
+    bits,
+    differences,
+    gradient_bits,
+    host_model,
+    is_wrong,
+    outcome,
+    same,
+)
 from sizes import times
 
 ORDERS = times(50, 200)
-MICRO_BATCHES = 2
-# name of the architecture, dtype; llama has an untied table, gpt2 a tied one and a prologue with weights,
-# mixtral a mixture of experts with the router's auxiliary loss
-MODELS = {"llama": "float32", "gpt2": "bfloat16", "mixtral-aux": "float32"}
-
-Bits = dict[str, torch.Tensor]
-
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def host_model(name: str, lanes: str, frozen: tuple[str, ...] = (), **settings: Any) -> HostModel:
-    """frozen: parts of the names of parameters that are not trained."""
-    settings = {"dtype": MODELS[name], "skip_memory_check": True} | settings
-    config = zoo.CASES[name].config()
-    config.num_hidden_layers = 3  # the fewest at which both slots are used again in forward and in backward
-    model = zoo._from_config(config, torch.float32, seed=0, attn="sdpa")
-    zoo._perturb(model, torch.Generator().manual_seed(1))
-    for key, parameter in model.named_parameters():
-        parameter.requires_grad_(not any(part in key for part in frozen))
-    return HostModel.from_pretrained(model, device="cpu", lanes=lanes, **settings)
-
-
-def batches(name: str, step: int) -> list[dict[str, torch.Tensor]]:
-    return [zoo.batch(name, batch_size=1, length=8, seed=10 * step + m + 1) for m in range(MICRO_BATCHES)]
-
-
-def bits(value: torch.Tensor) -> torch.Tensor:
-    """Comparable even where there are NaNs."""
-    return value.detach().clone().contiguous().view(torch.uint8)
-
-
-def gradient_bits(model: HostModel) -> Bits:
-    return {name: bits(gradient) for name, gradient in model.named_gradients()}
-
-
-def same(one: Bits, two: Bits) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
 
 
 def two_steps(model: HostModel, name: str) -> list[Any]:
@@ -69,39 +43,6 @@ def two_steps(model: HostModel, name: str) -> list[Any]:
         out = model.forward_backward(batches(name, step))
         found += [out.loss, gradient_bits(model), model.step(lr=1e-2, max_grad_norm=0.5).grad_norm]
     return [*found, {key: bits(value) for key, value in model.named_parameters()}]
-
-
-def differences(one: list[Any], two: list[Any]) -> list[int]:
-    return [
-        i
-        for i, (a, b) in enumerate(zip(one, two, strict=True))
-        if not (same(a, b) if isinstance(a, dict) else a == b)
-    ]
-
-
-class Reset:
-    """Puts a model back to where it was: cheaper than to build it again for each order."""
-
-    def __init__(self, model: HostModel) -> None:
-        self.model = model
-        self.saved = {region: [run.clone() for run in runs] for region, runs in model.store._runs.items()}
-
-    def __call__(self) -> None:
-        for region, runs in self.saved.items():
-            for run, saved in zip(self.model.store._runs[region], runs, strict=True):
-                run.copy_(saved)
-        # A run that failed half-way leaves weights in slots; the next one must not find them there.
-        for slot in range(self.model.engine.policies.slots):
-            self.model.engine.weight_slots.poison(slot)
-        for slot in range(self.model.engine.policies.grad_slots):
-            self.model.engine.gradient_slots.poison(slot)
-        self.model.state_was_replaced(0)
-
-
-def adversarial(model: HostModel) -> AdversarialLanes:
-    lanes = model.engine.lanes
-    assert isinstance(lanes, AdversarialLanes)
-    return lanes
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -188,18 +129,6 @@ class Recorder(dict):
         super().__setitem__(buffer, value)
 
 
-# Each op kind occurs in one of these; the model has three layers.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "deferred": {"update": "deferred"},
-    "sync": {"update": "sync"},
-    "eager": {"update": "eager", "max_grad_norm": None},
-    "keep": {"activations": "keep"},
-    "spilled": {"boundaries": "host"},
-    "mixed": {"activations": ["recompute*2", "keep"], "boundaries": "host", "boundary_slots": 1},
-    "blocks": {"checkpoint_interval": 2, "boundaries": ["host", "device*2"]},
-}
-
-
 def steps_of(model: HostModel, name: str, micro_batches: int) -> list[Any]:
     """Losses and norms of two steps, and the masters they end with; in any update mode."""
     found: list[Any] = []
@@ -284,146 +213,6 @@ def test_every_variant_gives_the_bits_of_sync_in_any_order(
         reset()
         adversarial(model).random.seed(seed)
         assert not differences(steps_of(model, name, micro_batches), expected), f"seed {seed}"
-
-
-# Negative controls: a wait that is missing, a release that comes too early.
-
-
-class Targeted(random.Random):
-    """Chooses so that op `late` runs as late as it can."""
-
-    def __init__(self, late: int = -1) -> None:
-        super().__init__(0)
-        self.late = late
-
-    def choice(self, ready: Any) -> Any:
-        others = [i for i in ready if i != self.late]
-        return super().choice(others or ready)
-
-
-class InOrder(random.Random):
-    def choice(self, ready: Any) -> Any:
-        return min(ready)
-
-
-def outcome(model: HostModel, name: str) -> Any:
-    """The loss and gradients of one step; or the error, when a buffer was not there at all."""
-    try:
-        loss = model.forward_backward(batches(name, 0)).loss
-    except (KeyError, AssertionError, RuntimeError, AttributeError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return [loss, gradient_bits(model)]
-
-
-def is_wrong(found: Any, expected: Any) -> bool:
-    assert not isinstance(expected, str), expected
-    return isinstance(found, str) or bool(differences(found, expected))
-
-
-def schedule_of(model: HostModel) -> Schedule:
-    return model.engine.schedule(model.engine.plan(MICRO_BATCHES))
-
-
-def put_schedule(model: HostModel, schedule: Schedule) -> None:
-    model.engine._schedules[model.engine.plan(MICRO_BATCHES), False] = schedule
-
-
-def forward_backward_waits(model: HostModel) -> list[tuple[int, int]]:
-    """(op, op it waits for); the norm is left out, as it is taken after all else has ended."""
-    ops, waits, _ = schedule_of(model)
-    return [(i, j) for i, targets in enumerate(waits) for j in targets if ops[i].lane is not Lane.UPDATE]
-
-
-def without_wait(model: HostModel, i: int, j: int) -> None:
-    honest = schedule_of(model)
-    fewer = [tuple(k for k in targets if (n, k) != (i, j)) for n, targets in enumerate(honest.waits)]
-    put_schedule(model, honest._replace(waits=fewer))
-
-
-REMOVED = {("F", "U"), ("U", "F"), ("U", "B"), ("B", "U"), ("D", "B"), ("B", "D"), ("F", "G"), ("S", "B")}
-
-
-@pytest.mark.parametrize(
-    ("name", "variant"),
-    [*((name, "deferred") for name in MODELS), ("llama", "keep"), ("llama", "mixed"), ("llama", "blocks")],
-)
-def test_every_wait_that_is_removed_gives_other_bits(name: str, variant: str) -> None:
-    model = host_model(name, "adversarial", **VARIANTS[variant])
-    reset = Reset(model)
-    expected = outcome(model, name)
-    schedule = schedule_of(model)
-    ops = schedule.ops
-    removed: set[tuple[str, str]] = set()
-    for i, j in forward_backward_waits(model):
-        reset()
-        without_wait(model, i, j)
-        adversarial(model).random = Targeted(late=j)
-        if not (name == "gpt2" and str(ops[i]).startswith("B0.") and str(ops[j]) == "U0"):
-            # (The gradient of learned positions does not depend on their values.)
-            assert is_wrong(outcome(model, name), expected), f"{ops[i]} need not wait for {ops[j]}"
-        put_schedule(model, schedule)
-        removed.add((ops[i].kind, ops[j].kind))
-    reset()
-    adversarial(model).random = random.Random(0)
-    assert not is_wrong(outcome(model, name), expected), "the schedule itself is right"
-    # A slot before it is filled, while it is in use, and before it is free; the same for gradient slots,
-    # and for the slots through which spilled inputs come back (which wait for the weights as well, being
-    # behind them on their lane).
-    expected_pairs = {
-        "mixed": REMOVED - {("B", "U")} | {("X", "F"), ("R", "X"), ("B", "R"), ("R", "B")},
-        "blocks": REMOVED - {("B", "U"), ("U", "B")} | {("X", "F"), ("R", "X"), ("C", "R")},
-    }
-    assert removed >= expected_pairs.get(variant, REMOVED)
-
-
-@pytest.mark.parametrize("kinds", [("U", "F"), ("F", "U"), ("U", "B"), ("B", "U"), ("B", "D"), ("D", "B")])
-def test_random_orders_find_a_missing_wait(kinds: tuple[str, str]) -> None:
-    """No help from a chosen order: one of the first 300 random ones shows it."""
-    model = host_model("llama", "adversarial", grad_slots=1)
-    reset = Reset(model)
-    expected = outcome(model, "llama")
-    ops = schedule_of(model).ops
-    i, j = next((i, j) for i, j in forward_backward_waits(model) if (ops[i].kind, ops[j].kind) == kinds)
-    without_wait(model, i, j)
-    for seed in range(300):
-        reset()
-        adversarial(model).random.seed(seed)
-        if is_wrong(outcome(model, "llama"), expected):
-            return
-    pytest.fail(
-        f"300 random orders of a schedule in which {ops[i]} does not wait for {ops[j]} gave the same bits"
-    )
-
-
-def early_releases(ops: list[Op], ends: list[tuple[Buffer, ...]]) -> Iterator[tuple[Buffer, int, int]]:
-    """(buffer, op that releases it, op before that one that touches it)"""
-    for i, buffers in enumerate(ends):
-        for buffer in buffers:
-            yield buffer, i, max(j for j in range(i) if buffer in ops[j].reads | ops[j].writes)
-
-
-@pytest.mark.parametrize("poison", [True, False])
-def test_a_release_one_op_too_early_is_caught_by_poison(poison: bool) -> None:
-    model = host_model("llama", "adversarial")
-    reset = Reset(model)
-    adversarial(model).random = InOrder()
-    expected = outcome(model, "llama")
-    honest = schedule_of(model)
-    ops, ends = honest.ops, honest.ends
-    model.engine._poison = poison
-    unnoticed, regions = set(), set()
-    for buffer, i, j in early_releases(ops, ends):
-        early = [list(buffers) for buffers in ends]
-        early[i].remove(buffer)
-        early[j].append(buffer)
-        put_schedule(model, honest._replace(ends=[tuple(buffers) for buffers in early]))
-        reset()
-        regions.add(buffer.region)
-        if not is_wrong(outcome(model, "llama"), expected):
-            unnoticed.add(buffer.region)
-    assert regions == {"slot", "grad_slot", "embeds", "call", "input", "graph", "input_grad", "embeds_grad"}
-    # Without poison, what was released is still there in slots.
-    assert unnoticed == (set() if poison else {"slot", "grad_slot"})
 
 
 # The lanes by themselves.

@@ -12,7 +12,7 @@ import horizon_lm as hz
 import zoo
 from horizon_lm.errors import ConfigError
 from horizon_lm.plan.outline import Outline
-from test_gradients import plain, relative, stream
+from plain_gradients import plain, relative, stream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

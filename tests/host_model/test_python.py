@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import gc
-import itertools
 import os
 import re
 import subprocess
 import sys
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
+from transformers import AutoModelForCausalLM
 
 import horizon_lm as hz
 import zoo
 from horizon_lm.config_python import as_train_config
-from horizon_lm.data.tokenizer import train_tokenizer
-from horizon_lm.errors import ConfigError, DataError
+from horizon_lm.errors import ConfigError
+from python_calls import HALVES, ROWS, host
+from python_calls import tokenizer as tokenizer
 from small_runs import values, write_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SOURCE = str(Path(hz.__file__).parent.parent)
-
-
-def host(name: str = "llama", **settings: Any) -> hz.HostModel:
-    return hz.HostModel.from_pretrained(zoo.build(name), **{"device": "cpu", "dtype": "float32", **settings})
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -100,180 +94,6 @@ def test_outputs_are_readable() -> None:
     found = model.evaluate(one, return_log_probs=True)
     assert f"perplexity={found.perplexity:.6g}" in repr(found)
     assert "log_probs=<1 of shape [2, 19]>" in repr(found)
-
-
-# ---- micro-batches of every usual form ------------------------------------------------------
-
-
-ROWS = zoo.batch("llama", batch_size=4)
-HALVES = [{name: value[i : i + 2] for name, value in ROWS.items()} for i in (0, 2)]
-
-
-def loader() -> torch.utils.data.DataLoader:
-    rows = [{name: value[i] for name, value in ROWS.items()} for i in range(4)]
-    return torch.utils.data.DataLoader(rows, batch_size=2)  # type: ignore[arg-type]
-
-
-def each(convert: Callable[[torch.Tensor], Any]) -> list[dict[str, Any]]:
-    return [{name: convert(value) for name, value in half.items()} for half in HALVES]
-
-
-FORMS: dict[str, Callable[[], Any]] = {
-    "a tuple": lambda: tuple(HALVES),
-    "a generator": lambda: (half for half in HALVES),
-    "an iterator": lambda: iter(HALVES),
-    "a DataLoader": loader,
-    "BatchEncodings": lambda: [BatchEncoding(half) for half in HALVES],
-    "BatchEncodings with lists": lambda: [BatchEncoding(half) for half in each(torch.Tensor.tolist)],
-    "nested lists": lambda: each(torch.Tensor.tolist),
-    "tuples": lambda: each(lambda value: tuple(map(tuple, value.tolist()))),
-    "lists of rows": lambda: each(list),
-    "lists of arrays": lambda: each(lambda value: [row.numpy() for row in value]),
-    "arrays": lambda: each(torch.Tensor.numpy),
-    "read-only arrays": lambda: each(lambda value: np.broadcast_to(value.numpy(), value.shape)),
-    "int32": lambda: each(torch.Tensor.int),
-    "int16 arrays": lambda: each(lambda value: value.numpy().astype(np.int16)),
-    "no mask": lambda: [half | {"attention_mask": None, "position_ids": None} for half in HALVES],
-    "a mask of int64": lambda: [half | {"attention_mask": torch.ones(2, 20).long()} for half in HALVES],
-    "a mask of bool": lambda: [half | {"attention_mask": torch.ones(2, 20).bool()} for half in HALVES],
-    "a mask of lists": lambda: [half | {"attention_mask": [[1] * 20] * 2} for half in HALVES],
-    "not contiguous": lambda: each(lambda value: value.t().contiguous().t()),
-    "a column nobody gave": lambda: [half | {"token_type_ids": None} for half in HALVES],
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_gives_the_same_bits(form: str) -> None:
-    """Of training, of gradients and of an evaluation."""
-    plain, model = host(), host()
-    assert ROWS.keys() == {"input_ids", "labels"}
-    assert model.forward_backward(FORMS[form]()) == plain.forward_backward(HALVES)
-    gradients = dict(plain.named_gradients())
-    assert gradients and all(torch.equal(g, gradients[name]) for name, g in model.named_gradients())
-    assert model.train_step(FORMS[form](), lr=1e-3) == plain.train_step(HALVES, lr=1e-3)
-    assert model.evaluate(FORMS[form]()) == plain.evaluate(HALVES)
-    masters = dict(plain.named_parameters())
-    assert all(torch.equal(value, masters[name]) for name, value in model.named_parameters())
-
-
-def test_one_micro_batch_needs_no_list() -> None:
-    plain, model = host(), host()
-    for one in (ROWS, BatchEncoding(ROWS)):
-        assert model.forward_backward(one) == plain.forward_backward([ROWS])
-        assert model.train_step(one, lr=1e-3) == plain.train_step([ROWS], lr=1e-3)
-        assert model.evaluate(one) == plain.evaluate([ROWS])
-    assert model.evaluate(HALVES) != plain.evaluate([HALVES[0]]), "the forms are told apart"
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "gemma2", "mixtral", "falcon"])
-def test_a_mask_of_booleans_is_one_of_numbers(name: str) -> None:
-    """Padding on the left, in models that make something else of a mask."""
-    mask, labels = torch.ones(2, 20).long(), HALVES[0]["labels"].clone()
-    mask[1, :5], labels[1, :5] = 0, -100
-    one = {"input_ids": HALVES[0]["input_ids"], "labels": labels, "attention_mask": mask}
-    losses = [
-        host(name).train_step(one | {"attention_mask": m}, lr=1e-3)
-        for m in (mask, mask.bool(), mask.int(), mask.float())
-    ]
-    assert all(out == losses[0] for out in losses)
-    assert host(name).train_step({n: v for n, v in one.items() if n[0] != "a"}, lr=1e-3) != losses[0]
-
-
-def test_a_loss_function_gets_what_was_given() -> None:
-    """Tensors of any name, made of lists and arrays; a mask keeps its type, as it may be an index."""
-    seen: list[dict[str, torch.Tensor]] = []
-
-    def loss_fn(log_probs: torch.Tensor, given: dict[str, torch.Tensor]) -> torch.Tensor:
-        seen.append(given)
-        return -(log_probs * given["advantage"][:, None]).mean()
-
-    extra = {
-        "advantage": [0.5, 1.5],
-        "flags": np.array([True, False]),
-        "attention_mask": torch.ones(2, 20).bool(),
-    }
-    host().train_step([HALVES[0] | extra, HALVES[1] | extra], lr=1e-3, loss_fn=loss_fn)
-    (given, _) = seen
-    assert given["advantage"].dtype == torch.float32 and given["flags"].dtype == torch.bool
-    assert given["attention_mask"].dtype == torch.bool
-
-
-def bad(**changes: Any) -> list[dict[str, Any]]:
-    return [HALVES[0] | changes]
-
-
-REFUSED: dict[str, tuple[Any, str, str]] = {
-    "nothing": (None, "micro_batches is None, not a list of dicts", "input_ids"),
-    "text": ("batch", "micro_batches is 'batch'", "input_ids"),
-    "a tensor": (ROWS["input_ids"], r"micro_batches is a Tensor of shape \(4, 20\)", "labels"),
-    "a number": (3, "micro_batches is 3", "labels"),
-    "an empty generator": (iter(()), "no micro-batch", "at least one"),
-    "a list of tensors": (list(HALVES[0].values()), "micro-batch 0 is a Tensor of shape", "labels"),
-    "pairs": ([(1, 2)], "micro-batch 0 is a tuple", "labels"),
-    "a loader that never ends": (itertools.repeat(HALVES), "micro-batch 0 is a list", "labels"),
-    "no dict": ([HALVES[0], None], "micro-batch 1 is None", "labels"),
-    "no labels": ([{"input_ids": HALVES[0]["input_ids"]}], "micro-batch 0 has no labels", "mlm=False"),
-    "labels of None": (bad(labels=None), "has no labels: it is None", "-100"),
-    "no input_ids": ([{"labels": HALVES[0]["labels"]}], "has no input_ids", "token numbers"),
-    "ragged lists": (bad(labels=[[1, 2, 3], [1, 2]]), "labels has rows of 2, 3 tokens", "pad the rows"),
-    "ragged tensors": (bad(labels=[torch.ones(3), torch.ones(2)]), "rows of 2, 3 tokens", "pad the rows"),
-    "one row": (
-        [{name: value[0] for name, value in ROWS.items()}],
-        r"input_ids of shape \(20,\)",
-        r"input_ids\[None\]",
-    ),
-    "text for a tensor": (bad(labels="abc"), "labels is 'abc'", "nested lists"),
-    "lists of text": (bad(labels=[["a", "b"]]), "labels is no array of numbers", "nested lists"),
-    "objects": (bad(labels=np.array([[None]])), "labels is no array of numbers", "nested lists"),
-    "float labels": (bad(labels=HALVES[0]["labels"].double()), "labels are torch.float64", "int64"),
-    "boolean ids": (bad(input_ids=HALVES[0]["input_ids"].bool()), "input_ids are torch.bool", "int64"),
-    "float positions": (bad(position_ids=torch.zeros(2, 20)), "position_ids are torch.float32", "int64"),
-    "negative positions": (bad(position_ids=-torch.ones(2, 20).long()), "hold -1", "count from 0"),
-    "an additive mask": (
-        bad(attention_mask=torch.full((2, 20), -1e9)),
-        "other values than 0 and 1",
-        "padding",
-    ),
-    "a mask of halves": (
-        bad(attention_mask=torch.full((2, 20), 0.5)),
-        "other values than 0 and 1",
-        "padding",
-    ),
-    "a meta tensor": (bad(labels=torch.ones(2, 20, device="meta")), "a meta tensor", "dense"),
-    "a sparse tensor": (bad(labels=HALVES[0]["labels"].to_sparse()), "torch.sparse_coo tensor", "dense"),
-    "an unknown key": (bad(advantage=[1.0, 2.0]), r"unknown keys \['advantage'\]", "loss_fn"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_is_not_a_micro_batch_is_refused_by_all_calls(case: str) -> None:
-    given, message, hint = REFUSED[case]
-    model = MODEL[0] if MODEL else MODEL.append(host()) or MODEL[0]  # type: ignore[func-returns-value]
-    calls: list[Callable[[], object]] = [
-        lambda: model.forward_backward(given),
-        lambda: model.train_step(given, lr=1e-3),
-        lambda: model.evaluate(given),
-    ]
-    for call in calls:
-        with pytest.raises(DataError, match=message) as caught:
-            call()
-        assert hint.replace("\\", "") in (caught.value.hint or "") and "hint:" not in caught.value.message
-    assert model.steps_done == 0
-
-
-MODEL: list[hz.HostModel] = []  # one for all cases
-
-
-def test_positions_beyond_the_table_are_refused_where_there_is_one() -> None:
-    """A GPU answers them with an error that ends the process. llama has no table: 70 tokens are no fault."""
-    long = torch.arange(70)[None] % zoo.VOCAB
-    one = {"input_ids": long, "labels": long}
-    with pytest.raises(DataError, match="reaches position 69, .*max_position_embeddings is 64") as caught:
-        host("gpt2").train_step(one, lr=1e-3)
-    assert caught.value.hint == "cut the sequences to 64 tokens"
-    short = {name: value[:, :64] for name, value in one.items()}
-    assert host("gpt2").train_step(short, lr=1e-3).num_tokens == 63
-    assert host("llama").train_step(one, lr=1e-3).num_tokens == 69
 
 
 # ---- a model object that was handed over ----------------------------------------------------
@@ -414,92 +234,6 @@ def test_a_run_from_a_file_and_names(tmp_path: Path, no_samples: None) -> None:
     result = hz.train(file, max_steps=2, progress="off")
     assert result.num_steps == 2 and result.output_dir == tmp_path / "run"
     assert hz.TrainConfig.from_yaml(result.output_dir / "config.resolved.yaml").max_steps == 2
-
-
-# ---- saving, and giving back ----------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return train_tokenizer(["one layer visits a device"] * 3, 260)
-
-
-def test_the_tokenizer_is_saved_with_the_model(tokenizer: Any, tmp_path: Path) -> None:
-    model = host()
-    model.save_pretrained(tmp_path / "out", tokenizer=tokenizer)
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names >= {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"}
-    ids = AutoTokenizer.from_pretrained(tmp_path / "out")("a device").input_ids
-    assert ids == tokenizer("a device").input_ids
-    model.save_pretrained(str(tmp_path / "again"), tokenizer=tmp_path / "out")  # the folder of one
-    assert (tmp_path / "again/tokenizer.json").read_bytes() == (tmp_path / "out/tokenizer.json").read_bytes()
-    hz.HostModel.from_pretrained(tmp_path / "again", device="cpu").evaluate(ROWS)
-
-
-def test_a_tokenizer_that_fails_leaves_the_old_folder(tokenizer: Any, tmp_path: Path) -> None:
-    model = host()
-    model.save_pretrained(tmp_path / "out", tokenizer=tokenizer)
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-
-    class Broken:
-        def save_pretrained(self, folder: Path) -> None:
-            raise ZeroDivisionError
-
-    model.train_step(ROWS, lr=1e-2)
-    with pytest.raises(ZeroDivisionError):
-        model.save_pretrained(tmp_path / "out", tokenizer=Broken())
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    model.save_pretrained(tmp_path / "out")
-    assert (tmp_path / "out/model.safetensors").read_bytes() != before["model.safetensors"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"tokenizer": 3}, "tokenizer is a int"),
-        ({"tokenizer": "./nowhere"}, "nowhere is not a folder with a tokenizer"),
-        ({"dtype": "float16"}, "dtype=float16 cannot be saved"),
-        ({"dtype": torch.int8}, "dtype=int8 cannot be saved"),
-        ({"max_shard_size": "many"}, "max_shard_size='many' is not a size"),
-        ({"max_shard_size": 0}, "max_shard_size=0 is not a size"),
-        ({"folder": 3}, "a int is not a folder"),
-        ({"folder": "notes.txt"}, "notes.txt is a file"),
-        ({"folder": "."}, "holds something other than a model"),
-    ],
-)
-def test_what_cannot_be_saved_is_refused_before_anything_is_written(
-    arguments: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Above all a folder with something else in it, which would be replaced with all that it holds."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "notes.txt").write_text("precious")
-    model = MODEL[0] if MODEL else host()
-    with pytest.raises(ConfigError, match=message) as caught:
-        model.save_pretrained(**{"folder": "out", **arguments})
-    assert caught.value.hint and [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def test_a_closed_model_gives_its_memory_back_and_says_so() -> None:
-    with host() as model:
-        model.train_step(ROWS, lr=1e-3)
-        memory = weakref.ref(model.store.run("weights", 1).untyped_storage())
-        held = weakref.ref(model.store)
-        assert memory is not None and held() is not None
-    gc.collect()
-    assert held() is None and repr(model) == "HostModel(llama, closed)"
-    model.close()  # once more does nothing
-
-    def uses() -> Iterator[Callable[[], object]]:
-        yield lambda: model.train_step(ROWS, lr=1e-3)
-        yield lambda: model.evaluate(ROWS)
-        yield lambda: model.flush()
-        yield lambda: list(model.named_parameters())
-        yield lambda: model.num_parameters
-
-    for use in uses():
-        with pytest.raises(ConfigError, match="this HostModel is closed"):
-            use()
 
 
 # ---- docs/python.md -------------------------------------------------------------------------

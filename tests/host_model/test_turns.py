@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fake_cuda import fake_cuda  # noqa: F401
+from fake_cuda import fake_cuda as fake_cuda
 from horizon_lm.engine.disk_lane import DiskLane
 from horizon_lm.engine.lanes import CudaLanes
 from horizon_lm.errors import ConfigError
@@ -86,7 +86,7 @@ def test_a_call_from_within_a_step_is_refused(
     call: str,
     lanes: str,
     tmp_path: Path,
-    fake_cuda: list[str],  # noqa: F811
+    fake_cuda: list[str],
 ) -> None:
     """A lane's thread would wait for the thread that waits for it."""
     model = host("deferred", lanes="inline" if lanes == "inline" else "adversarial")
@@ -169,7 +169,7 @@ def test_a_thread_that_waits_finds_a_model_that_was_closed() -> None:
 
 
 def test_lanes_that_an_interrupt_left_at_work_are_waited_for(
-    fake_cuda: list[str],  # noqa: F811
+    fake_cuda: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two interrupts: the second ends the wait for the lanes, one of which is in the middle of an update."""

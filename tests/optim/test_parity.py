@@ -16,9 +16,9 @@ from horizon_lm.data.batches import collate
 from horizon_lm.errors import ConfigError, UnsupportedModelError
 from horizon_lm.optim.curves import learning_rates
 from horizon_lm.run.separation import check_separation
+from optimizer_runs import Lion
+from packed_rows import documents_for, gradients, rows_of
 from sizes import SOAK
-from test_optimizer_kernel import Lion
-from test_packing import documents_for, gradients, rows_of
 
 # ---- learning rates -------------------------------------------------------------------------
 

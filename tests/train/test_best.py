@@ -11,9 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, Trainer, TrainerControl
 
+from exported_weights import exported, weights
+from faulty_runs import losses as losses
 from horizon_lm import cli
 from horizon_lm.checkpoint.folder import open_checkpoint
 from horizon_lm.checkpoint.writer import Outcome
@@ -23,8 +24,7 @@ from horizon_lm.run.best import Best
 from horizon_lm.run.evaluation import Evaluation, Evaluator, perplexity
 from horizon_lm.run.train import train
 from small_runs import settings, tensors_of, write_text
-from test_faults import losses as losses
-from test_resume import stop_at
+from stopped_runs import stop_at
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_samples")
 
@@ -154,15 +154,6 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def config_of(text: Path, run: Path, **changes: Any) -> TrainConfig:
     return settings(text, run, **{"val_size": 0.2, **BEST, **changes})
-
-
-def weights(folder: Path) -> dict[str, bytes]:
-    tensors = load_file(folder / "model.safetensors")
-    return {name: tensor.numpy().tobytes() for name, tensor in sorted(tensors.items())}
-
-
-def exported(run: Path) -> dict[str, bytes]:
-    return weights(run / "model")
 
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:

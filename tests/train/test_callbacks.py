@@ -12,11 +12,11 @@ import pytest
 from transformers import EarlyStoppingCallback
 
 import horizon_lm as hz
+from exported_weights import exported, weights
 from horizon_lm import cli
 from horizon_lm.errors import CallbackError, ConfigError
 from horizon_lm.run.train import train
 from small_runs import losses_of, settings, tensors_of, write_text
-from test_best import exported, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_samples")
 

@@ -27,7 +27,7 @@ from horizon_lm.run.evaluate import evaluate_model, target_of
 from horizon_lm.run.evaluation import Evaluator, evaluate, perplexity
 from horizon_lm.run.flops import measure_peak
 from horizon_lm.run.metrics import read_evaluations, read_steps
-from test_packing import Document, rows_of
+from packed_rows import Document, rows_of
 
 LENGTHS = [7, 12, 3, 9, 2, 16, 5, 4]
 
