@@ -161,10 +161,10 @@ def test_work_that_is_on_disk_is_done_whatever_becomes_of_its_text(
     straight: Path, tmp_path: Path, code: int
 ) -> None:
     run, out = str(straight), str(tmp_path / "model")
-    for command in (["verify", run], ["export", run, out], ["report", run]):
+    for arguments in (["verify", run], ["export", run, out], ["report", run]):
         error = io.StringIO()
         with redirect_stdout(Failing(code)), redirect_stderr(error):
-            assert cli.main(command) == 0, command
+            assert cli.main(arguments) == 0, arguments
         told = error.getvalue()
         assert "bug" not in told
         assert (f"standard output: {os.strerror(code)}; the rest" in told) == (code != errno.EPIPE), told
