@@ -60,7 +60,7 @@ def make_case(model: str, *, layers: int, device: str, **settings: Any) -> Case:
         )
     if case.rows > case.sequences:
         raise ConfigError(
-            f"--rows {case.rows} exceeds the step's {case.sequences} sequences",
+            f"--rows {case.rows} exceeds --sequences {case.sequences}",
             f"use --sequences {case.rows}",
         )
     try:
@@ -99,9 +99,7 @@ def show(names: list[str], rows: list[Row], case: Case) -> None:
         table.add_row(title, *(row[i] for row in found))
     Console(soft_wrap=True).print(table)
     print(f"{rows[0]['parameters'] / 1e9:.3f} B parameters; {case.tokens:,} tokens per step, no padding")
-    print(
-        f"{case.warmup} warm-up and {case.steps} timed steps; MFU and HFU relative to {peak / 1e12:.2f} TFLOP/s"
-    )
+    print(f"{case.warmup} warm-up and {case.steps} timed steps; MFU and HFU of {peak / 1e12:.2f} TFLOP/s")
     print(f"  ({source}); formulas: docs/performance.md")
     info = rows[0].get("info", {})
     if "plan" in info:

@@ -45,7 +45,7 @@ def error_row(error: BaseException) -> dict[str, Any]:
 class Peaks:
     """Peak bytes of a process.
 
-    host, steps: resident memory since process start (VmHWM), since `begin_steps` (0 if the kernel cannot reset it).
+    host, steps: resident since process start (VmHWM), since `begin_steps` (0 if the kernel cannot reset it).
     device, reserved: allocated and reserved by torch during the steps. pinned: page-locked by torch's own
     allocator, which resident memory may not include.
     """
