@@ -329,7 +329,7 @@ def test_other_times_to_save(text: Path, tmp_path: Path) -> None:
 
 
 def test_resume_without_a_value_means_latest() -> None:
-    from horizon_lm.cli.base import split_arguments
+    from horizon_lm.cli.run import split_arguments
 
     assert split_arguments(["a.yaml", "--resume"]) == ("a.yaml", ["--resume=latest"])
     assert split_arguments(["--resume", "a.yaml", "x=1"]) == ("a.yaml", ["--resume=latest", "x=1"])
