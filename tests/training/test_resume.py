@@ -409,7 +409,7 @@ def test_resume_says_that_it_goes_on_in_the_run_itself(
 ) -> None:
     assert cli.main(["resume", str(straight), f"output_dir={tmp_path / 'new'}"]) == 2
     shown = capsys.readouterr().err
-    assert "output_dir cannot be given to resume" in shown and "horizon train" in shown
+    assert "resume does not take output_dir" in shown and "horizon train" in shown
 
 
 def test_names_of_dataset_dir_are_kept_as_the_files_they_are(
