@@ -33,7 +33,6 @@ ALLOWED = {
     ("training/train.py", "save_pretrained"): _STAGED_FOLDER + ", or is written by such a function",
     ("training/save.py", "save_pretrained"): "fills a temporary folder",
     ("report/plot.py", "savefig"): "writes into a file that `files` opened",
-    ("report/loggers.py", "SummaryWriter"): "in a folder that `files` looked at",
     ("data/tokens.py", "memmap"): "mode r",
     ("plan/calibrate.py", "TemporaryFile"): "has no name",
     ("io/output.py", "os.open"): "/dev/null",
