@@ -1,7 +1,7 @@
 """Metrics for experiment trackers: `report_to`.
 
-accelerate's trackers call the libraries. Each gets the settings when the first record is logged, then the numbers
-of each record under names that trackers group by: train/loss, train/grad_norm, eval/loss.
+accelerate's trackers call the libraries. Each gets the settings when the first record is logged, then the
+numbers of each record under names that trackers group by: train/loss, train/grad_norm, eval/loss.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class _Kind:
 class Loggers:
     """All loggers of a run. None is opened before the first record.
 
-    A failing logger loses records but never ends the run: the first failure is a warning, a pause 100 times as
-    long as the failed attempt precedes the next, and a warning at the end counts the lost records.
+    A failing logger loses records but never ends the run: the first failure is a warning, the next attempt
+    waits 100 times as long as the failed one took, and a warning at the end counts the lost records.
     """
 
     def __init__(self, config: TrainConfig, folder: Path, warn: Callable[[str], None]) -> None:
