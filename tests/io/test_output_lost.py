@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from horizon_lm import cli
-from horizon_lm.cli import app
+from horizon_lm.cli import command
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import OutputLostError
 from horizon_lm.io.output import Output, command_output, lasting_output
@@ -161,10 +161,10 @@ def test_work_that_is_on_disk_is_done_whatever_becomes_of_its_text(
     straight: Path, tmp_path: Path, code: int
 ) -> None:
     run, out = str(straight), str(tmp_path / "model")
-    for command in (["verify", run], ["export", run, out], ["report", run]):
+    for arguments in (["verify", run], ["export", run, out], ["report", run]):
         error = io.StringIO()
         with redirect_stdout(Failing(code)), redirect_stderr(error):
-            assert cli.main(command) == 0, command
+            assert cli.main(arguments) == 0, arguments
         told = error.getvalue()
         assert "bug" not in told
         assert (f"standard output: {os.strerror(code)}; the rest" in told) == (code != errno.EPIPE), told
@@ -179,7 +179,7 @@ def test_a_broken_pipe_of_something_else_is_no_lost_output(monkeypatch: pytest.M
     def fail() -> str:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr(app, "_version", fail)
+    monkeypatch.setattr(command, "_version", fail)
     with redirect_stderr(io.StringIO()) as error:
         assert cli.main(["version"]) == 1
     assert "BrokenPipeError" in error.getvalue()
