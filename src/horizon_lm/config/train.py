@@ -175,7 +175,7 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
     overwrite_output_dir: bool = setting(False, "Allow output_dir to hold an earlier run.", group="Output")
     run_name: str | None = setting(None, "A name for the run in its reports.", group="Output")
     logging_steps: int = setting(1, "Write metrics every so many steps.", group="Output", unit="steps", ge=1)
-    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = setting(
+    report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml"]] = setting(
         [],
         "Where metrics go beside metrics.jsonl, which is always written: tensorboard, wandb, trackio.",
         group="Output",
