@@ -173,7 +173,7 @@ WRONG: dict[str, list[Any]] = {
     "val_size": [-1, 1.0, 2.5, True, "0.1"],
     "eval_strategy": ["often", False],
     "eval_datasets": ["", 3, [None], [{"path": "x", "formt": "text"}]],
-    "report_to": ["mlflow", 3, ["wandb", "x"]],
+    "report_to": ["neptune", 3, ["wandb", "x"]],
     "dataset_num_proc": [0, -1, "all", True],
     "dataloader_num_workers": [-1, 65, "auto"],
     "buffer_size": [0, None],

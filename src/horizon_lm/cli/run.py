@@ -139,8 +139,8 @@ def resume(settings: SettingsArguments = None) -> None:
     """Resume a stopped or killed run, or extend a finished one.
 
     RUN is its output_dir (uses the latest valid checkpoint) or a checkpoint in it. The run keeps its
-    settings; key=value changes them. max_steps=N and num_train_epochs=N make the run longer or shorter; other settings
-    that alter results need allow_changed_settings=true as well.
+    settings; key=value changes them. max_steps=N and num_train_epochs=N make the run longer or shorter;
+    other settings that alter results need allow_changed_settings=true as well.
     """
     place, overrides = split_arguments(settings or ())
     if place is None:

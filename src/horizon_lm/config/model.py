@@ -258,10 +258,9 @@ class ModelSettings(Settings):
         unit="GB",
         ge=0,
     )
-    lanes: Literal["auto", "inline", "cuda", "adversarial"] = setting(
+    lanes: Literal["auto", "inline", "cuda"] = setting(
         "auto",
-        "What executes the schedule; inline is the CPU, cuda uses streams, adversarial (random order, real "
-        "copies) is for tests.",
+        "Schedule executor: inline runs ops one by one, cuda uses streams; auto chooses by device.",
         group="Memory and device",
         resume="free",
     )

@@ -175,7 +175,7 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
     logging_steps: int = setting(
         1, "Write metrics every N steps.", group="Output", resume="free", unit="steps", ge=1
     )
-    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = setting(
+    report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml"]] = setting(
         [],
         "Trackers of metrics, in addition to metrics.jsonl: tensorboard, wandb, trackio.",
         group="Output",

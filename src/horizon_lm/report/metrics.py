@@ -289,7 +289,7 @@ class MetricsFile:
                 del self._unwritten[: os.write(self._file.fileno(), self._unwritten)]
         except OSError as error:
             if not self._fault:
-                self._warn(f"{self._path}: {error.strerror or error}; its lines wait, the run goes on")
+                self._warn(f"{self._path}: {error.strerror or error}; its lines wait, the run continues")
             self._fault = error.strerror or str(error)
 
 

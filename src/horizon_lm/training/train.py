@@ -24,6 +24,7 @@ from horizon_lm.host_model import HostModel, load_model_of
 from horizon_lm.io import files
 from horizon_lm.io.output import lasting_output
 from horizon_lm.machine.heap import frozen_heap
+from horizon_lm.memory.arena import keep_freed_memory
 from horizon_lm.model.loading import grow_vocabulary
 from horizon_lm.model.quiet import quiet_transformers
 from horizon_lm.plan.smaller import next_smaller
@@ -109,6 +110,8 @@ def _train(
             model = model_without_source(source, config)
             name = asked.model_name_or_path
             progress.stage(f"model_name_or_path={name!r} does not exist; {source.path} replaces it")
+        if model.device.type == "cpu":
+            keep_freed_memory()
         config = config.replace(**{key: getattr(asked, key) for key in NAMES})
         progress.stage(describe.about_model(model))
         check_together(config, data, model)
