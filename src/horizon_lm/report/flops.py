@@ -2,17 +2,18 @@
 
 Model FLOPs of a step = 6 N tokens + 6 L d sum(l²): N parameters that multiply a token, L attention layers of
 total head width d, l the length of each document or sequence that attends to itself. MFU = model FLOPs /
-seconds / peak. Recomputation and padding are not counted. `plan.model_flops` measures what a layer multiplies, so
+seconds / peak. Recomputation and padding are not counted. `plan.model_flops` measures what a layer
+multiplies, so
 
-- N counts a parameter once per visit of a token: an expert for its share of the tokens, lookup tables never, an
-  embedding table only if the output layer shares it;
+- N counts a parameter once per visit of a token: an expert for its share of the tokens, lookup tables never,
+  an embedding table only if the output layer shares it;
 - L d sums over the layers with attention, as (d of queries and keys + d of values) / 2 if these differ;
-- if a query sees at most w keys (a window, or selected keys), l² is w (2 l - w) for l > w; if it sees its chunk,
-  the sum of the squared chunks;
+- if a query sees at most w keys (a window, or selected keys), l² is w (2 l - w) for l > w; if it sees its
+  chunk, the sum of the squared chunks;
 - products of a state (linear attention, state spaces) count per token as the model computes them.
 
-A frozen parameter counts 4 instead of 6, because its own gradient is not computed, and 2 if no parameter before
-it is trained, because no gradient passes. So does what only selects (an indexer of sparse attention).
+A frozen parameter counts 4 instead of 6, because its own gradient is not computed, and 2 if no parameter
+before it is trained, because no gradient passes. So does what only selects (an indexer of sparse attention).
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ FORMULA = (
 
 
 class Span(NamedTuple):
-    """Attention of some layers. per_square: forward and backward FLOPs / l². most: largest number of keys that
-    a query sees; in_chunks: those of its chunk."""
+    """Attention of some layers. per_square: forward and backward FLOPs / l². most: largest number of keys
+    that a query sees; in_chunks: those of its chunk."""
 
     per_square: float
     most: int | None = None

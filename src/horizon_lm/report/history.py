@@ -1,7 +1,7 @@
 """History of a run, read from metrics.jsonl: steps, evaluations, sessions and state.
 
-A session is one start of the program; a resumed run has several. Files of earlier versions lack some fields, so
-all but step numbers have defaults.
+A session is one start of the program; a resumed run has several. Files of earlier versions lack some fields,
+so all but step numbers have defaults.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Line = dict[str, Any]
 class Session:
     """One start of the program.
 
-    header: line `start`. step: last step known to be done. end: line `end`; None while the session runs, or if
-    it was killed. began, last_seen: UTC, ISO 8601.
+    header: line `start`. step: last step known to be done. end: line `end`; None while the session runs, or
+    if it was killed. began, last_seen: UTC, ISO 8601.
     """
 
     header: Line
@@ -39,8 +39,8 @@ class Session:
 
 @dataclass(frozen=True)
 class State:
-    """State of a run. kind: finished, running, stopped or failed; title: `stopped at 22 of 59`; why: a sentence,
-    or empty."""
+    """State of a run. kind: finished, running, stopped or failed; title: `stopped at 22 of 59`; why: a
+    sentence, or empty."""
 
     kind: str
     title: str
@@ -76,9 +76,7 @@ class History:
             ) from error
         steps = still_true(lines, "step")
         if not steps:
-            raise DataError(
-                f"{folder.metrics} has no step", hint="wait for the first step, or pass another run"
-            )
+            raise DataError(f"{folder.metrics} has no step", hint="pass a run with at least one step")
         sessions = _sessions(lines)
         timelines = [line for line in lines if line.get("event") == "timeline"]
         return cls(

@@ -169,7 +169,7 @@ def _warnings(history: History) -> list[str]:
         elif event == "note":
             found.append(f"step {step:,}: {line.get('text')}")
         elif event == "checkpoint" and line.get("error"):
-            found.append(f"no checkpoint at step {step:,}: {line['error']}")
+            found.append(f"no checkpoint of step {step:,}: {line['error']}")
     for line in history.unknown:
         rest = ", ".join(f"{k} {_value(v)}" for k, v in line.items() if k not in ("event", "time"))
         found.append(f"{line.get('event')}: {rest}")
@@ -225,14 +225,14 @@ def _data(header: Line) -> list[tuple[str, str]]:
         ("left_out", "longer than max_length, or without target tokens"),
         ("truncated", "longer than max_length"),
         ("empty", "empty"),
-        ("bad", "invalid rows"),
+        ("bad", "bad rows"),
     ):
         lost = data.get(key)
         if lost:
             title = "cut" if key == "truncated" else "left out"
             share = f"{lost / max(1, read):.1%} of those read"
             rows.append((title, f"{count(lost, 'document')} ({share}): {what}"))
-    rows += [("an invalid row", str(text)) for text in data.get("bad_rows") or ()]
+    rows += [("a bad row", str(text)) for text in data.get("bad_rows") or ()]
     if data.get("eval_sequences"):
         named = ", ".join(map(str, data.get("eval_files") or ())) or "part of datasets (val_size)"
         rows.append(
