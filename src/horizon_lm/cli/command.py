@@ -12,24 +12,28 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from horizon_lm import plan as plan_package
-from horizon_lm.cli.base import (
-    HELP,
-    PASS_OPTIONS,
-    SettingsArguments,
-    SettingsCommand,
-    load_settings,
-    require_named_model,
-)
 from horizon_lm.cli.bench import bench
 from horizon_lm.cli.data import data_app, init
 from horizon_lm.cli.model import EvalCommand, chat, evaluate, generate
 from horizon_lm.cli.plan import PlanCommand, doctor, plan, report
-from horizon_lm.cli.run import ResumeCommand, export, resume, verify
+from horizon_lm.cli.run import (
+    HELP,
+    PASS_OPTIONS,
+    ResumeCommand,
+    SettingsArguments,
+    SettingsCommand,
+    TrainCommand,
+    export,
+    load_settings,
+    resume,
+    train,
+    verify,
+)
 from horizon_lm.errors import HorizonError, OutputLostError, StoppedError
 from horizon_lm.io.output import command_output, lasting_output
 
@@ -60,39 +64,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 
 
-class TrainCommand(SettingsCommand):
-    """Its help ends with every setting."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        from horizon_lm.config.reference import settings_help
-
-        super().format_help(ctx, formatter)
-        formatter.write("\n" + settings_help(max(60, min(formatter.width, 110))))
-
-
-@app.command(cls=TrainCommand, context_settings=PASS_OPTIONS)
-def train(
-    settings: SettingsArguments = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Plan, build, check and simulate a step; train nothing.")
-    ] = False,
-) -> None:
-    """Train a model and leave it in Hugging Face format.
-
-    Settings come from CONFIG.yaml, if given, and from key=value, --key value or --key=value, which win.
-    """
-    config, notes = load_settings(settings)
-    if config.resume_from_checkpoint is None:  # a checkpoint may hold all that the model's folder did
-        require_named_model(config)
-    if dry_run:
-        from horizon_lm.training.planning import dry_run as run_dry
-
-        return print(run_dry(config))
-    from horizon_lm.training.train import train as run_training
-
-    run_training(config, config_notes=notes)
-
-
+app.command("train", cls=TrainCommand, context_settings=PASS_OPTIONS)(train)
 app.command("plan", cls=PlanCommand, context_settings=PASS_OPTIONS)(plan)
 app.command("doctor")(doctor)
 app.command("report")(report)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from horizon_lm.cli.base import (
+from horizon_lm.cli.run import (
     PASS_OPTIONS,
     SettingsArguments,
     SettingsCommand,

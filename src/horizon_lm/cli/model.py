@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from horizon_lm.cli.base import SettingsArguments, SettingsCommand, split_arguments
+from horizon_lm.cli.run import SettingsArguments, SettingsCommand, split_arguments
 from horizon_lm.errors import ConfigError
 from horizon_lm.io.hub import require_model
 from horizon_lm.text import json_text, shown

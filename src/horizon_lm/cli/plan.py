@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from horizon_lm.cli.base import SettingsArguments, SettingsCommand, load_settings, require_named_model
+from horizon_lm.cli.run import SettingsArguments, SettingsCommand, load_settings, require_named_model
 from horizon_lm.io.output import lasting_output
 
 

@@ -1,17 +1,128 @@
-"""The verbs of runs and their checkpoints: `horizon resume`, `horizon verify`, `horizon export`."""
+"""The verbs of a run, `train`, `resume`, `verify` and `export`, and how any verb takes settings."""
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from horizon_lm.cli.base import SettingsArguments, SettingsCommand, split_arguments
 from horizon_lm.errors import CheckpointError, ConfigError
 from horizon_lm.io.output import lasting_output
 from horizon_lm.words import count
+
+if TYPE_CHECKING:
+    from horizon_lm.config import TrainConfig
+
+HELP = {"help_option_names": ["-h", "--help"]}
+PASS_OPTIONS = {**HELP, "ignore_unknown_options": True}
+
+SettingsArguments = Annotated[list[str] | None, typer.Argument(hidden=True)]
+
+
+class SettingsCommand(TyperCommand):
+    """A verb that takes a configuration file and overrides."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return ["[CONFIG.yaml]", "[KEY=VALUE | --KEY VALUE]..."]
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """What follows a verb -> (configuration file, overrides as `key=value`)."""
+    config: str | None = None
+    overrides: list[str] = []
+    rest = iter(_with_resume(arguments))
+    for argument in rest:
+        name = argument.partition("=")[0]
+        if argument.startswith("--") and "=" not in argument:
+            value = next(rest, None)
+            if value is None:
+                raise ConfigError(f"command line: '{argument}' has no value", f"write {argument}=VALUE")
+            overrides.append(f"{argument}={value}")
+        elif argument.startswith("--") or "=" in argument and "/" not in name and os.sep not in name:
+            overrides.append(argument)
+        elif argument.startswith("-") and argument != "-":
+            raise ConfigError(
+                f"command line: '{argument}' is no option", "settings are key=value or --key value"
+            )
+        elif config is not None:
+            hint = "settings are key=value; text with spaces needs quotes"
+            raise ConfigError(f"command line: '{argument}' is neither key=value nor the only file", hint)
+        else:
+            config = argument
+    return config, overrides
+
+
+def _with_resume(arguments: Sequence[str]) -> list[str]:
+    """`--resume` may stand alone: it means the latest checkpoint of output_dir."""
+    found = list(arguments)
+    for i, argument in enumerate(found):
+        if argument != "--resume":
+            continue
+        following = found[i + 1] if i + 1 < len(found) else "--"
+        is_value = not following.startswith("-") and "=" not in following
+        if not is_value or following.endswith((".yaml", ".yml")):
+            found[i] = "--resume=latest"
+    return found
+
+
+def load_settings(arguments: Sequence[str] | None) -> tuple[TrainConfig, list[str]]:
+    from horizon_lm.config import load_config
+
+    place, overrides = split_arguments(arguments or ())
+    if place is not None and os.path.isdir(place):
+        from horizon_lm.checkpoint.places import no_settings
+
+        raise no_settings(place)
+    config, notes = load_config(place, overrides)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    return config, notes
+
+
+def require_named_model(config: TrainConfig) -> None:
+    """Raises ConfigError, before a library is imported, for a model that can be had nowhere."""
+    from horizon_lm.io.hub import require_model
+
+    if config.init_model is None and config.model_name_or_path is not None:
+        require_model(config.model_name_or_path, "model_name_or_path")
+
+
+class TrainCommand(SettingsCommand):
+    """Its help ends with every setting."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from horizon_lm.config.reference import settings_help
+
+        super().format_help(ctx, formatter)
+        formatter.write("\n" + settings_help(max(60, min(formatter.width, 110))))
+
+
+def train(
+    settings: SettingsArguments = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Plan, build, check and simulate a step; train nothing.")
+    ] = False,
+) -> None:
+    """Train a model and leave it in Hugging Face format.
+
+    Settings come from CONFIG.yaml, if given, and from key=value, --key value or --key=value, which win.
+    """
+    config, notes = load_settings(settings)
+    if config.resume_from_checkpoint is None:  # a checkpoint may hold all that the model's folder did
+        require_named_model(config)
+    if dry_run:
+        from horizon_lm.training.planning import dry_run as run_dry
+
+        return print(run_dry(config))
+    from horizon_lm.training.train import train as run_training
+
+    run_training(config, config_notes=notes)
+
 
 RunOrCheckpoint = Annotated[str, typer.Argument(help="A run's output_dir, or one of its checkpoints.")]
 

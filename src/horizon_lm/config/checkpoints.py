@@ -19,17 +19,29 @@ class CheckpointSettings(Settings):
         "When to save a checkpoint that the run can be resumed from: every save_steps steps, at the end of "
         "each epoch, every save_minutes minutes, or never.",
         group=_GROUP,
+        resume="free",
     )
     save_steps: int = setting(
-        500, "Steps between checkpoints, with save_strategy: steps.", group=_GROUP, unit="steps", ge=1
+        500,
+        "Steps between checkpoints, with save_strategy: steps.",
+        group=_GROUP,
+        resume="free",
+        unit="steps",
+        ge=1,
     )
     save_minutes: float = setting(
-        30.0, "Time between checkpoints, with save_strategy: time.", group=_GROUP, unit="minutes", gt=0
+        30.0,
+        "Time between checkpoints, with save_strategy: time.",
+        group=_GROUP,
+        resume="free",
+        unit="minutes",
+        gt=0,
     )
     save_first_step: bool = setting(
         False,
         "Save after the first step as well: shows that saving works before hours are spent.",
         group=_GROUP,
+        resume="free",
     )
     save_last: bool | Literal["auto"] = setting(
         "auto",
@@ -37,30 +49,42 @@ class CheckpointSettings(Settings):
         "further. auto: if the run is long enough for other checkpoints, or if one takes at most 1 GB. "
         "save_strategy: no saves none.",
         group=_GROUP,
+        resume="free",
         expects="true, false or auto",
     )
     save_total_limit: int | None = setting(
-        2, "Keep so many of the latest checkpoints; null keeps all.", group=_GROUP, unit="checkpoints", ge=1
+        2,
+        "Keep so many of the latest checkpoints; null keeps all.",
+        group=_GROUP,
+        resume="free",
+        unit="checkpoints",
+        ge=1,
     )
     save_keep_every: int | None = setting(
         None,
         "Keep, beside those, every checkpoint whose step is a multiple of this.",
         group=_GROUP,
+        resume="free",
         unit="steps",
         ge=1,
     )
     save_in_background: bool = setting(
-        True, "Write checkpoints while training goes on, each layer before its next update.", group=_GROUP
+        True,
+        "Write checkpoints while training goes on, each layer before its next update.",
+        group=_GROUP,
+        resume="free",
     )
     save_on_signal: bool = setting(
         True,
         "Save when the run is stopped by SIGTERM, SIGINT (Ctrl-C), SIGUSR1 or deadline_minutes.",
         group=_GROUP,
+        resume="free",
     )
     save_patience_seconds: float = setting(
         600.0,
         "How long a step waits for a disk that does not answer before the checkpoint is given up.",
         group=_GROUP,
+        resume="free",
         unit="seconds",
         gt=0,
     )
@@ -69,6 +93,7 @@ class CheckpointSettings(Settings):
         "Checkpoints in a row that may fail (disk full, read-only, gone) before the run ends; null goes on "
         "for ever.",
         group=_GROUP,
+        resume="free",
         unit="checkpoints",
         ge=0,
     )
@@ -77,17 +102,22 @@ class CheckpointSettings(Settings):
         "Go on from a checkpoint: its folder, or latest (of output_dir), or auto (latest if there is one, "
         "else a new run).",
         group=_GROUP,
+        resume="free",
         expects="latest, auto, the path of a checkpoint or a run, or null",
         min_length=1,
     )
     allow_changed_settings: bool = setting(
-        False, "Resume although settings that alter results are not those of the checkpoint.", group=_GROUP
+        False,
+        "Resume although settings that alter results are not those of the checkpoint.",
+        group=_GROUP,
+        resume="free",
     )
     deadline_minutes: float | None = setting(
         None,
         "Save and stop in time before the run has taken so long, as when a preemptible machine will be taken "
         "away.",
         group=_GROUP,
+        resume="free",
         unit="minutes",
         gt=0,
     )
@@ -96,14 +126,20 @@ class CheckpointSettings(Settings):
         "What a loss far above the recent ones does: nothing, a warning, no update for that step, the end of "
         "the run, or going back to the last checkpoint and on with the data after it.",
         group=_GROUP,
+        resume="free",
     )
     loss_spike_sigmas: float = setting(
-        6.0, "How far: standard deviations of the recent losses above their mean.", group=_GROUP, gt=0
+        6.0,
+        "How far: standard deviations of the recent losses above their mean.",
+        group=_GROUP,
+        resume="free",
+        gt=0,
     )
     loss_spike_window: int = setting(
         100,
         "How many recent losses count; nothing is a spike before a fifth of them is known.",
         group=_GROUP,
+        resume="free",
         unit="steps",
         ge=5,
     )
@@ -112,6 +148,7 @@ class CheckpointSettings(Settings):
         "Times that the run may go back to a checkpoint, for nonfinite and loss_spike: rollback, before it "
         "ends.",
         group=_GROUP,
+        resume="free",
         ge=0,
     )
     load_best_model_at_end: bool = setting(
@@ -119,21 +156,25 @@ class CheckpointSettings(Settings):
         "Export the model of the best evaluation. Each new best is saved as a checkpoint, which is kept in "
         "addition to save_total_limit; save_strategy need not fit.",
         group="Evaluation",
+        resume="free",
     )
     metric_for_best_model: Literal["eval_loss", "eval_perplexity"] = setting(
         "eval_loss",
         "What the best evaluation is measured by, for load_best_model_at_end and early_stopping_patience.",
         group="Evaluation",
+        resume="free",
     )
     greater_is_better: bool | None = setting(
         None,
         "Whether more of that metric is better; null means less is, for loss and perplexity alike.",
         group="Evaluation",
+        resume="free",
     )
     early_stopping_patience: int | None = setting(
         None,
         "End the run after this many evaluations in a row that are not better; null never does.",
         group="Evaluation",
+        resume="free",
         unit="evaluations",
         ge=1,
     )
@@ -141,6 +182,7 @@ class CheckpointSettings(Settings):
         0.0,
         "How much better than the best an evaluation must be to count for early_stopping_patience.",
         group="Evaluation",
+        resume="free",
         ge=0,
     )
 

@@ -15,6 +15,7 @@ TAGS = (
     "system_tag",
 )
 
+IGNORED = -100  # label of a token that is not trained on, as in transformers
 MOST = 10**12  # rows, documents or steps: far more than there are, and NumPy can count them
 
 
@@ -95,6 +96,7 @@ class DataSettings(Settings):
         ...,
         "What to train on: files, folders, globs, Hub names or python-stdlib; an entry may be a mapping.",
         group="Data",
+        resume="ask",
         min_length=1,
         expects="a path, or a list of paths or of mappings with a path",
     )
@@ -103,67 +105,85 @@ class DataSettings(Settings):
         "Folder of LLaMA-Factory's dataset_info.json: names in datasets and eval_datasets, also several "
         "divided by commas, are looked up in it. The saved configuration holds what was found instead.",
         group="Data",
+        resume="ask",
         min_length=1,
     )
     max_samples: int | None = setting(
         None,
         "Read at most so many rows of each dataset, the first ones; null reads all.",
         group="Data",
+        resume="ask",
         unit="rows",
         ge=1,
         le=MOST,
     )
     max_train_bytes: int | None = setting(
-        None, "Read at most so much text; null reads all.", group="Data", unit="bytes", ge=1, le=10**18
+        None,
+        "Read at most so much text; null reads all.",
+        group="Data",
+        resume="ask",
+        unit="bytes",
+        ge=1,
+        le=10**18,
     )
     max_length: int = setting(
-        1024, "Length of a training sequence.", group="Data", unit="tokens", ge=2, le=10**9
+        1024, "Length of a training sequence.", group="Data", resume="ask", unit="tokens", ge=2, le=10**9
     )
     truncation: Literal["auto", "drop", "keep_start", "keep_end", "split"] = setting(
         "auto",
         "What becomes of a document longer than max_length; auto splits text and drops others. Not for "
         "wrapped packing, which cuts everything.",
         group="Data",
+        resume="ask",
     )
     packing: bool = setting(
         True,
         "Fill sequences with several documents; false gives each document its own and pads to the batch.",
         group="Data",
+        resume="ask",
     )
     packing_strategy: Literal["auto", "wrapped", "bfd"] = setting(
         "auto",
         "bfd (best fit decreasing) keeps documents whole and apart: positions from 0, no attention across. "
         "wrapped joins them and cuts every max_length tokens. auto is wrapped for text, bfd for others.",
         group="Data",
+        resume="ask",
     )
     loss_on: Literal["auto", "all", "completion", "assistant", "last_assistant"] = setting(
         "auto",
         "Which tokens are trained on; auto: all of a text, the completion of a prompt, every turn of the "
         "assistant in a conversation.",
         group="Data",
+        resume="ask",
     )
     chat_template: str | None = setting(
         None,
         "A .jinja file, or the built-in chatml, plain or alpaca; null means the tokenizer's own. It is saved "
         "with the trained model.",
         group="Data",
+        resume="ask",
         min_length=1,
     )
     chat_template_kwargs: dict[str, Any] = setting(
-        {}, "Further variables for the chat template, such as enable_thinking.", group="Data"
+        {}, "Further variables for the chat template, such as enable_thinking.", group="Data", resume="ask"
     )
     on_bad_row: Literal["raise", "skip"] = setting(
-        "raise", "What a row that cannot be used does: end the run, or be counted and left out.", group="Data"
+        "raise",
+        "What a row that cannot be used does: end the run, or be counted and left out.",
+        group="Data",
+        resume="ask",
     )
     streaming: bool = setting(
         False,
         "Tokenise while training, for data too large to tokenise first; needs max_steps.",
         group="Data",
+        resume="ask",
     )
     buffer_size: int = setting(
         2000,
         "Documents of a stream that are packed and shuffled together.",
         group="Data",
+        resume="ask",
         unit="documents",
         ge=1,
         le=MOST,
@@ -172,6 +192,7 @@ class DataSettings(Settings):
         None,
         "Processes that tokenise; null means one for each core. The tokens do not depend on it.",
         group="Data",
+        resume="free",
         unit="processes",
         ge=1,
         le=1024,
@@ -181,12 +202,14 @@ class DataSettings(Settings):
         "Where tokens are kept for the next run, by content and settings; auto is the user's cache folder, "
         "null keeps none.",
         group="Data",
+        resume="free",
         min_length=1,
     )
     dataloader_num_workers: int = setting(
         1,
         "Threads that make the next steps ready; 0 makes each when it is needed. The order is the same.",
         group="Data",
+        resume="free",
         unit="threads",
         ge=0,
         le=64,
@@ -195,6 +218,7 @@ class DataSettings(Settings):
         None,
         "Seed of the data order; null means seed.",
         group="Data",
+        resume="ask",
         ge=0,
         lt=2**63,
         expects="a whole number >= 0, or null",
@@ -203,12 +227,14 @@ class DataSettings(Settings):
         [],
         "What to evaluate on, as in datasets.",
         group="Evaluation",
+        resume="free",
         expects="a path, or a list of paths or of mappings with a path",
     )
     val_size: int | float = setting(
         0,
         "Documents of datasets to hold out for evaluation instead: a share below 1, or a count.",
         group="Evaluation",
+        resume="ask",
         unit="documents",
         expects=f"a whole number >= 0 and <= {MOST}, or a share below 1",
     )
@@ -216,15 +242,24 @@ class DataSettings(Settings):
         "no",
         "When to evaluate; the end of the run always, where there is something to evaluate on.",
         group="Evaluation",
+        resume="free",
     )
     eval_steps: int = setting(
-        100, "Steps between evaluations, with eval_strategy: steps.", group="Evaluation", unit="steps", ge=1
+        100,
+        "Steps between evaluations, with eval_strategy: steps.",
+        group="Evaluation",
+        resume="free",
+        unit="steps",
+        ge=1,
     )
-    eval_on_start: bool = setting(False, "Evaluate before the first step too.", group="Evaluation")
+    eval_on_start: bool = setting(
+        False, "Evaluate before the first step too.", group="Evaluation", resume="free"
+    )
     per_device_eval_batch_size: int | None = setting(
         None,
         "Sequences in a micro-batch of evaluation; null means per_device_train_batch_size.",
         group="Evaluation",
+        resume="free",
         unit="sequences",
         ge=1,
         le=MOST,

@@ -56,9 +56,9 @@ def is_stdlib(name: str) -> bool:
 
 
 class InfoError(ValueError):
-    """What is wrong with the file or a name; `hint` says the way out."""
+    """An error in the file or in a name looked up in it."""
 
-    def __init__(self, message: str, hint: str | None = None) -> None:
+    def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
         self.message, self.hint = message, hint
 

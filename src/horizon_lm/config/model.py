@@ -18,6 +18,7 @@ class ModelSettings(Settings):
         "auto",
         "Where layers are computed; auto takes a GPU where there is one.",
         group="Memory and device",
+        resume="ask",
         expects="auto, cpu, cuda or cuda:N",
         pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$",
     )
@@ -25,27 +26,32 @@ class ModelSettings(Settings):
         "bfloat16",
         "Number format of weights and computation; the optimizer keeps float32 masters in either case.",
         group="Model",
+        resume="fixed",
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = setting(
         "sdpa",
         "Attention kernel, by its transformers name; on a CPU only sdpa and eager work.",
         group="Model",
+        resume="ask",
     )
     trust_remote_code: bool = setting(
         False,
         "Run Python code that comes with the model; leave it off for models you have not read.",
         group="Model",
+        resume="free",
     )
     model_revision: str | None = setting(
         None,
         "Branch, tag or commit of a model on the Hub; a commit makes the run reproducible.",
         group="Model",
+        resume="ask",
     )
     allow_missing: list[str] = setting(
         [],
         "Weights that the checkpoint may lack, or hold in another shape, by regular expressions that are "
         "found in their names: they begin with random values, as transformers initialises them.",
         group="Model",
+        resume="free",
         expects="a list of regular expressions",
     )
     allow_unexpected: list[str] = setting(
@@ -53,6 +59,7 @@ class ModelSettings(Settings):
         "Weights of the checkpoint that the model may not have, by regular expressions that are found in "
         "their names: they are left out.",
         group="Model",
+        resume="free",
         expects="a list of regular expressions",
     )
     freeze: list[str] = setting(
@@ -60,6 +67,7 @@ class ModelSettings(Settings):
         "Parameters that are not trained, by regular expressions that are found in their names; they need "
         "no memory for gradients and moments.",
         group="Optimizer",
+        resume="fixed",
         expects="a list of regular expressions",
     )
     neftune_noise_alpha: float | None = setting(
@@ -67,12 +75,14 @@ class ModelSettings(Settings):
         "Uniform noise on the embeddings in training (NEFTune), of magnitude alpha / sqrt(tokens * width), "
         "drawn anew for each micro-batch; null means none. Usual values are 5 to 15.",
         group="Optimizer",
+        resume="ask",
         gt=0,
     )
     seed: int = setting(
         42,
         "Seed of weight initialisation, dropout and data order.",
         group="Batch and schedule",
+        resume="ask",
         ge=0,
         lt=2**63,
         expects="a whole number >= 0",
@@ -81,6 +91,7 @@ class ModelSettings(Settings):
         2,
         "Weight slots on the device; two let the next layer arrive while one is computed.",
         group="Memory and device",
+        resume="free",
         unit="layers",
         ge=2,
     )
@@ -88,6 +99,7 @@ class ModelSettings(Settings):
         2,
         "Gradient slots on the device; two let one layer's gradients leave while the next are computed.",
         group="Memory and device",
+        resume="free",
         unit="layers",
         ge=1,
     )
@@ -95,6 +107,7 @@ class ModelSettings(Settings):
         "auto",
         "Tokens whose logits are alive at once in the loss; fewer need less memory.",
         group="Memory and device",
+        resume="ask",
         unit="tokens",
         expects="a whole number >= 1, or auto",
     )
@@ -103,6 +116,7 @@ class ModelSettings(Settings):
         "Label smoothing of the training loss: this share of it is the mean of -log p over the vocabulary, "
         "as with transformers' LabelSmoother. Evaluation stays without it.",
         group="Optimizer",
+        resume="ask",
         ge=0,
         lt=1,
     )
@@ -110,6 +124,7 @@ class ModelSettings(Settings):
         "adamw",
         "The update rule: decoupled (adamw, lion) or added weight decay (adam, sgd).",
         group="Optimizer",
+        resume="fixed",
     )
     update: Literal["auto", "sync", "deferred", "eager"] = setting(
         "auto",
@@ -117,52 +132,72 @@ class ModelSettings(Settings):
         "during the backward pass. All give the same bits; eager cannot clip, and needs no memory for "
         "gradients. auto is deferred with clipping or nonfinite: skip, else eager.",
         group="Optimizer",
+        resume="free",
     )
     moment_dtype: Literal["float32", "bfloat16"] = setting(
         "float32",
         "Number format of the optimizer's moments; bfloat16 rounds stochastically and saves 4 bytes a "
         "parameter.",
         group="Optimizer",
+        resume="fixed",
     )
     adam_beta1: float = setting(
-        0.9, "Decay of the running mean of gradients (adamw, adam, lion).", group="Optimizer", ge=0, lt=1
+        0.9,
+        "Decay of the running mean of gradients (adamw, adam, lion).",
+        group="Optimizer",
+        resume="ask",
+        ge=0,
+        lt=1,
     )
     adam_beta2: float = setting(
         0.999,
         "Decay of the running mean of squared gradients (adamw, adam); of lion's momentum.",
         group="Optimizer",
+        resume="ask",
         ge=0,
         lt=1,
     )
     adam_epsilon: float = setting(
-        1e-8, "Added to the denominator of the update (adamw, adam).", group="Optimizer", gt=1.2e-38
+        1e-8,
+        "Added to the denominator of the update (adamw, adam).",
+        group="Optimizer",
+        resume="ask",
+        gt=1.2e-38,
     )
-    sgd_momentum: float = setting(0.0, "Momentum of sgd.", group="Optimizer", ge=0, lt=1)
+    sgd_momentum: float = setting(0.0, "Momentum of sgd.", group="Optimizer", resume="ask", ge=0, lt=1)
     max_grad_norm: float | None = setting(
-        1.0, "Clip gradients to this global norm; 0 or null switches clipping off.", group="Optimizer", ge=0
+        1.0,
+        "Clip gradients to this global norm; 0 or null switches clipping off.",
+        group="Optimizer",
+        resume="ask",
+        ge=0,
     )
     nonfinite: Literal["raise", "skip", "rollback"] = setting(
         "raise",
         "What a NaN or infinite loss or gradient does: end the run, skip that step's update, or go back to "
         "the last checkpoint and on with the data after it.",
         group="Optimizer",
+        resume="free",
     )
     decay_embeddings: bool = setting(
         True,
         "Whether weight decay applies to embedding tables; it never does to biases and norms.",
         group="Optimizer",
+        resume="ask",
     )
     lr_factors: dict[str, float] = setting(
         {},
         "Factors of the learning rate by parameter name: regular expression to factor, the first that is "
         "found in a name counts.",
         group="Optimizer",
+        resume="ask",
         expects="a mapping of regular expressions to numbers >= 0",
     )
     optimizer_threads: int | Literal["auto"] = setting(
         "auto",
         "Threads of the update on the host; auto takes the cores that this process may use, never more.",
         group="Optimizer",
+        resume="free",
         unit="threads",
         expects="a whole number >= 1, or auto",
     )
@@ -172,6 +207,7 @@ class ModelSettings(Settings):
         'list names the policy of each layer, as in ["recompute*23", "keep*9"]. auto lets the '
         "planner keep as many layers as fit, from the last one down; without a plan it is recompute.",
         group="Memory and device",
+        resume="free",
         expects="auto, recompute, keep, or a list such as [recompute*23, keep*9]",
     )
     boundaries: Literal["auto", "device", "host"] | list[str] = setting(
@@ -179,6 +215,7 @@ class ModelSettings(Settings):
         "Where the inputs of recomputed layers wait for the backward pass; a list as for activations. auto "
         "lets the planner choose; without a plan it is device.",
         group="Memory and device",
+        resume="free",
         expects="auto, device, host, or a list such as [host*12, device*20]",
     )
     checkpoint_interval: int = setting(
@@ -186,6 +223,7 @@ class ModelSettings(Settings):
         "Recomputed layers that share one stored input; they are computed again together, which takes that "
         "many weight and gradient slots.",
         group="Memory and device",
+        resume="free",
         unit="layers",
         ge=1,
     )
@@ -193,6 +231,7 @@ class ModelSettings(Settings):
         2,
         "Device buffers through which spilled inputs come back.",
         group="Memory and device",
+        resume="free",
         unit="inputs",
         ge=1,
     )
@@ -200,6 +239,7 @@ class ModelSettings(Settings):
         None,
         "Compute the MLP of a layer in tiles of so many tokens, for long sequences; null means at once.",
         group="Memory and device",
+        resume="ask",
         unit="tokens",
         ge=1,
     )
@@ -207,6 +247,7 @@ class ModelSettings(Settings):
         2,
         "With eager updates, host buffers through which the gradients of layers pass.",
         group="Memory and device",
+        resume="free",
         unit="layers",
         ge=1,
     )
@@ -214,19 +255,21 @@ class ModelSettings(Settings):
         2.0,
         "Host memory that the check before the run leaves to the rest of the machine.",
         group="Memory and device",
+        resume="free",
         unit="GB",
         ge=0,
     )
-    lanes: Literal["auto", "inline", "cuda", "adversarial"] = setting(
+    lanes: Literal["auto", "inline", "cuda"] = setting(
         "auto",
-        "What executes the schedule; inline is the CPU, cuda uses streams, adversarial (random order, real "
-        "copies) is for tests.",
+        "Schedule executor: inline runs ops one by one, cuda uses streams; auto chooses by device.",
         group="Memory and device",
+        resume="free",
     )
     skip_memory_check: bool = setting(
         False,
         "Start even when the check before the run says that memory will not suffice.",
         group="Memory and device",
+        resume="free",
     )
 
     @field_validator("optim", mode="before")

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from horizon_lm.config.aliases import canonical_name, canonicalise
-from horizon_lm.config.base import keys_of
-from horizon_lm.config.merge import REPLACES, collect, plain
+from horizon_lm.config.base import REPLACES, collect, keys_of, plain
 from horizon_lm.config.train import ModelSettings, TrainConfig
 from horizon_lm.config.yaml import Document
 from horizon_lm.errors import ConfigError
@@ -55,6 +54,20 @@ def model_settings(caller: str, device: Any, dtype: Any, more: Mapping[str, Any]
     if dtype == "bfloat16" and any(canonical_name(key) == "dtype" for key in more):
         del values["dtype"]  # it is the default
     return ModelSettings.from_dict(values, source=caller)
+
+
+def model_settings_of(config: TrainConfig) -> ModelSettings:
+    """Return the part of a configuration that `HostModel` takes."""
+    return ModelSettings(**{key: getattr(config, key) for key in ModelSettings.model_fields})
+
+
+def check_max_length(config: TrainConfig, positions: Any) -> None:
+    """Raise ConfigError if max_length exceeds a model's max_position_embeddings (None or 0: unlimited)."""
+    if isinstance(positions, int) and 0 < positions < config.max_length:
+        raise ConfigError(
+            f"max_length={config.max_length} is more than the model's max_position_embeddings={positions}",
+            hint=f"max_length={positions}",
+        )
 
 
 def _document(values: Mapping[str, Any], place: str) -> tuple[Document, list[str]]:

@@ -15,36 +15,12 @@ from typing import Any, Literal
 from pydantic import field_validator
 from pydantic_core import PydanticCustomError
 
-from horizon_lm.config.base import fault, keys_of, setting
+from horizon_lm.config.base import collect, fault, keys_of, setting
 from horizon_lm.config.checkpoints import CheckpointSettings
+from horizon_lm.config.curves import curve_faults, curve_name
 from horizon_lm.config.data import MOST, DataSettings
 from horizon_lm.config.data import DatasetConfig as DatasetConfig
-from horizon_lm.config.merge import collect
 from horizon_lm.config.model import ModelSettings as ModelSettings
-
-# Arguments that each curve of `lr_scheduler_type` takes, as in transformers' `get_scheduler`.
-SCHEDULER_KWARGS: dict[str, frozenset[str]] = {
-    "linear": frozenset(),
-    "cosine": frozenset({"num_cycles"}),
-    "cosine_with_restarts": frozenset({"num_cycles"}),
-    "polynomial": frozenset({"lr_end", "power"}),
-    "constant": frozenset(),
-    "constant_with_warmup": frozenset(),
-    "inverse_sqrt": frozenset({"timescale"}),
-    "cosine_with_min_lr": frozenset({"num_cycles", "min_lr", "min_lr_rate"}),
-    "cosine_warmup_with_min_lr": frozenset({"num_cycles", "min_lr", "min_lr_rate", "warmup_lr_rate"}),
-    "warmup_stable_decay": frozenset(
-        {"num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles"}
-    ),
-}
-# Of those, the learning rate or the share of it that a curve ends at.
-_LOWEST_RATES = frozenset({"min_lr", "min_lr_rate", "min_lr_ratio", "lr_end"})
-_CURVE_ALIASES = {"wsd": "warmup_stable_decay"}
-# Curves of transformers that are no function of the step: a resumed run could not go on with the same bits.
-_NO_CURVES = {
-    "reduce_lr_on_plateau": "it follows the evaluations, and a rate here is a function of the step alone",
-    "greedy": "it follows the losses, and a rate here is a function of the step alone",
-}
 
 
 class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
@@ -54,21 +30,28 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         None,
         "The model to train: a folder in Hugging Face format or a name on the Hub (this or init_model).",
         group="Model",
+        resume="ask",
         min_length=1,
     )
     init_model: dict[str, Any] | None = setting(
         None,
         "A transformers configuration, with its model_type, to build a model with random weights from.",
         group="Model",
+        resume="fixed",
         expects="a mapping with model_type, or null",
     )
     tokenizer_name_or_path: str | None = setting(
-        None, "The tokenizer's folder or name; null means the model's.", group="Model", min_length=1
+        None,
+        "The tokenizer's folder or name; null means the model's.",
+        group="Model",
+        resume="ask",
+        min_length=1,
     )
     train_tokenizer_vocab_size: int | None = setting(
         None,
         "Train a byte-level BPE tokenizer of this size on the data first; needs init_model.",
         group="Model",
+        resume="ask",
         unit="tokens",
         ge=257,  # 256 bytes and the end-of-text token
         le=10**7,
@@ -78,12 +61,14 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         "Special tokens to add to the tokenizer; embeddings that are too small for them grow, the new rows "
         "drawn around the mean of the old ones, as transformers' resize_token_embeddings does it.",
         group="Model",
+        resume="fixed",
         expects="a list of different texts, none of them empty",
     )
     per_device_train_batch_size: int = setting(
         1,
         "Sequences in one micro-batch.",
         group="Batch and schedule",
+        resume="ask",
         unit="sequences",
         ge=1,
         le=MOST,
@@ -92,6 +77,7 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         1,
         "Micro-batches per optimizer step; a layer is uploaded once for all of them.",
         group="Batch and schedule",
+        resume="ask",
         unit="micro-batches",
         ge=1,
         le=MOST,
@@ -103,6 +89,7 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         "about 16384 for conversations and pairs and 65536 for text, fewer if a run by epochs would have "
         "less than about 50 steps.",
         group="Batch and schedule",
+        resume="ask",
         unit="tokens",
         expects=f"a whole number >= 2 and <= {MOST}, auto or null",
     )
@@ -110,6 +97,7 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         1.0,
         "Passes over the data, fractions allowed.",
         group="Batch and schedule",
+        resume="length",
         unit="epochs",
         gt=0,
         le=1e300,  # times the rows, still a number
@@ -118,12 +106,15 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         -1,
         "Optimizer steps to train; -1 leaves the length to num_train_epochs, which it otherwise overrides.",
         group="Batch and schedule",
+        resume="length",
         unit="steps",
         ge=-1,
         le=MOST,
         expects=f"a whole number >= 1 and <= {MOST}, or -1",
     )
-    learning_rate: float = setting(1e-5, "Peak learning rate.", group="Batch and schedule", ge=0)
+    learning_rate: float = setting(
+        1e-5, "Peak learning rate.", group="Batch and schedule", resume="ask", ge=0
+    )
     lr_scheduler_type: Literal[
         "linear",
         "cosine",
@@ -139,6 +130,7 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         "cosine",
         "Curve of the learning rate, as transformers' get_scheduler names it; wsd is warmup_stable_decay.",
         group="Batch and schedule",
+        resume="ask",
     )
     lr_scheduler_kwargs: dict[str, Any] = setting(
         {},
@@ -146,6 +138,7 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         "num_decay_steps for warmup_stable_decay, lr_end and power for polynomial, num_cycles for "
         "cosine_with_restarts, timescale for inverse_sqrt.",
         group="Batch and schedule",
+        resume="ask",
         expects="a mapping",
     )
     warmup_steps: int | float = setting(
@@ -153,16 +146,18 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         "Steps in which the learning rate rises from 0; below 1, a share of all steps, rounded up. At most "
         "all steps but the last.",
         group="Batch and schedule",
+        resume="ask",
         unit="steps",
         expects="a whole number >= 0, or a share of all steps below 1",
     )
     weight_decay: float = setting(
-        0.0, "Weight decay, not applied to biases and norms.", group="Optimizer", ge=0
+        0.0, "Weight decay, not applied to biases and norms.", group="Optimizer", resume="ask", ge=0
     )
     max_skipped_steps: int = setting(
         3,
         "Updates skipped in a row, with nonfinite: skip, before the run ends.",
         group="Optimizer",
+        resume="free",
         unit="steps",
         ge=0,
     )
@@ -170,35 +165,49 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         "runs/run",
         "Folder for the trained model, metrics and resolved settings.",
         group="Output",
+        resume="free",
         min_length=1,
     )
-    overwrite_output_dir: bool = setting(False, "Allow output_dir to hold an earlier run.", group="Output")
-    run_name: str | None = setting(None, "A name for the run in its reports.", group="Output")
-    logging_steps: int = setting(1, "Write metrics every so many steps.", group="Output", unit="steps", ge=1)
+    overwrite_output_dir: bool = setting(
+        False, "Allow output_dir to hold an earlier run.", group="Output", resume="free"
+    )
+    run_name: str | None = setting(None, "A name for the run in its reports.", group="Output", resume="free")
+    logging_steps: int = setting(
+        1, "Write metrics every so many steps.", group="Output", resume="free", unit="steps", ge=1
+    )
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml"]] = setting(
         [],
         "Where metrics go beside metrics.jsonl, which is always written: tensorboard, wandb, trackio.",
         group="Output",
+        resume="free",
         expects="a list of tensorboard, wandb and trackio",
     )
     project: str = setting(
-        "horizon-lm", "The project that wandb and trackio file the run under.", group="Output", min_length=1
+        "horizon-lm",
+        "The project that wandb and trackio file the run under.",
+        group="Output",
+        resume="free",
+        min_length=1,
     )
     peak_tflops: float | None = setting(
         None,
         "What the device can do, for MFU; null measures a large matrix product in the run's dtype.",
         group="Output",
+        resume="free",
         unit="TFLOP/s",
         gt=0,
     )
-    plot_loss: bool = setting(True, "Leave a picture of the loss curve in output_dir.", group="Output")
+    plot_loss: bool = setting(
+        True, "Leave a picture of the loss curve in output_dir.", group="Output", resume="free"
+    )
     save_dtype: Literal["bfloat16", "float32"] | None = setting(
-        None, "Number format of the exported model; null means dtype.", group="Output"
+        None, "Number format of the exported model; null means dtype.", group="Output", resume="free"
     )
     max_shard_size: str = setting(
         "5GB",
         "Largest weight file of the exported model.",
         group="Output",
+        resume="free",
         expects="a size such as 5GB or 500MB",
         pattern=r"^[0-9]{0,6}[1-9][0-9]{0,6}(KB|MB|GB|TB)$",
     )
@@ -206,25 +215,36 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         False,
         "Upload the finished model to the Hugging Face Hub, with the token of HF_TOKEN or `hf auth login`.",
         group="Output",
+        resume="free",
     )
     hub_model_id: str | None = setting(
         None,
         "The repository to upload to; a name alone is under your account, null is the name of output_dir.",
         group="Output",
+        resume="free",
         expects="NAME or OWNER/NAME, or null",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$",
     )
     hub_private_repo: bool = setting(
-        True, "Whether a repository that is created for push_to_hub is private.", group="Output"
+        True,
+        "Whether a repository that is created for push_to_hub is private.",
+        group="Output",
+        resume="free",
     )
     sample_prompt: str | None = setting(
-        None, "Text to complete at the end of the run; null picks a piece of the data.", group="Output"
+        None,
+        "Text to complete at the end of the run; null picks a piece of the data.",
+        group="Output",
+        resume="free",
     )
     sample_max_new_tokens: int = setting(
-        64, "Length of that completion.", group="Output", unit="tokens", ge=1
+        64, "Length of that completion.", group="Output", resume="free", unit="tokens", ge=1
     )
     progress: Literal["auto", "rich", "plain", "off"] = setting(
-        "auto", "Progress display; auto is rich on a terminal and plain elsewhere.", group="Output"
+        "auto",
+        "Progress display; auto is rich on a terminal and plain elsewhere.",
+        group="Output",
+        resume="free",
     )
 
     @field_validator("report_to", mode="before")
@@ -237,13 +257,7 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
     @field_validator("lr_scheduler_type", mode="before")
     @classmethod
     def _name_curve(cls, value: Any) -> Any:
-        if isinstance(value, str) and value in _NO_CURVES:
-            raise fault(
-                f"lr_scheduler_type: {value} is not supported: {_NO_CURVES[value]}",
-                key="lr_scheduler_type",
-                hint="lr_scheduler_type=cosine, or lr_scheduler_type=warmup_stable_decay",
-            )
-        return _CURVE_ALIASES.get(value, value) if isinstance(value, str) else value
+        return curve_name(value)
 
     @field_validator("new_tokens")
     @classmethod
@@ -276,7 +290,7 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
     def faults(self) -> Iterator[PydanticCustomError]:
         yield from super().faults()
         yield from self._model_faults()
-        yield from self._scheduler_faults()
+        yield from curve_faults(self.lr_scheduler_type, self.lr_scheduler_kwargs)
         yield from self._data_faults()
         if self.streaming:
             yield from self._streaming_faults()
@@ -377,40 +391,6 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
                 hint="keep one of them, or set the other to null",
             )
 
-    def _scheduler_faults(self) -> Iterator[PydanticCustomError]:
-        name, given = self.lr_scheduler_type, self.lr_scheduler_kwargs
-        for key, value in given.items():
-            if isinstance(value, (bool, dict, list)) or value is None:
-                yield fault(
-                    f"lr_scheduler_kwargs.{key} is {value!r}, expected a number or text",
-                    key="lr_scheduler_kwargs",
-                )
-            if key in _LOWEST_RATES and isinstance(value, (int, float)) and value < 0:
-                yield fault(
-                    f"lr_scheduler_kwargs.{key} is {value}, expected a number >= 0",
-                    key="lr_scheduler_kwargs",
-                    hint="0 lets the learning rate end at 0",
-                )
-            if key not in SCHEDULER_KWARGS[name]:
-                known = ", ".join(sorted(SCHEDULER_KWARGS[name])) or "no arguments"
-                yield fault(
-                    f"lr_scheduler_kwargs: {name} has no argument '{key}'",
-                    key="lr_scheduler_kwargs",
-                    hint=f"{name} takes {known}",
-                )
-        if "min_lr" in SCHEDULER_KWARGS[name] and ("min_lr" in given) == ("min_lr_rate" in given):
-            yield fault(
-                f"{name} needs either min_lr or min_lr_rate",
-                key="lr_scheduler_type",
-                hint="for example lr_scheduler_kwargs.min_lr_rate=0.1",
-            )
-        if name == "warmup_stable_decay" and "num_decay_steps" not in given:
-            yield fault(
-                "warmup_stable_decay needs num_decay_steps",
-                key="lr_scheduler_type",
-                hint="for example lr_scheduler_kwargs.num_decay_steps=100",
-            )
-
 
 def load_config(
     path: str | os.PathLike[str] | None, overrides: Iterable[str] = ()
@@ -421,5 +401,8 @@ def load_config(
 
 
 def json_schema() -> str:
-    """JSON schema of a configuration file, for editors."""
-    return json.dumps(TrainConfig.model_json_schema(), indent=2)
+    """Return the JSON schema of a configuration file, for editors."""
+    schema = TrainConfig.model_json_schema()
+    for field in schema["properties"].values():
+        del field["resume"]
+    return json.dumps(schema, indent=2)
