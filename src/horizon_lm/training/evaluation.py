@@ -14,7 +14,7 @@ from horizon_lm.data.packing import Rows
 from horizon_lm.errors import DataError
 from horizon_lm.host_model import HostModel
 from horizon_lm.micro_batches import MicroBatch
-from horizon_lm.report.events import Evaluation
+from horizon_lm.report.records import Evaluation
 
 # Micro-batches that go through a layer while it is on the device. Their boundaries wait on the host or the
 # device, so there is a limit; with so many the weights' way over the bus is a small part.
