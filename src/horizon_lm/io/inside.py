@@ -1,7 +1,7 @@
-"""Files that belong to a data folder, and those outside it to which a link or a list of names in it leads.
+"""A check that links and file lists in a data folder do not lead out of it.
 
-A folder of data comes from elsewhere as a rule. A link in it to `~/.ssh/config`, or `../notes.txt` in a list
-of its files, would turn private files into training text. What a user names is read wherever it is.
+Data folders mostly come from others. A link to `~/.ssh/config`, or `../notes.txt` in a list of files, would
+turn private files into training text. Paths that the user names are read wherever they are.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from horizon_lm.errors import DataError
 
 
 def is_inside(file: Path, folder: Path) -> bool:
-    """Whether `file` lies in `folder` once links are followed. The snapshots of the Hub's cache are links to
-    the blobs beside them, which belong to them."""
+    """Return whether `file` resolves into `folder`, or into the blobs of its snapshot in the Hub's cache."""
     real, home = file.resolve(), folder.resolve()
     if real.is_relative_to(home):
         return True
@@ -24,8 +23,8 @@ def is_inside(file: Path, folder: Path) -> bool:
 
 
 def check_files(files: Iterable[Path], folder: Path, *, follow_links: bool) -> None:
-    """Raise DataError for what was found in `folder` and leads out of it, or is not a file (a pipe, say)."""
-    inside: set[Path] = set()  # folders of files that are
+    """Raise DataError for a file in `folder` that leads out of it, or is not a file (a pipe, say)."""
+    inside: set[Path] = set()  # folders already checked
     for file in files:
         if not follow_links:
             if file.is_symlink() and not is_inside(file, folder):
@@ -45,7 +44,7 @@ def check_files(files: Iterable[Path], folder: Path, *, follow_links: bool) -> N
 
 
 def leads_out(file: Path, folder: Path) -> DataError:
-    """The error for a file outside the folder that was to be read."""
+    """Build the error for a file outside the data folder."""
     return DataError(
         f"{file} leads out of the data folder {folder}, to {file.resolve()}",
         hint=f"copy the file into it, or datasets=[{{path: {folder}, follow_links: true}}]",
