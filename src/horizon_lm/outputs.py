@@ -17,6 +17,14 @@ def _shown(output: Any, **values: Any) -> str:
     return f"{type(output).__name__}({', '.join(parts)})"
 
 
+def perplexity(loss: float) -> float:
+    """Return e to the power of a loss in nats; infinite if that is too large for a float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 @dataclass(frozen=True, repr=False)
 class ForwardBackwardOutput:
     """loss: mean cross-entropy over all target tokens of the step (plus the router's auxiliary
@@ -77,7 +85,4 @@ class EvaluationOutput:
 
     @property
     def perplexity(self) -> float:
-        try:
-            return math.exp(self.loss)
-        except OverflowError:
-            return math.inf
+        return perplexity(self.loss)

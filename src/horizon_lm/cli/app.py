@@ -85,7 +85,7 @@ def train(
     if config.resume_from_checkpoint is None:  # a checkpoint may hold all that the model's folder did
         require_named_model(config)
     if dry_run:
-        from horizon_lm.training.planning import dry_run as run_dry
+        from horizon_lm.training.prepare import dry_run as run_dry
 
         return print(run_dry(config))
     from horizon_lm.training.train import train as run_training

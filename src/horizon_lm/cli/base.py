@@ -72,7 +72,7 @@ def load_settings(arguments: Sequence[str] | None) -> tuple[TrainConfig, list[st
 
     place, overrides = split_arguments(arguments or ())
     if place is not None and os.path.isdir(place):
-        from horizon_lm.checkpoint.places import no_settings
+        from horizon_lm.checkpoint.identify import no_settings
 
         raise no_settings(place)
     config, notes = load_config(place, overrides)

@@ -33,9 +33,9 @@ def resume(settings: SettingsArguments = None) -> None:
     place, overrides = split_arguments(settings or ())
     if place is None:
         raise ConfigError("command line: 'resume' needs a run", "horizon resume RUN, with its output_dir")
-    from horizon_lm.checkpoint.places import look, new_run
+    from horizon_lm.checkpoint.identify import identify, new_run
 
-    looked = look(place)
+    looked = identify(place)
     if looked.kind == "run" and looked.is_finished and looked.model is not None and not overrides:
         print(f"{place}: {looked.what}")
         more = looked.step + max(1, looked.step // 10)
@@ -67,10 +67,10 @@ def resume(settings: SettingsArguments = None) -> None:
 
 def verify(checkpoint: RunOrCheckpoint) -> None:
     """Check a checkpoint, or all of a run: checksums, tensor headers, numbers; exit code 5 for a fault."""
-    from horizon_lm.checkpoint.places import look, no_checkpoint
+    from horizon_lm.checkpoint.identify import identify, no_checkpoint
     from horizon_lm.checkpoint.reader import verify as verify_checkpoint
 
-    looked = look(checkpoint)
+    looked = identify(checkpoint)
     faults = [one.reason for one in looked.rejected]
     if not looked.checkpoints and not faults:
         raise no_checkpoint(looked, "verify")
@@ -110,12 +110,12 @@ def export(
         raise ConfigError(
             f"command line: --max-shard-size is {max_shard_size!r}", "a size such as 5GB or 500MB"
         )
-    from horizon_lm.checkpoint.places import look, no_checkpoint
+    from horizon_lm.checkpoint.identify import identify, no_checkpoint
 
-    looked = look(checkpoint)
+    looked = identify(checkpoint)
     if not looked.checkpoints and not looked.rejected:
         raise no_checkpoint(looked, "export")
-    from horizon_lm.checkpoint.export_checkpoint import export_checkpoint
+    from horizon_lm.checkpoint.export import export_checkpoint
 
     with lasting_output():
         done = export_checkpoint(

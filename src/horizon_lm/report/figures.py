@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
-from horizon_lm.checkpoint.run_folder import RunFolder
+from horizon_lm.checkpoint.folder import RunFolder
 from horizon_lm.config import DatasetConfig, TrainConfig
 from horizon_lm.config.base import grouped_keys
 from horizon_lm.report.charts import Chart, Mark, Series, draw, short, tokens_at

@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from horizon_lm.checkpoint.run_folder import RunFolder, writing
+from horizon_lm.checkpoint.folder import RunFolder, writing
 from horizon_lm.io import files
 from horizon_lm.report import figures
 from horizon_lm.report.charts import lane_boxes

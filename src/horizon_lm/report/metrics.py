@@ -35,7 +35,7 @@ from typing import Any, Self, TextIO
 import psutil
 import torch
 
-from horizon_lm.checkpoint.run_folder import writing
+from horizon_lm.checkpoint.folder import writing
 from horizon_lm.data import Loader
 from horizon_lm.engine.lanes import Span
 from horizon_lm.errors import DataError, StoppedError
