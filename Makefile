@@ -13,7 +13,7 @@ ARGS ?=
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: audit help setup quickstart test lint types format bench bench-gpu bench-optimizer soak gpu-check clean
+.PHONY: audit help setup quickstart test lint map types format bench bench-gpu bench-optimizer soak gpu-check clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -54,9 +54,13 @@ test: setup ## run all tests
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
 	    $(PY) -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
 
-lint: setup ## check style and formatting
+lint: setup ## check style, formatting and the order of imports between rooms
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
+	@$(PY) -m tests.rooms --quiet
+
+map: ## print the rooms of the package and the imports between them
+	@$(PYTHON) -m tests.rooms
 
 types: setup ## check types
 	@$(PY) -m mypy

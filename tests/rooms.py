@@ -151,7 +151,8 @@ def draw(house: House) -> str:
 
 def main() -> int:
     house = read(PACKAGE)
-    print(draw(house))
+    if "--quiet" not in sys.argv[1:]:
+        print(draw(house))
     found = faults(house)
     print("\n".join(found) if found else "no ring, no import that runs the wrong way")
     return int(bool(found))

@@ -25,7 +25,7 @@ from pathlib import Path
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 _TESTS = Path(__file__).resolve().parents[1]
-for _path in (str(_TESTS), str(_TESTS.parent / "src")):
+for _path in (str(_TESTS), str(_TESTS / "helpers"), str(_TESTS.parent / "src")):
     if _path not in sys.path:
         sys.path.insert(0, _path)
 

@@ -28,7 +28,7 @@ CONTROLS = (("F", "U"), ("U", "F"), ("B", "U"), ("U", "B"), ("D", "B"), ("B", "D
 def check_sanitizer(place: Place) -> Part:
     part = Part("sanitizer")
     if place.dry:
-        why = "it watches CUDA alone; tests/test_cuda_lanes_logic.py runs its analysis on the CPU"
+        why = "it watches CUDA alone; tests/engine/test_cuda_lanes_logic.py runs its analysis on the CPU"
         part.add("sanitizer", None, why)
         return part
     here = Path(__file__).resolve().parent
@@ -64,7 +64,7 @@ def check_sanitizer(place: Place) -> Part:
         f"negative controls: the sanitizer saw {seen} of {len(result['controls'])} dropped waits. It takes "
         "an event that any thread waits for as one that all streams wait for, so it may miss some;"
     )
-    part.note("tests/test_cuda_lanes_logic.py drops every wait in turn, and all are seen there.")
+    part.note("tests/engine/test_cuda_lanes_logic.py drops every wait in turn, and all are seen there.")
     why = "" if seen else "the sanitizer is blind to this pattern"
     part.add("at least one dropped wait is seen", seen > 0, why, seen=seen, dropped=len(result["controls"]))
     return part

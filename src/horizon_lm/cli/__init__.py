@@ -1,5 +1,5 @@
 """The command line: each verb parses its arguments, builds a configuration and makes one call."""
 
-from horizon_lm.cli.app import main
+from horizon_lm.cli.command import app, main
 
-__all__ = ["main"]
+__all__ = ["app", "main"]

@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
-from horizon_lm.config import aliases as config_aliases
-from horizon_lm.config import merge as config_merge
-from horizon_lm.config import yaml as config_yaml
-from horizon_lm.config.yaml import Document
+from horizon_lm.config.aliases import canonicalise
+from horizon_lm.config.faults import explain
+from horizon_lm.config.merge import REPLACES, Keys, collect, plain
+from horizon_lm.config.yaml import Document, dump
 from horizon_lm.text import redacted
 
 GROUPS = (
@@ -80,7 +80,7 @@ class Settings(BaseModel):
     if not TYPE_CHECKING:  # keeps the signature that type checkers derive from the fields
 
         def __init__(self, **values: Any) -> None:
-            self._fill(Document(config_merge.plain(values, self._source), {(): self._source}))
+            self._fill(Document(plain(values, self._source), {(): self._source}))
 
     def _fill(self, document: Document) -> None:
         error: ValidationError | None = None
@@ -91,9 +91,7 @@ class Settings(BaseModel):
         except ValidationError as found:
             error = found
         if error is not None or document.faults:
-            from horizon_lm.config.reference import explain
-
-            raise explain(type(self), error, document)
+            raise explain(type(self), error, document, _settings_of_subclasses(type(self)))
 
     @classmethod
     def from_document(cls, document: Document) -> Self:
@@ -104,7 +102,7 @@ class Settings(BaseModel):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "settings") -> Self:
         """Settings from a mapping (aliases allowed); `source` says in errors where it came from."""
-        document, _ = config_aliases.canonicalise(Document(config_merge.plain(values, source), {(): source}))
+        document, _ = canonicalise(Document(plain(values, source), {(): source}))
         return cls.from_document(document)
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,7 +119,7 @@ class Settings(BaseModel):
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Self:
         """Settings of a YAML file, with `key=value` overrides on top."""
-        return cls.from_document(config_merge.collect(path, overrides, keys_of(cls))[0])
+        return cls.from_document(collect(path, overrides, keys_of(cls))[0])
 
     def to_yaml(self) -> str:
         """Every setting, grouped, as YAML that the strict reader turns back into an equal configuration.
@@ -130,15 +128,18 @@ class Settings(BaseModel):
         would count as named (tokens_per_step and the cut of a step).
         """
         values = self.to_dict()
-        for key, others in config_merge.REPLACES.items():
+        for key, others in REPLACES.items():
             if values.get(key) is not None:
                 values = {k: v for k, v in values.items() if k not in others or k in self.model_fields_set}
         parts = []
         for group, keys in grouped_keys(type(self)).items():
-            parts.append(
-                f"# {group}\n" + config_yaml.dump({key: values[key] for key in keys if key in values})
-            )
+            parts.append(f"# {group}\n" + dump({key: values[key] for key in keys if key in values}))
         return "\n".join(parts)
+
+
+def _settings_of_subclasses(cls: type[Settings]) -> set[str]:
+    """Return the settings that only wider classes have, as TrainConfig beside ModelSettings."""
+    return {key for wider in cls.__subclasses__() for key in wider.model_fields} - cls.model_fields.keys()
 
 
 def grouped_keys(cls: type[Settings]) -> dict[str, list[str]]:
@@ -152,9 +153,9 @@ def grouped_keys(cls: type[Settings]) -> dict[str, list[str]]:
     return {group: keys for group, keys in result.items() if keys}
 
 
-def keys_of(cls: type[Settings]) -> config_merge.Keys:
+def keys_of(cls: type[Settings]) -> Keys:
     fields = cls.model_fields
     text = frozenset(key for key, info in fields.items() if info.annotation in (str, str | None))
     nullable = frozenset(key for key, info in fields.items() if type(None) in get_args(info.annotation))
     required = frozenset(key for key, info in fields.items() if info.is_required())
-    return config_merge.Keys(frozenset(fields), text, nullable | required)
+    return Keys(frozenset(fields), text, nullable | required)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from horizon_lm.config import aliases as config_aliases
+from horizon_lm.config.aliases import canonical_entry
 from horizon_lm.config.base import STRICT, Settings, fault, setting
 
 # The words of LLaMA-Factory's `tags`: two keys of a message, and the roles it may have.
@@ -83,7 +83,7 @@ class DatasetConfig(BaseModel):
     @classmethod
     def _read_aliases(cls, values: Any) -> Any:
         try:
-            return config_aliases.canonical_entry(values)
+            return canonical_entry(values)
         except ValueError as error:
             raise fault(str(error), key="datasets", hint="keep one of them") from None
 

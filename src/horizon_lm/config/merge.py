@@ -8,9 +8,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from horizon_lm.config import aliases as config_aliases
-from horizon_lm.config import yaml as config_yaml
-from horizon_lm.config.yaml import Document, KeyPath
+from horizon_lm.config.aliases import (
+    DROPPED,
+    canonical_name,
+    canonical_value,
+    canonicalise,
+    conflict,
+    drop_or_note,
+)
+from horizon_lm.config.yaml import Document, KeyPath, read_file, read_value, split_override
 from horizon_lm.errors import ConfigError
 
 
@@ -58,9 +64,9 @@ def collect(
     path: str | os.PathLike[str] | None, overrides: Iterable[str], keys: Keys
 ) -> tuple[Document, list[str]]:
     """The settings of a file (or of none) with overrides on top, and one-line notes."""
-    document = Document({}, {(): "command line"}) if path is None else config_yaml.read_file(path)
+    document = Document({}, {(): "command line"}) if path is None else read_file(path)
     empty = _drop_empty(document, keys) if path is not None else []
-    document, notes = config_aliases.canonicalise(document)
+    document, notes = canonicalise(document)
     if empty:
         notes.append(f"{path}: keys without a value are as if not written: {', '.join(empty)}")
     written: dict[str, str] = {}
@@ -80,9 +86,7 @@ def _drop_empty(document: Document, keys: Keys) -> list[str]:
     empty = [
         key
         for key, value in document.values.items()
-        if value is None
-        and key not in config_aliases.DROPPED
-        and config_aliases.canonical_name(key) not in keys.nullable
+        if value is None and key not in DROPPED and canonical_name(key) not in keys.nullable
     ]
     for key in empty:
         del document.values[key]
@@ -94,15 +98,15 @@ def _override(
 ) -> None:
     """Put one `key=value` into `document`. The same key again wins over the earlier one."""
     place = "command line"
-    (key, *inner), raw = config_yaml.split_override(text)
-    dropped, note = config_aliases.drop_or_note(key, place, _off(raw))
+    (key, *inner), raw = split_override(text)
+    dropped, note = drop_or_note(key, place, _off(raw))
     if note and note not in notes:
         notes.append(note)
     if dropped:
         return
-    name = config_aliases.canonical_name(key)
+    name = canonical_name(key)
     if written.setdefault(name, key) != key:
-        raise config_aliases.conflict(written[name], key, place)
+        raise conflict(written[name], key, place)
     target, leaf = document.values, name
     for part in inner:
         if target.get(leaf) is None:
@@ -112,9 +116,9 @@ def _override(
         if not isinstance(target, dict):
             raise ConfigError(f"{place}: '{text}': {key} is not a mapping", f"write {key}=VALUE")
     if inner:
-        value = config_yaml.read_value(raw, f"{place}: {text}")
+        value = read_value(raw, f"{place}: {text}")
     else:
-        value = config_aliases.canonical_value(key, _value_of(name, raw, text_keys), place)
+        value = canonical_value(key, _value_of(name, raw, text_keys), place)
     target[leaf] = value
     written_path: KeyPath = (name, *inner)
     for old in [old for old in document.where if old[: len(written_path)] == written_path]:
@@ -136,4 +140,4 @@ def _value_of(name: str, raw: str, text_keys: frozenset[str]) -> Any:
         verbatim = name in text_keys and not stripped.startswith(('"', "'"))
     if verbatim and stripped not in ("", "null", "~"):
         return raw
-    return config_yaml.read_value(raw, f"command line: {name}={raw}")
+    return read_value(raw, f"command line: {name}={raw}")

@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from horizon_lm.config import aliases as config_aliases
-from horizon_lm.config import merge as config_merge
+from horizon_lm.config.aliases import canonical_name, canonicalise
 from horizon_lm.config.base import keys_of
+from horizon_lm.config.merge import REPLACES, collect, plain
 from horizon_lm.config.train import ModelSettings, TrainConfig
 from horizon_lm.config.yaml import Document
 from horizon_lm.errors import ConfigError
@@ -35,11 +35,11 @@ def as_train_config(
                 f"{caller}: {path} is a directory, not a YAML file",
                 hint="name the file; resume_from_checkpoint='auto' goes on with a run in output_dir",
             )
-        document, notes = config_merge.collect(path, (), keys_of(TrainConfig))
+        document, notes = collect(path, (), keys_of(TrainConfig))
     else:
         document, notes = _document(_values(source, caller), caller)
     mine, more = _document(changes, f"{caller} arguments")
-    for key, others in config_merge.REPLACES.items():
+    for key, others in REPLACES.items():
         if mine.values.get(key) is not None:
             for other in others:
                 document.values.pop(other, None)
@@ -52,13 +52,13 @@ def as_train_config(
 def model_settings(caller: str, device: Any, dtype: Any, more: Mapping[str, Any]) -> ModelSettings:
     """Settings from the arguments of a call; other trainers' names (torch_dtype) may stand for `dtype`."""
     values = {"device": device, "dtype": dtype, **more}
-    if dtype == "bfloat16" and any(config_aliases.canonical_name(key) == "dtype" for key in more):
+    if dtype == "bfloat16" and any(canonical_name(key) == "dtype" for key in more):
         del values["dtype"]  # it is the default
     return ModelSettings.from_dict(values, source=caller)
 
 
 def _document(values: Mapping[str, Any], place: str) -> tuple[Document, list[str]]:
-    return config_aliases.canonicalise(Document(config_merge.plain(values, place), {(): place}))
+    return canonicalise(Document(plain(values, place), {(): place}))
 
 
 def _values(source: Any, caller: str) -> Mapping[str, Any]:

@@ -1,7 +1,7 @@
 """Every setting, once: name, type, default, unit and meaning.
 
 Names are those of transformers' `TrainingArguments` where one exists; other trainers' names are accepted as
-aliases (`config_aliases`). Values are strict: `true` is no number, `1` is no boolean, NaN and infinity are
+aliases (`config.aliases`). Values are strict: `true` is no number, `1` is no boolean, NaN and infinity are
 refused, and so is a key that does not exist. Every fault is a `ConfigError`. Torch is not imported here.
 """
 
@@ -15,11 +15,11 @@ from typing import Any, Literal
 from pydantic import field_validator
 from pydantic_core import PydanticCustomError
 
-from horizon_lm.config import merge as config_merge
 from horizon_lm.config.base import fault, keys_of, setting
 from horizon_lm.config.checkpoints import CheckpointSettings
 from horizon_lm.config.data import MOST, DataSettings
 from horizon_lm.config.data import DatasetConfig as DatasetConfig
+from horizon_lm.config.merge import collect
 from horizon_lm.config.model import ModelSettings as ModelSettings
 
 # Arguments that each curve of `lr_scheduler_type` takes, as in transformers' `get_scheduler`.
@@ -416,7 +416,7 @@ def load_config(
     path: str | os.PathLike[str] | None, overrides: Iterable[str] = ()
 ) -> tuple[TrainConfig, list[str]]:
     """The settings of a file (or of none) with overrides on top, and one-line notes about aliases."""
-    document, notes = config_merge.collect(path, overrides, keys_of(TrainConfig))
+    document, notes = collect(path, overrides, keys_of(TrainConfig))
     return TrainConfig.from_document(document), notes
 
 

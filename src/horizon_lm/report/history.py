@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from horizon_lm.checkpoint.folder import RunFolder
-from horizon_lm.config import yaml as config_yaml
+from horizon_lm.config.yaml import read_file
 from horizon_lm.errors import DataError
 from horizon_lm.report.metrics import read_lines, still_true
 from horizon_lm.report.records import check_settings
@@ -137,6 +137,6 @@ def _sessions(lines: list[Line]) -> list[Session]:
 def _settings(folder: RunFolder) -> Line:
     """As the run's folder keeps them: settings that were left open are still open in it."""
     try:
-        return check_settings(config_yaml.read_file(folder.settings).values, str(folder.settings))
+        return check_settings(read_file(folder.settings).values, str(folder.settings))
     except (OSError, ValueError):
         return {}

@@ -19,9 +19,9 @@ from horizon_lm.checkpoint.folder import Checkpoint
 from horizon_lm.checkpoint.identify import Identified, identify, may_be_on_hub, no_model
 from horizon_lm.checkpoint.model import model_of
 from horizon_lm.config import ModelSettings, TrainConfig
-from horizon_lm.config import merge as config_merge
 from horizon_lm.config.base import keys_of
 from horizon_lm.config.dataset_info import SUFFIXES
+from horizon_lm.config.merge import collect
 from horizon_lm.config.yaml import Document
 from horizon_lm.data.left_out import remarks
 from horizon_lm.data.packing import Rows
@@ -69,7 +69,7 @@ def target_of(place: str | None, overrides: Sequence[str]) -> tuple[Target, list
             hint=f"horizon eval MODEL eval_datasets={place}",
         )
     if looked is None or looked.kind in ("configuration", "file"):
-        document, notes = config_merge.collect(place, overrides, keys_of(TrainConfig))
+        document, notes = collect(place, overrides, keys_of(TrainConfig))
     elif looked.kind in ("run", "checkpoint"):
         document, notes = _of_run(looked, overrides)
         own, what, checkpoints = _model_of_run(looked)
@@ -81,7 +81,7 @@ def target_of(place: str | None, overrides: Sequence[str]) -> tuple[Target, list
     else:
         if looked.kind != "model" and not (looked.kind == "absent" and may_be_on_hub(str(place))):
             raise no_model(looked, "eval")
-        document, notes = config_merge.collect(None, overrides, keys_of(TrainConfig))
+        document, notes = collect(None, overrides, keys_of(TrainConfig))
         document.values.setdefault("model_name_or_path", str(looked.model or place))
     _choose_data(document, given)
     config = TrainConfig.from_document(document)
@@ -97,7 +97,7 @@ def _of_run(looked: Identified, overrides: Sequence[str]) -> tuple[Document, lis
     run = looked.path if looked.kind == "run" else looked.path.resolve().parent
     if (run / "config.resolved.yaml").is_file():
         return read_settings(run, overrides)
-    document, notes = config_merge.collect(None, overrides, keys_of(TrainConfig))
+    document, notes = collect(None, overrides, keys_of(TrainConfig))
     if looked.checkpoints:  # one that was copied without its run
         known = TrainConfig.model_fields.keys()
         saved = {k: v for k, v in looked.checkpoints[0].manifest.config.items() if k in known}

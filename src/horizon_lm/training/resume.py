@@ -23,7 +23,7 @@ from horizon_lm.training.state import RunState
 from horizon_lm.words import count
 
 # Settings that change where bytes are, when work is done, or what is reported, and never a bit of the result
-# (tests/test_lanes.py, tests/test_resume.py), and those that only decide what a fault leads to.
+# (tests/engine/test_lanes.py, tests/training/test_resume.py), and those that decide what a fault leads to.
 FREE = frozenset(
     {
         *("lanes", "slots", "grad_slots", "grad_slabs", "boundary_slots", "boundaries", "activations"),

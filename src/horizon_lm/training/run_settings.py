@@ -15,12 +15,11 @@ from typing import Any
 from horizon_lm.checkpoint.folder import RunFolder
 from horizon_lm.checkpoint.identify import identify, no_checkpoint
 from horizon_lm.config import TrainConfig
-from horizon_lm.config import aliases as config_aliases
-from horizon_lm.config import merge as config_merge
-from horizon_lm.config import yaml as config_yaml
+from horizon_lm.config.aliases import canonical_name
 from horizon_lm.config.base import keys_of
 from horizon_lm.config.dataset_info import SUFFIXES, is_stdlib
-from horizon_lm.config.yaml import Document
+from horizon_lm.config.merge import collect
+from horizon_lm.config.yaml import Document, split_override
 from horizon_lm.data.chat import built_in_templates
 from horizon_lm.errors import CheckpointError
 
@@ -69,9 +68,9 @@ def run_of(place: str) -> tuple[str, str]:
 def read_settings(run: Path, overrides: Sequence[str]) -> tuple[Document, list[str]]:
     """The settings in a run's folder with `overrides` on top, files found again, and notes on aliases."""
     path = RunFolder(run).settings
-    document, notes = config_merge.collect(path, overrides, keys_of(TrainConfig))
+    document, notes = collect(path, overrides, keys_of(TrainConfig))
     given = given_keys(overrides)
-    recorded, _ = config_merge.collect(path, (), keys_of(TrainConfig))
+    recorded, _ = collect(path, (), keys_of(TrainConfig))
     moved = located(recorded.values, run)
     document.values.update({key: value for key, value in moved.items() if key not in given})
     if "num_train_epochs" in given and "max_steps" not in given and document.values.get("max_steps", -1) > 0:
@@ -84,7 +83,7 @@ def read_settings(run: Path, overrides: Sequence[str]) -> tuple[Document, list[s
 
 def given_keys(overrides: Sequence[str]) -> set[str]:
     """The settings that `overrides` name, by their canonical names."""
-    return {config_aliases.canonical_name(config_yaml.split_override(text)[0][0]) for text in overrides}
+    return {canonical_name(split_override(text)[0][0]) for text in overrides}
 
 
 def absolute(config: TrainConfig) -> TrainConfig:

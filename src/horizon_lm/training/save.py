@@ -252,7 +252,10 @@ class Saver:
         code = request.exit_code if request.signal is not None else REQUEUE
         what = f"stopped by {why} after step {step}"
         if saved is None:
-            raise CheckpointError(f"{what}: there is no checkpoint", hint="nothing is left but the metrics")
+            raise CheckpointError(
+                f"{what}; no checkpoint was saved",
+                hint="check save_strategy, save_on_signal and disk space",
+            )
         return StoppedError(f"{what}: {saved}", f"horizon resume {self._run}", code)
 
 

@@ -1,0 +1,293 @@
+"""Plans, and two authorities that stand beside `check`.
+
+A brute-force closure for the order of ops, and a symbolic executor that runs ops on expressions instead of
+tensors and compares the weights after two steps with a plain nested loop.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import product
+from typing import Any
+
+from horizon_lm.schedule import Buffer, Lane, Op, StepPlan, build_steps, derive_waits
+
+STEPS = 2
+Waits = Sequence[tuple[int, ...]]
+
+
+def all_plans() -> Iterator[StepPlan]:
+    grid = product(range(1, 7), (True, False), (True, False), (1, 3), (2, 3, 4), (1, 2))
+    for layers, tied, prologue, micro_batches, slots, grad_slots in grid:
+        head = layers + 1
+        embedding = head if tied else head + 1
+        uploaded = frozenset(range(0 if prologue else 1, head + 1))
+        units = uploaded | {embedding}
+        below_the_middle = frozenset(range(layers // 2 + 2))
+        choices = {frozenset(), frozenset({1}), below_the_middle, frozenset({embedding})}
+        for frozen in sorted(choices, key=sorted):
+            if units - frozen:
+                plan = StepPlan(layers, uploaded, units - frozen, embedding, micro_batches, slots, grad_slots)
+                yield plan
+                if tied and head not in frozen:  # a final norm that is trained, a table that is not
+                    yield replace(plan, embedding_frozen=True)
+
+
+PLANS = list(all_plans())
+
+
+def policy_plans() -> Iterator[StepPlan]:
+    """Update modes, kept and spilled layers, blocks: every combination, on models of five layers and less."""
+    grid = product(
+        (1, 2, 5), (True, False), (1, 3), (1, 2, 3), ("sync", "deferred", "eager"), (0, 1, 2), (0, 1, 2)
+    )
+    for layers, tied, micro_batches, block, update, keep, spill in grid:
+        head = layers + 1
+        uploaded = frozenset(range(layers % 2, head + 1))
+        embedding = head if tied else head + 1
+        yield StepPlan(
+            layers,
+            uploaded,
+            uploaded | {embedding} if spill < 2 else frozenset(range(layers // 2 + 1, head + 1)),
+            embedding,
+            micro_batches,
+            slots=max(2, block) + spill % 2,
+            grad_slots=max(1 + tied, block),
+            update=update,
+            grad_slabs=1 + tied,
+            kept=frozenset(range(layers + 1 - keep, head)) if layers > keep else frozenset(),
+            checkpoint_interval=block,
+            spilled=frozenset(range(1, layers + 1 - spill)) if spill else frozenset(),
+            boundary_slots=1 + micro_batches % 2 + tied,
+        )
+
+
+POLICIES = list(policy_plans())
+EVERY = PLANS + POLICIES
+
+
+@cache
+def prepared(plan: StepPlan) -> tuple[list[Op], list[tuple[int, ...]]]:
+    ops = build_steps(plan, STEPS)
+    return ops, derive_waits(ops)
+
+
+def label(plan: StepPlan) -> str:
+    frozen = sorted((plan.uploaded | {plan.embedding_unit}) - plan.trainable)
+    return (
+        f"layers={plan.layers} prologue={0 in plan.uploaded} tied={plan.embedding_unit == plan.head} "
+        f"frozen={frozen}{'+table' * plan.embedding_frozen} micro_batches={plan.micro_batches} "
+        f"slots={plan.slots}/{plan.grad_slots} {plan.update} kept={sorted(plan.kept)} "
+        f"block={plan.checkpoint_interval} spilled={sorted(plan.spilled)}"
+    )
+
+
+def plain(**changes: Any) -> StepPlan:
+    """Three layers, untied, a prologue with weights, two micro-batches, all trainable."""
+    values = {
+        "layers": 3,
+        "uploaded": frozenset(range(5)),
+        "trainable": frozenset(range(6)),
+        "embedding_unit": 5,
+    }
+    return StepPlan(**(values | {"micro_batches": 2} | changes))
+
+
+def closure(ops: Sequence[Op], waits: Waits) -> list[set[int]]:
+    """For each op all that end before it starts, by depth-first search over its predecessors."""
+    before: list[set[int]] = []
+    for i, op in enumerate(ops):
+        stack = [j for j in range(i) if ops[j].lane == op.lane] + list(waits[i])
+        seen: set[int] = set()
+        while stack:
+            j = stack.pop()
+            if j not in seen:
+                seen.add(j)
+                stack += [k for k in range(j) if ops[k].lane == ops[j].lane] + list(waits[j])
+        before.append(seen)
+    return before
+
+
+# The authority on values: expressions in place of tensors. Takes slots as the engine does, from the op's
+# own fields; the declared reads and writes are not looked at.
+
+
+@dataclass
+class Symbols:
+    plan: StepPlan
+    memory: dict[tuple, Any] = field(default_factory=dict)
+    names: dict[Any, int] = field(default_factory=dict)
+
+    def name(self, *expression: Any) -> int:
+        """A number for an expression, the same for the same one: expressions stay small."""
+        return self.names.setdefault(expression, len(self.names))
+
+    def get(self, *place: Any) -> Any:
+        return self.memory.get(
+            place, "nothing" if place[0] not in ("weights", "state") else ("initial", place[1])
+        )
+
+    def run(self, op: Op) -> None:
+        plan, u, m, memory = self.plan, op.unit, op.micro_batch, self.memory
+        weights = self.get("slot", op.slot) if op.slot >= 0 else None
+        data = ("batch", op.step, m)
+        if op.kind == "G":
+            memory["embeds", m] = self.name("G", self.get("weights", plan.embedding_unit), data)
+        elif op.kind == "U":
+            memory["slot", op.slot] = self.name("U", u, self.get("weights", u))
+        elif op.kind in "FC":
+            given = self.given(op)
+            if u == 0:
+                memory["call", m] = (self.name("call", given, weights), None)
+            call = self.get("call", m)
+            arguments, routers = call if isinstance(call, tuple) else (call, None)  # not there, or released
+            memory["input", u + 1, m] = self.name("F", u, weights, given, arguments)
+            if op.policy:
+                memory["graph", u, m] = self.name("graph", u, given)
+            if op.kind == "F" and u:
+                memory["call", m] = (arguments, self.name("routers", routers, given, weights))
+        elif op.kind == "X":
+            memory["boundary", u, m] = self.get("input", u, m)
+        elif op.kind == "R":
+            memory["boundary_slot", op.boundary_slot] = self.get("boundary", u, m)
+        elif op.kind in "LB":
+            given = self.given(op)
+            above = data if op.kind == "L" else self.get("input_grad", m)
+            gradient = self.name(op.kind, u, weights, given, above, self.get("call", m) if u else None)
+            if op.kind == "B" and u and self.get("graph", u, m) != self.name("graph", u, given):
+                gradient = self.name("a graph of another input", self.get("graph", u, m))
+            if op.kind == "L":
+                memory["loss", op.step, m] = gradient
+            memory[("embeds_grad", m) if u == 0 else ("input_grad", m)] = gradient
+            if op.grad_slot >= 0:
+                held = () if op.first else (self.get("grad_slot", op.grad_slot),)
+                memory["grad_slot", op.grad_slot] = self.name("sum", held, gradient)
+        elif op.kind == "D":
+            memory["sqnorm", u] = self.name("D", u, self.get("grad_slot", op.grad_slot))
+            memory[self.home(op, u)] = memory["sqnorm", u]
+        elif op.kind == "S":
+            rows = tuple(self.get("embeds_grad", k) for k in range(plan.micro_batches))
+            tied = plan.embedding_unit == plan.head
+            held = self.get(*self.home(op, plan.head)) if tied else None
+            memory["sqnorm", "rows"] = self.name("S", held, rows)
+            memory[self.home(op, plan.embedding_unit)] = memory["sqnorm", "rows"]
+        elif op.kind == "N":
+            memory[("clip",)] = self.name(
+                "N", *(self.get("sqnorm", k) for k in [*sorted(plan.trainable), "rows"])
+            )
+        elif op.kind == "O":
+            gradient = self.get(*self.home(op, u))
+            wanted = (self.get("weights", u), self.get("state", u), gradient, self.scale(op))
+            memory["weights", u], memory["state", u] = self.name("O", u, *wanted), self.name("M", u, *wanted)
+
+    def given(self, op: Op) -> Any:
+        """A unit's input, where the op's own fields say that it is."""
+        if op.unit == 0:
+            return self.get("embeds", op.micro_batch)
+        if op.boundary_slot >= 0:
+            return self.get("boundary_slot", op.boundary_slot)
+        return self.get("input", op.unit, op.micro_batch)
+
+    def home(self, op: Op, unit: int) -> tuple[str, int]:
+        return ("slab", op.slab) if op.slab >= 0 else ("grads", unit)
+
+    def scale(self, op: Op) -> Any:
+        """What decides on an update beside its gradient: the global norm, or for eager ones the loss and
+        the norm of their own."""
+        plan = self.plan
+        if plan.update != "eager":
+            return self.get("clip")
+        rows = self.get("sqnorm", "rows") if plan.scatters and op.unit == plan.embedding_unit else None
+        losses = (self.get("loss", op.step, m) for m in range(plan.micro_batches))
+        return self.name("look", self.get("sqnorm", op.unit), rows, *losses)
+
+    def release(self, buffer: Buffer) -> None:
+        place = tuple(part for part in buffer if part != -1)
+        self.memory[place] = "poison"
+
+    def outcome(self, steps: int = STEPS) -> dict[tuple, Any]:
+        """The losses, and the weights and optimizer state at the end."""
+        losses = {
+            ("loss", s, m): self.get("loss", s, m)
+            for s in range(steps)
+            for m in range(self.plan.micro_batches)
+        }
+        units = [*range(self.plan.head + 2)]
+        return losses | {(region, u): self.get(region, u) for region in ("weights", "state") for u in units}
+
+
+def reference(plan: StepPlan, symbols: Symbols) -> dict[tuple, Any]:
+    """Two steps as one would write them with every unit in its own memory: no slots, no lanes."""
+    name, micro_batches, head = symbols.name, range(plan.micro_batches), plan.head
+    weights: dict[int, Any] = {u: ("initial", u) for u in range(head + 2)}
+    state = dict(weights)
+    outcome: dict[tuple, Any] = {}
+    for step in range(STEPS):
+        data = {m: ("batch", step, m) for m in micro_batches}
+        on_device = {u: name("U", u, weights[u]) if u in plan.uploaded else None for u in range(head + 1)}
+        gradients: dict[int, list[int]] = {u: [] for u in range(head + 1)}
+        embeds_grads = {}
+        for m in micro_batches:
+            inputs = [name("G", weights[plan.embedding_unit], data[m])]
+            arguments, routers = name("call", inputs[0], on_device[0]), None
+            for u in range(head):
+                inputs.append(name("F", u, on_device[u], inputs[u], arguments))
+                routers = name("routers", routers, inputs[u], on_device[u]) if u else None
+            call = (arguments, routers)
+            above = outcome["loss", step, m] = name("L", head, on_device[head], inputs[head], data[m], call)
+            gradients[head].append(above)
+            for u in range(head - 1, -1, -1):
+                above = name("B", u, on_device[u], inputs[u], above, call if u else None)
+                gradients[u].append(above)
+            embeds_grads[m] = above
+        grads: dict[Any, Any] = {}
+        for u in plan.trainable - {head + 1}:
+            total: tuple = ()
+            for gradient in gradients[u]:
+                total = (name("sum", total, gradient),)
+            grads[u] = name("D", u, *total)
+        norms = dict(grads)
+        if plan.embedding_unit in plan.trainable and not plan.embedding_frozen:
+            norms["rows"] = name("S", grads.get(plan.embedding_unit), tuple(embeds_grads.values()))
+            grads[plan.embedding_unit] = norms["rows"]
+        clip = name("N", *(norms.get(k, "nothing") for k in [*sorted(plan.trainable), "rows"]))
+        for u in plan.trainable:
+            scale = clip
+            if plan.update == "eager":
+                own = norms.get(u, "nothing")
+                rows = norms["rows"] if plan.scatters and u == plan.embedding_unit else None
+                scale = name("look", own, rows, *(outcome["loss", step, m] for m in micro_batches))
+            wanted = (weights[u], state[u], grads[u], scale)
+            weights[u], state[u] = name("O", u, *wanted), name("M", u, *wanted)
+    outcome |= {("weights", u): weights[u] for u in weights} | {("state", u): state[u] for u in state}
+    return outcome
+
+
+def run_symbolically(
+    plan: StepPlan, ops: Sequence[Op], order: Sequence[int] | None = None, ends: Sequence | None = None
+) -> tuple[bool, list[int]]:
+    """Whether the ops give what the reference gives, and the order in which they ran."""
+    symbols = Symbols(plan)
+    order = range(len(ops)) if order is None else order
+    for i in order:
+        symbols.run(ops[i])
+        for buffer in ends[i] if ends is not None else ():
+            symbols.release(buffer)
+    # An untied table has no squared norm of its own beside that of its rows.
+    return symbols.outcome() == reference(plan, symbols), list(order)
+
+
+def random_order(ops: Sequence[Op], waits: Waits, rng: random.Random) -> list[int]:
+    """Any order that lanes and waits allow."""
+    queues = {lane: [i for i, op in enumerate(ops) if op.lane == lane] for lane in Lane}
+    done: set[int] = set()
+    order: list[int] = []
+    while len(order) < len(ops):
+        ready = [queue for queue in queues.values() if queue and done.issuperset(waits[queue[0]])]
+        i = rng.choice(ready).pop(0)
+        done.add(i)
+        order.append(i)
+    return order

@@ -1,0 +1,50 @@
+"""The optimizer's library is optional, and its threads are those that this process may use."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from horizon_lm.machine.cores import choose_threads, usable_cores
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_package_builds_without_a_compiler(tmp_path):
+    """As `pip install` does: the extension is optional, so its failure is a warning."""
+    pytest.importorskip("setuptools")
+    command = [sys.executable, "setup.py", "build_ext", f"--build-lib={tmp_path}", f"--build-temp={tmp_path}"]
+    missing = {"CC": "/nowhere/cc", "CXX": "/nowhere/c++"}
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **missing}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "failed" in done.stderr and not list(tmp_path.rglob("_optimizer*"))
+
+
+def test_threads_follow_affinity_and_cgroup_quotas(tmp_path):
+    root, listing = tmp_path / "cgroup", tmp_path / "self"
+    affinity = len(os.sched_getaffinity(0))
+
+    def cores(own: str, files: dict[str, str]) -> int:
+        shutil.rmtree(root, ignore_errors=True)
+        listing.write_text(own)
+        for name, text in files.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(text)
+        return usable_cores(root, listing)
+
+    assert cores("0::/a/b\n", {}) == affinity
+    assert cores("0::/a/b\n", {"a/b/cpu.max": "max 100000\n"}) == affinity
+    assert cores("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "150000 100000\n"}) == 1
+    v1 = {"cpu,cpuacct/a/cpu.cfs_quota_us": "50000\n", "cpu,cpuacct/a/cpu.cfs_period_us": "100000\n"}
+    assert cores("4:cpu,cpuacct:/a\n3:memory:/b\n", v1) == 1
+    assert cores("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}) == affinity
+    assert cores("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "x"}) == affinity
+    assert choose_threads(10_000) == choose_threads() == usable_cores()
+    assert choose_threads(1) == 1
+    with pytest.raises(ValueError, match="hint"):
+        choose_threads(0)

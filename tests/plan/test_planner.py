@@ -1,0 +1,206 @@
+"""The planner's choices are good, and it gives its reasons."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from horizon_lm.config import ModelSettings, TrainConfig
+from horizon_lm.engine.policies import Policies
+from horizon_lm.errors import ConfigError, DoesNotFitError
+from horizon_lm.machine.profile import Profile, load_profile
+from horizon_lm.plan.choose import Planner
+from horizon_lm.plan.limits import Limits
+from horizon_lm.plan.outline import Outline, model_config
+from horizon_lm.plan.predict import predict
+from horizon_lm.plan.run_plan import RunPlan, plan_run
+from horizon_lm.plan.show import describe
+from planned_models import GB, SMALL, config_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def planner_of(config: TrainConfig, profile: Profile, limits: Limits) -> Planner:
+    outline = Outline(model_config(config), config)
+    return Planner(outline, profile, limits, frozenset(config.model_fields_set))
+
+
+# name: settings, host GB, device MB; each leaves a space that can be searched through
+CASES: dict[str, tuple[dict[str, Any], float, float]] = {
+    "ample": ({"tokens_per_step": 512}, 8, 4000),
+    "some layers keep": ({"tokens_per_step": 512}, 8, 30),
+    "few layers keep": ({"tokens_per_step": 1024}, 8, 24),
+    "tight": ({"tokens_per_step": 1024}, 8, 17),
+    "no clipping": ({"tokens_per_step": 512, "max_grad_norm": None}, 8, 30),
+    "batch pinned": ({"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2}, 8, 24),
+    "kept pinned": ({"tokens_per_step": 512, "activations": "recompute"}, 8, 24),
+    "update pinned": ({"tokens_per_step": 512, "update": "sync"}, 8, 30),
+    "slots pinned": ({"tokens_per_step": 1024, "slots": 3}, 8, 24),
+    "fp32": ({"tokens_per_step": 512, "dtype": "float32"}, 8, 40),
+}
+
+
+def machine(host_gb: float, device_mb: float) -> tuple[Profile, Limits]:
+    """A slow link and a small device, so that every choice matters to a small model."""
+    values = load_profile("rtx3090").model_dump()
+    values |= {
+        "context_bytes": 0.0,
+        "process_bytes": 0.0,
+        "h2d": 2e9,
+        "d2h": 2e9,
+        "host": 2e10,
+        "optimizer": 1e10,
+    }
+    values |= {"matmul": {"bfloat16": 5e12, "float32": 2e12}, "device_bytes": device_mb * 1e6}
+    values |= {"elementwise": {"bfloat16": 1e11, "float32": 1e11}}
+    profile = Profile.model_validate(values)
+    return profile, Limits(int(host_gb * GB), int(device_mb * 1e6))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_choices_are_at_most_5_percent_slower_than_the_best(name: str) -> None:
+    values, host_gb, device_mb = CASES[name]
+    config = config_of(max_length=128, **values)
+    planner = planner_of(config, *machine(host_gb, device_mb))
+    times = [planner.predict(c).seconds for c in planner.space(config) if planner.fits(c)]
+    chosen = planner.choose(config)
+    assert planner.fits(chosen)
+    assert times and planner.predict(chosen).seconds <= 1.05 * min(times)
+    assert len(times) < 4 or min(times) < 0.98 * max(times)  # a choice at random would not do
+
+
+def test_the_last_layers_are_kept_as_many_as_fit() -> None:
+    config = config_of(max_length=512, per_device_train_batch_size=2, boundaries="device", slots=2)
+    free = planner_of(config, *machine(8, 4000))
+    most, least = (
+        free.predict(config.replace(activations=policy)).device_bytes for policy in ("keep", "recompute")
+    )
+    seen = []
+    for device_bytes in (most, (most + least) // 2, least):
+        planner = planner_of(config, *machine(8, device_bytes / 1e6))
+        chosen = planner.choose(config)
+        policies = Policies.of(chosen, planner.outline)
+        assert policies.kept == frozenset(range(5 - len(policies.kept), 5))
+        seen.append(len(policies.kept))
+    assert seen[0] == 4 and seen == sorted(seen, reverse=True) and seen[-1] < 4
+
+
+def test_pins_that_contradict_each_other_are_refused() -> None:
+    config = config_of(max_length=128, tokens_per_step=1024, per_device_train_batch_size=3)
+    with pytest.raises(ConfigError, match="tokens_per_step=1024 is 8 sequences"):
+        planner_of(config, *machine(8, 4000)).choose(config)
+    config = config_of(max_length=128, tokens_per_step=1024, per_device_train_batch_size=2)
+    chosen = planner_of(config, *machine(8, 4000)).choose(config)
+    assert (chosen.per_device_train_batch_size, chosen.gradient_accumulation_steps) == (2, 4)
+
+
+def test_a_plan_gives_its_reasons() -> None:
+    plan = plan_run(config_of(max_length=128, tokens_per_step=512, slots=3), "rtx3090")
+    reasons = {choice.key: choice for choice in plan.choices}
+    assert reasons["slots"].pinned and reasons["slots"].reason == "as configured"
+    assert not reasons["activations"].pinned and reasons["activations"].reason == "all layers fit"
+    assert "simulated" in plan.to_dict()["hardware"]["figures"]
+    assert plan.to_dict()["tokens_per_step"] == 512
+
+
+def test_the_largest_that_fits_is_just_below_what_does_not() -> None:
+    config = config_of(max_length=128)
+    planner = planner_of(config, *machine(0.05, 40))
+    chosen = planner.choose(config.replace(reserve_host_gb=0.0))
+    plan = RunPlan(chosen, planner, planner.predict(chosen), [], [], "a machine")
+    most = plan.largest()
+    base = plan.config.replace(activations="recompute", boundaries="host")
+    batch = most["per_device_train_batch_size"]
+    assert planner.fits(base.replace(per_device_train_batch_size=batch))
+    assert not planner.fits(base.replace(per_device_train_batch_size=int(batch * 1.3) + 2))
+    assert most["layers"] > 4 and most["parameters"] > planner.outline.num_parameters
+
+
+def test_costs_of_ops_are_not_negative_and_of_every_kind() -> None:
+    settings = ModelSettings(boundaries="host", activations=["recompute*3", "keep"])
+    outline = Outline(LlamaConfig(**{k: v for k, v in SMALL.items() if k != "model_type"}), settings)
+    found = predict(outline, settings, load_profile("gh200"), batch=1, tokens=64, micro_batches=2)
+    seconds = {}
+    for op, start, end in found.simulation.spans:
+        seconds.setdefault(op.kind, []).append(end - start)
+    assert set("GUFXLRBDSNO") <= set(seconds)
+    assert all(min(values) > 0 for kind, values in seconds.items() if kind != "N")
+
+
+def test_a_choice_that_does_not_exist_is_no_way_out() -> None:
+    config = config_of(max_length=128)
+    with pytest.raises(DoesNotFitError):
+        planner_of(config, *machine(0.0001, 4000)).choose(config)
+
+
+def test_the_plan_of_a_large_model_takes_little_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """14 B with all that `horizon plan` prints: layers run on fake tensors, and schedules simulated.
+    Doubling and halving took 18 and 46."""
+    from horizon_lm.plan import outline as outline_module
+    from horizon_lm.plan import predict as predict_module
+
+    counts = {"layers": 0, "simulations": 0}
+
+    def counted(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    measure, run = outline_module.layer_working_set, predict_module.simulate
+    monkeypatch.setattr(outline_module, "layer_working_set", counted("layers", measure))
+    monkeypatch.setattr(predict_module, "simulate", counted("simulations", run))
+    model = {"model_type": "qwen2", "max_position_embeddings": 131072, "vocab_size": 152064}
+    model |= {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 48}
+    model |= {"num_attention_heads": 40, "num_key_value_heads": 8}
+    plan = plan_run(config_of(init_model=model, max_length=2048), "h200-1.5tb")
+    assert plan.largest()["layers"] > 200
+    assert 2 <= counts["layers"] <= 12 and 10 <= counts["simulations"] <= 45
+
+
+def test_what_only_device_memory_has_is_not_chosen_on_a_cpu() -> None:
+    on_cpu = {choice.key for choice in plan_run(config_of(max_length=128), "cpu-2core").choices}
+    on_gpu = {choice.key for choice in plan_run(config_of(max_length=128), "rtx3090").choices}
+    assert on_gpu - on_cpu == {"boundaries", "slots", "grad_slots"}
+    pinned = plan_run(config_of(max_length=128, slots=3), "cpu-2core").choices
+    assert [choice.pinned for choice in pinned if choice.key == "slots"] == [True]
+
+
+def test_the_end_of_the_search_is_not_called_the_largest() -> None:
+    text = describe(plan_run(config_of(max_length=128), "h200-1.5tb"))
+    assert "per_device_train_batch_size 4,096 or more at max_length 128" in text
+    assert "1,024 or more layers of this kind" in text
+    assert re.search(r"max_length [0-9,]+, all that the model has positions for,", text)
+    config = config_of(max_length=128)
+    planner = planner_of(config, *machine(0.05, 40))
+    chosen = planner.choose(config.replace(reserve_host_gb=0.0))
+    small = describe(RunPlan(chosen, planner, planner.predict(chosen), [], [], "a small machine"))
+    assert "or more" not in small and "0.000" not in small and "0.00 " not in small.replace("0.00 ms", "")
+
+
+def test_more_tokens_a_step_are_advised_where_the_update_limits() -> None:
+    """The advice is what the planner predicts for it; where compute limits there is none."""
+    config = config_of(max_length=16, per_device_train_batch_size=1, max_grad_norm=None)
+    plan = plan_run(config, "h100-sxm")
+    assert plan.prediction.limit().startswith("update")
+    (advice,) = [note for note in plan.all_notes() if "gradient_accumulation_steps=" in note]
+    wanted, rate = re.search(r"gradient_accumulation_steps=(\d+) .* give ([\d,]+) tokens/s", advice).groups()
+    more = plan_run(config.replace(gradient_accumulation_steps=int(wanted)), "h100-sxm")
+    assert int(rate.replace(",", "")) > plan.prediction.tokens_per_second * 1.05
+    found = plan.planner.predict(plan.config.replace(gradient_accumulation_steps=int(wanted)))
+    assert rate == f"{found.tokens_per_second:,.0f}" and more.prediction.tokens == int(wanted) * 16
+    enough = plan_run(config_of(max_length=128, gradient_accumulation_steps=64), "cpu-2core")
+    assert enough.prediction.limit().startswith("compute") and enough.all_notes() == enough.notes
+
+
+def test_this_machine_is_not_called_one_that_is_not_here(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # nothing has been measured
+    plan = plan_run(config_of(max_length=128, device="cpu"))
+    assert "not measured here" not in describe(plan) and plan.machine.startswith("this one")
+    assert "`horizon doctor` measures it" in plan.machine
+    assert "not measured here" in describe(plan_run(config_of(max_length=128), "cpu-2core"))

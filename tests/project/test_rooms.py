@@ -1,0 +1,69 @@
+"""The house: imports between rooms run one way, without a ring. `make map` draws it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.rooms import ORDER, PACKAGE, draw, faults, read
+
+
+def test_imports_run_one_way_and_form_no_ring() -> None:
+    house = read(PACKAGE)
+    assert len(house.imports) > 500 and len(house.lines) > 100  # the files were found and read
+    assert faults(house) == []
+
+
+def test_the_map_names_every_room() -> None:
+    house = read(PACKAGE)
+    drawn = draw(house)
+    assert all(name in drawn for name in ("io", "config", "schedule", "engine", "training", "cli"))
+    assert f"{sum(house.lines.values()):,}" in drawn
+
+
+def _package(folder: Path, **files: str) -> Path:
+    """A small package; `engine__engine="..."` is engine/engine.py."""
+    package = folder / "small"
+    for name, text in files.items():
+        path = package / f"{name.replace('__', '/')}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return package
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"io__a": "from small.cli import b", "cli__b": ""}, "imports cli.b, which comes later"),
+        ({"io__a": "def f():\n    from small.cli.b import c", "cli__b": ""}, "io.a:2: imports cli.b"),
+        (
+            {"io__a": "if TYPE_CHECKING:\n    from small.cli import b", "cli__b": ""},
+            "io.a:2: imports cli.b",
+        ),
+        ({"io__a": "import small.cli.b", "cli__b": ""}, "imports cli.b"),
+        ({"io__a": "from small.io.b import x", "io__b": "from small.io import a"}, "ring: "),
+        ({"io__a": "from .b import x", "io__b": ""}, "io.a:1: relative import"),
+        ({"shed__a": ""}, "shed: not in ORDER"),
+        ({"schedule__a": "def f():\n    import torch.nn"}, "schedule.a:2: imports torch"),
+        ({"schedule__a": "from torch import Tensor"}, "schedule.a:1: imports torch"),
+    ],
+)
+def test_what_is_against_the_order_is_found(tmp_path: Path, files: dict[str, str], said: str) -> None:
+    found = faults(read(_package(tmp_path, **files)))
+    assert len(found) == 1 and said in found[0], found
+
+
+def test_what_follows_the_order_is_not(tmp_path: Path) -> None:
+    package = _package(
+        tmp_path,
+        io__a="from small.text import x",
+        text="",
+        cli__b="def f():\n    from small.io.a import x",
+        engine__c="import torch",
+    )
+    assert faults(read(package)) == []
+
+
+def test_each_room_has_one_place() -> None:
+    names = [name for names in ORDER for name in names]
+    assert len(names) == len(set(names))

@@ -1,0 +1,221 @@
+"""The checker: a negative control for each class of fault."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+
+from horizon_lm.schedule import Buffer, Op, StepPlan, build_steps, check, derive_waits
+from schedule_authorities import STEPS, Waits, label, plain, run_symbolically
+
+
+def mutants(plan: StepPlan) -> Iterator[tuple[str, list[Op]]]:
+    """Schedules with one fault each; not all of them change the result."""
+    ops = build_steps(plan, STEPS)
+    for i, op in enumerate(ops):
+        yield f"without {op}", [*ops[:i], *ops[i + 1 :]]
+        yield f"{op} twice", [*ops[: i + 1], *ops[i:]]
+        for distance in (1, 2, 5, 9):
+            j = i + distance
+            if j < len(ops):
+                yield f"{op} and {ops[j]} swapped", [*ops[:i], ops[j], *ops[i + 1 : j], op, *ops[j + 1 :]]
+                yield f"{op} after {ops[j]}", [*ops[:i], *ops[i + 1 : j + 1], op, *ops[j + 1 :]]
+        if op.slot >= 0:
+            yield (
+                f"{op} with another slot",
+                [*ops[:i], with_slot(op, (op.slot + 1) % plan.slots), *ops[i + 1 :]],
+            )
+            yield (
+                f"{op} with a slot it does not name",
+                [*ops[:i], replace(op, slot=op.slot ^ 1), *ops[i + 1 :]],
+            )
+        if op.grad_slot >= 0:
+            yield (
+                f"{op} with another gradient slot",
+                [*ops[:i], with_grad_slot(op, 1 - op.grad_slot), *ops[i + 1 :]],
+            )
+            yield f"{op} without a gradient slot", [*ops[:i], with_grad_slot(op, -1), *ops[i + 1 :]]
+        if op.boundary_slot >= 0:
+            moved = _with(op, "boundary_slot", 1 - op.boundary_slot)
+            yield f"{op} with another boundary slot", [*ops[:i], moved, *ops[i + 1 :]]
+        if op.slab >= 0:
+            moved = _with(op, "slab", (op.slab + 1) % 3)
+            yield f"{op} with another slab", [*ops[:i], moved, *ops[i + 1 :]]
+        if op.kind == "F" and op.unit:
+            other = replace(op, policy="" if op.policy else "keep")
+            yield f"{op} with another policy", [*ops[:i], other, *ops[i + 1 :]]
+        if op.kind in "LB":
+            yield (
+                f"{op} with first={not op.first}",
+                [*ops[:i], replace(op, first=not op.first), *ops[i + 1 :]],
+            )
+
+
+def with_slot(op: Op, slot: int) -> Op:
+    return _with(op, "slot", slot)
+
+
+def with_grad_slot(op: Op, slot: int) -> Op:
+    return _with(op, "grad_slot", slot)
+
+
+def _with(op: Op, region: str, slot: int) -> Op:
+    def moved(buffers: frozenset[Buffer]) -> frozenset[Buffer]:
+        renamed = {b._replace(index=slot) if b.region == region else b for b in buffers}
+        return frozenset(b for b in renamed if b.region != region or slot >= 0)
+
+    return replace(op, reads=moved(op.reads), writes=moved(op.writes), **{region: slot})
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        plain(),
+        plain(slots=3, grad_slots=1, embedding_unit=4, trainable=frozenset(range(5))),
+        plain(slots=4, micro_batches=3, uploaded=frozenset(range(1, 5)), trainable=frozenset(range(1, 6))),
+        plain(trainable=frozenset({2, 4}), slots=3),
+        plain(embedding_unit=4, trainable=frozenset(range(1, 5)), embedding_frozen=True),
+        plain(update="deferred", kept=frozenset({3}), spilled=frozenset({1, 2})),
+        plain(update="eager", checkpoint_interval=2, spilled=frozenset({1}), grad_slabs=2),
+    ],
+    ids=label,
+)
+def test_every_mutant_that_changes_the_result_is_found(plan: StepPlan) -> None:
+    changed = found = 0
+    for what, ops in mutants(plan):
+        wrong = not run_symbolically(plan, ops)[0]
+        faults = check(ops, plan)
+        changed, found = changed + wrong, found + bool(faults)
+        assert faults or not wrong, what
+    print(f"\n{changed} mutants of {label(plan)} give another result, {found} are objected to")
+    assert changed > 300
+
+
+def faults_of(ops: Sequence[Op], plan: StepPlan | None = None, waits: Waits | None = None) -> str:
+    return "\n".join(check(ops, plan or plain(), waits))
+
+
+def place(ops: Sequence[Op], text: str, step: int = 0) -> int:
+    return next(i for i, op in enumerate(ops) if (str(op), op.step) == (text, step))
+
+
+@pytest.fixture
+def ops() -> list[Op]:
+    return build_steps(plain(), STEPS)
+
+
+def test_fault_wrong_slot_content(ops: list[Op]) -> None:
+    i = place(ops, "F2.0")
+    ops[i] = with_slot(ops[i], 1 - ops[i].slot)
+    assert "F2.0 of step 0 needs unit 2 in slot" in faults_of(ops)
+
+
+def test_fault_slot_of_the_step_before(ops: list[Op]) -> None:
+    del ops[place(ops, "U0", step=1)]
+    assert "F0.0 of step 1 needs unit 0 in slot" in faults_of(ops)
+
+
+def test_fault_undeclared_slot(ops: list[Op]) -> None:
+    i = place(ops, "F2.0")
+    ops[i] = replace(ops[i], slot=1 - ops[i].slot)
+    assert "F2.0 works on slot" in faults_of(ops)
+
+
+def test_fault_no_slot(ops: list[Op]) -> None:
+    i = place(ops, "F2.0")
+    ops[i] = with_slot(ops[i], -1)
+    assert "F2.0 of step 0 has no slot to read its weights from" in faults_of(ops)
+
+
+def test_fault_read_before_written(ops: list[Op]) -> None:
+    i = place(ops, "F1.0", step=1)
+    ops.insert(place(ops, "F0.0", step=1), ops.pop(i))
+    assert "F1.0 of step 1 reads input.1.0, which this step has not written" in faults_of(ops)
+
+
+def test_fault_weights_from_before_the_update(ops: list[Op]) -> None:
+    late = ops.pop(place(ops, "O3"))
+    ops.insert(place(ops, "U3", step=1) + 1, late)
+    assert "U3 of step 1 reads weights.3 of after step -1 instead of 0" in faults_of(ops)
+
+
+def test_fault_gradient_of_another_layer(ops: list[Op]) -> None:
+    plan = plain(slots=4, micro_batches=1)
+    ops = build_steps(plan, STEPS)
+    i, j = place(ops, "B3.0"), place(ops, "B2.0")
+    ops[i], ops[j] = ops[j], ops[i]
+    assert "B2.0 of step 0 reads input_grad.m0, which comes from unit 4 instead of 3" in faults_of(ops, plan)
+
+
+def test_fault_gradient_taken_too_early(ops: list[Op]) -> None:
+    i = place(ops, "D2")
+    ops.insert(place(ops, "B2.1"), ops.pop(i))
+    assert "D2 of step 0 takes grad_slot" in faults_of(ops)
+
+
+def test_fault_gradient_overwritten_instead_of_added_to(ops: list[Op]) -> None:
+    i = place(ops, "B2.1")
+    ops[i] = replace(ops[i], first=True)
+    assert "with micro-batches [1] in it" in faults_of(ops)
+
+
+def test_fault_first_that_is_not_what_is_declared(ops: list[Op]) -> None:
+    i = place(ops, "B2.0")
+    ops[i] = replace(ops[i], first=False)
+    assert "B2.0 of step 0 has first=False, but declares otherwise" in faults_of(ops)
+
+
+def test_fault_gradient_added_to_what_another_unit_left(ops: list[Op]) -> None:
+    i = place(ops, "B2.0")
+    ops[i] = replace(ops[i], first=False, reads=ops[i].reads | {Buffer("grad_slot", ops[i].grad_slot)})
+    assert "B2.0 of step 0 needs the gradient of unit 2 in grad_slot" in faults_of(ops)
+
+
+@pytest.mark.parametrize("text", ["G.1", "F0.0", "F3.1", "L4.0", "B0.1", "D4", "S", "N", "O5"])
+def test_fault_missing_and_doubled_op(ops: list[Op], text: str) -> None:
+    i = place(ops, text, step=1)
+    assert f"step 1 runs {text} 0 times instead of once" in faults_of([*ops[:i], *ops[i + 1 :]])
+    assert f"step 1 runs {text} 2 times instead of once" in faults_of([*ops[: i + 1], *ops[i:]])
+
+
+def test_fault_op_that_does_not_belong(ops: list[Op]) -> None:
+    plan = plain(trainable=frozenset({0, 1, 2, 4, 5}))
+    assert "step 0 runs O3 1 times instead of never" in faults_of(ops, plan)
+
+
+def test_fault_needless_upload(ops: list[Op]) -> None:
+    i = place(ops, "U3")
+    assert "and nothing reads it before U3 overwrites it" in faults_of([*ops[: i + 1], *ops[i:]])
+    last = max(j for j, op in enumerate(ops) if op.kind in "FLB" and op.slot == 0)
+    extra = replace(with_slot(ops[i], 0), step=1)
+    assert "U3 fills slot.0 and nothing reads it" in faults_of([*ops[: last + 1], extra, *ops[last + 1 :]])
+
+
+def test_fault_redundant_wait(ops: list[Op]) -> None:
+    waits = derive_waits(ops)
+    i = place(ops, "F2.0")
+    waits[i] = (*waits[i], place(ops, "G.0"))
+    assert "F2.0 waits for G.0, which other waits imply" in faults_of(ops, waits=waits)
+
+
+def test_fault_wait_on_a_later_op(ops: list[Op]) -> None:
+    waits = derive_waits(ops)
+    i, j = place(ops, "F2.0"), place(ops, "U0", step=1)
+    waits[i] = (*waits[i], j)
+    assert "F2.0 waits for U0, which comes later" in faults_of(ops, waits=waits)
+    waits[i] = (i,)
+    assert "F2.0 waits for F2.0, which comes later" in faults_of(ops, waits=waits)
+
+
+def test_fault_too_many_slots(ops: list[Op]) -> None:
+    plan = plain(slots=3)
+    assert "uses slot.2, but only 2 are allocated" in faults_of(build_steps(plan, STEPS), plain())
+    assert "uses grad_slot.1, but only 1 are allocated" in faults_of(ops, plain(grad_slots=1))
+
+
+def test_fault_swapped_ops(ops: list[Op]) -> None:
+    i, j = place(ops, "N"), place(ops, "S")
+    ops[i], ops[j] = ops[j], ops[i]
+    assert "N of step 0 reads sqnorm.5, which this step has not written" in faults_of(ops)
