@@ -33,8 +33,8 @@ from horizon_lm.report import html as report
 from horizon_lm.report.history import History
 from horizon_lm.report.plot import draw_loss
 from horizon_lm.schedule.draw import chrome_trace
-from horizon_lm.training.evaluate import Best
 from horizon_lm.training.resume import check_settings
+from horizon_lm.training.state import Best
 from horizon_lm.training.train import train
 from sizes import times
 from small_runs import settings, write_text

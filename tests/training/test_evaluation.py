@@ -21,12 +21,13 @@ from horizon_lm import cli
 from horizon_lm.config import TrainConfig
 from horizon_lm.data import train_tokenizer
 from horizon_lm.errors import ConfigError, DataError
+from horizon_lm.outputs import perplexity
 from horizon_lm.report import loggers
 from horizon_lm.report.flops import measure_peak
 from horizon_lm.report.metrics import read_evaluations, read_steps
 from horizon_lm.training import train as run_train
 from horizon_lm.training.eval_command import evaluate_model, target_of
-from horizon_lm.training.evaluate import Evaluator, evaluate, perplexity
+from horizon_lm.training.evaluate import Evaluator, evaluate
 from packed_rows import Document, rows_of
 
 LENGTHS = [7, 12, 3, 9, 2, 16, 5, 4]

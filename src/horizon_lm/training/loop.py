@@ -17,12 +17,12 @@ from horizon_lm.optim.curves import Curve
 from horizon_lm.report.display import number
 from horizon_lm.report.events import Evaluation, StepRecord
 from horizon_lm.report.metrics import Metrics
-from horizon_lm.training.evaluate import Best, Evaluator, Mark
+from horizon_lm.training.evaluate import Evaluator
 from horizon_lm.training.log import RunLog
 from horizon_lm.training.resume import load_checkpoint
 from horizon_lm.training.save import Saver
 from horizon_lm.training.signals import watched
-from horizon_lm.training.state import LossGuard, RunState
+from horizon_lm.training.state import Best, LossGuard, Mark, RunState
 
 
 @dataclass(frozen=True)

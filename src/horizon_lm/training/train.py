@@ -38,14 +38,14 @@ from horizon_lm.training.build import NAMES, build_model, model_without_source, 
 from horizon_lm.training.callbacks import Callbacks, CallbackState, check_callbacks
 from horizon_lm.training.checks import check_factors, check_separation, check_sources, check_together
 from horizon_lm.training.describe import TrainResult
-from horizon_lm.training.evaluate import Best, Evaluator
+from horizon_lm.training.evaluate import Evaluator
 from horizon_lm.training.log import RunLog
 from horizon_lm.training.loop import Run, RunEnd, run_loop
 from horizon_lm.training.resume import Resume, cut_of, find, restore, wants_own_folder
 from horizon_lm.training.resume import about as about_resume
 from horizon_lm.training.run_settings import absolute
 from horizon_lm.training.save import Saver, small_files
-from horizon_lm.training.state import RunState
+from horizon_lm.training.state import Best, RunState
 from horizon_lm.training.upload import prepare_upload
 
 
