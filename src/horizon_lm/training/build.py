@@ -11,7 +11,7 @@ from horizon_lm.checkpoint.folder import Checkpoint
 from horizon_lm.checkpoint.identify import check_is_model
 from horizon_lm.checkpoint.model import has_own_code, hollow_model, weights_of
 from horizon_lm.checkpoint.reader import read_small
-from horizon_lm.config import ModelSettings, TrainConfig
+from horizon_lm.config import TrainConfig, model_settings_of
 from horizon_lm.engine.policies import DTYPES
 from horizon_lm.errors import CheckpointError, ConfigError
 from horizon_lm.host_model import HostModel, load_model_of
@@ -80,7 +80,7 @@ def _is_whole(checkpoint: Checkpoint) -> bool:
 
 def model_without_source(checkpoint: Checkpoint, config: TrainConfig) -> HostModel:
     """The model that a checkpoint was saved of, with no values yet: `restore` has them."""
-    settings = ModelSettings(**{key: getattr(config, key) for key in ModelSettings.model_fields})
+    settings = model_settings_of(config)
     hollow = hollow_model(
         checkpoint,
         trust_remote_code=config.trust_remote_code,
@@ -97,13 +97,12 @@ def model_without_source(checkpoint: Checkpoint, config: TrainConfig) -> HostMod
 
 def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> HostModel:
     """The model to train: read, or with random weights and, where not given, the tokenizer's vocabulary."""
-    settings = {key: getattr(config, key) for key in ModelSettings.model_fields}
+    settings = model_settings_of(config)
     if config.model_name_or_path is not None:
-        model_settings = ModelSettings(**settings)
-        model = load_model_of(config.model_name_or_path, model_settings)
+        model = load_model_of(config.model_name_or_path, settings)
         if config.new_tokens:
             grow_vocabulary(model, len(tokenizer), config.seed)
-        return HostModel(model, model_settings)
+        return HostModel(model, settings)
     assert config.init_model is not None  # TrainConfig has seen to it
     fitting = {
         "vocab_size": len(tokenizer),
@@ -114,4 +113,4 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Host
     values = {**fitting, **config.init_model}
     if config.new_tokens:
         values["vocab_size"] = max(values["vocab_size"], len(tokenizer))
-    return HostModel.from_config(values, ModelSettings(**settings))
+    return HostModel.from_config(values, settings)

@@ -12,13 +12,15 @@ import torch
 
 from horizon_lm.checkpoint.folder import RunFolder
 from horizon_lm.config import TrainConfig
+from horizon_lm.config.data import IGNORED
 from horizon_lm.data import TrainingData
-from horizon_lm.data.batches import MicroBatch, collate
+from horizon_lm.data.batches import collate
 from horizon_lm.data.documents import check_exists
 from horizon_lm.data.packing import Row, Rows
 from horizon_lm.errors import ConfigError, DataError
 from horizon_lm.host_model import HostModel
 from horizon_lm.machine.device import resolve_device
+from horizon_lm.micro_batches import MicroBatch
 from horizon_lm.report.loggers import check_installed
 
 # Of a log-probability. Without contamination the change is zero where the same kernels run on the same
@@ -130,7 +132,7 @@ def change_by_place(model: HostModel, row: Row) -> float:
     batches: list[MicroBatch] = []
     for begin, lengths in ((first, row.lengths), (0, row.lengths[::-1])):
         ids = row.ids if begin else np.roll(row.ids, second)
-        labels = np.full_like(ids, -100)
+        labels = np.full_like(ids, IGNORED)
         labels[begin + 1 : begin + second] = ids[begin + 1 : begin + second]  # nothing predicts a first token
         batches.append(collate([Row(ids, labels, lengths)], "bfd", 0)[0])
     found = model.evaluate(batches, return_log_probs=True).log_probs

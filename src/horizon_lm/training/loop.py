@@ -15,8 +15,8 @@ from horizon_lm.errors import CheckpointError, LossSpikeError, NonFiniteError
 from horizon_lm.machine.heap import frozen_heap
 from horizon_lm.optim.curves import Curve
 from horizon_lm.report.display import number
-from horizon_lm.report.events import Evaluation, StepRecord
 from horizon_lm.report.metrics import Metrics
+from horizon_lm.report.records import Evaluation, StepRecord
 from horizon_lm.training.evaluate import Evaluator
 from horizon_lm.training.log import RunLog
 from horizon_lm.training.resume import load_checkpoint

@@ -16,9 +16,8 @@ from horizon_lm.checkpoint.folder import RunFolder
 from horizon_lm.checkpoint.identify import identify, no_checkpoint
 from horizon_lm.config import TrainConfig
 from horizon_lm.config.aliases import canonical_name
-from horizon_lm.config.base import keys_of
+from horizon_lm.config.base import collect, keys_of
 from horizon_lm.config.dataset_info import SUFFIXES, is_stdlib
-from horizon_lm.config.merge import collect
 from horizon_lm.config.yaml import Document, split_override
 from horizon_lm.data.chat import built_in_templates
 from horizon_lm.errors import CheckpointError

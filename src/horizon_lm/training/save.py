@@ -21,8 +21,8 @@ from horizon_lm.errors import CheckpointError, DoesNotFitError, StoppedError
 from horizon_lm.host_model import HostModel
 from horizon_lm.io.leftovers import temporary_folder
 from horizon_lm.memory.store import predict_bytes
-from horizon_lm.report.events import StepRecord
 from horizon_lm.report.metrics import versions
+from horizon_lm.report.records import StepRecord
 from horizon_lm.training.resume import load_checkpoint
 from horizon_lm.training.run_settings import absolute
 from horizon_lm.training.signals import REQUEUE, StopRequest

@@ -17,8 +17,8 @@ from horizon_lm.config import TrainConfig
 from horizon_lm.data import Loader
 from horizon_lm.errors import CheckpointError, LossSpikeError
 from horizon_lm.host_model import HostModel
-from horizon_lm.report.events import Evaluation
 from horizon_lm.report.metrics import Meter, Metrics, finite_or_none
+from horizon_lm.report.records import Evaluation
 
 _LEAST_SPREAD = 1e-3  # of the mean: if losses hardly vary, a rounding error must not count as a spike
 

@@ -25,6 +25,7 @@ from horizon_lm.errors import DoesNotFitError, HorizonError
 from horizon_lm.host_model import HostModel
 from horizon_lm.io import files
 from horizon_lm.io.output import lasting_output
+from horizon_lm.memory.arena import keep_freed_memory
 from horizon_lm.model.quiet import quiet_transformers
 from horizon_lm.plan.run_plan import RunPlan
 from horizon_lm.plan.smaller import next_smaller
@@ -138,6 +139,8 @@ def _prepare(asked: _Asked, config: TrainConfig, source: Checkpoint | None) -> _
         model = model_without_source(source, config)
         name = asked.config.model_name_or_path
         progress.stage(f"model_name_or_path={name!r} does not exist; {source.path} replaces it")
+    if model.device.type == "cpu":
+        keep_freed_memory()
     config = config.replace(**{key: getattr(asked.config, key) for key in NAMES})
     progress.stage(describe.about_model(model))
     check_together(config, data, model)
