@@ -86,7 +86,7 @@ class HostModel:
         self.optimizer = make_optimizer(self.skeleton, settings)
         units, spec = self.skeleton.units, store_spec(settings, self.skeleton)
         if not settings.skip_memory_check:
-            check_host_memory(units, spec, reserve_bytes=int(settings.reserve_host_gb * 1e9))
+            check_host_memory(units, settings, lambda other: store_spec(other, self.skeleton))
         self.store = HostStore(units, spec, pin=self.device.type == "cuda")
         self.skeleton.place_buffers(self.device)
         refuse_use(model)
@@ -164,8 +164,7 @@ class HostModel:
             rows = [("trained", (trained,), True, computes_in), ("frozen", (frozen,), False, computes_in)]
             whole = lay_out("all", rows, computes_in)
             # The slabs of eager updates are as large as a layer, which is not known yet.
-            spec = store_spec(settings, None)
-            check_host_memory([whole], spec, reserve_bytes=int(settings.reserve_host_gb * 1e9))
+            check_host_memory([whole], settings, lambda other: store_spec(other, None))
             settings = settings.replace(skip_memory_check=True)
         model = create_model(
             values, dtype=computes_in, seed=settings.seed, attn_implementation=settings.attn_implementation

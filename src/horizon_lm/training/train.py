@@ -24,9 +24,9 @@ from horizon_lm.host_model import HostModel, load_model_of
 from horizon_lm.io import files
 from horizon_lm.io.output import lasting_output
 from horizon_lm.machine.heap import frozen_heap
+from horizon_lm.memory.ways import next_smaller
 from horizon_lm.model.loading import grow_vocabulary
 from horizon_lm.model.quiet import quiet_transformers
-from horizon_lm.plan.smaller import next_smaller
 from horizon_lm.report.display import Progress, choose_progress, say
 from horizon_lm.report.flops import UNKNOWN, flops_of, measure_peak
 from horizon_lm.report.loggers import Loggers
