@@ -122,7 +122,7 @@ def show(folder: RunFolder) -> None:
     history = History.read(folder)
     for part in (figures.head, figures.curves, figures.memory, figures.lanes):
         part(history)
-    figures.tables(history, folder)
+    report.tables(history, folder)
     report._timeline(history)
     report._in_words(folder, history)
     if history.timeline is not None:

@@ -108,11 +108,15 @@ def test_help_of_train_lists_every_setting() -> None:
             "command line: '--learning-rate' has no value",
             "write --learning-rate=VALUE",
         ),
-        (["train", "-x"], "command line: '-x' is no option", "settings are key=value or --key value"),
+        (
+            ["train", "-x"],
+            "command line: '-x' is not an option",
+            "write settings as key=value or --key value",
+        ),
         (
             ["config", "validate", "a.yaml", "b.yaml"],
             "command line: 'b.yaml' is neither key=value nor the only file",
-            "settings are key=value; text with spaces needs quotes",
+            "write settings as key=value, and quote text with spaces",
         ),
     ],
 )

@@ -22,10 +22,10 @@ from horizon_lm.engine.lanes import CudaLanes, InlineLanes, choose_lanes
 from horizon_lm.errors import ConfigError
 from horizon_lm.memory.slots import BoundarySlots, GradientSlots, WeightSlots
 from horizon_lm.model.anatomy import embedding_gives
-from horizon_lm.schedule import Lane, StepPlan, build, derive_waits
+from horizon_lm.schedule import Lane, StepSpec, build, derive_waits
 
 CPU = torch.device("cpu")
-PLAN = StepPlan(
+PLAN = StepSpec(
     layers=4,
     uploaded=frozenset(range(1, 6)),
     trainable=frozenset(range(1, 6)),

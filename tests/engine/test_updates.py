@@ -16,7 +16,7 @@ import horizon_lm as hz
 import zoo
 from horizon_lm.engine.engine import Engine
 from horizon_lm.errors import ConfigError, NonFiniteError
-from horizon_lm.schedule import Lane, Op, StepPlan, build, simulate
+from horizon_lm.schedule import Lane, Op, StepSpec, build, simulate
 from sizes import times
 
 # an untied table, a tied one with a prologue, a mixture of experts with the router's auxiliary loss
@@ -373,7 +373,7 @@ def test_bf16_moments_do_not_depend_on_the_order_of_updates() -> None:
 def step_seconds(update: str, optimize: float) -> float:
     """A step of 32 layers on costs of an 8 B model at 16 K tokens: milliseconds of one layer, and of
     head, embedding and scatter beside it."""
-    plan = StepPlan(32, frozenset(range(1, 34)), frozenset(range(1, 35)), 34, 1, 3, 2, update=update)
+    plan = StepSpec(32, frozenset(range(1, 34)), frozenset(range(1, 35)), 34, 1, 3, 2, update=update)
     costs = {"G": 2, "U": 8, "F": 11, "L": 70, "B": 33, "D": 9, "S": 5, "N": 0.1, "O": optimize}
     pending = plan.trainable if update == "deferred" else ()
     return simulate(build(plan, 1, pending), lambda op: costs[op.kind] * 1e-3).seconds
@@ -390,7 +390,7 @@ def test_deferred_updates_cost_no_more_than_eager_ones() -> None:
 
 
 def test_a_simulation_follows_lanes_and_waits() -> None:
-    plan = StepPlan(2, frozenset({1, 2, 3}), frozenset({1, 2, 3, 4}), 4, 2)
+    plan = StepSpec(2, frozenset({1, 2, 3}), frozenset({1, 2, 3, 4}), 4, 2)
     ops = build(plan)
     done = simulate(ops, lambda op: 1.0)
     lanes: dict[Lane, float] = {}

@@ -182,7 +182,7 @@ def test_loggers_do_not_follow_links(
 
     def open_writer(*place: Any, **settings: Any) -> Any:
         opened.append(place or settings["dir"])
-        return SimpleNamespace(add_text=lambda *_: None)
+        return SimpleNamespace(add_text=lambda *_, **__: None, flush=lambda: None)
 
     fake = SimpleNamespace(SummaryWriter=open_writer, init=open_writer)
     monkeypatch.setitem(sys.modules, module, fake)

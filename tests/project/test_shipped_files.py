@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from horizon_lm.cli import app
-from horizon_lm.cli.base import split_arguments
+from horizon_lm.cli.run import split_arguments
 from horizon_lm.config import DatasetConfig, TrainConfig, load_config
 from horizon_lm.config.aliases import ALIASES, DROPPED, ENTRY_ALIASES, UNAVAILABLE
 from horizon_lm.data.documents import check_exists

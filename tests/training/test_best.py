@@ -20,7 +20,7 @@ from horizon_lm.checkpoint.folder import open_checkpoint
 from horizon_lm.checkpoint.writer import Outcome
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import ConfigError, StoppedError
-from horizon_lm.report.events import Evaluation
+from horizon_lm.report.records import Evaluation
 from horizon_lm.training.best import Best
 from horizon_lm.training.evaluation import Evaluator, perplexity
 from horizon_lm.training.train import train

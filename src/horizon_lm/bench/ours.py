@@ -9,9 +9,10 @@ import torch
 
 from horizon_lm.bench.models import source_model
 from horizon_lm.bench.protocol import Case
-from horizon_lm.config import ModelSettings, TrainConfig
+from horizon_lm.config import ModelSettings, TrainConfig, model_settings_of
 from horizon_lm.errors import UnsupportedModelError
 from horizon_lm.host_model import HostModel
+from horizon_lm.memory.arena import keep_freed_memory
 from horizon_lm.plan.run_plan import plan_run
 from horizon_lm.schedule import Lane
 from horizon_lm.schedule.draw import Span, utilisation
@@ -28,6 +29,8 @@ class Ours:
         self.case = case
         settings, self.rows, self.chosen = settle(case)
         self.model = HostModel(source_model(case), settings)
+        if self.model.device.type == "cpu":
+            keep_freed_memory()  # as `train` does
 
     def step(self, micro_batches: list[torch.Tensor]) -> float:
         return self._step(micro_batches, record=False)
@@ -44,7 +47,7 @@ class Ours:
 
     def describe(self) -> dict[str, Any]:
         """Return the planner's choices, the share of recomputed layers, and memory by part in bytes."""
-        kept = len(self.model.engine.policies.kept)
+        kept = len(self.model.engine.ops.policies.kept)
         layers = self.model.skeleton.num_layers
         memory = self.model.memory_bytes()
         pinned = sum(memory.get(n, 0) for n in ("weights", "grads", "grad_slabs", "boundaries"))
@@ -99,8 +102,7 @@ def settle(case: Case) -> tuple[ModelSettings, int, dict[str, Any]]:
         else:
             config, rows = plan.config, plan.config.per_device_train_batch_size
             chosen = {"plan": plan.profile.name, "predicted_seconds": plan.prediction.seconds}
-    values = {key: getattr(config, key) for key in ModelSettings.model_fields}
-    return ModelSettings(**values), rows, chosen
+    return model_settings_of(config), rows, chosen
 
 
 def build(case: Case) -> Ours:
@@ -156,7 +158,7 @@ def moved_bytes(model: HostModel, spans: Iterable[Span]) -> dict[str, int]:
         elif op.kind == "D":
             found["from_device"] += store.units[op.unit].trainable_numel * size
         elif op.kind in "RX":
-            size_on_host = engine.boundary_slots.home_bytes(op.unit, op.micro_batch)
+            size_on_host = engine.ops.boundary_slots.home_bytes(op.unit, op.micro_batch)
             found["to_device" if op.kind == "R" else "from_device"] += size_on_host
     return found
 

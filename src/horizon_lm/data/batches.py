@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from horizon_lm.data.packing import IGNORED, Row, Rows
-
-MicroBatch = dict[str, torch.Tensor]
+from horizon_lm.config.data import IGNORED
+from horizon_lm.data.packing import Row, Rows
+from horizon_lm.micro_batches import MicroBatch
 
 
 @dataclass(frozen=True)

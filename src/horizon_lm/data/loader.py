@@ -10,9 +10,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from horizon_lm.data.batches import MicroBatch, StepSize, collate
+from horizon_lm.data.batches import StepSize, collate
 from horizon_lm.data.packing import Rows, data_has_changed
 from horizon_lm.errors import DataError
+from horizon_lm.micro_batches import MicroBatch
 from horizon_lm.words import count
 
 Step = tuple[list[MicroBatch], StepSize]

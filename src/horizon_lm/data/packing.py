@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from horizon_lm.config.data import IGNORED
 from horizon_lm.data.hub import quiet
 from horizon_lm.data.tokens import TokenStore
 from horizon_lm.errors import DataError
 from horizon_lm.words import count
-
-IGNORED = -100  # a label that is not trained on, as in transformers
 
 # Documents that are packed together: TRL's algorithm takes about 0.1 ms for each, and with so many fills more
 # than 99.9 % of each sequence.

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
+from horizon_lm.config.data import IGNORED
 from horizon_lm.data.formats import CHAT_FORMATS
 from horizon_lm.data.left_out import remarks, used
-from horizon_lm.data.packing import IGNORED, Row
+from horizon_lm.data.packing import Row
 from horizon_lm.data.streaming import StreamLoader
 from horizon_lm.io.output import raw_stream
 from horizon_lm.text import printable, shown

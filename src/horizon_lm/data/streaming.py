@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from horizon_lm.data.batches import MicroBatch, StepSize, collate
+from horizon_lm.data.batches import StepSize, collate
 from horizon_lm.data.documents import Documents, Placed, ShardOrder
 from horizon_lm.data.encode import Encoded, Encoder
 from horizon_lm.data.formats import Chat, Pair
@@ -26,6 +26,7 @@ from horizon_lm.data.packing import Rows, make_rows
 from horizon_lm.data.tokenise import batches
 from horizon_lm.data.tokens import TokenWriter
 from horizon_lm.errors import DataError
+from horizon_lm.micro_batches import MicroBatch
 from horizon_lm.words import count
 
 

@@ -16,7 +16,7 @@ from horizon_lm.checkpoint.folder import Checkpoint, open_checkpoint
 from horizon_lm.checkpoint.writer import Outcome
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import CheckpointError
-from horizon_lm.report.events import Evaluation
+from horizon_lm.report.records import Evaluation
 
 
 @dataclass(frozen=True)

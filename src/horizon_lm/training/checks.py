@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from horizon_lm.checkpoint.run_folder import RunFolder
-from horizon_lm.config import TrainConfig
+from horizon_lm.config import TrainConfig, check_max_length
 from horizon_lm.data import TrainingData
 from horizon_lm.data.documents import check_exists
 from horizon_lm.errors import ConfigError, DataError
@@ -50,8 +50,4 @@ def check_together(config: TrainConfig, data: TrainingData, model: HostModel) ->
             "new_tokens, for which the embeddings grow",
         )
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(longest, int) and 0 < longest < config.max_length:
-        raise ConfigError(
-            f"max_length={config.max_length} is more than the model's max_position_embeddings={longest}",
-            hint=f"max_length={longest}",
-        )
+    check_max_length(config, longest)

@@ -18,10 +18,9 @@ from torch import nn
 from horizon_lm.checkpoint.export_checkpoint import model_of
 from horizon_lm.checkpoint.folder import Checkpoint
 from horizon_lm.checkpoint.places import Place, look, may_be_on_hub, no_model
-from horizon_lm.config import ModelSettings, TrainConfig
-from horizon_lm.config.base import keys_of
+from horizon_lm.config import ModelSettings, TrainConfig, model_settings_of
+from horizon_lm.config.base import collect, keys_of
 from horizon_lm.config.dataset_info import SUFFIXES
-from horizon_lm.config.merge import collect
 from horizon_lm.config.yaml import Document
 from horizon_lm.data.left_out import remarks
 from horizon_lm.data.packing import Rows
@@ -186,7 +185,7 @@ def evaluate_target(
     say(f"evaluating {target.what} on {data}: {size}", sys.stderr)
     for remark in remarks(rows):
         say(f"{'warning: ' if remark.is_warning else ''}{remark}", sys.stderr)
-    settings = ModelSettings(**{key: getattr(config, key) for key in ModelSettings.model_fields})
+    settings = model_settings_of(config)
     with quiet_transformers():
         model, what = _load(target, config, settings, len(tokenizer), warn)
     found = _measure(model, settings, rows, config, pad_id(tokenizer))

@@ -8,11 +8,13 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from horizon_lm.config import TrainConfig
-from horizon_lm.data.batches import MicroBatch, in_order
+from horizon_lm.config.data import IGNORED
+from horizon_lm.data.batches import in_order
 from horizon_lm.data.packing import Rows
 from horizon_lm.errors import DataError
 from horizon_lm.host_model import HostModel
-from horizon_lm.report.events import Evaluation
+from horizon_lm.micro_batches import MicroBatch
+from horizon_lm.report.records import Evaluation
 
 # Micro-batches that go through a layer while it is on the device. Their boundaries wait on the host or the
 # device, so there is a limit; with so many the weights' way over the bus is a small part.
@@ -42,7 +44,7 @@ def perplexity(loss: float) -> float:
 
 def _groups(batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
     """Of micro-batches that have a target; the model refuses a call without any."""
-    useful = (batch for batch in batches if bool((batch["labels"][:, 1:] != -100).any()))
+    useful = (batch for batch in batches if bool((batch["labels"][:, 1:] != IGNORED).any()))
     while group := list(islice(useful, _TOGETHER)):
         yield group
 

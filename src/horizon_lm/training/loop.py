@@ -11,7 +11,7 @@ from horizon_lm.config import TrainConfig
 from horizon_lm.data import Loader
 from horizon_lm.errors import LossSpikeError, NonFiniteError
 from horizon_lm.host_model import HostModel
-from horizon_lm.report.events import StepRecord
+from horizon_lm.report.records import StepRecord
 from horizon_lm.training.guard import LossGuard
 
 

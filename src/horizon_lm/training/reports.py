@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from horizon_lm.checkpoint.writer import Outcome
 from horizon_lm.report.display import Progress
-from horizon_lm.report.events import Evaluation, StepRecord
 from horizon_lm.report.loggers import Loggers
 from horizon_lm.report.metrics import Metrics, MetricsFile
+from horizon_lm.report.records import Evaluation, StepRecord
 from horizon_lm.training.callbacks import Callbacks
 from horizon_lm.words import size
 

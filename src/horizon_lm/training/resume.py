@@ -20,6 +20,7 @@ from horizon_lm.checkpoint.reader import load_units, read_small
 from horizon_lm.checkpoint.run_folder import RunFolder
 from horizon_lm.checkpoint.writer import BUFFERS
 from horizon_lm.config import DatasetConfig, TrainConfig
+from horizon_lm.config.base import resumable
 from horizon_lm.errors import CheckpointError, ConfigError, DataError
 from horizon_lm.host_model import HostModel
 from horizon_lm.plan.step_size import CUT
@@ -29,30 +30,9 @@ from horizon_lm.words import count
 
 LATEST, AUTO = "latest", "auto"
 
-# Settings that change where bytes are, when work is done, or what is reported, and never a bit of the result
-# (tests/engine/test_lanes.py, tests/training/test_resume.py), and those that decide what a fault leads to.
-FREE = frozenset(
-    {
-        *("lanes", "slots", "grad_slots", "grad_slabs", "boundary_slots", "boundaries", "activations"),
-        *("checkpoint_interval", "optimizer_threads", "update", "reserve_host_gb", "skip_memory_check"),
-        *("trust_remote_code", "dataset_num_proc", "dataset_cache_dir", "dataloader_num_workers"),
-        *("eval_datasets", "eval_strategy", "eval_steps", "eval_on_start", "per_device_eval_batch_size"),
-        *("output_dir", "overwrite_output_dir", "run_name", "logging_steps", "report_to", "project"),
-        *("peak_tflops", "plot_loss", "save_dtype", "max_shard_size", "sample_prompt"),
-        *("sample_max_new_tokens", "progress"),
-        *("save_strategy", "save_steps", "save_minutes", "save_first_step", "save_total_limit"),
-        *("save_last", "save_keep_every", "save_in_background", "save_on_signal", "save_patience_seconds"),
-        *("max_failed_saves", "resume_from_checkpoint", "allow_changed_settings", "deadline_minutes"),
-        *("nonfinite", "max_skipped_steps", "loss_spike", "loss_spike_sigmas", "loss_spike_window"),
-        *("max_rollbacks", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
-        *("early_stopping_patience", "early_stopping_threshold"),
-        *("push_to_hub", "hub_model_id", "hub_private_repo", "allow_missing", "allow_unexpected"),
-    }
-)
-# Settings that the bytes of a checkpoint depend on: no yes helps.
-FIXED = frozenset({"dtype", "moment_dtype", "optim", "init_model", "freeze", "new_tokens"})
-# How long the run is: changed on purpose or not at all, so no yes is asked for; it is said what it does.
-LENGTH = frozenset({"max_steps", "num_train_epochs"})
+FREE = resumable(TrainConfig, "free")
+FIXED = resumable(TrainConfig, "fixed")
+LENGTH = resumable(TrainConfig, "length")
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from horizon_lm.checkpoint import places
 from horizon_lm.checkpoint.run_folder import RunFolder
 from horizon_lm.config import TrainConfig
 from horizon_lm.config.aliases import canonical_name
-from horizon_lm.config.base import keys_of
-from horizon_lm.config.merge import collect
+from horizon_lm.config.base import collect, keys_of
 from horizon_lm.config.yaml import Document, split_override
 from horizon_lm.errors import CheckpointError
 from horizon_lm.training import paths

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from horizon_lm.data.packing import IGNORED, Row
+from horizon_lm.config.data import IGNORED
+from horizon_lm.data.packing import Row
 from horizon_lm.machine.memory import available_host_bytes
 from horizon_lm.training.generate import Generator, Sampling
 from horizon_lm.words import size

@@ -20,7 +20,7 @@ from horizon_lm.errors import CheckpointError, DoesNotFitError, StoppedError
 from horizon_lm.host_model import HostModel
 from horizon_lm.io.leftovers import temporary_folder
 from horizon_lm.memory.store import predict_bytes
-from horizon_lm.report.events import StepRecord
+from horizon_lm.report.records import StepRecord
 from horizon_lm.training import paths
 from horizon_lm.training.best import Best
 from horizon_lm.training.resume import load_checkpoint, saved_buffers

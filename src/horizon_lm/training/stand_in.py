@@ -13,7 +13,7 @@ from horizon_lm.checkpoint.folder import Checkpoint
 from horizon_lm.checkpoint.hollow import has_own_code, hollow_model
 from horizon_lm.checkpoint.places import check_is_model
 from horizon_lm.checkpoint.reader import read_small
-from horizon_lm.config import ModelSettings, TrainConfig
+from horizon_lm.config import TrainConfig, model_settings_of
 from horizon_lm.engine.policies import DTYPES
 from horizon_lm.errors import CheckpointError, ConfigError, DataError
 from horizon_lm.host_model import HostModel
@@ -90,7 +90,7 @@ def _is_whole(checkpoint: Checkpoint) -> bool:
 
 def model_without_source(checkpoint: Checkpoint, config: TrainConfig) -> HostModel:
     """The model that a checkpoint was saved of, with no values yet: `restore` has them."""
-    settings = ModelSettings(**{key: getattr(config, key) for key in ModelSettings.model_fields})
+    settings = model_settings_of(config)
     hollow = hollow_model(
         checkpoint,
         trust_remote_code=config.trust_remote_code,

@@ -13,7 +13,7 @@ import torch
 
 from horizon_lm.checkpoint.card import model_card
 from horizon_lm.checkpoint.run_folder import RunFolder, check_disk, claim
-from horizon_lm.config import ModelSettings, TrainConfig
+from horizon_lm.config import TrainConfig, model_settings_of
 from horizon_lm.config.python import ConfigSource, as_train_config
 from horizon_lm.data import TrainingData
 from horizon_lm.data.chat import without_marks
@@ -24,6 +24,7 @@ from horizon_lm.host_model import HostModel, load_model_of
 from horizon_lm.io import files
 from horizon_lm.io.output import lasting_output
 from horizon_lm.machine.heap import frozen_heap
+from horizon_lm.memory.arena import keep_freed_memory
 from horizon_lm.memory.ways import next_smaller
 from horizon_lm.model.loading import grow_vocabulary
 from horizon_lm.model.quiet import quiet_transformers
@@ -109,6 +110,8 @@ def _train(
             model = model_without_source(source, config)
             name = asked.model_name_or_path
             progress.stage(f"model_name_or_path={name!r} does not exist; {source.path} replaces it")
+        if model.device.type == "cpu":
+            keep_freed_memory()
         config = config.replace(**{key: getattr(asked, key) for key in NAMES})
         progress.stage(describe.about_model(model))
         check_together(config, data, model)
@@ -312,13 +315,12 @@ def _say_where(folder: RunFolder, progress: Progress) -> Iterator[None]:
 
 def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> HostModel:
     """The model to train: read, or with random weights and, where not given, the tokenizer's vocabulary."""
-    settings = {key: getattr(config, key) for key in ModelSettings.model_fields}
+    settings = model_settings_of(config)
     if config.model_name_or_path is not None:
-        model_settings = ModelSettings(**settings)
-        model = load_model_of(config.model_name_or_path, model_settings)
+        model = load_model_of(config.model_name_or_path, settings)
         if config.new_tokens:
             grow_vocabulary(model, len(tokenizer), config.seed)
-        return HostModel(model, model_settings)
+        return HostModel(model, settings)
     assert config.init_model is not None  # TrainConfig has seen to it
     fitting = {
         "vocab_size": len(tokenizer),
@@ -329,7 +331,7 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Host
     values = {**fitting, **config.init_model}
     if config.new_tokens:
         values["vocab_size"] = max(values["vocab_size"], len(tokenizer))
-    return HostModel.from_config(values, ModelSettings(**settings))
+    return HostModel.from_config(values, settings)
 
 
 def _save_tokenizer(data: TrainingData, target: Path) -> None:

@@ -10,8 +10,8 @@ from horizon_lm.checkpoint.manifest import Manifest
 from horizon_lm.config import TrainConfig
 from horizon_lm.data import Loader
 from horizon_lm.host_model import HostModel
-from horizon_lm.report.events import StepRecord
 from horizon_lm.report.metrics import Meter, Metrics, finite_or_none
+from horizon_lm.report.records import StepRecord
 from horizon_lm.training.best import Best
 from horizon_lm.training.guard import LossGuard
 from horizon_lm.training.loop import LoopState, RollBack, train_steps
