@@ -44,7 +44,7 @@ def write_file(path: Path, content: Content, *, below: Path | None = None) -> No
     """Write a file atomically. Replaces a link, does not follow it.
 
     content: text (UTF-8), bytes, or a function that writes into the open file. below: a parent of `path`;
-    creates missing folders below it, which must not be links. Raises OSError, and ConfigError for such a link.
+    creates missing folders below it. Raises OSError, and ConfigError if one of them is a link.
     """
     with _opened_folder(path.parent, below) as folder:
         _sweep(folder)
