@@ -20,10 +20,10 @@ import pytest
 
 from data_helpers import config, dataset, examples, read, write_parquet, write_rows
 from horizon_lm.config import TrainConfig
-from horizon_lm.data import Documents, compressed, load_training_data, parquet_file, train_tokenizer
+from horizon_lm.data import Documents, file_content, load_training_data, readers, train_tokenizer
 from horizon_lm.data.formats import Chat
 from horizon_lm.data.packing import _best_fit
-from horizon_lm.data.sources import read_file
+from horizon_lm.data.readers import read_file
 from horizon_lm.errors import ConfigError, DataError
 
 SECRET = [{"text": "secret"}]
@@ -188,7 +188,7 @@ def test_media_inside_messages_counts_where_there_is_some(tmp_path: Path) -> Non
 
 
 def test_a_stream_leaves_media_aside_too() -> None:
-    from horizon_lm.data.arrow_rows import ArrowRows
+    from horizon_lm.data.hf_datasets import ArrowRows
 
     features = {"text": datasets.Value("string"), "m": datasets.Image(), "j": datasets.Json()}
     table = pyarrow.table(
@@ -254,7 +254,7 @@ def test_damaged_arrow_files_are_one_line(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (compressed, parquet_file):
+    for module in (file_content, readers):
         monkeypatch.setattr(module, "FREE_EXPANSION", 1 << 20)
         monkeypatch.setattr(module, "LARGEST_ROW", 1 << 18)
 
@@ -276,8 +276,8 @@ def test_a_parquet_file_that_is_far_more_than_its_size(
     )
     assert path.stat().st_size < 2000
     sizes = []
-    size = parquet_file._decoded_size
-    monkeypatch.setattr(parquet_file, "_decoded_size", lambda batch: sizes.append(size(batch)) or sizes[-1])
+    size = readers._decoded_size
+    monkeypatch.setattr(readers, "_decoded_size", lambda batch: sizes.append(size(batch)) or sizes[-1])
     with pytest.raises(DataError, match="becomes more than 200 times its size once decompressed"):
         next(read_file(path))
     assert max(sizes) <= 1 << 18 and sum(sizes) < 2 << 20

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from horizon_lm.data.batches import StepSize
+from horizon_lm.data.loader import StepSize
 from horizon_lm.report.flops import ModelFlops, measure_peak
 
 # Dense bf16 FLOP/s of the makers' data sheets, by a part of the device's name. MFU is quoted against these.

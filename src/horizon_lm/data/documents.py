@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xxhash
 
-from horizon_lm.config.dataset_info import PYTHON_STDLIB, SUFFIXES, is_stdlib
-from horizon_lm.data import hub
-from horizon_lm.data.arrow_rows import ArrowRows
-from horizon_lm.data.file_hash import FileHashes
+from horizon_lm.config.dataset_info import PYTHON_STDLIB
+from horizon_lm.data.file_content import FileHashes
 from horizon_lm.data.formats import Example, Text, convert, detect, texts
-from horizon_lm.data.sources import (
-    PlacedRow,
-    list_files,
-    read_file,
-    read_stdlib,
-    stdlib_files,
-)
+from horizon_lm.data.sources import ShardOrder, content, rows
 from horizon_lm.errors import DataError
-from horizon_lm.io.hub import require_reachable
 
 _SHOWN_BAD_ROWS = 5
-_SPLIT = re.compile(r"[-_./](train|test|validation|valid|val|dev|eval)(?=[-_./0-9])")
+_OF_MESSAGES = frozenset({"messages", "conversations", "prompt", "completion"})
+_TAGGED_ROLES = {
+    "user_tag": "user",
+    "assistant_tag": "assistant",
+    "observation_tag": "tool",
+    "function_tag": "function_call",
+    "system_tag": "system",
+}
+# What a message's role and content are called where no tag says otherwise.
+_OTHER_KEYS = (
+    *(("role_tag", "role"), ("role_tag", "from")),
+    *(("content_tag", "content"), ("content_tag", "value")),
+)
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Documents:
             reading += [sorted(dataset.tags.items())] if dataset.tags else []
             reading += [dataset.max_samples] if dataset.max_samples else []
             digest.update(repr((reading, self._max_bytes, self._skip)).encode())
-            for part in _content(dataset, hashes):
+            for part in content(dataset, hashes):
                 digest.update(part)
         hashes.save()
         return digest.hexdigest()
@@ -160,16 +160,6 @@ def renamed(row: dict[str, Any], dataset: Any) -> dict[str, Any]:
     if dataset.tags:
         row = {k: tagged(v, dataset.tags) if k in _OF_MESSAGES else v for k, v in row.items()}
     return row
-
-
-_OF_MESSAGES = frozenset({"messages", "conversations", "prompt", "completion"})
-_TAGGED_ROLES = {
-    "user_tag": "user",
-    "assistant_tag": "assistant",
-    "observation_tag": "tool",
-    "function_tag": "function_call",
-    "system_tag": "system",
-}
 
 
 def tagged(value: Any, tags: dict[str, str]) -> Any:
@@ -190,122 +180,3 @@ def tagged(value: Any, tags: dict[str, str]) -> Any:
         return new
 
     return [message(entry) for entry in value]
-
-
-# What a message's role and content are called where no tag says otherwise.
-_OTHER_KEYS = (
-    *(("role_tag", "role"), ("role_tag", "from")),
-    *(("content_tag", "content"), ("content_tag", "value")),
-)
-
-
-@dataclass(frozen=True)
-class ShardOrder:
-    """Reads a stream: nothing is downloaded beforehand, and files come in an order by seed and epoch.
-
-    is_fixed: in their own order instead.
-    """
-
-    seed: int
-    epoch: int
-    is_fixed: bool = False
-
-    def shuffled(self, files: list[Path]) -> list[Path]:
-        if self.is_fixed:
-            return files
-        order = np.random.default_rng([self.seed, self.epoch, 2]).permutation(len(files))
-        return [files[i] for i in order]
-
-
-def rows(dataset: Any, shards: ShardOrder | None = None) -> Iterator[PlacedRow]:
-    """(row, place) of each row of one dataset, wherever it comes from.
-
-    max_samples: the first ones in the dataset's own order, which a stream then keeps in every epoch.
-    """
-    if dataset.max_samples is not None:
-        own_order = None if shards is None else ShardOrder(shards.seed, shards.epoch, is_fixed=True)
-        yield from islice(_all_rows(dataset, own_order), dataset.max_samples)
-    else:
-        yield from _all_rows(dataset, shards)
-
-
-def _all_rows(dataset: Any, shards: ShardOrder | None) -> Iterator[PlacedRow]:
-    opened = opened_dataset(dataset, streaming=shards is not None)
-    if opened is not None:
-        if opened.is_stream and shards is not None and not shards.is_fixed:
-            opened = opened.shuffled(shards.seed, shards.epoch)
-        yield from opened
-    elif is_stdlib(dataset.path):
-        yield from read_stdlib()
-    else:
-        files = local_files(dataset)
-        for path in shards.shuffled(files) if shards is not None else files:
-            yield from read_file(path)
-
-
-def opened_dataset(dataset: Any, *, streaming: bool = False) -> ArrowRows | None:
-    """The rows where the `datasets` library has to read them; None for plain files."""
-    path = Path(dataset.path).expanduser()
-    if path.is_dir() and hub.is_saved_dataset(path):
-        return hub.open_dataset(dataset)
-    if (
-        not path.exists()
-        and hub.looks_like_repository(dataset.path, SUFFIXES)
-        and not is_stdlib(dataset.path)
-    ):
-        return hub.open_dataset(dataset, streaming=streaming)
-    return None
-
-
-def local_files(dataset: Any) -> list[Path]:
-    """The files of a dataset that is no Hub name. Raises DataError where there are none."""
-    files = list_files(dataset.path, follow_links=dataset.follow_links)
-    folder = Path(dataset.path).expanduser()
-    found = {file: split_of(file.relative_to(folder)) for file in files} if folder.is_dir() else {}
-    splits = set(found.values()) - {None}
-    wanted = split_of(Path(dataset.split)) or dataset.split
-    if "train" in splits and len(splits) > 1 or wanted in splits and wanted != "train":
-        chosen = [file for file, split in found.items() if split == wanted]
-        if chosen:
-            return chosen
-    elif dataset.split == "train":
-        return files
-    raise DataError(
-        f"{dataset.path} has no split {dataset.split!r}",
-        hint="a folder's splits are known by the names of its files, as in train.jsonl and test.jsonl; "
-        "else give the files themselves as the path",
-    )
-
-
-def split_of(path: Path) -> str | None:
-    """The split that the name of a file, or of a folder it lies in, speaks of; None for other names."""
-    found = _SPLIT.search("/" + path.with_suffix("").as_posix().lower() + "/")
-    return (
-        {"valid": "validation", "val": "validation", "dev": "validation", "eval": "validation"}.get(
-            found[1], found[1]
-        )
-        if found
-        else None
-    )
-
-
-def check_exists(dataset: Any) -> None:
-    """What can be told of a dataset without reading it. Raises DataError."""
-    path = Path(dataset.path).expanduser()
-    is_saved = path.is_dir() and hub.is_saved_dataset(path)
-    is_remote = not path.exists() and hub.looks_like_repository(dataset.path, SUFFIXES)
-    if is_stdlib(dataset.path) or is_saved:
-        return
-    if is_remote:
-        require_reachable(dataset.path, "datasets", kind="dataset", error=DataError)
-    else:
-        local_files(dataset)
-
-
-def _content(dataset: Any, hashes: FileHashes) -> Iterator[bytes]:
-    """What the content of a dataset is known by: a hash of each of its files in order."""
-    opened = opened_dataset(dataset)
-    if opened is not None:
-        yield from opened.content(hashes)
-    else:
-        yield from hashes.of(stdlib_files() if is_stdlib(dataset.path) else local_files(dataset))

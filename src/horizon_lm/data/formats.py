@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from horizon_lm.data.sources import Media, kind
+from horizon_lm.data.readers import Media, kind
 from horizon_lm.errors import DataError
 
 

@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from horizon_lm.data.hub import quiet
+from horizon_lm.data.hf_datasets import quiet
 from horizon_lm.data.tokens import TokenStore
+from horizon_lm.engine.loss import IGNORE_INDEX
 from horizon_lm.errors import DataError
 from horizon_lm.words import count
-
-IGNORED = -100  # a label that is not trained on, as in transformers
 
 # Documents that are packed together: TRL's algorithm takes about 0.1 ms for each, and with so many fills more
 # than 99.9 % of each sequence.
@@ -95,9 +94,9 @@ class Rows:
         ids = np.concatenate([self.store.ids[span] for span in spans]).astype(np.int64)
         labels = ids.copy()
         if self.store.trained is not None:
-            labels[~np.concatenate([self.store.trained[span] for span in spans])] = IGNORED
+            labels[~np.concatenate([self.store.trained[span] for span in spans])] = IGNORE_INDEX
         if self.is_separate:  # the first token of a document is no continuation of the one before it
-            labels[np.cumsum(lengths)[:-1]] = IGNORED
+            labels[np.cumsum(lengths)[:-1]] = IGNORE_INDEX
         return Row(ids, labels, lengths)
 
     @cached_property

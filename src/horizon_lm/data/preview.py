@@ -1,17 +1,18 @@
-"""What a run would train on, for the eye: samples, lengths, packing, and what is left out."""
+"""What a run would train on: figures, what is left out and why, samples, lengths, packing."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
 from horizon_lm.data.formats import CHAT_FORMATS
-from horizon_lm.data.left_out import remarks, used
-from horizon_lm.data.packing import IGNORED, Row
+from horizon_lm.data.packing import Row, Rows
 from horizon_lm.data.streaming import StreamLoader
+from horizon_lm.engine.loss import IGNORE_INDEX
 from horizon_lm.io.output import raw_stream
 from horizon_lm.text import printable, shown
 from horizon_lm.words import count
@@ -21,11 +22,95 @@ if TYPE_CHECKING:
 
     from horizon_lm.data.training_data import TrainingData
 
+
+WARN_ABOVE = 0.05  # of the documents
 _BARS = 12
 _BAR_WIDTH = 40
 _SAMPLE_TOKENS = 400  # a longer sequence is shown by its beginning
-
 Piece = tuple[str, bool, int]  # text, whether it is trained on, number of its document
+
+
+@dataclass(frozen=True)
+class Used:
+    """What the sequences hold. documents: of each dataset, each once; tokens, trained: in one epoch."""
+
+    documents: list[int]
+    tokens: int
+    trained: int
+
+
+@dataclass(frozen=True)
+class Remark:
+    """Something that was left out or cut. is_warning: more than `WARN_ABOVE` of the documents."""
+
+    text: str
+    hint: str
+    is_warning: bool
+
+    def __str__(self) -> str:
+        return f"{self.text}; {self.hint}"
+
+
+def used(rows: Rows) -> Used:
+    """Count what is in the sequences."""
+    store = rows.store
+    owners = np.unique(np.searchsorted(store.starts, rows.starts, side="right") - 1)
+    documents = np.bincount(store.datasets[owners], minlength=len(store.counts.formats))
+    trained = rows.num_tokens
+    if store.trained is not None:
+        ends = rows.starts + rows.segment_lengths
+        trained = sum(
+            int(np.count_nonzero(store.trained[begin:end]))
+            for begin, end in zip(rows.starts.tolist(), ends.tolist(), strict=True)
+        )
+    return Used(documents.tolist(), rows.num_tokens, trained)
+
+
+def remarks(rows: Rows, *, with_bad_rows: bool = True) -> list[Remark]:
+    """What to say of the data that is not in `rows`. with_bad_rows: of the rows that could not be read too,
+    which all sequences of one store share."""
+    left, counts = rows.left, rows.store.counts
+    all_documents = len(rows.starts) + left.documents
+    found = []
+    if left.too_long:
+        longest = int(rows.store.lengths.max())
+        found.append(
+            _remark(
+                left.too_long,
+                all_documents,
+                f"longer than max_length={rows.max_length} (the longest: {count(longest, 'token')})",
+                f"set max_length={1 << (longest - 1).bit_length()} to keep them, or truncation=keep_start to "
+                "cut them",
+            )
+        )
+    without = left.documents - left.too_long
+    if without:
+        found.append(
+            _remark(
+                without,
+                all_documents,
+                f"nothing to train on in their first {rows.max_length} tokens"
+                if left.truncated
+                else "nothing to train on",
+                "raise max_length, or change loss_on" if left.truncated else "change loss_on, or remove them",
+            )
+        )
+    if left.truncated:
+        verb = "was" if left.truncated == 1 else "were"
+        text = f"{count(left.truncated, 'document')} longer than max_length={rows.max_length} {verb} cut"
+        found.append(Remark(text, f"{count(left.tokens, 'token')} are left out", False))
+    if counts.num_bad and with_bad_rows:
+        all_rows = counts.num_documents + counts.num_empty + counts.num_bad
+        hint = "correct them; horizon data preview shows the first five"
+        reason = f"bad rows, the first: {counts.bad_rows[0]}"
+        found.append(_remark(counts.num_bad, all_rows, reason, hint, what="rows"))
+    return found
+
+
+def _remark(count: int, of: int, reason: str, hint: str, what: str = "documents") -> Remark:
+    share = count / of
+    text = f"{count:,} of {of:,} {what} ({share:.1%}) left out: {reason}"
+    return Remark(text, hint, share > WARN_ABOVE)
 
 
 def summary(data: TrainingData) -> dict[str, Any]:
@@ -77,18 +162,6 @@ def _padding(lengths: np.ndarray, max_length: int) -> float:
     return float(1 - kept.sum() / (len(kept) * max_length))
 
 
-def pieces(row: Row, tokenizer: Any) -> Iterator[Piece]:
-    """The text of a sequence, cut where training on it begins and ends and where documents do."""
-    document = np.repeat(np.arange(len(row.lengths)), row.lengths)
-    trained = row.labels != IGNORED
-    trained[np.cumsum(row.lengths) - row.lengths] = False  # nothing predicts the first token of a document
-    changes = np.flatnonzero((np.diff(document) != 0) | (np.diff(trained.astype(int)) != 0)) + 1
-    edges = [0, *changes.tolist(), len(row.ids)]
-    for begin, end in zip(edges, edges[1:], strict=False):
-        text = str(tokenizer.decode(row.ids[begin:end].tolist(), skip_special_tokens=False))
-        yield text, bool(trained[begin]), int(document[begin])
-
-
 def print_preview(data: TrainingData, samples: int, stream: TextIO) -> None:
     """On a terminal trained tokens are green; elsewhere they stand between guillemets."""
     from rich.console import Console
@@ -103,7 +176,7 @@ def print_preview(data: TrainingData, samples: int, stream: TextIO) -> None:
     step = max(1, len(data.rows) // max(1, samples))
     for number in range(0, min(samples * step, len(data.rows)), step):
         row = data.rows.row(number)
-        trained = int((row.labels[1:] != IGNORED).sum())
+        trained = int((row.labels[1:] != IGNORE_INDEX).sum())
         title = f"\nsequence {number}: {len(row.ids)} tokens, {trained} trained on"
         if data.rows.is_separate:
             title += f", {len(row.lengths)} documents" if len(row.lengths) > 1 else ", 1 document"
@@ -135,6 +208,18 @@ def _coloured(row: Row, tokenizer: Any, *, is_terminal: bool) -> Text:
         else:
             text.append(f"«{piece}»" if trained else piece)
     return text
+
+
+def pieces(row: Row, tokenizer: Any) -> Iterator[Piece]:
+    """The text of a sequence, cut where training on it begins and ends and where documents do."""
+    document = np.repeat(np.arange(len(row.lengths)), row.lengths)
+    trained = row.labels != IGNORE_INDEX
+    trained[np.cumsum(row.lengths) - row.lengths] = False  # nothing predicts the first token of a document
+    changes = np.flatnonzero((np.diff(document) != 0) | (np.diff(trained.astype(int)) != 0)) + 1
+    edges = [0, *changes.tolist(), len(row.ids)]
+    for begin, end in zip(edges, edges[1:], strict=False):
+        text = str(tokenizer.decode(row.ids[begin:end].tolist(), skip_special_tokens=False))
+        yield text, bool(trained[begin]), int(document[begin])
 
 
 def _figures(found: dict[str, Any]) -> Iterator[str]:

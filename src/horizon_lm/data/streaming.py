@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from horizon_lm.data.batches import MicroBatch, StepSize, collate
-from horizon_lm.data.documents import Documents, Placed, ShardOrder
+from horizon_lm.data.documents import Documents, Placed
 from horizon_lm.data.encode import Encoded, Encoder
 from horizon_lm.data.formats import Chat, Pair
-from horizon_lm.data.loader import not_a_place, numbers_of
+from horizon_lm.data.loader import StepSize, collate, not_a_place, numbers_of
 from horizon_lm.data.packing import Rows, make_rows
-from horizon_lm.data.tokenise import batches
-from horizon_lm.data.tokens import TokenWriter
+from horizon_lm.data.sources import ShardOrder
+from horizon_lm.data.tokens import TokenWriter, batches
+from horizon_lm.engine.step import MicroBatch
 from horizon_lm.errors import DataError
 from horizon_lm.words import count
 

@@ -14,9 +14,8 @@ from horizon_lm.data.encode import Encoder
 from horizon_lm.data.loader import TokenLoader
 from horizon_lm.data.packing import Rows, make_rows, split_off, weighted
 from horizon_lm.data.streaming import StreamLoader
-from horizon_lm.data.tokenise import tokenise
 from horizon_lm.data.tokenizer import add_new_tokens, load_tokenizer, train_tokenizer
-from horizon_lm.data.tokens import TokenStore
+from horizon_lm.data.tokens import TokenStore, tokenise
 from horizon_lm.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from pathlib import Path
 from horizon_lm.checkpoint.run_folder import RunFolder
 from horizon_lm.config import TrainConfig
 from horizon_lm.data import TrainingData
-from horizon_lm.data.documents import check_exists
+from horizon_lm.data.sources import check_exists
 from horizon_lm.errors import ConfigError, DataError
 from horizon_lm.host_model import HostModel
 from horizon_lm.machine.device import resolve_device

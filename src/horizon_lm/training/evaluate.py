@@ -23,8 +23,8 @@ from horizon_lm.config import merge as config_merge
 from horizon_lm.config.base import keys_of
 from horizon_lm.config.dataset_info import SUFFIXES
 from horizon_lm.config.yaml import Document
-from horizon_lm.data.left_out import remarks
 from horizon_lm.data.packing import Rows
+from horizon_lm.data.preview import remarks
 from horizon_lm.data.training_data import (
     load_eval_rows,
     load_training_data,
