@@ -18,7 +18,8 @@ from horizon_lm.data.encode import Encoder
 from horizon_lm.data.file_content import FileHashes
 from horizon_lm.data.hf_datasets import open_dataset
 from horizon_lm.data.loader import TokenLoader
-from horizon_lm.data.streaming import StreamLoader
+from horizon_lm.data.packing import Layout
+from horizon_lm.data.streaming import Stream, StreamLoader
 from horizon_lm.data.tokens import tokenise
 from horizon_lm.errors import DataError
 from loaded_rows import loader_of, make_rows
@@ -216,8 +217,8 @@ def test_a_tokenizer_that_splits_special_tokens_is_another() -> None:
 
 
 def stream(path: Path, encoder: Encoder) -> StreamLoader:
-    layout = {"max_length": 8, "strategy": "bfd", "truncation": "split"}
-    return StreamLoader([dataset(path)], encoder, layout=lambda _: layout, buffer_size=4, micro_batch_size=1)
+    layout = Layout(max_length=8, strategy="bfd", truncation="split")
+    return StreamLoader(Stream([dataset(path)], encoder, lambda _: layout, 4), micro_batch_size=1)
 
 
 def test_a_place_in_a_stream_of_other_data_is_refused(encoder: Encoder, tmp_path: Path) -> None:

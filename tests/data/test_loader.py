@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from data_helpers import config, dataset, write_rows
 from horizon_lm.data import StreamLoader, TokenLoader, load_training_data, train_tokenizer
 from horizon_lm.data.encode import Encoder
+from horizon_lm.data.packing import Layout
+from horizon_lm.data.streaming import Stream
 from horizon_lm.errors import DataError
 from loaded_rows import loader_of, make_rows
 
@@ -233,9 +235,10 @@ def files(folder: Path, sizes: list[int]) -> Path:
 
 
 def stream(folder: Path, encoder: Encoder, strategy: str = "bfd", **options: Any) -> StreamLoader:
-    values = {"buffer_size": 5, "micro_batch_size": 2, "seed": 7, "pad_id": 0, **options}
-    layout = {"max_length": 24, "strategy": strategy, "truncation": "split"}
-    return StreamLoader([dataset(folder)], encoder, layout=lambda is_text: layout, **values)
+    values = {"micro_batch_size": 2, "seed": 7, "pad_id": 0, **options}
+    reading = {"buffer_size": values.pop("buffer_size", 5), "on_bad_row": values.pop("on_bad_row", "raise")}
+    layout = Layout(max_length=24, strategy=strategy, truncation="split")
+    return StreamLoader(Stream([dataset(folder)], encoder, lambda is_text: layout, **reading), **values)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 import horizon_lm as hz
 import zoo
 from horizon_lm.config import ModelSettings
+from horizon_lm.config.data import IGNORED
 from horizon_lm.data.loader import collate, in_order
 from horizon_lm.data.packing import Rows, split_off
-from horizon_lm.engine.loss import IGNORE_INDEX
 from horizon_lm.errors import DataError
 from horizon_lm.plan.outline import Outline
 from packed_rows import Document, documents_for, gradients, numbered, rows_of, store_of
@@ -117,7 +117,7 @@ def test_labels_are_the_trained_tokens_and_never_a_first_one() -> None:
     row = rows.row(0)
     assert row.ids.tolist() == [1, 2, 3, 4, 5]
     # The model shifts, so that the first label of a row is never used and stays as it is.
-    assert row.labels.tolist() == [1, IGNORE_INDEX, 3, IGNORE_INDEX, 5]
+    assert row.labels.tolist() == [1, IGNORED, 3, IGNORED, 5]
 
 
 def test_a_batch_in_each_way() -> None:

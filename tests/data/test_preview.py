@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from data_helpers import write_rows
 from horizon_lm import cli
 from horizon_lm.config import TrainConfig
+from horizon_lm.config.data import IGNORED
 from horizon_lm.data import load_training_data, train_tokenizer
 from horizon_lm.data.preview import histogram, pieces, print_preview, remarks, summary
-from horizon_lm.engine.loss import IGNORE_INDEX
 from horizon_lm.training.describe import about_data, left_out
 from horizon_lm.training.generate import Generator, Sampling, model_folder
 
@@ -76,7 +76,7 @@ def test_the_pieces_are_the_sequence_and_its_labels(model: Path, data: Path) -> 
         found = list(pieces(row, loaded.tokenizer))
         assert "".join(text for text, _, _ in found) == loaded.tokenizer.decode(row.ids.tolist())
         learned = "".join(text for text, trained, _ in found if trained)
-        assert learned == loaded.tokenizer.decode(row.ids[row.labels != IGNORE_INDEX].tolist())
+        assert learned == loaded.tokenizer.decode(row.ids[row.labels != IGNORED].tolist())
         assert {document for _, _, document in found} == set(range(len(row.lengths)))
     assert "answer" in learned and "question" not in learned
 
@@ -157,7 +157,7 @@ def test_bad_rows_and_long_documents_are_shown(
     loaded = load_training_data(settings(model, path, on_bad_row="skip"))
     rows_of_labels = [loaded.rows.row(number).labels for number in range(len(loaded.rows))]
     assert found["tokens"] == sum(map(len, rows_of_labels))
-    assert found["trained_tokens"] == sum(int((labels != IGNORE_INDEX).sum()) for labels in rows_of_labels)
+    assert found["trained_tokens"] == sum(int((labels != IGNORED).sum()) for labels in rows_of_labels)
 
 
 @pytest.mark.parametrize(("good", "is_warning"), [(39, False), (19, False), (18, True)])

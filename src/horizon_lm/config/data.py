@@ -15,6 +15,7 @@ TAGS = (
     "system_tag",
 )
 
+IGNORED = -100  # label of a token that is not trained on, as in transformers
 MOST = 10**12  # rows, documents or steps: far more than there are, and NumPy can count them
 
 

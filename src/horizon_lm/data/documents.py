@@ -9,9 +9,11 @@ from typing import Any
 
 import xxhash
 
+from horizon_lm.config import DatasetConfig
 from horizon_lm.config.dataset_info import PYTHON_STDLIB
 from horizon_lm.data.file_content import FileHashes
 from horizon_lm.data.formats import Example, Text, convert, detect, texts
+from horizon_lm.data.readers import Row
 from horizon_lm.data.sources import ShardOrder, content, rows
 from horizon_lm.errors import DataError
 
@@ -53,7 +55,7 @@ class Documents:
 
     def __init__(
         self,
-        datasets: Sequence[Any],
+        datasets: Sequence[DatasetConfig],
         max_bytes: int | None = None,
         *,
         on_bad_row: str = "raise",
@@ -99,14 +101,14 @@ class Documents:
             return f"every row is bad; the first: {self.bad_rows[0]}"
         return "every file or row in it is empty"
 
-    def _examples(self, number: int, dataset: Any) -> Iterator[tuple[Example, str]]:
+    def _examples(self, number: int, dataset: DatasetConfig) -> Iterator[tuple[Example, str]]:
         for row, place in rows(dataset, self._shards):
             try:
                 yield self._example(row, place, number, dataset), place
             except DataError as error:
                 self.skip(error)
 
-    def _example(self, row: Any, place: str, number: int, dataset: Any) -> Example:
+    def _example(self, row: Row, place: str, number: int, dataset: DatasetConfig) -> Example:
         if isinstance(row, DataError):
             raise row
         row = renamed(row, dataset)
@@ -137,7 +139,7 @@ class Documents:
         """
         digest, hashes = xxhash.xxh3_128(), FileHashes(cache_dir)
         for dataset in self.datasets:
-            reading = [dataset.format, sorted(dataset.columns.items()), dataset.text_column]
+            reading: list[Any] = [dataset.format, sorted(dataset.columns.items()), dataset.text_column]
             # Named only where they are set, so that what was read without them is the same as it was.
             reading += [sorted(dataset.tags.items())] if dataset.tags else []
             reading += [dataset.max_samples] if dataset.max_samples else []
@@ -148,7 +150,7 @@ class Documents:
         return digest.hexdigest()
 
 
-def renamed(row: dict[str, Any], dataset: Any) -> dict[str, Any]:
+def renamed(row: dict[str, Any], dataset: DatasetConfig) -> dict[str, Any]:
     """The row under our names: `columns`, an old name to a new one or to null, `text_column` and `tags`."""
     names = dict(dataset.columns)
     if dataset.text_column != "text" and dataset.text_column in row and dataset.text_column not in names:

@@ -12,11 +12,13 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from horizon_lm.config import DatasetConfig
 from horizon_lm.config.dataset_info import SUFFIXES
 from horizon_lm.data.file_content import FileHashes
 from horizon_lm.data.readers import Media, PlacedRow, without_filling
@@ -25,6 +27,10 @@ from horizon_lm.io.files import read_bytes
 from horizon_lm.io.hub import require_reachable
 from horizon_lm.io.inside import check_files
 from horizon_lm.words import size
+
+if TYPE_CHECKING:
+    import pyarrow
+    from datasets import Dataset, IterableDataset
 
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 _LARGEST_JSON = 1 << 26
@@ -43,7 +49,7 @@ def looks_like_repository(name: str) -> bool:
     return bool(_REPOSITORY.fullmatch(name)) and not name.lower().endswith(SUFFIXES)
 
 
-def open_dataset(settings: Any, *, streaming: bool = False) -> ArrowRows:
+def open_dataset(settings: DatasetConfig, *, streaming: bool = False) -> ArrowRows:
     """The rows of a saved folder or a Hub name, in the split that is asked for.
 
     settings: an entry of `datasets` in the configuration. Scripts are never run. Raises DataError.
@@ -54,9 +60,9 @@ def open_dataset(settings: Any, *, streaming: bool = False) -> ArrowRows:
 
     in_files = {} if streaming else {"keep_in_memory": False}
     try:
-        with quiet(datasets):
+        with quiet():
             if path.is_dir():
-                return ArrowRows(_saved(datasets, path, settings), settings.path)
+                return ArrowRows(_saved(path, settings), settings.path)
             loaded = datasets.load_dataset(
                 settings.path,
                 name=settings.name,
@@ -86,8 +92,10 @@ def hint_for_names(name: str) -> str | None:
     return "several datasets are a list: datasets=[A, B]" if "," in name else None
 
 
-def _saved(datasets: Any, path: Path, settings: Any) -> Any:
+def _saved(path: Path, settings: DatasetConfig) -> Dataset:
     """The `Dataset` of a saved folder, whose files lie in it, and none of whose formats are applied."""
+    import datasets
+
     folder, follow = path, settings.follow_links
     if not (path / _STATE).is_file():
         splits = _json(path / _SPLITS, path, follow)["splits"]
@@ -114,19 +122,18 @@ def _json(path: Path, folder: Path, follow_links: bool) -> Any:
     return json.loads(read_bytes(path))
 
 
-class quiet:
-    """Its progress bars would run through our display."""
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Switch the progress bars of `datasets` off: they would run through our display."""
+    import datasets
 
-    def __init__(self, datasets: Any) -> None:
-        self._datasets = datasets
-
-    def __enter__(self) -> None:
-        self._shown = self._datasets.utils.logging.is_progress_bar_enabled()
-        self._datasets.disable_progress_bars()
-
-    def __exit__(self, *_: object) -> None:
-        if self._shown:
-            self._datasets.enable_progress_bars()
+    shown = datasets.utils.logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 class ArrowRows:
@@ -135,36 +142,42 @@ class ArrowRows:
     name: for places and errors. The object must not have been changed since it was loaded (`map`, `select`).
     """
 
-    def __init__(self, dataset: Any, name: str) -> None:
+    def __init__(self, dataset: Dataset | IterableDataset, name: str) -> None:
         import datasets
 
         self._name = name
-        self.is_stream = isinstance(dataset, datasets.IterableDataset)
         features = dict(dataset.features or {})
-        if not self.is_stream and not dataset.format["output_all_columns"]:
+        if isinstance(dataset, datasets.Dataset) and not dataset.format["output_all_columns"]:
             features = {column: features[column] for column in dataset.format["columns"]}
         kinds = {column: _media_kind(feature) for column, feature in features.items()}
         self._media = {column: Media(kind) for column, kind in kinds.items() if kind}
         self._features = datasets.Features(
             {column: _undecoded(feature) for column, feature in features.items() if not kinds[column]}
         )
-        if self.is_stream:
+        self._stream: IterableDataset | None = None
+        self._stored: Dataset | None = None
+        if isinstance(dataset, datasets.IterableDataset):
             has_media = any(_undecoded(feature) != feature for feature in features.values())
-            self._dataset = dataset.decode(False) if has_media else dataset
+            self._stream = dataset.decode(False) if has_media else dataset
         else:
-            self._dataset = dataset.with_format("arrow", columns=list(self._features))
+            self._stored = dataset.with_format("arrow", columns=list(self._features))
+
+    @property
+    def is_stream(self) -> bool:
+        return self._stream is not None
 
     def shuffled(self, seed: int, epoch: int) -> ArrowRows:
         """A stream with its shards (not its rows) in an order by seed and epoch."""
-        self._dataset = self._dataset.shuffle(seed=seed, buffer_size=1)
-        self._dataset.set_epoch(epoch)
+        assert self._stream is not None
+        self._stream = self._stream.shuffle(seed=seed, buffer_size=1)
+        self._stream.set_epoch(epoch)
         return self
 
     def __iter__(self) -> Iterator[PlacedRow]:
         """(row, place) of each row. Raises DataError for damaged data."""
         number = 0
         try:
-            for row in self._dataset if self.is_stream else self._stored():
+            for row in self._stream if self._stream is not None else self._checked():
                 number += 1
                 decoded = self._features.decode_example({k: row[k] for k in self._features if k in row})
                 yield without_filling({**row, **decoded, **self._media}), f"{self._name}: row {number}"
@@ -177,25 +190,27 @@ class ArrowRows:
                 f"{self._name} cannot be read {after}: {reason}", hint="write or download it again"
             ) from error
 
-    def _stored(self) -> Iterator[dict[str, Any]]:
+    def _checked(self) -> Iterator[dict[str, Any]]:
         """Each part is checked before it is read: Arrow follows a damaged offset to wherever it points."""
+        assert self._stored is not None
         if not self._features:
-            yield from ({} for _ in range(len(self._dataset)))
+            yield from ({} for _ in range(len(self._stored)))
             return
-        for table in self._dataset.iter(_ROWS_AT_A_TIME):
+        for table in self._stored.iter(_ROWS_AT_A_TIME):
             table.validate(full=True)
             yield from table.to_pylist()
 
     def content(self, hashes: FileHashes) -> Iterator[bytes]:
         """What the rows are known by: the bytes of the files they lie in, and how these are read."""
-        dataset = self._dataset
+        dataset = self._stored
+        assert dataset is not None
         shown = [self._features.to_dict(), sorted(self._media)]
         yield json.dumps([len(dataset), str(dataset.split), shown], sort_keys=True, default=str).encode()
         files = [Path(entry["filename"]) for entry in dataset.cache_files]
         yield from hashes.of(files, prefix="arrow") if files else _in_memory(dataset.data.table)
 
 
-def _in_memory(table: Any) -> Iterator[bytes]:
+def _in_memory(table: pyarrow.Table) -> Iterator[bytes]:
     for batch in table.to_batches():
         yield xxhash.xxh3_128(batch.serialize()).digest()
 

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from horizon_lm.config.data import IGNORED
 from horizon_lm.data.packing import Row, Rows, data_has_changed
-from horizon_lm.engine.loss import IGNORE_INDEX
 from horizon_lm.engine.step import MicroBatch
 from horizon_lm.errors import DataError
 from horizon_lm.words import count
@@ -50,7 +50,7 @@ def collate(rows: Sequence[Row], strategy: str, pad_id: int) -> tuple[MicroBatch
     """
     longest = max(2, max(len(row.ids) for row in rows))
     ids = np.full((len(rows), longest), pad_id, np.int64)
-    labels = np.full((len(rows), longest), IGNORE_INDEX, np.int64)
+    labels = np.full((len(rows), longest), IGNORED, np.int64)
     mask = np.zeros((len(rows), longest), np.int64)
     lengths: list[int] = []
     for i, row in enumerate(rows):

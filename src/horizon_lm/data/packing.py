@@ -14,14 +14,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import xxhash
 
+from horizon_lm.config.data import IGNORED
 from horizon_lm.data.hf_datasets import quiet
 from horizon_lm.data.tokens import TokenStore
-from horizon_lm.engine.loss import IGNORE_INDEX
 from horizon_lm.errors import DataError
 from horizon_lm.words import count
 
@@ -52,28 +52,31 @@ class Left:
     too_long: int = 0
 
 
+@dataclass(frozen=True, eq=False)
 class Rows:
     """Sequences over `store`: row r has the segments offsets[r] to offsets[r + 1].
 
-    starts, lengths [segments] in tokens of the store. separate: positions begin anew in each segment.
+    starts, segment_lengths [segments] in tokens of the store.
     """
 
-    def __init__(
-        self,
-        store: TokenStore,
-        starts: np.ndarray,
-        lengths: np.ndarray,
-        offsets: np.ndarray,
-        *,
-        max_length: int,
-        strategy: str,
-        left: Left,
-    ) -> None:
-        self.store, self.starts, self.segment_lengths, self.offsets = store, starts, lengths, offsets
-        self.max_length, self.strategy, self.left = max_length, strategy, left
-        self.is_separate = strategy != "wrapped"
-        totals = np.concatenate([[0], np.cumsum(lengths)])
-        self.lengths = totals[offsets[1:]] - totals[offsets[:-1]]  # tokens of each row
+    store: TokenStore
+    starts: np.ndarray
+    segment_lengths: np.ndarray
+    offsets: np.ndarray
+    max_length: int
+    strategy: str
+    left: Left
+
+    @property
+    def is_separate(self) -> bool:
+        """Whether positions begin at 0 in each segment."""
+        return self.strategy != "wrapped"
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        totals = np.concatenate([[0], np.cumsum(self.segment_lengths)])
+        return totals[self.offsets[1:]] - totals[self.offsets[:-1]]
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -94,9 +97,9 @@ class Rows:
         ids = np.concatenate([self.store.ids[span] for span in spans]).astype(np.int64)
         labels = ids.copy()
         if self.store.trained is not None:
-            labels[~np.concatenate([self.store.trained[span] for span in spans])] = IGNORE_INDEX
+            labels[~np.concatenate([self.store.trained[span] for span in spans])] = IGNORED
         if self.is_separate:  # the first token of a document is no continuation of the one before it
-            labels[np.cumsum(lengths)[:-1]] = IGNORE_INDEX
+            labels[np.cumsum(lengths)[:-1]] = IGNORED
         return Row(ids, labels, lengths)
 
     @cached_property
@@ -176,6 +179,14 @@ def _what_has_changed(state: Mapping[str, Any], rows: Rows) -> tuple[str, str]:
     return what, hint
 
 
+class Layout(TypedDict):
+    """How documents become sequences: what `make_rows` takes."""
+
+    max_length: int
+    strategy: str
+    truncation: str
+
+
 def make_rows(
     store: TokenStore,
     documents: np.ndarray,
@@ -203,7 +214,7 @@ def make_rows(
         starts, lengths = starts[order], lengths[order]
     else:
         offsets = np.arange(len(starts) + 1)
-    return Rows(store, starts, lengths, offsets, max_length=max_length, strategy=strategy, left=left)
+    return Rows(store, starts, lengths, offsets, max_length, strategy, left)
 
 
 def _wrapped(store: TokenStore, documents: np.ndarray, max_length: int, keep_rest: bool) -> Rows:
@@ -224,7 +235,7 @@ def _wrapped(store: TokenStore, documents: np.ndarray, max_length: int, keep_res
     segment_lengths = np.diff(np.append(begins, used))
     offsets = np.append(np.searchsorted(begins, cuts), len(begins))
     left = Left(tokens=total - used)
-    return Rows(store, starts, segment_lengths, offsets, max_length=max_length, strategy="wrapped", left=left)
+    return Rows(store, starts, segment_lengths, offsets, max_length, "wrapped", left)
 
 
 def _truncated(
@@ -281,7 +292,7 @@ def _best_fit(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndar
         )
         dataset = datasets.Dataset(pyarrow.table({"numbers": column}))
         options = {"batch_size": len(part), "keep_in_memory": True}
-        with quiet(datasets):
+        with quiet():
             # Its tree has a leaf for each length. Where all fit into one sequence, a longer one is the same.
             room = min(max_length, int(part.sum()))
             packed = pack_dataset(dataset, room, "bfd", options).data.table

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
+from horizon_lm.config.data import IGNORED
 from horizon_lm.data.formats import CHAT_FORMATS
 from horizon_lm.data.packing import Row, Rows
 from horizon_lm.data.streaming import StreamLoader
-from horizon_lm.engine.loss import IGNORE_INDEX
 from horizon_lm.io.output import raw_stream
 from horizon_lm.text import printable, shown
 from horizon_lm.words import count
 
 if TYPE_CHECKING:
     from rich.text import Text
+    from transformers import PreTrainedTokenizerBase
 
     from horizon_lm.data.training_data import TrainingData
 
@@ -176,7 +177,7 @@ def print_preview(data: TrainingData, samples: int, stream: TextIO) -> None:
     step = max(1, len(data.rows) // max(1, samples))
     for number in range(0, min(samples * step, len(data.rows)), step):
         row = data.rows.row(number)
-        trained = int((row.labels[1:] != IGNORE_INDEX).sum())
+        trained = int((row.labels[1:] != IGNORED).sum())
         title = f"\nsequence {number}: {len(row.ids)} tokens, {trained} trained on"
         if data.rows.is_separate:
             title += f", {len(row.lengths)} documents" if len(row.lengths) > 1 else ", 1 document"
@@ -194,7 +195,7 @@ def _cut(row: Row) -> Row:
     return Row(row.ids[:_SAMPLE_TOKENS], row.labels[:_SAMPLE_TOKENS], lengths[lengths > 0])
 
 
-def _coloured(row: Row, tokenizer: Any, *, is_terminal: bool) -> Text:
+def _coloured(row: Row, tokenizer: PreTrainedTokenizerBase, *, is_terminal: bool) -> Text:
     from rich.text import Text
 
     text, last = Text(), 0
@@ -210,10 +211,10 @@ def _coloured(row: Row, tokenizer: Any, *, is_terminal: bool) -> Text:
     return text
 
 
-def pieces(row: Row, tokenizer: Any) -> Iterator[Piece]:
+def pieces(row: Row, tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
     """The text of a sequence, cut where training on it begins and ends and where documents do."""
     document = np.repeat(np.arange(len(row.lengths)), row.lengths)
-    trained = row.labels != IGNORE_INDEX
+    trained = row.labels != IGNORED
     trained[np.cumsum(row.lengths) - row.lengths] = False  # nothing predicts the first token of a document
     changes = np.flatnonzero((np.diff(document) != 0) | (np.diff(trained.astype(int)) != 0)) + 1
     edges = [0, *changes.tolist(), len(row.ids)]

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from horizon_lm.config import DatasetConfig
 from horizon_lm.config.dataset_info import PYTHON_STDLIB, SUFFIXES, is_stdlib
 from horizon_lm.data.file_content import FileHashes, is_compressed, suffix_of
 from horizon_lm.data.hf_datasets import (
@@ -55,7 +55,7 @@ class ShardOrder:
         return [files[i] for i in order]
 
 
-def rows(dataset: Any, shards: ShardOrder | None = None) -> Iterator[PlacedRow]:
+def rows(dataset: DatasetConfig, shards: ShardOrder | None = None) -> Iterator[PlacedRow]:
     """(row, place) of each row of one dataset, wherever it comes from.
 
     max_samples: the first ones in the dataset's own order, which a stream then keeps in every epoch.
@@ -67,7 +67,7 @@ def rows(dataset: Any, shards: ShardOrder | None = None) -> Iterator[PlacedRow]:
         yield from _all_rows(dataset, shards)
 
 
-def _all_rows(dataset: Any, shards: ShardOrder | None) -> Iterator[PlacedRow]:
+def _all_rows(dataset: DatasetConfig, shards: ShardOrder | None) -> Iterator[PlacedRow]:
     opened = opened_dataset(dataset, streaming=shards is not None)
     if opened is not None:
         if opened.is_stream and shards is not None and not shards.is_fixed:
@@ -81,7 +81,7 @@ def _all_rows(dataset: Any, shards: ShardOrder | None) -> Iterator[PlacedRow]:
             yield from read_file(path)
 
 
-def opened_dataset(dataset: Any, *, streaming: bool = False) -> ArrowRows | None:
+def opened_dataset(dataset: DatasetConfig, *, streaming: bool = False) -> ArrowRows | None:
     """The rows where the `datasets` library has to read them; None for plain files."""
     path = Path(dataset.path).expanduser()
     if path.is_dir() and is_saved_dataset(path):
@@ -91,7 +91,7 @@ def opened_dataset(dataset: Any, *, streaming: bool = False) -> ArrowRows | None
     return None
 
 
-def check_exists(dataset: Any) -> None:
+def check_exists(dataset: DatasetConfig) -> None:
     """What can be told of a dataset without reading it. Raises DataError."""
     path = Path(dataset.path).expanduser()
     is_saved = path.is_dir() and is_saved_dataset(path)
@@ -104,7 +104,7 @@ def check_exists(dataset: Any) -> None:
         local_files(dataset)
 
 
-def content(dataset: Any, hashes: FileHashes) -> Iterator[bytes]:
+def content(dataset: DatasetConfig, hashes: FileHashes) -> Iterator[bytes]:
     """What the content of a dataset is known by: a hash of each of its files in order."""
     opened = opened_dataset(dataset)
     if opened is not None:
@@ -113,7 +113,7 @@ def content(dataset: Any, hashes: FileHashes) -> Iterator[bytes]:
         yield from hashes.of(stdlib_files() if is_stdlib(dataset.path) else local_files(dataset))
 
 
-def local_files(dataset: Any) -> list[Path]:
+def local_files(dataset: DatasetConfig) -> list[Path]:
     """The files of a dataset that is no Hub name. Raises DataError where there are none."""
     files = list_files(dataset.path, follow_links=dataset.follow_links)
     folder = Path(dataset.path).expanduser()

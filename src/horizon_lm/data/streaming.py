@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from horizon_lm.config import DatasetConfig
 from horizon_lm.data.documents import Documents, Placed
 from horizon_lm.data.encode import Encoded, Encoder
 from horizon_lm.data.formats import Chat, Pair
 from horizon_lm.data.loader import StepSize, collate, not_a_place, numbers_of
-from horizon_lm.data.packing import Rows, make_rows
+from horizon_lm.data.packing import Layout, Rows, make_rows
 from horizon_lm.data.sources import ShardOrder
 from horizon_lm.data.tokens import TokenWriter, batches
 from horizon_lm.engine.step import MicroBatch
@@ -44,33 +45,41 @@ class _Window:
         return (self.epoch, self.next_document) if self.next_document else (self.epoch + 1, 0)
 
 
+@dataclass(frozen=True)
+class Stream:
+    """What is read, and how its windows become sequences. layout: by whether all documents are text."""
+
+    datasets: Sequence[DatasetConfig]
+    encoder: Encoder
+    layout: Callable[[bool], Layout]
+    buffer_size: int
+    max_bytes: int | None = None
+    on_bad_row: str = "raise"
+
+    def documents(self, shards: ShardOrder) -> Documents:
+        return Documents(self.datasets, self.max_bytes, on_bad_row=self.on_bad_row, shards=shards)
+
+
 class StreamLoader:
     """Endless steps over a stream; same interface and rule as `TokenLoader`: no step crosses the end of an
     epoch, which is where the stream ends; the last one before it is smaller.
 
-    layout: what `make_rows` takes (max_length, strategy, truncation). num_workers: above 0, the next window
-    is made ready in a thread; the order does not depend on it.
+    num_workers: above 0, the next window is made ready in a thread; the order does not depend on it.
     """
 
     def __init__(
         self,
-        datasets: Sequence[Any],
-        encoder: Encoder,
+        stream: Stream,
         *,
-        layout: Callable[[bool], dict[str, Any]],
-        buffer_size: int,
         micro_batch_size: int,
         micro_batches_per_step: int = 1,
         seed: int = 42,
         pad_id: int = 0,
-        max_bytes: int | None = None,
-        on_bad_row: str = "raise",
         num_workers: int = 0,
     ) -> None:
-        self._datasets, self._encoder, self._layout = datasets, encoder, layout
-        self._buffer_size, self._seed, self._pad_id = buffer_size, seed, pad_id
+        self._stream, self._encoder = stream, stream.encoder
+        self._seed, self._pad_id = seed, pad_id
         self._shape = (micro_batches_per_step, micro_batch_size)
-        self._max_bytes, self._on_bad_row = max_bytes, on_bad_row
         self._pool = ThreadPoolExecutor(1, "horizon-data") if num_workers else None
         self._ahead: Future[_Window] | None = None
         self._source: tuple[int, int, Documents, Iterator[Placed]] | None = None
@@ -145,7 +154,7 @@ class StreamLoader:
             "document": document,
             "position": position,
             "seed": self._seed,
-            "buffer_size": self._buffer_size,
+            "buffer_size": self._stream.buffer_size,
             "encoder": self._encoder.key(),
             "crosses_epochs": self.crosses_epochs,
             **({} if self._is_at_end else {"window": self._content}),
@@ -159,10 +168,10 @@ class StreamLoader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to a saved place: the stream is read, not tokenised, up to its window."""
         (buffer_size,) = numbers_of(state, "buffer_size")
-        if buffer_size != self._buffer_size:
+        if buffer_size != self._stream.buffer_size:
             raise DataError(
                 f"the place in the stream was saved with buffer_size={buffer_size}, and now it is "
-                f"{self._buffer_size}",
+                f"{self._stream.buffer_size}",
                 hint=f"buffer_size={buffer_size}, or start a new run",
             )
         keys, saved = (self._encoder.key(), self._encoder.key(by_name=True)), state.get("encoder")
@@ -227,7 +236,7 @@ class StreamLoader:
 
     def _read(self, epoch: int, document: int) -> _Window:
         documents, source = self._at(epoch, document)
-        placed = list(islice(source, self._buffer_size))
+        placed = list(islice(source, self._stream.buffer_size))
         peeked = next(source, None)
         following = document + len(placed) if peeked is not None else 0
         if peeked is not None:
@@ -243,15 +252,15 @@ class StreamLoader:
         if source is not None and source[:2] == (epoch, document):
             return source[2], source[3]
         shards = ShardOrder(self._seed, epoch)
-        documents = Documents(self._datasets, self._max_bytes, on_bad_row=self._on_bad_row, shards=shards)
+        documents = self._stream.documents(shards)
         return documents, islice(iter(documents), document, None)
 
     def _is_of_before(self, key: Any) -> bool:
         """Whether an earlier version saved it, which made other tokens of pairs alone, and none are here."""
         if key != self._encoder.key(1, by_name=True):
             return False
-        for dataset in self._datasets:
-            first = next(iter(Documents([dataset], on_bad_row=self._on_bad_row))).example
+        for dataset in self._stream.datasets:
+            first = next(iter(Documents([dataset], on_bad_row=self._stream.on_bad_row))).example
             if isinstance(first, Pair) or isinstance(first, Chat) and first.num_prompt:
                 return False
         return True
@@ -274,7 +283,7 @@ class StreamLoader:
             return None
         try:
             return make_rows(
-                store, np.arange(num_documents), keep_rest=True, **self._layout(store.counts.is_text)
+                store, np.arange(num_documents), keep_rest=True, **self._stream.layout(store.counts.is_text)
             )
         except DataError:  # nothing in this window fits; others may
             return None

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from horizon_lm.config import TrainConfig
+from horizon_lm.config.data import IGNORED
 from horizon_lm.data.loader import in_order
 from horizon_lm.data.packing import Rows
-from horizon_lm.engine.loss import IGNORE_INDEX
 from horizon_lm.engine.step import MicroBatch
 from horizon_lm.errors import DataError
 from horizon_lm.host_model import HostModel
@@ -44,7 +44,7 @@ def perplexity(loss: float) -> float:
 
 def _groups(batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
     """Of micro-batches that have a target; the model refuses a call without any."""
-    useful = (batch for batch in batches if bool((batch["labels"][:, 1:] != IGNORE_INDEX).any()))
+    useful = (batch for batch in batches if bool((batch["labels"][:, 1:] != IGNORED).any()))
     while group := list(islice(useful, _TOGETHER)):
         yield group
 

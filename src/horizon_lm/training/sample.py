@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from horizon_lm.config.data import IGNORED
 from horizon_lm.data.packing import Row
-from horizon_lm.engine.loss import IGNORE_INDEX
 from horizon_lm.machine.memory import available_host_bytes
 from horizon_lm.training.generate import Generator, Sampling
 from horizon_lm.words import size
@@ -36,7 +36,7 @@ def piece_of_data(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bo
     Where something stands before what is trained on, that is the prompt, with its special tokens; else
     some tokens, at most half the sequence.
     """
-    first = int(np.argmax(row.labels != IGNORE_INDEX))
+    first = int(np.argmax(row.labels != IGNORED))
     if first > 0:
         return str(tokenizer.decode(row.ids[:first].tolist(), skip_special_tokens=False)), True
     ids = row.ids[: min(PROMPT_TOKENS, len(row.ids) // 2)]

@@ -13,9 +13,9 @@ import inspect
 import numpy as np
 import torch
 
+from horizon_lm.config.data import IGNORED
 from horizon_lm.data.loader import collate
 from horizon_lm.data.packing import Row, Rows
-from horizon_lm.engine.loss import IGNORE_INDEX
 from horizon_lm.engine.step import MicroBatch
 from horizon_lm.errors import ConfigError
 from horizon_lm.host_model import HostModel
@@ -56,7 +56,7 @@ def change_by_place(model: HostModel, row: Row) -> float:
     batches: list[MicroBatch] = []
     for begin, lengths in ((first, row.lengths), (0, row.lengths[::-1])):
         ids = row.ids if begin else np.roll(row.ids, second)
-        labels = np.full_like(ids, IGNORE_INDEX)
+        labels = np.full_like(ids, IGNORED)
         labels[begin + 1 : begin + second] = ids[begin + 1 : begin + second]  # nothing predicts a first token
         batches.append(collate([Row(ids, labels, lengths)], "bfd", 0)[0])
     found = model.evaluate(batches, return_log_probs=True).log_probs
