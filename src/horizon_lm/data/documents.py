@@ -1,4 +1,4 @@
-"""All datasets of a configuration as one sequence of examples, each with its place and its dataset."""
+"""Examples of all configured datasets as one sequence, each with its place and dataset."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TAGGED_ROLES = {
     "function_tag": "function_call",
     "system_tag": "system",
 }
-# What a message's role and content are called where no tag says otherwise.
+# Names of a message's role and content, by the tag that replaces them.
 _OTHER_KEYS = (
     *(("role_tag", "role"), ("role_tag", "from")),
     *(("content_tag", "content"), ("content_tag", "value")),
@@ -35,7 +35,7 @@ _OTHER_KEYS = (
 
 @dataclass(frozen=True)
 class Placed:
-    """An example, where it stands, and the number of its dataset."""
+    """An example, its location for messages, and the number of its dataset."""
 
     example: Example
     place: str
@@ -43,14 +43,13 @@ class Placed:
 
 
 class Documents:
-    """The examples of `datasets`, in order; iterate as often as needed, each time afresh.
+    """The examples of `datasets` in order; may be iterated repeatedly.
 
-    datasets: entries of the configuration (`DatasetConfig`). A folder's files are read in the order of
-    their names. `max_bytes` bounds the UTF-8 bytes of all texts together; a document that crosses it is
-    cut there, a conversation is left out. Of the latest iteration: `num_empty` (texts that are empty,
-    passed over), `bad_rows` (left out, with on_bad_row "skip") and `formats` (of each dataset, once seen).
+    max_bytes: limit for the UTF-8 bytes of all texts; a document that crosses it is cut, a conversation
+    dropped. shards: read as a stream, in this order. Of the latest iteration: num_empty (texts, skipped),
+    num_bad and bad_rows (first messages, with on_bad_row "skip"), formats (of each dataset, once known).
 
-    Iterating raises `DataError` for anything missing, empty, malformed or not text.
+    Iterating raises `DataError` for data that is missing, empty, malformed or not text.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class Documents:
         shards: ShardOrder | None = None,
     ) -> None:
         if not datasets:
-            raise DataError("no dataset is given", hint=f"datasets=FILE, a folder, or {PYTHON_STDLIB}")
+            raise DataError("no dataset given", hint=f"set datasets to a file, a folder or {PYTHON_STDLIB}")
         self.datasets = list(datasets)
         self._max_bytes = max_bytes
         self._skip = on_bad_row == "skip"
@@ -94,12 +93,16 @@ class Documents:
                     left -= size
                 yield Placed(example, place, number)
             if not found:
-                raise DataError(f"{dataset.path} holds no text", hint=self._why_nothing())
+                raise self._nothing_in(dataset.path)
 
-    def _why_nothing(self) -> str:
+    def _nothing_in(self, path: str) -> DataError:
         if self.bad_rows:
-            return f"every row is bad; the first: {self.bad_rows[0]}"
-        return "every file or row in it is empty"
+            message = f"{path} holds no text: every row is bad; the first: {self.bad_rows[0]}"
+            return DataError(message, hint="correct the rows, or set `format` or `columns` of this dataset")
+        return DataError(
+            f"{path} holds no text: every file or row in it is empty",
+            hint="check the path, `split` and `text_column` of this dataset",
+        )
 
     def _examples(self, number: int, dataset: DatasetConfig) -> Iterator[tuple[Example, str]]:
         for row, place in rows(dataset, self._shards):
@@ -120,7 +123,7 @@ class Documents:
         return convert(row, format, place)
 
     def skip(self, error: DataError) -> None:
-        """Leave a bad row out and remember it, or raise."""
+        """Count a bad row and skip it, or raise."""
         if not self._skip:
             raise error
         self.num_bad += 1
@@ -128,19 +131,19 @@ class Documents:
             self.bad_rows.append(error.message)
 
     def texts(self) -> Iterator[str]:
-        """Every text of every example, for training a tokenizer."""
+        """Yield every text, for training a tokenizer."""
         for placed in self:
             yield from texts(placed.example)
 
     def fingerprint(self, cache_dir: Path | None = None) -> str:
-        """Of the content of all files and of how it is read; the same content elsewhere has the same.
+        """Hash the content of all files and how it is read; paths do not matter.
 
-        cache_dir: where the hashes of files are kept; None: all are read.
+        cache_dir: folder of cached file hashes; None: read all files.
         """
         digest, hashes = xxhash.xxh3_128(), FileHashes(cache_dir)
         for dataset in self.datasets:
             reading: list[Any] = [dataset.format, sorted(dataset.columns.items()), dataset.text_column]
-            # Named only where they are set, so that what was read without them is the same as it was.
+            # Only if set, so that earlier fingerprints stay valid.
             reading += [sorted(dataset.tags.items())] if dataset.tags else []
             reading += [dataset.max_samples] if dataset.max_samples else []
             digest.update(repr((reading, self._max_bytes, self._skip)).encode())
@@ -151,7 +154,7 @@ class Documents:
 
 
 def renamed(row: dict[str, Any], dataset: DatasetConfig) -> dict[str, Any]:
-    """The row under our names: `columns`, an old name to a new one or to null, `text_column` and `tags`."""
+    """Rename columns by `columns` (old name to new name or null), `text_column` and `tags`."""
     names = dict(dataset.columns)
     if dataset.text_column != "text" and dataset.text_column in row and dataset.text_column not in names:
         names[dataset.text_column] = "text"
@@ -165,7 +168,7 @@ def renamed(row: dict[str, Any], dataset: DatasetConfig) -> dict[str, Any]:
 
 
 def tagged(value: Any, tags: dict[str, str]) -> Any:
-    """A list of messages with our keys and roles in place of those that `tags` names; else `value`."""
+    """Rename keys and roles of a list of messages to ours by `tags`; return other values unchanged."""
     if not isinstance(value, list):
         return value
     roles = {tags[tag]: role for tag, role in _TAGGED_ROLES.items() if tag in tags}

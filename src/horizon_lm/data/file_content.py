@@ -1,13 +1,12 @@
-"""What files hold, as bytes: decompressed within bounds, and known by a hash that is kept.
+"""File contents: bounded decompression, and cached content hashes.
 
-A small file can decompress to any size. What is read row by row is held one row at a time, of at most
-`LARGEST_ROW` bytes; what has to be read whole stops at `LARGEST_WHOLE`; and nothing is read that becomes more
-than `LARGEST_RATIO` times its size, once that is more than `FREE_EXPANSION`. None of these bounds a plain
-file, whose size its owner sees.
+A small gzip file can expand to any size. Files read row by row hold one row of at most `LARGEST_ROW` bytes;
+files read at once stop at `LARGEST_WHOLE`; and no file may expand beyond `LARGEST_RATIO` times its size, once
+that exceeds `FREE_EXPANSION`. Uncompressed files are not limited.
 
-A kept hash stands for a file as long as its device, inode, size, mtime and ctime are the same. A write moves
-ctime, and nothing can set it back; but clocks tick, and a file that is mapped into memory may be written for
-half a minute after its times have moved. So only what had been left alone for `_SETTLED_SECONDS` is kept.
+A cached hash is valid while device, inode, size, mtime and ctime are unchanged. Every write moves ctime,
+which cannot be set back; but clocks tick, and a memory-mapped file may change for half a minute after its
+times moved. So only files unchanged for `_SETTLED_SECONDS` are cached.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ LARGEST_ROW = 1 << 28  # 256 MiB
 LARGEST_WHOLE = 1 << 32  # 4 GiB
 LARGEST_RATIO = 200  # text compresses to a third or a tenth, logs to a fiftieth
 FREE_EXPANSION = 1 << 28
-# What reading a damaged gzip file raises.
+# Exceptions from reading a damaged gzip file.
 DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error)
 
 
 def suffix_of(path: Path) -> str:
-    """The file type in a name: `.jsonl`, or `.jsonl.gz` where it is compressed."""
+    """Return the file type in a name: `.jsonl`, or `.jsonl.gz` if compressed."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     return "".join(suffixes[-2:]) if suffixes[-1:] == [".gz"] else "".join(suffixes[-1:])
 
@@ -47,12 +46,12 @@ def is_compressed(path: Path) -> bool:
 
 
 def open_bytes(path: Path) -> IO[bytes]:
-    """The file's content, decompressed as it is read."""
+    """Open a file, decompressing as it is read."""
     return cast(IO[bytes], gzip.open(path, "rb")) if is_compressed(path) else path.open("rb")
 
 
 def read_whole(path: Path) -> bytes:
-    """All of the content. Raises DataError for a compressed file that holds too much."""
+    """Read the whole file. Raises DataError for a compressed file that expands too far."""
     if not is_compressed(path):
         return path.read_bytes()
     most = min(LARGEST_WHOLE, max(FREE_EXPANSION, LARGEST_RATIO * path.stat().st_size))
@@ -62,23 +61,23 @@ def read_whole(path: Path) -> bytes:
     if len(content) > LARGEST_WHOLE:
         raise DataError(
             f"{path} holds more than {LARGEST_WHOLE >> 30} GiB once decompressed",
-            hint="write it as .jsonl.gz, which is read row by row",
+            hint="save it as .jsonl.gz, which is read row by row",
         )
     return content
 
 
 def check_expansion(path: Path, num_bytes: int) -> None:
-    """Raise DataError if a file has become so many bytes as no text does: a decompression bomb."""
+    """Raise DataError if a file expands as no text does: a decompression bomb."""
     if num_bytes > FREE_EXPANSION and num_bytes > LARGEST_RATIO * path.stat().st_size:
         raise DataError(
-            f"{path} ({size(path.stat().st_size)}) becomes more than {LARGEST_RATIO} times its size once "
-            f"decompressed: {size(num_bytes)} so far",
-            hint="write it again without compression, if it is what it should be",
+            f"{path} ({size(path.stat().st_size)}) expands to more than {LARGEST_RATIO} times its size: "
+            f"{size(num_bytes)} so far",
+            hint="if you trust the file, rewrite it without compression",
         )
 
 
 def lines(path: Path) -> Iterator[bytes]:
-    """Each line with its end. Raises DataError for a line of a compressed file that is too long."""
+    """Yield lines with their ends. Raises DataError for a line of a compressed file that is too long."""
     longest = LARGEST_ROW if is_compressed(path) else -1
     with open_bytes(path) as file:
         number = total = 0
@@ -88,7 +87,7 @@ def lines(path: Path) -> Iterator[bytes]:
             if len(line) == longest and not line.endswith(b"\n"):
                 raise DataError(
                     f"{path}:{number} is longer than {LARGEST_ROW >> 20} MiB once decompressed",
-                    hint="write one row on each line",
+                    hint="write one row per line",
                 )
             if total > FREE_EXPANSION and longest > 0:
                 check_expansion(path, total)
@@ -96,24 +95,24 @@ def lines(path: Path) -> Iterator[bytes]:
 
 
 def damage(path: Path, error: BaseException, last: str | None) -> DataError:
-    """The error for a file that cannot be decompressed; last: the place of the last row that was read."""
+    """Return the error for a damaged gzip file; last: location of the last readable row."""
     what = "it ends early" if isinstance(error, EOFError) else str(error)
     return DataError(
         f"{path} cannot be decompressed: {what}; "
-        + (f"the last row that can be read is {last}" if last else "no row can be read"),
-        hint="copy or compress it again; 'gzip -t FILE' checks one",
+        + (f"the last readable row is {last}" if last else "no row is readable"),
+        hint="copy or compress it again, and check it with 'gzip -t FILE'",
     )
 
 
 _NAME = "hashes.json"
 _SETTLED_SECONDS = 60.0
-_SMALL = 1 << 16  # bytes; reading so little takes no longer than looking a hash up
+_SMALL = 1 << 16  # bytes; reading less is as fast as a look-up
 _MOST_FILES = 200_000
 _CHUNK = 1 << 22
 
 
 class FileHashes:
-    """xxh3-128 of files, kept in `folder` (None: nowhere) by `save`."""
+    """xxh3-128 hashes of files, cached in `folder` (None: not cached) by `save`."""
 
     def __init__(self, folder: Path | None) -> None:
         self._path = None if folder is None else folder / _NAME
@@ -125,8 +124,8 @@ class FileHashes:
                 self._known = known if isinstance(known, dict) else {}
 
     def of(self, paths: Iterable[Path], prefix: str | None = None) -> Iterator[bytes]:
-        """A hash of `prefix` (of its file type, if that is None) and the bytes of each file. Raises DataError
-        for one that cannot be read."""
+        """Hash `prefix` (default: the file type) and the bytes of each file. Raises DataError for an
+        unreadable one."""
         for path in paths:
             try:
                 yield self._of(path, suffix_of(path) if prefix is None else prefix)
@@ -156,8 +155,8 @@ class FileHashes:
         return digest.digest()
 
     def save(self) -> None:
-        """Keep what was found; of too many, those that were not asked for go first. An error means that files
-        are read again."""
+        """Write the cache, dropping first what this run did not use. On an error, files are read again next
+        time."""
         new = {key: entry for key, entry in self._found.items() if self._known.get(key) != entry}
         if self._path is None or not new:
             return

@@ -1,8 +1,7 @@
-"""Datasets that the `datasets` library reads: names on the Hugging Face Hub, and folders it has saved.
+"""Datasets read by the `datasets` library: names on the Hugging Face Hub, and folders it has saved.
 
-Rows come as plain values of Python. Formats that were set (`set_format`) are left aside. Pictures, sound and
-the like are not decoded, which takes a library for each: a column of them is there by its name alone, so that
-one beside text is no hindrance.
+Rows are plain Python values, regardless of `set_format`. Media are not decoded, as each kind needs a library:
+their columns hold a placeholder, so that they may stand beside text.
 """
 
 from __future__ import annotations
@@ -36,24 +35,21 @@ _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 _LARGEST_JSON = 1 << 26
 _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _MEDIA = frozenset({"Audio", "Image", "Video", "Pdf", "Nifti", "Mesh", "BioSequence", "BioStructure"})
-_ROWS_AT_A_TIME = 10  # as the library reads them
+_ROWS_AT_A_TIME = 10  # the library's own batch
 
 
 def is_saved_dataset(path: Path) -> bool:
-    """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` made this folder."""
+    """Return whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` made this folder."""
     return (path / _STATE).is_file() or (path / _SPLITS).is_file()
 
 
 def looks_like_repository(name: str) -> bool:
-    """Whether `name`, which is no local path, may be a dataset on the Hub: owner/name or name."""
+    """Return whether `name`, which is not a local path, may be a dataset on the Hub: owner/name or name."""
     return bool(_REPOSITORY.fullmatch(name)) and not name.lower().endswith(SUFFIXES)
 
 
 def open_dataset(settings: DatasetConfig, *, streaming: bool = False) -> ArrowRows:
-    """The rows of a saved folder or a Hub name, in the split that is asked for.
-
-    settings: an entry of `datasets` in the configuration. Scripts are never run. Raises DataError.
-    """
+    """Open the chosen split of a saved folder or Hub name. Never runs scripts. Raises DataError."""
     path = Path(settings.path).expanduser()
     require_reachable(settings.path, "datasets", kind="dataset", error=DataError)
     import datasets
@@ -74,26 +70,26 @@ def open_dataset(settings: DatasetConfig, *, streaming: bool = False) -> ArrowRo
             return ArrowRows(loaded, settings.path)
     except DataError:
         raise
-    except Exception as error:  # the library and the Hub's client raise many kinds; each means "no data"
+    except Exception as error:  # the library and the Hub client raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise DataError(
-            f"{settings.path} is no local file, and could not be read as a dataset of the Hub: {reason}"
+            f"{settings.path} is not a local file and could not be read from the Hub: {reason}"
             if not path.exists()
             else f"{settings.path} could not be read as a saved dataset: {reason}",
             hint=(hint_for_names(settings.path) if not path.exists() else None)
-            or "check the path or the name, `name` (the dataset's configuration), `split` and the network",
+            or "check the path or name, `name` (the dataset's configuration), `split` and the network",
         ) from error
 
 
 def hint_for_names(name: str) -> str | None:
-    """The way out for what LLaMA-Factory would look up, or for several paths in one text."""
+    """Suggest a fix for a name that LLaMA-Factory would look up, and for several paths in one string."""
     if os.path.isfile("data/dataset_info.json"):
-        return "dataset_dir=data looks names up in data/dataset_info.json"
-    return "several datasets are a list: datasets=[A, B]" if "," in name else None
+        return "set dataset_dir=data to look names up in data/dataset_info.json"
+    return "pass several datasets as a list: datasets=[A, B]" if "," in name else None
 
 
 def _saved(path: Path, settings: DatasetConfig) -> Dataset:
-    """The `Dataset` of a saved folder, whose files lie in it, and none of whose formats are applied."""
+    """Load a saved folder, whose files must lie in it, without its formats."""
     import datasets
 
     folder, follow = path, settings.follow_links
@@ -102,7 +98,7 @@ def _saved(path: Path, settings: DatasetConfig) -> Dataset:
         if settings.split not in splits:
             raise DataError(
                 f"{path} has no split {settings.split!r}; it has {', '.join(map(repr, splits))}",
-                hint="set `split` of this dataset",
+                hint="set `split` of this dataset to one of them",
             )
         folder = path / settings.split
     state = _json(folder / _STATE, path, follow)
@@ -124,7 +120,7 @@ def _json(path: Path, folder: Path, follow_links: bool) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Switch the progress bars of `datasets` off: they would run through our display."""
+    """Disable the progress bars of `datasets`, which would disturb our display."""
     import datasets
 
     shown = datasets.utils.logging.is_progress_bar_enabled()
@@ -137,9 +133,9 @@ def quiet() -> Iterator[None]:
 
 
 class ArrowRows:
-    """The rows of a `datasets.Dataset`, or of an `IterableDataset` (a stream).
+    """Rows of a `datasets.Dataset`, or of an `IterableDataset` (a stream), as loaded (no `map` or `select`).
 
-    name: for places and errors. The object must not have been changed since it was loaded (`map`, `select`).
+    name: for places and errors.
     """
 
     def __init__(self, dataset: Dataset | IterableDataset, name: str) -> None:
@@ -167,14 +163,14 @@ class ArrowRows:
         return self._stream is not None
 
     def shuffled(self, seed: int, epoch: int) -> ArrowRows:
-        """A stream with its shards (not its rows) in an order by seed and epoch."""
+        """Shuffle the shards of a stream (not its rows) by seed and epoch."""
         assert self._stream is not None
         self._stream = self._stream.shuffle(seed=seed, buffer_size=1)
         self._stream.set_epoch(epoch)
         return self
 
     def __iter__(self) -> Iterator[PlacedRow]:
-        """(row, place) of each row. Raises DataError for damaged data."""
+        """Yield (row, place). Raises DataError for damaged data."""
         number = 0
         try:
             for row in self._stream if self._stream is not None else self._checked():
@@ -183,15 +179,15 @@ class ArrowRows:
                 yield without_filling({**row, **decoded, **self._media}), f"{self._name}: row {number}"
         except DataError:
             raise
-        except Exception as error:  # of Arrow, of the library, of the network in a stream
-            after = f"after row {number}" if number else "from its first row on"
+        except Exception as error:  # from Arrow, the library or, in a stream, the network
+            after = f"after row {number}" if number else "from the first row"
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
             raise DataError(
                 f"{self._name} cannot be read {after}: {reason}", hint="write or download it again"
             ) from error
 
     def _checked(self) -> Iterator[dict[str, Any]]:
-        """Each part is checked before it is read: Arrow follows a damaged offset to wherever it points."""
+        """Validate each table before reading it: Arrow follows damaged offsets anywhere."""
         assert self._stored is not None
         if not self._features:
             yield from ({} for _ in range(len(self._stored)))
@@ -201,7 +197,7 @@ class ArrowRows:
             yield from table.to_pylist()
 
     def content(self, hashes: FileHashes) -> Iterator[bytes]:
-        """What the rows are known by: the bytes of the files they lie in, and how these are read."""
+        """Yield what identifies the rows: how they are read, and the bytes of their files."""
         dataset = self._stored
         assert dataset is not None
         shown = [self._features.to_dict(), sorted(self._media)]
@@ -216,7 +212,7 @@ def _in_memory(table: pyarrow.Table) -> Iterator[bytes]:
 
 
 def _media_kind(feature: Any) -> str | None:
-    """The name of what a column holds, if that is media alone: Image for pictures and lists of them."""
+    """Return the media type that a column holds, alone or in lists, such as Image."""
     if hasattr(feature, "feature"):
         return _media_kind(feature.feature)
     name = type(feature).__name__
@@ -224,7 +220,7 @@ def _media_kind(feature: Any) -> str | None:
 
 
 def _undecoded(feature: Any) -> Any:
-    """The feature with the media in it left as they are stored."""
+    """Return the feature with its media left encoded."""
     if isinstance(feature, dict):
         return {key: _undecoded(part) for key, part in feature.items()}
     if hasattr(feature, "feature"):

@@ -1,4 +1,4 @@
-"""What a run would train on: figures, what is left out and why, samples, lengths, packing."""
+"""Preview of training data: counts, what is left out and why, samples, lengths, packing."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ if TYPE_CHECKING:
     from horizon_lm.data.training_data import TrainingData
 
 
-WARN_ABOVE = 0.05  # of the documents
+WARN_ABOVE = 0.05  # share of the documents
 _BARS = 12
 _BAR_WIDTH = 40
-_SAMPLE_TOKENS = 400  # a longer sequence is shown by its beginning
+_SAMPLE_TOKENS = 400  # longer sequences are cut
+
 Piece = tuple[str, bool, int]  # text, whether it is trained on, number of its document
 
 
 @dataclass(frozen=True)
 class Used:
-    """What the sequences hold. documents: of each dataset, each once; tokens, trained: in one epoch."""
+    """Content of the sequences. documents: of each dataset, each once; tokens, trained: per epoch."""
 
     documents: list[int]
     tokens: int
@@ -42,7 +43,7 @@ class Used:
 
 @dataclass(frozen=True)
 class Remark:
-    """Something that was left out or cut. is_warning: more than `WARN_ABOVE` of the documents."""
+    """A note about data left out or cut. is_warning: more than `WARN_ABOVE` of the documents."""
 
     text: str
     hint: str
@@ -53,7 +54,7 @@ class Remark:
 
 
 def used(rows: Rows) -> Used:
-    """Count what is in the sequences."""
+    """Count what the sequences hold."""
     store = rows.store
     owners = np.unique(np.searchsorted(store.starts, rows.starts, side="right") - 1)
     documents = np.bincount(store.datasets[owners], minlength=len(store.counts.formats))
@@ -68,8 +69,8 @@ def used(rows: Rows) -> Used:
 
 
 def remarks(rows: Rows, *, with_bad_rows: bool = True) -> list[Remark]:
-    """What to say of the data that is not in `rows`. with_bad_rows: of the rows that could not be read too,
-    which all sequences of one store share."""
+    """List notes about data that is not in `rows`. with_bad_rows: include unreadable rows, which all rows of
+    one store share."""
     left, counts = rows.left, rows.store.counts
     all_documents = len(rows.starts) + left.documents
     found = []
@@ -115,8 +116,8 @@ def _remark(count: int, of: int, reason: str, hint: str, what: str = "documents"
 
 
 def summary(data: TrainingData) -> dict[str, Any]:
-    """The figures, JSON-ready. documents, tokens, trained_tokens: of what is trained on, in an epoch;
-    documents_read: with what is held out or left out. Lengths are those of all documents."""
+    """Summarise as JSON-ready values. documents, tokens, trained_tokens: trained on, per epoch;
+    documents_read: including those held out or left out. Lengths cover all documents."""
     counts, rows = data.store.counts, data.rows
     lengths = data.store.lengths
     inside = used(rows)
@@ -158,13 +159,13 @@ def summary_json(data: TrainingData) -> str:
 
 
 def _padding(lengths: np.ndarray, max_length: int) -> float:
-    """The share of padding were each document a sequence of its own, padded to max_length."""
+    """Share of padding with one document per sequence, padded to max_length."""
     kept = np.minimum(lengths, max_length)
     return float(1 - kept.sum() / (len(kept) * max_length))
 
 
 def print_preview(data: TrainingData, samples: int, stream: TextIO) -> None:
-    """On a terminal trained tokens are green; elsewhere they stand between guillemets."""
+    """Print a preview. Trained tokens are green on a terminal, between guillemets elsewhere."""
     from rich.console import Console
 
     console = Console(file=raw_stream(stream), highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -212,10 +213,10 @@ def _coloured(row: Row, tokenizer: PreTrainedTokenizerBase, *, is_terminal: bool
 
 
 def pieces(row: Row, tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
-    """The text of a sequence, cut where training on it begins and ends and where documents do."""
+    """Yield the text of a sequence, cut at borders of documents and of the loss mask."""
     document = np.repeat(np.arange(len(row.lengths)), row.lengths)
     trained = row.labels != IGNORED
-    trained[np.cumsum(row.lengths) - row.lengths] = False  # nothing predicts the first token of a document
+    trained[np.cumsum(row.lengths) - row.lengths] = False  # the first token of a document is never a target
     changes = np.flatnonzero((np.diff(document) != 0) | (np.diff(trained.astype(int)) != 0)) + 1
     edges = [0, *changes.tolist(), len(row.ids)]
     for begin, end in zip(edges, edges[1:], strict=False):
@@ -247,7 +248,7 @@ def _figures(found: dict[str, Any]) -> Iterator[str]:
     if not found["remarks"]:
         yield "left out     nothing"
     if found["empty_texts"]:
-        yield f"empty        {found['empty_texts']:,} texts, passed over"
+        yield f"empty        {found['empty_texts']:,} texts, skipped"
     for remark in found["remarks"]:
         yield f"{'warning' if remark['is_warning'] else 'note':<12} {remark['text']}"
         yield f"{'':<12} {remark['hint']}"
@@ -257,7 +258,7 @@ def _figures(found: dict[str, Any]) -> Iterator[str]:
 
 
 def histogram(lengths: np.ndarray, max_length: int) -> Iterator[str]:
-    """A line for each range of lengths; the last are those beyond max_length, if there are any."""
+    """Yield a line per range of lengths; the last holds those beyond max_length, if any."""
     top = int(min(lengths.max(), max_length))
     edges = np.unique(np.linspace(0, top, _BARS + 1).round().astype(int))
     counts = [

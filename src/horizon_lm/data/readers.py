@@ -1,16 +1,15 @@
-"""Rows of one file, read lazily: text, JSON lines, JSON, CSV, parquet; all but parquet also with gzip.
+"""Readers of single files: text, JSON lines, JSON, CSV and parquet; all but parquet may be gzipped.
 
-Each row comes with its place. A text file is one row with the column `text`. Rows that cannot be read come as
-a `DataError` in place of the row, so that `on_bad_row: skip` can pass over them; what spoils a whole file is
-raised.
+Each yields (row, place) lazily; a place is a location for messages, such as `a.jsonl:3`. A text file is one
+row with the column `text`. An unreadable row is yielded as a `DataError`, so that `on_bad_row: skip` can skip
+it; an unreadable file raises.
 
-The files are read here rather than by `datasets`, which infers one schema for all rows: a key that only some
-messages have would be filled with null in the others, and a broken row could not be named by its line.
+`datasets` is not used here: it infers one schema for all rows, which fills keys that only some messages have
+with null, and it cannot name a bad row's line.
 
-A few hundred bytes of parquet can hold many gigabytes: a value that is written once and named by each row. So
-as many rows are decoded at a time as have room even if each has the largest value of its columns, and a file
-that becomes too many times its size is refused (`check_expansion`), before a row of it is used: decoding is
-quick, and tokenising is not.
+A few hundred bytes of parquet can hold many gigabytes, as each row may refer to one large value. So batches
+are small enough to fit if every row holds the largest value of each column, and a file that expands too far
+is rejected (`check_expansion`) before its rows are used.
 """
 
 from __future__ import annotations
@@ -39,27 +38,27 @@ from horizon_lm.errors import DataError
 from horizon_lm.io.files import check_is_file
 
 if TYPE_CHECKING:
-    pass
-
+    import pyarrow.parquet
 
 _BOM = "\ufeff"
 _OTHER_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "bars"}
-_MOST_ROWS = 64  # decoded at a time; more is not faster
+_MOST_ROWS = 64  # decoded at once; more is not faster
 _BYTES = frozenset({"BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY"})
-_ONE_BY_ONE = frozenset({"PLAIN", "RLE", "BIT_PACKED"})  # encodings that write each value out
+_ONE_BY_ONE = frozenset({"PLAIN", "RLE", "BIT_PACKED"})  # encodings that write out each value
+
 Row = dict[str, Any] | DataError
 PlacedRow = tuple[Row, str]
 
 
 @dataclass(frozen=True)
 class Media:
-    """Stands for a picture, sound or the like in a row, which is not read. kind: `Image`, `Audio`, ..."""
+    """Placeholder for media in a row, which is not decoded. kind: `Image`, `Audio`, ..."""
 
     kind: str
 
 
 def read_file(path: Path) -> Iterator[PlacedRow]:
-    """(row, place) for each row of one file."""
+    """Yield (row, place) for each row of one file."""
     last = None
     try:
         check_is_file(path)
@@ -73,9 +72,9 @@ def read_file(path: Path) -> Iterator[PlacedRow]:
 
 
 def unreadable(path: Path, error: OSError) -> DataError:
-    """The error for a file that the system does not let us read, or that is none."""
+    """Return the error for a path that cannot be opened, or is not a file."""
     is_other = error.errno == errno.ENXIO  # see `check_is_file`
-    hint = "leave it out, or write it to a file" if is_other else "check its permissions"
+    hint = "remove it, or save its content as a file" if is_other else "check its permissions"
     return DataError(f"{path} cannot be read: {error.strerror or error}", hint=hint)
 
 
@@ -96,7 +95,7 @@ def _json_row(line: bytes, place: str) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> Iterator[PlacedRow]:
-    """A `.json` file is one array of objects, or (as many tools write it) one object a line."""
+    """Read an array of objects or, as many tools write `.json`, one object per line."""
     with open_bytes(path) as file:
         start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not start.startswith(b"["):
@@ -122,10 +121,12 @@ def _parse(text: str, place: str) -> Any:
         where = place if error.lineno == 1 else f"{place}:{error.lineno}"
         raise DataError(
             f"{where} is not valid JSON: {error.msg} at column {error.colno}",
-            hint='a .jsonl file holds one object on each line, such as {"text": "..."}',
+            hint='write one object per line in a .jsonl file, such as {"text": "..."}',
         ) from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place} is not usable JSON: {error}") from error
+        raise DataError(
+            f"{place} is not usable JSON: {error}", hint='write each row as {"text": "..."}'
+        ) from error
 
 
 def _row(value: Any, place: str) -> dict[str, Any]:
@@ -147,7 +148,7 @@ def _decode(data: bytes, place: str) -> str:
 
 
 def kind(value: Any) -> str:
-    """What a JSON value is, in words."""
+    """Name the type of a JSON value."""
     if isinstance(value, Media):
         return value.kind
     names = {type(None): "null", dict: "an object", list: "a list", bool: "a boolean", str: "text"}
@@ -155,7 +156,7 @@ def kind(value: Any) -> str:
 
 
 def read_csv(path: Path) -> Iterator[tuple[dict[str, str] | DataError, str]]:
-    """(row, place) of each row; rows are counted without the header. Raises DataError for a bad header."""
+    """Yield (row, place); the header is not counted. Raises DataError for a bad header."""
     reader = csv.reader(_csv_lines(path), strict=True)
     header: list[str] | None = None
     number = 0
@@ -167,7 +168,7 @@ def read_csv(path: Path) -> Iterator[tuple[dict[str, str] | DataError, str]]:
             return
         except csv.Error as error:
             fault = DataError(
-                f"{place} is not valid CSV: {error}", hint='put a cell with quotes in it as "like ""this"""'
+                f"{place} is not valid CSV: {error}", hint='write quotes inside a cell as "like ""this"""'
             )
             if header is None:
                 raise fault from error
@@ -184,14 +185,14 @@ def read_csv(path: Path) -> Iterator[tuple[dict[str, str] | DataError, str]]:
 
 
 def _csv_lines(path: Path) -> Iterator[str]:
-    """Lines as text. Bytes that are not UTF-8 become lone surrogates, which `_csv_row` finds."""
+    """Decode lines. Bytes that are not UTF-8 become lone surrogates, which `_check_utf8` finds."""
     for number, line in enumerate(lines(path)):
         text = line.decode("utf-8", "surrogateescape")
         yield text if number else text.removeprefix(_BOM)
 
 
 def _next_cells(reader: Iterator[list[str]]) -> list[str]:
-    """The next row, with cells as long as documents are: the limit of `csv` is 128 KiB, for all its users."""
+    """Read a row with cells of any document's length: the limit of `csv`, set process-wide, is 128 KiB."""
     before = csv.field_size_limit(LARGEST_ROW)
     try:
         return next(reader)
@@ -203,12 +204,12 @@ def _csv_header(cells: list[str], place: str) -> list[str]:
     _check_utf8(cells, place)
     twice = sorted({name for name in cells if cells.count(name) > 1})
     if twice:
-        raise DataError(f"{place} names the column {twice[0]!r} twice", hint="rename one of them")
+        raise DataError(f"{place} has two columns named {twice[0]!r}", hint="rename one of them")
     for mark, name in _OTHER_DELIMITERS.items():
         if len(cells) == 1 and mark in cells[0]:
             raise DataError(
-                f"{place} is one column, {cells[0][:60]!r}: it seems to be divided by {name}",
-                hint="save it with commas between the cells",
+                f"{place} has one column, {cells[0][:60]!r}, which seems to be separated by {name}",
+                hint="save it with commas as separators",
             )
     return cells
 
@@ -216,8 +217,8 @@ def _csv_header(cells: list[str], place: str) -> list[str]:
 def _csv_row(header: list[str], cells: list[str], place: str) -> dict[str, str] | DataError:
     if len(cells) != len(header):
         return DataError(
-            f"{place} has {len(cells)} cells, and the header names {len(header)} columns",
-            hint="put a cell with commas or line ends in it in double quotes",
+            f"{place} has {len(cells)} cells, the header {len(header)} columns",
+            hint="quote cells that contain commas or line breaks",
         )
     try:
         _check_utf8(cells, place)
@@ -239,7 +240,7 @@ def _check_utf8(cells: list[str], place: str) -> None:
 
 
 def read_parquet(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """(row, place) of each row. Raises DataError for a file that cannot be read or is too large decoded."""
+    """Yield (row, place). Raises DataError for a file that is unreadable or expands too far."""
     import pyarrow
     import pyarrow.parquet
 
@@ -253,11 +254,12 @@ def read_parquet(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     except (pyarrow.ArrowException, UnicodeDecodeError, MemoryError) as error:
         reason = str(error).strip() or "memory ran out"
         raise DataError(
-            f"{path} is not a readable parquet file: {reason.splitlines()[0][:300]}", hint="write it again"
+            f"{path} is not a readable parquet file: {reason.splitlines()[0][:300]}",
+            hint="write it again",
         ) from error
 
 
-def _parquet_batches(path: Path, file: Any) -> Iterator[Any]:
+def _parquet_batches(path: Path, file: pyarrow.parquet.ParquetFile) -> Iterator[pyarrow.RecordBatch]:
     decoded = 0
     for group in range(file.num_row_groups):
         about = file.metadata.row_group(group)
@@ -275,9 +277,8 @@ def _parquet_batches(path: Path, file: Any) -> Iterator[Any]:
             yield batch
 
 
-def _largest_row(group: Any) -> int:
-    """Bytes of a row of a row group that has the largest value its columns can have, where values are not
-    written out one by one."""
+def _largest_row(group: pyarrow.parquet.RowGroupMetaData) -> int:
+    """Bound the bytes of a row: the largest value of each column whose encoding does not write out all."""
     largest = 1
     for index in range(group.num_columns):
         column = group.column(index)
@@ -287,8 +288,8 @@ def _largest_row(group: Any) -> int:
     return largest
 
 
-def _decoded_size(batch: Any) -> int:
-    """Bytes of the batch with every value written out."""
+def _decoded_size(batch: pyarrow.RecordBatch) -> int:
+    """Return the bytes of a batch with every value written out."""
     import pyarrow
 
     columns = [
@@ -299,9 +300,9 @@ def _decoded_size(batch: Any) -> int:
 
 
 def without_filling(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of Arrow's, without the nulls inside its values.
+    """Remove nulls inside the values of an Arrow row.
 
-    A column has one type there: a key that one object has is null in all others, such as an argument of
+    An Arrow column has one type: a key that one object has is null in all others, such as the argument of
     another tool's call.
     """
     return {key: _pruned(value) if isinstance(value, (dict, list)) else value for key, value in row.items()}
@@ -313,7 +314,7 @@ def _pruned(value: Any) -> Any:
     return [_pruned(entry) for entry in value] if isinstance(value, list) else value
 
 
-# One reader for each file type.
+# By file type.
 _READERS: dict[str, Callable[[Path], Iterator[PlacedRow]]] = {
     ".txt": _read_text,
     ".md": _read_text,
@@ -324,4 +325,4 @@ _READERS: dict[str, Callable[[Path], Iterator[PlacedRow]]] = {
     ".parquet": read_parquet,
 }
 assert set(SUFFIXES) == {*_READERS, *(f"{suffix}.gz" for suffix in _READERS if suffix != ".parquet")}
-TYPES = f"one of {' '.join(_READERS)}; all but .parquet also as .gz"
+TYPES = f"use one of {' '.join(_READERS)}; all but .parquet may be gzipped (.gz)"

@@ -1,4 +1,4 @@
-"""Rows of an entry of `datasets`: a file, a folder, a glob, a Hub name, or Python's library."""
+"""Sources: the files or Hub dataset behind an entry of `datasets`, and their rows."""
 
 from __future__ import annotations
 
@@ -32,17 +32,14 @@ from horizon_lm.io.inside import check_files
 _STDLIB_SKIPPED = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3"}
 )
-# What lies beside the data in the folder of a dataset.
+# Files about a dataset in its folder.
 _ABOUT = frozenset({"readme.md", "license.md", "license.txt", "dataset_info.json", "dataset_infos.json"})
 _SPLIT = re.compile(r"[-_./](train|test|validation|valid|val|dev|eval)(?=[-_./0-9])")
 
 
 @dataclass(frozen=True)
 class ShardOrder:
-    """Reads a stream: nothing is downloaded beforehand, and files come in an order by seed and epoch.
-
-    is_fixed: in their own order instead.
-    """
+    """Order of a stream's files and shards, by seed and epoch; is_fixed: their own order."""
 
     seed: int
     epoch: int
@@ -56,9 +53,9 @@ class ShardOrder:
 
 
 def rows(dataset: DatasetConfig, shards: ShardOrder | None = None) -> Iterator[PlacedRow]:
-    """(row, place) of each row of one dataset, wherever it comes from.
+    """Yield (row, place) for each row of a dataset.
 
-    max_samples: the first ones in the dataset's own order, which a stream then keeps in every epoch.
+    max_samples takes the first rows in the dataset's own order, so a stream then keeps that order.
     """
     if dataset.max_samples is not None:
         own_order = None if shards is None else ShardOrder(shards.seed, shards.epoch, is_fixed=True)
@@ -82,7 +79,7 @@ def _all_rows(dataset: DatasetConfig, shards: ShardOrder | None) -> Iterator[Pla
 
 
 def opened_dataset(dataset: DatasetConfig, *, streaming: bool = False) -> ArrowRows | None:
-    """The rows where the `datasets` library has to read them; None for plain files."""
+    """Open what the `datasets` library has to read; return None for plain files."""
     path = Path(dataset.path).expanduser()
     if path.is_dir() and is_saved_dataset(path):
         return open_dataset(dataset)
@@ -92,7 +89,7 @@ def opened_dataset(dataset: DatasetConfig, *, streaming: bool = False) -> ArrowR
 
 
 def check_exists(dataset: DatasetConfig) -> None:
-    """What can be told of a dataset without reading it. Raises DataError."""
+    """Check a dataset without reading it. Raises DataError."""
     path = Path(dataset.path).expanduser()
     is_saved = path.is_dir() and is_saved_dataset(path)
     is_remote = not path.exists() and looks_like_repository(dataset.path)
@@ -105,7 +102,7 @@ def check_exists(dataset: DatasetConfig) -> None:
 
 
 def content(dataset: DatasetConfig, hashes: FileHashes) -> Iterator[bytes]:
-    """What the content of a dataset is known by: a hash of each of its files in order."""
+    """Yield what identifies a dataset's content: a hash of each of its files in order."""
     opened = opened_dataset(dataset)
     if opened is not None:
         yield from opened.content(hashes)
@@ -114,7 +111,7 @@ def content(dataset: DatasetConfig, hashes: FileHashes) -> Iterator[bytes]:
 
 
 def local_files(dataset: DatasetConfig) -> list[Path]:
-    """The files of a dataset that is no Hub name. Raises DataError where there are none."""
+    """List the files of a dataset outside the Hub, in its split. Raises DataError if there are none."""
     files = list_files(dataset.path, follow_links=dataset.follow_links)
     folder = Path(dataset.path).expanduser()
     found = {file: split_of(file.relative_to(folder)) for file in files} if folder.is_dir() else {}
@@ -128,13 +125,13 @@ def local_files(dataset: DatasetConfig) -> list[Path]:
         return files
     raise DataError(
         f"{dataset.path} has no split {dataset.split!r}",
-        hint="a folder's splits are known by the names of its files, as in train.jsonl and test.jsonl; "
-        "else give the files themselves as the path",
+        hint="name a folder's files by their split, such as train.jsonl and test.jsonl, or pass the files "
+        "themselves as the path",
     )
 
 
 def split_of(path: Path) -> str | None:
-    """The split that the name of a file, or of a folder it lies in, speaks of; None for other names."""
+    """Return the split named by a file or by a folder above it; None for other names."""
     found = _SPLIT.search("/" + path.with_suffix("").as_posix().lower() + "/")
     return (
         {"valid": "validation", "val": "validation", "dev": "validation", "eval": "validation"}.get(
@@ -146,12 +143,11 @@ def split_of(path: Path) -> str | None:
 
 
 def list_files(name: str, *, follow_links: bool = False) -> list[Path]:
-    """The readable files that `name` (a file, a folder or a glob) stands for, sorted.
+    """List the readable files that a file, folder or glob stands for, sorted.
 
-    Files of other types inside a folder or a glob are passed over; naming one directly,
-    or finding nothing, is a `DataError`. In a folder, so is what seems to be another form of what is there:
-    a compressed file beside the same one that is not, and CSV beside JSON or parquet.
-    What is found in a folder and leads out of it by a link is a `DataError` too, unless `follow_links`.
+    Skips other file types in folders and globs and, in folders, other forms of the same data: a compressed
+    file beside the uncompressed one, and CSV beside JSON or parquet. Raises `DataError` for a file of another
+    type, for no file, and for links that lead out of the folder, unless `follow_links`.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -166,12 +162,12 @@ def list_files(name: str, *, follow_links: bool = False) -> list[Path]:
         matches = (Path(match) for match in glob.iglob(str(path), recursive=True))
         found = (str(match) for match in matches if match.exists() and not match.is_dir())
     elif path.exists():
-        raise DataError(f"{name} is a pipe or a device, not a file", hint="write it to a file first")
+        raise DataError(f"{name} is a pipe or device, not a file", hint="save its content as a file")
     else:
         raise DataError(
             f"{name} does not exist",
             hint=hint_for_names(name)
-            or "a dataset is a local file, a folder, a glob, a name on the Hugging Face Hub, or "
+            or "pass a local file, a folder, a glob, a name on the Hugging Face Hub, or "
             f"{PYTHON_STDLIB}; looked in {os.getcwd()}",
         )
     files = sorted(Path(file) for file in found if file.lower().endswith(SUFFIXES))
@@ -185,7 +181,7 @@ def list_files(name: str, *, follow_links: bool = False) -> list[Path]:
 
 
 def _in_folder(path: Path, *, follow_links: bool) -> Iterator[str]:
-    seen: set[str] = set()  # a link may lead back up
+    seen: set[str] = set()  # a link may lead back up the tree
     for at, folders, names in os.walk(path, followlinks=follow_links):
         real = os.path.realpath(at)
         if real in seen:
@@ -196,7 +192,7 @@ def _in_folder(path: Path, *, follow_links: bool) -> Iterator[str]:
 
 
 def _before_magic(path: Path) -> Path:
-    """The folder that a glob begins in: its parts before the first with a `*`, `?` or `[`."""
+    """Return the folder that a glob begins in: its parts before the first with a `*`, `?` or `[`."""
     parts = list(takewhile(lambda part: not glob.has_magic(part), path.parts))
     return Path(*parts)
 
@@ -210,10 +206,10 @@ def _one_form(files: list[Path]) -> list[Path]:
 
 
 def stdlib_files() -> list[Path]:
-    """The standard library's own modules, in an order that mixes its folders.
+    """List the modules of the standard library, mixing its folders.
 
-    Sorted by a hash of each file's relative name, so that any prefix is a fair sample of
-    the whole and the order depends on nothing but the Python version.
+    The order is by hash of each relative name: any prefix is a fair sample of the whole, and only the Python
+    version decides.
     """
     root = Path(sysconfig.get_path("stdlib"))
     names = []
@@ -222,7 +218,7 @@ def stdlib_files() -> list[Path]:
         paths = (Path(folder, name) for name in files if name.endswith(".py"))
         names += [path.relative_to(root).as_posix() for path in paths if not path.is_symlink()]
     if not names:
-        raise DataError(f"{root} holds no Python sources", hint="set datasets=FILE")
+        raise DataError(f"{root} has no Python sources", hint="set datasets=FILE")
     return [root / name for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())]
 
 

@@ -1,13 +1,12 @@
-"""All documents through the encoder, on all cores, into tokens on disk that are kept for the next run.
+"""Token cache: all documents tokenised on all cores, written once and memory-mapped.
 
-    tokens.bin    all ids in one row, uint16 or uint32
-    trained.bin   one byte a token, whether it is trained on; absent where all are
+    tokens.bin    ids of all documents, uint16 or uint32
+    trained.bin   one byte per token, whether it is trained on; absent if all are
     documents.bin int64 [documents, 2]: length, number of the dataset
-    meta.json     counts, size and xxh3 hash of each file, and a hash of all that
+    meta.json     counts, size and xxh3 hash of each file, and a hash of meta.json itself
 
-They are written once, then mapped into memory, which the system can take back. The folder is made beside its
-place and renamed, so that it is whole or absent; hashes are checked when it is opened, as a flipped bit in a
-token would otherwise train on something else.
+The folder is staged and renamed, so it is written atomically; hashes are checked on opening, since a flipped
+bit would silently train on another token.
 """
 
 from __future__ import annotations
@@ -41,17 +40,18 @@ from horizon_lm.io.files import create, open_file, put_folder, read_text, write_
 from horizon_lm.io.leftovers import OwnedFolder
 from horizon_lm.machine.cores import usable_cores
 
-_BATCH_CHARACTERS = 1 << 19  # what a worker gets at a time
-_SMALL_BATCHES = 8  # no more than this is done here: starting workers takes longer
-Result = list[Encoded | DataError]
+_BATCH_CHARACTERS = 1 << 19  # per task of a worker
+_SMALL_BATCHES = 8  # fewer are done in this process: starting workers takes longer
 _META = "meta.json"
-_STAGED = ".horizon-tokens-"  # a folder that is being filled: one prefix for all, so that any run sweeps them
-_EARLIER = re.compile(r"\.[0-9a-f]{32}\.[a-z0-9_]{8}")  # what earlier versions called it
+_STAGED = ".horizon-tokens-"  # one prefix for all staged folders, so that any training run sweeps them
+_EARLIER = re.compile(r"\.[0-9a-f]{32}\.[a-z0-9_]{8}")  # names of staged folders in earlier versions
+
+Result = list[Encoded | DataError]
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What went into the tokens. is_text: every document is plain text."""
+    """Counts of tokenised data. is_text: every document is plain text."""
 
     num_documents: int
     num_tokens: int
@@ -67,14 +67,14 @@ class TokenStore:
     """ids [tokens]; trained [tokens] of bool, or None; lengths, datasets [documents]; fingerprint of all."""
 
     def __init__(self, folder: Path, keep_alive: Any = None) -> None:
-        """Raises DataError where the folder is damaged. keep_alive: dropped with this object."""
+        """Raises DataError if the folder is damaged. keep_alive: released with this object."""
         self._keep_alive = keep_alive
         meta = json.loads(read_text(folder / _META))
         if meta.pop("hash", None) != _meta_hash(meta):
-            raise DataError(f"{folder / _META} is damaged", hint=f"remove {folder}; it is made again")
+            raise DataError(f"{folder / _META} is damaged", hint=f"remove {folder}; it will be rebuilt")
         for name, expected in meta["files"].items():
             if _hash(folder / name) != expected:
-                raise DataError(f"{folder / name} is damaged", hint=f"remove {folder}; it is made again")
+                raise DataError(f"{folder / name} is damaged", hint=f"remove {folder}; it will be rebuilt")
         self.counts = Counts(**meta["counts"])
         self.hashes: dict[str, Any] = meta["files"]
         self.fingerprint = xxhash.xxh3_128(json.dumps(meta["files"], sort_keys=True).encode()).hexdigest()
@@ -114,7 +114,7 @@ def _hash(path: Path) -> list[Any]:
 
 
 class TokenWriter:
-    """Collects encoded documents in a folder beside `place`, or in a temporary one, and opens the result."""
+    """Writer of encoded documents to a folder staged beside `place`, or to a temporary one."""
 
     def __init__(self, place: Path | None, dtype: np.dtype[Any]) -> None:
         self._place, self._dtype = place, dtype
@@ -181,7 +181,7 @@ class TokenWriter:
         formats: list[Any],
         is_kept: bool = False,
     ) -> TokenStore:
-        """Put the folder in place (is_kept) and open it; one that is there by now is taken instead."""
+        """Rename the folder into place (is_kept) and open it, or the one another process put there first."""
         documents = np.asarray(self._documents, np.int64).reshape(-1, 2)
         write_file(self._folder / "documents.bin", lambda file: file.write(documents.data))
         for file in (self._tokens, self._trained):
@@ -206,13 +206,13 @@ class TokenWriter:
         self._temporary.disown()
         try:
             put_folder(self._folder, self._place)
-        except OSError:  # another run was faster
+        except OSError:  # another process was first
             shutil.rmtree(self._folder, ignore_errors=True)
         return TokenStore(self._place)
 
 
 def open_cached(place: Path) -> TokenStore | None:
-    """The tokens of an earlier run, if they are there and whole; damaged ones are removed."""
+    """Open the tokens of an earlier run; remove damaged ones."""
     if not place.exists():
         return None
     try:
@@ -225,11 +225,11 @@ def open_cached(place: Path) -> TokenStore | None:
 def tokenise(
     documents: Documents, encoder: Encoder, *, cache_dir: str | None, num_proc: int | None = None
 ) -> tuple[TokenStore, bool]:
-    """The tokens of all documents, and whether an earlier run had made them.
+    """Tokenise all documents; return the tokens, and whether they were cached.
 
-    cache_dir: the place for tokens by content and settings; None: nothing is kept, nor is what changed while
-    it was read. num_proc: worker processes, None for as many as there are cores; the tokens are the same.
-    Raises DataError for the first row in order that cannot be used, unless such rows are skipped.
+    cache_dir: folder of the cache, keyed by content and settings; None: no cache. Data that changes while it
+    is read is not cached. num_proc: worker processes, default one per core; tokens do not depend on it.
+    Raises DataError for the first unusable row, unless such rows are skipped.
     """
     place = kept = None
     content = ""
@@ -252,8 +252,12 @@ def tokenise(
             num_documents += len(usable)
             writer.add(usable)
         if not num_documents:
-            reason = documents.bad_rows[0] if documents.bad_rows else "it is empty"
-            raise DataError("the data holds no document to train on", hint=f"the first bad row: {reason}")
+            bad = documents.bad_rows
+            reason = f"every row is bad; the first: {bad[0]}" if bad else "it is empty"
+            raise DataError(
+                f"the data holds no document to train on: {reason}",
+                hint="correct the rows, or change format, columns or loss_on",
+            )
         store = writer.finish(
             num_empty=documents.num_empty,
             num_bad=documents.num_bad,
@@ -265,7 +269,7 @@ def tokenise(
 
 
 def batches(documents: Iterable[Placed], size: int | None = None) -> Iterator[list[Placed]]:
-    """The examples in order, in lists of about `size` characters."""
+    """Group examples, in order, into lists of about `size` characters."""
     size = size or _BATCH_CHARACTERS
     batch: list[Placed] = []
     characters = 0
@@ -280,14 +284,14 @@ def batches(documents: Iterable[Placed], size: int | None = None) -> Iterator[li
 
 
 def _encoded(documents: Documents, encoder: Encoder, num_proc: int) -> Iterator[Result]:
-    """The result of each batch, in order."""
+    """Yield the result of each batch, in order."""
     todo = batches(documents)
     first = list(islice(todo, _SMALL_BATCHES))
     if num_proc == 1 or len(first) < _SMALL_BATCHES:
         yield from (encoder.encode(batch) for batch in chain(first, todo))
         return
     for batch in first:
-        encoder.get_ready(batch)  # once, before the workers are forked
+        encoder.get_ready(batch)  # once, before the fork
     yield from _in_workers(chain(first, todo), encoder, num_proc)
 
 
@@ -295,16 +299,16 @@ _worker_encoder: Encoder | None = None
 
 
 def _start_worker(encoder: Encoder) -> None:
-    """A worker has one core; the tokenizer's own threads would only fight over it."""
+    """Initialise a worker. It has one core, for which the tokenizer's threads would compete."""
     global _worker_encoder
     _worker_encoder = encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer, with one line
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 
 def _end_with(parent: int) -> None:
-    """Ends a worker whose parent was killed, and which would wait for work for ever."""
+    """End an orphaned worker, which would wait for work indefinitely."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
@@ -317,11 +321,11 @@ def _work(batch: list[Placed]) -> Result:
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C comes after the block, in which a worker may be forked. In a worker that has just begun it would
-    run what this process does on Ctrl-C, and wait for ever for the workers, which are not its own."""
+    """Delay Ctrl-C until a worker is forked: in a new worker it would run the parent's handler, which waits
+    indefinitely for workers that are not its children."""
     before = signal.getsignal(signal.SIGINT)
     if before is None or threading.current_thread() is not threading.main_thread():
-        yield  # Ctrl-C is not Python's, or does not reach this thread
+        yield  # Ctrl-C is not handled by Python, or not in this thread
         return
     came: list[int] = []
     signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
@@ -334,10 +338,10 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def _in_workers(todo: Iterator[list[Placed]], encoder: Encoder, num_proc: int) -> Iterator[Result]:
-    """Forked workers: a script that trains needs no `if __name__ == "__main__"`, and nothing is sent twice.
+    """Encode batches in forked workers, in order.
 
-    The model is not there yet when data is read, so that there is little to fork; workers use neither
-    torch nor a GPU. Results come in the order of the batches, however long each takes.
+    Forking needs no `if __name__ == "__main__"` in training scripts, and sends nothing twice. The model is
+    not loaded yet, so there is little to fork; workers use neither torch nor a GPU.
     """
     pool = ProcessPoolExecutor(
         num_proc, multiprocessing.get_context("fork"), initializer=_start_worker, initargs=(encoder,)
@@ -353,7 +357,7 @@ def _in_workers(todo: Iterator[list[Placed]], encoder: Encoder, num_proc: int) -
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise DataError(
-            "a worker that tokenises was killed, most likely for want of memory",
+            "a tokenising worker was killed, probably for lack of memory",
             hint="lower dataset_num_proc, or free memory",
         ) from error
     finally:
