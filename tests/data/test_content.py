@@ -236,7 +236,7 @@ def test_a_place_in_a_stream_of_other_data_is_refused(encoder: Encoder, tmp_path
         assert next(again)[0]["input_ids"].tolist() == expected
     write_rows(path, [*rows[:5], {"text": "rOw 5"}, *rows[6:]])
     again = stream(path, encoder)
-    with pytest.raises(DataError, match="the data has changed .* from document 4 on the stream is another"):
+    with pytest.raises(DataError, match="the data has changed .* the stream differs from document 4 on"):
         again.load_state_dict(state)
 
 
@@ -255,7 +255,7 @@ def test_absurd_places_are_refused(key: str, encoder: Encoder, tmp_path: Path) -
             loader.load_state_dict({**state, key: value})
             next(loader)
             continue
-        with pytest.raises(DataError, match=f"the saved place in the data is not one: {key}") as caught:
+        with pytest.raises(DataError, match=f"invalid saved data position: {key}") as caught:
             loader.load_state_dict({**state, key: value})
         assert caught.value.exit_code == 4 and caught.value.hint
     for broken in ({}, {**state, "fingerprint": 5, "made_from": {"files": 1}}, [], 5):

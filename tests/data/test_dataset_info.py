@@ -189,10 +189,10 @@ def test_what_is_wrong_is_said(names: str, message: str, hint: str, folder: Path
         (None, "No such file"),
         (b'{"a":\n {', r"dataset_info.json:2 is not valid JSON"),
         (b"\xff", "not usable JSON"),
-        (b"[]", "is no object of objects"),
-        (b'{"a": "b.json"}', "is no object of objects"),
-        (b'{"a": {"columns": ["x"]}}', "columns is no object of texts"),
-        (b'{"a": {}}', "names no file_name or hf_hub_url"),
+        (b"[]", "is not an object of objects"),
+        (b'{"a": "b.json"}', "is not an object of objects"),
+        (b'{"a": {"columns": ["x"]}}', "columns is not an object of texts"),
+        (b'{"a": {}}', "has neither file_name nor hf_hub_url"),
     ],
 )
 def test_a_bad_file_is_one_clear_line(content: bytes | None, message: str, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_a_document_that_is_cut_to_nothing_trained_is_left_out() -> None:
     rows = rows_of(documents, "none", 4, truncation="keep_start")
     assert segments(rows) == [[7, 8, 9]] and rows.left.documents == 2
     assert segments(rows_of(documents[:2], "none", 4, truncation="keep_end")) == [[3, 4, 5, 6], [7, 8, 9]]
-    with pytest.raises(DataError, match="no document fits: all 1 are longer than max_length=4") as caught:
+    with pytest.raises(DataError, match="no usable document: all 1 are longer than max_length=4") as caught:
         rows_of(documents[:1], "bfd", 4)
     assert "truncation" in (caught.value.hint or "")
 

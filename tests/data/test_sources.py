@@ -277,7 +277,7 @@ def test_a_name_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch, h
 
     monkeypatch.setattr(datasets, "load_dataset", gone)
     with pytest.raises(
-        DataError, match="no/such is no local file, and could not be read .* exist on the Hub\n"
+        DataError, match="no/such is not a local file and could not be read .* exist on the Hub\n"
     ):
         read("no/such")
 

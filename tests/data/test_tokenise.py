@@ -310,7 +310,7 @@ def test_all_together_from_a_configuration(tmp_path: Path, tokenizer: Any) -> No
     loaded = load_training_data(config(datasets=path, tokenizer_name_or_path=str(tmp_path / "tokenizer")))
     given_one = load_training_data(config(datasets=path), tokenizer)
     assert loaded.rows.fingerprint == given_one.rows.fingerprint and given_one.was_cached
-    with pytest.raises(ConfigError, match="no tokenizer is named"):
+    with pytest.raises(ConfigError, match="no tokenizer given"):
         load_training_data(config(datasets=path))
     cut = load_training_data(config(datasets=path, max_train_bytes=500), tokenizer)
     assert cut.store.counts.num_documents < 50

@@ -1,11 +1,11 @@
-"""LLaMA-Factory's `dataset_info.json`: names of datasets, and what each is, as entries of `datasets`.
+"""LLaMA-Factory's `dataset_info.json`: dataset names and descriptions, converted to entries of `datasets`.
 
     {"name": {"file_name" | "hf_hub_url": ..., "formatting": "alpaca" | "sharegpt", "columns": {...},
               "tags": {...}, "split", "subset", "revision", "num_samples": ...}}
 
-A name is looked up in the file first; what is not in it is a path (of the working directory, or of the folder
-of the file) or a name on the Hub with its owner. Columns mean what they mean there: where an entry names any,
-those that it does not name are not read.
+A name is looked up in the file first; otherwise it is a path, relative to the working directory or the file's
+folder, or a name on the Hub with its owner. Columns mean the same as there: if an entry names any, the others
+are not read.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from horizon_lm.io.files import read_bytes
 from horizon_lm.io.inside import is_inside
 
 FILE = "dataset_info.json"
-PYTHON_STDLIB = "python-stdlib"  # built-in data: the source of Python's standard library
+PYTHON_STDLIB = "python-stdlib"  # built-in data: the sources of Python's standard library
 _PLAIN = (".txt", ".md", ".py", ".jsonl", ".json", ".csv")
-SUFFIXES = (*_PLAIN, *(f"{suffix}.gz" for suffix in _PLAIN), ".parquet")  # of files that data is read from
+SUFFIXES = (*_PLAIN, *(f"{suffix}.gz" for suffix in _PLAIN), ".parquet")  # file types of data
 _LARGEST = 1 << 24  # bytes
-_ONLINE = "ONLINE"  # LLaMA-Factory's word for: all names are of the Hub
+_ONLINE = "ONLINE"  # LLaMA-Factory: all names are on the Hub
 
-# Their words for columns -> ours, by formatting, and what is read where an entry names no columns.
+# Their column names -> ours, by formatting; then the columns read if an entry names none.
 _COLUMNS: dict[str, dict[str, str]] = {
     "alpaca": {
         "prompt": "instruction",
@@ -56,7 +56,7 @@ def is_stdlib(name: str) -> bool:
 
 
 class InfoError(ValueError):
-    """What is wrong with the file or a name; `hint` says the way out."""
+    """An error in the file or in a name."""
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
@@ -64,8 +64,8 @@ class InfoError(ValueError):
 
 
 def resolved(value: Any, folder: str) -> Any:
-    """The value of `datasets` with its names looked up: text (names divided by commas), or a list of names
-    and of entries. What is neither is left for the checks of settings. Raises InfoError."""
+    """Look up the names in a value of `datasets`: text (comma-separated names), or a list of names and
+    entries. Other values are left to the checks of settings. Raises InfoError."""
     entries = value.split(",") if isinstance(value, str) else value
     if not isinstance(entries, list):
         return value
@@ -74,7 +74,7 @@ def resolved(value: Any, folder: str) -> Any:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The file's content. Raises InfoError where there is none, or it is no mapping of mappings."""
+    """Read the file. Raises InfoError if it is missing or not an object of objects."""
     path = folder / FILE
     try:
         if path.stat().st_size > _LARGEST:
@@ -83,19 +83,19 @@ def read(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise InfoError(
             f"{path} cannot be read: {error.strerror or error}",
-            "dataset_dir is the folder of LLaMA-Factory's dataset_info.json; without one, leave it out",
+            "set dataset_dir to the folder of LLaMA-Factory's dataset_info.json, or leave it out",
         ) from error
     except json.JSONDecodeError as error:
         raise InfoError(f"{path}:{error.lineno} is not valid JSON: {error.msg}", "correct it") from error
     except (ValueError, RecursionError) as error:
         raise InfoError(f"{path} is not usable JSON: {error}", "save it as UTF-8") from error
     if not isinstance(info, dict) or not all(isinstance(entry, dict) for entry in info.values()):
-        raise InfoError(f"{path} is no object of objects", 'as in {"name": {"file_name": "a.json"}}')
+        raise InfoError(f"{path} is not an object of objects", 'write {"name": {"file_name": "a.json"}}')
     return info
 
 
 def _entry(entry: Any, info: dict[str, Any], folder: str) -> Any:
-    """An entry of `datasets` with what the file says of its name; keys of the entry itself win."""
+    """Complete an entry of `datasets` from the file; the entry's own keys win."""
     own = {"path": entry} if isinstance(entry, str) else entry
     if not isinstance(own, dict) or not isinstance(own.get("path"), str):
         return entry
@@ -114,10 +114,10 @@ def _path(name: str, info: dict[str, Any], folder: str) -> str:
     if is_file or is_stdlib(name) or "/" in name or folder == _ONLINE:
         return name
     near = get_close_matches(name, info, 1)
-    known = ", ".join(sorted(info)[:8]) or "none"
+    known = ", ".join(sorted(info)[:8])
     raise InfoError(
         f"{os.path.join(folder, FILE)} has no dataset {name!r}, and there is no such file",
-        f"did you mean {near[0]!r}?" if near else f"it has {known}",
+        f"did you mean {near[0]!r}?" if near else f"use one of {known}" if known else "add it to the file",
     )
 
 
@@ -131,7 +131,7 @@ def _described(name: str, entry: dict[str, Any], folder: str, *, follow_links: b
         _check_inside(name, Path(result["path"]), at, Path(folder).expanduser())
     result.update({ours: entry[key] for key, ours in _TAKEN.items() if entry.get(key) is not None})
     if formatting == "alpaca" and columns.get("prompt") and not columns.get("response"):
-        return {**result, "format": "text", "text_column": columns["prompt"]}  # for pretraining
+        return {**result, "format": "text", "text_column": columns["prompt"]}  # pretraining
     result["format"] = _FORMATS[formatting]
     renamed = _renamed(_COLUMNS[formatting], columns, _UNNAMED[formatting])
     if renamed:
@@ -147,7 +147,7 @@ def _check(entry: dict[str, Any], at: str) -> None:
             near = get_close_matches(key, _KEYS, 1)
             raise InfoError(
                 f"{at}: unknown key {key!r}",
-                f"did you mean {near[0]!r}?" if near else f"known are {', '.join(_KEYS)}",
+                f"did you mean {near[0]!r}?" if near else f"use {', '.join(_KEYS)}",
             )
     columns = entry.get("columns") or {}
     if entry.get("ranking") or isinstance(columns, dict) and columns.get("kto_tag"):
@@ -157,18 +157,18 @@ def _check(entry: dict[str, Any], at: str) -> None:
         )
     formatting = entry.get("formatting") or "alpaca"
     if formatting not in _COLUMNS:
-        raise InfoError(f"{at}: formatting is {formatting!r}", f"known are {', '.join(_COLUMNS)}")
+        raise InfoError(f"{at}: unknown formatting {formatting!r}", f"use {', '.join(_COLUMNS)}")
     for part in ("columns", "tags"):
         given = entry.get(part) or {}
         if not isinstance(given, dict) or not all(isinstance(v, str) or v is None for v in given.values()):
-            raise InfoError(f"{at}: {part} is no object of texts", 'as in {"messages": "conversations"}')
+            raise InfoError(f"{at}: {part} is not an object of texts", 'write {"messages": "conversations"}')
     for key in columns:
         if key in _MEDIA:
-            raise InfoError(f"{at} holds {key}, and only text is trained on", "choose a dataset of text")
+            raise InfoError(f"{at} has {key}, but only text is supported", "choose a dataset of text")
         if key not in _COLUMNS[formatting] and key not in ("chosen", "rejected"):
             raise InfoError(
                 f"{at}: columns has the unknown key {key!r} for {formatting}",
-                f"known are {', '.join(_COLUMNS[formatting])}",
+                f"use {', '.join(_COLUMNS[formatting])}",
             )
 
 
@@ -176,18 +176,18 @@ def _source(entry: dict[str, Any], at: str, folder: str) -> str:
     if entry.get("hf_hub_url"):
         if entry.get("folder"):
             raise InfoError(
-                f"{at}: a folder of a dataset on the Hub cannot be named here",
-                "download the dataset and give the folder as a path",
+                f"{at}: folders of a dataset on the Hub are not supported",
+                "download the dataset and pass the folder as a path",
             )
         return str(entry["hf_hub_url"])
     if entry.get("file_name") and not entry.get("script_url"):
         return os.path.join(folder, str(entry["file_name"]))
     given = next((key for key in _SOURCES if entry.get(key)), None)
     raise InfoError(
-        f"{at} has only {given}, which is not read here"
+        f"{at} has only {given}, which is not supported"
         if given
-        else f"{at} names no file_name or hf_hub_url",
-        "download the data and give it a file_name; scripts are never run",
+        else f"{at} has neither file_name nor hf_hub_url",
+        "download the data and set file_name; scripts are never run",
     )
 
 
@@ -195,14 +195,14 @@ def _check_inside(name: str, path: Path, at: str, folder: Path) -> None:
     if not is_inside(path.expanduser(), folder):
         raise InfoError(
             f"{at}: file_name leads out of its folder, to {path.expanduser().resolve()}",
-            f"move the file there, or datasets=[{{path: {name}, follow_links: true}}]",
+            f"move the file there, or set datasets=[{{path: {name}, follow_links: true}}]",
         )
 
 
 def _renamed(
     known: dict[str, str], given: dict[str, str | None], unnamed: frozenset[str]
 ) -> dict[str, str | None]:
-    """Their columns as our renames: those given, and null for a column of ours that is not to be read."""
+    """Convert their columns to our renames; columns of ours that are not read become null."""
     used = {key: column for key, column in given.items() if column and key in known}
     if not given:
         used = {key: known[key] for key in unnamed}

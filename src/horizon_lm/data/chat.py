@@ -148,11 +148,11 @@ class ChatTemplate:
         return rendered.spans[len(earlier) :]
 
     def prompt_and_whole(self, chat: Chat, place: str) -> tuple[str, str]:
-        """Render (prompt messages with the generation prompt, the whole conversation) as TRL does for a prompt
-        and its completion: by the template itself, not its training variant.
+        """Render (the prompt's messages with the generation prompt, the whole conversation) as TRL does for a
+        prompt and its completion: by the template itself, not its training variant.
 
-        The answer may deviate from the generation prompt (such as an opened thought) but not from the prompt's
-        messages, or the user's words would count as completion. Raises DataError.
+        The answer may deviate from the generation prompt (such as an opened thought) but not from the
+        prompt's messages, or the user's words would count as completion. Raises DataError.
         """
         messages = self._fitting(chat.messages)
         prompt = messages[: chat.num_prompt]

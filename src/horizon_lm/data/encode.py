@@ -175,8 +175,8 @@ class Encoder:
         return self._job_of_chat(example, placed.place)
 
     def _job_of_pair(self, pair: Pair) -> _Job:
-        """Prepare a pair exactly as TRL's SFTTrainer does: append the end-of-text token unless present, and add
-        the tokenizer's special tokens around both texts."""
+        """Prepare a pair exactly as TRL's SFTTrainer does: append the end-of-text token unless present, and
+        add the tokenizer's special tokens around both texts."""
         end = str(self.tokenizer.eos_token)
         completion = pair.completion if pair.completion.endswith(end) else pair.completion + end
         whole = pair.prompt + completion

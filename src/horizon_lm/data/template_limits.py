@@ -2,8 +2,8 @@
 
 A template comes with a tokenizer, from anywhere. Jinja's sandbox protects the machine, but not from endless
 rendering: two nested loops of 10^4 take minutes per conversation, and doubling a text 40 times takes all
-memory. transformers compiles each template once and caches it; `limit` makes it compile in an environment that
-counts loop turns and macro calls.
+memory. transformers compiles each template once and caches it; `limit` makes it compile in an environment
+that counts loop turns and macro calls.
 
 This patches private parts of transformers, which offers no public choice of environment: rendering by an own
 environment would repeat its filters, extensions and globals, and leave TRL's renderings unlimited.

@@ -1,4 +1,4 @@
-"""All of a run's data in one call: documents, tokenizer, tokens, sequences to train and to evaluate on."""
+"""All data of a training run: documents, tokenizer, tokens, training and evaluation sequences."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """rows: sequences to train on (of a stream: those of its first window); eval_rows: held out, or None.
+    """Data of a training run. rows: training sequences (of a stream: its first window); eval_rows: held out.
 
-    store: the tokens of all documents read for training. loader: gives the steps. was_cached: an earlier
-    run had tokenised the same.
+    store: tokens of all documents read for training. loader: yields steps. was_cached: the tokens came from
+    the cache.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -41,10 +41,10 @@ class TrainingData:
 
 
 def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> TrainingData:
-    """Read, tokenise and pack what `config` (a TrainConfig) names in its group Data.
+    """Read, tokenise and pack the data that `config` names.
 
-    If no `tokenizer` is given, one is trained on the data (train_tokenizer_vocab_size) or read. The data is
-    read once more if one is trained, never kept whole. Raises `DataError` and `ConfigError`.
+    Without `tokenizer`, loads one, or trains one on the data (train_tokenizer_vocab_size), which reads the
+    data once more but never holds all of it. Raises `DataError` and `ConfigError`.
     """
     datasets = limited(config, config.datasets)
     documents = _documents(config, datasets)
@@ -93,7 +93,7 @@ def _eval_rows(config: TrainConfig, encoder: Encoder) -> Rows | None:
 
 
 def load_eval_rows(config: TrainConfig, encoder: Encoder) -> Rows:
-    """The sequences of eval_datasets, all of their tokens; without any, those of datasets."""
+    """Load all sequences of eval_datasets or, without any, of datasets."""
     if config.eval_datasets:
         documents = Documents(limited(config, config.eval_datasets), on_bad_row=config.on_bad_row)
     else:
@@ -104,7 +104,7 @@ def load_eval_rows(config: TrainConfig, encoder: Encoder) -> Rows:
 
 
 def limited(config: TrainConfig, datasets: list[DatasetConfig]) -> list[DatasetConfig]:
-    """Entries of datasets, each with its `max_samples`: its own, or that of the settings."""
+    """Return the entries, each with its own `max_samples` or that of the settings."""
     if config.max_samples is None:
         return datasets
     return [
@@ -126,7 +126,7 @@ def _tokens(config: TrainConfig, documents: Documents, encoder: Encoder) -> tupl
 
 
 def cache_dir(setting: str | None) -> str | None:
-    """Where tokens are kept; `auto` is the place that the desktop's conventions give to caches."""
+    """Resolve the folder of the token cache; `auto` follows XDG_CACHE_HOME."""
     if setting != "auto":
         return setting
     base = os.environ.get("XDG_CACHE_HOME") or Path("~", ".cache")
@@ -143,7 +143,7 @@ def make_encoder(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Enc
 
 
 def layout(config: TrainConfig, is_text: bool) -> Layout:
-    """How documents become sequences: the settings with `auto` resolved by what the documents are."""
+    """Resolve how documents become sequences: `auto` depends on whether all are text."""
     strategy = config.packing_strategy if config.packing else "none"
     if strategy == "auto":
         strategy = "wrapped" if is_text else "bfd"
@@ -162,11 +162,11 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def tokenizer_of(config: TrainConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer that the settings name. Raises ConfigError."""
+    """Load the tokenizer that the settings name. Raises ConfigError."""
     name = config.tokenizer_name_or_path or config.model_name_or_path
     if not name:
         raise ConfigError(
-            "no tokenizer is named",
+            "no tokenizer given",
             hint="set tokenizer_name_or_path, or train_tokenizer_vocab_size to train one on the data",
         )
     revision = None if config.tokenizer_name_or_path else config.model_revision
