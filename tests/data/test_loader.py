@@ -200,7 +200,7 @@ def test_what_has_changed_is_said(tmp_path: Path) -> None:
     more = [*rows, {"prompt": "q", "completion": "a"}]
     for saved, now, message, hint in [
         (state, load(rows=other), r"the tokens differ, though not in number \(40 in 8 documents\)$", "files"),
-        (state, load(rows=more), "others: 40 in 8 documents then, 43 in 9 now$", "data files"),
+        (state, load(rows=more), "differ: 40 in 8 documents then, 43 in 9 now$", "data files"),
         (
             state,
             load(loss_on="all"),
