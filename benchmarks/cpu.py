@@ -22,14 +22,14 @@ from pathlib import Path
 
 import torch
 
-from horizon_lm.bench.figures import curve_difference, peak_of, spread
-from horizon_lm.bench.jobs import OURS, InlineWorker, Ledger, Row, Worker, measure
+from horizon_lm.bench.figures import HEAD as DETAILS
+from horizon_lm.bench.figures import Row, lane_lines, peak_of, spread
+from horizon_lm.bench.figures import cells as detail_cells
+from horizon_lm.bench.jobs import OURS, Worker, measure
+from horizon_lm.bench.models import shape
 from horizon_lm.bench.protocol import Case
-from horizon_lm.bench.shapes import shape
-from horizon_lm.bench.table import HEAD as DETAILS
-from horizon_lm.bench.table import cells as detail_cells
-from horizon_lm.bench.table import lane_lines
 
+from .jobs import InlineWorker, Ledger, curve_difference
 from .peers import PEERS
 from .report import Report, commit, cpu_name
 

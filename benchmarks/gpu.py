@@ -21,15 +21,15 @@ from pathlib import Path
 
 import torch
 
-from horizon_lm.bench.figures import peak_of
-from horizon_lm.bench.jobs import InlineWorker, Ledger, Row, Worker, measure_fitting
+from horizon_lm.bench.figures import HEAD, Row, cells, lane_lines, peak_of
+from horizon_lm.bench.jobs import Worker
 from horizon_lm.bench.ours import train_config
-from horizon_lm.bench.table import HEAD, cells, lane_lines
 from horizon_lm.machine.profile import cache_path
 from horizon_lm.plan.run_plan import plan_run
 
 from .gpu_goals import add_goals
 from .gpu_parts import PARTS, Job, rehearsed
+from .jobs import InlineWorker, Ledger, measure_fitting
 from .peers import PEERS
 from .report import Report, commit
 

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from horizon_lm.bench.figures import peak_of
-from horizon_lm.bench.jobs import Row
+from horizon_lm.bench.figures import Row, peak_of
 from horizon_lm.bench.protocol import Case
 
 from . import remedies

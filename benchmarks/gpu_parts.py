@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from horizon_lm.bench.jobs import OURS, TORCH
+from horizon_lm.bench.models import shape
 from horizon_lm.bench.protocol import Case
-from horizon_lm.bench.shapes import shape
 
 from .peers import PEERS
 

@@ -19,9 +19,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import MistralConfig, MistralForCausalLM
 
 import horizon_lm as hz
-from horizon_lm.engine.activations import backward_layer, forward_layer
-from horizon_lm.engine.compute import forward_prologue
+from horizon_lm.engine.ends import forward_prologue
 from horizon_lm.engine.gradient import UnitGradient
+from horizon_lm.engine.layers import Layer
 from horizon_lm.plan.working_set import Built, layer_working_set
 
 from .report import Report
@@ -70,11 +70,10 @@ def measure(model: hz.HostModel, kind: str, tokens: int) -> tuple[int, int]:
         inputs["position_ids"] = torch.arange(tokens)[None] % DOCUMENT
     embeds = torch.randn(1, tokens, WIDTH).to(torch.bfloat16)
     hidden, call = forward_prologue(skeleton, None, embeds, inputs)
-    weights, unit = model.engine.weight_slots.unit(0, 1), model.store.units[1]
+    layer = Layer(skeleton, 0, model.engine.ops.weight_slots.unit(0, 1), call)
+    unit = model.store.units[1]
     kept: list[Any] = []
-    forward, held = most_allocated(
-        lambda: kept.append(forward_layer(skeleton, 0, weights, call, hidden, policy="recompute", grad=True))
-    )
+    forward, held = most_allocated(lambda: kept.append(layer.forward(hidden, policy="recompute", grad=True)))
     done = kept.pop()
     call.routers = [done.routers]
     incoming, slot = torch.randn_like(done.output), torch.empty(unit.trainable_numel)
@@ -82,9 +81,7 @@ def measure(model: hz.HostModel, kind: str, tokens: int) -> tuple[int, int]:
     graph = done.graph
     del done
     backward, _ = most_allocated(
-        lambda: kept.append(
-            backward_layer(skeleton, 0, weights, call, graph, hidden, incoming, UnitGradient(unit, slot))
-        )
+        lambda: kept.append(layer.backward(graph, hidden, incoming, UnitGradient(unit, slot)))
     )
     return forward, backward + held
 

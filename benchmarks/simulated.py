@@ -19,8 +19,8 @@ import argparse
 from collections.abc import Iterator
 from itertools import islice
 
+from horizon_lm.bench.models import shape
 from horizon_lm.bench.protocol import Case
-from horizon_lm.bench.shapes import shape
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import DoesNotFitError
 from horizon_lm.plan.run_plan import plan_run

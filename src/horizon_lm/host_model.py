@@ -1,12 +1,12 @@
 """HostModel: a transformers model whose weights, gradients and optimizer state live in host memory.
 
-The handle for people who write their own loop:
+For custom training loops:
 
     model = HostModel.from_pretrained(folder, device="cuda", dtype="bfloat16")
     out = model.train_step([{"input_ids": ids, "labels": ids}], lr=1e-5)
     model.save_pretrained("tuned")
 
-or, to look at the gradients in between, `forward_backward` and `step`.
+`forward_backward` and `step` do the same in two calls, with the gradients accessible in between.
 """
 
 from __future__ import annotations
@@ -24,56 +24,59 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
-from horizon_lm.checkpoint.export import check_target, choose_dtype, save_model, tokenizer_saver
+from horizon_lm.checkpoint.export import choose_dtype, save_model, tokenizer_saver
+from horizon_lm.checkpoint.folder import check_target
 from horizon_lm.config import ModelSettings
 from horizon_lm.config.python import model_settings
-from horizon_lm.engine.engine import Engine
+from horizon_lm.engine.disk_lane import Saving
+from horizon_lm.engine.engine import Engine, in_turn
 from horizon_lm.engine.lanes import Span, choose_lanes
-from horizon_lm.engine.loss import LossFunction
-from horizon_lm.engine.policies import DTYPES, store_spec
-from horizon_lm.engine.saving import Saving
+from horizon_lm.engine.loss import LossFunction, check_loss_function
+from horizon_lm.engine.policies import DTYPES, check_fits_host, make_optimizer, store_spec, update_settings
 from horizon_lm.engine.step import Step
-from horizon_lm.engine.turns import in_turn
 from horizon_lm.errors import ConfigError, NonFiniteError, TornStateError
 from horizon_lm.machine.device import resolve_device
-from horizon_lm.memory.arena import keep_freed_memory, return_free_memory
-from horizon_lm.memory.layout import lay_out
+from horizon_lm.memory.arena import return_free_memory
 from horizon_lm.memory.preflight import check_host_memory
 from horizon_lm.memory.store import HostStore
 from horizon_lm.micro_batches import MicroBatches, check_micro_batches
 from horizon_lm.model.consumed import Closed, check_model, refuse_use, take_over
-from horizon_lm.model.loading import count_parameters, create_model, fill_store, freeze, load_model
+from horizon_lm.model.loading import create_model, fill_store, freeze, load_model
 from horizon_lm.model.pretrained import Allowed, check_has_weights
 from horizon_lm.model.skeleton import Skeleton
-from horizon_lm.optim.checks import Number, finite_number
-from horizon_lm.optim.groups import check_patterns, group_rule, segments
-from horizon_lm.optim.optimizer import Optimizer, UpdateSettings
-from horizon_lm.outputs import EvaluationOutput, ForwardBackwardOutput, StepOutput, TrainStepOutput
-from horizon_lm.words import count, parameters, size
+from horizon_lm.optim.checks import Number
+from horizon_lm.optim.optimizer import UpdateSettings
+from horizon_lm.outputs import (
+    EvaluationOutput,
+    ForwardBackwardOutput,
+    StepOutput,
+    TrainStepOutput,
+    describe_model,
+)
 
 _log = logging.getLogger(__name__)
 
 
 class _Default(Enum):
-    """Stands for a setting that a call leaves as it is."""
+    """The default of an argument that falls back to a setting."""
 
     SETTING = "the setting"
 
 
 class HostModel:
-    """Built by `from_pretrained` or `from_config`.
+    """A trainable model in host memory. Built by `from_pretrained` or `from_config`.
 
-    An error from a call, Ctrl-C included, leaves the state before the step or the one after it
-    (`steps_done` says which), and that can be evaluated, saved and trained on. The exception is `update:
-    eager`, where some layers may have been updated and others not: the error says so, and what would go on
-    from such a state or save it raises TornStateError, unless with `force=True`.
-    Calls from several threads take turns; from within a step (a `loss_fn`) they are refused.
-    As a context manager it gives its memory back at the end (`close`).
+    A failed call, Ctrl-C included, leaves the state before the step or after it (`steps_done` tells which),
+    which can be evaluated, saved and trained on. The exception is `update: eager`, where only some layers
+    may have been updated: the error says so, and training on or saving such a state raises TornStateError
+    unless `force=True`.
+    Calls from several threads are serialised; calls from within a step (a `loss_fn`) are rejected.
+    As a context manager it frees its memory on exit (`close`).
     """
 
     def __init__(self, model: nn.Module, settings: ModelSettings) -> None:
-        """model: a transformers model in host memory. It is consumed: its parameters move into the
-        store, and the object answers with an error when it is used again."""
+        """model: a transformers model in host memory. It is consumed: its parameters move into the store, and
+        using the object again raises an error."""
         check_model(model)
         self.settings = settings
         self.device = resolve_device(settings.device)
@@ -86,21 +89,13 @@ class HostModel:
         self.optimizer = make_optimizer(self.skeleton, settings)
         units, spec = self.skeleton.units, store_spec(settings, self.skeleton)
         if not settings.skip_memory_check:
-            check_host_memory(units, spec, reserve_bytes=int(settings.reserve_host_gb * 1e9))
+            check_host_memory(units, settings, lambda other: store_spec(other, self.skeleton))
         self.store = HostStore(units, spec, pin=self.device.type == "cuda")
         self.skeleton.place_buffers(self.device)
         refuse_use(model)
         fill_store(self.skeleton, self.store)
-        if self.device.type == "cpu":
-            keep_freed_memory()
-        self.engine = Engine(
-            self.skeleton,
-            self.store,
-            self.optimizer,
-            self.device,
-            choose_lanes(settings.lanes, self.device, settings.seed),
-            settings,
-        )
+        lanes = choose_lanes(settings.lanes, self.device)
+        self.engine = Engine(self.skeleton, self.store, self.optimizer, self.device, lanes, settings)
         self._turn = threading.RLock()
         self._warned_of = ""
 
@@ -112,10 +107,10 @@ class HostModel:
         dtype: str | torch.dtype = "bfloat16",
         **settings: Any,
     ) -> HostModel:
-        """Load a Hugging Face folder or name, or consume a transformers model object.
+        """Load a Hugging Face folder or Hub name, or consume a transformers model object.
 
-        settings: configuration keys of the same names (docs/configuration.md). Masters keep the
-        precision of the source: an fp32 checkpoint gives fp32 masters whatever `dtype` is.
+        settings: configuration keys (docs/configuration.md). Masters keep the precision of the source: an
+        fp32 checkpoint gives fp32 masters whatever `dtype` is.
         Raises ConfigError, UnsupportedModelError, DoesNotFitError, DataError.
         """
         resolved = model_settings("HostModel.from_pretrained()", device, dtype, settings)
@@ -139,10 +134,10 @@ class HostModel:
         dtype: str | torch.dtype = "bfloat16",
         **more: Any,
     ) -> HostModel:
-        """A model with random weights (by `seed`).
+        """Create a model with random weights (by `seed`).
 
-        values: a transformers configuration, or its values as a mapping with `model_type`. settings: all
-        at once, in place of device, dtype and the others. Raises as `from_pretrained` does.
+        values: a transformers configuration, or its values as a mapping with `model_type`. settings: replaces
+        device, dtype and the keyword settings. Raises as `from_pretrained` does.
         """
         if not isinstance(values, Mapping):
             if not hasattr(values, "to_dict"):
@@ -158,24 +153,23 @@ class HostModel:
                 f"HostModel.from_config(): settings and {', '.join(more)} are both given",
                 hint="pass one or the other",
             )
-        values, computes_in = dict(values), DTYPES[settings.dtype]
+        values = dict(values)
         if not settings.skip_memory_check:  # before the source model takes its own share
-            trained, frozen = count_parameters(values, settings.freeze)
-            rows = [("trained", (trained,), True, computes_in), ("frozen", (frozen,), False, computes_in)]
-            whole = lay_out("all", rows, computes_in)
-            # The slabs of eager updates are as large as a layer, which is not known yet.
-            spec = store_spec(settings, None)
-            check_host_memory([whole], spec, reserve_bytes=int(settings.reserve_host_gb * 1e9))
+            check_fits_host(values, settings)
             settings = settings.replace(skip_memory_check=True)
         model = create_model(
-            values, dtype=computes_in, seed=settings.seed, attn_implementation=settings.attn_implementation
+            values,
+            dtype=DTYPES[settings.dtype],
+            seed=settings.seed,
+            attn_implementation=settings.attn_implementation,
         )
         return cls(model, settings)
 
     def __repr__(self) -> str:
         if isinstance(self.store, Closed):
             return f"HostModel({self.skeleton.model_type}, closed)"
-        return describe_model(self)
+        memory = self.memory_bytes()
+        return describe_model(self.skeleton, self.settings, self.device, memory, self.steps_done)
 
     def __enter__(self) -> Self:
         return self
@@ -184,11 +178,11 @@ class HostModel:
         self.close()
 
     def close(self) -> None:
-        """Give the memory back, once what is being saved is on the disk. What was not saved is lost."""
+        """Free the memory, after a running save has reached the disk. Unsaved updates are lost."""
         if isinstance(self.store, Closed):
             return
         self._close()
-        gc.collect()  # the engine's table of functions refers to it
+        gc.collect()  # the engine's table of functions forms a cycle with it
         return_free_memory()
 
     @in_turn
@@ -200,7 +194,7 @@ class HostModel:
 
     @property
     def steps_done(self) -> int:
-        """Updates so far: those that are made, and those that are before anybody can read the weights."""
+        """Updates so far, including those that will run before anyone can read the weights."""
         return self.engine.steps_done
 
     @property
@@ -221,19 +215,19 @@ class HostModel:
         record: bool = False,
         force: bool = False,
     ) -> ForwardBackwardOutput:
-        """Gradients of the mean loss over all target tokens of all micro-batches of a step.
+        """Compute gradients of the mean loss over all target tokens of all micro-batches of a step.
 
-        micro_batches: dicts of input_ids and labels [batch, tokens] (whole numbers, labels aligned with
-        input_ids, -100 ignored), and optionally attention_mask and position_ids of that shape; with
-        `loss_fn` any other tensors too. One dict (a BatchEncoding), a list or any iterable of them (a
-        DataLoader); values are tensors on any device, numpy arrays or nested lists.
-        loss_fn: called for each micro-batch as loss_fn(log_probs, batch), with log p(label) in fp32
-        [batch, tokens - 1] on the device, aligned with labels[:, 1:] and 0 where ignored. It returns a
-        scalar, or a pair of it and a dict of metrics; the step's loss is the sum over its micro-batches.
+        micro_batches: dicts of input_ids and labels [batch, tokens] (integers, labels aligned with
+        input_ids, -100 ignored), optionally attention_mask and position_ids of that shape; with `loss_fn`
+        any other tensors. One dict (a BatchEncoding) or an iterable of them (a list, a DataLoader); values
+        are tensors on any device, numpy arrays or nested lists.
+        loss_fn: called per micro-batch as loss_fn(log_probs, batch), with log p(label) in fp32
+        [batch, tokens - 1] on the device, aligned with labels[:, 1:], 0 where ignored. Returns a scalar, or
+        a pair of it and a dict of metrics; the step's loss is the sum over its micro-batches.
+        record: record the `timeline`. force: train on from torn weights.
         A second call before `step` replaces the gradients of the first.
-        record: keep what ran when in `timeline`. force: go on from weights that are those of no step.
         Raises DataError for micro-batches that cannot be trained on, ConfigError with eager updates,
-        TornStateError for weights of no step.
+        TornStateError for torn weights.
         """
         if self.settings.update_mode == "eager":
             raise ConfigError(
@@ -253,17 +247,7 @@ class HostModel:
         record: bool,
         ends_itself: bool = False,
     ) -> Step:
-        if loss_fn is not None and not callable(loss_fn):
-            raise ConfigError(
-                f"loss_fn is a {type(loss_fn).__name__}, not a function",
-                hint="pass a function of (log_probs, batch) that returns a scalar tensor",
-            )
-        if loss_fn is not None and self.settings.label_smoothing_factor:
-            raise ConfigError(
-                f"label_smoothing_factor={self.settings.label_smoothing_factor:g} has no effect on a loss_fn "
-                "of your own, which receives the log-probability of each target only",
-                hint="label_smoothing_factor=0",
-            )
+        check_loss_function(loss_fn, self.settings.label_smoothing_factor)
         batches = check_micro_batches(micro_batches, self.skeleton, extra=loss_fn is not None)
         return self.engine.forward_backward(
             batches, update=update, loss_fn=loss_fn, record=record, ends_itself=ends_itself
@@ -280,11 +264,11 @@ class HostModel:
     ) -> StepOutput:
         """Clip the gradients by their global norm and update all trainable parameters.
 
-        lr, weight_decay: numbers, or tensors of one element, finite and at least 0. max_grad_norm: so too;
-        None or 0 turns clipping off; by default that of the settings. With `update: deferred` the update
-        itself runs during the next forward_backward, or when parameters are read.
-        Raises ConfigError for a number that cannot be used, and NonFiniteError when the norm is NaN or
-        infinite; nothing is updated then.
+        lr, weight_decay, max_grad_norm: numbers or one-element tensors, finite and at least 0. max_grad_norm:
+        None or 0 turns clipping off; default: the setting. With `update: deferred` the update runs during
+        the next forward_backward, or when parameters are read.
+        Raises ConfigError for an invalid number, and NonFiniteError, without updating anything, if the norm
+        is NaN or infinite.
         """
         step = self.engine.gradients
         if step is None:
@@ -292,7 +276,7 @@ class HostModel:
                 "step() was called without gradients", hint="call forward_backward() before each step()"
             )
         settings = self._update_settings("step()", lr, max_grad_norm, weight_decay)
-        norm = self.engine.norm_of(step)
+        norm = self.engine.ops.norm_of(step)
         if not math.isfinite(norm):
             raise NonFiniteError(
                 f"the gradient norm of step {self.steps_done + 1} is {norm}; nothing was updated",
@@ -314,16 +298,15 @@ class HostModel:
         check: Callable[[float, int], None] | None = None,
         force: bool = False,
     ) -> TrainStepOutput:
-        """`forward_backward` and `step` in one call, in every update mode.
+        """Run `forward_backward` and `step` in one call, in every update mode.
 
-        check: called with the loss and its number of tokens; what it raises leaves the update out (with
-        `update: eager` it comes too late for that). It may evaluate, read and save, but not train.
-        force: go on from weights that are those of no step.
+        check: called with the loss and its number of tokens; raising skips the update (with `update: eager`
+        it is too late for that). It may evaluate, read and save, but not train. force: train on from torn
+        weights.
 
-        Raises NonFiniteError when the loss or the gradient norm is not finite. Nothing has been
-        updated then, unless `update: eager` met a gradient that is not finite under a loss that is: the
-        error says so (`state_intact`), and the state is that of no step. Raises TornStateError for such a
-        state.
+        Raises NonFiniteError if the loss or the gradient norm is not finite. Nothing has been updated then,
+        unless `update: eager` met a non-finite gradient under a finite loss: the error says so
+        (`state_intact`), and the weights are torn. Raises TornStateError for torn weights.
         """
         settings = self._update_settings("train_step()", lr, max_grad_norm, weight_decay)
         self._refuse_torn("train_step()", force)
@@ -342,7 +325,7 @@ class HostModel:
             if check is not None:
                 check(out.loss, out.num_tokens)
                 self._see_gradients_of(step)
-            norm = self.engine.norm_of(step)
+            norm = self.engine.ops.norm_of(step)
             if not math.isfinite(norm):
                 raise self._not_finite(
                     f"the gradient norm of step {self.steps_done + 1} is {norm}", out, norm
@@ -362,7 +345,7 @@ class HostModel:
         self, step: Step, out: ForwardBackwardOutput, settings: UpdateSettings, record: bool
     ) -> float:
         assert step.update is not None
-        norm = self.engine.norm_of(step)
+        norm = self.engine.ops.norm_of(step)
         if step.update.stopped_at is not None:
             what = "loss" if not math.isfinite(out.loss) else "gradient norm"
             value = out.loss if what == "loss" else norm
@@ -373,7 +356,7 @@ class HostModel:
     def _not_finite(
         self, what: str, out: ForwardBackwardOutput, norm: float = math.nan, step: Step | None = None
     ) -> NonFiniteError:
-        """The error, with what the step found; `step`: one of eager updates, some of which may be done."""
+        """The error with the step's figures. step: one with eager updates, some of which may be done."""
         done = 0
         if step is not None and step.update is not None:
             done = len(self.engine.trainable) - len(step.update.left)
@@ -388,26 +371,13 @@ class HostModel:
         return error
 
     def _update_settings(self, where: str, lr: Any, max_grad_norm: Any, weight_decay: Any) -> UpdateSettings:
-        """Everything an update depends on, checked before anything is computed or put off."""
-        lr = finite_number(where, "lr", lr, hint="lr=1e-5 is a usual learning rate")
-        weight_decay = finite_number(where, "weight_decay", weight_decay, hint="weight_decay=0 turns it off")
         limit = self.settings.max_grad_norm if isinstance(max_grad_norm, _Default) else max_grad_norm
-        if isinstance(limit, float) and limit == math.inf:
-            limit = None  # as in torch.nn.utils.clip_grad_norm_
-        if limit is not None:
-            hint = "max_grad_norm=None turns clipping off, 1.0 is a usual limit"
-            limit = finite_number(where, "max_grad_norm", limit, hint=hint)
-        if limit and self.settings.update_mode == "eager":
-            raise ConfigError(
-                f"max_grad_norm={limit} with update: eager, which updates layers before the norm is known",
-                hint="update='deferred' clips exactly, and overlaps the updates with the next forward pass",
-            )
-        settings = UpdateSettings(self.steps_done + 1, lr, limit, weight_decay)
+        settings = update_settings(where, self.settings, self.steps_done + 1, lr, limit, weight_decay)
         self.optimizer.check(settings)
         return settings
 
     def _refuse_torn(self, where: str, force: bool) -> None:
-        """Raises TornStateError where the weights are those of no step."""
+        """Raise TornStateError if the weights belong to no single step."""
         torn = self.engine.torn
         if torn is not None and not force:
             raise TornStateError(
@@ -416,7 +386,7 @@ class HostModel:
             )
 
     def _warn_of_torn(self, where: str) -> None:
-        """Once for each such state: it can be looked at."""
+        """Warn once per torn state: reading it is allowed."""
         torn = self.engine.torn
         if torn is not None and torn != self._warned_of:
             self._warned_of = torn
@@ -424,18 +394,17 @@ class HostModel:
 
     @in_turn
     def flush(self) -> None:
-        """Make the updates that `update: deferred` has put off; done by itself wherever parameters are
-        read through this object."""
+        """Run the updates that `update: deferred` postponed; reading parameters does so by itself."""
         self.engine.flush()
 
     @in_turn
     def evaluate(
         self, micro_batches: MicroBatches, *, return_log_probs: bool = False, record: bool = False
     ) -> EvaluationOutput:
-        """Mean cross-entropy over all target tokens, by a forward pass without dropout or gradients.
+        """Compute the mean cross-entropy over all target tokens, without dropout or gradients.
 
-        micro_batches: as in `forward_backward`. Does not disturb the gradients of a step that is not
-        finished. Raises DataError for micro-batches that have no target at all.
+        micro_batches: as in `forward_backward`. Leaves the gradients of an unfinished step alone. Raises
+        DataError for micro-batches without any target.
         """
         self._warn_of_torn("evaluate()")
         batches = check_micro_batches(micro_batches, self.skeleton)
@@ -444,22 +413,26 @@ class HostModel:
         return EvaluationOutput(step.loss, step.num_tokens, log_probs)
 
     def take_notes(self) -> list[str]:
-        """What the engine changed since the last call of what the settings ask for, and why; empty for
-        nearly all steps. Once called, such notes are not logged any more."""
-        engine = self.engine
-        engine.logs_notes = False
-        notes, engine.notes = engine.notes, []
+        """Return the engine's deviations from the settings since the last call, and why; usually none.
+
+        Once called, such notes are no longer logged.
+        """
+        ops = self.engine.ops
+        ops.logs_notes = False
+        notes, ops.notes = ops.notes, []
         return notes
 
     @property
     def timeline(self) -> list[Span]:
-        """(op, start, end) in seconds of the last calls made with record=True."""
+        """(op, start, end), in seconds, of the last calls with record=True."""
         return self.engine.spans
 
     def named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, gradient) of each trainable parameter: views into the store, in its
-        dtype, valid until the next forward_backward. Raises ConfigError where there are none, or of a
-        step that was cut short, and with eager updates, which keep none."""
+        """Yield (Hugging Face name, gradient) of each trainable parameter.
+
+        Gradients are views into the store in its dtype, valid until the next forward_backward. Raises
+        ConfigError if there are none, after an interrupted step, and with eager updates, which keep none.
+        """
         if self.settings.update_mode == "eager":
             raise ConfigError("update: eager keeps no gradients", hint="update='deferred'")
         if not self.engine.holds_gradients:
@@ -471,8 +444,10 @@ class HostModel:
                 yield parameter.name, self.store.gradient(parameter.name)
 
     def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, fp32 master) of each parameter, a new tensor each, one at a time. Raises
-        ConfigError when the model is trained before all are read, as they would be of two steps."""
+        """Yield (Hugging Face name, fp32 master) of each parameter, as new tensors.
+
+        Raises ConfigError if the model is trained meanwhile: they would be of two steps.
+        """
         steps_done = self.steps_done
         self._warn_of_torn("named_parameters()")
         for name in list(self.store.names()):
@@ -500,16 +475,13 @@ class HostModel:
         extra: Callable[[Path], None] | None = None,
         force: bool = False,
     ) -> None:
-        """Write a Hugging Face folder (safetensors, config, generation config); whole or absent.
+        """Write a Hugging Face folder (safetensors, config, generation config) atomically.
 
-        dtype: bfloat16 or float32, default the compute dtype. Written straight from the store.
-        max_shard_size: of each file, as "5GB" or a number of bytes.
-        tokenizer: saved with the model; a tokenizer or processor, or the folder or name of a tokenizer.
-        extra: writes further files into the folder before it is put in place. force: save weights that are
-        those of no step.
-        Raises ConfigError, before anything is written, for values that cannot be used and for a folder that
-        holds something other than a model; TornStateError for weights of no step; DoesNotFitError when the
-        disk is full.
+        dtype: bfloat16 or float32; default: the compute dtype. max_shard_size: per file, as "5GB" or bytes.
+        tokenizer: saved alongside; a tokenizer or processor, or the folder or name of one.
+        extra: writes further files into the folder before it is put in place. force: save torn weights.
+        Raises ConfigError, before anything is written, for invalid values and for a folder that holds
+        something other than a model; TornStateError for torn weights; DoesNotFitError if the disk is full.
         """
         self._refuse_torn("save_pretrained()", force)
         target = check_target(folder)
@@ -530,52 +502,55 @@ class HostModel:
     def save_state(self, saving: Saving, *, background: bool = False, force: bool = False) -> None:
         """Hand every unit's weights and optimizer state, as of the last step, to `saving`.
 
-        background: while the next steps run. Else all is done when this returns. force: also weights that
-        are those of no step, for which TornStateError is raised otherwise.
+        background: while the next steps run; otherwise all is done on return. force: save torn weights, for
+        which TornStateError is raised otherwise.
         """
         self._refuse_torn("save_state()", force)
         self.engine.save(saving, background=background)
 
     @property
     def kept_in_fp32(self) -> list[str]:
-        """Parameters that are computed with in fp32 although the model is bf16, as transformers wants it."""
+        """Parameters computed in fp32 within a bf16 model, as transformers does."""
         parameters = [p for unit in self.store.units for p in unit.parameters]
         return [p.name for p in parameters if p.compute_dtype != self.store.dtype]
 
     @property
     def is_saving(self) -> bool:
-        """Whether a state is still on its way to the disk."""
+        """Whether a state is still being written to disk."""
         return not self.engine.lanes.disk.is_idle
 
     @in_turn
     def finish_saving(self) -> None:
-        """Wait for the disk; a state that was to be written beside a step that has not come is written now.
-        Raises what went wrong there, but for what `saving` keeps to itself."""
+        """Wait for the disk; write now what was to be written during the next step.
+
+        Raises what failed there, except errors that `saving` keeps.
+        """
         self.engine.finish_saving()
 
     @in_turn
     def state_is_being_replaced(self) -> None:
-        """Say that the store is about to be filled: until `state_was_replaced` it holds that of no step."""
+        """Mark the store as being overwritten: until `state_was_replaced` it belongs to no step."""
         self.engine.is_being_replaced()
 
     @in_turn
     def state_was_replaced(self, steps_done: int) -> None:
-        """Say that the store now holds the state after `steps_done` updates."""
+        """Declare that the store now holds the state after `steps_done` updates."""
         self.engine.replaced(steps_done)
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes by part: host regions of the store and spilled boundaries; slots on the device."""
+        ops = self.engine.ops
         return {
             **self.store.num_bytes,
-            "weight_slots": self.engine.weight_slots.num_bytes,
-            "gradient_slots": self.engine.gradient_slots.num_bytes,
-            "boundary_slots": self.engine.boundary_slots.num_bytes,
-            "boundaries": self.engine.boundary_slots.host_bytes,
+            "weight_slots": ops.weight_slots.num_bytes,
+            "gradient_slots": ops.gradient_slots.num_bytes,
+            "boundary_slots": ops.boundary_slots.num_bytes,
+            "boundaries": ops.boundary_slots.host_bytes,
         }
 
 
 def load_model_of(source: str | Path | nn.Module, settings: ModelSettings) -> nn.Module:
-    """The transformers model that the settings describe; a model object as it is."""
+    """Load the transformers model that the settings describe; a model object is returned as it is."""
     return load_model(
         source,
         trust_remote_code=settings.trust_remote_code,
@@ -588,54 +563,3 @@ def load_model_of(source: str | Path | nn.Module, settings: ModelSettings) -> nn
 
 def _output(step: Step) -> ForwardBackwardOutput:
     return ForwardBackwardOutput(step.loss, step.num_tokens, step.metrics)
-
-
-def make_optimizer(skeleton: Skeleton, settings: ModelSettings) -> Optimizer:
-    """Raises ConfigError for a pattern of lr_factors that fits nothing."""
-    trainable = [p.name for unit in skeleton.units for p in unit.trainable]
-    check_patterns(settings.lr_factors, trainable)
-    rule = group_rule(
-        settings.lr_factors,
-        decay_embeddings=settings.decay_embeddings,
-        is_embedding=skeleton.is_embedding,
-        is_norm=skeleton.is_norm,
-    )
-    optimizer = Optimizer(
-        settings.optim,
-        settings.adam_beta1,
-        settings.adam_beta2,
-        settings.adam_epsilon,
-        settings.sgd_momentum,
-        settings.seed,
-        tuple(segments(unit, rule) for unit in skeleton.units),
-        None if settings.optimizer_threads == "auto" else settings.optimizer_threads,
-    )
-    optimizer.check(UpdateSettings(1, 0.0, None, 0.0))
-    return optimizer
-
-
-# Of `HostModel.memory_bytes`: what lies on the device.
-_ON_DEVICE = ("weight_slots", "gradient_slots", "boundary_slots")
-
-
-def describe_model(model: HostModel) -> str:
-    """Model type, parameters, device, dtype, memory by place, and how and when updates run."""
-    settings, skeleton = model.settings, model.skeleton
-    trainable = sum(p.numel for unit in model.store.units for p in unit.trainable)
-    numbers = parameters(model.num_parameters)
-    if trainable != model.num_parameters:
-        numbers += f" ({parameters(trainable).removesuffix(' parameters')} trainable)"
-    kind = type(skeleton.model).__name__
-    memory = model.memory_bytes()
-    device = sum(memory[name] for name in _ON_DEVICE)
-    parts = ", ".join(f"{n} {size(b)}" for n, b in memory.items() if b and n not in _ON_DEVICE)
-    clipping = f"max_grad_norm {settings.max_grad_norm:g}" if settings.max_grad_norm else "no clipping"
-    lines = [
-        f"{kind} ({skeleton.model_type}), {count(skeleton.num_layers, 'layer')}, {numbers}",
-        f"compute: {settings.dtype} on {model.device}",
-        f"host memory: {size(sum(memory.values()) - device)} ({parts})",
-        f"device memory: {size(device)} in slots" if device else "device memory: none, the host's is used",
-        f"updates: {settings.optim}, {settings.update_mode}, {clipping}; "
-        f"{count(model.steps_done, 'step')} done",
-    ]
-    return "HostModel(\n" + "".join(f"  {line}\n" for line in lines) + ")"

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import nn
 from torch._subclasses import FakeTensor
 
-from horizon_lm.engine.loss import IGNORE_INDEX
-from horizon_lm.engine.step import MicroBatch
+from horizon_lm.config.data import IGNORED
 from horizon_lm.errors import DataError, HorizonError
-from horizon_lm.model.skeleton import Skeleton
 
-# What calls of `HostModel` take: one micro-batch, or the several of a step.
+MicroBatch = dict[str, torch.Tensor]
+# What calls of `HostModel` take: one micro-batch, or those of a step.
 MicroBatches = Mapping[str, Any] | Iterable[Mapping[str, Any]]
 
 _KNOWN = frozenset({"input_ids", "labels", "attention_mask", "position_ids"})
@@ -29,8 +29,21 @@ _MASKS |= {torch.float32, torch.float64}
 _MAX_POSITION = 1 << 24
 
 
+class ModelLimits(Protocol):
+    """What a micro-batch is checked against; a `Skeleton`."""
+
+    embedding: nn.Embedding
+
+    @property
+    def vocabulary(self) -> int: ...
+    @property
+    def max_positions(self) -> int | None: ...
+    @property
+    def extends_positions(self) -> bool: ...
+
+
 def check_micro_batches(
-    micro_batches: MicroBatches, skeleton: Skeleton, *, extra: bool = False
+    micro_batches: MicroBatches, model: ModelLimits, *, extra: bool = False
 ) -> list[MicroBatch]:
     """The micro-batches of a step with host tensors; token numbers are int64 [batch, tokens].
 
@@ -38,10 +51,10 @@ def check_micro_batches(
     DataLoader). Values are tensors on any device, numpy arrays or nested lists; None means not given.
     extra: tensors of any other name and shape may stand alongside the known ones. Raises DataError.
     """
-    batches = [_checked(m, batch, skeleton, extra) for m, batch in _each(micro_batches)]
+    batches = [_checked(m, batch, model, extra) for m, batch in _each(micro_batches)]
     if not batches:
         raise DataError("a step was given no micro-batch", hint=f"pass at least one, as in {_EXAMPLE}")
-    if not any(bool((batch["labels"][:, 1:] != IGNORE_INDEX).any()) for batch in batches):
+    if not any(bool((batch["labels"][:, 1:] != IGNORED).any()) for batch in batches):
         raise DataError(
             "no token of this step is trained on: every label is -100",
             hint="check the labels and the mask; the first token of a row is never a target",
@@ -68,7 +81,7 @@ def _each(given: Any) -> Iterator[tuple[int, Any]]:
         raise
 
 
-def _checked(m: int, given: Any, skeleton: Skeleton, extra: bool) -> MicroBatch:
+def _checked(m: int, given: Any, model: ModelLimits, extra: bool) -> MicroBatch:
     """The micro-batch with host tensors, after looking for what would train wrongly."""
     batch = _tensors(m, given, extra)
     shape = batch["input_ids"].shape
@@ -90,9 +103,9 @@ def _checked(m: int, given: Any, skeleton: Skeleton, extra: bool) -> MicroBatch:
     if "attention_mask" in batch:
         batch["attention_mask"] = _mask(m, batch["attention_mask"])
     labels = batch["labels"]
-    _check_range(m, "input_ids", batch["input_ids"], skeleton.embedding.num_embeddings)
-    _check_range(m, "labels", labels[labels != IGNORE_INDEX], skeleton.vocabulary)
-    _check_positions(m, batch, skeleton)
+    _check_range(m, "input_ids", batch["input_ids"], model.embedding.num_embeddings)
+    _check_range(m, "labels", labels[labels != IGNORED], model.vocabulary)
+    _check_positions(m, batch, model)
     return batch
 
 
@@ -247,7 +260,7 @@ def _check_range(m: int, name: str, values: torch.Tensor, end: int) -> None:
         )
 
 
-def _check_positions(m: int, batch: MicroBatch, skeleton: Skeleton) -> None:
+def _check_positions(m: int, batch: MicroBatch, model: ModelLimits) -> None:
     """Raises DataError for negative positions, for those that fp32 does not tell apart, and for any beyond a
     model's table of positions: a GPU answers those with an error that ends the process."""
     positions, tokens = batch.get("position_ids"), batch["input_ids"].shape[1]
@@ -261,8 +274,8 @@ def _check_positions(m: int, batch: MicroBatch, skeleton: Skeleton) -> None:
             f"{_MAX_POSITION}",
             hint="positions count from 0 in each document",
         )
-    end = skeleton.max_positions
-    if end is not None and highest >= (max(end, tokens) if skeleton.extends_positions else end):
+    end = model.max_positions
+    if end is not None and highest >= (max(end, tokens) if model.extends_positions else end):
         raise DataError(
             f"micro-batch {m} reaches position {highest}, the model's max_position_embeddings is {end}"
             + ("" if positions is None else " (position_ids)"),

@@ -1,4 +1,4 @@
-"""What the calls of `HostModel` return."""
+"""Results of `HostModel` calls, and its description."""
 
 from __future__ import annotations
 
@@ -8,21 +8,38 @@ from typing import Any
 
 import torch
 
+from horizon_lm.config import ModelSettings
+from horizon_lm.model.skeleton import Skeleton
+from horizon_lm.words import count, parameters, size
+
+# Parts of `HostModel.memory_bytes` that are on the device.
+_ON_DEVICE = ("weight_slots", "gradient_slots", "boundary_slots")
+
 
 def _shown(output: Any, **values: Any) -> str:
-    """Class and values on one line, numbers with six digits; empty ones left out."""
+    """Class and values on one line; floats with six digits, empty values omitted."""
     parts = [
         f"{n}={v:.6g}" if isinstance(v, float) else f"{n}={v}" for n, v in values.items() if v not in ("", [])
     ]
     return f"{type(output).__name__}({', '.join(parts)})"
 
 
+def perplexity(loss: float) -> float:
+    """Return e to the power of a loss in nats; infinite if that is too large for a float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 @dataclass(frozen=True, repr=False)
 class ForwardBackwardOutput:
-    """loss: mean cross-entropy over all target tokens of the step (plus the router's auxiliary
-    loss where the model asks for it), or the sum of what a loss function of your own returned;
-    num_tokens: target tokens, that is labels that are not ignored; metrics: what the loss function
-    returned beside the loss, for each micro-batch."""
+    """Result of `forward_backward`.
+
+    loss: mean cross-entropy over all target tokens of the step (plus the routers' auxiliary loss if the model
+    asks for it), or the sum of what your loss function returned. num_tokens: labels that are not ignored.
+    metrics: what your loss function returned besides the loss, per micro-batch.
+    """
 
     loss: float
     num_tokens: int
@@ -37,7 +54,7 @@ class ForwardBackwardOutput:
 
 @dataclass(frozen=True, repr=False)
 class StepOutput:
-    """grad_norm: global L2 norm of the gradients before clipping."""
+    """Result of `step`. grad_norm: global L2 norm of the gradients before clipping."""
 
     grad_norm: float
 
@@ -47,7 +64,7 @@ class StepOutput:
 
 @dataclass(frozen=True, repr=False)
 class TrainStepOutput(ForwardBackwardOutput):
-    """As `ForwardBackwardOutput`, and the global L2 norm of the gradients before clipping."""
+    """Result of `train_step`: `ForwardBackwardOutput`, and the gradient norm before clipping."""
 
     grad_norm: float = math.nan
 
@@ -58,8 +75,11 @@ class TrainStepOutput(ForwardBackwardOutput):
 
 @dataclass(frozen=True, repr=False)
 class EvaluationOutput:
-    """loss: mean cross-entropy in nats over all target tokens; log_probs: where asked for, log p(label)
-    for each micro-batch, fp32 [batch, tokens - 1], aligned with labels[:, 1:], 0 where ignored."""
+    """Result of `evaluate`.
+
+    loss: mean cross-entropy in nats over all target tokens. log_probs: on request, log p(label) per
+    micro-batch, fp32 [batch, tokens - 1], aligned with labels[:, 1:], 0 where ignored.
+    """
 
     loss: float
     num_tokens: int
@@ -77,7 +97,35 @@ class EvaluationOutput:
 
     @property
     def perplexity(self) -> float:
-        try:
-            return math.exp(self.loss)
-        except OverflowError:
-            return math.inf
+        return perplexity(self.loss)
+
+
+def describe_model(
+    skeleton: Skeleton,
+    settings: ModelSettings,
+    device: torch.device,
+    memory: dict[str, int],
+    steps_done: int,
+) -> str:
+    """Model type, parameters, device, dtype, memory by place, and how and when updates run.
+
+    memory: bytes by part, as `HostModel.memory_bytes` gives them.
+    """
+    all_parameters = [p for unit in skeleton.units for p in unit.parameters]
+    total = sum(p.numel for p in all_parameters)
+    trainable = sum(p.numel for p in all_parameters if p.trainable)
+    numbers = parameters(total)
+    if trainable != total:
+        numbers += f" ({parameters(trainable).removesuffix(' parameters')} trainable)"
+    kind = type(skeleton.model).__name__
+    slots = sum(memory[name] for name in _ON_DEVICE)
+    parts = ", ".join(f"{n} {size(b)}" for n, b in memory.items() if b and n not in _ON_DEVICE)
+    clipping = f"max_grad_norm {settings.max_grad_norm:g}" if settings.max_grad_norm else "no clipping"
+    lines = [
+        f"{kind} ({skeleton.model_type}), {count(skeleton.num_layers, 'layer')}, {numbers}",
+        f"compute: {settings.dtype} on {device}",
+        f"host memory: {size(sum(memory.values()) - slots)} ({parts})",
+        f"device memory: {size(slots)} in slots" if slots else "device memory: none, the host's is used",
+        f"updates: {settings.optim}, {settings.update_mode}, {clipping}; {count(steps_done, 'step')} done",
+    ]
+    return "HostModel(\n" + "".join(f"  {line}\n" for line in lines) + ")"

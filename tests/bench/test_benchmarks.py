@@ -13,17 +13,19 @@ import pytest
 import torch
 from benchmarks import __main__ as runner
 from benchmarks import cpu, gpu, gpu_goals, gpu_parts, micro, peers, remedies, report, suite
+from benchmarks.jobs import InlineWorker, Ledger, curve_difference, measure_fitting
 from benchmarks.peers import PEERS
 
-from horizon_lm.bench.figures import curve_difference
-from horizon_lm.bench.jobs import OURS, InlineWorker, Ledger, Row, measure
+from horizon_lm.bench.figures import Row
+from horizon_lm.bench.jobs import OURS, measure
+from horizon_lm.bench.models import shape
 from horizon_lm.bench.protocol import AbsentError, Case
-from horizon_lm.bench.shapes import shape
 from horizon_lm.plan.limits import Limits
 from horizon_lm.plan.run_plan import plan_run
 
 ROOT = Path(__file__).parents[2]
 TINY = Case(shape("tiny"), length=32, sequences=4, rows=2, dtype="float32", warmup=0, steps=6, threads=1)
+TOY = "bench_systems:Toy"
 GPU_ONLY = [name for name, peer in PEERS.items() if peer.gpu]
 
 
@@ -35,6 +37,28 @@ def no_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def new_report() -> report.Report:
     return report.Report("test", "about", command="none")
+
+
+# ---- jobs -----------------------------------------------------------------------------------
+
+
+def test_rows_are_halved_until_they_fit() -> None:
+    case = TINY.replace(rows=4, extra={"most_rows": 1})
+    row = measure_fitting(TOY, case, seconds=60, kind=InlineWorker)
+    assert row["status"] == "done" and row["tried"] == [4, 2] and row["case"]["rows"] == 1
+    row = measure_fitting(TOY, TINY.replace(rows=2, extra={"most_rows": 0}), seconds=60, kind=InlineWorker)
+    assert row["status"] == "out of memory" and row["tried"] == [2]
+
+
+def test_a_ledger_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    ledger = Ledger(path, "commit a")
+    ledger.add("one", {"status": "done"})
+    ledger.add("two", {"status": "no time"})
+    path.write_text(path.read_text() + '{"job": "three", "sta')
+    again = Ledger(path, "commit a")
+    assert again.get("one") and again.get("two") is None and again.get("three") is None
+    assert Ledger(path, "commit b").get("one") is None
 
 
 # ---- peers ----------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ import torch
 from benchmarks import peers
 from torch import nn
 
+from horizon_lm.bench.models import shape
 from horizon_lm.bench.plain import Plain
 from horizon_lm.bench.protocol import AbsentError, Case, tokens_of
-from horizon_lm.bench.shapes import shape
 
 CASE = Case(shape("tiny"), length=32, sequences=4, rows=2, dtype="float32", lr=1e-3, clip=0.5, threads=1)
 SEEN: dict[str, Any] = {}

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 import horizon_lm as hz
 import zoo
+from adversarial import from_pretrained
 from horizon_lm.engine.engine import Engine
 from horizon_lm.errors import ConfigError, NonFiniteError
-from horizon_lm.schedule import Lane, Op, StepPlan, build, simulate
+from horizon_lm.schedule import Lane, Op, StepSpec, build, simulate
 from sizes import times
 
 # an untied table, a tied one with a prologue, a mixture of experts with the router's auxiliary loss
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def host(name: str, **settings: Any) -> hz.HostModel:
     values = {"device": "cpu", "dtype": MODELS[name], "skip_memory_check": True} | settings
-    return hz.HostModel.from_pretrained(zoo.build(name), **values)
+    return from_pretrained(zoo.build(name), **values)
 
 
 def batches(name: str, step: int, micro_batches: int) -> list[dict[str, torch.Tensor]]:
@@ -191,7 +192,7 @@ def test_a_step_that_fails_half_way_leaves_the_update_whole(
         raise OverflowError("half-way")
 
     with monkeypatch.context() as patch:
-        patch.setitem(model.engine._run, kind, fail)
+        patch.setitem(model.engine.ops.functions, kind, fail)
         with pytest.raises(OverflowError):
             model.train_step(batches("llama", 1, 1), lr=3e-3)
     assert same(masters(model), expected)
@@ -207,7 +208,7 @@ def test_a_step_that_fails_half_way_leaves_the_update_whole(
 def spoil(model: hz.HostModel, monkeypatch: pytest.MonkeyPatch, kind: str, value: float) -> None:
     """One element of a middle layer's gradient, or the loss, is not finite in the next step."""
     op_kind = {"gradient": "B", "loss": "L"}[kind]
-    honest = model.engine._run[op_kind]
+    honest = model.engine.ops.functions[op_kind]
 
     def wrapped(step: Any, op: Op) -> None:
         honest(step, op)
@@ -216,7 +217,7 @@ def spoil(model: hz.HostModel, monkeypatch: pytest.MonkeyPatch, kind: str, value
         elif op.unit == 2:
             step.gradients[op.unit].run[0] = value
 
-    monkeypatch.setitem(model.engine._run, op_kind, wrapped)
+    monkeypatch.setitem(model.engine.ops.functions, op_kind, wrapped)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -373,7 +374,7 @@ def test_bf16_moments_do_not_depend_on_the_order_of_updates() -> None:
 def step_seconds(update: str, optimize: float) -> float:
     """A step of 32 layers on costs of an 8 B model at 16 K tokens: milliseconds of one layer, and of
     head, embedding and scatter beside it."""
-    plan = StepPlan(32, frozenset(range(1, 34)), frozenset(range(1, 35)), 34, 1, 3, 2, update=update)
+    plan = StepSpec(32, frozenset(range(1, 34)), frozenset(range(1, 35)), 34, 1, 3, 2, update=update)
     costs = {"G": 2, "U": 8, "F": 11, "L": 70, "B": 33, "D": 9, "S": 5, "N": 0.1, "O": optimize}
     pending = plan.trainable if update == "deferred" else ()
     return simulate(build(plan, 1, pending), lambda op: costs[op.kind] * 1e-3).seconds
@@ -390,7 +391,7 @@ def test_deferred_updates_cost_no_more_than_eager_ones() -> None:
 
 
 def test_a_simulation_follows_lanes_and_waits() -> None:
-    plan = StepPlan(2, frozenset({1, 2, 3}), frozenset({1, 2, 3, 4}), 4, 2)
+    plan = StepSpec(2, frozenset({1, 2, 3}), frozenset({1, 2, 3, 4}), 4, 2)
     ops = build(plan)
     done = simulate(ops, lambda op: 1.0)
     lanes: dict[Lane, float] = {}

@@ -13,13 +13,13 @@ from functools import cache
 from itertools import product
 from typing import Any
 
-from horizon_lm.schedule import Buffer, Lane, Op, StepPlan, build_steps, derive_waits
+from horizon_lm.schedule import Buffer, Lane, Op, StepSpec, build_steps, derive_waits
 
 STEPS = 2
 Waits = Sequence[tuple[int, ...]]
 
 
-def all_plans() -> Iterator[StepPlan]:
+def all_plans() -> Iterator[StepSpec]:
     grid = product(range(1, 7), (True, False), (True, False), (1, 3), (2, 3, 4), (1, 2))
     for layers, tied, prologue, micro_batches, slots, grad_slots in grid:
         head = layers + 1
@@ -30,7 +30,7 @@ def all_plans() -> Iterator[StepPlan]:
         choices = {frozenset(), frozenset({1}), below_the_middle, frozenset({embedding})}
         for frozen in sorted(choices, key=sorted):
             if units - frozen:
-                plan = StepPlan(layers, uploaded, units - frozen, embedding, micro_batches, slots, grad_slots)
+                plan = StepSpec(layers, uploaded, units - frozen, embedding, micro_batches, slots, grad_slots)
                 yield plan
                 if tied and head not in frozen:  # a final norm that is trained, a table that is not
                     yield replace(plan, embedding_frozen=True)
@@ -39,7 +39,7 @@ def all_plans() -> Iterator[StepPlan]:
 PLANS = list(all_plans())
 
 
-def policy_plans() -> Iterator[StepPlan]:
+def policy_plans() -> Iterator[StepSpec]:
     """Update modes, kept and spilled layers, blocks: every combination, on models of five layers and less."""
     grid = product(
         (1, 2, 5), (True, False), (1, 3), (1, 2, 3), ("sync", "deferred", "eager"), (0, 1, 2), (0, 1, 2)
@@ -48,7 +48,7 @@ def policy_plans() -> Iterator[StepPlan]:
         head = layers + 1
         uploaded = frozenset(range(layers % 2, head + 1))
         embedding = head if tied else head + 1
-        yield StepPlan(
+        yield StepSpec(
             layers,
             uploaded,
             uploaded | {embedding} if spill < 2 else frozenset(range(layers // 2 + 1, head + 1)),
@@ -70,12 +70,12 @@ EVERY = PLANS + POLICIES
 
 
 @cache
-def prepared(plan: StepPlan) -> tuple[list[Op], list[tuple[int, ...]]]:
+def prepared(plan: StepSpec) -> tuple[list[Op], list[tuple[int, ...]]]:
     ops = build_steps(plan, STEPS)
     return ops, derive_waits(ops)
 
 
-def label(plan: StepPlan) -> str:
+def label(plan: StepSpec) -> str:
     frozen = sorted((plan.uploaded | {plan.embedding_unit}) - plan.trainable)
     return (
         f"layers={plan.layers} prologue={0 in plan.uploaded} tied={plan.embedding_unit == plan.head} "
@@ -85,7 +85,7 @@ def label(plan: StepPlan) -> str:
     )
 
 
-def plain(**changes: Any) -> StepPlan:
+def plain(**changes: Any) -> StepSpec:
     """Three layers, untied, a prologue with weights, two micro-batches, all trainable."""
     values = {
         "layers": 3,
@@ -93,7 +93,7 @@ def plain(**changes: Any) -> StepPlan:
         "trainable": frozenset(range(6)),
         "embedding_unit": 5,
     }
-    return StepPlan(**(values | {"micro_batches": 2} | changes))
+    return StepSpec(**(values | {"micro_batches": 2} | changes))
 
 
 def closure(ops: Sequence[Op], waits: Waits) -> list[set[int]]:
@@ -117,7 +117,7 @@ def closure(ops: Sequence[Op], waits: Waits) -> list[set[int]]:
 
 @dataclass
 class Symbols:
-    plan: StepPlan
+    plan: StepSpec
     memory: dict[tuple, Any] = field(default_factory=dict)
     names: dict[Any, int] = field(default_factory=dict)
 
@@ -219,7 +219,7 @@ class Symbols:
         return losses | {(region, u): self.get(region, u) for region in ("weights", "state") for u in units}
 
 
-def reference(plan: StepPlan, symbols: Symbols) -> dict[tuple, Any]:
+def reference(plan: StepSpec, symbols: Symbols) -> dict[tuple, Any]:
     """Two steps as one would write them with every unit in its own memory: no slots, no lanes."""
     name, micro_batches, head = symbols.name, range(plan.micro_batches), plan.head
     weights: dict[int, Any] = {u: ("initial", u) for u in range(head + 2)}
@@ -267,7 +267,7 @@ def reference(plan: StepPlan, symbols: Symbols) -> dict[tuple, Any]:
 
 
 def run_symbolically(
-    plan: StepPlan, ops: Sequence[Op], order: Sequence[int] | None = None, ends: Sequence | None = None
+    plan: StepSpec, ops: Sequence[Op], order: Sequence[int] | None = None, ends: Sequence | None = None
 ) -> tuple[bool, list[int]]:
     """Whether the ops give what the reference gives, and the order in which they ran."""
     symbols = Symbols(plan)

@@ -21,7 +21,7 @@ from horizon_lm.plan.costs import kernel_seconds
 from horizon_lm.plan.outline import Outline, model_config
 from horizon_lm.plan.predict import predict
 from horizon_lm.plan.work import KINDS, Kernel, Work, WorkMeter
-from horizon_lm.schedule import Buffer, StepPlan, build, simulate
+from horizon_lm.schedule import Buffer, StepSpec, build, simulate
 from planned_models import GB, SMALL, config_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -109,9 +109,9 @@ def test_engine_and_planner_make_the_same_plan(values: dict[str, Any]) -> None:
     model = hz.HostModel.from_config(SMALL, settings)
     outline = Outline(model.config, settings)
     for count in (1, 3):
-        assert Policies.of(settings, outline).step_plan(count) == model.engine.plan(count)
+        assert Policies.of(settings, outline).step_spec(count) == model.engine.spec(count)
     other = Policies.of(settings_of(slots=5), outline)
-    assert other.step_plan(1) != model.engine.plan(1)
+    assert other.step_spec(1) != model.engine.spec(1)
 
 
 POLICIES: dict[str, dict[str, Any]] = {
@@ -154,7 +154,7 @@ def test_bytes_of_a_step_are_predicted(name: str) -> None:
 
 
 def test_an_op_at_a_time_and_what_ops_hold() -> None:
-    plan = StepPlan(
+    plan = StepSpec(
         layers=2, uploaded=frozenset({1, 2, 3}), trainable=frozenset({1, 2, 3, 4}), embedding_unit=4
     )
     ops = build(plan)

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from horizon_lm.schedule import Buffer, Op, StepPlan, build_steps, check, derive_waits
+from horizon_lm.schedule import Buffer, Op, StepSpec, build_steps, check, derive_waits
 from schedule_authorities import STEPS, Waits, label, plain, run_symbolically
 
 
-def mutants(plan: StepPlan) -> Iterator[tuple[str, list[Op]]]:
+def mutants(plan: StepSpec) -> Iterator[tuple[str, list[Op]]]:
     """Schedules with one fault each; not all of them change the result."""
     ops = build_steps(plan, STEPS)
     for i, op in enumerate(ops):
@@ -82,7 +82,7 @@ def _with(op: Op, region: str, slot: int) -> Op:
     ],
     ids=label,
 )
-def test_every_mutant_that_changes_the_result_is_found(plan: StepPlan) -> None:
+def test_every_mutant_that_changes_the_result_is_found(plan: StepSpec) -> None:
     changed = found = 0
     for what, ops in mutants(plan):
         wrong = not run_symbolically(plan, ops)[0]
@@ -93,7 +93,7 @@ def test_every_mutant_that_changes_the_result_is_found(plan: StepPlan) -> None:
     assert changed > 300
 
 
-def faults_of(ops: Sequence[Op], plan: StepPlan | None = None, waits: Waits | None = None) -> str:
+def faults_of(ops: Sequence[Op], plan: StepSpec | None = None, waits: Waits | None = None) -> str:
     return "\n".join(check(ops, plan or plain(), waits))
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from horizon_lm.schedule import Op, StepPlan, build
+from horizon_lm.schedule import Op, StepSpec, build
 from horizon_lm.schedule.draw import chrome_trace, text_timeline, utilisation
 
 UPLOAD, FORWARD = Op("U", 3, slot=1), Op("F", 3, 0, slot=1)
@@ -30,7 +30,7 @@ def test_trace() -> None:
 
 def test_trace_of_a_whole_step() -> None:
     units = frozenset(range(5))
-    ops = build(StepPlan(layers=3, uploaded=units, trainable=units, embedding_unit=4, micro_batches=2))
+    ops = build(StepSpec(layers=3, uploaded=units, trainable=units, embedding_unit=4, micro_batches=2))
     spans = [(op, float(i), i + 1.0) for i, op in enumerate(ops)]
     assert sum(e["ph"] == "X" for e in chrome_trace(spans)["traceEvents"]) == len(ops)
     assert sum(row["ops"] for row in utilisation(spans).values()) == len(ops)

@@ -7,12 +7,12 @@ from itertools import product
 
 import pytest
 
-from horizon_lm.schedule import StepPlan, build, build_save, build_steps, check, derive_waits
+from horizon_lm.schedule import StepSpec, build, build_save, build_steps, check, derive_waits
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_samples")
 
 
-def saving_plans() -> list[StepPlan]:
+def saving_plans() -> list[StepSpec]:
     plans = []
     grid = product((1, 3), (True, False), ("sync", "deferred", "eager"), (1, 2), (True, False))
     for layers, tied, update, m, prologue in grid:
@@ -22,7 +22,7 @@ def saving_plans() -> list[StepPlan]:
         units = uploaded | {embedding}
         for frozen in (frozenset(), frozenset({1})):
             plans.append(
-                StepPlan(
+                StepSpec(
                     layers,
                     uploaded,
                     units - frozen,

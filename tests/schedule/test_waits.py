@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from horizon_lm.schedule import Buffer, Lane, Op, StepPlan, build, check, last_uses
+from horizon_lm.schedule import Buffer, Lane, Op, StepSpec, build, check, last_uses
 from horizon_lm.schedule.check import ends_before
 from schedule_authorities import (
     EVERY,
@@ -80,7 +80,7 @@ SMALL = [plan for plan in PLANS if plan.layers <= 2 and plan.micro_batches == 1 
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(st.sampled_from(SMALL), st.integers(0, 2**32), st.integers(0, 6), st.integers(0, 6))
-def test_order_verdict_equals_brute_force(plan: StepPlan, seed: int, drops: int, adds: int) -> None:
+def test_order_verdict_equals_brute_force(plan: StepSpec, seed: int, drops: int, adds: int) -> None:
     """Random waits removed and added: as many unordered conflicts as the transitive closure shows."""
     rng = random.Random(seed)
     ops, derived = prepared(plan)

@@ -1,5 +1,5 @@
-"""One harness for the repository's benchmarks and for `horizon bench`: the same protocol for all systems.
+"""`horizon bench`, and the harness that it shares with the repository's benchmarks.
 
-`protocol` says what is run, `figures` how it is counted, `worker` runs a system in a process of its own,
-`jobs` starts such processes, in turns where two are compared, and keeps what they found.
+`protocol` defines a case, `worker` runs one system in its own process, `jobs` starts these processes and
+collects their results, `figures` makes a table of them.
 """

@@ -1,15 +1,15 @@
-"""The formulas of every figure that is reported.
+"""Reported figures: their formulas, and rows of results as cells of a table.
 
-    model FLOPs     6 N tokens + 6 L d sum(l^2)                     (run/flops.py; PaLM, appendix B)
-    hardware FLOPs  model FLOPs + one more forward of each layer that is recomputed:
+    model FLOPs     6 N tokens + 6 L d sum(l^2)                     (report/flops.py; PaLM, appendix B)
+    hardware FLOPs  model FLOPs + one more forward of each recomputed layer:
                     2 N_r tokens + 2 L_r d sum(l^2)                 (Korthikanti et al., 2205.05198)
     MFU, HFU        model, hardware FLOPs / seconds / peak
-    practicality    tokens/s / tokens/s of the in-memory run at equal tokens a step
-    bytes/parameter peak host bytes of the steps / parameters
+    speed           tokens/s / tokens/s of the in-memory run at equal tokens per step
+    bytes/parameter peak host bytes during the steps / parameters
 
-N: parameters that multiply a token: all but the embedding table, unless the output layer shares it. Attention
-is causal: a token attends to half of its sequence on average. L, N_r, L_r: layers, parameters in recomputed
-layers, recomputed layers; d: width of all heads; l: length of a sequence. Padding does not occur.
+N: parameters that multiply a token (all but the embedding table, unless the output layer shares it).
+L, N_r, L_r: layers, parameters in recomputed layers, recomputed layers. d: total width of the heads.
+l: sequence length; attention is causal, so a token attends to half of its sequence on average. No padding.
 """
 
 from __future__ import annotations
@@ -17,40 +17,24 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from horizon_lm.data.loader import StepSize
-from horizon_lm.report.flops import ModelFlops, measure_peak
+from horizon_lm.report.flops import measure_peak
 
-# Dense bf16 FLOP/s of the makers' data sheets, by a part of the device's name. MFU is quoted against these.
+# Dense bf16 FLOP/s from data sheets, by a part of the device's name. MFU is quoted against these.
 _PEAKS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "4090": 165e12}
 
+HEAD = ["system", "tokens/s, median (least to most)", "MFU", "HFU", "host peak GB", "pinned GB"]
+HEAD += ["device peak GB", "host B/parameter", "speed / in-memory", "loss, last"]
 
-@dataclass(frozen=True)
-class Work:
-    """model: of forward and backward. layers: of one forward pass through all layers."""
-
-    model: ModelFlops
-    layers: ModelFlops
-
-    def model_flops(self, sequences: int, length: int) -> float:
-        """Of a step of `sequences` x `length` tokens."""
-        return self.model.of(_step(sequences, length))
-
-    def hardware_flops(self, sequences: int, length: int, recomputed: float) -> float:
-        """recomputed: share of the layers whose forward runs twice, 0 to 1."""
-        step = _step(sequences, length)
-        return self.model.of(step) + recomputed * self.layers.of(step)
-
-
-def _step(sequences: int, length: int) -> StepSize:
-    return StepSize(sequences * length, sequences * length, (length,) * sequences)
+Row = dict[str, Any]  # the result of one system; JSON
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Of some numbers."""
+    """Median, minimum and maximum."""
 
     median: float
     least: float
@@ -64,20 +48,48 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.median(values), min(values), max(values))
 
 
-def practicality(tokens_per_second: float, in_memory: float) -> float:
-    return tokens_per_second / in_memory
-
-
-def curve_difference(one: Sequence[float], two: Sequence[float]) -> float:
-    """Largest relative difference of two loss curves over the steps that both have."""
-    return max((abs(a - b) / abs(b) for a, b in zip(one, two, strict=False)), default=float("nan"))
-
-
 def peak_of(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """(FLOP/s, where the figure is from): a data sheet, or a large matrix product on this device."""
+    """Return (peak FLOP/s, its source): a data sheet, or a large matrix product on this device."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for part, value in _PEAKS.items():
             if part in name:
                 return value, "data sheet, dense bf16"
     return measure_peak(device, dtype), "a large matrix product on this device"
+
+
+def cells(name: str, row: Row, *, peak: float, in_memory: float | None = None) -> list[str]:
+    """Format a row under HEAD. peak: FLOP/s; in_memory: tokens/s of the in-memory run at equal tokens."""
+    if row.get("status") != "done":
+        return [name, f"{row.get('status', 'not run')}: {row.get('why', '')}", *[""] * (len(HEAD) - 2)]
+    rate, least, most = row["tokens_per_second"]
+    seconds = _tokens(row) / rate
+    peaks, info = row["peaks"], row.get("info", {})
+    pinned = info.get("pinned", peaks["pinned"])
+    return [
+        name,
+        f"{rate:,.0f} ({least:,.0f} to {most:,.0f})",
+        f"{row['model_flops'] / seconds / peak:.1%}",
+        f"{row['hardware_flops'] / seconds / peak:.1%}",
+        f"{peaks['host'] / 1e9:.2f}",
+        f"{pinned / 1e9:.2f}",
+        f"{peaks['device'] / 1e9:.2f}",
+        f"{row['host_bytes_per_parameter']:.1f}",
+        f"{rate / in_memory:.3f}" if in_memory else "",
+        f"{row['losses'][-1]:.4f}",
+    ]
+
+
+def _tokens(row: Row) -> int:
+    return int(row["case"]["sequences"]) * int(row["case"]["length"])
+
+
+def lane_lines(found: dict[str, Any]) -> list[str]:
+    """Format a breakdown (`ours.breakdown`) as lines of text."""
+    lines = [f"one recorded step of {found['seconds'] * 1e3:.1f} ms:"]
+    for lane, values in found["lanes"].items():
+        lines.append(f"  {lane:<10}{values['busy_seconds'] * 1e3:>12.1f} ms{values['share']:>8.0%}")
+    lines.append(f"  {found['hidden']:.0%} of the other lanes' time is hidden under compute")
+    moved = {name.replace("_", " "): f"{size / 1e9:.3f} GB" for name, size in found["moved"].items()}
+    lines.append("  moved: " + ", ".join(f"{size} {name}" for name, size in moved.items()))
+    return lines

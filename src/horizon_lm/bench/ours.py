@@ -1,28 +1,36 @@
-"""Horizon-LM as a system of the benchmark."""
+"""Horizon-LM as a system of the benchmark, and the breakdown of one recorded step."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from horizon_lm.bench.lanes import breakdown
 from horizon_lm.bench.models import source_model
 from horizon_lm.bench.protocol import Case
-from horizon_lm.config import ModelSettings, TrainConfig
+from horizon_lm.config import ModelSettings, TrainConfig, model_settings_of
 from horizon_lm.errors import UnsupportedModelError
 from horizon_lm.host_model import HostModel
+from horizon_lm.memory.arena import keep_freed_memory
 from horizon_lm.plan.run_plan import plan_run
+from horizon_lm.schedule import Lane
+from horizon_lm.schedule.draw import Span, utilisation
 
 
 class Ours:
-    """extra: any setting of `ModelSettings`. With activations=auto or rows=0 the planner chooses as it does
-    for `horizon train`, by this machine's profile where `horizon doctor` has made one."""
+    """Horizon-LM under test. extra: any field of `ModelSettings`.
+
+    With activations=auto or rows=0 the planner chooses, as for `horizon train`, using this machine's profile
+    if `horizon doctor` has measured one.
+    """
 
     def __init__(self, case: Case) -> None:
         self.case = case
         settings, self.rows, self.chosen = settle(case)
         self.model = HostModel(source_model(case), settings)
+        if self.model.device.type == "cpu":
+            keep_freed_memory()  # as `train` does
 
     def step(self, micro_batches: list[torch.Tensor]) -> float:
         return self._step(micro_batches, record=False)
@@ -33,13 +41,13 @@ class Ours:
         return self.model.train_step(batches, lr=self.case.lr, weight_decay=decay, record=record).loss
 
     def breakdown(self, micro_batches: list[torch.Tensor]) -> dict[str, Any]:
-        """One more step, recorded: what each lane did (`lanes.breakdown`)."""
+        """Run and record one more step; see `breakdown`."""
         self._step(micro_batches, record=True)
         return breakdown(self.model)
 
     def describe(self) -> dict[str, Any]:
-        """What the planner chose, the share of layers that are recomputed, bytes by part."""
-        kept = len(self.model.engine.policies.kept)
+        """Return the planner's choices, the share of recomputed layers, and memory by part in bytes."""
+        kept = len(self.model.engine.ops.policies.kept)
         layers = self.model.skeleton.num_layers
         memory = self.model.memory_bytes()
         pinned = sum(memory.get(n, 0) for n in ("weights", "grads", "grad_slabs", "boundaries"))
@@ -57,13 +65,13 @@ class Ours:
 
 
 def train_config(case: Case) -> TrainConfig:
-    """The run that a case stands for, as `horizon plan` takes it."""
+    """Return the training run that a case stands for, as `horizon plan` takes it."""
     cut: dict[str, Any] = {"tokens_per_step": case.tokens}
     if case.rows:
         rows = min(case.rows, case.sequences)
         count = -(-case.sequences // rows)
         cut = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": count}
-    data: Any = ["none"]  # none is read
+    data: Any = ["none"]  # no dataset is read
     common = {"init_model": case.model, "datasets": data, "max_length": case.length}
     return TrainConfig(**common, **cut, **_settings(case))
 
@@ -82,7 +90,7 @@ def _settings(case: Case) -> dict[str, Any]:
 
 
 def settle(case: Case) -> tuple[ModelSettings, int, dict[str, Any]]:
-    """(settings, rows of a micro-batch, what was chosen and by which profile)."""
+    """Return (settings, rows per micro-batch, the profile and predicted seconds of the plan, if any)."""
     config = train_config(case)
     rows = case.rows or case.sequences
     chosen: dict[str, Any] = {}
@@ -94,9 +102,77 @@ def settle(case: Case) -> tuple[ModelSettings, int, dict[str, Any]]:
         else:
             config, rows = plan.config, plan.config.per_device_train_batch_size
             chosen = {"plan": plan.profile.name, "predicted_seconds": plan.prediction.seconds}
-    values = {key: getattr(config, key) for key in ModelSettings.model_fields}
-    return ModelSettings(**values), rows, chosen
+    return model_settings_of(config), rows, chosen
 
 
 def build(case: Case) -> Ours:
     return Ours(case)
+
+
+Interval = tuple[float, float]
+
+
+def hidden_share(spans: Iterable[Span]) -> float:
+    """Return the share of the other lanes' time under compute: 0.0 on the CPU, where lanes alternate."""
+    compute: list[Interval] = []
+    others: list[Interval] = []
+    for op, start, end in spans:
+        (compute if op.lane is Lane.COMPUTE else others).append((start, end))
+    total = sum(end - start for start, end in others)
+    merged = _union(compute)
+    hidden = sum(_common(other, merged) for other in others)
+    return hidden / total if total else 0.0
+
+
+def _union(intervals: Iterable[Interval]) -> list[Interval]:
+    found: list[Interval] = []
+    for start, end in sorted(intervals):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], end))
+        else:
+            found.append((start, end))
+    return found
+
+
+def _common(one: Interval, merged: Iterable[Interval]) -> float:
+    return sum(max(0.0, min(one[1], end) - max(one[0], start)) for start, end in merged)
+
+
+def moved_bytes(model: HostModel, spans: Iterable[Span]) -> dict[str, int]:
+    """Return the bytes that a step moves: `to_device` (weights, boundaries), `from_device` (gradients,
+    boundaries), and `update`, read and written by the optimizer in host memory. On the CPU only `update`."""
+    store, engine = model.store, model.engine
+    size, moments = store.dtype.itemsize, sum(store.num_bytes.get(n, 0) for n in ("exp_avg", "exp_avg_sq"))
+    trainable = sum(unit.trainable_numel for unit in store.units)
+    per_parameter = 3 * size + 2 * moments / max(1, trainable)
+    per_parameter += 2 * 2 if store.num_bytes.get("residual") else 0
+    streamed = model.device.type != "cpu"
+    found = {"to_device": 0, "from_device": 0, "update": 0}
+    for op, _, _ in spans:
+        if op.kind == "O":
+            found["update"] += int(store.units[op.unit].trainable_numel * per_parameter)
+        elif not streamed:
+            continue
+        elif op.kind == "U":
+            found["to_device"] += store.units[op.unit].slot_numel * size
+        elif op.kind == "D":
+            found["from_device"] += store.units[op.unit].trainable_numel * size
+        elif op.kind in "RX":
+            size_on_host = engine.ops.boundary_slots.home_bytes(op.unit, op.micro_batch)
+            found["to_device" if op.kind == "R" else "from_device"] += size_on_host
+    return found
+
+
+def breakdown(model: HostModel) -> dict[str, Any]:
+    """Break down the last recorded step (record=True).
+
+    lanes: busy seconds and share of the step; a lane's overlapping ops count once.
+    hidden: see `hidden_share`. moved: see `moved_bytes`.
+    """
+    spans = model.timeline
+    return {
+        "lanes": utilisation(spans),
+        "hidden": hidden_share(spans),
+        "moved": moved_bytes(model, spans),
+        "seconds": max((end for _, _, end in spans), default=0.0),
+    }

@@ -1,7 +1,6 @@
-"""Plain torch as a system: transformers in the device's memory, fused AdamW on fp32 masters.
+"""Plain torch as a system: transformers in device memory, fused AdamW on fp32 masters.
 
-The in-memory run against which `practicality` is measured. `case.activations` decides whether every layer is
-recomputed (activation checkpointing) or none.
+This is the in-memory reference. `case.activations` selects activation checkpointing in all layers or in none.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from horizon_lm.bench.protocol import Case
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: decay spares biases and what has one dimension, as in ours."""
+    """Return parameter groups; biases and 1-D parameters are not decayed, as in Horizon-LM."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     decayed = [p for n, p in named if p.ndim > 1 and not n.endswith("bias")]
     spared = [p for n, p in named if p.ndim <= 1 or n.endswith("bias")]
@@ -25,7 +24,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def prepare(model: Any, case: Case) -> Any:
-    """What all peers need: no cache, training mode, activation checkpointing if it is asked for."""
+    """Prepare for training: no cache, activation checkpointing unless activations=keep."""
     model.config.use_cache = False
     model.train()
     if case.activations != "keep":
@@ -38,8 +37,8 @@ def adam_options(case: Case) -> dict[str, Any]:
 
 
 def backward(model: nn.Module, micro_batches: list[torch.Tensor], device: torch.device) -> float:
-    """Forward and backward of a step with gradients of its mean loss over all tokens; that loss."""
-    total = sum(ids.numel() - len(ids) for ids in micro_batches)  # a first token has no prediction
+    """Run a step's forward and backward for the mean loss over all its tokens; return that loss."""
+    total = sum(ids.numel() - len(ids) for ids in micro_batches)  # nothing predicts a first token
     loss = 0.0
     for ids in micro_batches:
         share = (ids.numel() - len(ids)) / total
@@ -51,8 +50,10 @@ def backward(model: nn.Module, micro_batches: list[torch.Tensor], device: torch.
 
 
 class Plain:
-    """bf16 weights for compute and fp32 masters for AdamW; in fp32 they are one. extra: masters=False leaves
-    them out, for pure bf16 (8 bytes a parameter, not the same training)."""
+    """bf16 compute weights with fp32 masters for AdamW (one copy if the case is fp32).
+
+    extra: masters=False trains in pure bf16, 8 bytes per parameter, which is not the same training.
+    """
 
     def __init__(self, case: Case) -> None:
         self.case, self.device = case, torch.device(case.device)
@@ -95,7 +96,7 @@ class Plain:
         return {"recomputed": 0.0 if self.case.activations == "keep" else 1.0}
 
     def close(self) -> None:
-        """Nothing outlives the process."""
+        """Do nothing: nothing outlives the process."""
 
 
 def build(case: Case) -> Plain:

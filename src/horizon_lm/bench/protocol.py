@@ -1,8 +1,8 @@
-"""What every system runs: the same configuration and seed, the same random tokens, no padding.
+"""The protocol of all systems: one configuration, one seed, one stream of random tokens without padding.
 
-A system is made by `build(case)` and trains on the batches of `tokens_of`. Warm-up steps are not counted;
-of the timed ones the median is reported, with the least and the most. Two warm-up steps are the least: an
-update that is put off to the next step touches the moments' memory for the first time in the second one.
+`build(case)` makes a system, which trains on the batches of `tokens_of`. Warm-up steps are not counted; the
+median of the timed steps is reported with minimum and maximum. Warm up for at least two steps: a deferred
+update first touches the moments' memory in the second.
 """
 
 from __future__ import annotations
@@ -19,18 +19,21 @@ from horizon_lm.errors import HorizonError
 
 
 class AbsentError(HorizonError):
-    """A system that cannot run here: its package, its checkout or its device is missing. A row, no fault."""
+    """A system that cannot run here: its package, checkout or device is missing. A row, not a failure."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One setting, the same for all systems.
+    """One benchmark setting, the same for all systems.
 
-    model: values of a transformers configuration, with model_type. sequences: of a step, each of `length`
-    tokens. rows: sequences of a micro-batch; 0 leaves the cut to the system. clip: global norm, None for
-    off. activations: recompute, keep, or auto, which leaves it to the system. distinct: the tokens of a step
-    come round again after so many steps; 0 for never. init: `transformers` draws weights as transformers
-    does; `quick` takes no time and no memory (models.py). extra: what only one system knows.
+    model: values of a transformers configuration, with model_type
+    length, sequences: tokens per sequence, sequences per step
+    rows: sequences per micro-batch; 0 lets the system choose
+    clip: limit of the global gradient norm; None turns clipping off
+    activations: recompute, keep, or auto (the system chooses)
+    distinct: repeat the tokens every N steps; 0 never repeats them
+    init: `transformers` draws weights as transformers does; `quick` takes no time or memory (models.py)
+    extra: options of a single system
     """
 
     model: dict[str, Any]
@@ -56,7 +59,7 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """Of a step. None is padding."""
+        """Tokens per step, none of them padding."""
         return self.sequences * self.length
 
     @property
@@ -74,26 +77,28 @@ class Case:
         return cls(**{**values, "betas": tuple(values["betas"])})
 
     def key(self, system: str) -> str:
-        """Names a job: the same system and case have the same key."""
+        """Return an identifier of this case run by `system`."""
         text = json.dumps([system, self.to_json()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class System(Protocol):
-    """What is measured. Made by `build(case)`, which raises AbsentError where it cannot run."""
+    """A training system under test, made by `build(case)`, which raises AbsentError if it cannot run here."""
 
     def step(self, micro_batches: list[torch.Tensor]) -> float:
-        """Train on int64 ids, [rows, length] each and on the CPU; the mean loss. Labels are the ids."""
+        """Train on int64 ids, [rows, length] each, on the CPU; labels are the ids. Return the mean loss."""
         ...
 
     def close(self) -> None:
-        """Give everything back."""
+        """Release all resources."""
         ...
 
 
 def tokens_of(case: Case, step: int, rows: int) -> list[torch.Tensor]:
-    """The ids of a step, [rows, length] for each micro-batch (the last may have fewer rows): the same
-    sequences in the same order however they are cut."""
+    """Return the ids of a step, [rows, length] for each micro-batch; the last may have fewer rows.
+
+    Sequences and their order do not depend on `rows`.
+    """
     number = step % case.distinct if case.distinct else step
     generator = torch.Generator().manual_seed(1_000_003 * (case.seed + 1) + number)
     size = (case.sequences, case.length)

@@ -1,4 +1,4 @@
-"""`horizon bench`: a case from what a user named, run and shown."""
+"""`horizon bench`: make a case from the user's options, measure it, print the results."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from horizon_lm.bench.figures import peak_of
-from horizon_lm.bench.jobs import OURS, TORCH, Row, measure
-from horizon_lm.bench.models import work_of
+from horizon_lm.bench.figures import HEAD, Row, cells, lane_lines, peak_of
+from horizon_lm.bench.jobs import OURS, TORCH, measure
+from horizon_lm.bench.models import SHAPES, work_of
 from horizon_lm.bench.protocol import Case
-from horizon_lm.bench.shapes import SHAPES
-from horizon_lm.bench.table import HEAD, cells, lane_lines
 from horizon_lm.errors import ConfigError
 from horizon_lm.machine.device import resolve_device
 
 
 def model_values(name: str, layers: int = 0) -> dict[str, Any]:
-    """Values of a transformers configuration: of a shape, a folder with config.json, or such a file.
+    """Return the transformers configuration of a shape, a model folder, or a config.json.
 
-    Raises ConfigError for a name that is none of these, and for a depth that the model cannot have.
+    layers: replaces the model's depth unless 0. Raises ConfigError.
     """
     values = dict(SHAPES[name]) if name in SHAPES else _read(name)
     if layers:
@@ -37,13 +35,13 @@ def model_values(name: str, layers: int = 0) -> dict[str, Any]:
 def _read(name: str) -> dict[str, Any]:
     path = Path(name).expanduser()
     path = path / "config.json" if path.is_dir() else path
-    hint = f"a shape ({', '.join(SHAPES)}), or a folder with config.json"
+    hint = f"name a shape ({', '.join(SHAPES)}) or a folder with config.json"
     if not path.is_file():
         raise ConfigError(f"MODEL {name!r} is neither a shape nor a model folder", hint)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise ConfigError(f"{path} is no configuration: {error}", hint) from error
+        raise ConfigError(f"{path} is not a valid configuration: {error}", hint) from error
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise ConfigError(f"{path} has no model_type", hint)
     dropped = {"architectures", "transformers_version", "torch_dtype", "dtype", "auto_map", "_name_or_path"}
@@ -51,31 +49,32 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def make_case(model: str, *, layers: int, device: str, **settings: Any) -> Case:
-    """The case of a user's words. Raises ConfigError."""
+    """Make a case from the command's options. Raises ConfigError."""
     values = model_values(model, layers)
     place = resolve_device(device).type
     case = Case(values, device=place, init="quick", **settings)
     longest = values.get("max_position_embeddings")
     if isinstance(longest, int) and case.length > longest:
         raise ConfigError(
-            f"--length {case.length}, but the model has {longest} positions", f"--length {longest}"
+            f"--length {case.length} exceeds the model's {longest} positions", f"use --length {longest}"
         )
     if case.rows > case.sequences:
         raise ConfigError(
-            f"--rows {case.rows} of a step of {case.sequences} sequences", f"--sequences {case.rows}"
+            f"--rows {case.rows} exceeds --sequences {case.sequences}",
+            f"use --sequences {case.rows}",
         )
     try:
         work_of(case)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"transformers refuses the configuration of {model!r}: {reason}", "check its config.json"
+            f"transformers rejects the configuration of {model!r}: {reason}", "check its config.json"
         ) from error
     return case
 
 
 def run(case: Case, against: list[str], *, as_json: bool) -> str:
-    """Measure ours and those named, print what was found; the status of ours."""
+    """Measure Horizon-LM and the systems in `against`, print the results, return Horizon-LM's status."""
     systems = [("horizon-lm", OURS, case)]
     for name in against:
         keep = "keep" if name == "torch-keep" else "recompute"
@@ -90,7 +89,7 @@ def run(case: Case, against: list[str], *, as_json: bool) -> str:
 
 
 def show(names: list[str], rows: list[Row], case: Case) -> None:
-    """A table, the lanes of ours, and what the figures rest on."""
+    """Print a table, the basis of its figures, and the lanes of Horizon-LM."""
     peak, source = peak_of(torch.device(case.device), case.torch_dtype)
     memory_run = [r for n, r in zip(names, rows, strict=True) if n.startswith("torch") and "model_flops" in r]
     best = max((row["tokens_per_second"][0] for row in memory_run), default=None)
@@ -99,15 +98,11 @@ def show(names: list[str], rows: list[Row], case: Case) -> None:
     for i, title in enumerate(HEAD[1:], start=1):
         table.add_row(title, *(row[i] for row in found))
     Console(soft_wrap=True).print(table)
-    print(
-        f"{rows[0]['parameters'] / 1e9:.3f} B parameters; {case.tokens:,} tokens a step, none of it padding"
-    )
-    print(
-        f"{case.warmup} warm-up and {case.steps} timed steps; MFU and HFU against {peak / 1e12:.2f} TFLOP/s"
-    )
-    print(f"  ({source}); the formulas are in docs/performance.md")
+    print(f"{rows[0]['parameters'] / 1e9:.3f} B parameters; {case.tokens:,} tokens per step, no padding")
+    print(f"{case.warmup} warm-up and {case.steps} timed steps; MFU and HFU of {peak / 1e12:.2f} TFLOP/s")
+    print(f"  ({source}); formulas: docs/performance.md")
     info = rows[0].get("info", {})
     if "plan" in info:
-        print(f"planned with the profile {info['plan']!r}; `horizon doctor` measures this machine")
+        print(f"planned with profile {info['plan']!r}; run `horizon doctor` to measure this machine")
     for line in lane_lines(rows[0]["breakdown"]) if "breakdown" in rows[0] else rows[0].get("log", []):
         print(line)

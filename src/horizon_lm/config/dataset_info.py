@@ -1,11 +1,10 @@
-"""LLaMA-Factory's `dataset_info.json`: dataset names and descriptions, converted to entries of `datasets`.
+"""LLaMA-Factory's `dataset_info.json`: named datasets, converted to entries of `datasets`.
 
     {"name": {"file_name" | "hf_hub_url": ..., "formatting": "alpaca" | "sharegpt", "columns": {...},
               "tags": {...}, "split", "subset", "revision", "num_samples": ...}}
 
-A name is looked up in the file first; otherwise it is a path, relative to the working directory or the file's
-folder, or a name on the Hub with its owner. Columns mean the same as there: if an entry names any, the others
-are not read.
+A name that the file lacks is a path (in the working directory or beside the file) or a Hub name with its
+owner. Columns mean what they mean there: if an entry names any, the others are not read.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from horizon_lm.io.inside import is_inside
 FILE = "dataset_info.json"
 PYTHON_STDLIB = "python-stdlib"  # built-in data: the sources of Python's standard library
 _PLAIN = (".txt", ".md", ".py", ".jsonl", ".json", ".csv")
-SUFFIXES = (*_PLAIN, *(f"{suffix}.gz" for suffix in _PLAIN), ".parquet")  # file types of data
+SUFFIXES = (*_PLAIN, *(f"{suffix}.gz" for suffix in _PLAIN), ".parquet")  # of data files
 _LARGEST = 1 << 24  # bytes
-_ONLINE = "ONLINE"  # LLaMA-Factory: all names are on the Hub
+_ONLINE = "ONLINE"  # in place of the folder, in LLaMA-Factory: all names are on the Hub
 
-# Their column names -> ours, by formatting; then the columns read if an entry names none.
+# Their columns -> ours, by formatting, and the columns read if an entry names none.
 _COLUMNS: dict[str, dict[str, str]] = {
     "alpaca": {
         "prompt": "instruction",
@@ -56,16 +55,16 @@ def is_stdlib(name: str) -> bool:
 
 
 class InfoError(ValueError):
-    """An error in the file or in a name."""
+    """An error in the file or in a name looked up in it."""
 
-    def __init__(self, message: str, hint: str | None = None) -> None:
+    def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
         self.message, self.hint = message, hint
 
 
 def resolved(value: Any, folder: str) -> Any:
-    """Look up the names in a value of `datasets`: text (comma-separated names), or a list of names and
-    entries. Other values are left to the checks of settings. Raises InfoError."""
+    """Resolve the names in a value of `datasets`: text (names separated by commas), or a list of names and
+    entries. Leaves other values to the checks of settings. Raises InfoError."""
     entries = value.split(",") if isinstance(value, str) else value
     if not isinstance(entries, list):
         return value
@@ -74,7 +73,7 @@ def resolved(value: Any, folder: str) -> Any:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Read the file. Raises InfoError if it is missing or not an object of objects."""
+    """Read the file. Raises InfoError if it is missing or not a mapping of mappings."""
     path = folder / FILE
     try:
         if path.stat().st_size > _LARGEST:
@@ -95,7 +94,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def _entry(entry: Any, info: dict[str, Any], folder: str) -> Any:
-    """Complete an entry of `datasets` from the file; the entry's own keys win."""
+    """Complete an entry of `datasets` by what the file has for its name; the entry's own keys win."""
     own = {"path": entry} if isinstance(entry, str) else entry
     if not isinstance(own, dict) or not isinstance(own.get("path"), str):
         return entry
@@ -152,7 +151,7 @@ def _check(entry: dict[str, Any], at: str) -> None:
     columns = entry.get("columns") or {}
     if entry.get("ranking") or isinstance(columns, dict) and columns.get("kto_tag"):
         raise InfoError(
-            f"{at} is preference data (ranking or kto_tag), for DPO or KTO, which is not available yet",
+            f"{at} is preference data (ranking or kto_tag) for DPO or KTO, which is not supported yet",
             "choose a dataset for supervised tuning",
         )
     formatting = entry.get("formatting") or "alpaca"
@@ -176,8 +175,8 @@ def _source(entry: dict[str, Any], at: str, folder: str) -> str:
     if entry.get("hf_hub_url"):
         if entry.get("folder"):
             raise InfoError(
-                f"{at}: folders of a dataset on the Hub are not supported",
-                "download the dataset and pass the folder as a path",
+                f"{at}: 'folder' with hf_hub_url is not supported",
+                "download the dataset and give the folder as a path",
             )
         return str(entry["hf_hub_url"])
     if entry.get("file_name") and not entry.get("script_url"):
@@ -187,7 +186,7 @@ def _source(entry: dict[str, Any], at: str, folder: str) -> str:
         f"{at} has only {given}, which is not supported"
         if given
         else f"{at} has neither file_name nor hf_hub_url",
-        "download the data and set file_name; scripts are never run",
+        "download the data and give it a file_name; scripts are never run",
     )
 
 
@@ -202,7 +201,7 @@ def _check_inside(name: str, path: Path, at: str, folder: Path) -> None:
 def _renamed(
     known: dict[str, str], given: dict[str, str | None], unnamed: frozenset[str]
 ) -> dict[str, str | None]:
-    """Convert their columns to our renames; columns of ours that are not read become null."""
+    """Convert their columns to our renames; null for columns of ours that are not read."""
     used = {key: column for key, column in given.items() if column and key in known}
     if not given:
         used = {key: known[key] for key in unnamed}

@@ -14,8 +14,8 @@ import torch
 
 from horizon_lm.config.data import IGNORED
 from horizon_lm.data.packing import Row, Rows, data_has_changed
-from horizon_lm.engine.step import MicroBatch
 from horizon_lm.errors import DataError
+from horizon_lm.micro_batches import MicroBatch
 from horizon_lm.words import count
 
 _STEPS_AHEAD = 2  # per worker

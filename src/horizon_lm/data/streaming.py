@@ -24,8 +24,8 @@ from horizon_lm.data.loader import StepSize, collate, not_a_place, numbers_of
 from horizon_lm.data.packing import Layout, Rows, make_rows
 from horizon_lm.data.sources import ShardOrder
 from horizon_lm.data.tokens import TokenWriter, batches
-from horizon_lm.engine.step import MicroBatch
 from horizon_lm.errors import DataError
+from horizon_lm.micro_batches import MicroBatch
 from horizon_lm.words import count
 
 

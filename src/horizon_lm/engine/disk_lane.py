@@ -1,20 +1,38 @@
-"""The lane that writes host memory to files, in one thread beside all others."""
+"""The disk lane: writes host memory to files, in a thread of its own."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from horizon_lm.schedule import Buffer
 
 
-class DiskLane:
-    """One thread for ops that write host memory to files. They outlive the run that they belong to: the
-    steps after it go on, and an op that writes what one of them reads waits for it, whichever step it is of.
+class Saving(Protocol):
+    """A checkpoint being written. Methods run on the disk lane; `abandon` on any thread.
 
-    patience_seconds: how long such a wait may take, as a disk may hang for ever. After it `give_up` is
-    called, and what was queued is forgotten: what it would have written must not be used.
+    Disk errors are kept for the caller who asked for the checkpoint; they never fail a step.
+    """
+
+    def write_unit(self, unit: int) -> None:
+        """Write a unit; its memory may change once this returns."""
+
+    def finish(self) -> None:
+        """Complete the checkpoint after its last unit, or remove an abandoned one."""
+
+    def abandon(self) -> None:
+        """Write nothing more: this will not become a checkpoint."""
+
+
+class DiskLane:
+    """One thread for ops that write host memory to files.
+
+    These ops may outlive their step. An op waits before overwriting a buffer that any pending write reads.
+
+    patience_seconds: limit of such a wait, since a disk may hang indefinitely. After it `give_up` is called
+    and the queue is dropped: what it would have written must not be used.
     """
 
     def __init__(self, patience_seconds: float = 600.0) -> None:
@@ -30,8 +48,10 @@ class DiskLane:
         return not self._queue
 
     def submit(self, reads: frozenset[Buffer], work: Callable[[], None]) -> None:
-        """Do `work` after what was submitted before; until it is done, nothing may write to `reads`. What
-        follows a failure that nobody has seen yet is forgotten like what was queued behind it."""
+        """Queue `work`; until it is done, nothing may write to `reads`.
+
+        Work submitted after a failure that was not raised yet is dropped, as was the queue behind it.
+        """
         with self._change:
             if self._failure is not None:
                 return
@@ -39,27 +59,28 @@ class DiskLane:
             self._see_to_thread()
 
     def _see_to_thread(self) -> None:
-        """Have a thread at work where there is something to do; it ends when there is nothing left. One that
-        an interrupt kept from starting, or from being known here, is replaced."""
+        """Start a thread if there is work; it ends when there is none left.
+
+        A thread that an interrupt kept from starting, or from being stored here, is replaced.
+        """
         if self._queue and (self._thread is None or not self._thread.is_alive()):
             thread = threading.Thread(target=self._work, name="horizon-disk", daemon=True)
             self._thread = thread
             thread.start()
 
     def settle(self, writes: Iterable[Buffer]) -> None:
-        """Wait until nothing that was submitted reads any of `writes`. Raises what went wrong in a work."""
+        """Wait until no pending work reads any of `writes`. Raises what failed in earlier work."""
         if not self._queue and self._failure is None:  # nearly always
             return
         wanted = frozenset(writes)
         self._wait(lambda: all(wanted.isdisjoint(reads) for reads, _ in self._queue))
 
     def drain(self) -> None:
-        """Wait until all that was submitted is done. Raises what went wrong in a work."""
+        """Wait until all work is done. Raises what failed in it."""
         self._wait(lambda: not self._queue)
 
     def clear(self) -> None:
-        """Forget what is queued, wait for what is being done, and drop what went wrong in it: for a step
-        that has failed already, and whose checkpoint is given up."""
+        """Drop the queue of an abandoned checkpoint; wait for the running work, ignoring its failure."""
         with self._change:
             while len(self._queue) > 1:
                 self._queue.pop()
@@ -84,7 +105,7 @@ class DiskLane:
 
     def _forget(self) -> None:
         self._queue.clear()
-        self._thread = None  # if it ever comes back, it finds that it is no longer the one, and ends
+        self._thread = None  # if it ever returns, it finds that it was replaced, and ends
 
     def _work(self) -> None:
         me = threading.current_thread()

@@ -1,4 +1,4 @@
-"""The gradient of one unit on its way: collected from autograd, accumulated in a slot, brought home."""
+"""The gradient of one unit: collected from autograd, summed in a slot, downloaded and measured."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ from contextlib import contextmanager
 
 import torch
 
-from horizon_lm.engine.transfer import download_gradient, square_norm
 from horizon_lm.memory.layout import Parameter, UnitLayout
 from horizon_lm.model.skeleton import Skeleton
-from horizon_lm.optim.gradients import add_gradients
+from horizon_lm.optim.gradients import add_gradients, move_gradient
+
+_PIECE = 1 << 24  # elements, 64 MB of fp32. Sums of squares are fp32 within a piece, fp64 across pieces.
 
 
 class UnitGradient:
-    """The gradient of one unit while it is accumulated in a slot.
+    """The gradient of one unit while it accumulates in a slot.
 
-    Parameters that received nothing (an expert without tokens) are zeros in their own place.
-    at_home: the slot is the store's own run and of its dtype, so that nothing is left to download.
-    adds: several gradients of each parameter are to come. On the CPU they are then added two at a time, and
-    the first of two stays where autograd put it.
+    Parameters that receive nothing (an expert without tokens) are zeros in their own place.
+    at_home: the slot is the store's own buffer in its dtype, so nothing needs downloading.
+    in_pairs: several gradients per parameter will arrive in host memory. They are added two at a time, and
+    the first of each pair stays where autograd put it.
     """
 
     def __init__(
-        self, layout: UnitLayout, run: torch.Tensor, *, at_home: bool = False, adds: bool = False
+        self, layout: UnitLayout, run: torch.Tensor, *, at_home: bool = False, in_pairs: bool = False
     ) -> None:
         self.layout = layout
         self.run = run  # [trainable_numel]
         self.at_home = at_home
-        self.in_pairs = adds and run.device.type == "cpu"
+        self.in_pairs = in_pairs
         self.waiting: dict[str, torch.Tensor] = {}
         self.written: set[str] = set()
 
@@ -46,9 +47,11 @@ class UnitGradient:
             view.copy_(gradient)
         self.written.add(name)
 
-    def download(self, home: torch.Tensor, *, measure: bool) -> torch.Tensor | None:
-        """Bring the complete gradient to its place in host memory and return its squared norm; None
-        where it is there already, and need not be measured before the norm is asked for."""
+    def download(self, target: torch.Tensor, *, measure: bool) -> torch.Tensor | None:
+        """Copy the complete gradient to its host buffer and return its squared norm.
+
+        Returns None if it is there already and `measure` is false: the norm is then taken on demand.
+        """
         self.in_pairs = False
         for parameter in self.layout.trainable:
             if parameter.name in self.waiting:  # the last of an odd number
@@ -59,14 +62,14 @@ class UnitGradient:
             self.run.narrow(0, start, length).zero_()
         if self.at_home:
             return square_norm(self.run) if measure else None
-        return download_gradient(self.run, home)
+        return download_gradient(self.run, target)
 
 
 @contextmanager
 def collecting(
     skeleton: Skeleton, unit: int, leaves: dict[str, torch.Tensor], gradient: UnitGradient | None
 ) -> Iterator[None]:
-    """While open, gradients of the unit's leaves move into its slot as soon as they exist."""
+    """While open, move gradients of the unit's leaves into its slot as soon as they exist."""
     handles = []
     for parameter in skeleton.units[unit].trainable:
         assert gradient is not None
@@ -82,3 +85,30 @@ def collecting(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def download_gradient(run: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Copy a gradient [n] (bf16 or fp32, on the device) to host memory [n] and return its squared norm.
+
+    The norm is of the values the optimizer reads (after rounding to the host dtype), as an fp64 scalar on
+    the device, so the host never scans gradients to measure them.
+    """
+    if run.device.type == "cpu":
+        return torch.tensor(move_gradient(run, target), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=run.device)
+    size = min(_PIECE, run.numel())
+    rounded = torch.empty(size, dtype=target.dtype, device=run.device)
+    wide = torch.empty(size, dtype=torch.float32, device=run.device)
+    for piece, host in zip(run.split(size), target.split(size), strict=True):
+        if piece.dtype != target.dtype:
+            piece = rounded[: piece.numel()].copy_(piece)
+        host.copy_(piece, non_blocking=True)
+        if piece.dtype != torch.float32:
+            piece = wide[: piece.numel()].copy_(piece)
+        total += torch.dot(piece, piece)
+    return total
+
+
+def square_norm(run: torch.Tensor) -> torch.Tensor:
+    """Squared norm of a gradient [n] (bf16 or fp32) in host memory; an fp64 scalar."""
+    return torch.tensor(move_gradient(run, run), dtype=torch.float64)

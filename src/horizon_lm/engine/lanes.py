@@ -1,15 +1,13 @@
-"""The executors of a schedule: streams, events, and the lanes' threads.
+"""Schedule executors. All honour the same derived waits, and run `W` ops on a `DiskLane`.
 
-All run the same ops with the same derived waits (`W`, the writing of a checkpoint, on a `DiskLane`):
+    InlineLanes  one thread, program order; CPU default, CudaLanes reference
+    CudaLanes    one thread per lane; streams for upload, compute, download
 
-    InlineLanes       one thread, program order (the CPU; on CUDA, the reference for CudaLanes)
-    AdversarialLanes  one thread, any order that the waits allow, chosen at random (tests)
-    CudaLanes         a thread for each lane; a CUDA stream for upload, compute and download
+Tests add a third (`tests/helpers/adversarial.py`): random legal order, which exposes missing waits.
 """
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 from collections import defaultdict, deque
@@ -27,35 +25,40 @@ from horizon_lm.schedule import Lane, Op
 Execute = Callable[[int], None]
 Waits = Sequence[tuple[int, ...]]
 Span = tuple[Op, float, float]  # op, start and end in seconds since the run began
-# Lanes whose ops are the CPU's own work, on memory that copies of the other lanes read and write.
+# Is given the tensors behind a buffer that nothing reads any more, before they are dropped.
+OnRelease = Callable[[list[torch.Tensor]], None]
+# Lanes whose ops run on the CPU, on memory that copies of the other lanes read and write.
 HOST_LANES = frozenset({Lane.HOST, Lane.UPDATE})
-_LOOK_SECONDS = 1.0  # between two looks at whether all lanes are still alive
+_LOOK_SECONDS = 1.0  # between two checks that all lanes are alive
 
 
 def reads_on_this_lane(tensor: torch.Tensor) -> None:
-    """Say that the lane which calls reads a tensor that another lane's work allocated, so that its memory
-    is not given out again before the lane has done so."""
+    """Keep a tensor that another lane allocated from being reused before the calling lane has read it."""
     if tensor.device.type == "cuda":
         tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 def in_op(error: BaseException, op: Op, ended: Sequence[Op]) -> None:
-    """Note on an error in which op it arose, and what had ended just before."""
+    """Add to an error the op that raised it, and the ops that ended just before."""
     note = f"in op {op} ({op.lane} lane, step {op.step})"
     if ended:
         note += ", after " + " ".join(str(other) for other in ended[-8:])
     if not any(earlier.startswith("in op ") for earlier in getattr(error, "__notes__", ())):
-        error.add_note(note)  # else it comes from the disk lane, and arose in the op that is noted
+        error.add_note(note)  # else it comes from the disk lane, and the note names its op already
 
 
 class Lanes(Protocol):
-    """Runs the ops of a range in an order that the waits allow, and returns when all have ended but those
-    of the disk lane, which go on in `disk`.
+    """Runs a range of ops in an order that the waits allow; returns when all have ended, except those of the
+    disk lane, which go on in `disk`.
 
-    spans: what ran when, of the last `run`; empty unless it was called with record=True.
-    origin: when that run began, in seconds of `time.perf_counter`.
+    in_place: ops run in program order in one thread, so on the CPU slots may alias host memory.
+    on_release: called after the last use of each buffer (None: not needed).
+    spans: timeline of the last `run`; empty unless it had record=True.
+    origin: start of that run, in seconds of `time.perf_counter`.
     """
 
+    in_place: bool
+    on_release: OnRelease | None
     spans: list[Span]
     origin: float
     disk: DiskLane
@@ -65,12 +68,14 @@ class Lanes(Protocol):
     ) -> None: ...
 
     def join(self) -> None:
-        """Stop, and wait for, what is still at work after a `run` that was interrupted."""
+        """Stop what an interrupted `run` left running, and wait for it."""
 
 
 class InlineLanes:
-    """Program order in the calling thread, and on one stream where the device is CUDA. clock: seconds, for
-    spans."""
+    """Program order in the calling thread; on a CUDA device, on one stream. clock: seconds, for spans."""
+
+    in_place = True
+    on_release: OnRelease | None = None
 
     def __init__(
         self, device: torch.device | None = None, clock: Callable[[], float] = time.perf_counter
@@ -103,10 +108,10 @@ class InlineLanes:
         self._settle()
 
     def join(self) -> None:
-        """Nothing is: the ops run in the thread that calls."""
+        """Do nothing: ops run in the calling thread."""
 
     def _settle(self) -> None:
-        """Wait for what was issued to a CUDA device; the CPU has ended its work already."""
+        """Wait for what was issued to a CUDA device; CPU work has ended already."""
         if self._cuda is not None:
             torch.cuda.synchronize(self._cuda)
 
@@ -119,52 +124,19 @@ def _noted(execute: Execute, i: int, ops: Sequence[Op]) -> None:
         raise
 
 
-class AdversarialLanes:
-    """Ready ops in random order: a wait that is missing shows up as wrong numbers, without a GPU."""
-
-    def __init__(self, seed: int = 0) -> None:
-        self.spans: list[Span] = []
-        self.origin = 0.0
-        self.disk = DiskLane()  # its ops are run by the calling thread, like all others
-        self.random = random.Random(seed)
-        self.order: list[int] = []
-
-    def run(
-        self, ops: Sequence[Op], waits: Waits, indices: range, execute: Execute, *, record: bool = False
-    ) -> None:
-        queues: dict[Lane, deque[int]] = defaultdict(deque)
-        for i in indices:
-            queues[ops[i].lane].append(i)
-        pending = set(indices)
-        self.order = []
-        while pending:
-            ready = [q[0] for q in queues.values() if q and not any(j in pending for j in waits[q[0]])]
-            assert ready, "the schedule is deadlocked"
-            i = self.random.choice(ready)
-            self.disk.settle(ops[i].writes)
-            try:
-                execute(i)
-            except BaseException as error:
-                in_op(error, ops[i], [ops[j] for j in self.order])
-                raise
-            queues[ops[i].lane].popleft()
-            pending.discard(i)
-            self.order.append(i)
-
-    def join(self) -> None:
-        """Nothing is: the ops run in the thread that calls."""
-
-
 class CudaLanes:
-    """A thread for each lane. Upload, compute and download issue to a stream of their own and
-    order themselves by events; host and update lanes run on the CPU and wait for events."""
+    """One thread per lane. Upload, compute and download each issue to their own stream, ordered by events;
+    host and update lanes run on the CPU and wait for events."""
+
+    in_place = False
+    on_release: OnRelease | None = None
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.spans: list[Span] = []
         self.origin = 0.0
         self.disk = DiskLane()
-        self._streams = {
+        self.streams = {
             lane: torch.cuda.Stream(device) for lane in (Lane.UPLOAD, Lane.COMPUTE, Lane.DOWNLOAD)
         }
         self._last: _CudaRun | None = None
@@ -173,11 +145,9 @@ class CudaLanes:
         self, ops: Sequence[Op], waits: Waits, indices: range, execute: Execute, *, record: bool = False
     ) -> None:
         self.join()
-        torch.cuda.synchronize(self.device)  # nothing of an earlier range, or of the caller, is in flight
+        torch.cuda.synchronize(self.device)  # earlier ranges and the caller have nothing in flight
         self.spans = []
-        run = self._last = _CudaRun(
-            self.device, self._streams, self.disk, ops, waits, indices, execute, record
-        )
+        run = self._last = _CudaRun(self, ops, waits, indices, execute, record)
         self.origin = run.origin_seconds
         run.complete()
         self._last = None
@@ -194,38 +164,36 @@ class _CudaRun:
 
     def __init__(
         self,
-        device: torch.device,
-        streams: dict[Lane, torch.cuda.Stream],
-        disk: DiskLane,
+        lanes: CudaLanes,
         ops: Sequence[Op],
         waits: Waits,
         indices: range,
         execute: Execute,
         record: bool,
     ) -> None:
-        self.device, self.streams, self.disk = device, streams, disk
+        self.device, self.streams, self.disk = lanes.device, lanes.streams, lanes.disk
         self.ops, self.waits, self.indices, self.execute = ops, waits, indices, execute
         self.record = record
         self.issued = {i: threading.Event() for i in indices}
-        # blocking: a host thread that waits for one sleeps, and leaves its core to the others
+        # blocking: a host thread that waits sleeps, and leaves its core to others
         self.ended = {
             i: torch.cuda.Event(enable_timing=record, blocking=True)
             for i in indices
-            if ops[i].lane in streams
+            if ops[i].lane in self.streams
         }
         self.began = {i: torch.cuda.Event(enable_timing=True) for i in self.ended} if record else {}
         self.host_times: dict[int, tuple[float, float]] = {}
         self.done: deque[Op] = deque(maxlen=8)
         self.failure: BaseException | None = None
         self.origin = torch.cuda.Event(enable_timing=True)
-        self.origin.record(torch.cuda.current_stream(device))
-        torch.cuda.synchronize(device)
+        self.origin.record(torch.cuda.current_stream(self.device))
+        torch.cuda.synchronize(self.device)
         self.origin_seconds = time.perf_counter()
         by_lane: dict[Lane, list[int]] = defaultdict(list)
         for i in indices:
             by_lane[ops[i].lane].append(i)
         self.mine = {f"horizon-{lane}": mine for lane, mine in by_lane.items()}
-        # An interrupt of `Thread.join` makes Python 3.11 take the thread for ended while it is at work.
+        # After an interrupted `Thread.join`, Python 3.11 takes a running thread for ended.
         self.gone = {name: threading.Event() for name in self.mine}
         self.threads = [
             threading.Thread(target=self._live, args=(lane, mine), name=f"horizon-{lane}", daemon=True)
@@ -257,7 +225,7 @@ class _CudaRun:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        """Stop all lanes: each looks for a failure before its next op, and none is left waiting."""
+        """Stop all lanes: each checks for a failure before its next op, and none is left waiting."""
         if self.failure is None:
             self.failure = error
         for event in self.issued.values():
@@ -266,7 +234,7 @@ class _CudaRun:
     def _wait_for(self, i: int, stream: torch.cuda.Stream | None) -> bool:
         for j in self.waits[i]:
             if j not in self.issued:
-                continue  # of an earlier range, which has ended
+                continue  # an earlier range, which has ended
             self.issued[j].wait()
             if self.failure is not None:
                 return False
@@ -279,7 +247,7 @@ class _CudaRun:
 
     def _execute(self, i: int, stream: torch.cuda.Stream | None) -> None:
         op = self.ops[i]
-        if op.lane is Lane.DISK:  # in order behind what it waits for; it may outlive this run
+        if op.lane is Lane.DISK:  # submitted once its waits are over; may outlive this run
             self.disk.submit(op.reads, partial(_noted, self.execute, i, self.ops))
             return
         self.disk.settle(op.writes)
@@ -294,10 +262,10 @@ class _CudaRun:
         self.ended[i].record(stream)
 
     def complete(self) -> None:
-        """Run all lanes to their end; raise what one of them raised, or what interrupted the wait.
+        """Run all lanes to their end; raise what a lane raised, or what interrupted the wait.
 
-        No lane is at work any more when this returns or raises, unless the wait for that is interrupted
-        too: whoever wants the process to end need not wait for a device that hangs.
+        No lane is running when this returns or raises, unless the wait for that is interrupted too, so
+        that a process can be ended although its device hangs.
         """
         try:
             for thread in self.threads:
@@ -307,23 +275,23 @@ class _CudaRun:
                     self._look_for_dead_lanes()
                 self._look_for_dead_lanes()
                 thread.join()
-        except BaseException as error:  # a KeyboardInterrupt, or no thread to be had
+        except BaseException as error:  # KeyboardInterrupt, or a thread that cannot be started
             self.abandon(error)
         if self.failure is not None:
-            with suppress(RuntimeError):  # what failed first tells more than what the device says after it
+            with suppress(RuntimeError):  # the first failure tells more than what the device says later
                 torch.cuda.synchronize(self.device)
             raise self.failure
         torch.cuda.synchronize(self.device)
 
     def abandon(self, error: BaseException | None = None) -> None:
-        """Let each lane end the op that it is in, and no more; return when all have."""
+        """Let each lane end its current op and no more; return when all have."""
         self._fail(error or RuntimeError("the run was interrupted"))
         for thread in self.threads:
-            if thread.ident is not None:  # one that starts later finds the failure
+            if thread.ident is not None:  # a thread that starts later finds the failure
                 self.gone[thread.name].wait()
 
     def _look_for_dead_lanes(self) -> None:
-        """A lane whose thread is gone without a word must not leave the others waiting for its ops."""
+        """Fail if a lane's thread died silently, so that the others do not wait for its ops."""
         for thread in self.threads:
             if not self.gone[thread.name].is_set():
                 continue
@@ -343,21 +311,17 @@ class _CudaRun:
         return sorted(found, key=lambda span: span[1])
 
 
-def choose_lanes(kind: str, device: torch.device, seed: int = 0) -> Lanes:
-    """The executor for a device: `auto` is inline on the CPU and streams on CUDA.
+def choose_lanes(kind: str, device: torch.device) -> Lanes:
+    """Return the executor for a device: `auto` is inline on the CPU and streams on CUDA.
 
-    Raises ConfigError for lanes that the device cannot have.
+    Raises ConfigError for lanes that the device does not support.
     """
     if kind == "auto":
         kind = "cuda" if device.type == "cuda" else "inline"
-    needed = {"cuda": "cuda", "adversarial": "cpu"}.get(kind, device.type)
-    if device.type != needed:
+    if kind == "inline":
+        return InlineLanes(device)
+    if device.type != "cuda":
         raise ConfigError(
-            f"lanes={kind!r} do not run on device={str(device)!r}", hint=f"device: {needed}, or lanes: auto"
+            f"lanes={kind!r} do not run on device={str(device)!r}", hint="set device: cuda, or lanes: auto"
         )
-    table: dict[str, Callable[[], Lanes]] = {
-        "inline": lambda: InlineLanes(device),
-        "adversarial": lambda: AdversarialLanes(seed),
-        "cuda": lambda: CudaLanes(device),
-    }
-    return table[kind]()
+    return CudaLanes(device)

@@ -7,21 +7,23 @@ computed from fp32 logits, as transformers' `ForCausalLMLoss` does.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from horizon_lm.engine.noise import Draws
+from horizon_lm.config.data import IGNORED
 from horizon_lm.errors import ConfigError
 from horizon_lm.model.capture import run_head
 from horizon_lm.model.skeleton import Skeleton
 
-IGNORE_INDEX = -100
 # Elements of fp32 logits alive at once when `loss_chunk_tokens` is auto: 512 MB, and about three
 # times that with their gradient and bf16 copy.
 _AUTO_LOGITS = 1 << 27
 
+# Opens the random state of one pass of a unit over a micro-batch: the same state each time.
+Draws = Callable[[], AbstractContextManager[None]]
 # (skeleton, hidden [batch, tokens, width], targets [batch, tokens] on the host, the head's random state) ->
 # (fp32 scalar on the device, gradient of hidden). The gradients of the head's parameters go to the leaves
 # that are bound.
@@ -32,7 +34,7 @@ LossFunction = Callable[[torch.Tensor, dict[str, torch.Tensor]], Any]
 
 def shifted_targets(labels: torch.Tensor) -> torch.Tensor:
     """Next-token targets of labels [batch, tokens] that are aligned with the inputs (int64)."""
-    return F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:].contiguous()
+    return F.pad(labels, (0, 1), value=IGNORED)[..., 1:].contiguous()
 
 
 def chunk_tokens(setting: int | str, vocabulary: int) -> int:
@@ -47,7 +49,7 @@ def _chunks(
     for start in range(0, hidden.shape[0], chunk):
         place = slice(start, start + chunk)
         wanted = targets[place]
-        if bool((wanted != IGNORE_INDEX).any()):
+        if bool((wanted != IGNORED).any()):
             yield place, hidden[place].detach(), wanted.to(hidden.device, non_blocking=True)
 
 
@@ -72,7 +74,7 @@ def cross_entropy(num_tokens: int, chunk: int, label_smoothing: float = 0.0) -> 
                 loss = F.cross_entropy(
                     logits,
                     wanted,
-                    ignore_index=IGNORE_INDEX,
+                    ignore_index=IGNORED,
                     reduction="sum",
                     label_smoothing=label_smoothing,
                 )
@@ -103,7 +105,24 @@ def log_probabilities(
 
 def _log_probability(skeleton: Skeleton, hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     logits = run_head(skeleton, hidden).float()
-    return -F.cross_entropy(logits, wanted, ignore_index=IGNORE_INDEX, reduction="none")
+    return -F.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="none")
+
+
+def check_loss_function(loss_fn: Any, label_smoothing: float) -> None:
+    """Raise ConfigError for something else than a function, and for one that makes smoothing void."""
+    if loss_fn is None:
+        return
+    if not callable(loss_fn):
+        raise ConfigError(
+            f"loss_fn is a {type(loss_fn).__name__}, not a function",
+            hint="pass a function of (log_probs, batch) that returns a scalar tensor",
+        )
+    if label_smoothing:
+        raise ConfigError(
+            f"label_smoothing_factor={label_smoothing:g} has no effect on a loss_fn of your own, which "
+            "receives the log-probability of each target only",
+            hint="label_smoothing_factor=0",
+        )
 
 
 def custom(

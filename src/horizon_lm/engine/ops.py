@@ -1,59 +1,64 @@
-"""What each op kind does: one function each, which is handed the op and takes its slots and buffers by
-the numbers that the schedule gave it."""
+"""Implementations of each op kind.
+
+An op's function takes its slots and buffers by the numbers that the schedule gave it.
+"""
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
-from torch import nn
 
 from horizon_lm.config import ModelSettings
-from horizon_lm.engine import activations, compute, noise
-from horizon_lm.engine.gradient import UnitGradient
+from horizon_lm.config.data import IGNORED
+from horizon_lm.engine import ends
+from horizon_lm.engine.disk_lane import Saving
+from horizon_lm.engine.gradient import UnitGradient, square_norm
 from horizon_lm.engine.lanes import reads_on_this_lane
+from horizon_lm.engine.layers import Layer, Rerun
 from horizon_lm.engine.loss import log_probabilities
 from horizon_lm.engine.policies import Policies
-from horizon_lm.engine.saving import Saving
-from horizon_lm.engine.step import Step, Update
-from horizon_lm.engine.transfer import square_norm
+from horizon_lm.engine.step import Step
 from horizon_lm.memory.slots import BoundarySlots, GradientSlots, UnitWeights, WeightSlots
 from horizon_lm.memory.store import HostStore
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.optim.optimizer import Optimizer
 from horizon_lm.schedule import Buffer, Op
-from horizon_lm.schedule.step_plan import KEEP
+from horizon_lm.schedule.step_spec import KEEP
 
 _log = logging.getLogger(__name__)
 
 
-class OpFunctions:
-    """The functions of the ops, over what the engine has made."""
+class Ops:
+    """Functions of the ops, and the slots they work on.
 
-    skeleton: Skeleton
-    store: HostStore
-    optimizer: Optimizer
-    device: torch.device
-    settings: ModelSettings
-    policies: Policies
-    trainable: frozenset[int]
-    weight_slots: WeightSlots
-    gradient_slots: GradientSlots
-    boundary_slots: BoundarySlots
-    _embedding: nn.Embedding
-    _poison: bool
-    _saving: Saving | None
-    reruns: set[int]
-    notes: list[str]
-    logs_notes: bool
+    alias: slots alias the store. saving: the checkpoint that W ops write. reruns: layers whose graphs cannot
+    be kept. functions: op kind to function.
+    """
 
-    def table(self) -> dict[str, Callable[[Step, Op], None]]:
-        """Op kind to function."""
-        return {
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        store: HostStore,
+        optimizer: Optimizer,
+        settings: ModelSettings,
+        device: torch.device,
+        alias: bool,
+    ) -> None:
+        self.skeleton, self.store, self.optimizer, self.device = skeleton, store, optimizer, device
+        self.policies = Policies.of(settings, skeleton)
+        self.weight_slots = WeightSlots(store, self.policies.uploaded, self.policies.slots, device, alias)
+        downloaded = frozenset(u for u in self.policies.trainable if u <= skeleton.head)
+        self.gradient_slots = GradientSlots(store, downloaded, self.policies.grad_slots, device, alias)
+        self.boundary_slots = BoundarySlots(settings.boundary_slots, device, alias)
+        self.saving: Saving | None = None
+        self.reruns: set[int] = set()
+        self.notes: list[str] = []
+        self.logs_notes = True
+        self._embedding = ends.host_embedding(skeleton)
+        self.functions: dict[str, Callable[[Step, Op], None]] = {
             "G": self._gather,
             "U": self._upload,
             "F": self._forward,
@@ -73,7 +78,7 @@ class OpFunctions:
     def _gather(self, step: Step, op: Op) -> None:
         table = self.store.weight(self.skeleton.anatomy.embedding)
         ids = step.micro_batches[op.micro_batch]["input_ids"]
-        embeds = compute.gather_rows(self._embedding, table, ids)
+        embeds = ends.gather_rows(self._embedding, table, ids)
         if self.device.type == "cuda":
             embeds = embeds.pin_memory()
         step.memory[Buffer("embeds", -1, op.micro_batch)] = embeds
@@ -83,10 +88,10 @@ class OpFunctions:
 
     def _forward(self, step: Step, op: Op) -> None:
         m = op.micro_batch
-        with self._draws(step, op)():
+        with step.draws(op, self.device)():
             if op.unit == 0:
                 embeds = step.tensor("embeds", -1, m).to(self.device, non_blocking=True)
-                output, call = compute.forward_prologue(
+                output, call = ends.forward_prologue(
                     self.skeleton, self._weights(op), embeds, self._inputs(step, m)
                 )
                 step.memory[Buffer("call", -1, m)] = call
@@ -95,27 +100,19 @@ class OpFunctions:
         step.memory[Buffer("input", op.unit + 1, m)] = output
 
     def _forward_layer(self, step: Step, op: Op) -> torch.Tensor:
-        call, hidden = step.call(op.micro_batch), step.tensor("input", op.unit, op.micro_batch)
-        done = activations.forward_layer(
-            self.skeleton,
-            op.unit - 1,
-            self._weights(op),
-            call,
-            hidden,
-            policy=op.policy,
-            grad=not step.plan.evaluate and op.unit >= step.plan.lowest_backward,
-            reruns=op.unit in self.reruns,
-        )
-        if isinstance(done.graph, activations.Rerun):
+        layer, hidden = self._layer(step, op), step.tensor("input", op.unit, op.micro_batch)
+        grad = not step.spec.evaluate and op.unit >= step.spec.lowest_backward
+        done = layer.forward(hidden, policy=op.policy, grad=grad, reruns=op.unit in self.reruns)
+        if isinstance(done.graph, Rerun):
             self._fall_back(op.unit, done.graph.reason)
         if done.graph is not None:
             step.memory[Buffer("graph", op.unit, op.micro_batch)] = done.graph
-        call.routers.append(done.routers)
+        layer.call.routers.append(done.routers)
         return done.output
 
     def _fall_back(self, unit: int, reason: str) -> None:
-        """Recompute the layer from the next step on. The cause lies in the layer's own code, so it is for
-        good; where it changes anything it is said once, in `notes`."""
+        """Recompute the layer from the next step on, permanently: the cause lies in the layer's own code.
+        Noted once, and only if it changes anything."""
         if unit in self.reruns:
             return
         if unit in self.policies.kept:
@@ -127,7 +124,7 @@ class OpFunctions:
         self.reruns.add(unit)
 
     def tell(self, note: str) -> None:
-        """Note a change of what the settings asked for; logged unless somebody takes the notes."""
+        """Note a deviation from the settings; logged unless `HostModel.take_notes` collects notes."""
         self.notes.append(note)
         if self.logs_notes:
             _log.warning(note)
@@ -135,86 +132,68 @@ class OpFunctions:
     def _spill(self, step: Step, op: Op) -> None:
         value = step.tensor("input", op.unit, op.micro_batch)
         reads_on_this_lane(value)
-        home = self.boundary_slots.spill(op.unit, op.micro_batch, value)
-        step.memory[Buffer("boundary", op.unit, op.micro_batch)] = home
+        host = self.boundary_slots.spill(op.unit, op.micro_batch, value)
+        step.memory[Buffer("boundary", op.unit, op.micro_batch)] = host
 
     def _restore(self, step: Step, op: Op) -> None:
         self.boundary_slots.restore(op.boundary_slot, step.tensor("boundary", op.unit, op.micro_batch))
 
     def _recompute(self, step: Step, op: Op) -> None:
-        m = op.micro_batch
-        with self._draws(step, op)():
-            done = activations.forward_layer(
-                self.skeleton,
-                op.unit - 1,
-                self._weights(op),
-                step.call(m),
-                self._stored_input(step, op),
-                policy=KEEP,
-                grad=True,
-                in_place=True,
+        with step.draws(op, self.device)():
+            done = self._layer(step, op).forward(
+                self._stored_input(step, op), policy=KEEP, grad=True, in_place=True
             )
         assert done.graph is not None
-        step.memory[Buffer("graph", op.unit, m)] = done.graph
-        step.memory[Buffer("input", op.unit + 1, m)] = done.output
+        step.memory[Buffer("graph", op.unit, op.micro_batch)] = done.graph
+        step.memory[Buffer("input", op.unit + 1, op.micro_batch)] = done.output
 
     def _loss(self, step: Step, op: Op) -> None:
-        m = op.micro_batch
-        loss, gradient = compute.loss_and_backward(
-            self.skeleton,
-            self._weights(op),
-            step.call(m),
-            step.tensor("input", op.unit, m),
-            step.targets[m],
-            self._gradient(step, op),
-            step.head_losses[m],
-            self._draws(step, op),
-            num_tokens=step.num_tokens,
-        )
+        m, skeleton, call = op.micro_batch, self.skeleton, step.call(op.micro_batch)
+        hidden, targets = step.tensor("input", op.unit, m), step.targets[m]
+        gradient, draws = self._gradient(step, op), step.draws(op, self.device)
+        with (
+            torch.enable_grad(),
+            ends.bound_for_backward(skeleton, op.unit, self._weights(op), gradient),
+        ):
+            loss, hidden_gradient = step.head_losses[m](skeleton, hidden, targets, draws)
+            if skeleton.has_router_loss:  # counts with the micro-batch's share of the step's targets
+                share = int((targets != IGNORED).sum()) / step.num_tokens
+                loss += ends.router_loss_and_backward(skeleton, call, hidden, share, draws)
         step.losses[m] = loss
-        step.memory[Buffer("input_grad", -1, m)] = gradient
+        step.memory[Buffer("input_grad", -1, m)] = hidden_gradient
 
     def _evaluate(self, step: Step, op: Op) -> None:
         m = op.micro_batch
-        step.call(m)
-        with self._draws(step, op)(), self.skeleton.bound(op.unit, self._weights(op), grad=False):
-            found = log_probabilities(
-                self.skeleton, step.tensor("input", op.unit, m), step.targets[m], self.policies.loss_chunk
-            )
+        hidden, targets = step.tensor("input", op.unit, m), step.targets[m]
+        with (
+            step.draws(op, self.device)(),
+            self.skeleton.bound(op.unit, self._weights(op), grad=False),
+        ):
+            found = log_probabilities(self.skeleton, hidden, targets, self.policies.loss_chunk)
         step.log_probs[m] = found[:, :-1]
         step.losses[m] = -found.double().sum() / max(1, step.num_tokens)
 
     def _backward(self, step: Step, op: Op) -> None:
         m = op.micro_batch
         gradient = step.tensor("input_grad", -1, m)
-        with self._draws(step, op)():
+        with step.draws(op, self.device)():
             if op.unit == 0:
                 embeds = step.tensor("embeds", -1, m).to(self.device, non_blocking=True)
-                gradient = compute.backward_prologue(
-                    self.skeleton,
-                    self._weights(op),
-                    embeds,
-                    self._inputs(step, m),
-                    gradient,
-                    self._gradient(step, op),
+                inputs, mine = self._inputs(step, m), self._gradient(step, op)
+                gradient = ends.backward_prologue(
+                    self.skeleton, self._weights(op), embeds, inputs, gradient, mine
                 )
                 step.memory[Buffer("embeds_grad", -1, m)] = self._to_host(gradient)
                 return
-            step.memory[Buffer("input_grad", -1, m)] = activations.backward_layer(
-                self.skeleton,
-                op.unit - 1,
-                self._weights(op),
-                step.call(m),
-                step.graph(op.unit, m),
-                self._stored_input(step, op),
-                gradient,
-                self._gradient(step, op),
+            graph, hidden = step.graph(op.unit, m), self._stored_input(step, op)
+            step.memory[Buffer("input_grad", -1, m)] = self._layer(step, op).backward(
+                graph, hidden, gradient, self._gradient(step, op)
             )
 
     def _download(self, step: Step, op: Op) -> None:
         gradient = step.gradients.pop(op.unit)
-        home = self.store.gradient_run(op.unit, op.slab)
-        square = gradient.download(home, measure=step.plan.update == "eager")
+        target = self.store.gradient_run(op.unit, op.slab)
+        square = gradient.download(target, measure=step.spec.update == "eager")
         if square is not None:
             step.square_norms[op.unit] = square
 
@@ -223,7 +202,7 @@ class OpFunctions:
         name = skeleton.anatomy.embedding
         ids = [batch["input_ids"] for batch in step.micro_batches]
         gradients = [step.tensor("embeds_grad", -1, m) for m in range(len(ids))]
-        rows, values = compute.row_gradients(
+        rows, values = ends.row_gradients(
             self._embedding, self.store.weight(name), ids, gradients, padding_row=skeleton.padding_row
         )
         table = self.store.gradient(name, op.slab)
@@ -238,8 +217,20 @@ class OpFunctions:
             self.store.gradient_run(skeleton.embedding_unit, op.slab).zero_()
             table[rows] = values.to(table.dtype)
         after = square_norm(table[rows].view(-1))
-        # A tied head's own norm was taken as it was downloaded; what the rows add to it is known here.
+        # A tied head's own norm was taken as it was downloaded; this is what the rows add to it.
         step.square_norms[skeleton.head + 1] = after - before
+
+    def norm_of(self, step: Step) -> float:
+        """The global gradient norm of a step whose gradients are in host memory."""
+        if step.spec.update != "eager":
+            for unit in self.policies.trainable:
+                self._measure(step, unit)
+        return step.norm()
+
+    def _measure(self, step: Step, unit: int) -> None:
+        """Take the norm of a gradient that accumulated in host memory, so was never downloaded."""
+        if unit not in step.square_norms:
+            step.square_norms[unit] = square_norm(self.store.run("grads", unit))
 
     def _norm(self, step: Step, op: Op) -> None:
         norm = self.norm_of(step)
@@ -250,41 +241,23 @@ class OpFunctions:
     def _optimize(self, step: Step, op: Op) -> None:
         update = step.update
         assert update is not None
-        if step.plan.update == "eager" and not self._may_update(step, update, op.unit):
-            return
+        if step.spec.update == "eager":  # one that is not finite ends the updates of the step
+            if update.stopped_at is None and not step.is_finite(op.unit):
+                update.stopped_at = op.unit
+            if update.stopped_at is not None:
+                return
         progress = update.progress[op.unit]
         grads = self.store.gradient_run(op.unit, op.slab)
         self.optimizer.update_unit(self.store, op.unit, grads, update.settings, update.grad_scale, progress)
 
     def _write(self, step: Step, op: Op) -> None:
-        assert self._saving is not None
-        self._saving.write_unit(op.unit)
+        assert self.saving is not None
+        self.saving.write_unit(op.unit)
 
-    def _may_update(self, step: Step, update: Update, unit: int) -> bool:
-        """Eager updates look before each: at the loss, which is known before any, and at the gradient's
-        own norm. Once one is not finite, all that would follow are left out."""
-        if update.stopped_at is None:
-            square = float(step.square_norms[unit])
-            if step.plan.scatters and unit == step.plan.embedding_unit:
-                square += float(step.square_norms[step.plan.head + 1])
-            finite = math.isfinite(square) and (update.has_begun or math.isfinite(step.loss))
-            if not finite:
-                update.stopped_at = unit
-        return update.stopped_at is None
+    # Arguments of the ops
 
-    def norm_of(self, step: Step) -> float:
-        """The global gradient norm of a step whose gradients are in host memory."""
-        if step.plan.update != "eager":
-            for unit in self.trainable:
-                self._measure(step, unit)
-        return step.norm()
-
-    def _measure(self, step: Step, unit: int) -> None:
-        """Take the norm of a gradient that was at home from the start, and so was not downloaded."""
-        if unit not in step.square_norms:
-            step.square_norms[unit] = square_norm(self.store.run("grads", unit))
-
-    # What the functions above are handed.
+    def _layer(self, step: Step, op: Op) -> Layer:
+        return Layer(self.skeleton, op.unit - 1, self._weights(op), step.call(op.micro_batch))
 
     def _weights(self, op: Op) -> UnitWeights | None:
         return self.weight_slots.unit(op.slot, op.unit) if op.slot >= 0 else None
@@ -302,13 +275,12 @@ class OpFunctions:
             dtype = self.policies.gradient_dtype(op.unit, token_counts, self.store.dtype)
             at_home = self.gradient_slots.is_alias(dtype)
             if at_home:
-                run = self.store.gradient_run(op.unit, step.plan.slab(op.unit))
+                run = self.store.gradient_run(op.unit, step.spec.slab(op.unit))
             else:
                 run = self.gradient_slots.run(op.grad_slot, op.unit, dtype)
-            # Adversarial lanes stand for a device, which writes its slot with the first gradient.
-            adds = not self._poison and self.policies.adds_gradients(op.unit, token_counts)
+            in_pairs = self.gradient_slots.alias and self.policies.adds_gradients(op.unit, token_counts)
             layout = self.store.units[op.unit]
-            step.gradients[op.unit] = UnitGradient(layout, run, at_home=at_home, adds=adds)
+            step.gradients[op.unit] = UnitGradient(layout, run, at_home=at_home, in_pairs=in_pairs)
         return step.gradients[op.unit]
 
     def _inputs(self, step: Step, m: int) -> dict[str, torch.Tensor]:
@@ -322,5 +294,16 @@ class OpFunctions:
         staging = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
         return staging.copy_(value, non_blocking=True)
 
-    def _draws(self, step: Step, op: Op) -> noise.Draws:
-        return partial(noise.random_state, self.device, step.rng_base, op.unit, op.micro_batch)
+    def tensors_of(self, step: Step, buffer: Buffer) -> list[torch.Tensor]:
+        """The tensors behind a transient buffer; none if it aliases the store."""
+        slots: dict[str, WeightSlots | GradientSlots | BoundarySlots] = {
+            "slot": self.weight_slots,
+            "grad_slot": self.gradient_slots,
+            "boundary_slot": self.boundary_slots,
+        }
+        if buffer.region in slots:
+            return slots[buffer.region].tensors(buffer.index)
+        if buffer.region == "slab":
+            return [self.store.run("grad_slabs", buffer.index)]
+        value = step.memory.get(buffer)
+        return [value] if isinstance(value, torch.Tensor) else []

@@ -1,26 +1,33 @@
-"""From settings and unit layouts to the plan of a step: the one way, of the engine and of the planner."""
+"""Resolve settings for one model. Engine and planner both take step specs from here."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from horizon_lm.config.model import ModelSettings, per_layer
 from horizon_lm.engine.loss import chunk_tokens
 from horizon_lm.errors import ConfigError
-from horizon_lm.memory.layout import UnitLayout
+from horizon_lm.memory.layout import UnitLayout, lay_out
+from horizon_lm.memory.preflight import check_host_memory
 from horizon_lm.memory.store import GradientSlabs, StoreSpec
+from horizon_lm.model.loading import count_parameters
+from horizon_lm.model.skeleton import Skeleton
+from horizon_lm.optim.checks import finite_number
+from horizon_lm.optim.groups import check_patterns, group_rule, segments
+from horizon_lm.optim.optimizer import Optimizer, UpdateSettings
 from horizon_lm.optim.rules import ADAPTIVE_RULES
-from horizon_lm.schedule import StepPlan
+from horizon_lm.schedule import StepSpec
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class ModelShape(Protocol):
-    """What a plan needs to know of a model: a `Skeleton`, or what stands for one."""
+    """What resolving needs of a model: a `Skeleton`, or the planner's outline."""
 
     @property
     def units(self) -> Sequence[UnitLayout]: ...
@@ -38,10 +45,10 @@ class ModelShape(Protocol):
 
 @dataclass(frozen=True)
 class Policies:
-    """Settings, made out for one model.
+    """Settings resolved for one model.
 
-    slots, grad_slots: as many as the settings and the blocks of layers ask for. loss_chunk: tokens.
-    uploaded, trainable, kept, spilled: units.
+    slots, grad_slots: as settings and blocks of layers require. loss_chunk: tokens. uploaded, trainable,
+    kept, spilled: units.
     """
 
     settings: ModelSettings
@@ -56,8 +63,8 @@ class Policies:
 
     @classmethod
     def of(cls, settings: ModelSettings, shape: ModelShape) -> Policies:
-        """Raises ConfigError when a list of policies does not name each layer once."""
-        # Layers of a block are on the device together, and the next block's first is on its way.
+        """Raises ConfigError if a list of policies does not name each layer once."""
+        # All layers of a block are on the device together, while the next block's first is uploaded.
         block = settings.checkpoint_interval
         streamed = range(shape.num_layers + 2)
         kept, spilled = layer_policies(settings, shape.num_layers)
@@ -75,11 +82,11 @@ class Policies:
             spilled=spilled,
         )
 
-    def step_plan(
+    def step_spec(
         self, micro_batches: int, *, evaluate: bool = False, saved: frozenset[int] = frozenset()
-    ) -> StepPlan:
-        """The plan of a step of so many micro-batches. saved: units that a checkpoint takes meanwhile."""
-        return StepPlan(
+    ) -> StepSpec:
+        """The spec of a step of N micro-batches. saved: units written to a checkpoint meanwhile."""
+        return StepSpec(
             layers=self.shape.num_layers,
             uploaded=self.uploaded,
             trainable=self.trainable,
@@ -99,21 +106,21 @@ class Policies:
         )
 
     def gradient_dtype(self, unit: int, token_counts: Sequence[int], dtype: torch.dtype) -> torch.dtype:
-        """In which a unit's gradient is collected: a store's own (`dtype`) when it is written once, fp32
-        when it is added to. token_counts: tokens of each micro-batch."""
+        """In which dtype a unit's gradient accumulates: the store's (`dtype`) if written once, fp32 if added
+        to. token_counts: tokens of each micro-batch."""
         return torch.float32 if self.adds_gradients(unit, token_counts) else dtype
 
     def adds_gradients(self, unit: int, token_counts: Sequence[int]) -> bool:
-        """Whether a unit's gradient is a sum: over micro-batches, and in the head over chunks of the loss."""
+        """Whether a unit's gradient is a sum over micro-batches or, in the head, over loss chunks."""
         count = len(token_counts)
         chunks = max((-(-tokens // self.loss_chunk) for tokens in token_counts), default=1)
         return (count * max(1, chunks) if unit == self.shape.num_layers + 1 else count) > 1
 
 
 def layer_policies(settings: ModelSettings, num_layers: int) -> tuple[frozenset[int], frozenset[int]]:
-    """(units that keep their activations, units whose stored input is spilled to the host).
+    """Return (units that keep their activations, units whose stored input is spilled to the host).
 
-    Raises ConfigError when a list does not name each layer once.
+    Raises ConfigError if a list does not name each layer once.
     """
     kept = _chosen(settings.activations, ("recompute", "keep"), "activations", num_layers)
     spilled = _chosen(settings.boundaries, ("device", "host"), "boundaries", num_layers)
@@ -121,7 +128,7 @@ def layer_policies(settings: ModelSettings, num_layers: int) -> tuple[frozenset[
 
 
 def _chosen(value: str | list[str], words: tuple[str, str], key: str, num_layers: int) -> frozenset[int]:
-    """Units (layer numbers from 1) for which the setting says `words[1]`."""
+    """Units (layer numbers from 1) set to `words[1]`."""
     listed = per_layer(value, words)
     if listed is None:
         listed = [value] * num_layers  # type: ignore[list-item]
@@ -134,8 +141,7 @@ def _chosen(value: str | list[str], words: tuple[str, str], key: str, num_layers
 
 
 def store_spec(settings: ModelSettings, shape: ModelShape | None) -> StoreSpec:
-    """What the store holds for each parameter; without the slabs of eager updates where the model is
-    not known yet."""
+    """What the store holds per parameter; without the slabs of eager updates if the model is unknown."""
     slabs = None
     if settings.update_mode == "eager":
         outer = frozenset() if shape is None else frozenset({shape.num_layers + 1, shape.embedding_unit})
@@ -146,3 +152,59 @@ def store_spec(settings: ModelSettings, shape: ModelShape | None) -> StoreSpec:
         second_moment=settings.optim in ADAPTIVE_RULES,
         slabs=slabs,
     )
+
+
+def make_optimizer(skeleton: Skeleton, settings: ModelSettings) -> Optimizer:
+    """Build the optimizer that the settings describe.
+
+    Raises ConfigError for a pattern of lr_factors that matches nothing.
+    """
+    trainable = [p.name for unit in skeleton.units for p in unit.trainable]
+    check_patterns(settings.lr_factors, trainable)
+    rule = group_rule(
+        settings.lr_factors,
+        decay_embeddings=settings.decay_embeddings,
+        is_embedding=skeleton.is_embedding,
+        is_norm=skeleton.is_norm,
+    )
+    optimizer = Optimizer(
+        settings.optim,
+        settings.adam_beta1,
+        settings.adam_beta2,
+        settings.adam_epsilon,
+        settings.sgd_momentum,
+        settings.seed,
+        tuple(segments(unit, rule) for unit in skeleton.units),
+        None if settings.optimizer_threads == "auto" else settings.optimizer_threads,
+    )
+    optimizer.check(UpdateSettings(1, 0.0, None, 0.0))
+    return optimizer
+
+
+def check_fits_host(values: dict[str, Any], settings: ModelSettings) -> None:
+    """Raise DoesNotFitError unless the store of a model of this transformers configuration fits."""
+    dtype = DTYPES[settings.dtype]
+    trained, frozen = count_parameters(values, settings.freeze)
+    rows = [("trained", (trained,), True, dtype), ("frozen", (frozen,), False, dtype)]
+    # The slabs of eager updates are left out: they are as large as a layer, which is not known yet.
+    check_host_memory([lay_out("all", rows, dtype)], settings, lambda other: store_spec(other, None))
+
+
+def update_settings(
+    where: str, settings: ModelSettings, step: int, lr: Any, max_grad_norm: Any, weight_decay: Any
+) -> UpdateSettings:
+    """Check the numbers of an update before anything is computed. where: the call, for errors."""
+    lr = finite_number(where, "lr", lr, hint="lr=1e-5 is a usual learning rate")
+    weight_decay = finite_number(where, "weight_decay", weight_decay, hint="weight_decay=0 turns it off")
+    limit = max_grad_norm
+    if isinstance(limit, float) and limit == math.inf:
+        limit = None  # as in torch.nn.utils.clip_grad_norm_
+    if limit is not None:
+        hint = "max_grad_norm=None turns clipping off, 1.0 is a usual limit"
+        limit = finite_number(where, "max_grad_norm", limit, hint=hint)
+    if limit and settings.update_mode == "eager":
+        raise ConfigError(
+            f"max_grad_norm={limit} with update: eager, which updates layers before the norm is known",
+            hint="update='deferred' clips exactly, and overlaps the updates with the next forward pass",
+        )
+    return UpdateSettings(step, lr, limit, weight_decay)

@@ -1,39 +1,50 @@
-"""What is in flight: the step that runs, and an update that is not through yet."""
+"""State in flight: the running step, and an update that is not finished yet."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from horizon_lm.engine.activations import LayerGraph, Rerun
 from horizon_lm.engine.gradient import UnitGradient
-from horizon_lm.engine.loss import HeadLoss
+from horizon_lm.engine.layers import LayerGraph, Rerun
+from horizon_lm.engine.loss import Draws, HeadLoss
+from horizon_lm.micro_batches import MicroBatch
 from horizon_lm.model.capture import Call
 from horizon_lm.optim.optimizer import UpdateSettings
 from horizon_lm.optim.progress import Progress
-from horizon_lm.schedule import Buffer, Op, StepPlan
+from horizon_lm.schedule import Buffer, Op, StepSpec, derive_waits, last_uses
 from horizon_lm.words import count
-
-MicroBatch = dict[str, torch.Tensor]
 
 
 class Schedule(NamedTuple):
-    """Ops in program order, what each waits for, and the buffers that each is the last to use."""
+    """Ops in program order, the ops each waits for, and the buffers each is the last to use."""
 
     ops: list[Op]
     waits: list[tuple[int, ...]]
     ends: list[tuple[Buffer, ...]]
 
+    @classmethod
+    def of(cls, ops: list[Op]) -> Schedule:
+        return cls(ops, derive_waits(ops), last_uses(ops))
+
+    @property
+    def norm(self) -> int:
+        """Index of the op that takes the gradient norm."""
+        return next(i for i, op in enumerate(self.ops) if op.kind == "N")
+
 
 @dataclass
 class Update:
-    """An update of the trainable units, and how far it has come.
+    """An update of the trainable units, and its progress.
 
-    eager: each unit is updated as its gradient arrives, before all of them are known to be good; others are
-    decided on as a whole, and then made whatever happens. stopped_at: the unit whose gradient was not
+    eager: each unit is updated as its gradient arrives, before all gradients are known to be finite. Other
+    updates are decided as a whole and then always completed. stopped_at: the unit whose gradient was not
     finite, before which eager updates stopped.
     """
 
@@ -49,7 +60,7 @@ class Update:
 
     @property
     def left(self) -> set[int]:
-        """Units whose turn is still to come, or that were cut short."""
+        """Units not updated yet, or interrupted."""
         return {unit for unit, progress in self.progress.items() if not progress.is_done}
 
     @property
@@ -58,12 +69,12 @@ class Update:
 
     @property
     def is_torn(self) -> bool:
-        """Eager updates of which some were made and others were not. Only while none is running."""
+        """Whether eager updates stopped half-way. Meaningful only while none is running."""
         return self.eager and self.has_begun and bool(self.left)
 
     @property
     def counts(self) -> bool:
-        """Whether its step is done, as far as anybody can tell who reads the weights."""
+        """Whether readers of the weights will find the update done."""
         return not self.eager or not self.left
 
     @property
@@ -74,14 +85,14 @@ class Update:
 
 @dataclass
 class Step:
-    """The step in flight: its schedule, its micro-batches and its transient buffers.
+    """A running step: its schedule, micro-batches and transient buffers.
 
-    targets: [batch, tokens] on the host for each micro-batch; num_tokens: those that count. number: of the
-    steps that were done before it. head_losses: one for each micro-batch. update: what the O ops of this
-    schedule apply. ends_itself: its gradients are of no use but to the call that made them.
+    targets: [batch, tokens] on the host per micro-batch. num_tokens: targets that count. number: steps done
+    before it. head_losses: one per micro-batch. update: what the O ops of this schedule apply.
+    ends_itself: its gradients are of no use after the call that made them.
     """
 
-    plan: StepPlan
+    spec: StepSpec
     schedule: Schedule
     micro_batches: Sequence[MicroBatch] = ()
     targets: list[torch.Tensor] = field(default_factory=list)
@@ -113,11 +124,53 @@ class Step:
         assert isinstance(value, (LayerGraph, Rerun))
         return value
 
+    def draws(self, op: Op, device: torch.device) -> Draws:
+        """The random state of the op's unit on its micro-batch."""
+        return partial(random_state, device, self.rng_base, op.unit, op.micro_batch)
+
     @property
     def loss(self) -> float:
         """Sum over the micro-batches; waits for the device."""
         return float(sum(float(loss) for loss in self.losses.values()))
 
     def norm(self) -> float:
-        """Global gradient norm, added up in one order whatever order downloads ended in."""
+        """Global gradient norm, summed in a fixed order regardless of the order of downloads."""
         return sum(float(self.square_norms[unit]) for unit in sorted(self.square_norms)) ** 0.5
+
+    def is_finite(self, unit: int) -> bool:
+        """Whether the loss, and the gradient of the unit, are finite (eager updates).
+
+        The loss is known before any update, so it is looked at only once.
+        """
+        square = float(self.square_norms[unit])
+        if self.spec.scatters and unit == self.spec.embedding_unit:
+            square += float(self.square_norms[self.spec.head + 1])
+        assert self.update is not None
+        return math.isfinite(square) and (self.update.has_begun or math.isfinite(self.loss))
+
+
+@contextmanager
+def random_state(device: torch.device, base: int, unit: int, micro_batch: int) -> Iterator[None]:
+    """While open, make random numbers depend on (seed and step, unit, micro-batch) alone.
+
+    A recompute thus draws the same dropout masks regardless of what ran in between. Every pass of a unit
+    gets such a state, whether it draws or not, so no setting or kind of module has to tell which layers
+    have noise (dropout, jitter, stochastic depth). Only torch's generators are set; no supported model draws
+    from those of Python or numpy. The caller's generators are restored.
+
+    Sets generators one by one: torch.manual_seed asks every kind of device, which takes a hundred times as
+    long. Never waits for the device.
+    """
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
+    seed = hash((base, unit, micro_batch)) & 0x7FFF_FFFF_FFFF_FFFF
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(seed)
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

@@ -60,10 +60,9 @@ class WeightSlots:
             return UnitWeights(buffer[: layout.numel], torch.empty(0, dtype=torch.int16))
         return UnitWeights(buffer[: layout.numel], buffer[layout.numel : layout.slot_numel].view(torch.int16))
 
-    def poison(self, slot: int) -> None:
-        """Fill a slot that nothing may read any more with NaN (tests)."""
-        if not self._alias:
-            self._buffers[slot].fill_(torch.nan)
+    def tensors(self, slot: int) -> list[torch.Tensor]:
+        """The slot's buffer; none if it aliases the store."""
+        return [] if self._alias else [self._buffers[slot]]
 
 
 class GradientSlots:
@@ -77,7 +76,7 @@ class GradientSlots:
         self, store: HostStore, units: frozenset[int], count: int, device: torch.device, alias: bool
     ) -> None:
         self._store = store
-        self._alias = alias
+        self.alias = alias
         self._device = device
         self._count = count
         self.capacity = max((store.units[u].trainable_numel for u in units), default=0)
@@ -99,16 +98,16 @@ class GradientSlots:
 
     def is_alias(self, dtype: torch.dtype) -> bool:
         """Whether a gradient of this dtype is accumulated in the store itself."""
-        return self._alias and dtype == self._store.dtype
+        return self.alias and dtype == self._store.dtype
 
     def run(self, grad_slot: int, unit: int, dtype: torch.dtype) -> torch.Tensor:
         """The slot as the unit's 1-D gradient run [trainable_numel] of `dtype`."""
         self.reserve()
         return self._buffers[grad_slot].view(dtype)[: self._store.units[unit].trainable_numel]
 
-    def poison(self, grad_slot: int) -> None:
-        if self._buffers:
-            self._buffers[grad_slot].view(torch.float32).fill_(torch.nan)
+    def tensors(self, grad_slot: int) -> list[torch.Tensor]:
+        """The slot's buffer, as fp32; none if none was allocated."""
+        return [self._buffers[grad_slot].view(torch.float32)] if self._buffers else []
 
 
 class BoundarySlots:
@@ -165,8 +164,7 @@ class BoundarySlots:
         assert value is not None, f"boundary slot {slot} is empty"
         return value
 
-    def poison(self, slot: int) -> None:
-        """Fill a buffer that nothing may read any more with NaN (tests)."""
+    def tensors(self, slot: int) -> list[torch.Tensor]:
+        """The input in a slot; none if it stayed where it was."""
         value = self._held[slot]
-        if value is not None and not self._alias:
-            value.fill_(torch.nan)
+        return [] if value is None or self._alias else [value]

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from horizon_lm.config.data import IGNORED
 from horizon_lm.errors import UnsupportedModelError
 from horizon_lm.memory.slots import UnitWeights
 from horizon_lm.model.anatomy import (
@@ -346,6 +347,6 @@ def run_router_loss(
 
     batch, tokens = hidden.shape[:2]
     # Labels that are all ignored, summed: what is left of the model's loss is the auxiliary part.
-    nothing = torch.full((batch, 1), -100, device=hidden.device)
+    nothing = torch.full((batch, 1), IGNORED, device=hidden.device)
     options = {"output_router_logits": True, "logits_to_keep": 1, "labels": nothing, "num_items_in_batch": 1}
     return _run_after_layers(skeleton, replay, hidden, batch, tokens, options | call.inputs).loss

@@ -123,11 +123,13 @@ def _measure(
     settings = ModelSettings.from_dict(chosen | {"lanes": "inline", "update": "sync"}, source="calibrate")
     model = HostModel.from_config(values, settings)
     model.engine.lanes = InlineLanes(model.device, clock)
+    if device == "cpu":
+        arena.keep_freed_memory()  # as `train` does
     if (shape, dtype) not in outlines:  # the same for both policies, with what was found on it
         outlines[shape, dtype] = Outline(model.config, settings)
     outline = outlines[shape, dtype]
     policies = Policies.of(settings, outline)
-    plan = policies.step_plan(2)
+    plan = policies.step_spec(2)
     measures = outline.measures(1, tokens, policies.loss_chunk)
     costs = Costs(outline, measures, policies, plan, store_spec(settings, outline), _UNKNOWN)
     generator = torch.Generator().manual_seed(0)
@@ -332,9 +334,12 @@ _RUN = """
 import torch, json, sys
 from horizon_lm import HostModel
 from horizon_lm.config import ModelSettings
+from horizon_lm.memory.arena import keep_freed_memory
 values, settings, tokens = json.loads(sys.argv[1])
 torch.set_num_threads(int(sys.argv[2]))
 model = HostModel.from_config(values, ModelSettings(**settings))
+if model.device.type == "cpu":
+    keep_freed_memory()  # as `train` does
 ids = torch.zeros(1, tokens, dtype=torch.long)
 for _ in range(3):
     model.train_step([dict(input_ids=ids, labels=ids)], lr=1e-5)

@@ -17,8 +17,8 @@ from horizon_lm.plan.device import slot_bytes
 from horizon_lm.plan.outline import Measures, Outline
 from horizon_lm.plan.work import Kernel, Work
 from horizon_lm.plan.working_set import Pass, WorkingSet
-from horizon_lm.schedule import Buffer, Op, StepPlan
-from horizon_lm.schedule.step_plan import KEEP
+from horizon_lm.schedule import Buffer, Op, StepSpec
+from horizon_lm.schedule.step_spec import KEEP
 
 DEVICE, HOST = "device", "host"
 
@@ -39,7 +39,7 @@ class Costs:
     outline: Outline
     measures: Measures
     policies: Policies
-    plan: StepPlan
+    plan: StepSpec
     spec: StoreSpec
     profile: Profile
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from horizon_lm.memory.layout import UnitLayout
-from horizon_lm.schedule import StepPlan
+from horizon_lm.schedule import StepSpec
 
 
-def slot_bytes(units: Sequence[UnitLayout], plan: StepPlan, dtype: torch.dtype) -> dict[str, int]:
+def slot_bytes(units: Sequence[UnitLayout], plan: StepSpec, dtype: torch.dtype) -> dict[str, int]:
     """Bytes of the weight and gradient slots. Gradients are accumulated in fp32."""
     weights = max((units[u].slot_numel for u in plan.uploaded), default=0)
     downloaded = [u for u in plan.trainable if u <= plan.head]

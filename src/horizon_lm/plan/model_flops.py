@@ -20,7 +20,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from horizon_lm.engine.compute import forward_prologue
+from horizon_lm.engine.ends import forward_prologue
 from horizon_lm.model.anatomy import tensors_in
 from horizon_lm.model.capture import Call, run_layer
 from horizon_lm.model.skeleton import Skeleton

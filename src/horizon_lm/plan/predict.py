@@ -15,7 +15,7 @@ from horizon_lm.machine.profile import Profile
 from horizon_lm.memory.store import predict_bytes
 from horizon_lm.plan.costs import DEVICE, HOST, Costs
 from horizon_lm.plan.outline import Outline
-from horizon_lm.schedule import Lane, Op, Simulation, StepPlan, build, derive_waits, simulate
+from horizon_lm.schedule import Lane, Op, Simulation, StepSpec, build, derive_waits, simulate
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Prediction:
     simulation: Simulation
 
     @property
-    def plan(self) -> StepPlan:
+    def plan(self) -> StepSpec:
         return self.costs.plan
 
     @property
@@ -105,7 +105,7 @@ def predict(
     policies = Policies.of(settings, outline)
     measures = outline.measures(batch, tokens, policies.loss_chunk, settings.label_smoothing_factor)
     spec = store_spec(settings, outline)
-    costs = Costs(outline, measures, policies, policies.step_plan(micro_batches), spec, profile)
+    costs = Costs(outline, measures, policies, policies.step_spec(micro_batches), spec, profile)
     # One op after another waits for nothing but the one before it.
     ops, waits = (ops_of(costs.plan), None) if costs.is_cpu else schedule_of(costs.plan)
     simulation = simulate(
@@ -131,13 +131,13 @@ def predict(
 
 
 @lru_cache(maxsize=256)
-def schedule_of(plan: StepPlan) -> tuple[Sequence[Op], Sequence[tuple[int, ...]]]:
+def schedule_of(plan: StepSpec) -> tuple[Sequence[Op], Sequence[tuple[int, ...]]]:
     """Ops and waits of a step that begins with the deferred updates of the one before, as most do."""
     ops = ops_of(plan)
     return ops, derive_waits(ops)
 
 
 @lru_cache(maxsize=256)
-def ops_of(plan: StepPlan) -> Sequence[Op]:
+def ops_of(plan: StepSpec) -> Sequence[Op]:
     """The ops of `schedule_of` alone."""
     return build(plan, step=1, pending=plan.trainable if plan.update == "deferred" else ())

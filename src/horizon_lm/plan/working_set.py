@@ -1,6 +1,6 @@
 """What prologue, layers and head take and do on the device, found by running them on tensors without memory.
 
-The same code that trains (`engine.activations`, `engine.compute`) runs forward and backward on fake
+The same code that trains (`engine.layers`, `engine.ends`) runs forward and backward on fake
 tensors; what it allocates and what it computes is counted. Nothing is known of any model family.
 """
 
@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from horizon_lm.engine.activations import backward_layer, forward_layer
-from horizon_lm.engine.compute import backward_prologue, bound_for_backward, forward_prologue
+from horizon_lm.engine.ends import backward_prologue, bound_for_backward, forward_prologue
 from horizon_lm.engine.gradient import UnitGradient
+from horizon_lm.engine.layers import Layer
 from horizon_lm.engine.loss import HeadLoss, cross_entropy
 from horizon_lm.memory.live import LiveBytes
 from horizon_lm.memory.slots import UnitWeights
@@ -26,7 +26,7 @@ from horizon_lm.model.capture import Call
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.plan.trace import Trace
 from horizon_lm.plan.work import Work, WorkMeter
-from horizon_lm.schedule.step_plan import KEEP, RECOMPUTE
+from horizon_lm.schedule.step_spec import KEEP, RECOMPUTE
 
 _FEW_TOKENS = 16  # enough for what a prologue looks at, and soon run
 
@@ -271,7 +271,8 @@ def _run_layer(
     gradient = metered.gradient(skeleton, layer + 1)
     metered.take()
     metered.restart()
-    done = forward_layer(skeleton, layer, weights, call, hidden, policy=policy, grad=True, in_place=True)
+    run = Layer(skeleton, layer, weights, call)
+    done = run.forward(hidden, policy=policy, grad=True, in_place=True)
     metered.peak()
     metered.take()
     call.routers.append(done.routers)
@@ -282,7 +283,7 @@ def _run_layer(
     assert graph is not None
     del done
     metered.restart()
-    backward_layer(skeleton, layer, weights, call, graph, hidden, incoming, gradient)
+    run.backward(graph, hidden, incoming, gradient)
     metered.peak()
     metered.take()
 

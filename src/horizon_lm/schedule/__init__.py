@@ -4,7 +4,7 @@ from horizon_lm.schedule.build import build, build_flush, build_save, build_step
 from horizon_lm.schedule.check import check
 from horizon_lm.schedule.ops import Buffer, Lane, Op, parse_op
 from horizon_lm.schedule.simulate import Simulation, simulate
-from horizon_lm.schedule.step_plan import StepPlan
+from horizon_lm.schedule.step_spec import StepSpec
 from horizon_lm.schedule.waits import TRANSIENT, derive_waits, last_uses
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "Lane",
     "Op",
     "Simulation",
-    "StepPlan",
+    "StepSpec",
     "build",
     "build_flush",
     "build_save",

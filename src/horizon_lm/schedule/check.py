@@ -10,14 +10,14 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from horizon_lm.schedule.ops import Buffer, Lane, Op
-from horizon_lm.schedule.step_plan import StepPlan
+from horizon_lm.schedule.step_spec import StepSpec
 from horizon_lm.schedule.waits import derive_waits
 
 # Regions that live on between steps; everything else must be written in a step before it is read.
 PERSISTENT = frozenset({"weights", "state"})
 
 
-def check(ops: Sequence[Op], plan: StepPlan, waits: Sequence[tuple[int, ...]] | None = None) -> list[str]:
+def check(ops: Sequence[Op], spec: StepSpec, waits: Sequence[tuple[int, ...]] | None = None) -> list[str]:
     """All faults found in `ops` (program order, one or more whole steps); empty when sound.
 
     waits: per op the indices of the ops that it waits for; derived when not given.
@@ -26,10 +26,10 @@ def check(ops: Sequence[Op], plan: StepPlan, waits: Sequence[tuple[int, ...]] | 
         waits = derive_waits(ops)
     return [
         *_check_order(ops, waits),
-        *_check_value(ops, plan),
-        *_check_complete(ops, plan),
+        *_check_value(ops, spec),
+        *_check_complete(ops, spec),
         *_check_waste(ops, waits),
-        *_check_room(ops, plan),
+        *_check_room(ops, spec),
     ]
 
 
@@ -69,7 +69,7 @@ def _check_order(ops: Sequence[Op], waits: Sequence[tuple[int, ...]]) -> list[st
     return faults
 
 
-def _check_value(ops: Sequence[Op], plan: StepPlan) -> list[str]:
+def _check_value(ops: Sequence[Op], spec: StepSpec) -> list[str]:
     """Each read finds what it expects: of the right unit, step and micro-batches."""
     faults = []
     first_step = min((op.step for op in ops), default=0)
@@ -86,9 +86,9 @@ def _check_value(ops: Sequence[Op], plan: StepPlan) -> list[str]:
                     f"{where} needs the gradient of unit {op.unit} in {buffer}, "
                     f"which holds that of unit {unit} of step {step}"
                 )
-            elif buffer.region == "slab" and (unit, step) != (_slab_owner(op, plan), op.step):
+            elif buffer.region == "slab" and (unit, step) != (_slab_owner(op, spec), op.step):
                 faults.append(
-                    f"{where} needs the gradient of unit {_slab_owner(op, plan)} in {buffer}, "
+                    f"{where} needs the gradient of unit {_slab_owner(op, spec)} in {buffer}, "
                     f"which holds that of unit {unit} of step {step}"
                 )
             elif buffer.region == "boundary_slot" and (unit, added.get(buffer)) != (
@@ -100,7 +100,7 @@ def _check_value(ops: Sequence[Op], plan: StepPlan) -> list[str]:
                     f"and micro-batches {added.get(buffer)}"
                 )
             elif buffer.region in PERSISTENT:
-                if buffer.index in plan.trainable and step != op.step - 1:
+                if buffer.index in spec.trainable and step != op.step - 1:
                     faults.append(f"{where} reads {buffer} of after step {step} instead of {op.step - 1}")
             elif step != op.step:
                 faults.append(f"{where} reads {buffer}, which this step has not written")
@@ -108,16 +108,16 @@ def _check_value(ops: Sequence[Op], plan: StepPlan) -> list[str]:
                 faults.append(
                     f"{where} reads {buffer}, which comes from unit {unit} instead of {op.unit + 1}"
                 )
-            if op.kind == "D" and added.get(buffer) != list(range(plan.micro_batches)):
+            if op.kind == "D" and added.get(buffer) != list(range(spec.micro_batches)):
                 faults.append(f"{where} takes {buffer} with micro-batches {added.get(buffer, [])} in it")
-        if op.kind in "FLECB" and op.unit in plan.uploaded and op.slot < 0:
+        if op.kind in "FLECB" and op.unit in spec.uploaded and op.slot < 0:
             faults.append(f"{op} of step {op.step} has no slot to read its weights from")
-        if op.kind in "LBD" and op.unit in plan.trainable and op.grad_slot < 0:
+        if op.kind in "LBD" and op.unit in spec.trainable and op.grad_slot < 0:
             faults.append(f"{op} of step {op.step} has no gradient slot")
-        if op.policy != plan.policy(op.unit) and op.kind == "F" and op.unit:
-            faults.append(f"{op} of step {op.step} keeps {op.policy!r} instead of {plan.policy(op.unit)!r}")
+        if op.policy != spec.policy(op.unit) and op.kind == "F" and op.unit:
+            faults.append(f"{op} of step {op.step} keeps {op.policy!r} instead of {spec.policy(op.unit)!r}")
         for buffer in op.writes:
-            holds[buffer] = (_slab_owner(op, plan) if buffer.region == "slab" else op.unit, op.step)
+            holds[buffer] = (_slab_owner(op, spec) if buffer.region == "slab" else op.unit, op.step)
             if buffer.region == "boundary_slot":
                 added[buffer] = [op.micro_batch]
             if buffer.region == "grad_slot" and op.kind in "LB":
@@ -127,13 +127,13 @@ def _check_value(ops: Sequence[Op], plan: StepPlan) -> list[str]:
     return faults
 
 
-def _slab_owner(op: Op, plan: StepPlan) -> int:
-    return plan.embedding_unit if op.kind == "S" else op.unit
+def _slab_owner(op: Op, spec: StepSpec) -> int:
+    return spec.embedding_unit if op.kind == "S" else op.unit
 
 
-def _check_complete(ops: Sequence[Op], plan: StepPlan) -> list[str]:
+def _check_complete(ops: Sequence[Op], spec: StepSpec) -> list[str]:
     """Each unit does its work exactly once a step for each micro-batch, and nothing else is done."""
-    expected = _expected(plan)
+    expected = _expected(spec)
     counts = Counter((op.step, op.kind, op.unit, op.micro_batch) for op in ops if op.kind != "U")
     wanted = {(step, *key) for step in {op.step for op in ops} for key in expected}
     return [
@@ -144,20 +144,20 @@ def _check_complete(ops: Sequence[Op], plan: StepPlan) -> list[str]:
     ]
 
 
-def _expected(plan: StepPlan) -> set[tuple[str, int, int]]:
+def _expected(spec: StepSpec) -> set[tuple[str, int, int]]:
     """(kind, unit, micro-batch) of all ops of a step but the uploads."""
-    micro_batches = range(plan.micro_batches)
-    per_micro_batch = {("G", -1), *(("F", u) for u in range(plan.head))}
-    if plan.evaluate:
-        return {(*key, m) for key in per_micro_batch | {("E", plan.head)} for m in micro_batches}
-    per_micro_batch |= {("L", plan.head), *(("B", u) for u in range(plan.lowest_backward, plan.head))}
-    per_micro_batch |= {("C", u) for block in plan.backward_blocks for u in block[:-1]}
-    per_micro_batch |= {(kind, u) for u in range(1, plan.head) if plan.is_spilled(u) for kind in "XR"}
+    micro_batches = range(spec.micro_batches)
+    per_micro_batch = {("G", -1), *(("F", u) for u in range(spec.head))}
+    if spec.evaluate:
+        return {(*key, m) for key in per_micro_batch | {("E", spec.head)} for m in micro_batches}
+    per_micro_batch |= {("L", spec.head), *(("B", u) for u in range(spec.lowest_backward, spec.head))}
+    per_micro_batch |= {("C", u) for block in spec.backward_blocks for u in block[:-1]}
+    per_micro_batch |= {(kind, u) for u in range(1, spec.head) if spec.is_spilled(u) for kind in "XR"}
     expected = {(*key, m) for key in per_micro_batch for m in micro_batches}
-    expected |= {("D", u, -1) for u in plan.trainable if u <= plan.head}
-    expected |= {("S", -1, -1)} if plan.scatters else set()
-    expected |= {("W", u, -1) for u in plan.saved}
-    return expected | {("N", -1, -1)} | {("O", u, -1) for u in plan.trainable}
+    expected |= {("D", u, -1) for u in spec.trainable if u <= spec.head}
+    expected |= {("S", -1, -1)} if spec.scatters else set()
+    expected |= {("W", u, -1) for u in spec.saved}
+    return expected | {("N", -1, -1)} | {("O", u, -1) for u in spec.trainable}
 
 
 def _check_waste(ops: Sequence[Op], waits: Sequence[tuple[int, ...]]) -> list[str]:
@@ -183,15 +183,15 @@ def _check_waste(ops: Sequence[Op], waits: Sequence[tuple[int, ...]]) -> list[st
     return faults
 
 
-def _check_room(ops: Sequence[Op], plan: StepPlan) -> list[str]:
+def _check_room(ops: Sequence[Op], spec: StepSpec) -> list[str]:
     """Slots stay within the number that is allocated, and an op uses those that it declares."""
     faults = []
     for op in ops:
         for region, own, count in (
-            ("slot", op.slot, plan.slots),
-            ("grad_slot", op.grad_slot, plan.grad_slots),
-            ("slab", op.slab, plan.grad_slabs + 1 if plan.update == "eager" else 0),
-            ("boundary_slot", op.boundary_slot, plan.boundary_slots),
+            ("slot", op.slot, spec.slots),
+            ("grad_slot", op.grad_slot, spec.grad_slots),
+            ("slab", op.slab, spec.grad_slabs + 1 if spec.update == "eager" else 0),
+            ("boundary_slot", op.boundary_slot, spec.boundary_slots),
         ):
             declared = sorted(b.index for b in op.reads | op.writes if b.region == region)
             faults += [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from horizon_lm.schedule.ops import Buffer, Op
-from horizon_lm.schedule.step_plan import KEEP, StepPlan
+from horizon_lm.schedule.step_spec import KEEP, StepSpec
 
 
 def _set(*buffers: Buffer | None) -> frozenset[Buffer]:
@@ -25,9 +25,9 @@ def _added_to(grad_slot: int, m: int) -> Buffer | None:
     return _grad_slot(grad_slot) if m > 0 else None
 
 
-def _home(plan: StepPlan, unit: int) -> Buffer:
+def _home(spec: StepSpec, unit: int) -> Buffer:
     """Where a unit's gradient lies in host memory."""
-    slab = plan.slab(unit)
+    slab = spec.slab(unit)
     return Buffer("grads", unit) if slab < 0 else Buffer("slab", slab)
 
 
@@ -36,16 +36,16 @@ def _call(m: int) -> Buffer:
     return Buffer("call", -1, m)
 
 
-def gather(plan: StepPlan, m: int) -> Op:
-    return Op("G", -1, m, _set(Buffer("weights", plan.embedding_unit)), _set(Buffer("embeds", -1, m)))
+def gather(spec: StepSpec, m: int) -> Op:
+    return Op("G", -1, m, _set(Buffer("weights", spec.embedding_unit)), _set(Buffer("embeds", -1, m)))
 
 
 def upload(unit: int, slot: int) -> Op:
     return Op("U", unit, reads=_set(Buffer("weights", unit)), writes=_set(_slot(slot)), slot=slot)
 
 
-def forward(plan: StepPlan, unit: int, m: int, slot: int) -> Op:
-    output, policy = Buffer("input", unit + 1, m), plan.policy(unit)
+def forward(spec: StepSpec, unit: int, m: int, slot: int) -> Op:
+    output, policy = Buffer("input", unit + 1, m), spec.policy(unit)
     if unit == 0:
         reads = _set(_slot(slot), Buffer("embeds", -1, m))
         return Op("F", 0, m, reads, _set(_call(m), output), slot)
@@ -71,9 +71,9 @@ def loss(unit: int, m: int, slot: int, grad_slot: int) -> Op:
     return Op("L", unit, m, reads, writes, slot, grad_slot, first=m == 0)
 
 
-def evaluate(plan: StepPlan, m: int, slot: int) -> Op:
-    reads = _set(_slot(slot), _call(m), Buffer("input", plan.head, m))
-    return Op("E", plan.head, m, reads, _set(Buffer("loss", -1, m)), slot)
+def evaluate(spec: StepSpec, m: int, slot: int) -> Op:
+    reads = _set(_slot(slot), _call(m), Buffer("input", spec.head, m))
+    return Op("E", spec.head, m, reads, _set(Buffer("loss", -1, m)), slot)
 
 
 def recompute(unit: int, m: int, slot: int) -> Op:
@@ -102,48 +102,48 @@ def from_boundary_slot(op: Op, boundary_slot: int) -> Op:
     return replace(op, reads=reads, boundary_slot=boundary_slot)
 
 
-def download(plan: StepPlan, unit: int, grad_slot: int) -> Op:
+def download(spec: StepSpec, unit: int, grad_slot: int) -> Op:
     # It writes to the slot as well: parameters that received no gradient are zeroed there.
-    writes = _set(_home(plan, unit), Buffer("sqnorm", unit), _grad_slot(grad_slot))
-    slab = plan.slab(unit)
+    writes = _set(_home(spec, unit), Buffer("sqnorm", unit), _grad_slot(grad_slot))
+    slab = spec.slab(unit)
     return Op("D", unit, reads=_set(_grad_slot(grad_slot)), writes=writes, grad_slot=grad_slot, slab=slab)
 
 
-def scatter(plan: StepPlan) -> Op:
-    table = _home(plan, plan.embedding_unit)
+def scatter(spec: StepSpec) -> Op:
+    table = _home(spec, spec.embedding_unit)
     # The embedding's own forward is run again, so the table's weights are read as well.
-    reads = [Buffer("weights", plan.embedding_unit)]
-    reads += [Buffer("embeds_grad", -1, m) for m in range(plan.micro_batches)]
+    reads = [Buffer("weights", spec.embedding_unit)]
+    reads += [Buffer("embeds_grad", -1, m) for m in range(spec.micro_batches)]
     # A tied table already holds the head's gradient; one of its own is overwritten.
-    carried = [table] if plan.tied else []
-    writes = _set(table, Buffer("sqnorm", plan.head + 1))
-    return Op("S", reads=frozenset(reads + carried), writes=writes, slab=plan.slab(plan.embedding_unit))
+    carried = [table] if spec.tied else []
+    writes = _set(table, Buffer("sqnorm", spec.head + 1))
+    return Op("S", reads=frozenset(reads + carried), writes=writes, slab=spec.slab(spec.embedding_unit))
 
 
-def norm(plan: StepPlan) -> Op:
-    norms = {Buffer("sqnorm", unit) for unit in plan.trainable}
-    if plan.update != "eager":  # read only where no download measured them
-        norms |= {Buffer("grads", unit) for unit in plan.trainable}
-    if plan.scatters:
-        norms.add(Buffer("sqnorm", plan.head + 1))
+def norm(spec: StepSpec) -> Op:
+    norms = {Buffer("sqnorm", unit) for unit in spec.trainable}
+    if spec.update != "eager":  # read only where no download measured them
+        norms |= {Buffer("grads", unit) for unit in spec.trainable}
+    if spec.scatters:
+        norms.add(Buffer("sqnorm", spec.head + 1))
     return Op("N", reads=frozenset(norms), writes=_set(Buffer("clip")))
 
 
-def optimize(plan: StepPlan, unit: int) -> Op:
+def optimize(spec: StepSpec, unit: int) -> Op:
     """Eager updates look at the loss and at their own gradient's norm, the others at the global one."""
     state, weights = Buffer("state", unit), Buffer("weights", unit)
-    reads = {_home(plan, unit), state, weights}
-    if plan.update == "eager":
-        reads |= {Buffer("loss", -1, m) for m in range(plan.micro_batches)}
+    reads = {_home(spec, unit), state, weights}
+    if spec.update == "eager":
+        reads |= {Buffer("loss", -1, m) for m in range(spec.micro_batches)}
         reads.add(Buffer("sqnorm", unit))
-        if plan.scatters and unit == plan.embedding_unit:
-            reads.add(Buffer("sqnorm", plan.head + 1))
+        if spec.scatters and unit == spec.embedding_unit:
+            reads.add(Buffer("sqnorm", spec.head + 1))
     else:
         reads.add(Buffer("clip"))
-    return Op("O", unit, reads=frozenset(reads), writes=_set(state, weights), slab=plan.slab(unit))
+    return Op("O", unit, reads=frozenset(reads), writes=_set(state, weights), slab=spec.slab(unit))
 
 
-def write(plan: StepPlan, unit: int) -> Op:
+def write(spec: StepSpec, unit: int) -> Op:
     """Reads what O writes: the derived waits put it after one update and before the next."""
-    state = Buffer("state", unit) if unit in plan.trainable else None
+    state = Buffer("state", unit) if unit in spec.trainable else None
     return Op("W", unit, reads=_set(Buffer("weights", unit), state))

@@ -81,7 +81,7 @@ class Op:
     slot: weight slot of U, F, L, E, C, B; grad_slot: gradient slot of L, B, D; slab: host buffer of an
     eager unit's gradient, of D, S, O; boundary_slot: device slot of a stored input, of R, C, B.
     first: the op starts a gradient (it overwrites, later ones add). policy: what F and C leave for
-    the backward pass (`StepPlan.policy`). step: the step whose data or gradients the op works on.
+    the backward pass (`StepSpec.policy`). step: the step whose data or gradients the op works on.
     """
 
     kind: str

@@ -14,8 +14,8 @@ RECOMPUTE, KEEP, NOTHING = "recompute", "keep", ""
 
 
 @dataclass(frozen=True)
-class StepPlan:
-    """The plan of a step.
+class StepSpec:
+    """The spec of a step.
 
     layers: number of decoder layers.
     uploaded: units that have weights to stream (a prologue often has none).

@@ -1,4 +1,4 @@
-"""Prologue, head and embedding rows of one micro-batch; layers are in `activations`."""
+"""What surrounds the layers: prologue, router loss and embedding rows of one micro-batch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from horizon_lm.engine.gradient import UnitGradient, collecting
-from horizon_lm.engine.loss import IGNORE_INDEX, HeadLoss
-from horizon_lm.engine.noise import Draws
+from horizon_lm.engine.loss import Draws
 from horizon_lm.memory.slots import UnitWeights
 from horizon_lm.model.capture import Call, run_prologue, run_router_loss
 from horizon_lm.model.skeleton import Skeleton
@@ -21,7 +20,7 @@ from horizon_lm.model.skeleton import Skeleton
 def bound_for_backward(
     skeleton: Skeleton, unit: int, weights: UnitWeights | None, gradient: UnitGradient | None
 ) -> Iterator[None]:
-    """The unit's weights bound as leaves whose gradients are collected."""
+    """While open, bind the unit's weights as leaves and collect their gradients."""
     with skeleton.bound(unit, weights, grad=True) as leaves, collecting(skeleton, unit, leaves, gradient):
         yield
 
@@ -29,44 +28,28 @@ def bound_for_backward(
 def forward_prologue(
     skeleton: Skeleton, weights: UnitWeights | None, embeds: torch.Tensor, inputs: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, Call]:
-    """Layer 0's input [batch, tokens, width] and what the layers receive beside it."""
+    """Return layer 0's input [batch, tokens, width] and the layers' other arguments."""
     with torch.no_grad(), skeleton.bound(0, weights, grad=False):
         first, call = run_prologue(skeleton, embeds, inputs)
-    # A buffer of its own, also when the prologue changes nothing: `embeds` has another lifetime.
+    # A separate buffer even when the prologue changes nothing: `embeds` has another lifetime.
     return embeds.clone() if first is None else first, call
 
 
-def loss_and_backward(
-    skeleton: Skeleton,
-    weights: UnitWeights | None,
-    call: Call,
-    hidden: torch.Tensor,
-    targets: torch.Tensor,
-    gradient: UnitGradient | None,
-    head_loss: HeadLoss,
-    draws: Draws,
-    *,
-    num_tokens: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss share of this micro-batch, gradient of the last layer's output [batch, tokens, width]).
+def router_loss_and_backward(
+    skeleton: Skeleton, call: Call, hidden: torch.Tensor, share: float, draws: Draws
+) -> torch.Tensor:
+    """The routers' auxiliary loss times `share`; leaves the gradients of router logits in `call`.
 
-    targets: [batch, tokens] on the host. num_tokens: targets of the whole step. The router's
-    auxiliary loss counts with the micro-batch's share of those.
+    hidden: the last layer's output [batch, tokens, width]. The head must be bound.
     """
-    with torch.enable_grad(), bound_for_backward(skeleton, skeleton.head, weights, gradient):
-        total, hidden_gradient = head_loss(skeleton, hidden, targets, draws)
-        if skeleton.has_router_loss:
-            share = int((targets != IGNORE_INDEX).sum()) / num_tokens
-            leaves = [
-                [r._replace(logits=r.logits.detach().requires_grad_()) for r in layer]
-                for layer in call.routers
-            ]
-            with draws():  # dropouts on the way to it have no effect, but draw
-                loss = run_router_loss(skeleton, call, leaves, hidden) * share
-            loss.backward()
-            call.routers = [[r._replace(logits=_gradient_of(r.logits)) for r in layer] for layer in leaves]
-            total += loss.detach()
-    return total, hidden_gradient
+    leaves = [
+        [r._replace(logits=r.logits.detach().requires_grad_()) for r in layer] for layer in call.routers
+    ]
+    with draws():  # dropouts on the way to it have no effect, but draw
+        loss = run_router_loss(skeleton, call, leaves, hidden) * share
+    loss.backward()
+    call.routers = [[r._replace(logits=_gradient_of(r.logits)) for r in layer] for layer in leaves]
+    return loss.detach()
 
 
 def backward_prologue(
@@ -77,14 +60,12 @@ def backward_prologue(
     output_gradient: torch.Tensor,
     gradient: UnitGradient | None,
 ) -> torch.Tensor:
-    """The gradient of the embedding rows [batch, tokens, width], the prologue run again with a graph."""
+    """Rerun the prologue with a graph; return the gradient of the embedding rows [batch, tokens, width]."""
     embeds = embeds.detach().requires_grad_()
     with torch.enable_grad(), bound_for_backward(skeleton, 0, weights, gradient):
         first, _ = run_prologue(skeleton, embeds, inputs)
         if first is None:
-            return (
-                output_gradient.clone()
-            )  # a buffer of its own: the gradient that came in has another lifetime
+            return output_gradient.clone()  # the incoming gradient has another lifetime
         first.backward(output_gradient)
     return _gradient_of(embeds)
 
@@ -94,11 +75,10 @@ def _gradient_of(leaf: torch.Tensor) -> torch.Tensor:
 
 
 def host_embedding(skeleton: Skeleton) -> nn.Embedding:
-    """The model's embedding module once more, for look-ups on the host: its buffers (a scale, for
-    example) stay in host memory, and what is bound to one of the two modules the other does not see.
+    """A copy of the model's embedding module for look-ups on the host, with buffers in host memory.
 
-    The compute lane replaces the forward of the model's own module while the host lane looks up the
-    rows of the next micro-batch; with one module for both, the two would race.
+    The compute lane replaces the forward of the model's own module while the host lane looks up the next
+    micro-batch; sharing one module would be a race.
     """
     twin = copy.copy(skeleton.embedding)
     twin._parameters = dict(skeleton.embedding._parameters)
@@ -107,7 +87,7 @@ def host_embedding(skeleton: Skeleton) -> nn.Embedding:
 
 
 def gather_rows(embedding: nn.Embedding, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Embeddings [batch, tokens, width] of ids [batch, tokens], by the (host) module's own forward."""
+    """Look up ids [batch, tokens] by the (host) module's own forward; returns [batch, tokens, width]."""
     with torch.no_grad(), _embedding_weight(embedding, table):
         return embedding(ids)
 
@@ -120,11 +100,11 @@ def row_gradients(
     *,
     padding_row: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the table rows that were used, summed over micro-batches.
+    """Sum the gradients of the used table rows over micro-batches.
 
-    ids: [batch, tokens] each; gradients: of the module's output, [batch, tokens, width] each;
-    padding_row: the row that gets none.
-    Returns (row numbers [r], rows [r, width]): of the table's dtype for one micro-batch, else fp32.
+    ids: [batch, tokens] each. gradients: of the module's output, [batch, tokens, width] each. padding_row:
+    the row that gets none. Returns (row numbers [r], rows [r, width]), the rows in the table's dtype for one
+    micro-batch, else fp32.
     """
     rows = torch.unique(torch.cat([i.reshape(-1) for i in ids]))
     total: torch.Tensor | None = None
