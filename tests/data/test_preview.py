@@ -200,7 +200,7 @@ def test_preview_of_text_and_of_a_stream(model: Path, tmp_path: Path, capsys: An
     assert cli.main(["data", "preview", *arguments]) == 0
     assert "(wrapped)" in capsys.readouterr().out
     assert cli.main(["data", "preview", *arguments, "streaming=true", "max_steps=5"]) == 0
-    assert "a stream: the figures are those of its first window" in capsys.readouterr().out
+    assert "a stream: figures for its first window" in capsys.readouterr().out
 
 
 def test_a_histogram_counts_every_document() -> None:

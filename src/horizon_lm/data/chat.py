@@ -239,7 +239,7 @@ def _training_variant(tokenizer: PreTrainedTokenizerBase, template: str) -> tupl
     """Return (template to train with, source of the mask)."""
     from trl import get_training_chat_template
 
-    with suppress(Exception):  # rendering reports what is wrong
+    with suppress(Exception):  # rendering reports the error
         limit(template)  # TRL renders it too
     original = tokenizer.chat_template
     try:

@@ -41,7 +41,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Left:
-    """What truncation and packing dropped: documents, and tokens (including theirs).
+    """Counts of what truncation and packing dropped: documents, and tokens (including theirs).
 
     truncated: documents cut. too_long: those of `documents` longer than max_length.
     """

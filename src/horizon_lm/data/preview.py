@@ -1,4 +1,4 @@
-"""Preview of training data: counts, what is left out and why, samples, lengths, packing."""
+"""Preview of training data: counts, omissions, samples, lengths, packing."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def print_preview(data: TrainingData, samples: int, stream: TextIO) -> None:
         console.print(title, style="bold")
         console.print(_coloured(_cut(row), data.tokenizer, is_terminal=console.is_terminal))
     if not console.is_terminal and samples:
-        console.print("\n«what is trained on stands between these»")
+        console.print("\n«marks tokens that are trained on»")
 
 
 def _cut(row: Row) -> Row:
@@ -226,7 +226,7 @@ def pieces(row: Row, tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
 
 def _figures(found: dict[str, Any]) -> Iterator[str]:
     if found["is_stream"]:
-        yield "a stream: the figures are those of its first window"
+        yield "a stream: figures for its first window"
     for number, dataset in enumerate(found["datasets"], start=1):
         yield f"dataset {number}    {count(dataset['documents'], 'document')}, format {dataset['format']}"
     share = found["trained_tokens"] / found["tokens"]

@@ -46,7 +46,7 @@ class _Window:
 
 @dataclass(frozen=True)
 class Stream:
-    """What to read, and how windows become sequences. layout: by whether all documents are text."""
+    """The data of a stream, and how windows become sequences. layout: by whether all documents are text."""
 
     datasets: Sequence[DatasetConfig]
     encoder: Encoder
@@ -254,7 +254,7 @@ class StreamLoader:
         return documents, islice(iter(documents), document, None)
 
     def _is_of_before(self, key: Any) -> bool:
-        """Whether an earlier version saved `key`, which differs for pairs only, and there are none."""
+        """Return whether `key` is an earlier version's, which differs for pairs only, and there are none."""
         if key != self._encoder.key(1, by_name=True):
             return False
         for dataset in self._stream.datasets:

@@ -130,7 +130,7 @@ def _check_widths(*values: Any) -> None:
 
 
 def _is_wide(part: str) -> bool:
-    """Whether a % format has a width of many digits, or takes it from the values."""
+    """Return whether a % format has a width of many digits, or takes it from the values."""
     width = part.lstrip("#0- +")[:8]
     return width.startswith("*") or len(width) - len(width.lstrip("0123456789.")) > 5
 
