@@ -177,14 +177,14 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
     )
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml"]] = setting(
         [],
-        "Where metrics go beside metrics.jsonl, which is always written: tensorboard, wandb, trackio.",
+        "Trackers that get the metrics too; metrics.jsonl is always written.",
         group="Output",
         resume="free",
-        expects="a list of tensorboard, wandb and trackio",
+        expects="a list of tensorboard, wandb, trackio, mlflow and comet_ml",
     )
     project: str = setting(
         "horizon-lm",
-        "The project that wandb and trackio file the run under.",
+        "Project (MLflow: experiment) of the run in the trackers.",
         group="Output",
         resume="free",
         min_length=1,

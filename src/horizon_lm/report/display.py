@@ -165,11 +165,10 @@ class RichProgress(Progress):
         if lines := self._lines():
             return lines.step(record, metrics)
         assert self._task is not None
-        fields = {"left": clock(self.seconds_left(record.step))}
         if metrics is not None:
             self._bar.show(metrics)
-            fields["epoch"] = f", epoch {metrics.epoch:.2f}"
-        self._bar.update(self._task, completed=record.step, **fields)
+            self._bar.update(self._task, epoch=f", epoch {metrics.epoch:.2f}")
+        self._bar.update(self._task, completed=record.step, left=clock(self.seconds_left(record.step)))
 
 
 class _Bar(RichBar):
