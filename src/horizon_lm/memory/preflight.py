@@ -1,4 +1,4 @@
-"""Refuse, with the figures, what does not fit, before anything is allocated."""
+"""Reject, with figures, what does not fit in host memory, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from horizon_lm.words import size
 def check_host_memory(
     units: Sequence[UnitLayout], spec: StoreSpec, *, reserve_bytes: int, available_bytes: int | None = None
 ) -> None:
-    """Raises DoesNotFitError when the store is larger than what the machine has left.
+    """Raise DoesNotFitError if the store exceeds the available host memory.
 
-    reserve_bytes: left to the rest of the machine. available_bytes: for tests; measured by default.
+    reserve_bytes: left to the rest of the machine. available_bytes: measured by default.
     """
     parts = predict_bytes(units, spec)
     needed = sum(parts.values())
