@@ -92,10 +92,10 @@ def run_case(name: str, steps: int) -> None:
     """In a process of its own: train, and print what was measured."""
     torch.set_num_threads(1)
     from horizon_lm import HostModel
-    from horizon_lm.config import ModelSettings
+    from horizon_lm.config import model_settings_of
 
     config = config_of(name)
-    settings = ModelSettings(**{key: getattr(config, key) for key in ModelSettings.model_fields})
+    settings = model_settings_of(config)
     model = HostModel.from_config(dict(config.init_model or {}), settings)
     generator = torch.Generator().manual_seed(0)
     shape = config.per_device_train_batch_size, config.max_length

@@ -16,7 +16,11 @@ from horizon_lm.config import load_config
         ("learnig_rate: 1", "run.yaml:3: unknown key 'learnig_rate'", "did you mean 'learning_rate'?"),
         ("cutof_len: 1", "run.yaml:3: unknown key 'cutof_len'", "did you mean 'max_length'?"),
         ("zzz: 1", "run.yaml:3: unknown key 'zzz'", "'horizon train --help' lists every setting"),
-        ("slots: many", "run.yaml:3: slots is many, expected a whole number >= 2", None),
+        (
+            "slots: many",
+            "run.yaml:3: slots is many, expected a whole number >= 2",
+            "leave it out for the default, 2",
+        ),
         ("slots: 4.0", "run.yaml:3: slots is 4.0, expected a whole number >= 2", "write 4"),
         ("dtype: bf16", "run.yaml:3: dtype is bf16, expected bfloat16 | float32", "did you mean 'bfloat16'?"),
         ("plot_loss: yes", "run.yaml:3: plot_loss is yes, expected true or false", "write true"),
@@ -28,7 +32,7 @@ from horizon_lm.config import load_config
         (
             "warmup_steps: 1.5",
             "run.yaml:3: warmup_steps is 1.5, expected a whole number >= 0, or a share of all steps below 1",
-            None,
+            "leave it out for the default, 0.03",
         ),
         (
             "init_model:\n  model_type: llama",
@@ -38,7 +42,7 @@ from horizon_lm.config import load_config
         (
             "train_tokenizer_vocab_size: 4096",
             "run.yaml:3: train_tokenizer_vocab_size needs init_model",
-            "an existing model keeps its own tokenizer",
+            "leave it out: an existing model keeps its own tokenizer",
         ),
         (
             "lr_scheduler_type: cosine_with_min_lr",
@@ -52,7 +56,7 @@ from horizon_lm.config import load_config
         ),
     ],
 )
-def test_a_fault_is_one_line_and_a_hint(line: str, message: str, hint: str | None, tmp_path: Path) -> None:
+def test_a_fault_is_one_line_and_a_hint(line: str, message: str, hint: str, tmp_path: Path) -> None:
     assert message_of(GOOD + line + "\n", tmp_path) == (message, hint)
 
 
@@ -94,9 +98,9 @@ def test_all_faults_of_a_file_are_shown_whatever_finds_them(tmp_path: Path) -> N
         "'val_size' and 'eval_datasets' are both given",
         "update: eager updates layers before all gradients are known",
         "streaming needs max_steps",
-        "val_size takes a part of data that is read whole",
+        "val_size is not supported with streaming",
         "cosine_with_min_lr needs either min_lr or min_lr_rate",
-        "there is nothing to go back to with save_strategy: no",
+        "rollback needs checkpoints, but save_strategy is no",
     ):
         assert message.count(part) == 1, (part, message)
     assert len(message.splitlines()) == 6

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from horizon_lm.checkpoint.export import write_folder
-from horizon_lm.checkpoint.run_folder import claim
+from horizon_lm.checkpoint.folder import claim
 from horizon_lm.errors import ConfigError
 from horizon_lm.io import files
 from horizon_lm.io.leftovers import sweep_files
@@ -182,7 +182,7 @@ def test_loggers_do_not_follow_links(
 
     def open_writer(*place: Any, **settings: Any) -> Any:
         opened.append(place or settings["dir"])
-        return SimpleNamespace(add_text=lambda *_: None)
+        return SimpleNamespace(add_text=lambda *_, **__: None, flush=lambda: None)
 
     fake = SimpleNamespace(SummaryWriter=open_writer, init=open_writer)
     monkeypatch.setitem(sys.modules, module, fake)

@@ -27,9 +27,9 @@ from horizon_lm.errors import OutputLostError
 from horizon_lm.io.output import Output, command_output, lasting_output
 from horizon_lm.report import loggers, metrics
 from horizon_lm.report.display import RichProgress, choose_progress
-from horizon_lm.report.events import StepRecord
 from horizon_lm.report.loggers import Loggers
 from horizon_lm.report.metrics import Metrics, MetricsFile, read_lines, read_steps
+from horizon_lm.report.records import StepRecord
 from horizon_lm.training import sample
 from horizon_lm.training import train as run_train
 from horizon_lm.training.describe import TrainResult
@@ -279,7 +279,7 @@ def test_lines_wait_for_a_disk_that_recovers(
     events = write_run(tmp_path / "m.jsonl", said, lambda step: bad.__setitem__(0, 2 <= step <= 5))
     assert events == ["start", *6 * ["step"], "end"]
     assert [line["step"] for line in read_steps(tmp_path / "m.jsonl")] == [1, 2, 3, 4, 5, 6]
-    assert said == [f"{tmp_path / 'm.jsonl'}: {os.strerror(code)}; its lines wait, the run goes on"]
+    assert said == [f"{tmp_path / 'm.jsonl'}: {os.strerror(code)}; its lines wait, the run continues"]
 
 
 def test_lines_that_never_fit_are_counted_at_the_end(tmp_path: Path) -> None:
@@ -298,14 +298,14 @@ def test_lines_that_never_fit_are_counted_at_the_end(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert events == ["start", "step", "step"]  # and a line that is cut off, as a killed run leaves it
     why = os.strerror(errno.EFBIG)
-    assert said == [f"{path}: {why}; its lines wait, the run goes on", f"{path} lacks 5 lines: {why}"]
+    assert said == [f"{path}: {why}; its lines wait, the run continues", f"{path} lacks 5 lines: {why}"]
 
 
 def test_what_waits_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(file: int, data: bytes) -> int:
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr(metrics, "_MOST_WAITING", 1000)
+    monkeypatch.setattr(metrics, "_MOST_UNWRITTEN", 1000)
     monkeypatch.setattr(metrics.os, "write", full)
     said: list[str] = []
     with metrics_file(tmp_path / "m.jsonl", said) as file:
@@ -355,8 +355,8 @@ def test_a_logger_that_fails_loses_its_lines_not_the_run(
             all_of_them.step(metrics_of(step))
     assert made[1] is not None and made[1].got == [3, 4]
     assert said == [
-        "tensorboard failed at step 1 (RuntimeError: no network); the run goes on",
-        "tensorboard has missed 2 of 4 records",
+        "tensorboard failed at step 1 (RuntimeError: no network); the run continues",
+        "tensorboard missed 2 of 4 records",
         "tensorboard could not be closed (RuntimeError: cannot say goodbye)",
     ]
 

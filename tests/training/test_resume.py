@@ -7,7 +7,7 @@ import shutil
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -16,10 +16,11 @@ from adversarial import lanes_of
 from horizon_lm import cli
 from horizon_lm.checkpoint.folder import Checkpoint
 from horizon_lm.config import TrainConfig
+from horizon_lm.config.base import ResumeRule, resumable
 from horizon_lm.errors import CheckpointError, ConfigError, DataError, NonFiniteError, StoppedError
 from horizon_lm.host_model import HostModel, TrainStepOutput
 from horizon_lm.plan.step_size import CUT
-from horizon_lm.training.resume import FIXED, FREE, check_settings
+from horizon_lm.training.resume import check_settings
 from horizon_lm.training.train import train
 from small_runs import GPT2_DROPOUT, losses_of, place_of, settings, tensors_of, values
 from stopped_runs import STEPS, stop_at
@@ -261,12 +262,32 @@ def saved_with(config: dict[str, Any], run: Path) -> Checkpoint:
     return cast(Checkpoint, SimpleNamespace(manifest=manifest, path=run / "checkpoint-1"))
 
 
-def test_every_setting_is_free_fixed_or_asked_about() -> None:
-    """A new setting is asked about until somebody shows that it changes no bit."""
-    assert not FREE & FIXED
-    assert TrainConfig.model_fields.keys() >= FREE | FIXED
-    asked = TrainConfig.model_fields.keys() - FREE - FIXED
-    assert {"learning_rate", "seed", "datasets", "max_length", "warmup_steps", "device"} < asked
+@pytest.mark.parametrize("rule", get_args(ResumeRule))
+def test_every_setting_says_whether_a_resume_may_change_it(rule: ResumeRule, tmp_path: Path) -> None:
+    """A new setting is declared `ask` until somebody shows that it changes no bit."""
+    config = settings(tmp_path / "text.txt", tmp_path / "run")
+    allowing = config.replace(allow_changed_settings=True)
+    for key in resumable(TrainConfig, rule) - {"allow_changed_settings"}:
+        then = saved_with({**config.to_dict(), key: ["another", "value"]}, tmp_path)
+        if rule in ("ask", "fixed"):
+            with pytest.raises(ConfigError, match=f"{key} was"):
+                check_settings(config, then)
+        else:
+            check_settings(config, then)
+        if rule == "fixed":
+            with pytest.raises(ConfigError, match=f"{key} was"):
+                check_settings(allowing, then)
+        else:
+            check_settings(allowing, then)
+
+
+def test_each_rule_has_its_settings() -> None:
+    names = {rule: resumable(TrainConfig, rule) for rule in get_args(ResumeRule)}
+    assert sum(map(len, names.values())) == len(TrainConfig.model_fields)  # each has one
+    assert frozenset.union(*names.values()) == TrainConfig.model_fields.keys()
+    assert {"learning_rate", "seed", "datasets", "max_length", "warmup_steps", "device"} < names["ask"]
+    assert names["fixed"] == {"dtype", "moment_dtype", "optim", "init_model", "freeze", "new_tokens"}
+    assert names["length"] == {"max_steps", "num_train_epochs"}
 
 
 def test_other_data_are_refused(straight: Path, text: Path, tmp_path: Path) -> None:
@@ -311,7 +332,7 @@ def test_other_times_to_save(text: Path, tmp_path: Path) -> None:
 
 
 def test_resume_without_a_value_means_latest() -> None:
-    from horizon_lm.cli.base import split_arguments
+    from horizon_lm.cli.run import split_arguments
 
     assert split_arguments(["a.yaml", "--resume"]) == ("a.yaml", ["--resume=latest"])
     assert split_arguments(["--resume", "a.yaml", "x=1"]) == ("a.yaml", ["--resume=latest", "x=1"])
@@ -391,7 +412,7 @@ def test_resume_says_that_it_goes_on_in_the_run_itself(
 ) -> None:
     assert cli.main(["resume", str(straight), f"output_dir={tmp_path / 'new'}"]) == 2
     shown = capsys.readouterr().err
-    assert "output_dir cannot be given to resume" in shown and "horizon train" in shown
+    assert "resume does not take output_dir" in shown and "horizon train" in shown
 
 
 def test_names_of_dataset_dir_are_kept_as_the_files_they_are(

@@ -9,7 +9,7 @@ import torch
 
 from horizon_lm.bench.models import source_model
 from horizon_lm.bench.protocol import Case
-from horizon_lm.config import ModelSettings, TrainConfig
+from horizon_lm.config import ModelSettings, TrainConfig, model_settings_of
 from horizon_lm.errors import UnsupportedModelError
 from horizon_lm.host_model import HostModel
 from horizon_lm.memory.arena import keep_freed_memory
@@ -102,8 +102,7 @@ def settle(case: Case) -> tuple[ModelSettings, int, dict[str, Any]]:
         else:
             config, rows = plan.config, plan.config.per_device_train_batch_size
             chosen = {"plan": plan.profile.name, "predicted_seconds": plan.prediction.seconds}
-    values = {key: getattr(config, key) for key in ModelSettings.model_fields}
-    return ModelSettings(**values), rows, chosen
+    return model_settings_of(config), rows, chosen
 
 
 def build(case: Case) -> Ours:

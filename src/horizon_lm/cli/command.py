@@ -1,6 +1,6 @@
-"""The command `horizon`: each verb parses, makes a configuration, and makes one call.
+"""The command `horizon`: its verbs, exit codes and error output.
 
-Torch, transformers and pydantic are imported by the verbs that need them, so that help answers at once.
+Verbs import torch, transformers and pydantic when they need them, so help answers at once.
 """
 
 from __future__ import annotations
@@ -12,24 +12,28 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from horizon_lm import plan as plan_package
-from horizon_lm.cli.base import (
-    HELP,
-    PASS_OPTIONS,
-    SettingsArguments,
-    SettingsCommand,
-    load_settings,
-    require_named_model,
-)
 from horizon_lm.cli.bench import bench
 from horizon_lm.cli.data import data_app, init
 from horizon_lm.cli.model import EvalCommand, chat, evaluate, generate
 from horizon_lm.cli.plan import PlanCommand, doctor, plan, report
-from horizon_lm.cli.run import ResumeCommand, export, resume, verify
+from horizon_lm.cli.run import (
+    HELP,
+    PASS_OPTIONS,
+    ResumeCommand,
+    SettingsArguments,
+    SettingsCommand,
+    TrainCommand,
+    export,
+    load_settings,
+    resume,
+    train,
+    verify,
+)
 from horizon_lm.errors import HorizonError, OutputLostError, StoppedError
 from horizon_lm.io.output import command_output, lasting_output
 
@@ -38,7 +42,7 @@ _ENV_PACKAGES = (
     *("pydantic", "PyYAML", "typer", "rich", "matplotlib"),
 )
 
-# What a path that somebody gave may answer, wherever it is first used.
+# Errors of a path from the user, wherever it is first used.
 _FAULTS_OF_PLACES = frozenset(
     {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EROFS}
 )
@@ -60,39 +64,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 
 
-class TrainCommand(SettingsCommand):
-    """Its help ends with every setting."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        from horizon_lm.config.reference import settings_help
-
-        super().format_help(ctx, formatter)
-        formatter.write("\n" + settings_help(max(60, min(formatter.width, 110))))
-
-
-@app.command(cls=TrainCommand, context_settings=PASS_OPTIONS)
-def train(
-    settings: SettingsArguments = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Plan, build, check and simulate a step; train nothing.")
-    ] = False,
-) -> None:
-    """Train a model and leave it in Hugging Face format.
-
-    Settings come from CONFIG.yaml, if given, and from key=value, --key value or --key=value, which win.
-    """
-    config, notes = load_settings(settings)
-    if config.resume_from_checkpoint is None:  # a checkpoint may hold all that the model's folder did
-        require_named_model(config)
-    if dry_run:
-        from horizon_lm.training.planning import dry_run as run_dry
-
-        return print(run_dry(config))
-    from horizon_lm.training.train import train as run_training
-
-    run_training(config, config_notes=notes)
-
-
+app.command("train", cls=TrainCommand, context_settings=PASS_OPTIONS)(train)
 app.command("plan", cls=PlanCommand, context_settings=PASS_OPTIONS)(plan)
 app.command("doctor")(doctor)
 app.command("report")(report)
@@ -108,13 +80,13 @@ app.command("export")(export)
 
 @config_app.command("show", cls=SettingsCommand, context_settings=PASS_OPTIONS)
 def config_show(settings: SettingsArguments = None) -> None:
-    """Print every setting, defaults and overrides included, as YAML."""
+    """Print all settings, defaults and overrides included, as YAML."""
     print(load_settings(settings)[0].to_yaml(), end="")
 
 
 @config_app.command("validate", cls=SettingsCommand, context_settings=PASS_OPTIONS)
 def config_validate(settings: SettingsArguments = None) -> None:
-    """Check a configuration; exit code 2 if it has a fault."""
+    """Check a configuration; exit code 2 if it is invalid."""
     load_settings(settings)
     with lasting_output():  # the answer is the exit code
         print("the configuration is valid")
@@ -180,14 +152,14 @@ def _version() -> str:
 
 def _report(message: str, hint: str | None) -> None:
     for title, text in (("error", message), ("hint", hint)):
-        if text:  # which may quote a name with lines that begin with another title
+        if text:  # may quote names with lines that look like another title
             print(f"{title}: " + re.sub(r"\n(?! )", "\n  ", text), file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None, *, prog_name: str = "horizon") -> int:
-    """Run one command; returns the exit code (see `errors`; 130 after Ctrl-C; 1 for a mistake of ours).
+    """Run one command; return the exit code (see `errors`; 130 after Ctrl-C; 1 for a bug of ours).
 
-    prog_name: what its help calls it.
+    prog_name: the command's name in help texts.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     plan_package.models_are_stock |= argv is None
@@ -211,7 +183,7 @@ def _run(arguments: list[str], prog_name: str, *, debug: bool) -> int:
     except OutputLostError:
         raise
     except StoppedError as stop:
-        with lasting_output(after_pipe=True):  # the last word of a run
+        with lasting_output(after_pipe=True):  # a run's last message
             print(f"{stop.message}; to go on: {stop.hint}", file=sys.stderr)
         return stop.exit_code
     except HorizonError as error:
@@ -225,15 +197,15 @@ def _run(arguments: list[str], prog_name: str, *, debug: bool) -> int:
     except SystemExit as end:
         if not isinstance(end.__context__, BrokenPipeError):
             raise
-        return _report_exception(end.__context__, debug=debug)  # of no output of ours; typer exits for any
+        return _report_exception(end.__context__, debug=debug)  # typer exits for any broken pipe
     except Exception as error:
         return _report_exception(error, debug=debug)
 
 
 def _report_exception(error: Exception, *, debug: bool) -> int:
-    """Say what no code of ours has put into words."""
+    """Report an exception that no code of ours explains."""
     if isinstance(error, OSError) and error.errno in _FAULTS_OF_PLACES and error.filename and not debug:
-        _report(f"{os.fsdecode(error.filename):.200}: {error.strerror}", "give the path of another place")
+        _report(f"{os.fsdecode(error.filename):.200}: {error.strerror}", "give another path")
         return 2
     if isinstance(error, _usage_errors()):
         return _report_usage(error)
@@ -247,7 +219,7 @@ def _report_exception(error: Exception, *, debug: bool) -> int:
 
 
 def _usage_errors() -> type[Exception]:
-    """The base of typer's usage errors, which typer exports only through its subclass."""
+    """Return the base of typer's usage errors, which typer exports only through its subclass."""
     base: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
     return base
 

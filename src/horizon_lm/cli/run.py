@@ -1,41 +1,153 @@
-"""The verbs of runs and their checkpoints: `horizon resume`, `horizon verify`, `horizon export`."""
+"""The verbs of a run, `train`, `resume`, `verify` and `export`, and how any verb takes settings."""
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from horizon_lm.cli.base import SettingsArguments, SettingsCommand, split_arguments
 from horizon_lm.errors import CheckpointError, ConfigError
 from horizon_lm.io.output import lasting_output
 from horizon_lm.words import count
+
+if TYPE_CHECKING:
+    from horizon_lm.config import TrainConfig
+
+HELP = {"help_option_names": ["-h", "--help"]}
+PASS_OPTIONS = {**HELP, "ignore_unknown_options": True}
+
+SettingsArguments = Annotated[list[str] | None, typer.Argument(hidden=True)]
+
+
+class SettingsCommand(TyperCommand):
+    """A verb that takes a configuration file and overrides."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return ["[CONFIG.yaml]", "[KEY=VALUE | --KEY VALUE]..."]
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Split the arguments of a verb into configuration file and overrides (`key=value`)."""
+    config: str | None = None
+    overrides: list[str] = []
+    rest = iter(_with_resume(arguments))
+    for argument in rest:
+        name = argument.partition("=")[0]
+        if argument.startswith("--") and "=" not in argument:
+            value = next(rest, None)
+            if value is None:
+                raise ConfigError(f"command line: '{argument}' has no value", f"write {argument}=VALUE")
+            overrides.append(f"{argument}={value}")
+        elif argument.startswith("--") or "=" in argument and "/" not in name and os.sep not in name:
+            overrides.append(argument)
+        elif argument.startswith("-") and argument != "-":
+            raise ConfigError(
+                f"command line: '{argument}' is not an option", "write settings as key=value or --key value"
+            )
+        elif config is not None:
+            hint = "write settings as key=value, and quote text with spaces"
+            raise ConfigError(f"command line: '{argument}' is neither key=value nor the only file", hint)
+        else:
+            config = argument
+    return config, overrides
+
+
+def _with_resume(arguments: Sequence[str]) -> list[str]:
+    """Expand a `--resume` without a value: the latest checkpoint of output_dir."""
+    found = list(arguments)
+    for i, argument in enumerate(found):
+        if argument != "--resume":
+            continue
+        following = found[i + 1] if i + 1 < len(found) else "--"
+        is_value = not following.startswith("-") and "=" not in following
+        if not is_value or following.endswith((".yaml", ".yml")):
+            found[i] = "--resume=latest"
+    return found
+
+
+def load_settings(arguments: Sequence[str] | None) -> tuple[TrainConfig, list[str]]:
+    """Read the settings of a verb and print notes about aliases. Raises ConfigError."""
+    from horizon_lm.config import load_config
+
+    place, overrides = split_arguments(arguments or ())
+    if place is not None and os.path.isdir(place):
+        from horizon_lm.checkpoint.identify import no_settings
+
+        raise no_settings(place)
+    config, notes = load_config(place, overrides)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    return config, notes
+
+
+def require_named_model(config: TrainConfig) -> None:
+    """Raise ConfigError for a model that is nowhere, before any library is imported."""
+    from horizon_lm.io.hub import require_model
+
+    if config.init_model is None and config.model_name_or_path is not None:
+        require_model(config.model_name_or_path, "model_name_or_path")
+
+
+class TrainCommand(SettingsCommand):
+    """`train`, whose help ends with all settings."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from horizon_lm.config.reference import settings_help
+
+        super().format_help(ctx, formatter)
+        formatter.write("\n" + settings_help(max(60, min(formatter.width, 110))))
+
+
+def train(
+    settings: SettingsArguments = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Plan, build, check and simulate a step; train nothing.")
+    ] = False,
+) -> None:
+    """Train a model and save it in Hugging Face format.
+
+    Settings come from CONFIG.yaml, if given; key=value, --key value or --key=value override it.
+    """
+    config, notes = load_settings(settings)
+    if config.resume_from_checkpoint is None:  # a checkpoint can replace the model's folder
+        require_named_model(config)
+    if dry_run:
+        from horizon_lm.training.prepare import dry_run as run_dry
+
+        return print(run_dry(config))
+    from horizon_lm.training.train import train as run_training
+
+    run_training(config, config_notes=notes)
+
 
 RunOrCheckpoint = Annotated[str, typer.Argument(help="A run's output_dir, or one of its checkpoints.")]
 
 
 class ResumeCommand(SettingsCommand):
-    """A run, and settings that are to be others from now on."""
+    """`resume`, which takes a run and changed settings."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return ["RUN", "[KEY=VALUE | --KEY VALUE]..."]
 
 
 def resume(settings: SettingsArguments = None) -> None:
-    """Go on with a run that was stopped or killed, or make a finished one longer.
+    """Resume a stopped or killed run, or extend a finished one.
 
-    RUN is its output_dir (the latest valid checkpoint is taken), or a checkpoint in it. The run keeps its
+    RUN is its output_dir (uses the latest valid checkpoint) or a checkpoint in it. The run keeps its
     settings; key=value changes them. max_steps=N and num_train_epochs=N make the run longer or shorter;
-    others that alter results need allow_changed_settings=true as well.
+    other settings that alter results need allow_changed_settings=true as well.
     """
     place, overrides = split_arguments(settings or ())
     if place is None:
-        raise ConfigError("command line: 'resume' needs a run", "horizon resume RUN, with its output_dir")
-    from horizon_lm.checkpoint.places import look, new_run
+        raise ConfigError("command line: 'resume' needs a run", "write horizon resume RUN")
+    from horizon_lm.checkpoint.identify import identify, new_run
 
-    looked = look(place)
+    looked = identify(place)
     if looked.kind == "run" and looked.is_finished and looked.model is not None and not overrides:
         print(f"{place}: {looked.what}")
         more = looked.step + max(1, looked.step // 10)
@@ -51,8 +163,7 @@ def resume(settings: SettingsArguments = None) -> None:
     refused = given_keys(overrides) & {"output_dir", "resume_from_checkpoint"}
     if refused:
         raise ConfigError(
-            f"command line: {' and '.join(sorted(refused))} cannot be given to resume, "
-            f"which goes on in {folder}",
+            f"command line: resume does not take {' and '.join(sorted(refused))}: it continues in {folder}",
             hint=f"horizon train {folder}/config.resolved.yaml resume_from_checkpoint={place} output_dir=NEW",
         )
     own = [f"output_dir={folder}", f"resume_from_checkpoint={source}"]
@@ -66,11 +177,11 @@ def resume(settings: SettingsArguments = None) -> None:
 
 
 def verify(checkpoint: RunOrCheckpoint) -> None:
-    """Check a checkpoint, or all of a run: checksums, tensor headers, numbers; exit code 5 for a fault."""
-    from horizon_lm.checkpoint.places import look, no_checkpoint
+    """Check a checkpoint, or all of a run: checksums, tensor headers, numbers; exit code 5 if corrupt."""
+    from horizon_lm.checkpoint.identify import identify, no_checkpoint
     from horizon_lm.checkpoint.reader import verify as verify_checkpoint
 
-    looked = look(checkpoint)
+    looked = identify(checkpoint)
     faults = [one.reason for one in looked.rejected]
     if not looked.checkpoints and not faults:
         raise no_checkpoint(looked, "verify")
@@ -86,36 +197,34 @@ def verify(checkpoint: RunOrCheckpoint) -> None:
     if faults:
         raise CheckpointError(
             "\n  ".join(faults),
-            hint="'horizon resume' takes the latest sound one; 'horizon verify RUN' shows all",
+            hint="use 'horizon resume', which takes the latest sound one; 'horizon verify RUN' checks all",
         )
 
 
 def export(
     checkpoint: RunOrCheckpoint,
-    output: Annotated[str, typer.Argument(metavar="OUT", help="A folder that is new or empty.")],
-    dtype: Annotated[
-        str | None, typer.Option(help="bfloat16 or float32; by default that of the run.")
-    ] = None,
+    output: Annotated[str, typer.Argument(metavar="OUT", help="A new or empty folder.")],
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32; the run's by default.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+        bool, typer.Option("--trust-remote-code", help="Run code that ships with the model.")
     ] = False,
 ) -> None:
     """Write the model of a checkpoint in Hugging Face format, with tokenizer and model card."""
     import re
 
     if dtype not in (None, "bfloat16", "float32"):
-        raise ConfigError(f"command line: --dtype is {dtype!r}", "bfloat16 or float32")
+        raise ConfigError(f"command line: --dtype is {dtype!r}", "use bfloat16 or float32")
     if not re.fullmatch(r"[0-9]{0,6}[1-9][0-9]{0,6}(KB|MB|GB|TB)", max_shard_size):
         raise ConfigError(
-            f"command line: --max-shard-size is {max_shard_size!r}", "a size such as 5GB or 500MB"
+            f"command line: --max-shard-size is {max_shard_size!r}", "use a size such as 5GB or 500MB"
         )
-    from horizon_lm.checkpoint.places import look, no_checkpoint
+    from horizon_lm.checkpoint.identify import identify, no_checkpoint
 
-    looked = look(checkpoint)
+    looked = identify(checkpoint)
     if not looked.checkpoints and not looked.rejected:
         raise no_checkpoint(looked, "export")
-    from horizon_lm.checkpoint.export_checkpoint import export_checkpoint
+    from horizon_lm.checkpoint.export import export_checkpoint
 
     with lasting_output():
         done = export_checkpoint(

@@ -1,53 +1,44 @@
-"""What the settings classes of `config` share: strict validation, readable faults, reading and writing."""
+"""The base of all settings classes: declaration, strict validation, reading and writing."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
-from horizon_lm.config.aliases import canonicalise
+from horizon_lm.config.aliases import (
+    DROPPED,
+    canonical_name,
+    canonical_value,
+    canonicalise,
+    conflict,
+    drop_or_note,
+)
 from horizon_lm.config.faults import explain
-from horizon_lm.config.merge import REPLACES, Keys, collect, plain
-from horizon_lm.config.yaml import Document, dump
+from horizon_lm.config.yaml import Document, KeyPath, dump, read_file, read_value, split_override
+from horizon_lm.errors import ConfigError
 from horizon_lm.text import redacted
 
 GROUPS = (
     *("Model", "Data", "Batch and schedule", "Optimizer", "Evaluation", "Memory and device"),
     *("Checkpoints and faults", "Output"),
 )
+# Whether a resumed run may change a setting:
+# free    yes: it changes no bit of the result (tests/engine/test_lanes.py, tests/training/test_resume.py), or
+#         only decides what an error leads to
+# length  yes, and the run says what it does: how long the run is
+# ask     only with allow_changed_settings: it alters results
+# fixed   never: the bytes of a checkpoint depend on it
+ResumeRule = Literal["free", "length", "ask", "fixed"]
 
-
-def setting(
-    default: Any,
-    description: str,
-    *,
-    group: str,
-    unit: str | None = None,
-    expects: str | None = None,
-    **limits: Any,
-) -> Any:
-    """A field with its documentation; `expects` replaces the words made from the type."""
-    extra: JsonDict = {"group": group}
-    if unit:
-        extra["unit"] = unit
-    if expects:
-        extra["expects"] = expects
-    return Field(default, description=description, json_schema_extra=extra, **limits)
-
-
-def fault(text: str, *, key: str, hint: str | None = None) -> PydanticCustomError:
-    return PydanticCustomError("setting", "{text}", {"text": text, "key": key, "hint": hint})
-
-
-def _together(faults: list[PydanticCustomError]) -> PydanticCustomError:
-    """Several faults as the one error that a validator may raise."""
-    return PydanticCustomError("settings", "{count} faults", {"count": len(faults), "faults": faults})
-
+# A setting on the command line that replaces others, which a file may name.
+REPLACES = {"tokens_per_step": ("per_device_train_batch_size", "gradient_accumulation_steps")}
 
 STRICT = ConfigDict(
     frozen=True,
@@ -59,15 +50,44 @@ STRICT = ConfigDict(
 )
 
 
+def setting(
+    default: Any,
+    description: str,
+    *,
+    group: str,
+    resume: ResumeRule,
+    unit: str | None = None,
+    expects: str | None = None,
+    **limits: Any,
+) -> Any:
+    """Declare a setting with its documentation; `expects` replaces the words made from the type."""
+    extra: JsonDict = {"group": group, "resume": resume}
+    if unit:
+        extra["unit"] = unit
+    if expects:
+        extra["expects"] = expects
+    return Field(default, description=description, json_schema_extra=extra, **limits)
+
+
+def fault(text: str, *, key: str, hint: str) -> PydanticCustomError:
+    """Build the error of a validator, reported at the place of `key`."""
+    return PydanticCustomError("setting", "{text}", {"text": text, "key": key, "hint": hint})
+
+
+def _together(faults: list[PydanticCustomError]) -> PydanticCustomError:
+    """Combine several errors into the one that a validator may raise."""
+    return PydanticCustomError("settings", "{count} faults", {"count": len(faults), "faults": faults})
+
+
 class Settings(BaseModel):
-    """A frozen set of settings. Every way to make one ends in `_fill`, so every fault is a `ConfigError`."""
+    """A frozen set of settings. All constructors end in `_fill`; every error is a `ConfigError`."""
 
     model_config = STRICT
 
-    _source: ClassVar[str] = "settings"  # the origin of values in errors, when it is no file
+    _source: ClassVar[str] = "settings"  # names the origin of values in errors, unless it is a file
 
     def faults(self) -> Iterator[PydanticCustomError]:
-        """Settings that are right one by one and do not go together; all of them are reported at once."""
+        """Yield an error for each combination of valid settings that cannot work."""
         yield from ()
 
     @model_validator(mode="after")
@@ -84,7 +104,7 @@ class Settings(BaseModel):
 
     def _fill(self, document: Document) -> None:
         error: ValidationError | None = None
-        # No setting needs a secret, and all are kept in files.
+        # No setting needs a secret, and all are written to files.
         document = Document(redacted(document.values), document.where, document.faults)
         try:
             self.__pydantic_validator__.validate_python(document.values, self_instance=self)
@@ -95,37 +115,31 @@ class Settings(BaseModel):
 
     @classmethod
     def from_document(cls, document: Document) -> Self:
+        """Build settings from a document with canonical names. Raises ConfigError."""
         self = cls.__new__(cls)
         self._fill(document)
         return self
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "settings") -> Self:
-        """Settings from a mapping (aliases allowed); `source` says in errors where it came from."""
+        """Build settings from a mapping (aliases allowed); `source` names it in errors."""
         document, _ = canonicalise(Document(plain(values, source), {(): source}))
         return cls.from_document(document)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values of every setting, defaults included."""
-        return self.model_dump(mode="python")
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy with some settings changed, validated again. What was named (`model_fields_set`) stays so,
-        and what is changed here is not named by the user."""
-        copy = self.from_dict({**self.to_dict(), **changes})
-        copy.__pydantic_fields_set__.intersection_update(self.model_fields_set)
-        return copy
-
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Self:
-        """Settings of a YAML file, with `key=value` overrides on top."""
+        """Read settings from a YAML file, with `key=value` overrides on top."""
         return cls.from_document(collect(path, overrides, keys_of(cls))[0])
 
-    def to_yaml(self) -> str:
-        """Every setting, grouped, as YAML that the strict reader turns back into an equal configuration.
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values of all settings, defaults included."""
+        return self.model_dump(mode="python")
 
-        What another setting leaves to the planner, and the user did not name, is left out: written down it
-        would count as named (tokens_per_step and the cut of a step).
+    def to_yaml(self) -> str:
+        """Write all settings, grouped, as YAML that the strict reader turns back into an equal configuration.
+
+        Omits settings that tokens_per_step leaves to the planner unless the user set them: in a file they
+        would count as set.
         """
         values = self.to_dict()
         for key, others in REPLACES.items():
@@ -136,21 +150,47 @@ class Settings(BaseModel):
             parts.append(f"# {group}\n" + dump({key: values[key] for key in keys if key in values}))
         return "\n".join(parts)
 
+    def replace(self, **changes: Any) -> Self:
+        """Return a validated copy with some settings changed.
+
+        `model_fields_set` stays what the user set: changes made here do not count.
+        """
+        copy = self.from_dict({**self.to_dict(), **changes})
+        copy.__pydantic_fields_set__.intersection_update(self.model_fields_set)
+        return copy
+
 
 def _settings_of_subclasses(cls: type[Settings]) -> set[str]:
-    """Return the settings that only wider classes have, as TrainConfig beside ModelSettings."""
+    """Return the settings that only subclasses have: those of a run, for ModelSettings."""
     return {key for wider in cls.__subclasses__() for key in wider.model_fields} - cls.model_fields.keys()
 
 
+def _declared(cls: type[Settings], key: str) -> JsonDict:
+    extra = cls.model_fields[key].json_schema_extra
+    assert isinstance(extra, dict), key
+    return extra
+
+
 def grouped_keys(cls: type[Settings]) -> dict[str, list[str]]:
-    """Group -> keys; within a group a class's own keys stand before the inherited ones."""
+    """Return group -> keys; within a group, a class's own keys precede inherited ones."""
     result: dict[str, list[str]] = {group: [] for group in GROUPS}
     own = cls.__annotations__
     for key in sorted(cls.model_fields, key=lambda key: key not in own):
-        extra = cls.model_fields[key].json_schema_extra
-        assert isinstance(extra, dict), key
-        result[str(extra["group"])].append(key)
+        result[str(_declared(cls, key)["group"])].append(key)
     return {group: keys for group, keys in result.items() if keys}
+
+
+def resumable(cls: type[Settings], rule: ResumeRule) -> frozenset[str]:
+    """Return the settings declared with `resume=rule`."""
+    return frozenset(key for key in cls.model_fields if _declared(cls, key)["resume"] == rule)
+
+
+@dataclass(frozen=True)
+class Keys:
+    """text: settings whose value is any text or null. nullable: settings that accept null or are required."""
+
+    text: frozenset[str]
+    nullable: frozenset[str]
 
 
 def keys_of(cls: type[Settings]) -> Keys:
@@ -158,4 +198,115 @@ def keys_of(cls: type[Settings]) -> Keys:
     text = frozenset(key for key, info in fields.items() if info.annotation in (str, str | None))
     nullable = frozenset(key for key, info in fields.items() if type(None) in get_args(info.annotation))
     required = frozenset(key for key, info in fields.items() if info.is_required())
-    return Keys(frozenset(fields), text, nullable | required)
+    return Keys(text, nullable | required)
+
+
+def plain(value: Any, place: str) -> Any:
+    """Convert Python values to plain data: paths, torch dtypes and devices to text, tuples to lists."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ConfigError(f"{place}: {value} is not a finite number", hint="pass a number, or None")
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry, f"{place}: {key}") for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry, place) for entry in value]
+    if isinstance(value, os.PathLike):
+        return os.fsdecode(value)
+    if hasattr(value, "model_dump"):  # one of our own settings objects
+        return value.model_dump(mode="python")
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a number of numpy or torch
+        return plain(value.item(), place)
+    if type(value).__module__ == "torch" and not hasattr(value, "ndim"):  # a dtype or a device
+        return str(value).removeprefix("torch.")
+    raise ConfigError(
+        f"{place}: a {type(value).__name__} is no setting's value",
+        hint="pass text, numbers, booleans, None, paths, torch dtypes or devices, or lists and dicts of them",
+    )
+
+
+def collect(
+    path: str | os.PathLike[str] | None, overrides: Iterable[str], keys: Keys
+) -> tuple[Document, list[str]]:
+    """Read the settings of a file (or of none), put overrides on top; return them and one-line notes."""
+    document = Document({}, {(): "command line"}) if path is None else read_file(path)
+    empty = _drop_empty(document, keys) if path is not None else []
+    document, notes = canonicalise(document)
+    if empty:
+        notes.append(f"{path}: keys without a value are as if not written: {', '.join(empty)}")
+    written: dict[str, str] = {}
+    for text in overrides:
+        _override(document, text, keys.text, written, notes)
+    for key, others in REPLACES.items():
+        if key in written and document.values[key] is not None:
+            for other in others:
+                if other not in written and document.values.pop(other, None) is not None:
+                    notes.append(f"command line: '{key}' stands in place of the file's '{other}'")
+    return document, notes
+
+
+def _drop_empty(document: Document, keys: Keys) -> list[str]:
+    """Remove keys without a value, as in files written for Axolotl, unless null is one of their values.
+
+    Returns their names.
+    """
+    empty = [
+        key
+        for key, value in document.values.items()
+        if value is None and key not in DROPPED and canonical_name(key) not in keys.nullable
+    ]
+    for key in empty:
+        del document.values[key]
+    return empty
+
+
+def _override(
+    document: Document, text: str, text_keys: frozenset[str], written: dict[str, str], notes: list[str]
+) -> None:
+    """Put one `key=value` into `document`. A later one of the same key wins."""
+    place = "command line"
+    (key, *inner), raw = split_override(text)
+    dropped, note = drop_or_note(key, place, _off(raw))
+    if note and note not in notes:
+        notes.append(note)
+    if dropped:
+        return
+    name = canonical_name(key)
+    if written.setdefault(name, key) != key:
+        raise conflict(written[name], key, place)
+    target, leaf = document.values, name
+    for part in inner:
+        if target.get(leaf) is None:
+            target[leaf] = {}
+            document.where.setdefault((name,), place)
+        target, leaf = target[leaf], part
+        if not isinstance(target, dict):
+            raise ConfigError(f"{place}: '{text}': {key} is not a mapping", f"write {key}=VALUE")
+    if inner:
+        value = read_value(raw, f"{place}: {text}")
+    else:
+        value = canonical_value(key, _value_of(name, raw, text_keys), place)
+    target[leaf] = value
+    written_path: KeyPath = (name, *inner)
+    for old in [old for old in document.where if old[: len(written_path)] == written_path]:
+        del document.where[old]
+    document.where[written_path] = place
+
+
+def _off(raw: str) -> Any:
+    """Return None or False for text that means null or false, other text unchanged."""
+    return {"": None, "null": None, "~": None, "false": False}.get(raw.strip(), raw)
+
+
+def _value_of(name: str, raw: str, text_keys: frozenset[str]) -> Any:
+    """Read the value of an override. Text is verbatim: `sample_prompt=def f(x):` is not a mapping."""
+    stripped = raw.strip()
+    if name in ("datasets", "eval_datasets"):
+        verbatim = not stripped.startswith(("[", "{", '"', "'"))
+    else:
+        verbatim = name in text_keys and not stripped.startswith(('"', "'"))
+    if verbatim and stripped not in ("", "null", "~"):
+        return raw
+    return read_value(raw, f"command line: {name}={raw}")

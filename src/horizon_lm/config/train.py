@@ -1,8 +1,8 @@
-"""Every setting, once: name, type, default, unit and meaning.
+"""All settings of a run, each declared once: name, type, default, unit, meaning.
 
-Names are those of transformers' `TrainingArguments` where one exists; other trainers' names are accepted as
-aliases (`config.aliases`). Values are strict: `true` is no number, `1` is no boolean, NaN and infinity are
-refused, and so is a key that does not exist. Every fault is a `ConfigError`. Torch is not imported here.
+Names follow transformers' `TrainingArguments`; those of other trainers are aliases (`config.aliases`). Values
+are strict: `true` is not a number, `1` is not a boolean; NaN, infinity and unknown keys are rejected. Every
+error is a `ConfigError`. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -15,75 +15,60 @@ from typing import Any, Literal
 from pydantic import field_validator
 from pydantic_core import PydanticCustomError
 
-from horizon_lm.config.base import fault, keys_of, setting
+from horizon_lm.config.base import collect, fault, keys_of, setting
 from horizon_lm.config.checkpoints import CheckpointSettings
+from horizon_lm.config.curves import curve_faults, curve_name
 from horizon_lm.config.data import MOST, DataSettings
 from horizon_lm.config.data import DatasetConfig as DatasetConfig
-from horizon_lm.config.merge import collect
 from horizon_lm.config.model import ModelSettings as ModelSettings
-
-# Arguments that each curve of `lr_scheduler_type` takes, as in transformers' `get_scheduler`.
-SCHEDULER_KWARGS: dict[str, frozenset[str]] = {
-    "linear": frozenset(),
-    "cosine": frozenset({"num_cycles"}),
-    "cosine_with_restarts": frozenset({"num_cycles"}),
-    "polynomial": frozenset({"lr_end", "power"}),
-    "constant": frozenset(),
-    "constant_with_warmup": frozenset(),
-    "inverse_sqrt": frozenset({"timescale"}),
-    "cosine_with_min_lr": frozenset({"num_cycles", "min_lr", "min_lr_rate"}),
-    "cosine_warmup_with_min_lr": frozenset({"num_cycles", "min_lr", "min_lr_rate", "warmup_lr_rate"}),
-    "warmup_stable_decay": frozenset(
-        {"num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles"}
-    ),
-}
-# Of those, the learning rate or the share of it that a curve ends at.
-_LOWEST_RATES = frozenset({"min_lr", "min_lr_rate", "min_lr_ratio", "lr_end"})
-_CURVE_ALIASES = {"wsd": "warmup_stable_decay"}
-# Curves of transformers that are no function of the step: a resumed run could not go on with the same bits.
-_NO_CURVES = {
-    "reduce_lr_on_plateau": "it follows the evaluations, and a rate here is a function of the step alone",
-    "greedy": "it follows the losses, and a rate here is a function of the step alone",
-}
 
 
 class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
-    """Everything that `horizon train` needs to know."""
+    """The settings of `horizon train`."""
 
     model_name_or_path: str | None = setting(
         None,
-        "The model to train: a folder in Hugging Face format or a name on the Hub (this or init_model).",
+        "Model to train: a folder in Hugging Face format or a Hub name (this or init_model).",
         group="Model",
+        resume="ask",
         min_length=1,
     )
     init_model: dict[str, Any] | None = setting(
         None,
-        "A transformers configuration, with its model_type, to build a model with random weights from.",
+        "Transformers configuration, with its model_type, of a model with random weights.",
         group="Model",
+        resume="fixed",
         expects="a mapping with model_type, or null",
     )
     tokenizer_name_or_path: str | None = setting(
-        None, "The tokenizer's folder or name; null means the model's.", group="Model", min_length=1
+        None,
+        "Folder or name of the tokenizer; null uses the model's.",
+        group="Model",
+        resume="ask",
+        min_length=1,
     )
     train_tokenizer_vocab_size: int | None = setting(
         None,
         "Train a byte-level BPE tokenizer of this size on the data first; needs init_model.",
         group="Model",
+        resume="ask",
         unit="tokens",
         ge=257,  # 256 bytes and the end-of-text token
         le=10**7,
     )
     new_tokens: list[str] = setting(
         [],
-        "Special tokens to add to the tokenizer; embeddings that are too small for them grow, the new rows "
-        "drawn around the mean of the old ones, as transformers' resize_token_embeddings does it.",
+        "Special tokens to add to the tokenizer. Embeddings that are too small grow; new rows are drawn "
+        "around the mean of the old ones, as in transformers' resize_token_embeddings.",
         group="Model",
+        resume="fixed",
         expects="a list of different texts, none of them empty",
     )
     per_device_train_batch_size: int = setting(
         1,
         "Sequences in one micro-batch.",
         group="Batch and schedule",
+        resume="ask",
         unit="sequences",
         ge=1,
         le=MOST,
@@ -92,17 +77,19 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         1,
         "Micro-batches per optimizer step; a layer is uploaded once for all of them.",
         group="Batch and schedule",
+        resume="ask",
         unit="micro-batches",
         ge=1,
         le=MOST,
     )
     tokens_per_step: int | Literal["auto"] | None = setting(
         None,
-        "Tokens of an optimizer step, at most an epoch; the planner cuts them into micro-batches, in place "
-        "of per_device_train_batch_size and gradient_accumulation_steps. auto sizes the step to the data: "
+        "Tokens per optimizer step, at most an epoch; the planner cuts them into micro-batches, in place of"
+        " per_device_train_batch_size and gradient_accumulation_steps. auto sizes the step to the data: "
         "about 16384 for conversations and pairs and 65536 for text, fewer if a run by epochs would have "
         "less than about 50 steps.",
         group="Batch and schedule",
+        resume="ask",
         unit="tokens",
         expects=f"a whole number >= 2 and <= {MOST}, auto or null",
     )
@@ -110,20 +97,24 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         1.0,
         "Passes over the data, fractions allowed.",
         group="Batch and schedule",
+        resume="length",
         unit="epochs",
         gt=0,
         le=1e300,  # times the rows, still a number
     )
     max_steps: int = setting(
         -1,
-        "Optimizer steps to train; -1 leaves the length to num_train_epochs, which it otherwise overrides.",
+        "Optimizer steps to train, overriding num_train_epochs; -1 trains num_train_epochs.",
         group="Batch and schedule",
+        resume="length",
         unit="steps",
         ge=-1,
         le=MOST,
         expects=f"a whole number >= 1 and <= {MOST}, or -1",
     )
-    learning_rate: float = setting(1e-5, "Peak learning rate.", group="Batch and schedule", ge=0)
+    learning_rate: float = setting(
+        1e-5, "Peak learning rate.", group="Batch and schedule", resume="ask", ge=0
+    )
     lr_scheduler_type: Literal[
         "linear",
         "cosine",
@@ -137,8 +128,9 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         "warmup_stable_decay",
     ] = setting(
         "cosine",
-        "Curve of the learning rate, as transformers' get_scheduler names it; wsd is warmup_stable_decay.",
+        "Learning-rate curve, by its name in transformers' get_scheduler; wsd is warmup_stable_decay.",
         group="Batch and schedule",
+        resume="ask",
     )
     lr_scheduler_kwargs: dict[str, Any] = setting(
         {},
@@ -146,6 +138,7 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         "num_decay_steps for warmup_stable_decay, lr_end and power for polynomial, num_cycles for "
         "cosine_with_restarts, timescale for inverse_sqrt.",
         group="Batch and schedule",
+        resume="ask",
         expects="a mapping",
     )
     warmup_steps: int | float = setting(
@@ -153,16 +146,18 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         "Steps in which the learning rate rises from 0; below 1, a share of all steps, rounded up. At most "
         "all steps but the last.",
         group="Batch and schedule",
+        resume="ask",
         unit="steps",
         expects="a whole number >= 0, or a share of all steps below 1",
     )
     weight_decay: float = setting(
-        0.0, "Weight decay, not applied to biases and norms.", group="Optimizer", ge=0
+        0.0, "Weight decay, not applied to biases and norms.", group="Optimizer", resume="ask", ge=0
     )
     max_skipped_steps: int = setting(
         3,
-        "Updates skipped in a row, with nonfinite: skip, before the run ends.",
+        "Consecutive updates that nonfinite: skip may skip before the run ends.",
         group="Optimizer",
+        resume="free",
         unit="steps",
         ge=0,
     )
@@ -170,80 +165,99 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         "runs/run",
         "Folder for the trained model, metrics and resolved settings.",
         group="Output",
+        resume="free",
         min_length=1,
     )
-    overwrite_output_dir: bool = setting(False, "Allow output_dir to hold an earlier run.", group="Output")
-    run_name: str | None = setting(None, "A name for the run in its reports.", group="Output")
-    logging_steps: int = setting(1, "Write metrics every so many steps.", group="Output", unit="steps", ge=1)
-    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = setting(
+    overwrite_output_dir: bool = setting(
+        False, "Allow output_dir to hold an earlier run.", group="Output", resume="free"
+    )
+    run_name: str | None = setting(None, "Name of the run in its reports.", group="Output", resume="free")
+    logging_steps: int = setting(
+        1, "Write metrics every N steps.", group="Output", resume="free", unit="steps", ge=1
+    )
+    report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml"]] = setting(
         [],
-        "Where metrics go beside metrics.jsonl, which is always written: tensorboard, wandb, trackio.",
+        "Trackers of metrics, in addition to metrics.jsonl: tensorboard, wandb, trackio.",
         group="Output",
+        resume="free",
         expects="a list of tensorboard, wandb and trackio",
     )
     project: str = setting(
-        "horizon-lm", "The project that wandb and trackio file the run under.", group="Output", min_length=1
+        "horizon-lm",
+        "Project under which wandb and trackio file the run.",
+        group="Output",
+        resume="free",
+        min_length=1,
     )
     peak_tflops: float | None = setting(
         None,
-        "What the device can do, for MFU; null measures a large matrix product in the run's dtype.",
+        "Peak speed of the device, for MFU; null measures a large matrix product in the run's dtype.",
         group="Output",
+        resume="free",
         unit="TFLOP/s",
         gt=0,
     )
-    plot_loss: bool = setting(True, "Leave a picture of the loss curve in output_dir.", group="Output")
+    plot_loss: bool = setting(
+        True, "Save a plot of the loss curve in output_dir.", group="Output", resume="free"
+    )
     save_dtype: Literal["bfloat16", "float32"] | None = setting(
-        None, "Number format of the exported model; null means dtype.", group="Output"
+        None, "Dtype of the exported model; null uses dtype.", group="Output", resume="free"
     )
     max_shard_size: str = setting(
         "5GB",
         "Largest weight file of the exported model.",
         group="Output",
+        resume="free",
         expects="a size such as 5GB or 500MB",
         pattern=r"^[0-9]{0,6}[1-9][0-9]{0,6}(KB|MB|GB|TB)$",
     )
     push_to_hub: bool = setting(
         False,
-        "Upload the finished model to the Hugging Face Hub, with the token of HF_TOKEN or `hf auth login`.",
+        "Upload the trained model to the Hugging Face Hub, with the token of HF_TOKEN or `hf auth login`.",
         group="Output",
+        resume="free",
     )
     hub_model_id: str | None = setting(
         None,
-        "The repository to upload to; a name alone is under your account, null is the name of output_dir.",
+        "Repository to upload to; a name alone is under your account, null uses the name of output_dir.",
         group="Output",
+        resume="free",
         expects="NAME or OWNER/NAME, or null",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$",
     )
     hub_private_repo: bool = setting(
-        True, "Whether a repository that is created for push_to_hub is private.", group="Output"
+        True,
+        "Create the repository of push_to_hub as private.",
+        group="Output",
+        resume="free",
     )
     sample_prompt: str | None = setting(
-        None, "Text to complete at the end of the run; null picks a piece of the data.", group="Output"
+        None,
+        "Text to complete at the end of the run; null picks a piece of the data.",
+        group="Output",
+        resume="free",
     )
     sample_max_new_tokens: int = setting(
-        64, "Length of that completion.", group="Output", unit="tokens", ge=1
+        64, "Length of that completion.", group="Output", resume="free", unit="tokens", ge=1
     )
     progress: Literal["auto", "rich", "plain", "off"] = setting(
-        "auto", "Progress display; auto is rich on a terminal and plain elsewhere.", group="Output"
+        "auto",
+        "Progress display; auto is rich on a terminal and plain elsewhere.",
+        group="Output",
+        resume="free",
     )
 
     @field_validator("report_to", mode="before")
     @classmethod
     def _list_reports(cls, value: Any) -> Any:
-        if value in (None, "none", ["none"]):  # transformers' way to say so
+        if value in (None, "none", ["none"]):  # as in transformers
             return []
         return [value] if isinstance(value, str) else value
 
     @field_validator("lr_scheduler_type", mode="before")
     @classmethod
     def _name_curve(cls, value: Any) -> Any:
-        if isinstance(value, str) and value in _NO_CURVES:
-            raise fault(
-                f"lr_scheduler_type: {value} is not supported: {_NO_CURVES[value]}",
-                key="lr_scheduler_type",
-                hint="lr_scheduler_type=cosine, or lr_scheduler_type=warmup_stable_decay",
-            )
-        return _CURVE_ALIASES.get(value, value) if isinstance(value, str) else value
+        return curve_name(value)
 
     @field_validator("new_tokens")
     @classmethod
@@ -276,7 +290,7 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
     def faults(self) -> Iterator[PydanticCustomError]:
         yield from super().faults()
         yield from self._model_faults()
-        yield from self._scheduler_faults()
+        yield from curve_faults(self.lr_scheduler_type, self.lr_scheduler_kwargs)
         yield from self._data_faults()
         if self.streaming:
             yield from self._streaming_faults()
@@ -293,22 +307,22 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
                 yield fault(
                     f"{key} is {str(value).lower()}, but eval_strategy is no",
                     key=key,
-                    hint="eval_strategy: steps (with eval_steps), or eval_strategy: epoch",
+                    hint="set eval_strategy=steps (with eval_steps) or eval_strategy=epoch",
                 )
 
     def _fault_policy_faults(self) -> Iterator[PydanticCustomError]:
         if self.loss_spike == "skip" and self.update_mode == "eager":
             yield fault(
-                "loss_spike: skip leaves updates out, but update: eager makes them during the backward pass",
+                "loss_spike: skip needs to skip updates that update: eager makes during the backward pass",
                 key="loss_spike",
-                hint="update: deferred, or loss_spike: rollback",
+                hint="set update=deferred or loss_spike=rollback",
             )
         rollback = "rollback" in (self.nonfinite, self.loss_spike)
         if rollback and self.save_strategy == "no":
             yield fault(
-                "there is nothing to go back to with save_strategy: no",
+                "rollback needs checkpoints, but save_strategy is no",
                 key="save_strategy",
-                hint="save_strategy: steps",
+                hint="set save_strategy=steps",
             )
 
     def _data_faults(self) -> Iterator[PydanticCustomError]:
@@ -318,33 +332,33 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
             )
         if self.eval_strategy != "no" and not (self.val_size or self.eval_datasets):
             yield fault(
-                f"eval_strategy is {self.eval_strategy}, and there is nothing to evaluate on",
+                f"eval_strategy is {self.eval_strategy}, but there is no evaluation data",
                 key="eval_strategy",
-                hint="set eval_datasets, or val_size to hold out a part of datasets",
+                hint="set eval_datasets, or val_size to hold out part of datasets",
             )
         if self.truncation == "split" and self.loss_on not in ("auto", "all"):
             yield fault(
-                "truncation: split would cut an answer from its question",
+                f"truncation: split with loss_on: {self.loss_on} would separate answers from their prompts",
                 key="truncation",
-                hint="drop, keep_start or keep_end",
+                hint="set truncation=drop, keep_start or keep_end",
             )
 
     def _streaming_faults(self) -> Iterator[PydanticCustomError]:
         if self.max_steps < 1:
             yield fault(
-                "streaming needs max_steps, as the length of a stream is not known",
+                "streaming needs max_steps: the length of a stream is unknown",
                 key="streaming",
-                hint="max_steps=1000",
+                hint="set max_steps=1000, say",
             )
         if self.val_size:
             yield fault(
-                "val_size takes a part of data that is read whole", key="val_size", hint="set eval_datasets"
+                "val_size is not supported with streaming: true", key="val_size", hint="set eval_datasets"
             )
         if any(dataset.weight != 1 for dataset in self.datasets):
             yield fault(
-                "a weight takes data that is read whole",
+                "weights of datasets are not supported with streaming: true",
                 key="datasets",
-                hint="streaming: false, or weight: 1",
+                hint="set streaming=false, or weight=1 in datasets",
             )
 
     def _model_faults(self) -> Iterator[PydanticCustomError]:
@@ -368,7 +382,7 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
             yield fault(
                 "train_tokenizer_vocab_size needs init_model",
                 key="train_tokenizer_vocab_size",
-                hint="an existing model keeps its own tokenizer",
+                hint="leave it out: an existing model keeps its own tokenizer",
             )
         if self.train_tokenizer_vocab_size is not None and self.tokenizer_name_or_path is not None:
             yield fault(
@@ -377,49 +391,18 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
                 hint="keep one of them, or set the other to null",
             )
 
-    def _scheduler_faults(self) -> Iterator[PydanticCustomError]:
-        name, given = self.lr_scheduler_type, self.lr_scheduler_kwargs
-        for key, value in given.items():
-            if isinstance(value, (bool, dict, list)) or value is None:
-                yield fault(
-                    f"lr_scheduler_kwargs.{key} is {value!r}, expected a number or text",
-                    key="lr_scheduler_kwargs",
-                )
-            if key in _LOWEST_RATES and isinstance(value, (int, float)) and value < 0:
-                yield fault(
-                    f"lr_scheduler_kwargs.{key} is {value}, expected a number >= 0",
-                    key="lr_scheduler_kwargs",
-                    hint="0 lets the learning rate end at 0",
-                )
-            if key not in SCHEDULER_KWARGS[name]:
-                known = ", ".join(sorted(SCHEDULER_KWARGS[name])) or "no arguments"
-                yield fault(
-                    f"lr_scheduler_kwargs: {name} has no argument '{key}'",
-                    key="lr_scheduler_kwargs",
-                    hint=f"{name} takes {known}",
-                )
-        if "min_lr" in SCHEDULER_KWARGS[name] and ("min_lr" in given) == ("min_lr_rate" in given):
-            yield fault(
-                f"{name} needs either min_lr or min_lr_rate",
-                key="lr_scheduler_type",
-                hint="for example lr_scheduler_kwargs.min_lr_rate=0.1",
-            )
-        if name == "warmup_stable_decay" and "num_decay_steps" not in given:
-            yield fault(
-                "warmup_stable_decay needs num_decay_steps",
-                key="lr_scheduler_type",
-                hint="for example lr_scheduler_kwargs.num_decay_steps=100",
-            )
-
 
 def load_config(
     path: str | os.PathLike[str] | None, overrides: Iterable[str] = ()
 ) -> tuple[TrainConfig, list[str]]:
-    """The settings of a file (or of none) with overrides on top, and one-line notes about aliases."""
+    """Read a file (or none) with overrides on top; return settings and one-line notes about aliases."""
     document, notes = collect(path, overrides, keys_of(TrainConfig))
     return TrainConfig.from_document(document), notes
 
 
 def json_schema() -> str:
-    """JSON schema of a configuration file, for editors."""
-    return json.dumps(TrainConfig.model_json_schema(), indent=2)
+    """Return the JSON schema of a configuration file, for editors."""
+    schema = TrainConfig.model_json_schema()
+    for field in schema["properties"].values():
+        del field["resume"]
+    return json.dumps(schema, indent=2)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from horizon_lm.config import TrainConfig
+from horizon_lm.config import TrainConfig, check_max_length
 from horizon_lm.errors import ConfigError
 from horizon_lm.machine.memory import lockable_bytes
 from horizon_lm.machine.profile import FALLBACK, Profile, load_profile
@@ -185,7 +185,7 @@ def plan_run(
         config = config.replace(tokens_per_step=tokens)
         notes.append(note)
     outline = Outline(partial(model_config, config), config, cache)
-    _check_positions(config, outline)
+    check_max_length(config, outline.facts.positions)
     planner = Planner(outline, profile, limits, pinned)
     chosen = planner.choose(config)
     prediction = planner.predict(chosen)
@@ -230,15 +230,6 @@ def machine(config: TrainConfig, hardware: str) -> tuple[Profile, Limits, list[s
     if profile.device != device.partition(":")[0]:
         profile = load_profile(FALLBACK if device == "cpu" else "h100-sxm")
     return profile, limits, []
-
-
-def _check_positions(config: TrainConfig, outline: Outline) -> None:
-    longest = outline.facts.positions
-    if longest is not None and longest < config.max_length:
-        raise ConfigError(
-            f"max_length={config.max_length} is more than the model's max_position_embeddings={longest}",
-            hint=f"max_length={longest}",
-        )
 
 
 def _explain(config: TrainConfig, chosen: TrainConfig, planner: Planner) -> list[Choice]:

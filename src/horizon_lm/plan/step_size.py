@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from horizon_lm.config import DatasetConfig, TrainConfig
-from horizon_lm.config.merge import REPLACES
+from horizon_lm.config.base import REPLACES
 from horizon_lm.words import count
 
 CUT = REPLACES["tokens_per_step"]  # the settings that the planner cuts a step by

@@ -1,4 +1,4 @@
-"""What a run shows while it works: a live display on a terminal, plain lines elsewhere."""
+"""Progress of a run: a live display on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -6,26 +6,30 @@ import math
 import sys
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Self, TextIO
+from collections.abc import Iterable
+from typing import Self, TextIO
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
+from rich.progress import Progress as RichBar
+from rich.table import Table
+from rich.text import Text
 
 from horizon_lm.io.output import raw_stream
-from horizon_lm.report.events import Evaluation, StepRecord
 from horizon_lm.report.metrics import Metrics
+from horizon_lm.report.records import Evaluation, StepRecord
 from horizon_lm.text import shown
 from horizon_lm.words import count, size
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-_PLAIN_SECONDS = 1.0  # between two plain lines
+_PLAIN_SECONDS = 1.0  # least time between plain lines
 _RECENT_STEPS = 50
 
 
 class Progress:
-    """Shows nothing (`progress: off`); the base of the displays that do. A context around the steps.
+    """A display that shows nothing (`progress: off`) and the base of the others: a context around the run.
 
-    `stage` comes before the steps, `start` and then `step` for each, with its metrics where it is a
-    logging step.
+    Call `stage` before and after the steps, `start` before the first, `step` after each, with its metrics if
+    it is a logging step.
     """
 
     def __init__(self) -> None:
@@ -39,10 +43,10 @@ class Progress:
         return None
 
     def stage(self, text: str) -> None:
-        """Say what is being done before or after the steps."""
+        """Show what is being done before or after the steps."""
 
     def warn(self, text: str) -> None:
-        """Say what went wrong without ending the run."""
+        """Show a warning."""
 
     def start(self, num_steps: int) -> None:
         self.num_steps = num_steps
@@ -51,15 +55,15 @@ class Progress:
         self._recent.append(record.seconds)
 
     def evaluation(self, evaluation: Evaluation) -> None:
-        """Show an evaluation on the held-out set."""
+        """Show an evaluation."""
 
     def seconds_left(self, step: int) -> float:
-        """Estimated from the recent steps."""
+        """Estimate the remaining time from the recent steps."""
         return (self.num_steps - step) * sum(self._recent) / max(1, len(self._recent))
 
 
 class PlainProgress(Progress):
-    """A line at logging steps, about one a second at most, and always at the first and the last step."""
+    """A line per logging step, at most about one per second besides those of the first and the last step."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
@@ -102,31 +106,34 @@ class PlainProgress(Progress):
 
 
 class RichProgress(Progress):
-    """A bar and the latest numbers, redrawn in place four times a second; plain lines if that fails."""
+    """A bar and the latest numbers, redrawn four times a second; plain lines once the terminal fails."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
         self._stream = stream
         self._plain: PlainProgress | None = None
-        from rich.console import Console
-        from rich.live import Live
-
         self._console = Console(file=raw_stream(stream), highlight=False, markup=False, emoji=False)
-        self._done = 0
-        self._metrics: Metrics | None = None
-        self._losses: deque[float] = deque(maxlen=10_000)
-        self._started = time.monotonic()
-        self._live = Live(
-            console=self._console, get_renderable=self._render, refresh_per_second=4, vertical_overflow="crop"
+        self._bar = _Bar(
+            TextColumn("step {task.completed}/{task.total}{task.fields[epoch]}", "bold", markup=False),
+            BarColumn(bar_width=None),
+            _Times(),
+            console=self._console,
+            refresh_per_second=4,
+            expand=True,
         )
+        self._task: TaskID | None = None
 
     def __exit__(self, *_: object) -> None:
-        self._live.stop()
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._task is not None:
+            self._bar.stop()
 
     def _lines(self) -> PlainProgress | None:
-        """What goes on once there is no terminal to draw on."""
+        """Return the plain lines that replace the bar once its terminal has failed."""
         if self._plain is None and getattr(self._stream, "fault", None):
-            self._live.stop()
+            self._stop()
             self._plain = PlainProgress(self._stream)
             self._plain.num_steps = self.num_steps
         return self._plain
@@ -148,48 +155,40 @@ class RichProgress(Progress):
 
     def start(self, num_steps: int) -> None:
         super().start(num_steps)
-        self._started = time.monotonic()
         if lines := self._lines():
             return lines.start(num_steps)
-        self._live.start()
+        self._task = self._bar.add_task("", total=num_steps, epoch="", left="-:--")
+        self._bar.start()
 
     def step(self, record: StepRecord, metrics: Metrics | None) -> None:
         super().step(record, metrics)
         if lines := self._lines():
             return lines.step(record, metrics)
-        self._done = record.step
-        self._metrics = metrics or self._metrics
-        if metrics is not None and math.isfinite(metrics.loss):
-            self._losses.append(metrics.loss)
+        assert self._task is not None
+        fields = {"left": clock(self.seconds_left(record.step))}
+        if metrics is not None:
+            self._bar.show(metrics)
+            fields["epoch"] = f", epoch {metrics.epoch:.2f}"
+        self._bar.update(self._task, completed=record.step, **fields)
 
-    def _render(self) -> RenderableType:
-        from rich.console import Group
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
 
-        bar = Table.grid(padding=(0, 2), expand=True)
-        bar.add_column(no_wrap=True)
-        bar.add_column(ratio=1)
-        bar.add_column(no_wrap=True)
-        elapsed = clock(time.monotonic() - self._started)
-        left = clock(self.seconds_left(self._done)) if self._done else "-:--"
-        bar.add_row(
-            Text(f"step {self._done}/{self.num_steps}{self._epoch()}", style="bold"),
-            ProgressBar(total=self.num_steps, completed=self._done),
-            Text(f"{elapsed} gone, {left} left"),
-        )
+class _Bar(RichBar):
+    """rich's bar above a table of the latest numbers."""
+
+    _metrics: Metrics | None = None
+
+    def show(self, metrics: Metrics) -> None:
         if self._metrics is None:
-            return Group(bar, Text("the first step", style="dim"))
-        return Group(bar, self._numbers(self._metrics))
+            self._losses: deque[float] = deque(maxlen=10_000)
+        if math.isfinite(metrics.loss):
+            self._losses.append(metrics.loss)
+        self._metrics = metrics
 
-    def _epoch(self) -> str:
-        return f", epoch {self._metrics.epoch:.2f}" if self._metrics is not None else ""
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield Text("the first step", style="dim") if self._metrics is None else self._numbers(self._metrics)
 
-    def _numbers(self, metrics: Metrics) -> RenderableType:
-        from rich.table import Table
-        from rich.text import Text
-
+    def _numbers(self, metrics: Metrics) -> Table:
         fields = {
             "loss": (number(metrics.loss), "bold cyan"),
             "": (f"{sparkline(list(self._losses)):12}", "cyan"),
@@ -208,16 +207,21 @@ class RichProgress(Progress):
         return table
 
 
+class _Times(ProgressColumn):
+    """Time elapsed, and left by the recent steps: rich's own estimate would count evaluations and saves."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{clock(task.elapsed or 0.0)} elapsed, {task.fields['left']} left")
+
+
 def choose_progress(mode: str, stream: TextIO | None = None) -> Progress:
-    """The display for `progress: auto|rich|plain|off` on `stream` (standard output by default)."""
+    """Return the display for `progress: auto|rich|plain|off` on `stream`, by default standard output."""
     stream = stream or sys.stdout
     if mode == "off":
         return Progress()
     if mode == "rich":
         return RichProgress(stream)
     if mode == "auto":
-        from rich.console import Console
-
         console = Console(file=stream)
         if console.is_terminal and not console.is_dumb_terminal:
             return RichProgress(stream)
@@ -232,13 +236,13 @@ def evaluation_line(evaluation: Evaluation) -> str:
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print a line at once; characters that the stream cannot show become `?`."""
+    """Print a line and flush; replace characters that the stream cannot encode with `?`."""
     stream = stream or sys.stdout
     print(shown(text, stream.encoding), file=stream, flush=True)
 
 
 def sparkline(values: list[float], width: int = 12) -> str:
-    """The course of `values` in `width` characters, each the mean of its share."""
+    """Draw `values` in at most `width` characters, each the mean of an equal share of them."""
     if not values:
         return ""
     width = min(width, len(values))
@@ -249,7 +253,7 @@ def sparkline(values: list[float], width: int = 12) -> str:
 
 
 def number(value: float) -> str:
-    """Four places at the sizes that a loss has, none for a large perplexity; `nan` and `inf` as they are."""
+    """Format a loss or perplexity: four decimals below 1000, none above; `nan` and `inf` as they are."""
     size = abs(value)
     return f"{value:.4f}" if size < 1000 else f"{value:,.0f}" if size < 1e6 else f"{value:.3g}"
 
@@ -259,7 +263,7 @@ def rate(value: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """h:mm:ss, without the hours where there are none."""
+    """Format as h:mm:ss, or m:ss below an hour."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

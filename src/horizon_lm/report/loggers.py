@@ -1,7 +1,7 @@
-"""Metrics to the programs that people watch runs with, when they are installed: `report_to`.
+"""Metrics for experiment trackers: `report_to`.
 
-Each gets the settings at the start and a mapping of numbers with each step that is logged, under names that
-these programs group by: train/loss, train/grad_norm, eval/loss, ...
+accelerate's trackers call the libraries. Each gets the settings when the first record is logged, then the
+numbers of each record under names that trackers group by: train/loss, train/grad_norm, eval/loss.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from horizon_lm.checkpoint.run_folder import RunFolder
+from horizon_lm.checkpoint.folder import RunFolder
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import ConfigError
 from horizon_lm.io import files
-from horizon_lm.report.events import Evaluation
 from horizon_lm.report.metrics import Metrics
+from horizon_lm.report.records import Evaluation
 from horizon_lm.words import count
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
 
 _LEAST_PAUSE_SECONDS, _PAUSE_FACTOR = 10.0, 100.0
 
@@ -39,14 +42,14 @@ class _Kind:
 
 
 class Loggers:
-    """All loggers of a run as one; nothing is opened before the first step is logged.
+    """All loggers of a run. None is opened before the first record.
 
-    A logger that fails loses its records, not the run: the failure is reported once, retried after a pause a
-    hundred times as long as the attempt, and counted at the end.
+    A failing logger loses records but never ends the run: the first failure is a warning, the next attempt
+    waits 100 times as long as the failed one took, and a warning at the end counts the lost records.
     """
 
     def __init__(self, config: TrainConfig, folder: Path, warn: Callable[[str], None]) -> None:
-        """Raises ConfigError for one that is not installed."""
+        """Raises ConfigError if one is not installed."""
         check_installed(config.report_to)
         self._all = [
             _Guarded(name, partial(_KINDS[name].open, config, folder), warn) for name in config.report_to
@@ -74,13 +77,13 @@ class Loggers:
 
 
 class _Guarded:
-    """A logger whose exceptions stay its own."""
+    """A logger whose exceptions become warnings."""
 
     def __init__(self, name: str, open_: Callable[[], Logger], warn: Callable[[str], None]) -> None:
         self._name, self._open, self._warn = name, open_, warn
         self._logger: Logger | None = None
         self._given = self._lost = 0
-        self._again = -math.inf  # when it is tried again
+        self._again = -math.inf  # earliest time of the next attempt
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._given += 1
@@ -96,13 +99,13 @@ class _Guarded:
             now = time.monotonic()
             self._again = now + max(_LEAST_PAUSE_SECONDS, _PAUSE_FACTOR * (now - began))
             if not self._lost:
-                self._warn(f"{self._name} failed at step {step} ({_in_short(error)}); the run goes on")
+                self._warn(f"{self._name} failed at step {step} ({_in_short(error)}); the run continues")
             self._lost += 1
 
     def close(self, status: str) -> None:
         logger, self._logger = self._logger, None
         if self._lost:
-            self._warn(f"{self._name} has missed {self._lost:,} of {count(self._given, 'record')}")
+            self._warn(f"{self._name} missed {self._lost:,} of {count(self._given, 'record')}")
         self._given = self._lost = 0
         if logger is None:
             return
@@ -120,12 +123,12 @@ def check_installed(names: Sequence[str]) -> None:
     for name in names:
         if find_spec(_KINDS[name].package) is None:
             raise ConfigError(
-                f"report_to names {name}, which is not installed", hint=f"pip install {_KINDS[name].package}"
+                f"report_to: {name} is not installed", hint=f"pip install {_KINDS[name].package}"
             )
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers among `values`; mappings are opened, as in lanes/compute."""
+    """Return the finite numbers among `values`; nested mappings become names such as lanes/compute."""
     found: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
@@ -135,56 +138,79 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-class _TensorBoard:
-    def __init__(self, config: TrainConfig, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+class _Tracker:
+    """A `Logger` over a tracker of accelerate. fail: ends a run that failed; None to end it as any other."""
 
-        place = RunFolder(folder).tensorboard
-        files.make_folder(place, below=folder)
-        self._writer = SummaryWriter(str(place))
-        self._writer.add_text("settings", "```yaml\n" + config.to_yaml() + "\n```")
+    def __init__(self, tracker: GeneralTracker, fail: Callable[[], None] | None = None) -> None:
+        self._tracker, self._fail = tracker, fail
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        self._tracker.log(dict(values), step=step)
 
     def close(self, status: str) -> None:
-        self._writer.close()
+        if status != "finished" and self._fail is not None:
+            self._fail()
+        else:
+            self._tracker.finish()
 
 
-class _Wandb:
-    def __init__(self, config: TrainConfig, folder: Path) -> None:
-        import wandb
+def _start(
+    kind: str, project: str, /, *, settings: Mapping[str, Any] | None = None, **options: Any
+) -> GeneralTracker:
+    """Start a tracker of accelerate. settings: stored as the run's parameters."""
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        files.make_folder(RunFolder(folder).wandb, below=folder)  # or it would take a link
-        self._run = wandb.init(
-            project=config.project, name=config.run_name, config=config.to_dict(), dir=str(folder)
-        )
+    PartialState()  # the trackers read it on every call, and raise without it
+    tracker: GeneralTracker = LOGGER_TYPE_TO_CLASS[kind](project, **options)
+    tracker.start()
+    if settings is not None:
+        try:
+            tracker.store_init_configuration(dict(settings))
+        except Exception:
+            tracker.finish()  # a run left active would make the next attempt fail
+            raise
+    return tracker
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(values), step=step)
 
-    def close(self, status: str) -> None:
-        self._run.finish(exit_code=0 if status == "finished" else 1)
+def _tensorboard(config: TrainConfig, folder: Path) -> Logger:
+    place = RunFolder(folder).tensorboard
+    files.make_folder(place, below=folder)
+    tracker = _start("tensorboard", place.name, logging_dir=str(folder))
+    # As text: accelerate would store parameters in a folder that it makes without looking for links.
+    tracker.log({"settings": "```yaml\n" + config.to_yaml() + "\n```"})
+    return _Tracker(tracker)
 
 
-class _Trackio:
-    def __init__(self, config: TrainConfig, folder: Path) -> None:
-        import trackio
+def _wandb(config: TrainConfig, folder: Path) -> Logger:
+    files.make_folder(RunFolder(folder).wandb, below=folder)  # or wandb would follow a link
+    options = {"name": config.run_name, "config": config.to_dict(), "dir": str(folder)}
+    tracker = _start("wandb", config.project, **options)
+    return _Tracker(tracker, fail=lambda: tracker.tracker.finish(exit_code=1))
 
-        self._trackio = trackio
-        trackio.init(project=config.project, name=config.run_name, config=config.to_dict())
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self._trackio.log(dict(values), step=step)
+def _trackio(config: TrainConfig, folder: Path) -> Logger:
+    return _Tracker(_start("trackio", config.project, name=config.run_name, config=config.to_dict()))
 
-    def close(self, status: str) -> None:
-        self._trackio.finish()
+
+def _mlflow(config: TrainConfig, folder: Path) -> Logger:
+    import mlflow
+
+    tracker = _start("mlflow", config.project, run_name=config.run_name, settings=config.to_dict())
+    return _Tracker(tracker, fail=lambda: mlflow.end_run("FAILED"))
+
+
+def _comet(config: TrainConfig, folder: Path) -> Logger:
+    tracker = _start("comet_ml", config.project, settings=config.to_dict())
+    if config.run_name:
+        tracker.tracker.set_name(config.run_name)
+    return _Tracker(tracker)
 
 
 _KINDS: dict[str, _Kind] = {
-    "tensorboard": _Kind("tensorboard", _TensorBoard),
-    "wandb": _Kind("wandb", _Wandb),
-    "trackio": _Kind("trackio", _Trackio),
+    "tensorboard": _Kind("tensorboard", _tensorboard),
+    "wandb": _Kind("wandb", _wandb),
+    "trackio": _Kind("trackio", _trackio),
+    "mlflow": _Kind("mlflow", _mlflow),
+    "comet_ml": _Kind("comet_ml", _comet),
 }
