@@ -38,7 +38,7 @@ from horizon_lm.errors import CheckpointError, ConfigError, DoesNotFitError
 from horizon_lm.io import files
 from horizon_lm.io.leftovers import OwnedFolder
 from horizon_lm.memory.store import HostStore
-from horizon_lm.model.quiet import quiet_transformers
+from horizon_lm.model.pretrained import quiet_transformers
 from horizon_lm.model.skeleton import Skeleton
 
 _STAGED = re.compile(r"\..+\.horizon-[a-z0-9_]{8}")  # beside a folder that is being written
