@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from horizon_lm.config import ModelSettings
 from horizon_lm.config.patterns import compiled, nearest
 from horizon_lm.errors import ConfigError, DataError, DoesNotFitError, HorizonError, UnsupportedModelError
 from horizon_lm.io.hub import require_reachable
@@ -76,6 +77,18 @@ def load_model(
             f"the weights in {name!r} are damaged: {type(error).__name__}: {error}",
             hint="download or export it again",
         ) from error
+
+
+def load_model_of(source: str | Path | nn.Module, settings: ModelSettings) -> nn.Module:
+    """Load the transformers model that the settings describe; a model object is returned as it is."""
+    return load_model(
+        source,
+        trust_remote_code=settings.trust_remote_code,
+        revision=settings.model_revision,
+        attn_implementation=settings.attn_implementation,
+        allowed=Allowed(settings.allow_missing, settings.allow_unexpected),
+        seed=settings.seed,
+    )
 
 
 def _check_folder(folder: Path) -> None:
