@@ -81,7 +81,7 @@ class Costs:
         adds = {u: n for u, n in sizes.items() if self.policies.adds_gradients(u, counts)}
         head = adds.pop(plan.head, 0)
         layer = max(adds.values(), default=0)
-        return (head + layer if plan.joins_turn else max(head, layer)) * self.spec.dtype.itemsize
+        return (head + layer if plan.joins_turnaround else max(head, layer)) * self.spec.dtype.itemsize
 
     def num_bytes(self, buffer: Buffer, op: Op) -> tuple[str, int] | None:
         """Of a transient buffer, by the op that writes it first; see `schedule.simulate`."""
