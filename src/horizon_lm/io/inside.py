@@ -1,7 +1,7 @@
-"""A check that links and file lists in a data folder do not lead out of it.
+"""Checks that files found through a data folder lie in it.
 
-Data folders mostly come from others. A link to `~/.ssh/config`, or `../notes.txt` in a list of files, would
-turn private files into training text. Paths that the user names are read wherever they are.
+Data folders usually come from elsewhere: a link to `~/.ssh/config`, or `../notes.txt` in a list of files,
+would turn private files into training text. What users name themselves is read wherever it is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from horizon_lm.errors import DataError
 
 
 def is_inside(file: Path, folder: Path) -> bool:
-    """Return whether `file` resolves into `folder`, or into the blobs of its snapshot in the Hub's cache."""
+    """Return whether `file` lies in `folder` after following links. Snapshots in the Hub's cache link to the
+    blobs beside them, which count as inside."""
     real, home = file.resolve(), folder.resolve()
     if real.is_relative_to(home):
         return True
@@ -23,7 +24,7 @@ def is_inside(file: Path, folder: Path) -> bool:
 
 
 def check_files(files: Iterable[Path], folder: Path, *, follow_links: bool) -> None:
-    """Raise DataError for a file in `folder` that leads out of it, or is not a file (a pipe, say)."""
+    """Raise DataError for files found in `folder` that lead out of it, or are not regular files."""
     inside: set[Path] = set()  # folders already checked
     for file in files:
         if not follow_links:
@@ -44,8 +45,8 @@ def check_files(files: Iterable[Path], folder: Path, *, follow_links: bool) -> N
 
 
 def leads_out(file: Path, folder: Path) -> DataError:
-    """Build the error for a file outside the data folder."""
+    """Return the error for a file that lies outside the folder."""
     return DataError(
         f"{file} leads out of the data folder {folder}, to {file.resolve()}",
-        hint=f"copy the file into it, or datasets=[{{path: {folder}, follow_links: true}}]",
+        hint=f"copy the file into it, or set datasets=[{{path: {folder}, follow_links: true}}]",
     )
