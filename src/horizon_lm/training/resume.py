@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from horizon_lm.checkpoint import folder as checkpoints
-from horizon_lm.checkpoint.disk import checksum
+from horizon_lm.checkpoint.disk import checksum, damaged
 from horizon_lm.checkpoint.folder import Checkpoint, Rejected, RunFolder
 from horizon_lm.checkpoint.identify import identify, no_checkpoint
 from horizon_lm.checkpoint.reader import load_buffers, load_units, read_small
@@ -222,7 +222,7 @@ def restore(
             except DataError:
                 raise
             except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise CheckpointError(f"{checkpoint.path}: its state cannot be read: {error!r}") from error
+                raise damaged(checkpoint.path, f"its state cannot be read: {error!r}") from error
             break
         except CheckpointError as error:
             warn(f"skipped {error.message}")
@@ -252,7 +252,7 @@ def load_checkpoint(checkpoint: Checkpoint, model: HostModel) -> None:
     try:
         steps_done = int(checkpoint.manifest.state["steps_done"])
     except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{checkpoint.path}: its state has no steps_done") from None
+        raise damaged(checkpoint.path, "its state has no steps_done") from None
     model.state_was_replaced(steps_done)
 
 
