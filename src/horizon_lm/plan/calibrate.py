@@ -26,7 +26,7 @@ from horizon_lm.machine.cores import usable_cores
 from horizon_lm.machine.profile import FALLBACK, Profile, Rates, load_profile
 from horizon_lm.memory import arena
 from horizon_lm.optim.kernel import update_run
-from horizon_lm.optim.rules import Hyper
+from horizon_lm.optim.rules import Hyper, Numbers, Tensors
 from horizon_lm.plan.costs import Costs
 from horizon_lm.plan.outline import Outline
 from horizon_lm.plan.predict import predict
@@ -192,22 +192,11 @@ def optimizer_rate(threads: int, clock: Clock = time.perf_counter, numel: int = 
     weights, grads = (arena.allocate(2 * numel).view(torch.bfloat16) for _ in range(2))
     residual = arena.allocate(2 * numel).view(torch.int16)
     moments = [arena.allocate(4 * numel).view(torch.float32) for _ in range(2)]
-    hyper = Hyper(1e-5, 0.9, 0.999, 1e-8, 0.0, 0.0)
+    tensors = Tensors(weights, residual, grads, *moments)
+    numbers = Numbers("adamw", Hyper(1e-5), step=1)
 
     def update() -> None:
-        update_run(
-            "adamw",
-            weights,
-            residual,
-            grads,
-            *moments,
-            hyper=hyper,
-            step=1,
-            grad_scale=1.0,
-            element_offset=0,
-            seed=0,
-            threads=threads,
-        )
+        update_run(tensors, numbers, threads=threads)
 
     return 26 * numel / _median_seconds(update, clock)
 
