@@ -24,7 +24,8 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
-from horizon_lm.checkpoint.export import check_target, choose_dtype, save_model, tokenizer_saver
+from horizon_lm.checkpoint.export import choose_dtype, save_model, tokenizer_saver
+from horizon_lm.checkpoint.folder import check_target
 from horizon_lm.config import ModelSettings
 from horizon_lm.config.python import model_settings
 from horizon_lm.engine.disk_lane import Saving

@@ -17,7 +17,7 @@ import pytest
 
 import horizon_lm
 from horizon_lm import cli, errors
-from horizon_lm.cli import command
+from horizon_lm.cli import run as run_verbs
 from horizon_lm.config import TrainConfig
 from horizon_lm.config import yaml as config_yaml
 
@@ -52,7 +52,7 @@ def training(monkeypatch: pytest.MonkeyPatch) -> list[tuple[TrainConfig, list[st
     module.train = lambda config, *, config_notes=(): calls.append((config, list(config_notes)))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "horizon_lm.training", types.ModuleType("horizon_lm.training"))
     monkeypatch.setitem(sys.modules, "horizon_lm.training.train", module)
-    monkeypatch.setattr(command, "require_named_model", lambda config: None)  # there is none
+    monkeypatch.setattr(run_verbs, "require_named_model", lambda config: None)  # there is none
     return calls
 
 

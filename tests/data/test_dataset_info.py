@@ -168,7 +168,7 @@ def test_what_was_found_is_what_is_saved(folder: Path) -> None:
         ("zzz", "has no dataset 'zzz'", "it has"),
         ("identity,dpo", "dpo is preference data", "supervised"),
         ("kto", "kto is preference data", "supervised"),
-        ("pictures", "holds images", "text"),
+        ("pictures", "has images", "text"),
         ("modelscope", "has only ms_hub_url", "download"),
         ("script", "has only script_url", "scripts are never run"),
         ("typo", "unknown key 'formating'", "did you mean 'formatting'"),

@@ -17,7 +17,7 @@ import zoo
 from horizon_lm.errors import ConfigError, DataError, UnsupportedModelError
 from horizon_lm.model.loading import load_model
 from horizon_lm.model.pretrained import Allowed
-from horizon_lm.training.evaluate import evaluate_model
+from horizon_lm.training.eval_command import evaluate_model
 from horizon_lm.training.generate import Generator
 from small_runs import settings, write_text
 

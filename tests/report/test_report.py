@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from horizon_lm import cli
-from horizon_lm.checkpoint.run_folder import RunFolder
+from horizon_lm.checkpoint.folder import RunFolder
 from horizon_lm.errors import ConfigError, DataError, StoppedError
 from horizon_lm.host_model import HostModel
 from horizon_lm.outputs import TrainStepOutput
@@ -83,7 +83,7 @@ def test_a_run_leaves_its_picture_and_names_the_report(evaluated: Path) -> None:
 
 STOPPED = {"status": "interrupted", "error": None, "reason": "stopped by SIGTERM after step 4: saved it"}
 NO_MEMORY = {"status": "failed", "error": "the host is out of memory\n  hint: free memory", "step": 4}
-NO_CHECKPOINT = {"status": "failed", "error": "stopped by SIGINT after step 4: there is no checkpoint"}
+NO_CHECKPOINT = {"status": "failed", "error": "stopped by SIGINT after step 4; no checkpoint was saved"}
 
 
 @pytest.mark.parametrize(

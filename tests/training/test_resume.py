@@ -12,6 +12,7 @@ from typing import Any, cast, get_args
 import pytest
 import torch
 
+from adversarial import lanes_of
 from horizon_lm import cli
 from horizon_lm.checkpoint.folder import Checkpoint
 from horizon_lm.config import TrainConfig
@@ -104,7 +105,9 @@ def test_every_mode_goes_on_with_the_same_bits(
     source = tmp_path / "straight" / "checkpoint-3"
     torch.set_num_threads(2)
     try:
-        train(settings(text, tmp_path / "run", resume_from_checkpoint=str(source), **{**changes, **other}))
+        changes |= other
+        with lanes_of(changes):
+            train(settings(text, tmp_path / "run", resume_from_checkpoint=str(source), **changes))
     finally:
         torch.set_num_threads(1)
     assert tensors_of(tmp_path / "run" / "checkpoint-6") == tensors_of(tmp_path / "straight" / "checkpoint-6")

@@ -45,7 +45,7 @@ def preview(
 
     data = load_training_data(config)
     if config.tokens_per_step is not None:
-        from horizon_lm.training.planning import wanted_rows
+        from horizon_lm.training.prepare import wanted_rows
 
         data.loader.cut(wanted_rows(config, data), 1)
     if as_json:

@@ -54,7 +54,7 @@ def evaluate(
     for key, _, name in (override.removeprefix("--").partition("=") for override in overrides):
         if key.replace("-", "_") == "model_name_or_path":
             require_model(name, "model_name_or_path")
-    from horizon_lm.training.evaluate import evaluate_target, target_of
+    from horizon_lm.training.eval_command import evaluate_target, target_of
 
     target, notes = target_of(place, overrides)
     for note in notes:

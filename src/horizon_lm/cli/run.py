@@ -76,7 +76,7 @@ def load_settings(arguments: Sequence[str] | None) -> tuple[TrainConfig, list[st
 
     place, overrides = split_arguments(arguments or ())
     if place is not None and os.path.isdir(place):
-        from horizon_lm.checkpoint.places import no_settings
+        from horizon_lm.checkpoint.identify import no_settings
 
         raise no_settings(place)
     config, notes = load_config(place, overrides)
@@ -117,7 +117,7 @@ def train(
     if config.resume_from_checkpoint is None:  # a checkpoint can replace the model's folder
         require_named_model(config)
     if dry_run:
-        from horizon_lm.training.planning import dry_run as run_dry
+        from horizon_lm.training.prepare import dry_run as run_dry
 
         return print(run_dry(config))
     from horizon_lm.training.train import train as run_training
@@ -145,9 +145,9 @@ def resume(settings: SettingsArguments = None) -> None:
     place, overrides = split_arguments(settings or ())
     if place is None:
         raise ConfigError("command line: 'resume' needs a run", "write horizon resume RUN")
-    from horizon_lm.checkpoint.places import look, new_run
+    from horizon_lm.checkpoint.identify import identify, new_run
 
-    looked = look(place)
+    looked = identify(place)
     if looked.kind == "run" and looked.is_finished and looked.model is not None and not overrides:
         print(f"{place}: {looked.what}")
         more = looked.step + max(1, looked.step // 10)
@@ -178,10 +178,10 @@ def resume(settings: SettingsArguments = None) -> None:
 
 def verify(checkpoint: RunOrCheckpoint) -> None:
     """Check a checkpoint, or all of a run: checksums, tensor headers, numbers; exit code 5 if corrupt."""
-    from horizon_lm.checkpoint.places import look, no_checkpoint
+    from horizon_lm.checkpoint.identify import identify, no_checkpoint
     from horizon_lm.checkpoint.reader import verify as verify_checkpoint
 
-    looked = look(checkpoint)
+    looked = identify(checkpoint)
     faults = [one.reason for one in looked.rejected]
     if not looked.checkpoints and not faults:
         raise no_checkpoint(looked, "verify")
@@ -219,12 +219,12 @@ def export(
         raise ConfigError(
             f"command line: --max-shard-size is {max_shard_size!r}", "use a size such as 5GB or 500MB"
         )
-    from horizon_lm.checkpoint.places import look, no_checkpoint
+    from horizon_lm.checkpoint.identify import identify, no_checkpoint
 
-    looked = look(checkpoint)
+    looked = identify(checkpoint)
     if not looked.checkpoints and not looked.rejected:
         raise no_checkpoint(looked, "export")
-    from horizon_lm.checkpoint.export_checkpoint import export_checkpoint
+    from horizon_lm.checkpoint.export import export_checkpoint
 
     with lasting_output():
         done = export_checkpoint(

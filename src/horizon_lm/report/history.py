@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from horizon_lm.checkpoint.run_folder import RunFolder
+from horizon_lm.checkpoint.folder import RunFolder
 from horizon_lm.config.yaml import read_file
 from horizon_lm.errors import DataError
 from horizon_lm.report.metrics import read_lines, still_true

@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from horizon_lm.checkpoint.run_folder import RunFolder, writing
+from horizon_lm.checkpoint.folder import RunFolder, writing
 from horizon_lm.config import DatasetConfig, TrainConfig
 from horizon_lm.config.base import grouped_keys
 from horizon_lm.io import files

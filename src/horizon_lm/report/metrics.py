@@ -35,7 +35,7 @@ from typing import Any, Self, TextIO
 import psutil
 import torch
 
-from horizon_lm.checkpoint.run_folder import writing
+from horizon_lm.checkpoint.folder import writing
 from horizon_lm.data import Loader
 from horizon_lm.engine.lanes import Span
 from horizon_lm.errors import DataError, StoppedError
@@ -260,7 +260,7 @@ class MetricsFile:
         self._write("timeline", {"step": step, "spans": rows})
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
-        """Append a line `eval`. The file must be open: `training.reports` holds evaluations before step 1."""
+        """Append a line `eval`. The file must be open: `training.log` holds evaluations before step 1."""
         self._write("eval", asdict(evaluation))
 
     def _write(self, event: str, values: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from horizon_lm.checkpoint.run_folder import writing
+from horizon_lm.checkpoint.folder import writing
 from horizon_lm.io import files
 from horizon_lm.report.metrics import read_evaluations, read_steps
 from horizon_lm.text import one_line
