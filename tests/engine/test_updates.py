@@ -18,6 +18,7 @@ from adversarial import from_pretrained
 from horizon_lm.engine.engine import Engine
 from horizon_lm.errors import ConfigError, NonFiniteError
 from horizon_lm.schedule import Lane, Op, StepSpec, build, simulate
+from horizon_lm.schedule.draw import busy_seconds
 from sizes import times
 
 # an untied table, a tied one with a prologue, a mixture of experts with the router's auxiliary loss
@@ -399,7 +400,7 @@ def test_a_simulation_follows_lanes_and_waits() -> None:
         assert start >= lanes.get(op.lane, 0.0) and end == start + 1.0
         lanes[op.lane] = end
     assert done.seconds == max(lanes.values()) < len(ops)
-    assert done.busy_seconds(Lane.COMPUTE) == sum(op.lane is Lane.COMPUTE for op in ops)
+    assert busy_seconds(done.spans)["compute"] == sum(op.lane is Lane.COMPUTE for op in ops)
     # Inputs of two micro-batches of both layers, kept from forward to backward, and the head's of the one
     # that passes the turn.
     sizes = simulate(

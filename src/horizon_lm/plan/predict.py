@@ -16,6 +16,7 @@ from horizon_lm.memory.store import predict_bytes
 from horizon_lm.plan.costs import DEVICE, HOST, Costs
 from horizon_lm.plan.outline import Outline
 from horizon_lm.schedule import Lane, Op, Simulation, StepSpec, build, derive_waits, simulate
+from horizon_lm.schedule.draw import busy_seconds
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Prediction:
 
     def lanes(self) -> dict[str, float]:
         """Busy seconds of each lane."""
-        return {str(lane): self.simulation.busy_seconds(lane) for lane in Lane}
+        return {str(lane): 0.0 for lane in Lane} | busy_seconds(self.simulation.spans)
 
     def limit(self) -> str:
         """The lane that is busy longest, and how much of the step it is."""

@@ -10,10 +10,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from horizon_lm.schedule.draw import Span
 from horizon_lm.schedule.ops import Buffer, Lane, Op
 from horizon_lm.schedule.waits import derive_waits, last_uses
 
-Span = tuple[Op, float, float]
 # (memory, bytes) of a buffer that an op writes first, or None where that memory exists anyway
 BufferBytes = Callable[[Buffer, Op], tuple[str, int] | None]
 # (memory, bytes) that an op takes while it runs, and gives back when it ends
@@ -34,9 +34,6 @@ class Simulation:
     @property
     def seconds(self) -> float:
         return max((end for _, _, end in self.spans), default=0.0)
-
-    def busy_seconds(self, lane: Lane) -> float:
-        return sum(end - start for op, start, end in self.spans if op.lane is lane)
 
 
 def simulate(
