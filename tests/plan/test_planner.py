@@ -14,7 +14,7 @@ from horizon_lm.engine.policies import Policies
 from horizon_lm.errors import ConfigError, DoesNotFitError
 from horizon_lm.machine.profile import Profile, load_profile
 from horizon_lm.plan.choose import Planner
-from horizon_lm.plan.limits import Limits
+from horizon_lm.plan.fit import Limits
 from horizon_lm.plan.outline import Outline, model_config
 from horizon_lm.plan.predict import predict
 from horizon_lm.plan.run_plan import RunPlan, plan_run

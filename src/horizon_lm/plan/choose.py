@@ -15,7 +15,7 @@ from horizon_lm.config import TrainConfig
 from horizon_lm.errors import ConfigError
 from horizon_lm.machine.profile import Profile
 from horizon_lm.plan import fit
-from horizon_lm.plan.limits import Limits
+from horizon_lm.plan.fit import Limits
 from horizon_lm.plan.outline import Outline
 from horizon_lm.plan.predict import Prediction, predict
 

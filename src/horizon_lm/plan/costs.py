@@ -12,8 +12,8 @@ import torch
 
 from horizon_lm.engine.policies import Policies
 from horizon_lm.machine.profile import Profile
+from horizon_lm.memory.slots import slot_bytes
 from horizon_lm.memory.store import StoreSpec, regions
-from horizon_lm.plan.device import slot_bytes
 from horizon_lm.plan.outline import Measures, Outline
 from horizon_lm.plan.work import Kernel, Work
 from horizon_lm.plan.working_set import Pass

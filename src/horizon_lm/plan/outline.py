@@ -29,7 +29,7 @@ from horizon_lm.model.loading import freeze
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.plan.model_flops import Counted, count_layers, kinds_of_layers
 from horizon_lm.plan.outline_cache import Facts, OutlineCache, TraceKey
-from horizon_lm.plan.trace import Law, Line, Trace
+from horizon_lm.plan.work import Law, Line, Trace
 from horizon_lm.plan.working_set import Built, Ends, Measure, WorkingSet, ends_working_set, layer_working_set
 
 

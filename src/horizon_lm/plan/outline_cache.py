@@ -29,7 +29,7 @@ from horizon_lm.io.leftovers import sweep_files
 from horizon_lm.machine.profile import cache_path
 from horizon_lm.memory.layout import Parameter, UnitLayout
 from horizon_lm.plan.model_flops import Counted
-from horizon_lm.plan.trace import Trace, replay
+from horizon_lm.plan.work import Trace, replay
 
 _FORMAT = 1
 _MOST_TRACES, _MOST_FILES = 400, 64

@@ -13,13 +13,12 @@ from horizon_lm.machine.memory import lockable_bytes
 from horizon_lm.machine.profile import FALLBACK, Profile, load_profile
 from horizon_lm.plan import fit
 from horizon_lm.plan.choose import Choice, Planner
-from horizon_lm.plan.grow import largest_that_fits
-from horizon_lm.plan.limits import Limits
+from horizon_lm.plan.fit import Limits, largest_that_fits
 from horizon_lm.plan.outline import Outline, model_config
 from horizon_lm.plan.outline_cache import OutlineCache
 from horizon_lm.plan.predict import Prediction
 from horizon_lm.plan.step_size import assumed_tokens
-from horizon_lm.plan.trace import Line
+from horizon_lm.plan.work import Line
 from horizon_lm.words import count, size
 
 # On a CPU layers are computed where they are: there is nothing to choose.

@@ -24,8 +24,7 @@ from horizon_lm.memory.slots import UnitWeights
 from horizon_lm.model.anatomy import tensors_in
 from horizon_lm.model.capture import Call
 from horizon_lm.model.skeleton import Skeleton
-from horizon_lm.plan.trace import Trace
-from horizon_lm.plan.work import Work, WorkMeter
+from horizon_lm.plan.work import Trace, Work, WorkMeter
 from horizon_lm.schedule.step_spec import KEEP, RECOMPUTE
 
 _FEW_TOKENS = 16  # enough for what a prologue looks at, and soon run
