@@ -311,7 +311,7 @@ def test_weight_decay_spares_biases_and_norms(decay_embeddings: bool) -> None:
 
 
 def test_a_pattern_that_fits_nothing_is_refused() -> None:
-    with pytest.raises(ConfigError, match="'lm_haed' is found in the name of no trainable") as caught:
+    with pytest.raises(ConfigError, match="'lm_haed' matches no trainable") as caught:
         host("llama", lr_factors={"lm_haed": 0.5})
     assert "model." in (caught.value.hint or "")
     with pytest.raises(ConfigError, match="no regular expression"):

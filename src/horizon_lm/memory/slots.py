@@ -1,7 +1,7 @@
 """Device buffers for weights and gradients, and the views into them.
 
-Slots live as long as the run. With `alias` (the device is the CPU) a weight slot is the store's
-own run and a gradient slot the store's gradient run wherever the dtype allows: no copies.
+Slots live as long as the run. With `alias` (the device is the CPU) a weight slot is the store's own buffer,
+and a gradient slot the store's gradient buffer if the dtype allows: no copies.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from horizon_lm.schedule import StepSpec
 
 
 class UnitWeights(NamedTuple):
-    """A unit's weights where they can be computed with: 1-D [numel], and the residuals of its wide
-    parameters (int16 [wide_numel])."""
+    """A unit's weights for computation, 1-D [numel], and the residuals of its wide parameters (int16
+    [wide_numel])."""
 
     weights: torch.Tensor
     wide_residual: torch.Tensor
@@ -37,7 +37,7 @@ def slot_bytes(units: Sequence[UnitLayout], plan: StepSpec, dtype: torch.dtype) 
 
 
 class WeightSlots:
-    """`count` device buffers, each as large as the largest unit that is uploaded."""
+    """`count` device buffers, each as large as the largest uploaded unit."""
 
     def __init__(
         self, store: HostStore, uploaded: frozenset[int], count: int, device: torch.device, alias: bool
@@ -53,11 +53,11 @@ class WeightSlots:
 
     @property
     def num_bytes(self) -> int:
-        """Device bytes taken by the slots; none when they alias the store."""
+        """Device bytes of the slots; 0 if they alias the store."""
         return sum(buffer.nbytes for buffer in self._buffers)
 
     def upload(self, slot: int, unit: int) -> None:
-        """Copy the unit's weights into the slot, asynchronously where the host memory is pinned."""
+        """Copy the unit's weights into the slot, asynchronously if host memory is pinned."""
         if self._alias:
             return
         target = self.unit(slot, unit)
@@ -80,10 +80,10 @@ class WeightSlots:
 
 
 class GradientSlots:
-    """`count` device buffers that hold one unit's gradient while it is accumulated.
+    """`count` device buffers, each for one unit's gradient while it accumulates.
 
-    A unit whose gradient is written once keeps the store's dtype; one that is added to (several
-    micro-batches, several loss chunks) is accumulated in fp32.
+    A gradient that is written once has the store's dtype; one that is a sum (of several micro-batches or loss
+    chunks) accumulates in fp32.
     """
 
     def __init__(
@@ -96,14 +96,14 @@ class GradientSlots:
         self.capacity = max((store.units[u].trainable_numel for u in units), default=0)
         self._buffers: list[torch.Tensor] = []
         if not alias:
-            self.reserve()  # now, not in the middle of the first step on another stream
+            self.reserve()  # not in the middle of the first step, on another stream
 
     @property
     def num_bytes(self) -> int:
         return sum(buffer.nbytes for buffer in self._buffers)
 
     def reserve(self) -> None:
-        """Allocate the buffers; with `alias` only when a gradient needs fp32 beside a bf16 store."""
+        """Allocate the buffers; with `alias` only if a gradient needs fp32 alongside a bf16 store."""
         if not self._buffers:
             size = self.capacity * torch.float32.itemsize
             self._buffers = [
@@ -111,11 +111,11 @@ class GradientSlots:
             ]
 
     def is_alias(self, dtype: torch.dtype) -> bool:
-        """Whether a gradient of this dtype is accumulated in the store itself."""
+        """Whether a gradient of this dtype accumulates in the store itself."""
         return self.alias and dtype == self._store.dtype
 
     def run(self, grad_slot: int, unit: int, dtype: torch.dtype) -> torch.Tensor:
-        """The slot as the unit's 1-D gradient run [trainable_numel] of `dtype`."""
+        """View the slot as the unit's 1-D gradient [trainable_numel] of `dtype`."""
         self.reserve()
         return self._buffers[grad_slot].view(dtype)[: self._store.units[unit].trainable_numel]
 
@@ -125,10 +125,10 @@ class GradientSlots:
 
 
 class BoundarySlots:
-    """Inputs of layers that wait in host memory for the backward pass, and `count` device buffers
-    through which they come back. With `alias` they stay where they are.
+    """Inputs of layers that wait in host memory for the backward pass, and `count` device buffers through
+    which they return. With `alias` they stay in place.
 
-    Host memory and buffers are kept from step to step, and grow with the largest input seen.
+    Host memory and buffers persist from step to step, and grow with the largest input seen.
     """
 
     def __init__(self, count: int, device: torch.device, alias: bool) -> None:
@@ -147,12 +147,12 @@ class BoundarySlots:
         return sum(home.nbytes for home in self._homes.values())
 
     def home_bytes(self, unit: int, micro_batch: int) -> int:
-        """Host bytes of one stored input; 0 where none was spilled."""
+        """Host bytes of one stored input; 0 if it was not spilled."""
         home = self._homes.get((unit, micro_batch))
         return 0 if home is None else home.nbytes
 
     def spill(self, unit: int, micro_batch: int, value: torch.Tensor) -> torch.Tensor:
-        """Copy a layer's input to host memory and return it there, asynchronously from a GPU."""
+        """Copy a layer's input to host memory and return the copy, asynchronously from a GPU."""
         if self._alias:
             return value
         home = self._homes.get((unit, micro_batch))
@@ -167,7 +167,7 @@ class BoundarySlots:
         if self._alias:
             self._held[slot] = home
             return
-        # A buffer that is too small was read last by ops that this one has waited for.
+        # The last ops that read a too small buffer have ended: this op waited for them.
         if self._buffers[slot].nbytes < home.nbytes:
             self._buffers[slot] = torch.empty(home.nbytes, dtype=torch.uint8, device=self._device)
         place = self._buffers[slot][: home.nbytes].view(home.dtype).view(home.shape)

@@ -21,7 +21,7 @@ from horizon_lm.memory.store import HostStore
 from horizon_lm.optim.kernel import Progress, longest_piece, update_run
 from horizon_lm.optim.rules import ADAPTIVE_RULES, Hyper, Numbers, Tensors, coefficients
 
-# Below this, to wake another thread takes longer than what it would do.
+# Below this, waking another thread takes longer than its work.
 _ELEMENTS_OF_A_THREAD = 1 << 16
 
 Part = tuple[int, int, float, float]  # start, stop, learning rate, weight decay
@@ -51,11 +51,11 @@ def group_rule(
     is_embedding: Callable[[str], bool],
     is_norm: Callable[[str], bool],
 ) -> Callable[[Parameter], Group]:
-    """The group of a parameter.
+    """Return the function that assigns a parameter to its group.
 
-    Decay spares biases, norms (of any shape: Cohere's have a row for each head) and whatever else has one
-    dimension (gates), as is usual for AdamW, and embedding tables on demand. lr_factors: regular
-    expression -> factor; the first that is found anywhere in the parameter's name counts (`re.search`).
+    Decay spares biases, norms (of any shape: Cohere's have a row for each head) and other parameters with one
+    dimension (gates), as is usual for AdamW, and embedding tables on request. lr_factors: regular expression
+    -> factor; the first that matches anywhere in the parameter's name counts (`re.search`).
     """
     patterns = [(compiled(pattern, "lr_factors"), factor) for pattern, factor in lr_factors.items()]
 
@@ -71,7 +71,7 @@ def group_rule(
 
 
 def segments(layout: UnitLayout, group: Callable[[Parameter], Group]) -> tuple[Segment, ...]:
-    """The unit's trainable part, cut where the group changes. Gaps go with what stands before them."""
+    """Cut the unit's trainable part where the group changes. A gap belongs to the segment before it."""
     found: list[Segment] = []
     for parameter in layout.trainable:
         start = parameter.offset - layout.trainable_offset
@@ -85,13 +85,13 @@ def segments(layout: UnitLayout, group: Callable[[Parameter], Group]) -> tuple[S
 
 
 def check_patterns(lr_factors: Mapping[str, float], names: Iterable[str]) -> None:
-    """Raises ConfigError for a pattern that is no regular expression or that no trainable parameter has."""
+    """Raise ConfigError for an invalid regular expression, or one that matches no trainable parameter."""
     names = list(names)
     for pattern in lr_factors:
         expression = compiled(pattern, "lr_factors")
         if not any(expression.search(name) for name in names):
             raise ConfigError(
-                f"lr_factors: {pattern!r} is found in the name of no trainable parameter",
+                f"lr_factors: {pattern!r} matches no trainable parameter",
                 hint=f"names look like {_examples(names)}",
             )
 
@@ -102,7 +102,7 @@ def _examples(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class UpdateSettings:
-    """What a call of `step` asks for. step: number of this update, from 1."""
+    """The settings of one update. step: its number, from 1."""
 
     step: int
     lr: float
@@ -112,10 +112,10 @@ class UpdateSettings:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """A rule with the settings that hold for a whole run; the others come with each step.
+    """A rule with the settings of a whole run; the others come with each step.
 
     rule: adamw, adam, sgd or lion. segments: per unit, the parts that are treated alike. threads: None
-    takes all usable cores (the bits do not depend on it).
+    takes all usable cores (results do not depend on it).
     """
 
     rule: str = "adamw"
@@ -142,7 +142,7 @@ class Optimizer:
     def check(self, settings: UpdateSettings) -> None:
         """Raise ConfigError unless fp32 holds every coefficient of this update, in every group.
 
-        An update may be put off until the next step, so what it cannot compute with is refused before.
+        An update may be deferred to the next step, so unusable numbers are rejected before.
         """
         for group in self._groups:
             lr = settings.lr * group.lr_factor

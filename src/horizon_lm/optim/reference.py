@@ -1,8 +1,8 @@
 """The update in torch operations: serves without a compiler, and tests compare the kernel with it.
 
-The same IEEE operations in the same order as csrc/optimizer.cpp, hence the same bits. Only operations that
-round once are used: torch's own `lerp`, `addcmul` and `addcdiv` may fuse a multiplication with an addition
-on some machines and not on others.
+The same IEEE operations in the same order as csrc/optimizer.cpp, hence bitwise identical. Each operation
+rounds once: torch's `lerp`, `addcmul` and `addcdiv` may fuse a multiplication with an addition on some
+machines.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from horizon_lm.optim.rules import (
     coefficients,
 )
 
-_CHUNK = 1 << 18  # elements; the temporaries of a chunk (about 6 MB) are all the memory an update adds
+_CHUNK = 1 << 18  # elements; an update needs no memory but the temporaries of a chunk (about 6 MB)
 _TINY = torch.finfo(torch.float32).tiny
 _MASK32 = (1 << 32) - 1
 _MASK64 = (1 << 64) - 1
@@ -71,7 +71,7 @@ def _compute(
     m: torch.Tensor,
     v: torch.Tensor | None,
 ) -> None:
-    """The rule on fp32 runs, in place: master, m (exp_avg), v (exp_avg_sq)."""
+    """Apply the rule to fp32 tensors in place: master, m (exp_avg), v (exp_avg_sq)."""
     if rule in ("adam", "sgd"):
         grad.add_(master * c.weight_decay)
     else:
@@ -96,7 +96,7 @@ def _compute(
 
 
 def _lerp_(start: torch.Tensor, end: torch.Tensor, weight: float) -> torch.Tensor:
-    """`start` moved to `end` by `weight`, in place, from the nearer end as torch.lerp does it."""
+    """Move `start` towards `end` by `weight`, in place, from the nearer end as torch.lerp does."""
     step = end - start
     if weight < 0.5:
         return start.add_(step.mul_(weight))
@@ -115,14 +115,14 @@ def _store_moment(place: torch.Tensor, value: torch.Tensor, random: torch.Tensor
 
 
 def _mend_nan(master: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> None:
-    """A NaN is stored as 0x7FC0 with residual 0; torch's cast to bf16 gives various ones."""
+    """Store a NaN as 0x7FC0 with residual 0; torch's cast to bf16 gives various bit patterns."""
     nan = master.isnan()
     weight.masked_fill_(nan, torch.nan)
     residual.masked_fill_(nan, 0)
 
 
 def random_bits(seed: int, step: int, element: int, count: int) -> torch.Tensor:
-    """32 random bits for each of `count` elements from number `element` of the store: int64 [count].
+    """Return 32 random bits for each of `count` elements from number `element` of the store: int64 [count].
 
     A function of its arguments alone: two keys from splitmix64 (Steele, Lea and Flood 2014), mixed with
     the element by Wellons' lowbias32. All elements must lie in one block of 2**32.

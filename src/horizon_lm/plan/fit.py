@@ -22,15 +22,14 @@ from horizon_lm.words import size
 _GB = 1e9
 Predictor = Callable[[TrainConfig], Prediction]
 _MOST_LOOKS = 24  # of `largest_that_fits`; each may measure a model
-# Of device memory, for what allocators lose between blocks and kernels take for themselves: neither is
-# predicted, and how much it is has not been measured on a GPU yet.
+# The rest of device memory is left to fragmentation and to kernels' workspaces: neither is predicted, and how
+# much they take has not been measured on a GPU yet.
 _DEVICE_SHARE = 0.95
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes; None where nothing is known or nothing limits. host counts from what the process holds now where
-    `here`, from nothing otherwise."""
+    """Bytes; None: unknown or unlimited. host: if `here`, beyond what the process holds now; else in all."""
 
     host: int
     device: int | None = None
@@ -45,7 +44,7 @@ class Limits:
 
     @classmethod
     def of_this_machine(cls, device: str, folder: str) -> Limits:
-        """device: cpu or cuda[:N]. folder: where the run will write; it need not exist yet."""
+        """device: cpu or cuda[:N]. folder: the output folder, which need not exist yet."""
         free = None
         if device.startswith("cuda"):
             free = int(torch.cuda.mem_get_info(torch.device(device))[0] * _DEVICE_SHARE)
@@ -70,20 +69,20 @@ class Shortfall:
 
 
 def export_bytes(config: TrainConfig, prediction: Prediction) -> int:
-    """Disk that the trained model takes, and a tenth more."""
+    """Disk bytes of the trained model, plus a tenth."""
     size = 2 if (config.save_dtype or config.dtype) == "bfloat16" else 4
     weights = prediction.host["weights"] // (2 if config.dtype == "bfloat16" else 4)
     return int(weights * size * 1.1)
 
 
 def shortfalls(config: TrainConfig, prediction: Prediction, limits: Limits) -> list[Shortfall]:
-    """What does not fit, worst first."""
+    """List what does not fit, worst first."""
     compared = _compare(config, prediction, limits)
     return sorted((s for s in compared if s.bytes > 0), key=lambda s: -s.bytes)
 
 
 def room_bytes(config: TrainConfig, prediction: Prediction, limits: Limits) -> int:
-    """What is left of the memory that has least left; negative where something does not fit."""
+    """Bytes left of the memory that has least left; negative if something does not fit."""
     return min(-s.bytes for s in _compare(config, prediction, limits))
 
 
@@ -139,11 +138,10 @@ def check(config: TrainConfig, prediction: Prediction, limits: Limits, predictor
 
 
 def largest_that_fits(room_bytes: Callable[[int], int], start: int, most: int) -> int:
-    """The largest number up to `most` that leaves room, to about 10 %; 0 when not even 1 does.
+    """Find the largest number up to `most` that fits, to about 10 %; 0 if not even 1 does.
 
-    room_bytes: what a number leaves free in bytes; negative where it does not fit. It falls with the
-    number, nearly on a line, so that the next number to look at is where the line of the last two meets 0;
-    where that gains little, the middle.
+    room_bytes: bytes that a number leaves free; negative if it does not fit. It falls nearly linearly, so the
+    next number to try is the zero of the line through the last two, alternating with bisection.
     """
     low, room = min(start, most), -1
     while low >= 1 and (room := room_bytes(low)) < 0:
@@ -166,7 +164,7 @@ def largest_that_fits(room_bytes: Callable[[int], int], start: int, most: int) -
 
 
 def _above(fits: list[tuple[int, int]]) -> int:
-    """A little beyond where the line of the last two meets 0; twice the last while there is no line."""
+    """A little beyond the zero of the line through the last two; twice the last if there is one point."""
     last, room = fits[-1]
     if len(fits) == 1:
         return 2 * last
@@ -177,7 +175,7 @@ def _above(fits: list[tuple[int, int]]) -> int:
 
 
 def _between(low: tuple[int, int], high: tuple[int, int], look: int) -> int:
-    """A little below where the line meets 0, and the middle (of the logarithms) every other time."""
+    """A little below the zero of the line; every other time the geometric mean."""
     met = 0.98 * (low[0] + low[1] / (low[1] - high[1]) * (high[0] - low[0]))
     number = math.sqrt(low[0] * high[0]) if look % 2 else met
     return min(high[0] - 1, max(low[0] + 1, int(number)))

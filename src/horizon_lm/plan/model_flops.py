@@ -1,9 +1,9 @@
-"""How often each parameter of a layer multiplies a token, and which products of activations a layer makes.
+"""Count how often each parameter of a layer multiplies a token, and the layer's products of activations.
 
-A layer of each kind is run forward on tensors without memory, and every matrix product is looked at. Those
-with a parameter say what share of it, of experts above all, a token visits. Those of two activations grow
-with the length of a sequence (states of linear attention and state spaces) or with its square (attention);
-two lengths tell which. Nothing is known of any model family, but for `_local_window`.
+A layer of each kind runs forward on fake tensors, and every matrix product is examined (`plan.products`).
+Those with a parameter tell what share of it (of experts above all) a token visits. Those of two activations
+grow with the sequence length (states of linear attention and state spaces) or with its square (attention);
+two lengths tell which. Two model families are special: `_local_window`, `_share_of_real_experts`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.plan.products import Counting, Seen, TooManyOperationsError
 from horizon_lm.plan.working_set import Built
 
-# Tokens of a sequence. Few tell all of a layer that goes from token to token, in many operations. More fill
-# the blocks of linear attention, of up to 256 tokens, which look like attention else.
+# Tokens of a sequence. Few suffice for a layer that loops over tokens, in many operations. More fill the
+# blocks of linear attention (up to 256 tokens), which otherwise look like attention.
 _FEW, _MORE = (22, 44), (768, 1536)
 _LONG = 1 << 17  # beyond what a layer selects for a query
 
 
 class Pairs(NamedTuple):
-    """Products of a query with a key and of its weight with the value.
+    """Products of a query with a key, and of its weight with the value.
 
-    flops: forward, a pair. learned: whether a gradient passes. most: keys that a query sees at most, if there
-    is a limit; in_chunks: those of its chunk, where it would else be those before it.
+    flops: forward, per pair. learned: whether a gradient passes. most: the limit of keys that a query sees,
+    if any; in_chunks: keys of its chunk rather than those before it.
     """
 
     flops: float
@@ -41,9 +41,9 @@ class Pairs(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerFlops:
-    """visits: of each parameter of the unit, how often it multiplies a token (an expert's: the share of the
-    tokens that visit it). unlearned: places of those that no gradient reaches. states: forward FLOPs a token
-    of products between activations that do not grow with the sequence."""
+    """visits: how often each parameter of the unit multiplies a token (an expert: the share of tokens that
+    visit it). unlearned: indices of those that no gradient reaches. states: forward FLOPs per token of
+    products between activations that do not grow with the sequence."""
 
     visits: tuple[float, ...]
     unlearned: tuple[int, ...]
@@ -58,8 +58,7 @@ class LayerFlops:
 
 @dataclass(frozen=True)
 class Counted:
-    """layers: of each kind; kind_of: of each layer. lookups: parameters of which rows are looked up, and
-    nothing else."""
+    """layers: by kind. kind_of: the kind of each layer. lookups: parameters used only to look up rows."""
 
     layers: tuple[LayerFlops, ...]
     kind_of: tuple[int, ...]
@@ -72,8 +71,10 @@ class Counted:
 
 
 def kinds_of_layers(skeleton: Skeleton) -> tuple[list[int], list[int]]:
-    """(the first layer of each kind, the kind of each layer). Layers are alike that have the same parameters,
-    the same modules and the same plain attributes, their own number apart."""
+    """Return (the first layer of each kind, the kind of each layer).
+
+    Layers are alike if they have the same parameters, modules and plain attributes, apart from their number.
+    """
     kinds: dict[Any, int] = {}
     first: list[int] = []
     kind_of: list[int] = []
@@ -97,8 +98,10 @@ def _attributes(module: nn.Module) -> tuple:
 
 
 def count_layers(built: Built, kind_of: Sequence[int]) -> Counted:
-    """kind_of: layers that are alike have the same number. Raises whatever the model's code does on tensors
-    without values."""
+    """Count the layers of a model. Raises whatever the model's code raises on fake tensors.
+
+    kind_of: layers that are alike have the same number.
+    """
     with _quiet():
         places, found, runs = _runs(built, kind_of)
         selected = [_most_selected(built, *item) for item in zip(places, runs, strict=True)]
@@ -114,7 +117,7 @@ def count_layers(built: Built, kind_of: Sequence[int]) -> Counted:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """While open, torch does not log what fails on tensors without values."""
+    """While open, torch does not log failures on fake tensors."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     was, log.disabled = log.disabled, True
     try:
@@ -124,14 +127,14 @@ def _quiet() -> Iterator[None]:
 
 
 class _Runs(NamedTuple):
-    """What a layer did on sequences of two lengths; the same twice where the first tells all."""
+    """A layer's runs on sequences of two lengths; the same twice if one tells all."""
 
     short: Seen
     long: Seen
 
     @property
     def has_blocks(self) -> bool:
-        """Whether it may compute in blocks of tokens: not where it goes from token to token."""
+        """Whether it may compute in blocks of tokens, rather than token by token."""
         short, long = self
         return short is not long and long.operations - short.operations < long.length - short.length
 
@@ -149,7 +152,7 @@ def _runs(built: Built, kind_of: Sequence[int]) -> tuple[list[int], list[int], l
             first = {layer: counting.run(layer) for layer in places}
         except TooManyOperationsError:
             raise
-        except Exception:  # some take whole blocks only
+        except Exception:  # some accept whole blocks only
             first = {}
     runs = {layer: _Runs(seen, seen) for layer, seen in first.items()}
     runs |= _second(built, {layer: seen for layer, seen in first.items() if seen.has_products}, _FEW[1])
@@ -173,7 +176,7 @@ def _second(built: Built, first: dict[int, Seen], length: int) -> dict[int, _Run
 
 
 def _local_window(skeleton: Skeleton, layer: int) -> int | None:
-    """gpt_neo alone cuts a window out of a buffer of its own, which has no values here."""
+    """gpt_neo alone cuts its window out of a buffer, which has no values here."""
     config = skeleton.config
     if getattr(config, "model_type", "") == "gpt_neo" and config.attention_layers[layer] == "local":
         return int(config.window_size)
@@ -181,13 +184,13 @@ def _local_window(skeleton: Skeleton, layer: int) -> int | None:
 
 
 def _share_of_real_experts(skeleton: Skeleton) -> float:
-    """longcat_flash alone has experts without arithmetic, which a run without values cannot tell apart."""
+    """longcat_flash alone has experts without arithmetic, which fake tensors cannot tell apart."""
     zero = int(getattr(skeleton.config, "zero_expert_num", 0) or 0)
     return skeleton.config.n_routed_experts / (skeleton.config.n_routed_experts + zero) if zero else 1.0
 
 
 def _most_selected(built: Built, layer: int, runs: _Runs) -> int | None:
-    """Keys that a query attends to at most, where a layer selects them; None where it does not."""
+    """The most keys that a query attends to, if the layer selects them; else None."""
     both = zip(runs.short.choices, runs.long.choices, strict=False)
     growing = [i for i, (a, b) in enumerate(both) if a[0] < b[0]]
     if not growing:
@@ -206,28 +209,28 @@ def _conclude(skeleton: Skeleton, layer: int, runs: _Runs, selected: int | None)
     for learned in (True, False):
         a_token, square = _growth(runs, learned)
         states += a_token
-        if square:  # what only selects looks at all keys
+        if square:  # a mere selection looks at all keys
             limit = min([*runs.short.masks, *limits], default=(None, False)) if learned else ()
             pairs.append(Pairs(square, learned, *limit))
     return LayerFlops(visits, unlearned, round(states, 6), tuple(pairs))
 
 
 def _growth(runs: _Runs, learned: bool) -> tuple[float, float]:
-    """FLOPs of products of activations: (of each token, of each pair of tokens)."""
+    """FLOPs of products of activations: (per token, per pair of tokens)."""
     short, long = runs
     square = short.between(learned, fused=True) / short.length
     if short is long:
         return 0.0, round(square, 6)
     low, high = (seen.between(learned, wide=True) for seen in runs)
     grown = (high - low) / (long.length - short.length)
-    # A pass over all pairs of blocks, if there is one, is left out: states do not need it.
+    # A pass over all pairs of blocks is left out: states do not need it.
     times = long.length / short.length
     states = (times * short.between(learned) - long.between(learned)) / (times - 1)
     return states + low - grown * short.length, round(square + grown, 6)
 
 
 def _visits(skeleton: Skeleton, layer: int, seen: Seen) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    """(how often each parameter multiplies a token, places of those that no gradient reaches)."""
+    """(how often each parameter multiplies a token, indices of those that no gradient reaches)."""
     parameters = skeleton.units[layer + 1].parameters
     alike: dict[str, list[int]] = {}
     for place, parameter in enumerate(parameters):
@@ -244,7 +247,7 @@ def _visits(skeleton: Skeleton, layer: int, seen: Seen) -> tuple[tuple[float, ..
             if is_learned:
                 learned.add(place)
     visits = [1.0] * len(parameters)
-    for places in alike.values():  # experts are alike: which of them is run says nothing here
+    for places in alike.values():  # experts are alike: which of them runs does not matter
         if multiplied.intersection(places):
             mean = sum(times[place] for place in places) / len(places)
             for place in places:
@@ -262,7 +265,7 @@ def _role(name: str) -> str:
 
 
 def _follow_siblings(parameters: Sequence[Any], visits: list[float], multiplied: set[int]) -> None:
-    """What is added, as a bias is, goes with what its module multiplies."""
+    """An added parameter, such as a bias, follows what its module multiplies."""
     of_module: dict[str, list[float]] = {}
     for place in multiplied:
         module = _role(parameters[place].name).rpartition(".")[0]

@@ -24,13 +24,13 @@ BATCH = 315 << 9
 
 
 class TooManyOperationsError(Exception):
-    """A layer loops over tokens or sequences, and takes too long to count."""
+    """A layer loops over tokens or sequences, which takes too long to count."""
 
 
 class Product(NamedTuple):
-    """flops: of all tokens. out: tells whether a gradient passes. owners: places in the unit of the
-    parameters that were multiplied; none for two activations. groups: of a parameter, each multiplied with
-    rows of its own. fused: attention by torch's own kernels. wide: there is a row or column a token."""
+    """flops: of all tokens. out: tells whether a gradient passes. owners: indices in the unit of parameters
+    that were multiplied; none for two activations. groups: of a parameter, each multiplied with rows of its
+    own. fused: attention by torch's kernels. wide: one row or column per token."""
 
     flops: int
     out: torch.Tensor
@@ -42,10 +42,9 @@ class Product(NamedTuple):
 
 @dataclass
 class Seen:
-    """What a run of a layer on `tokens` tokens did. products: with whether a gradient passes. choices:
-    (number of which some were chosen, how many), in order. gathered: parameters of which rows were taken.
-    masks: (limit, in chunks) of those that were used.
-    operations: how many there were."""
+    """A run of a layer on `tokens` tokens. products: each with whether a gradient passes. choices: (number of
+    candidates, number chosen), in order. gathered: parameters from which rows were taken. masks: (limit, in
+    chunks) of the masks used. operations: their number."""
 
     tokens: int
     length: int
@@ -57,11 +56,11 @@ class Seen:
 
     @property
     def has_products(self) -> bool:
-        """Whether activations are multiplied, other than by torch's own attention."""
+        """Whether activations are multiplied, other than by torch's attention kernels."""
         return any(not (p.owners or p.fused) for p, _ in self.products)
 
     def between(self, learned: bool, *, fused: bool = False, wide: bool = False) -> float:
-        """FLOPs a token of products of activations."""
+        """FLOPs per token of products of activations."""
         found = (p for p, is_learned in self.products if not p.owners and is_learned == learned)
         return sum(p.flops for p in found if (p.fused, p.wide) == (fused, wide)) / self.tokens
 
@@ -90,7 +89,7 @@ class Counting:
         self._stack.close()
 
     def masks_of(self, layer: int) -> frozenset[tuple[int, bool]]:
-        """(limit, in chunks) of the masks that a layer is given."""
+        """(limit, in chunks) of the masks that a layer receives."""
         masks = self._meter.masks
         given = tensors_in(list(self._call.layers[layer]))
         return frozenset(masks[_storage(t)] for t in given if _storage(t) in masks)
@@ -107,18 +106,18 @@ class Counting:
 
 
 def _device(built: Built) -> torch.device:
-    """Where the model's buffers are: they take part as they are."""
+    """The device of the model's buffers, which take part as they are."""
     buffers = (b.device for b in built.skeleton.model.buffers())
     return next((device for device in buffers if device.type != "meta"), torch.device("cpu"))
 
 
 class ProductMeter(WorkMeter):
-    """Notes which tensors a matrix product multiplies."""
+    """Records which tensors each matrix product multiplies."""
 
     def __init__(self) -> None:
         super().__init__()
         self.masks: dict[int, tuple[int, bool]] = {}
-        self._held: list[Any] = []  # so that no storage is given away under the same number
+        self._held: list[Any] = []  # keeps storages alive, so that their numbers stay unique
         self._owners: dict[int, Callable[[torch.Tensor], tuple[int, ...]]] = {}
         self._products: list[Product] = []
         self._seen: Seen | None = None
@@ -129,7 +128,7 @@ class ProductMeter(WorkMeter):
         return mask
 
     def begin(self, parameters: dict[str, torch.Tensor], batch: int, length: int) -> None:
-        """parameters: as they are bound, in the unit's order."""
+        """parameters: as bound, in the unit's order."""
         self._seen, self._products, self._owners = Seen(batch * length, length), [], {}
         runs: dict[int, list[tuple[int, int, int]]] = {}
         for place, tensor in enumerate(parameters.values()):
@@ -156,7 +155,7 @@ class ProductMeter(WorkMeter):
                 raise TooManyOperationsError
             self._seen.masks.update(masks)
             self._look(func, args, kwargs, tensors, results)
-        elif len(masks) == 1:  # what the model makes of its mask
+        elif len(masks) == 1:  # a mask derived from another
             for result in results:
                 self.note_mask(result, *next(iter(masks)))
 
@@ -186,15 +185,15 @@ class ProductMeter(WorkMeter):
 
     def _note_product(self, func: Any, args: tuple, kind: str, flops: int, out: torch.Tensor) -> None:
         assert self._seen is not None
-        if func._overloadpacket is aten.convolution:  # with each of its weights once a token
+        if func._overloadpacket is aten.convolution:  # multiplies each of its weights once per token
             return
         first, fused = int(func._overloadpacket in _WITH_BIAS), kind == ATTENTION
         a, b = args[first : first + 2]
         sides = self._owned(a), self._owned(b)
-        if all(sides):  # once, whatever the tokens
+        if all(sides):  # once, regardless of the tokens
             return
         owners = sides[0] or sides[1]
-        if not owners and not fused and a.shape[-1] == 1:  # all pairs of numbers, none added
+        if not owners and not fused and a.shape[-1] == 1:  # an outer product: nothing is summed
             return
         weight = a if sides[0] else b
         groups = weight.shape[0] if owners and out.dim() == 3 and weight.dim() == 3 else 1
@@ -202,7 +201,7 @@ class ProductMeter(WorkMeter):
         self._products.append(Product(flops, out, owners, groups, fused, wide))
 
     def _owned(self, tensor: torch.Tensor) -> tuple[int, ...]:
-        """The unit's parameters that a tensor is a part or a copy of."""
+        """The unit's parameters of which a tensor is a part or a copy."""
         find = self._owners.get(_storage(tensor))
         return find(tensor) if find is not None else ()
 
@@ -225,7 +224,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _nodes(output: torch.Tensor) -> set[Any]:
-    """Of the graph behind a tensor."""
+    """Nodes of the graph behind a tensor."""
     found: set[Any] = set()
     waiting = [output.grad_fn]
     while waiting:
@@ -238,7 +237,7 @@ def _nodes(output: torch.Tensor) -> set[Any]:
 
 @contextmanager
 def _masks_noted(note: Callable[[torch.Tensor, int, bool], torch.Tensor]) -> Iterator[None]:
-    """While open, transformers' masks are tensors without values, of which `note` learns what is limited."""
+    """While open, transformers' masks are fake tensors, and `note` is told of those with a limit."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
 
     def make(is_bool: bool, **kwargs: Any) -> torch.Tensor | None:
@@ -261,7 +260,7 @@ def _masks_noted(note: Callable[[torch.Tensor, int, bool], torch.Tensor]) -> Ite
 
 
 def _in_chunks(function: Any) -> bool:
-    """Whether a mask is put together from one that separates chunks."""
+    """Whether a mask is composed of one that separates chunks."""
     parts = tree_leaves([cell.cell_contents for cell in getattr(function, "__closure__", None) or ()])
     name = getattr(function, "__qualname__", "")
     return name.startswith("chunked_overlay") or any(_in_chunks(part) for part in parts if callable(part))
