@@ -1,4 +1,4 @@
-"""Count the bytes of live tensors, real or fake, while code runs."""
+"""Bytes that tensors occupy while code runs, on real or fake tensors."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 class LiveBytes(TorchDispatchMode):
     """While open, tracks every storage that operations of this thread create, until it is freed.
 
-    now: bytes alive of those created since; peak: their maximum since `restart`. Temporary memory within a
-    kernel is not seen.
+    now: live bytes created since entering. peak: their maximum (`restart` resets it). Memory that a kernel
+    allocates and frees internally is not seen.
     """
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Never compiled, so torch need not wrap each call, nor import its compiler."""
+        """Never compiled, so torch neither wraps each call nor imports its compiler."""
         return False
 
     def __init__(self, note: Callable[..., None] | None = None) -> None:
@@ -32,7 +32,7 @@ class LiveBytes(TorchDispatchMode):
         self._known = WeakIdKeyDictionary()
 
     def restart(self) -> int:
-        """Begin a new peak; return the bytes alive now."""
+        """Reset the peak; return the bytes live now."""
         self.peak = self.now
         return self.now
 
