@@ -18,6 +18,7 @@ from adversarial import from_pretrained
 from horizon_lm.engine.ops import Ops
 from horizon_lm.errors import ConfigError, NonFiniteError
 from horizon_lm.schedule import Lane, Op, StepSpec, build, simulate
+from horizon_lm.schedule.draw import busy_seconds
 from sizes import times
 
 # an untied table, a tied one with a prologue, a mixture of experts with the router's auxiliary loss
@@ -310,7 +311,7 @@ def test_weight_decay_spares_biases_and_norms(decay_embeddings: bool) -> None:
 
 
 def test_a_pattern_that_fits_nothing_is_refused() -> None:
-    with pytest.raises(ConfigError, match="'lm_haed' is found in the name of no trainable") as caught:
+    with pytest.raises(ConfigError, match="'lm_haed' matches no trainable") as caught:
         host("llama", lr_factors={"lm_haed": 0.5})
     assert "model." in (caught.value.hint or "")
     with pytest.raises(ConfigError, match="not a regular expression"):
@@ -399,7 +400,7 @@ def test_a_simulation_follows_lanes_and_waits() -> None:
         assert start >= lanes.get(op.lane, 0.0) and end == start + 1.0
         lanes[op.lane] = end
     assert done.seconds == max(lanes.values()) < len(ops)
-    assert done.busy_seconds(Lane.COMPUTE) == sum(op.lane is Lane.COMPUTE for op in ops)
+    assert busy_seconds(done.spans)["compute"] == sum(op.lane is Lane.COMPUTE for op in ops)
     # Inputs of two micro-batches of both layers, kept from forward to backward, and the head's of the one
     # that passes the turn.
     sizes = simulate(
