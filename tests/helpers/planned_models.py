@@ -33,7 +33,13 @@ def outline_of(config: TrainConfig) -> Outline:
 
 
 def known(config: TrainConfig) -> OutlineCache:
-    decides = config.init_model, config.dtype, config.attn_implementation, config.freeze, config.mlp_tile_tokens
+    decides = (
+        config.init_model,
+        config.dtype,
+        config.attn_implementation,
+        config.freeze,
+        config.mlp_tile_tokens,
+    )
     return _known(repr(decides))
 
 

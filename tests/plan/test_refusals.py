@@ -281,12 +281,12 @@ from horizon_lm.memory import arena
 from horizon_lm.plan import run_plan
 from horizon_lm.plan.limits import Limits
 from horizon_lm.machine.profile import load_profile
+arena.pins_beyond = lambda limit: True
 profile = load_profile("h100-sxm")
 limits = replace(Limits.of_profile(profile), pinned=arena.pinnable_bytes(), here=True)
 run_plan.machine = lambda config, name: (profile, limits, [])
 model = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4}
 config = TrainConfig(init_model=model, datasets=["none.txt"], max_length=64)
-arena.pins_beyond = lambda limit: True
 plan = run_plan.plan_run(config)
 print(*plan.notes, plan.prediction.pinned_bytes)
 arena.pins_beyond = lambda limit: False

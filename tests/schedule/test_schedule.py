@@ -73,7 +73,9 @@ def test_uploads_do_not_depend_on_micro_batches() -> None:
         if plan.micro_batches > 1:
             one, several = build(replace(plan, micro_batches=1)), build(plan)
             for kind in "UD":
-                assert [str(op) for op in one if op.kind == kind] == [str(op) for op in several if op.kind == kind]
+                assert [str(op) for op in one if op.kind == kind] == [
+                    str(op) for op in several if op.kind == kind
+                ]
 
 
 def test_micro_batches_pass_the_turn_one_after_another() -> None:
