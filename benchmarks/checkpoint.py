@@ -21,9 +21,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import horizon_lm as hz
 from horizon_lm.checkpoint.disk import Disk
+from horizon_lm.checkpoint.folder import Retention
 from horizon_lm.checkpoint.manifest import Manifest
-from horizon_lm.checkpoint.writer import CheckpointWriter
-from horizon_lm.training.resume import saved_buffers
+from horizon_lm.checkpoint.units import copied_buffers
+from horizon_lm.checkpoint.writer import CheckpointWriter, Snapshot
 
 from .report import Report
 
@@ -81,12 +82,14 @@ class Bench:
             self.count += 1
             writer = Timed(
                 self.folder,
-                self.model.store,
-                Manifest(self.count, self.count, {}, {}, {}),
-                small_files={},
-                buffers=saved_buffers(self.model),
-                disk=Disk(),
-                keep_last=1,
+                Snapshot(
+                    Manifest(self.count, self.count, {}, {}, {}),
+                    self.model.store,
+                    copied_buffers(self.model.skeleton.model),
+                    {},
+                ),
+                Disk(),
+                Retention(last=1),
             )
             self.model.save_state(writer, background=save == "background")
         for _ in range(steps):

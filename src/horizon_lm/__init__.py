@@ -1,15 +1,15 @@
-"""Horizon-LM: train language models whose weights live in host memory, on one device.
+"""Horizon-LM: train language models on one device, with the weights in host memory.
 
     import horizon_lm as hz
 
-    result = hz.train("run.yaml", max_steps=100)  # a whole run, as `horizon train` does
+    result = hz.train("run.yaml", max_steps=100)  # a whole run, like `horizon train`
 
     model = hz.HostModel.from_pretrained("path/to/model", device="cuda", dtype="bfloat16")
     for micro_batches in loader:  # a loop of your own
         out = model.train_step(micro_batches, lr=1e-5)
     model.save_pretrained("tuned", tokenizer=tokenizer)
 
-Errors that a user can act on are in `horizon_lm.errors`; docs/python.md describes the interface.
+`horizon_lm.errors` has the errors that a user can act on; docs/python.md describes the interface.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = ["HostModel", "ModelSettings", "TrainConfig", "TrainResult", "__versio
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: `import horizon_lm` must not load torch (the command line's help)."""
+    """Import on first use: `import horizon_lm` must not load torch (for the command's help)."""
     if name not in _HOME:
         raise AttributeError(f"module 'horizon_lm' has no attribute {name!r}")
     from importlib import import_module
@@ -47,5 +47,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """What there is to use, imported yet or not."""
+    """List the public names, imported yet or not."""
     return sorted({*__all__, "__doc__", "__file__", "__name__", "__path__"})

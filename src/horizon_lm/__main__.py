@@ -1,4 +1,4 @@
-"""`python -m horizon_lm`: the command `horizon` where its script is not in the PATH."""
+"""`python -m horizon_lm`: the command `horizon` if its script is not in the PATH."""
 
 import sys
 

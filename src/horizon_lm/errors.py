@@ -1,9 +1,8 @@
 """Errors that a user can act on.
 
-Each carries what happened (`message`), the way out (`hint`) and the exit code with which the command line
-ends (2 configuration or usage, 3 does not fit, 4 data, 5 checkpoint, 6 non-finite numbers, 7 trained and
-saved but not uploaded; 75 and 130 for runs that were stopped from outside and saved). Mistakes of our own are
-`assert`s, not these.
+Each has a `message`, a `hint` and the exit code of the command line: 2 configuration or usage, 3 does not
+fit, 4 data, 5 checkpoint, 6 non-finite numbers, 7 trained and saved but not uploaded, 75 and 130 stopped from
+outside and saved. Our own mistakes are `assert`s.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from horizon_lm.text import shown
 
 
 class HorizonError(Exception):
-    """Base class; `str()` is the message and, on a second line, the hint. Both are printable and redacted."""
+    """The base class. `str()` is the message and, on a second line, the hint, both printable and redacted."""
 
     exit_code: int = 1
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         message, hint = shown(message), shown(hint) if hint else hint
-        super().__init__(message, hint)  # both in `args`, so that the error survives pickling
+        super().__init__(message, hint)  # both in `args`, so the error survives pickling
         self.message = message
         self.hint = hint
 
@@ -35,14 +34,13 @@ class ConfigError(HorizonError, ValueError):
 
 
 class UnsupportedModelError(HorizonError, ValueError):
-    """The architecture cannot be streamed layer by layer; refused by name rather than trained wrongly."""
+    """The architecture cannot be streamed layer by layer, so it is rejected rather than trained wrongly."""
 
     exit_code = 2
 
 
 class DoesNotFitError(HorizonError):
-    """The run needs more host, device or disk space than there is: found before anything is allocated, or
-    where memory or the disk ran out in the middle of it."""
+    """The run needs more host, device or disk space than there is, as predicted or as found while it ran."""
 
     exit_code = 3
 
@@ -54,14 +52,16 @@ class DataError(HorizonError, ValueError):
 
 
 class CheckpointError(HorizonError):
-    """No valid checkpoint, or one that does not belong to this run."""
+    """There is no valid checkpoint, or it does not belong to this run."""
 
     exit_code = 5
 
 
 class TornStateError(HorizonError):
-    """The weights are those of no step: an update or the reading of a state was cut short, and could not be
-    finished. They are neither trained on nor saved unless with `force=True`."""
+    """The weights belong to no step: an update or the loading of a state was cut short.
+
+    Training on them or saving them needs `force=True`.
+    """
 
     exit_code = 5
 
@@ -69,8 +69,7 @@ class TornStateError(HorizonError):
 class NonFiniteError(HorizonError):
     """A loss or a gradient norm is NaN or infinite.
 
-    loss, grad_norm, num_tokens: of the step, NaN and 0 where not known. state_intact: whether no weight
-    has been updated from it.
+    loss, grad_norm, num_tokens: those of the step; NaN and 0 if unknown. state_intact: no weight was updated.
     """
 
     exit_code = 6
@@ -81,33 +80,33 @@ class NonFiniteError(HorizonError):
 
 
 class LossSpikeError(NonFiniteError):
-    """A loss far above those before it, with a policy that does not let it pass."""
+    """A loss is far above earlier ones, and `loss_spike` does not accept it."""
 
 
 class OutputLostError(HorizonError):
-    """Standard output, on which a command prints its result, takes no more text.
+    """Standard output, to which a command prints its result, accepts no more text.
 
-    exit_code: 3 for a full disk, 2 for a stream that cannot be written to; 1, and nothing is said, where the
-    reader of a pipe has gone (is_silent).
+    exit_code: 3 for a full disk, 2 for an unwritable stream, 1 without a message (is_silent) if the reader of
+    a pipe is gone.
     """
 
     is_silent: bool = True
 
 
 class UploadError(HorizonError):
-    """The trained model is saved, and uploading it failed; the hint says how to do that later."""
+    """Uploading the model failed after it was trained and saved; the hint says how to upload it later."""
 
     exit_code = 7
 
 
 class CallbackError(HorizonError):
-    """A callback raised an exception (`__cause__`); the message says where the run can be resumed."""
+    """A callback raised an exception (`__cause__`); the message says where to resume the run."""
 
 
 class StoppedError(HorizonError):
-    """The run was asked to stop, by a signal or its deadline; the message says what was saved.
+    """A signal or the deadline stopped the run; the message says what was saved.
 
-    exit_code: 75 (try again later, as sysexits names it), or 130 after Ctrl-C.
+    exit_code: 75 (EX_TEMPFAIL of sysexits.h), or 130 after Ctrl-C.
     """
 
     exit_code = 75

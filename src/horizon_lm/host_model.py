@@ -24,7 +24,8 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
-from horizon_lm.checkpoint.export import check_target, choose_dtype, save_model, tokenizer_saver
+from horizon_lm.checkpoint.export import choose_dtype, save_model, tokenizer_saver
+from horizon_lm.checkpoint.folder import check_target
 from horizon_lm.config import ModelSettings
 from horizon_lm.config.python import model_settings
 from horizon_lm.engine.disk_lane import Saving
@@ -88,7 +89,7 @@ class HostModel:
         self.optimizer = make_optimizer(self.skeleton, settings)
         units, spec = self.skeleton.units, store_spec(settings, self.skeleton)
         if not settings.skip_memory_check:
-            check_host_memory(units, spec, reserve_bytes=int(settings.reserve_host_gb * 1e9))
+            check_host_memory(units, settings, lambda other: store_spec(other, self.skeleton))
         self.store = HostStore(units, spec, pin=self.device.type == "cuda")
         self.skeleton.place_buffers(self.device)
         refuse_use(model)

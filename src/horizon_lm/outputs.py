@@ -24,6 +24,14 @@ def _shown(output: Any, **values: Any) -> str:
     return f"{type(output).__name__}({', '.join(parts)})"
 
 
+def perplexity(loss: float) -> float:
+    """Return e to the power of a loss in nats; infinite if that is too large for a float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 @dataclass(frozen=True, repr=False)
 class ForwardBackwardOutput:
     """Result of `forward_backward`.
@@ -89,10 +97,7 @@ class EvaluationOutput:
 
     @property
     def perplexity(self) -> float:
-        try:
-            return math.exp(self.loss)
-        except OverflowError:
-            return math.inf
+        return perplexity(self.loss)
 
 
 def describe_model(

@@ -1,7 +1,7 @@
-"""Text from outside made fit to be shown and kept: control characters, secrets, Markdown.
+"""Sanitisers for text from outside: control characters, secrets, Markdown.
 
-Files, data, model folders and servers may say anything. A terminal obeys control characters, a Markdown page
-obeys brackets and pipes, and whoever reads a log reads the secrets in it.
+Files, data, model folders and servers may contain anything. Terminals obey control characters, Markdown obeys
+brackets and pipes, and readers of a log read the secrets in it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import os
 import re
 from typing import Any
 
-# C0 without newline and tab, DEL, C1, separators of lines, marks that reorder text, halves of characters.
+# C0 except newline and tab, DEL, C1, line separators, bidirectional marks, surrogates.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _LINES = re.compile("[\n\t]")
-# What a progress bar of another library writes to redraw itself: `\r` and its line, or moves to other lines.
+# Redraws by progress bars of other libraries: `\r` and its line, or cursor moves to other lines.
 _REDRAWN = re.compile("\r(?=[^\r\n]*$)|(?:\x1b\\[A|\n|\r)*$")
 
 _HIDDEN = "***"
@@ -36,21 +36,21 @@ _SECRETS = (
 )
 _MAY_HOLD_SECRETS = re.compile(
     "@|hf_|gh[opsu]_|_pat_|sk-|=|uth|UTH|(?i:bearer|basic)"
-)  # quick, for the many texts that hold none
-# Variables of the environment whose values are secrets, by their names.
+)  # a quick test, as most texts hold none
+# Names of environment variables whose values are secrets.
 _SECRET_NAMES = re.compile(r"(?i)(?:TOKEN|API_?KEY|SECRET|SECRET_KEY|SECRET_ACCESS_KEY|PASSWORD|PASSWD)$")
-_SHORTEST = 16  # of such a value; a shorter one may be a word
+_SHORTEST = 16  # characters of such a value; a shorter one may be a word
 
 _MARKDOWN = re.compile(r"[\\`*{}\[\]<>()|~&$@]|(?<!\w)_|_(?!\w)|^[-+#]|(?<=^\d)\.(?=\s)|(?<=^\d\d)\.(?=\s)")
 
 
 def printable(text: str) -> str:
-    """The same text with control characters as escapes, such as `\\x1b`; newlines and tabs stay."""
+    """Escape control characters, as in `\\x1b`; newlines and tabs stay."""
     return text if text.isprintable() else _CONTROLS.sub(_escaped, text)
 
 
 def one_line(text: str) -> str:
-    """`printable`, with newlines and tabs as escapes too: for a name within a line."""
+    """Escape control characters, newlines and tabs: for a name within a line."""
     return _LINES.sub(_escaped, printable(text))
 
 
@@ -59,8 +59,8 @@ def _escaped(found: re.Match[str]) -> str:
 
 
 def redact(text: str) -> str:
-    """The same text with `***` in place of secrets: user and password in an address, tokens of the Hub,
-    parameters such as `?token=`, `Authorization`, and the values of HF_TOKEN and its like."""
+    """Replace secrets by `***`: user and password in an address, Hub tokens, parameters such as `?token=`,
+    `Authorization`, and the values of environment variables such as HF_TOKEN."""
     return _redact(text, _environment())
 
 
@@ -74,7 +74,7 @@ def _redact(text: str, values: list[str]) -> str:
 
 
 def redacted(value: Any) -> Any:
-    """Plain values with every text in them redacted, keys too; what holds no secret is the same object."""
+    """Redact all text in plain values, keys included; return the same object if it holds no secret."""
     return _redacted(value, _environment())
 
 
@@ -96,19 +96,19 @@ def _flat(values: dict[Any, Any]) -> list[Any]:
 
 
 def _environment() -> list[str]:
-    """Values of the environment that are secrets by their names, the longest first."""
+    """Return the secrets in the environment, the longest first."""
     found = (value for name, value in os.environ.items() if _SECRET_NAMES.search(name))
     return sorted((value for value in found if len(value) >= _SHORTEST), key=len, reverse=True)
 
 
 def markdown(text: str) -> str:
-    """One line of Markdown that shows `text` as it is and means nothing else."""
+    """Escape text as one line of Markdown that shows it literally."""
     line = one_line(redact(text))
     return _MARKDOWN.sub(r"\\\g<0>", line).replace("://", ":&#47;&#47;").replace("www.", "www&#46;")
 
 
 def code_span(text: str) -> str:
-    """`text` between backticks, as Markdown shows code; a pipe cannot end a cell of a table."""
+    """Quote text as Markdown code; a pipe in it cannot end a table cell."""
     line = one_line(redact(text)).replace("|", "\\|")
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
     pad = " " if line.startswith("`") or line.endswith("`") or not line else ""
@@ -116,19 +116,19 @@ def code_span(text: str) -> str:
 
 
 def json_text(value: Any) -> str:
-    """JSON on one line, readable in any script, with control characters as its own escapes."""
+    """Write JSON on one line, without escapes except for control characters."""
     text = json.dumps(value, ensure_ascii=False)
     return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def shown(text: str, encoding: str | None = None) -> str:
-    """Text as it may be shown: redacted, printable, with `?` for what the encoding lacks."""
+    """Make text safe to show: redacted, printable, `?` for characters that the encoding lacks."""
     encoding = encoding or "utf-8"
     return printable(redact(text)).encode(encoding, "replace").decode(encoding)
 
 
 def shown_with_bars(text: str, encoding: str | None = None) -> str:
-    """`shown`, with what progress bars of other libraries write to redraw their line as it is."""
+    """Make text safe to show, but keep the redraws of progress bars."""
     head = _REDRAWN.match(text)
     end = head.end() if head else 0
     return text[:end] + shown(text[end:], encoding)

@@ -1,4 +1,4 @@
-"""Numbers as people read them, the same everywhere: counts with their noun, bytes, parameters."""
+"""Numbers for readers: counts with their noun, bytes, parameters."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ _BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def count(number: int, noun: str, plural: str | None = None) -> str:
-    """`1 step`, `1,204 steps`; plural: where it is not the noun with an s."""
+    """Format `1 step`, `1,204 steps`; plural: if it is not the noun with an s."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def size(num_bytes: float) -> str:
-    """Bytes in the unit in which they have one to three digits before the point."""
+    """Format bytes in the unit that leaves one to three digits before the point."""
     for unit, name in _BYTES:
         if abs(num_bytes) >= 0.9995 * unit:
             return f"{_three(num_bytes / unit)} {name}"
@@ -19,7 +19,7 @@ def size(num_bytes: float) -> str:
 
 
 def parameters(number: float) -> str:
-    """`4.02 B parameters`, `18.9 M parameters`, `37,120 parameters`."""
+    """Format `4.02 B parameters`, `18.9 M parameters`, `37,120 parameters`."""
     if number >= 999.5e6:
         return f"{_three(number / 1e9)} B parameters"
     if number >= 999_500:
@@ -28,6 +28,6 @@ def parameters(number: float) -> str:
 
 
 def _three(value: float) -> str:
-    """Three digits, or more before the point."""
+    """Format three significant digits, or all before the point if there are more."""
     digits = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
     return f"{value:,.{digits}f}"

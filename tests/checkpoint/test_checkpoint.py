@@ -17,10 +17,10 @@ import xxhash
 from safetensors.torch import load_file
 
 from horizon_lm.checkpoint.disk import Disk, HashedFile
-from horizon_lm.checkpoint.folder import candidates, list_checkpoints, open_checkpoint
+from horizon_lm.checkpoint.folder import Retention, candidates, list_checkpoints, open_checkpoint
 from horizon_lm.checkpoint.manifest import Manifest
 from horizon_lm.checkpoint.reader import verify
-from horizon_lm.checkpoint.writer import CheckpointWriter
+from horizon_lm.checkpoint.writer import CheckpointWriter, Snapshot
 from horizon_lm.errors import CheckpointError
 from horizon_lm.host_model import HostModel
 from horizon_lm.training.resume import load_checkpoint
@@ -143,7 +143,7 @@ def test_everything_is_synced_before_the_rename_and_the_rename_before_old_ones_g
             calls.append((what, path.name))
 
     save(tmp_path, model, 1)
-    save(tmp_path, model, 2, Listening(), keep_last=1)
+    save(tmp_path, model, 2, Listening(), Retention(last=1))
     rename = calls.index(("rename", "checkpoint-2"))
     synced = [name for what, name in calls[:rename] if what == "fsync"]
     files = {p.name for p in (tmp_path / "checkpoint-2").rglob("*") if p.is_file()}
@@ -212,11 +212,8 @@ def test_a_slow_or_hanging_disk_lets_the_run_go_on(tmp_path: Path) -> None:
     model.engine.lanes.disk.patience_seconds = 0.3
     writer = CheckpointWriter(
         tmp_path,
-        model.store,
-        Manifest(2, 1, {}, config={}, state={"steps_done": 2}),
-        small_files={},
-        buffers=[],
-        disk=Hanging(),
+        Snapshot(Manifest(2, 1, {}, config={}, state={"steps_done": 2}), model.store, [], {}),
+        Hanging(),
     )
     model.save_state(writer, background=True)
     for seed in (3, 4, 5):

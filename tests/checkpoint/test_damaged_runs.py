@@ -25,16 +25,16 @@ from safetensors.torch import load_file, save
 from horizon_lm import cli
 from horizon_lm.checkpoint import manifest as manifests
 from horizon_lm.checkpoint.disk import checksum
-from horizon_lm.checkpoint.export_checkpoint import export_checkpoint
-from horizon_lm.checkpoint.run_folder import RunFolder
+from horizon_lm.checkpoint.export import export_checkpoint
+from horizon_lm.checkpoint.folder import RunFolder
 from horizon_lm.errors import CheckpointError, HorizonError
 from horizon_lm.report import figures
 from horizon_lm.report import html as report
 from horizon_lm.report.history import History
 from horizon_lm.report.plot import draw_loss
 from horizon_lm.schedule.draw import chrome_trace
-from horizon_lm.training.best import Best
 from horizon_lm.training.resume import check_settings
+from horizon_lm.training.state import Best
 from horizon_lm.training.train import train
 from sizes import times
 from small_runs import settings, write_text
@@ -122,7 +122,7 @@ def show(folder: RunFolder) -> None:
     history = History.read(folder)
     for part in (figures.head, figures.curves, figures.memory, figures.lanes):
         part(history)
-    figures.tables(history, folder)
+    report.tables(history, folder)
     report._timeline(history)
     report._in_words(folder, history)
     if history.timeline is not None:

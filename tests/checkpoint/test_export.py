@@ -20,9 +20,9 @@ from horizon_lm import cli
 from horizon_lm.checkpoint.card import model_card
 from horizon_lm.checkpoint.disk import Disk
 from horizon_lm.checkpoint.manifest import Manifest
-from horizon_lm.checkpoint.writer import CheckpointWriter
+from horizon_lm.checkpoint.units import copied_buffers
+from horizon_lm.checkpoint.writer import CheckpointWriter, Snapshot
 from horizon_lm.host_model import HostModel
-from horizon_lm.training.resume import saved_buffers
 from horizon_lm.training.save import small_files
 from horizon_lm.training.train import train
 from small_runs import settings, write_text
@@ -153,7 +153,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from horizon_lm.checkpoint import disk
-from horizon_lm.checkpoint.export_checkpoint import export_checkpoint
+from horizon_lm.checkpoint.export import export_checkpoint
 def anonymous():
     line = next(l for l in open("/proc/self/status") if l.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
@@ -188,11 +188,13 @@ def test_an_export_takes_the_memory_of_a_unit_and_not_of_the_model(tmp_path: Pat
     content = Manifest(1, 1, {}, config={"dtype": "bfloat16", "datasets": []}, state={"steps_done": 0})
     writer = CheckpointWriter(
         tmp_path / "run",
-        model.store,
-        content,
-        small_files=small_files(model, lambda folder: None),
-        buffers=saved_buffers(model),
-        disk=Disk(),
+        Snapshot(
+            content,
+            model.store,
+            copied_buffers(model.skeleton.model),
+            small_files(model, lambda folder: None),
+        ),
+        Disk(),
     )
     model.save_state(writer)
     script = MEMORY.format(

@@ -10,15 +10,16 @@ import torch
 
 import zoo
 from horizon_lm.checkpoint.disk import Disk
-from horizon_lm.checkpoint.export_checkpoint import model_of
 from horizon_lm.checkpoint.folder import Checkpoint, open_checkpoint
 from horizon_lm.checkpoint.manifest import Manifest
-from horizon_lm.checkpoint.writer import CheckpointWriter
+from horizon_lm.checkpoint.model import model_of
+from horizon_lm.checkpoint.units import copied_buffers
+from horizon_lm.checkpoint.writer import CheckpointWriter, Snapshot
 from horizon_lm.config import TrainConfig
 from horizon_lm.host_model import HostModel
-from horizon_lm.training.resume import load_checkpoint, saved_buffers
+from horizon_lm.training.build import model_without_source
+from horizon_lm.training.resume import load_checkpoint
 from horizon_lm.training.save import small_files
-from horizon_lm.training.stand_in import model_without_source
 
 # tied, scaled embeddings, experts, parameters kept in fp32, buffers that belong to layers
 MODELS = ["llama", "gpt2", "gemma3_text", "mixtral", "gpt_oss", "deepseek_v3", "phimoe", "mamba2"]
@@ -31,11 +32,13 @@ def saved(model: HostModel, run: Path) -> Checkpoint:
     state = {"steps_done": model.steps_done, "kept_in_fp32": model.kept_in_fp32}
     writer = CheckpointWriter(
         run,
-        model.store,
-        Manifest(model.steps_done, 1, {}, config={"dtype": model.settings.dtype}, state=state),
-        small_files=small_files(model, lambda folder: None),
-        buffers=saved_buffers(model),
-        disk=Disk(),
+        Snapshot(
+            Manifest(model.steps_done, 1, {}, config={"dtype": model.settings.dtype}, state=state),
+            model.store,
+            copied_buffers(model.skeleton.model),
+            small_files(model, lambda folder: None),
+        ),
+        Disk(),
     )
     model.save_state(writer)
     assert writer.outcome is not None and writer.outcome.path is not None, writer.outcome

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from horizon_lm import cli
-from horizon_lm.checkpoint.places import look, may_be_on_hub
+from horizon_lm.checkpoint.identify import identify, may_be_on_hub
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "checkpoint-v1"
 CHECKPOINT_VERBS, MODEL_VERBS = ("verify", "export", "resume"), ("eval", "generate", "chat")
@@ -144,20 +144,20 @@ def test_damaged_checkpoints_are_named(places: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_look_at_a_run(places: Path) -> None:
-    extended = look(places / "extended")
+    extended = identify(places / "extended")
     assert (
         extended.kind == "run"
         and not extended.is_finished
         and extended.model == places / "extended" / "model"
     )
     assert (extended.step, extended.num_steps, len(extended.checkpoints)) == (9, 12, 1)
-    assert look(places / "finished" / "model").kind == "model"
+    assert identify(places / "finished" / "model").kind == "model"
     weightless = shutil.copytree(places / "finished", places / "weightless")
     (weightless / "model" / "model.safetensors").unlink()
-    found = look(weightless)
+    found = identify(weightless)
     assert found.is_finished and found.model is None and "all steps of this run are done" in found.what
     (weightless / "metrics.jsonl").write_text('{"event": "start", "num_steps": 8}\n{"event": "end", "sta')
-    assert not look(weightless).is_finished and look(weightless).num_steps == 8
+    assert not identify(weightless).is_finished and identify(weightless).num_steps == 8
 
 
 def test_a_folder_in_place_of_settings_or_of_a_model(

@@ -17,7 +17,7 @@ import pytest
 
 import horizon_lm
 from horizon_lm import cli, errors
-from horizon_lm.cli import command
+from horizon_lm.cli import run as run_verbs
 from horizon_lm.config import TrainConfig
 from horizon_lm.config import yaml as config_yaml
 
@@ -52,7 +52,7 @@ def training(monkeypatch: pytest.MonkeyPatch) -> list[tuple[TrainConfig, list[st
     module.train = lambda config, *, config_notes=(): calls.append((config, list(config_notes)))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "horizon_lm.training", types.ModuleType("horizon_lm.training"))
     monkeypatch.setitem(sys.modules, "horizon_lm.training.train", module)
-    monkeypatch.setattr(command, "require_named_model", lambda config: None)  # there is none
+    monkeypatch.setattr(run_verbs, "require_named_model", lambda config: None)  # there is none
     return calls
 
 
@@ -108,11 +108,15 @@ def test_help_of_train_lists_every_setting() -> None:
             "command line: '--learning-rate' has no value",
             "write --learning-rate=VALUE",
         ),
-        (["train", "-x"], "command line: '-x' is no option", "settings are key=value or --key value"),
+        (
+            ["train", "-x"],
+            "command line: '-x' is not an option",
+            "write settings as key=value or --key value",
+        ),
         (
             ["config", "validate", "a.yaml", "b.yaml"],
             "command line: 'b.yaml' is neither key=value nor the only file",
-            "settings are key=value; text with spaces needs quotes",
+            "write settings as key=value, and quote text with spaces",
         ),
     ],
 )

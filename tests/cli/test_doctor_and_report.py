@@ -70,7 +70,7 @@ def test_every_measurement_has_a_line_and_ctrl_c_prints_what_is_known(
     monkeypatch.setattr(calibrate, "optimizer_rate", interrupted)
     assert cli.main(["doctor"]) == 130
     out, err = capsys.readouterr()
-    assert "measuring  copies in host memory ... 4 GB/s" in err and "nothing was kept" in err
+    assert "measuring  copies in host memory ... 4 GB/s" in err and "nothing was saved" in err
     assert re.search(r"^PASS  copies in host memory 4 GB/s$", out, re.M) and "host memory" in out
     assert not list(tmp_path.rglob("*.yaml"))
     monkeypatch.setattr(calibrate, "optimizer_rate", lambda *_: 5e9)
@@ -169,7 +169,7 @@ def test_a_run_is_planned_and_reported(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", str(tmp_path)]) == 4
-    assert "holds no run" in capsys.readouterr().err
+    assert "is not a run" in capsys.readouterr().err
 
 
 def test_plan_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,7 +42,7 @@ from horizon_lm.config import load_config
         (
             "train_tokenizer_vocab_size: 4096",
             "run.yaml:3: train_tokenizer_vocab_size needs init_model",
-            "an existing model keeps its own tokenizer",
+            "leave it out: an existing model keeps its own tokenizer",
         ),
         (
             "lr_scheduler_type: cosine_with_min_lr",
@@ -98,9 +98,9 @@ def test_all_faults_of_a_file_are_shown_whatever_finds_them(tmp_path: Path) -> N
         "'val_size' and 'eval_datasets' are both given",
         "update: eager updates layers before all gradients are known",
         "streaming needs max_steps",
-        "val_size takes a part of data that is read whole",
+        "val_size is not supported with streaming",
         "cosine_with_min_lr needs either min_lr or min_lr_rate",
-        "there is nothing to go back to with save_strategy: no",
+        "rollback needs checkpoints, but save_strategy is no",
     ):
         assert message.count(part) == 1, (part, message)
     assert len(message.splitlines()) == 6

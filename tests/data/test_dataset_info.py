@@ -168,7 +168,7 @@ def test_what_was_found_is_what_is_saved(folder: Path) -> None:
         ("zzz", "has no dataset 'zzz'", "it has"),
         ("identity,dpo", "dpo is preference data", "supervised"),
         ("kto", "kto is preference data", "supervised"),
-        ("pictures", "holds images", "text"),
+        ("pictures", "has images", "text"),
         ("modelscope", "has only ms_hub_url", "download"),
         ("script", "has only script_url", "scripts are never run"),
         ("typo", "unknown key 'formating'", "did you mean 'formatting'"),
@@ -189,10 +189,10 @@ def test_what_is_wrong_is_said(names: str, message: str, hint: str, folder: Path
         (None, "No such file"),
         (b'{"a":\n {', r"dataset_info.json:2 is not valid JSON"),
         (b"\xff", "not usable JSON"),
-        (b"[]", "is no object of objects"),
-        (b'{"a": "b.json"}', "is no object of objects"),
-        (b'{"a": {"columns": ["x"]}}', "columns is no object of texts"),
-        (b'{"a": {}}', "names no file_name or hf_hub_url"),
+        (b"[]", "is not an object of objects"),
+        (b'{"a": "b.json"}', "is not an object of objects"),
+        (b'{"a": {"columns": ["x"]}}', "columns is not an object of texts"),
+        (b'{"a": {}}', "has neither file_name nor hf_hub_url"),
     ],
 )
 def test_a_bad_file_is_one_clear_line(content: bytes | None, message: str, tmp_path: Path) -> None:

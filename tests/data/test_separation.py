@@ -9,7 +9,7 @@ import horizon_lm as hz
 import zoo
 from horizon_lm.data.packing import Row
 from horizon_lm.errors import ConfigError
-from horizon_lm.training.separation import change_by_place, check_separation
+from horizon_lm.training.checks import change_by_place, check_separation
 from packed_rows import numbered, rows_of
 
 

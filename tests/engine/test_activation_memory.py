@@ -10,8 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import horizon_lm as hz
 import zoo
+from adversarial import from_pretrained
 from horizon_lm.config import ModelSettings
-from horizon_lm.engine import activations
+from horizon_lm.engine.gradient import UnitGradient
+from horizon_lm.engine.layers import Layer
 from horizon_lm.errors import UnsupportedModelError
 from horizon_lm.machine.profile import load_profile
 from horizon_lm.memory.live import LiveBytes
@@ -49,7 +51,7 @@ def peak_of_step(
 ) -> tuple[int, hz.HostModel]:
     """Most bytes of tensors during a step, above what there was before: torch's own allocations."""
     values = {"device": "cpu", "dtype": "bfloat16", "skip_memory_check": True, "lanes": "adversarial"}
-    model = hz.HostModel.from_pretrained(small_llama(layers), **(values | settings))
+    model = from_pretrained(small_llama(layers), **(values | settings))
     data = [zoo.batch(model.config, batch_size=1, length=tokens, seed=m) for m in range(micro_batches)]
     model.engine.lanes.random.choice = lambda ready: min(ready)  # type: ignore[attr-defined]
     model.train_step(data, lr=0.0)  # buffers that stay are made in the first step
@@ -99,10 +101,12 @@ def test_bytes_of_slots_are_predicted() -> None:
         values = {"device": "cpu", "dtype": "bfloat16", "skip_memory_check": True, "lanes": "adversarial"}
         with LiveBytes() as live:
             before = live.now
-            model = hz.HostModel.from_pretrained(small_llama(4), **(values | settings))
+            model = from_pretrained(small_llama(4), **(values | settings))
         engine = model.engine
-        parts = slot_bytes(model.store.units, engine.plan(1), torch.bfloat16)
-        allocated = [b.nbytes for b in (*engine.weight_slots._buffers, *engine.gradient_slots._buffers)]
+        parts = slot_bytes(model.store.units, engine.spec(1), torch.bfloat16)
+        allocated = [
+            b.nbytes for b in (*engine.ops.weight_slots._buffers, *engine.ops.gradient_slots._buffers)
+        ]
         assert sum(parts.values()) == sum(allocated) > before
         assert parts["weight_slots"] == model.memory_bytes()["weight_slots"]
         assert parts["gradient_slots"] == model.memory_bytes()["gradient_slots"]
@@ -134,13 +138,14 @@ def test_the_working_set_is_predicted(name: str, dtype: str, policy: str) -> Non
     skeleton, store = model.skeleton, model.store
     ids = torch.zeros(1, tokens, dtype=torch.long)
     embeds = torch.randn(1, tokens, skeleton.embedding.embedding_dim).to(store.dtype)
-    prologue = model.engine.weight_slots.unit(0, 0) if store.units[0].numel else None
+    prologue = model.engine.ops.weight_slots.unit(0, 0) if store.units[0].numel else None
     hidden, call = activations_input(skeleton, prologue, embeds, ids)
-    weights, slot = model.engine.weight_slots.unit(0, 1), torch.empty(store.units[1].trainable_numel)
+    layer = Layer(skeleton, 0, model.engine.ops.weight_slots.unit(0, 1), call)
+    slot = torch.empty(store.units[1].trainable_numel)
     kept: list[Any] = []
 
     def forward() -> None:
-        kept.append(activations.forward_layer(skeleton, 0, weights, call, hidden, policy=policy, grad=True))
+        kept.append(layer.forward(hidden, policy=policy, grad=True))
 
     forward_most, held = allocated(forward)
     done = kept.pop()
@@ -150,8 +155,8 @@ def test_the_working_set_is_predicted(name: str, dtype: str, policy: str) -> Non
     del done
 
     def backward() -> None:
-        gradient = activations.UnitGradient(store.units[1], slot)
-        kept.append(activations.backward_layer(skeleton, 0, weights, call, graph, hidden, incoming, gradient))
+        gradient = UnitGradient(store.units[1], slot)
+        kept.append(layer.backward(graph, hidden, incoming, gradient))
 
     backward_most = allocated(backward)[0] + held
     expected = layer_working_set(lambda: Built(skeleton), 0, 1, tokens)
@@ -166,7 +171,7 @@ def test_the_working_set_is_predicted(name: str, dtype: str, policy: str) -> Non
 
 
 def activations_input(skeleton: Any, prologue: Any, embeds: torch.Tensor, ids: torch.Tensor) -> Any:
-    from horizon_lm.engine.compute import forward_prologue
+    from horizon_lm.engine.ends import forward_prologue
 
     return forward_prologue(skeleton, prologue, embeds, {"input_ids": ids})
 
@@ -192,7 +197,7 @@ def test_tiles_take_less_memory() -> None:
     sets = []
     for tile in (None, 64):
         values = {"device": "cpu", "dtype": "bfloat16", "skip_memory_check": True, "mlp_tile_tokens": tile}
-        model = hz.HostModel.from_pretrained(small_llama(2), **values)
+        model = from_pretrained(small_llama(2), **values)
         built = Built(model.skeleton)
         sets.append(layer_working_set(lambda built=built: built, 0, 1, 1024))
     assert sets[1].backward.bytes < 0.75 * sets[0].backward.bytes

@@ -11,8 +11,9 @@ import torch
 
 import horizon_lm as hz
 import zoo
+from adversarial import from_pretrained
 from horizon_lm.config import ModelSettings
-from horizon_lm.engine import activations
+from horizon_lm.engine import layers
 from horizon_lm.errors import ConfigError
 from policy_models import LAYERS, Gradients, Stashing, batches, gradients, host, same, source
 from sizes import SOAK, times
@@ -78,7 +79,9 @@ def test_every_policy_gives_the_gradients_of_autograd(name: str, micro_batches: 
             model = host(name, lanes, **settings)
             assert model.forward_backward(data).loss == loss, (policy, lanes)
             assert same(gradients(model), expected), (policy, lanes)
-            assert settings.get("activations") != "keep" or model.engine.policies.kept == {1, 2, 3, 4}, policy
+            assert settings.get("activations") != "keep" or model.engine.ops.policies.kept == {1, 2, 3, 4}, (
+                policy
+            )
 
 
 def test_many_steps_with_spilled_inputs_are_as_many_without() -> None:
@@ -103,7 +106,7 @@ def test_dropout_is_replayed(policy: str) -> None:
                 module.p = 0.3
         model.config.resid_pdrop = 0.3
         values = {"device": "cpu", "dtype": "float32", "skip_memory_check": True}
-        return hz.HostModel.from_pretrained(model, **(values | settings))
+        return from_pretrained(model, **(values | settings))
 
     data = batches("gpt2", 2)
     reference = dropped("gpt2")
@@ -148,10 +151,10 @@ def test_forwards_of_each_layer(settings: dict[str, Any], expected: list[int], m
     for i, layer in enumerate(model.model.layers):
         layer.input_layernorm = Counting(layer.input_layernorm, runs, i)
     values = {"device": "cpu", "dtype": "float32", "skip_memory_check": True}
-    streamed = hz.HostModel.from_pretrained(model, **(values | settings))
+    streamed = from_pretrained(model, **(values | settings))
     runs.clear()
     streamed.forward_backward(batches("llama", micro_batches))
-    turn = streamed.engine.plan(micro_batches).at_turn
+    turn = streamed.engine.spec(micro_batches).at_turn
     expected = [1 if i + 1 in turn else count for i, count in enumerate(expected)]
     # A block of two and the head need three gradient slots, if not one micro-batch passes after another.
     assert bool(turn) == (micro_batches == 1 or "checkpoint_interval" not in settings)
@@ -167,7 +170,7 @@ def moved(change: Any = None) -> hz.HostModel:
     if change is not None:
         change(model)
     values = {"device": "cpu", "dtype": "float32", "skip_memory_check": True, "lanes": "adversarial"}
-    return hz.HostModel.from_pretrained(model, **(values | MOVED))
+    return from_pretrained(model, **(values | MOVED))
 
 
 def test_kept_weights_are_handles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,14 +180,14 @@ def test_kept_weights_are_handles(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = autograd(source("llama", layers=7), data)
     model = moved()
     slots: dict[int, set[int]] = {}
-    for op in model.engine.schedule(model.engine.plan(1)).ops:
+    for op in model.engine.schedule(model.engine.spec(1)).ops:
         if op.kind in "FB" and op.unit in (1, 2, 3):
             slots.setdefault(op.unit, set()).add(op.slot)
     assert len(slots[1]) == len(slots[2]) == 2
     model.forward_backward(data)
     assert same(gradients(model), expected)
-    monkeypatch.setattr(activations._Weights, "pack", lambda self, tensor: tensor)
-    monkeypatch.setattr(activations, "_sharing", lambda tensors: 0)
+    monkeypatch.setattr(layers._Weights, "pack", lambda self, tensor: tensor)
+    monkeypatch.setattr(layers, "_sharing", lambda tensors: 0)
     wrong = moved()
     wrong.forward_backward(data)
     assert not same(gradients(wrong), expected)
@@ -213,12 +216,12 @@ def test_a_layer_that_cannot_be_rebound_is_recomputed(
             assert is_right(model)
     warnings = [record.getMessage() for record in caplog.records if "recomputed" in record.getMessage()]
     assert len(warnings) == 1 and warnings[0].startswith("layer 1 ")
-    assert model.engine.policies.kept == {1, 3}
+    assert model.engine.ops.policies.kept == {1, 3}
     # The negative control: without the check, the weights of another layer are read.
-    monkeypatch.setattr(activations, "_sharing", lambda tensors: 0)
+    monkeypatch.setattr(layers, "_sharing", lambda tensors: 0)
     wrong = moved(stash)
     wrong.forward_backward(data)
-    assert wrong.engine.policies.kept == {1, 2, 3} and not is_right(wrong)
+    assert wrong.engine.ops.policies.kept == {1, 2, 3} and not is_right(wrong)
 
 
 # Settings.
@@ -240,4 +243,4 @@ def test_lists_name_every_layer(settings: dict[str, Any], message: str) -> None:
 def test_repetitions_are_written_out() -> None:
     settings = ModelSettings.from_dict({"activations": ["recompute*3", "keep"]})
     model = host("llama", activations=settings.activations)
-    assert model.engine.policies.kept == {4} and model.engine.policies.spilled == set()
+    assert model.engine.ops.policies.kept == {4} and model.engine.ops.policies.spilled == set()

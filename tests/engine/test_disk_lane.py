@@ -9,10 +9,11 @@ import time
 import pytest
 
 import zoo
+from adversarial import AdversarialLanes
 from fake_cuda import fake_cuda as fake_cuda
 from faulty_runs import Injected, NoSaving, model_on, with_cuda_lanes
 from horizon_lm.engine.disk_lane import DiskLane
-from horizon_lm.engine.lanes import AdversarialLanes, InlineLanes
+from horizon_lm.engine.lanes import InlineLanes
 from horizon_lm.host_model import HostModel
 from horizon_lm.schedule import Buffer
 

@@ -47,7 +47,7 @@ def test_an_error_in_any_op_surfaces_with_its_name(
         with_cuda_lanes(model)
     batch = [zoo.batch("llama", batch_size=1, length=8, seed=1)]
     model.train_step(batch, lr=1e-3)
-    threads, honest = threading.active_count(), dict(model.engine._run)
+    threads, honest = threading.active_count(), dict(model.engine.ops.functions)
     cases = 0
     for kind in KINDS:
         where: list[Op] = []
@@ -56,7 +56,7 @@ def test_an_error_in_any_op_surfaces_with_its_name(
             where.append(op)
             raise Injected(f"in {kind}")
 
-        model.engine._run = {**honest, kind: broken}
+        model.engine.ops.functions = {**honest, kind: broken}
         saving = NoSaving()
         model.save_state(saving, background=True)
         began = time.perf_counter()
@@ -68,7 +68,7 @@ def test_an_error_in_any_op_surfaces_with_its_name(
         if update == "eager" and len(notes) > 1:  # what was updated before the error
             assert "units were updated already (update: eager)" in notes.pop()
         assert len(notes) == 1 and f"in op {where[0]} ({where[0].lane} lane" in notes[0], (kind, notes)
-        model.engine._run = dict(honest)
+        model.engine.ops.functions = dict(honest)
         model.state_was_replaced(model.steps_done)
         model.finish_saving()
         out = model.train_step(batch, lr=1e-3)  # usable, and nothing is left over
@@ -88,7 +88,7 @@ def test_memory_comes_back_after_errors(monkeypatch: pytest.MonkeyPatch) -> None
     model = model_on("inline")
     batch = [zoo.batch("llama", batch_size=4, length=64, seed=1)]
     model.train_step(batch, lr=1e-3)
-    honest = model.engine._run["B"]
+    honest = model.engine.ops.functions["B"]
 
     def broken(step: Any, op: Op) -> None:
         if op.unit == 1:
@@ -99,7 +99,7 @@ def test_memory_comes_back_after_errors(monkeypatch: pytest.MonkeyPatch) -> None
         gc.collect()
         return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
 
-    model.engine._run["B"] = broken
+    model.engine.ops.functions["B"] = broken
     counts, process = [], psutil.Process()
     for i in range(50):
         with pytest.raises(Injected):

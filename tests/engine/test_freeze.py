@@ -86,7 +86,7 @@ def test_a_frozen_parameter_takes_its_weights_alone() -> None:
     [
         (["embed_tokns"], "'embed_tokns' is found in the name of no parameter", "model.embed_tokens.weight"),
         (["embed", "layres.3"], "'layres.3'", "model.layers."),
-        (["("], "is no regular expression", "lm_head"),
+        (["("], "is not a regular expression", "lm_head"),
         (["."], "freeze leaves no parameter to train: '.'", "lm_head"),
         (["model", "lm_head"], "leaves no parameter to train", "lm_head"),
     ],

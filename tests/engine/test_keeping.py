@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import horizon_lm as hz
-from horizon_lm.engine import activations
+from horizon_lm.engine import layers
 from horizon_lm.report.html import write_report
 from horizon_lm.report.metrics import read_lines
 from horizon_lm.training import train as run_train
@@ -43,13 +43,13 @@ def hold_views(model: hz.HostModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each layer's forward pass begins without and ends with more users of its memory than it made: as when
     the disk lane, or a caller, takes views of the store meanwhile."""
     held: list[torch.Tensor] = []
-    run_layer = activations.run_layer
+    run_layer = layers.run_layer
 
     def run(skeleton: Any, layer: int, call: Any, hidden: torch.Tensor) -> torch.Tensor:
         held.extend(model.store.run("weights", layer + 1).split(4))
         return run_layer(skeleton, layer, call, hidden)
 
-    monkeypatch.setattr(activations, "run_layer", run)
+    monkeypatch.setattr(layers, "run_layer", run)
 
 
 @pytest.mark.parametrize("policy", ["keep", "recompute"])
@@ -59,14 +59,14 @@ def test_other_users_of_the_store_do_not_end_keeping(policy: str, monkeypatch: p
     quiet = keeping(activations=policy)
     quiet.forward_backward(data)
     model = keeping(activations=policy)
-    kept = model.engine.policies.kept
+    kept = model.engine.ops.policies.kept
     hold_views(model, monkeypatch)
     model.forward_backward(data)
-    assert model.engine.policies.kept == kept and not model.engine.reruns
+    assert model.engine.ops.policies.kept == kept and not model.engine.ops.reruns
     assert same(gradients(model), gradients(quiet))
-    monkeypatch.setattr(activations, "_private", lambda run: run)
+    monkeypatch.setattr(layers, "_private", lambda run: run)
     model.forward_backward(data)
-    assert model.engine.reruns == ALL
+    assert model.engine.ops.reruns == ALL
 
 
 class SlowDisk:
@@ -103,7 +103,7 @@ def test_many_background_saves_end_no_keeping(caplog: pytest.LogCaptureFixture) 
             each.train_step(data, lr=1e-3)
     model.finish_saving()
     assert saving.finished.is_set()
-    assert model.engine.policies.kept == ALL and not model.engine.notes and not caplog.records
+    assert model.engine.ops.policies.kept == ALL and not model.engine.ops.notes and not caplog.records
     assert same(weights(model), weights(quiet))
 
 
@@ -132,11 +132,11 @@ def test_garbage_in_a_cycle_is_not_a_weight_put_aside(no_collections: None) -> N
     data = batches("llama", 1)
     model = littering(keeping())
     model.forward_backward(data)
-    assert model.engine.policies.kept == ALL
+    assert model.engine.ops.policies.kept == ALL
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(activations.gc, "collect", lambda: 0)
+        patch.setattr(layers.gc, "collect", lambda: 0)
         model.forward_backward(data)
-    assert model.engine.policies.kept == ALL - {2}
+    assert model.engine.ops.policies.kept == ALL - {2}
 
 
 def test_a_layer_given_up_is_in_the_metrics_and_the_report(
@@ -161,7 +161,7 @@ def test_a_layer_given_up_is_in_the_metrics_and_the_report(
         activations="keep",
     )
     train(config)
-    assert made[0].engine.policies.kept == {1, 2, 4}
+    assert made[0].engine.ops.policies.kept == {1, 2, 4}
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     (note,) = [line for line in lines if line.get("event") == "note"]
     text = "layer 2 is recomputed from now on because its forward pass stores a weight"

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from adversarial import AdversarialLanes
 from horizon_lm.engine import lanes as lanes_module
-from horizon_lm.engine.lanes import AdversarialLanes, InlineLanes
+from horizon_lm.engine.lanes import InlineLanes
 from horizon_lm.host_model import HostModel
 from horizon_lm.schedule import Buffer, Lane, Op, derive_waits
 from random_orders import (
@@ -50,7 +51,7 @@ def test_random_orders_give_the_bits_of_program_order(name: str) -> None:
     expected = two_steps(host_model(name, "inline"), name)
     assert all(value == value for value in expected if isinstance(value, float))
     model = host_model(name, "adversarial")
-    assert model.engine.weight_slots.num_bytes > 0, "slots must be real copies"
+    assert model.engine.ops.weight_slots.num_bytes > 0, "slots must be real copies"
     reset, orders = Reset(model), set()
     for seed in range(ORDERS):
         reset()
@@ -105,8 +106,8 @@ def test_frozen_parameters(name: str, frozen: tuple[str, ...]) -> None:
 def test_inline_lanes_alias_the_store() -> None:
     model = host_model("llama", "inline")
     model.forward_backward(batches("llama", 0)[:1])
-    assert model.engine.weight_slots.num_bytes == 0
-    assert model.engine.gradient_slots.num_bytes == 0  # one micro-batch, one dtype: accumulated in the store
+    assert model.engine.ops.weight_slots.num_bytes == 0
+    assert model.engine.ops.gradient_slots.num_bytes == 0  # one micro-batch, one dtype: in the store
 
 
 # What ops touch is what they declare.
@@ -165,11 +166,11 @@ def test_ops_touch_what_they_declare(
 
     note(store, "run", lambda region, unit: Buffer(kinds.get(region, "state"), unit))
     note(store, "weight", lambda key: Buffer("weights", of_unit[key]))
-    note(engine.weight_slots, "unit", lambda slot, unit: Buffer("slot", slot))
-    note(engine.weight_slots, "upload", lambda slot, unit: Buffer("slot", slot))
-    note(engine.gradient_slots, "run", lambda slot, unit, dtype: Buffer("grad_slot", slot))
-    note(engine.boundary_slots, "restore", lambda slot, home: Buffer("boundary_slot", slot))
-    note(engine.boundary_slots, "held", lambda slot: Buffer("boundary_slot", slot))
+    note(engine.ops.weight_slots, "unit", lambda slot, unit: Buffer("slot", slot))
+    note(engine.ops.weight_slots, "upload", lambda slot, unit: Buffer("slot", slot))
+    note(engine.ops.gradient_slots, "run", lambda slot, unit, dtype: Buffer("grad_slot", slot))
+    note(engine.ops.boundary_slots, "restore", lambda slot, home: Buffer("boundary_slot", slot))
+    note(engine.ops.boundary_slots, "held", lambda slot: Buffer("boundary_slot", slot))
     seen = set()
 
     def watch(kind: str, function: Callable[..., None]) -> Callable[..., None]:
@@ -191,7 +192,7 @@ def test_ops_touch_what_they_declare(
 
         return watched
 
-    engine._run = {kind: watch(kind, function) for kind, function in engine._run.items()}
+    engine.ops.functions = {kind: watch(kind, function) for kind, function in engine.ops.functions.items()}
     steps_of(model, name, micro_batches)
     extra = {"spilled": "XR", "mixed": "XR", "blocks": "XRC"}
     assert seen == set("GUFLBDSNO") | set(extra.get(variant, ""))
@@ -252,7 +253,7 @@ def test_an_error_in_a_step_surfaces_and_leaves_a_usable_model(lanes: str, monke
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setitem(model.engine._run, "D", fail)
+        patch.setitem(model.engine.ops.functions, "D", fail)
         with pytest.raises(OverflowError) as caught:
             model.forward_backward(batches("llama", 0))
     assert caught.value is error
@@ -293,4 +294,4 @@ def test_adversarial_lanes_notice_a_deadlock() -> None:
 def test_choice_of_lanes() -> None:
     cpu = torch.device("cpu")
     assert isinstance(lanes_module.choose_lanes("auto", cpu), InlineLanes)
-    assert isinstance(lanes_module.choose_lanes("adversarial", cpu, seed=7), AdversarialLanes)
+    assert isinstance(lanes_module.choose_lanes("inline", cpu), InlineLanes)

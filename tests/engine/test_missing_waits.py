@@ -34,11 +34,11 @@ class InOrder(random.Random):
 
 
 def schedule_of(model: HostModel) -> Schedule:
-    return model.engine.schedule(model.engine.plan(MICRO_BATCHES))
+    return model.engine.schedule(model.engine.spec(MICRO_BATCHES))
 
 
 def put_schedule(model: HostModel, schedule: Schedule) -> None:
-    model.engine._schedules[model.engine.plan(MICRO_BATCHES), False] = schedule
+    model.engine._schedules[model.engine.spec(MICRO_BATCHES), False] = schedule
 
 
 def forward_backward_waits(model: HostModel) -> list[tuple[int, int]]:
@@ -123,7 +123,8 @@ def test_a_release_one_op_too_early_is_caught_by_poison(poison: bool) -> None:
     expected = outcome(model, "llama")
     honest = schedule_of(model)
     ops, ends = honest.ops, honest.ends
-    model.engine._poison = poison
+    if not poison:
+        adversarial(model).on_release = None
     unnoticed, regions = set(), set()
     for buffer, i, j in early_releases(ops, ends):
         early = [list(buffers) for buffers in ends]

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import CheckpointError
 
 import horizon_lm as hz
 import zoo
-from horizon_lm.engine import noise
+from adversarial import from_pretrained
+from horizon_lm.engine import step as engine_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,7 +78,7 @@ def adapted(dropout: Callable[[], nn.Module] | None = None, name: str = "llama",
 
 def host(model: Any, **settings: Any) -> hz.HostModel:
     values = {"device": "cpu", "dtype": "float32", "skip_memory_check": True, **settings}
-    return hz.HostModel.from_pretrained(copy.deepcopy(model), **values)
+    return from_pretrained(copy.deepcopy(model), **values)
 
 
 def gradients(model: hz.HostModel) -> dict[str, torch.Tensor]:
@@ -183,7 +184,7 @@ def test_a_custom_loss_sees_the_heads_noise_as_its_gradient_does() -> None:
 
 def without_replay(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every pass draws from the caller's generator, as it comes."""
-    monkeypatch.setattr(noise, "random_state", lambda *_: nullcontext())
+    monkeypatch.setattr(engine_step, "random_state", lambda *_: nullcontext())
 
 
 def test_without_replay_the_gradients_differ(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-import horizon_lm as hz
 import zoo
+from adversarial import from_pretrained
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_samples")
 
@@ -27,7 +27,7 @@ def micro_batches(step: int) -> list[dict[str, torch.Tensor]]:
 
 
 def weights_after(**options: Any) -> dict[str, torch.Tensor]:
-    model = hz.HostModel.from_pretrained(zoo.build("llama"), device="cpu", dtype="float32", **options)
+    model = from_pretrained(zoo.build("llama"), device="cpu", dtype="float32", **options)
     for step in range(len(SHAPES)):
         model.train_step(micro_batches(step), lr=1e-3)
     return dict(model.named_parameters())
@@ -56,7 +56,7 @@ def test_steps_of_changing_size_have_the_same_bits_in_every_mode() -> None:
 def test_a_smaller_step_has_the_gradients_of_pytorch(options: dict[str, Any]) -> None:
     """After a full step, whose buffers it takes over: fewer micro-batches, the last with fewer rows."""
     reference = zoo.build("llama").float()
-    model = hz.HostModel.from_pretrained(zoo.build("llama"), device="cpu", dtype="float32", **options)
+    model = from_pretrained(zoo.build("llama"), device="cpu", dtype="float32", **options)
     for step in (0, 1, 4):
         model.forward_backward(micro_batches(step))
         reference.zero_grad()

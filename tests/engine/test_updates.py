@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import horizon_lm as hz
 import zoo
+from adversarial import from_pretrained
 from horizon_lm.engine.engine import Engine
 from horizon_lm.errors import ConfigError, NonFiniteError
 from horizon_lm.schedule import Lane, Op, StepSpec, build, simulate
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def host(name: str, **settings: Any) -> hz.HostModel:
     values = {"device": "cpu", "dtype": MODELS[name], "skip_memory_check": True} | settings
-    return hz.HostModel.from_pretrained(zoo.build(name), **values)
+    return from_pretrained(zoo.build(name), **values)
 
 
 def batches(name: str, step: int, micro_batches: int) -> list[dict[str, torch.Tensor]]:
@@ -192,7 +193,7 @@ def test_a_step_that_fails_half_way_leaves_the_update_whole(
         raise OverflowError("half-way")
 
     with monkeypatch.context() as patch:
-        patch.setitem(model.engine._run, kind, fail)
+        patch.setitem(model.engine.ops.functions, kind, fail)
         with pytest.raises(OverflowError):
             model.train_step(batches("llama", 1, 1), lr=3e-3)
     assert same(masters(model), expected)
@@ -208,7 +209,7 @@ def test_a_step_that_fails_half_way_leaves_the_update_whole(
 def spoil(model: hz.HostModel, monkeypatch: pytest.MonkeyPatch, kind: str, value: float) -> None:
     """One element of a middle layer's gradient, or the loss, is not finite in the next step."""
     op_kind = {"gradient": "B", "loss": "L"}[kind]
-    honest = model.engine._run[op_kind]
+    honest = model.engine.ops.functions[op_kind]
 
     def wrapped(step: Any, op: Op) -> None:
         honest(step, op)
@@ -217,7 +218,7 @@ def spoil(model: hz.HostModel, monkeypatch: pytest.MonkeyPatch, kind: str, value
         elif op.unit == 2:
             step.gradients[op.unit].run[0] = value
 
-    monkeypatch.setitem(model.engine._run, op_kind, wrapped)
+    monkeypatch.setitem(model.engine.ops.functions, op_kind, wrapped)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -95,7 +95,7 @@ def run_sanitized() -> None:
     model.forward_backward(batches)  # memory and libraries are set up before anything is watched
     model.step(lr=1e-3, max_grad_norm=1.0)
     result: dict[str, Any] = {"clean": watch.step(model, batches), "controls": []}
-    schedules, key = model.engine._schedules, (model.engine.plan(2), True)
+    schedules, key = model.engine._schedules, (model.engine.spec(2), True)
     honest = schedules[key]
     ops, waits = honest.ops, honest.waits
     for kind, other in CONTROLS:

@@ -69,7 +69,7 @@ def check_step(place: Place, trace: Path | None) -> Part:
 def _timeline(part: Part, model: hz.HostModel, trace: Path | None) -> None:
     spans = model.timeline
     engine = model.engine
-    ops = engine.schedule(engine.plan(MICRO_BATCHES), pending=True).ops
+    ops = engine.schedule(engine.spec(MICRO_BATCHES), pending=True).ops
     complete = {op for op, _, _ in spans} == set(ops) and len(spans) == len(ops)
     part.add("every op is in the timeline", complete, ops=len(ops), spans=len(spans))
     streamed = [span for span in spans if span[0].lane is not Lane.UPDATE]

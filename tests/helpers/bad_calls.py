@@ -10,6 +10,7 @@ import torch
 
 import horizon_lm as hz
 import zoo
+from adversarial import from_pretrained
 
 Call = Callable[[hz.HostModel], object]
 
@@ -20,9 +21,7 @@ def host(update: str = "deferred", dtype: str = "float32", **settings: Any) -> h
         "update": update,
         **settings,
     }
-    return hz.HostModel.from_pretrained(
-        zoo.build("llama"), device="cpu", dtype=dtype, skip_memory_check=True, **values
-    )
+    return from_pretrained(zoo.build("llama"), device="cpu", dtype=dtype, skip_memory_check=True, **values)
 
 
 def batch(step: int = 0) -> list[dict[str, torch.Tensor]]:

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import zoo
-from horizon_lm.engine.engine import Engine
+from adversarial import from_pretrained
 from horizon_lm.engine.lanes import CudaLanes
+from horizon_lm.engine.ops import Ops
 from horizon_lm.host_model import HostModel
 from horizon_lm.schedule import Op
 from small_runs import write_text
@@ -32,7 +33,7 @@ def model_on(lanes: str, **settings: Any) -> HostModel:
     config = zoo.CASES["llama"].config()
     source = zoo._from_config(config, torch.float32, seed=0, attn="sdpa")
     common = {"dtype": "float32", "skip_memory_check": True, "boundaries": "host", "checkpoint_interval": 2}
-    return HostModel.from_pretrained(source, device="cpu", lanes=lanes, **{**common, **settings})
+    return from_pretrained(source, device="cpu", lanes=lanes, **{**common, **settings})
 
 
 def with_cuda_lanes(model: HostModel) -> None:
@@ -66,14 +67,14 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, float]], None
     """Makes the losses of some calls other ones."""
 
     def spoil(calls: dict[int, float]) -> None:
-        honest, count = Engine._loss, iter(range(1, 10_000))
+        honest, count = Ops._loss, iter(range(1, 10_000))
 
-        def loss(self: Engine, step: Any, op: Op) -> None:
+        def loss(self: Ops, step: Any, op: Op) -> None:
             honest(self, step, op)
             number = next(count)
             if number in calls:
                 step.losses[op.micro_batch] = torch.tensor(calls[number])
 
-        monkeypatch.setattr(Engine, "_loss", loss)
+        monkeypatch.setattr(Ops, "_loss", loss)
 
     return spoil

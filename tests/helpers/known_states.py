@@ -11,6 +11,7 @@ import torch
 
 import horizon_lm as hz
 import zoo
+from adversarial import from_pretrained
 from horizon_lm.errors import TornStateError
 
 MODES = ("deferred", "sync", "eager")
@@ -30,7 +31,7 @@ def host(update: str, **more: Any) -> hz.HostModel:
         "skip_memory_check": True,
     }
     source = zoo._from_config(config, torch.float32, seed=0, attn="sdpa")
-    return hz.HostModel.from_pretrained(source, device="cpu", **{**values, **more})
+    return from_pretrained(source, device="cpu", **{**values, **more})
 
 
 def batch(seed: int) -> list[dict[str, torch.Tensor]]:

@@ -8,6 +8,7 @@ import torch
 
 import horizon_lm as hz
 import zoo
+from adversarial import from_pretrained
 
 LAYERS = 4
 Gradients = dict[str, torch.Tensor]
@@ -27,7 +28,7 @@ def source(name: str, layers: int = LAYERS) -> Any:
 
 def host(name: str, lanes: str = "inline", **settings: Any) -> hz.HostModel:
     values = {"device": "cpu", "dtype": "float32", "skip_memory_check": True, "lanes": lanes}
-    return hz.HostModel.from_pretrained(source(name), **(values | settings))
+    return from_pretrained(source(name), **(values | settings))
 
 
 def batches(name: str, count: int) -> list[dict[str, torch.Tensor]]:

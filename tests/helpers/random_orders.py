@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import zoo
-from horizon_lm.engine.lanes import AdversarialLanes
+from adversarial import AdversarialLanes, fill_with_nan, from_pretrained
 from horizon_lm.host_model import HostModel
 
 MICRO_BATCHES = 2
@@ -27,7 +27,7 @@ def host_model(name: str, lanes: str, frozen: tuple[str, ...] = (), **settings: 
     zoo._perturb(model, torch.Generator().manual_seed(1))
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in key for part in frozen))
-    return HostModel.from_pretrained(model, device="cpu", lanes=lanes, **settings)
+    return from_pretrained(model, device="cpu", lanes=lanes, **settings)
 
 
 def batches(name: str, step: int) -> list[dict[str, torch.Tensor]]:
@@ -67,10 +67,10 @@ class Reset:
             for run, saved in zip(self.model.store._runs[region], runs, strict=True):
                 run.copy_(saved)
         # A run that failed half-way leaves weights in slots; the next one must not find them there.
-        for slot in range(self.model.engine.policies.slots):
-            self.model.engine.weight_slots.poison(slot)
-        for slot in range(self.model.engine.policies.grad_slots):
-            self.model.engine.gradient_slots.poison(slot)
+        for slot in range(self.model.engine.ops.policies.slots):
+            fill_with_nan(self.model.engine.ops.weight_slots.tensors(slot))
+        for slot in range(self.model.engine.ops.policies.grad_slots):
+            fill_with_nan(self.model.engine.ops.gradient_slots.tensors(slot))
         self.model.state_was_replaced(0)
 
 

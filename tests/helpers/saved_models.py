@@ -16,11 +16,10 @@ import zoo
 from horizon_lm.checkpoint import manifest as manifests
 from horizon_lm.checkpoint import units
 from horizon_lm.checkpoint.disk import Disk
-from horizon_lm.checkpoint.folder import list_checkpoints
+from horizon_lm.checkpoint.folder import Retention, list_checkpoints
 from horizon_lm.checkpoint.manifest import Manifest
-from horizon_lm.checkpoint.writer import CheckpointWriter
+from horizon_lm.checkpoint.writer import CheckpointWriter, Snapshot
 from horizon_lm.host_model import HostModel
-from horizon_lm.training.resume import saved_buffers
 
 
 def new_model(dtype: str = "bfloat16", seed: int = 0, **settings: Any) -> HostModel:
@@ -42,17 +41,21 @@ def model() -> HostModel:
     return model
 
 
-def save(run: Path, model: HostModel, step: int, disk: Disk | None = None, **keep: Any) -> CheckpointWriter:
+def save(
+    run: Path, model: HostModel, step: int, disk: Disk | None = None, keep: Retention | None = None
+) -> CheckpointWriter:
     found, _ = list_checkpoints(run)
     serial = 1 + max((c.manifest.serial for c in found), default=0)
     writer = CheckpointWriter(
         run,
-        model.store,
-        Manifest(step, serial, {}, config={"seed": 42}, state={"steps_done": model.steps_done}),
-        small_files={"config.json": b"{}", "tokenizer.json": b"[]", "templates/chat.jinja": b"x"},
-        buffers=saved_buffers(model),
-        disk=disk or Disk(),
-        **keep,
+        Snapshot(
+            Manifest(step, serial, {}, config={"seed": 42}, state={"steps_done": model.steps_done}),
+            model.store,
+            units.copied_buffers(model.skeleton.model),
+            {"config.json": b"{}", "tokenizer.json": b"[]", "templates/chat.jinja": b"x"},
+        ),
+        disk or Disk(),
+        keep,
     )
     model.save_state(writer)
     return writer

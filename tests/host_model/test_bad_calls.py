@@ -248,7 +248,7 @@ def test_an_op_that_fails_leaves_no_trace(
 def run_out_in_the_last(
     model: hz.HostModel, kind: str, monkeypatch: pytest.MonkeyPatch, call: Callable[[], None]
 ) -> None:
-    honest = model.engine._run[kind]
+    honest = model.engine.ops.functions[kind]
     count = 0
 
     def counted(step: Any, op: Any) -> None:
@@ -260,7 +260,7 @@ def run_out_in_the_last(
         honest(step, op)
 
     with monkeypatch.context() as patch:
-        patch.setitem(model.engine._run, kind, counted)
+        patch.setitem(model.engine.ops.functions, kind, counted)
         with pytest.raises(torch.OutOfMemoryError):
             call()
     assert count
@@ -290,14 +290,14 @@ def test_eager_updates_say_that_they_were_cut_short(monkeypatch: pytest.MonkeyPa
     """What they have done cannot be undone: the error says so, and how to avoid it."""
     model = host("eager")
     with pytest.raises(torch.OutOfMemoryError) as caught, monkeypatch.context() as patch:
-        honest = model.engine._run["B"]
+        honest = model.engine.ops.functions["B"]
 
         def fail(step: Any, op: Any) -> None:
             if op.unit == 2:
                 raise torch.OutOfMemoryError("no room")
             honest(step, op)
 
-        patch.setitem(model.engine._run, "B", fail)
+        patch.setitem(model.engine.ops.functions, "B", fail)
         train(model, 0)
     notes = " ".join(getattr(caught.value, "__notes__", ()))
     assert "units were updated already (update: eager)" in notes and "update: deferred" in notes

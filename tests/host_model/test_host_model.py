@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM
 
 import horizon_lm as hz
 import zoo
+from adversarial import from_pretrained
 from horizon_lm.errors import ConfigError, DataError, NonFiniteError, UnsupportedModelError
 
 
 def host(name: str = "llama", dtype: str = "float32", **settings: Any) -> hz.HostModel:
-    return hz.HostModel.from_pretrained(zoo.build(name), device="cpu", dtype=dtype, **settings)
+    return from_pretrained(zoo.build(name), device="cpu", dtype=dtype, **settings)
 
 
 def ids(rows: int = 2, tokens: int = 6) -> torch.Tensor:

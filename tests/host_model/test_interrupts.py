@@ -49,7 +49,7 @@ def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def of_the_state(path: str) -> bool:
     """Whether a file keeps account of where the model is."""
-    parts = ("engine/engine", "engine/step", "engine/disk", "engine/lanes", "engine/turns")
+    parts = ("engine/engine", "engine/step", "engine/disk", "engine/lanes")
     return path.startswith(("optim/", "host_model", "training/", *parts))
 
 
@@ -210,7 +210,7 @@ def torn(tried: Callable[[str], Tried], monkeypatch: pytest.MonkeyPatch) -> Iter
     """A layer raised in the backward pass, after the layers above it were updated."""
     one = tried("eager")
     one.begin()
-    honest = one.model.engine._run["B"]
+    honest = one.model.engine.ops.functions["B"]
 
     def fail(step: Any, op: Op) -> None:
         if op.unit == 1:
@@ -218,7 +218,7 @@ def torn(tried: Callable[[str], Tried], monkeypatch: pytest.MonkeyPatch) -> Iter
         honest(step, op)
 
     with monkeypatch.context() as patch:
-        patch.setitem(one.model.engine._run, "B", fail)
+        patch.setitem(one.model.engine.ops.functions, "B", fail)
         with pytest.raises(OverflowError) as caught:
             one.train(3)
     assert "2 of 4 units were updated already (update: eager) when step 4 was cut short" in " ".join(

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import horizon_lm as hz
 import zoo
+from adversarial import from_pretrained
 from horizon_lm.config.python import as_train_config
 from horizon_lm.errors import ConfigError
 from python_calls import HALVES, ROWS, host
@@ -77,7 +78,7 @@ def test_repr_says_what_the_model_is() -> None:
     assert max(map(len, text.splitlines())) < 120
     source = zoo.build("llama").requires_grad_(False)
     source.lm_head.requires_grad_(True)
-    frozen = hz.HostModel.from_pretrained(source, device="cpu", lanes="adversarial", dtype=torch.bfloat16)
+    frozen = from_pretrained(source, device="cpu", lanes="adversarial", dtype=torch.bfloat16)
     assert "37,152 parameters (3,072 trainable)" in repr(frozen) and "bfloat16 on cpu" in repr(frozen)
     assert "deferred, max_grad_norm 1;" in repr(frozen) and "in slots" in repr(frozen)
 

@@ -177,7 +177,7 @@ def test_lanes_that_an_interrupt_left_at_work_are_waited_for(
     model.engine.lanes = CudaLanes(torch.device("cpu"))
     twin.train_step(batch(0), lr=1e-2)
     inside, go_on, ended = threading.Event(), threading.Event(), threading.Event()
-    honest = model.engine._run["O"]
+    honest = model.engine.ops.functions["O"]
 
     def slow(step: Any, op: Op) -> None:
         if op.unit != 1:
@@ -188,7 +188,7 @@ def test_lanes_that_an_interrupt_left_at_work_are_waited_for(
         honest(step, op)
         ended.set()
 
-    monkeypatch.setitem(model.engine._run, "O", slow)
+    monkeypatch.setitem(model.engine.ops.functions, "O", slow)
 
     taken = threading.Semaphore(0)
 

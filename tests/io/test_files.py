@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from horizon_lm.checkpoint.export import write_folder
-from horizon_lm.checkpoint.run_folder import claim
+from horizon_lm.checkpoint.folder import claim
 from horizon_lm.errors import ConfigError
 from horizon_lm.io import files
 from horizon_lm.io.leftovers import sweep_files

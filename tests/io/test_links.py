@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from horizon_lm import cli
-from horizon_lm.checkpoint.folder import list_checkpoints
-from horizon_lm.checkpoint.places import look
-from horizon_lm.checkpoint.run_folder import RunFolder, claim
+from horizon_lm.checkpoint.folder import RunFolder, claim, list_checkpoints
+from horizon_lm.checkpoint.identify import identify
 from horizon_lm.errors import ConfigError
 from horizon_lm.io import files
 from horizon_lm.report import plot
@@ -61,7 +60,7 @@ def test_links_at_all_names_are_replaced_and_never_followed(kind: str, run: Path
     for name in (*RESULTS, SETTINGS, "metrics.jsonl"):
         assert (run / name).exists() and not (run / name).is_symlink(), name
         assert (run / name).is_dir() or (run / name).stat().st_nlink == 1, name
-    assert look(run).is_finished and look(run).step == 3
+    assert identify(run).is_finished and identify(run).step == 3
     assert [line["step"] for line in read_steps(run / "metrics.jsonl")] == [1, 2, 3]
     assert [c.manifest.step for c in list_checkpoints(run)[0]] == [3, 2]
     assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
@@ -85,7 +84,7 @@ def test_links_that_come_while_a_run_goes_on_do_not_end_it(
     run = tmp_path / "run"
     train(settings(text, run, max_steps=2, plot_loss=True), callbacks=[_Plants(run, outside)])
     write_report(run)
-    assert outside.is_untouched and look(run).is_finished and look(run).model == run / "model"
+    assert outside.is_untouched and identify(run).is_finished and identify(run).model == run / "model"
 
 
 def test_a_new_run_in_the_place_of_another_removes_links_alone(
@@ -94,7 +93,7 @@ def test_a_new_run_in_the_place_of_another_removes_links_alone(
     for name in (*RESULTS, *STAGED, *GOES_ON[:2]):
         outside.plant(run / name, "folder")
     train(settings(text, run, max_steps=1, plot_loss=True, overwrite_output_dir=True))
-    assert outside.is_untouched and look(run).is_finished and not (run / "tensorboard").is_symlink()
+    assert outside.is_untouched and identify(run).is_finished and not (run / "tensorboard").is_symlink()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -27,9 +27,9 @@ from horizon_lm.errors import OutputLostError
 from horizon_lm.io.output import Output, command_output, lasting_output
 from horizon_lm.report import loggers, metrics
 from horizon_lm.report.display import RichProgress, choose_progress
-from horizon_lm.report.events import StepRecord
 from horizon_lm.report.loggers import Loggers
 from horizon_lm.report.metrics import Metrics, MetricsFile, read_lines, read_steps
+from horizon_lm.report.records import StepRecord
 from horizon_lm.training import sample
 from horizon_lm.training import train as run_train
 from horizon_lm.training.describe import TrainResult
@@ -305,7 +305,7 @@ def test_what_waits_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     def full(file: int, data: bytes) -> int:
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr(metrics, "_MOST_WAITING", 1000)
+    monkeypatch.setattr(metrics, "_MOST_UNWRITTEN", 1000)
     monkeypatch.setattr(metrics.os, "write", full)
     said: list[str] = []
     with metrics_file(tmp_path / "m.jsonl", said) as file:

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import zoo
-from horizon_lm.host_model import HostModel
+from adversarial import from_pretrained
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -149,9 +149,7 @@ def slot_bytes(layers: int, hidden: int = 32) -> dict[str, int]:
         num_key_value_heads=2,
         vocab_size=96,
     )
-    model = HostModel.from_pretrained(
-        LlamaForCausalLM(config), device="cpu", dtype="bfloat16", lanes="adversarial"
-    )
+    model = from_pretrained(LlamaForCausalLM(config), device="cpu", dtype="bfloat16", lanes="adversarial")
     batches = [zoo.batch(config, batch_size=1, length=4, seed=m) for m in range(2)]
     model.forward_backward(batches)
     model.step(lr=1e-3)

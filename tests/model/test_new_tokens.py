@@ -11,16 +11,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from horizon_lm.checkpoint.export_checkpoint import export_checkpoint
+from horizon_lm.checkpoint.export import export_checkpoint
 from horizon_lm.config import TrainConfig
 from horizon_lm.data import load_training_data
 from horizon_lm.data.tokenizer import add_new_tokens, load_tokenizer, train_tokenizer
 from horizon_lm.errors import ConfigError, DataError
 from horizon_lm.model.loading import grow_vocabulary
 from horizon_lm.plan.run_plan import plan_run
-from horizon_lm.training.evaluate import evaluate_model
+from horizon_lm.training.build import build_model
+from horizon_lm.training.eval_command import evaluate_model
 from horizon_lm.training.generate import Generator, Sampling
-from horizon_lm.training.train import build_model, train
+from horizon_lm.training.train import train
 from small_runs import LLAMA, settings, tensors_of
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_samples")

@@ -17,7 +17,7 @@ import zoo
 from horizon_lm.errors import ConfigError, DataError, UnsupportedModelError
 from horizon_lm.model.loading import load_model
 from horizon_lm.model.pretrained import Allowed
-from horizon_lm.training.evaluate import evaluate_model
+from horizon_lm.training.eval_command import evaluate_model
 from horizon_lm.training.generate import Generator
 from small_runs import settings, write_text
 
@@ -165,7 +165,7 @@ def test_what_is_allowed_is_initialised_from_the_seed(
         assert 0.5 * std < float(weights[0][name].detach().std()) < 1.5 * std, "as transformers draws it"
     with pytest.raises(DataError, match="1 weight missing: lm_head.weight"):
         load(place, missing=["up_proj"])
-    with pytest.raises(ConfigError, match=r"allow_missing: '\(' is no regular expression"):
+    with pytest.raises(ConfigError, match=r"allow_missing: '\(' is not a regular expression"):
         load(place, missing=["("])
 
 

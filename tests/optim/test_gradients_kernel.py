@@ -86,13 +86,13 @@ def test_any_number_of_gradients_is_added(count: int) -> None:
     rows = [(name, shape, True, HALF) for name, shape in (("a", (40, 3)), ("b", (7,)), ("none", (5,)))]
     layout = lay_out("unit", rows, HALF)
     found = {}
-    for adds in (False, True):
-        gradient = UnitGradient(layout, torch.full((layout.trainable_numel,), torch.nan), adds=adds)
+    for in_pairs in (False, True):
+        gradient = UnitGradient(layout, torch.full((layout.trainable_numel,), torch.nan), in_pairs=in_pairs)
         for k in range(count):
             for parameter in layout.trainable[:2]:
                 gradient.add(parameter, values(parameter.numel, HALF, k).view(parameter.shape))
-        found[adds] = torch.empty(layout.trainable_numel, dtype=HALF)
-        gradient.download(found[adds], measure=True)
+        found[in_pairs] = torch.empty(layout.trainable_numel, dtype=HALF)
+        gradient.download(found[in_pairs], measure=True)
     assert torch.equal(found[False], found[True]) and not found[True].isnan().any()
     assert not layout.trainable_view(found[True], layout.trainable[2]).any()
 

@@ -15,7 +15,7 @@ import zoo
 from horizon_lm.data.batches import collate
 from horizon_lm.errors import ConfigError, UnsupportedModelError
 from horizon_lm.optim.curves import learning_rates
-from horizon_lm.training.separation import check_separation
+from horizon_lm.training.checks import check_separation
 from optimizer_runs import Lion
 from packed_rows import documents_for, gradients, rows_of
 from sizes import SOAK

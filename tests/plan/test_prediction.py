@@ -109,9 +109,9 @@ def test_engine_and_planner_make_the_same_plan(values: dict[str, Any]) -> None:
     model = hz.HostModel.from_config(SMALL, settings)
     outline = Outline(model.config, settings)
     for count in (1, 3):
-        assert Policies.of(settings, outline).step_spec(count) == model.engine.plan(count)
+        assert Policies.of(settings, outline).step_spec(count) == model.engine.spec(count)
     other = Policies.of(settings_of(slots=5), outline)
-    assert other.step_spec(1) != model.engine.plan(1)
+    assert other.step_spec(1) != model.engine.spec(1)
 
 
 POLICIES: dict[str, dict[str, Any]] = {

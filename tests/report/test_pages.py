@@ -34,7 +34,7 @@ def test_a_file_of_before_makes_a_page(evaluated: Path, tmp_path: Path) -> None:
     assert any("had no plan" in text for text in page.text("p"))
     shutil.copy(evaluated / "config.resolved.yaml", run)
     page, _ = report_of(run)
-    assert "Settings as config.resolved.yaml has them" in page.text("summary")
+    assert "Settings in config.resolved.yaml" in page.text("summary")
     assert any("max_grad_norm = 1 " in text for text in page.text("p"))
 
 

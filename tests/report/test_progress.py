@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from horizon_lm.report.display import RichProgress, choose_progress, clock, say, sparkline
-from horizon_lm.report.events import StepRecord
 from horizon_lm.report.metrics import Metrics, read_steps
 from horizon_lm.report.plot import smoothed
+from horizon_lm.report.records import StepRecord
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from horizon_lm import cli
-from horizon_lm.checkpoint.run_folder import RunFolder
+from horizon_lm.checkpoint.folder import RunFolder
 from horizon_lm.errors import ConfigError, DataError, StoppedError
 from horizon_lm.host_model import HostModel
 from horizon_lm.outputs import TrainStepOutput
@@ -60,7 +60,7 @@ def test_without_evaluation_there_is_no_held_out_curve(plain: Path) -> None:
     """The control of the test above."""
     page, shown = report_of(plain)
     assert not page.dots("held") and not any(a.get("class") == "held" for _, a, _ in page.elements)
-    assert "held-out loss" not in shown and any("Nothing was held out" in text for text in page.text("p"))
+    assert "held-out loss" not in shown and any("Nothing is held out" in text for text in page.text("p"))
 
 
 @pytest.mark.parametrize(("name", "curves"), [("evaluated", 1), ("plain", 0)])
@@ -83,7 +83,7 @@ def test_a_run_leaves_its_picture_and_names_the_report(evaluated: Path) -> None:
 
 STOPPED = {"status": "interrupted", "error": None, "reason": "stopped by SIGTERM after step 4: saved it"}
 NO_MEMORY = {"status": "failed", "error": "the host is out of memory\n  hint: free memory", "step": 4}
-NO_CHECKPOINT = {"status": "failed", "error": "stopped by SIGINT after step 4: there is no checkpoint"}
+NO_CHECKPOINT = {"status": "failed", "error": "stopped by SIGINT after step 4; no checkpoint was saved"}
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_a_stopped_run_says_why_where_and_how_to_go_on(
     assert cli.main(["report", str(run)]) == 0
     shown = capsys.readouterr().out
     assert "run: stopped at 7 of 12\n  Stopped by SIGTERM after step 7" in shown
-    assert f"to go on: horizon resume {run}" in shown and f"written: {run / 'report.html'}" in shown
+    assert f"to resume: horizon resume {run}" in shown and f"written: {run / 'report.html'}" in shown
     assert cli.main(["resume", str(run)]) == 0
     page, shown = report_of(run)
     assert "finished, 12 of 12" in shown
@@ -159,7 +159,7 @@ def test_a_stopped_run_says_why_where_and_how_to_go_on(
 
 
 def _settings_of(run: Path) -> list[tuple[str, list[tuple[str, str]], bool]]:
-    from horizon_lm.report.figures import tables
+    from horizon_lm.report.html import tables
 
     folder = RunFolder(run)
     found: list[tuple[str, list[tuple[str, str]], bool]] = tables(History.read(folder), folder)["settings"]
@@ -209,8 +209,8 @@ def test_a_new_run_takes_away_the_report_of_the_one_before(plain: Path, tmp_path
 @pytest.mark.parametrize(
     ("spoil", "match"),
     [
-        (lambda run: None, "holds no run"),
-        (lambda run: write_lines(run, [{"event": "start"}]), "holds no step"),
+        (lambda run: None, "is not a run"),
+        (lambda run: write_lines(run, [{"event": "start"}]), "has no step"),
         (lambda run: write_lines(run, [{"event": "step", "step": 1}], "{\n{}\n"), "is damaged"),
     ],
 )

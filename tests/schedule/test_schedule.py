@@ -22,7 +22,6 @@ from schedule_authorities import (
 )
 from sizes import times
 
-
 # Coprime to the number of values of each setting: all of them are among these.
 GRID = EVERY[:: times(5, 1)]
 

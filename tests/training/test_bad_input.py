@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from horizon_lm import cli
-from horizon_lm.checkpoint import run_folder
+from horizon_lm.checkpoint import folder as run_folder
 from horizon_lm.errors import DoesNotFitError
 from horizon_lm.host_model import HostModel
 from horizon_lm.memory import preflight

@@ -20,9 +20,10 @@ from horizon_lm.checkpoint.folder import open_checkpoint
 from horizon_lm.checkpoint.writer import Outcome
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import ConfigError, StoppedError
-from horizon_lm.report.events import Evaluation
-from horizon_lm.training.best import Best
-from horizon_lm.training.evaluation import Evaluator, perplexity
+from horizon_lm.outputs import perplexity
+from horizon_lm.report.records import Evaluation
+from horizon_lm.training.evaluate import Evaluator
+from horizon_lm.training.state import Best
 from horizon_lm.training.train import train
 from small_runs import settings, tensors_of, write_text
 from stopped_runs import stop_at

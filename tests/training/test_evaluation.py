@@ -21,12 +21,13 @@ from horizon_lm import cli
 from horizon_lm.config import TrainConfig
 from horizon_lm.data import train_tokenizer
 from horizon_lm.errors import ConfigError, DataError
+from horizon_lm.outputs import perplexity
 from horizon_lm.report import loggers
 from horizon_lm.report.flops import measure_peak
 from horizon_lm.report.metrics import read_evaluations, read_steps
 from horizon_lm.training import train as run_train
-from horizon_lm.training.evaluate import evaluate_model, target_of
-from horizon_lm.training.evaluation import Evaluator, evaluate, perplexity
+from horizon_lm.training.eval_command import evaluate_model, target_of
+from horizon_lm.training.evaluate import Evaluator, evaluate
 from packed_rows import Document, rows_of
 
 LENGTHS = [7, 12, 3, 9, 2, 16, 5, 4]
@@ -282,7 +283,7 @@ def test_eval_of_an_unfinished_run_takes_its_latest_sound_checkpoint(
     unit[-1] ^= 1
     (newest / "unit-00001.safetensors").write_bytes(unit)
     values, said = asked(capsys, run)
-    assert "passed over" in said and "checkpoint-81/unit-00001" in said
+    assert "skipped" in said and "checkpoint-81/unit-00001" in said
     assert values["model"] == f"{run / 'checkpoint-80'}, step 80"
 
 
@@ -291,7 +292,7 @@ def test_eval_without_anything_to_evaluate_on_says_what_to_set(tuned: Any, chats
         assert cli.main(["eval", *arguments]) == 2
         lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note")]
         assert lines == [
-            "error: there is nothing to evaluate on",
+            "error: there is there is no evaluation data",
             "hint: eval_datasets=FILE, a folder or a Hub name",
         ]
     assert cli.main(["eval", f"eval_datasets={chats / 'eval.jsonl'}"]) == 2

@@ -19,8 +19,9 @@ from horizon_lm.config import yaml as config_yaml
 from horizon_lm.data import train_tokenizer
 from horizon_lm.errors import ConfigError
 from horizon_lm.host_model import HostModel
-from horizon_lm.training import paths, planning
+from horizon_lm.training import prepare
 from horizon_lm.training import save as saver
+from horizon_lm.training.run_settings import absolute
 from horizon_lm.training.train import train
 from small_runs import LLAMA, losses_of, place_of, settings, tensors_of, write_text
 
@@ -106,7 +107,7 @@ def test_a_finished_run_says_so_and_how_to_go_on(
     run = tmp_path / "run"
     train(settings(text, run, max_steps=2, save_steps=9))
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    monkeypatch.setattr(planning, "load_training_data", None)
+    monkeypatch.setattr(prepare, "load_training_data", None)
     capsys.readouterr()
     assert cli.main(["resume", str(run)]) == 0
     assert capsys.readouterr().out.splitlines() == [
@@ -272,7 +273,7 @@ def test_paths_are_kept_absolute_and_names_as_they_are(
         "datasets": ["python-stdlib", "owner/data", {"path": "data/*.txt"}],
         "eval_datasets": ["absent.jsonl"],
     }
-    found = paths.absolute(TrainConfig.from_dict(names))
+    found = absolute(TrainConfig.from_dict(names))
     for key in ("model_name_or_path", "tokenizer_name_or_path", "chat_template", "dataset_cache_dir"):
         assert getattr(found, key) == TrainConfig.from_dict(names).to_dict()[key]
     assert [entry.path for entry in found.datasets] == [
@@ -287,7 +288,7 @@ def test_paths_are_kept_absolute_and_names_as_they_are(
         "dataset_cache_dir": "kept",
         "resume_from_checkpoint": "x",
     }
-    found = paths.absolute(TrainConfig.from_dict(other))
+    found = absolute(TrainConfig.from_dict(other))
     assert found.chat_template == str(home / "own.jinja") and found.dataset_cache_dir == str(home / "kept")
     assert found.resume_from_checkpoint == str(home / "x")
 
@@ -355,10 +356,10 @@ def test_a_model_that_is_gone_is_no_obstacle(
 
 
 def test_a_model_with_code_of_its_own_has_to_be_there(project: Project) -> None:
-    from horizon_lm.training import stand_in
+    from horizon_lm.training import build
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ConfigError, match="code of its own") as caught:
-        patch.setattr(stand_in, "has_own_code", lambda checkpoint: True)
+        patch.setattr(build, "has_own_code", lambda checkpoint: True)
         shutil.rmtree(project.home / "models")
         config = TrainConfig.from_yaml(project.home / "runs" / "a" / "config.resolved.yaml")
         train(config.replace(resume_from_checkpoint="latest"))

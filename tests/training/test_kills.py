@@ -45,11 +45,11 @@ for line in sys.stdin:  # one attempt in a child of its own: what is imported is
     if os.fork() == 0:
         first = TrainConfig.from_dict(values)
         begun = threading.Event()
-        steps = run_train.Trainer.steps
-        def watched(self, *arguments):
+        loop = run_train.run_loop
+        def watched(run):
             begun.set()
-            return steps(self, *arguments)
-        run_train.Trainer.steps = watched
+            return loop(run)
+        run_train.run_loop = watched
         def kill():
             begun.wait()
             time.sleep(delay)

@@ -16,8 +16,8 @@ from horizon_lm import cli
 from horizon_lm.engine.engine import Engine
 from horizon_lm.errors import NonFiniteError
 from horizon_lm.host_model import HostModel, TrainStepOutput
-from horizon_lm.report.events import StepRecord
 from horizon_lm.report.metrics import Metrics, read_steps
+from horizon_lm.report.records import StepRecord
 from horizon_lm.training import train as run_train
 from tiny_runs import built as built
 from tiny_runs import entries, settings

@@ -94,5 +94,5 @@ def test_a_signal_with_nothing_saved_is_no_promise(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop_at(monkeypatch, 4)
-    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+    with pytest.raises(CheckpointError, match="no checkpoint was saved"):
         train(settings(text, tmp_path / "run", save_strategy="no"))

@@ -19,7 +19,7 @@ from horizon_lm.errors import DoesNotFitError, StoppedError
 from horizon_lm.plan.choose import Planner
 from horizon_lm.plan.step_size import CUT
 from horizon_lm.report.metrics import read_steps
-from horizon_lm.training import planning
+from horizon_lm.training import prepare
 from horizon_lm.training.train import train
 from small_runs import losses_of, tensors_of, values
 from stopped_runs import stop_at
@@ -147,8 +147,8 @@ def test_steps_by_tokens_are_refused_before_the_data_is_read(
 ) -> None:
     another_machine(monkeypatch)  # it looks at one cut alone, and is quick
     read = []
-    honest = planning.load_training_data
-    monkeypatch.setattr(planning, "load_training_data", lambda config: read.append(1) or honest(config))
+    honest = prepare.load_training_data
+    monkeypatch.setattr(prepare, "load_training_data", lambda config: read.append(1) or honest(config))
     with pytest.raises(DoesNotFitError):
         train(by_tokens(text, tmp_path / "run", reserve_host_gb=1e6))
     assert not read

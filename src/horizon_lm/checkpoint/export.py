@@ -15,17 +15,26 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from horizon_lm.checkpoint import units
+from horizon_lm.checkpoint.card import model_card
 from horizon_lm.checkpoint.disk import Disk, HashedFile
+from horizon_lm.checkpoint.folder import Checkpoint, candidates
+from horizon_lm.checkpoint.model import (
+    CONFIGURATIONS,
+    Group,
+    Tensors,
+    check_weights,
+    hollow_model,
+    weights_of,
+)
+from horizon_lm.checkpoint.reader import read_small
 from horizon_lm.engine.policies import DTYPES
-from horizon_lm.errors import ConfigError, DoesNotFitError
+from horizon_lm.errors import CheckpointError, ConfigError, DoesNotFitError
 from horizon_lm.io import files
 from horizon_lm.io.leftovers import OwnedFolder
 from horizon_lm.memory.store import HostStore
@@ -34,29 +43,6 @@ from horizon_lm.model.skeleton import Skeleton
 
 _STAGED = re.compile(r"\..+\.horizon-[a-z0-9_]{8}")  # beside a folder that is being written
 _SIZE = re.compile(r"[0-9]*[1-9][0-9]*(\.[0-9]+)?(KB|MB|GB|TB)", re.IGNORECASE)
-
-Tensors = dict[str, torch.Tensor]
-
-
-def check_target(folder: str | os.PathLike[str]) -> Path:
-    """The folder to write a model to; what is there already is replaced as a whole. A link is replaced too:
-    what it points to stays as it is.
-
-    Raises ConfigError for a file, and for a folder with anything in it but a model.
-    """
-    if not isinstance(folder, (str, os.PathLike)):
-        raise ConfigError(f"a {type(folder).__name__} is not a folder", hint="pass a path")
-    path = Path(os.path.abspath(Path(folder).expanduser()))
-    if path.is_symlink():
-        return path
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"{path} is a file", hint="choose another folder")
-    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
-        raise ConfigError(
-            f"{path} holds something other than a model, and saving replaces the whole folder",
-            hint=f"choose a new folder, as in {path / 'model'}",
-        )
-    return path
 
 
 def choose_dtype(dtype: str | torch.dtype | None, max_shard_size: int | str) -> str | None:
@@ -94,17 +80,6 @@ def tokenizer_saver(tokenizer: Any, trust_remote_code: bool) -> Callable[[Path],
     return save
 
 
-@dataclass(frozen=True)
-class Group:
-    """Tensors that are in memory together: those of a unit.
-
-    hollow: name -> what is written, on `meta`. load: the same with content.
-    """
-
-    hollow: Tensors
-    load: Callable[[], Tensors]
-
-
 def save_model(
     skeleton: Skeleton,
     store: HostStore,
@@ -125,8 +100,7 @@ def save_model(
         hollow = {name: _hollow(*_described(store, name, wanted)) for name in names}
         return Group(hollow, lambda: {name: _exported(store, name, wanted) for name in names})
 
-    named = skeleton.model.named_buffers(remove_duplicate=False)  # equal ones share memory there
-    buffers = {name: buffer for name, buffer in named if _is_saved(skeleton.model, name)}
+    buffers = dict(units.persistent_buffers(skeleton.model))
     groups = [group([p.name for p in unit.parameters]) for unit in store.units]
     groups.append(Group({n: _hollow(b.shape, b.dtype) for n, b in buffers.items()}, lambda: buffers))
 
@@ -139,6 +113,72 @@ def save_model(
             extra(target)
 
     write_folder(folder, write)
+
+
+def export_checkpoint(
+    place: Path,
+    target: Path,
+    *,
+    dtype: str | None,
+    max_shard_size: str,
+    trust_remote_code: bool = False,
+    warn: Callable[[str], None] = lambda text: None,
+) -> Checkpoint:
+    """Write the model of a checkpoint (or of a run's latest sound one) to `target`; whole or absent.
+
+    dtype: None for that of the run; float32 gives its masters. Raises CheckpointError, ConfigError,
+    DoesNotFitError.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} exists and is not empty", hint="export to a new folder")
+    found = candidates(place, warn)
+    for checkpoint in found:
+        try:
+            _export(checkpoint, target, dtype, max_shard_size, trust_remote_code)
+            return checkpoint
+        except CheckpointError as error:
+            if len(found) == 1:
+                raise
+            warn(f"skipped {error.message}")
+    raise CheckpointError(f"no checkpoint of {place} could be exported", hint="horizon verify shows why")
+
+
+def _export(
+    checkpoint: Checkpoint, target: Path, dtype: str | None, max_shard_size: str, trust_remote_code: bool
+) -> None:
+    manifest = checkpoint.manifest
+    wanted = DTYPES[dtype or str(manifest.config.get("dtype", "bfloat16"))]
+    model = hollow_model(checkpoint, trust_remote_code=trust_remote_code)
+    groups = weights_of(checkpoint, wanted)
+    check_weights(checkpoint, groups, model)
+
+    def write(folder: Path) -> None:
+        write_model(model, _aliases(model), groups, folder, wanted, max_shard_size)
+        for name in manifest.files:
+            if not name.endswith(".safetensors") and name not in CONFIGURATIONS:  # tokenizer and templates
+                files.write_file(folder / name, read_small(checkpoint, name), below=folder)
+        tokens = manifest.state.get("meter", {}).get("sums", [None])[0]
+        card = model_card(
+            manifest.config,
+            model_type=str(model.config.model_type),
+            step=manifest.step,
+            num_tokens=tokens,
+            versions=manifest.versions,
+        )
+        files.write_file(folder / "README.md", card)
+
+    write_folder(target, write)
+
+
+def _aliases(model: Any) -> dict[str, list[str]]:
+    """Of the first name of each parameter the other names that it has."""
+    first: dict[int, str] = {}
+    found: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        known = first.setdefault(id(parameter), name)
+        if known != name:
+            found.setdefault(known, []).append(name)
+    return found
 
 
 def write_model(
@@ -261,11 +301,6 @@ def _exported(store: HostStore, name: str, dtype: torch.dtype) -> torch.Tensor:
     if dtype == store.dtype:
         return store.weight(name)
     return store.master(name).to(dtype)
-
-
-def _is_saved(model: nn.Module, name: str) -> bool:
-    path, _, local = name.rpartition(".")
-    return local not in model.get_submodule(path)._non_persistent_buffers_set
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from horizon_lm.checkpoint import units
 from horizon_lm.checkpoint.disk import PIECE_BYTES
@@ -35,6 +36,18 @@ def load_units(checkpoint: Checkpoint, store: HostStore) -> None:
             found = units.read(file, units.entries(store, number), str(checkpoint.path / name))
         if found != checkpoint.manifest.files[name][1]:
             raise _damaged(checkpoint.path / name)
+
+
+def load_buffers(checkpoint: Checkpoint, module: nn.Module) -> None:
+    """Fill the persistent buffers of `module`. Raises CheckpointError."""
+    read_small(checkpoint, units.BUFFERS)  # checks it
+    path = checkpoint.path / units.BUFFERS
+    rows = units.copied_buffers(module)
+    with open(path, "rb") as file:
+        units.read(file.fileno(), rows, str(path))
+    for (name, value), (_, buffer) in zip(rows, units.persistent_buffers(module), strict=True):
+        assert value.shape == buffer.shape, name
+        buffer.copy_(value)
 
 
 def read_small(checkpoint: Checkpoint, name: str) -> bytes:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import xxhash
+from torch import nn
 
 from horizon_lm.checkpoint.disk import PIECE_BYTES, HashedFile
 from horizon_lm.errors import CheckpointError
@@ -35,6 +36,8 @@ _DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 _MAX_HEADER_BYTES = 100_000_000  # as safetensors itself
+
+BUFFERS = "buffers.safetensors"
 
 Entry = tuple[str, torch.Tensor]
 
@@ -66,6 +69,21 @@ def _entries(store: HostStore, unit: int) -> Iterator[Entry]:
             if region.startswith("exp_avg") and not parameter.trainable:
                 continue
             yield f"{region}.{parameter.name}", view(store.run(region, unit), parameter)
+
+
+def persistent_buffers(module: nn.Module) -> list[Entry]:
+    """Buffers that belong to a saved model."""
+    found = []
+    for name, buffer in module.named_buffers(remove_duplicate=False):  # equal ones share memory in a skeleton
+        path, _, local = name.rpartition(".")
+        if local not in module.get_submodule(path)._non_persistent_buffers_set:
+            found.append((name, buffer))
+    return found
+
+
+def copied_buffers(module: nn.Module) -> list[Entry]:
+    """Copies of the persistent buffers in host memory."""
+    return [(name, b.detach().cpu().contiguous().clone()) for name, b in persistent_buffers(module)]
 
 
 def header(rows: Sequence[Entry], metadata: dict[str, str] | None = None) -> bytes:

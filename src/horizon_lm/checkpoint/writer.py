@@ -12,17 +12,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-
-import torch
 
 from horizon_lm.checkpoint import folder, manifest, units
 from horizon_lm.checkpoint.disk import Disk, HashedFile
+from horizon_lm.checkpoint.folder import Retention
 from horizon_lm.checkpoint.manifest import Manifest
 from horizon_lm.memory.store import HostStore
-
-BUFFERS = "buffers.safetensors"
 
 
 @dataclass(frozen=True)
@@ -37,28 +33,25 @@ class Outcome:
     pruned: tuple[Path, ...] = ()
 
 
-class CheckpointWriter:
-    """Writes one checkpoint of a run; `Saving` for the engine. `outcome` is there when it has ended."""
+@dataclass(frozen=True)
+class Snapshot:
+    """Content of a checkpoint. manifest: complete but for its list of files. buffers: copies, since training
+    goes on. small_files: configuration and tokenizer by name."""
 
-    def __init__(
-        self,
-        run: Path,
-        store: HostStore,
-        content: Manifest,
-        *,
-        small_files: Mapping[str, bytes],
-        buffers: Sequence[tuple[str, torch.Tensor]],
-        disk: Disk,
-        keep_last: int | None = None,
-        keep_every: int | None = None,
-        keep: frozenset[str] = frozenset(),
-    ) -> None:
-        """content: the manifest but for its files. small_files: configuration, tokenizer. keep_last,
-        keep_every, keep: see `folder.prune`."""
-        self._run, self._store, self._content, self._disk = run, store, content, disk
-        self._small_files, self._buffers = small_files, list(buffers)
-        self._prune = partial(folder.prune, keep_last=keep_last, keep_every=keep_every, keep=keep)
-        self._target = folder.free_name(run, content.step, content.serial)
+    manifest: Manifest
+    store: HostStore
+    buffers: Sequence[units.Entry]
+    small_files: Mapping[str, bytes]
+
+
+class CheckpointWriter:
+    """Writer of one checkpoint of a run; `Saving` for the engine. `outcome` is there when it has ended."""
+
+    def __init__(self, run: Path, snapshot: Snapshot, disk: Disk, keep: Retention | None = None) -> None:
+        """keep: checkpoints that stay once this one is complete; None: all."""
+        self._run, self._content, self._disk = run, snapshot, disk
+        self._keep = keep or Retention()
+        self._target = folder.free_name(run, snapshot.manifest.step, snapshot.manifest.serial)
         self._staging = run / f".tmp-{self._target.name}"
         self._files: dict[str, tuple[int, str]] = {}
         self._error: str | None = None
@@ -72,7 +65,7 @@ class CheckpointWriter:
         try:
             if not self._files:
                 self._begin()
-            self._write_rows(units.file_name(unit), units.entries(self._store, unit))
+            self._write_rows(units.file_name(unit), units.entries(self._content.store, unit))
         except OSError as error:
             self._fail(error)
 
@@ -82,18 +75,18 @@ class CheckpointWriter:
             if self._wanted():
                 self._commit()
             if self._wanted():
-                pruned = self._prune(self._run, self._disk)
+                pruned = folder.prune(self._run, self._disk, self._keep)
         except OSError as error:
             self._fail(error)
         done = self._error is None and not self._abandoned
         if not done:
             self._disk.remove(self._staging)
         self.outcome = Outcome(
-            self._content.step,
+            self._content.manifest.step,
             self._target if done else None,
             self._error or ("the step that it was written beside failed" if self._abandoned else None),
             sum(size for size, _ in self._files.values()),
-            time.perf_counter() - self._started,
+            self._seconds(),
             tuple(pruned),
         )
 
@@ -107,7 +100,12 @@ class CheckpointWriter:
     def give_up(self, reason: str) -> None:
         """For a disk that does not answer: ended as far as the run is concerned."""
         self._abandoned, self._error = True, reason
-        self.outcome = Outcome(self._content.step, None, reason, 0, time.perf_counter() - self._started)
+        self.outcome = Outcome(
+            self._content.manifest.step, None, reason, 0, time.perf_counter() - self._started
+        )
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._started
 
     def _wanted(self) -> bool:
         return self._error is None and not self._abandoned
@@ -138,13 +136,13 @@ class CheckpointWriter:
 
     def _commit(self) -> None:
         disk, staging = self._disk, self._staging
-        self._write_rows(BUFFERS, self._buffers)
-        for name, data in self._small_files.items():
+        self._write_rows(units.BUFFERS, self._content.buffers)
+        for name, data in self._content.small_files.items():
             self._write_bytes(name, data)
         for name in self._files:
             disk.sync_path(staging / name)
         files = dict(sorted(self._files.items()))
-        self._write_bytes(manifest.NAME, replace(self._content, files=files).to_bytes())
+        self._write_bytes(manifest.NAME, replace(self._content.manifest, files=files).to_bytes())
         disk.sync_path(staging / manifest.NAME)
         for path in {(staging / name).parent for name in files}:
             disk.sync_path(path)

@@ -1,4 +1,4 @@
-"""The verb `bench`: the harness of the repository's benchmarks for a user's own model and machine."""
+"""The verb `bench`: the repository's benchmark harness for a user's own model and machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 
 from horizon_lm.errors import ConfigError
 
-# Systems beside ours that need nothing but this package.
+# Other systems that need only this package.
 AGAINST = ("torch", "torch-keep")
 
 

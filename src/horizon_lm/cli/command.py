@@ -1,6 +1,6 @@
-"""The command `horizon`: each verb parses, makes a configuration, and makes one call.
+"""The command `horizon`: its verbs, exit codes and error output.
 
-Torch, transformers and pydantic are imported by the verbs that need them, so that help answers at once.
+Verbs import torch, transformers and pydantic when they need them, so help answers at once.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _ENV_PACKAGES = (
     *("pydantic", "PyYAML", "typer", "rich", "matplotlib"),
 )
 
-# What a path that somebody gave may answer, wherever it is first used.
+# Errors of a path from the user, wherever it is first used.
 _FAULTS_OF_PLACES = frozenset(
     {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EROFS}
 )
@@ -80,13 +80,13 @@ app.command("export")(export)
 
 @config_app.command("show", cls=SettingsCommand, context_settings=PASS_OPTIONS)
 def config_show(settings: SettingsArguments = None) -> None:
-    """Print every setting, defaults and overrides included, as YAML."""
+    """Print all settings, defaults and overrides included, as YAML."""
     print(load_settings(settings)[0].to_yaml(), end="")
 
 
 @config_app.command("validate", cls=SettingsCommand, context_settings=PASS_OPTIONS)
 def config_validate(settings: SettingsArguments = None) -> None:
-    """Check a configuration; exit code 2 if it has a fault."""
+    """Check a configuration; exit code 2 if it is invalid."""
     load_settings(settings)
     with lasting_output():  # the answer is the exit code
         print("the configuration is valid")
@@ -152,14 +152,14 @@ def _version() -> str:
 
 def _report(message: str, hint: str | None) -> None:
     for title, text in (("error", message), ("hint", hint)):
-        if text:  # which may quote a name with lines that begin with another title
+        if text:  # may quote names with lines that look like another title
             print(f"{title}: " + re.sub(r"\n(?! )", "\n  ", text), file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None, *, prog_name: str = "horizon") -> int:
-    """Run one command; returns the exit code (see `errors`; 130 after Ctrl-C; 1 for a mistake of ours).
+    """Run one command; return the exit code (see `errors`; 130 after Ctrl-C; 1 for a bug of ours).
 
-    prog_name: what its help calls it.
+    prog_name: the command's name in help texts.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     plan_package.models_are_stock |= argv is None
@@ -183,7 +183,7 @@ def _run(arguments: list[str], prog_name: str, *, debug: bool) -> int:
     except OutputLostError:
         raise
     except StoppedError as stop:
-        with lasting_output(after_pipe=True):  # the last word of a run
+        with lasting_output(after_pipe=True):  # a run's last message
             print(f"{stop.message}; to go on: {stop.hint}", file=sys.stderr)
         return stop.exit_code
     except HorizonError as error:
@@ -197,15 +197,15 @@ def _run(arguments: list[str], prog_name: str, *, debug: bool) -> int:
     except SystemExit as end:
         if not isinstance(end.__context__, BrokenPipeError):
             raise
-        return _report_exception(end.__context__, debug=debug)  # of no output of ours; typer exits for any
+        return _report_exception(end.__context__, debug=debug)  # typer exits for any broken pipe
     except Exception as error:
         return _report_exception(error, debug=debug)
 
 
 def _report_exception(error: Exception, *, debug: bool) -> int:
-    """Say what no code of ours has put into words."""
+    """Report an exception that no code of ours explains."""
     if isinstance(error, OSError) and error.errno in _FAULTS_OF_PLACES and error.filename and not debug:
-        _report(f"{os.fsdecode(error.filename):.200}: {error.strerror}", "give the path of another place")
+        _report(f"{os.fsdecode(error.filename):.200}: {error.strerror}", "give another path")
         return 2
     if isinstance(error, _usage_errors()):
         return _report_usage(error)
@@ -219,7 +219,7 @@ def _report_exception(error: Exception, *, debug: bool) -> int:
 
 
 def _usage_errors() -> type[Exception]:
-    """The base of typer's usage errors, which typer exports only through its subclass."""
+    """Return the base of typer's usage errors, which typer exports only through its subclass."""
     base: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
     return base
 

@@ -1,4 +1,4 @@
-"""The verbs that look at data before any training: `horizon data preview`, `horizon init`."""
+"""The verbs before training: `horizon data preview`, `horizon init`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ data_app = typer.Typer(help="Look at training data.", no_args_is_help=True, rich
 
 @data_app.callback()
 def _data() -> None:
-    """Keeps `preview` a verb of its own although it is the only one."""
+    """Keep `preview` a verb although it is the only one."""
 
 
 @data_app.command("preview", cls=SettingsCommand, context_settings=PASS_OPTIONS)
@@ -34,9 +34,9 @@ def preview(
 ) -> None:
     """Show what a run would train on.
 
-    Samples with the trained tokens marked, lengths, packing, what is left out and why.
+    Samples with the trained tokens marked, lengths, packing, omitted rows and why.
 
-    Reads and tokenises the data as training does (and keeps the tokens for it); loads no model.
+    Reads and tokenises the data as training does, and caches the tokens for it; loads no model.
     """
     config, _ = load_settings(settings)
     require_named_model(config)
@@ -45,7 +45,7 @@ def preview(
 
     data = load_training_data(config)
     if config.tokens_per_step is not None:
-        from horizon_lm.training.planning import wanted_rows
+        from horizon_lm.training.prepare import wanted_rows
 
         data.loader.cut(wanted_rows(config, data), 1)
     if as_json:
@@ -56,14 +56,11 @@ def preview(
 
 def init(
     model: Annotated[str, typer.Option(help="Folder or Hub name of the model to train.")],
-    dataset: Annotated[list[str], typer.Option(help="What to train on; may be given several times.")],
+    dataset: Annotated[list[str], typer.Option(help="Training data. Repeatable.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("horizon.yaml"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
 ) -> None:
-    """Write a configuration for a model and data.
-
-    Looks at both, and comments every key.
-    """
+    """Write a commented configuration for a model and data."""
     require_model(model, "--model")
     from horizon_lm.cli.init import write_config
 

@@ -1,4 +1,4 @@
-"""`horizon init`: a commented configuration for a model and data, after a look at both."""
+"""`horizon init`: a commented configuration for a model and data."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from horizon_lm.plan.step_size import usual_cut
 from horizon_lm.training.generate import model_folder
 from horizon_lm.words import count
 
-_LONGEST = 4096  # of a training sequence, unless the data is shorter: longer ones are for those who ask
-_LOOKED_AT = 1000  # rows of a dataset, for its format and the longest of them
-_COUNTED_ROWS, _COUNTED_CHARACTERS = 50_000, 20_000_000  # more is large: the steps are those of large data
-_TOKENISED_CHARACTERS = 2_000_000  # beyond, tokens are guessed from characters
-_CHARACTERS_A_TOKEN = 3  # a low guess, so that few documents are longer than max_length
+_LONGEST = 4096  # tokens of a training sequence; longer ones only if the user asks
+_LOOKED_AT = 1000  # rows of a dataset, for its format and longest row
+_COUNTED_ROWS, _COUNTED_CHARACTERS = 50_000, 20_000_000  # beyond: large data
+_TOKENISED_CHARACTERS = 2_000_000  # beyond, tokens are estimated from characters
+_CHARACTERS_A_TOKEN = 3  # a low estimate, so that few documents exceed max_length
 
-# What is written, by group.
+# The keys written, by group.
 _KEYS: dict[str, tuple[str, ...]] = {
     "model": ("model_name_or_path", "dtype", "attn_implementation", "device", "seed"),
     "data": (
@@ -48,13 +48,13 @@ _KEYS: dict[str, tuple[str, ...]] = {
 
 
 def write_config(model: str, datasets: Sequence[str], output: Path, *, overwrite: bool) -> list[str]:
-    """Write the file and return what there is to say about it. Raises ConfigError and DataError."""
+    """Write the file and return notes about it. Raises ConfigError and DataError."""
     if output.exists() and not overwrite:
-        raise ConfigError(f"{output} exists", hint="--overwrite, or -o FILE")
+        raise ConfigError(f"{output} exists", hint="add --overwrite, or -o FILE")
     notes = []
     name = Path(model).name
     model = str(model_folder(model, "init --model"))
-    if Path(model).is_dir():  # the file may lie, and be used, elsewhere
+    if Path(model).is_dir():  # the file may be used from another folder
         model = os.path.abspath(model)
     else:
         _require_on_hub(model)
@@ -73,9 +73,7 @@ def write_config(model: str, datasets: Sequence[str], output: Path, *, overwrite
         template = _template_for(model)
         values["chat_template"] = template
         if template is not None:
-            notes.append(
-                "the tokenizer has no chat template: 'plain' is written down; chatml and alpaca are others"
-            )
+            notes.append("the tokenizer has no chat template: 'plain' is used; chatml and alpaca are others")
     is_text = not seen["is_chat"]
     sequences, how = _count_sequences(values, seen)
     values.update(_batch(values["max_length"], sequences, is_text=is_text))
@@ -88,7 +86,9 @@ def write_config(model: str, datasets: Sequence[str], output: Path, *, overwrite
     try:
         files.write_output(output, text)
     except OSError as error:
-        raise ConfigError(f"{output} cannot be written: {error.strerror}", hint="-o FILE") from error
+        raise ConfigError(
+            f"{output} cannot be written: {error.strerror}", hint="choose another file with -o FILE"
+        ) from error
     return [
         *notes,
         f"written: {output}",
@@ -99,10 +99,10 @@ def write_config(model: str, datasets: Sequence[str], output: Path, *, overwrite
 
 def _look_at_data(datasets: Sequence[str]) -> dict[str, Any]:
     formats, rows, longest, characters, is_chat, is_all = [], 0, 0, 0, False, True
-    sizes: list[int] = []  # of what is not split where it is too long
+    sizes: list[int] = []  # of documents that are not split when too long
     for path in datasets:
         documents = Documents([DatasetConfig(path=path)])
-        is_here = Path(path).expanduser().exists()  # else more rows would have to be fetched
+        is_here = Path(path).expanduser().exists()  # else more rows would be downloaded
         found = 0
         for placed in documents:
             if found == _LOOKED_AT and not is_here or rows + found == _COUNTED_ROWS:
@@ -119,7 +119,7 @@ def _look_at_data(datasets: Sequence[str]) -> dict[str, Any]:
                 is_all = False
                 break
         if not found:
-            raise DataError(f"{path} holds no row", hint="horizon data preview shows why")
+            raise DataError(f"{path} has no rows", hint="run horizon data preview, which shows why")
         formats.append(str(documents.formats[0]))
         rows += found
     return {
@@ -134,7 +134,7 @@ def _look_at_data(datasets: Sequence[str]) -> dict[str, Any]:
 
 
 def _about_long_rows(seen: dict[str, Any], max_length: int) -> list[str]:
-    """How many rows will be left out, by a guess at their tokens; the preview counts them."""
+    """Note how many rows will be dropped, by an estimate of their tokens; the preview counts them."""
     sizes = seen["sizes"]
     long = sum(size > max_length * _CHARACTERS_A_TOKEN for size in sizes)
     if not long:
@@ -147,7 +147,7 @@ def _about_long_rows(seen: dict[str, Any], max_length: int) -> list[str]:
 
 
 def _longest_position(model: str) -> int:
-    """max_position_embeddings of a local model; else the limit that we set."""
+    """Return max_position_embeddings of a local model, else our own limit."""
     try:
         values = json.loads(files.read_text(Path(model) / "config.json"))
         text = values.get("text_config", values)
@@ -157,17 +157,17 @@ def _longest_position(model: str) -> int:
 
 
 def _length(seen: dict[str, Any], limit: int) -> int:
-    """As long as the data needs, a power of two, within what model and reason allow."""
+    """Return the power of two that the data needs, within the limit of the model and ours."""
     wanted = max(256, seen["longest"] // _CHARACTERS_A_TOKEN) if seen["is_chat"] else _LONGEST
     return min(1 << (wanted - 1).bit_length(), limit, _LONGEST)
 
 
 def _require_on_hub(model: str) -> None:
-    """Raises ConfigError for a name that the Hub does not know."""
+    """Raise ConfigError for a name that the Hub does not know."""
     require_reachable(model, "--model")
     try:
         load_tokenizer(model, key="--model")
-    except ConfigError as error:  # a model without a tokenizer, or one that asks for a login, is there
+    except ConfigError as error:  # a model without a tokenizer, or a gated one, exists
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, RepositoryNotFoundError):
             cause = cause.__cause__
@@ -183,14 +183,14 @@ def _template_for(model: str) -> str | None:
     try:
         tokenizer = load_tokenizer(model)
     except HorizonError:
-        return None  # not at hand: its own template is what will be used, if it has one
+        return None  # unavailable: its own template will be used, if it has one
     return None if tokenizer.chat_template else "plain"
 
 
 def _count_sequences(values: dict[str, Any], seen: dict[str, Any]) -> tuple[int | None, str]:
-    """Sequences to train on, and how sure that is. None: more than were looked at.
+    """Return the number of training sequences and "about " if it is an estimate; None for large data.
 
-    They are tokenised and packed as training does it where there are few and the tokenizer is at hand.
+    Tokenises and packs small data as training does if the tokenizer is available.
     """
     if not seen["is_all"]:
         return None, ""
@@ -203,7 +203,7 @@ def _count_sequences(values: dict[str, Any], seen: dict[str, Any]) -> tuple[int 
 
 
 def _batch(max_length: int, sequences: int | None, *, is_text: bool) -> dict[str, Any]:
-    """Epochs, and steps that suit so many sequences, by the rule of tokens_per_step=auto."""
+    """Choose epochs and step size for this many sequences, by the rule of tokens_per_step=auto."""
     epochs = 1 if is_text else 3
     rows, micro_batches = usual_cut(max_length, sequences, is_text=is_text, epochs=epochs)
     return {
@@ -220,7 +220,7 @@ def _steps(values: dict[str, Any], sequences: int) -> int:
 
 
 def _when(values: dict[str, Any], sequences: int | None) -> dict[str, Any]:
-    """When to evaluate and save: a short run never comes to the defaults' steps."""
+    """Choose when to evaluate and save: a short run never reaches the defaults' steps."""
     fields = TrainConfig.model_fields
     steps = None if sequences is None else _steps(values, sequences)
     found: dict[str, Any] = {}
@@ -248,8 +248,8 @@ def _in_words(values: dict[str, Any], seen: dict[str, Any], sequences: int, how:
 
 def _text(values: dict[str, Any]) -> str:
     lines = [
-        "# Written by `horizon init`. Every key may be changed here or on the command line (key=value);",
-        "# `horizon train --help` lists those that are not here.",
+        "# Written by `horizon init`. Change any key here or on the command line (key=value);",
+        "# `horizon train --help` lists the others.",
     ]
     for group, keys in _KEYS.items():
         lines += ["", f"# -- {group}"]
@@ -265,6 +265,6 @@ def _text(values: dict[str, Any]) -> str:
 
 
 def _short(description: str | None) -> str:
-    """The first clause of what a setting means, as a comment begins."""
+    """Return the first clause of a description, as a comment."""
     clause = re.split(r"[;:.] |[.;]$", str(description))[0]
     return clause[:1].lower() + clause[1:]

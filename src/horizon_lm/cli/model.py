@@ -18,16 +18,20 @@ Model = Annotated[
     str, typer.Argument(help="A folder in Hugging Face format, a run's output_dir, or a Hub name.")
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token always.")]
-TopP = Annotated[float, typer.Option(min=0.01, max=1, help="Draw among the likeliest tokens of this share.")]
-Penalty = Annotated[float, typer.Option(min=1, help="Above 1: tokens that have come become less likely.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of the draw; the same seed gives the same text.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")]
+TopP = Annotated[
+    float, typer.Option(min=0.01, max=1, help="Draw from the likeliest tokens of this total share.")
+]
+Penalty = Annotated[float, typer.Option(min=1, help="Above 1: earlier tokens become less likely.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the draw; the same seed gives the same text.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with it.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that ships with the model.")
+]
 
 
 class EvalCommand(SettingsCommand):
-    """Something to evaluate, and settings."""
+    """`eval`, which takes a run, a model or a configuration, and settings."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return ["[RUN | MODEL | CONFIG.yaml]", "[KEY=VALUE | --KEY VALUE]..."]
@@ -39,10 +43,10 @@ def evaluate(
 ) -> None:
     """Print loss and perplexity of a model.
 
-    RUN: its trained model, or its latest checkpoint while it is not finished. MODEL: a folder in Hugging Face
-    format or a Hub name. CONFIG.yaml, or no file: what model_name_or_path names.
+    RUN: its trained model, or the latest checkpoint of an unfinished run. MODEL: a folder in Hugging Face
+    format or a Hub name. CONFIG.yaml, or no file: the model of model_name_or_path.
 
-    On eval_datasets; else on what val_size holds out; else on datasets.
+    Evaluates on eval_datasets, else on what val_size holds out, else on datasets.
     """
     place, overrides = split_arguments(settings or ())
     if place is not None:
@@ -50,7 +54,7 @@ def evaluate(
     for key, _, name in (override.removeprefix("--").partition("=") for override in overrides):
         if key.replace("-", "_") == "model_name_or_path":
             require_model(name, "model_name_or_path")
-    from horizon_lm.training.evaluate import evaluate_target, target_of
+    from horizon_lm.training.eval_command import evaluate_target, target_of
 
     target, notes = target_of(place, overrides)
     for note in notes:
@@ -68,8 +72,8 @@ def evaluate(
 
 def generate(
     model: Model,
-    prompt: Annotated[list[str], typer.Option(help="Text to go on from; @FILE: one a line. Repeatable.")],
-    as_chat: Annotated[bool, typer.Option("--chat", help="Ask it as a user, by the chat template.")] = False,
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; @FILE: one per line. Repeatable.")],
+    as_chat: Annotated[bool, typer.Option("--chat", help="Send it as a user message.")] = False,
     system: Annotated[str | None, typer.Option(help="System prompt, with --chat.")] = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.7,
@@ -78,7 +82,7 @@ def generate(
     seed: Seed = 0,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a prompt.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per prompt.")] = False,
 ) -> None:
     """Complete prompts with a model."""
     require_model(model, "model")
@@ -109,15 +113,17 @@ def chat(
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Talk to a model.
+    """Chat with a model.
 
-    /reset forgets the conversation, /quit or the end of input leaves.
+    /reset clears the conversation; /quit or the end of input exits.
     """
     require_model(model, "model")
     from horizon_lm.training.generate import Chat, Generator, Sampling
 
     if sys.stdin is None:
-        raise ConfigError("standard input is closed, and chat reads from it", "horizon generate needs none")
+        raise ConfigError(
+            "chat reads standard input, which is closed", "use horizon generate, which needs none"
+        )
     generator = Generator.load(model, device=device, trust_remote_code=trust_remote_code, verb="chat")
     conversation = Chat(generator, system)
     sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty, seed)

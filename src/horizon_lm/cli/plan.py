@@ -13,7 +13,7 @@ from horizon_lm.io.output import lasting_output
 
 
 class PlanCommand(SettingsCommand):
-    """Its settings are followed by a machine."""
+    """`plan`, which takes settings and a machine."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return ["[CONFIG.yaml]", "[KEY=VALUE]...", "[hardware=NAME]", "[--json]"]
@@ -23,9 +23,9 @@ def plan(
     settings: SettingsArguments = None,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Say what a run will take and how fast it will be, before it is started; nothing is allocated.
+    """Predict the memory and speed of a run without allocating anything.
 
-    hardware=NAME plans for a machine that is not here: a shipped profile, or a file with one.
+    hardware=NAME plans for another machine: a shipped profile, or a file with one.
     """
     hardware, rest = "auto", []
     for argument in settings or ():
@@ -53,16 +53,16 @@ def plan(
 
 
 def doctor(
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again, although this machine was.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again, even if this machine was.")] = False,
     thorough: Annotated[
         bool, typer.Option("--thorough", help="Measure again, with more repetitions; takes minutes.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Look at this machine: what it has, how fast it is, what limits a run and how to mend it.
+    """Examine this machine: its hardware, its speed, what limits a run and how to fix it.
 
-    Measuring takes under a minute. --thorough repeats each model five times instead of twice, and looks at
-    the memory of three processes of each kind instead of one.
+    Measuring takes under a minute. --thorough runs each model five times instead of twice, and measures the
+    memory of three processes of each kind instead of one.
     """
     from horizon_lm.plan.doctor import Interrupted, examine, to_lines
 
@@ -76,7 +76,7 @@ def doctor(
             print(writer.dumps({"findings": [vars(f) for f in stop.findings], "interrupted": True}, indent=2))
         else:
             print("\n".join(to_lines(stop.findings)))
-        print("nothing was kept: measuring did not come to its end", file=sys.stderr)
+        print("nothing was saved: measuring was interrupted", file=sys.stderr)
         raise
     print(found.to_json() if json else found.to_text())
     if found.has_failed:
@@ -84,7 +84,7 @@ def doctor(
 
 
 def _say_measured(what: str, figure: str | None) -> None:
-    """One line for each measurement, begun with what it is and ended with its figure."""
+    """Print a measurement's name when it starts and its result when it ends, on one line."""
     if figure is None:
         print(f"measuring  {what} ... ", end="", file=sys.stderr, flush=True)
     else:
@@ -92,9 +92,9 @@ def _say_measured(what: str, figure: str | None) -> None:
 
 
 def report(run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.")]) -> None:
-    """Write RUN/report.html, a page with everything in it, and RUN/trace.json for ui.perfetto.dev.
+    """Write RUN/report.html, a self-contained page, and RUN/trace.json for ui.perfetto.dev.
 
-    Also of a run that goes on, or that was stopped or killed.
+    Works for running, stopped and killed runs too.
     """
     from horizon_lm.report.html import write_report
 

@@ -32,7 +32,7 @@ class SettingsCommand(TyperCommand):
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """What follows a verb -> (configuration file, overrides as `key=value`)."""
+    """Split the arguments of a verb into configuration file and overrides (`key=value`)."""
     config: str | None = None
     overrides: list[str] = []
     rest = iter(_with_resume(arguments))
@@ -47,10 +47,10 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
             overrides.append(argument)
         elif argument.startswith("-") and argument != "-":
             raise ConfigError(
-                f"command line: '{argument}' is no option", "settings are key=value or --key value"
+                f"command line: '{argument}' is not an option", "write settings as key=value or --key value"
             )
         elif config is not None:
-            hint = "settings are key=value; text with spaces needs quotes"
+            hint = "write settings as key=value, and quote text with spaces"
             raise ConfigError(f"command line: '{argument}' is neither key=value nor the only file", hint)
         else:
             config = argument
@@ -58,7 +58,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _with_resume(arguments: Sequence[str]) -> list[str]:
-    """`--resume` may stand alone: it means the latest checkpoint of output_dir."""
+    """Expand a `--resume` without a value: the latest checkpoint of output_dir."""
     found = list(arguments)
     for i, argument in enumerate(found):
         if argument != "--resume":
@@ -71,11 +71,12 @@ def _with_resume(arguments: Sequence[str]) -> list[str]:
 
 
 def load_settings(arguments: Sequence[str] | None) -> tuple[TrainConfig, list[str]]:
+    """Read the settings of a verb and print notes about aliases. Raises ConfigError."""
     from horizon_lm.config import load_config
 
     place, overrides = split_arguments(arguments or ())
     if place is not None and os.path.isdir(place):
-        from horizon_lm.checkpoint.places import no_settings
+        from horizon_lm.checkpoint.identify import no_settings
 
         raise no_settings(place)
     config, notes = load_config(place, overrides)
@@ -85,7 +86,7 @@ def load_settings(arguments: Sequence[str] | None) -> tuple[TrainConfig, list[st
 
 
 def require_named_model(config: TrainConfig) -> None:
-    """Raises ConfigError, before a library is imported, for a model that can be had nowhere."""
+    """Raise ConfigError for a model that is nowhere, before any library is imported."""
     from horizon_lm.io.hub import require_model
 
     if config.init_model is None and config.model_name_or_path is not None:
@@ -93,7 +94,7 @@ def require_named_model(config: TrainConfig) -> None:
 
 
 class TrainCommand(SettingsCommand):
-    """Its help ends with every setting."""
+    """`train`, whose help ends with all settings."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         from horizon_lm.config.reference import settings_help
@@ -108,15 +109,15 @@ def train(
         bool, typer.Option("--dry-run", help="Plan, build, check and simulate a step; train nothing.")
     ] = False,
 ) -> None:
-    """Train a model and leave it in Hugging Face format.
+    """Train a model and save it in Hugging Face format.
 
-    Settings come from CONFIG.yaml, if given, and from key=value, --key value or --key=value, which win.
+    Settings come from CONFIG.yaml, if given; key=value, --key value or --key=value override it.
     """
     config, notes = load_settings(settings)
-    if config.resume_from_checkpoint is None:  # a checkpoint may hold all that the model's folder did
+    if config.resume_from_checkpoint is None:  # a checkpoint can replace the model's folder
         require_named_model(config)
     if dry_run:
-        from horizon_lm.training.planning import dry_run as run_dry
+        from horizon_lm.training.prepare import dry_run as run_dry
 
         return print(run_dry(config))
     from horizon_lm.training.train import train as run_training
@@ -128,25 +129,25 @@ RunOrCheckpoint = Annotated[str, typer.Argument(help="A run's output_dir, or one
 
 
 class ResumeCommand(SettingsCommand):
-    """A run, and settings that are to be others from now on."""
+    """`resume`, which takes a run and changed settings."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return ["RUN", "[KEY=VALUE | --KEY VALUE]..."]
 
 
 def resume(settings: SettingsArguments = None) -> None:
-    """Go on with a run that was stopped or killed, or make a finished one longer.
+    """Resume a stopped or killed run, or extend a finished one.
 
-    RUN is its output_dir (the latest valid checkpoint is taken), or a checkpoint in it. The run keeps its
+    RUN is its output_dir (uses the latest valid checkpoint) or a checkpoint in it. The run keeps its
     settings; key=value changes them. max_steps=N and num_train_epochs=N make the run longer or shorter;
-    others that alter results need allow_changed_settings=true as well.
+    other settings that alter results need allow_changed_settings=true as well.
     """
     place, overrides = split_arguments(settings or ())
     if place is None:
-        raise ConfigError("command line: 'resume' needs a run", "horizon resume RUN, with its output_dir")
-    from horizon_lm.checkpoint.places import look, new_run
+        raise ConfigError("command line: 'resume' needs a run", "write horizon resume RUN")
+    from horizon_lm.checkpoint.identify import identify, new_run
 
-    looked = look(place)
+    looked = identify(place)
     if looked.kind == "run" and looked.is_finished and looked.model is not None and not overrides:
         print(f"{place}: {looked.what}")
         more = looked.step + max(1, looked.step // 10)
@@ -162,8 +163,7 @@ def resume(settings: SettingsArguments = None) -> None:
     refused = given_keys(overrides) & {"output_dir", "resume_from_checkpoint"}
     if refused:
         raise ConfigError(
-            f"command line: {' and '.join(sorted(refused))} cannot be given to resume, "
-            f"which goes on in {folder}",
+            f"command line: resume does not take {' and '.join(sorted(refused))}: it continues in {folder}",
             hint=f"horizon train {folder}/config.resolved.yaml resume_from_checkpoint={place} output_dir=NEW",
         )
     own = [f"output_dir={folder}", f"resume_from_checkpoint={source}"]
@@ -177,11 +177,11 @@ def resume(settings: SettingsArguments = None) -> None:
 
 
 def verify(checkpoint: RunOrCheckpoint) -> None:
-    """Check a checkpoint, or all of a run: checksums, tensor headers, numbers; exit code 5 for a fault."""
-    from horizon_lm.checkpoint.places import look, no_checkpoint
+    """Check a checkpoint, or all of a run: checksums, tensor headers, numbers; exit code 5 if corrupt."""
+    from horizon_lm.checkpoint.identify import identify, no_checkpoint
     from horizon_lm.checkpoint.reader import verify as verify_checkpoint
 
-    looked = look(checkpoint)
+    looked = identify(checkpoint)
     faults = [one.reason for one in looked.rejected]
     if not looked.checkpoints and not faults:
         raise no_checkpoint(looked, "verify")
@@ -197,36 +197,34 @@ def verify(checkpoint: RunOrCheckpoint) -> None:
     if faults:
         raise CheckpointError(
             "\n  ".join(faults),
-            hint="'horizon resume' takes the latest sound one; 'horizon verify RUN' shows all",
+            hint="use 'horizon resume', which takes the latest sound one; 'horizon verify RUN' checks all",
         )
 
 
 def export(
     checkpoint: RunOrCheckpoint,
-    output: Annotated[str, typer.Argument(metavar="OUT", help="A folder that is new or empty.")],
-    dtype: Annotated[
-        str | None, typer.Option(help="bfloat16 or float32; by default that of the run.")
-    ] = None,
+    output: Annotated[str, typer.Argument(metavar="OUT", help="A new or empty folder.")],
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32; the run's by default.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+        bool, typer.Option("--trust-remote-code", help="Run code that ships with the model.")
     ] = False,
 ) -> None:
     """Write the model of a checkpoint in Hugging Face format, with tokenizer and model card."""
     import re
 
     if dtype not in (None, "bfloat16", "float32"):
-        raise ConfigError(f"command line: --dtype is {dtype!r}", "bfloat16 or float32")
+        raise ConfigError(f"command line: --dtype is {dtype!r}", "use bfloat16 or float32")
     if not re.fullmatch(r"[0-9]{0,6}[1-9][0-9]{0,6}(KB|MB|GB|TB)", max_shard_size):
         raise ConfigError(
-            f"command line: --max-shard-size is {max_shard_size!r}", "a size such as 5GB or 500MB"
+            f"command line: --max-shard-size is {max_shard_size!r}", "use a size such as 5GB or 500MB"
         )
-    from horizon_lm.checkpoint.places import look, no_checkpoint
+    from horizon_lm.checkpoint.identify import identify, no_checkpoint
 
-    looked = look(checkpoint)
+    looked = identify(checkpoint)
     if not looked.checkpoints and not looked.rejected:
         raise no_checkpoint(looked, "export")
-    from horizon_lm.checkpoint.export_checkpoint import export_checkpoint
+    from horizon_lm.checkpoint.export import export_checkpoint
 
     with lasting_output():
         done = export_checkpoint(

@@ -1,8 +1,7 @@
-"""Names that other trainers give to our settings.
+"""Names of our settings in other trainers.
 
-Each is accepted, reported once as a note, and absent from the resolved configuration. An alias beside its
-canonical key (or a second alias of it) in one place is an error: neither can be preferred without guessing.
-But of two switches that are aliases of one key, one that is off yields to the other.
+Aliases are accepted, reported once as a note, and absent from the resolved configuration. Two names of one
+setting in one place are an error, except that of two switches one that is off yields to the other.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from horizon_lm.errors import ConfigError
 
 @dataclass(frozen=True)
 class Alias:
-    """`key` is the canonical name; `convert` (ValueError if it cannot) turns the alias's value into its."""
+    """The canonical name, and the conversion of an alias's value (ValueError if there is none)."""
 
     key: str
     convert: Callable[[Any], Any] | None = None
@@ -44,7 +43,7 @@ def _flag(yes: str, no: str) -> Callable[[Any], str]:
 
 def _ratio(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ValueError("expected a share of all steps, from 0 to below 1")
+        raise ValueError("expected a share of all steps, at least 0 and below 1")
     return float(value)
 
 
@@ -59,7 +58,7 @@ def _checkpointing(value: Any) -> Any:
 
 
 def _choice(yes: str, no: str) -> Callable[[Any], str]:
-    """For switches whose two positions are two of our words."""
+    """Convert a switch whose two positions are two of our words."""
 
     def convert(value: Any) -> str:
         if not isinstance(value, bool):
@@ -70,19 +69,19 @@ def _choice(yes: str, no: str) -> Callable[[Any], str]:
 
 
 def _texts(value: Any) -> Any:
-    """A list; LLaMA-Factory writes one text with commas."""
+    """Convert to a list; LLaMA-Factory writes one comma-separated text."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     return [] if value is None else value
 
 
 def _prefixes(value: Any) -> Any:
-    """Beginnings of names, as ms-swift has them, as patterns."""
+    """Convert name prefixes, as in ms-swift, to patterns."""
     return [f"^{re.escape(text)}" for text in _texts(value)]
 
 
 def _all_but(value: Any) -> Any:
-    """Axolotl names the parameters that are trained: patterns that match from a name's beginning."""
+    """Convert Axolotl's patterns of trained parameters, matched from the start of a name, to `freeze`."""
     patterns = _texts(value)
     if not isinstance(patterns, list) or any(not isinstance(p, str) for p in patterns):
         raise ValueError("expected a list of regular expressions")
@@ -170,37 +169,37 @@ ALIASES: dict[str, Alias] = {
     "activation_checkpointing": Alias("activations", _checkpointing),
 }
 
-_READ = "columns that are not needed are not read into memory"
+_READ = "unneeded columns are never read"
 _PADDED = "a batch is padded to its longest sequence"
-_TYPE = "the model's own files say what it is"
+_TYPE = "it is read from the model's files"
 DROPPED: dict[str, str] = {
     "model_type": _TYPE,
     "tokenizer_type": _TYPE,
     "base_model_config": _TYPE,
     "is_llama_derived_model": _TYPE,
     "is_mistral_derived_model": _TYPE,
-    "tokenizer_use_fast": "the fast tokenizer is used",
-    "use_fast_tokenizer": "the fast tokenizer is used",
-    "strict": "unknown keys are errors",
-    "tf32": "float32 products are computed as torch is set to",
+    "tokenizer_use_fast": "the fast tokenizer is always used",
+    "use_fast_tokenizer": "the fast tokenizer is always used",
+    "strict": "unknown keys are always errors",
+    "tf32": "float32 products follow torch's own setting",
     "local_rank": "one process trains",
     "ddp_timeout": "one process trains",
     "plot_loss_curve": "see plot_loss",
-    "include_num_input_tokens_seen": "tokens are counted in any case",
-    "gradient_checkpointing_kwargs": "how a layer is recomputed is not a choice here",
+    "include_num_input_tokens_seen": "tokens are always counted",
+    "gradient_checkpointing_kwargs": "there is one way to recompute a layer",
     "remove_unused_columns": _READ,
     "pad_to_sequence_len": _PADDED,
-    "resize_vocab": "embeddings grow by themselves for new_tokens",
-    "overwrite_cache": "tokens are kept by content and settings, so that a change is noticed",
-    "dataset_kwargs": "the dataset's format is known from its columns",
-    "hf_use_auth_token": "the token is looked for wherever one is needed",
+    "resize_vocab": "embeddings grow for new_tokens automatically",
+    "overwrite_cache": "the token cache detects changed content and settings",
+    "dataset_kwargs": "the format is detected from the columns",
+    "hf_use_auth_token": "a token is looked up whenever one is needed",
     "hub_strategy": "the model is uploaded once, at the end of the run",
 }
 
-# Settings that people bring from elsewhere and that have no counterpart: the hint of the unknown-key error.
+# Settings of other trainers without a counterpart -> the hint of the unknown-key error.
 _WHOLE = "leave the key out: all parameters are trained, in full precision"
-_PART = "leave the key out: all parameters are trained; 'freeze: [patterns]' takes some out of training"
-_METHOD = "leave the key out: supervised tuning or pretraining follows from the columns of the data"
+_PART = "leave the key out: all parameters are trained, except those in 'freeze: [patterns]'"
+_METHOD = "leave the key out: the columns of the data decide between supervised tuning and pretraining"
 _TOKEN = "leave the key out: the token comes from HF_TOKEN or 'hf auth login', never from a configuration"
 _MIN_LR = (
     "leave the key out and write 'lr_scheduler_type: cosine_with_min_lr' and "
@@ -211,8 +210,8 @@ _EPOCH_PARTS = "leave the key out and write eval_strategy, eval_steps, save_stra
 UNAVAILABLE: dict[str, str] = {
     "evals_per_epoch": _EPOCH_PARTS,
     "saves_per_epoch": _EPOCH_PARTS,
-    "eval_table_size": "leave the key out: evaluation gives the loss",
-    "group_by_length": "leave the key out: 'packing: true' has no padding to save",
+    "eval_table_size": "leave the key out: evaluation reports the loss only",
+    "group_by_length": "leave the key out: 'packing: true' needs no padding",
     "train_sampling_strategy": "leave the key out: rows come in a seeded random order",
     "fsdp_config": _HOST,
     "lora_model_dir": _WHOLE,
@@ -226,14 +225,14 @@ UNAVAILABLE: dict[str, str] = {
     "s2_attention": "leave the key out and choose attn_implementation",
     "flex_attention": "leave the key out and write 'attn_implementation: flex_attention'",
     "wandb_entity": "leave the key out: set WANDB_ENTITY in the environment",
-    "wandb_watch": "leave the key out: gradients do not stay for wandb to watch",
+    "wandb_watch": "leave the key out: gradients are freed before wandb could watch them",
     "wandb_log_model": "leave the key out: the model is written to output_dir/model",
     "wandb_run_id": "leave the key out: set WANDB_RUN_ID in the environment",
     "use_wandb": "leave the key out and write 'report_to: wandb'",
-    "debug": "leave the key out",
+    "debug": "leave the key out; 'horizon --debug' shows tracebacks",
     "eval_accumulation_steps": "leave the key out: evaluation keeps sums, not logits",
     "auto_find_batch_size": "leave the key out and write tokens_per_step: the planner cuts it",
-    "torch_compile": "leave the key out: layers are run as transformers writes them",
+    "torch_compile": "leave the key out: layers run as transformers implements them",
     "use_liger_kernel": "leave the key out: the loss is computed in chunks already",
     "fp16": "leave the key out and choose 'dtype: bfloat16' or 'dtype: float32'",
     "deepspeed": _HOST,
@@ -259,7 +258,7 @@ UNAVAILABLE: dict[str, str] = {
     "lora_rank": _WHOLE,
     "lora_alpha": _WHOLE,
     "lora_target_modules": _WHOLE,
-    "template": "leave the key out: the tokenizer's own chat template is used; 'chat_template' is another",
+    "template": "leave the key out: the tokenizer's own chat template is used; 'chat_template' replaces it",
     "dataset_text_field": "leave the key out and write 'datasets: [{path: ..., text_column: ...}]'",
     "dataset_train_split": "leave the key out and write 'datasets: [{path: ..., split: ...}]'",
     "dataset_config": "leave the key out and write 'datasets: [{path: ..., name: ...}]'",
@@ -271,11 +270,11 @@ UNAVAILABLE: dict[str, str] = {
     "cosine_min_lr_ratio": _MIN_LR,
     "min_lr_rate": _MIN_LR,
     "min_lr": _MIN_LR,
-    "padding_free": "leave the key out: 'packing: true' has no padding",
+    "padding_free": "leave the key out: 'packing: true' needs no padding",
 }
 
 
-# Of an entry of `datasets`, as Axolotl and LLaMA-Factory write it.
+# Keys of an entry of `datasets` in Axolotl and LLaMA-Factory.
 ENTRY_ALIASES: dict[str, str] = {
     "type": "format",
     "formatting": "format",
@@ -289,7 +288,7 @@ _ENTRY_TYPES = {"chat_template": "messages", "completion": "text", "pretrain": "
 
 
 def canonical_entry(values: Any) -> Any:
-    """An entry of `datasets` under our names. ValueError where a key stands there under two."""
+    """Rename the keys of an entry of `datasets` to ours. Raises ValueError for two names of one key."""
     if not isinstance(values, dict):
         return values
     result = dict(values)
@@ -310,26 +309,26 @@ def canonical_entry(values: Any) -> Any:
 
 
 def canonical_name(key: str) -> str:
-    """The setting that `key` stands for; `key` itself when it is no alias."""
+    """Return the setting that `key` is an alias of, or `key` itself."""
     return ALIASES[key].key if key in ALIASES else key
 
 
 def canonical_value(key: str, value: Any, place: str) -> Any:
-    """What `key: value` means under the canonical name."""
+    """Convert the value of an alias to that of its setting. Raises ConfigError."""
     convert = ALIASES[key].convert if key in ALIASES else None
     if convert is None:
         return value
     try:
         return convert(value)
     except (ValueError, TypeError) as error:
-        reason = str(error) if isinstance(error, ValueError) else "this value is not understood"
+        reason = str(error) if isinstance(error, ValueError) else "unsupported value"
         raise ConfigError(
-            f"{place}: {key} is {value!r}: {reason}", f"or write '{canonical_name(key)}'"
+            f"{place}: {key} is {value!r}: {reason}", f"correct it, or set {canonical_name(key)}"
         ) from None
 
 
 def drop_or_note(key: str, place: str, value: Any) -> tuple[bool, str | None]:
-    """Whether `key: value` has no effect, and the note to print about it, if any."""
+    """Return whether `key: value` has no effect, and the note to print about it, if any."""
     if key in DROPPED:
         return True, f"{place}: '{key}' is ignored, {DROPPED[key]}"
     if key in UNAVAILABLE and (value is None or value is False):
@@ -340,9 +339,9 @@ def drop_or_note(key: str, place: str, value: Any) -> tuple[bool, str | None]:
 
 
 def canonicalise(document: Document) -> tuple[Document, list[str]]:
-    """The same settings under their canonical names, and one note per alias or ignored key.
+    """Rename aliases to canonical names; return the document and a note per alias or ignored key.
 
-    A value that an alias cannot have is left out and kept as a fault of the result.
+    Values that an alias cannot have become `faults` of the result.
     """
     values: dict[str, Any] = {}
     where: dict[KeyPath, str] = {(): document.where.get((), "")}
@@ -381,6 +380,6 @@ def canonicalise(document: Document) -> tuple[Document, list[str]]:
 
 
 def conflict(first: str, second: str, place: str) -> ConfigError:
-    """The error for two names of one setting in one place."""
+    """Build the error for two names of one setting in one place."""
     name = canonical_name(second)
     return ConfigError(f"{place}: '{first}' and '{second}' are the same setting", f"keep '{name}' only")

@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from horizon_lm.config.base import fault
 
-# Arguments that each curve of `lr_scheduler_type` takes, as in transformers' `get_scheduler`.
+# Curve -> the arguments that it takes.
 SCHEDULER_KWARGS: dict[str, frozenset[str]] = {
     "linear": frozenset(),
     "cosine": frozenset({"num_cycles"}),
@@ -24,13 +24,13 @@ SCHEDULER_KWARGS: dict[str, frozenset[str]] = {
         {"num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles"}
     ),
 }
-# Of those, the learning rate or the share of it that a curve ends at.
+# Arguments that are the last learning rate of a curve, or its share of the peak.
 _LOWEST_RATES = frozenset({"min_lr", "min_lr_rate", "min_lr_ratio", "lr_end"})
 _CURVE_ALIASES = {"wsd": "warmup_stable_decay"}
-# Curves of transformers that are no function of the step: a resumed run could not go on with the same bits.
+# Unsupported curves of transformers: not functions of the step, so not bitwise resumable.
 _NO_CURVES = {
-    "reduce_lr_on_plateau": "it follows the evaluations, and a rate here is a function of the step alone",
-    "greedy": "it follows the losses, and a rate here is a function of the step alone",
+    "reduce_lr_on_plateau": "it depends on evaluations, and a learning rate here depends on the step alone",
+    "greedy": "it depends on losses, and a learning rate here depends on the step alone",
 }
 
 
@@ -40,7 +40,7 @@ def curve_name(value: Any) -> Any:
         raise fault(
             f"lr_scheduler_type: {value} is not supported: {_NO_CURVES[value]}",
             key="lr_scheduler_type",
-            hint="lr_scheduler_type=cosine, or lr_scheduler_type=warmup_stable_decay",
+            hint="set lr_scheduler_type=cosine or lr_scheduler_type=warmup_stable_decay",
         )
     return _CURVE_ALIASES.get(value, value) if isinstance(value, str) else value
 
@@ -58,7 +58,7 @@ def curve_faults(name: str, given: Mapping[str, Any]) -> Iterator[PydanticCustom
             yield fault(
                 f"lr_scheduler_kwargs.{key} is {value}, expected a number >= 0",
                 key="lr_scheduler_kwargs",
-                hint="0 lets the learning rate end at 0",
+                hint=f"for example lr_scheduler_kwargs.{key}=0",
             )
         if key not in SCHEDULER_KWARGS[name]:
             known = ", ".join(sorted(SCHEDULER_KWARGS[name])) or "no arguments"

@@ -1,4 +1,4 @@
-"""The settings of data: what is read, how it becomes sequences, and what is evaluated on, and when."""
+"""Settings of training and evaluation data."""
 
 from __future__ import annotations
 
@@ -9,68 +9,68 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from horizon_lm.config.aliases import canonical_entry
 from horizon_lm.config.base import STRICT, Settings, fault, setting
 
-# The words of LLaMA-Factory's `tags`: two keys of a message, and the roles it may have.
+# LLaMA-Factory's `tags`: two keys of a message, then its roles.
 TAGS = (
     *("role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag"),
     "system_tag",
 )
 
 IGNORED = -100  # label of a token that is not trained on, as in transformers
-MOST = 10**12  # rows, documents or steps: far more than there are, and NumPy can count them
+MOST = 10**12  # rows, documents or steps: beyond any real number, within NumPy's integers
 
 
 class DatasetConfig(BaseModel):
-    """One source of training text; an entry of `datasets`."""
+    """An entry of `datasets`: one source of training data."""
 
     model_config = STRICT
 
     path: str = Field(
         min_length=1,
         description="A file, folder or glob of .jsonl, .json, .csv, .parquet, .txt, .md or .py files (all "
-        "but parquet also as .gz); a folder that `datasets` has saved; a name on the Hugging Face Hub; or "
-        "python-stdlib (the source of Python's own standard library).",
+        "but parquet also as .gz); a folder saved by `datasets`; a Hub name; or python-stdlib (the source of "
+        "Python's standard library).",
     )
     format: Literal["auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt"] = Field(
-        default="auto", description="How rows are read; auto looks at the columns of the first."
+        default="auto", description="How rows are read; auto detects it from the columns of the first row."
     )
     columns: dict[str, str | None] = Field(
         default_factory=dict,
-        description="Columns to rename, old name to new name; null leaves one out.",
+        description="Columns to rename, old name to new; null omits one.",
     )
     tags: dict[str, str] = Field(
         default_factory=dict,
-        description="Keys and roles of messages that have other names, as in LLaMA-Factory: role_tag and "
-        "content_tag are keys, user_tag, assistant_tag and so on are roles.",
+        description="Other names for keys and roles of messages, as in LLaMA-Factory: role_tag and "
+        "content_tag are keys; user_tag, assistant_tag and so on are roles.",
         json_schema_extra={"expects": f"a mapping with some of {', '.join(TAGS)}"},
     )
     max_samples: int | None = Field(
         default=None,
         ge=1,
         le=MOST,
-        description="Read at most so many rows, the first ones; null means the setting max_samples.",
+        description="Read at most this many rows, from the first; null uses the setting max_samples.",
     )
     split: str = Field(
         default="train",
         min_length=1,
-        description="The split to read; in a folder, known by the files' names.",
+        description="Split to read; in a folder, detected from file names.",
     )
-    name: str | None = Field(default=None, description="The configuration of a dataset on the Hub.")
+    name: str | None = Field(default=None, description="Configuration of a Hub dataset.")
     revision: str | None = Field(
-        default=None, description="Branch, tag or commit of a dataset on the Hub; a commit is reproducible."
+        default=None, description="Branch, tag or commit of a Hub dataset; a commit is reproducible."
     )
     text_column: str = Field(
-        default="text", min_length=1, description="The column that holds the text of a row of plain text."
+        default="text", min_length=1, description="Column that holds the text of plain-text rows."
     )
     follow_links: bool = Field(
         default=False,
-        description="Read also what lies outside a folder of data, where links in it or its lists of files "
-        "(dataset_info.json, state.json) lead there.",
+        description="Also read files outside a data folder to which its links or file lists "
+        "(dataset_info.json, state.json) lead.",
     )
     weight: float = Field(
         default=1.0,
         gt=0,
         le=1000,
-        description="How often each of its documents comes in an epoch; 0.25 takes a seeded quarter of them.",
+        description="How often each document appears per epoch; 0.25 takes a seeded quarter of them.",
     )
 
     @field_validator("tags")
@@ -90,11 +90,11 @@ class DatasetConfig(BaseModel):
 
 
 class DataSettings(Settings):
-    """Part of `TrainConfig`."""
+    """The data settings of `TrainConfig`."""
 
     datasets: list[DatasetConfig] = setting(
         ...,
-        "What to train on: files, folders, globs, Hub names or python-stdlib; an entry may be a mapping.",
+        "Training data: files, folders, globs, Hub names or python-stdlib; an entry may be a mapping.",
         group="Data",
         resume="ask",
         min_length=1,
@@ -102,15 +102,15 @@ class DataSettings(Settings):
     )
     dataset_dir: str | None = setting(
         None,
-        "Folder of LLaMA-Factory's dataset_info.json: names in datasets and eval_datasets, also several "
-        "divided by commas, are looked up in it. The saved configuration holds what was found instead.",
+        "Folder of LLaMA-Factory's dataset_info.json, which resolves names in datasets and eval_datasets, "
+        "also several separated by commas. The saved configuration holds the resolved entries.",
         group="Data",
         resume="ask",
         min_length=1,
     )
     max_samples: int | None = setting(
         None,
-        "Read at most so many rows of each dataset, the first ones; null reads all.",
+        "Read at most this many rows of each dataset, from the first; null reads all.",
         group="Data",
         resume="ask",
         unit="rows",
@@ -119,7 +119,7 @@ class DataSettings(Settings):
     )
     max_train_bytes: int | None = setting(
         None,
-        "Read at most so much text; null reads all.",
+        "Read at most this much text; null reads all.",
         group="Data",
         resume="ask",
         unit="bytes",
@@ -131,45 +131,46 @@ class DataSettings(Settings):
     )
     truncation: Literal["auto", "drop", "keep_start", "keep_end", "split"] = setting(
         "auto",
-        "What becomes of a document longer than max_length; auto splits text and drops others. Not for "
-        "wrapped packing, which cuts everything.",
+        "Treatment of documents longer than max_length; auto splits text and drops others. Wrapped packing "
+        "ignores it and cuts everything.",
         group="Data",
         resume="ask",
     )
     packing: bool = setting(
         True,
-        "Fill sequences with several documents; false gives each document its own and pads to the batch.",
+        "Fill sequences with several documents; false gives each document its own, padded to the batch.",
         group="Data",
         resume="ask",
     )
     packing_strategy: Literal["auto", "wrapped", "bfd"] = setting(
         "auto",
-        "bfd (best fit decreasing) keeps documents whole and apart: positions from 0, no attention across. "
-        "wrapped joins them and cuts every max_length tokens. auto is wrapped for text, bfd for others.",
+        "bfd (best fit decreasing) keeps documents whole and separate: positions start at 0, no attention "
+        "across. wrapped joins them and cuts every max_length tokens. auto is wrapped for text, bfd for "
+        "others.",
         group="Data",
         resume="ask",
     )
     loss_on: Literal["auto", "all", "completion", "assistant", "last_assistant"] = setting(
         "auto",
-        "Which tokens are trained on; auto: all of a text, the completion of a prompt, every turn of the "
-        "assistant in a conversation.",
+        "Tokens to train on; auto: all of a text, the completion of a prompt, every assistant turn of a "
+        "conversation.",
         group="Data",
         resume="ask",
     )
     chat_template: str | None = setting(
         None,
-        "A .jinja file, or the built-in chatml, plain or alpaca; null means the tokenizer's own. It is saved "
-        "with the trained model.",
+        "A .jinja file, or the built-in chatml, plain or alpaca; null uses the tokenizer's own. The trained"
+        " model is saved with it.",
         group="Data",
         resume="ask",
         min_length=1,
     )
     chat_template_kwargs: dict[str, Any] = setting(
-        {}, "Further variables for the chat template, such as enable_thinking.", group="Data", resume="ask"
+        {}, "Additional variables for the chat template, such as enable_thinking.", group="Data", resume="ask"
     )
     on_bad_row: Literal["raise", "skip"] = setting(
         "raise",
-        "What a row that cannot be used does: end the run, or be counted and left out.",
+        "Response to an unusable row: end the run, or skip and count it.",
         group="Data",
         resume="ask",
     )
@@ -190,7 +191,7 @@ class DataSettings(Settings):
     )
     dataset_num_proc: int | None = setting(
         None,
-        "Processes that tokenise; null means one for each core. The tokens do not depend on it.",
+        "Processes that tokenise; null uses one per core. Tokens do not depend on it.",
         group="Data",
         resume="free",
         unit="processes",
@@ -199,15 +200,15 @@ class DataSettings(Settings):
     )
     dataset_cache_dir: str | None = setting(
         "auto",
-        "Where tokens are kept for the next run, by content and settings; auto is the user's cache folder, "
-        "null keeps none.",
+        "Folder that caches tokens for later runs, by content and settings; auto is the user's cache "
+        "folder, null caches nothing.",
         group="Data",
         resume="free",
         min_length=1,
     )
     dataloader_num_workers: int = setting(
         1,
-        "Threads that make the next steps ready; 0 makes each when it is needed. The order is the same.",
+        "Threads that prepare the next steps; 0 prepares each on demand. The order is the same.",
         group="Data",
         resume="free",
         unit="threads",
@@ -216,7 +217,7 @@ class DataSettings(Settings):
     )
     data_seed: int | None = setting(
         None,
-        "Seed of the data order; null means seed.",
+        "Seed of the data order; null uses seed.",
         group="Data",
         resume="ask",
         ge=0,
@@ -225,7 +226,7 @@ class DataSettings(Settings):
     )
     eval_datasets: list[DatasetConfig] = setting(
         [],
-        "What to evaluate on, as in datasets.",
+        "Evaluation data, as in datasets.",
         group="Evaluation",
         resume="free",
         expects="a path, or a list of paths or of mappings with a path",
@@ -240,7 +241,7 @@ class DataSettings(Settings):
     )
     eval_strategy: Literal["no", "steps", "epoch"] = setting(
         "no",
-        "When to evaluate; the end of the run always, where there is something to evaluate on.",
+        "When to evaluate; the end of the run always is, if there is evaluation data.",
         group="Evaluation",
         resume="free",
     )
@@ -253,11 +254,11 @@ class DataSettings(Settings):
         ge=1,
     )
     eval_on_start: bool = setting(
-        False, "Evaluate before the first step too.", group="Evaluation", resume="free"
+        False, "Also evaluate before the first step.", group="Evaluation", resume="free"
     )
     per_device_eval_batch_size: int | None = setting(
         None,
-        "Sequences in a micro-batch of evaluation; null means per_device_train_batch_size.",
+        "Sequences in an evaluation micro-batch; null uses per_device_train_batch_size.",
         group="Evaluation",
         resume="free",
         unit="sequences",
@@ -268,7 +269,7 @@ class DataSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _look_names_up(cls, values: Any) -> Any:
-        """Entries in place of names of `dataset_dir`, which is then as if it had not been given."""
+        """Replace names by the entries that `dataset_dir` has for them, and unset it."""
         if not isinstance(values, dict) or not isinstance(values.get("dataset_dir"), str):
             return values
         from horizon_lm.config import dataset_info  # read by few

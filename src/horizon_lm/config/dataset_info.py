@@ -1,11 +1,10 @@
-"""LLaMA-Factory's `dataset_info.json`: names of datasets, and what each is, as entries of `datasets`.
+"""LLaMA-Factory's `dataset_info.json`: named datasets, converted to entries of `datasets`.
 
     {"name": {"file_name" | "hf_hub_url": ..., "formatting": "alpaca" | "sharegpt", "columns": {...},
               "tags": {...}, "split", "subset", "revision", "num_samples": ...}}
 
-A name is looked up in the file first; what is not in it is a path (of the working directory, or of the folder
-of the file) or a name on the Hub with its owner. Columns mean what they mean there: where an entry names any,
-those that it does not name are not read.
+A name that the file lacks is a path (in the working directory or beside the file) or a Hub name with its
+owner. Columns mean what they mean there: if an entry names any, the others are not read.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from horizon_lm.io.inside import is_inside
 FILE = "dataset_info.json"
 PYTHON_STDLIB = "python-stdlib"  # built-in data: the source of Python's standard library
 _PLAIN = (".txt", ".md", ".py", ".jsonl", ".json", ".csv")
-SUFFIXES = (*_PLAIN, *(f"{suffix}.gz" for suffix in _PLAIN), ".parquet")  # of files that data is read from
+SUFFIXES = (*_PLAIN, *(f"{suffix}.gz" for suffix in _PLAIN), ".parquet")  # of data files
 _LARGEST = 1 << 24  # bytes
-_ONLINE = "ONLINE"  # LLaMA-Factory's word for: all names are of the Hub
+_ONLINE = "ONLINE"  # in place of the folder, in LLaMA-Factory: all names are on the Hub
 
-# Their words for columns -> ours, by formatting, and what is read where an entry names no columns.
+# Their columns -> ours, by formatting, and the columns read if an entry names none.
 _COLUMNS: dict[str, dict[str, str]] = {
     "alpaca": {
         "prompt": "instruction",
@@ -64,8 +63,8 @@ class InfoError(ValueError):
 
 
 def resolved(value: Any, folder: str) -> Any:
-    """The value of `datasets` with its names looked up: text (names divided by commas), or a list of names
-    and of entries. What is neither is left for the checks of settings. Raises InfoError."""
+    """Resolve the names in a value of `datasets`: text (names separated by commas), or a list of names and
+    entries. Leaves other values to the checks of settings. Raises InfoError."""
     entries = value.split(",") if isinstance(value, str) else value
     if not isinstance(entries, list):
         return value
@@ -74,7 +73,7 @@ def resolved(value: Any, folder: str) -> Any:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The file's content. Raises InfoError where there is none, or it is no mapping of mappings."""
+    """Read the file. Raises InfoError if it is missing or not a mapping of mappings."""
     path = folder / FILE
     try:
         if path.stat().st_size > _LARGEST:
@@ -83,19 +82,19 @@ def read(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise InfoError(
             f"{path} cannot be read: {error.strerror or error}",
-            "dataset_dir is the folder of LLaMA-Factory's dataset_info.json; without one, leave it out",
+            "set dataset_dir to the folder of LLaMA-Factory's dataset_info.json, or leave it out",
         ) from error
     except json.JSONDecodeError as error:
         raise InfoError(f"{path}:{error.lineno} is not valid JSON: {error.msg}", "correct it") from error
     except (ValueError, RecursionError) as error:
         raise InfoError(f"{path} is not usable JSON: {error}", "save it as UTF-8") from error
     if not isinstance(info, dict) or not all(isinstance(entry, dict) for entry in info.values()):
-        raise InfoError(f"{path} is no object of objects", 'as in {"name": {"file_name": "a.json"}}')
+        raise InfoError(f"{path} is not an object of objects", 'as in {"name": {"file_name": "a.json"}}')
     return info
 
 
 def _entry(entry: Any, info: dict[str, Any], folder: str) -> Any:
-    """An entry of `datasets` with what the file says of its name; keys of the entry itself win."""
+    """Complete an entry of `datasets` by what the file has for its name; the entry's own keys win."""
     own = {"path": entry} if isinstance(entry, str) else entry
     if not isinstance(own, dict) or not isinstance(own.get("path"), str):
         return entry
@@ -152,7 +151,7 @@ def _check(entry: dict[str, Any], at: str) -> None:
     columns = entry.get("columns") or {}
     if entry.get("ranking") or isinstance(columns, dict) and columns.get("kto_tag"):
         raise InfoError(
-            f"{at} is preference data (ranking or kto_tag), for DPO or KTO, which is not available yet",
+            f"{at} is preference data (ranking or kto_tag) for DPO or KTO, which is not supported yet",
             "choose a dataset for supervised tuning",
         )
     formatting = entry.get("formatting") or "alpaca"
@@ -161,10 +160,10 @@ def _check(entry: dict[str, Any], at: str) -> None:
     for part in ("columns", "tags"):
         given = entry.get(part) or {}
         if not isinstance(given, dict) or not all(isinstance(v, str) or v is None for v in given.values()):
-            raise InfoError(f"{at}: {part} is no object of texts", 'as in {"messages": "conversations"}')
+            raise InfoError(f"{at}: {part} is not an object of texts", 'as in {"messages": "conversations"}')
     for key in columns:
         if key in _MEDIA:
-            raise InfoError(f"{at} holds {key}, and only text is trained on", "choose a dataset of text")
+            raise InfoError(f"{at} has {key}, but only text is supported", "choose a text dataset")
         if key not in _COLUMNS[formatting] and key not in ("chosen", "rejected"):
             raise InfoError(
                 f"{at}: columns has the unknown key {key!r} for {formatting}",
@@ -176,7 +175,7 @@ def _source(entry: dict[str, Any], at: str, folder: str) -> str:
     if entry.get("hf_hub_url"):
         if entry.get("folder"):
             raise InfoError(
-                f"{at}: a folder of a dataset on the Hub cannot be named here",
+                f"{at}: 'folder' with hf_hub_url is not supported",
                 "download the dataset and give the folder as a path",
             )
         return str(entry["hf_hub_url"])
@@ -184,9 +183,9 @@ def _source(entry: dict[str, Any], at: str, folder: str) -> str:
         return os.path.join(folder, str(entry["file_name"]))
     given = next((key for key in _SOURCES if entry.get(key)), None)
     raise InfoError(
-        f"{at} has only {given}, which is not read here"
+        f"{at} has only {given}, which is not supported"
         if given
-        else f"{at} names no file_name or hf_hub_url",
+        else f"{at} has neither file_name nor hf_hub_url",
         "download the data and give it a file_name; scripts are never run",
     )
 
@@ -202,7 +201,7 @@ def _check_inside(name: str, path: Path, at: str, folder: Path) -> None:
 def _renamed(
     known: dict[str, str], given: dict[str, str | None], unnamed: frozenset[str]
 ) -> dict[str, str | None]:
-    """Their columns as our renames: those given, and null for a column of ours that is not to be read."""
+    """Convert their columns to our renames; null for columns of ours that are not read."""
     used = {key: column for key, column in given.items() if column and key in known}
     if not given:
         used = {key: known[key] for key in unnamed}

@@ -1,4 +1,4 @@
-"""Settings of a model in host memory: where it computes, what its layers keep, how it is updated."""
+"""Settings of a model in host memory: device, activations, optimizer."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from horizon_lm.config.base import Settings, fault, setting
 
 
 class ModelSettings(Settings):
-    """Settings that `HostModel.from_pretrained` takes as well."""
+    """The settings of `TrainConfig` that `HostModel.from_pretrained` takes as well."""
 
     device: str = setting(
         "auto",
-        "Where layers are computed; auto takes a GPU where there is one.",
+        "Device that computes the layers; auto uses a GPU if available.",
         group="Memory and device",
         resume="ask",
         expects="auto, cpu, cuda or cuda:N",
@@ -24,56 +24,56 @@ class ModelSettings(Settings):
     )
     dtype: Literal["bfloat16", "float32"] = setting(
         "bfloat16",
-        "Number format of weights and computation; the optimizer keeps float32 masters in either case.",
+        "Weight and compute dtype; the optimizer keeps float32 masters either way.",
         group="Model",
         resume="fixed",
     )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = setting(
         "sdpa",
-        "Attention kernel, by its transformers name; on a CPU only sdpa and eager work.",
+        "Attention kernel, by its transformers name; a CPU supports only sdpa and eager.",
         group="Model",
         resume="ask",
     )
     trust_remote_code: bool = setting(
         False,
-        "Run Python code that comes with the model; leave it off for models you have not read.",
+        "Run Python code that ships with the model; leave it off for models you have not read.",
         group="Model",
         resume="free",
     )
     model_revision: str | None = setting(
         None,
-        "Branch, tag or commit of a model on the Hub; a commit makes the run reproducible.",
+        "Branch, tag or commit of a Hub model; a commit makes the run reproducible.",
         group="Model",
         resume="ask",
     )
     allow_missing: list[str] = setting(
         [],
-        "Weights that the checkpoint may lack, or hold in another shape, by regular expressions that are "
-        "found in their names: they begin with random values, as transformers initialises them.",
+        "Weights that the checkpoint may lack or hold in another shape, as regular expressions searched in "
+        "their names; they start with random values, as transformers initialises them.",
         group="Model",
         resume="free",
         expects="a list of regular expressions",
     )
     allow_unexpected: list[str] = setting(
         [],
-        "Weights of the checkpoint that the model may not have, by regular expressions that are found in "
-        "their names: they are left out.",
+        "Weights of the checkpoint that the model may lack, as regular expressions searched in their names;"
+        " they are ignored.",
         group="Model",
         resume="free",
         expects="a list of regular expressions",
     )
     freeze: list[str] = setting(
         [],
-        "Parameters that are not trained, by regular expressions that are found in their names; they need "
-        "no memory for gradients and moments.",
+        "Parameters not to train, as regular expressions searched in their names; they need no memory for "
+        "gradients or moments.",
         group="Optimizer",
         resume="fixed",
         expects="a list of regular expressions",
     )
     neftune_noise_alpha: float | None = setting(
         None,
-        "Uniform noise on the embeddings in training (NEFTune), of magnitude alpha / sqrt(tokens * width), "
-        "drawn anew for each micro-batch; null means none. Usual values are 5 to 15.",
+        "Uniform noise on embeddings in training (NEFTune), of magnitude alpha / sqrt(tokens * width), "
+        "drawn for each micro-batch; null adds none. Usual values are 5 to 15.",
         group="Optimizer",
         resume="ask",
         gt=0,
@@ -89,7 +89,7 @@ class ModelSettings(Settings):
     )
     slots: int = setting(
         2,
-        "Weight slots on the device; two let the next layer arrive while one is computed.",
+        "Weight slots on the device; with two, the next layer uploads while one computes.",
         group="Memory and device",
         resume="free",
         unit="layers",
@@ -97,7 +97,7 @@ class ModelSettings(Settings):
     )
     grad_slots: int = setting(
         2,
-        "Gradient slots on the device; two let one layer's gradients leave while the next are computed.",
+        "Gradient slots on the device; with two, one layer's gradients download while the next are computed.",
         group="Memory and device",
         resume="free",
         unit="layers",
@@ -105,7 +105,7 @@ class ModelSettings(Settings):
     )
     loss_chunk_tokens: int | Literal["auto"] = setting(
         "auto",
-        "Tokens whose logits are alive at once in the loss; fewer need less memory.",
+        "Tokens whose logits exist at once in the loss; fewer need less memory.",
         group="Memory and device",
         resume="ask",
         unit="tokens",
@@ -114,7 +114,7 @@ class ModelSettings(Settings):
     label_smoothing_factor: float = setting(
         0.0,
         "Label smoothing of the training loss: this share of it is the mean of -log p over the vocabulary, "
-        "as with transformers' LabelSmoother. Evaluation stays without it.",
+        "as in transformers' LabelSmoother. Evaluation does not smooth.",
         group="Optimizer",
         resume="ask",
         ge=0,
@@ -122,22 +122,21 @@ class ModelSettings(Settings):
     )
     optim: Literal["adamw", "adam", "sgd", "lion"] = setting(
         "adamw",
-        "The update rule: decoupled (adamw, lion) or added weight decay (adam, sgd).",
+        "Update rule, with decoupled (adamw, lion) or coupled weight decay (adam, sgd).",
         group="Optimizer",
         resume="fixed",
     )
     update: Literal["auto", "sync", "deferred", "eager"] = setting(
         "auto",
-        "When the optimizer runs: sync after the backward pass, deferred during the next forward pass, eager "
-        "during the backward pass. All give the same bits; eager cannot clip, and needs no memory for "
-        "gradients. auto is deferred with clipping or nonfinite: skip, else eager.",
+        "When the optimizer runs: sync after the backward pass, deferred during the next forward pass, "
+        "eager during the backward pass. Results are bitwise identical; eager cannot clip and needs no "
+        "memory for gradients. auto is deferred with clipping or nonfinite: skip, else eager.",
         group="Optimizer",
         resume="free",
     )
     moment_dtype: Literal["float32", "bfloat16"] = setting(
         "float32",
-        "Number format of the optimizer's moments; bfloat16 rounds stochastically and saves 4 bytes a "
-        "parameter.",
+        "Dtype of the optimizer's moments; bfloat16 rounds stochastically and saves 4 bytes per parameter.",
         group="Optimizer",
         resume="fixed",
     )
@@ -151,7 +150,7 @@ class ModelSettings(Settings):
     )
     adam_beta2: float = setting(
         0.999,
-        "Decay of the running mean of squared gradients (adamw, adam); of lion's momentum.",
+        "Decay of the running mean of squared gradients (adamw, adam) or of lion's momentum.",
         group="Optimizer",
         resume="ask",
         ge=0,
@@ -167,35 +166,35 @@ class ModelSettings(Settings):
     sgd_momentum: float = setting(0.0, "Momentum of sgd.", group="Optimizer", resume="ask", ge=0, lt=1)
     max_grad_norm: float | None = setting(
         1.0,
-        "Clip gradients to this global norm; 0 or null switches clipping off.",
+        "Clip gradients to this global norm; 0 or null disables clipping.",
         group="Optimizer",
         resume="ask",
         ge=0,
     )
     nonfinite: Literal["raise", "skip", "rollback"] = setting(
         "raise",
-        "What a NaN or infinite loss or gradient does: end the run, skip that step's update, or go back to "
-        "the last checkpoint and on with the data after it.",
+        "Response to a NaN or infinite loss or gradient: end the run, skip the step's update, or return to "
+        "the last checkpoint and continue with the data after the bad step.",
         group="Optimizer",
         resume="free",
     )
     decay_embeddings: bool = setting(
         True,
-        "Whether weight decay applies to embedding tables; it never does to biases and norms.",
+        "Apply weight decay to embedding tables; biases and norms are never decayed.",
         group="Optimizer",
         resume="ask",
     )
     lr_factors: dict[str, float] = setting(
         {},
-        "Factors of the learning rate by parameter name: regular expression to factor, the first that is "
-        "found in a name counts.",
+        "Learning-rate factors of parameters, regular expression to factor; the first one found in a name "
+        "applies.",
         group="Optimizer",
         resume="ask",
         expects="a mapping of regular expressions to numbers >= 0",
     )
     optimizer_threads: int | Literal["auto"] = setting(
         "auto",
-        "Threads of the update on the host; auto takes the cores that this process may use, never more.",
+        "Host threads of the update; auto uses all cores available to this process, never more.",
         group="Optimizer",
         resume="free",
         unit="threads",
@@ -203,25 +202,25 @@ class ModelSettings(Settings):
     )
     activations: Literal["auto", "recompute", "keep"] | list[str] = setting(
         "auto",
-        "What a layer leaves for its backward pass: recompute its input alone, keep all that is needed. A "
-        'list names the policy of each layer, as in ["recompute*23", "keep*9"]. auto lets the '
-        "planner keep as many layers as fit, from the last one down; without a plan it is recompute.",
+        "What each layer keeps for its backward pass: recompute keeps only its input, keep all that is "
+        'needed. A list sets each layer, as in ["recompute*23", "keep*9"]. auto lets the planner keep as '
+        "many layers as fit, from the last one down; without a plan it is recompute.",
         group="Memory and device",
         resume="free",
         expects="auto, recompute, keep, or a list such as [recompute*23, keep*9]",
     )
     boundaries: Literal["auto", "device", "host"] | list[str] = setting(
         "auto",
-        "Where the inputs of recomputed layers wait for the backward pass; a list as for activations. auto "
-        "lets the planner choose; without a plan it is device.",
+        "Where inputs of recomputed layers wait for the backward pass; a list sets each layer, as for "
+        "activations. auto lets the planner choose; without a plan it is device.",
         group="Memory and device",
         resume="free",
         expects="auto, device, host, or a list such as [host*12, device*20]",
     )
     checkpoint_interval: int = setting(
         1,
-        "Recomputed layers that share one stored input; they are computed again together, which takes that "
-        "many weight and gradient slots.",
+        "Recomputed layers that share one stored input; they are recomputed together, which takes as many "
+        "weight and gradient slots.",
         group="Memory and device",
         resume="free",
         unit="layers",
@@ -229,7 +228,7 @@ class ModelSettings(Settings):
     )
     boundary_slots: int = setting(
         2,
-        "Device buffers through which spilled inputs come back.",
+        "Device buffers through which spilled inputs return.",
         group="Memory and device",
         resume="free",
         unit="inputs",
@@ -237,7 +236,7 @@ class ModelSettings(Settings):
     )
     mlp_tile_tokens: int | None = setting(
         None,
-        "Compute the MLP of a layer in tiles of so many tokens, for long sequences; null means at once.",
+        "Compute MLPs in tiles of this many tokens, for long sequences; null computes them at once.",
         group="Memory and device",
         resume="ask",
         unit="tokens",
@@ -245,7 +244,7 @@ class ModelSettings(Settings):
     )
     grad_slabs: int = setting(
         2,
-        "With eager updates, host buffers through which the gradients of layers pass.",
+        "Host buffers for gradients of layers, with eager updates.",
         group="Memory and device",
         resume="free",
         unit="layers",
@@ -253,7 +252,7 @@ class ModelSettings(Settings):
     )
     reserve_host_gb: float = setting(
         2.0,
-        "Host memory that the check before the run leaves to the rest of the machine.",
+        "Host memory that the check before the run leaves to other programs.",
         group="Memory and device",
         resume="free",
         unit="GB",
@@ -267,7 +266,7 @@ class ModelSettings(Settings):
     )
     skip_memory_check: bool = setting(
         False,
-        "Start even when the check before the run says that memory will not suffice.",
+        "Start even if the check before the run finds too little memory.",
         group="Memory and device",
         resume="free",
     )
@@ -275,7 +274,7 @@ class ModelSettings(Settings):
     @field_validator("optim", mode="before")
     @classmethod
     def _name_optim(cls, value: Any) -> Any:
-        """transformers names the implementation as well; here there is one."""
+        """Drop the implementation that transformers puts into the name; there is only one here."""
         return "adamw" if value in ("adamw_torch", "adamw_torch_fused", "adamw_hf") else value
 
     @field_validator("loss_chunk_tokens", "optimizer_threads")
@@ -306,31 +305,31 @@ class ModelSettings(Settings):
 
     def faults(self) -> Iterator[PydanticCustomError]:
         yield from super().faults()
-        reason = "clips by the norm of all gradients" if self.max_grad_norm else None
+        reason = "needs the norm of all gradients" if self.max_grad_norm else None
         if self.nonfinite == "skip":
-            reason = reason or "leaves a step out when any of its gradients is not finite"
+            reason = reason or "skips a step if any of its gradients is not finite"
         if self.update == "eager" and reason is not None:
             culprit = "max_grad_norm" if self.max_grad_norm else "nonfinite"
             yield fault(
                 f"update: eager updates layers before all gradients are known, but {culprit}: "
                 f"{getattr(self, culprit)} {reason}",
                 key="update",
-                hint="update: deferred does both, or "
-                + ("max_grad_norm: null" if self.max_grad_norm else "nonfinite: raise"),
+                hint="set update=deferred or "
+                + ("max_grad_norm=null" if self.max_grad_norm else "nonfinite=raise"),
             )
 
     @property
     def update_mode(self) -> str:
-        """`update` with auto resolved."""
+        """Return `update` with auto resolved."""
         if self.update != "auto":
             return self.update
         return "deferred" if self.max_grad_norm or self.nonfinite == "skip" else "eager"
 
 
 def per_layer(value: str | list[str], words: tuple[str, str]) -> list[str] | None:
-    """A list setting with its repetitions written out; None where one word stands for all layers.
+    """Expand the repetitions of a list setting; return None if one word applies to all layers.
 
-    Raises ValueError for an empty list and for an entry that is neither one of `words` nor word*count.
+    Raises ValueError for an empty list or an entry that is neither one of `words` nor word*count.
     """
     if isinstance(value, str):
         return None
@@ -340,6 +339,6 @@ def per_layer(value: str | list[str], words: tuple[str, str]) -> list[str] | Non
     for entry in value:
         word, star, count = entry.partition("*")
         if word not in words or (star and not (count.isascii() and count.isdigit() and int(count) > 0)):
-            raise ValueError(f"{entry!r} is no policy")
+            raise ValueError(f"{entry!r} is not a policy")
         found += [word] * (int(count) if star else 1)
     return found

@@ -1,4 +1,4 @@
-"""Regular expressions over parameter names, as `lr_factors`, `freeze` and `allow_missing` take them."""
+"""Regular expressions over parameter names, for `lr_factors`, `freeze` and `allow_missing`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from horizon_lm.errors import ConfigError
 
 
 def compiled(pattern: str, key: str) -> re.Pattern[str]:
-    """Raises ConfigError, which names the setting `key`, for what is not a regular expression."""
+    """Compile a regular expression of the setting `key`. Raises ConfigError if it is invalid."""
     try:
         return re.compile(pattern)
     except re.error as error:
         raise ConfigError(
-            f"{key}: {pattern!r} is no regular expression: {error}", hint=r"for example 'lm_head|norm'"
+            f"{key}: {pattern!r} is not a regular expression: {error}", hint=r"for example 'lm_head|norm'"
         ) from None
 
 
 def nearest(pattern: str, names: Sequence[str], count: int = 3) -> list[str]:
-    """The names that look most like `pattern`: the part of each that does, if one does at all."""
+    """Return the names with a part most like `pattern`, or a sample of all names if none is."""
     parts = {part: name for name in reversed(names) for part in (name, *name.split("."))}
     words = [word for word in re.split(r"[^\w]+", pattern) if word]
     close = [match for word in (pattern, *words) for match in difflib.get_close_matches(word, parts, count)]

@@ -1,4 +1,4 @@
-"""Settings as Python callers give them: a file, a mapping, a `TrainConfig`, keyword arguments."""
+"""Settings from Python: a file, a mapping, a `TrainConfig`, keyword arguments."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from horizon_lm.config.train import ModelSettings, TrainConfig
 from horizon_lm.config.yaml import Document
 from horizon_lm.errors import ConfigError
 
-# What `train` takes in place of a TrainConfig.
+# What `train` accepts as its configuration.
 ConfigSource = TrainConfig | Mapping[str, Any] | str | os.PathLike[str] | None
 
 
 def as_train_config(
     source: ConfigSource, changes: Mapping[str, Any], *, caller: str = "train()"
 ) -> tuple[TrainConfig, list[str]]:
-    """The settings of `source` with `changes` on top, and one-line notes about aliases.
+    """Combine `source` with `changes` on top; return settings and one-line notes about aliases.
 
-    source: a YAML file, a mapping, a TrainConfig, or None for `changes` alone. What is named in either counts
-    as chosen by the user; the planner leaves it as it is. Raises ConfigError.
+    source: a YAML file, a mapping, a TrainConfig, or None for `changes` alone. Keys named in either count as
+    set by the user, and the planner never changes those. Raises ConfigError.
     """
     if isinstance(source, TrainConfig) and not changes:
         return source, []
@@ -32,7 +32,7 @@ def as_train_config(
         if os.path.isdir(path):
             raise ConfigError(
                 f"{caller}: {path} is a directory, not a YAML file",
-                hint="name the file; resume_from_checkpoint='auto' goes on with a run in output_dir",
+                hint="name the file; resume_from_checkpoint='auto' resumes a run in output_dir",
             )
         document, notes = collect(path, (), keys_of(TrainConfig))
     else:
@@ -49,10 +49,10 @@ def as_train_config(
 
 
 def model_settings(caller: str, device: Any, dtype: Any, more: Mapping[str, Any]) -> ModelSettings:
-    """Settings from the arguments of a call; other trainers' names (torch_dtype) may stand for `dtype`."""
+    """Build settings from the arguments of a call; an alias (torch_dtype) may replace `dtype`."""
     values = {"device": device, "dtype": dtype, **more}
     if dtype == "bfloat16" and any(canonical_name(key) == "dtype" for key in more):
-        del values["dtype"]  # it is the default
+        del values["dtype"]  # the caller's default
     return ModelSettings.from_dict(values, source=caller)
 
 

@@ -28,7 +28,7 @@ class Row:
 
 
 def rows(cls: type[BaseModel], keys: list[str] | None = None) -> Iterator[Row]:
-    """The documentation of `keys` (all of them unless given), in order."""
+    """Yield the documentation of `keys`, by default of all settings, in order."""
     for key in keys or list(cls.model_fields):
         field, schema = cls.model_fields[key], properties(cls)[key]
         default = "required" if field.is_required() else shown(field.get_default(call_default_factory=True))
@@ -36,11 +36,11 @@ def rows(cls: type[BaseModel], keys: list[str] | None = None) -> Iterator[Row]:
 
 
 def settings_help(width: int = 100) -> str:
-    """Every setting with its default, type, unit and meaning, by group, for a terminal."""
+    """List all settings by group, with default, meaning, type and unit, for a terminal."""
     lines: list[str] = []
     for group, keys in grouped_keys(TrainConfig).items():
         lines += ["", f"{group} settings:", *_help_lines(rows(TrainConfig, keys), width)]
-    lines += ["", "An entry of datasets, where it is a mapping:", *_help_lines(rows(DatasetConfig), width)]
+    lines += ["", "An entry of datasets, as a mapping:", *_help_lines(rows(DatasetConfig), width)]
     return "\n".join(lines[1:]) + "\n"
 
 
@@ -54,20 +54,20 @@ def _help_lines(help_rows: Iterator[Row], width: int) -> Iterator[str]:
 
 _INTRO = """# Configuration
 
-<!-- Written by `horizon config docs`; a test compares. Edit the declarations in src/horizon_lm/config*.py -->
+<!-- Written by `horizon config docs`; a test compares. Edit the declarations in src/horizon_lm/config/ -->
 
     horizon train CONFIG.yaml [key=value ...] [--key value ...]
 
 A configuration is a flat YAML file; `horizon config show` prints it with every default filled in.
-`key=value`, `--key value` and `--key=value` on the command line win over the file; dashes and underscores in
-a key are equal, a dot reaches into a mapping (`init_model.hidden_size=256`), and settings that are text are
-taken verbatim. From Python, the same names are the arguments of `horizon_lm.TrainConfig`; those marked * are
-also settings of `HostModel.from_pretrained`.
+`key=value`, `--key value` and `--key=value` on the command line override the file. Dashes and underscores in
+a key are equal, a dot reaches into a mapping (`init_model.hidden_size=256`), and text settings are verbatim.
+In Python the same names are arguments of `horizon_lm.TrainConfig`; those marked * are also arguments of
+`HostModel.from_pretrained`.
 
-The reader is strict. Numbers, booleans and null are those of YAML 1.2 (`1e-5` is a number; `yes`, `no`, `on`
-and `off` are text). Duplicate keys, tags, NaN, infinity and files above 1 MB are refused, and nothing is read
-from the environment. An unknown key or a value of the wrong type ends with exit code 2 and a line that names
-the file, the line and the nearest key.
+The reader is strict. Numbers, booleans and null follow YAML 1.2 (`1e-5` is a number; `yes`, `no`, `on` and
+`off` are text). It rejects duplicate keys, tags, NaN, infinity and files above 1 MB, and never reads the
+environment. An unknown key or a value of the wrong type exits with code 2 and names the file, the line and
+the nearest key.
 """
 
 
@@ -82,17 +82,17 @@ def _table(table_rows: Iterator[Row], starred: frozenset[str] = frozenset()) -> 
 
 
 def markdown() -> str:
-    """The text of docs/configuration.md."""
+    """Write docs/configuration.md."""
     starred = frozenset(ModelSettings.model_fields)
     lines = [_INTRO]
     for group, keys in grouped_keys(TrainConfig).items():
         lines += [f"## {group}", "", *_table(rows(TrainConfig, keys), starred), ""]
-    lines += ["## An entry of `datasets`", "", "A path alone stands for `path: ...` with the defaults.", ""]
+    lines += ["## An entry of `datasets`", "", "A path alone means `path: ...` with the defaults.", ""]
     lines += [*_table(rows(DatasetConfig)), "", "## Names from other trainers", ""]
     lines += [
-        "Accepted, reported once, and absent from the saved configuration. A second name of the same setting"
+        "Accepted, reported once, and absent from the saved configuration. Two names of the same setting"
     ]
-    lines += ["beside the first is an error.", "", "| Name | Read as |", "|---|---|"]
+    lines += ["in one file are an error.", "", "| Name | Read as |", "|---|---|"]
     lines += [f"| `{name}` | `{alias.key}` |" for name, alias in ALIASES.items()]
     lines += [f"| `{name}` | nothing: {reason} |" for name, reason in DROPPED.items()]
     lines += [f"| `{name}` of a dataset | `{key}` of a dataset |" for name, key in ENTRY_ALIASES.items()]

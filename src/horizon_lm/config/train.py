@@ -1,8 +1,8 @@
-"""Every setting, once: name, type, default, unit and meaning.
+"""All settings of a run, each declared once: name, type, default, unit, meaning.
 
-Names are those of transformers' `TrainingArguments` where one exists; other trainers' names are accepted as
-aliases (`config.aliases`). Values are strict: `true` is no number, `1` is no boolean, NaN and infinity are
-refused, and so is a key that does not exist. Every fault is a `ConfigError`. Torch is not imported here.
+Names follow transformers' `TrainingArguments`; those of other trainers are aliases (`config.aliases`). Values
+are strict: `true` is not a number, `1` is not a boolean; NaN, infinity and unknown keys are rejected. Every
+error is a `ConfigError`. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from horizon_lm.config.model import ModelSettings as ModelSettings
 
 
 class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
-    """Everything that `horizon train` needs to know."""
+    """The settings of `horizon train`."""
 
     model_name_or_path: str | None = setting(
         None,
-        "The model to train: a folder in Hugging Face format or a name on the Hub (this or init_model).",
+        "Model to train: a folder in Hugging Face format or a Hub name (this or init_model).",
         group="Model",
         resume="ask",
         min_length=1,
     )
     init_model: dict[str, Any] | None = setting(
         None,
-        "A transformers configuration, with its model_type, to build a model with random weights from.",
+        "Transformers configuration, with its model_type, of a model with random weights.",
         group="Model",
         resume="fixed",
         expects="a mapping with model_type, or null",
     )
     tokenizer_name_or_path: str | None = setting(
         None,
-        "The tokenizer's folder or name; null means the model's.",
+        "Folder or name of the tokenizer; null uses the model's.",
         group="Model",
         resume="ask",
         min_length=1,
@@ -58,8 +58,8 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
     )
     new_tokens: list[str] = setting(
         [],
-        "Special tokens to add to the tokenizer; embeddings that are too small for them grow, the new rows "
-        "drawn around the mean of the old ones, as transformers' resize_token_embeddings does it.",
+        "Special tokens to add to the tokenizer. Embeddings that are too small grow; new rows are drawn "
+        "around the mean of the old ones, as in transformers' resize_token_embeddings.",
         group="Model",
         resume="fixed",
         expects="a list of different texts, none of them empty",
@@ -84,8 +84,8 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
     )
     tokens_per_step: int | Literal["auto"] | None = setting(
         None,
-        "Tokens of an optimizer step, at most an epoch; the planner cuts them into micro-batches, in place "
-        "of per_device_train_batch_size and gradient_accumulation_steps. auto sizes the step to the data: "
+        "Tokens per optimizer step, at most an epoch; the planner cuts them into micro-batches, in place of"
+        " per_device_train_batch_size and gradient_accumulation_steps. auto sizes the step to the data: "
         "about 16384 for conversations and pairs and 65536 for text, fewer if a run by epochs would have "
         "less than about 50 steps.",
         group="Batch and schedule",
@@ -104,7 +104,7 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
     )
     max_steps: int = setting(
         -1,
-        "Optimizer steps to train; -1 leaves the length to num_train_epochs, which it otherwise overrides.",
+        "Optimizer steps to train, overriding num_train_epochs; -1 trains num_train_epochs.",
         group="Batch and schedule",
         resume="length",
         unit="steps",
@@ -128,7 +128,7 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
         "warmup_stable_decay",
     ] = setting(
         "cosine",
-        "Curve of the learning rate, as transformers' get_scheduler names it; wsd is warmup_stable_decay.",
+        "Learning-rate curve, by its name in transformers' get_scheduler; wsd is warmup_stable_decay.",
         group="Batch and schedule",
         resume="ask",
     )
@@ -155,7 +155,7 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
     )
     max_skipped_steps: int = setting(
         3,
-        "Updates skipped in a row, with nonfinite: skip, before the run ends.",
+        "Consecutive updates that nonfinite: skip may skip before the run ends.",
         group="Optimizer",
         resume="free",
         unit="steps",
@@ -171,37 +171,37 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
     overwrite_output_dir: bool = setting(
         False, "Allow output_dir to hold an earlier run.", group="Output", resume="free"
     )
-    run_name: str | None = setting(None, "A name for the run in its reports.", group="Output", resume="free")
+    run_name: str | None = setting(None, "Name of the run in its reports.", group="Output", resume="free")
     logging_steps: int = setting(
-        1, "Write metrics every so many steps.", group="Output", resume="free", unit="steps", ge=1
+        1, "Write metrics every N steps.", group="Output", resume="free", unit="steps", ge=1
     )
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml"]] = setting(
         [],
-        "Where metrics go beside metrics.jsonl, which is always written: tensorboard, wandb, trackio.",
+        "Trackers of metrics, in addition to metrics.jsonl: tensorboard, wandb, trackio.",
         group="Output",
         resume="free",
         expects="a list of tensorboard, wandb and trackio",
     )
     project: str = setting(
         "horizon-lm",
-        "The project that wandb and trackio file the run under.",
+        "Project under which wandb and trackio file the run.",
         group="Output",
         resume="free",
         min_length=1,
     )
     peak_tflops: float | None = setting(
         None,
-        "What the device can do, for MFU; null measures a large matrix product in the run's dtype.",
+        "Peak speed of the device, for MFU; null measures a large matrix product in the run's dtype.",
         group="Output",
         resume="free",
         unit="TFLOP/s",
         gt=0,
     )
     plot_loss: bool = setting(
-        True, "Leave a picture of the loss curve in output_dir.", group="Output", resume="free"
+        True, "Save a plot of the loss curve in output_dir.", group="Output", resume="free"
     )
     save_dtype: Literal["bfloat16", "float32"] | None = setting(
-        None, "Number format of the exported model; null means dtype.", group="Output", resume="free"
+        None, "Dtype of the exported model; null uses dtype.", group="Output", resume="free"
     )
     max_shard_size: str = setting(
         "5GB",
@@ -213,13 +213,13 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
     )
     push_to_hub: bool = setting(
         False,
-        "Upload the finished model to the Hugging Face Hub, with the token of HF_TOKEN or `hf auth login`.",
+        "Upload the trained model to the Hugging Face Hub, with the token of HF_TOKEN or `hf auth login`.",
         group="Output",
         resume="free",
     )
     hub_model_id: str | None = setting(
         None,
-        "The repository to upload to; a name alone is under your account, null is the name of output_dir.",
+        "Repository to upload to; a name alone is under your account, null uses the name of output_dir.",
         group="Output",
         resume="free",
         expects="NAME or OWNER/NAME, or null",
@@ -227,7 +227,7 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
     )
     hub_private_repo: bool = setting(
         True,
-        "Whether a repository that is created for push_to_hub is private.",
+        "Create the repository of push_to_hub as private.",
         group="Output",
         resume="free",
     )
@@ -250,7 +250,7 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
     @field_validator("report_to", mode="before")
     @classmethod
     def _list_reports(cls, value: Any) -> Any:
-        if value in (None, "none", ["none"]):  # transformers' way to say so
+        if value in (None, "none", ["none"]):  # as in transformers
             return []
         return [value] if isinstance(value, str) else value
 
@@ -307,22 +307,22 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
                 yield fault(
                     f"{key} is {str(value).lower()}, but eval_strategy is no",
                     key=key,
-                    hint="eval_strategy: steps (with eval_steps), or eval_strategy: epoch",
+                    hint="set eval_strategy=steps (with eval_steps) or eval_strategy=epoch",
                 )
 
     def _fault_policy_faults(self) -> Iterator[PydanticCustomError]:
         if self.loss_spike == "skip" and self.update_mode == "eager":
             yield fault(
-                "loss_spike: skip leaves updates out, but update: eager makes them during the backward pass",
+                "loss_spike: skip needs to skip updates that update: eager makes during the backward pass",
                 key="loss_spike",
-                hint="update: deferred, or loss_spike: rollback",
+                hint="set update=deferred or loss_spike=rollback",
             )
         rollback = "rollback" in (self.nonfinite, self.loss_spike)
         if rollback and self.save_strategy == "no":
             yield fault(
-                "there is nothing to go back to with save_strategy: no",
+                "rollback needs checkpoints, but save_strategy is no",
                 key="save_strategy",
-                hint="save_strategy: steps",
+                hint="set save_strategy=steps",
             )
 
     def _data_faults(self) -> Iterator[PydanticCustomError]:
@@ -332,33 +332,33 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
             )
         if self.eval_strategy != "no" and not (self.val_size or self.eval_datasets):
             yield fault(
-                f"eval_strategy is {self.eval_strategy}, and there is nothing to evaluate on",
+                f"eval_strategy is {self.eval_strategy}, but there is no evaluation data",
                 key="eval_strategy",
-                hint="set eval_datasets, or val_size to hold out a part of datasets",
+                hint="set eval_datasets, or val_size to hold out part of datasets",
             )
         if self.truncation == "split" and self.loss_on not in ("auto", "all"):
             yield fault(
-                "truncation: split would cut an answer from its question",
+                f"truncation: split with loss_on: {self.loss_on} would separate answers from their prompts",
                 key="truncation",
-                hint="drop, keep_start or keep_end",
+                hint="set truncation=drop, keep_start or keep_end",
             )
 
     def _streaming_faults(self) -> Iterator[PydanticCustomError]:
         if self.max_steps < 1:
             yield fault(
-                "streaming needs max_steps, as the length of a stream is not known",
+                "streaming needs max_steps: the length of a stream is unknown",
                 key="streaming",
-                hint="max_steps=1000",
+                hint="set max_steps=1000, say",
             )
         if self.val_size:
             yield fault(
-                "val_size takes a part of data that is read whole", key="val_size", hint="set eval_datasets"
+                "val_size is not supported with streaming: true", key="val_size", hint="set eval_datasets"
             )
         if any(dataset.weight != 1 for dataset in self.datasets):
             yield fault(
-                "a weight takes data that is read whole",
+                "weights of datasets are not supported with streaming: true",
                 key="datasets",
-                hint="streaming: false, or weight: 1",
+                hint="set streaming=false, or weight=1 in datasets",
             )
 
     def _model_faults(self) -> Iterator[PydanticCustomError]:
@@ -382,7 +382,7 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
             yield fault(
                 "train_tokenizer_vocab_size needs init_model",
                 key="train_tokenizer_vocab_size",
-                hint="an existing model keeps its own tokenizer",
+                hint="leave it out: an existing model keeps its own tokenizer",
             )
         if self.train_tokenizer_vocab_size is not None and self.tokenizer_name_or_path is not None:
             yield fault(
@@ -395,7 +395,7 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
 def load_config(
     path: str | os.PathLike[str] | None, overrides: Iterable[str] = ()
 ) -> tuple[TrainConfig, list[str]]:
-    """The settings of a file (or of none) with overrides on top, and one-line notes about aliases."""
+    """Read a file (or none) with overrides on top; return settings and one-line notes about aliases."""
     document, notes = collect(path, overrides, keys_of(TrainConfig))
     return TrainConfig.from_document(document), notes
 

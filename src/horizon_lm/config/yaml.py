@@ -1,10 +1,11 @@
-"""A strict YAML reader and its writer.
+"""A strict YAML reader and writer, on PyYAML's parser.
 
-PyYAML implements YAML 1.1, in which `1e-5` is a string, `010` is 8, `1:30` is 90, `no` is False and the last
-of two equal keys wins. This reader has the scalars of YAML 1.2's core schema instead and refuses what a
-configuration never needs: duplicate keys, tags, merge keys, NaN and infinity, documents above `MAX_BYTES`,
-`MAX_NODES` or `MAX_DEPTH` (aliases count each time they are used, so that nested ones cannot explode).
-Keys are always text. Every fault is one `ConfigError` that names `file:line`.
+PyYAML implements YAML 1.1: `1e-5` is a string, `010` is 8, `1:30` is 90, `no` is False, and the last of two
+equal keys wins. This reader follows the core schema of YAML 1.2 and rejects what a configuration never needs:
+duplicate keys, tags, merge keys, NaN and infinity, documents above `MAX_BYTES`, `MAX_NODES` or `MAX_DEPTH`
+(an alias counts at each use, so nested aliases cannot explode). Keys are always text. Every error is one
+`ConfigError` that names `file:line`. Not ruamel.yaml: it keeps line numbers and rejects duplicate keys, but
+tags, merge keys, NaN, the caps and our messages would need the same code again, on a second YAML library.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ MAX_DEPTH = 64
 
 KeyPath = tuple[str | int, ...]
 
+_IS_OTHER = "give the path of a configuration file, as 'horizon init' writes"
+
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = (  # YAML 1.2, chapter 10.3.2: tag, pattern, possible first characters
     ("null", r"(?:~|null|Null|NULL|)\Z", ["~", "n", "N", ""]),
@@ -44,7 +47,7 @@ _SCALARS = (  # YAML 1.2, chapter 10.3.2: tag, pattern, possible first character
 class Document:
     """A mapping and, for each path in it, the place where it was written (`file:line`).
 
-    faults: what was wrong with keys that are not in `values`, to be reported with the others.
+    faults: errors in keys that are not in `values`, reported together with later ones.
     """
 
     values: dict[str, Any]
@@ -53,7 +56,7 @@ class Document:
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, Any] = {}  # none of YAML 1.1's
+    yaml_implicit_resolvers: dict[str, Any] = {}  # without YAML 1.1's
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -76,7 +79,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what both this reader and a YAML 1.1 reader take for the same value."""
+    """A dumper whose text means the same to this reader and to a YAML 1.1 reader."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -89,7 +92,7 @@ def _represent_text(dumper: _Dumper, text: str) -> Any:
 
 for _name, _pattern, _first in _SCALARS:
     _Loader.add_implicit_resolver(_TAG + _name, re.compile(_pattern), _first)
-    # On top of YAML 1.1's, so that a text which either version takes for something else gets quotes.
+    # On top of YAML 1.1's, so that text that either version would read as another type gets quotes.
     _Dumper.add_implicit_resolver(_TAG + _name, re.compile(_pattern), _first)
 _Dumper.add_representer(str, _represent_text)
 
@@ -99,7 +102,7 @@ def _refuse(problem: str, mark: Any) -> Any:
 
 
 class _Builder:
-    """Turns composed nodes into plain values and notes the line of each."""
+    """A converter from composed nodes to plain values that records the line of each."""
 
     def __init__(self, place: str, with_lines: bool) -> None:
         self.place = place
@@ -173,28 +176,32 @@ def _parse(text: str, place: str, *, with_lines: bool) -> tuple[Any, dict[KeyPat
         mark = error.problem_mark or error.context_mark
         at = f"{place}:{mark.line + 1}" if with_lines and mark is not None else place
         problem = error.problem or error.context or "not valid YAML"
-        raise ConfigError(f"{at}: {problem}", _syntax_hint(problem, text)) from None
+        raise ConfigError(f"{at}: {problem}", _syntax_hint(problem)) from None
 
 
-def _syntax_hint(problem: str, text: str) -> str | None:
+def _syntax_hint(problem: str) -> str:
     if "'\\t'" in problem:
         return "indent with spaces, not tabs"
     if "cannot start any token" in problem:
-        return "put text that begins with a special character in quotes"
+        return "quote text that begins with a special character"
     if "mapping values are not allowed" in problem:
-        return "put text that contains ': ' in quotes, and check the indentation"
-    return None
+        return "quote text that contains ': ', and check the indentation"
+    if "duplicate key" in problem:
+        return "remove one of the two lines"
+    return "correct the line, or quote its text"
 
 
 def read_text(text: str, place: str) -> Document:
-    """Read a document whose top level is a mapping; `place` stands for the file's name in errors."""
+    """Read a document whose top level is a mapping; `place` names it in errors."""
     if len(text) > MAX_BYTES:
-        raise ConfigError(f"{place}: larger than {MAX_BYTES} bytes, which no configuration is")
+        raise ConfigError(f"{place}: larger than {MAX_BYTES} bytes, which no configuration is", _IS_OTHER)
     values, where = _parse(text, place, with_lines=True)
     if values is None:
         return Document({}, {(): place})
     if not isinstance(values, dict):
-        raise ConfigError(f"{place}: expected lines of the form 'key: value', found {_kind(values)}")
+        raise ConfigError(
+            f"{place}: expected lines of the form 'key: value', found {_kind(values)}", _IS_OTHER
+        )
     return Document(values, {**where, (): place})
 
 
@@ -208,37 +215,38 @@ def read_file(path: str | os.PathLike[str]) -> Document:
             f"{place}: no such file", "give the path of a YAML file, or key=value pairs"
         ) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise ConfigError(f"{place}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{place}: cannot be read: {reason}", _IS_OTHER) from None
     if len(raw) > MAX_BYTES:
-        raise ConfigError(f"{place}: larger than {MAX_BYTES} bytes, which no configuration is")
+        raise ConfigError(f"{place}: larger than {MAX_BYTES} bytes, which no configuration is", _IS_OTHER)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise ConfigError(
-            f"{place}:{line}: not UTF-8 text", "save the file with the encoding UTF-8"
-        ) from None
+        raise ConfigError(f"{place}:{line}: not UTF-8 text", "save the file as UTF-8") from None
     return read_text(text, place)
 
 
 def read_value(text: str, place: str) -> Any:
-    """Read one value as it would stand after `key: ` in a file; `place` names it in errors."""
+    """Read one value, as it would follow `key: ` in a file; `place` names it in errors."""
     if len(text) > MAX_BYTES:
-        raise ConfigError(f"{place}: larger than {MAX_BYTES} bytes")
+        raise ConfigError(f"{place}: larger than {MAX_BYTES} bytes", "put it into a file")
     return _parse(text, place, with_lines=False)[0]
 
 
 def split_override(text: str) -> tuple[tuple[str, ...], str]:
-    """`key=value` or `--key=value` -> (path, value text). Dashes in a key are underscores; dots nest."""
+    """Split `key=value` or `--key=value` into (path, value text). Dashes become underscores; dots nest."""
     key, equals, value = text.removeprefix("--").partition("=")
     path = tuple(key.strip().replace("-", "_").split("."))
     if not equals or not all(path):
-        raise ConfigError(f"command line: '{text}' is not of the form key=value", "as in learning_rate=1e-5")
+        raise ConfigError(
+            f"command line: '{text}' is not of the form key=value", "for example learning_rate=1e-5"
+        )
     return path, value
 
 
 def dump(values: dict[str, Any]) -> str:
-    """YAML text that `read_text` turns back into identical values, and YAML 1.1 readers too."""
+    """Write YAML that this and YAML 1.1 readers turn back into identical values."""
     return yaml.dump(
         values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf, default_flow_style=False
     )

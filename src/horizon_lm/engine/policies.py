@@ -187,8 +187,7 @@ def check_fits_host(values: dict[str, Any], settings: ModelSettings) -> None:
     trained, frozen = count_parameters(values, settings.freeze)
     rows = [("trained", (trained,), True, dtype), ("frozen", (frozen,), False, dtype)]
     # The slabs of eager updates are left out: they are as large as a layer, which is not known yet.
-    spec, reserve_bytes = store_spec(settings, None), int(settings.reserve_host_gb * 1e9)
-    check_host_memory([lay_out("all", rows, dtype)], spec, reserve_bytes=reserve_bytes)
+    check_host_memory([lay_out("all", rows, dtype)], settings, lambda other: store_spec(other, None))
 
 
 def update_settings(

@@ -1,46 +1,43 @@
-"""Refuse, with the figures, what does not fit, before anything is allocated."""
+"""The check before a run: what does not fit in host memory is refused before anything is allocated."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 
-import torch
-
+from horizon_lm.config import ModelSettings
 from horizon_lm.errors import DoesNotFitError
 from horizon_lm.machine.memory import available_host_bytes
 from horizon_lm.memory.layout import UnitLayout
 from horizon_lm.memory.store import StoreSpec, predict_bytes
+from horizon_lm.memory.ways import hint
 from horizon_lm.words import size
 
 
 def check_host_memory(
-    units: Sequence[UnitLayout], spec: StoreSpec, *, reserve_bytes: int, available_bytes: int | None = None
+    units: Sequence[UnitLayout],
+    settings: ModelSettings,
+    spec_of: Callable[[ModelSettings], StoreSpec],
+    *,
+    available_bytes: int | None = None,
 ) -> None:
-    """Raises DoesNotFitError when the store is larger than what the machine has left.
+    """Raise DoesNotFitError if the store and `reserve_host_gb` exceed the memory that is available.
 
-    reserve_bytes: left to the rest of the machine. available_bytes: for tests; measured by default.
+    spec_of: the store of these units under other settings. available_bytes: for tests; measured by default.
     """
-    parts = predict_bytes(units, spec)
-    needed = sum(parts.values())
     available = available_host_bytes() if available_bytes is None else available_bytes
-    short = needed + reserve_bytes - available
+    reserve = int(settings.reserve_host_gb * 1e9)
+
+    def shortages(settings: ModelSettings) -> Mapping[str, int]:
+        return {"host": sum(predict_bytes(units, spec_of(settings)).values()) + reserve - available}
+
+    short = shortages(settings)["host"]
     if short <= 0:
         return
+    parts = predict_bytes(units, spec_of(settings))
     table = ", ".join(f"{name} {size(part)}" for name, part in parts.items())
-    ways = {
-        "dtype: bfloat16": replace(spec, dtype=torch.bfloat16),
-        "moment_dtype: bfloat16": replace(spec, moment_dtype=torch.bfloat16),
-    }
-    hints = []
-    for way, smaller in ways.items():
-        saved = needed - sum(predict_bytes(units, smaller).values())
-        if saved > 0:
-            hints.append(f"{way} saves {size(saved)}")
-    hints += [f"free {size(short)} of memory", "choose a smaller model"]
     raise DoesNotFitError(
-        f"the model needs {size(needed)} of host memory ({table}) and {size(reserve_bytes)} "
+        f"the model needs {size(sum(parts.values()))} of host memory ({table}) and {size(reserve)} "
         f"are kept free (reserve_host_gb), but only {size(available)} are available: "
         f"short by {size(short)}",
-        hint="; ".join(hints),
+        hint=hint(settings, shortages, f"free {size(short)} of memory, or use a smaller model"),
     )

@@ -167,7 +167,8 @@ class Planner:
                 spills[-1],
             )
             if not config.skip_memory_check:
-                fit.check(smallest, self.predict(smallest), self.limits, self.predict)
+                asked = smallest.replace(update=config.update)  # what would help is told from what was asked
+                fit.check(asked, self.predict(asked), self.limits, self.predict)
             return smallest
         best: list[tuple[float, TrainConfig]] = []
         for _, cut, spilled in sorted(firsts)[:6]:

@@ -1,1 +1,1 @@
-"""What a run reports: metrics, FLOPs, loggers, the live display, the HTML report, the loss curve."""
+"""Reports of a run: metrics, FLOPs, loggers, live display, HTML page, picture of the loss."""

@@ -1,7 +1,7 @@
-"""Charts for a page: where lines, ticks and marks stand. `report.html.jinja` turns that into HTML.
+"""Charts of the page: positions of lines, ticks and marks, which `report.html.jinja` turns into HTML.
 
-Places run from 0 to 1000 in both directions, from the upper left, and the page stretches them to the room
-there is: text and dots keep their size on a screen of any width.
+Positions run from 0 to 1000 in both directions, from the upper left. The page stretches them to its width, so
+that text and dots keep their size.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from horizon_lm.schedule.ops import Lane
 
 SIZE = 1000.0
 _MOST_POINTS, _MOST_DOTS, _MOST_HINTS = 900, 500, 200
-_WIDE = 50.0  # largest over smallest value, from where an axis is logarithmic
+_WIDE = 50.0  # ratio of largest to smallest value above which an axis is logarithmic
 
 Value = float | None
 
 
 @dataclass(frozen=True)
 class Series:
-    """name: in the legend; kind: its CSS class; ys: None leaves a gap. dots: mark each point."""
+    """A line of a chart. name: in the legend; kind: CSS class; ys: None leaves a gap; dots: mark points."""
 
     name: str
     kind: str
@@ -35,7 +35,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Mark:
-    """Something that happened at x (a line across) or a value to compare with (level: a line along)."""
+    """An event at x (a vertical line), or with kind `level` a reference value (a horizontal line)."""
 
     name: str
     kind: str
@@ -45,9 +45,13 @@ class Mark:
 
 @dataclass
 class Chart:
-    """Drawn. y_ticks: (label, top in %); x_ticks: (label, label below, left in %); paths: (kind, d of an SVG
-    path); dots: (kind, x, y, title); levels, marks: (kind, place, title); hints: (x, width, title);
-    legend: (kind, name, has dots); label: the chart in a sentence."""
+    """A drawn chart.
+
+    y_ticks: (label, top in %); x_ticks: (label, label below, left in %)
+    paths: (kind, d of an SVG path); dots: (kind, x, y, title)
+    levels, marks: (kind, position, title); hints: (x, width, title)
+    legend: (kind, name, has dots); label: the chart in a sentence
+    """
 
     title: str
     unit: str
@@ -67,13 +71,13 @@ def draw(
     title: str,
     unit: str,
     series: Sequence[Series],
-    *,
-    levels: Sequence[Mark] = (),
     marks: Sequence[Mark] = (),
+    *,
     below: Callable[[float], str] | None = None,
     from_zero: bool = False,
 ) -> Chart | None:
-    """A chart of `series` over steps; None where none has a finite value. below: a second label of a step."""
+    """Draw `series` over steps; None if no value is finite. below: gives a step's second label."""
+    levels, marks = ([m for m in marks if (m.kind == "level") == along] for along in (True, False))
     series = [s for s in series if any(y is not None for y in s.ys)]
     if not series:
         return None
@@ -117,7 +121,7 @@ def draw(
 
 
 def thin(xs: Sequence[float], ys: Sequence[Value], most: int) -> list[tuple[float, Value]]:
-    """At most about `most` points that look the same: the least and the greatest value of each stretch."""
+    """Thin a line to about `most` points that look the same: minimum and maximum of each stretch."""
     points = list(zip(xs, ys, strict=True))
     if len(points) <= most:
         return points
@@ -133,7 +137,7 @@ def thin(xs: Sequence[float], ys: Sequence[Value], most: int) -> list[tuple[floa
 
 
 def _y_axis(low: float, high: float, is_log: bool) -> tuple[Callable[[float], float], list[float]]:
-    """From a value to its place, and the values of the ticks."""
+    """Return the function from a value to its position, and the values of the ticks."""
     if is_log:
         bottom, top = math.log10(low) - 0.05, math.log10(high) + 0.05
         decades = top - bottom
@@ -165,7 +169,7 @@ def _path(
 
 
 def _hints(series: Sequence[Series], x_place: Callable[[float], float]) -> list[tuple[float, float, str]]:
-    """Columns that say the values of a step where the pointer rests on them."""
+    """Return columns whose tooltips give the values of a step."""
     steps = sorted({x for s in series for x in s.xs})
     if len(steps) > _MOST_HINTS:
         steps = [steps[round(i)] for i in np.linspace(0, len(steps) - 1, _MOST_HINTS)]
@@ -182,7 +186,7 @@ def _hints(series: Sequence[Series], x_place: Callable[[float], float]) -> list[
 
 
 def _sentence(title: str, unit: str, series: Sequence[Series]) -> str:
-    """What somebody who cannot see the chart should know of it."""
+    """Describe the chart for screen readers."""
     parts = []
     for one in series:
         points = [(x, y) for x, y in zip(one.xs, one.ys, strict=True) if y is not None]
@@ -199,7 +203,7 @@ def _number(value: float) -> str:
 
 
 def short(count: float) -> str:
-    """1,234,567 as 1.23M."""
+    """Format 1,234,567 as 1.23M."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size:
             return f"{count / size:.3g}{unit}"
@@ -210,10 +214,10 @@ Box = tuple[str, float, float, str]
 
 
 def lane_boxes(spans: Sequence[tuple[str, str, float, float]], most: int = 700) -> dict[str, list[Box]]:
-    """Each lane's ops in a recorded step as (kind of op, x, width, title), from 0 to 1000.
+    """Return each lane's ops in a recorded step as (kind of op, x, width, title), from 0 to 1000.
 
-    spans: (op, lane, start, end) in seconds. Where a lane has more than `most` ops, those too narrow to be
-    seen apart become one box.
+    spans: (op, lane, start, end) in seconds. In a lane with more than `most` ops, those too narrow to tell
+    apart share a box.
     """
     begin, end = min(s[2] for s in spans), max(s[3] for s in spans)
     scale = SIZE / ((end - begin) or 1.0)
@@ -233,6 +237,6 @@ def lane_boxes(spans: Sequence[tuple[str, str, float, float]], most: int = 700) 
 
 
 def tokens_at(steps: Sequence[float], tokens: Sequence[float]) -> Callable[[float], str]:
-    """Gives the tokens that were seen by a step as a label; between records by interpolation."""
+    """Return a function that labels a step with the tokens seen by then, interpolated between records."""
     xs, ys = [0.0, *steps], [0.0, *tokens]
     return lambda step: short(float(np.interp(step, xs, ys)))

@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from horizon_lm.io.output import raw_stream
-from horizon_lm.report.events import Evaluation, StepRecord
 from horizon_lm.report.metrics import Metrics
+from horizon_lm.report.records import Evaluation, StepRecord
 from horizon_lm.text import shown
 from horizon_lm.words import count, size
 

@@ -1,20 +1,19 @@
-"""What a step computes, and which part of the device's power that is (MFU).
+"""Model FLOPs of a step, and MFU: their share of the device's peak.
 
-Model FLOPs of a step = 6 N tokens + 6 L d sum(l²), with N the parameters that multiply a token, L layers of
-attention of total head width d, and l the length of each piece of text that attends to itself. MFU = model
-FLOPs / seconds / peak. Recomputation is not counted, nor is padding. What a layer really multiplies decides
-(`plan.model_flops`), so that in general
+Model FLOPs of a step = 6 N tokens + 6 L d sum(l²): N parameters that multiply a token, L attention layers of
+total head width d, l the length of each document or sequence that attends to itself. MFU = model FLOPs /
+seconds / peak. Recomputation and padding are not counted. `plan.model_flops` measures what a layer
+multiplies, so
 
-- N counts a parameter as often as a token visits it: an expert for its share of the tokens, tables of which
-  rows are looked up not at all, an embedding table only where the output layer shares it;
-- L d is summed over the layers that have attention, with (d of queries and keys + d of values) / 2 where
-  these differ;
-- where a query sees w keys at most (a window, or keys that are selected for it), l² is w (2 l - w) for l > w;
-  where it sees its chunk, the sum of the squared chunks;
-- products of a state (linear attention, state spaces) are counted for each token as the model computes them.
+- N counts a parameter once per visit of a token: an expert for its share of the tokens, lookup tables never,
+  an embedding table only if the output layer shares it;
+- L d sums over the layers with attention, as (d of queries and keys + d of values) / 2 if these differ;
+- if a query sees at most w keys (a window, or selected keys), l² is w (2 l - w) for l > w; if it sees its
+  chunk, the sum of the squared chunks;
+- products of a state (linear attention, state spaces) count per token as the model computes them.
 
-A frozen parameter counts 4 in place of 6, as its own gradient is not computed, and 2 where nothing before
-it is trained either, as no gradient passes there. So does what only selects (an indexer of sparse attention).
+A frozen parameter counts 4 instead of 6, because its own gradient is not computed, and 2 if no parameter
+before it is trained, because no gradient passes. So does what only selects (an indexer of sparse attention).
 """
 
 from __future__ import annotations
@@ -43,15 +42,15 @@ FORMULA = (
 
 
 class Span(NamedTuple):
-    """Attention of some layers. per_square: FLOPs, forward and backward, over l². most: keys that a query
-    sees at most; in_chunks: those of its chunk."""
+    """Attention of some layers. per_square: forward and backward FLOPs / l². most: largest number of keys
+    that a query sees; in_chunks: those of its chunk."""
 
     per_square: float
     most: int | None = None
     in_chunks: bool = False
 
     def squares(self, lengths: np.ndarray) -> float:
-        """Twice the pairs of query and key in pieces of these lengths."""
+        """Return twice the number of query-key pairs in sequences of these lengths."""
         if self.most is None:
             return float((lengths * lengths).sum())
         if self.in_chunks:
@@ -63,40 +62,39 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """per_token: 6 N, and states. spans: attention, by what limits it."""
+    """FLOPs of a model. per_token: 6 N, and states. spans: attention, by its limit."""
 
     per_token: float
     spans: tuple[Span, ...]
 
     def of(self, size: StepSize) -> float:
-        """FLOPs of a step, without recomputation."""
+        """Return the FLOPs of a step, without recomputation."""
         lengths = np.array(size.lengths, dtype=np.float64)
         attention = sum(span.per_square * span.squares(lengths) for span in self.spans)
         return self.per_token * size.tokens + attention
 
     @property
     def per_square(self) -> float:
-        """6 L d of attention without limits."""
+        """6 L d of unlimited attention."""
         return sum(span.per_square for span in self.spans)
 
 
-# Of a model that cannot be run without its weights.
-UNKNOWN = ModelFlops(math.nan, ())
+UNKNOWN = ModelFlops(math.nan, ())  # of a model that cannot run on fake tensors
 
 
 def flops_of(model: HostModel, counted: Counted | None = None) -> ModelFlops:
-    """Of a model that is trained. counted: what is known of its layers; else they are run."""
+    """Return the FLOPs of a model in training. counted: known counts of its layers; else they are run."""
     skeleton = model.skeleton
     if counted is None:
         try:
             counted = count_layers(Built(skeleton), kinds_of_layers(skeleton)[1])
-        except Exception:  # whatever a model's code makes of tensors without values
+        except Exception:  # a model's code may fail in any way on fake tensors
             return UNKNOWN
     return model_flops(skeleton.units, counted, embedding_trainable=skeleton.embedding_trainable)
 
 
 def model_flops(units: Sequence[UnitLayout], counted: Counted, *, embedding_trainable: bool) -> ModelFlops:
-    """Of forward and backward. units: as in `Skeleton.units`; some may be frozen."""
+    """Sum forward and backward FLOPs. units: as in `Skeleton.units`; some may be frozen."""
     head = len(counted.kind_of) + 1
     trained = [u for u in range(head + 1) if units[u].trainable_numel]
     lowest = 0 if embedding_trainable else min(trained, default=head + 1)
@@ -104,12 +102,12 @@ def model_flops(units: Sequence[UnitLayout], counted: Counted, *, embedding_trai
 
 
 def forward_of_layers(units: Sequence[UnitLayout], counted: Counted) -> ModelFlops:
-    """Of one forward pass through all layers: what recomputing them adds."""
+    """Sum the FLOPs of one forward pass through all layers: the cost of recomputing them."""
     return _sum(units, counted, range(1, len(counted.kind_of) + 1), None)
 
 
 def _sum(units: Sequence[UnitLayout], counted: Counted, which: range, lowest: int | None) -> ModelFlops:
-    """lowest: the first unit through which a gradient passes; None for a forward pass alone."""
+    """Sum FLOPs over units. lowest: first unit that a gradient passes; None for a forward pass alone."""
     per_token, spans = 0.0, dict[tuple[int | None, bool], float]()
     lookups, layers = set(counted.lookups), range(1, len(counted.kind_of) + 1)
     for u in which:
@@ -132,7 +130,7 @@ def _sum(units: Sequence[UnitLayout], counted: Counted, which: range, lowest: in
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product on this device: the best of a few, after one to warm up."""
+    """Measure the FLOP/s of a large matrix product on this device: the best of six."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")

@@ -1,7 +1,7 @@
-"""What metrics.jsonl tells of a run: its steps and evaluations, its sessions, and how it stands.
+"""History of a run, read from metrics.jsonl: steps, evaluations, sessions and state.
 
-A session is one start of the program; a run that was resumed has several. Files of earlier versions lack
-some fields, so that everything but the numbers of steps is looked up with a default.
+A session is one start of the program; a resumed run has several. Files of earlier versions lack some fields,
+so all but step numbers have defaults.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from horizon_lm.checkpoint.run_folder import RunFolder
+from horizon_lm.checkpoint.folder import RunFolder
 from horizon_lm.config.yaml import read_file
 from horizon_lm.errors import DataError
 from horizon_lm.report.metrics import read_lines, still_true
@@ -23,8 +23,11 @@ Line = dict[str, Any]
 
 @dataclass
 class Session:
-    """header: the line `start`. step: the last one known to be done. end: the line `end`; None while it runs,
-    and for good where it was killed. began, last_seen: UTC, as ISO 8601 writes it."""
+    """One start of the program.
+
+    header: line `start`. step: last step known to be done. end: line `end`; None while the session runs, or
+    if it was killed. began, last_seen: UTC, ISO 8601.
+    """
 
     header: Line
     began: str
@@ -36,8 +39,8 @@ class Session:
 
 @dataclass(frozen=True)
 class State:
-    """How a run stands. kind: finished, running, stopped or failed; title: `stopped at 22 of 59`; why: a
-    sentence, empty where there is nothing to add."""
+    """State of a run. kind: finished, running, stopped or failed; title: `stopped at 22 of 59`; why: a
+    sentence, or empty."""
 
     kind: str
     title: str
@@ -46,8 +49,11 @@ class State:
 
 @dataclass(frozen=True)
 class History:
-    """steps, evaluations: without those that a rollback or a resume undid. events: lines of all other kinds,
-    as they came. settings: the resolved ones, empty where they are not known."""
+    """The history of a run.
+
+    steps, evaluations: without those undone by a rollback or resume. events: all other lines, in order.
+    settings: resolved settings, empty if unknown.
+    """
 
     sessions: list[Session]
     steps: list[Line]
@@ -65,12 +71,12 @@ class History:
         except OSError as error:
             reason = error.strerror or error
             raise DataError(
-                f"{folder.path} holds no run: {folder.metrics.name} cannot be read ({reason})",
-                hint="name the output_dir of a run",
+                f"{folder.path} is not a run: {folder.metrics.name} cannot be read ({reason})",
+                hint="pass the output_dir of a run",
             ) from error
         steps = still_true(lines, "step")
         if not steps:
-            raise DataError(f"{folder.metrics} holds no step", hint="the run ended before its first step")
+            raise DataError(f"{folder.metrics} has no step", hint="pass a run with at least one step")
         sessions = _sessions(lines)
         timelines = [line for line in lines if line.get("event") == "timeline"]
         return cls(
@@ -92,7 +98,7 @@ class History:
 
     @property
     def unknown(self) -> list[Line]:
-        """Lines of kinds that a later version may write."""
+        """Lines of unknown kinds, which later versions may write."""
         return [line for line in self.events if line.get("event") not in _KNOWN]
 
     @property
@@ -102,7 +108,7 @@ class History:
         if session.end is None:
             if self.is_running:
                 return State("running", f"running: {where}")
-            return State("stopped", f"stopped at {where}", "It was killed: no end was recorded.")
+            return State("stopped", f"stopped at {where}", "It was killed: no end recorded.")
         status, reason = session.end.get("status"), session.end.get("reason") or ""
         if status == "finished" and total and session.step < total:
             return State("finished", f"ended early, at {where}", reason)
@@ -135,7 +141,7 @@ def _sessions(lines: list[Line]) -> list[Session]:
 
 
 def _settings(folder: RunFolder) -> Line:
-    """As the run's folder keeps them: settings that were left open are still open in it."""
+    """Read settings from the run's folder, where `auto` may be unresolved."""
     try:
         return check_settings(read_file(folder.settings).values, str(folder.settings))
     except (OSError, ValueError):

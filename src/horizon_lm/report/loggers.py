@@ -15,12 +15,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from horizon_lm.checkpoint.run_folder import RunFolder
+from horizon_lm.checkpoint.folder import RunFolder
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import ConfigError
 from horizon_lm.io import files
-from horizon_lm.report.events import Evaluation
 from horizon_lm.report.metrics import Metrics
+from horizon_lm.report.records import Evaluation
 from horizon_lm.words import count
 
 if TYPE_CHECKING:

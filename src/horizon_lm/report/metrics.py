@@ -1,19 +1,19 @@
-"""metrics.jsonl: what the run did, one JSON object a line, readable while it is written.
+"""metrics.jsonl: the log of a run, one JSON object per line, readable while it is written.
 
-    {"event": "start", ...}     versions, machine, size of the model and of the data
-    {"event": "step", ...}      every logging_steps steps, see `Metrics`
-    {"event": "timeline", ...}  what ran when in one step, once a run
-    {"event": "eval", ...}      every evaluation, see `evaluation.Evaluation`
-    {"event": "checkpoint", ...}   one that was saved, or why it was not
-    {"event": "fault", ...}     a step that was not learned from, or a loss spike, and what was done
-    {"event": "stopped", ...}   a run that ended before num_steps: the step, and by whom
-    {"event": "best", ...}      the evaluation whose model was exported, with load_best_model_at_end
-    {"event": "note", ...}      a setting that does not hold any more from a step on, and why
+    {"event": "start", ...}     versions, machine, size of model and data
+    {"event": "step", ...}      every logging_steps steps; see `Metrics`
+    {"event": "timeline", ...}  start and end of each op of one step, once per run
+    {"event": "eval", ...}      each evaluation; see `records.Evaluation`
+    {"event": "checkpoint", ...}   a saved checkpoint, or why it was not saved
+    {"event": "fault", ...}     a skipped step or a loss spike, and the reaction
+    {"event": "stopped", ...}   the step at which a run ended before num_steps, and who stopped it
+    {"event": "best", ...}      the evaluation whose model was exported (load_best_model_at_end)
+    {"event": "note", ...}      a setting that changed at a step, and why
     {"event": "rollback", "step": n}, {"event": "resume", "step": n}
-                                the run goes on after step n: lines of later steps before this one are of
-                                steps that were undone, and `read_steps` passes over them
-    {"event": "end", ...}       "status": finished, interrupted or failed; "step": the last one done; "reason"
-                                or "error": why the run stopped
+                                the run continues after step n: earlier lines of later steps are undone, and
+                                `read_steps` skips them
+    {"event": "end", ...}       "status": finished, interrupted or failed; "step": the last step done;
+                                "reason" or "error": why the run ended
 
 Every line has `event` and `time` (UTC). Numbers that are not finite are null, never 0.
 """
@@ -36,31 +36,31 @@ from typing import Any, Self, TextIO
 import psutil
 import torch
 
-from horizon_lm.checkpoint.run_folder import writing
+from horizon_lm.checkpoint.folder import writing
 from horizon_lm.data import Loader
 from horizon_lm.engine.lanes import Span
 from horizon_lm.errors import DataError, StoppedError
 from horizon_lm.host_model import HostModel
 from horizon_lm.io import files
-from horizon_lm.report.events import Evaluation, StepRecord
 from horizon_lm.report.flops import ModelFlops
-from horizon_lm.report.records import check
+from horizon_lm.report.records import REMOVE_LINE, Evaluation, StepRecord, check
 from horizon_lm.words import count
 
-_MOST_WAITING = 16 << 20  # bytes of lines that the disk does not take
+_MOST_UNWRITTEN = 16 << 20  # bytes
 _PACKAGES = ("horizon-lm", "torch", "transformers", "tokenizers", "safetensors", "datasets", "trl")
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """One line of the file: the steps since the line before it.
+    """A line `step`: the steps since the previous one.
 
-    loss: mean over their target tokens, without skipped steps; grad_norm (before clipping),
-    learning_rate and epoch: of the last step; tokens_per_second: real tokens, that is without padding;
-    mfu: see `flops`. Since the start of the run: num_tokens (real) and num_target_tokens (trained on),
-    seconds (in steps), skipped_steps. device_bytes: peak on a CUDA device, else what the slots hold (0
-    where they share the store's memory). lanes: share of the last step's time in which each lane worked,
-    where it was recorded.
+    loss: mean over their target tokens, without skipped steps
+    grad_norm (before clipping), learning_rate, epoch: values of the last step
+    tokens_per_second: real tokens, without padding
+    mfu: see `flops`
+    num_tokens (real), num_target_tokens (trained on), seconds (in steps), skipped_steps: totals of the run
+    device_bytes: peak on a CUDA device, else size of the slots (0 if they share the store's memory)
+    lanes: busy share of each lane in the last step, if it was recorded
     """
 
     step: int
@@ -80,24 +80,24 @@ class Metrics:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """What `finite_or_none` of the fields was, back again."""
+        """Invert `finite_or_none`."""
         found: dict[str, Any] = {k: math.nan if value is None else value for k, value in values.items()}
         return cls(**found)
 
 
 @dataclass(frozen=True)
 class _Computed:
-    """In one step. tokens: without padding."""
+    """Work of one step. tokens: without padding."""
 
     tokens: int
     flops: float
 
 
 class Meter:
-    """Sums up steps: `add` gives a record at every `every`th step, and at the first and the last.
+    """Totals of the steps: `add` returns metrics at every `every`th step, and at the first and the last.
 
-    loader: knows how large its latest step was. flops: what the model computes. peak: FLOP/s of the device.
-    num_steps: of the run, set once it is known.
+    loader: has the size of its latest step. flops: FLOPs of the model. peak: FLOP/s of the device.
+    num_steps: length of the run; set it once it is known.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Meter:
         self._seconds = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums, and the steps since the last line; JSON-ready."""
+        """Return the totals and the steps since the last line, JSON-ready."""
         window = [[finite_or_none(asdict(value)) for value in pair] for pair in self._window]
         sums = [self._num_tokens, self._num_targets, self._skipped, self._seconds]
         return {"sums": sums, "window": window}
@@ -131,7 +131,7 @@ class Meter:
             self._window.append((StepRecord(**values), self._computed(done)))
 
     def _computed(self, values: dict[str, Any]) -> _Computed:
-        """What `asdict` made of it; earlier versions wrote the squared lengths in place of the FLOPs."""
+        """Read `_Computed`; earlier versions saved squared lengths instead of FLOPs."""
         if "squares" in values:
             flops = self._flops.per_token * values["tokens"] + self._flops.per_square * values["squares"]
         else:
@@ -150,7 +150,7 @@ class Meter:
         return self._line()
 
     def rest(self) -> Metrics:
-        """The record of the steps since the last one (there are some), for a run that ends early."""
+        """Return metrics of the steps since the last line, at least one, for a run that ends early."""
         return self._line(with_lanes=False)
 
     def _line(self, *, with_lanes: bool = True) -> Metrics:
@@ -180,7 +180,7 @@ class Meter:
 
 
 def lane_shares(spans: Iterable[Span], seconds: float) -> dict[str, float]:
-    """The share of `seconds` in which each lane worked; empty where nothing was recorded."""
+    """Return the busy share of each lane in `seconds`; empty if nothing was recorded."""
     busy: dict[str, float] = {}
     for op, start, end in spans:
         name = op.lane.name.lower()
@@ -189,14 +189,13 @@ def lane_shares(spans: Iterable[Span], seconds: float) -> dict[str, float]:
 
 
 class MetricsFile:
-    """Written line by line; each is handed to the system before `write_step` returns.
+    """metrics.jsonl as it is written: each line reaches the system before the call returns.
 
-    Nothing exists before the first step is written: then `begin` is called (it makes the folder
-    ready), an earlier file is replaced and `header` becomes the first line. On leaving, the line
-    `end` says how the run ended.
+    The file does not exist before the first step: then `begin` prepares the folder, an earlier file is
+    replaced, and `header` becomes the first line. Leaving the context writes the line `end`.
 
-    Lines that a full or failing disk does not take wait for the next one, at most `_MOST_WAITING` bytes of
-    them: they may be lost, the run is not. `warn` is told once, and at the end of what is missing.
+    Lines that a full or failing disk rejects are kept, at most `_MOST_UNWRITTEN` bytes, and written with the
+    next one if possible. `warn` gets the first error, and at the end the number of lost lines.
     """
 
     def __init__(
@@ -208,15 +207,14 @@ class MetricsFile:
         resumed_at: int | None = None,
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """resumed_at: the file goes on, after that step."""
+        """resumed_at: append to the file of a run that continues after this step."""
         self._path, self._begin, self._header, self._resumed_at = path, begin, header, resumed_at
         self._warn = warn
         self._file: TextIO | None = None
         self._unwritten = bytearray()
         self._num_dropped = 0
         self._fault = ""
-        self._waiting: list[Evaluation] = []
-        self.step = resumed_at or 0  # the last step done, logged or not
+        self.step = resumed_at or 0  # last step done, logged or not
 
     def __enter__(self) -> Self:
         return self
@@ -228,12 +226,11 @@ class MetricsFile:
         missing = self._num_dropped + self._unwritten.count(b"\n")
         if missing:
             self._warn(f"{self._path} lacks {count(missing, 'line')}: {self._fault}")
-        with suppress(OSError):  # a network file system may tell only now
+        with suppress(OSError):  # a network file system may report errors here
             self._file.close()
 
     def open(self) -> None:
-        """Begin the file, and with it the run, unless that is done. Raises DoesNotFitError when the disk
-        is full."""
+        """Begin the run's folder and the file, unless done. Raises DoesNotFitError if the disk is full."""
         if self._file is None:
             self._begin()
             goes_on = self._resumed_at is not None and self._path.exists()
@@ -242,34 +239,29 @@ class MetricsFile:
             self._write("start", self._header)
             if self._resumed_at is not None:
                 self._write("resume", {"step": self._resumed_at})
-            for evaluation in self._waiting:
-                self._write("eval", asdict(evaluation))
 
     def write_step(self, metrics: Metrics) -> None:
-        """Append a line."""
+        """Append a line `step`."""
         self.open()
         self._write("step", asdict(metrics))
 
     def write_event(self, event: str, values: dict[str, Any]) -> None:
-        """Append a line of another kind; before the first step there is no file for it."""
+        """Append a line of another kind; dropped before the first step, when there is no file."""
         if self._file is not None:
             self._write(event, values)
 
     @property
     def has_begun(self) -> bool:
-        """Whether the file exists: from the first recorded step on."""
+        """Return whether the file exists: true from the first step on."""
         return self._file is not None
 
     def write_timeline(self, step: int, spans: Sequence[Span]) -> None:
-        """Append what ran when in a step, as [op, lane, start, end] in seconds."""
+        """Append the spans of a step as [op, lane, start, end], in seconds."""
         rows = [[str(op), str(op.lane), round(start, 7), round(end, 7)] for op, start, end in spans]
         self._write("timeline", {"step": step, "spans": rows})
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
-        """Append a line for an evaluation; those before the first step wait for it."""
-        if self._file is None:
-            self._waiting.append(evaluation)
-            return
+        """Append a line `eval`. The file must be open: `training.log` holds evaluations before step 1."""
         self._write("eval", asdict(evaluation))
 
     def _write(self, event: str, values: dict[str, Any]) -> None:
@@ -279,9 +271,9 @@ class MetricsFile:
         self._append((json.dumps(line, allow_nan=False) + "\n").encode())
 
     def _append(self, line: bytes) -> None:
-        """Write what waits and the line, from where the disk has stopped taking it."""
+        """Write unwritten lines and this one, from the byte at which the disk failed."""
         assert self._file is not None
-        if len(self._unwritten) + len(line) > _MOST_WAITING:
+        if len(self._unwritten) + len(line) > _MOST_UNWRITTEN:
             self._num_dropped += 1
         else:
             self._unwritten += line
@@ -295,7 +287,7 @@ class MetricsFile:
 
 
 def _ending(error: BaseException | None) -> dict[str, Any]:
-    """Why a run ends, as the line `end` says it."""
+    """Return the fields of the line `end`."""
     if error is None:
         return {"status": "finished"}
     if isinstance(error, StoppedError):
@@ -307,17 +299,17 @@ def _ending(error: BaseException | None) -> dict[str, Any]:
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
-    """The step records of a metrics file; a last line that is cut off (a killed run) is passed over."""
+    """Read the lines `step`, without undone steps and a truncated last line (a killed run)."""
     return still_true(read_lines(path), "step")
 
 
 def read_evaluations(path: Path) -> list[dict[str, Any]]:
-    """The evaluations of a metrics file."""
+    """Read the lines `eval`, without undone steps."""
     return still_true(read_lines(path), "eval")
 
 
 def still_true(lines: Iterable[dict[str, Any]], event: str) -> list[dict[str, Any]]:
-    """The lines of a kind, without those of steps that a later rollback or resume undid."""
+    """Return the lines of a kind, without steps that a later rollback or resume undid."""
     found: list[dict[str, Any]] = []
     for line in lines:
         if line.get("event") == event:
@@ -328,19 +320,20 @@ def still_true(lines: Iterable[dict[str, Any]], event: str) -> list[dict[str, An
 
 
 def mean_of_tail(steps: Sequence[dict[str, Any]]) -> float:
-    """Mean loss over the last tenth of the finite records, as single steps are noisy; NaN without any."""
+    """Return the mean loss of the last tenth of the finite records (single steps are noisy), or NaN."""
     losses = [line["loss"] for line in steps if line.get("loss") is not None]
     tail = losses[-max(1, len(losses) // 10) :]
     return sum(tail) / len(tail) if tail else math.nan
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics file, in order, without a last one that is cut off. Raises DataError for what is
-    damaged, OSError."""
+    """Yield the lines of a metrics file, without a truncated last one. Raises DataError, OSError."""
     try:
         lines = files.read_text(path).split("\n")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is damaged: {error.reason} at byte {error.start:,}") from None
+        raise DataError(
+            f"{path} is damaged: {error.reason} at byte {error.start:,}", hint=REMOVE_LINE
+        ) from None
     last = len(lines) if lines[-1] else len(lines) - 1
     for number, line in enumerate(lines[:last], start=1):
         try:
@@ -348,7 +341,8 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             if number == last:
                 return
-            raise DataError(f"{path}:{number} is damaged: {getattr(error, 'msg', error)}") from None
+            why = getattr(error, "msg", error)
+            raise DataError(f"{path}:{number} is damaged: {why}", hint=REMOVE_LINE) from None
         yield check(found, f"{path}:{number}")
 
 
@@ -357,22 +351,22 @@ def _not_finite(name: str) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide on the numbers."""
+    """Return versions of Python and of the packages that affect the numbers."""
     return {"python": platform.python_version(), **_installed()}
 
 
 @cache
 def _installed() -> Mapping[str, str]:
-    """Versions of packages, each read from a file that takes 5 ms to parse."""
+    """Return versions of packages; each is read from a file that takes 5 ms to parse."""
     found = {}
     for name in _PACKAGES:
-        with suppress(PackageNotFoundError):  # run from a source folder
+        with suppress(PackageNotFoundError):  # a source folder
             found[name] = version(name)
     return found
 
 
 def device_bytes(model: HostModel) -> int:
-    """Bytes taken on the compute device: the peak on CUDA, else the slots that are no part of the store."""
+    """Return peak bytes on a CUDA device, else the size of slots outside the store."""
     if model.device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(model.device))
     memory = model.memory_bytes()
@@ -380,7 +374,7 @@ def device_bytes(model: HostModel) -> int:
 
 
 def finite_or_none(value: Any) -> Any:
-    """The value as JSON has it: numbers that are not finite are null."""
+    """Replace numbers that are not finite by None, for JSON."""
     if isinstance(value, dict):
         return {key: finite_or_none(entry) for key, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""The loss curves of a run as a picture: on what is trained on, and on what is held out."""
+"""Picture of a run's loss curves: training and held-out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from horizon_lm.checkpoint.run_folder import writing
+from horizon_lm.checkpoint.folder import writing
 from horizon_lm.io import files
 from horizon_lm.report.metrics import read_evaluations, read_steps
 from horizon_lm.text import one_line
@@ -19,14 +19,14 @@ _LOSS, _HELD_OUT, _RATE = "#1f5fa8", "#bc4c00", "#6e7781"
 
 
 def plot_loss(metrics: Path, picture: Path, *, title: str) -> None:
-    """Write `draw_loss` as a PNG; whole or absent."""
+    """Write the picture of `draw_loss` as a PNG, atomically."""
     figure = draw_loss(metrics, title=title)
     with writing(picture):
         files.write_file(picture, lambda file: figure.savefig(file, format="png"))
 
 
 def draw_loss(metrics: Path, *, title: str) -> Figure:
-    """Training loss, held-out loss where there is one, and learning rate over the steps of a metrics file."""
+    """Draw training loss, held-out loss if any, and learning rate over the steps of a metrics file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -77,7 +77,7 @@ def draw_loss(metrics: Path, *, title: str) -> Figure:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Exponential mean over about a twentieth of the values, unbiased at the start; passes over NaN."""
+    """Return the exponential mean over about a twentieth of the values, unbiased at the start; skip NaN."""
     keep = 1 - 1 / max(1.0, len(values) / 20)
     mean = weight = 0.0
     result = []

@@ -1,11 +1,13 @@
-"""The shape of the lines of metrics.jsonl, checked before they are used: the file may be damaged or edited.
+"""Records of a run: its steps and evaluations, and the schema of the lines of metrics.jsonl.
 
-Fields that are not named here pass unchecked. All but `step` may be missing, as files of earlier versions
-lack some.
+Lines are validated before use, because the file may be damaged or edited. Unknown fields pass unchecked. All
+fields but `step` are optional: files of earlier versions lack some.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -13,7 +15,48 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from horizon_lm.errors import DataError
 from horizon_lm.schedule.ops import parse_op
 
-_LARGEST = 1e60  # what is drawn is squared nowhere, and nothing that is measured comes near
+_LARGEST = 1e60  # far above any measurement, and safe to draw
+REMOVE_LINE = "remove this line; the others can be read without it"
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """Result of one optimizer step.
+
+    step: from 1
+    epoch: passes over the data so far
+    loss: mean over the step's target tokens
+    grad_norm: before clipping; NaN if it was not computed
+    num_tokens: target tokens
+    skipped: nothing was updated, because loss or norm was not finite or spiked
+    rolled_back_to: the step that the run returned to after this one
+    note: the problem, in words; empty for nearly all steps
+    changes: settings that no longer apply from this step on, and why (a layer that cannot keep activations)
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    num_tokens: int
+    seconds: float
+    skipped: bool
+    rolled_back_to: int | None = None
+    note: str = ""
+    changes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of one evaluation. eval_loss: mean over target tokens, nats; eval_perplexity: exp(eval_loss)."""
+
+    step: int
+    eval_loss: float
+    eval_perplexity: float
+    eval_tokens: int
+    eval_seconds: float
+
 
 Real = Annotated[float, Field(ge=-_LARGEST, le=_LARGEST)]
 Number = Real | None  # null: not finite
@@ -60,7 +103,7 @@ class _Data(_Part):
 
 
 class _Choice(_Part):
-    """Shown as it is."""
+    """A choice of the planner, shown unchecked."""
 
 
 class _Plan(_Part):
@@ -159,13 +202,13 @@ _KINDS: dict[str, type[_Line]] = {
 
 
 def check(line: Any, place: str) -> dict[str, Any]:
-    """Return the line if it is valid. Raises DataError that names the value that is not."""
+    """Return the line if it is valid. Raises DataError that names the invalid value."""
     kind = _KINDS.get(str(line.get("event")), _Line) if isinstance(line, dict) else _Line
     return _checked(kind, line, place)
 
 
 def check_settings(values: Any, place: str) -> dict[str, Any]:
-    """Return settings that were read from a run's folder, if they are valid. Raises DataError."""
+    """Return settings read from a run's folder if they are valid. Raises DataError."""
     return _checked(_Settings, values, place)
 
 
@@ -178,7 +221,7 @@ def _checked(kind: type[_Part], values: Any, place: str) -> dict[str, Any]:
         why = first["msg"][:1].lower() + first["msg"][1:]
         raise DataError(
             f"{place} is damaged: {where} is {first['input']!r:.60}: {why}",
-            hint="remove the line: the others can be shown without it",
+            hint=REMOVE_LINE,
         ) from None
     found: dict[str, Any] = values
     return found

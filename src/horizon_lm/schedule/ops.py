@@ -102,7 +102,7 @@ class Op:
         return LANE_OF_KIND[self.kind]
 
     def at(self, step: int) -> Op:
-        """Return the op of another step. Plans build thousands: `dataclasses.replace` is five times slower."""
+        """Return the op of another step. Plans take thousands; `dataclasses.replace` is five times slower."""
         if self.step == step:
             return self
         made = object.__new__(Op)

@@ -22,8 +22,8 @@ from typing import Any
 
 from horizon_lm.checkpoint.writer import Outcome
 from horizon_lm.errors import CallbackError, ConfigError
-from horizon_lm.report.events import Evaluation, StepRecord
 from horizon_lm.report.metrics import Metrics
+from horizon_lm.report.records import Evaluation, StepRecord
 
 EVENTS = ("on_step_end", "on_log", "on_evaluate", "on_save")
 _NOTHING: Mapping[str, Any] = MappingProxyType({})

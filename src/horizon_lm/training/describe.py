@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from horizon_lm.checkpoint.run_folder import RunFolder
+from horizon_lm.checkpoint.folder import RunFolder
 from horizon_lm.config import TrainConfig
 from horizon_lm.data import StreamLoader, TrainingData
 from horizon_lm.data.left_out import remarks, used
@@ -20,7 +20,6 @@ from horizon_lm.report.display import clock, number
 from horizon_lm.report.flops import FORMULA
 from horizon_lm.report.metrics import Metrics, mean_of_tail, read_evaluations, read_steps, versions
 from horizon_lm.text import redact
-from horizon_lm.training.sample import Sample
 from horizon_lm.words import count, parameters, size
 
 
@@ -171,15 +170,6 @@ def title(config: TrainConfig, model: HostModel, last: Metrics, metrics: Path) -
     evaluations = _readable(read_evaluations, metrics)
     held_out = [e["eval_loss"] for e in evaluations if e.get("eval_loss") is not None]
     return found + (f", held-out {number(held_out[-1])}" if held_out else "")
-
-
-def completion(made: Sample) -> str:
-    """What the model answered, and to what."""
-    return f"{_quoted('sample prompt', made.prompt)}\n{_quoted('completion', made.completion)}"
-
-
-def _quoted(title: str, text: str) -> str:
-    return "\n".join([title, *(f"  | {line}" for line in text.splitlines() or [""])])
 
 
 def summary(config: TrainConfig, folder: RunFolder, result: TrainResult, remarks: Sequence[str] = ()) -> str:

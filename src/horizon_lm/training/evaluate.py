@@ -1,246 +1,82 @@
-"""`horizon eval`: a model on held-out data, streamed as in training, without gradients or moments.
-
-What is evaluated may be a configuration (its model_name_or_path), a run (its trained model, or its latest
-checkpoint while it is not finished), a checkpoint, a model's folder, or a model's name on the Hub.
-"""
+"""Evaluation during a run: the loss on held-out sequences, and when it is due."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+import time
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
-from torch import nn
-
-from horizon_lm.checkpoint.export_checkpoint import model_of
-from horizon_lm.checkpoint.folder import Checkpoint
-from horizon_lm.checkpoint.places import Place, look, may_be_on_hub, no_model
-from horizon_lm.config import ModelSettings, TrainConfig, model_settings_of
-from horizon_lm.config.base import collect, keys_of
-from horizon_lm.config.dataset_info import SUFFIXES
-from horizon_lm.config.yaml import Document
-from horizon_lm.data.left_out import remarks
+from horizon_lm.config import TrainConfig
+from horizon_lm.config.data import IGNORED
+from horizon_lm.data.batches import in_order
 from horizon_lm.data.packing import Rows
-from horizon_lm.data.training_data import (
-    load_eval_rows,
-    load_training_data,
-    make_encoder,
-    pad_id,
-    tokenizer_of,
-)
-from horizon_lm.errors import CheckpointError, ConfigError
-from horizon_lm.host_model import HostModel, load_model_of
-from horizon_lm.io import files
-from horizon_lm.model.loading import grow_vocabulary
-from horizon_lm.model.quiet import quiet_transformers
-from horizon_lm.report.display import say
-from horizon_lm.training.evaluation import evaluate
-from horizon_lm.training.generate import model_folder
-from horizon_lm.training.run_settings import given_keys, read_settings
-from horizon_lm.words import count
+from horizon_lm.errors import DataError
+from horizon_lm.host_model import HostModel
+from horizon_lm.micro_batches import MicroBatch
+from horizon_lm.outputs import perplexity
+from horizon_lm.report.records import Evaluation
+
+# Micro-batches that go through a layer while it is on the device. Their boundaries wait on the host or the
+# device, so there is a limit; with so many the weights' way over the bus is a small part.
+_TOGETHER = 16
 
 
-@dataclass(frozen=True)
-class Target:
-    """What to evaluate, and by which settings. checkpoints: to take the weights from, best first; none where
-    model_name_or_path says it. what: in words."""
+def evaluate(
+    model: HostModel, rows: Rows, *, micro_batch_size: int, pad_id: int, step: int = 0
+) -> Evaluation:
+    """The mean over every target token of `rows`, each counted once whatever the batch. Raises DataError."""
+    started = time.perf_counter()
+    total, num_tokens = 0.0, 0
+    for group in _groups(in_order(rows, micro_batch_size, pad_id)):
+        out = model.evaluate(group)
+        total += out.loss * out.num_tokens
+        num_tokens += out.num_tokens
+    if num_tokens == 0:
+        raise DataError("the evaluation set has no token to predict", hint="check eval_datasets and loss_on")
+    loss = total / num_tokens
+    seconds = time.perf_counter() - started
+    return Evaluation(step, loss, perplexity(loss), num_tokens, seconds)
 
-    config: TrainConfig
-    what: str
-    checkpoints: tuple[Checkpoint, ...] = ()
+
+def _groups(batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
+    """Of micro-batches that have a target; the model refuses a call without any."""
+    useful = (batch for batch in batches if bool((batch["labels"][:, 1:] != IGNORED).any()))
+    while group := list(islice(useful, _TOGETHER)):
+        yield group
 
 
-def target_of(place: str | None, overrides: Sequence[str]) -> tuple[Target, list[str]]:
-    """What `horizon eval PLACE key=value ...` means, and notes on how the settings were read.
+class Evaluator:
+    """Evaluates when it is due: at steps or epochs as the settings say, and at the end."""
 
-    Raises ConfigError where there is nothing to evaluate, or nothing to evaluate on.
-    """
-    given = given_keys(overrides)
-    looked = look(place) if place is not None else None
-    what = ""
-    checkpoints: tuple[Checkpoint, ...] = ()
-    if looked is not None and looked.kind == "file" and looked.path.name.lower().endswith(SUFFIXES):
-        raise ConfigError(
-            f"{place} is data, not a model, a run or a configuration",
-            hint=f"horizon eval MODEL eval_datasets={place}",
+    def __init__(
+        self,
+        model: HostModel,
+        rows: Rows,
+        config: TrainConfig,
+        *,
+        num_steps: int,
+        pad_id: int,
+        epochs_done: int = 0,
+    ) -> None:
+        self._model, self._rows, self._pad_id = model, rows, pad_id
+        self._strategy, self._every = config.eval_strategy, config.eval_steps
+        self._num_steps = num_steps
+        self._batch = config.per_device_eval_batch_size or config.per_device_train_batch_size
+        self._epochs_done = epochs_done
+
+    def run(self, step: int) -> Evaluation:
+        return evaluate(self._model, self._rows, micro_batch_size=self._batch, pad_id=self._pad_id, step=step)
+
+    def after(self, step: int, epoch: float, *, is_last: bool = False) -> Evaluation | None:
+        """The evaluation that is due after a step, if one is. is_last: the run ends here, early or not."""
+        crossed = int(epoch) > self._epochs_done
+        self._epochs_done = int(epoch)
+        is_due = (
+            is_last
+            or step == self._num_steps
+            or self._strategy == "steps"
+            and step % self._every == 0
+            or self._strategy == "epoch"
+            and crossed
         )
-    if looked is None or looked.kind in ("configuration", "file"):
-        document, notes = collect(place, overrides, keys_of(TrainConfig))
-    elif looked.kind in ("run", "checkpoint"):
-        document, notes = _of_run(looked, overrides)
-        own, what, checkpoints = _model_of_run(looked)
-        if "model_name_or_path" not in given:
-            document.values.update({key: value for key, value in own.items() if key not in given})
-        else:
-            what, checkpoints = "", ()
-            document.values["init_model"] = None
-    else:
-        if looked.kind != "model" and not (looked.kind == "absent" and may_be_on_hub(str(place))):
-            raise no_model(looked, "eval")
-        document, notes = collect(None, overrides, keys_of(TrainConfig))
-        document.values.setdefault("model_name_or_path", str(looked.model or place))
-    _choose_data(document, given)
-    config = TrainConfig.from_document(document)
-    if config.model_name_or_path is not None and not what:
-        looked = look(config.model_name_or_path)
-        if looked.kind == "run" and looked.model is None and looked.checkpoints:
-            raise no_model(looked, "eval")
-        what = str(model_folder(config.model_name_or_path, "eval"))
-    return Target(_fitted(config, given), what, tuple(checkpoints)), notes
-
-
-def _of_run(looked: Place, overrides: Sequence[str]) -> tuple[Document, list[str]]:
-    run = looked.path if looked.kind == "run" else looked.path.resolve().parent
-    if (run / "config.resolved.yaml").is_file():
-        return read_settings(run, overrides)
-    document, notes = collect(None, overrides, keys_of(TrainConfig))
-    if looked.checkpoints:  # one that was copied without its run
-        known = TrainConfig.model_fields.keys()
-        saved = {k: v for k, v in looked.checkpoints[0].manifest.config.items() if k in known}
-        document.values.update({k: v for k, v in saved.items() if k not in document.values})
-    return document, notes
-
-
-def _model_of_run(looked: Place) -> tuple[dict[str, Any], str, tuple[Checkpoint, ...]]:
-    """(settings that name the model, it in words, checkpoints to read it from)."""
-    none = {"init_model": None, "train_tokenizer_vocab_size": None, "model_revision": None}
-    if looked.model is not None and looked.is_finished:
-        names = {"model_name_or_path": str(looked.model), "tokenizer_name_or_path": None}
-        return {**none, **names}, f"{looked.model} (the run is finished, {count(looked.step, 'step')})", ()
-    if not looked.checkpoints:
-        raise no_model(looked, "eval")
-    best = looked.checkpoints[0]
-    names = {key: str(best.path) for key in ("model_name_or_path", "tokenizer_name_or_path")}
-    why = " (the run is not finished)" if looked.kind == "run" else ""
-    return {**none, **names}, f"{best.path}, step {best.manifest.step:,}{why}", looked.checkpoints
-
-
-def _choose_data(document: Document, given: set[str]) -> None:
-    """Data that are named on the command line stand in place of all that a file names.
-    Raises ConfigError where nothing is named."""
-    values = document.values
-    if "eval_datasets" in given:
-        values["val_size"] = 0
-    elif "datasets" in given:
-        values["eval_datasets"], values["val_size"] = [], 0
-    if not values.get("datasets") and not values.get("eval_datasets"):
-        raise ConfigError(
-            "there is nothing to evaluate on", hint="eval_datasets=FILE, a folder or a Hub name"
-        )
-    if not values.get("eval_datasets") and not values.get("val_size"):
-        values["eval_strategy"] = "no"  # which would ask for one of them
-    values.setdefault("datasets", values.get("eval_datasets"))
-
-
-def _fitted(config: TrainConfig, given: set[str]) -> TrainConfig:
-    """Sequences no longer than the model takes, where no length was asked for."""
-    name = config.model_name_or_path
-    if name is None or "max_length" in given or "max_length" in config.model_fields_set:
-        return config
-    try:
-        values = json.loads(files.read_text(Path(model_folder(name)) / "config.json"))
-        longest = values.get("max_position_embeddings", values.get("n_positions"))
-    except (OSError, ValueError, ConfigError):
-        return config
-    if isinstance(longest, int) and 1 < longest < config.max_length:
-        return config.replace(max_length=longest)
-    return config
-
-
-def evaluate_model(config: TrainConfig) -> dict[str, Any]:
-    """`evaluate_target` of the model that `config` names."""
-    if config.model_name_or_path is None:
-        raise ConfigError("there is no model to evaluate", hint="model_name_or_path=FOLDER")
-    return evaluate_target(Target(config, str(model_folder(config.model_name_or_path, "eval"))))
-
-
-def evaluate_target(
-    target: Target, warn: Callable[[str], None] = lambda text: say(f"warning: {text}", sys.stderr)
-) -> dict[str, Any]:
-    """eval_loss (mean cross-entropy in nats over all target tokens), eval_perplexity, eval_tokens,
-    eval_sequences, eval_seconds, and in words: model, data, dtype.
-
-    On eval_datasets; else on what val_size holds out; else on datasets. Raises ConfigError, DataError and
-    CheckpointError.
-    """
-    config = target.config
-    if config.model_name_or_path is None:
-        raise ConfigError(
-            "there is no model to evaluate",
-            hint="horizon eval RUN, horizon eval FOLDER, or model_name_or_path=FOLDER",
-        )
-    if not target.checkpoints:
-        config = config.replace(model_name_or_path=str(model_folder(config.model_name_or_path, "eval")))
-    tokenizer = tokenizer_of(config)
-    if config.val_size:
-        rows = load_training_data(config, tokenizer).eval_rows
-        assert rows is not None
-    else:
-        rows = load_eval_rows(config, make_encoder(config, tokenizer))
-    data = _data_in_words(config)
-    size = f"{count(len(rows), 'sequence')}, {count(rows.num_tokens, 'token')}"
-    say(f"evaluating {target.what} on {data}: {size}", sys.stderr)
-    for remark in remarks(rows):
-        say(f"{'warning: ' if remark.is_warning else ''}{remark}", sys.stderr)
-    settings = model_settings_of(config)
-    with quiet_transformers():
-        model, what = _load(target, config, settings, len(tokenizer), warn)
-    found = _measure(model, settings, rows, config, pad_id(tokenizer))
-    return {**found, "model": what, "data": data, "dtype": config.dtype}
-
-
-def _measure(
-    model: nn.Module, settings: ModelSettings, rows: Rows, config: TrainConfig, pad: int
-) -> dict[str, Any]:
-    model.requires_grad_(False)  # no gradients and no moments: weights alone
-    settings = settings.replace(freeze=[], lr_factors={})  # which name what is trained
-    batch = config.per_device_eval_batch_size or config.per_device_train_batch_size
-    found = asdict(evaluate(HostModel(model, settings), rows, micro_batch_size=batch, pad_id=pad))
-    del found["step"]
-    return {**found, "eval_sequences": len(rows)}
-
-
-def _load(
-    target: Target,
-    config: TrainConfig,
-    settings: ModelSettings,
-    num_tokens: int,
-    warn: Callable[[str], None],
-) -> tuple[nn.Module, str]:
-    """The model, and in words which one it is: of checkpoints the first that is sound."""
-    assert config.model_name_or_path is not None
-    if not target.checkpoints:
-        model = load_model_of(config.model_name_or_path, settings)
-        if config.new_tokens:
-            grow_vocabulary(model, num_tokens, config.seed)
-        return model, target.what
-    last: CheckpointError | None = None
-    for number, checkpoint in enumerate(target.checkpoints):
-        try:
-            model = model_of(
-                checkpoint,
-                trust_remote_code=settings.trust_remote_code,
-                attn_implementation=settings.attn_implementation,
-            )
-            step = f"{checkpoint.path}, step {checkpoint.manifest.step:,}"
-            return model, target.what if number == 0 else step
-        except CheckpointError as error:
-            warn(f"passed over {error.message}")
-            last = error
-    assert last is not None
-    raise last
-
-
-def _data_in_words(config: TrainConfig) -> str:
-    if config.val_size:
-        return "what val_size holds out of " + _paths(config.datasets)
-    if config.eval_datasets:
-        return _paths(config.eval_datasets)
-    return f"{_paths(config.datasets)} (there are no eval_datasets: this may be what it was trained on)"
-
-
-def _paths(datasets: Sequence[Any]) -> str:
-    return ", ".join(dataset.path for dataset in datasets)
+        return self.run(step) if is_due else None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from horizon_lm.checkpoint.places import look, may_be_on_hub, no_model
+from horizon_lm.checkpoint.identify import identify, may_be_on_hub, no_model
 from horizon_lm.data.chat import ChatTemplate
 from horizon_lm.data.tokenizer import load_tokenizer
 from horizon_lm.errors import ConfigError, DataError, HorizonError
@@ -180,7 +180,7 @@ def model_folder(source: str | Path, verb: str = "generate") -> str | Path:
 
     Raises ConfigError where there is no model, with what is there instead. verb: the command that asks.
     """
-    looked = look(source)
+    looked = identify(source)
     if looked.model is not None:
         return looked.model
     name = str(source)

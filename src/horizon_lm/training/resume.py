@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from horizon_lm.checkpoint import folder as checkpoints
-from horizon_lm.checkpoint import places, units
 from horizon_lm.checkpoint.disk import checksum
-from horizon_lm.checkpoint.folder import Checkpoint, Rejected
-from horizon_lm.checkpoint.manifest import Manifest
-from horizon_lm.checkpoint.reader import load_units, read_small
-from horizon_lm.checkpoint.run_folder import RunFolder
-from horizon_lm.checkpoint.writer import BUFFERS
+from horizon_lm.checkpoint.folder import Checkpoint, Rejected, RunFolder
+from horizon_lm.checkpoint.identify import identify, no_checkpoint
+from horizon_lm.checkpoint.reader import load_buffers, load_units, read_small
 from horizon_lm.config import DatasetConfig, TrainConfig
 from horizon_lm.config.base import resumable
 from horizon_lm.errors import CheckpointError, ConfigError, DataError
 from horizon_lm.host_model import HostModel
 from horizon_lm.plan.step_size import CUT
-from horizon_lm.training import paths
-from horizon_lm.training.loop import LoopState
+from horizon_lm.training.run_settings import AUTO, LATEST, is_template_file, places_of
+from horizon_lm.training.state import RunState
 from horizon_lm.words import count
-
-LATEST, AUTO = "latest", "auto"
 
 FREE = resumable(TrainConfig, "free")
 FIXED = resumable(TrainConfig, "fixed")
@@ -62,9 +55,9 @@ def find(config: TrainConfig, folder: RunFolder, warn: Callable[[str], None]) ->
         found, rejected = checkpoints.list_checkpoints(place)
         if not found and not rejected:
             return None
-    looked = places.look(place)
+    looked = identify(place)
     if not looked.checkpoints and not looked.rejected:
-        error = places.no_checkpoint(looked, "resume")
+        error = no_checkpoint(looked, "resume")
         if source == LATEST:
             error.hint = f"{error.hint}; resume_from_checkpoint=auto starts a new run where there is none"
         raise error
@@ -169,14 +162,14 @@ def _is_other_path(key: str, then: Any, now: Any, checkpoint: Checkpoint, config
     if key == "tokenizer_name_or_path":
         return "tokenizer.json" in checkpoint.manifest.files or _is_same_path(then, now, checkpoint)
     if key == "chat_template":
-        return paths.is_template_file(then) and paths.is_template_file(now)
+        return is_template_file(then) and is_template_file(now)
     return key == "model_name_or_path"
 
 
 def _is_same_path(then: str, now: str, checkpoint: Checkpoint) -> bool:
     """Whether both name one file or folder, or one name on the Hub; `then` may be relative."""
     output_dir = Path(str(checkpoint.manifest.config.get("output_dir", "."))).expanduser()
-    bases = paths.places_of(output_dir, checkpoint.path.resolve().parent)
+    bases = places_of(output_dir, checkpoint.path.resolve().parent)
     place = Path(now).expanduser().resolve()
     return then == now or any((base / Path(then).expanduser()).resolve() == place for base in bases)
 
@@ -206,34 +199,36 @@ def _short(value: Any) -> str:
 
 def restore(
     resume: Resume,
-    model: HostModel,
-    load_state: Callable[[Manifest], None],
+    state: RunState,
     small_files: Mapping[str, bytes],
-    config: TrainConfig,
+    asked: TrainConfig,
     warn: Callable[[str], None],
 ) -> Checkpoint:
-    """Put the model and (`load_state`) the trainer back to the best checkpoint whose content is right.
+    """Load the best checkpoint whose content is right into the model and the state of the run.
 
-    small_files: configuration and tokenizer of now. Raises CheckpointError where no content is right,
-    DataError where the data or the tokenizer have changed, ConfigError where it is another model.
+    small_files: configuration and tokenizer of now. asked: the settings as given. Raises CheckpointError if
+    no content is right, DataError if data or tokenizer have changed, ConfigError if the model has.
     """
     rejected = []
     for checkpoint in resume.checkpoints:
         try:
-            _check_model(checkpoint, small_files, config)
-            load_checkpoint(checkpoint, model)
+            _check_model(checkpoint, small_files, asked)
+            load_checkpoint(checkpoint, state.model)
             _check_tokenizer(checkpoint, small_files)
             try:
-                load_state(checkpoint.manifest)
+                state.load(checkpoint.manifest)
             except DataError:
                 raise
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise CheckpointError(f"{checkpoint.path}: its state cannot be read: {error!r}") from error
-            return checkpoint
+            break
         except CheckpointError as error:
-            warn(f"passed over {error.message}")
+            warn(f"skipped {error.message}")
             rejected.append(Rejected(checkpoint.path, error.message))
-    raise checkpoints.none_valid(resume.checkpoints[0].path.parent, rejected)
+    else:
+        raise checkpoints.none_valid(resume.checkpoints[0].path.parent, rejected)
+    state.best.restore(checkpoint)
+    return checkpoint
 
 
 def _check_tokenizer(checkpoint: Checkpoint, small_files: Mapping[str, bytes]) -> None:
@@ -251,38 +246,12 @@ def load_checkpoint(checkpoint: Checkpoint, model: HostModel) -> None:
     """Fill the model's store and buffers. Raises CheckpointError."""
     model.state_is_being_replaced()
     load_units(checkpoint, model.store)
-    rows = saved_buffers(model)
-    path = checkpoint.path / BUFFERS
-    read_small(checkpoint, BUFFERS)  # checks it
-    with open(path, "rb") as file:
-        units.read(file.fileno(), rows, str(path))
-    for (name, value), (_, buffer) in zip(rows, _persistent_buffers(model), strict=True):
-        assert value.shape == buffer.shape, name
-        buffer.copy_(value)
+    load_buffers(checkpoint, model.skeleton.model)
     try:
         steps_done = int(checkpoint.manifest.state["steps_done"])
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{checkpoint.path}: its state has no steps_done") from None
     model.state_was_replaced(steps_done)
-
-
-def saved_buffers(model: HostModel) -> list[tuple[str, torch.Tensor]]:
-    """Copies, in host memory, of the buffers that belong to the saved model."""
-    return [(name, b.detach().cpu().contiguous().clone()) for name, b in _persistent_buffers(model)]
-
-
-def _persistent_buffers(model: HostModel) -> Sequence[tuple[str, torch.Tensor]]:
-    module = model.skeleton.model
-    found = []
-    for name, buffer in module.named_buffers(remove_duplicate=False):
-        path, _, local = name.rpartition(".")
-        if local not in module.get_submodule(path)._non_persistent_buffers_set:
-            found.append((name, buffer))
-    return found
-
-
-def loop_state(state: dict[str, Any]) -> LoopState:
-    return LoopState(**{key: int(state["loop"][key]) for key in ("step", "skipped_in_a_row", "rollbacks")})
 
 
 # What is said of it.
@@ -301,7 +270,7 @@ def about(
     _check_length(config, checkpoint, num_steps, step)
     changed = {key: pair for key, pair in changed_settings(config, checkpoint).items() if key in LENGTH}
     first = f"resumed from {checkpoint.path}, after step {step}"
-    looked = places.look(folder.path)
+    looked = identify(folder.path)
     is_own = checkpoint.path.resolve().parent == folder.path.resolve()
     if is_own and looked.step > step:
         again = f"steps {step + 1}-{looked.step} are" if looked.step > step + 1 else f"step {looked.step} is"

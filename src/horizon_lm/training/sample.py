@@ -1,4 +1,4 @@
-"""A short completion by the exported model: shows what was learned, and that the folder loads."""
+"""The sample completion at the end of a run: shows what was learned, and that the exported folder loads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from horizon_lm.config import TrainConfig
 from horizon_lm.config.data import IGNORED
+from horizon_lm.data import TrainingData
 from horizon_lm.data.packing import Row
 from horizon_lm.machine.memory import available_host_bytes
 from horizon_lm.training.generate import Generator, Sampling
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROMPT_TOKENS = 16
+TEMPERATURE = 0.8  # at 0 a little trained model repeats itself endlessly
 LARGEST_SHARE = 0.25  # of the free memory; a sample is not worth more
 
 
@@ -58,19 +61,38 @@ def weight_bytes(folder: Path) -> int:
 def complete(
     folder: Path,
     prompt: str,
+    sampling: Sampling,
     *,
-    max_new_tokens: int,
     device: torch.device,
     trust_remote_code: bool,
-    temperature: float = 0.8,
     special_tokens: bool = True,
 ) -> Sample:
-    """Load an exported folder and let it go on from `prompt`; the same completion each time.
+    """Load an exported folder and complete `prompt`; the same completion each time.
 
-    temperature: of the draw, with a fixed seed; 0 takes the likeliest token always, which a little
-    trained model answers with endless repetition. device: where it runs if it fits there easily,
-    else the CPU.
+    device: where the model runs if it fits there easily, else the CPU.
     """
     generator = Generator.load(folder, device=device, trust_remote_code=trust_remote_code)
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
     return Sample(prompt, generator.complete(prompt, sampling, special_tokens=special_tokens))
+
+
+def sample_of_run(config: TrainConfig, folder: Path, data: TrainingData, device: torch.device) -> str:
+    """Return a completion by the exported model in `folder`, or why there is none, in words."""
+    reason = reason_to_skip(folder)
+    if reason is not None:
+        return f"no sample completion: {reason}"
+    prompt, is_chat = config.sample_prompt, False
+    if prompt is None:
+        prompt, is_chat = piece_of_data(data.rows.row(0), data.tokenizer)
+    made = complete(
+        folder,
+        prompt,
+        Sampling(max_new_tokens=config.sample_max_new_tokens, temperature=TEMPERATURE),
+        device=device,
+        trust_remote_code=config.trust_remote_code,
+        special_tokens=not is_chat,
+    )
+    return f"{_quoted('sample prompt', made.prompt)}\n{_quoted('completion', made.completion)}"
+
+
+def _quoted(title: str, text: str) -> str:
+    return "\n".join([title, *(f"  | {line}" for line in text.splitlines() or [""])])

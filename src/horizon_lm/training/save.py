@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from horizon_lm.checkpoint import folder as checkpoints
 from horizon_lm.checkpoint.disk import Disk
+from horizon_lm.checkpoint.folder import Retention
 from horizon_lm.checkpoint.manifest import Manifest
-from horizon_lm.checkpoint.writer import CheckpointWriter, Outcome
-from horizon_lm.config import TrainConfig
+from horizon_lm.checkpoint.units import copied_buffers
+from horizon_lm.checkpoint.writer import CheckpointWriter, Outcome, Snapshot
 from horizon_lm.engine.policies import DTYPES
 from horizon_lm.errors import CheckpointError, DoesNotFitError, StoppedError
 from horizon_lm.host_model import HostModel
 from horizon_lm.io.leftovers import temporary_folder
 from horizon_lm.memory.store import predict_bytes
-from horizon_lm.report.events import StepRecord
-from horizon_lm.training import paths
-from horizon_lm.training.best import Best
-from horizon_lm.training.resume import load_checkpoint, saved_buffers
+from horizon_lm.report.metrics import versions
+from horizon_lm.report.records import StepRecord
+from horizon_lm.training.resume import load_checkpoint
+from horizon_lm.training.run_settings import absolute
 from horizon_lm.training.signals import REQUEUE, StopRequest
+from horizon_lm.training.state import RunState
 from horizon_lm.words import count, size
 
 _NOT_SAVED = ("grads", "grad_slabs")
@@ -33,38 +35,28 @@ _SMALL = 1_000_000_000  # bytes: save_last=auto keeps the end of any run whose c
 
 
 class Saver:
-    """Saves checkpoints of one run.
-
-    state: gives what the manifest keeps of the trainer, as of the last step. small_files: configuration and
-    tokenizer. report: told how each checkpoint ended. best: names the checkpoint that is kept whatever comes
-    after it. parent: the checkpoint that the run began from.
-    """
+    """Checkpoints of one run: when they are due, how they end, what to return to."""
 
     def __init__(
         self,
         run: Path,
-        model: HostModel,
-        config: TrainConfig,
+        state: RunState,
         *,
-        state: Callable[[], dict[str, Any]],
-        load_state: Callable[[Manifest], None],
-        small_files: dict[str, bytes],
-        versions: dict[str, str],
+        small_files: Mapping[str, bytes],
         report: Callable[[Outcome], None],
-        best: Best,
-        parent: str | None = None,
-        disk: Disk | None = None,
+        parent: Path | None = None,
     ) -> None:
-        self._run, self._model, self._config = run, model, config
-        self._state, self._load_state, self._report = state, load_state, report
-        self._small_files, self._versions, self._parent = small_files, versions, parent
-        self._best = best
-        self._disk = disk or Disk()
+        """small_files: configuration and tokenizer. report: is told how each checkpoint ended. parent: the
+        checkpoint that the run began from."""
+        self._run, self._state, self._model, self._config = run, state, state.model, state.config
+        self._small_files, self._report, self._parent = small_files, report, parent
+        self._settings, self._versions = absolute(state.config).to_dict(), versions()
+        self._disk = Disk()
         self._writer: CheckpointWriter | None = None
         self._failed_in_a_row = 0
         self._is_extra = False  # the end of a run is worth no failure of the run
         self._saved_step = -1
-        self._epochs = int(state()["loader"].get("epoch", 0))
+        self._epochs = int(state.loader.state_dict().get("epoch", 0))
         self._last_save = time.monotonic()
         self._save_seconds = self._step_seconds = 0.0
         with suppress(OSError):
@@ -73,10 +65,10 @@ class Saver:
         self._serial = 1 + max((c.manifest.serial for c in found), default=0)
         self.num_bytes = sum(
             n
-            for name, n in predict_bytes(model.store.units, model.store.spec).items()
+            for name, n in predict_bytes(state.model.store.units, state.model.store.spec).items()
             if name not in _NOT_SAVED
         )
-        model.engine.lanes.disk.patience_seconds = config.save_patience_seconds
+        self._model.engine.lanes.disk.patience_seconds = self._config.save_patience_seconds
 
     def __enter__(self) -> Self:
         return self
@@ -141,30 +133,31 @@ class Saver:
         if problem is not None:
             self._ended(Outcome(step, None, problem, 0, 0.0))
             return
+        config, best = self._config, self._state.best
         self._writer = CheckpointWriter(
             self._run,
-            self._model.store,
-            Manifest(
-                step=step,
-                serial=self._serial,
-                files={},
-                config=paths.absolute(self._config).to_dict(),
-                state=self._state(),
-                versions=self._versions,
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-                parent=self._parent,
-            ),
-            small_files=self._small_files,
-            buffers=saved_buffers(self._model),
-            disk=self._disk,
-            keep_last=self._config.save_total_limit,
-            keep_every=self._config.save_keep_every,
-            keep=self._best.keep(step),
+            self._snapshot(step),
+            self._disk,
+            Retention(config.save_total_limit, config.save_keep_every, best.keep(step)),
         )
         self._serial += 1
         self._model.save_state(self._writer, background=background)
         if not background:
             self.finish()
+
+    def _snapshot(self, step: int) -> Snapshot:
+        manifest = Manifest(
+            step=step,
+            serial=self._serial,
+            files={},
+            config=self._settings,
+            state=self._state.state_dict(),
+            versions=self._versions,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            parent=str(self._parent) if self._parent is not None else None,
+        )
+        buffers = copied_buffers(self._model.skeleton.model)
+        return Snapshot(manifest, self._model.store, buffers, self._small_files)
 
     def _no_room(self, beside_bytes: int = 0) -> str | None:
         """Why a checkpoint is not even begun."""
@@ -196,7 +189,7 @@ class Saver:
             self.poll()
 
     def _ended(self, outcome: Outcome) -> None:
-        self._best.saved(outcome)
+        self._state.best.saved(outcome)
         self._report(outcome)
         self._save_seconds = max(self._save_seconds, outcome.seconds)
         self._saved_step = outcome.step if outcome.path is not None else self._saved_step
@@ -222,8 +215,8 @@ class Saver:
         for checkpoint in found:
             try:
                 load_checkpoint(checkpoint, self._model)
-                self._load_state(checkpoint.manifest)
-                self._best.restore(checkpoint)
+                self._state.load_guard(checkpoint.manifest)
+                self._state.best.restore(checkpoint)
                 return checkpoint.manifest.step
             except CheckpointError as error:
                 rejected.append(checkpoints.Rejected(checkpoint.path, error.message))
@@ -259,7 +252,10 @@ class Saver:
         code = request.exit_code if request.signal is not None else REQUEUE
         what = f"stopped by {why} after step {step}"
         if saved is None:
-            raise CheckpointError(f"{what}: there is no checkpoint", hint="nothing is left but the metrics")
+            raise CheckpointError(
+                f"{what}; no checkpoint was saved",
+                hint="check save_strategy, save_on_signal and disk space",
+            )
         return StoppedError(f"{what}: {saved}", f"horizon resume {self._run}", code)
 
 

@@ -1,23 +1,55 @@
-"""Everything that a run tells, to each that wants to know: metrics.jsonl, loggers, the display."""
+"""What a run reports, and to whom: metrics.jsonl, loggers, the display, callbacks."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+from horizon_lm.checkpoint.folder import RunFolder
 from horizon_lm.checkpoint.writer import Outcome
+from horizon_lm.errors import NonFiniteError
 from horizon_lm.report.display import Progress
-from horizon_lm.report.events import Evaluation, StepRecord
 from horizon_lm.report.loggers import Loggers
 from horizon_lm.report.metrics import Metrics, MetricsFile
+from horizon_lm.report.records import Evaluation, StepRecord
 from horizon_lm.training.callbacks import Callbacks
 from horizon_lm.words import size
 
 
-class Reports:
-    """Nothing is written before the first step is done; evaluations before it wait."""
+class RunLog:
+    """The listeners of a run.
 
-    def __init__(self, file: MetricsFile, loggers: Loggers, progress: Progress, callbacks: Callbacks) -> None:
+    Nothing is written before the first step is done; evaluations before it wait.
+    """
+
+    def __init__(
+        self, folder: RunFolder, file: MetricsFile, loggers: Loggers, progress: Progress, callbacks: Callbacks
+    ) -> None:
+        self.folder = folder
         self.file, self.loggers, self.progress, self.callbacks = file, loggers, progress, callbacks
         self._before: list[Evaluation] = []
         self._begun = False
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        for each in (self.file, self.loggers, self.progress):
+            self._open.enter_context(each)
+        self._open.push(self._say_what_is_left)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.__exit__(kind, error, trace)
+
+    def _say_what_is_left(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or not issubclass(kind, KeyboardInterrupt | NonFiniteError):
+            return
+        if self.folder.metrics.exists():
+            self.progress.warn(f"no model is written; the metrics so far are in {self.folder.metrics}")
+        if self.folder.has_checkpoints:
+            self.progress.warn(f"the latest checkpoint is there: horizon resume {self.folder.path}")
 
     def step(self, record: StepRecord, metrics: Metrics | None) -> None:
         self.file.open()  # with the first step that is done, logged or not: from now on the folder is ours

@@ -16,8 +16,7 @@ from typing import Any, Literal
 
 from horizon_lm.checkpoint import folder as checkpoints
 from horizon_lm.checkpoint import manifest
-from horizon_lm.checkpoint.folder import Checkpoint, Rejected
-from horizon_lm.checkpoint.run_folder import RunFolder
+from horizon_lm.checkpoint.folder import Checkpoint, Rejected, RunFolder
 from horizon_lm.errors import CheckpointError, ConfigError, HorizonError
 from horizon_lm.io import files
 
@@ -31,7 +30,7 @@ _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name on the Hub
 
 
 @dataclass(frozen=True)
-class Place:
+class Identified:
     """One look at `path`.
 
     checkpoints: those with a sound manifest and files of the right size, latest first; rejected: the others.
@@ -76,13 +75,13 @@ class Place:
         return f"{found} and has no checkpoint"
 
 
-def look(place: str | Path) -> Place:
+def identify(place: str | Path) -> Identified:
     """Find out what `place` is; nothing but small files is read. Never raises for what it finds."""
     path = Path(place).expanduser()
     if not path.is_dir():
         if not path.exists():
-            return Place(path, "absent")
-        return Place(path, "configuration" if path.suffix in (".yaml", ".yml") else "file")
+            return Identified(path, "absent")
+        return Identified(path, "configuration" if path.suffix in (".yaml", ".yml") else "file")
     if (path / manifest.NAME).exists() or checkpoints.is_name(path.name):
         return _checkpoint(path)
     run = RunFolder(path)
@@ -92,11 +91,11 @@ def look(place: str | Path) -> Place:
         model = run.model if has_model(run.model) else None
         if found and step < found[0].manifest.step:  # a run without its metrics
             step = found[0].manifest.step
-        return Place(path, "run", tuple(found), tuple(rejected), model, step, num_steps, is_finished)
+        return Identified(path, "run", tuple(found), tuple(rejected), model, step, num_steps, is_finished)
     for folder in (path, run.model):  # the second: a run's folder of which nothing else was kept
         if (folder / "config.json").is_file():
-            return Place(path, "model", model=folder)
-    return Place(path, "folder" if any(path.iterdir()) else "empty")
+            return Identified(path, "model", model=folder)
+    return Identified(path, "folder" if any(path.iterdir()) else "empty")
 
 
 def has_model(folder: Path) -> bool:
@@ -109,12 +108,12 @@ def may_be_on_hub(name: str) -> bool:
     return bool(_REPOSITORY.fullmatch(name)) and not name.endswith((".yaml", ".yml", ".jsonl", ".json"))
 
 
-def _checkpoint(path: Path) -> Place:
+def _checkpoint(path: Path) -> Identified:
     try:
         found = checkpoints.open_checkpoint(path)
     except CheckpointError as error:
-        return Place(path, "checkpoint", rejected=(Rejected(path, error.message),))
-    return Place(path, "checkpoint", (found,), step=found.manifest.step)
+        return Identified(path, "checkpoint", rejected=(Rejected(path, error.message),))
+    return Identified(path, "checkpoint", (found,), step=found.manifest.step)
 
 
 def _progress(metrics: Path) -> tuple[int, int | None, bool]:
@@ -150,7 +149,7 @@ def _event(text: str) -> dict[str, Any]:
 # What is missing, in the words of all commands.
 
 
-def no_checkpoint(place: Place, verb: str) -> CheckpointError:
+def no_checkpoint(place: Identified, verb: str) -> CheckpointError:
     """The error for `horizon VERB PLACE` where there is no checkpoint that it could take."""
     if place.kind == "checkpoint":
         return CheckpointError(
@@ -164,7 +163,7 @@ def no_checkpoint(place: Place, verb: str) -> CheckpointError:
     )
 
 
-def _no_checkpoint_hint(place: Place, verb: str) -> str:
+def _no_checkpoint_hint(place: Identified, verb: str) -> str:
     if place.kind == "run":
         settings = RunFolder(place.path).settings
         if place.model is None:
@@ -177,7 +176,7 @@ def _no_checkpoint_hint(place: Place, verb: str) -> str:
     return _elsewhere(place, verb, "a run's output_dir, or a checkpoint in it")
 
 
-def new_run(place: Place) -> str:
+def new_run(place: Identified) -> str:
     """How to train a run's model further without a checkpoint."""
     settings = RunFolder(place.path).settings
     written = _values(settings)
@@ -188,7 +187,7 @@ def new_run(place: Place) -> str:
     )
 
 
-def no_model(place: Place, verb: str) -> HorizonError:
+def no_model(place: Identified, verb: str) -> HorizonError:
     """The error for `horizon VERB PLACE` where there is no model that it could take."""
     if place.kind in ("checkpoint", "run") and place.checkpoints:
         return ConfigError(
@@ -207,7 +206,7 @@ def no_model(place: Place, verb: str) -> HorizonError:
 
 def no_settings(name: str) -> ConfigError:
     """The error for a folder where a configuration file is wanted."""
-    place = look(name)
+    place = identify(name)
     hint = "give the path of a YAML file, or key=value pairs"
     if place.kind == "run" and RunFolder(place.path).settings.is_file():
         hint = (
@@ -220,7 +219,7 @@ def no_settings(name: str) -> ConfigError:
 
 def check_is_model(key: str, name: str | None) -> None:
     """Raises ConfigError where a setting for a model names the folder of a run, or a checkpoint."""
-    place = look(name) if name is not None else None
+    place = identify(name) if name is not None else None
     if place is None or place.kind not in ("run", "checkpoint"):
         return
     hint = f"{key}={place.model}"
@@ -229,7 +228,7 @@ def check_is_model(key: str, name: str | None) -> None:
     raise ConfigError(f"{key}={name!r} is not the folder of a model: {place.what}", hint=hint)
 
 
-def _elsewhere(place: Place, verb: str, wanted: str) -> str:
+def _elsewhere(place: Identified, verb: str, wanted: str) -> str:
     if place.kind == "configuration":
         output = _output_dir(place.path)
         if output is not None and output.is_dir():

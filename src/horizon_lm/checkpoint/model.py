@@ -1,87 +1,110 @@
-"""`horizon export`: a checkpoint becomes a Hugging Face folder, and is never whole in memory."""
+"""The transformers model of a checkpoint: built from its own configuration, without or with its weights."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from horizon_lm.checkpoint import folder as checkpoints
-from horizon_lm.checkpoint.card import model_card
-from horizon_lm.checkpoint.export import Group, Tensors, write_folder, write_model
 from horizon_lm.checkpoint.folder import Checkpoint
-from horizon_lm.checkpoint.hollow import CONFIGURATIONS, hollow_model
 from horizon_lm.checkpoint.reader import file_checksum, read_small
-from horizon_lm.checkpoint.writer import BUFFERS
+from horizon_lm.checkpoint.units import BUFFERS
 from horizon_lm.engine.policies import DTYPES
-from horizon_lm.errors import CheckpointError, ConfigError
+from horizon_lm.errors import CheckpointError, ConfigError, HorizonError
 from horizon_lm.io import files
+from horizon_lm.io.leftovers import temporary_folder
 from horizon_lm.memory.master import join_master
+from horizon_lm.model.configuration import read_configuration, reason_of
 
+CONFIGURATIONS = ("config.json", "generation_config.json")
 _FLOATS = ("BF16", "F16", "F32")  # dtypes of weights, as safetensors names them
 _UNIT_FILE = re.compile(r"unit-[0-9]{5,9}\.safetensors")
 
+Tensors = dict[str, torch.Tensor]
 
-def export_checkpoint(
-    place: Path,
-    target: Path,
-    *,
-    dtype: str | None,
-    max_shard_size: str,
-    trust_remote_code: bool = False,
-    warn: Callable[[str], None] = lambda text: None,
-) -> Checkpoint:
-    """Write the model of a checkpoint (or of a run's latest sound one) to `target`; whole or absent.
 
-    dtype: None for that of the run; float32 gives its masters. Raises CheckpointError, ConfigError,
-    DoesNotFitError.
+@dataclass(frozen=True)
+class Group:
+    """Tensors that are in memory together: those of a unit.
+
+    hollow: name -> what is written, on `meta`. load: the same with content.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target} exists and is not empty", hint="export to a new folder")
-    found = checkpoints.candidates(place, warn)
-    for checkpoint in found:
+
+    hollow: Tensors
+    load: Callable[[], Tensors]
+
+
+def hollow_model(
+    checkpoint: Checkpoint, *, trust_remote_code: bool, attn_implementation: str | None = None
+) -> Any:
+    """Build the transformers model of a checkpoint without its weights.
+
+    Parameters are on `meta`, in the dtypes that the run computes with; buffers are those of a new model.
+    Raises CheckpointError for a damaged configuration, ConfigError for one that transformers refuses and for
+    a model with code of its own, unless that is trusted.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    with temporary_folder("horizon-files-") as folder:
+        for file in CONFIGURATIONS:
+            if file in checkpoint.manifest.files:
+                files.write_file(folder / file, read_small(checkpoint, file))
+        if not (folder / "config.json").exists():
+            raise CheckpointError(f"{checkpoint.path / 'config.json'}: is not part of the checkpoint")
+        if has_own_code(checkpoint) and not trust_remote_code:
+            raise ConfigError(
+                f"{checkpoint.path}: the model comes with code of its own, which is not run",
+                hint="--trust-remote-code, if you have read it",
+            )
         try:
-            _export(checkpoint, target, dtype, max_shard_size, trust_remote_code)
-            return checkpoint
-        except CheckpointError as error:
-            if len(found) == 1:
-                raise
-            warn(f"passed over {error.message}")
-    raise CheckpointError(f"no checkpoint of {place} could be exported", hint="horizon verify shows why")
+            config = read_configuration(
+                str(folder),
+                trust_remote_code=trust_remote_code,
+                attn_implementation=attn_implementation,
+                where=str(checkpoint.path / "config.json"),
+                local_files_only=True,
+            )
+            dtype = DTYPES[str(checkpoint.manifest.config.get("dtype", "bfloat16"))]
+            with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, trust_remote_code=trust_remote_code
+                )
+            model.tie_weights()
+            if (folder / CONFIGURATIONS[1]).exists():
+                model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except HorizonError:
+            raise
+        except Exception as error:  # whatever an odd configuration leads to in there
+            raise ConfigError(
+                f"{checkpoint.path / 'config.json'} is refused by transformers: {reason_of(error)}",
+                hint="use the versions that the checkpoint was written with; manifest.json names them",
+            ) from error
+    wide = frozenset(checkpoint.manifest.state.get("kept_in_fp32", ()))
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if name in wide else dtype)
+    return model
 
 
-def _export(
-    checkpoint: Checkpoint, target: Path, dtype: str | None, max_shard_size: str, trust_remote_code: bool
-) -> None:
-    manifest = checkpoint.manifest
-    wanted = DTYPES[dtype or str(manifest.config.get("dtype", "bfloat16"))]
-    model = hollow_model(checkpoint, trust_remote_code=trust_remote_code)
-    groups = groups_of(checkpoint, wanted)
-    _check_weights(checkpoint, groups, model)
-
-    def write(folder: Path) -> None:
-        write_model(model, _aliases(model), groups, folder, wanted, max_shard_size)
-        for name in manifest.files:
-            if not name.endswith(".safetensors") and name not in CONFIGURATIONS:  # tokenizer and templates
-                files.write_file(folder / name, read_small(checkpoint, name), below=folder)
-        tokens = manifest.state.get("meter", {}).get("sums", [None])[0]
-        card = model_card(
-            manifest.config,
-            model_type=str(model.config.model_type),
-            step=manifest.step,
-            num_tokens=tokens,
-            versions=manifest.versions,
-        )
-        files.write_file(folder / "README.md", card)
-
-    write_folder(target, write)
+def has_own_code(checkpoint: Checkpoint) -> bool:
+    """Whether the model comes with code of its own, which a checkpoint does not hold."""
+    data = read_small(checkpoint, "config.json")
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{checkpoint.path / 'config.json'}: is not a JSON object")
+    return bool(values.get("auto_map"))
 
 
-def groups_of(checkpoint: Checkpoint, wanted: torch.dtype) -> list[Group]:
+def weights_of(checkpoint: Checkpoint, wanted: torch.dtype) -> list[Group]:
     """The weights of a checkpoint, one group for each unit, and its buffers."""
     own = DTYPES[str(checkpoint.manifest.config.get("dtype", "bfloat16"))]
     wide = frozenset(checkpoint.manifest.state.get("kept_in_fp32", ()))
@@ -99,23 +122,12 @@ def model_of(checkpoint: Checkpoint, *, trust_remote_code: bool, attn_implementa
     model = hollow_model(
         checkpoint, trust_remote_code=trust_remote_code, attn_implementation=attn_implementation
     )
-    groups = groups_of(checkpoint, DTYPES[str(checkpoint.manifest.config.get("dtype", "bfloat16"))])
-    _check_weights(checkpoint, groups, model)
+    groups = weights_of(checkpoint, DTYPES[str(checkpoint.manifest.config.get("dtype", "bfloat16"))])
+    check_weights(checkpoint, groups, model)
     for group in groups:
         model.load_state_dict(group.load(), strict=False, assign=True)
     model.tie_weights()
     return model
-
-
-def _aliases(model: Any) -> dict[str, list[str]]:
-    """Of the first name of each parameter the other names that it has."""
-    first: dict[int, str] = {}
-    found: dict[str, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        known = first.setdefault(id(parameter), name)
-        if known != name:
-            found.setdefault(known, []).append(name)
-    return found
 
 
 def _group(
@@ -170,7 +182,7 @@ def _shapes(
     return found
 
 
-def _check_weights(checkpoint: Checkpoint, groups: list[Group], model: Any) -> None:
+def check_weights(checkpoint: Checkpoint, groups: list[Group], model: Any) -> None:
     """Raises CheckpointError unless the weights are those of the model, each once."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
     found: dict[str, tuple[int, ...]] = {}

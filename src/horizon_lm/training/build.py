@@ -1,37 +1,27 @@
-"""A run goes on although the folder of its model or tokenizer is gone: the checkpoint stands in."""
+"""The model to train: read from its folder, made with random weights, or rebuilt from a checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from horizon_lm.checkpoint.export_checkpoint import groups_of
 from horizon_lm.checkpoint.folder import Checkpoint
-from horizon_lm.checkpoint.hollow import has_own_code, hollow_model
-from horizon_lm.checkpoint.places import check_is_model
+from horizon_lm.checkpoint.identify import check_is_model
+from horizon_lm.checkpoint.model import has_own_code, hollow_model, weights_of
 from horizon_lm.checkpoint.reader import read_small
 from horizon_lm.config import TrainConfig, model_settings_of
 from horizon_lm.engine.policies import DTYPES
-from horizon_lm.errors import CheckpointError, ConfigError, DataError
-from horizon_lm.host_model import HostModel
+from horizon_lm.errors import CheckpointError, ConfigError
+from horizon_lm.host_model import HostModel, load_model_of
+from horizon_lm.model.loading import grow_vocabulary
 from horizon_lm.training.resume import Resume
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 NAMES = ("model_name_or_path", "tokenizer_name_or_path")
-
-
-@contextmanager
-def explain_missing(config: TrainConfig, key: str) -> Iterator[None]:
-    """Adds the way out to the DataError of data that are not where they were when the run began."""
-    try:
-        yield
-    except DataError as error:
-        if config.resume_from_checkpoint is not None:
-            moved = f"{key}=NEW where they were moved (the content decides, not the path)"
-            error.hint = f"{moved}; {error.hint}" if error.hint else moved
-        raise
 
 
 def stand_in(config: TrainConfig, resume: Resume | None) -> tuple[TrainConfig, Checkpoint | None]:
@@ -99,7 +89,28 @@ def model_without_source(checkpoint: Checkpoint, config: TrainConfig) -> HostMod
     # Tensors of zeros that take no memory: the model is looked at before it is cut, which runs parts of it.
     zeros = {n: torch.zeros((), dtype=p.dtype).expand(p.shape) for n, p in hollow.named_parameters()}
     # Buffers as they were saved: those of a new model may be equal, and would share their memory for good.
-    buffers = groups_of(checkpoint, DTYPES[config.dtype])[-1].load()
+    buffers = weights_of(checkpoint, DTYPES[config.dtype])[-1].load()
     hollow.load_state_dict({**zeros, **buffers}, strict=False, assign=True)
     hollow.tie_weights()
     return HostModel(hollow, settings)
+
+
+def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> HostModel:
+    """The model to train: read, or with random weights and, where not given, the tokenizer's vocabulary."""
+    settings = model_settings_of(config)
+    if config.model_name_or_path is not None:
+        model = load_model_of(config.model_name_or_path, settings)
+        if config.new_tokens:
+            grow_vocabulary(model, len(tokenizer), config.seed)
+        return HostModel(model, settings)
+    assert config.init_model is not None  # TrainConfig has seen to it
+    fitting = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    values = {**fitting, **config.init_model}
+    if config.new_tokens:
+        values["vocab_size"] = max(values["vocab_size"], len(tokenizer))
+    return HostModel.from_config(values, settings)

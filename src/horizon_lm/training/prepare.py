@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
-from horizon_lm.checkpoint.run_folder import claim
+from horizon_lm.checkpoint.folder import Checkpoint, claim
 from horizon_lm.config import TrainConfig
-from horizon_lm.data import StreamLoader, TrainingData, load_training_data
+from horizon_lm.data import Loader, StreamLoader, TrainingData, load_training_data
 from horizon_lm.errors import DoesNotFitError, HorizonError, UnsupportedModelError
+from horizon_lm.optim.curves import Curve, count_warmup_steps, learning_rates
 from horizon_lm.plan.outline_cache import outline_cache
 from horizon_lm.plan.run_plan import RunPlan, plan_run
 from horizon_lm.plan.show import describe
@@ -17,6 +19,8 @@ from horizon_lm.schedule import build_steps, check
 from horizon_lm.training import describe as words_of
 from horizon_lm.training.checks import check_sources
 from horizon_lm.words import count, size
+
+_FEW = 20  # steps in which a model learns little, and the curve of the learning rate has no room
 
 
 def plan_and_read(
@@ -149,3 +153,74 @@ def dry_run(config: TrainConfig) -> str:
         )
     text = describe(plan, largest=False, timeline=True)
     return f"{text}\n{count(len(ops), 'op')} of two steps in a row were checked; nothing was trained"
+
+
+# The number of steps.
+
+
+def count_steps(config: TrainConfig, loader: Loader) -> int:
+    """Steps from the beginning to the end of the run. The loader ends there too."""
+    return loader.end_after(config.num_train_epochs, config.max_steps)
+
+
+def count_on(loader: Loader, checkpoint: Checkpoint, step: int) -> None:
+    """Where a run goes on after `step` with steps of another size, count those to come from here, so that the
+    epochs asked are those trained."""
+    then = math.prod(int(checkpoint.manifest.config[key]) for key in CUT)
+    if loader.rows_per_step != then:
+        loader.count_from(step)
+
+
+def curve(config: TrainConfig, loader: Loader, num_steps: int) -> Curve:
+    """The learning rate of each step. Raises ConfigError if it is 0 in all of them; a run that began under
+    the rules of earlier versions goes on with its own."""
+    return learning_rates(config, num_steps, as_before=loader.crosses_epochs)
+
+
+def remarks(config: TrainConfig, data: TrainingData, num_steps: int, rates: Curve) -> list[str]:
+    """What to know of a run of so few steps, or whose settings have no room in it."""
+    found = []
+    sequences, size = len(data.rows), data.loader.rows_per_step
+    by_epochs = config.max_steps < 1
+    if isinstance(data.loader, StreamLoader) or data.loader.crosses_epochs:
+        by_epochs = False
+    elif isinstance(config.tokens_per_step, int) and config.tokens_per_step // config.max_length > sequences:
+        found.append(
+            f"tokens_per_step={config.tokens_per_step} is more than the data "
+            f"({count(sequences, 'sequence')} of {config.max_length}): each step is one whole epoch"
+        )
+    elif size > sequences:
+        found.append(
+            f"a step of {count(size, 'sequence')} is larger than the data ({count(sequences, 'sequence')}): "
+            "each step is one whole epoch"
+        )
+    if by_epochs and num_steps < _FEW:
+        more = "a larger num_train_epochs makes more"
+        if size > 1 and config.tokens_per_step is not None:
+            more = "a smaller tokens_per_step, or a larger num_train_epochs, makes more"
+        elif size > 1:
+            more = (
+                "smaller per_device_train_batch_size x gradient_accumulation_steps, or a larger "
+                "num_train_epochs, make more"
+            )
+        found.append(
+            f"the run has only {count(num_steps, 'optimizer step')}: {count(sequences, 'sequence')}, up to "
+            f"{size:,} a step, num_train_epochs={config.num_train_epochs:g}; {more}"
+        )
+    wanted = count_warmup_steps(config.warmup_steps, num_steps, as_before=True)
+    used = count_warmup_steps(config.warmup_steps, num_steps, as_before=data.loader.crosses_epochs)
+    if used < wanted and config.warmup_steps >= 1:
+        found.append(
+            f"warmup_steps={config.warmup_steps} is too long for a run of "
+            f"{count(num_steps, 'step')}: {used:,} used, so that learning_rate is reached"
+        )
+    if config.lr_scheduler_type == "warmup_stable_decay":
+        highest = max(rates(step) for step in range(num_steps))
+        if highest < config.learning_rate:
+            found.append(
+                f"warmup_steps={config.warmup_steps} and num_decay_steps="
+                f"{config.lr_scheduler_kwargs['num_decay_steps']} together are more than "
+                f"{count(num_steps, 'step')}: the learning rate only reaches {highest:.2e} of "
+                f"{config.learning_rate:.2e}"
+            )
+    return found

@@ -6,11 +6,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from horizon_lm.config import ModelSettings
+from horizon_lm.engine.policies import DTYPES, store_spec
 from horizon_lm.errors import DoesNotFitError
 from horizon_lm.machine import memory as hardware
 from horizon_lm.memory import arena
@@ -30,17 +34,24 @@ def units(parameters: int, dtype: torch.dtype = torch.bfloat16) -> list[UnitLayo
 # The refusal.
 
 
+def check(parameters: int, available: int, **settings: Any) -> None:
+    """The check for one layer, in the dtype of `settings`."""
+    asked = ModelSettings(**{"reserve_host_gb": 0.0} | settings)
+    of = partial(store_spec, shape=None)
+    check_host_memory(units(parameters, DTYPES[asked.dtype]), asked, of, available_bytes=available)
+
+
 def test_what_fits_is_accepted_to_the_byte() -> None:
     parts = predict_bytes(units(10**9), BF16)
     assert sum(parts.values()) == 14 * GB
-    check_host_memory(units(10**9), BF16, reserve_bytes=GB, available_bytes=15 * GB)
+    check(10**9, 15 * GB, reserve_host_gb=1.0)
     with pytest.raises(DoesNotFitError):
-        check_host_memory(units(10**9), BF16, reserve_bytes=GB, available_bytes=15 * GB - 1)
+        check(10**9, 15 * GB - 1, reserve_host_gb=1.0)
 
 
 def test_refusal_gives_the_figures() -> None:
     with pytest.raises(DoesNotFitError) as caught:
-        check_host_memory(units(10**9), BF16, reserve_bytes=2 * GB, available_bytes=6 * GB)
+        check(10**9, 6 * GB, reserve_host_gb=2.0)
     error = caught.value
     assert error.exit_code == 3
     for figure in (
@@ -51,18 +62,29 @@ def test_refusal_gives_the_figures() -> None:
         "short by 10.0 GB",
     ):
         assert figure in error.message
-    assert error.hint is not None and "free 10.0 GB" in error.hint
-    assert "moment_dtype: bfloat16 saves 4.00 GB" in error.hint
-    assert not error.hint.startswith("dtype")
+    assert error.hint is not None
+    # 14 bytes a parameter less 4, 4 and 2: enough by none alone, nor by all together.
+    assert error.hint.split("; ") == [
+        "moment_dtype=bfloat16 saves 4.00 GB (not enough alone)",
+        "optim=lion saves 4.00 GB (not enough alone)",
+        "max_grad_norm=null saves 2.00 GB (not enough alone)",
+    ]
+
+
+def test_refusal_offers_less_when_less_applies() -> None:
+    """The negative control: settings that are lean already leave memory to be freed, and a smaller model."""
+    with pytest.raises(DoesNotFitError) as caught:
+        check(10**9, GB, max_grad_norm=None, moment_dtype="bfloat16", optim="lion")
+    assert caught.value.hint == "free 5.00 GB of memory, or use a smaller model"
 
 
 def test_refusal_in_fp32_names_what_bf16_saves() -> None:
     with pytest.raises(DoesNotFitError) as caught:
-        check_host_memory(
-            units(10**9, torch.float32), StoreSpec(torch.float32), reserve_bytes=0, available_bytes=GB
-        )
+        check(10**9, GB, dtype="float32")
     assert "needs 16.0 GB" in caught.value.message
-    assert caught.value.hint is not None and "dtype: bfloat16 saves 2.00 GB" in caught.value.hint
+    with pytest.raises(DoesNotFitError) as caught:
+        check(10**9, 15 * GB, dtype="float32")
+    assert caught.value.hint is not None and "dtype=bfloat16 saves 2.00 GB" in caught.value.hint
 
 
 def test_eager_updates_need_slabs_in_place_of_gradients() -> None:
@@ -75,9 +97,9 @@ def test_eager_updates_need_slabs_in_place_of_gradients() -> None:
 
 def test_nothing_is_measured_when_the_figure_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("horizon_lm.memory.preflight.available_host_bytes", lambda: 0)
-    check_host_memory(units(100), BF16, reserve_bytes=0, available_bytes=GB)
+    check(100, GB)
     with pytest.raises(DoesNotFitError):
-        check_host_memory(units(100), BF16, reserve_bytes=0)
+        check_host_memory(units(100), ModelSettings(), partial(store_spec, shape=None))
 
 
 def test_available_is_the_least_of_all_limits(monkeypatch: pytest.MonkeyPatch) -> None:
