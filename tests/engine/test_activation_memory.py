@@ -72,7 +72,7 @@ def test_bytes_of_boundaries_are_predicted(policy: str, micro_batches: int) -> N
         "keep": {"activations": "keep"},
         "blocks": {"checkpoint_interval": 2},
     }
-    tokens, few, many = 512, 4, 12
+    tokens, few, many = 256, 4, 8
     peaks, predicted = [], []
     for layers in (few, many):
         peak, model = peak_of_step(layers, tokens, micro_batches, **settings[policy])

@@ -71,11 +71,11 @@ def trained(
 # Modes.
 
 
-@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_modes_give_the_same_bits(name: str, micro_batches: int) -> None:
     """Many steps, in program order and in random orders; with clipping that acts on some of them only."""
-    steps = times(12, 30)
+    steps = times(8, 30)
     free = trained(name, steps, micro_batches, None, update="sync")
     for update in ("deferred", "eager"):
         for lanes in ("inline", "adversarial"):
@@ -84,7 +84,8 @@ def test_modes_give_the_same_bits(name: str, micro_batches: int) -> None:
     limit = statistics.median(free[0][1::2])
     clipped = trained(name, steps, micro_batches, limit, update="sync")
     norms = clipped[0][1::2]
-    assert 3 < sum(norm > limit for norm in norms) < steps - 3, "clipping acts on some steps only"
+    few = min(3, steps // 4)
+    assert few < sum(norm > limit for norm in norms) < steps - few, "clipping acts on some steps only"
     assert not same(clipped[1], free[1])
     for lanes in ("inline", "adversarial"):
         found = trained(name, steps, micro_batches, limit, update="deferred", lanes=lanes)

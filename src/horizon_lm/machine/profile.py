@@ -6,6 +6,7 @@ Shipped files describe common machines; `horizon doctor` measures this one and w
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -121,6 +122,7 @@ def read_profile(path: Path) -> Profile:
         ) from error
 
 
+@lru_cache(maxsize=16)  # YAML takes longer than all else that a small run plans
 def _parse(text: str, where: str) -> Profile:
     try:
         profile = Profile.model_validate(yaml.safe_load(text))
