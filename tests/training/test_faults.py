@@ -24,7 +24,7 @@ from horizon_lm import cli
 from horizon_lm.checkpoint.disk import Disk
 from horizon_lm.checkpoint.folder import list_checkpoints
 from horizon_lm.config import TrainConfig
-from horizon_lm.engine.engine import Engine
+from horizon_lm.engine.ops import Ops
 from horizon_lm.errors import ConfigError, DoesNotFitError
 from horizon_lm.memory.ways import next_smaller
 from horizon_lm.schedule import Op
@@ -122,15 +122,15 @@ def test_a_device_out_of_memory_leaves_the_checkpoint_and_names_the_next_smaller
     """In the middle of a backward pass, beside which a checkpoint is being written."""
     common = {"max_steps": 8, "save_steps": 3, "update": update, "max_grad_norm": None}
     train(settings(text, tmp_path / "straight", **common))
-    honest, calls = Engine._backward, iter(range(1, 1000))
+    honest, calls = Ops._backward, iter(range(1, 1000))
 
-    def backward(self: Engine, step: Any, op: Op) -> None:
+    def backward(self: Ops, step: Any, op: Op) -> None:
         if next(calls) == 17:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         honest(self, step, op)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "_backward", backward)
+        patch.setattr(Ops, "_backward", backward)
         with pytest.raises(DoesNotFitError, match="Tried to allocate 2 GiB") as caught:
             train(settings(text, tmp_path / "run", **common))
     assert caught.value.exit_code == 3 and caught.value.hint is not None
@@ -196,21 +196,21 @@ def test_a_run_folder_may_have_any_name(text: Path, tmp_path: Path) -> None:
 def test_steps_and_checkpoints_leave_nothing_behind(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """2,000 steps (400 in the short form), a checkpoint every 20: resident memory, open files and threads."""
-    steps = times(400, 2000)
+    """2,000 steps (200 in the short form), a checkpoint every 10: resident memory, open files and threads."""
+    steps = times(200, 2000)
     process, seen = psutil.Process(), []
     after = saver.Saver.after
 
     def look(self: Any, record: Any, *, is_last: bool, **more: Any) -> None:
         after(self, record, is_last=is_last, **more)
-        if record.step % 20 == 19 and not is_last:  # no checkpoint is being written
+        if record.step % 10 == 9 and not is_last:  # no checkpoint is being written
             self.finish()
             gc.collect()
             seen.append((process.memory_info().rss, process.num_fds(), threading.active_count()))
 
     monkeypatch.setattr(saver.Saver, "after", look)
     train(
-        settings(text, tmp_path / "run", max_steps=steps, save_steps=20, save_total_limit=2, progress="off")
+        settings(text, tmp_path / "run", max_steps=steps, save_steps=10, save_total_limit=2, progress="off")
     )
     settled = seen[len(seen) // 4 :]
     grown = settled[-1][0] / settled[0][0] - 1

@@ -104,7 +104,10 @@ def test_spikes_do_not_become_normal() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss_spike": "skip", "update": "eager", "max_grad_norm": None}, "skip needs to skip updates"),
+        (
+            {"loss_spike": "skip", "update": "eager", "max_grad_norm": None},
+            "skip needs to skip updates",
+        ),
         ({"loss_spike": "rollback", "save_strategy": "no"}, "rollback needs checkpoints"),
         ({"nonfinite": "rollback", "save_strategy": "no"}, "rollback needs checkpoints"),
     ],

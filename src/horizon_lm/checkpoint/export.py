@@ -39,7 +39,7 @@ from horizon_lm.errors import CheckpointError, ConfigError, DoesNotFitError
 from horizon_lm.io import files
 from horizon_lm.io.leftovers import OwnedFolder
 from horizon_lm.memory.store import HostStore
-from horizon_lm.model.quiet import quiet_transformers
+from horizon_lm.model.pretrained import quiet_transformers
 from horizon_lm.model.skeleton import Skeleton
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from horizon_lm.checkpoint.reader import read_small
 from horizon_lm.config import TrainConfig, model_settings_of
 from horizon_lm.engine.policies import DTYPES
 from horizon_lm.errors import CheckpointError, ConfigError
-from horizon_lm.host_model import HostModel, load_model_of
-from horizon_lm.model.loading import grow_vocabulary
+from horizon_lm.host_model import HostModel
+from horizon_lm.model.loading import grow_vocabulary, load_model_of
 from horizon_lm.training.resume import Resume
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from horizon_lm.checkpoint.folder import RunFolder
 from horizon_lm.config import TrainConfig
 from horizon_lm.config.data import IGNORED
 from horizon_lm.data import TrainingData
-from horizon_lm.data.batches import collate
-from horizon_lm.data.documents import check_exists
+from horizon_lm.data.loader import collate
 from horizon_lm.data.packing import Row, Rows
+from horizon_lm.data.sources import check_exists
 from horizon_lm.errors import ConfigError, DataError
 from horizon_lm.host_model import HostModel
 from horizon_lm.machine.device import resolve_device

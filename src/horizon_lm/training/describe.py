@@ -12,7 +12,7 @@ import torch
 from horizon_lm.checkpoint.folder import RunFolder
 from horizon_lm.config import TrainConfig
 from horizon_lm.data import StreamLoader, TrainingData
-from horizon_lm.data.left_out import remarks, used
+from horizon_lm.data.preview import remarks, used
 from horizon_lm.errors import DataError
 from horizon_lm.host_model import HostModel
 from horizon_lm.machine.identity import commit, machine

@@ -22,8 +22,8 @@ from horizon_lm.config import DatasetConfig, ModelSettings, TrainConfig, model_s
 from horizon_lm.config.base import collect, keys_of
 from horizon_lm.config.dataset_info import SUFFIXES
 from horizon_lm.config.yaml import Document
-from horizon_lm.data.left_out import remarks
 from horizon_lm.data.packing import Rows
+from horizon_lm.data.preview import remarks
 from horizon_lm.data.training_data import (
     load_eval_rows,
     load_training_data,
@@ -32,10 +32,10 @@ from horizon_lm.data.training_data import (
     tokenizer_of,
 )
 from horizon_lm.errors import CheckpointError, ConfigError
-from horizon_lm.host_model import HostModel, load_model_of
+from horizon_lm.host_model import HostModel
 from horizon_lm.io import files
-from horizon_lm.model.loading import grow_vocabulary
-from horizon_lm.model.quiet import quiet_transformers
+from horizon_lm.model.loading import grow_vocabulary, load_model_of
+from horizon_lm.model.pretrained import quiet_transformers
 from horizon_lm.report.display import say
 from horizon_lm.training.evaluate import evaluate
 from horizon_lm.training.generate import model_folder

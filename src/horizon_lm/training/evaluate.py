@@ -8,7 +8,7 @@ from itertools import islice
 
 from horizon_lm.config import TrainConfig
 from horizon_lm.config.data import IGNORED
-from horizon_lm.data.batches import in_order
+from horizon_lm.data.loader import in_order
 from horizon_lm.data.packing import Rows
 from horizon_lm.errors import DataError
 from horizon_lm.host_model import HostModel

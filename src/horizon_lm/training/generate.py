@@ -17,8 +17,7 @@ from horizon_lm.errors import ConfigError, DataError, HorizonError
 from horizon_lm.io import files
 from horizon_lm.machine.device import resolve_device
 from horizon_lm.model.configuration import reason_of
-from horizon_lm.model.pretrained import TO_GENERATE, read_pretrained
-from horizon_lm.model.quiet import quiet_transformers
+from horizon_lm.model.pretrained import TO_GENERATE, quiet_transformers, read_pretrained
 from horizon_lm.words import count, size
 
 if TYPE_CHECKING:
