@@ -137,7 +137,7 @@ def test_the_cpu_part_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.Monke
     assert all(float(row[9]) > 0.2 and float(row[10]) < 1e-2 for row in rows)
     text = "\n".join(found.parts)
     assert "| tiny |" in text and text.count("| yes |") == 1
-    assert "| tiny, torch-keep, clipping off: theirs |" in text and "while the compute lane works" in text
+    assert "| tiny, torch-keep, clipping off: theirs |" in text and "hidden under compute" in text
 
     def never(*_: Any) -> Row:
         raise AssertionError("has been done")
