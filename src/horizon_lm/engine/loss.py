@@ -1,7 +1,7 @@
 """Head and loss by chunks of tokens, so that the logits of all tokens never exist at once.
 
-Each chunk runs forward and backward, and its logits are freed, before the next one starts. Losses are computed
-from fp32 logits, as in transformers' `ForCausalLMLoss`.
+Each chunk runs forward and backward, and its logits are freed, before the next one starts. Losses are
+computed from fp32 logits, as in transformers' `ForCausalLMLoss`.
 """
 
 from __future__ import annotations
