@@ -236,7 +236,7 @@ def _explain(config: TrainConfig, chosen: TrainConfig, planner: Planner) -> list
         "gradient_accumulation_steps": "a layer is visited once for all micro-batches of a step"
         if is_cpu
         else "weights cross the bus once for all micro-batches of a step",
-        "their activations": _activation_reason(config, chosen, planner),
+        "activations": _activation_reason(config, chosen, planner),
         "boundaries": "device memory is enough"
         if not _count(chosen.boundaries, "host", layers)
         else "otherwise the inputs of all layers would not fit device memory, or fewer layers could keep "
