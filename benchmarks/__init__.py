@@ -1,1 +1,1 @@
-"""Measurements. Each module has `main(argv)` and writes a dated file under results/."""
+"""Benchmarks. Each module has `main(argv)` and writes a dated file under results/."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME ...]`: run the suite, or the benchmarks named with the options that follow."""
+"""`python -m benchmarks [NAME ...]`: run the suite, or the named benchmarks with the options that follow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAMES = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.na
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Names first; options, and their values, from the first word with a dash on."""
+    """Split the arguments into names and, from the first word with a dash on, options."""
     argv = sys.argv[1:] if argv is None else argv
     first = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     names, options = argv[:first], argv[first:]

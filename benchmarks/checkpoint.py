@@ -1,11 +1,10 @@
-"""What a checkpoint costs: steps beside which one is written, against steps without, and against a run that
-stands still while it is written.
+"""Cost of a checkpoint: steps during a background save, steps without one, and steps that wait for one.
 
-One model in one process; blocks of steps take turns, each block with one checkpoint or none, and its time
-ends when the checkpoint is whole on the disk. So a ratio of 1.05 means that throughput is 5 % lower while one
-is being written. Medians of paired ratios. A thousand tokens a step are few: the time for computing grows
-with them, that for writing does not. Threads that wait for each other burn CPU time on a machine that others
-use too: with --threads=1 none do, and the ratio of CPU time is that of the work.
+One model in one process. Blocks of steps alternate, each with one checkpoint or none, and end when the
+checkpoint is complete on disk: a ratio of 1.05 means 5 % lower throughput during the save. Figures are
+medians of paired ratios. The cost is relative to few tokens per step (about a thousand): with more tokens
+compute time grows and write time does not. Threads that wait for each other burn CPU time on a shared
+machine; with --threads=1 none do, and the ratio of CPU time is that of the work.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def model_of_34m() -> LlamaForCausalLM:
 
 
 class Timed(CheckpointWriter):
-    """Adds up the CPU seconds of the thread that writes."""
+    """Adds up the CPU seconds of the writing thread."""
 
     cpu_seconds = 0.0
 
@@ -75,7 +74,7 @@ class Bench:
         self.cpu_seconds: list[float] = []
 
     def block(self, steps: int, save: str) -> tuple[float, float]:
-        """Seconds of `steps` steps by the clock and of the CPU; save: no, background, or standing."""
+        """Return wall-clock and CPU seconds of `steps` steps; save: no, background, or standing."""
         began, cpu = time.perf_counter(), time.process_time()
         writer = None
         if save != "no":

@@ -1,16 +1,16 @@
-"""Ours beside plain transformers with torch's AdamW and beside the Hugging Face Trainer, on the CPU.
+"""Horizon-LM, plain transformers with torch's AdamW, and the Hugging Face Trainer, on the CPU.
 
-Each system is in a process of its own, so that peaks of memory are its own; the two of a pair take their
-steps in turns, the order reversed every other step, so that a machine that changes its speed changes it for
-both. Same configuration, seed, tokens, attention (sdpa), AdamW with fp32 masters and moments, bf16 compute; a
-step is one sequence of 512 tokens, none of it padding. `torch` recomputes every layer and stands beside our
-`recompute`; `torch-keep` and `hf-trainer` keep all and stand beside our `keep`. Without clipping our updates
+Each system runs in its own process, so peak memory is its own. The two of a pair alternate steps and swap
+their order every other step, so changes of the machine's speed affect both. All share configuration, seed,
+tokens, attention (sdpa), AdamW with fp32 masters and moments, and bf16 compute; a step is one sequence of
+512 tokens without padding. `torch` recomputes every layer and is compared with our `recompute`;
+`torch-keep` and `hf-trainer` keep everything and are compared with our `keep`. Without clipping our updates
 are eager, which needs no memory for gradients.
 
-Losses: the tokens of two steps come round again, so that the loss falls; the largest relative difference of
-the two curves over all steps is reported. The control is ours with a tenth more learning rate: where the
-curves of a pair are nearer to each other than that one, they are those of the same training. The Trainer
-casts by autocast and keeps norms in fp32, so it computes with other roundings.
+Losses: the tokens of two steps repeat, so the loss falls; the largest relative difference of the two curves
+over all steps is reported. The control is ours with a 10 % higher learning rate: a pair whose curves differ
+by less than that trains the same way. The Trainer uses autocast and keeps norms in fp32, so it rounds
+differently.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def case_of(size: str, peer: str, clip: float | None, threads: int, length: int)
 
 
 def pair(size: str, peer: str, clip: float | None, arguments: argparse.Namespace) -> Row:
-    """Ours and a peer in turns; one row with what both found, and no more than the table needs."""
+    """Alternate ours and a peer; return one row with both results, reduced to what the table needs."""
     case = case_of(size, peer, clip, arguments.threads, arguments.length)
     kind = InlineWorker if arguments.inline else Worker
     ours, theirs = measure([(OURS, case), (PEERS[PAIRS[peer][0]].target, case)], kind=kind)
@@ -68,14 +68,14 @@ def pair(size: str, peer: str, clip: float | None, arguments: argparse.Namespace
 
 
 def control(size: str, arguments: argparse.Namespace) -> Row:
-    """Ours with a tenth more learning rate, to be compared with the curve of torch-keep."""
+    """Run ours with a 10 % higher learning rate, for comparison with the curve of torch-keep."""
     case = case_of(size, "torch-keep", 1.0, arguments.threads, arguments.length)
     kind = InlineWorker if arguments.inline else Worker
     return {"status": "done", "ours": measure([(OURS, case.replace(lr=1.1 * case.lr))], kind=kind)[0]}
 
 
 def ratios(ours: Row, theirs: Row, clock: str) -> str:
-    """Their time over ours, step by step: our tokens/s over theirs."""
+    """Return their time over ours, step by step: our tokens/s over theirs."""
     found = spread([b / a for a, b in zip(ours[clock], theirs[clock], strict=True)])
     return found.text(3)
 
@@ -102,7 +102,8 @@ def cells(row: Row) -> list[str]:
 
 
 def curves(size: str, ledger: Ledger) -> list[str] | None:
-    """size, first and last loss of torch-keep, our difference, the control's; None where one is missing."""
+    """Return size, first and last loss of torch-keep, our and the control's difference; None if one is
+    missing."""
     row, other = ledger.get(f"{size}/torch-keep/1.0"), ledger.get(f"{size}/control")
     if row is None or other is None:
         return None
@@ -116,7 +117,7 @@ def curves(size: str, ledger: Ledger) -> list[str] | None:
 
 
 def run(arguments: argparse.Namespace) -> Ledger:
-    """All pairs and controls that are not done yet."""
+    """Run all unfinished pairs and controls."""
     ledger = Ledger(arguments.work / "cpu.jsonl", f"{commit()}, {cpu_name()}, {arguments.threads} threads")
     if arguments.fresh:
         ledger.rows.clear()
@@ -134,7 +135,7 @@ def run(arguments: argparse.Namespace) -> Ledger:
 
 
 def fill(report: Report, arguments: argparse.Namespace) -> list[list[str]]:
-    """Run, and add the tables to a report; the rows of the first."""
+    """Run, and add the tables to a report; return the rows of the first."""
     ledger = run(arguments)
     rows = [cells(row) for row in ledger.rows.values() if "theirs" in row]
     note = (
@@ -151,7 +152,7 @@ def fill(report: Report, arguments: argparse.Namespace) -> list[list[str]]:
 
 
 def add_details(report: Report, ledger: Ledger) -> None:
-    """Both systems of each pair by all the figures of the suite, and the lanes of ours."""
+    """Add all figures of the suite for both systems of each pair, and the lanes of ours."""
     peak, source = peak_of(torch.device("cpu"), torch.bfloat16)
     rows, lanes = [], []
     for row in ledger.rows.values():
@@ -195,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def summary(rows: list[list[str]]) -> list[list[str]]:
-    """For the table at the end of `make bench`: ratios of speed and memory by size and peer."""
+    """Return ratios of speed and memory by size and peer, for the table at the end of `make bench`."""
     return [[f"{r[0]}, beside {r[1]}, clipping {r[2]}", f"{r[5]} speed, {r[9]} memory"] for r in rows]
 
 

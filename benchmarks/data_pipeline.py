@@ -1,9 +1,9 @@
-"""The data side: can the loader keep up with the trainer, and what does tokenising cost once and again?
+"""Data pipeline: loader speed relative to training, and the cost of tokenisation with and without a cache.
 
-1. Steps of the loader (bfd and wrapped, with and without a worker thread) against training steps of the
-   quickstart's model, in one process and in turns: tokens/s of the loader over tokens/s of training.
-2. Tokenising JSONL (text, and conversations through a chat template) with one process and with one for each
-   core, in turns, and opening the kept tokens again.
+1. Steps of the loader (bfd and wrapped, with and without a worker thread) alternate with training steps of
+   the quickstart's model in one process: tokens/s of the loader over tokens/s of training.
+2. Tokenise JSONL (text, and conversations through a chat template) with one process and with one per core,
+   alternating, and open the cached tokens again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from horizon_lm.config import DatasetConfig, ModelSettings
 from horizon_lm.data import Documents, TokenLoader, train_tokenizer
 from horizon_lm.data.encode import Encoder
 from horizon_lm.data.packing import make_rows
-from horizon_lm.data.tokenise import tokenise
+from horizon_lm.data.tokens import tokenise
 from horizon_lm.machine.cores import usable_cores
 
 from .report import Report
@@ -45,7 +45,7 @@ MODEL = {
 
 
 def write_text(path: Path, megabytes: float) -> Path:
-    """The standard library's source again and again, a document a line, each with a number of its own."""
+    """Write the standard library's source repeatedly, one numbered document per line."""
     texts = list(Documents([DatasetConfig(path="python-stdlib")]).texts())
     size = number = 0
     with path.open("w", encoding="utf-8") as file:

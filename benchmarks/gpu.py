@@ -1,14 +1,13 @@
-"""The GPU suite: ours beside in-memory torch and beside other systems that use host memory.
+"""The GPU suite: Horizon-LM, in-memory torch, and other systems that use host memory.
 
-Same transformers configuration, weights, random tokens without padding, bf16 compute, sdpa attention and
-AdamW for all; activation checkpointing in every layer for peers, the planner's choice for ours. Each system
-runs in a process of its own. `speed / in-memory` is tokens/s over those of the in-memory run of
-the same group.
-MFU counts 6 N + causal attention, without the embedding table and without recomputation; HFU counts
+All share transformers configuration, weights, random tokens without padding, bf16 compute, sdpa attention
+and AdamW. Peers checkpoint the activations of every layer; ours follows the planner. Each system runs in
+its own process. `speed / in-memory` is tokens/s over those of the in-memory run of the same group. MFU
+counts 6 N + causal attention, without the embedding table and without recomputation; HFU counts
 recomputation too.
 
-A system that is absent, or for which memory runs out, is a row that says so. Peers marked `not exact` keep
-no fp32 masters or moments, or postpone updates: they are not the same training.
+A system that is absent or runs out of memory is a row that says so. Peers marked `not exact` keep no fp32
+masters or moments, or postpone updates: they do not train the same way.
 """
 
 from __future__ import annotations
@@ -39,15 +38,15 @@ ABSENT = "the GPU part has not run: torch sees no CUDA device"
 
 
 def with_largest_model(job: Job) -> Job:
-    """The job with as many layers as the planner says will fit here."""
+    """Return the job with as many layers as the planner says will fit."""
     config = train_config(job.case).replace(skip_memory_check=True)  # as it is, it may be too large
     model = job.case.model | {"num_hidden_layers": max(1, plan_run(config).most_layers())}
     return Job(job.name, job.system, job.case.replace(model=model), job.group)
 
 
 def run_job(job: Job, seconds: float, rehearse: bool) -> Row:
-    """One row. The largest model is tried with a twentieth fewer layers, up to three times, when the
-    planner promised too much."""
+    """Run one row. Retry the largest model with 5 % fewer layers, up to three times, if the planner
+    promised too much."""
     kind = InlineWorker if rehearse else Worker
     if not job.largest:
         return measure_fitting(job.system, job.case, seconds=seconds, kind=kind)
@@ -66,7 +65,7 @@ def run_job(job: Job, seconds: float, rehearse: bool) -> Row:
 
 
 def run_part(part: str, ledger: Ledger, *, rehearse: bool, seconds: float = SECONDS) -> int:
-    """Run the jobs of a part that are not done, while there is time; how many are left."""
+    """Run the unfinished jobs of a part while time remains; return how many are left."""
     deadline, left = time.monotonic() + seconds, 0
     for job in PARTS[part]():
         name = f"{part}: {job.group}: {job.name}"
@@ -91,7 +90,7 @@ def run_part(part: str, ledger: Ledger, *, rehearse: bool, seconds: float = SECO
 
 
 def tables(report: Report, ledger: Ledger, device: torch.device) -> None:
-    """A section for each part that has rows, with the lanes of ours."""
+    """Add a section for each part that has rows, with the lanes of ours."""
     peak, source = peak_of(device, torch.bfloat16)
     report.parts.append(f"MFU and HFU against {peak / 1e12:.0f} TFLOP/s ({source}).")
     for part in PARTS:
@@ -127,7 +126,7 @@ def _note(group: str, rows: list[Row]) -> str:
 
 
 def measure_machine(rehearse: bool) -> None:
-    """The profile that the planner works with: measured by `horizon doctor`, once a machine."""
+    """Measure the planner's profile with `horizon doctor`, once per machine."""
     if not rehearse and not cache_path().is_file():
         command = [sys.executable, "-m", "horizon_lm.cli", "doctor"]
         subprocess.run(command, check=False, timeout=SECONDS)
@@ -168,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_all(report: Report, arguments: argparse.Namespace) -> None:
-    """All parts asked for, then the tables of everything that this commit has measured here."""
+    """Run all requested parts, then write the tables of all that this commit has measured here."""
     rehearse = arguments.rehearse
     device = torch.device("cpu" if rehearse else "cuda")
     name = "rehearsal" if rehearse else torch.cuda.get_device_name()

@@ -1,4 +1,4 @@
-"""The goals on the GPU machine beside what was reached, the lane that holds it back, and the remedies."""
+"""Goals on the GPU machine: results, limiting lanes and simulated remedies."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _ratio(one: Row | None, two: Row | None) -> float | None:
 
 
 def lane_of(row: Row | None) -> str:
-    """The lane that was busy longest in the recorded step, and for how much of it."""
+    """Return the lane that was busy longest in the recorded step, and for how much of it."""
     lanes = (row or {}).get("breakdown", {}).get("lanes", {})
     if not lanes:
         return ""
@@ -39,7 +39,7 @@ def lane_of(row: Row | None) -> str:
 
 
 def goals(rows: list[Row], peak: float) -> list[list[str]]:
-    """A row for each goal; `not measured` where a run is missing."""
+    """Return a row for each goal; `not measured` if a run is missing."""
     found: list[tuple[str, float, float | None, Row | None]] = []
     for what, wanted in (("16k", 0.90), ("64k", 0.98)):
         group = f"qwen3-4b, {what} tokens, 1024 a sequence"
@@ -80,7 +80,7 @@ def _cells(goal: str, wanted: float, value: float | None, row: Row | None) -> li
 
 
 def add_goals(report: Report, rows: list[Row], device: torch.device) -> None:
-    """Goals, and for each run of ours that fell short of one, the simulated remedies."""
+    """Add the goals, and the simulated remedies for each run of ours that missed one."""
     peak, _ = peak_of(device, torch.bfloat16)
     report.section("Goals")
     report.table(HEAD, goals(rows, peak))

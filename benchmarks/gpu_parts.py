@@ -1,8 +1,8 @@
-"""What the GPU suite runs: parts, each a list of jobs. Pure data; `gpu.py` runs them.
+"""Parts of the GPU suite, each a list of jobs. Pure data; `gpu.py` runs them.
 
-Sequences of 1024 tokens unless the name says 4k; 4, 16, 64 and 148 thousand tokens a step. Peers begin with
-micro-batches of 16 thousand tokens and halve them while the device's memory runs out; ours are cut by the
-planner. Rows named `clip off` train without clipping, all others clip at 1.0.
+Sequences have 1024 tokens unless the name says 4k; steps have 4, 16, 64 and 148 thousand tokens. Peers
+begin with micro-batches of 16 thousand tokens and halve them while device memory runs out; the planner
+splits ours. Rows named `clip off` train without clipping, all others clip at 1.0.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FIRST_ROWS = 16384  # tokens of a peer's first micro-batch
 class Job:
     """One row. group: rows of a group have the same model and tokens, and share an in-memory reference.
 
-    largest: the model gets as many layers as the planner says will fit.
+    largest: give the model as many layers as the planner says will fit.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Job:
 
 
 def case_of(model: dict[str, Any], sequences: int, length: int, **changes: Any) -> Case:
-    """A step of `sequences` x `length`; fewer steps where one takes long."""
+    """Return a step of `sequences` x `length`; fewer steps if one takes long."""
     long = sequences * length >= 65536
     base = Case(model, length=length, sequences=sequences, rows=0, device="cuda", init="quick")
     return base.replace(warmup=2 if long else 5, steps=5 if long else 10, **changes)
@@ -59,7 +59,7 @@ def _peer(name: str, size: str, sequences: int, length: int, group: str, **chang
 
 
 def _sweep(size: str) -> Iterator[Job]:
-    """Ours and the in-memory run, at each number of tokens, in sequences of 1k and 4k."""
+    """Return ours and the in-memory run at each number of tokens, in sequences of 1k and 4k."""
     for what, tokens in TOKENS.items():
         for length in (1024, 4096):
             group = f"{size}, {what} tokens, {length} a sequence"
@@ -74,7 +74,8 @@ def _sweep(size: str) -> Iterator[Job]:
 
 
 def _clipping(size: str) -> Iterator[Job]:
-    """What clipping costs: on, off with the same update mode, off with the mode that then is chosen."""
+    """Return runs with clipping, without it in the same update mode, and without it in the mode then
+    chosen."""
     group = f"{size}, clipping, 16k tokens"
     yield _ours(size, 16, 1024, group)
     yield _ours(size, 16, 1024, group, clip=None)
@@ -83,7 +84,7 @@ def _clipping(size: str) -> Iterator[Job]:
 
 
 def _race(size: str, sequences: int, length: int, clip: float | None) -> Iterator[Job]:
-    """All peers at one setting."""
+    """Return all peers at one setting."""
     group = f"{size}, peers, {sequences} x {length}, clip {clip or 'off'}"
     yield _ours(size, sequences, length, group, clip=clip)
     for name in PEERS:
@@ -91,7 +92,7 @@ def _race(size: str, sequences: int, length: int, clip: float | None) -> Iterato
 
 
 def _megatrain() -> Iterator[Job]:
-    """MegaTrain's own setting, one micro-batch of 148 x 1024."""
+    """Return MegaTrain's own setting, one micro-batch of 148 x 1024."""
     group = "qwen2.5-7b, 148 x 1024"
     yield _ours("qwen2.5-7b", 148, 1024, group)
     case = case_of(shape("qwen2.5-7b"), 148, 1024).replace(rows=148)
@@ -99,7 +100,7 @@ def _megatrain() -> Iterator[Job]:
 
 
 def _long() -> Iterator[Job]:
-    """One sequence a step."""
+    """Return steps of one long sequence."""
     for length in LONG:
         group = f"qwen3-4b, one sequence of {length}"
         model = shape("qwen3-4b", max_position_embeddings=max(LONG))
@@ -109,7 +110,7 @@ def _long() -> Iterator[Job]:
 
 
 def _depth() -> Iterator[Job]:
-    """The width of qwen3-0.6b at other depths, 16k tokens."""
+    """Return the width of qwen3-0.6b at other depths, 16k tokens."""
     for layers in DEPTHS:
         group = f"qwen3-0.6b width, {layers} layers, 16k tokens"
         case = case_of(shape("qwen3-0.6b", num_hidden_layers=layers), 16, 1024, activations="auto")
@@ -117,7 +118,7 @@ def _depth() -> Iterator[Job]:
 
 
 def _largest() -> Iterator[Job]:
-    """The most layers of qwen3-8b's width that train 10 steps, by what is kept for each parameter."""
+    """Return the deepest models of qwen3-8b's width that train 10 steps, by bytes kept per parameter."""
     modes: dict[str, dict[str, Any]] = {
         "exact, clip 1.0": {},
         "exact, clip off": {"clip": None},
@@ -145,7 +146,7 @@ PARTS: dict[str, Callable[[], Iterator[Job]]] = {
 
 
 def rehearsed(job: Job) -> Job:
-    """The same job at a size that takes no time, on the CPU."""
+    """Return the same job at a tiny size, on the CPU."""
     tiny = shape("tiny")
     case = job.case.replace(
         model=tiny, device="cpu", length=16, sequences=2, rows=min(job.case.rows, 1), warmup=0, steps=1

@@ -1,9 +1,9 @@
-"""What keeping freed memory is worth on the CPU (`memory.arena.keep_freed_memory`): peak and speed under
-other limits of the C library's malloc.
+"""Value of keeping freed memory on the CPU (`memory.arena.keep_freed_memory`): peak and speed under other
+limits of the C library's malloc.
 
-Runs of the planner's cases (benchmarks/planner.py), each a process of its own, in turns; an environment with
-MALLOC_* leaves malloc to itself. `ours` never gives memory back; others hand blocks from a size on to mmap,
-which gives them back at once; `default` is glibc's own.
+The planner's cases (benchmarks/planner.py) run alternately, each in its own process; an environment with
+MALLOC_* leaves malloc alone. `ours` never returns memory; others serve blocks from a size on through mmap,
+which returns them at once; `default` is glibc's own.
 """
 
 from __future__ import annotations

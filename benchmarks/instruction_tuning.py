@@ -1,6 +1,6 @@
-"""`configs/sft.yaml` as it stands: held-out loss and answers, before and after.
+"""`configs/sft.yaml` unchanged: held-out loss and answers, before and after.
 
-Uses the model that `make quickstart` leaves in runs/quickstart, and makes it first where it is not there.
+Uses the model of `make quickstart` in runs/quickstart, and trains it first if it is missing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GREEDY = Sampling(max_new_tokens=32, temperature=0, repetition_penalty=1.2)
 
 
 def answers(folder: Path, questions: list[str]) -> list[str]:
-    """What a model makes of each question, both asked in the tuned model's own template."""
+    """Return a model's answer to each question, in the tuned model's own template."""
     generator = Generator.load(folder, device="cpu")
     template = ChatTemplate(generator.tokenizer, read_template("plain"))
     prompts = [template.prompt([{"role": "user", "content": question}]) for question in questions]

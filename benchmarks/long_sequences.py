@@ -1,10 +1,10 @@
-"""What one layer takes on the device as sequences grow: measured by torch's allocation hooks, and predicted.
+"""Device memory of one layer as sequences grow: measured by torch's allocation hooks, and predicted.
 
-A layer of width 256 (4 heads, 2 of keys and values, MLP 704) in bf16 on the CPU, one row of T tokens:
-most bytes in its forward and in its backward with recomputation, beside its input and the gradient that
-comes in. Three kinds of rows: one causal document; documents of 2048 tokens packed by position ids; a
-sliding window of 1024. And the MLP in tiles of 2048 tokens. A mask of T x T booleans alone would be T * T
-bytes. The exponent is the slope of log bytes over log T by least squares: 1 is linear.
+A layer of width 256 (4 heads, 2 for keys and values, MLP 704) in bf16 on the CPU, one row of T tokens: peak
+bytes of its forward, and of its backward with recomputation, excluding its input and the incoming gradient.
+Three kinds of rows: one causal document; documents of 2048 tokens packed by position ids; a sliding window
+of 1024. Also the MLP in tiles of 2048 tokens. A T x T boolean mask alone would take T * T bytes. The
+exponent is the least-squares slope of log bytes over log T: 1 is linear.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def model_of(kind: str, tokens: int) -> hz.HostModel:
 
 
 def most_allocated(function: Callable[[], Any]) -> tuple[int, int]:
-    """(most, at the end) bytes that torch's CPU allocator gave out during a call."""
+    """Return the bytes that torch's CPU allocator handed out during a call: (peak, at the end)."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         function()
     events = found.profiler.kineto_results.events()
@@ -62,7 +62,7 @@ def most_allocated(function: Callable[[], Any]) -> tuple[int, int]:
 
 
 def measure(model: hz.HostModel, kind: str, tokens: int) -> tuple[int, int]:
-    """Most bytes in forward and in backward of the first layer, which is computed again."""
+    """Return peak bytes of the first layer's forward and of its recomputing backward."""
     skeleton = model.skeleton
     ids = torch.zeros(1, tokens, dtype=torch.long)
     inputs = {"input_ids": ids}
@@ -87,7 +87,7 @@ def measure(model: hz.HostModel, kind: str, tokens: int) -> tuple[int, int]:
 
 
 def exponent(lengths: list[int], sizes: list[int]) -> float:
-    """Slope of log size over log length, by least squares."""
+    """Return the least-squares slope of log size over log length."""
     x, y = [math.log(t) for t in lengths], [math.log(s) for s in sizes]
     mx, my = sum(x) / len(x), sum(y) / len(y)
     return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)

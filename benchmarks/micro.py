@@ -1,8 +1,8 @@
-"""What this machine can do: links, memory, registration, update and matrix rate, each measured by itself.
+"""Rates of this machine: links, memory, registration, update and matrix products, each measured separately.
 
-The CPU runs what it can; rows that need a GPU say so. Triad and update: benchmarks/optimizer.py. Links both
-ways at once, matrix rate: the functions that the planner's calibration uses. A copy's GB/s counts the bytes
-that arrive, a triad's 12 bytes an element.
+The CPU runs what it can; rows that need a GPU say so. Triad and update: benchmarks/optimizer.py. Both link
+directions at once, and the matrix rate, use the functions of the planner's calibration. A copy's GB/s
+counts the bytes that arrive, a triad's 12 bytes per element.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from horizon_lm.memory.layout import lay_out
 from horizon_lm.memory.slots import WeightSlots
 from horizon_lm.memory.store import HostStore, StoreSpec
 from horizon_lm.optim import kernel
-from horizon_lm.plan.calibrate import link_rates
+from horizon_lm.plan.rates import link_rates
 from horizon_lm.report.flops import measure_peak
 
 from . import optimizer
@@ -31,7 +31,7 @@ NEEDS_GPU = "needs a CUDA device: has not run"
 
 
 def seconds_of(action: Callable[[], object], rounds: int, settle: Callable[[], None] = lambda: None) -> float:
-    """Median, after one to warm up."""
+    """Return the median time, after one warm-up."""
     action()
     found = []
     for _ in range(rounds):
@@ -57,7 +57,7 @@ def matrix_rows(device: torch.device) -> list[list[str]]:
 
 
 def triad_rows(count: int, rounds: int, most: int) -> list[list[str]]:
-    """threads, STREAM's triad and the triad in place in GB/s, for 1, 2, 4, ... threads."""
+    """Return threads, STREAM's triad and the in-place triad in GB/s, for 1, 2, 4, ... threads."""
     if kernel.library() is None:
         return [["triad", "needs the C++ kernel", ""]]
     rows, threads = [], [1]
@@ -71,7 +71,7 @@ def triad_rows(count: int, rounds: int, most: int) -> list[list[str]]:
 
 
 def registration_rows(num_bytes: int) -> list[list[str]]:
-    """Touching new pages, and registering them with the device."""
+    """Time touching new pages, and registering them with the device."""
 
     def touch() -> None:
         arena.allocate(num_bytes).fill_(1)
@@ -84,7 +84,7 @@ def registration_rows(num_bytes: int) -> list[list[str]]:
 
 
 def link_rows(num_bytes: int) -> list[list[str]]:
-    """Pinned copies each way alone, and both at once."""
+    """Time pinned copies in each direction alone, and in both at once."""
     if not torch.cuda.is_available():
         return [[name, NEEDS_GPU] for name in ("pinned H2D", "pinned D2H", "pinned H2D and D2H at once")]
     host = arena.allocate(num_bytes, pin=True)
@@ -103,7 +103,7 @@ def link_rows(num_bytes: int) -> list[list[str]]:
 
 
 def upload_rows(numel: int, device: torch.device) -> list[list[str]]:
-    """A unit's upload into a slot beside a plain `copy_` of as many bytes from the same memory."""
+    """Time a unit's upload into a slot and a plain `copy_` of as many bytes from the same memory."""
     pin = device.type == "cuda"
     layout = lay_out("layer", [("weight", (numel,), True, torch.bfloat16)], torch.bfloat16)
     store = HostStore([layout], StoreSpec(torch.bfloat16), pin=pin)
@@ -125,7 +125,7 @@ def upload_rows(numel: int, device: torch.device) -> list[list[str]]:
 
 
 def fill(report: Report, arguments: argparse.Namespace) -> list[list[str]]:
-    """Measure, and add the tables to a report; the rows of the first."""
+    """Measure, and add the tables to a report; return the rows of the first."""
     small = arguments.rehearse
     num_bytes, numel = (1 << 20, 1 << 16) if small else (1 << 28, 1 << 26)
     device = torch.device("cuda" if torch.cuda.is_available() and not small else "cpu")

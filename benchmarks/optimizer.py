@@ -1,13 +1,13 @@
-"""The update on the host: bytes a second against the memory's speed, time a parameter against its peers.
+"""The host update: bytes per second relative to memory speed, time per parameter relative to peers.
 
-All in one process, in turns (order reversed every other round), so that a machine that changes its
-speed changes it for all; figures are medians, ratios are medians of the rounds' ratios. Every buffer,
-also those of the peers, is on the huge pages of memory/arena.py, and all run on the same threads.
+Everything runs alternately in one process (the order reverses every other round), so changes of the
+machine's speed affect all; figures are medians, ratios are medians of the rounds' ratios. All buffers, also
+the peers', are on the huge pages of memory/arena.py, and all run on the same threads.
 
-- triad: STREAM's a = b + s c, counted as STREAM does, 12 bytes an element, although writing `a` also reads
-  it. triad in place: a = a + s b, 12 bytes that all cross the bus, as in the update: the fair measure.
-- The kernel reads a bf16 gradient and writes the bf16 weights, and clips. The peers get fp32 gradients on
-  fp32 parameters, do not clip, and then cast to the bf16 copy that a device needs.
+- triad: STREAM's a = b + s c, counted as in STREAM, 12 bytes per element, although writing `a` also reads
+  it. Triad in place: a = a + s b, 12 bytes that all cross the bus, as in the update: the fair measure.
+- The kernel reads a bf16 gradient, writes the bf16 weights, and clips. The peers get fp32 gradients on fp32
+  parameters, do not clip, and then cast to the bf16 copy that a device needs.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
-from typing import Any
 
 import torch
 
 from horizon_lm.machine.cores import choose_threads
 from horizon_lm.memory.arena import allocate
 from horizon_lm.optim import kernel
-from horizon_lm.optim.rules import ADAPTIVE_RULES, Hyper
+from horizon_lm.optim.rules import ADAPTIVE_RULES, Hyper, Numbers, Tensors
 
 from .report import Report
 
@@ -37,7 +36,7 @@ TORCH, DEEPSPEED = "torch AdamW(fused) + cast", "DeepSpeedCPUAdam + cast"
 
 
 def block(count: int, dtype: torch.dtype, scale: float = 0.0) -> torch.Tensor:
-    """1-D [count] on huge pages, every page touched."""
+    """Allocate a 1-D [count] block on huge pages and touch every page."""
     run = allocate(count * dtype.itemsize).view(dtype)
     if scale:
         pattern = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0)).mul(scale).to(dtype)
@@ -48,7 +47,7 @@ def block(count: int, dtype: torch.dtype, scale: float = 0.0) -> torch.Tensor:
 
 
 def triads(count: int, threads: int) -> dict[str, tuple[Action, int]]:
-    """{name: (action, bytes an element)}."""
+    """Return {name: (action, bytes per element)}."""
     lib = kernel.library()
     assert lib is not None
     a, b, c = (block(count, torch.float32, 1.0) for _ in range(3))
@@ -61,7 +60,7 @@ def triads(count: int, threads: int) -> dict[str, tuple[Action, int]]:
 
 
 def kernels(count: int, threads: int) -> dict[str, tuple[Action, int]]:
-    """{name: (action, bytes a parameter)} for the rules, moments and instruction sets."""
+    """Return {name: (action, bytes per parameter)} for the rules, moments and instruction sets."""
     weights, grads = (block(count, torch.bfloat16, scale) for scale in (0.02, 1e-3))
     residual = block(count, torch.int16)
     wide = [block(count, torch.float32, 1e-3), block(count, torch.float32, 1e-3).square_()]
@@ -71,13 +70,9 @@ def kernels(count: int, threads: int) -> dict[str, tuple[Action, int]]:
         count_of_moments = 2 if rule in ADAPTIVE_RULES else 1
         square = moments[1] if count_of_moments == 2 else None
         size = 10 + 2 * moments[0].dtype.itemsize * count_of_moments
-        settings: dict[str, Any] = {"hyper": HYPER, "step": 5, "threads": threads, "isa": isa}
-        return (
-            lambda: kernel.update(
-                rule, weights, residual, grads, moments[0], square, grad_scale=0.999, **settings
-            ),
-            size,
-        )
+        tensors = Tensors(weights, residual, grads, moments[0], square)
+        numbers = Numbers(rule, HYPER, step=5, grad_scale=0.999)
+        return lambda: kernel.update(tensors, numbers, threads=threads, isa=isa), size
 
     found = {KERNEL: action("adamw", wide, "auto")}
     found |= {f"kernel {rule}": action(rule, wide, "auto") for rule in ("lion", "sgd")}
@@ -89,7 +84,7 @@ def kernels(count: int, threads: int) -> dict[str, tuple[Action, int]]:
 
 
 def peers(count: int) -> dict[str, Action]:
-    """Fused optimizers on fp32 parameters, with the cast to bf16 after each step."""
+    """Return fused optimizers on fp32 parameters, with the cast to bf16 after each step."""
     found: dict[str, Action] = {}
     parameter = torch.nn.Parameter(block(count, torch.float32, 0.02))
     parameter.grad = block(count, torch.float32, 1e-3)
@@ -117,7 +112,7 @@ def peers(count: int) -> dict[str, Action]:
 
 
 def measure(actions: dict[str, Action], rounds: int, count: int) -> dict[str, dict[str, list[float]]]:
-    """{clock: {name: nanoseconds an element of each round}}, all actions in turns."""
+    """Run all actions alternately; return {clock: {name: nanoseconds per element of each round}}."""
     for action in actions.values():
         action()
     found: dict[str, dict[str, list[float]]] = {
@@ -134,7 +129,7 @@ def measure(actions: dict[str, Action], rounds: int, count: int) -> dict[str, di
 
 
 def ratio(over: list[float], under: list[float], factor: float = 1.0) -> str:
-    """Median of the rounds' ratios, least and most behind it."""
+    """Return the median of the rounds' ratios, with minimum and maximum."""
     values = sorted(factor * a / b for a, b in zip(over, under, strict=True))
     return f"{statistics.median(values):.2f} ({values[0]:.2f} to {values[-1]:.2f})"
 
@@ -179,7 +174,7 @@ def fill(report: Report, count: int, threads: int, rounds: int) -> None:
 
 
 def versions() -> list[str]:
-    """Of the peers."""
+    """Return the peers' versions."""
     try:
         return [f"torch {torch.__version__}", f"deepspeed {metadata.version('deepspeed')}"]
     except metadata.PackageNotFoundError:
@@ -187,7 +182,7 @@ def versions() -> list[str]:
 
 
 def comparisons(found: dict[str, dict[str, list[float]]], sizes: dict[str, int | None]) -> list[list[str]]:
-    """Rows: measure, target, ratio by wall clock, ratio by CPU time."""
+    """Return rows: measure, target, ratio by wall clock, ratio by CPU time."""
     rows = []
     for name in (STREAM, IN_PLACE):
         factor = (sizes[KERNEL] or 0) / (sizes[name] or 1)

@@ -1,13 +1,12 @@
-"""Predicted beside measured, on the CPU: the most host memory of a run, and the time of a step.
+"""Predicted and measured on the CPU: peak host memory of a run, and step time.
 
-Each case is a process of its own that trains a model from a configuration, with everything that a run
-loads. Memory is the process's high-water mark (VmHWM), all of it, and the median of three such processes:
-where blocks come to lie in the C library's heap is a matter of luck, and the same run takes up to 10 % more
-or less. Time is the fastest of the steps after the first, of the same random tokens. The profile is measured
-by `plan.calibrate` before, between and after groups of four cases; a case is predicted with the median of
-each rate in the profiles just before and after its group, so that what slows the machine for minutes slows
-both. Times are CPU seconds of one thread, for the profile as for the cases, since this machine has other
-users; on a machine of its own they are those of the wall clock.
+Each case is a process that trains a model from a configuration and loads everything that a run loads.
+Memory is the process's high-water mark (VmHWM), median of three processes: placement in the C library's
+heap is random, and the same run varies by up to 10 %. Time is the fastest step after the first, on the same
+random tokens. `plan.calibrate` measures the profile before, between and after groups of four cases, and
+each case is predicted with the median of each rate just before and after its group, so minutes of slowness
+affect both. Times are CPU seconds of one thread, for the profile and the cases, since this machine has
+other users; on a dedicated machine they equal wall-clock time.
 """
 
 from __future__ import annotations
@@ -89,7 +88,7 @@ def config_of(name: str) -> TrainConfig:
 
 
 def run_case(name: str, steps: int) -> None:
-    """In a process of its own: train, and print what was measured."""
+    """Train in this process and print the measurements."""
     torch.set_num_threads(1)
     from horizon_lm import HostModel
     from horizon_lm.config import model_settings_of
@@ -122,7 +121,7 @@ def _in_a_process(name: str, steps: int) -> dict:
 
 
 def between(profiles: list[Profile]) -> Profile:
-    """The median of each rate."""
+    """Return the median of each rate."""
 
     def middle(values: list) -> object:
         if isinstance(values[0], dict):

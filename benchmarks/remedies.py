@@ -1,9 +1,9 @@
-"""Simulated: what would help a run that its host or its bus holds back, over the run as it is.
+"""Simulated gains from remedies for a run that its host or bus limits.
 
-`state in idle device memory`: the weights, gradients and optimizer state of as many units as fit lie in the
-device memory that the plan leaves over. Such a unit crosses the bus in neither direction, and its update runs
-at the device's memory rate instead of the host's; all else is the schedule that the engine runs, with the
-planner's costs. The engine cannot do this: the figure says what it would be worth.
+`state in idle device memory`: weights, gradients and optimizer state of as many units as fit stay in the
+device memory that the plan leaves free. Such a unit never crosses the bus, and its update runs at the
+device's memory rate instead of the host's; everything else is the engine's schedule with the planner's
+costs. The engine cannot do this: the figure says what it would be worth.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ IDLE = "state in idle device memory"
 
 
 def rows(name: str, case: Case, hardware: str = "auto") -> list[list[str]]:
-    """A row of HEAD for each remedy; `-` where it does not fit, or fits nothing more."""
-    cache = OutlineCache()  # the remedies change nothing of the model
+    """Return a row of HEAD for each remedy; `-` if it does not fit or fits nothing more."""
+    cache = OutlineCache()  # no remedy changes the model
     as_it_was = _plan(case, hardware, cache)
     found: dict[str, float | None] = {"as it was": _rate(as_it_was)}
     found["bf16 moments"] = _rate(
         _plan(case.replace(extra=case.extra | {"moment_dtype": "bfloat16"}), hardware, cache)
     )
-    found["twice the tokens a step"] = _rate(_plan(case.replace(sequences=2 * case.sequences), hardware, cache))
+    twice = case.replace(sequences=2 * case.sequences)
+    found["twice the tokens a step"] = _rate(_plan(twice, hardware, cache))
     resident = resident_units(as_it_was) if as_it_was else frozenset()
     count = f" ({len(resident)} of {len(as_it_was.prediction.plan.trainable)} units)" if as_it_was else ""
     found[IDLE + count] = tokens_per_second(as_it_was, resident) if as_it_was and resident else None
@@ -59,7 +60,7 @@ def _rate(plan: RunPlan | None) -> float | None:
 
 
 def resident_units(plan: RunPlan) -> frozenset[int]:
-    """The units, from the last trainable one down, that fit into what the plan leaves of device memory."""
+    """Return the units, from the last trainable one down, that fit in the plan's free device memory."""
     room = (plan.planner.limits.device or 0) - plan.prediction.device_bytes
     costs = plan.prediction.costs
     taken: set[int] = set()
@@ -72,7 +73,7 @@ def resident_units(plan: RunPlan) -> frozenset[int]:
 
 
 def tokens_per_second(plan: RunPlan, resident: frozenset[int]) -> float:
-    """Of the planned step with `resident` units; with none, what the plan says."""
+    """Return the planned step's rate with `resident` units; with none, the plan's own."""
     costs = plan.prediction.costs
 
     def seconds(op: Op) -> float:

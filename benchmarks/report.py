@@ -1,4 +1,4 @@
-"""A dated result file: what was run, on which commit and machine, and its tables."""
+"""Dated result files: commands, commit and machine, and tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """Short hash of HEAD, with a mark when the working tree has changes."""
+    """Return the short hash of HEAD, marked if the working tree has changes."""
     here = Path(__file__).parent
     try:
         head = subprocess.run(
@@ -39,7 +39,7 @@ def commit() -> str:
 
 
 def versions(names: tuple[str, ...] = ("transformers", "accelerate", "deepspeed", "torchao")) -> str:
-    """Of the packages that decide on the figures; absent ones say so."""
+    """Return the versions of relevant packages; absent ones say so."""
     found = []
     for name in names:
         try:
@@ -50,7 +50,7 @@ def versions(names: tuple[str, ...] = ("transformers", "accelerate", "deepspeed"
 
 
 def command_line() -> str:
-    """The command of this process, without paths."""
+    """Return this process's command, without paths."""
     place = Path(sys.argv[0])
     module = "benchmarks" if place.stem == "__main__" else f"benchmarks.{place.stem}"
     return " ".join(["python -m", module, *sys.argv[1:]])
@@ -84,7 +84,7 @@ class Report:
         self.parts.append(f"## {title}" + (f"\n\n{text}" if text else ""))
 
     def write(self, folder: Path | None = None) -> Path:
-        """folder: `results` by default."""
+        """Write the file. folder: `results` by default."""
         folder = folder or RESULTS
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{datetime.date.today()}-{self.name}.md"

@@ -1,16 +1,16 @@
-"""The papers' settings, simulated: what our schedule would do on their machines, beside what they published.
+"""The papers' settings, simulated: our schedule on their machines, next to their published figures.
 
-Every figure of ours in this table is **simulated**, not measured: the schedule that the engine runs, with
-the rates of a profile that ships with this package (`plan/profiles`), whose sources say which rates are
-measurements of others, which are peaks of data sheets, and what is not known. Launches of kernels, memory
-that several lanes want at once and fragmentation are not in it, so that times are a lower bound. Published
-figures are those of Horizon-LM (arXiv:2602.04816, withdrawn) and MegaTrain (arXiv:2604.05091), as collected
-by others from its tables and pictures; some of them contradict each other.
+Every figure of ours is **simulated**, not measured: the engine's schedule with the rates of a shipped
+profile (`machine/profiles`), whose sources say which rates are measurements by others, which are data-sheet
+peaks, and what is unknown. Kernel launches, memory contention between lanes and fragmentation are ignored,
+so times are lower bounds. Published figures are those of Horizon-LM (arXiv:2602.04816, withdrawn) and
+MegaTrain (arXiv:2604.05091), as others collected them from its tables and pictures; some contradict each
+other.
 
-TFLOPS is 6 N x tokens/s with all N parameters and all tokens, as theirs. Ours are for rows of 1024 tokens in
-one micro-batch of the batch size given; clipping is on, the masters and moments are fp32. What each layer
-keeps is the planner's choice, but for the rows of depth and width, which recompute all layers as theirs
-did. Where they give no batch size the planner cuts 98,304 tokens a step.
+TFLOPS is 6 N x tokens/s with all N parameters and all tokens, as in the papers. Ours are for rows of 1024
+tokens in one micro-batch of the given batch size, with clipping and fp32 masters and moments. The planner
+chooses what each layer keeps, except for the rows of depth and width, which recompute all layers as the
+papers did. If a paper gives no batch size, the planner splits 98,304 tokens per step.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def qwen(name: str, **changes: int) -> dict:
 
 
 def wider(factor: float) -> dict:
-    """The 7B shape, wider: heads of 128 as they are, more of them."""
+    """Return the 7B shape with more heads of 128."""
     heads = round(28 * factor)
     return qwen(
         "7B",
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def fill(report: Report, most: int | None = None) -> None:
-    """Simulate, and add the table to a report. most: cases, all by default."""
+    """Simulate, and add the table to a report. most: number of cases, all by default."""
     head = ["model", "profile", "B parameters", "micro-batches", "host GB", "device GB", "layers kept"]
     head += [
         "s a step",

@@ -1,7 +1,7 @@
 """`make bench`: everything that this machine can run, in one dated file, with a table at the end.
 
-Parts: micro (what the machine can do), cpu (beside plain transformers and the Trainer), gpu (where there is
-one; it has its own file), simulated (scaling on paper: machines that are not here).
+Parts: micro (rates of the machine), cpu (plain transformers and the Trainer), gpu (if there is one; it has
+its own file), simulated (scaling on paper: other machines).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ PARTS: dict[str, Callable[[Report, bool], list[list[str]]]] = {
 
 
 def fill(report: Report, parts: list[str], *, small: bool = False) -> list[list[str]]:
-    """Run the parts; the rows of the table at the end. A part that fails does not end the others."""
+    """Run the parts; return the rows of the table at the end. A failing part does not end the others."""
     rows: list[list[str]] = []
     for part in parts:
         print(f"== {part}", flush=True)

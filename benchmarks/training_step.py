@@ -1,10 +1,10 @@
-"""Forward + backward, and the whole step, against plain transformers.
+"""Forward + backward, and the whole step, compared with plain transformers.
 
-`recompute` stands beside transformers with activation checkpointing, `keep` beside transformers without.
-Both models live in one process and take turns (order alternating), so that a machine that changes
-its speed changes it for both. Figures are medians of paired ratios; times are of the process's CPU
-seconds and of the wall clock. On the CPU fp32 and bf16, about 100 M parameters, sequences of 512 tokens;
-on a GPU bf16, 1 B and 4 B parameters, sequences of 4096.
+`recompute` is compared with transformers with activation checkpointing, `keep` without. Both models share
+one process and alternate (the order too), so changes of the machine's speed affect both. Figures are
+medians of paired ratios; times are the process's CPU seconds and wall-clock seconds. On the CPU: fp32 and
+bf16, about 100 M parameters, sequences of 512 tokens; on a GPU: bf16, 1 B and 4 B parameters, sequences of
+4096.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SHAPES = {
 
 
 def model_of(shape: str, dtype: torch.dtype) -> LlamaForCausalLM:
-    """Random weights; tied tables where they would be most of the model."""
+    """Build random weights, with tied tables if these would be most of the model."""
     width, mlp, layers, heads, kv, vocabulary = SHAPES[shape]
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -119,7 +119,7 @@ def seconds(function: Callable[[], None]) -> tuple[float, float]:
 
 
 def compare(ours: Callable[[], None], plain: Callable[[], None], runs: int) -> dict[str, list[float]]:
-    """Paired ratios plain / ours (that is, our tokens/s over theirs), by clock, sorted."""
+    """Return sorted paired ratios plain / ours (our tokens/s over theirs), by clock."""
     for _ in range(2):  # a deferred update touches the moments' memory for the first time in the second step
         plain(), ours()
     ratios: dict[str, list[float]] = {"wall": [], "cpu": []}
@@ -141,7 +141,7 @@ def batches_of(shape: str, micro_batches: int, tokens: int) -> list[dict]:
 
 
 def row(found: dict[str, list[float]], *cells: str) -> list[str]:
-    """Cells, then median, least and most of each clock."""
+    """Return cells, then median, minimum and maximum of each clock."""
     values = [f"{statistics.median(v):.3f} ({v[0]:.2f} to {v[-1]:.2f})" for v in found.values()]
     print(" | ".join([*cells, *values]), flush=True)
     return [*cells, *values]
@@ -194,7 +194,7 @@ class Case:
 
 
 def cases(device: torch.device) -> list[Case]:
-    """On a GPU, steps of 4 K and 16 K tokens in rows of 4 K."""
+    """Return the cases; on a GPU, steps of 4 K and 16 K tokens in rows of 4 K."""
     if device.type == "cuda":
         grid = [("1b", 1), ("1b", 4), ("4b", 1), ("4b", 4)]
         return [Case(shape, torch.bfloat16, count, 4096, device) for shape, count in grid]

@@ -1,9 +1,9 @@
-"""Systems to race, each behind `build(case)` (horizon_lm.bench.protocol.System).
+"""Systems to compare, each behind `build(case)` (horizon_lm.bench.protocol.System).
 
-An adapter uses the installed package or, for what is not on PyPI, a checkout that an environment variable
-names. What is missing raises AbsentError with the reason, which becomes a row of the table. Adapters were
-written from documentation and public sources; those that need a GPU have not been run by us so far (the
-results file of a GPU run says which have).
+An adapter uses the installed package or, if it is not on PyPI, a checkout that an environment variable
+names. A missing one raises AbsentError with the reason, which becomes a row of the table. Adapters were
+written from documentation and public sources; we have not run those that need a GPU so far (the results
+file of a GPU run says which have).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from horizon_lm.bench.protocol import AbsentError, Case
 
 @dataclass(frozen=True)
 class Peer:
-    """target: `module:function`. note: what a reader of its row must know. exact: AdamW with fp32 masters and
-    moments. gpu: needs CUDA."""
+    """A system. target: `module:function`. note: what a reader of its row must know. exact: AdamW with fp32
+    masters and moments. gpu: needs CUDA."""
 
     target: str
     note: str
@@ -52,7 +52,7 @@ PEERS: dict[str, Peer] = {
 
 
 def installed(name: str) -> ModuleType:
-    """An installed package. Raises AbsentError with the reason where it cannot be imported."""
+    """Import an installed package. Raises AbsentError with the reason if that fails."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -62,7 +62,7 @@ def installed(name: str) -> ModuleType:
 
 
 def from_checkout(variable: str, name: str, subfolder: str = "") -> ModuleType:
-    """A package of the checkout that an environment variable names. Raises AbsentError."""
+    """Import a package of the checkout that an environment variable names. Raises AbsentError."""
     folder = os.environ.get(variable)
     if not folder:
         raise AbsentError(f"not on PyPI, and {variable} names no checkout")
@@ -74,7 +74,8 @@ def from_checkout(variable: str, name: str, subfolder: str = "") -> ModuleType:
 
 
 def need_cuda(case: Case) -> torch.device:
-    """The case's device, made the current one. Raises AbsentError where it is no CUDA device that is here."""
+    """Make the case's device current and return it. Raises AbsentError unless it is an available CUDA
+    device."""
     if not torch.cuda.is_available():
         raise AbsentError("needs a CUDA device, and torch sees none")
     if not case.device.startswith("cuda"):
@@ -84,7 +85,7 @@ def need_cuda(case: Case) -> torch.device:
 
 
 def one_rank(backend: str) -> None:
-    """A process group of this process alone, without a network."""
+    """Open a process group of this process alone, without a network."""
     import tempfile
 
     import torch.distributed as dist

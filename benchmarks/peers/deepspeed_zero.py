@@ -1,12 +1,12 @@
 """DeepSpeed: ZeRO-3 with parameters and optimizer on the CPU, SuperOffload, and ZenFlow.
 
-Settings are explicit where defaults would decide the race: `gradient_clipping` always (0.19.4 and later clip
-at 1.0 when it is not given, and SuperOffload then loses its overlap), pinned memory, bf16 with fp32 masters,
-`DeepSpeedCPUAdam`. The process may use all cores. Masters start from the bf16 weights, as DeepSpeed casts the
-model first. ZenFlow postpones most updates: it is not exact.
+Settings are explicit if defaults would decide the comparison: `gradient_clipping` always (0.19.4 and later
+clip at 1.0 by default, and SuperOffload then loses its overlap), pinned memory, bf16 with fp32 masters,
+`DeepSpeedCPUAdam`. The process may use all cores. Masters start from the bf16 weights, as DeepSpeed casts
+the model first. ZenFlow postpones most updates: it is not exact.
 
-Run here on DeepSpeed's CPU accelerator (no offload to speak of, but its own code): ZeRO-3 with 0.18.8 and
-0.19.8, ZenFlow with 0.19.8 (0.18.8 gives NaN there). SuperOffload wants CUDA and has not run.
+Run here on DeepSpeed's CPU accelerator (its own code, but no real offload): ZeRO-3 with 0.18.8 and 0.19.8,
+ZenFlow with 0.19.8 (0.18.8 gives NaN there). SuperOffload needs CUDA and has not run.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ZENFLOW |= {
 
 
 def settings_of(case: Case, zero: dict[str, Any]) -> dict[str, Any]:
-    """DeepSpeed's configuration for a case."""
+    """Return DeepSpeed's configuration for a case."""
     rows = case.rows or case.sequences
     return {
         "train_micro_batch_size_per_gpu": rows,
@@ -56,7 +56,7 @@ def settings_of(case: Case, zero: dict[str, Any]) -> dict[str, Any]:
 
 
 class DeepSpeed:
-    """zero: the `zero_optimization` part of the configuration."""
+    """DeepSpeed's engine. zero: the `zero_optimization` part of the configuration."""
 
     def __init__(self, case: Case, zero: dict[str, Any]) -> None:
         self.case, self.device = case, need_cuda(case)

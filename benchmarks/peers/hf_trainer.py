@@ -1,7 +1,7 @@
 """The Hugging Face `Trainer`: fp32 weights, bf16 autocast, fused AdamW.
 
-The Trainer owns the loop, so its `training_step` and optimizer are driven as its own loop does: accumulate,
-clip through accelerate, step, zero. Its betas, decay and clipping are those of the case.
+The Trainer owns the loop, so this drives its `training_step` and optimizer as its own loop does:
+accumulate, clip through accelerate, step, zero. Betas, decay and clipping are the case's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""MegaTrain (MEGATRAIN names a checkout): weights on the CPU in bf16, layers streamed, DeepSpeed's CPUAdam.
+"""MegaTrain (MEGATRAIN names a checkout): bf16 weights on the CPU, streamed layers, DeepSpeed's CPUAdam.
 
-There are no fp32 masters. Its clipping is torch's, over the host's parameters, and is left out without
-clipping. The batch is one micro-batch, as in its own script; attention masks are all ones.
+There are no fp32 masters. It clips with torch over the host's parameters, if the case clips. The batch is
+one micro-batch, as in its own script; attention masks are all ones.
 """
 
 from __future__ import annotations

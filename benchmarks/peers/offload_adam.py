@@ -1,7 +1,7 @@
 """offload_adam (OFFLOAD_ADAM names a checkout): bf16 weights on the device, states streamed to the device.
 
-Mode `fp32_master` (fp32 masters, bf16 moments) unless `case.extra["mode"]` says another. Without clipping it
-updates in the backward pass; with clipping it makes a step of its own.
+Uses mode `fp32_master` (fp32 masters, bf16 moments) unless `case.extra["mode"]` sets another. Without
+clipping it updates in the backward pass; with clipping it makes a separate step.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class OffloadAdam:
         return {"recomputed": 0.0 if self.case.activations == "keep" else 1.0}
 
     def close(self) -> None:
-        """Nothing outlives the process."""
+        """Do nothing: nothing outlives the process."""
 
 
 def build(case: Case) -> OffloadAdam:

@@ -1,8 +1,8 @@
 """torchao's `CPUOffloadOptimizer`: bf16 weights on the device, gradients and fused AdamW on the CPU.
 
-Pure bf16: no fp32 masters, and moments in bf16. It cannot clip by the global norm, since gradients leave
-during the backward pass; a case with clipping is absent for that reason. One micro-batch a step, as
-`offload_gradients` wants it.
+Pure bf16: no fp32 masters, and bf16 moments. It cannot clip by the global norm, since gradients leave
+during the backward pass; a case with clipping is absent for that reason. One micro-batch per step, as
+`offload_gradients` requires.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class TorchaoOffload:
         return {"recomputed": 0.0 if self.case.activations == "keep" else 1.0}
 
     def close(self) -> None:
-        """Nothing outlives the process."""
+        """Do nothing: nothing outlives the process."""
 
 
 def build(case: Case) -> TorchaoOffload:

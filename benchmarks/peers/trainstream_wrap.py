@@ -1,8 +1,8 @@
 """TrainStream: `wrap(model, optimizer)` over fp32 weights with bf16 autocast.
 
-`offload=True`, so that it does not switch itself to a stock optimizer where the model fits; activations are
-recomputed as for all, not paged. With clipping its updates are no longer eager. `case.extra["param_offload"]`
-pages the weights too. Its extension is compiled at the first import and needs nvcc.
+`offload=True` keeps it from switching to a stock optimizer if the model fits; activations are recomputed as
+for all, not paged. With clipping its updates are no longer eager. `case.extra["param_offload"]` pages the
+weights too. Its extension is compiled at the first import and needs nvcc.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class TrainStream:
         return {"recomputed": 0.0 if self.case.activations == "keep" else 1.0}
 
     def close(self) -> None:
-        """Nothing outlives the process."""
+        """Do nothing: nothing outlives the process."""
 
 
 def build(case: Case) -> TrainStream:

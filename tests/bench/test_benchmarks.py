@@ -20,7 +20,7 @@ from horizon_lm.bench.figures import Row
 from horizon_lm.bench.jobs import OURS, measure
 from horizon_lm.bench.models import shape
 from horizon_lm.bench.protocol import AbsentError, Case
-from horizon_lm.plan.limits import Limits
+from horizon_lm.plan.fit import Limits
 from horizon_lm.plan.run_plan import plan_run
 
 ROOT = Path(__file__).parents[2]
@@ -137,7 +137,7 @@ def test_the_cpu_part_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.Monke
     assert all(float(row[9]) > 0.2 and float(row[10]) < 1e-2 for row in rows)
     text = "\n".join(found.parts)
     assert "| tiny |" in text and text.count("| yes |") == 1
-    assert "| tiny, torch-keep, clipping off: theirs |" in text and "while the compute lane works" in text
+    assert "| tiny, torch-keep, clipping off: theirs |" in text and "hidden under compute" in text
 
     def never(*_: Any) -> Row:
         raise AssertionError("has been done")
@@ -236,15 +236,15 @@ def test_the_largest_model_is_the_planners_and_shrinks(monkeypatch: pytest.Monke
 
 def test_the_largest_model_of_a_small_machine_has_few_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """As shaped, it would not fit; and the plan of all that is largest says so too, without an error."""
-    from horizon_lm.plan import limits
+    from horizon_lm.plan import fit
 
     (job, *_) = gpu_parts.PARTS["largest"]()
     job = gpu_parts.rehearsed(job)
     wide = shape("tiny", hidden_size=512, intermediate_size=1024, num_hidden_layers=16)
-    monkeypatch.setattr(limits, "available_host_bytes", lambda: 700_000_000)
+    monkeypatch.setattr(fit, "available_host_bytes", lambda: 700_000_000)
     found = gpu.with_largest_model(gpu_parts.Job("", "", job.case.replace(model=wide), ""))
     assert 1 <= found.case.model["num_hidden_layers"] < 16
-    monkeypatch.setattr(limits, "available_host_bytes", lambda: 1)
+    monkeypatch.setattr(fit, "available_host_bytes", lambda: 1)
     config = gpu.train_config(job.case).replace(skip_memory_check=True)
     assert set(gpu.plan_run(config).largest().values()) == {0}
 

@@ -17,9 +17,9 @@ from horizon_lm.engine.layers import Layer
 from horizon_lm.errors import UnsupportedModelError
 from horizon_lm.machine.profile import load_profile
 from horizon_lm.memory.live import LiveBytes
+from horizon_lm.memory.slots import slot_bytes
 from horizon_lm.model.tiling import find_mlps
 from horizon_lm.plan.costs import DEVICE, HOST
-from horizon_lm.plan.device import slot_bytes
 from horizon_lm.plan.outline import Outline
 from horizon_lm.plan.predict import predict
 from horizon_lm.plan.working_set import Built, layer_working_set

@@ -10,7 +10,7 @@ import zoo
 from horizon_lm.config import ModelSettings
 from horizon_lm.errors import UnsupportedModelError
 from horizon_lm.optim.gradients import add_gradients
-from horizon_lm.plan.grow import largest_that_fits
+from horizon_lm.plan.fit import largest_that_fits
 from horizon_lm.plan.outline import Outline
 from horizon_lm.plan.work import WorkMeter
 
@@ -18,7 +18,7 @@ from horizon_lm.plan.work import WorkMeter
 NOT_STREAMED = {
     "rwkv": "second activation",
     "bamba-z_loss": "",
-    "inkling_text": "parameters beside the table",
+    "inkling_text": "parameters besides the table",
 }
 
 

@@ -14,7 +14,7 @@ from horizon_lm.engine.policies import Policies
 from horizon_lm.errors import ConfigError, DoesNotFitError
 from horizon_lm.machine.profile import Profile, load_profile
 from horizon_lm.plan.choose import Planner
-from horizon_lm.plan.limits import Limits
+from horizon_lm.plan.fit import Limits
 from horizon_lm.plan.outline import Outline
 from horizon_lm.plan.predict import predict
 from horizon_lm.plan.run_plan import RunPlan, plan_run
@@ -178,7 +178,7 @@ def test_the_end_of_the_search_is_not_called_the_largest() -> None:
     text = describe(plan_of(config_of(max_length=128), "h200-1.5tb"))
     assert "per_device_train_batch_size 4,096 or more at max_length 128" in text
     assert "1,024 or more layers of this kind" in text
-    assert re.search(r"max_length [0-9,]+, all that the model has positions for,", text)
+    assert re.search(r"max_length [0-9,]+, all positions of the model,", text)
     config = config_of(max_length=128)
     planner = planner_of(config, *machine(0.05, 40))
     chosen = planner.choose(config.replace(reserve_host_gb=0.0))

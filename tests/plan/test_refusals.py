@@ -20,8 +20,7 @@ from horizon_lm.errors import ConfigError, DoesNotFitError, HorizonError
 from horizon_lm.machine import memory as hardware
 from horizon_lm.machine.profile import load_profile
 from horizon_lm.plan import run_plan
-from horizon_lm.plan.fit import check, shortfalls
-from horizon_lm.plan.limits import Limits
+from horizon_lm.plan.fit import Limits, check, shortfalls
 from horizon_lm.plan.outline_cache import outline_cache
 from horizon_lm.plan.run_plan import plan_run
 
@@ -301,7 +300,7 @@ from horizon_lm.config import TrainConfig
 from horizon_lm.errors import DoesNotFitError
 from horizon_lm.memory import arena
 from horizon_lm.plan import run_plan
-from horizon_lm.plan.limits import Limits
+from horizon_lm.plan.fit import Limits
 from horizon_lm.machine.profile import load_profile
 arena.pins_beyond = lambda limit: True
 profile = load_profile("h100-sxm")

@@ -177,14 +177,14 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
     )
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml"]] = setting(
         [],
-        "Trackers of metrics, in addition to metrics.jsonl: tensorboard, wandb, trackio.",
+        "Trackers of metrics, in addition to metrics.jsonl.",
         group="Output",
         resume="free",
-        expects="a list of tensorboard, wandb and trackio",
+        expects="a list of tensorboard, wandb, trackio, mlflow and comet_ml",
     )
     project: str = setting(
         "horizon-lm",
-        "Project under which wandb and trackio file the run.",
+        "Project (MLflow: experiment) under which the trackers file the run.",
         group="Output",
         resume="free",
         min_length=1,

@@ -118,8 +118,6 @@ class RichProgress(Progress):
             BarColumn(bar_width=None),
             _Times(),
             console=self._console,
-            refresh_per_second=4,
-            expand=True,
         )
         self._task: TaskID | None = None
 
@@ -165,28 +163,32 @@ class RichProgress(Progress):
         if lines := self._lines():
             return lines.step(record, metrics)
         assert self._task is not None
-        fields = {"left": clock(self.seconds_left(record.step))}
         if metrics is not None:
             self._bar.show(metrics)
-            fields["epoch"] = f", epoch {metrics.epoch:.2f}"
-        self._bar.update(self._task, completed=record.step, **fields)
+            self._bar.update(self._task, epoch=f", epoch {metrics.epoch:.2f}")
+        self._bar.update(self._task, completed=record.step, left=clock(self.seconds_left(record.step)))
 
 
 class _Bar(RichBar):
     """rich's bar above a table of the latest numbers."""
 
-    _metrics: Metrics | None = None
+    def __init__(self, *columns: ProgressColumn, console: Console) -> None:
+        self._metrics: Metrics | None = None
+        self._losses: deque[float] = deque(maxlen=10_000)
+        super().__init__(*columns, console=console, refresh_per_second=4, expand=True)
 
     def show(self, metrics: Metrics) -> None:
-        if self._metrics is None:
-            self._losses: deque[float] = deque(maxlen=10_000)
         if math.isfinite(metrics.loss):
             self._losses.append(metrics.loss)
         self._metrics = metrics
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
-        yield Text("the first step", style="dim") if self._metrics is None else self._numbers(self._metrics)
+        yield (
+            Text("waiting for the first step", style="dim")
+            if self._metrics is None
+            else self._numbers(self._metrics)
+        )
 
     def _numbers(self, metrics: Metrics) -> Table:
         fields = {

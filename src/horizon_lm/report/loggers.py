@@ -184,7 +184,7 @@ def _tensorboard(config: TrainConfig, folder: Path) -> Logger:
 
 def _wandb(config: TrainConfig, folder: Path) -> Logger:
     files.make_folder(RunFolder(folder).wandb, below=folder)  # or wandb would follow a link
-    options = {"name": config.run_name, "config": config.to_dict(), "dir": str(folder)}
+    options: dict[str, Any] = {"name": config.run_name, "config": config.to_dict(), "dir": str(folder)}
     tracker = _start("wandb", config.project, **options)
     return _Tracker(tracker, fail=lambda: tracker.tracker.finish(exit_code=1))
 

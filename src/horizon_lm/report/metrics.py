@@ -44,6 +44,7 @@ from horizon_lm.host_model import HostModel
 from horizon_lm.io import files
 from horizon_lm.report.flops import ModelFlops
 from horizon_lm.report.records import REMOVE_LINE, Evaluation, StepRecord, check
+from horizon_lm.schedule.draw import busy_seconds
 from horizon_lm.words import count
 
 _MOST_UNWRITTEN = 16 << 20  # bytes
@@ -181,11 +182,7 @@ class Meter:
 
 def lane_shares(spans: Iterable[Span], seconds: float) -> dict[str, float]:
     """Return the busy share of each lane in `seconds`; empty if nothing was recorded."""
-    busy: dict[str, float] = {}
-    for op, start, end in spans:
-        name = op.lane.name.lower()
-        busy[name] = busy.get(name, 0.0) + end - start
-    return {name: min(1.0, time / seconds) for name, time in sorted(busy.items())}
+    return {name: min(1.0, busy / seconds) for name, busy in sorted(busy_seconds(spans).items())}
 
 
 class MetricsFile:

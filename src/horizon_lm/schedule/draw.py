@@ -1,10 +1,11 @@
-"""What ran when, drawn: a Chrome/Perfetto trace and a table for the terminal.
+"""Timelines: a Chrome/Perfetto trace, and a table for the terminal.
 
-Spans are (op, start, end) in seconds, as `HostModel.timeline` gives them, measured or simulated.
+Spans are (op, start, end) in seconds, measured (`HostModel.timeline`) or simulated.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -31,9 +32,9 @@ _COLUMNS = 48
 
 
 def chrome_trace(spans: Iterable[Span]) -> dict[str, Any]:
-    """The trace event format that ui.perfetto.dev and chrome://tracing open: a row for each lane.
+    """Convert spans to trace events for ui.perfetto.dev and chrome://tracing, one row per lane.
 
-    Returns a dictionary for `json.dump`. Times are in microseconds.
+    Returns a dictionary for `json.dump`, with times in microseconds.
     """
     spans = list(spans)
     rows = {lane: row for row, lane in enumerate(Lane)}
@@ -62,28 +63,34 @@ def chrome_trace(spans: Iterable[Span]) -> dict[str, Any]:
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
+def busy_seconds(spans: Iterable[Span]) -> dict[str, float]:
+    """Return the busy seconds of each lane: overlapping spans count once, idle lanes are absent."""
+    by_lane: dict[Lane, list[Span]] = {}
+    for span in spans:
+        by_lane.setdefault(span[0].lane, []).append(span)
+    return {
+        str(lane): sum(end - start for start, end in _merged(by_lane[lane]))
+        for lane in Lane
+        if lane in by_lane
+    }
+
+
 def utilisation(spans: Iterable[Span]) -> dict[str, dict[str, float]]:
-    """Per lane: number of ops, busy seconds (overlapping spans counted once), and the share of the
-    time between the first start and the last end of all lanes."""
+    """Per lane: number of ops, busy seconds, and their share of the time from the first start to the last end
+    of all lanes."""
     spans = list(spans)
     whole = _extent(spans)
     total = whole[1] - whole[0]
-    found: dict[str, dict[str, float]] = {}
-    for lane in Lane:
-        mine = [span for span in spans if span[0].lane is lane]
-        if mine:
-            busy = sum(end - start for start, end in _merged(mine))
-            found[str(lane)] = {
-                "ops": len(mine),
-                "busy_seconds": busy,
-                "share": busy / total if total else 0.0,
-            }
-    return found
+    counts = Counter(str(op.lane) for op, _, _ in spans)
+    return {
+        lane: {"ops": counts[lane], "busy_seconds": busy, "share": busy / total if total else 0.0}
+        for lane, busy in busy_seconds(spans).items()
+    }
 
 
 def text_timeline(spans: Iterable[Span]) -> str:
-    """A line for each lane: ops, busy time, share, and when it was busy (`#` most of a column's
-    time, `+` some of it, `.` none)."""
+    """Draw one line per lane: ops, busy time, share, and when it was busy (`#` most of a column's time, `+`
+    some of it, `.` none)."""
     spans = list(spans)
     if not spans:
         return "no spans were recorded"
@@ -110,10 +117,10 @@ def _extent(spans: Sequence[Span]) -> tuple[float, float]:
 
 
 def _merged(spans: Iterable[Span]) -> list[tuple[float, float]]:
-    """Intervals in which at least one of the spans runs."""
+    """Intervals in which at least one span runs."""
     merged: list[tuple[float, float]] = []
     for start, end in sorted((start, end) for _, start, end in spans):
-        if merged and start <= merged[-1][1]:
+        if merged and start < merged[-1][1]:
             merged[-1] = (merged[-1][0], max(merged[-1][1], end))
         else:
             merged.append((start, end))
