@@ -26,7 +26,7 @@ from horizon_lm.config import DatasetConfig, ModelSettings
 from horizon_lm.data import Documents, TokenLoader, train_tokenizer
 from horizon_lm.data.encode import Encoder
 from horizon_lm.data.packing import make_rows
-from horizon_lm.data.tokenise import tokenise
+from horizon_lm.data.tokens import tokenise
 from horizon_lm.machine.cores import usable_cores
 
 from .report import Report

@@ -33,7 +33,7 @@ from horizon_lm.engine.engine import Engine, in_turn
 from horizon_lm.engine.lanes import Span, choose_lanes
 from horizon_lm.engine.loss import LossFunction, check_loss_function
 from horizon_lm.engine.policies import DTYPES, check_fits_host, make_optimizer, store_spec, update_settings
-from horizon_lm.engine.step import Step
+from horizon_lm.engine.step import Step, Update
 from horizon_lm.errors import ConfigError, NonFiniteError, TornStateError
 from horizon_lm.machine.device import resolve_device
 from horizon_lm.memory.arena import return_free_memory
@@ -41,8 +41,8 @@ from horizon_lm.memory.preflight import check_host_memory
 from horizon_lm.memory.store import HostStore
 from horizon_lm.micro_batches import MicroBatches, check_micro_batches
 from horizon_lm.model.consumed import Closed, check_model, refuse_use, take_over
-from horizon_lm.model.loading import create_model, fill_store, freeze, load_model
-from horizon_lm.model.pretrained import Allowed, check_has_weights
+from horizon_lm.model.loading import create_model, fill_store, freeze, load_model_of
+from horizon_lm.model.pretrained import check_has_weights
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.optim.checks import Number
 from horizon_lm.optim.optimizer import UpdateSettings
@@ -52,6 +52,7 @@ from horizon_lm.outputs import (
     StepOutput,
     TrainStepOutput,
     describe_model,
+    non_finite_error,
 )
 
 _log = logging.getLogger(__name__)
@@ -349,26 +350,18 @@ class HostModel:
         if step.update.stopped_at is not None:
             what = "loss" if not math.isfinite(out.loss) else "gradient norm"
             value = out.loss if what == "loss" else norm
-            raise self._not_finite(f"the {what} of step {self.steps_done + 1} is {value}", out, norm, step)
+            raise self._not_finite(
+                f"the {what} of step {self.steps_done + 1} is {value}", out, norm, step.update
+            )
         self.engine.update(step, settings, record=record)
         return norm
 
     def _not_finite(
-        self, what: str, out: ForwardBackwardOutput, norm: float = math.nan, step: Step | None = None
+        self, what: str, out: ForwardBackwardOutput, norm: float = math.nan, update: Update | None = None
     ) -> NonFiniteError:
-        """The error with the step's figures. step: one with eager updates, some of which may be done."""
-        done = 0
-        if step is not None and step.update is not None:
-            done = len(self.engine.trainable) - len(step.update.left)
-        hint = "look for NaN in the model's weights, lower learning_rate, or set nonfinite: skip"
-        after = "nothing was updated"
-        if done:
-            after = f"{done} of {len(self.engine.trainable)} layers had been updated already (update: eager)"
-            hint = "load the last saved model; update: deferred finds this before any update"
-        error = NonFiniteError(f"{what}; {after}", hint=hint)
-        error.loss, error.grad_norm, error.num_tokens = out.loss, norm, out.num_tokens
-        error.state_intact = not done
-        return error
+        total = len(self.engine.trainable)
+        done = 0 if update is None else total - len(update.left)
+        return non_finite_error(what, out, norm, updated=done, total=total)
 
     def _update_settings(self, where: str, lr: Any, max_grad_norm: Any, weight_decay: Any) -> UpdateSettings:
         limit = self.settings.max_grad_norm if isinstance(max_grad_norm, _Default) else max_grad_norm
@@ -547,18 +540,6 @@ class HostModel:
             "boundary_slots": ops.boundary_slots.num_bytes,
             "boundaries": ops.boundary_slots.host_bytes,
         }
-
-
-def load_model_of(source: str | Path | nn.Module, settings: ModelSettings) -> nn.Module:
-    """Load the transformers model that the settings describe; a model object is returned as it is."""
-    return load_model(
-        source,
-        trust_remote_code=settings.trust_remote_code,
-        revision=settings.model_revision,
-        attn_implementation=settings.attn_implementation,
-        allowed=Allowed(settings.allow_missing, settings.allow_unexpected),
-        seed=settings.seed,
-    )
 
 
 def _output(step: Step) -> ForwardBackwardOutput:

@@ -1,4 +1,4 @@
-"""Micro-batches as people give them: converted to host tensors, and refused if they would train wrongly."""
+"""Micro-batches: converted to host tensors, and rejected if they would train wrongly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _EXAMPLE = "[{'input_ids': ids, 'labels': labels}], tensors of shape [batch, tok
 _FORMS = "pass a tensor, a numpy array or nested lists"
 _UNSIGNED = frozenset({torch.uint8, torch.uint16, torch.uint32, torch.uint64})
 _INTEGERS = _UNSIGNED | {torch.int8, torch.int16, torch.int32, torch.int64}
-# Models count tokens by summing the mask: in 16 bits the sum is wrong from 257 tokens on.
+# Models count tokens by summing the mask; a 16-bit float sum is wrong from 257 tokens on.
 _MASKS = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 _MASKS |= {torch.float32, torch.float64}
 # Rotary embeddings are computed from fp32 positions, which are exact up to here.
@@ -45,11 +45,11 @@ class ModelLimits(Protocol):
 def check_micro_batches(
     micro_batches: MicroBatches, model: ModelLimits, *, extra: bool = False
 ) -> list[MicroBatch]:
-    """The micro-batches of a step with host tensors; token numbers are int64 [batch, tokens].
+    """Convert the micro-batches of a step to host tensors; token ids become int64 [batch, tokens].
 
-    micro_batches: a mapping such as a BatchEncoding, or any iterable of them (a list, a generator, a
-    DataLoader). Values are tensors on any device, numpy arrays or nested lists; None means not given.
-    extra: tensors of any other name and shape may stand alongside the known ones. Raises DataError.
+    micro_batches: a mapping such as a BatchEncoding, or an iterable of them (a list, a generator, a
+    DataLoader). Values are tensors on any device, numpy arrays or nested lists; None means absent.
+    extra: allow tensors of other names and shapes. Raises DataError.
     """
     batches = [_checked(m, batch, model, extra) for m, batch in _each(micro_batches)]
     if not batches:
@@ -63,8 +63,8 @@ def check_micro_batches(
 
 
 def _each(given: Any) -> Iterator[tuple[int, Any]]:
-    """One micro-batch, or each of several, with its number. An error of the caller's own is theirs, with a
-    note of how far it came."""
+    """Yield each micro-batch with its index. Errors of the caller's iterable propagate, with a note of how
+    far it got."""
     if isinstance(given, Mapping):
         yield 0, given
         return
@@ -82,7 +82,7 @@ def _each(given: Any) -> Iterator[tuple[int, Any]]:
 
 
 def _checked(m: int, given: Any, model: ModelLimits, extra: bool) -> MicroBatch:
-    """The micro-batch with host tensors, after looking for what would train wrongly."""
+    """Convert a micro-batch to host tensors and check it."""
     batch = _tensors(m, given, extra)
     shape = batch["input_ids"].shape
     if len(shape) != 2 or shape[0] < 1 or shape[1] < 2:
@@ -110,7 +110,7 @@ def _checked(m: int, given: Any, model: ModelLimits, extra: bool) -> MicroBatch:
 
 
 def _tensors(m: int, given: Any, extra: bool) -> MicroBatch:
-    """The values that are given, as host tensors. Raises DataError for missing and unknown keys."""
+    """Convert the present values to host tensors. Raises DataError for missing and unknown keys."""
     if not isinstance(given, Mapping):
         raise DataError(
             f"micro-batch {m} is {_kind(given)}, not a dict of input_ids and labels", hint=f"pass {_EXAMPLE}"
@@ -138,7 +138,7 @@ def _tensors(m: int, given: Any, extra: bool) -> MicroBatch:
 
 
 def _tensor(where: str, value: Any) -> torch.Tensor:
-    """A tensor on any device, an array or a nested list -> a tensor in host memory."""
+    """Convert a tensor on any device, an array or a nested list to a host tensor."""
     if isinstance(value, torch.Tensor):
         return _dense(where, value)
     is_list = isinstance(value, (list, tuple))
@@ -167,7 +167,7 @@ def _tensor(where: str, value: Any) -> torch.Tensor:
 
 
 def _dense(where: str, value: torch.Tensor) -> torch.Tensor:
-    """The tensor in host memory. Raises DataError for one that does not hold its elements one by one."""
+    """Copy a tensor to host memory. Raises DataError unless it is dense."""
     ways = {
         "meta": value.is_meta,
         "fake": isinstance(value, FakeTensor),
@@ -182,7 +182,7 @@ def _dense(where: str, value: torch.Tensor) -> torch.Tensor:
 
 
 def _from_array(where: str, value: Any) -> torch.Tensor:
-    """A copy, as the caller's array may change or be read-only, in this machine's byte order."""
+    """Copy an array, which may change or be read-only, to this machine's byte order."""
     if np.ma.is_masked(value):
         raise DataError(
             f"{where} is a masked array whose mask hides some of its entries",
@@ -193,7 +193,7 @@ def _from_array(where: str, value: Any) -> torch.Tensor:
 
 
 def _no_number(values: Any, depth: int = 4) -> str | None:
-    """The first entry of nested lists that is not a number of 64 bits, in words."""
+    """Describe the first entry of nested lists that is not a 64-bit number."""
     for value in values:
         if isinstance(value, (list, tuple)) and depth:
             found = _no_number(value, depth - 1)
@@ -207,7 +207,7 @@ def _no_number(values: Any, depth: int = 4) -> str | None:
 
 
 def _whole(m: int, name: str, values: torch.Tensor) -> torch.Tensor:
-    """Token numbers or positions as int64."""
+    """Convert token ids or positions to int64."""
     if values.dtype not in _INTEGERS:
         raise DataError(
             f"micro-batch {m}: {name} are {values.dtype}",
@@ -223,8 +223,11 @@ def _whole(m: int, name: str, values: torch.Tensor) -> torch.Tensor:
 
 
 def _mask(m: int, mask: torch.Tensor) -> torch.Tensor:
-    """The mask, in a type that models compute with. Raises DataError for one that holds anything but 0 and 1
-    (an additive mask, numbers of documents), and for rows without any token."""
+    """Convert the mask to a dtype that models compute with.
+
+    Raises DataError for values other than 0 and 1 (an additive mask, document numbers), and for rows without
+    any token.
+    """
     if mask.is_complex() or not (mask.is_floating_point() or mask.dtype in _INTEGERS | _MASKS):
         raise DataError(
             f"micro-batch {m}: attention_mask is {mask.dtype}",
@@ -261,8 +264,8 @@ def _check_range(m: int, name: str, values: torch.Tensor, end: int) -> None:
 
 
 def _check_positions(m: int, batch: MicroBatch, model: ModelLimits) -> None:
-    """Raises DataError for negative positions, for those that fp32 does not tell apart, and for any beyond a
-    model's table of positions: a GPU answers those with an error that ends the process."""
+    """Raise DataError for negative positions, for those inexact in fp32, and for any beyond the model's table
+    of positions, which on a GPU would abort the process."""
     positions, tokens = batch.get("position_ids"), batch["input_ids"].shape[1]
     lowest = int(positions.min()) if positions is not None else 0
     highest = int(positions.max()) if positions is not None else tokens - 1

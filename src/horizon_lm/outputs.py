@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from horizon_lm.config import ModelSettings
+from horizon_lm.errors import NonFiniteError
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.words import count, parameters, size
 
@@ -129,3 +130,21 @@ def describe_model(
         f"updates: {settings.optim}, {settings.update_mode}, {clipping}; {count(steps_done, 'step')} done",
     ]
     return "HostModel(\n" + "".join(f"  {line}\n" for line in lines) + ")"
+
+
+def non_finite_error(
+    what: str, out: ForwardBackwardOutput, norm: float, *, updated: int, total: int
+) -> NonFiniteError:
+    """The error of a step whose loss or gradient is not finite, with its figures.
+
+    updated, total: units that eager updates had reached, and all trainable ones.
+    """
+    hint = "look for NaN in the model's weights, lower learning_rate, or set nonfinite: skip"
+    after = "nothing was updated"
+    if updated:
+        after = f"{updated} of {total} layers had been updated already (update: eager)"
+        hint = "load the last saved model; update: deferred finds this before any update"
+    error = NonFiniteError(f"{what}; {after}", hint=hint)
+    error.loss, error.grad_norm, error.num_tokens = out.loss, norm, out.num_tokens
+    error.state_intact = not updated
+    return error

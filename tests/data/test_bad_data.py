@@ -191,7 +191,7 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "a picture": (
         "a.jsonl",
         messages({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}),
-        r"messages\[0\]: 'content' has a part that is no text: 'image_url'",
+        r"messages\[0\]: 'content' has a part that is not text: 'image_url'",
     ),
     "output that is an object": (
         "a.jsonl",
@@ -228,17 +228,17 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "only rows that are too long": (
         "a.jsonl",
         messages({"role": "user", "content": "a"}, {"role": "assistant", "content": "b c " * 200_000}),
-        r"no document fits: all 1 are longer than max_length=64",
+        r"no usable document: all 1 are longer than max_length=64",
     ),
     # other kinds of files
     "no parquet": ("a.parquet", b"PAR1 no PAR1", r"a\.parquet is not a readable parquet file"),
     "half a parquet": ("a.parquet", b"PAR1", r"a\.parquet is not a readable parquet file"),
     # compressed files and CSV
-    "no gzip": ("a.jsonl.gz", GOOD_LINE, r"a\.jsonl\.gz cannot be decompressed: .*no row can be read"),
+    "no gzip": ("a.jsonl.gz", GOOD_LINE, r"a\.jsonl\.gz cannot be decompressed: .*no row is readable"),
     "half a gzip": (
         "a.jsonl.gz",
         gzip.compress(b"".join(lines({"text": str(n) * 9}) for n in range(20_000)))[:-3000],
-        r"a\.jsonl\.gz cannot be decompressed: it ends early; the last row that can be read is .*gz:\d+",
+        r"a\.jsonl\.gz cannot be decompressed: it ends early; the last readable row is .*gz:\d+",
     ),
     "a flipped bit in a gzip": (
         "a.csv.gz",
@@ -257,7 +257,7 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "csv with too many cells": (
         "a.csv",
         b"text,n\nx,1\ny, and z,2\n",
-        r"a\.csv: row 2 has 3 cells, and the header names 2 columns",
+        r"a\.csv: row 2 has 3 cells, the header 2 columns",
     ),
     "an open quote": (
         "a.csv",
@@ -265,11 +265,11 @@ FILES: dict[str, tuple[str, bytes, str]] = {
         r"a\.csv: row 2 is not valid CSV: unexpected end of data",
     ),
     "text after a quote": ("a.csv", b'text\n"x"y\n', r"a\.csv: row 1 is not valid CSV"),
-    "a column twice": ("a.csv", b"text,text\nx,y\n", r"a\.csv: the header names the column 'text' twice"),
+    "a column twice": ("a.csv", b"text,text\nx,y\n", r"a\.csv: the header has two columns named 'text'"),
     "semicolons": (
         "a.csv",
         b"prompt;completion\na;b\n",
-        r"a\.csv: the header is one column, .*by semicolons",
+        r"a\.csv: the header has one column, .*by semicolons",
     ),
     "latin-1 in csv": ("a.csv", b"text\nx\n\xe9\n", r"a\.csv: row 2 is not UTF-8: byte 0xe9"),
     "csv of other columns": ("a.csv", b"q,a\nx,y\n", r"a\.csv: row 1 fits no .*its columns are 'q', 'a'"),

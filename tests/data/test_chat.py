@@ -233,7 +233,7 @@ def test_a_conversation_that_the_assistant_begins(name: str, tokenizer: Any) -> 
 
 @pytest.mark.parametrize("name", sorted(ALTERNATING))
 def test_a_template_that_wants_the_user_first_is_refused_by_its_own_words(name: str, tokenizer: Any) -> None:
-    with pytest.raises(DataError, match="row 1: the chat template refuses .* roles must alternate") as caught:
+    with pytest.raises(DataError, match="row 1: the chat template rejects .* roles must alternate") as caught:
         encode(tokenizer, Chat([GREETING, *TWO]), FAMILIES[name].text)
     assert "on_bad_row: skip" in (caught.value.hint or "")
 
@@ -245,7 +245,7 @@ def test_an_opening_that_the_template_rewrites_is_refused(tokenizer: Any) -> Non
         "{{ m.role + ': ' + (m.content | upper if first else m.content) + eos_token }}{% endfor %}"
     )
     assert encode(tokenizer, Chat(ONE), shouting)
-    with pytest.raises(DataError, match="cannot say which tokens of message 1"):
+    with pytest.raises(DataError, match="does not tell which tokens of message 1"):
         encode(tokenizer, Chat([GREETING, *ONE]), shouting)
 
 
@@ -309,13 +309,13 @@ def test_conversations_with_tools_equal_transformers(name: str, tokenizer: Any) 
     ("template", "message"),
     [
         (LAST_ONLY, "marks 1 of 2 assistant turns"),
-        (WRONG_SIDE, "holds the user's words"),
+        (WRONG_SIDE, "includes the user's words"),
         (
             "{% for m in messages %}{{ m['content'] }}{% endfor %}{{ messages | length }}",
-            "cannot say which tokens",
+            "does not tell which tokens",
         ),
-        ("{{ raise_exception('no such thing') }}", "refuses this conversation: no such thing"),
-        ("{% for m in messages %}", "refuses this conversation"),
+        ("{{ raise_exception('no such thing') }}", "rejects this conversation: no such thing"),
+        ("{% for m in messages %}", "rejects this conversation"),
     ],
 )
 def test_a_template_that_cannot_give_the_mask_is_refused(template: str, message: str, tokenizer: Any) -> None:
@@ -327,7 +327,7 @@ def test_a_template_that_cannot_give_the_mask_is_refused(template: str, message:
 def test_a_template_that_rewrites_earlier_turns_is_refused_where_it_does(tokenizer: Any) -> None:
     """The trial conversation has no thoughts in it; the row has."""
     thinking = [user("a"), assistant("<think>hm</think>b"), user("c"), assistant("<think>hm</think>d")]
-    with pytest.raises(DataError, match="row 1: the chat template cannot say which tokens of message 2"):
+    with pytest.raises(DataError, match="row 1: the chat template does not tell which tokens of message 2"):
         encode(tokenizer, Chat(thinking), FORGETFUL)
     one = encode(tokenizer, Chat(thinking[:2]), FORGETFUL)
     assert learned_text(tokenizer, one) == ["<think>hm</think>b<|im_end|>\n"]
@@ -348,7 +348,7 @@ def test_a_row_without_the_assistant_is_refused(tokenizer: Any) -> None:
 
 def test_templates_are_sandboxed(tokenizer: Any) -> None:
     attack = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
-    with pytest.raises(DataError, match="refuses this conversation"):
+    with pytest.raises(DataError, match="rejects this conversation"):
         encode(tokenizer, Chat(ONE), attack)
 
 
@@ -357,14 +357,14 @@ def test_chat_template_names_and_files(tokenizer: Any, tmp_path: Any) -> None:
     file.write_text(FAMILIES["zephyr"].text)
     found = encode(tokenizer, Chat(ONE), None, chat_template=str(file))
     assert learned_text(tokenizer, found) == [TEXTS[1] + "</s>\n"]
-    with pytest.raises(ConfigError, match="no built-in template"):
+    with pytest.raises(ConfigError, match="neither a file nor a built-in template"):
         read_template("chatmll")
 
 
 def test_chatml_needs_its_tokens(tokenizer: Any) -> None:
     """Else the end of an answer would be some letters, at which nothing stops."""
     assert Encoder(tokenizer, chat_template="chatml").chat
-    with pytest.raises(ConfigError, match="no token of this tokenizer") as caught:
+    with pytest.raises(ConfigError, match="not a token of this tokenizer") as caught:
         Encoder(train_tokenizer([], 257), chat_template="chatml")
     assert "plain" in (caught.value.hint or "")
 

@@ -13,13 +13,14 @@ import pytest
 import xxhash
 
 from data_helpers import dataset, write_rows
-from horizon_lm.data import Documents, documents, file_hash, load_tokenizer, train_tokenizer
+from horizon_lm.data import Documents, file_content, load_tokenizer, sources, train_tokenizer
 from horizon_lm.data.encode import Encoder
-from horizon_lm.data.file_hash import FileHashes
-from horizon_lm.data.hub import open_dataset
+from horizon_lm.data.file_content import FileHashes
+from horizon_lm.data.hf_datasets import open_dataset
 from horizon_lm.data.loader import TokenLoader
-from horizon_lm.data.streaming import StreamLoader
-from horizon_lm.data.tokenise import tokenise
+from horizon_lm.data.packing import Layout
+from horizon_lm.data.streaming import Stream, StreamLoader
+from horizon_lm.data.tokens import tokenise
 from horizon_lm.errors import DataError
 from loaded_rows import loader_of, make_rows
 
@@ -71,7 +72,7 @@ def test_a_dataset_of_the_hub_is_known_by_the_files_of_its_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The library's fingerprint is of names: another content of its cache has the same."""
-    monkeypatch.setattr("horizon_lm.data.hub.require_reachable", lambda *_, **__: None)
+    monkeypatch.setattr("horizon_lm.data.hf_datasets.require_reachable", lambda *_, **__: None)
     rows = write_rows(tmp_path / "a.jsonl", [{"text": f"{n}"} for n in range(8)])
     load = datasets.load_dataset
 
@@ -106,7 +107,7 @@ def test_a_file_is_known_as_before(tmp_path: Path) -> None:
 def large(tmp_path: Path) -> Path:
     path = tmp_path / "data" / "a.jsonl"
     path.parent.mkdir()
-    path.write_bytes(b"a" * file_hash._SMALL)
+    path.write_bytes(b"a" * file_content._SMALL)
     return path
 
 
@@ -120,11 +121,11 @@ def hashed(path: Path, folder: Path) -> bytes:
 def settle(monkeypatch: pytest.MonkeyPatch, seconds: float = 61.0) -> None:
     """As if time had passed since the files were written."""
     now = time.time
-    monkeypatch.setattr(file_hash.time, "time", lambda: now() + seconds)
+    monkeypatch.setattr(file_content.time, "time", lambda: now() + seconds)
 
 
 def forbid_reading(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(file_hash.xxhash, "xxh3_128", None)
+    patch.setattr(file_content.xxhash, "xxh3_128", None)
 
 
 def test_a_file_that_was_left_alone_is_not_read_again(
@@ -171,14 +172,14 @@ def test_data_that_changes_while_it_is_tokenised_is_not_kept(
     encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, cache = write_rows(tmp_path / "a.jsonl", [{"text": "first"}]), tmp_path / "cache"
-    read = documents.read_file
+    read = sources.read_file
 
     def read_changed(file: Path) -> Any:
         write_rows(path, [{"text": "other"}])
         return read(file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(documents, "read_file", read_changed)
+        patch.setattr(sources, "read_file", read_changed)
         assert tokens(path, encoder, cache) == ("other", False)
     write_rows(path, [{"text": "first"}])
     assert tokens(path, encoder, cache) == ("first", False)  # not what the other was kept under
@@ -216,8 +217,8 @@ def test_a_tokenizer_that_splits_special_tokens_is_another() -> None:
 
 
 def stream(path: Path, encoder: Encoder) -> StreamLoader:
-    layout = {"max_length": 8, "strategy": "bfd", "truncation": "split"}
-    return StreamLoader([dataset(path)], encoder, layout=lambda _: layout, buffer_size=4, micro_batch_size=1)
+    layout = Layout(max_length=8, strategy="bfd", truncation="split")
+    return StreamLoader(Stream([dataset(path)], encoder, lambda _: layout, 4), micro_batch_size=1)
 
 
 def test_a_place_in_a_stream_of_other_data_is_refused(encoder: Encoder, tmp_path: Path) -> None:
@@ -235,7 +236,7 @@ def test_a_place_in_a_stream_of_other_data_is_refused(encoder: Encoder, tmp_path
         assert next(again)[0]["input_ids"].tolist() == expected
     write_rows(path, [*rows[:5], {"text": "rOw 5"}, *rows[6:]])
     again = stream(path, encoder)
-    with pytest.raises(DataError, match="the data has changed .* from document 4 on the stream is another"):
+    with pytest.raises(DataError, match="the data has changed .* the stream differs from document 4 on"):
         again.load_state_dict(state)
 
 
@@ -254,7 +255,7 @@ def test_absurd_places_are_refused(key: str, encoder: Encoder, tmp_path: Path) -
             loader.load_state_dict({**state, key: value})
             next(loader)
             continue
-        with pytest.raises(DataError, match=f"the saved place in the data is not one: {key}") as caught:
+        with pytest.raises(DataError, match=f"invalid saved data position: {key}") as caught:
             loader.load_state_dict({**state, key: value})
         assert caught.value.exit_code == 4 and caught.value.hint
     for broken in ({}, {**state, "fingerprint": 5, "made_from": {"files": 1}}, [], 5):

@@ -165,14 +165,14 @@ def test_what_was_found_is_what_is_saved(folder: Path) -> None:
     ("names", "message", "hint"),
     [
         ("identty", "has no dataset 'identty'", "did you mean 'identity'"),
-        ("zzz", "has no dataset 'zzz'", "it has"),
+        ("zzz", "has no dataset 'zzz'", "use one of column"),
         ("identity,dpo", "dpo is preference data", "supervised"),
         ("kto", "kto is preference data", "supervised"),
         ("pictures", "has images", "text"),
         ("modelscope", "has only ms_hub_url", "download"),
         ("script", "has only script_url", "scripts are never run"),
         ("typo", "unknown key 'formating'", "did you mean 'formatting'"),
-        ("other", "formatting is 'parquet'", "alpaca"),
+        ("other", "unknown formatting 'parquet'", "alpaca"),
         ("column", "columns has the unknown key 'promt'", "prompt"),
     ],
 )

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from data_helpers import config, dataset, write_rows
 from horizon_lm.data import StreamLoader, TokenLoader, load_training_data, train_tokenizer
 from horizon_lm.data.encode import Encoder
+from horizon_lm.data.packing import Layout
+from horizon_lm.data.streaming import Stream
 from horizon_lm.errors import DataError
 from loaded_rows import loader_of, make_rows
 
@@ -197,14 +199,19 @@ def test_what_has_changed_is_said(tmp_path: Path) -> None:
     other = [{**rows[0], "completion": "b0"}, *rows[1:]]
     more = [*rows, {"prompt": "q", "completion": "a"}]
     for saved, now, message, hint in [
-        (state, load(rows=other), r"the tokens are others, though as many \(40 in 8 documents\)$", "files"),
-        (state, load(rows=more), "others: 40 in 8 documents then, 43 in 9 now$", "data files"),
-        (state, load(loss_on="all"), "same, but others are trained on: 24 then, 40 now$", "loss_on"),
-        (state, load(packing=True), "cut or packed another way: 8 sequences then, 3 now$", "packing"),
+        (state, load(rows=other), r"the tokens differ, though not in number \(40 in 8 documents\)$", "files"),
+        (state, load(rows=more), "differ: 40 in 8 documents then, 43 in 9 now$", "data files"),
+        (
+            state,
+            load(loss_on="all"),
+            "same, but the loss mask differs: 24 trained on then, 40 now$",
+            "loss_on",
+        ),
+        (state, load(packing=True), "cut or packed differently: 8 sequences then, 3 now$", "packing"),
         (
             before,
             load(rows=other),
-            "still 8 sequences, but of other tokens, or with others",
+            "still 8 sequences, but with different tokens or",
             "earlier version",
         ),
         (before, load(rows=more), "8 sequences then, 9 now$", "start a new run"),
@@ -233,9 +240,10 @@ def files(folder: Path, sizes: list[int]) -> Path:
 
 
 def stream(folder: Path, encoder: Encoder, strategy: str = "bfd", **options: Any) -> StreamLoader:
-    values = {"buffer_size": 5, "micro_batch_size": 2, "seed": 7, "pad_id": 0, **options}
-    layout = {"max_length": 24, "strategy": strategy, "truncation": "split"}
-    return StreamLoader([dataset(folder)], encoder, layout=lambda is_text: layout, **values)
+    values = {"micro_batch_size": 2, "seed": 7, "pad_id": 0, **options}
+    reading = {"buffer_size": values.pop("buffer_size", 5), "on_bad_row": values.pop("on_bad_row", "raise")}
+    layout = Layout(max_length=24, strategy=strategy, truncation="split")
+    return StreamLoader(Stream([dataset(folder)], encoder, lambda is_text: layout, **reading), **values)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -353,7 +361,7 @@ def test_a_stream_is_shuffled_by_seed_and_epoch(encoder: Encoder, tmp_path: Path
 def test_a_place_in_a_stream_of_other_settings_is_refused(encoder: Encoder, tmp_path: Path) -> None:
     folder = files(tmp_path, [10])
     state = stream(folder, encoder).state_dict()
-    with pytest.raises(DataError, match="saved with buffer_size=5, and now it is 6"):
+    with pytest.raises(DataError, match="saved with buffer_size=5, not 6"):
         stream(folder, encoder, buffer_size=6).load_state_dict(state)
     with pytest.raises(DataError, match="saved with another tokenizer"):
         stream(folder, Encoder(encoder.tokenizer, loss_on="all")).load_state_dict(state)

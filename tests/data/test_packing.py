@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 import horizon_lm as hz
 import zoo
 from horizon_lm.config import ModelSettings
-from horizon_lm.data.batches import collate, in_order
-from horizon_lm.data.packing import IGNORED, Rows, split_off
+from horizon_lm.config.data import IGNORED
+from horizon_lm.data.loader import collate, in_order
+from horizon_lm.data.packing import Rows, split_off
 from horizon_lm.errors import DataError
 from horizon_lm.plan.outline import Outline
 from packed_rows import Document, documents_for, gradients, numbered, rows_of, store_of
@@ -97,7 +98,7 @@ def test_a_document_that_is_cut_to_nothing_trained_is_left_out() -> None:
     rows = rows_of(documents, "none", 4, truncation="keep_start")
     assert segments(rows) == [[7, 8, 9]] and rows.left.documents == 2
     assert segments(rows_of(documents[:2], "none", 4, truncation="keep_end")) == [[3, 4, 5, 6], [7, 8, 9]]
-    with pytest.raises(DataError, match="no document fits: all 1 are longer than max_length=4") as caught:
+    with pytest.raises(DataError, match="no usable document: all 1 are longer than max_length=4") as caught:
         rows_of(documents[:1], "bfd", 4)
     assert "truncation" in (caught.value.hint or "")
 

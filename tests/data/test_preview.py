@@ -15,10 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from data_helpers import write_rows
 from horizon_lm import cli
 from horizon_lm.config import TrainConfig
+from horizon_lm.config.data import IGNORED
 from horizon_lm.data import load_training_data, train_tokenizer
-from horizon_lm.data.left_out import remarks
-from horizon_lm.data.packing import IGNORED
-from horizon_lm.data.preview import histogram, pieces, print_preview, summary
+from horizon_lm.data.preview import histogram, pieces, print_preview, remarks, summary
 from horizon_lm.training.describe import about_data, left_out
 from horizon_lm.training.generate import Generator, Sampling, model_folder
 
@@ -201,7 +200,7 @@ def test_preview_of_text_and_of_a_stream(model: Path, tmp_path: Path, capsys: An
     assert cli.main(["data", "preview", *arguments]) == 0
     assert "(wrapped)" in capsys.readouterr().out
     assert cli.main(["data", "preview", *arguments, "streaming=true", "max_steps=5"]) == 0
-    assert "a stream: the figures are those of its first window" in capsys.readouterr().out
+    assert "a stream: figures for its first window" in capsys.readouterr().out
 
 
 def test_a_histogram_counts_every_document() -> None:

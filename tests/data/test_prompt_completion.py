@@ -343,5 +343,5 @@ def test_a_prompt_that_is_written_another_way_is_refused_where_trl_trains_on_the
     (theirs,) = of_trl(for_chats, rows)
     learned = for_chats.decode([label for label in theirs["labels"] if label != -100])
     assert "what is 12" in learned
-    with pytest.raises(DataError, match="row 0: the chat template writes the prompt another way"):
+    with pytest.raises(DataError, match="row 0: the chat template renders the prompt differently"):
         of_ours(for_chats, [Chat(rows[0]["prompt"] + rows[0]["completion"], None, 1)])

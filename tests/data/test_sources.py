@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_helpers import config, dataset, examples, read, write_parquet, write_rows
-from horizon_lm.data import Documents, compressed, documents, hub, load_training_data, train_tokenizer
-from horizon_lm.data.documents import ShardOrder, check_exists, rows
+from horizon_lm.data import Documents, file_content, hf_datasets, load_training_data, sources, train_tokenizer
 from horizon_lm.data.formats import Chat, Pair, Text
-from horizon_lm.data.sources import read_file
+from horizon_lm.data.readers import read_file
+from horizon_lm.data.sources import ShardOrder, check_exists, rows
 from horizon_lm.errors import DataError
 
 
@@ -122,8 +122,8 @@ def test_bad_rows_of_csv_can_be_skipped(tmp_path: Path) -> None:
 def test_a_small_file_that_decompresses_to_much_is_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compressed, "LARGEST_ROW", 1 << 16)
-    monkeypatch.setattr(compressed, "LARGEST_WHOLE", 1 << 17)
+    monkeypatch.setattr(file_content, "LARGEST_ROW", 1 << 16)
+    monkeypatch.setattr(file_content, "LARGEST_WHOLE", 1 << 17)
     row = b'{"text": "x"}\n'
     (tmp_path / "many.jsonl.gz").write_bytes(gzip.compress(row * 100_000))  # rows of a fair size
     assert len(read(tmp_path / "many.jsonl.gz")) == 100_000
@@ -231,7 +231,7 @@ def test_a_saved_dataset_and_its_splits(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (documents, hub):
+    for module in (sources, hf_datasets):
         monkeypatch.setattr(module, "require_reachable", lambda *_, **__: None)
 
 
@@ -277,7 +277,7 @@ def test_a_name_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch, h
 
     monkeypatch.setattr(datasets, "load_dataset", gone)
     with pytest.raises(
-        DataError, match="no/such is no local file, and could not be read .* exist on the Hub\n"
+        DataError, match="no/such is not a local file and could not be read .* exist on the Hub\n"
     ):
         read("no/such")
 
@@ -302,12 +302,9 @@ def test_faults_of_paths(tmp_path: Path) -> None:
 
 
 def test_names_that_may_be_on_the_hub() -> None:
-    suffixes = (".jsonl",)
-    assert hub.looks_like_repository("owner/name-1.5", suffixes) and hub.looks_like_repository(
-        "imdb", suffixes
-    )
+    assert all(hf_datasets.looks_like_repository(name) for name in ("owner/name-1.5", "imdb"))
     for name in ("a.jsonl", "owner/a.jsonl", "/etc/passwd", "../up", "a/b/c", "a b", "*.txt", "~/x", ""):
-        assert not hub.looks_like_repository(name, suffixes)
+        assert not hf_datasets.looks_like_repository(name)
 
 
 def test_a_folder_s_splits_are_known_by_names(tmp_path: Path) -> None:

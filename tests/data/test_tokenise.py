@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from data_helpers import config, dataset, read, write_rows
-from horizon_lm.data import Documents, encode, load_training_data, tokenise, train_tokenizer
+from horizon_lm.data import Documents, encode, load_training_data, tokens, train_tokenizer
 from horizon_lm.data.encode import Encoder
 from horizon_lm.data.tokens import TokenStore
 from horizon_lm.errors import ConfigError, DataError
@@ -36,8 +36,8 @@ def encoder(tokenizer: Any) -> Encoder:
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """So that a few kilobytes are work for several processes."""
-    monkeypatch.setattr(tokenise, "_BATCH_CHARACTERS", 200)
-    monkeypatch.setattr(tokenise, "_SMALL_BATCHES", 2)
+    monkeypatch.setattr(tokens, "_BATCH_CHARACTERS", 200)
+    monkeypatch.setattr(tokens, "_SMALL_BATCHES", 2)
     return iter(())
 
 
@@ -55,7 +55,7 @@ def arrays(store: TokenStore) -> list[Any]:
 
 def run(path: Path, encoder: Encoder, **options: Any) -> tuple[TokenStore, bool]:
     values: dict[str, Any] = {"cache_dir": None, "num_proc": 1, **options}
-    return tokenise.tokenise(Documents([dataset(path)]), encoder, **values)
+    return tokens.tokenise(Documents([dataset(path)]), encoder, **values)
 
 
 @pytest.mark.usefixtures("small_batches")
@@ -105,11 +105,11 @@ def test_workers_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
     program = f"""
 from horizon_lm.data import Documents, train_tokenizer
 from horizon_lm.data.encode import Encoder
-from horizon_lm.data import tokenise
+from horizon_lm.data import tokens
 from horizon_lm.config import DatasetConfig
-tokenise._BATCH_CHARACTERS = 1000
+tokens._BATCH_CHARACTERS = 1000
 documents = Documents([DatasetConfig(path={str(path)!r})])
-tokenise.tokenise(documents, Encoder(train_tokenizer([], 257)), cache_dir=None, num_proc=2)
+tokens.tokenise(documents, Encoder(train_tokenizer([], 257)), cache_dir=None, num_proc=2)
 """
     run = subprocess.Popen([sys.executable, "-c", program])
     try:
@@ -152,9 +152,9 @@ def test_tokens_are_kept_by_content_and_settings(
     path.write_text(path.read_text().replace("answer 3", "answer 4", 1))
     others["content"] = run(path, encoder, cache_dir=cache)[1]
     limited = Documents([dataset(path)], 200)
-    others["limit"] = tokenise.tokenise(limited, encoder, cache_dir=cache, num_proc=1)[1]
+    others["limit"] = tokens.tokenise(limited, encoder, cache_dir=cache, num_proc=1)[1]
     renamed = Documents([dataset(path, columns={"prompt": "completion", "completion": "prompt"})])
-    others["columns"] = tokenise.tokenise(renamed, encoder, cache_dir=cache, num_proc=1)[1]
+    others["columns"] = tokens.tokenise(renamed, encoder, cache_dir=cache, num_proc=1)[1]
     assert not any(others.values()), others
 
 
@@ -218,9 +218,9 @@ def test_ctrl_c_ends_workers_without_a_word(moment: str, encoder: Encoder, tmp_p
     path = many(tmp_path, 300_000)
     program = f"""
 import sys
-from horizon_lm.data import tokenise
+from horizon_lm.data import tokens
 from horizon_lm.cli import main
-tokenise._BATCH_CHARACTERS = 1000
+tokens._BATCH_CHARACTERS = 1000
 print("begun", flush=True){moment}
 sys.exit(main(["data", "preview", "datasets={path}", "init_model.model_type=llama", "dataset_num_proc=2",
                "tokenizer_name_or_path={tmp_path / "tokenizer"}", "dataset_cache_dir={tmp_path / "cache"}"]))
@@ -310,7 +310,7 @@ def test_all_together_from_a_configuration(tmp_path: Path, tokenizer: Any) -> No
     loaded = load_training_data(config(datasets=path, tokenizer_name_or_path=str(tmp_path / "tokenizer")))
     given_one = load_training_data(config(datasets=path), tokenizer)
     assert loaded.rows.fingerprint == given_one.rows.fingerprint and given_one.was_cached
-    with pytest.raises(ConfigError, match="no tokenizer is named"):
+    with pytest.raises(ConfigError, match="no tokenizer given"):
         load_training_data(config(datasets=path))
     cut = load_training_data(config(datasets=path, max_train_bytes=500), tokenizer)
     assert cut.store.counts.num_documents < 50

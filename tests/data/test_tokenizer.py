@@ -39,7 +39,7 @@ def test_a_vocabulary_too_small_for_all_bytes_is_refused():
 
 def test_a_folder_without_a_tokenizer_is_refused(tokenizer, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ConfigError, match="holds no tokenizer") as caught:
+    with pytest.raises(ConfigError, match="has no tokenizer") as caught:
         load_tokenizer(str(tmp_path))
     assert "tokenizer_name_or_path" in (caught.value.hint or "")
     with pytest.raises(ConfigError, match="is not a folder"):

@@ -20,10 +20,10 @@ import pytest
 
 from data_helpers import config, dataset, examples, read, write_parquet, write_rows
 from horizon_lm.config import TrainConfig
-from horizon_lm.data import Documents, compressed, load_training_data, parquet_file, train_tokenizer
+from horizon_lm.data import Documents, file_content, load_training_data, readers, train_tokenizer
 from horizon_lm.data.formats import Chat
 from horizon_lm.data.packing import _best_fit
-from horizon_lm.data.sources import read_file
+from horizon_lm.data.readers import read_file
 from horizon_lm.errors import ConfigError, DataError
 
 SECRET = [{"text": "secret"}]
@@ -147,7 +147,7 @@ def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
     for path, message in (
         (tmp_path, "is a named pipe, not a file"),
         (tmp_path / "*.jsonl", "is a named pipe, not a file"),
-        (tmp_path / "a.jsonl", "is a pipe or a device, not a file"),
+        (tmp_path / "a.jsonl", "is a pipe or device, not a file"),
     ):
         with pytest.raises(DataError, match=message):
             read(path)
@@ -188,7 +188,7 @@ def test_media_inside_messages_counts_where_there_is_some(tmp_path: Path) -> Non
 
 
 def test_a_stream_leaves_media_aside_too() -> None:
-    from horizon_lm.data.arrow_rows import ArrowRows
+    from horizon_lm.data.hf_datasets import ArrowRows
 
     features = {"text": datasets.Value("string"), "m": datasets.Image(), "j": datasets.Json()}
     table = pyarrow.table(
@@ -236,11 +236,11 @@ def test_damaged_arrow_files_are_one_line(tmp_path: Path) -> None:
     for damaged, message in (
         (
             whole[: begin + 16] + struct.pack("<i", 2**31 - 10) + whole[begin + 20 :],
-            r"from its first row on:",
+            r"from the first row:",
         ),
-        (whole[:begin] + struct.pack("<i", -5) + whole[begin + 4 :], "from its first row on:"),
+        (whole[:begin] + struct.pack("<i", -5) + whole[begin + 4 :], "from the first row:"),
         (whole.replace(length, struct.pack("<q", 10**18)), "cannot be read after row 30"),
-        (whole.replace(b"xy" * 31, b"\xff" * 62), "from its first row on: .*UTF8"),
+        (whole.replace(b"xy" * 31, b"\xff" * 62), "from the first row: .*UTF8"),
         (whole[: len(whole) // 2], "could not be read as a saved dataset"),
         (b"", "could not be read as a saved dataset"),
     ):
@@ -254,7 +254,7 @@ def test_damaged_arrow_files_are_one_line(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (compressed, parquet_file):
+    for module in (file_content, readers):
         monkeypatch.setattr(module, "FREE_EXPANSION", 1 << 20)
         monkeypatch.setattr(module, "LARGEST_ROW", 1 << 18)
 
@@ -276,9 +276,9 @@ def test_a_parquet_file_that_is_far_more_than_its_size(
     )
     assert path.stat().st_size < 2000
     sizes = []
-    size = parquet_file._decoded_size
-    monkeypatch.setattr(parquet_file, "_decoded_size", lambda batch: sizes.append(size(batch)) or sizes[-1])
-    with pytest.raises(DataError, match="becomes more than 200 times its size once decompressed"):
+    size = readers._decoded_size
+    monkeypatch.setattr(readers, "_decoded_size", lambda batch: sizes.append(size(batch)) or sizes[-1])
+    with pytest.raises(DataError, match="expands to more than 200 times its size"):
         next(read_file(path))
     assert max(sizes) <= 1 << 18 and sum(sizes) < 2 << 20
 
@@ -307,7 +307,7 @@ def test_a_compressed_file_that_is_far_more_than_its_size(tmp_path: Path, small_
         "d.txt.gz": b"a" * 4_000_000,
     }.items():
         (tmp_path / name).write_bytes(gzip.compress(content))
-        with pytest.raises(DataError, match=r"becomes more than 200 times its size once decompressed") as e:
+        with pytest.raises(DataError, match=r"expands to more than 200 times its size") as e:
             read(tmp_path / name)
         assert e.value.hint
     (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(line * 1000))  # the control: below the bound

@@ -152,7 +152,7 @@ def test_forwards_of_each_layer(settings: dict[str, Any], expected: list[int], m
     streamed = from_pretrained(model, **(values | settings))
     runs.clear()
     streamed.forward_backward(batches("llama", micro_batches))
-    turn = streamed.engine.spec(micro_batches).at_turn
+    turn = streamed.engine.spec(micro_batches).at_turnaround
     expected = [1 if i + 1 in turn else count for i, count in enumerate(expected)]
     # A block of two and the head need three gradient slots, if not one micro-batch passes after another.
     assert bool(turn) == (micro_batches == 1 or "checkpoint_interval" not in settings)

@@ -19,7 +19,7 @@ from plain_gradients import plain, relative, stream
 REFUSED = {
     "rwkv": "second activation",
     "bamba-z_loss": "loss of its own",
-    "inkling_text": "parameters beside the table",
+    "inkling_text": "parameters besides the table",
 }
 STREAMED = [name for name in zoo.CASES if name not in REFUSED]
 BF16 = ["llama", "gemma2", "mixtral", "gpt2", "qwen3_next", "ernie4_5_moe", "deepseek_v4", "flint"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ import horizon_lm as hz
 import zoo
 from adversarial import from_pretrained
 from horizon_lm.errors import ConfigError, DataError, NonFiniteError, UnsupportedModelError
+from horizon_lm.memory.arena import keep_freed_memory
 
 
 def host(name: str = "llama", dtype: str = "float32", **settings: Any) -> hz.HostModel:
@@ -169,3 +173,16 @@ def test_unknown_settings_name_the_nearest() -> None:
     with pytest.raises(ConfigError, match="slotz") as caught:
         host(slotz=3)
     assert "slots" in str(caught.value)
+
+
+def test_building_a_model_leaves_malloc_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeping freed memory concerns the whole process, so it is up to the caller (`train` does it)."""
+    calls: list[tuple[int, int]] = []
+    load = ctypes.CDLL
+    libc = SimpleNamespace(mallopt=lambda *given: calls.append(given), malloc_trim=lambda pad: 1)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name, *more: libc if name is None else load(name, *more))
+    host()
+    assert not calls
+    if not any(name.startswith("MALLOC_") for name in os.environ):
+        keep_freed_memory()
+        assert calls == [(-4, 0), (-1, -1)]  # M_MMAP_MAX, M_TRIM_THRESHOLD

@@ -105,7 +105,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "last one skipped": ({"order": [0, 1, 2]}, "3 of its 4 layers are run|after layer 2"),
     "run twice": ({"order": [0, 1, 1, 2, 3]}, "layer 1 runs after layer 1"),
     "all run twice": ({"order": [0, 1, 2, 3, 0, 1, 2, 3]}, "layer 0 runs after layer 3|after layer 3"),
-    "arguments written into": ({"late_mask": True}, "layer 0 receives beside hidden states is written into"),
+    "arguments written into": ({"late_mask": True}, "layer 0 receives besides hidden states is written into"),
 }
 
 

@@ -18,7 +18,7 @@ from horizon_lm.plan.work import WorkMeter
 NOT_STREAMED = {
     "rwkv": "second activation",
     "bamba-z_loss": "",
-    "inkling_text": "parameters beside the table",
+    "inkling_text": "parameters besides the table",
 }
 
 

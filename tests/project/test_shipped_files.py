@@ -12,7 +12,7 @@ from horizon_lm.cli import app
 from horizon_lm.cli.run import split_arguments
 from horizon_lm.config import DatasetConfig, TrainConfig, load_config
 from horizon_lm.config.aliases import ALIASES, DROPPED, ENTRY_ALIASES, UNAVAILABLE
-from horizon_lm.data.documents import check_exists
+from horizon_lm.data.sources import check_exists
 from horizon_lm.training.eval_command import target_of
 
 ROOT = Path(__file__).parents[2]

@@ -79,7 +79,7 @@ def test_micro_batches_pass_the_turn_one_after_another() -> None:
         block = plan.blocks[-1]
         fits = len({*block, plan.head} & plan.uploaded) <= plan.slots
         fits = fits and len({*block, plan.head} & plan.trainable) <= plan.grad_slots
-        assert (block[-1] in plan.at_turn) == (fits or plan.micro_batches == 1)
+        assert (block[-1] in plan.at_turnaround) == (fits or plan.micro_batches == 1)
         if not fits:
             continue
         assert not any(op.kind == "C" and op.unit in block for op in ops)

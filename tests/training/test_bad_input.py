@@ -73,7 +73,7 @@ def copy_model(run: Run, tmp_path: Path) -> Path:
 BAD_INPUT: dict[str, tuple[Callable[[Run, Path], list[str]], int, str]] = {
     "missing model": (lambda run, tmp: [f"model_name_or_path={tmp / 'absent'}"], 2, "is not a folder"),
     "missing data": (lambda run, tmp: [f"datasets={tmp / 'absent.txt'}"], 4, "does not exist"),
-    "no tokenizer": (no_tokenizer, 2, "holds no tokenizer"),
+    "no tokenizer": (no_tokenizer, 2, "has no tokenizer"),
     "empty data": (empty_data, 4, "holds no text"),
     "text shorter than a sequence": (short_data, 4, "less than one sequence of 32"),
     "token outside the vocabulary": (small_vocabulary, 4, "outside the model's vocabulary of 200"),

@@ -24,7 +24,7 @@ from horizon_lm import cli
 from horizon_lm.checkpoint.disk import Disk
 from horizon_lm.checkpoint.folder import list_checkpoints
 from horizon_lm.config import TrainConfig
-from horizon_lm.engine.engine import Engine
+from horizon_lm.engine.ops import Ops
 from horizon_lm.errors import ConfigError, DoesNotFitError
 from horizon_lm.memory.ways import next_smaller
 from horizon_lm.schedule import Op
@@ -122,15 +122,15 @@ def test_a_device_out_of_memory_leaves_the_checkpoint_and_names_the_next_smaller
     """In the middle of a backward pass, beside which a checkpoint is being written."""
     common = {"max_steps": 8, "save_steps": 3, "update": update, "max_grad_norm": None}
     train(settings(text, tmp_path / "straight", **common))
-    honest, calls = Engine._backward, iter(range(1, 1000))
+    honest, calls = Ops._backward, iter(range(1, 1000))
 
-    def backward(self: Engine, step: Any, op: Op) -> None:
+    def backward(self: Ops, step: Any, op: Op) -> None:
         if next(calls) == 17:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         honest(self, step, op)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "_backward", backward)
+        patch.setattr(Ops, "_backward", backward)
         with pytest.raises(DoesNotFitError, match="Tried to allocate 2 GiB") as caught:
             train(settings(text, tmp_path / "run", **common))
     assert caught.value.exit_code == 3 and caught.value.hint is not None

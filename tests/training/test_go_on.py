@@ -126,7 +126,7 @@ def test_epochs_make_a_run_longer_too(text: Path, tmp_path: Path, capsys: pytest
     train(settings(text, run, max_steps=2, per_device_train_batch_size=64))
     assert cli.main(["resume", str(run), "num_train_epochs=2"]) == 0
     shown = capsys.readouterr()
-    assert "'num_train_epochs' stands in place of the run's max_steps=2" in shown.err
+    assert "'num_train_epochs' replaces the run's max_steps=2" in shown.err
     assert "num_train_epochs was 1.0, is 2.0" in shown.out
     assert losses_of(run)[-1][0] > 2 and events(run, "step")[-1]["epoch"] >= 1.9
 

@@ -203,7 +203,7 @@ def spoil_login(hub: Hub, patch: pytest.MonkeyPatch) -> None:
 
 REFUSED = [
     (spoil_token, "the Hub does not accept the token"),
-    (spoil_role, "the token may only read"),
+    (spoil_role, "the token is read-only"),
     (spoil_create, "cannot be created"),
     (spoil_rights, "cannot be written to"),
     (spoil_network, "does not accept the token"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from horizon_lm import cli
-from horizon_lm.engine.engine import Engine
+from horizon_lm.engine.ops import Ops
 from horizon_lm.errors import NonFiniteError
 from horizon_lm.host_model import HostModel, TrainStepOutput
 from horizon_lm.report.metrics import Metrics, read_steps
@@ -31,14 +31,14 @@ def spoil_losses(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], None]:
     """Makes the losses of some calls NaN."""
 
     def spoil(calls: set[int]) -> None:
-        honest, count = Engine._loss, iter(range(1, 1000))
+        honest, count = Ops._loss, iter(range(1, 1000))
 
-        def loss(self: Engine, step: Any, op: Any) -> None:
+        def loss(self: Ops, step: Any, op: Any) -> None:
             honest(self, step, op)
             if op.micro_batch == 0 and next(count) in calls:
                 step.losses[op.micro_batch] = torch.tensor(math.nan)
 
-        monkeypatch.setattr(Engine, "_loss", loss)
+        monkeypatch.setattr(Ops, "_loss", loss)
 
     return spoil
 
@@ -113,8 +113,8 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(
 def test_an_infinite_gradient_norm_is_a_skipped_step(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest, norms = Engine.norm_of, iter([0.0, 0.0, math.inf])
-    monkeypatch.setattr(Engine, "norm_of", lambda self, step: honest(self, step) + next(norms))
+    honest, norms = Ops.norm_of, iter([0.0, 0.0, math.inf])
+    monkeypatch.setattr(Ops, "norm_of", lambda self, step: honest(self, step) + next(norms))
     run_train.train(settings(text, tmp_path / "run", max_steps=2, nonfinite="skip"))
     last = read_steps(tmp_path / "run" / "metrics.jsonl")[-1]
     assert last["grad_norm"] is None and last["skipped_steps"] == 1

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from horizon_lm import cli
-from horizon_lm.checkpoint import run_folder
+from horizon_lm.checkpoint import folder as run_folder
 from horizon_lm.config import TrainConfig
 from horizon_lm.data import TokenLoader, load_training_data
 from horizon_lm.errors import ConfigError, DoesNotFitError

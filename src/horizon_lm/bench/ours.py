@@ -158,7 +158,7 @@ def moved_bytes(model: HostModel, spans: Iterable[Span]) -> dict[str, int]:
         elif op.kind == "D":
             found["from_device"] += store.units[op.unit].trainable_numel * size
         elif op.kind in "RX":
-            size_on_host = engine.ops.boundary_slots.home_bytes(op.unit, op.micro_batch)
+            size_on_host = engine.ops.boundary_slots.host_bytes_of(op.unit, op.micro_batch)
             found["to_device" if op.kind == "R" else "from_device"] += size_on_host
     return found
 

@@ -1,1 +1,1 @@
-"""Checkpoints: everything a run needs to go on with the same bits; whole or absent, and checked when read."""
+"""Checkpoints: all that a bitwise-identical resume needs, written atomically and verified when read."""

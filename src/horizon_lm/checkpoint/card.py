@@ -1,5 +1,7 @@
-"""The model card: what was trained on what and how. Of local paths only the last part is told, and no name is
-Markdown."""
+"""The model card: base model, data, settings, versions.
+
+Local paths are cut to their last part; names are escaped, so that none acts as Markdown.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ _SHOWN = (
     *("num_train_epochs", "max_steps", "dtype", "moment_dtype", "seed"),
 )
 
-_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # what the Hub takes as the name of a base model
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # names that the Hub accepts as a base model
 
 _TEMPLATE = """---
 {{ card_data }}
@@ -43,7 +45,7 @@ _TEMPLATE = """---
 def model_card(
     config: dict[str, Any], *, model_type: str, step: int, num_tokens: int | None, versions: dict[str, str]
 ) -> str:
-    """The text of README.md. config: the resolved settings."""
+    """Return the text of README.md. config: the resolved settings."""
     from huggingface_hub import ModelCard, ModelCardData
 
     base = _public(config.get("model_name_or_path"))
@@ -70,7 +72,7 @@ def model_card(
 
 
 def _public(name: str | None) -> str | None:
-    """A name on the Hub as it is; of a path on this machine the last part alone."""
+    """Keep a name on the Hub; cut a local path to its last part."""
     if name is None:
         return None
     name = redact(name)

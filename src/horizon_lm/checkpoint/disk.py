@@ -1,4 +1,4 @@
-"""Every call that changes a checkpoint on disk, in one place: tests replace it by one that fails or dies."""
+"""All calls that change a checkpoint on disk, in one place, so that tests can make them fail."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from horizon_lm.errors import CheckpointError
 from horizon_lm.io import files
 
-PIECE_BYTES = 16 << 20  # written between two looks at whether the checkpoint is still wanted
-_BLOCK = 4096  # bytes: where direct writes have to begin and end
+PIECE_BYTES = 16 << 20  # written between two checks whether the checkpoint is still wanted
+_BLOCK = 4096  # bytes: alignment of direct writes
 _DIRECT = getattr(os, "O_DIRECT", 0)
-_spare: list[np.ndarray] = []  # the buffer of the last file: a new one costs a page fault for every 4 KB
+_spare: list[np.ndarray] = []  # the last file's buffer: a new one costs a page fault per 4 KB
 
 
 class Disk:
-    """The disk itself. `before` is called ahead of each call, with what it does and where.
+    """The disk. `before` is called ahead of each call, with its name and path.
 
-    buffer_bytes: of the staging memory of a file that is being written; a multiple of 4096.
+    buffer_bytes: size of the staging buffer of an open file; a multiple of 4096.
     """
 
     buffer_bytes = 4 << 20
 
     def before(self, what: str, path: Path) -> None:
-        """For tests."""
+        """Do nothing; tests override it."""
 
     def make_folder(self, path: Path) -> None:
         self.before("mkdir", path)
         path.mkdir()
 
     def create(self, path: Path) -> int:
-        """A new file; never one that is there already, and never through a link."""
+        """Create a file; never an existing one, never through a link."""
         self.before("create", path)
         return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
@@ -51,7 +52,7 @@ class Disk:
         os.fsync(file)
 
     def sync_path(self, path: Path) -> None:
-        """A file or a folder that is not open."""
+        """Sync a file or folder that is not open."""
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             self.sync(file, path)
@@ -63,7 +64,7 @@ class Disk:
         files.put_folder(source, target)
 
     def remove(self, folder: Path) -> None:
-        """Remove a folder and what is in it, as much of it as can be; of a link never what it points to."""
+        """Remove a folder as far as possible; of a link only the link."""
         with suppress(OSError):
             self.before("remove", folder)
             if folder.is_dir() and not folder.is_symlink():
@@ -75,9 +76,9 @@ class Disk:
 class HashedFile:
     """A new file whose size and checksum are known when it is closed.
 
-    Written through a small buffer and, where the file system can (O_DIRECT), past the page cache: that
-    would be filled with what nobody reads, beside a store that has most of the memory, and copying into it
-    takes several times the processor time that the disk needs.
+    Writes go through a small buffer and, if the file system supports O_DIRECT, past the page cache: the store
+    has most of the memory, nobody reads the file soon, and copying into the cache costs several times the CPU
+    time of a direct write.
     """
 
     def __init__(self, disk: Disk, path: Path) -> None:
@@ -126,7 +127,7 @@ class HashedFile:
         except OSError as error:
             if error.errno != errno.EINVAL or not self.is_direct:
                 raise
-            self._set_direct(False)  # a file system that took the flag and not the write
+            self._set_direct(False)  # a file system that accepts the flag and rejects the write
             os.lseek(self._file, self.size, os.SEEK_SET)
             self._disk.write(self._file, self._path, data)
         self.size += len(data)
@@ -138,7 +139,7 @@ class HashedFile:
 
 
 def _take_buffer(num_bytes: int) -> np.ndarray:
-    """Page-aligned bytes."""
+    """Return a page-aligned buffer."""
     spare = _spare.pop() if _spare else None
     if spare is not None and len(spare) == num_bytes:
         return spare
@@ -147,3 +148,8 @@ def _take_buffer(num_bytes: int) -> np.ndarray:
 
 def checksum(data: bytes) -> str:
     return str(xxhash.xxh3_128_hexdigest(data))
+
+
+def damaged(place: str | Path, problem: str) -> CheckpointError:
+    """Return the error for a file or folder of a checkpoint that cannot be used."""
+    return CheckpointError(f"{place}: {problem}", hint="resume from an earlier checkpoint")

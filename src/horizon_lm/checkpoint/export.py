@@ -1,8 +1,8 @@
-"""A Hugging Face folder, written a unit at a time: it takes the memory of one layer, whatever the model.
+"""Write a model in Hugging Face format one unit at a time, from the store or from a checkpoint.
 
-Names and shapes are those that transformers' own `save_pretrained` would write: its rules for tied weights
-and its renames (fused experts are taken apart again) are applied, first to tensors without memory to know
-what goes into which file, then to the weights of one unit after the other.
+It takes the memory of one layer. Names and shapes are those of transformers' own `save_pretrained`: its
+rules for tied weights and its renames (fused experts are split again) are applied first to `meta` tensors, to
+learn which file each tensor goes into, then to the weights of one unit after the other.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from horizon_lm.checkpoint import units
 from horizon_lm.checkpoint.card import model_card
@@ -38,16 +39,19 @@ from horizon_lm.errors import CheckpointError, ConfigError, DoesNotFitError
 from horizon_lm.io import files
 from horizon_lm.io.leftovers import OwnedFolder
 from horizon_lm.memory.store import HostStore
-from horizon_lm.model.quiet import quiet_transformers
+from horizon_lm.model.pretrained import quiet_transformers
 from horizon_lm.model.skeleton import Skeleton
 
-_STAGED = re.compile(r"\..+\.horizon-[a-z0-9_]{8}")  # beside a folder that is being written
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_STAGED = re.compile(r"\..+\.horizon-[a-z0-9_]{8}")  # next to a folder that is being written
 _SIZE = re.compile(r"[0-9]*[1-9][0-9]*(\.[0-9]+)?(KB|MB|GB|TB)", re.IGNORECASE)
 
 
 def choose_dtype(dtype: str | torch.dtype | None, max_shard_size: int | str) -> str | None:
-    """The name of the dtype to save in, or None. Raises ConfigError for another one, and for a size that
-    huggingface_hub does not understand."""
+    """Return the name of the dtype to save in, or None. Raises ConfigError for a dtype or size that is not
+    supported."""
     name = str(dtype).removeprefix("torch.")
     if dtype is not None and name not in DTYPES:
         raise ConfigError(f"dtype={name} cannot be saved", hint=f"dtype={' or dtype='.join(DTYPES)}")
@@ -63,8 +67,10 @@ def choose_dtype(dtype: str | torch.dtype | None, max_shard_size: int | str) -> 
 
 
 def tokenizer_saver(tokenizer: Any, trust_remote_code: bool) -> Callable[[Path], object]:
-    """Writes a tokenizer or processor, or the one of a folder or name, into a folder. Raises ConfigError
-    for what is none."""
+    """Return a function that writes a tokenizer or processor, or that of a folder or name, into a folder.
+
+    Raises ConfigError if `tokenizer` is neither.
+    """
     if tokenizer is None:
         return lambda target: None
     if isinstance(tokenizer, (str, os.PathLike)):
@@ -89,7 +95,7 @@ def save_model(
     max_shard_size: int | str,
     extra: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write config, generation config and sharded safetensors to `folder`; whole or absent.
+    """Write config, generation config and sharded safetensors to `folder` atomically.
 
     dtype None: the store's compute dtype, straight from the store. float32 from a bf16 store reconstructs the
     masters. extra: writes further files (the tokenizer) into the folder.
@@ -124,9 +130,9 @@ def export_checkpoint(
     trust_remote_code: bool = False,
     warn: Callable[[str], None] = lambda text: None,
 ) -> Checkpoint:
-    """Write the model of a checkpoint (or of a run's latest sound one) to `target`; whole or absent.
+    """Write the model of a checkpoint (or of a run's latest sound one) to `target` atomically.
 
-    dtype: None for that of the run; float32 gives its masters. Raises CheckpointError, ConfigError,
+    dtype: None for that of the run; float32 for its masters. Raises CheckpointError, ConfigError,
     DoesNotFitError.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -140,7 +146,7 @@ def export_checkpoint(
             if len(found) == 1:
                 raise
             warn(f"skipped {error.message}")
-    raise CheckpointError(f"no checkpoint of {place} could be exported", hint="horizon verify shows why")
+    raise CheckpointError(f"{place}: no checkpoint could be exported", hint=f"horizon verify {place}")
 
 
 def _export(
@@ -170,8 +176,8 @@ def _export(
     write_folder(target, write)
 
 
-def _aliases(model: Any) -> dict[str, list[str]]:
-    """Of the first name of each parameter the other names that it has."""
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    """Map the first name of each parameter to its other names."""
     first: dict[int, str] = {}
     found: dict[str, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -182,7 +188,7 @@ def _aliases(model: Any) -> dict[str, list[str]]:
 
 
 def write_model(
-    model: Any,
+    model: PreTrainedModel,
     aliases: Mapping[str, Sequence[str]],
     groups: Iterable[Group],
     target: Path,
@@ -191,18 +197,18 @@ def write_model(
 ) -> None:
     """Fill the folder `target`.
 
-    model: a transformers model whose parameters may be on `meta`. aliases: of a name in the groups the other
-    names of the same tensor. Leaves `dtype` in the model's configuration.
+    model: a transformers model, possibly on `meta`. aliases: name in the groups -> other names of the same
+    tensor. Leaves `dtype` in the model's configuration.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
     from transformers.core_model_loading import revert_weight_conversion
 
-    # Without weights it writes the configurations, and the code of a model that has its own.
-    with quiet_transformers():  # whose bar would count none
+    # Without weights it writes the configurations, and the code of a model with remote code.
+    with quiet_transformers():  # its progress bar would count no weights
         model.save_pretrained(target, state_dict={})
     for rest in target.glob("*.safetensors*"):
         rest.unlink()
-    model.config.dtype = dtype  # it has written the model's own, not that of what is exported
+    model.config.dtype = dtype  # it has written the dtype of the model, not of the export
     model.config.save_pretrained(target)
 
     groups = list(groups)
@@ -233,12 +239,12 @@ def write_model(
 
 
 class _Shards:
-    """Weight files that are filled side by side, each in the order of its header."""
+    """Weight files that are filled concurrently, each in the order of its header."""
 
     def __init__(self, folder: Path, contents: Mapping[str, Sequence[str]], hollow: Tensors) -> None:
         self._folder, self._hollow = folder, hollow
         self._file_of = {name: file for file, names in contents.items() for name in names}
-        # In the order in which the groups come, which is that of the header.
+        # In the order of the groups, which is that of the headers.
         self._left = {file: [n for n in hollow if self._file_of[n] == file] for file in contents}
         self._open: dict[str, HashedFile] = {}
 
@@ -259,8 +265,10 @@ class _Shards:
         assert not self._open, "a file is not complete"
 
 
-def _kept_names(model: Any, hollow: Tensors, aliases: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """name in the groups -> the name that it is saved under; of tied ones that which transformers keeps."""
+def _kept_names(
+    model: PreTrainedModel, hollow: Tensors, aliases: Mapping[str, Sequence[str]]
+) -> dict[str, str]:
+    """Map names in the groups to names in the files; of tied names transformers keeps one."""
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
     # Buffers are never tied, though equal ones share memory in a skeleton.
@@ -297,22 +305,22 @@ def _described(store: HostStore, name: str, dtype: torch.dtype) -> tuple[Sequenc
 def _exported(store: HostStore, name: str, dtype: torch.dtype) -> torch.Tensor:
     _, parameter = store.locate(name)
     if parameter.compute_dtype != store.dtype:
-        return store.master(name)  # one of the few that transformers keeps in fp32
+        return store.master(name)  # one of the few weights that transformers keeps in fp32
     if dtype == store.dtype:
         return store.weight(name)
     return store.master(name).to(dtype)
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` fill a new folder beside `folder`, then put it in place: whole or absent.
+    """Let `write` fill a new folder next to `folder`, then rename it into place.
 
-    An existing folder is replaced only once the new one is complete. Raises DoesNotFitError when
-    the disk is full and ConfigError when the place cannot be written.
+    An existing folder is replaced only once the new one is complete. Raises DoesNotFitError if the disk is
+    full, ConfigError if the path cannot be written.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _put_back(folder)
-        # Those of killed processes are swept, of other exports too.
+        # Also sweeps those of killed processes, including other exports.
         owned = OwnedFolder(f".{folder.name}.horizon-", folder.parent, relatives=_STAGED)
         staging = owned.path
     except OSError as error:
@@ -341,8 +349,8 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def _put_back(folder: Path) -> None:
-    """A process that was killed between taking the old folder away and putting the new one in its place left
-    none: the old one is there again. Never through a link, and nobody else's."""
+    """Restore the old folder if a process was killed between the two renames. Never through a link, and never
+    somebody else's."""
     for aside in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.horizon-old-*")):
         found, retired = aside.lstat(), aside / "old"
         is_ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
@@ -352,7 +360,7 @@ def _put_back(folder: Path) -> None:
 
 
 def _open_to_umask(folder: Path) -> None:
-    """Give a private staging folder and its files the modes that new ones have (safetensors writes 0600)."""
+    """Give a private staging folder and its files the usual modes (safetensors writes 0600)."""
     umask = os.umask(0)
     os.umask(umask)
     for path in [folder, *(path for path in folder.rglob("*") if not path.is_symlink())]:

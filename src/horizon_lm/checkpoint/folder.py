@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from horizon_lm.checkpoint import manifest
-from horizon_lm.checkpoint.disk import Disk
+from horizon_lm.checkpoint.disk import Disk, damaged
 from horizon_lm.checkpoint.manifest import Manifest
 from horizon_lm.errors import CheckpointError, ConfigError, DoesNotFitError
 from horizon_lm.io import files
@@ -40,7 +40,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder whose manifest is right; its files have the sizes that it lists, their content is unread."""
+    """A folder with a valid manifest and files of the listed sizes; their content is unread."""
 
     path: Path
     manifest: Manifest
@@ -48,47 +48,45 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A folder that has the name of a checkpoint and is none, and why."""
+    """A folder that is named like a checkpoint and is not one, and why."""
 
     path: Path
     reason: str
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Raises CheckpointError unless manifest and sizes are right."""
+    """Check manifest and sizes of a checkpoint. Raises CheckpointError."""
     try:
         return _opened(path)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise damaged(path, f"cannot be read: {error.strerror or error}") from None
 
 
 def _opened(path: Path) -> Checkpoint:
     if path.is_symlink():
-        raise CheckpointError(f"{path}: is a link", hint="name the folder itself")
+        raise CheckpointError(f"{path}: is a link", hint="pass the directory itself")
     if not path.is_dir():
-        what = "is not a folder" if path.exists() else "no such folder"
-        raise CheckpointError(f"{path}: {what}", hint="name a checkpoint or a run folder")
+        what = "not a directory" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path}: {what}", hint="pass a run or checkpoint directory")
     found = manifest.read(path)
     for name, (num_bytes, _) in found.files.items():
         file = path / name
         if file.is_symlink() or file.parent.is_symlink():
-            raise CheckpointError(f"{file}: is a link")
+            raise damaged(file, "is a link")
         if not file.is_file():
-            raise CheckpointError(f"{file}: is missing")
+            raise damaged(file, "is missing")
         if file.stat().st_size != num_bytes:
-            raise CheckpointError(
-                f"{file}: has {count(file.stat().st_size, 'byte')} instead of {num_bytes:,}"
-            )
+            raise damaged(file, f"has {count(file.stat().st_size, 'byte')} instead of {num_bytes:,}")
     return Checkpoint(path, found)
 
 
 def is_name(name: str) -> bool:
-    """Whether a folder of this name is, or was, a checkpoint."""
+    """Tell whether a folder of this name is, or was, a checkpoint."""
     return bool(_NAME.fullmatch(name))
 
 
 def list_checkpoints(run: Path) -> tuple[list[Checkpoint], list[Rejected]]:
-    """The checkpoints of a run, latest first by what their manifests say, and the folders that are none."""
+    """Return the checkpoints of a run, latest first by their manifests, and the invalid ones."""
     found: list[Checkpoint] = []
     rejected: list[Rejected] = []
     for path in sorted(run.iterdir()) if run.is_dir() else []:
@@ -101,9 +99,9 @@ def list_checkpoints(run: Path) -> tuple[list[Checkpoint], list[Rejected]]:
 
 
 def candidates(place: Path, warn: Callable[[str], None]) -> list[Checkpoint]:
-    """What can be resumed from `place`, best first: the checkpoint that it is, or those of the run folder.
+    """Return the checkpoints to resume from, best first: the one that `place` is, or those of a run folder.
 
-    Raises CheckpointError (exit code 5) where there is none; what was skipped is named.
+    Warns of invalid ones. Raises CheckpointError if there is no valid one.
     """
     if (place / manifest.NAME).exists() or _NAME.fullmatch(place.name):
         return [open_checkpoint(place)]
@@ -118,21 +116,21 @@ def candidates(place: Path, warn: Callable[[str], None]) -> list[Checkpoint]:
 def none_valid(place: Path, rejected: Iterable[Rejected]) -> CheckpointError:
     reasons = [one.reason for one in rejected]
     if not reasons:
-        return CheckpointError(f"{place} holds no checkpoint", hint="name a run folder or a checkpoint")
+        return CheckpointError(f"{place} holds no checkpoint", hint="pass a run or checkpoint directory")
     return CheckpointError(
         f"no valid checkpoint in {place}: " + "; ".join(reasons),
-        hint="nothing was deleted; restore one of them, or start a new run in another output_dir",
+        hint="restore one of them (nothing was deleted), or start a new run in another output_dir",
     )
 
 
 def free_name(run: Path, step: int, serial: int) -> Path:
-    """Where the checkpoint of a step goes; one that went back over the same steps has another name."""
+    """Return a free path for the checkpoint of a step: after a rollback the plain name may be taken."""
     plain = run / f"checkpoint-{step}"
     return run / f"checkpoint-{step}-{serial}" if plain.exists() or plain.is_symlink() else plain
 
 
 def sweep(run: Path, disk: Disk) -> None:
-    """Remove what killed runs left half written or half removed. Only with the run's lock held."""
+    """Remove what killed runs left half written or half removed. The caller holds the run's lock."""
     for path in run.iterdir():
         if _LEFTOVER.fullmatch(path.name):
             disk.remove(path)
@@ -159,7 +157,7 @@ def prune(run: Path, disk: Disk, keep: Retention) -> list[Path]:
             continue
         doomed = run / f".del-{checkpoint.path.name}"
         try:
-            disk.rename(checkpoint.path, doomed)  # no checkpoint any more, however long removing takes
+            disk.rename(checkpoint.path, doomed)  # not a checkpoint from here on, however long removing takes
         except OSError:
             continue
         disk.remove(doomed)
@@ -168,7 +166,7 @@ def prune(run: Path, disk: Disk, keep: Retention) -> list[Path]:
 
 
 def remove_all(run: Path, disk: Disk) -> None:
-    """Remove the checkpoints of an earlier run that is being replaced."""
+    """Remove the checkpoints of a run that is being replaced."""
     for path in list(run.iterdir()):
         if _NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
             doomed = run / f".del-{path.name}"
@@ -181,7 +179,7 @@ def remove_all(run: Path, disk: Disk) -> None:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The places in a run's folder."""
+    """Paths in a run's folder."""
 
     path: Path
 
@@ -230,7 +228,7 @@ class RunFolder:
 
     @property
     def is_in_use(self) -> bool:
-        """Whether a run holds the folder's lock at this moment."""
+        """Whether a run holds the folder's lock now."""
         try:
             file = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:
@@ -246,7 +244,7 @@ class RunFolder:
         return False
 
     def begin(self, settings: str) -> None:
-        """Make it this run's folder: an earlier run's results go, `settings` (YAML) is written."""
+        """Make it this run's folder: remove an earlier run's results, write `settings` (YAML)."""
         with writing(self.path):
             for path in self.results:
                 if path != self.settings:
@@ -255,31 +253,31 @@ class RunFolder:
             self.write_settings(settings)
 
     def write_settings(self, settings: str) -> None:
-        """Put the resolved settings (YAML) in place: whole, or as they were."""
+        """Write the resolved settings (YAML) atomically."""
         with writing(self.path):
             files.write_file(self.settings, settings)
 
     def check_goes_on(self) -> None:
-        """Raises ConfigError for a link where a run that goes on appends to what is there, and for a `model`
-        that could not be replaced in the end."""
+        """Check that a resumed run can append to its files and replace `model`. Raises ConfigError."""
         for path in (self.metrics, self.tensorboard, self.wandb):
             files.check_own(path)
         check_target(self.model)
 
     def sweep(self) -> None:
-        """Remove what runs of earlier versions left of files that they were writing when they were killed;
-        only with the folder's lock held. Those of this version go with the next file that is written."""
+        """Remove files that killed runs of earlier versions left half written. The caller holds the lock.
+
+        Those of this version go with the next file that is written.
+        """
         for path in (self.settings, self.picture, self.report, self.trace):
             path.with_name(_earlier(path)).unlink(missing_ok=True)
 
 
 @contextmanager
 def claim(output_dir: str, *, overwrite: bool, resume: bool = False) -> Iterator[RunFolder]:
-    """A folder for a run: created where there is none, and removed again if nothing came to lie in it.
+    """Lock a folder for a run. It is created if missing, and removed again if it stays empty.
 
-    A folder that holds anything is refused with ConfigError, and so is one that another process uses.
-    `overwrite` allows an earlier run of ours, and a foreign folder as long as nothing in it would be
-    replaced; `resume` allows a run of ours.
+    Raises ConfigError for a folder that is not empty or that another process uses. `overwrite` allows an
+    earlier run of ours, and any folder in which nothing would be replaced; `resume` allows a run of ours.
     """
     folder = RunFolder(Path(output_dir).expanduser())
     _check_free(folder, overwrite or resume and folder.settings.is_file())
@@ -295,7 +293,7 @@ def claim(output_dir: str, *, overwrite: bool, resume: bool = False) -> Iterator
                 folder.check_goes_on()
             yield folder
     finally:
-        for path in created:  # leaf first; a folder with something in it stays, and so do its parents
+        for path in created:  # leaf first; a folder that is not empty stays, and so do its parents
             try:
                 path.rmdir()
             except OSError:
@@ -304,7 +302,7 @@ def claim(output_dir: str, *, overwrite: bool, resume: bool = False) -> Iterator
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the folder's lock. Raises ConfigError where another process holds it."""
+    """Hold the folder's lock. Raises ConfigError if another process holds it."""
     file = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         try:
@@ -312,9 +310,9 @@ def _locked(path: Path) -> Iterator[None]:
         except BlockingIOError:
             raise ConfigError(
                 f"output_dir={str(path)!r} is in use by another run",
-                hint="wait for it, or choose another output_dir",
+                hint="wait for it or choose another output_dir",
             ) from None
-        except OSError:  # a file system without locks on folders, as some networks have
+        except OSError:  # some network file systems have no locks on folders
             pass
         yield
     finally:
@@ -325,7 +323,7 @@ def _check_free(folder: RunFolder, overwrite: bool) -> None:
     path = folder.path
     if path.exists() and not path.is_dir():
         raise ConfigError(f"output_dir={str(path)!r} is a file", hint="choose another output_dir")
-    # A run that was killed as it put its first file in place leaves the staging of that.
+    # A run that was killed while it wrote its first file leaves a staged one.
     staged = (_earlier(folder.settings),)
     if not path.is_dir() or all(e.name in staged or files.STAGED.fullmatch(e.name) for e in path.iterdir()):
         return
@@ -343,18 +341,18 @@ def _check_free(folder: RunFolder, overwrite: bool) -> None:
 
 
 def _earlier(path: Path) -> str:
-    """What earlier versions called a file while they wrote it."""
+    """Return the name that earlier versions gave a file while they wrote it."""
     return f".{path.name}.tmp"
 
 
 def _missing(path: Path) -> list[Path]:
-    """Of `path` and its parents those that do not exist, the deepest first."""
+    """Return those of `path` and its parents that do not exist, deepest first."""
     return [p for p in (path, *path.parents) if not p.exists()]
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns an OSError into DoesNotFitError (the disk is full) or ConfigError (the place is not usable)."""
+    """Turn an OSError into DoesNotFitError (the disk is full) or ConfigError (the path is not usable)."""
     try:
         yield
     except OSError as error:
@@ -365,8 +363,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def check_disk(folder: RunFolder, num_bytes: int, checkpoint_bytes: int = 0) -> None:
-    """Raises DoesNotFitError where the disk has no room for an export of `num_bytes`, a checkpoint beside
-    it, and a tenth more."""
+    """Raise DoesNotFitError unless the disk has room for a model of `num_bytes`, a checkpoint and a tenth
+    more."""
     needed, free = (num_bytes + checkpoint_bytes) * 1.1, shutil.disk_usage(folder.path).free
     if needed > free:
         what = "the trained model and a checkpoint need" if checkpoint_bytes else "the trained model needs"
@@ -378,10 +376,9 @@ def check_disk(folder: RunFolder, num_bytes: int, checkpoint_bytes: int = 0) -> 
 
 
 def check_target(folder: str | os.PathLike[str]) -> Path:
-    """The folder to write a model to; what is there already is replaced as a whole. A link is replaced too:
-    what it points to stays as it is.
+    """Return the folder to write a model to. Saving replaces the whole folder; of a link only the link.
 
-    Raises ConfigError for a file, and for a folder with anything in it but a model.
+    Raises ConfigError for a file, and for a folder that holds anything but a model.
     """
     if not isinstance(folder, (str, os.PathLike)):
         raise ConfigError(f"a {type(folder).__name__} is not a folder", hint="pass a path")
@@ -393,6 +390,6 @@ def check_target(folder: str | os.PathLike[str]) -> Path:
     if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
         raise ConfigError(
             f"{path} holds something other than a model, and saving replaces the whole folder",
-            hint=f"choose a new folder, as in {path / 'model'}",
+            hint=f"choose a new folder such as {path / 'model'}",
         )
     return path

@@ -1,7 +1,7 @@
-"""One look at a path that a command was given: a run and how far it is, a checkpoint, a model, or neither.
+"""Identify a path that a command was given: a run and its progress, a checkpoint, a model, or neither.
 
-`verify`, `export`, `resume`, `eval`, `generate` and `chat` all ask here, so that they answer alike. Torch and
-transformers are not imported.
+`verify`, `export`, `resume`, `eval`, `generate` and `chat` share it, so that their answers agree. Imports
+neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name on the Hub
 
 @dataclass(frozen=True)
 class Identified:
-    """One look at `path`.
+    """What `path` is.
 
-    checkpoints: those with a sound manifest and files of the right size, latest first; rejected: the others.
-    model: the folder of a complete model, if there is one. step, num_steps: of a run by its metrics, else of
+    checkpoints: those with a valid manifest and files of the right size, latest first; rejected: the others.
+    model: the folder of a complete model, if any. step, num_steps: progress of a run by its metrics, else of
     a checkpoint. is_finished: all steps of the run are done.
     """
 
@@ -49,7 +49,7 @@ class Identified:
 
     @property
     def what(self) -> str:
-        """What it is, as the end of a sentence that begins with its path and a colon."""
+        """What it is, to follow its path and a colon."""
         if self.kind == "run":
             return self._run()
         return {
@@ -76,7 +76,7 @@ class Identified:
 
 
 def identify(place: str | Path) -> Identified:
-    """Find out what `place` is; nothing but small files is read. Never raises for what it finds."""
+    """Identify `place` from small files alone. Never raises for what it finds."""
     path = Path(place).expanduser()
     if not path.is_dir():
         if not path.exists():
@@ -92,19 +92,19 @@ def identify(place: str | Path) -> Identified:
         if found and step < found[0].manifest.step:  # a run without its metrics
             step = found[0].manifest.step
         return Identified(path, "run", tuple(found), tuple(rejected), model, step, num_steps, is_finished)
-    for folder in (path, run.model):  # the second: a run's folder of which nothing else was kept
+    for folder in (path, run.model):  # the second: a run folder of which only the model was kept
         if (folder / "config.json").is_file():
             return Identified(path, "model", model=folder)
     return Identified(path, "folder" if any(path.iterdir()) else "empty")
 
 
 def has_model(folder: Path) -> bool:
-    """Whether a folder holds a model with its weights."""
+    """Tell whether a folder holds a model with its weights."""
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
 def may_be_on_hub(name: str) -> bool:
-    """Whether `name`, which is no local path, may be one of the Hub: owner/name, or name alone."""
+    """Tell whether `name`, which is not a local path, may be on the Hub: owner/name, or a name alone."""
     return bool(_REPOSITORY.fullmatch(name)) and not name.endswith((".yaml", ".yml", ".jsonl", ".json"))
 
 
@@ -117,7 +117,7 @@ def _checkpoint(path: Path) -> Identified:
 
 
 def _progress(metrics: Path) -> tuple[int, int | None, bool]:
-    """(last step, steps in all, whether the last word is that the run is finished)."""
+    """Return (last step, total steps, whether the last line says that the run is finished)."""
     step, num_steps, is_finished = 0, None, False
     try:
         with io.TextIOWrapper(files.open_file(metrics), encoding="utf-8") as file:
@@ -136,7 +136,7 @@ def _progress(metrics: Path) -> tuple[int, int | None, bool]:
 
 
 def _event(text: str) -> dict[str, Any]:
-    """A line of the metrics; empty for those that say nothing here, and for one that was cut off."""
+    """Parse a line of the metrics; empty for an irrelevant line and for one that was cut off."""
     if '"timeline"' in text[:40] or not text.endswith("\n"):
         return {}
     try:
@@ -146,11 +146,11 @@ def _event(text: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-# What is missing, in the words of all commands.
+# Errors for what is missing, shared by all commands.
 
 
 def no_checkpoint(place: Identified, verb: str) -> CheckpointError:
-    """The error for `horizon VERB PLACE` where there is no checkpoint that it could take."""
+    """Return the error of `horizon VERB PLACE` if there is no checkpoint to use."""
     if place.kind == "checkpoint":
         return CheckpointError(
             "; ".join(one.reason for one in place.rejected),
@@ -177,7 +177,7 @@ def _no_checkpoint_hint(place: Identified, verb: str) -> str:
 
 
 def new_run(place: Identified) -> str:
-    """How to train a run's model further without a checkpoint."""
+    """Return a hint how to train a run's model further without a checkpoint."""
     settings = RunFolder(place.path).settings
     written = _values(settings)
     off = "".join(f" {key}=null" for key in _NOT_OF_A_NEW_RUN if written.get(key) is not None)
@@ -188,7 +188,7 @@ def new_run(place: Identified) -> str:
 
 
 def no_model(place: Identified, verb: str) -> HorizonError:
-    """The error for `horizon VERB PLACE` where there is no model that it could take."""
+    """Return the error of `horizon VERB PLACE` if there is no model to use."""
     if place.kind in ("checkpoint", "run") and place.checkpoints:
         return ConfigError(
             f"{place.path} holds no model yet: {place.what}",
@@ -205,7 +205,7 @@ def no_model(place: Identified, verb: str) -> HorizonError:
 
 
 def no_settings(name: str) -> ConfigError:
-    """The error for a folder where a configuration file is wanted."""
+    """Return the error for a folder in place of a configuration file."""
     place = identify(name)
     hint = "give the path of a YAML file, or key=value pairs"
     if place.kind == "run" and RunFolder(place.path).settings.is_file():
@@ -218,7 +218,7 @@ def no_settings(name: str) -> ConfigError:
 
 
 def check_is_model(key: str, name: str | None) -> None:
-    """Raises ConfigError where a setting for a model names the folder of a run, or a checkpoint."""
+    """Raise ConfigError if a setting for a model names a run or a checkpoint."""
     place = identify(name) if name is not None else None
     if place is None or place.kind not in ("run", "checkpoint"):
         return
@@ -239,13 +239,13 @@ def _elsewhere(place: Identified, verb: str, wanted: str) -> str:
 
 
 def _output_dir(path: Path) -> Path | None:
-    """The output_dir of a configuration file."""
+    """Return the output_dir of a configuration file."""
     found = _values(path).get("output_dir")
     return Path(found).expanduser() if isinstance(found, str) else None
 
 
 def _values(path: Path) -> dict[str, Any]:
-    """What a configuration file says; nothing if it cannot be read."""
+    """Return the values of a configuration file; none if it cannot be read."""
     from horizon_lm.config.yaml import read_file
 
     try:

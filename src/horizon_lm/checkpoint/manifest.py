@@ -1,6 +1,6 @@
-"""manifest.json: what a checkpoint is made of. A folder without one that is right is no checkpoint.
+"""manifest.json: content of a checkpoint. A folder without a valid one is not a checkpoint.
 
-Everything in it is checked before it is used: it may have been damaged, or written by somebody else.
+Every value is checked before use: the file may be damaged, or written by somebody else.
 """
 
 from __future__ import annotations
@@ -13,25 +13,26 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from horizon_lm.checkpoint.disk import checksum
+from horizon_lm.checkpoint.disk import checksum, damaged
 from horizon_lm.errors import CheckpointError
 from horizon_lm.io import files
+from horizon_lm.words import size
 
 NAME = "manifest.json"
 FORMAT, VERSION = "horizon-checkpoint", 1
 _MAX_BYTES = 64 << 20
 _SEAL = "manifest_xxh3_128"
-# One folder deep at most; no name that could leave the folder, hide in it, or be an option of some program.
+# At most one folder deep; no name can leave the folder, hide in it, or act as an option of a program.
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127})?")
 _CHECKSUM = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """step: optimizer steps that the run had made, skipped ones included. serial: grows with every
-    checkpoint of a run folder; the highest is the latest, whatever the folders are called.
-    files: name -> (bytes, xxh3-128). config: the resolved settings. state: of the trainer (JSON).
-    created: UTC, for people. parent: the checkpoint that the run was resumed from, if any."""
+    """step: optimizer steps done, skipped ones included. serial: grows with every checkpoint of a run folder;
+    the highest is the latest, whatever the folders are called. files: name -> (bytes, xxh3-128). config: the
+    resolved settings. state: state of the run (JSON). created: UTC, for people. parent: the checkpoint that
+    the run was resumed from, if any."""
 
     step: int
     serial: int
@@ -44,7 +45,7 @@ class Manifest:
 
     @property
     def num_bytes(self) -> int:
-        return sum(size for size, _ in self.files.values())
+        return sum(num_bytes for num_bytes, _ in self.files.values())
 
     def to_bytes(self) -> bytes:
         values = {"format": FORMAT, "version": VERSION, **asdict(self)}
@@ -53,36 +54,36 @@ class Manifest:
 
 
 def _seal(values: dict[str, Any]) -> str:
-    """Checksum of the manifest's content, whatever its layout as text."""
+    """Return the checksum of the manifest's values, independent of the text's layout."""
     plain = {key: value for key, value in values.items() if key != _SEAL}
     return checksum(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode())
 
 
 def parse(data: bytes, place: str) -> Manifest:
-    """The manifest in `data`. Raises CheckpointError that says what is wrong with it."""
+    """Return the manifest in `data`. Raises CheckpointError. place: its path, for errors."""
     try:
         values = json.loads(data)
-    except (ValueError, RecursionError):  # also numbers with more digits than any has
-        raise CheckpointError(f"{place}: is no JSON") from None
+    except (ValueError, RecursionError):  # ValueError also for numbers with too many digits
+        raise damaged(place, "is not JSON") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise CheckpointError(f"{place}: is not the manifest of a checkpoint")
+        raise damaged(place, "is not the manifest of a checkpoint")
     if values.get("version") != VERSION:
         raise CheckpointError(
-            f"{place}: is of version {values.get('version')!r}, this program reads {VERSION}",
+            f"{place}: has format version {values.get('version')!r}, expected {VERSION}",
             hint="use the version of horizon-lm that wrote it",
         )
     if values.get(_SEAL) != _seal(values):
-        raise CheckpointError(f"{place}: its content is not what its checksum says")
+        raise damaged(place, "corrupt (checksum mismatch)")
     kinds: dict[str, type] = {"step": int, "serial": int, "files": dict, "config": dict, "state": dict}
     kinds |= {"versions": dict, "created": str}
     for key, kind in kinds.items():
         if not isinstance(values.get(key), kind) or isinstance(values[key], bool):
-            raise CheckpointError(f"{place}: {key} is {values.get(key)!r:.60}")
+            raise damaged(place, f"{key} is {values.get(key)!r:.60}")
     if values["step"] < 0 or values["serial"] < 0 or not isinstance(values.get("parent"), str | None):
-        raise CheckpointError(f"{place}: step, serial or parent is out of range")
+        raise damaged(place, "step, serial or parent is out of range")
     wrong = _unusable(values["config"], values["state"])
     if wrong is not None:
-        raise CheckpointError(f"{place}: {wrong}")
+        raise damaged(place, wrong)
     files = {name: _file(name, entry, place) for name, entry in values["files"].items()}
     known = {"parent": values.get("parent"), **{key: values[key] for key in kinds}}
     return Manifest(**{**known, "files": files})
@@ -90,36 +91,36 @@ def parse(data: bytes, place: str) -> Manifest:
 
 def _file(name: str, entry: Any, place: str) -> tuple[int, str]:
     if not _FILE_NAME.fullmatch(name) or ".." in name or name == NAME:
-        raise CheckpointError(f"{place}: the file name {name!r:.80} is not allowed")
+        raise damaged(place, f"the file name {name!r:.80} is not allowed")
     try:
-        size, digest = entry
+        num_bytes, digest = entry
     except (TypeError, ValueError):
-        size = digest = None
-    ok = isinstance(size, int) and not isinstance(size, bool) and size >= 0 and isinstance(digest, str)
+        num_bytes = digest = None
+    ok = type(num_bytes) is int and num_bytes >= 0 and isinstance(digest, str)
     if not ok or not _CHECKSUM.fullmatch(digest):
-        raise CheckpointError(f"{place}: size or checksum of {name} is {entry!r:.80}")
-    return size, digest
+        raise damaged(place, f"size or checksum of {name} is {entry!r:.80}")
+    return num_bytes, digest
 
 
 def read(folder: Path) -> Manifest:
-    """The manifest of a folder. Raises CheckpointError."""
+    """Read the manifest of a folder. Raises CheckpointError."""
     path = folder / NAME
     try:
         if path.is_symlink():
-            raise CheckpointError(f"{path}: is a link")
+            raise damaged(path, "is a link")
         if path.stat().st_size > _MAX_BYTES:
-            raise CheckpointError(f"{path}: is larger than {_MAX_BYTES} bytes")
+            raise damaged(path, f"is larger than {size(_MAX_BYTES)}")
         return parse(files.read_bytes(path), str(path))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: is missing") from None
+        raise damaged(path, "is missing") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise damaged(path, f"cannot be read: {error.strerror or error}") from None
 
 
-# The shape of the trainer state and the settings in a manifest, checked before either is used. Keys that are
-# not named here pass unchecked; all may be missing, as checkpoints of earlier versions lack some.
+# Schemas of state and settings. Unknown keys pass unchecked; all keys may be missing, since checkpoints of
+# earlier versions lack some.
 
-_MOST = 1 << 53  # steps, rows, tokens: what every part counts exactly
+_MOST = 1 << 53  # steps, rows, tokens: integers that floats hold exactly
 
 Count = Annotated[int, Field(ge=0, le=_MOST)]
 Real = Annotated[float, Field(ge=-1e60, le=1e60)]
@@ -198,7 +199,7 @@ class _Config(_Part):
 
 
 def _unusable(config: dict[str, Any], state: dict[str, Any]) -> str | None:
-    """The first value that cannot be used, in words; None if there is none."""
+    """Describe the first invalid value; None if all are valid."""
     for name, kind, values in (("config", _Config, config), ("state", _State, state)):
         try:
             kind.model_validate(values)

@@ -7,20 +7,24 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from horizon_lm.checkpoint.disk import damaged
 from horizon_lm.checkpoint.folder import Checkpoint
-from horizon_lm.checkpoint.reader import file_checksum, read_small
+from horizon_lm.checkpoint.reader import corrupt, file_checksum, read_small
 from horizon_lm.checkpoint.units import BUFFERS
 from horizon_lm.engine.policies import DTYPES
-from horizon_lm.errors import CheckpointError, ConfigError, HorizonError
+from horizon_lm.errors import ConfigError, HorizonError
 from horizon_lm.io import files
 from horizon_lm.io.leftovers import temporary_folder
 from horizon_lm.memory.master import join_master
 from horizon_lm.model.configuration import read_configuration, reason_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONFIGURATIONS = ("config.json", "generation_config.json")
 _FLOATS = ("BF16", "F16", "F32")  # dtypes of weights, as safetensors names them
@@ -31,9 +35,9 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors that are in memory together: those of a unit.
+    """Tensors that are in memory together: those of one unit.
 
-    hollow: name -> what is written, on `meta`. load: the same with content.
+    hollow: name -> tensor to write, on `meta`. load: returns the same with content.
     """
 
     hollow: Tensors
@@ -42,12 +46,12 @@ class Group:
 
 def hollow_model(
     checkpoint: Checkpoint, *, trust_remote_code: bool, attn_implementation: str | None = None
-) -> Any:
+) -> PreTrainedModel:
     """Build the transformers model of a checkpoint without its weights.
 
     Parameters are on `meta`, in the dtypes that the run computes with; buffers are those of a new model.
-    Raises CheckpointError for a damaged configuration, ConfigError for one that transformers refuses and for
-    a model with code of its own, unless that is trusted.
+    Raises CheckpointError for a damaged configuration, ConfigError for one that transformers rejects and for
+    untrusted remote code.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -57,11 +61,11 @@ def hollow_model(
             if file in checkpoint.manifest.files:
                 files.write_file(folder / file, read_small(checkpoint, file))
         if not (folder / "config.json").exists():
-            raise CheckpointError(f"{checkpoint.path / 'config.json'}: is not part of the checkpoint")
+            raise damaged(checkpoint.path / "config.json", "is not part of the checkpoint")
         if has_own_code(checkpoint) and not trust_remote_code:
             raise ConfigError(
                 f"{checkpoint.path}: the model comes with code of its own, which is not run",
-                hint="--trust-remote-code, if you have read it",
+                hint="read the code, then pass --trust-remote-code",
             )
         try:
             config = read_configuration(
@@ -73,7 +77,7 @@ def hollow_model(
             )
             dtype = DTYPES[str(checkpoint.manifest.config.get("dtype", "bfloat16"))]
             with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
-                model = AutoModelForCausalLM.from_config(
+                model: PreTrainedModel = AutoModelForCausalLM.from_config(
                     config, dtype=dtype, trust_remote_code=trust_remote_code
                 )
             model.tie_weights()
@@ -81,10 +85,10 @@ def hollow_model(
                 model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
         except HorizonError:
             raise
-        except Exception as error:  # whatever an odd configuration leads to in there
+        except Exception as error:  # an odd configuration may raise anything
             raise ConfigError(
                 f"{checkpoint.path / 'config.json'} is refused by transformers: {reason_of(error)}",
-                hint="use the versions that the checkpoint was written with; manifest.json names them",
+                hint="install the versions that manifest.json lists",
             ) from error
     wide = frozenset(checkpoint.manifest.state.get("kept_in_fp32", ()))
     for name, parameter in model.named_parameters():
@@ -93,31 +97,31 @@ def hollow_model(
 
 
 def has_own_code(checkpoint: Checkpoint) -> bool:
-    """Whether the model comes with code of its own, which a checkpoint does not hold."""
+    """Tell whether the model comes with code of its own, which a checkpoint does not hold."""
     data = read_small(checkpoint, "config.json")
     try:
         values = json.loads(data)
     except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
-        raise CheckpointError(f"{checkpoint.path / 'config.json'}: is not a JSON object")
+        raise damaged(checkpoint.path / "config.json", "is not a JSON object")
     return bool(values.get("auto_map"))
 
 
 def weights_of(checkpoint: Checkpoint, wanted: torch.dtype) -> list[Group]:
-    """The weights of a checkpoint, one group for each unit, and its buffers."""
+    """Return the weights of a checkpoint, one group per unit, and its buffers. wanted: their dtype."""
     own = DTYPES[str(checkpoint.manifest.config.get("dtype", "bfloat16"))]
     wide = frozenset(checkpoint.manifest.state.get("kept_in_fp32", ()))
     names = [name for name in checkpoint.manifest.files if _UNIT_FILE.fullmatch(name)] + [BUFFERS]
     if BUFFERS not in checkpoint.manifest.files:
-        raise CheckpointError(f"{checkpoint.path / BUFFERS}: is not part of the checkpoint")
+        raise damaged(checkpoint.path / BUFFERS, "is not part of the checkpoint")
     return [_group(checkpoint, name, wanted, own, wide) for name in names]
 
 
-def model_of(checkpoint: Checkpoint, *, trust_remote_code: bool, attn_implementation: str) -> Any:
-    """The transformers model of a checkpoint with its weights, as the run computes with them.
+def model_of(checkpoint: Checkpoint, *, trust_remote_code: bool, attn_implementation: str) -> PreTrainedModel:
+    """Build the transformers model of a checkpoint with the weights that the run computes with.
 
-    Raises CheckpointError for what is damaged, ConfigError.
+    Raises CheckpointError for damaged files, ConfigError.
     """
     model = hollow_model(
         checkpoint, trust_remote_code=trust_remote_code, attn_implementation=attn_implementation
@@ -133,10 +137,10 @@ def model_of(checkpoint: Checkpoint, *, trust_remote_code: bool, attn_implementa
 def _group(
     checkpoint: Checkpoint, name: str, wanted: torch.dtype, own: torch.dtype, wide: frozenset[str]
 ) -> Group:
-    """The weights of one unit's file; its checksum is looked at before anything in it is used."""
+    """Return the weights in the file of one unit, after a check of its checksum."""
     path = checkpoint.path / name
     if file_checksum(path) != checkpoint.manifest.files[name][1]:
-        raise CheckpointError(f"{path}: its content is not what was written (checksum)")
+        raise corrupt(path)
     prefix = "weights." if name != BUFFERS else ""
 
     def load() -> Tensors:
@@ -158,14 +162,14 @@ def _group(
 def _joined(weight: torch.Tensor, rest: torch.Tensor, path: Path) -> torch.Tensor:
     kinds = (weight.dtype, rest.dtype) == (torch.bfloat16, torch.int16)
     if not kinds or weight.shape != rest.shape:
-        raise CheckpointError(f"{path}: residual ({rest.dtype} {list(rest.shape)}) and weight do not fit")
+        raise damaged(path, f"residual ({rest.dtype} {list(rest.shape)}) and weight do not match")
     return join_master(weight, rest)
 
 
 def _shapes(
     path: Path, prefix: str, wanted: torch.dtype, wide: frozenset[str]
 ) -> list[tuple[str, torch.Tensor]]:
-    """(name, tensor on `meta`) of what is exported from a file, from its header alone."""
+    """Return (name, tensor on `meta`) of all tensors to export from a file, from its header alone."""
     found = []
     try:
         with safe_open(path, framework="pt") as file:
@@ -175,28 +179,26 @@ def _shapes(
                 if not prefix:
                     dtype = file.get_tensor(key).dtype
                 elif view.get_dtype() not in _FLOATS:
-                    raise CheckpointError(f"{path}: {key} is of {view.get_dtype()}, which no weight is")
+                    raise damaged(path, f"{key} is {view.get_dtype()}, not a dtype of weights")
                 found.append((plain, torch.empty(view.get_shape(), dtype=dtype, device="meta")))
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise damaged(path, str(error)) from None
     return found
 
 
-def check_weights(checkpoint: Checkpoint, groups: list[Group], model: Any) -> None:
-    """Raises CheckpointError unless the weights are those of the model, each once."""
+def check_weights(checkpoint: Checkpoint, groups: list[Group], model: PreTrainedModel) -> None:
+    """Raise CheckpointError unless the groups hold each weight of the model once."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
     found: dict[str, tuple[int, ...]] = {}
     for group in groups:
         for name, tensor in group.hollow.items():
             if name in found or name not in expected:
                 what = "is in two of its files" if name in found else "is of no part of the model"
-                raise CheckpointError(f"{checkpoint.path}: {name} {what}")
+                raise damaged(checkpoint.path, f"{name} {what}")
             found[name] = tuple(tensor.shape)
             if found[name] != expected[name]:
-                raise CheckpointError(
-                    f"{checkpoint.path}: {name} is {list(found[name])}, "
-                    f"the model needs {list(expected[name])}"
-                )
+                shapes = f"{list(found[name])}, expected {list(expected[name])}"
+                raise damaged(checkpoint.path, f"{name} is {shapes}")
     missing = [name for name, _ in model.named_parameters() if name not in found]
     if missing:
-        raise CheckpointError(f"{checkpoint.path}: has no weights of {missing[0]}")
+        raise damaged(checkpoint.path, f"has no weights of {missing[0]}")

@@ -1,4 +1,4 @@
-"""Checkpoints are read: into a store with everything checked on the way, or checked alone (`verify`)."""
+"""Read checkpoints: into a store, with every check on the way, or only to verify them."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from horizon_lm.checkpoint import units
-from horizon_lm.checkpoint.disk import PIECE_BYTES
+from horizon_lm.checkpoint.disk import PIECE_BYTES, damaged
 from horizon_lm.checkpoint.folder import Checkpoint
 from horizon_lm.errors import CheckpointError
 from horizon_lm.memory.store import HostStore
 
 
 def load_units(checkpoint: Checkpoint, store: HostStore) -> None:
-    """Fill the store. Raises CheckpointError, with the store in no usable state, for a file that is damaged
-    or does not fit the model."""
+    """Fill the store. Raises CheckpointError for a file that is damaged or does not fit the model; the store
+    is unusable then."""
     wanted = {units.file_name(u) for u, unit in enumerate(store.units) if unit.numel}
     listed = {name for name in checkpoint.manifest.files if name.startswith("unit-")}
     for name in sorted(wanted ^ listed):
-        what = "is not part of the checkpoint" if name in wanted else "is of no unit of this model"
-        raise CheckpointError(f"{checkpoint.path / name}: {what}")
+        what = "is not part of the checkpoint" if name in wanted else "belongs to no unit of this model"
+        raise damaged(checkpoint.path / name, what)
     for number, unit in enumerate(store.units):
         if not unit.numel:
             continue
@@ -35,7 +35,7 @@ def load_units(checkpoint: Checkpoint, store: HostStore) -> None:
         with _opened(checkpoint.path / name) as file:
             found = units.read(file, units.entries(store, number), str(checkpoint.path / name))
         if found != checkpoint.manifest.files[name][1]:
-            raise _damaged(checkpoint.path / name)
+            raise corrupt(checkpoint.path / name)
 
 
 def load_buffers(checkpoint: Checkpoint, module: nn.Module) -> None:
@@ -51,20 +51,20 @@ def load_buffers(checkpoint: Checkpoint, module: nn.Module) -> None:
 
 
 def read_small(checkpoint: Checkpoint, name: str) -> bytes:
-    """One of the small files, checked. Raises CheckpointError."""
+    """Read and check one of the small files. Raises CheckpointError."""
     if name not in checkpoint.manifest.files:
-        raise CheckpointError(f"{checkpoint.path / name}: is not part of the checkpoint")
+        raise damaged(checkpoint.path / name, "is not part of the checkpoint")
     path = checkpoint.path / name
     with _opened(path) as file:
         data = b"".join(iter(lambda: os.read(file, PIECE_BYTES), b""))
     if xxhash.xxh3_128_hexdigest(data) != checkpoint.manifest.files[name][1]:
-        raise _damaged(path)
+        raise corrupt(path)
     return data
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `verify` found. faults: one sentence for each; none means that the checkpoint is right."""
+    """Findings of `verify`. faults: one sentence each; empty if the checkpoint is sound."""
 
     num_files: int
     num_tensors: int
@@ -73,7 +73,7 @@ class Verdict:
 
 
 def verify(checkpoint: Checkpoint, say: Callable[[str], None] = lambda text: None) -> Verdict:
-    """Checksums, headers, and numbers that are not finite; every fault, not the first alone."""
+    """Check checksums, headers and finiteness of numbers; report every fault, not only the first."""
     faults: list[str] = []
     num_tensors = 0
     for name, (_, digest) in checkpoint.manifest.files.items():
@@ -81,7 +81,7 @@ def verify(checkpoint: Checkpoint, say: Callable[[str], None] = lambda text: Non
         say(name)
         try:
             if file_checksum(path) != digest:
-                raise _damaged(path)
+                raise corrupt(path)
             if name.endswith(".safetensors"):
                 count, strange = _look_at_tensors(path)
                 num_tensors += count
@@ -103,7 +103,7 @@ def file_checksum(path: Path) -> str:
 
 
 def _look_at_tensors(path: Path) -> tuple[int, list[str]]:
-    """(number of tensors, faults). The checksum has been found right, so the size is too."""
+    """Return (number of tensors, faults). The checksum has been checked, so the size is right."""
     faults = []
     try:
         with safe_open(path, framework="pt") as file:
@@ -116,7 +116,7 @@ def _look_at_tensors(path: Path) -> tuple[int, list[str]]:
                     if bad:
                         faults.append(f"{path}: {key} has {bad:,} values that are not finite")
     except (SafetensorError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise damaged(path, str(error)) from None
     return len(keys), faults
 
 
@@ -127,18 +127,18 @@ def _names(folder: Path) -> set[str]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[int]:
-    """A file of a checkpoint; never through a link, never a device. OSErrors become CheckpointErrors."""
+    """Open a file of a checkpoint; never through a link, never a device. OSErrors become CheckpointErrors."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from None
+        raise damaged(path, f"cannot be opened: {error.strerror}") from None
     try:
         yield file
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        raise damaged(path, f"cannot be read: {error.strerror}") from None
     finally:
         os.close(file)
 
 
-def _damaged(path: Path) -> CheckpointError:
-    return CheckpointError(f"{path}: its content is not what was written (checksum)")
+def corrupt(path: Path) -> CheckpointError:
+    return damaged(path, "corrupt (checksum mismatch)")

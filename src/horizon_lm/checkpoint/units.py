@@ -1,10 +1,9 @@
-"""A unit of the store as a safetensors file, without a copy in memory on either way.
+"""Units of the store as safetensors files, written and read without a copy in memory.
 
     weights.NAME  residual.NAME  exp_avg.NAME  exp_avg_sq.NAME      for each parameter NAME of the unit
 
-The file's header follows from the store's layout alone. So reading needs no parser: a file whose header is
-another one does not fit the model, whatever it holds. What lies between parameters in the store (padding) is
-always zero and is not in the file.
+The header of a file follows from the store's layout alone, so that reading needs no parser: a file with any
+other header does not fit the model. Padding between parameters is always zero and not in the file.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ import torch
 import xxhash
 from torch import nn
 
-from horizon_lm.checkpoint.disk import PIECE_BYTES, HashedFile
-from horizon_lm.errors import CheckpointError
+from horizon_lm.checkpoint.disk import PIECE_BYTES, HashedFile, damaged
 from horizon_lm.memory.layout import Parameter
 from horizon_lm.memory.store import HostStore
 
@@ -35,7 +33,7 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_MAX_HEADER_BYTES = 100_000_000  # as safetensors itself
+_MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors
 
 BUFFERS = "buffers.safetensors"
 
@@ -47,8 +45,11 @@ def file_name(unit: int) -> str:
 
 
 def entries(store: HostStore, unit: int) -> list[Entry]:
-    """(key, view into the store) of all that a unit has, in the order of the file: wide numbers first,
-    so that each starts at a multiple of its size, as readers that map the file need."""
+    """Return (key, view into the store) of all tensors of a unit in the order of the file.
+
+    Larger elements come first, so that each tensor starts at a multiple of its element size, which readers
+    that map the file need.
+    """
     return sorted(_entries(store, unit), key=lambda row: -row[1].element_size())
 
 
@@ -72,7 +73,7 @@ def _entries(store: HostStore, unit: int) -> Iterator[Entry]:
 
 
 def persistent_buffers(module: nn.Module) -> list[Entry]:
-    """Buffers that belong to a saved model."""
+    """Return the buffers that belong to a saved model."""
     found = []
     for name, buffer in module.named_buffers(remove_duplicate=False):  # equal ones share memory in a skeleton
         path, _, local = name.rpartition(".")
@@ -82,12 +83,12 @@ def persistent_buffers(module: nn.Module) -> list[Entry]:
 
 
 def copied_buffers(module: nn.Module) -> list[Entry]:
-    """Copies of the persistent buffers in host memory."""
+    """Copy the persistent buffers to host memory."""
     return [(name, b.detach().cpu().contiguous().clone()) for name, b in persistent_buffers(module)]
 
 
 def header(rows: Sequence[Entry], metadata: dict[str, str] | None = None) -> bytes:
-    """The header of a safetensors file that holds the rows one after the other."""
+    """Return the header of a safetensors file that holds the rows in order."""
     table: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for key, tensor in rows:
@@ -100,12 +101,12 @@ def header(rows: Sequence[Entry], metadata: dict[str, str] | None = None) -> byt
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
+    """Return the memory of a contiguous tensor."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def write(file: HashedFile, rows: list[Entry], is_wanted: Callable[[], bool]) -> None:
-    """Write rows as a safetensors file; ends early where it is not wanted any more."""
+    """Write rows as a safetensors file; end early if it is no longer wanted."""
     file.write(memoryview(header(rows)))
     for _, tensor in rows:
         data = as_bytes(tensor)
@@ -116,30 +117,30 @@ def write(file: HashedFile, rows: list[Entry], is_wanted: Callable[[], bool]) ->
 
 
 def read(file: int, rows: list[Entry], name: str) -> str:
-    """Fill rows from an open file that `write` made; returns the checksum of what was read.
+    """Fill rows from an open file that `write` made; return the checksum of the bytes read.
 
-    Raises CheckpointError where the file is not one of these rows.
+    Raises CheckpointError if the file does not hold these rows.
     """
     expected = header(rows)
     digest = xxhash.xxh3_128()
     found = _read_exactly(file, bytearray(len(expected)))
     digest.update(found)
     if found != expected:
-        raise CheckpointError(f"{name}: {_difference(file, bytes(found), rows)}")
+        raise damaged(name, _difference(file, bytes(found), rows))
     for key, tensor in rows:
         data = as_bytes(tensor)
         for start in range(0, len(data), PIECE_BYTES):
             piece = data[start : start + PIECE_BYTES]
             if len(_read_exactly(file, piece)) < len(piece):
-                raise CheckpointError(f"{name}: ends within {key}")
+                raise damaged(name, f"ends within {key}")
             digest.update(piece)
     if os.read(file, 1):
-        raise CheckpointError(f"{name}: goes on after its last tensor")
+        raise damaged(name, "continues after its last tensor")
     return str(digest.hexdigest())
 
 
-def _read_exactly(file: int, target: Any) -> memoryview:
-    """Fill `target`, or as much of it as the file still has."""
+def _read_exactly(file: int, target: bytearray | memoryview) -> memoryview:
+    """Fill `target` as far as the file goes; return the filled part."""
     view, filled = memoryview(target), 0
     while filled < len(view):
         count = os.readv(file, [view[filled:]])
@@ -150,10 +151,10 @@ def _read_exactly(file: int, target: Any) -> memoryview:
 
 
 def _difference(file: int, start: bytes, rows: list[Entry]) -> str:
-    """What differs between the header that a file has and the one that is needed, in words."""
+    """Describe how the header of a file differs from that of `rows`."""
     size = int.from_bytes(start[:8], "little")
     if len(start) < 8 or size > _MAX_HEADER_BYTES:
-        return "is no safetensors file"
+        return "is not a safetensors file"
     text = start[8 : 8 + size]
     text += bytes(_read_exactly(file, bytearray(max(0, size - len(text)))))
     try:
@@ -166,8 +167,6 @@ def _difference(file: int, start: bytes, rows: list[Entry]) -> str:
         if key not in found:
             return f"has no tensor {key}"
         if found[key] != wanted:
-            return (
-                f"{key} is {found[key][0]} {list(found[key][1])}, the run needs {wanted[0]} {list(wanted[1])}"
-            )
+            return f"{key} is {found[key][0]} {list(found[key][1])}, expected {wanted[0]} {list(wanted[1])}"
     strange = sorted(found.keys() - {key for key, _ in rows})
     return f"holds {strange[0]}, which the model does not have" if strange else "its header is damaged"

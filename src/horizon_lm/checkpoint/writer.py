@@ -1,10 +1,10 @@
-"""A checkpoint is written: staged in a hidden folder, synced, renamed. Whole or absent.
+"""Write a checkpoint atomically, on the disk lane.
 
-    .tmp-checkpoint-STEP/  unit files, buffers, configuration, tokenizer  ->  fsync of each
-                           manifest.json with size and xxh3-128 of each   ->  fsync, fsync of the folder
-    rename to checkpoint-STEP, fsync of the run folder; only then older ones are pruned
+1. Write unit files, buffers, configuration and tokenizer to .tmp-checkpoint-STEP/ and fsync them.
+2. Write and fsync manifest.json (size and xxh3-128 of each file), then fsync the folders.
+3. Rename to checkpoint-STEP, fsync the run folder, prune old checkpoints.
 
-Runs on the disk lane, beside training; a failure of the disk ends the checkpoint and not the run.
+A disk error fails the checkpoint, not the step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from horizon_lm.memory.store import HostStore
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a checkpoint ended. path: None where it failed; error: why. seconds: from asking to the end."""
+    """How a checkpoint ended. path: None if it failed; error: why. seconds: from the request to the end."""
 
     step: int
     path: Path | None
@@ -45,7 +45,7 @@ class Snapshot:
 
 
 class CheckpointWriter:
-    """Writer of one checkpoint of a run; `Saving` for the engine. `outcome` is there when it has ended."""
+    """Writer of one checkpoint; `Saving` for the engine. `outcome` is None until it has ended."""
 
     def __init__(self, run: Path, snapshot: Snapshot, disk: Disk, keep: Retention | None = None) -> None:
         """keep: checkpoints that stay once this one is complete; None: all."""
@@ -84,7 +84,7 @@ class CheckpointWriter:
         self.outcome = Outcome(
             self._content.manifest.step,
             self._target if done else None,
-            self._error or ("the step that it was written beside failed" if self._abandoned else None),
+            self._error or ("the step it was written alongside failed" if self._abandoned else None),
             sum(size for size, _ in self._files.values()),
             self._seconds(),
             tuple(pruned),
@@ -98,7 +98,7 @@ class CheckpointWriter:
         return self._abandoned
 
     def give_up(self, reason: str) -> None:
-        """For a disk that does not answer: ended as far as the run is concerned."""
+        """Treat the checkpoint as ended: the disk does not answer."""
         self._abandoned, self._error = True, reason
         self.outcome = Outcome(
             self._content.manifest.step, None, reason, 0, time.perf_counter() - self._started
@@ -114,7 +114,7 @@ class CheckpointWriter:
         self._error = f"{error.strerror or error} ({error.filename or self._staging})"
 
     def _begin(self) -> None:
-        self._disk.remove(self._staging)  # of a try that failed
+        self._disk.remove(self._staging)  # left by a failed attempt
         self._disk.make_folder(self._staging)
 
     def _write_rows(self, name: str, rows: Sequence[units.Entry]) -> None:

@@ -20,7 +20,7 @@ from horizon_lm.io.files import read_bytes
 from horizon_lm.io.inside import is_inside
 
 FILE = "dataset_info.json"
-PYTHON_STDLIB = "python-stdlib"  # built-in data: the source of Python's standard library
+PYTHON_STDLIB = "python-stdlib"  # built-in data: the sources of Python's standard library
 _PLAIN = (".txt", ".md", ".py", ".jsonl", ".json", ".csv")
 SUFFIXES = (*_PLAIN, *(f"{suffix}.gz" for suffix in _PLAIN), ".parquet")  # of data files
 _LARGEST = 1 << 24  # bytes
@@ -89,7 +89,7 @@ def read(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InfoError(f"{path} is not usable JSON: {error}", "save it as UTF-8") from error
     if not isinstance(info, dict) or not all(isinstance(entry, dict) for entry in info.values()):
-        raise InfoError(f"{path} is not an object of objects", 'as in {"name": {"file_name": "a.json"}}')
+        raise InfoError(f"{path} is not an object of objects", 'write {"name": {"file_name": "a.json"}}')
     return info
 
 
@@ -113,10 +113,10 @@ def _path(name: str, info: dict[str, Any], folder: str) -> str:
     if is_file or is_stdlib(name) or "/" in name or folder == _ONLINE:
         return name
     near = get_close_matches(name, info, 1)
-    known = ", ".join(sorted(info)[:8]) or "none"
+    known = ", ".join(sorted(info)[:8])
     raise InfoError(
         f"{os.path.join(folder, FILE)} has no dataset {name!r}, and there is no such file",
-        f"did you mean {near[0]!r}?" if near else f"it has {known}",
+        f"did you mean {near[0]!r}?" if near else f"use one of {known}" if known else "add it to the file",
     )
 
 
@@ -130,7 +130,7 @@ def _described(name: str, entry: dict[str, Any], folder: str, *, follow_links: b
         _check_inside(name, Path(result["path"]), at, Path(folder).expanduser())
     result.update({ours: entry[key] for key, ours in _TAKEN.items() if entry.get(key) is not None})
     if formatting == "alpaca" and columns.get("prompt") and not columns.get("response"):
-        return {**result, "format": "text", "text_column": columns["prompt"]}  # for pretraining
+        return {**result, "format": "text", "text_column": columns["prompt"]}  # pretraining
     result["format"] = _FORMATS[formatting]
     renamed = _renamed(_COLUMNS[formatting], columns, _UNNAMED[formatting])
     if renamed:
@@ -146,7 +146,7 @@ def _check(entry: dict[str, Any], at: str) -> None:
             near = get_close_matches(key, _KEYS, 1)
             raise InfoError(
                 f"{at}: unknown key {key!r}",
-                f"did you mean {near[0]!r}?" if near else f"known are {', '.join(_KEYS)}",
+                f"did you mean {near[0]!r}?" if near else f"use {', '.join(_KEYS)}",
             )
     columns = entry.get("columns") or {}
     if entry.get("ranking") or isinstance(columns, dict) and columns.get("kto_tag"):
@@ -156,18 +156,18 @@ def _check(entry: dict[str, Any], at: str) -> None:
         )
     formatting = entry.get("formatting") or "alpaca"
     if formatting not in _COLUMNS:
-        raise InfoError(f"{at}: formatting is {formatting!r}", f"known are {', '.join(_COLUMNS)}")
+        raise InfoError(f"{at}: unknown formatting {formatting!r}", f"use {', '.join(_COLUMNS)}")
     for part in ("columns", "tags"):
         given = entry.get(part) or {}
         if not isinstance(given, dict) or not all(isinstance(v, str) or v is None for v in given.values()):
-            raise InfoError(f"{at}: {part} is not an object of texts", 'as in {"messages": "conversations"}')
+            raise InfoError(f"{at}: {part} is not an object of texts", 'write {"messages": "conversations"}')
     for key in columns:
         if key in _MEDIA:
-            raise InfoError(f"{at} has {key}, but only text is supported", "choose a text dataset")
+            raise InfoError(f"{at} has {key}, but only text is supported", "choose a dataset of text")
         if key not in _COLUMNS[formatting] and key not in ("chosen", "rejected"):
             raise InfoError(
                 f"{at}: columns has the unknown key {key!r} for {formatting}",
-                f"known are {', '.join(_COLUMNS[formatting])}",
+                f"use {', '.join(_COLUMNS[formatting])}",
             )
 
 
@@ -194,7 +194,7 @@ def _check_inside(name: str, path: Path, at: str, folder: Path) -> None:
     if not is_inside(path.expanduser(), folder):
         raise InfoError(
             f"{at}: file_name leads out of its folder, to {path.expanduser().resolve()}",
-            f"move the file there, or datasets=[{{path: {name}, follow_links: true}}]",
+            f"move the file there, or set datasets=[{{path: {name}, follow_links: true}}]",
         )
 
 

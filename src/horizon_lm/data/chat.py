@@ -1,13 +1,13 @@
-"""Conversations through a chat template: the text, and which characters of it the assistant said.
+"""Chat templates: render conversations, and find the characters that the assistant said.
 
-A template says itself what is the assistant's when it has `{% generation %}` marks. Most that models come
-with have none, and a mask made from them is silently empty. Then, in this order:
+Templates with `{% generation %}` marks delimit assistant turns. Most models' templates have none, which makes
+their mask silently empty. Alternatives, in this order:
 
-1. TRL's training variant of the template, where it has one (`trl.get_training_chat_template`);
-2. the difference between the conversation up to a turn, with the generation prompt, and through that turn:
-   exact where each of the two is a beginning of the whole text, which is checked for every turn.
+1. TRL's training variant of the template, if any (`trl.get_training_chat_template`);
+2. the difference between the conversation before a turn, with the generation prompt, and after it: exact if
+   both are prefixes of the whole text, which is checked for every turn.
 
-Where neither gives the mask, or fewer turns are marked than the assistant has, `DataError` is raised.
+If neither works, or fewer turns are marked than the assistant has, `DataError` is raised.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from horizon_lm.data.formats import Chat
+from horizon_lm.data.template_limits import TemplateLimitError, limit
 from horizon_lm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ Span = tuple[int, int]  # first character, one past the last
 _BUILT_IN = Path(__file__).parent / "templates"
 _MARK = re.compile(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}")
 _LARGEST_TEMPLATE = 1 << 20
-_NO_MASK = "give chat_template a .jinja file with {% generation %} marks around what the assistant says, or "
+_NO_MASK = "set chat_template to a .jinja file with {% generation %} marks around assistant turns, or "
 
 
 def built_in_templates() -> list[str]:
@@ -38,12 +39,12 @@ def built_in_templates() -> list[str]:
 
 
 def read_template(name: str) -> str:
-    """The text of a template: one of ours by its name, or a file. Raises ConfigError."""
+    """Read a built-in template by name, or a file. Raises ConfigError."""
     path = _BUILT_IN / f"{name}.jinja" if name in built_in_templates() else Path(name).expanduser()
     if not path.is_file():
         raise ConfigError(
-            f"chat_template={name!r} is no file and no built-in template",
-            hint=f"built in are {', '.join(built_in_templates())}; null takes the tokenizer's own",
+            f"chat_template={name!r} is neither a file nor a built-in template",
+            hint=f"use {', '.join(built_in_templates())}, a .jinja file, or null for the tokenizer's own",
         )
     if path.stat().st_size > _LARGEST_TEMPLATE:
         raise ConfigError(
@@ -54,27 +55,27 @@ def read_template(name: str) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"chat_template={name!r} cannot be read: {error}", hint="a text file in UTF-8"
+            f"chat_template={name!r} cannot be read: {error}", hint="save it as UTF-8 text"
         ) from error
 
 
 def without_marks(template: str) -> str:
-    """The same template without its generation marks, which other programs do not know."""
+    """Remove generation marks, which other programs do not know."""
     return _MARK.sub(lambda found: "{#" + found[1] + " " + found[2] + "#}", template)
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text, and the spans of the assistant's turns in order: one or more for each."""
+    """A conversation as text, and the spans of assistant turns in order, one or more for each."""
 
     text: str
     spans: list[Span]
 
 
 class ChatTemplate:
-    """Renders conversations with a tokenizer's template, or with `template` (Jinja text) in its place.
+    """The chat template of a tokenizer, or `template` (Jinja text) in its place.
 
-    kwargs: further variables of the template (enable_thinking, ...).
+    kwargs: further template variables, such as enable_thinking.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class ChatTemplate:
         given = template or (own.get("default") if isinstance(own, dict) else own)
         if not given:
             raise DataError(
-                "the data are conversations, and the tokenizer has no chat template",
+                "the data holds conversations, but the tokenizer has no chat template",
                 hint="set chat_template to plain, alpaca, chatml or a .jinja file",
             )
         self._name = (
@@ -105,19 +106,19 @@ class ChatTemplate:
 
     @property
     def key(self) -> str:
-        """Everything that the text depends on, for the cache."""
+        """Everything that decides the text, for the cache."""
         return repr((self.template, sorted(self._kwargs.items(), key=str)))
 
     def prompt(self, messages: Sequence[dict[str, Any]], tools: Any = None) -> str:
-        """The text that asks the assistant for its next turn."""
+        """Render a prompt for the assistant's next turn."""
         return self._render(list(messages), tools, "the prompt", ask=True)[0]
 
     def text(self, chat: Chat, place: str) -> str:
-        """The whole conversation."""
+        """Render the whole conversation."""
         return self._render(self._fitting(chat.messages), chat.tools, place)[0]
 
     def render(self, chat: Chat, place: str) -> Rendered:
-        """The conversation and the spans of the assistant's turns. Raises DataError naming the place."""
+        """Render the conversation, with the spans of assistant turns. Raises DataError naming `place`."""
         messages = self._fitting(chat.messages)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         text, spans = self._render(messages, chat.tools, place)
@@ -132,7 +133,7 @@ class ChatTemplate:
         return Rendered(text, [self._derived(messages, turn, chat.tools, text, place) for turn in turns])
 
     def last_turn(self, chat: Chat, rendered: Rendered, place: str) -> list[Span]:
-        """Of the spans, those of the assistant's last turn."""
+        """Return the spans of the assistant's last turn."""
         messages = self._fitting(chat.messages)
         last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=0)
         if not self._has_marks or not last:
@@ -141,17 +142,17 @@ class ChatTemplate:
         earlier = [span for span in spans if span[1] > span[0]]
         if rendered.spans[: len(earlier)] != earlier:
             raise DataError(
-                f"{place}: the chat template writes earlier turns another way once more follow",
-                hint="loss_on: assistant, or another chat_template",
+                f"{place}: the chat template renders earlier turns differently once more follow",
+                hint="set loss_on: assistant, or another chat_template",
             )
         return rendered.spans[len(earlier) :]
 
     def prompt_and_whole(self, chat: Chat, place: str) -> tuple[str, str]:
-        """(the prompt's messages with the generation prompt, the whole conversation), as TRL renders them for
-        a prompt and its completion: by the template itself, not by its training variant.
+        """Render (the prompt's messages with the generation prompt, the whole conversation) as TRL does for a
+        prompt and its completion: by the template itself, not its training variant.
 
-        The generation prompt may go on in another way than the answer (opening a thought, say); the prompt's
-        messages may not, as then the user's words would be counted to the completion. Raises DataError.
+        The answer may deviate from the generation prompt (such as an opened thought) but not from the
+        prompt's messages, or the user's words would count as completion. Raises DataError.
         """
         messages = self._fitting(chat.messages)
         prompt = messages[: chat.num_prompt]
@@ -161,30 +162,30 @@ class ChatTemplate:
             alone = self._render(prompt, chat.tools, place, own=True)[0]
             if not whole.startswith(alone):
                 raise DataError(
-                    f"{place}: the chat template writes the prompt another way before an answer than alone",
-                    hint="loss_on: assistant, or another chat_template",
+                    f"{place}: the chat template renders the prompt differently before an answer than alone",
+                    hint="set loss_on: assistant, or another chat_template",
                 )
         return asked, whole
 
     def _derived(self, messages: list[dict[str, Any]], turn: int, tools: Any, text: str, place: str) -> Span:
         through = self._render(messages[: turn + 1], tools, place)[0]
-        if not turn:  # the assistant begins: there is nothing to ask with
+        if not turn:  # the assistant begins: there is no prompt
             before = self._before_opening(messages[0], tools, through, place)
         else:
             before = self._render(messages[:turn], tools, place, ask=True)[0]
         if before is None or not through.startswith(before) or not text.startswith(through):
             raise DataError(
-                f"{place}: the chat template cannot say which tokens of message {turn + 1} are the "
+                f"{place}: the chat template does not tell which tokens of message {turn + 1} are the "
                 "assistant's: it has no {% generation %} marks, TRL has no training variant of it, and it "
-                "writes earlier turns another way once more follow",
+                "renders earlier turns differently once more follow",
                 hint=_NO_MASK + "loss_on: all",
             )
         return len(before), len(through)
 
     def _before_opening(self, opening: dict[str, Any], tools: Any, through: str, place: str) -> str | None:
-        """What stands in `through` before the words of an assistant that speaks first; None: not known.
+        """Return what precedes the words of an assistant that speaks first; None: unknown.
 
-        All up to its first word, or up to the generation prompt's end where that stands before it.
+        That is all up to its first word, or up to the end of a generation prompt before it.
         """
         trial = [{"role": "user", "content": "first question"}]
         alone, asked = (self._render(trial, tools, place, ask=ask)[0] for ask in (False, True))
@@ -197,7 +198,7 @@ class ChatTemplate:
         return through[:said] if words and said >= 0 else None
 
     def _fitting(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """`developer`, a newer name of the system role, for templates that do not know it."""
+        """Rename `developer`, a newer name of the system role, for templates that do not know it."""
         if self._knows_developer:
             return messages
         return [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
@@ -205,11 +206,9 @@ class ChatTemplate:
     def _render(
         self, messages: list[dict[str, Any]], tools: Any, place: str, *, ask: bool = False, own: bool = False
     ) -> tuple[str, list[Span]]:
-        """(text, spans of generation marks). ask: with the generation prompt. own: by the template as it was
+        """Return (text, spans of generation marks). ask: add the generation prompt. own: use the template as
         given, without spans."""
         from transformers.utils.chat_template_utils import render_jinja_template
-
-        from horizon_lm.data.template_limits import TemplateLimitError, limit
 
         try:
             limit(self._given if own else self.template)
@@ -221,34 +220,32 @@ class ChatTemplate:
                 add_generation_prompt=ask,
                 **self._kwargs,
             )
-        except TemplateLimitError as error:  # no matter which row: each would take as long
+        except TemplateLimitError as error:  # not a bad row: each would take as long
             raise ConfigError(
                 f"{self._name} was stopped at {place}: {error}",
                 hint="use another chat_template, such as chatml",
             ) from error
-        except Exception as error:  # a template may raise anything; its own words are the news
+        except Exception as error:  # a template may raise anything; report its own words
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(
-                f"{place}: the chat template refuses this conversation: {reason[:200]}",
-                hint="check the order of the roles; another chat_template, or on_bad_row: skip",
+                f"{place}: the chat template rejects this conversation: {reason[:200]}",
+                hint="check the order of roles, or set another chat_template or on_bad_row: skip",
             ) from error
         texts, spans = rendered
         return texts[0], [(int(a), int(b)) for a, b in spans[0]] if spans else []
 
 
 def _training_variant(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, str]:
-    """(template to train with, how the mask is had)."""
+    """Return (template to train with, source of the mask)."""
     from trl import get_training_chat_template
 
-    from horizon_lm.data.template_limits import limit
-
-    with suppress(Exception):  # rendering says what is wrong with it
-        limit(template)  # TRL renders it, too
+    with suppress(Exception):  # rendering reports the error
+        limit(template)  # TRL renders it too
     original = tokenizer.chat_template
     try:
         tokenizer.chat_template = template
         variant = get_training_chat_template(tokenizer)
-    except Exception:  # ValueError for one that TRL does not know; its probes may raise others
+    except Exception:  # ValueError for an unknown one; TRL's probes may raise others
         variant = None
     finally:
         tokenizer.chat_template = original
@@ -258,9 +255,9 @@ def _training_variant(tokenizer: PreTrainedTokenizerBase, template: str) -> tupl
 
 
 def check_template(chat: ChatTemplate) -> None:
-    """Tries the template on a conversation of two turns, before any data is read.
+    """Try the template on a conversation of two turns before reading data.
 
-    Raises DataError where the mask of a turn would hold the user's words or lack the assistant's.
+    Raises DataError if the mask would include the user's words or lack the assistant's.
     """
     said = ["first answer", "second answer"]
     messages = [
@@ -279,6 +276,6 @@ def check_template(chat: ChatTemplate) -> None:
             )
     if any("question" in part for part in learned):
         raise DataError(
-            "the chat template's mask holds the user's words",
+            "the chat template's mask includes the user's words",
             hint="correct the {% generation %} marks of chat_template",
         )

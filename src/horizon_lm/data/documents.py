@@ -1,39 +1,41 @@
-"""All datasets of a configuration as one sequence of examples, each with its place and its dataset."""
+"""Examples of all configured datasets as one sequence, each with its place and dataset."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xxhash
 
-from horizon_lm.config.dataset_info import PYTHON_STDLIB, SUFFIXES, is_stdlib
-from horizon_lm.data import hub
-from horizon_lm.data.arrow_rows import ArrowRows
-from horizon_lm.data.file_hash import FileHashes
+from horizon_lm.config import DatasetConfig
+from horizon_lm.config.dataset_info import PYTHON_STDLIB
+from horizon_lm.data.file_content import FileHashes
 from horizon_lm.data.formats import Example, Text, convert, detect, texts
-from horizon_lm.data.sources import (
-    PlacedRow,
-    list_files,
-    read_file,
-    read_stdlib,
-    stdlib_files,
-)
+from horizon_lm.data.readers import Row
+from horizon_lm.data.sources import ShardOrder, content, rows
 from horizon_lm.errors import DataError
-from horizon_lm.io.hub import require_reachable
 
 _SHOWN_BAD_ROWS = 5
-_SPLIT = re.compile(r"[-_./](train|test|validation|valid|val|dev|eval)(?=[-_./0-9])")
+_OF_MESSAGES = frozenset({"messages", "conversations", "prompt", "completion"})
+_TAGGED_ROLES = {
+    "user_tag": "user",
+    "assistant_tag": "assistant",
+    "observation_tag": "tool",
+    "function_tag": "function_call",
+    "system_tag": "system",
+}
+# Names of a message's role and content, by the tag that replaces them.
+_OTHER_KEYS = (
+    *(("role_tag", "role"), ("role_tag", "from")),
+    *(("content_tag", "content"), ("content_tag", "value")),
+)
 
 
 @dataclass(frozen=True)
 class Placed:
-    """An example, where it stands, and the number of its dataset."""
+    """An example, its location for messages, and the number of its dataset."""
 
     example: Example
     place: str
@@ -41,26 +43,25 @@ class Placed:
 
 
 class Documents:
-    """The examples of `datasets`, in order; iterate as often as needed, each time afresh.
+    """The examples of `datasets` in order; may be iterated repeatedly.
 
-    datasets: entries of the configuration (`DatasetConfig`). A folder's files are read in the order of
-    their names. `max_bytes` bounds the UTF-8 bytes of all texts together; a document that crosses it is
-    cut there, a conversation is left out. Of the latest iteration: `num_empty` (texts that are empty,
-    passed over), `bad_rows` (left out, with on_bad_row "skip") and `formats` (of each dataset, once seen).
+    max_bytes: limit for the UTF-8 bytes of all texts; a document that crosses it is cut, a conversation
+    dropped. shards: read as a stream, in this order. Of the latest iteration: num_empty (texts, skipped),
+    num_bad and bad_rows (first messages, with on_bad_row "skip"), formats (of each dataset, once known).
 
-    Iterating raises `DataError` for anything missing, empty, malformed or not text.
+    Iterating raises `DataError` for data that is missing, empty, malformed or not text.
     """
 
     def __init__(
         self,
-        datasets: Sequence[Any],
+        datasets: Sequence[DatasetConfig],
         max_bytes: int | None = None,
         *,
         on_bad_row: str = "raise",
         shards: ShardOrder | None = None,
     ) -> None:
         if not datasets:
-            raise DataError("no dataset is given", hint=f"datasets=FILE, a folder, or {PYTHON_STDLIB}")
+            raise DataError("no dataset given", hint=f"set datasets to a file, a folder or {PYTHON_STDLIB}")
         self.datasets = list(datasets)
         self._max_bytes = max_bytes
         self._skip = on_bad_row == "skip"
@@ -92,21 +93,25 @@ class Documents:
                     left -= size
                 yield Placed(example, place, number)
             if not found:
-                raise DataError(f"{dataset.path} holds no text", hint=self._why_nothing())
+                raise self._nothing_in(dataset.path)
 
-    def _why_nothing(self) -> str:
+    def _nothing_in(self, path: str) -> DataError:
         if self.bad_rows:
-            return f"every row is bad; the first: {self.bad_rows[0]}"
-        return "every file or row in it is empty"
+            message = f"{path} holds no text: every row is bad; the first: {self.bad_rows[0]}"
+            return DataError(message, hint="correct the rows, or set `format` or `columns` of this dataset")
+        return DataError(
+            f"{path} holds no text: every file or row in it is empty",
+            hint="check the path, `split` and `text_column` of this dataset",
+        )
 
-    def _examples(self, number: int, dataset: Any) -> Iterator[tuple[Example, str]]:
+    def _examples(self, number: int, dataset: DatasetConfig) -> Iterator[tuple[Example, str]]:
         for row, place in rows(dataset, self._shards):
             try:
                 yield self._example(row, place, number, dataset), place
             except DataError as error:
                 self.skip(error)
 
-    def _example(self, row: Any, place: str, number: int, dataset: Any) -> Example:
+    def _example(self, row: Row, place: str, number: int, dataset: DatasetConfig) -> Example:
         if isinstance(row, DataError):
             raise row
         row = renamed(row, dataset)
@@ -118,7 +123,7 @@ class Documents:
         return convert(row, format, place)
 
     def skip(self, error: DataError) -> None:
-        """Leave a bad row out and remember it, or raise."""
+        """Count a bad row and skip it, or raise."""
         if not self._skip:
             raise error
         self.num_bad += 1
@@ -126,30 +131,30 @@ class Documents:
             self.bad_rows.append(error.message)
 
     def texts(self) -> Iterator[str]:
-        """Every text of every example, for training a tokenizer."""
+        """Yield every text, for training a tokenizer."""
         for placed in self:
             yield from texts(placed.example)
 
     def fingerprint(self, cache_dir: Path | None = None) -> str:
-        """Of the content of all files and of how it is read; the same content elsewhere has the same.
+        """Hash the content of all files and how it is read; paths do not matter.
 
-        cache_dir: where the hashes of files are kept; None: all are read.
+        cache_dir: folder of cached file hashes; None: read all files.
         """
         digest, hashes = xxhash.xxh3_128(), FileHashes(cache_dir)
         for dataset in self.datasets:
-            reading = [dataset.format, sorted(dataset.columns.items()), dataset.text_column]
-            # Named only where they are set, so that what was read without them is the same as it was.
+            reading: list[Any] = [dataset.format, sorted(dataset.columns.items()), dataset.text_column]
+            # Only if set, so that earlier fingerprints stay valid.
             reading += [sorted(dataset.tags.items())] if dataset.tags else []
             reading += [dataset.max_samples] if dataset.max_samples else []
             digest.update(repr((reading, self._max_bytes, self._skip)).encode())
-            for part in _content(dataset, hashes):
+            for part in content(dataset, hashes):
                 digest.update(part)
         hashes.save()
         return digest.hexdigest()
 
 
-def renamed(row: dict[str, Any], dataset: Any) -> dict[str, Any]:
-    """The row under our names: `columns`, an old name to a new one or to null, `text_column` and `tags`."""
+def renamed(row: dict[str, Any], dataset: DatasetConfig) -> dict[str, Any]:
+    """Rename columns by `columns` (old name to new name or null), `text_column` and `tags`."""
     names = dict(dataset.columns)
     if dataset.text_column != "text" and dataset.text_column in row and dataset.text_column not in names:
         names[dataset.text_column] = "text"
@@ -162,18 +167,8 @@ def renamed(row: dict[str, Any], dataset: Any) -> dict[str, Any]:
     return row
 
 
-_OF_MESSAGES = frozenset({"messages", "conversations", "prompt", "completion"})
-_TAGGED_ROLES = {
-    "user_tag": "user",
-    "assistant_tag": "assistant",
-    "observation_tag": "tool",
-    "function_tag": "function_call",
-    "system_tag": "system",
-}
-
-
 def tagged(value: Any, tags: dict[str, str]) -> Any:
-    """A list of messages with our keys and roles in place of those that `tags` names; else `value`."""
+    """Rename keys and roles of a list of messages to ours by `tags`; return other values unchanged."""
     if not isinstance(value, list):
         return value
     roles = {tags[tag]: role for tag, role in _TAGGED_ROLES.items() if tag in tags}
@@ -190,122 +185,3 @@ def tagged(value: Any, tags: dict[str, str]) -> Any:
         return new
 
     return [message(entry) for entry in value]
-
-
-# What a message's role and content are called where no tag says otherwise.
-_OTHER_KEYS = (
-    *(("role_tag", "role"), ("role_tag", "from")),
-    *(("content_tag", "content"), ("content_tag", "value")),
-)
-
-
-@dataclass(frozen=True)
-class ShardOrder:
-    """Reads a stream: nothing is downloaded beforehand, and files come in an order by seed and epoch.
-
-    is_fixed: in their own order instead.
-    """
-
-    seed: int
-    epoch: int
-    is_fixed: bool = False
-
-    def shuffled(self, files: list[Path]) -> list[Path]:
-        if self.is_fixed:
-            return files
-        order = np.random.default_rng([self.seed, self.epoch, 2]).permutation(len(files))
-        return [files[i] for i in order]
-
-
-def rows(dataset: Any, shards: ShardOrder | None = None) -> Iterator[PlacedRow]:
-    """(row, place) of each row of one dataset, wherever it comes from.
-
-    max_samples: the first ones in the dataset's own order, which a stream then keeps in every epoch.
-    """
-    if dataset.max_samples is not None:
-        own_order = None if shards is None else ShardOrder(shards.seed, shards.epoch, is_fixed=True)
-        yield from islice(_all_rows(dataset, own_order), dataset.max_samples)
-    else:
-        yield from _all_rows(dataset, shards)
-
-
-def _all_rows(dataset: Any, shards: ShardOrder | None) -> Iterator[PlacedRow]:
-    opened = opened_dataset(dataset, streaming=shards is not None)
-    if opened is not None:
-        if opened.is_stream and shards is not None and not shards.is_fixed:
-            opened = opened.shuffled(shards.seed, shards.epoch)
-        yield from opened
-    elif is_stdlib(dataset.path):
-        yield from read_stdlib()
-    else:
-        files = local_files(dataset)
-        for path in shards.shuffled(files) if shards is not None else files:
-            yield from read_file(path)
-
-
-def opened_dataset(dataset: Any, *, streaming: bool = False) -> ArrowRows | None:
-    """The rows where the `datasets` library has to read them; None for plain files."""
-    path = Path(dataset.path).expanduser()
-    if path.is_dir() and hub.is_saved_dataset(path):
-        return hub.open_dataset(dataset)
-    if (
-        not path.exists()
-        and hub.looks_like_repository(dataset.path, SUFFIXES)
-        and not is_stdlib(dataset.path)
-    ):
-        return hub.open_dataset(dataset, streaming=streaming)
-    return None
-
-
-def local_files(dataset: Any) -> list[Path]:
-    """The files of a dataset that is no Hub name. Raises DataError where there are none."""
-    files = list_files(dataset.path, follow_links=dataset.follow_links)
-    folder = Path(dataset.path).expanduser()
-    found = {file: split_of(file.relative_to(folder)) for file in files} if folder.is_dir() else {}
-    splits = set(found.values()) - {None}
-    wanted = split_of(Path(dataset.split)) or dataset.split
-    if "train" in splits and len(splits) > 1 or wanted in splits and wanted != "train":
-        chosen = [file for file, split in found.items() if split == wanted]
-        if chosen:
-            return chosen
-    elif dataset.split == "train":
-        return files
-    raise DataError(
-        f"{dataset.path} has no split {dataset.split!r}",
-        hint="a folder's splits are known by the names of its files, as in train.jsonl and test.jsonl; "
-        "else give the files themselves as the path",
-    )
-
-
-def split_of(path: Path) -> str | None:
-    """The split that the name of a file, or of a folder it lies in, speaks of; None for other names."""
-    found = _SPLIT.search("/" + path.with_suffix("").as_posix().lower() + "/")
-    return (
-        {"valid": "validation", "val": "validation", "dev": "validation", "eval": "validation"}.get(
-            found[1], found[1]
-        )
-        if found
-        else None
-    )
-
-
-def check_exists(dataset: Any) -> None:
-    """What can be told of a dataset without reading it. Raises DataError."""
-    path = Path(dataset.path).expanduser()
-    is_saved = path.is_dir() and hub.is_saved_dataset(path)
-    is_remote = not path.exists() and hub.looks_like_repository(dataset.path, SUFFIXES)
-    if is_stdlib(dataset.path) or is_saved:
-        return
-    if is_remote:
-        require_reachable(dataset.path, "datasets", kind="dataset", error=DataError)
-    else:
-        local_files(dataset)
-
-
-def _content(dataset: Any, hashes: FileHashes) -> Iterator[bytes]:
-    """What the content of a dataset is known by: a hash of each of its files in order."""
-    opened = opened_dataset(dataset)
-    if opened is not None:
-        yield from opened.content(hashes)
-    else:
-        yield from hashes.of(stdlib_files() if is_stdlib(dataset.path) else local_files(dataset))

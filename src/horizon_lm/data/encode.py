@@ -1,4 +1,4 @@
-"""From examples to token ids and, beside them, which tokens are trained on."""
+"""Encoding of examples: token ids, and which tokens are trained on."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from horizon_lm.io.leftovers import temporary_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A tokenizer needs some hundred bytes for each token of one text: a long text is cut at a line's end.
+# Tokenizers need some hundred bytes per token of one text, so long texts are cut at line ends.
 _PIECE_CHARACTERS = 1 << 20
-# To be raised when the same input is to give other tokens or another mask. 2: a completion begins where the
-# tokens of prompt and completion leave those of the prompt.
+# Increment when the same input gives other tokens or another mask. 2: a completion begins at the first token
+# that differs from the tokenised prompt.
 _FORMAT = 2
 
-Tokens = tuple[list[int], list[Span]]  # ids, and the characters of each where they were asked for
-Finished = tuple[list[int], np.ndarray | None]  # ids, and which are trained on; None: all
+Tokens = tuple[list[int], list[Span]]  # ids, and the character span of each if requested
+Finished = tuple[list[int], np.ndarray | None]  # ids, and the loss mask; None: all are trained on
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The tokens of one document. `trained` [tokens] of bool; None: all are."""
+    """Tokens of one document. trained: [tokens] of bool; None: all."""
 
     ids: np.ndarray
     trained: np.ndarray | None
@@ -42,7 +42,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Job:
-    """What an example needs of the tokenizer: `texts`, with offsets or not; `finish` takes their tokens."""
+    """Texts to tokenise for an example, with or without offsets; `finish` takes their tokens."""
 
     texts: tuple[str, ...]
     finish: Callable[..., Finished]
@@ -50,10 +50,10 @@ class _Job:
 
 
 class Encoder:
-    """Tokenises examples. The same settings and tokenizer give the same tokens (`key`).
+    """Tokenizer of examples; `key` identifies everything that decides the tokens.
 
     loss_on: auto | all | completion | assistant | last_assistant. auto trains on every token of a text, on
-    the completion of a pair, on every turn of the assistant.
+    completions of pairs, and on every assistant turn.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class Encoder:
         self._template_text = None if chat_template is None else read_template(chat_template)
         if chat_template == "chatml" and "<|im_end|>" not in tokenizer.get_added_vocab():
             raise ConfigError(
-                "chat_template=chatml ends a turn with <|im_end|>, which is no token of this tokenizer",
-                hint="chat_template=plain ends it with the end-of-text token, which every tokenizer has",
+                "chat_template=chatml ends turns with <|im_end|>, which is not a token of this tokenizer",
+                hint="set chat_template=plain, which ends turns with the end-of-text token",
             )
         self._template_kwargs = chat_template_kwargs or {}
         self._chat: ChatTemplate | None = None
@@ -90,11 +90,11 @@ class Encoder:
 
     @property
     def _marking_chat(self) -> ChatTemplate:
-        """The chat template, tried out at its first use on whether it can say what the assistant said."""
+        """The chat template, checked at first use: it must tell what the assistant said."""
         if not self._is_checked:
             if not self.tokenizer.is_fast:
                 raise ConfigError(
-                    "this tokenizer cannot say which characters its tokens stand for, as a mask needs",
+                    "this tokenizer cannot map its tokens to characters, which the loss mask needs",
                     hint="use a model with a tokenizer.json",
                 )
             check_template(self.chat)
@@ -103,14 +103,14 @@ class Encoder:
 
     @property
     def chat_template_to_save(self) -> str | None:
-        """The template that was given in place of the tokenizer's own, as it is to be used later."""
+        """The template given in place of the tokenizer's own, to save with the model."""
         return self._template_text
 
     def key(self, format: int = _FORMAT, *, by_name: bool = False) -> str:
-        """A hash of everything that decides on the tokens of an example.
+        """Hash everything that decides the tokens of an example.
 
-        format: an earlier version's. by_name: as versions before 28 November 2026 made it of a tokenizer
-        written in Python (of its name and size), and of one that splits special tokens (as if it did not).
+        format: that of an earlier version. by_name: as before 28 November 2026, when tokenizers written in
+        Python were identified by name and size, and `split_special_tokens` was ignored.
         """
         tokenizer: Any = self.tokenizer
         if by_name:
@@ -123,17 +123,17 @@ class Encoder:
             tokenizer.chat_template,
             sorted(self._template_kwargs.items(), key=str),
         )
-        made_by = (format, version("trl"))  # TRL decides on the training variants of templates
+        made_by = (format, version("trl"))  # TRL provides training variants of templates
         return xxhash.xxh3_128(repr((parts, template, self._loss_on, made_by)).encode()).hexdigest()
 
     def encode(self, batch: Sequence[Placed]) -> list[Encoded | DataError]:
-        """The tokens of each example of `batch`, or why it cannot be trained on, in order.
+        """Encode each example of `batch`, in order; an unusable one gives its error.
 
-        Raises DataError and ConfigError where the chat template, not the example, is at fault.
+        Raises DataError and ConfigError if the chat template, not the example, is at fault.
         """
         self.get_ready(batch)
         results: list[Encoded | DataError | None] = [None] * len(batch)
-        jobs: list[tuple[int, _Job]] = []  # place in `results`, and what is to be done for it
+        jobs: list[tuple[int, _Job]] = []  # by index in `results`
         for i, placed in enumerate(batch):
             try:
                 jobs.append((i, self._job(placed)))
@@ -152,7 +152,7 @@ class Encoder:
         return [result for result in results if result is not None]
 
     def get_ready(self, batch: Sequence[Placed]) -> None:
-        """Try the chat template out, if `batch` needs it."""
+        """Check the chat template if `batch` needs it."""
         for placed in batch:
             if isinstance(placed.example, Chat):
                 _ = self._marking_chat if self._loss_of(placed.example) in _BY_TURNS else self.chat
@@ -160,8 +160,8 @@ class Encoder:
     def _encoded(self, ids: list[int], trained: np.ndarray | None, placed: Placed) -> Encoded:
         if trained is not None and not trained.any():
             raise DataError(
-                f"{placed.place} has no token to train on",
-                hint="the assistant says nothing in it; remove it, or on_bad_row: skip",
+                f"{placed.place} has no token to train on, as the assistant says nothing",
+                hint="remove it, or set on_bad_row: skip",
             )
         is_text = isinstance(placed.example, Text)
         return Encoded(np.asarray(ids, self.dtype), trained, placed.place, placed.dataset, is_text)
@@ -175,8 +175,8 @@ class Encoder:
         return self._job_of_chat(example, placed.place)
 
     def _job_of_pair(self, pair: Pair) -> _Job:
-        """As TRL's SFTTrainer prepares it, to the token: the end of a text is written unless it is there, and
-        both texts get the special tokens that the tokenizer puts around a text."""
+        """Prepare a pair exactly as TRL's SFTTrainer does: append the end-of-text token unless present, and
+        add the tokenizer's special tokens around both texts."""
         end = str(self.tokenizer.eos_token)
         completion = pair.completion if pair.completion.endswith(end) else pair.completion + end
         whole = pair.prompt + completion
@@ -191,7 +191,7 @@ class Encoder:
         return [*self._before, *ids, *self._after]
 
     def _loss_of(self, chat: Chat) -> str:
-        """What is trained on, with `auto` made out."""
+        """Resolve `auto`."""
         if self._loss_on == "auto":
             return "completion" if chat.num_prompt else "assistant"
         return self._loss_on
@@ -204,7 +204,7 @@ class Encoder:
             if not chat.num_prompt:
                 raise DataError(
                     f"{place} is a conversation without a prompt column, which loss_on: completion needs",
-                    hint="loss_on: assistant, or last_assistant",
+                    hint="set loss_on: assistant or last_assistant",
                 )
             texts = self.chat.prompt_and_whole(chat, place)
             return _Job(texts, lambda prompt, tokens: _from_border(prompt[0], tokens[0]))
@@ -221,9 +221,9 @@ _BY_TURNS = frozenset({"assistant", "last_assistant"})
 
 
 def _from_border(prompt: list[int], whole: list[int]) -> Finished:
-    """`whole`, trained on from where it leaves `prompt`: a token that straddles the border is trained on.
+    """Train on `whole` from its first token that differs from `prompt`, so a token across the border counts.
 
-    The border is that of TRL (`trl.data_utils.common_prefix_length`).
+    The border is TRL's (`trl.data_utils.common_prefix_length`).
     """
     same = 0
     for one, other in zip(prompt, whole, strict=False):
@@ -234,9 +234,9 @@ def _from_border(prompt: list[int], whole: list[int]) -> Finished:
 
 
 def _content_of(tokenizer: Any) -> str:
-    """What a tokenizer is, apart from the special tokens that it names: JSON, or a hash of its files."""
+    """Identify a tokenizer, except for its named special tokens: by JSON, or by a hash of its files."""
     if tokenizer.is_fast:
-        backend = str(tokenizer.backend_tokenizer.to_str())  # does not say whether special tokens are split
+        backend = str(tokenizer.backend_tokenizer.to_str())  # lacks split_special_tokens
         return backend + ("split_special_tokens" if tokenizer.split_special_tokens else "")
     digest = xxhash.xxh3_128(type(tokenizer).__name__.encode())
     with temporary_folder("horizon-tokenizer-") as folder:
@@ -248,7 +248,7 @@ def _content_of(tokenizer: Any) -> str:
 
 
 def _special_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The special tokens that a tokenizer puts before and after one text."""
+    """Return the special tokens that a tokenizer adds before and after a text."""
     bare = list(tokenizer("a", add_special_tokens=False).input_ids)
     full = list(tokenizer("a").input_ids)
     for begin in range(len(full) - len(bare) + 1):
@@ -258,10 +258,10 @@ def _special_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
 
 
 def covered(offsets: Sequence[Span], spans: Sequence[Span]) -> np.ndarray:
-    """Which tokens hold a character of one of `spans`; offsets [tokens] of (first, one past the last).
+    """Mark tokens that hold a character of one of `spans`; offsets: [tokens] of (first, one past the last).
 
-    Many byte-level tokenizers trim white space from their offsets, so that a token of nothing else has
-    none left: it stands at its end.
+    Many byte-level tokenizers trim white space from offsets: a token of white space alone has an empty span
+    at its end.
     """
     first, last = np.asarray(offsets, np.int64).reshape(-1, 2).T
     is_space = first == last
@@ -274,9 +274,9 @@ def covered(offsets: Sequence[Span], spans: Sequence[Span]) -> np.ndarray:
 def _tokenised(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, with_offsets: bool
 ) -> list[Tokens]:
-    """(ids, offsets) of each text, without special tokens; offsets are empty unless asked for."""
+    """Return (ids, offsets) of each text, without special tokens; offsets only if requested."""
     pieces: list[str] = []
-    owners: list[tuple[int, int]] = []  # text, and its character at which the piece begins
+    owners: list[tuple[int, int]] = []  # text, and the piece's first character in it
     for i, text in enumerate(texts):
         begin = 0
         while len(text) - begin > _PIECE_CHARACTERS:

@@ -1,4 +1,4 @@
-"""Steps of micro-batches in a seeded order, with a place that can be saved and taken up again."""
+"""Micro-batches of each step in a seeded order, with a position that can be saved and resumed."""
 
 from __future__ import annotations
 
@@ -6,25 +6,84 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
-from horizon_lm.data.batches import StepSize, collate
-from horizon_lm.data.packing import Rows, data_has_changed
+from horizon_lm.config.data import IGNORED
+from horizon_lm.data.packing import Row, Rows, data_has_changed
 from horizon_lm.errors import DataError
 from horizon_lm.micro_batches import MicroBatch
 from horizon_lm.words import count
 
+_STEPS_AHEAD = 2  # per worker
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """Size of a step. tokens: without padding; positions: with padding; lengths: of the segments within which
+    tokens attend to each other, for attention FLOPs."""
+
+    tokens: int = 0
+    positions: int = 0
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def squares(self) -> int:
+        """Sum of the squared lengths."""
+        return sum(length * length for length in self.lengths)
+
+    def __add__(self, other: StepSize) -> StepSize:
+        return StepSize(
+            self.tokens + other.tokens, self.positions + other.positions, self.lengths + other.lengths
+        )
+
+
+def collate(rows: Sequence[Row], strategy: str, pad_id: int) -> tuple[MicroBatch, StepSize]:
+    """Make a micro-batch of `rows`: int64 [rows, longest], right-padded with labels of -100.
+
+    wrapped: input_ids and labels, and attention_mask if there is padding. none: attention_mask too. bfd:
+    position_ids that begin at 0 in every document and in the padding; transformers derives the mask that
+    separates documents from these, but only without attention_mask.
+    """
+    longest = max(2, max(len(row.ids) for row in rows))
+    ids = np.full((len(rows), longest), pad_id, np.int64)
+    labels = np.full((len(rows), longest), IGNORED, np.int64)
+    mask = np.zeros((len(rows), longest), np.int64)
+    lengths: list[int] = []
+    for i, row in enumerate(rows):
+        ids[i, : len(row.ids)], labels[i, : len(row.ids)], mask[i, : len(row.ids)] = row.ids, row.labels, 1
+        lengths += [len(row.ids)] if strategy == "wrapped" else row.lengths.tolist()
+    batch = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
+    if strategy == "bfd":
+        batch["position_ids"] = torch.from_numpy(np.stack([_positions(row, longest) for row in rows]))
+    elif strategy == "none" or not mask.all():
+        batch["attention_mask"] = torch.from_numpy(mask)
+    return batch, StepSize(int(mask.sum()), mask.size, tuple(lengths))
+
+
+def _positions(row: Row, longest: int) -> np.ndarray:
+    lengths = [*row.lengths.tolist(), longest - len(row.ids)]
+    return np.concatenate([np.arange(length) for length in lengths])
+
+
+def in_order(rows: Rows, micro_batch_size: int, pad_id: int) -> Iterator[MicroBatch]:
+    """Yield every row once, in order, for evaluation; the last micro-batch may be smaller."""
+    for begin in range(0, len(rows), micro_batch_size):
+        numbers = range(begin, min(begin + micro_batch_size, len(rows)))
+        yield collate([rows.row(number) for number in numbers], rows.strategy, pad_id)[0]
+
+
 Step = tuple[list[MicroBatch], StepSize]
-_STEPS_AHEAD = 2  # for each worker
 
 
 class Loader(Protocol):
-    """What the training loop takes its steps from.
+    """Source of training steps.
 
     epoch: passes over the data so far. rows_per_step: sequences in a full step. size: of the latest step.
-    crosses_epochs: steps go by the rule of earlier versions (see `TokenLoader`). The state is JSON-ready.
+    crosses_epochs: see `TokenLoader`. The state is JSON-ready.
     """
 
     size: StepSize
@@ -54,21 +113,19 @@ class Loader(Protocol):
 
 
 class TokenLoader:
-    """Endless steps over `rows`: each epoch is one seeded permutation of them.
+    """Endless steps over `rows`, in one seeded permutation per epoch.
 
-    Every row comes exactly once in an epoch, and no step crosses the end of one: the last step of an epoch
-    takes the rows that are left, in fewer micro-batches, the last of which may have fewer rows. A step that
-    is larger than the data is one whole epoch. (So does transformers' Trainer.) The place is two numbers, so
-    resuming is exact.
+    Every row comes exactly once in an epoch, and steps do not cross epochs: the last step of an epoch takes
+    the remaining rows, in fewer micro-batches, the last of which may be smaller, as in transformers. A step
+    larger than the data is one epoch. The position is two numbers, so resuming is exact.
 
-    crosses_epochs: the rule of versions before 28 November 2026: a step that reaches the end of an epoch
-    takes its last rows from the next one. States that were saved by them do not have that key; a loader that
-    goes on from such a state keeps to it, and to its count of steps.
+    crosses_epochs: the rule of versions before 28 November 2026, where a step at the end of an epoch takes
+    its last rows from the next. Their states lack the key; a loader resumed from one keeps that rule and its
+    count of steps.
 
-    num_workers: threads that make the next steps ready while one is computed; 0: each is made when asked for.
-    The order does not depend on it, nor does the place: that is of the steps given out, not of those made.
-    Threads, since making a step is copying (which frees the interpreter), and a process that holds a model
-    in hundreds of gigabytes is not one to fork.
+    num_workers: threads that prepare steps ahead; 0: prepare each on demand. Neither order nor position
+    depends on it: the position counts steps given out. Threads, because preparing a step is copying, which
+    releases the GIL, and a process holding a model of hundreds of gigabytes should not fork.
     """
 
     def __init__(
@@ -83,9 +140,8 @@ class TokenLoader:
     ) -> None:
         if not len(rows):
             raise DataError(
-                "there is no sequence to train on",
-                hint="'horizon data preview' shows what becomes of the data; max_length, truncation and "
-                "loss_on decide what is left",
+                "no sequence to train on",
+                hint="run 'horizon data preview', and check max_length, truncation and loss_on",
             )
         if micro_batch_size < 1 or micro_batches_per_step < 1:
             raise ValueError(f"batch sizes must be positive: {micro_batch_size}, {micro_batches_per_step}")
@@ -94,31 +150,31 @@ class TokenLoader:
         self._micro_batches_per_step = micro_batches_per_step
         self._seed, self._pad_id = seed, pad_id
         self._ahead = StepsAhead(num_workers)
-        self._end: int | None = None  # rows of the whole run
+        self._end: int | None = None  # rows in the whole training run
         self.crosses_epochs = False
-        self._counted = (0, 0)  # steps done and rows given out when steps began to have this size
+        self._counted = (0, 0)  # steps done and rows given out when steps got their present size
         self._go_to(0, 0)
 
     @property
     def rows_per_step(self) -> int:
-        """Sequences in one full step, over all its micro-batches."""
+        """Sequences in one full step."""
         return self._micro_batch_size * self._micro_batches_per_step
 
     def cut(self, micro_batch_size: int, micro_batches_per_step: int) -> None:
-        """Make steps of another size from here on."""
+        """Change the size of the steps to come."""
         self._micro_batch_size = micro_batch_size
         self._micro_batches_per_step = micro_batches_per_step
         self._go_to(*divmod(self._given, len(self._rows)))
 
     def count_from(self, steps_done: int) -> None:
-        """Steps have had another size up to here: `end_after` counts those to come from this place on."""
+        """Count steps from here in `end_after`: earlier ones had another size."""
         self._counted = (steps_done, self._given)
 
     def end_after(self, num_train_epochs: float, max_steps: int) -> int:
-        """Set where the run ends, and return its optimizer steps from the beginning.
+        """Set the end of the training run, and return its total optimizer steps.
 
-        max_steps above 0 decides. Else the run takes each row in every whole epoch, and as many rows as are
-        nearest to a fraction of one; at least one row. The step at the end takes no more than that.
+        A positive max_steps decides. Otherwise the run takes every row once per whole epoch and, for a
+        fraction, the nearest number of rows; at least one. The last step stops there.
         """
         self._end = None
         if max_steps > 0:
@@ -126,7 +182,7 @@ class TokenLoader:
         done, given = self._counted
         if self.crosses_epochs:
             steps = (num_train_epochs * len(self._rows) - given) / self.rows_per_step
-            # 0.1 * 30 is not to become 4 steps by a rounding error
+            # keeps 0.1 * 30 from becoming 4 steps by a rounding error
             return max(1, done + max(0, math.ceil(steps - 1e-9)))
         self._end = max(1, math.floor(num_train_epochs * len(self._rows) + 0.5))
         left = max(0, self._end - given)
@@ -137,27 +193,27 @@ class TokenLoader:
 
     @property
     def epoch(self) -> float:
-        """Epochs given out so far, as a number that grows with each step."""
+        """Epochs given out so far; grows with each step."""
         return self._given / len(self._rows)
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         return self
 
     def __next__(self) -> list[MicroBatch]:
-        """The micro-batches of the next step (see `collate`).
+        """Return the micro-batches of the next step (see `collate`).
 
-        Labels are aligned with the inputs, as transformers wants them; the model shifts.
+        Labels are aligned with the inputs, as in transformers; the model shifts them.
         """
         batches, self.size = self._ahead.next(self._next_job)
         self._given += sum(len(batch["input_ids"]) for batch in batches)
         return batches
 
     def close(self) -> None:
-        """End the threads that make steps ready; no more can be taken."""
+        """Stop the threads; no more steps can be taken."""
         self._ahead.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The place, and what it is a place in."""
+        """Return the position and what identifies the data."""
         epoch, position = divmod(self._given, len(self._rows))
         return {
             "made_from": self._rows.made_from,
@@ -171,7 +227,7 @@ class TokenLoader:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a saved place. Raises `DataError` if the data is not what it was then."""
+        """Go to a saved position. Raises `DataError` if the data has changed since."""
         if isinstance(state, Mapping) and state.get("fingerprint") != self._rows.fingerprint:
             raise data_has_changed(state, self._rows)
         epoch, position, seed = numbers_of(state, "epoch", "position", "seed")
@@ -188,7 +244,7 @@ class TokenLoader:
     def _go_to(self, epoch: int, position: int) -> None:
         self._ahead.clear()
         self._given = epoch * len(self._rows) + position  # rows given out
-        self._epoch, self._position = epoch, position  # of the next row to be made ready
+        self._epoch, self._position = epoch, position  # of the next row to prepare
         self._order = self._permutation(epoch)
         self.size = StepSize()
 
@@ -204,7 +260,7 @@ class TokenLoader:
             return self.rows_per_step
         left = len(self._rows) - self._position
         to_end = 0 if self._end is None else self._end - self._epoch * len(self._rows) - self._position
-        if to_end > 0:  # a run that went back to a checkpoint takes its last steps from beyond the end
+        if to_end > 0:  # after a rollback, the last steps come from beyond the end
             left = min(left, to_end)
         return min(self.rows_per_step, left)
 
@@ -218,7 +274,7 @@ class TokenLoader:
         return batches, size
 
     def _take(self, wanted: int) -> np.ndarray:
-        """The next `wanted` row numbers, of as many epochs as that needs."""
+        """Return the next `wanted` row numbers, across epochs if needed."""
         parts = []
         while wanted > 0:
             part = self._order[self._position : self._position + wanted]
@@ -236,7 +292,7 @@ _COUNTED = ("counted[0]", "counted[1]")
 
 
 def numbers_of(state: Mapping[str, Any], *keys: str) -> list[int]:
-    """The counts under `keys` of a loader's state. Raises DataError for what cannot be one."""
+    """Return the counts under `keys` of a loader's state. Raises DataError for invalid ones."""
     if not isinstance(state, Mapping):
         raise not_a_place(str(state)[:80])
     for key in keys:
@@ -247,14 +303,12 @@ def numbers_of(state: Mapping[str, Any], *keys: str) -> list[int]:
 
 
 def not_a_place(what: str) -> DataError:
-    """The error for a loader's state that no loader has saved."""
-    return DataError(
-        f"the saved place in the data is not one: {what}", hint="resume from an earlier checkpoint"
-    )
+    """Return the error for an invalid loader state."""
+    return DataError(f"invalid saved data position: {what}", hint="resume from an earlier checkpoint")
 
 
 class StepsAhead:
-    """Runs jobs in threads a few ahead of what is asked for; gives their results in the order of the jobs."""
+    """Jobs run a few ahead in threads; results keep the order of the jobs."""
 
     def __init__(self, num_workers: int) -> None:
         self._num_workers = num_workers
@@ -269,11 +323,11 @@ class StepsAhead:
         return self._waiting.popleft().result()
 
     def close(self) -> None:
-        """End the threads; what they are at is not waited for."""
+        """Stop the threads without waiting for them."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def clear(self) -> None:
-        """Forget what was made ready."""
+        """Drop prepared steps."""
         while self._waiting:
             self._waiting.popleft().cancel()

@@ -1,12 +1,12 @@
-"""From documents to training sequences (rows), as a table of segments: no token is copied.
+"""Packing: training sequences (rows) as tables of segments over the token store, without copying tokens.
 
-- `wrapped`: all documents in one row, cut every `max_length` tokens without regard to documents. The last,
-  partial sequence is left out of training, and kept for evaluation.
-- `bfd`: whole documents, best fit decreasing (by TRL's `pack_dataset`); each keeps its own positions, from 0,
-  and attends to nothing but itself.
-- `none`: one document a sequence.
+- `wrapped`: join all documents and cut every `max_length` tokens. The last, partial sequence is dropped in
+  training and kept in evaluation.
+- `bfd`: whole documents, best fit decreasing (TRL's `pack_dataset`); positions restart at 0 and attention
+  stays within each document.
+- `none`: one document per sequence.
 
-In the last two, what is done with a document longer than `max_length` is `truncation`.
+In the last two, `truncation` decides about documents longer than `max_length`.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import xxhash
 
 from horizon_lm.config.data import IGNORED
-from horizon_lm.data.hub import quiet
+from horizon_lm.data.hf_datasets import quiet
 from horizon_lm.data.tokens import TokenStore
 from horizon_lm.errors import DataError
 from horizon_lm.words import count
 
-# Documents that are packed together: TRL's algorithm takes about 0.1 ms for each, and with so many fills more
-# than 99.9 % of each sequence.
+# Documents packed at once: TRL takes about 0.1 ms for each, and this many fill more than 99.9 % of each
+# sequence.
 _PACKED_TOGETHER = 50_000
 
 
@@ -41,9 +41,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Left:
-    """What `truncation` and packing left out: documents, and tokens (with those of the documents).
+    """Counts of what truncation and packing dropped: documents, and tokens (including theirs).
 
-    truncated: documents that were cut. too_long: those of `documents` that are longer than max_length.
+    truncated: documents cut. too_long: those of `documents` longer than max_length.
     """
 
     documents: int = 0
@@ -52,28 +52,31 @@ class Left:
     too_long: int = 0
 
 
+@dataclass(frozen=True, eq=False)
 class Rows:
     """Sequences over `store`: row r has the segments offsets[r] to offsets[r + 1].
 
-    starts, lengths [segments] in tokens of the store. separate: positions begin anew in each segment.
+    starts, segment_lengths: [segments], in tokens of the store.
     """
 
-    def __init__(
-        self,
-        store: TokenStore,
-        starts: np.ndarray,
-        lengths: np.ndarray,
-        offsets: np.ndarray,
-        *,
-        max_length: int,
-        strategy: str,
-        left: Left,
-    ) -> None:
-        self.store, self.starts, self.segment_lengths, self.offsets = store, starts, lengths, offsets
-        self.max_length, self.strategy, self.left = max_length, strategy, left
-        self.is_separate = strategy != "wrapped"
-        totals = np.concatenate([[0], np.cumsum(lengths)])
-        self.lengths = totals[offsets[1:]] - totals[offsets[:-1]]  # tokens of each row
+    store: TokenStore
+    starts: np.ndarray
+    segment_lengths: np.ndarray
+    offsets: np.ndarray
+    max_length: int
+    strategy: str
+    left: Left
+
+    @property
+    def is_separate(self) -> bool:
+        """Whether positions restart at 0 in each segment."""
+        return self.strategy != "wrapped"
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        totals = np.concatenate([[0], np.cumsum(self.segment_lengths)])
+        return totals[self.offsets[1:]] - totals[self.offsets[:-1]]
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -84,7 +87,7 @@ class Rows:
 
     @property
     def fill(self) -> float:
-        """Share of the positions of all rows that hold a token, were each padded to max_length."""
+        """Share of positions that hold a token, with every row padded to max_length."""
         return self.num_tokens / (len(self) * self.max_length) if len(self) else 0.0
 
     def row(self, number: int) -> Row:
@@ -95,13 +98,13 @@ class Rows:
         labels = ids.copy()
         if self.store.trained is not None:
             labels[~np.concatenate([self.store.trained[span] for span in spans])] = IGNORED
-        if self.is_separate:  # the first token of a document is no continuation of the one before it
+        if self.is_separate:  # the first token of a document does not continue the previous one
             labels[np.cumsum(lengths)[:-1]] = IGNORED
         return Row(ids, labels, lengths)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of every row's tokens and of NumPy's permutations, which a new version may change."""
+        """Hash of all rows and of NumPy's permutations, which a new version may change."""
         digest = xxhash.xxh3_128(self.store.fingerprint.encode())
         for array in (self.starts, self.segment_lengths, self.offsets):
             digest.update(np.ascontiguousarray(array, np.int64).data)
@@ -110,7 +113,7 @@ class Rows:
 
     @property
     def made_from(self) -> dict[str, Any]:
-        """What the sequences are made from, part by part, to say later what is no longer the same."""
+        """What identifies each part of the sequences, to tell later which one changed."""
         segments = xxhash.xxh3_128()
         for array in (self.starts, self.segment_lengths, self.offsets):
             segments.update(np.ascontiguousarray(array, np.int64).data)
@@ -125,55 +128,63 @@ class Rows:
 
 
 def data_has_changed(state: Mapping[str, Any], rows: Rows) -> DataError:
-    """The error for a loader's state that was saved with other sequences: says which part is another.
+    """Return the error for a loader state saved with other sequences, naming what changed.
 
-    States of earlier versions say no more than their number of sequences.
+    States of earlier versions hold only the number of sequences.
     """
     try:
         what, hint = _what_has_changed(state, rows)
     except (LookupError, TypeError, ValueError, AttributeError):
-        what, hint = "what it was made from is not known", "resume from an earlier checkpoint"
+        what, hint = "the state does not say what it was made from", "resume from an earlier checkpoint"
     return DataError(f"the data has changed since this state was saved: {what}", hint=hint)
 
 
 def _what_has_changed(state: Mapping[str, Any], rows: Rows) -> tuple[str, str]:
-    """(what is another, the hint)."""
+    """Return (what changed, hint)."""
     hint = "restore the data, the tokenizer and the settings of the group Data, or start a new run"
     then, now = state.get("made_from"), rows.made_from
     if then is None:
         what = f"{count(state['rows'], 'sequence')} then, {len(rows):,} now"
         if state["rows"] == len(rows):
-            what = f"still {count(len(rows), 'sequence')}, but of other tokens, or with others trained on"
+            what = f"still {count(len(rows), 'sequence')}, but with different tokens or a different loss mask"
         if "prompt_completion" in rows.store.counts.formats:
-            hint += "; of prompt and completion, an earlier version left out the first tokens of some answers"
+            hint += "; with prompt_completion, an earlier version dropped the first tokens of some answers"
     elif then["files"].get("tokens.bin") != now["files"].get("tokens.bin"):
-        what = "the tokens are others"
+        what = "the tokens differ"
         if (then["documents"], then["tokens"]) != (now["documents"], now["tokens"]):
             what += (
                 f": {then['tokens']:,} in {count(then['documents'], 'document')} then, {now['tokens']:,} in "
                 f"{now['documents']:,} now"
             )
         else:
-            what += f", though as many ({now['tokens']:,} in {count(now['documents'], 'document')})"
+            what += f", though not in number ({now['tokens']:,} in {count(now['documents'], 'document')})"
         hint = (
             "restore the content of the data files, the tokenizer and the chat template, or start a new run"
         )
     elif then["files"].get("trained.bin") != now["files"].get("trained.bin"):
         what = (
-            f"the tokens are the same, but others are trained on: {then['trained_tokens']:,} then, "
-            f"{now['trained_tokens']:,} now"
+            f"the tokens are the same, but the loss mask differs: {then['trained_tokens']:,} trained on "
+            f"then, {now['trained_tokens']:,} now"
         )
         hint = "restore loss_on, the chat template and the versions of trl and horizon-lm, or start a new run"
     elif (then["files"], then["segments"]) != (now["files"], now["segments"]):
         what = (
-            "the tokens are the same, but cut or packed another way: "
+            "the tokens are the same, but cut or packed differently: "
             f"{count(state['rows'], 'sequence')} then, {len(rows):,} now"
         )
         hint = "restore max_length, packing, truncation, weights, val_size and data_seed, or start a new run"
     else:
-        what = "the order is another, as this version of numpy permutes another way"
+        what = "the order differs, because this version of numpy permutes differently"
         hint = "restore the version of numpy, or start a new run"
     return what, hint
+
+
+class Layout(TypedDict):
+    """How documents become sequences: parameters of `make_rows`."""
+
+    max_length: int
+    strategy: str
+    truncation: str
 
 
 def make_rows(
@@ -185,17 +196,14 @@ def make_rows(
     truncation: str = "drop",
     keep_rest: bool = False,
 ) -> Rows:
-    """Sequences of the `documents` (numbers, in order; one may come twice) of a store.
-
-    Raises DataError where nothing is left to train on.
-    """
+    """Make sequences of `documents` (numbers, in order, may repeat). Raises DataError if none is left."""
     if strategy == "wrapped":
         return _wrapped(store, documents, max_length, keep_rest)
     starts, lengths, left = _truncated(store, documents, max_length, truncation)
     if not len(starts):
         raise DataError(
-            f"no document fits: all {len(documents)} are longer than max_length={max_length}, or have "
-            "nothing to train on in so many tokens",
+            f"no usable document: all {len(documents)} are longer than max_length={max_length}, or have "
+            "nothing to train on within it",
             hint="raise max_length, or set truncation: keep_start",
         )
     if strategy == "bfd":
@@ -203,7 +211,7 @@ def make_rows(
         starts, lengths = starts[order], lengths[order]
     else:
         offsets = np.arange(len(starts) + 1)
-    return Rows(store, starts, lengths, offsets, max_length=max_length, strategy=strategy, left=left)
+    return Rows(store, starts, lengths, offsets, max_length, strategy, left)
 
 
 def _wrapped(store: TokenStore, documents: np.ndarray, max_length: int, keep_rest: bool) -> Rows:
@@ -214,23 +222,23 @@ def _wrapped(store: TokenStore, documents: np.ndarray, max_length: int, keep_res
     if num_rows == 0:
         raise DataError(
             f"the data holds {total} tokens, less than one sequence of {max_length}",
-            hint=f"give more text, or max_length={total}" if total > 1 else "give more text",
+            hint=f"add text, or set max_length={total}" if total > 1 else "add text",
         )
     used = min(total, num_rows * max_length)
     cuts = np.arange(0, used, max_length)
-    begins = np.union1d(cuts, (ends - lengths)[ends - lengths < used])  # in the one row of all documents
+    begins = np.union1d(cuts, (ends - lengths)[ends - lengths < used])  # positions in the joined documents
     owner = np.searchsorted(ends, begins, side="right")
     starts = store.starts[documents][owner] + begins - (ends - lengths)[owner]
     segment_lengths = np.diff(np.append(begins, used))
     offsets = np.append(np.searchsorted(begins, cuts), len(begins))
     left = Left(tokens=total - used)
-    return Rows(store, starts, segment_lengths, offsets, max_length=max_length, strategy="wrapped", left=left)
+    return Rows(store, starts, segment_lengths, offsets, max_length, "wrapped", left)
 
 
 def _truncated(
     store: TokenStore, documents: np.ndarray, max_length: int, truncation: str
 ) -> tuple[np.ndarray, np.ndarray, Left]:
-    """(starts, lengths) of the pieces of documents that are kept, in order, and what was left out."""
+    """Return (starts, lengths) of the kept pieces of documents, in order, and what was dropped."""
     starts, lengths = store.starts[documents], store.lengths[documents]
     total = int(lengths.sum())
     is_long = lengths > max_length
@@ -257,7 +265,7 @@ def _truncated(
 
 
 def _has_target(store: TokenStore, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Which pieces have a token that is trained on; the first of a piece never is, as nothing precedes it."""
+    """Mark pieces with a token to train on; the first token of a piece is never a target."""
     if store.trained is None:
         return lengths > 1
     found = np.empty(len(starts), bool)
@@ -267,7 +275,7 @@ def _has_target(store: TokenStore, starts: np.ndarray, lengths: np.ndarray) -> n
 
 
 def _best_fit(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(order of the pieces, offsets of the rows in it): TRL's best fit decreasing, on piece numbers."""
+    """Return (order of pieces, offsets of rows in it) from TRL's best fit decreasing on piece numbers."""
     import datasets
     import pyarrow
     from trl import pack_dataset
@@ -275,14 +283,14 @@ def _best_fit(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndar
     orders, counts = [], []
     for begin in range(0, len(lengths), _PACKED_TOGETHER):
         part = lengths[begin : begin + _PACKED_TOGETHER]
-        numbers = np.repeat(np.arange(begin, begin + len(part)), part)  # what is packed: each piece's number
+        numbers = np.repeat(np.arange(begin, begin + len(part)), part)  # packed in place of tokens
         column = pyarrow.ListArray.from_arrays(
             np.concatenate([[0], np.cumsum(part)]).astype(np.int32), pyarrow.array(numbers)
         )
         dataset = datasets.Dataset(pyarrow.table({"numbers": column}))
         options = {"batch_size": len(part), "keep_in_memory": True}
-        with quiet(datasets):
-            # Its tree has a leaf for each length. Where all fit into one sequence, a longer one is the same.
+        with quiet():
+            # TRL builds a tree with a leaf per length: keep it small where all pieces fit into one row.
             room = min(max_length, int(part.sum()))
             packed = pack_dataset(dataset, room, "bfd", options).data.table
         sequences = packed["seq_lengths"].combine_chunks()
@@ -294,9 +302,9 @@ def _best_fit(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndar
 
 
 def weighted(store: TokenStore, documents: np.ndarray, weights: list[float], seed: int) -> np.ndarray:
-    """`documents` with those of each dataset `weight` times: whole copies, and a seeded part of them.
+    """Repeat the documents of each dataset `weight` times: whole copies, and a seeded part.
 
-    The order stays that of the data; copies of a document follow each other a whole dataset apart.
+    Keeps the order of the data; copies of a document are a whole dataset apart.
     """
     if all(weight == 1 for weight in weights):
         return documents
@@ -311,13 +319,13 @@ def weighted(store: TokenStore, documents: np.ndarray, weights: list[float], see
 
 
 def split_off(num_documents: int, size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(documents to train on, documents to evaluate on): a seeded part, `size` a share below 1 or a count."""
+    """Split into (training, evaluation) documents, seeded; size: a share below 1, or a count."""
     count = round(size * num_documents) if size < 1 else int(size)
     if not 0 < count < num_documents:
         raise DataError(
             f"val_size={size:g} of {num_documents} documents leaves {count} to evaluate on and "
             f"{num_documents - count} to train on",
-            hint="give more data, another val_size, or eval_datasets",
+            hint="add data, change val_size, or set eval_datasets",
         )
     order = np.random.default_rng([seed, 1]).permutation(num_documents)
     return np.sort(order[count:]), np.sort(order[:count])

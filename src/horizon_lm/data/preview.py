@@ -1,17 +1,17 @@
-"""What a run would train on, for the eye: samples, lengths, packing, and what is left out."""
+"""Preview of training data: counts, omissions, samples, lengths, packing."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
 from horizon_lm.config.data import IGNORED
 from horizon_lm.data.formats import CHAT_FORMATS
-from horizon_lm.data.left_out import remarks, used
-from horizon_lm.data.packing import Row
+from horizon_lm.data.packing import Row, Rows
 from horizon_lm.data.streaming import StreamLoader
 from horizon_lm.io.output import raw_stream
 from horizon_lm.text import printable, shown
@@ -19,19 +19,105 @@ from horizon_lm.words import count
 
 if TYPE_CHECKING:
     from rich.text import Text
+    from transformers import PreTrainedTokenizerBase
 
     from horizon_lm.data.training_data import TrainingData
 
+
+WARN_ABOVE = 0.05  # share of the documents
 _BARS = 12
 _BAR_WIDTH = 40
-_SAMPLE_TOKENS = 400  # a longer sequence is shown by its beginning
+_SAMPLE_TOKENS = 400  # longer sequences are cut
 
 Piece = tuple[str, bool, int]  # text, whether it is trained on, number of its document
 
 
+@dataclass(frozen=True)
+class Used:
+    """Content of the sequences. documents: of each dataset, each once; tokens, trained: per epoch."""
+
+    documents: list[int]
+    tokens: int
+    trained: int
+
+
+@dataclass(frozen=True)
+class Remark:
+    """A note about data left out or cut. is_warning: more than `WARN_ABOVE` of the documents."""
+
+    text: str
+    hint: str
+    is_warning: bool
+
+    def __str__(self) -> str:
+        return f"{self.text}; {self.hint}"
+
+
+def used(rows: Rows) -> Used:
+    """Count what the sequences hold."""
+    store = rows.store
+    owners = np.unique(np.searchsorted(store.starts, rows.starts, side="right") - 1)
+    documents = np.bincount(store.datasets[owners], minlength=len(store.counts.formats))
+    trained = rows.num_tokens
+    if store.trained is not None:
+        ends = rows.starts + rows.segment_lengths
+        trained = sum(
+            int(np.count_nonzero(store.trained[begin:end]))
+            for begin, end in zip(rows.starts.tolist(), ends.tolist(), strict=True)
+        )
+    return Used(documents.tolist(), rows.num_tokens, trained)
+
+
+def remarks(rows: Rows, *, with_bad_rows: bool = True) -> list[Remark]:
+    """List notes about data that is not in `rows`. with_bad_rows: include unreadable rows, which all rows of
+    one store share."""
+    left, counts = rows.left, rows.store.counts
+    all_documents = len(rows.starts) + left.documents
+    found = []
+    if left.too_long:
+        longest = int(rows.store.lengths.max())
+        found.append(
+            _remark(
+                left.too_long,
+                all_documents,
+                f"longer than max_length={rows.max_length} (the longest: {count(longest, 'token')})",
+                f"set max_length={1 << (longest - 1).bit_length()} to keep them, or truncation=keep_start to "
+                "cut them",
+            )
+        )
+    without = left.documents - left.too_long
+    if without:
+        found.append(
+            _remark(
+                without,
+                all_documents,
+                f"nothing to train on in their first {rows.max_length} tokens"
+                if left.truncated
+                else "nothing to train on",
+                "raise max_length, or change loss_on" if left.truncated else "change loss_on, or remove them",
+            )
+        )
+    if left.truncated:
+        verb = "was" if left.truncated == 1 else "were"
+        text = f"{count(left.truncated, 'document')} longer than max_length={rows.max_length} {verb} cut"
+        found.append(Remark(text, f"{count(left.tokens, 'token')} are left out", False))
+    if counts.num_bad and with_bad_rows:
+        all_rows = counts.num_documents + counts.num_empty + counts.num_bad
+        hint = "correct them; horizon data preview shows the first five"
+        reason = f"bad rows, the first: {counts.bad_rows[0]}"
+        found.append(_remark(counts.num_bad, all_rows, reason, hint, what="rows"))
+    return found
+
+
+def _remark(count: int, of: int, reason: str, hint: str, what: str = "documents") -> Remark:
+    share = count / of
+    text = f"{count:,} of {of:,} {what} ({share:.1%}) left out: {reason}"
+    return Remark(text, hint, share > WARN_ABOVE)
+
+
 def summary(data: TrainingData) -> dict[str, Any]:
-    """The figures, JSON-ready. documents, tokens, trained_tokens: of what is trained on, in an epoch;
-    documents_read: with what is held out or left out. Lengths are those of all documents."""
+    """Summarise as JSON-ready values. documents, tokens, trained_tokens: trained on, per epoch;
+    documents_read: including those held out or left out. Lengths cover all documents."""
     counts, rows = data.store.counts, data.rows
     lengths = data.store.lengths
     inside = used(rows)
@@ -73,25 +159,13 @@ def summary_json(data: TrainingData) -> str:
 
 
 def _padding(lengths: np.ndarray, max_length: int) -> float:
-    """The share of padding were each document a sequence of its own, padded to max_length."""
+    """Share of padding with one document per sequence, padded to max_length."""
     kept = np.minimum(lengths, max_length)
     return float(1 - kept.sum() / (len(kept) * max_length))
 
 
-def pieces(row: Row, tokenizer: Any) -> Iterator[Piece]:
-    """The text of a sequence, cut where training on it begins and ends and where documents do."""
-    document = np.repeat(np.arange(len(row.lengths)), row.lengths)
-    trained = row.labels != IGNORED
-    trained[np.cumsum(row.lengths) - row.lengths] = False  # nothing predicts the first token of a document
-    changes = np.flatnonzero((np.diff(document) != 0) | (np.diff(trained.astype(int)) != 0)) + 1
-    edges = [0, *changes.tolist(), len(row.ids)]
-    for begin, end in zip(edges, edges[1:], strict=False):
-        text = str(tokenizer.decode(row.ids[begin:end].tolist(), skip_special_tokens=False))
-        yield text, bool(trained[begin]), int(document[begin])
-
-
 def print_preview(data: TrainingData, samples: int, stream: TextIO) -> None:
-    """On a terminal trained tokens are green; elsewhere they stand between guillemets."""
+    """Print a preview. Trained tokens are green on a terminal, between guillemets elsewhere."""
     from rich.console import Console
 
     console = Console(file=raw_stream(stream), highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -111,7 +185,7 @@ def print_preview(data: TrainingData, samples: int, stream: TextIO) -> None:
         console.print(title, style="bold")
         console.print(_coloured(_cut(row), data.tokenizer, is_terminal=console.is_terminal))
     if not console.is_terminal and samples:
-        console.print("\n«what is trained on stands between these»")
+        console.print("\n«marks tokens that are trained on»")
 
 
 def _cut(row: Row) -> Row:
@@ -122,7 +196,7 @@ def _cut(row: Row) -> Row:
     return Row(row.ids[:_SAMPLE_TOKENS], row.labels[:_SAMPLE_TOKENS], lengths[lengths > 0])
 
 
-def _coloured(row: Row, tokenizer: Any, *, is_terminal: bool) -> Text:
+def _coloured(row: Row, tokenizer: PreTrainedTokenizerBase, *, is_terminal: bool) -> Text:
     from rich.text import Text
 
     text, last = Text(), 0
@@ -138,9 +212,21 @@ def _coloured(row: Row, tokenizer: Any, *, is_terminal: bool) -> Text:
     return text
 
 
+def pieces(row: Row, tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
+    """Yield the text of a sequence, cut at borders of documents and of the loss mask."""
+    document = np.repeat(np.arange(len(row.lengths)), row.lengths)
+    trained = row.labels != IGNORED
+    trained[np.cumsum(row.lengths) - row.lengths] = False  # the first token of a document is never a target
+    changes = np.flatnonzero((np.diff(document) != 0) | (np.diff(trained.astype(int)) != 0)) + 1
+    edges = [0, *changes.tolist(), len(row.ids)]
+    for begin, end in zip(edges, edges[1:], strict=False):
+        text = str(tokenizer.decode(row.ids[begin:end].tolist(), skip_special_tokens=False))
+        yield text, bool(trained[begin]), int(document[begin])
+
+
 def _figures(found: dict[str, Any]) -> Iterator[str]:
     if found["is_stream"]:
-        yield "a stream: the figures are those of its first window"
+        yield "a stream: figures for its first window"
     for number, dataset in enumerate(found["datasets"], start=1):
         yield f"dataset {number}    {count(dataset['documents'], 'document')}, format {dataset['format']}"
     share = found["trained_tokens"] / found["tokens"]
@@ -162,7 +248,7 @@ def _figures(found: dict[str, Any]) -> Iterator[str]:
     if not found["remarks"]:
         yield "left out     nothing"
     if found["empty_texts"]:
-        yield f"empty        {found['empty_texts']:,} texts, passed over"
+        yield f"empty        {found['empty_texts']:,} texts, skipped"
     for remark in found["remarks"]:
         yield f"{'warning' if remark['is_warning'] else 'note':<12} {remark['text']}"
         yield f"{'':<12} {remark['hint']}"
@@ -172,7 +258,7 @@ def _figures(found: dict[str, Any]) -> Iterator[str]:
 
 
 def histogram(lengths: np.ndarray, max_length: int) -> Iterator[str]:
-    """A line for each range of lengths; the last are those beyond max_length, if there are any."""
+    """Yield a line per range of lengths; the last holds those beyond max_length, if any."""
     top = int(min(lengths.max(), max_length))
     edges = np.unique(np.linspace(0, top, _BARS + 1).round().astype(int))
     counts = [

@@ -1,10 +1,9 @@
-"""Data that is tokenised while it is trained on, for what is too large to tokenise first.
+"""Streaming: tokenise during training, for data too large to tokenise first.
 
-A stream is read in windows of `buffer_size` documents. The documents of a window are packed together and its
-sequences shuffled by seed, epoch and window; the files themselves come in an order by seed and epoch. Nothing
-random is carried from one window into the next: a place is the number of documents before the window and of
-sequences given out of it, and the window is made again from these. (The shuffle buffer of `datasets` is not
-part of its state: resuming from that loses what was in it.)
+A stream is read in windows of `buffer_size` documents, packed together; sequences are shuffled by seed, epoch
+and window, files by seed and epoch. No random state crosses windows: a position is the number of documents
+before the window and of sequences taken from it, from which the window is rebuilt. (The shuffle buffer of
+`datasets` is not part of its state: resuming loses its content.)
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from horizon_lm.data.batches import StepSize, collate
-from horizon_lm.data.documents import Documents, Placed, ShardOrder
+from horizon_lm.config import DatasetConfig
+from horizon_lm.data.documents import Documents, Placed
 from horizon_lm.data.encode import Encoded, Encoder
 from horizon_lm.data.formats import Chat, Pair
-from horizon_lm.data.loader import not_a_place, numbers_of
-from horizon_lm.data.packing import Rows, make_rows
-from horizon_lm.data.tokenise import batches
-from horizon_lm.data.tokens import TokenWriter
+from horizon_lm.data.loader import StepSize, collate, not_a_place, numbers_of
+from horizon_lm.data.packing import Layout, Rows, make_rows
+from horizon_lm.data.sources import ShardOrder
+from horizon_lm.data.tokens import TokenWriter, batches
 from horizon_lm.errors import DataError
 from horizon_lm.micro_batches import MicroBatch
 from horizon_lm.words import count
@@ -32,7 +31,7 @@ from horizon_lm.words import count
 
 @dataclass(frozen=True)
 class _Window:
-    """epoch and the first document of the window; next_document 0: the epoch ends with it."""
+    """Sequences of up to `buffer_size` documents; next_document 0: the epoch ends here."""
 
     epoch: int
     document: int
@@ -45,40 +44,47 @@ class _Window:
         return (self.epoch, self.next_document) if self.next_document else (self.epoch + 1, 0)
 
 
-class StreamLoader:
-    """Endless steps over a stream; same interface and rule as `TokenLoader`: no step crosses the end of an
-    epoch, which is where the stream ends; the last one before it is smaller.
+@dataclass(frozen=True)
+class Stream:
+    """The data of a stream, and how windows become sequences. layout: by whether all documents are text."""
 
-    layout: what `make_rows` takes (max_length, strategy, truncation). num_workers: above 0, the next window
-    is made ready in a thread; the order does not depend on it.
+    datasets: Sequence[DatasetConfig]
+    encoder: Encoder
+    layout: Callable[[bool], Layout]
+    buffer_size: int
+    max_bytes: int | None = None
+    on_bad_row: str = "raise"
+
+    def documents(self, shards: ShardOrder) -> Documents:
+        return Documents(self.datasets, self.max_bytes, on_bad_row=self.on_bad_row, shards=shards)
+
+
+class StreamLoader:
+    """Endless steps over a stream, with the interface and the epochs of `TokenLoader`.
+
+    num_workers: if positive, a thread prepares the next window; the order does not depend on it.
     """
 
     def __init__(
         self,
-        datasets: Sequence[Any],
-        encoder: Encoder,
+        stream: Stream,
         *,
-        layout: Callable[[bool], dict[str, Any]],
-        buffer_size: int,
         micro_batch_size: int,
         micro_batches_per_step: int = 1,
         seed: int = 42,
         pad_id: int = 0,
-        max_bytes: int | None = None,
-        on_bad_row: str = "raise",
         num_workers: int = 0,
     ) -> None:
-        self._datasets, self._encoder, self._layout = datasets, encoder, layout
-        self._buffer_size, self._seed, self._pad_id = buffer_size, seed, pad_id
+        self._stream, self._encoder = stream, stream.encoder
+        self._seed, self._pad_id = seed, pad_id
         self._shape = (micro_batches_per_step, micro_batch_size)
-        self._max_bytes, self._on_bad_row = max_bytes, on_bad_row
         self._pool = ThreadPoolExecutor(1, "horizon-data") if num_workers else None
         self._ahead: Future[_Window] | None = None
         self._source: tuple[int, int, Documents, Iterator[Placed]] | None = None
         self.num_bad = 0
         self.crosses_epochs = False
         self.size = StepSize()
-        self._position = 0  # rows given out of the window
+        self._position = 0  # rows taken from the window
         self._window = self._made(0, 0)
 
     @property
@@ -86,30 +92,30 @@ class StreamLoader:
         return self._shape[0] * self._shape[1]
 
     def cut(self, micro_batch_size: int, micro_batches_per_step: int) -> None:
-        """Make steps of another size from here on."""
+        """Change the size of the steps to come."""
         self._shape = (micro_batches_per_step, micro_batch_size)
 
     @property
     def epoch(self) -> float:
-        """Whole passes over the data; how far a stream has got in one is not known."""
+        """Whole passes over the data; the fraction is unknown in a stream."""
         return float(self._window.epoch + self._is_at_end)
 
     @property
     def _is_at_end(self) -> bool:
-        """Whether the epoch is known to be over: its last window is used up."""
+        """Whether the last window of the epoch is known to be used up."""
         used_up = self._position == len(self._window.order)
         return used_up and not self._window.next_document and not self.crosses_epochs
 
     def count_from(self, steps_done: int) -> None:
-        """Nothing to do: the number of steps is given."""
+        """Do nothing: the number of steps is given."""
 
     def end_after(self, num_train_epochs: float, max_steps: int) -> int:
-        """The optimizer steps of the run; the length of a stream is not known, so these are given."""
+        """Return the optimizer steps of the training run: a stream's length is unknown."""
         return max_steps
 
     @property
     def first_rows(self) -> Rows:
-        """Sequences of the present window, for a look at the data."""
+        """Sequences of the present window, for a preview."""
         assert self._window.rows is not None
         return self._window.rows
 
@@ -128,11 +134,11 @@ class StreamLoader:
         return made
 
     def _take(self) -> list[tuple[Rows, int]]:
-        """The rows of the next step: fewer than a full one where the epoch ends."""
+        """Take the rows of the next step: fewer at the end of an epoch."""
         taken = [self._next_row()]
         epoch = self._window.epoch
         while len(taken) < self.rows_per_step and not self._is_at_end:
-            self._enter_next_window()  # of a later epoch, where the rest of this one has no rows
+            self._enter_next_window()  # of a later epoch if the rest of this one has no rows
             if self._window.epoch != epoch and not self.crosses_epochs:
                 break
             taken.append(self._next_row())
@@ -146,7 +152,7 @@ class StreamLoader:
             "document": document,
             "position": position,
             "seed": self._seed,
-            "buffer_size": self._buffer_size,
+            "buffer_size": self._stream.buffer_size,
             "encoder": self._encoder.key(),
             "crosses_epochs": self.crosses_epochs,
             **({} if self._is_at_end else {"window": self._content}),
@@ -154,27 +160,27 @@ class StreamLoader:
 
     @property
     def _content(self) -> str | None:
-        """Of the tokens of the present window."""
+        """Hash of the tokens in the present window."""
         return self._window.rows.store.fingerprint if self._window.rows is not None else None
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a saved place: the stream is read, not tokenised, up to its window."""
+        """Go to a saved position, reading, not tokenising, up to its window."""
         (buffer_size,) = numbers_of(state, "buffer_size")
-        if buffer_size != self._buffer_size:
+        if buffer_size != self._stream.buffer_size:
             raise DataError(
-                f"the place in the stream was saved with buffer_size={buffer_size}, and now it is "
-                f"{self._buffer_size}",
-                hint=f"buffer_size={buffer_size}, or start a new run",
+                f"the stream position was saved with buffer_size={buffer_size}, not "
+                f"{self._stream.buffer_size}",
+                hint=f"set buffer_size={buffer_size}, or start a new run",
             )
         keys, saved = (self._encoder.key(), self._encoder.key(by_name=True)), state.get("encoder")
         if saved not in keys and not self._is_of_before(saved):
             raise DataError(
-                "the place in the stream was saved with another tokenizer, chat template, loss_on or version "
-                "of trl, or by a version of Horizon-LM that trained on other tokens of prompt and completion",
+                "the stream position was saved with another tokenizer, chat template, loss_on or version of "
+                "trl, or by a version of Horizon-LM that trained on other tokens of prompt and completion",
                 hint="restore the settings and versions, or start a new run",
             )
         if self._ahead is not None:
-            self._ahead.exception()  # it reads the same stream; let it end
+            self._ahead.exception()  # wait: it reads the same stream
         epoch, document, position, seed = numbers_of(state, "epoch", "document", "position", "seed")
         self._seed = seed
         self.crosses_epochs = bool(state.get("crosses_epochs", True))
@@ -184,24 +190,24 @@ class StreamLoader:
         self._position = position
 
     def _check_window(self, state: Mapping[str, Any], document: int, position: int) -> None:
-        """Raise DataError if the window is not the one that was saved: the data is other than it was. States
-        of earlier versions, and of the end of an epoch, do not say what was in it."""
+        """Raise DataError if the window differs from the saved one. States of earlier versions, and those at
+        the end of an epoch, do not describe it."""
         if "window" in state and (self._window.document, self._content) != (document, state["window"]):
             raise DataError(
-                f"the data has changed since this state was saved: from document {document:,} on the stream "
-                "is another",
+                f"the data has changed since this state was saved: the stream differs from document "
+                f"{document:,} on",
                 hint="restore the content of the data files, or start a new run",
             )
         if position > len(self._window.order):
             raise not_a_place(f"position={position} of {count(len(self._window.order), 'sequence')}")
 
     def close(self) -> None:
-        """End the thread that makes windows ready; no more steps can be taken."""
+        """Stop the thread; no more steps can be taken."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _enter_next_window(self) -> None:
-        """Where the present window is used up, go to the next one that has rows."""
+        """Once the present window is used up, go to the next one with rows."""
         while self._window.rows is None or self._position == len(self._window.order):
             ahead, self._ahead = self._ahead, None
             self._window = ahead.result() if ahead is not None else self._made(*self._window.following)
@@ -216,7 +222,7 @@ class StreamLoader:
         return self._window.rows, int(self._window.order[self._position - 1])
 
     def _made(self, epoch: int, document: int) -> _Window:
-        """The window that begins with a document of an epoch; passes over those without a sequence."""
+        """Read the first window with rows from a document of an epoch on."""
         last_epoch = epoch + 1  # a whole pass, wherever it began
         while True:
             window = self._read(epoch, document)
@@ -224,11 +230,11 @@ class StreamLoader:
                 return window
             epoch, document = window.following
             if epoch > last_epoch:
-                raise DataError("the stream holds nothing to train on", hint="horizon data preview shows why")
+                raise DataError("the stream has nothing to train on", hint="run 'horizon data preview'")
 
     def _read(self, epoch: int, document: int) -> _Window:
         documents, source = self._at(epoch, document)
-        placed = list(islice(source, self._buffer_size))
+        placed = list(islice(source, self._stream.buffer_size))
         peeked = next(source, None)
         following = document + len(placed) if peeked is not None else 0
         if peeked is not None:
@@ -239,20 +245,20 @@ class StreamLoader:
         return _Window(epoch, document, following, rows, order)
 
     def _at(self, epoch: int, document: int) -> tuple[Documents, Iterator[Placed]]:
-        """The stream of an epoch from a document on: the one that is open, or a new one."""
+        """Return the stream of an epoch from a document on: the open one, or a new one."""
         source, self._source = self._source, None
         if source is not None and source[:2] == (epoch, document):
             return source[2], source[3]
         shards = ShardOrder(self._seed, epoch)
-        documents = Documents(self._datasets, self._max_bytes, on_bad_row=self._on_bad_row, shards=shards)
+        documents = self._stream.documents(shards)
         return documents, islice(iter(documents), document, None)
 
     def _is_of_before(self, key: Any) -> bool:
-        """Whether an earlier version saved it, which made other tokens of pairs alone, and none are here."""
+        """Return whether `key` is an earlier version's, which differs for pairs only, and there are none."""
         if key != self._encoder.key(1, by_name=True):
             return False
-        for dataset in self._datasets:
-            first = next(iter(Documents([dataset], on_bad_row=self._on_bad_row))).example
+        for dataset in self._stream.datasets:
+            first = next(iter(Documents([dataset], on_bad_row=self._stream.on_bad_row))).example
             if isinstance(first, Pair) or isinstance(first, Chat) and first.num_prompt:
                 return False
         return True
@@ -275,9 +281,9 @@ class StreamLoader:
             return None
         try:
             return make_rows(
-                store, np.arange(num_documents), keep_rest=True, **self._layout(store.counts.is_text)
+                store, np.arange(num_documents), keep_rest=True, **self._stream.layout(store.counts.is_text)
             )
-        except DataError:  # nothing in this window fits; others may
+        except DataError:  # nothing usable in this window
             return None
 
 

@@ -1,9 +1,12 @@
-"""Chat templates that end: loops are counted, and texts stay within a size.
+"""Limits for chat templates: on loop turns, on time, and on text sizes.
 
-A template comes with a tokenizer, from anywhere. Jinja's sandbox keeps it from the machine, not from running
-for ever: two loops of 10^4 within each other take minutes for each conversation, and doubling a text 40 times
-takes all memory. transformers compiles a template once and keeps it; here it does so in an environment that
-counts each turn of a loop and each call of a macro.
+A template comes with a tokenizer, from anywhere. Jinja's sandbox protects the machine, but not from endless
+rendering: two nested loops of 10^4 take minutes per conversation, and doubling a text 40 times takes all
+memory. transformers compiles each template once and caches it; `limit` makes it compile in an environment
+that counts loop turns and macro calls.
+
+This patches private parts of transformers, which offers no public choice of environment: rendering by an own
+environment would repeat its filters, extensions and globals, and leave TRL's renderings unlimited.
 """
 
 from __future__ import annotations
@@ -18,19 +21,19 @@ from jinja2 import nodes, pass_context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-MOST_TURNS = 1_000_000  # of loops and macros, for one conversation: about a second
-MOST_SECONDS = 10  # of this thread's time on a core, for one conversation
-MOST_CHARACTERS = 1 << 26  # of any text made within a template, and of its output
+MOST_TURNS = 1_000_000  # of loops and macros per conversation: about a second
+MOST_SECONDS = 10  # of this thread's CPU time per conversation
+MOST_CHARACTERS = 1 << 26  # of any text within a template, and of its output
 
 
 class TemplateLimitError(Exception):
-    """A template that does not end, or that writes without end."""
+    """A template that runs or writes beyond the limits."""
 
 
 def limit(template: str) -> None:
-    """Bound what rendering `template` through transformers takes; TemplateLimitError is raised beyond.
+    """Make transformers render `template` within limits, beyond which it raises TemplateLimitError.
 
-    Also raises what Jinja raises for a template that it cannot read.
+    Raises Jinja's errors for an invalid template.
     """
     from transformers.utils import chat_template_utils as theirs
 
@@ -42,12 +45,12 @@ def limit(template: str) -> None:
                 return
         finally:
             theirs.ImmutableSandboxedEnvironment = plain  # type: ignore[misc]
-        theirs._compile_jinja_template.cache_clear()  # it was compiled without limits before
-    raise AssertionError("transformers compiles chat templates in another way")
+        theirs._compile_jinja_template.cache_clear()  # drop it, compiled without limits
+    raise AssertionError("transformers compiles chat templates in an unknown way")
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with limits on turns of loops and on lengths of texts, for one template."""
+    """Jinja's sandbox for one template, with limits on loop turns and text lengths."""
 
     intercepted_binops = frozenset({"*", "**", "%"})
 
@@ -59,7 +62,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             self.filters[name] = _narrow(self.filters[name])
 
     def from_string(self, *args: Any, **kwargs: Any) -> Any:
-        """A template that counts from the beginning of each rendering."""
+        """Compile a template whose counts restart at each rendering."""
         template = super().from_string(*args, **kwargs)
         render = template.root_render_func
 
@@ -78,7 +81,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     def _generate(self, source: Any, *args: Any, **kwargs: Any) -> str:
         return super()._generate(_counted(source), *args, **kwargs)
 
-    @pass_context  # else Jinja would count while it compiles
+    @pass_context  # keeps Jinja from counting at compile time
     def _turn(self, context: Any, value: Any) -> Any:
         self.turns += 1
         if self.turns > MOST_TURNS:
@@ -88,13 +91,13 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return value
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Methods of texts (ljust, zfill) make as many characters as a number says."""
+        """Check the widths given to methods of texts (ljust, zfill)."""
         if isinstance(getattr(function, "__self__", None), str):
             _check_widths(*args, *kwargs.values())
         return super().call(context, function, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Of a product the size is known before it is made."""
+        """Check the size of a product before computing it."""
         if operator == "*":
             for text, times in ((left, right), (right, left)):
                 if (
@@ -104,14 +107,14 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
                 ):
                     raise _too_long()
         if operator == "**" and (abs(left) > 1 << 16 or abs(right) > 64):
-            raise TemplateLimitError("it computes a power beyond all numbers that a text needs")
+            raise TemplateLimitError("it computes a power larger than any text needs")
         if operator == "%" and isinstance(left, str) and any(map(_is_wide, left.split("%")[1:])):
             raise _too_long()
         return _bounded(super().call_binop(context, operator, left, right))
 
 
 def _narrow(function: Any) -> Any:
-    """A filter that refuses a width of more characters than a text may have."""
+    """Make a filter reject widths beyond the limit on characters."""
 
     @wraps(function)
     def narrow(*args: Any, **kwargs: Any) -> Any:
@@ -127,7 +130,7 @@ def _check_widths(*values: Any) -> None:
 
 
 def _is_wide(part: str) -> bool:
-    """Whether what follows a % asks for a width of many digits, or takes it from the values."""
+    """Return whether a % format has a width of many digits, or takes it from the values."""
     width = part.lstrip("#0- +")[:8]
     return width.startswith("*") or len(width) - len(width.lstrip("0123456789.")) > 5
 
@@ -143,7 +146,7 @@ def _too_long() -> TemplateLimitError:
 
 
 def _counted(tree: Any) -> Any:
-    """The same template with a count in each loop and macro, and a check of what joins texts."""
+    """Add a count to each loop and macro, and a check to each operator that joins texts."""
 
     def passed(node: Any, name: str, line: int) -> Any:
         return nodes.Filter(node, name, [], [], None, None, lineno=line)

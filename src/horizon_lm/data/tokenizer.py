@@ -1,4 +1,4 @@
-"""Loading a tokenizer, or training one on the data at hand."""
+"""Tokenizers: loading one, or training one on the data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 END_OF_TEXT = "<|endoftext|>"
-SMALLEST_VOCABULARY = 257  # every byte, and the end of a text
+SMALLEST_VOCABULARY = 257  # all bytes, and the end-of-text token
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name on the Hub: owner/name, or name alone
 
@@ -28,25 +28,24 @@ def load_tokenizer(
     revision: str | None = None,
     key: str = "tokenizer_name_or_path",
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local folder or of a Hugging Face repository.
+    """Load the tokenizer of a local folder, without network access, or of a Hugging Face repository.
 
-    A local folder is read without any network access. Raises `ConfigError` where there is
-    no tokenizer, where it cannot be loaded, or where it has no end-of-text token (the
-    mark between two documents). key: the setting that named it, for messages.
+    Raises `ConfigError` if there is none, if it cannot be loaded, or if it has no end-of-text token, which
+    separates documents. key: the setting that names it, for messages.
     """
     from transformers import AutoTokenizer
 
-    hint = "set tokenizer_name_or_path to a folder that holds one, with tokenizer_config.json"
+    hint = "set tokenizer_name_or_path to a folder with a tokenizer and its tokenizer_config.json"
     path = Path(name_or_path).expanduser()
     is_local = path.is_dir()
     if is_local and not any((path / name).is_file() for name in _TOKENIZER_FILES):
-        raise ConfigError(f"{name_or_path} holds no tokenizer", hint=hint)
+        raise ConfigError(f"{name_or_path} has no tokenizer", hint=hint)
     if not is_local and (path.exists() or not _REPOSITORY.fullmatch(name_or_path)):
         raise ConfigError(f"{name_or_path} is not a folder with a tokenizer", hint=hint)
     require_reachable(name_or_path, key)
     check_model_folder(path)
     if is_local:
-        check_folder(path)  # the model's configuration, which the library reads to find the tokenizer's class
+        check_folder(path)  # the library reads the model's configuration to find the tokenizer's class
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(path) if is_local else name_or_path,
@@ -54,7 +53,7 @@ def load_tokenizer(
             revision=revision or "main",
             local_files_only=is_local or is_offline(),
         )
-    except Exception as error:  # transformers raises many kinds here; each means "no tokenizer"
+    except Exception as error:  # transformers raises many kinds
         raise ConfigError(
             f"no tokenizer could be loaded from {name_or_path}: {reason_of(error)}", hint=hint
         ) from error
@@ -67,7 +66,7 @@ def load_tokenizer(
 
 
 def add_new_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> PreTrainedTokenizerBase:
-    """The same tokenizer with `tokens` as special tokens; those that it has already keep their number."""
+    """Add `tokens` as special tokens to `tokenizer`; existing ones keep their ids."""
     if tokens:
         tokenizer.add_special_tokens(
             {"extra_special_tokens": list(tokens)}, replace_extra_special_tokens=False
@@ -78,9 +77,8 @@ def add_new_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) ->
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
     """Train a byte-level BPE tokenizer with at most `vocab_size` tokens on `documents`.
 
-    The same documents give the same tokenizer. Every text can be encoded and decoded back
-    to itself; the end of a text is `<|endoftext|>`. Raises `ConfigError` for a vocabulary
-    that cannot hold all bytes.
+    Deterministic; decoding restores every text; the end-of-text token is `<|endoftext|>`. Raises
+    `ConfigError` for a vocabulary too small for all bytes.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -88,7 +86,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
     if vocab_size < SMALLEST_VOCABULARY:
         raise ConfigError(
             f"train_tokenizer_vocab_size={vocab_size} is too small",
-            hint=f"at least {SMALLEST_VOCABULARY}: all bytes and {END_OF_TEXT}",
+            hint=f"set it to at least {SMALLEST_VOCABULARY}: all bytes and {END_OF_TEXT}",
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,40 +1,57 @@
-"""Tokenised documents on disk: written once, then mapped into memory, which the system can take back.
+"""Token cache: all documents tokenised on all cores, written once and memory-mapped.
 
-    tokens.bin    all ids in one row, uint16 or uint32
-    trained.bin   one byte a token, whether it is trained on; absent where all are
+    tokens.bin    ids of all documents, uint16 or uint32
+    trained.bin   one byte per token, whether it is trained on; absent if all are
     documents.bin int64 [documents, 2]: length, number of the dataset
-    meta.json     counts, size and xxh3 hash of each file, and a hash of all that
+    meta.json     counts, size and xxh3 hash of each file, and a hash of meta.json itself
 
-The folder is made beside its place and renamed, so that it is whole or absent; hashes are checked when it is
-opened, as a flipped bit in a token would otherwise train on something else.
+The folder is staged and renamed, so it is written atomically; hashes are checked on opening, since a flipped
+bit would silently train on another token.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import re
 import shutil
-from collections.abc import Sequence
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import numpy as np
 import xxhash
 
-from horizon_lm.data.encode import Encoded
+from horizon_lm.data.documents import Documents, Placed
+from horizon_lm.data.encode import Encoded, Encoder
+from horizon_lm.data.formats import texts
 from horizon_lm.errors import DataError, DoesNotFitError
-from horizon_lm.io import files
+from horizon_lm.io.files import create, open_file, put_folder, read_text, write_file
 from horizon_lm.io.leftovers import OwnedFolder
+from horizon_lm.machine.cores import usable_cores
 
+_BATCH_CHARACTERS = 1 << 19  # per task of a worker
+_SMALL_BATCHES = 8  # fewer are done in this process: starting workers takes longer
 _META = "meta.json"
-_STAGED = ".horizon-tokens-"  # a folder that is being filled: one prefix for all, so that any run sweeps them
-_EARLIER = re.compile(r"\.[0-9a-f]{32}\.[a-z0-9_]{8}")  # what earlier versions called it
+_STAGED = ".horizon-tokens-"  # one prefix for all staged folders, so that any training run sweeps them
+_EARLIER = re.compile(r"\.[0-9a-f]{32}\.[a-z0-9_]{8}")  # names of staged folders in earlier versions
+
+Result = list[Encoded | DataError]
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What went into the tokens. is_text: every document is plain text."""
+    """Counts of tokenised data. is_text: every document is plain text."""
 
     num_documents: int
     num_tokens: int
@@ -50,14 +67,14 @@ class TokenStore:
     """ids [tokens]; trained [tokens] of bool, or None; lengths, datasets [documents]; fingerprint of all."""
 
     def __init__(self, folder: Path, keep_alive: Any = None) -> None:
-        """Raises DataError where the folder is damaged. keep_alive: dropped with this object."""
+        """Raises DataError if the folder is damaged. keep_alive: released with this object."""
         self._keep_alive = keep_alive
-        meta = json.loads(files.read_text(folder / _META))
+        meta = json.loads(read_text(folder / _META))
         if meta.pop("hash", None) != _meta_hash(meta):
-            raise DataError(f"{folder / _META} is damaged", hint=f"remove {folder}; it is made again")
+            raise DataError(f"{folder / _META} is damaged", hint=f"remove {folder}; it will be rebuilt")
         for name, expected in meta["files"].items():
             if _hash(folder / name) != expected:
-                raise DataError(f"{folder / name} is damaged", hint=f"remove {folder}; it is made again")
+                raise DataError(f"{folder / name} is damaged", hint=f"remove {folder}; it will be rebuilt")
         self.counts = Counts(**meta["counts"])
         self.hashes: dict[str, Any] = meta["files"]
         self.fingerprint = xxhash.xxh3_128(json.dumps(meta["files"], sort_keys=True).encode()).hexdigest()
@@ -85,7 +102,7 @@ def _hash(path: Path) -> list[Any]:
     digest = xxhash.xxh3_128()
     size = 0
     try:
-        with files.open_file(path) as file:
+        with open_file(path) as file:
             while chunk := file.read(1 << 22):
                 digest.update(chunk)
                 size += len(chunk)
@@ -97,7 +114,7 @@ def _hash(path: Path) -> list[Any]:
 
 
 class TokenWriter:
-    """Collects encoded documents in a folder beside `place`, or in a temporary one, and opens the result."""
+    """Writer of encoded documents to a folder staged beside `place`, or to a temporary one."""
 
     def __init__(self, place: Path | None, dtype: np.dtype[Any]) -> None:
         self._place, self._dtype = place, dtype
@@ -115,7 +132,7 @@ class TokenWriter:
                 f"tokens cannot be written to {place}: {error.strerror or error}",
                 hint="set dataset_cache_dir to another folder, or to null",
             ) from error
-        self._tokens: BinaryIO = files.create(self._folder / "tokens.bin")
+        self._tokens: BinaryIO = create(self._folder / "tokens.bin")
         self._trained: BinaryIO | None = None
         self._documents: list[tuple[int, int]] = []
         self._num_tokens = self._num_trained = 0
@@ -145,7 +162,7 @@ class TokenWriter:
     def _add(self, document: Encoded) -> None:
         self._tokens.write(np.ascontiguousarray(document.ids).data)
         if document.trained is not None and self._trained is None:
-            self._trained = files.create(self._folder / "trained.bin")
+            self._trained = create(self._folder / "trained.bin")
             self._trained.write(b"\x01" * self._num_tokens)
         if self._trained is not None:
             trained = document.trained
@@ -164,9 +181,9 @@ class TokenWriter:
         formats: list[Any],
         is_kept: bool = False,
     ) -> TokenStore:
-        """Put the folder in place (is_kept) and open it; one that is there by now is taken instead."""
+        """Rename the folder into place (is_kept) and open it, or the one another process put there first."""
         documents = np.asarray(self._documents, np.int64).reshape(-1, 2)
-        files.write_file(self._folder / "documents.bin", lambda file: file.write(documents.data))
+        write_file(self._folder / "documents.bin", lambda file: file.write(documents.data))
         for file in (self._tokens, self._trained):
             if file is not None:
                 file.close()
@@ -183,19 +200,19 @@ class TokenWriter:
         hashes = {path.name: _hash(path) for path in sorted(self._folder.glob("*.bin"))}
         meta = {"dtype": self._dtype.name, "counts": asdict(counts), "files": hashes}
         meta["hash"] = _meta_hash(meta)
-        files.write_file(self._folder / _META, json.dumps(meta))
+        write_file(self._folder / _META, json.dumps(meta))
         if self._place is None or not is_kept:
             return TokenStore(self._folder, keep_alive=self._temporary)
         self._temporary.disown()
         try:
-            files.put_folder(self._folder, self._place)
-        except OSError:  # another run was faster
+            put_folder(self._folder, self._place)
+        except OSError:  # another process was first
             shutil.rmtree(self._folder, ignore_errors=True)
         return TokenStore(self._place)
 
 
 def open_cached(place: Path) -> TokenStore | None:
-    """The tokens of an earlier run, if they are there and whole; damaged ones are removed."""
+    """Open the tokens of an earlier run; remove damaged ones."""
     if not place.exists():
         return None
     try:
@@ -203,3 +220,145 @@ def open_cached(place: Path) -> TokenStore | None:
     except (DataError, ValueError, KeyError, TypeError, AttributeError, OSError):
         shutil.rmtree(place, ignore_errors=True)
         return None
+
+
+def tokenise(
+    documents: Documents, encoder: Encoder, *, cache_dir: str | None, num_proc: int | None = None
+) -> tuple[TokenStore, bool]:
+    """Tokenise all documents; return the tokens, and whether they were cached.
+
+    cache_dir: folder of the cache, keyed by content and settings; None: no cache. Data that changes while it
+    is read is not cached. num_proc: worker processes, default one per core; tokens do not depend on it.
+    Raises DataError for the first unusable row, unless such rows are skipped.
+    """
+    place = kept = None
+    content = ""
+    if cache_dir is not None:
+        kept = Path(cache_dir).expanduser()
+        content = documents.fingerprint(kept)
+        place = kept / xxhash.xxh3_128((content + encoder.key()).encode()).hexdigest()
+        found = open_cached(place)
+        if found is not None:
+            return found, True
+    with TokenWriter(place, encoder.dtype) as writer:
+        num_documents = 0
+        for result in _encoded(documents, encoder, num_proc or usable_cores()):
+            usable = []
+            for encoded in result:
+                if isinstance(encoded, DataError):
+                    documents.skip(encoded)
+                else:
+                    usable.append(encoded)
+            num_documents += len(usable)
+            writer.add(usable)
+        if not num_documents:
+            bad = documents.bad_rows
+            reason = f"every row is bad; the first: {bad[0]}" if bad else "it is empty"
+            raise DataError(
+                f"the data holds no document to train on: {reason}",
+                hint="correct the rows, or change format, columns or loss_on",
+            )
+        store = writer.finish(
+            num_empty=documents.num_empty,
+            num_bad=documents.num_bad,
+            bad_rows=documents.bad_rows,
+            formats=documents.formats,
+            is_kept=kept is not None and documents.fingerprint(kept) == content,
+        )
+    return store, False
+
+
+def batches(documents: Iterable[Placed], size: int | None = None) -> Iterator[list[Placed]]:
+    """Group examples, in order, into lists of about `size` characters."""
+    size = size or _BATCH_CHARACTERS
+    batch: list[Placed] = []
+    characters = 0
+    for placed in documents:
+        batch.append(placed)
+        characters += sum(len(text) for text in texts(placed.example))
+        if characters >= size:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _encoded(documents: Documents, encoder: Encoder, num_proc: int) -> Iterator[Result]:
+    """Yield the result of each batch, in order."""
+    todo = batches(documents)
+    first = list(islice(todo, _SMALL_BATCHES))
+    if num_proc == 1 or len(first) < _SMALL_BATCHES:
+        yield from (encoder.encode(batch) for batch in chain(first, todo))
+        return
+    for batch in first:
+        encoder.get_ready(batch)  # once, before the fork
+    yield from _in_workers(chain(first, todo), encoder, num_proc)
+
+
+_worker_encoder: Encoder | None = None
+
+
+def _start_worker(encoder: Encoder) -> None:
+    """Initialise a worker. It has one core, for which the tokenizer's threads would compete."""
+    global _worker_encoder
+    _worker_encoder = encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End an orphaned worker, which would wait for work indefinitely."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _work(batch: list[Placed]) -> Result:
+    assert _worker_encoder is not None
+    return _worker_encoder.encode(batch)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Delay Ctrl-C until a worker is forked: in a new worker it would run the parent's handler, which waits
+    indefinitely for workers that are not its children."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is None or threading.current_thread() is not threading.main_thread():
+        yield  # Ctrl-C is not handled by Python, or not in this thread
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
+
+
+def _in_workers(todo: Iterator[list[Placed]], encoder: Encoder, num_proc: int) -> Iterator[Result]:
+    """Encode batches in forked workers, in order.
+
+    Forking needs no `if __name__ == "__main__"` in training scripts, and sends nothing twice. The model is
+    not loaded yet, so there is little to fork; workers use neither torch nor a GPU.
+    """
+    pool = ProcessPoolExecutor(
+        num_proc, multiprocessing.get_context("fork"), initializer=_start_worker, initargs=(encoder,)
+    )
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for batch in todo:
+            with _interrupts_held():
+                waiting.append(pool.submit(_work, batch))
+            if len(waiting) > 2 * num_proc:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a tokenising worker was killed, probably for lack of memory",
+            hint="lower dataset_num_proc, or free memory",
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

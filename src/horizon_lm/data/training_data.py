@@ -1,22 +1,22 @@
-"""All of a run's data in one call: documents, tokenizer, tokens, sequences to train and to evaluate on."""
+"""All data of a training run: documents, tokenizer, tokens, training and evaluation sequences."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from horizon_lm.config import DatasetConfig, TrainConfig
 from horizon_lm.data.documents import Documents
 from horizon_lm.data.encode import Encoder
 from horizon_lm.data.loader import TokenLoader
-from horizon_lm.data.packing import Rows, make_rows, split_off, weighted
-from horizon_lm.data.streaming import StreamLoader
-from horizon_lm.data.tokenise import tokenise
+from horizon_lm.data.packing import Layout, Rows, make_rows, split_off, weighted
+from horizon_lm.data.streaming import Stream, StreamLoader
 from horizon_lm.data.tokenizer import add_new_tokens, load_tokenizer, train_tokenizer
-from horizon_lm.data.tokens import TokenStore
+from horizon_lm.data.tokens import TokenStore, tokenise
 from horizon_lm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """rows: sequences to train on (of a stream: those of its first window); eval_rows: held out, or None.
+    """Data of a training run. rows: training sequences (of a stream: its first window); eval_rows: held out.
 
-    store: the tokens of all documents read for training. loader: gives the steps. was_cached: an earlier
-    run had tokenised the same.
+    store: tokens of all documents read for training. loader: yields steps. was_cached: the tokens came from
+    the cache.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -40,11 +40,11 @@ class TrainingData:
     was_cached: bool
 
 
-def load_training_data(config: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> TrainingData:
-    """Read, tokenise and pack what `config` (a TrainConfig) names in its group Data.
+def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> TrainingData:
+    """Read, tokenise and pack the data that `config` names.
 
-    If no `tokenizer` is given, one is trained on the data (train_tokenizer_vocab_size) or read. The data is
-    read once more if one is trained, never kept whole. Raises `DataError` and `ConfigError`.
+    Without `tokenizer`, loads one, or trains one on the data (train_tokenizer_vocab_size), which reads the
+    data once more but never holds all of it. Raises `DataError` and `ConfigError`.
     """
     datasets = limited(config, config.datasets)
     documents = _documents(config, datasets)
@@ -60,15 +60,15 @@ def load_training_data(config: Any, tokenizer: PreTrainedTokenizerBase | None = 
         "num_workers": config.dataloader_num_workers,
     }
     if config.streaming:
-        loader = StreamLoader(
+        stream = Stream(
             datasets,
             encoder,
-            layout=lambda is_text: layout(config, is_text),
-            buffer_size=config.buffer_size,
-            max_bytes=config.max_train_bytes,
-            on_bad_row=config.on_bad_row,
-            **batch,
+            lambda is_text: layout(config, is_text),
+            config.buffer_size,
+            config.max_train_bytes,
+            config.on_bad_row,
         )
+        loader = StreamLoader(stream, **batch)
         rows = loader.first_rows
         eval_rows = _eval_rows(config, encoder)
         return TrainingData(tokenizer, encoder, rows.store, rows, eval_rows, loader, False)
@@ -86,14 +86,14 @@ def load_training_data(config: Any, tokenizer: PreTrainedTokenizerBase | None = 
     return TrainingData(tokenizer, encoder, store, rows, eval_rows, TokenLoader(rows, **batch), was_cached)
 
 
-def _eval_rows(config: Any, encoder: Encoder) -> Rows | None:
+def _eval_rows(config: TrainConfig, encoder: Encoder) -> Rows | None:
     if not config.eval_datasets:
         return None
     return load_eval_rows(config, encoder)
 
 
-def load_eval_rows(config: Any, encoder: Encoder) -> Rows:
-    """The sequences of eval_datasets, all of their tokens; without any, those of datasets."""
+def load_eval_rows(config: TrainConfig, encoder: Encoder) -> Rows:
+    """Load all sequences of eval_datasets or, without any, of datasets."""
     if config.eval_datasets:
         documents = Documents(limited(config, config.eval_datasets), on_bad_row=config.on_bad_row)
     else:
@@ -103,8 +103,8 @@ def load_eval_rows(config: Any, encoder: Encoder) -> Rows:
     return make_rows(store, numbers, keep_rest=True, **layout(config, store.counts.is_text))
 
 
-def limited(config: Any, datasets: list[Any]) -> list[Any]:
-    """Entries of datasets, each with its `max_samples`: its own, or that of the settings."""
+def limited(config: TrainConfig, datasets: list[DatasetConfig]) -> list[DatasetConfig]:
+    """Return the entries, each with its own `max_samples` or that of the settings."""
     if config.max_samples is None:
         return datasets
     return [
@@ -115,25 +115,25 @@ def limited(config: Any, datasets: list[Any]) -> list[Any]:
     ]
 
 
-def _documents(config: Any, datasets: list[Any]) -> Documents:
+def _documents(config: TrainConfig, datasets: list[DatasetConfig]) -> Documents:
     return Documents(datasets, config.max_train_bytes, on_bad_row=config.on_bad_row)
 
 
-def _tokens(config: Any, documents: Documents, encoder: Encoder) -> tuple[TokenStore, bool]:
+def _tokens(config: TrainConfig, documents: Documents, encoder: Encoder) -> tuple[TokenStore, bool]:
     return tokenise(
         documents, encoder, cache_dir=cache_dir(config.dataset_cache_dir), num_proc=config.dataset_num_proc
     )
 
 
 def cache_dir(setting: str | None) -> str | None:
-    """Where tokens are kept; `auto` is the place that the desktop's conventions give to caches."""
+    """Resolve the folder of the token cache; `auto` follows XDG_CACHE_HOME."""
     if setting != "auto":
         return setting
     base = os.environ.get("XDG_CACHE_HOME") or Path("~", ".cache")
     return str(Path(base, "horizon-lm", "tokens").expanduser())
 
 
-def make_encoder(config: Any, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+def make_encoder(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:
     return Encoder(
         tokenizer,
         loss_on=config.loss_on,
@@ -142,8 +142,8 @@ def make_encoder(config: Any, tokenizer: PreTrainedTokenizerBase) -> Encoder:
     )
 
 
-def layout(config: Any, is_text: bool) -> dict[str, Any]:
-    """How documents become sequences: the settings with `auto` resolved by what the documents are."""
+def layout(config: TrainConfig, is_text: bool) -> Layout:
+    """Resolve how documents become sequences: `auto` depends on whether all are text."""
     strategy = config.packing_strategy if config.packing else "none"
     if strategy == "auto":
         strategy = "wrapped" if is_text else "bfd"
@@ -153,7 +153,7 @@ def layout(config: Any, is_text: bool) -> dict[str, Any]:
     return {"max_length": config.max_length, "strategy": strategy, "truncation": truncation}
 
 
-def data_seed(config: Any) -> int:
+def data_seed(config: TrainConfig) -> int:
     return int(config.seed if config.data_seed is None else config.data_seed)
 
 
@@ -161,12 +161,12 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
-def tokenizer_of(config: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer that the settings name. Raises ConfigError."""
+def tokenizer_of(config: TrainConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that the settings name. Raises ConfigError."""
     name = config.tokenizer_name_or_path or config.model_name_or_path
     if not name:
         raise ConfigError(
-            "no tokenizer is named",
+            "no tokenizer given",
             hint="set tokenizer_name_or_path, or train_tokenizer_vocab_size to train one on the data",
         )
     revision = None if config.tokenizer_name_or_path else config.model_revision
@@ -176,7 +176,7 @@ def tokenizer_of(config: Any) -> PreTrainedTokenizerBase:
     return add_new_tokens(tokenizer, config.new_tokens)
 
 
-def _tokenizer_for(config: Any, documents: Documents) -> PreTrainedTokenizerBase:
+def _tokenizer_for(config: TrainConfig, documents: Documents) -> PreTrainedTokenizerBase:
     if config.train_tokenizer_vocab_size:
         tokenizer = train_tokenizer(documents.texts(), config.train_tokenizer_vocab_size)
         return add_new_tokens(tokenizer, config.new_tokens)

@@ -1,7 +1,7 @@
-"""Files that belong to a data folder, and those outside it to which a link or a list of names in it leads.
+"""Checks that files found through a data folder lie in it.
 
-A folder of data comes from elsewhere as a rule. A link in it to `~/.ssh/config`, or `../notes.txt` in a list
-of its files, would turn private files into training text. What a user names is read wherever it is.
+Data folders usually come from elsewhere: a link to `~/.ssh/config`, or `../notes.txt` in a list of files,
+would turn private files into training text. What users name themselves is read wherever it is.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from horizon_lm.errors import DataError
 
 
 def is_inside(file: Path, folder: Path) -> bool:
-    """Whether `file` lies in `folder` once links are followed. The snapshots of the Hub's cache are links to
-    the blobs beside them, which belong to them."""
+    """Return whether `file` lies in `folder` after following links. Snapshots in the Hub's cache link to the
+    blobs beside them, which count as inside."""
     real, home = file.resolve(), folder.resolve()
     if real.is_relative_to(home):
         return True
@@ -24,8 +24,8 @@ def is_inside(file: Path, folder: Path) -> bool:
 
 
 def check_files(files: Iterable[Path], folder: Path, *, follow_links: bool) -> None:
-    """Raise DataError for what was found in `folder` and leads out of it, or is not a file (a pipe, say)."""
-    inside: set[Path] = set()  # folders of files that are
+    """Raise DataError for files found in `folder` that lead out of it, or are not regular files."""
+    inside: set[Path] = set()  # folders already checked
     for file in files:
         if not follow_links:
             if file.is_symlink() and not is_inside(file, folder):
@@ -45,8 +45,8 @@ def check_files(files: Iterable[Path], folder: Path, *, follow_links: bool) -> N
 
 
 def leads_out(file: Path, folder: Path) -> DataError:
-    """The error for a file outside the folder that was to be read."""
+    """Return the error for a file that lies outside the folder."""
     return DataError(
         f"{file} leads out of the data folder {folder}, to {file.resolve()}",
-        hint=f"copy the file into it, or datasets=[{{path: {folder}, follow_links: true}}]",
+        hint=f"copy the file into it, or set datasets=[{{path: {folder}, follow_links: true}}]",
     )

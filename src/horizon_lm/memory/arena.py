@@ -1,7 +1,7 @@
 """Exact host memory: anonymous mappings with huge pages, registered with the device in place.
 
-PyTorch's pinned allocator rounds every block up to a power of two; a mapping of our own has the
-size that was asked for, rounded to a page.
+PyTorch's pinned allocator rounds every block up to a power of two; these mappings have the requested size,
+rounded to a page.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def allocate(num_bytes: int, *, pin: bool = False) -> torch.Tensor:
-    """A zero-filled uint8 tensor of exactly `num_bytes` host bytes, pages touched on first use.
+    """Return a zero-filled uint8 tensor of exactly `num_bytes` host bytes; pages are touched on first use.
 
-    pin: register the pages with CUDA (page-locked, usable by asynchronous copies).
-    Raises DoesNotFitError when the system refuses the mapping or the registration.
+    pin: register the pages with CUDA (page-locked, for asynchronous copies).
+    Raises DoesNotFitError if the system rejects the mapping or the registration.
     """
     if num_bytes == 0:
         return torch.empty(0, dtype=torch.uint8)
@@ -37,14 +37,14 @@ def allocate(num_bytes: int, *, pin: bool = False) -> torch.Tensor:
             f"the system refused {size(num_bytes)} of host memory: {error}",
             hint="free memory, raise the limit (ulimit -v, cgroup), or choose a smaller model",
         ) from error
-    # A block below two huge pages would gain nothing; a kernel without huge pages refuses the advice.
+    # A block below two huge pages gains nothing; a kernel without huge pages rejects the advice.
     if num_bytes >= 4 << 20:
         with suppress(AttributeError, OSError):
             block.madvise(mmap.MADV_HUGEPAGE)
     tensor = torch.frombuffer(block, dtype=torch.uint8)
     if pin:
-        # A child process must not share pages that the device reads and writes: after a fork they
-        # would be copied, all of them at once or on the next write, away from the device.
+        # A child process must not share pages that the device accesses: after a fork, a write would copy
+        # them away from the device.
         with suppress(AttributeError, OSError):
             block.madvise(mmap.MADV_DONTFORK)
         _register(tensor)
@@ -52,11 +52,10 @@ def allocate(num_bytes: int, *, pin: bool = False) -> torch.Tensor:
 
 
 def pinnable_bytes() -> int | None:
-    """What may be pinned for a CUDA device, in bytes; None where nothing limits it.
+    """Bytes that may be pinned for a CUDA device; None if unlimited.
 
-    Most drivers pin for the device without regard to `ulimit -l`, and the usual limit is 8 MB, so the driver
-    is asked: it pins a little more than the limit, or it does not. A limit above 1 GB is not tried and not
-    taken for one.
+    Most drivers ignore `ulimit -l` (usually 8 MB), so this tries to pin slightly more than the limit. A limit
+    above 1 GB is not tried and counts as none.
     """
     limit = lockable_bytes()
     if limit is None or limit > _MOST_TRIED or pins_beyond(limit):
@@ -65,7 +64,7 @@ def pinnable_bytes() -> int | None:
 
 
 def pins_beyond(limit: int) -> bool:
-    """Whether CUDA pins more than `limit` bytes, tried with a megabyte more."""
+    """Whether CUDA pins more than `limit` bytes; tries one megabyte more."""
     try:
         allocate(limit + (1 << 20), pin=True)
     except DoesNotFitError:
@@ -74,19 +73,19 @@ def pins_beyond(limit: int) -> bool:
 
 
 def return_free_memory() -> None:
-    """Hand memory that was freed, but that malloc keeps for later, back to the system (glibc)."""
+    """Return freed memory that malloc retains to the system (glibc)."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep_freed_memory() -> None:
-    """Let malloc keep what is freed instead of unmapping it (glibc; for the whole process).
+    """Make malloc keep freed memory instead of unmapping it (glibc; affects the whole process).
 
-    For training on the CPU: each layer's activations and gradients are freed before the next layer
-    allocates its own, and giving them back in between costs a page fault for every 4 KB, some
-    50,000 a step at 100 M parameters: 2 to 10 % of its time. The peak is higher by up to as much
-    (`benchmarks/heap.py`). Like any setting of malloc's limits this one also ends their automatic
-    growth. An environment that sets limits of its own (MALLOC_*) is left alone.
+    Call it once before training on the CPU in a loop of your own; `horizon_lm.train` does so itself. Each
+    layer's activations and gradients are freed before the next layer allocates its own; returning them in
+    between costs a page fault per 4 KB, some 50,000 a step at 100 M parameters: 2 to 10 % of step time. Peak
+    memory rises by up to as much (`benchmarks/heap.py`). Also ends the automatic growth of malloc's limits.
+    Does nothing if the environment sets limits of its own (MALLOC_*).
     """
     if any(name.startswith("MALLOC_") for name in os.environ):
         return
@@ -104,5 +103,5 @@ def _register(tensor: torch.Tensor) -> None:
             f"CUDA refused to pin {size(tensor.numel())} of host memory (cudaHostRegister: {status})",
             hint="raise the locked-memory limit (ulimit -l unlimited) or choose a smaller model",
         )
-    # Runs when the last view is gone and before the storage lets go of the mapping.
+    # Runs when the last view is gone, before the storage releases the mapping.
     weakref.finalize(tensor.untyped_storage(), runtime.cudaHostUnregister, tensor.data_ptr())

@@ -1,4 +1,4 @@
-"""A unit's parameters in one contiguous run: offsets, shapes, and views. Offsets are made here only."""
+"""Layout of a unit's parameters in one flat buffer. Offsets are computed only here."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from math import prod
 
 import torch
 
-# Each parameter starts at a multiple of this many elements: 256 bytes in bf16, as those that PyTorch
-# allocates, so that cuBLAS picks the same kernels. Model dimensions are mostly multiples of it, so
-# gaps hardly occur.
+# Alignment of each parameter, in elements: 256 bytes in bf16, as PyTorch allocates, so that cuBLAS picks the
+# same kernels. Model dimensions are mostly multiples of it, so gaps are rare.
 ALIGN_ELEMENTS = 128
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter inside its unit's run.
+    """One parameter in its unit's flat buffer.
 
-    name: Hugging Face name. offset: elements from the start of the unit.
-    compute_dtype: what the module is given; fp32 for the few that transformers keeps in fp32.
+    name: Hugging Face name. offset: elements from the start of the unit. compute_dtype: dtype bound to the
+    module; fp32 for the few that transformers keeps in fp32.
     """
 
     name: str
@@ -35,18 +34,18 @@ class Parameter:
 
 @dataclass(frozen=True)
 class UnitLayout:
-    """The run of one unit: frozen parameters first, trainable after, so that gradients and
-    moments exist for the trainable part alone.
+    """The flat buffer of one unit: frozen parameters first, then trainable ones, so that gradients and
+    moments cover only the trainable part.
 
-    The few parameters that a bf16 model keeps in fp32 ("wide") stand side by side where the two
-    parts meet. They are computed with at full precision, so their residuals go to the device too:
+    The few parameters that a bf16 model keeps in fp32 ("wide") are adjacent where the two parts meet, since
+    their residuals go to the device too:
 
         frozen | frozen wide | trainable wide | trainable
                ^ wide_offset ^ trainable_offset
                [ wide_numel elements          ]
                [ residual ...                            ] numel
 
-    numel: elements of the whole run.
+    numel: elements of the whole buffer.
     """
 
     name: str
@@ -62,12 +61,12 @@ class UnitLayout:
 
     @property
     def residual_numel(self) -> int:
-        """Elements that have a residual: the trainable ones and the frozen wide ones."""
+        """Elements with a residual: trainable and frozen wide ones."""
         return self.numel - self.wide_offset
 
     @property
     def slot_numel(self) -> int:
-        """Elements of a device slot: the weights, and the residuals of the wide parameters."""
+        """Elements of a device slot: weights, and residuals of wide parameters."""
         return self.numel + self.wide_numel
 
     @property
@@ -75,19 +74,19 @@ class UnitLayout:
         return tuple(p for p in self.parameters if p.trainable)
 
     def view(self, run: torch.Tensor, parameter: Parameter) -> torch.Tensor:
-        """The parameter's view into `run`, a 1-D tensor of the whole unit [numel]."""
+        """View the parameter in `run`, a buffer of the whole unit [numel]."""
         return run.narrow(0, parameter.offset, parameter.numel).view(parameter.shape)
 
     def trainable_view(self, run: torch.Tensor, parameter: Parameter) -> torch.Tensor:
-        """The parameter's view into `run`, a 1-D tensor of the trainable part [trainable_numel]."""
+        """View the parameter in `run`, a buffer of the trainable part [trainable_numel]."""
         return run.narrow(0, parameter.offset - self.trainable_offset, parameter.numel).view(parameter.shape)
 
     def residual_view(self, run: torch.Tensor, parameter: Parameter) -> torch.Tensor:
-        """The parameter's view into `run`, a 1-D tensor of residuals: [residual_numel] or [wide_numel]."""
+        """View the parameter in `run`, a buffer of residuals: [residual_numel] or [wide_numel]."""
         return run.narrow(0, parameter.offset - self.wide_offset, parameter.numel).view(parameter.shape)
 
     def gaps(self) -> Iterator[tuple[int, int]]:
-        """(start, length) of padding inside the trainable part, counted from its start."""
+        """(start, length) of padding in the trainable part, relative to its start."""
         end = self.trainable_offset
         for parameter in self.trainable:
             if parameter.offset > end:
@@ -100,8 +99,8 @@ class UnitLayout:
 def lay_out(
     name: str, parameters: Iterable[tuple[str, tuple[int, ...], bool, torch.dtype]], dtype: torch.dtype
 ) -> UnitLayout:
-    """Pack (name, shape, trainable, compute dtype) rows into a unit of a store of `dtype`, keeping
-    their order within each of the four parts."""
+    """Pack (name, shape, trainable, compute dtype) rows into a unit of a store of `dtype`, keeping their
+    order within each of the four parts."""
     parts: list[list[tuple[str, tuple[int, ...], bool, torch.dtype]]] = [[], [], [], []]
     for row in parameters:
         trainable, wide = row[2], row[3] != dtype

@@ -1,4 +1,4 @@
-"""Bytes that tensors take while something runs: counted on real tensors, or on fake ones that take none."""
+"""Bytes that tensors occupy while code runs, on real or fake tensors."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 class LiveBytes(TorchDispatchMode):
-    """While open, follows every storage that operations of this thread create, until it is freed.
+    """While open, tracks every storage that operations of this thread create, until it is freed.
 
-    now: bytes alive of those created since; peak: the most there were (`restart` begins anew). What a
-    kernel takes and gives back inside itself is not seen.
+    now: live bytes created since entering. peak: their maximum (`restart` resets it). Memory that a kernel
+    allocates and frees internally is not seen.
     """
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Never compiled: so torch need not wrap each call, nor import its compiler for that."""
+        """Never compiled, so torch neither wraps each call nor imports its compiler."""
         return False
 
     def __init__(self, note: Callable[..., None] | None = None) -> None:
@@ -32,7 +32,7 @@ class LiveBytes(TorchDispatchMode):
         self._known = WeakIdKeyDictionary()
 
     def restart(self) -> int:
-        """Begin a new peak; returns the bytes that are alive now."""
+        """Reset the peak; return the bytes live now."""
         self.peak = self.now
         return self.now
 

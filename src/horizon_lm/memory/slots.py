@@ -1,7 +1,7 @@
-"""Device buffers for weights and gradients, and the views into them.
+"""Slots: device buffers for weights, gradients and stored inputs.
 
-Slots live as long as the run. With `alias` (the device is the CPU) a weight slot is the store's
-own run and a gradient slot the store's gradient run wherever the dtype allows: no copies.
+Slots live as long as the model. With `alias` (on the CPU) a weight slot is the store's own buffer, and a
+gradient slot the store's gradient buffer if dtypes match: no copies.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from horizon_lm.memory.store import HostStore
 
 
 class UnitWeights(NamedTuple):
-    """A unit's weights where they can be computed with: 1-D [numel], and the residuals of its wide
-    parameters (int16 [wide_numel])."""
+    """A unit's weights on the device: 1-D [numel], and the residuals of its wide parameters (int16
+    [wide_numel])."""
 
     weights: torch.Tensor
     wide_residual: torch.Tensor
 
 
 class WeightSlots:
-    """`count` device buffers, each as large as the largest unit that is uploaded."""
+    """`count` device buffers, each as large as the largest uploaded unit."""
 
     def __init__(
         self, store: HostStore, uploaded: frozenset[int], count: int, device: torch.device, alias: bool
@@ -39,11 +39,11 @@ class WeightSlots:
 
     @property
     def num_bytes(self) -> int:
-        """Device bytes taken by the slots; none when they alias the store."""
+        """Device bytes of the slots; 0 if they alias the store."""
         return sum(buffer.nbytes for buffer in self._buffers)
 
     def upload(self, slot: int, unit: int) -> None:
-        """Copy the unit's weights into the slot, asynchronously where the host memory is pinned."""
+        """Copy the unit's weights into the slot, asynchronously if the host memory is pinned."""
         if self._alias:
             return
         target = self.unit(slot, unit)
@@ -66,10 +66,10 @@ class WeightSlots:
 
 
 class GradientSlots:
-    """`count` device buffers that hold one unit's gradient while it is accumulated.
+    """`count` device buffers, each for one unit's gradient while it accumulates.
 
-    A unit whose gradient is written once keeps the store's dtype; one that is added to (several
-    micro-batches, several loss chunks) is accumulated in fp32.
+    A gradient that is written once has the store's dtype; one that is added to (several micro-batches or loss
+    chunks) accumulates in fp32.
     """
 
     def __init__(
@@ -82,14 +82,14 @@ class GradientSlots:
         self.capacity = max((store.units[u].trainable_numel for u in units), default=0)
         self._buffers: list[torch.Tensor] = []
         if not alias:
-            self.reserve()  # now, not in the middle of the first step on another stream
+            self.reserve()  # now, not during the first step on another stream
 
     @property
     def num_bytes(self) -> int:
         return sum(buffer.nbytes for buffer in self._buffers)
 
     def reserve(self) -> None:
-        """Allocate the buffers; with `alias` only when a gradient needs fp32 beside a bf16 store."""
+        """Allocate the buffers; with `alias`, only once a gradient needs fp32 in a bf16 store."""
         if not self._buffers:
             size = self.capacity * torch.float32.itemsize
             self._buffers = [
@@ -97,11 +97,11 @@ class GradientSlots:
             ]
 
     def is_alias(self, dtype: torch.dtype) -> bool:
-        """Whether a gradient of this dtype is accumulated in the store itself."""
+        """Whether a gradient of this dtype accumulates in the store itself."""
         return self.alias and dtype == self._store.dtype
 
     def run(self, grad_slot: int, unit: int, dtype: torch.dtype) -> torch.Tensor:
-        """The slot as the unit's 1-D gradient run [trainable_numel] of `dtype`."""
+        """The slot as the unit's gradient buffer [trainable_numel] of `dtype`."""
         self.reserve()
         return self._buffers[grad_slot].view(dtype)[: self._store.units[unit].trainable_numel]
 
@@ -111,15 +111,15 @@ class GradientSlots:
 
 
 class BoundarySlots:
-    """Inputs of layers that wait in host memory for the backward pass, and `count` device buffers
-    through which they come back. With `alias` they stay where they are.
+    """Host buffers for spilled layer inputs, and `count` device buffers to restore them. With `alias` inputs
+    stay where they are.
 
-    Host memory and buffers are kept from step to step, and grow with the largest input seen.
+    All buffers are reused from step to step and grow to the largest input seen.
     """
 
     def __init__(self, count: int, device: torch.device, alias: bool) -> None:
         self._device, self._alias = device, alias
-        self._homes: dict[tuple[int, int], torch.Tensor] = {}  # uint8, by unit and micro-batch
+        self._host: dict[tuple[int, int], torch.Tensor] = {}  # uint8, by unit and micro-batch
         self._buffers: list[torch.Tensor] = [torch.empty(0, dtype=torch.uint8, device=device)] * count
         self._held: list[torch.Tensor | None] = [None] * count
 
@@ -130,34 +130,34 @@ class BoundarySlots:
 
     @property
     def host_bytes(self) -> int:
-        return sum(home.nbytes for home in self._homes.values())
+        return sum(host.nbytes for host in self._host.values())
 
-    def home_bytes(self, unit: int, micro_batch: int) -> int:
-        """Host bytes of one stored input; 0 where none was spilled."""
-        home = self._homes.get((unit, micro_batch))
-        return 0 if home is None else home.nbytes
+    def host_bytes_of(self, unit: int, micro_batch: int) -> int:
+        """Host bytes of one spilled input; 0 if none was spilled."""
+        host = self._host.get((unit, micro_batch))
+        return 0 if host is None else host.nbytes
 
     def spill(self, unit: int, micro_batch: int, value: torch.Tensor) -> torch.Tensor:
-        """Copy a layer's input to host memory and return it there, asynchronously from a GPU."""
+        """Copy a layer's input to host memory, asynchronously from a GPU, and return the copy."""
         if self._alias:
             return value
-        home = self._homes.get((unit, micro_batch))
-        if home is None or home.nbytes < value.nbytes:
-            home = arena.allocate(value.nbytes, pin=self._device.type == "cuda")
-            self._homes[unit, micro_batch] = home
-        place = home[: value.nbytes].view(value.dtype).view(value.shape)
+        host = self._host.get((unit, micro_batch))
+        if host is None or host.nbytes < value.nbytes:
+            host = arena.allocate(value.nbytes, pin=self._device.type == "cuda")
+            self._host[unit, micro_batch] = host
+        place = host[: value.nbytes].view(value.dtype).view(value.shape)
         return place.copy_(value, non_blocking=True)
 
-    def restore(self, slot: int, home: torch.Tensor) -> None:
+    def restore(self, slot: int, host: torch.Tensor) -> None:
         """Copy a spilled input into a device buffer."""
         if self._alias:
-            self._held[slot] = home
+            self._held[slot] = host
             return
-        # A buffer that is too small was read last by ops that this one has waited for.
-        if self._buffers[slot].nbytes < home.nbytes:
-            self._buffers[slot] = torch.empty(home.nbytes, dtype=torch.uint8, device=self._device)
-        place = self._buffers[slot][: home.nbytes].view(home.dtype).view(home.shape)
-        self._held[slot] = place.copy_(home, non_blocking=True)
+        # Replacing a buffer is safe: this op has waited for the last ops that read it.
+        if self._buffers[slot].nbytes < host.nbytes:
+            self._buffers[slot] = torch.empty(host.nbytes, dtype=torch.uint8, device=self._device)
+        place = self._buffers[slot][: host.nbytes].view(host.dtype).view(host.shape)
+        self._held[slot] = place.copy_(host, non_blocking=True)
 
     def held(self, slot: int) -> torch.Tensor:
         value = self._held[slot]

@@ -1,6 +1,6 @@
-"""HostStore: host memory as the authority of weights, gradients and optimizer state.
+"""HostStore: weights, gradients and optimizer state in host memory.
 
-Each region is one exact allocation with the units side by side in it:
+Each region is one exact allocation that holds all units:
 
     weights     bf16 (or fp32)  2 (4) bytes   compute copy and upper half of the master, pinned
     residual    int16           2 (0)         lower half of the fp32 master
@@ -8,9 +8,8 @@ Each region is one exact allocation with the units side by side in it:
     exp_avg_sq  fp32 or bf16    4 (2)         second moment; none with sgd and lion
     grads       bf16 (or fp32)  2 (4)         gradients of the last forward_backward, pinned
 
-`weights` covers all parameters; the other regions cover the trainable ones, and `residual` also
-the frozen ones that are computed with in fp32. With eager updates there is no `grads`: gradients
-pass through a few slabs (`GradientSlabs`).
+`weights` covers all parameters, the other regions only trainable ones, except that `residual` includes frozen
+wide ones. Eager updates replace `grads` by a few slabs (`GradientSlabs`).
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from horizon_lm.memory.master import join_master, split_master
 
 @dataclass(frozen=True)
 class GradientSlabs:
-    """Host buffers for the gradients of eager updates: `count` for layers and prologue, in turn, and
-    one more that units `outer` (head and embedding table) share."""
+    """Host buffers for the gradients of eager updates: `count` for layers and prologue, round-robin, and one
+    shared by the units `outer` (head and embedding table)."""
 
     count: int
     outer: frozenset[int]
@@ -42,7 +41,7 @@ class GradientSlabs:
 
 @dataclass(frozen=True)
 class StoreSpec:
-    """What a store holds for each parameter. dtype: of weights and gradients, bf16 or fp32."""
+    """What a store holds per parameter. dtype: weight and gradient dtype, bf16 or fp32."""
 
     dtype: torch.dtype
     moment_dtype: torch.dtype = torch.float32
@@ -57,9 +56,9 @@ class StoreSpec:
 
 @dataclass(frozen=True)
 class Region:
-    """One row of the memory table: it allocates, reports and predicts.
+    """One row of the memory table, used to allocate, report and predict.
 
-    numels: elements of each run; one run for each unit, or for each slab.
+    numels: elements of each flat buffer; one per unit, or per slab.
     """
 
     name: str
@@ -84,7 +83,7 @@ def _with_residual(units: Sequence[UnitLayout]) -> list[int]:
 
 
 def regions(spec: StoreSpec) -> list[Region]:
-    """The regions of a store."""
+    """List the regions of a store."""
     rows = [Region("weights", spec.dtype, _all, pinned=True)]
     if spec.dtype == torch.bfloat16:
         rows.append(Region("residual", torch.int16, _with_residual))
@@ -99,7 +98,7 @@ def regions(spec: StoreSpec) -> list[Region]:
 
 
 def predict_bytes(units: Sequence[UnitLayout], spec: StoreSpec) -> dict[str, int]:
-    """Host bytes by region, before anything is allocated."""
+    """Predict host bytes by region."""
     return {region.name: region.num_bytes(units) for region in regions(spec)}
 
 
@@ -117,15 +116,15 @@ class HostStore:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and gradients."""
+        """Weight and gradient dtype."""
         return self.spec.dtype
 
     def run(self, region: str, unit: int) -> torch.Tensor:
-        """The unit's contiguous 1-D run in a region: [numel], or [trainable_numel]."""
+        """The unit's flat buffer in a region: [numel], or [trainable_numel]."""
         return self._runs[region][unit]
 
     def gradient_run(self, unit: int, slab: int = -1) -> torch.Tensor:
-        """Where the unit's gradient lies, 1-D [trainable_numel]: in a slab, or in a place of its own."""
+        """The flat buffer of the unit's gradient [trainable_numel]: in a slab, or its own."""
         if slab < 0:
             return self.run("grads", unit)
         return self.run("grad_slabs", slab)[: self.units[unit].trainable_numel]
@@ -139,24 +138,24 @@ class HostStore:
         return {name: sum(run.nbytes for run in runs) for name, runs in self._runs.items()}
 
     def locate(self, name: str) -> tuple[int, Parameter]:
-        """The unit number and place of a parameter. Raises KeyError for an unknown name."""
+        """The unit number and layout of a parameter. Raises KeyError for an unknown name."""
         return self._place[name]
 
     def names(self) -> Iterator[str]:
         return iter(self._place)
 
     def weight(self, name: str) -> torch.Tensor:
-        """View of the parameter's compute copy, shape as in the model."""
+        """View of the parameter's compute copy, shaped as in the model."""
         unit, parameter = self._place[name]
         return self.units[unit].view(self.run("weights", unit), parameter)
 
     def gradient(self, name: str, slab: int = -1) -> torch.Tensor:
-        """View of a trainable parameter's gradient, shape as in the model."""
+        """View of a trainable parameter's gradient, shaped as in the model."""
         unit, parameter = self._place[name]
         return self.units[unit].trainable_view(self.gradient_run(unit, slab), parameter)
 
     def wide_residual(self, unit: int) -> torch.Tensor:
-        """The residuals of the unit's wide parameters, 1-D [wide_numel]; empty in an fp32 store."""
+        """Residuals of the unit's wide parameters [wide_numel]; empty in an fp32 store."""
         if not self.has("residual"):
             return torch.empty(0, dtype=torch.int16)
         return self.run("residual", unit)[: self.units[unit].wide_numel]
@@ -168,7 +167,7 @@ class HostStore:
         return self.units[unit].residual_view(self.run("residual", unit), parameter)
 
     def adopt(self, name: str, value: torch.Tensor) -> None:
-        """Copy a parameter into the store as its fp32 master (residual included)."""
+        """Copy a parameter into the store as its fp32 master, residual included."""
         residual = self._residual(name)
         if residual is not None and value.dtype != torch.bfloat16:  # fp16 has more digits than bf16
             split_master(value, self.weight(name), residual)
@@ -178,7 +177,7 @@ class HostStore:
                 residual.zero_()
 
     def master(self, name: str) -> torch.Tensor:
-        """The parameter's fp32 master as a new tensor, shape as in the model."""
+        """The parameter's fp32 master as a new tensor, shaped as in the model."""
         residual = self._residual(name)
         if residual is None:
             return self.weight(name).to(torch.float32, copy=True)

@@ -1,9 +1,8 @@
-"""Where a transformers model can be cut: its decoder layers, and what runs before and after them.
+"""Analyse how to cut a transformers model: decoder layers, and what runs before and after them.
 
-Nothing is known of any model family. The model's own forward is run once on three tokens with
-its decoder layers replaced by markers; the autograd graph then tells which parameters the
-prologue and the head use, and whether anything but hidden states passes from layer to layer. A
-model that does not fit is refused by name, with the reason.
+No model family is special-cased. The model's forward runs once on three tokens with its decoder layers
+replaced by markers; the autograd graph then tells which parameters prologue and head use, and whether
+anything but hidden states passes between layers. Unsupported models are rejected by name, with the reason.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from horizon_lm.errors import UnsupportedModelError
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The cut. Names are Hugging Face parameter names without duplicates of tied ones.
+    """The cut. Names are Hugging Face parameter names, one per tied parameter.
 
     layers_path: module path of the decoder layers.
-    layer_outputs: 0 when a layer returns hidden states, n when it returns a tuple of up to n whose
-    first are the hidden states and of which the model uses nothing else.
-    head_takes_one_token: whether the head can be run on hidden states of other tokens than its dummy input.
-    head_entry: path of the module that is handed the last layer's output itself, as the first to run after
-    the layers; empty where the forward computes something else first.
+    layer_outputs: 0 if a layer returns hidden states; n if it returns a tuple of up to n, of which the model
+    uses only the first, the hidden states.
+    head_takes_one_token: the head runs on hidden states of any length, whatever its dummy input.
+    head_entry: path of the first module after the layers, if it receives the last layer's output itself;
+    empty if the forward computes something else first.
     prologue, head, idle: parameters used before the layers, after them, and by neither.
-    embedding: name of the input embedding table; tied: whether the head uses it too.
+    embedding: name of the input embedding table. tied: the head uses it too.
     """
 
     layers_path: str
@@ -50,10 +49,9 @@ class Anatomy:
 
 @contextmanager
 def intercept(layers: nn.ModuleList | list[nn.Module], replacement: Callable[..., Any]) -> Iterator[None]:
-    """While open, calling layer i runs `replacement(i, *args, **kwargs)` instead of its forward.
+    """While open, replace the forward of layer i by `replacement(i, *args, **kwargs)`.
 
-    The module objects stay in place, so that attributes the model reads from its layers (kind of
-    attention, layer index) are the real ones.
+    The module objects stay, so that the model still reads their attributes (kind of attention, layer index).
     """
     try:
         for i, layer in enumerate(layers):
@@ -66,11 +64,11 @@ def intercept(layers: nn.ModuleList | list[nn.Module], replacement: Callable[...
 
 @contextmanager
 def embedding_gives(embedding: nn.Module, embeds: torch.Tensor) -> Iterator[list[int]]:
-    """While open, the embedding module returns `embeds` whatever it is asked for. Yields a list
-    that counts its calls.
+    """While open, make the embedding module return `embeds` for any input. Yields a list with an entry per
+    call.
 
-    The model is thus run with input_ids, as users run it, although the table is not at hand: some
-    models scale embeddings only when they looked them up themselves, or route tokens by their id.
+    So the model runs with input_ids, as users run it, without the table: some models scale embeddings only
+    if they looked them up themselves, or route tokens by their id.
     """
     calls: list[int] = []
 
@@ -94,7 +92,7 @@ class _Replaced:
 
 
 def split_hidden(args: tuple, kwargs: dict) -> tuple[torch.Tensor, tuple, dict]:
-    """Take hidden states out of a layer call: (hidden states, other args, other kwargs)."""
+    """Split the arguments of a layer into (hidden states, other args, other kwargs)."""
     if args:
         return args[0], args[1:], kwargs
     rest = dict(kwargs)
@@ -102,7 +100,7 @@ def split_hidden(args: tuple, kwargs: dict) -> tuple[torch.Tensor, tuple, dict]:
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """All tensors inside nested tuples, lists and dictionaries."""
+    """Yield all tensors in nested tuples, lists and dictionaries."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
@@ -113,14 +111,14 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 def accepted(model: Any, **wanted: Any) -> dict[str, Any]:
-    """Those of `wanted` that the model's forward takes."""
+    """Return the items of `wanted` that the model's forward accepts."""
     names = _accepted_names(type(model).forward)
     return wanted if names is None else {name: value for name, value in wanted.items() if name in names}
 
 
 @lru_cache(maxsize=64)
 def _accepted_names(forward: Callable) -> frozenset[str] | None:
-    """What a model's forward takes; None: anything."""
+    """Parameter names of a model's forward; None: any."""
     parameters = inspect.signature(forward).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return None
@@ -128,9 +126,9 @@ def _accepted_names(forward: Callable) -> frozenset[str] | None:
 
 
 def analyse(model: Any) -> Anatomy:
-    """Find where `model` (parameters in memory, any device) can be cut.
+    """Find where to cut `model` (parameters in memory, any device).
 
-    Raises UnsupportedModelError with the model type and the reason when it cannot be streamed.
+    Raises UnsupportedModelError, with model type and reason, if it cannot be streamed.
     """
     path, layers = _find_layers(model)
     names = _unique_names(model)
@@ -141,7 +139,7 @@ def analyse(model: Any) -> Anatomy:
         )
     if len(list(embedding_module.parameters())) != 1:
         raise _refuse(
-            model, f"its input embedding ({type(embedding_module).__name__}) has parameters beside the table"
+            model, f"its input embedding ({type(embedding_module).__name__}) has parameters besides the table"
         )
     embedding = names[id(embedding_module.weight)]
     layer_names = _layer_parameters(model, path, layers, names)
@@ -181,7 +179,7 @@ def _refuse(model: Any, reason: str) -> UnsupportedModelError:
 
 
 def _find_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """The outermost list of modules that holds the most parameters."""
+    """Find the outermost module list with the most parameters."""
     found: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
         if (
@@ -231,14 +229,15 @@ def _requiring_grad(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 
 def as_layer_output(hidden: torch.Tensor, outputs: int, extra: Any = None) -> Any:
-    """What a decoder layer returns: `hidden`, or a tuple of `outputs` values that starts with it."""
+    """Return what a decoder layer does: `hidden`, or a tuple of `outputs` values that starts with it."""
     return (hidden, *[extra] * (outputs - 1)) if outputs else hidden
 
 
 def _probe(
     model: Any, layers: nn.ModuleList, embedding: nn.Embedding
 ) -> tuple[int, torch.Tensor, torch.Tensor, str]:
-    """(layer outputs, input of layer 0, logits, head entry), the tensors with their autograd graphs."""
+    """Return (layer outputs, input of layer 0, logits, head entry), the tensors with their autograd
+    graphs."""
     broken, failed = "", ""
     for outputs in (0, 3, 2, 1):
         try:
@@ -247,7 +246,7 @@ def _probe(
             broken = broken or str(error)
         except UnsupportedModelError:
             raise
-        except Exception as error:  # whatever a model does when given the wrong kind of output
+        except Exception as error:  # anything may happen on the wrong kind of output
             failed = (
                 failed or f"its forward failed when its layers were replaced: {type(error).__name__}: {error}"
             )
@@ -275,7 +274,7 @@ def _run_with_markers(
         return as_layer_output(marker[-1], outputs, hidden.detach().clone().requires_grad_())
 
     ids = torch.zeros(2, 3, dtype=torch.long, device=embedding.weight.device)
-    embeds = embedding(ids).detach().requires_grad_().clone()  # no leaf: a model may scale it in place
+    embeds = embedding(ids).detach().requires_grad_().clone()  # not a leaf: a model may scale it in place
     entry: list[str] = []
 
     def follows(path: str, args: tuple, kwargs: dict) -> None:
@@ -309,7 +308,7 @@ def _run_with_markers(
 def _watching(
     model: nn.Module, layers: nn.ModuleList, called: Callable[[str, tuple, dict], None]
 ) -> Iterator[None]:
-    """While open, `called(path, args, kwargs)` hears of each module's call, those of the layers apart."""
+    """While open, report each module call outside the layers to `called(path, args, kwargs)`."""
     inside = {id(module) for layer in layers for module in layer.modules()}
     handles = [
         module.register_forward_pre_hook(
@@ -326,8 +325,8 @@ def _watching(
 
 
 def _check_loss(model: Any, output: Any, labels: torch.Tensor) -> None:
-    """The model's own loss must be the mean cross-entropy of the next token, and nothing more. Tensors
-    without values (a planner's) cannot tell; training checks again."""
+    """Reject a model whose own loss is not just the mean next-token cross-entropy. Fake tensors (the
+    planner's) cannot tell; training checks again."""
     if isinstance(output.logits, FakeTensor):
         return
     logits = output.logits.detach().float()
@@ -359,7 +358,7 @@ def _head_takes_one_token(
 
 
 def _leaves(tensor: torch.Tensor) -> set[int]:
-    """The ids of the leaf tensors that `tensor` depends on."""
+    """Ids of the leaf tensors that `tensor` depends on."""
     if tensor.grad_fn is None:
         return {id(tensor)}
     found: set[int] = set()

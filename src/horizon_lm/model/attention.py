@@ -1,10 +1,9 @@
-"""Causal attention over packed documents and sliding windows without a mask of tokens times tokens.
+"""Causal attention over packed documents and sliding windows, without a tokens x tokens mask.
 
-transformers describes which key a query may see as a function of indices, and has its `sdpa` turn it into
-a boolean mask of [batch, 1, tokens, tokens]. Where that function means "the keys of my document up to me,
-no further back than the window", documents and window say the same: each document is attended to by
-itself, in blocks where it is longer than the window. Everything else goes through transformers' own
-functions.
+transformers describes visible keys as a function of indices, which its `sdpa` expands to a boolean mask
+[batch, 1, tokens, tokens]. If that function means "keys of the same document up to this one, within the
+window", each document is attended to by itself instead, in blocks if it is longer than the window. Everything
+else uses transformers' own functions.
 """
 
 from __future__ import annotations
@@ -16,18 +15,18 @@ from typing import Any
 import torch
 from torch._guards import detect_fake_mode
 
-Bounds = list[list[tuple[int, int]]]  # per row the (start, end) of its documents
-_BLOCK = 512  # queries of a window's block, at least
+Bounds = list[list[tuple[int, int]]]  # per row, the (start, end) of its documents
+_BLOCK = 512  # minimum queries of a window's block
 
 
 class IntervalMask(torch.Tensor):
-    """Stands for a boolean mask of [batch, 1, tokens, tokens], and holds int32 [batch, 1, 1, tokens]: the
-    first key that each query sees; it sees all from there to itself.
+    """Stands for a boolean mask [batch, 1, tokens, tokens]; holds int32 [batch, 1, 1, tokens], the first key
+    that each query sees. It sees all keys from there to itself.
 
-    Only `attend` looks at what it holds. To anything else that a model does with its mask (add it to
-    scores, combine it with one of its own) it is the boolean mask, written out.
-    documents: as numbers, so that no layer has to ask the device for them. window: keys that a query
-    sees at most, if there is a limit.
+    Only `attend` uses the compact form. For anything else a model does with its mask (add it to scores,
+    combine it with its own) it expands to the boolean mask.
+    documents: as Python numbers, so that no layer has to wait for the device. window: maximum keys per query,
+    if limited.
     """
 
     documents: Bounds
@@ -42,7 +41,7 @@ class IntervalMask(torch.Tensor):
 
 
 def _written_out(value: Any) -> Any:
-    """The same arguments with boolean masks in place of intervals."""
+    """Replace interval masks in the arguments by boolean masks."""
     if isinstance(value, IntervalMask):
         with torch._C.DisableTorchFunctionSubclass():
             starts = value.as_subclass(torch.Tensor)
@@ -59,7 +58,7 @@ def _written_out(value: Any) -> Any:
 def attention_by_intervals() -> Iterator[None]:
     """While open, models with `attn_implementation: sdpa` attend to documents and windows one by one.
 
-    What transformers calls sdpa is replaced, not given another name: some models ask for the name.
+    Replaces transformers' sdpa under its own name, since some models check the name.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -74,7 +73,7 @@ def attention_by_intervals() -> Iterator[None]:
 
 
 def attention_restorer() -> Callable[[], None]:
-    """A function that gives transformers its own attention back, where an interrupt kept us from it."""
+    """Return a function that restores transformers' attention after an interrupt."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     was = AttentionInterface()["sdpa"], AttentionMaskInterface()["sdpa"]
@@ -88,13 +87,13 @@ def attention_restorer() -> Callable[[], None]:
 
 
 def make_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """Of transformers' mask interface: intervals where they say it all, else what `sdpa` gets."""
+    """Implement transformers' mask interface: intervals if they suffice, else the mask of `sdpa`."""
     from transformers.masking_utils import sdpa_mask
 
     if not args and _may_be_intervals(kwargs):
         tokens, window = kwargs["q_length"], kwargs.get("local_size")
         window = None if window is None or window >= tokens else int(window)
-        if detect_fake_mode() is not None:  # no values to look at: planned for as one document a row
+        if detect_fake_mode() is not None:  # fake tensors: planned as one document per row
             return _planned(kwargs["batch_size"], tokens, window, kwargs.get("device", "cpu"))
         found = _find_intervals(
             kwargs["mask_function"], kwargs["batch_size"], tokens, window, kwargs.get("device", "cpu")
@@ -106,7 +105,7 @@ def make_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
 
 
 def _may_be_intervals(given: dict[str, Any]) -> bool:
-    """A square mask of tokens without padding that transformers would have to build."""
+    """Whether transformers would build a square mask of tokens without padding."""
     tokens, window = given["q_length"], given.get("local_size")
     square = tokens == given["kv_length"] and not int(given.get("q_offset", 0))
     cut = window is not None and window < tokens
@@ -123,9 +122,11 @@ def _find_intervals(
     window: int | None,
     device: torch.device | str,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(whether a token begins a document, the first key that it sees), [batch, 1, 1, tokens] each; None
-    where the mask is anything but causal, within documents, within the window. Asks `sees` for four
-    keys of each query: itself and the next, the first and the one before."""
+    """Return (whether a token begins a document, the first key it sees), [batch, 1, 1, tokens] each; None
+    unless the mask is causal, within documents and within the window.
+
+    Asks `sees` for four keys per query: itself and the next, the first visible one and the one before.
+    """
     rows = torch.arange(batch, device=device).view(batch, 1, 1, 1)
     heads = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=device)
     query = torch.arange(tokens, device=device).view(1, 1, 1, tokens).expand(batch, 1, 1, tokens)
@@ -154,15 +155,18 @@ def _bounds(begins: torch.Tensor) -> Bounds:
 
 def _mask(starts: torch.Tensor, documents: Bounds, window: int | None) -> torch.Tensor:
     mask = starts.to(torch.int32)
-    if type(mask) is torch.Tensor:  # a fake one can be no subclass
+    if type(mask) is torch.Tensor:  # fake tensors cannot be subclasses
         mask = mask.as_subclass(IntervalMask)
     mask.documents, mask.window = documents, window  # type: ignore[attr-defined]
     return mask
 
 
 def _planned(batch: int, tokens: int, window: int | None, device: torch.device | str) -> torch.Tensor:
-    """Without a window only a model asks that looks at the mask itself: one of the true shape, written out
-    where it is used, and so without bytes of its own."""
+    """The mask for fake tensors.
+
+    Without a window, only models that read the mask themselves ask for one: an expanded view of the true
+    shape, which takes no memory of its own.
+    """
     if window is None:
         whole = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device).expand(batch, 1, tokens, tokens)
         whole.sees_all_before = True  # type: ignore[attr-defined]
@@ -179,7 +183,7 @@ def attend(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Of transformers' attention interface. query: [batch, heads, tokens, size]; returns
+    """Implement transformers' attention interface. query: [batch, heads, tokens, size]; returns
     [batch, tokens, heads, size]."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -206,7 +210,8 @@ def attend(
 
 
 def _pieces(documents: list[tuple[int, int]], window: int | None) -> Iterator[tuple[slice, slice]]:
-    """(queries, keys that any of them sees): a document at once, or in blocks where a window cuts it."""
+    """Yield (queries, keys that any of them sees): whole documents, or blocks of those longer than the
+    window."""
     for start, end in documents:
         if window is None or end - start <= window:
             yield slice(start, end), slice(start, end)

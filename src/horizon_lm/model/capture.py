@@ -1,9 +1,8 @@
-"""Run the parts of a model through its own forward: prologue, one layer, head, router loss.
+"""Run parts of a model through its own forward: prologue, one layer, head, router loss.
 
-The prologue is the model's forward with its decoder layers replaced by recorders. What each layer
-would have received (masks, rotary embeddings, position ids, differences from layer to layer) is
-thereby exactly what transformers computes. The head is the same forward on one dummy token, with
-the last layer replaced by the true hidden states.
+The prologue is the model's forward with its decoder layers replaced by recorders, so what each layer receives
+(masks, rotary embeddings, position ids, differences between layers) is exactly what transformers computes.
+The head is the same forward on one dummy token, with the last layer replaced by the true hidden states.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from horizon_lm.model.skeleton import Skeleton
 
 
 class RouterLogits(NamedTuple):
-    """A router, the place of its logits in what it returns, and the logits [tokens, experts]."""
+    """A router, the index of its logits in its output, and the logits [tokens, experts]."""
 
     module: nn.Module
     place: int
@@ -44,12 +43,12 @@ class RouterLogits(NamedTuple):
 
 @dataclass
 class Call:
-    """What the layers receive beside hidden states for one micro-batch, and their router logits.
+    """The layers' arguments other than hidden states for one micro-batch, and their router logits.
 
-    layers: per layer (positional, named) arguments without hidden states.
-    inputs: what the model's forward was given (input_ids, attention_mask, position_ids).
-    routers: per layer its routers' logits when the auxiliary loss is asked for; once that is
-    known, the gradients in their place.
+    layers: per layer, (positional, named) arguments without hidden states.
+    inputs: arguments of the model's forward (input_ids, attention_mask, position_ids).
+    routers: per layer, its routers' logits if the auxiliary loss is on; replaced by their gradients once the
+    loss is computed.
     """
 
     layers: list[tuple[tuple, dict[str, Any]]]
@@ -58,24 +57,23 @@ class Call:
 
 
 class _Enough(Exception):
-    """Raised by the last recorder: what follows is the head's work."""
+    """Raised by the last recorder to skip the head."""
 
 
 def run_prologue(
     skeleton: Skeleton, embeds: torch.Tensor, inputs: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor | None, Call]:
-    """Run what comes before layer 0. embeds: [batch, tokens, hidden]; inputs: input_ids, and
-    attention_mask and position_ids where there are any. Returns layer 0's input
-    [batch, tokens, hidden] (None when that is `embeds` itself) and the captured call. Its
-    parameters must be bound.
+    """Run what comes before layer 0; its parameters must be bound.
 
-    Raises UnsupportedModelError where a layer, or what follows the last one, would not receive just what the
-    layer before it returns.
+    embeds: [batch, tokens, hidden]. inputs: input_ids, optionally attention_mask and position_ids. Returns
+    layer 0's input [batch, tokens, hidden] (None if that is `embeds` itself) and the captured call.
+    Raises UnsupportedModelError if a layer, or what follows the last one, would receive anything but the
+    output of the layer before.
     """
     model = skeleton.model
     work = _with_neftune_noise(skeleton, embeds.clone())  # a copy: some models scale it in place
     given = accepted(model, use_cache=False, output_router_logits=False, **inputs)
-    # A forward that swallows any keyword would ignore position_ids without a word.
+    # A forward that swallows any keyword would silently ignore position_ids.
     missing = inputs.keys() - inspect.signature(model.forward).parameters.keys()
     if missing:
         raise UnsupportedModelError(
@@ -102,7 +100,7 @@ def run_prologue(
 
 
 def _with_neftune_noise(skeleton: Skeleton, embeds: torch.Tensor) -> torch.Tensor:
-    """The embeddings as transformers' NEFTune hook would leave them: with noise in training alone."""
+    """Apply transformers' NEFTune hook to the embeddings: noise in training only."""
     if skeleton.neftune_noise_alpha is None:
         return embeds
     from transformers.integrations.neftune import neftune_post_forward_hook
@@ -114,8 +112,8 @@ def _with_neftune_noise(skeleton: Skeleton, embeds: torch.Tensor) -> torch.Tenso
 
 
 class _Recorder:
-    """Stands in for the layers while the prologue runs; notes what each receives, and sees to it that its
-    hidden states are the output of the layer before it: the same tensor, and nothing written into it."""
+    """Replaces the layers while the prologue runs. Records the arguments of each, and checks that its hidden
+    states are the output of the layer before: the same tensor, unmodified."""
 
     def __init__(self, skeleton: Skeleton) -> None:
         self.skeleton = skeleton
@@ -127,7 +125,7 @@ class _Recorder:
 
     @property
     def last(self) -> int:
-        """The layer that was called last."""
+        """The last layer called."""
         return len(self.calls) - 1
 
     def layer(self, i: int, *args: Any, **kwargs: Any) -> Any:
@@ -154,7 +152,7 @@ class _Recorder:
         return len(self.calls) == self.skeleton.num_layers
 
     def _check(self, hidden: Any, who: str) -> None:
-        """All stand-ins return what layer 0 was given, so that is what everyone must receive."""
+        """Check that `who` receives layer 0's input, which every stand-in returns."""
         if self.first is None or hidden is not self.first:
             raise _refuse(
                 self.skeleton, f"{who} receives something else than the output of layer {self.last}"
@@ -166,7 +164,8 @@ class _Recorder:
 
     @contextmanager
     def head_watched(self) -> Iterator[None]:
-        """While open, the run ends where the head begins, which must be handed the last layer's output."""
+        """While open, stop the run where the head begins, and check that it receives the last layer's
+        output."""
         path = self.skeleton.anatomy.head_entry
         if not path:
             yield
@@ -175,7 +174,7 @@ class _Recorder:
         own = module.__dict__.get("forward")
 
         def begin(*args: Any, **kwargs: Any) -> Any:
-            if not self._complete:  # it is used before the layers as well
+            if not self._complete:  # also used before the layers
                 return (own or partial(type(module).forward, module))(*args, **kwargs)
             given = list(tensors_in([args, kwargs]))
             same = next((t for t in given if t is self.first), given[0] if given else None)
@@ -192,7 +191,8 @@ class _Recorder:
                 module.forward = own
 
     def finish(self) -> torch.Tensor:
-        """Layer 0's input. Raises UnsupportedModelError unless all layers were called, and then the head."""
+        """Return layer 0's input. Raises UnsupportedModelError unless all layers, then the head, were
+        called."""
         if not self._complete:
             raise _refuse(
                 self.skeleton, f"{len(self.calls)} of its {self.skeleton.num_layers} layers are run"
@@ -204,7 +204,7 @@ class _Recorder:
                 if tensor._version != version:
                     raise _refuse(
                         self.skeleton,
-                        f"what layer {layer} receives beside hidden states is written into later",
+                        f"what layer {layer} receives besides hidden states is written into later",
                     )
         assert self.first is not None
         return self.first
@@ -213,7 +213,7 @@ class _Recorder:
 def run_layer(skeleton: Skeleton, layer: int, call: Call, hidden: torch.Tensor) -> torch.Tensor:
     """Run decoder layer `layer` (0-based) on hidden [batch, tokens, hidden]; its parameters must be bound.
 
-    Raises UnsupportedModelError when the layer passes on anything but hidden states.
+    Raises UnsupportedModelError if the layer passes on anything but hidden states.
     """
     rest, named = call.layers[layer]
     shared = [value for value in (*rest, *named.values()) if isinstance(value, (dict, list))]
@@ -246,8 +246,8 @@ def _refuse(skeleton: Skeleton, reason: str) -> UnsupportedModelError:
 
 
 def run_head(skeleton: Skeleton, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits [n, vocabulary] of hidden [n, hidden], with whatever norm, scaling or soft-capping
-    the model's own forward applies; the head's parameters must be bound."""
+    """Compute logits [n, vocabulary] of hidden [n, hidden], with the norm, scaling and soft-capping of the
+    model's own forward; the head's parameters must be bound."""
     rows = hidden.unsqueeze(0)
     tokens = 1 if skeleton.anatomy.head_takes_one_token else hidden.shape[0]
 
@@ -267,7 +267,8 @@ def _run_after_layers(
     tokens: int,
     options: dict[str, Any],
 ) -> Any:
-    """The model's forward on dummy embeddings [batch, tokens, hidden], its layers replaced by `layer`."""
+    """Run the model's forward on dummy embeddings [batch, tokens, hidden], with its layers replaced by
+    `layer`."""
     width = skeleton.embedding.embedding_dim
     dummy = torch.zeros(batch, tokens, width, dtype=skeleton.dtype, device=like.device)
     ids = torch.zeros(batch, tokens, dtype=torch.long, device=like.device)
@@ -281,7 +282,7 @@ def _run_after_layers(
 
 
 class _dummy_prologue:
-    """Bind the prologue's parameters to zeros that take no memory (stride 0): its output is discarded."""
+    """Binds the prologue's parameters to zeros without memory (stride 0): its output is discarded."""
 
     def __init__(self, skeleton: Skeleton, device: torch.device) -> None:
         unit = skeleton.units[0]
@@ -298,8 +299,8 @@ class _dummy_prologue:
 
 @contextmanager
 def capture_routers(skeleton: Skeleton, layer: int) -> Iterator[list[RouterLogits]]:
-    """While open, the routers of decoder layer `layer` (0-based) leave their logits in the yielded
-    list, in the order in which they ran."""
+    """While open, collect the router logits of decoder layer `layer` (0-based) in the yielded list, in the
+    order in which the routers ran."""
     seen: list[RouterLogits] = []
 
     def keep(module: nn.Module, args: Any, output: Any, *, index: int) -> None:
@@ -317,7 +318,7 @@ def capture_routers(skeleton: Skeleton, layer: int) -> Iterator[list[RouterLogit
 
 
 def drop_captures(skeleton: Skeleton) -> None:
-    """Take back the hooks that an interrupt kept `capture_routers` from removing."""
+    """Remove hooks that an interrupted `capture_routers` left behind."""
     for module in {module for routers in skeleton.routers for module, _ in routers}:
         for key, hook in list(module._forward_hooks.items()):
             if isinstance(hook, partial) and hook.func.__qualname__.startswith(capture_routers.__name__):
@@ -327,11 +328,11 @@ def drop_captures(skeleton: Skeleton) -> None:
 def run_router_loss(
     skeleton: Skeleton, call: Call, routers: list[list[RouterLogits]], hidden: torch.Tensor
 ) -> torch.Tensor:
-    """The router's auxiliary loss times its coefficient, as the model's own forward computes it.
+    """Compute the routers' auxiliary loss times its coefficient, as the model's own forward does.
 
-    routers: per layer its routers' logits; hidden: [batch, tokens, hidden], the
-    last layer's output. Router modules are called with their forward replaced, so that
-    transformers' own output recorders see the given logits. The head must be bound.
+    routers: per layer, its routers' logits. hidden: the last layer's output [batch, tokens, hidden]. Router
+    modules run with their forward replaced, so that transformers' output recorders see these logits. The head
+    must be bound.
     """
 
     def replay(i: int, *args: Any, **kwargs: Any) -> Any:
@@ -346,7 +347,7 @@ def run_router_loss(
         return as_layer_output(value, skeleton.anatomy.layer_outputs)
 
     batch, tokens = hidden.shape[:2]
-    # Labels that are all ignored, summed: what is left of the model's loss is the auxiliary part.
+    # All labels ignored and summed: only the auxiliary part of the model's loss remains.
     nothing = torch.full((batch, 1), IGNORED, device=hidden.device)
     options = {"output_router_logits": True, "logits_to_keep": 1, "labels": nothing, "num_items_in_batch": 1}
     return _run_after_layers(skeleton, replay, hidden, batch, tokens, options | call.inputs).loss

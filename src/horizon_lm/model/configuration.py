@@ -1,8 +1,9 @@
-"""A model's configuration: what its values may be, and which of them do not count.
+"""Model configurations: permitted values, and keys that are ignored.
 
-A config.json comes from anywhere. It describes the model and does not choose the code that runs it: attention
-and expert kernels, some of which transformers fetches from the Hub, are the user's choice. Its numbers are
-checked before anything is built from them: transformers builds 10^9 layers if told so.
+A config.json is untrusted. It describes the model but does not choose the code that runs it: attention and
+expert kernels, some of which transformers fetches from the Hub, are the user's choice. Its numbers are
+checked
+before anything is built: transformers builds 10^9 layers if told to.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from horizon_lm.text import one_line, redacted
 
 _log = logging.getLogger(__name__)
 
-# Keys by which a configuration would choose code. transformers reads the first in each of its forms.
+# Keys by which a configuration would choose code. transformers reads the first in any of its forms.
 _ATTENTION = ("_attn_implementation", "attn_implementation", "_attn_implementation_internal")
 _EXPERTS = ("_experts_implementation", "experts_implementation", "_experts_implementation_internal")
 CHOOSES_CODE = frozenset({*_ATTENTION, *_EXPERTS, "use_kernels", "kernel_config"})
 
-MOST_MODULES = 2_048  # of a kind: built in seconds; the deepest model published has 1,000 layers
+MOST_MODULES = 2_048  # per kind: built in seconds; the deepest published model has 1,000 layers
 MOST_LABELS = 1_000_000  # each gets a name
-LARGEST = 2**32  # of any other size; larger ones overflow in products
-_DEEPEST = 64  # lists and mappings within each other
+LARGEST = 2**32  # any other size; larger ones overflow in products
+_DEEPEST = 64  # nesting of lists and mappings
 _MOST_VALUES = 1_000_000  # vocabularies and label names are the long ones
-# What counts modules, which are made one by one; what is the size of something.
+# Keys that count modules, which are built one by one; keys that are sizes.
 _COUNTS = re.compile(r"^(n|num)_(\w+_)?(layers?|blocks?|experts|groups|stages|codebooks)$|^depth$")
 _SIZES = re.compile(r"(_size|_dim|_rank|_embd|_inner|_positions|_embeddings|_heads?)$|^(d_model|dim|n_ctx)$")
 _WHOLE = frozenset(
@@ -50,10 +51,10 @@ def read_configuration(
     where: str | None = None,
     **options: Any,
 ) -> Any:
-    """The transformers configuration of a folder or a name on the Hub, checked, with the user's attention.
+    """Read and check the transformers configuration of a folder or Hub name; set the user's attention.
 
-    where: for messages, in place of the name. options: of transformers' `from_pretrained` (revision,
-    local_files_only). Raises ConfigError for values that make no model, and whatever transformers raises.
+    where: location for messages. options: for transformers' `from_pretrained` (revision, local_files_only).
+    Raises ConfigError for invalid values, and whatever transformers raises.
     """
     from transformers import AutoConfig, PreTrainedConfig
 
@@ -68,7 +69,7 @@ def read_configuration(
 def configuration_of(
     values: dict[str, Any], attn_implementation: str | None, where: str = "init_model"
 ) -> Any:
-    """The transformers configuration of a mapping with its model_type, as `read_configuration`."""
+    """Build the transformers configuration of a mapping with model_type, as `read_configuration`."""
     from transformers import AutoConfig
 
     check_values(values, where)
@@ -79,7 +80,7 @@ def configuration_of(
 
 
 def check_folder(folder: Path) -> None:
-    """`check_values` for the config.json of a folder, if there is one; ConfigError also for invalid JSON."""
+    """Check the values of a folder's config.json, if present. Raises ConfigError, also for invalid JSON."""
     from transformers import PreTrainedConfig
 
     if (folder / "config.json").is_file():
@@ -97,8 +98,8 @@ def check_folder(folder: Path) -> None:
 
 @contextmanager
 def _refused(where: str) -> Iterator[None]:
-    """Turns what a configuration's own code raises for values that it cannot take into ConfigError; what says
-    that there is none (OSError) or none that is known (ValueError, KeyError, ImportError) passes."""
+    """Turn errors of a configuration's own code into ConfigError. Errors that mean a missing (OSError) or
+    unknown configuration (ValueError, KeyError, ImportError) pass."""
     try:
         yield
     except (HorizonError, MemoryError, OSError, ValueError, KeyError, ImportError):
@@ -113,7 +114,7 @@ def _refused(where: str) -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line that an error says, and the next one where the first only announces it."""
+    """First line of an error's message, with the next one if the first only announces it."""
     if isinstance(error, KeyError) and error.args and " " not in str(error.args[0]):
         return f"unknown name {error}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
@@ -122,7 +123,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def check_values(values: Any, where: str) -> None:
-    """Raises ConfigError for what no model has, and what would take for ever or all memory to find out."""
+    """Raise ConfigError for values that no model has, or that would exhaust time or memory."""
     if not isinstance(values, dict):
         raise ConfigError(f"{where} is not a mapping of settings", hint="download or export the model again")
     for number, (path, key, value) in enumerate(_walk(values, where)):
@@ -140,7 +141,7 @@ def check_values(values: Any, where: str) -> None:
 
 
 def _walk(values: dict[str, Any], where: str) -> Iterator[tuple[str, str, Any]]:
-    """(path, key, value) of all that is in a configuration; lists count as their entries."""
+    """Yield (path, key, value) of everything in a configuration; lists count as their entries."""
     waiting: list[tuple[str, str, Any, int]] = [
         (str(key), str(key), value, 1) for key, value in values.items()
     ]
@@ -191,9 +192,9 @@ def _short(value: Any) -> str:
 
 
 def by_the_user(config: Any, attn_implementation: str | None, where: str) -> Any:
-    """The configuration with the user's attention, and nothing else by which it would choose code.
+    """Set the user's attention in the configuration, and remove every other key that chooses code.
 
-    attn_implementation: None leaves the choice to transformers. A difference is logged, once.
+    attn_implementation: None leaves the choice to transformers. Logs a difference once.
     """
     named: set[tuple[str, str]] = set()
     parts = list(_parts(config))
@@ -215,7 +216,7 @@ def by_the_user(config: Any, attn_implementation: str | None, where: str) -> Any
 
 
 def _parts(config: Any) -> Iterator[Any]:
-    """The configuration and those within it, as of a text model in one of images and text."""
+    """Yield the configuration and nested ones, such as the text model's of a multimodal model."""
     from transformers import PreTrainedConfig
 
     yield config
@@ -225,7 +226,7 @@ def _parts(config: Any) -> Iterator[Any]:
 
 
 def _named(values: dict[str, Any]) -> set[tuple[str, str]]:
-    """(key, value) of CHOOSES_CODE, also in mappings within, out of which they are taken."""
+    """(key, value) of CHOOSES_CODE; also in nested mappings, from which they are removed."""
     found: set[tuple[str, str]] = set()
     for key in CHOOSES_CODE & values.keys():
         public = next((keys[1] for keys in (_ATTENTION, _EXPERTS) if key in keys), key)

@@ -1,5 +1,5 @@
-"""What has given its weights away says so when it is used again: a transformers model object that was
-handed to `HostModel`, and a `HostModel` that is closed."""
+"""Errors for objects without weights: a model object that was passed to `HostModel`, and a closed
+`HostModel`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from horizon_lm.errors import ConfigError
 
-# What needs weights, or would change the modules that HostModel runs -> what to use instead.
+# Methods that need weights, or would change the modules that HostModel runs -> what to use instead.
 _HINTS = {
     "forward": "use HostModel.evaluate(micro_batches) or HostModel.train_step(micro_batches, lr=...)",
     "generate": "use HostModel.save_pretrained(folder), then AutoModelForCausalLM.from_pretrained(folder)",
@@ -31,7 +31,7 @@ _MARK = "_handed_to_host_model"
 
 
 class Closed:
-    """Stands for what a closed `HostModel` had."""
+    """Replaces the parts of a closed `HostModel`."""
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):
@@ -40,7 +40,7 @@ class Closed:
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise ConfigError for a module that `HostModel` cannot take over."""
+    """Raise ConfigError for a module that `HostModel` cannot consume."""
     name = type(model).__name__
     if _MARK in model.__dict__:
         raise ConfigError(
@@ -55,17 +55,19 @@ def check_model(model: nn.Module) -> None:
 
 
 def take_over(model: Any) -> Any:
-    """The model to work with: another object over the same modules, parameters and buffers.
+    """Return another object over the same modules, parameters and buffers.
 
-    What the caller holds can thereby refuse to be used (`refuse_use`) while ours runs as it always did.
+    So the caller's object can reject use (`refuse_use`) while ours still runs.
     """
     return copy.copy(model)
 
 
 def refuse_use(model: nn.Module) -> None:
-    """Make the caller's object, and the modules right below it, answer with a ConfigError when they are
-    called, saved or moved. Their own children, which are shared, stay as they are; so do the modules below an
-    object whose forward was replaced by one of its own, as that one calls them."""
+    """Make the caller's object, and its direct children, raise ConfigError if called, saved or moved.
+
+    Grandchildren are shared and stay usable; so do the children of an object whose forward was replaced by
+    its own, since that calls them.
+    """
     is_own = "forward" in model.__dict__
     below = {} if is_own else model._modules
     children = {name: copy.copy(child) for name, child in below.items() if child is not None}

@@ -1,8 +1,8 @@
-"""What a local folder of a model may have read: regular files that lie in it.
+"""Checks of a local model folder: only regular files inside it are read.
 
-transformers opens what it finds there: it would wait for a named pipe, and take weights from wherever an
-index of weight files points. Links are followed: weights often lie on another disk, and in the cache of the
-Hub each file is a link. For a name on the Hub huggingface_hub itself refuses files outside of the repository.
+transformers opens whatever it finds: it would wait for a named pipe, and read weights from wherever a weight
+index points. Links are followed: weights often lie on another disk, and every file in the Hub cache is a
+link. For Hub names, huggingface_hub itself rejects files outside the repository.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _TEMPLATES = "additional_chat_templates"
 
 
 def check_model_folder(name: str | os.PathLike[str]) -> None:
-    """Raises DataError for a folder that has a pipe or a device where a file belongs, or an index that names
-    a file outside of it. A name on the Hub is not looked at."""
+    """Raise DataError for a folder with a pipe or device in place of a file, or an index that names a file
+    outside it. Hub names are not checked."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return
@@ -35,7 +35,7 @@ def check_model_folder(name: str | os.PathLike[str]) -> None:
 
 
 def _check_entry(path: Path) -> None:
-    if path.is_dir() or not path.exists():  # a link to nothing: who needs the file says so
+    if path.is_dir() or not path.exists():  # a broken link: whoever needs the file reports it
         return
     try:
         check_is_file(path)
@@ -46,17 +46,16 @@ def _check_entry(path: Path) -> None:
 
 
 def _index_in_use(folder: Path) -> Path | None:
-    """The index that transformers reads: the one that config.json names, else that of a model in several
-    files."""
+    """The index that transformers reads: the one named in config.json, else that of a sharded model."""
     named = _values(folder / "config.json").get("transformers_weights")
-    if isinstance(named, str):  # transformers itself sees to it that this one is in the folder
+    if isinstance(named, str):  # transformers itself checks that this one is in the folder
         return folder / named if named.endswith(".index.json") and (folder / named).exists() else None
     index = folder / INDEX
     return index if index.exists() and not (folder / _WEIGHTS).exists() else None
 
 
 def _values(path: Path) -> dict[str, Any]:
-    """Of a JSON file; nothing where it cannot be read, which transformers says."""
+    """Read a JSON file; empty if it cannot be read, which transformers reports."""
     try:
         values = json.loads(read_bytes(path))
     except (OSError, ValueError, RecursionError):
@@ -65,7 +64,7 @@ def _values(path: Path) -> dict[str, Any]:
 
 
 def names_in(index: Path) -> set[str]:
-    """The files that an index of weight files names. Raises DataError unless all are names in its folder."""
+    """Return the files named in a weight index. Raises DataError unless all are names in its folder."""
     try:
         names = set(json.loads(read_bytes(index))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:

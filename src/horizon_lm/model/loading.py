@@ -1,7 +1,7 @@
-"""From a Hugging Face folder, name, configuration or model object to a filled host store.
+"""Load a model from a Hugging Face folder, name, configuration or model object, and fill the host store.
 
-Reading goes through transformers' own loader, so that its weight conversions apply; parameters
-are then adopted unit by unit and their source is freed.
+Weights are read by transformers' own loader, so that its conversions apply, then adopted unit by unit while
+the source is freed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from horizon_lm.config import ModelSettings
 from horizon_lm.config.patterns import compiled, nearest
 from horizon_lm.errors import ConfigError, DataError, DoesNotFitError, HorizonError, UnsupportedModelError
 from horizon_lm.io.hub import require_reachable
@@ -35,11 +36,12 @@ def load_model(
     allowed: Allowed = Allowed(),  # noqa: B008
     seed: int = 0,
 ) -> nn.Module:
-    """The transformers model of a folder or name, in the dtype of its files; a model object as it is.
+    """Load the transformers model of a folder or name in the dtype of its files; a model object is returned
+    as is.
 
-    allowed: what checkpoint and model may have that the other has not; seed: of weights that are missing.
-    Only safetensors are read, never pickles. Raises ConfigError for a missing folder or one that
-    holds no causal language model, DataError for weights that are damaged or do not fit the model.
+    allowed: permitted differences between checkpoint and model. seed: for missing weights. Reads only
+    safetensors, never pickles. Raises ConfigError for a missing folder or one without a causal language
+    model, DataError for weights that are damaged or do not fit the model.
     """
     if isinstance(source, nn.Module):
         return source
@@ -77,6 +79,18 @@ def load_model(
         ) from error
 
 
+def load_model_of(source: str | Path | nn.Module, settings: ModelSettings) -> nn.Module:
+    """Load the transformers model that the settings describe; a model object is returned as it is."""
+    return load_model(
+        source,
+        trust_remote_code=settings.trust_remote_code,
+        revision=settings.model_revision,
+        attn_implementation=settings.attn_implementation,
+        allowed=Allowed(settings.allow_missing, settings.allow_unexpected),
+        seed=settings.seed,
+    )
+
+
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise ConfigError(
@@ -97,7 +111,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _check_index(folder: Path) -> None:
-    """Raises DataError unless an index of weight files names files of its own folder, all of them there."""
+    """Raise DataError unless every file named in the weight index exists in its folder."""
     index = folder / INDEX
     if not index.is_file():
         return
@@ -109,8 +123,8 @@ def _check_index(folder: Path) -> None:
 
 
 def count_parameters(values: dict[str, Any], frozen: Sequence[str] = ()) -> tuple[int, int]:
-    """(trained, frozen) parameters of a model from the values of a transformers configuration; takes no
-    memory. frozen: as `freeze`."""
+    """Count (trained, frozen) parameters of a transformers configuration, without memory. frozen: as
+    `freeze`."""
     with torch.device("meta"):
         model = create_model(values, dtype=torch.float32, seed=0, attn_implementation="eager")
     freeze(model, frozen)
@@ -121,10 +135,10 @@ def count_parameters(values: dict[str, Any], frozen: Sequence[str] = ()) -> tupl
 def create_model(
     values: dict[str, Any], *, dtype: torch.dtype, seed: int, attn_implementation: str
 ) -> nn.Module:
-    """A model with random weights from the values of a transformers configuration.
+    """Create a model with random weights from the values of a transformers configuration.
 
-    Weights are drawn in fp32 whatever the compute dtype. Raises ConfigError for a configuration that
-    transformers refuses, DoesNotFitError when the system refuses the memory.
+    Draws weights in fp32 whatever the compute dtype. Raises ConfigError for a configuration that transformers
+    rejects, DoesNotFitError if memory does not suffice.
     """
     from transformers import AutoModelForCausalLM
 
@@ -148,7 +162,7 @@ def create_model(
 
 
 def _no_memory(error: Exception) -> DoesNotFitError | None:
-    """The error to raise instead when the system refused memory; torch says so in a RuntimeError."""
+    """The error to raise instead if the system refused memory, which torch reports as a RuntimeError."""
     refused = "can't allocate memory", "Cannot allocate memory"
     if not isinstance(error, MemoryError) and not any(words in str(error) for words in refused):
         return None
@@ -159,10 +173,10 @@ def _no_memory(error: Exception) -> DoesNotFitError | None:
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Take the parameters whose names any of the patterns is found in out of training.
+    """Freeze the parameters whose names contain a match of any pattern.
 
-    A tied weight has several names, and each of them counts. Raises ConfigError for a pattern that fits no
-    parameter, and where nothing would be left to train.
+    Every name of a tied weight counts. Raises ConfigError for a pattern that matches no parameter, and if
+    nothing would be left to train.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     for pattern in patterns:
@@ -183,8 +197,10 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def grow_vocabulary(model: Any, tokens: int, seed: int) -> None:
-    """Give the embeddings at least `tokens` rows, new ones as transformers draws them (seed); a table that
-    is large enough stays as it is. Raises UnsupportedModelError where transformers cannot."""
+    """Grow the embeddings to at least `tokens` rows, new ones drawn by transformers (seed).
+
+    Raises UnsupportedModelError if transformers cannot.
+    """
     if tokens <= model.get_input_embeddings().num_embeddings:
         return
     try:
@@ -208,7 +224,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def fill_store(skeleton: Skeleton, store: HostStore) -> None:
-    """Adopt all parameters, one unit at a time; the model object's own are freed as it goes."""
+    """Adopt all parameters unit by unit, freeing the model object's own on the way."""
     for unit in range(len(store.units)):
         _adopt_unit(skeleton, store, unit)
     return_free_memory()

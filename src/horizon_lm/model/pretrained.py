@@ -1,7 +1,7 @@
-"""Weights from a checkpoint through transformers' own loader, none of them left to chance.
+"""Strict loading of checkpoints through transformers' own loader.
 
-transformers gives weights that a checkpoint lacks random values, leaves out those that it does not know, and
-prints a table. Here each of the three is an error with the names, unless they are allowed.
+transformers fills missing weights with random values, skips unknown ones, and prints a table. Here missing,
+unknown and misshapen weights are errors with their names, unless allowed.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from horizon_lm.words import parameters, size
 
 _log = logging.getLogger(__name__)
 _SHOWN = 4  # names in a message
-# Constants that old checkpoints hold beside the weights, and that transformers does not skip everywhere.
+# Constants in old checkpoints that transformers does not always skip.
 _OLD_CONSTANTS = re.compile(r"\.(attn|attention)\.masked_bias$")
-# Parameters for each byte of weight files: two in four bits, and room for some that are missing. And how many
-# are never too many.
+# Maximum parameters per byte of weight files: two at four bits, with room for missing ones; and a number that
+# is always accepted.
 _MOST_PER_BYTE, _ALWAYS = 16, 100_000_000
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -38,9 +38,8 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 class Allowed:
     """Regular expressions, found anywhere in a name (`re.search`).
 
-    missing: weights that may be absent, or of another shape, and are then initialised by transformers.
-    unexpected: weights of the checkpoint that the model may not have. by_settings: whether the user can say
-    so.
+    missing: weights that may be absent or of another shape; transformers initialises them.
+    unexpected: weights of the checkpoint that the model may lack. by_settings: the user can change these.
     """
 
     missing: Sequence[str] = ()
@@ -48,16 +47,16 @@ class Allowed:
     by_settings: bool = True
 
 
-# To write texts with a model: what it does not use spoils none.
+# For generation: weights that the model does not use do no harm.
 TO_GENERATE = Allowed(unexpected=("",), by_settings=False)
 
 
 def read_pretrained(name: str, allowed: Allowed, *, seed: int = 0, **options: Any) -> nn.Module:
-    """The causal language model of a folder or name on the Hub.
+    """Load the causal language model of a folder or Hub name.
 
-    seed: of weights that are missing and may be. options: of transformers' `from_pretrained`. Raises
-    DataError, with the names, where checkpoint and model do not fit each other, UnsupportedModelError for
-    quantised weights, and whatever transformers raises.
+    seed: for allowed missing weights. options: for transformers' `from_pretrained`. Raises DataError, with
+    names, if checkpoint and model do not fit, UnsupportedModelError for quantised weights, and whatever
+    transformers raises.
     """
     from transformers import AutoModelForCausalLM
 
@@ -111,7 +110,7 @@ def read_pretrained(name: str, allowed: Allowed, *, seed: int = 0, **options: An
 
 
 def check_has_weights(model: nn.Module) -> None:
-    """Raises DataError for a model object some of whose parameters or buffers have no values."""
+    """Raise DataError for a model object with parameters or buffers without values."""
     named = [*model.named_parameters(), *model.named_buffers()]
     hollow = [name for name, tensor in named if nn.parameter.is_lazy(tensor) or tensor.is_meta]
     if hollow:
@@ -153,7 +152,7 @@ def _check_fit(
 
 
 def _as_pattern(keys: Iterable[str]) -> str:
-    """A pattern for the first of the names: its module, with any number for the layer's."""
+    """A pattern for the first name: its module, with any layer number."""
     first = next(iter(keys))
     parts = (first.rpartition(".")[0] or first).split(".")
     return "'" + r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in parts) + "'"
@@ -182,7 +181,7 @@ def _fits(patterns: Sequence[re.Pattern[str]], key: str) -> bool:
 
 
 class _Withheld(logging.Filter):
-    """Holds back transformers' messages that have any of `words` in them."""
+    """Withholds transformers' messages that contain any of `words`."""
 
     def __init__(self, words: Sequence[str]) -> None:
         super().__init__()
@@ -199,8 +198,7 @@ class _Withheld(logging.Filter):
 
 @contextmanager
 def without_messages(*words: str) -> Iterator[list[str]]:
-    """While open, what transformers' loader logs with any of `words` in it goes into the yielded list, not
-    to the terminal."""
+    """While open, divert messages of transformers' loader that contain any of `words` to the yielded list."""
     logger, withheld = logging.getLogger("transformers.modeling_utils"), _Withheld(words)
     logger.addFilter(withheld)
     try:
@@ -209,8 +207,22 @@ def without_messages(*words: str) -> Iterator[list[str]]:
         logger.removeFilter(withheld)
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """While open, hide transformers' progress bars, which would garble ours."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _not_converted(reports: Sequence[str]) -> list[str]:
-    """Weights that transformers could not make from those of the checkpoint."""
+    """Weights that transformers could not convert from the checkpoint's."""
     return [key for text in reports for key in re.findall(r"^(\S+) +\| CONVERSION", text, re.MULTILINE)]
 
 
@@ -228,8 +240,10 @@ def _is_plain(parameter: torch.Tensor) -> bool:
 
 
 def _quantisation(name: str, config: Any) -> Any:
-    """The method that the configuration of a checkpoint names; None where there is none. Raises
-    UnsupportedModelError for one that is not dequantised: its code never runs."""
+    """The quantisation method named in a checkpoint's configuration, or None.
+
+    Raises UnsupportedModelError for one that is not dequantised: its code never runs.
+    """
     found = getattr(config, "quantization_config", None)
     method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
     if found and not _dequantised(method):
@@ -238,8 +252,8 @@ def _quantisation(name: str, config: Any) -> Any:
 
 
 def _check_size(name: str, config: Any, options: dict[str, Any]) -> None:
-    """Raises DataError for a folder whose files hold next to nothing of what its configuration describes, and
-    transformers would make up the rest."""
+    """Raise DataError for a folder whose files hold almost nothing of what its configuration describes, which
+    transformers would fill with random values."""
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -258,7 +272,7 @@ def _check_size(name: str, config: Any, options: dict[str, Any]) -> None:
 
 
 def _dequantised(method: Any) -> dict[str, Any]:
-    """Options by which transformers turns weights back that it can turn back: on any device alike."""
+    """Options by which transformers dequantises weights, if it can on any device."""
     from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
     kinds: dict[Any, Any] = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}

@@ -1,8 +1,8 @@
-"""Rotary embeddings whose frequencies depend on the length of the text: `dynamic` (NTK) and `longrope`.
+"""Rotary embeddings whose frequencies depend on text length: `dynamic` (NTK) and `longrope`.
 
-transformers takes the largest position of a call for the length of everything in it, so that a packed row
-changes the frequencies of its documents, and `dynamic` keeps those of the longest call so far for later ones.
-Here each document has the frequencies of its own length, and none depend on what ran before.
+transformers takes the largest position of a call as the length of everything in it, so packing changes the
+frequencies of documents, and `dynamic` keeps those of the longest call for later ones. Here each document has
+the frequencies of its own length, independent of what ran before.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Embeddings = torch.Tensor | tuple[torch.Tensor, ...]  # each [rows, tokens, ...]
 
 
 def separate_documents(model: nn.Module) -> None:
-    """Have the model's rotary modules give each document of a call the frequencies of its own length.
+    """Make the model's rotary modules give each document of a call the frequencies of its own length.
 
-    Documents are what positions tell apart: within one each position is one more than the last, as in the
-    masks that transformers makes from positions. Rows without position_ids share the length of the longest,
-    padding included, as in transformers.
+    Documents are delimited by positions: within one, each position is the last plus one, as in the masks that
+    transformers makes from positions. Rows without position_ids share the length of the longest, padding
+    included, as in transformers.
     """
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
@@ -50,7 +50,7 @@ def _forward(
     run = partial(forward, x, **({} if layer_type is None else {"layer_type": layer_type}))
     if not _depends_on_length(kind):
         return run(position_ids)
-    if detect_fake_mode() is not None:  # no positions to look at, and any give the same shapes
+    if detect_fake_mode() is not None:  # fake tensors: no positions, and any give the same shapes
         with _as_default(module):
             return run(position_ids)
     _forget_longest(module, layer_type)
@@ -74,7 +74,7 @@ def _tensors(found: Embeddings) -> tuple[torch.Tensor, ...]:
 
 
 def _limit(module: Any, kind: str, layer_type: str | None) -> int:
-    """The longest document that has the frequencies of short ones."""
+    """Maximum length of documents with the frequencies of short texts."""
     if "dynamic" in kind:
         return int(module.original_max_seq_len)
     settings = module.config.rope_parameters
@@ -83,8 +83,8 @@ def _limit(module: Any, kind: str, layer_type: str | None) -> int:
 
 
 def _long_documents(positions: torch.Tensor, limit: int) -> list[tuple[slice, slice]]:
-    """(row, tokens) of the documents in positions [rows, tokens] that reach beyond the limit; none where all
-    rows are one document of the same length, so that one call serves them all."""
+    """(row, tokens) of the documents in positions [rows, tokens] beyond the limit; none if all rows are one
+    document of equal length, since one call then serves them all."""
     if positions.dim() != 2 or int(positions.max()) < limit:
         return []
     begins = torch.ones_like(positions, dtype=torch.bool)
@@ -101,7 +101,7 @@ def _long_documents(positions: torch.Tensor, limit: int) -> list[tuple[slice, sl
 
 
 def _forget_longest(module: Any, layer_type: str | None) -> None:
-    """Have `dynamic` begin with the frequencies of short texts, whatever it saw before."""
+    """Reset `dynamic` to the frequencies of short texts."""
     prefix = "" if layer_type is None else f"{layer_type}_"
     original = getattr(module, "original_max_seq_len", None)
     if getattr(module, f"{prefix}max_seq_len_cached", original) != original:
@@ -112,7 +112,7 @@ def _forget_longest(module: Any, layer_type: str | None) -> None:
 
 @contextmanager
 def _as_default(module: Any) -> Iterator[None]:
-    """While open, the module takes its frequencies to be those of any length, and looks at no position."""
+    """While open, make the module treat its frequencies as independent of length and positions."""
     kinds, settings = module.rope_type, module.config.rope_parameters
     module.rope_type = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
     named = {key: settings[key] for key in ("rope_type",) if key in settings}

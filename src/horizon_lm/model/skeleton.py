@@ -1,7 +1,7 @@
-"""The Hugging Face model object without its memory: parameters on `meta`, bound from slots to run.
+"""Skeleton: a transformers model with `meta` parameters, which binds weights from slots to run.
 
-Units are numbered as in the schedule: 0 prologue, 1 .. layers, then the head, then the embedding
-table when it is not tied, then parameters that no forward pass uses.
+Units are numbered as in the schedule: 0 prologue, 1 .. layers, the head, then the embedding table if untied,
+then parameters that no forward pass uses.
 """
 
 from __future__ import annotations
@@ -28,16 +28,15 @@ _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 _NORM_NAME = re.compile(r"(?i)norm(gated|1p|[123]d)?$")
 
 Owner = tuple[nn.Module, str]
-Router = tuple[nn.Module, int]  # a router and the place of its logits in what it returns
+Router = tuple[nn.Module, int]  # a router and the index of its logits in its output
 
 
 class Skeleton:
     """A model cut into units.
 
-    model: the transformers model. Its parameters are replaced by `meta` ones, unit by unit, as
-    `take` hands them over; its buffers stay (small, and identical ones are stored once).
-    dtype: compute dtype, bf16 or fp32.
-    Raises UnsupportedModelError when the model cannot be streamed.
+    model: the transformers model. `take` replaces its parameters by `meta` ones, unit by unit; its buffers
+    stay (they are small, and shared if identical). dtype: compute dtype, bf16 or fp32. Raises
+    UnsupportedModelError if the model cannot be streamed.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
@@ -50,7 +49,7 @@ class Skeleton:
                 f"{self.model_type} skips layers at random (layerdrop)",
                 hint="set layerdrop: 0 in the model's configuration",
             )
-        for module in model.modules():  # it is the engine that computes layers again
+        for module in model.modules():  # recomputing layers is up to the engine
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False
         separate_documents(model)
@@ -58,10 +57,10 @@ class Skeleton:
         layers: nn.ModuleList = model.get_submodule(self.anatomy.layers_path)
         self.layers: list[nn.Module] = list(layers)
         self.embedding: nn.Embedding = model.get_input_embeddings()
-        # Rows are gathered compactly, under new row numbers, so the module must not know of a padding row.
+        # Gathered rows are renumbered, so the module must not know a padding row.
         self.padding_row: int | None = self.embedding.padding_idx
         self.embedding.padding_idx = None
-        # Routers matter for the auxiliary loss alone; without one there are none to listen to.
+        # Routers matter only for the auxiliary loss.
         listen = self.has_router_loss
         self.routers: list[list[Router]] = [_routers(model, layer) if listen else [] for layer in self.layers]
         if self.has_router_loss and not any(self.routers):
@@ -77,7 +76,7 @@ class Skeleton:
         }
 
     def tile_mlps(self, tile_tokens: int) -> None:
-        """Compute MLPs in tiles of so many tokens. Raises UnsupportedModelError where no layer has one."""
+        """Compute MLPs in tiles of N tokens. Raises UnsupportedModelError if no layer has a suitable one."""
         if not tile_mlps(self.layers, tile_tokens):
             raise UnsupportedModelError(
                 f"{self.model_type} has no MLP that could be computed in tiles",
@@ -94,21 +93,21 @@ class Skeleton:
 
     @property
     def vocabulary(self) -> int:
-        """Number of logits of a token."""
+        """Number of logits per token."""
         output = self.model.get_output_embeddings()
         return int(output.weight.shape[0]) if output is not None else self.embedding.num_embeddings
 
     @property
     def max_head_tokens(self) -> int:
-        """Most tokens that the head can be run on at once; unlimited unless its dummy input must
-        be as long as its hidden states, and so within the model's positions."""
+        """Maximum tokens per run of the head; unlimited unless its dummy input must be as long as its hidden
+        states, and so within the model's positions."""
         if self.anatomy.head_takes_one_token:
             return 1 << 62
         return int(getattr(self.config, "max_position_embeddings", 1024))
 
     @cached_property
     def max_positions(self) -> int | None:
-        """Rows of the table in which a position is looked up; None where there is none (rotary, alibi)."""
+        """Rows of the table of positions; None without one (rotary, alibi)."""
         tables = [(p.name, len(p.shape)) for p in self.units[0].parameters]
         tables += [(name, buffer.dim()) for name, buffer in self.model.named_buffers()]
         words = ("wpe", "position", "pos_encoding")
@@ -118,17 +117,17 @@ class Skeleton:
 
     @cached_property
     def extends_positions(self) -> bool:
-        """Whether that table is made longer for a longer sequence (sinusoids, as in fairseq)."""
+        """Whether that table grows with the sequence (sinusoids, as in fairseq)."""
         return any(hasattr(module, "make_weights") for module in self.model.modules())
 
     @property
     def has_router_loss(self) -> bool:
-        """Whether the configuration asks for the mixture-of-experts auxiliary loss."""
+        """Whether the configuration enables the mixture-of-experts auxiliary loss."""
         return bool(getattr(self.config, "output_router_logits", False))
 
     @property
     def embedding_unit(self) -> int:
-        """The unit that owns the embedding table: the head when tied, else the one after it."""
+        """The unit that owns the embedding table: the head if tied, else the one after it."""
         return self.head if self.anatomy.tied else self.head + 1
 
     @property
@@ -137,7 +136,7 @@ class Skeleton:
         return any(p.name == self.anatomy.embedding for p in self.units[self.embedding_unit].trainable)
 
     def is_embedding(self, name: str) -> bool:
-        """Whether the parameter is the table of an embedding module (of tokens or positions)."""
+        """Whether the parameter is the table of an embedding module (tokens or positions)."""
         return any(isinstance(owner, nn.Embedding) for owner, _ in self._owners[name])
 
     def is_norm(self, name: str) -> bool:
@@ -175,11 +174,12 @@ class Skeleton:
         return _created_dtypes(self.model, self.dtype)
 
     def _kept_in_fp32(self) -> Callable[[str, torch.Tensor], bool]:
-        """Which parameters are computed with in fp32: in a bf16 model those that transformers' loader keeps
-        (`_keep_in_fp32_modules_strict`, and what the class creates in fp32), whatever the dtype of the files.
+        """Return a predicate for wide parameters: in a bf16 model, those that transformers' loader keeps in
+        fp32 (`_keep_in_fp32_modules_strict`, and what the class creates in fp32), whatever the dtype of the
+        files.
 
-        A model object that is in bf16 but for some fp32 parameters has its compute dtypes already. In an fp16
-        one the fp32 parameters are no such choice: `_keep_in_fp32_modules` holds for fp16 alone.
+        A bf16 model object with some fp32 parameters has its compute dtypes already. In an fp16 one fp32
+        parameters mean nothing: `_keep_in_fp32_modules` applies to fp16 only.
         """
         if self.dtype == torch.float32:
             return lambda name, parameter: True
@@ -197,7 +197,7 @@ class Skeleton:
         return owner._parameters[local]  # type: ignore[return-value]
 
     def take(self, unit: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """Hand over the unit's parameters, one at a time; each is replaced by a `meta` tensor."""
+        """Yield the unit's parameters one at a time, replacing each by a `meta` tensor."""
         for parameter, owners in self._bound_at[unit]:
             value = self._parameter(parameter.name).detach()
             hollow = torch.empty(parameter.shape, dtype=parameter.compute_dtype, device="meta")
@@ -208,9 +208,9 @@ class Skeleton:
     def place_buffers(self, device: torch.device) -> None:
         """Move buffers to `device` in the dtype the model would have.
 
-        Equal ones share memory where they are the same buffer of several modules (a mask in every layer).
-        Others do not: rotary embeddings write the frequencies of long texts over those of short ones, and
-        keep the latter in a second buffer that is equal at first.
+        Equal buffers of the same name and module class share memory (a mask in every layer). Others do not:
+        rotary embeddings overwrite the frequencies of short texts by those of long ones, and keep the former
+        in a second buffer that is equal at first.
         """
         seen: dict[tuple[type, str], list[torch.Tensor]] = {}
         for path, module in self.model.named_modules():
@@ -226,7 +226,7 @@ class Skeleton:
                 module._buffers[local] = value if twin is None else twin
 
     def restorer(self) -> Callable[[], None]:
-        """A function that puts the modules back as they are now, where an interrupt kept them from it."""
+        """Return a function that restores the modules' current state after an interrupt."""
         kept = [(m, dict(m._parameters), m.__dict__.get("forward")) for m in self.model.modules()]
 
         def restore() -> None:
@@ -243,11 +243,11 @@ class Skeleton:
     def bound(
         self, unit: int, source: UnitWeights | None, *, grad: bool, aliased: bool = False
     ) -> Iterator[dict[str, torch.Tensor]]:
-        """While open, the unit's modules use the weights of `source` (on the device).
+        """While open, bind the weights of `source` (on the device) to the unit's modules.
 
-        grad: trainable parameters become leaves that require a gradient. aliased: modules are given views
-        of them, so that a view which is still there afterwards was put aside by a module.
-        Yields the tensors that were bound, by name; afterwards the modules hold nothing.
+        grad: trainable parameters become leaves that require a gradient. aliased: modules get views of them,
+        so that a surviving view reveals a module that stored it. Yields the bound tensors by name; afterwards
+        the modules hold nothing.
         """
         placed = self._bound_at[unit]
         tensors: dict[str, torch.Tensor] = {}
@@ -275,13 +275,13 @@ class Skeleton:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """By class, as names mislead: projections lie in `norm_attn_norm` (dbrx), an embedding that normalises
-    its rows is a NormedEmbedding (inkling)."""
+    """Decide by class, as names mislead: `norm_attn_norm` contains projections (dbrx), and NormedEmbedding is
+    an embedding (inkling)."""
     return isinstance(module, _NORMS) or _NORM_NAME.search(type(module).__name__) is not None
 
 
 def _owners(model: Any) -> tuple[dict[str, list[Owner]], dict[str, list[str]]]:
-    """Each parameter's modules (several when tied) under its first name, and its other names."""
+    """Each parameter's modules (several if tied) by its first name, and its other names."""
     first: dict[int, str] = {}
     owners: dict[str, list[Owner]] = {}
     aliases: dict[str, list[str]] = {}
@@ -298,7 +298,7 @@ def _owners(model: Any) -> tuple[dict[str, list[Owner]], dict[str, list[str]]]:
 
 
 def _created_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Dtype of each floating-point parameter and buffer in a model that its class creates in `dtype`."""
+    """Dtype of each floating-point parameter and buffer of a model that its class creates in `dtype`."""
     try:
         with torch.device("meta"):
             created = type(model)._from_config(model.config, dtype=dtype)
@@ -312,7 +312,7 @@ def _created_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 
 def _routers(model: Any, layer: nn.Module) -> list[Router]:
-    """The layer's routers, as the model's output recorders (`_can_record_outputs`) name them."""
+    """The layer's routers, according to the model's output recorders (`_can_record_outputs`)."""
     specs: list[Any] = []
     for module in model.modules():
         recorded = getattr(module, "_can_record_outputs", None) or {}

@@ -1,8 +1,8 @@
-"""The MLP of a layer in tiles of tokens, for sequences whose intermediate activations would not fit.
+"""Tiled MLPs, for sequences whose intermediate activations would not fit.
 
-Each tile is computed again in the backward pass, so that only one tile's activations exist at a time; what
-the layer holds of its MLP is then input and output. (As the sequence tiling of Arctic Long Sequence
-Training, arXiv:2506.13996.)
+Each tile of tokens is recomputed in the backward pass, so only one tile's activations exist at a time, and
+the layer keeps only the input and output of its MLP (sequence tiling of Arctic Long Sequence Training,
+arXiv:2506.13996).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ NAMES = ("mlp", "feed_forward", "ffn", "ff")
 
 
 def find_mlps(layer: nn.Module) -> list[nn.Module]:
-    """The layer's MLPs that treat each token by itself: all of their parameters are those of linear maps.
+    """Find the layer's token-wise MLPs: those whose parameters all belong to linear maps.
 
-    A mixture of experts is none of these: it sends tokens to experts, and its routers are listened to.
+    Excludes mixtures of experts, which route tokens between experts.
     """
     return [child for name, child in layer.named_children() if name in NAMES and _is_token_wise(child)]
 
@@ -36,8 +36,8 @@ def _is_token_wise(module: nn.Module) -> bool:
 
 
 def tile_mlps(layers: list[nn.Module], tile_tokens: int) -> int:
-    """Replace the forward of the layers' MLPs by one that goes tile by tile; returns how many there are.
-    A tile that is computed again draws the same dropout masks."""
+    """Replace the forward of the layers' MLPs by a tiled one; return their number. A recomputed tile draws
+    the same dropout masks."""
     count = 0
     for layer in layers:
         for module in find_mlps(layer):

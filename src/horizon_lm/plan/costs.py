@@ -16,7 +16,7 @@ from horizon_lm.memory.store import StoreSpec, regions
 from horizon_lm.plan.device import slot_bytes
 from horizon_lm.plan.outline import Measures, Outline
 from horizon_lm.plan.work import Kernel, Work
-from horizon_lm.plan.working_set import Pass
+from horizon_lm.plan.working_set import Pass, WorkingSet
 from horizon_lm.schedule import Buffer, Op, StepSpec
 from horizon_lm.schedule.step_spec import KEEP
 
@@ -81,7 +81,7 @@ class Costs:
         adds = {u: n for u, n in sizes.items() if self.policies.adds_gradients(u, counts)}
         head = adds.pop(plan.head, 0)
         layer = max(adds.values(), default=0)
-        return (head + layer if plan.joins_turn else max(head, layer)) * self.spec.dtype.itemsize
+        return (head + layer if plan.joins_turnaround else max(head, layer)) * self.spec.dtype.itemsize
 
     def num_bytes(self, buffer: Buffer, op: Op) -> tuple[str, int] | None:
         """Of a transient buffer, by the op that writes it first; see `schedule.simulate`."""
@@ -184,7 +184,7 @@ class Costs:
     def _kind(self, unit: int) -> int:
         return self.outline.kind_of[unit - 1] if 0 < unit < self.plan.head else -1 - (unit > 0)
 
-    def _layer(self, unit: int):
+    def _layer(self, unit: int) -> WorkingSet:
         return self.measures.layers[self._kind(unit)]
 
     def _was_kept(self, unit: int) -> bool:

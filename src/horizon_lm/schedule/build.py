@@ -1,6 +1,6 @@
-"""A step spec becomes a list of ops in program order, by small passes.
+"""Build a step's ops in program order from its spec, by small passes.
 
-Nothing here says what waits for what: that follows from what the ops read and write (`waits`).
+Waits are not set here: they follow from what the ops read and write (`waits`).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from horizon_lm.schedule.step_spec import StepSpec
 
 
 def build(spec: StepSpec, step: int = 0, pending: Collection[int] = ()) -> list[Op]:
-    """One training step: gather, forward, loss, backward, norm, update; or one evaluation.
+    """Build one training step (gather, forward, loss, backward, norm, update) or one evaluation.
 
-    Layer-major: all micro-batches of a step pass through a unit before the next unit is visited.
-    Units of one block (`checkpoint_interval`) are visited together, one micro-batch after another; so are
-    the last block and the head, where there is room for them.
-    pending: units whose update of the step before is still to come (`update: deferred`); each comes
-    just before the first use of its weights.
+    Layer-major: all micro-batches pass through a unit before the next unit is visited. Units of one block
+    (`checkpoint_interval`) are visited together, micro-batch by micro-batch; so are the last block and the
+    head if their slots suffice.
+    pending: units whose update of the previous step is pending (`update: deferred`); each update runs just
+    before its weights are first used.
     """
     micro_batches = range(spec.micro_batches)
     ops = [make.gather(spec, m) for m in micro_batches]
@@ -41,17 +41,17 @@ def build(spec: StepSpec, step: int = 0, pending: Collection[int] = ()) -> list[
 
 
 def build_flush(spec: StepSpec, step: int, pending: Collection[int]) -> list[Op]:
-    """The updates of `step` that are still to come, alone."""
+    """Build only the pending updates of `step`."""
     return [replace(make.optimize(spec, unit), step=step) for unit in _update_order(spec) if unit in pending]
 
 
 def build_save(spec: StepSpec, step: int, pending: Collection[int]) -> list[Op]:
-    """The updates before `step` that are still to come, and the writing of `spec.saved`, alone."""
+    """Build only the pending updates before `step`, and the writes of `spec.saved`."""
     return _with_writes(spec, build_flush(spec, step - 1, pending), step)
 
 
 def build_steps(spec: StepSpec, steps: int) -> list[Op]:
-    """Several steps in a row, so that the seam between two of them is part of what is checked."""
+    """Build several consecutive steps, so that the seam between two of them is checked too."""
     deferred = spec.update == "deferred"
     ops: list[Op] = []
     for step in range(steps):
@@ -60,19 +60,19 @@ def build_steps(spec: StepSpec, steps: int) -> list[Op]:
 
 
 def _update_order(spec: StepSpec) -> list[int]:
-    """Trainable units in the order in which a step first uses their weights."""
+    """Trainable units, in the order in which a step first uses their weights."""
     first = [spec.embedding_unit, *range(spec.head + 1)]
     return [unit for unit in dict.fromkeys(first) if unit in spec.trainable]
 
 
 def _visits(spec: StepSpec) -> Iterator[list[Op]]:
-    """The ops of each visit: uploads issued before it, work on all micro-batches, downloads."""
+    """Yield the ops of each visit: uploads issued before it, work on all micro-batches, downloads."""
     slots, uploads_before = place_in_slots(spec)
     grad_visits = 0
-    turn = spec.visits.index(next(units for units in spec.visits if units[-1] == spec.head))
+    turnaround = spec.visits.index(next(units for units in spec.visits if units[-1] == spec.head))
     for visit, units in enumerate(spec.visits):
         ops = [make.upload(unit, slot) for unit, slot in uploads_before[visit]]
-        if visit < turn:
+        if visit < turnaround:
             yield ops + _forward(spec, units[0], slots[visit].get(units[0], -1))
             continue
         if spec.evaluate:
@@ -97,9 +97,11 @@ def _forward(spec: StepSpec, unit: int, slot: int) -> list[Op]:
 def _backward(
     spec: StepSpec, units: tuple[int, ...], slots: dict[int, int], grad_slots: dict[int, int]
 ) -> list[Op]:
-    """Of the head, the prologue, a layer, or a block of layers: each micro-batch climbs the block and
-    comes down again, the last one with the downloads. A block below the head is climbed for the first
-    time."""
+    """Backward visit of the head, the prologue, a layer, or a block of layers.
+
+    Each micro-batch runs the block forward, then backward; the last one adds the downloads. For the block
+    joined with the head this is its first forward.
+    """
     ops: list[Op] = []
     for m in range(spec.micro_batches):
         for unit in units[:-1]:
@@ -120,16 +122,16 @@ def _backward(
 
 
 def _with_restores(spec: StepSpec, ops: list[Op]) -> list[Op]:
-    """Bring spilled inputs back, `boundary_slots - 1` uses ahead of the op that needs them first.
+    """Restore spilled inputs, `boundary_slots - 1` uses ahead of the op that needs them first.
 
-    In a block the lowest layer's backward needs its input until the block has come down again.
+    The lowest layer of a block needs its input until the block's backward ends.
     """
     found = list(ops)
     users: dict[tuple[int, int], list[int]] = {}
     for i, op in enumerate(ops):
         if op.kind in "CB" and op.unit and spec.is_spilled(op.unit):
             users.setdefault((op.unit, op.micro_batch), []).append(i)
-    turn = next(i for i, op in enumerate(ops) if op.kind == "L")
+    turnaround = next(i for i, op in enumerate(ops) if op.kind == "L")
     restores: dict[int, list[Op]] = {}
     begins = [places[0] for places in users.values()]
     for k, ((unit, m), places) in enumerate(users.items()):
@@ -137,13 +139,13 @@ def _with_restores(spec: StepSpec, ops: list[Op]) -> list[Op]:
         for i in places:
             found[i] = make.from_boundary_slot(ops[i], boundary_slot)
         earlier = k - (spec.boundary_slots - 1)
-        before = begins[earlier] if earlier >= 0 else turn
+        before = begins[earlier] if earlier >= 0 else turnaround
         restores.setdefault(before, []).append(make.restore(unit, m, boundary_slot))
     return [made for i, op in enumerate(found) for made in [*restores.get(i, []), op]]
 
 
 def _with_pending(spec: StepSpec, ops: list[Op], pending: Collection[int], step: int) -> list[Op]:
-    """Put the updates of the step before in front of the first use of each unit's weights."""
+    """Insert the previous step's updates before the first use of each unit's weights."""
     waiting = {op.unit: op for op in build_flush(spec, step, pending)}
     found: list[Op] = []
     for op in ops:
@@ -156,8 +158,8 @@ def _with_pending(spec: StepSpec, ops: list[Op], pending: Collection[int], step:
 
 
 def _with_writes(spec: StepSpec, ops: list[Op], step: int) -> list[Op]:
-    """Put the writing of each saved unit where it is what the step before left: behind its update of that
-    step, or else at the start. What is updated next comes first, so that no update waits for long.
+    """Insert the write of each saved unit where it is what the previous step left: after its update of that
+    step, or at the start. Units updated soonest are written first, so that no update waits for long.
     """
     waiting = {unit: replace(make.write(spec, unit), step=step) for unit in sorted(spec.saved)}
     updated = {op.unit for op in ops if op.kind == "O" and op.step < step}
@@ -173,11 +175,11 @@ def _with_writes(spec: StepSpec, ops: list[Op], step: int) -> list[Op]:
 
 
 def place_in_slots(spec: StepSpec) -> tuple[list[dict[int, int]], list[list[tuple[int, int]]]]:
-    """The slot of each unit of each visit, and which uploads are issued before it.
+    """Assign a slot to each unit of each visit; return slots by visit, and the uploads issued before it.
 
-    An upload is issued up to `slots - 1` visits ahead, into a slot that none of those visits uses; of
-    several, the one whose unit is needed last (Belady 1966). A unit that is still in its slot, as at
-    the turn, is not uploaded again.
+    An upload is issued up to `slots - 1` visits ahead, into a slot that none of those visits uses; among
+    several, the one whose unit is needed last (Belady 1966). A unit still in its slot, as at the
+    turnaround, is not uploaded again.
     """
     visits = [[u for u in units if u in spec.uploaded] for units in spec.visits]
     ahead = spec.slots - 1
@@ -196,7 +198,7 @@ def place_in_slots(spec: StepSpec) -> tuple[list[dict[int, int]], list[list[tupl
             unit = holds[slot]
             later = next((v for v in uses[unit] if v >= visit), len(visits) + 1)
             busy = max(used[slot] + 1, start)  # the visit before which the upload can be issued
-            # Of the units of one visit the highest is done with first.
+            # The highest unit of a visit is finished first.
             return (-busy, later, spec.head if unit is None else unit, -slot)
 
         for unit in units:

@@ -1,7 +1,7 @@
-"""Every fault of a schedule, as a sentence: order, value, waste and room.
+"""Check a schedule for order, value, completeness, waste and room; report each defect as a sentence.
 
-The checker knows only what ops say they read and write, and trusts nothing of the builder: it is
-run over two steps in a row, so that the seam between them is checked as well.
+The checker uses only what ops declare to read and write, and trusts nothing of the builder. Run it over two
+consecutive steps to check the seam between them too.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from horizon_lm.schedule.ops import Buffer, Lane, Op
 from horizon_lm.schedule.step_spec import StepSpec
 from horizon_lm.schedule.waits import derive_waits
 
-# Regions that live on between steps; everything else must be written in a step before it is read.
+# Regions that persist between steps; all others must be written in a step before they are read.
 PERSISTENT = frozenset({"weights", "state"})
 
 
 def check(ops: Sequence[Op], spec: StepSpec, waits: Sequence[tuple[int, ...]] | None = None) -> list[str]:
-    """All faults found in `ops` (program order, one or more whole steps); empty when sound.
+    """Return all errors in `ops` (program order, one or more whole steps); empty if sound.
 
-    waits: per op the indices of the ops that it waits for; derived when not given.
+    waits: per op the indices of the ops it waits for; derived by default.
     """
     if waits is None:
         waits = derive_waits(ops)
@@ -34,7 +34,7 @@ def check(ops: Sequence[Op], spec: StepSpec, waits: Sequence[tuple[int, ...]] | 
 
 
 def ends_before(ops: Sequence[Op], waits: Sequence[tuple[int, ...]]) -> list[int]:
-    """For each op the bit set of ops that surely end before it starts, whatever the lanes do."""
+    """For each op, the bit set of ops guaranteed to end before it starts, whatever the lanes do."""
     known: list[int] = []
     last: dict[Lane, int] = {}
     for i, op in enumerate(ops):
@@ -48,12 +48,12 @@ def ends_before(ops: Sequence[Op], waits: Sequence[tuple[int, ...]]) -> list[int
 
 
 def _check_order(ops: Sequence[Op], waits: Sequence[tuple[int, ...]]) -> list[str]:
-    """Any two ops of which one writes what the other touches are ordered."""
-    faults = []
+    """Check that two ops are ordered if one writes what the other touches."""
+    errors = []
     for i, targets in enumerate(waits):
-        faults += [f"{ops[i]} waits for {ops[j]}, which comes later" for j in targets if j >= i]
-    if faults:
-        return faults
+        errors += [f"{ops[i]} waits for {ops[j]}, which comes later" for j in targets if j >= i]
+    if errors:
+        return errors
     known = ends_before(ops, waits)
     touched: dict[Buffer, list[int]] = defaultdict(list)
     for i, op in enumerate(ops):
@@ -61,17 +61,17 @@ def _check_order(ops: Sequence[Op], waits: Sequence[tuple[int, ...]]) -> list[st
             for j in touched[buffer]:
                 writes = buffer in op.writes or buffer in ops[j].writes
                 if writes and not known[i] >> j & 1:
-                    faults.append(
+                    errors.append(
                         f"{op} ({op.lane}, step {op.step}) may run before {ops[j]} ({ops[j].lane}, "
                         f"step {ops[j].step}) has ended; both touch {buffer}"
                     )
             touched[buffer].append(i)
-    return faults
+    return errors
 
 
 def _check_value(ops: Sequence[Op], spec: StepSpec) -> list[str]:
-    """Each read finds what it expects: of the right unit, step and micro-batches."""
-    faults = []
+    """Check that each read finds data of the right unit, step and micro-batches."""
+    errors = []
     first_step = min((op.step for op in ops), default=0)
     holds: dict[Buffer, tuple[int, int]] = {}  # (unit, step) of the last writer
     added: dict[Buffer, list[int]] = {}  # micro-batches whose gradient is in a gradient slot
@@ -80,14 +80,14 @@ def _check_value(ops: Sequence[Op], spec: StepSpec) -> list[str]:
             unit, step = holds.get(buffer, (-1, first_step - 1))
             where = f"{op} of step {op.step}"
             if buffer.region == "slot" and (unit, step) != (op.unit, op.step):
-                faults.append(f"{where} needs unit {op.unit} in {buffer}, which holds {unit} of step {step}")
+                errors.append(f"{where} needs unit {op.unit} in {buffer}, which holds {unit} of step {step}")
             elif buffer.region == "grad_slot" and (unit, step) != (op.unit, op.step):
-                faults.append(
+                errors.append(
                     f"{where} needs the gradient of unit {op.unit} in {buffer}, "
                     f"which holds that of unit {unit} of step {step}"
                 )
             elif buffer.region == "slab" and (unit, step) != (_slab_owner(op, spec), op.step):
-                faults.append(
+                errors.append(
                     f"{where} needs the gradient of unit {_slab_owner(op, spec)} in {buffer}, "
                     f"which holds that of unit {unit} of step {step}"
                 )
@@ -95,36 +95,36 @@ def _check_value(ops: Sequence[Op], spec: StepSpec) -> list[str]:
                 op.unit,
                 [op.micro_batch],
             ):
-                faults.append(
+                errors.append(
                     f"{where} needs the input of unit {op.unit} in {buffer}, which holds that of {unit} "
                     f"and micro-batches {added.get(buffer)}"
                 )
             elif buffer.region in PERSISTENT:
                 if buffer.index in spec.trainable and step != op.step - 1:
-                    faults.append(f"{where} reads {buffer} of after step {step} instead of {op.step - 1}")
+                    errors.append(f"{where} reads {buffer} of after step {step} instead of {op.step - 1}")
             elif step != op.step:
-                faults.append(f"{where} reads {buffer}, which this step has not written")
+                errors.append(f"{where} reads {buffer}, which this step has not written")
             elif buffer.region == "input_grad" and unit != op.unit + 1:
-                faults.append(
+                errors.append(
                     f"{where} reads {buffer}, which comes from unit {unit} instead of {op.unit + 1}"
                 )
             if op.kind == "D" and added.get(buffer) != list(range(spec.micro_batches)):
-                faults.append(f"{where} takes {buffer} with micro-batches {added.get(buffer, [])} in it")
+                errors.append(f"{where} takes {buffer} with micro-batches {added.get(buffer, [])} in it")
         if op.kind in "FLECB" and op.unit in spec.uploaded and op.slot < 0:
-            faults.append(f"{op} of step {op.step} has no slot to read its weights from")
+            errors.append(f"{op} of step {op.step} has no slot to read its weights from")
         if op.kind in "LBD" and op.unit in spec.trainable and op.grad_slot < 0:
-            faults.append(f"{op} of step {op.step} has no gradient slot")
+            errors.append(f"{op} of step {op.step} has no gradient slot")
         if op.policy != spec.policy(op.unit) and op.kind == "F" and op.unit:
-            faults.append(f"{op} of step {op.step} keeps {op.policy!r} instead of {spec.policy(op.unit)!r}")
+            errors.append(f"{op} of step {op.step} keeps {op.policy!r} instead of {spec.policy(op.unit)!r}")
         for buffer in op.writes:
             holds[buffer] = (_slab_owner(op, spec) if buffer.region == "slab" else op.unit, op.step)
             if buffer.region == "boundary_slot":
                 added[buffer] = [op.micro_batch]
             if buffer.region == "grad_slot" and op.kind in "LB":
                 if op.first == (buffer in op.reads):
-                    faults.append(f"{op} of step {op.step} has first={op.first}, but declares otherwise")
+                    errors.append(f"{op} of step {op.step} has first={op.first}, but declares otherwise")
                 added[buffer] = [*([] if op.first else added.get(buffer, [])), op.micro_batch]
-    return faults
+    return errors
 
 
 def _slab_owner(op: Op, spec: StepSpec) -> int:
@@ -132,7 +132,7 @@ def _slab_owner(op: Op, spec: StepSpec) -> int:
 
 
 def _check_complete(ops: Sequence[Op], spec: StepSpec) -> list[str]:
-    """Each unit does its work exactly once a step for each micro-batch, and nothing else is done."""
+    """Check that each unit works exactly once per step and micro-batch, and that nothing else runs."""
     expected = _expected(spec)
     counts = Counter((op.step, op.kind, op.unit, op.micro_batch) for op in ops if op.kind != "U")
     wanted = {(step, *key) for step in {op.step for op in ops} for key in expected}
@@ -145,7 +145,7 @@ def _check_complete(ops: Sequence[Op], spec: StepSpec) -> list[str]:
 
 
 def _expected(spec: StepSpec) -> set[tuple[str, int, int]]:
-    """(kind, unit, micro-batch) of all ops of a step but the uploads."""
+    """(kind, unit, micro-batch) of all ops of a step except uploads."""
     micro_batches = range(spec.micro_batches)
     per_micro_batch = {("G", -1), *(("F", u) for u in range(spec.head))}
     if spec.evaluate:
@@ -161,31 +161,31 @@ def _expected(spec: StepSpec) -> set[tuple[str, int, int]]:
 
 
 def _check_waste(ops: Sequence[Op], waits: Sequence[tuple[int, ...]]) -> list[str]:
-    """No upload that nothing reads, no wait that follows from others."""
-    faults = []
+    """Check for uploads that nothing reads, and waits implied by others."""
+    errors = []
     unread: dict[Buffer, Op] = {}
     for op in ops:
         for buffer in op.reads:
             unread.pop(buffer, None)
         for buffer in op.writes:
             if buffer in unread and buffer not in op.reads:
-                faults.append(
+                errors.append(
                     f"{unread[buffer]} fills {buffer} and nothing reads it before {op} overwrites it"
                 )
             if op.kind in "UR":
                 unread[buffer] = op
-    faults += [f"{op} fills {buffer} and nothing reads it" for buffer, op in unread.items()]
+    errors += [f"{op} fills {buffer} and nothing reads it" for buffer, op in unread.items()]
     minimal = derive_waits(ops)
     for i, given in enumerate(waits):
-        faults += [
+        errors += [
             f"{ops[i]} waits for {ops[j]}, which other waits imply" for j in given if j not in minimal[i]
         ]
-    return faults
+    return errors
 
 
 def _check_room(ops: Sequence[Op], spec: StepSpec) -> list[str]:
-    """Slots stay within the number that is allocated, and an op uses those that it declares."""
-    faults = []
+    """Check that slots are within those allocated, and that ops use the slots they declare."""
+    errors = []
     for op in ops:
         for region, own, count in (
             ("slot", op.slot, spec.slots),
@@ -194,9 +194,9 @@ def _check_room(ops: Sequence[Op], spec: StepSpec) -> list[str]:
             ("boundary_slot", op.boundary_slot, spec.boundary_slots),
         ):
             declared = sorted(b.index for b in op.reads | op.writes if b.region == region)
-            faults += [
+            errors += [
                 f"{op} uses {region}.{k}, but only {count} are allocated" for k in declared if k >= count
             ]
             if declared != [own] * (own >= 0):
-                faults.append(f"{op} works on {region} {own}, but declares {declared}")
-    return faults
+                errors.append(f"{op} works on {region} {own}, but declares {declared}")
+    return errors

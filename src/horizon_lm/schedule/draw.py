@@ -1,6 +1,6 @@
-"""What ran when, drawn: a Chrome/Perfetto trace and a table for the terminal.
+"""Timelines: a Chrome/Perfetto trace, and a table for the terminal.
 
-Spans are (op, start, end) in seconds, as `HostModel.timeline` gives them, measured or simulated.
+Spans are (op, start, end) in seconds, measured (`HostModel.timeline`) or simulated.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _COLUMNS = 48
 
 
 def chrome_trace(spans: Iterable[Span]) -> dict[str, Any]:
-    """The trace event format that ui.perfetto.dev and chrome://tracing open: a row for each lane.
+    """Convert spans to trace events for ui.perfetto.dev and chrome://tracing, one row per lane.
 
-    Returns a dictionary for `json.dump`. Times are in microseconds.
+    Returns a dictionary for `json.dump`, with times in microseconds.
     """
     spans = list(spans)
     rows = {lane: row for row, lane in enumerate(Lane)}
@@ -63,8 +63,8 @@ def chrome_trace(spans: Iterable[Span]) -> dict[str, Any]:
 
 
 def utilisation(spans: Iterable[Span]) -> dict[str, dict[str, float]]:
-    """Per lane: number of ops, busy seconds (overlapping spans counted once), and the share of the
-    time between the first start and the last end of all lanes."""
+    """Per lane: number of ops, busy seconds (overlapping spans counted once), and their share of the time
+    from the first start to the last end of all lanes."""
     spans = list(spans)
     whole = _extent(spans)
     total = whole[1] - whole[0]
@@ -82,8 +82,8 @@ def utilisation(spans: Iterable[Span]) -> dict[str, dict[str, float]]:
 
 
 def text_timeline(spans: Iterable[Span]) -> str:
-    """A line for each lane: ops, busy time, share, and when it was busy (`#` most of a column's
-    time, `+` some of it, `.` none)."""
+    """Draw one line per lane: ops, busy time, share, and when it was busy (`#` most of a column's time, `+`
+    some of it, `.` none)."""
     spans = list(spans)
     if not spans:
         return "no spans were recorded"
@@ -110,7 +110,7 @@ def _extent(spans: Sequence[Span]) -> tuple[float, float]:
 
 
 def _merged(spans: Iterable[Span]) -> list[tuple[float, float]]:
-    """Intervals in which at least one of the spans runs."""
+    """Intervals in which at least one span runs."""
     merged: list[tuple[float, float]] = []
     for start, end in sorted((start, end) for _, start, end in spans):
         if merged and start <= merged[-1][1]:

@@ -1,4 +1,4 @@
-"""The ops of a step. What each reads and writes is written here and nowhere else."""
+"""Constructors of ops: the only place that states what each op reads and writes."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def _grad_slot(grad_slot: int) -> Buffer | None:
 
 
 def _added_to(grad_slot: int, m: int) -> Buffer | None:
-    """The gradient slot as something read: the first micro-batch overwrites what the slot held."""
+    """The gradient slot as a read: the first micro-batch overwrites it instead."""
     return _grad_slot(grad_slot) if m > 0 else None
 
 
-def _home(spec: StepSpec, unit: int) -> Buffer:
-    """Where a unit's gradient lies in host memory."""
+def _host_gradient(spec: StepSpec, unit: int) -> Buffer:
+    """The host buffer of a unit's gradient."""
     slab = spec.slab(unit)
     return Buffer("grads", unit) if slab < 0 else Buffer("slab", slab)
 
 
 def _call(m: int) -> Buffer:
-    """What the layers receive beside hidden states, and router logits."""
+    """The layers' arguments other than hidden states, and router logits."""
     return Buffer("call", -1, m)
 
 
@@ -55,7 +55,7 @@ def forward(spec: StepSpec, unit: int, m: int, slot: int) -> Op:
 
 
 def spill(unit: int, m: int) -> Op:
-    """After the layer has run; the device copy is given up with it, hence the write."""
+    """Runs after the layer and drops the device copy, hence the write."""
     given = Buffer("input", unit, m)
     return Op("X", unit, m, _set(given), _set(Buffer("boundary", unit, m), given))
 
@@ -83,7 +83,7 @@ def recompute(unit: int, m: int, slot: int) -> Op:
 
 
 def backward(unit: int, m: int, slot: int, grad_slot: int) -> Op:
-    """A layer's graph may hold its input, so that is read even where nothing is computed again."""
+    """Reads the layer's input even if nothing is recomputed, since its graph may hold it."""
     gradient = Buffer("input_grad", -1, m)
     if unit == 0:
         reads = _set(_slot(slot), Buffer("embeds", -1, m), gradient, _added_to(grad_slot, m))
@@ -96,25 +96,25 @@ def backward(unit: int, m: int, slot: int, grad_slot: int) -> Op:
 
 
 def from_boundary_slot(op: Op, boundary_slot: int) -> Op:
-    """A C or B whose layer's input was spilled, and is read from the slot it came back to."""
+    """A C or B that reads its spilled input from a boundary slot."""
     given = Buffer("input", op.unit, op.micro_batch)
     reads = op.reads - {given} | {Buffer("boundary_slot", boundary_slot)}
     return replace(op, reads=reads, boundary_slot=boundary_slot)
 
 
 def download(spec: StepSpec, unit: int, grad_slot: int) -> Op:
-    # It writes to the slot as well: parameters that received no gradient are zeroed there.
-    writes = _set(_home(spec, unit), Buffer("sqnorm", unit), _grad_slot(grad_slot))
+    # Writes to the slot as well: parameters without a gradient are zeroed there.
+    writes = _set(_host_gradient(spec, unit), Buffer("sqnorm", unit), _grad_slot(grad_slot))
     slab = spec.slab(unit)
     return Op("D", unit, reads=_set(_grad_slot(grad_slot)), writes=writes, grad_slot=grad_slot, slab=slab)
 
 
 def scatter(spec: StepSpec) -> Op:
-    table = _home(spec, spec.embedding_unit)
-    # The embedding's own forward is run again, so the table's weights are read as well.
+    table = _host_gradient(spec, spec.embedding_unit)
+    # Reruns the embedding's forward, so it reads the table's weights as well.
     reads = [Buffer("weights", spec.embedding_unit)]
     reads += [Buffer("embeds_grad", -1, m) for m in range(spec.micro_batches)]
-    # A tied table already holds the head's gradient; one of its own is overwritten.
+    # A tied table already holds the head's gradient; an untied one is overwritten.
     carried = [table] if spec.tied else []
     writes = _set(table, Buffer("sqnorm", spec.head + 1))
     return Op("S", reads=frozenset(reads + carried), writes=writes, slab=spec.slab(spec.embedding_unit))
@@ -122,7 +122,7 @@ def scatter(spec: StepSpec) -> Op:
 
 def norm(spec: StepSpec) -> Op:
     norms = {Buffer("sqnorm", unit) for unit in spec.trainable}
-    if spec.update != "eager":  # read only where no download measured them
+    if spec.update != "eager":  # read only if no download measured them
         norms |= {Buffer("grads", unit) for unit in spec.trainable}
     if spec.scatters:
         norms.add(Buffer("sqnorm", spec.head + 1))
@@ -130,9 +130,9 @@ def norm(spec: StepSpec) -> Op:
 
 
 def optimize(spec: StepSpec, unit: int) -> Op:
-    """Eager updates look at the loss and at their own gradient's norm, the others at the global one."""
+    """Eager updates read the loss and their own gradient's norm, others the global norm."""
     state, weights = Buffer("state", unit), Buffer("weights", unit)
-    reads = {_home(spec, unit), state, weights}
+    reads = {_host_gradient(spec, unit), state, weights}
     if spec.update == "eager":
         reads |= {Buffer("loss", -1, m) for m in range(spec.micro_batches)}
         reads.add(Buffer("sqnorm", unit))
@@ -144,6 +144,6 @@ def optimize(spec: StepSpec, unit: int) -> Op:
 
 
 def write(spec: StepSpec, unit: int) -> Op:
-    """Reads what O writes: the derived waits put it after one update and before the next."""
+    """Reads what O writes, so derived waits put it after one update and before the next."""
     state = Buffer("state", unit) if unit in spec.trainable else None
     return Op("W", unit, reads=_set(Buffer("weights", unit), state))

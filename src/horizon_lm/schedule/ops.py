@@ -1,7 +1,7 @@
-"""One training step as plain data: ops on lanes that read and write named buffers.
+"""A training step as plain data: ops on lanes that read and write named buffers.
 
-An op is printed and parsed as its kind, unit and micro-batch: `U3` uploads unit 3, `B3.1` is the
-backward pass of unit 3 on micro-batch 1. Nothing here knows torch, streams or threads.
+An op is printed and parsed as its kind, unit and micro-batch: `U3` uploads unit 3, `B3.1` is the backward
+pass of unit 3 on micro-batch 1. Independent of torch, streams and threads.
 
 Kinds, in the order of a step (u: unit, m: micro-batch):
 
@@ -9,11 +9,11 @@ Kinds, in the order of a step (u: unit, m: micro-batch):
     Uu     upload    weights of unit u into a device slot                      upload
     Fu.m   forward   prologue (u = 0) or a decoder layer                         compute
     Xu.m   spill     the layer's input to host memory                           download
-    Lu.m   loss      head: final norm, logits and loss by chunks, and their gradients
-    Eu.m   evaluate  head: the loss, and each token's log-probability
+    Lu.m   loss      head: final norm, logits and loss by chunks, their gradients compute
+    Eu.m   evaluate  head: the loss, and each token's log-probability            compute
     Ru.m   restore   the layer's input back into a device slot                  upload
-    Cu.m   recompute a layer inside a block, for the inputs of those above it   compute
-    Bu.m   backward  what was not kept is computed again, then the gradients of unit u
+    Cu.m   recompute a layer of a block, for the inputs of the layers above it   compute
+    Bu.m   backward  recompute what was not kept, then the gradients of unit u   compute
     Du     download  gradient slot to host memory, squared norm on the way      download
     S      scatter   gradient rows added to the embedding table's gradient      host
     N      norm      global gradient norm and the clipping factor               update
@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 
 class Lane(StrEnum):
-    """Where an op runs. Ops of one lane run in program order, lanes run side by side."""
+    """Execution queue of an op. Ops of one lane run in program order; lanes run concurrently."""
 
     HOST = "host"
     UPLOAD = "upload"
@@ -59,10 +59,10 @@ LANE_OF_KIND = {
 
 
 class Buffer(NamedTuple):
-    """A named piece of memory: `weights.3`, `slot.0`, `input.3.1` (input of unit 3, micro-batch 1)."""
+    """A named region of memory: `weights.3`, `slot.0`, `input.3.1` (input of unit 3, micro-batch 1)."""
 
     region: str
-    index: int = -1  # type: ignore[assignment]  # hides tuple.index, which nobody needs
+    index: int = -1  # type: ignore[assignment]  # hides tuple.index, which is not needed
     micro_batch: int = -1
 
     def __str__(self) -> str:
@@ -76,12 +76,12 @@ class Buffer(NamedTuple):
 
 @dataclass(frozen=True)
 class Op:
-    """One op.
+    """A scheduled action.
 
-    slot: weight slot of U, F, L, E, C, B; grad_slot: gradient slot of L, B, D; slab: host buffer of an
-    eager unit's gradient, of D, S, O; boundary_slot: device slot of a stored input, of R, C, B.
-    first: the op starts a gradient (it overwrites, later ones add). policy: what F and C leave for
-    the backward pass (`StepSpec.policy`). step: the step whose data or gradients the op works on.
+    slot: weight slot (U, F, L, E, C, B). grad_slot: gradient slot (L, B, D). slab: host buffer of an eager
+    unit's gradient (D, S, O). boundary_slot: device slot of a stored input (R, C, B).
+    first: overwrites the gradient; later ops add to it. policy: what F and C leave for the backward pass
+    (`StepSpec.policy`). step: the step whose data or gradients the op works on.
     """
 
     kind: str
@@ -111,7 +111,7 @@ _OP_TEXT = re.compile(r"([A-Z])([0-9]*)(?:\.([0-9]+))?")
 
 
 def parse_op(text: str) -> tuple[str, int, int]:
-    """`"B3.1"` -> `("B", 3, 1)`; absent numbers are -1. Raises ValueError on anything else."""
+    """Parse `"B3.1"` to `("B", 3, 1)`; absent numbers are -1. Raises ValueError on anything else."""
     match = _OP_TEXT.fullmatch(text)
     if match is None or match[1] not in LANE_OF_KIND:
         raise ValueError(

@@ -1,7 +1,6 @@
-"""A schedule on a machine that need not be there: when each op starts and ends, and the peak of each memory.
+"""Simulate a schedule on any machine: start and end of each op, and the peak of each memory.
 
-The rules are those of the lanes that execute it: an op starts when the op before it on its lane and
-all ops that it waits for have ended.
+As on real lanes, an op starts when the op before it on its lane, and all ops it waits for, have ended.
 """
 
 from __future__ import annotations
@@ -14,17 +13,19 @@ from horizon_lm.schedule.ops import Buffer, Lane, Op
 from horizon_lm.schedule.waits import derive_waits, last_uses
 
 Span = tuple[Op, float, float]
-# (memory, bytes) of a buffer that an op writes first, or None where that memory exists anyway
+# (memory, bytes) of a buffer that an op writes first; None if that memory exists anyway
 BufferBytes = Callable[[Buffer, Op], tuple[str, int] | None]
-# (memory, bytes) that an op takes while it runs, and gives back when it ends
+# (memory, bytes) that an op takes while it runs
 WorkingBytes = Callable[[Op], tuple[str, int] | None]
 WORKING_SET = "working_set"
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """spans: (op, start, end) in seconds, in program order. peaks: bytes by memory. parts: what each
-    memory holds at its peak, by region of the buffers, and as `working_set` what the ops that run take.
+    """Result of a simulation.
+
+    spans: (op, start, end) in seconds, in program order. peaks: bytes by memory. parts: bytes at each peak,
+    by region of the buffers, with `working_set` for the running ops.
     """
 
     spans: list[Span]
@@ -80,7 +81,7 @@ def _peaks(
     num_bytes: BufferBytes | None,
     working_bytes: WorkingBytes | None,
 ) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
-    """A buffer is alive from the start of the op that writes it first to the end of its last user."""
+    """Peaks by memory. A buffer lives from the start of its first writer to the end of its last user."""
     changes: dict[str, list[tuple[float, int, int, str]]] = defaultdict(list)
     alive: dict[Buffer, tuple[str, int]] = {}
     for (op, start, end), released in zip(spans, last_uses(ops), strict=True):
@@ -104,7 +105,7 @@ def _peaks(
 
 
 def _highest(changes: Iterable[tuple[float, int, int, str]]) -> tuple[int, dict[str, int]]:
-    """The highest sum, and what it is made of."""
+    """The highest running sum, and its parts."""
     now = highest = 0
     held: dict[str, int] = defaultdict(int)
     parts: dict[str, int] = {}

@@ -1,7 +1,7 @@
-"""What the builder needs to know of a model and its settings: one immutable value.
+"""StepSpec: what determines a step's ops, as one immutable value.
 
-Units are numbered 0 (prologue), 1 .. layers, layers + 1 (head). The embedding table is never
-uploaded: it is unit layers + 2, or part of the head when the two are tied.
+Units are numbered 0 (prologue), 1 .. layers, layers + 1 (head). The embedding table is never uploaded: it is
+unit layers + 2, or part of the head if tied.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ RECOMPUTE, KEEP, NOTHING = "recompute", "keep", ""
 
 @dataclass(frozen=True)
 class StepSpec:
-    """The spec of a step.
+    """What determines a step's ops.
 
     layers: number of decoder layers.
-    uploaded: units that have weights to stream (a prologue often has none).
-    trainable: units that have a gradient; a unit of frozen parameters has none.
-    embedding_unit: unit that owns the embedding table; the head when tied.
-    embedding_frozen: the table has no gradient, although other parameters of its unit may have one.
-    update: `sync` all updates at the end of the step; `deferred` in the next step, each before its unit
-        is used; `eager` each as soon as its gradient is in host memory.
-    grad_slabs: with eager updates, host buffers through which the gradients of layers pass in turn;
-        head and embedding table share one more.
-    kept: layers (units) that keep what their backward needs instead of computing it again.
-    checkpoint_interval: layers that are computed again from one stored input, side by side.
-    spilled: units whose stored inputs live in host memory between forward and backward.
-    boundary_slots: device buffers through which they come back.
-    evaluate: a forward pass and the loss alone.
-    saved: units that are written to a checkpoint, as the step before left them, while this step runs.
+    uploaded: units with weights to stream (a prologue often has none).
+    trainable: units with a gradient; frozen units have none.
+    embedding_unit: unit that owns the embedding table; the head if tied.
+    embedding_frozen: the table has no gradient, although other parameters of its unit may.
+    update: `sync`: all updates at the end of the step; `deferred`: in the next step, each before its unit is
+        used; `eager`: each as soon as its gradient is in host memory.
+    grad_slabs: with eager updates, host buffers for the gradients of layers, round-robin; head and embedding
+        table share one more.
+    kept: layers (units) that keep their activations instead of recomputing them.
+    checkpoint_interval: layers per block, recomputed from one stored input.
+    spilled: units whose stored inputs wait in host memory between forward and backward.
+    boundary_slots: device buffers for restored inputs.
+    evaluate: forward pass and loss only.
+    saved: units written to a checkpoint during this step, as the previous step left them.
     """
 
     layers: int
@@ -91,19 +91,19 @@ class StepSpec:
 
     @property
     def scatters(self) -> bool:
-        """Whether gradient rows are added to the embedding table's gradient."""
+        """Whether the step adds gradient rows to the embedding table's gradient."""
         return self.embedding_unit in self.trainable and not self.embedding_frozen
 
     @property
     def lowest_backward(self) -> int:
-        """The first unit whose backward pass is needed: nothing below it has a gradient."""
+        """The lowest unit that needs a backward pass: nothing below it has a gradient."""
         if self.scatters:
             return 0
         return min(self.trainable, default=self.head)
 
     @cached_property
     def blocks(self) -> tuple[tuple[int, ...], ...]:
-        """The layers with a backward pass, cut into what is computed again together, lowest first.
+        """The layers with a backward pass, grouped into blocks, lowest first.
 
         A layer that keeps its activations is a block by itself.
         """
@@ -120,18 +120,17 @@ class StepSpec:
         return (*found, *[tuple(run)] * bool(run))
 
     @cached_property
-    def at_turn(self) -> frozenset[int]:
-        """Layers of the last block, which are computed once, where their backward can follow the head at
-        once: keeping what it needs takes no more then than computing it again."""
+    def at_turnaround(self) -> frozenset[int]:
+        """Layers of the last block if their backward directly follows the head: they are computed once, since
+        keeping activations then takes no more memory than recomputing them."""
         if self.evaluate or not self.blocks:
             return frozenset()
-        return frozenset(self.blocks[-1]) if self.micro_batches == 1 or self.joins_turn else frozenset()
+        return frozenset(self.blocks[-1]) if self.micro_batches == 1 or self.joins_turnaround else frozenset()
 
     @cached_property
-    def joins_turn(self) -> bool:
-        """Whether several micro-batches pass one after another through the last block, the head and back
-        again, so that but one of them at a time holds activations. Then the weights and the gradients of
-        all these units are on the device together."""
+    def joins_turnaround(self) -> bool:
+        """Whether micro-batches pass one by one through the last block, the head and back, so that only one
+        holds activations. The weights and gradients of all these units are then on the device together."""
         if self.evaluate or self.micro_batches == 1 or not self.blocks:
             return False
         units = {*self.blocks[-1], self.head}
@@ -139,28 +138,27 @@ class StepSpec:
 
     @cached_property
     def backward_blocks(self) -> tuple[tuple[int, ...], ...]:
-        """`blocks` with the layers at the turn, which are computed once, as blocks of their own."""
+        """`blocks`, with the layers at the turnaround, which are computed once, as blocks of their own."""
         found: list[tuple[int, ...]] = []
         for block in self.blocks:
-            found += [(u,) for u in block] if self.at_turn & set(block) else [block]
+            found += [(u,) for u in block] if self.at_turnaround & set(block) else [block]
         return tuple(found)
 
     def policy(self, unit: int) -> str:
-        """What the forward pass of a layer leaves for its backward: `keep` all that it needs,
-        `recompute` a graph that computes it again, or nothing (inside of a block, and below the
-        lowest unit with a backward pass)."""
+        """What a layer's forward leaves for its backward: `keep` (all it needs), `recompute` (a graph that
+        recomputes it), or nothing (inside a block, and below the lowest unit with a backward pass)."""
         if self.evaluate or unit < max(1, self.lowest_backward):
             return NOTHING
-        if unit in self.kept | self.at_turn:
+        if unit in self.kept | self.at_turnaround:
             return KEEP
         return RECOMPUTE if unit in self._last_of_blocks else NOTHING
 
     def stores_input(self, unit: int) -> bool:
-        """Whether a layer's input stays from its forward to its backward pass."""
-        return not self.evaluate and unit in self._first_of_blocks | self.kept | self.at_turn
+        """Whether a layer's input is stored from its forward to its backward pass."""
+        return not self.evaluate and unit in self._first_of_blocks | self.kept | self.at_turnaround
 
     def is_spilled(self, unit: int) -> bool:
-        """Whether that input waits in host memory. What a layer keeps is never spilled."""
+        """Whether that input waits in host memory. Kept activations are never spilled."""
         return unit in self.spilled and self.stores_input(unit) and self.policy(unit) != KEEP
 
     @cached_property
@@ -173,12 +171,12 @@ class StepSpec:
 
     @property
     def visits(self) -> list[tuple[int, ...]]:
-        """Units in the order in which the compute lane visits them; those of one visit side by side."""
+        """Units in the order in which the compute lane visits them, grouped by visit."""
         forward: list[tuple[int, ...]] = [(unit,) for unit in range(self.head + 1)]
         if self.evaluate:
             return forward
         backward = list(reversed(self.backward_blocks))
-        if self.joins_turn:
+        if self.joins_turnaround:
             block = self.blocks[-1]
             forward[block[0] :] = [(*block, self.head)]
             backward = backward[len(block) :]
@@ -186,8 +184,7 @@ class StepSpec:
         return [*forward, *backward, *prologue]
 
     def slab(self, unit: int) -> int:
-        """The host buffer through which an eager unit's gradient passes; -1 where it has a place of
-        its own."""
+        """The slab of an eager unit's gradient; -1 if it has its own place in the store."""
         if self.update != "eager":
             return -1
         return self.grad_slabs if unit >= self.head else unit % self.grad_slabs

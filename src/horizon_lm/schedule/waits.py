@@ -1,4 +1,4 @@
-"""From what ops read and write: the waits between lanes, and when a buffer has served."""
+"""Waits between lanes and last uses of buffers, derived from what ops read and write."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from horizon_lm.schedule.ops import Buffer, Lane, Op
 
-# Regions whose content lives within a step; the rest is host memory that outlives it.
+# Regions whose content lives within a step; the rest is persistent host memory.
 TRANSIENT = frozenset(
     {
         "slot",
@@ -26,12 +26,11 @@ TRANSIENT = frozenset(
 
 
 def derive_waits(ops: Sequence[Op]) -> list[tuple[int, ...]]:
-    """For each op, the ops of other lanes that it must wait for (indices into `ops`).
+    """For each op, the ops of other lanes it must wait for (indices into `ops`).
 
-    Two ops conflict when one writes what the other reads or writes. A conflict needs a wait
-    unless the order follows from program order within a lane and from other waits. Candidates
-    are taken latest first, which gives the smallest set: removing any wait leaves a conflict
-    unordered (`check` finds it, and a test removes each of them in turn).
+    Two ops conflict if one writes what the other reads or writes. A conflict needs a wait unless program
+    order within a lane and other waits imply it. Taking candidates latest first gives the smallest set:
+    without any one of the waits a conflict is unordered (tests remove each, and `check` finds it).
     """
     past: list[int] = []  # past[i]: bit set of all ops that are known to end before op i starts
     last_in_lane: dict[Lane, int] = {}
@@ -54,8 +53,8 @@ def derive_waits(ops: Sequence[Op]) -> list[tuple[int, ...]]:
 
 
 def conflicting_before(ops: Sequence[Op]) -> list[set[int]]:
-    """For each op the earlier ops it conflicts with directly: the last writer of what it reads
-    or writes, and the readers since then of what it writes."""
+    """For each op, the earlier ops it conflicts with directly: the last writer of what it reads or writes,
+    and the readers since then of what it writes."""
     writer: dict[Buffer, int] = {}
     readers: dict[Buffer, set[int]] = defaultdict(set)
     found: list[set[int]] = []
@@ -76,10 +75,10 @@ def conflicting_before(ops: Sequence[Op]) -> list[set[int]]:
 
 
 def last_uses(ops: Sequence[Op]) -> list[tuple[Buffer, ...]]:
-    """For each op the transient buffers that nothing reads after it, until they are written anew.
+    """For each op, the transient buffers that nothing reads after it until they are overwritten.
 
-    What touches a buffer last in program order waits for all that touch it before (they conflict,
-    or share a lane), so nothing reads a buffer once that op has ended.
+    The last op in program order to touch a buffer waits for all earlier ones (they conflict, or share a
+    lane), so nothing reads the buffer once that op has ended.
     """
     last: dict[Buffer, int] = {}
     ends: list[list[Buffer]] = [[] for _ in ops]

@@ -1,1 +1,1 @@
-"""A training run from settings to an exported model."""
+"""Training runs, from settings to an exported model."""

@@ -14,8 +14,8 @@ from horizon_lm.checkpoint.reader import read_small
 from horizon_lm.config import TrainConfig, model_settings_of
 from horizon_lm.engine.policies import DTYPES
 from horizon_lm.errors import CheckpointError, ConfigError
-from horizon_lm.host_model import HostModel, load_model_of
-from horizon_lm.model.loading import grow_vocabulary
+from horizon_lm.host_model import HostModel
+from horizon_lm.model.loading import grow_vocabulary, load_model_of
 from horizon_lm.training.resume import Resume
 
 if TYPE_CHECKING:
@@ -25,12 +25,12 @@ NAMES = ("model_name_or_path", "tokenizer_name_or_path")
 
 
 def stand_in(config: TrainConfig, resume: Resume | None) -> tuple[TrainConfig, Checkpoint | None]:
-    """The settings to read configuration and tokenizer by, and the checkpoint to build the model from.
+    """Return the settings that name readable files, and the checkpoint to build the model from.
 
-    If the folder of the model or of the tokenizer is gone, or a Hub model is not on this machine, the
-    checkpoint's own files replace it. Else: the settings as they are, and None.
-    Raises ConfigError for a model that comes with code, which a checkpoint does not hold, and for the folder
-    of a run in place of a model's.
+    If the folder of the model or the tokenizer is gone, or a Hub model is not cached, the checkpoint's own
+    files replace it; else the settings stay as they are and the checkpoint is None.
+    Raises ConfigError for a missing model with code of its own, which a checkpoint does not hold, and for the
+    folder of a run in place of a model's.
     """
     names = {key: getattr(config, key) for key in NAMES}
     for key, name in names.items():
@@ -54,7 +54,7 @@ def stand_in(config: TrainConfig, resume: Resume | None) -> tuple[TrainConfig, C
 
 
 def _is_here(name: str, revision: str | None) -> bool:
-    """Whether a model's folder is there, or the cache has a model of the Hub."""
+    """Tell whether a model's folder exists, or the cache has the Hub model."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -67,7 +67,7 @@ def _is_here(name: str, revision: str | None) -> bool:
 
 
 def _is_whole(checkpoint: Checkpoint) -> bool:
-    """Whether configuration, tokenizer and buffers of a checkpoint are there and are what was written."""
+    """Tell whether configuration, tokenizer and buffers of a checkpoint are complete and sound."""
     files = checkpoint.manifest.files
     try:
         for name in files:
@@ -79,16 +79,16 @@ def _is_whole(checkpoint: Checkpoint) -> bool:
 
 
 def model_without_source(checkpoint: Checkpoint, config: TrainConfig) -> HostModel:
-    """The model that a checkpoint was saved of, with no values yet: `restore` has them."""
+    """Build the model of a checkpoint without values, which `restore` loads."""
     settings = model_settings_of(config)
     hollow = hollow_model(
         checkpoint,
         trust_remote_code=config.trust_remote_code,
         attn_implementation=config.attn_implementation,
     )
-    # Tensors of zeros that take no memory: the model is looked at before it is cut, which runs parts of it.
+    # Zeros that take no memory: parts of the model run while it is inspected.
     zeros = {n: torch.zeros((), dtype=p.dtype).expand(p.shape) for n, p in hollow.named_parameters()}
-    # Buffers as they were saved: those of a new model may be equal, and would share their memory for good.
+    # Saved buffers: equal ones of a new model would share memory from then on.
     buffers = weights_of(checkpoint, DTYPES[config.dtype])[-1].load()
     hollow.load_state_dict({**zeros, **buffers}, strict=False, assign=True)
     hollow.tie_weights()
@@ -96,14 +96,14 @@ def model_without_source(checkpoint: Checkpoint, config: TrainConfig) -> HostMod
 
 
 def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> HostModel:
-    """The model to train: read, or with random weights and, where not given, the tokenizer's vocabulary."""
+    """Read the model to train, or draw random weights (by default with the tokenizer's vocabulary)."""
     settings = model_settings_of(config)
     if config.model_name_or_path is not None:
         model = load_model_of(config.model_name_or_path, settings)
         if config.new_tokens:
             grow_vocabulary(model, len(tokenizer), config.seed)
         return HostModel(model, settings)
-    assert config.init_model is not None  # TrainConfig has seen to it
+    assert config.init_model is not None  # checked by TrainConfig
     fitting = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,

@@ -1,4 +1,4 @@
-"""Callbacks: functions of yours that a run calls, and that may stop it.
+"""Callbacks: your functions, which a run calls and which may stop it.
 
     class Watch:
         def on_evaluate(self, state, control):
@@ -7,7 +7,7 @@
 
     hz.train(config, callbacks=[Watch()])
 
-Names and `control` are those of transformers' TrainerCallback. Only methods that an object has are called.
+Names and `control` follow transformers' TrainerCallback. Missing methods are not called.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class CallbackState:
-    """Where the run is; nothing in it can be changed.
+    """Progress of the run, read-only.
 
     step: optimizer steps done, of num_steps. epoch: passes over the data. metrics, evaluation: the latest
     lines of metrics.jsonl (`loss`, `learning_rate`, ...; `eval_loss`, ...), empty before the first.
-    checkpoint: the latest that was saved.
+    checkpoint: the latest one saved.
     """
 
     step: int
@@ -48,26 +48,26 @@ class CallbackState:
 
 @dataclass(slots=True)
 class CallbackControl:
-    """should_training_stop: set it to True, and the run ends after this step as a finished one does."""
+    """should_training_stop: set it to True to end the run after this step, as a finished one ends."""
 
     should_training_stop: bool = False
 
 
 class Callbacks:
-    """Calls the callbacks of a run.
+    """The callbacks of a run.
 
-    stopped_by: who asked for the end of the run; None while nobody has. error: what a callback raised; no
-    other is called after it, and the step that the run is at is finished first.
+    stopped_by: who asked for the end of the run, if anybody. error: what a callback raised; no other is
+    called after it, and the current step is finished first.
     """
 
-    def __init__(self, callbacks: Sequence[Any], state: CallbackState) -> None:
+    def __init__(self, callbacks: Sequence[object], state: CallbackState) -> None:
         self._callbacks, self.state = tuple(callbacks), state
         self.stopped_by: str | None = None
         self.error: CallbackError | None = None
         self._saved: list[Path] = []
 
     def step_ended(self, record: StepRecord, metrics: Metrics | None) -> None:
-        """Call on_log where there are metrics, then on_step_end."""
+        """Call on_log if there are metrics, then on_step_end."""
         step = record.step if record.rolled_back_to is None else record.rolled_back_to
         self.state = replace(self.state, step=step, epoch=record.epoch)
         if metrics is not None:
@@ -83,24 +83,24 @@ class Callbacks:
         self._call("on_evaluate")
 
     def note(self, outcome: Outcome) -> None:
-        """Keep a checkpoint for `saved`; it is told of in the middle of other work."""
+        """Keep a checkpoint for `saved`: this is called in the middle of other work."""
         if outcome.path is not None:
             self._saved.append(outcome.path)
 
     def saved(self) -> None:
-        """Call on_save for each checkpoint that was noted."""
+        """Call on_save for each noted checkpoint."""
         while self._saved:
             self.state = replace(self.state, checkpoint=self._saved.pop(0))
             self._call("on_save")
 
     def fault(self, saved: str | None, run: Path) -> CallbackError:
-        """The error that ends the run. saved: what there is to resume from, in words."""
+        """Return the error that ends the run. saved: what there is to resume from, in words."""
         assert self.error is not None
         found = CallbackError(
-            f"{self.error.message}; {saved or 'there is no checkpoint'}",
-            hint=f"mend the callback, then resume_from_checkpoint='latest' goes on in {run}"
+            f"{self.error.message}; {saved or 'no checkpoint was saved'}",
+            hint=f"fix the callback, then resume {run} with resume_from_checkpoint='latest'"
             if saved
-            else None,
+            else "fix the callback, then start the run again",
         )
         found.__cause__ = self.error.__cause__
         return found
@@ -122,24 +122,25 @@ class Callbacks:
                 self.stopped_by = f"the callback {name}"
 
 
-def check_callbacks(callbacks: Any) -> None:
-    """Raises ConfigError for what is no list of callbacks, and for one that would never be called."""
+def check_callbacks(callbacks: object) -> None:
+    """Raise ConfigError unless `callbacks` is a list of objects with methods to call."""
     if not isinstance(callbacks, list | tuple):
         raise ConfigError(
-            f"callbacks is a {type(callbacks).__name__}, expected a list of objects", hint="callbacks=[...]"
+            f"callbacks is a {type(callbacks).__name__}, expected a list of objects",
+            hint="pass callbacks=[...]",
         )
     for number, callback in enumerate(callbacks):
         name = f"callbacks[{number}] ({getattr(callback, '__name__', type(callback).__name__)})"
         _check(callback, name)
 
 
-def _check(callback: Any, name: str) -> None:
+def _check(callback: object, name: str) -> None:
     if inspect.isclass(callback):
-        raise ConfigError(f"{name} is a class, expected an object", hint=f"{callback.__name__}()")
+        raise ConfigError(f"{name} is a class, expected an object", hint=f"pass {callback.__name__}()")
     if any(c.__module__.startswith("transformers.") for c in type(callback).__mro__):
         raise ConfigError(
             f"{name} is a callback of transformers' Trainer, whose arguments and model do not exist here",
-            hint="an object with on_step_end(state, control) and so on; for EarlyStoppingCallback set "
+            hint="pass an object with on_step_end(state, control) and so on; for EarlyStoppingCallback set "
             "early_stopping_patience",
         )
     known = ", ".join(EVENTS)
@@ -156,10 +157,10 @@ def _check(callback: Any, name: str) -> None:
         except TypeError as error:
             raise ConfigError(
                 f"{name}: {event} cannot be called as {event}(state, control): {error}",
-                hint=f"def {event}(self, state, control)",
+                hint=f"define it as {event}(self, state, control)",
             ) from None
     if not found:
-        raise ConfigError(f"{name} has no method of a callback", hint=f"a callback may have {known}")
+        raise ConfigError(f"{name} has no method of a callback", hint=f"define one of {known}")
 
 
 def _frozen(line: Metrics | Evaluation) -> Mapping[str, Any]:

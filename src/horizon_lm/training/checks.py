@@ -14,26 +14,26 @@ from horizon_lm.checkpoint.folder import RunFolder
 from horizon_lm.config import TrainConfig
 from horizon_lm.config.data import IGNORED
 from horizon_lm.data import TrainingData
-from horizon_lm.data.batches import collate
-from horizon_lm.data.documents import check_exists
+from horizon_lm.data.loader import collate
 from horizon_lm.data.packing import Row, Rows
+from horizon_lm.data.sources import check_exists
 from horizon_lm.errors import ConfigError, DataError
 from horizon_lm.host_model import HostModel
 from horizon_lm.machine.device import resolve_device
 from horizon_lm.micro_batches import MicroBatch
 from horizon_lm.report.loggers import check_installed
 
-# Of a log-probability. Without contamination the change is zero where the same kernels run on the same
-# shapes; experts see other groups of tokens, which rounds otherwise. A hybrid model with random weights,
-# whose state is still weak, was seen to change by 0.015; others by 0.1 and more.
+# Largest change of a log-probability. Without contamination it is zero if the same kernels run on the same
+# shapes; experts see other groups of tokens, which rounds differently. A hybrid model with random weights,
+# whose state is still weak, changed by 0.015; others by 0.1 and more.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.01}
-_LONGEST = 512  # of the first document and of the second, in tokens: enough to see
+_LONGEST = 512  # tokens of each of the two documents
 
-_HINT = "packing: false, or packing_strategy: wrapped, in which documents do see each other"
+_HINT = "set packing: false, or packing_strategy: wrapped, in which documents do see each other"
 
 
 def check_sources(config: TrainConfig, folder: RunFolder) -> None:
-    """What can be told without reading data or weights. Raises ConfigError and DataError."""
+    """Check what needs neither data nor weights. Raises ConfigError and DataError."""
     resolve_device(config.device)
     for key in ("model_name_or_path", "tokenizer_name_or_path"):
         name = getattr(config, key)
@@ -58,7 +58,7 @@ def check_sources(config: TrainConfig, folder: RunFolder) -> None:
 
 
 def check_together(config: TrainConfig, data: TrainingData, model: HostModel) -> None:
-    """Whether data and model fit each other. Raises DataError and ConfigError."""
+    """Check that data and model fit each other. Raises DataError and ConfigError."""
     vocabulary, highest = int(model.config.get_text_config().vocab_size), int(data.store.ids.max())
     if highest >= vocabulary:
         raise DataError(
@@ -76,18 +76,18 @@ def check_together(config: TrainConfig, data: TrainingData, model: HostModel) ->
 
 @contextmanager
 def explain_missing(config: TrainConfig, key: str) -> Iterator[None]:
-    """Adds the way out to the DataError of data that are not where they were when the run began."""
+    """Add a hint to the DataError of a resumed run whose data have moved."""
     try:
         yield
     except DataError as error:
         if config.resume_from_checkpoint is not None:
-            moved = f"{key}=NEW where they were moved (the content decides, not the path)"
+            moved = f"if the data were moved: {key}=NEW (the content decides, not the path)"
             error.hint = f"{moved}; {error.hint}" if error.hint else moved
         raise
 
 
 def check_factors(config: TrainConfig, model: HostModel) -> None:
-    """Raises ConfigError if `lr_factors` leaves no parameter to train."""
+    """Raise ConfigError if `lr_factors` leaves no parameter to train."""
     factors = [s.group.lr_factor for unit in model.engine.optimizer.segments for s in unit]
     if factors and not any(factors):
         raise ConfigError(
@@ -118,7 +118,7 @@ def check_separation(model: HostModel, rows: Rows) -> None:
     if pair is None:
         return
     change = change_by_place(model, pair)
-    if change > _TOLERANCE[model.store.dtype]:  # NaN is for the first step to report
+    if change > _TOLERANCE[model.store.dtype]:  # the first step reports a NaN
         raise ConfigError(
             f"documents packed into one sequence see each other in a {name} model: a log-probability of a "
             f"document changed by {change:.2g} when another stood before it",
@@ -127,7 +127,7 @@ def check_separation(model: HostModel, rows: Rows) -> None:
 
 
 def change_by_place(model: HostModel, row: Row) -> float:
-    """Largest change of a log-probability of the second document of `row` when it stands before the first."""
+    """Return the largest change of a log-probability of the second document if it comes first."""
     first, second = (int(length) for length in row.lengths)
     batches: list[MicroBatch] = []
     for begin, lengths in ((first, row.lengths), (0, row.lengths[::-1])):
@@ -142,10 +142,10 @@ def change_by_place(model: HostModel, row: Row) -> float:
 
 
 def _two_documents(rows: Rows) -> Row | None:
-    """A sequence of two documents, cut short, or None where none of the first hundred has two.
+    """Return a sequence of two documents, cut short, or None if none of the first hundred has two.
 
-    The first has an odd length, so that a model that compresses tokens in groups of 2 or more has a group
-    with tokens of both.
+    The first has an odd length, so that a model that compresses tokens in groups has a group with tokens of
+    both.
     """
     for number in range(min(len(rows), 100)):
         row = rows.row(number)

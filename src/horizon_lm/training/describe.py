@@ -1,4 +1,4 @@
-"""A run in words: what was read, what is trained, what came of it."""
+"""A run in words: its data, its model, its result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from horizon_lm.checkpoint.folder import RunFolder
 from horizon_lm.config import TrainConfig
 from horizon_lm.data import StreamLoader, TrainingData
-from horizon_lm.data.left_out import remarks, used
+from horizon_lm.data.preview import remarks, used
 from horizon_lm.errors import DataError
 from horizon_lm.host_model import HostModel
 from horizon_lm.machine.identity import commit, machine
@@ -25,11 +25,11 @@ from horizon_lm.words import count, parameters, size
 
 @dataclass(frozen=True)
 class TrainResult:
-    """final_loss: of the last line of metrics_path; tail_loss: mean over the last tenth of its lines,
-    as single steps are noisy. eval_loss: of the exported model, None without anything to evaluate on.
-    num_tokens: real tokens, without padding. seconds: in steps, without loading, evaluation and export.
-    exported_step: the step whose model is exported; with load_best_model_at_end that of the best evaluation.
-    stopped_by: what ended the run before its last step, in words; None for a run that was not stopped.
+    """final_loss: of the last line of metrics_path; tail_loss: mean over the last tenth of its lines, since
+    single steps are noisy. eval_loss: of the exported model, None without evaluation data. num_tokens: real
+    tokens, without padding. seconds: in steps, without loading, evaluation and export. exported_step: step
+    of the exported model; with load_best_model_at_end that of the best evaluation. stopped_by: what ended
+    the run before its last step, in words; None if it was not stopped.
 
     model_dir holds the trained model and its tokenizer in Hugging Face format.
     """
@@ -48,7 +48,7 @@ class TrainResult:
 
 
 def about_data(data: TrainingData) -> str:
-    """What is trained on, in words; what is not is in `left_out`."""
+    """Describe the training data; `left_out` has what is not trained on."""
     counts, rows = data.store.counts, data.rows
     formats = ", ".join(sorted({str(f) for f in counts.formats if f is not None}))
     inside = used(rows)
@@ -68,7 +68,7 @@ def about_data(data: TrainingData) -> str:
 
 
 def left_out(data: TrainingData) -> list[tuple[str, bool]]:
-    """(what is not trained or evaluated on, whether it is so much that it is a warning)."""
+    """Return (what is not trained or evaluated on, whether it is enough for a warning)."""
     found = [(f"data: {remark}", remark.is_warning) for remark in remarks(data.rows)]
     rows = data.eval_rows
     if rows is not None:
@@ -120,7 +120,7 @@ def header(
 
 
 def data_record(config: TrainConfig, data: TrainingData) -> dict[str, Any]:
-    """What was read and what was left out, as the report shows it. Of a stream: its first window."""
+    """Return what was read and left out, for the report; of a stream its first window."""
     counts, rows, held_out = data.store.counts, data.rows, data.eval_rows
     return {
         "is_stream": isinstance(data.loader, StreamLoader),
@@ -144,12 +144,12 @@ def data_record(config: TrainConfig, data: TrainingData) -> dict[str, Any]:
 
 
 def tail_loss(metrics: Path) -> float:
-    """Mean loss over the last tenth of the recorded steps that were finite; NaN where none can be read."""
+    """Return the mean loss over the last tenth of the recorded finite steps; NaN if none can be read."""
     return mean_of_tail(_readable(read_steps, metrics))
 
 
 def _readable(read: Callable[[Path], list[dict[str, Any]]], metrics: Path) -> list[dict[str, Any]]:
-    """The records; none if the file is lost or damaged, which is no reason for the run to fail."""
+    """Return the records; none if the file is lost or damaged, which must not fail the run."""
     try:
         return read(metrics)
     except (DataError, OSError):
@@ -157,7 +157,7 @@ def _readable(read: Callable[[Path], list[dict[str, Any]]], metrics: Path) -> li
 
 
 def eval_loss(metrics: Path, step: int) -> float | None:
-    """The loss of the latest evaluation after `step`, else of the latest of all; None without any."""
+    """Return the loss of the latest evaluation after `step`, else of the latest of all, if any."""
     found = _readable(read_evaluations, metrics)
     chosen = [line for line in found if line["step"] == step] or found
     return chosen[-1].get("eval_loss") if chosen else None
@@ -173,7 +173,7 @@ def title(config: TrainConfig, model: HostModel, last: Metrics, metrics: Path) -
 
 
 def summary(config: TrainConfig, folder: RunFolder, result: TrainResult, remarks: Sequence[str] = ()) -> str:
-    """remarks: on how the run ended."""
+    """Describe the finished run. remarks: how it ended."""
     speed = result.num_tokens / result.seconds
     lines = [
         f"trained {count(result.num_steps, 'step')} on {count(result.num_tokens, 'token')} in "

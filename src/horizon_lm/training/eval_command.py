@@ -1,7 +1,7 @@
-"""`horizon eval`: a model on held-out data, streamed as in training, without gradients or moments.
+"""`horizon eval`: evaluate a model on held-out data, streamed as in training, without gradients or moments.
 
-What is evaluated may be a configuration (its model_name_or_path), a run (its trained model, or its latest
-checkpoint while it is not finished), a checkpoint, a model's folder, or a model's name on the Hub.
+Takes a configuration (its model_name_or_path), a run (its trained model; its latest checkpoint if it is not
+finished), a checkpoint, a model's folder, or a model's name on the Hub.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import nn
 from horizon_lm.checkpoint.folder import Checkpoint
 from horizon_lm.checkpoint.identify import Identified, identify, may_be_on_hub, no_model
 from horizon_lm.checkpoint.model import model_of
-from horizon_lm.config import ModelSettings, TrainConfig, model_settings_of
+from horizon_lm.config import DatasetConfig, ModelSettings, TrainConfig, model_settings_of
 from horizon_lm.config.base import collect, keys_of
 from horizon_lm.config.dataset_info import SUFFIXES
 from horizon_lm.config.yaml import Document
-from horizon_lm.data.left_out import remarks
 from horizon_lm.data.packing import Rows
+from horizon_lm.data.preview import remarks
 from horizon_lm.data.training_data import (
     load_eval_rows,
     load_training_data,
@@ -32,10 +32,10 @@ from horizon_lm.data.training_data import (
     tokenizer_of,
 )
 from horizon_lm.errors import CheckpointError, ConfigError
-from horizon_lm.host_model import HostModel, load_model_of
+from horizon_lm.host_model import HostModel
 from horizon_lm.io import files
-from horizon_lm.model.loading import grow_vocabulary
-from horizon_lm.model.quiet import quiet_transformers
+from horizon_lm.model.loading import grow_vocabulary, load_model_of
+from horizon_lm.model.pretrained import quiet_transformers
 from horizon_lm.report.display import say
 from horizon_lm.training.evaluate import evaluate
 from horizon_lm.training.generate import model_folder
@@ -45,8 +45,8 @@ from horizon_lm.words import count
 
 @dataclass(frozen=True)
 class Target:
-    """What to evaluate, and by which settings. checkpoints: to take the weights from, best first; none where
-    model_name_or_path says it. what: in words."""
+    """What to evaluate, and with which settings. what: in words. checkpoints: sources of the weights, best
+    first; empty if model_name_or_path is the source."""
 
     config: TrainConfig
     what: str
@@ -54,9 +54,9 @@ class Target:
 
 
 def target_of(place: str | None, overrides: Sequence[str]) -> tuple[Target, list[str]]:
-    """What `horizon eval PLACE key=value ...` means, and notes on how the settings were read.
+    """Return what `horizon eval PLACE key=value ...` means, and notes on how the settings were read.
 
-    Raises ConfigError where there is nothing to evaluate, or nothing to evaluate on.
+    Raises ConfigError if there is no model or no data.
     """
     given = given_keys(overrides)
     looked = identify(place) if place is not None else None
@@ -65,7 +65,7 @@ def target_of(place: str | None, overrides: Sequence[str]) -> tuple[Target, list
     if looked is not None and looked.kind == "file" and looked.path.name.lower().endswith(SUFFIXES):
         raise ConfigError(
             f"{place} is data, not a model, a run or a configuration",
-            hint=f"horizon eval MODEL eval_datasets={place}",
+            hint=f"run horizon eval MODEL eval_datasets={place}",
         )
     if looked is None or looked.kind in ("configuration", "file"):
         document, notes = collect(place, overrides, keys_of(TrainConfig))
@@ -97,7 +97,7 @@ def _of_run(looked: Identified, overrides: Sequence[str]) -> tuple[Document, lis
     if (run / "config.resolved.yaml").is_file():
         return read_settings(run, overrides)
     document, notes = collect(None, overrides, keys_of(TrainConfig))
-    if looked.checkpoints:  # one that was copied without its run
+    if looked.checkpoints:  # a checkpoint that was copied without its run
         known = TrainConfig.model_fields.keys()
         saved = {k: v for k, v in looked.checkpoints[0].manifest.config.items() if k in known}
         document.values.update({k: v for k, v in saved.items() if k not in document.values})
@@ -105,7 +105,7 @@ def _of_run(looked: Identified, overrides: Sequence[str]) -> tuple[Document, lis
 
 
 def _model_of_run(looked: Identified) -> tuple[dict[str, Any], str, tuple[Checkpoint, ...]]:
-    """(settings that name the model, it in words, checkpoints to read it from)."""
+    """Return (settings that name the model, the model in words, checkpoints to read it from)."""
     none = {"init_model": None, "train_tokenizer_vocab_size": None, "model_revision": None}
     if looked.model is not None and looked.is_finished:
         names = {"model_name_or_path": str(looked.model), "tokenizer_name_or_path": None}
@@ -119,8 +119,7 @@ def _model_of_run(looked: Identified) -> tuple[dict[str, Any], str, tuple[Checkp
 
 
 def _choose_data(document: Document, given: set[str]) -> None:
-    """Data that are named on the command line stand in place of all that a file names.
-    Raises ConfigError where nothing is named."""
+    """Let data on the command line replace all data of a file. Raises ConfigError if there is none."""
     values = document.values
     if "eval_datasets" in given:
         values["val_size"] = 0
@@ -128,15 +127,15 @@ def _choose_data(document: Document, given: set[str]) -> None:
         values["eval_datasets"], values["val_size"] = [], 0
     if not values.get("datasets") and not values.get("eval_datasets"):
         raise ConfigError(
-            "there is nothing to evaluate on", hint="eval_datasets=FILE, a folder or a Hub name"
+            "there is nothing to evaluate on", hint="set eval_datasets=FILE, a folder or a Hub name"
         )
     if not values.get("eval_datasets") and not values.get("val_size"):
-        values["eval_strategy"] = "no"  # which would ask for one of them
+        values["eval_strategy"] = "no"  # any other value needs one of them
     values.setdefault("datasets", values.get("eval_datasets"))
 
 
 def _fitted(config: TrainConfig, given: set[str]) -> TrainConfig:
-    """Sequences no longer than the model takes, where no length was asked for."""
+    """Cut max_length to what the model takes, unless it was set."""
     name = config.model_name_or_path
     if name is None or "max_length" in given or "max_length" in config.model_fields_set:
         return config
@@ -151,26 +150,26 @@ def _fitted(config: TrainConfig, given: set[str]) -> TrainConfig:
 
 
 def evaluate_model(config: TrainConfig) -> dict[str, Any]:
-    """`evaluate_target` of the model that `config` names."""
+    """Evaluate the model that `config` names."""
     if config.model_name_or_path is None:
-        raise ConfigError("there is no model to evaluate", hint="model_name_or_path=FOLDER")
+        raise ConfigError("there is no model to evaluate", hint="set model_name_or_path=FOLDER")
     return evaluate_target(Target(config, str(model_folder(config.model_name_or_path, "eval"))))
 
 
 def evaluate_target(
     target: Target, warn: Callable[[str], None] = lambda text: say(f"warning: {text}", sys.stderr)
 ) -> dict[str, Any]:
-    """eval_loss (mean cross-entropy in nats over all target tokens), eval_perplexity, eval_tokens,
-    eval_sequences, eval_seconds, and in words: model, data, dtype.
+    """Evaluate on eval_datasets; else on what val_size holds out; else on datasets.
 
-    On eval_datasets; else on what val_size holds out; else on datasets. Raises ConfigError, DataError and
+    Returns eval_loss (mean cross-entropy in nats over all target tokens), eval_perplexity, eval_tokens,
+    eval_sequences, eval_seconds, and in words: model, data, dtype. Raises ConfigError, DataError and
     CheckpointError.
     """
     config = target.config
     if config.model_name_or_path is None:
         raise ConfigError(
             "there is no model to evaluate",
-            hint="horizon eval RUN, horizon eval FOLDER, or model_name_or_path=FOLDER",
+            hint="run horizon eval RUN or horizon eval FOLDER, or set model_name_or_path=FOLDER",
         )
     if not target.checkpoints:
         config = config.replace(model_name_or_path=str(model_folder(config.model_name_or_path, "eval")))
@@ -195,8 +194,8 @@ def evaluate_target(
 def _measure(
     model: nn.Module, settings: ModelSettings, rows: Rows, config: TrainConfig, pad: int
 ) -> dict[str, Any]:
-    model.requires_grad_(False)  # no gradients and no moments: weights alone
-    settings = settings.replace(freeze=[], lr_factors={})  # which name what is trained
+    model.requires_grad_(False)  # allocates neither gradients nor moments
+    settings = settings.replace(freeze=[], lr_factors={})  # these name trained parameters
     batch = config.per_device_eval_batch_size or config.per_device_train_batch_size
     found = asdict(evaluate(HostModel(model, settings), rows, micro_batch_size=batch, pad_id=pad))
     del found["step"]
@@ -210,7 +209,7 @@ def _load(
     num_tokens: int,
     warn: Callable[[str], None],
 ) -> tuple[nn.Module, str]:
-    """The model, and in words which one it is: of checkpoints the first that is sound."""
+    """Return the model and its name in words; of several checkpoints the first sound one."""
     assert config.model_name_or_path is not None
     if not target.checkpoints:
         model = load_model_of(config.model_name_or_path, settings)
@@ -228,7 +227,7 @@ def _load(
             step = f"{checkpoint.path}, step {checkpoint.manifest.step:,}"
             return model, target.what if number == 0 else step
         except CheckpointError as error:
-            warn(f"passed over {error.message}")
+            warn(f"skipped {error.message}")
             last = error
     assert last is not None
     raise last
@@ -242,5 +241,5 @@ def _data_in_words(config: TrainConfig) -> str:
     return f"{_paths(config.datasets)} (there are no eval_datasets: this may be what it was trained on)"
 
 
-def _paths(datasets: Sequence[Any]) -> str:
+def _paths(datasets: Sequence[DatasetConfig]) -> str:
     return ", ".join(dataset.path for dataset in datasets)

@@ -8,7 +8,7 @@ from itertools import islice
 
 from horizon_lm.config import TrainConfig
 from horizon_lm.config.data import IGNORED
-from horizon_lm.data.batches import in_order
+from horizon_lm.data.loader import in_order
 from horizon_lm.data.packing import Rows
 from horizon_lm.errors import DataError
 from horizon_lm.host_model import HostModel
@@ -16,15 +16,15 @@ from horizon_lm.micro_batches import MicroBatch
 from horizon_lm.outputs import perplexity
 from horizon_lm.report.records import Evaluation
 
-# Micro-batches that go through a layer while it is on the device. Their boundaries wait on the host or the
-# device, so there is a limit; with so many the weights' way over the bus is a small part.
+# Micro-batches per visit of a layer. Their boundaries occupy memory, so there is a limit; with this many the
+# upload of the weights is a small part of the time.
 _TOGETHER = 16
 
 
 def evaluate(
     model: HostModel, rows: Rows, *, micro_batch_size: int, pad_id: int, step: int = 0
 ) -> Evaluation:
-    """The mean over every target token of `rows`, each counted once whatever the batch. Raises DataError."""
+    """Return the mean over all target tokens of `rows`, each counted once. Raises DataError."""
     started = time.perf_counter()
     total, num_tokens = 0.0, 0
     for group in _groups(in_order(rows, micro_batch_size, pad_id)):
@@ -39,14 +39,14 @@ def evaluate(
 
 
 def _groups(batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
-    """Of micro-batches that have a target; the model refuses a call without any."""
+    """Group the micro-batches that have a target; the model rejects a call without any."""
     useful = (batch for batch in batches if bool((batch["labels"][:, 1:] != IGNORED).any()))
     while group := list(islice(useful, _TOGETHER)):
         yield group
 
 
 class Evaluator:
-    """Evaluates when it is due: at steps or epochs as the settings say, and at the end."""
+    """Evaluation of a run when it is due: every eval_steps steps or each epoch, and at the end."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Evaluator:
         return evaluate(self._model, self._rows, micro_batch_size=self._batch, pad_id=self._pad_id, step=step)
 
     def after(self, step: int, epoch: float, *, is_last: bool = False) -> Evaluation | None:
-        """The evaluation that is due after a step, if one is. is_last: the run ends here, early or not."""
+        """Evaluate if that is due after a step. is_last: the run ends here, early or not."""
         crossed = int(epoch) > self._epochs_done
         self._epochs_done = int(epoch)
         is_due = (

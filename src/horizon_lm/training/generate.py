@@ -1,4 +1,4 @@
-"""Trying a model: completion of a text, and conversation, through transformers' own `generate`."""
+"""Text generation and chat with a trained model, through transformers' own `generate`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from horizon_lm.errors import ConfigError, DataError, HorizonError
 from horizon_lm.io import files
 from horizon_lm.machine.device import resolve_device
 from horizon_lm.model.configuration import reason_of
-from horizon_lm.model.pretrained import TO_GENERATE, read_pretrained
-from horizon_lm.model.quiet import quiet_transformers
+from horizon_lm.model.pretrained import TO_GENERATE, quiet_transformers, read_pretrained
 from horizon_lm.words import count, size
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ _LARGEST_PROMPTS = 64_000_000  # bytes of a file of prompts
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0: the likeliest token always. The same seed and prompt give the same text."""
+    """temperature 0: greedy. The same seed and prompt give the same text."""
 
     max_new_tokens: int = 256
     temperature: float = 0.7
@@ -39,7 +38,7 @@ class Sampling:
 
 
 class Generator:
-    """A model that is whole on one device, and its tokenizer."""
+    """A whole model on one device, and its tokenizer."""
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
         self._model, self.tokenizer, self.device = model, tokenizer, device
@@ -53,10 +52,10 @@ class Generator:
         trust_remote_code: bool = False,
         verb: str = "generate",
     ) -> Generator:
-        """From a Hugging Face folder or name, or a run's folder, which holds one as `model`.
+        """Load a Hugging Face folder or name, or the model of a run's folder.
 
-        device: "auto" is the GPU where the weights take less than half of what is free there.
-        verb: the command that asks, for errors. Raises ConfigError, and DataError where weights are missing.
+        device: "auto" is the GPU if the weights take less than half of its free memory. verb: the command
+        that asks, for errors. Raises ConfigError, and DataError if weights are missing.
         """
         place = model_folder(source, verb)
         tokenizer = load_tokenizer(str(place), trust_remote_code=trust_remote_code, key="model")
@@ -72,10 +71,10 @@ class Generator:
                 )
         except HorizonError:
             raise
-        except Exception as error:  # transformers raises many kinds; each means "no model"
+        except Exception as error:  # transformers raises many kinds of errors
             raise ConfigError(
                 f"no model could be loaded from {source}: {reason_of(error)}",
-                hint="give a folder in Hugging Face format, or a run's output_dir",
+                hint="pass a folder in Hugging Face format or a run's output_dir",
             ) from error
         chosen = _device_for(model, device)
         return cls(model.to(chosen).eval(), tokenizer, chosen)
@@ -88,9 +87,9 @@ class Generator:
         special_tokens: bool = True,
         on_text: Callable[[str], None] | None = None,
     ) -> str:
-        """What the model writes after `prompt`; `on_text` gets it piece by piece while it is made.
+        """Complete `prompt`. `on_text` gets the completion piece by piece.
 
-        special_tokens: begin as the tokenizer begins a text; False for a prompt made by a chat template.
+        special_tokens: let the tokenizer add its own; False for a prompt made by a chat template.
         """
         ids = self.tokenizer(prompt, add_special_tokens=special_tokens).input_ids
         ids = ids or [self.tokenizer.eos_token_id]  # an empty prompt: a new document
@@ -100,7 +99,7 @@ class Generator:
             raise DataError(
                 f"the prompt has token {max(ids)} ({token!r}), and the model's embeddings have "
                 f"{count(rows, 'row')}",
-                hint="give it the tokenizer that the model was trained with",
+                hint="use the tokenizer that the model was trained with",
             )
         inputs = torch.tensor([ids], device=self.device)
         draw: dict[str, Any] = {"do_sample": False}
@@ -113,7 +112,7 @@ class Generator:
                 attention_mask=torch.ones_like(inputs),
                 max_new_tokens=sampling.max_new_tokens,
                 repetition_penalty=sampling.repetition_penalty,
-                num_beams=1,  # generation_config.json may ask for 10^9, and a stream cannot show any
+                num_beams=1,  # generation_config.json may ask for 10^9, and a streamer supports one
                 num_return_sequences=1,
                 pad_token_id=self.tokenizer.eos_token_id,
                 eos_token_id=self._stops(),
@@ -123,7 +122,7 @@ class Generator:
         return str(self.tokenizer.decode(output[0, inputs.shape[1] :].tolist(), skip_special_tokens=True))
 
     def _stops(self) -> list[int]:
-        """The tokens that end a text: the model's, the tokenizer's, and a chat's end of turn."""
+        """Return the tokens that end a text: the model's, the tokenizer's, and a chat's end of turn."""
         named = self._model.generation_config.eos_token_id
         stops = set(named if isinstance(named, list) else [named]) | {self.tokenizer.eos_token_id}
         known = self.tokenizer.get_added_vocab()
@@ -134,7 +133,7 @@ class Generator:
 
 @contextmanager
 def _cannot_write(model: Any) -> Iterator[None]:
-    """Turns what transformers raises for impossible values of config.json and generation_config.json."""
+    """Turn what transformers raises for invalid values of its configuration files into ConfigError."""
     try:
         yield
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
@@ -148,7 +147,7 @@ _END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endof
 
 
 class Chat:
-    """Keeps the messages of a conversation; `reset` forgets them."""
+    """A conversation; `reset` forgets its messages."""
 
     def __init__(self, generator: Generator, system: str | None = None) -> None:
         self._generator = generator
@@ -157,7 +156,7 @@ class Chat:
         except DataError as error:
             raise ConfigError(
                 "the tokenizer of this model has no chat template",
-                hint="horizon generate completes text with any model; a tuned model keeps its template",
+                hint="use horizon generate, which needs no template; a tuned model keeps its own",
             ) from error
         self.system = system
         self.messages: list[dict[str, Any]] = []
@@ -166,7 +165,7 @@ class Chat:
         self.messages = []
 
     def say(self, text: str, sampling: Sampling, on_text: Callable[[str], None] | None = None) -> str:
-        """The model's answer to `text`, which becomes part of the conversation."""
+        """Return the model's answer to `text` and add both to the conversation."""
         asked = [*self.messages, {"role": "user", "content": text}]
         system = [{"role": "system", "content": self.system}] if self.system else []
         prompt = self._template.prompt([*system, *asked])
@@ -176,9 +175,9 @@ class Chat:
 
 
 def model_folder(source: str | Path, verb: str = "generate") -> str | Path:
-    """The folder of the model itself, where `source` is that of a run; a name on the Hub as it is.
+    """Return the folder of the model in `source`, which may be a run; a Hub name stays as it is.
 
-    Raises ConfigError where there is no model, with what is there instead. verb: the command that asks.
+    Raises ConfigError, with what is there instead, if there is no model. verb: the command that asks.
     """
     looked = identify(source)
     if looked.model is not None:
@@ -203,7 +202,7 @@ def _device_for(model: Any, device: str | torch.device) -> torch.device:
 
 
 def _streamer(tokenizer: Any, on_text: Callable[[str], None] | None) -> Any:
-    """transformers' streamer, which holds back what may still change, with our function at its end."""
+    """Wrap `on_text` in transformers' streamer, which holds back text that may still change."""
     if on_text is None:
         return None
     write = on_text
@@ -218,7 +217,7 @@ def _streamer(tokenizer: Any, on_text: Callable[[str], None] | None) -> Any:
 
 
 def prompts_of(texts: Sequence[str]) -> list[str]:
-    """Prompts from the command line; `@FILE` stands for the lines of a file. Raises ConfigError."""
+    """Return prompts from the command line; `@FILE` means the lines of a file. Raises ConfigError."""
     prompts: list[str] = []
     for text in texts:
         if not text.startswith("@"):
@@ -229,11 +228,12 @@ def prompts_of(texts: Sequence[str]) -> list[str]:
             lines = content.decode().splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
-                f"{text[1:]} cannot be read: {error}", hint="--prompt @FILE reads one a line"
+                f"{text[1:]} cannot be read: {error}", hint="pass --prompt @FILE, with one prompt per line"
             ) from error
         if len(content) > _LARGEST_PROMPTS:
             raise ConfigError(
-                f"{text[1:]} is larger than {size(_LARGEST_PROMPTS)}", hint="--prompt @FILE reads one a line"
+                f"{text[1:]} is larger than {size(_LARGEST_PROMPTS)}",
+                hint="split the file; --prompt @FILE reads one prompt per line",
             )
         prompts += [line for line in lines if line.strip()]
     return prompts

@@ -1,4 +1,4 @@
-"""The plan of a run before it starts: choices made out, what cannot work refused, a dry run."""
+"""Plan a run before it starts: resolve its settings, read its data, count its steps; dry runs."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from horizon_lm.training import describe as words_of
 from horizon_lm.training.checks import check_sources
 from horizon_lm.words import count, size
 
-_FEW = 20  # steps in which a model learns little, and the curve of the learning rate has no room
+_FEW = 20  # steps: with fewer, a model learns little and the learning rate curve has no room
 
 
 def plan_and_read(
     config: TrainConfig, progress: Progress, cut: Mapping[str, int]
 ) -> tuple[TrainConfig, RunPlan | None, TrainingData]:
-    """The settings with what they left open made out, the plan behind them, and the data.
+    """Return the resolved settings, the plan behind them, and the data.
 
-    What does not fit is refused before the data is tokenised, unless the data decides the size of a step
-    (tokens_per_step=auto, or more than an epoch). cut: that of a step of the run that is resumed, which stays
-    as it is on any machine, since the bits depend on it; empty for a new run. Raises as `settle` and
+    A run that does not fit is rejected before its data is tokenised, unless the data decides the size of a
+    step (tokens_per_step=auto, or more than an epoch). cut: batch size and accumulation of the run that is
+    resumed, fixed on any machine since the bits depend on them; empty for a new run. Raises as `settle` and
     `load_training_data` do.
     """
     asked = config.tokens_per_step
@@ -63,7 +63,7 @@ def plan_and_read(
 
 
 def read_data(config: TrainConfig, progress: Progress) -> TrainingData:
-    """Read and tokenise, and say what there is and what was left out. Raises DataError and ConfigError."""
+    """Read and tokenise the data, and say what was read and left out. Raises DataError and ConfigError."""
     progress.stage("reading the data")
     data = load_training_data(config)
     progress.stage(words_of.about_data(data))
@@ -73,13 +73,13 @@ def read_data(config: TrainConfig, progress: Progress) -> TrainingData:
 
 
 def wanted_rows(config: TrainConfig, data: TrainingData) -> int:
-    """The sequences of a step by `tokens_per_step`, which is not null."""
+    """Return the sequences of a step by `tokens_per_step`, which is not null."""
     sequences = None if isinstance(data.loader, StreamLoader) else len(data.rows)
     return rows_wanted(config, sequences, data.store.counts.is_text)
 
 
 def _might_fit_less(config: TrainConfig) -> bool:
-    """Whether the smallest step would fit, so that it is worth to look at how much data there is."""
+    """Tell whether the smallest step would fit, so that reading the data is worthwhile."""
     if config.tokens_per_step is None or config.streaming:
         return False
     tokens = rows_wanted(config, 1, False) * config.max_length
@@ -88,7 +88,7 @@ def _might_fit_less(config: TrainConfig) -> bool:
 
 
 def _is_sized_by_data(config: TrainConfig, data: TrainingData) -> bool:
-    """Whether `tokens_per_step`, if it is a number, is more than an epoch."""
+    """Tell whether `tokens_per_step` is a number larger than an epoch."""
     tokens = config.tokens_per_step
     if not isinstance(tokens, int):
         return False
@@ -98,11 +98,11 @@ def _is_sized_by_data(config: TrainConfig, data: TrainingData) -> bool:
 def settle(
     config: TrainConfig, progress: Progress, pinned: frozenset[str] | None = None
 ) -> tuple[TrainConfig, RunPlan | None]:
-    """The settings with what they left open made out, and the plan behind them.
+    """Return the resolved settings and the plan behind them.
 
-    pinned: the keys that stay as they are; by default those that the user named. Raises ConfigError and
-    DoesNotFitError. A model that cannot be outlined without its weights runs as configured, with a warning;
-    if it cannot be streamed at all, loading it says so.
+    pinned: keys that stay as they are; by default those that the user set. A model that cannot be outlined
+    without its weights runs as configured, with a warning; if it cannot be streamed, loading it says so.
+    Raises ConfigError and DoesNotFitError.
     """
     try:
         plan = _planned(config, pinned, counted=True)
@@ -121,7 +121,7 @@ def settle(
 
 
 def _planned(config: TrainConfig, pinned: frozenset[str] | None = None, *, counted: bool = False) -> RunPlan:
-    """counted: with the FLOPs of its layers, where these can be counted."""
+    """Plan the run. counted: count the FLOPs of its layers, if possible."""
     with outline_cache(config) as cache:
         plan = plan_run(config, pinned=pinned, cache=cache)
         if counted:
@@ -139,8 +139,10 @@ def _in_words(plan: RunPlan) -> list[str]:
 
 
 def dry_run(config: TrainConfig) -> str:
-    """Plan a run, build and check the schedule of two steps in a row, simulate one; nothing is trained and
-    nothing stays on the disk. Returns what to print. Raises as `train` does before it starts."""
+    """Plan a run, check the schedule of two consecutive steps and simulate one; return what to print.
+
+    Nothing is trained and nothing stays on the disk. Raises as `train` does before it starts.
+    """
     with claim(config.output_dir, overwrite=config.overwrite_output_dir) as folder:
         check_sources(config, folder)
         plan = _planned(config)
@@ -149,7 +151,7 @@ def dry_run(config: TrainConfig) -> str:
     faults = check(ops, step)
     if faults:
         raise HorizonError(
-            f"the schedule has a fault: {faults[0]}", hint="please report it with `horizon env`"
+            f"the schedule has a fault: {faults[0]}", hint="report this with the output of `horizon env`"
         )
     text = describe(plan, largest=False, timeline=True)
     return f"{text}\n{count(len(ops), 'op')} of two steps in a row were checked; nothing was trained"
@@ -159,26 +161,28 @@ def dry_run(config: TrainConfig) -> str:
 
 
 def count_steps(config: TrainConfig, loader: Loader) -> int:
-    """Steps from the beginning to the end of the run. The loader ends there too."""
+    """Return the steps from the beginning to the end of the run; the loader ends there too."""
     return loader.end_after(config.num_train_epochs, config.max_steps)
 
 
 def count_on(loader: Loader, checkpoint: Checkpoint, step: int) -> None:
-    """Where a run goes on after `step` with steps of another size, count those to come from here, so that the
-    epochs asked are those trained."""
+    """Count the coming steps from `step` if a resumed run has another step size, so that it trains the
+    requested epochs."""
     then = math.prod(int(checkpoint.manifest.config[key]) for key in CUT)
     if loader.rows_per_step != then:
         loader.count_from(step)
 
 
 def curve(config: TrainConfig, loader: Loader, num_steps: int) -> Curve:
-    """The learning rate of each step. Raises ConfigError if it is 0 in all of them; a run that began under
-    the rules of earlier versions goes on with its own."""
+    """Return the learning rate of each step. Raises ConfigError if it is 0 in all of them.
+
+    A run that began under the rules of an earlier version keeps them.
+    """
     return learning_rates(config, num_steps, as_before=loader.crosses_epochs)
 
 
 def remarks(config: TrainConfig, data: TrainingData, num_steps: int, rates: Curve) -> list[str]:
-    """What to know of a run of so few steps, or whose settings have no room in it."""
+    """Return warnings for a run of very few steps, or too few for its settings."""
     found = []
     sequences, size = len(data.rows), data.loader.rows_per_step
     by_epochs = config.max_steps < 1

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: which one, whether the settings still fit it, and the state put back."""
+"""Resume from a checkpoint: choose it, compare its settings, load its state."""
 
 from __future__ import annotations
 
@@ -30,15 +30,14 @@ LENGTH = resumable(TrainConfig, "length")
 
 @dataclass(frozen=True)
 class Resume:
-    """checkpoints: what can be resumed from, best first. in_place: they lie in the run's own folder, whose
-    metrics go on."""
+    """checkpoints: candidates, best first. in_place: they lie in the run's own folder."""
 
     checkpoints: tuple[Checkpoint, ...]
     in_place: bool
 
 
 def wants_own_folder(config: TrainConfig) -> bool:
-    """Whether the run may go on in an output_dir that holds it already."""
+    """Tell whether the run may continue in an output_dir that holds it already."""
     source = config.resume_from_checkpoint
     if source in (LATEST, AUTO):
         return True
@@ -46,7 +45,7 @@ def wants_own_folder(config: TrainConfig) -> bool:
 
 
 def find(config: TrainConfig, folder: RunFolder, warn: Callable[[str], None]) -> Resume | None:
-    """What the settings ask to resume from; None for a new run. Raises CheckpointError, ConfigError."""
+    """Find the checkpoints to resume from; None for a new run. Raises CheckpointError, ConfigError."""
     source = config.resume_from_checkpoint
     if source is None:
         return None
@@ -59,7 +58,7 @@ def find(config: TrainConfig, folder: RunFolder, warn: Callable[[str], None]) ->
     if not looked.checkpoints and not looked.rejected:
         error = no_checkpoint(looked, "resume")
         if source == LATEST:
-            error.hint = f"{error.hint}; resume_from_checkpoint=auto starts a new run where there is none"
+            error.hint = f"{error.hint}; resume_from_checkpoint=auto starts a new run if there is none"
         raise error
     found = checkpoints.candidates(place, warn)
     check_settings(config, found[0])
@@ -73,7 +72,7 @@ def _lies_in(place: Path, run: Path) -> bool:
 
 
 def check_settings(config: TrainConfig, checkpoint: Checkpoint) -> None:
-    """Raises ConfigError, naming them, for settings that alter results and are not what they were."""
+    """Raise ConfigError for changed settings that alter results, with their names."""
     changed = changed_settings(config, checkpoint)
     for title, keys, hint in (
         (
@@ -94,7 +93,7 @@ def check_settings(config: TrainConfig, checkpoint: Checkpoint) -> None:
 
 
 def _whole(entries: Any) -> Any:
-    """Entries of datasets with the defaults of settings that did not exist when they were saved."""
+    """Complete entries of datasets with defaults of settings that are newer than they are."""
     if not isinstance(entries, list):
         return entries
     defaults = DatasetConfig(path="a").model_dump()
@@ -102,8 +101,8 @@ def _whole(entries: Any) -> Any:
 
 
 def cut_of(resume: Resume | None, config: TrainConfig) -> dict[str, int]:
-    """The cut of a step of the run that is resumed, where `tokens_per_step` had left it to the planner; empty
-    for a new run, and where the settings now name another step."""
+    """Return batch size and accumulation of the resumed run, if `tokens_per_step` left them to the planner;
+    empty for a new run, and if the settings now ask for another step."""
     return _cut_in(resume.checkpoints[0], config) if resume is not None else {}
 
 
@@ -114,7 +113,7 @@ def _cut_in(checkpoint: Checkpoint, config: TrainConfig) -> dict[str, int]:
         return {}
     cut = {key: int(saved[key]) for key in CUT}
     given = {key: getattr(config, key) for key in CUT}
-    # Both named, and not the tokens that are asked for: files of earlier versions, which named what was open.
+    # Both set, and to another product: files of earlier versions, which set what was open.
     both = config.model_fields_set.issuperset(CUT)
     is_odd = both and tokens != "auto" and math.prod(given.values()) != max(1, tokens // config.max_length)
     for key in CUT:
@@ -129,8 +128,11 @@ def _default(key: str) -> Any:
 
 
 def changed_settings(config: TrainConfig, checkpoint: Checkpoint) -> dict[str, tuple[Any, Any]]:
-    """Setting -> (value then, value now), where they differ. A setting that is newer than the checkpoint had
-    its default then. Files whose content is compared later may be at another path."""
+    """Return setting -> (value then, value now) of changed settings.
+
+    A setting that is newer than the checkpoint had its default then. Files whose content is compared later
+    may be at another path.
+    """
     saved, now = checkpoint.manifest.config, {**config.to_dict(), **_cut_in(checkpoint, config)}
     if config.tokens_per_step is not None:  # what is open is not changed
         now |= {key: saved[key] for key in CUT if key not in config.model_fields_set}
@@ -147,8 +149,8 @@ def changed_settings(config: TrainConfig, checkpoint: Checkpoint) -> dict[str, t
 
 
 def _is_other_path(key: str, then: Any, now: Any, checkpoint: Checkpoint, config: TrainConfig) -> bool:
-    """Whether only the path of the same thing differs, or of one that is known by its content: tokens and
-    their marks by their fingerprint, a tokenizer by its file, a model by its configuration."""
+    """Tell whether only the path differs, of something that is compared by content: tokens and their marks by
+    fingerprint, a tokenizer by its file, a model by its configuration."""
     if key == "datasets":
         if len(then) != len(now):
             return False
@@ -167,7 +169,7 @@ def _is_other_path(key: str, then: Any, now: Any, checkpoint: Checkpoint, config
 
 
 def _is_same_path(then: str, now: str, checkpoint: Checkpoint) -> bool:
-    """Whether both name one file or folder, or one name on the Hub; `then` may be relative."""
+    """Tell whether both name one file or folder, or one name on the Hub; `then` may be relative."""
     output_dir = Path(str(checkpoint.manifest.config.get("output_dir", "."))).expanduser()
     bases = places_of(output_dir, checkpoint.path.resolve().parent)
     place = Path(now).expanduser().resolve()
@@ -175,7 +177,7 @@ def _is_same_path(then: str, now: str, checkpoint: Checkpoint) -> bool:
 
 
 def _check_model(checkpoint: Checkpoint, small_files: Mapping[str, bytes], config: TrainConfig) -> None:
-    """Refuse a model at another path whose configuration differs; its weights do not matter."""
+    """Reject a model at another path whose configuration differs; its weights do not matter."""
     then, now = checkpoint.manifest.config.get("model_name_or_path"), config.model_name_or_path
     if then == now or config.allow_changed_settings or "config.json" not in small_files:
         return
@@ -188,7 +190,7 @@ def _check_model(checkpoint: Checkpoint, small_files: Mapping[str, bytes], confi
         what = "; ".join(f"{key} was {_short(old.get(key))}, is {_short(new.get(key))}" for key in keys)
         raise ConfigError(
             f"model_name_or_path={now!r} is not the model of {checkpoint.path}: {what}",
-            hint=f"model_name_or_path={then} or its copy; allow_changed_settings=true resumes all the same",
+            hint=f"set model_name_or_path={then} or a copy of it; allow_changed_settings=true resumes anyway",
         )
 
 
@@ -232,7 +234,7 @@ def restore(
 
 
 def _check_tokenizer(checkpoint: Checkpoint, small_files: Mapping[str, bytes]) -> None:
-    """Other words for the same numbers would go unnoticed by a look at the numbers."""
+    """Raise DataError for another tokenizer: token ids alone would not show the difference."""
     name = "tokenizer.json"
     _, then = checkpoint.manifest.files.get(name, (0, None))
     if then is not None and name in small_files and checksum(small_files[name]) != then:
@@ -254,7 +256,7 @@ def load_checkpoint(checkpoint: Checkpoint, model: HostModel) -> None:
     model.state_was_replaced(steps_done)
 
 
-# What is said of it.
+# In words.
 
 
 def about(
@@ -265,8 +267,8 @@ def about(
     num_steps: int,
     learning_rate: Callable[[int], float],
 ) -> list[str]:
-    """What happens next, in sentences. step: the last that is done. Raises ConfigError for a run that is to
-    be shorter than it is already."""
+    """Describe how the run continues. step: the last one done. Raises ConfigError for a run that would be
+    shorter than it is already."""
     _check_length(config, checkpoint, num_steps, step)
     changed = {key: pair for key, pair in changed_settings(config, checkpoint).items() if key in LENGTH}
     first = f"resumed from {checkpoint.path}, after step {step}"
@@ -293,7 +295,7 @@ def about(
 
 
 def _check_length(config: TrainConfig, checkpoint: Checkpoint, num_steps: int, step: int) -> None:
-    """Raises ConfigError for a run that is to be shorter than it is already."""
+    """Raise ConfigError for a run that would be shorter than it is already."""
     if num_steps < step:
         key = "max_steps" if config.max_steps > 0 else "num_train_epochs"
         raise ConfigError(

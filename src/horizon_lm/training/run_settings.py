@@ -24,11 +24,11 @@ from horizon_lm.errors import CheckpointError
 
 LATEST, AUTO = "latest", "auto"  # values of resume_from_checkpoint
 
-# Which names each setting has that are no files.
+# Settings that name files, and their values that do not.
 _WORDS: dict[str, tuple[str, ...]] = {
     "model_name_or_path": (),
     "tokenizer_name_or_path": (),
-    "chat_template": (),  # and the built-in ones
+    "chat_template": (),  # nor the built-in ones
     "dataset_cache_dir": ("auto",),
     "output_dir": (),
     "resume_from_checkpoint": (LATEST, AUTO),
@@ -38,9 +38,9 @@ _MAY_BE_NAMES = ("model_name_or_path", "tokenizer_name_or_path", *_LISTS)
 
 
 def run_of(place: str) -> tuple[str, str]:
-    """(output_dir, resume_from_checkpoint) for `horizon resume PLACE`, a run or one of its checkpoints.
+    """Return (output_dir, resume_from_checkpoint) of `horizon resume PLACE`: a run or its checkpoint.
 
-    Raises CheckpointError where it is neither.
+    Raises CheckpointError if it is neither.
     """
     looked = identify(place)
     path = looked.path
@@ -65,7 +65,7 @@ def run_of(place: str) -> tuple[str, str]:
 
 
 def read_settings(run: Path, overrides: Sequence[str]) -> tuple[Document, list[str]]:
-    """The settings in a run's folder with `overrides` on top, files found again, and notes on aliases."""
+    """Read a run's settings with `overrides` on top and moved files located, and notes on aliases."""
     path = RunFolder(run).settings
     document, notes = collect(path, overrides, keys_of(TrainConfig))
     given = given_keys(overrides)
@@ -73,30 +73,28 @@ def read_settings(run: Path, overrides: Sequence[str]) -> tuple[Document, list[s
     moved = located(recorded.values, run)
     document.values.update({key: value for key, value in moved.items() if key not in given})
     if "num_train_epochs" in given and "max_steps" not in given and document.values.get("max_steps", -1) > 0:
-        notes.append(
-            f"'num_train_epochs' stands in place of the run's max_steps={document.values['max_steps']}"
-        )
+        notes.append(f"'num_train_epochs' replaces the run's max_steps={document.values['max_steps']}")
         document.values["max_steps"] = -1
     return document, notes
 
 
 def given_keys(overrides: Sequence[str]) -> set[str]:
-    """The settings that `overrides` name, by their canonical names."""
+    """Return the canonical names of the settings that `overrides` set."""
     return {canonical_name(split_override(text)[0][0]) for text in overrides}
 
 
 def absolute(config: TrainConfig) -> TrainConfig:
-    """The same settings with the paths of files absolute, as a run's folder keeps them."""
+    """Return the settings with absolute paths, as a run's folder keeps them."""
     return config.replace(
         **_mapped(config.to_dict(), lambda _, text: os.path.abspath(os.path.expanduser(text)))
     )
 
 
 def located(values: Mapping[str, Any], run: Path) -> dict[str, Any]:
-    """Of the settings in a run's folder (canonical keys) those whose files are elsewhere by now, and where.
+    """Return those of a run's settings (canonical keys) whose files have moved, with their new paths.
 
-    A relative path is taken from the folder that output_dir was relative to, else from the working directory;
-    what moved together with the run is found beside it. What is found nowhere stays as it was.
+    A relative path starts at the folder that output_dir was relative to, else at the working directory; what
+    moved together with the run is found next to it. What is found nowhere stays as it is.
     """
     now, recorded = run.resolve(), values.get("output_dir")
     old = Path(recorded).expanduser() if isinstance(recorded, str) else now
@@ -113,7 +111,7 @@ def located(values: Mapping[str, Any], run: Path) -> dict[str, Any]:
 
 
 def places_of(output_dir: Path, run: Path) -> list[Path]:
-    """Where relative paths of a run may begin: the folder that its output_dir was relative to, and ours."""
+    """Return bases of a run's relative paths: that of its output_dir, and the working directory."""
     found = [Path.cwd()]
     parts = Path(os.path.normpath(output_dir)).parts
     if not output_dir.is_absolute() and run.parts[-len(parts) :] == parts:
@@ -128,7 +126,7 @@ def is_template_file(name: str | None) -> bool:
 def _mapped(
     values: Mapping[str, Any], change: Callable[[str, str], str], *, unsure: bool = False
 ) -> dict[str, Any]:
-    """The path settings that `change` changes. unsure: also what may be the name of something else."""
+    """Return the path settings that `change` changes. unsure: also values that may be names."""
     found: dict[str, Any] = {}
     for key in _WORDS:
         text = values.get(key)

@@ -27,17 +27,17 @@ LARGEST_SHARE = 0.25  # of the free memory; a sample is not worth more
 
 @dataclass(frozen=True)
 class Sample:
-    """What the trained model made of a prompt."""
+    """A prompt and the trained model's completion."""
 
     prompt: str
     completion: str
 
 
 def piece_of_data(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
-    """(a prompt from the beginning of a sequence, whether it is one that a chat template wrote).
+    """Return (a prompt from the beginning of a sequence, whether a chat template wrote it).
 
-    Where something stands before what is trained on, that is the prompt, with its special tokens; else
-    some tokens, at most half the sequence.
+    If the sequence begins with tokens that are not trained on, they are the prompt, with special tokens; else
+    its first tokens, at most half the sequence.
     """
     first = int(np.argmax(row.labels != IGNORED))
     if first > 0:
@@ -47,7 +47,7 @@ def piece_of_data(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bo
 
 
 def reason_to_skip(folder: Path) -> str | None:
-    """Why a second copy of the weights in `folder` is not loaded beside the run's own; None if it may be."""
+    """Say why a second copy of the weights does not fit besides the run's own; None if it does."""
     needed, available = weight_bytes(folder), available_host_bytes()
     if needed > LARGEST_SHARE * available:
         return f"a copy of the weights takes {size(needed)}, and {size(available)} are free"

@@ -1,4 +1,4 @@
-"""When a run saves, and what it says about it: checkpoints beside training, rollback, the end of a run."""
+"""Save a run: checkpoints in the background, rollback, the last checkpoint of a stopped run."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from horizon_lm.training.state import RunState
 from horizon_lm.words import count, size
 
 _NOT_SAVED = ("grads", "grad_slabs")
-_MARGIN = 1.1  # of free disk space over what a checkpoint needs
-_SMALL = 1_000_000_000  # bytes: save_last=auto keeps the end of any run whose checkpoint takes no more
+_MARGIN = 1.1  # free disk space wanted, as a multiple of what a checkpoint needs
+_SMALL = 1_000_000_000  # bytes: save_last=auto saves the end of any run whose checkpoint takes no more
 
 
 class Saver:
@@ -54,13 +54,13 @@ class Saver:
         self._disk = Disk()
         self._writer: CheckpointWriter | None = None
         self._failed_in_a_row = 0
-        self._is_extra = False  # the end of a run is worth no failure of the run
+        self._is_extra = False  # a failed save of the end must not fail the run
         self._saved_step = -1
         self._epochs = int(state.loader.state_dict().get("epoch", 0))
         self._last_save = time.monotonic()
         self._save_seconds = self._step_seconds = 0.0
         with suppress(OSError):
-            checkpoints.sweep(run, self._disk)  # what a killed run left; the run's lock is held
+            checkpoints.sweep(run, self._disk)  # leftovers of a killed run; this run holds the lock
         found, _ = checkpoints.list_checkpoints(run)
         self._serial = 1 + max((c.manifest.serial for c in found), default=0)
         self.num_bytes = sum(
@@ -74,20 +74,23 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """What is being written is finished, also when the run failed; not when it is to end at once."""
+        """Finish what is being written, also after an error; abandon it if the run ends at once."""
         if self._writer is None:
             return
         if kind is not None and not issubclass(kind, Exception):
             self._writer.abandon()
             return
-        with suppress(*(() if kind is None else (Exception,))):  # what failed the run is what is told
+        with suppress(*(() if kind is None else (Exception,))):  # report the error that failed the run
             self.finish()
 
     # After a step.
 
     def after(self, record: StepRecord, *, is_last: bool, is_best: bool = False) -> None:
-        """Save if it is due, and report what has ended meanwhile. Raises DoesNotFitError for the last of too
-        many failures. is_best: a best evaluation, which is saved unless the model is exported now anyway."""
+        """Save if that is due, and report what has ended meanwhile.
+
+        is_best: the evaluation was the best, so save, unless the model is exported now anyway. Raises
+        DoesNotFitError after too many failures.
+        """
         self._step_seconds = max(record.seconds, 0.5 * self._step_seconds)
         self.poll()
         if record.rolled_back_to is not None:
@@ -111,7 +114,7 @@ class Saver:
         }[config.save_strategy]
 
     def _keeps_end(self, num_steps: int) -> bool:
-        """Whether the end of a run of so many steps is saved although no other setting asks for it."""
+        """Tell whether the end of a run of `num_steps` is saved although no other setting asks for it."""
         config = self._config
         if config.save_strategy == "no" or config.save_last is False:
             return False
@@ -119,14 +122,13 @@ class Saver:
         return config.save_last is True or is_long or self.num_bytes <= _SMALL
 
     def _save_end(self, step: int) -> None:
-        """Save the end of the run if the disk has room for that and the model; a failure does not matter."""
+        """Save the end of the run if the disk has room for it and the model; ignore failures."""
         model = self._model.num_parameters * DTYPES[self._config.save_dtype or self._config.dtype].itemsize
         self._is_extra = True
         self.save(step, background=False, beside_bytes=model)
 
     def save(self, step: int, *, background: bool, beside_bytes: int = 0) -> None:
-        """Save the state after `step`; done on return, or going on in the background. beside_bytes: what else
-        the disk must have room for."""
+        """Save the state after `step`. beside_bytes: what else the disk needs room for."""
         self.finish()
         self._last_save = time.monotonic()
         problem = self._no_room(beside_bytes)
@@ -160,7 +162,7 @@ class Saver:
         return Snapshot(manifest, self._model.store, buffers, self._small_files)
 
     def _no_room(self, beside_bytes: int = 0) -> str | None:
-        """Why a checkpoint is not even begun."""
+        """Say why a checkpoint is not begun; None if it can be."""
         try:
             checkpoints.sweep(self._run, self._disk)
             free = shutil.disk_usage(self._run).free
@@ -183,7 +185,7 @@ class Saver:
             self._ended(writer.outcome)
 
     def finish(self) -> None:
-        """Wait for what is being written, and report it."""
+        """Wait for the checkpoint that is being written, and report it."""
         if self._writer is not None:
             self._model.finish_saving()
             self.poll()
@@ -199,16 +201,15 @@ class Saver:
             raise DoesNotFitError(
                 f"{self._failed_in_a_row} checkpoints in a row could not be saved "
                 f"(max_failed_saves={limit}); the last: {outcome.error}",
-                hint="the last good checkpoint is untouched: free disk space, then 'horizon resume "
-                f"{self._run}'",
+                hint=f"free disk space, then horizon resume {self._run}: the last good checkpoint is intact",
             )
 
-    # When something goes wrong, or somebody wants the run to end.
+    # After a failed step, or when the run must stop.
 
     def roll_back(self) -> int:
-        """Go back to the latest checkpoint; the data goes on from where it is. Returns its step.
+        """Load the latest checkpoint, while the data continues; return its step.
 
-        Raises CheckpointError where there is none.
+        Raises CheckpointError if there is none.
         """
         self.finish()
         found, rejected = checkpoints.list_checkpoints(self._run)
@@ -223,7 +224,7 @@ class Saver:
         raise checkpoints.none_valid(self._run, rejected)
 
     def is_deadline_near(self, started: float) -> bool:
-        """Whether there is just time left for two more steps and a checkpoint. started: of the run."""
+        """Tell whether time is left only for two more steps and a checkpoint. started: start of the run."""
         minutes = self._config.deadline_minutes
         if minutes is None:
             return False
@@ -231,7 +232,7 @@ class Saver:
         return time.monotonic() + needed >= started + 60 * minutes
 
     def secure(self, step: int) -> str | None:
-        """Save, unless that is done or not wanted, and say what there is to resume from; None for nothing."""
+        """Save, unless done or not wanted; say what there is to resume from, None if nothing."""
         self.finish()
         wanted = self._config.save_on_signal and self._config.save_strategy != "no"
         if wanted and self._saved_step != step:
@@ -246,7 +247,7 @@ class Saver:
         return f"the last checkpoint is {latest.path}, {count(lost, 'step')} before"
 
     def stop(self, request: StopRequest, step: int) -> StoppedError:
-        """Save, and the error that ends the run."""
+        """Save, and return the error that ends the run. Raises CheckpointError if no checkpoint exists."""
         saved = self.secure(step)
         why = request.signal.name if request.signal is not None else "deadline_minutes"
         code = request.exit_code if request.signal is not None else REQUEUE
@@ -260,7 +261,7 @@ class Saver:
 
 
 def small_files(model: HostModel, save_tokenizer: Callable[[Path], None]) -> dict[str, bytes]:
-    """The model's configuration and the tokenizer as files: with them a checkpoint can be exported alone."""
+    """Return configuration and tokenizer as files, which make a checkpoint exportable on its own."""
     with temporary_folder("horizon-files-") as folder:
         model.config.save_pretrained(folder)
         if model.skeleton.model.can_generate():

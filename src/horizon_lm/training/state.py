@@ -78,7 +78,7 @@ class LossGuard:
 
 @dataclass(frozen=True)
 class Mark:
-    """An evaluation. path: the checkpoint of its step, if there is one."""
+    """An evaluation. path: the checkpoint of its step, if any."""
 
     value: float
     step: int
@@ -91,8 +91,8 @@ class Best:
     Decisions are those of transformers' Trainer and EarlyStoppingCallback; they depend on the evaluations
     alone, so that a resumed run makes the same ones.
 
-    best: of all evaluations. kept: of those whose step has a checkpoint; it differs from `best` while one is
-    being written, after one that failed, and for an evaluation at the end of the run.
+    best: the best of all evaluations. kept: the best of those whose step has a checkpoint; it differs from
+    `best` while a checkpoint is being written, after one that failed, and at the end of the run.
     """
 
     def __init__(self, config: TrainConfig, run: Path, warn: Callable[[str], None]) -> None:
@@ -108,11 +108,11 @@ class Best:
 
     @property
     def has_state(self) -> bool:
-        """Whether checkpoints keep anything of this."""
+        """Whether checkpoints save this state."""
         return self.is_wanted or self._patience is not None
 
     def add(self, evaluation: Evaluation) -> bool:
-        """Whether the state after this evaluation's step must be saved, as it is better than what is kept."""
+        """Add an evaluation; tell whether its step must be saved, as it is better than what is kept."""
         mark = Mark(float(getattr(evaluation, self.metric)), evaluation.step)
         is_better = self._is_better(mark, self.best)
         by_enough = self.best is None or abs(mark.value - self.best.value) > self._threshold
@@ -126,14 +126,14 @@ class Best:
         return True
 
     def _is_better(self, mark: Mark, other: Mark | None) -> bool:
-        """Less, or more with greater_is_better; a value that is not finite is never better."""
+        """Compare by greater_is_better; a value that is not finite is never better."""
         if not math.isfinite(mark.value):
             return False
         return other is None or self._sign * mark.value < self._sign * other.value
 
     @property
     def reason_to_stop(self) -> str | None:
-        """Why the run has come to its end early, in words."""
+        """Why the run ends early, in words; None if it does not."""
         if self._patience is None or self._waited < self._patience:
             return None
         count = f"{self._waited} evaluation{'s' if self._waited > 1 else ''}"
@@ -141,14 +141,14 @@ class Best:
         return f"early stopping (no better {self.metric} in {count}{best})"
 
     def saved(self, outcome: Outcome) -> None:
-        """Take note of a checkpoint that has ended."""
+        """Note how a checkpoint ended."""
         if self._asked is not None and outcome.step == self._asked.step:
             if outcome.path is not None:
                 self.kept = replace(self._asked, path=outcome.path)
             self._asked = None
 
     def keep(self, step: int) -> frozenset[str]:
-        """Names of checkpoints that must not be pruned once the one of `step` is complete."""
+        """Return names of checkpoints that must not be pruned once the one of `step` is complete."""
         if self.kept is None or self.kept.path is None or not self._is_own(self.kept.path):
             return frozenset()
         is_replaced = self._asked is not None and self._asked.step == step
@@ -158,8 +158,8 @@ class Best:
         return path.parent.resolve() == self._run.resolve()
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-ready. `kept` names its folder: a name for one in the run's own folder, else a path. The
-        checkpoint that this is written to may itself be that of the best step."""
+        """Return the state, JSON-ready. `kept` has the name of a folder in the run's own folder, else a path.
+        The checkpoint that this is written to may itself be that of the best step."""
 
         def entry(mark: Mark | None) -> dict[str, Any] | None:
             if mark is None:
@@ -178,8 +178,10 @@ class Best:
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go back to the state as of a checkpoint; one that has none begins afresh. Raises KeyError,
-        TypeError or ValueError for a state that is not one."""
+        """Load the state of a checkpoint; reset it if the checkpoint has none.
+
+        Raises KeyError, TypeError or ValueError for an invalid state.
+        """
         self.best = self.kept = self._asked = None
         self._evaluations = self._waited = 0
         state = checkpoint.manifest.state.get("best")
@@ -196,13 +198,13 @@ class Best:
                 self.kept = kept
             elif self.is_wanted:
                 self._warn(
-                    f"the checkpoint of the best evaluation so far (step {kept.step}) is not at {kept.path} "
-                    "any more; the best is looked for among the evaluations from here on"
+                    f"the checkpoint of the best evaluation so far (step {kept.step}) is no longer at "
+                    f"{kept.path}; the best is chosen among the evaluations from here on"
                 )
 
     def to_export(self, last_step: int) -> Mark | None:
-        """The evaluation whose model is exported; None for the model as it is. path None: the model is that
-        of the last step anyway."""
+        """Return the evaluation whose model to export; None for the model as it is. Its path is None if the
+        model is that of the last step anyway."""
         if not self.is_wanted:
             return None
         if self._asked is not None and self._asked.step == last_step:

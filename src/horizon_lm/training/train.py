@@ -27,7 +27,7 @@ from horizon_lm.io import files
 from horizon_lm.io.output import lasting_output
 from horizon_lm.memory.arena import keep_freed_memory
 from horizon_lm.memory.ways import next_smaller
-from horizon_lm.model.quiet import quiet_transformers
+from horizon_lm.model.pretrained import quiet_transformers
 from horizon_lm.plan.run_plan import RunPlan
 from horizon_lm.report.display import Progress, choose_progress, say
 from horizon_lm.report.flops import UNKNOWN, flops_of, measure_peak

@@ -1,7 +1,7 @@
-"""`push_to_hub`: the finished model becomes a repository on the Hugging Face Hub, through huggingface_hub.
+"""`push_to_hub`: upload the finished model to the Hugging Face Hub, through huggingface_hub.
 
-huggingface_hub finds the token (HF_TOKEN, or what `hf auth login` stored); nothing of it is kept here. All
-that can fail for want of rights or of a network is tried before training begins.
+huggingface_hub finds the token (HF_TOKEN, or what `hf auth login` stored); it is not kept here. Whatever can
+fail for lack of rights or a network is tried before training begins.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Upload:
     url: str
 
     def upload(self, folder: Path) -> str:
-        """Upload what lies in `folder`; returns the repository's address. Raises UploadError."""
+        """Upload the content of `folder`; return the repository's address. Raises UploadError."""
         from huggingface_hub import HfApi
 
         try:
@@ -38,18 +38,18 @@ class Upload:
                     folder_path=folder,
                     commit_message="Upload a model trained with horizon-lm",
                 )
-        except Exception as error:  # of many kinds; the model is safe whatever went wrong
+        except Exception as error:  # of any kind; the model is on the disk
             raise UploadError(
                 f"the model is in {folder}, but uploading it to {self.url} failed: {_reason(error)}",
-                hint=f"hf upload {self.repo_id} {folder}",
+                hint=f"run hf upload {self.repo_id} {folder}",
             ) from error
         return self.url
 
 
 def prepare_upload(config: TrainConfig, warn: Callable[[str], None]) -> Upload:
-    """Find the token's owner, create the repository unless it exists, and check that it can be written to.
+    """Check the token, create the repository unless it exists, and check that it can be written to.
 
-    Raises ConfigError for what would make the upload fail after hours of training.
+    Raises ConfigError for all that would make the upload fail after hours of training.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.constants import is_offline_mode
@@ -61,7 +61,7 @@ def prepare_upload(config: TrainConfig, warn: Callable[[str], None]) -> Upload:
         )
     if get_token() is None:
         raise ConfigError(
-            "push_to_hub is true, but there is no token of the Hugging Face Hub",
+            "push_to_hub is true, but there is no token for the Hugging Face Hub",
             hint=f"set HF_TOKEN or run `hf auth login`; or {_LATER}",
         )
     api = HfApi()
@@ -73,12 +73,13 @@ def prepare_upload(config: TrainConfig, warn: Callable[[str], None]) -> Upload:
         owner = api.whoami()
     _check_role(owner)
     with _refused(
-        f"hub_model_id: {name} cannot be created", "hub_model_id=OWNER/NAME, with an owner you may write to"
+        f"hub_model_id: {name} cannot be created",
+        "set hub_model_id=OWNER/NAME, with an owner you may write to",
     ):
         repo = api.create_repo(name, private=config.hub_private_repo, exist_ok=True)
     with _refused(
         f"hub_model_id: {repo.repo_id} cannot be written to",
-        "a token with write access, or another hub_model_id",
+        "use a token with write access, or another hub_model_id",
     ):
         api.auth_check(repo.repo_id, **write)
         is_private = api.model_info(repo.repo_id).private
@@ -91,29 +92,29 @@ def _check_role(owner: dict[str, Any]) -> None:
     role = owner.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":
         raise ConfigError(
-            "push_to_hub is true, but the token may only read",
+            "push_to_hub is true, but the token is read-only",
             hint=f"create a token with write access; or {_LATER}",
         )
 
 
 @contextmanager
 def _refused(what: str, hint: str) -> Iterator[None]:
-    """Turn what the Hub, or the way to it, answers into ConfigError."""
+    """Turn errors of the Hub and the network into ConfigError."""
     try:
         yield
-    except Exception as error:  # of httpx, of huggingface_hub, of the system
+    except Exception as error:  # of httpx, huggingface_hub or the system
         raise ConfigError(f"push_to_hub: {what}: {_reason(error)}", hint=f"{hint}; or {_LATER}") from error
 
 
 def _reason(error: Exception) -> str:
-    """The first line that says something."""
+    """Return the first line that is not empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Progress bars of the upload only where somebody watches."""
+    """Show progress bars of the upload only on a terminal."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if sys.stderr.isatty() or are_progress_bars_disabled():
