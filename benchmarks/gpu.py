@@ -139,7 +139,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rehearse", action="store_true", help="run at a tiny size on the CPU, keep nothing")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="per part")
     parser.add_argument(
-        "--out", type=Path, default=None, help="folder of the rows and the results file; name it again to resume"
+        "--out", type=Path, default=None, help="folder of rows and results; name it again to resume"
     )
     arguments = parser.parse_args(argv)
     arguments.work = arguments.out or WORK
