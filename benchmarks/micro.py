@@ -21,7 +21,7 @@ from horizon_lm.memory.layout import lay_out
 from horizon_lm.memory.slots import WeightSlots
 from horizon_lm.memory.store import HostStore, StoreSpec
 from horizon_lm.optim import kernel
-from horizon_lm.plan.calibrate import link_rates
+from horizon_lm.plan.rates import link_rates
 from horizon_lm.report.flops import measure_peak
 
 from . import optimizer

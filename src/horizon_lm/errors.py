@@ -16,8 +16,10 @@ class HorizonError(Exception):
     """The base class. `str()` is the message and, on a second line, the hint, both printable and redacted."""
 
     exit_code: int = 1
+    usual_hint: str | None = None  # of errors that are raised without one
 
     def __init__(self, message: str, hint: str | None = None) -> None:
+        hint = hint or self.usual_hint
         message, hint = shown(message), shown(hint) if hint else hint
         super().__init__(message, hint)  # both in `args`, so the error survives pickling
         self.message = message
@@ -49,12 +51,14 @@ class DataError(HorizonError, ValueError):
     """The training data or the tokenizer cannot be used."""
 
     exit_code = 4
+    usual_hint = "correct the row, or set on_bad_row=skip"
 
 
 class CheckpointError(HorizonError):
     """There is no valid checkpoint, or it does not belong to this run."""
 
     exit_code = 5
+    usual_hint = "resume from an earlier checkpoint; 'horizon verify RUN' shows which are sound"
 
 
 class TornStateError(HorizonError):

@@ -17,8 +17,8 @@ import horizon_lm as hz
 from bad_calls import Call, batch, digest, host, train
 from horizon_lm import host_model
 from horizon_lm.errors import ConfigError, DataError, HorizonError, NonFiniteError
-from horizon_lm.optim.checks import finite_number
 from horizon_lm.optim.optimizer import Optimizer
+from horizon_lm.optim.rules import finite_number
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -172,7 +172,7 @@ def test_a_cached_model_is_taken_without_a_network(
     (tmp_path / "home" / "datasets" / "Who___some_data").mkdir(parents=True)
     for _ in range(2):
         require_reachable("who/there", "model_name_or_path")
-    assert len(caplog.records) == 1 and "read from the local cache" in caplog.text
+    assert len(caplog.records) == 1 and "reading 'who/there' from the local cache" in caplog.text
     assert constants.HF_HUB_OFFLINE and hub_access.is_offline()
     require_reachable("Who/SomeData", "datasets", kind="dataset")
     with pytest.raises(ConfigError, match=f"{closed} cannot be reached"):

@@ -136,7 +136,7 @@ def test_training_goes_on_when_its_reader_has_gone(text: Path, tmp_path: Path, s
     done = horizon("$H train run.yaml | head -1", cwd=tmp_path, env=environment())
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
-    assert done.stderr.startswith("warning: standard output: Broken pipe; the rest is said here\n")
+    assert done.stderr.startswith("warning: standard output: Broken pipe; the rest is printed here\n")
     assert (
         "step 4/4" in done.stderr and "checkpoint-4 saved" in done.stderr and "trained 4 steps" in done.stderr
     )
@@ -194,11 +194,11 @@ def test_streams_answer_for_each_other_and_are_put_back() -> None:
         assert sys.stdout is out and sys.stderr is error
     assert out.getvalue() == "one\n"
     full = os.strerror(errno.ENOSPC)
-    assert error.getvalue() == f"warning: standard output: {full}; the rest is said here\ntwo\nthree\n"
+    assert error.getvalue() == f"warning: standard output: {full}; the rest is printed here\ntwo\nthree\n"
     out, bad = io.StringIO(), Failing()
     with redirect_stdout(out), redirect_stderr(bad), lasting_output():
         print("to standard error", file=sys.stderr)
-    assert out.getvalue().endswith("the rest is said here\nto standard error\n")
+    assert out.getvalue().endswith("the rest is printed here\nto standard error\n")
     with redirect_stdout(Failing()), redirect_stderr(Failing()), lasting_output():
         print("to nobody")
     with redirect_stdout(None), redirect_stderr(None), lasting_output():  # type: ignore[type-var]

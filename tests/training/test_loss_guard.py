@@ -104,9 +104,12 @@ def test_spikes_do_not_become_normal() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss_spike": "skip", "update": "eager", "max_grad_norm": None}, "loss_spike: skip leaves updates"),
-        ({"loss_spike": "rollback", "save_strategy": "no"}, "nothing to go back to"),
-        ({"nonfinite": "rollback", "save_strategy": "no"}, "nothing to go back to"),
+        (
+            {"loss_spike": "skip", "update": "eager", "max_grad_norm": None},
+            "skip needs to skip updates",
+        ),
+        ({"loss_spike": "rollback", "save_strategy": "no"}, "rollback needs checkpoints"),
+        ({"nonfinite": "rollback", "save_strategy": "no"}, "rollback needs checkpoints"),
     ],
 )
 def test_policies_that_cannot_work_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -1,1 +1,1 @@
-"""Files, console output and the Hub: everything that leaves the process or comes into it."""
+"""Files, console output and the Hub: what enters and leaves the process."""

@@ -1,14 +1,14 @@
-"""The one place that writes files, and that opens those which somebody else may have put there.
+"""The only module that writes files, or opens files that others may have placed.
 
-A run's folder may hold links, named pipes, and files that have a second name elsewhere. So:
+A run's folder may contain links, named pipes, and files with a second name elsewhere. Therefore:
 
-- a file is written under a new name and renamed: whatever lay in its place gives way, a link too, and what a
-  link points to is never opened (`write_file`);
-- a file that goes on is never a link, and never shared with a second name (`open_log`);
-- folders below the run's own are opened one by one, never through a link (`below`, `make_folder`);
-- reading never waits for a device, or for a pipe that nobody writes to (`open_file`, `read_stream`).
+- `write_file` writes under a new name and renames: it replaces whatever is there, links included, and never
+  opens the target of a link;
+- `open_log` appends to a file, but never to a link or to a file with a second name;
+- `make_folder` and `below` open folders below the run's own one by one, never through a link;
+- `open_file` and `read_stream` never wait for a device or an idle pipe.
 
-A file that the user names on the command line is written as every program would write it (`write_output`).
+`write_output` writes a file that the user names on the command line as any program would.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from typing import IO, BinaryIO, TextIO
 
 from horizon_lm.errors import ConfigError
 
-PATIENCE_SECONDS = 30.0  # for a pipe in place of a configuration file
-STAGED = re.compile(r"\.horizon-[0-9a-f]{16}\.tmp")  # the name of a file that is being written
+PATIENCE_SECONDS = 30.0  # for a pipe as configuration file
+STAGED = re.compile(r"\.horizon-[0-9a-f]{16}\.tmp")  # the name of an unfinished file
 _NEW = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
@@ -41,11 +41,10 @@ Content = str | bytes | Callable[[IO[bytes]], object]
 
 
 def write_file(path: Path, content: Content, *, below: Path | None = None) -> None:
-    """Put a file in place: whole, or as it was. A link in its place is replaced, not followed.
+    """Write a file atomically. Replaces a link, does not follow it.
 
     content: text (UTF-8), bytes, or a function that writes into the open file. below: a parent of `path`;
-    folders from there on are made where they are missing, and may not be links. Raises OSError, and
-    ConfigError for such a link.
+    creates missing folders below it. Raises OSError, and ConfigError if one of them is a link.
     """
     with _opened_folder(path.parent, below) as folder:
         _sweep(folder)
@@ -66,21 +65,21 @@ def write_file(path: Path, content: Content, *, below: Path | None = None) -> No
 
 
 def write_output(path: Path, text: str) -> None:
-    """Write a file that the user named: through a link, into a device, as the user has it. Raises OSError."""
+    """Write a file that the user named, also through a link or into a device. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 
 
 def create(path: Path) -> BinaryIO:
-    """A new file, open for writing. Raises OSError where anything has its name, a link too."""
+    """Create a file and open it for writing. Raises OSError if its name is taken, also by a link."""
     return os.fdopen(os.open(path, _NEW, 0o666), "wb")
 
 
 def open_log(path: Path, *, goes_on: bool) -> TextIO:
-    """A file that lines are appended to.
+    """Open a file to append lines to.
 
-    goes_on: it keeps the lines that it has; a last one that was cut off goes. Else it is a new one. Raises
-    OSError, and ConfigError for a link that would go on. A file with a second name elsewhere is copied first.
+    goes_on: keep its lines, without a truncated last one; else replace the file. Copies a file with a second
+    name first. Raises OSError, and ConfigError for a link that would be continued.
     """
     with _opened_folder(path.parent, None) as folder:
         if not goes_on:
@@ -105,14 +104,16 @@ def open_log(path: Path, *, goes_on: bool) -> TextIO:
 
 
 def make_folder(path: Path, *, below: Path) -> None:
-    """Make a folder in the folder `below` where there is none. Raises ConfigError for a link, OSError."""
+    """Create a folder below `below` if missing. Raises ConfigError for a link, OSError."""
     with _opened_folder(path, below):
         pass
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder with what is in it, or a link, of which what it points to stays. Raises
-    OSError; what is not there is no error."""
+    """Remove a file, a folder with its content, or a link but not its target; ignore a missing one.
+
+    Raises OSError.
+    """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -120,16 +121,14 @@ def remove(path: Path) -> None:
 
 
 def put_folder(source: Path, target: Path) -> None:
-    """Rename a folder (or what stands for one). A link in its new place is replaced. Raises OSError where a
-    file, or a folder that is not empty, is there."""
+    """Rename a folder, replacing a link. Raises OSError if `target` is a file or a folder with content."""
     if target.is_symlink():
         target.unlink()
     os.rename(source, target)
 
 
 def check_own(path: Path) -> None:
-    """Raises ConfigError for a link, and for a device or pipe, where a run goes on with its own file or
-    folder."""
+    """Raise ConfigError for a link, device or pipe in place of a file or folder that a run continues."""
     if path.is_symlink():
         raise _is_link(path)
     if path.exists() and not path.is_dir() and not path.is_file():
@@ -139,13 +138,13 @@ def check_own(path: Path) -> None:
 def _is_link(path: Path) -> ConfigError:
     return ConfigError(
         f"{path} is a link to {os.readlink(path)}: a run writes only inside its own folder",
-        hint="replace the link by a copy of what it points to, or remove it",
+        hint="replace the link by a copy of its target, or remove it",
     )
 
 
 @contextmanager
 def _opened_folder(path: Path, below: Path | None) -> Iterator[int]:
-    """A handle of the folder `path`: what it is used for happens there, whatever takes its name meanwhile."""
+    """Open the folder `path` as a handle, which stays valid whatever takes its name meanwhile."""
     at = path if below is None else below
     handle = os.open(at, _FOLDER)
     try:
@@ -168,15 +167,14 @@ def _opened_folder(path: Path, below: Path | None) -> Iterator[int]:
 
 
 def _stage(folder: int) -> tuple[int, str]:
-    """A new file under a name of its own, with its lock held. One that another process sweeps before it is
-    locked is made again."""
+    """Create an unfinished file and lock it; retry if another process sweeps it before it is locked."""
     while True:
         name = f".horizon-{os.urandom(8).hex()}.tmp"
         file = os.open(name, _NEW, 0o666, dir_fd=folder)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_ours = True
-        except OSError as error:  # another kind: a file system without locks, where nothing is swept
+        except OSError as error:  # unless blocked: a file system without locks, where nothing is swept
             is_ours = not isinstance(error, BlockingIOError)
         with suppress(FileNotFoundError):
             found = os.stat(name, dir_fd=folder, follow_symlinks=False)
@@ -186,7 +184,7 @@ def _stage(folder: int) -> tuple[int, str]:
 
 
 def _sweep(folder: int) -> None:
-    """Remove what killed processes were writing: files whose lock can be taken."""
+    """Remove unfinished files of killed processes: those whose lock is free."""
     for name in os.listdir(folder):
         if STAGED.fullmatch(name):
             with suppress(OSError):  # in use, gone, of another user, or a link
@@ -206,7 +204,7 @@ def _remove_free(name: str, folder: int) -> None:
 
 
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:
-    """A file to read. Raises OSError, also for a pipe, a device or a folder, for which it does not wait."""
+    """Open a file for reading. Raises OSError, at once for a pipe, a device or a folder."""
     check_is_file(path)
     file = os.fdopen(os.open(path, _READ), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # changed since
@@ -216,25 +214,25 @@ def open_file(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def check_is_file(path: str | os.PathLike[str]) -> None:
-    """Raises OSError unless `path` is a file, or a link to one."""
+    """Raise OSError unless `path` is a file or a link to one."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         raise OSError(errno.ENXIO, f"it is {_kind(mode)}, not a file", os.fspath(path))
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """The content of a file; see `open_file`."""
+    """Read a file; see `open_file`."""
     with open_file(path) as file:
         return file.read()
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The content of a file in UTF-8; see `open_file`. Raises UnicodeDecodeError."""
+    """Read a UTF-8 file; see `open_file`. Raises UnicodeDecodeError."""
     return read_bytes(path).decode("utf-8")
 
 
 def read_stream(path: str | os.PathLike[str], limit: int) -> bytes:
-    """The first `limit` bytes of a file, or of a pipe (`<(command)`, /dev/stdin) that ends within
+    """Read the first `limit` bytes of a file, or of a pipe (`<(command)`, /dev/stdin) that ends within
     `PATIENCE_SECONDS`. Raises OSError."""
     deadline, data = time.monotonic() + PATIENCE_SECONDS, bytearray()
     file = os.open(path, _READ)
@@ -255,6 +253,6 @@ def read_stream(path: str | os.PathLike[str], limit: int) -> bytes:
 
 
 def _kind(mode: int) -> str:
-    """What lies there instead of a file, in words."""
+    """Name what is there instead of a file."""
     kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
     return next((name for is_kind, name in kinds if is_kind(mode)), "a device")

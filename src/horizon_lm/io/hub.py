@@ -1,7 +1,7 @@
-"""Whether a name that is no local path can be looked up: the local cache first, then a quick look at the Hub.
+"""A quick check that a name without a local path is in the local cache or that the Hub is reachable.
 
-The Hub's client tries again and again for half a minute where there is no network. One connection tells the
-same within two and a half seconds. Where it succeeds nothing is different from a plain call of the client.
+Without a network the Hub's client retries for half a minute; one connection tells the same in 2.5 seconds. If
+it succeeds, nothing differs from a plain call of the client.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from horizon_lm.errors import ConfigError, HorizonError
 from horizon_lm.text import redact
 
 _log = logging.getLogger(__name__)
-_PATIENCE_SECONDS = 2.5  # for one connection; HF_HUB_ETAG_TIMEOUT, where it is set
+_PATIENCE_SECONDS = 2.5  # for one connection, unless HF_HUB_ETAG_TIMEOUT is set
 _REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _said: set[str] = set()
 
@@ -29,11 +29,11 @@ _said: set[str] = set()
 def require_reachable(
     name: str, key: str, *, kind: str = "model", error: type[HorizonError] = ConfigError
 ) -> None:
-    """Raise `error`, in one line and at once, for a name that can be had neither here nor from the Hub.
+    """Raise `error` at once for a name that is neither here nor on a reachable Hub.
 
-    key: the setting, for the message. kind: `model` (tokenizers too) or `dataset`. What exists here, and what
-    cannot be a repository's name, is left to the caller. Without a network a repository in the local cache
-    is taken from there, for the rest of the process, with a warning.
+    key: the setting, for the message. kind: `model` (tokenizers too) or `dataset`. Accepts existing paths and
+    names that cannot be a repository's. Without a network, a cached repository is used with a warning, and
+    the process stays offline.
     """
     if Path(name).expanduser().exists() or not _REPOSITORY.fullmatch(name):
         return
@@ -48,7 +48,7 @@ def require_reachable(
             _go_offline()
             if name not in _said:
                 _said.add(name)
-                _log.warning("%s: %s; %r is read from the local cache", key, reason, name)
+                _log.warning("%s: %s; reading %r from the local cache", key, reason, name)
         return
     what = "file or folder" if kind == "dataset" else "folder"
     why, way = reason, "check the network (HF_ENDPOINT, proxies)"
@@ -61,19 +61,18 @@ def require_reachable(
 
 
 def require_model(name: str, key: str) -> None:
-    """`require_reachable` for the name of a model, for the commands: before a library is imported, which
-    takes longer. What looks like a file is left to those who say what is there instead."""
+    """Check the name of a model before slow libraries are imported; accept names that look like files."""
     if not name.endswith((".yaml", ".yml", ".json", ".jsonl")):
         require_reachable(name, key)
 
 
 def is_offline() -> bool:
-    """Whether the environment forbids requests to the Hub."""
+    """Return whether the environment forbids requests to the Hub."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
 def unreachable(endpoint: str) -> str | None:
-    """Why the Hub cannot be reached, in words; None where it can be, or must not be asked."""
+    """Return why the Hub is unreachable; None if it is reachable or must not be asked."""
     if is_offline() and endpoint not in _gone:
         return None
     return _probe(endpoint)
@@ -84,8 +83,7 @@ _gone: set[str] = set()
 
 @lru_cache(maxsize=8)
 def _probe(endpoint: str) -> str | None:
-    """One connection to the Hub, or to the proxy on the way to it. The name is resolved in a thread of its
-    own: a resolver without a network may take longer than anybody waits."""
+    """Connect once to the Hub, or to its proxy, in a thread: without a network a resolver may take long."""
     url = urlsplit(endpoint)
     proxy = getproxies().get(url.scheme) or getproxies().get("all")
     if proxy and not proxy_bypass(url.hostname or ""):
@@ -109,7 +107,7 @@ def _probe(endpoint: str) -> str | None:
 
 
 def _go_offline() -> None:
-    """For the rest of the process: the libraries look into their caches without trying the network."""
+    """Make the libraries use only their caches for the rest of the process."""
     from huggingface_hub import constants
 
     _gone.add(constants.ENDPOINT)
@@ -120,7 +118,7 @@ def _go_offline() -> None:
 
 
 def _is_cached(name: str, kind: str) -> bool:
-    """Whether the local cache holds a snapshot of a repository, or what `datasets` made of it."""
+    """Return whether the local cache holds a snapshot of a repository, or the copy that `datasets` made."""
     from huggingface_hub import constants
 
     folder = f"{kind}s--{name.replace('/', '--')}"
@@ -135,7 +133,7 @@ def _is_cached(name: str, kind: str) -> bool:
 
 
 def _letters(name: str) -> str:
-    """The library writes OwnerName/DataSet as OwnerName___data_set."""
+    """Reduce a name to letters: the library writes OwnerName/DataSet as OwnerName___data_set."""
     return re.sub(r"[\W_]", "", name).lower()
 
 

@@ -1,10 +1,10 @@
-"""Temporary folders that say whose they are, so that those of killed processes can be swept.
+"""Temporary folders with an owner, so that those of killed processes can be removed.
 
-Files that were being written are swept by `files`; `sweep_files` is for those of earlier versions.
+`files` removes unfinished files; `sweep_files` removes those of earlier versions.
 
-A folder holds `.owner`, on which its process holds a lock (flock). The system gives the lock up when the
-process ends, however it ends: so a folder whose lock can be taken belongs to nobody. A process that is
-forked from the owner holds the lock too, as it may still use the folder.
+A folder has a file `.owner`, which its process keeps locked (flock). The system releases the lock however the
+process ends, so a folder with a free lock has no owner. A fork of the owner holds the lock too, as it may
+still use the folder.
 """
 
 from __future__ import annotations
@@ -22,24 +22,27 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _OWNER = ".owner"
-_OLD_SECONDS = 86_400.0  # a folder without a lock file, of an earlier version, is then nobody's
+_OLD_SECONDS = 86_400.0  # age from which a folder without a lock file, of an earlier version, has no owner
 
 
 class OwnedFolder:
-    """A temporary folder `prefix`* of this process; removed with this object, or swept after a kill."""
+    """A temporary folder `prefix`* of this process, removed with this object or swept after a kill."""
 
     def __init__(
         self, prefix: str, root: Path | None = None, *, relatives: re.Pattern[str] | None = None
     ) -> None:
-        """root: the system's folder of temporary files by default. relatives: names of folders that are swept
-        with those of the prefix. Raises OSError."""
+        """Create the folder, and sweep others first.
+
+        root: the system's temporary folder by default. relatives: names of other folders to sweep. Raises
+        OSError.
+        """
         root = Path(tempfile.gettempdir()) if root is None else root
         sweep(prefix, root, relatives)
         self.path, self._lock = _made(prefix, root)
         self._finalizer = weakref.finalize(self, _remove, self.path, self._lock, os.getpid())
 
     def disown(self) -> None:
-        """Let the folder stay, without its lock file: it is about to be renamed."""
+        """Keep the folder, without its lock file, as it is about to be renamed."""
         if self._finalizer.detach() is not None:
             (self.path / _OWNER).unlink(missing_ok=True)
             os.close(self._lock)
@@ -51,7 +54,7 @@ class OwnedFolder:
 
 @contextmanager
 def temporary_folder(prefix: str) -> Iterator[Path]:
-    """An empty folder in an `OwnedFolder`."""
+    """Yield an empty folder in an `OwnedFolder`."""
     owned = OwnedFolder(prefix)
     try:
         folder = owned.path / "files"
@@ -62,7 +65,7 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
 
 
 def _made(prefix: str, root: Path) -> tuple[Path, int]:
-    """A new folder and its lock, held. One that another process swept before it was locked is made again."""
+    """Create a folder and lock it; retry if another process sweeps it before it is locked."""
     while True:
         path = Path(tempfile.mkdtemp(prefix=prefix, dir=root))
         with suppress(FileNotFoundError, BlockingIOError):
@@ -80,10 +83,9 @@ def _remove(path: Path, lock: int, owner: int) -> None:
 
 
 def sweep(prefix: str, root: Path, relatives: re.Pattern[str] | None = None) -> list[Path]:
-    """Remove the folders `prefix`*, and those whose whole name fits `relatives`, in `root` that belong to a
-    process that has ended; returns them.
+    """Remove folders `prefix`* or matching `relatives` in `root` whose process has ended; return them.
 
-    Never one that is in use, of another user, or a link. Several processes may sweep at once.
+    Never removes links, folders in use or those of other users. Several processes may sweep at once.
     """
     gone = []
     for path in _candidates(prefix, root, relatives):
@@ -95,7 +97,7 @@ def sweep(prefix: str, root: Path, relatives: re.Pattern[str] | None = None) -> 
 
 
 def sweep_files(names: re.Pattern[str], root: Path) -> None:
-    """Remove files of ours in `root` whose whole name fits and that nobody has changed for a day."""
+    """Remove this user's files in `root` whose names match and that are unchanged for a day."""
     for path in root.iterdir() if root.is_dir() else ():
         with suppress(OSError):
             found = path.lstat()
@@ -121,8 +123,10 @@ def _candidates(prefix: str, root: Path, relatives: re.Pattern[str] | None) -> I
 
 @contextmanager
 def _taken(path: Path) -> Iterator[bool]:
-    """Hold the folder's lock; whether it was free. Without a lock file only an old folder is free: earlier
-    versions left such."""
+    """Lock the folder and yield whether its lock was free.
+
+    Without a lock file, as earlier versions left them, only an old folder is free.
+    """
     try:
         file = os.open(path / _OWNER, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:

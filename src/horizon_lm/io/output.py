@@ -1,8 +1,7 @@
-"""Standard streams that may fail: the reader of a pipe exits, the disk of a log fills up, a stream is closed.
+"""Standard streams that may fail: the reader of a pipe exits, a disk fills up, a stream is closed.
 
-Some commands print their result (`plan`, `eval`): they end when it cannot be written. Others write their
-result to disk and only report on it (`train`, `export`): they go on, and report on the stream that works.
-What a command prints is made fit to be shown, whoever prints it (see `text`).
+Commands that print their result (`plan`, `eval`) end if it cannot be written. Those that write it to disk
+(`train`, `export`) continue, and report on the stream that works. All output is sanitised (see `text`).
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from horizon_lm.text import shown, shown_with_bars
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _CLOSED = "it is closed"
-_DRAWN = "\x1b"  # of a display that is redrawn in place, on a terminal that has gone
+_DRAWN = "\x1b"  # from a display redrawn in place, on a terminal that is gone
 
 
 class Output:
     """A text stream whose writes do not fail unexpectedly.
 
-    stream: None in a process that was started without it. fault: why the latest text could not be written,
-    None if it was. Text that cannot be written raises OutputLostError if it `is_result`; else it goes to
-    `instead`, if that is set (after a broken pipe only with `after_pipe`), or is dropped. Characters that the
-    encoding lacks become `?`. fit: makes text, for an encoding, fit to be shown.
+    stream: None in a process started without it. fault: why the latest text was not written, None if it was.
+    Text that cannot be written raises OutputLostError if it `is_result`; else it goes to `instead` (after a
+    broken pipe only with `after_pipe`) or is dropped. Characters that the encoding lacks become `?`. fit:
+    sanitises text for an encoding.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class Output:
         return len(text)
 
     def write_raw(self, text: str) -> int:
-        """`write`, for text that is fit to be shown already."""
+        """Write text that is already sanitised."""
         self._answer(self._attempt(text, flush=not self.is_result), text)
         return len(text)
 
@@ -65,7 +64,7 @@ class Output:
         self._answer(self._attempt("", flush=True), "")
 
     def _attempt(self, text: str, *, flush: bool) -> Exception | None:
-        """Write; the error of a stream that cannot take it."""
+        """Write text; return the error if the stream fails."""
         if self.stream is None:
             return OSError(errno.EBADF, _CLOSED) if text else None
         try:
@@ -92,11 +91,11 @@ class Output:
             return
         if not self._is_said:
             self._is_said = True
-            text = f"warning: {self.name}: {self.fault}; the rest is said here\n{text}"
+            text = f"warning: {self.name}: {self.fault}; the rest is printed here\n{text}"
         self.instead._attempt(text, flush=True)
 
     def settle(self) -> None:
-        """Leave nothing to flush at exit, when Python would print an exception and change the exit code."""
+        """Flush or discard now: at exit Python would print an exception and change the exit code."""
         if self.stream is None or self._attempt("", flush=True) is None:
             return
         with suppress(OSError, ValueError):
@@ -125,7 +124,7 @@ class Output:
 
 
 class _Raw:
-    """An `Output` as a stream that writes its text as it is."""
+    """A view of an `Output` that writes text unchanged."""
 
     def __init__(self, output: Output) -> None:
         self._output = output
@@ -136,7 +135,7 @@ class _Raw:
 
 
 def raw_stream(stream: TextIO) -> TextIO:
-    """The stream for a display that moves the cursor, and shows nothing but `text.shown`."""
+    """Return the stream for a display that moves the cursor and prints only sanitised text."""
     return cast(TextIO, _Raw(stream)) if isinstance(stream, Output) else stream
 
 
@@ -144,7 +143,7 @@ def _lost(name: str, reason: str, error: Exception) -> OutputLostError:
     code = getattr(error, "errno", None)
     if code == errno.EPIPE:
         return OutputLostError(f"{name}: {reason}")
-    hint = "free disk space" if code in _NO_ROOM else "'>/dev/null' discards what is printed"
+    hint = "free disk space" if code in _NO_ROOM else "add '>/dev/null' to discard the output"
     found = OutputLostError(f"writing to {name} failed: {reason}", hint)
     found.exit_code = 3 if code in _NO_ROOM else 2
     found.is_silent = False
@@ -153,8 +152,11 @@ def _lost(name: str, reason: str, error: Exception) -> OutputLostError:
 
 @contextmanager
 def command_output() -> Iterator[None]:
-    """Streams for a command that prints its result: a failing standard output raises OutputLostError, a
-    failing standard error is ignored. Text is redacted and printable, whoever writes it."""
+    """Replace the standard streams for a command that prints its result.
+
+    A failing standard output raises OutputLostError, a failing standard error is ignored. All text is
+    sanitised.
+    """
     _open_closed()
     out = Output(sys.stdout, "standard output", is_result=True, fit=shown)
     err = Output(sys.stderr, "standard error", fit=shown_with_bars)
@@ -170,9 +172,9 @@ def command_output() -> Iterator[None]:
 
 @contextmanager
 def lasting_output(*, after_pipe: bool = False) -> Iterator[None]:
-    """Streams for work whose result is on disk: text that one of them cannot take goes to the other.
+    """Replace the standard streams for work whose result is on disk: if one fails, the other takes its text.
 
-    after_pipe: also if the reader of a pipe has exited, as `head` does once it has seen enough.
+    after_pipe: also if the reader of a pipe has exited, as `head` does once it has enough.
     """
     _open_closed()
     before = sys.stdout, sys.stderr
@@ -186,7 +188,7 @@ def lasting_output(*, after_pipe: bool = False) -> Iterator[None]:
     finally:
         sys.stdout, sys.stderr = before
         out.instead = err.instead = None
-        out.is_result = was_result and out.fault is None  # what was lost has been dealt with
+        out.is_result = was_result and out.fault is None  # lost text was redirected
 
 
 def _outlasting(stream: TextIO | None, name: str) -> Output:
@@ -194,8 +196,8 @@ def _outlasting(stream: TextIO | None, name: str) -> Output:
 
 
 def _open_closed() -> None:
-    """Open /dev/null in place of standard streams that are closed: otherwise a file of ours would get the
-    number of one, and with it whatever is printed there."""
+    """Open /dev/null in place of closed standard streams: a file of ours would get their number, and all that
+    is printed to it."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
