@@ -150,7 +150,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Links, memory, update and matrix rate of this machine.")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--rehearse", action="store_true", help="small, to see that it runs")
+    parser.add_argument("--rehearse", action="store_true", help="run at a small size, as a check")
     return parser.parse_args(argv)
 
 

@@ -92,7 +92,7 @@ def peers(count: int) -> dict[str, Action]:
     moments = {name: block(count, torch.float32) for name in ("exp_avg", "exp_avg_sq")}
 
     def step_and_cast(optimizer: torch.optim.Optimizer) -> Action:
-        optimizer.step()  # makes its own moments, on ordinary pages; replaced by ours
+        optimizer.step()  # allocates its own moments on ordinary pages; ours replace them
         optimizer.state[parameter].update(moments)
 
         def run() -> None:
