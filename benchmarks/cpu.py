@@ -180,7 +180,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--clips", nargs="+", type=float, default=[1.0, 0.0], help="0 is off")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--fresh", action="store_true", help="measure again what this commit has measured")
+    parser.add_argument("--fresh", action="store_true", help="repeat finished measurements of this commit")
     parser.set_defaults(work=WORK, inline=False)
     return parser.parse_args(argv)
 
@@ -188,7 +188,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     arguments = options(argv)
-    torch.set_num_threads(arguments.threads)  # for the matrix product that MFU is against
+    torch.set_num_threads(arguments.threads)  # for the matrix product behind MFU
     command = " ".join(["python -m benchmarks cpu", *argv])
     report = Report("against-peers-cpu", __doc__ or "", command=command)
     fill(report, arguments)

@@ -132,9 +132,9 @@ def tokenising(report: Report, folder: Path, tokenizer: Any, megabytes: float, r
         for run in range(runs):
             for num_proc in (1, cores) if run % 2 == 0 else (cores, 1):
                 threads = "false" if num_proc == 1 else "true"
-                os.environ["TOKENIZERS_PARALLELISM"] = threads  # one process is to be one core
+                os.environ["TOKENIZERS_PARALLELISM"] = threads  # one process uses one core
                 begun, started = sum(os.times()[:4]), time.perf_counter()
-                cache = str(folder / f"cache-{name}-{run}-{num_proc}")  # a new one: nothing is found there
+                cache = str(folder / f"cache-{name}-{run}-{num_proc}")  # empty
                 store, was_cached = tokenise(documents, encoder, cache_dir=cache, num_proc=num_proc)
                 assert not was_cached
                 seconds[num_proc].append(time.perf_counter() - started)

@@ -33,13 +33,13 @@ from .peers import PEERS
 from .report import Report, commit
 
 WORK = Path(__file__).parent.parent / "build" / "bench"
-SECONDS = 520.0  # of a part; a command may take ten minutes
+SECONDS = 520.0  # per part; a command may take ten minutes
 ABSENT = "the GPU part has not run: torch sees no CUDA device"
 
 
 def with_largest_model(job: Job) -> Job:
     """Return the job with as many layers as the planner says will fit."""
-    config = train_config(job.case).replace(skip_memory_check=True)  # as it is, it may be too large
+    config = train_config(job.case).replace(skip_memory_check=True)  # the original may be too large
     model = job.case.model | {"num_hidden_layers": max(1, plan_run(config).most_layers())}
     return Job(job.name, job.system, job.case.replace(model=model), job.group)
 
@@ -76,7 +76,7 @@ def run_part(part: str, ledger: Ledger, *, rehearse: bool, seconds: float = SECO
             continue
         found = rehearsed(job) if rehearse else job
         same = next((r for r in ledger.rows.values() if r["key"] == found.case.key(found.system)), None)
-        if rehearse and same is not None:  # shrunk to the same size, it has been rehearsed
+        if rehearse and same is not None:  # shrinks to a job that was rehearsed
             row = same
         else:
             row = run_job(found, max(1.0, deadline - time.monotonic()), rehearse)
@@ -136,10 +136,10 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The GPU suite.")
     parser.add_argument("--part", nargs="+", choices=["machine", *PARTS], help="all by default")
     parser.add_argument("--list", action="store_true", help="name the parts and their jobs")
-    parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU, nothing kept")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="of a part")
+    parser.add_argument("--rehearse", action="store_true", help="run at a tiny size on the CPU, keep nothing")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="per part")
     parser.add_argument(
-        "--out", type=Path, default=None, help="folder of the rows and the results file; to go on, the same"
+        "--out", type=Path, default=None, help="folder of rows and results; name it again to resume"
     )
     arguments = parser.parse_args(argv)
     arguments.work = arguments.out or WORK

@@ -66,7 +66,7 @@ def _sweep(size: str) -> Iterator[Job]:
             yield _ours(size, tokens // length, length, group)
             if size in ("qwen3-0.6b", "qwen3-4b"):
                 yield _peer("torch", size, tokens // length, length, group)
-            else:  # fp32 masters do not fit; pure bf16 is another training, and the nearest there is
+            else:  # fp32 masters do not fit; pure bf16 trains differently, but is the nearest there is
                 rows = max(1, FIRST_ROWS // length)
                 case = case_of(shape(size), tokens // length, length, extra={"masters": False})
                 case = case.replace(rows=min(rows, case.sequences))

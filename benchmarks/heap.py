@@ -20,7 +20,7 @@ from .report import Report
 _NEVER = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 VARIANTS: dict[str, dict[str, str]] = {
     "ours": {},
-    "default": {"MALLOC_ARENA_TEST": "8"},  # glibc's default: it changes nothing
+    "default": {"MALLOC_ARENA_TEST": "8"},  # glibc's default: no effect
     "mmap from 32 MB": _NEVER | {"MALLOC_MMAP_THRESHOLD_": str(32 << 20)},
     "mmap from 1 MB": _NEVER | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
 }

@@ -21,7 +21,7 @@ from horizon_lm.memory.layout import lay_out
 from horizon_lm.memory.slots import WeightSlots
 from horizon_lm.memory.store import HostStore, StoreSpec
 from horizon_lm.optim import kernel
-from horizon_lm.plan.calibrate import link_rates
+from horizon_lm.plan.rates import link_rates
 from horizon_lm.report.flops import measure_peak
 
 from . import optimizer
@@ -150,7 +150,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Links, memory, update and matrix rate of this machine.")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--rehearse", action="store_true", help="small, to see that it runs")
+    parser.add_argument("--rehearse", action="store_true", help="run at a small size, as a check")
     return parser.parse_args(argv)
 
 

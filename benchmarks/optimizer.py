@@ -19,14 +19,13 @@ import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
-from typing import Any
 
 import torch
 
 from horizon_lm.machine.cores import choose_threads
 from horizon_lm.memory.arena import allocate
 from horizon_lm.optim import kernel
-from horizon_lm.optim.rules import ADAPTIVE_RULES, Hyper
+from horizon_lm.optim.rules import ADAPTIVE_RULES, Hyper, Numbers, Tensors
 
 from .report import Report
 
@@ -71,13 +70,9 @@ def kernels(count: int, threads: int) -> dict[str, tuple[Action, int]]:
         count_of_moments = 2 if rule in ADAPTIVE_RULES else 1
         square = moments[1] if count_of_moments == 2 else None
         size = 10 + 2 * moments[0].dtype.itemsize * count_of_moments
-        settings: dict[str, Any] = {"hyper": HYPER, "step": 5, "threads": threads, "isa": isa}
-        return (
-            lambda: kernel.update(
-                rule, weights, residual, grads, moments[0], square, grad_scale=0.999, **settings
-            ),
-            size,
-        )
+        tensors = Tensors(weights, residual, grads, moments[0], square)
+        numbers = Numbers(rule, HYPER, step=5, grad_scale=0.999)
+        return lambda: kernel.update(tensors, numbers, threads=threads, isa=isa), size
 
     found = {KERNEL: action("adamw", wide, "auto")}
     found |= {f"kernel {rule}": action(rule, wide, "auto") for rule in ("lion", "sgd")}
@@ -97,7 +92,7 @@ def peers(count: int) -> dict[str, Action]:
     moments = {name: block(count, torch.float32) for name in ("exp_avg", "exp_avg_sq")}
 
     def step_and_cast(optimizer: torch.optim.Optimizer) -> Action:
-        optimizer.step()  # makes its own moments, on ordinary pages; replaced by ours
+        optimizer.step()  # allocates its own moments on ordinary pages; ours replace them
         optimizer.state[parameter].update(moments)
 
         def run() -> None:

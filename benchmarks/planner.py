@@ -106,7 +106,7 @@ def run_case(name: str, steps: int) -> None:
         start = time.process_time()
         model.train_step([{"input_ids": i, "labels": i} for i in ids], lr=1e-5)
         found.append(time.process_time() - start)
-    # Not ru_maxrss, which begins with what the process that started this one holds.
+    # Not ru_maxrss, which starts at the parent process's memory.
     lines = dict(
         line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line
     )

@@ -55,7 +55,7 @@ def wider(factor: float) -> dict:
     )
 
 
-# what, model, machine, batch (0: the planner's), published TFLOPS and what is known of it
+# what, model, machine, batch (0: the planner's), published TFLOPS and a note
 def cases() -> Iterator[tuple[str, dict, str, int, str]]:
     yield "7B", qwen("7B"), "gh200", 158, "284.7 (table 7)"
     yield "14B", qwen("14B"), "gh200", 96, "266.3 (table 4)"
@@ -72,7 +72,7 @@ def cases() -> Iterator[tuple[str, dict, str, int, str]]:
         yield f"28 layers, width {factor:g}x", wider(factor), "gh200", 16, number
 
 
-# The shapes and tokens a step that the goals on a GPU are about.
+# Shapes and tokens per step of the goals on a GPU.
 GOALS = (("qwen3-4b", 16), ("qwen3-4b", 64), ("qwen2.5-7b", 148))
 
 

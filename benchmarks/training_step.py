@@ -120,7 +120,7 @@ def seconds(function: Callable[[], None]) -> tuple[float, float]:
 
 def compare(ours: Callable[[], None], plain: Callable[[], None], runs: int) -> dict[str, list[float]]:
     """Return sorted paired ratios plain / ours (our tokens/s over theirs), by clock."""
-    for _ in range(2):  # a deferred update touches the moments' memory for the first time in the second step
+    for _ in range(2):  # deferred updates first touch the moments in the second step
         plain(), ours()
     ratios: dict[str, list[float]] = {"wall": [], "cpu": []}
     for i in range(runs):
@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
         rows += against_plain(case, arguments.runs, arguments.activations, arguments.parts)
         if arguments.modes:
             modes += between_modes(case, arguments.runs)
-        write(device, rows, modes, arguments)  # after each: a run that is stopped leaves what it has measured
+        write(device, rows, modes, arguments)  # after each, so a stopped run keeps its results
 
 
 def write(

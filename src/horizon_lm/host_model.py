@@ -44,8 +44,8 @@ from horizon_lm.model.consumed import Closed, check_model, refuse_use, take_over
 from horizon_lm.model.loading import create_model, fill_store, freeze, load_model_of
 from horizon_lm.model.pretrained import check_has_weights
 from horizon_lm.model.skeleton import Skeleton
-from horizon_lm.optim.checks import Number
 from horizon_lm.optim.optimizer import UpdateSettings
+from horizon_lm.optim.rules import Number
 from horizon_lm.outputs import (
     EvaluationOutput,
     ForwardBackwardOutput,

@@ -17,9 +17,9 @@ from horizon_lm.engine.layers import Layer
 from horizon_lm.errors import UnsupportedModelError
 from horizon_lm.machine.profile import load_profile
 from horizon_lm.memory.live import LiveBytes
+from horizon_lm.memory.slots import slot_bytes
 from horizon_lm.model.tiling import find_mlps
 from horizon_lm.plan.costs import DEVICE, HOST
-from horizon_lm.plan.device import slot_bytes
 from horizon_lm.plan.outline import Outline
 from horizon_lm.plan.predict import predict
 from horizon_lm.plan.working_set import Built, layer_working_set
@@ -72,7 +72,7 @@ def test_bytes_of_boundaries_are_predicted(policy: str, micro_batches: int) -> N
         "keep": {"activations": "keep"},
         "blocks": {"checkpoint_interval": 2},
     }
-    tokens, few, many = 512, 4, 12
+    tokens, few, many = 256, 4, 8
     peaks, predicted = [], []
     for layers in (few, many):
         peak, model = peak_of_step(layers, tokens, micro_batches, **settings[policy])

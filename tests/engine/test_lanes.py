@@ -32,7 +32,7 @@ from random_orders import (
 )
 from sizes import times
 
-ORDERS = times(50, 200)
+ORDERS = times(20, 200)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -93,7 +93,7 @@ def test_frozen_parameters(name: str, frozen: tuple[str, ...]) -> None:
     model = host_model(name, "adversarial", frozen)
     before = {key: bits(value) for key, value in model.named_parameters()}
     reset = Reset(model)
-    for seed in range(5):
+    for seed in range(times(3, 10)):
         reset()
         adversarial(model).random.seed(seed)
         assert not differences(two_steps(model, name), expected)
@@ -210,7 +210,7 @@ def test_every_variant_gives_the_bits_of_sync_in_any_order(
     assert not differences(steps_of(host_model(name, "inline", **settings), name, micro_batches), expected)
     model = host_model(name, "adversarial", **settings)
     reset = Reset(model)
-    for seed in range(times(4, 10)):
+    for seed in range(times(2, 10)):
         reset()
         adversarial(model).random.seed(seed)
         assert not differences(steps_of(model, name, micro_batches), expected), f"seed {seed}"

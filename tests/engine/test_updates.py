@@ -18,6 +18,7 @@ from adversarial import from_pretrained
 from horizon_lm.engine.ops import Ops
 from horizon_lm.errors import ConfigError, NonFiniteError
 from horizon_lm.schedule import Lane, Op, StepSpec, build, simulate
+from horizon_lm.schedule.draw import busy_seconds
 from sizes import times
 
 # an untied table, a tied one with a prologue, a mixture of experts with the router's auxiliary loss
@@ -70,11 +71,11 @@ def trained(
 # Modes.
 
 
-@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_modes_give_the_same_bits(name: str, micro_batches: int) -> None:
     """Many steps, in program order and in random orders; with clipping that acts on some of them only."""
-    steps = times(12, 30)
+    steps = times(8, 30)
     free = trained(name, steps, micro_batches, None, update="sync")
     for update in ("deferred", "eager"):
         for lanes in ("inline", "adversarial"):
@@ -83,7 +84,8 @@ def test_modes_give_the_same_bits(name: str, micro_batches: int) -> None:
     limit = statistics.median(free[0][1::2])
     clipped = trained(name, steps, micro_batches, limit, update="sync")
     norms = clipped[0][1::2]
-    assert 3 < sum(norm > limit for norm in norms) < steps - 3, "clipping acts on some steps only"
+    few = min(3, steps // 4)
+    assert few < sum(norm > limit for norm in norms) < steps - few, "clipping acts on some steps only"
     assert not same(clipped[1], free[1])
     for lanes in ("inline", "adversarial"):
         found = trained(name, steps, micro_batches, limit, update="deferred", lanes=lanes)
@@ -310,7 +312,7 @@ def test_weight_decay_spares_biases_and_norms(decay_embeddings: bool) -> None:
 
 
 def test_a_pattern_that_fits_nothing_is_refused() -> None:
-    with pytest.raises(ConfigError, match="'lm_haed' is found in the name of no trainable") as caught:
+    with pytest.raises(ConfigError, match="'lm_haed' matches no trainable") as caught:
         host("llama", lr_factors={"lm_haed": 0.5})
     assert "model." in (caught.value.hint or "")
     with pytest.raises(ConfigError, match="not a regular expression"):
@@ -399,7 +401,7 @@ def test_a_simulation_follows_lanes_and_waits() -> None:
         assert start >= lanes.get(op.lane, 0.0) and end == start + 1.0
         lanes[op.lane] = end
     assert done.seconds == max(lanes.values()) < len(ops)
-    assert done.busy_seconds(Lane.COMPUTE) == sum(op.lane is Lane.COMPUTE for op in ops)
+    assert busy_seconds(done.spans)["compute"] == sum(op.lane is Lane.COMPUTE for op in ops)
     # Inputs of two micro-batches of both layers, kept from forward to backward, and the head's of the one
     # that passes the turn.
     sizes = simulate(

@@ -9,11 +9,12 @@ import torch
 
 from horizon_lm.memory.master import join_master, split_master
 from horizon_lm.optim import kernel
-from horizon_lm.optim.rules import Hyper
+from horizon_lm.optim.rules import Hyper, Numbers, Tensors
 
 BF16, FP32 = torch.bfloat16, torch.float32
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.int16: torch.int16}
 HYPER = Hyper(lr=1e-3, weight_decay=0.1, momentum=0.9)
+_NUMBERS = {field.name for field in fields(Numbers)}
 needs_kernel = pytest.mark.skipif(kernel.library() is None, reason="no C++ compiler here")
 
 
@@ -45,8 +46,10 @@ class Run:
         return [t.view(BITS[t.dtype]) for t in self.tensors() if t is not None]
 
     def update(self, rule: str, by=kernel.update, **settings) -> Run:
-        """Update in place; `by` is a function of kernel or reference."""
-        by(rule, *self.tensors(), **{"hyper": HYPER, "step": 3, **settings})
+        """Update in place; `by` is a function of kernel or reference; settings: numbers, and its own."""
+        numbers = {"hyper": HYPER, "step": 3}
+        numbers |= {key: settings.pop(key) for key in _NUMBERS & settings.keys()}
+        by(Tensors(*self.tensors()), Numbers(rule, **numbers), **settings)
         return self
 
 

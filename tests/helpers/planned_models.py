@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache, partial
 from typing import Any
 
 from horizon_lm.config import TrainConfig
+from horizon_lm.plan.outline import Outline, model_config
+from horizon_lm.plan.outline_cache import OutlineCache
 
 GB = 10**9
 SMALL = {
@@ -22,3 +25,24 @@ SMALL = {
 def config_of(**values: Any) -> TrainConfig:
     model = values.pop("init_model", SMALL)
     return TrainConfig(init_model=model, datasets=["none.txt"], **values)
+
+
+def outline_of(config: TrainConfig) -> Outline:
+    """What is found of a model and a shape is found once for all tests: it is most of a plan's time."""
+    return Outline(partial(model_config, config), config, known(config))
+
+
+def known(config: TrainConfig) -> OutlineCache:
+    decides = (
+        config.init_model,
+        config.dtype,
+        config.attn_implementation,
+        config.freeze,
+        config.mlp_tile_tokens,
+    )
+    return _known(repr(decides))
+
+
+@cache
+def _known(model: str) -> OutlineCache:
+    return OutlineCache()

@@ -17,7 +17,7 @@ import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,11 @@ def build(
     return model.train()
 
 
+@cache
+def _vocabulary(case: Case) -> int:
+    return case.config().get_text_config().vocab_size
+
+
 def batch(
     name_or_config: str | PreTrainedConfig,
     batch_size: int = 2,
@@ -175,11 +180,10 @@ def batch(
         case = _find(name_or_config)
         if kind not in case.kinds:
             raise ValueError(f"{case.name} takes no {kind} batch")
-        config = case.config()
+        vocab = _vocabulary(case)
     else:
-        config = name_or_config
+        vocab = name_or_config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(seed)
-    vocab = config.get_text_config().vocab_size
     ids = torch.randint(3, vocab, (batch_size, length), generator=generator)
     # The padding id as an ordinary token, inside the row: some embeddings give that row no gradient.
     ids[0, length // 2] = 0

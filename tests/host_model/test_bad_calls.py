@@ -15,10 +15,10 @@ import torch
 
 import horizon_lm as hz
 from bad_calls import Call, batch, digest, host, train
-from horizon_lm import host_model
+from horizon_lm.engine import policies
 from horizon_lm.errors import ConfigError, DataError, HorizonError, NonFiniteError
-from horizon_lm.optim.checks import finite_number
 from horizon_lm.optim.optimizer import Optimizer
+from horizon_lm.optim.rules import finite_number
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -157,7 +157,7 @@ def test_an_infinite_limit_clips_nothing() -> None:
 
 def test_without_the_check_the_model_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: as it was."""
-    monkeypatch.setattr(host_model, "finite_number", lambda where, name, value, *, hint: value)
+    monkeypatch.setattr(policies, "finite_number", lambda where, name, value, *, hint: value)
     monkeypatch.setattr(Optimizer, "check", lambda self, settings: None)
     model = host()
     model.train_step(batch(), lr="1e-3")  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ def test_every_figure_of_a_shipped_profile_has_a_source(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no source for"):
         read_profile(file)
     file.write_text(text.replace("h2d:", "h2x:", 1))
-    with pytest.raises(ConfigError, match="is no profile"):
+    with pytest.raises(ConfigError, match="is not a profile"):
         read_profile(file)
     with pytest.raises(ConfigError, match="neither a profile nor a file"):
         load_profile("h300")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -220,62 +221,92 @@ def test_this_machine_can_be_read() -> None:
 # Limits of the process, in one of its own.
 
 _SCRIPT = """
-import resource, sys
+import json, os, resource, sys, traceback
 import torch
 from horizon_lm.errors import HorizonError
 from horizon_lm.config import ModelSettings
 from horizon_lm.host_model import HostModel
 import transformers.models.llama.modeling_llama
 
-kind, headroom, skip = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "skip"
 config = dict(model_type="llama", hidden_size=512, intermediate_size=1024, num_hidden_layers=8,
               num_attention_heads=8, num_key_value_heads=8, vocab_size=2048)  # 23 M parameters
 torch.set_num_threads(1)
-fields = dict(line.split(":") for line in open("/proc/self/status"))
-used = int(fields[{"AS": "VmSize", "DATA": "VmData"}[kind]].split()[0]) * 1024
-limit = used + headroom
-resource.setrlimit(getattr(resource, f"RLIMIT_{kind}"), (limit, limit))
-try:
-    HostModel.from_config(config, ModelSettings(device="cpu", dtype="bfloat16", reserve_host_gb=0.0,
-                                                skip_memory_check=skip))
-except HorizonError as error:
-    print(error)
-    sys.exit(error.exit_code)
-print("built")
+
+def build(kind, headroom_mb, skip):
+    fields = dict(line.split(":") for line in open("/proc/self/status"))
+    used = int(fields[{"AS": "VmSize", "DATA": "VmData"}[kind]].split()[0]) * 1024
+    limit = used + headroom_mb * 10**6
+    resource.setrlimit(getattr(resource, f"RLIMIT_{kind}"), (limit, limit))
+    try:
+        HostModel.from_config(config, ModelSettings(device="cpu", dtype="bfloat16", reserve_host_gb=0.0,
+                                                    skip_memory_check=skip))
+    except HorizonError as error:
+        print(error)
+        return error.exit_code
+    print("built")
+    return 0
+
+found = []
+for case in json.loads(sys.argv[1]):  # each in a child of its own: what is imported is imported once
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        os.dup2(writer, 1)
+        code = 1
+        try:
+            code = build(*case)
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(code)
+    os.close(writer)
+    with os.fdopen(reader) as said:
+        text = said.read()
+    found.append([os.waitstatus_to_exitcode(os.wait()[1]), text])
+print(json.dumps(found))
 """
+# kind of limit, MB beyond what the process has taken, skip_memory_check
+CASES = [
+    *((kind, headroom_mb, False) for kind in ("AS", "DATA") for headroom_mb in (60, 250)),
+    ("AS", 3000, False),
+    ("AS", 250, True),
+]
+
+needs_linux = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="limits of the process are Linux's"
+)
 
 
-def run_limited(kind: str, headroom_mb: int, skip: str = "check") -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", _SCRIPT, kind, str(headroom_mb * 10**6), skip],
+@pytest.fixture(scope="module")
+def limited() -> dict[tuple[str, int, bool], tuple[int, str]]:
+    """Exit code and output of a process under each limit."""
+    done = subprocess.run(
+        [sys.executable, "-c", _SCRIPT, json.dumps(CASES)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    return dict(zip(CASES, map(tuple, json.loads(done.stdout)), strict=True))
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of the process are Linux's")
+@needs_linux
 @pytest.mark.parametrize("kind", ["AS", "DATA"])
 @pytest.mark.parametrize("headroom_mb", [60, 250])
-def test_a_limit_of_the_process_is_respected(kind: str, headroom_mb: int) -> None:
+def test_a_limit_of_the_process_is_respected(kind: str, headroom_mb: int, limited: Any) -> None:
     """Less than the fp32 source needs, and enough for it but not for the store (328 MB)."""
-    done = run_limited(kind, headroom_mb)
-    assert done.returncode == 3, done.stdout + done.stderr
-    assert "host memory" in done.stdout and "hint:" in done.stdout
-    assert "Traceback" not in done.stderr
+    code, said = limited[kind, headroom_mb, False]
+    assert code == 3 and "host memory" in said and "hint:" in said
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of the process are Linux's")
-def test_with_enough_room_the_same_model_is_built() -> None:
+@needs_linux
+def test_with_enough_room_the_same_model_is_built(limited: Any) -> None:
     """The negative control."""
-    done = run_limited("AS", 3000)
-    assert (done.returncode, done.stdout.strip()) == (0, "built"), done.stderr
+    assert limited["AS", 3000, False] == (0, "built\n")
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of the process are Linux's")
-def test_a_skipped_check_is_still_no_crash() -> None:
+@needs_linux
+def test_a_skipped_check_is_still_no_crash(limited: Any) -> None:
     """skip_memory_check turns the forecast off; what the system then refuses is refused in one line too."""
-    done = run_limited("AS", 250, skip="skip")
-    assert done.returncode == 3, done.stdout + done.stderr
-    assert "refused" in done.stdout and "hint:" in done.stdout
+    code, said = limited["AS", 250, True]
+    assert code == 3 and "refused" in said and "hint:" in said

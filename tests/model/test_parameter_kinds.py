@@ -15,7 +15,7 @@ import horizon_lm as hz
 import zoo
 from horizon_lm.memory.layout import Parameter
 from horizon_lm.model.skeleton import Skeleton, _is_norm, _owners
-from horizon_lm.optim.groups import group_rule
+from horizon_lm.optim.optimizer import group_rule
 from sizes import SOAK
 
 pytestmark = pytest.mark.usefixtures("one_thread")

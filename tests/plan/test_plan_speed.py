@@ -10,7 +10,7 @@ from horizon_lm.plan import predict as module
 from horizon_lm.plan import working_set
 from horizon_lm.plan.outline import Outline, model_config
 from horizon_lm.plan.predict import predict
-from horizon_lm.plan.trace import Law, Line, Trace
+from horizon_lm.plan.work import Law, Line, Trace
 from horizon_lm.schedule import derive_waits, simulate
 
 TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}

@@ -10,7 +10,7 @@ import zoo
 from horizon_lm.config import ModelSettings
 from horizon_lm.errors import UnsupportedModelError
 from horizon_lm.optim.gradients import add_gradients
-from horizon_lm.plan.grow import largest_that_fits
+from horizon_lm.plan.fit import largest_that_fits
 from horizon_lm.plan.outline import Outline
 from horizon_lm.plan.work import WorkMeter
 
@@ -34,7 +34,7 @@ def outline_of(name: str) -> Outline:
 @pytest.mark.parametrize("name", [n for n in zoo.CASES if n not in NOT_STREAMED])
 def test_what_trains_is_planned(name: str) -> None:
     outline = outline_of(name)
-    measures = outline.measures(1, 20, 128)
+    measures = outline.measures(1, zoo.WINDOW + 1, 128)
     assert len(measures.layers) == len(set(outline.kind_of))
     for layer in measures.layers:
         assert layer.forward.work and layer.backward.work and layer.boundary > 0

@@ -14,19 +14,22 @@ from horizon_lm.engine.policies import Policies
 from horizon_lm.errors import ConfigError, DoesNotFitError
 from horizon_lm.machine.profile import Profile, load_profile
 from horizon_lm.plan.choose import Planner
-from horizon_lm.plan.limits import Limits
-from horizon_lm.plan.outline import Outline, model_config
+from horizon_lm.plan.fit import Limits
+from horizon_lm.plan.outline import Outline
 from horizon_lm.plan.predict import predict
 from horizon_lm.plan.run_plan import RunPlan, plan_run
 from horizon_lm.plan.show import describe
-from planned_models import GB, SMALL, config_of
+from planned_models import GB, SMALL, config_of, known, outline_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def planner_of(config: TrainConfig, profile: Profile, limits: Limits) -> Planner:
-    outline = Outline(model_config(config), config)
-    return Planner(outline, profile, limits, frozenset(config.model_fields_set))
+    return Planner(outline_of(config), profile, limits, frozenset(config.model_fields_set))
+
+
+def plan_of(config: TrainConfig, hardware: str = "auto") -> RunPlan:
+    return plan_run(config, hardware, cache=known(config))
 
 
 # name: settings, host GB, device MB; each leaves a space that can be searched through
@@ -99,7 +102,7 @@ def test_pins_that_contradict_each_other_are_refused() -> None:
 
 
 def test_a_plan_gives_its_reasons() -> None:
-    plan = plan_run(config_of(max_length=128, tokens_per_step=512, slots=3), "rtx3090")
+    plan = plan_of(config_of(max_length=128, tokens_per_step=512, slots=3), "rtx3090")
     reasons = {choice.key: choice for choice in plan.choices}
     assert reasons["slots"].pinned and reasons["slots"].reason == "as configured"
     assert not reasons["activations"].pinned and reasons["activations"].reason == "all layers fit"
@@ -164,18 +167,18 @@ def test_the_plan_of_a_large_model_takes_little_work(monkeypatch: pytest.MonkeyP
 
 
 def test_what_only_device_memory_has_is_not_chosen_on_a_cpu() -> None:
-    on_cpu = {choice.key for choice in plan_run(config_of(max_length=128), "cpu-2core").choices}
-    on_gpu = {choice.key for choice in plan_run(config_of(max_length=128), "rtx3090").choices}
+    on_cpu = {choice.key for choice in plan_of(config_of(max_length=128), "cpu-2core").choices}
+    on_gpu = {choice.key for choice in plan_of(config_of(max_length=128), "rtx3090").choices}
     assert on_gpu - on_cpu == {"boundaries", "slots", "grad_slots"}
-    pinned = plan_run(config_of(max_length=128, slots=3), "cpu-2core").choices
+    pinned = plan_of(config_of(max_length=128, slots=3), "cpu-2core").choices
     assert [choice.pinned for choice in pinned if choice.key == "slots"] == [True]
 
 
 def test_the_end_of_the_search_is_not_called_the_largest() -> None:
-    text = describe(plan_run(config_of(max_length=128), "h200-1.5tb"))
+    text = describe(plan_of(config_of(max_length=128), "h200-1.5tb"))
     assert "per_device_train_batch_size 4,096 or more at max_length 128" in text
     assert "1,024 or more layers of this kind" in text
-    assert re.search(r"max_length [0-9,]+, all that the model has positions for,", text)
+    assert re.search(r"max_length [0-9,]+, all positions of the model,", text)
     config = config_of(max_length=128)
     planner = planner_of(config, *machine(0.05, 40))
     chosen = planner.choose(config.replace(reserve_host_gb=0.0))
@@ -186,21 +189,21 @@ def test_the_end_of_the_search_is_not_called_the_largest() -> None:
 def test_more_tokens_a_step_are_advised_where_the_update_limits() -> None:
     """The advice is what the planner predicts for it; where compute limits there is none."""
     config = config_of(max_length=16, per_device_train_batch_size=1, max_grad_norm=None)
-    plan = plan_run(config, "h100-sxm")
+    plan = plan_of(config, "h100-sxm")
     assert plan.prediction.limit().startswith("update")
     (advice,) = [note for note in plan.all_notes() if "gradient_accumulation_steps=" in note]
     wanted, rate = re.search(r"gradient_accumulation_steps=(\d+) .* give ([\d,]+) tokens/s", advice).groups()
-    more = plan_run(config.replace(gradient_accumulation_steps=int(wanted)), "h100-sxm")
+    more = plan_of(config.replace(gradient_accumulation_steps=int(wanted)), "h100-sxm")
     assert int(rate.replace(",", "")) > plan.prediction.tokens_per_second * 1.05
     found = plan.planner.predict(plan.config.replace(gradient_accumulation_steps=int(wanted)))
     assert rate == f"{found.tokens_per_second:,.0f}" and more.prediction.tokens == int(wanted) * 16
-    enough = plan_run(config_of(max_length=128, gradient_accumulation_steps=64), "cpu-2core")
+    enough = plan_of(config_of(max_length=128, gradient_accumulation_steps=64), "cpu-2core")
     assert enough.prediction.limit().startswith("compute") and enough.all_notes() == enough.notes
 
 
 def test_this_machine_is_not_called_one_that_is_not_here(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # nothing has been measured
-    plan = plan_run(config_of(max_length=128, device="cpu"))
+    plan = plan_of(config_of(max_length=128, device="cpu"))
     assert "not measured here" not in describe(plan) and plan.machine.startswith("this one")
     assert "`horizon doctor` measures it" in plan.machine
-    assert "not measured here" in describe(plan_run(config_of(max_length=128), "cpu-2core"))
+    assert "not measured here" in describe(plan_of(config_of(max_length=128), "cpu-2core"))

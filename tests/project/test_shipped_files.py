@@ -61,6 +61,14 @@ def test_a_page_names_what_exists(page: Path) -> None:
     assert set(re.findall(r"`?make ([a-z-]+)`", text)) <= targets
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_a_page_names_modules_that_exist(page: Path) -> None:
+    package = ROOT / "src" / "horizon_lm"
+    rooms = "|".join(sorted(p.name for p in package.iterdir() if p.is_dir()))
+    named = re.findall(rf"`((?:(?:{rooms})/)?[a-z_]+\.py)`", page.read_text())
+    assert not [name for name in named if not (package / name).exists()]
+
+
 def test_links_to_sections_lead_somewhere() -> None:
     for page in PAGES:
         for link, section in re.findall(r"\]\(([\w./-]+\.md)#([\w-]+)\)", page.read_text()):

@@ -34,7 +34,7 @@ ALLOWED = {
     ("training/save.py", "save_pretrained"): "fills a temporary folder",
     ("report/plot.py", "savefig"): "writes into a file that `files` opened",
     ("data/tokens.py", "memmap"): "mode r",
-    ("plan/calibrate.py", "TemporaryFile"): "has no name",
+    ("plan/rates.py", "TemporaryFile"): "has no name",
     ("io/output.py", "os.open"): "/dev/null",
     ("data/encode.py", "save_pretrained"): "fills a temporary folder",
     ("bench/worker.py", "fdopen"): "standard output",

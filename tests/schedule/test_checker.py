@@ -83,13 +83,12 @@ def _with(op: Op, region: str, slot: int) -> Op:
     ids=label,
 )
 def test_every_mutant_that_changes_the_result_is_found(plan: StepSpec) -> None:
-    changed = found = 0
+    changed = 0
     for what, ops in mutants(plan):
-        wrong = not run_symbolically(plan, ops)[0]
-        faults = check(ops, plan)
-        changed, found = changed + wrong, found + bool(faults)
-        assert faults or not wrong, what
-    print(f"\n{changed} mutants of {label(plan)} give another result, {found} are objected to")
+        if not run_symbolically(plan, ops)[0]:
+            changed += 1
+            assert check(ops, plan), what
+    print(f"\n{changed} mutants of {label(plan)} give another result, all are objected to")
     assert changed > 300
 
 

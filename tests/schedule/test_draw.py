@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from horizon_lm.report.metrics import lane_shares
 from horizon_lm.schedule import Op, StepSpec, build
-from horizon_lm.schedule.draw import chrome_trace, text_timeline, utilisation
+from horizon_lm.schedule.draw import busy_seconds, chrome_trace, text_timeline, utilisation
 
 UPLOAD, FORWARD = Op("U", 3, slot=1), Op("F", 3, 0, slot=1)
 SPANS = [(UPLOAD, 0.010, 0.040), (FORWARD, 0.040, 0.060), (Op("O", 3), 0.060, 0.110)]
@@ -62,10 +63,17 @@ def test_text() -> None:
 def test_nothing_recorded() -> None:
     assert text_timeline([]) == "no spans were recorded"
     assert chrome_trace([])["traceEvents"][1:] == []
-    assert utilisation([]) == {}
+    assert utilisation([]) == {} and busy_seconds([]) == {}
 
 
 def test_spans_without_length() -> None:
     spans = [(FORWARD, 1.0, 1.0)]
     assert utilisation(spans)["compute"]["share"] == 0.0
     assert "compute" in text_timeline(spans)
+
+
+def test_metrics_count_overlapping_spans_of_a_lane_once() -> None:
+    """As the table does; a sum of durations would say that the lane was busy all the time."""
+    op = Op("U", 0, micro_batch=-1)
+    spans = [(op, 0.0, 2.0), (op, 1.0, 3.0)]
+    assert lane_shares(spans, 4.0) == {"upload": 0.75}

@@ -20,24 +20,28 @@ from schedule_authorities import (
     random_order,
     run_symbolically,
 )
+from sizes import times
+
+# Coprime to the number of values of each setting: all of them are among these.
+GRID = EVERY[:: times(5, 1)]
 
 
-def test_two_consecutive_steps_are_sound_over_the_whole_grid() -> None:
+def test_two_consecutive_steps_are_sound_over_the_grid() -> None:
     assert len(PLANS) > 1400 and len(POLICIES) > 900
-    for plan in EVERY:
+    for plan in GRID:
         ops, waits = prepared(plan)
         assert check(ops, plan, waits) == [], label(plan)
 
 
 def test_two_steps_compute_what_a_nested_loop_computes() -> None:
-    for plan in EVERY:
+    for plan in GRID:
         assert run_symbolically(plan, prepared(plan)[0])[0], label(plan)
 
 
 def test_any_order_that_the_waits_allow_computes_the_same_across_the_seam() -> None:
     """Released buffers are poisoned, so this also shows that nothing is released too early."""
     rng, overlapping = random.Random(0), 0
-    for plan in EVERY[::3]:
+    for plan in EVERY[:: times(7, 3)]:
         ops, waits = prepared(plan)
         ends = last_uses(ops)
         for _ in range(3):
@@ -65,9 +69,12 @@ def test_uploads_of_a_step() -> None:
 
 def test_uploads_do_not_depend_on_micro_batches() -> None:
     for plan in PLANS:
-        for kind in "UD":
-            one = [str(op) for op in build(replace(plan, micro_batches=1)) if op.kind == kind]
-            assert one == [str(op) for op in build(plan) if op.kind == kind]
+        if plan.micro_batches > 1:
+            one, several = build(replace(plan, micro_batches=1)), build(plan)
+            for kind in "UD":
+                assert [str(op) for op in one if op.kind == kind] == [
+                    str(op) for op in several if op.kind == kind
+                ]
 
 
 def test_micro_batches_pass_the_turn_one_after_another() -> None:

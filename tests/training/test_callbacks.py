@@ -174,7 +174,7 @@ REFUSED: list[tuple[Any, str, str]] = [
     ([OnlySteps], "is a class, expected an object", "OnlySteps()"),
     ([object()], "no method of a callback", "on_step_end, on_log"),
     ([Mistyped()], "on_step_ends would never be called", "did you mean on_step_end"),
-    ([OtherArguments()], "on_log cannot be called as", "def on_log"),
+    ([OtherArguments()], "on_log cannot be called as", "define it as on_log(self, state, control)"),
     ([EarlyStoppingCallback()], "transformers' Trainer", "early_stopping_patience"),
 ]
 

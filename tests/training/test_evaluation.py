@@ -292,8 +292,8 @@ def test_eval_without_anything_to_evaluate_on_says_what_to_set(tuned: Any, chats
         assert cli.main(["eval", *arguments]) == 2
         lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note")]
         assert lines == [
-            "error: there is there is no evaluation data",
-            "hint: eval_datasets=FILE, a folder or a Hub name",
+            "error: there is nothing to evaluate on",
+            "hint: set eval_datasets=FILE, a folder or a Hub name",
         ]
     assert cli.main(["eval", f"eval_datasets={chats / 'eval.jsonl'}"]) == 2
     assert "no model" in capsys.readouterr().err

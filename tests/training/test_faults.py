@@ -196,21 +196,21 @@ def test_a_run_folder_may_have_any_name(text: Path, tmp_path: Path) -> None:
 def test_steps_and_checkpoints_leave_nothing_behind(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """2,000 steps (400 in the short form), a checkpoint every 20: resident memory, open files and threads."""
-    steps = times(400, 2000)
+    """2,000 steps (200 in the short form), a checkpoint every 10: resident memory, open files and threads."""
+    steps = times(200, 2000)
     process, seen = psutil.Process(), []
     after = saver.Saver.after
 
     def look(self: Any, record: Any, *, is_last: bool, **more: Any) -> None:
         after(self, record, is_last=is_last, **more)
-        if record.step % 20 == 19 and not is_last:  # no checkpoint is being written
+        if record.step % 10 == 9 and not is_last:  # no checkpoint is being written
             self.finish()
             gc.collect()
             seen.append((process.memory_info().rss, process.num_fds(), threading.active_count()))
 
     monkeypatch.setattr(saver.Saver, "after", look)
     train(
-        settings(text, tmp_path / "run", max_steps=steps, save_steps=20, save_total_limit=2, progress="off")
+        settings(text, tmp_path / "run", max_steps=steps, save_steps=10, save_total_limit=2, progress="off")
     )
     settled = seen[len(seen) // 4 :]
     grown = settled[-1][0] / settled[0][0] - 1

@@ -21,7 +21,7 @@ from horizon_lm.checkpoint.folder import list_checkpoints
 from sizes import SOAK, times
 from small_runs import losses_of, tensors_of, values
 
-KILLS = times(8, 200)
+KILLS = times(5, 200)
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_samples")
 
@@ -144,7 +144,7 @@ def test_killed_at_random_moments_a_run_resumes_with_the_same_bits(
 @pytest.mark.timeout(times(300, 1800))
 def test_stopped_at_random_moments_a_run_resumes_with_the_same_bits(text: Path, tmp_path: Path) -> None:
     """SIGTERM, SIGINT, SIGUSR1 from outside: each ends with its code, and nothing has to be done again."""
-    stops, rng = times(6, 60), random.Random(4)
+    stops, rng = times(3, 60), random.Random(4)
     common = {"max_steps": 24, "save_steps": 10, "update": "deferred"}
     victim = Victim()
     assert victim.attempt(values(text, tmp_path / "straight", **common), -1) == 0

@@ -175,7 +175,7 @@ def test_auto_of_a_stream_and_of_a_plan(
         file.write_text(by_tokens(path, tmp_path / "new", **cut).to_yaml())
         assert cli.main(command) == 0
         shown = capsys.readouterr().out
-        assert f"tokens_per_step=auto: the data was not read; {tokens:,} tokens a step" in shown
+        assert f"tokens_per_step=auto: the data was not read; {tokens:,} tokens per step" in shown
     assert cli.main(["data", "preview", str(file)]) == 0
     assert "an epoch     1 step of " in capsys.readouterr().out  # not one sequence a step
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from horizon_lm.checkpoint import manifest
 from horizon_lm.checkpoint.folder import Checkpoint, Rejected, RunFolder
 from horizon_lm.errors import CheckpointError, ConfigError, HorizonError
 from horizon_lm.io import files
+from horizon_lm.io.hub import REPOSITORY
 
 Kind = Literal["run", "checkpoint", "model", "configuration", "file", "empty", "folder", "absent"]
 
@@ -26,7 +26,6 @@ _NOT_OF_A_NEW_RUN = (
     *("init_model", "train_tokenizer_vocab_size", "tokenizer_name_or_path", "model_revision"),
     "resume_from_checkpoint",
 )
-_REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name on the Hub
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def has_model(folder: Path) -> bool:
 
 def may_be_on_hub(name: str) -> bool:
     """Tell whether `name`, which is not a local path, may be on the Hub: owner/name, or a name alone."""
-    return bool(_REPOSITORY.fullmatch(name)) and not name.endswith((".yaml", ".yml", ".jsonl", ".json"))
+    return bool(REPOSITORY.fullmatch(name)) and not name.endswith((".yaml", ".yml", ".jsonl", ".json"))
 
 
 def _checkpoint(path: Path) -> Identified:

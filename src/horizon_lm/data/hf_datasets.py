@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from horizon_lm.data.file_content import FileHashes
 from horizon_lm.data.readers import Media, PlacedRow, without_filling
 from horizon_lm.errors import DataError
 from horizon_lm.io.files import read_bytes
-from horizon_lm.io.hub import require_reachable
+from horizon_lm.io.hub import REPOSITORY, require_reachable
 from horizon_lm.io.inside import check_files
 from horizon_lm.words import size
 
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 _LARGEST_JSON = 1 << 26
-_REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _MEDIA = frozenset({"Audio", "Image", "Video", "Pdf", "Nifti", "Mesh", "BioSequence", "BioStructure"})
 _ROWS_AT_A_TIME = 10  # the library's own batch
 
@@ -45,7 +43,7 @@ def is_saved_dataset(path: Path) -> bool:
 
 def looks_like_repository(name: str) -> bool:
     """Return whether `name`, which is not a local path, may be a dataset on the Hub: owner/name or name."""
-    return bool(_REPOSITORY.fullmatch(name)) and not name.lower().endswith(SUFFIXES)
+    return bool(REPOSITORY.fullmatch(name)) and not name.lower().endswith(SUFFIXES)
 
 
 def open_dataset(settings: DatasetConfig, *, streaming: bool = False) -> ArrowRows:

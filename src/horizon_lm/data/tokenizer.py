@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from horizon_lm.errors import ConfigError
-from horizon_lm.io.hub import is_offline, require_reachable
+from horizon_lm.io.hub import REPOSITORY, is_offline, require_reachable
 from horizon_lm.model.configuration import check_folder, reason_of
 from horizon_lm.model.folder import check_model_folder
 
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # all bytes, and the end-of-text token
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-_REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name on the Hub: owner/name, or name alone
 
 
 def load_tokenizer(
@@ -40,7 +38,7 @@ def load_tokenizer(
     is_local = path.is_dir()
     if is_local and not any((path / name).is_file() for name in _TOKENIZER_FILES):
         raise ConfigError(f"{name_or_path} has no tokenizer", hint=hint)
-    if not is_local and (path.exists() or not _REPOSITORY.fullmatch(name_or_path)):
+    if not is_local and (path.exists() or not REPOSITORY.fullmatch(name_or_path)):
         raise ConfigError(f"{name_or_path} is not a folder with a tokenizer", hint=hint)
     require_reachable(name_or_path, key)
     check_model_folder(path)

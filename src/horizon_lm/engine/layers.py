@@ -140,10 +140,10 @@ class LayerForward:
 
 
 class Layer(NamedTuple):
-    """Decoder layer `index` (0-based) with its weights, in whatever slot they are now, and its arguments."""
+    """Decoder layer `number` (0-based) with its weights, in whatever slot they are now, and its arguments."""
 
     skeleton: Skeleton
-    index: int
+    number: int
     weights: UnitWeights | None
     call: Call
 
@@ -163,8 +163,8 @@ class Layer(NamedTuple):
         shared = _sharing([] if weights is None else [weights.weights])
         with (
             torch.set_grad_enabled(grad),
-            skeleton.bound(self.index + 1, weights, grad=grad, aliased=bool(policy)) as bound,
-            capture_routers(skeleton, self.index) as routers,
+            skeleton.bound(self.number + 1, weights, grad=grad, aliased=bool(policy)) as bound,
+            capture_routers(skeleton, self.number) as routers,
         ):
             if policy == KEEP and weights is not None:
                 saved = _Weights(weights.weights, bound)
@@ -191,9 +191,9 @@ class Layer(NamedTuple):
         """The layer's output, with the graph that the policy asks for; its weights must be bound."""
         assert box.hidden is not None
         if not policy and not grad:
-            return run_layer(self.skeleton, self.index, self.call, box.hidden)
+            return run_layer(self.skeleton, self.number, self.call, box.hidden)
         root = torch.zeros((), device=box.hidden.device, requires_grad=grad)
-        run = partial(_run_on_entry, self.skeleton, self.index, self.call, box)
+        run = partial(_run_on_entry, self.skeleton, self.number, self.call, box)
         if policy == RECOMPUTE:
             output: torch.Tensor = checkpoint(run, root, use_reentrant=False, preserve_rng_state=False)
             return output
@@ -223,9 +223,9 @@ class Layer(NamedTuple):
         roots = [graph.output, *(get_gradient_edge(r.logits) for r in graph.routers)]
         gradients = [output_gradient]
         if graph.routers:
-            gradients += [r.logits for r in self.call.routers[self.index]]
+            gradients += [r.logits for r in self.call.routers[self.number]]
         graph.box.hidden = hidden
-        unit = self.index + 1
+        unit = self.number + 1
         with (
             self.skeleton.bound(unit, self.weights, grad=True) as bound,
             collecting(self.skeleton, unit, graph.leaves, gradient),

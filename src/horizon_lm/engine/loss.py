@@ -1,7 +1,7 @@
-"""Linear + loss by chunks of tokens, so that the logits of all tokens never exist.
+"""Head and loss by chunks of tokens, so that the logits of all tokens never exist at once.
 
-Each chunk runs forward and backward before the next one starts, and its logits are freed. Losses are
-computed from fp32 logits, as transformers' `ForCausalLMLoss` does.
+Each chunk runs forward and backward, and its logits are freed, before the next one starts. Losses are
+computed from fp32 logits, as in transformers' `ForCausalLMLoss`.
 """
 
 from __future__ import annotations
@@ -18,34 +18,33 @@ from horizon_lm.errors import ConfigError
 from horizon_lm.model.capture import run_head
 from horizon_lm.model.skeleton import Skeleton
 
-# Elements of fp32 logits alive at once when `loss_chunk_tokens` is auto: 512 MB, and about three
-# times that with their gradient and bf16 copy.
+# Elements of fp32 logits alive at once with `loss_chunk_tokens: auto`: 512 MB, about three times that with
+# their gradient and bf16 copy.
 _AUTO_LOGITS = 1 << 27
 
 # Opens the random state of one pass of a unit over a micro-batch: the same state each time.
 Draws = Callable[[], AbstractContextManager[None]]
 # (skeleton, hidden [batch, tokens, width], targets [batch, tokens] on the host, the head's random state) ->
-# (fp32 scalar on the device, gradient of hidden). The gradients of the head's parameters go to the leaves
-# that are bound.
+# (fp32 scalar on the device, gradient of hidden). Gradients of the head's parameters go to the bound leaves.
 HeadLoss = Callable[[Skeleton, torch.Tensor, torch.Tensor, Draws], tuple[torch.Tensor, torch.Tensor]]
 # (log-probabilities [batch, tokens - 1], micro-batch) -> scalar, or (scalar, metrics)
 LossFunction = Callable[[torch.Tensor, dict[str, torch.Tensor]], Any]
 
 
 def shifted_targets(labels: torch.Tensor) -> torch.Tensor:
-    """Next-token targets of labels [batch, tokens] that are aligned with the inputs (int64)."""
+    """Shift labels [batch, tokens], aligned with the inputs, to next-token targets (int64)."""
     return F.pad(labels, (0, 1), value=IGNORED)[..., 1:].contiguous()
 
 
 def chunk_tokens(setting: int | str, vocabulary: int) -> int:
-    """Tokens in a chunk of the loss."""
+    """Tokens per loss chunk."""
     return max(128, _AUTO_LOGITS // vocabulary) if setting == "auto" else int(setting)
 
 
 def _chunks(
     hidden: torch.Tensor, targets: torch.Tensor, chunk: int
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """(place, hidden [n, width], targets [n] on the device) of each chunk that has a target."""
+    """Yield (slice, hidden [n, width], targets [n] on the device) of each chunk with a target."""
     for start in range(0, hidden.shape[0], chunk):
         place = slice(start, start + chunk)
         wanted = targets[place]
@@ -54,17 +53,17 @@ def _chunks(
 
 
 def cross_entropy(num_tokens: int, chunk: int, label_smoothing: float = 0.0) -> HeadLoss:
-    """The mean cross-entropy over the `num_tokens` targets of the whole step.
+    """Build the mean cross-entropy over the `num_tokens` targets of the whole step.
 
-    label_smoothing: epsilon. The loss of a target is (1 - epsilon) times its own -log p, and epsilon times
-    the mean of -log p over the vocabulary: transformers' LabelSmoother, computed in fp32.
+    label_smoothing: epsilon. The loss of a target is (1 - epsilon) times its -log p, plus epsilon times the
+    mean of -log p over the vocabulary: transformers' LabelSmoother, computed in fp32.
     """
 
     def head_loss(
         skeleton: Skeleton, hidden: torch.Tensor, targets: torch.Tensor, draws: Draws
     ) -> tuple[torch.Tensor, torch.Tensor]:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        # A tensor, since CUDA divides by a number as it multiplies by the reciprocal: other bits.
+        # A tensor: CUDA divides by a Python number by multiplying with its reciprocal, which changes bits.
         divisor = torch.full((), num_tokens, dtype=torch.float32, device=hidden.device)
         flat = hidden.flatten(0, 1)
         gradient = torch.zeros_like(flat)
@@ -91,9 +90,9 @@ def cross_entropy(num_tokens: int, chunk: int, label_smoothing: float = 0.0) -> 
 def log_probabilities(
     skeleton: Skeleton, hidden: torch.Tensor, targets: torch.Tensor, chunk: int
 ) -> torch.Tensor:
-    """log p(target) of each token, fp32 [batch, tokens] on the device; 0 where the target is ignored.
+    """Compute log p(target) of each token, fp32 [batch, tokens] on the device; 0 for ignored targets.
 
-    hidden: [batch, tokens, width]; targets: [batch, tokens] on the host. The head must be bound.
+    hidden: [batch, tokens, width]. targets: [batch, tokens] on the host. The head must be bound.
     """
     flat = hidden.flatten(0, 1)
     found = torch.zeros(flat.shape[0], dtype=torch.float32, device=hidden.device)
@@ -109,7 +108,7 @@ def _log_probability(skeleton: Skeleton, hidden: torch.Tensor, wanted: torch.Ten
 
 
 def check_loss_function(loss_fn: Any, label_smoothing: float) -> None:
-    """Raise ConfigError for something else than a function, and for one that makes smoothing void."""
+    """Raise ConfigError for a loss_fn that is not a function, or that makes label smoothing void."""
     if loss_fn is None:
         return
     if not callable(loss_fn):
@@ -128,11 +127,11 @@ def check_loss_function(loss_fn: Any, label_smoothing: float) -> None:
 def custom(
     loss_fn: LossFunction, batch: dict[str, torch.Tensor], chunk: int, metrics: dict[str, float]
 ) -> HeadLoss:
-    """A loss of the user's own on each token's log-probability.
+    """Build a head loss from a user's function of log-probabilities.
 
-    The logits are computed twice: once for the log-probabilities that `loss_fn` gets, once for the
-    gradient that it sends back. metrics: receives what it returns beside the loss.
-    Raises ConfigError when it does not return a scalar that depends on the log-probabilities.
+    Logits are computed twice: for the log-probabilities that `loss_fn` receives, and for its gradient.
+    metrics: filled with what it returns besides the loss.
+    Raises ConfigError unless it returns a scalar that depends on the log-probabilities.
     """
 
     def head_loss(
@@ -141,7 +140,7 @@ def custom(
         with draws():  # the last token of a row has no target
             leaf = log_probabilities(skeleton, hidden, targets, chunk)[:, :-1].requires_grad_()
         given = {name: value.to(hidden.device) for name, value in batch.items()}
-        loss, extra = _checked(loss_fn(leaf, given))  # what it draws comes from the caller's generators
+        loss, extra = _checked(loss_fn(leaf, given))  # draws from the caller's generators
         metrics.update({str(name): _number(name, value) for name, value in extra.items()})
         loss.backward()
         if leaf.grad is None:
@@ -149,7 +148,7 @@ def custom(
         wanted_gradient = F.pad(leaf.grad, (0, 1)).flatten()
         flat = hidden.flatten(0, 1)
         gradient = torch.zeros_like(flat)
-        with draws():  # the head's noise once more
+        with draws():  # the same head noise again
             for place, piece, wanted in _chunks(flat, targets.flatten(), chunk):
                 found = _log_probability(skeleton, piece.requires_grad_(), wanted)
                 found.backward(wanted_gradient[place])

@@ -17,10 +17,8 @@ from horizon_lm.memory.preflight import check_host_memory
 from horizon_lm.memory.store import GradientSlabs, StoreSpec
 from horizon_lm.model.loading import count_parameters
 from horizon_lm.model.skeleton import Skeleton
-from horizon_lm.optim.checks import finite_number
-from horizon_lm.optim.groups import check_patterns, group_rule, segments
-from horizon_lm.optim.optimizer import Optimizer, UpdateSettings
-from horizon_lm.optim.rules import ADAPTIVE_RULES
+from horizon_lm.optim.optimizer import Optimizer, UpdateSettings, check_patterns, group_rule, segments
+from horizon_lm.optim.rules import ADAPTIVE_RULES, finite_number
 from horizon_lm.schedule import StepSpec
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -22,7 +22,7 @@ from horizon_lm.text import redact
 
 _log = logging.getLogger(__name__)
 _PATIENCE_SECONDS = 2.5  # for one connection, unless HF_HUB_ETAG_TIMEOUT is set
-_REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # a name on the Hub: owner/name, or name alone
 _said: set[str] = set()
 
 
@@ -35,7 +35,7 @@ def require_reachable(
     names that cannot be a repository's. Without a network, a cached repository is used with a warning, and
     the process stays offline.
     """
-    if Path(name).expanduser().exists() or not _REPOSITORY.fullmatch(name):
+    if Path(name).expanduser().exists() or not REPOSITORY.fullmatch(name):
         return
     from huggingface_hub import constants
 

@@ -1,4 +1,4 @@
-"""Where a run happens: processor, cores, memory, and the commit of the source that runs."""
+"""What a run's record says about machine and source: processor, cores, memory, commit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from horizon_lm.machine.cores import usable_cores
 
 
 def machine() -> dict[str, Any]:
-    """Plain values, for the first line of metrics.jsonl; nothing that names the machine or its user."""
+    """Return plain values for the first line of metrics.jsonl; none identifies the machine or its user."""
     return {
         "cpu": cpu_name(),
         "cores": usable_cores(),
@@ -26,7 +26,7 @@ def machine() -> dict[str, Any]:
 
 
 def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's own name; its architecture where the system does not tell."""
+    """Return the processor's name, or its architecture if the system does not tell."""
     try:
         lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -37,9 +37,9 @@ def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
 
 @cache
 def commit(package: Path = Path(__file__).parents[1]) -> str | None:
-    """The commit that the running source is of, with `+` where files differ from it; None if unknown.
+    """Return the commit of the running source, with `+` if files differ from it; None if unknown.
 
-    Known from a checkout (`src/horizon_lm` below a `.git`) or from pip, where it installed from git.
+    Known in a checkout (`src/horizon_lm` below a `.git`), or if pip installed from git.
     """
     root = package.parents[1]
     if package.parent.name == "src" and (root / ".git").exists():

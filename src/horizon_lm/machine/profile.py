@@ -1,12 +1,12 @@
-"""A machine as the planner sees it: a few rates and sizes, read from a data file with their sources.
+"""Hardware profiles: rates and sizes of a machine with their sources, for the planner.
 
-Shipped files describe machines that are not here; `horizon doctor` measures the one at hand and writes the
-same format.
+Shipped files describe common machines; `horizon doctor` measures this one and writes the same format.
 """
 
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -18,12 +18,12 @@ from horizon_lm.config.base import STRICT
 from horizon_lm.errors import ConfigError
 
 _FOLDER = "horizon_lm.machine.profiles"
-# Without a profile of this machine its times are those of the smallest shipped one.
+# Serves until `horizon doctor` has measured this machine: the smallest shipped profile.
 FALLBACK = "cpu-2core"
 
 
 class Rates(BaseModel):
-    """FLOPs a second by number format."""
+    """Rates per second by number format."""
 
     model_config = STRICT
 
@@ -35,14 +35,14 @@ class Rates(BaseModel):
 
 
 class Profile(BaseModel):
-    """Sizes in bytes, rates a second. Every key has an entry in `sources`.
+    """Sizes in bytes, rates per second. Every key has an entry in `sources`.
 
-    matmul, attention, attention_backward: FLOPs as torch counts them (attention without regard to
-    causality); elementwise: bytes read and written; operation_seconds: what any operation takes at least.
-    h2d, d2h: while both are at work. optimizer: bytes that the update on the host reads and writes; host: of
-    a copy in host memory. process_bytes: a process with torch and transformers before it has a model;
-    heap_share: what the C library's heap takes beyond what is alive in it, as a share of that (where the
-    device is the CPU). context_bytes: what the device's driver and libraries take.
+    matmul, attention, attention_backward: FLOPs as torch counts them (attention ignoring causality).
+    elementwise: bytes read and written. operation_seconds: the least that any operation takes. h2d, d2h: with
+    both directions busy. optimizer: bytes that the update on the host reads and writes. host: bytes that a
+    copy in host memory reads and writes. process_bytes: a process with torch and transformers before it has a
+    model. heap_share: overhead of the C library's heap as a share of what is alive in it (if the device is
+    the CPU). context_bytes: taken by the device's driver and libraries.
     """
 
     model_config = STRICT
@@ -73,32 +73,32 @@ class Profile(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=100)
 
     def rates(self, kind: str) -> Rates:
-        """Of a kind of operation; see `plan.work`."""
+        """Rates of a kind of operation; see `plan.work`."""
         found: Rates = getattr(self, kind)
         return found
 
     @property
     def kind(self) -> str:
-        """How far its figures may be trusted, in words."""
+        """How reliable its figures are, in words."""
         return "measured on this machine" if self.measured else "simulated: not measured here"
 
 
 def shipped() -> list[str]:
-    """Names of the profiles that come with the package."""
+    """List the profiles that come with the package."""
     files = resources.files(_FOLDER).iterdir()
     return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
 
 
 def cache_path() -> Path:
-    """Where `horizon doctor` leaves the profile of this machine."""
+    """Return the path to which `horizon doctor` writes the profile of this machine."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "horizon-lm" / "hardware.yaml"
 
 
 def load_profile(name: str) -> Profile:
-    """A shipped profile, a file, or `auto`: what doctor measured here, else the fallback.
+    """Load a shipped profile, a file, or `auto`: the profile measured by doctor, else the fallback.
 
-    Raises ConfigError for a name that is neither, and for a file with a fault.
+    Raises ConfigError for a name that is neither, and for an invalid file.
     """
     if name == "auto":
         return read_profile(cache_path()) if cache_path().is_file() else load_profile(FALLBACK)
@@ -108,7 +108,8 @@ def load_profile(name: str) -> Profile:
     if Path(name).expanduser().is_file():
         return read_profile(Path(name).expanduser())
     raise ConfigError(
-        f"hardware={name!r} is neither a profile nor a file", hint=f"one of {', '.join(shipped())}, or a file"
+        f"hardware={name!r} is neither a profile nor a file",
+        hint=f"use one of {', '.join(shipped())}, or a file",
     )
 
 
@@ -121,13 +122,14 @@ def read_profile(path: Path) -> Profile:
         ) from error
 
 
+@lru_cache(maxsize=16)  # YAML takes longer than all else that a small run plans
 def _parse(text: str, where: str) -> Profile:
     try:
         profile = Profile.model_validate(yaml.safe_load(text))
     except (ValidationError, yaml.YAMLError) as error:
         first = str(error).splitlines()[1:3] or [str(error)]
         raise ConfigError(
-            f"hardware: {where} is no profile: {' '.join(line.strip() for line in first)}",
+            f"hardware: {where} is not a profile: {' '.join(line.strip() for line in first)}",
             hint="`horizon doctor --fresh` writes a new one; docs/planning.md has the format",
         ) from error
     missing = sorted(

@@ -6,12 +6,15 @@ gradient slot the store's gradient buffer if dtypes match: no copies.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from horizon_lm.memory import arena
+from horizon_lm.memory.layout import UnitLayout
 from horizon_lm.memory.store import HostStore
+from horizon_lm.schedule import StepSpec
 
 
 class UnitWeights(NamedTuple):
@@ -20,6 +23,17 @@ class UnitWeights(NamedTuple):
 
     weights: torch.Tensor
     wide_residual: torch.Tensor
+
+
+def slot_bytes(units: Sequence[UnitLayout], plan: StepSpec, dtype: torch.dtype) -> dict[str, int]:
+    """Predict the bytes of the weight and gradient slots. Gradients accumulate in fp32."""
+    weights = max((units[u].slot_numel for u in plan.uploaded), default=0)
+    downloaded = [u for u in plan.trainable if u <= plan.head]
+    gradients = max((units[u].trainable_numel for u in downloaded), default=0)
+    return {
+        "weight_slots": plan.slots * weights * dtype.itemsize,
+        "gradient_slots": plan.grad_slots * gradients * torch.float32.itemsize,
+    }
 
 
 class WeightSlots:

@@ -1,7 +1,7 @@
-"""Gradients in host memory: added up, or brought to where the update reads them and measured on the way.
+"""Gradients in host memory: added up, or copied to where the update reads them and measured on the way.
 
-Each in one pass of C++ (csrc/gradients.cpp) where that was built, else in torch operations that give the
-same bits. Those depend on neither the instruction set nor the number of threads.
+Each takes one pass of C++ (csrc/gradients.cpp) if that was built, else torch operations. Both are bitwise
+identical for any instruction set and number of threads.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _CHUNK = 1 << 18  # elements of the reference's temporaries; whole blocks
 def add_gradients(
     total: torch.Tensor, first: torch.Tensor, second: torch.Tensor, *, begins: bool, isa: str = "auto"
 ) -> None:
-    """total = (total + first) + second, without what total held where it `begins`.
+    """Compute total = (total + first) + second; if it `begins`, total counts as 0.
 
-    All of one shape and contiguous, in host memory; first and second of one dtype, bf16 or fp32, total too.
-    Two are added at a time, since a sum costs the memory traffic of reading and writing the total. A sum in
-    bf16 is torch's: it is met where one parameter is used twice by what writes a gradient once.
+    All have one shape and are contiguous, in host memory, bf16 or fp32; first and second have one dtype. Two
+    are added at a time, since a sum costs the memory traffic of reading and writing the total. A sum in bf16
+    is torch's: it occurs if one parameter is used twice by code that writes a gradient once.
     """
     lib = _library(total, first, second) if total.dtype == torch.float32 else None
     if lib is None or first.dtype != second.dtype:
@@ -40,8 +40,8 @@ def add_gradients(
 def move_gradient(source: torch.Tensor, target: torch.Tensor, *, isa: str = "auto") -> float:
     """Copy a gradient [n] to target [n], each bf16 or fp32 in host memory, and return its squared norm.
 
-    The norm is of what the update will read, that is after rounding (to nearest, ties to even). Sums are
-    fp32 over 64 elements and fp64 beyond. target may be source, which is then measured where it is.
+    The norm is that of the rounded values (to nearest, ties to even), which the update reads. Sums are fp32
+    over 64 elements and fp64 beyond. If target is source, it is only measured.
     """
     squares = torch.empty(-(-source.numel() // _BLOCK), dtype=torch.float64)
     lib = _library(source, target)
@@ -51,14 +51,14 @@ def move_gradient(source: torch.Tensor, target: torch.Tensor, *, isa: str = "aut
         runs = source.data_ptr(), _DTYPES.index(source.dtype), target.data_ptr(), _DTYPES.index(target.dtype)
         rest = squares.data_ptr(), source.numel(), ISAS.index(isa), torch.get_num_threads()
         _check(lib.horizon_move_gradient(*runs, *rest), isa)
-    # One after another, whatever the number of threads: torch's own sum is cut over them.
+    # In order for any number of threads: torch's own sum is split over them.
     return float(np.cumsum(squares.numpy())[-1]) if squares.numel() else 0.0
 
 
 def _library(*tensors: torch.Tensor) -> ctypes.CDLL | None:
-    """The library, where it can take them: contiguous, of a dtype that it knows, and no fake tensors.
+    """Return the library if it can take these: contiguous, of a supported dtype, not fake.
 
-    What a dispatch mode watches (the planner, the race detector of the tests) is done by operations of torch.
+    Under a dispatch mode (the planner, the race detector of the tests) torch operations serve.
     """
     assert len({tensor.numel() for tensor in tensors}) == 1
     if _get_current_dispatch_mode() is not None:
@@ -74,13 +74,14 @@ def _check(status: int, isa: str) -> None:
         raise ValueError(f"isa={isa!r} is not available here")
 
 
-# In torch: serves without a compiler, and tests compare the C++ with it.
+# The torch reference: serves without a compiler, and tests compare the C++ with it.
 
 
 def _add(total: torch.Tensor, gradient: torch.Tensor, begins: bool) -> None:
-    """Widened first, piece by piece: torch adds bf16 to fp32 element by element, ten times as slowly.
+    """Widens piece by piece: torch adds bf16 to fp32 element by element, ten times as slowly.
 
-    Tensors without memory stand for the C++: one pass, whose bytes a plan counts."""
+    Fake tensors stand for the C++: one pass, whose bytes a plan counts.
+    """
     if begins:
         total.copy_(gradient)
         return

@@ -1,10 +1,18 @@
 """The update in one fused pass of C++ (csrc/optimizer.cpp), called through ctypes without the GIL.
 
-setup.py builds the library when the package is installed. Where the package is used from its sources,
+setup.py builds the library when the package is installed. To build it in a source tree:
 
     python -m horizon_lm.optim.kernel --build
 
-builds it in place. Without it `update_run` falls back on the torch reference: the same bits, more slowly.
+Without it `update_run` uses the torch reference: bitwise identical, more slowly.
+
+`Progress` records how far the update of a unit has come, with no gap between the work and its entry. Python
+raises what comes from outside (a KeyboardInterrupt of a signal handler, `PyThreadState_SetAsyncExc`) between
+two bytecodes, so also after a call of the kernel and before a statement that would note it. Here both are
+one act:
+
+    the kernel      is called by `list.extend`, which files what it returns: one C call in all
+    the reference   computes copies; a log then holds what to copy back, and copying twice does no harm
 """
 
 from __future__ import annotations
@@ -13,19 +21,17 @@ import ctypes
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from horizon_lm.machine.cores import usable_cores
 from horizon_lm.optim import reference
-from horizon_lm.optim.progress import Progress
-from horizon_lm.optim.rules import RULES, Hyper, check_run, coefficients
-
-__all__ = ["ISAS", "Hyper", "available_isas", "describe", "library", "update", "update_run"]
+from horizon_lm.optim.rules import RULES, Numbers, Tensors, check_update, coefficients
 
 ISAS = ("auto", "plain", "baseline", "avx2", "avx512")  # numbered as in csrc/optimizer.cpp
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -36,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Update(ctypes.Structure):
-    """`Update` of csrc/optimizer.cpp."""
+    """Mirror of `Update` in csrc/optimizer.cpp."""
 
     _fields_ = [
         ("count", ctypes.c_int64),
@@ -74,6 +80,48 @@ def load(path: Path) -> ctypes.CDLL:
         *(pointer, ctypes.c_int64, number, number),
     ]
     return loaded
+
+
+Copies = list[tuple[torch.Tensor, torch.Tensor]]  # target, value
+
+
+@dataclass
+class Progress:
+    """pieces: into which the update is cut, in a fixed order; known once it has begun. ended: the status of
+    each piece that is made. log: a piece that is computed, but perhaps not copied to its place."""
+
+    pieces: int = 1
+    ended: list[int] = field(default_factory=list)
+    log: tuple[int, Copies] | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        return bool(self.ended) or self.log is not None
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.ended) >= self.pieces
+
+    def call(self, function: Callable[..., int], argument: object) -> int:
+        """Make a piece by one function of C, which is called and noted without a bytecode in between."""
+        self.ended.extend(map(function, (argument,)))
+        return self.ended[-1]
+
+    def copy(self, copies: Copies) -> None:
+        """Make a piece by copying values to their targets, which nothing else writes to meanwhile."""
+        self.log = len(self.ended), copies
+        self.end_copies()
+
+    def end_copies(self) -> None:
+        """Make the piece in the log, whether or not that was begun or even ended before."""
+        if self.log is None:
+            return
+        number, copies = self.log
+        if number == len(self.ended):
+            for target, value in copies:
+                target.copy_(value)
+            self.ended.append(0)
+        self.log = None
 
 
 @cache
@@ -117,53 +165,42 @@ def describe() -> str:
 
 
 def update(
-    rule: str,
-    weights: torch.Tensor,
-    residual: torch.Tensor | None,
-    grads: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor | None,
+    tensors: Tensors,
+    numbers: Numbers,
     *,
-    hyper: Hyper,
-    step: int,
-    grad_scale: float = 1.0,
-    element_offset: int = 0,
-    seed: int = 0,
     threads: int | None = None,
     isa: str = "auto",
     progress: Progress | None = None,
 ) -> None:
-    """Update a run of n elements in place; all tensors 1-D [n], contiguous, in host memory.
+    """Update n elements in place.
 
-    weights: bf16 with residual int16 (memory/master.py), or fp32 and residual None. grads: bf16 or fp32.
-    exp_avg, exp_avg_sq: fp32, or bf16 with stochastic rounding; exp_avg_sq None for sgd and lion.
-    step: 1 for the first update. grad_scale: the clipping factor. element_offset: the number of element 0
-    in the whole store; it, `seed` and `step` decide the random rounding. threads: taken as it is, by
-    default all usable cores (see threads.py to limit a wish). isa: one of ISAS, for tests. progress: the call
-    is its next piece.
+    threads: used as given, by default all usable cores (machine/cores.py limits a request). isa: one of ISAS,
+    for tests. progress: the call is its next piece.
 
-    The bits depend on neither threads nor isa nor on how a run is cut into calls, and equal those of
+    The bits depend on neither threads nor isa nor on how n elements are cut into calls, and equal those of
     reference.update. Moments below 1.2e-38 are stored as zero. A NaN gradient makes master and moments
     of its element NaN (one bit pattern), an infinite one the first moment infinite and the rest what
     IEEE arithmetic says (with beta1 = 0 the moment is then NaN, as torch's); no other element changes by it.
 
-    Raises ValueError for tensors or settings that it cannot use; RuntimeError without the library.
+    Raises ValueError for tensors or numbers that it cannot use; RuntimeError without the library.
     """
-    place = {"step": step, "element_offset": element_offset, "seed": seed}
-    check_run(rule, weights, residual, grads, exp_avg, exp_avg_sq, **place)
+    check_update(tensors, numbers)
+    residual, square = tensors.residual, tensors.exp_avg_sq
     call = _Update(
-        count=weights.numel(),
-        weights=weights.data_ptr(),
+        count=tensors.numel,
+        weights=tensors.weights.data_ptr(),
         residual=None if residual is None else residual.data_ptr(),
-        grads=grads.data_ptr(),
-        exp_avg=exp_avg.data_ptr(),
-        exp_avg_sq=None if exp_avg_sq is None else exp_avg_sq.data_ptr(),
-        rule=RULES.index(rule),
-        weight_dtype=_DTYPES.index(weights.dtype),
-        grad_dtype=_DTYPES.index(grads.dtype),
-        moment_dtype=_DTYPES.index(exp_avg.dtype),
-        **place,
-        **vars(coefficients(rule, hyper, step, grad_scale)),
+        grads=tensors.grads.data_ptr(),
+        exp_avg=tensors.exp_avg.data_ptr(),
+        exp_avg_sq=None if square is None else square.data_ptr(),
+        element_offset=numbers.element_offset,
+        seed=numbers.seed,
+        step=numbers.step,
+        rule=RULES.index(numbers.rule),
+        weight_dtype=_DTYPES.index(tensors.weights.dtype),
+        grad_dtype=_DTYPES.index(tensors.grads.dtype),
+        moment_dtype=_DTYPES.index(tensors.exp_avg.dtype),
+        **vars(coefficients(numbers)),
     )
     _run(call, threads, isa, progress or Progress())
 
@@ -183,38 +220,17 @@ def _run(call: _Update, threads: int | None, isa: str, progress: Progress) -> No
 
 
 def update_run(
-    rule: str,
-    weights: torch.Tensor,
-    residual: torch.Tensor | None,
-    grads: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor | None,
-    *,
-    hyper: Hyper,
-    step: int,
-    grad_scale: float = 1.0,
-    element_offset: int = 0,
-    seed: int = 0,
-    threads: int | None = None,
-    progress: Progress | None = None,
+    tensors: Tensors, numbers: Numbers, *, threads: int | None = None, progress: Progress | None = None
 ) -> None:
-    """`update` by the kernel where it was built, else by the torch reference (on torch's own threads).
-
-    progress: the run is its next piece.
-    """
-    runs = (weights, residual, grads, exp_avg, exp_avg_sq)
-    place: dict[str, Any] = {"step": step, "element_offset": element_offset, "seed": seed}
-    place.update(hyper=hyper, grad_scale=grad_scale)
+    """`update` by the kernel if it was built, else by the torch reference (on torch's own threads)."""
     if library() is not None:
-        update(rule, *runs, threads=threads, progress=progress, **place)
+        update(tensors, numbers, threads=threads, progress=progress)
     elif progress is None:
-        reference.update(rule, *runs, **place)
+        reference.update(tensors, numbers)
     else:
-        written = (weights, residual, exp_avg, exp_avg_sq)
-        new = [None if run is None else run.clone() for run in written]
-        reference.update(rule, new[0], new[1], grads, new[2], new[3], **place)  # type: ignore[arg-type]
-        pairs = zip(written, new, strict=True)
-        progress.copy([(run, value) for run, value in pairs if run is not None and value is not None])
+        new = tensors.copied()
+        reference.update(new, numbers)
+        progress.copy(list(zip(tensors.written(), new.written(), strict=True)))
 
 
 def longest_piece() -> int | None:

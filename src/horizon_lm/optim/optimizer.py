@@ -1,30 +1,108 @@
-"""The update of a unit in the host store, by the C++ kernel or the torch reference (same bits)."""
+"""The optimizer: the update of a unit in the host store, and parameter groups.
+
+A unit is one flat buffer, so a parameter group (which parameters decay, and by what factor their learning
+rate differs) becomes segments of it; neighbours that are treated alike are one segment.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
+from horizon_lm.config.patterns import compiled
 from horizon_lm.errors import ConfigError
 from horizon_lm.machine.cores import choose_threads
+from horizon_lm.memory.layout import Parameter, UnitLayout
 from horizon_lm.memory.store import HostStore
-from horizon_lm.optim.groups import Group, Segment
-from horizon_lm.optim.kernel import longest_piece, update_run
-from horizon_lm.optim.progress import Progress
-from horizon_lm.optim.rules import ADAPTIVE_RULES, Hyper, coefficients
+from horizon_lm.optim.kernel import Progress, longest_piece, update_run
+from horizon_lm.optim.rules import ADAPTIVE_RULES, Hyper, Numbers, Tensors, coefficients
 
-# Below this, to wake another thread takes longer than what it would do.
+# Below this, waking another thread takes longer than its work.
 _ELEMENTS_OF_A_THREAD = 1 << 16
 
 Part = tuple[int, int, float, float]  # start, stop, learning rate, weight decay
 
 
 @dataclass(frozen=True)
+class Group:
+    """decays: whether weight decay applies. lr_factor: times the learning rate of the step."""
+
+    decays: bool = True
+    lr_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Elements [start, stop) of a unit's trainable part that belong to one group."""
+
+    start: int
+    stop: int
+    group: Group
+
+
+def group_rule(
+    lr_factors: Mapping[str, float],
+    *,
+    decay_embeddings: bool,
+    is_embedding: Callable[[str], bool],
+    is_norm: Callable[[str], bool],
+) -> Callable[[Parameter], Group]:
+    """Return the function that assigns a parameter to its group.
+
+    Decay spares biases, norms (of any shape: Cohere's have a row for each head) and other parameters with one
+    dimension (gates), as is usual for AdamW, and embedding tables on request. lr_factors: regular expression
+    -> factor; the first that matches anywhere in the parameter's name counts (`re.search`).
+    """
+    patterns = [(compiled(pattern, "lr_factors"), factor) for pattern, factor in lr_factors.items()]
+
+    def group(parameter: Parameter) -> Group:
+        name = parameter.name
+        decays = len(parameter.shape) > 1 and not name.endswith("bias") and not is_norm(name)
+        if not decay_embeddings and is_embedding(name):
+            decays = False
+        factor = next((f for pattern, f in patterns if pattern.search(name)), 1.0)
+        return Group(decays, factor)
+
+    return group
+
+
+def segments(layout: UnitLayout, group: Callable[[Parameter], Group]) -> tuple[Segment, ...]:
+    """Cut the unit's trainable part where the group changes. A gap belongs to the segment before it."""
+    found: list[Segment] = []
+    for parameter in layout.trainable:
+        start = parameter.offset - layout.trainable_offset
+        mine = group(parameter)
+        if found and found[-1].group == mine:
+            continue
+        if found:
+            found[-1] = Segment(found[-1].start, start, found[-1].group)
+        found.append(Segment(start, layout.trainable_numel, mine))
+    return tuple(found)
+
+
+def check_patterns(lr_factors: Mapping[str, float], names: Iterable[str]) -> None:
+    """Raise ConfigError for an invalid regular expression, or one that matches no trainable parameter."""
+    names = list(names)
+    for pattern in lr_factors:
+        expression = compiled(pattern, "lr_factors")
+        if not any(expression.search(name) for name in names):
+            raise ConfigError(
+                f"lr_factors: {pattern!r} matches no trainable parameter",
+                hint=f"names look like {_examples(names)}",
+            )
+
+
+def _examples(names: Sequence[str]) -> str:
+    return ", ".join(names[:: max(1, len(names) // 3)][:3]) or "nothing: all parameters are frozen"
+
+
+@dataclass(frozen=True)
 class UpdateSettings:
-    """What a call of `step` asks for. step: number of this update, from 1."""
+    """The settings of one update. step: its number, from 1."""
 
     step: int
     lr: float
@@ -34,10 +112,10 @@ class UpdateSettings:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """A rule with the settings that hold for a whole run; the others come with each step.
+    """A rule with the settings of a whole run; the others come with each step.
 
     rule: adamw, adam, sgd or lion. segments: per unit, the parts that are treated alike. threads: None
-    takes all usable cores (the bits do not depend on it).
+    takes all usable cores (results do not depend on it).
     """
 
     rule: str = "adamw"
@@ -64,13 +142,13 @@ class Optimizer:
     def check(self, settings: UpdateSettings) -> None:
         """Raise ConfigError unless fp32 holds every coefficient of this update, in every group.
 
-        An update may be put off until the next step, so what it cannot compute with is refused before.
+        An update may be deferred to the next step, so unusable numbers are rejected before.
         """
         for group in self._groups:
             lr = settings.lr * group.lr_factor
             weight_decay = settings.weight_decay if group.decays else 0.0
             try:
-                found = coefficients(self.rule, self._hyper(lr, weight_decay), settings.step, 1.0)
+                found = coefficients(Numbers(self.rule, self._hyper(lr, weight_decay), settings.step))
             except (ValueError, ArithmeticError) as error:
                 raise self._unusable(settings, group, str(error).partition("; hint:")[0]) from None
             for name, value in vars(found).items():
@@ -97,47 +175,34 @@ class Optimizer:
         grad_scale: float,
         progress: Progress,
     ) -> None:
-        """Update the unit's trainable part in place from `grads * grad_scale`, from where `progress` is on.
+        """Update the unit's trainable part from `grads * grad_scale`, continuing at `progress`.
 
         grads: 1-D [trainable_numel], in host memory. grad_scale: the clipping factor.
         """
         layout = store.units[unit]
         before = sum(u.trainable_numel for u in store.units[:unit])
-        runs, threads = self._runs(store, unit), self._threads
+        tensors = self._tensors(store, unit, grads)
         pieces = _cut(self._parts(unit, layout.trainable_numel, settings), longest_piece())
         progress.pieces = len(pieces)
         progress.end_copies()
         for start, stop, lr, weight_decay in pieces[len(progress.ended) :]:
-            weights, residual, exp_avg, exp_avg_sq = (None if r is None else r[start:stop] for r in runs)
-            assert weights is not None and exp_avg is not None
-            update_run(
-                self.rule,
-                weights,
-                residual,
-                grads[start:stop],
-                exp_avg,
-                exp_avg_sq,
-                hyper=self._hyper(lr, weight_decay),
-                step=settings.step,
-                grad_scale=grad_scale,
-                element_offset=before + start,
-                seed=self.seed,
-                threads=max(1, min(threads, (stop - start) // _ELEMENTS_OF_A_THREAD)),
-                progress=progress,
-            )
+            hyper = self._hyper(lr, weight_decay)
+            threads = max(1, min(self._threads, (stop - start) // _ELEMENTS_OF_A_THREAD))
+            numbers = Numbers(self.rule, hyper, settings.step, grad_scale, before + start, self.seed)
+            update_run(tensors.part(start, stop), numbers, threads=threads, progress=progress)
 
-    def _runs(self, store: HostStore, unit: int) -> tuple[torch.Tensor | None, ...]:
-        """Weights, residual and moments of the trainable part."""
+    def _tensors(self, store: HostStore, unit: int, grads: torch.Tensor) -> Tensors:
+        """The trainable part of a unit."""
         layout = store.units[unit]
         residual = None
         if store.has("residual"):  # which also covers frozen parameters before the trainable ones
             residual = store.run("residual", unit)[layout.trainable_offset - layout.wide_offset :]
-        exp_avg_sq = store.run("exp_avg_sq", unit) if self.second_moment else None
-        return (
+        return Tensors(
             store.run("weights", unit)[layout.trainable_offset :],
             residual,
+            grads,
             store.run("exp_avg", unit),
-            exp_avg_sq,
+            store.run("exp_avg_sq", unit) if self.second_moment else None,
         )
 
     def _parts(self, unit: int, numel: int, settings: UpdateSettings) -> list[Part]:

@@ -1,8 +1,8 @@
 """The update in torch operations: serves without a compiler, and tests compare the kernel with it.
 
-The same IEEE operations in the same order as csrc/optimizer.cpp, hence the same bits. Only operations that
-round once are used: torch's own `lerp`, `addcmul` and `addcdiv` may fuse a multiplication with an addition
-on some machines and not on others.
+The same IEEE operations in the same order as csrc/optimizer.cpp, hence bitwise identical. Each operation
+rounds once: torch's `lerp`, `addcmul` and `addcdiv` may fuse a multiplication with an addition on some
+machines.
 """
 
 from __future__ import annotations
@@ -13,52 +13,45 @@ import numpy as np
 import torch
 
 from horizon_lm.memory.master import join_master, split_master
-from horizon_lm.optim.rules import ADAPTIVE_RULES, Coefficients, Hyper, check_run, coefficients
+from horizon_lm.optim.rules import (
+    ADAPTIVE_RULES,
+    Coefficients,
+    Numbers,
+    Tensors,
+    check_update,
+    coefficients,
+)
 
-_CHUNK = 1 << 18  # elements; the temporaries of a chunk (about 6 MB) are all the memory an update adds
+_CHUNK = 1 << 18  # elements; an update needs no memory but the temporaries of a chunk (about 6 MB)
 _TINY = torch.finfo(torch.float32).tiny
 _MASK32 = (1 << 32) - 1
 _MASK64 = (1 << 64) - 1
 
 
 @torch.no_grad()
-def update(
-    rule: str,
-    weights: torch.Tensor,
-    residual: torch.Tensor | None,
-    grads: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor | None,
-    *,
-    hyper: Hyper,
-    step: int,
-    grad_scale: float = 1.0,
-    element_offset: int = 0,
-    seed: int = 0,
-) -> None:
-    """Update a run in place, as `kernel.update` does, on torch's own threads."""
-    place = {"step": step, "element_offset": element_offset, "seed": seed}
-    check_run(rule, weights, residual, grads, exp_avg, exp_avg_sq, **place)
-    c = coefficients(rule, hyper, step, grad_scale)
-    for start, end in _pieces(weights.numel(), element_offset):
-        weight, moment = weights[start:end], exp_avg[start:end]
-        part = None if residual is None else residual[start:end]
-        square = None if exp_avg_sq is None else exp_avg_sq[start:end]
-        master = weight if part is None else join_master(weight, part)
+def update(tensors: Tensors, numbers: Numbers) -> None:
+    """Update in place, as `kernel.update` does, on torch's own threads."""
+    check_update(tensors, numbers)
+    c = coefficients(numbers)
+    offset = numbers.element_offset
+    for start, end in _pieces(tensors.numel, offset):
+        part = tensors.part(start, end)
+        weight, moment, square = part.weights, part.exp_avg, part.exp_avg_sq
+        master = weight if part.residual is None else join_master(weight, part.residual)
         m = moment.to(torch.float32)
         v = None if square is None else square.to(torch.float32)
-        _compute(rule, c, master, grads[start:end].to(torch.float32) * c.grad_scale, m, v)
+        _compute(numbers.rule, c, master, part.grads.to(torch.float32) * c.grad_scale, m, v)
         if moment.dtype == torch.bfloat16:
-            random = random_bits(seed, step, element_offset + start, end - start)
+            random = random_bits(numbers.seed, numbers.step, offset + start, end - start)
         else:
             random = None
         _store_moment(moment, m, random)
         if square is not None and v is not None:
             _store_moment(square, v, None if random is None else random >> 16)
         master.masked_fill_(master.isnan(), torch.nan)
-        if part is not None:
-            split_master(master, weight, part)
-            _mend_nan(master, weight, part)
+        if part.residual is not None:
+            split_master(master, weight, part.residual)
+            _mend_nan(master, weight, part.residual)
 
 
 def _pieces(count: int, offset: int) -> Iterator[tuple[int, int]]:
@@ -78,7 +71,7 @@ def _compute(
     m: torch.Tensor,
     v: torch.Tensor | None,
 ) -> None:
-    """The rule on fp32 runs, in place: master, m (exp_avg), v (exp_avg_sq)."""
+    """Apply the rule to fp32 tensors in place: master, m (exp_avg), v (exp_avg_sq)."""
     if rule in ("adam", "sgd"):
         grad.add_(master * c.weight_decay)
     else:
@@ -103,7 +96,7 @@ def _compute(
 
 
 def _lerp_(start: torch.Tensor, end: torch.Tensor, weight: float) -> torch.Tensor:
-    """`start` moved to `end` by `weight`, in place, from the nearer end as torch.lerp does it."""
+    """Move `start` towards `end` by `weight`, in place, from the nearer end as torch.lerp does."""
     step = end - start
     if weight < 0.5:
         return start.add_(step.mul_(weight))
@@ -122,14 +115,14 @@ def _store_moment(place: torch.Tensor, value: torch.Tensor, random: torch.Tensor
 
 
 def _mend_nan(master: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> None:
-    """A NaN is stored as 0x7FC0 with residual 0; torch's cast to bf16 gives various ones."""
+    """Store a NaN as 0x7FC0 with residual 0; torch's cast to bf16 gives various bit patterns."""
     nan = master.isnan()
     weight.masked_fill_(nan, torch.nan)
     residual.masked_fill_(nan, 0)
 
 
 def random_bits(seed: int, step: int, element: int, count: int) -> torch.Tensor:
-    """32 random bits for each of `count` elements from number `element` of the store: int64 [count].
+    """Return 32 random bits for each of `count` elements from number `element` of the store: int64 [count].
 
     A function of its arguments alone: two keys from splitmix64 (Steele, Lea and Flood 2014), mixed with
     the element by Wellons' lowbias32. All elements must lie in one block of 2**32.

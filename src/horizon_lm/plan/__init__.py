@@ -1,5 +1,5 @@
-"""What this machine has, and whether a run fits it."""
+"""Plan a run for a machine: memory, time, and the settings that a configuration leaves open."""
 
-# Set by the command `horizon`: nothing in this process has changed transformers' models, so that what earlier
-# plans found out about them holds (`outline_cache`). In a user's own program that is not known.
+# Set by the command `horizon`: nothing in this process has changed transformers' models, so that cached
+# outlines hold (`outline_cache`). A user's own program may have changed them.
 models_are_stock = False

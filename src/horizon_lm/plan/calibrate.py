@@ -1,8 +1,8 @@
-"""Rates of the machine at hand: measured by training small layers, and by copies and updates in host memory.
+"""Measure a profile of this machine: train small layers, time copies, updates and writes.
 
-The layers run through the same engine as a training run, and their operations are counted by the same meter
-as a plan's (`plan.work`); the rates are those that explain the measured times best (least squares without
-negative times). No rate is taken from a data sheet.
+The layers run through the engine of a training run, and the meter of a plan (`plan.work`) counts their
+operations. The rates are those that explain the measured times best (non-negative least squares). No rate is
+taken from a data sheet.
 """
 
 from __future__ import annotations
@@ -17,45 +17,45 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import psutil
 import torch
+from transformers import AutoConfig
 
 from horizon_lm.config import ModelSettings
 from horizon_lm.engine.lanes import InlineLanes
 from horizon_lm.engine.policies import Policies, store_spec
+from horizon_lm.host_model import HostModel
 from horizon_lm.machine.cores import usable_cores
 from horizon_lm.machine.profile import FALLBACK, Profile, Rates, load_profile
-from horizon_lm.memory import arena
-from horizon_lm.optim.kernel import update_run
-from horizon_lm.optim.rules import Hyper
+from horizon_lm.memory.arena import keep_freed_memory
 from horizon_lm.plan.costs import Costs
 from horizon_lm.plan.outline import Outline
 from horizon_lm.plan.predict import predict
+from horizon_lm.plan.rates import Clock, copy_rate, disk_rate, link_rates, optimizer_rate
 from horizon_lm.plan.work import KINDS, Work
 
-Clock = Callable[[], float]
-# width, MLP, heads, keys and values, tokens: from where operations are what costs to where arithmetic is
+# width, MLP, heads, key-value heads, tokens: some are dominated by launches, others by arithmetic
 LAYERS = [(128, 352, 4, 4, 64), (256, 704, 4, 2, 256), (512, 1408, 8, 8, 512), (768, 2048, 12, 4, 384)]
 LAYERS += [(1024, 2816, 16, 4, 256), (256, 704, 4, 4, 2048)]
 _DTYPES = ("float32", "bfloat16")
 _ORDER = (0, 2, 5, 1, 3, 4)  # of LAYERS: operations, arithmetic and attention come first
-_FEWEST_CASES = 4  # models that are measured however slow the machine is: two shapes in both formats
-_LONGEST_SECONDS = 2.0  # of one rate in host memory or of the disk
+_FEWEST_CASES = 4  # models measured however slow the machine is: two shapes in both formats
 _COLUMNS = [(kind, dtype) for kind in KINDS for dtype in _DTYPES]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An op that was run: what it computed, and its seconds."""
+    """A measured op: its work, and its seconds."""
 
     work: Work
     seconds: float
 
 
 class Budget:
-    """How long measuring may take, and who hears of it.
+    """The time that measuring may take, and progress reports.
 
-    seconds: of everything, shared out among the measurements; None for as long as it takes. say: told what
-    is being measured, and again with its figure.
+    seconds: for everything, shared out among the measurements; None: unlimited. say: called with what is
+    being measured, and again with its figure.
     """
 
     def __init__(
@@ -63,14 +63,26 @@ class Budget:
     ) -> None:
         self._end = None if seconds is None else time.monotonic() + seconds
         self.say = say
-        self.missing: list[str] = []  # what it was not enough for
+        self.missing: list[str] = []  # what was left out for time
 
     def left(self) -> float:
         return math.inf if self._end is None else max(0.0, self._end - time.monotonic())
 
     def share(self, part: float) -> float:
-        """Seconds of the clock at which a part of what is left is used up."""
+        """The monotonic time at which a part of what is left is used up."""
         return time.monotonic() + part * self.left()
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One small model: a row of LAYERS, dtype and activation policy."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    activations: str
+
+    def __str__(self) -> str:
+        return f"width {self.shape[0]}, {self.shape[-1]} tokens, {self.dtype}"
 
 
 def measure_layers(
@@ -80,54 +92,50 @@ def measure_layers(
     budget: Budget | None = None,
     until: float = math.inf,
 ) -> list[Sample]:
-    """Forward, backward and loss of small models, in fp32 and bf16, kept and computed again.
+    """Measure forward, backward and loss of small models, in fp32 and bf16, kept and recomputed.
 
-    until: the monotonic time at which no further model is begun, but for the first of each format; those
-    that tell most come first, and each gets its share of the time for repeating.
+    until: the monotonic time after which no further model begins, apart from the first `_FEWEST_CASES`; the
+    most telling come first, and each gets its share of the time for repeating.
     """
     budget = budget or Budget()
-    cases = [(a, LAYERS[s], d) for a in ("recompute", "keep") for s in _ORDER for d in _DTYPES]
+    cases = [_Case(LAYERS[s], d, a) for a in ("recompute", "keep") for s in _ORDER for d in _DTYPES]
     found: list[Sample] = []
     outlines: dict[tuple, Outline] = {}
-    for number, (activations, shape, dtype) in enumerate(cases):
+    for number, case in enumerate(cases):
         now = time.monotonic()
         if number >= _FEWEST_CASES and now >= until:
             budget.missing.append(f"{len(cases) - number} of {len(cases)} models of layers")
             break
-        what = f"layers {number + 1} of {len(cases)}: width {shape[0]}, {shape[-1]} tokens, {dtype}"
-        budget.say(f"{what}, {activations}", None)
+        what = f"layers {number + 1} of {len(cases)}: {case}"
+        budget.say(f"{what}, {case.activations}", None)
         end = now + (until - now) / (len(cases) - number) if until < math.inf else math.inf
-        samples = _measure(shape, dtype, activations, device, clock, repeats, end, outlines)
+        samples = _measure(case, device, clock, repeats, end, outlines)
         found += samples
         budget.say(what, f"{sum(s.seconds for s in samples) * 1e3:.2f} ms")
     return found
 
 
 def _measure(
-    shape: tuple[int, ...],
-    dtype: str,
-    activations: str,
-    device: str,
-    clock: Clock,
-    repeats: int,
-    end: float,
-    outlines: dict[tuple, Outline],
+    case: _Case, device: str, clock: Clock, repeats: int, end: float, outlines: dict[tuple, Outline]
 ) -> list[Sample]:
-    """end: the monotonic time after which nothing is repeated any more."""
-    from horizon_lm.host_model import HostModel
-
-    width, mlp, heads, kv, tokens = shape
+    """end: the monotonic time after which nothing is repeated."""
+    width, mlp, heads, kv, tokens = case.shape
     values = {"model_type": "llama", "hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": 2}
     values |= {"num_attention_heads": heads, "num_key_value_heads": kv, "vocab_size": 2048}
-    chosen = {"device": device, "dtype": dtype, "activations": activations, "skip_memory_check": True}
+    chosen = {
+        "device": device,
+        "dtype": case.dtype,
+        "activations": case.activations,
+        "skip_memory_check": True,
+    }
     settings = ModelSettings.from_dict(chosen | {"lanes": "inline", "update": "sync"}, source="calibrate")
     model = HostModel.from_config(values, settings)
     model.engine.lanes = InlineLanes(model.device, clock)
     if device == "cpu":
-        arena.keep_freed_memory()  # as `train` does
-    if (shape, dtype) not in outlines:  # the same for both policies, with what was found on it
-        outlines[shape, dtype] = Outline(model.config, settings)
-    outline = outlines[shape, dtype]
+        keep_freed_memory()  # as `train` does
+    if (case.shape, case.dtype) not in outlines:  # shared by both policies
+        outlines[case.shape, case.dtype] = Outline(model.config, settings)
+    outline = outlines[case.shape, case.dtype]
     policies = Policies.of(settings, outline)
     plan = policies.step_spec(2)
     measures = outline.measures(1, tokens, policies.loss_chunk)
@@ -150,8 +158,8 @@ def _measure(
 
 
 def fit_rates(samples: list[Sample]) -> tuple[dict[tuple[str, str], float], float]:
-    """(seconds for a FLOP or byte by kind and format, seconds for an operation) that explain the samples
-    best, by relative error."""
+    """Fit (seconds per FLOP or byte by kind and format, seconds per operation) to the samples, by relative
+    error."""
     rows, wanted = [], []
     for sample in samples:
         row = [0.0] * (len(_COLUMNS) + 1)
@@ -166,7 +174,7 @@ def fit_rates(samples: list[Sample]) -> tuple[dict[tuple[str, str], float], floa
 
 
 def _nonnegative(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Least squares without negative parts: what would be negative is left out, the worst first."""
+    """Solve least squares without negative parts: drop the most negative column until there is none."""
     scale = np.maximum(rows.max(axis=0), 1e-300)
     scaled = rows / scale
     active = [i for i in range(rows.shape[1]) if rows[:, i].any()]
@@ -180,75 +188,6 @@ def _nonnegative(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return solution
 
 
-def copy_rate(clock: Clock = time.perf_counter, num_bytes: int = 1 << 28) -> float:
-    """Bytes a second of a copy in host memory, read and written, on torch's threads."""
-    source, target = (arena.allocate(num_bytes).view(torch.float32) for _ in range(2))
-    source.fill_(1.0)
-    return 2 * num_bytes / _median_seconds(lambda: target.copy_(source), clock)
-
-
-def optimizer_rate(threads: int, clock: Clock = time.perf_counter, numel: int = 1 << 24) -> float:
-    """Bytes a second that an AdamW update of bf16 weights with fp32 masters reads and writes."""
-    weights, grads = (arena.allocate(2 * numel).view(torch.bfloat16) for _ in range(2))
-    residual = arena.allocate(2 * numel).view(torch.int16)
-    moments = [arena.allocate(4 * numel).view(torch.float32) for _ in range(2)]
-    hyper = Hyper(1e-5, 0.9, 0.999, 1e-8, 0.0, 0.0)
-
-    def update() -> None:
-        update_run(
-            "adamw",
-            weights,
-            residual,
-            grads,
-            *moments,
-            hyper=hyper,
-            step=1,
-            grad_scale=1.0,
-            element_offset=0,
-            seed=0,
-            threads=threads,
-        )
-
-    return 26 * numel / _median_seconds(update, clock)
-
-
-def _median_seconds(function: Callable[[], object], clock: Clock, repeats: int = 5) -> float:
-    began = time.monotonic()
-    function()
-    found: list[float] = []
-    for _ in range(repeats):
-        if len(found) >= 2 and time.monotonic() - began > _LONGEST_SECONDS:
-            break
-        start = clock()
-        function()
-        found.append(clock() - start)
-    return max(1e-9, statistics.median(found))
-
-
-def link_rates(num_bytes: int = 1 << 28) -> tuple[float, float]:
-    """(to the device, from it) in bytes a second, pinned, both at work at once. Needs CUDA."""
-    hosts = [arena.allocate(num_bytes, pin=True) for _ in range(2)]
-    devices = [torch.empty(num_bytes, dtype=torch.uint8, device="cuda") for _ in range(2)]
-    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
-    times: list[list[float]] = [[], []]
-    for _ in range(6):
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(2)]
-        torch.cuda.synchronize()
-        for way, stream in enumerate(streams):
-            with torch.cuda.stream(stream):
-                events[way][0].record()
-                if way == 0:
-                    devices[0].copy_(hosts[0], non_blocking=True)
-                else:
-                    hosts[1].copy_(devices[1], non_blocking=True)
-                events[way][1].record()
-        torch.cuda.synchronize()
-        for way in range(2):
-            times[way].append(events[way][0].elapsed_time(events[way][1]) / 1e3)
-    up, down = (num_bytes / statistics.median(found[1:]) for found in times)
-    return up, down
-
-
 def measure(
     device: str = "cpu",
     clock: Clock = time.perf_counter,
@@ -258,48 +197,29 @@ def measure(
     runs: int = 3,
     budget: Budget | None = None,
 ) -> Profile:
-    """The profile of this machine. clock: seconds; another one only for machines that are shared.
-    repeats: steps of each small model, of which the fastest counts; runs: processes whose memory is looked
-    at, for short and for long rows. budget: the time for all of it, within which less is repeated."""
-    import psutil
+    """Measure the profile of this machine.
 
+    clock: seconds; another than the default only for shared machines. repeats: steps of each small model, of
+    which the fastest counts. runs: processes whose memory is measured, for short and for long rows. budget:
+    time for everything; less is repeated to stay within it.
+    """
     budget = budget or Budget()
-    cores = threads or usable_cores()
-    is_cpu = device == "cpu"
+    cores, is_cpu = threads or usable_cores(), device == "cpu"
 
-    def one(what: str, rate: Callable[[], float], unit: str = "GB/s", scale: float = 1e9) -> float:
+    def one(what: str, rate: Callable[[], float]) -> float:
         budget.say(what, None)
         found = rate()
-        budget.say(what, f"{found / scale:.3g} {unit}")
+        budget.say(what, f"{found / 1e9:.3g} GB/s")
         return found
 
     host = one("copies in host memory", lambda: copy_rate(clock))
     optimizer = one("updates of the optimizer", lambda: optimizer_rate(cores, clock))
     disk = one("writing to the disk", disk_rate)
     up, down = (host, host) if is_cpu else link_rates()
-    budget.say("memory of a process", None)
-    memory = _process_memory_within(device, runs, budget)
-    if memory is None:
-        budget.missing.append("the memory of a process")
-    process, heap_share = memory or (load_profile(FALLBACK).process_bytes, load_profile(FALLBACK).heap_share)
-    budget.say("memory of a process", f"{process / 1e9:.2f} GB" + ("" if memory else " (not measured)"))
+    process_bytes, heap_share, how = _process_figures(device, runs, budget)
     until = budget.share(1.0) if budget.left() < math.inf else math.inf
     rates, operation = fit_rates(measure_layers(device, clock, repeats, budget, until))
-
-    def pair(kind: str) -> Rates:
-        # A kind that explains no time at all is as fast as can be told.
-        speeds = {dtype: 1 / max(rates[kind, dtype], 1e-16) for dtype in _DTYPES}
-        return Rates(**speeds)
-
     free, total = (0, 0) if is_cpu else torch.cuda.mem_get_info()
-    how = "measured by `horizon doctor` on this machine"
-    names = set(Profile.model_fields) - {"name", "title", "device", "measured", "sources"}
-    sources = dict.fromkeys(sorted(names), how)
-    if memory is None:
-        taken = (
-            f"that of {FALLBACK}: the machine was too busy to measure it; `horizon doctor --thorough` does"
-        )
-        sources |= dict.fromkeys(("process_bytes", "heap_share"), taken)
     return Profile(
         name="here",
         title="this machine" if is_cpu else f"this machine, {torch.cuda.get_device_name()}",
@@ -308,22 +228,50 @@ def measure(
         cores=cores,
         host_bytes=float(psutil.virtual_memory().total),
         device_bytes=float(total),
-        process_bytes=float(process),
+        process_bytes=process_bytes,
         heap_share=heap_share,
         context_bytes=0.0 if is_cpu else float(total - free - torch.cuda.memory_reserved()),
-        **{kind: pair(kind) for kind in KINDS},
+        **{kind: _rates(rates, kind) for kind in KINDS},
         operation_seconds=operation,
         h2d=up,
         d2h=down,
         host=host,
         optimizer=optimizer,
         disk=disk,
-        sources=sources,
+        sources=_sources() | dict.fromkeys(("process_bytes", "heap_share"), how),
     )
 
 
+_HERE = "measured by `horizon doctor` on this machine"
+
+
+def _sources() -> dict[str, str]:
+    names = set(Profile.model_fields) - {"name", "title", "device", "measured", "sources"}
+    return dict.fromkeys(sorted(names), _HERE)
+
+
+def _rates(seconds: dict[tuple[str, str], float], kind: str) -> Rates:
+    """Rates of a kind of operation; one that explains no time at all gets the largest that we write."""
+    speeds = {dtype: 1 / max(seconds[kind, dtype], 1e-16) for dtype in _DTYPES}
+    return Rates(**speeds)
+
+
+def _process_figures(device: str, runs: int, budget: Budget) -> tuple[float, float, str]:
+    """(process_bytes, heap_share, their source); those of the fallback if its share of the time ran out."""
+    budget.say("memory of a process", None)
+    memory = _process_memory_within(device, runs, budget)
+    if memory is not None:
+        budget.say("memory of a process", f"{memory[0] / 1e9:.2f} GB")
+        return float(memory[0]), memory[1], _HERE
+    budget.missing.append("the memory of a process")
+    fallback = load_profile(FALLBACK)
+    budget.say("memory of a process", f"{fallback.process_bytes / 1e9:.2f} GB (not measured)")
+    how = f"that of {FALLBACK}: the machine was too busy to measure it; `horizon doctor --thorough` does"
+    return fallback.process_bytes, fallback.heap_share, how
+
+
 def _process_memory_within(device: str, runs: int, budget: Budget) -> tuple[int, float] | None:
-    """None where the budget's share for it was not enough."""
+    """None if half of the time left was not enough."""
     try:
         return process_memory(device, runs, until=budget.share(0.5))
     except subprocess.TimeoutExpired:
@@ -349,17 +297,16 @@ print(int(lines["VmHWM"].split()[0]) * 1024)
 
 
 def process_memory(device: str = "cpu", runs: int = 3, until: float = math.inf) -> tuple[int, float]:
-    """(bytes of a process before it has a model, share that the heap takes beyond what is alive in it): of
-    a model trained with short and with long rows, what the prediction does not explain. Medians of `runs`
-    processes each: where blocks come to lie in the heap is a matter of luck (10 % of the peak with rows of
-    2,048 tokens). Raises subprocess.TimeoutExpired when not even one of each has ended at the monotonic time
-    `until`."""
+    """Measure (bytes of a process before it has a model, share of the heap beyond what is alive in it).
+
+    Both are what the prediction does not explain of models trained with short and with long rows. Medians of
+    `runs` processes each: the heap's layout varies by chance (10 % of the peak with rows of 2,048 tokens).
+    Raises subprocess.TimeoutExpired if not even one of each has ended at the monotonic time `until`.
+    """
     values = {"model_type": "llama", "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 4}
     values |= {"num_attention_heads": 6, "num_key_value_heads": 6, "vocab_size": 16384}
     chosen = {"device": device, "skip_memory_check": True, "activations": "recompute"}
     settings = ModelSettings.from_dict(chosen, source="calibrate")
-    from transformers import AutoConfig
-
     kind = {name: value for name, value in values.items() if name != "model_type"}
     outline = Outline(AutoConfig.for_model(str(values["model_type"]), **kind), settings)
     rest, transient = [], []
@@ -374,34 +321,15 @@ def process_memory(device: str = "cpu", runs: int = 3, until: float = math.inf) 
         said = predict(outline, settings, _UNKNOWN, batch=1, tokens=tokens, micro_batches=1)
         transient.append(said.host_bytes - said.store_bytes)
         rest.append(int(statistics.median(found)) - said.host_bytes)
-    if device != "cpu":  # what lies on the host is pinned, and taken once
+    if device != "cpu":  # host memory is pinned, and allocated once
         return max(0, *rest), 0.0
     share = max(0.0, (rest[1] - rest[0]) / (transient[1] - transient[0]))
     return int(rest[0] - share * transient[0]), share
 
 
-def disk_rate(num_bytes: int = 1 << 26) -> float:
-    """Bytes a second of a file in the temporary folder, written and synced."""
-    import os
-    import tempfile
-
-    block = os.urandom(1 << 20)
-    with tempfile.TemporaryFile() as file:
-        start = time.perf_counter()
-        written = 0
-        while written < num_bytes:
-            file.write(block)
-            file.flush()
-            written += len(block)
-            if time.perf_counter() - start > _LONGEST_SECONDS:
-                break
-        os.fsync(file.fileno())
-        return written / max(1e-9, time.perf_counter() - start)
-
-
 _UNKNOWN = Profile(
     name="unknown",
-    title="rates that are being measured",
+    title="rates to be measured",
     device="cpu",
     measured=False,
     cores=1,

@@ -1,7 +1,7 @@
-"""The planner's choices: what the settings leave open, made out for one machine.
+"""Choose the settings that a configuration leaves open, for one machine.
 
-A setting that is named in the configuration is pinned and stays. Of the others the fastest combination that
-fits is taken, by simulation. The space is searched in stages; `space` lists all of it, for tests.
+A staged search simulates candidates and returns the fastest one found that fits. Explicit settings are
+pinned. `Planner.space` enumerates every combination (tests).
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from horizon_lm.config import TrainConfig
 from horizon_lm.errors import ConfigError
 from horizon_lm.machine.profile import Profile
 from horizon_lm.plan import fit
-from horizon_lm.plan.limits import Limits
+from horizon_lm.plan.fit import Limits
 from horizon_lm.plan.outline import Outline
 from horizon_lm.plan.predict import Prediction, predict
 
-_MAX_OPS = 1000  # micro-batches times layers beyond which a finer cut is not looked at
-# How much slower a step may be for a choice that takes less memory or is simpler: below what is measurable.
+_MAX_OPS = 1000  # micro-batches times layers; finer cuts are not searched
+# A gain below this is not measurable: the choice that needs less memory or is simpler stays.
 _TIE = 0.002
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A setting with its value and why. pinned: the configuration named it."""
+    """A setting, its value and the reason. pinned: the configuration named it."""
 
     key: str
     value: Any
@@ -59,7 +59,7 @@ class Planner:
         return self._seen[key]
 
     def _outline(self, config: TrainConfig) -> Outline:
-        """The model under settings that change what it is made of."""
+        """The model under settings that change its structure."""
         key = config.dtype, config.mlp_tile_tokens
         self._outlines.setdefault((self.outline.dtype_name, self.outline.mlp_tile_tokens), self.outline)
         if key not in self._outlines:
@@ -70,7 +70,7 @@ class Planner:
         return not fit.shortfalls(config, self.predict(config), self.limits)
 
     def room_bytes(self, config: TrainConfig) -> int:
-        """What a run leaves of the memory that has least left; negative where it does not fit."""
+        """Bytes left of the memory that has least left; negative if the run does not fit."""
         return fit.room_bytes(config, self.predict(config), self.limits)
 
     # The space.
@@ -79,11 +79,11 @@ class Planner:
         return not self.pinned & set(keys)
 
     def batches(self, config: TrainConfig) -> list[tuple[int, int]]:
-        """(sequences of a micro-batch, micro-batches) for the wanted tokens of a step, largest first."""
+        """List (rows per micro-batch, micro-batches) that give tokens_per_step, largest first."""
         batch, count = config.per_device_train_batch_size, config.gradient_accumulation_steps
         if config.tokens_per_step is None:
             return [(batch, count)]
-        assert config.tokens_per_step != "auto"  # `plan_run` has seen to it
+        assert config.tokens_per_step != "auto"  # `plan_run` has resolved it
         rows = max(1, config.tokens_per_step // config.max_length)
         cuts = [(b, rows // b) for b in range(rows, 0, -1) if rows % b == 0]
         if not self.is_open("per_device_train_batch_size"):
@@ -92,9 +92,9 @@ class Planner:
             cuts = [cut for cut in cuts if cut[1] == count]
         if not cuts:
             raise ConfigError(
-                f"tokens_per_step={config.tokens_per_step} is {rows} sequences of {config.max_length}, which "
-                f"per_device_train_batch_size={batch} and gradient_accumulation_steps={count} do not give",
-                hint="leave out one of the three",
+                f"tokens_per_step={config.tokens_per_step} ({rows} x {config.max_length}) does not go with "
+                f"per_device_train_batch_size={batch}, gradient_accumulation_steps={count}",
+                hint="unset one of the three",
             )
         return cuts
 
@@ -107,12 +107,12 @@ class Planner:
         return [config.slots] if self.profile.device == "cpu" or not self.is_open("slots") else [2, 3]
 
     def kept(self, config: TrainConfig) -> list[int]:
-        """How many layers, from the last one down, may keep their activations."""
+        """Numbers of layers, from the last one down, that may keep their activations."""
         is_open = config.activations == "auto" and config.checkpoint_interval == 1
         return list(range(self.outline.num_layers + 1)) if is_open else [0]
 
     def spilled(self, config: TrainConfig) -> list[int]:
-        """How many layers, from the first one up, may spill their inputs."""
+        """Numbers of layers, from the first one up, that may spill their inputs."""
         is_open = config.boundaries == "auto" and self.profile.device != "cpu"
         return list(range(self.outline.num_layers + 1)) if is_open else [0]
 
@@ -133,7 +133,7 @@ class Planner:
         return config.replace(**changes)
 
     def space(self, config: TrainConfig) -> Iterator[TrainConfig]:
-        """Every combination that may be chosen, whether it fits or not."""
+        """Enumerate every combination, whether it fits or not."""
         for cut, update, slots, kept, spilled in product(
             self.batches(config),
             self.updates(config),
@@ -146,7 +146,7 @@ class Planner:
     # The search.
 
     def choose(self, config: TrainConfig) -> TrainConfig:
-        """The fastest combination that fits. Raises DoesNotFitError when none was found."""
+        """Return the fastest combination found that fits. Raises DoesNotFitError if there is none."""
         cuts = self.batches(config)
         layers = self.outline.num_layers
         coarse = [cut for cut in cuts if cut[1] * layers <= _MAX_OPS] or cuts[:1]
@@ -167,7 +167,7 @@ class Planner:
                 spills[-1],
             )
             if not config.skip_memory_check:
-                asked = smallest.replace(update=config.update)  # what would help is told from what was asked
+                asked = smallest.replace(update=config.update)  # hints start from what the user asked
                 fit.check(asked, self.predict(asked), self.limits, self.predict)
             return smallest
         best: list[tuple[float, TrainConfig]] = []
@@ -182,7 +182,7 @@ class Planner:
     def _most_kept(
         self, config: TrainConfig, cut: tuple[int, int], update: str, slots: int, spilled: int
     ) -> int:
-        """More layers that keep take more memory, so the most that fit are found by halving."""
+        """Find the most layers that fit by bisection, since each kept layer takes more memory."""
         low, high = 0, self.kept(config)[-1]
         while low < high:
             middle = (low + high + 1) // 2
@@ -205,7 +205,7 @@ class Planner:
         return low
 
     def _refine(self, config: TrainConfig, chosen: TrainConfig) -> TrainConfig:
-        """Other update modes and one more slot, where they gain something."""
+        """Try other update modes and one more slot."""
         best = self.predict(chosen).seconds
         for update, slots in product(self.updates(config), self.slots(config)):
             other = chosen.replace(update=update, slots=slots)
@@ -215,7 +215,7 @@ class Planner:
 
 
 def _listed(first: str, first_count: int, second: str, second_count: int) -> str | list[str]:
-    """A setting by layer, as one word where all are alike."""
+    """A setting by layer; one word if all layers are alike."""
     if not first_count:
         return second
     return [f"{first}*{first_count}", f"{second}*{second_count}"] if second_count else first

@@ -1,6 +1,6 @@
-"""What each op of a schedule costs: seconds on its lane, bytes while it runs, bytes of what it leaves.
+"""The costs of each op of a schedule: seconds on its lane, bytes while it runs, bytes of its results.
 
-Counted work (`plan.work`) meets the rates of a machine (`plan.profile`) here, and nowhere else.
+Counted work (`plan.work`) becomes seconds here, by the rates of a machine (`machine.profile`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 
 from horizon_lm.engine.policies import Policies
 from horizon_lm.machine.profile import Profile
+from horizon_lm.memory.slots import slot_bytes
 from horizon_lm.memory.store import StoreSpec, regions
-from horizon_lm.plan.device import slot_bytes
 from horizon_lm.plan.outline import Measures, Outline
 from horizon_lm.plan.work import Kernel, Work
 from horizon_lm.plan.working_set import Pass, WorkingSet
@@ -24,7 +24,7 @@ DEVICE, HOST = "device", "host"
 
 
 def kernel_seconds(kernel: Kernel, profile: Profile) -> float:
-    """One operation: its arithmetic or its memory, and what any operation takes."""
+    """Seconds of one operation: arithmetic or memory traffic, and the fixed time of any operation."""
     return kernel.amount / profile.rates(kernel.kind).of(kernel.dtype) + profile.operation_seconds
 
 
@@ -34,7 +34,7 @@ def work_seconds(work: Work, profile: Profile) -> float:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of the ops of one step of `plan`, micro-batches all of one shape."""
+    """Costs of the ops of one step of `plan`, whose micro-batches have one shape."""
 
     outline: Outline
     measures: Measures
@@ -45,7 +45,7 @@ class Costs:
 
     @property
     def is_cpu(self) -> bool:
-        """Whether slots alias the store, and everything lies in host memory."""
+        """Whether slots alias the store: everything lies in host memory."""
         return self.profile.device == "cpu"
 
     @property
@@ -73,8 +73,8 @@ class Costs:
         return {name: size for name, size in parts.items() if size}
 
     def _waiting_bytes(self) -> int:
-        """On the CPU two gradients are added at a time, and the first waits where autograd put it: of one
-        layer, and of the head beside it where micro-batches pass the turn one after another."""
+        """On the CPU two gradients are added at a time, and the first waits in autograd's memory: that of one
+        layer, plus the head's if micro-batches pass the turnaround one by one."""
         plan, units = self.plan, self.outline.units
         counts = [self.measures.batch * self.measures.tokens] * plan.micro_batches
         sizes = {u: units[u].trainable_numel for u in plan.trainable if u <= plan.head}
@@ -84,7 +84,7 @@ class Costs:
         return (head + layer if plan.joins_turnaround else max(head, layer)) * self.spec.dtype.itemsize
 
     def num_bytes(self, buffer: Buffer, op: Op) -> tuple[str, int] | None:
-        """Of a transient buffer, by the op that writes it first; see `schedule.simulate`."""
+        """Bytes of a transient buffer, by the op that writes it first; see `schedule.simulate`."""
         region = buffer.region
         if region in ("input", "input_grad"):
             return self.device_memory, self.boundary
@@ -98,7 +98,7 @@ class Costs:
         return None
 
     def working_bytes(self, op: Op) -> tuple[str, int] | None:
-        """What an op takes beside what it is given and what it leaves."""
+        """Bytes that an op takes besides its inputs and results."""
         given = 0
         if op.kind == "S":
             return HOST, self._rows * self.outline.width * (2 * self.spec.dtype.itemsize + 4)
@@ -120,7 +120,7 @@ class Costs:
     # Seconds.
 
     def seconds(self, op: Op) -> float:
-        """How long an op takes on its lane."""
+        """Seconds of an op on its lane."""
         if op.kind in "FBCLE":
             key = op.kind, op.policy, self._kind(op.unit), self._was_kept(op.unit)
             if key not in self._seconds:
@@ -146,7 +146,7 @@ class Costs:
 
     @property
     def update_bytes(self) -> int:
-        """Bytes a parameter that an update reads and writes; gradients are only read."""
+        """Bytes per parameter that an update reads and writes; gradients are only read."""
         return sum(r.dtype.itemsize * (1 if r.name.startswith("grad") else 2) for r in regions(self.spec))
 
     def _download_seconds(self, unit: int) -> float:
@@ -158,14 +158,14 @@ class Costs:
         return numel * size / self.profile.host if self.plan.update == "eager" else 0.0
 
     def _norm_seconds(self) -> float:
-        """A pass over the gradients that were at home from the start; the others were measured on the way."""
+        """A pass over gradients written in the store; the others were measured as they were copied there."""
         if not self.is_cpu or self.plan.update == "eager":
             return 0.0
         units = self.outline.units
-        at_home = (u for u in self.plan.trainable if self._gradient_dtype(u) == self.spec.dtype)
-        return sum(units[u].trainable_numel for u in at_home) * self.spec.dtype.itemsize / self.profile.host
+        in_store = (u for u in self.plan.trainable if self._gradient_dtype(u) == self.spec.dtype)
+        return sum(units[u].trainable_numel for u in in_store) * self.spec.dtype.itemsize / self.profile.host
 
-    # What the model's parts do.
+    # The model's parts.
 
     @cached_property
     def _seconds(self) -> dict[tuple, float]:
@@ -173,7 +173,7 @@ class Costs:
 
     @property
     def _rows(self) -> int:
-        """Rows of the embedding table that a step uses, at most."""
+        """The most rows of the embedding table that a step can use."""
         tokens = self.measures.batch * self.measures.tokens * self.plan.micro_batches
         return min(tokens, self.outline.facts.rows)
 
@@ -188,8 +188,8 @@ class Costs:
         return self.measures.layers[self._kind(unit)]
 
     def _was_kept(self, unit: int) -> bool:
-        """Whether a layer's backward pass finds its activations: kept by its forward, or computed again by
-        an op of their own (C) inside of a block."""
+        """Whether a layer's backward pass finds its activations: kept by its forward, or recomputed by an op
+        of their own (C) within a block."""
         return self.plan.policy(unit) == KEEP or (0 < unit < self.plan.head and unit not in self._last)
 
     @cached_property
@@ -197,7 +197,7 @@ class Costs:
         return frozenset(block[-1] for block in self.plan.blocks)
 
     def work_of(self, op: Op) -> Work:
-        """What an op of the compute lane computes."""
+        """The work of an op on the compute lane."""
         return self._pass(op).work
 
     def _pass(self, op: Op) -> Pass:

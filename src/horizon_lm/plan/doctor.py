@@ -1,4 +1,4 @@
-"""What this machine has, how fast it is, what limits a run, and how to mend it."""
+"""Examine this machine: what it has, how fast it is, what limits a run, and how to fix it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from horizon_lm.machine.profile import Profile, cache_path, read_profile
 from horizon_lm.words import parameters, size
 
 PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
-SECONDS = 30.0  # for measuring, imports not counted; one measurement that was begun is ended
+SECONDS = 30.0  # for measuring, without imports; a measurement in progress is finished
 _GB = 1e9
-# What earlier versions called the profile while they wrote it.
+# Names of unfinished profiles, by earlier versions.
 _EARLIER = re.compile(r"tmp[a-z0-9_]{8}")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked at, what was found, and what to do where it is not well."""
+    """One line: the item, the finding, and a fix unless it passes."""
 
     status: str
     what: str
@@ -60,7 +60,7 @@ class Examination:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C while measuring. findings: what was known by then."""
+    """Ctrl-C while measuring. findings: those made so far."""
 
     def __init__(self, findings: list[Finding]) -> None:
         super().__init__()
@@ -70,10 +70,10 @@ class Interrupted(KeyboardInterrupt):
 def examine(
     *, fresh: bool = False, thorough: bool = False, say: Callable[[str, str | None], None] | None = None
 ) -> Examination:
-    """Look at everything; rates are measured once and kept for `horizon plan` and `horizon train`.
+    """Examine everything; rates are measured once and kept for `horizon plan` and `horizon train`.
 
-    thorough: measure again, with as many repetitions as it takes; else within `SECONDS`, on a busy machine
-    too. say: told what is being measured, and again with its figure. Raises Interrupted.
+    fresh: measure again. thorough: measure again without a time limit; otherwise within `SECONDS`, even on a
+    busy machine. say: called with what is being measured, and again with its figure. Raises Interrupted.
     """
     import torch
 
@@ -108,7 +108,7 @@ def examine(
             Finding(
                 WARN,
                 "measuring",
-                f"{', '.join(budget.missing)} left out, for time",
+                f"{', '.join(budget.missing)} skipped for lack of time",
                 "predictions are less exact; run horizon doctor --thorough, which takes minutes",
             )
         )
@@ -142,21 +142,21 @@ def _memory() -> list[Finding]:
                 WARN,
                 "swap",
                 f"{swap.used / _GB:.1f} GB in use",
-                "close what fills memory: training in swap is hundreds of times slower",
+                "close programs that fill memory: training in swap is hundreds of times slower",
             )
         )
     return found
 
 
 def judge_memory(total: int, available: int) -> Finding:
-    """RAM, and how much of it this process may take (cgroup and ulimit included)."""
+    """Judge RAM, and how much of it this process may take (cgroup and ulimit included)."""
     text = f"{total / _GB:.1f} GB, {available / _GB:.1f} GB for this process: "
     text += f"{available / 14 / _GB:.2f} B parameters in bf16"
     if available < 1e9:
         return Finding(FAIL, "host memory", text, "free memory, or raise the cgroup's memory.max")
     if available < total / 2:
         return Finding(
-            WARN, "host memory", text, "other processes, a cgroup limit or ulimit -v hold more than half back"
+            WARN, "host memory", text, "other processes, a cgroup limit or ulimit -v withhold more than half"
         )
     return Finding(PASS, "host memory", text)
 
@@ -173,7 +173,7 @@ def judge_memlock(limit: int | None, device: str) -> Finding:
         WARN,
         "locked memory",
         text,
-        "ulimit -l unlimited; CUDA commonly pins beyond it, containers may not let it",
+        "ulimit -l unlimited; CUDA commonly pins beyond the limit, but not in every container",
     )
 
 
@@ -183,7 +183,7 @@ def _processor() -> list[Finding]:
 
     usable, there = usable_cores(), os.cpu_count() or 1
     status = WARN if usable < there else PASS
-    fix = "a cgroup quota or taskset holds cores back from the optimizer" if usable < there else ""
+    fix = "a cgroup quota or taskset withholds cores from the optimizer" if usable < there else ""
     nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
     found = [Finding(status, "cores", f"{usable} of {there} usable, {max(1, nodes)} NUMA node(s)", fix)]
     if library() is not None:
@@ -204,7 +204,7 @@ def _processor() -> list[Finding]:
                 WARN,
                 "load",
                 f"{load:.1f} on {usable} cores",
-                "measured rates are too low while others compute; run doctor --fresh later",
+                "other load makes measured rates too low; run horizon doctor --fresh later",
             )
         )
     return found
@@ -225,7 +225,7 @@ def _device() -> list[Finding]:
             Finding(
                 FAIL,
                 "device",
-                "an NVIDIA driver, but torch sees no GPU",
+                "NVIDIA driver found, but torch sees no GPU",
                 "install a torch build for CUDA, or check the driver",
             )
         ]
@@ -234,7 +234,7 @@ def _device() -> list[Finding]:
             WARN,
             "device",
             "no GPU: layers are computed on the CPU",
-            "small models only; `horizon plan hardware=NAME` plans for a GPU",
+            "train small models only; horizon plan hardware=NAME plans for a GPU",
         )
     ]
 
@@ -249,7 +249,7 @@ def _disk() -> list[Finding]:
                 WARN if low else PASS,
                 name,
                 f"{free / _GB:.1f} GB free",
-                "a bf16 export takes 2 bytes a parameter" if low else "",
+                "free disk space: a bf16 export takes 2 bytes per parameter" if low else "",
             )
         )
     return found

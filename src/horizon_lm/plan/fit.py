@@ -1,19 +1,58 @@
-"""Compare a predicted step with a machine: what does not fit, by how much, and what would help."""
+"""What fits: the memory that a run may take, a predicted step compared with it, and the largest that fits."""
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import DoesNotFitError
+from horizon_lm.machine.memory import available_host_bytes
+from horizon_lm.machine.profile import Profile
+from horizon_lm.memory.arena import pinnable_bytes
 from horizon_lm.memory.ways import hint
-from horizon_lm.plan.limits import Limits
 from horizon_lm.plan.predict import Prediction
 from horizon_lm.words import size
 
 _GB = 1e9
 Predictor = Callable[[TrainConfig], Prediction]
+_MOST_LOOKS = 24  # of `largest_that_fits`; each may measure a model
+# The rest of device memory is left to fragmentation and to kernels' workspaces: neither is predicted, and how
+# much they take has not been measured on a GPU yet.
+_DEVICE_SHARE = 0.95
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes; None: unknown or unlimited. host: if `here`, beyond what the process holds now; else in all."""
+
+    host: int
+    device: int | None = None
+    pinned: int | None = None
+    disk: int | None = None
+    here: bool = False
+
+    @classmethod
+    def of_profile(cls, profile: Profile) -> Limits:
+        device = None if profile.device == "cpu" else int(profile.device_bytes * _DEVICE_SHARE)
+        return cls(int(profile.host_bytes), device)
+
+    @classmethod
+    def of_this_machine(cls, device: str, folder: str) -> Limits:
+        """device: cpu or cuda[:N]. folder: the output folder, which need not exist yet."""
+        free = None
+        if device.startswith("cuda"):
+            free = int(torch.cuda.mem_get_info(torch.device(device))[0] * _DEVICE_SHARE)
+        place = Path(folder).expanduser().absolute()
+        while not place.exists():
+            place = place.parent
+        pinned = pinnable_bytes() if device.startswith("cuda") else None
+        return cls(available_host_bytes(), free, pinned, shutil.disk_usage(place).free, here=True)
 
 
 @dataclass(frozen=True)
@@ -30,20 +69,20 @@ class Shortfall:
 
 
 def export_bytes(config: TrainConfig, prediction: Prediction) -> int:
-    """Disk that the trained model takes, and a tenth more."""
+    """Disk bytes of the trained model, plus a tenth."""
     size = 2 if (config.save_dtype or config.dtype) == "bfloat16" else 4
     weights = prediction.host["weights"] // (2 if config.dtype == "bfloat16" else 4)
     return int(weights * size * 1.1)
 
 
 def shortfalls(config: TrainConfig, prediction: Prediction, limits: Limits) -> list[Shortfall]:
-    """What does not fit, worst first."""
+    """List what does not fit, worst first."""
     compared = _compare(config, prediction, limits)
     return sorted((s for s in compared if s.bytes > 0), key=lambda s: -s.bytes)
 
 
 def room_bytes(config: TrainConfig, prediction: Prediction, limits: Limits) -> int:
-    """What is left of the memory that has least left; negative where something does not fit."""
+    """Bytes left of the memory that has least left; negative if something does not fit."""
     return min(-s.bytes for s in _compare(config, prediction, limits))
 
 
@@ -96,3 +135,47 @@ def check(config: TrainConfig, prediction: Prediction, limits: Limits, predictor
         f"{size(worst.available)} are free: short by {size(worst.bytes)}{also}",
         hint=hint(config, shortages, f"free {size(worst.bytes)} of {place}, or use a smaller model"),
     )
+
+
+def largest_that_fits(room_bytes: Callable[[int], int], start: int, most: int) -> int:
+    """Find the largest number up to `most` that fits, to about 10 %; 0 if not even 1 does.
+
+    room_bytes: bytes that a number leaves free; negative if it does not fit. It falls nearly linearly, so the
+    next number to try is the zero of the line through the last two, alternating with bisection.
+    """
+    low, room = min(start, most), -1
+    while low >= 1 and (room := room_bytes(low)) < 0:
+        low //= 2
+    if low < 1:
+        return 0
+    fits = [(low, room)]
+    high: tuple[int, int] | None = None
+    for look in range(_MOST_LOOKS):
+        low = fits[-1][0]
+        if low >= most or high is not None and high[0] - low <= max(1, low // 10):
+            break
+        number = min(most, _above(fits)) if high is None else _between(fits[-1], high, look)
+        room = room_bytes(number)
+        if room < 0:
+            high = number, room
+        else:
+            fits.append((number, room))
+    return fits[-1][0]
+
+
+def _above(fits: list[tuple[int, int]]) -> int:
+    """A little beyond the zero of the line through the last two; twice the last if there is one point."""
+    last, room = fits[-1]
+    if len(fits) == 1:
+        return 2 * last
+    before, more = fits[-2]
+    each = (more - room) / (last - before)
+    met = int((last + room / each) * 1.04) if each > 0 else 4 * last
+    return max(last + 1, min(met, 16 * last))
+
+
+def _between(low: tuple[int, int], high: tuple[int, int], look: int) -> int:
+    """A little below the zero of the line; every other time the geometric mean."""
+    met = 0.98 * (low[0] + low[1] / (low[1] - high[1]) * (high[0] - low[0]))
+    number = math.sqrt(low[0] * high[0]) if look % 2 else met
+    return min(high[0] - 1, max(low[0] + 1, int(number)))

@@ -1,7 +1,7 @@
-"""A model known by its configuration alone: its units, and what each part of it takes and does.
+"""A model known by its configuration alone: its units, and the memory and work of each part.
 
-The transformers model is built from fake tensors, which have shapes and no memory, and is cut by the same
-`Skeleton` as for training. A model of 10^12 parameters is outlined in seconds and some hundred megabytes.
+The transformers model is built of fake tensors and cut by the `Skeleton` that training uses. A model of 10^12
+parameters takes seconds and a few hundred megabytes.
 """
 
 from __future__ import annotations
@@ -29,13 +29,21 @@ from horizon_lm.model.loading import freeze
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.plan.model_flops import Counted, count_layers, kinds_of_layers
 from horizon_lm.plan.outline_cache import Facts, OutlineCache, TraceKey
-from horizon_lm.plan.trace import Law, Line, Trace
-from horizon_lm.plan.working_set import Built, Ends, Measure, WorkingSet, ends_working_set, layer_working_set
+from horizon_lm.plan.work import Law, Line, Trace
+from horizon_lm.plan.working_set import (
+    Built,
+    Ends,
+    Loss,
+    Measure,
+    WorkingSet,
+    ends_working_set,
+    layer_working_set,
+)
 
 
 @dataclass(frozen=True)
 class Measures:
-    """Of one micro-batch [batch, tokens]. layers: by kind of layer."""
+    """Measurements of one micro-batch [batch, tokens]. layers: by kind of layer."""
 
     batch: int
     tokens: int
@@ -44,11 +52,11 @@ class Measures:
 
 
 class Outline:
-    """Raises UnsupportedModelError for a model that cannot be streamed.
+    """Outline of a model. Raises UnsupportedModelError for a model that cannot be streamed.
 
-    config: a transformers configuration, or what gives it when it is asked for. settings: dtype, attention
-    and tiles enter here. cache: what was found of this model before, and is kept for the next time; the model
-    is then built only for what is not there.
+    config: a transformers configuration, or a function that returns it. settings: dtype, attention and tiles
+    matter. cache: earlier findings on this model, extended by new ones; the model is built only for what the
+    cache lacks.
     """
 
     def __init__(
@@ -75,7 +83,7 @@ class Outline:
 
     @cached_property
     def built(self) -> Built:
-        """The model, of fake tensors."""
+        """The model of fake tensors."""
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode:
             model = _build(self.config, self.dtype, self._settings)
@@ -90,14 +98,14 @@ class Outline:
 
     @property
     def counted(self) -> Counted | None:
-        """What `count` found."""
+        """The result of `count`."""
         return self._cache.counted
 
     def count(self) -> Counted | None:
-        """How often parameters multiply a token, and other products; None for a model that cannot be run
-        without its weights. Found once."""
+        """Count how often parameters multiply a token, and other products; None for a model that cannot run
+        without its weights. Counted once."""
         if self._cache.counted is None:
-            with suppress(Exception):  # whatever a model's code makes of tensors without values
+            with suppress(Exception):  # a model's code may do anything on fake tensors
                 self._cache.counted = count_layers(self.built, self.facts.kind_of)
         return self._cache.counted
 
@@ -134,7 +142,7 @@ class Outline:
         return self.facts.width
 
     def with_layers(self, count: int) -> Outline:
-        """The same model with `count` layers; kinds of layers follow each other as they do now."""
+        """The same model with `count` layers, whose kinds repeat in their order."""
         other = object.__new__(Outline)
         other.__dict__.update(self.__dict__)
         other.__dict__.pop("embedding_unit", None)
@@ -144,7 +152,7 @@ class Outline:
         return other
 
     def measures(self, batch: int, tokens: int, loss_chunk: int, label_smoothing: float = 0.0) -> Measures:
-        """What the parts take on a micro-batch; found once for each shape."""
+        """Measure the parts on a micro-batch, once for each shape."""
         key = batch, tokens, loss_chunk, bool(label_smoothing)
         if key not in self._measured:
             try:
@@ -152,8 +160,7 @@ class Outline:
                     lambda: self.built,
                     batch,
                     tokens,
-                    loss_chunk,
-                    label_smoothing=label_smoothing,
+                    Loss(loss_chunk, label_smoothing),
                     has_backward=self._ends_have_backward,
                     source=self._readings,
                 )
@@ -165,8 +172,8 @@ class Outline:
                 raise
             except Exception as error:
                 raise UnsupportedModelError(
-                    f"{self.facts.model_type} cannot be run without its weights, so nothing can be "
-                    f"predicted: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+                    f"{self.facts.model_type} cannot be run without its weights, which a plan needs: "
+                    f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
                     hint="train it with skip_memory_check: true; the plan is then left out",
                 ) from error
             self._measured[key] = Measures(batch, tokens, ends, layers)
@@ -178,12 +185,12 @@ class Outline:
         return any(self.facts.units[u].trainable_numel for u in (0, self.facts.embedding_unit))
 
     def expect(self, line: Line) -> None:
-        """Many shapes of `line` will be asked for: its ends are measured, and those between follow."""
+        """Prepare for many shapes of `line`: its ends are measured, and those between follow."""
         if line.high - line.low > 1 and line not in self._lines and self.mlp_tile_tokens is None:
             self._lines.append(line)
 
     def _readings(self, part: Hashable, batch: int, tokens: int, measure: Measure) -> Sequence[Any]:
-        """Of a part of the model: measured, or between two that were."""
+        """Readings of a part of the model: measured, or derived from two that were."""
         if (part, batch, tokens) not in self._traces and batch:  # the head has rows alone
             for line in self._lines:
                 number = line.number(batch, tokens)
@@ -203,16 +210,16 @@ class Outline:
     def _law(self, part: Hashable, line: Line, measure: Measure) -> Law | None:
         if (part, line) not in self._laws:
             self._laws[part, line] = None
-            with suppress(Exception):  # an end that cannot be run tells nothing of the shapes between
+            with suppress(Exception):  # an end that cannot run says nothing about the shapes between
                 low, high = (self._trace(part, *line.shape(n), measure) for n in (line.low, line.high))
                 self._laws[part, line] = Law.of(line, low, high)
         return self._laws[part, line]
 
 
 def model_config(config: TrainConfig) -> Any:
-    """The transformers configuration that a run would train; weights are not read.
+    """Return the transformers configuration of a run; weights are not read.
 
-    Raises ConfigError where there is none, or none that transformers takes.
+    Raises ConfigError if there is none, or if transformers rejects it.
     """
     try:
         if config.init_model is not None:
@@ -238,13 +245,13 @@ def model_config(config: TrainConfig) -> Any:
         key = "init_model" if config.init_model is not None else "model_name_or_path"
         raise ConfigError(
             f"{key}: transformers finds no configuration: {reason_of(error)}",
-            hint="name a folder with config.json, or give init_model with its model_type",
+            hint="pass a folder with config.json, or init_model with its model_type",
         ) from error
     return _with_new_tokens(config, found)
 
 
 def _with_new_tokens(config: TrainConfig, model: Any) -> Any:
-    """The model's configuration with room for `new_tokens`."""
+    """Enlarge the model's vocabulary for `new_tokens`."""
     if not config.new_tokens:
         return model
     if config.train_tokenizer_vocab_size is not None:
@@ -268,11 +275,11 @@ def _build(config: Any, dtype: torch.dtype, settings: ModelSettings) -> nn.Modul
                 attn_implementation=settings.attn_implementation,
                 trust_remote_code=settings.trust_remote_code,
             )
-        model.tie_weights()  # which else is done as weights are drawn
+        model.tie_weights()  # which initialising the weights would do
         return model
     except Exception as error:
         raise ConfigError(
-            f"the model's configuration was refused by transformers: {reason_of(error)}",
+            f"transformers rejects the model's configuration: {reason_of(error)}",
             hint="check config.json or init_model, and attn_implementation",
         ) from error
 

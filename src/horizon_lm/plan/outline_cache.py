@@ -1,7 +1,7 @@
-"""What is known of a model from earlier plans, kept in a file: its units, and its parts' traces.
+"""A cache of outlines on disk: a model's units, and the traces of its parts.
 
-Most of a plan's time goes into importing transformers' model code and running a layer on fake tensors. Both
-say the same for the same configuration, settings and versions; all of these decide on the name of the file.
+Most of a plan's time goes into importing transformers' model code and running a layer on fake tensors. The
+results depend on configuration, settings and versions alone; all of these make up the file's name.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from horizon_lm.io.leftovers import sweep_files
 from horizon_lm.machine.profile import cache_path
 from horizon_lm.memory.layout import Parameter, UnitLayout
 from horizon_lm.plan.model_flops import Counted
-from horizon_lm.plan.trace import Trace, replay
+from horizon_lm.plan.work import Trace, replay
 
 _FORMAT = 1
 _MOST_TRACES, _MOST_FILES = 400, 64
-_EARLIER = re.compile(r"\.[a-z0-9_]{8}")  # what earlier versions called a file while they wrote it
-# What the environment may tell torch and transformers to do otherwise.
+_EARLIER = re.compile(r"\.[a-z0-9_]{8}")  # names of unfinished files, by earlier versions
+# Prefixes of environment variables that change what torch and transformers do.
 _VARIABLES = ("TORCH", "PYTORCH", "TRANSFORMERS", "ATEN", "USE_", "DISABLE_")
 # A part of the model, and the shape [batch, tokens] that it ran on.
 TraceKey = tuple[Hashable, int, int]
@@ -42,10 +42,10 @@ TraceKey = tuple[Hashable, int, int]
 
 @dataclass(frozen=True)
 class Facts:
-    """What a plan asks of a model beside its traces.
+    """What a plan needs of a model besides its traces.
 
-    kinds: the first layer of each kind. kind_of: the kind of each layer. rows, width: of the embedding table.
-    vocabulary: tokens that the head tells apart. positions: max_position_embeddings, where there is one.
+    kinds: the first layer of each kind. kind_of: the kind of each layer. rows, width: the embedding table's.
+    vocabulary: the head's outputs. positions: max_position_embeddings, if the model has it.
     """
 
     model_type: str
@@ -68,7 +68,7 @@ class Facts:
 
 @dataclass
 class OutlineCache:
-    """Of one model under one set of settings. facts, counted: None until they are found."""
+    """Findings on one model under one set of settings. facts, counted: None until known."""
 
     facts: Facts | None = None
     counted: Counted | None = None
@@ -76,7 +76,7 @@ class OutlineCache:
 
     @property
     def known(self) -> tuple:
-        """What differs once something was found."""
+        """A value that changes with each finding."""
         return len(self.traces), self.facts, self.counted
 
     def to_bytes(self) -> bytes:
@@ -115,10 +115,10 @@ def _unit(row: dict[str, Any]) -> UnitLayout:
 
 @contextmanager
 def outline_cache(config: TrainConfig) -> Iterator[OutlineCache]:
-    """What is known of the run's model; what is found meanwhile is kept at the end.
+    """Load the cache of the run's model, and save new findings at the end.
 
-    It is empty, and nothing is kept, in a program other than `horizon`, where the model is not known by files
-    alone (code of its own, tokens to be added), and where the file cannot be read or written.
+    It is empty and not saved in a program other than `horizon`, for a model that files alone do not determine
+    (custom code, tokens to be added), and if the file cannot be read or written.
     """
     key = _key(config) if package.models_are_stock else None
     path = None if key is None else cache_folder() / f"{key}.json.gz"
@@ -137,7 +137,7 @@ def cache_folder() -> Path:
 
 
 def _read(path: Path | None) -> OutlineCache:
-    """What a file holds; nothing for none, and for one that is damaged."""
+    """Read a file; an empty cache if it is missing or damaged."""
     if path is not None:
         with suppress(OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError):
             return OutlineCache.from_bytes(files.read_bytes(path))
@@ -145,7 +145,7 @@ def _read(path: Path | None) -> OutlineCache:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all; of many files the oldest go."""
+    """Write atomically, and delete the oldest of many files."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep_files(_EARLIER, path.parent)
     files.write_file(path, data)
@@ -155,7 +155,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _key(config: TrainConfig) -> str | None:
-    """Of everything that decides on a model's outline; None where files do not tell."""
+    """Hash of everything that an outline depends on; None if files do not tell."""
     if config.trust_remote_code or config.new_tokens:
         return None
     if config.init_model is not None:
@@ -178,9 +178,9 @@ def _key(config: TrainConfig) -> str | None:
 
 
 def _config_json(name: str, revision: str | None) -> bytes | None:
-    """A model's config.json, of a folder or of the Hub; None where there is none."""
+    """Read config.json of a folder or of the Hub; None if there is none."""
     folder = Path(name).expanduser()
-    with suppress(Exception):  # the plan itself says what is wrong
+    with suppress(Exception):  # the plan itself reports the error
         if folder.is_dir():
             return files.read_bytes(folder / "config.json")
         from huggingface_hub import hf_hub_download
@@ -193,7 +193,7 @@ def _config_json(name: str, revision: str | None) -> bytes | None:
 
 
 def _installed() -> list[str]:
-    """Names of all installed distributions with their versions."""
+    """List all installed distributions with their versions."""
     found: list[str] = []
     for place in sys.path:
         with suppress(OSError):
@@ -202,7 +202,7 @@ def _installed() -> list[str]:
 
 
 def _code() -> Sequence[tuple[str, int, int]]:
-    """This package's own files, with size and time."""
+    """List this package's own files, with size and time."""
     root = Path(__file__).parents[1]
     stats = ((str(path.relative_to(root)), path.stat()) for path in sorted(root.rglob("*.py")))
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]

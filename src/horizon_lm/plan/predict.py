@@ -1,6 +1,6 @@
-"""What a step will take: bytes by part on host and device, seconds by lane, and what limits it.
+"""Predict a step: bytes by part on host and device, seconds by lane, and the limiting lane.
 
-The schedule is the one that the engine would run (`schedule.build`), simulated with the costs of its ops.
+The schedule that the engine would run (`schedule.build`) is simulated with the costs of its ops.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from horizon_lm.memory.store import predict_bytes
 from horizon_lm.plan.costs import DEVICE, HOST, Costs
 from horizon_lm.plan.outline import Outline
 from horizon_lm.schedule import Lane, Op, Simulation, StepSpec, build, derive_waits, simulate
+from horizon_lm.schedule.draw import busy_seconds
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one step in the middle of a run.
+    """Prediction for one steady-state step.
 
-    costs: of the step's ops. host, device: bytes by part; device is empty where the device is the CPU.
-    tokens: of the step.
+    costs: those of its ops. host, device: bytes by part; device is empty if the device is the CPU.
     """
 
     settings: ModelSettings
@@ -61,7 +61,7 @@ class Prediction:
 
     @property
     def pinned_bytes(self) -> int:
-        """Host bytes that a device with memory of its own copies from and to, and that are locked."""
+        """Host bytes that are locked for copies from and to a device with its own memory."""
         names = ("weights", "grads", "grad_slabs", "boundary") if self.device else ()
         return sum(self.host.get(name, 0) for name in names)
 
@@ -83,10 +83,10 @@ class Prediction:
 
     def lanes(self) -> dict[str, float]:
         """Busy seconds of each lane."""
-        return {str(lane): self.simulation.busy_seconds(lane) for lane in Lane}
+        return {str(lane): 0.0 for lane in Lane} | busy_seconds(self.simulation.spans)
 
     def limit(self) -> str:
-        """The lane that is busy longest, and how much of the step it is."""
+        """The busiest lane, and its share of the step."""
         lanes = self.lanes()
         name = max(lanes, key=lanes.__getitem__)
         return f"{name} ({lanes[name] / self.seconds:.0%} of the step)" if self.seconds else name
@@ -101,12 +101,12 @@ def predict(
     tokens: int,
     micro_batches: int,
 ) -> Prediction:
-    """The prediction for steps of `micro_batches` micro-batches [batch, tokens]."""
+    """Predict steps of `micro_batches` micro-batches [batch, tokens]."""
     policies = Policies.of(settings, outline)
     measures = outline.measures(batch, tokens, policies.loss_chunk, settings.label_smoothing_factor)
     spec = store_spec(settings, outline)
     costs = Costs(outline, measures, policies, policies.step_spec(micro_batches), spec, profile)
-    # One op after another waits for nothing but the one before it.
+    # Ops that run one at a time wait for nothing but the op before.
     ops, waits = (ops_of(costs.plan), None) if costs.is_cpu else schedule_of(costs.plan)
     simulation = simulate(
         ops,
@@ -132,7 +132,7 @@ def predict(
 
 @lru_cache(maxsize=256)
 def schedule_of(plan: StepSpec) -> tuple[Sequence[Op], Sequence[tuple[int, ...]]]:
-    """Ops and waits of a step that begins with the deferred updates of the one before, as most do."""
+    """Ops and waits of a step that begins with deferred updates of the step before, as most do."""
     ops = ops_of(plan)
     return ops, derive_waits(ops)
 

@@ -1,4 +1,4 @@
-"""The plan of a run: machine, choices with their reasons, what will happen. `horizon plan` prints it."""
+"""The plan of a run: machine, choices with reasons, prediction. `horizon plan` prints it."""
 
 from __future__ import annotations
 
@@ -13,25 +13,24 @@ from horizon_lm.machine.memory import lockable_bytes
 from horizon_lm.machine.profile import FALLBACK, Profile, load_profile
 from horizon_lm.plan import fit
 from horizon_lm.plan.choose import Choice, Planner
-from horizon_lm.plan.grow import largest_that_fits
-from horizon_lm.plan.limits import Limits
+from horizon_lm.plan.fit import Limits, largest_that_fits
 from horizon_lm.plan.outline import Outline, model_config
 from horizon_lm.plan.outline_cache import OutlineCache
 from horizon_lm.plan.predict import Prediction
 from horizon_lm.plan.step_size import assumed_tokens
-from horizon_lm.plan.trace import Line
+from horizon_lm.plan.work import Line
 from horizon_lm.words import count, size
 
-# On a CPU layers are computed where they are: there is nothing to choose.
+# On a CPU layers are computed in place: there is nothing to choose.
 _OF_DEVICE_MEMORY = frozenset({"boundaries", "slots", "grad_slots"})
-# Beyond these nobody asks: `largest` stops there.
+# `largest` stops at these.
 _MOST_ROWS, _MOST_TOKENS, _MOST_LAYERS = 4096, 1 << 20, 1024
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """config: with the choices made out. notes: what to know of the figures. machine: what it is planned for,
-    and how far its figures may be trusted, in words."""
+    """config: with the choices resolved. notes: caveats about the figures. machine: what the plan is for, and
+    how reliable its figures are, in words."""
 
     config: TrainConfig
     planner: Planner
@@ -47,8 +46,8 @@ class RunPlan:
     def largest(self) -> dict[str, int]:
         """The largest micro-batch, sequence and number of layers that would still fit, one at a time."""
         planner, base = self.planner, self._leanest()
-        # One below the most is odd, as a rule: sizes that are rounded up show there. One sequence is a
-        # case of its own, whose tensors need fewer copies.
+        # One below the maximum is odd, as a rule: sizes that are rounded up show there. One sequence is a
+        # special case, whose tensors need fewer copies.
         rows, tokens = base.per_device_train_batch_size, base.max_length
         planner.outline.expect(Line("batch", tokens, max(2, rows), _MOST_ROWS - 1))
         planner.outline.expect(Line("tokens", 1, tokens, self._longest() - 1))
@@ -74,7 +73,7 @@ class RunPlan:
         return found
 
     def search_ends(self) -> dict[str, int]:
-        """The largest numbers that `largest` looks at: one that is as large was not found to be the last."""
+        """The largest numbers that `largest` tries: a result as large may not be the last that fits."""
         return {
             "per_device_train_batch_size": _MOST_ROWS,
             "max_length": self._longest(),
@@ -82,12 +81,12 @@ class RunPlan:
         }
 
     def all_notes(self) -> list[str]:
-        """`notes`, and the advice that takes a second look at the model."""
+        """`notes`, and the advice that needs another prediction."""
         advice = self._advice()
         return [*self.notes, *([advice] if advice else [])]
 
     def _advice(self) -> str | None:
-        """Take more tokens a step, where the update limits it: that takes as long however many there are."""
+        """Advise more tokens per step if the update limits it, which takes as long for any number."""
         found, config = self.prediction, self.config
         batches = config.gradient_accumulation_steps
         update, rest = found.lanes()["update"], max(v for k, v in found.lanes().items() if k != "update")
@@ -102,13 +101,13 @@ class RunPlan:
         if config.tokens_per_step is not None:
             key = f"tokens_per_step={more.tokens}"
         return (
-            f"the update takes {update / found.seconds:.0%} of a step, however many tokens it has: "
+            f"the update takes {update / found.seconds:.0%} of a step, regardless of its tokens: "
             f"{key} ({count(more.tokens, 'token')} a step) would "
             f"give {more.tokens_per_second:,.0f} tokens/s, {gain:.0%} more"
         )
 
     def most_layers(self) -> int:
-        """The largest number of layers that would still fit; 0 when not even one does."""
+        """The largest number of layers that would still fit; 0 if not even one does."""
         planner, base = self.planner, self._leanest()
 
         def room_of_deeper(count: int) -> int:
@@ -118,7 +117,7 @@ class RunPlan:
         return largest_that_fits(room_of_deeper, planner.outline.num_layers, _MOST_LAYERS)
 
     def _leanest(self) -> TrainConfig:
-        """The run with the choices that take least memory."""
+        """The run with the choices that need least memory."""
         config = self.config
         base = config.replace(
             activations="recompute", boundaries="auto", loss_chunk_tokens=config.loss_chunk_tokens
@@ -127,7 +126,7 @@ class RunPlan:
 
     @property
     def has_longest(self) -> bool:
-        """Whether the model itself says how many positions it has."""
+        """Whether the model limits its positions."""
         return self.planner.outline.facts.positions is not None
 
     def _longest(self) -> int:
@@ -172,11 +171,10 @@ def plan_run(
     pinned: frozenset[str] | None = None,
     cache: OutlineCache | None = None,
 ) -> RunPlan:
-    """The plan of a run on this machine (`auto`), on a shipped one, or on one described by a file.
+    """Plan a run for this machine (`auto`), a shipped profile, or a profile in a file.
 
-    pinned: the keys that the user named; by default those that were given to `config`. cache: what is known
-    of the model from earlier plans. Raises ConfigError, UnsupportedModelError, and DoesNotFitError when there
-    is no way to fit.
+    pinned: the keys that the user named; by default those given to `config`. cache: earlier findings.
+    Raises ConfigError, UnsupportedModelError, and DoesNotFitError if nothing fits.
     """
     pinned = frozenset(config.model_fields_set) if pinned is None else pinned
     profile, limits, notes = machine(config, hardware)
@@ -189,13 +187,11 @@ def plan_run(
     planner = Planner(outline, profile, limits, pinned)
     chosen = planner.choose(config)
     prediction = planner.predict(chosen)
-    if not config.skip_memory_check:
-        fit.check(chosen, prediction, limits, planner.predict)
     lockable = lockable_bytes() if limits.here else None
     if lockable is not None and lockable < prediction.pinned_bytes:
         notes.append(
             f"ulimit -l is {size(lockable)} and the run pins {size(prediction.pinned_bytes)}: "
-            "CUDA goes beyond the limit here; hint: ulimit -l unlimited where it stops"
+            "CUDA goes beyond the limit here; hint: ulimit -l unlimited if it refuses"
         )
     title = _machine(profile, limits, prediction)
     return RunPlan(chosen, planner, prediction, _explain(config, chosen, planner), notes, title)
@@ -211,7 +207,7 @@ def _machine(profile: Profile, limits: Limits, prediction: Prediction) -> str:
 
 
 def machine(config: TrainConfig, hardware: str) -> tuple[Profile, Limits, list[str]]:
-    """The profile, its limits, and what is to be said of them."""
+    """Return the profile, its limits, and notes about them."""
     if hardware != "auto":
         profile = load_profile(hardware)
         return profile, Limits.of_profile(profile), [f"{profile.name}: {profile.kind}"]
@@ -223,7 +219,7 @@ def machine(config: TrainConfig, hardware: str) -> tuple[Profile, Limits, list[s
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(
             f"device={device!r}, but torch sees no CUDA device",
-            hint="device: cpu, or hardware=NAME for a machine that is not here",
+            hint="set device=cpu, or hardware=NAME to plan for another machine",
         )
     limits = Limits.of_this_machine(device, config.output_dir)
     profile = load_profile("auto")
@@ -233,7 +229,7 @@ def machine(config: TrainConfig, hardware: str) -> tuple[Profile, Limits, list[s
 
 
 def _explain(config: TrainConfig, chosen: TrainConfig, planner: Planner) -> list[Choice]:
-    """Each choice with the figures behind it: what the neighbouring choice would have meant."""
+    """Each choice with its reason: what the next choice would have meant."""
     layers, is_cpu = planner.outline.num_layers, planner.profile.device == "cpu"
     reasons = {
         "per_device_train_batch_size": _cut_reason(config, planner),
@@ -243,14 +239,14 @@ def _explain(config: TrainConfig, chosen: TrainConfig, planner: Planner) -> list
         "activations": _activation_reason(config, chosen, planner),
         "boundaries": "device memory is enough"
         if not _count(chosen.boundaries, "host", layers)
-        else "without it the "
-        "inputs of all layers do not fit device memory, or fewer layers could keep their activations",
+        else "otherwise the inputs of all layers would not fit device memory, or fewer layers could keep "
+        "their activations",
         "update": _update_reason(chosen),
         "slots": "the next layer arrives while one is computed"
         if chosen.slots == 2
-        else "uploads are late with two",
+        else "with two, uploads are late",
         "grad_slots": "one gradient leaves while the next is computed",
-        "optimizer_threads": f"{planner.profile.cores} cores may be used",
+        "optimizer_threads": f"{planner.profile.cores} usable cores",
     }
     open_when_auto = {"activations", "boundaries", "update", "optimizer_threads"}
     rows = []
@@ -286,15 +282,15 @@ def _activation_reason(config: TrainConfig, chosen: TrainConfig, planner: Planne
     short = fit.shortfalls(chosen, more, planner.limits)
     if short:
         missing = f"{size(short[0].bytes)} of {short[0].memory} memory"
-        return f"{kept + 1} kept layers would need {missing} more than there is"
-    return "keeping more would not make the step shorter"
+        return f"keeping {kept + 1} layers would need {missing} more than is available"
+    return "keeping more would not shorten the step"
 
 
 def _update_reason(chosen: TrainConfig) -> str:
     return {
-        "eager": "without clipping each layer is updated as its gradient arrives; none are stored",
+        "eager": "without clipping, each layer is updated as its gradient arrives; no gradients are stored",
         "deferred": "clips exactly, and overlaps with the next forward pass",
-        "sync": "nothing can overlap, so the simple order is as fast",
+        "sync": "nothing can overlap, so the simple order is equally fast",
     }[chosen.update]
 
 

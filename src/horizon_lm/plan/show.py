@@ -10,7 +10,7 @@ from horizon_lm.words import count, parameters, size
 
 
 def describe(plan: RunPlan, *, largest: bool = True, timeline: bool = False) -> str:
-    """The plan in lines of text; largest: with what would still fit."""
+    """Return the plan as text; largest: include the largest sizes that fit."""
     found, outline = plan.prediction, plan.planner.outline
     lines = [
         f"model      {outline.facts.model_type}, {parameters(outline.num_parameters)}, "
@@ -39,11 +39,11 @@ def describe(plan: RunPlan, *, largest: bool = True, timeline: bool = False) -> 
 
 
 def _largest(plan: RunPlan) -> Iterable[str]:
-    """What was found, or where the search ended without an end of memory."""
+    """The largest sizes found, or where the search ended before memory did."""
     most, ends = plan.largest(), plan.search_ends()
     found = {key: f"{most[key]:,}" + (" or more" if most[key] >= end else "") for key, end in ends.items()}
     if plan.has_longest and most["max_length"] >= ends["max_length"]:
-        found["max_length"] = f"{most['max_length']:,}, all that the model has positions for,"
+        found["max_length"] = f"{most['max_length']:,}, all positions of the model,"
     yield (
         f"  per_device_train_batch_size {found['per_device_train_batch_size']} "
         f"at max_length {plan.prediction.tokens_per_row:,}"
@@ -53,7 +53,7 @@ def _largest(plan: RunPlan) -> Iterable[str]:
 
 
 def _bytes(name: str, parts: dict[str, int]) -> Iterable[str]:
-    """The sum, and the parts that one can see in it."""
+    """The sum, and its parts of at least 1/2000."""
     if not parts:
         return
     total = sum(parts.values())

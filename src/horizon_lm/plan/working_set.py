@@ -1,7 +1,7 @@
-"""What prologue, layers and head take and do on the device, found by running them on tensors without memory.
+"""Memory and work of prologue, layers and head on the device, measured by running them on fake tensors.
 
-The same code that trains (`engine.layers`, `engine.ends`) runs forward and backward on fake
-tensors; what it allocates and what it computes is counted. Nothing is known of any model family.
+The code that trains (`engine.layers`, `engine.ends`) runs forward and backward on fake
+tensors; its allocations and operations are counted. No model family is special.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ from horizon_lm.memory.slots import UnitWeights
 from horizon_lm.model.anatomy import tensors_in
 from horizon_lm.model.capture import Call
 from horizon_lm.model.skeleton import Skeleton
-from horizon_lm.plan.trace import Trace
-from horizon_lm.plan.work import Work, WorkMeter
+from horizon_lm.plan.work import Trace, Work, WorkMeter
 from horizon_lm.schedule.step_spec import KEEP, RECOMPUTE
 
-_FEW_TOKENS = 16  # enough for what a prologue looks at, and soon run
+_FEW_TOKENS = 16  # enough for a prologue, and fast
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One op: the most bytes it takes beside what it is given, and what it computes."""
+    """One op: its peak bytes besides its inputs, and its work."""
 
     bytes: int
     work: Work
@@ -41,14 +40,14 @@ class Pass:
 
 @dataclass(frozen=True)
 class WorkingSet:
-    """Of one layer and one micro-batch, on the device.
+    """The working set of one layer and one micro-batch, on the device.
 
-    What it takes when it keeps its activations is measured when it is asked for (`measure_kept`): most of
-    what the planner looks at recomputes all layers.
+    Figures with kept activations are measured on demand (`measure_kept`): most candidates of the planner
+    recompute all layers.
 
-    boundary: bytes of its input. kept, held: what it holds between forward and backward, beside its input,
-    when it keeps its activations and when it computes them again. The others are its passes; the bytes of
-    a backward pass are beside the gradient that comes in, with those of its parameters in a slot.
+    boundary: bytes of its input. kept, held: bytes between forward and backward, besides its input, with kept
+    and with recomputed activations. The others are its passes; a backward pass excludes the incoming
+    gradient, and its parameters' gradients lie in a slot.
     """
 
     boundary: int
@@ -76,7 +75,7 @@ class WorkingSet:
 
 @dataclass(frozen=True)
 class Ends:
-    """Prologue and head on one micro-batch. call: bytes of what the layers receive beside hidden states."""
+    """Prologue and head on one micro-batch. call: bytes of the layers' inputs other than hidden states."""
 
     call: int
     forward: Pass
@@ -85,13 +84,13 @@ class Ends:
 
 
 class Built(NamedTuple):
-    """A model to measure. mode: that of its fake tensors; None where its tensors are real."""
+    """A model to measure. mode: that of its fake tensors; None if its tensors are real."""
 
     skeleton: Skeleton
     mode: FakeTensorMode | None = None
 
 
-# Readings of a part on [batch, tokens], measured as they are asked for or known from other shapes.
+# Readings of a part on [batch, tokens], measured on demand or derived from other shapes.
 Measure = Callable[[int, int], Trace]
 Source = Callable[[Hashable, int, int, Measure], Sequence[Any]]
 
@@ -108,10 +107,10 @@ def layer_working_set(
     device: torch.device | None = None,
     source: Source = _measured,
 ) -> WorkingSet:
-    """The working set of decoder layer `layer` (0-based) on a micro-batch [batch, tokens], unpacked.
+    """Measure decoder layer `layer` (0-based) on a micro-batch [batch, tokens], unpacked.
 
-    built: gives the model, asked only where something is measured. device: where it would run, which decides
-    on the kernels; the CPU by default. source: where readings come from; measured by default.
+    built: returns the model, called only to measure. device: decides on the kernels; the CPU by default.
+    source: where readings come from; measured by default.
     """
 
     def readings(policy: str) -> Sequence[Any]:
@@ -138,25 +137,30 @@ def _layer_figures(readings: Sequence[Any]) -> tuple[int, tuple[int, Pass, Pass]
     return boundary, (held, forward, Pass(backward_peak - (backward_before - held), backward_work))
 
 
+class Loss(NamedTuple):
+    """chunk: tokens whose logits are alive at once. smoothing: that of the labels."""
+
+    chunk: int
+    smoothing: float = 0.0
+
+
 def ends_working_set(
     built: Callable[[], Built],
     batch: int,
     tokens: int,
-    loss_chunk: int,
-    device: torch.device | None = None,
+    loss: Loss,
     *,
     has_backward: bool,
-    label_smoothing: float = 0.0,
     source: Source = _measured,
 ) -> Ends:
-    """What prologue and head take. The router's auxiliary loss is left out: its logits are few.
+    """Measure prologue and head. The router's auxiliary loss is left out: its logits are few.
 
     has_backward: whether anything before the layers is trained.
     """
 
     def measure(batch: int, tokens: int) -> Trace:
         skeleton, mode = built()
-        with _Metered(device, mode) as metered:
+        with _Metered(None, mode) as metered:
             metered.restart()
             hidden, call = metered.prologue(skeleton, batch, tokens)
             metered.size(hidden)
@@ -171,13 +175,13 @@ def ends_working_set(
 
     def measure_head(_: int, rows: int) -> Trace:
         skeleton, mode = built()
-        with _Metered(device, mode) as metered:
+        with _Metered(None, mode) as metered:
             like, call = metered.prologue(skeleton, 1, _FEW_TOKENS)  # not all are as wide as the table
             del call
             _head_on(skeleton, metered, like, rows, head_loss)
             return metered.trace
 
-    head_loss = partial(cross_entropy, chunk=loss_chunk, label_smoothing=label_smoothing)
+    head_loss = partial(cross_entropy, chunk=loss.chunk, label_smoothing=loss.smoothing)
     before, _, hidden, peak, work, *rest = source("ends", batch, tokens, measure)
     forward, backward = Pass(max(0, peak - before - hidden), work), Pass(0, Work())
     if has_backward:
@@ -185,15 +189,15 @@ def ends_working_set(
         backward = Pass(peak - before, work)
 
     def head(rows: int) -> Pass:
-        *_, before, peak, work = source(("head", loss_chunk, bool(label_smoothing)), 0, rows, measure_head)
+        *_, before, peak, work = source(("head", loss.chunk, bool(loss.smoothing)), 0, rows, measure_head)
         return Pass(peak - before, work)
 
-    loss = _head(batch * tokens, hidden // (batch * tokens), loss_chunk, head)
-    return Ends(sum(rest), forward, backward, loss)
+    head_pass = _head(batch * tokens, hidden // (batch * tokens), loss.chunk, head)
+    return Ends(sum(rest), forward, backward, head_pass)
 
 
 class _Metered:
-    """Fake tensors whose bytes and operations are counted."""
+    """A context in which bytes and operations of fake tensors are counted."""
 
     def __init__(self, device: torch.device | None, mode: FakeTensorMode | None) -> None:
         self.device = device or torch.device("cpu")
@@ -210,7 +214,7 @@ class _Metered:
     def __exit__(self, *exc: Any) -> None:
         self._stack.close()
 
-    # What is read off goes into the trace.
+    # Readings, which go into the trace.
 
     def restart(self) -> None:
         self.trace.read("restart", self.live.restart())
@@ -255,7 +259,7 @@ def without_values(
 
 
 def empty_weights(skeleton: Skeleton, unit: int, device: torch.device) -> UnitWeights | None:
-    """Memory for a unit's weights; None for a unit without any."""
+    """Allocate a unit's weights; None for a unit without any."""
     layout = skeleton.units[unit]
     if not layout.numel:
         return None
@@ -266,7 +270,7 @@ def empty_weights(skeleton: Skeleton, unit: int, device: torch.device) -> UnitWe
 def _run_layer(
     skeleton: Skeleton, layer: int, metered: _Metered, hidden: torch.Tensor, call: Call, policy: str
 ) -> None:
-    """Read off what `_layer_figures` makes figures of."""
+    """Take the readings of `_layer_figures`."""
     weights = metered.weights(skeleton, layer + 1)
     gradient = metered.gradient(skeleton, layer + 1)
     metered.take()
@@ -303,7 +307,7 @@ def _prologue_backward(
 
 
 def _head(rows: int, row_bytes: int, loss_chunk: int, head: Callable[[int], Pass]) -> Pass:
-    """Chunks of the loss are alike, so two are run and the others are counted as the second."""
+    """Measure two chunks of the loss; the others count as the second."""
     one = head(min(rows, loss_chunk))
     chunks = -(-rows // loss_chunk)
     if chunks == 1:
@@ -312,7 +316,7 @@ def _head(rows: int, row_bytes: int, loss_chunk: int, head: Callable[[int], Pass
     work = Work(one.work)
     for kernel, count in two.work.items():
         work[kernel] += (count - one.work[kernel]) * (chunks - 1)
-    # What grows with the rows is the gradient that goes down to the last layer.
+    # The gradient passed to the last layer grows with the rows.
     rest = max(0, rows - 2 * loss_chunk) * row_bytes
     return Pass(max(one.bytes, two.bytes) + rest, Work({k: n for k, n in work.items() if n > 0}))
 

@@ -6,7 +6,6 @@ Waits are not set here: they follow from what the ops read and write (`waits`).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import replace
 
 from horizon_lm.schedule import make
 from horizon_lm.schedule.ops import Op
@@ -27,7 +26,7 @@ def build(spec: StepSpec, step: int = 0, pending: Collection[int] = ()) -> list[
     for visit_ops in _visits(spec):
         ops += visit_ops
     if spec.evaluate:
-        return [replace(op, step=step) for op in ops]
+        return [op.at(step) for op in ops]
     ops = _with_restores(spec, ops)
     if spec.scatters:
         ops.append(make.scatter(spec))
@@ -36,13 +35,13 @@ def build(spec: StepSpec, step: int = 0, pending: Collection[int] = ()) -> list[
     ops.append(make.norm(spec))
     if spec.update == "sync":
         ops += [make.optimize(spec, unit) for unit in sorted(spec.trainable)]
-    ops = _with_pending(spec, [replace(op, step=step) for op in ops], pending, step - 1)
+    ops = _with_pending(spec, [op.at(step) for op in ops], pending, step - 1)
     return _with_writes(spec, ops, step)
 
 
 def build_flush(spec: StepSpec, step: int, pending: Collection[int]) -> list[Op]:
     """Build only the pending updates of `step`."""
-    return [replace(make.optimize(spec, unit), step=step) for unit in _update_order(spec) if unit in pending]
+    return [make.optimize(spec, unit).at(step) for unit in _update_order(spec) if unit in pending]
 
 
 def build_save(spec: StepSpec, step: int, pending: Collection[int]) -> list[Op]:
@@ -161,7 +160,7 @@ def _with_writes(spec: StepSpec, ops: list[Op], step: int) -> list[Op]:
     """Insert the write of each saved unit where it is what the previous step left: after its update of that
     step, or at the start. Units updated soonest are written first, so that no update waits for long.
     """
-    waiting = {unit: replace(make.write(spec, unit), step=step) for unit in sorted(spec.saved)}
+    waiting = {unit: make.write(spec, unit).at(step) for unit in sorted(spec.saved)}
     updated = {op.unit for op in ops if op.kind == "O" and op.step < step}
     coming = [op.unit for op in ops if op.kind == "O" and op.step == step]
     order = [unit for unit in dict.fromkeys([*coming, *waiting]) if unit in waiting]

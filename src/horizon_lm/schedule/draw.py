@@ -5,6 +5,7 @@ Spans are (op, start, end) in seconds, measured (`HostModel.timeline`) or simula
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -62,23 +63,29 @@ def chrome_trace(spans: Iterable[Span]) -> dict[str, Any]:
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
+def busy_seconds(spans: Iterable[Span]) -> dict[str, float]:
+    """Return the busy seconds of each lane: overlapping spans count once, idle lanes are absent."""
+    by_lane: dict[Lane, list[Span]] = {}
+    for span in spans:
+        by_lane.setdefault(span[0].lane, []).append(span)
+    return {
+        str(lane): sum(end - start for start, end in _merged(by_lane[lane]))
+        for lane in Lane
+        if lane in by_lane
+    }
+
+
 def utilisation(spans: Iterable[Span]) -> dict[str, dict[str, float]]:
-    """Per lane: number of ops, busy seconds (overlapping spans counted once), and their share of the time
-    from the first start to the last end of all lanes."""
+    """Per lane: number of ops, busy seconds, and their share of the time from the first start to the last end
+    of all lanes."""
     spans = list(spans)
     whole = _extent(spans)
     total = whole[1] - whole[0]
-    found: dict[str, dict[str, float]] = {}
-    for lane in Lane:
-        mine = [span for span in spans if span[0].lane is lane]
-        if mine:
-            busy = sum(end - start for start, end in _merged(mine))
-            found[str(lane)] = {
-                "ops": len(mine),
-                "busy_seconds": busy,
-                "share": busy / total if total else 0.0,
-            }
-    return found
+    counts = Counter(str(op.lane) for op, _, _ in spans)
+    return {
+        lane: {"ops": counts[lane], "busy_seconds": busy, "share": busy / total if total else 0.0}
+        for lane, busy in busy_seconds(spans).items()
+    }
 
 
 def text_timeline(spans: Iterable[Span]) -> str:
@@ -113,7 +120,7 @@ def _merged(spans: Iterable[Span]) -> list[tuple[float, float]]:
     """Intervals in which at least one span runs."""
     merged: list[tuple[float, float]] = []
     for start, end in sorted((start, end) for _, start, end in spans):
-        if merged and start <= merged[-1][1]:
+        if merged and start < merged[-1][1]:
             merged[-1] = (merged[-1][0], max(merged[-1][1], end))
         else:
             merged.append((start, end))

@@ -9,10 +9,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from horizon_lm.schedule.draw import Span
 from horizon_lm.schedule.ops import Buffer, Lane, Op
 from horizon_lm.schedule.waits import derive_waits, last_uses
 
-Span = tuple[Op, float, float]
 # (memory, bytes) of a buffer that an op writes first; None if that memory exists anyway
 BufferBytes = Callable[[Buffer, Op], tuple[str, int] | None]
 # (memory, bytes) that an op takes while it runs
@@ -35,9 +35,6 @@ class Simulation:
     @property
     def seconds(self) -> float:
         return max((end for _, _, end in self.spans), default=0.0)
-
-    def busy_seconds(self, lane: Lane) -> float:
-        return sum(end - start for op, start, end in self.spans if op.lane is lane)
 
 
 def simulate(

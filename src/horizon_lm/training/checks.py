@@ -81,7 +81,7 @@ def explain_missing(config: TrainConfig, key: str) -> Iterator[None]:
         yield
     except DataError as error:
         if config.resume_from_checkpoint is not None:
-            moved = f"if the data were moved: {key}=NEW (the content decides, not the path)"
+            moved = f"{key}=NEW if they were moved (the content decides, not the path)"
             error.hint = f"{moved}; {error.hint}" if error.hint else moved
         raise
 
