@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from horizon_lm.checkpoint.folder import RunFolder
-from horizon_lm.config import TrainConfig
+from horizon_lm.config import TrainConfig, check_max_length
 from horizon_lm.config.data import IGNORED
 from horizon_lm.data import TrainingData
 from horizon_lm.data.loader import collate
@@ -66,12 +66,7 @@ def check_together(config: TrainConfig, data: TrainingData, model: HostModel) ->
             hint="use the model's own tokenizer, leave vocab_size out of init_model, or name the tokens in "
             "new_tokens, for which the embeddings grow",
         )
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(longest, int) and 0 < longest < config.max_length:
-        raise ConfigError(
-            f"max_length={config.max_length} is more than the model's max_position_embeddings={longest}",
-            hint=f"max_length={longest}",
-        )
+    check_max_length(config, getattr(model.config.get_text_config(), "max_position_embeddings", None))
 
 
 @contextmanager
