@@ -17,6 +17,7 @@ from horizon_lm.config import DatasetConfig, ModelSettings, TrainConfig
 from horizon_lm.config import yaml as config_yaml
 from horizon_lm.config.aliases import ALIASES, DROPPED
 from horizon_lm.errors import ConfigError
+from sizes import times
 
 text = st.text(max_size=30)
 some_text = st.text(min_size=1, max_size=30)
@@ -99,7 +100,7 @@ valid = st.builds(
 # --- round trip -----------------------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=times(50, 500), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(valid)
 def test_what_is_written_is_read_back_identically(values: dict[str, Any]) -> None:
     config = TrainConfig.from_dict(values)
@@ -112,7 +113,7 @@ def test_what_is_written_is_read_back_identically(values: dict[str, Any]) -> Non
     assert yaml.safe_load(written) == config.to_dict()  # other programs read the same values
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=times(50, 500), deadline=None)
 @given(st.dictionaries(text, json_like, max_size=5))
 @example({"<<": None, "no": "yes", "1": "1e5", "=": "0o7", "~": "", "a": "\u2028\ufeff\x85", "b": "1:30"})
 def test_any_plain_mapping_survives_the_writer(values: dict[str, Any]) -> None:
@@ -257,7 +258,7 @@ def test_a_wrong_value_is_refused_by_name(key: str) -> None:
             TrainConfig(**{**BASE, key: value})
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=times(50, 500), deadline=None)
 @given(valid, st.data())
 def test_a_mutated_key_is_refused_by_name(values: dict[str, Any], data: st.DataObject) -> None:
     key = data.draw(st.sampled_from(sorted(values)))
