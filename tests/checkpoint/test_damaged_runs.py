@@ -294,11 +294,11 @@ def altered(run: Path, change: Callable[[dict[str, torch.Tensor], str], None]) -
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda t, key: t.update({key: torch.zeros(3, 5)}), "is [3, 5], the model needs"),
-        (lambda t, key: t.update({key: t[key].unsqueeze(0)}), "the model needs"),
-        (lambda t, key: t.update({key: t[key].to(torch.int32)}), "is of I32, which no weight is"),
-        (lambda t, key: t.update({key: t[key].to(torch.bool)}), "is of BOOL"),
-        (lambda t, key: t.update({key: t[key].to(torch.float8_e4m3fn)}), "is of F8_E4M3"),
+        (lambda t, key: t.update({key: torch.zeros(3, 5)}), "is [3, 5], expected ["),
+        (lambda t, key: t.update({key: t[key].unsqueeze(0)}), ", expected ["),
+        (lambda t, key: t.update({key: t[key].to(torch.int32)}), "is I32, not a dtype of weights"),
+        (lambda t, key: t.update({key: t[key].to(torch.bool)}), "is BOOL, not"),
+        (lambda t, key: t.update({key: t[key].to(torch.float8_e4m3fn)}), "is F8_E4M3, not"),
         (lambda t, key: t.pop(key), "has no weights of "),
         (lambda t, key: t.clear(), "has no weights of "),
         (lambda t, key: t.update({"weights.a.b": torch.zeros(2)}), "a.b is of no part of the model"),

@@ -41,7 +41,7 @@ NUMBERS: dict[str, tuple[Any, str]] = {
     "two numbers": (torch.tensor([1e-3, 1e-3]), "is not one number"),
     "no number": (np.array([]), "is not one number"),
     "a tensor of NaN": (torch.tensor(math.nan), "is not finite"),
-    "a tensor without content": (torch.empty((), device="meta"), "without content"),
+    "a tensor without content": (torch.empty((), device="meta"), "without values"),
 }
 NAMES = ("lr", "weight_decay", "max_grad_norm")
 TOO_LARGE = {"lr": 1e39, "weight_decay": 1e39}  # for float32

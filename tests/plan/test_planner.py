@@ -94,7 +94,7 @@ def test_the_last_layers_are_kept_as_many_as_fit() -> None:
 
 def test_pins_that_contradict_each_other_are_refused() -> None:
     config = config_of(max_length=128, tokens_per_step=1024, per_device_train_batch_size=3)
-    with pytest.raises(ConfigError, match="tokens_per_step=1024 is 8 sequences"):
+    with pytest.raises(ConfigError, match=r"tokens_per_step=1024 \(8 x 128\) does not go with"):
         planner_of(config, *machine(8, 4000)).choose(config)
     config = config_of(max_length=128, tokens_per_step=1024, per_device_train_batch_size=2)
     chosen = planner_of(config, *machine(8, 4000)).choose(config)

@@ -164,7 +164,7 @@ def test_a_failed_upload_leaves_the_model_and_says_how_to_go_on(
     shown = capsys.readouterr()
     model = tmp_path / "my-run" / "model"
     assert f"the model is in {model}, but uploading it to {hub.address}/lab/other failed" in shown.err
-    assert f"hint: hf upload lab/other {model}" in shown.err
+    assert f"hint: run hf upload lab/other {model}" in shown.err
     assert (model / "model.safetensors").exists() and not hub.files
     assert "exists and is public" in shown.out
     lines = [json.loads(line) for line in (tmp_path / "my-run" / "metrics.jsonl").read_text().splitlines()]
