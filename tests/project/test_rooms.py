@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,32 @@ def test_what_follows_the_order_is_not(tmp_path: Path) -> None:
 def test_each_room_has_one_place() -> None:
     names = [name for names in ORDER for name in names]
     assert len(names) == len(set(names))
+
+
+# Public interfaces: one call of the library, and commands whose parameters are their options.
+MANY_PARAMETERS = {"host_model.train_step", "cli.model.generate", "cli.model.chat", "cli.bench.bench"}
+
+
+def crowded(source: str) -> list[str]:
+    """Names of functions with more than six parameters besides self or cls."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            if len(given) - bool(given and given[0].arg in ("self", "cls")) > 6:
+                found.append(node.name)
+    return found
+
+
+def test_functions_take_six_parameters_at_most() -> None:
+    found = {
+        ".".join([*path.relative_to(PACKAGE).with_suffix("").parts, name])
+        for path in PACKAGE.rglob("*.py")
+        for name in crowded(path.read_text(encoding="utf-8"))
+    }
+    assert found == MANY_PARAMETERS
+
+
+def test_a_function_with_seven_is_found() -> None:
+    assert crowded("def f(a, b, c, d, e, *, f, g): ...") == ["f"]
+    assert crowded("class A:\n    def f(self, a, b, c, d, e, f): ...") == []
