@@ -83,7 +83,7 @@ def keep_freed_memory() -> None:
 
     Call it once before training on the CPU in a loop of your own; `horizon_lm.train` does so itself. Each
     layer's activations and gradients are freed before the next layer allocates its own; returning them in
-    between costs a page fault per 4 KB, some 50,000 a step at 100 M parameters: 2 to 10 % of step time. Peak
+    between costs a page fault per 4 KB, some 50,000 a step at 100 M parameters: 7 to 11 % of step time. Peak
     memory rises by up to as much (`benchmarks/heap.py`). Also ends the automatic growth of malloc's limits.
     Does nothing if the environment sets limits of its own (MALLOC_*).
     """

@@ -104,7 +104,7 @@ class RunLog:
         self.callbacks.note(outcome)
         values = {"step": outcome.step, "seconds": outcome.seconds, "bytes": outcome.num_bytes}
         if outcome.path is None:
-            self.progress.warn(f"no checkpoint of step {outcome.step}: {outcome.error}; the run goes on")
+            self.progress.warn(f"no checkpoint of step {outcome.step}: {outcome.error}; the run continues")
             self.file.write_event("checkpoint", {**values, "error": outcome.error})
             return
         self.progress.stage(
