@@ -24,6 +24,7 @@ from horizon_lm.engine.step import Step
 from horizon_lm.memory.slots import BoundarySlots, GradientSlots, UnitWeights, WeightSlots
 from horizon_lm.memory.store import HostStore
 from horizon_lm.model.skeleton import Skeleton
+from horizon_lm.model.twins import host_twins
 from horizon_lm.optim.optimizer import Optimizer
 from horizon_lm.schedule import Buffer, Op
 from horizon_lm.schedule.step_spec import KEEP
@@ -91,9 +92,10 @@ class Ops:
         with step.draws(op, self.device)():
             if op.unit == 0:
                 embeds = step.tensor("embeds", -1, m).to(self.device, non_blocking=True)
-                output, call = ends.forward_prologue(
-                    self.skeleton, self._weights(op), embeds, self._inputs(step, m)
-                )
+                with host_twins(self.device):
+                    output, call = ends.forward_prologue(
+                        self.skeleton, self._weights(op), embeds, self._inputs(step, m)
+                    )
                 step.memory[Buffer("call", -1, m)] = call
             else:
                 output = self._forward_layer(step, op)
@@ -179,10 +181,11 @@ class Ops:
         with step.draws(op, self.device)():
             if op.unit == 0:
                 embeds = step.tensor("embeds", -1, m).to(self.device, non_blocking=True)
-                inputs, mine = self._inputs(step, m), self._gradient(step, op)
-                gradient = ends.backward_prologue(
-                    self.skeleton, self._weights(op), embeds, inputs, gradient, mine
-                )
+                mine = self._gradient(step, op)
+                with host_twins(self.device):
+                    gradient = ends.backward_prologue(
+                        self.skeleton, self._weights(op), embeds, self._inputs(step, m), gradient, mine
+                    )
                 step.memory[Buffer("embeds_grad", -1, m)] = self._to_host(gradient)
                 return
             graph, hidden = step.graph(op.unit, m), self._stored_input(step, op)

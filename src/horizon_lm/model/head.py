@@ -1,4 +1,4 @@
-"""The head's own modules, found once: what runs after the last layer, without the rest of the model's forward.
+"""The head's own modules, found once: what runs after the last layer, without the rest of the forward.
 
 The forward of a causal language model calls a base model (embeddings, layers, mostly a norm), then computes
 logits from its first output. The head is the base model's modules after the last layer, then the model's own
