@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 import horizon_lm as hz
 import zoo
@@ -34,7 +33,12 @@ def _with_metrics(log_probs: torch.Tensor, batch: dict[str, torch.Tensor]) -> An
 
 def _on_device(name: str, cuda: EmulatedCuda, dtype: str = "bfloat16", **settings: Any) -> hz.HostModel:
     model = hz.HostModel.from_pretrained(
-        zoo.build(name), device="cuda", dtype=dtype, skip_memory_check=True, loss_chunk_tokens=CHUNK, **settings
+        zoo.build(name),
+        device="cuda",
+        dtype=dtype,
+        skip_memory_check=True,
+        loss_chunk_tokens=CHUNK,
+        **settings,
     )
     watch_ops(model.engine, cuda)
     return model
@@ -69,3 +73,122 @@ def test_the_compute_lane_never_waits(name: str, emulated_cuda: EmulatedCuda) ->
         assert all(m.keys() == {"mean", "least", "number"} for m in out.metrics if loss_fn is not None)
     assert model.step(lr=1e-3, max_grad_norm=1.0).grad_norm > 0  # the update waits for the gradients
     assert emulated_cuda.waits
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_gradients_are_those_of_the_cpu(name: str, emulated_cuda: EmulatedCuda) -> None:
+    model = _on_device(name, emulated_cuda, dtype="float32")
+    plain = hz.HostModel.from_pretrained(zoo.build(name), "cpu", "float32", loss_chunk_tokens=CHUNK)
+    for kinds, loss_fn in [(["padded", "plain"], None), (["padded"], _with_metrics)]:
+        one, two = _step(model, kinds, loss_fn), _step(plain, kinds, loss_fn)
+        assert (one.loss, one.metrics) == (two.loss, two.metrics)
+        for (key, found), (_, wanted) in zip(model.named_gradients(), plain.named_gradients(), strict=True):
+            assert wanted.abs().sum() > 0 and torch.equal(found, wanted), key
+
+
+# Negative controls: each of these waits, and is counted by its name.
+
+
+def _planted(log_probs: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    device, values = log_probs.device, log_probs.detach()
+    rows = torch.arange(3, device=device)
+    float(values.sum())
+    bool((values < 0).all())
+    values.nonzero()
+    values[values < -1]
+    values[:, torch.tensor([0, 1])]
+    values.cpu()
+    values[0].tolist()
+    torch.unique(rows)
+    torch.masked_select(rows, rows > 1)
+    rows.repeat_interleave(rows)
+    rows.repeat_interleave(rows, output_size=3)  # waits for nothing
+    torch.tensor(1.0, device=device)
+    torch.ones(3).to(device, non_blocking=True)
+    torch.ones(3).pin_memory().to(device)
+    torch.ones(3).pin_memory().to(device, non_blocking=True)  # waits for nothing
+    torch.empty(3, pin_memory=True).copy_(rows)
+    torch.cuda.synchronize()
+    event = torch.cuda.Event()
+    event.record()
+    event.synchronize()
+    return -log_probs.mean()
+
+
+PLANTED = {
+    "aten::_local_scalar_dense: a value is read": 2,
+    "aten::nonzero: a size depends on values": 1,
+    "aten::index: by booleans": 1,
+    "aten::index: by indices of the host": 1,
+    "a copy to pageable memory": 2,
+    "aten::_unique2: a size depends on values": 1,
+    "aten::masked_select: a size depends on values": 1,
+    "aten::repeat_interleave: a size depends on values": 1,
+    "tensor(device='cuda')": 1,
+    "a copy from or to pageable memory": 1,
+    "a copy that blocks": 2,
+    "torch.cuda.synchronize": 1,
+    "Event.synchronize": 1,
+}
+
+
+def test_planted_waits_are_counted(emulated_cuda: EmulatedCuda) -> None:
+    model = _on_device("llama", emulated_cuda)
+    emulated_cuda.waits.clear()
+    _step(model, ["plain"], _planted)
+    assert dict(emulated_cuda.on_compute_lane()) == PLANTED
+    honest = model.engine.ops.functions["L"]
+
+    def reads_the_loss(step: Any, op: Op) -> None:
+        honest(step, op)
+        with emulated_cuda.modes(op):
+            float(step.losses[0])
+
+    emulated_cuda.waits.clear()
+    model.engine.ops.functions["L"] = reads_the_loss
+    _step(model, ["plain"])
+    assert dict(emulated_cuda.on_compute_lane()) == {"aten::_local_scalar_dense: a value is read": 1}
+
+
+def test_without_twins_the_prologue_waits(
+    emulated_cuda: EmulatedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops_module, "host_twins", lambda device: nullcontext())
+    model = _on_device("gemma3_text", emulated_cuda)
+    for kinds in (["padded"], ["packed"]):
+        emulated_cuda.waits.clear()
+        _step(model, kinds)
+        assert "aten::_local_scalar_dense: a value is read" in emulated_cuda.on_compute_lane()
+
+
+def test_the_whole_forward_as_head_waits_in_every_chunk(emulated_cuda: EmulatedCuda) -> None:
+    model = _on_device("llama", emulated_cuda)
+    model.skeleton.own_head = None
+    emulated_cuda.waits.clear()
+    _step(model, ["plain"])
+    assert sum(emulated_cuda.on_compute_lane().values()) >= 2 * zoo.LENGTH // CHUNK
+
+
+def test_experts_in_a_loop_and_in_fp32_wait(emulated_cuda: EmulatedCuda) -> None:
+    """transformers loops over the experts that have tokens; torch's grouped product reads the sizes of groups,
+    but for bf16 on Hopper and Blackwell."""
+    looping = zoo.build("qwen3_moe")
+    looping.set_experts_implementation("eager")
+    for source, dtype in ((looping, "bfloat16"), (zoo.build("qwen3_moe"), "float32")):
+        model = hz.HostModel.from_pretrained(source, device="cuda", dtype=dtype, skip_memory_check=True)
+        watch_ops(model.engine, emulated_cuda)
+        emulated_cuda.waits.clear()
+        _step(model, ["plain"])
+        assert emulated_cuda.on_compute_lane()
+
+
+def test_only_the_chosen_models_make_experts_wait() -> None:
+    """Experts that transformers cannot compute in groups: their models wait in every layer (docs/gpu.md)."""
+    found = set()
+    for name, case in zoo.CASES.items():
+        if "moe" in case.tags and not zoo.build(name)._can_set_experts_implementation():
+            found.add(case.config().model_type)
+    assert found == LOOPING
+
+
+LOOPING: set[str] = set()

@@ -69,10 +69,14 @@ class EmulatedCuda:
         return Counter(what for op, what in self.waits if op is not None and op.lane is Lane.COMPUTE)
 
     @contextmanager
-    def modes(self) -> Iterator[None]:
-        """Around what one thread does (modes belong to a thread)."""
-        with _Operations(self), _Names(self):
-            yield
+    def modes(self, op: Op | None = None) -> Iterator[None]:
+        """Around what one thread does (modes belong to a thread). op: of the step that it does."""
+        before, _here.op = getattr(_here, "op", None), op
+        try:
+            with _Operations(self), _Names(self):
+                yield
+        finally:
+            _here.op = before
 
 
 def _is_cuda(value: Any) -> bool:
@@ -313,12 +317,8 @@ def watch_ops(engine: Any, cuda: EmulatedCuda) -> None:
 
     def watched(function: Callable[[Any, Op], None]) -> Callable[[Any, Op], None]:
         def run(step: Any, op: Op) -> None:
-            _here.op = op
-            try:
-                with cuda.modes():
-                    function(step, op)
-            finally:
-                _here.op = None
+            with cuda.modes(op):
+                function(step, op)
 
         return run
 
