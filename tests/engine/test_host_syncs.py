@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as MODELS
 
 import horizon_lm as hz
 import zoo
@@ -170,8 +171,8 @@ def test_the_whole_forward_as_head_waits_in_every_chunk(emulated_cuda: EmulatedC
 
 
 def test_experts_in_a_loop_and_in_fp32_wait(emulated_cuda: EmulatedCuda) -> None:
-    """transformers loops over the experts that have tokens; torch's grouped product reads the sizes of groups,
-    but for bf16 on Hopper and Blackwell."""
+    """transformers' loop takes the experts that have tokens, and torch's grouped product reads the groups'
+    sizes, except of bf16 on Hopper and Blackwell."""
     looping = zoo.build("qwen3_moe")
     looping.set_experts_implementation("eager")
     for source, dtype in ((looping, "bfloat16"), (zoo.build("qwen3_moe"), "float32")):
@@ -182,13 +183,23 @@ def test_experts_in_a_loop_and_in_fp32_wait(emulated_cuda: EmulatedCuda) -> None
         assert emulated_cuda.on_compute_lane()
 
 
-def test_only_the_chosen_models_make_experts_wait() -> None:
-    """Experts that transformers cannot compute in groups: their models wait in every layer (docs/gpu.md)."""
+# Mixtures of experts that transformers does not compute in groups; and which of them wait in every such layer.
+OWN_EXPERTS = {"dbrx", "doge", "jetmoe", "llama4_text", "longcat_flash"}
+WAITING = ["dbrx", "jetmoe", "longcat_flash"]
+
+
+def test_which_models_compute_experts_in_their_own_way() -> None:
     found = set()
-    for name, case in zoo.CASES.items():
-        if "moe" in case.tags and not zoo.build(name)._can_set_experts_implementation():
-            found.add(case.config().model_type)
-    assert found == LOOPING
+    for case in zoo.CASES.values():
+        config = case.config()
+        if "moe" in case.tags and not MODELS[type(config)]._can_set_experts_implementation():
+            found.add(config.model_type)
+    assert found == OWN_EXPERTS
 
 
-LOOPING: set[str] = set()
+@pytest.mark.parametrize("name", sorted(OWN_EXPERTS))
+def test_which_of_them_wait(name: str, emulated_cuda: EmulatedCuda) -> None:
+    model = _on_device(name, emulated_cuda)
+    emulated_cuda.waits.clear()
+    _step(model, ["plain"])
+    assert bool(emulated_cuda.on_compute_lane()) == (name in WAITING)
