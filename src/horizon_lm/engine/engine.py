@@ -18,6 +18,7 @@ import torch
 from horizon_lm.config import ModelSettings
 from horizon_lm.config.data import IGNORED
 from horizon_lm.engine.disk_lane import Saving
+from horizon_lm.engine.ends import Rows
 from horizon_lm.engine.lanes import Lanes, Span
 from horizon_lm.engine.loss import LossFunction, cross_entropy, custom, shifted_targets
 from horizon_lm.engine.ops import Ops
@@ -153,7 +154,7 @@ class Engine:
         record: bool = False,
         ends_itself: bool = False,
     ) -> Step:
-        """Run gather to scatter, with the deferred updates of the step before, or with this step's own
+        """Run forward and backward, with the deferred updates of the step before, or with this step's own
         eager updates (`update`). Gradients stay in the store unless updates are eager.
 
         Continues from a torn state as it is. ends_itself: see `Step`.
@@ -199,7 +200,11 @@ class Engine:
         num_tokens = sum(int((t != IGNORED).sum()) for t in targets)
         rng_base = self.settings.seed * 1_000_003 + number
         schedule = self.schedule(spec, pending=pending)
-        return Step(spec, schedule, micro_batches, targets, num_tokens, number, rng_base)
+        rows = None
+        if spec.lowest_backward == 0 and not spec.evaluate:
+            ids = [batch["input_ids"] for batch in micro_batches]
+            rows = Rows.of(ids, self.skeleton, pin=self.device.type == "cuda")
+        return Step(spec, schedule, micro_batches, targets, num_tokens, rows, number, rng_base)
 
     def _prepare_losses(self, step: Step, loss_fn: LossFunction | None) -> None:
         step.metrics = [{} for _ in step.micro_batches]

@@ -48,12 +48,13 @@ class Call:
     layers: per layer, (positional, named) arguments without hidden states.
     inputs: arguments of the model's forward (input_ids, attention_mask, position_ids).
     routers: per layer, its routers' logits if the auxiliary loss is on; replaced by their gradients once the
-    loss is computed.
+    loss is computed. is_untouched: layer 0 receives the embeddings as they were looked up.
     """
 
     layers: list[tuple[tuple, dict[str, Any]]]
     inputs: dict[str, torch.Tensor]
     routers: list[list[RouterLogits]] = field(default_factory=list)
+    is_untouched: bool = False
 
 
 class _Enough(Exception):
