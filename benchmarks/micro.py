@@ -107,7 +107,7 @@ def upload_rows(numel: int, device: torch.device) -> list[list[str]]:
     pin = device.type == "cuda"
     layout = lay_out("layer", [("weight", (numel,), True, torch.bfloat16)], torch.bfloat16)
     store = HostStore([layout], StoreSpec(torch.bfloat16), pin=pin)
-    slots = WeightSlots(store, frozenset({0}), 2, device, alias=False)
+    slots = WeightSlots(store, [layout.slot_numel] * 2, device, alias=False)
     source, target = store.run("weights", 0), torch.empty(numel, dtype=torch.bfloat16, device=device)
 
     def settle() -> None:
