@@ -20,7 +20,7 @@ def available_host_bytes(stated: int | None = None) -> int:
     free = psutil.virtual_memory().available
     if stated is not None:
         free = stated - psutil.Process().memory_info().rss
-    return max(0, min(free, *_cgroup_headrooms(), *_process_limits()))
+    return max(0, min([free, *_cgroup_headrooms(), *_process_limits()]))
 
 
 def total_host_bytes() -> int:
