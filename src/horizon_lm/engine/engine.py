@@ -24,6 +24,7 @@ from horizon_lm.engine.loss import LossFunction, cross_entropy, custom, shifted_
 from horizon_lm.engine.ops import Ops
 from horizon_lm.engine.step import Schedule, Step, Update
 from horizon_lm.errors import ConfigError
+from horizon_lm.memory.pinned import PinnedPool
 from horizon_lm.memory.store import HostStore
 from horizon_lm.micro_batches import MicroBatch
 from horizon_lm.model.attention import attention_restorer
@@ -49,6 +50,7 @@ class Engine:
         self.optimizer, self.lanes, self.settings = optimizer, lanes, settings
         alias = device.type == "cpu" and lanes.in_place
         self.ops = Ops(skeleton, store, optimizer, settings, device, alias)
+        self.pinned = PinnedPool(device)  # for the micro-batches of a step
         self.trainable = self.ops.policies.trainable
         self._schedules: dict[tuple[StepSpec, bool], Schedule] = {}
         self._step: Step | None = None  # the step whose complete gradients the store holds
@@ -191,12 +193,13 @@ class Engine:
     def _begin(
         self, spec: StepSpec, micro_batches: Sequence[MicroBatch], number: int, *, pending: bool
     ) -> Step:
-        targets = [shifted_targets(batch["labels"]) for batch in micro_batches]
-        if self.device.type == "cuda":  # copies from pageable memory would block the compute lane
-            targets = [t.pin_memory() for t in targets]
-            micro_batches = [
-                {n: v.pin_memory() for n, v in batch.items() if v is not None} for batch in micro_batches
-            ]
+        # Nothing is in flight: runs of the lanes end with their copies.
+        self.pinned.give_back()
+        self.ops.boundary_slots.begin_step()
+        # Copies from pageable memory would block the compute lane.
+        take = self.pinned.take
+        targets = [take(shifted_targets(batch["labels"])) for batch in micro_batches]
+        micro_batches = [{n: take(v) for n, v in batch.items() if v is not None} for batch in micro_batches]
         num_tokens = sum(int((t != IGNORED).sum()) for t in targets)
         rng_base = self.settings.seed * 1_000_003 + number
         schedule = self.schedule(spec, pending=pending)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from horizon_lm.memory import arena
 from horizon_lm.memory.layout import UnitLayout
+from horizon_lm.memory.pinned import PinnedPool
 from horizon_lm.memory.store import HostStore
 from horizon_lm.schedule import StepSpec
 
@@ -134,12 +134,14 @@ class BoundarySlots:
     """Host buffers for spilled layer inputs, and `count` device buffers to restore them. With `alias` inputs
     stay where they are.
 
-    All buffers are reused from step to step and grow to the largest input seen.
+    All buffers are reused from step to step. Those on the device grow to the largest input seen, those on the
+    host as in `PinnedPool`.
     """
 
     def __init__(self, count: int, device: torch.device, alias: bool) -> None:
         self._device, self._alias = device, alias
-        self._host: dict[tuple[int, int], torch.Tensor] = {}  # uint8, by unit and micro-batch
+        self._pool = PinnedPool(device)
+        self._host_bytes: dict[tuple[int, int], int] = {}  # of this step, by unit and micro-batch
         self._buffers: list[torch.Tensor] = [torch.empty(0, dtype=torch.uint8, device=device)] * count
         self._held: list[torch.Tensor | None] = [None] * count
 
@@ -150,23 +152,23 @@ class BoundarySlots:
 
     @property
     def host_bytes(self) -> int:
-        return sum(host.nbytes for host in self._host.values())
+        return self._pool.num_bytes
 
     def host_bytes_of(self, unit: int, micro_batch: int) -> int:
-        """Host bytes of one spilled input; 0 if none was spilled."""
-        host = self._host.get((unit, micro_batch))
-        return 0 if host is None else host.nbytes
+        """Host bytes of one input that the last step spilled; 0 if it was not."""
+        return self._host_bytes.get((unit, micro_batch), 0)
+
+    def begin_step(self) -> None:
+        """Reuse the host buffers of the last step, whose copies have ended."""
+        self._pool.give_back()
+        self._host_bytes = {}
 
     def spill(self, unit: int, micro_batch: int, value: torch.Tensor) -> torch.Tensor:
         """Copy a layer's input to host memory, asynchronously from a GPU, and return the copy."""
         if self._alias:
             return value
-        host = self._host.get((unit, micro_batch))
-        if host is None or host.nbytes < value.nbytes:
-            host = arena.allocate(value.nbytes, pin=self._device.type == "cuda")
-            self._host[unit, micro_batch] = host
-        place = host[: value.nbytes].view(value.dtype).view(value.shape)
-        return place.copy_(value, non_blocking=True)
+        self._host_bytes[unit, micro_batch] = value.nbytes
+        return self._pool.reserve(value.shape, value.dtype).copy_(value, non_blocking=True)
 
     def restore(self, slot: int, host: torch.Tensor) -> None:
         """Copy a spilled input into a device buffer."""

@@ -54,7 +54,7 @@ def _median_seconds(function: Callable[[], object], clock: Clock, repeats: int =
 
 def link_rates(num_bytes: int = 1 << 28) -> tuple[float, float]:
     """(to the device, from it) in bytes a second, pinned, both at work at once. Needs CUDA."""
-    hosts = [arena.allocate(num_bytes, pin=True) for _ in range(2)]
+    hosts = [arena.allocate(num_bytes, pin_for=torch.device("cuda")) for _ in range(2)]
     devices = [torch.empty(num_bytes, dtype=torch.uint8, device="cuda") for _ in range(2)]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     times: list[list[float]] = [[], []]
