@@ -97,6 +97,8 @@ class HostModel:
         fill_store(self.skeleton, self.store)
         lanes = choose_lanes(settings.lanes, self.device)
         self.engine = Engine(self.skeleton, self.store, self.optimizer, self.device, lanes, settings)
+        if settings.compile:
+            self.skeleton.compile_layers(settings.compile, self.engine.ops)
         self._turn = threading.RLock()
         self._warned_of = ""
 
@@ -414,6 +416,12 @@ class HostModel:
         ops.logs_notes = False
         notes, ops.notes = ops.notes, []
         return notes
+
+    def take_remarks(self) -> list[str]:
+        """Return what else the engine has to say since the last call: what compiling took."""
+        ops = self.engine.ops
+        remarks, ops.remarks = ops.remarks, []
+        return remarks
 
     @property
     def timeline(self) -> list[Span]:

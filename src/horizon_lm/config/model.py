@@ -34,6 +34,15 @@ class ModelSettings(Settings):
         group="Model",
         resume="ask",
     )
+    compile: bool | Literal["max-autotune"] = setting(
+        False,
+        "Compile decoder layers with torch.compile, once for all that are alike; max-autotune also measures "
+        "candidate kernels. Takes from seconds to minutes in the first step. A layer that cannot be compiled "
+        "runs uncompiled, and the run says so.",
+        group="Model",
+        resume="ask",
+        expects="true, false or max-autotune",
+    )
     trust_remote_code: bool = setting(
         False,
         "Run Python code that ships with the model; leave it off for models you have not read.",

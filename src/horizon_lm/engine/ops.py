@@ -64,6 +64,7 @@ class Ops:
         self.saving: Saving | None = None
         self.reruns: set[int] = set()
         self.notes: list[str] = []
+        self.remarks: list[str] = []
         self.logs_notes = True
         self.functions: dict[str, Callable[[Step, Op], None]] = {
             "U": self._upload,
@@ -108,7 +109,7 @@ class Ops:
         layer, hidden = self._layer(step, op), step.tensor("input", op.unit, op.micro_batch)
         grad = not step.spec.evaluate and op.unit >= step.spec.lowest_backward
         done = layer.forward(hidden, policy=op.policy, grad=grad, reruns=op.unit in self.reruns)
-        if isinstance(done.graph, Rerun):
+        if isinstance(done.graph, Rerun) and done.graph.reason is not None:
             self._fall_back(op.unit, done.graph.reason)
         if done.graph is not None:
             step.memory[Buffer("graph", op.unit, op.micro_batch)] = done.graph
@@ -133,6 +134,12 @@ class Ops:
         self.notes.append(note)
         if self.logs_notes:
             _log.warning(note)
+
+    def remark(self, text: str) -> None:
+        """Note something worth knowing, as `tell` does."""
+        self.remarks.append(text)
+        if self.logs_notes:
+            _log.info(text)
 
     def _spill(self, step: Step, op: Op) -> None:
         value = step.tensor("input", op.unit, op.micro_batch)

@@ -222,7 +222,7 @@ def run_layer(skeleton: Skeleton, layer: int, call: Call, hidden: torch.Tensor) 
     version = hidden._version
     try:
         with attention_by_intervals():
-            output = skeleton.layers[layer](hidden, *rest, **named)
+            output = skeleton.run(layer, hidden, *rest, **named)
     except (RuntimeError, NotImplementedError) as error:
         if "meta" in str(error):
             raise _refuse(
