@@ -7,7 +7,9 @@ The head is the same forward on one dummy token, with the last layer replaced by
 
 from __future__ import annotations
 
+import copy
 import inspect
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -217,6 +219,7 @@ def run_layer(skeleton: Skeleton, layer: int, call: Call, hidden: torch.Tensor) 
     Raises UnsupportedModelError if the layer passes on anything but hidden states.
     """
     rest, named = call.layers[layer]
+    rest, named = tuple(map(_emptied, rest)), {name: _emptied(value) for name, value in named.items()}
     shared = [value for value in (*rest, *named.values()) if isinstance(value, (dict, list))]
     before = [len(value) for value in shared]
     version = hidden._version
@@ -229,6 +232,10 @@ def run_layer(skeleton: Skeleton, layer: int, call: Call, hidden: torch.Tensor) 
                 skeleton, f"layer {layer} uses weights that belong to another part of the model"
             ) from error
         raise
+    except KeyError as error:
+        if any(isinstance(value, UserDict) for value in (*rest, *named.values())):
+            raise _refuse(skeleton, f"layer {layer} reads {error} of an earlier layer") from error
+        raise
     if hidden._version != version:
         raise _refuse(skeleton, f"layer {layer} writes into its input")
     outputs = skeleton.anatomy.layer_outputs
@@ -237,6 +244,12 @@ def run_layer(skeleton: Skeleton, layer: int, call: Call, hidden: torch.Tensor) 
     if [len(value) for value in shared] != before:
         raise _refuse(skeleton, f"layer {layer} leaves something behind for later layers")
     return output[0] if outputs else output
+
+
+def _emptied(value: Any) -> Any:
+    """Copy a dictionary in which layers leave keys and values for later ones (gemma4), so that none sees what
+    another left: it would belong to a graph that has run, or will run again."""
+    return copy.copy(value) if isinstance(value, UserDict) else value
 
 
 def _refuse(skeleton: Skeleton, reason: str) -> UnsupportedModelError:
