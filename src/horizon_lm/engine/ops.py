@@ -32,6 +32,7 @@ from horizon_lm.memory.slots import (
 )
 from horizon_lm.memory.store import HostStore
 from horizon_lm.model.skeleton import Skeleton
+from horizon_lm.model.twins import host_twins
 from horizon_lm.optim.optimizer import Optimizer
 from horizon_lm.schedule import Buffer, Op
 from horizon_lm.schedule.step_spec import KEEP
@@ -93,15 +94,16 @@ class Ops:
         step.memory[Buffer("input", op.unit + 1, op.micro_batch)] = output
 
     def _forward_prologue(self, step: Step, op: Op) -> torch.Tensor:
-        m, inputs = op.micro_batch, self._inputs(step, op.micro_batch)
+        m = op.micro_batch
         unit, parameter = self._table
         table = self.store.units[unit].view(self.weight_slots.unit(op.table, unit).weights, parameter)
-        with torch.no_grad():
+        with torch.no_grad(), host_twins(self.device):
+            inputs = self._inputs(step, m)
             if step.rows is not None and m == 0:  # of all micro-batches: another unit may replace the table
                 step.memory[Buffer("rows")] = table.index_select(0, self._on_device(step.rows.numbers))
             embeds = ends.look_up(self.skeleton, table, inputs["input_ids"])
-        with step.draws(op, self.device)():
-            output, call = ends.forward_prologue(self.skeleton, self._weights(op), embeds, inputs)
+            with step.draws(op, self.device)():
+                output, call = ends.forward_prologue(self.skeleton, self._weights(op), embeds, inputs)
         step.memory[Buffer("call", -1, m)] = call
         return output
 
@@ -205,10 +207,9 @@ class Ops:
         leaf = step.tensor("rows", -1, -1).detach().requires_grad_(step.spec.sums_rows)
         with torch.enable_grad():
             embeds = ends.look_up(self.skeleton, leaf, self._on_device(step.rows.places[m]))
-        with step.draws(op, self.device)():
-            ends.backward_prologue(
-                self.skeleton, self._weights(op), embeds, step.call(m), output_gradient, mine
-            )
+        with host_twins(self.device), step.draws(op, self.device)():
+            call = replace(step.call(m), inputs=self._inputs(step, m))  # copied again, for their twins
+            ends.backward_prologue(self.skeleton, self._weights(op), embeds, call, output_gradient, mine)
         if not step.spec.sums_rows:
             return
         del embeds

@@ -2,7 +2,8 @@
 
 The prologue is the model's forward with its decoder layers replaced by recorders, so what each layer receives
 (masks, rotary embeddings, position ids, differences between layers) is exactly what transformers computes.
-The head is the same forward on one dummy token, with the last layer replaced by the true hidden states.
+The head is its own modules (`OwnHead`), or in a model of another form the same forward on one dummy token,
+with the last layer replaced by the true hidden states.
 """
 
 from __future__ import annotations
@@ -263,6 +264,9 @@ def run_head(skeleton: Skeleton, hidden: torch.Tensor) -> torch.Tensor:
     """Compute logits [n, vocabulary] of hidden [n, hidden], with the norm, scaling and soft-capping of the
     model's own forward; the head's parameters must be bound."""
     rows = hidden.unsqueeze(0)
+    if skeleton.own_head is not None:
+        logits = skeleton.own_head.logits(rows)
+        return logits.reshape(hidden.shape[0], logits.shape[-1])
     tokens = 1 if skeleton.anatomy.head_takes_one_token else hidden.shape[0]
 
     def skip(i: int, *args: Any, **kwargs: Any) -> Any:
