@@ -3,19 +3,55 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 
+
+class Latch:
+    """As `threading.Event`, but set once for good, and by single calls of C.
+
+    An exception from outside (`PyThreadState_SetAsyncExc`) may strike between any two bytecodes. In
+    `Event.set` it can leave a lock behind that all others then wait for.
+    """
+
+    __slots__ = ("_lock", "_once")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+        self._once = iter((None,))
+
+    @property
+    def is_set(self) -> bool:
+        return not self._once.__length_hint__()
+
+    def set(self) -> None:
+        deque(map(self._lock.__exit__, self._once), 0)  # releases it for the first caller alone
+
+    def wait(self) -> None:
+        """Wait, in any number of threads."""
+        if not self.is_set:
+            with self._lock:  # taken and released by one bytecode each
+                pass
+
+    def wait_for(self, seconds: float) -> bool:
+        """Wait no longer than this, in one thread only; return whether it is set."""
+        if not self.is_set and self._lock.acquire(timeout=seconds):
+            self._lock.release()
+        return self.is_set
+
+
 # Work, and what to set when it has ended. The work returns whether its thread may serve again.
-Task = tuple[Callable[[], bool], threading.Event]
+Task = tuple[Callable[[], bool], Latch]
 
 
 class LaneThread:
     """A daemon thread that does its tasks in order, and refers to none of them once it is done.
 
-    It ends when told to (`end`), after a task that returned False, and by whatever is raised in it. An
-    exception from outside (`PyThreadState_SetAsyncExc`) may strike between any two bytecodes, so the thread
-    itself cannot be relied upon to tell of its death: a lock that it holds while it lives tells.
+    It ends when told to (`end`), after a task that returned False, and by whatever is raised in it. Since
+    that may strike anywhere, the thread is not relied upon to tell of its death: a lock that it holds while
+    it lives tells.
     """
 
     def __init__(self, name: str) -> None:
@@ -33,7 +69,7 @@ class LaneThread:
         """Raises RuntimeError if the system has no thread to spare."""
         self._thread.start()
 
-    def do(self, work: Callable[[], bool], ended: threading.Event) -> None:
+    def do(self, work: Callable[[], bool], ended: Latch) -> None:
         self._tasks.put((work, ended))
 
     def end(self) -> None:
@@ -59,7 +95,7 @@ class LaneThread:
         return self._thread.ident is not None and self._may_go_on and not self.is_dead
 
     def _serve(self) -> None:
-        with self._lives:  # taken and released by one bytecode each, whatever strikes
+        with self._lives:
             self._has_begun = True
             while self._may_go_on and (task := self._tasks.get()) is not None:
                 work, ended = task

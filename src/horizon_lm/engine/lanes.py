@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import threading
 import time
 import weakref
 from collections import defaultdict, deque
@@ -23,7 +22,7 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from horizon_lm.engine.disk_lane import DiskLane
-from horizon_lm.engine.lane_thread import LaneThread
+from horizon_lm.engine.lane_thread import LaneThread, Latch
 from horizon_lm.errors import ConfigError
 from horizon_lm.schedule import Lane, Op
 
@@ -246,7 +245,7 @@ class _CudaRun:
         self.record = record
         self.thread_of = lanes.thread
         self.host_threads = torch.get_num_threads()
-        self.issued = {i: threading.Event() for i in indices}
+        self.issued = {i: Latch() for i in indices}
         on_device = [i for i in indices if ops[i].lane in self.streams]
         self.ended = dict(
             zip(on_device, lanes.events("ended", len(on_device), timing=record), strict=True)
@@ -261,7 +260,7 @@ class _CudaRun:
             self.mine[ops[i].lane].append(i)
         self.threads: dict[Lane, LaneThread] = {}
         self.at_work: set[Lane] = set()
-        self.over = {lane: threading.Event() for lane in self.mine}
+        self.over = {lane: Latch() for lane in self.mine}
         # What the caller issued comes first. All earlier ranges have ended.
         (self.origin,) = lanes.events("origin", 1, timing=record)
         self.origin.record(torch.cuda.current_stream(self.device))
@@ -302,8 +301,8 @@ class _CudaRun:
         """Stop all lanes: each checks for a failure before its next op, and none is left waiting."""
         if self.failure is None:
             self.failure = error
-        for event in self.issued.values():
-            event.set()
+        for latch in self.issued.values():
+            latch.set()
 
     def _wait_for(self, i: int, stream: torch.cuda.Stream | None) -> bool:
         for j in self.waits[i]:
@@ -346,7 +345,7 @@ class _CudaRun:
             for lane, thread in self.threads.items():
                 thread.do(partial(self._live, lane), self.over[lane])
             for over in self.over.values():
-                while not over.wait(_LOOK_SECONDS):
+                while not over.wait_for(_LOOK_SECONDS):
                     self._look_for_dead_lanes()
                 self._look_for_dead_lanes()
             if self.failure is None:
@@ -370,21 +369,21 @@ class _CudaRun:
         """
         self._fail(error or RuntimeError("the run was interrupted"))
         for lane in self.at_work.copy():
-            while not self.over[lane].wait(_LOOK_SECONDS) and not self.threads[lane].is_dead:
+            while not self.over[lane].wait_for(_LOOK_SECONDS) and not self.threads[lane].is_dead:
                 self._fail(RuntimeError())  # wakes those that an interrupted call did not reach
 
     def _look_for_dead_lanes(self) -> None:
         """Fail if a lane's thread died silently, so that the others do not wait for its ops. One that died
         before it began is replaced."""
         for lane, thread in self.threads.items():
-            if thread.is_dead and not self.over[lane].is_set():
+            if thread.is_dead and not self.over[lane].is_set:
                 if lane not in self.at_work:
                     self.threads[lane] = self.thread_of(lane)
                     self.threads[lane].do(partial(self._live, lane), self.over[lane])
                     continue
                 self.over[lane].set()
-            rest = [i for i in self.mine[lane] if not self.issued[i].is_set()]
-            if rest and self.over[lane].is_set():
+            rest = [i for i in self.mine[lane] if not self.issued[i].is_set]
+            if rest and self.over[lane].is_set:
                 error = RuntimeError(f"the thread of the lane {thread.name} is gone")
                 in_op(error, self.ops[rest[0]], list(self.done))
                 self._fail(error)  # an earlier failure stays
