@@ -1,7 +1,7 @@
 """CUDA's flash attention for documents on the CPU: the two aten kernels behind `varlen_attn`.
 
-All above them (the custom operator, its autograd, its saved tensors) is torch's own. The stand-ins check their
-arguments as flash_api.cpp does, and what it leaves unchecked (bounds that are wrong give wrong numbers there).
+All above them (the custom operator, its autograd, its saved tensors) is torch's own. The stand-ins check
+their arguments as flash_api.cpp does, and what it leaves unchecked (wrong bounds give wrong numbers there).
 """
 
 from __future__ import annotations
@@ -68,17 +68,8 @@ class Flash:
                 whole[place] = by_group[0].transpose(0, 1)
         return tuple(found)
 
-    def _check(
-        self,
-        q: Any,
-        k: Any,
-        v: Any,
-        starts: Any,
-        key_starts: Any,
-        longest: int,
-        longest_key: int,
-        dropout: float,
-    ) -> None:
+    def _check(self, q: Any, k: Any, v: Any, *bounds: Any, dropout: float) -> None:
+        starts, key_starts, longest, longest_key = bounds
         assert q.dtype in self.dtypes and q.dtype == k.dtype == v.dtype
         assert starts.dtype == key_starts.dtype == torch.int32
         assert {t.device for t in (q, k, v, starts, key_starts)} == {q.device}
