@@ -35,6 +35,7 @@ from horizon_lm.engine.loss import LossFunction, check_loss_function
 from horizon_lm.engine.policies import DTYPES, check_fits_host, make_optimizer, store_spec, update_settings
 from horizon_lm.engine.step import Step, Update
 from horizon_lm.errors import ConfigError, NonFiniteError, TornStateError
+from horizon_lm.machine.determinism import prepare
 from horizon_lm.machine.device import resolve_device
 from horizon_lm.memory.arena import return_free_memory
 from horizon_lm.memory.preflight import check_host_memory
@@ -81,6 +82,8 @@ class HostModel:
         check_model(model)
         self.settings = settings
         self.device = resolve_device(settings.device)
+        if settings.deterministic:
+            prepare(self.device)
         check_has_weights(model)
         freeze(model, settings.freeze)
         self.skeleton = Skeleton(take_over(model), DTYPES[settings.dtype])

@@ -22,6 +22,14 @@ class ModelSettings(Settings):
         expects="auto, cpu, cuda or cuda:N",
         pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$",
     )
+    deterministic: bool = setting(
+        False,
+        "Use only GPU kernels that give the same bits in each run, so that a resumed run repeats an "
+        "uninterrupted one bitwise; slower, and an error where there is no such kernel. No effect on a CPU, "
+        "whose kernels all are.",
+        group="Memory and device",
+        resume="ask",
+    )
     dtype: Literal["bfloat16", "float32"] = setting(
         "bfloat16",
         "Weight and compute dtype; the optimizer keeps float32 masters either way.",
@@ -342,6 +350,13 @@ class ModelSettings(Settings):
                 key="update",
                 hint="set update=deferred or "
                 + ("max_grad_norm=null" if self.max_grad_norm else "nonfinite=raise"),
+            )
+
+        if self.deterministic and self.attn_implementation not in ("sdpa", "eager"):
+            yield fault(
+                f"deterministic: attn_implementation={self.attn_implementation} may give other bits in each run",
+                key="deterministic",
+                hint="set attn_implementation=sdpa or deterministic=false",
             )
 
     @property

@@ -24,6 +24,7 @@ from horizon_lm.engine.loss import LossFunction, cross_entropy, custom, shifted_
 from horizon_lm.engine.ops import Ops
 from horizon_lm.engine.step import Schedule, Step, Update
 from horizon_lm.errors import ConfigError
+from horizon_lm.machine.determinism import DeterministicKernels
 from horizon_lm.memory.pinned import PinnedPool
 from horizon_lm.memory.store import HostStore
 from horizon_lm.micro_batches import MicroBatch
@@ -64,7 +65,13 @@ class Engine:
         self.spans: list[Span] = []
         self._spans_origin = 0.0
         self._is_at_work = False
-        self._restorers = skeleton.restorer(), attention_restorer(), partial(drop_captures, skeleton)
+        self._kernels = DeterministicKernels.on(device, settings.deterministic)
+        self._restorers = (
+            skeleton.restorer(),
+            attention_restorer(),
+            partial(drop_captures, skeleton),
+            self._kernels.leave,
+        )
 
     def spec(self, micro_batches: int, *, evaluate: bool = False, save: bool = False) -> StepSpec:
         """The spec of a step of N micro-batches. save: a checkpoint is written while it runs."""
@@ -325,7 +332,8 @@ class Engine:
 
         self._is_at_work = True
         try:
-            self.lanes.run(schedule.ops, schedule.waits, indices, execute, record=record)
+            with self._kernels:
+                self.lanes.run(schedule.ops, schedule.waits, indices, execute, record=record)
         except Exception:  # everything was restored while it propagated
             self._is_at_work = False
             raise
