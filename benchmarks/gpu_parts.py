@@ -29,11 +29,11 @@ LIMIT_SECONDS = 480.0  # no job may take longer: a command on such a machine may
 
 @dataclass(frozen=True)
 class Job:
-    """One system at one setting, a row of results. group: rows of a group have the same model and tokens, and share an in-memory reference.
+    """One system at one setting, a row of results.
 
-    largest: give the model as many layers as the planner says will fit. repeats: runs of which the losses
-    must be equal bit by bit. trace: profile one more step. needs: a setting without which the job is skipped.
-    seconds: an estimate.
+    group: rows of a group have the same model and tokens, and share an in-memory reference. largest: give the
+    model as many layers as the planner says will fit. repeats: runs whose losses are compared bit by bit.
+    trace: profile one more step. needs: a setting without which the job is skipped. seconds: an estimate.
     """
 
     name: str

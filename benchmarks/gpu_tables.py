@@ -38,7 +38,7 @@ def add_stages(report: Report, stages: Mapping[str, Stage], ledger: Ledger) -> N
 
 
 def _commands(report: Report, rows: list[Row]) -> None:
-    """Add a table of commands, then the tables that each wrote itself, or the last lines of one that failed."""
+    """Add a table of commands, then the tables that each wrote itself, or its last lines."""
     if not rows:
         return
     table = []
@@ -50,7 +50,7 @@ def _commands(report: Report, rows: list[Row]) -> None:
     report.table(["job", "status", "seconds", "found"], table)
     for row in rows:
         report.parts += [part for part in row.get("result", {}).get("parts", []) if isinstance(part, str)]
-        if row.get("status") not in ("done", "interrupted") and row.get("log"):
+        if row.get("log") and (row["status"] != "done" or "result" not in row):
             report.parts.append("\n".join(["```", row["name"], *row["log"], "```"]))
 
 
