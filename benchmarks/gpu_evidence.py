@@ -41,7 +41,7 @@ def _machine() -> Iterator[Command]:
 
 
 def _calibration() -> Iterator[Command]:
-    arguments = ("doctor", "--fresh", "--out", "{folder}/hardware.yaml", "--json")
+    arguments = ("doctor", "--fresh", "--out", "{folder}/hardware.yaml")
     dry = ("--seconds", "0")
     yield Command("profile", "horizon_lm.cli", arguments, "calibration", dry, seconds=120, limit=240)
 

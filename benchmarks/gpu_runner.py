@@ -39,8 +39,8 @@ _LONGEST_TEXT = 40  # lines of a command's output in its row
 class Call:
     """One call of the suite.
 
-    folder: of results. deadline: in `time.monotonic()` seconds. dry: tiny, on the CPU, in this process. again:
-    run what failed, was killed or ran out of memory once more. tried: keys of the jobs of this call.
+    folder: of results. deadline: in `time.monotonic()` seconds. dry: tiny, on the CPU, in this process.
+    again: run what failed, was killed or ran out of memory once more. tried: keys of the jobs of this call.
     """
 
     folder: Path

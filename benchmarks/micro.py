@@ -221,9 +221,7 @@ def fill(report: Report, arguments: argparse.Namespace) -> Rows:
 def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Links, memory, update and matrix rate of this machine.")
     parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(USUAL))
-    parser.add_argument(
-        "--threads", type=int, nargs="+", help="of the update (1, 2, 4, ... and all)"
-    )
+    parser.add_argument("--threads", type=int, nargs="+", help="of the update (1, 2, 4, ... and all)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--dry-run", action="store_true", help="run at a small size on the CPU, as a check")
     parser.add_argument("--json", type=Path, help="write the tables to this file instead of a results file")

@@ -15,7 +15,7 @@ HEAD = [
     "forward",
     "forward + backward",
     "compiled",
-    "first compiled call, s",
+    "first call, s",
     "cuDNN attention off",
 ]
 SHAPE = {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32, "head_dim": 128}
