@@ -88,7 +88,7 @@ def registration_rows(num_bytes: int) -> list[list[str]]:
     rows = [["touch new host pages", f"{num_bytes / seconds_of(touch, 3) / 1e9:.2f} GB/s"]]
     if not torch.cuda.is_available():
         return [*rows, ["register (pin) host pages", NEEDS_GPU]]
-    rate = num_bytes / seconds_of(lambda: arena.allocate(num_bytes, pin=True), 3) / 1e9
+    rate = num_bytes / seconds_of(lambda: arena.allocate(num_bytes, pin_for=torch.device("cuda")), 3) / 1e9
     return [*rows, ["allocate and register (pin) host pages", f"{rate:.2f} GB/s"]]
 
 

@@ -1,10 +1,14 @@
 """Nothing in the compute lane waits for the device."""
 from __future__ import annotations
-import pytest, torch
+
+import pytest
+
 import horizon_lm as hz
 import zoo
-from emulated_cuda import EmulatedCuda, emulated_cuda as emulated_cuda, watch_ops
+from emulated_cuda import emulated_cuda as emulated_cuda
+from emulated_cuda import watch_ops
 from fake_cuda import fake_cuda as fake_cuda
+
 
 @pytest.mark.parametrize("name", ["llama"])
 def test_a(name, emulated_cuda):
