@@ -234,6 +234,7 @@ def test_loss_in_chunks(name: str):
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_refused_by_name(name: str):
+    zoo.need(f"{name} refused")
     with pytest.raises(UnsupportedModelError, match=REFUSED[name]) as caught:
         stream(zoo.build(name))
     assert zoo.CASES[name].config().model_type in str(caught.value)

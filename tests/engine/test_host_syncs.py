@@ -183,7 +183,7 @@ def test_experts_in_a_loop_and_in_fp32_wait(emulated_cuda: EmulatedCuda) -> None
         assert emulated_cuda.on_compute_lane()
 
 
-# Mixtures of experts that transformers does not compute in groups; and which of them wait in every such layer.
+# Mixtures of experts that transformers does not compute in groups, and which of them wait in every layer.
 OWN_EXPERTS = {"dbrx", "doge", "jetmoe", "llama4_text", "longcat_flash"}
 WAITING = ["dbrx", "jetmoe", "longcat_flash"]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -23,9 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 import fake_cuda
+from fake_flash import flash_on_the_cpu
 from horizon_lm.engine import layers
 from horizon_lm.memory import arena
-from horizon_lm.model import twins
+from horizon_lm.model import twins, varlen
 from horizon_lm.schedule import Lane, Op
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -292,8 +293,9 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch, fake_cuda: list[str]) -> Iter
     kinds = checkpoint._allowed_determinism_checks_to_fns
     monkeypatch.setitem(kinds, "default", lambda tensor: (tensor.shape, tensor.dtype))
     _count_event_waits(monkeypatch, cuda)
-    with ExitStack() as stack:
-        stack.enter_context(cuda.modes())
+    kernels = varlen._DTYPES
+    with flash_on_the_cpu(), cuda.modes():
+        monkeypatch.setattr(varlen, "_DTYPES", kernels)
         yield cuda
 
 

@@ -8,7 +8,9 @@ with the last layer replaced by the true hidden states.
 
 from __future__ import annotations
 
+import copy
 import inspect
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -49,12 +51,13 @@ class Call:
     layers: per layer, (positional, named) arguments without hidden states.
     inputs: arguments of the model's forward (input_ids, attention_mask, position_ids).
     routers: per layer, its routers' logits if the auxiliary loss is on; replaced by their gradients once the
-    loss is computed.
+    loss is computed. is_untouched: layer 0 receives the embeddings as they were looked up.
     """
 
     layers: list[tuple[tuple, dict[str, Any]]]
     inputs: dict[str, torch.Tensor]
     routers: list[list[RouterLogits]] = field(default_factory=list)
+    is_untouched: bool = False
 
 
 class _Enough(Exception):
@@ -217,17 +220,22 @@ def run_layer(skeleton: Skeleton, layer: int, call: Call, hidden: torch.Tensor) 
     Raises UnsupportedModelError if the layer passes on anything but hidden states.
     """
     rest, named = call.layers[layer]
+    rest, named = tuple(map(_emptied, rest)), {name: _emptied(value) for name, value in named.items()}
     shared = [value for value in (*rest, *named.values()) if isinstance(value, (dict, list))]
     before = [len(value) for value in shared]
     version = hidden._version
     try:
         with attention_by_intervals():
-            output = skeleton.layers[layer](hidden, *rest, **named)
+            output = skeleton.run(layer, hidden, *rest, **named)
     except (RuntimeError, NotImplementedError) as error:
         if "meta" in str(error):
             raise _refuse(
                 skeleton, f"layer {layer} uses weights that belong to another part of the model"
             ) from error
+        raise
+    except KeyError as error:
+        if any(isinstance(value, UserDict) for value in (*rest, *named.values())):
+            raise _refuse(skeleton, f"layer {layer} reads {error} of an earlier layer") from error
         raise
     if hidden._version != version:
         raise _refuse(skeleton, f"layer {layer} writes into its input")
@@ -237,6 +245,12 @@ def run_layer(skeleton: Skeleton, layer: int, call: Call, hidden: torch.Tensor) 
     if [len(value) for value in shared] != before:
         raise _refuse(skeleton, f"layer {layer} leaves something behind for later layers")
     return output[0] if outputs else output
+
+
+def _emptied(value: Any) -> Any:
+    """Copy a dictionary in which layers leave keys and values for later ones (gemma4), so that none sees what
+    another left: it would belong to a graph that has run, or will run again."""
+    return copy.copy(value) if isinstance(value, UserDict) else value
 
 
 def _refuse(skeleton: Skeleton, reason: str) -> UnsupportedModelError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,7 @@ from horizon_lm.memory.layout import Parameter, UnitLayout, lay_out
 from horizon_lm.memory.master import join_master
 from horizon_lm.memory.slots import UnitWeights
 from horizon_lm.model.anatomy import Anatomy, analyse
+from horizon_lm.model.compiled import CompiledLayers, Listener, Mode
 from horizon_lm.model.head import OwnHead, find_head
 from horizon_lm.model.rope import separate_documents
 from horizon_lm.model.tiling import tile_mlps
@@ -45,6 +46,7 @@ class Skeleton:
         self.config = model.config
         self.dtype = dtype
         self.neftune_noise_alpha: float | None = None
+        self.compiled: CompiledLayers | None = None
         if any("layerdrop" in name and value for name, value in vars(self.config).items()):
             raise UnsupportedModelError(
                 f"{self.model_type} skips layers at random (layerdrop)",
@@ -84,6 +86,21 @@ class Skeleton:
                 f"{self.model_type} has no MLP that could be computed in tiles",
                 hint="leave mlp_tile_tokens out; experts and recurrent layers are computed at once",
             )
+
+    def compile_layers(self, mode: Mode, listener: Listener, backend: str = "inductor") -> None:
+        """Compile layers when they first run. Arguments: as for `CompiledLayers`."""
+        self.compiled = CompiledLayers(
+            self.layers, [bool(routers) for routers in self.routers], mode, listener, backend
+        )
+
+    def is_compiled(self, layer: int) -> bool:
+        """Whether decoder layer `layer` (0-based) runs compiled, as far as is known."""
+        return self.compiled is not None and self.compiled.is_compiled(layer)
+
+    def run(self, layer: int, *args: Any, **kwargs: Any) -> Any:
+        """Call decoder layer `layer` (0-based), compiled or not."""
+        call = self.layers[layer] if self.compiled is None else partial(self.compiled.run, layer)
+        return call(*args, **kwargs)
 
     @property
     def num_layers(self) -> int:
