@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 import fake_cuda
 from fake_flash import flash_on_the_cpu
 from horizon_lm.engine import layers
-from horizon_lm.memory import arena
+from horizon_lm.memory import arena, store
 from horizon_lm.model import twins, varlen
 from horizon_lm.schedule import Lane, Op
 
@@ -40,7 +40,7 @@ class EmulatedCuda:
     def __init__(self) -> None:
         self._device: dict[int, StorageWeakRef] = {}
         self._pinned: dict[int, StorageWeakRef] = {}
-        self._registered: list[tuple[int, int]] = []
+        self._registered: list[tuple[int, int, StorageWeakRef]] = []
         self.waits: list[tuple[Op | None, str]] = []
 
     def is_on_device(self, tensor: torch.Tensor) -> bool:
@@ -48,7 +48,7 @@ class EmulatedCuda:
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:
         place = tensor.data_ptr()
-        registered = any(start <= place < end for start, end in self._registered)
+        registered = any(start <= place < end and not by.expired() for start, end, by in self._registered)
         return registered or tensor.untyped_storage()._cdata in self._pinned
 
     def put_on_device(self, tensor: torch.Tensor) -> None:
@@ -59,8 +59,10 @@ class EmulatedCuda:
         storage = tensor.untyped_storage()
         self._pinned.setdefault(storage._cdata, StorageWeakRef(storage))
 
-    def register(self, tensor: torch.Tensor) -> None:
-        self._registered.append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes))
+    def register(self, tensors: Sequence[torch.Tensor], device: torch.device) -> None:
+        for tensor in tensors:
+            place, storage = tensor.data_ptr(), StorageWeakRef(tensor.untyped_storage())
+            self._registered.append((place, place + tensor.nbytes, storage))
 
     def wait(self, what: str) -> None:
         self.waits.append((getattr(_here, "op", None), what))
@@ -268,7 +270,8 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch, fake_cuda: list[str]) -> Iter
     }
     for name, value in replaced.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(arena, "_register", cuda.register)
+    for module in (arena, store):
+        monkeypatch.setattr(module, "pin", cuda.register)
     monkeypatch.setattr(twins, "is_on_device", cuda.is_on_device)
 
     def upload(twin: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -176,8 +176,8 @@ def _place(tensor: torch.Tensor) -> Place:
 
 
 class _Lists(TorchFunctionMode):
-    """Keeps torch from copying lists of numbers to the device and waiting for the copy: an index becomes one of
-    the host, which `HostTwins` evaluates, and a tensor a pinned copy."""
+    """Keeps torch from copying lists of numbers to the device and waiting for it: an index becomes one of the
+    host, which `HostTwins` evaluates, and a tensor a pinned copy."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
