@@ -169,7 +169,7 @@ def test_the_plan_of_a_large_model_takes_little_work(monkeypatch: pytest.MonkeyP
 def test_what_only_device_memory_has_is_not_chosen_on_a_cpu() -> None:
     on_cpu = {choice.key for choice in plan_of(config_of(max_length=128), "cpu-2core").choices}
     on_gpu = {choice.key for choice in plan_of(config_of(max_length=128), "rtx3090").choices}
-    assert on_gpu - on_cpu == {"boundaries", "slots", "grad_slots"}
+    assert on_gpu - on_cpu == {"boundaries", "slots", "grad_slots", "loss_chunk_tokens"}
     pinned = plan_of(config_of(max_length=128, slots=3), "cpu-2core").choices
     assert [choice.pinned for choice in pinned if choice.key == "slots"] == [True]
 
@@ -207,3 +207,34 @@ def test_this_machine_is_not_called_one_that_is_not_here(tmp_path: Path, monkeyp
     assert "not measured here" not in describe(plan) and plan.machine.startswith("this one")
     assert "`horizon doctor` measures it" in plan.machine
     assert "not measured here" in describe(plan_of(config_of(max_length=128), "cpu-2core"))
+
+
+def test_the_largest_loss_chunk_that_fits_beside_the_rest() -> None:
+    """Nothing else gives way for it, and it is at most a micro-batch."""
+    many = SMALL | {"vocab_size": 1 << 17}  # at least 1,024 tokens
+    config = TrainConfig.from_dict({**config_of(max_length=2048).to_dict(), "init_model": many})
+    config = config.replace(
+        per_device_train_batch_size=3, activations="recompute", boundaries="device", slots=2
+    )
+    free = planner_of(config, *machine(32, 64000))
+    needed = {c: free.predict(config.replace(loss_chunk_tokens=c)).device_bytes for c in free.chunks(config)}
+    assert list(needed) == [8192, 4096, 2048, 1024]
+    assert needed[1024] == free.predict(config).device_bytes  # what auto is at least, and on the CPU
+    best = free.choose(config)
+    assert best.loss_chunk_tokens == 8192
+    for tokens in (4096, 1024):
+        planner = planner_of(config, *machine(32, (needed[tokens] + 1) / 1e6))
+        chosen = planner.choose(config)
+        assert planner.fits(chosen) and chosen == best.replace(loss_chunk_tokens=tokens)
+    with pytest.raises(DoesNotFitError):
+        planner_of(config, *machine(32, (needed[1024] - 1) / 1e6)).choose(config)
+    assert free.choose(config.replace(max_length=256)).loss_chunk_tokens == 1024
+    assert free.choose(config.replace(loss_chunk_tokens=77)).loss_chunk_tokens == 77
+    assert planner_of(config, load_profile("cpu-2core"), free.limits).chunks(config) == []
+
+
+def test_a_plan_names_the_loss_chunk() -> None:
+    chosen = {c.key: c for c in plan_of(config_of(max_length=128), "rtx3090").choices}["loss_chunk_tokens"]
+    assert isinstance(chosen.value, int) and chosen.reason == "more at once would not be faster"
+    given = plan_of(config_of(max_length=128, loss_chunk_tokens=32), "rtx3090").choices
+    assert {c.key: (c.value, c.reason) for c in given}["loss_chunk_tokens"] == (32, "as configured")

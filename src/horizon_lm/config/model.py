@@ -122,7 +122,8 @@ class ModelSettings(Settings):
     )
     loss_chunk_tokens: int | Literal["auto"] = setting(
         "auto",
-        "Tokens whose logits exist at once in the loss; fewer need less memory.",
+        "Tokens whose logits exist at once in the loss; fewer need less memory. auto is about 2**27 logits, "
+        "and up to 8,192 tokens on a GPU with room for them. Results differ in the last bits.",
         group="Memory and device",
         resume="ask",
         unit="tokens",

@@ -18,9 +18,13 @@ from horizon_lm.errors import ConfigError
 from horizon_lm.model.capture import run_head
 from horizon_lm.model.skeleton import Skeleton
 
-# Elements of fp32 logits alive at once with `loss_chunk_tokens: auto`: 512 MB, about three times that with
-# their gradient and bf16 copy.
+# Elements of fp32 logits alive at once with `loss_chunk_tokens: auto` on the CPU, the fewest on a GPU: 512 MB,
+# about three times that with their gradient and bf16 copy.
 _AUTO_LOGITS = 1 << 27
+# On a GPU, few large chunks read and write the head's weight and gradient less often. More gains nothing.
+_MOST_TOKENS = 8192
+_LOGIT_BYTES = 14  # fp32 and bf16 logits with their gradients, and what a softmax holds
+_DEVICE_PART = 8  # of the memory of a device that nobody has planned for
 
 # Opens the random state of one pass of a unit over a micro-batch: the same state each time.
 Draws = Callable[[], AbstractContextManager[None]]
@@ -38,9 +42,22 @@ def shifted_targets(labels: torch.Tensor) -> torch.Tensor:
     return F.pad(labels, (0, 1), value=IGNORED)[..., 1:].contiguous()
 
 
-def chunk_tokens(setting: int | str, vocabulary: int) -> int:
-    """Tokens per loss chunk."""
-    return max(128, _AUTO_LOGITS // vocabulary) if setting == "auto" else int(setting)
+def chunk_tokens(setting: int | str, vocabulary: int, device_bytes: int | None = None) -> int:
+    """Tokens per loss chunk. device_bytes: memory of the GPU, of which `auto` takes an eighth; None: the
+    fewest tokens that `auto` may mean, and those of the CPU."""
+    if setting != "auto":
+        return int(setting)
+    *larger, fewest = chunk_choices(vocabulary)
+    room = (device_bytes or 0) // _DEVICE_PART
+    return next((tokens for tokens in larger if tokens * vocabulary * _LOGIT_BYTES <= room), fewest)
+
+
+def chunk_choices(vocabulary: int) -> list[int]:
+    """List the loss chunks that `auto` may mean on a GPU, largest first."""
+    fewest = max(128, _AUTO_LOGITS // vocabulary)
+    halves = [_MOST_TOKENS >> k for k in range(_MOST_TOKENS.bit_length())]
+    halves = [tokens for tokens in halves if tokens > fewest]
+    return [*halves, fewest]
 
 
 def _chunks(
@@ -126,9 +143,7 @@ def check_loss_function(loss_fn: Any, label_smoothing: float) -> None:
         )
 
 
-def custom(
-    loss_fn: LossFunction, batch: dict[str, torch.Tensor], chunk: int, metrics: Metrics
-) -> HeadLoss:
+def custom(loss_fn: LossFunction, batch: dict[str, torch.Tensor], chunk: int, metrics: Metrics) -> HeadLoss:
     """Build a head loss from a user's function of log-probabilities.
 
     Logits are computed twice: for the log-probabilities that `loss_fn` receives, and for its gradient.

@@ -22,6 +22,7 @@ from horizon_lm.engine.loss import log_probabilities
 from horizon_lm.engine.policies import Policies
 from horizon_lm.engine.step import Step
 from horizon_lm.memory.layout import Parameter
+from horizon_lm.machine.device import memory_bytes
 from horizon_lm.memory.slots import (
     BoundarySlots,
     GradientSlots,
@@ -57,7 +58,7 @@ class Ops:
         alias: bool,
     ) -> None:
         self.skeleton, self.store, self.optimizer, self.device = skeleton, store, optimizer, device
-        self.policies = Policies.of(settings, skeleton)
+        self.policies = Policies.of(settings, skeleton, memory_bytes(device))
         spec = self.policies.step_spec(1)
         self.weight_slots = WeightSlots(store, weight_slot_numels(store.units, spec), device, alias)
         self.gradient_slots = GradientSlots(store, gradient_slot_numels(store.units, spec), device, alias)

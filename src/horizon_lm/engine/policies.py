@@ -60,8 +60,11 @@ class Policies:
     spilled: frozenset[int]
 
     @classmethod
-    def of(cls, settings: ModelSettings, shape: ModelShape) -> Policies:
-        """Raises ConfigError if a list of policies does not name each layer once."""
+    def of(cls, settings: ModelSettings, shape: ModelShape, device_bytes: int | None = None) -> Policies:
+        """device_bytes: memory of the GPU, for settings that nobody has planned.
+
+        Raises ConfigError if a list of policies does not name each layer once.
+        """
         # All layers of a block are on the device together, while the next block's first is uploaded.
         block = settings.checkpoint_interval
         streamed = {*range(shape.num_layers + 2), shape.embedding_unit}
@@ -71,7 +74,10 @@ class Policies:
             shape,
             slots=max(settings.slots, block + 1 if block > 1 else 2),
             grad_slots=max(settings.grad_slots, block),
-            loss_chunk=min(chunk_tokens(settings.loss_chunk_tokens, shape.vocabulary), shape.max_head_tokens),
+            loss_chunk=min(
+                chunk_tokens(settings.loss_chunk_tokens, shape.vocabulary, device_bytes),
+                shape.max_head_tokens,
+            ),
             uploaded=frozenset(u for u in streamed if shape.units[u].numel),
             trainable=frozenset(u for u in streamed if shape.units[u].trainable_numel),
             kept=kept,

@@ -1,10 +1,15 @@
-"""Resolve the name of a device."""
+"""Resolve the name of a device; its memory."""
 
 from __future__ import annotations
 
 import torch
 
 from horizon_lm.errors import ConfigError
+
+
+def memory_bytes(device: torch.device) -> int | None:
+    """Bytes of a CUDA device's memory; None for the CPU."""
+    return int(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else None
 
 
 def resolve_device(name: str) -> torch.device:

@@ -12,6 +12,7 @@ from itertools import product
 from typing import Any
 
 from horizon_lm.config import TrainConfig
+from horizon_lm.engine.loss import chunk_choices
 from horizon_lm.errors import ConfigError
 from horizon_lm.machine.profile import Profile
 from horizon_lm.plan import fit
@@ -36,12 +37,16 @@ class Choice:
 
 @dataclass
 class Planner:
-    """One model on one machine. pinned: keys that the configuration names."""
+    """One model on one machine.
+
+    pinned: keys that the configuration names. chooses_chunk: whether `choose` decided on the loss chunk.
+    """
 
     outline: Outline
     profile: Profile
     limits: Limits
     pinned: frozenset[str] = frozenset()
+    chooses_chunk: bool = False
     _seen: dict[str, Prediction] = field(default_factory=dict)
     _outlines: dict[tuple, Outline] = field(default_factory=dict)
 
@@ -169,7 +174,8 @@ class Planner:
             if not config.skip_memory_check:
                 asked = smallest.replace(update=config.update)  # hints start from what the user asked
                 fit.check(asked, self.predict(asked), self.limits, self.predict)
-            return smallest
+            least = self.chunks(smallest)[-1:]
+            return smallest.replace(loss_chunk_tokens=least[0]) if least else smallest
         best: list[tuple[float, TrainConfig]] = []
         for _, cut, spilled in sorted(firsts)[:6]:
             kept = self._most_kept(config, cut, update, slots, spilled)
@@ -177,7 +183,27 @@ class Planner:
             made = self.make(config, cut, update, slots, kept, spilled)
             best.append((self.predict(made).seconds, made))
         chosen = min(best, key=lambda row: row[0])[1]
-        return self._refine(config, chosen)
+        return self._with_largest_chunk(self._refine(config, chosen))
+
+    def chunks(self, config: TrainConfig) -> list[int]:
+        """List the loss chunks to choose from, largest first; empty if there is no choice.
+
+        One that holds a whole micro-batch is enough.
+        """
+        if self.profile.device == "cpu" or config.loss_chunk_tokens != "auto":
+            return []
+        tokens = config.per_device_train_batch_size * config.max_length
+        found = chunk_choices(self.outline.vocabulary)
+        return [size for size, less in zip(found, [*found[1:], 0], strict=True) if less < tokens]
+
+    def _with_largest_chunk(self, chosen: TrainConfig) -> TrainConfig:
+        """Choose the largest loss chunk for which nothing else has to change."""
+        for tokens in self.chunks(chosen):
+            self.chooses_chunk = True
+            other = chosen.replace(loss_chunk_tokens=tokens)
+            if self.fits(other):
+                return other
+        return chosen
 
     def _most_kept(
         self, config: TrainConfig, cut: tuple[int, int], update: str, slots: int, spilled: int

@@ -22,7 +22,7 @@ from horizon_lm.plan.work import Line
 from horizon_lm.words import count, size
 
 # On a CPU layers are computed in place: there is nothing to choose.
-_OF_DEVICE_MEMORY = frozenset({"boundaries", "slots", "grad_slots"})
+_OF_DEVICE_MEMORY = frozenset({"boundaries", "slots", "grad_slots", "loss_chunk_tokens"})
 # `largest` stops at these.
 _MOST_ROWS, _MOST_TOKENS, _MOST_LAYERS = 4096, 1 << 20, 1024
 
@@ -119,9 +119,8 @@ class RunPlan:
     def _leanest(self) -> TrainConfig:
         """The run with the choices that need least memory."""
         config = self.config
-        base = config.replace(
-            activations="recompute", boundaries="auto", loss_chunk_tokens=config.loss_chunk_tokens
-        )
+        chunk = "auto" if self.planner.chooses_chunk else config.loss_chunk_tokens
+        base = config.replace(activations="recompute", boundaries="auto", loss_chunk_tokens=chunk)
         return base if self.planner.profile.device == "cpu" else base.replace(boundaries="host")
 
     @property
@@ -250,9 +249,10 @@ def _explain(config: TrainConfig, chosen: TrainConfig, planner: Planner) -> list
         if chosen.slots == 2
         else "with two, uploads are late",
         "grad_slots": "one gradient leaves while the next is computed",
+        "loss_chunk_tokens": _chunk_reason(chosen, planner),
         "optimizer_threads": f"{planner.profile.cores} usable cores",
     }
-    open_when_auto = {"activations", "boundaries", "update", "optimizer_threads"}
+    open_when_auto = {"activations", "boundaries", "update", "loss_chunk_tokens", "optimizer_threads"}
     rows = []
     for key, reason in reasons.items():
         if is_cpu and key in _OF_DEVICE_MEMORY and key not in planner.pinned:
@@ -288,6 +288,15 @@ def _activation_reason(config: TrainConfig, chosen: TrainConfig, planner: Planne
         missing = f"{size(short[0].bytes)} of {short[0].memory} memory"
         return f"keeping {kept + 1} layers would need {missing} more than is available"
     return "keeping more would not shorten the step"
+
+
+def _chunk_reason(chosen: TrainConfig, planner: Planner) -> str:
+    if not planner.chooses_chunk:
+        return "that of the run so far"
+    larger = planner.chunks(chosen.replace(loss_chunk_tokens="auto"))
+    if chosen.loss_chunk_tokens in larger[:1]:
+        return "more at once would not be faster"
+    return "a larger one would not fit beside the rest"
 
 
 def _update_reason(chosen: TrainConfig) -> str:

@@ -123,6 +123,14 @@ def _cut_in(checkpoint: Checkpoint, config: TrainConfig) -> dict[str, int]:
     return cut
 
 
+def with_chunk_of(resume: Resume | None, config: TrainConfig) -> TrainConfig:
+    """Keep the loss chunk that was chosen for the resumed run: the bits depend on it."""
+    if resume is None or config.loss_chunk_tokens != "auto":
+        return config
+    saved = resume.checkpoints[0].manifest.config.get("loss_chunk_tokens", "auto")
+    return config.replace(loss_chunk_tokens=saved)
+
+
 def _default(key: str) -> Any:
     return TrainConfig.model_fields[key].default
 
@@ -136,6 +144,8 @@ def changed_settings(config: TrainConfig, checkpoint: Checkpoint) -> dict[str, t
     saved, now = checkpoint.manifest.config, {**config.to_dict(), **_cut_in(checkpoint, config)}
     if config.tokens_per_step is not None:  # what is open is not changed
         now |= {key: saved[key] for key in CUT if key not in config.model_fields_set}
+    if config.loss_chunk_tokens == "auto":
+        now["loss_chunk_tokens"] = saved.get("loss_chunk_tokens", "auto")
     fields = TrainConfig.model_fields.items()
     newer: dict[str, Any] = {
         k: field.get_default(call_default_factory=True)

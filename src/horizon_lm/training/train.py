@@ -42,7 +42,7 @@ from horizon_lm.training.describe import TrainResult
 from horizon_lm.training.evaluate import Evaluator
 from horizon_lm.training.log import RunLog
 from horizon_lm.training.loop import Run, RunEnd, run_loop
-from horizon_lm.training.resume import Resume, cut_of, find, restore, wants_own_folder
+from horizon_lm.training.resume import Resume, cut_of, find, restore, wants_own_folder, with_chunk_of
 from horizon_lm.training.resume import about as about_resume
 from horizon_lm.training.run_settings import absolute
 from horizon_lm.training.save import Saver, small_files
@@ -130,6 +130,7 @@ def _prepare(asked: _Asked, config: TrainConfig, source: Checkpoint | None) -> _
     config, source: see `stand_in`.
     """
     progress, resume = asked.progress, asked.resume
+    config = with_chunk_of(resume, config)
     config, plan, data = prepare.plan_and_read(config, progress, cut_of(resume, config))
     if resume is None:  # else the checkpoint says by which rule the steps are counted
         prepare.curve(config, data.loader, prepare.count_steps(config, data.loader))
