@@ -244,8 +244,24 @@ def _histc_of_integers(values: torch.Tensor, *args: Any, **kwargs: Any) -> torch
     return _aten.histc.default(values.float(), *args, **kwargs).to(values.dtype)
 
 
+def _mm_in_fp32(left: Any, right: Any, out_dtype: torch.dtype, *, out: torch.Tensor) -> torch.Tensor:
+    assert out.dtype == out_dtype == torch.float32 and left.dtype == right.dtype == torch.bfloat16
+    return torch.mm(left.float(), right.float(), out=out)
+
+
+def _addmm_in_fp32(
+    self: torch.Tensor, left: Any, right: Any, out_dtype: torch.dtype, *, out: torch.Tensor
+) -> torch.Tensor:
+    assert self.data_ptr() == out.data_ptr() and self.dtype == out.dtype == out_dtype == torch.float32
+    return out.addmm_(left.float(), right.float())
+
+
 # Operations that the CPU has not.
-_STAND_INS = {_aten.histc.default: _histc_of_integers}
+_STAND_INS = {
+    _aten.histc.default: _histc_of_integers,
+    _aten.mm.dtype_out: _mm_in_fp32,
+    _aten.addmm.dtype_out: _addmm_in_fp32,
+}
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from horizon_lm.engine.gradient import UnitGradient, collecting
+from horizon_lm.engine.head_gradient import projection_into
 from horizon_lm.engine.loss import Draws
 from horizon_lm.memory.slots import UnitWeights
 from horizon_lm.model.capture import Call, run_prologue, run_router_loss
@@ -21,7 +22,11 @@ def bound_for_backward(
     skeleton: Skeleton, unit: int, weights: UnitWeights | None, gradient: UnitGradient | None
 ) -> Iterator[None]:
     """While open, bind the unit's weights as leaves and collect their gradients."""
-    with skeleton.bound(unit, weights, grad=True) as leaves, collecting(skeleton, unit, leaves, gradient):
+    with (
+        skeleton.bound(unit, weights, grad=True) as leaves,
+        collecting(skeleton, unit, leaves, gradient),
+        projection_into(skeleton, unit, gradient),
+    ):
         yield
 
 

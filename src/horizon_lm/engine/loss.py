@@ -18,8 +18,8 @@ from horizon_lm.errors import ConfigError
 from horizon_lm.model.capture import run_head
 from horizon_lm.model.skeleton import Skeleton
 
-# Elements of fp32 logits alive at once with `loss_chunk_tokens: auto` on the CPU, the fewest on a GPU: 512 MB,
-# about three times that with their gradient and bf16 copy.
+# Elements of fp32 logits alive at once with `loss_chunk_tokens: auto` on the CPU, and the fewest on a GPU:
+# 512 MB, about three times that with their gradient and bf16 copy.
 _AUTO_LOGITS = 1 << 27
 # On a GPU, few large chunks read and write the head's weight and gradient less often. More gains nothing.
 _MOST_TOKENS = 8192

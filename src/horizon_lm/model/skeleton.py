@@ -154,6 +154,11 @@ class Skeleton:
         """Whether the embedding table has a gradient."""
         return any(p.name == self.anatomy.embedding for p in self.units[self.embedding_unit].trainable)
 
+    def name_of(self, module: nn.Module, local: str) -> str:
+        """The name of a module's parameter (the first, if tied); empty if it has none of that name."""
+        owned = ((name, o, at) for name, owners in self._owners.items() for o, at in owners)
+        return next((name for name, owner, at in owned if owner is module and at == local), "")
+
     def is_embedding(self, name: str) -> bool:
         """Whether the parameter is the table of an embedding module (tokens or positions)."""
         return any(isinstance(owner, nn.Embedding) for owner, _ in self._owners[name])
