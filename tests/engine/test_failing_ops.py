@@ -29,7 +29,7 @@ SECONDS = 10.0  # within which a fault must surface
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_samples")
 
-KINDS = "GUFXLRCBDSNOW"
+KINDS = "UFXLRCBDNOW"
 
 
 @pytest.mark.parametrize("lanes", ["inline", "adversarial", "cuda"])

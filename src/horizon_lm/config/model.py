@@ -22,6 +22,14 @@ class ModelSettings(Settings):
         expects="auto, cpu, cuda or cuda:N",
         pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$",
     )
+    deterministic: bool = setting(
+        False,
+        "Use only GPU kernels that give the same bits in each run, so that a resumed run repeats an "
+        "uninterrupted one bitwise; slower, and an error where there is no such kernel. No effect on a CPU, "
+        "whose kernels all are.",
+        group="Memory and device",
+        resume="ask",
+    )
     dtype: Literal["bfloat16", "float32"] = setting(
         "bfloat16",
         "Weight and compute dtype; the optimizer keeps float32 masters either way.",
@@ -33,6 +41,15 @@ class ModelSettings(Settings):
         "Attention kernel, by its transformers name; a CPU supports only sdpa and eager.",
         group="Model",
         resume="ask",
+    )
+    compile: bool | Literal["max-autotune"] = setting(
+        False,
+        "Compile decoder layers with torch.compile, once for all that are alike; max-autotune also measures "
+        "candidate kernels. Takes from seconds to minutes in the first step. A layer that cannot be compiled "
+        "runs uncompiled, and the run says so.",
+        group="Model",
+        resume="ask",
+        expects="true, false or max-autotune",
     )
     trust_remote_code: bool = setting(
         False,
@@ -250,6 +267,16 @@ class ModelSettings(Settings):
         unit="layers",
         ge=1,
     )
+    host_memory_gb: float | Literal["auto"] = setting(
+        "auto",
+        "Host memory of this machine, for the check before the run and the planner; auto measures what is "
+        "free. State it where the system shows too little, as in a virtual machine whose memory grows with "
+        "use. Limits of cgroups and of the process still apply.",
+        group="Memory and device",
+        resume="free",
+        unit="GB",
+        expects="a number above 0, or auto",
+    )
     reserve_host_gb: float = setting(
         2.0,
         "Host memory that the check before the run leaves to other programs.",
@@ -282,6 +309,13 @@ class ModelSettings(Settings):
     def _check_count(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 1:
             raise ValueError("below 1")  # reported with the field's `expects`
+        return value
+
+    @field_validator("host_memory_gb")
+    @classmethod
+    def _check_host_memory(cls, value: float | str) -> float | str:
+        if isinstance(value, float) and value <= 0:
+            raise ValueError("not above 0")  # reported with the field's `expects`
         return value
 
     @field_validator("lr_factors")
@@ -317,6 +351,18 @@ class ModelSettings(Settings):
                 hint="set update=deferred or "
                 + ("max_grad_norm=null" if self.max_grad_norm else "nonfinite=raise"),
             )
+
+        if self.deterministic and self.attn_implementation not in ("sdpa", "eager"):
+            yield fault(
+                f"deterministic: attn_implementation={self.attn_implementation} may give other bits in each run",
+                key="deterministic",
+                hint="set attn_implementation=sdpa or deterministic=false",
+            )
+
+    @property
+    def host_memory_bytes(self) -> int | None:
+        """Return the host memory that `host_memory_gb` states; None with auto."""
+        return None if self.host_memory_gb == "auto" else int(self.host_memory_gb * 1e9)
 
     @property
     def update_mode(self) -> str:

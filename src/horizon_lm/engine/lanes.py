@@ -31,8 +31,6 @@ Waits = Sequence[tuple[int, ...]]
 Span = tuple[Op, float, float]  # op, start and end in seconds since the run began
 # Is given the tensors behind a buffer that nothing reads any more, before they are dropped.
 OnRelease = Callable[[list[torch.Tensor]], None]
-# Lanes whose ops run on the CPU, on memory that copies of the other lanes read and write.
-HOST_LANES = frozenset({Lane.HOST, Lane.UPDATE})
 _LOOK_SECONDS = 1.0  # between two checks that all lanes are alive
 _EXIT_SECONDS = 1.0  # that the end of the process waits for idle lanes
 
@@ -102,7 +100,7 @@ class InlineLanes:
                 self._settle()
                 self.disk.submit(ops[i].reads, partial(_noted, execute, i, ops))
                 continue
-            if ops[i].lane in HOST_LANES:
+            if ops[i].lane is Lane.UPDATE:  # on the CPU, on memory that copies of other lanes read and write
                 self._settle()
             self.disk.settle(ops[i].writes)
             start = self._clock()
@@ -131,7 +129,7 @@ def _noted(execute: Execute, i: int, ops: Sequence[Op]) -> None:
 
 class CudaLanes:
     """One thread per lane. Upload, compute and download each issue to their own stream, ordered by events;
-    host and update lanes run on the CPU and wait for events.
+    the update lane runs on the CPU and waits for events.
 
     A thread starts when its lane first has ops, and serves all further runs until the lanes are collected.
     """
