@@ -22,6 +22,14 @@ class ModelSettings(Settings):
         expects="auto, cpu, cuda or cuda:N",
         pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$",
     )
+    deterministic: bool = setting(
+        False,
+        "Use only GPU kernels that give the same bits in each run, so that a resumed run repeats an "
+        "uninterrupted one bitwise; slower, and an error where there is no such kernel. No effect on a CPU, "
+        "whose kernels all are.",
+        group="Memory and device",
+        resume="ask",
+    )
     dtype: Literal["bfloat16", "float32"] = setting(
         "bfloat16",
         "Weight and compute dtype; the optimizer keeps float32 masters either way.",
@@ -33,6 +41,15 @@ class ModelSettings(Settings):
         "Attention kernel, by its transformers name; a CPU supports only sdpa and eager.",
         group="Model",
         resume="ask",
+    )
+    compile: bool | Literal["max-autotune"] = setting(
+        False,
+        "Compile decoder layers with torch.compile, once for all that are alike; max-autotune also measures "
+        "candidate kernels. Takes from seconds to minutes in the first step. A layer that cannot be compiled "
+        "runs uncompiled, and the run says so.",
+        group="Model",
+        resume="ask",
+        expects="true, false or max-autotune",
     )
     trust_remote_code: bool = setting(
         False,
@@ -333,6 +350,13 @@ class ModelSettings(Settings):
                 key="update",
                 hint="set update=deferred or "
                 + ("max_grad_norm=null" if self.max_grad_norm else "nonfinite=raise"),
+            )
+
+        if self.deterministic and self.attn_implementation not in ("sdpa", "eager"):
+            yield fault(
+                f"deterministic: attn_implementation={self.attn_implementation} may give other bits in each run",
+                key="deterministic",
+                hint="set attn_implementation=sdpa or deterministic=false",
             )
 
     @property
