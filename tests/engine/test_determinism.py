@@ -54,7 +54,7 @@ def step(host: hz.HostModel, name: str, **options: Any) -> tuple[float, dict[str
 
 @pytest.mark.parametrize("name", ["llama-tied", "gemma3_text", "mixtral-aux", "gpt2"])
 def test_a_cpu_computes_the_same_bits(name: str) -> None:
-    """By default, with the setting, and with CUDA's switches set (which choose other kernels on a CPU, too)."""
+    """By default, with the setting, and with CUDA's switches set, which a CPU's kernels see as well."""
     model = zoo.build(name)
     host = stream(model)
     loss, gradients = step(host, name)
@@ -180,8 +180,8 @@ def test_cublas_that_started_without_it_is_found(monkeypatch: pytest.MonkeyPatch
         seen.append(switches())
         raise RuntimeError(
             "Deterministic behavior was enabled with either `torch.use_deterministic_algorithms(True)` or "
-            "`at::Context::setDeterministicAlgorithms(true)`, but this operation is not deterministic because "
-            "it uses CuBLAS and you have CUDA >= 10.2."
+            "`at::Context::setDeterministicAlgorithms(true)`, but this operation is not deterministic "
+            "because it uses CuBLAS and you have CUDA >= 10.2."
         )
 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)

@@ -328,8 +328,8 @@ class ModelSettings(Settings):
 
         if self.deterministic and self.attn_implementation not in ("sdpa", "eager"):
             yield fault(
-                f"deterministic: true, but attn_implementation: {self.attn_implementation} may give other bits "
-                "in each run",
+                f"deterministic: true, but attn_implementation: {self.attn_implementation} may give other "
+                "bits in each run",
                 key="deterministic",
                 hint="set attn_implementation=sdpa or deterministic=false",
             )
