@@ -94,12 +94,14 @@ class HostModel:
         units, spec = self.skeleton.units, store_spec(settings, self.skeleton)
         if not settings.skip_memory_check:
             check_host_memory(units, settings, lambda other: store_spec(other, self.skeleton))
-        self.store = HostStore(units, spec, pin=self.device.type == "cuda")
+        self.store = HostStore(units, spec, pin_for=self.device)
         self.skeleton.place_buffers(self.device)
         refuse_use(model)
         fill_store(self.skeleton, self.store)
         lanes = choose_lanes(settings.lanes, self.device)
         self.engine = Engine(self.skeleton, self.store, self.optimizer, self.device, lanes, settings)
+        if settings.compile:
+            self.skeleton.compile_layers(settings.compile, self.engine.ops)
         self._turn = threading.RLock()
         self._warned_of = ""
 
@@ -417,6 +419,12 @@ class HostModel:
         ops.logs_notes = False
         notes, ops.notes = ops.notes, []
         return notes
+
+    def take_remarks(self) -> list[str]:
+        """Return what else the engine has to say since the last call: what compiling took."""
+        ops = self.engine.ops
+        remarks, ops.remarks = ops.remarks, []
+        return remarks
 
     @property
     def timeline(self) -> list[Span]:

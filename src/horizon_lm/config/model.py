@@ -42,6 +42,15 @@ class ModelSettings(Settings):
         group="Model",
         resume="ask",
     )
+    compile: bool | Literal["max-autotune"] = setting(
+        False,
+        "Compile decoder layers with torch.compile, once for all that are alike; max-autotune also measures "
+        "candidate kernels. Takes from seconds to minutes in the first step. A layer that cannot be compiled "
+        "runs uncompiled, and the run says so.",
+        group="Model",
+        resume="ask",
+        expects="true, false or max-autotune",
+    )
     trust_remote_code: bool = setting(
         False,
         "Run Python code that ships with the model; leave it off for models you have not read.",
@@ -258,6 +267,16 @@ class ModelSettings(Settings):
         unit="layers",
         ge=1,
     )
+    host_memory_gb: float | Literal["auto"] = setting(
+        "auto",
+        "Host memory of this machine, for the check before the run and the planner; auto measures what is "
+        "free. State it where the system shows too little, as in a virtual machine whose memory grows with "
+        "use. Limits of cgroups and of the process still apply.",
+        group="Memory and device",
+        resume="free",
+        unit="GB",
+        expects="a number above 0, or auto",
+    )
     reserve_host_gb: float = setting(
         2.0,
         "Host memory that the check before the run leaves to other programs.",
@@ -290,6 +309,13 @@ class ModelSettings(Settings):
     def _check_count(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 1:
             raise ValueError("below 1")  # reported with the field's `expects`
+        return value
+
+    @field_validator("host_memory_gb")
+    @classmethod
+    def _check_host_memory(cls, value: float | str) -> float | str:
+        if isinstance(value, float) and value <= 0:
+            raise ValueError("not above 0")  # reported with the field's `expects`
         return value
 
     @field_validator("lr_factors")
@@ -333,6 +359,11 @@ class ModelSettings(Settings):
                 key="deterministic",
                 hint="set attn_implementation=sdpa or deterministic=false",
             )
+
+    @property
+    def host_memory_bytes(self) -> int | None:
+        """Return the host memory that `host_memory_gb` states; None with auto."""
+        return None if self.host_memory_gb == "auto" else int(self.host_memory_gb * 1e9)
 
     @property
     def update_mode(self) -> str:
