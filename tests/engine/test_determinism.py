@@ -198,6 +198,15 @@ def test_kernels_that_promise_nothing_are_rejected() -> None:
     values = {"model_name_or_path": "m", "datasets": "d", "full_determinism": True, "device": "cpu"}
     for attention in ("sdpa", "eager"):
         assert TrainConfig.from_dict({**values, "attn_implementation": attention}).deterministic
-    for attention in ("flash_attention_2", "flex_attention"):
-        with pytest.raises(ConfigError, match=f"attn_implementation: {attention} may give other bits"):
-            TrainConfig.from_dict({**values, "attn_implementation": attention})
+    rejected = [
+        ("attn_implementation", "flash_attention_2", "sdpa"),
+        ("attn_implementation", "flex_attention", "sdpa"),
+        ("compile", True, "false"),
+        ("compile", "max-autotune", "false"),
+    ]
+    for key, value, instead in rejected:
+        with pytest.raises(
+            ConfigError, match=f"{key}: {str(value).replace('True', 'true')} may choose"
+        ) as caught:
+            TrainConfig.from_dict({**values, key: value})
+        assert caught.value.hint == f"set {key}={instead} or deterministic=false"
