@@ -11,7 +11,6 @@ from pydantic_core import PydanticCustomError
 
 from horizon_lm.config.base import Settings, fault, setting
 
-
 # Values under which `deterministic` can be kept. Compiled kernels are chosen by their time.
 _REPEATABLE: dict[str, tuple[Any, ...]] = {"attn_implementation": ("sdpa", "eager"), "compile": (False,)}
 
