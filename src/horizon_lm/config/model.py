@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -9,6 +10,9 @@ from pydantic import field_validator
 from pydantic_core import PydanticCustomError
 
 from horizon_lm.config.base import Settings, fault, setting
+
+# Values under which `deterministic` can be kept. Compiled kernels are chosen by their time.
+_REPEATABLE: dict[str, tuple[Any, ...]] = {"attn_implementation": ("sdpa", "eager"), "compile": (False,)}
 
 
 class ModelSettings(Settings):
@@ -351,18 +355,14 @@ class ModelSettings(Settings):
                 hint="set update=deferred or "
                 + ("max_grad_norm=null" if self.max_grad_norm else "nonfinite=raise"),
             )
-
-        if self.deterministic and self.attn_implementation not in ("sdpa", "eager"):
-            yield fault(
-                f"deterministic: attn_implementation={self.attn_implementation} may give other bits in each run",
-                key="deterministic",
-                hint="set attn_implementation=sdpa or deterministic=false",
-            )
-
-    @property
-    def host_memory_bytes(self) -> int | None:
-        """Return the host memory that `host_memory_gb` states; None with auto."""
-        return None if self.host_memory_gb == "auto" else int(self.host_memory_gb * 1e9)
+        for key, fixed in _REPEATABLE.items() if self.deterministic else ():
+            if getattr(self, key) not in fixed:
+                value = _written(getattr(self, key))
+                yield fault(
+                    f"deterministic: true, but {key}: {value} may choose other kernels in each run",
+                    key="deterministic",
+                    hint=f"set {key}={_written(fixed[0])} or deterministic=false",
+                )
 
     @property
     def update_mode(self) -> str:
@@ -370,6 +370,11 @@ class ModelSettings(Settings):
         if self.update != "auto":
             return self.update
         return "deferred" if self.max_grad_norm or self.nonfinite == "skip" else "eager"
+
+
+def _written(value: Any) -> str:
+    """A value as in a configuration file."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def per_layer(value: str | list[str], words: tuple[str, str]) -> list[str] | None:
