@@ -19,7 +19,7 @@ from horizon_lm.bench.models import own, source_model
 from horizon_lm.bench.plain import decay_groups, prepare
 from horizon_lm.bench.protocol import Case
 
-from . import installed, need_cuda, one_rank
+from . import check_takes, installed, need_cuda, one_rank
 
 _CPU = {"device": "cpu", "pin_memory": True}
 _COMMON = {"overlap_comm": True, "contiguous_gradients": True}
@@ -106,3 +106,20 @@ def build_superoffload(case: Case) -> DeepSpeed:
 
 def build_zenflow(case: Case) -> DeepSpeed:
     return DeepSpeed(case, ZENFLOW)
+
+
+def check() -> str:
+    """Parse all three configurations with DeepSpeed's own reader."""
+    deepspeed, ops = installed("deepspeed"), installed("deepspeed.ops.adam")
+    reader = installed("deepspeed.runtime.config").DeepSpeedConfig
+    case = Case({}, sequences=4, rows=2)
+    for zero in (ZERO3, SUPEROFFLOAD, ZENFLOW):
+        parsed = reader(settings_of(case, zero))
+        known = set(type(parsed.zero_config).model_fields)
+        if unknown := sorted(set(zero) - known - {"stage3_prefetch_bucket_size"}):
+            raise TypeError(f"zero_optimization takes no {', '.join(unknown)}")
+        if parsed.gradient_clipping != case.clip or parsed.gradient_accumulation_steps != 2:
+            raise TypeError("clipping or accumulation is not read as it is set")
+    check_takes(ops.DeepSpeedCPUAdam, "model_params", "lr", "betas", "eps", "adamw_mode")
+    check_takes(deepspeed.initialize, "model", "config", "optimizer", "model_parameters")
+    return "configurations of ZeRO-3, SuperOffload and ZenFlow"
