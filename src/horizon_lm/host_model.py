@@ -35,6 +35,7 @@ from horizon_lm.engine.loss import LossFunction, check_loss_function
 from horizon_lm.engine.policies import DTYPES, check_fits_host, make_optimizer, store_spec, update_settings
 from horizon_lm.engine.step import Step, Update
 from horizon_lm.errors import ConfigError, NonFiniteError, TornStateError
+from horizon_lm.machine.determinism import prepare
 from horizon_lm.machine.device import resolve_device
 from horizon_lm.memory.arena import return_free_memory
 from horizon_lm.memory.preflight import check_host_memory
@@ -82,6 +83,8 @@ class HostModel:
         check_model(model)
         self.settings = settings
         self.device = resolve_device(settings.device)
+        if settings.deterministic:
+            prepare(self.device)
         check_kernels(settings, self.device)
         check_has_weights(model)
         freeze(model, settings.freeze)
@@ -94,7 +97,7 @@ class HostModel:
         units, spec = self.skeleton.units, store_spec(settings, self.skeleton)
         if not settings.skip_memory_check:
             check_host_memory(units, settings, lambda other: store_spec(other, self.skeleton))
-        self.store = HostStore(units, spec, pin=self.device.type == "cuda")
+        self.store = HostStore(units, spec, pin_for=self.device)
         self.skeleton.place_buffers(self.device)
         refuse_use(model)
         fill_store(self.skeleton, self.store)

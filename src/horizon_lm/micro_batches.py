@@ -267,7 +267,7 @@ def _check_range(m: int, name: str, values: torch.Tensor, end: int) -> None:
 
 def _check_positions(m: int, batch: MicroBatch, model: ModelLimits) -> None:
     """Raise DataError for negative positions, for those inexact in fp32, for any beyond the model's table of
-    positions, which on a GPU would abort the process, and for documents that the model would not keep apart."""
+    positions, which on a GPU would abort the process, and for documents that would not be kept apart."""
     positions, tokens = batch.get("position_ids"), batch["input_ids"].shape[1]
     lowest = int(positions.min()) if positions is not None else 0
     highest = int(positions.max()) if positions is not None else tokens - 1
@@ -279,13 +279,13 @@ def _check_positions(m: int, batch: MicroBatch, model: ModelLimits) -> None:
             f"{_MAX_POSITION}",
             hint="positions count from 0 in each document",
         )
-    if model.packs_one_row_only and positions is not None and len(positions) > 1:
-        if bool((positions.diff(dim=1) != 1).any()):
-            raise DataError(
-                f"micro-batch {m} packs documents into {len(positions)} rows, and flash attention keeps "
-                "documents apart only in micro-batches of one row",
-                hint="set per_device_train_batch_size=1, or attn_implementation=sdpa",
-            )
+    several = model.packs_one_row_only and positions is not None and len(positions) > 1
+    if several and bool((positions.diff(dim=1) != 1).any()):
+        raise DataError(
+            f"micro-batch {m} packs documents into {len(positions)} rows, and flash attention keeps documents "
+            "apart only in micro-batches of one row",
+            hint="set per_device_train_batch_size=1, or attn_implementation=sdpa",
+        )
     end = model.max_positions
     if end is not None and highest >= (max(end, tokens) if model.extends_positions else end):
         raise DataError(

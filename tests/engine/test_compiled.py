@@ -1,6 +1,7 @@
-"""Compiled layers: the gradients of uncompiled ones, one graph for all layers that are alike, under any policy.
+"""Compiled layers: the gradients of uncompiled ones, one graph for all that are alike, under any policy.
 
-Most cases use the backend `aot_eager`, which compiles nothing but traces, partitions and saves as inductor does.
+Most cases use the backend `aot_eager`, which generates no code, but traces, partitions and saves as inductor
+does.
 """
 
 from __future__ import annotations

@@ -67,9 +67,9 @@ class Reset:
             for run, saved in zip(self.model.store._runs[region], runs, strict=True):
                 run.copy_(saved)
         # A run that failed half-way leaves weights in slots; the next one must not find them there.
-        for slot in range(self.model.engine.ops.policies.slots):
+        for slot in range(self.model.engine.ops.policies.slots + 1):
             fill_with_nan(self.model.engine.ops.weight_slots.tensors(slot))
-        for slot in range(self.model.engine.ops.policies.grad_slots):
+        for slot in range(self.model.engine.ops.policies.grad_slots + 1):
             fill_with_nan(self.model.engine.ops.gradient_slots.tensors(slot))
         self.model.state_was_replaced(0)
 

@@ -28,8 +28,15 @@ def prepare(model: Any, case: Case) -> Any:
     model.config.use_cache = False
     model.train()
     if case.activations != "keep":
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model)
     return model
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Let transformers checkpoint the activations of every layer. transformers 5.17 calls it
+    `gradient_checkpointing_enable`; both checkpoint without reentrance by default."""
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    next(getattr(model, name) for name in names if hasattr(model, name))()
 
 
 def adam_options(case: Case) -> dict[str, Any]:

@@ -29,6 +29,14 @@ class ModelSettings(Settings):
         expects="auto, cpu, cuda or cuda:N",
         pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$",
     )
+    deterministic: bool = setting(
+        False,
+        "Use only GPU kernels that give the same bits in each run, so that a resumed run repeats an "
+        "uninterrupted one bitwise; slower, and an error where there is no such kernel. No effect on a CPU, "
+        "whose kernels all are.",
+        group="Memory and device",
+        resume="ask",
+    )
     dtype: Literal["bfloat16", "float32"] = setting(
         "bfloat16",
         "Weight and compute dtype; the optimizer keeps float32 masters either way.",
@@ -37,8 +45,8 @@ class ModelSettings(Settings):
     )
     attn_implementation: str = setting(
         "sdpa",
-        "Attention kernel, by its transformers name; a CPU supports only sdpa and eager. A kernel of the Hub is "
-        "fetched at first use and runs its code; name a commit.",
+        "Attention kernel, by its transformers name; a CPU supports only sdpa and eager. A kernel of the Hub "
+        "is fetched at first use and runs its code; name a commit.",
         group="Model",
         resume="ask",
         expects="sdpa, eager, flash_attention_2, flash_attention_3, flex_attention, or "
@@ -56,8 +64,8 @@ class ModelSettings(Settings):
     )
     kernels: Literal["none", "liger", "hub"] = setting(
         "none",
-        "Kernels that replace parts of layers: liger takes liger-kernel's norms, MLPs and rotary embeddings, hub "
-        "those that hub_kernels names. Both need a GPU.",
+        "Kernels that replace parts of layers: liger takes liger-kernel's norms, MLPs and rotary embeddings, "
+        "hub those that hub_kernels names. Both need a GPU.",
         group="Model",
         resume="ask",
     )
@@ -285,6 +293,16 @@ class ModelSettings(Settings):
         unit="layers",
         ge=1,
     )
+    host_memory_gb: float | Literal["auto"] = setting(
+        "auto",
+        "Host memory of this machine, for the check before the run and the planner; auto measures what is "
+        "free. State it where the system shows too little, as in a virtual machine whose memory grows with "
+        "use. Limits of cgroups and of the process still apply.",
+        group="Memory and device",
+        resume="free",
+        unit="GB",
+        expects="a number above 0, or auto",
+    )
     reserve_host_gb: float = setting(
         2.0,
         "Host memory that the check before the run leaves to other programs.",
@@ -317,6 +335,13 @@ class ModelSettings(Settings):
     def _check_count(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 1:
             raise ValueError("below 1")  # reported with the field's `expects`
+        return value
+
+    @field_validator("host_memory_gb")
+    @classmethod
+    def _check_host_memory(cls, value: float | str) -> float | str:
+        if isinstance(value, float) and value <= 0:
+            raise ValueError("not above 0")  # reported with the field's `expects`
         return value
 
     @field_validator("lr_factors")
@@ -360,6 +385,9 @@ class ModelSettings(Settings):
                 + ("max_grad_norm=null" if self.max_grad_norm else "nonfinite=raise"),
             )
 
+        yield from self._kernel_faults()
+
+    def _kernel_faults(self) -> Iterator[PydanticCustomError]:
         if (self.kernels == "hub") != bool(self.hub_kernels):
             yield fault(
                 "hub_kernels names no kernel, and kernels: hub takes those that it names"
@@ -368,6 +396,23 @@ class ModelSettings(Settings):
                 key="hub_kernels",
                 hint="set both, or neither",
             )
+        steady: dict[str, tuple[str, ...]] = {
+            "attn_implementation": ("eager", "sdpa"),
+            "kernels": ("none",),
+            "compile": ("False", "True"),  # max-autotune chooses by measured times
+        }
+        for key, values in steady.items():
+            if self.deterministic and str(getattr(self, key)) not in values:
+                yield fault(
+                    f"deterministic: {key}={getattr(self, key)} may give other bits in each run",
+                    key="deterministic",
+                    hint=f"set {key}={values[-1].lower()} or deterministic=false",
+                )
+
+    @property
+    def host_memory_bytes(self) -> int | None:
+        """Return the host memory that `host_memory_gb` states; None with auto."""
+        return None if self.host_memory_gb == "auto" else int(self.host_memory_gb * 1e9)
 
     @property
     def update_mode(self) -> str:

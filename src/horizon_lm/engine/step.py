@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from horizon_lm.engine.ends import Rows
 from horizon_lm.engine.gradient import UnitGradient
 from horizon_lm.engine.layers import LayerGraph, Rerun
 from horizon_lm.engine.loss import Draws, HeadLoss
@@ -87,8 +88,8 @@ class Update:
 class Step:
     """A running step: its schedule, micro-batches and transient buffers.
 
-    targets: [batch, tokens] on the host per micro-batch. num_tokens: targets that count. number: steps done
-    before it. head_losses: one per micro-batch. update: what the O ops of this schedule apply.
+    targets: [batch, tokens] on the host per micro-batch. num_tokens: targets that count. rows: those of the
+    embedding table, if their gradients, or those of the prologue, are wanted. number: steps done before it. head_losses: one per micro-batch. update: what the O ops of this schedule apply.
     ends_itself: its gradients are of no use after the call that made them.
     """
 
@@ -97,6 +98,7 @@ class Step:
     micro_batches: Sequence[MicroBatch] = ()
     targets: list[torch.Tensor] = field(default_factory=list)
     num_tokens: int = 0
+    rows: Rows | None = None
     number: int = 0
     rng_base: int = 0
     head_losses: list[HeadLoss] = field(default_factory=list)
@@ -142,11 +144,9 @@ class Step:
 
         The loss is known before any update, so it is looked at only once.
         """
-        square = float(self.square_norms[unit])
-        if self.spec.scatters and unit == self.spec.embedding_unit:
-            square += float(self.square_norms[self.spec.head + 1])
         assert self.update is not None
-        return math.isfinite(square) and (self.update.has_begun or math.isfinite(self.loss))
+        finite = math.isfinite(float(self.square_norms[unit]))
+        return finite and (self.update.has_begun or math.isfinite(self.loss))
 
 
 @contextmanager

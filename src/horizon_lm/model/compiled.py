@@ -92,8 +92,8 @@ class CompiledLayers:
         return self._kind_of[layer].refusal is None
 
     def run(self, layer: int, *args: Any, **kwargs: Any) -> Any:
-        """Call layer `layer` (0-based). One that cannot be compiled runs uncompiled from now on, with the same
-        random numbers."""
+        """Call layer `layer` (0-based). One that cannot be compiled runs uncompiled from now on, with the
+        same random numbers."""
         module, kind = self._layers[layer], self._kind_of[layer]
         if kind.refusal is not None:
             return module(*args, **kwargs)

@@ -111,8 +111,8 @@ def apply_kernels(model: nn.Module, settings: ModelSettings) -> list[Patch]:
 def _apply_liger(model: Any) -> list[Patch]:
     """Apply liger's norms, MLPs and rotary embeddings, through what transformers' Trainer calls.
 
-    Its losses stay out: ours is computed in chunks. It replaces functions and classes of the model's module for
-    the whole process, which is undone.
+    Its losses stay out: ours is computed in chunks. It replaces functions and classes of the model's module
+    for the whole process, which is undone.
     """
     liger: Any = import_module("liger_kernel.transformers.monkey_patch")
     kind = str(getattr(model.config, "model_type", None))

@@ -21,6 +21,7 @@ from horizon_lm.memory.master import join_master
 from horizon_lm.memory.slots import UnitWeights
 from horizon_lm.model.anatomy import Anatomy, analyse
 from horizon_lm.model.compiled import CompiledLayers, Listener, Mode
+from horizon_lm.model.head import OwnHead, find_head
 from horizon_lm.model.kernels import Patch, packs_one_row_only, patched
 from horizon_lm.model.rope import separate_documents
 from horizon_lm.model.tiling import tile_mlps
@@ -58,6 +59,7 @@ class Skeleton:
                 module.gradient_checkpointing = False
         separate_documents(model)
         self.anatomy: Anatomy = analyse(model)
+        self.own_head: OwnHead | None = find_head(model, self.anatomy)
         layers: nn.ModuleList = model.get_submodule(self.anatomy.layers_path)
         self.layers: list[nn.Module] = list(layers)
         self.embedding: nn.Embedding = model.get_input_embeddings()
@@ -119,9 +121,9 @@ class Skeleton:
 
     @property
     def max_head_tokens(self) -> int:
-        """Maximum tokens per run of the head; unlimited unless its dummy input must be as long as its hidden
-        states, and so within the model's positions."""
-        if self.anatomy.head_takes_one_token:
+        """Maximum tokens per run of the head; unlimited unless the whole forward runs, and its dummy input
+        must be as long as the hidden states, and so within the model's positions."""
+        if self.own_head is not None or self.anatomy.head_takes_one_token:
             return 1 << 62
         return int(getattr(self.config, "max_position_embeddings", 1024))
 
