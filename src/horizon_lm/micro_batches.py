@@ -279,19 +279,20 @@ def _check_positions(m: int, batch: MicroBatch, model: ModelLimits) -> None:
             f"{_MAX_POSITION}",
             hint="positions count from 0 in each document",
         )
-    several = model.packs_one_row_only and positions is not None and len(positions) > 1
-    if several and bool((positions.diff(dim=1) != 1).any()):
-        raise DataError(
-            f"micro-batch {m} packs documents into {len(positions)} rows, and flash attention keeps documents "
-            "apart only in micro-batches of one row",
-            hint="set per_device_train_batch_size=1, or attn_implementation=sdpa",
-        )
     end = model.max_positions
     if end is not None and highest >= (max(end, tokens) if model.extends_positions else end):
         raise DataError(
             f"micro-batch {m} reaches position {highest}, the model's max_position_embeddings is {end}"
             + ("" if positions is None else " (position_ids)"),
             hint=f"cut the sequences to {end} tokens",
+        )
+    if positions is not None and len(positions) > 1 and model.packs_one_row_only:
+        if bool((positions.diff(dim=1) == 1).all()):
+            return  # one document in each row
+        raise DataError(
+            f"micro-batch {m} packs documents into {len(positions)} rows, and flash attention keeps "
+            "documents apart only in micro-batches of one row",
+            hint="set per_device_train_batch_size=1, or attn_implementation=sdpa",
         )
 
 
