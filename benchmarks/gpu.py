@@ -134,7 +134,7 @@ def about_machine(dry_run: bool) -> Row:
     """Return the row that the tables need about the machine: description and peak FLOP/s."""
     cuda = torch.cuda.is_available() and not dry_run
     peak, source = peak_of(torch.device("cuda"), torch.bfloat16) if cuda else (1e12, "none: a dry run")
-    return {"status": "done", "text": Report.machine(), "peak": peak, "peak_source": source}
+    return {"status": "done", "dry": dry_run, "text": Report.machine(), "peak": peak, "peak_source": source}
 
 
 def write(arguments: argparse.Namespace, ledger: Ledger) -> None:
