@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 import fake_cuda
 from horizon_lm.engine import layers
-from horizon_lm.memory import arena
+from horizon_lm.machine import numa
 from horizon_lm.model import twins
 from horizon_lm.schedule import Lane, Op
 
@@ -39,7 +39,7 @@ class EmulatedCuda:
     def __init__(self) -> None:
         self._device: dict[int, StorageWeakRef] = {}
         self._pinned: dict[int, StorageWeakRef] = {}
-        self._registered: list[tuple[int, int]] = []
+        self._registered: dict[int, int] = {}  # start to end
         self.waits: list[tuple[Op | None, str]] = []
 
     def is_on_device(self, tensor: torch.Tensor) -> bool:
@@ -47,7 +47,7 @@ class EmulatedCuda:
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:
         place = tensor.data_ptr()
-        registered = any(start <= place < end for start, end in self._registered)
+        registered = any(start <= place < end for start, end in list(self._registered.items()))
         return registered or tensor.untyped_storage()._cdata in self._pinned
 
     def put_on_device(self, tensor: torch.Tensor) -> None:
@@ -58,8 +58,13 @@ class EmulatedCuda:
         storage = tensor.untyped_storage()
         self._pinned.setdefault(storage._cdata, StorageWeakRef(storage))
 
-    def register(self, tensor: torch.Tensor) -> None:
-        self._registered.append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes))
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:  # noqa: N802
+        self._registered[address] = address + num_bytes
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        del self._registered[address]
+        return 0
 
     def wait(self, what: str) -> None:
         self.waits.append((getattr(_here, "op", None), what))
@@ -252,7 +257,8 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch, fake_cuda: list[str]) -> Iter
     }
     for name, value in replaced.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(arena, "_register", cuda.register)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
+    monkeypatch.setattr(numa, "node_of", lambda device: None)
     monkeypatch.setattr(twins, "is_on_device", cuda.is_on_device)
 
     def upload(twin: torch.Tensor, device: torch.device) -> torch.Tensor:
