@@ -20,7 +20,7 @@ from horizon_lm.config.data import IGNORED
 from horizon_lm.engine.disk_lane import Saving
 from horizon_lm.engine.ends import Rows
 from horizon_lm.engine.lanes import Lanes, Span
-from horizon_lm.engine.loss import LossFunction, cross_entropy, custom, shifted_targets
+from horizon_lm.engine.loss import LossFunction, as_numbers, cross_entropy, custom, shifted_targets
 from horizon_lm.engine.ops import Ops
 from horizon_lm.engine.step import Schedule, Step, Update
 from horizon_lm.errors import ConfigError
@@ -194,6 +194,7 @@ class Engine:
                 )
             raise
         self._end_of_writes()
+        step.metrics = [as_numbers(metrics) for metrics in step.device_metrics]
         self._step = step
         return step
 
@@ -217,7 +218,7 @@ class Engine:
         return Step(spec, schedule, micro_batches, targets, num_tokens, rows, number, rng_base)
 
     def _prepare_losses(self, step: Step, loss_fn: LossFunction | None) -> None:
-        step.metrics = [{} for _ in step.micro_batches]
+        step.device_metrics = [{} for _ in step.micro_batches]
         if loss_fn is None:
             smoothing = self.ops.policies.settings.label_smoothing_factor
             head_loss = cross_entropy(step.num_tokens, self.ops.policies.loss_chunk, smoothing)
@@ -225,7 +226,7 @@ class Engine:
         else:
             step.head_losses = [
                 custom(loss_fn, batch, self.ops.policies.loss_chunk, metrics)
-                for batch, metrics in zip(step.micro_batches, step.metrics, strict=True)
+                for batch, metrics in zip(step.micro_batches, step.device_metrics, strict=True)
             ]
 
     def evaluate(self, micro_batches: Sequence[MicroBatch], *, record: bool = False) -> Step:
