@@ -80,7 +80,9 @@ class PinnedPool:
 
 
 def pinned(tensor: torch.Tensor, most: int = 0) -> torch.Tensor:
-    """Return a copy as `PinnedPool.take` does, from the pool of the step that the calling thread works on; the
-    tensor itself outside of a step, whose copy to a device then blocks."""
+    """Return a copy as `PinnedPool.take` does, from the pool of the step that the calling thread works on.
+
+    Outside of a step, return the tensor itself, whose copy to a device then blocks.
+    """
     pool = getattr(_here, "pool", None)
     return tensor if pool is None else pool.take(tensor, most)
