@@ -88,7 +88,7 @@ def registration_rows(num_bytes: int) -> list[list[str]]:
     rows = [["touch new host pages", f"{num_bytes / seconds_of(touch, 3) / 1e9:.2f} GB/s"]]
     if not torch.cuda.is_available():
         return [*rows, ["register (pin) host pages", NEEDS_GPU]]
-    rate = num_bytes / seconds_of(lambda: arena.allocate(num_bytes, pin=True), 3) / 1e9
+    rate = num_bytes / seconds_of(lambda: arena.allocate(num_bytes, pin_for=torch.device("cuda")), 3) / 1e9
     return [*rows, ["allocate and register (pin) host pages", f"{rate:.2f} GB/s"]]
 
 
@@ -108,7 +108,7 @@ def upload_rows(numel: int, device: torch.device) -> list[list[str]]:
     pin = device.type == "cuda"
     layout = lay_out("layer", [("weight", (numel,), True, torch.bfloat16)], torch.bfloat16)
     store = HostStore([layout], StoreSpec(torch.bfloat16), pin=pin)
-    slots = WeightSlots(store, frozenset({0}), 2, device, alias=False)
+    slots = WeightSlots(store, [layout.slot_numel] * 2, device, alias=False)
     source, target = store.run("weights", 0), torch.empty(numel, dtype=torch.bfloat16, device=device)
 
     def settle() -> None:

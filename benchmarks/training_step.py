@@ -20,6 +20,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import horizon_lm as hz
+from horizon_lm.bench.plain import checkpoint_activations
 
 from .report import Report
 
@@ -63,7 +64,7 @@ class Plain:
         self.micro_batches = [{k: v.to(device) for k, v in batch.items()} for batch in micro_batches]
         self.model.config.use_cache = False
         if activations == "recompute":
-            self.model.activation_checkpointing_enable()
+            checkpoint_activations(self.model)
         self.is_bf16 = model.dtype == torch.bfloat16
         parameters = list(model.parameters())
         self.masters = (

@@ -27,7 +27,7 @@ for _path in (str(_TESTS), str(_TESTS / "helpers"), str(_TESTS.parent / "src")):
     if _path not in sys.path:
         sys.path.insert(0, _path)
 
-PARTS = ("gradients", "lanes", "sanitizer", "step")
+PARTS = ("gradients", "determinism", "lanes", "sanitizer", "step")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -117,6 +117,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _functions(place, repeats: int, trace: Path | None, models: list[str] | None) -> dict[str, Callable]:
+    from gpu.determinism import check_determinism
     from gpu.gradients import check_gradients
     from gpu.lanes import check_lanes
     from gpu.sanitizer import check_sanitizer
@@ -124,6 +125,7 @@ def _functions(place, repeats: int, trace: Path | None, models: list[str] | None
 
     return {
         "gradients": lambda: check_gradients(place, models),
+        "determinism": lambda: check_determinism(place, repeats),
         "lanes": lambda: check_lanes(place, repeats),
         "sanitizer": lambda: check_sanitizer(place),
         "step": lambda: check_step(place, trace),

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 import yaml
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -69,8 +70,26 @@ CASES: dict[str, Case] = {}
 SHARED_STATE: dict[str, Case] = {}
 
 
-def _config(model_type: str, overrides: dict[str, Any], extra: dict[str, Any]) -> PreTrainedConfig:
+def missing(what: str) -> str:
+    """Why the installed transformers lacks ``what``, a case or something about it; empty if it does not."""
+    version = ".".join(transformers.__version__.split(".")[:2])
+    reason = _DATA["missing"].get(version, {}).get(what, "")
+    return reason and f"transformers {version}: {what}: {reason}"
+
+
+def need(what: str) -> None:
+    """Skip the test, with the reason, where the installed transformers lacks ``what``."""
+    if reason := missing(what):
+        import pytest  # `make gpu-check` needs none
+
+        pytest.skip(reason)
+
+
+def _config(
+    name: str, model_type: str, overrides: dict[str, Any], extra: dict[str, Any]
+) -> PreTrainedConfig:
     """``extra`` is for what the class takes without declaring a field of that name."""
+    need(name)
     cls = CONFIG_MAPPING[model_type]
     fields = {field.name for field in dataclasses.fields(cls)}
 
@@ -94,7 +113,7 @@ def _read(entries: list[dict[str, Any]], into: dict[str, Case]) -> None:
             raise ValueError(f"{name}: {sorted(tags - TAGS)} is not a tag")
         for tied in tags & {"tied", "untied"}:
             overrides["tie_word_embeddings"] = tied == "tied"
-        config = partial(_config, entry.get("model_type", name), overrides, entry.get("extra", {}))
+        config = partial(_config, name, entry.get("model_type", name), overrides, entry.get("extra", {}))
         kinds = frozenset(entry["kinds"].split()) if "kinds" in entry else frozenset(KINDS)
         into[name] = Case(name, config, tags, entry.get("attn", "sdpa"), kinds)
 
@@ -142,6 +161,8 @@ def build(
     """
     case = _find(name)
     attn = "eager" if case.attn == "eager" else attn_implementation
+    if dtype == torch.bfloat16:
+        need(f"{name} in bfloat16")
     model = _from_config(case.config(), torch.float32, seed, attn)
     _perturb(model, torch.Generator().manual_seed(seed + 1))
     if dtype != torch.float32:

@@ -194,6 +194,7 @@ def picture_model() -> nn.Module:
 
 
 def test_additions_of_qwen3_vl_are_refused() -> None:
+    zoo.need("pictures given as features")
     model = picture_model()
     values = {"device": "cpu", "dtype": "float32", "skip_memory_check": True}
     plain = model(**batch(True), use_cache=False).loss

@@ -23,6 +23,7 @@ PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
 # For measuring, without imports; a measurement in progress is finished. Processes start slowly on CUDA.
 SECONDS = {"cpu": 30.0, "cuda": 100.0}
 _GB = 1e9
+_STATE = "; host_memory_gb=NUMBER states the machine's memory to a run if the system shows too little"
 # Names of unfinished profiles, by earlier versions.
 _EARLIER = re.compile(r"tmp[a-z0-9_]{8}")
 
@@ -178,11 +179,10 @@ def judge_memory(total: int, available: int) -> Finding:
     text = f"{total / _GB:.1f} GB, {available / _GB:.1f} GB for this process: "
     text += f"{available / 14 / _GB:.2f} B parameters in bf16"
     if available < 1e9:
-        return Finding(FAIL, "host memory", text, "free memory, or raise the cgroup's memory.max")
+        return Finding(FAIL, "host memory", text, f"free memory, or raise the cgroup's memory.max{_STATE}")
     if available < total / 2:
-        return Finding(
-            WARN, "host memory", text, "other processes, a cgroup limit or ulimit -v withhold more than half"
-        )
+        cause = "other processes, a cgroup limit or ulimit -v withhold more than half"
+        return Finding(WARN, "host memory", text, cause + _STATE)
     return Finding(PASS, "host memory", text)
 
 
@@ -238,13 +238,19 @@ def _processor() -> list[Finding]:
 def _device() -> list[Finding]:
     import torch
 
+    from horizon_lm.machine import numa
+
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         name = torch.cuda.get_device_name()
+        node = numa.node_of(torch.device("cuda"))
+        place = "" if node is None else f", next to NUMA node {node}"
         status, fix = (
             (PASS, "") if free > 0.9 * total else (WARN, "another process holds device memory (nvidia-smi)")
         )
-        return [Finding(status, "device", f"{name}, {free / _GB:.1f} of {total / _GB:.1f} GB free", fix)]
+        return [
+            Finding(status, "device", f"{name}, {free / _GB:.1f} of {total / _GB:.1f} GB free{place}", fix)
+        ]
     if Path("/proc/driver/nvidia/version").exists():
         return [
             Finding(

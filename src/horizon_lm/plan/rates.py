@@ -64,7 +64,7 @@ class Links(NamedTuple):
 
 def link_rates(num_bytes: int = 1 << 30) -> Links:
     """Time copies of a registered block in each direction alone, then in both at once. Needs CUDA."""
-    hosts = [arena.allocate(num_bytes, pin=True) for _ in range(2)]
+    hosts = [arena.allocate(num_bytes, pin_for=torch.device("cuda")) for _ in range(2)]
     devices = [torch.empty(num_bytes, dtype=torch.uint8, device="cuda") for _ in range(2)]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
 
