@@ -1,195 +1,174 @@
 """The GPU suite: Horizon-LM, in-memory torch, and other systems that use host memory.
 
+The first stages are the evidence: rates of the machine, the planner's profile, gradients and lanes, and the
+main comparisons, in about 25 minutes (`make gpu-evidence`). The other parts take hours (`make bench-gpu`).
+
 All share transformers configuration, weights, random tokens without padding, bf16 compute, sdpa attention
-and AdamW. Peers checkpoint the activations of every layer; ours follows the planner. Each system runs in
+and AdamW. Peers checkpoint the activations of every layer; ours follows the planner. Each job runs in
 its own process. `speed / in-memory` is tokens/s over those of the in-memory run of the same group. MFU
 counts 6 N + causal attention, without the embedding table and without recomputation; HFU counts
 recomputation too.
 
-A system that is absent or runs out of memory is a row that says so. Peers marked `not exact` keep no fp32
-masters or moments, or postpone updates: they do not train the same way.
+A system that is absent or runs out of memory is a row that says so; one that fits at a smaller size says
+which. Peers marked `not exact` keep no fp32 masters or moments, or postpone updates: they do not train the
+same way.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
+import os
+import shutil
+import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from horizon_lm.bench.figures import HEAD, Row, cells, lane_lines, peak_of
-from horizon_lm.bench.jobs import Worker
-from horizon_lm.bench.ours import train_config
-from horizon_lm.machine.profile import cache_path
-from horizon_lm.plan.run_plan import plan_run
+from horizon_lm import words
+from horizon_lm.bench.figures import Row, peak_of
 
+from .gpu_evidence import EVIDENCE
 from .gpu_goals import add_goals
-from .gpu_parts import PARTS, Job, rehearsed
-from .jobs import InlineWorker, Ledger, measure_fitting
-from .peers import PEERS
+from .gpu_parts import PARTS, Stage
+from .gpu_runner import Call, build_kernel, run_stages, said, waiting
+from .gpu_tables import MACHINE, add_stages
+from .jobs import Ledger
 from .report import Report, commit
 
-WORK = Path(__file__).parent.parent / "build" / "bench"
-SECONDS = 520.0  # per part; a command may take ten minutes
+WORK = Path(__file__).parent.parent / "build" / "gpu-evidence"
+SECONDS = 530.0  # of a call with --evidence; a command may take ten minutes
 ABSENT = "the GPU part has not run: torch sees no CUDA device"
-
-
-def with_largest_model(job: Job) -> Job:
-    """Return the job with as many layers as the planner says will fit."""
-    config = train_config(job.case).replace(skip_memory_check=True)  # the original may be too large
-    model = job.case.model | {"num_hidden_layers": max(1, plan_run(config).most_layers())}
-    return Job(job.name, job.system, job.case.replace(model=model), job.group)
-
-
-def run_job(job: Job, seconds: float, rehearse: bool) -> Row:
-    """Run one row. Retry the largest model with 5 % fewer layers, up to three times, if the planner
-    promised too much."""
-    kind = InlineWorker if rehearse else Worker
-    if not job.largest:
-        return measure_fitting(job.system, job.case, seconds=seconds, kind=kind)
-    deadline = time.monotonic() + seconds
-    if not rehearse:
-        job = with_largest_model(job)
-    for _ in range(4):
-        left = max(1.0, deadline - time.monotonic())
-        row = measure_fitting(job.system, job.case, seconds=left, kind=kind)
-        if row.get("status") != "out of memory":
-            break
-        layers = int(job.case.model["num_hidden_layers"])
-        model = job.case.model | {"num_hidden_layers": max(1, int(0.95 * layers))}
-        job = Job(job.name, job.system, job.case.replace(model=model), job.group)
-    return row
-
-
-def run_part(part: str, ledger: Ledger, *, rehearse: bool, seconds: float = SECONDS) -> int:
-    """Run the unfinished jobs of a part while time remains; return how many are left."""
-    deadline, left = time.monotonic() + seconds, 0
-    for job in PARTS[part]():
-        name = f"{part}: {job.group}: {job.name}"
-        if ledger.get(name) is not None:
-            continue
-        if time.monotonic() >= deadline:
-            left += 1
-            continue
-        found = rehearsed(job) if rehearse else job
-        same = next((r for r in ledger.rows.values() if r["key"] == found.case.key(found.system)), None)
-        if rehearse and same is not None:  # shrinks to a job that was rehearsed
-            row = same
-        else:
-            row = run_job(found, max(1.0, deadline - time.monotonic()), rehearse)
-        labels = {"part": part, "group": job.group, "name": job.name, "reference": job.reference}
-        ledger.add(name, row | labels)
-        left += row.get("status") == "no time"
-        rate = row.get("tokens_per_second", [0])[0]
-        said = f"{rate:,.0f} tokens/s" if rate else row.get("why", "")
-        print(f"{name}: {row.get('status')} {said}", flush=True)
-    return left
-
-
-def tables(report: Report, ledger: Ledger, device: torch.device) -> None:
-    """Add a section for each part that has rows, with the lanes of ours."""
-    peak, source = peak_of(device, torch.bfloat16)
-    report.parts.append(f"MFU and HFU against {peak / 1e12:.0f} TFLOP/s ({source}).")
-    for part in PARTS:
-        mine = [row for row in ledger.rows.values() if row["part"] == part]
-        if not mine:
-            continue
-        report.section(part)
-        for group in dict.fromkeys(row["group"] for row in mine):
-            rows = [row for row in mine if row["group"] == group]
-            reference = next((r for r in rows if r["reference"] and r.get("status") == "done"), None)
-            best = reference["tokens_per_second"][0] if reference else None
-            table = [cells(_title(row), row, peak=peak, in_memory=best) for row in rows]
-            report.table(HEAD, table, note=_note(group, rows))
-
-
-def _title(row: Row) -> str:
-    peer = PEERS.get(row["name"].partition(",")[0])
-    return row["name"] + (" (not exact)" if peer is not None and not peer.exact else "")
-
-
-def _note(group: str, rows: list[Row]) -> str:
-    lines = [f"{group}; {rows[0]['parameters'] / 1e9:.2f} B parameters."]
-    for row in rows:
-        layers = row["case"]["model"]["num_hidden_layers"]
-        if row["part"] == "largest":
-            lines.append(f"{row['name']}: {layers} layers, {row['parameters'] / 1e9:.2f} B parameters.")
-        peer = PEERS.get(row["name"].partition(",")[0])
-        if peer is not None:
-            lines.append(f"{row['name']}: {peer.note}.")
-        if "breakdown" in row:
-            lines += ["", "```", row["name"], *lane_lines(row["breakdown"]), "```"]
-    return "\n".join(lines)
-
-
-def measure_machine(rehearse: bool) -> None:
-    """Measure the planner's profile with `horizon doctor`, once per machine."""
-    if not rehearse and not cache_path().is_file():
-        command = [sys.executable, "-m", "horizon_lm.cli", "doctor"]
-        subprocess.run(command, check=False, timeout=SECONDS)
+STAGES: dict[str, Stage] = EVIDENCE | PARTS
+_KEPT = ("*.jsonl", "*.md", "hardware.yaml", "trace.json.gz", "timeline.json")  # of a folder, in $OUT
 
 
 def options(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="The GPU suite.")
-    parser.add_argument("--part", nargs="+", choices=["machine", *PARTS], help="all by default")
-    parser.add_argument("--list", action="store_true", help="name the parts and their jobs")
-    parser.add_argument("--rehearse", action="store_true", help="run at a tiny size on the CPU, keep nothing")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="per part")
-    parser.add_argument(
-        "--out", type=Path, default=None, help="folder of rows and results; name it again to resume"
-    )
+    parser = argparse.ArgumentParser(prog="benchmarks gpu", description="The GPU suite.")
+    add = parser.add_argument
+    add("--evidence", action="store_true", help="only the stages of the evidence, about 25 minutes")
+    add("--stage", nargs="+", choices=list(STAGES), help="only these; all by default")
+    add("--list", action="store_true", help="print stages and jobs, with their times and what is done")
+    add("--dry-run", action="store_true", help="run at a tiny size on the CPU, in this process, as a check")
+    add("--seconds", type=float, help="of this call; with --evidence 530 by default, otherwise no limit")
+    add("--again", action="store_true", help="run what failed, was killed or ran out of memory once more")
+    add("--any-commit", action="store_true", help="keep the results of other commits and machines")
+    add("--report", action="store_true", help="write the results file from the ledger, run nothing")
+    add("--out", type=Path, default=WORK, help="folder of results; name it again to resume")
     arguments = parser.parse_args(argv)
-    arguments.work = arguments.out or WORK
+    if arguments.seconds is None and arguments.evidence:
+        arguments.seconds = SECONDS
+    names = arguments.stage or (EVIDENCE if arguments.evidence else STAGES)
+    arguments.stages = {name: STAGES[name] for name in names}
+    arguments.name = "gpu-evidence" if arguments.evidence else "gpu"
+    arguments.folder = arguments.out / "dry-run" if arguments.dry_run else arguments.out
     return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
+    began = time.monotonic()
     argv = sys.argv[1:] if argv is None else argv
     arguments = options(argv)
+    arguments.command = " ".join(["python -m benchmarks gpu", *argv])
+    arguments.deadline = began + (arguments.seconds or float("inf"))
     if arguments.list:
-        for part, jobs in PARTS.items():
-            print(part, *(f"  {job.group}: {job.name}" for job in jobs()), sep="\n")
+        print("\n".join(listed(arguments.stages, ledger_of(arguments))))
         return 0
-    command = " ".join(["python -m benchmarks gpu", *argv])
-    report = Report("gpu", __doc__ or "", command=command)
-    if not arguments.rehearse and not torch.cuda.is_available():
+    if arguments.report:
+        write(arguments, ledger_of(arguments))
+        return 0
+    if arguments.dry_run:
+        return run(arguments)
+    if not torch.cuda.is_available():
         print(ABSENT)
-        report.section("Result", ABSENT + ". `make bench-gpu` on a machine with one runs it.")
-        report.write(arguments.out)
+        found = Report(arguments.name, __doc__ or "", command=arguments.command)
+        found.section("Result", f"{ABSENT}. `make gpu-evidence` on a machine with one runs it.")
+        found.write(None if arguments.out == WORK else arguments.out)
         return 0
-    run_all(report, arguments)
-    if not arguments.rehearse:
-        report.write(arguments.out)
+    is_built, said = build_kernel()
+    if not is_built:
+        print("\n".join(said))
+        print("the C++ optimizer could not be built, and the torch reference is not what is to be measured")
+        print("  hint: install a C++ compiler and setuptools, then run the same command again")
+        return 1
+    return run(arguments)
+
+
+def ledger_of(arguments: argparse.Namespace) -> Ledger:
+    """Open the folder's rows of this commit and machine; to list or report without a GPU, all rows."""
+    here = torch.cuda.is_available() and not arguments.dry_run
+    device = torch.cuda.get_device_name() if here else "CPU"
+    reads = not here and not arguments.dry_run
+    path = arguments.folder / "rows.jsonl"
+    return Ledger(path, f"{commit()}, {device}", any_stamp=arguments.any_commit or reads)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the stages one after another; the results are written after each."""
+    folder = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    if not arguments.dry_run:  # the profile and all else that is kept travels with the folder
+        os.environ["XDG_CACHE_HOME"] = str((folder / "cache").resolve())
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ledger = ledger_of(arguments)
+    ledger.add(MACHINE, about_machine(arguments.dry_run))
+    call = Call(folder, arguments.deadline, arguments.dry_run, arguments.again)
+    try:
+        run_stages(arguments.stages, ledger, call, lambda: write(arguments, ledger))
+    except KeyboardInterrupt:
+        write(arguments, ledger)
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    write(arguments, ledger)
+    left = waiting(arguments.stages, ledger)
+    for name, count in left.items():
+        print(f"{name}: {words.count(count, 'job')} left")
+    print("the same command goes on with them" if left else "everything has run")
     return 0
 
 
-def run_all(report: Report, arguments: argparse.Namespace) -> None:
-    """Run all requested parts, then write the tables of all that this commit has measured here."""
-    rehearse = arguments.rehearse
-    device = torch.device("cpu" if rehearse else "cuda")
-    name = "rehearsal" if rehearse else torch.cuda.get_device_name()
-    ledger = Ledger(arguments.work / ("rehearsal.jsonl" if rehearse else "gpu.jsonl"), f"{commit()}, {name}")
-    wanted = arguments.part or ["machine", *PARTS]
-    measure_machine(rehearse)
-    if "machine" in wanted:
-        from . import micro
+def about_machine(dry_run: bool) -> Row:
+    """Return the row that the tables need about the machine: description and peak FLOP/s."""
+    cuda = torch.cuda.is_available() and not dry_run
+    peak, source = peak_of(torch.device("cuda"), torch.bfloat16) if cuda else (1e12, "none: a dry run")
+    return {"status": "done", "dry": dry_run, "text": Report.machine(), "peak": peak, "peak_source": source}
 
-        micro.fill(report, micro.options(["--rehearse"] if rehearse else []))
-        if not rehearse:
-            torch.cuda.empty_cache()  # the workers need the device
-    left = {
-        part: run_part(part, ledger, rehearse=rehearse, seconds=arguments.seconds)
-        for part in PARTS
-        if part in wanted
-    }
-    tables(report, ledger, device)
-    add_goals(report, list(ledger.rows.values()), device)
-    for part, count in left.items():
-        if count:
-            print(f"{part}: {count} jobs left; the same command goes on with them")
+
+def write(arguments: argparse.Namespace, ledger: Ledger) -> None:
+    """Write the results file: into the folder, into benchmarks/results, and all that is kept into $OUT."""
+    about = ledger.rows.get(MACHINE)
+    found = Report(
+        arguments.name, __doc__ or "", command=arguments.command, machine=about["text"] if about else None
+    )
+    add_stages(found, arguments.stages, ledger)
+    rows = [row for row in ledger.rows.values() if "case" in row]
+    add_goals(found, rows, float(about["peak"]) if about else 1.0, simulate=not arguments.report)
+    found.write(arguments.folder)
+    if arguments.dry_run:
+        return
+    found.write()
+    outside = os.environ.get("OUT")
+    if outside and Path(outside).resolve() != arguments.folder.resolve():
+        for path in (path for pattern in _KEPT for path in arguments.folder.glob(pattern)):
+            shutil.copy2(path, outside)
+
+
+def listed(stages: Mapping[str, Stage], ledger: Ledger) -> list[str]:
+    """Return lines: stages with their estimated minutes; jobs with estimate, limit and state."""
+    lines, total = [], 0.0
+    for name, jobs in stages.items():
+        found = list(jobs())
+        seconds = sum(job.seconds for job in found)
+        total += seconds
+        lines.append(f"{name}: {words.count(len(found), 'job')}, estimated {seconds:,.0f} s")
+        for job in found:
+            row = ledger.rows.get(job.key)
+            state = f"{said(row)} ({row.get('took', 0):.0f} s)" if row else "not run"
+            lines.append(f"  {job.seconds:>4.0f} s, at most {job.limit:.0f} s  {job.key}: {state}")
+    return [*lines, f"in all estimated {total / 60:.0f} minutes; the times are estimates, not measurements"]
 
 
 if __name__ == "__main__":

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
-
-from horizon_lm.bench.figures import Row, peak_of
+from horizon_lm.bench.figures import Row
 from horizon_lm.bench.protocol import Case
 
 from . import remedies
@@ -79,14 +77,13 @@ def _cells(goal: str, wanted: float, value: float | None, row: Row | None) -> li
     return [goal, f"{wanted:,g}", f"{value:,.4g}", "yes" if value >= wanted else short, lane_of(row)]
 
 
-def add_goals(report: Report, rows: list[Row], device: torch.device) -> None:
-    """Add the goals, and the simulated remedies for each run of ours that missed one."""
-    peak, _ = peak_of(device, torch.bfloat16)
+def add_goals(report: Report, rows: list[Row], peak: float, *, simulate: bool = True) -> None:
+    """Add the goals and, if `simulate`, remedies for each run of ours that missed one, on this machine."""
     report.section("Goals")
     report.table(HEAD, goals(rows, peak))
     groups = [f"qwen3-4b, {what} tokens, 1024 a sequence" for what in ("16k", "64k")]
     runs = [run for g in [*groups, "qwen2.5-7b, 148 x 1024"] if (run := _find(rows, g, "ours"))]
-    if runs:
+    if runs and simulate:
         found = [cells for run in runs for cells in remedies.rows(run["group"], Case.from_json(run["case"]))]
         report.table(
             remedies.HEAD, found, note="Simulated with the profile named; see benchmarks/remedies.py."

@@ -1,4 +1,4 @@
-"""Parts of the GPU suite, each a list of jobs. Pure data; `gpu.py` runs them.
+"""Jobs of the GPU suite, and its long parts. Pure data; `gpu_runner.py` runs them.
 
 Sequences have 1024 tokens unless the name says 4k; steps have 4, 16, 64 and 148 thousand tokens. Peers
 begin with micro-batches of 16 thousand tokens and halve them while device memory runs out; the planner
@@ -8,7 +8,7 @@ splits ours. Rows named `clip off` train without clipping, all others clip at 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from horizon_lm.bench.jobs import OURS, TORCH
@@ -24,11 +24,16 @@ LONG = (32768, 65536, 131072, 262144)
 FIRST_ROWS = 16384  # tokens of a peer's first micro-batch
 
 
+LIMIT_SECONDS = 480.0  # no job may take longer: a command on such a machine may take ten minutes
+
+
 @dataclass(frozen=True)
 class Job:
-    """One row. group: rows of a group have the same model and tokens, and share an in-memory reference.
+    """One system at one setting, a row of results.
 
-    largest: give the model as many layers as the planner says will fit.
+    group: rows of a group have the same model and tokens, and share an in-memory reference. largest: give the
+    model as many layers as the planner says will fit. repeats: runs whose losses are compared bit by bit.
+    trace: profile one more step. needs: a setting without which the job is skipped. seconds: an estimate.
     """
 
     name: str
@@ -37,6 +42,39 @@ class Job:
     group: str
     reference: bool = False
     largest: bool = False
+    repeats: int = 1
+    trace: bool = False
+    needs: str = ""
+    seconds: float = 70.0
+    limit: float = LIMIT_SECONDS
+
+    @property
+    def key(self) -> str:
+        """Return the job's name in the ledger."""
+        return f"{self.group}: {self.name}"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A job that measures no system: `python -m module`, which writes JSON to the file `{json}`.
+
+    dry: more arguments for a dry run on the CPU. `{folder}` in arguments is the folder of results.
+    """
+
+    name: str
+    module: str
+    arguments: tuple[str, ...]
+    group: str
+    dry: tuple[str, ...] = ("--dry-run",)
+    seconds: float = 60.0
+    limit: float = LIMIT_SECONDS
+
+    @property
+    def key(self) -> str:
+        return f"{self.group}: {self.name}"
+
+
+Stage = Callable[[], "Iterator[Job | Command]"]
 
 
 def case_of(model: dict[str, Any], sequences: int, length: int, **changes: Any) -> Case:
@@ -46,12 +84,12 @@ def case_of(model: dict[str, Any], sequences: int, length: int, **changes: Any) 
     return base.replace(warmup=2 if long else 5, steps=5 if long else 10, **changes)
 
 
-def _ours(size: str, sequences: int, length: int, group: str, **changes: Any) -> Job:
+def ours(size: str, sequences: int, length: int, group: str, **changes: Any) -> Job:
     case = case_of(shape(size), sequences, length, activations="auto", **changes)
     return Job("ours" if case.clip else "ours, clip off", OURS, case, group)
 
 
-def _peer(name: str, size: str, sequences: int, length: int, group: str, **changes: Any) -> Job:
+def peer(name: str, size: str, sequences: int, length: int, group: str, **changes: Any) -> Job:
     rows = max(1, min(sequences, FIRST_ROWS // length))
     case = case_of(shape(size), sequences, length, **changes).replace(rows=rows)
     title = name if case.clip else f"{name}, clip off"
@@ -63,9 +101,9 @@ def _sweep(size: str) -> Iterator[Job]:
     for what, tokens in TOKENS.items():
         for length in (1024, 4096):
             group = f"{size}, {what} tokens, {length} a sequence"
-            yield _ours(size, tokens // length, length, group)
+            yield ours(size, tokens // length, length, group)
             if size in ("qwen3-0.6b", "qwen3-4b"):
-                yield _peer("torch", size, tokens // length, length, group)
+                yield peer("torch", size, tokens // length, length, group)
             else:  # fp32 masters do not fit; pure bf16 trains differently, but is the nearest there is
                 rows = max(1, FIRST_ROWS // length)
                 case = case_of(shape(size), tokens // length, length, extra={"masters": False})
@@ -77,8 +115,8 @@ def _clipping(size: str) -> Iterator[Job]:
     """Return runs with clipping, without it in the same update mode, and without it in the mode then
     chosen."""
     group = f"{size}, clipping, 16k tokens"
-    yield _ours(size, 16, 1024, group)
-    yield _ours(size, 16, 1024, group, clip=None)
+    yield ours(size, 16, 1024, group)
+    yield ours(size, 16, 1024, group, clip=None)
     case = case_of(shape(size), 16, 1024, activations="auto", clip=None, extra={"update": "deferred"})
     yield Job("ours, clip off, deferred", OURS, case, group)
 
@@ -86,15 +124,19 @@ def _clipping(size: str) -> Iterator[Job]:
 def _race(size: str, sequences: int, length: int, clip: float | None) -> Iterator[Job]:
     """Return all peers at one setting."""
     group = f"{size}, peers, {sequences} x {length}, clip {clip or 'off'}"
-    yield _ours(size, sequences, length, group, clip=clip)
+    yield ours(size, sequences, length, group, clip=clip)
     for name in PEERS:
-        yield _peer(name, size, sequences, length, group, clip=clip)
+        yield peer(name, size, sequences, length, group, clip=clip)
+
+
+def megatrain_case() -> Case:
+    return case_of(shape("qwen2.5-7b"), 148, 1024, activations="auto")
 
 
 def _megatrain() -> Iterator[Job]:
     """Return MegaTrain's own setting, one micro-batch of 148 x 1024."""
     group = "qwen2.5-7b, 148 x 1024"
-    yield _ours("qwen2.5-7b", 148, 1024, group)
+    yield Job("ours", OURS, megatrain_case(), group)
     case = case_of(shape("qwen2.5-7b"), 148, 1024).replace(rows=148)
     yield Job("megatrain", PEERS["megatrain"].target, case, group)
 
@@ -117,7 +159,7 @@ def _depth() -> Iterator[Job]:
         yield Job("ours", OURS, case.replace(warmup=2, steps=5), group)
 
 
-def _largest() -> Iterator[Job]:
+def largest() -> Iterator[Job]:
     """Return the deepest models of qwen3-8b's width that train 10 steps, by bytes kept per parameter."""
     modes: dict[str, dict[str, Any]] = {
         "exact, clip 1.0": {},
@@ -130,7 +172,7 @@ def _largest() -> Iterator[Job]:
         yield Job(f"ours, {name}", OURS, case.replace(warmup=2, steps=8), "largest", largest=True)
 
 
-PARTS: dict[str, Callable[[], Iterator[Job]]] = {
+PARTS: dict[str, Stage] = {
     **{f"sweep-{size}": (lambda size=size: _sweep(size)) for size in SIZES},
     "clipping-0.6b": lambda: _clipping("qwen3-0.6b"),
     "clipping-4b": lambda: _clipping("qwen3-4b"),
@@ -141,14 +183,19 @@ PARTS: dict[str, Callable[[], Iterator[Job]]] = {
     "megatrain-7b": _megatrain,
     "long": _long,
     "depth": _depth,
-    "largest": _largest,
+    "largest": largest,
 }
 
 
-def rehearsed(job: Job) -> Job:
+def dry(job: Job) -> Job:
     """Return the same job at a tiny size, on the CPU."""
-    tiny = shape("tiny")
     case = job.case.replace(
-        model=tiny, device="cpu", length=16, sequences=2, rows=min(job.case.rows, 1), warmup=0, steps=1
+        model=shape("tiny"),
+        device="cpu",
+        length=16,
+        sequences=2,
+        rows=min(job.case.rows, 1),
+        warmup=0,
+        steps=1,
     )
-    return Job(job.name, job.system, case, job.group, job.reference, job.largest)
+    return replace(job, case=case)

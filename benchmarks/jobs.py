@@ -1,20 +1,20 @@
-"""Additions to `horizon_lm.bench.jobs`: rehearsals in one process, retries, a ledger of results."""
+"""Additions to `horizon_lm.bench.jobs`: dry runs in one process, a ledger of results."""
 
 from __future__ import annotations
 
 import json
-import time
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from horizon_lm.bench.figures import Row
-from horizon_lm.bench.jobs import Worker, WorkerError, measure
+from horizon_lm.bench.jobs import Worker, WorkerError
 from horizon_lm.bench.protocol import Case
 from horizon_lm.bench.worker import Session, error_row
 
 
 class InlineWorker(Worker):
-    """A worker in this process, for rehearsals and tests, which time nothing."""
+    """A worker in this process, for dry runs and tests, which time nothing."""
 
     def __init__(self, system: str, case: Case, *, deadline: float) -> None:
         self.system, self.case, self.ready = system, case, Row()
@@ -44,50 +44,53 @@ class InlineWorker(Worker):
             raise WorkerError(error_row(error)) from error
 
 
-def measure_fitting(system: str, case: Case, *, seconds: float, kind: type[Worker] = Worker) -> Row:
-    """Measure one system, halving the rows per micro-batch, down to one, while memory runs out.
-
-    `tried` in the result lists the rows that did not fit.
-    """
-    deadline = time.monotonic() + seconds
-    tried: list[int] = []
-    while True:
-        row = measure([(system, case)], seconds=max(0.0, deadline - time.monotonic()), kind=kind)[0]
-        rows = case.rows or 1
-        if row.get("status") != "out of memory" or rows <= 1:
-            return row | {"tried": tried}
-        tried.append(rows)
-        case = case.replace(rows=rows // 2)
-
-
 def curve_difference(one: Sequence[float], two: Sequence[float]) -> float:
     """Return the largest relative difference of two loss curves over their common steps."""
     return max((abs(a - b) / abs(b) for a, b in zip(one, two, strict=False)), default=float("nan"))
 
 
 class Ledger:
-    """Rows in a file, one JSON line each. A job already there with the same `stamp` is not run again.
+    """Rows in a file, one JSON line each, on disk before `add` returns. A job already there is not run again.
 
-    stamp: the conditions that make results comparable, such as the commit and the machine.
+    stamp: the conditions that make results comparable, such as the commit and the machine; rows with another
+    are ignored, unless `any_stamp`. copy: a second file, which gets the same lines.
     """
 
-    def __init__(self, path: Path, stamp: str) -> None:
-        self.path, self.stamp = path, stamp
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: Path, stamp: str, *, any_stamp: bool = False, copy: Path | None = None) -> None:
+        self.stamp = stamp
+        self._paths = [path, *([copy] if copy else [])]
         self.rows: dict[str, Row] = {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        for line in lines:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue  # a killed run was writing this line
-            if row.get("stamp") == stamp:
+            if any_stamp or row.get("stamp") == stamp:
                 self.rows[row["job"]] = row
+        for place in self._paths:
+            place.parent.mkdir(parents=True, exist_ok=True)
+        if copy:
+            copy.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        elif path.exists() and not path.read_bytes().endswith(b"\n"):
+            self._append("")
+
+    def _append(self, line: str) -> None:
+        for path in self._paths:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+    def begin(self, job: str) -> None:
+        """Note that a job begins. Unless `add` follows, it counts as interrupted."""
+        why = "the command that ran it was killed, or the machine went away"
+        self.add(job, {"status": "interrupted", "why": why})
 
     def add(self, job: str, row: Row) -> Row:
         row = {**row, "job": job, "stamp": self.stamp}
         self.rows[job] = row
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self._append(json.dumps(row))
         return row
 
     def get(self, job: str) -> Row | None:

@@ -1,17 +1,21 @@
 """Rates of this machine: links, memory, registration, update and matrix products, each measured separately.
 
-The CPU runs what it can; rows that need a GPU say so. Triad and update: benchmarks/optimizer.py. Both link
-directions at once, and the matrix rate, use the functions of the planner's calibration. A copy's GB/s
-counts the bytes that arrive, a triad's 12 bytes per element.
+The CPU runs what it can; rows that need a GPU say so. Link rates, in one direction and in both at once, and
+the matrix rate use the functions of the planner's calibration. A copy's GB/s counts the bytes that arrive, a
+triad's 12 bytes per element, an update's 26 bytes per parameter (bf16 weights and gradients, int16
+residuals, two fp32 moments).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -24,7 +28,7 @@ from horizon_lm.optim import kernel
 from horizon_lm.plan.rates import link_rates
 from horizon_lm.report.flops import measure_peak
 
-from . import optimizer
+from . import micro_layer, micro_probe, optimizer
 from .report import Report
 
 NEEDS_GPU = "needs a CUDA device: has not run"
@@ -56,18 +60,23 @@ def matrix_rows(device: torch.device) -> list[list[str]]:
     return rows
 
 
-def triad_rows(count: int, rounds: int, most: int) -> list[list[str]]:
-    """Return threads, STREAM's triad and the in-place triad in GB/s, for 1, 2, 4, ... threads."""
+def thread_rows(count: int, rounds: int, numbers: Sequence[int]) -> list[list[str]]:
+    """Return threads, STREAM's triad, the triad in place and the update in GB/s, and ns per parameter."""
     if kernel.library() is None:
-        return [["triad", "needs the C++ kernel", ""]]
-    rows, threads = [], [1]
-    while threads[-1] * 2 <= most:
-        threads.append(threads[-1] * 2)
-    for number in sorted({*threads, most}):
-        actions = optimizer.triads(count, number)
-        rates = [size * count / seconds_of(action, rounds) / 1e9 for action, size in actions.values()]
-        rows.append([str(number), *(f"{rate:.1f}" for rate in rates)])
+        return [["triad and update", "needs the C++ kernel", "", "", ""]]
+    rows = []
+    for number in numbers:
+        actions = [*optimizer.triads(count, number).values()]
+        actions.append(optimizer.kernels(count, number)[optimizer.KERNEL])
+        times = [seconds_of(action, rounds) for action, _ in actions]
+        rates = [f"{size * count / time / 1e9:.1f}" for time, (_, size) in zip(times, actions, strict=True)]
+        rows.append([str(number), *rates, f"{times[-1] / count * 1e9:.3f}"])
     return rows
+
+
+def doubling(most: int) -> list[int]:
+    """Return 1, 2, 4, ... and `most`."""
+    return sorted({*(1 << i for i in range(most.bit_length())), most})
 
 
 def registration_rows(num_bytes: int) -> list[list[str]]:
@@ -79,27 +88,19 @@ def registration_rows(num_bytes: int) -> list[list[str]]:
     rows = [["touch new host pages", f"{num_bytes / seconds_of(touch, 3) / 1e9:.2f} GB/s"]]
     if not torch.cuda.is_available():
         return [*rows, ["register (pin) host pages", NEEDS_GPU]]
-    rate = num_bytes / seconds_of(lambda: arena.allocate(num_bytes, pin=True), 3) / 1e9
+    rate = num_bytes / seconds_of(lambda: arena.allocate(num_bytes, pin_for=torch.device("cuda")), 3) / 1e9
     return [*rows, ["allocate and register (pin) host pages", f"{rate:.2f} GB/s"]]
 
 
 def link_rows(num_bytes: int) -> list[list[str]]:
-    """Time pinned copies in each direction alone, and in both at once."""
+    """Time copies of registered memory in each direction alone, and in both at once."""
+    names = ["registered H2D", "registered D2H", "registered H2D and D2H at once"]
     if not torch.cuda.is_available():
-        return [[name, NEEDS_GPU] for name in ("pinned H2D", "pinned D2H", "pinned H2D and D2H at once")]
-    host = arena.allocate(num_bytes, pin=True)
-    device = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
-    ways = {"pinned H2D": (device, host), "pinned D2H": (host, device)}
-    rows = []
-    for name, (target, source) in ways.items():
-
-        def copy(target: torch.Tensor = target, source: torch.Tensor = source) -> None:
-            target.copy_(source, non_blocking=True)
-
-        rate = num_bytes / seconds_of(copy, 5, torch.cuda.synchronize) / 1e9
-        rows.append([name, f"{rate:.1f} GB/s"])
-    up, down = link_rates(num_bytes)
-    return [*rows, ["pinned H2D and D2H at once", f"{up / 1e9:.1f} and {down / 1e9:.1f} GB/s"]]
+        return [[name, NEEDS_GPU] for name in names]
+    found = link_rates(num_bytes)
+    both = f"{found.up / 1e9:.1f} and {found.down / 1e9:.1f} GB/s"
+    alone = [f"{rate / 1e9:.1f} GB/s" for rate in (found.up_alone, found.down_alone)]
+    return [[name, text] for name, text in zip(names, [*alone, both], strict=True)]
 
 
 def upload_rows(numel: int, device: torch.device) -> list[list[str]]:
@@ -107,7 +108,7 @@ def upload_rows(numel: int, device: torch.device) -> list[list[str]]:
     pin = device.type == "cuda"
     layout = lay_out("layer", [("weight", (numel,), True, torch.bfloat16)], torch.bfloat16)
     store = HostStore([layout], StoreSpec(torch.bfloat16), pin=pin)
-    slots = WeightSlots(store, frozenset({0}), 2, device, alias=False)
+    slots = WeightSlots(store, [layout.slot_numel] * 2, device, alias=False)
     source, target = store.run("weights", 0), torch.empty(numel, dtype=torch.bfloat16, device=device)
 
     def settle() -> None:
@@ -124,47 +125,125 @@ def upload_rows(numel: int, device: torch.device) -> list[list[str]]:
     return [*rows, ["slot upload over plain copy_", f"{rates['slot upload'] / rates['plain copy_']:.3f}"]]
 
 
-def fill(report: Report, arguments: argparse.Namespace) -> list[list[str]]:
-    """Measure, and add the tables to a report; return the rows of the first."""
-    small = arguments.rehearse
-    num_bytes, numel = (1 << 20, 1 << 16) if small else (1 << 28, 1 << 26)
-    device = torch.device("cuda" if torch.cuda.is_available() and not small else "cpu")
-    threads = choose_threads(arguments.threads)
-    rows = matrix_rows(torch.device("cpu")) + (matrix_rows(device) if device.type == "cuda" else [])
-    rows += registration_rows(num_bytes) + upload_rows(numel, device) + link_rows(num_bytes)
-    report.section("This machine")
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured, and how large. threads: of the update; None: 1, 2, 4, ... and all usable cores."""
+
+    device: torch.device
+    num_bytes: int
+    numel: int
+    count: int
+    rounds: int
+    threads: list[int] | None
+
+    @property
+    def all_threads(self) -> int:
+        return choose_threads(max(self.threads) if self.threads else None)
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> Sizes:
+        given = arguments.threads
+        if arguments.dry_run:
+            return cls(torch.device("cpu"), 1 << 20, 1 << 16, 1 << 16, 2, given)
+        if torch.cuda.is_available():
+            return cls(torch.device("cuda"), 1 << 30, 1 << 27, 1 << 27, arguments.rounds, given)
+        return cls(torch.device("cpu"), 1 << 28, 1 << 26, 1 << 26, arguments.rounds, given)
+
+
+Rows = list[list[str]]
+
+
+def _probe(report: Report, sizes: Sizes) -> Rows:
+    rows = micro_probe.rows()
+    report.table(["machine", "found"], rows)
+    return rows
+
+
+def _matrix(report: Report, sizes: Sizes) -> Rows:
+    kinds = [torch.device("cpu"), *([sizes.device] if sizes.device.type == "cuda" else [])]
+    rows = [row for device in kinds for row in matrix_rows(device)]
+    report.table(["measure", "found"], rows, note="The best of six.")
+    return rows
+
+
+def _links(report: Report, sizes: Sizes) -> Rows:
+    rows = registration_rows(sizes.num_bytes) + upload_rows(sizes.numel, sizes.device)
+    rows += link_rows(sizes.num_bytes)
     report.table(["measure", "found"], rows, note="Medians.")
-    count = 1 << 16 if small else 1 << 26
-    report.section("Host memory by threads")
-    head = ["threads", "triad, GB/s", "triad in place, GB/s"]
-    report.table(head, triad_rows(count, 2 if small else 5, threads))
-    report.section("The update on the host")
+    return rows
+
+
+def _update(report: Report, sizes: Sizes) -> Rows:
+    head = ["threads", "triad, GB/s", "triad in place, GB/s", "update, GB/s", "update, ns/parameter"]
+    usable = choose_threads()
+    numbers = [n for n in sizes.threads or doubling(usable) if n <= usable] or [usable]
+    rows = thread_rows(sizes.count, min(5, sizes.rounds), numbers)
+    report.table(head, rows, note=f"{sizes.count / 1e6:.0f} M parameters.")
+    return [[f"update, {row[0]} threads", f"{row[3]} GB/s"] for row in rows if row[3]]
+
+
+def _optimizer(report: Report, sizes: Sizes) -> Rows:
     if kernel.library() is None:
         report.parts.append("The C++ kernel could not be built: has not run.")
     else:
-        optimizer.fill(report, count, threads, 2 if small else arguments.rounds)
+        optimizer.fill(report, sizes.count, sizes.all_threads, sizes.rounds)
+    return []
+
+
+def _layer(report: Report, sizes: Sizes) -> Rows:
+    rows = micro_layer.rows(sizes.device, small=sizes.num_bytes < 1 << 28)
+    report.table(micro_layer.HEAD, rows, note=micro_layer.__doc__ or "")
+    return []
+
+
+# Part: title and function.
+PARTS: dict[str, tuple[str, Callable[[Report, Sizes], Rows]]] = {
+    "probe": ("This machine", _probe),
+    "matrix": ("Matrix products", _matrix),
+    "links": ("Registration, uploads and the host link", _links),
+    "update": ("Host memory and the update by threads", _update),
+    "optimizer": ("The update on the host beside others", _optimizer),
+    "layer": ("One layer of Qwen3-4B", _layer),
+}
+USUAL = ("matrix", "links", "update", "optimizer")
+
+
+def fill(report: Report, arguments: argparse.Namespace) -> Rows:
+    """Measure, and add the tables to a report; return rows of name and figure."""
+    sizes, rows = Sizes.of(arguments), []
+    for name in arguments.part:
+        title, measure = PARTS[name]
+        report.section(title)
+        rows += measure(report, sizes)
     return rows
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Links, memory, update and matrix rate of this machine.")
-    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(USUAL))
+    parser.add_argument("--threads", type=int, nargs="+", help="of the update (1, 2, 4, ... and all)")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--rehearse", action="store_true", help="run at a small size, as a check")
+    parser.add_argument("--dry-run", action="store_true", help="run at a small size on the CPU, as a check")
+    parser.add_argument("--json", type=Path, help="write the tables to this file instead of a results file")
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     arguments = options(argv)
     place = "gpu" if torch.cuda.is_available() else "cpu"
     command = " ".join(["python -m benchmarks micro", *argv])
     report = Report(f"micro-{place}", __doc__ or "", command=command)
+    first = len(report.parts)
     fill(report, arguments)
-    print("\n\n".join(report.parts[4:]))
-    if not arguments.rehearse:
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"parts": report.parts[first:]}))
+        return 0
+    print("\n\n".join(report.parts[first:]))
+    if not arguments.dry_run:
         report.write()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

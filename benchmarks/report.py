@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 import platform
 import subprocess
@@ -24,7 +25,7 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """Return the short hash of HEAD, marked if the working tree has changes."""
+    """Return the short hash of HEAD, marked if the working tree has changes; without git, of the sources."""
     here = Path(__file__).parent
     try:
         head = subprocess.run(
@@ -34,8 +35,18 @@ def commit() -> str:
             ["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + (" with changes" if changed else "")
+        return f"sources {sources()}"
+    return head + (f" with changes (sources {sources()})" if changed else "")
+
+
+def sources() -> str:
+    """Return a hash of the code that measures and is measured."""
+    root, found = Path(__file__).parent.parent, hashlib.sha256()
+    for folder in ("src", "csrc", "benchmarks", "tests/gpu"):
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in (".py", ".cpp", ".h", ".yaml", ".jinja"):
+                found.update(path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def versions(names: tuple[str, ...] = ("transformers", "accelerate", "deepspeed", "torchao")) -> str:
@@ -57,14 +68,21 @@ def command_line() -> str:
 
 
 class Report:
-    """Collects tables and writes `results/DATE-NAME.md`. command: by default that of this process."""
+    """Collects tables and writes `results/DATE-NAME.md`.
 
-    def __init__(self, name: str, about: str, *, command: str | None = None) -> None:
+    command: by default that of this process. machine: where it ran (`machine()`), by default here and now.
+    """
+
+    def __init__(
+        self, name: str, about: str, *, command: str | None = None, machine: str | None = None
+    ) -> None:
         self.name = name
-        self.parts = [f"# {name}", about.strip(), f"Command: `{command or command_line()}`", self._machine()]
+        first = f"Command: `{command or command_line()}`"
+        self.parts = [f"# {name}", about.strip(), first, machine or self.machine()]
 
     @staticmethod
-    def _machine() -> str:
+    def machine() -> str:
+        """Describe date, commit, machine and software."""
         load = os.getloadavg()[0]
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none: the GPU part has not run"
         return (

@@ -23,7 +23,7 @@ run of ours; the simulator itself was compared with measured steps in benchmarks
 
 
 def _micro(report: Report, small: bool) -> list[list[str]]:
-    rows = micro.fill(report, micro.options(["--rehearse"] if small else []))
+    rows = micro.fill(report, micro.options(["--dry-run"] if small else []))
     return [["this machine: " + name, value] for name, value in rows]
 
 
@@ -32,7 +32,7 @@ def _cpu(report: Report, small: bool) -> list[list[str]]:
     arguments = cpu.options(["--sizes", "tiny", "--length", "32", "--threads", "1"] if small else [])
     arguments.inline = small
     if small:
-        arguments.work = arguments.work / "rehearsal"
+        arguments.work = arguments.work / "dry-run"
         arguments.fresh = True
     return [["CPU: " + name, value] for name, value in cpu.summary(cpu.fill(report, arguments))]
 

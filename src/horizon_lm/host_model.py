@@ -35,12 +35,14 @@ from horizon_lm.engine.loss import LossFunction, check_loss_function
 from horizon_lm.engine.policies import DTYPES, check_fits_host, make_optimizer, store_spec, update_settings
 from horizon_lm.engine.step import Step, Update
 from horizon_lm.errors import ConfigError, NonFiniteError, TornStateError
+from horizon_lm.machine.determinism import prepare
 from horizon_lm.machine.device import resolve_device
 from horizon_lm.memory.arena import return_free_memory
 from horizon_lm.memory.preflight import check_host_memory
 from horizon_lm.memory.store import HostStore
 from horizon_lm.micro_batches import MicroBatches, check_micro_batches
 from horizon_lm.model.consumed import Closed, check_model, refuse_use, take_over
+from horizon_lm.model.kernels import apply_kernels, check_kernels
 from horizon_lm.model.loading import create_model, fill_store, freeze, load_model_of
 from horizon_lm.model.pretrained import check_has_weights
 from horizon_lm.model.skeleton import Skeleton
@@ -81,22 +83,28 @@ class HostModel:
         check_model(model)
         self.settings = settings
         self.device = resolve_device(settings.device)
+        if settings.deterministic:
+            prepare(self.device)
+        check_kernels(settings, self.device)
         check_has_weights(model)
         freeze(model, settings.freeze)
         self.skeleton = Skeleton(take_over(model), DTYPES[settings.dtype])
         self.skeleton.neftune_noise_alpha = settings.neftune_noise_alpha
+        self.skeleton.patches = apply_kernels(self.skeleton.model, settings)
         if settings.mlp_tile_tokens is not None:
             self.skeleton.tile_mlps(settings.mlp_tile_tokens)
         self.optimizer = make_optimizer(self.skeleton, settings)
         units, spec = self.skeleton.units, store_spec(settings, self.skeleton)
         if not settings.skip_memory_check:
             check_host_memory(units, settings, lambda other: store_spec(other, self.skeleton))
-        self.store = HostStore(units, spec, pin=self.device.type == "cuda")
+        self.store = HostStore(units, spec, pin_for=self.device)
         self.skeleton.place_buffers(self.device)
         refuse_use(model)
         fill_store(self.skeleton, self.store)
         lanes = choose_lanes(settings.lanes, self.device)
         self.engine = Engine(self.skeleton, self.store, self.optimizer, self.device, lanes, settings)
+        if settings.compile:
+            self.skeleton.compile_layers(settings.compile, self.engine.ops)
         self._turn = threading.RLock()
         self._warned_of = ""
 
@@ -158,6 +166,7 @@ class HostModel:
         if not settings.skip_memory_check:  # before the source model takes its own share
             check_fits_host(values, settings)
             settings = settings.replace(skip_memory_check=True)
+        check_kernels(settings, resolve_device(settings.device))
         model = create_model(
             values,
             dtype=DTYPES[settings.dtype],
@@ -414,6 +423,12 @@ class HostModel:
         ops.logs_notes = False
         notes, ops.notes = ops.notes, []
         return notes
+
+    def take_remarks(self) -> list[str]:
+        """Return what else the engine has to say since the last call: what compiling took."""
+        ops = self.engine.ops
+        remarks, ops.remarks = ops.remarks, []
+        return remarks
 
     @property
     def timeline(self) -> list[Span]:

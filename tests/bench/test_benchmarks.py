@@ -241,10 +241,10 @@ def test_the_largest_model_of_a_small_machine_has_few_layers(monkeypatch: pytest
     (job, *_) = gpu_parts.PARTS["largest"]()
     job = gpu_parts.rehearsed(job)
     wide = shape("tiny", hidden_size=512, intermediate_size=1024, num_hidden_layers=16)
-    monkeypatch.setattr(fit, "available_host_bytes", lambda: 700_000_000)
+    monkeypatch.setattr(fit, "available_host_bytes", lambda stated: 700_000_000)
     found = gpu.with_largest_model(gpu_parts.Job("", "", job.case.replace(model=wide), ""))
     assert 1 <= found.case.model["num_hidden_layers"] < 16
-    monkeypatch.setattr(fit, "available_host_bytes", lambda: 1)
+    monkeypatch.setattr(fit, "available_host_bytes", lambda stated: 1)
     config = gpu.train_config(job.case).replace(skip_memory_check=True)
     assert set(gpu.plan_run(config).largest().values()) == {0}
 

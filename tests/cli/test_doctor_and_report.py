@@ -94,11 +94,11 @@ def test_a_busy_machine_is_measured_within_the_time(monkeypatch: pytest.MonkeyPa
     clock = [0.0]
     monkeypatch.setattr(calibrate.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(calibrate, "_measure", slow)
-    budget = calibrate.Budget(30.0)
-    assert len(calibrate.measure_layers(budget=budget, until=budget.share(1.0))) == 6
+    budget, cases = calibrate.Budget(30.0), calibrate.cases_of("cpu")
+    assert len(calibrate.measure_layers(cases, budget=budget, until=budget.share(1.0))) == 6
     assert budget.missing == ["18 of 24 models of layers"] and ends[0] == pytest.approx(30 / 24)
-    assert len(calibrate.measure_layers(budget=budget, until=budget.share(1.0))) == 4  # the fewest
-    assert len(calibrate.measure_layers()) == 24
+    assert len(calibrate.measure_layers(cases, budget=budget, until=budget.share(1.0))) == 4  # the fewest
+    assert len(calibrate.measure_layers(cases)) == 24
 
 
 def test_what_is_not_well_comes_with_a_way_to_mend_it() -> None:

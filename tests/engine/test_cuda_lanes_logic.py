@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import gc
 import random
 import signal
 import threading
@@ -18,10 +19,9 @@ import zoo
 from adversarial import from_pretrained
 from fake_cuda import Watch
 from fake_cuda import fake_cuda as fake_cuda
-from horizon_lm.engine import ends, lanes
+from horizon_lm.engine import lanes
 from horizon_lm.engine.lanes import CudaLanes, InlineLanes, choose_lanes
 from horizon_lm.errors import ConfigError
-from horizon_lm.model.anatomy import embedding_gives
 from horizon_lm.schedule import Lane, StepSpec, build, derive_waits
 from sizes import SOAK
 
@@ -40,8 +40,14 @@ pytestmark = pytest.mark.usefixtures("fake_cuda")
 
 
 def _threads() -> list[str]:
-    lanes = {f"horizon-{lane}" for lane in Lane}
-    return [t.name for t in threading.enumerate() if t.name in lanes]
+    """Lane threads that are left a moment after their lanes were collected."""
+    names, deadline = {f"horizon-{lane}" for lane in Lane}, time.monotonic() + 5
+    gc.collect()  # an error refers to the run that raised it
+    while (
+        left := [t.name for t in threading.enumerate() if t.name in names]
+    ) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return left
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -74,7 +80,7 @@ def test_two_ranges_and_their_spans() -> None:
     assert both.spans == []
 
 
-@pytest.mark.parametrize("kind", "GUFLBDSNO")
+@pytest.mark.parametrize("kind", "UFLBDNO")
 @pytest.mark.parametrize("last", [False, True])
 def test_failure_surfaces(kind: str, last: bool) -> None:
     """Whichever lane fails, the caller gets that error soon, and no lane goes on."""
@@ -139,8 +145,8 @@ def test_inline_lanes_settle_before_host_ops(fake_cuda: list[str]) -> None:
     seen: list[tuple[str, int]] = []
     device = torch.device("cuda", 0)
     InlineLanes(device).run(OPS, WAITS, range(len(OPS)), lambda i: seen.append((str(OPS[i]), len(fake_cuda))))
-    scatter = [op.kind for op in OPS].index("S")
-    assert seen[scatter][1] > seen[scatter - 1][1]
+    norm = [op.kind for op in OPS].index("N")
+    assert seen[norm][1] > seen[norm - 1][1]
     fake_cuda.clear()
     InlineLanes().run(OPS, WAITS, range(len(OPS)), lambda i: None)
     InlineLanes(CPU).run(OPS, WAITS, range(len(OPS)), lambda i: None, record=True)
@@ -184,20 +190,6 @@ def test_same_bits_as_in_order(name: str, dtype: str) -> None:
         assert torch.equal(one, two), key
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "gemma3_text"])
-def test_look_ups_are_not_touched_by_the_compute_lane(name: str) -> None:
-    """The host lane gathers while the compute lane has the embedding module replaced."""
-    model = hz.HostModel.from_pretrained(zoo.build(name), device="cpu", dtype="float32")
-    plain = zoo.build(name).get_input_embeddings()
-    ids = zoo.batch(name)["input_ids"]
-    table = model.store.weight(model.skeleton.anatomy.embedding)
-    module = ends.host_embedding(model.skeleton)
-    with embedding_gives(model.skeleton.embedding, torch.zeros(1)):
-        assert torch.equal(ends.gather_rows(module, table, ids), plain(ids))
-        assert model.skeleton.embedding.weight.is_meta
-    assert module.weight.is_meta
-
-
 POLICIES: dict[str, dict[str, Any]] = {
     "eager": {"update": "eager", "max_grad_norm": None},
     "keep": {"activations": "keep"},
@@ -220,7 +212,7 @@ def test_update_modes_and_policies_in_threads(name: str, policy: str) -> None:
         assert torch.equal(mine, other), key
 
 
-@pytest.mark.parametrize("kind", "GUFLBDS")
+@pytest.mark.parametrize("kind", "UFLBD")
 def test_a_lane_that_fails_leaves_the_last_step(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Deferred updates of the step before run beside the op that fails: each is made once, then or later."""
     model, twin = _threaded("llama"), hz.HostModel.from_pretrained(zoo.build("llama"), "cpu", "float32")
@@ -232,7 +224,7 @@ def test_a_lane_that_fails_leaves_the_last_step(kind: str, monkeypatch: pytest.M
     def fail_in_the_third(step: Any, op: Any) -> None:
         nonlocal count
         count += 1
-        if count == 3 or kind == "S":
+        if count == 3:
             raise torch.OutOfMemoryError("no room")
         honest(step, op)
 
@@ -288,12 +280,11 @@ def test_every_wait_between_streams_is_needed(monkeypatch: pytest.MonkeyPatch) -
     schedules, key = model.engine._schedules, (model.engine.spec(2), False)
     honest = schedules[key]
     ops, waits = honest.ops, honest.waits
-    host = (Lane.HOST, Lane.UPDATE)
     pairs = [
         (i, j)
         for i, targets in enumerate(waits)
         for j in targets
-        if ops[i].lane not in host and ops[j].lane not in host
+        if Lane.UPDATE not in (ops[i].lane, ops[j].lane)
     ]
     assert len(pairs) > 20
     if not SOAK:  # of each kind of wait the first and the last

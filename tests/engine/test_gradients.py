@@ -22,6 +22,7 @@ REFUSED = {
     "inkling_text": "parameters besides the table",
 }
 STREAMED = [name for name in zoo.CASES if name not in REFUSED]
+WHOLE_FORWARD: set[str] = set()  # architectures whose head is not found: the whole forward runs per chunk
 BF16 = ["llama", "gemma2", "mixtral", "gpt2", "qwen3_next", "ernie4_5_moe", "deepseek_v4", "flint"]
 
 
@@ -53,6 +54,7 @@ def test_at_least_forty_architectures():
 def test_bitwise_equal_to_plain_transformers(name: str):
     model = zoo.build(name)
     host = stream(model)
+    assert (host.skeleton.own_head is None) == (name in WHOLE_FORWARD)
     for kind in sorted(zoo.CASES[name].kinds):
         batch = zoo.batch(name, kind=kind)
         loss, gradients = plain_as_streamed(model, batch)

@@ -195,7 +195,7 @@ def test_ops_touch_what_they_declare(
     engine.ops.functions = {kind: watch(kind, function) for kind, function in engine.ops.functions.items()}
     steps_of(model, name, micro_batches)
     extra = {"spilled": "XR", "mixed": "XR", "blocks": "XRC"}
-    assert seen == set("GUFLBDSNO") | set(extra.get(variant, ""))
+    assert seen == set("UFLBDNO") | set(extra.get(variant, ""))
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
@@ -273,7 +273,7 @@ def test_inline_lanes_record_what_ran_when() -> None:
 
 
 def test_adversarial_lanes_keep_waits_and_lane_order() -> None:
-    ops = [Op("U", 1), Op("F", 0, 0), Op("U", 2), Op("F", 1, 0), Op("G", -1, 0)]
+    ops = [Op("U", 1), Op("F", 0, 0), Op("U", 2), Op("F", 1, 0), Op("N")]
     waits: list[tuple[int, ...]] = [(), (), (), (2,), ()]
     lanes, orders = AdversarialLanes(0), set()
     for _ in range(300):
@@ -281,8 +281,8 @@ def test_adversarial_lanes_keep_waits_and_lane_order() -> None:
         order = lanes.order
         assert order.index(0) < order.index(2) < order.index(3) > order.index(1)
         orders.add(tuple(order))
-    assert len(orders) == 15  # F0 in 3 places beside U1 U2, then F1; and G in any of 5 places
-    assert {ops[i].lane for i in range(5)} == {Lane.UPLOAD, Lane.COMPUTE, Lane.HOST}
+    assert len(orders) == 15  # F0 in 3 places beside U1 U2, then F1; and N in any of 5 places
+    assert {ops[i].lane for i in range(5)} == {Lane.UPLOAD, Lane.COMPUTE, Lane.UPDATE}
 
 
 def test_adversarial_lanes_notice_a_deadlock() -> None:

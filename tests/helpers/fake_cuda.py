@@ -23,8 +23,9 @@ _here = threading.local()
 
 
 class Stream:
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(self, device: torch.device | None = None, priority: int = 0) -> None:
         self.cuda_stream = next(_ids)
+        self.priority = priority
 
     def wait_event(self, event: Event) -> None:
         if _watching:
@@ -37,7 +38,10 @@ _watching: list[Watch] = []
 
 
 class Event:
+    made = 0
+
     def __init__(self, enable_timing: bool = False, blocking: bool = False) -> None:
+        Event.made += 1
         self.number = next(_ids)
         self.enable_timing = enable_timing
         self.time: float | None = None
@@ -50,6 +54,10 @@ class Event:
 
     def synchronize(self) -> None:
         assert self.time is not None, "a thread waits for an event that was never recorded"
+        # What the thread that hands out all work waits for, all streams wait for. A lane's thread waits for
+        # itself alone.
+        if _watching and threading.current_thread() is threading.main_thread():
+            _watching[-1].tell("_handle_event_synchronization", self.number)
 
     def elapsed_time(self, end: Event) -> float:
         assert self.enable_timing and end.enable_timing and self.time is not None and end.time is not None
@@ -79,12 +87,17 @@ def synchronize(device: torch.device | None = None) -> None:
 synchronized: list[str] = []
 
 
+def replace_cuda(patch: pytest.MonkeyPatch) -> None:
+    """Put these in the place of the names of `torch.cuda` that the lanes use."""
+    replaced = {"Stream": Stream, "Event": Event, "stream": stream, "current_stream": current_stream}
+    for name, value in (replaced | {"synchronize": synchronize, "set_device": lambda device: None}).items():
+        patch.setattr(torch.cuda, name, value)
+
+
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """`torch.cuda` with the names that the lanes use replaced; yields the calls of `synchronize`."""
-    replaced = {"Stream": Stream, "Event": Event, "stream": stream, "current_stream": current_stream}
-    for name, value in (replaced | {"synchronize": synchronize, "set_device": lambda device: None}).items():
-        monkeypatch.setattr(torch.cuda, name, value)
+    replace_cuda(monkeypatch)
     synchronized.clear()
     return synchronized
 

@@ -24,8 +24,7 @@ def all_plans() -> Iterator[StepSpec]:
     for layers, tied, prologue, micro_batches, slots, grad_slots in grid:
         head = layers + 1
         embedding = head if tied else head + 1
-        uploaded = frozenset(range(0 if prologue else 1, head + 1))
-        units = uploaded | {embedding}
+        uploaded = units = frozenset({*range(0 if prologue else 1, head + 1), embedding})
         below_the_middle = frozenset(range(layers // 2 + 2))
         choices = {frozenset(), frozenset({1}), below_the_middle, frozenset({embedding})}
         for frozen in sorted(choices, key=sorted):
@@ -46,12 +45,12 @@ def policy_plans() -> Iterator[StepSpec]:
     )
     for layers, tied, micro_batches, block, update, keep, spill in grid:
         head = layers + 1
-        uploaded = frozenset(range(layers % 2, head + 1))
         embedding = head if tied else head + 1
+        uploaded = frozenset({*range(layers % 2, head + 1), embedding})
         yield StepSpec(
             layers,
             uploaded,
-            uploaded | {embedding} if spill < 2 else frozenset(range(layers // 2 + 1, head + 1)),
+            uploaded if spill < 2 else frozenset(range(layers // 2 + 1, head + 1)),
             embedding,
             micro_batches,
             slots=max(2, block) + spill % 2,
@@ -76,7 +75,7 @@ def prepared(plan: StepSpec) -> tuple[list[Op], list[tuple[int, ...]]]:
 
 
 def label(plan: StepSpec) -> str:
-    frozen = sorted((plan.uploaded | {plan.embedding_unit}) - plan.trainable)
+    frozen = sorted(plan.uploaded - plan.trainable)
     return (
         f"layers={plan.layers} prologue={0 in plan.uploaded} tied={plan.embedding_unit == plan.head} "
         f"frozen={frozen}{'+table' * plan.embedding_frozen} micro_batches={plan.micro_batches} "
@@ -89,11 +88,12 @@ def plain(**changes: Any) -> StepSpec:
     """Three layers, untied, a prologue with weights, two micro-batches, all trainable."""
     values = {
         "layers": 3,
-        "uploaded": frozenset(range(5)),
         "trainable": frozenset(range(6)),
         "embedding_unit": 5,
-    }
-    return StepSpec(**(values | {"micro_batches": 2} | changes))
+        "micro_batches": 2,
+    } | changes
+    values.setdefault("uploaded", frozenset({*range(5), values["embedding_unit"]}))
+    return StepSpec(**values)
 
 
 def closure(ops: Sequence[Op], waits: Waits) -> list[set[int]]:
@@ -134,14 +134,15 @@ class Symbols:
         plan, u, m, memory = self.plan, op.unit, op.micro_batch, self.memory
         weights = self.get("slot", op.slot) if op.slot >= 0 else None
         data = ("batch", op.step, m)
-        if op.kind == "G":
-            memory["embeds", m] = self.name("G", self.get("weights", plan.embedding_unit), data)
-        elif op.kind == "U":
+        if op.kind == "U":
             memory["slot", op.slot] = self.name("U", u, self.get("weights", u))
         elif op.kind in "FC":
             given = self.given(op)
             if u == 0:
+                given = self.name("rows", self.get("slot", op.table), data)
                 memory["call", m] = (self.name("call", given, weights), None)
+                if m == 0:
+                    memory[("rows",)] = self.get("slot", op.table)
             call = self.get("call", m)
             arguments, routers = call if isinstance(call, tuple) else (call, None)  # not there, or released
             memory["input", u + 1, m] = self.name("F", u, weights, given, arguments)
@@ -153,40 +154,48 @@ class Symbols:
             memory["boundary", u, m] = self.get("input", u, m)
         elif op.kind == "R":
             memory["boundary_slot", op.boundary_slot] = self.get("boundary", u, m)
+        elif op.kind == "B" and u == 0:
+            self.backward_prologue(op, weights, data)
         elif op.kind in "LB":
             given = self.given(op)
             above = data if op.kind == "L" else self.get("input_grad", m)
-            gradient = self.name(op.kind, u, weights, given, above, self.get("call", m) if u else None)
-            if op.kind == "B" and u and self.get("graph", u, m) != self.name("graph", u, given):
+            gradient = self.name(op.kind, u, weights, given, above, self.get("call", m))
+            if op.kind == "B" and self.get("graph", u, m) != self.name("graph", u, given):
                 gradient = self.name("a graph of another input", self.get("graph", u, m))
             if op.kind == "L":
                 memory["loss", op.step, m] = gradient
-            memory[("embeds_grad", m) if u == 0 else ("input_grad", m)] = gradient
-            if op.grad_slot >= 0:
-                held = () if op.first else (self.get("grad_slot", op.grad_slot),)
-                memory["grad_slot", op.grad_slot] = self.name("sum", held, gradient)
+            memory["input_grad", m] = gradient
+            self.add(op, gradient)
         elif op.kind == "D":
             memory["sqnorm", u] = self.name("D", u, self.get("grad_slot", op.grad_slot))
             memory[self.home(op, u)] = memory["sqnorm", u]
-        elif op.kind == "S":
-            rows = tuple(self.get("embeds_grad", k) for k in range(plan.micro_batches))
-            tied = plan.embedding_unit == plan.head
-            held = self.get(*self.home(op, plan.head)) if tied else None
-            memory["sqnorm", "rows"] = self.name("S", held, rows)
-            memory[self.home(op, plan.embedding_unit)] = memory["sqnorm", "rows"]
         elif op.kind == "N":
-            memory[("clip",)] = self.name(
-                "N", *(self.get("sqnorm", k) for k in [*sorted(plan.trainable), "rows"])
-            )
+            memory[("clip",)] = self.name("N", *(self.get("sqnorm", k) for k in sorted(plan.trainable)))
         elif op.kind == "O":
             gradient = self.get(*self.home(op, u))
             wanted = (self.get("weights", u), self.get("state", u), gradient, self.scale(op))
             memory["weights", u], memory["state", u] = self.name("O", u, *wanted), self.name("M", u, *wanted)
 
+    def add(self, op: Op, gradient: Any) -> None:
+        if op.grad_slot >= 0:
+            held = () if op.first else (self.get("grad_slot", op.grad_slot),)
+            self.memory["grad_slot", op.grad_slot] = self.name("sum", held, gradient)
+
+    def backward_prologue(self, op: Op, weights: Any, data: Any) -> None:
+        m, memory = op.micro_batch, self.memory
+        given = self.name("rows", self.get("rows"), data)
+        call = self.get("call", m)
+        arguments = call[0] if isinstance(call, tuple) else call
+        gradient = self.name("B", 0, weights, given, self.get("input_grad", m), arguments)
+        self.add(op, gradient)
+        if self.plan.sums_rows:
+            memory[("row_grads",)] = (*(self.get("row_grads") if m else ()), gradient)
+        if op.table_grad >= 0:
+            held = self.get("grad_slot", op.table_grad) if self.plan.tied else None
+            memory["grad_slot", op.table_grad] = self.name("table", held, self.get("row_grads"))
+
     def given(self, op: Op) -> Any:
-        """A unit's input, where the op's own fields say that it is."""
-        if op.unit == 0:
-            return self.get("embeds", op.micro_batch)
+        """A layer's input, where the op's own fields say that it is."""
         if op.boundary_slot >= 0:
             return self.get("boundary_slot", op.boundary_slot)
         return self.get("input", op.unit, op.micro_batch)
@@ -200,9 +209,8 @@ class Symbols:
         plan = self.plan
         if plan.update != "eager":
             return self.get("clip")
-        rows = self.get("sqnorm", "rows") if plan.scatters and op.unit == plan.embedding_unit else None
         losses = (self.get("loss", op.step, m) for m in range(plan.micro_batches))
-        return self.name("look", self.get("sqnorm", op.unit), rows, *losses)
+        return self.name("look", self.get("sqnorm", op.unit), *losses)
 
     def release(self, buffer: Buffer) -> None:
         place = tuple(part for part in buffer if part != -1)
@@ -227,11 +235,10 @@ def reference(plan: StepSpec, symbols: Symbols) -> dict[tuple, Any]:
     outcome: dict[tuple, Any] = {}
     for step in range(STEPS):
         data = {m: ("batch", step, m) for m in micro_batches}
-        on_device = {u: name("U", u, weights[u]) if u in plan.uploaded else None for u in range(head + 1)}
+        on_device = {u: name("U", u, weights[u]) if u in plan.uploaded else None for u in range(head + 2)}
         gradients: dict[int, list[int]] = {u: [] for u in range(head + 1)}
-        embeds_grads = {}
         for m in micro_batches:
-            inputs = [name("G", weights[plan.embedding_unit], data[m])]
+            inputs = [name("rows", on_device[plan.embedding_unit], data[m])]
             arguments, routers = name("call", inputs[0], on_device[0]), None
             for u in range(head):
                 inputs.append(name("F", u, on_device[u], inputs[u], arguments))
@@ -240,26 +247,23 @@ def reference(plan: StepSpec, symbols: Symbols) -> dict[tuple, Any]:
             above = outcome["loss", step, m] = name("L", head, on_device[head], inputs[head], data[m], call)
             gradients[head].append(above)
             for u in range(head - 1, -1, -1):
-                above = name("B", u, on_device[u], inputs[u], above, call if u else None)
+                above = name("B", u, on_device[u], inputs[u], above, call if u else arguments)
                 gradients[u].append(above)
-            embeds_grads[m] = above
-        grads: dict[Any, Any] = {}
+        sums: dict[int, Any] = {}
         for u in plan.trainable - {head + 1}:
             total: tuple = ()
             for gradient in gradients[u]:
                 total = (name("sum", total, gradient),)
-            grads[u] = name("D", u, *total)
-        norms = dict(grads)
-        if plan.embedding_unit in plan.trainable and not plan.embedding_frozen:
-            norms["rows"] = name("S", grads.get(plan.embedding_unit), tuple(embeds_grads.values()))
-            grads[plan.embedding_unit] = norms["rows"]
-        clip = name("N", *(norms.get(k, "nothing") for k in [*sorted(plan.trainable), "rows"]))
+            sums[u] = total[0]
+        table = plan.embedding_unit
+        if table in plan.trainable and not plan.embedding_frozen:
+            sums[table] = name("table", sums.get(table), tuple(gradients[0]))
+        grads = {u: name("D", u, total) for u, total in sums.items()}
+        clip = name("N", *(grads[k] for k in sorted(plan.trainable)))
         for u in plan.trainable:
             scale = clip
             if plan.update == "eager":
-                own = norms.get(u, "nothing")
-                rows = norms["rows"] if plan.scatters and u == plan.embedding_unit else None
-                scale = name("look", own, rows, *(outcome["loss", step, m] for m in micro_batches))
+                scale = name("look", grads[u], *(outcome["loss", step, m] for m in micro_batches))
             wanted = (weights[u], state[u], grads[u], scale)
             weights[u], state[u] = name("O", u, *wanted), name("M", u, *wanted)
     outcome |= {("weights", u): weights[u] for u in weights} | {("state", u): state[u] for u in state}
@@ -276,7 +280,6 @@ def run_symbolically(
         symbols.run(ops[i])
         for buffer in ends[i] if ends is not None else ():
             symbols.release(buffer)
-    # An untied table has no squared norm of its own beside that of its rows.
     return symbols.outcome() == reference(plan, symbols), list(order)
 
 

@@ -228,7 +228,7 @@ def test_what_reads_the_state_works_after_an_error(name: str, update: str, tmp_p
 
 @pytest.mark.parametrize("lanes", ["inline", "adversarial"])
 @pytest.mark.parametrize("update", ["sync", "deferred"])
-@pytest.mark.parametrize("kind", "GUFLBDSN")
+@pytest.mark.parametrize("kind", "UFLBDN")
 def test_an_op_that_fails_leaves_no_trace(
     kind: str, update: str, lanes: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,16 +16,20 @@ import torch
 
 from horizon_lm.config import ModelSettings
 from horizon_lm.engine.policies import DTYPES, store_spec
-from horizon_lm.errors import DoesNotFitError
+from horizon_lm.errors import ConfigError, DoesNotFitError
 from horizon_lm.machine import memory as hardware
+from horizon_lm.machine.profile import load_profile
 from horizon_lm.memory import arena
 from horizon_lm.memory.layout import UnitLayout, lay_out
 from horizon_lm.memory.preflight import check_host_memory
 from horizon_lm.memory.store import GradientSlabs, StoreSpec, predict_bytes
+from horizon_lm.plan.fit import Limits
+from horizon_lm.words import size
 
 GB = 10**9
 BF16 = StoreSpec(torch.bfloat16)
 NO_LIMIT_V1 = 9223372036854771712
+STATE = "or state the machine's memory (host_memory_gb=NUMBER) if the system shows too little"
 
 
 def units(parameters: int, dtype: torch.dtype = torch.bfloat16) -> list[UnitLayout]:
@@ -59,7 +63,7 @@ def test_refusal_gives_the_figures() -> None:
         "needs 14.0 GB",
         "weights 2.00 GB, residual 2.00 GB, exp_avg 4.00 GB, exp_avg_sq 4.00 GB, grads 2.00 GB",
         "2.00 GB are kept free (reserve_host_gb)",
-        "only 6.00 GB are available",
+        f"only 6.00 GB are available of the {size(hardware.total_host_bytes())} that the system shows",
         "short by 10.0 GB",
     ):
         assert figure in error.message
@@ -69,6 +73,7 @@ def test_refusal_gives_the_figures() -> None:
         "moment_dtype=bfloat16 saves 4.00 GB (not enough alone)",
         "optim=lion saves 4.00 GB (not enough alone)",
         "max_grad_norm=null saves 2.00 GB (not enough alone)",
+        STATE,
     ]
 
 
@@ -76,7 +81,7 @@ def test_refusal_offers_less_when_less_applies() -> None:
     """The negative control: settings that are lean already leave memory to be freed, and a smaller model."""
     with pytest.raises(DoesNotFitError) as caught:
         check(10**9, GB, max_grad_norm=None, moment_dtype="bfloat16", optim="lion")
-    assert caught.value.hint == "free 5.00 GB of memory, or use a smaller model"
+    assert caught.value.hint == f"free 5.00 GB of memory, or use a smaller model; {STATE}"
 
 
 def test_refusal_in_fp32_names_what_bf16_saves() -> None:
@@ -97,7 +102,7 @@ def test_eager_updates_need_slabs_in_place_of_gradients() -> None:
 
 
 def test_nothing_is_measured_when_the_figure_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("horizon_lm.memory.preflight.available_host_bytes", lambda: 0)
+    monkeypatch.setattr("horizon_lm.memory.preflight.available_host_bytes", lambda stated: 0)
     check(100, GB)
     with pytest.raises(DoesNotFitError):
         check_host_memory(units(100), ModelSettings(), partial(store_spec, shape=None))
@@ -111,6 +116,57 @@ def test_available_is_the_least_of_all_limits(monkeypatch: pytest.MonkeyPatch) -
     assert hardware.available_host_bytes() == 5 * 10**6
     monkeypatch.setattr(hardware, "_process_limits", lambda: [-7])
     assert hardware.available_host_bytes() == 0
+
+
+# The machine's memory, as stated.
+
+
+@pytest.fixture
+def little_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A virtual machine that shows 1 GB of free memory, without further limits."""
+    shown = type("Shown", (), {"available": GB, "total": 2 * GB})
+    monkeypatch.setattr(hardware.psutil, "virtual_memory", lambda: shown)
+    monkeypatch.setattr(hardware, "_cgroup_headrooms", lambda: [])
+    monkeypatch.setattr(hardware, "_process_limits", lambda: [])
+
+
+def fits(parameters: int, **values: Any) -> None:
+    asked = ModelSettings(reserve_host_gb=0.0, **values)
+    check_host_memory(units(parameters), asked, partial(store_spec, shape=None))
+
+
+@pytest.mark.usefixtures("little_is_free")
+def test_memory_that_is_stated_counts_in_place_of_what_is_shown(tmp_path: Path) -> None:
+    held = hardware.psutil.Process().memory_info().rss
+    with pytest.raises(DoesNotFitError, match=r"only 1\.00 GB are available of the 2\.00 GB that the system"):
+        fits(10**8)
+    fits(10**8, host_memory_gb=(14 * 10**8 + held) / GB + 0.2)
+    with pytest.raises(DoesNotFitError, match=r"of the 1\.40 GB that host_memory_gb states") as caught:
+        fits(10**8, host_memory_gb=1.4)
+    assert caught.value.hint is not None and "host_memory_gb" not in caught.value.hint
+    assert Limits.of_this_machine("cpu", str(tmp_path)).host == GB
+    assert abs(Limits.of_this_machine("cpu", str(tmp_path), 100 * GB).host - (100 * GB - held)) < GB / 10
+
+
+@pytest.mark.usefixtures("little_is_free")
+def test_limits_hold_whatever_is_stated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: a cgroup ends a process that takes more, whatever the machine has."""
+    monkeypatch.setattr(hardware, "_cgroup_headrooms", lambda: [5 * 10**6])
+    assert hardware.available_host_bytes(100 * GB) == 5 * 10**6
+
+
+def test_stated_memory_of_another_machine_replaces_that_of_its_profile() -> None:
+    profile = load_profile("h100-sxm")
+    assert Limits.of_profile(profile).host == profile.host_bytes
+    assert Limits.of_profile(profile, 7 * GB).host == 7 * GB
+
+
+@pytest.mark.parametrize("value", [0, -1.0, "100 GB", True])
+def test_stated_memory_is_a_number(value: Any) -> None:
+    with pytest.raises(ConfigError, match="host_memory_gb"):
+        ModelSettings(host_memory_gb=value)
+    assert ModelSettings(host_memory_gb=100).host_memory_bytes == 100 * GB
+    assert ModelSettings().host_memory_bytes is None
 
 
 def test_a_mapping_that_the_system_refuses_is_one_line() -> None:

@@ -154,9 +154,10 @@ def slot_bytes(layers: int, hidden: int = 32) -> dict[str, int]:
     model.forward_backward(batches)
     model.step(lr=1e-3)
     sizes = model.memory_bytes()
-    largest = max(unit.numel for unit in model.store.units)
-    assert sizes["weight_slots"] == 2 * 2 * largest, "2 slots of bf16"
-    assert sizes["gradient_slots"] == 2 * 4 * largest, "2 slots of fp32"
+    numels = [unit.numel for unit in model.store.units]
+    inner, outer = max(numels[: layers + 1]), max(numels[layers + 1 :])
+    assert sizes["weight_slots"] == 2 * (2 * inner + outer), "3 slots of bf16"
+    assert sizes["gradient_slots"] == 4 * (2 * inner + outer), "3 slots of fp32"
     return {name: sizes[name] for name in ("weight_slots", "gradient_slots", "weights")}
 
 

@@ -130,7 +130,7 @@ def test_costs_of_ops_are_not_negative_and_of_every_kind() -> None:
     seconds = {}
     for op, start, end in found.simulation.spans:
         seconds.setdefault(op.kind, []).append(end - start)
-    assert set("GUFXLRBDSNO") <= set(seconds)
+    assert set("UFXLRBDNO") <= set(seconds)
     assert all(min(values) > 0 for kind, values in seconds.items() if kind != "N")
 
 

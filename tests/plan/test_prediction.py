@@ -155,7 +155,7 @@ def test_bytes_of_a_step_are_predicted(name: str) -> None:
 
 def test_an_op_at_a_time_and_what_ops_hold() -> None:
     plan = StepSpec(
-        layers=2, uploaded=frozenset({1, 2, 3}), trainable=frozenset({1, 2, 3, 4}), embedding_unit=4
+        layers=2, uploaded=frozenset({1, 2, 3, 4}), trainable=frozenset({1, 2, 3, 4}), embedding_unit=4
     )
     ops = build(plan)
     alone = simulate(ops, lambda op: 1.0, one_at_a_time=True)

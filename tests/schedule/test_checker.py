@@ -25,7 +25,7 @@ def mutants(plan: StepSpec) -> Iterator[tuple[str, list[Op]]]:
         if op.slot >= 0:
             yield (
                 f"{op} with another slot",
-                [*ops[:i], with_slot(op, (op.slot + 1) % plan.slots), *ops[i + 1 :]],
+                [*ops[:i], with_slot(op, (op.slot + 1) % (plan.slots + 1)), *ops[i + 1 :]],
             )
             yield (
                 f"{op} with a slot it does not name",
@@ -34,9 +34,14 @@ def mutants(plan: StepSpec) -> Iterator[tuple[str, list[Op]]]:
         if op.grad_slot >= 0:
             yield (
                 f"{op} with another gradient slot",
-                [*ops[:i], with_grad_slot(op, 1 - op.grad_slot), *ops[i + 1 :]],
+                [*ops[:i], with_grad_slot(op, abs(1 - op.grad_slot)), *ops[i + 1 :]],
             )
             yield f"{op} without a gradient slot", [*ops[:i], with_grad_slot(op, -1), *ops[i + 1 :]]
+        for name, region in (("table", "slot"), ("table_grad", "grad_slot")):
+            if getattr(op, name) >= 0:
+                for other in (0, -1):
+                    moved = _with(op, region, other, name)
+                    yield f"{op} with {name}={other}", [*ops[:i], moved, *ops[i + 1 :]]
         if op.boundary_slot >= 0:
             moved = _with(op, "boundary_slot", 1 - op.boundary_slot)
             yield f"{op} with another boundary slot", [*ops[:i], moved, *ops[i + 1 :]]
@@ -61,12 +66,16 @@ def with_grad_slot(op: Op, slot: int) -> Op:
     return _with(op, "grad_slot", slot)
 
 
-def _with(op: Op, region: str, slot: int) -> Op:
-    def moved(buffers: frozenset[Buffer]) -> frozenset[Buffer]:
-        renamed = {b._replace(index=slot) if b.region == region else b for b in buffers}
-        return frozenset(b for b in renamed if b.region != region or slot >= 0)
+def _with(op: Op, region: str, slot: int, name: str | None = None) -> Op:
+    """name: the field of the op; by default that of the region."""
+    name = name or region
+    own = getattr(op, name)
 
-    return replace(op, reads=moved(op.reads), writes=moved(op.writes), **{region: slot})
+    def moved(buffers: frozenset[Buffer]) -> frozenset[Buffer]:
+        renamed = {b._replace(index=slot) if (b.region, b.index) == (region, own) else b for b in buffers}
+        return frozenset(b for b in renamed if b.region != region or b.index >= 0)
+
+    return replace(op, reads=moved(op.reads), writes=moved(op.writes), **{name: slot})
 
 
 @pytest.mark.parametrize(
@@ -74,7 +83,7 @@ def _with(op: Op, region: str, slot: int) -> Op:
     [
         plain(),
         plain(slots=3, grad_slots=1, embedding_unit=4, trainable=frozenset(range(5))),
-        plain(slots=4, micro_batches=3, uploaded=frozenset(range(1, 5)), trainable=frozenset(range(1, 6))),
+        plain(slots=4, micro_batches=3, uploaded=frozenset(range(1, 6)), trainable=frozenset(range(1, 6))),
         plain(trainable=frozenset({2, 4}), slots=3),
         plain(embedding_unit=4, trainable=frozenset(range(1, 5)), embedding_frozen=True),
         plain(update="deferred", kept=frozenset({3}), spilled=frozenset({1, 2})),
@@ -172,7 +181,7 @@ def test_fault_gradient_added_to_what_another_unit_left(ops: list[Op]) -> None:
     assert "B2.0 of step 0 needs the gradient of unit 2 in grad_slot" in faults_of(ops)
 
 
-@pytest.mark.parametrize("text", ["G.1", "F0.0", "F3.1", "L4.0", "B0.1", "D4", "S", "N", "O5"])
+@pytest.mark.parametrize("text", ["F0.0", "F3.1", "L4.0", "B0.1", "D4", "D5", "N", "O5"])
 def test_fault_missing_and_doubled_op(ops: list[Op], text: str) -> None:
     i = place(ops, text, step=1)
     assert f"step 1 runs {text} 0 times instead of once" in faults_of([*ops[:i], *ops[i + 1 :]])
@@ -195,8 +204,8 @@ def test_fault_needless_upload(ops: list[Op]) -> None:
 def test_fault_redundant_wait(ops: list[Op]) -> None:
     waits = derive_waits(ops)
     i = place(ops, "F2.0")
-    waits[i] = (*waits[i], place(ops, "G.0"))
-    assert "F2.0 waits for G.0, which other waits imply" in faults_of(ops, waits=waits)
+    waits[i] = (*waits[i], place(ops, "U1"))
+    assert "F2.0 waits for U1, which other waits imply" in faults_of(ops, waits=waits)
 
 
 def test_fault_wait_on_a_later_op(ops: list[Op]) -> None:
@@ -210,11 +219,58 @@ def test_fault_wait_on_a_later_op(ops: list[Op]) -> None:
 
 def test_fault_too_many_slots(ops: list[Op]) -> None:
     plan = plain(slots=3)
-    assert "uses slot.2, but only 2 are allocated" in faults_of(build_steps(plan, STEPS), plain())
-    assert "uses grad_slot.1, but only 1 are allocated" in faults_of(ops, plain(grad_slots=1))
+    assert "uses slot.3, but only 3 are allocated" in faults_of(build_steps(plan, STEPS), plain())
+    assert "uses grad_slot.2, but only 2 are allocated" in faults_of(ops, plain(grad_slots=1))
+
+
+def test_fault_slot_of_the_wrong_size(ops: list[Op]) -> None:
+    """The outer slot is as large as head or table, those of the ring as layers."""
+    for text, other in (("U1", 2), ("U4", 0), ("U5", 1)):
+        i = place(ops, text)
+        moved = with_slot(ops[i], other)
+        fault = f"{text} uses slot.{other}, which is too small or too large for it"
+        assert fault in faults_of([*ops[:i], moved, *ops[i + 1 :]])
+
+
+def test_fault_outer_slot_used_again_too_early() -> None:
+    """The head takes the slot of the table while a micro-batch still looks up rows, and the table's gradient
+    that of the head before it is downloaded."""
+    units = frozenset(range(1, 6))
+    plan = plain(slots=4, grad_slots=3, uploaded=units, trainable=units)  # no wait for the ring implies these
+    ops = build_steps(plan, 1)
+    for late, early, buffer in (("U4", "F0.1", "slot.4"), ("B0.1", "D4", "grad_slot.3")):
+        i, j = place(ops, late), place(ops, early)
+        waits = derive_waits(ops)
+        assert faults_of(ops, plan, waits) == ""
+        waits[i] = tuple(k for k in waits[i] if k != j)
+        found = f"{late} ({ops[i].lane}, step 0) may run before {early} ({ops[j].lane}, step 0) has ended"
+        assert f"{found}; both touch {buffer}" in faults_of(ops, plan, waits)
+
+
+def test_fault_table_in_no_slot(ops: list[Op]) -> None:
+    i = place(ops, "F0.1")
+    ops[i] = _with(ops[i], "slot", -1, "table")
+    assert "F0.1 of step 0 has no slot to read the embedding table from" in faults_of(ops)
+
+
+def test_fault_rows_left_out_of_the_sum() -> None:
+    """The second micro-batch overwrites the sum of the first instead of adding to it."""
+    plan = plain(micro_batches=3)
+    ops = build_steps(plan, 1)
+    i = place(ops, "B0.1")
+    ops[i] = replace(ops[i], reads=ops[i].reads - {Buffer("row_grads")})
+    assert "D5 of step 0 takes grad_slot.2 with micro-batches [1, 2] in it" in faults_of(ops, plan)
+
+
+def test_fault_tied_table_without_the_gradient_of_its_head() -> None:
+    plan = plain(embedding_unit=4, trainable=frozenset(range(5)))
+    ops = build_steps(plan, 1)
+    i = place(ops, "B0.1")
+    ops[i] = replace(ops[i], reads=ops[i].reads - {Buffer("grad_slot", plan.outer_grad_slot)})
+    assert "D4 of step 0 takes grad_slot.2 with micro-batches [0, 1] in it" in faults_of(ops, plan)
 
 
 def test_fault_swapped_ops(ops: list[Op]) -> None:
-    i, j = place(ops, "N"), place(ops, "S")
+    i, j = place(ops, "N"), place(ops, "D5")
     ops[i], ops[j] = ops[j], ops[i]
     assert "N of step 0 reads sqnorm.5, which this step has not written" in faults_of(ops)

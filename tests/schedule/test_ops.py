@@ -16,7 +16,7 @@ def test_ops_are_printed_and_parsed() -> None:
         for op in build(plan):
             assert parse_op(str(op)) == (op.kind, op.unit, op.micro_batch)
     assert parse_op("U0") == ("U", 0, -1)
-    assert parse_op("G.0") == ("G", -1, 0)
+    assert parse_op("N") == ("N", -1, -1)
     assert parse_op("B12.34") == ("B", 12, 34)
 
 
@@ -38,5 +38,5 @@ def test_text_that_is_no_op_is_refused(text: str) -> None:
 def test_buffers_are_printed() -> None:
     assert str(Buffer("weights", 3)) == "weights.3"
     assert str(Buffer("input", 3, 1)) == "input.3.1"
-    assert str(Buffer("embeds", -1, 1)) == "embeds.m1"
+    assert str(Buffer("call", -1, 1)) == "call.m1"
     assert str(Buffer("clip")) == "clip"

@@ -17,9 +17,8 @@ def saving_plans() -> list[StepSpec]:
     grid = product((1, 3), (True, False), ("sync", "deferred", "eager"), (1, 2), (True, False))
     for layers, tied, update, m, prologue in grid:
         head = layers + 1
-        uploaded = frozenset(range(0 if prologue else 1, head + 1))
         embedding = head if tied else head + 1
-        units = uploaded | {embedding}
+        uploaded = units = frozenset({*range(0 if prologue else 1, head + 1), embedding})
         for frozen in (frozenset(), frozenset({1})):
             plans.append(
                 StepSpec(

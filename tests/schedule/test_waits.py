@@ -57,7 +57,7 @@ def test_removing_any_one_wait_is_found() -> None:
                 assert any(f.startswith(f"{ops[i]} ") and f" {ops[j]} " in f for f in faults)
                 removed += 1
     print(f"\n{removed} derived waits removed one by one from {len(plans)} schedules of two steps, all found")
-    assert removed > 100_000 // every
+    assert removed > 80_000 // every
 
 
 def test_removing_a_wait_gives_wrong_values_in_some_order() -> None:
@@ -145,8 +145,8 @@ def test_nothing_is_released_before_its_last_reader() -> None:
         assert not any(buffer.region in TRANSIENT for buffer in touched), "never released"
 
 
-TRANSIENT = {"slot", "grad_slot", "slab", "embeds", "call", "input", "graph", "boundary", "boundary_slot"}
-TRANSIENT |= {"input_grad", "embeds_grad"}
+TRANSIENT = {"slot", "grad_slot", "slab", "rows", "call", "input", "graph", "boundary", "boundary_slot"}
+TRANSIENT |= {"input_grad", "row_grads"}
 
 
 def test_readers_of_a_transient_buffer_are_on_one_lane() -> None:

@@ -19,7 +19,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_a_sample_is_skipped_where_it_would_not_fit(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sample.reason_to_skip(run.folder / "model") is None
-    monkeypatch.setattr(sample, "available_host_bytes", lambda: 3 * sample.weight_bytes(run.folder / "model"))
+    monkeypatch.setattr(
+        sample, "available_host_bytes", lambda _: 3 * sample.weight_bytes(run.folder / "model")
+    )
     reason = sample.reason_to_skip(run.folder / "model")
     assert reason is not None and "are free" in reason
 

@@ -37,16 +37,13 @@ class Worker:
         """deadline: in `time.monotonic()` seconds; requests still running then fail with `no time`."""
         self.system, self.case, self._deadline = system, case, deadline
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
-        threads = {"OMP_NUM_THREADS": str(case.threads)} if case.threads else {}
-        paths = [str(Path(__file__).parents[2]), os.getcwd(), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, **threads, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "horizon_lm.bench.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=environment,
+            env=environment_of(case),
         )
         self._answers: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -108,6 +105,18 @@ class Worker:
         return self._log.read().decode(errors="replace").splitlines()[-8:]
 
 
+def environment_of(case: Case) -> dict[str, str]:
+    """Return the environment of a worker. On CUDA, freed blocks of any size serve again (expandable
+    segments), unless PYTORCH_ALLOC_CONF says otherwise."""
+    paths = [str(Path(__file__).parents[2]), os.getcwd(), os.environ.get("PYTHONPATH", "")]
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+    if case.threads:
+        found["OMP_NUM_THREADS"] = str(case.threads)
+    if case.device.startswith("cuda"):
+        found.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    return found
+
+
 def row_of(system: str, case: Case) -> Row:
     _, parameters = work_of(case)
     return {"key": case.key(system), "system": system, "case": case.to_json(), "parameters": parameters}
@@ -135,6 +144,59 @@ def measure(
         for worker in workers:
             worker.__exit__(None, None, None)
     return rows
+
+
+Smaller = Callable[[Case, Row], Case | None]
+
+
+def smaller_micro_batch(case: Case, row: Row) -> Case | None:
+    """Return the case one size smaller than the one in `row`, which ran out of memory; None after the last.
+
+    What the planner left in device memory goes first: every layer recomputes. Then micro-batches halve, down
+    to one sequence.
+    """
+    info = row.get("info", {})
+    rows = case.rows or int(info.get("rows", 0))
+    if case.activations == "auto":
+        recomputes = info.get("recomputed", 0.0) >= 1.0
+        case = case.replace(activations="recompute", rows=rows)
+        if not recomputes:
+            return case
+    rows = rows or case.sequences
+    return case.replace(rows=rows // 2) if rows > 1 else None
+
+
+def size_of(case: Case, row: Row) -> str:
+    """Describe what a retry makes smaller: the micro-batch, the activations, the depth."""
+    rows = case.rows or row.get("info", {}).get("rows")
+    cut = f"{rows} x {case.length} tokens a micro-batch" if rows else "the planner's micro-batches"
+    return f"{case.model.get('num_hidden_layers')} layers, {cut}, activations {case.activations}"
+
+
+def measure_fitting(
+    system: str,
+    case: Case,
+    *,
+    seconds: float,
+    kind: type[Worker] = Worker,
+    smaller: Smaller = smaller_micro_batch,
+) -> Row:
+    """Measure one system, one size smaller each time memory runs out.
+
+    smaller: returns the next case, or None. In the row, `tried` lists the sizes that did not fit, and
+    `retried` says it in words.
+    """
+    deadline = time.monotonic() + seconds
+    tried: list[str] = []
+    while True:
+        row = measure([(system, case)], seconds=max(0.0, deadline - time.monotonic()), kind=kind)[0]
+        if tried:
+            row["retried"] = f"retried at {size_of(case, row)} after out of memory at {'; '.join(tried)}"
+        next_case = smaller(case, row) if row.get("status") == "out of memory" else None
+        if next_case is None:
+            return row | {"tried": tried}
+        tried.append(size_of(case, row))
+        case = next_case
 
 
 def _attempt(row: Row, call: Callable[[], None]) -> bool:

@@ -10,9 +10,10 @@ import torch
 from horizon_lm.bench.models import source_model
 from horizon_lm.bench.protocol import Case
 from horizon_lm.config import ModelSettings, TrainConfig, model_settings_of
-from horizon_lm.errors import UnsupportedModelError
+from horizon_lm.errors import ConfigError, UnsupportedModelError
 from horizon_lm.host_model import HostModel
 from horizon_lm.memory.arena import keep_freed_memory
+from horizon_lm.optim import kernel
 from horizon_lm.plan.run_plan import plan_run
 from horizon_lm.schedule import Lane
 from horizon_lm.schedule.draw import Span, utilisation
@@ -26,6 +27,7 @@ class Ours:
     """
 
     def __init__(self, case: Case) -> None:
+        need_kernel(case.device)
         self.case = case
         settings, self.rows, self.chosen = settle(case)
         self.model = HostModel(source_model(case), settings)
@@ -62,6 +64,15 @@ class Ours:
 
     def close(self) -> None:
         self.model.flush()
+
+
+def need_kernel(device: str) -> None:
+    """Raise ConfigError if a CUDA benchmark would measure the torch reference instead of the C++ update."""
+    if device.startswith("cuda") and kernel.library() is None:
+        raise ConfigError(
+            "the C++ optimizer is not built, and a GPU benchmark of the torch reference would mislead",
+            hint="run python -m horizon_lm.optim.kernel --build",
+        )
 
 
 def train_config(case: Case) -> TrainConfig:

@@ -33,6 +33,7 @@ class Case:
     activations: recompute, keep, or auto (the system chooses)
     distinct: repeat the tokens every N steps; 0 never repeats them
     init: `transformers` draws weights as transformers does; `quick` takes no time or memory (models.py)
+    cudnn_attention: False keeps cuDNN out of torch's scaled_dot_product_attention
     extra: options of a single system
     """
 
@@ -45,6 +46,7 @@ class Case:
     clip: float | None = 1.0
     activations: str = "recompute"
     attention: str = "sdpa"
+    cudnn_attention: bool = True
     lr: float = 1e-5
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8

@@ -109,6 +109,8 @@ class Session:
         self.meter = MemoryMeter(self.case.device)
         if self.case.threads:
             torch.set_num_threads(self.case.threads)
+        if not self.case.cudnn_attention:
+            torch.backends.cuda.enable_cudnn_sdp(False)
         start = time.perf_counter()
         self.system = build(request["system"], self.case)
         self.info = self.system.describe() if hasattr(self.system, "describe") else {}

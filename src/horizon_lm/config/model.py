@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -9,6 +11,18 @@ from pydantic import field_validator
 from pydantic_core import PydanticCustomError
 
 from horizon_lm.config.base import Settings, fault, setting
+
+# Values under which `deterministic` can be kept. Compiled kernels are chosen by their time.
+_REPEATABLE: dict[str, tuple[Any, ...]] = {
+    "attn_implementation": ("sdpa", "eager"),
+    "compile": (False,),
+    "kernels": ("none",),
+}
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+HUB_ATTENTION = re.compile(r"kernels-community/[\w.-]+(@[\w.-]+)?(:\w+)?")
+HUB_KERNEL = re.compile(
+    r"(?P<repository>kernels-community/[\w.-]+)@(?P<commit>[0-9a-f]{40}):(?P<layer>\w+)", re.ASCII
+)
 
 
 class ModelSettings(Settings):
@@ -22,17 +36,53 @@ class ModelSettings(Settings):
         expects="auto, cpu, cuda or cuda:N",
         pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$",
     )
+    deterministic: bool = setting(
+        False,
+        "Use only GPU kernels that give the same bits in each run, so that a resumed run repeats an "
+        "uninterrupted one bitwise; slower, and an error where there is no such kernel. No effect on a CPU, "
+        "whose kernels all are.",
+        group="Memory and device",
+        resume="ask",
+    )
     dtype: Literal["bfloat16", "float32"] = setting(
         "bfloat16",
         "Weight and compute dtype; the optimizer keeps float32 masters either way.",
         group="Model",
         resume="fixed",
     )
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = setting(
+    attn_implementation: str = setting(
         "sdpa",
-        "Attention kernel, by its transformers name; a CPU supports only sdpa and eager.",
+        "Attention kernel, by its transformers name; a CPU supports only sdpa and eager. A kernel of the Hub "
+        "is fetched at first use and runs its code; name a commit.",
         group="Model",
         resume="ask",
+        expects="sdpa, eager, flash_attention_2, flash_attention_3, flex_attention, or "
+        "kernels-community/NAME[@COMMIT]",
+        pattern=f"^({'|'.join(ATTENTION)}|{HUB_ATTENTION.pattern})$",
+    )
+    compile: bool | Literal["max-autotune"] = setting(
+        False,
+        "Compile decoder layers with torch.compile, once for all that are alike; max-autotune also measures "
+        "candidate kernels. Takes from seconds to minutes in the first step. A layer that cannot be compiled "
+        "runs uncompiled, and the run says so.",
+        group="Model",
+        resume="ask",
+        expects="true, false or max-autotune",
+    )
+    kernels: Literal["none", "liger", "hub"] = setting(
+        "none",
+        "Kernels that replace parts of layers: liger takes liger-kernel's norms, MLPs and rotary embeddings, "
+        "hub those that hub_kernels names. Both need a GPU.",
+        group="Model",
+        resume="ask",
+    )
+    hub_kernels: dict[str, str] = setting(
+        {},
+        "Kernels of the Hub by the layer that they replace, as in RMSNorm: "
+        "kernels-community/NAME@COMMIT:LAYER; they are fetched at first use and run their code.",
+        group="Model",
+        resume="ask",
+        expects="a mapping of layers to kernels-community/NAME@COMMIT:LAYER, with all 40 digits of a commit",
     )
     trust_remote_code: bool = setting(
         False,
@@ -250,6 +300,16 @@ class ModelSettings(Settings):
         unit="layers",
         ge=1,
     )
+    host_memory_gb: float | Literal["auto"] = setting(
+        "auto",
+        "Host memory of this machine, for the check before the run and the planner; auto measures what is "
+        "free. State it where the system shows too little, as in a virtual machine whose memory grows with "
+        "use. Limits of cgroups and of the process still apply.",
+        group="Memory and device",
+        resume="free",
+        unit="GB",
+        expects="a number above 0, or auto",
+    )
     reserve_host_gb: float = setting(
         2.0,
         "Host memory that the check before the run leaves to other programs.",
@@ -284,11 +344,25 @@ class ModelSettings(Settings):
             raise ValueError("below 1")  # reported with the field's `expects`
         return value
 
+    @field_validator("host_memory_gb")
+    @classmethod
+    def _check_host_memory(cls, value: float | str) -> float | str:
+        if isinstance(value, float) and value <= 0:
+            raise ValueError("not above 0")  # reported with the field's `expects`
+        return value
+
     @field_validator("lr_factors")
     @classmethod
     def _check_lr_factors(cls, value: dict[str, float]) -> dict[str, float]:
         if any(factor < 0 for factor in value.values()):
             raise ValueError("below 0")  # reported with the field's `expects`
+        return value
+
+    @field_validator("hub_kernels")
+    @classmethod
+    def _check_hub_kernels(cls, value: dict[str, str]) -> dict[str, str]:
+        if any(HUB_KERNEL.fullmatch(source) is None for source in value.values()):
+            raise ValueError("not a layer of a repository")  # reported with the field's `expects`
         return value
 
     @field_validator("activations")
@@ -317,6 +391,30 @@ class ModelSettings(Settings):
                 hint="set update=deferred or "
                 + ("max_grad_norm=null" if self.max_grad_norm else "nonfinite=raise"),
             )
+        for key, fixed in _REPEATABLE.items() if self.deterministic else ():
+            if getattr(self, key) not in fixed:
+                value = _written(getattr(self, key))
+                yield fault(
+                    f"deterministic: true, but {key}: {value} may choose other kernels in each run",
+                    key="deterministic",
+                    hint=f"set {key}={_written(fixed[0])} or deterministic=false",
+                )
+        yield from self._kernel_faults()
+
+    def _kernel_faults(self) -> Iterator[PydanticCustomError]:
+        if (self.kernels == "hub") != bool(self.hub_kernels):
+            yield fault(
+                "hub_kernels names no kernel, and kernels: hub takes those that it names"
+                if self.kernels == "hub"
+                else f"hub_kernels is set, and kernels is {self.kernels}",
+                key="hub_kernels",
+                hint="set both, or neither",
+            )
+
+    @property
+    def host_memory_bytes(self) -> int | None:
+        """Return the host memory that `host_memory_gb` states; None with auto."""
+        return None if self.host_memory_gb == "auto" else int(self.host_memory_gb * 1e9)
 
     @property
     def update_mode(self) -> str:
@@ -324,6 +422,11 @@ class ModelSettings(Settings):
         if self.update != "auto":
             return self.update
         return "deferred" if self.max_grad_norm or self.nonfinite == "skip" else "eager"
+
+
+def _written(value: Any) -> str:
+    """A value as in a configuration file."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def per_layer(value: str | list[str], words: tuple[str, str]) -> list[str] | None:

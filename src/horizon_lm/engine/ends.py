@@ -1,10 +1,10 @@
-"""What surrounds the layers: prologue, router loss and embedding rows of one micro-batch."""
+"""What surrounds the layers: embedding rows, prologue and router loss of one micro-batch."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -28,11 +28,11 @@ def bound_for_backward(
 def forward_prologue(
     skeleton: Skeleton, weights: UnitWeights | None, embeds: torch.Tensor, inputs: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, Call]:
-    """Return layer 0's input [batch, tokens, width] and the layers' other arguments."""
+    """Return layer 0's input [batch, tokens, width], which may be `embeds`, and the layers' other arguments."""
     with torch.no_grad(), skeleton.bound(0, weights, grad=False):
         first, call = run_prologue(skeleton, embeds, inputs)
-    # A separate buffer even when the prologue changes nothing: `embeds` has another lifetime.
-    return embeds.clone() if first is None else first, call
+    call.is_untouched = first is None
+    return embeds if first is None else first, call
 
 
 def router_loss_and_backward(
@@ -56,70 +56,55 @@ def backward_prologue(
     skeleton: Skeleton,
     weights: UnitWeights | None,
     embeds: torch.Tensor,
-    inputs: dict[str, torch.Tensor],
+    call: Call,
     output_gradient: torch.Tensor,
     gradient: UnitGradient | None,
-) -> torch.Tensor:
-    """Rerun the prologue with a graph; return the gradient of the embedding rows [batch, tokens, width]."""
-    embeds = embeds.detach().requires_grad_()
+) -> None:
+    """Rerun the prologue with a graph, unless it passed `embeds` on as they were, and run it backward, into
+    the graph of `embeds` [batch, tokens, width]."""
     with torch.enable_grad(), bound_for_backward(skeleton, 0, weights, gradient):
-        first, _ = run_prologue(skeleton, embeds, inputs)
-        if first is None:
-            return output_gradient.clone()  # the incoming gradient has another lifetime
-        first.backward(output_gradient)
-    return _gradient_of(embeds)
+        first = None if call.is_untouched else run_prologue(skeleton, embeds, call.inputs)[0]
+        first = embeds if first is None else first
+        if first.requires_grad:
+            first.backward(output_gradient)
 
 
 def _gradient_of(leaf: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
-def host_embedding(skeleton: Skeleton) -> nn.Embedding:
-    """A copy of the model's embedding module for look-ups on the host, with buffers in host memory.
+class Rows(NamedTuple):
+    """The rows of the embedding table that a step uses, found on the host before it begins: what depends on
+    values would make the device's lanes wait for them.
 
-    The compute lane replaces the forward of the model's own module while the host lane looks up the next
-    micro-batch; sharing one module would be a race.
+    numbers: [r], rising. places: per micro-batch, where each of its ids [batch, tokens] is among `numbers`.
+    padding: where the row without a gradient is; None if it is not used.
     """
-    twin = copy.copy(skeleton.embedding)
-    twin._parameters = dict(skeleton.embedding._parameters)
-    twin._buffers = {n: None if b is None else b.cpu() for n, b in skeleton.embedding._buffers.items()}
-    return twin
+
+    numbers: torch.Tensor
+    places: list[torch.Tensor]
+    padding: int | None
+
+    @classmethod
+    def of(cls, ids: Sequence[torch.Tensor], skeleton: Skeleton, *, pin: bool = False) -> Rows:
+        """ids: [batch, tokens] each, on the host. pin: for copies to a device that do not block."""
+        used = torch.zeros(skeleton.embedding.num_embeddings, dtype=torch.bool)
+        for batch in ids:
+            used[batch.reshape(-1)] = True
+        numbers, place = used.nonzero().view(-1), used.cumsum(0) - 1
+        places = [place[batch] for batch in ids]
+        row = skeleton.padding_row
+        padding = int(place[row]) if row is not None and used[row] else None
+        if pin:
+            numbers, places = numbers.pin_memory(), [p.pin_memory() for p in places]
+        return cls(numbers, places, padding)
 
 
-def gather_rows(embedding: nn.Embedding, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Look up ids [batch, tokens] by the (host) module's own forward; returns [batch, tokens, width]."""
-    with torch.no_grad(), _embedding_weight(embedding, table):
-        return embedding(ids)
-
-
-def row_gradients(
-    embedding: nn.Embedding,
-    table: torch.Tensor,
-    ids: list[torch.Tensor],
-    gradients: list[torch.Tensor],
-    *,
-    padding_row: int | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum the gradients of the used table rows over micro-batches.
-
-    ids: [batch, tokens] each. gradients: of the module's output, [batch, tokens, width] each. padding_row:
-    the row that gets none. Returns (row numbers [r], rows [r, width]), the rows in the table's dtype for one
-    micro-batch, else fp32.
-    """
-    rows = torch.unique(torch.cat([i.reshape(-1) for i in ids]))
-    total: torch.Tensor | None = None
-    for batch_ids, gradient in zip(ids, gradients, strict=True):
-        leaf = table[rows].requires_grad_()
-        with torch.enable_grad(), _embedding_weight(embedding, leaf):
-            embedding(torch.searchsorted(rows, batch_ids)).backward(gradient)
-        if total is None:
-            total = _gradient_of(leaf) if len(ids) == 1 else _gradient_of(leaf).float()
-        else:
-            total += _gradient_of(leaf)
-    assert total is not None
-    if padding_row is not None:
-        total[rows == padding_row] = 0
-    return rows, total
+def look_up(skeleton: Skeleton, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Look up ids [batch, tokens] in table [n, width] by the embedding module's own forward; returns [batch,
+    tokens, width]."""
+    with _embedding_weight(skeleton.embedding, table):
+        return skeleton.embedding(ids)  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -18,11 +18,14 @@ import torch
 from horizon_lm.config import ModelSettings
 from horizon_lm.config.data import IGNORED
 from horizon_lm.engine.disk_lane import Saving
+from horizon_lm.engine.ends import Rows
 from horizon_lm.engine.lanes import Lanes, Span
-from horizon_lm.engine.loss import LossFunction, cross_entropy, custom, shifted_targets
+from horizon_lm.engine.loss import LossFunction, as_numbers, cross_entropy, custom, shifted_targets
 from horizon_lm.engine.ops import Ops
 from horizon_lm.engine.step import Schedule, Step, Update
 from horizon_lm.errors import ConfigError
+from horizon_lm.machine.determinism import DeterministicKernels
+from horizon_lm.memory.pinned import PinnedPool
 from horizon_lm.memory.store import HostStore
 from horizon_lm.micro_batches import MicroBatch
 from horizon_lm.model.attention import attention_restorer
@@ -48,6 +51,7 @@ class Engine:
         self.optimizer, self.lanes, self.settings = optimizer, lanes, settings
         alias = device.type == "cpu" and lanes.in_place
         self.ops = Ops(skeleton, store, optimizer, settings, device, alias)
+        self.pinned = PinnedPool(device)  # for the micro-batches of a step
         self.trainable = self.ops.policies.trainable
         self._schedules: dict[tuple[StepSpec, bool], Schedule] = {}
         self._step: Step | None = None  # the step whose complete gradients the store holds
@@ -61,7 +65,13 @@ class Engine:
         self.spans: list[Span] = []
         self._spans_origin = 0.0
         self._is_at_work = False
-        self._restorers = skeleton.restorer(), attention_restorer(), partial(drop_captures, skeleton)
+        self._kernels = DeterministicKernels.on(device, settings.deterministic)
+        self._restorers = (
+            skeleton.restorer(),
+            attention_restorer(),
+            partial(drop_captures, skeleton),
+            self._kernels.leave,
+        )
 
     def spec(self, micro_batches: int, *, evaluate: bool = False, save: bool = False) -> StepSpec:
         """The spec of a step of N micro-batches. save: a checkpoint is written while it runs."""
@@ -153,7 +163,7 @@ class Engine:
         record: bool = False,
         ends_itself: bool = False,
     ) -> Step:
-        """Run gather to scatter, with the deferred updates of the step before, or with this step's own
+        """Run forward and backward, with the deferred updates of the step before, or with this step's own
         eager updates (`update`). Gradients stay in the store unless updates are eager.
 
         Continues from a torn state as it is. ends_itself: see `Step`.
@@ -184,25 +194,31 @@ class Engine:
                 )
             raise
         self._end_of_writes()
+        step.metrics = [as_numbers(metrics) for metrics in step.device_metrics]
         self._step = step
         return step
 
     def _begin(
         self, spec: StepSpec, micro_batches: Sequence[MicroBatch], number: int, *, pending: bool
     ) -> Step:
-        targets = [shifted_targets(batch["labels"]) for batch in micro_batches]
-        if self.device.type == "cuda":  # copies from pageable memory would block the compute lane
-            targets = [t.pin_memory() for t in targets]
-            micro_batches = [
-                {n: v.pin_memory() for n, v in batch.items() if v is not None} for batch in micro_batches
-            ]
+        # Nothing is in flight: runs of the lanes end with their copies.
+        self.pinned.give_back()
+        self.ops.boundary_slots.begin_step()
+        # Copies from pageable memory would block the compute lane.
+        take = self.pinned.take
+        targets = [take(shifted_targets(batch["labels"])) for batch in micro_batches]
+        micro_batches = [{n: take(v) for n, v in batch.items() if v is not None} for batch in micro_batches]
         num_tokens = sum(int((t != IGNORED).sum()) for t in targets)
         rng_base = self.settings.seed * 1_000_003 + number
         schedule = self.schedule(spec, pending=pending)
-        return Step(spec, schedule, micro_batches, targets, num_tokens, number, rng_base)
+        rows = None
+        if spec.lowest_backward == 0 and not spec.evaluate:
+            ids = [batch["input_ids"] for batch in micro_batches]
+            rows = Rows.of(ids, self.skeleton, pin=self.device.type == "cuda")
+        return Step(spec, schedule, micro_batches, targets, num_tokens, rows, number, rng_base)
 
     def _prepare_losses(self, step: Step, loss_fn: LossFunction | None) -> None:
-        step.metrics = [{} for _ in step.micro_batches]
+        step.device_metrics = [{} for _ in step.micro_batches]
         if loss_fn is None:
             smoothing = self.ops.policies.settings.label_smoothing_factor
             head_loss = cross_entropy(step.num_tokens, self.ops.policies.loss_chunk, smoothing)
@@ -210,7 +226,7 @@ class Engine:
         else:
             step.head_losses = [
                 custom(loss_fn, batch, self.ops.policies.loss_chunk, metrics)
-                for batch, metrics in zip(step.micro_batches, step.metrics, strict=True)
+                for batch, metrics in zip(step.micro_batches, step.device_metrics, strict=True)
             ]
 
     def evaluate(self, micro_batches: Sequence[MicroBatch], *, record: bool = False) -> Step:
@@ -317,7 +333,8 @@ class Engine:
 
         self._is_at_work = True
         try:
-            self.lanes.run(schedule.ops, schedule.waits, indices, execute, record=record)
+            with self._kernels:
+                self.lanes.run(schedule.ops, schedule.waits, indices, execute, record=record)
         except Exception:  # everything was restored while it propagated
             self._is_at_work = False
             raise

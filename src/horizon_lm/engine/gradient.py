@@ -47,19 +47,41 @@ class UnitGradient:
             view.copy_(gradient)
         self.written.add(name)
 
-    def download(self, target: torch.Tensor, *, measure: bool) -> torch.Tensor | None:
-        """Copy the complete gradient to its host buffer and return its squared norm.
+    def add_rows(
+        self, parameter: Parameter, rows: torch.Tensor, values: torch.Tensor, dtype: torch.dtype
+    ) -> None:
+        """Add to the rows [r] of a table's gradient, once: values [r, width] in `dtype` or fp32.
 
-        Returns None if it is there already and `measure` is false: the norm is then taken on demand.
+        dtype: the store's, to which the sum is rounded. If the head shares the table, its gradient is here,
+        and is rounded before the sum, as if the two had been computed apart.
         """
+        table = self.layout.trainable_view(self.run, parameter)
+        if parameter.name in self.written or parameter.name in self.waiting:
+            self.complete()
+            values = table.index_select(0, rows).to(dtype) + values
+        else:
+            table.zero_()
+            self.written.add(parameter.name)
+        table.index_copy_(0, rows, values.to(dtype).to(table.dtype))
+
+    def complete(self) -> None:
+        """Add what waits, and fill with zeros what received nothing."""
         self.in_pairs = False
         for parameter in self.layout.trainable:
             if parameter.name in self.waiting:  # the last of an odd number
                 self.add(parameter, self.waiting.pop(parameter.name))
             elif parameter.name not in self.written:
                 self.layout.trainable_view(self.run, parameter).zero_()
+                self.written.add(parameter.name)
         for start, length in self.layout.gaps():
             self.run.narrow(0, start, length).zero_()
+
+    def download(self, target: torch.Tensor, *, measure: bool) -> torch.Tensor | None:
+        """Copy the complete gradient to its host buffer and return its squared norm.
+
+        Returns None if it is there already and `measure` is false: the norm is then taken on demand.
+        """
+        self.complete()
         if self.at_home:
             return square_norm(self.run) if measure else None
         return download_gradient(self.run, target)

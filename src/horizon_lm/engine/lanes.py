@@ -1,15 +1,17 @@
 """Schedule executors. All honour the same derived waits, and run `W` ops on a `DiskLane`.
 
     InlineLanes  one thread, program order; CPU default, CudaLanes reference
-    CudaLanes    one thread per lane; streams for upload, compute, download
+    CudaLanes    one thread per lane (`LaneThread`); streams for upload, compute, download
 
 Tests add a third (`tests/helpers/adversarial.py`): random legal order, which exposes missing waits.
 """
 
 from __future__ import annotations
 
-import threading
+import atexit
+import os
 import time
+import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
@@ -17,8 +19,10 @@ from functools import partial
 from typing import Protocol
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from horizon_lm.engine.disk_lane import DiskLane
+from horizon_lm.engine.lane_thread import LaneThread, Latch
 from horizon_lm.errors import ConfigError
 from horizon_lm.schedule import Lane, Op
 
@@ -27,9 +31,8 @@ Waits = Sequence[tuple[int, ...]]
 Span = tuple[Op, float, float]  # op, start and end in seconds since the run began
 # Is given the tensors behind a buffer that nothing reads any more, before they are dropped.
 OnRelease = Callable[[list[torch.Tensor]], None]
-# Lanes whose ops run on the CPU, on memory that copies of the other lanes read and write.
-HOST_LANES = frozenset({Lane.HOST, Lane.UPDATE})
 _LOOK_SECONDS = 1.0  # between two checks that all lanes are alive
+_EXIT_SECONDS = 1.0  # that the end of the process waits for idle lanes
 
 
 def reads_on_this_lane(tensor: torch.Tensor) -> None:
@@ -97,7 +100,7 @@ class InlineLanes:
                 self._settle()
                 self.disk.submit(ops[i].reads, partial(_noted, execute, i, ops))
                 continue
-            if ops[i].lane in HOST_LANES:
+            if ops[i].lane is Lane.UPDATE:  # on the CPU, on memory that copies of other lanes read and write
                 self._settle()
             self.disk.settle(ops[i].writes)
             start = self._clock()
@@ -126,7 +129,10 @@ def _noted(execute: Execute, i: int, ops: Sequence[Op]) -> None:
 
 class CudaLanes:
     """One thread per lane. Upload, compute and download each issue to their own stream, ordered by events;
-    host and update lanes run on the CPU and wait for events."""
+    the update lane runs on the CPU and waits for events.
+
+    A thread starts when its lane first has ops, and serves all further runs until the lanes are collected.
+    """
 
     in_place = False
     on_release: OnRelease | None = None
@@ -137,15 +143,19 @@ class CudaLanes:
         self.origin = 0.0
         self.disk = DiskLane()
         self.streams = {
-            lane: torch.cuda.Stream(device) for lane in (Lane.UPLOAD, Lane.COMPUTE, Lane.DOWNLOAD)
+            lane: torch.cuda.Stream(device, priority=priority) for lane, priority in _PRIORITIES.items()
         }
+        self._threads: dict[Lane, LaneThread] = {}
+        self._events: dict[tuple[str, bool], list[torch.cuda.Event]] = defaultdict(list)
+        self._process = os.getpid()
         self._last: _CudaRun | None = None
+        _all.add(self)
+        weakref.finalize(self, _end, self._threads).atexit = False  # `_end_all` does
 
     def run(
         self, ops: Sequence[Op], waits: Waits, indices: range, execute: Execute, *, record: bool = False
     ) -> None:
         self.join()
-        torch.cuda.synchronize(self.device)  # earlier ranges and the caller have nothing in flight
         self.spans = []
         run = self._last = _CudaRun(self, ops, waits, indices, execute, record)
         self.origin = run.origin_seconds
@@ -154,9 +164,66 @@ class CudaLanes:
         self.spans = run.spans()
 
     def join(self) -> None:
+        if self._process != os.getpid():  # forked: the threads, and what they did, are in the parent
+            self._threads.clear()
+            self._process, self._last = os.getpid(), None
         if self._last is not None:
             self._last.abandon()
+            with suppress(RuntimeError):  # what the device has to say, it says again
+                torch.cuda.synchronize(self.device)
             self._last = None
+
+    def thread(self, lane: Lane) -> LaneThread:
+        """The thread of a lane; a new one for the first time, and if the last one is of no more use."""
+        thread = self._threads.get(lane)
+        if thread is None or not thread.is_usable:
+            if thread is not None:
+                thread.end()  # an interrupt may have kept it from starting until now
+            thread = self._threads[lane] = LaneThread(f"horizon-{lane}")
+            thread.start()
+        return thread
+
+    def events(self, use: str, count: int, *, timing: bool) -> list[torch.cuda.Event]:
+        """Events for one run, made once and recorded again by each: what waited for them has waited.
+
+        blocking: a host thread that waits sleeps, and leaves its core to others.
+        """
+        made = self._events[use, timing]
+        while len(made) < count:
+            made.append(torch.cuda.Event(enable_timing=timing, blocking=True))
+        return made[:count]
+
+
+# Of streams; torch's lowest is 0. Casts and norms of downloads yield to the compute lane's kernels.
+_PRIORITIES = {Lane.UPLOAD: 0, Lane.COMPUTE: -1, Lane.DOWNLOAD: 0}
+_all: weakref.WeakSet[CudaLanes] = weakref.WeakSet()
+
+
+def _end(threads: dict[Lane, LaneThread]) -> None:
+    for thread in threads.values():
+        thread.end()
+
+
+@atexit.register
+def _end_all() -> None:
+    """Let idle threads end while CUDA is still there; one that is stuck dies with the process."""
+    threads = [t for lanes in _all if lanes._process == os.getpid() for t in lanes._threads.values()]
+    deadline = time.monotonic() + _EXIT_SECONDS
+    for thread in threads:
+        thread.end()
+    for thread in threads:
+        thread.wait(max(0.0, deadline - time.monotonic()))
+
+
+def _is_as_new() -> bool:
+    """Whether torch's state of this thread is that of a new one: code of the user's may have changed it."""
+    return (
+        torch.is_grad_enabled()
+        and not torch.is_inference_mode_enabled()
+        and not torch.is_autocast_enabled("cuda")
+        and not torch.is_autocast_enabled("cpu")
+        and _get_current_dispatch_mode() is None
+    )
 
 
 class _CudaRun:
@@ -174,62 +241,64 @@ class _CudaRun:
         self.device, self.streams, self.disk = lanes.device, lanes.streams, lanes.disk
         self.ops, self.waits, self.indices, self.execute = ops, waits, indices, execute
         self.record = record
-        self.issued = {i: threading.Event() for i in indices}
-        # blocking: a host thread that waits sleeps, and leaves its core to others
-        self.ended = {
-            i: torch.cuda.Event(enable_timing=record, blocking=True)
-            for i in indices
-            if ops[i].lane in self.streams
-        }
-        self.began = {i: torch.cuda.Event(enable_timing=True) for i in self.ended} if record else {}
+        self.thread_of = lanes.thread
+        self.host_threads = torch.get_num_threads()
+        self.issued = {i: Latch() for i in indices}
+        on_device = [i for i in indices if ops[i].lane in self.streams]
+        self.ended = dict(zip(on_device, lanes.events("ended", len(on_device), timing=record), strict=True))
+        timed = on_device if record else []
+        self.began = dict(zip(timed, lanes.events("began", len(timed), timing=True), strict=True))
         self.host_times: dict[int, tuple[float, float]] = {}
         self.done: deque[Op] = deque(maxlen=8)
         self.failure: BaseException | None = None
-        self.origin = torch.cuda.Event(enable_timing=True)
-        self.origin.record(torch.cuda.current_stream(self.device))
-        torch.cuda.synchronize(self.device)
-        self.origin_seconds = time.perf_counter()
-        by_lane: dict[Lane, list[int]] = defaultdict(list)
+        self.mine: dict[Lane, list[int]] = defaultdict(list)
         for i in indices:
-            by_lane[ops[i].lane].append(i)
-        self.mine = {f"horizon-{lane}": mine for lane, mine in by_lane.items()}
-        # After an interrupted `Thread.join`, Python 3.11 takes a running thread for ended.
-        self.gone = {name: threading.Event() for name in self.mine}
-        self.threads = [
-            threading.Thread(target=self._live, args=(lane, mine), name=f"horizon-{lane}", daemon=True)
-            for lane, mine in by_lane.items()
-        ]
+            self.mine[ops[i].lane].append(i)
+        self.threads: dict[Lane, LaneThread] = {}
+        self.at_work: set[Lane] = set()
+        self.over = {lane: Latch() for lane in self.mine}
+        # What the caller issued comes first. All earlier ranges have ended.
+        (self.origin,) = lanes.events("origin", 1, timing=record)
+        self.origin.record(torch.cuda.current_stream(self.device))
+        if record:
+            self.origin.synchronize()  # the clocks of device and host begin together
+        self.origin_seconds = time.perf_counter()
 
-    def _live(self, lane: Lane, mine: list[int]) -> None:
+    def _live(self, lane: Lane) -> bool:
+        """Run a lane; return whether its thread is as a new one would be."""
+        self.at_work.add(lane)
         try:
-            self._lane(lane, mine)
-        finally:
-            self.gone[f"horizon-{lane}"].set()
-
-    def _lane(self, lane: Lane, mine: list[int]) -> None:
-        try:
-            torch.cuda.set_device(self.device)
-            stream = self.streams.get(lane)
-            with torch.cuda.stream(stream) if stream is not None else nullcontext():
-                for i in mine:
-                    if not self._wait_for(i, stream):
-                        return
-                    try:
-                        self._execute(i, stream)
-                    except BaseException as error:
-                        in_op(error, self.ops[i], list(self.done))
-                        raise
-                    self.done.append(self.ops[i])
-                    self.issued[i].set()
+            if torch.get_num_threads() != self.host_threads:  # a thread keeps the number it began with
+                torch.set_num_threads(self.host_threads)
+            self._lane(lane, self.mine[lane])
         except BaseException as error:  # surfaces in the calling thread, in complete()
             self._fail(error)
+            return False
+        return _is_as_new()
+
+    def _lane(self, lane: Lane, mine: list[int]) -> None:
+        torch.cuda.set_device(self.device)
+        stream = self.streams.get(lane)
+        with torch.cuda.stream(stream) if stream is not None else nullcontext():
+            if stream is not None:
+                stream.wait_event(self.origin)
+            for i in mine:
+                if not self._wait_for(i, stream):
+                    return
+                try:
+                    self._execute(i, stream)
+                except BaseException as error:
+                    in_op(error, self.ops[i], list(self.done))
+                    raise
+                self.done.append(self.ops[i])
+                self.issued[i].set()
 
     def _fail(self, error: BaseException) -> None:
         """Stop all lanes: each checks for a failure before its next op, and none is left waiting."""
         if self.failure is None:
             self.failure = error
-        for event in self.issued.values():
-            event.set()
+        for latch in self.issued.values():
+            latch.set()
 
     def _wait_for(self, i: int, stream: torch.cuda.Stream | None) -> bool:
         for j in self.waits[i]:
@@ -268,38 +337,52 @@ class _CudaRun:
         that a process can be ended although its device hangs.
         """
         try:
-            for thread in self.threads:
-                thread.start()
-            for thread in self.threads:
-                while not self.gone[thread.name].wait(_LOOK_SECONDS):
+            self.threads = {lane: self.thread_of(lane) for lane in self.mine}
+            for lane, thread in self.threads.items():
+                thread.do(partial(self._live, lane), self.over[lane])
+            for over in self.over.values():
+                while not over.wait_for(_LOOK_SECONDS):
                     self._look_for_dead_lanes()
                 self._look_for_dead_lanes()
-                thread.join()
+            if self.failure is None:
+                self._wait_for_device()
         except BaseException as error:  # KeyboardInterrupt, or a thread that cannot be started
             self.abandon(error)
         if self.failure is not None:
             with suppress(RuntimeError):  # the first failure tells more than what the device says later
                 torch.cuda.synchronize(self.device)
             raise self.failure
-        torch.cuda.synchronize(self.device)
+
+    def _wait_for_device(self) -> None:
+        """Wait for the last op of each stream, so for all: the caller reads what they made on any stream."""
+        for lane in self.streams.keys() & self.mine.keys():
+            self.ended[self.mine[lane][-1]].synchronize()
 
     def abandon(self, error: BaseException | None = None) -> None:
-        """Let each lane end its current op and no more; return when all have."""
+        """Let each lane end its current op and no more; return when all have.
+
+        A lane that was not at work when it failed finds the failure before its first op.
+        """
         self._fail(error or RuntimeError("the run was interrupted"))
-        for thread in self.threads:
-            if thread.ident is not None:  # a thread that starts later finds the failure
-                self.gone[thread.name].wait()
+        for lane in self.at_work.copy():
+            while not self.over[lane].wait_for(_LOOK_SECONDS) and not self.threads[lane].is_dead:
+                self._fail(RuntimeError())  # wakes those that an interrupted call did not reach
 
     def _look_for_dead_lanes(self) -> None:
-        """Fail if a lane's thread died silently, so that the others do not wait for its ops."""
-        for thread in self.threads:
-            if not self.gone[thread.name].is_set():
-                continue
-            rest = [i for i in self.mine[thread.name] if not self.issued[i].is_set()]
-            if rest and self.failure is None:
+        """Fail if a lane's thread died silently, so that the others do not wait for its ops. One that died
+        before it began is replaced."""
+        for lane, thread in self.threads.items():
+            if thread.is_dead and not self.over[lane].is_set:
+                if lane not in self.at_work:
+                    self.threads[lane] = self.thread_of(lane)
+                    self.threads[lane].do(partial(self._live, lane), self.over[lane])
+                    continue
+                self.over[lane].set()
+            rest = [i for i in self.mine[lane] if not self.issued[i].is_set]
+            if rest and self.over[lane].is_set:
                 error = RuntimeError(f"the thread of the lane {thread.name} is gone")
                 in_op(error, self.ops[rest[0]], list(self.done))
-                self._fail(error)
+                self._fail(error)  # an earlier failure stays
 
     def spans(self) -> list[Span]:
         if not self.record:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -119,12 +119,14 @@ class LayerGraph:
 
 @dataclass(frozen=True)
 class Rerun:
-    """Stands for the graph of a layer that stored weights where they cannot be replaced.
+    """Stands for the graph of a layer that stored weights where they cannot be replaced, or runs compiled.
 
-    Its backward pass reruns the whole layer. reason: what the layer does, in words.
+    Its backward pass reruns the whole layer. reason: what the layer does, in words; None if it was to be
+    recomputed anyway, and runs compiled: its graph cannot stop early, and the graph of a rerun may save other
+    tensors (another length compiled meanwhile).
     """
 
-    reason: str
+    reason: str | None
 
 
 _PUT_ASIDE = "its forward pass stores a weight outside of autograd's saved tensors"
@@ -157,6 +159,9 @@ class Layer(NamedTuple):
         so it does not matter where the layer keeps its weights. reruns: the layer is known to store weights
         where they cannot be replaced.
         """
+        if policy == RECOMPUTE and self.skeleton.is_compiled(self.number):
+            done = self.forward(hidden, policy="", grad=grad)
+            return replace(done, graph=Rerun(None))
         skeleton, weights, box, saved = self.skeleton, self.weights, _Box(hidden), None
         if weights is not None and policy and not in_place:
             weights = weights._replace(weights=_private(weights.weights))

@@ -21,9 +21,18 @@ from horizon_lm.engine.layers import Layer, Rerun
 from horizon_lm.engine.loss import log_probabilities
 from horizon_lm.engine.policies import Policies
 from horizon_lm.engine.step import Step
-from horizon_lm.memory.slots import BoundarySlots, GradientSlots, UnitWeights, WeightSlots
+from horizon_lm.memory.layout import Parameter
+from horizon_lm.memory.slots import (
+    BoundarySlots,
+    GradientSlots,
+    UnitWeights,
+    WeightSlots,
+    gradient_slot_numels,
+    weight_slot_numels,
+)
 from horizon_lm.memory.store import HostStore
 from horizon_lm.model.skeleton import Skeleton
+from horizon_lm.model.twins import host_twins
 from horizon_lm.optim.optimizer import Optimizer
 from horizon_lm.schedule import Buffer, Op
 from horizon_lm.schedule.step_spec import KEEP
@@ -49,17 +58,16 @@ class Ops:
     ) -> None:
         self.skeleton, self.store, self.optimizer, self.device = skeleton, store, optimizer, device
         self.policies = Policies.of(settings, skeleton)
-        self.weight_slots = WeightSlots(store, self.policies.uploaded, self.policies.slots, device, alias)
-        downloaded = frozenset(u for u in self.policies.trainable if u <= skeleton.head)
-        self.gradient_slots = GradientSlots(store, downloaded, self.policies.grad_slots, device, alias)
+        spec = self.policies.step_spec(1)
+        self.weight_slots = WeightSlots(store, weight_slot_numels(store.units, spec), device, alias)
+        self.gradient_slots = GradientSlots(store, gradient_slot_numels(store.units, spec), device, alias)
         self.boundary_slots = BoundarySlots(settings.boundary_slots, device, alias)
         self.saving: Saving | None = None
         self.reruns: set[int] = set()
         self.notes: list[str] = []
+        self.remarks: list[str] = []
         self.logs_notes = True
-        self._embedding = ends.host_embedding(skeleton)
         self.functions: dict[str, Callable[[Step, Op], None]] = {
-            "G": self._gather,
             "U": self._upload,
             "F": self._forward,
             "X": self._spill,
@@ -69,41 +77,41 @@ class Ops:
             "C": self._recompute,
             "B": self._backward,
             "D": self._download,
-            "S": self._scatter,
             "N": self._norm,
             "O": self._optimize,
             "W": self._write,
         }
 
-    def _gather(self, step: Step, op: Op) -> None:
-        table = self.store.weight(self.skeleton.anatomy.embedding)
-        ids = step.micro_batches[op.micro_batch]["input_ids"]
-        embeds = ends.gather_rows(self._embedding, table, ids)
-        if self.device.type == "cuda":
-            embeds = embeds.pin_memory()
-        step.memory[Buffer("embeds", -1, op.micro_batch)] = embeds
-
     def _upload(self, step: Step, op: Op) -> None:
         self.weight_slots.upload(op.slot, op.unit)
 
     def _forward(self, step: Step, op: Op) -> None:
-        m = op.micro_batch
-        with step.draws(op, self.device)():
-            if op.unit == 0:
-                embeds = step.tensor("embeds", -1, m).to(self.device, non_blocking=True)
-                output, call = ends.forward_prologue(
-                    self.skeleton, self._weights(op), embeds, self._inputs(step, m)
-                )
-                step.memory[Buffer("call", -1, m)] = call
-            else:
+        if op.unit == 0:
+            output = self._forward_prologue(step, op)
+        else:
+            with step.draws(op, self.device)():
                 output = self._forward_layer(step, op)
-        step.memory[Buffer("input", op.unit + 1, m)] = output
+        step.memory[Buffer("input", op.unit + 1, op.micro_batch)] = output
+
+    def _forward_prologue(self, step: Step, op: Op) -> torch.Tensor:
+        m = op.micro_batch
+        unit, parameter = self._table
+        table = self.store.units[unit].view(self.weight_slots.unit(op.table, unit).weights, parameter)
+        with torch.no_grad(), host_twins(self.device):
+            inputs = self._inputs(step, m)
+            if step.rows is not None and m == 0:  # of all micro-batches: another unit may replace the table
+                step.memory[Buffer("rows")] = table.index_select(0, self._on_device(step.rows.numbers))
+            embeds = ends.look_up(self.skeleton, table, inputs["input_ids"])
+            with step.draws(op, self.device)():
+                output, call = ends.forward_prologue(self.skeleton, self._weights(op), embeds, inputs)
+        step.memory[Buffer("call", -1, m)] = call
+        return output
 
     def _forward_layer(self, step: Step, op: Op) -> torch.Tensor:
         layer, hidden = self._layer(step, op), step.tensor("input", op.unit, op.micro_batch)
         grad = not step.spec.evaluate and op.unit >= step.spec.lowest_backward
         done = layer.forward(hidden, policy=op.policy, grad=grad, reruns=op.unit in self.reruns)
-        if isinstance(done.graph, Rerun):
+        if isinstance(done.graph, Rerun) and done.graph.reason is not None:
             self._fall_back(op.unit, done.graph.reason)
         if done.graph is not None:
             step.memory[Buffer("graph", op.unit, op.micro_batch)] = done.graph
@@ -128,6 +136,12 @@ class Ops:
         self.notes.append(note)
         if self.logs_notes:
             _log.warning(note)
+
+    def remark(self, text: str) -> None:
+        """Note something worth knowing, as `tell` does."""
+        self.remarks.append(text)
+        if self.logs_notes:
+            _log.info(text)
 
     def _spill(self, step: Step, op: Op) -> None:
         value = step.tensor("input", op.unit, op.micro_batch)
@@ -158,7 +172,11 @@ class Ops:
             loss, hidden_gradient = step.head_losses[m](skeleton, hidden, targets, draws)
             if skeleton.has_router_loss:  # counts with the micro-batch's share of the step's targets
                 share = int((targets != IGNORED).sum()) / step.num_tokens
-                loss += ends.router_loss_and_backward(skeleton, call, hidden, share, draws)
+                with host_twins(self.device):
+                    call.inputs = self._inputs(step, m)  # once more, so that they have twins
+                    loss += ends.router_loss_and_backward(skeleton, call, hidden, share, draws)
+        if gradient is not None and m == step.spec.micro_batches - 1:
+            gradient.complete()  # a tied one waits here for the table's rows
         step.losses[m] = loss
         step.memory[Buffer("input_grad", -1, m)] = hidden_gradient
 
@@ -176,19 +194,47 @@ class Ops:
     def _backward(self, step: Step, op: Op) -> None:
         m = op.micro_batch
         gradient = step.tensor("input_grad", -1, m)
+        if op.unit == 0:
+            self._backward_prologue(step, op, gradient)
+            return
         with step.draws(op, self.device)():
-            if op.unit == 0:
-                embeds = step.tensor("embeds", -1, m).to(self.device, non_blocking=True)
-                inputs, mine = self._inputs(step, m), self._gradient(step, op)
-                gradient = ends.backward_prologue(
-                    self.skeleton, self._weights(op), embeds, inputs, gradient, mine
-                )
-                step.memory[Buffer("embeds_grad", -1, m)] = self._to_host(gradient)
-                return
             graph, hidden = step.graph(op.unit, m), self._stored_input(step, op)
             step.memory[Buffer("input_grad", -1, m)] = self._layer(step, op).backward(
                 graph, hidden, gradient, self._gradient(step, op)
             )
+
+    def _backward_prologue(self, step: Step, op: Op, output_gradient: torch.Tensor) -> None:
+        m, mine = op.micro_batch, self._gradient(step, op)
+        assert step.rows is not None
+        leaf = step.tensor("rows", -1, -1).detach().requires_grad_(step.spec.sums_rows)
+        with torch.enable_grad():
+            embeds = ends.look_up(self.skeleton, leaf, self._on_device(step.rows.places[m]))
+        with host_twins(self.device), step.draws(op, self.device)():
+            call = replace(step.call(m), inputs=self._inputs(step, m))  # copied again, for their twins
+            ends.backward_prologue(self.skeleton, self._weights(op), embeds, call, output_gradient, mine)
+        if not step.spec.sums_rows:
+            return
+        del embeds
+        found = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        if m == 0:
+            several = step.spec.micro_batches > 1
+            step.memory[Buffer("row_grads")] = found.float() if several else found
+        else:
+            step.tensor("row_grads", -1, -1).add_(found)
+        if op.table_grad >= 0:
+            self._add_rows(step, op)
+
+    def _add_rows(self, step: Step, op: Op) -> None:
+        """Put the sum of the rows' gradients into the gradient of the embedding table."""
+        assert step.rows is not None
+        unit, parameter = self._table
+        total = step.tensor("row_grads", -1, -1)
+        if step.rows.padding is not None:
+            total[step.rows.padding].zero_()
+        if unit not in step.gradients:  # a tied one holds the head's
+            step.gradients[unit] = self._new_gradient(step, unit, op.table_grad)
+        numbers = self._on_device(step.rows.numbers)
+        step.gradients[unit].add_rows(parameter, numbers, total, self.store.dtype)
 
     def _download(self, step: Step, op: Op) -> None:
         gradient = step.gradients.pop(op.unit)
@@ -196,29 +242,6 @@ class Ops:
         square = gradient.download(target, measure=step.spec.update == "eager")
         if square is not None:
             step.square_norms[op.unit] = square
-
-    def _scatter(self, step: Step, op: Op) -> None:
-        skeleton = self.skeleton
-        name = skeleton.anatomy.embedding
-        ids = [batch["input_ids"] for batch in step.micro_batches]
-        gradients = [step.tensor("embeds_grad", -1, m) for m in range(len(ids))]
-        rows, values = ends.row_gradients(
-            self._embedding, self.store.weight(name), ids, gradients, padding_row=skeleton.padding_row
-        )
-        table = self.store.gradient(name, op.slab)
-        before = torch.zeros((), dtype=torch.float64)
-        if skeleton.anatomy.tied:
-            if op.slab < 0:
-                self._measure(step, skeleton.head)
-            held = table[rows]
-            before = square_norm(held.view(-1))
-            table[rows] = (held + values).to(table.dtype)
-        else:
-            self.store.gradient_run(skeleton.embedding_unit, op.slab).zero_()
-            table[rows] = values.to(table.dtype)
-        after = square_norm(table[rows].view(-1))
-        # A tied head's own norm was taken as it was downloaded; this is what the rows add to it.
-        step.square_norms[skeleton.head + 1] = after - before
 
     def norm_of(self, step: Step) -> float:
         """The global gradient norm of a step whose gradients are in host memory."""
@@ -271,28 +294,32 @@ class Ops:
         if op.grad_slot < 0:
             return None
         if op.first:
-            token_counts = [t.numel() for t in step.targets]
-            dtype = self.policies.gradient_dtype(op.unit, token_counts, self.store.dtype)
-            at_home = self.gradient_slots.is_alias(dtype)
-            if at_home:
-                run = self.store.gradient_run(op.unit, step.spec.slab(op.unit))
-            else:
-                run = self.gradient_slots.run(op.grad_slot, op.unit, dtype)
-            in_pairs = self.gradient_slots.alias and self.policies.adds_gradients(op.unit, token_counts)
-            layout = self.store.units[op.unit]
-            step.gradients[op.unit] = UnitGradient(layout, run, at_home=at_home, in_pairs=in_pairs)
+            step.gradients[op.unit] = self._new_gradient(step, op.unit, op.grad_slot)
         return step.gradients[op.unit]
+
+    def _new_gradient(self, step: Step, unit: int, grad_slot: int) -> UnitGradient:
+        token_counts = [t.numel() for t in step.targets]
+        dtype = self.policies.gradient_dtype(unit, token_counts, self.store.dtype)
+        at_home = self.gradient_slots.is_alias(dtype)
+        if at_home:
+            run = self.store.gradient_run(unit, step.spec.slab(unit))
+        else:
+            run = self.gradient_slots.run(grad_slot, unit, dtype)
+        in_pairs = self.gradient_slots.alias and self.policies.adds_gradients(unit, token_counts)
+        return UnitGradient(self.store.units[unit], run, at_home=at_home, in_pairs=in_pairs)
+
+    @property
+    def _table(self) -> tuple[int, Parameter]:
+        """The unit that has the embedding table, and the table in it."""
+        return self.store.locate(self.skeleton.anatomy.embedding)
+
+    def _on_device(self, indices: torch.Tensor) -> torch.Tensor:
+        return indices.to(self.device, non_blocking=True)
 
     def _inputs(self, step: Step, m: int) -> dict[str, torch.Tensor]:
         names = ("input_ids", "attention_mask", "position_ids")
         batch = step.micro_batches[m]
         return {n: batch[n].to(self.device, non_blocking=True) for n in names if batch.get(n) is not None}
-
-    def _to_host(self, value: torch.Tensor) -> torch.Tensor:
-        if value.device.type == "cpu":
-            return value
-        staging = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-        return staging.copy_(value, non_blocking=True)
 
     def tensors_of(self, step: Step, buffer: Buffer) -> list[torch.Tensor]:
         """The tensors behind a transient buffer; none if it aliases the store."""

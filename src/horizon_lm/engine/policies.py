@@ -64,7 +64,7 @@ class Policies:
         """Raises ConfigError if a list of policies does not name each layer once."""
         # All layers of a block are on the device together, while the next block's first is uploaded.
         block = settings.checkpoint_interval
-        streamed = range(shape.num_layers + 2)
+        streamed = {*range(shape.num_layers + 2), shape.embedding_unit}
         kept, spilled = layer_policies(settings, shape.num_layers)
         return cls(
             settings,
@@ -73,9 +73,7 @@ class Policies:
             grad_slots=max(settings.grad_slots, block),
             loss_chunk=min(chunk_tokens(settings.loss_chunk_tokens, shape.vocabulary), shape.max_head_tokens),
             uploaded=frozenset(u for u in streamed if shape.units[u].numel),
-            trainable=frozenset(
-                u for u in {*streamed, shape.embedding_unit} if shape.units[u].trainable_numel
-            ),
+            trainable=frozenset(u for u in streamed if shape.units[u].trainable_numel),
             kept=kept,
             spilled=spilled,
         )
@@ -109,10 +107,11 @@ class Policies:
         return torch.float32 if self.adds_gradients(unit, token_counts) else dtype
 
     def adds_gradients(self, unit: int, token_counts: Sequence[int]) -> bool:
-        """Whether a unit's gradient is a sum over micro-batches or, in the head, over loss chunks."""
-        count = len(token_counts)
+        """Whether a unit's gradient is a sum over micro-batches or, in the head, over loss chunks. That of an
+        embedding unit is not: its rows are summed before."""
+        count, head = len(token_counts), self.shape.num_layers + 1
         chunks = max((-(-tokens // self.loss_chunk) for tokens in token_counts), default=1)
-        return (count * max(1, chunks) if unit == self.shape.num_layers + 1 else count) > 1
+        return unit <= head and (count * max(1, chunks) if unit == head else count) > 1
 
 
 def layer_policies(settings: ModelSettings, num_layers: int) -> tuple[frozenset[int], frozenset[int]]:

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import torch
 
+from horizon_lm.engine.ends import Rows
 from horizon_lm.engine.gradient import UnitGradient
 from horizon_lm.engine.layers import LayerGraph, Rerun
-from horizon_lm.engine.loss import Draws, HeadLoss
+from horizon_lm.engine.loss import Draws, HeadLoss, Metrics
 from horizon_lm.micro_batches import MicroBatch
 from horizon_lm.model.capture import Call
 from horizon_lm.optim.kernel import Progress
@@ -87,8 +88,10 @@ class Update:
 class Step:
     """A running step: its schedule, micro-batches and transient buffers.
 
-    targets: [batch, tokens] on the host per micro-batch. num_tokens: targets that count. number: steps done
-    before it. head_losses: one per micro-batch. update: what the O ops of this schedule apply.
+    targets: [batch, tokens] on the host per micro-batch. num_tokens: targets that count. rows: those of the
+    embedding table, if their gradients, or those of the prologue, are wanted. number: steps done before it.
+    head_losses: one per micro-batch. metrics: what a loss function returns beside the loss (device_metrics:
+    before they are read). update: what the O ops of this schedule apply.
     ends_itself: its gradients are of no use after the call that made them.
     """
 
@@ -97,6 +100,7 @@ class Step:
     micro_batches: Sequence[MicroBatch] = ()
     targets: list[torch.Tensor] = field(default_factory=list)
     num_tokens: int = 0
+    rows: Rows | None = None
     number: int = 0
     rng_base: int = 0
     head_losses: list[HeadLoss] = field(default_factory=list)
@@ -106,6 +110,7 @@ class Step:
     gradients: dict[int, UnitGradient] = field(default_factory=dict)
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     log_probs: dict[int, torch.Tensor] = field(default_factory=dict)
+    device_metrics: list[Metrics] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)
     square_norms: dict[int, torch.Tensor] = field(default_factory=dict)
 
@@ -142,11 +147,9 @@ class Step:
 
         The loss is known before any update, so it is looked at only once.
         """
-        square = float(self.square_norms[unit])
-        if self.spec.scatters and unit == self.spec.embedding_unit:
-            square += float(self.square_norms[self.spec.head + 1])
         assert self.update is not None
-        return math.isfinite(square) and (self.update.has_begun or math.isfinite(self.loss))
+        finite = math.isfinite(float(self.square_norms[unit]))
+        return finite and (self.update.has_begun or math.isfinite(self.loss))
 
 
 @contextmanager

@@ -10,9 +10,8 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from horizon_lm.machine.cores import usable_cores
+from horizon_lm.machine.memory import total_host_bytes
 
 
 def machine() -> dict[str, Any]:
@@ -20,7 +19,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": cpu_name(),
         "cores": usable_cores(),
-        "host_bytes": psutil.virtual_memory().total,
+        "host_bytes": total_host_bytes(),
         "platform": platform.platform(),
     }
 

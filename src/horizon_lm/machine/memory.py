@@ -11,10 +11,21 @@ from horizon_lm.machine import cgroup
 _NO_LIMIT = 1 << 60
 
 
-def available_host_bytes() -> int:
-    """Return the least of free RAM, the headroom of every cgroup above this process, and its own limits."""
-    candidates = [psutil.virtual_memory().available, *_cgroup_headrooms(), *_process_limits()]
-    return max(0, min(candidates))
+def available_host_bytes(stated: int | None = None) -> int:
+    """Return the least of free RAM, the headroom of every cgroup above this process, and its own limits.
+
+    stated: the machine's RAM, all free but for what this process holds. By default free RAM is what the
+    system shows (MemAvailable), which some virtual machines raise only as memory is used.
+    """
+    free = psutil.virtual_memory().available
+    if stated is not None:
+        free = stated - psutil.Process().memory_info().rss
+    return max(0, min([free, *_cgroup_headrooms(), *_process_limits()]))
+
+
+def total_host_bytes() -> int:
+    """Return the RAM that the system shows (MemTotal)."""
+    return psutil.virtual_memory().total
 
 
 def _cgroup_headrooms(root: Path = cgroup.ROOT, listing: Path = cgroup.LISTING) -> list[int]:

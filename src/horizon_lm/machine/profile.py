@@ -20,6 +20,7 @@ from horizon_lm.errors import ConfigError
 _FOLDER = "horizon_lm.machine.profiles"
 # Serves until `horizon doctor` has measured this machine: the smallest shipped profile.
 FALLBACK = "cpu-2core"
+HERE = "here"  # the name of this machine's own profile
 
 
 class Rates(BaseModel):
@@ -80,7 +81,9 @@ class Profile(BaseModel):
     @property
     def kind(self) -> str:
         """How reliable its figures are, in words."""
-        return "measured on this machine" if self.measured else "simulated: not measured here"
+        if not self.measured:
+            return "simulated: not measured here"
+        return "measured on this machine" if self.name == HERE else "measured on the machine it names"
 
 
 def shipped() -> list[str]:

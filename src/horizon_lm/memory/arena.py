@@ -1,7 +1,8 @@
-"""Exact host memory: anonymous mappings with huge pages, registered with the device in place.
+"""Exact host memory: anonymous mappings with huge pages, pinned in place for a CUDA device.
 
 PyTorch's pinned allocator rounds every block up to a power of two; these mappings have the requested size,
-rounded to a page.
+rounded to a page. Memory that is not pinned is touched by whoever writes it first: moments by the update's
+threads, in parallel and each on its own NUMA node.
 """
 
 from __future__ import annotations
@@ -9,25 +10,56 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 import torch
 
 from horizon_lm.errors import DoesNotFitError
 from horizon_lm.machine.memory import lockable_bytes
+from horizon_lm.memory.registration import pin
 from horizon_lm.words import size
 
 _MOST_TRIED = 1 << 30  # bytes of locked memory
+_PIECE_BYTES = 1 << 30
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
-def allocate(num_bytes: int, *, pin: bool = False) -> torch.Tensor:
+def allocate(num_bytes: int, *, pin_for: torch.device | None = None) -> torch.Tensor:
     """Return a zero-filled uint8 tensor of exactly `num_bytes` host bytes; pages are touched on first use.
 
-    pin: register the pages with CUDA (page-locked, for asynchronous copies).
-    Raises DoesNotFitError if the system rejects the mapping or the registration.
+    pin_for: a CUDA device whose copies shall be asynchronous: pages are touched and page-locked now. Another
+    device needs none of it. Raises DoesNotFitError if the system rejects the mapping or the registration.
     """
+    (block,) = allocate_runs([num_bytes], pin_for=pin_for)
+    return block
+
+
+def allocate_runs(sizes: Sequence[int], *, pin_for: torch.device | None = None) -> list[torch.Tensor]:
+    """Return zero-filled uint8 tensors of these bytes. Adjacent ones share a mapping of up to 1 GiB, which is
+    pinned as one piece; each lies in one mapping as a whole. Otherwise as `allocate`."""
+    blocks: list[torch.Tensor] = []
+    runs: list[torch.Tensor] = []
+    for group in _groups(sizes):
+        blocks.append(_map(sum(group)))
+        runs += blocks[-1].split(group)
+    if pin_for is not None and pin_for.type == "cuda":
+        pin(blocks, pin_for)
+    return runs
+
+
+def _groups(sizes: Sequence[int]) -> Iterator[list[int]]:
+    group: list[int] = []
+    for num_bytes in sizes:
+        if group and sum(group) + num_bytes > _PIECE_BYTES:
+            yield group
+            group = []
+        group.append(num_bytes)
+    if group:
+        yield group
+
+
+def _map(num_bytes: int) -> torch.Tensor:
     if num_bytes == 0:
         return torch.empty(0, dtype=torch.uint8)
     try:
@@ -41,14 +73,7 @@ def allocate(num_bytes: int, *, pin: bool = False) -> torch.Tensor:
     if num_bytes >= 4 << 20:
         with suppress(AttributeError, OSError):
             block.madvise(mmap.MADV_HUGEPAGE)
-    tensor = torch.frombuffer(block, dtype=torch.uint8)
-    if pin:
-        # A child process must not share pages that the device accesses: after a fork, a write would copy
-        # them away from the device.
-        with suppress(AttributeError, OSError):
-            block.madvise(mmap.MADV_DONTFORK)
-        _register(tensor)
-    return tensor
+    return torch.frombuffer(block, dtype=torch.uint8)
 
 
 def pinnable_bytes() -> int | None:
@@ -66,7 +91,7 @@ def pinnable_bytes() -> int | None:
 def pins_beyond(limit: int) -> bool:
     """Whether CUDA pins more than `limit` bytes; tries one megabyte more."""
     try:
-        allocate(limit + (1 << 20), pin=True)
+        allocate(limit + (1 << 20), pin_for=torch.device("cuda"))
     except DoesNotFitError:
         return False
     return True
@@ -93,15 +118,3 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)  # never
-
-
-def _register(tensor: torch.Tensor) -> None:
-    runtime = torch.cuda.cudart()
-    status = runtime.cudaHostRegister(tensor.data_ptr(), tensor.numel(), 0)
-    if int(status) != 0:
-        raise DoesNotFitError(
-            f"CUDA refused to pin {size(tensor.numel())} of host memory (cudaHostRegister: {status})",
-            hint="raise the locked-memory limit (ulimit -l unlimited) or choose a smaller model",
-        )
-    # Runs when the last view is gone, before the storage releases the mapping.
-    weakref.finalize(tensor.untyped_storage(), runtime.cudaHostUnregister, tensor.data_ptr())

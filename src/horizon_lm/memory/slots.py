@@ -6,13 +6,13 @@ gradient slot the store's gradient buffer if dtypes match: no copies.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
-from horizon_lm.memory import arena
 from horizon_lm.memory.layout import UnitLayout
+from horizon_lm.memory.pinned import PinnedPool
 from horizon_lm.memory.store import HostStore
 from horizon_lm.schedule import StepSpec
 
@@ -25,31 +25,40 @@ class UnitWeights(NamedTuple):
     wide_residual: torch.Tensor
 
 
+def weight_slot_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[int]:
+    """Elements of each weight slot: those of the ring fit prologue and layers, the outer one head and table."""
+    sizes = {u: units[u].slot_numel for u in plan.uploaded}
+    return [_largest(sizes, range(plan.head))] * plan.slots + [_largest(sizes, (plan.head, plan.head + 1))]
+
+
+def gradient_slot_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[int]:
+    """Elements of each gradient slot, as `weight_slot_numels`."""
+    sizes = {u: units[u].trainable_numel for u in plan.trainable}
+    ring, outer = _largest(sizes, range(plan.head)), _largest(sizes, (plan.head, plan.head + 1))
+    return [ring] * plan.grad_slots + [outer]
+
+
+def _largest(sizes: Mapping[int, int], units: Iterable[int]) -> int:
+    return max((sizes.get(unit, 0) for unit in units), default=0)
+
+
 def slot_bytes(units: Sequence[UnitLayout], plan: StepSpec, dtype: torch.dtype) -> dict[str, int]:
     """Predict the bytes of the weight and gradient slots. Gradients accumulate in fp32."""
-    weights = max((units[u].slot_numel for u in plan.uploaded), default=0)
-    downloaded = [u for u in plan.trainable if u <= plan.head]
-    gradients = max((units[u].trainable_numel for u in downloaded), default=0)
     return {
-        "weight_slots": plan.slots * weights * dtype.itemsize,
-        "gradient_slots": plan.grad_slots * gradients * torch.float32.itemsize,
+        "weight_slots": sum(weight_slot_numels(units, plan)) * dtype.itemsize,
+        "gradient_slots": sum(gradient_slot_numels(units, plan)) * torch.float32.itemsize,
     }
 
 
 class WeightSlots:
-    """`count` device buffers, each as large as the largest uploaded unit."""
+    """Device buffers of `numels` elements each."""
 
-    def __init__(
-        self, store: HostStore, uploaded: frozenset[int], count: int, device: torch.device, alias: bool
-    ) -> None:
+    def __init__(self, store: HostStore, numels: Sequence[int], device: torch.device, alias: bool) -> None:
         self._store = store
         self._alias = alias
-        self.capacity = max(store.units[u].slot_numel for u in uploaded)
         self._buffers = []
         if not alias:
-            self._buffers = [
-                torch.empty(self.capacity, dtype=store.dtype, device=device) for _ in range(count)
-            ]
+            self._buffers = [torch.empty(n, dtype=store.dtype, device=device) for n in numels]
 
     @property
     def num_bytes(self) -> int:
@@ -80,35 +89,32 @@ class WeightSlots:
 
 
 class GradientSlots:
-    """`count` device buffers, each for one unit's gradient while it accumulates.
+    """Device buffers of `numels` fp32 elements, each for one unit's gradient while it accumulates.
 
     A gradient that is written once has the store's dtype; one that is added to (several micro-batches or loss
-    chunks) accumulates in fp32.
+    chunks) accumulates in fp32. With `alias` a buffer is allocated once a gradient needs fp32 in a bf16
+    store; else at once, not during the first step on another stream.
     """
 
-    def __init__(
-        self, store: HostStore, units: frozenset[int], count: int, device: torch.device, alias: bool
-    ) -> None:
+    def __init__(self, store: HostStore, numels: Sequence[int], device: torch.device, alias: bool) -> None:
         self._store = store
         self.alias = alias
         self._device = device
-        self._count = count
-        self.capacity = max((store.units[u].trainable_numel for u in units), default=0)
-        self._buffers: list[torch.Tensor] = []
-        if not alias:
-            self.reserve()  # now, not during the first step on another stream
+        self._numels = numels
+        self._buffers: list[torch.Tensor | None] = [None] * len(numels)
+        for slot in range(0 if alias else len(numels)):
+            self._buffer(slot)
 
     @property
     def num_bytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self._buffers)
+        return sum(buffer.nbytes for buffer in self._buffers if buffer is not None)
 
-    def reserve(self) -> None:
-        """Allocate the buffers; with `alias`, only once a gradient needs fp32 in a bf16 store."""
-        if not self._buffers:
-            size = self.capacity * torch.float32.itemsize
-            self._buffers = [
-                torch.empty(size, dtype=torch.uint8, device=self._device) for _ in range(self._count)
-            ]
+    def _buffer(self, grad_slot: int) -> torch.Tensor:
+        found = self._buffers[grad_slot]
+        if found is None:
+            size = self._numels[grad_slot] * torch.float32.itemsize
+            found = self._buffers[grad_slot] = torch.empty(size, dtype=torch.uint8, device=self._device)
+        return found
 
     def is_alias(self, dtype: torch.dtype) -> bool:
         """Whether a gradient of this dtype accumulates in the store itself."""
@@ -116,24 +122,26 @@ class GradientSlots:
 
     def run(self, grad_slot: int, unit: int, dtype: torch.dtype) -> torch.Tensor:
         """The slot as the unit's gradient buffer [trainable_numel] of `dtype`."""
-        self.reserve()
-        return self._buffers[grad_slot].view(dtype)[: self._store.units[unit].trainable_numel]
+        return self._buffer(grad_slot).view(dtype)[: self._store.units[unit].trainable_numel]
 
     def tensors(self, grad_slot: int) -> list[torch.Tensor]:
         """The slot's buffer, as fp32; none if none was allocated."""
-        return [self._buffers[grad_slot].view(torch.float32)] if self._buffers else []
+        found = self._buffers[grad_slot]
+        return [] if found is None else [found.view(torch.float32)]
 
 
 class BoundarySlots:
     """Host buffers for spilled layer inputs, and `count` device buffers to restore them. With `alias` inputs
     stay where they are.
 
-    All buffers are reused from step to step and grow to the largest input seen.
+    All buffers are reused from step to step. Those on the device grow to the largest input seen, those on the
+    host as in `PinnedPool`.
     """
 
     def __init__(self, count: int, device: torch.device, alias: bool) -> None:
         self._device, self._alias = device, alias
-        self._host: dict[tuple[int, int], torch.Tensor] = {}  # uint8, by unit and micro-batch
+        self._pool = PinnedPool(device)
+        self._host_bytes: dict[tuple[int, int], int] = {}  # of this step, by unit and micro-batch
         self._buffers: list[torch.Tensor] = [torch.empty(0, dtype=torch.uint8, device=device)] * count
         self._held: list[torch.Tensor | None] = [None] * count
 
@@ -144,23 +152,23 @@ class BoundarySlots:
 
     @property
     def host_bytes(self) -> int:
-        return sum(host.nbytes for host in self._host.values())
+        return self._pool.num_bytes
 
     def host_bytes_of(self, unit: int, micro_batch: int) -> int:
-        """Host bytes of one spilled input; 0 if none was spilled."""
-        host = self._host.get((unit, micro_batch))
-        return 0 if host is None else host.nbytes
+        """Host bytes of one input that the last step spilled; 0 if it was not."""
+        return self._host_bytes.get((unit, micro_batch), 0)
+
+    def begin_step(self) -> None:
+        """Reuse the host buffers of the last step, whose copies have ended."""
+        self._pool.give_back()
+        self._host_bytes = {}
 
     def spill(self, unit: int, micro_batch: int, value: torch.Tensor) -> torch.Tensor:
         """Copy a layer's input to host memory, asynchronously from a GPU, and return the copy."""
         if self._alias:
             return value
-        host = self._host.get((unit, micro_batch))
-        if host is None or host.nbytes < value.nbytes:
-            host = arena.allocate(value.nbytes, pin=self._device.type == "cuda")
-            self._host[unit, micro_batch] = host
-        place = host[: value.nbytes].view(value.dtype).view(value.shape)
-        return place.copy_(value, non_blocking=True)
+        self._host_bytes[unit, micro_batch] = value.nbytes
+        return self._pool.reserve(value.shape, value.dtype).copy_(value, non_blocking=True)
 
     def restore(self, slot: int, host: torch.Tensor) -> None:
         """Copy a spilled input into a device buffer."""

@@ -1,9 +1,9 @@
 """HostStore: weights, gradients and optimizer state in host memory.
 
-Each region is one exact allocation that holds all units:
+Each region is an exact allocation of all units, in mappings of about 1 GiB that hold whole units:
 
     weights     bf16 (or fp32)  2 (4) bytes   compute copy and upper half of the master, pinned
-    residual    int16           2 (0)         lower half of the fp32 master
+    residual    int16           2 (0)         lower half of the fp32 master; pinned where parameters are wide
     exp_avg     fp32 or bf16    4 (2)         first moment
     exp_avg_sq  fp32 or bf16    4 (2)         second moment; none with sgd and lion
     grads       bf16 (or fp32)  2 (4)         gradients of the last forward_backward, pinned
@@ -22,6 +22,7 @@ import torch
 from horizon_lm.memory import arena
 from horizon_lm.memory.layout import Parameter, UnitLayout
 from horizon_lm.memory.master import join_master, split_master
+from horizon_lm.memory.registration import pin
 
 
 @dataclass(frozen=True)
@@ -105,13 +106,20 @@ def predict_bytes(units: Sequence[UnitLayout], spec: StoreSpec) -> dict[str, int
 class HostStore:
     """All parameters of a model, their gradients and optimizer state, in host memory."""
 
-    def __init__(self, units: Sequence[UnitLayout], spec: StoreSpec, *, pin: bool = False) -> None:
+    def __init__(
+        self, units: Sequence[UnitLayout], spec: StoreSpec, *, pin_for: torch.device | None = None
+    ) -> None:
+        """pin_for: the device that the weights are copied to."""
         self.units = tuple(units)
         self.spec = spec
         self._runs: dict[str, list[torch.Tensor]] = {}
         for region in regions(spec):
-            block = arena.allocate(region.num_bytes(units), pin=pin and region.pinned).view(region.dtype)
-            self._runs[region.name] = list(block.split(region.numels(units)))
+            sizes = [numel * region.dtype.itemsize for numel in region.numels(units)]
+            runs = arena.allocate_runs(sizes, pin_for=pin_for if region.pinned else None)
+            self._runs[region.name] = [run.view(region.dtype) for run in runs]
+        if pin_for is not None and pin_for.type == "cuda":
+            # The few residuals that a device needs; their pages alone, since locked memory may be limited.
+            pin([self.wide_residual(unit) for unit in range(len(units))], pin_for)
         self._place = {p.name: (u, p) for u, unit in enumerate(units) for p in unit.parameters}
 
     @property

@@ -2,18 +2,21 @@
 
 transformers describes visible keys as a function of indices, which its `sdpa` expands to a boolean mask
 [batch, 1, tokens, tokens]. If that function means "keys of the same document up to this one, within the
-window", each document is attended to by itself instead, in blocks if it is longer than the window. Everything
-else uses transformers' own functions.
+window", all documents are attended to in one call on CUDA (`model/varlen.py`), else each by itself, in blocks
+if it is longer than the window. Everything else uses transformers' own functions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch._guards import detect_fake_mode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from horizon_lm.model.varlen import Packed, attend_packed, fits, pack
 
 Bounds = list[list[tuple[int, int]]]  # per row, the (start, end) of its documents
 _BLOCK = 512  # minimum queries of a window's block
@@ -26,11 +29,12 @@ class IntervalMask(torch.Tensor):
     Only `attend` uses the compact form. For anything else a model does with its mask (add it to scores,
     combine it with its own) it expands to the boolean mask.
     documents: as Python numbers, so that no layer has to wait for the device. window: maximum keys per query,
-    if limited.
+    if limited. packed: the documents for one call, where the device has a kernel for them.
     """
 
     documents: Bounds
     window: int | None
+    packed: Packed | None
 
     @classmethod
     def __torch_function__(
@@ -100,7 +104,8 @@ def make_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
         )
         if found is not None:
             begins, starts = found
-            return _mask(starts, _bounds(begins), window)
+            documents = _bounds(begins)
+            return _mask(starts, documents, window, pack(documents, starts.device))
     return sdpa_mask(*args, **kwargs)
 
 
@@ -153,11 +158,13 @@ def _bounds(begins: torch.Tensor) -> Bounds:
     return found
 
 
-def _mask(starts: torch.Tensor, documents: Bounds, window: int | None) -> torch.Tensor:
+def _mask(
+    starts: torch.Tensor, documents: Bounds, window: int | None, packed: Packed | None = None
+) -> torch.Tensor:
     mask = starts.to(torch.int32)
     if type(mask) is torch.Tensor:  # fake tensors cannot be subclasses
         mask = mask.as_subclass(IntervalMask)
-    mask.documents, mask.window = documents, window  # type: ignore[attr-defined]
+    mask.documents, mask.window, mask.packed = documents, window, packed  # type: ignore[attr-defined]
     return mask
 
 
@@ -194,19 +201,40 @@ def attend(
         mask = _written_out(attention_mask)
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     window: int | None = attention_mask.window  # type: ignore[union-attr]
+    packed: Packed | None = attention_mask.packed  # type: ignore[union-attr]
+    if packed is not None and fits(module, query, key, value, packed, kwargs):
+        return attend_packed(query, key, value, packed, window, kwargs.get("scaling")), None
     rows = []
-    for row, documents in enumerate(bounds):
-        parts = []
-        for queries, keys in _pieces(documents, window):
-            mask = None
-            if window is not None and keys.stop - keys.start > window:
-                mask = _window_mask(queries, keys, window, query.device)
-            q = query[row : row + 1, :, queries]
-            k, v = key[row : row + 1, :, keys], value[row : row + 1, :, keys]
-            out, _ = sdpa_attention_forward(module, q, k, v, mask, **{**kwargs, "is_causal": True})
-            parts.append(out)
-        rows.append(torch.cat(parts, dim=1))
+    with _without_cudnn(query.device):
+        for row, documents in enumerate(bounds):
+            parts = []
+            for queries, keys in _pieces(documents, window):
+                mask = None
+                if window is not None and keys.stop - keys.start > window:
+                    mask = _window_mask(queries, keys, window, query.device)
+                q = query[row : row + 1, :, queries]
+                k, v = key[row : row + 1, :, keys], value[row : row + 1, :, keys]
+                out, _ = sdpa_attention_forward(module, q, k, v, mask, **{**kwargs, "is_causal": True})
+                parts.append(out)
+            rows.append(torch.cat(parts, dim=1))
     return torch.cat(rows), None
+
+
+def _without_cudnn(device: torch.device) -> AbstractContextManager[None]:
+    """Keep cuDNN from attending to pieces: it would plan its kernels again for each new length.
+
+    torch's switches are process-wide; those that the user turned off stay off.
+    """
+    cuda = torch.backends.cuda
+    if device.type != "cuda" or not cuda.cudnn_sdp_enabled():
+        return nullcontext()
+    others = {
+        SDPBackend.FLASH_ATTENTION: cuda.flash_sdp_enabled,
+        SDPBackend.EFFICIENT_ATTENTION: cuda.mem_efficient_sdp_enabled,
+        SDPBackend.MATH: cuda.math_sdp_enabled,
+    }
+    chosen = [backend for backend, is_enabled in others.items() if is_enabled()]
+    return sdpa_kernel(chosen) if chosen else nullcontext()
 
 
 def _pieces(documents: list[tuple[int, int]], window: int | None) -> Iterator[tuple[slice, slice]]:

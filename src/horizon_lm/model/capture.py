@@ -2,7 +2,8 @@
 
 The prologue is the model's forward with its decoder layers replaced by recorders, so what each layer receives
 (masks, rotary embeddings, position ids, differences between layers) is exactly what transformers computes.
-The head is the same forward on one dummy token, with the last layer replaced by the true hidden states.
+The head is its own modules (`OwnHead`), or in a model of another form the same forward on one dummy token,
+with the last layer replaced by the true hidden states.
 """
 
 from __future__ import annotations
@@ -50,12 +51,13 @@ class Call:
     layers: per layer, (positional, named) arguments without hidden states.
     inputs: arguments of the model's forward (input_ids, attention_mask, position_ids).
     routers: per layer, its routers' logits if the auxiliary loss is on; replaced by their gradients once the
-    loss is computed.
+    loss is computed. is_untouched: layer 0 receives the embeddings as they were looked up.
     """
 
     layers: list[tuple[tuple, dict[str, Any]]]
     inputs: dict[str, torch.Tensor]
     routers: list[list[RouterLogits]] = field(default_factory=list)
+    is_untouched: bool = False
 
 
 class _Enough(Exception):
@@ -224,7 +226,7 @@ def run_layer(skeleton: Skeleton, layer: int, call: Call, hidden: torch.Tensor) 
     version = hidden._version
     try:
         with attention_by_intervals():
-            output = skeleton.layers[layer](hidden, *rest, **named)
+            output = skeleton.run(layer, hidden, *rest, **named)
     except (RuntimeError, NotImplementedError) as error:
         if "meta" in str(error):
             raise _refuse(
@@ -262,6 +264,9 @@ def run_head(skeleton: Skeleton, hidden: torch.Tensor) -> torch.Tensor:
     """Compute logits [n, vocabulary] of hidden [n, hidden], with the norm, scaling and soft-capping of the
     model's own forward; the head's parameters must be bound."""
     rows = hidden.unsqueeze(0)
+    if skeleton.own_head is not None:
+        logits = skeleton.own_head.logits(rows)
+        return logits.reshape(hidden.shape[0], logits.shape[-1])
     tokens = 1 if skeleton.anatomy.head_takes_one_token else hidden.shape[0]
 
     def skip(i: int, *args: Any, **kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,9 @@ from horizon_lm.memory.layout import Parameter, UnitLayout, lay_out
 from horizon_lm.memory.master import join_master
 from horizon_lm.memory.slots import UnitWeights
 from horizon_lm.model.anatomy import Anatomy, analyse
+from horizon_lm.model.compiled import CompiledLayers, Listener, Mode
+from horizon_lm.model.head import OwnHead, find_head
+from horizon_lm.model.kernels import Patch, packs_one_row_only, patched
 from horizon_lm.model.rope import separate_documents
 from horizon_lm.model.tiling import tile_mlps
 
@@ -44,6 +47,8 @@ class Skeleton:
         self.config = model.config
         self.dtype = dtype
         self.neftune_noise_alpha: float | None = None
+        self.compiled: CompiledLayers | None = None
+        self.patches: list[Patch] = []  # hold while layers run
         if any("layerdrop" in name and value for name, value in vars(self.config).items()):
             raise UnsupportedModelError(
                 f"{self.model_type} skips layers at random (layerdrop)",
@@ -54,6 +59,7 @@ class Skeleton:
                 module.gradient_checkpointing = False
         separate_documents(model)
         self.anatomy: Anatomy = analyse(model)
+        self.own_head: OwnHead | None = find_head(model, self.anatomy)
         layers: nn.ModuleList = model.get_submodule(self.anatomy.layers_path)
         self.layers: list[nn.Module] = list(layers)
         self.embedding: nn.Embedding = model.get_input_embeddings()
@@ -83,6 +89,22 @@ class Skeleton:
                 hint="leave mlp_tile_tokens out; experts and recurrent layers are computed at once",
             )
 
+    def compile_layers(self, mode: Mode, listener: Listener, backend: str = "inductor") -> None:
+        """Compile layers when they first run. Arguments: as for `CompiledLayers`."""
+        self.compiled = CompiledLayers(
+            self.layers, [bool(routers) for routers in self.routers], mode, listener, backend
+        )
+
+    def is_compiled(self, layer: int) -> bool:
+        """Whether decoder layer `layer` (0-based) runs compiled, as far as is known."""
+        return self.compiled is not None and self.compiled.is_compiled(layer)
+
+    def run(self, layer: int, *args: Any, **kwargs: Any) -> Any:
+        """Call decoder layer `layer` (0-based), compiled or not."""
+        call = self.layers[layer] if self.compiled is None else partial(self.compiled.run, layer)
+        with patched(self.patches):
+            return call(*args, **kwargs)
+
     @property
     def num_layers(self) -> int:
         return len(self.layers)
@@ -99,9 +121,9 @@ class Skeleton:
 
     @property
     def max_head_tokens(self) -> int:
-        """Maximum tokens per run of the head; unlimited unless its dummy input must be as long as its hidden
-        states, and so within the model's positions."""
-        if self.anatomy.head_takes_one_token:
+        """Maximum tokens per run of the head; unlimited unless the whole forward runs, and its dummy input
+        must be as long as the hidden states, and so within the model's positions."""
+        if self.own_head is not None or self.anatomy.head_takes_one_token:
             return 1 << 62
         return int(getattr(self.config, "max_position_embeddings", 1024))
 
@@ -119,6 +141,11 @@ class Skeleton:
     def extends_positions(self) -> bool:
         """Whether that table grows with the sequence (sinusoids, as in fairseq)."""
         return any(hasattr(module, "make_weights") for module in self.model.modules())
+
+    @property
+    def packs_one_row_only(self) -> bool:
+        """Whether packed documents are kept apart only in micro-batches of one row."""
+        return packs_one_row_only(self.config)
 
     @property
     def has_router_loss(self) -> bool:

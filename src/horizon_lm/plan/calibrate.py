@@ -13,8 +13,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -26,7 +27,7 @@ from horizon_lm.engine.lanes import InlineLanes
 from horizon_lm.engine.policies import Policies, store_spec
 from horizon_lm.host_model import HostModel
 from horizon_lm.machine.cores import usable_cores
-from horizon_lm.machine.profile import FALLBACK, Profile, Rates, load_profile
+from horizon_lm.machine.profile import FALLBACK, HERE, Profile, Rates, load_profile
 from horizon_lm.memory.arena import keep_freed_memory
 from horizon_lm.plan.costs import Costs
 from horizon_lm.plan.outline import Outline
@@ -34,13 +35,75 @@ from horizon_lm.plan.predict import predict
 from horizon_lm.plan.rates import Clock, copy_rate, disk_rate, link_rates, optimizer_rate
 from horizon_lm.plan.work import KINDS, Work
 
-# width, MLP, heads, key-value heads, tokens: some are dominated by launches, others by arithmetic
-LAYERS = [(128, 352, 4, 4, 64), (256, 704, 4, 2, 256), (512, 1408, 8, 8, 512), (768, 2048, 12, 4, 384)]
-LAYERS += [(1024, 2816, 16, 4, 256), (256, 704, 4, 4, 2048)]
 _DTYPES = ("float32", "bfloat16")
-_ORDER = (0, 2, 5, 1, 3, 4)  # of LAYERS: operations, arithmetic and attention come first
 _FEWEST_CASES = 4  # models measured however slow the machine is: two shapes in both formats
 _COLUMNS = [(kind, dtype) for kind in KINDS for dtype in _DTYPES]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Two decoder layers, and the micro-batch that they train on."""
+
+    width: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    tokens: int
+    rows: int = 1
+    head_dim: int | None = None
+
+    def values(self) -> dict[str, Any]:
+        """Return values of a transformers configuration, with model_type."""
+        found = {"model_type": "llama", "hidden_size": self.width, "intermediate_size": self.mlp}
+        found |= {"num_hidden_layers": 2, "num_attention_heads": self.heads, "vocab_size": 2048}
+        found |= {"num_key_value_heads": self.kv_heads, "max_position_embeddings": max(2048, self.tokens)}
+        return found | ({"head_dim": self.head_dim} if self.head_dim else {})
+
+
+@dataclass(frozen=True)
+class Case:
+    """One small model: shape, dtype and activation policy."""
+
+    shape: Shape
+    dtype: str
+    activations: str = "recompute"
+
+    def __str__(self) -> str:
+        rows = f"{self.shape.rows} x " if self.shape.rows > 1 else ""
+        return f"width {self.shape.width}, {rows}{self.shape.tokens} tokens, {self.dtype}"
+
+
+def cases_of(device: str) -> list[Case]:
+    """Return the models to measure, the most telling first.
+
+    On a CPU small ones, some dominated by the cost of an operation, others by arithmetic. On CUDA layers of
+    Qwen3 4B's and 8B's width with enough tokens to fill the device, long rows for attention, and few tokens
+    for what an operation costs at least; smaller layers would measure launches alone.
+    """
+    if device == "cpu":
+        order = [(s, d) for s in _CPU for d in _DTYPES]
+        return [Case(shape, dtype, how) for how in ("recompute", "keep") for shape, dtype in order]
+    wide, wider, long, few = _CUDA
+    found = [Case(wide, "bfloat16"), Case(few, "bfloat16"), Case(few, "float32"), Case(_CUDA_FP32, "float32")]
+    found += [Case(wider, "bfloat16"), Case(long, "bfloat16"), Case(wide, "bfloat16", "keep")]
+    return [*found, Case(replace(long, tokens=4096), "float32")]
+
+
+_CPU = (
+    Shape(128, 352, 4, 4, 64),
+    Shape(512, 1408, 8, 8, 512),
+    Shape(256, 704, 4, 4, 2048),
+    Shape(256, 704, 4, 2, 256),
+    Shape(768, 2048, 12, 4, 384),
+    Shape(1024, 2816, 16, 4, 256),
+)
+_CUDA = (
+    Shape(2560, 9728, 32, 8, 1024, 16, 128),
+    Shape(4096, 12288, 32, 8, 1024, 8, 128),
+    Shape(2560, 9728, 32, 8, 16384, 1, 128),
+    Shape(2560, 9728, 32, 8, 128, 1, 128),
+)
+_CUDA_FP32 = replace(_CUDA[0], rows=4)
 
 
 @dataclass(frozen=True)
@@ -73,32 +136,20 @@ class Budget:
         return time.monotonic() + part * self.left()
 
 
-@dataclass(frozen=True)
-class _Case:
-    """One small model: a row of LAYERS, dtype and activation policy."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    activations: str
-
-    def __str__(self) -> str:
-        return f"width {self.shape[0]}, {self.shape[-1]} tokens, {self.dtype}"
-
-
 def measure_layers(
+    cases: Sequence[Case],
     device: str = "cpu",
     clock: Clock = time.perf_counter,
     repeats: int = 5,
     budget: Budget | None = None,
     until: float = math.inf,
 ) -> list[Sample]:
-    """Measure forward, backward and loss of small models, in fp32 and bf16, kept and recomputed.
+    """Measure forward, backward and loss of small models.
 
-    until: the monotonic time after which no further model begins, apart from the first `_FEWEST_CASES`; the
-    most telling come first, and each gets its share of the time for repeating.
+    until: the monotonic time after which no further model begins, apart from the first `_FEWEST_CASES`; each
+    gets its share of the time for repeating.
     """
     budget = budget or Budget()
-    cases = [_Case(LAYERS[s], d, a) for a in ("recompute", "keep") for s in _ORDER for d in _DTYPES]
     found: list[Sample] = []
     outlines: dict[tuple, Outline] = {}
     for number, case in enumerate(cases):
@@ -116,32 +167,17 @@ def measure_layers(
 
 
 def _measure(
-    case: _Case, device: str, clock: Clock, repeats: int, end: float, outlines: dict[tuple, Outline]
+    case: Case, device: str, clock: Clock, repeats: int, end: float, outlines: dict[tuple, Outline]
 ) -> list[Sample]:
     """end: the monotonic time after which nothing is repeated."""
-    width, mlp, heads, kv, tokens = case.shape
-    values = {"model_type": "llama", "hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": 2}
-    values |= {"num_attention_heads": heads, "num_key_value_heads": kv, "vocab_size": 2048}
-    chosen = {
-        "device": device,
-        "dtype": case.dtype,
-        "activations": case.activations,
-        "skip_memory_check": True,
-    }
-    settings = ModelSettings.from_dict(chosen | {"lanes": "inline", "update": "sync"}, source="calibrate")
-    model = HostModel.from_config(values, settings)
+    settings, shape = _settings_of(case, device), case.shape
+    model = HostModel.from_config(shape.values(), settings)
     model.engine.lanes = InlineLanes(model.device, clock)
     if device == "cpu":
         keep_freed_memory()  # as `train` does
-    if (case.shape, case.dtype) not in outlines:  # shared by both policies
-        outlines[case.shape, case.dtype] = Outline(model.config, settings)
-    outline = outlines[case.shape, case.dtype]
-    policies = Policies.of(settings, outline)
-    plan = policies.step_spec(2)
-    measures = outline.measures(1, tokens, policies.loss_chunk)
-    costs = Costs(outline, measures, policies, plan, store_spec(settings, outline), _UNKNOWN)
+    costs = _costs_of(case, model.config, settings, outlines)
     generator = torch.Generator().manual_seed(0)
-    ids = [torch.randint(0, 2048, (1, tokens), generator=generator) for _ in range(2)]
+    ids = [torch.randint(0, 2048, (shape.rows, shape.tokens), generator=generator) for _ in range(2)]
     batches = [{"input_ids": i, "labels": i} for i in ids]
     seconds: dict[tuple, list[float]] = {}
     work: dict[tuple, Work] = {}
@@ -149,12 +185,30 @@ def _measure(
         if repeat > 1 and time.monotonic() >= end:
             break
         model.forward_backward(batches, record=True)
-        for op, start, end in model.timeline:
+        for op, began, ended in model.timeline:
             if op.kind in "FBL" and repeat:
                 key = op.kind, op.unit, op.policy
-                seconds.setdefault(key, []).append(end - start)
+                seconds.setdefault(key, []).append(ended - began)
                 work[key] = costs.work_of(op)
     return [Sample(work[key], min(values)) for key, values in seconds.items()]
+
+
+def _settings_of(case: Case, device: str) -> ModelSettings:
+    chosen = {"device": device, "dtype": case.dtype, "activations": case.activations}
+    chosen |= {"skip_memory_check": True, "lanes": "inline", "update": "sync"}
+    return ModelSettings.from_dict(chosen, source="calibrate")
+
+
+def _costs_of(case: Case, config: Any, settings: ModelSettings, outlines: dict[tuple, Outline]) -> Costs:
+    """Return what counts the work of the case's ops. outlines: shared by the activation policies."""
+    key = case.shape, case.dtype
+    if key not in outlines:
+        outlines[key] = Outline(config, settings)
+    outline, shape = outlines[key], case.shape
+    policies = Policies.of(settings, outline)
+    measures = outline.measures(shape.rows, shape.tokens, policies.loss_chunk)
+    plan = policies.step_spec(2)
+    return Costs(outline, measures, policies, plan, store_spec(settings, outline), _UNKNOWN)
 
 
 def fit_rates(samples: list[Sample]) -> tuple[dict[tuple[str, str], float], float]:
@@ -205,6 +259,7 @@ def measure(
     """
     budget = budget or Budget()
     cores, is_cpu = threads or usable_cores(), device == "cpu"
+    updating = cores if is_cpu else max(1, cores - _LANE_CORES)
 
     def one(what: str, rate: Callable[[], float]) -> float:
         budget.say(what, None)
@@ -213,15 +268,15 @@ def measure(
         return found
 
     host = one("copies in host memory", lambda: copy_rate(clock))
-    optimizer = one("updates of the optimizer", lambda: optimizer_rate(cores, clock))
+    optimizer = one("updates of the optimizer", lambda: optimizer_rate(updating, clock))
     disk = one("writing to the disk", disk_rate)
-    up, down = (host, host) if is_cpu else link_rates()
+    up, down = (host, host) if is_cpu else _links(budget)
     process_bytes, heap_share, how = _process_figures(device, runs, budget)
     until = budget.share(1.0) if budget.left() < math.inf else math.inf
-    rates, operation = fit_rates(measure_layers(device, clock, repeats, budget, until))
+    rates, operation = fit_rates(measure_layers(cases_of(device), device, clock, repeats, budget, until))
     free, total = (0, 0) if is_cpu else torch.cuda.mem_get_info()
     return Profile(
-        name="here",
+        name=HERE,
         title="this machine" if is_cpu else f"this machine, {torch.cuda.get_device_name()}",
         device="cpu" if is_cpu else "cuda",
         measured=True,
@@ -242,6 +297,16 @@ def measure(
     )
 
 
+def _links(budget: Budget) -> tuple[float, float]:
+    """Return the rates of the host link, both directions at work, after saying those of each alone too."""
+    budget.say("host link", None)
+    found = link_rates()
+    alone = f"{found.up_alone / 1e9:.3g} and {found.down_alone / 1e9:.3g}"
+    budget.say("host link", f"{found.up / 1e9:.3g} up, {found.down / 1e9:.3g} down GB/s; alone {alone}")
+    return found.up, found.down
+
+
+_LANE_CORES = 3  # on CUDA, of the threads that issue uploads, compute and downloads
 _HERE = "measured by `horizon doctor` on this machine"
 
 

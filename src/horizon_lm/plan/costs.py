@@ -12,10 +12,10 @@ import torch
 
 from horizon_lm.engine.policies import Policies
 from horizon_lm.machine.profile import Profile
-from horizon_lm.memory.slots import slot_bytes
+from horizon_lm.memory.slots import gradient_slot_numels, slot_bytes
 from horizon_lm.memory.store import StoreSpec, regions
 from horizon_lm.plan.outline import Measures, Outline
-from horizon_lm.plan.work import Kernel, Work
+from horizon_lm.plan.work import ELEMENTWISE, Kernel, Work
 from horizon_lm.plan.working_set import Pass, WorkingSet
 from horizon_lm.schedule import Buffer, Op, StepSpec
 from horizon_lm.schedule.step_spec import KEEP
@@ -65,12 +65,17 @@ class Costs:
         parts = slot_bytes(self.outline.units, plan, self.spec.dtype)
         parts["boundary_slots"] = plan.boundary_slots * self.boundary if spills else 0
         if self.is_cpu:
-            widened = any(
-                self._gradient_dtype(u) != self.spec.dtype for u in plan.trainable if u <= plan.head
-            )
-            parts = {"gradient_slots": parts["gradient_slots"] if widened else 0}
-            parts["waiting_gradients"] = self._waiting_bytes()
+            parts = {"gradient_slots": self._widened_bytes(), "waiting_gradients": self._waiting_bytes()}
         return {name: size for name, size in parts.items() if size}
+
+    def _widened_bytes(self) -> int:
+        """On the CPU only gradients that are wider than the store's need slots: of layers, the ring; of the
+        head, the outer one."""
+        wide = {u for u in self.plan.trainable if self._gradient_dtype(u) != self.spec.dtype}
+        *ring, outer = gradient_slot_numels(self.outline.units, self.plan)
+        head = self.plan.head
+        numel = sum(ring) * bool(wide & {*range(head)}) + outer * (head in wide)
+        return numel * torch.float32.itemsize
 
     def _waiting_bytes(self) -> int:
         """On the CPU two gradients are added at a time, and the first waits in autograd's memory: that of one
@@ -88,8 +93,12 @@ class Costs:
         region = buffer.region
         if region in ("input", "input_grad"):
             return self.device_memory, self.boundary
-        if region in ("embeds", "embeds_grad", "boundary"):
+        if region == "boundary":
             return HOST, self.boundary
+        if region in ("rows", "row_grads"):
+            several = region == "row_grads" and self.plan.micro_batches > 1
+            dtype = torch.float32 if several else self.spec.dtype
+            return self.device_memory, self._row_elements * dtype.itemsize
         if region == "call":
             return self.device_memory, self.measures.ends.call
         if region == "graph":
@@ -100,14 +109,12 @@ class Costs:
     def working_bytes(self, op: Op) -> tuple[str, int] | None:
         """Bytes that an op takes besides its inputs and results."""
         given = 0
-        if op.kind == "S":
-            return HOST, self._rows * self.outline.width * (2 * self.spec.dtype.itemsize + 4)
         if op.kind not in "FBCLE":
             return None
         found = self._pass(op)
-        if op.kind == "F" and op.unit == 0 or op.kind == "B" and op.unit == 0:
-            given = self.boundary if self.is_cpu or op.kind == "B" else 0
-        elif op.kind in "FC":
+        if op.unit == 0:
+            return self.device_memory, self._prologue_bytes(op, found)
+        if op.kind in "FC":
             layer = self._layer(op.unit)
             given = self.boundary + (layer.kept if op.policy == KEEP else layer.held if op.policy else 0)
         elif op.kind == "B":
@@ -117,18 +124,28 @@ class Costs:
             given = self.boundary
         return self.device_memory, max(0, found.bytes - given)
 
+    def _prologue_bytes(self, op: Op, found: Pass) -> int:
+        if op.kind == "F":
+            return found.bytes
+        measured = self._table_elements * self.spec.dtype.itemsize if self.plan.sums_rows else 0
+        size, several = self.spec.dtype.itemsize, self.plan.micro_batches > 1
+        # The gradient of the rows: of all that the step uses, beside the sum; of one micro-batch, the sum itself.
+        most = found.bytes - measured + self._row_elements * size * (several and self.plan.sums_rows)
+        if op.table_grad >= 0:
+            last = (size if several else 0) + (size + (4 if several else size) if self.plan.tied else 0)
+            most = max(most, self._row_elements * last)
+        return max(0, most)
+
     # Seconds.
 
     def seconds(self, op: Op) -> float:
         """Seconds of an op on its lane."""
         if op.kind in "FBCLE":
-            key = op.kind, op.policy, self._kind(op.unit), self._was_kept(op.unit)
+            key = op.kind, op.policy, self._kind(op.unit), self._was_kept(op.unit), self._touches_rows(op)
             if key not in self._seconds:
-                self._seconds[key] = work_seconds(self._pass(op).work, self.profile)
+                self._seconds[key] = work_seconds(self.work_of(op), self.profile)
             return self._seconds[key]
         profile = self.profile
-        if op.kind == "G":
-            return 2 * self.boundary / profile.host
         if op.kind == "U":
             unit = self.outline.units[op.unit]
             return 0.0 if self.is_cpu else unit.slot_numel * self.spec.dtype.itemsize / profile.h2d
@@ -136,10 +153,6 @@ class Costs:
             return 0.0 if self.is_cpu else self.boundary / (profile.d2h if op.kind == "X" else profile.h2d)
         if op.kind == "D":
             return self._download_seconds(op.unit)
-        if op.kind == "S":
-            table = self.outline.units[self.plan.embedding_unit].trainable_numel if not self.plan.tied else 0
-            rows = self._rows * self.outline.width * 4 * torch.float32.itemsize
-            return (table * self.spec.dtype.itemsize + rows) / profile.host
         if op.kind == "N":
             return self._norm_seconds()
         return self.outline.units[op.unit].trainable_numel * self.update_bytes / profile.optimizer
@@ -172,10 +185,35 @@ class Costs:
         return {}
 
     @property
-    def _rows(self) -> int:
-        """The most rows of the embedding table that a step can use."""
-        tokens = self.measures.batch * self.measures.tokens * self.plan.micro_batches
-        return min(tokens, self.outline.facts.rows)
+    def _table_elements(self) -> int:
+        """Elements of the table that stood for the embedding table as the prologue was measured."""
+        return self.measures.batch * self.measures.tokens * self.outline.width
+
+    @property
+    def _row_elements(self) -> int:
+        """Elements of the most rows of the embedding table that a step can use."""
+        rows = self.outline.facts.rows * self.outline.width
+        return min(self._table_elements * self.plan.micro_batches, rows)
+
+    def _touches_rows(self, op: Op) -> int:
+        """What an op of the prologue does with all rows of the step: takes them, adds to their sum, and puts
+        the sum into the table's gradient."""
+        return sum(b.region in ("rows", "row_grads") for b in op.writes) + 2 * (op.table_grad >= 0)
+
+    def _row_work(self, op: Op) -> Work:
+        """Work of `_touches_rows`: bytes read and written."""
+        size, several = self.spec.dtype.itemsize, self.plan.micro_batches > 1
+        kinds: list[int] = []
+        if op.kind == "F" and self._touches_rows(op):
+            kinds.append(2 * size * self._row_elements)
+        elif op.kind == "B" and self._touches_rows(op):
+            if several:
+                kinds.append((size + 8) * self._row_elements)
+            if op.table_grad >= 0:
+                table = 0 if self.plan.tied else self.outline.units[self.plan.embedding_unit].trainable_numel
+                kinds.append(size * table + (4 * size if self.plan.tied else 2 * size) * self._row_elements)
+        dtype = str(self.spec.dtype).removeprefix("torch.")
+        return Work(Kernel(ELEMENTWISE, dtype, 0, count) for count in kinds)
 
     def _gradient_dtype(self, unit: int) -> torch.dtype:
         counts = [self.measures.batch * self.measures.tokens] * self.plan.micro_batches
@@ -198,7 +236,8 @@ class Costs:
 
     def work_of(self, op: Op) -> Work:
         """The work of an op on the compute lane."""
-        return self._pass(op).work
+        found = self._pass(op).work
+        return found + self._row_work(op) if op.unit == 0 else found
 
     def _pass(self, op: Op) -> Pass:
         ends = self.measures.ends

@@ -20,8 +20,10 @@ from horizon_lm.machine.profile import Profile, cache_path, read_profile
 from horizon_lm.words import parameters, size
 
 PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
-SECONDS = 30.0  # for measuring, without imports; a measurement in progress is finished
+# For measuring, without imports; a measurement in progress is finished. Processes start slowly on CUDA.
+SECONDS = {"cpu": 30.0, "cuda": 100.0}
 _GB = 1e9
+_STATE = "; host_memory_gb=NUMBER states the machine's memory to a run if the system shows too little"
 # Names of unfinished profiles, by earlier versions.
 _EARLIER = re.compile(r"tmp[a-z0-9_]{8}")
 
@@ -38,9 +40,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Examination:
+    """path: of the profile's file."""
+
     profile: Profile
     findings: list[Finding]
     cached: bool
+    path: Path
 
     @property
     def has_failed(self) -> bool:
@@ -55,7 +60,7 @@ class Examination:
     def to_text(self) -> str:
         lines = to_lines(self.findings)
         how = "measured earlier" if self.cached else "measured now"
-        lines += ["", f"profile    {cache_path()} ({how}; `horizon doctor --fresh` measures again)"]
+        lines += ["", f"profile    {self.path} ({how}; `horizon doctor --fresh` measures again)"]
         return "\n".join(lines)
 
 
@@ -68,12 +73,19 @@ class Interrupted(KeyboardInterrupt):
 
 
 def examine(
-    *, fresh: bool = False, thorough: bool = False, say: Callable[[str, str | None], None] | None = None
+    *,
+    fresh: bool = False,
+    thorough: bool = False,
+    seconds: float | None = None,
+    out: Path | None = None,
+    say: Callable[[str, str | None], None] | None = None,
 ) -> Examination:
     """Examine everything; rates are measured once and kept for `horizon plan` and `horizon train`.
 
-    fresh: measure again. thorough: measure again without a time limit; otherwise within `SECONDS`, even on a
-    busy machine. say: called with what is being measured, and again with its figure. Raises Interrupted.
+    fresh: measure again. thorough: measure again without a time limit. seconds: the time limit otherwise,
+    even on a busy machine; by default that of `SECONDS`. out: also write the profile to this file, for the
+    planner of another machine. say: called with what is being measured, and again with its figure. Raises
+    Interrupted.
     """
     import torch
 
@@ -85,7 +97,9 @@ def examine(
     findings = [*_memory(), *_process_limits(device), *_processor(), *_device(), *_disk()]
     if cached:
         profile = read_profile(path)
-        return Examination(profile, [*findings, *_rates(profile)], cached)
+        if out:
+            _write_named(out, profile)
+        return Examination(profile, [*findings, *_rates(profile)], cached, out or path)
     known: dict[str, str] = {}
 
     def hear(what: str, figure: str | None) -> None:
@@ -94,7 +108,7 @@ def examine(
         if say is not None:
             say(what, figure)
 
-    budget = calibrate.Budget(None if thorough else SECONDS, hear)
+    budget = calibrate.Budget(None if thorough else SECONDS[device] if seconds is None else seconds, hear)
     repeats, runs = (5, 3) if thorough else (2, 1)
     try:
         profile = calibrate.measure(device, repeats=repeats, runs=runs, budget=budget)
@@ -102,6 +116,8 @@ def examine(
         measured = [Finding(PASS, what, figure) for what, figure in known.items()]
         raise Interrupted(findings + measured) from None
     _write(path, profile.to_yaml())
+    if out:
+        _write_named(out, profile)
     findings += _rates(profile)
     if budget.missing:
         findings.append(
@@ -112,7 +128,7 @@ def examine(
                 "predictions are less exact; run horizon doctor --thorough, which takes minutes",
             )
         )
-    return Examination(profile, findings, cached)
+    return Examination(profile, findings, cached, out or path)
 
 
 def to_lines(findings: list[Finding]) -> list[str]:
@@ -128,6 +144,16 @@ def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep_files(_EARLIER, path.parent)
     files.write_file(path, text)
+
+
+def _write_named(path: Path, profile: Profile) -> None:
+    """Write a profile under the file's name, as one of a machine that need not be this one."""
+    sources = {key: text.replace("this machine", "that machine") for key, text in profile.sources.items()}
+    title = profile.title.removeprefix("this machine, ").replace("this machine", "CPU")
+    title += f", {profile.cores} cores, {size(profile.host_bytes)}"
+    named = profile.model_copy(update={"name": path.stem, "title": title, "sources": sources})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_file(path, named.to_yaml())
 
 
 def _memory() -> list[Finding]:
@@ -153,11 +179,10 @@ def judge_memory(total: int, available: int) -> Finding:
     text = f"{total / _GB:.1f} GB, {available / _GB:.1f} GB for this process: "
     text += f"{available / 14 / _GB:.2f} B parameters in bf16"
     if available < 1e9:
-        return Finding(FAIL, "host memory", text, "free memory, or raise the cgroup's memory.max")
+        return Finding(FAIL, "host memory", text, f"free memory, or raise the cgroup's memory.max{_STATE}")
     if available < total / 2:
-        return Finding(
-            WARN, "host memory", text, "other processes, a cgroup limit or ulimit -v withhold more than half"
-        )
+        cause = "other processes, a cgroup limit or ulimit -v withhold more than half"
+        return Finding(WARN, "host memory", text, cause + _STATE)
     return Finding(PASS, "host memory", text)
 
 
@@ -213,13 +238,19 @@ def _processor() -> list[Finding]:
 def _device() -> list[Finding]:
     import torch
 
+    from horizon_lm.machine import numa
+
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         name = torch.cuda.get_device_name()
+        node = numa.node_of(torch.device("cuda"))
+        place = "" if node is None else f", next to NUMA node {node}"
         status, fix = (
             (PASS, "") if free > 0.9 * total else (WARN, "another process holds device memory (nvidia-smi)")
         )
-        return [Finding(status, "device", f"{name}, {free / _GB:.1f} of {total / _GB:.1f} GB free", fix)]
+        return [
+            Finding(status, "device", f"{name}, {free / _GB:.1f} of {total / _GB:.1f} GB free{place}", fix)
+        ]
     if Path("/proc/driver/nvidia/version").exists():
         return [
             Finding(

@@ -15,6 +15,7 @@ from horizon_lm.errors import DoesNotFitError
 from horizon_lm.machine.memory import available_host_bytes
 from horizon_lm.machine.profile import Profile
 from horizon_lm.memory.arena import pinnable_bytes
+from horizon_lm.memory.preflight import stating_hint, whole_memory
 from horizon_lm.memory.ways import hint
 from horizon_lm.plan.predict import Prediction
 from horizon_lm.words import size
@@ -38,13 +39,15 @@ class Limits:
     here: bool = False
 
     @classmethod
-    def of_profile(cls, profile: Profile) -> Limits:
+    def of_profile(cls, profile: Profile, stated: int | None = None) -> Limits:
+        """stated: host bytes in place of the profile's."""
         device = None if profile.device == "cpu" else int(profile.device_bytes * _DEVICE_SHARE)
-        return cls(int(profile.host_bytes), device)
+        return cls(int(profile.host_bytes) if stated is None else stated, device)
 
     @classmethod
-    def of_this_machine(cls, device: str, folder: str) -> Limits:
-        """device: cpu or cuda[:N]. folder: the output folder, which need not exist yet."""
+    def of_this_machine(cls, device: str, folder: str, stated: int | None = None) -> Limits:
+        """device: cpu or cuda[:N]. folder: the output folder, which need not exist yet. stated: host bytes of
+        the machine, where the system shows too little."""
         free = None
         if device.startswith("cuda"):
             free = int(torch.cuda.mem_get_info(torch.device(device))[0] * _DEVICE_SHARE)
@@ -52,7 +55,7 @@ class Limits:
         while not place.exists():
             place = place.parent
         pinned = pinnable_bytes() if device.startswith("cuda") else None
-        return cls(available_host_bytes(), free, pinned, shutil.disk_usage(place).free, here=True)
+        return cls(available_host_bytes(stated), free, pinned, shutil.disk_usage(place).free, here=True)
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,9 @@ def check(config: TrainConfig, prediction: Prediction, limits: Limits, predictor
         seen = (f"{name} {size(part)}" for name, part in rows if part >= worst.needed / 2000)
         table = f" ({', '.join(seen)})"
     kept = f" beside the {config.reserve_host_gb:g} GB of reserve_host_gb" if worst.memory == "host" else ""
+    is_ours = worst.memory == "host" and limits.here
+    if is_ours:
+        kept += f", of {whole_memory(config)}"
     also = "".join(f"; {s.memory} is short by {size(s.bytes)} too" for s in found[1:])
     place = "disk space" if worst.memory == "disk" else f"{worst.memory} memory"
     raise DoesNotFitError(
@@ -133,7 +139,8 @@ def check(config: TrainConfig, prediction: Prediction, limits: Limits, predictor
         if worst.memory != "disk"
         else f"disk: the trained model needs {size(worst.needed)} in {config.output_dir!r}, and "
         f"{size(worst.available)} are free: short by {size(worst.bytes)}{also}",
-        hint=hint(config, shortages, f"free {size(worst.bytes)} of {place}, or use a smaller model"),
+        hint=hint(config, shortages, f"free {size(worst.bytes)} of {place}, or use a smaller model")
+        + (stating_hint(config) if is_ours else ""),
     )
 
 

@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -52,28 +53,38 @@ def _median_seconds(function: Callable[[], object], clock: Clock, repeats: int =
     return max(1e-9, statistics.median(found))
 
 
-def link_rates(num_bytes: int = 1 << 28) -> tuple[float, float]:
-    """(to the device, from it) in bytes a second, pinned, both at work at once. Needs CUDA."""
-    hosts = [arena.allocate(num_bytes, pin=True) for _ in range(2)]
+class Links(NamedTuple):
+    """Bytes a second between registered host memory and the device. up, down: both at work at once."""
+
+    up: float
+    down: float
+    up_alone: float
+    down_alone: float
+
+
+def link_rates(num_bytes: int = 1 << 30) -> Links:
+    """Time copies of a registered block in each direction alone, then in both at once. Needs CUDA."""
+    hosts = [arena.allocate(num_bytes, pin_for=torch.device("cuda")) for _ in range(2)]
     devices = [torch.empty(num_bytes, dtype=torch.uint8, device="cuda") for _ in range(2)]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
-    times: list[list[float]] = [[], []]
-    for _ in range(6):
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(2)]
-        torch.cuda.synchronize()
-        for way, stream in enumerate(streams):
-            with torch.cuda.stream(stream):
-                events[way][0].record()
-                if way == 0:
-                    devices[0].copy_(hosts[0], non_blocking=True)
-                else:
-                    hosts[1].copy_(devices[1], non_blocking=True)
-                events[way][1].record()
-        torch.cuda.synchronize()
-        for way in range(2):
-            times[way].append(events[way][0].elapsed_time(events[way][1]) / 1e3)
-    up, down = (num_bytes / statistics.median(found[1:]) for found in times)
-    return up, down
+
+    def rates(ways: tuple[int, ...]) -> list[float]:
+        times: list[list[float]] = [[] for _ in ways]
+        for _ in range(5):
+            events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in ways]
+            torch.cuda.synchronize()
+            for way, (begin, end) in zip(ways, events, strict=True):
+                with torch.cuda.stream(streams[way]):
+                    begin.record()
+                    target, source = (devices, hosts) if way == 0 else (hosts, devices)
+                    target[way].copy_(source[way], non_blocking=True)
+                    end.record()
+            torch.cuda.synchronize()
+            for found, (begin, end) in zip(times, events, strict=True):
+                found.append(begin.elapsed_time(end) / 1e3)
+        return [num_bytes / statistics.median(found[1:]) for found in times]
+
+    return Links(*rates((0, 1)), *rates((0,)), *rates((1,)))
 
 
 def disk_rate(num_bytes: int = 1 << 26) -> float:

@@ -210,7 +210,11 @@ def machine(config: TrainConfig, hardware: str) -> tuple[Profile, Limits, list[s
     """Return the profile, its limits, and notes about them."""
     if hardware != "auto":
         profile = load_profile(hardware)
-        return profile, Limits.of_profile(profile), [f"{profile.name}: {profile.kind}"]
+        return (
+            profile,
+            Limits.of_profile(profile, config.host_memory_bytes),
+            [f"{profile.name}: {profile.kind}"],
+        )
     import torch
 
     device = config.device
@@ -221,7 +225,7 @@ def machine(config: TrainConfig, hardware: str) -> tuple[Profile, Limits, list[s
             f"device={device!r}, but torch sees no CUDA device",
             hint="set device=cpu, or hardware=NAME to plan for another machine",
         )
-    limits = Limits.of_this_machine(device, config.output_dir)
+    limits = Limits.of_this_machine(device, config.output_dir, config.host_memory_bytes)
     profile = load_profile("auto")
     if profile.device != device.partition(":")[0]:
         profile = load_profile(FALLBACK if device == "cpu" else "h100-sxm")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from horizon_lm.engine.ends import backward_prologue, bound_for_backward, forward_prologue
+from horizon_lm.engine.ends import backward_prologue, bound_for_backward, forward_prologue, look_up
 from horizon_lm.engine.gradient import UnitGradient
 from horizon_lm.engine.layers import Layer
 from horizon_lm.engine.loss import HeadLoss, cross_entropy
@@ -75,7 +75,11 @@ class WorkingSet:
 
 @dataclass(frozen=True)
 class Ends:
-    """Prologue and head on one micro-batch. call: bytes of the layers' inputs other than hidden states."""
+    """Prologue and head on one micro-batch. call: bytes of the layers' inputs other than hidden states.
+
+    The look-up is from a table of as many rows as there are tokens; backward includes the gradient of these
+    rows.
+    """
 
     call: int
     forward: Pass
@@ -161,13 +165,19 @@ def ends_working_set(
     def measure(batch: int, tokens: int) -> Trace:
         skeleton, mode = built()
         with _Metered(None, mode) as metered:
+            table, inputs = metered.table(skeleton, batch, tokens), metered.inputs(batch, tokens)
+            weights = metered.weights(skeleton, 0)
+            metered.take()
             metered.restart()
-            hidden, call = metered.prologue(skeleton, batch, tokens)
+            with torch.no_grad():
+                embeds = look_up(skeleton, table, inputs["input_ids"])
+            hidden, call = forward_prologue(skeleton, weights, embeds, inputs)
+            del embeds
             metered.size(hidden)
             metered.peak()
             metered.take()
             if has_backward:
-                _prologue_backward(skeleton, metered, hidden, batch, tokens)
+                _prologue_backward(skeleton, metered, table, hidden, call)
             shared = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors_in(call.layers)}
             for storage in shared.values():
                 metered.trace.read("size", storage.nbytes(), storage.nbytes())
@@ -182,7 +192,7 @@ def ends_working_set(
             return metered.trace
 
     head_loss = partial(cross_entropy, chunk=loss.chunk, label_smoothing=loss.smoothing)
-    before, _, hidden, peak, work, *rest = source("ends", batch, tokens, measure)
+    _, before, hidden, peak, work, *rest = source("ends", batch, tokens, measure)
     forward, backward = Pass(max(0, peak - before - hidden), work), Pass(0, Work())
     if has_backward:
         _, before, peak, work, *rest = rest
@@ -232,12 +242,16 @@ class _Metered:
         self.trace.read("size", tensor.nbytes, tensor.nbytes)
 
     def prologue(self, skeleton: Skeleton, batch: int, tokens: int) -> tuple[torch.Tensor, Call]:
-        embeds, inputs = self.inputs(skeleton, batch, tokens)
+        embeds, inputs = without_values(skeleton, batch, tokens, self.device)
         self.take()
         return forward_prologue(skeleton, self.weights(skeleton, 0), embeds, inputs)
 
-    def inputs(self, skeleton: Skeleton, batch: int, tokens: int) -> tuple[torch.Tensor, dict]:
-        return without_values(skeleton, batch, tokens, self.device)
+    def inputs(self, batch: int, tokens: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.zeros(batch, tokens, dtype=torch.long, device=self.device)}
+
+    def table(self, skeleton: Skeleton, batch: int, tokens: int) -> torch.Tensor:
+        width = skeleton.embedding.embedding_dim
+        return torch.empty(batch * tokens, width, dtype=skeleton.dtype, device=self.device)
 
     def weights(self, skeleton: Skeleton, unit: int) -> UnitWeights | None:
         return empty_weights(skeleton, unit, self.device)
@@ -293,15 +307,16 @@ def _run_layer(
 
 
 def _prologue_backward(
-    skeleton: Skeleton, metered: _Metered, hidden: torch.Tensor, batch: int, tokens: int
+    skeleton: Skeleton, metered: _Metered, table: torch.Tensor, hidden: torch.Tensor, call: Call
 ) -> None:
     weights = metered.weights(skeleton, 0)
     gradient = metered.gradient(skeleton, 0) if skeleton.units[0].trainable_numel else None
-    embeds, inputs = metered.inputs(skeleton, batch, tokens)
-    incoming = torch.empty_like(hidden)
+    incoming, leaf = torch.empty_like(hidden), table.detach().requires_grad_(skeleton.embedding_trainable)
     metered.take()
     metered.restart()
-    backward_prologue(skeleton, weights, embeds, inputs, incoming, gradient)
+    with torch.enable_grad():
+        embeds = look_up(skeleton, leaf, call.inputs["input_ids"])
+    backward_prologue(skeleton, weights, embeds, call, incoming, gradient)
     metered.peak()
     metered.take()
 

@@ -13,25 +13,18 @@ from horizon_lm.schedule.step_spec import StepSpec
 
 
 def build(spec: StepSpec, step: int = 0, pending: Collection[int] = ()) -> list[Op]:
-    """Build one training step (gather, forward, loss, backward, norm, update) or one evaluation.
+    """Build one training step (forward, loss, backward, norm, update) or one evaluation.
 
     Layer-major: all micro-batches pass through a unit before the next unit is visited. Units of one block
     (`checkpoint_interval`) are visited together, micro-batch by micro-batch; so are the last block and the
-    head if their slots suffice.
+    head.
     pending: units whose update of the previous step is pending (`update: deferred`); each update runs just
     before its weights are first used.
     """
-    micro_batches = range(spec.micro_batches)
-    ops = [make.gather(spec, m) for m in micro_batches]
-    for visit_ops in _visits(spec):
-        ops += visit_ops
+    ops = [op for visit_ops in _visits(spec) for op in visit_ops]
     if spec.evaluate:
         return [op.at(step) for op in ops]
     ops = _with_restores(spec, ops)
-    if spec.scatters:
-        ops.append(make.scatter(spec))
-        if spec.update == "eager":
-            ops.append(make.optimize(spec, spec.embedding_unit))
     ops.append(make.norm(spec))
     if spec.update == "sync":
         ops += [make.optimize(spec, unit) for unit in sorted(spec.trainable)]
@@ -69,8 +62,13 @@ def _visits(spec: StepSpec) -> Iterator[list[Op]]:
     slots, uploads_before = place_in_slots(spec)
     grad_visits = 0
     turnaround = spec.visits.index(next(units for units in spec.visits if units[-1] == spec.head))
+    uploads_before[0].insert(0, (spec.embedding_unit, spec.outer_slot))
+    if not spec.tied and spec.head in spec.uploaded:  # behind the table's readers, and all layers' uploads
+        uploads_before[max(1, turnaround - spec.slots + 1)].append((spec.head, spec.outer_slot))
     for visit, units in enumerate(spec.visits):
         ops = [make.upload(unit, slot) for unit, slot in uploads_before[visit]]
+        if spec.head in spec.uploaded and units[-1] == spec.head:
+            slots[visit][spec.head] = spec.outer_slot
         if visit < turnaround:
             yield ops + _forward(spec, units[0], slots[visit].get(units[0], -1))
             continue
@@ -80,9 +78,11 @@ def _visits(spec: StepSpec) -> Iterator[list[Op]]:
             continue
         grad_slots = {}
         for unit in reversed(units):
-            if unit in spec.trainable:
+            if unit in spec.trainable and unit < spec.head:
                 grad_slots[unit] = grad_visits % spec.grad_slots
                 grad_visits += 1
+        if spec.head in spec.trainable and units[-1] == spec.head:
+            grad_slots[spec.head] = spec.outer_grad_slot
         yield ops + _backward(spec, units, slots[visit], grad_slots)
 
 
@@ -111,12 +111,27 @@ def _backward(
             slot, grad_slot = slots.get(unit, -1), grad_slots.get(unit, -1)
             if unit == spec.head:
                 ops.append(make.loss(unit, m, slot, grad_slot))
-            else:
+            elif unit:
                 ops.append(make.backward(unit, m, slot, grad_slot))
-            if m == spec.micro_batches - 1 and unit in spec.trainable:
-                ops.append(make.download(spec, unit, grad_slot))
-                if spec.update == "eager" and not (unit == spec.embedding_unit and spec.scatters):
-                    ops.append(make.optimize(spec, unit))
+            else:
+                ops.append(make.backward_prologue(spec, m, slot, grad_slot))
+            if m == spec.micro_batches - 1:
+                ops += _downloads(spec, unit, grad_slot)
+    return ops
+
+
+def _downloads(spec: StepSpec, unit: int, grad_slot: int) -> list[Op]:
+    """Downloads, and eager updates, of the gradients that the last backward op of a unit completes."""
+    complete = [(unit, grad_slot)] if unit in spec.trainable else []
+    if spec.sums_rows and unit == spec.embedding_unit:
+        complete = []  # the head of a tied table, whose rows come last
+    if spec.sums_rows and unit == 0:
+        complete.append((spec.embedding_unit, spec.outer_grad_slot))
+    ops = []
+    for one, place in complete:
+        ops.append(make.download(spec, one, place))
+        if spec.update == "eager":
+            ops.append(make.optimize(spec, one))
     return ops
 
 
@@ -148,9 +163,8 @@ def _with_pending(spec: StepSpec, ops: list[Op], pending: Collection[int], step:
     waiting = {op.unit: op for op in build_flush(spec, step, pending)}
     found: list[Op] = []
     for op in ops:
-        used = spec.embedding_unit if op.kind == "G" else op.unit if op.kind == "U" else -1
-        if used in waiting:
-            found.append(waiting.pop(used))
+        if op.kind == "U" and op.unit in waiting:
+            found.append(waiting.pop(op.unit))
         found.append(op)
     assert not waiting, "every trainable unit's weights are used"
     return found
@@ -174,13 +188,14 @@ def _with_writes(spec: StepSpec, ops: list[Op], step: int) -> list[Op]:
 
 
 def place_in_slots(spec: StepSpec) -> tuple[list[dict[int, int]], list[list[tuple[int, int]]]]:
-    """Assign a slot to each unit of each visit; return slots by visit, and the uploads issued before it.
+    """Assign a slot of the ring to each unit of each visit; return slots by visit, and the uploads issued
+    before it.
 
     An upload is issued up to `slots - 1` visits ahead, into a slot that none of those visits uses; among
     several, the one whose unit is needed last (Belady 1966). A unit still in its slot, as at the
     turnaround, is not uploaded again.
     """
-    visits = [[u for u in units if u in spec.uploaded] for units in spec.visits]
+    visits = [[u for u in units if u in spec.uploaded and u < spec.head] for units in spec.visits]
     ahead = spec.slots - 1
     holds: list[int | None] = [None] * spec.slots
     used: list[int] = [-1] * spec.slots  # last visit that used the slot

@@ -79,16 +79,12 @@ def _check_value(ops: Sequence[Op], spec: StepSpec) -> list[str]:
         for buffer in sorted(op.reads):
             unit, step = holds.get(buffer, (-1, first_step - 1))
             where = f"{op} of step {op.step}"
-            if buffer.region == "slot" and (unit, step) != (op.unit, op.step):
-                errors.append(f"{where} needs unit {op.unit} in {buffer}, which holds {unit} of step {step}")
-            elif buffer.region == "grad_slot" and (unit, step) != (op.unit, op.step):
+            owner = _owner(op, buffer, spec)
+            if buffer.region == "slot" and (unit, step) != (owner, op.step):
+                errors.append(f"{where} needs unit {owner} in {buffer}, which holds {unit} of step {step}")
+            elif buffer.region in ("grad_slot", "slab") and (unit, step) != (owner, op.step):
                 errors.append(
-                    f"{where} needs the gradient of unit {op.unit} in {buffer}, "
-                    f"which holds that of unit {unit} of step {step}"
-                )
-            elif buffer.region == "slab" and (unit, step) != (_slab_owner(op, spec), op.step):
-                errors.append(
-                    f"{where} needs the gradient of unit {_slab_owner(op, spec)} in {buffer}, "
+                    f"{where} needs the gradient of unit {owner} in {buffer}, "
                     f"which holds that of unit {unit} of step {step}"
                 )
             elif buffer.region == "boundary_slot" and (unit, added.get(buffer)) != (
@@ -108,27 +104,50 @@ def _check_value(ops: Sequence[Op], spec: StepSpec) -> list[str]:
                 errors.append(
                     f"{where} reads {buffer}, which comes from unit {unit} instead of {op.unit + 1}"
                 )
-            if op.kind == "D" and added.get(buffer) != list(range(spec.micro_batches)):
+            if op.kind == "D" and added.get(buffer) != _wanted(op, spec):
                 errors.append(f"{where} takes {buffer} with micro-batches {added.get(buffer, [])} in it")
         if op.kind in "FLECB" and op.unit in spec.uploaded and op.slot < 0:
             errors.append(f"{op} of step {op.step} has no slot to read its weights from")
+        if op.kind == "F" and op.unit == 0 and op.table < 0:
+            errors.append(f"{op} of step {op.step} has no slot to read the embedding table from")
         if op.kind in "LBD" and op.unit in spec.trainable and op.grad_slot < 0:
             errors.append(f"{op} of step {op.step} has no gradient slot")
         if op.policy != spec.policy(op.unit) and op.kind == "F" and op.unit:
             errors.append(f"{op} of step {op.step} keeps {op.policy!r} instead of {spec.policy(op.unit)!r}")
         for buffer in op.writes:
-            holds[buffer] = (_slab_owner(op, spec) if buffer.region == "slab" else op.unit, op.step)
-            if buffer.region == "boundary_slot":
-                added[buffer] = [op.micro_batch]
-            if buffer.region == "grad_slot" and op.kind in "LB":
-                if op.first == (buffer in op.reads):
-                    errors.append(f"{op} of step {op.step} has first={op.first}, but declares otherwise")
-                added[buffer] = [*([] if op.first else added.get(buffer, [])), op.micro_batch]
+            holds[buffer] = _owner(op, buffer, spec), op.step
+        errors += _note_added(op, added)
     return errors
 
 
-def _slab_owner(op: Op, spec: StepSpec) -> int:
-    return spec.embedding_unit if op.kind == "S" else op.unit
+def _note_added(op: Op, added: dict[Buffer, list[int]]) -> list[str]:
+    """Note the micro-batches that `op` leaves in a buffer: those it adds to, and its own."""
+    errors = []
+    for buffer in sorted(op.writes, reverse=True):  # sums of rows before the slot that receives them
+        before = added.get(buffer, []) if buffer in op.reads else []
+        if buffer.region == "boundary_slot":
+            added[buffer] = [op.micro_batch]
+        elif buffer.region == "row_grads":
+            added[buffer] = [*before, op.micro_batch]
+        elif buffer.region == "grad_slot" and buffer.index == op.table_grad:
+            added[buffer] = [*before, *added.get(Buffer("row_grads"), [])]
+        elif buffer.region == "grad_slot" and op.kind in "LB":
+            if op.first == (buffer in op.reads):
+                errors.append(f"{op} of step {op.step} has first={op.first}, but declares otherwise")
+            added[buffer] = [*([] if op.first else added.get(buffer, [])), op.micro_batch]
+    return errors
+
+
+def _owner(op: Op, buffer: Buffer, spec: StepSpec) -> int:
+    """The unit whose weights or gradient an op reads or writes in a slot."""
+    of_table = {("slot", op.table), ("grad_slot", op.table_grad)}
+    return spec.embedding_unit if (buffer.region, buffer.index) in of_table else op.unit
+
+
+def _wanted(op: Op, spec: StepSpec) -> list[int]:
+    """The micro-batches in a complete gradient. A tied table has those of the head, then those of its rows."""
+    twice = spec.tied and spec.sums_rows and op.unit == spec.embedding_unit
+    return [*range(spec.micro_batches)] * (2 if twice else 1)
 
 
 def _check_complete(ops: Sequence[Op], spec: StepSpec) -> list[str]:
@@ -147,15 +166,14 @@ def _check_complete(ops: Sequence[Op], spec: StepSpec) -> list[str]:
 def _expected(spec: StepSpec) -> set[tuple[str, int, int]]:
     """(kind, unit, micro-batch) of all ops of a step except uploads."""
     micro_batches = range(spec.micro_batches)
-    per_micro_batch = {("G", -1), *(("F", u) for u in range(spec.head))}
+    per_micro_batch = {("F", u) for u in range(spec.head)}
     if spec.evaluate:
         return {(*key, m) for key in per_micro_batch | {("E", spec.head)} for m in micro_batches}
     per_micro_batch |= {("L", spec.head), *(("B", u) for u in range(spec.lowest_backward, spec.head))}
     per_micro_batch |= {("C", u) for block in spec.backward_blocks for u in block[:-1]}
     per_micro_batch |= {(kind, u) for u in range(1, spec.head) if spec.is_spilled(u) for kind in "XR"}
     expected = {(*key, m) for key in per_micro_batch for m in micro_batches}
-    expected |= {("D", u, -1) for u in spec.trainable if u <= spec.head}
-    expected |= {("S", -1, -1)} if spec.scatters else set()
+    expected |= {("D", u, -1) for u in spec.trainable}
     expected |= {("W", u, -1) for u in spec.saved}
     return expected | {("N", -1, -1)} | {("O", u, -1) for u in spec.trainable}
 
@@ -188,15 +206,22 @@ def _check_room(ops: Sequence[Op], spec: StepSpec) -> list[str]:
     errors = []
     for op in ops:
         for region, own, count in (
-            ("slot", op.slot, spec.slots),
-            ("grad_slot", op.grad_slot, spec.grad_slots),
-            ("slab", op.slab, spec.grad_slabs + 1 if spec.update == "eager" else 0),
-            ("boundary_slot", op.boundary_slot, spec.boundary_slots),
+            ("slot", (op.slot, op.table), spec.slots + 1),
+            ("grad_slot", (op.grad_slot, op.table_grad), spec.grad_slots + 1),
+            ("slab", (op.slab,), spec.grad_slabs + 1 if spec.update == "eager" else 0),
+            ("boundary_slot", (op.boundary_slot,), spec.boundary_slots),
         ):
             declared = sorted(b.index for b in op.reads | op.writes if b.region == region)
             errors += [
                 f"{op} uses {region}.{k}, but only {count} are allocated" for k in declared if k >= count
             ]
-            if declared != [own] * (own >= 0):
-                errors.append(f"{op} works on {region} {own}, but declares {declared}")
+            named = sorted(k for k in own if k >= 0)
+            if declared != named:
+                errors.append(f"{op} works on {region} {named}, but declares {declared}")
+            outer = {"slot": spec.outer_slot, "grad_slot": spec.outer_grad_slot}.get(region, -1)
+            errors += [
+                f"{op} uses {region}.{k}, which is too small or too large for it"
+                for k in declared
+                if outer >= 0 and (k == outer) != (_owner(op, Buffer(region, k), spec) >= spec.head)
+            ]
     return errors

@@ -13,7 +13,6 @@ from horizon_lm.schedule.ops import Lane, Op
 
 Span = tuple[Op, float, float]
 MEANING = {
-    "G": "gather embedding rows",
     "U": "upload weights",
     "F": "forward",
     "X": "spill a layer's input",
@@ -23,7 +22,6 @@ MEANING = {
     "C": "recompute",
     "B": "backward",
     "D": "download gradients",
-    "S": "scatter embedding gradients",
     "N": "gradient norm",
     "O": "optimizer",
     "W": "write a checkpoint",

@@ -36,10 +36,6 @@ def _call(m: int) -> Buffer:
     return Buffer("call", -1, m)
 
 
-def gather(spec: StepSpec, m: int) -> Op:
-    return Op("G", -1, m, _set(Buffer("weights", spec.embedding_unit)), _set(Buffer("embeds", -1, m)))
-
-
 def upload(unit: int, slot: int) -> Op:
     return Op("U", unit, reads=_set(Buffer("weights", unit)), writes=_set(_slot(slot)), slot=slot)
 
@@ -47,8 +43,10 @@ def upload(unit: int, slot: int) -> Op:
 def forward(spec: StepSpec, unit: int, m: int, slot: int) -> Op:
     output, policy = Buffer("input", unit + 1, m), spec.policy(unit)
     if unit == 0:
-        reads = _set(_slot(slot), Buffer("embeds", -1, m))
-        return Op("F", 0, m, reads, _set(_call(m), output), slot)
+        # The first one takes the rows of all micro-batches, since another unit may replace the table.
+        rows = Buffer("rows") if m == 0 and spec.lowest_backward == 0 and not spec.evaluate else None
+        reads, writes = _set(_slot(slot), _slot(spec.outer_slot)), _set(_call(m), output, rows)
+        return Op("F", 0, m, reads, writes, slot, table=spec.outer_slot)
     graph = Buffer("graph", unit, m) if policy else None
     reads = _set(_slot(slot), _call(m), Buffer("input", unit, m))
     return Op("F", unit, m, reads, _set(output, _call(m), graph), slot, policy=policy)
@@ -84,15 +82,21 @@ def recompute(unit: int, m: int, slot: int) -> Op:
 
 def backward(unit: int, m: int, slot: int, grad_slot: int) -> Op:
     """Reads the layer's input even if nothing is recomputed, since its graph may hold it."""
-    gradient = Buffer("input_grad", -1, m)
-    if unit == 0:
-        reads = _set(_slot(slot), Buffer("embeds", -1, m), gradient, _added_to(grad_slot, m))
-        writes = _set(Buffer("embeds_grad", -1, m), _grad_slot(grad_slot))
-    else:
-        given, graph = Buffer("input", unit, m), Buffer("graph", unit, m)
-        reads = _set(_slot(slot), _call(m), graph, given, gradient, _added_to(grad_slot, m))
-        writes = _set(gradient, _grad_slot(grad_slot))
-    return Op("B", unit, m, reads, writes, slot, grad_slot, first=m == 0)
+    gradient, given, graph = Buffer("input_grad", -1, m), Buffer("input", unit, m), Buffer("graph", unit, m)
+    reads = _set(_slot(slot), _call(m), graph, given, gradient, _added_to(grad_slot, m))
+    return Op("B", unit, m, reads, _set(gradient, _grad_slot(grad_slot)), slot, grad_slot, first=m == 0)
+
+
+def backward_prologue(spec: StepSpec, m: int, slot: int, grad_slot: int) -> Op:
+    """The last micro-batch puts the sum of the table's rows into the outer gradient slot, where a tied table
+    finds the head's gradient."""
+    sums = Buffer("row_grads") if spec.sums_rows else None
+    table_grad = spec.outer_grad_slot if spec.sums_rows and m == spec.micro_batches - 1 else -1
+    table = _grad_slot(table_grad)
+    reads = _set(_slot(slot), _call(m), Buffer("rows"), Buffer("input_grad", -1, m), _added_to(grad_slot, m))
+    reads |= _set(sums if m else None, table if spec.tied else None)
+    writes = _set(_grad_slot(grad_slot), sums, table)
+    return Op("B", 0, m, reads, writes, slot, grad_slot, table_grad=table_grad, first=m == 0)
 
 
 def from_boundary_slot(op: Op, boundary_slot: int) -> Op:
@@ -109,23 +113,10 @@ def download(spec: StepSpec, unit: int, grad_slot: int) -> Op:
     return Op("D", unit, reads=_set(_grad_slot(grad_slot)), writes=writes, grad_slot=grad_slot, slab=slab)
 
 
-def scatter(spec: StepSpec) -> Op:
-    table = _host_gradient(spec, spec.embedding_unit)
-    # Reruns the embedding's forward, so it reads the table's weights as well.
-    reads = [Buffer("weights", spec.embedding_unit)]
-    reads += [Buffer("embeds_grad", -1, m) for m in range(spec.micro_batches)]
-    # A tied table already holds the head's gradient; an untied one is overwritten.
-    carried = [table] if spec.tied else []
-    writes = _set(table, Buffer("sqnorm", spec.head + 1))
-    return Op("S", reads=frozenset(reads + carried), writes=writes, slab=spec.slab(spec.embedding_unit))
-
-
 def norm(spec: StepSpec) -> Op:
     norms = {Buffer("sqnorm", unit) for unit in spec.trainable}
     if spec.update != "eager":  # read only if no download measured them
         norms |= {Buffer("grads", unit) for unit in spec.trainable}
-    if spec.scatters:
-        norms.add(Buffer("sqnorm", spec.head + 1))
     return Op("N", reads=frozenset(norms), writes=_set(Buffer("clip")))
 
 
@@ -136,8 +127,6 @@ def optimize(spec: StepSpec, unit: int) -> Op:
     if spec.update == "eager":
         reads |= {Buffer("loss", -1, m) for m in range(spec.micro_batches)}
         reads.add(Buffer("sqnorm", unit))
-        if spec.scatters and unit == spec.embedding_unit:
-            reads.add(Buffer("sqnorm", spec.head + 1))
     else:
         reads.add(Buffer("clip"))
     return Op("O", unit, reads=frozenset(reads), writes=_set(state, weights), slab=spec.slab(unit))

@@ -5,17 +5,16 @@ pass of unit 3 on micro-batch 1. Independent of torch, streams and threads.
 
 Kinds, in the order of a step (u: unit, m: micro-batch):
 
-    G.m    gather    rows of the embedding table for micro-batch m             host
     Uu     upload    weights of unit u into a device slot                      upload
-    Fu.m   forward   prologue (u = 0) or a decoder layer                         compute
+    Fu.m   forward   look-up and prologue (u = 0), or a decoder layer            compute
     Xu.m   spill     the layer's input to host memory                           download
     Lu.m   loss      head: final norm, logits and loss by chunks, their gradients compute
     Eu.m   evaluate  head: the loss, and each token's log-probability            compute
     Ru.m   restore   the layer's input back into a device slot                  upload
     Cu.m   recompute a layer of a block, for the inputs of the layers above it   compute
-    Bu.m   backward  recompute what was not kept, then the gradients of unit u   compute
+    Bu.m   backward  recompute what was not kept, then the gradients of unit u
+                     (u = 0: of the embedding table's rows as well)              compute
     Du     download  gradient slot to host memory, squared norm on the way      download
-    S      scatter   gradient rows added to the embedding table's gradient      host
     N      norm      global gradient norm and the clipping factor               update
     Ou     optimize  optimizer step of unit u on the host                       update
     Wu     write     weights and optimizer state of unit u to a checkpoint      disk
@@ -32,7 +31,6 @@ from typing import NamedTuple
 class Lane(StrEnum):
     """Execution queue of an op. Ops of one lane run in program order; lanes run concurrently."""
 
-    HOST = "host"
     UPLOAD = "upload"
     COMPUTE = "compute"
     DOWNLOAD = "download"
@@ -41,7 +39,6 @@ class Lane(StrEnum):
 
 
 LANE_OF_KIND = {
-    "G": Lane.HOST,
     "U": Lane.UPLOAD,
     "F": Lane.COMPUTE,
     "L": Lane.COMPUTE,
@@ -51,7 +48,6 @@ LANE_OF_KIND = {
     "R": Lane.UPLOAD,
     "X": Lane.DOWNLOAD,
     "D": Lane.DOWNLOAD,
-    "S": Lane.HOST,
     "N": Lane.UPDATE,
     "O": Lane.UPDATE,
     "W": Lane.DISK,
@@ -79,7 +75,8 @@ class Op:
     """A scheduled action.
 
     slot: weight slot (U, F, L, E, C, B). grad_slot: gradient slot (L, B, D). slab: host buffer of an eager
-    unit's gradient (D, S, O). boundary_slot: device slot of a stored input (R, C, B).
+    unit's gradient (D, O). boundary_slot: device slot of a stored input (R, C, B). table, table_grad: weight
+    slot (F0) and gradient slot (the last B0) of the embedding table.
     first: overwrites the gradient; later ops add to it. policy: what F and C leave for the backward pass
     (`StepSpec.policy`). step: the step whose data or gradients the op works on.
     """
@@ -93,6 +90,8 @@ class Op:
     grad_slot: int = -1
     slab: int = -1
     boundary_slot: int = -1
+    table: int = -1
+    table_grad: int = -1
     first: bool = False
     policy: str = ""
     step: int = 0

@@ -1,7 +1,8 @@
 """StepSpec: what determines a step's ops, as one immutable value.
 
-Units are numbered 0 (prologue), 1 .. layers, layers + 1 (head). The embedding table is never uploaded: it is
-unit layers + 2, or part of the head if tied.
+Units are numbered 0 (prologue), 1 .. layers, layers + 1 (head). The embedding table is unit layers + 2, or part
+of the head if tied. Prologue and layers share a ring of slots; head and embedding table share the outer slot,
+which follows the ring's.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ class StepSpec:
     """What determines a step's ops.
 
     layers: number of decoder layers.
-    uploaded: units with weights to stream (a prologue often has none).
+    uploaded: units with weights to stream (a prologue often has none), the embedding table's among them.
     trainable: units with a gradient; frozen units have none.
     embedding_unit: unit that owns the embedding table; the head if tied.
     embedding_frozen: the table has no gradient, although other parameters of its unit may.
+    slots, grad_slots: those of the ring.
     update: `sync`: all updates at the end of the step; `deferred`: in the next step, each before its unit is
         used; `eager`: each as soon as its gradient is in host memory.
     grad_slabs: with eager updates, host buffers for the gradients of layers, round-robin; head and embedding
@@ -76,6 +78,8 @@ class StepSpec:
             raise ValueError(
                 f"embedding_unit={self.embedding_unit} is neither the head nor the unit after it"
             )
+        if self.embedding_unit not in self.uploaded:
+            raise ValueError(f"embedding_unit={self.embedding_unit} is not uploaded; hint: each step reads it")
         for name in ("kept", "spilled"):
             strange = sorted(getattr(self, name) - set(range(1, self.head)))
             if strange:
@@ -90,14 +94,24 @@ class StepSpec:
         return self.embedding_unit == self.head
 
     @property
-    def scatters(self) -> bool:
-        """Whether the step adds gradient rows to the embedding table's gradient."""
+    def outer_slot(self) -> int:
+        """The weight slot of the embedding table and, after it if they are two units, the head."""
+        return self.slots
+
+    @property
+    def outer_grad_slot(self) -> int:
+        """The gradient slot of the head and, after it if they are two units, the embedding table."""
+        return self.grad_slots
+
+    @property
+    def sums_rows(self) -> bool:
+        """Whether the step sums gradients of the embedding table's rows."""
         return self.embedding_unit in self.trainable and not self.embedding_frozen
 
     @property
     def lowest_backward(self) -> int:
         """The lowest unit that needs a backward pass: nothing below it has a gradient."""
-        if self.scatters:
+        if self.sums_rows:
             return 0
         return min(self.trainable, default=self.head)
 
@@ -121,20 +135,17 @@ class StepSpec:
 
     @cached_property
     def at_turnaround(self) -> frozenset[int]:
-        """Layers of the last block if their backward directly follows the head: they are computed once, since
+        """Layers of the last block. Their backward directly follows the head, so they are computed once:
         keeping activations then takes no more memory than recomputing them."""
         if self.evaluate or not self.blocks:
             return frozenset()
-        return frozenset(self.blocks[-1]) if self.micro_batches == 1 or self.joins_turnaround else frozenset()
+        return frozenset(self.blocks[-1])
 
-    @cached_property
+    @property
     def joins_turnaround(self) -> bool:
         """Whether micro-batches pass one by one through the last block, the head and back, so that only one
-        holds activations. The weights and gradients of all these units are then on the device together."""
-        if self.evaluate or self.micro_batches == 1 or not self.blocks:
-            return False
-        units = {*self.blocks[-1], self.head}
-        return len(units & self.uploaded) <= self.slots and len(units & self.trainable) <= self.grad_slots
+        holds activations. A block always fits in the ring, and the head has a slot of its own."""
+        return not self.evaluate and self.micro_batches > 1 and bool(self.blocks)
 
     @cached_property
     def backward_blocks(self) -> tuple[tuple[int, ...], ...]:

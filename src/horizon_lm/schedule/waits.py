@@ -13,14 +13,14 @@ TRANSIENT = frozenset(
         "slot",
         "grad_slot",
         "slab",
-        "embeds",
+        "rows",
         "call",
         "input",
         "graph",
         "boundary",
         "boundary_slot",
         "input_grad",
-        "embeds_grad",
+        "row_grads",
     }
 )
 

@@ -64,9 +64,10 @@ class RunLog:
             self.loggers.step(metrics)
         if record.note:
             self._fault(record)
-        for text in record.changes:
-            self.progress.warn(f"step {record.step}: {text}")
-            self.file.write_event("note", {"step": record.step, "text": text})
+        for say, texts in ((self.progress.warn, record.changes), (self.progress.stage, record.remarks)):
+            for text in texts:
+                say(f"step {record.step}: {text}")
+                self.file.write_event("note", {"step": record.step, "text": text})
         self.progress.step(record, metrics)
         self.callbacks.step_ended(record, metrics)
 

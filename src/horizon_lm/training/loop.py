@@ -149,6 +149,7 @@ def _step(run: Run) -> StepRecord:
         rolled_back_to=back,
         note=note,
         changes=state.model.take_notes(),
+        remarks=state.model.take_remarks(),
     )
 
 

@@ -46,9 +46,12 @@ def piece_of_data(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bo
     return str(tokenizer.decode(ids.tolist(), skip_special_tokens=True)), False
 
 
-def reason_to_skip(folder: Path) -> str | None:
-    """Say why a second copy of the weights does not fit besides the run's own; None if it does."""
-    needed, available = weight_bytes(folder), available_host_bytes()
+def reason_to_skip(folder: Path, stated: int | None = None) -> str | None:
+    """Say why a second copy of the weights does not fit besides the run's own; None if it does.
+
+    stated: host bytes of the machine, where the system shows too little.
+    """
+    needed, available = weight_bytes(folder), available_host_bytes(stated)
     if needed > LARGEST_SHARE * available:
         return f"a copy of the weights takes {size(needed)}, and {size(available)} are free"
     return None
@@ -77,7 +80,7 @@ def complete(
 
 def sample_of_run(config: TrainConfig, folder: Path, data: TrainingData, device: torch.device) -> str:
     """Return a completion by the exported model in `folder`, or why there is none, in words."""
-    reason = reason_to_skip(folder)
+    reason = reason_to_skip(folder, config.host_memory_bytes)
     if reason is not None:
         return f"no sample completion: {reason}"
     prompt, is_chat = config.sample_prompt, False

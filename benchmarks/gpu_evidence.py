@@ -1,0 +1,118 @@
+"""Stages of the evidence that a GPU machine gives in about 25 minutes, in the order of proof.
+
+First what everything else rests on (machine, calibration, gradients), then the main comparison, then what is
+large, slow or optional. Estimates of seconds come from reading the code, not from a GPU: `--list` prints
+them. Pure data; `gpu_runner.py` runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from horizon_lm.bench.jobs import OURS
+from horizon_lm.bench.models import shape
+
+from .gpu_parts import Command, Job, Stage, case_of, largest, megatrain_case, ours, peer
+from .peers import PEERS
+
+MICRO, CHECK = "benchmarks.micro", "tests.gpu.check"
+STEP_16K = "qwen3-4b, 16k tokens, 1024 a sequence"
+STEP_64K = "qwen3-4b, 64k tokens, 1024 a sequence"
+RACE = "qwen3-4b, peers, 16 x 1024, clip 1.0"
+REPETITION = "qwen3-0.6b, 16k tokens, repeated"
+
+
+def _micro(name: str, part: str, *more: str, seconds: float) -> Command:
+    arguments = ("--part", part, *more, "--json", "{json}")
+    return Command(name, MICRO, arguments, "machine", seconds=seconds, limit=2 * seconds + 60)
+
+
+def _check(part: str, *more: str, seconds: float, limit: float) -> Command:
+    arguments = ("--part", part, "--out", "{json}", *more)
+    dry = ("--dry-run", "--model", "llama")
+    return Command(part, CHECK, arguments, "gpu-check", dry, seconds=seconds, limit=limit)
+
+
+def _machine() -> Iterator[Command]:
+    yield _micro("probe", "probe", seconds=15)
+    yield _micro("links and registration", "links", seconds=25)
+    yield _micro("update by threads", "update", "--threads", "8", "12", "14", "16", seconds=40)
+    yield _micro("one layer", "layer", seconds=75)
+
+
+def _calibration() -> Iterator[Command]:
+    arguments = ("doctor", "--fresh", "--out", "{folder}/hardware.yaml")
+    dry = ("--seconds", "0")
+    yield Command("profile", "horizon_lm.cli", arguments, "calibration", dry, seconds=120, limit=240)
+
+
+def _first_checks() -> Iterator[Command]:
+    trace = ("--trace", "{folder}/timeline.json")
+    yield _check("step", *trace, seconds=60, limit=240)
+    yield _check("gradients", seconds=120, limit=420)
+
+
+def _step_16k() -> Iterator[Job]:
+    """Return the in-memory reference, ours, and ours with other kernels."""
+    yield peer("torch", "qwen3-4b", 16, 1024, STEP_16K)
+    case = ours("qwen3-4b", 16, 1024, STEP_16K).case
+    yield Job("ours", OURS, case, STEP_16K, trace=True, seconds=80)
+    without = case.replace(cudnn_attention=False)
+    yield Job("ours, cuDNN attention off", OURS, without, STEP_16K)
+    compiled = case.replace(extra={"compile": True})
+    yield Job("ours, compiled", OURS, compiled, STEP_16K, needs="compile", seconds=120)
+
+
+def _step_64k() -> Iterator[Job]:
+    yield peer("torch", "qwen3-4b", 64, 1024, STEP_64K)
+    yield ours("qwen3-4b", 64, 1024, STEP_64K)
+    yield ours("qwen3-4b", 64, 1024, STEP_64K, clip=None)
+
+
+def _lanes() -> Iterator[Job | Command]:
+    """Return the bit tests: lanes against one stream, and runs against their repetition."""
+    yield _check("lanes", "--repeats", "6", seconds=120, limit=400)
+    case = case_of(shape("qwen3-0.6b"), 16, 1024, activations="recompute").replace(rows=16)
+    fixed = case.replace(extra={"deterministic": True})
+    title = "ours, deterministic, twice"
+    yield Job(title, OURS, fixed, REPETITION, repeats=2, needs="deterministic", seconds=60)
+    yield Job("ours, default kernels, twice", OURS, case, REPETITION, repeats=2, seconds=60)
+
+
+def _seven_billion() -> Iterator[Job]:
+    yield Job("ours", OURS, megatrain_case(), "qwen2.5-7b, 148 x 1024", seconds=130)
+
+
+def _largest() -> Iterator[Job]:
+    yield next(largest())
+
+
+def _fsdp2() -> Iterator[Job]:
+    yield replace(peer("fsdp2-offload", "qwen3-4b", 16, 1024, RACE), seconds=110)
+
+
+def _sanitizer() -> Iterator[Command]:
+    yield _check("sanitizer", seconds=90, limit=440)
+
+
+def _peers() -> Iterator[Job]:
+    """Return the other peers; one whose package was not carried is a row that says so."""
+    others = (name for name in PEERS if name not in ("torch", "fsdp2-offload"))
+    for name in others:
+        yield replace(peer(name, "qwen3-4b", 16, 1024, RACE), seconds=90)
+
+
+EVIDENCE: dict[str, Stage] = {
+    "machine": _machine,
+    "calibration": _calibration,
+    "first-checks": _first_checks,
+    "4b-16k": _step_16k,
+    "4b-64k": _step_64k,
+    "lanes": _lanes,
+    "7b": _seven_billion,
+    "largest-exact": _largest,
+    "fsdp2": _fsdp2,
+    "sanitizer": _sanitizer,
+    "peers": _peers,
+}

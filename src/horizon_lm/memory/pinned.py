@@ -1,0 +1,61 @@
+"""A pool of pinned host blocks for what a step copies to a device or from it.
+
+PyTorch's own cache of pinned blocks rounds each up to a power of two; these have the size that was asked for.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from horizon_lm.memory import arena
+
+
+class PinnedPool:
+    """Blocks that are reserved during a step, and given back together before the next one begins.
+
+    Asked for a size, the pool gives the smallest free block that is large enough. Without one, a block of
+    exactly that size replaces the largest free block, or is added if none is free. So the pool never has more
+    blocks than one step took, none larger than the largest that was asked for; and a step that it has served
+    before finds all its blocks, whatever came in between, because no replacement makes a block smaller.
+
+    device: whose copies the blocks are pinned for. If it is not a CUDA device, they are plain memory.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._free: list[torch.Tensor] = []  # uint8, the smallest first
+        self._reserved: list[torch.Tensor] = []
+        self._lock = threading.Lock()  # lanes reserve from threads of their own
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(block.nbytes for block in (*self._free, *self._reserved))
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a pinned copy of a host tensor, valid until `give_back`; the tensor itself if the device is
+        not a CUDA device."""
+        if self._device.type != "cuda":
+            return tensor
+        return self.reserve(tensor.shape, tensor.dtype).copy_(tensor)
+
+    def reserve(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """Return a tensor of arbitrary content, valid until `give_back`. Raises DoesNotFitError."""
+        num_bytes = shape.numel() * dtype.itemsize
+        if num_bytes == 0:
+            return torch.empty(shape, dtype=dtype)
+        with self._lock:
+            place = next((i for i, block in enumerate(self._free) if block.nbytes >= num_bytes), None)
+            if place is not None:
+                block = self._free.pop(place)
+            else:
+                self._free[-1:] = []  # before the new one is there: both might not fit
+                block = arena.allocate(num_bytes, pin_for=self._device)
+            self._reserved.append(block)
+        return block[:num_bytes].view(dtype).view(shape)
+
+    def give_back(self) -> None:
+        """Take all blocks back. Call it when no copy from or to them is in flight."""
+        with self._lock:
+            self._free, self._reserved = sorted([*self._free, *self._reserved], key=lambda b: b.nbytes), []
