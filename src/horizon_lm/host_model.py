@@ -42,6 +42,7 @@ from horizon_lm.memory.preflight import check_host_memory
 from horizon_lm.memory.store import HostStore
 from horizon_lm.micro_batches import MicroBatches, check_micro_batches
 from horizon_lm.model.consumed import Closed, check_model, refuse_use, take_over
+from horizon_lm.model.kernels import apply_kernels, check_kernels
 from horizon_lm.model.loading import create_model, fill_store, freeze, load_model_of
 from horizon_lm.model.pretrained import check_has_weights
 from horizon_lm.model.skeleton import Skeleton
@@ -84,13 +85,15 @@ class HostModel:
         self.device = resolve_device(settings.device)
         if settings.deterministic:
             prepare(self.device)
+        check_kernels(settings, self.device)
         check_has_weights(model)
         freeze(model, settings.freeze)
         self.skeleton = Skeleton(take_over(model), DTYPES[settings.dtype])
         self.skeleton.neftune_noise_alpha = settings.neftune_noise_alpha
+        self.skeleton.patches = apply_kernels(self.skeleton.model, settings)
         if settings.mlp_tile_tokens is not None:
             self.skeleton.tile_mlps(settings.mlp_tile_tokens)
-        self.optimizer = make_optimizer(self.skeleton, settings)
+        self.optimizer = make_optimizer(self.skeleton, settings, self.device)
         units, spec = self.skeleton.units, store_spec(settings, self.skeleton)
         if not settings.skip_memory_check:
             check_host_memory(units, settings, lambda other: store_spec(other, self.skeleton))
@@ -163,6 +166,7 @@ class HostModel:
         if not settings.skip_memory_check:  # before the source model takes its own share
             check_fits_host(values, settings)
             settings = settings.replace(skip_memory_check=True)
+        check_kernels(settings, resolve_device(settings.device))
         model = create_model(
             values,
             dtype=DTYPES[settings.dtype],

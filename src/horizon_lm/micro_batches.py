@@ -40,6 +40,8 @@ class ModelLimits(Protocol):
     def max_positions(self) -> int | None: ...
     @property
     def extends_positions(self) -> bool: ...
+    @property
+    def packs_one_row_only(self) -> bool: ...
 
 
 def check_micro_batches(
@@ -264,8 +266,8 @@ def _check_range(m: int, name: str, values: torch.Tensor, end: int) -> None:
 
 
 def _check_positions(m: int, batch: MicroBatch, model: ModelLimits) -> None:
-    """Raise DataError for negative positions, for those inexact in fp32, and for any beyond the model's table
-    of positions, which on a GPU would abort the process."""
+    """Raise DataError for negative positions, for those inexact in fp32, for any beyond the model's table of
+    positions, which on a GPU would abort the process, and for documents that would not be kept apart."""
     positions, tokens = batch.get("position_ids"), batch["input_ids"].shape[1]
     lowest = int(positions.min()) if positions is not None else 0
     highest = int(positions.max()) if positions is not None else tokens - 1
@@ -283,6 +285,14 @@ def _check_positions(m: int, batch: MicroBatch, model: ModelLimits) -> None:
             f"micro-batch {m} reaches position {highest}, the model's max_position_embeddings is {end}"
             + ("" if positions is None else " (position_ids)"),
             hint=f"cut the sequences to {end} tokens",
+        )
+    if positions is not None and len(positions) > 1 and model.packs_one_row_only:
+        if bool((positions.diff(dim=1) == 1).all()):
+            return  # one document in each row
+        raise DataError(
+            f"micro-batch {m} packs documents into {len(positions)} rows, and flash attention keeps "
+            "documents apart only in micro-batches of one row",
+            hint="set per_device_train_batch_size=1, or attn_implementation=sdpa",
         )
 
 

@@ -1,6 +1,7 @@
-"""Compiled layers: the gradients of uncompiled ones, one graph for all layers that are alike, under any policy.
+"""Compiled layers: the gradients of uncompiled ones, one graph for all that are alike, under any policy.
 
-Most cases use the backend `aot_eager`, which compiles nothing but traces, partitions and saves as inductor does.
+Most cases use the backend `aot_eager`, which generates no code, but traces, partitions and saves as inductor
+does.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def llama() -> hz.HostModel:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_one_graph_serves_all_layers_under_any_policy(llama: hz.HostModel, policy: str) -> None:
-    """The bits of uncompiled layers; nothing is compiled after the first pass; what was to be kept is kept."""
+    """The bits of uncompiled layers. Nothing is compiled after the first pass; layers that keep go on."""
     ops, changes = llama.engine.ops, POLICIES[policy]
     data, plain = batches("llama", 2), host("llama", slots=3, **changes)
     ops.policies = Policies.of(plain.settings, llama.skeleton)
@@ -112,7 +113,7 @@ def packed(cuts: list[int], tokens: int) -> dict[str, torch.Tensor]:
 
 
 def test_packed_rows_attend_outside_of_graphs() -> None:
-    """Other documents of the same length compile nothing. The negative control: documents change gradients."""
+    """Other documents in as many tokens compile nothing. The control: documents change gradients."""
     model, plain = compiled("llama", activations=MIXED), host("llama", activations=MIXED)
     for documents in ([[4], [3, 7]], [[5, 6], [2]]):
         data = [packed(cuts, 12) for cuts in documents]
@@ -174,7 +175,7 @@ def broken(toy: Toy, x: torch.Tensor) -> torch.Tensor:
 def run_toys(
     act: Callable[..., torch.Tensor], count: int = 4, **given: Any
 ) -> tuple[CompiledLayers, list[str]]:
-    """Run each toy compiled, and assert that it gives what it gives uncompiled, with the same random numbers."""
+    """Run each toy compiled; assert that it gives what it does uncompiled, with the same random numbers."""
     torch._dynamo.reset()
     toys, notes = [Toy(number, act) for number in range(count)], list[str]()
     listener = SimpleNamespace(tell=notes.append, remark=lambda text: None)

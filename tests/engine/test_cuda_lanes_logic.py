@@ -43,7 +43,9 @@ def _threads() -> list[str]:
     """Lane threads that are left a moment after their lanes were collected."""
     names, deadline = {f"horizon-{lane}" for lane in Lane}, time.monotonic() + 5
     gc.collect()  # an error refers to the run that raised it
-    while (left := [t.name for t in threading.enumerate() if t.name in names]) and time.monotonic() < deadline:
+    while (
+        left := [t.name for t in threading.enumerate() if t.name in names]
+    ) and time.monotonic() < deadline:
         time.sleep(0.01)
     return left
 

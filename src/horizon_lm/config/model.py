@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -9,6 +11,18 @@ from pydantic import field_validator
 from pydantic_core import PydanticCustomError
 
 from horizon_lm.config.base import Settings, fault, setting
+
+# Values under which `deterministic` can be kept. Compiled kernels are chosen by their time.
+_REPEATABLE: dict[str, tuple[Any, ...]] = {
+    "attn_implementation": ("sdpa", "eager"),
+    "compile": (False,),
+    "kernels": ("none",),
+}
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+HUB_ATTENTION = re.compile(r"kernels-community/[\w.-]+(@[\w.-]+)?(:\w+)?")
+HUB_KERNEL = re.compile(
+    r"(?P<repository>kernels-community/[\w.-]+)@(?P<commit>[0-9a-f]{40}):(?P<layer>\w+)", re.ASCII
+)
 
 
 class ModelSettings(Settings):
@@ -36,11 +50,15 @@ class ModelSettings(Settings):
         group="Model",
         resume="fixed",
     )
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = setting(
+    attn_implementation: str = setting(
         "sdpa",
-        "Attention kernel, by its transformers name; a CPU supports only sdpa and eager.",
+        "Attention kernel, by its transformers name; a CPU supports only sdpa and eager. A kernel of the Hub "
+        "is fetched at first use and runs its code; name a commit.",
         group="Model",
         resume="ask",
+        expects="sdpa, eager, flash_attention_2, flash_attention_3, flex_attention, or "
+        "kernels-community/NAME[@COMMIT]",
+        pattern=f"^({'|'.join(ATTENTION)}|{HUB_ATTENTION.pattern})$",
     )
     compile: bool | Literal["max-autotune"] = setting(
         False,
@@ -50,6 +68,21 @@ class ModelSettings(Settings):
         group="Model",
         resume="ask",
         expects="true, false or max-autotune",
+    )
+    kernels: Literal["none", "liger", "hub"] = setting(
+        "none",
+        "Kernels that replace parts of layers: liger takes liger-kernel's norms, MLPs and rotary embeddings, "
+        "hub those that hub_kernels names. Both need a GPU.",
+        group="Model",
+        resume="ask",
+    )
+    hub_kernels: dict[str, str] = setting(
+        {},
+        "Kernels of the Hub by the layer that they replace, as in RMSNorm: "
+        "kernels-community/NAME@COMMIT:LAYER; they are fetched at first use and run their code.",
+        group="Model",
+        resume="ask",
+        expects="a mapping of layers to kernels-community/NAME@COMMIT:LAYER, with all 40 digits of a commit",
     )
     trust_remote_code: bool = setting(
         False,
@@ -212,7 +245,9 @@ class ModelSettings(Settings):
     )
     optimizer_threads: int | Literal["auto"] = setting(
         "auto",
-        "Host threads of the update; auto uses all cores available to this process, never more.",
+        "Host threads of the update, never more than the cores available to this process. auto uses all of "
+        "them on the CPU; on CUDA what `horizon doctor` measured, else three fewer than all (all with "
+        "update: sync).",
         group="Optimizer",
         resume="free",
         unit="threads",
@@ -326,6 +361,13 @@ class ModelSettings(Settings):
             raise ValueError("below 0")  # reported with the field's `expects`
         return value
 
+    @field_validator("hub_kernels")
+    @classmethod
+    def _check_hub_kernels(cls, value: dict[str, str]) -> dict[str, str]:
+        if any(HUB_KERNEL.fullmatch(source) is None for source in value.values()):
+            raise ValueError("not a layer of a repository")  # reported with the field's `expects`
+        return value
+
     @field_validator("activations")
     @classmethod
     def _check_activations(cls, value: str | list[str]) -> str | list[str]:
@@ -352,12 +394,24 @@ class ModelSettings(Settings):
                 hint="set update=deferred or "
                 + ("max_grad_norm=null" if self.max_grad_norm else "nonfinite=raise"),
             )
+        for key, fixed in _REPEATABLE.items() if self.deterministic else ():
+            if getattr(self, key) not in fixed:
+                value = _written(getattr(self, key))
+                yield fault(
+                    f"deterministic: true, but {key}: {value} may choose other kernels in each run",
+                    key="deterministic",
+                    hint=f"set {key}={_written(fixed[0])} or deterministic=false",
+                )
+        yield from self._kernel_faults()
 
-        if self.deterministic and self.attn_implementation not in ("sdpa", "eager"):
+    def _kernel_faults(self) -> Iterator[PydanticCustomError]:
+        if (self.kernels == "hub") != bool(self.hub_kernels):
             yield fault(
-                f"deterministic: attn_implementation={self.attn_implementation} may give other bits in each run",
-                key="deterministic",
-                hint="set attn_implementation=sdpa or deterministic=false",
+                "hub_kernels names no kernel, and kernels: hub takes those that it names"
+                if self.kernels == "hub"
+                else f"hub_kernels is set, and kernels is {self.kernels}",
+                key="hub_kernels",
+                hint="set both, or neither",
             )
 
     @property
@@ -371,6 +425,11 @@ class ModelSettings(Settings):
         if self.update != "auto":
             return self.update
         return "deferred" if self.max_grad_norm or self.nonfinite == "skip" else "eager"
+
+
+def _written(value: Any) -> str:
+    """A value as in a configuration file."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def per_layer(value: str | list[str], words: tuple[str, str]) -> list[str] | None:

@@ -92,8 +92,8 @@ class CompiledLayers:
         return self._kind_of[layer].refusal is None
 
     def run(self, layer: int, *args: Any, **kwargs: Any) -> Any:
-        """Call layer `layer` (0-based). If it cannot be compiled, it runs uncompiled from now on, with the same
-        random numbers."""
+        """Call layer `layer` (0-based). One that cannot be compiled runs uncompiled from now on, with the
+        same random numbers."""
         module, kind = self._layers[layer], self._kind_of[layer]
         if kind.refusal is not None:
             return module(*args, **kwargs)
@@ -162,8 +162,8 @@ def _traits(layer: nn.Module) -> tuple:
 def _options(mode: Mode) -> dict[str, Any]:
     """Inductor's options.
 
-    Random numbers are eager's, the same in any graph. CUDA graphs, part of torch's max-autotune, are left out:
-    they record addresses, and weights change slots.
+    Random numbers are eager's, the same in any graph. CUDA graphs, part of torch's max-autotune, are left
+    out: they record addresses, and weights change slots.
     """
     from torch._inductor import list_mode_options
 

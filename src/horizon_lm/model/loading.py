@@ -18,10 +18,12 @@ from horizon_lm.config import ModelSettings
 from horizon_lm.config.patterns import compiled, nearest
 from horizon_lm.errors import ConfigError, DataError, DoesNotFitError, HorizonError, UnsupportedModelError
 from horizon_lm.io.hub import require_reachable
+from horizon_lm.machine.device import resolve_device
 from horizon_lm.memory.arena import return_free_memory
 from horizon_lm.memory.store import HostStore
 from horizon_lm.model.configuration import configuration_of, reason_of
 from horizon_lm.model.folder import INDEX, names_in
+from horizon_lm.model.kernels import check_kernels
 from horizon_lm.model.pretrained import Allowed, read_pretrained, without_messages
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.words import count
@@ -81,6 +83,7 @@ def load_model(
 
 def load_model_of(source: str | Path | nn.Module, settings: ModelSettings) -> nn.Module:
     """Load the transformers model that the settings describe; a model object is returned as it is."""
+    check_kernels(settings, resolve_device(settings.device))
     return load_model(
         source,
         trust_remote_code=settings.trust_remote_code,

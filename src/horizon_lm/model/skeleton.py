@@ -22,6 +22,7 @@ from horizon_lm.memory.slots import UnitWeights
 from horizon_lm.model.anatomy import Anatomy, analyse
 from horizon_lm.model.compiled import CompiledLayers, Listener, Mode
 from horizon_lm.model.head import OwnHead, find_head
+from horizon_lm.model.kernels import Patch, packs_one_row_only, patched
 from horizon_lm.model.rope import separate_documents
 from horizon_lm.model.tiling import tile_mlps
 
@@ -47,6 +48,7 @@ class Skeleton:
         self.dtype = dtype
         self.neftune_noise_alpha: float | None = None
         self.compiled: CompiledLayers | None = None
+        self.patches: list[Patch] = []  # hold while layers run
         if any("layerdrop" in name and value for name, value in vars(self.config).items()):
             raise UnsupportedModelError(
                 f"{self.model_type} skips layers at random (layerdrop)",
@@ -100,7 +102,8 @@ class Skeleton:
     def run(self, layer: int, *args: Any, **kwargs: Any) -> Any:
         """Call decoder layer `layer` (0-based), compiled or not."""
         call = self.layers[layer] if self.compiled is None else partial(self.compiled.run, layer)
-        return call(*args, **kwargs)
+        with patched(self.patches):
+            return call(*args, **kwargs)
 
     @property
     def num_layers(self) -> int:
@@ -138,6 +141,11 @@ class Skeleton:
     def extends_positions(self) -> bool:
         """Whether that table grows with the sequence (sinusoids, as in fairseq)."""
         return any(hasattr(module, "make_weights") for module in self.model.modules())
+
+    @property
+    def packs_one_row_only(self) -> bool:
+        """Whether packed documents are kept apart only in micro-batches of one row."""
+        return packs_one_row_only(self.config)
 
     @property
     def has_router_loss(self) -> bool:
