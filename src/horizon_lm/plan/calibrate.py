@@ -412,6 +412,7 @@ _UNKNOWN = Profile(
     host=1.0,
     optimizer=1.0,
     disk=1.0,
+    update_threads=None,
     sources={},
 )
 
