@@ -111,7 +111,7 @@ def test_the_switches_are_set_in_ops_and_at_no_other_time(monkeypatch: pytest.Mo
 def test_a_model_on_cuda_has_them_in_all_lanes(
     emulated_cuda: EmulatedCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CUDA's lanes and their threads, on the CPU; cuBLAS is prepared. Control: neither without the setting."""
+    """CUDA's lanes and their threads, on the CPU; cuBLAS is prepared. Control: neither by default."""
     for wanted in (False, True):
         monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # what the test leaves is removed after it
         monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
