@@ -13,7 +13,7 @@ ARGS ?=
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: audit help setup quickstart test lint map types format bench bench-gpu bench-optimizer soak gpu-check \
+.PHONY: audit compat help setup quickstart test lint map types format bench bench-gpu bench-optimizer soak gpu-check \
     gpu-evidence gpu-wheels clean
 
 help: ## list all targets
@@ -54,6 +54,10 @@ quickstart: setup ## train a small model on this machine in a few minutes
 test: setup ## run all tests
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
 	    $(PY) -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
+
+# Minutes, and a network the first time. What it makes lies in build/.
+compat: setup ## check the oldest supported transformers, GPU dry runs and adapters of peers
+	@PYTHONPATH=src $(PY) -m tests.compat $(ARGS)
 
 lint: setup ## check style, formatting and the direction of imports
 	@$(PY) -m ruff check .
