@@ -29,6 +29,7 @@ ALIAS_VALUES: dict[str, tuple[Any, Any]] = {
     "gradient_checkpointing": (False, "keep"),
     "activation_checkpointing": (True, "recompute"),
     "torch_dtype": ("torch.float32", "float32"),
+    "full_determinism": (True, True),
     "attn_impl": ("eager", "eager"),
     "torch_compile": (True, True),
     "use_liger_kernel": (True, "liger"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,10 +12,14 @@ import torch
 
 import horizon_lm as hz
 import zoo
+from emulated_cuda import EmulatedCuda, watch_ops
+from emulated_cuda import emulated_cuda as emulated_cuda
+from fake_cuda import fake_cuda as fake_cuda
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import ConfigError
 from horizon_lm.machine import determinism
 from horizon_lm.machine.determinism import DeterministicKernels, prepare
+from horizon_lm.schedule import Lane, Op
 from moments import Moments
 from plain_gradients import stream
 
@@ -46,6 +51,18 @@ def forced(host: hz.HostModel) -> hz.HostModel:
     return host
 
 
+def spied(host: hz.HostModel) -> list[tuple[Op, Switches]]:
+    """Each op that runs from now on, with the switches in its thread."""
+    seen = []
+
+    def watched(run: Callable[[Any, Op], None]) -> Callable[[Any, Op], None]:
+        return lambda step, op: (seen.append((op, switches())), run(step, op))[1]
+
+    functions = host.engine.ops.functions
+    functions.update({kind: watched(run) for kind, run in functions.items()})
+    return seen
+
+
 def step(host: hz.HostModel, name: str, **options: Any) -> tuple[float, dict[str, torch.Tensor]]:
     batches = [zoo.batch(name, kind=kind) for kind in sorted(zoo.CASES[name].kinds - {"padded"})]
     loss = host.forward_backward(batches, **options).loss
@@ -69,17 +86,14 @@ def test_a_cpu_computes_the_same_bits(name: str) -> None:
 
 def test_the_switches_are_set_in_ops_and_at_no_other_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the forward and backward pass and in updates, whatever happens there. A CPU leaves them alone."""
-    seen = []
     host = forced(stream(zoo.build("llama")))
-    for kind, run in list(host.engine.ops.functions.items()):
-        spy = lambda s, op, run=run: (seen.append((op.kind, switches())), run(s, op))[1]  # noqa: E731
-        monkeypatch.setitem(host.engine.ops.functions, kind, spy)
+    seen = spied(host)
     before = switches()
     step(host, "llama")
     assert switches() == before
     host.step(lr=1e-3)
     host.flush()
-    assert {"F", "B", "O"} <= {kind for kind, _ in seen} and {now for _, now in seen} == {SET}
+    assert {"F", "B", "O"} <= {op.kind for op, _ in seen} and {now for _, now in seen} == {SET}
     assert switches() == before
 
     def fail(log_probs: torch.Tensor, batch: Any) -> torch.Tensor:
@@ -92,6 +106,27 @@ def test_the_switches_are_set_in_ops_and_at_no_other_time(monkeypatch: pytest.Mo
     quiet = stream(zoo.build("llama"), deterministic=True)
     monkeypatch.setattr(torch, "use_deterministic_algorithms", None)
     step(quiet, "llama")
+
+
+def test_a_model_on_cuda_has_them_in_all_lanes(
+    emulated_cuda: EmulatedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's lanes and their threads, on the CPU; cuBLAS is prepared. Control: neither by default."""
+    for wanted in (False, True):
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # what the test leaves is removed after it
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+        host = hz.HostModel.from_pretrained(
+            zoo.build("llama"), device="cuda", skip_memory_check=True, deterministic=wanted
+        )
+        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if wanted else None)
+        watch_ops(host.engine, emulated_cuda)
+        seen = spied(host)
+        before = switches()
+        host.train_step([zoo.batch("llama", kind="packed")], lr=1e-3)
+        host.flush()
+        assert {Lane.UPLOAD, Lane.COMPUTE, Lane.DOWNLOAD, Lane.UPDATE} <= {op.lane for op, _ in seen}
+        assert {now for _, now in seen} == {SET if wanted else before}
+        host.close()
 
 
 def test_an_op_without_such_a_kernel_is_named() -> None:
@@ -203,6 +238,7 @@ def test_kernels_that_promise_nothing_are_rejected() -> None:
         ("attn_implementation", "flex_attention", "sdpa"),
         ("compile", True, "false"),
         ("compile", "max-autotune", "false"),
+        ("kernels", "liger", "none"),
     ]
     for key, value, instead in rejected:
         with pytest.raises(

@@ -174,7 +174,8 @@ def test_what_the_kernel_does_not_take_goes_piece_by_piece(
     bias = torch.zeros(3, 4, 24, 24, dtype=bf16)
     assert calls(tensors, module, position_bias=bias) == 0
     assert calls(tensors, module, output_attentions=True) == 0
-    assert calls(tensors, module, cache=object()) == 0
+    if "cache" in varlen._unknown_options():  # of transformers' sdpa, in some versions
+        assert calls(tensors, module, cache=object()) == 0
     with pytest.raises(ValueError, match="softcap"):
         attend(module, *tensors, masked(ROWS, 5, packed=True), softcap=30.0)
     for size in (12, 200, 264):

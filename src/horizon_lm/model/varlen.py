@@ -85,7 +85,7 @@ def find_varlen() -> Attend | None:
     return adapt(varlen_attn)
 
 
-def adapt(function: Attend) -> Attend | None:
+def adapt(function: Callable[..., Any]) -> Attend | None:
     """Return a function (query, key, value, offsets, offsets, longest, longest, *, scale, window_size) that
     groups heads, from whichever version of torch's; None if it takes no window or scale."""
     names = inspect.signature(function).parameters.keys()
