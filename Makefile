@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 
-# gpu-check, bench and soak also run offline without .venv, on any Python that has torch:
+# gpu-check, gpu-evidence, bench and soak also run offline without .venv, on any Python that has torch:
 # make gpu-check PYTHON=python3
 PYTHON ?= $(if $(wildcard $(PY)),$(PY),python3)
 
@@ -13,7 +13,8 @@ ARGS ?=
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: audit help setup quickstart test lint map types format bench bench-gpu bench-optimizer soak gpu-check clean
+.PHONY: audit compat help setup quickstart test lint map types format bench bench-gpu bench-optimizer soak gpu-check \
+    gpu-evidence gpu-wheels clean
 
 help: ## list all targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -54,6 +55,10 @@ test: setup ## run all tests
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
 	    $(PY) -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
 
+# Minutes, and a network the first time. What it makes lies in build/.
+compat: setup ## check the oldest supported transformers, GPU dry runs and adapters of peers
+	@PYTHONPATH=src $(PY) -m tests.compat $(ARGS)
+
 lint: setup ## check style, formatting and the direction of imports
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
@@ -72,8 +77,14 @@ format: setup ## reformat and apply automatic fixes
 bench: ## run all benchmarks this machine can run; write a dated file in benchmarks/results
 	@PYTHONPATH=src $(PYTHON) -m benchmarks $(ARGS)
 
-bench-gpu: ## run the GPU suite in resumable parts, if there is a GPU
-	@PYTHONPATH=src $(PYTHON) -m benchmarks gpu $(ARGS)
+bench-gpu: ## run the whole GPU suite in resumable stages, if there is a GPU; takes hours
+	@PYTHONPATH=src:$(PYTHONPATH) $(PYTHON) -m benchmarks gpu $(ARGS)
+
+gpu-evidence: ## run the stages that prove most, 25 GPU minutes; a call takes under nine, the next goes on
+	@PYTHONPATH=src:$(PYTHONPATH) $(PYTHON) -m benchmarks gpu --evidence $(ARGS)
+
+gpu-wheels: ## gather what a GPU machine without a network lacks: FOLDER=wheels ARGS='NAME==VERSION'
+	@$(PYTHON) -m benchmarks.wheels $(or $(FOLDER),build/wheels) $(ARGS)
 
 bench-optimizer: ## compare the host update with memory speed and other optimizers
 	@PYTHONPATH=src $(PYTHON) -m horizon_lm.optim.kernel --build
@@ -87,7 +98,7 @@ audit: ## check the pinned versions for known vulnerabilities (needs a network)
 	@build/audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip
 
 gpu-check: ## run all checks that need a GPU, if there is one
-	@PYTHONPATH=src $(PYTHON) -m tests.gpu.check $(ARGS)
+	@PYTHONPATH=src:$(PYTHONPATH) $(PYTHON) -m tests.gpu.check $(ARGS)
 
 clean: ## remove caches and build output; keep .venv and runs/
 	@rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -30,7 +30,8 @@ def _micro(name: str, part: str, *more: str, seconds: float) -> Command:
 
 def _check(part: str, *more: str, seconds: float, limit: float) -> Command:
     arguments = ("--part", part, "--out", "{json}", *more)
-    return Command(part, CHECK, arguments, "gpu-check", seconds=seconds, limit=limit)
+    dry = ("--dry-run", "--model", "llama")
+    return Command(part, CHECK, arguments, "gpu-check", dry, seconds=seconds, limit=limit)
 
 
 def _machine() -> Iterator[Command]:

@@ -19,6 +19,8 @@ MACHINE = "machine"  # the ledger's row about the machine and the software
 def add_stages(report: Report, stages: Mapping[str, Stage], ledger: Ledger) -> None:
     """Add a section for each stage that has rows, and say what is still to run."""
     about = ledger.rows.get(MACHINE, {})
+    if about.get("dry"):
+        report.parts.append("**A dry run at a tiny size on the CPU: no figure below means anything.**")
     peak = float(about.get("peak", 1.0))
     if about:
         report.parts.append(f"MFU and HFU against {peak / 1e12:.0f} TFLOP/s ({about['peak_source']}).")

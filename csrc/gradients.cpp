@@ -152,7 +152,7 @@ int32_t horizon_add_gradients(float* total, const void* first, const void* secon
   if (resolve(isa) == kAvx512) add = add_of<Avx512>(dtype);
   if (resolve(isa) == kAvx2) add = add_of<Avx2>(dtype);
 #endif
-  for_pieces(count, 0, threads, kCacheLine,
+  for_pieces(count, 0, threads,
              [&](int64_t begin, int32_t size) { add(total, first, second, begins != 0, begin, size); });
   return 0;
 }
@@ -166,7 +166,7 @@ int32_t horizon_move_gradient(const void* source, int32_t source_dtype, void* ta
   if (resolve(isa) == kAvx512) move = move_of<Avx512>(source_dtype, target_dtype);
   if (resolve(isa) == kAvx2) move = move_of<Avx2>(source_dtype, target_dtype);
 #endif
-  for_pieces(count, 0, threads, kBlock,
+  for_pieces(count, 0, threads,
              [&](int64_t begin, int32_t size) { move(source, target, squares, begin, size); });
   return 0;
 }

@@ -279,7 +279,7 @@ int32_t horizon_update(const Update* update) {
 #endif
     default: kernel = by_rule<Baseline>(u);
   }
-  for_pieces(u.count, u.element_offset, u.threads, kCacheLine,
+  for_pieces(u.count, u.element_offset, u.threads,
              [&](int64_t begin, int32_t count) { kernel(u, begin, count); });
   return 0;
 }
@@ -292,7 +292,7 @@ int32_t horizon_triad(float* a, const float* b, const float* c, float scale, int
   if (resolve(kAuto) == kAvx512) triad = Avx512::triad;
   if (resolve(kAuto) == kAvx2) triad = Avx2::triad;
 #endif
-  for_pieces(count, 0, threads, kCacheLine, [&](int64_t begin, int32_t size) {
+  for_pieces(count, 0, threads, [&](int64_t begin, int32_t size) {
     triad(a + begin, b + begin, c == nullptr ? nullptr : c + begin, scale, size);
   });
   return 0;

@@ -1,4 +1,5 @@
-"""Systems to compare, each behind `build(case)` (horizon_lm.bench.protocol.System).
+"""Systems to compare, each behind `build(case)` (horizon_lm.bench.protocol.System), with a `check()` of the
+installed package's interface that needs no GPU (`python -m benchmarks.peers.check`).
 
 An adapter uses the installed package or, if it is not on PyPI, a checkout that an environment variable
 names. A missing one raises AbsentError with the reason, which becomes a row of the table. Adapters were
@@ -8,12 +9,17 @@ file of a GPU run says which have).
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
+import inspect
 import os
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -48,6 +54,10 @@ PEERS: dict[str, Peer] = {
     "trainstream": Peer("benchmarks.peers.trainstream_wrap:build", "autocast over fp32 weights"),
     "offload-adam": Peer("benchmarks.peers.offload_adam:build", "fp32 masters, bf16 moments", exact=False),
     "megatrain": Peer("benchmarks.peers.megatrain:build", "bf16 weights without masters", exact=False),
+    "llmq": Peer(
+        "benchmarks.peers.llmq:build", "CUDA/C++, qwen2 only; masters and moments on the host; own weights"
+    ),
+    "roundpipe": Peer("benchmarks.peers.roundpipe:build", "fp32 masters on the CPU; its synchronous step"),
 }
 
 
@@ -71,6 +81,42 @@ def from_checkout(variable: str, name: str, subfolder: str = "") -> ModuleType:
         raise AbsentError(f"{variable}: {place.name!r} is not a folder")
     sys.path.insert(0, str(place))
     return installed(name)
+
+
+def check_takes(function: Callable[..., Any], *names: str) -> None:
+    """Raise TypeError unless `function` has parameters of these names."""
+    _check_names(function.__qualname__, inspect.signature(function).parameters, names)
+
+
+def check_source_takes(package: str, file: str, name: str, *names: str) -> None:
+    """`check_takes` for a package that cannot be imported without a GPU, from its source.
+
+    file: inside the package's folder. name: a function, or `Class.method`.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise AbsentError(f"{package} is not installed")
+    body: Any = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
+    for part in name.split("."):
+        kinds = (ast.FunctionDef, ast.ClassDef)
+        # The last of one name counts: overloads stand before it.
+        body = [n for n in body.body if isinstance(n, kinds) and n.name == part][-1]
+    arguments = body.args
+    known = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+    _check_names(name, known, names)
+
+
+def _check_names(what: str, known: Iterable[str], names: Iterable[str]) -> None:
+    if unknown := sorted(set(names) - set(known)):
+        raise TypeError(f"{what} takes no {', '.join(unknown)}")
+
+
+def need_equal_micro_batches(case: Case) -> int:
+    """Return the rows of each micro-batch. Raises AbsentError unless all have as many."""
+    rows = case.rows or case.sequences
+    if case.sequences % rows:
+        raise AbsentError("takes micro-batches of equal size only")
+    return rows
 
 
 def need_cuda(case: Case) -> torch.device:

@@ -19,7 +19,7 @@ from horizon_lm.bench.models import own, source_model
 from horizon_lm.bench.plain import decay_groups, prepare
 from horizon_lm.bench.protocol import Case
 
-from . import installed, need_cuda, one_rank
+from . import check_takes, installed, need_cuda, one_rank
 
 _CPU = {"device": "cpu", "pin_memory": True}
 _COMMON = {"overlap_comm": True, "contiguous_gradients": True}
@@ -106,3 +106,29 @@ def build_superoffload(case: Case) -> DeepSpeed:
 
 def build_zenflow(case: Case) -> DeepSpeed:
     return DeepSpeed(case, ZENFLOW)
+
+
+def _check_known(given: dict[str, Any], model: Any) -> None:
+    """Raise TypeError for a key, at any depth, that DeepSpeed's pydantic model would keep without a meaning."""
+    fields = {field.alias or name: name for name, field in type(model).model_fields.items()}
+    fields |= {name: name for name in type(model).model_fields}
+    for key, value in given.items():
+        if key not in fields:
+            raise TypeError(f"{type(model).__name__} takes no {key}")
+        if isinstance(value, dict):
+            _check_known(value, getattr(model, fields[key]))
+
+
+def check() -> str:
+    """Parse all three configurations with DeepSpeed's own reader."""
+    deepspeed, ops = installed("deepspeed"), installed("deepspeed.ops.adam")
+    reader = installed("deepspeed.runtime.config").DeepSpeedConfig
+    case = Case({}, sequences=4, rows=2)
+    for zero in (ZERO3, SUPEROFFLOAD, ZENFLOW):
+        parsed = reader(settings_of(case, zero))
+        _check_known(zero, parsed.zero_config)
+        if parsed.gradient_clipping != case.clip or parsed.gradient_accumulation_steps != 2:
+            raise TypeError("clipping or accumulation is not read as it is set")
+    check_takes(ops.DeepSpeedCPUAdam, "model_params", "lr", "betas", "eps", "adamw_mode")
+    check_takes(deepspeed.initialize, "model", "config", "optimizer", "model_parameters")
+    return "configurations of ZeRO-3, SuperOffload and ZenFlow"

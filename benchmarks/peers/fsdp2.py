@@ -12,7 +12,7 @@ from horizon_lm.bench.models import own, source_model
 from horizon_lm.bench.plain import adam_options, backward, decay_groups, prepare
 from horizon_lm.bench.protocol import Case
 
-from . import need_cuda, one_rank
+from . import check_takes, need_cuda, one_rank
 
 
 class Fsdp2:
@@ -51,3 +51,12 @@ class Fsdp2:
 
 def build(case: Case) -> Fsdp2:
     return Fsdp2(case)
+
+
+def check() -> str:
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+    check_takes(fully_shard, "mp_policy", "offload_policy")
+    MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    CPUOffloadPolicy(pin_memory=True)
+    return "fully_shard and its policies"

@@ -15,7 +15,27 @@ from horizon_lm.bench.models import own, source_model
 from horizon_lm.bench.plain import prepare
 from horizon_lm.bench.protocol import Case
 
-from . import installed
+from . import check_takes, installed
+
+
+def arguments_of(case: Case) -> dict[str, Any]:
+    """Return the keywords of `TrainingArguments`, without output_dir."""
+    return {
+        "bf16": case.dtype == "bfloat16",
+        "use_cpu": case.device == "cpu",
+        "optim": "adamw_torch_fused",
+        "learning_rate": case.lr,
+        "lr_scheduler_type": "constant",
+        "adam_beta1": case.betas[0],
+        "adam_beta2": case.betas[1],
+        "adam_epsilon": case.eps,
+        "weight_decay": case.weight_decay,
+        "max_grad_norm": case.clip or 0.0,
+        "per_device_train_batch_size": case.rows or case.sequences,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
 
 
 class HfTrainer:
@@ -25,23 +45,7 @@ class HfTrainer:
 
         self.case = case
         self._folder = tempfile.TemporaryDirectory()
-        arguments = TrainingArguments(
-            output_dir=self._folder.name,
-            bf16=case.dtype == "bfloat16",
-            use_cpu=case.device == "cpu",
-            optim="adamw_torch_fused",
-            learning_rate=case.lr,
-            lr_scheduler_type="constant",
-            adam_beta1=case.betas[0],
-            adam_beta2=case.betas[1],
-            adam_epsilon=case.eps,
-            weight_decay=case.weight_decay,
-            max_grad_norm=case.clip or 0.0,
-            per_device_train_batch_size=case.rows or case.sequences,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-        )
+        arguments = TrainingArguments(output_dir=self._folder.name, **arguments_of(case))
         model = prepare(own(source_model(case), torch.float32), case)
         self.trainer = Trainer(model=model, args=arguments)
         self.trainer.create_optimizer_and_scheduler(num_training_steps=10**6)
@@ -72,3 +76,13 @@ class HfTrainer:
 
 def build(case: Case) -> HfTrainer:
     return HfTrainer(case)
+
+
+def check() -> str:
+    installed("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    check_takes(TrainingArguments, "output_dir", *arguments_of(Case({})))
+    check_takes(Trainer.training_step, "num_items_in_batch")
+    check_takes(Trainer.create_optimizer_and_scheduler, "num_training_steps")
+    return "TrainingArguments, Trainer.training_step"

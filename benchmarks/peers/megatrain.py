@@ -13,7 +13,7 @@ import torch
 from horizon_lm.bench.models import own, source_model
 from horizon_lm.bench.protocol import Case
 
-from . import from_checkout, installed, need_cuda
+from . import check_takes, from_checkout, installed, need_cuda
 
 
 class MegaTrain:
@@ -74,3 +74,11 @@ class MegaTrain:
 
 def build(case: Case) -> MegaTrain:
     return MegaTrain(case)
+
+
+def check() -> str:
+    model = from_checkout("MEGATRAIN", "infinity").CPUMasterModel
+    config = installed("infinity.config").CPUMasterConfig
+    check_takes(config, "max_seq_len", "gradient_accumulation_steps", "checkpoint_interval", "num_grad_slabs")
+    check_takes(model.forward_and_backward)
+    return "CPUMasterModel and its configuration"

@@ -15,7 +15,7 @@ from horizon_lm.bench.models import own, source_model
 from horizon_lm.bench.plain import prepare
 from horizon_lm.bench.protocol import Case
 
-from . import from_checkout, need_cuda
+from . import check_takes, from_checkout, need_cuda
 
 
 class OffloadAdam:
@@ -53,3 +53,9 @@ class OffloadAdam:
 
 def build(case: Case) -> OffloadAdam:
     return OffloadAdam(case)
+
+
+def check() -> str:
+    optimizer = from_checkout("OFFLOAD_ADAM", "offload_adam", "src").OffloadAdam
+    check_takes(optimizer, "lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "mode")
+    return "OffloadAdam"

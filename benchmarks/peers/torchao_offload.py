@@ -15,7 +15,7 @@ from horizon_lm.bench.models import own, source_model
 from horizon_lm.bench.plain import adam_options, backward, decay_groups, prepare
 from horizon_lm.bench.protocol import AbsentError, Case
 
-from . import installed, need_cuda
+from . import check_takes, installed, need_cuda
 
 
 class TorchaoOffload:
@@ -46,3 +46,9 @@ class TorchaoOffload:
 
 def build(case: Case) -> TorchaoOffload:
     return TorchaoOffload(case)
+
+
+def check() -> str:
+    optimizer = installed("torchao.optim").CPUOffloadOptimizer
+    check_takes(optimizer, "params", "optimizer_class", "offload_gradients")
+    return "CPUOffloadOptimizer"

@@ -15,7 +15,21 @@ from horizon_lm.bench.models import own, source_model
 from horizon_lm.bench.plain import adam_options, backward, decay_groups, prepare
 from horizon_lm.bench.protocol import Case
 
-from . import installed, need_cuda
+from . import check_source_takes, installed, need_cuda
+
+
+def options_of(case: Case) -> dict[str, Any]:
+    """Return the keywords of `wrap`."""
+    rows = case.rows or case.sequences
+    return {
+        "offload": True,
+        "activation_offload": False,
+        "param_offload": case.extra.get("param_offload", False),
+        "moment_dtype": "float32",
+        "max_grad_norm": case.clip,
+        "accumulation_steps": -(-case.sequences // rows),
+        "quantize": "none",
+    }
 
 
 class TrainStream:
@@ -27,18 +41,8 @@ class TrainStream:
         model = prepare(own(source_model(case), torch.float32, place), case)
         groups = decay_groups(model, case.weight_decay)
         optimizer = torch.optim.AdamW(groups, **(adam_options(case) | {"fused": not paged}))
-        rows = case.rows or case.sequences
         self.model, self.optimizer = trainstream.wrap(
-            model,
-            optimizer,
-            offload=True,
-            activation_offload=False,
-            param_offload=paged,
-            device=self.device,
-            moment_dtype="float32",
-            max_grad_norm=case.clip,
-            accumulation_steps=-(-case.sequences // rows),
-            quantize="none",
+            model, optimizer, device=self.device, **options_of(case)
         )
 
     def step(self, micro_batches: list[torch.Tensor]) -> float:
@@ -58,3 +62,10 @@ class TrainStream:
 
 def build(case: Case) -> TrainStream:
     return TrainStream(case)
+
+
+def check() -> str:
+    """Its import compiles CUDA code, so its source is read."""
+    options = options_of(Case({}))
+    check_source_takes("trainstream", "wrapper.py", "wrap", "model", "optimizer", "device", *options)
+    return "wrap, in its source"

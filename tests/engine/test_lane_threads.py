@@ -27,6 +27,7 @@ from horizon_lm.engine import lanes as lanes_module
 from horizon_lm.engine.lane_thread import LaneThread
 from horizon_lm.engine.lanes import CudaLanes
 from horizon_lm.schedule import Buffer, Lane, Op, StepSpec, build, derive_waits
+from moments import Moments
 from sizes import times
 
 CPU = torch.device("cpu")
@@ -185,18 +186,21 @@ LEFT: dict[str, Callable[[], object]] = {
 }
 
 
+NEW = (True, False, False, True)
+
+
 @pytest.mark.parametrize("fails", [True, False])
 @pytest.mark.parametrize("what", LEFT)
 def test_a_run_finds_threads_as_new(what: str, fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    new = (True, False, False, True)
-    assert set(states(LEFT[what], fails=fails)) == {new}
+    assert set(states(LEFT[what], fails=fails)) == {NEW}
     monkeypatch.setattr(lanes_module, "_is_as_new", lambda: True)
-    assert (set(states(LEFT[what], fails=fails)) == {new}) is fails  # the control: only an error ends a thread
+    # The control: only an error ends a thread.
+    assert (set(states(LEFT[what], fails=fails)) == {NEW}) is fails
 
 
 def test_a_device_that_an_op_makes_the_default_is_forgotten() -> None:
     try:
-        assert set(states(lambda: torch.set_default_device("meta"), fails=True)) == {(True, False, False, True)}
+        assert set(states(lambda: torch.set_default_device("meta"), fails=True)) == {NEW}
     finally:
         torch.set_default_device(None)
 
@@ -314,21 +318,19 @@ def test_an_exception_in_an_op_surfaces_with_its_name(quiet: list[Any]) -> None:
     assert {lane for lane in before if before[lane] != after[lane]} <= {Lane.COMPUTE} and not quiet
 
 
-def test_exceptions_at_any_time(
-    quiet: list[Any], record_property: Callable[[str, object], None]
-) -> None:
+def test_exceptions_at_any_time(quiet: list[Any], record_property: Callable[[str, object], None]) -> None:
     """Each run does all its ops once or raises, soon, and the next one is whole again."""
     lanes, rng, raised = CudaLanes(CPU), random.Random(5), 0
     idents(lanes)
     stop = threading.Event()
 
-    def torment() -> None:
+    def torment(lanes: CudaLanes) -> None:
         while not stop.wait(rng.random() * 4e-3):
             thread = rng.choice(threads_of(lanes))
             if thread._has_begun and not thread.is_dead:
                 strike(thread)
 
-    tormentor = threading.Thread(target=torment)
+    tormentor = threading.Thread(target=torment, args=(lanes,))
     tormentor.start()
     try:
         for _ in range(times(150, 5000)):
@@ -356,7 +358,44 @@ def test_exceptions_at_any_time(
     assert raised and not alive(threads)
 
 
-def test_a_dead_thread_is_replaced_by_the_next_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def interrupted_runs(lanes: CudaLanes) -> int:
+    """Interrupt runs at moments, of which there are this many."""
+    moments, rng = Moments(lambda path: path.startswith("engine/lane")), random.Random(7)
+    moments.run(lambda: idents(lanes))
+    total, repeats = moments.count, times(60, 2000)
+    for part in range(repeats):
+        working: set[Lane] = set()
+
+        def execute(i: int, working: set[Lane] = working) -> None:
+            working.add(OPS[i].lane)
+            time.sleep(1e-4)
+            working.remove(OPS[i].lane)
+
+        at = int(total * (part + rng.random()) / repeats)
+        moments.run(lambda execute=execute: lanes.run(OPS, WAITS, ALL, execute), at)
+        assert not working, moments.where
+        lanes.join()
+        found = idents(lanes)
+        assert all(len(threads) == 1 for threads in found.values()), moments.where
+    return total
+
+
+def test_an_interrupt_of_the_caller_at_any_moment(record_property: Callable[[str, object], None]) -> None:
+    """No op runs once `run` has raised, the next run is whole, and no thread is forgotten."""
+    gc.collect()
+    before = set(threading.enumerate())
+    lanes = CudaLanes(CPU)
+    record_property("moments", interrupted_runs(lanes))
+    assert len(set(threading.enumerate()) - before) <= len(lanes._threads)
+    del lanes
+    gc.collect()
+    deadline = time.monotonic() + SECONDS
+    while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not left
+
+
+def test_a_dead_thread_is_replaced_by_the_next_run() -> None:
     lanes = CudaLanes(CPU)
     idents(lanes)
     dead = lanes._threads[Lane.DOWNLOAD]
@@ -368,7 +407,7 @@ def test_a_dead_thread_is_replaced_by_the_next_run(monkeypatch: pytest.MonkeyPat
 # The process: forks, and its end. Each case in a process of its own.
 
 _BEGIN = """
-import os, signal, sys, threading, time
+import atexit, os, signal, sys, threading, time
 import pytest, torch
 import fake_cuda
 patch = pytest.MonkeyPatch()
@@ -385,22 +424,20 @@ lanes.run(ops, waits, everything, done.append)
 
 
 def in_process(code: str) -> str:
-    began = time.monotonic()
     helpers = str(Path(__file__).parents[1] / "helpers")
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {helpers!r})\n{_BEGIN}{code}"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=60,  # seconds; most of them go into imports
     )
     assert done.returncode == 0 and not done.stderr, (done.returncode, done.stderr)
-    print(f"{time.monotonic() - began:.1f} s")
     return done.stdout
 
 
 def test_a_forked_child_starts_its_own_threads() -> None:
     """Forked while they idle and in the middle of a run, by hand and as a loader's workers; the parent's run
-    goes on. The process ends at once, though threads of both lanes idle."""
+    goes on. Threads that idle end before the process does."""
     code = """
 from torch.utils.data import DataLoader
 
@@ -428,26 +465,15 @@ print(fork(sys.exit))
 lanes.run(ops, waits, everything, execute)
 before = {lane: thread._thread.ident for lane, thread in lanes._threads.items()}
 print(train() == len(before) and before == {l: t._thread.ident for l, t in lanes._threads.items()})
-print(time.monotonic() - began < 60)
+atexit._run_exitfuncs()  # handlers run in reverse, so torch's come later
+print(len([t for t in threading.enumerate() if t.name.startswith("horizon-")]))
 """
-    out = in_process("began = time.monotonic()\n" + code).split("\n")
-    assert out[:4] == ["0", "0 [tensor([1]), tensor([2])]", "True", "True"]
+    assert in_process(code).split("\n")[:4] == ["0", "0 [tensor([1]), tensor([2])]", "True", "0"]
 
 
-@pytest.mark.parametrize("moment", ["idle", "at work"])
-def test_a_process_ends_though_lanes_live(moment: str) -> None:
-    """In silence and at once: idle threads before the interpreter, one in an op with it."""
+def test_a_process_ends_though_a_lane_is_in_an_op() -> None:
+    """In silence and soon: as the interpreter ends, so does the thread."""
     code = """
-import atexit
-def tell():
-    lanes = [t.name for t in threading.enumerate() if t.name.startswith("horizon-")]
-    print("left", len(lanes), flush=True)
-"""
-    if moment == "idle":  # handlers run in reverse: this one was there before those of the lanes
-        out = in_process(code + "atexit._run_exitfuncs(); tell()")
-        assert out.split() == ["left", "0"]
-        return
-    code += """
 inside = threading.Event()
 def execute(i):
     inside.set()
@@ -456,7 +482,6 @@ def execute(i):
 other = threading.Thread(target=lambda: lanes.run(ops, waits, everything, execute), daemon=True)
 other.start()
 inside.wait()
-began = time.monotonic()
-atexit.register(lambda: print(time.monotonic() - began < 20, flush=True))
+atexit.register(lambda: print("at exit", flush=True))
 """
-    assert in_process(code).split() == ["True"]
+    assert in_process(code) == "at exit\n"

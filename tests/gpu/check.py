@@ -2,11 +2,9 @@
 
 Exit code 0 when all passed (or there is no CUDA device, and it says so), 1 when something failed.
 
-It needs torch, transformers and pydantic; on a machine without a network and without pydantic, put
-the wheels of pydantic, pydantic_core, annotated_types and typing_inspection into a folder, install
-them from there (`pip install --no-deps --target FOLDER *.whl`), and run it by its path with that
-folder in PYTHONPATH. The C++ optimizer is built by `python3 -m horizon_lm.optim.kernel --build`;
-without it the torch reference serves. With all parts it takes some minutes: --part splits it.
+It needs torch, transformers and pydantic; `make gpu-wheels` gathers what a machine without a network
+lacks (docs/benchmarking.md). `python3 -m horizon_lm.optim.kernel --build` builds the C++ optimizer,
+without which it refuses to run on CUDA. With all parts it takes some minutes: --part splits it.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ for _path in (str(_TESTS), str(_TESTS / "helpers"), str(_TESTS.parent / "src")):
     if _path not in sys.path:
         sys.path.insert(0, _path)
 
-PARTS = ("gradients", "lanes", "sanitizer", "step")
+PARTS = ("gradients", "determinism", "lanes", "sanitizer", "step")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="small and on the CPU: shows that the script runs, nothing of CUDA",
     )
+    parser.add_argument("--model", action="append", help="only these of part `gradients` (may be repeated)")
     parser.add_argument("--sanitized-child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
 
@@ -60,6 +59,12 @@ def main(argv: list[str] | None = None) -> int:
         if options.out:
             options.out.write_text(json.dumps({"ran": False, "reason": "no CUDA device"}, indent=2) + "\n")
         return 0
+    from horizon_lm.optim import kernel
+
+    if not options.dry_run and kernel.library() is None:
+        print("gpu-check: the C++ optimizer is not built, and the torch reference proves nothing of it")
+        print("  hint: python3 -m horizon_lm.optim.kernel --build")
+        return 1
     return _run(options)
 
 
@@ -83,7 +88,7 @@ def _run(options: argparse.Namespace) -> int:
         print(f"{name}:", flush=True)
         begin = time.perf_counter()
         try:
-            part = _functions(place, repeats, trace)[name]()
+            part = _functions(place, repeats, trace, options.model)[name]()
         except Exception as error:  # a part that breaks must not keep the others from running
             traceback.print_exc()
             part = Part(name)
@@ -111,14 +116,16 @@ def _run(options: argparse.Namespace) -> int:
     return 0 if passed else 1
 
 
-def _functions(place, repeats: int, trace: Path | None) -> dict[str, Callable]:
+def _functions(place, repeats: int, trace: Path | None, models: list[str] | None) -> dict[str, Callable]:
+    from gpu.determinism import check_determinism
     from gpu.gradients import check_gradients
     from gpu.lanes import check_lanes
     from gpu.sanitizer import check_sanitizer
     from gpu.step import check_step
 
     return {
-        "gradients": lambda: check_gradients(place),
+        "gradients": lambda: check_gradients(place, models),
+        "determinism": lambda: check_determinism(place, repeats),
         "lanes": lambda: check_lanes(place, repeats),
         "sanitizer": lambda: check_sanitizer(place),
         "step": lambda: check_step(place, trace),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from horizon_lm.machine.determinism import DeterministicKernels
 from horizon_lm.model.attention import attention_by_intervals
 
 Gradients = dict[str, torch.Tensor]
@@ -81,19 +81,14 @@ def free() -> None:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """TF32 off, and kernels that give the same bits in each run wherever there are such kernels."""
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    """TF32 off, and the kernels of `deterministic: true`, for transformers as well."""
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
+    try:
+        with DeterministicKernels():
             yield
-        finally:
-            torch.use_deterministic_algorithms(before, warn_only=warn_only)
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
 
 
 def same(one: torch.Tensor, two: torch.Tensor) -> bool:

@@ -26,7 +26,7 @@ def _check(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.timeout(620)
-@pytest.mark.parametrize("part", ["gradients", "lanes", "sanitizer", "step"])
+@pytest.mark.parametrize("part", ["gradients", "determinism", "lanes", "sanitizer", "step"])
 def test_part(part: str, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     done = _check("--part", part, "--out", str(out))
@@ -45,7 +45,9 @@ def test_says_plainly_that_nothing_was_run(tmp_path: Path) -> None:
 def test_dry_run(tmp_path: Path) -> None:
     """The script itself, small and on the CPU, so that it does not fail on the day there is a GPU."""
     out = tmp_path / "result.json"
-    done = _check("--dry-run", "--part", "step", "--part", "lanes", "--out", str(out))
+    done = _check(
+        "--dry-run", "--part", "step", "--part", "lanes", "--part", "determinism", "--out", str(out)
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
     assert result["dry_run"] and result["passed"]

@@ -2,16 +2,16 @@
 
 Torch functions are intercepted twice. By name (`_Names`): a CUDA device in an argument becomes the CPU,
 `tensor.device` tells of the mark, and `to`, `tolist`, `pin_memory` do what they do with a device. As an
-operation (`_Operations`), below autograd: results of marked tensors are marked, and every operation that would
-make the host wait for a real device is counted, with the op of the step that it is part of.
+operation (`_Operations`), below autograd: results of marked tensors are marked, and every operation that
+would make the host wait for a real device is counted, with the op of the step that it is part of.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -23,9 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 import fake_cuda
+from fake_flash import flash_on_the_cpu
 from horizon_lm.engine import layers
-from horizon_lm.memory import arena
-from horizon_lm.model import twins
+from horizon_lm.memory import arena, store
+from horizon_lm.model import twins, varlen
 from horizon_lm.schedule import Lane, Op
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -34,12 +35,12 @@ _here = threading.local()  # target: where the torch function at hand puts its r
 
 
 class EmulatedCuda:
-    """Which memory is the device's, which is pinned, and the waits of the host: (op of the step, what waits)."""
+    """Which memory is the device's, which is pinned, and the waits of the host: (op of the step, reason)."""
 
     def __init__(self) -> None:
         self._device: dict[int, StorageWeakRef] = {}
         self._pinned: dict[int, StorageWeakRef] = {}
-        self._registered: list[tuple[int, int]] = []
+        self._registered: list[tuple[int, int, StorageWeakRef]] = []
         self.waits: list[tuple[Op | None, str]] = []
 
     def is_on_device(self, tensor: torch.Tensor) -> bool:
@@ -47,7 +48,7 @@ class EmulatedCuda:
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:
         place = tensor.data_ptr()
-        registered = any(start <= place < end for start, end in self._registered)
+        registered = any(start <= place < end and not by.expired() for start, end, by in self._registered)
         return registered or tensor.untyped_storage()._cdata in self._pinned
 
     def put_on_device(self, tensor: torch.Tensor) -> None:
@@ -58,8 +59,10 @@ class EmulatedCuda:
         storage = tensor.untyped_storage()
         self._pinned.setdefault(storage._cdata, StorageWeakRef(storage))
 
-    def register(self, tensor: torch.Tensor) -> None:
-        self._registered.append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes))
+    def register(self, tensors: Sequence[torch.Tensor], device: torch.device) -> None:
+        for tensor in tensors:
+            place, storage = tensor.data_ptr(), StorageWeakRef(tensor.untyped_storage())
+            self._registered.append((place, place + tensor.nbytes, storage))
 
     def wait(self, what: str) -> None:
         self.waits.append((getattr(_here, "op", None), what))
@@ -69,10 +72,14 @@ class EmulatedCuda:
         return Counter(what for op, what in self.waits if op is not None and op.lane is Lane.COMPUTE)
 
     @contextmanager
-    def modes(self) -> Iterator[None]:
-        """Around what one thread does (modes belong to a thread)."""
-        with _Operations(self), _Names(self):
-            yield
+    def modes(self, op: Op | None = None) -> Iterator[None]:
+        """Around what one thread does (modes belong to a thread). op: of the step that it does."""
+        before, _here.op = getattr(_here, "op", None), op
+        try:
+            with _Operations(self), _Names(self):
+                yield
+        finally:
+            _here.op = before
 
 
 def _is_cuda(value: Any) -> bool:
@@ -191,7 +198,7 @@ class _Operations(TorchDispatchMode):
             why = self._waits(func, args, kwargs, target)
             if why:
                 cuda.wait(why)
-        output = func(*args, **kwargs)
+        output = _STAND_INS.get(func, func)(*args, **kwargs)
         goes_home = func is _aten._to_copy.default and target == "cpu"
         if (marked and not goes_home and func is not _aten.copy_.default) or target == "cuda":
             tree_map_only(torch.Tensor, cuda.put_on_device, output)
@@ -218,6 +225,8 @@ class _Operations(TorchDispatchMode):
             if any(not cuda.is_on_device(i) for i in indices):
                 return f"{name}: by indices of the host"
             return None
+        if name == "aten::_grouped_mm" and any(t.dtype != torch.bfloat16 for t in args[:2]):
+            return f"{name}: groups' sizes are read, but for bf16"
         if torch.Tag.dynamic_output_shape in func.tags and func is not _aten.index.Tensor:
             if name == "aten::repeat_interleave" and kwargs.get("output_size") is not None:
                 return None
@@ -229,6 +238,14 @@ def _why_blocking(non_blocking: bool, is_pinned: bool) -> str | None:
     if not is_pinned:
         return "a copy from or to pageable memory"
     return None if non_blocking else "a copy that blocks"
+
+
+def _histc_of_integers(values: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return _aten.histc.default(values.float(), *args, **kwargs).to(values.dtype)
+
+
+# Operations that the CPU has not.
+_STAND_INS = {_aten.histc.default: _histc_of_integers}
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -248,16 +265,21 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch, fake_cuda: list[str]) -> Iter
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "default_generators": (generator,),
+        "get_device_capability": lambda device=None: (9, 0),
         "mem_get_info": lambda device=None: (1 << 40, 1 << 40),
     }
     for name, value in replaced.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(arena, "_register", cuda.register)
+    for module in (arena, store):
+        monkeypatch.setattr(module, "pin", cuda.register)
     monkeypatch.setattr(twins, "is_on_device", cuda.is_on_device)
 
     def upload(twin: torch.Tensor, device: torch.device) -> torch.Tensor:
-        found = twin.clone()
-        cuda.put_on_device(found)
+        pinned = twin.clone()
+        cuda.pin(pinned)
+        with _putting("cuda"), torch._C.DisableTorchFunction():
+            found: torch.Tensor = _aten._to_copy.default(pinned, device=CPU, non_blocking=True)
+        cuda.put_on_device(found)  # also where no mode sees the copy
         return found
 
     monkeypatch.setattr(twins, "upload", upload)
@@ -274,8 +296,9 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch, fake_cuda: list[str]) -> Iter
     kinds = checkpoint._allowed_determinism_checks_to_fns
     monkeypatch.setitem(kinds, "default", lambda tensor: (tensor.shape, tensor.dtype))
     _count_event_waits(monkeypatch, cuda)
-    with ExitStack() as stack:
-        stack.enter_context(cuda.modes())
+    kernels = varlen._DTYPES
+    with flash_on_the_cpu(), cuda.modes():
+        monkeypatch.setattr(varlen, "_DTYPES", kernels)
         yield cuda
 
 
@@ -299,12 +322,8 @@ def watch_ops(engine: Any, cuda: EmulatedCuda) -> None:
 
     def watched(function: Callable[[Any, Op], None]) -> Callable[[Any, Op], None]:
         def run(step: Any, op: Op) -> None:
-            _here.op = op
-            try:
-                with cuda.modes():
-                    function(step, op)
-            finally:
-                _here.op = None
+            with cuda.modes(op):
+                function(step, op)
 
         return run
 

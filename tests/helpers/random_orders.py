@@ -66,11 +66,15 @@ class Reset:
         for region, runs in self.saved.items():
             for run, saved in zip(self.model.store._runs[region], runs, strict=True):
                 run.copy_(saved)
-        # A run that failed half-way leaves weights in slots; the next one must not find them there.
-        for slot in range(self.model.engine.ops.policies.slots + 1):
-            fill_with_nan(self.model.engine.ops.weight_slots.tensors(slot))
-        for slot in range(self.model.engine.ops.policies.grad_slots + 1):
-            fill_with_nan(self.model.engine.ops.gradient_slots.tensors(slot))
+        # A run that failed half-way leaves values in slots; the next one must not find them there.
+        ops = self.model.engine.ops
+        for slots, count in (
+            (ops.weight_slots, ops.policies.slots + 1),
+            (ops.gradient_slots, ops.policies.grad_slots + 1),
+            (ops.boundary_slots, ops.policies.settings.boundary_slots),
+        ):
+            for slot in range(count):
+                fill_with_nan(slots.tensors(slot))
         self.model.state_was_replaced(0)
 
 

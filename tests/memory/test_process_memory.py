@@ -154,14 +154,11 @@ def slot_bytes(layers: int, hidden: int = 32) -> dict[str, int]:
     model.forward_backward(batches)
     model.step(lr=1e-3)
     sizes = model.memory_bytes()
-    inner, outer = (max(u.numel for u in units) for units in _parted(model.store.units, layers + 1))
+    numels = [unit.numel for unit in model.store.units]
+    inner, outer = max(numels[: layers + 1]), max(numels[layers + 1 :])
     assert sizes["weight_slots"] == 2 * (2 * inner + outer), "3 slots of bf16"
     assert sizes["gradient_slots"] == 4 * (2 * inner + outer), "3 slots of fp32"
     return {name: sizes[name] for name in ("weight_slots", "gradient_slots", "weights")}
-
-
-def _parted(units: Sequence[UnitLayout], head: int) -> tuple[Sequence[UnitLayout], Sequence[UnitLayout]]:
-    return units[:head], units[head:]
 
 
 def test_device_slots_do_not_grow_with_depth() -> None:

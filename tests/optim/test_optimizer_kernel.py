@@ -64,6 +64,16 @@ def test_same_bits_for_every_isa_thread_count_and_segmentation(rule, weights, gr
     assert same_bits(run, expected)
 
 
+@needs_kernel
+def test_same_bits_whichever_thread_takes_a_piece():
+    """Many pieces, random numbers by element, and an offset that cuts the first piece short."""
+    start = make_run(300_001, moments=BF16)
+    expected = start.clone().update("adamw", by=reference.update, element_offset=777)
+    for threads in (1, 2, 3, 16):
+        assert same_bits(start.clone().update("adamw", threads=threads, element_offset=777), expected)
+    assert not same_bits(start.clone().update("adamw", threads=3, element_offset=778), expected)
+
+
 SIZES = [0, 1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129, 255, 257, 1000]
 
 

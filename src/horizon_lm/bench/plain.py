@@ -16,7 +16,11 @@ from horizon_lm.bench.protocol import Case
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return parameter groups; biases and 1-D parameters are not decayed, as in Horizon-LM."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return groups_of([(n, p) for n, p in model.named_parameters() if p.requires_grad], weight_decay)
+
+
+def groups_of(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    """`decay_groups` of named parameters."""
     decayed = [p for n, p in named if p.ndim > 1 and not n.endswith("bias")]
     spared = [p for n, p in named if p.ndim <= 1 or n.endswith("bias")]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]

@@ -102,6 +102,7 @@ ALIASES: dict[str, Alias] = {
     "bf16": Alias("dtype", _flag("bfloat16", "float32")),
     "pure_bf16": Alias("dtype", _flag("bfloat16", "float32")),
     "fp32": Alias("dtype", _flag("float32", "bfloat16")),
+    "full_determinism": Alias("deterministic"),
     "attn_impl": Alias("attn_implementation"),
     "torch_compile": Alias("compile"),
     "use_liger_kernel": Alias("kernels", _choice("liger", "none")),

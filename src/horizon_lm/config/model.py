@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -11,6 +12,12 @@ from pydantic_core import PydanticCustomError
 
 from horizon_lm.config.base import Settings, fault, setting
 
+# Values under which `deterministic` can be kept. Compiled kernels are chosen by their time.
+_REPEATABLE: dict[str, tuple[Any, ...]] = {
+    "attn_implementation": ("sdpa", "eager"),
+    "compile": (False,),
+    "kernels": ("none",),
+}
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 HUB_ATTENTION = re.compile(r"kernels-community/[\w.-]+(@[\w.-]+)?(:\w+)?")
 HUB_KERNEL = re.compile(
@@ -237,7 +244,9 @@ class ModelSettings(Settings):
     )
     optimizer_threads: int | Literal["auto"] = setting(
         "auto",
-        "Host threads of the update; auto uses all cores available to this process, never more.",
+        "Host threads of the update, never more than the cores available to this process. auto uses all of "
+        "them on the CPU; on CUDA what `horizon doctor` measured, else three fewer than all (all with "
+        "update: sync).",
         group="Optimizer",
         resume="free",
         unit="threads",
@@ -384,7 +393,14 @@ class ModelSettings(Settings):
                 hint="set update=deferred or "
                 + ("max_grad_norm=null" if self.max_grad_norm else "nonfinite=raise"),
             )
-
+        for key, fixed in _REPEATABLE.items() if self.deterministic else ():
+            if getattr(self, key) not in fixed:
+                value = _written(getattr(self, key))
+                yield fault(
+                    f"deterministic: true, but {key}: {value} may choose other kernels in each run",
+                    key="deterministic",
+                    hint=f"set {key}={_written(fixed[0])} or deterministic=false",
+                )
         yield from self._kernel_faults()
 
     def _kernel_faults(self) -> Iterator[PydanticCustomError]:
@@ -396,18 +412,6 @@ class ModelSettings(Settings):
                 key="hub_kernels",
                 hint="set both, or neither",
             )
-        steady: dict[str, tuple[str, ...]] = {
-            "attn_implementation": ("eager", "sdpa"),
-            "kernels": ("none",),
-            "compile": ("False", "True"),  # max-autotune chooses by measured times
-        }
-        for key, values in steady.items():
-            if self.deterministic and str(getattr(self, key)) not in values:
-                yield fault(
-                    f"deterministic: {key}={getattr(self, key)} may give other bits in each run",
-                    key="deterministic",
-                    hint=f"set {key}={values[-1].lower()} or deterministic=false",
-                )
 
     @property
     def host_memory_bytes(self) -> int | None:
@@ -420,6 +424,11 @@ class ModelSettings(Settings):
         if self.update != "auto":
             return self.update
         return "deferred" if self.max_grad_norm or self.nonfinite == "skip" else "eager"
+
+
+def _written(value: Any) -> str:
+    """A value as in a configuration file."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def per_layer(value: str | list[str], words: tuple[str, str]) -> list[str] | None:

@@ -20,7 +20,7 @@ from horizon_lm.config.data import IGNORED
 from horizon_lm.engine.disk_lane import Saving
 from horizon_lm.engine.ends import Rows
 from horizon_lm.engine.lanes import Lanes, Span
-from horizon_lm.engine.loss import LossFunction, cross_entropy, custom, shifted_targets
+from horizon_lm.engine.loss import LossFunction, as_numbers, cross_entropy, custom, shifted_targets
 from horizon_lm.engine.ops import Ops
 from horizon_lm.engine.step import Schedule, Step, Update
 from horizon_lm.errors import ConfigError
@@ -51,7 +51,7 @@ class Engine:
         self.optimizer, self.lanes, self.settings = optimizer, lanes, settings
         alias = device.type == "cpu" and lanes.in_place
         self.ops = Ops(skeleton, store, optimizer, settings, device, alias)
-        self.pinned = PinnedPool(device)  # for the micro-batches of a step
+        self.pinned = PinnedPool(device)  # for what a step copies to the device besides weights
         self.trainable = self.ops.policies.trainable
         self._schedules: dict[tuple[StepSpec, bool], Schedule] = {}
         self._step: Step | None = None  # the step whose complete gradients the store holds
@@ -194,6 +194,7 @@ class Engine:
                 )
             raise
         self._end_of_writes()
+        step.metrics = [as_numbers(metrics) for metrics in step.device_metrics]
         self._step = step
         return step
 
@@ -213,11 +214,11 @@ class Engine:
         rows = None
         if spec.lowest_backward == 0 and not spec.evaluate:
             ids = [batch["input_ids"] for batch in micro_batches]
-            rows = Rows.of(ids, self.skeleton, pin=self.device.type == "cuda")
+            rows = Rows.of(ids, self.skeleton, self.pinned)
         return Step(spec, schedule, micro_batches, targets, num_tokens, rows, number, rng_base)
 
     def _prepare_losses(self, step: Step, loss_fn: LossFunction | None) -> None:
-        step.metrics = [{} for _ in step.micro_batches]
+        step.device_metrics = [{} for _ in step.micro_batches]
         if loss_fn is None:
             smoothing = self.ops.policies.settings.label_smoothing_factor
             head_loss = cross_entropy(step.num_tokens, self.ops.policies.loss_chunk, smoothing)
@@ -225,7 +226,7 @@ class Engine:
         else:
             step.head_losses = [
                 custom(loss_fn, batch, self.ops.policies.loss_chunk, metrics)
-                for batch, metrics in zip(step.micro_batches, step.metrics, strict=True)
+                for batch, metrics in zip(step.micro_batches, step.device_metrics, strict=True)
             ]
 
     def evaluate(self, micro_batches: Sequence[MicroBatch], *, record: bool = False) -> Step:
@@ -322,7 +323,8 @@ class Engine:
         def execute(i: int) -> None:
             op = self._inside.op = schedule.ops[i]
             try:
-                self.ops.functions[op.kind](step, op)
+                with self.pinned.in_use():
+                    self.ops.functions[op.kind](step, op)
             finally:
                 self._inside.op = None
             for buffer in schedule.ends[i]:

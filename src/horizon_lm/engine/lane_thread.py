@@ -1,10 +1,11 @@
-"""A thread that serves many runs: cuDNN's plans and OpenMP's teams belong to a thread and are costly to make."""
+"""A thread that serves many runs: cuDNN's plans and OpenMP's teams belong to a thread and are costly."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
 from collections.abc import Callable
+from operator import length_hint
 from queue import SimpleQueue
 
 
@@ -24,10 +25,11 @@ class Latch:
 
     @property
     def is_set(self) -> bool:
-        return not self._once.__length_hint__()
+        return not length_hint(self._once)
 
     def set(self) -> None:
-        deque(map(self._lock.__exit__, self._once), 0)  # releases it for the first caller alone
+        # Releases the lock for the first caller alone.
+        deque(map(self._lock.__exit__, self._once), 0)  # type: ignore[arg-type]
 
     def wait(self) -> None:
         """Wait, in any number of threads."""

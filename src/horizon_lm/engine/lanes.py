@@ -194,7 +194,7 @@ class CudaLanes:
         return made[:count]
 
 
-# Of streams; torch's lowest is 0. Casts and norms of downloads must not take the compute lane's multiprocessors.
+# Of streams; torch's lowest is 0. Casts and norms of downloads yield to the compute lane's kernels.
 _PRIORITIES = {Lane.UPLOAD: 0, Lane.COMPUTE: -1, Lane.DOWNLOAD: 0}
 _all: weakref.WeakSet[CudaLanes] = weakref.WeakSet()
 
@@ -245,9 +245,7 @@ class _CudaRun:
         self.host_threads = torch.get_num_threads()
         self.issued = {i: Latch() for i in indices}
         on_device = [i for i in indices if ops[i].lane in self.streams]
-        self.ended = dict(
-            zip(on_device, lanes.events("ended", len(on_device), timing=record), strict=True)
-        )
+        self.ended = dict(zip(on_device, lanes.events("ended", len(on_device), timing=record), strict=True))
         timed = on_device if record else []
         self.began = dict(zip(timed, lanes.events("began", len(timed), timing=True), strict=True))
         self.host_times: dict[int, tuple[float, float]] = {}

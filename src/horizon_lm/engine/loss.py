@@ -27,6 +27,8 @@ Draws = Callable[[], AbstractContextManager[None]]
 # (skeleton, hidden [batch, tokens, width], targets [batch, tokens] on the host, the head's random state) ->
 # (fp32 scalar on the device, gradient of hidden). Gradients of the head's parameters go to the bound leaves.
 HeadLoss = Callable[[Skeleton, torch.Tensor, torch.Tensor, Draws], tuple[torch.Tensor, torch.Tensor]]
+# Of a micro-batch: tensors stay on the device until the step has ended.
+Metrics = dict[str, float | torch.Tensor]
 # (log-probabilities [batch, tokens - 1], micro-batch) -> scalar, or (scalar, metrics)
 LossFunction = Callable[[torch.Tensor, dict[str, torch.Tensor]], Any]
 
@@ -125,12 +127,13 @@ def check_loss_function(loss_fn: Any, label_smoothing: float) -> None:
 
 
 def custom(
-    loss_fn: LossFunction, batch: dict[str, torch.Tensor], chunk: int, metrics: dict[str, float]
+    loss_fn: LossFunction, batch: dict[str, torch.Tensor], chunk: int, metrics: Metrics
 ) -> HeadLoss:
     """Build a head loss from a user's function of log-probabilities.
 
     Logits are computed twice: for the log-probabilities that `loss_fn` receives, and for its gradient.
-    metrics: filled with what it returns besides the loss.
+    metrics: filled with what it returns besides the loss; `as_numbers` makes numbers of it. The batch should
+    be pinned where the device is a GPU.
     Raises ConfigError unless it returns a scalar that depends on the log-probabilities.
     """
 
@@ -139,9 +142,9 @@ def custom(
     ) -> tuple[torch.Tensor, torch.Tensor]:
         with draws():  # the last token of a row has no target
             leaf = log_probabilities(skeleton, hidden, targets, chunk)[:, :-1].requires_grad_()
-        given = {name: value.to(hidden.device) for name, value in batch.items()}
+        given = {name: value.to(hidden.device, non_blocking=True) for name, value in batch.items()}
         loss, extra = _checked(loss_fn(leaf, given))  # draws from the caller's generators
-        metrics.update({str(name): _number(name, value) for name, value in extra.items()})
+        metrics.update({str(name): _metric(name, value) for name, value in extra.items()})
         loss.backward()
         if leaf.grad is None:
             raise _no_loss("does not depend on the log-probabilities")
@@ -159,12 +162,22 @@ def custom(
     return head_loss
 
 
-def _number(name: Any, value: Any) -> float:
+def _metric(name: Any, value: Any) -> float | torch.Tensor:
+    """The metric as a number, or as a tensor of one that nothing writes into and nobody has waited for."""
     try:
-        return float(value.detach()) if isinstance(value, torch.Tensor) else float(value)
-    except (TypeError, ValueError, RuntimeError):
-        shape = f" of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
-        raise _no_loss(f"returned the metric {name!r} as a {type(value).__name__}{shape}") from None
+        if not isinstance(value, torch.Tensor):
+            return float(value)
+        if value.numel() == 1:
+            return value.detach().clone()
+    except (TypeError, ValueError):
+        pass
+    shape = f" of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
+    raise _no_loss(f"returned the metric {name!r} as a {type(value).__name__}{shape}")
+
+
+def as_numbers(metrics: Metrics) -> dict[str, float]:
+    """Read the metrics of a micro-batch; waits for the device."""
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def _checked(result: Any) -> tuple[torch.Tensor, dict[str, Any]]:

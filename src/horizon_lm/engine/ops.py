@@ -172,7 +172,9 @@ class Ops:
             loss, hidden_gradient = step.head_losses[m](skeleton, hidden, targets, draws)
             if skeleton.has_router_loss:  # counts with the micro-batch's share of the step's targets
                 share = int((targets != IGNORED).sum()) / step.num_tokens
-                loss += ends.router_loss_and_backward(skeleton, call, hidden, share, draws)
+                with host_twins(self.device):
+                    call.inputs = self._inputs(step, m)  # once more, so that they have twins
+                    loss += ends.router_loss_and_backward(skeleton, call, hidden, share, draws)
         if gradient is not None and m == step.spec.micro_batches - 1:
             gradient.complete()  # a tied one waits here for the table's rows
         step.losses[m] = loss

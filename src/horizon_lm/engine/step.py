@@ -14,7 +14,7 @@ import torch
 from horizon_lm.engine.ends import Rows
 from horizon_lm.engine.gradient import UnitGradient
 from horizon_lm.engine.layers import LayerGraph, Rerun
-from horizon_lm.engine.loss import Draws, HeadLoss
+from horizon_lm.engine.loss import Draws, HeadLoss, Metrics
 from horizon_lm.micro_batches import MicroBatch
 from horizon_lm.model.capture import Call
 from horizon_lm.optim.kernel import Progress
@@ -89,7 +89,9 @@ class Step:
     """A running step: its schedule, micro-batches and transient buffers.
 
     targets: [batch, tokens] on the host per micro-batch. num_tokens: targets that count. rows: those of the
-    embedding table, if their gradients, or those of the prologue, are wanted. number: steps done before it. head_losses: one per micro-batch. update: what the O ops of this schedule apply.
+    embedding table, if their gradients, or those of the prologue, are wanted. number: steps done before it.
+    head_losses: one per micro-batch. metrics: what a loss function returns beside the loss (device_metrics:
+    before they are read). update: what the O ops of this schedule apply.
     ends_itself: its gradients are of no use after the call that made them.
     """
 
@@ -108,6 +110,7 @@ class Step:
     gradients: dict[int, UnitGradient] = field(default_factory=dict)
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     log_probs: dict[int, torch.Tensor] = field(default_factory=dict)
+    device_metrics: list[Metrics] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)
     square_norms: dict[int, torch.Tensor] = field(default_factory=dict)
 

@@ -57,9 +57,9 @@ _DETERMINISTIC = _Switches(
 
 
 class DeterministicKernels:
-    """A context in which CUDA's kernels give the same bits each time, or raise ConfigError. is_on: else it does
-    nothing.
+    """A context in which CUDA's kernels give the same bits each time, or raise ConfigError.
 
+    is_on: without it nothing changes.
     Each model has its own. With several at work in threads, the last one out restores the switches.
     """
 

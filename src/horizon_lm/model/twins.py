@@ -14,14 +14,18 @@ from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from horizon_lm.memory.pinned import pinned
 
 # Twins have at most so many times the elements of the largest copied tensor (several kinds of positions), so
 # none is as large as a mask of tokens x tokens; but small ones always exist.
 _TIMES, _FEWEST = 8, 1 << 12
 _COPY, _COPY_INTO = torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default
 _HOST = torch.device("cpu")
+_MASKS = torch.bool, torch.uint8
 _MISSING = object()
 
 Place = tuple[Any, ...]
@@ -34,7 +38,7 @@ def host_twins(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    with HostTwins():
+    with HostTwins(), _Lists():
         yield
 
 
@@ -43,7 +47,7 @@ def is_on_device(tensor: torch.Tensor) -> bool:
 
 
 def upload(twin: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return twin.pin_memory().to(device, non_blocking=True)
+    return pinned(twin).to(device, non_blocking=True)
 
 
 class HostTwins(TorchDispatchMode):
@@ -71,7 +75,7 @@ class HostTwins(TorchDispatchMode):
         if on_device and given is not None:
             if _reads(func, args, kwargs or {}):
                 return _evaluate(func, given)
-            if _sizes_by_value(func, args):
+            if _is_made_on_the_host(func, args):
                 return self._from_host(func, given, on_device[0].device)
         output = func(*args, **(kwargs or {}))
         if func._schema.is_mutable:
@@ -109,7 +113,7 @@ class HostTwins(TorchDispatchMode):
                 self._keep(outputs, _tensors(_evaluate(func, given)))
 
     def _from_host(self, func: Any, given: Any, device: torch.device) -> Any:
-        """Run an operation whose output's size depends on values on the twins, and upload its output."""
+        """Run an operation on the twins, and upload its output."""
         found, spec = tree_flatten(_evaluate(func, given))
         with _disable_current_modes():
             outputs = [upload(twin, device) for twin in found]
@@ -137,13 +141,11 @@ def _reads(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
     return torch.Tag.data_dependent_output in func.tags
 
 
-def _sizes_by_value(func: Any, args: tuple) -> bool:
-    """Whether the output's size depends on values (indexing: only by booleans)."""
-    if torch.Tag.dynamic_output_shape not in func.tags:
-        return False
+def _is_made_on_the_host(func: Any, args: tuple) -> bool:
+    """Whether the output's size depends on values (indexing: by booleans), or an index is the host's."""
     if func is torch.ops.aten.index.Tensor:
-        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-    return True
+        return any(i.dtype in _MASKS or not is_on_device(i) for i in args[1] if i is not None)
+    return torch.Tag.dynamic_output_shape in func.tags
 
 
 def _repeats(func: Any) -> bool:
@@ -173,3 +175,27 @@ def _storage(tensor: torch.Tensor) -> int:
 
 def _place(tensor: torch.Tensor) -> Place:
     return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+class _Lists(TorchFunctionMode):
+    """Keeps torch from copying lists of numbers to the device and waiting for it: an index becomes one of the
+    host, which `HostTwins` evaluates, and a tensor a pinned copy."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.__getitem__:
+            return func(args[0], _with_tensors(args[1]))
+        device = kwargs.get("device")
+        if func in (torch.tensor, torch.as_tensor) and device is not None and torch.device(device) != _HOST:
+            made = func(*args, **{**kwargs, "device": _HOST})
+            return upload(made, torch.device(device))
+        return func(*args, **kwargs)
+
+
+def _with_tensors(index: Any) -> Any:
+    """The index with its lists as tensors."""
+    if isinstance(index, list):
+        return torch.tensor(index)
+    return tuple(_with_tensors(part) for part in index) if isinstance(index, tuple) else index
