@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import horizon_lm as hz
 import zoo
@@ -211,6 +212,23 @@ def test_a_layer_that_cannot_be_compiled_runs_uncompiled_and_is_named(
     (note,) = notes
     assert re.fullmatch(rf"Toy \({count} layers\) runs uncompiled because {reason}", note)
     assert not layers.is_compiled(0)
+
+
+def test_a_checkpoint_around_a_compiled_layer_would_fail() -> None:
+    """The negative control of recomputing such layers as a whole: run again, a compiled layer can save other
+    tensors than `checkpoint` counted."""
+    torch._dynamo.reset()
+    listener = SimpleNamespace(tell=pytest.fail, remark=lambda text: None)
+    layers = CompiledLayers([Toy(0, plainly)], [False], True, listener, "aot_eager")
+
+    def loss(tokens: int) -> torch.Tensor:
+        x = torch.ones(1, tokens, 4, requires_grad=True)
+        return checkpoint(layers.run, 0, x, use_reentrant=False).sum()
+
+    lengths = loss(5), loss(7)
+    with pytest.raises((AssertionError, CheckpointError)):
+        for each in lengths:
+            each.backward()
 
 
 def test_an_error_of_the_layer_is_its_own() -> None:

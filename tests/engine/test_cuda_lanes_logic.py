@@ -309,3 +309,20 @@ def test_every_wait_between_streams_is_needed(monkeypatch: pytest.MonkeyPatch) -
             patch.setattr(lanes._CudaRun, "_wait_for", wait)
             watch = _watched(model, lambda: model.forward_backward(batches), monkeypatch, repeats=1)
         assert watch.errors, f"{ops[later]} without its wait for {ops[earlier]}"
+
+
+def test_layers_compile_in_the_compute_lane() -> None:
+    """In a thread that is not the main one, and under streams; the bits are those of uncompiled layers."""
+    data = [zoo.batch("llama", batch_size=1, length=9, seed=m) for m in range(2)]
+    found = []
+    for compiles in (False, True):
+        model = from_pretrained(
+            zoo.build("llama"), device="cpu", dtype="float32", lanes="inline", skip_memory_check=True
+        )
+        model.engine.lanes = CudaLanes(CPU)
+        if compiles:
+            model.skeleton.compile_layers(True, model.engine.ops, "aot_eager")
+        model.forward_backward(data)
+        found.append({name: value.clone() for name, value in model.named_gradients()})
+        assert not model.engine.ops.notes and len(model.engine.ops.remarks) == compiles
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())

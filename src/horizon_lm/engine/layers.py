@@ -122,8 +122,8 @@ class Rerun:
     """Stands for the graph of a layer that stored weights where they cannot be replaced, or runs compiled.
 
     Its backward pass reruns the whole layer. reason: what the layer does, in words; None if it was to be
-    recomputed anyway, and runs compiled: its graph cannot stop early, and the graph of a rerun may save other
-    tensors (another length compiled meanwhile).
+    recomputed anyway, and runs compiled: its graph cannot stop early, and may save other tensors in a rerun
+    than `checkpoint` counted (another length compiled meanwhile).
     """
 
     reason: str | None
