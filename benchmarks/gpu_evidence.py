@@ -73,6 +73,7 @@ def _step_64k() -> Iterator[Job]:
 def _lanes() -> Iterator[Job | Command]:
     """Return the bit tests: lanes against one stream, and runs against their repetition."""
     yield _check("lanes", "--repeats", "6", seconds=120, limit=400)
+    yield _check("determinism", seconds=60, limit=300)
     case = case_of(shape("qwen3-0.6b"), 16, 1024, activations="recompute").replace(rows=16)
     fixed = case.replace(extra={"deterministic": True})
     title = "ours, deterministic, twice"

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import __main__ as runner
-from benchmarks import cpu, gpu, gpu_goals, gpu_parts, micro, peers, remedies, report, suite
-from benchmarks.jobs import InlineWorker, Ledger, curve_difference, measure_fitting
+from benchmarks import cpu, gpu, gpu_goals, gpu_parts, gpu_runner, micro, peers, remedies, report, suite
+from benchmarks.jobs import InlineWorker, Ledger, curve_difference
 from benchmarks.peers import PEERS
 
+from horizon_lm.bench import jobs
 from horizon_lm.bench.figures import Row
 from horizon_lm.bench.jobs import OURS, measure
 from horizon_lm.bench.models import shape
@@ -40,14 +41,6 @@ def new_report() -> report.Report:
 
 
 # ---- jobs -----------------------------------------------------------------------------------
-
-
-def test_rows_are_halved_until_they_fit() -> None:
-    case = TINY.replace(rows=4, extra={"most_rows": 1})
-    row = measure_fitting(TOY, case, seconds=60, kind=InlineWorker)
-    assert row["status"] == "done" and row["tried"] == [4, 2] and row["case"]["rows"] == 1
-    row = measure_fitting(TOY, TINY.replace(rows=2, extra={"most_rows": 0}), seconds=60, kind=InlineWorker)
-    assert row["status"] == "out of memory" and row["tried"] == [2]
 
 
 def test_a_ledger_goes_on(tmp_path: Path) -> None:
@@ -173,22 +166,6 @@ def test_without_a_gpu_the_suite_says_so(no_results: Path, capsys: pytest.Captur
     assert list((no_results / "elsewhere").glob("*-gpu.md"))
 
 
-def test_every_part_of_the_gpu_suite_is_rehearsed(tmp_path: Path, no_results: Path) -> None:
-    arguments = gpu.options(["--rehearse"])
-    arguments.work = tmp_path
-    found = new_report()
-    gpu.run_all(found, arguments)
-    ledger = Ledger(tmp_path / "rehearsal.jsonl", f"{report.commit()}, rehearsal")
-    rows = list(ledger.rows.values())
-    assert {row["part"] for row in rows} == set(gpu_parts.PARTS)
-    mine = [row for row in rows if row["name"].startswith(("ours", "torch", "hf-trainer"))]
-    assert all(row["status"] == "done" for row in mine if not row["name"].startswith("torchao"))
-    text = "\n".join(found.parts)
-    assert "## Goals" in text and "SIMULATED" in text and "## This machine" in text
-    assert "| zero3-offload | absent: needs a CUDA device" in text
-    assert not no_results.exists()
-
-
 def test_jobs_of_the_gpu_suite_are_what_the_issue_asks_for() -> None:
     jobs = [(part, job) for part, make in gpu_parts.PARTS.items() for job in make()]
     names = [f"{part}: {job.group}: {job.name}" for part, job in jobs]
@@ -200,38 +177,27 @@ def test_jobs_of_the_gpu_suite_are_what_the_issue_asks_for() -> None:
     assert all(job.case.device == "cuda" and job.case.attention == "sdpa" for _, job in jobs)
 
 
-def test_a_part_that_runs_out_of_time_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ledger = Ledger(tmp_path / "x.jsonl", "")
-    done: list[str] = []
-
-    def run(job: gpu_parts.Job, seconds: float, rehearse: bool) -> Row:
-        done.append(job.group)
-        return {"status": "no time" if len(done) == 2 else "done", "key": str(len(done)), "why": ""}
-
-    monkeypatch.setattr(gpu, "run_job", run)
-    total = len(list(gpu_parts.PARTS["depth"]()))
-    assert gpu.run_part("depth", ledger, rehearse=False, seconds=-1.0) == total and not done
-    assert gpu.run_part("depth", ledger, rehearse=False) == 1
-    assert gpu.run_part("depth", ledger, rehearse=False) == 0
-    assert len(done) == total + 1 and done[1] == done[-1]
-
-
-def test_the_largest_model_is_the_planners_and_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_largest_model_is_the_planners_and_shrinks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (job, *_) = gpu_parts.PARTS["largest"]()
-    small = gpu_parts.rehearsed(job)
+    wide = gpu_parts.dry(job)
     layers: list[int] = []
 
     class Plan:
         def most_layers(self) -> int:
             return 100
 
-    def run(system: str, case: Case, *, seconds: float, kind: Any) -> Row:
+    def run(systems: Any, *, seconds: float, kind: Any) -> list[Row]:
+        ((_, case),) = systems
         layers.append(case.model["num_hidden_layers"])
-        return {"status": "done" if layers[-1] < 95 else "out of memory"}
+        return [{"status": "done" if layers[-1] < 95 else "out of memory", "case": case.to_json()}]
 
-    monkeypatch.setattr(gpu, "plan_run", lambda config: Plan())
-    monkeypatch.setattr(gpu, "measure_fitting", run)
-    assert gpu.run_job(small, 100.0, rehearse=False)["status"] == "done" and layers == [100, 95, 90]
+    monkeypatch.setattr(gpu_runner, "plan_run", lambda config: Plan())
+    monkeypatch.setattr(jobs, "measure", run)
+    row = gpu_runner.run_job(wide, 100.0, gpu_runner.Call(tmp_path, 0.0))
+    assert row["status"] == "done" and layers == [100, 95, 90]
+    assert row["retried"].startswith("retried at 90 layers") and "at 100 layers" in row["retried"]
 
 
 def test_the_largest_model_of_a_small_machine_has_few_layers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,14 +205,14 @@ def test_the_largest_model_of_a_small_machine_has_few_layers(monkeypatch: pytest
     from horizon_lm.plan import fit
 
     (job, *_) = gpu_parts.PARTS["largest"]()
-    job = gpu_parts.rehearsed(job)
+    job = gpu_parts.dry(job)
     wide = shape("tiny", hidden_size=512, intermediate_size=1024, num_hidden_layers=16)
     monkeypatch.setattr(fit, "available_host_bytes", lambda stated: 700_000_000)
-    found = gpu.with_largest_model(gpu_parts.Job("", "", job.case.replace(model=wide), ""))
+    found = gpu_runner.with_largest_model(gpu_parts.Job("", "", job.case.replace(model=wide), ""))
     assert 1 <= found.case.model["num_hidden_layers"] < 16
     monkeypatch.setattr(fit, "available_host_bytes", lambda stated: 1)
-    config = gpu.train_config(job.case).replace(skip_memory_check=True)
-    assert set(gpu.plan_run(config).largest().values()) == {0}
+    config = gpu_runner.train_config(job.case).replace(skip_memory_check=True)
+    assert set(gpu_runner.plan_run(config).largest().values()) == {0}
 
 
 def test_goals_say_by_how_much_they_are_missed() -> None:
@@ -323,7 +289,7 @@ def test_names_and_options_are_told_apart(
     assert runner.main(["nothing"]) == 2 and "hint: there are" in capsys.readouterr().err
     given: list[Any] = []
     monkeypatch.setattr(gpu, "main", lambda argv: given.append(argv))
-    assert runner.main(["gpu", "--part", "depth", "long"]) == 0 and given == [["--part", "depth", "long"]]
+    assert runner.main(["gpu", "--stage", "depth", "long"]) == 0 and given == [["--stage", "depth", "long"]]
     assert "peers" not in runner.NAMES and "report" not in runner.NAMES
 
 
