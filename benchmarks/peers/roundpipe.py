@@ -76,5 +76,7 @@ def check() -> str:
     check_source_takes("roundpipe", "roundpipe.py", "RoundPipeBase.step", "step_fn", "is_async")
     check_source_takes("roundpipe", "roundpipe.py", "RoundPipeBase.optim_named_parameters")
     check_source_takes("roundpipe", "run_config.py", "RoundPipeRunConfig.__init__", "num_microbatch")
-    check_source_takes("roundpipe", "optim/adam.py", "Adam.__init__", "betas", "eps", "decoupled_weight_decay")
+    check_source_takes(
+        "roundpipe", "optim/adam.py", "Adam.__init__", "betas", "eps", "decoupled_weight_decay"
+    )
     return "parameters, in its source"
