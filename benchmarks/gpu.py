@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
         write(arguments, ledger)
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
-    write(arguments, ledger)
+    write(arguments, ledger, simulate=not waiting(arguments.stages, ledger))
     left = waiting(arguments.stages, ledger)
     for name, count in left.items():
         print(f"{name}: {words.count(count, 'job')} left")
@@ -137,15 +137,18 @@ def about_machine(dry_run: bool) -> Row:
     return {"status": "done", "dry": dry_run, "text": Report.machine(), "peak": peak, "peak_source": source}
 
 
-def write(arguments: argparse.Namespace, ledger: Ledger) -> None:
-    """Write the results file: into the folder, into benchmarks/results, and all that is kept into $OUT."""
+def write(arguments: argparse.Namespace, ledger: Ledger, *, simulate: bool = False) -> None:
+    """Write the results file: into the folder, into benchmarks/results, and all that is kept into $OUT.
+
+    simulate: add what remedies would be worth, which takes a while.
+    """
     about = ledger.rows.get(MACHINE)
     found = Report(
         arguments.name, __doc__ or "", command=arguments.command, machine=about["text"] if about else None
     )
     add_stages(found, arguments.stages, ledger)
     rows = [row for row in ledger.rows.values() if "case" in row]
-    add_goals(found, rows, float(about["peak"]) if about else 1.0, simulate=not arguments.report)
+    add_goals(found, rows, float(about["peak"]) if about else 1.0, simulate=simulate)
     found.write(arguments.folder)
     if arguments.dry_run:
         return

@@ -136,13 +136,13 @@ def said(row: Row) -> str:
 
 def run_job(job: Job, seconds: float, call: Call) -> Row:
     """Run one measurement, smaller after each end of memory; the largest model with 5 % fewer layers."""
+    if call.dry:
+        job = dry(job)
     if job.needs and job.needs not in TrainConfig.model_fields:
         why = f"this version has no setting {job.needs}"
         return row_of(job.system, job.case) | {"status": "absent", "why": why}
     deadline, smaller = time.monotonic() + seconds, smaller_micro_batch
-    if call.dry:
-        job = dry(job)
-    elif job.largest:
+    if job.largest and not call.dry:
         try:
             job = with_largest_model(job)
         except HorizonError as error:

@@ -107,7 +107,7 @@ def upload_rows(numel: int, device: torch.device) -> list[list[str]]:
     """Time a unit's upload into a slot and a plain `copy_` of as many bytes from the same memory."""
     pin = device.type == "cuda"
     layout = lay_out("layer", [("weight", (numel,), True, torch.bfloat16)], torch.bfloat16)
-    store = HostStore([layout], StoreSpec(torch.bfloat16), pin=pin)
+    store = HostStore([layout], StoreSpec(torch.bfloat16), pin_for=device)
     slots = WeightSlots(store, [layout.slot_numel] * 2, device, alias=False)
     source, target = store.run("weights", 0), torch.empty(numel, dtype=torch.bfloat16, device=device)
 

@@ -93,7 +93,7 @@ class HostModel:
         self.skeleton.patches = apply_kernels(self.skeleton.model, settings)
         if settings.mlp_tile_tokens is not None:
             self.skeleton.tile_mlps(settings.mlp_tile_tokens)
-        self.optimizer = make_optimizer(self.skeleton, settings)
+        self.optimizer = make_optimizer(self.skeleton, settings, self.device)
         units, spec = self.skeleton.units, store_spec(settings, self.skeleton)
         if not settings.skip_memory_check:
             check_host_memory(units, settings, lambda other: store_spec(other, self.skeleton))

@@ -277,7 +277,7 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch, fake_cuda: list[str]) -> Iter
     def upload(twin: torch.Tensor, device: torch.device) -> torch.Tensor:
         pinned = twin.clone()
         cuda.pin(pinned)
-        with _putting("cuda"):
+        with _putting("cuda"), torch._C.DisableTorchFunction():
             found: torch.Tensor = _aten._to_copy.default(pinned, device=CPU, non_blocking=True)
         cuda.put_on_device(found)  # also where no mode sees the copy
         return found

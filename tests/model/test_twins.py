@@ -1,4 +1,4 @@
-"""Twins: whatever a forward does with small tensors, it reads what is on the device, and never waits for it."""
+"""Twins: whatever a forward does with small tensors, it reads what is on the device without waiting."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_mask_of_tokens_times_tokens_has_none(
     emulated_cuda: EmulatedCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(twins, "_FEWEST", 16)
-    with host_twins(CUDA) as _:
+    with host_twins(CUDA):
         ids = torch.zeros(1, 16, dtype=torch.long).pin_memory().to(CUDA, non_blocking=True)
         place = torch.arange(16, device=CUDA)
         square = (place[None, :] <= place[:, None]) & ids.eq(0)

@@ -9,8 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from horizon_lm.machine.cores import choose_threads, usable_cores
+import zoo
+from horizon_lm.config import ModelSettings
+from horizon_lm.engine.policies import make_optimizer
+from horizon_lm.machine import cores as machine_cores
+from horizon_lm.machine.cores import choose_threads, lane_cores, usable_cores
+from horizon_lm.model.skeleton import Skeleton
+from horizon_lm.optim.optimizer import Optimizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,3 +55,33 @@ def test_threads_follow_affinity_and_cgroup_quotas(tmp_path):
     assert choose_threads(1) == 1
     with pytest.raises(ValueError, match="hint"):
         choose_threads(0)
+
+
+@pytest.mark.parametrize(
+    ("device", "update", "cores", "expected"),
+    [
+        ("cpu", "deferred", 16, 16),
+        ("cuda", "deferred", 16, 13),
+        ("cuda", "eager", 16, 13),
+        ("cuda", "sync", 16, 16),  # between steps, when the lanes idle
+        ("cuda", "deferred", 2, 1),
+    ],
+)
+def test_updates_leave_cores_to_the_lanes(device, update, cores, expected, monkeypatch):
+    """By default; a setting pins the number."""
+    monkeypatch.setattr(machine_cores, "usable_cores", lambda **places: cores)
+    assert choose_threads(spare=lane_cores(device, update)) == expected
+    assert Optimizer(spare_cores=lane_cores(device, update))._threads == expected
+    assert Optimizer(threads=cores, spare_cores=3)._threads == cores
+
+
+def test_a_model_takes_its_threads_from_its_settings_and_device():
+    skeleton = Skeleton(zoo.build("llama"), torch.float32)
+    for device, settings, expected in [
+        ("cpu", {}, (None, 0)),
+        ("cuda", {}, (None, 3)),
+        ("cuda", {"update": "sync"}, (None, 0)),
+        ("cuda", {"optimizer_threads": 5}, (5, 3)),
+    ]:
+        made = make_optimizer(skeleton, ModelSettings(**settings), torch.device(device))
+        assert (made.threads, made.spare_cores) == expected

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 
 from horizon_lm import cli
 from horizon_lm.config import TrainConfig
+from horizon_lm.errors import ConfigError
 from horizon_lm.machine.profile import load_profile, read_profile
 from horizon_lm.plan import calibrate, rates
 from horizon_lm.plan.outline import Outline, model_config
@@ -152,3 +153,44 @@ def test_a_measured_profile_serves_the_planner_of_another_machine(
     plan = plan_run(TrainConfig(init_model=values, datasets=["none"], max_length=32), str(out))
     assert plan.profile.name == "h200"
     assert str(out) in capsys.readouterr().out
+
+
+# Threads of the update.
+
+
+def rated(monkeypatch: pytest.MonkeyPatch, rate: Callable[[int], float], cores: int) -> int:
+    monkeypatch.setattr(calibrate, "optimizer_rate", lambda threads, clock: rate(threads))
+    return calibrate.measure_update_threads(cores, time.perf_counter, calibrate.Budget())
+
+
+def test_the_fewest_threads_that_update_as_fast_as_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+    assert rated(monkeypatch, lambda n: tried.append(n) or 1e9 * min(n, 13), 16) == 13  # type: ignore[func-returns-value]
+    assert tried == [8, 12, 13, 14, 15, 16]
+    assert rated(monkeypatch, lambda n: 1e9 * min(n, 6), 16) == 8  # memory is saturated by half of them
+    assert rated(monkeypatch, lambda n: 1e9 * n, 16) == 15  # one is the compute lane's, whatever it costs
+    assert rated(monkeypatch, lambda n: 1e9 * n, 1) == 1
+
+
+def test_a_profile_may_name_the_threads_of_the_update(tmp_path: Path) -> None:
+    """One without them loads as before, and is written as before; the planner takes them where it may."""
+    old = load_profile("h100-sxm")
+    assert old.update_threads is None and "update_threads" not in old.to_yaml()
+    named = old.model_copy(
+        update={"update_threads": 11, "sources": old.sources | {"update_threads": "measured"}}
+    )
+    (tmp_path / "named.yaml").write_text(named.to_yaml())
+    assert read_profile(tmp_path / "named.yaml") == named
+    unsourced = named.model_copy(update={"sources": old.sources})
+    (tmp_path / "bad.yaml").write_text(unsourced.to_yaml())
+    with pytest.raises(ConfigError, match="no source for update_threads"):
+        read_profile(tmp_path / "bad.yaml")
+    config = TrainConfig(init_model=TINY.values(), datasets=["none"])
+    for changes, expected in [({}, 11), ({"optimizer_threads": 4}, 4)]:
+        plan = plan_run(config.replace(**changes), str(tmp_path / "named.yaml"), frozenset(changes))
+        row = next(choice for choice in plan.choices if choice.key == "optimizer_threads")
+        assert (plan.config.optimizer_threads, row.value, row.pinned) == (expected, expected, bool(changes))
+    plain = plan_run(config, "h100-sxm", frozenset())
+    row = next(choice for choice in plain.choices if choice.key == "optimizer_threads")
+    left = 0 if plain.config.update == "sync" else 3
+    assert plain.config.optimizer_threads == "auto" and row.value == old.cores - left

@@ -244,7 +244,9 @@ class ModelSettings(Settings):
     )
     optimizer_threads: int | Literal["auto"] = setting(
         "auto",
-        "Host threads of the update; auto uses all cores available to this process, never more.",
+        "Host threads of the update, never more than the cores available to this process. auto uses all of "
+        "them on the CPU; on CUDA what `horizon doctor` measured, else three fewer than all (all with "
+        "update: sync).",
         group="Optimizer",
         resume="free",
         unit="threads",

@@ -11,6 +11,7 @@ from torch import nn
 
 from horizon_lm.engine.gradient import UnitGradient, collecting
 from horizon_lm.engine.loss import Draws
+from horizon_lm.memory.pinned import PinnedPool
 from horizon_lm.memory.slots import UnitWeights
 from horizon_lm.model.capture import Call, run_prologue, run_router_loss
 from horizon_lm.model.skeleton import Skeleton
@@ -86,8 +87,8 @@ class Rows(NamedTuple):
     padding: int | None
 
     @classmethod
-    def of(cls, ids: Sequence[torch.Tensor], skeleton: Skeleton, *, pin: bool = False) -> Rows:
-        """ids: [batch, tokens] each, on the host. pin: for copies to a device that do not block."""
+    def of(cls, ids: Sequence[torch.Tensor], skeleton: Skeleton, pool: PinnedPool) -> Rows:
+        """ids: [batch, tokens] each, on the host. pool: for copies to its device that do not block."""
         used = torch.zeros(skeleton.embedding.num_embeddings, dtype=torch.bool)
         for batch in ids:
             used[batch.reshape(-1)] = True
@@ -95,9 +96,8 @@ class Rows(NamedTuple):
         places = [place[batch] for batch in ids]
         row = skeleton.padding_row
         padding = int(place[row]) if row is not None and used[row] else None
-        if pin:
-            numbers, places = numbers.pin_memory(), [p.pin_memory() for p in places]
-        return cls(numbers, places, padding)
+        most = min(used.numel(), sum(batch.numel() for batch in ids))
+        return cls(pool.take(numbers, most), [pool.take(place) for place in places], padding)
 
 
 def look_up(skeleton: Skeleton, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

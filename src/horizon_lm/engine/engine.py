@@ -51,7 +51,7 @@ class Engine:
         self.optimizer, self.lanes, self.settings = optimizer, lanes, settings
         alias = device.type == "cpu" and lanes.in_place
         self.ops = Ops(skeleton, store, optimizer, settings, device, alias)
-        self.pinned = PinnedPool(device)  # for the micro-batches of a step
+        self.pinned = PinnedPool(device)  # for what a step copies to the device besides weights
         self.trainable = self.ops.policies.trainable
         self._schedules: dict[tuple[StepSpec, bool], Schedule] = {}
         self._step: Step | None = None  # the step whose complete gradients the store holds
@@ -214,7 +214,7 @@ class Engine:
         rows = None
         if spec.lowest_backward == 0 and not spec.evaluate:
             ids = [batch["input_ids"] for batch in micro_batches]
-            rows = Rows.of(ids, self.skeleton, pin=self.device.type == "cuda")
+            rows = Rows.of(ids, self.skeleton, self.pinned)
         return Step(spec, schedule, micro_batches, targets, num_tokens, rows, number, rng_base)
 
     def _prepare_losses(self, step: Step, loss_fn: LossFunction | None) -> None:
@@ -323,7 +323,8 @@ class Engine:
         def execute(i: int) -> None:
             op = self._inside.op = schedule.ops[i]
             try:
-                self.ops.functions[op.kind](step, op)
+                with self.pinned.in_use():
+                    self.ops.functions[op.kind](step, op)
             finally:
                 self._inside.op = None
             for buffer in schedule.ends[i]:

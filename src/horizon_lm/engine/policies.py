@@ -12,6 +12,7 @@ import torch
 from horizon_lm.config.model import ModelSettings, per_layer
 from horizon_lm.engine.loss import chunk_tokens
 from horizon_lm.errors import ConfigError
+from horizon_lm.machine.cores import lane_cores
 from horizon_lm.memory.layout import UnitLayout, lay_out
 from horizon_lm.memory.preflight import check_host_memory
 from horizon_lm.memory.store import GradientSlabs, StoreSpec
@@ -151,7 +152,7 @@ def store_spec(settings: ModelSettings, shape: ModelShape | None) -> StoreSpec:
     )
 
 
-def make_optimizer(skeleton: Skeleton, settings: ModelSettings) -> Optimizer:
+def make_optimizer(skeleton: Skeleton, settings: ModelSettings, device: torch.device) -> Optimizer:
     """Build the optimizer that the settings describe.
 
     Raises ConfigError for a pattern of lr_factors that matches nothing.
@@ -173,6 +174,7 @@ def make_optimizer(skeleton: Skeleton, settings: ModelSettings) -> Optimizer:
         settings.seed,
         tuple(segments(unit, rule) for unit in skeleton.units),
         None if settings.optimizer_threads == "auto" else settings.optimizer_threads,
+        lane_cores(device.type, settings.update_mode),
     )
     optimizer.check(UpdateSettings(1, 0.0, None, 0.0))
     return optimizer

@@ -21,11 +21,19 @@ def usable_cores(root: Path = cgroup.ROOT, listing: Path = cgroup.LISTING) -> in
     return max(1, min([cores, *(int(quota) for quota in _cgroup_quotas(root, listing))]))
 
 
-def choose_threads(requested: int | None = None, **places: Path) -> int:
-    """Limit `requested` threads (None: all usable cores) to the usable cores."""
+def lane_cores(device: str, update: str) -> int:
+    """Return the cores that updates leave to the threads which issue uploads, compute and downloads.
+
+    device: its type. update: `sync` runs between steps, when these threads idle.
+    """
+    return 0 if device == "cpu" or update == "sync" else 3
+
+
+def choose_threads(requested: int | None = None, *, spare: int = 0, **places: Path) -> int:
+    """Limit `requested` threads to the usable cores. None: all of these but `spare`, and at least one."""
     usable = usable_cores(**places)
     if requested is None:
-        return usable
+        return max(1, usable - spare)
     if requested < 1:
         raise ValueError(f"{requested} optimizer threads; hint: 1 or more")
     return min(requested, usable)

@@ -43,7 +43,8 @@ class Profile(BaseModel):
     both directions busy. optimizer: bytes that the update on the host reads and writes. host: bytes that a
     copy in host memory reads and writes. process_bytes: a process with torch and transformers before it has a
     model. heap_share: overhead of the C library's heap as a share of what is alive in it (if the device is
-    the CPU). context_bytes: taken by the device's driver and libraries.
+    the CPU). context_bytes: taken by the device's driver and libraries. update_threads: the fewest with which
+    an update is as fast as with any; None if that was not measured.
     """
 
     model_config = STRICT
@@ -68,10 +69,12 @@ class Profile(BaseModel):
     host: float = Field(gt=0)
     optimizer: float = Field(gt=0)
     disk: float = Field(gt=0)
+    update_threads: int | None = Field(None, ge=1)
     sources: dict[str, str]
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=100)
+        values = self.model_dump(mode="json", exclude_none=True)
+        return yaml.safe_dump(values, sort_keys=False, width=100)
 
     def rates(self, kind: str) -> Rates:
         """Rates of a kind of operation; see `plan.work`."""
@@ -135,9 +138,8 @@ def _parse(text: str, where: str) -> Profile:
             f"hardware: {where} is not a profile: {' '.join(line.strip() for line in first)}",
             hint="`horizon doctor --fresh` writes a new one; docs/planning.md has the format",
         ) from error
-    missing = sorted(
-        set(Profile.model_fields) - {"sources", "name", "title", "measured", "device"} - set(profile.sources)
-    )
+    named = {name for name in Profile.model_fields if getattr(profile, name) is not None}
+    missing = sorted(named - {"sources", "name", "title", "measured", "device"} - set(profile.sources))
     if missing:
         raise ConfigError(f"hardware: {where} gives no source for {missing[0]}", hint="add it under sources")
     return profile

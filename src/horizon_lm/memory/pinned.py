@@ -6,10 +6,14 @@ PyTorch's own cache of pinned blocks rounds each up to a power of two; these hav
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from horizon_lm.memory import arena
+
+_here = threading.local()  # pool: in use in this thread
 
 
 class PinnedPool:
@@ -33,12 +37,17 @@ class PinnedPool:
     def num_bytes(self) -> int:
         return sum(block.nbytes for block in (*self._free, *self._reserved))
 
-    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+    def take(self, tensor: torch.Tensor, most: int = 0) -> torch.Tensor:
         """Return a pinned copy of a host tensor, valid until `give_back`; the tensor itself if the device is
-        not a CUDA device."""
+        not a CUDA device.
+
+        most: elements to reserve for a tensor whose size depends on values, so that later steps with other
+        values need no larger block.
+        """
         if self._device.type != "cuda":
             return tensor
-        return self.reserve(tensor.shape, tensor.dtype).copy_(tensor)
+        room = self.reserve(torch.Size([max(most, tensor.numel())]), tensor.dtype)
+        return room[: tensor.numel()].view(tensor.shape).copy_(tensor)
 
     def reserve(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """Return a tensor of arbitrary content, valid until `give_back`. Raises DoesNotFitError."""
@@ -55,7 +64,25 @@ class PinnedPool:
             self._reserved.append(block)
         return block[:num_bytes].view(dtype).view(shape)
 
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """While open, `pinned` in the calling thread takes from this pool."""
+        before, _here.pool = getattr(_here, "pool", None), self
+        try:
+            yield
+        finally:
+            _here.pool = before
+
     def give_back(self) -> None:
         """Take all blocks back. Call it when no copy from or to them is in flight."""
         with self._lock:
             self._free, self._reserved = sorted([*self._free, *self._reserved], key=lambda b: b.nbytes), []
+
+
+def pinned(tensor: torch.Tensor, most: int = 0) -> torch.Tensor:
+    """Return a copy as `PinnedPool.take` does, from the pool of the step that the calling thread works on.
+
+    Outside of a step, return the tensor itself, whose copy to a device then blocks.
+    """
+    pool = getattr(_here, "pool", None)
+    return tensor if pool is None else pool.take(tensor, most)

@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from horizon_lm.memory.pinned import pinned
+
 # Twins have at most so many times the elements of the largest copied tensor (several kinds of positions), so
 # none is as large as a mask of tokens x tokens; but small ones always exist.
 _TIMES, _FEWEST = 8, 1 << 12
@@ -45,7 +47,7 @@ def is_on_device(tensor: torch.Tensor) -> bool:
 
 
 def upload(twin: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return twin.pin_memory().to(device, non_blocking=True)
+    return pinned(twin).to(device, non_blocking=True)
 
 
 class HostTwins(TorchDispatchMode):

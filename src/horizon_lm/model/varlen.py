@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from horizon_lm.memory.pinned import pinned
+
 # What the kernels of torch's flash attention take (flash_api.cpp, sdp_utils.cpp).
 _DTYPES = frozenset({torch.bfloat16, torch.float16})
 _LARGEST_SIZE = 256
@@ -56,8 +58,7 @@ def pack(documents: Sequence[Sequence[tuple[int, int]]], device: torch.device | 
         longest = max(longest, *(last - first for first, last in row))
         end += row[-1][1]
     offsets = torch.tensor([*starts, end], dtype=torch.int32)
-    if device.type == "cuda":
-        offsets = offsets.pin_memory()
+    offsets = pinned(offsets, most=end + 1)  # as many documents as tokens
     return Packed(offsets.to(device, non_blocking=True), longest, end, attend, _unknown_options())
 
 

@@ -115,7 +115,7 @@ class Optimizer:
     """A rule with the settings of a whole run; the others come with each step.
 
     rule: adamw, adam, sgd or lion. segments: per unit, the parts that are treated alike. threads: None
-    takes all usable cores (results do not depend on it).
+    takes all usable cores but `spare_cores` (results do not depend on it).
     """
 
     rule: str = "adamw"
@@ -126,6 +126,7 @@ class Optimizer:
     seed: int = 0
     segments: tuple[tuple[Segment, ...], ...] = ()
     threads: int | None = None
+    spare_cores: int = 0
 
     @property
     def second_moment(self) -> bool:
@@ -133,7 +134,8 @@ class Optimizer:
 
     @cached_property
     def _threads(self) -> int:
-        return choose_threads(self.threads)  # which reads files, too slow for every unit of every step
+        # Reads files: too slow for every unit of every step.
+        return choose_threads(self.threads, spare=self.spare_cores)
 
     @cached_property
     def _groups(self) -> frozenset[Group]:

@@ -259,7 +259,7 @@ def measure(
     """
     budget = budget or Budget()
     cores, is_cpu = threads or usable_cores(), device == "cpu"
-    updating = cores if is_cpu else max(1, cores - _LANE_CORES)
+    updating = cores if is_cpu else measure_update_threads(cores, clock, budget)
 
     def one(what: str, rate: Callable[[], float]) -> float:
         budget.say(what, None)
@@ -293,7 +293,8 @@ def measure(
         host=host,
         optimizer=optimizer,
         disk=disk,
-        sources=_sources() | dict.fromkeys(("process_bytes", "heap_share"), how),
+        update_threads=None if is_cpu else updating,
+        sources=_sources(is_cpu) | dict.fromkeys(("process_bytes", "heap_share"), how),
     )
 
 
@@ -306,12 +307,13 @@ def _links(budget: Budget) -> tuple[float, float]:
     return found.up, found.down
 
 
-_LANE_CORES = 3  # on CUDA, of the threads that issue uploads, compute and downloads
+_CLOSE = 0.97  # of the fastest rate: two measurements of the same differ by as much
 _HERE = "measured by `horizon doctor` on this machine"
 
 
-def _sources() -> dict[str, str]:
+def _sources(is_cpu: bool) -> dict[str, str]:
     names = set(Profile.model_fields) - {"name", "title", "device", "measured", "sources"}
+    names -= {"update_threads"} if is_cpu else set()
     return dict.fromkeys(sorted(names), _HERE)
 
 
@@ -412,3 +414,18 @@ _UNKNOWN = Profile(
     disk=1.0,
     sources={},
 )
+
+
+def measure_update_threads(cores: int, clock: Clock, budget: Budget) -> int:
+    """Measure with how many threads an update on the host is fastest; return the fewest that come close.
+
+    An update is bound by memory, which some of the cores saturate; the others are of more use to the lanes.
+    At least one core is left to the thread that launches kernels.
+    """
+    counts = sorted({max(1, n) for n in (cores // 2, *(cores - k for k in range(5)))})
+    budget.say("threads of the update", None)
+    rates = {n: optimizer_rate(n, clock) for n in counts}
+    fastest = max(rates.values())
+    chosen = next((n for n in counts if n < cores and rates[n] >= _CLOSE * fastest), max(1, cores - 1))
+    budget.say("threads of the update", ", ".join(f"{n}: {r / 1e9:.3g}" for n, r in rates.items()) + " GB/s")
+    return chosen

@@ -9,6 +9,7 @@ from typing import Any
 
 from horizon_lm.config import TrainConfig, check_max_length
 from horizon_lm.errors import ConfigError
+from horizon_lm.machine.cores import lane_cores
 from horizon_lm.machine.memory import lockable_bytes
 from horizon_lm.machine.profile import FALLBACK, Profile, load_profile
 from horizon_lm.plan import fit
@@ -250,7 +251,7 @@ def _explain(config: TrainConfig, chosen: TrainConfig, planner: Planner) -> list
         if chosen.slots == 2
         else "with two, uploads are late",
         "grad_slots": "one gradient leaves while the next is computed",
-        "optimizer_threads": f"{planner.profile.cores} usable cores",
+        "optimizer_threads": _threads_reason(chosen, planner.profile),
     }
     open_when_auto = {"activations", "boundaries", "update", "optimizer_threads"}
     rows = []
@@ -260,9 +261,16 @@ def _explain(config: TrainConfig, chosen: TrainConfig, planner: Planner) -> list
         named = key in planner.pinned and not (key in open_when_auto and getattr(config, key) == "auto")
         value = getattr(chosen, key)
         if key == "optimizer_threads" and value == "auto":
-            value = planner.profile.cores
+            value = max(1, planner.profile.cores - lane_cores(planner.profile.device, chosen.update))
         rows.append(Choice(key, value, "as configured" if named else reason, named))
     return rows
+
+
+def _threads_reason(chosen: TrainConfig, profile: Profile) -> str:
+    if chosen.optimizer_threads != "auto":
+        return "the fewest that update as fast as any"
+    left = lane_cores(profile.device, chosen.update)
+    return f"{profile.cores} usable cores" + (f", {left} of them left to the lanes" if left else "")
 
 
 def _cut_reason(config: TrainConfig, planner: Planner) -> str:
