@@ -158,7 +158,7 @@ def _syntax(newer: str) -> Iterator[Job]:
     if shutil.which(newer) is None or subprocess.run([newer, "-c", ""], capture_output=True).returncode:
         print(f"syntax: {newer} does not run; --newer-python names another")
         return
-    code = "import sys\nfor f in sys.argv[1:]: compile(open(f, encoding='utf-8').read(), f, 'exec')"
+    code = "import pathlib, sys\nfor f in sys.argv[1:]: compile(pathlib.Path(f).read_bytes(), f, 'exec')"
     folders = (ROOT / name for name in ("src", "tests", "benchmarks", "examples"))
     files = [str(file) for folder in folders for file in sorted(folder.rglob("*.py"))]
     yield Job("syntax", newer, [newer, "-W", "error", "-c", code, *files])
