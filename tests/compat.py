@@ -1,10 +1,10 @@
 """`make compat`: the package under the oldest transformers it supports, and adapters against their packages.
 
-Environments are made on top of the one that runs this, under build/: `compat` with constraints-oldest.txt, and
+Environments are made on top of the one that runs this, in build/: `compat` with constraints-oldest.txt, and
 `peers` with the packages of peers that install without compiling. Stages, `--only` chooses:
 
     imports   every module, in both environments
-    tests     a choice of the tests, under the oldest transformers (`make test` runs them under the pinned one)
+    tests     a choice of the tests, under the oldest transformers (`make test` has the pinned one)
     gpu       the dry runs of the GPU checks and of the GPU suite, on the CPU, in both environments
     train     `horizon train` for a few steps, in both environments
     peers     a row for each peer
@@ -31,8 +31,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST = ROOT / "constraints-oldest.txt"
 OUT = ROOT / "build" / "compat-out"
-# What of each peer installs without compiling, and what its import needs beside. Without --no-deps, some bring
-# a torch of their own.
+# What of each peer installs without compiling, and what its import needs. Without --no-deps, some bring a
+# torch of their own.
 PEER_PACKAGES = ("torchao==0.18.0", "trainstream==0.4.1", "roundpipe==0.1.1", "deepspeed==0.19.8")
 PEER_NEEDS = ("hjson", "py-cpuinfo", "einops", "msgpack")
 TESTS = (
@@ -66,7 +66,7 @@ num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 64, bos
 
 @dataclass(frozen=True)
 class Job:
-    """A command of a stage, with the environment that runs it. ledger: where the GPU suite writes its rows."""
+    """A command of a stage and the environment that runs it. ledger: where the GPU suite writes its rows."""
 
     stage: str
     environment: str

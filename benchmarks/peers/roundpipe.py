@@ -1,6 +1,6 @@
 """RoundPipe (`roundpipe`): pipeline stages that visit the device, over masters on the host.
 
-bf16 weights with fp32 masters and moments, updated on the CPU by its Adam, which is compiled at first use. Its
+bf16 weights with fp32 masters and moments, updated on the CPU by its Adam, compiled at first use. Its
 documented step is asynchronous, and trains on weights that are one step old; this calls the synchronous one
 unless `case.extra["stale"]` is set. The norm is clipped in the function that it runs for the update.
 

@@ -400,7 +400,7 @@ def test_a_missing_package_is_a_row_with_the_reason(name: str, monkeypatch: pyte
 def test_what_adapters_use_is_there(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every peer has a row; those whose packages are installed here are checked, and a wrong name is found."""
+    """Every peer has a row; those with an installed package are checked, and a wrong name is found."""
     assert check.main() == 0
     out = capsys.readouterr().out
     listed = {name for line in out.splitlines() for name in line[8:].partition(":")[0].split(", ")}
