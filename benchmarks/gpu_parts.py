@@ -139,6 +139,7 @@ def _megatrain() -> Iterator[Job]:
     yield Job("ours", OURS, megatrain_case(), group)
     case = case_of(shape("qwen2.5-7b"), 148, 1024).replace(rows=148)
     yield Job("megatrain", PEERS["megatrain"].target, case, group)
+    yield Job("llmq", PEERS["llmq"].target, case.replace(rows=4), group)
 
 
 def _long() -> Iterator[Job]:

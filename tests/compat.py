@@ -1,10 +1,10 @@
 """`make compat`: the package under the oldest transformers it supports, and adapters against their packages.
 
-Environments are made on top of the one that runs this, under build/: `compat` with constraints-oldest.txt, and
+Environments are made on top of the one that runs this, in build/: `compat` with constraints-oldest.txt, and
 `peers` with the packages of peers that install without compiling. Stages, `--only` chooses:
 
     imports   every module, in both environments
-    tests     a choice of the tests, under the oldest transformers (`make test` runs them under the pinned one)
+    tests     a choice of the tests, under the oldest transformers (`make test` has the pinned one)
     gpu       the dry runs of the GPU checks and of the GPU suite, on the CPU, in both environments
     train     `horizon train` for a few steps, in both environments
     peers     a row for each peer
@@ -16,6 +16,7 @@ Exit code 1 if a stage failed.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -29,9 +30,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST = ROOT / "constraints-oldest.txt"
-NEWER_PYTHON = "python3.12"
-# What of each peer installs without compiling, and what its import needs beside. Without --no-deps, some bring
-# a torch of their own.
+OUT = ROOT / "build" / "compat-out"
+# What of each peer installs without compiling, and what its import needs. Without --no-deps, some bring a
+# torch of their own.
 PEER_PACKAGES = ("torchao==0.18.0", "trainstream==0.4.1", "roundpipe==0.1.1", "deepspeed==0.19.8")
 PEER_NEEDS = ("hjson", "py-cpuinfo", "einops", "msgpack")
 TESTS = (
@@ -65,11 +66,24 @@ num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 64, bos
 
 @dataclass(frozen=True)
 class Job:
-    """A command of a stage, with the environment that runs it."""
+    """A command of a stage and the environment that runs it. ledger: where the GPU suite writes its rows."""
 
     stage: str
     environment: str
     command: list[str]
+    ledger: Path | None = None
+
+    def run(self, environment: dict[str, str]) -> bool:
+        """Return whether the command succeeded; the suite's does with failed rows, so they are read."""
+        if subprocess.run(self.command, cwd=ROOT, env=environment).returncode:
+            return False
+        if self.ledger is None:
+            return True
+        rows = [json.loads(line) for line in self.ledger.read_text("utf-8").splitlines()]
+        failed = [row for row in rows if row.get("status") not in ("done", "absent", "skipped")]
+        for row in failed:
+            print(f"  {row['job']}: {row.get('status')}: {row.get('why')}")
+        return bool(rows) and not failed
 
 
 def make_environment(folder: Path, packages: list[str], *options: str) -> str:
@@ -116,38 +130,38 @@ def train_command(python: str, folder: Path) -> list[str]:
     return [*command, "max_length=64", "max_steps=3", f"output_dir={folder}"]
 
 
-def jobs(stages: list[str], workers: str) -> Iterator[Job]:
+def jobs(stages: list[str], workers: str, newer: str) -> Iterator[Job]:
     """Yield the jobs of the stages; environments are made when they are first needed."""
     oldest = make_environment(ROOT / "build" / "compat", ["transformers"], "-c", OLDEST.name)
     both = {"pinned": sys.executable, "oldest": oldest}
-    out = ROOT / "build" / "compat-out"
-    shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(OUT, ignore_errors=True)
     for name, python in both.items():
         if "imports" in stages:
             yield Job("imports", name, [python, "-c", IMPORTS])
         if "train" in stages:
-            yield Job("train", name, train_command(python, out / f"run-{name}"))
+            yield Job("train", name, train_command(python, OUT / f"run-{name}"))
         if "gpu" in stages:
             yield Job("gpu", name, [python, "tests/gpu/check.py", "--dry-run"])
-            suite = [python, "-m", "benchmarks", "gpu", "--dry-run", "--out", str(out / f"suite-{name}")]
-            yield Job("gpu", name, suite)
+            folder = OUT / f"suite-{name}"
+            suite = [python, "-m", "benchmarks", "gpu", "--evidence", "--dry-run", "--out", str(folder)]
+            yield Job("gpu", name, suite, folder / "dry-run" / "rows.jsonl")
     if "tests" in stages:
         yield Job("tests", "oldest", [oldest, "-m", "pytest", "-q", "-rs", "-n", workers, *TESTS])
     if "peers" in stages:
         yield Job("peers", "peers", [make_peers(), "-m", "benchmarks.peers.check"])
     if "syntax" in stages:
-        yield from _syntax()
+        yield from _syntax(newer)
 
 
-def _syntax() -> Iterator[Job]:
+def _syntax(newer: str) -> Iterator[Job]:
     """Compile without writing beside the sources; warnings are errors."""
-    if shutil.which(NEWER_PYTHON) is None or subprocess.run([NEWER_PYTHON, "-c", ""]).returncode:
-        print(f"syntax: {NEWER_PYTHON} is not there")
+    if shutil.which(newer) is None or subprocess.run([newer, "-c", ""], capture_output=True).returncode:
+        print(f"syntax: {newer} does not run; --newer-python names another")
         return
-    code = "import sys\nfor f in sys.argv[1:]: compile(open(f, encoding='utf-8').read(), f, 'exec')"
+    code = "import pathlib, sys\nfor f in sys.argv[1:]: compile(pathlib.Path(f).read_bytes(), f, 'exec')"
     folders = (ROOT / name for name in ("src", "tests", "benchmarks", "examples"))
     files = [str(file) for folder in folders for file in sorted(folder.rglob("*.py"))]
-    yield Job("syntax", NEWER_PYTHON, [NEWER_PYTHON, "-W", "error", "-c", code, *files])
+    yield Job("syntax", newer, [newer, "-W", "error", "-c", code, *files])
 
 
 STAGES = ("imports", "train", "gpu", "tests", "peers", "syntax")
@@ -157,21 +171,22 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES), help="all by default")
     parser.add_argument("--workers", default=str(min(8, os.cpu_count() or 2)), help="of the tests")
+    parser.add_argument("--newer-python", default="python3.12", help="of the GPU machines")
     options = parser.parse_args(argv)
     paths = [str(ROOT / "src"), str(ROOT)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    environment["XDG_CACHE_HOME"] = str(OUT / "cache")
     environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     results = []
-    for job in jobs(options.only, options.workers):
+    for job in jobs(options.only, options.workers, options.newer_python):
         shown = " ".join(Path(word).name if "/" in word else word for word in job.command[1:6])
         print(f"== {job.stage}, {job.environment}: {shown.strip().splitlines()[0][:80]}", flush=True)
         begin = time.perf_counter()
-        code = subprocess.run(job.command, cwd=ROOT, env=environment).returncode
-        results.append((job, code, time.perf_counter() - begin))
+        results.append((job, job.run(environment), time.perf_counter() - begin))
     print("== compat")
-    for job, code, seconds in results:
-        print(f"{'passed' if code == 0 else 'FAILED':<8}{job.stage}, {job.environment}: {seconds:.0f} s")
-    return int(any(code for _, code, _ in results))
+    for job, passed, seconds in results:
+        print(f"{'passed' if passed else 'FAILED':<8}{job.stage}, {job.environment}: {seconds:.0f} s")
+    return int(not all(passed for _, passed, _ in results))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.peers.check`: what each adapter uses of its package, compared with the package itself.
+"""`python -m benchmarks.peers.check`: what each adapter uses of its package, compared with the package.
 
-A row per peer: checked, absent because its package or checkout is missing, or wrong. Nothing is trained, and no
-GPU is needed. Exit code 1 if an adapter is wrong.
+A row per peer: checked, absent (its package or checkout is missing), or wrong. Nothing is trained, no GPU is
+needed. Exit code 1 if an adapter is wrong.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def build_zenflow(case: Case) -> DeepSpeed:
 
 
 def _check_known(given: dict[str, Any], model: Any) -> None:
-    """Raise TypeError for a key, at any depth, that DeepSpeed's pydantic model would keep without a meaning."""
+    """Raise TypeError for a key, at any depth, that DeepSpeed's model would keep without a meaning."""
     fields = {field.alias or name: name for name, field in type(model).model_fields.items()}
     fields |= {name: name for name in type(model).model_fields}
     for key, value in given.items():

@@ -1,9 +1,10 @@
 """LLM.Q (`pyllmq`, a wheel of its releases or built from its repository): training in CUDA and C++.
 
-Its Python API takes shapes of Qwen2 and one micro-batch a call; the step's loss and norm come with the update.
+Its Python API takes shapes of Qwen2 and one micro-batch a call; loss and norm come with the update.
 Masters and both moments lie on the host: in fp32 (exact), or all in bf16, as in its own benchmarks, with
-`case.extra["states"] = "bf16"`; bf16 masters are rounded stochastically. Gradients are added in bf16. The weights
-are its own random ones. `case.extra["recompute"]` recomputes less than whole blocks: `ffn`, `swiglu`, `att`.
+`case.extra["states"] = "bf16"`; bf16 masters are rounded stochastically. Gradients add up in bf16. The
+weights are its own random ones.
+`case.extra["recompute"]` recomputes less than whole blocks: `ffn`, `swiglu`, `att`.
 
 Written from its public sources (0.3.2); not run so far.
 """

@@ -1,6 +1,6 @@
 """RoundPipe (`roundpipe`): pipeline stages that visit the device, over masters on the host.
 
-bf16 weights with fp32 masters and moments, updated on the CPU by its Adam, which is compiled at first use. Its
+bf16 weights with fp32 masters and moments, updated on the CPU by its Adam, compiled at first use. Its
 documented step is asynchronous, and trains on weights that are one step old; this calls the synchronous one
 unless `case.extra["stale"]` is set. The norm is clipped in the function that it runs for the update.
 
@@ -76,5 +76,7 @@ def check() -> str:
     check_source_takes("roundpipe", "roundpipe.py", "RoundPipeBase.step", "step_fn", "is_async")
     check_source_takes("roundpipe", "roundpipe.py", "RoundPipeBase.optim_named_parameters")
     check_source_takes("roundpipe", "run_config.py", "RoundPipeRunConfig.__init__", "num_microbatch")
-    check_source_takes("roundpipe", "optim/adam.py", "Adam.__init__", "betas", "eps", "decoupled_weight_decay")
+    check_source_takes(
+        "roundpipe", "optim/adam.py", "Adam.__init__", "betas", "eps", "decoupled_weight_decay"
+    )
     return "parameters, in its source"

@@ -141,7 +141,9 @@ class Llmq(types.SimpleNamespace):
     """`pyllmq`: one call a micro-batch; masters, AdamW and clipping inside."""
 
     def __init__(self) -> None:
-        super().__init__(Config=self.keep("config"), LLamaOptions=self.keep("options"), LLMQTrainer=LlmqTrainer)
+        super().__init__(
+            Config=self.keep("config"), LLamaOptions=self.keep("options"), LLMQTrainer=LlmqTrainer
+        )
 
     @staticmethod
     def keep(name: str) -> Callable[..., Any]:
@@ -161,7 +163,9 @@ class LlmqTrainer:
         assert inputs.shape == targets.shape == self.shape
         assert inputs.dtype == targets.dtype == "int32"
         logits = self.plain.model(input_ids=torch.from_numpy(inputs).long()).logits.flatten(0, 1)
-        loss = nn.functional.cross_entropy(logits, torch.from_numpy(targets).long().flatten(), reduction="sum")
+        loss = nn.functional.cross_entropy(
+            logits, torch.from_numpy(targets).long().flatten(), reduction="sum"
+        )
         (loss / (self.count * inputs.size)).backward()
         self.losses.append(loss.detach())
 
@@ -393,8 +397,10 @@ def test_a_missing_package_is_a_row_with_the_reason(name: str, monkeypatch: pyte
         build(name, CASE.replace(model=QWEN2, rows=4, clip=None))
 
 
-def test_what_adapters_use_is_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every peer has a row; those whose packages are installed here are checked, and a wrong name is found."""
+def test_what_adapters_use_is_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every peer has a row; those with an installed package are checked, and a wrong name is found."""
     assert check.main() == 0
     out = capsys.readouterr().out
     listed = {name for line in out.splitlines() for name in line[8:].partition(":")[0].split(", ")}
