@@ -130,7 +130,7 @@ def test_a_lane_that_dies_without_a_word_is_noticed(
     with pytest.raises(RuntimeError, match="the thread of the lane horizon-upload is gone") as caught:
         model.train_step([zoo.batch("llama", batch_size=1, length=8, seed=1)], lr=1e-3)
     assert time.perf_counter() - began < SECONDS
-    assert "in op U1 (upload lane" in caught.value.__notes__[0]
+    assert "in op U6 (upload lane" in caught.value.__notes__[0]
 
 
 def test_an_error_that_ends_a_run_names_its_op(

@@ -89,8 +89,9 @@ class Step:
     """A running step: its schedule, micro-batches and transient buffers.
 
     targets: [batch, tokens] on the host per micro-batch. num_tokens: targets that count. rows: those of the
-    embedding table, if their gradients, or those of the prologue, are wanted. number: steps done before it. head_losses: one per micro-batch. update: what the O ops of this schedule apply.
-    ends_itself: its gradients are of no use after the call that made them.
+    embedding table, if their gradients, or those of the prologue, are wanted. number: steps done before it.
+    head_losses: one per micro-batch. update: what the O ops of this schedule apply. ends_itself: its
+    gradients are of no use after the call that made them.
     """
 
     spec: StepSpec
