@@ -286,7 +286,7 @@ def test_every_wait_between_streams_is_needed(monkeypatch: pytest.MonkeyPatch) -
         for j in targets
         if Lane.UPDATE not in (ops[i].lane, ops[j].lane)
     ]
-    assert len(pairs) >= 20
+    assert len(pairs) >= 20  # the head waits for no slot of the layers
     if not SOAK:  # of each kind of wait the first and the last
         kinds = {(ops[i].kind, ops[j].kind): (i, j) for i, j in pairs}
         firsts = {(ops[i].kind, ops[j].kind): (i, j) for i, j in reversed(pairs)}

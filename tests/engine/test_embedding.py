@@ -1,4 +1,4 @@
-"""The embedding table is uploaded as a unit; its rows are looked up and their gradients summed on the device."""
+"""The embedding table is uploaded as a unit; rows are looked up and their gradients summed on the device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from schedule_authorities import EVERY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# llama: untied; gemma3_text: tied, and its embedding module scales; gpt2: tied, and its prologue adds positions
+# llama: untied; gemma3_text: tied, its embedding module scales; gpt2: tied, its prologue adds positions
 NAMES = ("llama", "llama-tied", "gemma3_text", "gpt2")
 PADDING = 3
 
@@ -198,7 +198,7 @@ def operations_of_ends(model: hz.HostModel) -> Iterator[_Operations]:
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied"])
 def test_nothing_on_the_device_depends_on_values(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which rows a step uses is found on the host before it begins. (A row of padding, several micro-batches.)"""
+    """Which rows a step uses is found on the host before it begins: with padding, several micro-batches."""
     model, batches, honest = streamed(name), batches_of(name, 3), ends.run_prologue
 
     def unseen(*arguments: Any) -> Any:

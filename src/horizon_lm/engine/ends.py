@@ -34,7 +34,7 @@ def bound_for_backward(
 def forward_prologue(
     skeleton: Skeleton, weights: UnitWeights | None, embeds: torch.Tensor, inputs: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, Call]:
-    """Return layer 0's input [batch, tokens, width], which may be `embeds`, and the layers' other arguments."""
+    """Return layer 0's input [batch, tokens, width] (it may be `embeds`) and the layers' other arguments."""
     with torch.no_grad(), skeleton.bound(0, weights, grad=False):
         first, call = run_prologue(skeleton, embeds, inputs)
     call.is_untouched = first is None

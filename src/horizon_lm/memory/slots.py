@@ -26,7 +26,7 @@ class UnitWeights(NamedTuple):
 
 
 def weight_slot_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[int]:
-    """Elements of each weight slot: those of the ring fit prologue and layers, the outer one head and table."""
+    """Elements of each weight slot: the ring's fit prologue and layers, the outer one head and table."""
     sizes = {u: units[u].slot_numel for u in plan.uploaded}
     return [_largest(sizes, range(plan.head))] * plan.slots + [_largest(sizes, (plan.head, plan.head + 1))]
 

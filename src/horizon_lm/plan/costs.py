@@ -129,7 +129,7 @@ class Costs:
             return found.bytes
         measured = self._table_elements * self.spec.dtype.itemsize if self.plan.sums_rows else 0
         size, several = self.spec.dtype.itemsize, self.plan.micro_batches > 1
-        # The gradient of the rows: of all that the step uses, beside the sum; of one micro-batch, the sum itself.
+        # The gradient of all rows of the step, beside their sum; with one micro-batch it is the sum.
         most = found.bytes - measured + self._row_elements * size * (several and self.plan.sums_rows)
         if op.table_grad >= 0:
             last = (size if several else 0) + (size + (4 if several else size) if self.plan.tied else 0)

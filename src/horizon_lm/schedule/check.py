@@ -145,7 +145,7 @@ def _owner(op: Op, buffer: Buffer, spec: StepSpec) -> int:
 
 
 def _wanted(op: Op, spec: StepSpec) -> list[int]:
-    """The micro-batches in a complete gradient. A tied table has those of the head, then those of its rows."""
+    """The micro-batches in a complete gradient. A tied table has the head's, then those of its rows."""
     twice = spec.tied and spec.sums_rows and op.unit == spec.embedding_unit
     return [*range(spec.micro_batches)] * (2 if twice else 1)
 

@@ -1,8 +1,8 @@
 """StepSpec: what determines a step's ops, as one immutable value.
 
-Units are numbered 0 (prologue), 1 .. layers, layers + 1 (head). The embedding table is unit layers + 2, or part
-of the head if tied. Prologue and layers share a ring of slots; head and embedding table share the outer slot,
-which follows the ring's.
+Units are numbered 0 (prologue), 1 .. layers, layers + 1 (head). The embedding table is unit layers + 2, or
+part of the head if tied. Prologue and layers share a ring of slots; head and embedding table share the outer
+slot, which follows the ring's.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ class StepSpec:
                 f"embedding_unit={self.embedding_unit} is neither the head nor the unit after it"
             )
         if self.embedding_unit not in self.uploaded:
-            raise ValueError(f"embedding_unit={self.embedding_unit} is not uploaded; hint: each step reads it")
+            raise ValueError(
+                f"embedding_unit={self.embedding_unit} is not uploaded; hint: each step reads it"
+            )
         for name in ("kept", "spilled"):
             strange = sorted(getattr(self, name) - set(range(1, self.head)))
             if strange:
