@@ -85,9 +85,7 @@ def need(what: str) -> None:
         pytest.skip(reason)
 
 
-def _config(
-    name: str, model_type: str, overrides: dict[str, Any], extra: dict[str, Any]
-) -> PreTrainedConfig:
+def _config(name: str, model_type: str, overrides: dict[str, Any], extra: dict[str, Any]) -> PreTrainedConfig:
     """``extra`` is for what the class takes without declaring a field of that name."""
     need(name)
     cls = CONFIG_MAPPING[model_type]

@@ -103,7 +103,9 @@ def test_link_rates_are_taken_alone_and_at_once(monkeypatch: pytest.MonkeyPatch)
 
     copies = []
     real = torch.empty
-    monkeypatch.setattr(rates.arena, "allocate", lambda n, pin_for: arena_block(n, pin_for is not None, copies))
+    monkeypatch.setattr(
+        rates.arena, "allocate", lambda n, pin_for: arena_block(n, pin_for is not None, copies)
+    )
     monkeypatch.setattr(torch, "empty", lambda n, dtype, device: real(n, dtype=dtype))
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)

@@ -66,7 +66,7 @@ class _Project(torch.autograd.Function):
 def projection_into(skeleton: Skeleton, unit: int, gradient: UnitGradient | None) -> Iterator[None]:
     """While open, the projection's gradients go into `gradient` by products in fp32, where that is possible:
     for a plain projection in half precision, and a gradient that adds up in fp32, on CUDA."""
-    projection = skeleton.model.get_output_embeddings() if unit == skeleton.head else None
+    projection: Any = skeleton.model.get_output_embeddings() if unit == skeleton.head else None
     sums = _sums(skeleton, projection, gradient)
     if sums is None:
         yield

@@ -21,8 +21,8 @@ from horizon_lm.engine.layers import Layer, Rerun
 from horizon_lm.engine.loss import log_probabilities
 from horizon_lm.engine.policies import Policies
 from horizon_lm.engine.step import Step
-from horizon_lm.memory.layout import Parameter
 from horizon_lm.machine.device import memory_bytes
+from horizon_lm.memory.layout import Parameter
 from horizon_lm.memory.slots import (
     BoundarySlots,
     GradientSlots,

@@ -194,7 +194,7 @@ def _measure(
 
 
 def _settings_of(case: Case, device: str) -> ModelSettings:
-    chosen = {"device": device, "dtype": case.dtype, "activations": case.activations}
+    chosen: dict[str, Any] = {"device": device, "dtype": case.dtype, "activations": case.activations}
     chosen |= {"skip_memory_check": True, "lanes": "inline", "update": "sync"}
     return ModelSettings.from_dict(chosen, source="calibrate")
 
