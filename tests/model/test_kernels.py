@@ -88,6 +88,8 @@ def test_attention_of_the_hub_that_cannot_be_fetched_is_an_error(monkeypatch: py
         {"kernels": "hub", "hub_kernels": {"RMSNorm": "kernels-community/norms@main:FastNorm"}},
         {"kernels": "hub", "hub_kernels": {"RMSNorm": f"someone/norms@{COMMIT}:FastNorm"}},
         {"compile": "fast"},
+        {"deterministic": True, "compile": "max-autotune"},
+        {"deterministic": True, "kernels": "liger"},
     ],
 )
 def test_settings_that_name_no_sound_kernel(values: dict[str, Any]) -> None:

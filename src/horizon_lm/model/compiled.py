@@ -230,7 +230,8 @@ def _breaks() -> set[str]:
 
 
 def _in_words(error: Exception) -> str:
-    return f"{type(error).__name__}: {_first_line(str(error))}"
+    explained = re.search(r"Explanation: .*", str(error))  # dynamo's first line is only a heading
+    return f"{type(error).__name__}: {_first_line(explained[0] if explained else str(error))}"
 
 
 def _first_line(text: str) -> str:
