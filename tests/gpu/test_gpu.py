@@ -1,4 +1,6 @@
-"""`make gpu-check` as tests: each part in a process of its own, skipped where there is no GPU."""
+"""`make gpu-check` as tests: each part in a process of its own, skipped where there is no GPU.
+
+Its dry run is part of that of the whole suite: tests/bench/test_gpu_evidence.py."""
 
 from __future__ import annotations
 
@@ -40,16 +42,3 @@ def test_says_plainly_that_nothing_was_run(tmp_path: Path) -> None:
     done = _check("--out", str(out))
     assert (done.returncode, done.stdout.strip()) == (0, "gpu-check: no CUDA device, nothing was run")
     assert json.loads(out.read_text())["ran"] is False
-
-
-def test_dry_run(tmp_path: Path) -> None:
-    """The script itself, small and on the CPU, so that it does not fail on the day there is a GPU."""
-    out = tmp_path / "result.json"
-    done = _check(
-        "--dry-run", "--part", "step", "--part", "lanes", "--part", "determinism", "--out", str(out)
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(out.read_text())
-    assert result["dry_run"] and result["passed"]
-    trace = json.loads((tmp_path / "result-timeline.json").read_text())
-    assert trace["traceEvents"]
