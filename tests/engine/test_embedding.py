@@ -211,20 +211,21 @@ def test_nothing_on_the_device_depends_on_values(name: str, monkeypatch: pytest.
     assert {"index_select", "embedding", "embedding_dense_backward", "index_copy_"} <= mode.seen
     assert not mode.seen & WAITING
     with _Operations() as host:  # the negative control
-        ends.Rows.of([batch["input_ids"] for batch in batches], model.skeleton)
+        ends.Rows.of([batch["input_ids"] for batch in batches], model.skeleton, model.engine.pinned)
     assert host.seen & WAITING
 
 
 def test_the_rows_of_a_step() -> None:
     model = streamed("llama")
+    pool = model.engine.pinned
     ids = [torch.tensor([[5, 3, 5]]), torch.tensor([[9, 0, 3]])]
-    rows = ends.Rows.of(ids, model.skeleton)
+    rows = ends.Rows.of(ids, model.skeleton, pool)
     assert rows.numbers.tolist() == [0, 3, 5, 9] and rows.padding == 1
     assert all(
         torch.equal(rows.numbers[places], given) for places, given in zip(rows.places, ids, strict=True)
     )
-    assert ends.Rows.of(ids[:1], model.skeleton).padding == 0
-    assert ends.Rows.of([torch.tensor([[5]])], model.skeleton).padding is None
+    assert ends.Rows.of(ids[:1], model.skeleton, pool).padding == 0
+    assert ends.Rows.of([torch.tensor([[5]])], model.skeleton, pool).padding is None
 
 
 def test_on_the_cpu_the_tables_gradient_is_summed_at_home() -> None:
