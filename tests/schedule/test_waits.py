@@ -57,7 +57,7 @@ def test_removing_any_one_wait_is_found() -> None:
                 assert any(f.startswith(f"{ops[i]} ") and f" {ops[j]} " in f for f in faults)
                 removed += 1
     print(f"\n{removed} derived waits removed one by one from {len(plans)} schedules of two steps, all found")
-    assert removed > 80_000 // every
+    assert removed > 80_000 // every  # about 87,000; more while gather and scatter waited as well
 
 
 def test_removing_a_wait_gives_wrong_values_in_some_order() -> None:
