@@ -55,8 +55,8 @@ test: setup ## run all tests
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
 	    $(PY) -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
 
-# Minutes, and a network the first time. What it makes lies in build/.
-compat: setup ## check the oldest supported transformers, GPU dry runs and adapters of peers
+# Takes minutes, and needs a network the first time. Writes to build/.
+compat: setup ## check the oldest supported transformers, the GPU dry runs and the peers' adapters
 	@PYTHONPATH=src $(PY) -m tests.compat $(ARGS)
 
 lint: setup ## check style, formatting and the direction of imports
@@ -80,10 +80,10 @@ bench: ## run all benchmarks this machine can run; write a dated file in benchma
 bench-gpu: ## run the whole GPU suite in resumable stages, if there is a GPU; takes hours
 	@PYTHONPATH=src:$(PYTHONPATH) $(PYTHON) -m benchmarks gpu $(ARGS)
 
-gpu-evidence: ## run the stages that prove most, 25 GPU minutes; a call takes under nine, the next goes on
+gpu-evidence: ## run the most telling GPU stages; a call takes under nine minutes, the next one continues
 	@PYTHONPATH=src:$(PYTHONPATH) $(PYTHON) -m benchmarks gpu --evidence $(ARGS)
 
-gpu-wheels: ## gather what a GPU machine without a network lacks: FOLDER=wheels ARGS='NAME==VERSION'
+gpu-wheels: ## download wheels that a GPU machine without a network lacks: FOLDER=wheels ARGS='NAME==VERSION'
 	@$(PYTHON) -m benchmarks.wheels $(or $(FOLDER),build/wheels) $(ARGS)
 
 bench-optimizer: ## compare the host update with memory speed and other optimizers

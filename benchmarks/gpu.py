@@ -1,7 +1,8 @@
 """The GPU suite: Horizon-LM, in-memory torch, and other systems that use host memory.
 
-The first stages are the evidence: rates of the machine, the planner's profile, gradients and lanes, and the
-main comparisons, in about 25 minutes (`make gpu-evidence`). The other parts take hours (`make bench-gpu`).
+The first stages are the evidence (`make gpu-evidence`): rates of the machine, the planner's profile,
+gradients and lanes, and the main comparisons, estimated at half an hour. The others take hours
+(`make bench-gpu`).
 
 All share transformers configuration, weights, random tokens without padding, bf16 compute, sdpa attention
 and AdamW. Peers checkpoint the activations of every layer; ours follows the planner. Each job runs in
@@ -9,8 +10,8 @@ its own process. `speed / in-memory` is tokens/s over those of the in-memory run
 counts 6 N + causal attention, without the embedding table and without recomputation; HFU counts
 recomputation too.
 
-A system that is absent or runs out of memory is a row that says so; one that fits at a smaller size says
-which. Peers marked `not exact` keep no fp32 masters or moments, or postpone updates: they do not train the
+A system that is absent or runs out of memory gets a row that says so; one that fits at a smaller size names
+the size. Peers marked `not exact` keep no fp32 masters or moments, or postpone updates: they do not train the
 same way.
 """
 
@@ -42,21 +43,21 @@ WORK = Path(__file__).parent.parent / "build" / "gpu-evidence"
 SECONDS = 530.0  # of a call with --evidence; a command may take ten minutes
 ABSENT = "the GPU part has not run: torch sees no CUDA device"
 STAGES: dict[str, Stage] = EVIDENCE | PARTS
-_KEPT = ("*.jsonl", "*.md", "hardware.yaml", "trace.json.gz", "timeline.json")  # of a folder, in $OUT
+_KEPT = ("*.jsonl", "*.md", "hardware.yaml", "trace.json.gz", "timeline.json")  # copied to $OUT
 
 
 def options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks gpu", description="The GPU suite.")
     add = parser.add_argument
-    add("--evidence", action="store_true", help="only the stages of the evidence, about 25 minutes")
-    add("--stage", nargs="+", choices=list(STAGES), help="only these; all by default")
-    add("--list", action="store_true", help="print stages and jobs, with their times and what is done")
-    add("--dry-run", action="store_true", help="run at a tiny size on the CPU, in this process, as a check")
-    add("--seconds", type=float, help="of this call; with --evidence 530 by default, otherwise no limit")
-    add("--again", action="store_true", help="run what failed, was killed or ran out of memory once more")
-    add("--any-commit", action="store_true", help="keep the results of other commits and machines")
-    add("--report", action="store_true", help="write the results file from the ledger, run nothing")
-    add("--out", type=Path, default=WORK, help="folder of results; name it again to resume")
+    add("--evidence", action="store_true", help="run only the stages of the evidence")
+    add("--stage", nargs="+", choices=list(STAGES), help="run only these stages; all by default")
+    add("--list", action="store_true", help="print stages and jobs with estimated times and state")
+    add("--dry-run", action="store_true", help="check: run at a tiny size on the CPU, in this process")
+    add("--seconds", type=float, help="time limit of this call; 530 with --evidence, else none")
+    add("--again", action="store_true", help="repeat jobs that failed, were killed or ran out of memory")
+    add("--any-commit", action="store_true", help="accept results of other commits and machines")
+    add("--report", action="store_true", help="write the results file from the ledger; run nothing")
+    add("--out", type=Path, default=WORK, help="results folder; pass it again to resume")
     arguments = parser.parse_args(argv)
     if arguments.seconds is None and arguments.evidence:
         arguments.seconds = SECONDS
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     is_built, said = build_kernel()
     if not is_built:
         print("\n".join(said))
-        print("the C++ optimizer could not be built, and the torch reference is not what is to be measured")
+        print("the C++ optimizer could not be built; measuring the torch reference would mislead")
         print("  hint: install a C++ compiler and setuptools, then run the same command again")
         return 1
     return run(arguments)
@@ -106,10 +107,10 @@ def ledger_of(arguments: argparse.Namespace) -> Ledger:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the stages one after another; the results are written after each."""
+    """Run the stages in order; write the results after each."""
     folder = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
-    if not arguments.dry_run:  # the profile and all else that is kept travels with the folder
+    if not arguments.dry_run:  # the folder also carries caches, the profile among them
         os.environ["XDG_CACHE_HOME"] = str((folder / "cache").resolve())
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -120,13 +121,13 @@ def run(arguments: argparse.Namespace) -> int:
         run_stages(arguments.stages, ledger, call, lambda: write(arguments, ledger))
     except KeyboardInterrupt:
         write(arguments, ledger)
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; run the same command to continue", file=sys.stderr)
         return 130
     write(arguments, ledger, simulate=not waiting(arguments.stages, ledger))
     left = waiting(arguments.stages, ledger)
     for name, count in left.items():
         print(f"{name}: {words.count(count, 'job')} left")
-    print("the same command goes on with them" if left else "everything has run")
+    print("run the same command to continue" if left else "everything has run")
     return 0
 
 
@@ -138,9 +139,9 @@ def about_machine(dry_run: bool) -> Row:
 
 
 def write(arguments: argparse.Namespace, ledger: Ledger, *, simulate: bool = False) -> None:
-    """Write the results file: into the folder, into benchmarks/results, and all that is kept into $OUT.
+    """Write the results file to the folder and to benchmarks/results; copy `_KEPT` to $OUT.
 
-    simulate: add what remedies would be worth, which takes a while.
+    simulate: also simulate remedies, which takes a while.
     """
     about = ledger.rows.get(MACHINE)
     found = Report(
@@ -160,7 +161,7 @@ def write(arguments: argparse.Namespace, ledger: Ledger, *, simulate: bool = Fal
 
 
 def listed(stages: Mapping[str, Stage], ledger: Ledger) -> list[str]:
-    """Return lines: stages with their estimated minutes; jobs with estimate, limit and state."""
+    """Return lines: stages with estimated seconds; jobs with estimate, limit and state."""
     lines, total = [], 0.0
     for name, jobs in stages.items():
         found = list(jobs())
@@ -171,7 +172,7 @@ def listed(stages: Mapping[str, Stage], ledger: Ledger) -> list[str]:
             row = ledger.rows.get(job.key)
             state = f"{said(row)} ({row.get('took', 0):.0f} s)" if row else "not run"
             lines.append(f"  {job.seconds:>4.0f} s, at most {job.limit:.0f} s  {job.key}: {state}")
-    return [*lines, f"in all estimated {total / 60:.0f} minutes; the times are estimates, not measurements"]
+    return [*lines, f"estimated total: {total / 60:.0f} minutes; no time here was measured"]
 
 
 if __name__ == "__main__":

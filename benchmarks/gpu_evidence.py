@@ -1,8 +1,8 @@
-"""Stages of the evidence that a GPU machine gives in about 25 minutes, in the order of proof.
+"""Stages of the GPU evidence, the most telling first; estimated at half an hour without the other peers.
 
-First what everything else rests on (machine, calibration, gradients), then the main comparison, then what is
-large, slow or optional. Estimates of seconds come from reading the code, not from a GPU: `--list` prints
-them. Pure data; `gpu_runner.py` runs it.
+First the basis of everything else (machine, calibration, gradients), then the main comparison, then large,
+slow or optional jobs. The estimated seconds, which `--list` prints, come from reading the code, not from a
+GPU. Pure data; `gpu_runner.py` runs it.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _sanitizer() -> Iterator[Command]:
 
 
 def _peers() -> Iterator[Job]:
-    """Return the other peers; one whose package was not carried is a row that says so."""
+    """Return the other peers; one whose package is missing gets a row that says so."""
     others = (name for name in PEERS if name not in ("torch", "fsdp2-offload"))
     for name in others:
         yield replace(peer(name, "qwen3-4b", 16, 1024, RACE), seconds=90)

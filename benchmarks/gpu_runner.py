@@ -1,8 +1,8 @@
-"""The runner of the GPU suite: each job in its own process, within the time of a call, resumable.
+"""The runner of the GPU suite: each job in its own process, within the time limit of a call, resumable.
 
-A job that begins has a line in the ledger before it runs, and another when it ends. A job that its own limit
-or a signal ended is a row that says so; it is not run again unless asked. A job that the end of the call cut
-short runs again in the next.
+A job gets a line in the ledger before it runs, and another when it ends. A job killed at its limit or by a
+signal gets a row that says so, and runs again only on request (`--again`). A job cut short by the end of a
+call runs again in the next.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from .jobs import InlineWorker, Ledger
 TRACED = "benchmarks.traced:build"
 STAGE_SECONDS = 530.0  # per call
 ROOT = Path(__file__).parent.parent
-_LONGEST_TEXT = 40  # lines of a command's output in its row
+_LONGEST_TEXT = 40  # lines of output kept in a row
 
 
 @dataclass
 class Call:
     """One call of the suite.
 
-    folder: of results. deadline: in `time.monotonic()` seconds. dry: tiny, on the CPU, in this process.
-    again: run what failed, was killed or ran out of memory once more. tried: keys of the jobs
-    of this call. seen: rows of a dry run by case, where many jobs shrink to the same one.
+    folder: results folder. deadline: in `time.monotonic()` seconds. dry: tiny, on the CPU, in this process.
+    again: repeat jobs that failed, were killed or ran out of memory. tried: keys of this call's jobs. seen:
+    rows of a dry run by case, since many jobs shrink to the same case.
     """
 
     folder: Path
@@ -64,7 +64,7 @@ def run_stages(
 ) -> None:
     """Run the unfinished jobs of the stages in order while time remains. after: called when a stage ends.
 
-    The first job for which the time does not suffice ends its stage, and the call if no stage has more.
+    A stage ends at the first job that does not fit into its time. If that is the call's, the call ends too.
     """
     for name, jobs in stages.items():
         todo = [j for j in jobs() if j.key not in call.tried and not is_done(j, ledger, call.again)]
@@ -91,13 +91,13 @@ def is_done(job: Job | Command, ledger: Ledger, again: bool = False) -> bool:
 
 
 def _has_time(job: Job | Command, end: float, call: Call) -> bool:
-    """Whether the job's estimate fits. The first of a call runs in any case, so that each call gets on."""
+    """Whether the job's estimate fits. A call always runs its first job, so every call makes progress."""
     left = end - time.monotonic()
     return left > 0 and (not call.tried or left >= job.seconds)
 
 
 def run_row(job: Job | Command, ledger: Ledger, call: Call, end: float) -> bool:
-    """Run one job and add its row to the ledger; return whether it is done with."""
+    """Run one job and add its row to the ledger; return False if the end of the call cut it short."""
     began = time.monotonic()
     cuts = ledger.rows.get(job.key, {}).get("cuts", 0)
     given = min(job.limit, max(1.0, end - began))
@@ -117,10 +117,10 @@ def run_row(job: Job | Command, ledger: Ledger, call: Call, end: float) -> bool:
 
 
 def ended_by_time(given: float, limit: float, cuts: int) -> Row:
-    """Return status and reason of a job that did not end: killed at its limit or when cut twice."""
+    """Return status and reason of a job that did not end: killed at its limit, or cut short twice."""
     if given >= limit or cuts:
         return {"status": "killed", "why": f"ran longer than {given:.0f} s, and was killed"}
-    why = f"the call ended after {given:.0f} s of it; the next one runs it again"
+    why = f"cut short after {given:.0f} s by the end of the call; the next call runs it again"
     return {"status": "no time", "why": why, "cuts": cuts + 1}
 
 
@@ -135,7 +135,7 @@ def said(row: Row) -> str:
 
 
 def run_job(job: Job, seconds: float, call: Call) -> Row:
-    """Run one measurement, smaller after each end of memory; the largest model with 5 % fewer layers."""
+    """Run one measurement, one size smaller each time memory runs out; `largest`: 5 % fewer layers."""
     if call.dry:
         job = dry(job)
     if job.needs and job.needs not in TrainConfig.model_fields:
@@ -169,7 +169,7 @@ def _measured(job: Job, deadline: float, smaller: Smaller, call: Call) -> Row:
 
 
 def _repetition(rows: list[Row]) -> Row:
-    """Say whether all losses of the runs are equal bit by bit."""
+    """Compare the losses of all runs bitwise."""
     if any(row.get("status") != "done" for row in rows):
         return next(row for row in rows if row.get("status") != "done")
     same = all(row["losses"] == rows[0]["losses"] for row in rows)
@@ -196,7 +196,7 @@ def with_largest_model(job: Job) -> Job:
 
 
 def run_command(job: Command, seconds: float, call: Call) -> Row:
-    """Run a command to its end or to the end of its time; return its status and the JSON that it wrote."""
+    """Run a command within its time limit; return its status and the JSON that it wrote."""
     out = call.folder / "result.json"
     out.unlink(missing_ok=True)
     places = {"json": str(out.resolve()), "folder": str(call.folder.resolve())}
@@ -214,7 +214,7 @@ def _inline(module: str, arguments: list[str]) -> Row:
 
 
 def _process(module: str, arguments: list[str], seconds: float) -> Row:
-    """Run a module in a process group of its own, which is killed when the time is up or a signal comes."""
+    """Run a module in its own process group, which is killed on timeout or a signal."""
     process = subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
@@ -247,7 +247,7 @@ def status_of(code: int, text: str) -> Row:
 
 
 def build_kernel() -> tuple[bool, list[str]]:
-    """Build the C++ optimizer, if it is not; return whether it is there, and what the compiler said."""
+    """Build the C++ optimizer if necessary; return whether it is available, and the compiler's output."""
     from horizon_lm.optim import kernel
 
     if kernel.library() is not None:

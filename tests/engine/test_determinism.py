@@ -242,7 +242,7 @@ def test_kernels_that_promise_nothing_are_rejected() -> None:
     ]
     for key, value, instead in rejected:
         with pytest.raises(
-            ConfigError, match=f"{key}: {str(value).replace('True', 'true')} may choose"
+            ConfigError, match=f"{key}={str(value).replace('True', 'true')} may choose"
         ) as caught:
             TrainConfig.from_dict({**values, key: value})
         assert caught.value.hint == f"set {key}={instead} or deterministic=false"

@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from horizon_lm.config.base import Settings, fault, setting
 
-# Values under which `deterministic` can be kept. Compiled kernels are chosen by their time.
+# Values that `deterministic` allows. Compiled kernels are chosen by timing.
 _REPEATABLE: dict[str, tuple[Any, ...]] = {
     "attn_implementation": ("sdpa", "eager"),
     "compile": (False,),
@@ -38,9 +38,9 @@ class ModelSettings(Settings):
     )
     deterministic: bool = setting(
         False,
-        "Use only GPU kernels that give the same bits in each run, so that a resumed run repeats an "
-        "uninterrupted one bitwise; slower, and an error where there is no such kernel. No effect on a CPU, "
-        "whose kernels all are.",
+        "Use only GPU kernels that give the same bits in each run, so that a resumed run equals an "
+        "uninterrupted one bitwise. May be slower; an operation without such a kernel is an error. No effect "
+        "on a CPU.",
         group="Memory and device",
         resume="ask",
     )
@@ -53,7 +53,7 @@ class ModelSettings(Settings):
     attn_implementation: str = setting(
         "sdpa",
         "Attention kernel, by its transformers name; a CPU supports only sdpa and eager. A kernel of the Hub "
-        "is fetched at first use and runs its code; name a commit.",
+        "is downloaded at first use and its code executed: pin a commit.",
         group="Model",
         resume="ask",
         expects="sdpa, eager, flash_attention_2, flash_attention_3, flex_attention, or "
@@ -62,24 +62,24 @@ class ModelSettings(Settings):
     )
     compile: bool | Literal["max-autotune"] = setting(
         False,
-        "Compile decoder layers with torch.compile, once for all that are alike; max-autotune also measures "
-        "candidate kernels. Takes from seconds to minutes in the first step. A layer that cannot be compiled "
-        "runs uncompiled, and the run says so.",
+        "Compile decoder layers with torch.compile, once for all of the same structure; max-autotune also "
+        "times candidate kernels. The first step takes seconds to minutes longer. Layers that cannot be "
+        "compiled are named and run uncompiled.",
         group="Model",
         resume="ask",
         expects="true, false or max-autotune",
     )
     kernels: Literal["none", "liger", "hub"] = setting(
         "none",
-        "Kernels that replace parts of layers: liger takes liger-kernel's norms, MLPs and rotary embeddings, "
-        "hub those that hub_kernels names. Both need a GPU.",
+        "Kernels that replace parts of layers: liger uses the norms, MLPs and rotary embeddings of "
+        "liger-kernel, hub uses those in hub_kernels. Both need a GPU.",
         group="Model",
         resume="ask",
     )
     hub_kernels: dict[str, str] = setting(
         {},
         "Kernels of the Hub by the layer that they replace, as in RMSNorm: "
-        "kernels-community/NAME@COMMIT:LAYER; they are fetched at first use and run their code.",
+        "kernels-community/NAME@COMMIT:LAYER. They are downloaded at first use and their code executed.",
         group="Model",
         resume="ask",
         expects="a mapping of layers to kernels-community/NAME@COMMIT:LAYER, with all 40 digits of a commit",
@@ -156,7 +156,7 @@ class ModelSettings(Settings):
     loss_chunk_tokens: int | Literal["auto"] = setting(
         "auto",
         "Tokens whose logits exist at once in the loss; fewer need less memory. auto is about 2**27 logits, "
-        "and up to 8,192 tokens on a GPU with room for them. Results differ in the last bits.",
+        "and up to 8,192 tokens on a GPU with enough memory. Other values change the last bits of results.",
         group="Memory and device",
         resume="ask",
         unit="tokens",
@@ -246,8 +246,8 @@ class ModelSettings(Settings):
     optimizer_threads: int | Literal["auto"] = setting(
         "auto",
         "Host threads of the update, never more than the cores available to this process. auto uses all of "
-        "them on the CPU; on CUDA what `horizon doctor` measured, else three fewer than all (all with "
-        "update: sync).",
+        "them on the CPU. On CUDA a run uses the number that `horizon doctor` measured, otherwise three "
+        "fewer than all (all with update: sync).",
         group="Optimizer",
         resume="free",
         unit="threads",
@@ -305,9 +305,9 @@ class ModelSettings(Settings):
     )
     host_memory_gb: float | Literal["auto"] = setting(
         "auto",
-        "Host memory of this machine, for the check before the run and the planner; auto measures what is "
-        "free. State it where the system shows too little, as in a virtual machine whose memory grows with "
-        "use. Limits of cgroups and of the process still apply.",
+        "Host memory of this machine, for the memory check and the planner; auto measures what is free. Set "
+        "it if the system reports too little, as in a virtual machine whose memory grows with use. Limits of "
+        "cgroups and of the process still apply.",
         group="Memory and device",
         resume="free",
         unit="GB",
@@ -398,7 +398,7 @@ class ModelSettings(Settings):
             if getattr(self, key) not in fixed:
                 value = _written(getattr(self, key))
                 yield fault(
-                    f"deterministic: true, but {key}: {value} may choose other kernels in each run",
+                    f"deterministic=true, but {key}={value} may choose other kernels in each run",
                     key="deterministic",
                     hint=f"set {key}={_written(fixed[0])} or deterministic=false",
                 )
@@ -407,11 +407,11 @@ class ModelSettings(Settings):
     def _kernel_faults(self) -> Iterator[PydanticCustomError]:
         if (self.kernels == "hub") != bool(self.hub_kernels):
             yield fault(
-                "hub_kernels names no kernel, and kernels: hub takes those that it names"
+                "kernels=hub, but hub_kernels is empty"
                 if self.kernels == "hub"
-                else f"hub_kernels is set, and kernels is {self.kernels}",
+                else f"hub_kernels is set, but kernels={self.kernels}",
                 key="hub_kernels",
-                hint="set both, or neither",
+                hint="set kernels=hub and hub_kernels, or neither",
             )
 
     @property

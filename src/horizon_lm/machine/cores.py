@@ -22,15 +22,15 @@ def usable_cores(root: Path = cgroup.ROOT, listing: Path = cgroup.LISTING) -> in
 
 
 def lane_cores(device: str, update: str) -> int:
-    """Return the cores that updates leave to the threads which issue uploads, compute and downloads.
+    """Return how many cores updates leave to the threads that issue uploads, compute and downloads.
 
-    device: its type. update: `sync` runs between steps, when these threads idle.
+    device: device type. update: `sync` runs between steps, when these threads are idle.
     """
     return 0 if device == "cpu" or update == "sync" else 3
 
 
 def choose_threads(requested: int | None = None, *, spare: int = 0, **places: Path) -> int:
-    """Limit `requested` threads to the usable cores. None: all of these but `spare`, and at least one."""
+    """Limit `requested` threads to the usable cores. None: all usable cores less `spare`, at least one."""
     usable = usable_cores(**places)
     if requested is None:
         return max(1, usable - spare)

@@ -1,7 +1,7 @@
 """Kernels that give the same bits in each run on a CUDA device, for `deterministic: true`.
 
-torch's switches hold for the whole process, all threads included. They are set while a model computes and
-restored then, so other code of the process keeps its own.
+torch's switches apply to all threads of the process. They are set while a model computes and restored
+afterwards, so other code in the process keeps its own.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 from horizon_lm.errors import ConfigError
 
 _VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
-# A workspace of fixed size for each stream; without it cuBLAS chooses kernels by what else is running.
+# A workspace of fixed size per stream; without it cuBLAS may choose kernels by what else is running.
 _WORKSPACES = (":4096:8", ":16:8")
 _NO_KERNEL = " does not have a deterministic implementation"
 _CUBLAS = "not deterministic because it uses CuBLAS"
 
 
 class _Switches(NamedTuple):
-    """torch's switches. fills_memory: whether new tensors are filled, in deterministic mode."""
+    """torch's switches. fills_memory: whether deterministic mode fills new tensors."""
 
     algorithms: bool
     warns_only: bool
@@ -49,8 +49,8 @@ class _Switches(NamedTuple):
         torch.backends.cudnn.benchmark = self.cudnn_benchmark
 
 
-# Warning only would leave attention's backward pass as it is: with cuDNN, or flash attention's atomics. New
-# memory is not filled, since nothing reads it before it is written.
+# Warnings only would leave attention's backward pass non-deterministic (cuDNN, or flash attention's atomics).
+# New memory is not filled, since everything is written before it is read.
 _DETERMINISTIC = _Switches(
     algorithms=True, warns_only=False, fills_memory=False, cudnn=True, cudnn_benchmark=False
 )
@@ -59,8 +59,8 @@ _DETERMINISTIC = _Switches(
 class DeterministicKernels:
     """A context in which CUDA's kernels give the same bits each time, or raise ConfigError.
 
-    is_on: without it nothing changes.
-    Each model has its own. With several at work in threads, the last one out restores the switches.
+    is_on: if false, nothing changes.
+    Each model has its own context. If several work in threads, the last to leave restores the switches.
     """
 
     _lock = threading.Lock()
@@ -72,7 +72,7 @@ class DeterministicKernels:
 
     @classmethod
     def on(cls, device: torch.device, wanted: bool) -> DeterministicKernels:
-        """The context of a model with this setting: the CPU's kernels are deterministic as they are."""
+        """Return the context for a model with this setting. It is off on the CPU."""
         return cls(wanted and device.type == "cuda")
 
     def __enter__(self) -> None:
@@ -93,7 +93,7 @@ class DeterministicKernels:
             _explain(error)
 
     def leave(self) -> None:
-        """Restore the switches unless another model needs them. May be called again, after an interrupt."""
+        """Restore the switches unless another model needs them. Safe to call twice, as after an interrupt."""
         shared = DeterministicKernels
         with self._lock:
             if id(self) in self._inside and len(self._inside) == 1 and shared._before is not None:
@@ -102,7 +102,7 @@ class DeterministicKernels:
 
 
 def _explain(error: RuntimeError) -> None:
-    """Raise an error of torch about determinism as one of the settings'."""
+    """Raise ConfigError in place of a torch error about determinism."""
     text = str(error)
     if _NO_KERNEL in text:
         name = text.split(_NO_KERNEL)[0].splitlines()[-1].strip()
@@ -120,7 +120,7 @@ def _explain(error: RuntimeError) -> None:
 
 
 def prepare(device: torch.device, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Give cuBLAS workspaces of fixed size. Raises ConfigError if it has started without.
+    """Give cuBLAS workspaces of fixed size. Raises ConfigError if cuBLAS has already started without them.
 
     cuBLAS reads its environment at the process's first matrix product, and never again.
     """

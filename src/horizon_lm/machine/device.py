@@ -1,4 +1,4 @@
-"""Resolve the name of a device; its memory."""
+"""Device names and device memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from horizon_lm.errors import ConfigError
 
 
 def memory_bytes(device: torch.device) -> int | None:
-    """Bytes of a CUDA device's memory; None for the CPU."""
+    """Return the total memory of a CUDA device in bytes; None for the CPU."""
     return int(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else None
 
 

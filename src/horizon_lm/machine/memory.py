@@ -14,8 +14,8 @@ _NO_LIMIT = 1 << 60
 def available_host_bytes(stated: int | None = None) -> int:
     """Return the least of free RAM, the headroom of every cgroup above this process, and its own limits.
 
-    stated: the machine's RAM, all free but for what this process holds. By default free RAM is what the
-    system shows (MemAvailable), which some virtual machines raise only as memory is used.
+    stated: the machine's RAM, counted as free except for what this process holds. By default free RAM is what
+    the system reports (MemAvailable), which some virtual machines raise only as memory is used.
     """
     free = psutil.virtual_memory().available
     if stated is not None:
@@ -24,7 +24,7 @@ def available_host_bytes(stated: int | None = None) -> int:
 
 
 def total_host_bytes() -> int:
-    """Return the RAM that the system shows (MemTotal)."""
+    """Return the RAM that the system reports (MemTotal)."""
     return psutil.virtual_memory().total
 
 

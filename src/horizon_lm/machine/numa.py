@@ -1,7 +1,6 @@
-"""NUMA: the memory node next to a CUDA device, and a preference of pages for it.
+"""NUMA: find the memory node of a CUDA device, and prefer pages from it.
 
-Without a node of its own to name, or where the system refuses (containers commonly do), pages go where the
-kernel puts them.
+If the node is unknown, or the system refuses (as containers often do), the kernel places pages as usual.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def syscall(number: int, *arguments: int) -> int:
 
 
 def node_of(device: torch.device, sys: Path = _SYS, proc: Path = _PROC) -> int | None:
-    """Return the node next to a CUDA device; None if unknown, or if the machine has one node only."""
+    """Return the node of a CUDA device; None if unknown, or if the machine has only one node."""
     nodes = list((sys / "devices/system/node").glob("node[0-9]*"))
     if device.type != "cuda" or len(nodes) < 2:
         return None
@@ -41,8 +40,8 @@ def node_of(device: torch.device, sys: Path = _SYS, proc: Path = _PROC) -> int |
 
 
 def _pci_address(properties: object, proc: Path) -> str | None:
-    """Return a device's PCI address as sysfs writes it. Older versions of torch know only its UUID, which the
-    driver lists by address."""
+    """Return a device's PCI address as sysfs writes it. Older versions of torch know only the UUID, which is
+    looked up in the driver's list."""
     numbers = [getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
     if all(isinstance(number, int) for number in numbers):
         domain, bus, slot = numbers
@@ -55,9 +54,9 @@ def _pci_address(properties: object, proc: Path) -> str | None:
 
 
 def prefer(node: int, address: int, num_bytes: int) -> bool:
-    """Have untouched pages of this process come from `node` while it has room, else from any other.
+    """Ask the kernel to take untouched pages of this range from `node` while it has room, else from any node.
 
-    Leaves a policy that the user chose (numactl) alone. Return whether the kernel agreed.
+    A policy that the user chose (numactl) stays. Returns whether the kernel agreed.
     """
     numbers = _SYSCALLS.get(platform.machine())
     if numbers is None or platform.system() != "Linux":

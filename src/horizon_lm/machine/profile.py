@@ -43,8 +43,8 @@ class Profile(BaseModel):
     both directions busy. optimizer: bytes that the update on the host reads and writes. host: bytes that a
     copy in host memory reads and writes. process_bytes: a process with torch and transformers before it has a
     model. heap_share: overhead of the C library's heap as a share of what is alive in it (if the device is
-    the CPU). context_bytes: taken by the device's driver and libraries. update_threads: the fewest with which
-    an update is as fast as with any; None if that was not measured.
+    the CPU). context_bytes: taken by the device's driver and libraries. update_threads: the fewest threads
+    with which updates are about as fast as with any number; None if not measured.
     """
 
     model_config = STRICT

@@ -1,8 +1,8 @@
 """Exact host memory: anonymous mappings with huge pages, pinned in place for a CUDA device.
 
 PyTorch's pinned allocator rounds every block up to a power of two; these mappings have the requested size,
-rounded to a page. Memory that is not pinned is touched by whoever writes it first: moments by the update's
-threads, in parallel and each on its own NUMA node.
+rounded to a page. Memory that is not pinned is touched by its first writer: moments by the update's threads,
+in parallel and each on its own NUMA node.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 def allocate(num_bytes: int, *, pin_for: torch.device | None = None) -> torch.Tensor:
     """Return a zero-filled uint8 tensor of exactly `num_bytes` host bytes; pages are touched on first use.
 
-    pin_for: a CUDA device whose copies shall be asynchronous: pages are touched and page-locked now. Another
-    device needs none of it. Raises DoesNotFitError if the system rejects the mapping or the registration.
+    pin_for: the device for asynchronous copies. For a CUDA device, pages are touched and page-locked now; any
+    other device changes nothing. Raises DoesNotFitError if mapping or registration is rejected.
     """
     (block,) = allocate_runs([num_bytes], pin_for=pin_for)
     return block
 
 
 def allocate_runs(sizes: Sequence[int], *, pin_for: torch.device | None = None) -> list[torch.Tensor]:
-    """Return zero-filled uint8 tensors of these bytes. Adjacent ones share a mapping of up to 1 GiB, which is
-    pinned as one piece; each lies in one mapping as a whole. Otherwise as `allocate`."""
+    """Return zero-filled uint8 tensors of these sizes. Adjacent tensors share a mapping of up to 1 GiB, which
+    is pinned as one piece; no tensor crosses mappings. Otherwise as `allocate`."""
     blocks: list[torch.Tensor] = []
     runs: list[torch.Tensor] = []
     for group in _groups(sizes):

@@ -1,6 +1,6 @@
-"""A pool of pinned host blocks for what a step copies to a device or from it.
+"""A pool of pinned host blocks for copies between host and device during a step.
 
-PyTorch's own cache of pinned blocks rounds each up to a power of two; these have the size that was asked for.
+PyTorch's own cache of pinned blocks rounds each up to a power of two; these have exactly the requested size.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _here = threading.local()  # pool: in use in this thread
 
 
 class PinnedPool:
-    """Blocks that are reserved during a step, and given back together before the next one begins.
+    """Blocks that are reserved during a step and returned together before the next one begins.
 
-    Asked for a size, the pool gives the smallest free block that is large enough. Without one, a block of
-    exactly that size replaces the largest free block, or is added if none is free. So the pool never has more
-    blocks than one step took, none larger than the largest that was asked for; and a step that it has served
-    before finds all its blocks, whatever came in between, because no replacement makes a block smaller.
+    A request gets the smallest free block that is large enough. If there is none, a block of exactly the
+    requested size replaces the largest free block, or is added if no block is free. So the pool never has
+    more blocks than one step used, and none larger than the largest request. A step whose requests have been
+    served before always finds its blocks, because no replacement is smaller than the block it replaces.
 
-    device: whose copies the blocks are pinned for. If it is not a CUDA device, they are plain memory.
+    device: the device whose copies the blocks serve. Unless it is a CUDA device, they are not pinned.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -38,11 +38,10 @@ class PinnedPool:
         return sum(block.nbytes for block in (*self._free, *self._reserved))
 
     def take(self, tensor: torch.Tensor, most: int = 0) -> torch.Tensor:
-        """Return a pinned copy of a host tensor, valid until `give_back`; the tensor itself if the device is
-        not a CUDA device.
+        """Return a pinned copy of a host tensor, valid until `give_back`; without CUDA, the tensor itself.
 
-        most: elements to reserve for a tensor whose size depends on values, so that later steps with other
-        values need no larger block.
+        most: elements to reserve if the tensor's size depends on values, so that other values in later steps
+        need no larger block.
         """
         if self._device.type != "cuda":
             return tensor
@@ -50,7 +49,7 @@ class PinnedPool:
         return room[: tensor.numel()].view(tensor.shape).copy_(tensor)
 
     def reserve(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """Return a tensor of arbitrary content, valid until `give_back`. Raises DoesNotFitError."""
+        """Return an uninitialized tensor, valid until `give_back`. Raises DoesNotFitError."""
         num_bytes = shape.numel() * dtype.itemsize
         if num_bytes == 0:
             return torch.empty(shape, dtype=dtype)
@@ -59,7 +58,7 @@ class PinnedPool:
             if place is not None:
                 block = self._free.pop(place)
             else:
-                self._free[-1:] = []  # before the new one is there: both might not fit
+                self._free[-1:] = []  # released first: both might not fit
                 block = arena.allocate(num_bytes, pin_for=self._device)
             self._reserved.append(block)
         return block[:num_bytes].view(dtype).view(shape)
@@ -74,7 +73,7 @@ class PinnedPool:
             _here.pool = before
 
     def give_back(self) -> None:
-        """Take all blocks back. Call it when no copy from or to them is in flight."""
+        """Take back all blocks. Call it only while no copy from or to them is in flight."""
         with self._lock:
             self._free, self._reserved = sorted([*self._free, *self._reserved], key=lambda b: b.nbytes), []
 
@@ -82,7 +81,7 @@ class PinnedPool:
 def pinned(tensor: torch.Tensor, most: int = 0) -> torch.Tensor:
     """Return a copy as `PinnedPool.take` does, from the pool of the step that the calling thread works on.
 
-    Outside of a step, return the tensor itself, whose copy to a device then blocks.
+    Outside of a step, return the tensor itself; its copy to a device then blocks.
     """
     pool = getattr(_here, "pool", None)
     return tensor if pool is None else pool.take(tensor, most)

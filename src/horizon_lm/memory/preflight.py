@@ -47,14 +47,14 @@ def check_host_memory(
 
 
 def whole_memory(settings: ModelSettings) -> str:
-    """Return what the machine has, in words: as stated, or as the system shows it."""
+    """Describe the machine's memory: as configured, or as the system reports it."""
     if settings.host_memory_bytes is not None:
         return f"the {size(settings.host_memory_bytes)} that host_memory_gb states"
     return f"the {size(total_host_bytes())} that the system shows"
 
 
 def stating_hint(settings: ModelSettings) -> str:
-    """Return the end of a hint: how to state the machine's memory, unless it is stated."""
+    """Return the end of a hint: how to set the machine's memory; empty if it is set."""
     if settings.host_memory_bytes is not None:
         return ""
     return "; or state the machine's memory (host_memory_gb=NUMBER) if the system shows too little"

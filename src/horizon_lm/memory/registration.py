@@ -1,9 +1,9 @@
-"""Page-locking of fresh host memory: touched and registered with CUDA in parallel pieces, near the device.
+"""Page-lock fresh host memory: touch and register it with CUDA in parallel pieces, near the device.
 
-Pieces are whole tensors, as many registrations. CUDA rejects a copy that reaches beyond one of them
+Each piece holds whole tensors and is one registration. CUDA rejects a copy that leaves a registration
 (cuMemcpy: "Memory regions requested must be either entirely registered with CUDA, or [...] not registered at
-all"; over two registrations it fails as well: sgl-project/sglang#36798), and drivers from 580 on reject a
-registration of 512 GiB or more.
+all") or spans two (sgl-project/sglang#36798), and drivers from 580 on reject a registration of 512 GiB or
+more.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MOST_THREADS = 8
 
 @dataclass
 class _Piece:
-    """Pages to register. registered: addresses that are, of all pieces of the same storage."""
+    """Pages to register. registered: addresses already registered, for all pieces of the same storage."""
 
     start: int
     end: int
@@ -47,8 +47,8 @@ class _Piece:
 def pin(tensors: Sequence[torch.Tensor], device: torch.device) -> None:
     """Page-lock the pages of tensors for copies from and to a CUDA device, until their storages are released.
 
-    tensors: of fresh zero pages, which may be zeroed again. Raises DoesNotFitError if the system or CUDA
-    refuses; then, and after an interrupt, nothing stays registered.
+    tensors: made of fresh zero pages; pinning may zero them again. Raises DoesNotFitError if the system or
+    CUDA refuses. After an error or interrupt nothing stays registered.
     """
     runtime = torch.cuda.cudart()
     pieces = list(_pieces(tensors, runtime))
@@ -61,8 +61,8 @@ def pin(tensors: Sequence[torch.Tensor], device: torch.device) -> None:
         # A child process must not share pages that the device accesses: after a fork, a write would copy them
         # away from the device.
         _madvise(piece.start, piece.num_bytes, _MADV_DONTFORK)
-    # Also for one piece: after a refusal, CUDA reports the error again to the thread that asked, at its next
-    # kernel. These threads launch none.
+    # Threads are used even for one piece: CUDA reports a rejected registration again at the next kernel that
+    # the same thread launches, and these threads launch none.
     index = torch.cuda.current_device() if device.index is None else device.index
     threads = ThreadPoolExecutor(
         min(_MOST_THREADS, usable_cores()), "horizon-pin", torch.cuda.set_device, (index,)
@@ -81,7 +81,7 @@ def pin(tensors: Sequence[torch.Tensor], device: torch.device) -> None:
 
 
 def _pieces(tensors: Sequence[torch.Tensor], runtime: Any) -> Iterator[_Piece]:
-    """Yield the pages of each tensor; those of tensors that share a page together. A storage's pieces are
+    """Yield the pages of each tensor; tensors that share a page form one piece. A storage's pieces are
     unregistered when its last view is gone, before it releases the mapping."""
     held: dict[int, list[int]] = {}
     last: _Piece | None = None
@@ -103,7 +103,7 @@ def _pieces(tensors: Sequence[torch.Tensor], runtime: Any) -> Iterator[_Piece]:
 
 
 def _chunks(pieces: Sequence[_Piece]) -> Iterator[tuple[int, int]]:
-    """Yield (address, bytes) that one thread touches; the cuts are where no huge page is cut."""
+    """Yield (address, bytes) that one thread touches, cut at boundaries of huge pages."""
     for piece in pieces:
         start = piece.start
         while start < piece.end:
@@ -113,7 +113,7 @@ def _chunks(pieces: Sequence[_Piece]) -> Iterator[tuple[int, int]]:
 
 
 def _touch(address: int, num_bytes: int) -> None:
-    """Have the kernel provide the pages. Both ways release the GIL."""
+    """Make the kernel provide the pages. Both calls release the GIL."""
     if _madvise(address, num_bytes, _MADV_POPULATE_WRITE):
         return
     if ctypes.get_errno() == errno.ENOMEM:

@@ -26,13 +26,13 @@ class UnitWeights(NamedTuple):
 
 
 def weight_slot_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[int]:
-    """Elements of each weight slot: the ring's fit prologue and layers, the outer one head and table."""
+    """Return the elements of each weight slot: ring slots fit prologue and layers, the outer one head and table."""
     sizes = {u: units[u].slot_numel for u in plan.uploaded}
     return [_largest(sizes, range(plan.head))] * plan.slots + [_largest(sizes, (plan.head, plan.head + 1))]
 
 
 def gradient_slot_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[int]:
-    """Elements of each gradient slot, as `weight_slot_numels`."""
+    """Return the elements of each gradient slot, in the same order as `weight_slot_numels`."""
     sizes = {u: units[u].trainable_numel for u in plan.trainable}
     ring, outer = _largest(sizes, range(plan.head)), _largest(sizes, (plan.head, plan.head + 1))
     return [ring] * plan.grad_slots + [outer]
@@ -92,8 +92,8 @@ class GradientSlots:
     """Device buffers of `numels` fp32 elements, each for one unit's gradient while it accumulates.
 
     A gradient that is written once has the store's dtype; one that is added to (several micro-batches or loss
-    chunks) accumulates in fp32. With `alias` a buffer is allocated once a gradient needs fp32 in a bf16
-    store; else at once, not during the first step on another stream.
+    chunks) accumulates in fp32. With `alias`, a buffer is allocated only once a gradient needs fp32 in
+    a bf16 store; otherwise immediately, rather than during the first step on another stream.
     """
 
     def __init__(self, store: HostStore, numels: Sequence[int], device: torch.device, alias: bool) -> None:
@@ -134,14 +134,14 @@ class BoundarySlots:
     """Host buffers for spilled layer inputs, and `count` device buffers to restore them. With `alias` inputs
     stay where they are.
 
-    All buffers are reused from step to step. Those on the device grow to the largest input seen, those on the
-    host as in `PinnedPool`.
+    All buffers are reused from step to step. Device buffers grow to the largest input seen; host buffers come
+    from a `PinnedPool`.
     """
 
     def __init__(self, count: int, device: torch.device, alias: bool) -> None:
         self._device, self._alias = device, alias
         self._pool = PinnedPool(device)
-        self._host_bytes: dict[tuple[int, int], int] = {}  # of this step, by unit and micro-batch
+        self._host_bytes: dict[tuple[int, int], int] = {}  # in this step, by unit and micro-batch
         self._buffers: list[torch.Tensor] = [torch.empty(0, dtype=torch.uint8, device=device)] * count
         self._held: list[torch.Tensor | None] = [None] * count
 
@@ -155,11 +155,11 @@ class BoundarySlots:
         return self._pool.num_bytes
 
     def host_bytes_of(self, unit: int, micro_batch: int) -> int:
-        """Host bytes of one input that the last step spilled; 0 if it was not."""
+        """Host bytes of one input in the last step; 0 if it was not spilled."""
         return self._host_bytes.get((unit, micro_batch), 0)
 
     def begin_step(self) -> None:
-        """Reuse the host buffers of the last step, whose copies have ended."""
+        """Reclaim the host buffers of the last step, whose copies have ended."""
         self._pool.give_back()
         self._host_bytes = {}
 

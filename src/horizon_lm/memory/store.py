@@ -3,7 +3,7 @@
 Each region is an exact allocation of all units, in mappings of about 1 GiB that hold whole units:
 
     weights     bf16 (or fp32)  2 (4) bytes   compute copy and upper half of the master, pinned
-    residual    int16           2 (0)         lower half of the fp32 master; pinned where parameters are wide
+    residual    int16           2 (0)         lower half of the fp32 master; pinned for wide parameters
     exp_avg     fp32 or bf16    4 (2)         first moment
     exp_avg_sq  fp32 or bf16    4 (2)         second moment; none with sgd and lion
     grads       bf16 (or fp32)  2 (4)         gradients of the last forward_backward, pinned
@@ -109,7 +109,7 @@ class HostStore:
     def __init__(
         self, units: Sequence[UnitLayout], spec: StoreSpec, *, pin_for: torch.device | None = None
     ) -> None:
-        """pin_for: the device that the weights are copied to."""
+        """pin_for: the device to which weights are copied."""
         self.units = tuple(units)
         self.spec = spec
         self._runs: dict[str, list[torch.Tensor]] = {}
@@ -118,7 +118,7 @@ class HostStore:
             runs = arena.allocate_runs(sizes, pin_for=pin_for if region.pinned else None)
             self._runs[region.name] = [run.view(region.dtype) for run in runs]
         if pin_for is not None and pin_for.type == "cuda":
-            # The few residuals that a device needs; their pages alone, since locked memory may be limited.
+            # Only the pages of residuals that the device needs, since locked memory may be limited.
             pin([self.wide_residual(unit) for unit in range(len(units))], pin_for)
         self._place = {p.name: (u, p) for u, unit in enumerate(units) for p in unit.parameters}
 

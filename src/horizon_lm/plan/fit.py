@@ -47,7 +47,7 @@ class Limits:
     @classmethod
     def of_this_machine(cls, device: str, folder: str, stated: int | None = None) -> Limits:
         """device: cpu or cuda[:N]. folder: the output folder, which need not exist yet. stated: host bytes of
-        the machine, where the system shows too little."""
+        the machine, if the system reports too little."""
         free = None
         if device.startswith("cuda"):
             free = int(torch.cuda.mem_get_info(torch.device(device))[0] * _DEVICE_SHARE)

@@ -49,7 +49,7 @@ def piece_of_data(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bo
 def reason_to_skip(folder: Path, stated: int | None = None) -> str | None:
     """Say why a second copy of the weights does not fit besides the run's own; None if it does.
 
-    stated: host bytes of the machine, where the system shows too little.
+    stated: host bytes of the machine, if the system reports too little.
     """
     needed, available = weight_bytes(folder), available_host_bytes(stated)
     if needed > LARGEST_SHARE * available:
