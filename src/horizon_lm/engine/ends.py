@@ -1,4 +1,4 @@
-"""What surrounds the layers: embedding rows, prologue and router loss of one micro-batch."""
+"""The parts around the layers: embedding rows, prologue and router loss of one micro-batch."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def backward_prologue(
     output_gradient: torch.Tensor,
     gradient: UnitGradient | None,
 ) -> None:
-    """Rerun the prologue with a graph, unless it passed `embeds` on as they were, and run it backward, into
-    the graph of `embeds` [batch, tokens, width]."""
+    """Run the prologue backward, into the graph of `embeds` [batch, tokens, width]. It is first rerun with a
+    graph, unless it passed `embeds` on unchanged."""
     with torch.enable_grad(), bound_for_backward(skeleton, 0, weights, gradient):
         first = None if call.is_untouched else run_prologue(skeleton, embeds, call.inputs)[0]
         first = embeds if first is None else first
@@ -80,11 +80,11 @@ def _gradient_of(leaf: torch.Tensor) -> torch.Tensor:
 
 
 class Rows(NamedTuple):
-    """The rows of the embedding table that a step uses, found on the host before it begins: what depends on
-    values would make the device's lanes wait for them.
+    """The rows of the embedding table that a step uses, found on the host before it begins: finding them on
+    the device would make its lanes wait for values.
 
-    numbers: [r], rising. places: per micro-batch, where each of its ids [batch, tokens] is among `numbers`.
-    padding: where the row without a gradient is; None if it is not used.
+    numbers: [r], ascending. places: per micro-batch, the index in `numbers` of each of its ids [batch,
+    tokens]. padding: the index of the row without a gradient; None if it is not used.
     """
 
     numbers: torch.Tensor
@@ -93,7 +93,8 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, ids: Sequence[torch.Tensor], skeleton: Skeleton, pool: PinnedPool) -> Rows:
-        """ids: [batch, tokens] each, on the host. pool: for copies to its device that do not block."""
+        """ids: [batch, tokens] each, on the host. pool: source of pinned copies, whose upload does not
+        block."""
         used = torch.zeros(skeleton.embedding.num_embeddings, dtype=torch.bool)
         for batch in ids:
             used[batch.reshape(-1)] = True

@@ -51,7 +51,7 @@ class Engine:
         self.optimizer, self.lanes, self.settings = optimizer, lanes, settings
         alias = device.type == "cpu" and lanes.in_place
         self.ops = Ops(skeleton, store, optimizer, settings, device, alias)
-        self.pinned = PinnedPool(device)  # for what a step copies to the device besides weights
+        self.pinned = PinnedPool(device)  # for everything but weights that a step copies to the device
         self.trainable = self.ops.policies.trainable
         self._schedules: dict[tuple[StepSpec, bool], Schedule] = {}
         self._step: Step | None = None  # the step whose complete gradients the store holds
@@ -201,7 +201,7 @@ class Engine:
     def _begin(
         self, spec: StepSpec, micro_batches: Sequence[MicroBatch], number: int, *, pending: bool
     ) -> Step:
-        # Nothing is in flight: runs of the lanes end with their copies.
+        # No copy is in flight: a run of the lanes ends after its copies.
         self.pinned.give_back()
         self.ops.boundary_slots.begin_step()
         # Copies from pageable memory would block the compute lane.

@@ -52,8 +52,8 @@ class UnitGradient:
     ) -> None:
         """Add to the rows [r] of a table's gradient, once: values [r, width] in `dtype` or fp32.
 
-        dtype: the store's, to which the sum is rounded. If the head shares the table, its gradient is here,
-        and is rounded before the sum, as if the two had been computed apart.
+        dtype: the store's, to which the sum is rounded. If the head shares the table, its gradient is already
+        here and is rounded before the sum, as if both had been computed separately.
         """
         table = self.layout.trainable_view(self.run, parameter)
         if parameter.name in self.written or parameter.name in self.waiting:
@@ -65,7 +65,7 @@ class UnitGradient:
         table.index_copy_(0, rows, values.to(dtype).to(table.dtype))
 
     def complete(self) -> None:
-        """Add what waits, and fill with zeros what received nothing."""
+        """Add waiting gradients, and zero those of parameters that received none."""
         self.in_pairs = False
         for parameter in self.layout.trainable:
             if parameter.name in self.waiting:  # the last of an odd number

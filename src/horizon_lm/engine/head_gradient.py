@@ -1,7 +1,7 @@
-"""The gradient of the projection to logits, added up over loss chunks by one product each, in fp32.
+"""The gradient of the projection to logits, accumulated in fp32 with one product per loss chunk.
 
-Autograd would make a bf16 gradient [vocabulary, width] per chunk, to be added to the sum in another pass. On
-CUDA a product of bf16 matrices adds to an fp32 one.
+Autograd would make a bf16 gradient [vocabulary, width] per chunk and add it to the sum in another pass. On
+CUDA, a product of bf16 matrices can add to an fp32 matrix directly.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _Sums(NamedTuple):
 
 
 class _Project(torch.autograd.Function):
-    """F.linear, whose weight and bias receive their gradients in `sums`."""
+    """F.linear that adds the gradients of weight and bias to `sums`."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -55,7 +55,8 @@ class _Project(torch.autograd.Function):
         return F.linear(inputs, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, output_gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, output_gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type:
+    ignore[override]
         inputs, weight = ctx.saved_tensors
         flat = output_gradient.flatten(0, -2)
         ctx.sums.add(flat, inputs.flatten(0, -2))
@@ -64,8 +65,8 @@ class _Project(torch.autograd.Function):
 
 @contextmanager
 def projection_into(skeleton: Skeleton, unit: int, gradient: UnitGradient | None) -> Iterator[None]:
-    """While open, the projection's gradients go into `gradient` by products in fp32, where that is possible:
-    for a plain projection in half precision, and a gradient that adds up in fp32, on CUDA."""
+    """While open, add the projection's gradients to `gradient` by products in fp32. Applies on CUDA to a
+    plain projection in half precision whose gradient accumulates in fp32; otherwise changes nothing."""
     projection: Any = skeleton.model.get_output_embeddings() if unit == skeleton.head else None
     sums = _sums(skeleton, projection, gradient)
     if sums is None:

@@ -1,4 +1,4 @@
-"""A thread that serves many runs: cuDNN's plans and OpenMP's teams belong to a thread and are costly."""
+"""A thread that serves many runs: cuDNN plans and OpenMP teams belong to a thread and are costly to make."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from queue import SimpleQueue
 
 
 class Latch:
-    """As `threading.Event`, but set once for good, and by single calls of C.
+    """A `threading.Event` that is set once, for good, by a single C call.
 
-    An exception from outside (`PyThreadState_SetAsyncExc`) may strike between any two bytecodes. In
-    `Event.set` it can leave a lock behind that all others then wait for.
+    An asynchronous exception (`PyThreadState_SetAsyncExc`) may be raised between any two bytecodes. In
+    `Event.set` it can leave a lock held, for which all other threads then wait.
     """
 
     __slots__ = ("_lock", "_once")
@@ -28,32 +28,31 @@ class Latch:
         return not length_hint(self._once)
 
     def set(self) -> None:
-        # Releases the lock for the first caller alone.
+        # Only the first caller releases the lock.
         deque(map(self._lock.__exit__, self._once), 0)  # type: ignore[arg-type]
 
     def wait(self) -> None:
-        """Wait, in any number of threads."""
+        """Wait; any number of threads may."""
         if not self.is_set:
-            with self._lock:  # taken and released by one bytecode each
+            with self._lock:  # acquired and released by one bytecode each
                 pass
 
     def wait_for(self, seconds: float) -> bool:
-        """Wait no longer than this, in one thread only; return whether it is set."""
+        """Wait at most `seconds`, in only one thread at a time; return whether it is set."""
         if not self.is_set and self._lock.acquire(timeout=seconds):
             self._lock.release()
         return self.is_set
 
 
-# Work, and what to set when it has ended. The work returns whether its thread may serve again.
+# The work, and the latch to set when it has ended. The work returns whether its thread may be reused.
 Task = tuple[Callable[[], bool], Latch]
 
 
 class LaneThread:
-    """A daemon thread that does its tasks in order, and refers to none of them once it is done.
+    """A daemon thread that runs tasks in order and keeps no reference to a finished one.
 
-    It ends when told to (`end`), after a task that returned False, and by whatever is raised in it. Since
-    that may strike anywhere, the thread is not relied upon to tell of its death: a lock that it holds while
-    it lives tells.
+    It ends on request (`end`), after a task that returned False, and after any exception. Since an exception
+    may be raised anywhere, the thread need not report its end: it holds a lock while it lives.
     """
 
     def __init__(self, name: str) -> None:
@@ -68,32 +67,32 @@ class LaneThread:
         return self._thread.name
 
     def start(self) -> None:
-        """Raises RuntimeError if the system has no thread to spare."""
+        """Start the thread. Raises RuntimeError if the system allows no more threads."""
         self._thread.start()
 
     def do(self, work: Callable[[], bool], ended: Latch) -> None:
         self._tasks.put((work, ended))
 
     def end(self) -> None:
-        """Let the thread end after its tasks. Safe in finalizers: `SimpleQueue.put` may be re-entered."""
+        """Let the thread end after its tasks. Safe in finalizers: `SimpleQueue.put` is reentrant."""
         self._tasks.put(None)
 
     def wait(self, seconds: float) -> None:
-        """Wait until the thread is gone, but no longer than this."""
+        """Wait until the thread has ended, at most `seconds`."""
         if self._lives.acquire(timeout=seconds):
             self._lives.release()
 
     @property
     def is_dead(self) -> bool:
-        """Whether the thread ended. Not by `is_alive` alone: after an interrupted wait, Python 3.11 takes a
-        running thread for ended."""
+        """Whether the thread has ended. `is_alive` alone does not tell: after an interrupted wait, Python
+        3.11 takes a running thread for ended."""
         if self._has_begun:
             return not self._lives.locked()
         return self._thread.ident is not None and not self._thread.is_alive()
 
     @property
     def is_usable(self) -> bool:
-        """Whether the thread takes further tasks. To be asked between tasks."""
+        """Whether the thread accepts further tasks. Valid only between tasks."""
         return self._thread.ident is not None and self._may_go_on and not self.is_dead
 
     def _serve(self) -> None:

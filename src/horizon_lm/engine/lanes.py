@@ -32,7 +32,7 @@ Span = tuple[Op, float, float]  # op, start and end in seconds since the run beg
 # Is given the tensors behind a buffer that nothing reads any more, before they are dropped.
 OnRelease = Callable[[list[torch.Tensor]], None]
 _LOOK_SECONDS = 1.0  # between two checks that all lanes are alive
-_EXIT_SECONDS = 1.0  # that the end of the process waits for idle lanes
+_EXIT_SECONDS = 1.0  # how long the end of the process waits for idle lanes
 
 
 def reads_on_this_lane(tensor: torch.Tensor) -> None:
@@ -131,7 +131,7 @@ class CudaLanes:
     """One thread per lane. Upload, compute and download each issue to their own stream, ordered by events;
     the update lane runs on the CPU and waits for events.
 
-    A thread starts when its lane first has ops, and serves all further runs until the lanes are collected.
+    A thread starts when its lane first has ops, and serves all later runs until this object is collected.
     """
 
     in_place = False
@@ -164,29 +164,29 @@ class CudaLanes:
         self.spans = run.spans()
 
     def join(self) -> None:
-        if self._process != os.getpid():  # forked: the threads, and what they did, are in the parent
+        if self._process != os.getpid():  # forked: the threads and their work are in the parent
             self._threads.clear()
             self._process, self._last = os.getpid(), None
         if self._last is not None:
             self._last.abandon()
-            with suppress(RuntimeError):  # what the device has to say, it says again
+            with suppress(RuntimeError):  # an error of the device is raised again later
                 torch.cuda.synchronize(self.device)
             self._last = None
 
     def thread(self, lane: Lane) -> LaneThread:
-        """The thread of a lane; a new one for the first time, and if the last one is of no more use."""
+        """Return the thread of a lane; start one if there is none, or if the last one is unusable."""
         thread = self._threads.get(lane)
         if thread is None or not thread.is_usable:
             if thread is not None:
-                thread.end()  # an interrupt may have kept it from starting until now
+                thread.end()  # an interrupt may have delayed its start
             thread = self._threads[lane] = LaneThread(f"horizon-{lane}")
             thread.start()
         return thread
 
     def events(self, use: str, count: int, *, timing: bool) -> list[torch.cuda.Event]:
-        """Events for one run, made once and recorded again by each: what waited for them has waited.
+        """Return events for one run. Runs reuse them, since nothing waits for those of an earlier run.
 
-        blocking: a host thread that waits sleeps, and leaves its core to others.
+        blocking: a waiting host thread sleeps and leaves its core to others.
         """
         made = self._events[use, timing]
         while len(made) < count:
@@ -194,7 +194,7 @@ class CudaLanes:
         return made[:count]
 
 
-# Of streams; torch's lowest is 0. Casts and norms of downloads yield to the compute lane's kernels.
+# Stream priorities; torch's lowest is 0. Casts and norms of downloads yield to the compute lane's kernels.
 _PRIORITIES = {Lane.UPLOAD: 0, Lane.COMPUTE: -1, Lane.DOWNLOAD: 0}
 _all: weakref.WeakSet[CudaLanes] = weakref.WeakSet()
 
@@ -206,7 +206,7 @@ def _end(threads: dict[Lane, LaneThread]) -> None:
 
 @atexit.register
 def _end_all() -> None:
-    """Let idle threads end while CUDA is still there; one that is stuck dies with the process."""
+    """Let idle threads end before CUDA shuts down; a stuck thread dies with the process."""
     threads = [t for lanes in _all if lanes._process == os.getpid() for t in lanes._threads.values()]
     deadline = time.monotonic() + _EXIT_SECONDS
     for thread in threads:
@@ -216,7 +216,7 @@ def _end_all() -> None:
 
 
 def _is_as_new() -> bool:
-    """Whether torch's state of this thread is that of a new one: code of the user's may have changed it."""
+    """Whether torch's state in this thread is that of a new thread; user code may have changed it."""
     return (
         torch.is_grad_enabled()
         and not torch.is_inference_mode_enabled()
@@ -257,18 +257,18 @@ class _CudaRun:
         self.threads: dict[Lane, LaneThread] = {}
         self.at_work: set[Lane] = set()
         self.over = {lane: Latch() for lane in self.mine}
-        # What the caller issued comes first. All earlier ranges have ended.
+        # Work that the caller issued comes first; all earlier runs have ended.
         (self.origin,) = lanes.events("origin", 1, timing=record)
         self.origin.record(torch.cuda.current_stream(self.device))
         if record:
-            self.origin.synchronize()  # the clocks of device and host begin together
+            self.origin.synchronize()  # so that device and host clocks start together
         self.origin_seconds = time.perf_counter()
 
     def _live(self, lane: Lane) -> bool:
-        """Run a lane; return whether its thread is as a new one would be."""
+        """Run a lane; return whether its thread may be reused."""
         self.at_work.add(lane)
         try:
-            if torch.get_num_threads() != self.host_threads:  # a thread keeps the number it began with
+            if torch.get_num_threads() != self.host_threads:  # a thread keeps the number that it started with
                 torch.set_num_threads(self.host_threads)
             self._lane(lane, self.mine[lane])
         except BaseException as error:  # surfaces in the calling thread, in complete()
@@ -354,23 +354,23 @@ class _CudaRun:
             raise self.failure
 
     def _wait_for_device(self) -> None:
-        """Wait for the last op of each stream, so for all: the caller reads what they made on any stream."""
+        """Wait for the last op of each stream, and so for all: the caller may read results on any stream."""
         for lane in self.streams.keys() & self.mine.keys():
             self.ended[self.mine[lane][-1]].synchronize()
 
     def abandon(self, error: BaseException | None = None) -> None:
-        """Let each lane end its current op and no more; return when all have.
+        """Let each lane finish its current op and stop; return when all have.
 
-        A lane that was not at work when it failed finds the failure before its first op.
+        A lane that had not begun finds the failure before its first op.
         """
         self._fail(error or RuntimeError("the run was interrupted"))
         for lane in self.at_work.copy():
             while not self.over[lane].wait_for(_LOOK_SECONDS) and not self.threads[lane].is_dead:
-                self._fail(RuntimeError())  # wakes those that an interrupted call did not reach
+                self._fail(RuntimeError())  # wakes lanes that an interrupted call did not reach
 
     def _look_for_dead_lanes(self) -> None:
-        """Fail if a lane's thread died silently, so that the others do not wait for its ops. One that died
-        before it began is replaced."""
+        """Fail if a lane's thread died silently, so that the others do not wait for its ops. A thread that
+        died before it began is replaced."""
         for lane, thread in self.threads.items():
             if thread.is_dead and not self.over[lane].is_set:
                 if lane not in self.at_work:

@@ -121,9 +121,9 @@ class LayerGraph:
 class Rerun:
     """Stands for the graph of a layer that stored weights where they cannot be replaced, or runs compiled.
 
-    Its backward pass reruns the whole layer. reason: what the layer does, in words; None if it was to be
-    recomputed anyway, and runs compiled: its graph cannot stop early, and may save other tensors in a rerun
-    than `checkpoint` counted (another length compiled meanwhile).
+    Its backward pass reruns the whole layer. reason: what the layer does, in words; None for a compiled
+    layer that is recomputed anyway. Its graph cannot stop early, and a rerun may save other tensors than
+    `checkpoint` counted (if another length was compiled meanwhile).
     """
 
     reason: str | None

@@ -18,20 +18,20 @@ from horizon_lm.errors import ConfigError
 from horizon_lm.model.capture import run_head
 from horizon_lm.model.skeleton import Skeleton
 
-# Elements of fp32 logits alive at once with `loss_chunk_tokens: auto` on the CPU, and the fewest on a GPU:
+# Elements of fp32 logits alive at once with `loss_chunk_tokens: auto` on the CPU, and the minimum on a GPU:
 # 512 MB, about three times that with their gradient and bf16 copy.
 _AUTO_LOGITS = 1 << 27
-# On a GPU, few large chunks read and write the head's weight and gradient less often. More gains nothing.
+# On a GPU, fewer, larger chunks read and write the head's weight and gradient less often.
 _MOST_TOKENS = 8192
-_LOGIT_BYTES = 14  # fp32 and bf16 logits with their gradients, and what a softmax holds
-_DEVICE_PART = 8  # of the memory of a device that nobody has planned for
+_LOGIT_BYTES = 14  # fp32 and bf16 logits with their gradients, and a softmax's buffers
+_DEVICE_PART = 8  # divisor: an eighth of the device's memory, without a plan
 
 # Opens the random state of one pass of a unit over a micro-batch: the same state each time.
 Draws = Callable[[], AbstractContextManager[None]]
 # (skeleton, hidden [batch, tokens, width], targets [batch, tokens] on the host, the head's random state) ->
 # (fp32 scalar on the device, gradient of hidden). Gradients of the head's parameters go to the bound leaves.
 HeadLoss = Callable[[Skeleton, torch.Tensor, torch.Tensor, Draws], tuple[torch.Tensor, torch.Tensor]]
-# Of a micro-batch: tensors stay on the device until the step has ended.
+# Metrics of a micro-batch; tensors stay on the device until the step has ended.
 Metrics = dict[str, float | torch.Tensor]
 # (log-probabilities [batch, tokens - 1], micro-batch) -> scalar, or (scalar, metrics)
 LossFunction = Callable[[torch.Tensor, dict[str, torch.Tensor]], Any]
@@ -43,8 +43,8 @@ def shifted_targets(labels: torch.Tensor) -> torch.Tensor:
 
 
 def chunk_tokens(setting: int | str, vocabulary: int, device_bytes: int | None = None) -> int:
-    """Tokens per loss chunk. device_bytes: memory of the GPU, of which `auto` takes an eighth; None: the
-    fewest tokens that `auto` may mean, and those of the CPU."""
+    """Return the tokens per loss chunk. device_bytes: memory of the GPU, of which `auto` takes up to an
+    eighth; None: the smallest value of `auto`, which is also that of the CPU."""
     if setting != "auto":
         return int(setting)
     *larger, fewest = chunk_choices(vocabulary)
@@ -53,7 +53,7 @@ def chunk_tokens(setting: int | str, vocabulary: int, device_bytes: int | None =
 
 
 def chunk_choices(vocabulary: int) -> list[int]:
-    """List the loss chunks that `auto` may mean on a GPU, largest first."""
+    """List the candidates of `auto` on a GPU, largest first."""
     fewest = max(128, _AUTO_LOGITS // vocabulary)
     halves = [_MOST_TOKENS >> k for k in range(_MOST_TOKENS.bit_length())]
     halves = [tokens for tokens in halves if tokens > fewest]
@@ -147,8 +147,8 @@ def custom(loss_fn: LossFunction, batch: dict[str, torch.Tensor], chunk: int, me
     """Build a head loss from a user's function of log-probabilities.
 
     Logits are computed twice: for the log-probabilities that `loss_fn` receives, and for its gradient.
-    metrics: filled with what it returns besides the loss; `as_numbers` makes numbers of it. The batch should
-    be pinned where the device is a GPU.
+    metrics: filled with what it returns besides the loss; `as_numbers` converts them. For a GPU the batch
+    should be pinned.
     Raises ConfigError unless it returns a scalar that depends on the log-probabilities.
     """
 
@@ -178,7 +178,7 @@ def custom(loss_fn: LossFunction, batch: dict[str, torch.Tensor], chunk: int, me
 
 
 def _metric(name: Any, value: Any) -> float | torch.Tensor:
-    """The metric as a number, or as a tensor of one that nothing writes into and nobody has waited for."""
+    """Return the metric as a number, or as a one-element tensor: a copy, without waiting for the device."""
     try:
         if not isinstance(value, torch.Tensor):
             return float(value)

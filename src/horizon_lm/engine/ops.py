@@ -139,7 +139,7 @@ class Ops:
             _log.warning(note)
 
     def remark(self, text: str) -> None:
-        """Note something worth knowing, as `tell` does."""
+        """Note a fact about the run, as `tell` does for deviations from the settings."""
         self.remarks.append(text)
         if self.logs_notes:
             _log.info(text)
@@ -174,10 +174,10 @@ class Ops:
             if skeleton.has_router_loss:  # counts with the micro-batch's share of the step's targets
                 share = int((targets != IGNORED).sum()) / step.num_tokens
                 with host_twins(self.device):
-                    call.inputs = self._inputs(step, m)  # once more, so that they have twins
+                    call.inputs = self._inputs(step, m)  # copied again, for their twins
                     loss += ends.router_loss_and_backward(skeleton, call, hidden, share, draws)
         if gradient is not None and m == step.spec.micro_batches - 1:
-            gradient.complete()  # a tied one waits here for the table's rows
+            gradient.complete()  # a tied table's gradient waits here for its rows
         step.losses[m] = loss
         step.memory[Buffer("input_grad", -1, m)] = hidden_gradient
 
@@ -226,13 +226,13 @@ class Ops:
             self._add_rows(step, op)
 
     def _add_rows(self, step: Step, op: Op) -> None:
-        """Put the sum of the rows' gradients into the gradient of the embedding table."""
+        """Add the summed gradients of the rows to the embedding table's gradient."""
         assert step.rows is not None
         unit, parameter = self._table
         total = step.tensor("row_grads", -1, -1)
         if step.rows.padding is not None:
             total[step.rows.padding].zero_()
-        if unit not in step.gradients:  # a tied one holds the head's
+        if unit not in step.gradients:  # a tied table's gradient holds the head's
             step.gradients[unit] = self._new_gradient(step, unit, op.table_grad)
         numbers = self._on_device(step.rows.numbers)
         step.gradients[unit].add_rows(parameter, numbers, total, self.store.dtype)
@@ -311,7 +311,7 @@ class Ops:
 
     @property
     def _table(self) -> tuple[int, Parameter]:
-        """The unit that has the embedding table, and the table in it."""
+        """The unit that owns the embedding table, and the table itself."""
         return self.store.locate(self.skeleton.anatomy.embedding)
 
     def _on_device(self, indices: torch.Tensor) -> torch.Tensor:

@@ -62,7 +62,7 @@ class Policies:
 
     @classmethod
     def of(cls, settings: ModelSettings, shape: ModelShape, device_bytes: int | None = None) -> Policies:
-        """device_bytes: memory of the GPU, for settings that nobody has planned.
+        """device_bytes: memory of the GPU, for `auto` settings without a plan.
 
         Raises ConfigError if a list of policies does not name each layer once.
         """
@@ -114,8 +114,8 @@ class Policies:
         return torch.float32 if self.adds_gradients(unit, token_counts) else dtype
 
     def adds_gradients(self, unit: int, token_counts: Sequence[int]) -> bool:
-        """Whether a unit's gradient is a sum over micro-batches or, in the head, over loss chunks. That of an
-        embedding unit is not: its rows are summed before."""
+        """Whether a unit's gradient is a sum over micro-batches or, in the head, over loss chunks. An
+        embedding unit's gradient is not: its rows are summed first."""
         count, head = len(token_counts), self.shape.num_layers + 1
         chunks = max((-(-tokens // self.loss_chunk) for tokens in token_counts), default=1)
         return unit <= head and (count * max(1, chunks) if unit == head else count) > 1

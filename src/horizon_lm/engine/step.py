@@ -88,10 +88,10 @@ class Update:
 class Step:
     """A running step: its schedule, micro-batches and transient buffers.
 
-    targets: [batch, tokens] on the host per micro-batch. num_tokens: targets that count. rows: those of the
-    embedding table, if their gradients, or those of the prologue, are wanted. number: steps done before it.
-    head_losses: one per micro-batch. metrics: what a loss function returns beside the loss (device_metrics:
-    before they are read). update: what the O ops of this schedule apply.
+    targets: [batch, tokens] on the host per micro-batch. num_tokens: targets that count. rows: the embedding
+    rows used, if they or the prologue need gradients. number: steps done before it. head_losses: one per
+    micro-batch. metrics: what a loss function returns besides the loss (device_metrics: the same before they
+    are read). update: what the O ops of this schedule apply.
     ends_itself: its gradients are of no use after the call that made them.
     """
 

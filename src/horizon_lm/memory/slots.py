@@ -26,7 +26,8 @@ class UnitWeights(NamedTuple):
 
 
 def weight_slot_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[int]:
-    """Return the elements of each weight slot: ring slots fit prologue and layers, the outer one head and table."""
+    """Return the elements of each weight slot: ring slots fit prologue and layers, the outer one head and
+    table."""
     sizes = {u: units[u].slot_numel for u in plan.uploaded}
     return [_largest(sizes, range(plan.head))] * plan.slots + [_largest(sizes, (plan.head, plan.head + 1))]
 

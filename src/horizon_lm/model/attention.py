@@ -2,8 +2,8 @@
 
 transformers describes visible keys as a function of indices, which its `sdpa` expands to a boolean mask
 [batch, 1, tokens, tokens]. If that function means "keys of the same document up to this one, within the
-window", all documents are attended to in one call on CUDA (`model/varlen.py`), else each by itself, in blocks
-if it is longer than the window. Everything else uses transformers' own functions.
+window", CUDA attends to all documents in one call (`model/varlen.py`). Otherwise each document is attended to
+separately, in blocks if it is longer than the window. Everything else uses transformers' own functions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class IntervalMask(torch.Tensor):
     Only `attend` uses the compact form. For anything else a model does with its mask (add it to scores,
     combine it with its own) it expands to the boolean mask.
     documents: as Python numbers, so that no layer has to wait for the device. window: maximum keys per query,
-    if limited. packed: the documents for one call, where the device has a kernel for them.
+    if limited. packed: the documents for one call; None if the device has no kernel for it.
     """
 
     documents: Bounds
@@ -221,9 +221,9 @@ def attend(
 
 
 def _without_cudnn(device: torch.device) -> AbstractContextManager[None]:
-    """Keep cuDNN from attending to pieces: it would plan its kernels again for each new length.
+    """Exclude cuDNN from attention to pieces: it would plan its kernels again for each new length.
 
-    torch's switches are process-wide; those that the user turned off stay off.
+    torch's switches are process-wide; backends that the user turned off stay off.
     """
     cuda = torch.backends.cuda
     if device.type != "cuda" or not cuda.cudnn_sdp_enabled():

@@ -2,8 +2,8 @@
 
 The prologue is the model's forward with its decoder layers replaced by recorders, so what each layer receives
 (masks, rotary embeddings, position ids, differences between layers) is exactly what transformers computes.
-The head is its own modules (`OwnHead`), or in a model of another form the same forward on one dummy token,
-with the last layer replaced by the true hidden states.
+The head is run by its own modules (`OwnHead`). If they cannot be isolated, it is the same forward on one
+dummy token, with the last layer replaced by the true hidden states.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Call:
     layers: per layer, (positional, named) arguments without hidden states.
     inputs: arguments of the model's forward (input_ids, attention_mask, position_ids).
     routers: per layer, its routers' logits if the auxiliary loss is on; replaced by their gradients once the
-    loss is computed. is_untouched: layer 0 receives the embeddings as they were looked up.
+    loss is computed. is_untouched: layer 0 receives the embeddings unchanged.
     """
 
     layers: list[tuple[tuple, dict[str, Any]]]
@@ -248,8 +248,8 @@ def run_layer(skeleton: Skeleton, layer: int, call: Call, hidden: torch.Tensor) 
 
 
 def _emptied(value: Any) -> Any:
-    """Copy a dictionary in which layers leave keys and values for later ones (gemma4), so that none sees what
-    another left: it would belong to a graph that has run, or will run again."""
+    """Copy a dictionary that layers use to pass keys and values to later layers (gemma4), so that no layer
+    sees another's tensors: they would belong to a graph that has run, or will run again."""
     return copy.copy(value) if isinstance(value, UserDict) else value
 
 

@@ -1,7 +1,7 @@
-"""Compiled decoder layers: `torch.compile`, one function for all layers that are alike.
+"""Compiled decoder layers: `torch.compile`, one function for all layers of the same structure.
 
 Weights are bound from slots, so they are inputs of the graph: neither their addresses nor a layer's number is
-compiled in. A layer that cannot be compiled runs as transformers implements it, and the run says so.
+compiled in. A layer that cannot be compiled runs as transformers implements it, and a note names it.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from horizon_lm.model.attention import IntervalMask, attend
 from horizon_lm.words import count
 
 Mode = Literal[True, "max-autotune"]
-MOST_KINDS = 8  # kinds of layers, each compiled by itself
-# A layer's position in the model. If its forward uses it, each layer gets a graph, up to torch's limit.
+MOST_KINDS = 8  # kinds of layers; each is compiled separately
+# Attributes for a layer's position. If its forward reads one, each layer gets a graph, up to torch's limit.
 _POSITION = re.compile(r"^(layer|block)_?(idx|id|index|number)$|^idx$")
-_OUTSIDE = "attention of packed or windowed rows"  # torch's reason for a graph that ends there
-_MOST_WORDS = 160  # characters of an error of torch.compile in a note
+_OUTSIDE = "attention of packed or windowed rows"  # given to torch as the reason for a graph break
+_MOST_WORDS = 160  # maximum characters of a torch.compile error in a note
 
 
 class Listener(Protocol):
-    """What reports on compilation go to: deviations from the settings, and remarks."""
+    """Receiver of reports on compilation: deviations from the settings (`tell`), and remarks."""
 
     def tell(self, note: str) -> None: ...
     def remark(self, text: str) -> None: ...
@@ -38,10 +38,10 @@ class Listener(Protocol):
 
 @dataclass
 class Kind:
-    """Layers that are alike.
+    """Layers of the same structure.
 
-    whole, split: the compiled layer as one graph, and with attention outside of graphs. graphs: compiled so
-    far. refusal: why these layers run uncompiled, in words.
+    whole, split: the compiled layer as one graph, and with attention outside of graphs. graphs: number
+    compiled so far. refusal: why these layers run uncompiled, in words.
     """
 
     name: str
@@ -55,8 +55,8 @@ class Kind:
 class CompiledLayers:
     """The compiled decoder layers of a model.
 
-    hooked: layers that forward hooks listen to, which compiled code does not call. mode: `max-autotune` also
-    measures candidate kernels. backend: torch.compile's; other than inductor in tests.
+    hooked: whether a layer has forward hooks, which compiled code does not call. mode: `max-autotune` also
+    times candidate kernels. backend: torch.compile's; tests use others than inductor.
     """
 
     def __init__(
@@ -92,8 +92,8 @@ class CompiledLayers:
         return self._kind_of[layer].refusal is None
 
     def run(self, layer: int, *args: Any, **kwargs: Any) -> Any:
-        """Call layer `layer` (0-based). One that cannot be compiled runs uncompiled from now on, with the
-        same random numbers."""
+        """Call layer `layer` (0-based). If compilation fails, it runs uncompiled from now on, with the same
+        random numbers."""
         module, kind = self._layers[layer], self._kind_of[layer]
         if kind.refusal is not None:
             return module(*args, **kwargs)
@@ -105,7 +105,7 @@ class CompiledLayers:
         except Exception as error:  # of any class: dynamo, inductor, the C++ compiler
             for generator, state in states:
                 generator.set_state(state)
-            output = module(*args, **kwargs)  # raises by itself if the layer is at fault
+            output = module(*args, **kwargs)  # raises if the layer itself is at fault
             self._refuse(kind, f"torch.compile failed: {_in_words(error)}")
             return output
 
@@ -135,8 +135,8 @@ class CompiledLayers:
 
 
 def _own(name: str) -> Callable[..., Any]:
-    """A function with code of its own, so with compiled versions and a limit on them of its own: classes of
-    transformers share the code of their forward, and torch.compile keeps versions by code."""
+    """Return a function with its own code object. torch.compile keeps compiled versions, and limits their
+    number, per code object, and transformers' classes share that of their forward."""
     return FunctionType(_layer.__code__.replace(co_name=name), globals(), name)
 
 
@@ -145,7 +145,7 @@ def _layer(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _traits(layer: nn.Module) -> tuple:
-    """What layers that are alike have in common."""
+    """Return what layers of the same structure have in common."""
     found = []
     for path, module in layer.named_modules():
         plain = {
@@ -162,8 +162,8 @@ def _traits(layer: nn.Module) -> tuple:
 def _options(mode: Mode) -> dict[str, Any]:
     """Inductor's options.
 
-    Random numbers are eager's, the same in any graph. CUDA graphs, part of torch's max-autotune, are left
-    out: they record addresses, and weights change slots.
+    Random numbers are those of eager mode in any graph. CUDA graphs, part of torch's max-autotune, are
+    excluded: they record addresses, and weights change slots.
     """
     from torch._inductor import list_mode_options
 
@@ -172,7 +172,7 @@ def _options(mode: Mode) -> dict[str, Any]:
 
 
 class _Opaque:
-    """Carries an interval mask past torch.compile, whose guards would read its documents."""
+    """Wrapper that hides an interval mask from torch.compile, whose guards would read its documents."""
 
     def __init__(self, mask: IntervalMask) -> None:
         self.mask = mask
@@ -190,7 +190,7 @@ def _attend_outside(
 
 @contextmanager
 def _attention_outside() -> Iterator[None]:
-    """While open, `sdpa` attends outside of graphs: the documents of each batch differ."""
+    """While open, `sdpa` attends outside of graphs, since documents differ from batch to batch."""
     from transformers import AttentionInterface
 
     was = AttentionInterface()["sdpa"]
@@ -216,14 +216,14 @@ def _random_states(device: torch.device) -> list[tuple[torch.Generator, torch.Te
 
 
 def _graphs() -> int:
-    """Number of graphs that torch.compile has made in this process."""
+    """Return the number of graphs that torch.compile has made in this process."""
     from torch._dynamo.utils import counters
 
     return counters["stats"]["unique_graphs"]
 
 
 def _breaks() -> set[str]:
-    """Reasons for which torch.compile has cut graphs in this process."""
+    """Return the reasons of torch.compile's graph breaks in this process."""
     from torch._dynamo.utils import counters
 
     return set(counters["graph_break"])

@@ -1,9 +1,9 @@
 """The head's own modules, found once: what runs after the last layer, without the rest of the forward.
 
-The forward of a causal language model calls a base model (embeddings, layers, mostly a norm), then computes
-logits from its first output. The head is the base model's modules after the last layer, then the model's own
-forward with the base model replaced by their result: projection, scaling and soft-cap are the model's own
-code, and no mask, position or check of the rest runs.
+The forward of a causal language model calls a base model (embeddings, layers, usually a norm), then computes
+logits from its first output. The head consists of the base model's modules after the last layer, then the
+model's own forward with the base model replaced by their result. So projection, scaling and soft-capping are
+the model's own code, without its masks, positions and checks.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ _ROWS = 3  # hidden states of the trial runs
 
 @dataclass(frozen=True)
 class OwnHead:
-    """base: the module whose output the model's forward turns into logits. chain: its modules after the last
-    layer, each applied to the output of the one before. output: makes the base model's output from the
-    last one's."""
+    """The modules and functions that compute logits.
+
+    base: the module whose output the model's forward turns into logits. chain: its modules after the last
+    layer, each applied to the previous one's output. output: makes the base model's output from that of the
+    last module.
+    """
 
     model: Any
     base: nn.Module
@@ -60,10 +63,10 @@ def forward_replaced(module: nn.Module, function: Callable[..., Any]) -> Iterato
 
 
 def find_head(model: Any, anatomy: Anatomy) -> OwnHead | None:
-    """Find the head's own modules by a run of the whole forward on a few made-up hidden states.
+    """Find the head's own modules by running the whole forward on a few made-up hidden states.
 
-    Returns None for a model of another form, or whose head draws random numbers: they would not be those of
-    the whole forward. The parameters must be in memory, or fake.
+    Returns None if the model has another form, or if its head draws random numbers, which would differ from
+    those of the whole forward. The parameters must be in memory, or fake.
     """
     layers: Any = model.get_submodule(anatomy.layers_path)
     watch = _Watch(model, anatomy.layers_path)
@@ -92,8 +95,8 @@ def _made_up(hidden: torch.Tensor) -> torch.Tensor:
 
 
 def _gives(head: OwnHead, given: torch.Tensor | None, logits: torch.Tensor) -> bool:
-    """Whether the head alone gives the same bits without drawing; fake tensors (the planner's) cannot tell,
-    and training looks again."""
+    """Whether the head alone gives the same bits and draws no random numbers. Fake tensors (the planner's)
+    cannot tell; training checks again."""
     assert given is not None
     before = torch.default_generator.get_state()
     found = head.logits(given)
@@ -107,8 +110,8 @@ def _gives(head: OwnHead, given: torch.Tensor | None, logits: torch.Tensor) -> b
 
 @dataclass
 class _Watch:
-    """Notes which modules outside the layers are called after the last layer, and what the base model
-    returns."""
+    """Recorder of the modules outside the layers that run after the last layer, and of the base model's
+    output."""
 
     model: Any
     layers_path: str

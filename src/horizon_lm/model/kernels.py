@@ -1,6 +1,6 @@
 """Kernels from other packages: attention, liger's, and those of the Hub.
 
-All are opt-in. Nothing is fetched that the settings do not name, and no kernel stands in for another.
+All are opt-in. Only kernels named in the settings are downloaded, and no kernel replaces a missing one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SDPA = "set attn_implementation=sdpa"
 
 
 class Patch(NamedTuple):
-    """A global of a module of transformers that has another value while layers run."""
+    """A global of a transformers module that has another value while layers run."""
 
     module: ModuleType
     name: str
@@ -49,7 +49,7 @@ def patched(patches: Sequence[Patch]) -> Iterator[None]:
 
 
 def check_kernels(settings: ModelSettings, device: torch.device) -> None:
-    """Raise ConfigError for kernels that need a GPU or a package that is not there."""
+    """Raise ConfigError for kernels whose GPU or package is missing."""
     _check_attention(settings.attn_implementation, device)
     if settings.kernels == "none":
         return
@@ -65,7 +65,8 @@ def check_kernels(settings: ModelSettings, device: torch.device) -> None:
 
 
 def _check_attention(name: str, device: torch.device) -> None:
-    """transformers would take a kernel of the Hub, of no fixed revision, in place of a missing package."""
+    """Raise ConfigError for a missing package: transformers would use a kernel of the Hub at no fixed
+    revision."""
     is_hub = HUB_ATTENTION.fullmatch(name) is not None
     if not is_hub and name not in _PACKAGES:
         return
@@ -96,7 +97,7 @@ def _check_attention(name: str, device: torch.device) -> None:
 
 
 def apply_kernels(model: nn.Module, settings: ModelSettings) -> list[Patch]:
-    """Replace parts of a model by the kernels that the settings name; return what else must hold while its
+    """Replace parts of a model with the kernels that the settings name; return patches to apply while its
     layers run.
 
     Raises UnsupportedModelError if there are none for this model, ConfigError if they cannot be loaded.
@@ -109,10 +110,10 @@ def apply_kernels(model: nn.Module, settings: ModelSettings) -> list[Patch]:
 
 
 def _apply_liger(model: Any) -> list[Patch]:
-    """Apply liger's norms, MLPs and rotary embeddings, through what transformers' Trainer calls.
+    """Apply liger's norms, MLPs and rotary embeddings, with the function that transformers' Trainer calls.
 
-    Its losses stay out: ours is computed in chunks. It replaces functions and classes of the model's module
-    for the whole process, which is undone.
+    Its losses are not used: ours is computed in chunks. liger replaces functions and classes of the model's
+    module for the whole process; this is undone.
     """
     liger: Any = import_module("liger_kernel.transformers.monkey_patch")
     kind = str(getattr(model.config, "model_type", None))
@@ -135,7 +136,7 @@ def _apply_liger(model: Any) -> list[Patch]:
 
 
 def _apply_hub(model: nn.Module, chosen: dict[str, str], *, compiled: bool) -> None:
-    """Replace the layers that transformers marks as replaceable and `chosen` names."""
+    """Replace the layers in `chosen`; transformers must mark them as replaceable."""
     kernels: Any = import_module("kernels")
     marked = {str(getattr(type(module), "kernel_layer_name", "")) for module in model.modules()} - {""}
     strange = sorted(chosen.keys() - marked)
@@ -166,6 +167,6 @@ def _apply_hub(model: nn.Module, chosen: dict[str, str], *, compiled: bool) -> N
 
 def packs_one_row_only(config: Any) -> bool:
     """Whether the model's attention keeps packed documents apart only in micro-batches of one row:
-    transformers' flash attention reads documents off position_ids only then."""
+    only then does transformers' flash attention derive documents from position_ids."""
     name = str(getattr(config, "_attn_implementation", ""))
     return name.startswith("flash_attention") or HUB_ATTENTION.fullmatch(name) is not None

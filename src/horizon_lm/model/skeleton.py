@@ -48,7 +48,7 @@ class Skeleton:
         self.dtype = dtype
         self.neftune_noise_alpha: float | None = None
         self.compiled: CompiledLayers | None = None
-        self.patches: list[Patch] = []  # hold while layers run
+        self.patches: list[Patch] = []  # applied while layers run
         if any("layerdrop" in name and value for name, value in vars(self.config).items()):
             raise UnsupportedModelError(
                 f"{self.model_type} skips layers at random (layerdrop)",
@@ -90,7 +90,7 @@ class Skeleton:
             )
 
     def compile_layers(self, mode: Mode, listener: Listener, backend: str = "inductor") -> None:
-        """Compile layers when they first run. Arguments: as for `CompiledLayers`."""
+        """Have layers compiled when they first run. Arguments: as for `CompiledLayers`."""
         self.compiled = CompiledLayers(
             self.layers, [bool(routers) for routers in self.routers], mode, listener, backend
         )
@@ -121,8 +121,8 @@ class Skeleton:
 
     @property
     def max_head_tokens(self) -> int:
-        """Maximum tokens per run of the head; unlimited unless the whole forward runs, and its dummy input
-        must be as long as the hidden states, and so within the model's positions."""
+        """Maximum tokens per run of the head. It is limited only if the whole forward runs and its dummy
+        input must be as long as the hidden states, and so within the model's positions."""
         if self.own_head is not None or self.anatomy.head_takes_one_token:
             return 1 << 62
         return int(getattr(self.config, "max_position_embeddings", 1024))
@@ -163,7 +163,7 @@ class Skeleton:
         return any(p.name == self.anatomy.embedding for p in self.units[self.embedding_unit].trainable)
 
     def name_of(self, module: nn.Module, local: str) -> str:
-        """The name of a module's parameter (the first, if tied); empty if it has none of that name."""
+        """Return the full name of a module's parameter (the first, if tied); empty if there is none."""
         owned = ((name, o, at) for name, owners in self._owners.items() for o, at in owners)
         return next((name for name, owner, at in owned if owner is module and at == local), "")
 

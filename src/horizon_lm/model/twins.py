@@ -1,9 +1,9 @@
 """Host twins of small device tensors, so that a model's forward can branch on them without waiting.
 
-transformers looks at values before the layers run: whether a mask has zeros, where documents begin, how far
-positions reach. All of them follow from the micro-batch, which the host has. While the prologue runs, each
-small tensor of integers or booleans that follows from tensors copied from the host has a twin there, made by
-the same operations; whoever reads the tensor gets the twin's value. Device values are never changed.
+transformers reads values before the layers run: whether a mask has zeros, where documents begin, how far
+positions reach. All of them are computed from the micro-batch, which the host has. While the prologue runs,
+each small integer or boolean tensor computed from tensors copied from the host has a twin on the host, made
+by the same operations, and reads of the tensor return the twin's value. Device values are never changed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from horizon_lm.memory.pinned import pinned
 
-# Twins have at most so many times the elements of the largest copied tensor (several kinds of positions), so
-# none is as large as a mask of tokens x tokens; but small ones always exist.
+# A twin has at most _TIMES the elements of the largest copied tensor (several kinds of positions), so none is
+# as large as a tokens x tokens mask; twins of up to _FEWEST elements are always made.
 _TIMES, _FEWEST = 8, 1 << 12
 _COPY, _COPY_INTO = torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default
 _HOST = torch.device("cpu")
@@ -33,8 +33,8 @@ Place = tuple[Any, ...]
 
 @contextmanager
 def host_twins(device: torch.device) -> Iterator[None]:
-    """While open, reads of small tensors on a CUDA device do not wait for it if they follow from tensors that
-    are copied from the host meanwhile."""
+    """While open, reads of small tensors on a CUDA device do not wait for it, if the tensors are computed
+    from others that are copied from the host meanwhile."""
     if device.type != "cuda":
         yield
         return
@@ -51,16 +51,16 @@ def upload(twin: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class HostTwins(TorchDispatchMode):
-    """Evaluates operations on twins as well, and reads on twins only.
+    """Mode that repeats operations on twins, and runs reads on twins only.
 
-    Twins are found by the memory behind a tensor, since autograd makes new tensors of the same memory. A view
-    has a view as its twin, so a write reaches both; a write that cannot be repeated drops the twins.
+    Twins are found by a tensor's memory, since autograd makes new tensors for the same memory. The twin of a
+    view is a view, so a write reaches both; a write that cannot be repeated drops the twins.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._twins: dict[int, dict[Place, torch.Tensor]] = {}  # by storage
-        # A weak reference keeps the identity of a freed storage from being given to another.
+        # A weak reference keeps the identity of a freed storage from being reused.
         self._known: dict[int, StorageWeakRef] = {}
         self._most = _FEWEST
 
@@ -86,7 +86,7 @@ class HostTwins(TorchDispatchMode):
         return output
 
     def _stand_in(self, value: Any) -> Any:
-        """What stands for an argument on the host; `_MISSING` for a tensor without a twin."""
+        """Return the host's counterpart of an argument; `_MISSING` for a tensor without a twin."""
         if isinstance(value, torch.device):
             return _HOST
         if not isinstance(value, torch.Tensor) or not is_on_device(value):
@@ -94,7 +94,7 @@ class HostTwins(TorchDispatchMode):
         return self._twins.get(_storage(value), {}).get(_place(value), _MISSING)
 
     def _write(self, func: Any, args: tuple, kwargs: dict[str, Any], given: Any) -> None:
-        """Repeat a write on the twins; drop those of what it wrote into if it cannot be repeated."""
+        """Repeat a write on the twins; if it cannot be repeated, drop the twins of the tensors written."""
         if given is not None and _repeats(func):
             with suppress(RuntimeError):
                 _evaluate(func, given)
@@ -103,7 +103,7 @@ class HostTwins(TorchDispatchMode):
             self._twins.pop(_storage(tensor), None)
 
     def _follow(self, func: Any, given: Any, output: Any, copied: int) -> None:
-        """Make the twins of an operation's output, if it is small and of integers or booleans."""
+        """Make the twins of an operation's outputs if they are small and of integers or booleans."""
         outputs = _tensors(output)
         self._most = max(self._most, _TIMES * copied)
         if any(_is_inexact(t) or t.numel() > self._most or not is_on_device(t) for t in outputs):
@@ -133,7 +133,7 @@ def _evaluate(func: Any, given: Any) -> Any:
 
 
 def _reads(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether an operation on device tensors gives its result to the host."""
+    """Whether an operation on device tensors returns its result to the host."""
     if func is _COPY:
         return kwargs.get("device") == _HOST
     if func is _COPY_INTO:
@@ -142,7 +142,8 @@ def _reads(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
 
 
 def _is_made_on_the_host(func: Any, args: tuple) -> bool:
-    """Whether the output's size depends on values (indexing: by booleans), or an index is the host's."""
+    """Whether the output's size depends on values (as when indexing by booleans), or an index is on the
+    host."""
     if func is torch.ops.aten.index.Tensor:
         return any(i.dtype in _MASKS or not is_on_device(i) for i in args[1] if i is not None)
     return torch.Tag.dynamic_output_shape in func.tags
@@ -178,8 +179,8 @@ def _place(tensor: torch.Tensor) -> Place:
 
 
 class _Lists(TorchFunctionMode):
-    """Keeps torch from copying lists of numbers to the device and waiting for it: an index becomes one of the
-    host, which `HostTwins` evaluates, and a tensor a pinned copy."""
+    """Mode that keeps torch from copying lists of numbers to the device and waiting for it: a list as an
+    index becomes a host tensor, which `HostTwins` evaluates; a list as a tensor becomes a pinned copy."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None

@@ -1,7 +1,7 @@
 """Causal attention to all documents of a micro-batch in one call, on CUDA: `torch.nn.attention.varlen`.
 
 Rows [batch, heads, tokens, size] become one sequence [batch * tokens, heads, size], with the indices where
-documents begin. One kernel serves all lengths, so no length needs a plan of its own. Its backward pass is
+documents begin. One kernel serves all lengths, so new lengths need no planning. Its backward pass is
 deterministic under `torch.use_deterministic_algorithms(True)`.
 """
 
@@ -16,14 +16,15 @@ import torch
 
 from horizon_lm.memory.pinned import pinned
 
-# What the kernels of torch's flash attention take (flash_api.cpp, sdp_utils.cpp).
+# Limits of torch's flash attention kernels (flash_api.cpp, sdp_utils.cpp).
 _DTYPES = frozenset({torch.bfloat16, torch.float16})
 _LARGEST_SIZE = 256
 _NO_BACKWARD = range(193, 225)  # sizes without a backward pass on sm86, sm89 and sm120
 _ARCHITECTURES = ((8, 0), (12, 1))
-# Of transformers' sdpa; `is_causal` is implied by documents. Whatever sdpa does not name it ignores.
+# Parameters of transformers' sdpa that are honoured; documents imply `is_causal`. sdpa ignores unlisted
+# names.
 _HONOURED = frozenset({"module", "query", "key", "value", "attention_mask", "scaling", "is_causal"})
-_REJECTED = frozenset({"softcap", "output_attentions"})  # not named; sdpa raises or warns
+_REJECTED = frozenset({"softcap", "output_attentions"})  # not listed, but sdpa raises or warns
 
 Attend = Callable[..., torch.Tensor]
 
@@ -31,8 +32,9 @@ Attend = Callable[..., torch.Tensor]
 class Packed(NamedTuple):
     """The documents of all rows, one after another, and the function that attends to them.
 
-    offsets: int32 [documents + 1] on the device, the first token of each, and the end. longest: tokens of the
-    longest. tokens: of all rows. unset: options that the function does not know, unlike transformers' sdpa.
+    offsets: int32 [documents + 1] on the device: the first token of each document, and the end. longest:
+    tokens of the longest document. tokens: tokens of all rows. unset: options that transformers' sdpa has and
+    the function lacks; they must not be set.
     """
 
     offsets: torch.Tensor
@@ -43,10 +45,9 @@ class Packed(NamedTuple):
 
 
 def pack(documents: Sequence[Sequence[tuple[int, int]]], device: torch.device | str) -> Packed | None:
-    """Copy the documents' bounds to the device; None if it has no kernel for them.
+    """Copy the documents' bounds to the device without waiting for it; None if it has no kernel for them.
 
-    documents: per row, (start, end) of its documents, which fill rows of equal length. The copy does not wait
-    for the device.
+    documents: per row, (start, end) of its documents, which fill rows of equal length.
     """
     device = torch.device(device)
     attend = find_varlen() if has_kernel(device) else None
@@ -58,7 +59,7 @@ def pack(documents: Sequence[Sequence[tuple[int, int]]], device: torch.device | 
         longest = max(longest, *(last - first for first, last in row))
         end += row[-1][1]
     offsets = torch.tensor([*starts, end], dtype=torch.int32)
-    offsets = pinned(offsets, most=end + 1)  # as many documents as tokens
+    offsets = pinned(offsets, most=end + 1)  # at most as many documents as tokens
     return Packed(offsets.to(device, non_blocking=True), longest, end, attend, _unknown_options())
 
 
@@ -75,8 +76,8 @@ def has_kernel(device: torch.device) -> bool:
 def find_varlen() -> Attend | None:
     """Return torch's function; None if this torch has none with windows and scaling (before 2.11).
 
-    torch 2.11 groups heads without being asked (its kernel reads the key's own number of heads); later
-    versions ask for `enable_gqa`. Imported on first use, since that takes torch's compiler along.
+    torch 2.11 groups heads by default (its kernel reads the number of key heads); later versions require
+    `enable_gqa`. Imported on first use, since the import loads torch's compiler.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -87,7 +88,7 @@ def find_varlen() -> Attend | None:
 
 def adapt(function: Callable[..., Any]) -> Attend | None:
     """Return a function (query, key, value, offsets, offsets, longest, longest, *, scale, window_size) that
-    groups heads, from whichever version of torch's; None if it takes no window or scale."""
+    groups heads, from any version of torch's function; None if it takes no window or scale."""
     names = inspect.signature(function).parameters.keys()
     if not {"scale", "window_size"} <= names:
         return None
@@ -121,7 +122,7 @@ def _is_unset(value: Any) -> bool:
 
 @cache
 def _unknown_options() -> frozenset[str]:
-    """Names of the options that transformers' sdpa reads, in this version, and torch's function lacks."""
+    """Return the options that this version of transformers' sdpa reads and torch's function lacks."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     parameters = inspect.signature(sdpa_attention_forward).parameters.values()
@@ -158,6 +159,6 @@ def attend_packed(
 
 
 def _one_sequence(rows: torch.Tensor) -> torch.Tensor:
-    """[batch, heads, tokens, size] as [batch * tokens, heads, size]; a view where the memory lies so."""
+    """[batch, heads, tokens, size] as [batch * tokens, heads, size]; a view if the memory layout allows."""
     flat = rows.transpose(1, 2).flatten(0, 1)
     return flat if flat.stride(-1) == 1 else flat.contiguous()
