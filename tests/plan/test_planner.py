@@ -235,6 +235,6 @@ def test_the_largest_loss_chunk_that_fits_beside_the_rest() -> None:
 
 def test_a_plan_names_the_loss_chunk() -> None:
     chosen = {c.key: c for c in plan_of(config_of(max_length=128), "rtx3090").choices}["loss_chunk_tokens"]
-    assert isinstance(chosen.value, int) and chosen.reason == "more at once would not be faster"
+    assert isinstance(chosen.value, int) and chosen.reason == "the largest chunk considered"
     given = plan_of(config_of(max_length=128, loss_chunk_tokens=32), "rtx3090").choices
     assert {c.key: (c.value, c.reason) for c in given}["loss_chunk_tokens"] == (32, "as configured")

@@ -55,8 +55,7 @@ class _Project(torch.autograd.Function):
         return F.linear(inputs, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, output_gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type:
-    ignore[override]
+    def backward(ctx: Any, output_gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
         inputs, weight = ctx.saved_tensors
         flat = output_gradient.flatten(0, -2)
         ctx.sums.add(flat, inputs.flatten(0, -2))

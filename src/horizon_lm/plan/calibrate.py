@@ -74,11 +74,11 @@ class Case:
 
 
 def cases_of(device: str) -> list[Case]:
-    """Return the models to measure, the most telling first.
+    """Return the models to measure, the most informative first.
 
-    On a CPU small ones, some dominated by the cost of an operation, others by arithmetic. On CUDA layers of
-    Qwen3 4B's and 8B's width with enough tokens to fill the device, long rows for attention, and few tokens
-    for what an operation costs at least; smaller layers would measure launches alone.
+    On a CPU they are small, some dominated by the cost per operation, others by arithmetic. On CUDA they have
+    the widths of Qwen3 4B and 8B: with enough tokens to fill the device, with long rows for attention, and
+    with few tokens for the minimum cost of an operation. Smaller layers would measure only kernel launches.
     """
     if device == "cpu":
         order = [(s, d) for s in _CPU for d in _DTYPES]
@@ -146,8 +146,8 @@ def measure_layers(
 ) -> list[Sample]:
     """Measure forward, backward and loss of small models.
 
-    until: the monotonic time after which no further model begins, apart from the first `_FEWEST_CASES`; each
-    gets its share of the time for repeating.
+    until: the monotonic time after which no further model begins, except for the first `_FEWEST_CASES`; each
+    gets a share of the time for repetitions.
     """
     budget = budget or Budget()
     found: list[Sample] = []
@@ -200,7 +200,7 @@ def _settings_of(case: Case, device: str) -> ModelSettings:
 
 
 def _costs_of(case: Case, config: Any, settings: ModelSettings, outlines: dict[tuple, Outline]) -> Costs:
-    """Return what counts the work of the case's ops. outlines: shared by the activation policies."""
+    """Return the costs of the case's ops. outlines: cache shared by the activation policies."""
     key = case.shape, case.dtype
     if key not in outlines:
         outlines[key] = Outline(config, settings)
@@ -299,7 +299,7 @@ def measure(
 
 
 def _links(budget: Budget) -> tuple[float, float]:
-    """Return the rates of the host link, both directions at work, after saying those of each alone too."""
+    """Return the rates of the host link with both directions busy; also report those of each alone."""
     budget.say("host link", None)
     found = link_rates()
     alone = f"{found.up_alone / 1e9:.3g} and {found.down_alone / 1e9:.3g}"
@@ -307,7 +307,7 @@ def _links(budget: Budget) -> tuple[float, float]:
     return found.up, found.down
 
 
-_CLOSE = 0.97  # of the fastest rate: two measurements of the same differ by as much
+_CLOSE = 0.97  # share of the fastest rate that counts as fast, within the noise of a measurement
 _HERE = "measured by `horizon doctor` on this machine"
 
 
@@ -418,10 +418,10 @@ _UNKNOWN = Profile(
 
 
 def measure_update_threads(cores: int, clock: Clock, budget: Budget) -> int:
-    """Measure with how many threads an update on the host is fastest; return the fewest that come close.
+    """Return the fewest threads with which a host update is about as fast as with any number, by measurement.
 
-    An update is bound by memory, which some of the cores saturate; the others are of more use to the lanes.
-    At least one core is left to the thread that launches kernels.
+    Updates are bound by memory bandwidth, which fewer than all cores may saturate; the others are more useful
+    to the lanes. At least one core is left to the thread that launches kernels.
     """
     counts = sorted({max(1, n) for n in (cores // 2, *(cores - k for k in range(5)))})
     budget.say("threads of the update", None)

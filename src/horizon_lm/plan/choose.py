@@ -39,7 +39,7 @@ class Choice:
 class Planner:
     """One model on one machine.
 
-    pinned: keys that the configuration names. chooses_chunk: whether `choose` decided on the loss chunk.
+    pinned: keys set explicitly in the configuration. chooses_chunk: whether `choose` chose the loss chunk.
     """
 
     outline: Outline
@@ -190,7 +190,7 @@ class Planner:
     def chunks(self, config: TrainConfig) -> list[int]:
         """List the loss chunks to choose from, largest first; empty if there is no choice.
 
-        One that holds a whole micro-batch is enough.
+        At most one of them holds a whole micro-batch.
         """
         if self.profile.device == "cpu" or config.loss_chunk_tokens != "auto":
             return []
@@ -199,7 +199,7 @@ class Planner:
         return [size for size, less in zip(found, [*found[1:], 0], strict=True) if less < tokens]
 
     def _with_largest_chunk(self, chosen: TrainConfig) -> TrainConfig:
-        """Choose the largest loss chunk for which nothing else has to change."""
+        """Choose the largest loss chunk that fits without another change."""
         for tokens in self.chunks(chosen):
             self.chooses_chunk = True
             other = chosen.replace(loss_chunk_tokens=tokens)

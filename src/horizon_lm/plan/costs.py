@@ -69,8 +69,8 @@ class Costs:
         return {name: size for name, size in parts.items() if size}
 
     def _widened_bytes(self) -> int:
-        """On the CPU only gradients that are wider than the store's need slots: of layers, the ring; of the
-        head, the outer one."""
+        """Bytes of gradient slots on the CPU: only gradients wider than the store's need them, those of
+        layers in the ring, the head's in the outer slot."""
         wide = {u for u in self.plan.trainable if self._gradient_dtype(u) != self.spec.dtype}
         *ring, outer = gradient_slot_numels(self.outline.units, self.plan)
         head = self.plan.head
@@ -129,7 +129,8 @@ class Costs:
             return found.bytes
         measured = self._table_elements * self.spec.dtype.itemsize if self.plan.sums_rows else 0
         size, several = self.spec.dtype.itemsize, self.plan.micro_batches > 1
-        # The gradient of all rows of the step, beside their sum; with one micro-batch it is the sum.
+        # The gradient of all rows of the step, in addition to their sum; with one micro-batch they are the
+        # same.
         most = found.bytes - measured + self._row_elements * size * (several and self.plan.sums_rows)
         if op.table_grad >= 0:
             last = (size if several else 0) + (size + (4 if several else size) if self.plan.tied else 0)
@@ -186,22 +187,22 @@ class Costs:
 
     @property
     def _table_elements(self) -> int:
-        """Elements of the table that stood for the embedding table as the prologue was measured."""
+        """Elements of the table that replaced the embedding table when the prologue was measured."""
         return self.measures.batch * self.measures.tokens * self.outline.width
 
     @property
     def _row_elements(self) -> int:
-        """Elements of the most rows of the embedding table that a step can use."""
+        """Maximum elements of the embedding rows that a step can use."""
         rows = self.outline.facts.rows * self.outline.width
         return min(self._table_elements * self.plan.micro_batches, rows)
 
     def _touches_rows(self, op: Op) -> int:
-        """What an op of the prologue does with all rows of the step: takes them, adds to their sum, and puts
-        the sum into the table's gradient."""
+        """A code for what a prologue op does with all rows of the step: take them, add to their sum, add the
+        sum to the table's gradient."""
         return sum(b.region in ("rows", "row_grads") for b in op.writes) + 2 * (op.table_grad >= 0)
 
     def _row_work(self, op: Op) -> Work:
-        """Work of `_touches_rows`: bytes read and written."""
+        """Work of an op on all rows of the step (see `_touches_rows`): bytes read and written."""
         size, several = self.spec.dtype.itemsize, self.plan.micro_batches > 1
         kinds: list[int] = []
         if op.kind == "F" and self._touches_rows(op):

@@ -20,7 +20,8 @@ from horizon_lm.machine.profile import Profile, cache_path, read_profile
 from horizon_lm.words import parameters, size
 
 PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
-# For measuring, without imports; a measurement in progress is finished. Processes start slowly on CUDA.
+# Time for measuring, without imports; a measurement in progress is finished. Starting processes on CUDA is
+# slow.
 SECONDS = {"cpu": 30.0, "cuda": 100.0}
 _GB = 1e9
 _STATE = "; host_memory_gb=NUMBER states the machine's memory to a run if the system shows too little"
@@ -40,7 +41,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Examination:
-    """path: of the profile's file."""
+    """Result of `examine`. path: the profile's file."""
 
     profile: Profile
     findings: list[Finding]
@@ -82,10 +83,10 @@ def examine(
 ) -> Examination:
     """Examine everything; rates are measured once and kept for `horizon plan` and `horizon train`.
 
-    fresh: measure again. thorough: measure again without a time limit. seconds: the time limit otherwise,
-    even on a busy machine; by default that of `SECONDS`. out: also write the profile to this file, for the
-    planner of another machine. say: called with what is being measured, and again with its figure. Raises
-    Interrupted.
+    fresh: measure again. thorough: measure again without a time limit. seconds: time limit otherwise, kept
+    even on a busy machine (default: `SECONDS`). out: also write the profile to this file, for a planner on
+    another machine. say: called with each measurement's name before it, and with name and figure after it.
+    Raises Interrupted.
     """
     import torch
 
@@ -147,7 +148,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _write_named(path: Path, profile: Profile) -> None:
-    """Write a profile under the file's name, as one of a machine that need not be this one."""
+    """Write a profile named after the file, in words that also hold on another machine."""
     sources = {key: text.replace("this machine", "that machine") for key, text in profile.sources.items()}
     title = profile.title.removeprefix("this machine, ").replace("this machine", "CPU")
     title += f", {profile.cores} cores, {size(profile.host_bytes)}"

@@ -40,7 +40,7 @@ class Limits:
 
     @classmethod
     def of_profile(cls, profile: Profile, stated: int | None = None) -> Limits:
-        """stated: host bytes in place of the profile's."""
+        """stated: host bytes that replace the profile's."""
         device = None if profile.device == "cpu" else int(profile.device_bytes * _DEVICE_SHARE)
         return cls(int(profile.host_bytes) if stated is None else stated, device)
 

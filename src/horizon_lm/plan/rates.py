@@ -54,7 +54,7 @@ def _median_seconds(function: Callable[[], object], clock: Clock, repeats: int =
 
 
 class Links(NamedTuple):
-    """Bytes a second between registered host memory and the device. up, down: both at work at once."""
+    """Bytes per second between pinned host memory and the device. up, down: with both directions busy."""
 
     up: float
     down: float
@@ -63,7 +63,7 @@ class Links(NamedTuple):
 
 
 def link_rates(num_bytes: int = 1 << 30) -> Links:
-    """Time copies of a registered block in each direction alone, then in both at once. Needs CUDA."""
+    """Time copies of a pinned block in both directions at once, then in each alone. Needs CUDA."""
     hosts = [arena.allocate(num_bytes, pin_for=torch.device("cuda")) for _ in range(2)]
     devices = [torch.empty(num_bytes, dtype=torch.uint8, device="cuda") for _ in range(2)]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]

@@ -268,7 +268,7 @@ def _explain(config: TrainConfig, chosen: TrainConfig, planner: Planner) -> list
 
 def _threads_reason(chosen: TrainConfig, profile: Profile) -> str:
     if chosen.optimizer_threads != "auto":
-        return "the fewest that update as fast as any"
+        return "the fewest that update about as fast as any, by horizon doctor"
     left = lane_cores(profile.device, chosen.update)
     return f"{profile.cores} usable cores" + (f", {left} of them left to the lanes" if left else "")
 
@@ -300,11 +300,11 @@ def _activation_reason(config: TrainConfig, chosen: TrainConfig, planner: Planne
 
 def _chunk_reason(chosen: TrainConfig, planner: Planner) -> str:
     if not planner.chooses_chunk:
-        return "that of the run so far"
+        return "as in the resumed run"
     larger = planner.chunks(chosen.replace(loss_chunk_tokens="auto"))
     if chosen.loss_chunk_tokens in larger[:1]:
-        return "more at once would not be faster"
-    return "a larger one would not fit beside the rest"
+        return "the largest chunk considered"
+    return "a larger one would not fit"
 
 
 def _update_reason(chosen: TrainConfig) -> str:

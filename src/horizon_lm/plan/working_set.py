@@ -77,7 +77,7 @@ class WorkingSet:
 class Ends:
     """Prologue and head on one micro-batch. call: bytes of the layers' inputs other than hidden states.
 
-    The look-up is from a table of as many rows as there are tokens; backward includes the gradient of these
+    The look-up uses a table with as many rows as there are tokens; backward includes the gradient of these
     rows.
     """
 

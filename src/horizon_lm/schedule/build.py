@@ -63,7 +63,7 @@ def _visits(spec: StepSpec) -> Iterator[list[Op]]:
     grad_visits = 0
     turnaround = spec.visits.index(next(units for units in spec.visits if units[-1] == spec.head))
     uploads_before[0].insert(0, (spec.embedding_unit, spec.outer_slot))
-    if not spec.tied and spec.head in spec.uploaded:  # behind the table's readers, and all layers' uploads
+    if not spec.tied and spec.head in spec.uploaded:  # after the table's readers and all layers' uploads
         uploads_before[max(1, turnaround - spec.slots + 1)].append((spec.head, spec.outer_slot))
     for visit, units in enumerate(spec.visits):
         ops = [make.upload(unit, slot) for unit, slot in uploads_before[visit]]
@@ -121,10 +121,10 @@ def _backward(
 
 
 def _downloads(spec: StepSpec, unit: int, grad_slot: int) -> list[Op]:
-    """Downloads, and eager updates, of the gradients that the last backward op of a unit completes."""
+    """Return downloads, and eager updates, of the gradients that a unit's last backward op completes."""
     complete = [(unit, grad_slot)] if unit in spec.trainable else []
     if spec.sums_rows and unit == spec.embedding_unit:
-        complete = []  # the head of a tied table, whose rows come last
+        complete = []  # a tied head: the rows' gradients come last
     if spec.sums_rows and unit == 0:
         complete.append((spec.embedding_unit, spec.outer_grad_slot))
     ops = []

@@ -121,9 +121,9 @@ def _check_value(ops: Sequence[Op], spec: StepSpec) -> list[str]:
 
 
 def _note_added(op: Op, added: dict[Buffer, list[int]]) -> list[str]:
-    """Note the micro-batches that `op` leaves in a buffer: those it adds to, and its own."""
+    """Record the micro-batches in each buffer after `op`: those already there, if it adds, and its own."""
     errors = []
-    for buffer in sorted(op.writes, reverse=True):  # sums of rows before the slot that receives them
+    for buffer in sorted(op.writes, reverse=True):  # sums of rows come before the slot that receives them
         before = added.get(buffer, []) if buffer in op.reads else []
         if buffer.region == "boundary_slot":
             added[buffer] = [op.micro_batch]
@@ -139,13 +139,14 @@ def _note_added(op: Op, added: dict[Buffer, list[int]]) -> list[str]:
 
 
 def _owner(op: Op, buffer: Buffer, spec: StepSpec) -> int:
-    """The unit whose weights or gradient an op reads or writes in a slot."""
+    """Return the unit whose weights or gradient an op reads or writes in a slot."""
     of_table = {("slot", op.table), ("grad_slot", op.table_grad)}
     return spec.embedding_unit if (buffer.region, buffer.index) in of_table else op.unit
 
 
 def _wanted(op: Op, spec: StepSpec) -> list[int]:
-    """The micro-batches in a complete gradient. A tied table has the head's, then those of its rows."""
+    """Return the micro-batches in a complete gradient; a tied table has the head's, then those of its
+    rows."""
     twice = spec.tied and spec.sums_rows and op.unit == spec.embedding_unit
     return [*range(spec.micro_batches)] * (2 if twice else 1)
 

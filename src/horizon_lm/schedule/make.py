@@ -43,7 +43,8 @@ def upload(unit: int, slot: int) -> Op:
 def forward(spec: StepSpec, unit: int, m: int, slot: int) -> Op:
     output, policy = Buffer("input", unit + 1, m), spec.policy(unit)
     if unit == 0:
-        # The first one takes the rows of all micro-batches, since another unit may replace the table.
+        # The first micro-batch's op takes the rows of all, since another unit may replace the table
+        # afterwards.
         rows = Buffer("rows") if m == 0 and spec.lowest_backward == 0 and not spec.evaluate else None
         reads, writes = _set(_slot(slot), _slot(spec.outer_slot)), _set(_call(m), output, rows)
         return Op("F", 0, m, reads, writes, slot, table=spec.outer_slot)
@@ -88,8 +89,8 @@ def backward(unit: int, m: int, slot: int, grad_slot: int) -> Op:
 
 
 def backward_prologue(spec: StepSpec, m: int, slot: int, grad_slot: int) -> Op:
-    """The last micro-batch puts the sum of the table's rows into the outer gradient slot, where a tied table
-    finds the head's gradient."""
+    """Backward of the prologue. The last micro-batch's op adds the summed rows to the table's gradient in the
+    outer slot, which for a tied table already holds the head's gradient."""
     sums = Buffer("row_grads") if spec.sums_rows else None
     table_grad = spec.outer_grad_slot if spec.sums_rows and m == spec.micro_batches - 1 else -1
     table = _grad_slot(table_grad)

@@ -2,7 +2,7 @@
 
 Units are numbered 0 (prologue), 1 .. layers, layers + 1 (head). The embedding table is unit layers + 2, or
 part of the head if tied. Prologue and layers share a ring of slots; head and embedding table share the outer
-slot, which follows the ring's.
+slot, numbered after the ring's.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class StepSpec:
     """What determines a step's ops.
 
     layers: number of decoder layers.
-    uploaded: units with weights to stream (a prologue often has none), the embedding table's among them.
+    uploaded: units with weights to stream (a prologue often has none), including the embedding table's.
     trainable: units with a gradient; frozen units have none.
     embedding_unit: unit that owns the embedding table; the head if tied.
     embedding_frozen: the table has no gradient, although other parameters of its unit may.
-    slots, grad_slots: those of the ring.
+    slots, grad_slots: number of slots in the ring.
     update: `sync`: all updates at the end of the step; `deferred`: in the next step, each before its unit is
         used; `eager`: each as soon as its gradient is in host memory.
     grad_slabs: with eager updates, host buffers for the gradients of layers, round-robin; head and embedding
@@ -97,12 +97,12 @@ class StepSpec:
 
     @property
     def outer_slot(self) -> int:
-        """The weight slot of the embedding table and, after it if they are two units, the head."""
+        """The weight slot of the embedding table, then of the head if it is another unit."""
         return self.slots
 
     @property
     def outer_grad_slot(self) -> int:
-        """The gradient slot of the head and, after it if they are two units, the embedding table."""
+        """The gradient slot of the head, then of the embedding table if it is another unit."""
         return self.grad_slots
 
     @property
