@@ -78,7 +78,7 @@ def _cells(goal: str, wanted: float, value: float | None, row: Row | None) -> li
 
 
 def add_goals(report: Report, rows: list[Row], peak: float, *, simulate: bool = True) -> None:
-    """Add the goals and, if `simulate`, remedies for each run of ours that missed one, on this machine."""
+    """Add the goals and, with `simulate`, remedies for each of our runs that missed one, on this machine."""
     report.section("Goals")
     report.table(HEAD, goals(rows, peak))
     groups = [f"qwen3-4b, {what} tokens, 1024 a sequence" for what in ("16k", "64k")]

@@ -24,7 +24,7 @@ LONG = (32768, 65536, 131072, 262144)
 FIRST_ROWS = 16384  # tokens of a peer's first micro-batch
 
 
-LIMIT_SECONDS = 480.0  # no job may take longer: a command on such a machine may take ten minutes
+LIMIT_SECONDS = 480.0  # per job; a command on such a machine may take ten minutes
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Job:
     """One system at one setting, a row of results.
 
     group: rows of a group have the same model and tokens, and share an in-memory reference. largest: give the
-    model as many layers as the planner says will fit. repeats: runs whose losses are compared bit by bit.
-    trace: profile one more step. needs: a setting without which the job is skipped. seconds: an estimate.
+    model as many layers as the planner says will fit. repeats: runs whose losses are compared bitwise.
+    trace: profile one more step. needs: a setting; without it the job is skipped. seconds: an estimate.
     """
 
     name: str
@@ -189,7 +189,8 @@ PARTS: dict[str, Stage] = {
 
 
 def dry(job: Job) -> Job:
-    """Return the same job at a tiny size, on the CPU; not compiled, which would take longer than all else."""
+    """Return the same job at a tiny size on the CPU, uncompiled: compiling would take longer than all the
+    rest."""
     extra = {key: value for key, value in job.case.extra.items() if key != "compile"}
     case = job.case.replace(
         extra=extra,

@@ -17,10 +17,10 @@ MACHINE = "machine"  # the ledger's row about the machine and the software
 
 
 def add_stages(report: Report, stages: Mapping[str, Stage], ledger: Ledger) -> None:
-    """Add a section for each stage that has rows, and say what is still to run."""
+    """Add a section for each stage that has rows, and name the jobs still to run."""
     about = ledger.rows.get(MACHINE, {})
     if about.get("dry"):
-        report.parts.append("**A dry run at a tiny size on the CPU: no figure below means anything.**")
+        report.parts.append("**A dry run at a tiny size on the CPU: the figures below are meaningless.**")
     peak = float(about.get("peak", 1.0))
     if about:
         report.parts.append(f"MFU and HFU against {peak / 1e12:.0f} TFLOP/s ({about['peak_source']}).")
@@ -36,11 +36,11 @@ def add_stages(report: Report, stages: Mapping[str, Stage], ledger: Ledger) -> N
         _measurements(report, [row for job, row in found if not isinstance(job, Command)], peak)
     other = sorted({row["stamp"] for row in ledger.rows.values()} - {ledger.stamp})
     if other:
-        report.parts.append(f"Some rows are of other commits or machines: {'; '.join(other)}.")
+        report.parts.append(f"Some rows come from other commits or machines: {'; '.join(other)}.")
 
 
 def _commands(report: Report, rows: list[Row]) -> None:
-    """Add a table of commands, then the tables that each wrote itself, or its last lines."""
+    """Add a table of commands, then the tables that each command wrote, or its last lines."""
     if not rows:
         return
     table = []

@@ -52,8 +52,8 @@ def curve_difference(one: Sequence[float], two: Sequence[float]) -> float:
 class Ledger:
     """Rows in a file, one JSON line each, on disk before `add` returns. A job already there is not run again.
 
-    stamp: the conditions that make results comparable, such as the commit and the machine; rows with another
-    are ignored, unless `any_stamp`. copy: a second file, which gets the same lines.
+    stamp: the conditions that make results comparable, such as commit and machine; rows with another stamp
+    are ignored, unless `any_stamp`. copy: a second file for the same lines.
     """
 
     def __init__(self, path: Path, stamp: str, *, any_stamp: bool = False, copy: Path | None = None) -> None:
@@ -83,7 +83,7 @@ class Ledger:
                 os.fsync(file.fileno())
 
     def begin(self, job: str) -> None:
-        """Note that a job begins. Unless `add` follows, it counts as interrupted."""
+        """Record that a job begins. Unless `add` follows, the job counts as interrupted."""
         why = "the command that ran it was killed, or the machine went away"
         self.add(job, {"status": "interrupted", "why": why})
 

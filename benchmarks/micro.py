@@ -127,7 +127,8 @@ def upload_rows(numel: int, device: torch.device) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured, and how large. threads: of the update; None: 1, 2, 4, ... and all usable cores."""
+    """Device and sizes of the measurements. threads: of the update; None: 1, 2, 4, ... and all usable
+    cores."""
 
     device: torch.device
     num_bytes: int
@@ -196,13 +197,13 @@ def _layer(report: Report, sizes: Sizes) -> Rows:
     return []
 
 
-# Part: title and function.
+# Title and function by part.
 PARTS: dict[str, tuple[str, Callable[[Report, Sizes], Rows]]] = {
     "probe": ("This machine", _probe),
     "matrix": ("Matrix products", _matrix),
     "links": ("Registration, uploads and the host link", _links),
     "update": ("Host memory and the update by threads", _update),
-    "optimizer": ("The update on the host beside others", _optimizer),
+    "optimizer": ("The update on the host compared with others", _optimizer),
     "layer": ("One layer of Qwen3-4B", _layer),
 }
 USUAL = ("matrix", "links", "update", "optimizer")
@@ -221,9 +222,9 @@ def fill(report: Report, arguments: argparse.Namespace) -> Rows:
 def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Links, memory, update and matrix rate of this machine.")
     parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(USUAL))
-    parser.add_argument("--threads", type=int, nargs="+", help="of the update (1, 2, 4, ... and all)")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--dry-run", action="store_true", help="run at a small size on the CPU, as a check")
+    parser.add_argument("--threads", type=int, nargs="+", help="threads of the update (default: 1, 2, 4, ...
+    and all)") parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--dry-run", action="store_true", help="check: run at a small size on the CPU")
     parser.add_argument("--json", type=Path, help="write the tables to this file instead of a results file")
     return parser.parse_args(argv)
 

@@ -1,5 +1,5 @@
-"""One decoder layer of Qwen3-4B's shape, plain transformers on this device: milliseconds, medians of five.
-A forward pass has no graph. Compiled by torch.compile; the first call includes the compiler."""
+"""One decoder layer of Qwen3-4B's shape in plain transformers on this device: milliseconds, medians of five.
+The forward pass builds no graph. The first compiled call includes compilation by torch.compile."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LENGTH = 1024
 
 
 def rows(device: torch.device, small: bool = False) -> list[list[str]]:
-    """Return a row for each number of sequences; a failing compiler is a cell that says so."""
+    """Return a row for each number of sequences; if compiling fails, its cell says so."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
     config = Qwen3Config(**SHAPE | ({**_SMALL, "num_key_value_heads": 2} if small else {}))

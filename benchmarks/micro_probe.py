@@ -1,4 +1,4 @@
-"""Facts of a machine and its software that decide what the other benchmarks mean."""
+"""Facts about a machine and its software that are needed to interpret the other benchmarks."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _PACKAGES = ("transformers", "triton", "accelerate", "datasets", "trl", "pydanti
 
 
 def rows() -> list[list[str]]:
-    """Return name and finding of each fact; one that cannot be found out says why."""
+    """Return name and value of each fact, or the reason why it is unknown."""
     return [[name, _found(find)] for name, find in FACTS.items()]
 
 
 def _found(find: Callable[[], str]) -> str:
     try:
         return find()
-    except Exception as error:  # a fact that is missing must not hide the others
+    except Exception as error:  # a missing fact must not hide the others
         return f"unknown: {type(error).__name__}: {error}".splitlines()[0]
 
 
@@ -61,7 +61,7 @@ def _device() -> str:
 
 
 def _attention() -> str:
-    """Name the kernels that scaled_dot_product_attention may use, and the one it takes for a causal layer."""
+    """Name the kernels that scaled_dot_product_attention may use, and its choice for a causal layer."""
     cuda = torch.backends.cuda
     allowed = {"flash": cuda.flash_sdp_enabled(), "cuDNN": cuda.cudnn_sdp_enabled()}
     allowed |= {"efficient": cuda.mem_efficient_sdp_enabled(), "math": cuda.math_sdp_enabled()}

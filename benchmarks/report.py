@@ -40,7 +40,7 @@ def commit() -> str:
 
 
 def sources() -> str:
-    """Return a hash of the code that measures and is measured."""
+    """Return a hash of the measuring and the measured code."""
     root, found = Path(__file__).parent.parent, hashlib.sha256()
     for folder in ("src", "csrc", "benchmarks", "tests/gpu"):
         for path in sorted((root / folder).rglob("*")):
@@ -70,7 +70,8 @@ def command_line() -> str:
 class Report:
     """Collects tables and writes `results/DATE-NAME.md`.
 
-    command: by default that of this process. machine: where it ran (`machine()`), by default here and now.
+    command: by default that of this process. machine: description (`machine()`), by default of this machine
+    now.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""A system with a profile of one more step: the kernels that took longest, and a trace file.
+"""Wrapper that profiles one more step of a system: the longest kernels, and a trace file.
 
-`case.extra` names the system and the file: {"system": "module:function", "trace": path}. All else goes on to
-the system. The step is profiled after all timed ones, so it changes none of them.
+`case.extra` names the system and the file: {"system": "module:function", "trace": path}. Other keys are
+passed to the system. The step is profiled after all timed steps, so it does not affect them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Traced:
         found = self._system.breakdown(micro_batches) if hasattr(self._system, "breakdown") else {}
         try:
             return found | {"profile": self._profiled(micro_batches)}
-        except Exception as error:  # the measurement is made: a broken profiler must not lose it
+        except Exception as error:  # a broken profiler must not lose the finished measurement
             return found | {"profile": {"failed": f"{type(error).__name__}: {error}"}}
 
     def _profiled(self, micro_batches: list[torch.Tensor]) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class Traced:
 
 
 def _every_thread() -> Any:
-    """Return the option to record the threads of our lanes too; None where torch has none."""
+    """Return the option to record our lanes' threads too; None if torch has none."""
     try:
         from torch._C._profiler import _ExperimentalConfig
 
@@ -71,9 +71,9 @@ def _every_thread() -> Any:
 
 
 def longest(events: Any, cuda: bool) -> list[list[Any]]:
-    """Return [name, calls, milliseconds on the device] of the kernels that took most time in all."""
+    """Return [name, calls, milliseconds on the device] of the kernels with the most total time."""
     name = "self_device_time_total" if cuda else "self_cpu_time_total"
-    if cuda:  # a kernel's own events; the operations that launch them would count it twice
+    if cuda:  # only kernels' own events; operations that launch them would count them twice
         events = [e for e in events if "CUDA" in str(e.device_type)]
     ranked = sorted(events, key=lambda e: -getattr(e, name))[:MOST_KERNELS]
     return [[e.key[:90], e.count, round(getattr(e, name) / 1e3, 3)] for e in ranked]

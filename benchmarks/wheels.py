@@ -1,9 +1,9 @@
 """`make gpu-wheels FOLDER=...`: gather the wheels that a GPU machine without a network lacks.
 
-PRESENT lists what such a machine has. From the project's dependencies on, each requirement that it does not
-meet is downloaded with pip, pinned as in constraints.txt where the pin is allowed; the needs of what was
-gathered follow. Then the metadata of all wheels is checked against what is gathered and present. Install
-them there, without a network:
+PRESENT lists what such a machine has. Starting from the project's dependencies, each unmet requirement is
+downloaded with pip, at the version in constraints.txt if that is allowed, followed by the requirements of the
+downloaded wheels. Then the metadata of all wheels is checked against what is gathered and present. Install
+them on the machine, without a network:
 
     python3 -m pip install -q --no-index --no-deps --target build/site FOLDER/*.whl
     export PYTHONPATH=build/site
@@ -27,7 +27,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 PYTHON = "3.12"
-# What the GPU machine of November 2026 has. A name without a version is there, its version unknown.
+# Packages on the GPU machine of November 2026. A name without a version is present in an unknown version.
 _PRESENT = """
 torch 2.11.0, triton 3.6.0, transformers 5.17.0, tokenizers 0.23.2, safetensors 0.8.0, huggingface-hub 1.33.0,
 accelerate 1.15.0, numpy 2.5.2, tiktoken 0.14.0, sentencepiece 0.2.2, pyarrow, psutil, pyyaml, rich, typer,
@@ -35,7 +35,7 @@ matplotlib, jinja2, xxhash, pandas, peft, packaging, filelock, fsspec, tqdm, req
 pytest, pytest-timeout, pytest-xdist, hypothesis, setuptools, pip, click, shellingham, sympy, networkx,
 pillow, protobuf, tensorboard, einops, ninja, msgpack, py-cpuinfo, python-dateutil, nvidia-ml-py,
 annotated-doc, typing-extensions 4.15.0
-"""  # typing-extensions: taken to be older than the 4.16 that pydantic wants
+"""  # typing-extensions: assumed older than the 4.16 that pydantic requires
 _WORDS = [entry.split() for entry in _PRESENT.split(",")]
 PRESENT: dict[str, str | None] = {words[0]: words[1] if words[1:] else None for words in _WORDS}
 ENVIRONMENT = {
@@ -54,7 +54,7 @@ _GLIBC = (39, 35, 34, 31, 28, 27, 24, 17)  # pip matches manylinux_2_N exactly
 
 @dataclass(frozen=True)
 class Wheel:
-    """A gathered wheel: normalized name, version, and what it needs."""
+    """A gathered wheel: normalized name, version, requirements."""
 
     name: str
     version: str
@@ -71,7 +71,7 @@ def read_wheel(path: Path) -> Wheel:
 
 
 def gathered(folder: Path) -> dict[str, Wheel]:
-    """Read all wheels of a folder. Raises ValueError for two of one package, which stop the installation."""
+    """Read all wheels of a folder. Raises ValueError for two of one package, which pip would not install."""
     found: dict[str, Wheel] = {}
     for path in sorted(folder.glob("*.whl")):
         wheel = read_wheel(path)
@@ -82,7 +82,7 @@ def gathered(folder: Path) -> dict[str, Wheel]:
 
 
 def applies(need: Requirement, extras: Iterable[str] = ()) -> bool:
-    """Whether a requirement holds on the machine, for any of the extras asked for."""
+    """Whether a requirement applies to the machine, with any of the requested extras."""
     if need.marker is None:
         return True
     return any(need.marker.evaluate(ENVIRONMENT | {"extra": extra}) for extra in ("", *extras))
@@ -96,16 +96,16 @@ def problem_of(need: Requirement, versions: dict[str, str | None]) -> str | None
     version = versions[name]
     if version is None or need.specifier.contains(Version(version), prereleases=True):
         return None
-    return f"{need} is wanted, {name} {version} is there"
+    return f"{need} is required, but {name} {version} is present"
 
 
 def versions_of(wheels: dict[str, Wheel]) -> dict[str, str | None]:
-    """Return what the machine has once the wheels are installed."""
+    """Return the machine's packages once the wheels are installed."""
     return {**PRESENT, **{name: wheel.version for name, wheel in wheels.items()}}
 
 
 def unmet(wheels: dict[str, Wheel], roots: Iterable[Requirement]) -> list[tuple[str, Requirement, str]]:
-    """Return (who needs it, requirement, reason) for all that is missing or of a wrong version."""
+    """Return (dependent, requirement, reason) for each package that is missing or of a wrong version."""
     versions, found = versions_of(wheels), []
     asked: dict[str, set[str]] = {}
     known = [("horizon-lm", need) for need in roots]
@@ -133,7 +133,7 @@ def pins() -> dict[str, str]:
 
 
 def pinned(need: Requirement, versions: dict[str, str]) -> str:
-    """Return the requirement as pip takes it: the tested version if that is allowed."""
+    """Return the requirement in pip's form: the tested version if that is allowed."""
     version = versions.get(canonicalize_name(need.name))
     if version and need.specifier.contains(Version(version), prereleases=True):
         return f"{need.name}=={version}"
@@ -141,7 +141,7 @@ def pinned(need: Requirement, versions: dict[str, str]) -> str:
 
 
 def download(wanted: str, folder: Path) -> None:
-    """Download one wheel for the machine, without its needs. Raises RuntimeError with pip's last line."""
+    """Download one wheel for the machine, without dependencies. Raises RuntimeError with pip's last line."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp"]
     for number in _GLIBC:
@@ -156,9 +156,9 @@ def download(wanted: str, folder: Path) -> None:
 def gather(
     roots: list[Requirement], folder: Path, get: Callable[[str, Path], None] = download
 ) -> list[tuple[str, Requirement, str]]:
-    """Download until nothing is missing that pip can give; return what is still unmet.
+    """Download until pip can add nothing that is missing; return what is still unmet.
 
-    A version that two packages want differently is downloaded once, and then reported.
+    If two packages require different versions, one is downloaded and the conflict is reported.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tested, tried = pins(), set()
@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     for who, _, reason in left:
         print(f"gpu-wheels: {who}: {reason}", file=sys.stderr)
     if left:
-        print("  hint: name a version that fits, as in ARGS='NAME==VERSION'", file=sys.stderr)
+        print("  hint: add a version that fits, as in ARGS='NAME==VERSION'", file=sys.stderr)
     return 1 if left else 0
 
 

@@ -425,7 +425,7 @@ class HostModel:
         return notes
 
     def take_remarks(self) -> list[str]:
-        """Return what else the engine has to say since the last call: what compiling took."""
+        """Return the engine's other notes since the last call, such as compile times."""
         ops = self.engine.ops
         remarks, ops.remarks = ops.remarks, []
         return remarks

@@ -323,7 +323,7 @@ def test_wheels_are_checked_against_what_they_need(tmp_path: Path) -> None:
     for who, _, reason in wheels.unmet(wheels.gathered(tmp_path), [Requirement("third>=1")]):
         found[who].append(reason)
     assert found["horizon-lm"] == ["third>=1 is missing"]
-    assert found["first"] == ["second>=2 is wanted, second 1.5 is there", "absent is missing"]
+    assert found["first"] == ["second>=2 is required, but second 1.5 is present", "absent is missing"]
     assert len(found["second"]) == 1 and "typing-extensions" in found["second"][0]
     asked = wheels.unmet(wheels.gathered(tmp_path), [Requirement("first[test]")])
     assert "test-only" in " ".join(reason for _, _, reason in asked)  # an extra that is asked for counts
@@ -344,9 +344,9 @@ def test_needs_of_what_was_gathered_follow(tmp_path: Path, capsys: pytest.Captur
 
     left = wheels.gather([Requirement("datasets>=5"), Requirement("numpy>=2")], tmp_path / "new", get)
     assert wanted == [f"datasets=={wheels.pins()['datasets']}", f"dill=={wheels.pins()['dill']}", "odd>=2"]
-    assert [reason for _, _, reason in left] == ["odd>=2 is wanted, odd 1.0 is there"]
+    assert [reason for _, _, reason in left] == ["odd>=2 is required, but odd 1.0 is present"]
     assert wheels.main([str(tmp_path / "new"), "--check"]) == 1
-    assert "dill: odd>=2 is wanted" in capsys.readouterr().err
+    assert "dill: odd>=2 is required" in capsys.readouterr().err
 
 
 def test_the_projects_own_needs_are_known() -> None:

@@ -106,8 +106,8 @@ class Worker:
 
 
 def environment_of(case: Case) -> dict[str, str]:
-    """Return the environment of a worker. On CUDA, freed blocks of any size serve again (expandable
-    segments), unless PYTORCH_ALLOC_CONF says otherwise."""
+    """Return the environment of a worker. On CUDA it enables expandable segments, so freed blocks of any size
+    are reused, unless PYTORCH_ALLOC_CONF is set."""
     paths = [str(Path(__file__).parents[2]), os.getcwd(), os.environ.get("PYTHONPATH", "")]
     found = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
     if case.threads:
@@ -152,8 +152,8 @@ Smaller = Callable[[Case, Row], Case | None]
 def smaller_micro_batch(case: Case, row: Row) -> Case | None:
     """Return the case one size smaller than the one in `row`, which ran out of memory; None after the last.
 
-    What the planner left in device memory goes first: every layer recomputes. Then micro-batches halve, down
-    to one sequence.
+    First, every layer is recomputed instead of following the planner. Then micro-batches are halved, down to
+    one sequence.
     """
     info = row.get("info", {})
     rows = case.rows or int(info.get("rows", 0))
@@ -167,7 +167,7 @@ def smaller_micro_batch(case: Case, row: Row) -> Case | None:
 
 
 def size_of(case: Case, row: Row) -> str:
-    """Describe what a retry makes smaller: the micro-batch, the activations, the depth."""
+    """Describe the sizes that a retry reduces: depth, micro-batch, activations."""
     rows = case.rows or row.get("info", {}).get("rows")
     cut = f"{rows} x {case.length} tokens a micro-batch" if rows else "the planner's micro-batches"
     return f"{case.model.get('num_hidden_layers')} layers, {cut}, activations {case.activations}"
@@ -184,7 +184,7 @@ def measure_fitting(
     """Measure one system, one size smaller each time memory runs out.
 
     smaller: returns the next case, or None. In the row, `tried` lists the sizes that did not fit, and
-    `retried` says it in words.
+    `retried` describes the retries in words.
     """
     deadline = time.monotonic() + seconds
     tried: list[str] = []

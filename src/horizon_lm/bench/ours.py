@@ -70,7 +70,7 @@ def need_kernel(device: str) -> None:
     """Raise ConfigError if a CUDA benchmark would measure the torch reference instead of the C++ update."""
     if device.startswith("cuda") and kernel.library() is None:
         raise ConfigError(
-            "the C++ optimizer is not built, and a GPU benchmark of the torch reference would mislead",
+            "the C++ optimizer is not built; a GPU benchmark of the torch reference would mislead",
             hint="run python -m horizon_lm.optim.kernel --build",
         )
 

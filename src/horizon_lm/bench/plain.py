@@ -20,7 +20,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def groups_of(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """`decay_groups` of named parameters."""
+    """Return `decay_groups` for named parameters."""
     decayed = [p for n, p in named if p.ndim > 1 and not n.endswith("bias")]
     spared = [p for n, p in named if p.ndim <= 1 or n.endswith("bias")]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
@@ -37,8 +37,8 @@ def prepare(model: Any, case: Case) -> Any:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Let transformers checkpoint the activations of every layer. transformers 5.17 calls it
-    `gradient_checkpointing_enable`; both checkpoint without reentrance by default."""
+    """Enable activation checkpointing of every layer. The method is named `gradient_checkpointing_enable` in
+    transformers 5.17; both variants are non-reentrant by default."""
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
     next(getattr(model, name) for name in names if hasattr(model, name))()
 

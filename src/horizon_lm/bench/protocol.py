@@ -33,7 +33,7 @@ class Case:
     activations: recompute, keep, or auto (the system chooses)
     distinct: repeat the tokens every N steps; 0 never repeats them
     init: `transformers` draws weights as transformers does; `quick` takes no time or memory (models.py)
-    cudnn_attention: False keeps cuDNN out of torch's scaled_dot_product_attention
+    cudnn_attention: False excludes cuDNN from torch's scaled_dot_product_attention
     extra: options of a single system
     """
 

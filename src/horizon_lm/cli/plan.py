@@ -58,18 +58,18 @@ def doctor(
         bool, typer.Option("--thorough", help="Measure again, with more repetitions; takes minutes.")
     ] = False,
     seconds: Annotated[
-        float | None, typer.Option(help="Time for measuring; 30 by default, 100 on a GPU.", min=0)
+        float | None, typer.Option(help="Time limit for measuring: 30 by default, 100 on a GPU.", min=0)
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Also write the profile to this file, for hardware=FILE on any machine."),
+        typer.Option(help="Also write the profile to this file; hardware=FILE reads it on any machine."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Examine this machine: its hardware, its speed, what limits a run and how to fix it.
 
-    Measuring takes under a minute, two on a GPU. --thorough runs each model five times instead of twice, and
-    measures the memory of three processes of each kind instead of one.
+    Measuring takes about 30 seconds, or 100 on a GPU. --thorough runs each model five times instead of twice,
+    and measures the memory of three processes of each kind instead of one.
     """
     from horizon_lm.plan.doctor import Interrupted, examine, to_lines
 

@@ -115,7 +115,7 @@ class Optimizer:
     """A rule with the settings of a whole run; the others come with each step.
 
     rule: adamw, adam, sgd or lion. segments: per unit, the parts that are treated alike. threads: None
-    takes all usable cores but `spare_cores` (results do not depend on it).
+    uses all usable cores but `spare_cores` (results do not depend on it).
     """
 
     rule: str = "adamw"
@@ -134,7 +134,7 @@ class Optimizer:
 
     @cached_property
     def _threads(self) -> int:
-        # Reads files: too slow for every unit of every step.
+        # choose_threads reads files: too slow for every unit of every step.
         return choose_threads(self.threads, spare=self.spare_cores)
 
     @cached_property

@@ -32,7 +32,7 @@ class StepRecord:
     rolled_back_to: the step that the run returned to after this one
     note: the problem, in words; empty for nearly all steps
     changes: settings that no longer apply from this step on, and why (a layer that cannot keep activations)
-    remarks: other things worth knowing (what compiling took)
+    remarks: other notes (compile times)
     """
 
     step: int

@@ -124,7 +124,7 @@ def _cut_in(checkpoint: Checkpoint, config: TrainConfig) -> dict[str, int]:
 
 
 def with_chunk_of(resume: Resume | None, config: TrainConfig) -> TrainConfig:
-    """Keep the loss chunk that was chosen for the resumed run: the bits depend on it."""
+    """Keep the loss chunk that was chosen for the resumed run, since results depend on it bitwise."""
     if resume is None or config.loss_chunk_tokens != "auto":
         return config
     saved = resume.checkpoints[0].manifest.config.get("loss_chunk_tokens", "auto")
