@@ -189,8 +189,7 @@ PARTS: dict[str, Stage] = {
 
 
 def dry(job: Job) -> Job:
-    """Return the same job at a tiny size on the CPU, uncompiled: compiling would take longer than all the
-    rest."""
+    """Return the same job at a tiny size on the CPU, uncompiled, since compiling would take too long."""
     extra = {key: value for key, value in job.case.extra.items() if key != "compile"}
     case = job.case.replace(
         extra=extra,

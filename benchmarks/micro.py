@@ -127,8 +127,7 @@ def upload_rows(numel: int, device: torch.device) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Device and sizes of the measurements. threads: of the update; None: 1, 2, 4, ... and all usable
-    cores."""
+    """Device and sizes of the measurements. threads: of the update; None: 1, 2, 4, ..., all usable cores."""
 
     device: torch.device
     num_bytes: int
@@ -222,8 +221,8 @@ def fill(report: Report, arguments: argparse.Namespace) -> Rows:
 def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Links, memory, update and matrix rate of this machine.")
     parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(USUAL))
-    parser.add_argument("--threads", type=int, nargs="+", help="threads of the update (default: 1, 2, 4, ...
-    and all)") parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, nargs="+", help="of the update (default: 1, 2, 4, ..., all)")
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--dry-run", action="store_true", help="check: run at a small size on the CPU")
     parser.add_argument("--json", type=Path, help="write the tables to this file instead of a results file")
     return parser.parse_args(argv)

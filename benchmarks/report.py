@@ -70,8 +70,7 @@ def command_line() -> str:
 class Report:
     """Collects tables and writes `results/DATE-NAME.md`.
 
-    command: by default that of this process. machine: description (`machine()`), by default of this machine
-    now.
+    command: by default that of this process. machine: by default `machine()`, as of now.
     """
 
     def __init__(
