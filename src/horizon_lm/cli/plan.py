@@ -68,8 +68,8 @@ def doctor(
 ) -> None:
     """Examine this machine: its hardware, its speed, what limits a run and how to fix it.
 
-    Measuring is limited to 30 seconds, or 100 on a GPU. --thorough runs each model five times instead of twice,
-    and measures the memory of three processes of each kind instead of one.
+    Measuring is limited to 30 seconds, or 100 on a GPU. --thorough runs each model five times instead of
+    twice, and measures the memory of three processes of each kind instead of one.
     """
     from horizon_lm.plan.doctor import Interrupted, examine, to_lines
 
