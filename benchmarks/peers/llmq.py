@@ -1,9 +1,9 @@
 """LLM.Q (`pyllmq`, a wheel of its releases or built from its repository): training in CUDA and C++.
 
-Its Python API takes shapes of Qwen2 and one micro-batch a call; loss and norm come with the update.
-Masters and both moments lie on the host: in fp32 (exact), or all in bf16, as in its own benchmarks, with
-`case.extra["states"] = "bf16"`; bf16 masters are rounded stochastically. Gradients add up in bf16. The
-weights are its own random ones.
+Its Python API takes shapes of Qwen2 and one micro-batch per call; loss and norm are returned by the update.
+Masters and both moments are on the host: in fp32 (exact), or all in bf16, as in its own benchmarks, with
+`case.extra["states"] = "bf16"`; bf16 masters are rounded stochastically. Gradients accumulate in bf16. It
+uses its own random weights.
 `case.extra["recompute"]` recomputes less than whole blocks: `ffn`, `swiglu`, `att`.
 
 Written from its public sources (0.3.2); not run so far.

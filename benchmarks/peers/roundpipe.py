@@ -1,8 +1,8 @@
 """RoundPipe (`roundpipe`): pipeline stages that visit the device, over masters on the host.
 
-bf16 weights with fp32 masters and moments, updated on the CPU by its Adam, compiled at first use. Its
-documented step is asynchronous, and trains on weights that are one step old; this calls the synchronous one
-unless `case.extra["stale"]` is set. The norm is clipped in the function that it runs for the update.
+bf16 weights with fp32 masters and moments, updated on the CPU by its own Adam, which is compiled at first
+use. Its documented step is asynchronous and trains on weights that are one step old; this adapter calls the
+synchronous step unless `case.extra["stale"]` is set. The norm is clipped in the update function.
 
 Written from the sources of 0.1.1; not run so far.
 """

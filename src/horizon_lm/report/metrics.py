@@ -8,7 +8,7 @@
     {"event": "fault", ...}     a skipped step or a loss spike, and the reaction
     {"event": "stopped", ...}   the step at which a run ended before num_steps, and who stopped it
     {"event": "best", ...}      the evaluation whose model was exported (load_best_model_at_end)
-    {"event": "note", ...}      a setting that changed at a step, and why
+    {"event": "note", ...}      a setting that changed at a step, and why; or a remark
     {"event": "rollback", "step": n}, {"event": "resume", "step": n}
                                 the run continues after step n: earlier lines of later steps are undone, and
                                 `read_steps` skips them
