@@ -93,8 +93,7 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, ids: Sequence[torch.Tensor], skeleton: Skeleton, pool: PinnedPool) -> Rows:
-        """ids: [batch, tokens] each, on the host. pool: source of pinned copies, whose upload does not
-        block."""
+        """ids: [batch, tokens] each, on the host. pool: for pinned copies, whose upload does not block."""
         used = torch.zeros(skeleton.embedding.num_embeddings, dtype=torch.bool)
         for batch in ids:
             used[batch.reshape(-1)] = True

@@ -65,8 +65,7 @@ def check_kernels(settings: ModelSettings, device: torch.device) -> None:
 
 
 def _check_attention(name: str, device: torch.device) -> None:
-    """Raise ConfigError for a missing package: transformers would use a kernel of the Hub at no fixed
-    revision."""
+    """Raise ConfigError for a missing package, for which transformers would use an unpinned Hub kernel."""
     is_hub = HUB_ATTENTION.fullmatch(name) is not None
     if not is_hub and name not in _PACKAGES:
         return

@@ -21,8 +21,7 @@ _DTYPES = frozenset({torch.bfloat16, torch.float16})
 _LARGEST_SIZE = 256
 _NO_BACKWARD = range(193, 225)  # sizes without a backward pass on sm86, sm89 and sm120
 _ARCHITECTURES = ((8, 0), (12, 1))
-# Parameters of transformers' sdpa that are honoured; documents imply `is_causal`. sdpa ignores unlisted
-# names.
+# Honoured parameters of transformers' sdpa; documents imply `is_causal`. sdpa ignores unlisted names.
 _HONOURED = frozenset({"module", "query", "key", "value", "attention_mask", "scaling", "is_causal"})
 _REJECTED = frozenset({"softcap", "output_attentions"})  # not listed, but sdpa raises or warns
 

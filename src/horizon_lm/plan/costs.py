@@ -129,8 +129,7 @@ class Costs:
             return found.bytes
         measured = self._table_elements * self.spec.dtype.itemsize if self.plan.sums_rows else 0
         size, several = self.spec.dtype.itemsize, self.plan.micro_batches > 1
-        # The gradient of all rows of the step, in addition to their sum; with one micro-batch they are the
-        # same.
+        # The gradient of all rows, in addition to their sum; with one micro-batch they are the same.
         most = found.bytes - measured + self._row_elements * size * (several and self.plan.sums_rows)
         if op.table_grad >= 0:
             last = (size if several else 0) + (size + (4 if several else size) if self.plan.tied else 0)

@@ -20,8 +20,7 @@ from horizon_lm.machine.profile import Profile, cache_path, read_profile
 from horizon_lm.words import parameters, size
 
 PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
-# Time for measuring, without imports; a measurement in progress is finished. Starting processes on CUDA is
-# slow.
+# Time for measuring, without imports; a measurement in progress is finished. CUDA processes start slowly.
 SECONDS = {"cpu": 30.0, "cuda": 100.0}
 _GB = 1e9
 _STATE = "; host_memory_gb=NUMBER states the machine's memory to a run if the system shows too little"

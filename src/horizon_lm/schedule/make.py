@@ -43,8 +43,7 @@ def upload(unit: int, slot: int) -> Op:
 def forward(spec: StepSpec, unit: int, m: int, slot: int) -> Op:
     output, policy = Buffer("input", unit + 1, m), spec.policy(unit)
     if unit == 0:
-        # The first micro-batch's op takes the rows of all, since another unit may replace the table
-        # afterwards.
+        # The first micro-batch's op takes the rows of all: another unit may replace the table.
         rows = Buffer("rows") if m == 0 and spec.lowest_backward == 0 and not spec.evaluate else None
         reads, writes = _set(_slot(slot), _slot(spec.outer_slot)), _set(_call(m), output, rows)
         return Op("F", 0, m, reads, writes, slot, table=spec.outer_slot)
