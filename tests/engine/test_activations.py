@@ -156,17 +156,16 @@ def test_forwards_of_each_layer(settings: dict[str, Any], expected: list[int], m
     streamed.forward_backward(batches("llama", micro_batches))
     turn = streamed.engine.spec(micro_batches).at_turnaround
     expected = [1 if i + 1 in turn else count for i, count in enumerate(expected)]
-    # A block of two and the head need three gradient slots, if not one micro-batch passes after another.
-    assert bool(turn) == (micro_batches == 1 or "checkpoint_interval" not in settings)
+    assert turn  # the head has slots of its own, so the last block always has enough
     assert [runs[i] for i in range(LAYERS)] == [count * micro_batches for count in expected]
 
 
 # Layer 1 and 2 come back to other slots than they had in the forward pass: between them are blocks.
-MOVED: dict[str, Any] = {"activations": ["keep*3", "recompute*4"], "checkpoint_interval": 2}
+MOVED: dict[str, Any] = {"activations": ["keep*3", "recompute*5"], "checkpoint_interval": 2}
 
 
 def moved(change: Any = None) -> hz.HostModel:
-    model = source("llama", layers=7)
+    model = source("llama", layers=8)
     if change is not None:
         change(model)
     values = {"device": "cpu", "dtype": "float32", "skip_memory_check": True, "lanes": "adversarial"}
@@ -177,7 +176,7 @@ def test_kept_weights_are_handles(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer finds its weights in whatever slot holds them; the negative control, layers that keep views
     of the slot they had, reads the weights of another."""
     data = batches("llama", 1)
-    expected = autograd(source("llama", layers=7), data)
+    expected = autograd(source("llama", layers=8), data)
     model = moved()
     slots: dict[int, set[int]] = {}
     for op in model.engine.schedule(model.engine.spec(1)).ops:
@@ -208,7 +207,7 @@ def test_a_layer_that_cannot_be_rebound_is_recomputed(
         found = gradients(model)
         return all(torch.allclose(found[n], w, rtol=1e-5, atol=1e-7) for n, w in expected.items())
 
-    expected = autograd(source("llama", layers=7), data)
+    expected = autograd(source("llama", layers=8), data)
     model = moved(stash)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
