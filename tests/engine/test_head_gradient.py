@@ -140,7 +140,12 @@ def test_unfit_products_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
             patch.setitem(STAND_INS, overload, instead)
             assert not head_gradient.adds_in_fp32(CUDA, torch.bfloat16), name
         head_gradient.adds_in_fp32.cache_clear()
-    assert head_gradient.adds_in_fp32(CUDA, torch.bfloat16)
+    dtype = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)  # does not matter
+        assert head_gradient.adds_in_fp32(CUDA, torch.bfloat16)
+    finally:
+        torch.set_default_dtype(dtype)
     assert not head_gradient.adds_in_fp32(CUDA, torch.float32)
 
 

@@ -39,8 +39,9 @@ def adds_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     more digits than half precision holds. Waits for the device."""
     if device.type != "cuda" or dtype not in _HALF:
         return False
-    left = (torch.arange(40 * 24) * 37 % 123 - 61).view(40, 24)
-    right = (torch.arange(40 * 16) * 29 % 123 - 61).view(40, 16)
+    # On the host whatever the caller's default device is.
+    left = (torch.arange(40 * 24, device="cpu") * 37 % 123 - 61).view(40, 24)
+    right = (torch.arange(40 * 16, device="cpu") * 29 % 123 - 61).view(40, 16)
     try:
         factors = left.to(dtype).to(device).t(), right.to(dtype).to(device)
         run = torch.full((3, 24 * 16), torch.nan, dtype=torch.float32, device=device)
@@ -52,7 +53,8 @@ def adds_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     except (RuntimeError, AttributeError) as error:  # a torch or a device without such products
         _log.info("the head's gradient is added in %s: %s", dtype, error)
         return False
-    is_sound = torch.equal(found[1].view(24, 16), 2.0 * (left.t() @ right)) and bool(found[::2].isnan().all())
+    wanted = 2 * (left.t() @ right).float()
+    is_sound = torch.equal(found[1].view(24, 16), wanted) and bool(found[::2].isnan().all())
     if not is_sound:
         _log.info("the head's gradient is added in %s: products in fp32 are wrong on this device", dtype)
     return is_sound
