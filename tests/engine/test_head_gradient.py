@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 import horizon_lm as hz
 import zoo
-from emulated_cuda import EmulatedCuda, watch_ops
+from emulated_cuda import CUDA, STAND_INS, EmulatedCuda, watch_ops
 from emulated_cuda import emulated_cuda as emulated_cuda
 from fake_cuda import fake_cuda as fake_cuda
 from horizon_lm.engine import ends, head_gradient
@@ -100,3 +101,59 @@ def test_nearer_to_fp64(emulated_cuda: EmulatedCuda) -> None:
         errors[way] = [relative(view, value) for view, value in zip(views, exact, strict=True)]
     assert all(error < 1e-5 for error in errors["products"])
     assert all(error > 1e-4 for error in errors["autograd"])
+
+
+def _halved(left: Any, right: Any, out_dtype: torch.dtype, *, out: torch.Tensor) -> torch.Tensor:
+    return out.copy_(left @ right)
+
+
+def _overwritten(
+    self: torch.Tensor, left: Any, right: Any, out_dtype: torch.dtype, *, out: torch.Tensor
+) -> torch.Tensor:
+    return torch.mm(left.float(), right.float(), out=out)
+
+
+def _absent(*args: Any, **kwargs: Any) -> torch.Tensor:
+    raise NotImplementedError("no such product")
+
+
+UNFIT = {
+    "rounded": (torch.ops.aten.mm.dtype_out, _halved),
+    "absent": (torch.ops.aten.mm.dtype_out, _absent),
+    "not added": (torch.ops.aten.addmm.dtype_out, _overwritten),
+    "cannot add": (torch.ops.aten.addmm.dtype_out, _absent),
+}
+
+
+@pytest.fixture
+def tried_anew() -> Iterator[None]:
+    """Answers are kept for the process."""
+    head_gradient.adds_in_fp32.cache_clear()
+    yield
+    head_gradient.adds_in_fp32.cache_clear()
+
+
+@pytest.mark.usefixtures("emulated_cuda", "tried_anew")
+def test_unfit_products_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, (overload, instead) in UNFIT.items():
+        with monkeypatch.context() as patch:
+            patch.setitem(STAND_INS, overload, instead)
+            assert not head_gradient.adds_in_fp32(CUDA, torch.bfloat16), name
+        head_gradient.adds_in_fp32.cache_clear()
+    dtype = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)  # does not matter
+        assert head_gradient.adds_in_fp32(CUDA, torch.bfloat16)
+    finally:
+        torch.set_default_dtype(dtype)
+    assert not head_gradient.adds_in_fp32(CUDA, torch.float32)
+
+
+@pytest.mark.usefixtures("tried_anew")
+def test_a_device_without_such_products_takes_autograd(
+    emulated_cuda: EmulatedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then gradients have the bits of the ordinary path; with such products they have not (above)."""
+    monkeypatch.setitem(STAND_INS, *UNFIT["absent"])
+    plain, found = _gradients("llama", "cpu"), _gradients("llama", "cuda", emulated_cuda)
+    assert all(torch.equal(found[key], plain[key]) for key in plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import ctypes
 import gc
 import random
@@ -215,6 +216,23 @@ def test_a_thread_takes_up_the_callers_number_of_threads() -> None:
 
 
 # Streams.
+
+
+def test_lanes_have_the_callers_context() -> None:
+    """Each run anew, and nothing of theirs comes back: torch keeps its compiler's settings there."""
+    setting: contextvars.ContextVar[str] = contextvars.ContextVar("setting", default="none")
+    lanes, seen = CudaLanes(CPU), []
+
+    def execute(i: int) -> None:
+        seen.append(setting.get())
+        setting.set("of an op")
+
+    for value in ("first", "second"):
+        setting.set(value)
+        seen.clear()
+        for i in (0, len(OPS) - 1):  # each op alone, so that it sees no other's
+            lanes.run(OPS, [()] * len(OPS), range(i, i + 1), execute)
+        assert seen == [value] * 2 and setting.get() == value
 
 
 def test_downloads_yield_to_compute() -> None:

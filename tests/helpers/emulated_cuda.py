@@ -198,7 +198,7 @@ class _Operations(TorchDispatchMode):
             why = self._waits(func, args, kwargs, target)
             if why:
                 cuda.wait(why)
-        output = _STAND_INS.get(func, func)(*args, **kwargs)
+        output = STAND_INS.get(func, func)(*args, **kwargs)
         goes_home = func is _aten._to_copy.default and target == "cpu"
         if (marked and not goes_home and func is not _aten.copy_.default) or target == "cuda":
             tree_map_only(torch.Tensor, cuda.put_on_device, output)
@@ -257,7 +257,7 @@ def _addmm_in_fp32(
 
 
 # Operations that the CPU has not.
-_STAND_INS = {
+STAND_INS = {
     _aten.histc.default: _histc_of_integers,
     _aten.mm.dtype_out: _mm_in_fp32,
     _aten.addmm.dtype_out: _addmm_in_fp32,
@@ -349,4 +349,4 @@ def watch_ops(engine: Any, cuda: EmulatedCuda) -> None:
             assert cuda.is_on_device(buffer)
 
 
-__all__ = ["EmulatedCuda", "emulated_cuda", "watch_ops"]
+__all__ = ["CUDA", "STAND_INS", "EmulatedCuda", "emulated_cuda", "watch_ops"]

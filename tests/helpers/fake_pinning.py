@@ -16,7 +16,7 @@ _REFUSED = 2  # cudaErrorMemoryAllocation
 
 
 class Runtime:
-    """The two calls of `torch.cuda.cudart()` that pin memory.
+    """The calls of `torch.cuda.cudart()` that pin memory, and name an error.
 
     registered: bytes by address. pins: calls that pinned something, whichever way. unknown: calls that
     unregistered what was not. refuses: given the number of the call, whether CUDA refuses it.
@@ -43,6 +43,10 @@ class Runtime:
         with self._lock:
             self.unknown += self.registered.pop(address, None) is None
         return 0
+
+    def cudaGetErrorString(self, status: int) -> str:  # noqa: N802
+        assert status == _REFUSED
+        return "out of memory"
 
     def holding(self, tensor: torch.Tensor) -> int:
         """How many registrations hold all of a tensor: 1, or copies of it are refused or slow."""

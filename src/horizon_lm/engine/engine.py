@@ -19,6 +19,7 @@ from horizon_lm.config import ModelSettings
 from horizon_lm.config.data import IGNORED
 from horizon_lm.engine.disk_lane import Saving
 from horizon_lm.engine.ends import Rows
+from horizon_lm.engine.head_gradient import adds_in_fp32
 from horizon_lm.engine.lanes import Lanes, Span
 from horizon_lm.engine.loss import LossFunction, as_numbers, cross_entropy, custom, shifted_targets
 from horizon_lm.engine.ops import Ops
@@ -66,6 +67,7 @@ class Engine:
         self._spans_origin = 0.0
         self._is_at_work = False
         self._kernels = DeterministicKernels.on(device, settings.deterministic)
+        adds_in_fp32(device, skeleton.dtype)  # now: in a step it would wait for the device
         self._restorers = (
             skeleton.restorer(),
             attention_restorer(),

@@ -6,9 +6,10 @@ CUDA, a product of bf16 matrices can add to an fp32 matrix directly.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,43 @@ from horizon_lm.memory.layout import Parameter
 from horizon_lm.model.head import forward_replaced
 from horizon_lm.model.skeleton import Skeleton
 
+_log = logging.getLogger(__name__)
 _HALF = (torch.bfloat16, torch.float16)
+
+
+def _multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, *, adds: bool) -> None:
+    """out [m, n] in fp32 = left [m, k] @ right [k, n] in half precision, added to what is there if `adds`."""
+    if adds:
+        torch.ops.aten.addmm.dtype_out(out, left, right, torch.float32, out=out)
+    else:
+        torch.ops.aten.mm.dtype_out(left, right, torch.float32, out=out)
+
+
+@cache
+def adds_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of `dtype` add up in fp32 on the device, in place: tried once, on whole numbers with
+    more digits than half precision holds. Waits for the device."""
+    if device.type != "cuda" or dtype not in _HALF:
+        return False
+    # On the host whatever the caller's default device is.
+    left = (torch.arange(40 * 24, device="cpu") * 37 % 123 - 61).view(40, 24)
+    right = (torch.arange(40 * 16, device="cpu") * 29 % 123 - 61).view(40, 16)
+    try:
+        factors = left.to(dtype).to(device).t(), right.to(dtype).to(device)
+        run = torch.full((3, 24 * 16), torch.nan, dtype=torch.float32, device=device)
+        for adds in (False, True):
+            _multiply(*factors, run[1].view(24, 16), adds=adds)
+        found = run.cpu()
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AttributeError) as error:  # a torch or a device without such products
+        _log.info("the head's gradient is added in %s: %s", dtype, error)
+        return False
+    wanted = 2 * (left.t() @ right).float()
+    is_sound = torch.equal(found[1].view(24, 16), wanted) and bool(found[::2].isnan().all())
+    if not is_sound:
+        _log.info("the head's gradient is added in %s: products in fp32 are wrong on this device", dtype)
+    return is_sound
 
 
 class _Sums(NamedTuple):
@@ -33,12 +70,8 @@ class _Sums(NamedTuple):
     def add(self, output_gradient: torch.Tensor, inputs: torch.Tensor) -> None:
         """Add the gradients of outputs [n, vocabulary] computed from inputs [n, width]."""
         view = self.gradient.layout.trainable_view(self.gradient.run, self.weight)
-        factors = output_gradient.t(), inputs
-        if self.weight.name in self.gradient.written:
-            torch.ops.aten.addmm.dtype_out(view, *factors, torch.float32, out=view)
-        else:
-            torch.ops.aten.mm.dtype_out(*factors, torch.float32, out=view)
-            self.gradient.written.add(self.weight.name)
+        _multiply(output_gradient.t(), inputs, view, adds=self.weight.name in self.gradient.written)
+        self.gradient.written.add(self.weight.name)
         if self.bias is not None:
             self.gradient.add(self.bias, output_gradient.sum(0, dtype=torch.float32))
 
@@ -86,9 +119,10 @@ def projection_into(skeleton: Skeleton, unit: int, gradient: UnitGradient | None
 def _sums(skeleton: Skeleton, projection: Any, gradient: UnitGradient | None) -> _Sums | None:
     if type(projection) is not nn.Linear or "forward" in projection.__dict__ or gradient is None:
         return None
-    if gradient.run.device.type != "cuda" or gradient.run.dtype != torch.float32:
+    device = gradient.run.device
+    if device.type != "cuda" or gradient.run.dtype != torch.float32:
         return None
-    trainable = {p.name: p for p in gradient.layout.trainable if p.compute_dtype in _HALF}
+    trainable = {p.name: p for p in gradient.layout.trainable if adds_in_fp32(device, p.compute_dtype)}
     named = {local: skeleton.name_of(projection, local) for local in ("weight", "bias")}
     weight, bias = (trainable.get(named[local]) for local in ("weight", "bias"))
     if weight is None or (projection.bias is not None and bias is None):

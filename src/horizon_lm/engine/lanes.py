@@ -9,6 +9,7 @@ Tests add a third (`tests/helpers/adversarial.py`): random legal order, which ex
 from __future__ import annotations
 
 import atexit
+import contextvars
 import os
 import time
 import weakref
@@ -243,6 +244,8 @@ class _CudaRun:
         self.record = record
         self.thread_of = lanes.thread
         self.host_threads = torch.get_num_threads()
+        # The caller's settings of torch's compiler, which since torch 2.12 belong to a thread.
+        self.context = contextvars.copy_context()
         self.issued = {i: Latch() for i in indices}
         on_device = [i for i in indices if ops[i].lane in self.streams]
         self.ended = dict(zip(on_device, lanes.events("ended", len(on_device), timing=record), strict=True))
@@ -270,7 +273,7 @@ class _CudaRun:
         try:
             if torch.get_num_threads() != self.host_threads:  # a thread keeps the number that it started with
                 torch.set_num_threads(self.host_threads)
-            self._lane(lane, self.mine[lane])
+            self.context.copy().run(self._lane, lane, self.mine[lane])
         except BaseException as error:  # surfaces in the calling thread, in complete()
             self._fail(error)
             return False

@@ -132,8 +132,9 @@ def _madvise(address: int, num_bytes: int, advice: int) -> bool:
 def _register(piece: _Piece, runtime: Any) -> None:
     status = runtime.cudaHostRegister(piece.start, piece.num_bytes, 0)
     if int(status) != 0:
+        reason = runtime.cudaGetErrorString(status)
         raise DoesNotFitError(
-            f"CUDA refused to pin {size(piece.num_bytes)} of host memory (cudaHostRegister: {status})",
+            f"CUDA refused to pin {size(piece.num_bytes)} of host memory (cudaHostRegister: {reason})",
             hint="raise the locked-memory limit (ulimit -l unlimited) or choose a smaller model",
         )
     piece.registered.append(piece.start)
