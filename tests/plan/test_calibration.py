@@ -192,6 +192,8 @@ def test_a_profile_may_name_the_threads_of_the_update(tmp_path: Path) -> None:
         plan = plan_run(config.replace(**changes), str(tmp_path / "named.yaml"), frozenset(changes))
         row = next(choice for choice in plan.choices if choice.key == "optimizer_threads")
         assert (plan.config.optimizer_threads, row.value, row.pinned) == (expected, expected, bool(changes))
+    between = config.replace(update="sync")  # takes all cores, whatever was measured beside the lanes
+    assert plan_run(between, str(tmp_path / "named.yaml"), frozenset()).config.optimizer_threads == "auto"
     plain = plan_run(config, "h100-sxm", frozenset())
     row = next(choice for choice in plain.choices if choice.key == "optimizer_threads")
     left = 0 if plain.config.update == "sync" else 3

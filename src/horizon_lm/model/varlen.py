@@ -19,7 +19,7 @@ from horizon_lm.memory.pinned import pinned
 # Limits of torch's flash attention kernels (flash_api.cpp, sdp_utils.cpp).
 _DTYPES = frozenset({torch.bfloat16, torch.float16})
 _LARGEST_SIZE = 256
-_NO_BACKWARD = range(193, 225)  # sizes without a backward pass on sm86, sm89 and sm120
+_NO_BACKWARD = range(193, 225)  # no backward pass on sm86, sm89 and sm120; excluded on all
 _ARCHITECTURES = ((8, 0), (12, 1))
 # Honoured parameters of transformers' sdpa; documents imply `is_causal`. sdpa ignores unlisted names.
 _HONOURED = frozenset({"module", "query", "key", "value", "attention_mask", "scaling", "is_causal"})

@@ -133,8 +133,9 @@ class Planner:
         }
         if config.activations == "auto":
             changes["activations"] = _listed("recompute", layers - kept, "keep", kept)
-        if config.optimizer_threads == "auto" and self.profile.update_threads is not None:
-            changes["optimizer_threads"] = self.profile.update_threads
+        threads = self.profile.update_threads if update != "sync" else None  # between steps: all cores
+        if config.optimizer_threads == "auto" and threads is not None:
+            changes["optimizer_threads"] = threads
         if config.boundaries == "auto":
             changes["boundaries"] = _listed("host", spilled, "device", layers - spilled)
         return config.replace(**changes)

@@ -108,7 +108,8 @@ def examine(
         if say is not None:
             say(what, figure)
 
-    budget = calibrate.Budget(None if thorough else SECONDS[device] if seconds is None else seconds, hear)
+    limit = seconds if seconds is not None or thorough else SECONDS[device]
+    budget = calibrate.Budget(limit, hear)
     repeats, runs = (5, 3) if thorough else (2, 1)
     try:
         profile = calibrate.measure(device, repeats=repeats, runs=runs, budget=budget)
