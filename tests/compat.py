@@ -79,10 +79,11 @@ class Job:
             return False
         if self.ledger is None:
             return True
-        rows = [json.loads(line) for line in self.ledger.read_text("utf-8").splitlines()]
-        failed = [row for row in rows if row.get("status") not in ("done", "absent", "skipped")]
-        for row in failed:
-            print(f"  {row['job']}: {row.get('status')}: {row.get('why')}")
+        lines = [json.loads(line) for line in self.ledger.read_text("utf-8").splitlines()]
+        rows = {row["job"]: row for row in lines}  # the last one of each counts
+        failed = {job: row for job, row in rows.items() if row["status"] not in ("done", "absent", "skipped")}
+        for job, row in failed.items():
+            print(f"  {job}: {row['status']}: {row.get('why')}")
         return bool(rows) and not failed
 
 

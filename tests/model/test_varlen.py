@@ -176,8 +176,10 @@ def test_what_the_kernel_does_not_take_goes_piece_by_piece(
     assert calls(tensors, module, output_attentions=True) == 0
     if "cache" in varlen._unknown_options():  # of transformers' sdpa, in some versions
         assert calls(tensors, module, cache=object()) == 0
-    with pytest.raises(ValueError, match="softcap"):
-        attend(module, *tensors, masked(ROWS, 5, packed=True), softcap=30.0)
+    try:
+        assert calls(tensors, module, softcap=30.0) == 0  # some versions of transformers' sdpa ignore it
+    except ValueError as error:  # others refuse it
+        assert "softcap" in str(error) and not flash.forwards
     for size in (12, 200, 264):
         assert calls(inputs(bf16, 2, size)[1], module) == 0, size
     for size in (192, 256):

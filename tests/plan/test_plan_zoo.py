@@ -33,6 +33,7 @@ def outline_of(name: str) -> Outline:
 
 @pytest.mark.parametrize("name", [n for n in zoo.CASES if n not in NOT_STREAMED])
 def test_what_trains_is_planned(name: str) -> None:
+    zoo.need(f"{name} planned")
     outline = outline_of(name)
     measures = outline.measures(1, zoo.WINDOW + 4, 128)  # longer than a window; xlstm cuts chunks of 4
     assert len(measures.layers) == len(set(outline.kind_of))
