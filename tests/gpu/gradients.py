@@ -2,7 +2,7 @@
 
 Bitwise, where transformers itself gives the same bits twice. Exceptions are named in the table:
 
-- the embedding table: its gradient rows are added up on the host, in another order;
+- the embedding table: its gradient rows are summed once per row in use, in another order;
 - models whose own kernels are not reproducible, or compute other bits without a graph.
 """
 
@@ -54,7 +54,7 @@ CASES = (
 )
 AT_LEAST = 10
 KINDS = ("plain", "padded", "packed")
-EMBEDDING = "embedding rows are added on the host, in another order"
+EMBEDDING = "embedding rows are summed in another order"
 
 
 @dataclass
