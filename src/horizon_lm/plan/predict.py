@@ -6,10 +6,10 @@ The schedule that the engine would run (`schedule.build`) is simulated with the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from horizon_lm.config import ModelSettings
+from horizon_lm.config import ModelSettings, TrainConfig
 from horizon_lm.engine.policies import Policies, store_spec
 from horizon_lm.machine.profile import Profile
 from horizon_lm.memory.store import predict_bytes
@@ -24,6 +24,7 @@ class Prediction:
     """Prediction for one steady-state step.
 
     costs: those of its ops. host, device: bytes by part; device is empty if the device is the CPU.
+    scoring: a forward pass over the documents of the step, for log-probabilities, if the method needs any.
     """
 
     settings: ModelSettings
@@ -31,6 +32,7 @@ class Prediction:
     host: dict[str, int]
     device: dict[str, int]
     simulation: Simulation
+    scoring: Simulation | None = None
 
     @property
     def plan(self) -> StepSpec:
@@ -75,7 +77,33 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
-        return self.simulation.seconds
+        return self.simulation.seconds + self.kl_seconds
+
+    @property
+    def kl_seconds(self) -> float:
+        """Seconds of a step's forward pass over other completions, from which KTO estimates its KL term."""
+        return self._score_seconds if self._preferences and self._preferences.uses_kl else 0.0
+
+    @property
+    def reference_seconds(self) -> float:
+        """Seconds of the reference's pass over the samples of one step; 0 without a reference."""
+        config = self._preferences
+        if config is None or not config.uses_reference:
+            return 0.0
+        return self._score_seconds * (2 if config.uses_kl else 1)
+
+    @property
+    def reference_tokens_per_second(self) -> float:
+        """Documents of the KL term count as well."""
+        return self.tokens / self._score_seconds if self.reference_seconds else 0.0
+
+    @property
+    def _score_seconds(self) -> float:
+        return self.scoring.seconds if self.scoring is not None else 0.0
+
+    @property
+    def _preferences(self) -> TrainConfig | None:
+        return _preferences(self.settings)
 
     @property
     def tokens_per_second(self) -> float:
@@ -83,7 +111,11 @@ class Prediction:
 
     def lanes(self) -> dict[str, float]:
         """Busy seconds of each lane."""
-        return {str(lane): 0.0 for lane in Lane} | busy_seconds(self.simulation.spans)
+        found = {str(lane): 0.0 for lane in Lane} | busy_seconds(self.simulation.spans)
+        if self.kl_seconds and self.scoring is not None:
+            for lane, seconds in busy_seconds(self.scoring.spans).items():
+                found[lane] += seconds
+        return found
 
     def limit(self) -> str:
         """The busiest lane, and its share of the step."""
@@ -101,9 +133,10 @@ def predict(
     tokens: int,
     micro_batches: int,
 ) -> Prediction:
-    """Predict steps of `micro_batches` micro-batches [batch, tokens]."""
-    policies = Policies.of(settings, outline)
-    measures = outline.measures(batch, tokens, policies.loss_chunk, settings.label_smoothing_factor)
+    """Predict steps of `micro_batches` micro-batches [batch, tokens]; a pair is two rows, packed or not."""
+    policies, preferences = Policies.of(settings, outline), _preferences(settings)
+    smoothing, is_preference = settings.label_smoothing_factor, preferences is not None
+    measures = outline.measures(batch, tokens, policies.loss_chunk, smoothing, is_preference)
     spec = store_spec(settings, outline)
     costs = Costs(outline, measures, policies, policies.step_spec(micro_batches), spec, profile)
     # Ops that run one at a time wait for nothing but the op before.
@@ -127,7 +160,27 @@ def predict(
     else:
         device = {"context": int(profile.context_bytes), **costs.fixed_bytes()}
         device |= simulation.parts.get(DEVICE, {})
-    return Prediction(settings, costs, host, device, simulation)
+    scoring = _scoring(costs) if preferences is not None and preferences.uses_reference else None
+    return Prediction(settings, costs, host, device, simulation, scoring)
+
+
+def _preferences(settings: ModelSettings) -> TrainConfig | None:
+    return settings if isinstance(settings, TrainConfig) and settings.is_preference else None
+
+
+def _scoring(costs: Costs) -> Simulation:
+    """Simulate a forward pass alone. It needs less memory than a step with the same micro-batches."""
+    spec = costs.policies.step_spec(costs.plan.micro_batches, evaluate=True)
+    costs = replace(costs, plan=spec)
+    ops = build(spec)
+    return simulate(
+        ops,
+        costs.seconds,
+        num_bytes=costs.num_bytes,
+        working_bytes=costs.working_bytes,
+        waits=None if costs.is_cpu else derive_waits(ops),
+        one_at_a_time=costs.is_cpu,
+    )
 
 
 @lru_cache(maxsize=256)

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from horizon_lm.engine.ends import backward_prologue, bound_for_backward, forward_prologue, look_up
 from horizon_lm.engine.gradient import UnitGradient
 from horizon_lm.engine.layers import Layer
-from horizon_lm.engine.loss import Draws, HeadLoss, cross_entropy, custom, log_probabilities
+from horizon_lm.engine.loss import Asked, Draws, HeadLoss, cross_entropy, custom, token_values
 from horizon_lm.memory.live import LiveBytes
 from horizon_lm.memory.slots import UnitWeights
 from horizon_lm.model.anatomy import tensors_in
@@ -168,7 +168,7 @@ class Loss(NamedTuple):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A head loss that computes log-probabilities alone."""
         with draws():
-            found = log_probabilities(skeleton, hidden, targets, self.chunk)
+            found = token_values(skeleton, hidden, targets, self.chunk, Asked()).log_probs
         return found, found
 
 
