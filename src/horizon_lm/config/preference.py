@@ -307,6 +307,12 @@ class PreferenceSettings(Settings):
                 key="label_smoothing",
                 hint="set label_smoothing=1e-3, which its paper recommends",
             )
+        if self.use_weighting and "sft" in names:
+            yield fault(
+                "use_weighting weights pairs, and loss_type sft (rpo_alpha) is a mean over tokens",
+                key="use_weighting",
+                hint="leave one of them out",
+            )
         if "robust" in names and self.label_smoothing >= 0.5:
             yield fault(
                 f"loss_type robust needs label_smoothing below 0.5, not {self.label_smoothing:g}",

@@ -239,6 +239,4 @@ def kto(
         kl = torch.zeros_like(kl)
     towards = torch.sigmoid(s.beta * (ratios - kl))
     away = torch.sigmoid(s.beta * (kl - ratios))
-    return torch.where(
-        is_desirable, s.desirable_weight * (1 - towards), s.undesirable_weight * (1 - away)
-    )
+    return torch.where(is_desirable, s.desirable_weight * (1 - towards), s.undesirable_weight * (1 - away))
