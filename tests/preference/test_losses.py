@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-import trl_losses
 
+import trl_losses
 from horizon_lm.config import TrainConfig
 from horizon_lm.engine.loss import TokenValues
 from horizon_lm.micro_batches import MicroBatch

@@ -181,11 +181,11 @@ class PreferenceSettings(Settings):
     )
     precompute_ref_batch_size: int | None = setting(
         None,
-        "Documents in a micro-batch of the reference's pass over the data; null uses as many as have the "
+        "Sequences in a micro-batch of the reference's pass over the data; null uses as many as have the "
         "tokens of a training micro-batch.",
         group=_GROUP,
         resume="free",
-        unit="documents",
+        unit="sequences",
         ge=1,
         le=MOST,
     )

@@ -60,7 +60,7 @@ def make_pairs(
 
 
 def divergence_score(ratios: torch.Tensor, settings: PreferenceSettings) -> torch.Tensor:
-    """Return f'(exp(ratio)) of the f-divergence (f-DPO, https://huggingface.co/papers/2309.16240, Table 1)."""
+    """Return f'(exp(ratio)) of the f-divergence (f-DPO, https://huggingface.co/papers/2309.16240)."""
     kind, alpha = settings.f_divergence_type, settings.f_alpha_divergence_coef
     if kind == "forward_kl":
         return 1 - torch.exp(-ratios)
@@ -182,7 +182,7 @@ AGAINST_REFERENCE: dict[str, PairLoss] = {
 
 
 def log_odds(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """ORPO, https://huggingface.co/papers/2403.07691, Eq. 4 and 7: log of the ratio of the odds p / (1 - p)."""
+    """ORPO, https://huggingface.co/papers/2403.07691, Eq. 4: log of the ratio of the odds p / (1 - p)."""
     return (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
 
 

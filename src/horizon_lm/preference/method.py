@@ -36,8 +36,9 @@ class Terms:
 class Method:
     """A method of preference optimisation with the settings of a run.
 
-    A step's loss is the mean over all its samples, and that of the negative log-likelihood over all its chosen
-    tokens, however it is cut into micro-batches; aot and aot_unpaired compare the pairs of one micro-batch.
+    A step's loss is the mean over all its samples, and that of the negative log-likelihood over all its
+    chosen tokens, however it is cut into micro-batches; aot and aot_unpaired compare the pairs of one
+    micro-batch.
     """
 
     def __init__(self, settings: PreferenceSettings) -> None:
@@ -95,7 +96,7 @@ class Method:
     def with_kl(
         self, model: HostModel, micro_batches: Sequence[MicroBatch], reference: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Estimate the KL divergence from all KL documents of a step, at least 0; None without such a term."""
+        """Estimate the KL divergence from all KL documents of a step, at least 0; None without that term."""
         batches = self.kl_batches(micro_batches)
         if not batches:
             return None
