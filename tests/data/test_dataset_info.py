@@ -12,7 +12,7 @@ from data_helpers import config, dataset, examples, write_rows
 from horizon_lm import cli
 from horizon_lm.config import TrainConfig
 from horizon_lm.data import Documents, load_training_data, train_tokenizer
-from horizon_lm.data.formats import Chat, Text
+from horizon_lm.data.examples import Chat, Text
 from horizon_lm.errors import ConfigError
 
 TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}

@@ -9,7 +9,8 @@ import pytest
 
 from data_helpers import dataset, examples, write_parquet, write_rows
 from horizon_lm.data import Documents
-from horizon_lm.data.formats import Chat, Pair, Text, convert, detect
+from horizon_lm.data.examples import Chat, Pair, Text
+from horizon_lm.data.formats import convert, detect
 from horizon_lm.errors import DataError
 
 

@@ -32,7 +32,7 @@ from data_helpers import config, write_rows
 from horizon_lm.data import load_training_data
 from horizon_lm.data.documents import Placed
 from horizon_lm.data.encode import Encoded, Encoder
-from horizon_lm.data.formats import Chat, Pair
+from horizon_lm.data.examples import Chat, Pair
 from horizon_lm.data.preview import pieces
 from horizon_lm.errors import DataError
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from horizon_lm.data.loader import StepSize
+from horizon_lm.data.collate import StepSize
 from horizon_lm.memory.layout import UnitLayout
 from horizon_lm.plan.model_flops import Counted, count_layers, kinds_of_layers
 from horizon_lm.plan.working_set import Built

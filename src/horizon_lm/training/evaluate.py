@@ -8,8 +8,8 @@ from itertools import islice
 
 from horizon_lm.config import TrainConfig
 from horizon_lm.config.data import IGNORED
-from horizon_lm.data.loader import in_order
-from horizon_lm.data.packing import Rows
+from horizon_lm.data.collate import in_order
+from horizon_lm.data.rows import Rows
 from horizon_lm.errors import DataError
 from horizon_lm.host_model import HostModel
 from horizon_lm.micro_batches import MicroBatch
