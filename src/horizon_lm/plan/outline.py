@@ -157,10 +157,10 @@ class Outline:
         tokens: int,
         loss_chunk: int,
         label_smoothing: float = 0.0,
-        of_log_probs: bool = False,
+        values: tuple[str, ...] | None = None,
     ) -> Measures:
-        """Measure the parts on a micro-batch, once for each shape. of_log_probs: see `Loss`."""
-        loss = Loss(loss_chunk, label_smoothing, of_log_probs)
+        """Measure the parts on a micro-batch, once for each shape. values: see `Loss`."""
+        loss = Loss(loss_chunk, label_smoothing, values)
         key = batch, tokens, loss_chunk, loss.kind
         if key not in self._measured:
             try:

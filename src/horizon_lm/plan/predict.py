@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from horizon_lm.config import ModelSettings, TrainConfig
 from horizon_lm.engine.policies import Policies, store_spec
@@ -15,6 +15,8 @@ from horizon_lm.machine.profile import Profile
 from horizon_lm.memory.store import predict_bytes
 from horizon_lm.plan.costs import DEVICE, HOST, Costs
 from horizon_lm.plan.outline import Outline
+from horizon_lm.preference.method import Method
+from horizon_lm.preference.reference import TOGETHER
 from horizon_lm.schedule import Lane, Op, Simulation, StepSpec, build, derive_waits, simulate
 from horizon_lm.schedule.draw import busy_seconds
 
@@ -24,7 +26,8 @@ class Prediction:
     """Prediction for one steady-state step.
 
     costs: those of its ops. host, device: bytes by part; device is empty if the device is the CPU.
-    scoring: a forward pass over the documents of the step, for log-probabilities, if the method needs any.
+    kl: the forward pass of a KL term, before each step. reference: a piece of the reference's pass over the
+    data, of `reference_tokens`. Both only if the method needs them.
     """
 
     settings: ModelSettings
@@ -32,7 +35,9 @@ class Prediction:
     host: dict[str, int]
     device: dict[str, int]
     simulation: Simulation
-    scoring: Simulation | None = None
+    kl: Simulation | None = None
+    reference: Simulation | None = None
+    reference_tokens: int = 0
 
     @property
     def plan(self) -> StepSpec:
@@ -81,29 +86,22 @@ class Prediction:
 
     @property
     def kl_seconds(self) -> float:
-        """Seconds of a step's forward pass over other completions, from which KTO estimates its KL term."""
-        return self._score_seconds if self._preferences and self._preferences.uses_kl else 0.0
+        """Seconds of the forward pass of each step from which KTO estimates its KL term."""
+        return self.kl.seconds if self.kl is not None else 0.0
+
+    @property
+    def reference_tokens_per_second(self) -> float:
+        """Of the reference's pass over the data, documents of the KL term included; 0 without a reference."""
+        if self.reference is None:
+            return 0.0
+        return self.reference_tokens / self.reference.seconds
 
     @property
     def reference_seconds(self) -> float:
         """Seconds of the reference's pass over the samples of one step; 0 without a reference."""
-        config = self._preferences
-        if config is None or not config.uses_reference:
+        if self.reference is None:
             return 0.0
-        return self._score_seconds * (2 if config.uses_kl else 1)
-
-    @property
-    def reference_tokens_per_second(self) -> float:
-        """Documents of the KL term count as well."""
-        return self.tokens / self._score_seconds if self.reference_seconds else 0.0
-
-    @property
-    def _score_seconds(self) -> float:
-        return self.scoring.seconds if self.scoring is not None else 0.0
-
-    @property
-    def _preferences(self) -> TrainConfig | None:
-        return _preferences(self.settings)
+        return self.tokens * (2 if self.kl is not None else 1) / self.reference_tokens_per_second
 
     @property
     def tokens_per_second(self) -> float:
@@ -112,9 +110,8 @@ class Prediction:
     def lanes(self) -> dict[str, float]:
         """Busy seconds of each lane."""
         found = {str(lane): 0.0 for lane in Lane} | busy_seconds(self.simulation.spans)
-        if self.kl_seconds and self.scoring is not None:
-            for lane, seconds in busy_seconds(self.scoring.spans).items():
-                found[lane] += seconds
+        for lane, seconds in busy_seconds(self.kl.spans if self.kl is not None else ()).items():
+            found[lane] += seconds
         return found
 
     def limit(self) -> str:
@@ -135,50 +132,75 @@ def predict(
 ) -> Prediction:
     """Predict steps of `micro_batches` micro-batches [batch, tokens]; a pair is two rows, packed or not."""
     policies, preferences = Policies.of(settings, outline), _preferences(settings)
-    smoothing, is_preference = settings.label_smoothing_factor, preferences is not None
-    measures = outline.measures(batch, tokens, policies.loss_chunk, smoothing, is_preference)
-    spec = store_spec(settings, outline)
-    costs = Costs(outline, measures, policies, policies.step_spec(micro_batches), spec, profile)
-    # Ops that run one at a time wait for nothing but the op before.
-    ops, waits = (ops_of(costs.plan), None) if costs.is_cpu else schedule_of(costs.plan)
-    simulation = simulate(
-        ops,
-        costs.seconds,
-        num_bytes=costs.num_bytes,
-        working_bytes=costs.working_bytes,
-        waits=waits,
-        one_at_a_time=costs.is_cpu,
+    values = None if preferences is None else Method(preferences).values
+    measure = partial(
+        outline.measures,
+        tokens=tokens,
+        loss_chunk=policies.loss_chunk,
+        label_smoothing=settings.label_smoothing_factor,
+        values=values,
     )
-    host = {"process": int(profile.process_bytes), **predict_bytes(outline.units, spec)}
-    host |= simulation.parts.get(HOST, {})
-    device: dict[str, int] = {}
-    if costs.is_cpu:
-        fixed = costs.fixed_bytes()
-        transient = sum(simulation.parts.get(HOST, {}).values()) + fixed.get("waiting_gradients", 0)
-        host |= fixed
-        host["heap"] = int(profile.heap_share * transient)
-    else:
-        device = {"context": int(profile.context_bytes), **costs.fixed_bytes()}
-        device |= simulation.parts.get(DEVICE, {})
-    scoring = _scoring(costs) if preferences is not None and preferences.uses_reference else None
-    return Prediction(settings, costs, host, device, simulation, scoring)
+    spec = store_spec(settings, outline)
+    costs = Costs(outline, measure(batch), policies, policies.step_spec(micro_batches), spec, profile)
+    stored = predict_bytes(outline.units, spec)
+    has_kl = preferences is not None and preferences.uses_kl
+    simulation = _simulate(costs, replace(costs.plan, update="sync") if has_kl else costs.plan)
+    host, device = _bytes(costs, simulation, stored)
+    kl = _simulate_forward(costs, micro_batches) if has_kl else None
+    if preferences is None or not preferences.uses_reference:
+        return Prediction(settings, costs, host, device, simulation, kl)
+    size = preferences.precompute_ref_batch_size
+    batch = batch if size is None else preferences.sides * size
+    costs_of_pass = replace(costs, measures=measure(batch))
+    reference = _simulate_forward(costs_of_pass, TOGETHER)
+    stored = {name: size for name, size in stored.items() if name in ("weights", "residual")}
+    in_pass = _bytes(costs_of_pass, reference, stored)  # moments and gradients have no pages yet
+    host, device = (
+        max(one, other, key=lambda parts: sum(parts.values()))
+        for one, other in zip((host, device), in_pass, strict=True)
+    )
+    total = TOGETHER * batch * tokens
+    return Prediction(settings, costs, host, device, simulation, kl, reference, total)
+
+
+def _bytes(
+    costs: Costs, simulation: Simulation, stored: dict[str, int]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """(host bytes by part, device bytes by part). stored: bytes of the store in use."""
+    profile = costs.profile
+    host = {"process": int(profile.process_bytes), **stored, **simulation.parts.get(HOST, {})}
+    fixed = costs.fixed_bytes()
+    if not costs.is_cpu:
+        return host, {
+            "context": int(profile.context_bytes),
+            **fixed,
+            **simulation.parts.get(DEVICE, {}),
+        }
+    transient = sum(simulation.parts.get(HOST, {}).values()) + fixed.get("waiting_gradients", 0)
+    return host | fixed | {"heap": int(profile.heap_share * transient)}, {}
 
 
 def _preferences(settings: ModelSettings) -> TrainConfig | None:
     return settings if isinstance(settings, TrainConfig) and settings.is_preference else None
 
 
-def _scoring(costs: Costs) -> Simulation:
-    """Simulate a forward pass alone. It needs less memory than a step with the same micro-batches."""
-    spec = costs.policies.step_spec(costs.plan.micro_batches, evaluate=True)
-    costs = replace(costs, plan=spec)
-    ops = build(spec)
+def _simulate_forward(costs: Costs, micro_batches: int) -> Simulation:
+    """Simulate a forward pass for log-probabilities."""
+    spec = costs.policies.step_spec(micro_batches, evaluate=True)
+    return _simulate(replace(costs, plan=spec), spec)
+
+
+def _simulate(costs: Costs, spec: StepSpec) -> Simulation:
+    """Simulate the ops of `spec`. A pass before each step completes the updates, so that they overlap with
+    nothing: spec says sync then, and costs what the engine does."""
+    # Ops that run one at a time wait for nothing but the op before.
+    ops, waits = (ops_of(spec), None) if costs.is_cpu else schedule_of(spec)
     return simulate(
         ops,
         costs.seconds,
         num_bytes=costs.num_bytes,
         working_bytes=costs.working_bytes,
-        waits=None if costs.is_cpu else derive_waits(ops),
+        waits=waits,
         one_at_a_time=costs.is_cpu,
     )
 
@@ -193,4 +215,5 @@ def schedule_of(plan: StepSpec) -> tuple[Sequence[Op], Sequence[tuple[int, ...]]
 @lru_cache(maxsize=256)
 def ops_of(plan: StepSpec) -> Sequence[Op]:
     """The ops of `schedule_of` alone."""
-    return build(plan, step=1, pending=plan.trainable if plan.update == "deferred" else ())
+    pends = plan.update == "deferred" and not plan.evaluate
+    return build(plan, step=1, pending=plan.trainable if pends else ())

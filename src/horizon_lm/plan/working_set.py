@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from horizon_lm.engine.ends import backward_prologue, bound_for_backward, forward_prologue, look_up
 from horizon_lm.engine.gradient import UnitGradient
 from horizon_lm.engine.layers import Layer
-from horizon_lm.engine.loss import Asked, Draws, HeadLoss, cross_entropy, custom, token_values
+from horizon_lm.engine.loss import Asked, Draws, HeadLoss, TokenLoss, cross_entropy, custom, token_values
 from horizon_lm.memory.live import LiveBytes
 from horizon_lm.memory.slots import UnitWeights
 from horizon_lm.model.anatomy import tensors_in
@@ -147,20 +147,23 @@ def _layer_figures(readings: Sequence[Any]) -> tuple[int, tuple[int, Pass, Pass]
 
 
 class Loss(NamedTuple):
-    """chunk: tokens whose logits are alive at once. smoothing: that of the labels. of_log_probs: a function
-    of log-probabilities instead of the cross-entropy."""
+    """chunk: tokens whose logits are alive at once. smoothing: that of the labels. values: those of a
+    `TokenLoss`; None: the cross-entropy."""
 
     chunk: int
     smoothing: float = 0.0
-    of_log_probs: bool = False
+    values: tuple[str, ...] | None = None
 
     @property
     def kind(self) -> str:
-        return "log-probs" if self.of_log_probs else "smoothed" if self.smoothing else "cross-entropy"
+        if self.values is not None:
+            return " ".join(("token values", *self.values))
+        return "smoothed" if self.smoothing else "cross-entropy"
 
     def on_head(self, rows: int) -> HeadLoss:
-        if self.of_log_probs:
-            return custom(lambda log_probs, batch: log_probs.sum(), {}, self.chunk, {})
+        if self.values is not None:
+            loss = TokenLoss(lambda values, batch: values.log_probs.sum(), self.values)
+            return custom(loss, {}, self.chunk, {})
         return cross_entropy(rows, self.chunk, self.smoothing)
 
     def score(
