@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from horizon_lm.config import TrainConfig, check_max_length
-from horizon_lm.errors import ConfigError
+from horizon_lm.config.dataset_info import is_stdlib
+from horizon_lm.data.detect import with_method
+from horizon_lm.errors import ConfigError, HorizonError
 from horizon_lm.machine.cores import lane_cores
 from horizon_lm.machine.memory import lockable_bytes
 from horizon_lm.machine.profile import FALLBACK, Profile, load_profile
@@ -207,6 +210,27 @@ def plan_run(
         )
     title = _machine(profile, limits, prediction)
     return RunPlan(chosen, planner, prediction, _explain(config, chosen, planner), notes, title)
+
+
+def with_method_of_data(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
+    """Resolve `method: auto` by the first row of each dataset, as `train` does; return notes about it.
+
+    What is not on this machine is not read: nothing then tells it from data for sft, and the note says so.
+    """
+    if config.method != "auto":
+        return config, []
+    try:
+        absent = next((d.path for d in config.datasets if not _is_here(d.path)), None)
+        if absent is None:
+            return with_method(config), []
+        why = f"{absent} is not on this machine"
+    except HorizonError as error:
+        why = error.message
+    return config, [f"method=auto: the data was not read ({why}); method=sft is assumed"]
+
+
+def _is_here(path: str) -> bool:
+    return is_stdlib(path) or Path(path).expanduser().exists()
 
 
 def _machine(profile: Profile, limits: Limits, prediction: Prediction) -> str:
