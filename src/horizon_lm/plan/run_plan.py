@@ -49,9 +49,9 @@ class RunPlan:
         planner, base = self.planner, self._leanest()
         # One below the maximum is odd, as a rule: sizes that are rounded up show there. One sequence is a
         # special case, whose tensors need fewer copies.
-        rows, tokens = base.per_device_train_batch_size, base.max_length
-        planner.outline.expect(Line("batch", tokens, max(2, rows), _MOST_ROWS - 1))
-        planner.outline.expect(Line("tokens", 1, tokens, self._longest() - 1))
+        rows, tokens, sides = base.per_device_train_batch_size, base.max_length, base.sides
+        planner.outline.expect(Line("batch", tokens, max(2, sides * rows), sides * _MOST_ROWS - 1))
+        planner.outline.expect(Line("tokens", sides, tokens, self._longest() - 1))
         found = {
             "per_device_train_batch_size": largest_that_fits(
                 lambda n: planner.room_bytes(base.replace(per_device_train_batch_size=n)),
@@ -137,6 +137,17 @@ class RunPlan:
             return f"memory of this machine, times of {self.profile.name}"
         return self.profile.kind
 
+    def _forward_passes(self) -> dict[str, float]:
+        """Those of a preference method besides training's own, by key of `to_dict`."""
+        found, config = self.prediction, self.config
+        passes: dict[str, float] = {}
+        if config.uses_kl:
+            passes["kl_seconds"] = found.kl_seconds
+        if config.uses_reference:
+            passes["reference_seconds_per_step"] = found.reference_seconds
+            passes["reference_tokens_per_second"] = found.reference_tokens_per_second
+        return passes
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         found, outline = self.prediction, self.planner.outline
@@ -160,6 +171,7 @@ class RunPlan:
             "lane_seconds": found.lanes(),
             "tokens_per_step": found.tokens,
             "tokens_per_second": found.tokens_per_second,
+            **self._forward_passes(),
             "limited_by": found.limit(),
             "notes": self.all_notes(),
         }

@@ -29,7 +29,7 @@ from horizon_lm.preference.method import kl_batch
 from horizon_lm.words import count
 
 _FORMAT = 1  # increment when the same inputs give other values
-_TOGETHER = 16  # micro-batches per visit of a layer, as in evaluation
+TOGETHER = 16  # micro-batches per visit of a layer, as in evaluation
 _SECONDS = 30.0  # between two lines about a long pass
 
 Say = Callable[[str], None]
@@ -139,7 +139,7 @@ class Pass:
         batches = self._batches(rows, todo)
         started = said = time.monotonic()
         done = 0
-        while group := list(islice(batches, _TOGETHER)):
+        while group := list(islice(batches, TOGETHER)):
             numbers = _evaluate(model, group, self.config.ld_alpha, values)
             kept.add(numbers, values)
             done += len(numbers)

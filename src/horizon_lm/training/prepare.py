@@ -49,7 +49,7 @@ def plan_and_read(
     asked = config.tokens_per_step
     if cut:
         rows = cut[CUT[0]] * cut[CUT[1]]
-        config = config.replace(**cut, tokens_per_step=rows * config.max_length)
+        config = config.replace(**cut, tokens_per_step=rows * config.row_tokens)
         config, plan = settle(config, progress, pinned=frozenset({*config.model_fields_set, *cut}))
         config = config.replace(tokens_per_step=asked)
         return config, plan, read_data(config, progress)
@@ -68,7 +68,7 @@ def plan_and_read(
             if not _is_sized_by_data(config, data):
                 return found, plan, data
     data = read_data(config, progress) if data is None else data
-    tokens = wanted_rows(config, data) * config.max_length
+    tokens = wanted_rows(config, data) * config.row_tokens
     progress.stage(f"tokens_per_step={asked}: {count(tokens, 'token')} a step for this data")
     found, plan = settle(config.replace(tokens_per_step=tokens), progress)
     data.loader.cut(found.per_device_train_batch_size, found.gradient_accumulation_steps)
@@ -95,7 +95,7 @@ def _might_fit_less(config: TrainConfig) -> bool:
     """Tell whether the smallest step would fit, so that reading the data is worthwhile."""
     if config.tokens_per_step is None or config.streaming:
         return False
-    tokens = rows_wanted(config, 1, False) * config.max_length
+    tokens = rows_wanted(config, 1, False) * config.row_tokens
     smallest = _planned(config.replace(tokens_per_step=tokens, skip_memory_check=True))
     return smallest.planner.fits(smallest.config)
 
@@ -105,7 +105,7 @@ def _is_sized_by_data(config: TrainConfig, data: TrainingData) -> bool:
     tokens = config.tokens_per_step
     if not isinstance(tokens, int):
         return False
-    return wanted_rows(config, data) != max(1, tokens // config.max_length)
+    return wanted_rows(config, data) != max(1, tokens // config.row_tokens)
 
 
 def settle(
@@ -201,10 +201,10 @@ def remarks(config: TrainConfig, data: TrainingData, num_steps: int, rates: Curv
     by_epochs = config.max_steps < 1
     if isinstance(data.loader, StreamLoader) or data.loader.crosses_epochs:
         by_epochs = False
-    elif isinstance(config.tokens_per_step, int) and config.tokens_per_step // config.max_length > sequences:
+    elif isinstance(config.tokens_per_step, int) and config.tokens_per_step // config.row_tokens > sequences:
         found.append(
             f"tokens_per_step={config.tokens_per_step} is more than the data "
-            f"({count(sequences, 'sequence')} of {config.max_length}): each step is one whole epoch"
+            f"({count(sequences, 'sequence')} of {config.row_tokens}): each step is one whole epoch"
         )
     elif size > sequences:
         found.append(

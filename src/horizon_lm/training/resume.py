@@ -115,7 +115,7 @@ def _cut_in(checkpoint: Checkpoint, config: TrainConfig) -> dict[str, int]:
     given = {key: getattr(config, key) for key in CUT}
     # Both set, and to another product: files of earlier versions, which set what was open.
     both = config.model_fields_set.issuperset(CUT)
-    is_odd = both and tokens != "auto" and math.prod(given.values()) != max(1, tokens // config.max_length)
+    is_odd = both and tokens != "auto" and math.prod(given.values()) != max(1, tokens // config.row_tokens)
     for key in CUT:
         is_open = key not in config.model_fields_set or is_odd and given[key] == _default(key)
         if not is_open and given[key] != cut[key]:
