@@ -179,7 +179,7 @@ def test_kto_is_that_of_trl(settings: dict[str, Any], shift: float) -> None:
     theirs, logged = trl_losses.kto(config, values, inputs, logps)
     method = Method(config)
     kl = (logps - reference[:, 1]).mean().clamp(min=0) if config.uses_kl else None
-    method.with_kl = lambda *_: kl  # type: ignore[method-assign]
+    method.estimate_kl = lambda *_: kl  # type: ignore[method-assign]
     prepared, loss = method.step(None, [batch], reference)  # type: ignore[arg-type]
     total, metrics = loss.function(values, prepared[0])
     (gradient,) = torch.autograd.grad(total, values.log_probs)

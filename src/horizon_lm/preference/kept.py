@@ -43,7 +43,7 @@ class Kept:
     def _fill(self, values: np.ndarray, content: bytes) -> bool:
         num, rest = divmod(len(content), _BYTES)
         numbers = np.frombuffer(content, np.int64, num)
-        if rest or num and not (0 <= numbers.min() and numbers.max() < len(values)):
+        if rest or num and not (numbers.min() >= 0 and numbers.max() < len(values)):
             return False
         values[numbers] = np.frombuffer(content, np.float32, 2 * num, offset=8 * num).reshape(num, 2)
         return True
@@ -66,9 +66,7 @@ class Kept:
             self._folder.mkdir(parents=True, exist_ok=True)
             files.write_file(self._folder / _name(content), content)
         except OSError as error:
-            self._warn(
-                f"reference log-probabilities are not kept: {self._folder}: {error.strerror or error}"
-            )
+            self._warn(f"reference log-probabilities are not kept: {self._folder}: {error.strerror or error}")
             self._folder = None
 
 

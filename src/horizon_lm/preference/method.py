@@ -93,7 +93,7 @@ class Method:
             total += (sums(log_probs, placed) - reference[batch["samples"], 1]).sum()
         return total
 
-    def with_kl(
+    def estimate_kl(
         self, model: HostModel, micro_batches: Sequence[MicroBatch], reference: torch.Tensor | None
     ) -> torch.Tensor | None:
         """Estimate the KL divergence from all KL documents of a step, at least 0; None without that term."""
@@ -110,10 +110,10 @@ class Method:
         self, model: HostModel, micro_batches: Sequence[MicroBatch], reference: torch.Tensor | None
     ) -> tuple[list[MicroBatch], TokenLoss]:
         """Return the micro-batches of a step and its loss function. Evaluates KL documents."""
-        kl = self.with_kl(model, micro_batches, reference)
+        kl = self.estimate_kl(model, micro_batches, reference)
         batches = self.prepare(micro_batches, reference)
         samples = sum(len(batch["samples"]) for batch in batches)
-        tokens = sum(self._nll_tokens(batch) for batch in batches)
+        tokens = sum(self.nll_tokens(batch) for batch in batches)
         if kl is not None:
             batches = [{**batch, KL: kl.reshape(1)} for batch in batches]
         return batches, TokenLoss(partial(self._loss, samples=samples, tokens=tokens), self.values)
@@ -128,7 +128,7 @@ class Method:
         """Return the loss of summed terms."""
         return samples / max(1, num_samples) + self._nll_weight * nll / max(tokens, 1)
 
-    def _nll_tokens(self, batch: Mapping[str, torch.Tensor]) -> float:
+    def nll_tokens(self, batch: Mapping[str, torch.Tensor]) -> float:
         """Count the tokens over which the negative log-likelihood is a mean."""
         if not self._nll_weight:
             return 0
@@ -280,6 +280,17 @@ def _of_pairs(
         "logps/chosen": chosen.detach().sum(),
         "logps/rejected": rejected.detach().sum(),
     }
+
+
+def added(parts: Iterable[Mapping[str, Sequence[float]]]) -> Sums:
+    """Add up sums and counts."""
+    found: Sums = {}
+    for part in parts:
+        for name, (value, num) in part.items():
+            total = found.setdefault(name, [0.0, 0.0])
+            total[0] += value
+            total[1] += num
+    return found
 
 
 def means(found: Mapping[str, Sequence[float]]) -> dict[str, float]:

@@ -26,6 +26,7 @@ from horizon_lm.micro_batches import MicroBatch
 from horizon_lm.preference.documents import sums, with_places
 from horizon_lm.preference.kept import Kept
 from horizon_lm.preference.method import kl_batch
+from horizon_lm.words import count
 
 _FORMAT = 1  # increment when the same inputs give other values
 TOGETHER = 16  # micro-batches per visit of a layer, as in evaluation
@@ -130,9 +131,11 @@ class Pass:
         todo = _missing(rows, values)
         samples = len(np.unique(rows.samples))
         if not len(todo):
-            self.say(f"reference log-probabilities{of}: {samples:,} samples, from the cache")
+            self.say(f"reference log-probabilities{of}: {count(samples, 'sample')}, from the cache")
             return
-        self.say(f"reference log-probabilities{of}: {len(todo):,} of {len(rows):,} sequences to compute")
+        self.say(
+            f"reference log-probabilities{of}: {count(len(todo), 'sequence')} of {len(rows):,} to compute"
+        )
         batches = self._batches(rows, todo)
         started = said = time.monotonic()
         done = 0
@@ -142,9 +145,10 @@ class Pass:
             done += len(numbers)
             if time.monotonic() - said >= _SECONDS:
                 said = time.monotonic()
-                self.say(f"reference log-probabilities{of}: {done:,} of {samples:,} samples")
+                self.say(f"reference log-probabilities{of}: {done:,} of {count(samples, 'sample')}")
         kept.write(values)
-        self.say(f"reference log-probabilities{of}: {done:,} samples in {time.monotonic() - started:.1f} s")
+        seconds = time.monotonic() - started
+        self.say(f"reference log-probabilities{of}: {count(done, 'sample')} in {seconds:.1f} s")
 
     def _batches(self, rows: Rows, todo: np.ndarray) -> Iterator[MicroBatch]:
         """Yield micro-batches of rows: of about one length if they are padded, the longest first, so that a
@@ -156,12 +160,12 @@ class Pass:
         todo = todo[np.argsort(-longest[todo], kind="stable")]
         begin = 0
         while begin < len(todo):
-            count = most
+            together = most
             if padded and size is None:
-                count = max(1, most * rows.max_length // int(longest[todo[begin]]))
-            numbers = todo[begin : begin + count]
+                together = max(1, most * rows.max_length // int(longest[todo[begin]]))
+            numbers = todo[begin : begin + together]
             yield collate([rows.row(number) for number in numbers], rows.strategy, self.pad_id)[0]
-            begin += count
+            begin += together
 
 
 def _longest(rows: Rows) -> np.ndarray:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from horizon_lm.checkpoint.folder import Checkpoint, claim
 from horizon_lm.config import TrainConfig
 from horizon_lm.data import Loader, StreamLoader, TrainingData, load_training_data
+from horizon_lm.data.detect import with_method
+from horizon_lm.data.formats import KIND_WORDS
 from horizon_lm.errors import DoesNotFitError, HorizonError, UnsupportedModelError
 from horizon_lm.optim.curves import Curve, count_warmup_steps, learning_rates
 from horizon_lm.plan.outline_cache import outline_cache
@@ -21,6 +23,17 @@ from horizon_lm.training.checks import check_sources
 from horizon_lm.words import count, size
 
 _FEW = 20  # steps: with fewer, a model learns little and the learning rate curve has no room
+
+
+def with_method_of_data(config: TrainConfig, progress: Progress) -> TrainConfig:
+    """Return the settings with the method that `auto` stands for, and say so if it is not sft.
+
+    Looks at the first row of each dataset. Raises DataError, and ConfigError for settings of another method.
+    """
+    found = with_method(config)
+    if config.method == "auto" and found.is_preference:
+        progress.stage(f"method: {found.method}, since the data are {KIND_WORDS[found.data_kind]}")
+    return found
 
 
 def plan_and_read(
@@ -145,7 +158,7 @@ def dry_run(config: TrainConfig) -> str:
     """
     with claim(config.output_dir, overwrite=config.overwrite_output_dir) as folder:
         check_sources(config, folder)
-        plan = _planned(config)
+        plan = _planned(with_method(config))
     step = plan.prediction.plan
     ops = build_steps(step, 2)
     faults = check(ops, step)

@@ -141,7 +141,11 @@ def changed_settings(config: TrainConfig, checkpoint: Checkpoint) -> dict[str, t
     A setting that is newer than the checkpoint had its default then. Files whose content is compared later
     may be at another path.
     """
-    saved, now = checkpoint.manifest.config, {**config.to_dict(), **_cut_in(checkpoint, config)}
+    # Before there were methods, all was supervised tuning.
+    saved = {"method": "sft", **checkpoint.manifest.config}
+    now = {**config.to_dict(), **_cut_in(checkpoint, config)}
+    if config.method == "auto":  # as the data say, which are compared later
+        now["method"] = saved["method"]
     if config.tokens_per_step is not None:  # what is open is not changed
         now |= {key: saved[key] for key in CUT if key not in config.model_fields_set}
     if config.loss_chunk_tokens == "auto":
