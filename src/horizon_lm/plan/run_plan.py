@@ -208,6 +208,8 @@ def plan_run(
             f"ulimit -l is {size(lockable)} and the run pins {size(prediction.pinned_bytes)}: "
             "CUDA goes beyond the limit here; hint: ulimit -l unlimited if it refuses"
         )
+    if config.ref_model_name_or_path is not None:
+        notes.append("the reference's pass is planned as if it had the model's size")
     title = _machine(profile, limits, prediction)
     return RunPlan(chosen, planner, prediction, _explain(config, chosen, planner), notes, title)
 

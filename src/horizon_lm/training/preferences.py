@@ -169,7 +169,8 @@ def _reference_model(config: TrainConfig, data: TrainingData) -> HostModel:
     """Load ref_model_name_or_path without gradients and moments. Raises ConfigError if it lacks tokens."""
     name = config.ref_model_name_or_path
     assert name is not None
-    settings = model_settings_of(config).replace(freeze=[], lr_factors={}, model_revision=None)
+    of_layers = {"activations": "recompute", "boundaries": "device"}  # its number of layers may be another
+    settings = model_settings_of(config).replace(freeze=[], lr_factors={}, model_revision=None, **of_layers)
     loaded = load_model_of(name, settings)
     if config.new_tokens:
         grow_vocabulary(loaded, len(data.tokenizer), config.seed)
