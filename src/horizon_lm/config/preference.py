@@ -181,11 +181,11 @@ class PreferenceSettings(Settings):
     )
     precompute_ref_batch_size: int | None = setting(
         None,
-        "Documents in a micro-batch of the reference's pass over the data; null uses as many as have the "
+        "Sequences in a micro-batch of the reference's pass over the data; null uses as many as have the "
         "tokens of a training micro-batch.",
         group=_GROUP,
         resume="free",
-        unit="documents",
+        unit="sequences",
         ge=1,
         le=MOST,
     )
@@ -306,6 +306,12 @@ class PreferenceSettings(Settings):
                 "loss_type exo_pair needs label_smoothing above 0",
                 key="label_smoothing",
                 hint="set label_smoothing=1e-3, which its paper recommends",
+            )
+        if self.use_weighting and "sft" in names:
+            yield fault(
+                "use_weighting weights pairs, and loss_type sft (rpo_alpha) is a mean over tokens",
+                key="use_weighting",
+                hint="leave one of them out",
             )
         if "robust" in names and self.label_smoothing >= 0.5:
             yield fault(

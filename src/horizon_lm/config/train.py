@@ -288,6 +288,11 @@ class TrainConfig(PreferenceSettings, DataSettings, CheckpointSettings, ModelSet
             raise ValueError("neither steps nor a share")
         return value
 
+    @property
+    def row_tokens(self) -> int:
+        """The most tokens in a row: those of a document, or of the two of a pair."""
+        return self.sides * self.max_length
+
     def faults(self) -> Iterator[PydanticCustomError]:
         yield from super().faults()
         yield from self._model_faults()

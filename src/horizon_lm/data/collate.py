@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,14 +16,15 @@ from horizon_lm.micro_batches import MicroBatch
 @dataclass(frozen=True)
 class StepSize:
     """Size of a step. tokens: without padding; positions: with padding; lengths: of the segments within which
-    tokens attend to each other, for attention FLOPs; rows: sequences; samples: pairs or labelled samples.
-    Documents of the KL term, which are not trained on, do not count."""
+    tokens attend to each other, for attention FLOPs; rows: sequences; samples: pairs or labelled samples;
+    forward_lengths: of documents of the KL term, which are not trained on and count nowhere else."""
 
     tokens: int = 0
     positions: int = 0
     lengths: tuple[int, ...] = ()
     rows: int = 0
     samples: int = 0
+    forward_lengths: tuple[int, ...] = ()
 
     @property
     def squares(self) -> int:
@@ -37,6 +38,7 @@ class StepSize:
             self.lengths + other.lengths,
             self.rows + other.rows,
             self.samples + other.samples,
+            self.forward_lengths + other.forward_lengths,
         )
 
 
@@ -66,11 +68,13 @@ def collate(rows: Sequence[Row], strategy: str, pad_id: int) -> tuple[MicroBatch
     if rows[0].label is not None:
         batch["label"] = torch.tensor([bool(row.label) for row in rows])
     others = [row.mismatched for row in rows if row.mismatched is not None]
+    forward: tuple[int, ...] = ()
     if others:
-        more, _ = _padded(others, strategy, pad_id)
+        more, of_others = _padded(others, strategy, pad_id)
+        forward = of_others.lengths
         more["documents"] = torch.from_numpy(_documents(others, 1))
         batch |= {f"KL_{name}": value for name, value in more.items()}
-    return batch, StepSize(size.tokens, size.positions, size.lengths, size_of_step, len(samples))
+    return batch, replace(size, rows=size_of_step, samples=len(samples), forward_lengths=forward)
 
 
 def _padded(rows: Sequence[Row], strategy: str, pad_id: int) -> tuple[MicroBatch, StepSize]:
