@@ -242,17 +242,10 @@ class Engine:
             ]
 
     def evaluate(
-        self,
-        micro_batches: Sequence[MicroBatch],
-        asked: Asked,
-        *,
-        routers: bool = False,
-        record: bool = False,
+        self, micro_batches: Sequence[MicroBatch], asked: Asked, *, routers: bool = False, record: bool = False
     ) -> Step:
         """Run forward and loss only, without dropout; the step holds losses and values of the targets.
-
-        routers: compute the routers' auxiliary losses too.
-        """
+        routers: compute the routers' auxiliary losses too."""
         self.flush()
         step = self._begin(self.spec(len(micro_batches), evaluate=True), micro_batches, 0, pending=False)
         step.asked, step.wants_routers = asked, routers
