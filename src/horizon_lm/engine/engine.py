@@ -242,7 +242,7 @@ class Engine:
             ]
 
     def evaluate(
-        self, micro_batches: Sequence[MicroBatch], asked: Asked, *, routers: bool = False, record: bool = False
+        self, micro_batches: Sequence[MicroBatch], asked: Asked, *, routers: bool = False, record: bool
     ) -> Step:
         """Run forward and loss only, without dropout; the step holds losses and values of the targets.
         routers: compute the routers' auxiliary losses too."""
