@@ -34,9 +34,11 @@ ORDER = (
     ("checkpoint",),
     ("outputs",),
     ("host_model",),
+    ("preference",),
     ("plan",),
     ("report",),
     ("training",),
+    ("trainers",),
     ("__init__",),  # the package's own face
     ("bench",),
     ("cli",),
