@@ -17,7 +17,7 @@ def write_pairs(folder: Path, rows: int = 24, seed: int = 0) -> Path:
     """Write pairs.jsonl (prompt, chosen, rejected)."""
     draw = random.Random(seed)
     lines = [
-        {"prompt": _say(draw, 6) + " ", "chosen": _say(draw, 9), "rejected": _say(draw, 9) + " no"}
+        {"prompt": _say(draw, 6), "chosen": _say(draw, 9, " "), "rejected": _say(draw, 9, " ") + " no"}
         for _ in range(rows)
     ]
     return _write(folder / "pairs.jsonl", lines)
@@ -27,14 +27,15 @@ def write_labelled(folder: Path, rows: int = 24, seed: int = 0) -> Path:
     """Write labelled.jsonl (prompt, completion, label)."""
     draw = random.Random(seed)
     lines = [
-        {"prompt": _say(draw, 6) + " ", "completion": _say(draw, 9), "label": draw.random() < 0.5}
+        {"prompt": _say(draw, 6), "completion": _say(draw, 9, " "), "label": draw.random() < 0.5}
         for _ in range(rows)
     ]
     return _write(folder / "labelled.jsonl", lines)
 
 
-def _say(draw: random.Random, most: int) -> str:
-    return " ".join(draw.choice(_WORDS) for _ in range(draw.randint(2, most)))
+def _say(draw: random.Random, most: int, before: str = "") -> str:
+    """before: completions begin with a space, so that all tokenisers end the prompt where it ends."""
+    return before + " ".join(draw.choice(_WORDS) for _ in range(draw.randint(2, most)))
 
 
 def _write(path: Path, lines: list[dict[str, Any]]) -> Path:
