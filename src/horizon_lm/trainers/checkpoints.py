@@ -1,6 +1,6 @@
-"""`HorizonCheckpoints`: a Trainer's checkpoints in our format, written in the background, resumed bit for bit.
+"""`HorizonCheckpoints`: a Trainer's checkpoints in our format, written in the background, resumed bitwise.
 
-When to save, to stop and which model is best stays the Trainer's decision, and so does the name `checkpoint-N`.
+The Trainer still decides when to save and stop, which model is best, and on the name `checkpoint-N`.
 """
 
 from __future__ import annotations
