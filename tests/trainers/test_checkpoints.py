@@ -1,5 +1,7 @@
-"""Checkpoints of Trainers: files, resuming, rotation, the best model, failures. The authority is the Trainer of
-transformers itself, on the same evaluations."""
+"""Checkpoints of Trainers: files, resuming, rotation, the best model, failures.
+
+The authority is the Trainer of transformers itself, on the same evaluations.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,14 @@ from transformers import (
 
 from horizon_lm import cli
 from horizon_lm.checkpoint.disk import Disk
-from horizon_lm.checkpoint.folder import open_checkpoint
+from horizon_lm.checkpoint.folder import RunFolder, open_checkpoint
 from horizon_lm.checkpoint.reader import verify
 from horizon_lm.errors import CheckpointError, ConfigError, DoesNotFitError
 from horizon_lm.host_model import HostModel
 from horizon_lm.trainers import HorizonTrainer, checkpoints, trainer_state
-from small_runs import settings, write_text
+from horizon_lm.training.resume import find
+from saved_models import new_model, save
+from small_runs import settings
 from trainer_runs import digests, history, make, model_folder, texts, tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -432,15 +436,13 @@ def test_a_checkpoint_of_trainer_itself_is_refused(model: Path, tmp_path: Path) 
 
 
 def test_a_run_and_a_trainer_refuse_each_others(sft: Straight, tmp_path: Path, capsys: Any) -> None:
-    from horizon_lm.training.train import train
-
-    text = write_text(tmp_path / "text.txt")
-    config = settings(text, tmp_path / "run", max_steps=1)
-    train(config)
+    (tmp_path / "run").mkdir()
+    save(tmp_path / "run", new_model(), 1)
     with pytest.raises(CheckpointError, match="is a checkpoint of `horizon train`, not of a Trainer"):
         sft.resumed(tmp_path / "run", str(tmp_path / "run" / "checkpoint-1"))
+    config = settings(tmp_path / "text", tmp_path / "other", resume_from_checkpoint=str(sft.run))
     with pytest.raises(CheckpointError, match="checkpoint-10 is a checkpoint of HorizonSFTTrainer"):
-        train(config.replace(resume_from_checkpoint=str(sft.run), output_dir=str(tmp_path / "other")))
+        find(config, RunFolder(tmp_path / "other"), print)
     assert cli.main(["resume", str(sft.run)]) == 5
     assert "trainer.train(resume_from_checkpoint=True)" in capsys.readouterr().err
 
@@ -541,7 +543,7 @@ def test_pushes(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
 
     def init(self: Any, *_: Any, **__: Any) -> None:
-        self.hub_model_id = "me/model"
+        self.hub_model_id, self.push_in_progress = "me/model", None
 
     monkeypatch.setattr(Trainer, "init_hf_repo", init)
     run = tmp_path / "run"

@@ -7,6 +7,7 @@ engine's loss function, once per micro-batch, against a `StreamedView` of the mo
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
