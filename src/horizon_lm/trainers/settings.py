@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, TrainingArguments
+from transformers import AutoConfig, AutoProcessor, TrainingArguments
 
 from horizon_lm.config.python import model_settings
 from horizon_lm.errors import ConfigError
@@ -37,6 +37,13 @@ def host_of(model: Any, args: TrainingArguments) -> HostModel:
     loaded: Any = load_model_of(model, settings)
     _ask_for_router_loss(loaded.config, args)
     return HostModel(loaded, settings)
+
+
+def tokenizer_of(model: Any, args: Any) -> Any:
+    """Load the tokenizer or processor of a model, as TRL's trainers do if none is given."""
+    name = model if isinstance(model, str) else model.config._name_or_path
+    revision = (getattr(args, "model_init_kwargs", None) or {}).get("revision") if name is model else None
+    return AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=_trust(args))
 
 
 def settings_of(args: TrainingArguments, model: Any = None) -> dict[str, Any]:

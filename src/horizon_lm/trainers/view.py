@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from trl.trainer.utils import FusedCausalLMOutput
@@ -27,7 +28,8 @@ _SETTLED = {
 }
 
 
-class Answer(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Answer:
     """Values of the target tokens of a model call. inputs: input_ids and labels [batch, tokens]."""
 
     inputs: dict[str, torch.Tensor]
@@ -45,14 +47,14 @@ class StreamedView:
     """Mixed into a model's class. The modules are those of the `HostModel`; mode and device are not.
 
     asked: names of the `TokenValues` to compute. answers: for the calls to come; each is used once.
-    identity: in place of the weights in `state_dict`, of which TRL takes a hash.
+    identity: makes what `state_dict` holds in place of the weights, of which TRL takes a hash.
     """
 
     host: HostModel
     asked: Sequence[str]
     temperature: float
     answers: list[Answer]
-    identity: bytes
+    identity: Callable[[], bytes] | None
 
     def answer(
         self,
@@ -88,11 +90,11 @@ class StreamedView:
         self.host.save_pretrained(Path(folder))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        if not self.identity:
+        if self.identity is None:
             raise ConfigError(
                 "state_dict() would copy all weights", hint="iterate over trainer.host.named_parameters()"
             )
-        return {"identity": torch.frombuffer(bytearray(self.identity), dtype=torch.uint8)}
+        return {"identity": torch.frombuffer(bytearray(self.identity()), dtype=torch.uint8)}
 
     def train(self, mode: bool = True) -> StreamedView:
         """Note the mode, which TRL reads; the engine knows by itself when it trains."""
@@ -112,7 +114,7 @@ class StreamedView:
             super().__setattr__(name, value)
 
 
-def view_of(host: HostModel, asked: Sequence[str], identity: bytes = b"") -> Any:
+def view_of(host: HostModel, asked: Sequence[str], identity: Callable[[], bytes] | None = None) -> Any:
     """Make the view of a `HostModel`; arguments as for the class."""
     view: Any = copy.copy(host.skeleton.model)
     base: Any = type(view)
