@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -161,7 +162,13 @@ class HorizonMixin(HorizonCheckpoints):
     # Evaluation.
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.looking_ahead(getattr(dataloader, "base_dataloader", dataloader)):
+        loader = getattr(dataloader, "base_dataloader", dataloader)
+        batches: Any = ()
+        if loader.batch_sampler is not None:  # a loader of its own: persistent workers serve one at a time
+            batches = DataLoader(
+                loader.dataset, batch_sampler=loader.batch_sampler, collate_fn=loader.collate_fn
+            )
+        with self.looking_ahead(batches):
             return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def prediction_step(
