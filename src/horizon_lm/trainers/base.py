@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -54,7 +55,7 @@ class HostOptimizer(torch.optim.Optimizer):
         )
         self.host, self.max_grad_norm, self.grad_norm = host, args.max_grad_norm, torch.zeros(())
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Update the weights; with deferred updates, during the next step."""
         group = self.param_groups[0]
         out = self.host.step(group["lr"], self.max_grad_norm or None, group["weight_decay"])
@@ -74,6 +75,8 @@ class HorizonMixin(HorizonCheckpoints):
     host: HostModel
     model: Any
     args: Any
+    router_aux_loss_coef: float  # those with such a loss
+    _metrics: dict[str, Any]  # of TRL's trainers
 
     def __init__(self, model: Any = None, *positional: Any, **named: Any) -> None:
         given = self._given(model, positional, named)
@@ -113,7 +116,7 @@ class HorizonMixin(HorizonCheckpoints):
             return torch.zeros((), device=self.args.device)
         out = self.forward_backward()
         self._micro_batches = []
-        if out.router_losses and "aux_loss" in getattr(self, "_metrics", {"train": ()})["train"]:
+        if out.router_losses and hasattr(self, "_metrics"):  # TRL noted those of the view, 0
             mine = [loss / self.router_aux_loss_coef for loss in out.router_losses]
             self._metrics["train"]["aux_loss"][-len(mine) :] = mine
         return torch.tensor(out.loss, device=self.args.device)
@@ -139,7 +142,7 @@ class HorizonMixin(HorizonCheckpoints):
         one = self._micro_batches[int(batch["micro_batch"])]
         inputs = {k: batch[k] if isinstance(v, torch.Tensor) else v for k, v in one.inputs.items()}
         self.model.answers = [*one.answers, Answer(batch, values)]
-        loss = self.compute_loss(self.model, inputs, num_items_in_batch=one.num_items)
+        loss: Any = self.compute_loss(self.model, inputs, num_items_in_batch=one.num_items)
         if self.model.answers:
             raise ConfigError(
                 f"{type(self).__name__}.compute_loss did not call the model with its batch",
@@ -159,7 +162,13 @@ class HorizonMixin(HorizonCheckpoints):
     # Evaluation.
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.looking_ahead(getattr(dataloader, "base_dataloader", dataloader)):
+        loader = getattr(dataloader, "base_dataloader", dataloader)
+        batches: Any = ()
+        if loader.batch_sampler is not None:  # a loader of its own: persistent workers serve one at a time
+            batches = DataLoader(
+                loader.dataset, batch_sampler=loader.batch_sampler, collate_fn=loader.collate_fn
+            )
+        with self.looking_ahead(batches):
             return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def prediction_step(
@@ -210,7 +219,9 @@ class HorizonMixin(HorizonCheckpoints):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> torch.Tensor:
         """Return the tensor that the optimizer's step fills, before the log reads it."""
-        return getattr(self.optimizer, "optimizer", self.optimizer).grad_norm
+        optimizer: Any = self.optimizer
+        found: torch.Tensor = getattr(optimizer, "optimizer", optimizer).grad_norm
+        return found
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """Leave devices and dtypes to the engine."""

@@ -35,7 +35,7 @@ def host_of(model: Any, args: TrainingArguments) -> HostModel:
     values = settings_of(args, model)
     settings = model_settings("the trainer's model", values.pop("device"), values.pop("dtype"), values)
     loaded: Any = load_model_of(model, settings)
-    _ask_for_router_loss(loaded.config, args)
+    _ask_for_router_loss(loaded, args)
     return HostModel(loaded, settings)
 
 
@@ -136,11 +136,11 @@ def _wants_router_loss(config: Any, args: Any) -> bool | None:
     return bool(getattr(config, "router_aux_loss_coef", 0.0) if coefficient is None else coefficient)
 
 
-def _ask_for_router_loss(config: Any, args: Any) -> None:
-    """Write into the configuration what TRL would: a non-zero coefficient turns the auxiliary loss on."""
-    wants = _wants_router_loss(config, args)
+def _ask_for_router_loss(model: Any, args: Any) -> None:
+    """Tell the model what TRL's loss would add: a non-zero coefficient turns the auxiliary loss on."""
+    wants = _wants_router_loss(model.config, args)
     if wants is None:
         return
-    config.output_router_logits = wants
-    if args.router_aux_loss_coef is not None:
-        config.router_aux_loss_coef = args.router_aux_loss_coef
+    model.config.output_router_logits = wants
+    if args.router_aux_loss_coef is not None:  # models keep a copy of it
+        model.config.router_aux_loss_coef = model.router_aux_loss_coef = args.router_aux_loss_coef
