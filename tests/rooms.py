@@ -37,6 +37,7 @@ ORDER = (
     ("plan",),
     ("report",),
     ("training",),
+    ("trainers",),
     ("__init__",),  # the package's own face
     ("bench",),
     ("cli",),
