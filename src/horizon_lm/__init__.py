@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from horizon_lm.config import ModelSettings, TrainConfig
+    from horizon_lm.engine.loss import TokenLoss, TokenValues
     from horizon_lm.host_model import HostModel
     from horizon_lm.training.describe import TrainResult
     from horizon_lm.training.train import train
@@ -29,12 +30,24 @@ if TYPE_CHECKING:
 _HOME = {
     "HostModel": "host_model",
     "ModelSettings": "config",
+    "TokenLoss": "engine.loss",
+    "TokenValues": "engine.loss",
     "TrainConfig": "config",
     "TrainResult": "training.describe",
     "train": "training.train",
 }
 
-__all__ = ["HostModel", "ModelSettings", "TrainConfig", "TrainResult", "__version__", "errors", "train"]
+__all__ = [
+    "HostModel",
+    "ModelSettings",
+    "TokenLoss",
+    "TokenValues",
+    "TrainConfig",
+    "TrainResult",
+    "__version__",
+    "errors",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

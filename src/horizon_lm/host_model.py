@@ -16,7 +16,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -31,7 +31,7 @@ from horizon_lm.config.python import model_settings
 from horizon_lm.engine.disk_lane import Saving
 from horizon_lm.engine.engine import Engine, in_turn
 from horizon_lm.engine.lanes import Span, choose_lanes
-from horizon_lm.engine.loss import LossFunction, check_loss_function
+from horizon_lm.engine.loss import Asked, LossFunction, check_loss_function
 from horizon_lm.engine.policies import DTYPES, check_fits_host, make_optimizer, store_spec, update_settings
 from horizon_lm.engine.step import Step, Update
 from horizon_lm.errors import ConfigError, NonFiniteError, TornStateError
@@ -40,7 +40,7 @@ from horizon_lm.machine.device import resolve_device
 from horizon_lm.memory.arena import return_free_memory
 from horizon_lm.memory.preflight import check_host_memory
 from horizon_lm.memory.store import HostStore
-from horizon_lm.micro_batches import MicroBatches, check_micro_batches
+from horizon_lm.micro_batches import Extra, MicroBatches, check_micro_batches
 from horizon_lm.model.consumed import Closed, check_model, refuse_use, take_over
 from horizon_lm.model.kernels import apply_kernels, check_kernels
 from horizon_lm.model.loading import create_model, fill_store, freeze, load_model_of
@@ -233,7 +233,8 @@ class HostModel:
         are tensors on any device, numpy arrays or nested lists.
         loss_fn: called per micro-batch as loss_fn(log_probs, batch), with log p(label) in fp32
         [batch, tokens - 1] on the device, aligned with labels[:, 1:], 0 where ignored. Returns a scalar, or
-        a pair of it and a dict of metrics; the step's loss is the sum over its micro-batches.
+        a pair of it and a dict of metrics; the step's loss is the sum over its micro-batches. A `TokenLoss`
+        is called with entropies and other `TokenValues` in place of the log-probabilities.
         record: record the `timeline`. force: train on from torn weights.
         A second call before `step` replaces the gradients of the first.
         Raises DataError for micro-batches that cannot be trained on, ConfigError with eager updates,
@@ -258,7 +259,8 @@ class HostModel:
         ends_itself: bool = False,
     ) -> Step:
         check_loss_function(loss_fn, self.settings.label_smoothing_factor)
-        batches = check_micro_batches(micro_batches, self.skeleton, extra=loss_fn is not None)
+        extra: Extra = "refuse" if loss_fn is None else "keep"
+        batches = check_micro_batches(micro_batches, self.skeleton, extra=extra)
         return self.engine.forward_backward(
             batches, update=update, loss_fn=loss_fn, record=record, ends_itself=ends_itself
         )
@@ -341,7 +343,7 @@ class HostModel:
                     f"the gradient norm of step {self.steps_done + 1} is {norm}", out, norm
                 )
             self.engine.update(step, settings, record=record)
-        return TrainStepOutput(out.loss, out.num_tokens, out.metrics, norm)
+        return TrainStepOutput(out.loss, out.num_tokens, out.metrics, out.router_losses, norm)
 
     def _see_gradients_of(self, step: Step) -> None:
         if not self.engine.holds_gradients_of(step):
@@ -401,18 +403,35 @@ class HostModel:
 
     @in_turn
     def evaluate(
-        self, micro_batches: MicroBatches, *, return_log_probs: bool = False, record: bool = False
+        self,
+        micro_batches: MicroBatches,
+        *,
+        values: Sequence[str] = (),
+        temperature: float = 1.0,
+        return_log_probs: bool = False,
+        ignore_extra: bool = False,
+        record: bool = False,
     ) -> EvaluationOutput:
         """Compute the mean cross-entropy over all target tokens, without dropout or gradients.
 
-        micro_batches: as in `forward_backward`. Leaves the gradients of an unfinished step alone. Raises
-        DataError for micro-batches without any target.
+        micro_batches: as in `forward_backward`. values: names of the `TokenValues` to return. temperature:
+        divides the logits before all else. ignore_extra: leave tensors aside that are no inputs of the model,
+        but of a loss function. Leaves the gradients of an unfinished step alone.
+        Raises DataError for micro-batches without any target, ConfigError for invalid values.
         """
+        asked = Asked.of("evaluate()", values, temperature)
         self._warn_of_torn("evaluate()")
-        batches = check_micro_batches(micro_batches, self.skeleton)
-        step = self.engine.evaluate(batches, record=record)
-        log_probs = [step.log_probs[m].cpu() for m in range(len(batches))] if return_log_probs else None
-        return EvaluationOutput(step.loss, step.num_tokens, log_probs)
+        extra: Extra = "ignore" if ignore_extra else "refuse"
+        batches = check_micro_batches(micro_batches, self.skeleton, extra=extra)
+        step = self.engine.evaluate(batches, asked, record=record)
+        wanted = len(batches) if asked.values or return_log_probs else 0
+        found = [step.values[m].cpu() for m in range(wanted)]
+        return EvaluationOutput(
+            step.loss,
+            step.num_tokens,
+            [one.log_probs for one in found] if return_log_probs else None,
+            found if asked.values else None,
+        )
 
     def take_notes(self) -> list[str]:
         """Return the engine's deviations from the settings since the last call, and why; usually none.
@@ -558,4 +577,5 @@ class HostModel:
 
 
 def _output(step: Step) -> ForwardBackwardOutput:
-    return ForwardBackwardOutput(step.loss, step.num_tokens, step.metrics)
+    routers = [float(step.router_losses[m]) for m in sorted(step.router_losses)]
+    return ForwardBackwardOutput(step.loss, step.num_tokens, step.metrics, routers)

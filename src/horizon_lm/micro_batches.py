@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from horizon_lm.errors import DataError, HorizonError
 MicroBatch = dict[str, torch.Tensor]
 # What calls of `HostModel` take: one micro-batch, or those of a step.
 MicroBatches = Mapping[str, Any] | Iterable[Mapping[str, Any]]
+
+# What becomes of tensors of other names than the model's inputs, which only a loss function can use.
+Extra = Literal["refuse", "keep", "ignore"]
 
 _KNOWN = frozenset({"input_ids", "labels", "attention_mask", "position_ids"})
 _EXAMPLE = "[{'input_ids': ids, 'labels': labels}], tensors of shape [batch, tokens]"
@@ -45,13 +48,13 @@ class ModelLimits(Protocol):
 
 
 def check_micro_batches(
-    micro_batches: MicroBatches, model: ModelLimits, *, extra: bool = False
+    micro_batches: MicroBatches, model: ModelLimits, *, extra: Extra = "refuse"
 ) -> list[MicroBatch]:
     """Convert the micro-batches of a step to host tensors; token ids become int64 [batch, tokens].
 
     micro_batches: a mapping such as a BatchEncoding, or an iterable of them (a list, a generator, a
     DataLoader). Values are tensors on any device, numpy arrays or nested lists; None means absent.
-    extra: allow tensors of other names and shapes. Raises DataError.
+    extra: what becomes of tensors of other names, of any shape. Raises DataError.
     """
     batches = [_checked(m, batch, model, extra) for m, batch in _each(micro_batches)]
     if not batches:
@@ -83,7 +86,7 @@ def _each(given: Any) -> Iterator[tuple[int, Any]]:
         raise
 
 
-def _checked(m: int, given: Any, model: ModelLimits, extra: bool) -> MicroBatch:
+def _checked(m: int, given: Any, model: ModelLimits, extra: Extra) -> MicroBatch:
     """Convert a micro-batch to host tensors and check it."""
     batch = _tensors(m, given, extra)
     shape = batch["input_ids"].shape
@@ -111,7 +114,7 @@ def _checked(m: int, given: Any, model: ModelLimits, extra: bool) -> MicroBatch:
     return batch
 
 
-def _tensors(m: int, given: Any, extra: bool) -> MicroBatch:
+def _tensors(m: int, given: Any, extra: Extra) -> MicroBatch:
     """Convert the present values to host tensors. Raises DataError for missing and unknown keys."""
     if not isinstance(given, Mapping):
         raise DataError(
@@ -130,7 +133,9 @@ def _tensors(m: int, given: Any, extra: bool) -> MicroBatch:
             )
     present = {name: value for name, value in given.items() if value is not None}
     unknown = present.keys() - _KNOWN
-    if unknown and not extra:
+    if extra == "ignore":
+        present = {name: value for name, value in present.items() if name in _KNOWN}
+    elif unknown and extra == "refuse":
         raise DataError(
             f"micro-batch {m} has unknown keys {sorted(map(str, unknown))}",
             hint="leave them out: input_ids, labels, attention_mask and position_ids are taken, and with "

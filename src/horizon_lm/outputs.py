@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from horizon_lm.config import ModelSettings
+from horizon_lm.engine.loss import TokenValues
 from horizon_lm.errors import NonFiniteError
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.words import count, parameters, size
@@ -39,12 +40,15 @@ class ForwardBackwardOutput:
 
     loss: mean cross-entropy over all target tokens of the step (plus the routers' auxiliary loss if the model
     asks for it), or the sum of what your loss function returned. num_tokens: labels that are not ignored.
-    metrics: what your loss function returned besides the loss, per micro-batch.
+    metrics: what your loss function returned besides the loss, per micro-batch. router_losses: per
+    micro-batch, the routers' auxiliary loss times the model's coefficient, before the weight with which it
+    counts in `loss`; empty for models that do not ask for it.
     """
 
     loss: float
     num_tokens: int
     metrics: list[dict[str, float]] = field(default_factory=list)
+    router_losses: list[float] = field(default_factory=list)
 
     def __repr__(self) -> str:
         return _shown(self, loss=self.loss, num_tokens=self.num_tokens, metrics=self._metrics())
@@ -79,12 +83,14 @@ class EvaluationOutput:
     """Result of `evaluate`.
 
     loss: mean cross-entropy in nats over all target tokens. log_probs: on request, log p(label) per
-    micro-batch, fp32 [batch, tokens - 1], aligned with labels[:, 1:], 0 where ignored.
+    micro-batch, fp32 [batch, tokens - 1], aligned with labels[:, 1:], 0 where ignored. values: on request,
+    `TokenValues` per micro-batch, on the host. With a temperature, all of them are those of its distribution.
     """
 
     loss: float
     num_tokens: int
     log_probs: list[torch.Tensor] | None = None
+    values: list[TokenValues] | None = None
 
     def __repr__(self) -> str:
         shapes = " ".join(str(list(found.shape)) for found in self.log_probs or ())

@@ -41,7 +41,8 @@ def test_dir_shows_what_there_is_without_importing_it() -> None:
     done = python("-c", "import sys, horizon_lm as h; print(*dir(h)); print('torch' in sys.modules)")
     names, imported = done.stdout.splitlines()
     public = [name for name in names.split() if not name.startswith("_")]
-    assert public == ["HostModel", "ModelSettings", "TrainConfig", "TrainResult", "errors", "train"]
+    classes = ["HostModel", "ModelSettings", "TokenLoss", "TokenValues", "TrainConfig", "TrainResult"]
+    assert public == [*classes, "errors", "train"]
     assert imported == "False" and not done.stderr
     assert set(public) <= set(hz.__all__) and all(getattr(hz, name) for name in hz.__all__)
     with pytest.raises(AttributeError, match="no attribute 'HostModle'"):

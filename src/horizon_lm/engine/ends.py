@@ -42,9 +42,10 @@ def forward_prologue(
 
 
 def router_loss_and_backward(
-    skeleton: Skeleton, call: Call, hidden: torch.Tensor, share: float, draws: Draws
+    skeleton: Skeleton, call: Call, hidden: torch.Tensor, weight: float, draws: Draws
 ) -> torch.Tensor:
-    """The routers' auxiliary loss times `share`; leaves the gradients of router logits in `call`.
+    """The routers' auxiliary loss times its coefficient; leaves in `call` the gradients of router logits, of
+    `weight` times that loss.
 
     hidden: the last layer's output [batch, tokens, width]. The head must be bound.
     """
@@ -52,8 +53,8 @@ def router_loss_and_backward(
         [r._replace(logits=r.logits.detach().requires_grad_()) for r in layer] for layer in call.routers
     ]
     with draws():  # dropouts on the way to it have no effect, but draw
-        loss = run_router_loss(skeleton, call, leaves, hidden) * share
-    loss.backward()
+        loss = run_router_loss(skeleton, call, leaves, hidden)
+    (loss * weight).backward()
     call.routers = [[r._replace(logits=_gradient_of(r.logits)) for r in layer] for layer in leaves]
     return loss.detach()
 

@@ -21,7 +21,15 @@ from horizon_lm.engine.disk_lane import Saving
 from horizon_lm.engine.ends import Rows
 from horizon_lm.engine.head_gradient import adds_in_fp32
 from horizon_lm.engine.lanes import Lanes, Span
-from horizon_lm.engine.loss import LossFunction, as_numbers, cross_entropy, custom, shifted_targets
+from horizon_lm.engine.loss import (
+    Asked,
+    LossFunction,
+    TokenLoss,
+    as_numbers,
+    cross_entropy,
+    custom,
+    shifted_targets,
+)
 from horizon_lm.engine.ops import Ops
 from horizon_lm.engine.step import Schedule, Step, Update
 from horizon_lm.errors import ConfigError
@@ -226,15 +234,18 @@ class Engine:
             head_loss = cross_entropy(step.num_tokens, self.ops.policies.loss_chunk, smoothing)
             step.head_losses = [head_loss] * len(step.micro_batches)
         else:
+            if isinstance(loss_fn, TokenLoss):
+                step.router_weight = loss_fn.router_weight
             step.head_losses = [
                 custom(loss_fn, batch, self.ops.policies.loss_chunk, metrics)
                 for batch, metrics in zip(step.micro_batches, step.device_metrics, strict=True)
             ]
 
-    def evaluate(self, micro_batches: Sequence[MicroBatch], *, record: bool = False) -> Step:
-        """Run forward and loss only, without dropout; the step holds losses and log-probabilities."""
+    def evaluate(self, micro_batches: Sequence[MicroBatch], asked: Asked, *, record: bool = False) -> Step:
+        """Run forward and loss only, without dropout; the step holds losses and values of the targets."""
         self.flush()
         step = self._begin(self.spec(len(micro_batches), evaluate=True), micro_batches, 0, pending=False)
+        step.asked = asked
         self._set_mode(training=False)
         try:
             self._execute(step, range(len(step.schedule.ops)), record)

@@ -6,9 +6,11 @@ computed from fp32 logits, as in transformers' `ForCausalLMLoss`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -33,8 +35,82 @@ Draws = Callable[[], AbstractContextManager[None]]
 HeadLoss = Callable[[Skeleton, torch.Tensor, torch.Tensor, Draws], tuple[torch.Tensor, torch.Tensor]]
 # Metrics of a micro-batch; tensors stay on the device until the step has ended.
 Metrics = dict[str, float | torch.Tensor]
+
+
+@dataclass(frozen=True)
+class TokenValues:
+    """Values of the target tokens, each [batch, tokens - 1], aligned with labels[:, 1:] and 0 where ignored.
+
+    They belong to the distribution whose logits are the model's, in fp32, divided by the temperature.
+    log_probs: log p(label) in nats; gradients flow through it alone. entropy: in nats. mean_logits: the mean
+    logit of the vocabulary. log_sum_sq_probs: log of the sum of p(v)^2. is_top1: whether the label has the
+    largest logit; the first one of equals counts as larger (bool). All but log_probs are None unless asked
+    for. Source: `FusedCausalLMOutput` of TRL.
+    """
+
+    log_probs: torch.Tensor
+    entropy: torch.Tensor | None = None
+    mean_logits: torch.Tensor | None = None
+    log_sum_sq_probs: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None
+
+    def cpu(self) -> TokenValues:
+        """Copy to the host; waits for the device."""
+        return TokenValues(**{name: v if v is None else v.cpu() for name, v in vars(self).items()})
+
+
+VALUES = tuple(field.name for field in fields(TokenValues))
+
+
+class Asked(NamedTuple):
+    """What is computed of each target. values: names in `TokenValues` besides log_probs."""
+
+    values: frozenset[str] = frozenset()
+    temperature: float = 1.0
+
+    @classmethod
+    def of(cls, where: str, values: Sequence[str], temperature: float) -> Asked:
+        """Raises ConfigError for unknown names and a temperature that is not above 0."""
+        unknown = [values] if isinstance(values, str) else [name for name in values if name not in VALUES]
+        if unknown:
+            raise ConfigError(
+                f"{where}: values: {unknown[0]!r}", hint=f"pass a tuple of names: {', '.join(VALUES)}"
+            )
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ConfigError(f"{where}: temperature={temperature:g}", hint="pass a number above 0")
+        return cls(frozenset(values), float(temperature))
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """A loss function that is called as function(values, batch), with `TokenValues` of each target.
+
+    It returns a scalar, or a pair of it and a dict of metrics. values: names of those it uses besides
+    log_probs. temperature: divides the logits before all else. router_weight: factor of the routers'
+    auxiliary loss of each micro-batch, if the model asks for that loss; None: the micro-batch's share of the
+    step's targets. Raises ConfigError for invalid values.
+    """
+
+    function: Callable[[TokenValues, dict[str, torch.Tensor]], Any]
+    values: Sequence[str] = ()
+    temperature: float = 1.0
+    router_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise ConfigError(
+                f"TokenLoss: function is a {type(self.function).__name__}",
+                hint="pass a function of (values, batch) that returns a scalar tensor",
+            )
+        Asked.of("TokenLoss", self.values, self.temperature)
+
+    @property
+    def asked(self) -> Asked:
+        return Asked.of("TokenLoss", self.values, self.temperature)
+
+
 # (log-probabilities [batch, tokens - 1], micro-batch) -> scalar, or (scalar, metrics)
-LossFunction = Callable[[torch.Tensor, dict[str, torch.Tensor]], Any]
+LossFunction = Callable[[torch.Tensor, dict[str, torch.Tensor]], Any] | TokenLoss
 
 
 def shifted_targets(labels: torch.Tensor) -> torch.Tensor:
@@ -106,31 +182,105 @@ def cross_entropy(num_tokens: int, chunk: int, label_smoothing: float = 0.0) -> 
     return head_loss
 
 
-def log_probabilities(
-    skeleton: Skeleton, hidden: torch.Tensor, targets: torch.Tensor, chunk: int
-) -> torch.Tensor:
-    """Compute log p(target) of each token, fp32 [batch, tokens] on the device; 0 for ignored targets.
+class _Head:
+    """The head on one micro-batch, in chunks. The head must be bound.
 
-    hidden: [batch, tokens, width]. targets: [batch, tokens] on the host. The head must be bound.
+    hidden: [batch, tokens, width]. targets: [batch, tokens] on the host.
     """
-    flat = hidden.flatten(0, 1)
-    found = torch.zeros(flat.shape[0], dtype=torch.float32, device=hidden.device)
-    with torch.no_grad():
-        for place, piece, wanted in _chunks(flat, targets.flatten(), chunk):
-            found[place] = _log_probability(skeleton, piece, wanted)
-    return found.view(targets.shape)
+
+    def __init__(
+        self, skeleton: Skeleton, hidden: torch.Tensor, targets: torch.Tensor, chunk: int, asked: Asked
+    ) -> None:
+        self.skeleton, self.asked, self.shape = skeleton, asked, targets.shape
+        self.flat = hidden.flatten(0, 1)
+        self.chunks = list(_chunks(self.flat, targets.flatten(), chunk))
+        # Of the first chunk, from `values` to `gradient`.
+        self._graph: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def values(self, *, keep: bool = False) -> TokenValues:
+        """Compute the values of all targets, without gradient.
+
+        keep: the first chunk comes last, and keeps its graph for `gradient`.
+        """
+        found: dict[str, torch.Tensor] = {}
+        for name in ("log_probs", *sorted(self.asked.values - {"log_probs"})):
+            dtype = torch.bool if name == "is_top1" else torch.float32
+            found[name] = torch.zeros(len(self.flat), dtype=dtype, device=self.flat.device)
+        first, rest = (self.chunks[:1], self.chunks[1:]) if keep else ([], self.chunks)
+        for place, piece, wanted in rest:
+            with torch.no_grad():
+                values = _values(self.skeleton, piece, wanted, self.asked)
+            for name, value in values.items():
+                found[name][place] = value
+        for place, piece, wanted in first:
+            leaf = piece.detach().requires_grad_()
+            values = _values(self.skeleton, leaf, wanted, self.asked)
+            self._graph = leaf, values["log_probs"]
+            for name, value in values.items():
+                found[name][place] = value.detach()
+        # The last token of a row has no target.
+        return TokenValues(**{name: value.view(self.shape)[:, :-1] for name, value in found.items()})
+
+    def gradient(self, of_log_probs: torch.Tensor) -> torch.Tensor:
+        """Run all chunks backward from the gradient of log_probs [batch, tokens - 1]; returns that of hidden
+        [batch, tokens, width]."""
+        outer = F.pad(of_log_probs, (0, 1)).flatten()
+        gradient = torch.zeros_like(self.flat)
+        log_probs_only = Asked(temperature=self.asked.temperature)
+        for place, piece, wanted in self.chunks:
+            graph, self._graph = self._graph, None
+            if graph is None:
+                leaf = piece.detach().requires_grad_()
+                graph = leaf, _values(self.skeleton, leaf, wanted, log_probs_only)["log_probs"]
+            leaf, found = graph
+            found.backward(outer[place])
+            assert leaf.grad is not None
+            gradient[place] = leaf.grad
+            del graph, leaf, found  # before the next chunk has its own
+        return gradient.view(*self.shape, -1)
 
 
-def _log_probability(skeleton: Skeleton, hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+def token_values(
+    skeleton: Skeleton, hidden: torch.Tensor, targets: torch.Tensor, chunk: int, asked: Asked
+) -> TokenValues:
+    """Compute the values of each target, on the device and without gradient. The head must be bound.
+
+    hidden: [batch, tokens, width]. targets: [batch, tokens] on the host.
+    """
+    return _Head(skeleton, hidden, targets, chunk, asked).values()
+
+
+def _values(
+    skeleton: Skeleton, hidden: torch.Tensor, wanted: torch.Tensor, asked: Asked
+) -> dict[str, torch.Tensor]:
+    """Compute the values of one chunk [n] by name; at most three times its fp32 logits are alive at once."""
+    found: dict[str, torch.Tensor] = {}
     logits = run_head(skeleton, hidden).float()
-    return -F.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="none")
+    if asked.temperature != 1.0:
+        logits = logits / asked.temperature
+    if "mean_logits" in asked.values:
+        found["mean_logits"] = logits.detach().mean(-1)
+    if "is_top1" in asked.values:
+        found["is_top1"] = logits.detach().argmax(-1) == wanted
+    log_p = F.log_softmax(logits, dim=-1)
+    del logits
+    if asked.values & {"entropy", "log_sum_sq_probs"}:
+        p = log_p.detach().exp()
+        if "log_sum_sq_probs" in asked.values:
+            found["log_sum_sq_probs"] = 2 * torch.linalg.vector_norm(p, dim=-1).log()
+        if "entropy" in asked.values:
+            found["entropy"] = -p.mul_(log_p.detach()).sum(-1)
+    found = {name: value.masked_fill(wanted == IGNORED, 0) for name, value in found.items()}
+    # As F.cross_entropy, of which these two are the parts.
+    found["log_probs"] = -F.nll_loss(log_p, wanted, ignore_index=IGNORED, reduction="none")
+    return found
 
 
 def check_loss_function(loss_fn: Any, label_smoothing: float) -> None:
     """Raise ConfigError for a loss_fn that is not a function, or that makes label smoothing void."""
     if loss_fn is None:
         return
-    if not callable(loss_fn):
+    if not isinstance(loss_fn, TokenLoss) and not callable(loss_fn):
         raise ConfigError(
             f"loss_fn is a {type(loss_fn).__name__}, not a function",
             hint="pass a function of (log_probs, batch) that returns a scalar tensor",
@@ -144,9 +294,10 @@ def check_loss_function(loss_fn: Any, label_smoothing: float) -> None:
 
 
 def custom(loss_fn: LossFunction, batch: dict[str, torch.Tensor], chunk: int, metrics: Metrics) -> HeadLoss:
-    """Build a head loss from a user's function of log-probabilities.
+    """Build a head loss from a user's function of log-probabilities or `TokenValues`.
 
-    Logits are computed twice: for the log-probabilities that `loss_fn` receives, and for its gradient.
+    Logits are computed twice, for the values that `loss_fn` receives and for its gradient, except those of
+    the first chunk, whose graph is kept in between.
     metrics: filled with what it returns besides the loss; `as_numbers` converts them. For a GPU the batch
     should be pinned.
     Raises ConfigError unless it returns a scalar that depends on the log-probabilities.
@@ -155,24 +306,22 @@ def custom(loss_fn: LossFunction, batch: dict[str, torch.Tensor], chunk: int, me
     def head_loss(
         skeleton: Skeleton, hidden: torch.Tensor, targets: torch.Tensor, draws: Draws
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        with draws():  # the last token of a row has no target
-            leaf = log_probabilities(skeleton, hidden, targets, chunk)[:, :-1].requires_grad_()
+        asked = loss_fn.asked if isinstance(loss_fn, TokenLoss) else Asked()
+        head = _Head(skeleton, hidden, targets, chunk, asked)
+        with draws():
+            # A head that draws random numbers must run its chunks in order.
+            values = head.values(keep=skeleton.own_head is not None)
+        leaf = values.log_probs.requires_grad_()
         given = {name: value.to(hidden.device, non_blocking=True) for name, value in batch.items()}
-        loss, extra = _checked(loss_fn(leaf, given))  # draws from the caller's generators
+        result = loss_fn.function(values, given) if isinstance(loss_fn, TokenLoss) else loss_fn(leaf, given)
+        loss, extra = _checked(result)  # draws from the caller's generators
         metrics.update({str(name): _metric(name, value) for name, value in extra.items()})
         loss.backward()
         if leaf.grad is None:
             raise _no_loss("does not depend on the log-probabilities")
-        wanted_gradient = F.pad(leaf.grad, (0, 1)).flatten()
-        flat = hidden.flatten(0, 1)
-        gradient = torch.zeros_like(flat)
         with draws():  # the same head noise again
-            for place, piece, wanted in _chunks(flat, targets.flatten(), chunk):
-                found = _log_probability(skeleton, piece.requires_grad_(), wanted)
-                found.backward(wanted_gradient[place])
-                assert piece.grad is not None
-                gradient[place] = piece.grad
-        return loss.detach().float(), gradient.view_as(hidden)
+            gradient = head.gradient(leaf.grad)
+        return loss.detach().float(), gradient
 
     return head_loss
 

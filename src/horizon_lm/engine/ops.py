@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch.nn import functional as F
 
 from horizon_lm.config import ModelSettings
 from horizon_lm.config.data import IGNORED
@@ -18,7 +19,7 @@ from horizon_lm.engine.disk_lane import Saving
 from horizon_lm.engine.gradient import UnitGradient, square_norm
 from horizon_lm.engine.lanes import reads_on_this_lane
 from horizon_lm.engine.layers import Layer, Rerun
-from horizon_lm.engine.loss import log_probabilities
+from horizon_lm.engine.loss import token_values
 from horizon_lm.engine.policies import Policies
 from horizon_lm.engine.step import Step
 from horizon_lm.machine.device import memory_bytes
@@ -171,11 +172,15 @@ class Ops:
             ends.bound_for_backward(skeleton, op.unit, self._weights(op), gradient),
         ):
             loss, hidden_gradient = step.head_losses[m](skeleton, hidden, targets, draws)
-            if skeleton.has_router_loss:  # counts with the micro-batch's share of the step's targets
-                share = int((targets != IGNORED).sum()) / step.num_tokens
+            if skeleton.has_router_loss:
+                weight = step.router_weight
+                if weight is None:
+                    weight = int((targets != IGNORED).sum()) / step.num_tokens
                 with host_twins(self.device):
                     call.inputs = self._inputs(step, m)  # copied again, for their twins
-                    loss += ends.router_loss_and_backward(skeleton, call, hidden, share, draws)
+                    found = ends.router_loss_and_backward(skeleton, call, hidden, weight, draws)
+                loss += found * weight
+                step.router_losses[m] = found
         if gradient is not None and m == step.spec.micro_batches - 1:
             gradient.complete()  # a tied table's gradient waits here for its rows
         step.losses[m] = loss
@@ -188,9 +193,10 @@ class Ops:
             step.draws(op, self.device)(),
             self.skeleton.bound(op.unit, self._weights(op), grad=False),
         ):
-            found = log_probabilities(self.skeleton, hidden, targets, self.policies.loss_chunk)
-        step.log_probs[m] = found[:, :-1]
-        step.losses[m] = -found.double().sum() / max(1, step.num_tokens)
+            found = token_values(self.skeleton, hidden, targets, self.policies.loss_chunk, step.asked)
+        step.values[m] = found
+        # Padded, since the order of a sum depends on the strides.
+        step.losses[m] = -F.pad(found.log_probs, (0, 1)).double().sum() / max(1, step.num_tokens)
 
     def _backward(self, step: Step, op: Op) -> None:
         m = op.micro_batch

@@ -14,7 +14,7 @@ import torch
 from horizon_lm.engine.ends import Rows
 from horizon_lm.engine.gradient import UnitGradient
 from horizon_lm.engine.layers import LayerGraph, Rerun
-from horizon_lm.engine.loss import Draws, HeadLoss, Metrics
+from horizon_lm.engine.loss import Asked, Draws, HeadLoss, Metrics, TokenValues
 from horizon_lm.micro_batches import MicroBatch
 from horizon_lm.model.capture import Call
 from horizon_lm.optim.kernel import Progress
@@ -91,7 +91,8 @@ class Step:
     targets: [batch, tokens] on the host per micro-batch. num_tokens: targets that count. rows: the embedding
     rows used, if they or the prologue need gradients. number: steps done before it. head_losses: one per
     micro-batch. metrics: what a loss function returns besides the loss (device_metrics: the same before they
-    are read). update: what the O ops of this schedule apply.
+    are read). router_weight: see `TokenLoss`; router_losses: before that weight. asked, values: what an
+    evaluation computes of each target, and found. update: what the O ops of this schedule apply.
     ends_itself: its gradients are of no use after the call that made them.
     """
 
@@ -109,7 +110,10 @@ class Step:
     memory: dict[Buffer, torch.Tensor | Call | LayerGraph | Rerun] = field(default_factory=dict)
     gradients: dict[int, UnitGradient] = field(default_factory=dict)
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
-    log_probs: dict[int, torch.Tensor] = field(default_factory=dict)
+    router_weight: float | None = None
+    router_losses: dict[int, torch.Tensor] = field(default_factory=dict)
+    asked: Asked = Asked()
+    values: dict[int, TokenValues] = field(default_factory=dict)
     device_metrics: list[Metrics] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)
     square_norms: dict[int, torch.Tensor] = field(default_factory=dict)
