@@ -1,0 +1,146 @@
+"""From the arguments of a Trainer to a `HostModel`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, AutoProcessor, TrainingArguments
+
+from horizon_lm.config.python import model_settings
+from horizon_lm.errors import ConfigError
+from horizon_lm.host_model import HostModel
+from horizon_lm.model.loading import load_model_of
+
+# Names of transformers -> ours. The implementation does not matter.
+OPTIMIZERS = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_anyprecision"), "adamw"),
+    "sgd": "sgd",
+    "lion_32bit": "lion",
+}
+# Arguments that a HostModel has as settings of its own.
+_SHARED = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim", "neftune_noise_alpha")
+
+
+def host_of(model: Any, args: TrainingArguments) -> HostModel:
+    """Return `model`, or make it a HostModel as the arguments say.
+
+    Raises ConfigError for a HostModel that was built with other settings, and the errors of
+    `HostModel.from_pretrained`.
+    """
+    args._n_gpu = min(1, args.n_gpu)  # the engine uses one device
+    if isinstance(model, HostModel):
+        _check(model, args)
+        return model
+    values = settings_of(args, model)
+    settings = model_settings("the trainer's model", values.pop("device"), values.pop("dtype"), values)
+    loaded: Any = load_model_of(model, settings)
+    _ask_for_router_loss(loaded.config, args)
+    return HostModel(loaded, settings)
+
+
+def tokenizer_of(model: Any, args: Any) -> Any:
+    """Load the tokenizer or processor of a model, as TRL's trainers do if none is given."""
+    name = model if isinstance(model, str) else model.config._name_or_path
+    revision = (getattr(args, "model_init_kwargs", None) or {}).get("revision") if name is model else None
+    return AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=_trust(args))
+
+
+def settings_of(args: TrainingArguments, model: Any = None) -> dict[str, Any]:
+    """Return the settings of `HostModel.from_pretrained` that the arguments amount to.
+
+    model: decides on the dtype if the arguments do not.
+    """
+    chosen = dict(getattr(args, "model_init_kwargs", None) or {})
+    dtype = chosen.get("dtype", chosen.get("torch_dtype"))
+    if isinstance(model, nn.Module):
+        dtype, attention = model.dtype, model.config._attn_implementation
+    else:
+        attention = chosen.get("attn_implementation") or "sdpa"
+    if dtype == "auto":
+        dtype = AutoConfig.from_pretrained(
+            model, trust_remote_code=_trust(args), revision=chosen.get("revision")
+        ).dtype
+    is_bf16 = args.bf16 or str(dtype).removeprefix("torch.") == "bfloat16"
+    recompute = getattr(args, "activation_checkpointing", None) or getattr(
+        args, "gradient_checkpointing", False
+    )
+    return {
+        "device": str(args.device),
+        "dtype": "bfloat16" if is_bf16 else "float32",
+        "attn_implementation": attention,
+        "trust_remote_code": _trust(args),
+        "model_revision": chosen.get("revision"),
+        "activations": "recompute" if recompute else "auto",
+        "update": "deferred",
+        "deterministic": args.full_determinism,
+        "seed": args.seed,
+        **{name: _shared(args)[name] for name in _SHARED},
+    }
+
+
+def _trust(args: Any) -> bool:
+    chosen = getattr(args, "model_init_kwargs", None) or {}
+    return bool(chosen.get("trust_remote_code", getattr(args, "trust_remote_code", False)))
+
+
+def _shared(args: Any) -> dict[str, Any]:
+    return {
+        **{name: getattr(args, name) for name in _SHARED},
+        "optim": OPTIMIZERS[str(getattr(args.optim, "value", args.optim))],
+    }
+
+
+def _check(host: HostModel, args: Any) -> None:
+    """Raise ConfigError if the arguments do not fit the HostModel."""
+    if host.settings.update_mode == "eager":
+        raise ConfigError(
+            "update: eager updates layers during the backward pass, and a Trainer updates after it",
+            hint="HostModel.from_pretrained(..., update='deferred')",
+        )
+    if host.device.type != args.device.type:
+        raise ConfigError(
+            f"the HostModel is on {host.device}, the trainer's arguments say {args.device}",
+            hint="pass use_cpu=True, or HostModel.from_pretrained(..., device='cuda')",
+        )
+    wanted = _shared(args)
+    for name in _SHARED:
+        mine, default = getattr(host.settings, name), type(args).__dataclass_fields__[name].default
+        is_default = getattr(args, name) == default or name == "optim" and wanted[name] == "adamw"
+        if not is_default and wanted[name] != mine:
+            raise ConfigError(
+                f"{name}={wanted[name]}, but the HostModel was built with {mine}",
+                hint=f"HostModel.from_pretrained(..., {name}={wanted[name]!r})",
+            )
+    wants, has = _wants_router_loss(host.config, args), host.skeleton.has_router_loss
+    if wants is not None and wants != has:
+        raise ConfigError(
+            f"the routers' auxiliary loss is {'on' if wants else 'off'} by router_aux_loss_coef, and "
+            f"{'off' if wants else 'on'} in the HostModel",
+            hint="set output_router_logits in the model's configuration before HostModel, or "
+            f"router_aux_loss_coef={'0.0' if wants else getattr(host.config, 'router_aux_loss_coef', 0.01)}",
+        )
+    if wants and args.router_aux_loss_coef not in (None, host.config.router_aux_loss_coef):
+        raise ConfigError(
+            f"router_aux_loss_coef={args.router_aux_loss_coef:g}, but the HostModel's model has "
+            f"{host.config.router_aux_loss_coef:g}",
+            hint="set it in the model's configuration before HostModel",
+        )
+
+
+def _wants_router_loss(config: Any, args: Any) -> bool | None:
+    """Whether TRL would add the auxiliary loss; None if the model's configuration decides."""
+    if not hasattr(args, "router_aux_loss_coef") or not hasattr(config, "output_router_logits"):
+        return None
+    coefficient = args.router_aux_loss_coef
+    return bool(getattr(config, "router_aux_loss_coef", 0.0) if coefficient is None else coefficient)
+
+
+def _ask_for_router_loss(config: Any, args: Any) -> None:
+    """Write into the configuration what TRL would: a non-zero coefficient turns the auxiliary loss on."""
+    wants = _wants_router_loss(config, args)
+    if wants is None:
+        return
+    config.output_router_logits = wants
+    if args.router_aux_loss_coef is not None:
+        config.router_aux_loss_coef = args.router_aux_loss_coef
