@@ -6,8 +6,9 @@ A model resident on the device, or vLLM, generates; scoring and training stream 
 from __future__ import annotations
 
 import copy
-import inspect
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,6 @@ from horizon_lm.config.data import IGNORED
 from horizon_lm.errors import ConfigError
 from horizon_lm.host_model import HostModel
 from horizon_lm.model.loading import load_model_of
-from horizon_lm.outputs import ForwardBackwardOutput
 from horizon_lm.trainers.base import HorizonMixin, Inputs
 from horizon_lm.trainers.generation import named_weights, resident
 from horizon_lm.trainers.view import evaluate, view_of
@@ -30,8 +30,7 @@ Scores = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 _FIELDS = {
     "entropy_coef": "entropy_coef=0.0; gradients flow through log-probabilities only",
     "use_adaptive_entropy": "leave it out; gradients flow through log-probabilities only",
-    "cast_lm_head_to_fp32": "leave it out; the loss is computed from fp32 logits, and dtype='float32' computes "
-    "all in fp32",
+    "cast_lm_head_to_fp32": "model_init_kwargs={'dtype': 'float32'} computes all in fp32",
     "sync_ref_model": "leave it out; the reference stays as it is loaded",
 }
 
@@ -46,24 +45,26 @@ class HorizonRollouts(HorizonMixin):
     token_values = ("entropy",)
 
     def __init__(self, model: Any = None, *positional: Any, ref_model: Any = None, **named: Any) -> None:
-        trl = super(HorizonMixin, self).__init__
-        given = inspect.signature(trl).bind_partial(model, *positional, **named).arguments
-        args = given.get("args")
-        _refuse(type(self).__name__, self.config_class if args is None else args, ref_model)
+        self._reference = ref_model
         super().__init__(model, *positional, **named)
         if ref_model is not None:
-            self.beta = self.args.beta = (self.config_class if args is None else args).beta
+            self.beta = self.args.beta = self._beta
             self.ref_model = view_of(reference_of(ref_model, self.host), ())
             self.ref_model.temperature = self.temperature
         if self.use_vllm:
             self.vllm_generation._iter_named_params = partial(named_weights, self.host)
 
+    def _given(self, model: Any, positional: Any, named: Any) -> dict[str, Any]:
+        given = super()._given(model, positional, named)
+        _refuse(type(self).__name__, given["args"], self._reference)
+        return given
+
     def _arguments(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Leave the reference out: TRL would load it as a model of its own."""
+        """Hide `beta`, for which TRL would load the reference as a model of its own."""
         args = copy.copy(given["args"])
-        args.beta = 0.0
+        self._beta, args.beta = args.beta, 0.0
         given["model"].temperature = args.temperature
-        return {**given, "args": args}
+        return super()._arguments({**given, "args": args})
 
     def _generate(self, prompts: list[Any]) -> Any:
         """Generate with the whole model on the device; with vLLM it never is."""
@@ -89,45 +90,44 @@ class HorizonRollouts(HorizonMixin):
             self._current_train_step_time = 0.0
         return output
 
-    def micro_batch(self, inputs: Inputs) -> Inputs:
+    def calls(self, inputs: Inputs) -> list[Inputs]:
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        return _scored(ids, mask, inputs["completion_ids"].size(1))
+        return [_scored(ids, mask, inputs["completion_ids"].size(1))]
 
-    def forward_backward(self) -> ForwardBackwardOutput:
-        """Also log the routers' loss, which the engine adds: TRL was told that it is 0."""
-        out = super().forward_backward()
-        if out.router_losses:
-            coefficient = self.host.config.get_text_config().router_aux_loss_coef
-            logged = self._metrics["train"]["aux_loss"]
-            logged[-len(out.router_losses) :] = [loss / coefficient for loss in out.router_losses]
-        return out
+    @contextmanager
+    def looking_ahead(self, batches: Iterable[Inputs]) -> Iterator[None]:
+        """Do nothing: the completions of batches to come do not exist yet."""
+        yield
+
+    def look_ahead(self, model: Any) -> None:
+        """Do nothing; see `looking_ahead`."""
 
     def _get_per_token_logps_and_entropies(
-        self, model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: int, *batch_size: Any, **asked: Any
+        self, model: Any, ids: Any, mask: Any, logits_to_keep: int, *size: int, **asked: Any
     ) -> Scores:
-        """Score completions: in a step by the values that the engine has computed for the micro-batch, else
-        by one pass over the weights for all micro-batches of `batch_size` rows."""
-        [size] = batch_size or [asked.get("batch_size")]
-        parts = (tensor.split(size or len(input_ids)) for tensor in (input_ids, attention_mask))
-        batches = [_scored(ids, mask, logits_to_keep) for ids, mask in zip(*parts, strict=True)]
-        if model.answers:
-            found = [model(**batch) for batch in batches]
-        else:
-            found = [answer.values for answer in evaluate(model, batches)]
-        log_probs = torch.cat([values.log_probs[:, -logits_to_keep:] for values in found])
-        entropy = aux_loss = None
-        if asked.get("compute_entropy"):
-            entropy = torch.cat([values.entropy[:, -logits_to_keep:] for values in found])
-        if asked.get("compute_aux_loss"):
-            aux_loss = log_probs.new_zeros(())
-        return log_probs, entropy, aux_loss
+        """Return the scores of completions: in a step those that the engine has, else from one pass over the
+        weights for all micro-batches of `size` rows."""
+        [rows] = size or [asked.get("batch_size")]
+        parts = (tensor.split(rows or len(ids)) for tensor in (ids, mask))
+        batches = [_scored(*part, logits_to_keep) for part in zip(*parts, strict=True)]
+        entropies = ("entropy",) if asked.get("compute_entropy") else ()
+        found: Any = [model(**batch) for batch in batches] if model.answers else None
+        if found is None:
+            found = [answer.values for answer in evaluate(model, batches, entropies)]
+
+        def scores(name: str) -> torch.Tensor:
+            return torch.cat([getattr(values, name)[:, -logits_to_keep:] for values in found]).to(ids.device)
+
+        log_probs = scores("log_probs")
+        aux_loss = log_probs.new_zeros(()) if asked.get("compute_aux_loss") else None
+        return log_probs, scores("entropy") if entropies else None, aux_loss
 
 
 def _scored(input_ids: torch.Tensor, attention_mask: torch.Tensor, completion: int) -> Inputs:
     """Return a micro-batch whose targets are the unmasked ones of the last `completion` tokens.
 
-    If all are masked (`mask_truncated_completions`), one is a target all the same, since a step needs one; the
+    If all are masked (`mask_truncated_completions`), one is a target all the same, as a step needs one; the
     loss masks it.
     """
     labels = input_ids.masked_fill(attention_mask == 0, IGNORED)
@@ -137,7 +137,7 @@ def _scored(input_ids: torch.Tensor, attention_mask: torch.Tensor, completion: i
 
 
 def _refuse(trainer: str, args: Any, ref_model: Any) -> None:
-    """Raise ConfigError for what streaming has no equivalent of. args: a configuration, or its class."""
+    """Raise ConfigError for what rollouts have no equivalent of."""
     for name, hint in _FIELDS.items():
         if getattr(args, name, False):
             raise ConfigError(f"{trainer}: {name}={getattr(args, name)} is not supported", hint=hint)
