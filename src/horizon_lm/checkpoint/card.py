@@ -64,7 +64,7 @@ def model_card(
         template_str=_TEMPLATE,
         name=markdown(_public(config.get("run_name")) or Path(str(config.get("output_dir", "model"))).name),
         what=f"All parameters of {origin}, trained for {count(step, 'step')}{tokens} with horizon-lm.",
-        data="\n".join(data),
+        data="\n".join(data) or "Not recorded.",
         table="\n".join(["| setting | value |", "| --- | --- |", *rows]),
         versions="\n".join(f"- {name} {version}" for name, version in versions.items()),
     )

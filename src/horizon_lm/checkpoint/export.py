@@ -27,6 +27,7 @@ from horizon_lm.checkpoint.disk import Disk, HashedFile
 from horizon_lm.checkpoint.folder import Checkpoint, candidates
 from horizon_lm.checkpoint.model import (
     CONFIGURATIONS,
+    TRAINER_FILES,
     Group,
     Tensors,
     check_weights,
@@ -161,7 +162,8 @@ def _export(
     def write(folder: Path) -> None:
         write_model(model, _aliases(model), groups, folder, wanted, max_shard_size)
         for name in manifest.files:
-            if not name.endswith(".safetensors") and name not in CONFIGURATIONS:  # tokenizer and templates
+            is_known = name in CONFIGURATIONS or name in TRAINER_FILES
+            if not name.endswith(".safetensors") and not is_known:  # tokenizer and templates
                 files.write_file(folder / name, read_small(checkpoint, name), below=folder)
         tokens = manifest.state.get("meter", {}).get("sums", [None])[0]
         card = model_card(

@@ -287,7 +287,7 @@ def claim(output_dir: str, *, overwrite: bool, resume: bool = False) -> Iterator
             folder.path.mkdir(parents=True, exist_ok=True)
         if not os.access(folder.path, os.W_OK | os.X_OK):
             raise ConfigError(f"output_dir={output_dir!r} is not writable", hint="choose another output_dir")
-        with _locked(folder.path):
+        with locked(folder.path):
             folder.sweep()
             if resume:
                 folder.check_goes_on()
@@ -301,7 +301,7 @@ def claim(output_dir: str, *, overwrite: bool, resume: bool = False) -> Iterator
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold the folder's lock. Raises ConfigError if another process holds it."""
     file = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from horizon_lm.checkpoint.folder import Checkpoint, Rejected, RunFolder
 from horizon_lm.errors import CheckpointError, ConfigError, HorizonError
 from horizon_lm.io import files
 from horizon_lm.io.hub import REPOSITORY
+from horizon_lm.text import shown
 
 Kind = Literal["run", "checkpoint", "model", "configuration", "file", "empty", "folder", "absent"]
 
@@ -143,6 +145,18 @@ def _event(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def refuse_trainer(found: Iterable[Checkpoint]) -> None:
+    """Raise CheckpointError for a checkpoint of a Trainer, whose place in the data only that Trainer knows."""
+    for checkpoint in found:
+        trainer = checkpoint.manifest.state.get("trainer")
+        if trainer is not None:
+            raise CheckpointError(
+                f"{checkpoint.path} is a checkpoint of {shown(str(trainer))}, not of `horizon train`",
+                hint="trainer.train(resume_from_checkpoint=True) in its script; or "
+                f"horizon export {checkpoint.path} OUT, then model_name_or_path=OUT",
+            )
 
 
 # Errors for what is missing, shared by all commands.

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CONFIGURATIONS = ("config.json", "generation_config.json")
+# What `trainers` adds to a checkpoint; no part of a model.
+TRAINER_FILES = ("trainer_state.json", "trainer.json", "trainer.safetensors", "training_args.json")
 _FLOATS = ("BF16", "F16", "F32")  # dtypes of weights, as safetensors names them
 _UNIT_FILE = re.compile(r"unit-[0-9]{5,9}\.safetensors")
 

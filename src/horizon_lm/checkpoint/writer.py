@@ -47,11 +47,22 @@ class Snapshot:
 class CheckpointWriter:
     """Writer of one checkpoint; `Saving` for the engine. `outcome` is None until it has ended."""
 
-    def __init__(self, run: Path, snapshot: Snapshot, disk: Disk, keep: Retention | None = None) -> None:
-        """keep: checkpoints that stay once this one is complete; None: all."""
+    def __init__(
+        self,
+        run: Path,
+        snapshot: Snapshot,
+        disk: Disk,
+        keep: Retention | None = None,
+        *,
+        replaces: bool = False,
+    ) -> None:
+        """keep: checkpoints that stay once this one is complete; None: all. replaces: it takes the place of a
+        folder of the same step, whatever that holds; otherwise it gets another name."""
         self._run, self._content, self._disk = run, snapshot, disk
         self._keep = keep or Retention()
-        self._target = folder.free_name(run, snapshot.manifest.step, snapshot.manifest.serial)
+        step = snapshot.manifest.step
+        plain = run / f"checkpoint-{step}"
+        self._target = plain if replaces else folder.free_name(run, step, snapshot.manifest.serial)
         self._staging = run / f".tmp-{self._target.name}"
         self._files: dict[str, tuple[int, str]] = {}
         self._error: str | None = None
@@ -148,5 +159,12 @@ class CheckpointWriter:
             disk.sync_path(path)
         if not self._wanted():
             return
+        doomed = self._run / f".del-{self._target.name}"
+        is_taken = self._target.exists()
+        if is_taken:
+            disk.remove(doomed)
+            disk.rename(self._target, doomed)
         disk.rename(staging, self._target)
         disk.sync_path(self._run)
+        if is_taken:
+            disk.remove(doomed)

@@ -7,7 +7,6 @@ engine's loss function, once per micro-batch, against a `StreamedView` of the mo
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,9 +21,8 @@ from trl import SFTConfig, SFTTrainer
 from horizon_lm.engine.loss import TokenLoss, TokenValues
 from horizon_lm.errors import ConfigError
 from horizon_lm.host_model import HostModel
-from horizon_lm.io import files
-from horizon_lm.io.leftovers import OwnedFolder
 from horizon_lm.outputs import ForwardBackwardOutput
+from horizon_lm.trainers.checkpoints import HorizonCheckpoints
 from horizon_lm.trainers.refused import refuse
 from horizon_lm.trainers.settings import host_of
 from horizon_lm.trainers.view import MODEL_INPUTS, Answer, evaluate, view_of
@@ -63,7 +61,7 @@ class HostOptimizer(torch.optim.Optimizer):
         self.grad_norm.fill_(out.grad_norm)
 
 
-class HorizonMixin:
+class HorizonMixin(HorizonCheckpoints):
     """A Trainer over a `HostModel`, which is `host`.
 
     Comes before the trainer's class. model: a folder, a name on the Hub, a transformers model object (it is
@@ -221,22 +219,6 @@ class HorizonMixin:
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
         """Do nothing: there are no weights to move."""
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write the model and the tokenizer, beside what the folder holds."""
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        if not folder.exists() or not any(folder.iterdir()):
-            self.host.save_pretrained(folder, tokenizer=self.processing_class)
-            return
-        owned = OwnedFolder(".model-", folder)
-        try:
-            self.host.save_pretrained(owned.path / "model", tokenizer=self.processing_class)
-            for old in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
-                files.remove(old)
-            for file in sorted((owned.path / "model").iterdir()):
-                os.replace(file, folder / file.name)
-        finally:
-            owned.release()
 
 
 class HorizonTrainer(HorizonMixin, Trainer):

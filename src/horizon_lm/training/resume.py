@@ -12,7 +12,7 @@ from typing import Any
 from horizon_lm.checkpoint import folder as checkpoints
 from horizon_lm.checkpoint.disk import checksum, damaged
 from horizon_lm.checkpoint.folder import Checkpoint, Rejected, RunFolder
-from horizon_lm.checkpoint.identify import identify, no_checkpoint
+from horizon_lm.checkpoint.identify import identify, no_checkpoint, refuse_trainer
 from horizon_lm.checkpoint.reader import load_buffers, load_units, read_small
 from horizon_lm.config import DatasetConfig, TrainConfig
 from horizon_lm.config.base import resumable
@@ -61,6 +61,7 @@ def find(config: TrainConfig, folder: RunFolder, warn: Callable[[str], None]) ->
             error.hint = f"{error.hint}; resume_from_checkpoint=auto starts a new run if there is none"
         raise error
     found = checkpoints.candidates(place, warn)
+    refuse_trainer(found)
     check_settings(config, found[0])
     if config.max_steps > 0:
         _check_length(config, found[0], config.max_steps, found[0].manifest.step)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from horizon_lm.checkpoint.folder import RunFolder
-from horizon_lm.checkpoint.identify import identify, no_checkpoint
+from horizon_lm.checkpoint.identify import identify, no_checkpoint, refuse_trainer
 from horizon_lm.config import TrainConfig
 from horizon_lm.config.aliases import canonical_name
 from horizon_lm.config.base import collect, keys_of
@@ -44,6 +44,7 @@ def run_of(place: str) -> tuple[str, str]:
     """
     looked = identify(place)
     path = looked.path
+    refuse_trainer(looked.checkpoints)
     if looked.kind == "checkpoint" and looked.checkpoints:
         run = path.resolve().parent
         if not RunFolder(run).settings.is_file():

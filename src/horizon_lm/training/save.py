@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
 from horizon_lm.checkpoint import folder as checkpoints
-from horizon_lm.checkpoint.disk import Disk
 from horizon_lm.checkpoint.folder import Retention
-from horizon_lm.checkpoint.manifest import Manifest
-from horizon_lm.checkpoint.units import copied_buffers
-from horizon_lm.checkpoint.writer import CheckpointWriter, Outcome, Snapshot
+from horizon_lm.checkpoint.writer import Outcome
 from horizon_lm.engine.policies import DTYPES
 from horizon_lm.errors import CheckpointError, DoesNotFitError, StoppedError
-from horizon_lm.host_model import HostModel
-from horizon_lm.io.leftovers import temporary_folder
-from horizon_lm.memory.store import predict_bytes
-from horizon_lm.report.metrics import versions
 from horizon_lm.report.records import StepRecord
+from horizon_lm.training.checkpoint_series import CheckpointSeries, Content
 from horizon_lm.training.resume import load_checkpoint
 from horizon_lm.training.run_settings import absolute
 from horizon_lm.training.signals import REQUEUE, StopRequest
 from horizon_lm.training.state import RunState
-from horizon_lm.words import count, size
+from horizon_lm.words import count
 
-_NOT_SAVED = ("grads", "grad_slabs")
-_MARGIN = 1.1  # free disk space wanted, as a multiple of what a checkpoint needs
 _SMALL = 1_000_000_000  # bytes: save_last=auto saves the end of any run whose checkpoint takes no more
 
 
@@ -49,39 +38,28 @@ class Saver:
         """small_files: configuration and tokenizer. report: is told how each checkpoint ended. parent: the
         checkpoint that the run began from."""
         self._run, self._state, self._model, self._config = run, state, state.model, state.config
-        self._small_files, self._report, self._parent = small_files, report, parent
-        self._settings, self._versions = absolute(state.config).to_dict(), versions()
-        self._disk = Disk()
-        self._writer: CheckpointWriter | None = None
-        self._failed_in_a_row = 0
+        self._small_files, self._report = small_files, report
+        self._parent = str(parent) if parent is not None else None
+        self._settings = absolute(state.config).to_dict()
+        patience = self._config.save_patience_seconds
+        self._series = CheckpointSeries(run, state.model, self._ended, patience_seconds=patience)
         self._is_extra = False  # a failed save of the end must not fail the run
         self._saved_step = -1
         self._epochs = int(state.loader.state_dict().get("epoch", 0))
         self._last_save = time.monotonic()
         self._save_seconds = self._step_seconds = 0.0
-        with suppress(OSError):
-            checkpoints.sweep(run, self._disk)  # leftovers of a killed run; this run holds the lock
-        found, _ = checkpoints.list_checkpoints(run)
-        self._serial = 1 + max((c.manifest.serial for c in found), default=0)
-        self.num_bytes = sum(
-            n
-            for name, n in predict_bytes(state.model.store.units, state.model.store.spec).items()
-            if name not in _NOT_SAVED
-        )
-        self._model.engine.lanes.disk.patience_seconds = self._config.save_patience_seconds
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of a checkpoint."""
+        return self._series.num_bytes
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Finish what is being written, also after an error; abandon it if the run ends at once."""
-        if self._writer is None:
-            return
-        if kind is not None and not issubclass(kind, Exception):
-            self._writer.abandon()
-            return
-        with suppress(*(() if kind is None else (Exception,))):  # report the error that failed the run
-            self.finish()
+        self._series.close(kind)
 
     # After a step.
 
@@ -131,75 +109,30 @@ class Saver:
         """Save the state after `step`. beside_bytes: what else the disk needs room for."""
         self.finish()
         self._last_save = time.monotonic()
-        problem = self._no_room(beside_bytes)
-        if problem is not None:
-            self._ended(Outcome(step, None, problem, 0, 0.0))
-            return
-        config, best = self._config, self._state.best
-        self._writer = CheckpointWriter(
-            self._run,
-            self._snapshot(step),
-            self._disk,
-            Retention(config.save_total_limit, config.save_keep_every, best.keep(step)),
+        config = self._config
+        content = Content(
+            step, self._settings, self._state.state_dict(), self._small_files, parent=self._parent
         )
-        self._serial += 1
-        self._model.save_state(self._writer, background=background)
-        if not background:
-            self.finish()
-
-    def _snapshot(self, step: int) -> Snapshot:
-        manifest = Manifest(
-            step=step,
-            serial=self._serial,
-            files={},
-            config=self._settings,
-            state=self._state.state_dict(),
-            versions=self._versions,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            parent=str(self._parent) if self._parent is not None else None,
-        )
-        buffers = copied_buffers(self._model.skeleton.model)
-        return Snapshot(manifest, self._model.store, buffers, self._small_files)
-
-    def _no_room(self, beside_bytes: int = 0) -> str | None:
-        """Say why a checkpoint is not begun; None if it can be."""
-        try:
-            checkpoints.sweep(self._run, self._disk)
-            free = shutil.disk_usage(self._run).free
-        except OSError as error:
-            return f"{error.strerror or error} ({self._run})"
-        needed = int(_MARGIN * (self.num_bytes + beside_bytes))
-        what = "it and the trained model need" if beside_bytes else "it needs"
-        return f"{what} {size(needed)} of disk space, {size(free)} are free" if needed > free else None
+        keep = Retention(config.save_total_limit, config.save_keep_every, self._state.best.keep(step))
+        self._series.begin(content, keep, background=background, beside_bytes=beside_bytes)
 
     def poll(self) -> None:
         """Report a checkpoint that has ended in the background."""
-        writer = self._writer
-        if writer is None:
-            return
-        if writer.outcome is None and writer.was_abandoned and not self._model.is_saving:
-            seconds = self._config.save_patience_seconds
-            writer.give_up(f"the disk has not answered for {seconds:g} s (save_patience_seconds)")
-        if writer.outcome is not None:
-            self._writer = None
-            self._ended(writer.outcome)
+        self._series.poll()
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written, and report it."""
-        if self._writer is not None:
-            self._model.finish_saving()
-            self.poll()
+        self._series.finish()
 
     def _ended(self, outcome: Outcome) -> None:
         self._state.best.saved(outcome)
         self._report(outcome)
         self._save_seconds = max(self._save_seconds, outcome.seconds)
         self._saved_step = outcome.step if outcome.path is not None else self._saved_step
-        self._failed_in_a_row = 0 if outcome.error is None else self._failed_in_a_row + 1
-        limit = self._config.max_failed_saves
-        if limit is not None and self._failed_in_a_row > limit and not self._is_extra:
+        limit, failed = self._config.max_failed_saves, self._series.failed_in_a_row
+        if limit is not None and failed > limit and not self._is_extra:
             raise DoesNotFitError(
-                f"{self._failed_in_a_row} checkpoints in a row could not be saved "
+                f"{failed} checkpoints in a row could not be saved "
                 f"(max_failed_saves={limit}); the last: {outcome.error}",
                 hint=f"free disk space, then horizon resume {self._run}: the last good checkpoint is intact",
             )
@@ -258,13 +191,3 @@ class Saver:
                 hint="check save_strategy, save_on_signal and disk space",
             )
         return StoppedError(f"{what}: {saved}", f"horizon resume {self._run}", code)
-
-
-def small_files(model: HostModel, save_tokenizer: Callable[[Path], None]) -> dict[str, bytes]:
-    """Return configuration and tokenizer as files, which make a checkpoint exportable on its own."""
-    with temporary_folder("horizon-files-") as folder:
-        model.config.save_pretrained(folder)
-        if model.skeleton.model.can_generate():
-            model.skeleton.model.generation_config.save_pretrained(folder)
-        save_tokenizer(folder)
-        return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

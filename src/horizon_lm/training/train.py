@@ -37,6 +37,7 @@ from horizon_lm.report.plot import plot_loss
 from horizon_lm.training import describe, prepare, sample
 from horizon_lm.training.build import NAMES, build_model, model_without_source, stand_in
 from horizon_lm.training.callbacks import Callbacks, CallbackState, check_callbacks
+from horizon_lm.training.checkpoint_series import small_files
 from horizon_lm.training.checks import check_factors, check_separation, check_sources, check_together
 from horizon_lm.training.describe import TrainResult
 from horizon_lm.training.evaluate import Evaluator
@@ -45,7 +46,7 @@ from horizon_lm.training.loop import Run, RunEnd, run_loop
 from horizon_lm.training.resume import Resume, cut_of, find, restore, wants_own_folder, with_chunk_of
 from horizon_lm.training.resume import about as about_resume
 from horizon_lm.training.run_settings import absolute
-from horizon_lm.training.save import Saver, small_files
+from horizon_lm.training.save import Saver
 from horizon_lm.training.state import Best, RunState
 from horizon_lm.training.upload import prepare_upload
 

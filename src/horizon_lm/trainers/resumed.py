@@ -1,0 +1,121 @@
+"""Find the checkpoint that a Trainer resumes from, and load it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from horizon_lm.checkpoint.disk import damaged
+from horizon_lm.checkpoint.folder import Checkpoint, Rejected, candidates, is_name, none_valid
+from horizon_lm.checkpoint.manifest import NAME as MANIFEST
+from horizon_lm.checkpoint.reader import read_small
+from horizon_lm.checkpoint.units import persistent_buffers
+from horizon_lm.errors import CheckpointError
+from horizon_lm.host_model import HostModel
+from horizon_lm.model.loading import load_model_of
+from horizon_lm.trainers.trainer_state import load_state
+from horizon_lm.training.resume import load_checkpoint
+
+_PICKLED = ("optimizer.pt", "optimizer.bin", "scheduler.pt")  # what Trainer itself leaves in a checkpoint
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A checkpoint in the model. state: of the trainer, see `trainer_state`."""
+
+    path: Path
+    state: Mapping[str, Any]
+
+
+def load(
+    source: bool | str | os.PathLike[str], output_dir: str, host: HostModel, warn: Callable[[str], None]
+) -> Resumed:
+    """Load a checkpoint into the model. source: its folder, that of its run, or True for `output_dir`.
+
+    Of a run, the latest intact one is taken; `warn` is told of others. Raises CheckpointError.
+    """
+    place = Path(output_dir if source is True else source).expanduser()
+    foreign = list(_foreign(place))
+    if foreign and (place in foreign or not any(_ours(place))):
+        raise _not_ours(foreign[-1])
+    rejected = []
+    found = candidates(place, warn)
+    for checkpoint in found:
+        try:
+            return _load(checkpoint, host)
+        except CheckpointError as error:
+            if len(found) == 1:
+                raise
+            warn(f"skipped {error.message}")
+            rejected.append(Rejected(checkpoint.path, error.message))
+    raise none_valid(place, rejected)
+
+
+def _load(checkpoint: Checkpoint, host: HostModel) -> Resumed:
+    if "trainer" not in checkpoint.manifest.state:
+        raise CheckpointError(
+            f"{checkpoint.path} is a checkpoint of `horizon train`, not of a Trainer",
+            hint=f"horizon resume {checkpoint.path.parent}; or horizon export {checkpoint.path} OUT, and "
+            "pass OUT as the model",
+        )
+    for name in checkpoint.manifest.files:  # before the model is touched
+        if not name.startswith("unit-"):
+            read_small(checkpoint, name)
+    try:
+        state = load_state(checkpoint)
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(checkpoint.path, f"its state cannot be read: {error!r}") from error
+    load_checkpoint(checkpoint, host)
+    return Resumed(checkpoint.path, state)
+
+
+def _folders(place: Path) -> Iterator[Path]:
+    """Yield the folder of a checkpoint, or those in a run, by step."""
+    if is_name(place.name) or (place / MANIFEST).exists() or (place / "trainer_state.json").exists():
+        yield place
+    elif place.is_dir():
+        names = (path for path in place.iterdir() if is_name(path.name) and path.is_dir())
+        yield from sorted(names, key=lambda path: int(path.name.split("-")[1]))
+
+
+def _ours(place: Path) -> Iterator[Path]:
+    return (path for path in _folders(place) if (path / MANIFEST).exists())
+
+
+def _foreign(place: Path) -> Iterator[Path]:
+    """Yield folders that a Trainer could have written, without our manifest."""
+    for path in _folders(place):
+        if not (path / MANIFEST).exists() and (path / "config.json").is_file():
+            yield path
+
+
+def _not_ours(path: Path) -> CheckpointError:
+    pickled = next((name for name in _PICKLED if (path / name).is_file()), None)
+    if pickled is not None:
+        what = f"is a checkpoint of transformers' own Trainer, whose {pickled} is a pickle and is not read"
+    else:
+        what = "holds a model without the optimizer's state (save_only_model)"
+    return CheckpointError(
+        f"{path} {what}", hint=f"start a new run from its weights: pass {path} as the trainer's model"
+    )
+
+
+def load_weights(folder: Path, host: HostModel) -> None:
+    """Fill the model with the weights of a Hugging Face folder; the optimizer's state stays.
+
+    Raises CheckpointError for a folder of another model.
+    """
+    source = load_model_of(folder, host.settings)
+    weights, buffers = dict(source.named_parameters()), dict(source.named_buffers())
+    missing = sorted(set(host.store.names()) - weights.keys())
+    if missing:
+        raise damaged(folder, f"has no weights of {missing[0]}")
+    host.state_is_being_replaced()
+    for name in host.store.names():
+        host.store.adopt(name, weights[name].data)
+    for name, buffer in persistent_buffers(host.skeleton.model):
+        buffer.copy_(buffers[name])
+    host.state_was_replaced(host.steps_done)

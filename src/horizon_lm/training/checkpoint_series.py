@@ -1,0 +1,157 @@
+"""Checkpoints of one folder, written one after another, in the background if asked."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from horizon_lm.checkpoint import folder as checkpoints
+from horizon_lm.checkpoint.disk import Disk
+from horizon_lm.checkpoint.folder import Retention
+from horizon_lm.checkpoint.manifest import Manifest
+from horizon_lm.checkpoint.units import copied_buffers
+from horizon_lm.checkpoint.writer import CheckpointWriter, Outcome, Snapshot
+from horizon_lm.host_model import HostModel
+from horizon_lm.io.leftovers import temporary_folder
+from horizon_lm.memory.store import predict_bytes
+from horizon_lm.report.metrics import versions
+from horizon_lm.words import size
+
+_NOT_SAVED = ("grads", "grad_slabs")
+_MARGIN = 1.1  # free disk space wanted, as a multiple of what a checkpoint needs
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint holds besides the model's numbers.
+
+    config: settings. state: of the loop, JSON-ready. small_files: configuration, tokenizer and others by
+    name. parent: the checkpoint that the run began from.
+    """
+
+    step: int
+    config: Mapping[str, Any]
+    state: Mapping[str, Any]
+    small_files: Mapping[str, bytes]
+    parent: str | None = None
+
+
+class CheckpointSeries:
+    """Writer of a folder's checkpoints. `report` is told how each one ended."""
+
+    def __init__(
+        self,
+        folder: Path,
+        model: HostModel,
+        report: Callable[[Outcome], None],
+        *,
+        patience_seconds: float,
+        replaces: bool = False,
+    ) -> None:
+        """replaces: see `CheckpointWriter`."""
+        self._folder, self._model, self._report, self._replaces = folder, model, report, replaces
+        self._patience_seconds = patience_seconds
+        self._disk = Disk()
+        self._versions = versions()
+        self._writer: CheckpointWriter | None = None
+        self.failed_in_a_row = 0
+        with suppress(OSError):
+            checkpoints.sweep(folder, self._disk)  # leftovers of a killed run; this run holds the lock
+        found, _ = checkpoints.list_checkpoints(folder)
+        self._serial = 1 + max((c.manifest.serial for c in found), default=0)
+        predicted = predict_bytes(model.store.units, model.store.spec)
+        self.num_bytes = sum(n for name, n in predicted.items() if name not in _NOT_SAVED)
+        model.engine.lanes.disk.patience_seconds = patience_seconds
+
+    def begin(self, content: Content, keep: Retention, *, background: bool, beside_bytes: int = 0) -> None:
+        """Write a checkpoint of the model's state, after the one before has ended.
+
+        keep: see `CheckpointWriter`. beside_bytes: what else the disk needs room for.
+        """
+        self.finish()
+        problem = self._no_room(beside_bytes)
+        if problem is not None:
+            self._ended(Outcome(content.step, None, problem, 0, 0.0))
+            return
+        self._writer = CheckpointWriter(
+            self._folder, self._snapshot(content), self._disk, keep, replaces=self._replaces
+        )
+        self._serial += 1
+        self._model.save_state(self._writer, background=background)
+        if not background:
+            self.finish()
+
+    def _snapshot(self, content: Content) -> Snapshot:
+        manifest = Manifest(
+            step=content.step,
+            serial=self._serial,
+            files={},
+            config=dict(content.config),
+            state=dict(content.state),
+            versions=self._versions,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            parent=content.parent,
+        )
+        buffers = copied_buffers(self._model.skeleton.model)
+        return Snapshot(manifest, self._model.store, buffers, content.small_files)
+
+    def _no_room(self, beside_bytes: int) -> str | None:
+        """Say why a checkpoint is not begun; None if it can be."""
+        try:
+            checkpoints.sweep(self._folder, self._disk)
+            free = shutil.disk_usage(self._folder).free
+        except OSError as error:
+            return f"{error.strerror or error} ({self._folder})"
+        needed = int(_MARGIN * (self.num_bytes + beside_bytes))
+        what = "it and the trained model need" if beside_bytes else "it needs"
+        return f"{what} {size(needed)} of disk space, {size(free)} are free" if needed > free else None
+
+    def poll(self) -> None:
+        """Report a checkpoint that has ended in the background."""
+        writer = self._writer
+        if writer is None:
+            return
+        if writer.outcome is None and writer.was_abandoned and not self._model.is_saving:
+            seconds = self._patience_seconds
+            writer.give_up(f"the disk has not answered for {seconds:g} s (save_patience_seconds)")
+        if writer.outcome is not None:
+            self._writer = None
+            self._ended(writer.outcome)
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, and report it."""
+        if self._writer is not None:
+            self._model.finish_saving()
+            self.poll()
+
+    def close(self, kind: type[BaseException] | None = None) -> None:
+        """Finish what is being written, also after an error; abandon it if the run ends at once.
+
+        kind: the error that ends the run, which is reported rather than one of the checkpoint.
+        """
+        if self._writer is None:
+            return
+        if kind is not None and not issubclass(kind, Exception):
+            self._writer.abandon()
+            return
+        with suppress(*(() if kind is None else (Exception,))):
+            self.finish()
+
+    def _ended(self, outcome: Outcome) -> None:
+        self.failed_in_a_row = 0 if outcome.error is None else self.failed_in_a_row + 1
+        self._report(outcome)
+
+
+def small_files(model: HostModel, save_tokenizer: Callable[[Path], object]) -> dict[str, bytes]:
+    """Return configuration and tokenizer as files, which make a checkpoint exportable on its own."""
+    with temporary_folder("horizon-files-") as folder:
+        model.config.save_pretrained(folder)
+        if model.skeleton.model.can_generate():
+            model.skeleton.model.generation_config.save_pretrained(folder)
+        save_tokenizer(folder)
+        return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
