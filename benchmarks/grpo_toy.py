@@ -1,7 +1,7 @@
 """GRPO learns a task with a verifiable reward: write the letter of the prompt four times.
 
-A llama of 2 layers with random weights, streamed by HorizonGRPOTrainer; `generate` of transformers on the resident
-model. The reward is the share of the four places with the right letter.
+A llama of 2 layers with random weights, streamed by HorizonGRPOTrainer, which generates with transformers. The
+reward is the share of the four places with the right letter.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TIMES = 4
 
 
 class Curve(NamedTuple):
-    """Mean reward and entropy (nats) of the completions of each step; wall and CPU seconds of the training."""
+    """Mean reward and entropy (nats) of each step's completions; wall and CPU seconds of the training."""
 
     rewards: list[float]
     entropies: list[float]
