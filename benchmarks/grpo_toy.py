@@ -1,7 +1,7 @@
 """GRPO learns a task with a verifiable reward: write the letter of the prompt four times.
 
-A llama of 2 layers with random weights, streamed by HorizonGRPOTrainer, which generates with transformers. The
-reward is the share of the four places with the right letter.
+A llama of 2 layers with random weights, streamed by HorizonGRPOTrainer, which generates with transformers.
+The reward is the share of the four places with the right letter.
 """
 
 from __future__ import annotations

@@ -94,8 +94,8 @@ def check_device_memory(host: HostModel, free_bytes: int | None = None) -> None:
 def named_weights(host: HostModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (Hugging Face name, weight in the compute dtype on the device), one at a time.
 
-    The weights are those after the last step; each is freed before the next is copied, if the caller keeps
-    none. A tied weight comes once, under its first name.
+    The weights are those after the last step. Each is copied when it is asked for, and kept by the caller
+    alone. A tied weight comes once, under its first name.
     """
     host.flush()
     for name in list(host.store.names()):
@@ -105,3 +105,9 @@ def named_weights(host: HostModel) -> Iterator[tuple[str, torch.Tensor]]:
         value = value.to(host.device, copy=host.device.type != "cpu")
         yield name, value
         del value
+
+
+def describe_weights(host: HostModel) -> list[tuple[str, str, list[int]]]:
+    """Return (name, dtype, shape) of what `named_weights` yields, without a copy."""
+    located = [host.store.locate(name)[1] for name in host.store.names()]
+    return [(p.name, str(p.compute_dtype).removeprefix("torch."), list(p.shape)) for p in located]

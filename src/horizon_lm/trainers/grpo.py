@@ -20,7 +20,7 @@ from horizon_lm.errors import ConfigError
 from horizon_lm.host_model import HostModel
 from horizon_lm.model.loading import load_model_of
 from horizon_lm.trainers.base import HorizonMixin, Inputs
-from horizon_lm.trainers.generation import named_weights, resident
+from horizon_lm.trainers.generation import describe_weights, named_weights, resident
 from horizon_lm.trainers.view import evaluate, view_of
 
 # Log-probabilities and entropies [batch, tokens of completions], and the routers' loss.
@@ -53,6 +53,7 @@ class HorizonRollouts(HorizonMixin):
             self.ref_model.temperature = self.temperature
         if self.use_vllm:
             self.vllm_generation._iter_named_params = partial(named_weights, self.host)
+            self.vllm_generation._weight_metadata = describe_weights(self.host)
 
     def _given(self, model: Any, positional: Any, named: Any) -> dict[str, Any]:
         given = super()._given(model, positional, named)
