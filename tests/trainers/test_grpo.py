@@ -92,8 +92,8 @@ def differences(theirs: Run, ours: Run) -> list[str]:
         if one.keys() != two.keys():
             found.append(f"line {line}: {one.keys() ^ two.keys()}")
         for key in one.keys() & two.keys():
-            # A loss is a sum of advantages, which cancel, times ratios: its scale is that of the advantages.
-            least = 3e-7 if key.endswith("loss") else 0.0
+            # Small differences of large numbers: of advantages times ratios, of log-probabilities near 3.
+            least = 3e-7 if key.endswith(("loss", "kl")) else 0.0
             timed = "time" in key or "per_second" in key
             if not timed and not _close(one[key], two[key], least):
                 found.append(f"line {line}, {key}: {one[key]} and {two[key]}")
