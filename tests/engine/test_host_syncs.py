@@ -19,6 +19,7 @@ from emulated_cuda import EmulatedCuda, watch_ops
 from emulated_cuda import emulated_cuda as emulated_cuda
 from fake_cuda import fake_cuda as fake_cuda
 from horizon_lm.engine import ops as ops_module
+from horizon_lm.engine.loss import VALUES
 from horizon_lm.schedule import Op
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,6 +31,15 @@ def _with_metrics(log_probs: torch.Tensor, batch: dict[str, torch.Tensor]) -> An
     wanted = batch["labels"][:, 1:] != -100
     loss = -log_probs.sum() / wanted.sum()
     return loss, {"mean": log_probs.mean(), "least": log_probs.detach().min(), "number": 3}
+
+
+def _of_values(values: hz.TokenValues, batch: dict[str, torch.Tensor]) -> Any:
+    assert values.entropy is not None
+    loss, metrics = _with_metrics(values.log_probs * values.entropy, batch)
+    return loss, metrics | {"mean": values.entropy.mean()}
+
+
+_ALL_VALUES = hz.TokenLoss(_of_values, VALUES, temperature=0.7)
 
 
 def _on_device(name: str, cuda: EmulatedCuda, dtype: str = "bfloat16", **settings: Any) -> hz.HostModel:
@@ -53,12 +63,12 @@ def _step(model: hz.HostModel, kinds: list[str], loss_fn: Any = None) -> Any:
 
 CASE_OF = {"mixtral": "mixtral-aux"}
 # A dense model, a tied one with windows, learned positions, experts, experts with their auxiliary loss.
-CASES: dict[str, list[tuple[list[str], Callable | None]]] = {
-    "llama": [(["padded", "packed", "plain"], None), (["padded"], _with_metrics)],
+CASES: dict[str, list[tuple[list[str], Callable | hz.TokenLoss | None]]] = {
+    "llama": [(["padded", "packed", "plain"], None), (["padded"], _with_metrics), (["plain"], _ALL_VALUES)],
     "gemma3_text": [(["padded"], None), (["packed", "plain"], _with_metrics)],
     "gpt2": [(["plain"], None), (["packed"], None)],
     "qwen3_moe": [(["padded", "packed"], None), (["plain"], _with_metrics)],
-    "mixtral-aux": [(["padded", "packed"], None)],
+    "mixtral-aux": [(["padded", "packed"], None), (["padded"], _ALL_VALUES)],
 }
 
 
@@ -74,6 +84,12 @@ def test_the_compute_lane_never_waits(name: str, emulated_cuda: EmulatedCuda) ->
         assert all(m.keys() == {"mean", "least", "number"} for m in out.metrics if loss_fn is not None)
     assert model.step(lr=1e-3, max_grad_norm=1.0).grad_norm > 0  # the update waits for the gradients
     assert emulated_cuda.waits
+    emulated_cuda.waits.clear()
+    kinds, _ = CASES[name][0]
+    data = [zoo.batch(name, kind=kind) for kind in kinds]
+    found = model.evaluate(data, values=VALUES, temperature=0.7, return_router_losses=True)
+    assert found.values is not None and bool(found.router_losses) == (name == "mixtral-aux")
+    assert not emulated_cuda.on_compute_lane()
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])

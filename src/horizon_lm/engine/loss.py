@@ -56,7 +56,7 @@ class TokenValues:
 
     def cpu(self) -> TokenValues:
         """Copy to the host; waits for the device."""
-        return TokenValues(**{name: v if v is None else v.cpu() for name, v in vars(self).items()})
+        return TokenValues(**{name: v.cpu() for name, v in vars(self).items() if v is not None})
 
 
 VALUES = tuple(field.name for field in fields(TokenValues))
