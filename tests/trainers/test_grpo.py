@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 import math
+import runpy
+import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +25,9 @@ from horizon_lm.errors import ConfigError
 from horizon_lm.trainers import HorizonGRPOTrainer, HorizonRLOOTrainer
 from sizes import SOAK, times
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "grpo_trl.py"
 Run = SimpleNamespace
 OURS = {GRPOTrainer: HorizonGRPOTrainer, RLOOTrainer: HorizonRLOOTrainer}
 CONFIGS = {GRPOTrainer: GRPOConfig, RLOOTrainer: RLOOConfig}
@@ -320,6 +327,31 @@ def test_vllm_is_fed_from_the_store(
             assert weight.dtype == wanted[name].dtype
             torch.testing.assert_close(weight, wanted[name], rtol=0, atol=3e-6)
     assert not torch.equal(mine.synced[0]["model.norm.weight"], mine.synced[1]["model.norm.weight"])
+
+
+def test_the_example_differs_from_trl_by_two_lines(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = EXAMPLE.read_text("utf-8")
+    plain = text.replace("from horizon_lm.trainers import HorizonGRPOTrainer", "from trl import GRPOTrainer")
+    plain = plain.replace("trainer = HorizonGRPOTrainer(", "trainer = GRPOTrainer(")
+    changed = [line for line in difflib.ndiff(plain.splitlines(), text.splitlines()) if line[0] == "+"]
+    assert len(changed) == 2 and "Horizon" not in plain.partition('"""\n\n')[2]
+
+    grpo_toy.tokenizer().save_pretrained(folders["qwen3"])
+    rows = [json.dumps({"prompt": row["prompt"], "answer": row["prompt"][0]}) for row in PROMPTS]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(rows))
+    values = {"model_name_or_path": folders["qwen3"], "dataset_name": tmp_path / "data"}
+    values |= {"output_dir": tmp_path / "out", "max_steps": 2, "num_generations": 8, "report_to": "none"}
+    values |= {"per_device_train_batch_size": 64, "max_completion_length": 2, "use_cpu": "true"}
+    values |= {"bf16": "false", "disable_tqdm": "true", "save_strategy": "no", "learning_rate": 1e-3}
+    arguments = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *arguments])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    tuned = dict(Qwen3ForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
+    before = Qwen3ForCausalLM.from_pretrained(folders["qwen3"]).named_parameters()
+    assert any(not torch.equal(tuned[name], value) for name, value in before)
 
 
 def test_learns_to_copy() -> None:
