@@ -128,7 +128,7 @@ class HorizonCheckpoints(_Base):
             self._push_from_checkpoint(str(path))
 
     def _checkpoints(self, run: Path) -> CheckpointSeries:
-        if self._series is None:
+        if self._series is None or self._series.folder != run:
             self._series = CheckpointSeries(
                 run,
                 self.host,
@@ -268,7 +268,7 @@ class HorizonCheckpoints(_Base):
         message = f"Training in progress, step {self.state.global_step}"
         ignored = ["_*", ".*", "checkpoint-*"]
         upload: Any = HfApi().upload_folder
-        jobs = [
+        jobs: Any = [
             upload(
                 folder_path=self.args.output_dir, commit_message=message, ignore_patterns=ignored, **common
             )

@@ -65,7 +65,7 @@ def _load(checkpoint: Checkpoint, host: HostModel) -> Resumed:
         if not name.startswith("unit-"):
             read_small(checkpoint, name)
     try:
-        state = load_state(checkpoint)
+        state = load_state(checkpoint, host.device)
     except (KeyError, TypeError, ValueError) as error:
         raise damaged(checkpoint.path, f"its state cannot be read: {error!r}") from error
     load_checkpoint(checkpoint, host)
