@@ -34,6 +34,7 @@ ORDER = (
     ("checkpoint",),
     ("outputs",),
     ("host_model",),
+    ("preference",),
     ("plan",),
     ("report",),
     ("training",),

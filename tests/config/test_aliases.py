@@ -55,6 +55,15 @@ ALIAS_VALUES: dict[str, tuple[Any, Any]] = {
         name: ("a.txt", [DatasetConfig(path="a.txt")])
         for name in ("dataset_path", "eval_dataset", "test_datasets", "val_dataset", "validation_file")
     },
+    "stage": ("dpo", "dpo"),
+    "rl": ("kto", "kto"),
+    "pref_loss": ("hinge", ["hinge"]),
+    "dpo_loss_type": (["sigmoid", "sft"], ["sigmoid", "sft"]),
+    "dpo_loss_weights": ([1.0, 0.5], [1.0, 0.5]),
+    "dpo_use_weighting": (True, True),
+    "dpo_label_smoothing": (0.1, 0.1),
+    "pref_ftx": (0.0, None),
+    "truncation_mode": ("keep_end", "keep_end"),
     **{name: (7, 7) for name in ("eval_batch_size", "preprocessing_num_workers", "dataset_processes")},
 }
 

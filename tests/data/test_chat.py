@@ -24,7 +24,7 @@ from horizon_lm.data import train_tokenizer
 from horizon_lm.data.chat import ChatTemplate, built_in_templates, read_template, without_marks
 from horizon_lm.data.documents import Placed
 from horizon_lm.data.encode import Encoded, Encoder, covered
-from horizon_lm.data.formats import Chat, Pair, Text
+from horizon_lm.data.examples import Chat, Pair, Text
 from horizon_lm.errors import ConfigError, DataError
 
 TEXTS = [

@@ -9,7 +9,8 @@ import pytest
 
 from data_helpers import dataset, examples, write_parquet, write_rows
 from horizon_lm.data import Documents
-from horizon_lm.data.formats import Chat, Pair, Text, convert, detect
+from horizon_lm.data.examples import Chat, Pair, Text
+from horizon_lm.data.formats import convert, detect
 from horizon_lm.errors import DataError
 
 
@@ -215,19 +216,20 @@ def test_a_format_can_be_named_and_columns_renamed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "what", "where"),
+    ("row", "what", "where", "way"),
     [
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference pair", "DPO"),
-        ({"chosen": [message("user", "a")], "rejected": [message("user", "a")]}, "preference pair", "DPO"),
-        ({"prompt": "a", "answer": "4"}, "prompt without an answer", "GRPO"),
-        ({"prompt": "a", "completion": "b", "label": True}, "answer with a label", "KTO"),
-        ({"prompt": "a", "completion": "b", "label": "False"}, "answer with a label", "KTO"),  # from csv
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference pair", "DPO", "method: dpo"),
+        ({"chosen": [message("user", "a")], "rejected": [message("user", "a")]}, "pair", "DPO", "dpo"),
+        ({"prompt": "a", "answer": "4"}, "prompt without an answer", "GRPO", "HorizonGRPOTrainer"),
+        ({"prompt": "a", "completion": "b", "label": True}, "answer with a label", "KTO", "method: kto"),
+        # from csv
+        ({"prompt": "a", "completion": "b", "label": "False"}, "answer with a label", "KTO", "method: kto"),
     ],
 )
-def test_rows_of_other_methods_are_recognised(row: dict[str, Any], what: str, where: str) -> None:
+def test_rows_of_other_methods_are_recognised(row: dict[str, Any], what: str, where: str, way: str) -> None:
     with pytest.raises(DataError, match=what) as caught:
-        detect(row, "a.jsonl:1")
-    assert where in caught.value.message and "not available yet" in (caught.value.hint or "")
+        detect(row, "a.jsonl:1", "documents")
+    assert where in caught.value.message and way in (caught.value.hint or "")
 
 
 def test_the_advice_for_preference_pairs_works(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from data_helpers import dataset
 from horizon_lm.data import Documents
-from horizon_lm.data.formats import Chat
+from horizon_lm.data.examples import Chat
 
 FOLDER = Path(__file__).parents[2] / "examples" / "instructions"
 

@@ -16,8 +16,9 @@ import horizon_lm as hz
 import zoo
 from horizon_lm.config import ModelSettings
 from horizon_lm.config.data import IGNORED
-from horizon_lm.data.loader import collate, in_order
-from horizon_lm.data.packing import Rows, split_off
+from horizon_lm.data.collate import collate, in_order
+from horizon_lm.data.packing import split_off
+from horizon_lm.data.rows import Rows
 from horizon_lm.errors import DataError
 from horizon_lm.plan.outline import Outline
 from packed_rows import Document, documents_for, gradients, numbered, rows_of, store_of

@@ -7,7 +7,7 @@ import pytest
 
 import horizon_lm as hz
 import zoo
-from horizon_lm.data.packing import Row
+from horizon_lm.data.rows import Row
 from horizon_lm.errors import ConfigError
 from horizon_lm.training.checks import change_by_place, check_separation
 from packed_rows import numbered, rows_of

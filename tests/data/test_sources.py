@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from data_helpers import config, dataset, examples, read, write_parquet, write_rows
 from horizon_lm.data import Documents, file_content, hf_datasets, load_training_data, sources, train_tokenizer
-from horizon_lm.data.formats import Chat, Pair, Text
+from horizon_lm.data.examples import Chat, Pair, Text
 from horizon_lm.data.readers import read_file
 from horizon_lm.data.sources import ShardOrder, check_exists, rows
 from horizon_lm.errors import DataError

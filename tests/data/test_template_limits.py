@@ -9,7 +9,7 @@ import pytest
 from data_helpers import write_rows
 from horizon_lm.data import load_training_data, template_limits
 from horizon_lm.data.chat import ChatTemplate, read_template
-from horizon_lm.data.formats import Chat
+from horizon_lm.data.examples import Chat
 from horizon_lm.errors import ConfigError, DataError
 from model_on_disk import model as model
 from small_runs import settings

@@ -21,7 +21,7 @@ import pytest
 from data_helpers import config, dataset, examples, read, write_parquet, write_rows
 from horizon_lm.config import TrainConfig
 from horizon_lm.data import Documents, file_content, load_training_data, readers, train_tokenizer
-from horizon_lm.data.formats import Chat
+from horizon_lm.data.examples import Chat
 from horizon_lm.data.packing import _best_fit
 from horizon_lm.data.readers import read_file
 from horizon_lm.errors import ConfigError, DataError

@@ -8,7 +8,7 @@ from typing import Any
 
 from horizon_lm.config import DatasetConfig, TrainConfig
 from horizon_lm.data import Documents
-from horizon_lm.data.formats import Example, Text
+from horizon_lm.data.examples import Example, Text
 
 
 def dataset(path: Any, **settings: Any) -> DatasetConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from horizon_lm.data import TokenLoader
-from horizon_lm.data.packing import Rows
+from horizon_lm.data.rows import Rows
 from packed_rows import numbered, rows_of
 
 

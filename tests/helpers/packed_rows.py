@@ -10,7 +10,8 @@ import torch
 
 import horizon_lm as hz
 from horizon_lm.data.encode import Encoded
-from horizon_lm.data.packing import Rows, make_rows
+from horizon_lm.data.packing import make_rows
+from horizon_lm.data.rows import Rows
 from horizon_lm.data.tokens import TokenStore, TokenWriter
 
 Document = tuple[list[int], list[bool] | None]

@@ -12,7 +12,7 @@ from transformers import TrainingArguments, get_scheduler
 
 import horizon_lm as hz
 import zoo
-from horizon_lm.data.loader import collate
+from horizon_lm.data.collate import collate
 from horizon_lm.errors import ConfigError, UnsupportedModelError
 from horizon_lm.optim.curves import learning_rates
 from horizon_lm.training.checks import check_separation

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import horizon_lm as hz
 import zoo
 from horizon_lm.config import ModelSettings
-from horizon_lm.data.loader import StepSize
+from horizon_lm.data.collate import StepSize
 from horizon_lm.plan.model_flops import Counted
 from horizon_lm.plan.outline import Outline
 from horizon_lm.plan.outline_cache import OutlineCache

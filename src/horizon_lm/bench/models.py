@@ -13,7 +13,7 @@ from torch import nn
 
 from horizon_lm.bench.protocol import Case
 from horizon_lm.config import ModelSettings
-from horizon_lm.data.loader import StepSize
+from horizon_lm.data.collate import StepSize
 from horizon_lm.model.loading import create_model
 from horizon_lm.plan.outline import Outline
 from horizon_lm.report.flops import UNKNOWN, ModelFlops, forward_of_layers, model_flops

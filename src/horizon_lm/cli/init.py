@@ -15,7 +15,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from horizon_lm.config import DatasetConfig, TrainConfig
 from horizon_lm.config.yaml import dump
 from horizon_lm.data import Documents, load_tokenizer, load_training_data
-from horizon_lm.data.formats import Chat, Text
+from horizon_lm.data.examples import Chat, Text
 from horizon_lm.data.preview import WARN_ABOVE
 from horizon_lm.errors import ConfigError, DataError, HorizonError
 from horizon_lm.io import files

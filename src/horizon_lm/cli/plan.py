@@ -38,11 +38,13 @@ def plan(
     require_named_model(config)
     from horizon_lm.machine.heap import frozen_heap
     from horizon_lm.plan.outline_cache import outline_cache
-    from horizon_lm.plan.run_plan import plan_run
+    from horizon_lm.plan.run_plan import plan_run, with_method_of_data
     from horizon_lm.plan.show import describe
 
     with frozen_heap(), outline_cache(config) as cache:
+        config, notes = with_method_of_data(config)
         found = plan_run(config, hardware, cache=cache)
+        found.notes.extend(notes)
         if json:
             import json as writer
 

@@ -90,6 +90,19 @@ def _all_but(value: Any) -> Any:
     return [f"^(?!{'|'.join(f'(?:{p})' for p in patterns)})"] if patterns else []
 
 
+def _method(value: Any) -> Any:
+    """Convert LLaMA-Factory's `stage` and Axolotl's `rl`; null is supervised tuning."""
+    names = {None: "sft", "pt": "sft", "apo_zero": "apo"}
+    if value in ("rm", "ppo", "grpo", "gdpo", "ebft"):
+        raise ValueError("'horizon train' does not train reward models or with rollouts")
+    return names.get(value, value) if value is None or isinstance(value, str) else value
+
+
+def _weight(value: Any) -> Any:
+    """Convert a weight of which 0 means none."""
+    return None if isinstance(value, (int, float)) and not isinstance(value, bool) and value == 0 else value
+
+
 ALIASES: dict[str, Alias] = {
     "base_model": Alias("model_name_or_path"),
     "model": Alias("model_name_or_path"),
@@ -171,6 +184,24 @@ ALIASES: dict[str, Alias] = {
     "max_checkpoints": Alias("save_total_limit"),
     "gradient_checkpointing": Alias("activations", _checkpointing),
     "activation_checkpointing": Alias("activations", _checkpointing),
+    "stage": Alias("method", _method),
+    "rl": Alias("method", _method),
+    "rl_beta": Alias("beta"),
+    "dpo_beta": Alias("beta"),
+    "orpo_alpha": Alias("beta"),
+    "pref_beta": Alias("beta"),
+    "pref_loss": Alias("loss_type"),
+    "dpo_loss_type": Alias("loss_type"),
+    "dpo_loss_weights": Alias("loss_weights"),
+    "dpo_label_smoothing": Alias("label_smoothing"),
+    "dpo_use_weighting": Alias("use_weighting"),
+    "pref_ftx": Alias("rpo_alpha", _weight),
+    "kto_chosen_weight": Alias("desirable_weight"),
+    "kto_desirable_weight": Alias("desirable_weight"),
+    "kto_rejected_weight": Alias("undesirable_weight"),
+    "kto_undesirable_weight": Alias("undesirable_weight"),
+    "ref_model": Alias("ref_model_name_or_path"),
+    "truncation_mode": Alias("truncation"),
 }
 
 _READ = "unneeded columns are never read"
@@ -197,13 +228,16 @@ DROPPED: dict[str, str] = {
     "overwrite_cache": "the token cache detects changed content and settings",
     "dataset_kwargs": "the format is detected from the columns",
     "hf_use_auth_token": "a token is looked up whenever one is needed",
+    "precompute_ref_log_probs": "the reference's log-probabilities are always computed before the first step",
+    "disable_dropout": "dropout is always off when preferences are trained on",
     "hub_strategy": "the model is uploaded once, at the end of the run",
 }
 
 # Settings of other trainers without a counterpart -> the hint of the unknown-key error.
 _WHOLE = "leave the key out: all parameters are trained, in full precision"
 _PART = "leave the key out: all parameters are trained, except those in 'freeze: [patterns]'"
-_METHOD = "leave the key out: the columns of the data decide between supervised tuning and pretraining"
+_LIMIT = "leave the key out: max_length limits prompt and completion together"
+_FIXED_REFERENCE = "leave the key out: the reference stays as it is"
 _TOKEN = "leave the key out: the token comes from HF_TOKEN or 'hf auth login', never from a configuration"
 _MIN_LR = (
     "leave the key out and write 'lr_scheduler_type: cosine_with_min_lr' and "
@@ -239,8 +273,12 @@ UNAVAILABLE: dict[str, str] = {
     "fp16": "leave the key out and choose 'dtype: bfloat16' or 'dtype: float32'",
     "deepspeed": _HOST,
     "fsdp": _HOST,
-    "method": _METHOD,
-    "stage": _METHOD,
+    "max_prompt_length": _LIMIT,
+    "max_completion_length": _LIMIT,
+    "sync_ref_model": _FIXED_REFERENCE,
+    "ref_model_sync_steps": _FIXED_REFERENCE,
+    "ref_model_mixup_alpha": _FIXED_REFERENCE,
+    "generate_during_eval": "leave the key out: 'horizon generate' completes prompts",
     "do_train": "leave the key out: 'horizon train' trains and 'horizon eval' evaluates",
     "do_eval": "leave the key out: 'horizon train' trains and 'horizon eval' evaluates",
     "finetuning_type": _PART,

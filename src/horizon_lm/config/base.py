@@ -26,7 +26,8 @@ from horizon_lm.errors import ConfigError
 from horizon_lm.text import redacted
 
 GROUPS = (
-    *("Model", "Data", "Batch and schedule", "Optimizer", "Evaluation", "Memory and device"),
+    *("Model", "Data", "Preferences", "Batch and schedule", "Optimizer", "Evaluation"),
+    "Memory and device",
     *("Checkpoints and faults", "Output"),
 )
 # Whether a resumed run may change a setting:

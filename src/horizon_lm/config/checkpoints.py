@@ -156,15 +156,19 @@ class CheckpointSettings(Settings):
         group="Evaluation",
         resume="free",
     )
-    metric_for_best_model: Literal["eval_loss", "eval_perplexity"] = setting(
+    metric_for_best_model: Literal[
+        "eval_loss", "eval_perplexity", "eval_rewards/accuracies", "eval_rewards/margins"
+    ] = setting(
         "eval_loss",
-        "Metric of the best evaluation, for load_best_model_at_end and early_stopping_patience.",
+        "Metric of the best evaluation, for load_best_model_at_end and early_stopping_patience; those of "
+        "rewards are for methods on preferences.",
         group="Evaluation",
         resume="free",
     )
     greater_is_better: bool | None = setting(
         None,
-        "Prefer higher values of that metric; null prefers lower ones, for loss and perplexity alike.",
+        "Prefer higher values of that metric; null prefers lower ones of loss and perplexity, higher ones of "
+        "rewards.",
         group="Evaluation",
         resume="free",
     )
@@ -189,4 +193,5 @@ class CheckpointSettings(Settings):
     def _name_metric(cls, value: Any) -> Any:
         """Accept what transformers accepts: names without their prefix, and null for the loss."""
         names = {None: "eval_loss", "loss": "eval_loss", "perplexity": "eval_perplexity"}
+        names |= {name: f"eval_{name}" for name in ("rewards/accuracies", "rewards/margins")}
         return names.get(value, value) if value is None or isinstance(value, str) else value

@@ -30,7 +30,9 @@ class DatasetConfig(BaseModel):
         "but parquet also as .gz); a folder saved by `datasets`; a Hub name; or python-stdlib (the source of "
         "Python's standard library).",
     )
-    format: Literal["auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt"] = Field(
+    format: Literal[
+        "auto", "text", "messages", "prompt_completion", "alpaca", "sharegpt", "preference", "labelled"
+    ] = Field(
         default="auto", description="How rows are read; auto detects it from the columns of the first row."
     )
     columns: dict[str, str | None] = Field(

@@ -21,9 +21,10 @@ from horizon_lm.config.curves import curve_faults, curve_name
 from horizon_lm.config.data import MOST, DataSettings
 from horizon_lm.config.data import DatasetConfig as DatasetConfig
 from horizon_lm.config.model import ModelSettings as ModelSettings
+from horizon_lm.config.preference import PreferenceSettings
 
 
-class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
+class TrainConfig(PreferenceSettings, DataSettings, CheckpointSettings, ModelSettings):
     """The settings of `horizon train`."""
 
     model_name_or_path: str | None = setting(
@@ -287,6 +288,11 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
             raise ValueError("neither steps nor a share")
         return value
 
+    @property
+    def row_tokens(self) -> int:
+        """The most tokens in a row: those of a document, or of the two of a pair."""
+        return self.sides * self.max_length
+
     def faults(self) -> Iterator[PydanticCustomError]:
         yield from super().faults()
         yield from self._model_faults()
@@ -296,6 +302,46 @@ class TrainConfig(DataSettings, CheckpointSettings, ModelSettings):
             yield from self._streaming_faults()
         yield from self._best_faults()
         yield from self._fault_policy_faults()
+        yield from self.preference_faults()
+        if self.is_preference:
+            yield from self._sft_only_faults()
+        if self.method != "auto":
+            yield from self._metric_faults()
+
+    def _sft_only_faults(self) -> Iterator[PydanticCustomError]:
+        if self.streaming:
+            yield fault(
+                f"streaming: true is for method: sft, not {self.method}",
+                key="streaming",
+                hint="set streaming=false",
+            )
+        if self.label_smoothing_factor:
+            yield fault(
+                f"label_smoothing_factor has no effect with method: {self.method}",
+                key="label_smoothing_factor",
+                hint="leave the key out; label_smoothing is that of preferences",
+            )
+
+    def _metric_faults(self) -> Iterator[PydanticCustomError]:
+        metric = self.metric_for_best_model
+        if "rewards" in metric and not self.is_preference:
+            yield fault(
+                f"{metric} is measured by methods on preferences, not with method: {self.method}",
+                key="metric_for_best_model",
+                hint="set metric_for_best_model=eval_loss",
+            )
+        elif metric == "eval_perplexity" and self.is_preference:
+            yield fault(
+                f"method: {self.method} has a loss of preferences, which has no perplexity",
+                key="metric_for_best_model",
+                hint="set metric_for_best_model=eval_loss or eval_rewards/margins",
+            )
+        elif metric == "eval_rewards/accuracies" and self.method == "kto":
+            yield fault(
+                "method: kto has no pairs, of which eval_rewards/accuracies is a mean",
+                key="metric_for_best_model",
+                hint="set metric_for_best_model=eval_rewards/margins",
+            )
 
     def _best_faults(self) -> Iterator[PydanticCustomError]:
         wants = {

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from horizon_lm.data.formats import Chat
+from horizon_lm.data.examples import Chat
 from horizon_lm.data.template_limits import TemplateLimitError, limit
 from horizon_lm.errors import ConfigError, DataError
 

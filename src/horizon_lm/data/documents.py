@@ -11,14 +11,17 @@ import xxhash
 
 from horizon_lm.config import DatasetConfig
 from horizon_lm.config.dataset_info import PYTHON_STDLIB
+from horizon_lm.config.preference import DataKind
+from horizon_lm.data.examples import Example, Text, texts
 from horizon_lm.data.file_content import FileHashes
-from horizon_lm.data.formats import Example, Text, convert, detect, texts
+from horizon_lm.data.formats import KIND_WORDS, convert, detect, kind_of
 from horizon_lm.data.readers import Row
 from horizon_lm.data.sources import ShardOrder, content, rows
 from horizon_lm.errors import DataError
 
 _SHOWN_BAD_ROWS = 5
-_OF_MESSAGES = frozenset({"messages", "conversations", "prompt", "completion"})
+_OF_MESSAGES = frozenset({"messages", "conversations", "prompt", "completion", "chosen", "rejected"})
+METHODS = {"documents": "sft", "pairs": "dpo", "labelled": "kto"}
 _TAGGED_ROLES = {
     "user_tag": "user",
     "assistant_tag": "assistant",
@@ -48,6 +51,7 @@ class Documents:
     max_bytes: limit for the UTF-8 bytes of all texts; a document that crosses it is cut, a conversation
     dropped. shards: read as a stream, in this order. Of the latest iteration: num_empty (texts, skipped),
     num_bad and bad_rows (first messages, with on_bad_row "skip"), formats (of each dataset, once known).
+    kind: the kind of data that the method takes; None: that of the first dataset, once known.
 
     Iterating raises `DataError` for data that is missing, empty, malformed or not text.
     """
@@ -59,6 +63,7 @@ class Documents:
         *,
         on_bad_row: str = "raise",
         shards: ShardOrder | None = None,
+        kind: DataKind | None = None,
     ) -> None:
         if not datasets:
             raise DataError("no dataset given", hint=f"set datasets to a file, a folder or {PYTHON_STDLIB}")
@@ -66,6 +71,7 @@ class Documents:
         self._max_bytes = max_bytes
         self._skip = on_bad_row == "skip"
         self._shards = shards
+        self.kind, self._wanted = kind, kind
         self._begin()
 
     def _begin(self) -> None:
@@ -118,9 +124,23 @@ class Documents:
         format = self.formats[number]
         if format is None:
             format = dataset.format if dataset.format != "auto" else None
-            format = format or ("text" if dataset.text_column != "text" else detect(row, place))
+            format = format or ("text" if dataset.text_column != "text" else detect(row, place, self._wanted))
+            self._check_kind(format, number)
             self.formats[number] = format
         return convert(row, format, place)
+
+    def _check_kind(self, format: str, number: int) -> None:
+        """Raise DataError if a dataset is of another kind than the method takes, or than those before it."""
+        kind = kind_of(format)
+        if self._wanted is not None and kind != self._wanted:
+            raise DataError(
+                f"{self.datasets[number].path} has the format {format}, which is {KIND_WORDS[kind]}; "
+                f"the method trains on {KIND_WORDS[self._wanted]}",
+                hint=f"set method: {METHODS[kind]}, or another format",
+            )
+        if self.kind is not None and kind != self.kind:
+            raise two_kinds(self.datasets[0].path, self.kind, self.datasets[number].path, kind)
+        self.kind = kind
 
     def skip(self, error: DataError) -> None:
         """Count a bad row and skip it, or raise."""
@@ -153,6 +173,14 @@ class Documents:
         return digest.hexdigest()
 
 
+def two_kinds(first: str, its_kind: str, second: str, kind: str) -> DataError:
+    """Return the error for two datasets of one run that differ in kind."""
+    return DataError(
+        f"{first} holds {KIND_WORDS[its_kind]}, {second} {KIND_WORDS[kind]}: a run trains on one kind",
+        hint="train on them in runs of their own, or set `format` or `columns` of one",
+    )
+
+
 def renamed(row: dict[str, Any], dataset: DatasetConfig) -> dict[str, Any]:
     """Rename columns by `columns` (old name to new name or null), `text_column` and `tags`."""
     names = dict(dataset.columns)
@@ -168,7 +196,10 @@ def renamed(row: dict[str, Any], dataset: DatasetConfig) -> dict[str, Any]:
 
 
 def tagged(value: Any, tags: dict[str, str]) -> Any:
-    """Rename keys and roles of a list of messages to ours by `tags`; return other values unchanged."""
+    """Rename keys and roles of a message, or of a list of them, to ours by `tags`; return other values
+    unchanged."""
+    if isinstance(value, dict):
+        return tagged([value], tags)[0]
     if not isinstance(value, list):
         return value
     roles = {tags[tag]: role for tag, role in _TAGGED_ROLES.items() if tag in tags}

@@ -12,7 +12,7 @@ import xxhash
 
 from horizon_lm.data.chat import ChatTemplate, Span, check_template, read_template
 from horizon_lm.data.documents import Placed
-from horizon_lm.data.formats import Chat, Pair, Text
+from horizon_lm.data.examples import Answered, Chat, Labelled, Pair, Preference, Text, sides
 from horizon_lm.errors import ConfigError, DataError
 from horizon_lm.io.leftovers import temporary_folder
 
@@ -31,21 +31,23 @@ Finished = tuple[list[int], np.ndarray | None]  # ids, and the loss mask; None: 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens of one document. trained: [tokens] of bool; None: all."""
+    """Tokens of one document. trained: [tokens] of bool; None: all. label: of a labelled sample."""
 
     ids: np.ndarray
     trained: np.ndarray | None
     place: str
     dataset: int
     is_text: bool
+    label: bool | None = None
 
 
 @dataclass(frozen=True)
 class _Job:
-    """Texts to tokenise for an example, with or without offsets; `finish` takes their tokens."""
+    """Texts to tokenise for an example, with or without offsets; `finish` takes their tokens and returns
+    those of its documents."""
 
     texts: tuple[str, ...]
-    finish: Callable[..., Finished]
+    finish: Callable[..., list[Finished]]
     with_offsets: bool = False
 
 
@@ -127,12 +129,13 @@ class Encoder:
         return xxhash.xxh3_128(repr((parts, template, self._loss_on, made_by)).encode()).hexdigest()
 
     def encode(self, batch: Sequence[Placed]) -> list[Encoded | DataError]:
-        """Encode each example of `batch`, in order; an unusable one gives its error.
+        """Encode each example of `batch`, in order, a preference as two documents; an unusable one gives its
+        error.
 
         Raises DataError and ConfigError if the chat template, not the example, is at fault.
         """
         self.get_ready(batch)
-        results: list[Encoded | DataError | None] = [None] * len(batch)
+        results: list[list[Encoded] | DataError] = [[] for _ in batch]
         jobs: list[tuple[int, _Job]] = []  # by index in `results`
         for i, placed in enumerate(batch):
             try:
@@ -146,46 +149,67 @@ class Encoder:
             for i, job in jobs:
                 own = [next(tokens) for _ in job.texts]
                 try:
-                    results[i] = self._encoded(*job.finish(*own), batch[i])
+                    results[i] = self._encoded(job.finish(*own), batch[i])
                 except DataError as error:
                     results[i] = error
-        return [result for result in results if result is not None]
+        return [found for result in results for found in (result if isinstance(result, list) else [result])]
 
     def get_ready(self, batch: Sequence[Placed]) -> None:
         """Check the chat template if `batch` needs it."""
         for placed in batch:
             if isinstance(placed.example, Chat):
                 _ = self._marking_chat if self._loss_of(placed.example) in _BY_TURNS else self.chat
+            elif isinstance(next(iter(sides(placed.example)), None), Chat):
+                _ = self.chat
 
-    def _encoded(self, ids: list[int], trained: np.ndarray | None, placed: Placed) -> Encoded:
-        if trained is not None and not trained.any():
+    def _encoded(self, documents: list[Finished], placed: Placed) -> list[Encoded]:
+        for _, trained in documents:
+            if trained is not None and not trained.any():
+                raise DataError(
+                    f"{placed.place} has no token to train on, as the assistant says nothing",
+                    hint="remove it, or set on_bad_row: skip",
+                )
+        example = placed.example
+        if isinstance(example, Preference) and documents[0][0] == documents[1][0]:
             raise DataError(
-                f"{placed.place} has no token to train on, as the assistant says nothing",
-                hint="remove it, or set on_bad_row: skip",
+                f"{placed.place}: 'chosen' and 'rejected' become the same tokens",
+                hint="remove the row, or set on_bad_row: skip",
             )
-        is_text = isinstance(placed.example, Text)
-        return Encoded(np.asarray(ids, self.dtype), trained, placed.place, placed.dataset, is_text)
+        label = example.label if isinstance(example, Labelled) else None
+        is_text = isinstance(example, Text)
+        return [
+            Encoded(np.asarray(ids, self.dtype), trained, placed.place, placed.dataset, is_text, label)
+            for ids, trained in documents
+        ]
 
     def _job(self, placed: Placed) -> _Job:
         example = placed.example
         if isinstance(example, Text):
-            return _Job((example.text,), lambda tokens: ([*self._start, *tokens[0], *self._end], None))
-        if isinstance(example, Pair):
-            return self._job_of_pair(example)
-        return self._job_of_chat(example, placed.place)
+            return _Job((example.text,), lambda tokens: [([*self._start, *tokens[0], *self._end], None)])
+        if isinstance(example, Chat):
+            return self._job_of_chat(example, placed.place)
+        if isinstance(example, Pair) and self._loss_on == "all":
+            _, whole = self._prompt_and_whole(example, placed.place)
+            return _Job((whole,), lambda tokens: [(self._around(tokens[0]), None)])
+        return self._job_of_sides(sides(example) or (example,), placed.place)
 
-    def _job_of_pair(self, pair: Pair) -> _Job:
-        """Prepare a pair exactly as TRL's SFTTrainer does: append the end-of-text token unless present, and
-        add the tokenizer's special tokens around both texts."""
-        end = str(self.tokenizer.eos_token)
-        completion = pair.completion if pair.completion.endswith(end) else pair.completion + end
-        whole = pair.prompt + completion
-        if self._loss_on == "all":
-            return _Job((whole,), lambda tokens: (self._around(tokens[0]), None))
+    def _job_of_sides(self, answered: Sequence[Answered], place: str) -> _Job:
+        """Prepare completions of one prompt exactly as TRL's trainers do."""
+        around = self._around if isinstance(answered[0], Pair) else list
+        texts = [self._prompt_and_whole(side, place) for side in answered]
         return _Job(
-            (pair.prompt, whole),
-            lambda prompt, tokens: _from_border(self._around(prompt[0]), self._around(tokens[0])),
+            (texts[0][0], *(whole for _, whole in texts)),
+            lambda prompt, *wholes: _from_border(around(prompt[0]), [around(whole[0]) for whole in wholes]),
         )
+
+    def _prompt_and_whole(self, answered: Answered, place: str) -> tuple[str, str]:
+        """Return (prompt, prompt and completion). To text, append the end-of-text token unless present; add
+        the tokenizer's special tokens around both later."""
+        if isinstance(answered, Chat):
+            return self.chat.prompt_and_whole(answered, place)
+        end = str(self.tokenizer.eos_token)
+        completion = answered.completion if answered.completion.endswith(end) else answered.completion + end
+        return answered.prompt, answered.prompt + completion
 
     def _around(self, ids: list[int]) -> list[int]:
         return [*self._before, *ids, *self._after]
@@ -199,38 +223,40 @@ class Encoder:
     def _job_of_chat(self, chat: Chat, place: str) -> _Job:
         loss_on = self._loss_of(chat)
         if loss_on == "all":
-            return _Job((self.chat.text(chat, place),), lambda tokens: (tokens[0], None))
+            return _Job((self.chat.text(chat, place),), lambda tokens: [(tokens[0], None)])
         if loss_on == "completion":
             if not chat.num_prompt:
                 raise DataError(
                     f"{place} is a conversation without a prompt column, which loss_on: completion needs",
                     hint="set loss_on: assistant or last_assistant",
                 )
-            texts = self.chat.prompt_and_whole(chat, place)
-            return _Job(texts, lambda prompt, tokens: _from_border(prompt[0], tokens[0]))
+            return self._job_of_sides([chat], place)
         rendered = self.chat.render(chat, place)
         spans = rendered.spans
         if loss_on == "last_assistant":
             spans = self.chat.last_turn(chat, rendered, place)
         return _Job(
-            (rendered.text,), lambda tokens: (tokens[0], covered(tokens[1], spans)), with_offsets=True
+            (rendered.text,), lambda tokens: [(tokens[0], covered(tokens[1], spans))], with_offsets=True
         )
 
 
 _BY_TURNS = frozenset({"assistant", "last_assistant"})
 
 
-def _from_border(prompt: list[int], whole: list[int]) -> Finished:
-    """Train on `whole` from its first token that differs from `prompt`, so a token across the border counts.
+def _from_border(prompt: list[int], wholes: list[list[int]]) -> list[Finished]:
+    """Train on each of `wholes` from the first token at which one of them differs from `prompt`, so a token
+    across the border counts, and all of them have the same prompt.
 
-    The border is TRL's (`trl.data_utils.common_prefix_length`).
+    The border is TRL's (`trl.data_utils.common_prefix_length`, the least for the two of a preference).
     """
-    same = 0
-    for one, other in zip(prompt, whole, strict=False):
-        if one != other:
-            break
-        same += 1
-    return whole, np.arange(len(whole)) >= same
+    border = min(_num_shared(prompt, whole) for whole in wholes)
+    return [(whole, np.arange(len(whole)) >= border) for whole in wholes]
+
+
+def _num_shared(one: list[int], other: list[int]) -> int:
+    return next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
 
 
 def _content_of(tokenizer: Any) -> str:

@@ -1,182 +1,28 @@
-"""Packing: training sequences (rows) as tables of segments over the token store, without copying tokens.
+"""Packing: training sequences from documents, or from samples of them.
 
 - `wrapped`: join all documents and cut every `max_length` tokens. The last, partial sequence is dropped in
   training and kept in evaluation.
 - `bfd`: whole documents, best fit decreasing (TRL's `pack_dataset`); positions restart at 0 and attention
-  stays within each document.
-- `none`: one document per sequence.
+  stays within each document. Pairs are packed whole into sequences of 2 * `max_length`.
+- `none`: one document, or one pair, per sequence.
 
 In the last two, `truncation` decides about documents longer than `max_length`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
-import xxhash
 
-from horizon_lm.config.data import IGNORED
 from horizon_lm.data.hf_datasets import quiet
+from horizon_lm.data.rows import Left, Rows, Segments
 from horizon_lm.data.tokens import TokenStore
 from horizon_lm.errors import DataError
-from horizon_lm.words import count
 
 # Documents packed at once: TRL takes about 0.1 ms for each, and this many fill more than 99.9 % of each
 # sequence.
 _PACKED_TOGETHER = 50_000
-
-
-@dataclass(frozen=True)
-class Row:
-    """A training sequence: ids and labels [tokens], int64; lengths [segments] of its documents."""
-
-    ids: np.ndarray
-    labels: np.ndarray
-    lengths: np.ndarray
-
-
-@dataclass(frozen=True)
-class Left:
-    """Counts of what truncation and packing dropped: documents, and tokens (including theirs).
-
-    truncated: documents cut. too_long: those of `documents` longer than max_length.
-    """
-
-    documents: int = 0
-    tokens: int = 0
-    truncated: int = 0
-    too_long: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Sequences over `store`: row r has the segments offsets[r] to offsets[r + 1].
-
-    starts, segment_lengths: [segments], in tokens of the store.
-    """
-
-    store: TokenStore
-    starts: np.ndarray
-    segment_lengths: np.ndarray
-    offsets: np.ndarray
-    max_length: int
-    strategy: str
-    left: Left
-
-    @property
-    def is_separate(self) -> bool:
-        """Whether positions restart at 0 in each segment."""
-        return self.strategy != "wrapped"
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each row."""
-        totals = np.concatenate([[0], np.cumsum(self.segment_lengths)])
-        return totals[self.offsets[1:]] - totals[self.offsets[:-1]]
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.lengths.sum())
-
-    @property
-    def fill(self) -> float:
-        """Share of positions that hold a token, with every row padded to max_length."""
-        return self.num_tokens / (len(self) * self.max_length) if len(self) else 0.0
-
-    def row(self, number: int) -> Row:
-        begin, end = self.offsets[number], self.offsets[number + 1]
-        lengths = self.segment_lengths[begin:end]
-        spans = [slice(s, s + n) for s, n in zip(self.starts[begin:end], lengths, strict=True)]
-        ids = np.concatenate([self.store.ids[span] for span in spans]).astype(np.int64)
-        labels = ids.copy()
-        if self.store.trained is not None:
-            labels[~np.concatenate([self.store.trained[span] for span in spans])] = IGNORED
-        if self.is_separate:  # the first token of a document does not continue the previous one
-            labels[np.cumsum(lengths)[:-1]] = IGNORED
-        return Row(ids, labels, lengths)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of all rows and of NumPy's permutations, which a new version may change."""
-        digest = xxhash.xxh3_128(self.store.fingerprint.encode())
-        for array in (self.starts, self.segment_lengths, self.offsets):
-            digest.update(np.ascontiguousarray(array, np.int64).data)
-        digest.update(np.random.default_rng([0, 0]).permutation(len(self)).tobytes())
-        return digest.hexdigest()
-
-    @property
-    def made_from(self) -> dict[str, Any]:
-        """What identifies each part of the sequences, to tell later which one changed."""
-        segments = xxhash.xxh3_128()
-        for array in (self.starts, self.segment_lengths, self.offsets):
-            segments.update(np.ascontiguousarray(array, np.int64).data)
-        counts = self.store.counts
-        return {
-            "documents": counts.num_documents,
-            "tokens": counts.num_tokens,
-            "trained_tokens": counts.num_trained,
-            "files": self.store.hashes,
-            "segments": segments.hexdigest(),
-        }
-
-
-def data_has_changed(state: Mapping[str, Any], rows: Rows) -> DataError:
-    """Return the error for a loader state saved with other sequences, naming what changed.
-
-    States of earlier versions hold only the number of sequences.
-    """
-    try:
-        what, hint = _what_has_changed(state, rows)
-    except (LookupError, TypeError, ValueError, AttributeError):
-        what, hint = "the state does not say what it was made from", "resume from an earlier checkpoint"
-    return DataError(f"the data has changed since this state was saved: {what}", hint=hint)
-
-
-def _what_has_changed(state: Mapping[str, Any], rows: Rows) -> tuple[str, str]:
-    """Return (what changed, hint)."""
-    hint = "restore the data, the tokenizer and the settings of the group Data, or start a new run"
-    then, now = state.get("made_from"), rows.made_from
-    if then is None:
-        what = f"{count(state['rows'], 'sequence')} then, {len(rows):,} now"
-        if state["rows"] == len(rows):
-            what = f"still {count(len(rows), 'sequence')}, but with different tokens or a different loss mask"
-        if "prompt_completion" in rows.store.counts.formats:
-            hint += "; with prompt_completion, an earlier version dropped the first tokens of some answers"
-    elif then["files"].get("tokens.bin") != now["files"].get("tokens.bin"):
-        what = "the tokens differ"
-        if (then["documents"], then["tokens"]) != (now["documents"], now["tokens"]):
-            what += (
-                f": {then['tokens']:,} in {count(then['documents'], 'document')} then, {now['tokens']:,} in "
-                f"{now['documents']:,} now"
-            )
-        else:
-            what += f", though not in number ({now['tokens']:,} in {count(now['documents'], 'document')})"
-        hint = (
-            "restore the content of the data files, the tokenizer and the chat template, or start a new run"
-        )
-    elif then["files"].get("trained.bin") != now["files"].get("trained.bin"):
-        what = (
-            f"the tokens are the same, but the loss mask differs: {then['trained_tokens']:,} trained on "
-            f"then, {now['trained_tokens']:,} now"
-        )
-        hint = "restore loss_on, the chat template and the versions of trl and horizon-lm, or start a new run"
-    elif (then["files"], then["segments"]) != (now["files"], now["segments"]):
-        what = (
-            "the tokens are the same, but cut or packed differently: "
-            f"{count(state['rows'], 'sequence')} then, {len(rows):,} now"
-        )
-        hint = "restore max_length, packing, truncation, weights, val_size and data_seed, or start a new run"
-    else:
-        what = "the order differs, because this version of numpy permutes differently"
-        hint = "restore the version of numpy, or start a new run"
-    return what, hint
 
 
 class Layout(TypedDict):
@@ -196,7 +42,10 @@ def make_rows(
     truncation: str = "drop",
     keep_rest: bool = False,
 ) -> Rows:
-    """Make sequences of `documents` (numbers, in order, may repeat). Raises DataError if none is left."""
+    """Make sequences of `documents` (numbers of documents, or of samples, in order, may repeat). Raises
+    DataError if none is left."""
+    if store.kind != "documents":
+        return _of_samples(store, documents, max_length, strategy, truncation)
     if strategy == "wrapped":
         return _wrapped(store, documents, max_length, keep_rest)
     starts, lengths, left = _truncated(store, documents, max_length, truncation)
@@ -264,6 +113,73 @@ def _truncated(
     return starts, lengths, left
 
 
+def _of_samples(
+    store: TokenStore, samples: np.ndarray, max_length: int, strategy: str, truncation: str
+) -> Rows:
+    cut, mismatched, left = _cut(store, samples, max_length, truncation)
+    num_kept, sides = cut.lengths.shape
+    if not num_kept:
+        raise DataError(
+            f"no usable {store.noun}: all {len(samples)} are longer than max_length={max_length}, or have "
+            "nothing to train on within it",
+            hint="raise max_length, or set truncation: keep_start",
+        )
+    order, offsets = np.arange(num_kept), np.arange(num_kept + 1)
+    if strategy == "bfd":
+        order, offsets = _best_fit(cut.lengths.sum(1), sides * max_length)
+    starts, lengths = cut.starts[order].ravel(), cut.lengths[order].ravel()
+    return Rows(store, starts, lengths, offsets * sides, max_length, strategy, left, mismatched)
+
+
+def _cut(
+    store: TokenStore, samples: np.ndarray, max_length: int, truncation: str
+) -> tuple[Segments, Segments | None, Left]:
+    """Return (trained documents [samples, sides], those of the KL term, what was dropped) of kept samples.
+
+    drop: samples with a document longer than max_length. keep_start: cut each document, and drop samples
+    whose prompt alone fills max_length, as TRL does. keep_end: cut as many tokens off the prompt of every
+    side as the longest needs, and drop samples that would lose all of it. TRL cuts each side by itself; its
+    two log-probabilities are then of completions that continue different texts.
+    """
+    sides = 2 if store.kind == "pairs" else 1
+    documents = samples[:, None] * store.sides + np.arange(sides)
+    starts, lengths = store.starts[documents], store.lengths[documents]
+    prompts, longest = store.prompt_lengths[documents[:, 0]], lengths.max(axis=1, initial=0)
+    total, is_long = int(lengths.sum()), longest > max_length
+    cut = np.zeros_like(longest)
+    fits = ~is_long
+    if truncation == "keep_start":
+        fits = prompts < max_length
+    elif truncation == "keep_end":
+        cut = np.where(is_long, longest - max_length, 0)
+        fits = ~is_long | (cut < prompts)
+    starts = starts + cut[:, None]
+    lengths = np.minimum(lengths - cut[:, None], max_length)
+    has_targets = (lengths > np.maximum(prompts - cut, 1)[:, None]).all(axis=1)
+    is_equal = np.zeros_like(fits)
+    for i in np.flatnonzero(fits & is_long) if sides == 2 else ():
+        is_equal[i] = _are_equal(store, starts[i], lengths[i])
+    kept = fits & has_targets & ~is_equal
+    mismatched = None
+    if store.kind == "labelled" and store.sides == 2:
+        others = documents[:, 0] + 1
+        rest = np.minimum(store.lengths[others] - cut, max_length)
+        mismatched = Segments((store.starts[others] + cut)[kept], rest[kept])
+    left = Left(
+        documents=int((~kept).sum()),
+        tokens=total - int(lengths[kept].sum()),
+        truncated=int((kept & is_long).sum()),
+        too_long=int((~fits).sum()),
+        equal=int((fits & has_targets & is_equal).sum()),
+    )
+    return Segments(starts[kept], lengths[kept]), mismatched, left
+
+
+def _are_equal(store: TokenStore, starts: np.ndarray, lengths: np.ndarray) -> bool:
+    one, other = (store.ids[start : start + length] for start, length in zip(starts, lengths, strict=True))
+    return np.array_equal(one, other)
+
+
 def _has_target(store: TokenStore, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Mark pieces with a token to train on; the first token of a piece is never a target."""
     if store.trained is None:
@@ -302,15 +218,16 @@ def _best_fit(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndar
 
 
 def weighted(store: TokenStore, documents: np.ndarray, weights: list[float], seed: int) -> np.ndarray:
-    """Repeat the documents of each dataset `weight` times: whole copies, and a seeded part.
+    """Repeat the documents, or samples, of each dataset `weight` times: whole copies, and a seeded part.
 
     Keeps the order of the data; copies of a document are a whole dataset apart.
     """
     if all(weight == 1 for weight in weights):
         return documents
     parts = []
+    datasets = store.datasets[documents * store.sides]
     for number, weight in enumerate(weights):
-        own = documents[store.datasets[documents] == number]
+        own = documents[datasets == number]
         parts += [own] * int(weight)
         count = round((weight - int(weight)) * len(own))
         chosen = np.random.default_rng([seed, number]).permutation(len(own))[:count]
@@ -318,12 +235,14 @@ def weighted(store: TokenStore, documents: np.ndarray, weights: list[float], see
     return np.concatenate(parts)
 
 
-def split_off(num_documents: int, size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split into (training, evaluation) documents, seeded; size: a share below 1, or a count."""
+def split_off(
+    num_documents: int, size: float, seed: int, noun: str = "document"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Split into (training, evaluation) documents, or samples, seeded; size: a share below 1, or a count."""
     count = round(size * num_documents) if size < 1 else int(size)
     if not 0 < count < num_documents:
         raise DataError(
-            f"val_size={size:g} of {num_documents} documents leaves {count} to evaluate on and "
+            f"val_size={size:g} of {num_documents} {noun}s leaves {count} to evaluate on and "
             f"{num_documents - count} to train on",
             hint="add data, change val_size, or set eval_datasets",
         )

@@ -11,7 +11,7 @@ import numpy as np
 
 from horizon_lm.config.data import IGNORED
 from horizon_lm.data.formats import CHAT_FORMATS
-from horizon_lm.data.packing import Row, Rows
+from horizon_lm.data.rows import Row, Rows
 from horizon_lm.data.streaming import StreamLoader
 from horizon_lm.io.output import raw_stream
 from horizon_lm.text import printable, shown

@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 
 from horizon_lm.config import DatasetConfig
+from horizon_lm.data.collate import StepSize, collate
 from horizon_lm.data.documents import Documents, Placed
 from horizon_lm.data.encode import Encoded, Encoder
-from horizon_lm.data.formats import Chat, Pair
-from horizon_lm.data.loader import StepSize, collate, not_a_place, numbers_of
-from horizon_lm.data.packing import Layout, Rows, make_rows
+from horizon_lm.data.examples import Chat, Pair
+from horizon_lm.data.loader import not_a_place, numbers_of
+from horizon_lm.data.packing import Layout, make_rows
+from horizon_lm.data.rows import Rows
 from horizon_lm.data.sources import ShardOrder
 from horizon_lm.data.tokens import TokenWriter, batches
 from horizon_lm.errors import DataError

@@ -3,7 +3,9 @@
     tokens.bin    ids of all documents, uint16 or uint32
     trained.bin   one byte per token, whether it is trained on; absent if all are
     documents.bin int64 [documents, 2]: length, number of the dataset
-    meta.json     counts, size and xxh3 hash of each file, and a hash of meta.json itself
+    labels.bin    one byte per labelled sample
+    meta.json     counts, size and xxh3 hash of each file, and a hash of meta.json itself; the kind and the
+                  documents of a sample, unless samples are documents
 
 The folder is staged and renamed, so it is written atomically; hashes are checked on opening, since a flipped
 bit would silently train on another token.
@@ -25,6 +27,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -32,9 +35,11 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 import xxhash
 
+from horizon_lm.config.preference import DataKind
 from horizon_lm.data.documents import Documents, Placed
 from horizon_lm.data.encode import Encoded, Encoder
-from horizon_lm.data.formats import texts
+from horizon_lm.data.examples import texts
+from horizon_lm.data.mismatched import with_mismatched
 from horizon_lm.errors import DataError, DoesNotFitError
 from horizon_lm.io.files import create, open_file, put_folder, read_text, write_file
 from horizon_lm.io.leftovers import OwnedFolder
@@ -42,6 +47,9 @@ from horizon_lm.machine.cores import usable_cores
 
 _BATCH_CHARACTERS = 1 << 19  # per task of a worker
 _SMALL_BATCHES = 8  # fewer are done in this process: starting workers takes longer
+# Increment when the same samples of preferences give other tokens, masks or documents.
+_SAMPLES = 1
+_NOUNS = {"documents": "document", "pairs": "pair", "labelled": "sample"}
 _META = "meta.json"
 _STAGED = ".horizon-tokens-"  # one prefix for all staged folders, so that any training run sweeps them
 _EARLIER = re.compile(r"\.[0-9a-f]{32}\.[a-z0-9_]{8}")  # names of staged folders in earlier versions
@@ -64,7 +72,12 @@ class Counts:
 
 
 class TokenStore:
-    """ids [tokens]; trained [tokens] of bool, or None; lengths, datasets [documents]; fingerprint of all."""
+    """ids [tokens]; trained [tokens] of bool, or None; lengths, datasets [documents]; fingerprint of all.
+
+    A sample is `sides` adjacent documents: of the kind "pairs" 2, chosen and rejected, each with the prompt;
+    of "labelled" 1 or, for the KL term, 2, its own and its prompt with the completion of another sample.
+    labels: [samples] of bool, of labelled ones.
+    """
 
     def __init__(self, folder: Path, keep_alive: Any = None) -> None:
         """Raises DataError if the folder is damaged. keep_alive: released with this object."""
@@ -76,6 +89,8 @@ class TokenStore:
             if _hash(folder / name) != expected:
                 raise DataError(f"{folder / name} is damaged", hint=f"remove {folder}; it will be rebuilt")
         self.counts = Counts(**meta["counts"])
+        self.kind: DataKind = meta.get("kind", "documents")
+        self.sides: int = meta.get("sides", 1)
         self.hashes: dict[str, Any] = meta["files"]
         self.fingerprint = xxhash.xxh3_128(json.dumps(meta["files"], sort_keys=True).encode()).hexdigest()
         self.folder = folder
@@ -86,6 +101,23 @@ class TokenStore:
         self.lengths = documents[:, 0]
         self.datasets = documents[:, 1]
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)])[:-1]
+        has_labels = "labels.bin" in meta["files"]
+        self.labels = np.fromfile(folder / "labels.bin", bool) if has_labels else None
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.lengths) // self.sides
+
+    @property
+    def noun(self) -> str:
+        """Word for a sample."""
+        return _NOUNS[self.kind]
+
+    @cached_property
+    def prompt_lengths(self) -> np.ndarray:
+        """Tokens before the completion, of each document of a sample."""
+        assert self.trained is not None
+        return self.lengths - np.add.reduceat(self.trained, self.starts, dtype=np.int64)
 
 
 def _mapped(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
@@ -114,10 +146,16 @@ def _hash(path: Path) -> list[Any]:
 
 
 class TokenWriter:
-    """Writer of encoded documents to a folder staged beside `place`, or to a temporary one."""
+    """Writer of encoded documents to a folder staged beside `place`, or to a temporary one.
 
-    def __init__(self, place: Path | None, dtype: np.dtype[Any]) -> None:
+    kind, sides: see `TokenStore`.
+    """
+
+    def __init__(
+        self, place: Path | None, dtype: np.dtype[Any], kind: DataKind = "documents", sides: int = 1
+    ) -> None:
         self._place, self._dtype = place, dtype
+        self._kind, self._sides = kind, sides
         self._temporary: OwnedFolder
         try:
             if place is None:
@@ -135,6 +173,7 @@ class TokenWriter:
         self._tokens: BinaryIO = create(self._folder / "tokens.bin")
         self._trained: BinaryIO | None = None
         self._documents: list[tuple[int, int]] = []
+        self._labels: list[bool] = []
         self._num_tokens = self._num_trained = 0
         self._is_text = True
 
@@ -168,6 +207,8 @@ class TokenWriter:
             trained = document.trained
             self._trained.write(b"\x01" * len(document.ids) if trained is None else trained.tobytes())
         self._documents.append((len(document.ids), document.dataset))
+        if document.label is not None:
+            self._labels.append(document.label)
         self._num_tokens += len(document.ids)
         self._num_trained += len(document.ids) if document.trained is None else int(document.trained.sum())
         self._is_text &= document.is_text
@@ -184,6 +225,8 @@ class TokenWriter:
         """Rename the folder into place (is_kept) and open it, or the one another process put there first."""
         documents = np.asarray(self._documents, np.int64).reshape(-1, 2)
         write_file(self._folder / "documents.bin", lambda file: file.write(documents.data))
+        if self._kind == "labelled":
+            write_file(self._folder / "labels.bin", bytes(self._labels))
         for file in (self._tokens, self._trained):
             if file is not None:
                 file.close()
@@ -198,7 +241,9 @@ class TokenWriter:
             is_text=self._is_text,
         )
         hashes = {path.name: _hash(path) for path in sorted(self._folder.glob("*.bin"))}
-        meta = {"dtype": self._dtype.name, "counts": asdict(counts), "files": hashes}
+        meta: dict[str, Any] = {"dtype": self._dtype.name, "counts": asdict(counts), "files": hashes}
+        if self._kind != "documents":
+            meta |= {"kind": self._kind, "sides": self._sides}
         meta["hash"] = _meta_hash(meta)
         write_file(self._folder / _META, json.dumps(meta))
         if self._place is None or not is_kept:
@@ -223,34 +268,37 @@ def open_cached(place: Path) -> TokenStore | None:
 
 
 def tokenise(
-    documents: Documents, encoder: Encoder, *, cache_dir: str | None, num_proc: int | None = None
+    documents: Documents,
+    encoder: Encoder,
+    *,
+    cache_dir: str | None,
+    num_proc: int | None = None,
+    kl_block: int = 0,
 ) -> tuple[TokenStore, bool]:
     """Tokenise all documents; return the tokens, and whether they were cached.
 
     cache_dir: folder of the cache, keyed by content and settings; None: no cache. Data that changes while it
     is read is not cached. num_proc: worker processes, default one per core; tokens do not depend on it.
+    kl_block: if positive, add the documents of the KL term to labelled samples (see `data.mismatched`).
     Raises DataError for the first unusable row, unless such rows are skipped.
     """
     place = kept = None
     content = ""
+    kind, sides = _shape(documents, kl_block)
     if cache_dir is not None:
         kept = Path(cache_dir).expanduser()
         content = documents.fingerprint(kept)
-        place = kept / xxhash.xxh3_128((content + encoder.key()).encode()).hexdigest()
+        how = "" if kind == "documents" else repr((kind, sides, kl_block, _SAMPLES))
+        place = kept / xxhash.xxh3_128((content + encoder.key() + how).encode()).hexdigest()
         found = open_cached(place)
         if found is not None:
             return found, True
-    with TokenWriter(place, encoder.dtype) as writer:
+    with TokenWriter(place, encoder.dtype, kind, sides) as writer:
         num_documents = 0
-        for result in _encoded(documents, encoder, num_proc or usable_cores()):
-            usable = []
-            for encoded in result:
-                if isinstance(encoded, DataError):
-                    documents.skip(encoded)
-                else:
-                    usable.append(encoded)
-            num_documents += len(usable)
-            writer.add(usable)
+        usable = _usable(documents, _encoded(documents, encoder, num_proc or usable_cores()))
+        for encoded in with_mismatched(usable, kl_block) if kl_block else usable:
+            num_documents += len(encoded)
+            writer.add(encoded)
         if not num_documents:
             bad = documents.bad_rows
             reason = f"every row is bad; the first: {bad[0]}" if bad else "it is empty"
@@ -266,6 +314,26 @@ def tokenise(
             is_kept=kept is not None and documents.fingerprint(kept) == content,
         )
     return store, False
+
+
+def _shape(documents: Documents, kl_block: int) -> tuple[DataKind, int]:
+    """Return (kind, documents of a sample)."""
+    if documents.kind is None:
+        next(iter(documents))
+    kind: DataKind = documents.kind or "documents"
+    return kind, 2 if kind == "pairs" or kl_block else 1
+
+
+def _usable(documents: Documents, results: Iterable[Result]) -> Iterator[list[Encoded]]:
+    """Yield the documents of each batch; skip errors, or raise the first."""
+    for result in results:
+        usable = []
+        for encoded in result:
+            if isinstance(encoded, DataError):
+                documents.skip(encoded)
+            else:
+                usable.append(encoded)
+        yield usable
 
 
 def batches(documents: Iterable[Placed], size: int | None = None) -> Iterator[list[Placed]]:

@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from horizon_lm.config import DatasetConfig, TrainConfig
+from horizon_lm.config.preference import DataKind
+from horizon_lm.data.detect import require_suitable, with_method
 from horizon_lm.data.documents import Documents
 from horizon_lm.data.encode import Encoder
 from horizon_lm.data.loader import TokenLoader
-from horizon_lm.data.packing import Layout, Rows, make_rows, split_off, weighted
+from horizon_lm.data.mismatched import BLOCK
+from horizon_lm.data.packing import Layout, make_rows, split_off, weighted
+from horizon_lm.data.rows import Rows
 from horizon_lm.data.streaming import Stream, StreamLoader
 from horizon_lm.data.tokenizer import add_new_tokens, load_tokenizer, train_tokenizer
 from horizon_lm.data.tokens import TokenStore, tokenise
@@ -44,13 +48,14 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase |
     """Read, tokenise and pack the data that `config` names.
 
     Without `tokenizer`, loads one, or trains one on the data (train_tokenizer_vocab_size), which reads the
-    data once more but never holds all of it. Raises `DataError` and `ConfigError`.
+    data once more but never holds all of it. Resolves method: auto. Raises `DataError` and `ConfigError`.
     """
     datasets = limited(config, config.datasets)
-    documents = _documents(config, datasets)
     if tokenizer is None:
-        tokenizer = _tokenizer_for(config, documents)
+        tokenizer = _tokenizer_for(config, _documents(config, datasets))
     encoder = make_encoder(config, tokenizer)
+    config = with_method(config)
+    require_suitable(config, config.data_kind)
     seed = data_seed(config)
     batch = {
         "micro_batch_size": config.per_device_train_batch_size,
@@ -72,17 +77,17 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase |
         rows = loader.first_rows
         eval_rows = _eval_rows(config, encoder)
         return TrainingData(tokenizer, encoder, rows.store, rows, eval_rows, loader, False)
-    store, was_cached = _tokens(config, documents, encoder)
-    numbers = np.arange(len(store.lengths))
+    store, was_cached = _tokens(config, _documents(config, datasets), encoder)
+    numbers = np.arange(store.num_samples)
     held_out: np.ndarray | None = None
     if config.val_size:
-        numbers, held_out = split_off(len(numbers), config.val_size, seed)
+        numbers, held_out = split_off(len(numbers), config.val_size, seed, store.noun)
     weights = [dataset.weight for dataset in config.datasets]
-    kind = layout(config, store.counts.is_text)
-    rows = make_rows(store, weighted(store, numbers, weights, seed), **kind)
+    how = layout(config, store.counts.is_text, store.kind)
+    rows = make_rows(store, weighted(store, numbers, weights, seed), **how)
     eval_rows = _eval_rows(config, encoder)
     if held_out is not None:
-        eval_rows = make_rows(store, held_out, keep_rest=True, **kind)
+        eval_rows = make_rows(store, held_out, keep_rest=True, **how)
     return TrainingData(tokenizer, encoder, store, rows, eval_rows, TokenLoader(rows, **batch), was_cached)
 
 
@@ -94,13 +99,16 @@ def _eval_rows(config: TrainConfig, encoder: Encoder) -> Rows | None:
 
 def load_eval_rows(config: TrainConfig, encoder: Encoder) -> Rows:
     """Load all sequences of eval_datasets or, without any, of datasets."""
+    config = with_method(config)
+    require_suitable(config, config.data_kind)
     if config.eval_datasets:
-        documents = Documents(limited(config, config.eval_datasets), on_bad_row=config.on_bad_row)
+        datasets = limited(config, config.eval_datasets)
+        documents = Documents(datasets, on_bad_row=config.on_bad_row, kind=config.data_kind)
     else:
         documents = _documents(config, limited(config, config.datasets))
     store, _ = _tokens(config, documents, encoder)
-    numbers = np.arange(len(store.lengths))
-    return make_rows(store, numbers, keep_rest=True, **layout(config, store.counts.is_text))
+    how = layout(config, store.counts.is_text, store.kind)
+    return make_rows(store, np.arange(store.num_samples), keep_rest=True, **how)
 
 
 def limited(config: TrainConfig, datasets: list[DatasetConfig]) -> list[DatasetConfig]:
@@ -116,12 +124,17 @@ def limited(config: TrainConfig, datasets: list[DatasetConfig]) -> list[DatasetC
 
 
 def _documents(config: TrainConfig, datasets: list[DatasetConfig]) -> Documents:
-    return Documents(datasets, config.max_train_bytes, on_bad_row=config.on_bad_row)
+    kind = None if config.method == "auto" else config.data_kind
+    return Documents(datasets, config.max_train_bytes, on_bad_row=config.on_bad_row, kind=kind)
 
 
 def _tokens(config: TrainConfig, documents: Documents, encoder: Encoder) -> tuple[TokenStore, bool]:
     return tokenise(
-        documents, encoder, cache_dir=cache_dir(config.dataset_cache_dir), num_proc=config.dataset_num_proc
+        documents,
+        encoder,
+        cache_dir=cache_dir(config.dataset_cache_dir),
+        num_proc=config.dataset_num_proc,
+        kl_block=BLOCK if config.uses_kl else 0,
     )
 
 
@@ -142,9 +155,10 @@ def make_encoder(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Enc
     )
 
 
-def layout(config: TrainConfig, is_text: bool) -> Layout:
-    """Resolve how documents become sequences: `auto` depends on whether all are text."""
-    strategy = config.packing_strategy if config.packing else "none"
+def layout(config: TrainConfig, is_text: bool, kind: DataKind = "documents") -> Layout:
+    """Resolve how documents become sequences: `auto` depends on whether all are text. Labelled samples are
+    not packed."""
+    strategy = config.packing_strategy if config.packing and kind != "labelled" else "none"
     if strategy == "auto":
         strategy = "wrapped" if is_text else "bfd"
     truncation = config.truncation

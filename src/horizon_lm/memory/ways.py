@@ -86,7 +86,7 @@ def _tiles(settings: ModelSettings) -> Changes:
     if not isinstance(settings, TrainConfig):
         return {}
     tile = max(_FEWEST_TILE_TOKENS, settings.max_length // 8)
-    now = settings.mlp_tile_tokens or settings.per_device_train_batch_size * settings.max_length
+    now = settings.mlp_tile_tokens or settings.per_device_train_batch_size * settings.row_tokens
     return {"mlp_tile_tokens": tile} if now > tile else {}
 
 

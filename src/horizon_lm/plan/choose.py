@@ -57,7 +57,7 @@ class Planner:
                 self._outline(config),
                 config,
                 self.profile,
-                batch=config.per_device_train_batch_size,
+                batch=config.sides * config.per_device_train_batch_size,
                 tokens=config.max_length,
                 micro_batches=config.gradient_accumulation_steps,
             )
@@ -89,7 +89,7 @@ class Planner:
         if config.tokens_per_step is None:
             return [(batch, count)]
         assert config.tokens_per_step != "auto"  # `plan_run` has resolved it
-        rows = max(1, config.tokens_per_step // config.max_length)
+        rows = max(1, config.tokens_per_step // config.row_tokens)
         cuts = [(b, rows // b) for b in range(rows, 0, -1) if rows % b == 0]
         if not self.is_open("per_device_train_batch_size"):
             cuts = [cut for cut in cuts if cut[0] == batch]
@@ -97,7 +97,7 @@ class Planner:
             cuts = [cut for cut in cuts if cut[1] == count]
         if not cuts:
             raise ConfigError(
-                f"tokens_per_step={config.tokens_per_step} ({rows} x {config.max_length}) does not go with "
+                f"tokens_per_step={config.tokens_per_step} ({rows} x {config.row_tokens}) does not go with "
                 f"per_device_train_batch_size={batch}, gradient_accumulation_steps={count}",
                 hint="unset one of the three",
             )
@@ -195,7 +195,7 @@ class Planner:
         """
         if self.profile.device == "cpu" or config.loss_chunk_tokens != "auto":
             return []
-        tokens = config.per_device_train_batch_size * config.max_length
+        tokens = config.per_device_train_batch_size * config.row_tokens
         found = chunk_choices(self.outline.vocabulary)
         return [size for size, less in zip(found, [*found[1:], 0], strict=True) if less < tokens]
 

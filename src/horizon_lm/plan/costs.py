@@ -244,7 +244,7 @@ class Costs:
         if op.unit == 0:
             return ends.forward if op.kind == "F" else ends.backward
         if op.unit == self.plan.head:
-            return ends.loss
+            return ends.score if op.kind == "E" else ends.loss
         layer = self._layer(op.unit)
         if op.kind in "FC":
             return layer.keep_forward if op.policy == KEEP else layer.forward

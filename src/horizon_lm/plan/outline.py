@@ -71,7 +71,7 @@ class Outline:
         self.facts: Facts = cache.facts
         self.units: tuple[UnitLayout, ...] = self.facts.units
         self.kind_of: Sequence[int] = self.facts.kind_of
-        self._measured: dict[tuple[int, int, int, bool], Measures] = {}
+        self._measured: dict[tuple[int, int, int, str], Measures] = {}
         self._traces: dict[TraceKey, Trace] = cache.traces
         self._lines: list[Line] = []
         self._laws: dict[tuple[Hashable, Line], Law | None] = {}
@@ -151,16 +151,24 @@ class Outline:
         other.kind_of = [self.kind_of[i % self.num_layers] for i in range(count)]
         return other
 
-    def measures(self, batch: int, tokens: int, loss_chunk: int, label_smoothing: float = 0.0) -> Measures:
-        """Measure the parts on a micro-batch, once for each shape."""
-        key = batch, tokens, loss_chunk, bool(label_smoothing)
+    def measures(
+        self,
+        batch: int,
+        tokens: int,
+        loss_chunk: int,
+        label_smoothing: float = 0.0,
+        values: tuple[str, ...] | None = None,
+    ) -> Measures:
+        """Measure the parts on a micro-batch, once for each shape. values: see `Loss`."""
+        loss = Loss(loss_chunk, label_smoothing, values)
+        key = batch, tokens, loss_chunk, loss.kind
         if key not in self._measured:
             try:
                 ends = ends_working_set(
                     lambda: self.built,
                     batch,
                     tokens,
-                    Loss(loss_chunk, label_smoothing),
+                    loss,
                     has_backward=self._ends_have_backward,
                     source=self._readings,
                 )

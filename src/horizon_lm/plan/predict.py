@@ -6,15 +6,17 @@ The schedule that the engine would run (`schedule.build`) is simulated with the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
-from horizon_lm.config import ModelSettings
+from horizon_lm.config import ModelSettings, TrainConfig
 from horizon_lm.engine.policies import Policies, store_spec
 from horizon_lm.machine.profile import Profile
 from horizon_lm.memory.store import predict_bytes
 from horizon_lm.plan.costs import DEVICE, HOST, Costs
 from horizon_lm.plan.outline import Outline
+from horizon_lm.preference.method import Method
+from horizon_lm.preference.reference import TOGETHER
 from horizon_lm.schedule import Lane, Op, Simulation, StepSpec, build, derive_waits, simulate
 from horizon_lm.schedule.draw import busy_seconds
 
@@ -24,6 +26,8 @@ class Prediction:
     """Prediction for one steady-state step.
 
     costs: those of its ops. host, device: bytes by part; device is empty if the device is the CPU.
+    kl: the forward pass of a KL term, before each step. reference: a piece of the reference's pass over the
+    data, of `reference_tokens`. Both only if the method needs them.
     """
 
     settings: ModelSettings
@@ -31,6 +35,9 @@ class Prediction:
     host: dict[str, int]
     device: dict[str, int]
     simulation: Simulation
+    kl: Simulation | None = None
+    reference: Simulation | None = None
+    reference_tokens: int = 0
 
     @property
     def plan(self) -> StepSpec:
@@ -75,7 +82,26 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
-        return self.simulation.seconds
+        return self.simulation.seconds + self.kl_seconds
+
+    @property
+    def kl_seconds(self) -> float:
+        """Seconds of the forward pass of each step from which KTO estimates its KL term."""
+        return self.kl.seconds if self.kl is not None else 0.0
+
+    @property
+    def reference_tokens_per_second(self) -> float:
+        """Of the reference's pass over the data, documents of the KL term included; 0 without a reference."""
+        if self.reference is None:
+            return 0.0
+        return self.reference_tokens / self.reference.seconds
+
+    @property
+    def reference_seconds(self) -> float:
+        """Seconds of the reference's pass over the samples of one step; 0 without a reference."""
+        if self.reference is None:
+            return 0.0
+        return self.tokens * (2 if self.kl is not None else 1) / self.reference_tokens_per_second
 
     @property
     def tokens_per_second(self) -> float:
@@ -83,7 +109,10 @@ class Prediction:
 
     def lanes(self) -> dict[str, float]:
         """Busy seconds of each lane."""
-        return {str(lane): 0.0 for lane in Lane} | busy_seconds(self.simulation.spans)
+        found = {str(lane): 0.0 for lane in Lane} | busy_seconds(self.simulation.spans)
+        for lane, seconds in busy_seconds(self.kl.spans if self.kl is not None else ()).items():
+            found[lane] += seconds
+        return found
 
     def limit(self) -> str:
         """The busiest lane, and its share of the step."""
@@ -101,14 +130,72 @@ def predict(
     tokens: int,
     micro_batches: int,
 ) -> Prediction:
-    """Predict steps of `micro_batches` micro-batches [batch, tokens]."""
-    policies = Policies.of(settings, outline)
-    measures = outline.measures(batch, tokens, policies.loss_chunk, settings.label_smoothing_factor)
+    """Predict steps of `micro_batches` micro-batches [batch, tokens]; a pair is two rows, packed or not."""
+    policies, preferences = Policies.of(settings, outline), _preferences(settings)
+    values = None if preferences is None else Method(preferences).values
+    measure = partial(
+        outline.measures,
+        tokens=tokens,
+        loss_chunk=policies.loss_chunk,
+        label_smoothing=settings.label_smoothing_factor,
+        values=values,
+    )
     spec = store_spec(settings, outline)
-    costs = Costs(outline, measures, policies, policies.step_spec(micro_batches), spec, profile)
+    costs = Costs(outline, measure(batch), policies, policies.step_spec(micro_batches), spec, profile)
+    stored = predict_bytes(outline.units, spec)
+    has_kl = preferences is not None and preferences.uses_kl
+    simulation = _simulate(costs, replace(costs.plan, update="sync") if has_kl else costs.plan)
+    host, device = _bytes(costs, simulation, stored)
+    kl = _simulate_forward(costs, micro_batches) if has_kl else None
+    if preferences is None or not preferences.uses_reference:
+        return Prediction(settings, costs, host, device, simulation, kl)
+    size = preferences.precompute_ref_batch_size
+    batch = batch if size is None else preferences.sides * size
+    costs_of_pass = replace(costs, measures=measure(batch))
+    reference = _simulate_forward(costs_of_pass, TOGETHER)
+    stored = {name: size for name, size in stored.items() if name in ("weights", "residual")}
+    in_pass = _bytes(costs_of_pass, reference, stored)  # moments and gradients have no pages yet
+    host, device = (
+        max(one, other, key=lambda parts: sum(parts.values()))
+        for one, other in zip((host, device), in_pass, strict=True)
+    )
+    total = TOGETHER * batch * tokens
+    return Prediction(settings, costs, host, device, simulation, kl, reference, total)
+
+
+def _bytes(
+    costs: Costs, simulation: Simulation, stored: dict[str, int]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """(host bytes by part, device bytes by part). stored: bytes of the store in use."""
+    profile = costs.profile
+    host = {"process": int(profile.process_bytes), **stored, **simulation.parts.get(HOST, {})}
+    fixed = costs.fixed_bytes()
+    if not costs.is_cpu:
+        return host, {
+            "context": int(profile.context_bytes),
+            **fixed,
+            **simulation.parts.get(DEVICE, {}),
+        }
+    transient = sum(simulation.parts.get(HOST, {}).values()) + fixed.get("waiting_gradients", 0)
+    return host | fixed | {"heap": int(profile.heap_share * transient)}, {}
+
+
+def _preferences(settings: ModelSettings) -> TrainConfig | None:
+    return settings if isinstance(settings, TrainConfig) and settings.is_preference else None
+
+
+def _simulate_forward(costs: Costs, micro_batches: int) -> Simulation:
+    """Simulate a forward pass for log-probabilities."""
+    spec = costs.policies.step_spec(micro_batches, evaluate=True)
+    return _simulate(replace(costs, plan=spec), spec)
+
+
+def _simulate(costs: Costs, spec: StepSpec) -> Simulation:
+    """Simulate the ops of `spec`. A pass before each step completes the updates, so that they overlap with
+    nothing: spec says sync then, and costs what the engine does."""
     # Ops that run one at a time wait for nothing but the op before.
-    ops, waits = (ops_of(costs.plan), None) if costs.is_cpu else schedule_of(costs.plan)
-    simulation = simulate(
+    ops, waits = (ops_of(spec), None) if costs.is_cpu else schedule_of(spec)
+    return simulate(
         ops,
         costs.seconds,
         num_bytes=costs.num_bytes,
@@ -116,18 +203,6 @@ def predict(
         waits=waits,
         one_at_a_time=costs.is_cpu,
     )
-    host = {"process": int(profile.process_bytes), **predict_bytes(outline.units, spec)}
-    host |= simulation.parts.get(HOST, {})
-    device: dict[str, int] = {}
-    if costs.is_cpu:
-        fixed = costs.fixed_bytes()
-        transient = sum(simulation.parts.get(HOST, {}).values()) + fixed.get("waiting_gradients", 0)
-        host |= fixed
-        host["heap"] = int(profile.heap_share * transient)
-    else:
-        device = {"context": int(profile.context_bytes), **costs.fixed_bytes()}
-        device |= simulation.parts.get(DEVICE, {})
-    return Prediction(settings, costs, host, device, simulation)
 
 
 @lru_cache(maxsize=256)
@@ -140,4 +215,5 @@ def schedule_of(plan: StepSpec) -> tuple[Sequence[Op], Sequence[tuple[int, ...]]
 @lru_cache(maxsize=256)
 def ops_of(plan: StepSpec) -> Sequence[Op]:
     """The ops of `schedule_of` alone."""
-    return build(plan, step=1, pending=plan.trainable if plan.update == "deferred" else ())
+    pends = plan.update == "deferred" and not plan.evaluate
+    return build(plan, step=1, pending=plan.trainable if pends else ())

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from horizon_lm.config import TrainConfig, check_max_length
-from horizon_lm.errors import ConfigError
+from horizon_lm.config.dataset_info import is_stdlib
+from horizon_lm.data.detect import with_method
+from horizon_lm.errors import ConfigError, HorizonError
 from horizon_lm.machine.cores import lane_cores
 from horizon_lm.machine.memory import lockable_bytes
 from horizon_lm.machine.profile import FALLBACK, Profile, load_profile
@@ -49,9 +52,9 @@ class RunPlan:
         planner, base = self.planner, self._leanest()
         # One below the maximum is odd, as a rule: sizes that are rounded up show there. One sequence is a
         # special case, whose tensors need fewer copies.
-        rows, tokens = base.per_device_train_batch_size, base.max_length
-        planner.outline.expect(Line("batch", tokens, max(2, rows), _MOST_ROWS - 1))
-        planner.outline.expect(Line("tokens", 1, tokens, self._longest() - 1))
+        rows, tokens, sides = base.per_device_train_batch_size, base.max_length, base.sides
+        planner.outline.expect(Line("batch", tokens, max(2, sides * rows), sides * _MOST_ROWS - 1))
+        planner.outline.expect(Line("tokens", sides, tokens, self._longest() - 1))
         found = {
             "per_device_train_batch_size": largest_that_fits(
                 lambda n: planner.room_bytes(base.replace(per_device_train_batch_size=n)),
@@ -137,6 +140,17 @@ class RunPlan:
             return f"memory of this machine, times of {self.profile.name}"
         return self.profile.kind
 
+    def _forward_passes(self) -> dict[str, float]:
+        """Those of a preference method besides training's own, by key of `to_dict`."""
+        found, config = self.prediction, self.config
+        passes: dict[str, float] = {}
+        if config.uses_kl:
+            passes["kl_seconds"] = found.kl_seconds
+        if config.uses_reference:
+            passes["reference_seconds_per_step"] = found.reference_seconds
+            passes["reference_tokens_per_second"] = found.reference_tokens_per_second
+        return passes
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         found, outline = self.prediction, self.planner.outline
@@ -160,6 +174,7 @@ class RunPlan:
             "lane_seconds": found.lanes(),
             "tokens_per_step": found.tokens,
             "tokens_per_second": found.tokens_per_second,
+            **self._forward_passes(),
             "limited_by": found.limit(),
             "notes": self.all_notes(),
         }
@@ -193,8 +208,31 @@ def plan_run(
             f"ulimit -l is {size(lockable)} and the run pins {size(prediction.pinned_bytes)}: "
             "CUDA goes beyond the limit here; hint: ulimit -l unlimited if it refuses"
         )
+    if config.ref_model_name_or_path is not None:
+        notes.append("the reference's pass is planned as if it had the model's size")
     title = _machine(profile, limits, prediction)
     return RunPlan(chosen, planner, prediction, _explain(config, chosen, planner), notes, title)
+
+
+def with_method_of_data(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
+    """Resolve `method: auto` by the first row of each dataset, as `train` does; return notes about it.
+
+    What is not on this machine is not read: nothing then tells it from data for sft, and the note says so.
+    """
+    if config.method != "auto":
+        return config, []
+    try:
+        absent = next((d.path for d in config.datasets if not _is_here(d.path)), None)
+        if absent is None:
+            return with_method(config), []
+        why = f"{absent} is not on this machine"
+    except HorizonError as error:
+        why = error.message
+    return config, [f"method=auto: the data was not read ({why}); method=sft is assumed"]
+
+
+def _is_here(path: str) -> bool:
+    return is_stdlib(path) or Path(path).expanduser().exists()
 
 
 def _machine(profile: Profile, limits: Limits, prediction: Prediction) -> str:

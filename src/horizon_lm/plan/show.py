@@ -16,8 +16,7 @@ def describe(plan: RunPlan, *, largest: bool = True, timeline: bool = False) -> 
         f"model      {outline.facts.model_type}, {parameters(outline.num_parameters)}, "
         f"{count(outline.num_layers, 'layer')}",
         f"machine    {plan.machine}",
-        f"step       {found.plan.micro_batches} x [{found.batch}, {found.tokens_per_row}] = "
-        f"{count(found.tokens, 'token')}",
+        f"step       {found.plan.micro_batches} x {_shape(plan)} = {count(found.tokens, 'token')}",
         "",
         *_bytes("host", found.host),
         *_bytes("device", found.device),
@@ -31,11 +30,36 @@ def describe(plan: RunPlan, *, largest: bool = True, timeline: bool = False) -> 
         if seconds:
             lines.append(f"  {lane:10}{_seconds(seconds):>12}  {seconds / found.seconds:6.1%}")
     lines.append(f"  limited by {found.limit()}")
+    lines += _forward_passes(plan)
     if timeline:
         lines += ["", text_timeline(found.simulation.spans)]
     if largest:
         lines += ["", "largest that fits, one at a time, recomputing all layers", *_largest(plan)]
     return "\n".join([*lines, *(f"note: {note}" for note in plan.all_notes())])
+
+
+def _shape(plan: RunPlan) -> str:
+    """The micro-batch: rows and tokens of each."""
+    found, config = plan.prediction, plan.config
+    if config.data_kind == "pairs":
+        if config.packing:
+            rows = config.per_device_train_batch_size
+            return f"[{rows}, {config.row_tokens}] of packed pairs"
+        return f"[{found.batch}, {found.tokens_per_row}] of pairs, chosen and rejected"
+    return f"[{found.batch}, {found.tokens_per_row}]"
+
+
+def _forward_passes(plan: RunPlan) -> Iterable[str]:
+    """The passes of a preference method besides training's own."""
+    found = plan.prediction
+    if found.kl_seconds:
+        share = found.kl_seconds / found.seconds
+        yield f"  including {_seconds(found.kl_seconds)} ({share:.1%}) of a forward pass for the KL term"
+    if found.reference_seconds:
+        yield (
+            f"reference  {_seconds(found.reference_seconds)} for the data of a step, "
+            f"{found.reference_tokens_per_second:,.0f} tokens/s: one pass over the data before the first step"
+        )
 
 
 def _largest(plan: RunPlan) -> Iterable[str]:
@@ -48,7 +72,8 @@ def _largest(plan: RunPlan) -> Iterable[str]:
         f"  per_device_train_batch_size {found['per_device_train_batch_size']} "
         f"at max_length {plan.prediction.tokens_per_row:,}"
     )
-    yield f"  max_length {found['max_length']} with one sequence in a micro-batch"
+    row = "pair" if plan.config.data_kind == "pairs" else "sequence"
+    yield f"  max_length {found['max_length']} with one {row} in a micro-batch"
     yield f"  {found['layers']} layers of this kind, {parameters(most['parameters'])}"
 
 

@@ -16,19 +16,20 @@ _TEXT_SUFFIXES = (".txt", ".md", ".py", ".txt.gz", ".md.gz", ".py.gz")
 
 
 def usual_cut(
-    max_length: int, sequences: int | None, *, is_text: bool, epochs: float | None
+    row_tokens: int, sequences: int | None, *, is_text: bool, epochs: float | None
 ) -> tuple[int, int]:
-    """Return (sequences per micro-batch, micro-batches) of a step that suits the data.
+    """Return (rows per micro-batch, micro-batches) of a step that suits the data.
 
     About 16 k tokens for conversations and pairs and 64 k for text, in micro-batches of about 4 k. Fewer if a
-    run of that many epochs would have fewer than about 50 steps; at least one sequence, at most an epoch.
-    sequences: None if unknown; epochs: None if max_steps decides the length of the run.
+    run of that many epochs would have fewer than about 50 steps; at least one row, at most an epoch.
+    row_tokens: of a sequence, or of both documents of a pair. sequences: rows of the data, None if unknown;
+    epochs: None if max_steps decides the length of the run.
     """
-    most = max(1, (_TEXT_TOKENS if is_text else _CHAT_TOKENS) // max_length)
+    most = max(1, (_TEXT_TOKENS if is_text else _CHAT_TOKENS) // row_tokens)
     if sequences is not None:
         an_epoch = 1 if epochs is None else math.ceil(_WANTED_STEPS / epochs)
         most = min(most, max(1, sequences // an_epoch))
-    rows = min(max(1, _MICRO_BATCH_TOKENS // max_length), most)
+    rows = min(max(1, _MICRO_BATCH_TOKENS // row_tokens), most)
     return rows, max(1, most // rows)
 
 
@@ -39,10 +40,10 @@ def rows_wanted(config: TrainConfig, sequences: int | None, is_text: bool) -> in
     """
     if config.tokens_per_step == "auto":
         epochs = None if config.max_steps > 0 else config.num_train_epochs
-        rows = math.prod(usual_cut(config.max_length, sequences, is_text=is_text, epochs=epochs))
+        rows = math.prod(usual_cut(config.row_tokens, sequences, is_text=is_text, epochs=epochs))
     else:
         assert isinstance(config.tokens_per_step, int)
-        rows = max(1, config.tokens_per_step // config.max_length)
+        rows = max(1, config.tokens_per_step // config.row_tokens)
         if sequences is None or rows <= sequences:
             return rows
         rows = sequences
@@ -55,8 +56,10 @@ def rows_wanted(config: TrainConfig, sequences: int | None, is_text: bool) -> in
 def assumed_tokens(config: TrainConfig) -> tuple[int, str]:
     """Return the tokens per step that tokens_per_step=auto assumes without reading the data, and a note."""
     is_text = all(_looks_like_text(dataset) for dataset in config.datasets)
-    tokens = rows_wanted(config, None, is_text) * config.max_length
-    kind = "text" if is_text else "conversations"
+    kind = {"pairs": "pairs", "labelled": "labelled completions"}.get(config.data_kind)
+    is_text = is_text and kind is None
+    tokens = rows_wanted(config, None, is_text) * config.row_tokens
+    kind = kind or ("text" if is_text else "conversations")
     return tokens, (
         f"tokens_per_step=auto: the data was not read; {count(tokens, 'token')} per step are assumed, as for "
         f"plenty of {kind}; a run with little data uses fewer"

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from horizon_lm.engine.ends import backward_prologue, bound_for_backward, forward_prologue, look_up
 from horizon_lm.engine.gradient import UnitGradient
 from horizon_lm.engine.layers import Layer
-from horizon_lm.engine.loss import HeadLoss, cross_entropy
+from horizon_lm.engine.loss import Asked, Draws, HeadLoss, TokenLoss, cross_entropy, custom, token_values
 from horizon_lm.memory.live import LiveBytes
 from horizon_lm.memory.slots import UnitWeights
 from horizon_lm.model.anatomy import tensors_in
@@ -78,13 +78,18 @@ class Ends:
     """Prologue and head on one micro-batch. call: bytes of the layers' inputs other than hidden states.
 
     The look-up uses a table with as many rows as there are tokens; backward includes the gradient of these
-    rows.
+    rows. measure_score: the head's forward pass alone, for log-probabilities.
     """
 
     call: int
     forward: Pass
     backward: Pass
     loss: Pass
+    measure_score: Callable[[], Pass] = field(compare=False)
+
+    @cached_property
+    def score(self) -> Pass:
+        return self.measure_score()
 
 
 class Built(NamedTuple):
@@ -142,10 +147,32 @@ def _layer_figures(readings: Sequence[Any]) -> tuple[int, tuple[int, Pass, Pass]
 
 
 class Loss(NamedTuple):
-    """chunk: tokens whose logits are alive at once. smoothing: that of the labels."""
+    """chunk: tokens whose logits are alive at once. smoothing: that of the labels. values: those of a
+    `TokenLoss`; None: the cross-entropy."""
 
     chunk: int
     smoothing: float = 0.0
+    values: tuple[str, ...] | None = None
+
+    @property
+    def kind(self) -> str:
+        if self.values is not None:
+            return " ".join(("token values", *self.values))
+        return "smoothed" if self.smoothing else "cross-entropy"
+
+    def on_head(self, rows: int) -> HeadLoss:
+        if self.values is not None:
+            loss = TokenLoss(lambda values, batch: values.log_probs.sum(), self.values)
+            return custom(loss, {}, self.chunk, {})
+        return cross_entropy(rows, self.chunk, self.smoothing)
+
+    def score(
+        self, skeleton: Skeleton, hidden: torch.Tensor, targets: torch.Tensor, draws: Draws
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A head loss that computes log-probabilities alone."""
+        with draws():
+            found = token_values(skeleton, hidden, targets, self.chunk, Asked()).log_probs
+        return found, found
 
 
 def ends_working_set(
@@ -183,27 +210,22 @@ def ends_working_set(
                 metered.trace.read("size", storage.nbytes(), storage.nbytes())
             return metered.trace
 
-    def measure_head(_: int, rows: int) -> Trace:
-        skeleton, mode = built()
-        with _Metered(None, mode) as metered:
-            like, call = metered.prologue(skeleton, 1, _FEW_TOKENS)  # not all are as wide as the table
-            del call
-            _head_on(skeleton, metered, like, rows, head_loss)
-            return metered.trace
-
-    head_loss = partial(cross_entropy, chunk=loss.chunk, label_smoothing=loss.smoothing)
     _, before, hidden, peak, work, *rest = source("ends", batch, tokens, measure)
     forward, backward = Pass(max(0, peak - before - hidden), work), Pass(0, Work())
     if has_backward:
         _, before, peak, work, *rest = rest
         backward = Pass(peak - before, work)
 
-    def head(rows: int) -> Pass:
-        *_, before, peak, work = source(("head", loss.chunk, bool(loss.smoothing)), 0, rows, measure_head)
-        return Pass(peak - before, work)
+    def head(kind: str, made: Callable[[int], HeadLoss]) -> Pass:
+        def on(rows: int) -> Pass:
+            found = source(("head", kind, loss.chunk), 0, rows, partial(_measure_head, built, made))
+            *_, before, peak, work = found
+            return Pass(peak - before, work)
 
-    head_pass = _head(batch * tokens, hidden // (batch * tokens), loss.chunk, head)
-    return Ends(sum(rest), forward, backward, head_pass)
+        return _head(batch * tokens, hidden // (batch * tokens), loss.chunk, on)
+
+    score = partial(head, "score", lambda rows: loss.score)
+    return Ends(sum(rest), forward, backward, head(loss.kind, loss.on_head), score)
 
 
 class _Metered:
@@ -336,12 +358,17 @@ def _head(rows: int, row_bytes: int, loss_chunk: int, head: Callable[[int], Pass
     return Pass(max(one.bytes, two.bytes) + rest, Work({k: n for k, n in work.items() if n > 0}))
 
 
+def _measure_head(built: Callable[[], Built], made: Callable[[int], HeadLoss], _: int, rows: int) -> Trace:
+    skeleton, mode = built()
+    with _Metered(None, mode) as metered:
+        like, call = metered.prologue(skeleton, 1, _FEW_TOKENS)  # not all are as wide as the table
+        del call
+        _head_on(skeleton, metered, like, rows, made(rows))
+        return metered.trace
+
+
 def _head_on(
-    skeleton: Skeleton,
-    metered: _Metered,
-    like: torch.Tensor,
-    rows: int,
-    head_loss: Callable[[int], HeadLoss],
+    skeleton: Skeleton, metered: _Metered, like: torch.Tensor, rows: int, head_loss: HeadLoss
 ) -> None:
     head = skeleton.head
     weights = metered.weights(skeleton, head)
@@ -351,6 +378,6 @@ def _head_on(
     metered.take()
     metered.restart()
     with torch.enable_grad(), bound_for_backward(skeleton, head, weights, gradient):
-        head_loss(rows)(skeleton, hidden, targets, nullcontext)
+        head_loss(skeleton, hidden, targets, nullcontext)
     metered.peak()
     metered.take()

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Self, TextIO
 
 from rich.console import Console, RenderableType
@@ -94,6 +94,7 @@ class PlainProgress(Progress):
             f"step {metrics.step:>{len(str(self.num_steps))}}/{self.num_steps}",
             f"epoch {metrics.epoch:.2f}",
             f"loss {number(metrics.loss)}",
+            *_rewards(metrics.preferences),
             f"lr {metrics.learning_rate:.2e}",
             f"grad norm {number(metrics.grad_norm)}",
             f"{rate(metrics.tokens_per_second)} tokens/s",
@@ -194,6 +195,7 @@ class _Bar(RichBar):
         fields = {
             "loss": (number(metrics.loss), "bold cyan"),
             "": (f"{sparkline(list(self._losses)):12}", "cyan"),
+            **{name: (value, "") for name, _, value in map(_cut, _rewards(metrics.preferences))},
             "rate": (f"{metrics.learning_rate:.2e}", ""),
             "grad norm": (number(metrics.grad_norm), ""),
             "tokens/s": (rate(metrics.tokens_per_second), ""),
@@ -231,10 +233,25 @@ def choose_progress(mode: str, stream: TextIO | None = None) -> Progress:
 
 
 def evaluation_line(evaluation: Evaluation) -> str:
-    return (
-        f"evaluation after step {evaluation.step}: loss {number(evaluation.eval_loss)}, perplexity "
-        f"{number(evaluation.eval_perplexity)} over {count(evaluation.eval_tokens, 'token')}"
-    )
+    parts = [f"loss {number(evaluation.eval_loss)}", *_rewards(evaluation.metrics)]
+    if evaluation.eval_perplexity is not None:
+        parts.append(f"perplexity {number(evaluation.eval_perplexity)}")
+    tokens = count(evaluation.eval_tokens, "token")
+    return f"evaluation after step {evaluation.step}: {', '.join(parts)} over {tokens}"
+
+
+def _rewards(metrics: Mapping[str, float]) -> list[str]:
+    """Show margin and accuracy of rewards, if any."""
+    found = []
+    if "rewards/margins" in metrics:
+        found.append(f"margin {number(metrics['rewards/margins'])}")
+    if "rewards/accuracies" in metrics:
+        found.append(f"accuracy {metrics['rewards/accuracies']:.0%}")
+    return found
+
+
+def _cut(text: str) -> tuple[str, str, str]:
+    return text.partition(" ")
 
 
 def say(text: str, stream: TextIO | None = None) -> None:

@@ -97,7 +97,10 @@ def curves(history: History) -> dict[str, Any]:
     limit = history.settings.get("max_grad_norm") or math.inf
     has_limit = 0 < limit < math.inf
     clipped = [Mark("clipped above", "level", limit, f"clipped above {limit:g}")] if has_limit else []
-    charts = [_chart(history, _RATE), _chart(history, _NORM, clipped), _chart(history, _SPEED)]
+    charts = [
+        *_preferences(history),
+        *(_chart(history, _RATE), _chart(history, _NORM, clipped), _chart(history, _SPEED)),
+    ]
     remarks, norms = [], _column(history.steps, "grad_norm")
     if has_limit and norms:
         over = sum(norm > limit for norm in norms)
@@ -106,11 +109,41 @@ def curves(history: History) -> dict[str, Any]:
             f"{over:,} of {len(norms):,} recorded steps ({over / len(norms):.0%})."
         )
     return {
-        "loss": draw("Loss", "nats per token", _losses(history), _events(history), below=_below(history)),
+        "loss": draw("Loss", _unit(history), _losses(history), _events(history), below=_below(history)),
         "charts": [chart for chart in charts if chart],
         "remarks": remarks,
         "evaluations": [_evaluation(e) for e in history.evaluations[-500:]],
     }
+
+
+_KINDS = {"chosen": "train", "rejected": "rate", "margins": "raw", "accuracies": "train"}
+
+
+def _unit(history: History) -> str:
+    return "per sample" if any("rewards/chosen" in line for line in history.steps) else "nats per token"
+
+
+def _preferences(history: History) -> list[Chart | None]:
+    """Draw rewards and their accuracy, of training and of held-out samples."""
+    found: list[Chart | None] = []
+    for title, unit, names in (
+        ("Rewards", "mean per sample", ("chosen", "rejected", "margins")),
+        ("Reward accuracy", "share of pairs", ("accuracies",)),
+    ):
+        series = []
+        for name in names:
+            for lines, prefix, kind in (
+                (history.steps, "", _KINDS[name]),
+                (history.evaluations, "eval_", "held"),
+            ):
+                key = f"{prefix}rewards/{name}"
+                if any(line.get(key) is not None for line in lines):
+                    what = f"held-out {name}" if prefix else name
+                    xs, ys = [line["step"] for line in lines], [line.get(key) for line in lines]
+                    series.append(Series(what, kind, xs, ys, dots=bool(prefix)))
+        if series:
+            found.append(draw(title, unit, series, below=_below(history)))
+    return found
 
 
 def _losses(history: History) -> list[Series]:

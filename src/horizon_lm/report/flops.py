@@ -12,6 +12,8 @@ multiplies, so
   chunk, the sum of the squared chunks;
 - products of a state (linear attention, state spaces) count per token as the model computes them.
 
+Documents that only run forward (KTO's KL term) count a third: 2 N tokens + 2 L d sum(l²).
+
 A frozen parameter counts 4 instead of 6, because its own gradient is not computed, and 2 if no parameter
 before it is trained, because no gradient passes. So does what only selects (an indexer of sparse attention).
 """
@@ -21,13 +23,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
-from horizon_lm.data.loader import StepSize
+from horizon_lm.data.collate import StepSize
 from horizon_lm.memory.layout import UnitLayout
 from horizon_lm.plan.model_flops import Counted, count_layers, kinds_of_layers
 from horizon_lm.plan.working_set import Built
@@ -62,16 +64,24 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """FLOPs of a model. per_token: 6 N, and states. spans: attention, by its limit."""
+    """FLOPs of a model. per_token: 6 N, and states. spans: attention, by its limit. forward: of a forward
+    pass alone, None if these are such."""
 
     per_token: float
     spans: tuple[Span, ...]
+    forward: ModelFlops | None = None
 
     def of(self, size: StepSize) -> float:
         """Return the FLOPs of a step, without recomputation."""
-        lengths = np.array(size.lengths, dtype=np.float64)
+        found = self._of(size.tokens, size.lengths)
+        if size.forward_lengths and self.forward is not None:
+            found += self.forward._of(sum(size.forward_lengths), size.forward_lengths)
+        return found
+
+    def _of(self, tokens: int, of_segments: Sequence[int]) -> float:
+        lengths = np.array(of_segments, dtype=np.float64)
         attention = sum(span.per_square * span.squares(lengths) for span in self.spans)
-        return self.per_token * size.tokens + attention
+        return self.per_token * tokens + attention
 
     @property
     def per_square(self) -> float:
@@ -98,7 +108,8 @@ def model_flops(units: Sequence[UnitLayout], counted: Counted, *, embedding_trai
     head = len(counted.kind_of) + 1
     trained = [u for u in range(head + 1) if units[u].trainable_numel]
     lowest = 0 if embedding_trainable else min(trained, default=head + 1)
-    return _sum(units, counted, range(head + 1), lowest)
+    forward = _sum(units, counted, range(head + 1), None)
+    return replace(_sum(units, counted, range(head + 1), lowest), forward=forward)
 
 
 def forward_of_layers(units: Sequence[UnitLayout], counted: Counted) -> ModelFlops:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,11 +56,11 @@ class Loggers:
         ]
 
     def step(self, metrics: Metrics) -> None:
-        values = {f"train/{name}": value for name, value in asdict(metrics).items() if name != "step"}
+        values = {f"train/{name}": value for name, value in metrics.to_line().items() if name != "step"}
         self._log(_numbers(values), metrics.step)
 
     def evaluation(self, evaluation: Evaluation) -> None:
-        values = asdict(evaluation)
+        values = evaluation.to_line()
         step = values.pop("step")
         self._log(_numbers({name.replace("eval_", "eval/"): value for name, value in values.items()}), step)
 

@@ -42,6 +42,7 @@ from horizon_lm.engine.lanes import Span
 from horizon_lm.errors import DataError, StoppedError
 from horizon_lm.host_model import HostModel
 from horizon_lm.io import files
+from horizon_lm.preference.method import added, means
 from horizon_lm.report.flops import ModelFlops
 from horizon_lm.report.records import REMOVE_LINE, Evaluation, StepRecord, check
 from horizon_lm.schedule.draw import busy_seconds
@@ -55,13 +56,14 @@ _PACKAGES = ("horizon-lm", "torch", "transformers", "tokenizers", "safetensors",
 class Metrics:
     """A line `step`: the steps since the previous one.
 
-    loss: mean over their target tokens, without skipped steps
+    loss: mean over their target tokens, of preferences over their samples, without skipped steps
     grad_norm (before clipping), learning_rate, epoch: values of the last step
     tokens_per_second: real tokens, without padding
     mfu: see `flops`
     num_tokens (real), num_target_tokens (trained on), seconds (in steps), skipped_steps: totals of the run
     device_bytes: peak on a CUDA device, else size of the slots (0 if they share the store's memory)
     lanes: busy share of each lane in the last step, if it was recorded
+    preferences: metrics of a method on preferences, which the line has beside the others
     """
 
     step: int
@@ -78,12 +80,27 @@ class Metrics:
     host_rss_bytes: int
     device_bytes: int
     lanes: dict[str, float] = field(default_factory=dict)
+    preferences: dict[str, float] = field(default_factory=dict)
+
+    def to_line(self) -> dict[str, Any]:
+        """Return names and values as in a line of metrics.jsonl."""
+        return {**_without(asdict(self)), **self.preferences}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the values for a checkpoint."""
+        values: dict[str, Any] = finite_or_none(asdict(self))
+        return values if self.preferences else _without(values)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
         """Invert `finite_or_none`."""
         found: dict[str, Any] = {k: math.nan if value is None else value for k, value in values.items()}
         return cls(**found)
+
+
+def _without(values: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what only runs on preferences have."""
+    return {k: v for k, v in values.items() if k not in ("preferences", "sums", "num_samples")}
 
 
 @dataclass(frozen=True)
@@ -119,7 +136,7 @@ class Meter:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the totals and the steps since the last line, JSON-ready."""
-        window = [[finite_or_none(asdict(value)) for value in pair] for pair in self._window]
+        window = [[_saved(record), finite_or_none(asdict(done))] for record, done in self._window]
         sums = [self._num_tokens, self._num_targets, self._skipped, self._seconds]
         return {"sums": sums, "window": window}
 
@@ -158,12 +175,12 @@ class Meter:
         record = self._window[-1][0]
         window, self._window = self._window, []
         learned = [r for r, _ in window if not r.skipped]
-        targets = sum(r.num_tokens for r in learned)
+        weight = sum(r.weight for r in learned)
         seconds = sum(r.seconds for r, _ in window)
         return Metrics(
             step=record.step,
             epoch=record.epoch,
-            loss=sum(r.loss * r.num_tokens for r in learned) / targets if targets else math.nan,
+            loss=sum(r.loss * r.weight for r in learned) / weight if weight else math.nan,
             grad_norm=record.grad_norm,
             learning_rate=record.learning_rate,
             tokens_per_second=sum(done.tokens for _, done in window) / seconds,
@@ -177,7 +194,13 @@ class Meter:
             lanes=lane_shares(self._model.timeline, record.seconds)
             if with_lanes and not record.skipped
             else {},
+            preferences=means(added(r.sums for r in learned)),
         )
+
+
+def _saved(record: StepRecord) -> dict[str, Any]:
+    values: dict[str, Any] = finite_or_none(asdict(record))
+    return values if record.num_samples else _without(values)
 
 
 def lane_shares(spans: Iterable[Span], seconds: float) -> dict[str, float]:
@@ -240,7 +263,7 @@ class MetricsFile:
     def write_step(self, metrics: Metrics) -> None:
         """Append a line `step`."""
         self.open()
-        self._write("step", asdict(metrics))
+        self._write("step", metrics.to_line())
 
     def write_event(self, event: str, values: dict[str, Any]) -> None:
         """Append a line of another kind; dropped before the first step, when there is no file."""
@@ -259,7 +282,7 @@ class MetricsFile:
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
         """Append a line `eval`. The file must be open: `training.log` holds evaluations before step 1."""
-        self._write("eval", asdict(evaluation))
+        self._write("eval", evaluation.to_line())
 
     def _write(self, event: str, values: dict[str, Any]) -> None:
         assert self._file is not None

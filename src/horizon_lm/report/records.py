@@ -6,8 +6,9 @@ fields but `step` are optional: files of earlier versions lack some.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -25,7 +26,7 @@ class StepRecord:
 
     step: from 1
     epoch: passes over the data so far
-    loss: mean over the step's target tokens
+    loss: mean over the step's target tokens; of preferences over its samples
     grad_norm: before clipping; NaN if it was not computed
     num_tokens: target tokens
     skipped: nothing was updated, because loss or norm was not finite or spiked
@@ -33,6 +34,8 @@ class StepRecord:
     note: the problem, in words; empty for nearly all steps
     changes: settings that no longer apply from this step on, and why (a layer that cannot keep activations)
     remarks: other notes (compile times)
+    num_samples: pairs or labelled samples; 0 where tokens are trained on for their own sake
+    sums: sum and count of each metric of preferences
     """
 
     step: int
@@ -47,17 +50,37 @@ class StepRecord:
     note: str = ""
     changes: Sequence[str] = ()
     remarks: Sequence[str] = ()
+    num_samples: int = 0
+    sums: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    @property
+    def weight(self) -> int:
+        """What the loss is a mean over."""
+        return self.num_samples or self.num_tokens
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of one evaluation. eval_loss: mean over target tokens, nats; eval_perplexity: exp(eval_loss)."""
+    """Result of one evaluation. eval_loss: mean over target tokens, nats; eval_perplexity: exp(eval_loss).
+
+    Of preferences: the method's loss, no perplexity, and its metrics by their names in training.
+    """
 
     step: int
     eval_loss: float
-    eval_perplexity: float
+    eval_perplexity: float | None
     eval_tokens: int
     eval_seconds: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def to_line(self) -> dict[str, Any]:
+        """Return names and values as in a line of metrics.jsonl."""
+        values = {k: v for k, v in vars(self).items() if k != "metrics" and v is not None}
+        return {**values, **{f"eval_{name}": value for name, value in self.metrics.items()}}
+
+    def value(self, metric: str) -> float:
+        """Return a metric by its name in a line; NaN if it was not measured."""
+        return float(self.to_line().get(metric, math.nan))
 
 
 Real = Annotated[float, Field(ge=-_LARGEST, le=_LARGEST)]

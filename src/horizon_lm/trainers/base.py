@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from horizon_lm.engine.loss import TokenLoss, TokenValues
@@ -25,9 +26,11 @@ from horizon_lm.host_model import HostModel
 from horizon_lm.outputs import ForwardBackwardOutput
 from horizon_lm.trainers.checkpoints import HorizonCheckpoints
 from horizon_lm.trainers.refused import refuse
-from horizon_lm.trainers.settings import host_of
+from horizon_lm.trainers.settings import decayed_otherwise, host_of
 from horizon_lm.trainers.view import MODEL_INPUTS, Answer, evaluate, view_of
+from horizon_lm.words import count
 
+_log = logging.get_logger(__name__)  # where Trainer's own messages go
 Inputs = dict[str, Any]
 _TOKENS_AHEAD = 32_768  # tokens of an evaluation that go through the layers together
 
@@ -164,7 +167,8 @@ class HorizonMixin(HorizonCheckpoints):
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         loader = getattr(dataloader, "base_dataloader", dataloader)
         batches: Any = ()
-        if loader.batch_sampler is not None:  # a loader of its own: persistent workers serve one at a time
+        if not isinstance(loader.dataset, IterableDataset):
+            # A loader of its own: persistent workers serve one iteration at a time.
             batches = DataLoader(
                 loader.dataset, batch_sampler=loader.batch_sampler, collate_fn=loader.collate_fn
             )
@@ -212,6 +216,12 @@ class HorizonMixin(HorizonCheckpoints):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             self.optimizer = HostOptimizer(self.host, self.args)
+            others = decayed_otherwise(self.host, self.get_decay_parameter_names(self.model))
+            if others and self.args.weight_decay:
+                _log.warning(
+                    f"weight_decay: {count(len(others), 'parameter')} in another group than Trainer's, as "
+                    f"{others[0]}; HostModel decays weights with two or more dimensions, norms apart"
+                )
         return self.optimizer
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
@@ -164,5 +164,5 @@ def _check(callback: object, name: str) -> None:
 
 
 def _frozen(line: Metrics | Evaluation) -> Mapping[str, Any]:
-    values = {k: MappingProxyType(v) if isinstance(v, dict) else v for k, v in asdict(line).items()}
+    values = {k: MappingProxyType(v) if isinstance(v, dict) else v for k, v in line.to_line().items()}
     return MappingProxyType(values)

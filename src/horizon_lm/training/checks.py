@@ -14,8 +14,8 @@ from horizon_lm.checkpoint.folder import RunFolder
 from horizon_lm.config import TrainConfig, check_max_length
 from horizon_lm.config.data import IGNORED
 from horizon_lm.data import TrainingData
-from horizon_lm.data.loader import collate
-from horizon_lm.data.packing import Row, Rows
+from horizon_lm.data.collate import collate
+from horizon_lm.data.rows import Row, Rows
 from horizon_lm.data.sources import check_exists
 from horizon_lm.errors import ConfigError, DataError
 from horizon_lm.host_model import HostModel

@@ -22,8 +22,8 @@ from horizon_lm.config import DatasetConfig, ModelSettings, TrainConfig, model_s
 from horizon_lm.config.base import collect, keys_of
 from horizon_lm.config.dataset_info import SUFFIXES
 from horizon_lm.config.yaml import Document
-from horizon_lm.data.packing import Rows
 from horizon_lm.data.preview import remarks
+from horizon_lm.data.rows import Rows
 from horizon_lm.data.training_data import (
     load_eval_rows,
     load_training_data,

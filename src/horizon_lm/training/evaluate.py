@@ -8,13 +8,14 @@ from itertools import islice
 
 from horizon_lm.config import TrainConfig
 from horizon_lm.config.data import IGNORED
-from horizon_lm.data.loader import in_order
-from horizon_lm.data.packing import Rows
+from horizon_lm.data.collate import in_order
+from horizon_lm.data.rows import Rows
 from horizon_lm.errors import DataError
 from horizon_lm.host_model import HostModel
 from horizon_lm.micro_batches import MicroBatch
 from horizon_lm.outputs import perplexity
 from horizon_lm.report.records import Evaluation
+from horizon_lm.training.preferences import Preferences
 
 # Micro-batches per visit of a layer. Their boundaries occupy memory, so there is a limit; with this many the
 # upload of the weights is a small part of the time.
@@ -57,14 +58,20 @@ class Evaluator:
         num_steps: int,
         pad_id: int,
         epochs_done: int = 0,
+        preferences: Preferences | None = None,
     ) -> None:
         self._model, self._rows, self._pad_id = model, rows, pad_id
+        self._preferences = preferences
         self._strategy, self._every = config.eval_strategy, config.eval_steps
         self._num_steps = num_steps
         self._batch = config.per_device_eval_batch_size or config.per_device_train_batch_size
         self._epochs_done = epochs_done
 
     def run(self, step: int) -> Evaluation:
+        if self._preferences is not None:
+            return self._preferences.evaluate(
+                self._model, self._rows, batch=self._batch, pad=self._pad_id, step=step
+            )
         return evaluate(self._model, self._rows, micro_batch_size=self._batch, pad_id=self._pad_id, step=step)
 
     def after(self, step: int, epoch: float, *, is_last: bool = False) -> Evaluation | None:

@@ -11,14 +11,17 @@ from typing import Any
 from horizon_lm.checkpoint.folder import open_checkpoint
 from horizon_lm.checkpoint.reader import verify
 from horizon_lm.config import TrainConfig
+from horizon_lm.engine.loss import TokenLoss
 from horizon_lm.errors import CheckpointError, LossSpikeError, NonFiniteError
 from horizon_lm.machine.heap import frozen_heap
 from horizon_lm.optim.curves import Curve
+from horizon_lm.preference.method import Sums
 from horizon_lm.report.display import number
 from horizon_lm.report.metrics import Metrics
 from horizon_lm.report.records import Evaluation, StepRecord
 from horizon_lm.training.evaluate import Evaluator
 from horizon_lm.training.log import RunLog
+from horizon_lm.training.preferences import Preferences
 from horizon_lm.training.resume import load_checkpoint
 from horizon_lm.training.save import Saver
 from horizon_lm.training.signals import watched
@@ -42,6 +45,7 @@ class Run:
     saver: Saver
     in_place: bool
     started: float
+    preferences: Preferences | None = None
 
 
 @dataclass(frozen=True)
@@ -116,18 +120,25 @@ def _step(run: Run) -> StepRecord:
     step = state.step + 1
     lr = run.learning_rate(step - 1)
     micro_batches = next(state.loader)
+    loss_fn: TokenLoss | None = None
+    if run.preferences is not None:
+        micro_batches, loss_fn = run.preferences.step(state.model, micro_batches)
     fault: NonFiniteError | None = None
     back = None
+    sums: Sums = {}
     try:
         out = state.model.train_step(
             micro_batches,
             lr,
             config.max_grad_norm,
             config.weight_decay,
+            loss_fn=loss_fn,
             record=step % config.logging_steps == 0 or step == recorded_step(run.num_steps),
             check=_check(guard, step, config),
         )
         loss, num_tokens, grad_norm = out.loss, out.num_tokens, out.grad_norm
+        if run.preferences is not None:
+            sums = run.preferences.method.counted(out.metrics, micro_batches)
         state.loop.skipped_in_a_row = 0
     except NonFiniteError as error:
         fault = error
@@ -150,6 +161,8 @@ def _step(run: Run) -> StepRecord:
         note=note,
         changes=state.model.take_notes(),
         remarks=state.model.take_remarks(),
+        num_samples=0 if run.preferences is None else sum(len(b["samples"]) for b in micro_batches),
+        sums=sums,
     )
 
 

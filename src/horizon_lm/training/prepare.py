@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from horizon_lm.checkpoint.folder import Checkpoint, claim
 from horizon_lm.config import TrainConfig
 from horizon_lm.data import Loader, StreamLoader, TrainingData, load_training_data
+from horizon_lm.data.detect import with_method
+from horizon_lm.data.formats import KIND_WORDS
 from horizon_lm.errors import DoesNotFitError, HorizonError, UnsupportedModelError
 from horizon_lm.optim.curves import Curve, count_warmup_steps, learning_rates
 from horizon_lm.plan.outline_cache import outline_cache
@@ -23,6 +25,17 @@ from horizon_lm.words import count, size
 _FEW = 20  # steps: with fewer, a model learns little and the learning rate curve has no room
 
 
+def with_method_of_data(config: TrainConfig, progress: Progress) -> TrainConfig:
+    """Return the settings with the method that `auto` stands for, and say so if it is not sft.
+
+    Looks at the first row of each dataset. Raises DataError, and ConfigError for settings of another method.
+    """
+    found = with_method(config)
+    if config.method == "auto" and found.is_preference:
+        progress.stage(f"method: {found.method}, since the data are {KIND_WORDS[found.data_kind]}")
+    return found
+
+
 def plan_and_read(
     config: TrainConfig, progress: Progress, cut: Mapping[str, int]
 ) -> tuple[TrainConfig, RunPlan | None, TrainingData]:
@@ -36,7 +49,7 @@ def plan_and_read(
     asked = config.tokens_per_step
     if cut:
         rows = cut[CUT[0]] * cut[CUT[1]]
-        config = config.replace(**cut, tokens_per_step=rows * config.max_length)
+        config = config.replace(**cut, tokens_per_step=rows * config.row_tokens)
         config, plan = settle(config, progress, pinned=frozenset({*config.model_fields_set, *cut}))
         config = config.replace(tokens_per_step=asked)
         return config, plan, read_data(config, progress)
@@ -55,7 +68,7 @@ def plan_and_read(
             if not _is_sized_by_data(config, data):
                 return found, plan, data
     data = read_data(config, progress) if data is None else data
-    tokens = wanted_rows(config, data) * config.max_length
+    tokens = wanted_rows(config, data) * config.row_tokens
     progress.stage(f"tokens_per_step={asked}: {count(tokens, 'token')} a step for this data")
     found, plan = settle(config.replace(tokens_per_step=tokens), progress)
     data.loader.cut(found.per_device_train_batch_size, found.gradient_accumulation_steps)
@@ -82,7 +95,7 @@ def _might_fit_less(config: TrainConfig) -> bool:
     """Tell whether the smallest step would fit, so that reading the data is worthwhile."""
     if config.tokens_per_step is None or config.streaming:
         return False
-    tokens = rows_wanted(config, 1, False) * config.max_length
+    tokens = rows_wanted(config, 1, False) * config.row_tokens
     smallest = _planned(config.replace(tokens_per_step=tokens, skip_memory_check=True))
     return smallest.planner.fits(smallest.config)
 
@@ -92,7 +105,7 @@ def _is_sized_by_data(config: TrainConfig, data: TrainingData) -> bool:
     tokens = config.tokens_per_step
     if not isinstance(tokens, int):
         return False
-    return wanted_rows(config, data) != max(1, tokens // config.max_length)
+    return wanted_rows(config, data) != max(1, tokens // config.row_tokens)
 
 
 def settle(
@@ -145,7 +158,7 @@ def dry_run(config: TrainConfig) -> str:
     """
     with claim(config.output_dir, overwrite=config.overwrite_output_dir) as folder:
         check_sources(config, folder)
-        plan = _planned(config)
+        plan = _planned(with_method(config))
     step = plan.prediction.plan
     ops = build_steps(step, 2)
     faults = check(ops, step)
@@ -188,10 +201,10 @@ def remarks(config: TrainConfig, data: TrainingData, num_steps: int, rates: Curv
     by_epochs = config.max_steps < 1
     if isinstance(data.loader, StreamLoader) or data.loader.crosses_epochs:
         by_epochs = False
-    elif isinstance(config.tokens_per_step, int) and config.tokens_per_step // config.max_length > sequences:
+    elif isinstance(config.tokens_per_step, int) and config.tokens_per_step // config.row_tokens > sequences:
         found.append(
             f"tokens_per_step={config.tokens_per_step} is more than the data "
-            f"({count(sequences, 'sequence')} of {config.max_length}): each step is one whole epoch"
+            f"({count(sequences, 'sequence')} of {config.row_tokens}): each step is one whole epoch"
         )
     elif size > sequences:
         found.append(

@@ -116,7 +116,7 @@ def _cut_in(checkpoint: Checkpoint, config: TrainConfig) -> dict[str, int]:
     given = {key: getattr(config, key) for key in CUT}
     # Both set, and to another product: files of earlier versions, which set what was open.
     both = config.model_fields_set.issuperset(CUT)
-    is_odd = both and tokens != "auto" and math.prod(given.values()) != max(1, tokens // config.max_length)
+    is_odd = both and tokens != "auto" and math.prod(given.values()) != max(1, tokens // config.row_tokens)
     for key in CUT:
         is_open = key not in config.model_fields_set or is_odd and given[key] == _default(key)
         if not is_open and given[key] != cut[key]:
@@ -142,7 +142,11 @@ def changed_settings(config: TrainConfig, checkpoint: Checkpoint) -> dict[str, t
     A setting that is newer than the checkpoint had its default then. Files whose content is compared later
     may be at another path.
     """
-    saved, now = checkpoint.manifest.config, {**config.to_dict(), **_cut_in(checkpoint, config)}
+    # Before there were methods, all was supervised tuning.
+    saved = {"method": "sft", **checkpoint.manifest.config}
+    now = {**config.to_dict(), **_cut_in(checkpoint, config)}
+    if config.method == "auto":  # as the data say, which are compared later
+        now["method"] = saved["method"]
     if config.tokens_per_step is not None:  # what is open is not changed
         now |= {key: saved[key] for key in CUT if key not in config.model_fields_set}
     if config.loss_chunk_tokens == "auto":

@@ -12,7 +12,7 @@ import torch
 from horizon_lm.config import TrainConfig
 from horizon_lm.config.data import IGNORED
 from horizon_lm.data import TrainingData
-from horizon_lm.data.packing import Row
+from horizon_lm.data.rows import Row
 from horizon_lm.machine.memory import available_host_bytes
 from horizon_lm.training.generate import Generator, Sampling
 from horizon_lm.words import size

@@ -17,7 +17,7 @@ from horizon_lm.config import TrainConfig
 from horizon_lm.data import Loader
 from horizon_lm.errors import CheckpointError, LossSpikeError
 from horizon_lm.host_model import HostModel
-from horizon_lm.report.metrics import Meter, Metrics, finite_or_none
+from horizon_lm.report.metrics import Meter, Metrics
 from horizon_lm.report.records import Evaluation
 
 _LEAST_SPREAD = 1e-3  # of the mean: if losses hardly vary, a rounding error must not count as a spike
@@ -99,7 +99,10 @@ class Best:
         self.is_wanted = config.load_best_model_at_end
         self.metric = config.metric_for_best_model
         self._patience, self._threshold = config.early_stopping_patience, config.early_stopping_threshold
-        self._sign = -1.0 if config.greater_is_better else 1.0
+        greater = config.greater_is_better
+        if greater is None:
+            greater = "rewards" in self.metric
+        self._sign = -1.0 if greater else 1.0
         self._run, self._warn = run, warn
         self.best: Mark | None = None
         self.kept: Mark | None = None
@@ -113,7 +116,7 @@ class Best:
 
     def add(self, evaluation: Evaluation) -> bool:
         """Add an evaluation; tell whether its step must be saved, as it is better than what is kept."""
-        mark = Mark(float(getattr(evaluation, self.metric)), evaluation.step)
+        mark = Mark(evaluation.value(self.metric), evaluation.step)
         is_better = self._is_better(mark, self.best)
         by_enough = self.best is None or abs(mark.value - self.best.value) > self._threshold
         self._waited = 0 if not self._evaluations or is_better and by_enough else self._waited + 1
@@ -258,7 +261,7 @@ class RunState:
             "meter": self.meter.state_dict(),
             "losses": self.guard.state_dict(),
             "kept_in_fp32": self.model.kept_in_fp32,
-            "last": finite_or_none(asdict(self.last)) if self.last is not None else None,
+            "last": self.last.to_json() if self.last is not None else None,
             **({"best": self.best.state_dict()} if self.best.has_state else {}),
         }
 

@@ -29,6 +29,7 @@ from horizon_lm.memory.arena import keep_freed_memory
 from horizon_lm.memory.ways import next_smaller
 from horizon_lm.model.pretrained import quiet_transformers
 from horizon_lm.plan.run_plan import RunPlan
+from horizon_lm.preference.method import Method
 from horizon_lm.report.display import Progress, choose_progress, say
 from horizon_lm.report.flops import UNKNOWN, flops_of, measure_peak
 from horizon_lm.report.loggers import Loggers
@@ -43,6 +44,8 @@ from horizon_lm.training.describe import TrainResult
 from horizon_lm.training.evaluate import Evaluator
 from horizon_lm.training.log import RunLog
 from horizon_lm.training.loop import Run, RunEnd, run_loop
+from horizon_lm.training.preferences import Preferences, ReferenceOf, without_dropout
+from horizon_lm.training.preferences import small_files as reference_files
 from horizon_lm.training.resume import Resume, cut_of, find, restore, wants_own_folder, with_chunk_of
 from horizon_lm.training.resume import about as about_resume
 from horizon_lm.training.run_settings import absolute
@@ -123,6 +126,7 @@ class _Ready:
     plan: RunPlan | None
     data: TrainingData
     model: HostModel
+    preferences: Preferences | None
 
 
 def _prepare(asked: _Asked, config: TrainConfig, source: Checkpoint | None) -> _Ready:
@@ -131,10 +135,13 @@ def _prepare(asked: _Asked, config: TrainConfig, source: Checkpoint | None) -> _
     config, source: see `stand_in`.
     """
     progress, resume = asked.progress, asked.resume
-    config = with_chunk_of(resume, config)
+    config = prepare.with_method_of_data(with_chunk_of(resume, config), progress)
     config, plan, data = prepare.plan_and_read(config, progress, cut_of(resume, config))
     if resume is None:  # else the checkpoint says by which rule the steps are counted
         prepare.curve(config, data.loader, prepare.count_steps(config, data.loader))
+    reference = ReferenceOf.begin(config, data, resume, progress)
+    if reference is not None:
+        reference.before()
     if source is None:
         model = build_model(config, data.tokenizer)
     else:
@@ -153,7 +160,12 @@ def _prepare(asked: _Asked, config: TrainConfig, source: Checkpoint | None) -> _
         model.num_parameters * DTYPES[config.save_dtype or config.dtype].itemsize,
         sum(model.store.num_bytes.values()) if _will_save(config, data) else 0,
     )
-    return _Ready(asked, config, plan, data, model)
+    preferences = None
+    if config.is_preference:
+        without_dropout(model)
+        found = reference.by(model, source) if reference is not None else None
+        preferences = Preferences(Method(config), found)
+    return _Ready(asked, config, plan, data, model, preferences)
 
 
 def _will_save(config: TrainConfig, data: TrainingData) -> bool:
@@ -176,6 +188,8 @@ def _assemble(ready: _Ready, config_notes: Sequence[str], callbacks: Sequence[ob
     meter = Meter(model, loader, every=config.logging_steps, flops=flops, peak=peak)
     state = RunState(config, model, loader, meter, Best(config, folder.path, progress.warn))
     small = small_files(model, partial(_save_tokenizer, data))
+    if ready.preferences is not None:
+        small |= reference_files(ready.preferences.reference)
     found = None
     if resume is not None:
         found = restore(resume, state, small, asked.config, progress.warn)
@@ -202,7 +216,18 @@ def _assemble(ready: _Ready, config_notes: Sequence[str], callbacks: Sequence[ob
         parent=found.path if found is not None else None,
     )
     in_place = resume is not None and resume.in_place
-    return Run(config, state, rates, num_steps, evaluator, log, saver, in_place, started)
+    return Run(
+        config,
+        state,
+        rates,
+        num_steps,
+        evaluator,
+        log,
+        saver,
+        in_place,
+        started,
+        ready.preferences,
+    )
 
 
 def _evaluator(ready: _Ready, num_steps: int) -> Evaluator | None:
@@ -216,6 +241,7 @@ def _evaluator(ready: _Ready, num_steps: int) -> Evaluator | None:
         num_steps=num_steps,
         pad_id=pad_id(data.tokenizer),
         epochs_done=int(data.loader.epoch),
+        preferences=ready.preferences,
     )
 
 

@@ -1,0 +1,190 @@
+"""A run on preferences: the reference before the first step, the loss of each step, evaluation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from horizon_lm.checkpoint.folder import Checkpoint
+from horizon_lm.checkpoint.reader import read_small
+from horizon_lm.config import TrainConfig, model_settings_of
+from horizon_lm.data import TrainingData
+from horizon_lm.data.collate import in_order
+from horizon_lm.data.rows import Rows
+from horizon_lm.data.training_data import cache_dir, pad_id
+from horizon_lm.engine.loss import TokenLoss
+from horizon_lm.errors import CheckpointError, ConfigError
+from horizon_lm.host_model import HostModel
+from horizon_lm.micro_batches import MicroBatch
+from horizon_lm.model.loading import grow_vocabulary, load_model_of
+from horizon_lm.preference.method import KL, Method, added, means
+from horizon_lm.preference.reference import Pass, Reference
+from horizon_lm.report.display import Progress
+from horizon_lm.report.records import Evaluation
+from horizon_lm.training.resume import Resume
+
+FILE = "reference.safetensors"  # of a checkpoint
+_TOGETHER = 16  # micro-batches per visit of a layer in evaluation
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """Method and reference of a run. reference: None for a method without one."""
+
+    method: Method
+    reference: Reference | None
+
+    def step(
+        self, model: HostModel, micro_batches: Sequence[MicroBatch]
+    ) -> tuple[list[MicroBatch], TokenLoss]:
+        """Return what `train_step` takes for these micro-batches."""
+        return self.method.step(model, micro_batches, self._values("train"))
+
+    def _values(self, part: str) -> torch.Tensor | None:
+        return None if self.reference is None else self.reference.values[part]
+
+    def evaluate(self, model: HostModel, rows: Rows, *, batch: int, pad: int, step: int) -> Evaluation:
+        """Return loss and metrics over all samples of held-out rows, each counted once."""
+        started = time.perf_counter()
+        reference = self._values("eval")
+        kl = self._kl(model, rows, reference, batch, pad)
+        samples = tokens = 0
+        sample_loss = nll = nll_tokens = 0.0
+        parts = []
+        for group in _groups(in_order(rows, batch, pad)):
+            batches = self.method.prepare(group, reference)
+            out = model.evaluate(batches, values=self.method.values, ignore_extra=True)
+            assert out.values is not None
+            found = []
+            for values, one in zip(out.values, batches, strict=True):
+                terms = self.method.terms(values, one if kl is None else {**one, KL: kl.reshape(1)})
+                sample_loss, nll = sample_loss + float(terms.samples), nll + float(terms.nll)
+                nll_tokens += self.method.nll_tokens(one)
+                found.append({name: float(value) for name, value in terms.metrics.items()})
+            parts.append(self.method.counted(found, batches))
+            samples += sum(len(one["samples"]) for one in batches)
+            tokens += out.num_tokens
+        loss = self.method.whole_loss(sample_loss, samples, nll, nll_tokens)
+        seconds = time.perf_counter() - started
+        return Evaluation(step, loss, None, tokens, seconds, means(added(parts)))
+
+    def _kl(
+        self, model: HostModel, rows: Rows, reference: torch.Tensor | None, batch: int, pad: int
+    ) -> torch.Tensor | None:
+        """Estimate the KL divergence from all KL documents of rows."""
+        total, num = torch.zeros(()), 0
+        for group in _groups(in_order(rows, batch, pad)):
+            batches = self.method.kl_batches(group)
+            if not batches:
+                return None
+            assert reference is not None
+            total += self.method.kl_sum(model, batches, reference)
+            num += sum(len(one["samples"]) for one in batches)
+        return (total / max(1, num)).clamp(min=0)
+
+
+def _groups(batches: Iterator[MicroBatch]) -> Iterator[list[MicroBatch]]:
+    while group := list(islice(batches, _TOGETHER)):
+        yield group
+
+
+def without_dropout(model: HostModel) -> None:
+    """Switch dropout off, as TRL does for all its methods: the reference has none either."""
+    for module in model.skeleton.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+# The reference.
+
+
+@dataclass
+class ReferenceOf:
+    """The reference of a run: `before` runs a model of its own, `by` the one to train."""
+
+    config: TrainConfig
+    data: TrainingData
+    progress: Progress
+    found: Reference
+
+    @classmethod
+    def begin(
+        cls, config: TrainConfig, data: TrainingData, resume: Resume | None, progress: Progress
+    ) -> ReferenceOf | None:
+        """Take what a checkpoint has; None for a method without a reference."""
+        if not config.uses_reference:
+            return None
+        found = Reference()
+        for checkpoint in resume.checkpoints if resume is not None else ():
+            with suppress(CheckpointError, ValueError, KeyError):
+                found = Reference.from_bytes(read_small(checkpoint, FILE))
+                break
+        return cls(config, data, progress, found)
+
+    @property
+    def missing(self) -> dict[str, Rows]:
+        parts = {"train": self.data.rows, "eval": self.data.eval_rows}
+        return {p: rows for p, rows in parts.items() if rows is not None and not self.found.has(p, rows)}
+
+    def before(self) -> None:
+        """Run the reference model, if it is not the one to train, and free it: only one is ever loaded."""
+        name = self.config.ref_model_name_or_path
+        if name is None or not self.missing:
+            return
+        self.progress.stage(f"loading the reference {name}")
+        with _reference_model(self.config, self.data) as model:
+            self._run(model)
+
+    def by(self, model: HostModel, source: Checkpoint | None) -> Reference:
+        """Run the model to train, as it is before the first step. source: the checkpoint that replaces its
+        files. Raises CheckpointError if those are needed."""
+        if self.missing and source is not None:
+            raise CheckpointError(
+                f"{source.path} has no reference log-probabilities of this data, and the model that they are "
+                "of is gone",
+                hint="set model_name_or_path to the folder where the model before training is now",
+            )
+        if self.missing:
+            self._run(model)
+        return self.found
+
+    def _run(self, model: HostModel) -> None:
+        folder = cache_dir(self.config.dataset_cache_dir)
+        cache = None if folder is None else Path(folder).expanduser()
+        pad = pad_id(self.data.tokenizer)
+        passes = Pass(self.config, cache, pad, self.progress.stage, self.progress.warn)
+        passes.over(model, self.missing, self.found)
+
+
+def _reference_model(config: TrainConfig, data: TrainingData) -> HostModel:
+    """Load ref_model_name_or_path without gradients and moments. Raises ConfigError if it lacks tokens."""
+    name = config.ref_model_name_or_path
+    assert name is not None
+    of_layers = {"activations": "recompute", "boundaries": "device"}  # its number of layers may be another
+    settings = model_settings_of(config).replace(freeze=[], lr_factors={}, model_revision=None, **of_layers)
+    loaded = load_model_of(name, settings)
+    if config.new_tokens:
+        grow_vocabulary(loaded, len(data.tokenizer), config.seed)
+    vocabulary, highest = int(loaded.config.get_text_config().vocab_size), int(data.store.ids.max())
+    if highest >= vocabulary:
+        raise ConfigError(
+            f"ref_model_name_or_path={name!r} has a vocabulary of {vocabulary:,} tokens, and the data holds "
+            f"token {highest:,}",
+            hint="choose a reference with the tokenizer of the model to train",
+        )
+    loaded.requires_grad_(False)
+    return HostModel(loaded, settings)
+
+
+def small_files(reference: Reference | None) -> dict[str, bytes]:
+    """Return the file that each checkpoint has."""
+    return {} if reference is None else {FILE: reference.to_bytes()}
