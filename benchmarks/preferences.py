@@ -210,9 +210,9 @@ def fill(report: Report, arguments: argparse.Namespace) -> list[list[str]]:
                 memory += memory_of(case, method, runs)
             print("\n".join(" | ".join(row) for row in rows[-5:]), flush=True)
     note = (
-        f"Medians; a ratio above 1 is in our favour. {arguments.threads} threads; a step has {arguments.pairs} x 2 "
-        f"documents of {arguments.length} tokens, of which the last three quarters count, at SFT of the "
-        "trainers all."
+        f"Medians; a ratio above 1 is in our favour. {arguments.threads} threads; a step has "
+        f"{arguments.pairs} x 2 documents of {arguments.length} tokens, of which the last three quarters "
+        "count, at SFT of the trainers all."
     )
     report.table(HEAD, rows, note=note)
     head = ["parameters", "dtype", "method", "system", "tokens/s", "peak GB, whole process", "peak GB, steps"]
