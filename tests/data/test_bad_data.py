@@ -103,10 +103,10 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "wrong case": ("a.jsonl", lines({"Text": "a"}), r"its columns are 'Text'"),
     "an instruction alone": ("a.jsonl", lines({"instruction": "a"}), r"its columns are 'instruction'"),
     "hundreds of columns": ("a.jsonl", lines({f"c{n}": n for n in range(300)}), r"and 288 more"),
-    "a preference pair": (
+    "a pair after a conversation": (
         "a.jsonl",
-        lines({"prompt": "a", "chosen": "b", "rejected": "c"}),
-        r"a\.jsonl:1 is a preference pair .* \(DPO\)",
+        GOOD_LINE + lines({"prompt": "a", "chosen": "b", "rejected": "c"}),
+        r"a\.jsonl:2 has no column 'messages'",
     ),
     "a prompt alone": ("a.jsonl", lines({"prompt": "a"}), r"a\.jsonl:1 is a prompt without an answer"),
     # mixed formats
@@ -274,7 +274,11 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "latin-1 in csv": ("a.csv", b"text\nx\n\xe9\n", r"a\.csv: row 2 is not UTF-8: byte 0xe9"),
     "csv of other columns": ("a.csv", b"q,a\nx,y\n", r"a\.csv: row 1 fits no .*its columns are 'q', 'a'"),
     "an empty cell of csv": ("a.csv", b"prompt,completion\nx,\n", r"a\.csv: row 1: 'completion' is empty"),
-    "preference pairs in csv": ("a.csv", b"prompt,chosen,rejected\na,b,c\n", r"row 1 is a preference pair"),
+    "equal answers in csv": (
+        "a.csv",
+        b"prompt,chosen,rejected\na,b,b\n",
+        r"row 1: 'chosen' and 'rejected' are",
+    ),
     "a spreadsheet": ("a.xlsx", b"PK\x03\x04", r"a\.xlsx: unknown file type '\.xlsx'"),
     "a pickle": ("a.pkl", b"\x80\x04.", r"a\.pkl: unknown file type '\.pkl'"),
     "no suffix": ("rows", GOOD_LINE, r"rows: unknown file type ''"),

@@ -12,7 +12,7 @@ from data_helpers import config, dataset, examples, write_rows
 from horizon_lm import cli
 from horizon_lm.config import TrainConfig
 from horizon_lm.data import Documents, load_training_data, train_tokenizer
-from horizon_lm.data.examples import Chat, Text
+from horizon_lm.data.examples import Chat, Labelled, Preference, Text
 from horizon_lm.errors import ConfigError
 
 TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
@@ -49,7 +49,28 @@ INFO: dict[str, Any] = {  # entries as LLaMA-Factory's own file has them
     },
     "wiki": {"file_name": "wiki.txt", "columns": {"prompt": "text"}},
     "dpo": {"file_name": "dpo.json", "ranking": True},
-    "kto": {"file_name": "kto.json", "columns": {"messages": "messages", "kto_tag": "label"}},
+    "ranked": {
+        "file_name": "ranked.jsonl",
+        "ranking": True,
+        "columns": {"prompt": "prompt", "query": "more", "chosen": "good", "rejected": "bad"},
+    },
+    "ranked talk": {
+        "file_name": "ranked-talk.jsonl",
+        "ranking": True,
+        "formatting": "sharegpt",
+        "columns": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"},
+        "tags": {"user_tag": "ME"},
+    },
+    "ranked badly": {"file_name": "dpo.json", "ranking": True, "columns": {"prompt": "prompt"}},
+    "kto": {
+        "file_name": "kto.jsonl",
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages", "kto_tag": "good"},
+    },
+    "kto alpaca": {
+        "file_name": "kto-alpaca.jsonl",
+        "columns": {"prompt": "instruction", "query": "input", "response": "output", "kto_tag": "kto_tag"},
+    },
     "pictures": {"file_name": "p.json", "formatting": "sharegpt", "columns": {"images": "images"}},
     "modelscope": {"ms_hub_url": "deepctrl/deepctrl-sft-data"},
     "script": {"script_url": "belle"},
@@ -86,6 +107,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}, "what": "kept"}
     write_rows(made / "spoken.jsonl", [{"talk": rows, "functions": [tool], "system": "unread"}])
     (made / "wiki.txt").write_text("some text")
+    plain = {"instruction": "q", "input": "i", "chosen": "a", "rejected": "b", "prompt": "unread"}
+    (made / "dpo.json").write_text(json.dumps([plain | {"system": "unread"}]))
+    write_rows(made / "ranked.jsonl", [{"prompt": "q", "more": "i", "good": "a", "bad": "b", "chosen": "x"}])
+    (one, other) = ({"from": "gpt", "value": value} for value in "ab")
+    turns = [{"from": "ME", "value": "q\ni"}]
+    write_rows(
+        made / "ranked-talk.jsonl",
+        [{"conversations": turns, "chosen": one, "rejected": other, "prompt": "unread"}],
+    )
+    turns = [{"from": "human", "value": "q\ni"}, one]
+    write_rows(made / "kto.jsonl", [{"messages": turns, "good": False, "output": "unread"}])
+    alpaca = {"instruction": "q", "input": "i", "output": "a", "kto_tag": False, "completion": "unread"}
+    write_rows(made / "kto-alpaca.jsonl", [alpaca])
     write_rows(made / "mine.jsonl", [{"text": "x"}])
     return made
 
@@ -122,6 +156,21 @@ def test_keys_and_roles_of_messages(folder: Path) -> None:
     assert [message["content"] for message in chat.messages] == ["s", "q", "", "r", "a"]
     assert chat.messages[2]["tool_calls"][0]["function"]["name"] == "f"
     assert chat.tools and chat.tools[0]["what"] == "kept"  # a tool is no message
+
+
+@pytest.mark.parametrize("name", ["dpo", "ranked", "ranked talk"])
+def test_pairs_are_read_as_llama_factory_reads_them(name: str, folder: Path) -> None:
+    (placed,) = Documents(named(folder, name).datasets, kind="pairs")
+    asked = {"role": "user", "content": "q\ni"}
+    sides = [Chat([asked, {"role": "assistant", "content": said}], None, 1) for said in "ab"]
+    assert placed.example == Preference(*sides)
+
+
+@pytest.mark.parametrize("name", ["kto", "kto alpaca"])
+def test_labels_are_read_as_llama_factory_reads_them(name: str, folder: Path) -> None:
+    (placed,) = Documents(named(folder, name).datasets, kind="labelled")
+    turns = [{"role": "user", "content": "q\ni"}, {"role": "assistant", "content": "a"}]
+    assert placed.example == Labelled(Chat(turns, None, 1), False)
 
 
 def test_text_for_pretraining(folder: Path) -> None:
@@ -166,8 +215,7 @@ def test_what_was_found_is_what_is_saved(folder: Path) -> None:
     [
         ("identty", "has no dataset 'identty'", "did you mean 'identity'"),
         ("zzz", "has no dataset 'zzz'", "use one of column"),
-        ("identity,dpo", "dpo is preference data", "supervised"),
-        ("kto", "kto is preference data", "supervised"),
+        ("identity,ranked badly", "its columns do not name chosen and rejected", '"chosen": "chosen"'),
         ("pictures", "has images", "text"),
         ("modelscope", "has only ms_hub_url", "download"),
         ("script", "has only script_url", "scripts are never run"),

@@ -71,8 +71,7 @@ def model_card(
         template_str=_TEMPLATE,
         name=markdown(_public(config.get("run_name")) or Path(str(config.get("output_dir", "model"))).name),
         what=f"All parameters of {origin}, trained{how} for {count(step, 'step')}{tokens} with horizon-lm.",
-        data="
-".join(data) or "Not recorded.",
+        data="\n".join(data) or "Not recorded.",
         table="\n".join(["| setting | value |", "| --- | --- |", *rows]),
         versions="\n".join(f"- {name} {version}" for name, version in versions.items()),
     )

@@ -1,7 +1,7 @@
 """LLaMA-Factory's `dataset_info.json`: named datasets, converted to entries of `datasets`.
 
-    {"name": {"file_name" | "hf_hub_url": ..., "formatting": "alpaca" | "sharegpt", "columns": {...},
-              "tags": {...}, "split", "subset", "revision", "num_samples": ...}}
+    {"name": {"file_name" | "hf_hub_url": ..., "formatting": "alpaca" | "sharegpt", "ranking": true,
+              "columns": {...}, "tags": {...}, "split", "subset", "revision", "num_samples": ...}}
 
 A name that the file lacks is a path (in the working directory or beside the file) or a Hub name with its
 owner. Columns mean what they mean there: if an entry names any, the others are not read.
@@ -43,6 +43,11 @@ _UNNAMED: dict[str, frozenset[str]] = {
     "sharegpt": frozenset({"messages"}),
     "openai": frozenset({"messages"}),
 }
+# The same of preferences, in place of a response (ranking) or beside it (kto_tag).
+_PREFERRED = {"chosen": "chosen", "rejected": "rejected"}
+_LABEL = {"kto_tag": "label"}
+# Columns that their format labelled or preference would also read, but LLaMA-Factory does not.
+_UNREAD = ("prompt", "completion", "output")
 _FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "openai": "messages"}
 _TAKEN = {"split": "split", "subset": "name", "revision": "revision", "num_samples": "max_samples"}
 _SOURCES = ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
@@ -129,10 +134,21 @@ def _described(name: str, entry: dict[str, Any], folder: str, *, follow_links: b
     if not follow_links and result["path"] != entry.get("hf_hub_url"):
         _check_inside(name, Path(result["path"]), at, Path(folder).expanduser())
     result.update({ours: entry[key] for key, ours in _TAKEN.items() if entry.get(key) is not None})
-    if formatting == "alpaca" and columns.get("prompt") and not columns.get("response"):
+    is_preference = bool(entry.get("ranking") or columns.get("kto_tag"))
+    if formatting == "alpaca" and columns.get("prompt") and not (columns.get("response") or is_preference):
         return {**result, "format": "text", "text_column": columns["prompt"]}  # pretraining
-    result["format"] = _FORMATS[formatting]
-    renamed = _renamed(_COLUMNS[formatting], columns, _UNNAMED[formatting])
+    known, unnamed = _COLUMNS[formatting], _UNNAMED[formatting]
+    if entry.get("ranking"):
+        result["format"] = "preference"
+        known = {**{key: ours for key, ours in known.items() if key != "response"}, **_PREFERRED}
+        unnamed = unnamed - {"response"} | _PREFERRED.keys()
+    elif columns.get("kto_tag"):
+        result["format"], known = "labelled", {**known, **_LABEL}
+    else:
+        result["format"] = _FORMATS[formatting]
+    renamed = _renamed(known, columns, unnamed)
+    if is_preference:
+        renamed = {**dict.fromkeys(c for c in _UNREAD if c not in columns.values()), **renamed}
     if renamed:
         result["columns"] = renamed
     if entry.get("tags"):
@@ -148,12 +164,6 @@ def _check(entry: dict[str, Any], at: str) -> None:
                 f"{at}: unknown key {key!r}",
                 f"did you mean {near[0]!r}?" if near else f"use {', '.join(_KEYS)}",
             )
-    columns = entry.get("columns") or {}
-    if entry.get("ranking") or isinstance(columns, dict) and columns.get("kto_tag"):
-        raise InfoError(
-            f"{at} is preference data (ranking or kto_tag) for DPO or KTO, which is not supported yet",
-            "choose a dataset for supervised tuning",
-        )
     formatting = entry.get("formatting") or "alpaca"
     if formatting not in _COLUMNS:
         raise InfoError(f"{at}: unknown formatting {formatting!r}", f"use {', '.join(_COLUMNS)}")
@@ -161,14 +171,20 @@ def _check(entry: dict[str, Any], at: str) -> None:
         given = entry.get(part) or {}
         if not isinstance(given, dict) or not all(isinstance(v, str) or v is None for v in given.values()):
             raise InfoError(f"{at}: {part} is not an object of texts", 'write {"messages": "conversations"}')
+    columns = entry.get("columns") or {}
     for key in columns:
         if key in _MEDIA:
             raise InfoError(f"{at} has {key}, but only text is supported", "choose a dataset of text")
-        if key not in _COLUMNS[formatting] and key not in ("chosen", "rejected"):
+        if key not in _COLUMNS[formatting] and key not in _PREFERRED and key not in _LABEL:
             raise InfoError(
                 f"{at}: columns has the unknown key {key!r} for {formatting}",
                 f"use {', '.join(_COLUMNS[formatting])}",
             )
+    if entry.get("ranking") and columns and not all(columns.get(key) for key in _PREFERRED):
+        raise InfoError(
+            f"{at} has ranking: true, but its columns do not name chosen and rejected",
+            'add "chosen": "chosen", "rejected": "rejected" to columns',
+        )
 
 
 def _source(entry: dict[str, Any], at: str, folder: str) -> str:

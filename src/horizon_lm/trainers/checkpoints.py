@@ -1,6 +1,6 @@
-"""`HorizonCheckpoints`: a Trainer's checkpoints in our format, written in the background, resumed bit for bit.
+"""`HorizonCheckpoints`: a Trainer's checkpoints in our format, written in the background, resumed bitwise.
 
-When to save, to stop and which model is best stays the Trainer's decision, and so does the name `checkpoint-N`.
+The Trainer still decides when to save and stop, which model is best, and on the name `checkpoint-N`.
 """
 
 from __future__ import annotations
@@ -207,7 +207,8 @@ class HorizonCheckpoints(_Base):
         if outcome.error is None:
             return
         _log.warning(f"the checkpoint of step {outcome.step} could not be saved: {outcome.error}")
-        if outcome.step == self.state.best_global_step:
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best).name == f"checkpoint-{outcome.step}":
             self.state.best_model_checkpoint = self._best_before
         failed = self._series.failed_in_a_row if self._series is not None else 0
         if failed > _DEFAULTS["max_failed_saves"]:
@@ -303,7 +304,9 @@ class HorizonCheckpoints(_Base):
         """Load the best model. Raises CheckpointError for a damaged one."""
         path = Path(self.state.best_model_checkpoint or "")
         _log.info(f"Loading best model from {path} (score: {self.state.best_metric}).")
-        if (path / MANIFEST).is_file():
+        if not path.is_dir():
+            _log.warning(f"the best checkpoint {path} is gone: the model stays as it is")
+        elif (path / MANIFEST).is_file():
             load_checkpoint(open_checkpoint(path), self.host)
         else:
             load_weights(path, self.host)
