@@ -167,9 +167,8 @@ class HorizonMixin(HorizonCheckpoints):
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         loader = getattr(dataloader, "base_dataloader", dataloader)
         batches: Any = ()
-        if not isinstance(
-            loader.dataset, IterableDataset
-        ):  # a loader of its own: persistent workers serve one at a time
+        if not isinstance(loader.dataset, IterableDataset):
+            # A loader of its own: persistent workers serve one iteration at a time.
             batches = DataLoader(
                 loader.dataset, batch_sampler=loader.batch_sampler, collate_fn=loader.collate_fn
             )
