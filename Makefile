@@ -50,9 +50,10 @@ quickstart: setup ## train a small model on this machine in a few minutes
 	@$(VENV)/bin/horizon train configs/quickstart.yaml
 
 # One thread per worker: the models are small, and two at once are faster than one on two threads.
-# No test may use the network.
+# No test may use the network. Without bytecode each worker and each process of a test would compile all files anew.
 test: setup ## run all tests
-	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+	@unset PYTHONDONTWRITEBYTECODE; \
+	    OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
 	    $(PY) -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
 
 # Takes minutes, and needs a network the first time. Writes to build/.
@@ -90,7 +91,7 @@ bench-optimizer: ## compare the host update with memory speed and other optimize
 	@PYTHONPATH=src $(PYTHON) -m horizon_lm.optim.kernel --build
 	@PYTHONPATH=src $(PYTHON) -m benchmarks.optimizer $(ARGS)
 
-soak: ## repeat the random tests many times with new seeds
+soak: ## repeat the random tests many times with new seeds; GRPO learns a task
 	@PYTHONPATH=src $(PYTHON) -m tests.soak $(ARGS)
 
 audit: ## check the pinned versions for known vulnerabilities (needs a network)

@@ -409,21 +409,23 @@ class HostModel:
         values: Sequence[str] = (),
         temperature: float = 1.0,
         return_log_probs: bool = False,
+        return_router_losses: bool = False,
         ignore_extra: bool = False,
         record: bool = False,
     ) -> EvaluationOutput:
         """Compute the mean cross-entropy over all target tokens, without dropout or gradients.
 
         micro_batches: as in `forward_backward`. values: names of the `TokenValues` to return. temperature:
-        divides the logits before all else. ignore_extra: leave tensors aside that are no inputs of the model,
-        but of a loss function. Leaves the gradients of an unfinished step alone.
+        divides the logits before all else. return_router_losses: compute the routers' auxiliary losses, which
+        are not part of the loss. ignore_extra: leave aside tensors that only a loss function takes. Leaves
+        the gradients of an unfinished step alone.
         Raises DataError for micro-batches without any target, ConfigError for invalid values.
         """
         asked = Asked.of("evaluate()", values, temperature)
         self._warn_of_torn("evaluate()")
         extra: Extra = "ignore" if ignore_extra else "refuse"
         batches = check_micro_batches(micro_batches, self.skeleton, extra=extra)
-        step = self.engine.evaluate(batches, asked, record=record)
+        step = self.engine.evaluate(batches, asked, routers=return_router_losses, record=record)
         wanted = len(batches) if asked.values or return_log_probs else 0
         found = [step.values[m].cpu() for m in range(wanted)]
         return EvaluationOutput(
@@ -431,6 +433,7 @@ class HostModel:
             step.num_tokens,
             [one.log_probs for one in found] if return_log_probs else None,
             found if asked.values else None,
+            _router_losses(step),
         )
 
     def take_notes(self) -> list[str]:
@@ -577,5 +580,8 @@ class HostModel:
 
 
 def _output(step: Step) -> ForwardBackwardOutput:
-    routers = [float(step.router_losses[m]) for m in sorted(step.router_losses)]
-    return ForwardBackwardOutput(step.loss, step.num_tokens, step.metrics, routers)
+    return ForwardBackwardOutput(step.loss, step.num_tokens, step.metrics, _router_losses(step))
+
+
+def _router_losses(step: Step) -> list[float]:
+    return [float(step.router_losses[m]) for m in sorted(step.router_losses)]

@@ -84,13 +84,15 @@ class EvaluationOutput:
 
     loss: mean cross-entropy in nats over all target tokens. log_probs: on request, log p(label) per
     micro-batch, fp32 [batch, tokens - 1], aligned with labels[:, 1:], 0 where ignored. values: on request,
-    `TokenValues` per micro-batch, on the host. With a temperature, all of them are those of its distribution.
+    `TokenValues` per micro-batch, on the host. With a temperature, all three are those of its distribution.
+    router_losses: on request, as in `ForwardBackwardOutput`; not part of the loss.
     """
 
     loss: float
     num_tokens: int
     log_probs: list[torch.Tensor] | None = None
     values: list[TokenValues] | None = None
+    router_losses: list[float] = field(default_factory=list)
 
     def __repr__(self) -> str:
         shapes = " ".join(str(list(found.shape)) for found in self.log_probs or ())

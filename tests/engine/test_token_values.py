@@ -1,4 +1,4 @@
-"""Token values, and gradients of losses made from them, are TRL's; the head runs no more often than needed."""
+"""Token values and gradients of losses made from them are TRL's; the head runs no more often than needed."""
 
 from __future__ import annotations
 
@@ -140,6 +140,9 @@ def test_the_routers_loss_is_reported() -> None:
     assert [value / coefficient for value in one.router_losses] == pytest.approx(wanted, rel=1e-5)
     assert one.loss == pytest.approx(sum(one.router_losses) / 2, rel=1e-5)
     assert model.train_step(data, lr=0.0).router_losses == pytest.approx(one.router_losses, rel=1e-6)
+    plain, out = model.evaluate(data), model.evaluate(data, return_router_losses=True)
+    assert out.router_losses == pytest.approx(one.router_losses, rel=1e-6)
+    assert plain.router_losses == [] and plain.loss == out.loss
     assert host("llama").forward_backward([zoo.batch("llama")]).router_losses == []
 
 

@@ -263,5 +263,6 @@ def test_the_code_of_the_page_runs(
     }
     for block in blocks:
         exec(block, names)
-    assert len(blocks) == 3 and (tmp_path / "tuned/tokenizer.json").exists()
+    assert len(blocks) == 4 and names["out"].metrics[0]["entropy"] > 0
+    assert (tmp_path / "tuned/tokenizer.json").exists()
     assert (tmp_path / "run/model/config.json").exists()

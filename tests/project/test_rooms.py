@@ -71,7 +71,8 @@ def test_each_room_has_one_place() -> None:
 
 
 # Public interfaces: one call of the library, and commands whose parameters are their options.
-MANY_PARAMETERS = {"host_model.train_step", "cli.model.generate", "cli.model.chat", "cli.bench.bench"}
+PUBLIC = {"host_model.train_step", "host_model.evaluate"}
+MANY_PARAMETERS = {*PUBLIC, "cli.model.generate", "cli.model.chat", "cli.bench.bench"}
 
 
 def crowded(source: str) -> list[str]:

@@ -18,6 +18,8 @@ _SHOWN = (
     *("num_train_epochs", "max_steps", "dtype", "moment_dtype", "seed"),
 )
 
+_PREFERENCES = ("method", "loss_type", "beta", "ref_model_name_or_path")  # shown for methods on these
+
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # names that the Hub accepts as a base model
 
 _TEMPLATE = """---
@@ -52,18 +54,23 @@ def model_card(
     origin = code_span(base) if base else f"random weights ({markdown(model_type)})"
     tokens = f" on {count(num_tokens, 'token')}" if num_tokens else ""
     data = [f"- {markdown(_public(entry['path']) or '')}" for entry in config.get("datasets", [])]
-    rows = [f"| {key} | {markdown(str(config[key]))} |" for key in _SHOWN if key in config]
+    method = config.get("method", "sft")
+    is_preference = method not in ("auto", "sft")
+    shown = [*(_PREFERENCES if is_preference else ()), *_SHOWN]
+    values = {**config, "ref_model_name_or_path": _public(config.get("ref_model_name_or_path"))}
+    rows = [f"| {key} | {markdown(str(values[key]))} |" for key in shown if key in config]
+    how = f" on preferences, method: {method}," if is_preference else ""
     card_data = ModelCardData(
         base_model=base if base and _REPOSITORY.fullmatch(base) else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["horizon-lm"],
+        tags=["horizon-lm", *([method] if is_preference else [])],
     )
     card = ModelCard.from_template(
         card_data,
         template_str=_TEMPLATE,
         name=markdown(_public(config.get("run_name")) or Path(str(config.get("output_dir", "model"))).name),
-        what=f"All parameters of {origin}, trained for {count(step, 'step')}{tokens} with horizon-lm.",
+        what=f"All parameters of {origin}, trained{how} for {count(step, 'step')}{tokens} with horizon-lm.",
         data="\n".join(data) or "Not recorded.",
         table="\n".join(["| setting | value |", "| --- | --- |", *rows]),
         versions="\n".join(f"- {name} {version}" for name, version in versions.items()),

@@ -148,7 +148,7 @@ def _event(text: str) -> dict[str, Any]:
 
 
 def refuse_trainer(found: Iterable[Checkpoint]) -> None:
-    """Raise CheckpointError for a checkpoint of a Trainer, whose place in the data only that Trainer knows."""
+    """Raise CheckpointError for a checkpoint of a Trainer, which alone knows its place in the data."""
     for checkpoint in found:
         trainer = checkpoint.manifest.state.get("trainer")
         if trainer is not None:

@@ -305,6 +305,8 @@ class TrainConfig(PreferenceSettings, DataSettings, CheckpointSettings, ModelSet
         yield from self.preference_faults()
         if self.is_preference:
             yield from self._sft_only_faults()
+        if self.method != "auto":
+            yield from self._metric_faults()
 
     def _sft_only_faults(self) -> Iterator[PydanticCustomError]:
         if self.streaming:
@@ -318,6 +320,27 @@ class TrainConfig(PreferenceSettings, DataSettings, CheckpointSettings, ModelSet
                 f"label_smoothing_factor has no effect with method: {self.method}",
                 key="label_smoothing_factor",
                 hint="leave the key out; label_smoothing is that of preferences",
+            )
+
+    def _metric_faults(self) -> Iterator[PydanticCustomError]:
+        metric = self.metric_for_best_model
+        if "rewards" in metric and not self.is_preference:
+            yield fault(
+                f"{metric} is measured by methods on preferences, not with method: {self.method}",
+                key="metric_for_best_model",
+                hint="set metric_for_best_model=eval_loss",
+            )
+        elif metric == "eval_perplexity" and self.is_preference:
+            yield fault(
+                f"method: {self.method} has a loss of preferences, which has no perplexity",
+                key="metric_for_best_model",
+                hint="set metric_for_best_model=eval_loss or eval_rewards/margins",
+            )
+        elif metric == "eval_rewards/accuracies" and self.method == "kto":
+            yield fault(
+                "method: kto has no pairs, of which eval_rewards/accuracies is a mean",
+                key="metric_for_best_model",
+                hint="set metric_for_best_model=eval_rewards/margins",
             )
 
     def _best_faults(self) -> Iterator[PydanticCustomError]:

@@ -241,11 +241,14 @@ class Engine:
                 for batch, metrics in zip(step.micro_batches, step.device_metrics, strict=True)
             ]
 
-    def evaluate(self, micro_batches: Sequence[MicroBatch], asked: Asked, *, record: bool = False) -> Step:
-        """Run forward and loss only, without dropout; the step holds losses and values of the targets."""
+    def evaluate(
+        self, micro_batches: Sequence[MicroBatch], asked: Asked, *, routers: bool = False, record: bool
+    ) -> Step:
+        """Run forward and loss only, without dropout; the step holds losses and values of the targets.
+        routers: compute the routers' auxiliary losses too."""
         self.flush()
         step = self._begin(self.spec(len(micro_batches), evaluate=True), micro_batches, 0, pending=False)
-        step.asked = asked
+        step.asked, step.wants_routers = asked, routers
         self._set_mode(training=False)
         try:
             self._execute(step, range(len(step.schedule.ops)), record)

@@ -33,6 +33,7 @@ from horizon_lm.memory.slots import (
     weight_slot_numels,
 )
 from horizon_lm.memory.store import HostStore
+from horizon_lm.model.capture import run_router_loss
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.model.twins import host_twins
 from horizon_lm.optim.optimizer import Optimizer
@@ -187,13 +188,17 @@ class Ops:
         step.memory[Buffer("input_grad", -1, m)] = hidden_gradient
 
     def _evaluate(self, step: Step, op: Op) -> None:
-        m = op.micro_batch
+        m, call = op.micro_batch, step.call(op.micro_batch)
         hidden, targets = step.tensor("input", op.unit, m), step.targets[m]
         with (
             step.draws(op, self.device)(),
             self.skeleton.bound(op.unit, self._weights(op), grad=False),
         ):
             found = token_values(self.skeleton, hidden, targets, self.policies.loss_chunk, step.asked)
+            if step.wants_routers and self.skeleton.has_router_loss:
+                with torch.no_grad(), host_twins(self.device):
+                    call.inputs = self._inputs(step, m)  # copied again, for their twins
+                    step.router_losses[m] = run_router_loss(self.skeleton, call, call.routers, hidden)
         step.values[m] = found
         # Padded, since the order of a sum depends on the strides.
         step.losses[m] = -F.pad(found.log_probs, (0, 1)).double().sum() / max(1, step.num_tokens)

@@ -91,8 +91,9 @@ class Step:
     targets: [batch, tokens] on the host per micro-batch. num_tokens: targets that count. rows: the embedding
     rows used, if they or the prologue need gradients. number: steps done before it. head_losses: one per
     micro-batch. metrics: what a loss function returns besides the loss (device_metrics: the same before they
-    are read). router_weight: see `TokenLoss`; router_losses: before that weight. asked, values: what an
-    evaluation computes of each target, and found. update: what the O ops of this schedule apply.
+    are read). router_weight: see `TokenLoss`; router_losses: before that weight. asked, wants_routers: what
+    an evaluation computes besides the loss. values: those it found. update: what the O ops of this schedule
+    apply.
     ends_itself: its gradients are of no use after the call that made them.
     """
 
@@ -111,6 +112,7 @@ class Step:
     gradients: dict[int, UnitGradient] = field(default_factory=dict)
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     router_weight: float | None = None
+    wants_routers: bool = False
     router_losses: dict[int, torch.Tensor] = field(default_factory=dict)
     asked: Asked = Asked()
     values: dict[int, TokenValues] = field(default_factory=dict)

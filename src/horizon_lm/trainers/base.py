@@ -15,7 +15,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from horizon_lm.engine.loss import TokenLoss, TokenValues
@@ -24,9 +26,11 @@ from horizon_lm.host_model import HostModel
 from horizon_lm.outputs import ForwardBackwardOutput
 from horizon_lm.trainers.checkpoints import HorizonCheckpoints
 from horizon_lm.trainers.refused import refuse
-from horizon_lm.trainers.settings import host_of
+from horizon_lm.trainers.settings import decayed_otherwise, host_of
 from horizon_lm.trainers.view import MODEL_INPUTS, Answer, evaluate, view_of
+from horizon_lm.words import count
 
+_log = logging.get_logger(__name__)  # where Trainer's own messages go
 Inputs = dict[str, Any]
 _TOKENS_AHEAD = 32_768  # tokens of an evaluation that go through the layers together
 
@@ -54,7 +58,7 @@ class HostOptimizer(torch.optim.Optimizer):
         )
         self.host, self.max_grad_norm, self.grad_norm = host, args.max_grad_norm, torch.zeros(())
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Update the weights; with deferred updates, during the next step."""
         group = self.param_groups[0]
         out = self.host.step(group["lr"], self.max_grad_norm or None, group["weight_decay"])
@@ -74,6 +78,8 @@ class HorizonMixin(HorizonCheckpoints):
     host: HostModel
     model: Any
     args: Any
+    router_aux_loss_coef: float  # those with such a loss
+    _metrics: dict[str, Any]  # of TRL's trainers
 
     def __init__(self, model: Any = None, *positional: Any, **named: Any) -> None:
         given = self._given(model, positional, named)
@@ -113,7 +119,7 @@ class HorizonMixin(HorizonCheckpoints):
             return torch.zeros((), device=self.args.device)
         out = self.forward_backward()
         self._micro_batches = []
-        if out.router_losses and "aux_loss" in getattr(self, "_metrics", {"train": ()})["train"]:
+        if out.router_losses and hasattr(self, "_metrics"):  # TRL noted those of the view, 0
             mine = [loss / self.router_aux_loss_coef for loss in out.router_losses]
             self._metrics["train"]["aux_loss"][-len(mine) :] = mine
         return torch.tensor(out.loss, device=self.args.device)
@@ -139,7 +145,7 @@ class HorizonMixin(HorizonCheckpoints):
         one = self._micro_batches[int(batch["micro_batch"])]
         inputs = {k: batch[k] if isinstance(v, torch.Tensor) else v for k, v in one.inputs.items()}
         self.model.answers = [*one.answers, Answer(batch, values)]
-        loss = self.compute_loss(self.model, inputs, num_items_in_batch=one.num_items)
+        loss: Any = self.compute_loss(self.model, inputs, num_items_in_batch=one.num_items)
         if self.model.answers:
             raise ConfigError(
                 f"{type(self).__name__}.compute_loss did not call the model with its batch",
@@ -159,7 +165,14 @@ class HorizonMixin(HorizonCheckpoints):
     # Evaluation.
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.looking_ahead(getattr(dataloader, "base_dataloader", dataloader)):
+        loader = getattr(dataloader, "base_dataloader", dataloader)
+        batches: Any = ()
+        if not isinstance(loader.dataset, IterableDataset):
+            # A loader of its own: persistent workers serve one iteration at a time.
+            batches = DataLoader(
+                loader.dataset, batch_sampler=loader.batch_sampler, collate_fn=loader.collate_fn
+            )
+        with self.looking_ahead(batches):
             return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def prediction_step(
@@ -203,6 +216,12 @@ class HorizonMixin(HorizonCheckpoints):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             self.optimizer = HostOptimizer(self.host, self.args)
+            others = decayed_otherwise(self.host, self.get_decay_parameter_names(self.model))
+            if others and self.args.weight_decay:
+                _log.warning(
+                    f"weight_decay: {count(len(others), 'parameter')} in another group than Trainer's, as "
+                    f"{others[0]}; HostModel decays weights with two or more dimensions, norms apart"
+                )
         return self.optimizer
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
@@ -210,7 +229,9 @@ class HorizonMixin(HorizonCheckpoints):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> torch.Tensor:
         """Return the tensor that the optimizer's step fills, before the log reads it."""
-        return getattr(self.optimizer, "optimizer", self.optimizer).grad_norm
+        optimizer: Any = self.optimizer
+        found: torch.Tensor = getattr(optimizer, "optimizer", optimizer).grad_norm
+        return found
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """Leave devices and dtypes to the engine."""

@@ -1,6 +1,6 @@
-"""`HorizonCheckpoints`: a Trainer's checkpoints in our format, written in the background, resumed bit for bit.
+"""`HorizonCheckpoints`: a Trainer's checkpoints in our format, written in the background, resumed bitwise.
 
-When to save, to stop and which model is best stays the Trainer's decision, and so does the name `checkpoint-N`.
+The Trainer still decides when to save and stop, which model is best, and on the name `checkpoint-N`.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class HorizonCheckpoints(_Base):
     """Saving and resuming of a Trainer over `host`. Comes before the trainer's class."""
 
     host: HostModel
+    args: Any
+    push_in_progress: Any
     _series: CheckpointSeries | None = None
     _resumed: Resumed | None = None
     _best_before: str | None = None
@@ -80,8 +82,8 @@ class HorizonCheckpoints(_Base):
             self._resumed = None
             if resume_from_checkpoint:
                 self._resumed = load(resume_from_checkpoint, self.args.output_dir, self.host, _log.warning)
-                resume_from_checkpoint = str(self._resumed.path)
-            return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
+            source = str(self._resumed.path) if self._resumed is not None else None
+            return super().train(source, trial, ignore_keys_for_eval)
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
@@ -126,7 +128,7 @@ class HorizonCheckpoints(_Base):
             self._push_from_checkpoint(str(path))
 
     def _checkpoints(self, run: Path) -> CheckpointSeries:
-        if self._series is None:
+        if self._series is None or self._series.folder != run:
             self._series = CheckpointSeries(
                 run,
                 self.host,
@@ -207,7 +209,8 @@ class HorizonCheckpoints(_Base):
         if outcome.error is None:
             return
         _log.warning(f"the checkpoint of step {outcome.step} could not be saved: {outcome.error}")
-        if outcome.step == self.state.best_global_step:
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best).name == f"checkpoint-{outcome.step}":
             self.state.best_model_checkpoint = self._best_before
         failed = self._series.failed_in_a_row if self._series is not None else 0
         if failed > _DEFAULTS["max_failed_saves"]:
@@ -264,8 +267,8 @@ class HorizonCheckpoints(_Base):
         }
         message = f"Training in progress, step {self.state.global_step}"
         ignored = ["_*", ".*", "checkpoint-*"]
-        upload = HfApi().upload_folder
-        jobs = [
+        upload: Any = HfApi().upload_folder
+        jobs: Any = [
             upload(
                 folder_path=self.args.output_dir, commit_message=message, ignore_patterns=ignored, **common
             )
@@ -303,7 +306,9 @@ class HorizonCheckpoints(_Base):
         """Load the best model. Raises CheckpointError for a damaged one."""
         path = Path(self.state.best_model_checkpoint or "")
         _log.info(f"Loading best model from {path} (score: {self.state.best_metric}).")
-        if (path / MANIFEST).is_file():
+        if not path.is_dir():
+            _log.warning(f"the best checkpoint {path} is gone: the model stays as it is")
+        elif (path / MANIFEST).is_file():
             load_checkpoint(open_checkpoint(path), self.host)
         else:
             load_weights(path, self.host)

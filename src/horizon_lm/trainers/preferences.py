@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from typing import Any
+from typing import Any, cast
 
 from torch.utils.data import DataLoader
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
@@ -25,6 +25,7 @@ class HorizonPreferences(HorizonMixin):
     """
 
     reference: tuple[str, ...]  # the columns
+    ref_model: Any
 
     def __init__(self, model: Any = None, *positional: Any, **named: Any) -> None:
         given = self._given(model, positional, named)
@@ -55,11 +56,11 @@ class HorizonPreferences(HorizonMixin):
             return dataset
         batches = DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)
         with self.looking_ahead(batches):
-            return super()._precompute_ref_logps(dataset, name, batch_size)
+            return cast(Any, super())._precompute_ref_logps(dataset, name, batch_size)
 
     def compute_ref_log_probs(self, model: Any, inputs: Inputs) -> Any:
         self.look_ahead(model)
-        return super().compute_ref_log_probs(model, self._prepare_inputs(inputs))
+        return cast(Any, super()).compute_ref_log_probs(model, self._prepare_inputs(inputs))
 
     def calls(self, inputs: Inputs) -> list[Inputs]:
         return [_call(inputs)]

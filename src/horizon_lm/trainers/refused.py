@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import IterableDataset
 from torch import nn
 from transformers import ProcessorMixin
@@ -74,16 +75,23 @@ def _model(given: Mapping[str, Any], args: Any) -> Iterator[tuple[str, str]]:
         is_peft = any(kind.__name__ == "PeftModel" for kind in type(one).__mro__)
         if is_peft or getattr(one, "_hf_peft_config_loaded", False):
             yield f"{name} with adapters", "pass model.merge_and_unload(), which trains all parameters"
+    if given.get("model") is None:
+        yield "a trainer without a model", "pass a folder, a name on the Hub, a model object or a HostModel"
     if isinstance(given.get("ref_model"), nn.Module):
         yield "ref_model as a model object", "pass its folder or name; it is evaluated and freed first"
     chosen = getattr(args, "model_init_kwargs", None) or {}
+    if (
+        "float16" in str(chosen.get("dtype")).split(".")
+        or getattr(given.get("model"), "dtype", None) == torch.float16
+    ):
+        yield "a model in float16", "dtype='bfloat16', or dtype='float32'"
     for key in sorted(key for key in chosen.keys() - _INIT_KEYS if chosen[key] is not None):
         yield (
             f"model_init_kwargs[{key!r}]",
             "HostModel.from_pretrained(...) has settings for device, memory and kernels; pass the model",
         )
     template = getattr(args, "chat_template_path", None)
-    if template is not None and not Path(template).is_file():
+    if template is not None and not (Path(template).is_file() and Path(template).suffix in (".jinja", ".j2")):
         yield (
             f"chat_template_path={template!r}, which adds tokens,",
             "pass a .jinja file, or a model and tokenizer after trl.clone_chat_template",

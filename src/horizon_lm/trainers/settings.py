@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,7 @@ from horizon_lm.config.python import model_settings
 from horizon_lm.errors import ConfigError
 from horizon_lm.host_model import HostModel
 from horizon_lm.model.loading import load_model_of
+from horizon_lm.optim.optimizer import group_rule
 
 # Names of transformers -> ours. The implementation does not matter.
 OPTIMIZERS = {
@@ -35,8 +37,22 @@ def host_of(model: Any, args: TrainingArguments) -> HostModel:
     values = settings_of(args, model)
     settings = model_settings("the trainer's model", values.pop("device"), values.pop("dtype"), values)
     loaded: Any = load_model_of(model, settings)
-    _ask_for_router_loss(loaded.config, args)
+    _ask_for_router_loss(loaded, args)
     return HostModel(loaded, settings)
+
+
+def decayed_otherwise(host: HostModel, names: Iterable[str]) -> list[str]:
+    """List the trainable parameters that decay either here or in Trainer, whose are `names`."""
+    skeleton = host.skeleton
+    group = group_rule(
+        {},
+        decay_embeddings=host.settings.decay_embeddings,
+        is_embedding=skeleton.is_embedding,
+        is_norm=skeleton.is_norm,
+    )
+    trainable = [p for unit in skeleton.units for p in unit.trainable]
+    mine = {p.name for p in trainable if group(p).decays}
+    return sorted(mine ^ ({*names} & {p.name for p in trainable}))
 
 
 def tokenizer_of(model: Any, args: Any) -> Any:
@@ -54,7 +70,8 @@ def settings_of(args: TrainingArguments, model: Any = None) -> dict[str, Any]:
     chosen = dict(getattr(args, "model_init_kwargs", None) or {})
     dtype = chosen.get("dtype", chosen.get("torch_dtype"))
     if isinstance(model, nn.Module):
-        dtype, attention = model.dtype, model.config._attn_implementation
+        loaded: Any = model
+        dtype, attention = loaded.dtype, loaded.config._attn_implementation
     else:
         attention = chosen.get("attn_implementation") or "sdpa"
     if dtype == "auto":
@@ -136,11 +153,11 @@ def _wants_router_loss(config: Any, args: Any) -> bool | None:
     return bool(getattr(config, "router_aux_loss_coef", 0.0) if coefficient is None else coefficient)
 
 
-def _ask_for_router_loss(config: Any, args: Any) -> None:
-    """Write into the configuration what TRL would: a non-zero coefficient turns the auxiliary loss on."""
-    wants = _wants_router_loss(config, args)
+def _ask_for_router_loss(model: Any, args: Any) -> None:
+    """Tell the model what TRL's loss would add: a non-zero coefficient turns the auxiliary loss on."""
+    wants = _wants_router_loss(model.config, args)
     if wants is None:
         return
-    config.output_router_logits = wants
-    if args.router_aux_loss_coef is not None:
-        config.router_aux_loss_coef = args.router_aux_loss_coef
+    model.config.output_router_logits = wants
+    if args.router_aux_loss_coef is not None:  # models keep a copy of it
+        model.config.router_aux_loss_coef = model.router_aux_loss_coef = args.router_aux_loss_coef

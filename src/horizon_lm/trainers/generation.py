@@ -1,0 +1,113 @@
+"""A whole model on the device for the length of a rollout, and its weights one by one for another engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from horizon_lm.errors import ConfigError, DoesNotFitError
+from horizon_lm.host_model import HostModel
+from horizon_lm.memory.slots import WeightSlots
+from horizon_lm.model.kernels import patched
+from horizon_lm.model.skeleton import Skeleton
+from horizon_lm.words import count, size
+
+
+@contextmanager
+def resident(host: HostModel) -> Iterator[Any]:
+    """While open, yield the transformers model with all its weights on the device, ready to `generate`.
+
+    The weights are those after the last step, in the compute dtype; on the CPU they are views of the store.
+    The model is in evaluation mode. Afterwards, also after an error, the copy is freed and mode and buffers
+    are restored.
+    Raises DoesNotFitError before anything is copied if the device has too little free memory, and ConfigError
+    at the end if the model was trained meanwhile.
+    """
+    host.flush()
+    steps_done, skeleton = host.steps_done, host.skeleton
+    check_device_memory(host)
+    with ExitStack() as stack:
+        stack.enter_context(_unchanged(skeleton))
+        stack.enter_context(patched(skeleton.patches))
+        numels = [unit.slot_numel for unit in skeleton.units]
+        slots = WeightSlots(host.store, numels, host.device, alias=host.device.type == "cpu")
+        try:
+            for unit in range(len(numels)):
+                slots.upload(unit, unit)
+                stack.enter_context(skeleton.bound(unit, slots.unit(unit, unit), grad=False))
+            yield skeleton.model.eval()
+        finally:
+            del slots  # the frame may live on in a traceback
+    if host.steps_done != steps_done:
+        raise ConfigError(
+            f"the model was trained while it generated: {count(steps_done, 'step')} done at first, "
+            f"{host.steps_done:,} now",
+            hint="close resident(model) before the next step",
+        )
+
+
+@contextmanager
+def _unchanged(skeleton: Skeleton) -> Iterator[None]:
+    """Restore the mode and the buffers of every module: a cast of the model would leave them cast."""
+    kept = [(module, module.training, dict(module._buffers)) for module in skeleton.model.modules()]
+    try:
+        yield
+    finally:
+        for module, training, buffers in kept:
+            module.training = training
+            module._buffers.update(buffers)
+
+
+def copy_bytes(host: HostModel) -> int:
+    """Return the device bytes of all weights in the compute dtype; parameters kept in fp32 are joined."""
+    units, itemsize = host.skeleton.units, host.store.dtype.itemsize
+    wide = [p for unit in units for p in unit.parameters if p.compute_dtype != host.store.dtype]
+    return sum(unit.slot_numel for unit in units) * itemsize + sum(p.numel for p in wide) * 4
+
+
+def check_device_memory(host: HostModel, free_bytes: int | None = None) -> None:
+    """Raise DoesNotFitError unless a copy of all weights fits on the device beside what is there.
+
+    free_bytes: for tests; measured by default, with what torch has reserved and does not use.
+    """
+    if free_bytes is None:
+        if host.device.type != "cuda":
+            return  # the store itself is used
+        reserved = torch.cuda.memory_reserved(host.device) - torch.cuda.memory_allocated(host.device)
+        free_bytes = torch.cuda.mem_get_info(host.device)[0] + reserved
+    needed = copy_bytes(host)
+    if needed <= free_bytes:
+        return
+    parts = host.memory_bytes()
+    slots = sum(parts[name] for name in ("weight_slots", "gradient_slots", "boundary_slots"))
+    raise DoesNotFitError(
+        f"generation needs all weights on the device: {size(needed)}, but only {size(free_bytes)} are free "
+        f"beside {size(slots)} of slots: short by {size(needed - free_bytes)}",
+        hint="set use_vllm=True, vllm_mode=server to generate on another GPU; or set slots=2, grad_slots=2, "
+        "dtype=bfloat16, or use a smaller model",
+    )
+
+
+def named_weights(host: HostModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (Hugging Face name, weight in the compute dtype on the device), one at a time.
+
+    The weights are those after the last step. Each is copied when it is asked for, and kept by the caller
+    alone. A tied weight comes once, under its first name.
+    """
+    host.flush()
+    for name in list(host.store.names()):
+        unit, parameter = host.store.locate(name)
+        wide = parameter.compute_dtype != host.store.dtype
+        value = host.store.master(name) if wide else host.store.weight(name)
+        value = value.to(host.device, copy=host.device.type != "cpu")
+        yield name, value
+        del value
+
+
+def describe_weights(host: HostModel) -> list[tuple[str, str, list[int]]]:
+    """Return (name, dtype, shape) of what `named_weights` yields, without a copy."""
+    located = [host.store.locate(name)[1] for name in host.store.names()]
+    return [(p.name, str(p.compute_dtype).removeprefix("torch."), list(p.shape)) for p in located]
