@@ -246,6 +246,16 @@ def test_an_entry_of_datasets_as_axolotl_writes_it() -> None:
         assert entry(type=kind, **fields) == DatasetConfig(
             path="a", columns={"turns": "messages", "good": "chosen", "rejected": "rejected"}
         )
+    own = {
+        "field_prompt": "ask",
+        "field_chosen": "good",
+        "field_rejected": "bad",
+        "prompt_format": "{prompt}",
+    }
+    columns = {"ask": "prompt", "good": "chosen", "bad": "rejected"}
+    assert entry(type=own) == DatasetConfig(path="a", columns=columns)
+    with pytest.raises(ConfigError, match="format"):  # other text than the columns'
+        entry(type={**own, "chosen_format": "Answer: {chosen}"})
     with pytest.raises(ConfigError, match="same setting"):
         entry(field_chosen="good", columns={"bad": "rejected"})
     assert entry(type="alpaca").format == "alpaca" and entry(type="sharegpt.load_role").format == "sharegpt"
