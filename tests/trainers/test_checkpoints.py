@@ -247,8 +247,9 @@ def test_a_saved_model_is_a_folder_of_hugging_face(model: Path, tmp_path: Path) 
     names = {p.name for p in run.iterdir()}
     assert {"notes.txt", "checkpoint-1", "checkpoint-2"} <= names and not list(run.glob("*.bin"))
     assert not [name for name in names if name.startswith((".", "model-", "model.safetensors.index"))]
+    trainer.save_state()  # a trainer_state.json beside the model
     trainer = make("sft", model, run, max_steps=3, save_steps=1)
-    trainer.train(resume_from_checkpoint=True)
+    trainer.train(resume_from_checkpoint="True")  # as from a command line
     assert trainer.host.steps_done == 3
 
 
