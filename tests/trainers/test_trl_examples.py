@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,25 @@ def changed(source: str, theirs: str) -> str:
 @pytest.mark.parametrize("method", METHODS)
 def test_an_example(method: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(ROOT / "examples" / f"{method}_trl.py", method, model, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_example_resumes(
+    method: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two steps the second once more, from the command line, with the same bits."""
+    monkeypatch.setattr(sys.modules[__name__], "FLAGS", f"{FLAGS} --save_steps 1")
+    script = ROOT / "examples" / f"{method}_trl.py"
+    run(script, method, model, tmp_path, monkeypatch)
+    weights = tmp_path / "run" / "model.safetensors"
+    expected = weights.read_bytes()
+    weights.unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--resume_from_checkpoint", "True"])
+    runpy.run_path(str(script), run_name="__main__")
+    assert weights.read_bytes() == expected
+    state = json.loads((tmp_path / "run" / "checkpoint-2" / "manifest.json").read_text())
+    assert state["parent"] == str(tmp_path / "run" / "checkpoint-1")
 
 
 @pytest.mark.parametrize("method", SCRIPTS)
