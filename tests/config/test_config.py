@@ -241,6 +241,13 @@ def test_an_entry_of_datasets_as_axolotl_writes_it() -> None:
     assert entry(type="completion", field="body") == DatasetConfig(
         path="a", format="text", text_column="body"
     )
+    fields = {"field_messages": "turns", "field_chosen": "good", "field_rejected": "rejected"}
+    for kind in ("chat_template.default", "chatml.intel", "llama3.argilla", "chatml"):
+        assert entry(type=kind, **fields) == DatasetConfig(
+            path="a", columns={"turns": "messages", "good": "chosen", "rejected": "rejected"}
+        )
+    with pytest.raises(ConfigError, match="same setting"):
+        entry(field_chosen="good", columns={"bad": "rejected"})
     assert entry(type="alpaca").format == "alpaca" and entry(type="sharegpt.load_role").format == "sharegpt"
     with pytest.raises(ConfigError, match="same setting"):
         entry(type="alpaca", format="alpaca")

@@ -203,6 +203,84 @@ def test_preview_of_text_and_of_a_stream(model: Path, tmp_path: Path, capsys: An
     assert "a stream: figures for its first window" in capsys.readouterr().out
 
 
+def test_preview_of_pairs_and_of_labelled_samples(model: Path, tmp_path: Path, capsys: Any) -> None:
+    """A prompt once, then what is trained on of each side; figures of samples and of both sides."""
+
+    def turn(role: str, content: str) -> dict[str, str]:
+        return {"role": role, "content": content}
+
+    pairs = [
+        {
+            "prompt": [turn("user", f"question {n}")],
+            "chosen": [turn("assistant", f"answer {n}")],
+            "rejected": [turn("assistant", "b " * (60 if n == 3 else 3))],
+        }
+        for n in range(20)
+    ]
+    path = write_rows(tmp_path / "pairs.jsonl", [*pairs, {**pairs[0], "rejected": pairs[0]["chosen"]}])
+    loaded = load_training_data(settings(model, path, on_bad_row="skip", dataset_cache_dir=None))
+    stream = io.StringIO()
+    print_preview(loaded, 2, stream)
+    shown = stream.getvalue()
+    assert "dataset 1    19 pairs, format preference" in shown
+    assert "sequences    " in shown and "of 2 x 64 tokens (bfd)" in shown
+    assert "warning      1 of 20 pairs (5.0%)" not in shown  # a note: exactly WARN_ABOVE is none
+    assert "note         1 of 20 pairs (5.0%) left out: longer than max_length=64 (the longest:" in shown
+    assert "1 of 21 rows (4.8%) left out: bad rows, the first: " in shown
+    assert "are equal" in shown
+    number = int(loaded.rows.row(0).samples[0])
+    assert f"\npair, number {number}: prompt " in shown
+    assert f"\nuser: question {number}<|" in shown and shown.count(f"question {number}<|") == 1
+    assert f"---- chosen\n«answer {number}" in shown and "---- rejected\n«b b b " in shown
+    found = summary(loaded)
+    assert (found["kind"], found["documents"], found["documents_read"]) == ("pairs", 19, 20)
+    sides = loaded.store.lengths.reshape(-1, 2)
+    assert [found[side]["max"] for side in ("chosen", "rejected")] == sides.max(axis=0).tolist()
+    assert found["length_max"] == sides.max() > found["chosen"]["max"]  # the control
+    assert about_data(loaded).startswith("data: 19 pairs (preference)")
+    assert f"{len(loaded.rows)} sequences of 2 x 64, " in about_data(loaded)
+
+    labelled = [
+        {"prompt": f"question {n} ", "completion": f"answer {n}", "label": n % 4 == 0} for n in range(8)
+    ]
+    path = write_rows(tmp_path / "labelled.jsonl", labelled)
+    arguments = [f"model_name_or_path={model / 'model'}", f"datasets={path}", "max_length=64"]
+    assert cli.main(["data", "preview", *arguments, "dataset_cache_dir=null", "--samples", "8"]) == 0
+    shown = capsys.readouterr().out
+    assert "dataset 1    8 samples, format labelled" in shown and "2 of 8 samples read are true" in shown
+    assert "\nsample labelled true, number 4: prompt " in shown and "sample labelled false, number 5" in shown
+    assert "question 4 \n---- completion\n«answer 4" in shown and "of 64 tokens (none)" in shown
+    assert cli.main(["data", "preview", *arguments, "dataset_cache_dir=null", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["kind"], found["desirable"], found["documents_read"]) == ("labelled", 2, 8)
+    whole = sum(len(loaded.tokenizer(row["prompt"] + row["completion"]).input_ids) + 1 for row in labelled)
+    assert found["tokens"] == whole  # documents of the KL term do not count
+
+
+@pytest.mark.parametrize(
+    ("truncation", "reason"),
+    [
+        ("keep_start", "2 of 4 pairs (50.0%) left out: their prompt or completion fills max_length=8"),
+        ("drop", "3 of 4 pairs (75.0%) left out: longer than max_length=8"),
+    ],
+)
+def test_pairs_left_out_are_said(truncation: str, reason: str, model: Path, tmp_path: Path) -> None:
+    """Letters without merges: a token each, and the end token."""
+    rows = [
+        {"prompt": "xxxxx", "chosen": "z", "rejected": "y"},
+        {"prompt": "xxxxxxxx", "chosen": "z", "rejected": "y"},
+        {"prompt": "xxxxxxxx", "chosen": "y", "rejected": "z"},
+        {"prompt": "xxxx", "chosen": "zzzzzz", "rejected": "zzzzzzy"},
+    ]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    loaded = load_training_data(settings(model, path, max_length=8, truncation=truncation))
+    texts = {remark.text: remark for remark in remarks(loaded.rows)}
+    (found,) = [text for text in texts if text.startswith(reason)]
+    assert texts[found].is_warning and "set max_length=16 to keep them" in texts[found].hint
+    equal = [text for text in texts if "their completions are equal within max_length=8" in text]
+    assert len(equal) == (truncation == "keep_start")
+
+
 def test_a_histogram_counts_every_document() -> None:
     lengths = np.array([1, 5, 5, 9, 64, 65, 200])
     lines = list(histogram(lengths, 64))
@@ -251,6 +329,40 @@ def test_init_for_a_model_without_a_template_and_for_text(model: Path, tmp_path:
     assert cli.main(["init", "--model", str(bare), *both, "-o", str(tmp_path / "b.yaml")]) == 0
     formats = [entry.format for entry in TrainConfig.from_yaml(tmp_path / "b.yaml").datasets]
     assert formats == ["text", "messages"]
+
+
+@pytest.mark.parametrize(("kind", "method"), [("pairs", "dpo"), ("labelled", "kto")])
+def test_init_for_preferences(kind: str, method: str, model: Path, tmp_path: Path, capsys: Any) -> None:
+    rows = [
+        {"instruction": f"question {n}", "chosen": f"answer {n}", "rejected": "b " * 30}
+        if kind == "pairs"
+        else {"prompt": f"question {n} ", "completion": f"answer {n}", "label": n % 2 == 0}
+        for n in range(120)
+    ]
+    path, out = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "run.yaml"
+    arguments = ["init", "--model", str(model), "--dataset", str(path)]
+    assert cli.main([*arguments, "-o", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert f"method: {method}" in shown and ("120 pairs, " in shown) is (kind == "pairs")
+    assert ("sequences of 2 x 128; 1 epoch is" in shown) is (kind == "pairs")
+    assert "# -- preferences" in out.read_text() and "loss_on" not in out.read_text()
+    config = TrainConfig.from_yaml(out)
+    assert (config.method, config.beta, config.learning_rate, config.num_train_epochs) == (
+        method,
+        0.1,
+        1e-6,
+        1,
+    )
+    assert config.max_length == 128 and config.data_kind == kind and config.val_size == 0.05
+    step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    assert 1 <= step <= 3  # about 50 steps
+    for line in out.read_text().splitlines():
+        assert not line or "#" in line, line
+    assert cli.main(["data", "preview", str(out), "dataset_cache_dir=null"]) == 0
+    assert "«answer" in capsys.readouterr().out
+    text = write_rows(tmp_path / "text.jsonl", [{"text": "a"}])
+    assert cli.main([*arguments, "--dataset", str(text), "-o", str(tmp_path / "b.yaml")]) == 4
+    assert "a run trains on one kind" in capsys.readouterr().err
 
 
 def test_init_says_how_many_rows_may_be_left_out(model: Path, tmp_path: Path, capsys: Any) -> None:

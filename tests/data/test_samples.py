@@ -181,7 +181,7 @@ def test_keep_end_keeps_one_context_for_both_sides() -> None:
     rows = rows_of(pair_store(pairs), 7, truncation="keep_end")
     (p, c, r), (p2, c2, r2), _, (p4, c4, r4) = pairs
     assert sides_of(rows) == [(p[2:] + c, p[2:] + r), (p2[1:] + c2, p2[1:] + r2), (p4 + c4, p4 + r4)]
-    assert (rows.left.documents, rows.left.too_long, rows.left.truncated) == (1, 1, 2)
+    assert (rows.left.documents, rows.left.full, rows.left.truncated) == (1, 1, 2)
     theirs = of_trl([(p, c, r)], 7, "keep_end")["input_ids"]
     assert theirs[0, :7].tolist() == p + c and theirs[1, :7].tolist() == p[2:] + r  # the control
 
@@ -319,7 +319,9 @@ def test_labelled_rows_and_their_size() -> None:
             assert ids == [sample + 1] * (sample + 1) + [50 + (sample - 1) % 5]
             assert labels == [IGNORED] * (sample + 1) + [50 + (sample - 1) % 5]
     # Nothing is trained on documents of the KL term: they do not count.
-    assert loader.size == StepSize(20, loader.size.positions, loader.size.lengths, 5, 5)
+    size = loader.size
+    assert size == StepSize(20, size.positions, size.lengths, 5, 5, size.forward_lengths)
+    assert sum(size.forward_lengths) == 20
     assert sorted(loader.size.lengths) == [2, 3, 4, 5, 6]
 
 

@@ -79,11 +79,11 @@ def background(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 class Straight:
-    """A run of 10 steps with a checkpoint after 5, written meanwhile."""
+    """A run of 10 steps with a checkpoint after each, written meanwhile."""
 
     def __init__(self, kind: str, model: Path, run: Path, **changes: Any) -> None:
         self.kind, self.model, self.run, self.changes = kind, model, run, changes
-        trainer = make(kind, model, run, **changes)
+        trainer = make(kind, model, run, **{**changes, "save_steps": 1})
         trainer.train()
         self.digests, self.history = digests(trainer.host), history(trainer)
 
@@ -109,6 +109,11 @@ def dpo(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Straight:
     return Straight("dpo", model, tmp_path_factory.mktemp("runs") / "dpo")
 
 
+@pytest.fixture(scope="module")
+def grpo(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Straight:
+    return Straight("grpo", model, tmp_path_factory.mktemp("runs") / "grpo", max_steps=6)
+
+
 # Resuming.
 
 
@@ -126,12 +131,14 @@ def test_five_steps_and_five_more_are_ten(sft: Straight, tmp_path: Path, backgro
     ]
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize(("kind", "step"), [("sft", 5), ("sft", 7), ("dpo", 4), ("grpo", 3)])
 def test_a_checkpoint_written_meanwhile_resumes_bit_for_bit(
-    kind: str, sft: Straight, dpo: Straight, tmp_path: Path
+    kind: str, step: int, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    straight = {"sft": sft, "dpo": dpo}[kind]
-    again = straight.resumed(tmp_path, str(straight.run / "checkpoint-5"))
+    """In the middle of an epoch, between two (step 7, of a single micro-batch), and while completions of GRPO
+    are left to train on, which TRL generates anew."""
+    straight: Straight = request.getfixturevalue(kind)
+    again = straight.resumed(tmp_path, str(straight.run / f"checkpoint-{step}"))
     assert digests(again.host) == straight.digests
     assert history(again) == straight.history
     tokens = [line["num_tokens"] for line in history(again) if "num_tokens" in line]
@@ -152,8 +159,8 @@ def test_what_is_not_restored_shows(
 
 def test_random_states_of_the_checkpoint_return(sft: Straight, tmp_path: Path) -> None:
     """Of Python, numpy and torch, as at the end of step 5."""
-    state = trainer_state.load_state(open_checkpoint(sft.run / "checkpoint-5"))
     device = torch.device("cpu")
+    state = trainer_state.load_state(open_checkpoint(sft.run / "checkpoint-5"), device)
     trainer_state._restore_random(state["random"], device)
     one = _plain(trainer_state._random_states(device))
     assert one == _plain(state["random"])
@@ -240,8 +247,9 @@ def test_a_saved_model_is_a_folder_of_hugging_face(model: Path, tmp_path: Path) 
     names = {p.name for p in run.iterdir()}
     assert {"notes.txt", "checkpoint-1", "checkpoint-2"} <= names and not list(run.glob("*.bin"))
     assert not [name for name in names if name.startswith((".", "model-", "model.safetensors.index"))]
+    trainer.save_state()  # a trainer_state.json beside the model
     trainer = make("sft", model, run, max_steps=3, save_steps=1)
-    trainer.train(resume_from_checkpoint=True)
+    trainer.train(resume_from_checkpoint="True")  # as from a command line
     assert trainer.host.steps_done == 3
 
 
@@ -409,7 +417,8 @@ def test_the_damaged_checkpoint_is_replaced(sft: Straight, tmp_path: Path) -> No
     (run / "checkpoint-10" / "unit-00001.safetensors").unlink()
     again = sft.resumed(run, True)
     assert digests(again.host) == sft.digests and not verify(open_checkpoint(run / "checkpoint-10")).faults
-    assert {p.name for p in run.iterdir()} - {"README.md"} == {"checkpoint-5", "checkpoint-10"}
+    names = {p.name for p in run.iterdir()} - {"README.md"}
+    assert names == {f"checkpoint-{step}" for step in range(5, 11)}  # every step, as the resumed run did
 
 
 def test_all_damaged(sft: Straight, tmp_path: Path) -> None:

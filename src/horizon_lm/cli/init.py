@@ -13,9 +13,12 @@ from typing import Any
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from horizon_lm.config import DatasetConfig, TrainConfig
+from horizon_lm.config.preference import DataKind
 from horizon_lm.config.yaml import dump
 from horizon_lm.data import Documents, load_tokenizer, load_training_data
-from horizon_lm.data.examples import Chat, Text
+from horizon_lm.data.documents import METHODS, two_kinds
+from horizon_lm.data.examples import Chat, Example, Text, sides, texts
+from horizon_lm.data.formats import kind_of
 from horizon_lm.data.preview import WARN_ABOVE
 from horizon_lm.errors import ConfigError, DataError, HorizonError
 from horizon_lm.io import files
@@ -29,9 +32,17 @@ _LOOKED_AT = 1000  # rows of a dataset, for its format and longest row
 _COUNTED_ROWS, _COUNTED_CHARACTERS = 50_000, 20_000_000  # beyond: large data
 _TOKENISED_CHARACTERS = 2_000_000  # beyond, tokens are estimated from characters
 _CHARACTERS_A_TOKEN = 3  # a low estimate, so that few documents exceed max_length
+_PREFERENCES = {"beta": 0.1, "learning_rate": 1e-6}  # TRL's defaults for DPO and KTO
+_NOUNS = {"documents": "row", "pairs": "pair", "labelled": "sample"}
 
-# The keys written, by group.
+# The keys written, by group, and those that a kind of data has no use for.
+_OMITTED: dict[DataKind, tuple[str, ...]] = {
+    "documents": ("method", "beta"),
+    "pairs": ("loss_on",),
+    "labelled": ("loss_on", "packing", "packing_strategy"),
+}
 _KEYS: dict[str, tuple[str, ...]] = {
+    "preferences": ("method", "beta"),
     "model": ("model_name_or_path", "dtype", "attn_implementation", "device", "seed"),
     "data": (
         *("datasets", "max_length", "packing", "packing_strategy", "truncation", "loss_on", "chat_template"),
@@ -64,6 +75,10 @@ def write_config(model: str, datasets: Sequence[str], output: Path, *, overwrite
     values["datasets"] = [
         {"path": path, "format": format} for path, format in zip(datasets, seen["formats"], strict=True)
     ]
+    if seen["kind"] != "documents":
+        values |= {"method": METHODS[seen["kind"]], **_PREFERENCES}
+        others = ", or for pairs ipo, apo, orpo, simpo and cpo" if seen["kind"] == "pairs" else ""
+        notes.append(f"method: {values['method']}{others}")
     limit = _longest_position(model)
     values["max_length"] = _length(seen, limit)
     notes += _about_long_rows(seen, values["max_length"])
@@ -74,13 +89,12 @@ def write_config(model: str, datasets: Sequence[str], output: Path, *, overwrite
         values["chat_template"] = template
         if template is not None:
             notes.append("the tokenizer has no chat template: 'plain' is used; chatml and alpaca are others")
-    is_text = not seen["is_chat"]
     sequences, how = _count_sequences(values, seen)
-    values.update(_batch(values["max_length"], sequences, is_text=is_text))
+    values.update(_batch(values["max_length"], sequences, seen))
     values.update(_when(values, sequences))
     if sequences is not None:
         notes.append(_in_words(values, seen, sequences, how))
-    text = _text(values)
+    text = _text(values, _OMITTED[seen["kind"]])
     config = TrainConfig.from_dict(values)  # what is written is valid
     assert config.datasets
     try:
@@ -109,21 +123,24 @@ def _look_at_data(datasets: Sequence[str]) -> dict[str, Any]:
                 is_all = False
                 break
             found += 1
-            is_chat = is_chat or isinstance(placed.example, Chat)
-            size = len(json.dumps(placed.example.__dict__, default=str, ensure_ascii=False))
+            is_chat = is_chat or any(isinstance(e, Chat) for e in _documents(placed.example))
+            size = max(_size(document) for document in _documents(placed.example))
             longest = max(longest, size if found <= _LOOKED_AT else 0)
             if not isinstance(placed.example, Text):
                 sizes.append(size)
-            characters += size
+            characters += size if not sides(placed.example) else sum(map(len, texts(placed.example)))
             if characters > _COUNTED_CHARACTERS:
                 is_all = False
                 break
         if not found:
             raise DataError(f"{path} has no rows", hint="run horizon data preview, which shows why")
         formats.append(str(documents.formats[0]))
+        if kind_of(formats[-1]) != kind_of(formats[0]):
+            raise two_kinds(datasets[0], kind_of(formats[0]), path, kind_of(formats[-1]))
         rows += found
     return {
         "formats": formats,
+        "kind": kind_of(formats[0]),
         "rows": rows,
         "longest": longest,
         "characters": characters,
@@ -131,6 +148,16 @@ def _look_at_data(datasets: Sequence[str]) -> dict[str, Any]:
         "is_all": is_all,
         "sizes": sizes,
     }
+
+
+def _documents(example: Example) -> tuple[Example, ...]:
+    """Return the documents that an example becomes."""
+    return sides(example) or (example,)
+
+
+def _size(example: Example) -> int:
+    """Return about as many characters as the tokens of a document will have."""
+    return len(json.dumps(example.__dict__, default=str, ensure_ascii=False))
 
 
 def _about_long_rows(seen: dict[str, Any], max_length: int) -> list[str]:
@@ -158,7 +185,8 @@ def _longest_position(model: str) -> int:
 
 def _length(seen: dict[str, Any], limit: int) -> int:
     """Return the power of two that the data needs, within the limit of the model and ours."""
-    wanted = max(256, seen["longest"] // _CHARACTERS_A_TOKEN) if seen["is_chat"] else _LONGEST
+    is_known = seen["is_chat"] or seen["kind"] != "documents"
+    wanted = max(256, seen["longest"] // _CHARACTERS_A_TOKEN) if is_known else _LONGEST
     return min(1 << (wanted - 1).bit_length(), limit, _LONGEST)
 
 
@@ -202,10 +230,12 @@ def _count_sequences(values: dict[str, Any], seen: dict[str, Any]) -> tuple[int 
     return max(1, int(tokens * (1 - values.get("val_size", 0)) // values["max_length"])), "about "
 
 
-def _batch(max_length: int, sequences: int | None, *, is_text: bool) -> dict[str, Any]:
+def _batch(max_length: int, sequences: int | None, seen: dict[str, Any]) -> dict[str, Any]:
     """Choose epochs and step size for this many sequences, by the rule of tokens_per_step=auto."""
-    epochs = 1 if is_text else 3
-    rows, micro_batches = usual_cut(max_length, sequences, is_text=is_text, epochs=epochs)
+    is_text = not seen["is_chat"] and seen["kind"] == "documents"
+    epochs = 3 if seen["is_chat"] and seen["kind"] == "documents" else 1
+    width = 2 * max_length if seen["kind"] == "pairs" else max_length
+    rows, micro_batches = usual_cut(width, sequences, is_text=is_text, epochs=epochs)
     return {
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": micro_batches,
@@ -237,21 +267,26 @@ def _when(values: dict[str, Any], sequences: int | None) -> dict[str, Any]:
 def _in_words(values: dict[str, Any], seen: dict[str, Any], sequences: int, how: str) -> str:
     steps, epochs = _steps(values, sequences), values["num_train_epochs"]
     size = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
-    rows = count(seen["rows"], "chat" if seen["is_chat"] else "row")
+    noun = _NOUNS[seen["kind"]]
+    rows = count(seen["rows"], "chat" if seen["is_chat"] and noun == "row" else noun)
+    width = f"{'2 x ' if seen['kind'] == 'pairs' else ''}{values['max_length']:,}"
     held_out = f", {values['val_size']:.0%} of them held out," if "val_size" in values else ""
     return (
-        f"{rows}{held_out} = {how}{count(sequences, 'sequence')} of {values['max_length']:,}; "
+        f"{rows}{held_out} = {how}{count(sequences, 'sequence')} of {width}; "
         f"{count(epochs, 'epoch')} {'is' if epochs == 1 else 'are'} {how}{count(steps, 'step')} of "
         f"{count(size, 'sequence')}"
     )
 
 
-def _text(values: dict[str, Any]) -> str:
+def _text(values: dict[str, Any], omitted: tuple[str, ...]) -> str:
     lines = [
         "# Written by `horizon init`. Change any key here or on the command line (key=value);",
         "# `horizon train --help` lists the others.",
     ]
-    for group, keys in _KEYS.items():
+    for group, known in _KEYS.items():
+        keys = [key for key in known if key not in omitted]
+        if not keys:
+            continue
         lines += ["", f"# -- {group}"]
         for key in keys:
             field = TrainConfig.model_fields[key]

@@ -320,11 +320,17 @@ ENTRY_ALIASES: dict[str, str] = {
     "formatting": "format",
     "field": "text_column",
     "field_messages": "columns",
+    "field_chosen": "columns",
+    "field_rejected": "columns",
     "message_property_mappings": "tags",
     "subset": "name",
     "num_samples": "max_samples",
 }
 _ENTRY_TYPES = {"chat_template": "messages", "completion": "text", "pretrain": "text"}
+# Axolotl's types of preference data, which name a chat template and columns: the columns tell.
+_PREFERENCE_TYPES = {
+    *("chatml", "llama3", "chat_template.default", "chat_template.argilla", "chat_template.argilla_chat")
+}
 
 
 def canonical_entry(values: Any) -> Any:
@@ -336,12 +342,16 @@ def canonical_entry(values: Any) -> Any:
         if alias not in result:
             continue
         value = result.pop(alias)
-        if key in result:
+        is_field = alias.startswith("field_")  # several are one setting of ours
+        if key in values or key in result and not is_field:
             raise ValueError(f"'{key}' and '{alias}' are the same setting")
+        if is_field:
+            value = {**result.get(key, {}), value: alias.removeprefix("field_")}
         if alias == "type" and isinstance(value, str):
-            value = _ENTRY_TYPES.get(value.split(".")[0], value.split(".")[0])
-        if alias == "field_messages":
-            value = {value: "messages"}
+            family = value.split(".")[0]
+            value = _ENTRY_TYPES.get(family, family)
+            if _PREFERENCE_TYPES & {family, values["type"]}:
+                value = "auto"
         if alias == "message_property_mappings" and isinstance(value, dict):
             value = {f"{ours}_tag": theirs for ours, theirs in value.items()}
         result[key] = value

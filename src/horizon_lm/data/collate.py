@@ -61,7 +61,7 @@ def collate(rows: Sequence[Row], strategy: str, pad_id: int) -> tuple[MicroBatch
     sides = sum(len(row.lengths) for row in rows) // len(samples)
     size_of_step = len(rows)
     if strategy == "none":
-        rows = [piece for side in range(sides) for row in rows for piece in _pieces(row)[side::sides]]
+        rows = [piece for side in range(sides) for row in rows for piece in documents_of(row)[side::sides]]
     batch, size = _padded(rows, strategy, pad_id)
     batch["documents"] = torch.from_numpy(_documents(rows, 1 if strategy == "none" else sides))
     batch["samples"] = torch.from_numpy(samples)
@@ -99,8 +99,8 @@ def _positions(row: Row, longest: int) -> np.ndarray:
     return np.concatenate([np.arange(length) for length in lengths])
 
 
-def _pieces(row: Row) -> list[Row]:
-    """Return each document of a row as a row of its own."""
+def documents_of(row: Row) -> list[Row]:
+    """Return each document of a row, as a row of its own."""
     if len(row.lengths) == 1:
         return [row]
     ends = np.cumsum(row.lengths).tolist()

@@ -169,7 +169,8 @@ def _cut(
         documents=int((~kept).sum()),
         tokens=total - int(lengths[kept].sum()),
         truncated=int((kept & is_long).sum()),
-        too_long=int((~fits).sum()),
+        too_long=int((~fits).sum()) if truncation == "drop" else 0,
+        full=int((~fits).sum()) if truncation != "drop" else 0,
         equal=int((fits & has_targets & is_equal).sum()),
     )
     return Segments(starts[kept], lengths[kept]), mismatched, left

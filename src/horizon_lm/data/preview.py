@@ -1,4 +1,4 @@
-"""Preview of training data: counts, omissions, samples, lengths, packing."""
+"""Preview of training data: counts, omissions, lengths, packing, and some of it as text."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 
 from horizon_lm.config.data import IGNORED
+from horizon_lm.data.collate import documents_of
 from horizon_lm.data.formats import CHAT_FORMATS
 from horizon_lm.data.rows import Row, Rows
 from horizon_lm.data.streaming import StreamLoader
+from horizon_lm.data.tokens import TokenStore
 from horizon_lm.io.output import raw_stream
 from horizon_lm.text import printable, shown
 from horizon_lm.words import count
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
@@ -34,7 +37,8 @@ Piece = tuple[str, bool, int]  # text, whether it is trained on, number of its d
 
 @dataclass(frozen=True)
 class Used:
-    """Content of the sequences. documents: of each dataset, each once; tokens, trained: per epoch."""
+    """Content of the sequences. documents: documents, or samples, of each dataset, each once; tokens,
+    trained: per epoch."""
 
     documents: list[int]
     tokens: int
@@ -56,8 +60,8 @@ class Remark:
 def used(rows: Rows) -> Used:
     """Count what the sequences hold."""
     store = rows.store
-    owners = np.unique(np.searchsorted(store.starts, rows.starts, side="right") - 1)
-    documents = np.bincount(store.datasets[owners], minlength=len(store.counts.formats))
+    datasets = store.datasets[np.unique(rows.samples) * store.sides]
+    documents = np.bincount(datasets, minlength=len(store.counts.formats))
     trained = rows.num_tokens
     if store.trained is not None:
         ends = rows.starts + rows.segment_lengths
@@ -71,45 +75,42 @@ def used(rows: Rows) -> Used:
 def remarks(rows: Rows, *, with_bad_rows: bool = True) -> list[Remark]:
     """List notes about data that is not in `rows`. with_bad_rows: include unreadable rows, which all rows of
     one store share."""
-    left, counts = rows.left, rows.store.counts
-    all_documents = len(rows.starts) + left.documents
-    found = []
-    if left.too_long:
-        longest = int(rows.store.lengths.max())
-        found.append(
-            _remark(
-                left.too_long,
-                all_documents,
-                f"longer than max_length={rows.max_length} (the longest: {count(longest, 'token')})",
-                f"set max_length={1 << (longest - 1).bit_length()} to keep them, or truncation=keep_start to "
-                "cut them",
-            )
-        )
-    without = left.documents - left.too_long
-    if without:
-        found.append(
-            _remark(
-                without,
-                all_documents,
-                f"nothing to train on in their first {rows.max_length} tokens"
-                if left.truncated
-                else "nothing to train on",
-                "raise max_length, or change loss_on" if left.truncated else "change loss_on, or remove them",
-            )
-        )
+    left, counts, noun = rows.left, rows.store.counts, rows.store.noun
+    all_documents = len(rows.samples) + left.documents
+    longest = int(rows.store.trained_lengths.max())
+    to_keep = f"set max_length={1 << (longest - 1).bit_length()} to keep them"
+    reasons = [
+        (
+            left.too_long,
+            f"longer than max_length={rows.max_length} (the longest: {count(longest, 'token')})",
+            f"{to_keep}, or truncation=keep_start to cut them",
+        ),
+        (left.full, f"their prompt or completion fills max_length={rows.max_length}", to_keep),
+        (left.equal, f"their completions are equal within max_length={rows.max_length}", to_keep),
+        (
+            left.documents - left.too_long - left.full - left.equal,
+            f"nothing to train on in their first {rows.max_length} tokens"
+            if left.truncated
+            else "nothing to train on",
+            "raise max_length, or change loss_on" if left.truncated else "change loss_on, or remove them",
+        ),
+    ]
+    found = [
+        _remark(number, all_documents, reason, hint, f"{noun}s") for number, reason, hint in reasons if number
+    ]
     if left.truncated:
         verb = "was" if left.truncated == 1 else "were"
-        text = f"{count(left.truncated, 'document')} longer than max_length={rows.max_length} {verb} cut"
+        text = f"{count(left.truncated, noun)} longer than max_length={rows.max_length} {verb} cut"
         found.append(Remark(text, f"{count(left.tokens, 'token')} are left out", False))
     if counts.num_bad and with_bad_rows:
-        all_rows = counts.num_documents + counts.num_empty + counts.num_bad
+        all_rows = rows.store.num_samples + counts.num_empty + counts.num_bad
         hint = "correct them; horizon data preview shows the first five"
         reason = f"bad rows, the first: {counts.bad_rows[0]}"
-        found.append(_remark(counts.num_bad, all_rows, reason, hint, what="rows"))
+        found.append(_remark(counts.num_bad, all_rows, reason, hint, "rows"))
     return found
 
 
-def _remark(count: int, of: int, reason: str, hint: str, what: str = "documents") -> Remark:
+def _remark(count: int, of: int, reason: str, hint: str, what: str) -> Remark:
     share = count / of
     text = f"{count:,} of {of:,} {what} ({share:.1%}) left out: {reason}"
     return Remark(text, hint, share > WARN_ABOVE)
@@ -117,9 +118,10 @@ def _remark(count: int, of: int, reason: str, hint: str, what: str = "documents"
 
 def summary(data: TrainingData) -> dict[str, Any]:
     """Summarise as JSON-ready values. documents, tokens, trained_tokens: trained on, per epoch;
-    documents_read: including those held out or left out. Lengths cover all documents."""
+    documents_read: including those held out or left out; of preferences, both are samples. Lengths cover all
+    documents. Only of preferences: kind, and chosen and rejected (lengths) or desirable (of all samples)."""
     counts, rows = data.store.counts, data.rows
-    lengths = data.store.lengths
+    lengths = data.store.trained_lengths
     inside = used(rows)
     found = remarks(rows)
     return {
@@ -128,15 +130,13 @@ def summary(data: TrainingData) -> dict[str, Any]:
             for number, format in zip(inside.documents, counts.formats, strict=True)
         ],
         "documents": sum(inside.documents),
-        "documents_read": counts.num_documents,
+        "documents_read": data.store.num_samples,
         "tokens": inside.tokens,
         "trained_tokens": inside.trained,
         "empty_texts": counts.num_empty,
         "bad_rows": counts.num_bad,
         "bad_row_messages": counts.bad_rows,
-        "length_min": int(lengths.min()),
-        "length_median": float(np.median(lengths)),
-        "length_max": int(lengths.max()),
+        **{f"length_{name}": value for name, value in _spread(lengths).items()},
         "max_length": rows.max_length,
         "packing": rows.strategy,
         "sequences": len(rows),
@@ -151,7 +151,21 @@ def summary(data: TrainingData) -> dict[str, Any]:
         "sequences_per_step": data.loader.rows_per_step,
         "is_stream": isinstance(data.loader, StreamLoader),
         "mask_from": data.encoder.chat.source if CHAT_FORMATS & set(counts.formats) else None,
+        **_of_preferences(data.store),
     }
+
+
+def _spread(lengths: np.ndarray) -> dict[str, float]:
+    return {"min": int(lengths.min()), "median": float(np.median(lengths)), "max": int(lengths.max())}
+
+
+def _of_preferences(store: TokenStore) -> dict[str, Any]:
+    if store.kind == "pairs":
+        sides = zip(("chosen", "rejected"), store.lengths.reshape(-1, 2).T, strict=True)
+        return {"kind": store.kind, **{name: _spread(lengths) for name, lengths in sides}}
+    if store.labels is None:
+        return {}
+    return {"kind": store.kind, "desirable": int(store.labels.sum())}
 
 
 def summary_json(data: TrainingData) -> str:
@@ -173,11 +187,14 @@ def print_preview(data: TrainingData, samples: int, stream: TextIO) -> None:
     for line in _figures(found):
         console.print(shown(line), style="yellow" if line.startswith("warning") else None)
     console.print("\ndocuments by length in tokens")
-    for line in histogram(data.store.lengths, data.rows.max_length):
+    for line in histogram(data.store.trained_lengths, data.rows.max_length):
         console.print(line)
     step = max(1, len(data.rows) // max(1, samples))
     for number in range(0, min(samples * step, len(data.rows)), step):
         row = data.rows.row(number)
+        if row.samples is not None:
+            _print_sample(row, data.tokenizer, console)
+            continue
         trained = int((row.labels[1:] != IGNORED).sum())
         title = f"\nsequence {number}: {len(row.ids)} tokens, {trained} trained on"
         if data.rows.is_separate:
@@ -194,6 +211,28 @@ def _cut(row: Row) -> Row:
     ends = np.minimum(np.cumsum(row.lengths), _SAMPLE_TOKENS)
     lengths = np.diff(np.concatenate([[0], ends]))
     return Row(row.ids[:_SAMPLE_TOKENS], row.labels[:_SAMPLE_TOKENS], lengths[lengths > 0])
+
+
+def _print_sample(row: Row, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
+    """Print the first sample of a row: its prompt once, then each completion."""
+    assert row.samples is not None
+    names = ["completion" if row.label is not None else "chosen", "rejected"]
+    documents = documents_of(row)[: 1 if row.label is not None else 2]
+    borders = [int(np.argmax(document.labels != IGNORED)) for document in documents]
+    sizes = [
+        f"{name} {len(document.ids) - border}"
+        for name, document, border in zip(names, documents, borders, strict=False)
+    ]
+    noun = "pair" if row.label is None else f"sample labelled {str(row.label).lower()}"
+    title = f"\n{noun}, number {int(row.samples[0])}: prompt {count(borders[0], 'token')}, {', '.join(sizes)}"
+    console.print(title, style="bold")
+    prompt = Row(documents[0].ids[: borders[0]], documents[0].labels[: borders[0]], np.array([borders[0]]))
+    console.print(_coloured(_cut(prompt), tokenizer, is_terminal=console.is_terminal))
+    for name, document, border in zip(names, documents, borders, strict=False):
+        console.print(f"---- {name}", style="dim")
+        ids = document.ids[border : border + _SAMPLE_TOKENS].tolist()
+        text = printable(str(tokenizer.decode(ids, skip_special_tokens=False)))
+        console.print(text if console.is_terminal else f"«{text}»", style="green")
 
 
 def _coloured(row: Row, tokenizer: PreTrainedTokenizerBase, *, is_terminal: bool) -> Text:
@@ -227,17 +266,23 @@ def pieces(row: Row, tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
 def _figures(found: dict[str, Any]) -> Iterator[str]:
     if found["is_stream"]:
         yield "a stream: figures for its first window"
+    noun = {"pairs": "pair", "labelled": "sample"}.get(found.get("kind", ""), "document")
     for number, dataset in enumerate(found["datasets"], start=1):
-        yield f"dataset {number}    {count(dataset['documents'], 'document')}, format {dataset['format']}"
+        yield f"dataset {number}    {count(dataset['documents'], noun)}, format {dataset['format']}"
     share = found["trained_tokens"] / found["tokens"]
     yield f"tokens       {found['tokens']:,}, {found['trained_tokens']:,} of them trained on ({share:.1%})"
     if found["mask_from"]:
         yield f"mask         by {found['mask_from']}"
-    median, longest = found["length_median"], found["length_max"]
-    upper = f"{count(longest, 'token')}, half of them up to {median:,.0f}"
-    yield f"lengths      {found['length_min']:,} to {upper}"
+    if "desirable" in found:
+        read = count(found["documents_read"], "sample")
+        yield f"labels       {found['desirable']:,} of {read} read are true"
+    spreads = {"lengths": {name: found[f"length_{name}"] for name in ("min", "median", "max")}}
+    for name, spread in {**spreads, **{k: found[k] for k in ("chosen", "rejected") if k in found}}.items():
+        upper = f"{count(spread['max'], 'token')}, half of them up to {spread['median']:,.0f}"
+        yield f"{name:<12} {spread['min']:,} to {upper}"
     yield (
-        f"sequences    {found['sequences']:,} of {count(found['max_length'], 'token')} ({found['packing']}), "
+        f"sequences    {found['sequences']:,} of {'2 x ' if noun == 'pair' else ''}"
+        f"{count(found['max_length'], 'token')} ({found['packing']}), "
         f"{found['fill']:.1%} full; one document each would be {found['padding_without_packing']:.1%} padding"
     )
     steps = -(-found["sequences"] // found["sequences_per_step"])

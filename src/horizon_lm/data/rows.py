@@ -44,14 +44,16 @@ class Row:
 class Left:
     """Counts of what truncation and packing dropped: documents (samples), and tokens (including theirs).
 
-    truncated: documents cut. too_long: those of `documents` longer than max_length. equal: pairs of
-    `documents` whose sides are equal once cut.
+    truncated: documents cut. too_long: those of `documents` longer than max_length. full: samples of
+    `documents` whose prompt, or one completion, fills max_length. equal: pairs of `documents` whose sides are
+    equal once cut.
     """
 
     documents: int = 0
     tokens: int = 0
     truncated: int = 0
     too_long: int = 0
+    full: int = 0
     equal: int = 0
 
 

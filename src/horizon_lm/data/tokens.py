@@ -109,6 +109,11 @@ class TokenStore:
         return len(self.lengths) // self.sides
 
     @property
+    def trained_lengths(self) -> np.ndarray:
+        """Tokens of each document but those of the KL term."""
+        return self.lengths[:: self.sides] if self.kind == "labelled" else self.lengths
+
+    @property
     def noun(self) -> str:
         """Word for a sample."""
         return _NOUNS[self.kind]

@@ -52,14 +52,17 @@ def about_data(data: TrainingData) -> str:
     counts, rows = data.store.counts, data.rows
     formats = ", ".join(sorted({str(f) for f in counts.formats if f is not None}))
     inside = used(rows)
-    what = f"data: {count(sum(inside.documents), 'document')} ({formats}), {count(inside.tokens, 'token')}"
+    what = (
+        f"data: {count(sum(inside.documents), data.store.noun)} ({formats}), {count(inside.tokens, 'token')}"
+    )
     if inside.trained < inside.tokens:
         what += f", {inside.trained:,} of them trained on"
     if isinstance(data.loader, StreamLoader):
         return f"{what} in the first window of the stream"
     what += " (from the cache)" if data.was_cached else ""
     lines = [
-        f"{what}, {count(len(rows), 'sequence')} of {rows.max_length}, {rows.fill:.1%} full ({rows.strategy})"
+        f"{what}, {count(len(rows), 'sequence')} of {'2 x ' * (rows.sides - 1)}{rows.max_length}, "
+        f"{rows.fill:.1%} full ({rows.strategy})"
     ]
     held = data.eval_rows
     if held is not None:
