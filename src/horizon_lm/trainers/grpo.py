@@ -46,6 +46,8 @@ class HorizonRollouts(HorizonMixin):
     # Of TRL's classes.
     beta: Any
     ref_model: Any
+    temperature: float
+    use_vllm: bool
     vllm_generation: Any
     _metrics: Any
     _step: Any
