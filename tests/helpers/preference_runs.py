@@ -10,7 +10,7 @@ from typing import Any
 import small_runs
 from horizon_lm.config import TrainConfig
 
-_WORDS = "red blue green seven eight nine cat dog bird runs sleeps eats fish tree house".split()
+_WORDS = ["red", "blue", "green", "seven", "cat", "dog", "bird", "runs", "sleeps", "eats", "fish", "house"]
 
 
 def write_pairs(folder: Path, rows: int = 24, seed: int = 0) -> Path:

@@ -41,7 +41,7 @@ def evaluate(
     settings: SettingsArguments = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:
-    """Print loss and perplexity of a model.
+    """Print loss and perplexity of a model; on preferences, its loss, reward margin and accuracy.
 
     RUN: its trained model, or the latest checkpoint of an unfinished run. MODEL: a folder in Hugging Face
     format or a Hub name. CONFIG.yaml, or no file: the model of model_name_or_path.
@@ -63,8 +63,16 @@ def evaluate(
     if as_json:
         print(json.dumps(found))
     else:
+        shown = [f"loss {found['eval_loss']:.4f}"]
+        if "eval_perplexity" in found:
+            shown.append(f"perplexity {found['eval_perplexity']:.4f}")
+        shown += [
+            f"{name} {found[f'eval_rewards/{key}']:.4f}"
+            for name, key in (("margin", "margins"), ("accuracy", "accuracies"))
+            if f"eval_rewards/{key}" in found
+        ]
         print(
-            f"loss {found['eval_loss']:.4f}  perplexity {found['eval_perplexity']:.4f}  "
+            f"{'  '.join(shown)}  "
             f"({count(found['eval_tokens'], 'token')}, {count(found['eval_sequences'], 'sequence')}, "
             f"{found['dtype']}, {found['eval_seconds']:.1f} s)"
         )

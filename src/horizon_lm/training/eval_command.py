@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -22,6 +22,7 @@ from horizon_lm.config import DatasetConfig, ModelSettings, TrainConfig, model_s
 from horizon_lm.config.base import collect, keys_of
 from horizon_lm.config.dataset_info import SUFFIXES
 from horizon_lm.config.yaml import Document
+from horizon_lm.data.detect import with_method
 from horizon_lm.data.preview import remarks
 from horizon_lm.data.rows import Rows
 from horizon_lm.data.training_data import (
@@ -36,21 +37,29 @@ from horizon_lm.host_model import HostModel
 from horizon_lm.io import files
 from horizon_lm.model.loading import grow_vocabulary, load_model_of
 from horizon_lm.model.pretrained import quiet_transformers
+from horizon_lm.preference.method import Method
+from horizon_lm.preference.reference import Reference
 from horizon_lm.report.display import say
+from horizon_lm.report.records import Evaluation
 from horizon_lm.training.evaluate import evaluate
 from horizon_lm.training.generate import model_folder
+from horizon_lm.training.preferences import Preferences, pass_of, reference_model
 from horizon_lm.training.run_settings import given_keys, read_settings
 from horizon_lm.words import count
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class Target:
     """What to evaluate, and with which settings. what: in words. checkpoints: sources of the weights, best
-    first; empty if model_name_or_path is the source."""
+    first; empty if model_name_or_path is the source. reference: the model from which a run started."""
 
     config: TrainConfig
     what: str
     checkpoints: tuple[Checkpoint, ...] = ()
+    reference: str | None = None
 
 
 def target_of(place: str | None, overrides: Sequence[str]) -> tuple[Target, list[str]]:
@@ -62,6 +71,7 @@ def target_of(place: str | None, overrides: Sequence[str]) -> tuple[Target, list
     looked = identify(place) if place is not None else None
     what = ""
     checkpoints: tuple[Checkpoint, ...] = ()
+    reference: str | None = None
     if looked is not None and looked.kind == "file" and looked.path.name.lower().endswith(SUFFIXES):
         raise ConfigError(
             f"{place} is data, not a model, a run or a configuration",
@@ -72,6 +82,7 @@ def target_of(place: str | None, overrides: Sequence[str]) -> tuple[Target, list
     elif looked.kind in ("run", "checkpoint"):
         document, notes = _of_run(looked, overrides)
         own, what, checkpoints = _model_of_run(looked)
+        reference = document.values.get("model_name_or_path")
         if "model_name_or_path" not in given:
             document.values.update({key: value for key, value in own.items() if key not in given})
         else:
@@ -89,7 +100,7 @@ def target_of(place: str | None, overrides: Sequence[str]) -> tuple[Target, list
         if looked.kind == "run" and looked.model is None and looked.checkpoints:
             raise no_model(looked, "eval")
         what = str(model_folder(config.model_name_or_path, "eval"))
-    return Target(_fitted(config, given), what, tuple(checkpoints)), notes
+    return Target(_fitted(config, given), what, tuple(checkpoints), reference), notes
 
 
 def _of_run(looked: Identified, overrides: Sequence[str]) -> tuple[Document, list[str]]:
@@ -162,10 +173,10 @@ def evaluate_target(
     """Evaluate on eval_datasets; else on what val_size holds out; else on datasets.
 
     Returns eval_loss (mean cross-entropy in nats over all target tokens), eval_perplexity, eval_tokens,
-    eval_sequences, eval_seconds, and in words: model, data, dtype. Raises ConfigError, DataError and
-    CheckpointError.
+    eval_sequences, eval_seconds, and in words: model, data, dtype. On preferences eval_loss is that of the
+    method, with its metrics in place of the perplexity. Raises ConfigError, DataError and CheckpointError.
     """
-    config = target.config
+    config = with_method(target.config)
     if config.model_name_or_path is None:
         raise ConfigError(
             "there is no model to evaluate",
@@ -186,20 +197,45 @@ def evaluate_target(
         say(f"{'warning: ' if remark.is_warning else ''}{remark}", sys.stderr)
     settings = model_settings_of(config)
     with quiet_transformers():
+        measure = _measure_of(target, config, rows, tokenizer, warn)
         model, what = _load(target, config, settings, len(tokenizer), warn)
-    found = _measure(model, settings, rows, config, pad_id(tokenizer))
-    return {**found, "model": what, "data": data, "dtype": config.dtype}
-
-
-def _measure(
-    model: nn.Module, settings: ModelSettings, rows: Rows, config: TrainConfig, pad: int
-) -> dict[str, Any]:
     model.requires_grad_(False)  # allocates neither gradients nor moments
     settings = settings.replace(freeze=[], lr_factors={})  # these name trained parameters
     batch = config.per_device_eval_batch_size or config.per_device_train_batch_size
-    found = asdict(evaluate(HostModel(model, settings), rows, micro_batch_size=batch, pad_id=pad))
-    del found["step"]
-    return {**found, "eval_sequences": len(rows)}
+    found = measure(HostModel(model, settings), rows, micro_batch_size=batch, pad_id=pad_id(tokenizer))
+    line = {**found.to_line(), "eval_sequences": len(rows)}
+    del line["step"]
+    return {**line, "model": what, "data": data, "dtype": config.dtype}
+
+
+def _measure_of(
+    target: Target,
+    config: TrainConfig,
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    warn: Callable[[str], None],
+) -> Callable[..., Evaluation]:
+    """Return what evaluates the model. On preferences it compares with a reference, which runs first.
+
+    Raises ConfigError if there is none.
+    """
+    if not config.is_preference:
+        return evaluate
+    reference = None
+    if config.uses_reference:
+        name = config.ref_model_name_or_path or target.reference
+        if name is None:
+            raise ConfigError(
+                f"method: {config.method} compares the model with a reference, and there is none",
+                hint="set ref_model_name_or_path=FOLDER, the model before training",
+            )
+        say(f"reference: {name}", sys.stderr)
+        config = config.replace(ref_model_name_or_path=name)
+        reference = Reference()
+        with reference_model(config, len(tokenizer), rows) as model:
+            passes = pass_of(config, pad_id(tokenizer), lambda text: say(text, sys.stderr), warn)
+            passes.over(model, {"eval": rows}, reference)
+    return Preferences(Method(config), reference).evaluate
 
 
 def _load(

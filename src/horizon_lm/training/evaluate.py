@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 from horizon_lm.config import TrainConfig
@@ -15,7 +15,6 @@ from horizon_lm.host_model import HostModel
 from horizon_lm.micro_batches import MicroBatch
 from horizon_lm.outputs import perplexity
 from horizon_lm.report.records import Evaluation
-from horizon_lm.training.preferences import Preferences
 
 # Micro-batches per visit of a layer. Their boundaries occupy memory, so there is a limit; with this many the
 # upload of the weights is a small part of the time.
@@ -51,28 +50,17 @@ class Evaluator:
 
     def __init__(
         self,
-        model: HostModel,
-        rows: Rows,
+        measure: Callable[[int], Evaluation],
         config: TrainConfig,
         *,
         num_steps: int,
-        pad_id: int,
         epochs_done: int = 0,
-        preferences: Preferences | None = None,
     ) -> None:
-        self._model, self._rows, self._pad_id = model, rows, pad_id
-        self._preferences = preferences
+        """measure: evaluates the model as it is after a step."""
+        self.run = measure
         self._strategy, self._every = config.eval_strategy, config.eval_steps
         self._num_steps = num_steps
-        self._batch = config.per_device_eval_batch_size or config.per_device_train_batch_size
         self._epochs_done = epochs_done
-
-    def run(self, step: int) -> Evaluation:
-        if self._preferences is not None:
-            return self._preferences.evaluate(
-                self._model, self._rows, batch=self._batch, pad=self._pad_id, step=step
-            )
-        return evaluate(self._model, self._rows, micro_batch_size=self._batch, pad_id=self._pad_id, step=step)
 
     def after(self, step: int, epoch: float, *, is_last: bool = False) -> Evaluation | None:
         """Evaluate if that is due after a step. is_last: the run ends here, early or not."""

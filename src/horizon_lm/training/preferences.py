@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,10 +25,11 @@ from horizon_lm.host_model import HostModel
 from horizon_lm.micro_batches import MicroBatch
 from horizon_lm.model.loading import grow_vocabulary, load_model_of
 from horizon_lm.preference.method import KL, Method, added, means
-from horizon_lm.preference.reference import Pass, Reference
+from horizon_lm.preference.reference import Pass, Reference, Say
 from horizon_lm.report.display import Progress
 from horizon_lm.report.records import Evaluation
 from horizon_lm.training.resume import Resume
+from horizon_lm.words import count
 
 FILE = "reference.safetensors"  # of a checkpoint
 _TOGETHER = 16  # micro-batches per visit of a layer in evaluation
@@ -49,15 +51,17 @@ class Preferences:
     def _values(self, part: str) -> torch.Tensor | None:
         return None if self.reference is None else self.reference.values[part]
 
-    def evaluate(self, model: HostModel, rows: Rows, *, batch: int, pad: int, step: int) -> Evaluation:
+    def evaluate(
+        self, model: HostModel, rows: Rows, *, micro_batch_size: int, pad_id: int, step: int = 0
+    ) -> Evaluation:
         """Return loss and metrics over all samples of held-out rows, each counted once."""
         started = time.perf_counter()
         reference = self._values("eval")
-        kl = self._kl(model, rows, reference, batch, pad)
+        kl = self._kl(model, rows, reference, micro_batch_size, pad_id)
         samples = tokens = 0
         sample_loss = nll = nll_tokens = 0.0
         parts = []
-        for group in _groups(in_order(rows, batch, pad)):
+        for group in _groups(in_order(rows, micro_batch_size, pad_id)):
             batches = self.method.prepare(group, reference)
             out = model.evaluate(batches, values=self.method.values, ignore_extra=True)
             assert out.values is not None
@@ -141,7 +145,7 @@ class ReferenceOf:
         if name is None or not self.missing:
             return
         self.progress.stage(f"loading the reference {name}")
-        with _reference_model(self.config, self.data) as model:
+        with reference_model(self.config, len(self.data.tokenizer), self.data.rows) as model:
             self._run(model)
 
     def by(self, model: HostModel, source: Checkpoint | None) -> Reference:
@@ -158,27 +162,34 @@ class ReferenceOf:
         return self.found
 
     def _run(self, model: HostModel) -> None:
-        folder = cache_dir(self.config.dataset_cache_dir)
-        cache = None if folder is None else Path(folder).expanduser()
-        pad = pad_id(self.data.tokenizer)
-        passes = Pass(self.config, cache, pad, self.progress.stage, self.progress.warn)
+        passes = pass_of(self.config, pad_id(self.data.tokenizer), self.progress.stage, self.progress.warn)
         passes.over(model, self.missing, self.found)
 
 
-def _reference_model(config: TrainConfig, data: TrainingData) -> HostModel:
-    """Load ref_model_name_or_path without gradients and moments. Raises ConfigError if it lacks tokens."""
+def pass_of(config: TrainConfig, pad: int, say: Say, warn: Say) -> Pass:
+    """Return the pass of a reference, kept in the folder of the token cache."""
+    folder = cache_dir(config.dataset_cache_dir)
+    return Pass(config, None if folder is None else Path(folder).expanduser(), pad, say, warn)
+
+
+def reference_model(config: TrainConfig, num_tokens: int, rows: Rows) -> HostModel:
+    """Load ref_model_name_or_path without gradients and moments.
+
+    num_tokens: of the tokenizer. Raises ConfigError if the model lacks a token of `rows`.
+    """
     name = config.ref_model_name_or_path
     assert name is not None
     of_layers = {"activations": "recompute", "boundaries": "device"}  # its number of layers may be another
     settings = model_settings_of(config).replace(freeze=[], lr_factors={}, model_revision=None, **of_layers)
     loaded = load_model_of(name, settings)
     if config.new_tokens:
-        grow_vocabulary(loaded, len(data.tokenizer), config.seed)
-    vocabulary, highest = int(loaded.config.get_text_config().vocab_size), int(data.store.ids.max())
+        grow_vocabulary(loaded, num_tokens, config.seed)
+    of_model: Any = loaded.config
+    vocabulary, highest = int(of_model.get_text_config().vocab_size), int(rows.store.ids.max())
     if highest >= vocabulary:
         raise ConfigError(
-            f"ref_model_name_or_path={name!r} has a vocabulary of {vocabulary:,} tokens, and the data holds "
-            f"token {highest:,}",
+            f"ref_model_name_or_path={name!r} has a vocabulary of {count(vocabulary, 'token')}, and the data "
+            f"holds token {highest}",
             hint="choose a reference with the tokenizer of the model to train",
         )
     loaded.requires_grad_(False)

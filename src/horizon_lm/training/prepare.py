@@ -199,6 +199,11 @@ def remarks(config: TrainConfig, data: TrainingData, num_steps: int, rates: Curv
     found = []
     sequences, size = len(data.rows), data.loader.rows_per_step
     by_epochs = config.max_steps < 1
+    if config.is_preference and "learning_rate" not in config.model_fields_set:
+        found.append(
+            f"learning_rate={config.learning_rate:g} is the default of supervised tuning; preferences are "
+            "usually trained on with less, 1e-6 in TRL"
+        )
     if isinstance(data.loader, StreamLoader) or data.loader.crosses_epochs:
         by_epochs = False
     elif isinstance(config.tokens_per_step, int) and config.tokens_per_step // config.row_tokens > sequences:

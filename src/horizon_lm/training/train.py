@@ -41,7 +41,7 @@ from horizon_lm.training.callbacks import Callbacks, CallbackState, check_callba
 from horizon_lm.training.checkpoint_series import small_files
 from horizon_lm.training.checks import check_factors, check_separation, check_sources, check_together
 from horizon_lm.training.describe import TrainResult
-from horizon_lm.training.evaluate import Evaluator
+from horizon_lm.training.evaluate import Evaluator, evaluate
 from horizon_lm.training.log import RunLog
 from horizon_lm.training.loop import Run, RunEnd, run_loop
 from horizon_lm.training.preferences import Preferences, ReferenceOf, without_dropout
@@ -231,17 +231,19 @@ def _assemble(ready: _Ready, config_notes: Sequence[str], callbacks: Sequence[ob
 
 
 def _evaluator(ready: _Ready, num_steps: int) -> Evaluator | None:
-    data = ready.data
+    data, config = ready.data, ready.config
     if data.eval_rows is None:
         return None
+    how = {
+        "micro_batch_size": config.per_device_eval_batch_size or config.per_device_train_batch_size,
+        "pad_id": pad_id(data.tokenizer),
+    }
+    rows, found = data.eval_rows, evaluate if ready.preferences is None else ready.preferences.evaluate
     return Evaluator(
-        ready.model,
-        data.eval_rows,
-        ready.config,
+        lambda step: found(ready.model, rows, **how, step=step),
+        config,
         num_steps=num_steps,
-        pad_id=pad_id(data.tokenizer),
         epochs_done=int(data.loader.epoch),
-        preferences=ready.preferences,
     )
 
 
