@@ -91,7 +91,7 @@ bench-optimizer: ## compare the host update with memory speed and other optimize
 	@PYTHONPATH=src $(PYTHON) -m horizon_lm.optim.kernel --build
 	@PYTHONPATH=src $(PYTHON) -m benchmarks.optimizer $(ARGS)
 
-soak: ## repeat the random tests many times with new seeds
+soak: ## repeat the random tests many times with new seeds; GRPO learns a task
 	@PYTHONPATH=src $(PYTHON) -m tests.soak $(ARGS)
 
 audit: ## check the pinned versions for known vulnerabilities (needs a network)

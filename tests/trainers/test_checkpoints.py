@@ -79,11 +79,11 @@ def background(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 class Straight:
-    """A run of 10 steps with a checkpoint after 5, written meanwhile."""
+    """A run of 10 steps with a checkpoint after each, written meanwhile."""
 
     def __init__(self, kind: str, model: Path, run: Path, **changes: Any) -> None:
         self.kind, self.model, self.run, self.changes = kind, model, run, changes
-        trainer = make(kind, model, run, **changes)
+        trainer = make(kind, model, run, **{**changes, "save_steps": 1})
         trainer.train()
         self.digests, self.history = digests(trainer.host), history(trainer)
 
@@ -126,12 +126,13 @@ def test_five_steps_and_five_more_are_ten(sft: Straight, tmp_path: Path, backgro
     ]
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize(("kind", "step"), [("sft", 5), ("sft", 7), ("dpo", 4)])
 def test_a_checkpoint_written_meanwhile_resumes_bit_for_bit(
-    kind: str, sft: Straight, dpo: Straight, tmp_path: Path
+    kind: str, step: int, sft: Straight, dpo: Straight, tmp_path: Path
 ) -> None:
+    """In the middle of an epoch, and between two (step 7, of a single micro-batch)."""
     straight = {"sft": sft, "dpo": dpo}[kind]
-    again = straight.resumed(tmp_path, str(straight.run / "checkpoint-5"))
+    again = straight.resumed(tmp_path, str(straight.run / f"checkpoint-{step}"))
     assert digests(again.host) == straight.digests
     assert history(again) == straight.history
     tokens = [line["num_tokens"] for line in history(again) if "num_tokens" in line]
@@ -152,8 +153,8 @@ def test_what_is_not_restored_shows(
 
 def test_random_states_of_the_checkpoint_return(sft: Straight, tmp_path: Path) -> None:
     """Of Python, numpy and torch, as at the end of step 5."""
-    state = trainer_state.load_state(open_checkpoint(sft.run / "checkpoint-5"))
     device = torch.device("cpu")
+    state = trainer_state.load_state(open_checkpoint(sft.run / "checkpoint-5"), device)
     trainer_state._restore_random(state["random"], device)
     one = _plain(trainer_state._random_states(device))
     assert one == _plain(state["random"])
@@ -409,7 +410,8 @@ def test_the_damaged_checkpoint_is_replaced(sft: Straight, tmp_path: Path) -> No
     (run / "checkpoint-10" / "unit-00001.safetensors").unlink()
     again = sft.resumed(run, True)
     assert digests(again.host) == sft.digests and not verify(open_checkpoint(run / "checkpoint-10")).faults
-    assert {p.name for p in run.iterdir()} - {"README.md"} == {"checkpoint-5", "checkpoint-10"}
+    names = {p.name for p in run.iterdir()} - {"README.md"}
+    assert names == {f"checkpoint-{step}" for step in range(5, 11)}  # every step, as the resumed run did
 
 
 def test_all_damaged(sft: Straight, tmp_path: Path) -> None:

@@ -59,6 +59,8 @@ class HorizonCheckpoints(_Base):
     """Saving and resuming of a Trainer over `host`. Comes before the trainer's class."""
 
     host: HostModel
+    args: Any
+    push_in_progress: Any
     _series: CheckpointSeries | None = None
     _resumed: Resumed | None = None
     _best_before: str | None = None
@@ -80,8 +82,8 @@ class HorizonCheckpoints(_Base):
             self._resumed = None
             if resume_from_checkpoint:
                 self._resumed = load(resume_from_checkpoint, self.args.output_dir, self.host, _log.warning)
-                resume_from_checkpoint = str(self._resumed.path)
-            return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
+            source = str(self._resumed.path) if self._resumed is not None else None
+            return super().train(source, trial, ignore_keys_for_eval)
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
@@ -126,7 +128,7 @@ class HorizonCheckpoints(_Base):
             self._push_from_checkpoint(str(path))
 
     def _checkpoints(self, run: Path) -> CheckpointSeries:
-        if self._series is None:
+        if self._series is None or self._series.folder != run:
             self._series = CheckpointSeries(
                 run,
                 self.host,
@@ -265,8 +267,8 @@ class HorizonCheckpoints(_Base):
         }
         message = f"Training in progress, step {self.state.global_step}"
         ignored = ["_*", ".*", "checkpoint-*"]
-        upload = HfApi().upload_folder
-        jobs = [
+        upload: Any = HfApi().upload_folder
+        jobs: Any = [
             upload(
                 folder_path=self.args.output_dir, commit_message=message, ignore_patterns=ignored, **common
             )

@@ -118,7 +118,8 @@ class HorizonRollouts(HorizonMixin):
             found = [answer.values for answer in evaluate(model, batches, entropies)]
 
         def scores(name: str) -> torch.Tensor:
-            return torch.cat([getattr(values, name)[:, -logits_to_keep:] for values in found]).to(ids.device)
+            value = torch.cat([getattr(values, name)[:, -logits_to_keep:] for values in found]).to(ids.device)
+            return value.masked_fill(mask[:, -logits_to_keep:] == 0, 0)
 
         log_probs = scores("log_probs")
         aux_loss = log_probs.new_zeros(()) if asked.get("compute_aux_loss") else None
@@ -128,8 +129,8 @@ class HorizonRollouts(HorizonMixin):
 def _scored(input_ids: torch.Tensor, attention_mask: torch.Tensor, completion: int) -> Inputs:
     """Return a micro-batch whose targets are the unmasked ones of the last `completion` tokens.
 
-    If all are masked (`mask_truncated_completions`), one is a target all the same, as a step needs one; the
-    loss masks it.
+    If all are masked (`mask_truncated_completions`), one is a target all the same, as a step needs one; its
+    scores are masked.
     """
     labels = input_ids.masked_fill(attention_mask == 0, IGNORED)
     labels[:, :-completion] = IGNORED

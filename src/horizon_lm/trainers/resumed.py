@@ -37,7 +37,7 @@ def load(
 
     Of a run, the latest intact one is taken; `warn` is told of others. Raises CheckpointError.
     """
-    place = Path(output_dir if source is True else source).expanduser()
+    place = Path(output_dir if isinstance(source, bool) else source).expanduser()
     foreign = list(_foreign(place))
     if foreign and (place in foreign or not any(_ours(place))):
         raise _not_ours(foreign[-1])
@@ -65,7 +65,7 @@ def _load(checkpoint: Checkpoint, host: HostModel) -> Resumed:
         if not name.startswith("unit-"):
             read_small(checkpoint, name)
     try:
-        state = load_state(checkpoint)
+        state = load_state(checkpoint, host.device)
     except (KeyError, TypeError, ValueError) as error:
         raise damaged(checkpoint.path, f"its state cannot be read: {error!r}") from error
     load_checkpoint(checkpoint, host)

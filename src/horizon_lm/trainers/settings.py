@@ -70,7 +70,8 @@ def settings_of(args: TrainingArguments, model: Any = None) -> dict[str, Any]:
     chosen = dict(getattr(args, "model_init_kwargs", None) or {})
     dtype = chosen.get("dtype", chosen.get("torch_dtype"))
     if isinstance(model, nn.Module):
-        dtype, attention = model.dtype, model.config._attn_implementation
+        loaded: Any = model
+        dtype, attention = loaded.dtype, loaded.config._attn_implementation
     else:
         attention = chosen.get("attn_implementation") or "sdpa"
     if dtype == "auto":

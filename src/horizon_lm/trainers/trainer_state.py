@@ -65,9 +65,13 @@ def arguments_file(trainer: Any) -> bytes:
     return (text + "\n").encode()
 
 
-def load_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return what `files_of` packed into trainer.json. Raises CheckpointError, ValueError, KeyError."""
-    tensors = safetensors.torch.load(read_small(checkpoint, TENSORS))
+def load_state(checkpoint: Checkpoint, device: torch.device) -> dict[str, Any]:
+    """Return what `files_of` packed into trainer.json, with the batches of GRPO on the device.
+
+    Raises CheckpointError, ValueError, KeyError.
+    """
+    loaded = safetensors.torch.load(read_small(checkpoint, TENSORS))
+    tensors = {k: v.to(device) if k.startswith("carried.") else v for k, v in loaded.items()}
     state = _unpack(json.loads(read_small(checkpoint, TRAINER)), tensors)
     for name in ("scheduler", "groups", "random", "logged", "carried"):
         state[name]

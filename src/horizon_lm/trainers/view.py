@@ -140,7 +140,8 @@ def evaluate(
 
 
 def _to(values: TokenValues, device: torch.device) -> TokenValues:
-    return TokenValues(**{k: v if v is None else v.to(device) for k, v in vars(values).items()})
+    found: dict[str, Any] = {k: v if v is None else v.to(device) for k, v in vars(values).items()}
+    return TokenValues(**found)
 
 
 def _output(values: TokenValues, labels: torch.Tensor, num_items: Any) -> FusedCausalLMOutput:

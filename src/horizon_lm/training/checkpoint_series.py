@@ -54,7 +54,7 @@ class CheckpointSeries:
         replaces: bool = False,
     ) -> None:
         """replaces: see `CheckpointWriter`."""
-        self._folder, self._model, self._report, self._replaces = folder, model, report, replaces
+        self.folder, self._model, self._report, self._replaces = folder, model, report, replaces
         self._patience_seconds = patience_seconds
         self._disk = Disk()
         self._versions = versions()
@@ -79,7 +79,7 @@ class CheckpointSeries:
             self._ended(Outcome(content.step, None, problem, 0, 0.0))
             return
         self._writer = CheckpointWriter(
-            self._folder, self._snapshot(content), self._disk, keep, replaces=self._replaces
+            self.folder, self._snapshot(content), self._disk, keep, replaces=self._replaces
         )
         self._serial += 1
         self._model.save_state(self._writer, background=background)
@@ -103,10 +103,10 @@ class CheckpointSeries:
     def _no_room(self, beside_bytes: int) -> str | None:
         """Say why a checkpoint is not begun; None if it can be."""
         try:
-            checkpoints.sweep(self._folder, self._disk)
-            free = shutil.disk_usage(self._folder).free
+            checkpoints.sweep(self.folder, self._disk)
+            free = shutil.disk_usage(self.folder).free
         except OSError as error:
-            return f"{error.strerror or error} ({self._folder})"
+            return f"{error.strerror or error} ({self.folder})"
         needed = int(_MARGIN * (self.num_bytes + beside_bytes))
         what = "it and the trained model need" if beside_bytes else "it needs"
         return f"{what} {size(needed)} of disk space, {size(free)} are free" if needed > free else None
