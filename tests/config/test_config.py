@@ -323,6 +323,18 @@ def test_python_values_become_plain_ones() -> None:
         config.dtype = "float32"
 
 
+def test_a_copy_holds_no_secret_that_a_change_brings() -> None:
+    """What stays was redacted before."""
+    config = TrainConfig.from_dict({**BASE, "model_revision": "https://u:first-password@h/a"})
+    for key in ("model_revision", "output_dir"):
+        assert "second-password" not in str(
+            config.replace(**{key: "https://u:second-password@h/a"}).to_dict()
+        )
+    assert "***" in str(config.replace(output_dir="runs/x").model_revision)
+    assert config.replace(datasets=["https://u:third-password@h/a"]).datasets[0].path == "https://***@h/a"
+    assert config.replace(output_dir="plain").output_dir == "plain"  # the control
+
+
 def test_model_settings_are_a_subset_of_the_same_names() -> None:
     settings_ = ModelSettings.from_dict({"torch_dtype": "fp32"}, source="HostModel")
     assert settings_.dtype == "float32"
