@@ -15,6 +15,7 @@ import transformers
 import trl
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, trainer_utils
 from transformers.trainer_callback import CallbackHandler
+from trl.generation.vllm_generation import VLLMGeneration
 
 from horizon_lm import trainers
 from horizon_lm.trainers import trainer_state
@@ -65,6 +66,15 @@ SEAMS: dict[Any, dict[str, str]] = {
         "compute_ref_log_probs": "model inputs",
         "_precompute_ref_logps": "dataset name batch_size",
     },
+    **dict.fromkeys(
+        (trl.GRPOTrainer, trl.RLOOTrainer),
+        {
+            "_generate": "prompts",
+            "_get_per_token_logps_and_entropies": "model input_ids attention_mask logits_to_keep batch_size "
+            "compute_entropy compute_aux_loss",
+        },
+    ),
+    VLLMGeneration: {"_iter_named_params": ""},
     trl.KTOTrainer: {
         "compute_ref_log_probs": "model inputs",
         "_precompute_ref_logps": "dataset name batch_size",
@@ -87,8 +97,14 @@ ATTRIBUTES = {
     trl.SFTTrainer: ("_total_train_tokens", "_metrics"),
     trl.DPOTrainer: ("_total_train_tokens", "_metrics"),
     trl.KTOTrainer: ("_total_train_tokens", "_metrics", "calculate_KL"),
-    trl.GRPOTrainer: ("_total_train_tokens", "_metrics", "_step", "_buffered_inputs"),
-    trl.RLOOTrainer: ("_total_train_tokens", "_metrics", "_step", "_buffered_inputs"),
+    **dict.fromkeys(
+        (trl.GRPOTrainer, trl.RLOOTrainer),
+        (
+            *("_total_train_tokens", "_metrics", "_step", "_buffered_inputs", "_current_train_step_time"),
+            *("beta", "temperature", "ref_model", "use_vllm", "vllm_generation"),
+        ),
+    ),
+    VLLMGeneration: ("_weight_metadata",),
 }
 
 
