@@ -76,15 +76,6 @@ SEAMS: dict[Any, dict[str, str]] = {
         "compute_ref_log_probs": "model inputs",
         "_precompute_ref_logps": "dataset name batch_size",
     },
-    **dict.fromkeys(
-        (trl.GRPOTrainer, trl.RLOOTrainer),
-        {
-            "_generate": "prompts",
-            "_get_per_token_logps_and_entropies": "model input_ids attention_mask logits_to_keep batch_size "
-            "compute_entropy compute_aux_loss",
-        },
-    ),
-    VLLMGeneration: {"_iter_named_params": ""},
     trl.KTOTrainer: {
         "compute_ref_log_probs": "model inputs",
         "_precompute_ref_logps": "dataset name batch_size",
@@ -111,11 +102,7 @@ ATTRIBUTES = {
         (trl.GRPOTrainer, trl.RLOOTrainer),
         (
             *("_total_train_tokens", "_metrics", "_step", "_buffered_inputs", "_current_train_step_time"),
-<<<<<<< HEAD
             *("beta", "ref_model", "temperature", "use_vllm", "vllm_generation", "model_wrapped"),
-=======
-            *("beta", "temperature", "ref_model", "use_vllm", "vllm_generation"),
->>>>>>> h-save
         ),
     ),
     VLLMGeneration: ("_weight_metadata",),
