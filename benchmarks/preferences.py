@@ -193,31 +193,52 @@ def memory_of(case: Case, method: str, rows: dict[str, Row]) -> list[list[str]]:
     return found
 
 
+def run_case(case: Case, arguments: argparse.Namespace) -> tuple[list[list[str]], list[list[str]]]:
+    """Return the rows of both tables."""
+    rows: list[list[str]] = []
+    memory: list[list[str]] = []
+    if "steps" in arguments.parts:
+        found = take_turns(Steps(case))
+        rows.append(compare("DPO step / SFT step", case, found["dpo"], found["sft"]))
+        rows.append(compare("reference pass / SFT step", case, found["reference"], found["sft"]))
+    for method in SYSTEMS if "trainers" in arguments.parts else ():
+        runs = run_trainers(case, method, inline=arguments.inline)
+        rows += compare_runs(case, runs)
+        memory += memory_of(case, method, runs)
+    print("\n".join(" | ".join(row) for row in rows), flush=True)
+    return rows, memory
+
+
 def fill(report: Report, arguments: argparse.Namespace) -> list[list[str]]:
     """Measure, and add the tables to a report; return the rows of the first."""
     rows: list[list[str]] = []
     memory: list[list[str]] = []
-    for size in arguments.sizes:
-        for dtype in arguments.dtypes:
-            case = case_of(size, dtype, arguments)
-            if "steps" in arguments.parts:
-                found = take_turns(Steps(case))
-                rows.append(compare("DPO step / SFT step", case, found["dpo"], found["sft"]))
-                rows.append(compare("reference pass / SFT step", case, found["reference"], found["sft"]))
-            for method in SYSTEMS if "trainers" in arguments.parts else ():
-                runs = run_trainers(case, method, inline=arguments.inline)
-                rows += compare_runs(case, runs)
-                memory += memory_of(case, method, runs)
-            print("\n".join(" | ".join(row) for row in rows[-5:]), flush=True)
+    try:
+        for size in arguments.sizes:
+            for dtype in arguments.dtypes:
+                found, peaks = run_case(case_of(size, dtype, arguments), arguments)
+                rows, memory = rows + found, memory + peaks
+    finally:  # Ctrl-C keeps what is done
+        add_tables(report, rows, memory, arguments)
+    return rows
+
+
+def add_tables(
+    report: Report, rows: list[list[str]], memory: list[list[str]], arguments: argparse.Namespace
+) -> None:
     note = (
-        f"Medians; a ratio above 1 is in our favour. {arguments.threads} threads; a step has {arguments.pairs} x 2 "
-        f"documents of {arguments.length} tokens, of which the last three quarters count, at SFT of the "
-        "trainers all."
+        f"Medians; a ratio above 1 is in our favour. {arguments.threads} threads; a step has "
+        f"{arguments.pairs} x 2 documents of {arguments.length} tokens, of which the last three quarters "
+        "count, at SFT of the trainers all."
     )
     report.table(HEAD, rows, note=note)
     head = ["parameters", "dtype", "method", "system", "tokens/s", "peak GB, whole process", "peak GB, steps"]
     report.table(head, memory, note="VmHWM. DPOTrainer's includes its reference model.")
-    return rows
+
+
+def summary(rows: list[list[str]]) -> list[list[str]]:
+    """Return names and ratios for the table at the end of `make bench`."""
+    return [[f"{row[0]}, {row[1]}: {row[2]}", f"{row[5]} speed"] for row in rows]
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -227,7 +248,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
         "--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"]
     )
     parser.add_argument("--parts", nargs="+", choices=["steps", "trainers"], default=["steps", "trainers"])
-    parser.add_argument("--length", type=int, default=256, help="tokens of a document")
+    parser.add_argument("--length", type=int, default=384, help="tokens of a document")
     parser.add_argument("--pairs", type=int, default=1, help="pairs of a step; SFT has twice as many rows")
     parser.add_argument("--steps", type=int, default=0, help="timed steps (default: by size)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -241,8 +262,10 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     command = " ".join(["python -m benchmarks preferences", *argv])
     report = Report("preferences-cpu", __doc__ or "", command=command)
-    rows = fill(report, arguments)
-    report.write()
+    try:
+        rows = fill(report, arguments)
+    finally:
+        report.write()
     return int(any(row[-1].startswith("NO") for row in rows))
 
 

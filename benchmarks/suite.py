@@ -1,7 +1,7 @@
 """`make bench`: everything that this machine can run, in one dated file, with a table at the end.
 
-Parts: micro (rates of the machine), cpu (plain transformers and the Trainer), gpu (if there is one; it has
-its own file), simulated (scaling on paper: other machines).
+Parts: micro (rates of the machine), cpu (plain transformers and the Trainer), preferences (and TRL's
+trainers), gpu (if there is one; it has its own file), simulated (scaling on paper: other machines).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import cpu, gpu, micro, simulated
+from . import cpu, gpu, micro, preferences, simulated
 from .report import Report
 
 SIMULATED = """**Nothing in this table was measured.** It is the schedule that the engine runs, simulated with
@@ -37,6 +37,16 @@ def _cpu(report: Report, small: bool) -> list[list[str]]:
     return [["CPU: " + name, value] for name, value in cpu.summary(cpu.fill(report, arguments))]
 
 
+def _preferences(report: Report, small: bool) -> list[list[str]]:
+    report.section("Preferences, and TRL's trainers, on the CPU", preferences.__doc__ or "")
+    few = ["--sizes", "tiny", "--dtypes", "float32", "--length", "32", "--threads", "1"]
+    arguments = preferences.options(few if small else [])
+    arguments.inline = small
+    return [
+        ["CPU: " + name, value] for name, value in preferences.summary(preferences.fill(report, arguments))
+    ]
+
+
 def _gpu(report: Report, small: bool) -> list[list[str]]:
     report.section("GPU")
     if torch.cuda.is_available() and not small:
@@ -56,6 +66,7 @@ def _simulated(report: Report, small: bool) -> list[list[str]]:
 PARTS: dict[str, Callable[[Report, bool], list[list[str]]]] = {
     "micro": _micro,
     "cpu": _cpu,
+    "preferences": _preferences,
     "gpu": _gpu,
     "simulated": _simulated,
 }

@@ -1,10 +1,13 @@
-"""GRPO with TRL's trainer on the streamed engine. Rows have a `prompt` and the `answer` to end with.
+"""GRPO with TRL's trainer, with the weights in host memory. Rows have a `prompt` and the `answer` to end with.
 
-    python examples/grpo_trl.py --model_name_or_path Qwen/Qwen3-8B --dataset_name FOLDER \
-        --output_dir runs/grpo --dtype bfloat16 --num_generations 8 --max_completion_length 256
+    python examples/grpo_trl.py --model_name_or_path Qwen/Qwen3-8B --dataset_name FOLDER \\
+        --num_generations 8 --max_completion_length 256 --output_dir runs/grpo
 
-Plain TRL: `from trl import GRPOTrainer`, and `trainer = GRPOTrainer(`.
+All arguments are TRL's; docs/guides/trl.md lists those that are refused. With TRL the two lines that name the
+trainer would be `from trl import GRPOTrainer` and `trainer = GRPOTrainer(`.
 """
+
+from typing import Any
 
 from datasets import load_dataset
 from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
@@ -12,21 +15,31 @@ from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
 from horizon_lm.trainers import HorizonGRPOTrainer
 
 
-def correct(completions, answer, **_):
+def ends_with_answer(completions: list[str], answer: list[str], **_: Any) -> list[float]:
     return [float(text.strip().endswith(right)) for text, right in zip(completions, answer, strict=True)]
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = TrlParser((ScriptArguments, GRPOConfig, ModelConfig))
-    script_args, training_args, model_args = parser.parse_args_and_config()
-    training_args.model_init_kwargs = {"dtype": model_args.dtype}
-    dataset = load_dataset(script_args.dataset_name, split=script_args.dataset_train_split)
-
+    script, args, model = parser.parse_args_and_config()
+    args.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+    }
+    data = load_dataset(script.dataset_name, name=script.dataset_config)
     trainer = HorizonGRPOTrainer(
-        model=model_args.model_name_or_path,
-        reward_funcs=correct,
-        args=training_args,
-        train_dataset=dataset,
+        model=model.model_name_or_path,
+        reward_funcs=ends_with_answer,
+        args=args,
+        train_dataset=data[script.dataset_train_split],
+        eval_dataset=data[script.dataset_test_split] if args.eval_strategy != "no" else None,
     )
-    trainer.train()
-    trainer.save_model(training_args.output_dir)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+
+
+if __name__ == "__main__":
+    main()

@@ -261,6 +261,7 @@ def test_make_bench_leaves_one_file_and_a_failing_part_does_not_end_it(
 
     monkeypatch.setitem(suite.PARTS, "cpu", fail)
     monkeypatch.setattr(micro, "fill", lambda found, arguments: [["a rate", "5 GB/s"]])
+    monkeypatch.setattr(suite.preferences, "fill", lambda found, arguments: [])
     monkeypatch.setattr(suite.simulated, "fill", lambda found, most=None: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert runner.main([]) == 1

@@ -246,6 +246,16 @@ def test_an_entry_of_datasets_as_axolotl_writes_it() -> None:
         assert entry(type=kind, **fields) == DatasetConfig(
             path="a", columns={"turns": "messages", "good": "chosen", "rejected": "rejected"}
         )
+    own = {
+        "field_prompt": "ask",
+        "field_chosen": "good",
+        "field_rejected": "bad",
+        "prompt_format": "{prompt}",
+    }
+    columns = {"ask": "prompt", "good": "chosen", "bad": "rejected"}
+    assert entry(type=own) == DatasetConfig(path="a", columns=columns)
+    with pytest.raises(ConfigError, match="format"):  # other text than the columns'
+        entry(type={**own, "chosen_format": "Answer: {chosen}"})
     with pytest.raises(ConfigError, match="same setting"):
         entry(field_chosen="good", columns={"bad": "rejected"})
     assert entry(type="alpaca").format == "alpaca" and entry(type="sharegpt.load_role").format == "sharegpt"
@@ -311,6 +321,18 @@ def test_python_values_become_plain_ones() -> None:
     assert TrainConfig.from_dict({**BASE, "datasets": [DatasetConfig(path="c")]}).datasets[0].path == "c"
     with pytest.raises(ValueError):  # frozen
         config.dtype = "float32"
+
+
+def test_a_copy_holds_no_secret_that_a_change_brings() -> None:
+    """What stays was redacted before."""
+    config = TrainConfig.from_dict({**BASE, "model_revision": "https://u:first-password@h/a"})
+    for key in ("model_revision", "output_dir"):
+        assert "second-password" not in str(
+            config.replace(**{key: "https://u:second-password@h/a"}).to_dict()
+        )
+    assert "***" in str(config.replace(output_dir="runs/x").model_revision)
+    assert config.replace(datasets=["https://u:third-password@h/a"]).datasets[0].path == "https://***@h/a"
+    assert config.replace(output_dir="plain").output_dir == "plain"  # the control
 
 
 def test_model_settings_are_a_subset_of_the_same_names() -> None:

@@ -442,5 +442,55 @@ def _check_line(row: Any, message: str, good: Any, format: str, tmp_path: Path) 
     assert len(list(skipping)) == 2 and skipping.num_bad == 1 and skipping.bad_rows == [error.message]
 
 
+_SAID = st.fixed_dictionaries(
+    {},
+    optional={
+        k: st.sampled_from(["user", "assistant", "", 3, None, [{"type": "text"}], {}])
+        for k in ("role", "content", "from", "value", "tool_calls")
+    },
+)
+_VALUES = st.one_of(
+    st.sampled_from(["", "q", "qa", "qb", None, True, 0, 2.5, [], {}, [[]], [None], "\ud800"]),
+    _SAID,
+    st.lists(_SAID, max_size=3),
+    st.just([Q, A]),
+    st.just([Q, B]),
+)
+_COLUMNS = [
+    *(
+        "prompt",
+        "chosen",
+        "rejected",
+        "completion",
+        "label",
+        "kto_tag",
+        "instruction",
+        "question",
+        "input",
+        "output",
+    ),
+    *("messages", "conversations", "system", "tools", "history", "chosen_response", "rejected_response"),
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    row=st.dictionaries(st.sampled_from(_COLUMNS), _VALUES),
+    wanted=st.sampled_from([None, "documents", "pairs", "labelled"]),
+)
+def test_any_row_is_read_or_gives_a_data_error(row: dict[str, Any], wanted: DataKind | None) -> None:
+    for format in ("preference", "labelled"):
+        try:
+            found = convert(row, format, "here")
+        except DataError as error:
+            assert error.message.startswith("here") and error.hint and "\n" not in error.message
+        else:
+            assert all(isinstance(text, str) for text in texts(found))
+    try:
+        detect(row, "here", wanted)
+    except DataError as error:
+        assert error.message.startswith("here") and error.hint
+
+
 def test_there_are_forty() -> None:
     assert len(BAD_PAIRS) >= 40

@@ -27,7 +27,7 @@ from horizon_lm.data.mismatched import with_mismatched
 from horizon_lm.data.packing import make_rows, split_off, weighted
 from horizon_lm.data.rows import Rows
 from horizon_lm.data.tokens import TokenStore, TokenWriter
-from horizon_lm.errors import DataError
+from horizon_lm.errors import ConfigError, DataError
 
 Pair = tuple[list[int], list[int], list[int]]  # prompt, chosen, rejected
 PAD = 0
@@ -414,6 +414,13 @@ def test_a_run_takes_what_the_data_is(tokenizer: Any, tmp_path: Path) -> None:
         loaded(path, tokenizer, tmp_path / "kept", method="sft")
     plain = loaded(path, tokenizer, tmp_path / "kept", on_bad_row="skip", packing=False)
     assert plain.was_cached and plain.rows.strategy == "none"
+
+
+def test_a_stream_of_pairs_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{"prompt": "a", "chosen": " b", "rejected": " c"}])
+    with pytest.raises(ConfigError, match="streaming: true is for method: sft, not dpo") as caught:
+        loaded(path, tokenizer, tmp_path / "kept", streaming=True, max_steps=1)
+    assert "streaming=false" in (caught.value.hint or "")
 
 
 def test_a_changed_label_is_named(tokenizer: Any, tmp_path: Path) -> None:

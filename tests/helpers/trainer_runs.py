@@ -11,14 +11,14 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedTokenizerFast, set_seed
-from trl import DPOConfig, SFTConfig
+from trl import DPOConfig, GRPOConfig, SFTConfig
 
 from horizon_lm.checkpoint import units
 from horizon_lm.host_model import HostModel
-from horizon_lm.trainers import HorizonDPOTrainer, HorizonSFTTrainer
+from horizon_lm.trainers import HorizonDPOTrainer, HorizonGRPOTrainer, HorizonSFTTrainer
 
 WORDS = [f"w{n}" for n in range(60)]
-CLOCK = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "train_loss")
+CLOCK = ("total_flos", "train_loss")  # these, times and rates
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -66,15 +66,32 @@ def pairs(rows: int = 26) -> Dataset:
     return Dataset.from_dict({name: [" " + one for one in column] for name, column in columns.items()})
 
 
+def prompts(rows: int = 12) -> Dataset:
+    rng = random.Random(3)
+    return Dataset.from_dict({"prompt": [_text(rng) for _ in range(rows)]})
+
+
+def reward(completions: list[str], **_: Any) -> list[float]:
+    return [one.count("w1") + len(one) / 100 for one in completions]
+
+
+# Of GRPO, four steps use the completions of one generation.
+GENERATION = {
+    "num_generations": 2,
+    "steps_per_generation": 4,
+    "num_iterations": 2,
+    "max_completion_length": 5,
+}
 KINDS: dict[str, Any] = {
-    "sft": (HorizonSFTTrainer, SFTConfig, texts),
-    "dpo": (HorizonDPOTrainer, DPOConfig, pairs),
+    "sft": (HorizonSFTTrainer, SFTConfig, texts, {"max_length": 32}, {}),
+    "dpo": (HorizonDPOTrainer, DPOConfig, pairs, {"max_length": 32}, {}),
+    "grpo": (HorizonGRPOTrainer, GRPOConfig, prompts, GENERATION, {"reward_funcs": reward}),
 }
 
 
 def make(kind: str, model: Any, run: Path, *, more: dict[str, Any] | None = None, **changes: Any) -> Any:
     """Make a trainer: 10 steps, accumulation 2, so that an epoch ends within a step. more: its arguments."""
-    trainer, config, data = KINDS[kind]
+    trainer, config, data, own, required = KINDS[kind]
     values: dict[str, Any] = {
         "output_dir": str(run),
         "per_device_train_batch_size": 2,
@@ -90,10 +107,10 @@ def make(kind: str, model: Any, run: Path, *, more: dict[str, Any] | None = None
         "report_to": [],
         "disable_tqdm": True,
         "bf16": False,
-        "max_length": 32,
+        **own,
         **changes,
     }
-    arguments = {"train_dataset": data(), "processing_class": tokenizer(), **(more or {})}
+    arguments = {"train_dataset": data(), "processing_class": tokenizer(), **required, **(more or {})}
     return trainer(model=str(model) if isinstance(model, Path) else model, args=config(**values), **arguments)
 
 
@@ -111,6 +128,6 @@ def digests(host: HostModel) -> dict[str, str]:
 def history(trainer: Any) -> list[dict[str, Any]]:
     """The log without what the clock decides, and without the summary of one call of train()."""
     return [
-        {k: v for k, v in line.items() if k not in CLOCK and "runtime" not in k and "per_second" not in k}
+        {k: v for k, v in line.items() if k not in CLOCK and "time" not in k and "per_second" not in k}
         for line in trainer.state.log_history
     ]

@@ -118,7 +118,7 @@ def test_no_second_copy_of_the_weights_at_any_time(folder: Path) -> None:
     assert sft > 6 * copy  # weights, residuals, gradients and moments: 7
     assert found["dpo"]["peak"] < sft + 0.3 * copy
     assert found["other"]["peak"] < sft + 0.3 * copy
-    assert found["kept"]["peak"] > sft + 0.8 * copy  # so that a copy would be seen
+    assert found["kept"]["peak"] > sft + 0.6 * copy  # so that a copy would be seen
     # In the pass: weights and residuals, or the weights of the reference alone.
     assert found["dpo"]["pass"] < 2.3 * copy
     assert found["other"]["pass"] < 1.3 * copy

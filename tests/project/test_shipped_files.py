@@ -30,13 +30,13 @@ def test_a_shipped_configuration_is_valid(path: Path) -> None:
 
 
 def test_there_is_a_configuration_for_each_task() -> None:
-    tasks = {"quickstart", "pretrain", "continued_pretrain", "sft", "sft_alpaca", "sft_sharegpt"}
+    tasks = {"quickstart", "pretrain", "continued_pretrain", "sft", "sft_alpaca", "sft_sharegpt", "dpo", "kto"}
     assert {path.stem for path in CONFIGS} >= tasks
 
 
 def test_the_data_of_the_offline_configurations_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    for name in ("quickstart", "sft"):
+    for name in ("quickstart", "sft", "dpo", "kto"):
         config = TrainConfig.from_yaml(f"configs/{name}.yaml")
         for dataset in [*config.datasets, *config.eval_datasets]:
             check_exists(dataset)

@@ -109,6 +109,11 @@ def dpo(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Straight:
     return Straight("dpo", model, tmp_path_factory.mktemp("runs") / "dpo")
 
 
+@pytest.fixture(scope="module")
+def grpo(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Straight:
+    return Straight("grpo", model, tmp_path_factory.mktemp("runs") / "grpo", max_steps=6)
+
+
 # Resuming.
 
 
@@ -126,12 +131,13 @@ def test_five_steps_and_five_more_are_ten(sft: Straight, tmp_path: Path, backgro
     ]
 
 
-@pytest.mark.parametrize(("kind", "step"), [("sft", 5), ("sft", 7), ("dpo", 4)])
+@pytest.mark.parametrize(("kind", "step"), [("sft", 5), ("sft", 7), ("dpo", 4), ("grpo", 3)])
 def test_a_checkpoint_written_meanwhile_resumes_bit_for_bit(
-    kind: str, step: int, sft: Straight, dpo: Straight, tmp_path: Path
+    kind: str, step: int, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """In the middle of an epoch, and between two (step 7, of a single micro-batch)."""
-    straight = {"sft": sft, "dpo": dpo}[kind]
+    """In the middle of an epoch, between two (step 7, of a single micro-batch), and while completions of GRPO
+    are left to train on, which TRL generates anew."""
+    straight: Straight = request.getfixturevalue(kind)
     again = straight.resumed(tmp_path, str(straight.run / f"checkpoint-{step}"))
     assert digests(again.host) == straight.digests
     assert history(again) == straight.history
@@ -241,8 +247,9 @@ def test_a_saved_model_is_a_folder_of_hugging_face(model: Path, tmp_path: Path) 
     names = {p.name for p in run.iterdir()}
     assert {"notes.txt", "checkpoint-1", "checkpoint-2"} <= names and not list(run.glob("*.bin"))
     assert not [name for name in names if name.startswith((".", "model-", "model.safetensors.index"))]
+    trainer.save_state()  # a trainer_state.json beside the model
     trainer = make("sft", model, run, max_steps=3, save_steps=1)
-    trainer.train(resume_from_checkpoint=True)
+    trainer.train(resume_from_checkpoint="True")  # as from a command line
     assert trainer.host.steps_done == 3
 
 

@@ -16,7 +16,7 @@ RUNS: list[tuple[str, str, dict[str, Any]]] = [
     ("plain", "llama", {"gradient_accumulation_steps": 4, **EVALUATED}),
     ("sft", "llama", {"weight_decay": 0.1, **EVALUATED}),
     ("sft", "qwen3", {"gradient_accumulation_steps": 4, "loss_type": "dft"}),
-    ("sft", "gemma", {"packing": True, "packing_strategy": "wrapped", "max_length": 16}),
+    ("sft", "gemma", {"packing": True, "max_length": 16}),
     ("sft", "mixtral", {"gradient_accumulation_steps": 4}),
     ("dpo", "llama", {"gradient_accumulation_steps": 4, **EVALUATED}),
     ("dpo", "qwen3", {"beta": 0.5, "loss_type": ["sigmoid", "sft"], "loss_weights": [0.8, 0.2]}),

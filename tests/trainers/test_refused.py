@@ -13,6 +13,7 @@ from transformers import ProcessorMixin, TrainingArguments
 
 from horizon_lm.errors import ConfigError
 from horizon_lm.host_model import HostModel
+from horizon_lm.trainers import refused as refused_names
 from horizon_lm.trainers import settings
 from trainer_pairs import TRAINERS, arguments, rows, small_model
 from trainer_runs import tokenizer
@@ -95,6 +96,13 @@ def check(error: ConfigError, method: str, named: str) -> None:
     assert named.replace("\\", "") in error.message
     assert error.message.startswith(TRAINERS[method][0].__name__)
     assert error.hint
+
+
+def test_the_guide_names_them_all() -> None:
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "guides" / "trl.md").read_text()
+    assert not [
+        name for name in (*refused_names._FIELDS, *refused_names._ARGUMENTS) if f"`{name}`" not in guide
+    ]
 
 
 def test_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 from datasets import IterableDataset
 from tests.rooms import PACKAGE
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback
@@ -82,6 +83,36 @@ def test_a_folder_an_object_and_a_host_model_train_alike(folders: tuple[Path, Pa
     after = [dict(trained("sft", model, tmp_path).host.named_parameters()) for model in models]
     for name, value in after[0].items():
         assert torch.equal(value, after[1][name]) and torch.equal(value, after[2][name]), name
+
+
+def test_how_to_load_is_not_said_to_be_ignored(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL warns so for model objects; the tokenizer has the revision, too."""
+    warned: list[str] = []
+    monkeypatch.setattr(trl.trainer.sft_trainer.logger, "warning", lambda text: warned.append(text))
+    chosen = {"attn_implementation": "eager", "revision": "main"}
+    trainer = trained("sft", str(folders[0]), tmp_path, model_init_kwargs=chosen)
+    assert trainer.host.settings.attn_implementation == "eager"
+    assert trainer.args.model_init_kwargs == chosen and not warned
+    assert trainer.processing_class.pad_token == "<pad>"
+
+
+def test_a_step_that_was_cut_short_is_not_taken_up(tmp_path: Path) -> None:
+    trainer = build("sft", "llama", tmp_path, ours=True, gradient_accumulation_steps=3, max_steps=2)
+
+    class Stop(TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+            trainer.pop_callback(Stop)
+            raise KeyboardInterrupt
+
+    trainer.add_callback(Stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    again = build("sft", "llama", tmp_path, ours=True, gradient_accumulation_steps=3, max_steps=2)
+    again.train()
+    assert trainer.state.log_history[0]["loss"] == again.state.log_history[0]["loss"]
 
 
 def test_arguments_are_optional(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,7 +84,7 @@ class Counting(Evaluator):
 )
 def test_when_an_evaluation_is_due(settings: dict[str, Any], expected: list[int]) -> None:
     values = {"model_name_or_path": "m", "datasets": "a", "eval_datasets": "b", **settings}
-    evaluator = Counting(None, None, TrainConfig.from_dict(values), num_steps=12, pad_id=0)  # type: ignore[arg-type]
+    evaluator = Counting(lambda step: None, TrainConfig.from_dict(values), num_steps=12)  # type: ignore
     due = [evaluator.after(step, step * 0.24) for step in range(1, 13)]  # 4.2 steps an epoch
     assert [step for step in due if step is not None] == expected
 

@@ -337,6 +337,7 @@ def canonical_entry(values: Any) -> Any:
     """Rename the keys of an entry of `datasets` to ours. Raises ValueError for two names of one key."""
     if not isinstance(values, dict):
         return values
+    values = _with_fields(values)
     result = dict(values)
     for alias, key in ENTRY_ALIASES.items():
         if alias not in result:
@@ -356,6 +357,20 @@ def canonical_entry(values: Any) -> Any:
             value = {f"{ours}_tag": theirs for ours, theirs in value.items()}
         result[key] = value
     return result
+
+
+def _with_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """Take the columns out of Axolotl's user-defined `type`, if its texts are those of the columns as they
+    are: {field_prompt: ask, prompt_format: "{prompt}"}."""
+    kind = values.get("type")
+    if not isinstance(kind, dict) or "columns" in values:
+        return values
+    fields = {key.removeprefix("field_"): value for key, value in kind.items() if key.startswith("field_")}
+    formats = {key: value for key, value in kind.items() if key not in {f"field_{name}" for name in fields}}
+    if not fields or any(value != f"{{{key.removesuffix('_format')}}}" for key, value in formats.items()):
+        return values
+    rest = {key: value for key, value in values.items() if key != "type"}
+    return {**rest, "columns": {value: name for name, value in fields.items()}}
 
 
 def canonical_name(key: str) -> str:

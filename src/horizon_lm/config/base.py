@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
@@ -103,10 +103,13 @@ class Settings(BaseModel):
         def __init__(self, **values: Any) -> None:
             self._fill(Document(plain(values, self._source), {(): self._source}))
 
-    def _fill(self, document: Document) -> None:
+    def _fill(self, document: Document, redacted_keys: Collection[str] = ()) -> None:
+        """Validate. redacted_keys: settings whose values another object has already."""
         error: ValidationError | None = None
         # No setting needs a secret, and all are written to files.
-        document = Document(redacted(document.values), document.where, document.faults)
+        known = {key: value for key, value in document.values.items() if key in redacted_keys}
+        new = {key: value for key, value in document.values.items() if key not in redacted_keys}
+        document = Document(known | redacted(new), document.where, document.faults)
         try:
             self.__pydantic_validator__.validate_python(document.values, self_instance=self)
         except ValidationError as found:
@@ -156,7 +159,10 @@ class Settings(BaseModel):
 
         `model_fields_set` stays what the user set: changes made here do not count.
         """
-        copy = self.from_dict({**self.to_dict(), **changes})
+        own = self.to_dict()
+        document, _ = canonicalise(Document(plain(own | changes, self._source), {(): self._source}))
+        copy = type(self).__new__(type(self))
+        copy._fill(document, redacted_keys=own.keys() - map(canonical_name, changes))
         copy.__pydantic_fields_set__.intersection_update(self.model_fields_set)
         return copy
 

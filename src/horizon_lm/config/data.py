@@ -129,7 +129,13 @@ class DataSettings(Settings):
         le=10**18,
     )
     max_length: int = setting(
-        1024, "Length of a training sequence.", group="Data", resume="ask", unit="tokens", ge=2, le=10**9
+        1024,
+        "Length of a training sequence, and of each document of a pair.",
+        group="Data",
+        resume="ask",
+        unit="tokens",
+        ge=2,
+        le=10**9,
     )
     truncation: Literal["auto", "drop", "keep_start", "keep_end", "split"] = setting(
         "auto",

@@ -191,7 +191,8 @@ class Encoder:
         if isinstance(example, Pair) and self._loss_on == "all":
             _, whole = self._prompt_and_whole(example, placed.place)
             return _Job((whole,), lambda tokens: [(self._around(tokens[0]), None)])
-        return self._job_of_sides(sides(example) or (example,), placed.place)
+        answered = (example,) if isinstance(example, Pair) else sides(example)
+        return self._job_of_sides(answered, placed.place)
 
     def _job_of_sides(self, answered: Sequence[Answered], place: str) -> _Job:
         """Prepare completions of one prompt exactly as TRL's trainers do."""

@@ -277,7 +277,8 @@ def _figures(found: dict[str, Any]) -> Iterator[str]:
         read = count(found["documents_read"], "sample")
         yield f"labels       {found['desirable']:,} of {read} read are true"
     spreads = {"lengths": {name: found[f"length_{name}"] for name in ("min", "median", "max")}}
-    for name, spread in {**spreads, **{k: found[k] for k in ("chosen", "rejected") if k in found}}.items():
+    spreads |= {side: found[side] for side in ("chosen", "rejected") if side in found}
+    for name, spread in spreads.items():
         upper = f"{count(spread['max'], 'token')}, half of them up to {spread['median']:,.0f}"
         yield f"{name:<12} {spread['min']:,} to {upper}"
     yield (

@@ -39,11 +39,13 @@ class Skeleton:
 
     model: the transformers model. `take` replaces its parameters by `meta` ones, unit by unit; its buffers
     stay (they are small, and shared if identical). dtype: compute dtype, bf16 or fp32. Raises
-    UnsupportedModelError if the model cannot be streamed.
+    UnsupportedModelError if the model cannot be streamed. is_new: whether `model` was just created from its
+    configuration in `dtype`.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype, *, is_new: bool = False) -> None:
         self.model = model.train()
+        self._is_new = is_new
         self.config = model.config
         self.dtype = dtype
         self.neftune_noise_alpha: float | None = None
@@ -203,7 +205,9 @@ class Skeleton:
 
     @cached_property
     def _created(self) -> dict[str, torch.dtype]:
-        return _created_dtypes(self.model, self.dtype)
+        created = self.model if self._is_new else _created(self.model, self.dtype)
+        named = [*created.named_parameters(remove_duplicate=False), *created.named_buffers()]
+        return {name: tensor.dtype for name, tensor in named if tensor.is_floating_point()}
 
     def _kept_in_fp32(self) -> Callable[[str, torch.Tensor], bool]:
         """Return a predicate for wide parameters: in a bf16 model, those that transformers' loader keeps in
@@ -329,18 +333,16 @@ def _owners(model: Any) -> tuple[dict[str, list[Owner]], dict[str, list[str]]]:
     return owners, aliases
 
 
-def _created_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Dtype of each floating-point parameter and buffer of a model that its class creates in `dtype`."""
+def _created(model: Any, dtype: torch.dtype) -> Any:
+    """Create a model without values from the configuration of `model`, in `dtype`."""
     try:
         with torch.device("meta"):
-            created = type(model)._from_config(model.config, dtype=dtype)
+            return type(model)._from_config(model.config, dtype=dtype)
     except Exception as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} could not be created from its configuration: {error}",
             hint="check config.json in the model folder",
         ) from error
-    named = [*created.named_parameters(remove_duplicate=False), *created.named_buffers()]
-    return {name: tensor.dtype for name, tensor in named if tensor.is_floating_point()}
 
 
 def _routers(model: Any, layer: nn.Module) -> list[Router]:

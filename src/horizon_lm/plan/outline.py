@@ -88,7 +88,7 @@ class Outline:
         with mode:
             model = _build(self.config, self.dtype, self._settings)
             freeze(model, self._settings.freeze)
-            skeleton = Skeleton(model, self.dtype)
+            skeleton = Skeleton(model, self.dtype, is_new=True)
             if self.mlp_tile_tokens is not None:
                 skeleton.tile_mlps(self.mlp_tile_tokens)
             for unit in range(len(skeleton.units)):

@@ -26,7 +26,7 @@ from horizon_lm.host_model import HostModel
 from horizon_lm.outputs import ForwardBackwardOutput
 from horizon_lm.trainers.checkpoints import HorizonCheckpoints
 from horizon_lm.trainers.refused import refuse
-from horizon_lm.trainers.settings import decayed_otherwise, host_of
+from horizon_lm.trainers.settings import decayed_otherwise, host_of, loaded_already
 from horizon_lm.trainers.view import MODEL_INPUTS, Answer, evaluate, view_of
 from horizon_lm.words import count
 
@@ -86,7 +86,8 @@ class HorizonMixin(HorizonCheckpoints):
         self.host = host_of(given["model"], given["args"])
         self._micro_batches: list[MicroBatch] = []
         self._coming: Iterator[Inputs] = iter(())
-        super().__init__(**self._arguments({**given, "model": view_of(self.host, self.token_values)}))
+        with loaded_already(given):
+            super().__init__(**self._arguments({**given, "model": view_of(self.host, self.token_values)}))
         self.neftune_noise_alpha = None  # the engine adds the noise
 
     def _given(self, model: Any, positional: Any, named: Any) -> dict[str, Any]:
@@ -117,8 +118,10 @@ class HorizonMixin(HorizonCheckpoints):
         self._micro_batches.append(MicroBatch(inputs, num_items_in_batch, steps))
         if not self.accelerator.gradient_state.sync_gradients:
             return torch.zeros((), device=self.args.device)
-        out = self.forward_backward()
-        self._micro_batches = []
+        try:
+            out = self.forward_backward()
+        finally:
+            self._micro_batches = []
         if out.router_losses and hasattr(self, "_metrics"):  # TRL noted those of the view, 0
             mine = [loss / self.router_aux_loss_coef for loss in out.router_losses]
             self._metrics["train"]["aux_loss"][-len(mine) :] = mine
@@ -214,6 +217,7 @@ class HorizonMixin(HorizonCheckpoints):
     # Seams.
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        self._micro_batches = []  # of a step that was cut short, as training begins anew
         if self.optimizer is None:
             self.optimizer = HostOptimizer(self.host, self.args)
             others = decayed_otherwise(self.host, self.get_decay_parameter_names(self.model))

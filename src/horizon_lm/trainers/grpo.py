@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
@@ -43,6 +43,15 @@ class HorizonRollouts(HorizonMixin):
     """
 
     token_values = ("entropy",)
+    # Of TRL's classes.
+    beta: Any
+    ref_model: Any
+    temperature: float
+    use_vllm: bool
+    vllm_generation: Any
+    _metrics: Any
+    _step: Any
+    _current_train_step_time: Any
 
     def __init__(self, model: Any = None, *positional: Any, ref_model: Any = None, **named: Any) -> None:
         self._reference = ref_model
@@ -70,12 +79,12 @@ class HorizonRollouts(HorizonMixin):
     def _generate(self, prompts: list[Any]) -> Any:
         """Generate with the whole model on the device; with vLLM it never is."""
         if self.use_vllm:
-            return super()._generate(prompts)
+            return cast(Any, super())._generate(prompts)
         wrapped = self.model_wrapped
         with resident(self.host) as model:
             self.model_wrapped = model
             try:
-                return super()._generate(prompts)
+                return cast(Any, super())._generate(prompts)
             finally:
                 self.model_wrapped = wrapped
 
@@ -111,7 +120,7 @@ class HorizonRollouts(HorizonMixin):
         weights for all micro-batches of `size` rows."""
         [rows] = size or [asked.get("batch_size")]
         parts = (tensor.split(rows or len(ids)) for tensor in (ids, mask))
-        batches = [_scored(*part, logits_to_keep) for part in zip(*parts, strict=True)]
+        batches = [_scored(one, its, logits_to_keep) for one, its in zip(*parts, strict=True)]
         entropies = ("entropy",) if asked.get("compute_entropy") else ()
         found: Any = [model(**batch) for batch in batches] if model.answers else None
         if found is None:

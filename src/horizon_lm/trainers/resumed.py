@@ -33,11 +33,12 @@ class Resumed:
 def load(
     source: bool | str | os.PathLike[str], output_dir: str, host: HostModel, warn: Callable[[str], None]
 ) -> Resumed:
-    """Load a checkpoint into the model. source: its folder, that of its run, or True for `output_dir`.
+    """Load a checkpoint into the model. source: its folder, that of its run, or True for `output_dir` (also
+    "True", as a command line has it).
 
     Of a run, the latest intact one is taken; `warn` is told of others. Raises CheckpointError.
     """
-    place = Path(output_dir if isinstance(source, bool) else source).expanduser()
+    place = Path(output_dir if source in (True, "True", "true") else str(source)).expanduser()
     foreign = list(_foreign(place))
     if foreign and (place in foreign or not any(_ours(place))):
         raise _not_ours(foreign[-1])
@@ -73,12 +74,13 @@ def _load(checkpoint: Checkpoint, host: HostModel) -> Resumed:
 
 
 def _folders(place: Path) -> Iterator[Path]:
-    """Yield the folder of a checkpoint, or those in a run, by step."""
-    if is_name(place.name) or (place / MANIFEST).exists() or (place / "trainer_state.json").exists():
-        yield place
-    elif place.is_dir():
-        names = (path for path in place.iterdir() if is_name(path.name) and path.is_dir())
-        yield from sorted(names, key=lambda path: int(path.name.split("-")[1]))
+    """Yield the checkpoints of a run by step, or `place` itself if it is none."""
+    if not is_name(place.name) and place.is_dir():
+        found = [path for path in place.iterdir() if is_name(path.name) and path.is_dir()]
+        if found:
+            yield from sorted(found, key=lambda path: int(path.name.split("-")[1]))
+            return
+    yield place
 
 
 def _ours(place: Path) -> Iterator[Path]:

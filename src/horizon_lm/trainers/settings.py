@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -60,6 +61,24 @@ def tokenizer_of(model: Any, args: Any) -> Any:
     name = model if isinstance(model, str) else model.config._name_or_path
     revision = (getattr(args, "model_init_kwargs", None) or {}).get("revision") if name is model else None
     return AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=_trust(args))
+
+
+@contextmanager
+def loaded_already(given: dict[str, Any]) -> Iterator[None]:
+    """While open, hide `model_init_kwargs`, which TRL says that it ignores for a loaded model. It loads the
+    tokenizer without revision then, so that one of a revision is loaded here."""
+    args = given["args"]
+    chosen = getattr(args, "model_init_kwargs", None)
+    if not chosen:
+        yield
+        return
+    if chosen.get("revision") and isinstance(given["model"], str) and not given.get("processing_class"):
+        given["processing_class"] = tokenizer_of(given["model"], args)
+    args.model_init_kwargs = None
+    try:
+        yield
+    finally:
+        args.model_init_kwargs = chosen
 
 
 def settings_of(args: TrainingArguments, model: Any = None) -> dict[str, Any]:

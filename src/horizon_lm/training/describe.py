@@ -131,7 +131,7 @@ def data_record(config: TrainConfig, data: TrainingData) -> dict[str, Any]:
             {"path": d.path, "split": d.split, "format": str(f) if f else None, "weight": d.weight}
             for d, f in zip(config.datasets, counts.formats, strict=True)
         ],
-        "documents": counts.num_documents,
+        "documents": data.store.num_samples,
         "tokens": counts.num_tokens,
         "trained_tokens": counts.num_trained,
         "sequences": len(rows),

@@ -57,10 +57,13 @@ class Evaluator:
         epochs_done: int = 0,
     ) -> None:
         """measure: evaluates the model as it is after a step."""
-        self.run = measure
+        self._measure = measure
         self._strategy, self._every = config.eval_strategy, config.eval_steps
         self._num_steps = num_steps
         self._epochs_done = epochs_done
+
+    def run(self, step: int) -> Evaluation:
+        return self._measure(step)
 
     def after(self, step: int, epoch: float, *, is_last: bool = False) -> Evaluation | None:
         """Evaluate if that is due after a step. is_last: the run ends here, early or not."""
