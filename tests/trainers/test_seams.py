@@ -76,15 +76,6 @@ SEAMS: dict[Any, dict[str, str]] = {
         "compute_ref_log_probs": "model inputs",
         "_precompute_ref_logps": "dataset name batch_size",
     },
-    **dict.fromkeys(
-        (trl.GRPOTrainer, trl.RLOOTrainer),
-        {
-            "_generate": "prompts",
-            "_get_per_token_logps_and_entropies": "model input_ids attention_mask logits_to_keep batch_size "
-            "compute_entropy compute_aux_loss",
-        },
-    ),
-    VLLMGeneration: {"_iter_named_params": ""},
     trl.KTOTrainer: {
         "compute_ref_log_probs": "model inputs",
         "_precompute_ref_logps": "dataset name batch_size",
