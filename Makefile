@@ -10,7 +10,7 @@ PYTHON ?= $(if $(wildcard $(PY)),$(PY),python3)
 
 # Arguments for the command, as in: make test ARGS='-k data'
 ARGS ?=
-WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+WORKERS ?= $(shell unset OMP_NUM_THREADS; nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
 .PHONY: audit compat help setup quickstart test lint map types format bench bench-gpu bench-optimizer soak gpu-check \

@@ -71,6 +71,8 @@ CASES: dict[str, tuple[dict, dict]] = {
     "wide, bf16 moments": (WIDE, {"max_length": 256, "moment_dtype": "bfloat16", "activations": "recompute"}),
     "deep, tied": (DEEP, {"max_length": 256, "activations": "recompute"}),
     "deep, half kept": (DEEP, {"max_length": 256, "activations": ["recompute*10", "keep*10"]}),
+    "small, dpo": (SMALL, {"max_length": 512, "method": "dpo", "activations": "recompute"}),
+    "small, dpo, keep": (SMALL, {"max_length": 256, "method": "dpo", "activations": "keep"}),
     "qwen3": (QWEN, {"max_length": 384, "activations": "recompute"}),
     "qwen3, fp32, 2 micro-batches": (
         QWEN,
@@ -92,19 +94,27 @@ def run_case(name: str, steps: int) -> None:
     torch.set_num_threads(1)
     from horizon_lm import HostModel
     from horizon_lm.config import model_settings_of
+    from horizon_lm.preference.method import Method
+
+    from .preferences import pairs_of
 
     config = config_of(name)
     settings = model_settings_of(config)
     model = HostModel.from_config(dict(config.init_model or {}), settings)
     generator = torch.Generator().manual_seed(0)
-    shape = config.per_device_train_batch_size, config.max_length
+    shape = config.sides * config.per_device_train_batch_size, config.max_length
     ids = [
         torch.randint(0, 16384, shape, generator=generator) for _ in range(config.gradient_accumulation_steps)
     ]
     found = []
     for _ in range(steps + 1):
         start = time.process_time()
-        model.train_step([{"input_ids": i, "labels": i} for i in ids], lr=1e-5)
+        if config.is_preference:
+            reference = torch.zeros(len(ids) * shape[0], 2)
+            batches, loss = Method(config).step(model, [pairs_of(i) for i in ids], reference)
+            model.train_step(batches, lr=1e-5, loss_fn=loss)
+        else:
+            model.train_step([{"input_ids": i, "labels": i} for i in ids], lr=1e-5)
         found.append(time.process_time() - start)
     # Not ru_maxrss, which starts at the parent process's memory.
     lines = dict(
@@ -166,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
             Outline(model_config(config), config),
             config,
             at_the_time,
-            batch=config.per_device_train_batch_size,
+            batch=config.sides * config.per_device_train_batch_size,
             tokens=config.max_length,
             micro_batches=config.gradient_accumulation_steps,
         )

@@ -81,6 +81,15 @@ def case_of(size: str, dtype: str, arguments: argparse.Namespace) -> Case:
 # ---- steps, in one process -------------------------------------------------------------------
 
 
+def pairs_of(ids: torch.Tensor) -> MicroBatch:
+    """Make a micro-batch of pairs from ids [2 * pairs, tokens]; the first quarter of each is its prompt."""
+    labels, length = ids.clone(), ids.shape[1]
+    labels[:, : length // 4] = -100
+    documents = torch.tensor([(row, 0, length) for row in range(len(ids))])
+    found = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+    return found | {"documents": documents, "samples": torch.arange(len(ids) // 2)}
+
+
 class Steps:
     """One model, and the steps that take turns on it. Each leaves no update pending."""
 
@@ -96,11 +105,7 @@ class Steps:
     def _batch(self) -> MicroBatch:
         (ids,) = tokens_of(self.case, self.number, self.case.sequences)
         self.number += 1
-        labels = ids.clone()
-        labels[:, : self.case.length // 4] = -100
-        documents = torch.tensor([(row, 0, self.case.length) for row in range(len(ids))])
-        found = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
-        return found | {"documents": documents, "samples": torch.arange(len(ids) // 2)}
+        return pairs_of(ids)
 
     def sft(self) -> None:
         batch = self._batch()

@@ -1,4 +1,4 @@
-"""GRPO with TRL's trainer, with the weights in host memory. Rows have a `prompt` and the `answer` to end with.
+"""GRPO with TRL's trainer, with the weights in host memory. Rows have a `prompt` and an `answer`.
 
     python examples/grpo_trl.py --model_name_or_path Qwen/Qwen3-8B --dataset_name FOLDER \\
         --num_generations 8 --max_completion_length 256 --output_dir runs/grpo

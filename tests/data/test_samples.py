@@ -397,6 +397,36 @@ def test_tokens_are_kept_by_what_decides_them(tokenizer: Any, tmp_path: Path) ->
     assert set(stores["documents"].hashes) == {"tokens.bin", "trained.bin", "documents.bin"}
 
 
+@pytest.mark.parametrize("kind", ["pairs", "labelled"])
+def test_tokens_do_not_depend_on_workers(
+    kind: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of few rows and blocks of a few more, a bad row among them."""
+    rows = [
+        {"prompt": f"question {n} ", "chosen": f"yes {n}", "rejected": "no" if n != 20 else "yes 20"}
+        if kind == "pairs"
+        else {"prompt": f"question {n} ", "completion": f"yes {n}" if n != 20 else "", "label": n % 2 == 0}
+        for n in range(60)
+    ]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    monkeypatch.setattr("horizon_lm.data.tokens._BATCH_CHARACTERS", 60)
+    monkeypatch.setattr("horizon_lm.data.training_data.BLOCK", 7)
+    found = [
+        load_training_data(
+            config(datasets=str(path), dataset_cache_dir=None, on_bad_row="skip", dataset_num_proc=workers),
+            tokenizer,
+        )
+        for workers in (1, 2)
+    ]
+    assert found[0].store.fingerprint == found[1].store.fingerprint
+    assert found[0].store.num_samples == 59 and found[0].store.counts.num_bad == 1
+    monkeypatch.setattr("horizon_lm.data.training_data.BLOCK", 8)  # the control
+    other = load_training_data(
+        config(datasets=str(path), dataset_cache_dir=None, on_bad_row="skip"), tokenizer
+    )
+    assert (other.store.fingerprint != found[0].store.fingerprint) is (kind == "labelled")
+
+
 def test_a_run_takes_what_the_data_is(tokenizer: Any, tmp_path: Path) -> None:
     rows = [{"prompt": f"question {n} ", "chosen": "yes", "rejected": "no " * (n + 1)} for n in range(30)]
     path = write_rows(tmp_path / "a.jsonl", [*rows, {"prompt": "a", "chosen": "b", "rejected": "b"}])

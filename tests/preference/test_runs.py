@@ -19,6 +19,7 @@ from horizon_lm.preference.reference import Reference
 from horizon_lm.report.html import write_report
 from horizon_lm.report.metrics import read_evaluations, read_steps
 from horizon_lm.training import preferences
+from horizon_lm.training.eval_command import evaluate_target, target_of
 from horizon_lm.training.train import train
 from small_runs import GPT2_DROPOUT, losses_of, place_of, tensors_of
 
@@ -301,6 +302,22 @@ def test_evaluation_does_not_depend_on_its_batch(method: str, data: dict[str, Pa
         line = read_evaluations(run / "metrics.jsonl")[-1]
         found.append({k: v for k, v in line.items() if k not in ("time", "eval_seconds", "event")})
     assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-6)
+
+
+def test_horizon_eval_measures_what_the_run_did(data: dict[str, Path], tmp_path: Path) -> None:
+    """Of a run against the model from which it started; of a model against none it is refused."""
+    train(_settings(data, tmp_path / "first", max_steps=1, dataset_cache_dir=None))
+    base = tmp_path / "first" / "model"
+    own = {"init_model": None, "train_tokenizer_vocab_size": None, "model_name_or_path": str(base)}
+    train(_settings(data, tmp_path / "run", **own, val_size=8))
+    line = read_evaluations(tmp_path / "run" / "metrics.jsonl")[-1]
+    found = evaluate_target(target_of(str(tmp_path / "run"), [])[0])
+    names = [name for name in line if name.startswith("eval_") and name != "eval_seconds"]
+    assert {n: found[n] for n in names} == pytest.approx({n: line[n] for n in names}, rel=1e-5, abs=1e-6)
+    assert abs(found["eval_rewards/margins"]) > 1e-4
+    lone = target_of(str(base), [f"eval_datasets={data['pairs']}", "dtype=float32"])[0]
+    with pytest.raises(ConfigError, match="compares the model with a reference, and there is none"):
+        evaluate_target(lone)
 
 
 def test_two_settings_that_do_not_belong_together(data: dict[str, Path], tmp_path: Path) -> None:

@@ -30,7 +30,16 @@ def test_a_shipped_configuration_is_valid(path: Path) -> None:
 
 
 def test_there_is_a_configuration_for_each_task() -> None:
-    tasks = {"quickstart", "pretrain", "continued_pretrain", "sft", "sft_alpaca", "sft_sharegpt", "dpo", "kto"}
+    tasks = {
+        "quickstart",
+        "pretrain",
+        "continued_pretrain",
+        "sft",
+        "sft_alpaca",
+        "sft_sharegpt",
+        "dpo",
+        "kto",
+    }
     assert {path.stem for path in CONFIGS} >= tasks
 
 

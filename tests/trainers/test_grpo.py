@@ -68,7 +68,7 @@ def trained(kind: type, folder: Path, out: Path, rewards: Any = variety, **chang
     values |= {"max_completion_length": 4, "learning_rate": 5e-4, "lr_scheduler_type": "constant"}
     values |= {"beta": 0.0, "epsilon": 0.02, "bf16": False, "use_cpu": True, "seed": 3, "logging_steps": 1}
     values |= {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False}
-    more = changes.pop("trainer", {})
+    more, resume = changes.pop("trainer", {}), changes.pop("resume", None)
     trainer = kind(
         model=str(folder),
         reward_funcs=rewards,
@@ -78,7 +78,7 @@ def trained(kind: type, folder: Path, out: Path, rewards: Any = variety, **chang
         **more,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     if isinstance(trainer, tuple(OURS.values())):
         parameters = dict(trainer.host.named_parameters())
     else:
@@ -210,6 +210,25 @@ def test_a_step_is_one_call_of_the_engine(
     # Log-probabilities of the policy that generated, then one rollout serves two steps.
     assert calls == [("evaluate", 4), ("forward_backward", 4), ("forward_backward", 4)]
     assert run.trainer._step == 8
+
+
+def test_resumes_in_the_middle_of_a_rollout(folders: dict[str, Path], tmp_path: Path) -> None:
+    changes = {
+        "num_iterations": 2,
+        "gradient_accumulation_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    whole = trained(HorizonGRPOTrainer, folders["llama"], tmp_path, **changes)
+    for step in (1, 3):  # two steps share a rollout
+        resumed = trained(
+            HorizonGRPOTrainer,
+            folders["llama"],
+            tmp_path,
+            resume=str(tmp_path / f"checkpoint-{step}"),
+            **changes,
+        )
+        assert all(torch.equal(value, resumed.parameters[n]) for n, value in whole.parameters.items())
 
 
 def test_continuous_batching(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import transformers
 import trl
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, trainer_utils
 from transformers.trainer_callback import CallbackHandler
+from trl.generation.vllm_generation import VLLMGeneration
 
 from horizon_lm import trainers
 from horizon_lm.trainers import trainer_state
@@ -60,6 +61,16 @@ SEAMS: dict[Any, dict[str, str]] = {
     CallbackHandler: {"on_push_begin": "args state control"},
     TrainerCallback: {"on_save": "args state control"},
     TrainingArguments: {"to_json_string": ""},
+    VLLMGeneration: {"_iter_named_params": ""},
+    **dict.fromkeys(
+        (trl.GRPOTrainer, trl.RLOOTrainer),
+        {
+            "_generate": "prompts",
+            "_prepare_inputs": "generation_batch",
+            "_get_per_token_logps_and_entropies": "model input_ids attention_mask logits_to_keep batch_size "
+            "compute_entropy compute_aux_loss",
+        },
+    ),
     trl.SFTTrainer: {"create_model_card": "model_name"},
     trl.DPOTrainer: {
         "compute_ref_log_probs": "model inputs",
@@ -87,8 +98,14 @@ ATTRIBUTES = {
     trl.SFTTrainer: ("_total_train_tokens", "_metrics"),
     trl.DPOTrainer: ("_total_train_tokens", "_metrics"),
     trl.KTOTrainer: ("_total_train_tokens", "_metrics", "calculate_KL"),
-    trl.GRPOTrainer: ("_total_train_tokens", "_metrics", "_step", "_buffered_inputs"),
-    trl.RLOOTrainer: ("_total_train_tokens", "_metrics", "_step", "_buffered_inputs"),
+    **dict.fromkeys(
+        (trl.GRPOTrainer, trl.RLOOTrainer),
+        (
+            *("_total_train_tokens", "_metrics", "_step", "_buffered_inputs", "_current_train_step_time"),
+            *("beta", "ref_model", "temperature", "use_vllm", "vllm_generation", "model_wrapped"),
+        ),
+    ),
+    VLLMGeneration: ("_weight_metadata",),
 }
 
 

@@ -176,7 +176,9 @@ def evaluate_target(
     eval_sequences, eval_seconds, and in words: model, data, dtype. On preferences eval_loss is that of the
     method, with its metrics in place of the perplexity. Raises ConfigError, DataError and CheckpointError.
     """
-    config = with_method(target.config)
+    config = target.config
+    evaluated = config.datasets if config.val_size or not config.eval_datasets else config.eval_datasets
+    config = config.replace(method=with_method(config.replace(datasets=evaluated)).method)
     if config.model_name_or_path is None:
         raise ConfigError(
             "there is no model to evaluate",
