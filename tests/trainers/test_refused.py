@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset, IterableDataset
 from transformers import ProcessorMixin, TrainingArguments
 
@@ -136,6 +137,19 @@ def test_a_host_model_of_other_settings(
     with HostModel.from_pretrained(small_model(kind), device="cpu", dtype="float32", **built) as host:
         with pytest.raises(ConfigError, match=named) as caught:
             settings.host_of(host, arguments("sft", tmp_path, **fields))
+        assert caught.value.hint
+
+
+@pytest.mark.parametrize("place", ["cpu", "cuda:1", "cuda", "cuda:0"])
+def test_a_host_model_on_another_device(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingArguments, "device", torch.device("cuda", 0))
+    with HostModel.from_pretrained(small_model("llama"), device="cpu", dtype="float32") as host:
+        host.device = torch.device(place)
+        if place in ("cuda", "cuda:0"):
+            settings._check(host, arguments("plain", tmp_path))
+            return
+        with pytest.raises(ConfigError, match=f"on {place}, the trainer's arguments say cuda:0") as caught:
+            settings._check(host, arguments("plain", tmp_path))
         assert caught.value.hint
 
 

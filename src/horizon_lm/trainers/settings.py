@@ -134,10 +134,12 @@ def _check(host: HostModel, args: Any) -> None:
             "update: eager updates layers during the backward pass, and a Trainer updates after it",
             hint="HostModel.from_pretrained(..., update='deferred')",
         )
-    if host.device.type != args.device.type:
+    place, asked = host.device, args.device
+    if place.type != asked.type or None not in (place.index, asked.index) and place.index != asked.index:
         raise ConfigError(
-            f"the HostModel is on {host.device}, the trainer's arguments say {args.device}",
-            hint="pass use_cpu=True, or HostModel.from_pretrained(..., device='cuda')",
+            f"the HostModel is on {place}, the trainer's arguments say {asked}",
+            hint=f"HostModel.from_pretrained(..., device='{asked}'); use_cpu=True is for one on the CPU, and "
+            "CUDA_VISIBLE_DEVICES chooses the GPU of a trainer",
         )
     wanted = _shared(args)
     for name in _SHARED:
