@@ -49,7 +49,7 @@ class Method:
         self._nll_weight = settings.nll_weight
         if settings.uses_reference:
             self._nll_weight = sum(weight for name, weight in settings.losses if name == "sft")
-        self.values = ("entropy", "mean_logits", "is_top1")
+        self.values: tuple[str, ...] = ("entropy", "mean_logits", "is_top1")
         if settings.use_weighting:
             self.values += ("log_sum_sq_probs",)
 
@@ -156,8 +156,8 @@ class Method:
         for name, weight in self._losses:
             total = total + (AGAINST_REFERENCE[name](pairs, s) * weights).sum() * weight
         nll = -sums(values.log_probs, batch)[: len(pairs.chosen)].sum() if self._nll_weight else total * 0
-        rewards = (s.beta * ratio.detach() for ratio in (pairs.chosen_ratio, pairs.rejected_ratio))
-        return Terms(total, nll, _of_pairs(*rewards, pairs.chosen, pairs.rejected))
+        chosen, rejected = (s.beta * ratio.detach() for ratio in (pairs.chosen_ratio, pairs.rejected_ratio))
+        return Terms(total, nll, _of_pairs(chosen, rejected, pairs.chosen, pairs.rejected))
 
     def _weights(self, values: TokenValues, batch: MicroBatch) -> torch.Tensor | float:
         """Weight pairs (WPO, https://huggingface.co/papers/2406.11827, Eq. 2)."""
