@@ -35,13 +35,17 @@ _here = threading.local()  # target: where the torch function at hand puts its r
 
 
 class EmulatedCuda:
-    """Which memory is the device's, which is pinned, and the waits of the host: (op of the step, reason)."""
+    """Which memory is the device's, which is pinned, and the waits of the host: (op of the step, reason).
+
+    mixed: operations on tensors of the device and of the host, which a real device refuses.
+    """
 
     def __init__(self) -> None:
         self._device: dict[int, StorageWeakRef] = {}
         self._pinned: dict[int, StorageWeakRef] = {}
         self._registered: list[tuple[int, int, StorageWeakRef]] = []
         self.waits: list[tuple[Op | None, str]] = []
+        self.mixed: list[str] = []
 
     def is_on_device(self, tensor: torch.Tensor) -> bool:
         return tensor.untyped_storage()._cdata in self._device
@@ -198,6 +202,8 @@ class _Operations(TorchDispatchMode):
             why = self._waits(func, args, kwargs, target)
             if why:
                 cuda.wait(why)
+            if _mixes(func, tensors, marked):
+                cuda.mixed.append(func._schema.name)
         output = STAND_INS.get(func, func)(*args, **kwargs)
         goes_home = func is _aten._to_copy.default and target == "cpu"
         if (marked and not goes_home and func is not _aten.copy_.default) or target == "cuda":
@@ -232,6 +238,13 @@ class _Operations(TorchDispatchMode):
                 return None
             return f"{name}: a size depends on values"
         return None
+
+
+def _mixes(func: Any, tensors: list[torch.Tensor], marked: list[torch.Tensor]) -> bool:
+    """Scalars of the host may be mixed in, indices too; copies are between both."""
+    name = func._schema.name
+    others = [t for t in tensors if t.dim() and not t.is_meta and all(t is not one for one in marked)]
+    return bool(marked and others) and "copy" not in name and "index" not in name
 
 
 def _why_blocking(non_blocking: bool, is_pinned: bool) -> str | None:

@@ -11,7 +11,7 @@ import trl_losses
 from horizon_lm.config import TrainConfig
 from horizon_lm.engine.loss import TokenValues
 from horizon_lm.micro_batches import MicroBatch
-from horizon_lm.preference.documents import MASK, TOKENS, by_document, sums
+from horizon_lm.preference.documents import INDEX, MASK, TOKENS, by_document, sums
 from horizon_lm.preference.losses import divergence_score
 from horizon_lm.preference.method import KL, Method, means
 
@@ -269,6 +269,8 @@ def test_packed_pairs_have_the_loss_of_padded_ones(settings: dict[str, Any]) -> 
     placed = Method(config).prepare([packed], reference)[0]
     width = int(packed["documents"][:, 2].max()) - 1
     assert torch.allclose(by_document(there, placed)[:, :width], gradient[:, :width], rtol=1e-5, atol=1e-9)
+    places = placed[INDEX].flatten()
+    assert len(places.unique()) == len(places)  # else the gradient adds up, one after the other on a GPU
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import preference_runs
 from horizon_lm.checkpoint.folder import open_checkpoint
@@ -121,6 +122,23 @@ def test_another_method_is_another_run(data: dict[str, Path], tmp_path: Path) ->
         train(_settings(data, tmp_path / "run", max_steps=2, beta=0.2, resume_from_checkpoint="latest"))
     with pytest.raises(ConfigError, match="method was 'dpo', is 'ipo'"):
         train(_settings(data, tmp_path / "run", max_steps=2, method="ipo", resume_from_checkpoint="latest"))
+
+
+@pytest.mark.parametrize("key", ["ld_alpha", "ref_model_name_or_path"])
+def test_a_changed_reference_is_computed_anew(key: str, data: dict[str, Path], tmp_path: Path) -> None:
+    """Not taken from the checkpoint."""
+
+    def values(run: str, **changes: Any) -> torch.Tensor:
+        train(_settings(data, tmp_path / run, dataset_cache_dir=None, **changes))
+        saved = open_checkpoint(tmp_path / run / f"checkpoint-{changes['max_steps']}")
+        return Reference.from_bytes(read_small(saved, preferences.FILE)).values["train"]
+
+    before = values("run", max_steps=2)
+    value = {"ld_alpha": 0.5, "ref_model_name_or_path": str(tmp_path / "run" / "model")}[key]
+    wanted = values("other", max_steps=1, **{key: value})
+    more = {"resume_from_checkpoint": "latest", "allow_changed_settings": True}
+    made = values("run", max_steps=3, **{key: value}, **more)
+    assert made.equal(wanted) and not made.equal(before)
 
 
 # The cache.

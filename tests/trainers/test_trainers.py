@@ -170,6 +170,8 @@ def test_a_reference_of_its_own(
     common = {"args": args, "train_dataset": rows("dpo", 40, 1)}
     ours = HorizonDPOTrainer(str(folders[0]), str(folders[1]), **common)
     assert (alive[0], most[0]) == (1, 1) and ours.ref_model is None
+    with pytest.raises(ConfigError, match="ref_model, which would compute it, was freed"):
+        ours.evaluate(rows("dpo", 4, 5))  # not by the model to train
     theirs = DPOTrainer(
         small_model("llama"),
         AutoModelForCausalLM.from_pretrained(folders[1], dtype=torch.float32),
@@ -191,9 +193,10 @@ def test_the_reference_is_one_pass(tmp_path: Path, calls: Counter[str]) -> None:
 
 
 def test_the_reference_is_found_again(
-    folders: tuple[Path, Path], tmp_path: Path, calls: Counter[str]
+    folders: tuple[Path, Path], tmp_path: Path, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By weights, rows and lengths."""
+    """By weights, rows and lengths; no master is copied for it."""
+    monkeypatch.setattr(HostModel, "named_parameters", None)
     data = rows("dpo", 12, 3)
     data.save_to_disk(tmp_path / "data")  # with a place for a cache
     data = data.load_from_disk(tmp_path / "data")
@@ -287,9 +290,11 @@ def test_a_loss_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert found == pytest.approx(wanted, rel=1e-6)
     for number, said in ((2, "more than once"), (0, "did not call the model")):
         monkeypatch.setattr(OwnLoss, "number", number)
+        own = OwnLoss(small_model("llama"), **common)
         with pytest.raises(ConfigError, match=said) as caught:
-            OwnLoss(small_model("llama"), **common).train()
+            own.train()
         assert caught.value.hint
+        assert not own.model.answers  # which a later call might take for those of its own step
 
 
 # Evaluation.

@@ -31,9 +31,10 @@ def with_places(batch: MicroBatch) -> MicroBatch:
         steps = torch.arange(int(lengths.max()) - 1)
         inside = steps[None] < lengths[:, None] - 1
         index = rows[:, None] * labels.shape[1] + starts[:, None] + steps
-        # Beyond a document's end stands the 0 behind all values: no value is read twice, so that the gradient
-        # needs no sum.
-        found[INDEX] = torch.where(inside, index, labels.numel())
+        # Beyond a document's end stand zeros behind all values, each for one place: nothing is read twice, so
+        # that the gradient needs no sum.
+        beyond = labels.numel() + torch.arange(index.numel()).view(index.shape)
+        found[INDEX] = torch.where(inside, index, beyond)
         mask = torch.where(inside, trained.flatten()[found[INDEX].clamp(max=labels.numel() - 1)], False)
     found[MASK], found[TOKENS] = mask, mask.sum(dim=1).float()
     return found
@@ -44,7 +45,7 @@ def by_document(values: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
     index = batch.get(INDEX)
     if index is None:
         return values
-    flat = torch.cat([values.flatten(), values.new_zeros(1)])
+    flat = torch.cat([values.flatten(), values.new_zeros(index.numel())])
     return flat[index.flatten()].view(index.shape)
 
 

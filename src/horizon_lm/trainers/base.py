@@ -121,7 +121,7 @@ class HorizonMixin(HorizonCheckpoints):
         try:
             out = self.forward_backward()
         finally:
-            self._micro_batches = []
+            self._micro_batches, self.model.answers = [], []
         if out.router_losses and hasattr(self, "_metrics"):  # TRL noted those of the view, 0
             mine = [loss / self.router_aux_loss_coef for loss in out.router_losses]
             self._metrics["train"]["aux_loss"][-len(mine) :] = mine
@@ -136,7 +136,8 @@ class HorizonMixin(HorizonCheckpoints):
         for m, (one, mine) in enumerate(zip(self._micro_batches, calls, strict=True)):
             one.answers = [next(answers) for _ in mine[:-1]]
             tensors = {k: v for k, v in one.inputs.items() if isinstance(v, torch.Tensor)}
-            batches.append({**tensors, **mine[-1], "micro_batch": torch.tensor(m)})
+            # Its length tells which one it is: on the device a value would have to be waited for.
+            batches.append({**tensors, **mine[-1], "micro_batch": torch.zeros(m + 1, dtype=torch.uint8)})
         first = self._micro_batches[0]
         weight = self.router_weight(first.num_items, first.steps)
         return self.host.forward_backward(
@@ -145,7 +146,7 @@ class HorizonMixin(HorizonCheckpoints):
 
     def _loss(self, values: TokenValues, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Call the trainer's loss for one micro-batch, and scale it as `Trainer.training_step` does."""
-        one = self._micro_batches[int(batch["micro_batch"])]
+        one = self._micro_batches[len(batch["micro_batch"]) - 1]
         inputs = {k: batch[k] if isinstance(v, torch.Tensor) else v for k, v in one.inputs.items()}
         self.model.answers = [*one.answers, Answer(batch, values)]
         loss: Any = self.compute_loss(self.model, inputs, num_items_in_batch=one.num_items)

@@ -11,7 +11,9 @@ from torch.utils.data import DataLoader
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from horizon_lm.config.data import IGNORED
+from horizon_lm.errors import ConfigError
 from horizon_lm.host_model import HostModel
+from horizon_lm.preference.reference import weights_hash
 from horizon_lm.trainers.base import HorizonMixin, Inputs
 from horizon_lm.trainers.settings import tokenizer_of
 from horizon_lm.trainers.view import view_of
@@ -26,11 +28,13 @@ class HorizonPreferences(HorizonMixin):
 
     reference: tuple[str, ...]  # the columns
     ref_model: Any
+    _reference_is_gone = False
 
     def __init__(self, model: Any = None, *positional: Any, **named: Any) -> None:
         given = self._given(model, positional, named)
         if given.get("ref_model") is not None:
             given.update(self._evaluated(given))
+            self._reference_is_gone = True
         super().__init__(**given)
         self.ref_model = None
 
@@ -54,6 +58,12 @@ class HorizonPreferences(HorizonMixin):
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if self.reference[0] in dataset.column_names:
             return dataset
+        if self._reference_is_gone:  # TRL would take the model to train
+            raise ConfigError(
+                f"the dataset {name} has no column {self.reference[0]}, and ref_model, which would compute "
+                "it, was freed",
+                hint="pass the dataset as eval_dataset when the trainer is made",
+            )
         batches = DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)
         with self.looking_ahead(batches):
             return cast(Any, super())._precompute_ref_logps(dataset, name, batch_size)
@@ -103,9 +113,7 @@ def _call(inputs: Inputs, prefix: str = "") -> Inputs:
 def _identity(host: HostModel, args: Any) -> bytes:
     """Hash what log-probabilities of a dataset depend on: weights, dtypes, attention and lengths."""
     names = ("max_length", "truncation_mode", "ld_alpha")
-    found = hashlib.sha256(repr([getattr(args, name, None) for name in names]).encode())
-    found.update(f"{host.settings.dtype} {host.settings.attn_implementation} {host.device.type}".encode())
-    for name, value in host.named_parameters():
-        found.update(name.encode())
-        found.update(value.contiguous().numpy().data)
-    return found.digest()
+    settings = host.settings
+    parts = [getattr(args, name, None) for name in names]
+    parts += [settings.dtype, settings.attn_implementation, settings.kernels, host.device.type]
+    return hashlib.sha256(repr([*parts, weights_hash(host)]).encode()).digest()

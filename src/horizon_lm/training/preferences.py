@@ -28,7 +28,7 @@ from horizon_lm.preference.method import KL, Method, added, means
 from horizon_lm.preference.reference import Pass, Reference, Say
 from horizon_lm.report.display import Progress
 from horizon_lm.report.records import Evaluation
-from horizon_lm.training.resume import Resume
+from horizon_lm.training.resume import Resume, changed_settings
 from horizon_lm.words import count
 
 FILE = "reference.safetensors"  # of a checkpoint
@@ -110,6 +110,8 @@ def without_dropout(model: HostModel) -> None:
 
 # The reference.
 
+_DECIDING = frozenset({"ref_model_name_or_path", "ld_alpha"})  # on its values, besides the data
+
 
 @dataclass
 class ReferenceOf:
@@ -124,11 +126,14 @@ class ReferenceOf:
     def begin(
         cls, config: TrainConfig, data: TrainingData, resume: Resume | None, progress: Progress
     ) -> ReferenceOf | None:
-        """Take what a checkpoint has; None for a method without a reference."""
+        """Take what a checkpoint has, unless a changed setting gives other values. None for a method without
+        a reference."""
         if not config.uses_reference:
             return None
         found = Reference()
         for checkpoint in resume.checkpoints if resume is not None else ():
+            if _DECIDING & changed_settings(config, checkpoint).keys():
+                break
             with suppress(CheckpointError, ValueError, KeyError):
                 found = Reference.from_bytes(read_small(checkpoint, FILE))
                 break
