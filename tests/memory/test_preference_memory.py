@@ -57,7 +57,7 @@ class Last:
 
 common = dict(model_name_or_path=model, device="cpu", max_length=32, max_steps=2, packing=False)
 common |= dict(save_strategy="no", progress="off", plot_loss=False, activations="recompute")
-common |= dict(dataset_cache_dir="none", optimizer_threads=1)
+common |= dict(dataset_cache_dir=None, optimizer_threads=1)
 runs = {"sft": {}, "dpo": {}, "other": {"ref_model_name_or_path": model}}
 runs["kept"] = runs["other"]
 Pass.over = over
