@@ -60,8 +60,8 @@ class HorizonPreferences(HorizonMixin):
             return dataset
         if self._reference_is_gone:  # TRL would take the model to train
             raise ConfigError(
-                f"the dataset {name} has no column {self.reference[0]}, and ref_model computes it only when the "
-                "trainer is made",
+                f"the dataset {name} has no column {self.reference[0]}, and ref_model computes it only when "
+                "the trainer is made",
                 hint="pass the dataset as eval_dataset then",
             )
         batches = DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)
