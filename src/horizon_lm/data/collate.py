@@ -88,15 +88,18 @@ def _padded(rows: Sequence[Row], strategy: str, pad_id: int) -> tuple[MicroBatch
         lengths += [len(row.ids)] if strategy == "wrapped" else row.lengths.tolist()
     batch = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
     if strategy == "bfd":
-        batch["position_ids"] = torch.from_numpy(np.stack([_positions(row, longest) for row in rows]))
+        # A row of pairs may be longer than the model's table of positions, so its padding may be too.
+        limit = longest if rows[0].samples is None else max(int(row.lengths.max()) for row in rows)
+        batch["position_ids"] = torch.from_numpy(np.stack([_positions(row, longest, limit) for row in rows]))
     elif strategy == "none" or not mask.all():
         batch["attention_mask"] = torch.from_numpy(mask)
     return batch, StepSize(int(mask.sum()), mask.size, tuple(lengths), len(rows))
 
 
-def _positions(row: Row, longest: int) -> np.ndarray:
-    lengths = [*row.lengths.tolist(), longest - len(row.ids)]
-    return np.concatenate([np.arange(length) for length in lengths])
+def _positions(row: Row, longest: int, limit: int) -> np.ndarray:
+    """Count from 0 in each document and in the padding, there again after `limit` tokens."""
+    padding = np.arange(longest - len(row.ids)) % limit
+    return np.concatenate([*(np.arange(length) for length in row.lengths.tolist()), padding])
 
 
 def documents_of(row: Row) -> list[Row]:

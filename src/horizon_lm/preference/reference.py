@@ -52,14 +52,15 @@ class Reference:
 
     def to_bytes(self) -> bytes:
         """Return the content of a safetensors file."""
-        return save(self.values, metadata=self.made_of)
+        # One entry: safetensors writes several in any order.
+        return save(self.values, metadata={"made_of": json.dumps(self.made_of, sort_keys=True)})
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Reference:
         """Raises ValueError for content that is no such file."""
         try:
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-            return cls(load(content), dict(header.get("__metadata__", {})))
+            return cls(load(content), dict(json.loads(header["__metadata__"]["made_of"])))
         except Exception as error:
             raise ValueError(f"no reference log-probabilities: {error}") from error
 
