@@ -124,6 +124,12 @@ def test_another_method_is_another_run(data: dict[str, Path], tmp_path: Path) ->
         train(_settings(data, tmp_path / "run", max_steps=2, method="ipo", resume_from_checkpoint="latest"))
 
 
+def test_a_file_of_values_is_the_same_each_time() -> None:
+    reference = Reference({name: torch.ones(2, 2) for name in ("train", "eval")}, {"train": "a", "eval": "b"})
+    [content] = {reference.to_bytes() for _ in range(20)}
+    assert Reference.from_bytes(content).made_of == reference.made_of
+
+
 @pytest.mark.parametrize("key", ["ld_alpha", "ref_model_name_or_path"])
 def test_a_changed_reference_is_computed_anew(key: str, data: dict[str, Path], tmp_path: Path) -> None:
     """Not taken from the checkpoint."""
