@@ -86,8 +86,8 @@ def check_device_memory(host: HostModel, free_bytes: int | None = None) -> None:
     raise DoesNotFitError(
         f"generation needs all weights on the device: {size(needed)}, but only {size(free_bytes)} are free "
         f"beside {size(slots)} of slots: short by {size(needed - free_bytes)}",
-        hint="set use_vllm=True, vllm_mode=server to generate on another GPU; fewer slots, dtype=bfloat16 or a "
-        "smaller model take less",
+        hint="set use_vllm=True, vllm_mode=server to generate on another GPU; fewer slots, dtype=bfloat16 or "
+        "a smaller model take less",
     )
 
 
