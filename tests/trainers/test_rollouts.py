@@ -124,7 +124,7 @@ def calling(monkeypatch: pytest.MonkeyPatch) -> None:
     def generate(self: Any, input_ids: torch.Tensor, **more: Any) -> torch.Tensor:
         assert not any(parameter.is_meta for parameter in self.parameters())
         if "tool_response" in words.decode(input_ids[0]):
-            return inner(self, input_ids=input_ids, **more)
+            return inner(self, input_ids=input_ids, **more, max_new_tokens=6)
         texts = [said[i % 4] for i in range(len(input_ids))]
         new = words(texts, return_tensors="pt", padding=True, padding_side="right")["input_ids"]
         return torch.cat([input_ids, new], dim=1)
@@ -144,7 +144,7 @@ def test_tools(source: str, folders: dict[str, Path], tmp_path: Path) -> None:
     chats = Dataset.from_dict({"prompt": [[{"role": "user", "content": letter}] for letter in "abcd"]})
     trainer = {"train_dataset": chats, "processing_class": bytewise()}
     trainer[source] = [tenfold] if source == "tools" else Counter
-    changes = {"trainer": trainer, "max_steps": 2, "max_completion_length": 130}
+    changes = {"trainer": trainer, "max_steps": 2, "max_completion_length": 160}
     theirs = trained(GRPOTrainer, folders["roomy"], tmp_path, reward, **changes)
     ours = trained(HorizonGRPOTrainer, folders["roomy"], tmp_path, reward, **changes)
     assert differences(theirs, ours) == []
@@ -171,7 +171,9 @@ def by_the_model(trainer: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("generate", [by_the_wrapped_model, by_the_model])
-def test_rollout_func(generate: Callable[..., torch.Tensor], folders: dict[str, Path], tmp_path: Path) -> None:
+def test_rollout_func(
+    generate: Callable[..., torch.Tensor], folders: dict[str, Path], tmp_path: Path
+) -> None:
     def roll_out(prompts: list[str], trainer: Any) -> dict[str, Any]:
         ids = trainer.processing_class(prompts)["input_ids"]
         found = [generate(trainer, torch.tensor([one]))[0, len(one) :].tolist() for one in ids]
