@@ -182,3 +182,11 @@ def test_settings_of_the_arguments(tmp_path: Path) -> None:
     }
     assert settings.settings_of(arguments("dpo", tmp_path, bf16=True), "some/model")["dtype"] == "bfloat16"
     assert settings.settings_of(arguments("dpo", tmp_path), "some/model")["activations"] == "recompute"
+
+
+def test_a_launcher_numbers_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LOCAL_RANK makes the device of the arguments `cpu:0`, or `cuda:1`."""
+    args = arguments("sft", tmp_path)
+    for given, device in {"cpu:0": "cpu", "cuda:1": "cuda:1"}.items():
+        monkeypatch.setattr(type(args), "device", property(lambda self, it=given: torch.device(it)))
+        assert settings.settings_of(args, "some/model")["device"] == device

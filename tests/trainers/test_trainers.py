@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import trl
+from accelerate.state import AcceleratorState
 from datasets import IterableDataset
 from tests.rooms import PACKAGE
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback
@@ -83,6 +84,25 @@ def test_a_folder_an_object_and_a_host_model_train_alike(folders: tuple[Path, Pa
     after = [dict(trained("sft", model, tmp_path).host.named_parameters()) for model in models]
     for name, value in after[0].items():
         assert torch.equal(value, after[1][name]) and torch.equal(value, after[2][name]), name
+
+
+def test_a_launcher_of_one_process(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torchrun sets it up; its process group is made, and wraps nothing. The device is `cpu:0` then."""
+    alone = trained("sft", str(folders[0]), tmp_path)
+    launched = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    try:
+        trainer = trained("sft", str(folders[0]), tmp_path)
+        assert str(trainer.args.device) == "cpu:0" and torch.distributed.is_initialized()
+    finally:
+        torch.distributed.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+    wanted = dict(alone.host.named_parameters())
+    assert all(torch.equal(value, wanted[name]) for name, value in trainer.host.named_parameters())
 
 
 def test_how_to_load_is_not_said_to_be_ignored(

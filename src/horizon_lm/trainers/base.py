@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -242,6 +243,11 @@ class HorizonMixin(HorizonCheckpoints):
         """Leave devices and dtypes to the engine."""
         args = super()._build_accelerator_args(**kwargs)
         return {**args, "device_placement": False, "mixed_precision": "no"}
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Have no launcher's process group wrap the model, which has no weights to keep equal."""
+        super().create_accelerator_and_postprocess()
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
         """Do nothing: there are no weights to move."""

@@ -31,6 +31,7 @@ def resident(host: HostModel) -> Iterator[Any]:
     check_device_memory(host)
     with ExitStack() as stack:
         stack.enter_context(_unchanged(skeleton))
+        stack.enter_context(_without_router_loss(skeleton.model.config))
         stack.enter_context(patched(skeleton.patches))
         numels = [unit.slot_numel for unit in skeleton.units]
         slots = WeightSlots(host.store, numels, host.device, alias=host.device.type == "cpu")
@@ -59,6 +60,21 @@ def _unchanged(skeleton: Skeleton) -> Iterator[None]:
         for module, training, buffers in kept:
             module.training = training
             module._buffers.update(buffers)
+
+
+@contextmanager
+def _without_router_loss(config: Any) -> Iterator[None]:
+    """Have routers return no logits: transformers computes their loss of a prompt's padding in each forward
+    pass, and fails as soon as a cache makes that pass shorter than the prompt."""
+    configs = [config, config.get_text_config()]
+    kept = [(one, one.output_router_logits) for one in configs if hasattr(one, "output_router_logits")]
+    try:
+        for one, _ in kept:
+            one.output_router_logits = False
+        yield
+    finally:
+        for one, value in kept:
+            one.output_router_logits = value
 
 
 def copy_bytes(host: HostModel) -> int:

@@ -83,10 +83,12 @@ class HorizonRollouts(HorizonMixin):
         wrapped = self.model_wrapped
         with resident(self.host) as model:
             self.model_wrapped = model
+            self.model.whole.append(model)
             try:
                 return cast(Any, super())._generate(prompts)
             finally:
                 self.model_wrapped = wrapped
+                self.model.whole.clear()
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Roll out if it is time to, and keep the micro-batch; count as TRL does."""

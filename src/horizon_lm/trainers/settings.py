@@ -102,7 +102,8 @@ def settings_of(args: TrainingArguments, model: Any = None) -> dict[str, Any]:
         args, "gradient_checkpointing", False
     )
     return {
-        "device": str(args.device),
+        # Launchers number the CPU, too.
+        "device": "cpu" if args.device.type == "cpu" else str(args.device),
         "dtype": "bfloat16" if is_bf16 else "float32",
         "attn_implementation": attention,
         "trust_remote_code": _trust(args),

@@ -19,6 +19,7 @@ from horizon_lm.config.data import IGNORED
 from horizon_lm.engine.loss import TokenValues
 from horizon_lm.errors import ConfigError
 from horizon_lm.host_model import HostModel
+from horizon_lm.trainers.generation import resident
 
 MODEL_INPUTS = ("input_ids", "labels", "attention_mask", "position_ids")
 # Arguments that the engine settles itself. The last ones describe packed documents, as position_ids do.
@@ -48,6 +49,7 @@ class StreamedView:
 
     asked: names of the `TokenValues` to compute. answers: for the calls to come; each is used once.
     identity: makes what `state_dict` holds in place of the weights, of which TRL takes a hash.
+    whole: the `resident` model while a rollout has it open, else nothing.
     """
 
     host: HostModel
@@ -55,6 +57,7 @@ class StreamedView:
     temperature: float
     answers: list[Answer]
     identity: Callable[[], bytes] | None
+    whole: list[Any]
 
     def answer(
         self,
@@ -85,6 +88,13 @@ class StreamedView:
         else:
             self.answers.remove(found)
         return _output(_to(found.values, labels.device), labels, num_items_in_batch)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate with the whole model on the device."""
+        if self.whole:
+            return self.whole[-1].generate(*args, **kwargs)
+        with resident(self.host) as model:
+            return model.generate(*args, **kwargs)
 
     def save_pretrained(self, folder: Any, **options: Any) -> None:
         self.host.save_pretrained(Path(folder))
@@ -125,7 +135,7 @@ def view_of(host: HostModel, asked: Sequence[str], identity: Callable[[], bytes]
 
     # A class of the same name: transformers looks at names and at the signature of forward.
     view.__class__ = type(base.__name__, (StreamedView, base), {"forward": forward})
-    view.__dict__.update(host=host, asked=asked, temperature=1.0, answers=[], identity=identity)
+    view.__dict__.update(host=host, asked=asked, temperature=1.0, answers=[], identity=identity, whole=[])
     view.__dict__.pop("forward", None)
     return view
 
