@@ -28,6 +28,7 @@ from horizon_lm.engine.ops import Ops
 from horizon_lm.errors import ConfigError, DoesNotFitError
 from horizon_lm.memory.ways import next_smaller
 from horizon_lm.schedule import Op
+from horizon_lm.training import checkpoint_series as series
 from horizon_lm.training import save as saver
 from horizon_lm.training.train import train
 from sizes import times
@@ -57,7 +58,7 @@ def test_a_disk_that_fails_for_a_while_is_reported_and_the_run_goes_on(
 ) -> None:
     straight = tmp_path / "straight"
     train(settings(text, straight, max_steps=8, save_steps=8))
-    monkeypatch.setattr(saver, "Disk", lambda: Sick(lambda save: save in (3, 4, 5), code))
+    monkeypatch.setattr(series, "Disk", lambda: Sick(lambda save: save in (3, 4, 5), code))
     run = tmp_path / "run"
     train(settings(text, run, max_steps=8, save_steps=1, save_total_limit=1))
     shown = capsys.readouterr().out
@@ -73,13 +74,13 @@ def test_a_disk_that_fails_for_a_while_is_reported_and_the_run_goes_on(
 def test_too_many_failures_in_a_row_end_the_run_with_the_last_good_one_kept(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saver, "Disk", lambda: Sick(lambda save: save > 2, errno.ENOSPC))
+    monkeypatch.setattr(series, "Disk", lambda: Sick(lambda save: save > 2, errno.ENOSPC))
     with pytest.raises(DoesNotFitError, match="4 checkpoints in a row") as caught:
         train(settings(text, tmp_path / "run", max_steps=20, save_steps=1, save_total_limit=1))
     assert caught.value.exit_code == 3
     found, rejected = list_checkpoints(tmp_path / "run")
     assert [c.manifest.step for c in found] == [2] and not rejected
-    monkeypatch.setattr(saver, "Disk", lambda: Sick(lambda save: save > 0, errno.ENOSPC))
+    monkeypatch.setattr(series, "Disk", lambda: Sick(lambda save: save > 0, errno.ENOSPC))
     train(settings(text, tmp_path / "on", max_steps=6, save_steps=1, max_failed_saves=None))
 
 
@@ -87,7 +88,7 @@ def test_too_little_room_is_seen_before_a_byte_is_written(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     free = iter([10**12, 10**12, 1000, 1000])  # of the plan, before the run, and before each checkpoint
-    monkeypatch.setattr(saver.shutil, "disk_usage", lambda path: type("Usage", (), {"free": next(free)}))
+    monkeypatch.setattr(series.shutil, "disk_usage", lambda path: type("Usage", (), {"free": next(free)}))
     train(settings(text, tmp_path / "run", max_steps=2, save_steps=1))
     out = capsys.readouterr().out
     assert re.search(r"no checkpoint of step 1: it needs [0-9.]+ kB of disk space, 1.00 kB are free", out)
@@ -106,7 +107,7 @@ def test_a_folder_that_vanishes_does_not_end_the_steps(
                 shutil.rmtree(path.parent)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saver, "Disk", Vanishing)
+        patch.setattr(series, "Disk", Vanishing)
         train(settings(text, tmp_path / "run", max_steps=4, save_steps=2))
     assert "no checkpoint of step 2: No such file" in capsys.readouterr().out
     assert [c.manifest.step for c in list_checkpoints(tmp_path / "run")[0]] == [4]

@@ -20,6 +20,7 @@ from horizon_lm.data import train_tokenizer
 from horizon_lm.errors import ConfigError
 from horizon_lm.host_model import HostModel
 from horizon_lm.training import prepare
+from horizon_lm.training import checkpoint_series as series
 from horizon_lm.training import save as saver
 from horizon_lm.training.run_settings import absolute
 from horizon_lm.training.train import train
@@ -161,7 +162,7 @@ def test_a_disk_without_room_for_the_end_fails_no_run(
 ) -> None:
     """It has room for the model, which matters more, and the settings allow no failed checkpoint."""
     monkeypatch.setattr(
-        saver.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 400_000)
+        series.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 400_000)
     )
     run = tmp_path / "run"
     train(settings(text, run, max_steps=2, save_steps=9, max_failed_saves=0))

@@ -97,11 +97,12 @@ def test_init_keeps_the_steps_of_large_data() -> None:
     from horizon_lm.cli.init import _batch
 
     large = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
+    chat, text = ({"is_chat": is_chat, "kind": "documents"} for is_chat in (True, False))
     for sequences in (None, 100_000, 32 * 17):
-        assert _batch(512, sequences, is_text=False) | large == _batch(512, sequences, is_text=False)
+        assert _batch(512, sequences, chat) | large == _batch(512, sequences, chat)
     for sequences in range(1, 2000, 7):  # about 50 steps or more, where there are so many sequences
-        for is_text in (False, True):
-            found = _batch(512, sequences, is_text=is_text)
+        for seen in (chat, text):
+            found = _batch(512, sequences, seen)
             size = found["per_device_train_batch_size"] * found["gradient_accumulation_steps"]
             steps = found["num_train_epochs"] * -(-sequences // size)
             assert size == 1 or steps >= 50
