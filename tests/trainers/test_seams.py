@@ -34,6 +34,7 @@ SEAMS: dict[Any, dict[str, str]] = {
         "_move_model_to_device": "model device",
         "_prepare_inputs": "inputs",
         "compute_loss": "model inputs return_outputs num_items_in_batch",
+        "create_accelerator_and_postprocess": "",
         "create_optimizer": "model",
         "evaluation_loop": "dataloader description prediction_loss_only ignore_keys metric_key_prefix",
         "floating_point_ops": "inputs",
