@@ -19,8 +19,8 @@ from horizon_lm.config import yaml as config_yaml
 from horizon_lm.data import train_tokenizer
 from horizon_lm.errors import ConfigError
 from horizon_lm.host_model import HostModel
-from horizon_lm.training import prepare
 from horizon_lm.training import checkpoint_series as series
+from horizon_lm.training import prepare
 from horizon_lm.training import save as saver
 from horizon_lm.training.run_settings import absolute
 from horizon_lm.training.train import train
