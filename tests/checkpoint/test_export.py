@@ -23,7 +23,7 @@ from horizon_lm.checkpoint.manifest import Manifest
 from horizon_lm.checkpoint.units import copied_buffers
 from horizon_lm.checkpoint.writer import CheckpointWriter, Snapshot
 from horizon_lm.host_model import HostModel
-from horizon_lm.training.save import small_files
+from horizon_lm.training.checkpoint_series import small_files
 from horizon_lm.training.train import train
 from small_runs import settings, write_text
 

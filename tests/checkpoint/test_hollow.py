@@ -18,8 +18,8 @@ from horizon_lm.checkpoint.writer import CheckpointWriter, Snapshot
 from horizon_lm.config import TrainConfig
 from horizon_lm.host_model import HostModel
 from horizon_lm.training.build import model_without_source
+from horizon_lm.training.checkpoint_series import small_files
 from horizon_lm.training.resume import load_checkpoint
-from horizon_lm.training.save import small_files
 
 # tied, scaled embeddings, experts, parameters kept in fp32, buffers that belong to layers
 MODELS = ["llama", "gpt2", "gemma3_text", "mixtral", "gpt_oss", "deepseek_v3", "phimoe", "mamba2"]
