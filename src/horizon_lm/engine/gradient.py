@@ -9,7 +9,7 @@ import torch
 
 from horizon_lm.memory.layout import Parameter, UnitLayout
 from horizon_lm.model.skeleton import Skeleton
-from horizon_lm.optim.gradients import add_gradients, move_gradient
+from horizon_lm.optim.gradients import add_gradient, add_gradients, move_gradient
 
 _PIECE = 1 << 24  # elements, 64 MB of fp32. Sums of squares are fp32 within a piece, fp64 across pieces.
 
@@ -20,7 +20,8 @@ class UnitGradient:
     Parameters that receive nothing (an expert without tokens) are zeros in their own place.
     at_home: the slot is the store's own buffer in its dtype, so nothing needs downloading.
     in_pairs: several gradients per parameter will arrive in host memory. They are added two at a time, and
-    the first of each pair stays where autograd put it.
+    the first of each pair stays where autograd put it, until the second arrives or the round ends.
+    written: parameters that received something; the rest of `run` is undefined until `complete`.
     """
 
     def __init__(
@@ -64,13 +65,21 @@ class UnitGradient:
             self.written.add(parameter.name)
         table.index_copy_(0, rows, values.to(dtype).to(table.dtype))
 
+    def settle(self) -> None:
+        """Add waiting gradients: the last ones of an odd number."""
+        for parameter in self.layout.trainable if self.waiting else ():
+            name = parameter.name
+            if name in self.waiting:
+                view = self.layout.trainable_view(self.run, parameter)
+                add_gradient(view, self.waiting.pop(name), begins=name not in self.written)
+                self.written.add(name)
+
     def complete(self) -> None:
         """Add waiting gradients, and zero those of parameters that received none."""
+        self.settle()
         self.in_pairs = False
         for parameter in self.layout.trainable:
-            if parameter.name in self.waiting:  # the last of an odd number
-                self.add(parameter, self.waiting.pop(parameter.name))
-            elif parameter.name not in self.written:
+            if parameter.name not in self.written:
                 self.layout.trainable_view(self.run, parameter).zero_()
                 self.written.add(parameter.name)
         for start, length in self.layout.gaps():
