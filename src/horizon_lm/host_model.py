@@ -97,7 +97,7 @@ class HostModel:
         units, spec = self.skeleton.units, store_spec(settings, self.skeleton)
         if not settings.skip_memory_check:
             check_host_memory(units, settings, lambda other: store_spec(other, self.skeleton))
-        self.store = HostStore(units, spec, pin_for=self.device)
+        self.store = HostStore(units, spec, pin_for=self.device, device=self.device)
         self.skeleton.place_buffers(self.device)
         refuse_use(model)
         fill_store(self.skeleton, self.store)
@@ -568,10 +568,12 @@ class HostModel:
         self.engine.replaced(steps_done)
 
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes by part: host regions of the store and spilled boundaries; slots on the device."""
+        """Bytes by part: host regions of the store and spilled boundaries; resident units and slots on the
+        device."""
         ops = self.engine.ops
         return {
             **self.store.num_bytes,
+            **self.store.device_bytes,
             "weight_slots": ops.weight_slots.num_bytes,
             "gradient_slots": ops.gradient_slots.num_bytes,
             "boundary_slots": ops.boundary_slots.num_bytes,
