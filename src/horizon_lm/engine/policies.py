@@ -14,8 +14,11 @@ from horizon_lm.config.model import ModelSettings
 from horizon_lm.engine.loss import chunk_tokens
 from horizon_lm.errors import ConfigError
 from horizon_lm.machine.cores import lane_cores
+from horizon_lm.machine.device import free_memory_bytes, resolve_device
+from horizon_lm.machine.memory import available_host_bytes
 from horizon_lm.memory.layout import UnitLayout, lay_out
-from horizon_lm.memory.preflight import check_host_memory
+from horizon_lm.memory.preflight import check_memory
+from horizon_lm.memory.slots import slot_bytes
 from horizon_lm.memory.store import GradientSlabs, StoreSpec
 from horizon_lm.model.loading import count_parameters
 from horizon_lm.model.skeleton import Skeleton
@@ -255,6 +258,12 @@ def store_spec(settings: ModelSettings, shape: ModelShape | None) -> StoreSpec:
     )
 
 
+def slots_of(settings: ModelSettings, shape: ModelShape) -> dict[str, int]:
+    """Predict the device bytes of weight and gradient slots."""
+    policies = Policies.of(settings, shape)
+    return slot_bytes(shape.units, policies.step_spec(policies.rounds), DTYPES[settings.dtype])
+
+
 def make_optimizer(skeleton: Skeleton, settings: ModelSettings, device: torch.device) -> Optimizer:
     """Build the optimizer that the settings describe.
 
@@ -288,8 +297,13 @@ def check_fits_host(values: dict[str, Any], settings: ModelSettings) -> None:
     dtype = DTYPES[settings.dtype]
     trained, frozen = count_parameters(values, settings.freeze)
     rows = [("trained", (trained,), True, dtype), ("frozen", (frozen,), False, dtype)]
-    # The slabs of eager updates are left out: they are as large as a layer, which is not known yet.
-    check_host_memory([lay_out("all", rows, dtype)], settings, lambda other: store_spec(other, None))
+    # Left out, since layers are not known yet: slabs of eager updates, and where resident units lie.
+    device = resolve_device(settings.device)
+    pooled = None
+    if settings.resident not in ("auto", 0, []) and device.type != "cpu":
+        pooled = available_host_bytes(settings.host_memory_bytes) + free_memory_bytes(device)
+    units = [lay_out("all", rows, dtype)]
+    check_memory(units, settings, lambda other: store_spec(other, None), available_bytes=pooled)
 
 
 def update_settings(

@@ -68,8 +68,9 @@ class WeightSlots:
         return sum(buffer.nbytes for buffer in self._buffers)
 
     def upload(self, slot: int, unit: int) -> None:
-        """Copy the unit's weights into the slot, asynchronously if the host memory is pinned."""
-        if self._alias:
+        """Copy the unit's weights into the slot, asynchronously if the host memory is pinned; nothing for a
+        resident unit."""
+        if self._alias or self._store.is_resident(unit):
             return
         target = self.unit(slot, unit)
         target.weights.copy_(self._store.run("weights", unit), non_blocking=True)

@@ -160,6 +160,11 @@ def predict_device_bytes(units: Sequence[UnitLayout], spec: StoreSpec) -> dict[s
     }
 
 
+def state_bytes(units: Sequence[UnitLayout], spec: StoreSpec) -> int:
+    """Predict the bytes of weights and optimizer state, wherever they lie."""
+    return sum(sum(row.numels(units)) * row.dtype.itemsize for row in regions(spec) if row.is_state)
+
+
 class HostStore:
     """All parameters of a model, their gradients and optimizer state."""
 
