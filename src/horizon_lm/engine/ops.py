@@ -61,7 +61,7 @@ class Ops:
     ) -> None:
         self.skeleton, self.store, self.optimizer, self.device = skeleton, store, optimizer, device
         self.policies = Policies.of(settings, skeleton, memory_bytes(device))
-        spec = self.policies.step_spec(1)
+        spec = self.policies.step_spec(self.policies.rounds)
         self.weight_slots = WeightSlots(store, weight_slot_numels(store.units, spec), device, alias)
         self.gradient_slots = GradientSlots(store, gradient_slot_numels(store.units, spec), device, alias)
         self.boundary_slots = BoundarySlots(settings.boundary_slots, device, alias)

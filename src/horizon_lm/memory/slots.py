@@ -1,7 +1,7 @@
 """Slots: device buffers for weights, gradients and stored inputs.
 
 Slots live as long as the model. With `alias` (on the CPU) a weight slot is the store's own buffer, and a
-gradient slot the store's gradient buffer if dtypes match: no copies.
+gradient slot the store's gradient buffer if dtypes match: no copies. Resident units have no weight slot.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ def weight_slot_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[int]
 
 
 def gradient_slot_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[int]:
-    """Return the elements of each gradient slot, in the same order as `weight_slot_numels`."""
+    """Return the elements of each gradient slot: ring, outer slot, and slots of units of their own."""
     sizes = {u: units[u].trainable_numel for u in plan.trainable}
     ring, outer = _largest(sizes, range(plan.head)), _largest(sizes, (plan.head, plan.head + 1))
-    return [ring] * plan.grad_slots + [outer]
+    own = [sizes[unit] for unit in plan.own_grad_slots]
+    return [ring] * plan.grad_slots + [outer, *own]
 
 
 def _largest(sizes: Mapping[int, int], units: Iterable[int]) -> int:
@@ -67,8 +68,9 @@ class WeightSlots:
         return sum(buffer.nbytes for buffer in self._buffers)
 
     def upload(self, slot: int, unit: int) -> None:
-        """Copy the unit's weights into the slot, asynchronously if the host memory is pinned."""
-        if self._alias:
+        """Copy the unit's weights into the slot, asynchronously if the host memory is pinned; nothing for a
+        resident unit."""
+        if self._alias or self._store.is_resident(unit):
             return
         target = self.unit(slot, unit)
         target.weights.copy_(self._store.run("weights", unit), non_blocking=True)
@@ -76,8 +78,8 @@ class WeightSlots:
             target.wide_residual.copy_(self._store.wide_residual(unit), non_blocking=True)
 
     def unit(self, slot: int, unit: int) -> UnitWeights:
-        """The unit's weights in a slot."""
-        if self._alias:
+        """The unit's weights in a slot; a resident unit's in the store, whatever the slot."""
+        if self._alias or self._store.is_resident(unit):
             return UnitWeights(self._store.run("weights", unit), self._store.wide_residual(unit))
         layout, buffer = self._store.units[unit], self._buffers[slot]
         if not layout.wide_numel:

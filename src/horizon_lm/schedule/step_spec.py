@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 UPDATES = ("sync", "deferred", "eager")
-RECOMPUTE, KEEP, NOTHING = "recompute", "keep", ""
+RECOMPUTE, ATTENTION, PRODUCTS, KEEP, NOTHING = "recompute", "attention", "products", "keep", ""
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class StepSpec:
     boundary_slots: device buffers for restored inputs.
     evaluate: forward pass and loss only.
     saved: units written to a checkpoint during this step, as the previous step left them.
+    resident: units that live on the device; disjoint from `uploaded`.
+    rounds: parts into which the micro-batches are cut. sums: where unfinished gradients wait between rounds.
+    attention, products: layers (units) with that policy; disjoint from `kept`.
     """
 
     layers: int
@@ -52,6 +55,11 @@ class StepSpec:
     boundary_slots: int = 2
     evaluate: bool = False
     saved: frozenset[int] = field(default_factory=frozenset)
+    resident: frozenset[int] = field(default_factory=frozenset)
+    rounds: int = 1
+    sums: str = "device"
+    attention: frozenset[int] = field(default_factory=frozenset)
+    products: frozenset[int] = field(default_factory=frozenset)
 
     def __post_init__(self) -> None:
         lowest = {
@@ -78,7 +86,7 @@ class StepSpec:
             raise ValueError(
                 f"embedding_unit={self.embedding_unit} is neither the head nor the unit after it"
             )
-        if self.embedding_unit not in self.uploaded:
+        if self.embedding_unit not in self.uploaded | self.resident:
             raise ValueError(
                 f"embedding_unit={self.embedding_unit} is not uploaded; hint: each step reads it"
             )
@@ -104,6 +112,13 @@ class StepSpec:
     def outer_grad_slot(self) -> int:
         """The gradient slot of the head, then of the embedding table if it is another unit."""
         return self.grad_slots
+
+    @property
+    def own_grad_slots(self) -> tuple[int, ...]:
+        """Units below the head with a gradient slot of their own, numbered after the outer one."""
+        if self.rounds == 1 or self.sums != "device":
+            return ()
+        return tuple(sorted(u for u in self.trainable if u < self.head))
 
     @property
     def sums_rows(self) -> bool:
