@@ -301,7 +301,7 @@ class HostModel:
                 "step() was called without gradients", hint="call forward_backward() before each step()"
             )
         settings = self._update_settings("step()", lr, max_grad_norm, weight_decay)
-        norm = self.engine.ops.norm_of(step)
+        norm = self.engine.ops.updates.norm_of(step)
         if not math.isfinite(norm):
             raise NonFiniteError(
                 f"the gradient norm of step {self.steps_done + 1} is {norm}; nothing was updated",
@@ -350,7 +350,7 @@ class HostModel:
             if check is not None:
                 check(out.loss, out.num_tokens)
                 self._see_gradients_of(step)
-            norm = self.engine.ops.norm_of(step)
+            norm = self.engine.ops.updates.norm_of(step)
             if not math.isfinite(norm):
                 raise self._not_finite(
                     f"the gradient norm of step {self.steps_done + 1} is {norm}", out, norm
@@ -370,7 +370,7 @@ class HostModel:
         self, step: Step, out: ForwardBackwardOutput, settings: UpdateSettings, record: bool
     ) -> float:
         assert step.update is not None
-        norm = self.engine.ops.norm_of(step)
+        norm = self.engine.ops.updates.norm_of(step)
         if step.update.stopped_at is not None:
             what = "loss" if not math.isfinite(out.loss) else "gradient norm"
             value = out.loss if what == "loss" else norm

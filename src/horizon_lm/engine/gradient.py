@@ -96,6 +96,17 @@ class UnitGradient:
         return download_gradient(self.run, target)
 
 
+    def round(self, dtype: torch.dtype) -> torch.Tensor:
+        """Round the complete gradient to the values of `dtype` where it is, and return its squared norm."""
+        self.complete()
+        if self.run.device.type != "cpu":
+            return download_gradient(self.run, self.run, through=dtype)
+        if self.run.dtype != dtype:
+            for piece in self.run.split(_PIECE):
+                piece.copy_(piece.to(dtype))
+        return square_norm(self.run)
+
+
 @contextmanager
 def collecting(
     skeleton: Skeleton, unit: int, leaves: dict[str, torch.Tensor], gradient: UnitGradient | None
@@ -118,22 +129,26 @@ def collecting(
             handle.remove()
 
 
-def download_gradient(run: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Copy a gradient [n] (bf16 or fp32, on the device) to host memory [n] and return its squared norm.
+def download_gradient(
+    run: torch.Tensor, target: torch.Tensor, *, through: torch.dtype | None = None
+) -> torch.Tensor:
+    """Copy a gradient [n] (bf16 or fp32, on the device) to where the update reads it [n], in host memory or on
+    the device, and return its squared norm.
 
-    The norm is of the values the optimizer reads (after rounding to the host dtype), as an fp64 scalar on
-    the device, so the host never scans gradients to measure them.
+    The norm is of the values the optimizer reads, after rounding to the dtype of target (or `through`), as an
+    fp64 scalar on the device, so the host never scans gradients to measure them.
     """
+    dtype = through or target.dtype
     if run.device.type == "cpu":
         return torch.tensor(move_gradient(run, target), dtype=torch.float64)
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     size = min(_PIECE, run.numel())
-    rounded = torch.empty(size, dtype=target.dtype, device=run.device)
+    rounded = torch.empty(size, dtype=dtype, device=run.device)
     wide = torch.empty(size, dtype=torch.float32, device=run.device)
-    for piece, host in zip(run.split(size), target.split(size), strict=True):
-        if piece.dtype != target.dtype:
+    for piece, place in zip(run.split(size), target.split(size), strict=True):
+        if piece.dtype != dtype:
             piece = rounded[: piece.numel()].copy_(piece)
-        host.copy_(piece, non_blocking=True)
+        place.copy_(piece, non_blocking=True)
         if piece.dtype != torch.float32:
             piece = wide[: piece.numel()].copy_(piece)
         total += torch.dot(piece, piece)

@@ -137,13 +137,14 @@ class BoundarySlots:
     """Host buffers for spilled layer inputs, and `count` device buffers to restore them. With `alias` inputs
     stay where they are.
 
-    All buffers are reused from step to step. Device buffers grow to the largest input seen; host buffers come
+    All buffers are reused from round to round. Device buffers grow to the largest input seen; host buffers come
     from a `PinnedPool`.
     """
 
     def __init__(self, count: int, device: torch.device, alias: bool) -> None:
         self._device, self._alias = device, alias
         self._pool = PinnedPool(device)
+        self._round = 0
         self._host_bytes: dict[tuple[int, int], int] = {}  # in this step, by unit and micro-batch
         self._buffers: list[torch.Tensor] = [torch.empty(0, dtype=torch.uint8, device=device)] * count
         self._held: list[torch.Tensor | None] = [None] * count
@@ -164,7 +165,14 @@ class BoundarySlots:
     def begin_step(self) -> None:
         """Reclaim the host buffers of the last step, whose copies have ended."""
         self._pool.give_back()
-        self._host_bytes = {}
+        self._host_bytes, self._round = {}, 0
+
+    def begin_round(self, number: int) -> None:
+        """Reclaim the host buffers of the round before. The first spill of a round waits for a layer that runs
+        after all backward passes of the round before, and so after its restores."""
+        if number != self._round:
+            self._pool.give_back()
+            self._round = number
 
     def spill(self, unit: int, micro_batch: int, value: torch.Tensor) -> torch.Tensor:
         """Copy a layer's input to host memory, asynchronously from a GPU, and return the copy."""
