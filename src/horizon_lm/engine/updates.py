@@ -87,20 +87,17 @@ class Updates:
         """Copy an unfinished gradient to host memory: as a sum, or for the host to add it to the sum."""
         gradient = step.gradients[op.unit]
         gradient.settle()
-        run = gradient.run
         if op.sum_slab < 0:
-            self.store.sum_run(op.unit).copy_(run, non_blocking=True)
+            self.store.sum_run(op.unit).copy_(gradient.run, non_blocking=True)
             return
-        host = self.store.sum_slab(op.sum_slab).view(run.dtype)[: run.numel()]
-        host.copy_(run, non_blocking=True)
-        del step.gradients[op.unit]
-        step.parked[op.sum_slab] = UnitGradient(gradient.layout, host)
-        step.parked[op.sum_slab].written = gradient.written
+        self._in_slab(op.sum_slab, gradient).copy_(gradient.run, non_blocking=True)
+        step.parked[op.sum_slab] = step.gradients.pop(op.unit)
 
     def _add(self, step: Step, op: Op) -> None:
         """Add the gradient of one micro-batch to the sum, as `UnitGradient.add` does: only parameters that
         received something."""
         layout, given = self.store.units[op.unit], step.parked.pop(op.sum_slab)
+        given.run = self._in_slab(op.sum_slab, given)
         if op.first:
             step.host_sums[op.unit] = UnitGradient(layout, self.store.sum_run(op.unit))
         total = step.host_sums[op.unit]
@@ -110,6 +107,9 @@ class Updates:
                 view, value = (layout.trainable_view(g.run, parameter) for g in (total, given))
                 add_gradient(view, value, begins=name not in total.written)
                 total.written.add(name)
+
+    def _in_slab(self, slab: int, gradient: UnitGradient) -> torch.Tensor:
+        return self.store.sum_slab(slab).view(gradient.run.dtype)[: gradient.run.numel()]
 
     def _get_back(self, step: Step, op: Op) -> None:
         """Copy an unfinished gradient back into a slot, which may be another than before."""

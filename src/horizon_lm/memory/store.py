@@ -279,7 +279,7 @@ class HostStore:
 
     def wide_residual(self, unit: int) -> torch.Tensor:
         """Residuals of the unit's wide parameters [wide_numel], wherever they lie; empty in an fp32 store."""
-        if not self.has("residual"):
+        if not self.has("residual") or not self.units[unit].wide_numel:
             return torch.empty(0, dtype=torch.int16)
         return self.run("residual", unit)[: self.units[unit].wide_numel]
 
