@@ -83,10 +83,10 @@ def _more_rounds(settings: ModelSettings) -> Changes:
     """The next number of rounds that divides the micro-batches."""
     if not isinstance(settings, TrainConfig):
         return {}
-    count, rounds = settings.gradient_accumulation_steps, 1 if settings.rounds == "auto" else settings.rounds
-    return (
-        {"rounds": next(n for n in range(rounds + 1, count + 1) if count % n == 0)} if rounds < count else {}
-    )
+    count = settings.gradient_accumulation_steps
+    rounds = 1 if settings.rounds == "auto" else settings.rounds
+    more = next((n for n in range(rounds + 1, count + 1) if count % n == 0), None)
+    return {} if more is None else {"rounds": more}
 
 
 def _one_round(settings: ModelSettings) -> Changes:
