@@ -109,7 +109,7 @@ class HostModel:
                 lambda other: store_spec(other, self.skeleton),
                 device=self.device,
                 slots_of=lambda other: slots_of(other, self.skeleton),
-                available_bytes=1 << 62 if has_host_memory else None,
+                available={"host": 1 << 62} if has_host_memory else None,
             )
         self.store = HostStore(units, spec, pin_for=self.device, device=self.device)
         self.skeleton.place_buffers(self.device)

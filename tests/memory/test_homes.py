@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,31 @@ def test_unit_files_are_equal_and_read_into_any_home(
     unit = min(resident)
     with pytest.raises(TypeError, match="device type tensor"):
         units.as_bytes(units.entries(placed, unit)[0][1])
+
+
+def test_parameters_of_residents_are_copied_one_at_a_time(
+    emulated_cuda: EmulatedCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = filled(StoreSpec(BF16, resident=frozenset({0, 1, 2, 3})), CUDA)
+    copies: list[weakref.ref[torch.Tensor]] = []
+    real = units.as_bytes
+
+    def counted(tensor: torch.Tensor) -> memoryview:
+        assert not [held for held in copies if held() is not None]
+        copies.append(weakref.ref(tensor.untyped_storage()))
+        return real(tensor)
+
+    monkeypatch.setattr(units, "as_bytes", counted)
+    written(store, tmp_path / "files")
+    count = sum(len(units.entries(store, unit)) for unit in range(len(store.units)))
+    assert len(copies) == count
+    read(store, tmp_path / "files")
+    assert len(copies) == 2 * count
+    # Negative control: two that are held at once are found.
+    held = [tensor.cpu() for _, tensor in units.entries(store, 0)[:2]]
+    counted(held[0])
+    with pytest.raises(AssertionError):
+        counted(held[1])
 
 
 def test_a_resident_needs_no_slot(emulated_cuda: EmulatedCuda) -> None:
@@ -324,8 +350,7 @@ def check(free_gb: tuple[float, float], device: torch.device = CUDA, **settings:
         spec_of,
         device=device,
         slots_of=lambda settings: {"weight_slots": GB},
-        available_bytes=int(free_gb[0] * GB),
-        available_device_bytes=int(free_gb[1] * GB),
+        available={"host": int(free_gb[0] * GB), "device": int(free_gb[1] * GB)},
     )
 
 
