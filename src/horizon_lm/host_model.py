@@ -84,9 +84,9 @@ class HostModel:
     As a context manager it frees its memory on exit (`close`).
     """
 
-    def __init__(self, model: nn.Module, settings: ModelSettings) -> None:
+    def __init__(self, model: nn.Module, settings: ModelSettings, *, has_host_memory: bool = False) -> None:
         """model: a transformers model in host memory. It is consumed: its parameters move into the store, and
-        using the object again raises an error."""
+        using the object again raises an error. has_host_memory: that was checked before it was made."""
         check_model(model)
         self.settings = settings
         self.device = resolve_device(settings.device)
@@ -109,6 +109,7 @@ class HostModel:
                 lambda other: store_spec(other, self.skeleton),
                 device=self.device,
                 slots_of=lambda other: slots_of(other, self.skeleton),
+                available={"host": 1 << 62} if has_host_memory else None,
             )
         self.store = HostStore(units, spec, pin_for=self.device, device=self.device)
         self.skeleton.place_buffers(self.device)
@@ -178,7 +179,6 @@ class HostModel:
         values = dict(values)
         if not settings.skip_memory_check:  # before the source model takes its own share
             check_fits_host(values, settings)
-            settings = settings.replace(skip_memory_check=True)
         check_kernels(settings, resolve_device(settings.device))
         model = create_model(
             values,
@@ -186,7 +186,7 @@ class HostModel:
             seed=settings.seed,
             attn_implementation=settings.attn_implementation,
         )
-        return cls(model, settings)
+        return cls(model, settings, has_host_memory=True)
 
     def __repr__(self) -> str:
         if isinstance(self.store, Closed):

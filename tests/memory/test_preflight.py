@@ -43,7 +43,7 @@ def check(parameters: int, available: int, **settings: Any) -> None:
     """The check for one layer, in the dtype of `settings`."""
     asked = ModelSettings(**{"reserve_host_gb": 0.0} | settings)
     of = partial(store_spec, shape=None)
-    check_memory(units(parameters, DTYPES[asked.dtype]), asked, of, available_bytes=available)
+    check_memory(units(parameters, DTYPES[asked.dtype]), asked, of, available={"host": available})
 
 
 def test_what_fits_is_accepted_to_the_byte() -> None:

@@ -110,11 +110,15 @@ def write(file: HashedFile, rows: list[Entry], is_wanted: Callable[[], bool]) ->
     """Write rows as a safetensors file; end early if it is no longer wanted."""
     file.write(memoryview(header(rows)))
     for _, tensor in rows:
-        data = as_bytes(tensor.cpu())
-        for start in range(0, len(data), PIECE_BYTES):
-            if not is_wanted():
-                return
-            file.write(data[start : start + PIECE_BYTES])
+        _write_tensor(file, tensor, is_wanted)
+
+
+def _write_tensor(file: HashedFile, tensor: torch.Tensor, is_wanted: Callable[[], bool]) -> None:
+    data = as_bytes(tensor.cpu())
+    for start in range(0, len(data), PIECE_BYTES):
+        if not is_wanted():
+            return
+        file.write(data[start : start + PIECE_BYTES])
 
 
 def read(file: int, rows: list[Entry], name: str) -> str:
@@ -129,16 +133,23 @@ def read(file: int, rows: list[Entry], name: str) -> str:
     if found != expected:
         raise damaged(name, _difference(file, bytes(found), rows))
     for key, tensor in rows:
-        with in_host_memory(tensor) as target:
-            data = as_bytes(target)
-            for start in range(0, len(data), PIECE_BYTES):
-                piece = data[start : start + PIECE_BYTES]
-                if len(_read_exactly(file, piece)) < len(piece):
-                    raise damaged(name, f"ends within {key}")
-                digest.update(piece)
+        if not _read_tensor(file, tensor, digest):
+            raise damaged(name, f"ends within {key}")
     if os.read(file, 1):
         raise damaged(name, "continues after its last tensor")
     return str(digest.hexdigest())
+
+
+def _read_tensor(file: int, tensor: torch.Tensor, digest: xxhash.xxh3_128) -> bool:
+    """Fill a tensor; return whether the file was long enough."""
+    with in_host_memory(tensor) as target:
+        data = as_bytes(target)
+        for start in range(0, len(data), PIECE_BYTES):
+            piece = data[start : start + PIECE_BYTES]
+            if len(_read_exactly(file, piece)) < len(piece):
+                return False
+            digest.update(piece)
+    return True
 
 
 def _read_exactly(file: int, target: bytearray | memoryview) -> memoryview:

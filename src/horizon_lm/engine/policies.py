@@ -299,11 +299,11 @@ def check_fits_host(values: dict[str, Any], settings: ModelSettings) -> None:
     rows = [("trained", (trained,), True, dtype), ("frozen", (frozen,), False, dtype)]
     # Left out, since layers are not known yet: slabs of eager updates, and where resident units lie.
     device = resolve_device(settings.device)
-    pooled = None
+    pooled: dict[str, int] = {}
     if settings.resident not in ("auto", 0, []) and device.type != "cpu":
-        pooled = available_host_bytes(settings.host_memory_bytes) + free_memory_bytes(device)
+        pooled["host"] = available_host_bytes(settings.host_memory_bytes) + free_memory_bytes(device)
     units = [lay_out("all", rows, dtype)]
-    check_memory(units, settings, lambda other: store_spec(other, None), available_bytes=pooled)
+    check_memory(units, settings, lambda other: store_spec(other, None), available=pooled)
 
 
 def update_settings(

@@ -27,21 +27,20 @@ def check_memory(
     *,
     device: torch.device = _CPU,
     slots_of: Callable[[ModelSettings], Mapping[str, int]] = lambda settings: {},
-    available_bytes: int | None = None,
-    available_device_bytes: int | None = None,
+    available: Mapping[str, int] | None = None,
 ) -> None:
     """Raise DoesNotFitError if the store and `reserve_host_gb` exceed the host memory that is available, or
     resident units and slots the device memory. On the CPU both are host memory, and slots take none.
 
-    spec_of: the store of these units under other settings; slots_of: bytes of the slots. available_bytes,
-    available_device_bytes: for tests; measured by default.
+    spec_of: the store of these units under other settings; slots_of: bytes of the slots. available:
+    bytes of "host" and "device"; measured by default.
     """
     has_memory = device.type != "cpu"
-    available = {"host": available_bytes, "device": available_device_bytes}
-    if available_bytes is None:
-        available["host"] = available_host_bytes(settings.host_memory_bytes)
-    if available_device_bytes is None and has_memory:
-        available["device"] = free_memory_bytes(device)
+    given = dict(available or {})
+    if "host" not in given:
+        given["host"] = available_host_bytes(settings.host_memory_bytes)
+    if "device" not in given and has_memory:
+        given["device"] = free_memory_bytes(device)
     reserve = int(settings.reserve_host_gb * 1e9)
 
     def parts_of(settings: ModelSettings) -> dict[str, dict[str, int]]:
@@ -52,7 +51,7 @@ def check_memory(
         return {"host": host, "device": {**resident, **slots_of(settings)}}
 
     def shortages(settings: ModelSettings) -> Mapping[str, int]:
-        free = {"host": (available["host"] or 0) - reserve, "device": available["device"] or 0}
+        free = given | {"host": given["host"] - reserve}
         return {memory: sum(part.values()) - free[memory] for memory, part in parts_of(settings).items()}
 
     short = shortages(settings)
@@ -64,7 +63,7 @@ def check_memory(
     ways = _fitting_residents(settings, shortages, len(units)) if has_memory else ""
     ways += hint(settings, shortages, otherwise)
     needed = f"the model needs {size(sum(parts.values()))} of {worst} memory ({_table(parts)})"
-    free = f"only {size(available[worst] or 0)} are available"
+    free = f"only {size(given[worst])} are available"
     missing = f"short by {size(short[worst])}"
     if worst == "device":
         raise DoesNotFitError(f"{needed}, but {free} on {device}: {missing}", hint=ways)

@@ -22,6 +22,7 @@ Changes = dict[str, Any]  # setting -> value
 Shortages = Callable[[AnySettings], Mapping[str, int]]
 
 _FEWEST_LOSS_TOKENS, _FEWEST_TILE_TOKENS = 256, 1024
+_MOST_RESIDENTS = 512
 _SHOWN = 3  # suggestions in a hint
 
 
@@ -73,20 +74,21 @@ def _fewer_residents(settings: ModelSettings) -> Changes:
 
 
 def _more_residents(settings: ModelSettings) -> Changes:
-    """Twice as many; with a device of its own memory."""
+    """Twice as many, on a device with memory of its own; too many for the model save nothing."""
     if settings.device == "cpu" or isinstance(settings.resident, list):
         return {}
-    return {"resident": max(1, 2 * (0 if settings.resident == "auto" else settings.resident))}
+    now = 0 if settings.resident == "auto" else settings.resident
+    return {"resident": max(1, 2 * now)} if now < _MOST_RESIDENTS else {}
 
 
 def _more_rounds(settings: ModelSettings) -> Changes:
     """The next number of rounds that divides the micro-batches."""
     if not isinstance(settings, TrainConfig):
         return {}
-    count, rounds = settings.gradient_accumulation_steps, 1 if settings.rounds == "auto" else settings.rounds
-    return (
-        {"rounds": next(n for n in range(rounds + 1, count + 1) if count % n == 0)} if rounds < count else {}
-    )
+    count = settings.gradient_accumulation_steps
+    rounds = 1 if settings.rounds == "auto" else settings.rounds
+    more = next((n for n in range(rounds + 1, count + 1) if count % n == 0), None)
+    return {} if more is None else {"rounds": more}
 
 
 def _one_round(settings: ModelSettings) -> Changes:
@@ -95,11 +97,15 @@ def _one_round(settings: ModelSettings) -> Changes:
 
 
 def _sums_on_the_device(settings: ModelSettings) -> Changes:
-    return {"round_sums": "device"} if settings.rounds not in ("auto", 1) else {}
+    return {"round_sums": "device"} if _sums_lie_elsewhere(settings, "device") else {}
 
 
 def _sums_on_the_host(settings: ModelSettings) -> Changes:
-    return {"round_sums": "host"} if settings.rounds not in ("auto", 1) else {}
+    return {"round_sums": "host"} if _sums_lie_elsewhere(settings, "host") else {}
+
+
+def _sums_lie_elsewhere(settings: ModelSettings, place: str) -> bool:
+    return settings.rounds not in ("auto", 1) and settings.round_sums != place
 
 
 def _smaller_micro_batches(settings: ModelSettings) -> Changes:
@@ -167,7 +173,9 @@ def _shorter_rows(settings: ModelSettings) -> Changes:
 def _fewer_micro_batches(settings: ModelSettings) -> Changes:
     if not isinstance(settings, TrainConfig) or settings.gradient_accumulation_steps == 1:
         return {}
-    return {"gradient_accumulation_steps": settings.gradient_accumulation_steps // 2}
+    fewer = settings.gradient_accumulation_steps // 2
+    rounds = 1 if settings.rounds == "auto" else settings.rounds
+    return {"gradient_accumulation_steps": fewer} | ({"rounds": 1} if fewer % rounds else {})
 
 
 def _narrow_export(settings: ModelSettings) -> Changes:
