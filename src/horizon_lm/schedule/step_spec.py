@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 UPDATES = ("sync", "deferred", "eager")
-RECOMPUTE, KEEP, NOTHING = "recompute", "keep", ""
+RECOMPUTE, ATTENTION, PRODUCTS, KEEP, NOTHING = "recompute", "attention", "products", "keep", ""
 
 
 @dataclass(frozen=True)
