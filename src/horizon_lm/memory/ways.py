@@ -66,6 +66,42 @@ def _inputs_on_the_device(settings: ModelSettings) -> Changes:
     return {} if settings.boundaries in ("auto", "device") else {"boundaries": "device"}
 
 
+def _fewer_residents(settings: ModelSettings) -> Changes:
+    if isinstance(settings.resident, int):
+        return {"resident": settings.resident // 2} if settings.resident else {}
+    return {"resident": 0} if settings.resident not in ("auto", []) else {}
+
+
+def _more_residents(settings: ModelSettings) -> Changes:
+    """Twice as many; with a device of its own memory."""
+    if settings.device == "cpu" or isinstance(settings.resident, list):
+        return {}
+    return {"resident": max(1, 2 * (0 if settings.resident == "auto" else settings.resident))}
+
+
+def _more_rounds(settings: ModelSettings) -> Changes:
+    """The next number of rounds that divides the micro-batches."""
+    if not isinstance(settings, TrainConfig):
+        return {}
+    count, rounds = settings.gradient_accumulation_steps, 1 if settings.rounds == "auto" else settings.rounds
+    return (
+        {"rounds": next(n for n in range(rounds + 1, count + 1) if count % n == 0)} if rounds < count else {}
+    )
+
+
+def _one_round(settings: ModelSettings) -> Changes:
+    """Gradients that wait between rounds take memory."""
+    return {} if settings.rounds in ("auto", 1) else {"rounds": 1}
+
+
+def _sums_on_the_device(settings: ModelSettings) -> Changes:
+    return {"round_sums": "device"} if settings.rounds not in ("auto", 1) else {}
+
+
+def _sums_on_the_host(settings: ModelSettings) -> Changes:
+    return {"round_sums": "host"} if settings.rounds not in ("auto", 1) else {}
+
+
 def _smaller_micro_batches(settings: ModelSettings) -> Changes:
     """The largest proper part, so that a step has as many sequences as before."""
     if not isinstance(settings, TrainConfig) or settings.per_device_train_batch_size == 1:
@@ -146,10 +182,16 @@ _DEVICE, _HOST, _DISK = frozenset({"device", "host"}), frozenset({"host"}), froz
 # Ways that keep the results come first, then by what they cost in speed or in what is computed.
 WAYS = (
     Way(_fewer_slots, Results.SAME, _DEVICE),
+    Way(_fewer_residents, Results.SAME, _DEVICE),
     Way(_no_blocks, Results.SAME, _DEVICE),
     Way(_recompute, Results.SAME, _DEVICE),
     Way(_inputs_on_the_host, Results.SAME, _DEVICE),
     Way(_inputs_on_the_device, Results.SAME, _HOST),
+    Way(_more_rounds, Results.SAME, _DEVICE),
+    Way(_sums_on_the_host, Results.SAME, frozenset({"device"})),
+    Way(_sums_on_the_device, Results.SAME, _HOST),
+    Way(_one_round, Results.SAME, _DEVICE),
+    Way(_more_residents, Results.SAME, _HOST),
     Way(_one_slab, Results.SAME, _HOST),
     Way(_one_gradient_slot, Results.SAME, _DEVICE),
     Way(_smaller_micro_batches, Results.ROUNDING, _DEVICE),

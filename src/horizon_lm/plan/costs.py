@@ -160,7 +160,8 @@ class Costs:
     @property
     def update_bytes(self) -> int:
         """Bytes per parameter that an update reads and writes; gradients are only read."""
-        return sum(r.dtype.itemsize * (1 if r.name.startswith("grad") else 2) for r in regions(self.spec))
+        of_state = sum(2 * row.dtype.itemsize for row in regions(self.spec) if row.is_state)
+        return of_state + self.spec.dtype.itemsize
 
     def _download_seconds(self, unit: int) -> float:
         numel, size = self.outline.units[unit].trainable_numel, self.spec.dtype.itemsize
