@@ -121,12 +121,15 @@ class Ops:
         Noted once, and only if it changes anything."""
         if unit in self.reruns:
             return
-        if unit in self.policies.kept:
+        kept, products, attention = self.policies.kept, self.policies.products, self.policies.attention
+        if unit in kept | products | attention:
             self.tell(
                 f"{self.store.units[unit].name} is recomputed from now on because {reason}, where streamed "
                 "weights cannot be replaced; costs about one more forward pass of that layer a step"
             )
-        self.policies = replace(self.policies, kept=self.policies.kept - {unit})
+        self.policies = replace(
+            self.policies, kept=kept - {unit}, products=products - {unit}, attention=attention - {unit}
+        )
         self.reruns.add(unit)
 
     def tell(self, note: str) -> None:

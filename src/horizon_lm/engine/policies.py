@@ -85,6 +85,13 @@ class Policies:
         resident = resident_units(settings, shape)
         activations = _per_unit(settings.activations, ACTIVATIONS, "activations", shape.num_layers)
         boundaries = _per_unit(settings.boundaries, BOUNDARIES, "boundaries", shape.num_layers)
+        reason = no_selection(settings)
+        if reason is not None and {ATTENTION, PRODUCTS} & set(activations):
+            word = PRODUCTS if PRODUCTS in activations else ATTENTION
+            raise ConfigError(
+                f"activations={word} is not supported with {reason}",
+                hint="set activations=keep or activations=recompute",
+            )
         return cls(
             settings,
             shape,
@@ -155,6 +162,19 @@ class Policies:
         count, head = len(token_counts), self.shape.num_layers + 1
         chunks = max((-(-tokens // self.loss_chunk) for tokens in token_counts), default=1)
         return unit <= head and (count * max(1, chunks) if unit == head else count) > 1
+
+
+def no_selection(settings: ModelSettings) -> str | None:
+    """The setting for which no layer can keep only its products or attention; None if there is none.
+
+    A compiled layer saves what its compiler chose. Kernels of other packages may write into the output of a
+    product (liger's rotary embedding does), which no dispatch mode sees.
+    """
+    if settings.compile:
+        return f"compile={str(settings.compile).lower()}"
+    if settings.kernels != "none":
+        return f"kernels={settings.kernels}"
+    return "attn_implementation=flex_attention" if settings.attn_implementation == "flex_attention" else None
 
 
 def _per_unit(value: str | list[str], words: Sequence[str], key: str, num_layers: int) -> dict[int, str]:
