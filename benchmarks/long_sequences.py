@@ -105,10 +105,10 @@ def main(argv: list[str] | None = None) -> None:
             model = model_of(kind, tokens)
             forward, backward = measure(model, kind, tokens)
             built = Built(model.skeleton)
-            expected = layer_working_set(lambda built=built: built, 0, 1, tokens)
+            expected = layer_working_set(lambda built=built: built, 0, 1, tokens).recomputed
             peaks.append(backward)
             cells = [kind, f"{tokens:,}", f"{forward / 1e6:.1f}", f"{backward / 1e6:.1f}"]
-            cells += [f"{expected.forward / forward:.3f}", f"{expected.backward / backward:.3f}"]
+            cells += [f"{expected.forward.bytes / forward:.3f}", f"{expected.backward.bytes / backward:.3f}"]
             rows.append([*cells, f"{backward / tokens:,.0f}"])
             print(" | ".join(rows[-1]), flush=True)
             del model

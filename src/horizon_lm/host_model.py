@@ -32,13 +32,20 @@ from horizon_lm.engine.disk_lane import Saving
 from horizon_lm.engine.engine import Engine, in_turn
 from horizon_lm.engine.lanes import Span, choose_lanes
 from horizon_lm.engine.loss import Asked, LossFunction, check_loss_function
-from horizon_lm.engine.policies import DTYPES, check_fits_host, make_optimizer, store_spec, update_settings
+from horizon_lm.engine.policies import (
+    DTYPES,
+    check_fits_host,
+    make_optimizer,
+    slots_of,
+    store_spec,
+    update_settings,
+)
 from horizon_lm.engine.step import Step, Update
 from horizon_lm.errors import ConfigError, NonFiniteError, TornStateError
 from horizon_lm.machine.determinism import prepare
 from horizon_lm.machine.device import resolve_device
 from horizon_lm.memory.arena import return_free_memory
-from horizon_lm.memory.preflight import check_host_memory
+from horizon_lm.memory.preflight import check_memory
 from horizon_lm.memory.store import HostStore
 from horizon_lm.micro_batches import Extra, MicroBatches, check_micro_batches
 from horizon_lm.model.consumed import Closed, check_model, refuse_use, take_over
@@ -77,9 +84,9 @@ class HostModel:
     As a context manager it frees its memory on exit (`close`).
     """
 
-    def __init__(self, model: nn.Module, settings: ModelSettings) -> None:
+    def __init__(self, model: nn.Module, settings: ModelSettings, *, has_host_memory: bool = False) -> None:
         """model: a transformers model in host memory. It is consumed: its parameters move into the store, and
-        using the object again raises an error."""
+        using the object again raises an error. has_host_memory: that was checked before it was made."""
         check_model(model)
         self.settings = settings
         self.device = resolve_device(settings.device)
@@ -96,8 +103,15 @@ class HostModel:
         self.optimizer = make_optimizer(self.skeleton, settings, self.device)
         units, spec = self.skeleton.units, store_spec(settings, self.skeleton)
         if not settings.skip_memory_check:
-            check_host_memory(units, settings, lambda other: store_spec(other, self.skeleton))
-        self.store = HostStore(units, spec, pin_for=self.device)
+            check_memory(
+                units,
+                settings,
+                lambda other: store_spec(other, self.skeleton),
+                device=self.device,
+                slots_of=lambda other: slots_of(other, self.skeleton),
+                available={"host": 1 << 62} if has_host_memory else None,
+            )
+        self.store = HostStore(units, spec, pin_for=self.device, device=self.device)
         self.skeleton.place_buffers(self.device)
         refuse_use(model)
         fill_store(self.skeleton, self.store)
@@ -165,7 +179,6 @@ class HostModel:
         values = dict(values)
         if not settings.skip_memory_check:  # before the source model takes its own share
             check_fits_host(values, settings)
-            settings = settings.replace(skip_memory_check=True)
         check_kernels(settings, resolve_device(settings.device))
         model = create_model(
             values,
@@ -173,7 +186,7 @@ class HostModel:
             seed=settings.seed,
             attn_implementation=settings.attn_implementation,
         )
-        return cls(model, settings)
+        return cls(model, settings, has_host_memory=True)
 
     def __repr__(self) -> str:
         if isinstance(self.store, Closed):
@@ -288,7 +301,7 @@ class HostModel:
                 "step() was called without gradients", hint="call forward_backward() before each step()"
             )
         settings = self._update_settings("step()", lr, max_grad_norm, weight_decay)
-        norm = self.engine.ops.norm_of(step)
+        norm = self.engine.ops.updates.norm_of(step)
         if not math.isfinite(norm):
             raise NonFiniteError(
                 f"the gradient norm of step {self.steps_done + 1} is {norm}; nothing was updated",
@@ -337,7 +350,7 @@ class HostModel:
             if check is not None:
                 check(out.loss, out.num_tokens)
                 self._see_gradients_of(step)
-            norm = self.engine.ops.norm_of(step)
+            norm = self.engine.ops.updates.norm_of(step)
             if not math.isfinite(norm):
                 raise self._not_finite(
                     f"the gradient norm of step {self.steps_done + 1} is {norm}", out, norm
@@ -357,7 +370,7 @@ class HostModel:
         self, step: Step, out: ForwardBackwardOutput, settings: UpdateSettings, record: bool
     ) -> float:
         assert step.update is not None
-        norm = self.engine.ops.norm_of(step)
+        norm = self.engine.ops.updates.norm_of(step)
         if step.update.stopped_at is not None:
             what = "loss" if not math.isfinite(out.loss) else "gradient norm"
             value = out.loss if what == "loss" else norm
@@ -568,10 +581,12 @@ class HostModel:
         self.engine.replaced(steps_done)
 
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes by part: host regions of the store and spilled boundaries; slots on the device."""
+        """Bytes by part: host regions of the store and spilled boundaries; resident units and slots on the
+        device."""
         ops = self.engine.ops
         return {
             **self.store.num_bytes,
+            **self.store.device_bytes,
             "weight_slots": ops.weight_slots.num_bytes,
             "gradient_slots": ops.gradient_slots.num_bytes,
             "boundary_slots": ops.boundary_slots.num_bytes,

@@ -239,5 +239,5 @@ def test_on_the_cpu_the_tables_gradient_is_summed_at_home() -> None:
             assert slots.num_bytes == 0
         else:  # of layers and head, whose gradients are sums
             assert slots.num_bytes > 0
-            run = ops._new_gradient(model.engine.gradients, model.skeleton.embedding_unit, -1)
+            run = ops.updates.new_gradient(model.engine.gradients, model.skeleton.embedding_unit, -1)
             assert run.at_home

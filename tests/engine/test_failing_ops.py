@@ -20,7 +20,7 @@ from faulty_runs import Injected, NoSaving, model_on, with_cuda_lanes
 from faulty_runs import text as text
 from horizon_lm import cli
 from horizon_lm.engine import lanes as lanes_module
-from horizon_lm.engine.ops import Ops
+from horizon_lm.engine.updates import Updates
 from horizon_lm.schedule import Lane, Op
 from small_runs import settings
 
@@ -139,10 +139,10 @@ def test_a_lane_that_dies_without_a_word_is_noticed(
 def test_an_error_that_ends_a_run_names_its_op(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(self: Ops, step: Any, op: Op) -> None:
+    def broken(self: Updates, step: Any, op: Op) -> None:
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr(Ops, "_download", broken)
+    monkeypatch.setattr(Updates, "_download", broken)
     (tmp_path / "run.yaml").write_text(settings(text, tmp_path / "run").to_yaml())
     assert cli.main(["train", str(tmp_path / "run.yaml")]) == 1
     assert "oops (in op D" in capsys.readouterr().err

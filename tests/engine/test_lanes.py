@@ -154,6 +154,7 @@ def test_ops_touch_what_they_declare(
     }
     # every other region is optimizer state
     kinds = {"weights": "weights", "grads": "grads", "grad_slabs": "slab"}
+    kinds |= {"sums": "sum", "sum_slabs": "sum_slab"}
 
     def note(target: Any, method: str, buffer: Callable[..., Buffer]) -> None:
         original = getattr(target, method)
@@ -166,7 +167,11 @@ def test_ops_touch_what_they_declare(
 
     note(store, "run", lambda region, unit: Buffer(kinds.get(region, "state"), unit))
     note(store, "weight", lambda key: Buffer("weights", of_unit[key]))
-    note(engine.ops.weight_slots, "unit", lambda slot, unit: Buffer("slot", slot))
+    note(
+        engine.ops.weight_slots,
+        "unit",
+        lambda slot, unit: Buffer("weights", unit) if slot < 0 else Buffer("slot", slot),
+    )
     note(engine.ops.weight_slots, "upload", lambda slot, unit: Buffer("slot", slot))
     note(engine.ops.gradient_slots, "run", lambda slot, unit, dtype: Buffer("grad_slot", slot))
     note(engine.ops.boundary_slots, "restore", lambda slot, home: Buffer("boundary_slot", slot))
@@ -194,7 +199,11 @@ def test_ops_touch_what_they_declare(
 
     engine.ops.functions = {kind: watch(kind, function) for kind, function in engine.ops.functions.items()}
     steps_of(model, name, micro_batches)
-    extra = {"spilled": "XR", "mixed": "XR", "blocks": "XRC"}
+    extra = {"spilled": "XR", "mixed": "XR", "blocks": "XRC", "resident": "A", "resident-eager": "A"}
+    if micro_batches > 1:
+        extra |= {"rounds-host": "XRPG", "rounds-add": "PSG"}
+    else:
+        extra["rounds-host"] = "XR"
     assert seen == set("UFLBDNO") | set(extra.get(variant, ""))
 
 

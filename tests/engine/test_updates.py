@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import horizon_lm as hz
 import zoo
 from adversarial import from_pretrained
-from horizon_lm.engine.ops import Ops
+from horizon_lm.engine.updates import Updates
 from horizon_lm.errors import ConfigError, NonFiniteError
 from horizon_lm.schedule import Lane, Op, StepSpec, build, simulate
 from horizon_lm.schedule.draw import busy_seconds
@@ -95,7 +95,7 @@ def test_modes_give_the_same_bits(name: str, micro_batches: int) -> None:
 def test_a_clipping_factor_of_the_wrong_step_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: deferred updates that take the scale of nothing but 1."""
     expected = trained("llama", 3, 1, 0.1, update="sync")
-    monkeypatch.setattr(Ops, "_norm", lambda self, step, op: None)
+    monkeypatch.setattr(Updates, "_norm", lambda self, step, op: None)
     assert not same(trained("llama", 3, 1, 0.1, update="deferred")[1], expected[1])
 
 

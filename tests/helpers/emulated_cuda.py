@@ -156,7 +156,9 @@ def _to(cuda: EmulatedCuda, func: Any, args: tuple, kwargs: dict) -> torch.Tenso
                 tensor, dtype=dtype, device=CPU, non_blocking=non_blocking
             )
         return moved
-    return tensor if dtype is None or dtype == tensor.dtype else func(tensor, dtype)
+    if dtype is None or dtype == tensor.dtype:
+        return tensor.clone() if kwargs.get("copy", False) else tensor
+    return func(tensor, dtype)
 
 
 def _cpu(cuda: EmulatedCuda, func: Any, args: tuple, kwargs: dict) -> torch.Tensor:
@@ -166,6 +168,12 @@ def _cpu(cuda: EmulatedCuda, func: Any, args: tuple, kwargs: dict) -> torch.Tens
 def _out_of_tensor(cuda: EmulatedCuda, func: Any, args: tuple, kwargs: dict) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
         return func(_cpu(cuda, func, args[:1], {}), *args[1:], **kwargs)
+
+
+def _numpy(cuda: EmulatedCuda, func: Any, args: tuple, kwargs: dict) -> Any:
+    if cuda.is_on_device(args[0]):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+    return func(*args, **kwargs)
 
 
 def _pin_memory(cuda: EmulatedCuda, func: Any, args: tuple, kwargs: dict) -> torch.Tensor:
@@ -181,7 +189,7 @@ _SPECIAL: dict[Any, Callable[[EmulatedCuda, Any, tuple, dict], Any]] = {
     torch.Tensor.to: _to,
     torch.Tensor.cpu: _cpu,
     torch.Tensor.tolist: _out_of_tensor,
-    torch.Tensor.numpy: _out_of_tensor,
+    torch.Tensor.numpy: _numpy,
     torch.Tensor.pin_memory: _pin_memory,
     torch.Tensor.is_pinned: lambda cuda, func, args, kwargs: cuda.is_pinned(args[0]),
     torch.Tensor.record_stream: lambda cuda, func, args, kwargs: None,

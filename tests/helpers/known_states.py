@@ -40,7 +40,11 @@ def batch(seed: int) -> list[dict[str, torch.Tensor]]:
 
 def runs_of(model: hz.HostModel) -> Bytes:
     """Every region that outlives a step."""
-    return [run for region, runs in model.store._runs.items() if region[0] != "g" for run in runs]
+    return [run for region, runs in model.store._runs.items() if outlives(region) for run in runs]
+
+
+def outlives(region: str) -> bool:
+    return not region.startswith(("grad", "sum"))
 
 
 def bytes_of(model: hz.HostModel) -> Bytes:
@@ -61,7 +65,7 @@ class Copies:
     def write_unit(self, unit: int) -> None:
         if not self.abandoned:
             runs = self.model.store._runs.items()
-            self.units[unit] = [r[unit].clone().view(torch.uint8) for n, r in runs if n[0] != "g"]
+            self.units[unit] = [r[unit].clone().view(torch.uint8) for n, r in runs if outlives(n)]
 
     def are(self, state: Bytes) -> bool:
         units = len(self.model.store.units)

@@ -70,7 +70,7 @@ class Reset:
         ops = self.model.engine.ops
         for slots, count in (
             (ops.weight_slots, ops.policies.slots + 1),
-            (ops.gradient_slots, ops.policies.grad_slots + 1),
+            (ops.gradient_slots, len(ops.gradient_slots._buffers)),
             (ops.boundary_slots, ops.policies.settings.boundary_slots),
         ):
             for slot in range(count):
@@ -93,6 +93,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "spilled": {"boundaries": "host"},
     "mixed": {"activations": ["recompute*2", "keep"], "boundaries": "host", "boundary_slots": 1},
     "blocks": {"checkpoint_interval": 2, "boundaries": ["host", "device*2"]},
+    "resident": {"resident": 3},
+    "resident-eager": {"resident": 3, "update": "eager", "max_grad_norm": None},
+    "rounds": {"rounds": 2, "round_sums": "device"},
+    "rounds-host": {"rounds": 2, "round_sums": "host", "boundaries": "host"},
+    "rounds-add": {"rounds": 2, "round_sums": "add", "update": "sync"},
 }
 
 

@@ -145,7 +145,7 @@ def test_a_model_that_was_not_taken_is_as_it_was(monkeypatch: pytest.MonkeyPatch
     source = zoo.build("llama")
     expected = source(**ROWS).loss
     with monkeypatch.context() as patch, pytest.raises(DoesNotFitError):
-        patch.setattr(host_model, "check_host_memory", refuse)
+        patch.setattr(host_model, "check_memory", refuse)
         hz.HostModel.from_pretrained(source, device="cpu")
     assert torch.equal(source(**ROWS).loss, expected)
     assert hz.HostModel.from_pretrained(source, device="cpu").num_parameters == 37152

@@ -21,7 +21,7 @@ from horizon_lm.machine import memory as hardware
 from horizon_lm.machine.profile import load_profile
 from horizon_lm.memory import arena
 from horizon_lm.memory.layout import UnitLayout, lay_out
-from horizon_lm.memory.preflight import check_host_memory
+from horizon_lm.memory.preflight import check_memory
 from horizon_lm.memory.store import GradientSlabs, StoreSpec, predict_bytes
 from horizon_lm.plan.fit import Limits
 from horizon_lm.words import size
@@ -43,7 +43,7 @@ def check(parameters: int, available: int, **settings: Any) -> None:
     """The check for one layer, in the dtype of `settings`."""
     asked = ModelSettings(**{"reserve_host_gb": 0.0} | settings)
     of = partial(store_spec, shape=None)
-    check_host_memory(units(parameters, DTYPES[asked.dtype]), asked, of, available_bytes=available)
+    check_memory(units(parameters, DTYPES[asked.dtype]), asked, of, available={"host": available})
 
 
 def test_what_fits_is_accepted_to_the_byte() -> None:
@@ -105,7 +105,7 @@ def test_nothing_is_measured_when_the_figure_is_given(monkeypatch: pytest.Monkey
     monkeypatch.setattr("horizon_lm.memory.preflight.available_host_bytes", lambda stated: 0)
     check(100, GB)
     with pytest.raises(DoesNotFitError):
-        check_host_memory(units(100), ModelSettings(), partial(store_spec, shape=None))
+        check_memory(units(100), ModelSettings(), partial(store_spec, shape=None))
 
 
 def test_available_is_the_least_of_all_limits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +132,7 @@ def little_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def fits(parameters: int, **values: Any) -> None:
     asked = ModelSettings(reserve_host_gb=0.0, **values)
-    check_host_memory(units(parameters), asked, partial(store_spec, shape=None))
+    check_memory(units(parameters), asked, partial(store_spec, shape=None))
 
 
 @pytest.mark.usefixtures("little_is_free")

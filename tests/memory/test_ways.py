@@ -22,9 +22,11 @@ LAVISH: dict[str, Any] = {
     "activations": "keep",
     "boundaries": ["host*2", "device*2"],
     "per_device_train_batch_size": 9,
-    "gradient_accumulation_steps": 2,
+    "gradient_accumulation_steps": 4,
     "dtype": "float32",
     "max_length": 4096,
+    "resident": 5,
+    "rounds": 2,
 }
 
 
@@ -66,7 +68,7 @@ def test_ways_that_keep_the_results_come_first() -> None:
 def test_a_smaller_micro_batch_keeps_the_sequences_of_a_step() -> None:
     config = settings(**LAVISH)
     way = next(way for way in WAYS if "per_device_train_batch_size" in way.changes(config))
-    assert way.changes(config) == {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 6}
+    assert way.changes(config) == {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 12}
 
 
 def test_what_suffices_alone_comes_first_and_what_saves_nothing_is_not_offered() -> None:

@@ -37,7 +37,7 @@ def samples_of(cases: Sequence[calibrate.Case], noise: float) -> list[calibrate.
         config = model_config(TrainConfig(init_model=case.shape.values(), datasets=["none"]))
         built = Outline(config, settings).built
         layer = layer_working_set(lambda built=built: built, 0, case.shape.rows, case.shape.tokens)
-        for work in (layer.forward.work, layer.backward.work):
+        for work in (layer.recomputed.forward.work, layer.recomputed.backward.work):
             busy = sum(n * k.amount / TRUE[k.kind] for k, n in work.items())
             launches = LAUNCH_SECONDS * sum(work.values())
             found.append(calibrate.Sample(work, max(busy, launches) * rng.uniform(1 - noise, 1 + noise)))

@@ -49,11 +49,12 @@ def test_keeping_is_measured_only_where_it_is_asked_for(monkeypatch: pytest.Monk
     config, outline = outline_of()
     layer = outline.measures(2, 32, 64).layers[0]
     assert policies == ["recompute"]
-    found = layer.kept, layer.keep_forward, layer.keep_backward
-    assert policies == ["recompute", "keep"] and found[0] > layer.held
+    found = [layer.under(policy) for policy in ("keep", "products", "attention", "keep")]
+    assert policies == ["recompute", "keep", "products", "attention"] and found[0] == found[-1]
+    assert found[0].held > found[1].held > found[2].held > layer.under("recompute").held
     _, other = outline_of()
     again = other.measures(2, 32, 64).layers[0]
-    assert again.measure_kept() == found
+    assert [again.measure(policy) for policy in ("keep", "products", "attention")] == found[:-1]
 
 
 LINES = [Line("batch", 32, 2, 63), Line("tokens", 1, 8, 63)]
@@ -75,7 +76,7 @@ def test_sizes_between_two_measured_ones_follow_exactly(line: Line, attention: s
 def figures(outline: Outline, batch: int, tokens: int) -> tuple:
     found = outline.measures(batch, tokens, 16)
     layer = found.layers[0]
-    return found.ends, layer, layer.kept, layer.keep_forward, layer.keep_backward
+    return found.ends, layer, *(layer.under(policy) for policy in ("attention", "products", "keep"))
 
 
 def test_nothing_is_concluded_where_the_ends_differ() -> None:

@@ -38,7 +38,7 @@ def test_what_trains_is_planned(name: str) -> None:
     measures = outline.measures(1, zoo.WINDOW + 4, 128)  # longer than a window; xlstm cuts chunks of 4
     assert len(measures.layers) == len(set(outline.kind_of))
     for layer in measures.layers:
-        assert layer.forward.work and layer.backward.work and layer.boundary > 0
+        assert layer.recomputed.forward.work and layer.recomputed.backward.work and layer.boundary > 0
     assert measures.ends.loss.work
 
 
@@ -56,10 +56,10 @@ def test_experts_that_ask_for_values_get_an_even_share() -> None:
     flops = {}
     for tokens in (64, 128):
         layer = outline_of("dbrx").measures(1, tokens, 128).layers[0]
-        flops[tokens] = sum(k.flops * n for k, n in layer.forward.work.items() if k.kind == "matmul")
+        flops[tokens] = sum(k.flops * n for k, n in layer.recomputed.forward.work.items() if k.kind == "matmul")
     assert 1.8 < flops[128] / flops[64] < 2.2
     mixtral = outline_of("mixtral").measures(1, 128, 128).layers[0]
-    other = sum(k.flops * n for k, n in mixtral.forward.work.items() if k.kind == "matmul")
+    other = sum(k.flops * n for k, n in mixtral.recomputed.forward.work.items() if k.kind == "matmul")
     assert 0.3 < flops[128] / other < 3
 
 

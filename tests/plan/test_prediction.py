@@ -45,7 +45,7 @@ def test_units_are_those_of_the_real_model(name: str) -> None:
     assert outline.units == real.units
     assert outline.built.skeleton.anatomy == real.anatomy
     measures = outline.measures(1, 16, 128)
-    assert all(layer.forward.work and layer.backward.bytes > 0 for layer in measures.layers)
+    assert all(layer.recomputed.forward.work and layer.recomputed.backward.bytes > 0 for layer in measures.layers)
     assert outline.with_layers(7).units[0] == real.units[0]
     assert len(outline.with_layers(7).units) == len(real.units) + 7 - real.num_layers
     assert outline.with_layers(7).units != outline.units  # the comparison can fail
@@ -63,7 +63,7 @@ def test_experts_that_are_visited_one_by_one_share_the_tokens() -> None:
     for count in (1, 2):
         config.ffn_config.moe_top_k = count
         measures = Outline(config, settings_of(dtype="float32")).measures(1, tokens, 128)
-        found.append(sum(k.flops * n for k, n in measures.layers[0].forward.work.items()))
+        found.append(sum(k.flops * n for k, n in measures.layers[0].recomputed.forward.work.items()))
     assert found[1] - found[0] == pytest.approx(tokens * 3 * 2 * width * inner, rel=0.02)
 
 

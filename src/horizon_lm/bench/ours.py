@@ -13,6 +13,7 @@ from horizon_lm.config import ModelSettings, TrainConfig, model_settings_of
 from horizon_lm.errors import ConfigError, UnsupportedModelError
 from horizon_lm.host_model import HostModel
 from horizon_lm.memory.arena import keep_freed_memory
+from horizon_lm.memory.store import regions
 from horizon_lm.optim import kernel
 from horizon_lm.plan.run_plan import plan_run
 from horizon_lm.schedule import Lane
@@ -153,21 +154,24 @@ def moved_bytes(model: HostModel, spans: Iterable[Span]) -> dict[str, int]:
     """Return the bytes that a step moves: `to_device` (weights, boundaries), `from_device` (gradients,
     boundaries), and `update`, read and written by the optimizer in host memory. On the CPU only `update`."""
     store, engine = model.store, model.engine
-    size, moments = store.dtype.itemsize, sum(store.num_bytes.get(n, 0) for n in ("exp_avg", "exp_avg_sq"))
-    trainable = sum(unit.trainable_numel for unit in store.units)
-    per_parameter = 3 * size + 2 * moments / max(1, trainable)
-    per_parameter += 2 * 2 if store.num_bytes.get("residual") else 0
+    size = store.dtype.itemsize
+    # State is read and written, gradients are read.
+    per_parameter = size + sum(2 * row.dtype.itemsize for row in regions(store.spec) if row.is_state)
     streamed = model.device.type != "cpu"
     found = {"to_device": 0, "from_device": 0, "update": 0}
     for op, _, _ in spans:
-        if op.kind == "O":
-            found["update"] += int(store.units[op.unit].trainable_numel * per_parameter)
+        if op.kind == "O" or (op.kind == "A" and not streamed):
+            found["update"] += store.units[op.unit].trainable_numel * per_parameter
         elif not streamed:
             continue
         elif op.kind == "U":
             found["to_device"] += store.units[op.unit].slot_numel * size
         elif op.kind == "D":
-            found["from_device"] += store.units[op.unit].trainable_numel * size
+            downloaded = 0 if store.is_resident(op.unit) else store.units[op.unit].trainable_numel
+            found["from_device"] += downloaded * size
+        elif op.kind in "PG":  # unfinished gradients, fp32
+            direction = "from_device" if op.kind == "P" else "to_device"
+            found[direction] += store.units[op.unit].trainable_numel * torch.float32.itemsize
         elif op.kind in "RX":
             size_on_host = engine.ops.boundary_slots.host_bytes_of(op.unit, op.micro_batch)
             found["to_device" if op.kind == "R" else "from_device"] += size_on_host

@@ -1,4 +1,5 @@
-"""Units of the store as safetensors files, written and read without a copy in memory.
+"""Units of the store as safetensors files, written and read without a copy in memory; parameters of resident
+units pass through one in host memory, one at a time.
 
     weights.NAME  residual.NAME  exp_avg.NAME  exp_avg_sq.NAME      for each parameter NAME of the unit
 
@@ -19,7 +20,7 @@ from torch import nn
 
 from horizon_lm.checkpoint.disk import PIECE_BYTES, HashedFile, damaged
 from horizon_lm.memory.layout import Parameter
-from horizon_lm.memory.store import HostStore
+from horizon_lm.memory.store import HostStore, in_host_memory
 
 _DTYPE_NAMES = {
     torch.bfloat16: "BF16",
@@ -45,7 +46,7 @@ def file_name(unit: int) -> str:
 
 
 def entries(store: HostStore, unit: int) -> list[Entry]:
-    """Return (key, view into the store) of all tensors of a unit in the order of the file.
+    """Return (key, view into the store, wherever it lies) of all tensors of a unit in the order of the file.
 
     Larger elements come first, so that each tensor starts at a multiple of its element size, which readers
     that map the file need.
@@ -101,7 +102,7 @@ def header(rows: Sequence[Entry], metadata: dict[str, str] | None = None) -> byt
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return the memory of a contiguous tensor."""
+    """Return the memory of a contiguous tensor in host memory."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
@@ -109,11 +110,15 @@ def write(file: HashedFile, rows: list[Entry], is_wanted: Callable[[], bool]) ->
     """Write rows as a safetensors file; end early if it is no longer wanted."""
     file.write(memoryview(header(rows)))
     for _, tensor in rows:
-        data = as_bytes(tensor)
-        for start in range(0, len(data), PIECE_BYTES):
-            if not is_wanted():
-                return
-            file.write(data[start : start + PIECE_BYTES])
+        _write_tensor(file, tensor, is_wanted)
+
+
+def _write_tensor(file: HashedFile, tensor: torch.Tensor, is_wanted: Callable[[], bool]) -> None:
+    data = as_bytes(tensor.cpu())
+    for start in range(0, len(data), PIECE_BYTES):
+        if not is_wanted():
+            return
+        file.write(data[start : start + PIECE_BYTES])
 
 
 def read(file: int, rows: list[Entry], name: str) -> str:
@@ -128,15 +133,23 @@ def read(file: int, rows: list[Entry], name: str) -> str:
     if found != expected:
         raise damaged(name, _difference(file, bytes(found), rows))
     for key, tensor in rows:
-        data = as_bytes(tensor)
-        for start in range(0, len(data), PIECE_BYTES):
-            piece = data[start : start + PIECE_BYTES]
-            if len(_read_exactly(file, piece)) < len(piece):
-                raise damaged(name, f"ends within {key}")
-            digest.update(piece)
+        if not _read_tensor(file, tensor, digest):
+            raise damaged(name, f"ends within {key}")
     if os.read(file, 1):
         raise damaged(name, "continues after its last tensor")
     return str(digest.hexdigest())
+
+
+def _read_tensor(file: int, tensor: torch.Tensor, digest: xxhash.xxh3_128) -> bool:
+    """Fill a tensor; return whether the file was long enough."""
+    with in_host_memory(tensor) as target:
+        data = as_bytes(target)
+        for start in range(0, len(data), PIECE_BYTES):
+            piece = data[start : start + PIECE_BYTES]
+            if len(_read_exactly(file, piece)) < len(piece):
+                return False
+            digest.update(piece)
+    return True
 
 
 def _read_exactly(file: int, target: bytearray | memoryview) -> memoryview:

@@ -1,4 +1,4 @@
-"""Settings of a model in host memory: device, activations, optimizer."""
+"""Settings of a model in host memory: kernels, parameters, optimizer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any, Literal
 from pydantic import field_validator
 from pydantic_core import PydanticCustomError
 
-from horizon_lm.config.base import Settings, fault, setting
+from horizon_lm.config.base import fault, setting
+from horizon_lm.config.memory import MemorySettings
 
 # Values that `deterministic` allows. Compiled kernels are chosen by timing.
 _REPEATABLE: dict[str, tuple[Any, ...]] = {
@@ -25,25 +26,9 @@ HUB_KERNEL = re.compile(
 )
 
 
-class ModelSettings(Settings):
+class ModelSettings(MemorySettings):
     """The settings of `TrainConfig` that `HostModel.from_pretrained` takes as well."""
 
-    device: str = setting(
-        "auto",
-        "Device that computes the layers; auto uses a GPU if available.",
-        group="Memory and device",
-        resume="ask",
-        expects="auto, cpu, cuda or cuda:N",
-        pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$",
-    )
-    deterministic: bool = setting(
-        False,
-        "Use only GPU kernels that give the same bits in each run, so that a resumed run equals an "
-        "uninterrupted one bitwise. May be slower; an operation without such a kernel is an error. No effect "
-        "on a CPU.",
-        group="Memory and device",
-        resume="ask",
-    )
     dtype: Literal["bfloat16", "float32"] = setting(
         "bfloat16",
         "Weight and compute dtype; the optimizer keeps float32 masters either way.",
@@ -137,31 +122,6 @@ class ModelSettings(Settings):
         lt=2**63,
         expects="a whole number >= 0",
     )
-    slots: int = setting(
-        2,
-        "Weight slots on the device; with two, the next layer uploads while one computes.",
-        group="Memory and device",
-        resume="free",
-        unit="layers",
-        ge=2,
-    )
-    grad_slots: int = setting(
-        2,
-        "Gradient slots on the device; with two, one layer's gradients download while the next are computed.",
-        group="Memory and device",
-        resume="free",
-        unit="layers",
-        ge=1,
-    )
-    loss_chunk_tokens: int | Literal["auto"] = setting(
-        "auto",
-        "Tokens whose logits exist at once in the loss; fewer need less memory. auto is about 2**27 logits, "
-        "and up to 8,192 tokens on a GPU with enough memory. Other values change the last bits of results.",
-        group="Memory and device",
-        resume="ask",
-        unit="tokens",
-        expects="a whole number >= 1, or auto",
-    )
     label_smoothing_factor: float = setting(
         0.0,
         "Label smoothing of the training loss: this share of it is the mean of -log p over the vocabulary, "
@@ -253,86 +213,6 @@ class ModelSettings(Settings):
         unit="threads",
         expects="a whole number >= 1, or auto",
     )
-    activations: Literal["auto", "recompute", "keep"] | list[str] = setting(
-        "auto",
-        "What each layer keeps for its backward pass: recompute keeps only its input, keep all that is "
-        'needed. A list sets each layer, as in ["recompute*23", "keep*9"]. auto lets the planner keep as '
-        "many layers as fit, from the last one down; without a plan it is recompute.",
-        group="Memory and device",
-        resume="free",
-        expects="auto, recompute, keep, or a list such as [recompute*23, keep*9]",
-    )
-    boundaries: Literal["auto", "device", "host"] | list[str] = setting(
-        "auto",
-        "Where inputs of recomputed layers wait for the backward pass; a list sets each layer, as for "
-        "activations. auto lets the planner choose; without a plan it is device.",
-        group="Memory and device",
-        resume="free",
-        expects="auto, device, host, or a list such as [host*12, device*20]",
-    )
-    checkpoint_interval: int = setting(
-        1,
-        "Recomputed layers that share one stored input; they are recomputed together, which takes as many "
-        "weight and gradient slots.",
-        group="Memory and device",
-        resume="free",
-        unit="layers",
-        ge=1,
-    )
-    boundary_slots: int = setting(
-        2,
-        "Device buffers through which spilled inputs return.",
-        group="Memory and device",
-        resume="free",
-        unit="inputs",
-        ge=1,
-    )
-    mlp_tile_tokens: int | None = setting(
-        None,
-        "Compute MLPs in tiles of this many tokens, for long sequences; null computes them at once.",
-        group="Memory and device",
-        resume="ask",
-        unit="tokens",
-        ge=1,
-    )
-    grad_slabs: int = setting(
-        2,
-        "Host buffers for gradients of layers, with eager updates.",
-        group="Memory and device",
-        resume="free",
-        unit="layers",
-        ge=1,
-    )
-    host_memory_gb: float | Literal["auto"] = setting(
-        "auto",
-        "Host memory of this machine, for the memory check and the planner; auto measures what is free. Set "
-        "it if the system reports too little, as in a virtual machine whose memory grows with use. Limits of "
-        "cgroups and of the process still apply.",
-        group="Memory and device",
-        resume="free",
-        unit="GB",
-        expects="a number above 0, or auto",
-    )
-    reserve_host_gb: float = setting(
-        2.0,
-        "Host memory that the check before the run leaves to other programs.",
-        group="Memory and device",
-        resume="free",
-        unit="GB",
-        ge=0,
-    )
-    lanes: Literal["auto", "inline", "cuda"] = setting(
-        "auto",
-        "Schedule executor: inline runs ops one by one, cuda uses streams; auto chooses by device.",
-        group="Memory and device",
-        resume="free",
-    )
-    skip_memory_check: bool = setting(
-        False,
-        "Start even if the check before the run finds too little memory.",
-        group="Memory and device",
-        resume="free",
-    )
 
     @field_validator("optim", mode="before")
     @classmethod
@@ -340,18 +220,11 @@ class ModelSettings(Settings):
         """Drop the implementation that transformers puts into the name; there is only one here."""
         return "adamw" if value in ("adamw_torch", "adamw_torch_fused", "adamw_hf") else value
 
-    @field_validator("loss_chunk_tokens", "optimizer_threads")
+    @field_validator("optimizer_threads")
     @classmethod
     def _check_count(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 1:
             raise ValueError("below 1")  # reported with the field's `expects`
-        return value
-
-    @field_validator("host_memory_gb")
-    @classmethod
-    def _check_host_memory(cls, value: float | str) -> float | str:
-        if isinstance(value, float) and value <= 0:
-            raise ValueError("not above 0")  # reported with the field's `expects`
         return value
 
     @field_validator("lr_factors")
@@ -366,18 +239,6 @@ class ModelSettings(Settings):
     def _check_hub_kernels(cls, value: dict[str, str]) -> dict[str, str]:
         if any(HUB_KERNEL.fullmatch(source) is None for source in value.values()):
             raise ValueError("not a layer of a repository")  # reported with the field's `expects`
-        return value
-
-    @field_validator("activations")
-    @classmethod
-    def _check_activations(cls, value: str | list[str]) -> str | list[str]:
-        per_layer(value, ("recompute", "keep"))
-        return value
-
-    @field_validator("boundaries")
-    @classmethod
-    def _check_boundaries(cls, value: str | list[str]) -> str | list[str]:
-        per_layer(value, ("device", "host"))
         return value
 
     def faults(self) -> Iterator[PydanticCustomError]:
@@ -415,11 +276,6 @@ class ModelSettings(Settings):
             )
 
     @property
-    def host_memory_bytes(self) -> int | None:
-        """Return the host memory that `host_memory_gb` states; None with auto."""
-        return None if self.host_memory_gb == "auto" else int(self.host_memory_gb * 1e9)
-
-    @property
     def update_mode(self) -> str:
         """Return `update` with auto resolved."""
         if self.update != "auto":
@@ -430,21 +286,3 @@ class ModelSettings(Settings):
 def _written(value: Any) -> str:
     """A value as in a configuration file."""
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def per_layer(value: str | list[str], words: tuple[str, str]) -> list[str] | None:
-    """Expand the repetitions of a list setting; return None if one word applies to all layers.
-
-    Raises ValueError for an empty list or an entry that is neither one of `words` nor word*count.
-    """
-    if isinstance(value, str):
-        return None
-    found: list[str] = []
-    if not value:
-        raise ValueError("an empty list")
-    for entry in value:
-        word, star, count = entry.partition("*")
-        if word not in words or (star and not (count.isascii() and count.isdigit() and int(count) > 0)):
-            raise ValueError(f"{entry!r} is not a policy")
-        found += [word] * (int(count) if star else 1)
-    return found

@@ -300,6 +300,7 @@ class TrainConfig(PreferenceSettings, DataSettings, CheckpointSettings, ModelSet
         yield from self._data_faults()
         if self.streaming:
             yield from self._streaming_faults()
+        yield from self._round_faults()
         yield from self._best_faults()
         yield from self._fault_policy_faults()
         yield from self.preference_faults()
@@ -341,6 +342,27 @@ class TrainConfig(PreferenceSettings, DataSettings, CheckpointSettings, ModelSet
                 "method: kto has no pairs, of which eval_rewards/accuracies is a mean",
                 key="metric_for_best_model",
                 hint="set metric_for_best_model=eval_rewards/margins",
+            )
+
+    def _round_faults(self) -> Iterator[PydanticCustomError]:
+        rounds, steps = self.rounds, self.gradient_accumulation_steps
+        left_to_planner = self.tokens_per_step is not None
+        left_to_planner = left_to_planner and "gradient_accumulation_steps" not in self.model_fields_set
+        if rounds == "auto" or left_to_planner:
+            return
+        if steps % rounds:
+            yield fault(
+                f"rounds: {rounds} does not divide gradient_accumulation_steps: {steps}",
+                key="rounds",
+                hint=f"set rounds={_divisor(steps, rounds)}, or gradient_accumulation_steps="
+                f"{-(-steps // rounds) * rounds}",
+            )
+        elif self.round_sums == "add" and 1 < rounds < steps:
+            yield fault(
+                f"round_sums: add needs one micro-batch per round, but rounds: {rounds} has "
+                f"{steps // rounds} of the {steps} micro-batches in each",
+                key="round_sums",
+                hint=f"set rounds={steps} or round_sums=host",
             )
 
     def _best_faults(self) -> Iterator[PydanticCustomError]:
@@ -436,6 +458,11 @@ class TrainConfig(PreferenceSettings, DataSettings, CheckpointSettings, ModelSet
                 key="train_tokenizer_vocab_size",
                 hint="keep one of them, or set the other to null",
             )
+
+
+def _divisor(number: int, most: int) -> int:
+    """Return the largest divisor of `number` that is at most `most`."""
+    return next(n for n in range(min(number, most), 0, -1) if number % n == 0)
 
 
 def load_config(

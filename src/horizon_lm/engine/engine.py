@@ -298,7 +298,7 @@ class Engine:
         at once. Waits for an earlier checkpoint first."""
         self.lanes.disk.drain()
         self.lanes.disk.give_up = saving.abandon
-        self.ops.saving, self._begins_to_save = saving, True
+        self.ops.updates.saving, self._begins_to_save = saving, True
         if background:
             return
         update = self._update if self.has_pending else None
@@ -314,21 +314,21 @@ class Engine:
 
     def finish_saving(self) -> None:
         """Write now what was to be written during the next step; wait for the disk."""
-        if self.ops.saving is not None and self._begins_to_save:
-            self.save(self.ops.saving, background=False)
+        if self.ops.updates.saving is not None and self._begins_to_save:
+            self.save(self.ops.updates.saving, background=False)
         self.lanes.disk.drain()
 
     def _give_up_saving(self) -> None:
         """Drop the checkpoint whose units a failed run was to write."""
-        if self.ops.saving is not None and self._begins_to_save:
-            self.ops.saving.abandon()
+        if self.ops.updates.saving is not None and self._begins_to_save:
+            self.ops.updates.saving.abandon()
             self.lanes.disk.clear()
         self._end_of_writes()
 
     def _end_of_writes(self) -> None:
         """All units are queued: the disk lane completes the checkpoint after them."""
-        if self.ops.saving is not None and self._begins_to_save:
-            self.lanes.disk.submit(frozenset(), self.ops.saving.finish)
+        if self.ops.updates.saving is not None and self._begins_to_save:
+            self.lanes.disk.submit(frozenset(), self.ops.updates.saving.finish)
         self._begins_to_save = self._has_run_writes = False
 
     # Ops

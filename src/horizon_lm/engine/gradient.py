@@ -9,7 +9,7 @@ import torch
 
 from horizon_lm.memory.layout import Parameter, UnitLayout
 from horizon_lm.model.skeleton import Skeleton
-from horizon_lm.optim.gradients import add_gradients, move_gradient
+from horizon_lm.optim.gradients import add_gradient, add_gradients, move_gradient
 
 _PIECE = 1 << 24  # elements, 64 MB of fp32. Sums of squares are fp32 within a piece, fp64 across pieces.
 
@@ -20,7 +20,8 @@ class UnitGradient:
     Parameters that receive nothing (an expert without tokens) are zeros in their own place.
     at_home: the slot is the store's own buffer in its dtype, so nothing needs downloading.
     in_pairs: several gradients per parameter will arrive in host memory. They are added two at a time, and
-    the first of each pair stays where autograd put it.
+    the first of each pair stays where autograd put it, until the second arrives or the round ends.
+    written: parameters that received something; the rest of `run` is undefined until `complete`.
     """
 
     def __init__(
@@ -64,13 +65,21 @@ class UnitGradient:
             self.written.add(parameter.name)
         table.index_copy_(0, rows, values.to(dtype).to(table.dtype))
 
+    def settle(self) -> None:
+        """Add waiting gradients: the last ones of an odd number."""
+        for parameter in self.layout.trainable if self.waiting else ():
+            name = parameter.name
+            if name in self.waiting:
+                view = self.layout.trainable_view(self.run, parameter)
+                add_gradient(view, self.waiting.pop(name), begins=name not in self.written)
+                self.written.add(name)
+
     def complete(self) -> None:
         """Add waiting gradients, and zero those of parameters that received none."""
+        self.settle()
         self.in_pairs = False
         for parameter in self.layout.trainable:
-            if parameter.name in self.waiting:  # the last of an odd number
-                self.add(parameter, self.waiting.pop(parameter.name))
-            elif parameter.name not in self.written:
+            if parameter.name not in self.written:
                 self.layout.trainable_view(self.run, parameter).zero_()
                 self.written.add(parameter.name)
         for start, length in self.layout.gaps():
@@ -85,6 +94,17 @@ class UnitGradient:
         if self.at_home:
             return square_norm(self.run) if measure else None
         return download_gradient(self.run, target)
+
+
+    def round(self, dtype: torch.dtype) -> torch.Tensor:
+        """Round the complete gradient to the values of `dtype` where it is, and return its squared norm."""
+        self.complete()
+        if self.run.device.type != "cpu":
+            return download_gradient(self.run, self.run, through=dtype)
+        if self.run.dtype != dtype:
+            for piece in self.run.split(_PIECE):
+                piece.copy_(piece.to(dtype))
+        return square_norm(self.run)
 
 
 @contextmanager
@@ -109,22 +129,26 @@ def collecting(
             handle.remove()
 
 
-def download_gradient(run: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Copy a gradient [n] (bf16 or fp32, on the device) to host memory [n] and return its squared norm.
+def download_gradient(
+    run: torch.Tensor, target: torch.Tensor, *, through: torch.dtype | None = None
+) -> torch.Tensor:
+    """Copy a gradient [n] (bf16 or fp32, on the device) to where the update reads it [n], in host memory or on
+    the device, and return its squared norm.
 
-    The norm is of the values the optimizer reads (after rounding to the host dtype), as an fp64 scalar on
-    the device, so the host never scans gradients to measure them.
+    The norm is of the values the optimizer reads, after rounding to the dtype of target (or `through`), as an
+    fp64 scalar on the device, so the host never scans gradients to measure them.
     """
+    dtype = through or target.dtype
     if run.device.type == "cpu":
         return torch.tensor(move_gradient(run, target), dtype=torch.float64)
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     size = min(_PIECE, run.numel())
-    rounded = torch.empty(size, dtype=target.dtype, device=run.device)
+    rounded = torch.empty(size, dtype=dtype, device=run.device)
     wide = torch.empty(size, dtype=torch.float32, device=run.device)
-    for piece, host in zip(run.split(size), target.split(size), strict=True):
-        if piece.dtype != target.dtype:
+    for piece, place in zip(run.split(size), target.split(size), strict=True):
+        if piece.dtype != dtype:
             piece = rounded[: piece.numel()].copy_(piece)
-        host.copy_(piece, non_blocking=True)
+        place.copy_(piece, non_blocking=True)
         if piece.dtype != torch.float32:
             piece = wide[: piece.numel()].copy_(piece)
         total += torch.dot(piece, piece)

@@ -1,14 +1,15 @@
 """One decoder layer, forward and backward, and its autograd graph in between.
 
 The forward pass builds the graph. Under `recompute` the graph only knows how to compute its saved tensors
-again (`torch.utils.checkpoint`, which stops at the last one needed); under `keep` it holds them. It never
-holds the layer's weights, which will be in another slot by then, nor an input that is stored elsewhere.
+again (`torch.utils.checkpoint`, which stops at the last one needed); under `keep` it holds them; under
+`attention` and `products` it holds what is costly to compute again (`engine.selective`). It never holds the
+layer's weights, which will be in another slot by then, nor an input that is stored elsewhere.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,10 +22,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from horizon_lm.engine.gradient import UnitGradient, collecting
+from horizon_lm.engine.selective import Selection
 from horizon_lm.memory.slots import UnitWeights
 from horizon_lm.model.capture import Call, RouterLogits, capture_routers, run_layer
 from horizon_lm.model.skeleton import Skeleton
-from horizon_lm.schedule.step_spec import KEEP, RECOMPUTE
+from horizon_lm.schedule.step_spec import ATTENTION, KEEP, PRODUCTS, RECOMPUTE
 
 
 @dataclass
@@ -129,6 +131,7 @@ class Rerun:
     reason: str | None
 
 
+_CHECKPOINTED = frozenset({RECOMPUTE, ATTENTION, PRODUCTS})
 _PUT_ASIDE = "its forward pass stores a weight outside of autograd's saved tensors"
 
 
@@ -154,12 +157,12 @@ class Layer(NamedTuple):
     ) -> LayerForward:
         """Run the layer on hidden [batch, tokens, width].
 
-        policy: `recompute`, `keep`, or nothing. grad: enable gradients even if no graph is left, so the same
+        policy: `recompute`, `attention`, `products`, `keep`, or nothing. grad: enable gradients even if no graph is left, so the same
         kernels run as in the backward pass. in_place: the backward pass follows before the slot is reused,
         so it does not matter where the layer keeps its weights. reruns: the layer is known to store weights
         where they cannot be replaced.
         """
-        if policy == RECOMPUTE and self.skeleton.is_compiled(self.number):
+        if policy in _CHECKPOINTED and self.skeleton.is_compiled(self.number):
             done = self.forward(hidden, policy="", grad=grad)
             return replace(done, graph=Rerun(None))
         skeleton, weights, box, saved = self.skeleton, self.weights, _Box(hidden), None
@@ -199,9 +202,8 @@ class Layer(NamedTuple):
             return run_layer(self.skeleton, self.number, self.call, box.hidden)
         root = torch.zeros((), device=box.hidden.device, requires_grad=grad)
         run = partial(_run_on_entry, self.skeleton, self.number, self.call, box)
-        if policy == RECOMPUTE:
-            output: torch.Tensor = checkpoint(run, root, use_reentrant=False, preserve_rng_state=False)
-            return output
+        if policy in _CHECKPOINTED:
+            return self._checkpointed(run, root, policy)
         hooks = nullcontext()
         if not policy:
             hooks = saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing)  # type: ignore[assignment]
@@ -209,6 +211,19 @@ class Layer(NamedTuple):
             hooks = saved_tensors_hooks(saved.pack, saved.unpack)  # type: ignore[assignment]
         with hooks:
             return run(root)
+
+    def _checkpointed(
+        self, run: Callable[[torch.Tensor], torch.Tensor], root: torch.Tensor, policy: str
+    ) -> torch.Tensor:
+        """The output of `run`, with a graph that recomputes it, except for what the policy keeps."""
+        call = partial(checkpoint, run, root, use_reentrant=False, preserve_rng_state=False)
+        if policy == RECOMPUTE or not root.requires_grad:
+            output: torch.Tensor = call()
+            return output
+        selection = Selection(policy, f"layer {self.number}")
+        output = call(context_fn=selection.contexts)
+        selection.finish(output)
+        return output
 
     def backward(
         self,

@@ -15,13 +15,12 @@ from torch.nn import functional as F
 from horizon_lm.config import ModelSettings
 from horizon_lm.config.data import IGNORED
 from horizon_lm.engine import ends
-from horizon_lm.engine.disk_lane import Saving
-from horizon_lm.engine.gradient import UnitGradient, square_norm
 from horizon_lm.engine.lanes import reads_on_this_lane
 from horizon_lm.engine.layers import Layer, Rerun
 from horizon_lm.engine.loss import token_values
 from horizon_lm.engine.policies import Policies
 from horizon_lm.engine.step import Step
+from horizon_lm.engine.updates import Updates
 from horizon_lm.machine.device import memory_bytes
 from horizon_lm.memory.layout import Parameter
 from horizon_lm.memory.slots import (
@@ -29,7 +28,6 @@ from horizon_lm.memory.slots import (
     GradientSlots,
     UnitWeights,
     WeightSlots,
-    gradient_slot_numels,
     weight_slot_numels,
 )
 from horizon_lm.memory.store import HostStore
@@ -41,13 +39,13 @@ from horizon_lm.schedule import Buffer, Op
 from horizon_lm.schedule.step_spec import KEEP
 
 _log = logging.getLogger(__name__)
+_HOST_REGIONS = {"slab": "grad_slabs", "sum": "sums", "sum_slab": "sum_slabs"}  # of transient buffers
 
 
 class Ops:
     """Functions of the ops, and the slots they work on.
 
-    alias: slots alias the store. saving: the checkpoint that W ops write. reruns: layers whose graphs cannot
-    be kept. functions: op kind to function.
+    alias: slots alias the store. reruns: layers whose graphs cannot be kept. functions: op kind to function.
     """
 
     def __init__(
@@ -59,13 +57,13 @@ class Ops:
         device: torch.device,
         alias: bool,
     ) -> None:
-        self.skeleton, self.store, self.optimizer, self.device = skeleton, store, optimizer, device
+        self.skeleton, self.store, self.device = skeleton, store, device
         self.policies = Policies.of(settings, skeleton, memory_bytes(device))
-        spec = self.policies.step_spec(1)
-        self.weight_slots = WeightSlots(store, weight_slot_numels(store.units, spec), device, alias)
-        self.gradient_slots = GradientSlots(store, gradient_slot_numels(store.units, spec), device, alias)
+        numels = weight_slot_numels(store.units, self.policies.step_spec(1))
+        self.weight_slots = WeightSlots(store, numels, device, alias)
+        self.updates = Updates(store, optimizer, self.policies, device, alias)
+        self.gradient_slots = self.updates.slots
         self.boundary_slots = BoundarySlots(settings.boundary_slots, device, alias)
-        self.saving: Saving | None = None
         self.reruns: set[int] = set()
         self.notes: list[str] = []
         self.remarks: list[str] = []
@@ -79,10 +77,7 @@ class Ops:
             "R": self._restore,
             "C": self._recompute,
             "B": self._backward,
-            "D": self._download,
-            "N": self._norm,
-            "O": self._optimize,
-            "W": self._write,
+            **self.updates.functions,
         }
 
     def _upload(self, step: Step, op: Op) -> None:
@@ -99,7 +94,7 @@ class Ops:
     def _forward_prologue(self, step: Step, op: Op) -> torch.Tensor:
         m = op.micro_batch
         unit, parameter = self._table
-        table = self.store.units[unit].view(self.weight_slots.unit(op.table, unit).weights, parameter)
+        table = self.store.units[unit].view(self._weights_of(unit, op.table).weights, parameter)
         with torch.no_grad(), host_twins(self.device):
             inputs = self._inputs(step, m)
             if step.rows is not None and m == 0:  # of all micro-batches: another unit may replace the table
@@ -126,12 +121,15 @@ class Ops:
         Noted once, and only if it changes anything."""
         if unit in self.reruns:
             return
-        if unit in self.policies.kept:
+        kept, products, attention = self.policies.kept, self.policies.products, self.policies.attention
+        if unit in kept | products | attention:
             self.tell(
                 f"{self.store.units[unit].name} is recomputed from now on because {reason}, where streamed "
                 "weights cannot be replaced; costs about one more forward pass of that layer a step"
             )
-        self.policies = replace(self.policies, kept=self.policies.kept - {unit})
+        self.policies = replace(
+            self.policies, kept=kept - {unit}, products=products - {unit}, attention=attention - {unit}
+        )
         self.reruns.add(unit)
 
     def tell(self, note: str) -> None:
@@ -149,6 +147,7 @@ class Ops:
     def _spill(self, step: Step, op: Op) -> None:
         value = step.tensor("input", op.unit, op.micro_batch)
         reads_on_this_lane(value)
+        self.boundary_slots.begin_round(op.micro_batch // step.spec.round_size)
         host = self.boundary_slots.spill(op.unit, op.micro_batch, value)
         step.memory[Buffer("boundary", op.unit, op.micro_batch)] = host
 
@@ -167,7 +166,7 @@ class Ops:
     def _loss(self, step: Step, op: Op) -> None:
         m, skeleton, call = op.micro_batch, self.skeleton, step.call(op.micro_batch)
         hidden, targets = step.tensor("input", op.unit, m), step.targets[m]
-        gradient, draws = self._gradient(step, op), step.draws(op, self.device)
+        gradient, draws = self.updates.gradient(step, op), step.draws(op, self.device)
         with (
             torch.enable_grad(),
             ends.bound_for_backward(skeleton, op.unit, self._weights(op), gradient),
@@ -182,8 +181,11 @@ class Ops:
                     found = ends.router_loss_and_backward(skeleton, call, hidden, weight, draws)
                 loss += found * weight
                 step.router_losses[m] = found
-        if gradient is not None and m == step.spec.micro_batches - 1:
-            gradient.complete()  # a tied table's gradient waits here for its rows
+        if gradient is not None:
+            if m == step.spec.micro_batches - 1:
+                gradient.complete()  # a tied table's gradient waits here for its rows
+            elif (m + 1) % step.spec.round_size == 0:  # the end of a round
+                gradient.settle()
         step.losses[m] = loss
         step.memory[Buffer("input_grad", -1, m)] = hidden_gradient
 
@@ -212,11 +214,11 @@ class Ops:
         with step.draws(op, self.device)():
             graph, hidden = step.graph(op.unit, m), self._stored_input(step, op)
             step.memory[Buffer("input_grad", -1, m)] = self._layer(step, op).backward(
-                graph, hidden, gradient, self._gradient(step, op)
+                graph, hidden, gradient, self.updates.gradient(step, op)
             )
 
     def _backward_prologue(self, step: Step, op: Op, output_gradient: torch.Tensor) -> None:
-        m, mine = op.micro_batch, self._gradient(step, op)
+        m, mine = op.micro_batch, self.updates.gradient(step, op)
         assert step.rows is not None
         leaf = step.tensor("rows", -1, -1).detach().requires_grad_(step.spec.sums_rows)
         with torch.enable_grad():
@@ -244,50 +246,9 @@ class Ops:
         if step.rows.padding is not None:
             total[step.rows.padding].zero_()
         if unit not in step.gradients:  # a tied table's gradient holds the head's
-            step.gradients[unit] = self._new_gradient(step, unit, op.table_grad)
+            step.gradients[unit] = self.updates.new_gradient(step, unit, op.table_grad)
         numbers = self._on_device(step.rows.numbers)
         step.gradients[unit].add_rows(parameter, numbers, total, self.store.dtype)
-
-    def _download(self, step: Step, op: Op) -> None:
-        gradient = step.gradients.pop(op.unit)
-        target = self.store.gradient_run(op.unit, op.slab)
-        square = gradient.download(target, measure=step.spec.update == "eager")
-        if square is not None:
-            step.square_norms[op.unit] = square
-
-    def norm_of(self, step: Step) -> float:
-        """The global gradient norm of a step whose gradients are in host memory."""
-        if step.spec.update != "eager":
-            for unit in self.policies.trainable:
-                self._measure(step, unit)
-        return step.norm()
-
-    def _measure(self, step: Step, unit: int) -> None:
-        """Take the norm of a gradient that accumulated in host memory, so was never downloaded."""
-        if unit not in step.square_norms:
-            step.square_norms[unit] = square_norm(self.store.run("grads", unit))
-
-    def _norm(self, step: Step, op: Op) -> None:
-        norm = self.norm_of(step)
-        assert step.update is not None
-        limit = step.update.settings.max_grad_norm
-        step.update.grad_scale = min(1.0, limit / (norm + 1e-6)) if limit else 1.0  # as clip_grad_norm_
-
-    def _optimize(self, step: Step, op: Op) -> None:
-        update = step.update
-        assert update is not None
-        if step.spec.update == "eager":  # one that is not finite ends the updates of the step
-            if update.stopped_at is None and not step.is_finite(op.unit):
-                update.stopped_at = op.unit
-            if update.stopped_at is not None:
-                return
-        progress = update.progress[op.unit]
-        grads = self.store.gradient_run(op.unit, op.slab)
-        self.optimizer.update_unit(self.store, op.unit, grads, update.settings, update.grad_scale, progress)
-
-    def _write(self, step: Step, op: Op) -> None:
-        assert self.saving is not None
-        self.saving.write_unit(op.unit)
 
     # Arguments of the ops
 
@@ -295,30 +256,17 @@ class Ops:
         return Layer(self.skeleton, op.unit - 1, self._weights(op), step.call(op.micro_batch))
 
     def _weights(self, op: Op) -> UnitWeights | None:
-        return self.weight_slots.unit(op.slot, op.unit) if op.slot >= 0 else None
+        has_weights = op.slot >= 0 or self.store.is_resident(op.unit)
+        return self._weights_of(op.unit, op.slot) if has_weights else None
+
+    def _weights_of(self, unit: int, slot: int) -> UnitWeights:
+        """Where a unit's weights are: in a slot, or a resident unit's at their home."""
+        return self.weight_slots.unit(slot, unit)
 
     def _stored_input(self, step: Step, op: Op) -> torch.Tensor:
         if op.boundary_slot >= 0:
             return self.boundary_slots.held(op.boundary_slot)
         return step.tensor("input", op.unit, op.micro_batch)
-
-    def _gradient(self, step: Step, op: Op) -> UnitGradient | None:
-        if op.grad_slot < 0:
-            return None
-        if op.first:
-            step.gradients[op.unit] = self._new_gradient(step, op.unit, op.grad_slot)
-        return step.gradients[op.unit]
-
-    def _new_gradient(self, step: Step, unit: int, grad_slot: int) -> UnitGradient:
-        token_counts = [t.numel() for t in step.targets]
-        dtype = self.policies.gradient_dtype(unit, token_counts, self.store.dtype)
-        at_home = self.gradient_slots.is_alias(dtype)
-        if at_home:
-            run = self.store.gradient_run(unit, step.spec.slab(unit))
-        else:
-            run = self.gradient_slots.run(grad_slot, unit, dtype)
-        in_pairs = self.gradient_slots.alias and self.policies.adds_gradients(unit, token_counts)
-        return UnitGradient(self.store.units[unit], run, at_home=at_home, in_pairs=in_pairs)
 
     @property
     def _table(self) -> tuple[int, Parameter]:
@@ -342,7 +290,7 @@ class Ops:
         }
         if buffer.region in slots:
             return slots[buffer.region].tensors(buffer.index)
-        if buffer.region == "slab":
-            return [self.store.run("grad_slabs", buffer.index)]
+        if buffer.region in _HOST_REGIONS:
+            return [self.store.run(_HOST_REGIONS[buffer.region], buffer.index)]
         value = step.memory.get(buffer)
         return [value] if isinstance(value, torch.Tensor) else []

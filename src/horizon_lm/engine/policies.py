@@ -9,19 +9,26 @@ from typing import Any, Protocol
 
 import torch
 
-from horizon_lm.config.model import ModelSettings, per_layer
+from horizon_lm.config.memory import ACTIVATIONS, BOUNDARIES, per_layer
+from horizon_lm.config.model import ModelSettings
 from horizon_lm.engine.loss import chunk_tokens
 from horizon_lm.errors import ConfigError
 from horizon_lm.machine.cores import lane_cores
+from horizon_lm.machine.device import free_memory_bytes, resolve_device
+from horizon_lm.machine.memory import available_host_bytes
 from horizon_lm.memory.layout import UnitLayout, lay_out
-from horizon_lm.memory.preflight import check_host_memory
+from horizon_lm.memory.preflight import check_memory
+from horizon_lm.memory.slots import slot_bytes
 from horizon_lm.memory.store import GradientSlabs, StoreSpec
 from horizon_lm.model.loading import count_parameters
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.optim.optimizer import Optimizer, UpdateSettings, check_patterns, group_rule, segments
 from horizon_lm.optim.rules import ADAPTIVE_RULES, finite_number
 from horizon_lm.schedule import StepSpec
+from horizon_lm.schedule.step_spec import ATTENTION, KEEP, PRODUCTS
+from horizon_lm.words import count
 
+_SUM_SLABS = 2  # one arrives while the host adds the other
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -46,8 +53,8 @@ class ModelShape(Protocol):
 class Policies:
     """Settings resolved for one model.
 
-    slots, grad_slots: as settings and blocks of layers require. loss_chunk: tokens. uploaded, trainable,
-    kept, spilled: units.
+    slots, grad_slots: as settings and blocks of layers require. loss_chunk: tokens. rounds: the most in
+    a step. uploaded, trainable, attention, products, kept, spilled, resident: units.
     """
 
     settings: ModelSettings
@@ -59,17 +66,32 @@ class Policies:
     trainable: frozenset[int]
     kept: frozenset[int]
     spilled: frozenset[int]
+    attention: frozenset[int] = frozenset()
+    products: frozenset[int] = frozenset()
+    resident: frozenset[int] = frozenset()
+    rounds: int = 1
+    sums: str = "device"
 
     @classmethod
     def of(cls, settings: ModelSettings, shape: ModelShape, device_bytes: int | None = None) -> Policies:
         """device_bytes: memory of the GPU, for `auto` settings without a plan.
 
-        Raises ConfigError if a list of policies does not name each layer once.
+        Raises ConfigError if a list of policies does not name each layer once, and for residents that the
+        model does not have.
         """
         # All layers of a block are on the device together, while the next block's first is uploaded.
         block = settings.checkpoint_interval
-        streamed = {*range(shape.num_layers + 2), shape.embedding_unit}
-        kept, spilled = layer_policies(settings, shape.num_layers)
+        used = _used_units(shape)
+        resident = resident_units(settings, shape)
+        activations = _per_unit(settings.activations, ACTIVATIONS, "activations", shape.num_layers)
+        boundaries = _per_unit(settings.boundaries, BOUNDARIES, "boundaries", shape.num_layers)
+        reason = no_selection(settings)
+        if reason is not None and {ATTENTION, PRODUCTS} & set(activations):
+            word = PRODUCTS if PRODUCTS in activations else ATTENTION
+            raise ConfigError(
+                f"activations={word} is not supported with {reason}",
+                hint="set activations=keep or activations=recompute",
+            )
         return cls(
             settings,
             shape,
@@ -79,16 +101,32 @@ class Policies:
                 chunk_tokens(settings.loss_chunk_tokens, shape.vocabulary, device_bytes),
                 shape.max_head_tokens,
             ),
-            uploaded=frozenset(u for u in streamed if shape.units[u].numel),
-            trainable=frozenset(u for u in streamed if shape.units[u].trainable_numel),
-            kept=kept,
-            spilled=spilled,
+            uploaded=used - resident,
+            trainable=frozenset(u for u in used if shape.units[u].trainable_numel),
+            kept=_set_to(KEEP, activations),
+            spilled=_set_to("host", boundaries),
+            attention=_set_to(ATTENTION, activations),
+            products=_set_to(PRODUCTS, activations),
+            resident=resident,
+            rounds=_rounds(settings),
+            sums=_sums(settings),
         )
 
     def step_spec(
         self, micro_batches: int, *, evaluate: bool = False, saved: frozenset[int] = frozenset()
     ) -> StepSpec:
-        """The spec of a step of N micro-batches. saved: units written to a checkpoint meanwhile."""
+        """The spec of a step of N micro-batches. saved: units written to a checkpoint meanwhile.
+
+        Raises ConfigError for rounds of several micro-batches whose gradients the host is to add up.
+        """
+        of_round = micro_batches if evaluate else -(-micro_batches // self.rounds)
+        rounds = -(-micro_batches // of_round)
+        if rounds > 1 and of_round > 1 and self.sums == "add":
+            raise ConfigError(
+                f"round_sums=add needs one micro-batch per round, but rounds={self.rounds} cuts "
+                f"{count(micro_batches, 'micro-batch', 'micro-batches')} into rounds of {of_round}",
+                hint=f"set rounds={micro_batches} or round_sums=host",
+            )
         return StepSpec(
             layers=self.shape.num_layers,
             uploaded=self.uploaded,
@@ -106,6 +144,11 @@ class Policies:
             boundary_slots=self.settings.boundary_slots,
             evaluate=evaluate,
             saved=saved,
+            resident=self.resident,
+            rounds=rounds,
+            sums=self.sums,
+            attention=self.attention,
+            products=self.products,
         )
 
     def gradient_dtype(self, unit: int, token_counts: Sequence[int], dtype: torch.dtype) -> torch.dtype:
@@ -121,18 +164,21 @@ class Policies:
         return unit <= head and (count * max(1, chunks) if unit == head else count) > 1
 
 
-def layer_policies(settings: ModelSettings, num_layers: int) -> tuple[frozenset[int], frozenset[int]]:
-    """Return (units that keep their activations, units whose stored input is spilled to the host).
+def no_selection(settings: ModelSettings) -> str | None:
+    """The setting for which no layer can keep only its products or attention; None if there is none.
 
-    Raises ConfigError if a list does not name each layer once.
+    A compiled layer saves what its compiler chose. Kernels of other packages may write into the output of a
+    product (liger's rotary embedding does), which no dispatch mode sees.
     """
-    kept = _chosen(settings.activations, ("recompute", "keep"), "activations", num_layers)
-    spilled = _chosen(settings.boundaries, ("device", "host"), "boundaries", num_layers)
-    return kept, spilled
+    if settings.compile:
+        return f"compile={str(settings.compile).lower()}"
+    if settings.kernels != "none":
+        return f"kernels={settings.kernels}"
+    return "attn_implementation=flex_attention" if settings.attn_implementation == "flex_attention" else None
 
 
-def _chosen(value: str | list[str], words: tuple[str, str], key: str, num_layers: int) -> frozenset[int]:
-    """Units (layer numbers from 1) set to `words[1]`."""
+def _per_unit(value: str | list[str], words: Sequence[str], key: str, num_layers: int) -> dict[int, str]:
+    """Return the word of each layer by unit. Raises ConfigError if a list does not name each layer once."""
     listed = per_layer(value, words)
     if listed is None:
         listed = [value] * num_layers  # type: ignore[list-item]
@@ -141,21 +187,101 @@ def _chosen(value: str | list[str], words: tuple[str, str], key: str, num_layers
             f"{key} names {len(listed)} layers, the model has {num_layers}",
             hint=f'for example {key}: ["{words[0]}*{num_layers}"]',
         )
-    return frozenset(i + 1 for i, word in enumerate(listed) if word == words[1])
+    return {i + 1: word for i, word in enumerate(listed)}
+
+
+def _set_to(word: str, words: dict[int, str]) -> frozenset[int]:
+    return frozenset(unit for unit, found in words.items() if found == word)
+
+
+def _used_units(shape: ModelShape) -> frozenset[int]:
+    """Units with weights that a step reads: not those that the model holds without using them."""
+    units = {*range(shape.num_layers + 2), shape.embedding_unit}
+    return frozenset(u for u in units if shape.units[u].numel)
+
+
+def resident_order(shape: ModelShape) -> list[int]:
+    """Return the units in the order in which they become resident: those whose update stands exposed before a
+    step (embedding table, head, prologue), then layers from the first one up."""
+    head = shape.num_layers + 1
+    order = dict.fromkeys([shape.embedding_unit, head, *range(head)])
+    return [unit for unit in order if unit in _used_units(shape)]
+
+
+def resident_units(settings: ModelSettings, shape: ModelShape) -> frozenset[int]:
+    """Resolve `resident`; auto is none. Raises ConfigError for units that the model does not have."""
+    order, asked = resident_order(shape), settings.resident
+    if asked == "auto":
+        return frozenset()
+    if isinstance(asked, int):
+        if asked > len(order):
+            raise ConfigError(
+                f"resident={asked}, but the model has {count(len(order), 'unit')}",
+                hint=f"set resident={len(order)} for all of them, or resident=0",
+            )
+        return frozenset(order[:asked])
+    units = {shape.units[unit].name: unit for unit in order}
+    for i, name in enumerate(asked):
+        if name not in units:
+            raise ConfigError(
+                f"resident names {name!r}, which is not a unit of the model",
+                hint=f"units are {_listed(list(units))}",
+            )
+        if name in asked[:i]:
+            raise ConfigError(f"resident names {name!r} twice", hint="name each unit once")
+    return frozenset(units[name] for name in asked)
+
+
+def _listed(names: list[str]) -> str:
+    """List names, the layers by the first and the last."""
+    layers = [name for name in names if name.startswith("layer ")]
+    others = [name for name in names if name not in layers]
+    return ", ".join([*others, *([f"{layers[0]} to {layers[-1]}"] if len(layers) > 1 else layers)])
+
+
+def _rounds(settings: ModelSettings) -> int:
+    return 1 if settings.rounds == "auto" else settings.rounds
+
+
+def _sums(settings: ModelSettings) -> str:
+    """Where unfinished gradients wait between rounds."""
+    if _rounds(settings) == 1:
+        return "device"
+    if settings.round_sums != "auto":
+        return settings.round_sums
+    is_cuda = torch.cuda.is_available() if settings.device == "auto" else settings.device != "cpu"
+    return "host" if is_cuda else "device"
 
 
 def store_spec(settings: ModelSettings, shape: ModelShape | None) -> StoreSpec:
-    """What the store holds per parameter; without the slabs of eager updates if the model is unknown."""
+    """What the store holds per parameter; if the model is unknown, without residents, the slabs of eager
+    updates, and sums between rounds."""
     slabs = None
     if settings.update_mode == "eager":
         outer = frozenset() if shape is None else frozenset({shape.num_layers + 1, shape.embedding_unit})
         slabs = GradientSlabs(settings.grad_slabs if shape is not None else 0, outer)
+    resident: frozenset[int] = frozenset()
+    sums: frozenset[int] = frozenset()
+    if shape is not None:
+        resident = resident_units(settings, shape)
+        if _sums(settings) != "device":
+            below_head = _used_units(shape) & frozenset(range(shape.num_layers + 1))
+            sums = frozenset(u for u in below_head if shape.units[u].trainable_numel)
     return StoreSpec(
         DTYPES[settings.dtype],
         moment_dtype=DTYPES[settings.moment_dtype],
         second_moment=settings.optim in ADAPTIVE_RULES,
         slabs=slabs,
+        resident=resident,
+        sums=sums,
+        sum_slabs=_SUM_SLABS if sums and _sums(settings) == "add" else 0,
     )
+
+
+def slots_of(settings: ModelSettings, shape: ModelShape) -> dict[str, int]:
+    """Predict the device bytes of weight and gradient slots."""
+    policies = Policies.of(settings, shape)
+    return slot_bytes(shape.units, policies.step_spec(policies.rounds), DTYPES[settings.dtype])
 
 
 def make_optimizer(skeleton: Skeleton, settings: ModelSettings, device: torch.device) -> Optimizer:
@@ -191,8 +317,13 @@ def check_fits_host(values: dict[str, Any], settings: ModelSettings) -> None:
     dtype = DTYPES[settings.dtype]
     trained, frozen = count_parameters(values, settings.freeze)
     rows = [("trained", (trained,), True, dtype), ("frozen", (frozen,), False, dtype)]
-    # The slabs of eager updates are left out: they are as large as a layer, which is not known yet.
-    check_host_memory([lay_out("all", rows, dtype)], settings, lambda other: store_spec(other, None))
+    # Left out, since layers are not known yet: slabs of eager updates, and where resident units lie.
+    device = resolve_device(settings.device)
+    pooled: dict[str, int] = {}
+    if settings.resident not in ("auto", 0, []) and device.type != "cpu":
+        pooled["host"] = available_host_bytes(settings.host_memory_bytes) + free_memory_bytes(device)
+    units = [lay_out("all", rows, dtype)]
+    check_memory(units, settings, lambda other: store_spec(other, None), available=pooled)
 
 
 def update_settings(

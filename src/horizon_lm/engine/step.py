@@ -92,8 +92,10 @@ class Step:
     rows used, if they or the prologue need gradients. number: steps done before it. head_losses: one per
     micro-batch. metrics: what a loss function returns besides the loss (device_metrics: the same before they
     are read). router_weight: see `TokenLoss`; router_losses: before that weight. asked, wants_routers: what
-    an evaluation computes besides the loss. values: those it found. update: what the O ops of this schedule
-    apply.
+    an evaluation computes besides the loss. values: those it found. update: what the O and A ops of this
+    schedule apply.
+    gradients: those that accumulate, by unit. parked: by sum slab, those of one micro-batch each that the host
+    adds to host_sums (by unit). resident_gradients: complete ones of resident units (eager updates).
     ends_itself: its gradients are of no use after the call that made them.
     """
 
@@ -110,6 +112,9 @@ class Step:
     ends_itself: bool = False
     memory: dict[Buffer, torch.Tensor | Call | LayerGraph | Rerun] = field(default_factory=dict)
     gradients: dict[int, UnitGradient] = field(default_factory=dict)
+    parked: dict[int, UnitGradient] = field(default_factory=dict)
+    host_sums: dict[int, UnitGradient] = field(default_factory=dict)
+    resident_gradients: dict[int, torch.Tensor] = field(default_factory=dict)
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     router_weight: float | None = None
     wants_routers: bool = False

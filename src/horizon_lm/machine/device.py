@@ -12,6 +12,12 @@ def memory_bytes(device: torch.device) -> int | None:
     return int(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else None
 
 
+def free_memory_bytes(device: torch.device) -> int:
+    """Return the free memory of a CUDA device in bytes, with what torch has reserved and does not use."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
+
+
 def resolve_device(name: str) -> torch.device:
     """Resolve `auto` to the current CUDA device or the CPU. Raises ConfigError if the device is missing."""
     if name == "auto":

@@ -1,7 +1,7 @@
 """Slots: device buffers for weights, gradients and stored inputs.
 
 Slots live as long as the model. With `alias` (on the CPU) a weight slot is the store's own buffer, and a
-gradient slot the store's gradient buffer if dtypes match: no copies.
+gradient slot the store's gradient buffer if dtypes match: no copies. Resident units have no weight slot.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ def weight_slot_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[int]
 
 
 def gradient_slot_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[int]:
-    """Return the elements of each gradient slot, in the same order as `weight_slot_numels`."""
+    """Return the elements of each gradient slot: ring, outer slot, and slots of units of their own."""
     sizes = {u: units[u].trainable_numel for u in plan.trainable}
     ring, outer = _largest(sizes, range(plan.head)), _largest(sizes, (plan.head, plan.head + 1))
-    return [ring] * plan.grad_slots + [outer]
+    own = [sizes[unit] for unit in plan.own_grad_slots]
+    return [ring] * plan.grad_slots + [outer, *own]
 
 
 def _largest(sizes: Mapping[int, int], units: Iterable[int]) -> int:
@@ -67,8 +68,9 @@ class WeightSlots:
         return sum(buffer.nbytes for buffer in self._buffers)
 
     def upload(self, slot: int, unit: int) -> None:
-        """Copy the unit's weights into the slot, asynchronously if the host memory is pinned."""
-        if self._alias:
+        """Copy the unit's weights into the slot, asynchronously if the host memory is pinned; nothing for a
+        resident unit."""
+        if self._alias or self._store.is_resident(unit):
             return
         target = self.unit(slot, unit)
         target.weights.copy_(self._store.run("weights", unit), non_blocking=True)
@@ -76,8 +78,8 @@ class WeightSlots:
             target.wide_residual.copy_(self._store.wide_residual(unit), non_blocking=True)
 
     def unit(self, slot: int, unit: int) -> UnitWeights:
-        """The unit's weights in a slot."""
-        if self._alias:
+        """The unit's weights in a slot; a resident unit's in the store, whatever the slot."""
+        if self._alias or self._store.is_resident(unit):
             return UnitWeights(self._store.run("weights", unit), self._store.wide_residual(unit))
         layout, buffer = self._store.units[unit], self._buffers[slot]
         if not layout.wide_numel:
@@ -135,13 +137,14 @@ class BoundarySlots:
     """Host buffers for spilled layer inputs, and `count` device buffers to restore them. With `alias` inputs
     stay where they are.
 
-    All buffers are reused from step to step. Device buffers grow to the largest input seen; host buffers come
+    All buffers are reused from round to round. Device buffers grow to the largest input seen; host buffers come
     from a `PinnedPool`.
     """
 
     def __init__(self, count: int, device: torch.device, alias: bool) -> None:
         self._device, self._alias = device, alias
         self._pool = PinnedPool(device)
+        self._round = 0
         self._host_bytes: dict[tuple[int, int], int] = {}  # in this step, by unit and micro-batch
         self._buffers: list[torch.Tensor] = [torch.empty(0, dtype=torch.uint8, device=device)] * count
         self._held: list[torch.Tensor | None] = [None] * count
@@ -162,7 +165,14 @@ class BoundarySlots:
     def begin_step(self) -> None:
         """Reclaim the host buffers of the last step, whose copies have ended."""
         self._pool.give_back()
-        self._host_bytes = {}
+        self._host_bytes, self._round = {}, 0
+
+    def begin_round(self, number: int) -> None:
+        """Reclaim the host buffers of the round before. The first spill of a round waits for a layer that runs
+        after all backward passes of the round before, and so after its restores."""
+        if number != self._round:
+            self._pool.give_back()
+            self._round = number
 
     def spill(self, unit: int, micro_batch: int, value: torch.Tensor) -> torch.Tensor:
         """Copy a layer's input to host memory, asynchronously from a GPU, and return the copy."""

@@ -1,53 +1,72 @@
-"""HostStore: weights, gradients and optimizer state in host memory.
+"""HostStore: weights, gradients and optimizer state, in host memory or, for resident units, on the device.
 
-Each region is an exact allocation of all units, in mappings of about 1 GiB that hold whole units:
+Each region is an exact allocation of all units: in host memory in mappings of about 1 GiB that hold whole
+units, in device memory as one block:
 
     weights     bf16 (or fp32)  2 (4) bytes   compute copy and upper half of the master, pinned
     residual    int16           2 (0)         lower half of the fp32 master; pinned for wide parameters
     exp_avg     fp32 or bf16    4 (2)         first moment
     exp_avg_sq  fp32 or bf16    4 (2)         second moment; none with sgd and lion
     grads       bf16 (or fp32)  2 (4)         gradients of the last forward_backward, pinned
+    sums        fp32            4             unfinished gradients between rounds, in host memory, pinned
 
 `weights` covers all parameters, the other regions only trainable ones, except that `residual` includes frozen
-wide ones. Eager updates replace `grads` by a few slabs (`GradientSlabs`).
+wide ones. Eager updates replace `grads` by a few slabs in host memory (`GradientSlabs`); gradients of
+resident units then stay in their slots. `sum_slabs` are buffers for gradients that the host adds to `sums`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from horizon_lm.errors import DoesNotFitError
 from horizon_lm.memory import arena
 from horizon_lm.memory.layout import Parameter, UnitLayout
 from horizon_lm.memory.master import join_master, split_master
 from horizon_lm.memory.registration import pin
+from horizon_lm.words import count, size
+
+_NONE: frozenset[int] = frozenset()
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class GradientSlabs:
     """Host buffers for the gradients of eager updates: `count` for layers and prologue, round-robin, and one
-    shared by the units `outer` (head and embedding table)."""
+    shared by the units `outer` (head and embedding table). Resident units have none."""
 
     count: int
     outer: frozenset[int]
 
-    def numels(self, units: Sequence[UnitLayout]) -> list[int]:
+    def numels(self, units: Sequence[UnitLayout], resident: frozenset[int] = _NONE) -> list[int]:
         """Elements of each slab, the shared one last."""
-        inner = [u.trainable_numel for i, u in enumerate(units) if i not in self.outer]
-        outer = [units[i].trainable_numel for i in self.outer]
-        return [max(inner, default=0)] * self.count + [max(outer, default=0)]
+        streamed = [(u, unit.trainable_numel) for u, unit in enumerate(units) if u not in resident]
+        inner = max((numel for u, numel in streamed if u not in self.outer), default=0)
+        outer = max((numel for u, numel in streamed if u in self.outer), default=0)
+        return [inner] * self.count + [outer]
 
 
 @dataclass(frozen=True)
 class StoreSpec:
-    """What a store holds per parameter. dtype: weight and gradient dtype, bf16 or fp32."""
+    """What a store holds per parameter, and where.
+
+    dtype: weight and gradient dtype, bf16 or fp32. resident: units that live in device memory. sums: units
+    whose unfinished gradients wait in host memory between rounds. sum_slabs: buffers for gradients that the
+    host adds to them.
+    """
 
     dtype: torch.dtype
     moment_dtype: torch.dtype = torch.float32
     second_moment: bool = True
     slabs: GradientSlabs | None = None
+    resident: frozenset[int] = _NONE
+    sums: frozenset[int] = _NONE
+    sum_slabs: int = 0
 
     def __post_init__(self) -> None:
         for name in ("dtype", "moment_dtype"):
@@ -59,16 +78,24 @@ class StoreSpec:
 class Region:
     """One row of the memory table, used to allocate, report and predict.
 
-    numels: elements of each flat buffer; one per unit, or per slab.
+    numels: elements of each flat buffer; one per unit, or per slab. resident: units whose buffers lie in
+    device memory. is_state: whether the region is part of what training changes, rather than a gradient.
     """
 
     name: str
     dtype: torch.dtype
     numels: Callable[[Sequence[UnitLayout]], list[int]]
     pinned: bool = False
+    resident: frozenset[int] = _NONE
+    is_state: bool = True
 
-    def num_bytes(self, units: Sequence[UnitLayout]) -> int:
-        return sum(self.numels(units)) * self.dtype.itemsize
+    def host_numels(self, units: Sequence[UnitLayout]) -> list[int]:
+        """Elements of each buffer in host memory; 0 for those on the device."""
+        return [0 if u in self.resident else numel for u, numel in enumerate(self.numels(units))]
+
+    def device_numels(self, units: Sequence[UnitLayout]) -> list[int]:
+        """Elements of each buffer in device memory; 0 for those on the host."""
+        return [numel if u in self.resident else 0 for u, numel in enumerate(self.numels(units))]
 
 
 def _all(units: Sequence[UnitLayout]) -> list[int]:
@@ -85,51 +112,120 @@ def _with_residual(units: Sequence[UnitLayout]) -> list[int]:
 
 def regions(spec: StoreSpec) -> list[Region]:
     """List the regions of a store."""
-    rows = [Region("weights", spec.dtype, _all, pinned=True)]
+    resident = spec.resident
+    rows = [Region("weights", spec.dtype, _all, pinned=True, resident=resident)]
     if spec.dtype == torch.bfloat16:
-        rows.append(Region("residual", torch.int16, _with_residual))
-    rows.append(Region("exp_avg", spec.moment_dtype, _trainable))
+        rows.append(Region("residual", torch.int16, _with_residual, resident=resident))
+    rows.append(Region("exp_avg", spec.moment_dtype, _trainable, resident=resident))
     if spec.second_moment:
-        rows.append(Region("exp_avg_sq", spec.moment_dtype, _trainable))
-    if spec.slabs is None:
-        rows.append(Region("grads", spec.dtype, _trainable, pinned=True))
+        rows.append(Region("exp_avg_sq", spec.moment_dtype, _trainable, resident=resident))
+    return [*rows, *_gradient_regions(spec)]
+
+
+def _gradient_regions(spec: StoreSpec) -> Iterator[Region]:
+    slabs = spec.slabs
+    if slabs is None:
+        yield Region("grads", spec.dtype, _trainable, pinned=True, resident=spec.resident, is_state=False)
     else:
-        rows.append(Region("grad_slabs", spec.dtype, spec.slabs.numels, pinned=True))
-    return rows
+        numels = partial(slabs.numels, resident=spec.resident)
+        yield Region("grad_slabs", spec.dtype, numels, pinned=True, is_state=False)
+    if not spec.sums:
+        return
+
+    def sums(units: Sequence[UnitLayout]) -> list[int]:
+        return [unit.trainable_numel if u in spec.sums else 0 for u, unit in enumerate(units)]
+
+    yield Region("sums", torch.float32, sums, pinned=True, is_state=False)
+    if spec.sum_slabs:
+        yield Region(
+            "sum_slabs",
+            torch.float32,
+            lambda units: [max(sums(units))] * spec.sum_slabs,
+            pinned=True,
+            is_state=False,
+        )
 
 
 def predict_bytes(units: Sequence[UnitLayout], spec: StoreSpec) -> dict[str, int]:
     """Predict host bytes by region."""
-    return {region.name: region.num_bytes(units) for region in regions(spec)}
+    return {row.name: sum(row.host_numels(units)) * row.dtype.itemsize for row in regions(spec)}
+
+
+def predict_device_bytes(units: Sequence[UnitLayout], spec: StoreSpec) -> dict[str, int]:
+    """Predict device bytes of resident units by region; empty without them."""
+    return {
+        f"resident_{row.name}": sum(row.device_numels(units)) * row.dtype.itemsize
+        for row in regions(spec)
+        if row.resident
+    }
+
+
+def state_bytes(units: Sequence[UnitLayout], spec: StoreSpec) -> int:
+    """Predict the bytes of weights and optimizer state, wherever they lie."""
+    return sum(sum(row.numels(units)) * row.dtype.itemsize for row in regions(spec) if row.is_state)
 
 
 class HostStore:
-    """All parameters of a model, their gradients and optimizer state, in host memory."""
+    """All parameters of a model, their gradients and optimizer state."""
 
     def __init__(
-        self, units: Sequence[UnitLayout], spec: StoreSpec, *, pin_for: torch.device | None = None
+        self,
+        units: Sequence[UnitLayout],
+        spec: StoreSpec,
+        *,
+        pin_for: torch.device | None = None,
+        device: torch.device = _CPU,
     ) -> None:
-        """pin_for: the device to which weights are copied."""
+        """pin_for: the device to which weights are copied. device: where resident units live."""
         self.units = tuple(units)
         self.spec = spec
         self._runs: dict[str, list[torch.Tensor]] = {}
+        self._num_bytes: dict[str, int] = {}
+        self._device_bytes: dict[str, int] = {}
         for region in regions(spec):
-            sizes = [numel * region.dtype.itemsize for numel in region.numels(units)]
+            sizes = [numel * region.dtype.itemsize for numel in region.host_numels(units)]
             runs = arena.allocate_runs(sizes, pin_for=pin_for if region.pinned else None)
             self._runs[region.name] = [run.view(region.dtype) for run in runs]
+            self._num_bytes[region.name] = sum(run.nbytes for run in runs)
+        for region in regions(spec):
+            if region.resident:
+                self._add_residents(region, device)
         if pin_for is not None and pin_for.type == "cuda":
             # Only the pages of residuals that the device needs, since locked memory may be limited.
-            pin([self.wide_residual(unit) for unit in range(len(units))], pin_for)
+            pin([self.wide_residual(u) for u in range(len(units)) if not self.is_resident(u)], pin_for)
         self._place = {p.name: (u, p) for u, unit in enumerate(units) for p in unit.parameters}
+
+    def _add_residents(self, region: Region, device: torch.device) -> None:
+        numels = region.device_numels(self.units)
+        try:
+            block = torch.zeros(sum(numels), dtype=region.dtype, device=device)
+        except torch.OutOfMemoryError as error:
+            raise DoesNotFitError(
+                f"the device refused {size(sum(numels) * region.dtype.itemsize)} for the {region.name} of "
+                f"{count(len(region.resident), 'resident unit')}",
+                hint="lower resident; resident=0 leaves all units in host memory",
+            ) from error
+        for unit, run in enumerate(block.split(numels)):
+            if unit in region.resident:
+                self._runs[region.name][unit] = run
+        self._device_bytes[f"resident_{region.name}"] = block.nbytes
 
     @property
     def dtype(self) -> torch.dtype:
         """Weight and gradient dtype."""
         return self.spec.dtype
 
+    def is_resident(self, unit: int) -> bool:
+        """Whether the unit's regions lie in device memory."""
+        return unit in self.spec.resident
+
     def run(self, region: str, unit: int) -> torch.Tensor:
-        """The unit's flat buffer in a region: [numel], or [trainable_numel]."""
+        """The unit's flat buffer in a region, wherever it lies: [numel], or [trainable_numel]."""
         return self._runs[region][unit]
+
+    def host_copy(self, region: str, unit: int) -> torch.Tensor:
+        """The same in host memory: the buffer itself, or a new copy of a resident unit's."""
+        return self.run(region, unit).cpu()
 
     def gradient_run(self, unit: int, slab: int = -1) -> torch.Tensor:
         """The flat buffer of the unit's gradient [trainable_numel]: in a slab, or its own."""
@@ -137,13 +233,26 @@ class HostStore:
             return self.run("grads", unit)
         return self.run("grad_slabs", slab)[: self.units[unit].trainable_numel]
 
+    def sum_run(self, unit: int) -> torch.Tensor:
+        """Host buffer of the unit's unfinished gradient, fp32 [trainable_numel]."""
+        return self.run("sums", unit)
+
+    def sum_slab(self, slab: int) -> torch.Tensor:
+        """Host buffer for a gradient to be added to `sum_run`, fp32; as large as the largest of them."""
+        return self.run("sum_slabs", slab)
+
     def has(self, region: str) -> bool:
         return region in self._runs
 
     @property
     def num_bytes(self) -> dict[str, int]:
-        """Allocated bytes by region."""
-        return {name: sum(run.nbytes for run in runs) for name, runs in self._runs.items()}
+        """Allocated host bytes by region."""
+        return dict(self._num_bytes)
+
+    @property
+    def device_bytes(self) -> dict[str, int]:
+        """Allocated bytes of resident units by region, named as by `predict_device_bytes`."""
+        return dict(self._device_bytes)
 
     def locate(self, name: str) -> tuple[int, Parameter]:
         """The unit number and layout of a parameter. Raises KeyError for an unknown name."""
@@ -153,40 +262,59 @@ class HostStore:
         return iter(self._place)
 
     def weight(self, name: str) -> torch.Tensor:
-        """View of the parameter's compute copy, shaped as in the model."""
+        """The parameter's compute copy in host memory, shaped as in the model: a view, or a new copy of
+        a resident unit's."""
+        return self.weight_view(name).cpu()
+
+    def weight_view(self, name: str) -> torch.Tensor:
+        """View of the parameter's compute copy, wherever it lies."""
         unit, parameter = self._place[name]
         return self.units[unit].view(self.run("weights", unit), parameter)
 
     def gradient(self, name: str, slab: int = -1) -> torch.Tensor:
-        """View of a trainable parameter's gradient, shaped as in the model."""
+        """A trainable parameter's gradient in host memory, shaped as in the model: a view, or a new copy of
+        a resident unit's."""
         unit, parameter = self._place[name]
-        return self.units[unit].trainable_view(self.gradient_run(unit, slab), parameter)
+        return self.units[unit].trainable_view(self.gradient_run(unit, slab), parameter).cpu()
 
     def wide_residual(self, unit: int) -> torch.Tensor:
-        """Residuals of the unit's wide parameters [wide_numel]; empty in an fp32 store."""
-        if not self.has("residual"):
+        """Residuals of the unit's wide parameters [wide_numel], wherever they lie; empty in an fp32 store."""
+        if not self.has("residual") or not self.units[unit].wide_numel:
             return torch.empty(0, dtype=torch.int16)
         return self.run("residual", unit)[: self.units[unit].wide_numel]
 
-    def _residual(self, name: str) -> torch.Tensor | None:
+    def _residual_view(self, name: str) -> torch.Tensor | None:
         unit, parameter = self._place[name]
         if not self.has("residual") or parameter.offset < self.units[unit].wide_offset:
             return None
         return self.units[unit].residual_view(self.run("residual", unit), parameter)
 
     def adopt(self, name: str, value: torch.Tensor) -> None:
-        """Copy a parameter into the store as its fp32 master, residual included."""
-        residual = self._residual(name)
+        """Copy a parameter in host memory into the store as its fp32 master, residual included."""
+        weight, residual = self.weight_view(name), self._residual_view(name)
         if residual is not None and value.dtype != torch.bfloat16:  # fp16 has more digits than bf16
-            split_master(value, self.weight(name), residual)
+            with in_host_memory(weight) as one, in_host_memory(residual) as other:
+                split_master(value, one, other)
         else:
-            self.weight(name).copy_(value)  # same dtype, or exact widening
+            weight.copy_(value)  # same dtype, or exact widening
             if residual is not None:
                 residual.zero_()
 
     def master(self, name: str) -> torch.Tensor:
-        """The parameter's fp32 master as a new tensor, shaped as in the model."""
-        residual = self._residual(name)
+        """The parameter's fp32 master as a new tensor in host memory, shaped as in the model."""
+        weight, residual = self.weight(name), self._residual_view(name)
         if residual is None:
-            return self.weight(name).to(torch.float32, copy=True)
-        return join_master(self.weight(name), residual)
+            return weight.to(torch.float32, copy=True)
+        return join_master(weight, residual.cpu())
+
+
+@contextmanager
+def in_host_memory(target: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield host memory to write `target`'s next content to: itself, or a buffer that is copied to the device
+    at the end. The buffer starts uninitialized."""
+    if target.device.type == "cpu":
+        yield target
+        return
+    staged = torch.empty(target.shape, dtype=target.dtype)
+    yield staged
+    target.copy_(staged)

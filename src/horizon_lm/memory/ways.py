@@ -22,6 +22,7 @@ Changes = dict[str, Any]  # setting -> value
 Shortages = Callable[[AnySettings], Mapping[str, int]]
 
 _FEWEST_LOSS_TOKENS, _FEWEST_TILE_TOKENS = 256, 1024
+_MOST_RESIDENTS = 512
 _SHOWN = 3  # suggestions in a hint
 
 
@@ -64,6 +65,47 @@ def _inputs_on_the_host(settings: ModelSettings) -> Changes:
 
 def _inputs_on_the_device(settings: ModelSettings) -> Changes:
     return {} if settings.boundaries in ("auto", "device") else {"boundaries": "device"}
+
+
+def _fewer_residents(settings: ModelSettings) -> Changes:
+    if isinstance(settings.resident, int):
+        return {"resident": settings.resident // 2} if settings.resident else {}
+    return {"resident": 0} if settings.resident not in ("auto", []) else {}
+
+
+def _more_residents(settings: ModelSettings) -> Changes:
+    """Twice as many, on a device with memory of its own; too many for the model save nothing."""
+    if settings.device == "cpu" or isinstance(settings.resident, list):
+        return {}
+    now = 0 if settings.resident == "auto" else settings.resident
+    return {"resident": max(1, 2 * now)} if now < _MOST_RESIDENTS else {}
+
+
+def _more_rounds(settings: ModelSettings) -> Changes:
+    """The next number of rounds that divides the micro-batches."""
+    if not isinstance(settings, TrainConfig):
+        return {}
+    count = settings.gradient_accumulation_steps
+    rounds = 1 if settings.rounds == "auto" else settings.rounds
+    more = next((n for n in range(rounds + 1, count + 1) if count % n == 0), None)
+    return {} if more is None else {"rounds": more}
+
+
+def _one_round(settings: ModelSettings) -> Changes:
+    """Gradients that wait between rounds take memory."""
+    return {} if settings.rounds in ("auto", 1) else {"rounds": 1}
+
+
+def _sums_on_the_device(settings: ModelSettings) -> Changes:
+    return {"round_sums": "device"} if _sums_lie_elsewhere(settings, "device") else {}
+
+
+def _sums_on_the_host(settings: ModelSettings) -> Changes:
+    return {"round_sums": "host"} if _sums_lie_elsewhere(settings, "host") else {}
+
+
+def _sums_lie_elsewhere(settings: ModelSettings, place: str) -> bool:
+    return settings.rounds not in ("auto", 1) and settings.round_sums != place
 
 
 def _smaller_micro_batches(settings: ModelSettings) -> Changes:
@@ -131,7 +173,9 @@ def _shorter_rows(settings: ModelSettings) -> Changes:
 def _fewer_micro_batches(settings: ModelSettings) -> Changes:
     if not isinstance(settings, TrainConfig) or settings.gradient_accumulation_steps == 1:
         return {}
-    return {"gradient_accumulation_steps": settings.gradient_accumulation_steps // 2}
+    fewer = settings.gradient_accumulation_steps // 2
+    rounds = 1 if settings.rounds == "auto" else settings.rounds
+    return {"gradient_accumulation_steps": fewer} | ({"rounds": 1} if fewer % rounds else {})
 
 
 def _narrow_export(settings: ModelSettings) -> Changes:
@@ -146,10 +190,16 @@ _DEVICE, _HOST, _DISK = frozenset({"device", "host"}), frozenset({"host"}), froz
 # Ways that keep the results come first, then by what they cost in speed or in what is computed.
 WAYS = (
     Way(_fewer_slots, Results.SAME, _DEVICE),
+    Way(_fewer_residents, Results.SAME, _DEVICE),
     Way(_no_blocks, Results.SAME, _DEVICE),
     Way(_recompute, Results.SAME, _DEVICE),
     Way(_inputs_on_the_host, Results.SAME, _DEVICE),
     Way(_inputs_on_the_device, Results.SAME, _HOST),
+    Way(_more_rounds, Results.SAME, _DEVICE),
+    Way(_sums_on_the_host, Results.SAME, frozenset({"device"})),
+    Way(_sums_on_the_device, Results.SAME, _HOST),
+    Way(_one_round, Results.SAME, _DEVICE),
+    Way(_more_residents, Results.SAME, _HOST),
     Way(_one_slab, Results.SAME, _HOST),
     Way(_one_gradient_slot, Results.SAME, _DEVICE),
     Way(_smaller_micro_batches, Results.ROUNDING, _DEVICE),

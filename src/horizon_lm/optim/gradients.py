@@ -37,6 +37,12 @@ def add_gradients(
     _check(lib.horizon_add_gradients(*runs, total.numel(), ISAS.index(isa), torch.get_num_threads()), isa)
 
 
+def add_gradient(total: torch.Tensor, gradient: torch.Tensor, *, begins: bool) -> None:
+    """Compute total = total + gradient, or copy the gradient if it `begins`: one of `add_gradients`, for which
+    there is no second. Same bits; piece by piece, so that the widened piece stays in the cache."""
+    _add(total.view(-1), gradient.reshape(-1), begins)
+
+
 def move_gradient(source: torch.Tensor, target: torch.Tensor, *, isa: str = "auto") -> float:
     """Copy a gradient [n] to target [n], each bf16 or fp32 in host memory, and return its squared norm.
 

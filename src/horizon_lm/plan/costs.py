@@ -18,7 +18,7 @@ from horizon_lm.plan.outline import Measures, Outline
 from horizon_lm.plan.work import ELEMENTWISE, Kernel, Work
 from horizon_lm.plan.working_set import Pass, WorkingSet
 from horizon_lm.schedule import Buffer, Op, StepSpec
-from horizon_lm.schedule.step_spec import KEEP
+from horizon_lm.schedule.step_spec import KEEP, RECOMPUTE
 
 DEVICE, HOST = "device", "host"
 
@@ -102,8 +102,7 @@ class Costs:
         if region == "call":
             return self.device_memory, self.measures.ends.call
         if region == "graph":
-            layer = self._layer(buffer.index)
-            return self.device_memory, layer.kept if op.policy == KEEP else layer.held
+            return self.device_memory, self._layer(buffer.index).under(op.policy).held
         return None
 
     def working_bytes(self, op: Op) -> tuple[str, int] | None:
@@ -115,11 +114,10 @@ class Costs:
         if op.unit == 0:
             return self.device_memory, self._prologue_bytes(op, found)
         if op.kind in "FC":
-            layer = self._layer(op.unit)
-            given = self.boundary + (layer.kept if op.policy == KEEP else layer.held if op.policy else 0)
+            held = self._layer(op.unit).under(op.policy).held if op.policy else 0
+            given = self.boundary + held
         elif op.kind == "B":
-            layer = self._layer(op.unit)
-            given = layer.kept if self._was_kept(op.unit) else layer.held
+            given = self._layer(op.unit).under(self._found(op.unit)).held
         elif op.kind == "L":
             given = self.boundary
         return self.device_memory, max(0, found.bytes - given)
@@ -141,7 +139,7 @@ class Costs:
     def seconds(self, op: Op) -> float:
         """Seconds of an op on its lane."""
         if op.kind in "FBCLE":
-            key = op.kind, op.policy, self._kind(op.unit), self._was_kept(op.unit), self._touches_rows(op)
+            key = op.kind, op.policy, self._kind(op.unit), self._found(op.unit), self._touches_rows(op)
             if key not in self._seconds:
                 self._seconds[key] = work_seconds(self.work_of(op), self.profile)
             return self._seconds[key]
@@ -160,7 +158,8 @@ class Costs:
     @property
     def update_bytes(self) -> int:
         """Bytes per parameter that an update reads and writes; gradients are only read."""
-        return sum(r.dtype.itemsize * (1 if r.name.startswith("grad") else 2) for r in regions(self.spec))
+        of_state = sum(2 * row.dtype.itemsize for row in regions(self.spec) if row.is_state)
+        return of_state + self.spec.dtype.itemsize
 
     def _download_seconds(self, unit: int) -> float:
         numel, size = self.outline.units[unit].trainable_numel, self.spec.dtype.itemsize
@@ -225,10 +224,11 @@ class Costs:
     def _layer(self, unit: int) -> WorkingSet:
         return self.measures.layers[self._kind(unit)]
 
-    def _was_kept(self, unit: int) -> bool:
-        """Whether a layer's backward pass finds its activations: kept by its forward, or recomputed by an op
-        of their own (C) within a block."""
-        return self.plan.policy(unit) == KEEP or (0 < unit < self.plan.head and unit not in self._last)
+    def _found(self, unit: int) -> str:
+        """The policy that left what a layer's backward pass finds: its forward's, or `keep` if an op of its
+        own (C) recomputes it within a block; nothing for other units."""
+        inside = 0 < unit < self.plan.head and unit not in self._last
+        return KEEP if inside else self.plan.policy(unit)
 
     @cached_property
     def _last(self) -> frozenset[int]:
@@ -247,5 +247,5 @@ class Costs:
             return ends.score if op.kind == "E" else ends.loss
         layer = self._layer(op.unit)
         if op.kind in "FC":
-            return layer.keep_forward if op.policy == KEEP else layer.forward
-        return layer.keep_backward if self._was_kept(op.unit) else layer.backward
+            return layer.under(op.policy or RECOMPUTE).forward
+        return layer.under(self._found(op.unit)).backward

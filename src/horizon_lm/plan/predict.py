@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 from horizon_lm.config import ModelSettings, TrainConfig
 from horizon_lm.engine.policies import Policies, store_spec
 from horizon_lm.machine.profile import Profile
-from horizon_lm.memory.store import predict_bytes
+from horizon_lm.memory.store import predict_bytes, predict_device_bytes
 from horizon_lm.plan.costs import DEVICE, HOST, Costs
 from horizon_lm.plan.outline import Outline
 from horizon_lm.preference.method import Method
@@ -63,13 +63,13 @@ class Prediction:
     @property
     def store_bytes(self) -> int:
         """Host bytes of weights, gradients and optimizer state."""
-        names = ("weights", "residual", "exp_avg", "exp_avg_sq", "grads", "grad_slabs")
+        names = ("weights", "residual", "exp_avg", "exp_avg_sq", "grads", "grad_slabs", "sums", "sum_slabs")
         return sum(self.host.get(name, 0) for name in names)
 
     @property
     def pinned_bytes(self) -> int:
         """Host bytes that are locked for copies from and to a device with its own memory."""
-        names = ("weights", "grads", "grad_slabs", "boundary") if self.device else ()
+        names = ("weights", "grads", "grad_slabs", "sums", "sum_slabs", "boundary") if self.device else ()
         return sum(self.host.get(name, 0) for name in names)
 
     @property
@@ -169,15 +169,17 @@ def _bytes(
     """(host bytes by part, device bytes by part). stored: bytes of the store in use."""
     profile = costs.profile
     host = {"process": int(profile.process_bytes), **stored, **simulation.parts.get(HOST, {})}
+    resident = predict_device_bytes(costs.outline.units, costs.spec)
     fixed = costs.fixed_bytes()
     if not costs.is_cpu:
         return host, {
             "context": int(profile.context_bytes),
+            **resident,
             **fixed,
             **simulation.parts.get(DEVICE, {}),
         }
     transient = sum(simulation.parts.get(HOST, {}).values()) + fixed.get("waiting_gradients", 0)
-    return host | fixed | {"heap": int(profile.heap_share * transient)}, {}
+    return host | resident | fixed | {"heap": int(profile.heap_share * transient)}, {}
 
 
 def _preferences(settings: ModelSettings) -> TrainConfig | None:

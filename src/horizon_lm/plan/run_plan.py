@@ -354,8 +354,7 @@ def _update_reason(chosen: TrainConfig) -> str:
 
 
 def _count(value: str | list[str], word: str, layers: int) -> int:
-    from horizon_lm.config.model import per_layer
+    from horizon_lm.config.memory import ACTIVATIONS, BOUNDARIES, per_layer
 
-    words = ("recompute", "keep") if word == "keep" else ("device", "host")
-    listed = per_layer(value, words if word == words[1] else words)
+    listed = per_layer(value, ACTIVATIONS if word in ACTIVATIONS else BOUNDARIES)
     return (layers if value == word else 0) if listed is None else listed.count(word)

@@ -25,7 +25,7 @@ from horizon_lm.model.anatomy import tensors_in
 from horizon_lm.model.capture import Call
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.plan.work import Trace, Work, WorkMeter
-from horizon_lm.schedule.step_spec import KEEP, RECOMPUTE
+from horizon_lm.schedule.step_spec import RECOMPUTE
 
 _FEW_TOKENS = 16  # enough for a prologue, and fast
 
@@ -38,39 +38,36 @@ class Pass:
     work: Work
 
 
+class Passes(NamedTuple):
+    """A layer's passes under one policy. held: bytes between forward and backward, besides its input. A
+    backward pass excludes the incoming gradient, and its parameters' gradients lie in a slot."""
+
+    held: int
+    forward: Pass
+    backward: Pass
+
+
 @dataclass(frozen=True)
 class WorkingSet:
     """The working set of one layer and one micro-batch, on the device.
 
-    Figures with kept activations are measured on demand (`measure_kept`): most candidates of the planner
-    recompute all layers.
-
-    boundary: bytes of its input. kept, held: bytes between forward and backward, besides its input, with kept
-    and with recomputed activations. The others are its passes; a backward pass excludes the incoming
-    gradient, and its parameters' gradients lie in a slot.
+    Policies other than `recompute` are measured on demand: most candidates of the planner recompute all
+    layers. boundary: bytes of its input. recomputed: its passes under `recompute`.
     """
 
     boundary: int
-    held: int
-    forward: Pass
-    backward: Pass
-    measure_kept: Callable[[], tuple[int, Pass, Pass]] = field(compare=False)
+    recomputed: Passes
+    measure: Callable[[str], Passes] = field(compare=False)
 
     @cached_property
-    def _kept(self) -> tuple[int, Pass, Pass]:
-        return self.measure_kept()
+    def _measured(self) -> dict[str, Passes]:
+        return {RECOMPUTE: self.recomputed}
 
-    @property
-    def kept(self) -> int:
-        return self._kept[0]
-
-    @property
-    def keep_forward(self) -> Pass:
-        return self._kept[1]
-
-    @property
-    def keep_backward(self) -> Pass:
-        return self._kept[2]
+    def under(self, policy: str) -> Passes:
+        """Its passes under a policy of `schedule.step_spec`."""
+        if policy not in self._measured:
+            self._measured[policy] = self.measure(policy)
+        return self._measured[policy]
 
 
 @dataclass(frozen=True)
@@ -134,16 +131,16 @@ def layer_working_set(
 
         return source((layer, policy), batch, tokens, measure)
 
-    boundary, (held, forward, backward) = _layer_figures(readings(RECOMPUTE))
-    return WorkingSet(boundary, held, forward, backward, lambda: _layer_figures(readings(KEEP))[1])
+    boundary, recomputed = _layer_figures(readings(RECOMPUTE))
+    return WorkingSet(boundary, recomputed, lambda policy: _layer_figures(readings(policy))[1])
 
 
-def _layer_figures(readings: Sequence[Any]) -> tuple[int, tuple[int, Pass, Pass]]:
-    """(bytes of the input, (bytes held between forward and backward, forward, backward))."""
+def _layer_figures(readings: Sequence[Any]) -> tuple[int, Passes]:
+    """(bytes of the input, passes)."""
     _, boundary, _, before, peak, work, now, output, backward_before, backward_peak, backward_work = readings
     held = now - before - output
     forward = Pass(peak - before, work)
-    return boundary, (held, forward, Pass(backward_peak - (backward_before - held), backward_work))
+    return boundary, Passes(held, forward, Pass(backward_peak - (backward_before - held), backward_work))
 
 
 class Loss(NamedTuple):

@@ -79,7 +79,7 @@ def weights_hash(model: HostModel) -> str:
     for name, buffer in model.skeleton.model.named_buffers():
         if not buffer.is_meta:
             digest.update(name.encode())
-            digest.update(_bytes(buffer.cpu()))
+            digest.update(_bytes(buffer))
     unimportant = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
     values = {k: v for k, v in model.config.to_dict().items() if k not in unimportant}
     digest.update(json.dumps(values, sort_keys=True, default=str).encode())
@@ -87,7 +87,7 @@ def weights_hash(model: HostModel) -> str:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def key_of(rows: Rows, config: TrainConfig, weights: str) -> str:

@@ -9,15 +9,16 @@ from collections.abc import Collection, Iterator
 
 from horizon_lm.schedule import make
 from horizon_lm.schedule.ops import Op
-from horizon_lm.schedule.step_spec import StepSpec
+from horizon_lm.schedule.slots import place_gradients, place_in_slots, turnaround
+from horizon_lm.schedule.step_spec import SUM_SLABS, StepSpec
 
 
 def build(spec: StepSpec, step: int = 0, pending: Collection[int] = ()) -> list[Op]:
     """Build one training step (forward, loss, backward, norm, update) or one evaluation.
 
-    Layer-major: all micro-batches pass through a unit before the next unit is visited. Units of one block
-    (`checkpoint_interval`) are visited together, micro-batch by micro-batch; so are the last block and the
-    head.
+    Layer-major: all micro-batches of a round pass through a unit before the next unit is visited. Units of
+    one block (`checkpoint_interval`) are visited together, micro-batch by micro-batch; so are the last block
+    and the head.
     pending: units whose update of the previous step is pending (`update: deferred`); each update runs just
     before its weights are first used.
     """
@@ -58,66 +59,89 @@ def _update_order(spec: StepSpec) -> list[int]:
 
 
 def _visits(spec: StepSpec) -> Iterator[list[Op]]:
-    """Yield the ops of each visit: uploads issued before it, work on all micro-batches, downloads."""
+    """Yield the ops of each visit of each round: what is copied to the device before it, work on the round's
+    micro-batches, copies to the host."""
     slots, uploads_before = place_in_slots(spec)
-    grad_visits = 0
-    turnaround = spec.visits.index(next(units for units in spec.visits if units[-1] == spec.head))
-    uploads_before[0].insert(0, (spec.embedding_unit, spec.outer_slot))
-    if not spec.tied and spec.head in spec.uploaded:  # after the table's readers and all layers' uploads
-        uploads_before[max(1, turnaround - spec.slots + 1)].append((spec.head, spec.outer_slot))
-    for visit, units in enumerate(spec.visits):
+    grad_slots, brought_before = place_gradients(spec)
+    _place_outer_uploads(spec, uploads_before)
+    head_visit = turnaround(spec)
+    for visit in range(len(spec.visits) * spec.rounds):
+        number, place = divmod(visit, len(spec.visits))
+        units, micro_batches = spec.visits[place], spec.micro_batches_of(number)
         ops = [make.upload(unit, slot) for unit, slot in uploads_before[visit]]
         if spec.head in spec.uploaded and units[-1] == spec.head:
             slots[visit][spec.head] = spec.outer_slot
-        if visit < turnaround:
-            yield ops + _forward(spec, units[0], slots[visit].get(units[0], -1))
+        ops += [make.get_back(unit, m, slot) for unit, m, slot in brought_before[visit]]
+        if place < head_visit:
+            yield ops + _forward(spec, units[0], slots[visit].get(units[0], -1), micro_batches)
             continue
         if spec.evaluate:
             slot = slots[visit].get(spec.head, -1)
-            yield ops + [make.evaluate(spec, m, slot) for m in range(spec.micro_batches)]
+            yield ops + [make.evaluate(spec, m, slot) for m in micro_batches]
             continue
-        grad_slots = {}
-        for unit in reversed(units):
-            if unit in spec.trainable and unit < spec.head:
-                grad_slots[unit] = grad_visits % spec.grad_slots
-                grad_visits += 1
-        if spec.head in spec.trainable and units[-1] == spec.head:
-            grad_slots[spec.head] = spec.outer_grad_slot
-        yield ops + _backward(spec, units, slots[visit], grad_slots)
+        yield ops + _backward(spec, units, slots[visit], grad_slots[visit], micro_batches)
 
 
-def _forward(spec: StepSpec, unit: int, slot: int) -> list[Op]:
-    ops = [make.forward(spec, unit, m, slot) for m in range(spec.micro_batches)]
+def _place_outer_uploads(spec: StepSpec, uploads_before: list[list[tuple[int, int]]]) -> None:
+    """Add the uploads of table and head, which share the outer slot: each once, or once a round if they
+    alternate."""
+    table, head = spec.embedding_unit, spec.head
+    alternate = not spec.tied and {table, head} <= spec.uploaded
+    for number in range(spec.rounds if alternate else 1):
+        begin = number * len(spec.visits)
+        if table in spec.uploaded:
+            uploads_before[begin].insert(0, (table, spec.outer_slot))
+        if not spec.tied and head in spec.uploaded:  # after the table's readers and all layers' uploads
+            before = begin + max(1, turnaround(spec) - spec.slots + 1)
+            uploads_before[before].append((head, spec.outer_slot))
+
+
+def _forward(spec: StepSpec, unit: int, slot: int, micro_batches: range) -> list[Op]:
+    ops = [make.forward(spec, unit, m, slot) for m in micro_batches]
     if spec.is_spilled(unit):
-        ops += [make.spill(unit, m) for m in range(spec.micro_batches)]
+        ops += [make.spill(unit, m) for m in micro_batches]
     return ops
 
 
 def _backward(
-    spec: StepSpec, units: tuple[int, ...], slots: dict[int, int], grad_slots: dict[int, int]
+    spec: StepSpec,
+    units: tuple[int, ...],
+    slots: dict[int, int],
+    grad_slots: dict[int, int],
+    micro_batches: range,
 ) -> list[Op]:
     """Backward visit of the head, the prologue, a layer, or a block of layers.
 
-    Each micro-batch runs the block forward, then backward; the last one adds the downloads. For the block
-    joined with the head this is its first forward.
+    Each micro-batch runs the block forward, then backward; the last one adds the copies to the host. For the
+    block joined with the head this is its first forward.
     """
     ops: list[Op] = []
-    for m in range(spec.micro_batches):
+    for m in micro_batches:
         for unit in units[:-1]:
             slot = slots.get(unit, -1)
             first = units[-1] == spec.head
-            ops.append(make.forward(spec, unit, m, slot) if first else make.recompute(unit, m, slot))
+            ops.append(make.forward(spec, unit, m, slot) if first else make.recompute(spec, unit, m, slot))
         for unit in reversed(units):
             slot, grad_slot = slots.get(unit, -1), grad_slots.get(unit, -1)
             if unit == spec.head:
-                ops.append(make.loss(unit, m, slot, grad_slot))
+                ops.append(make.loss(spec, unit, m, slot, grad_slot))
             elif unit:
-                ops.append(make.backward(unit, m, slot, grad_slot))
+                ops.append(make.backward(spec, unit, m, slot, grad_slot))
             else:
                 ops.append(make.backward_prologue(spec, m, slot, grad_slot))
             if m == spec.micro_batches - 1:
                 ops += _downloads(spec, unit, grad_slot)
+            elif m == micro_batches[-1] and unit in spec.host_sums:
+                ops += _parks(spec, unit, m, grad_slot)
     return ops
+
+
+def _parks(spec: StepSpec, unit: int, m: int, grad_slot: int) -> list[Op]:
+    """Return the ops that keep a gradient in host memory until the next round."""
+    if not spec.adds_on_host:
+        return [make.park(spec, unit, m, grad_slot, -1)]
+    sum_slab = unit % SUM_SLABS
+    return [make.park(spec, unit, m, grad_slot, sum_slab), make.add(unit, m, sum_slab)]
 
 
 def _downloads(spec: StepSpec, unit: int, grad_slot: int) -> list[Op]:
@@ -131,7 +155,7 @@ def _downloads(spec: StepSpec, unit: int, grad_slot: int) -> list[Op]:
     for one, place in complete:
         ops.append(make.download(spec, one, place))
         if spec.update == "eager":
-            ops.append(make.optimize(spec, one))
+            ops.append(make.optimize(spec, one, place))
     return ops
 
 
@@ -145,7 +169,7 @@ def _with_restores(spec: StepSpec, ops: list[Op]) -> list[Op]:
     for i, op in enumerate(ops):
         if op.kind in "CB" and op.unit and spec.is_spilled(op.unit):
             users.setdefault((op.unit, op.micro_batch), []).append(i)
-    turnaround = next(i for i, op in enumerate(ops) if op.kind == "L")
+    losses = {op.micro_batch: i for i, op in enumerate(ops) if op.kind == "L"}
     restores: dict[int, list[Op]] = {}
     begins = [places[0] for places in users.values()]
     for k, ((unit, m), places) in enumerate(users.items()):
@@ -153,7 +177,9 @@ def _with_restores(spec: StepSpec, ops: list[Op]) -> list[Op]:
         for i in places:
             found[i] = make.from_boundary_slot(ops[i], boundary_slot)
         earlier = k - (spec.boundary_slots - 1)
-        before = begins[earlier] if earlier >= 0 else turnaround
+        before = losses[m - m % spec.round_size]  # the turnaround of its round
+        if earlier >= 0:
+            before = max(before, begins[earlier])
         restores.setdefault(before, []).append(make.restore(unit, m, boundary_slot))
     return [made for i, op in enumerate(found) for made in [*restores.get(i, []), op]]
 
@@ -163,8 +189,9 @@ def _with_pending(spec: StepSpec, ops: list[Op], pending: Collection[int], step:
     waiting = {op.unit: op for op in build_flush(spec, step, pending)}
     found: list[Op] = []
     for op in ops:
-        if op.kind == "U" and op.unit in waiting:
-            found.append(waiting.pop(op.unit))
+        if waiting:
+            used = {buffer.index for buffer in op.reads if buffer.region == "weights"}
+            found += [waiting.pop(unit) for unit in _update_order(spec) if unit in used & waiting.keys()]
         found.append(op)
     assert not waiting, "every trainable unit's weights are used"
     return found
@@ -175,52 +202,13 @@ def _with_writes(spec: StepSpec, ops: list[Op], step: int) -> list[Op]:
     step, or at the start. Units updated soonest are written first, so that no update waits for long.
     """
     waiting = {unit: make.write(spec, unit).at(step) for unit in sorted(spec.saved)}
-    updated = {op.unit for op in ops if op.kind == "O" and op.step < step}
-    coming = [op.unit for op in ops if op.kind == "O" and op.step == step]
+    updated = {op.unit for op in ops if op.kind in "OA" and op.step < step}
+    coming = [op.unit for op in ops if op.kind in "OA" and op.step == step]
     order = [unit for unit in dict.fromkeys([*coming, *waiting]) if unit in waiting]
     found = [waiting.pop(unit) for unit in order if unit not in updated]
     for op in ops:
         found.append(op)
-        if op.kind == "O" and op.step < step and op.unit in waiting:
+        if op.kind in "OA" and op.step < step and op.unit in waiting:
             found.append(waiting.pop(op.unit))
     assert not waiting
     return found
-
-
-def place_in_slots(spec: StepSpec) -> tuple[list[dict[int, int]], list[list[tuple[int, int]]]]:
-    """Assign a slot of the ring to each unit of each visit; return slots by visit, and the uploads issued
-    before it.
-
-    An upload is issued up to `slots - 1` visits ahead, into a slot that none of those visits uses; among
-    several, the one whose unit is needed last (Belady 1966). A unit still in its slot, as at the
-    turnaround, is not uploaded again.
-    """
-    visits = [[u for u in units if u in spec.uploaded and u < spec.head] for units in spec.visits]
-    ahead = spec.slots - 1
-    holds: list[int | None] = [None] * spec.slots
-    used: list[int] = [-1] * spec.slots  # last visit that used the slot
-    uses: dict[int | None, list[int]] = {None: []}
-    for visit, units in enumerate(visits):
-        for unit in units:
-            uses.setdefault(unit, []).append(visit)
-    placed: list[dict[int, int]] = []
-    uploads: list[list[tuple[int, int]]] = [[] for _ in visits]
-    for visit, units in enumerate(visits):
-        start = max(0, visit - ahead)
-
-        def rank(slot: int, visit: int = visit, start: int = start) -> tuple[int, int, int, int]:
-            unit = holds[slot]
-            later = next((v for v in uses[unit] if v >= visit), len(visits) + 1)
-            busy = max(used[slot] + 1, start)  # the visit before which the upload can be issued
-            # The highest unit of a visit is finished first.
-            return (-busy, later, spec.head if unit is None else unit, -slot)
-
-        for unit in units:
-            if unit not in holds:
-                free = [slot for slot in range(spec.slots) if holds[slot] not in units]
-                slot = max(free, key=rank)
-                holds[slot] = unit
-                uploads[max(used[slot] + 1, start)].append((unit, slot))
-            used[holds.index(unit)] = visit
-        placed.append({unit: holds.index(unit) for unit in units})
-    return placed, uploads

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from horizon_lm.schedule.ops import Buffer, Lane, Op
-from horizon_lm.schedule.step_spec import StepSpec
+from horizon_lm.schedule.step_spec import SUM_SLABS, StepSpec
 from horizon_lm.schedule.waits import derive_waits
 
 # Regions that persist between steps; all others must be written in a step before they are read.
@@ -82,7 +82,10 @@ def _check_value(ops: Sequence[Op], spec: StepSpec) -> list[str]:
             owner = _owner(op, buffer, spec)
             if buffer.region == "slot" and (unit, step) != (owner, op.step):
                 errors.append(f"{where} needs unit {owner} in {buffer}, which holds {unit} of step {step}")
-            elif buffer.region in ("grad_slot", "slab") and (unit, step) != (owner, op.step):
+            elif buffer.region in ("grad_slot", "slab", "sum", "sum_slab") and (unit, step) != (
+                owner,
+                op.step,
+            ):
                 errors.append(
                     f"{where} needs the gradient of unit {owner} in {buffer}, "
                     f"which holds that of unit {unit} of step {step}"
@@ -108,8 +111,17 @@ def _check_value(ops: Sequence[Op], spec: StepSpec) -> list[str]:
                 errors.append(f"{where} takes {buffer} with micro-batches {added.get(buffer, [])} in it")
         if op.kind in "FLECB" and op.unit in spec.uploaded and op.slot < 0:
             errors.append(f"{op} of step {op.step} has no slot to read its weights from")
-        if op.kind == "F" and op.unit == 0 and op.table < 0:
+        table = op.kind == "F" and op.unit == 0
+        if table and op.table < 0 and spec.embedding_unit in spec.uploaded:
             errors.append(f"{op} of step {op.step} has no slot to read the embedding table from")
+        read = {op.unit, spec.embedding_unit} if table else {op.unit} if op.kind in "FLECB" else set()
+        errors += [
+            f"{op} of step {op.step} does not read weights.{unit}, where the unit lives"
+            for unit in sorted(read & spec.resident)
+            if Buffer("weights", unit) not in op.reads
+        ]
+        if op.kind == "U" and op.unit not in spec.uploaded:
+            errors.append(f"{op} of step {op.step} uploads a unit that is not to be uploaded")
         if op.kind in "LBD" and op.unit in spec.trainable and op.grad_slot < 0:
             errors.append(f"{op} of step {op.step} has no gradient slot")
         if op.policy != spec.policy(op.unit) and op.kind == "F" and op.unit:
@@ -127,6 +139,10 @@ def _note_added(op: Op, added: dict[Buffer, list[int]]) -> list[str]:
         before = added.get(buffer, []) if buffer in op.reads else []
         if buffer.region == "boundary_slot":
             added[buffer] = [op.micro_batch]
+        elif op.kind in "PG":
+            added[buffer] = list(added.get(min(op.reads), []))
+        elif op.kind == "S":
+            added[buffer] = [*before, *added.get(Buffer("sum_slab", op.sum_slab), [])]
         elif buffer.region == "row_grads":
             added[buffer] = [*before, op.micro_batch]
         elif buffer.region == "grad_slot" and buffer.index == op.table_grad:
@@ -174,9 +190,15 @@ def _expected(spec: StepSpec) -> set[tuple[str, int, int]]:
     per_micro_batch |= {("C", u) for block in spec.backward_blocks for u in block[:-1]}
     per_micro_batch |= {(kind, u) for u in range(1, spec.head) if spec.is_spilled(u) for kind in "XR"}
     expected = {(*key, m) for key in per_micro_batch for m in micro_batches}
+    for number in range(spec.rounds):
+        first, last = spec.micro_batches_of(number)[0], spec.micro_batches_of(number)[-1]
+        if last < spec.micro_batches - 1:
+            kinds = "PS" if spec.adds_on_host else "P"
+            expected |= {(kind, u, last) for u in spec.host_sums for kind in kinds}
+        expected |= {("G", u, first) for u in spec.host_sums if not spec.begins(u, first)}
     expected |= {("D", u, -1) for u in spec.trainable}
     expected |= {("W", u, -1) for u in spec.saved}
-    return expected | {("N", -1, -1)} | {("O", u, -1) for u in spec.trainable}
+    return expected | {("N", -1, -1)} | {("A" if u in spec.resident else "O", u, -1) for u in spec.trainable}
 
 
 def _check_waste(ops: Sequence[Op], waits: Sequence[tuple[int, ...]]) -> list[str]:
@@ -191,7 +213,7 @@ def _check_waste(ops: Sequence[Op], waits: Sequence[tuple[int, ...]]) -> list[st
                 errors.append(
                     f"{unread[buffer]} fills {buffer} and nothing reads it before {op} overwrites it"
                 )
-            if op.kind in "UR":
+            if op.kind in "URG":
                 unread[buffer] = op
     errors += [f"{op} fills {buffer} and nothing reads it" for buffer, op in unread.items()]
     minimal = derive_waits(ops)
@@ -208,7 +230,8 @@ def _check_room(ops: Sequence[Op], spec: StepSpec) -> list[str]:
     for op in ops:
         for region, own, count in (
             ("slot", (op.slot, op.table), spec.slots + 1),
-            ("grad_slot", (op.grad_slot, op.table_grad), spec.grad_slots + 1),
+            ("grad_slot", (op.grad_slot, op.table_grad), spec.grad_slots + 1 + len(spec.own_grad_slots)),
+            ("sum_slab", (op.sum_slab,), SUM_SLABS if spec.adds_on_host else 0),
             ("slab", (op.slab,), spec.grad_slabs + 1 if spec.update == "eager" else 0),
             ("boundary_slot", (op.boundary_slot,), spec.boundary_slots),
         ):
@@ -219,10 +242,22 @@ def _check_room(ops: Sequence[Op], spec: StepSpec) -> list[str]:
             named = sorted(k for k in own if k >= 0)
             if declared != named:
                 errors.append(f"{op} works on {region} {named}, but declares {declared}")
-            outer = {"slot": spec.outer_slot, "grad_slot": spec.outer_grad_slot}.get(region, -1)
             errors += [
                 f"{op} uses {region}.{k}, which is too small or too large for it"
                 for k in declared
-                if outer >= 0 and (k == outer) != (_owner(op, Buffer(region, k), spec) >= spec.head)
+                if not _suits(region, k, _owner(op, Buffer(region, k), spec), spec)
             ]
     return errors
+
+
+def _suits(region: str, number: int, unit: int, spec: StepSpec) -> bool:
+    """Whether a slot is one of those for the unit: the outer one for head and table, its own if it has one,
+    else one of the ring."""
+    outer = {"slot": spec.outer_slot, "grad_slot": spec.outer_grad_slot}.get(region)
+    if outer is None:
+        return True
+    if unit >= spec.head:
+        return number == outer
+    if region == "grad_slot" and unit in spec.own_grad_slots:
+        return number == outer + 1 + spec.own_grad_slots.index(unit)
+    return number < outer

@@ -21,9 +21,13 @@ MEANING = {
     "R": "restore a layer's input",
     "C": "recompute",
     "B": "backward",
+    "P": "park gradients between rounds",
+    "S": "add gradients of a micro-batch",
+    "G": "get gradients back",
     "D": "download gradients",
     "N": "gradient norm",
     "O": "optimizer",
+    "A": "optimizer on the device",
     "W": "write a checkpoint",
 }
 _COLUMNS = 48

@@ -14,10 +14,17 @@ Kinds, in the order of a step (u: unit, m: micro-batch):
     Cu.m   recompute a layer of a block, for the inputs of the layers above it   compute
     Bu.m   backward  recompute what was not kept, then the gradients of unit u
                      (u = 0: of the embedding table's rows as well)              compute
-    Du     download  gradient slot to host memory, squared norm on the way      download
+    Pu.m   park      the gradient of unit u that later rounds add to, to host memory download
+    Su.m   sum       add that of one micro-batch to the sum in host memory        update
+    Gu.m   get back  that sum into a gradient slot                               upload
+    Du     download  gradient slot to the unit's home, squared norm on the way  download
     N      norm      global gradient norm and the clipping factor               update
     Ou     optimize  optimizer step of unit u on the host                       update
+    Au     apply     optimizer step of unit u on the device, where it lives      device_update
     Wu     write     weights and optimizer state of unit u to a checkpoint      disk
+
+A step of several rounds repeats U to B for the micro-batches of each; P, S and G carry the gradients from one
+round to the next. A resident unit has no U, and A instead of O.
 """
 
 from __future__ import annotations
@@ -35,6 +42,7 @@ class Lane(StrEnum):
     COMPUTE = "compute"
     DOWNLOAD = "download"
     UPDATE = "update"
+    DEVICE_UPDATE = "device_update"
     DISK = "disk"
 
 
@@ -48,8 +56,12 @@ LANE_OF_KIND = {
     "R": Lane.UPLOAD,
     "X": Lane.DOWNLOAD,
     "D": Lane.DOWNLOAD,
+    "P": Lane.DOWNLOAD,
+    "S": Lane.UPDATE,
+    "G": Lane.UPLOAD,
     "N": Lane.UPDATE,
     "O": Lane.UPDATE,
+    "A": Lane.DEVICE_UPDATE,
     "W": Lane.DISK,
 }
 
@@ -74,9 +86,10 @@ class Buffer(NamedTuple):
 class Op:
     """A scheduled action.
 
-    slot: weight slot (U, F, L, E, C, B). grad_slot: gradient slot (L, B, D). slab: host buffer of an eager
-    unit's gradient (D, O). boundary_slot: device slot of a stored input (R, C, B). table, table_grad: weight
-    slot (F0) and gradient slot (the last B0) of the embedding table.
+    slot: weight slot (U, F, L, E, C, B); none of a resident unit. grad_slot: gradient slot (L, B, P, G, D,
+    eager A). slab: host buffer of an eager unit's gradient (D, O). sum_slab: host buffer of a gradient to be
+    added on the host (P, S). boundary_slot: device slot of a stored input (R, C, B). table, table_grad:
+    weight slot (F0) and gradient slot (the last B0) of the embedding table.
     first: overwrites the gradient; later ops add to it. policy: what F and C leave for the backward pass
     (`StepSpec.policy`). step: the step whose data or gradients the op works on.
     """
@@ -89,6 +102,7 @@ class Op:
     slot: int = -1
     grad_slot: int = -1
     slab: int = -1
+    sum_slab: int = -1
     boundary_slot: int = -1
     table: int = -1
     table_grad: int = -1

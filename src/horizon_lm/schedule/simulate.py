@@ -54,13 +54,15 @@ def simulate(
     if waits is None:
         waits = [()] * len(ops) if one_at_a_time else derive_waits(ops)
     ends: list[float] = []
+    # Updates on the device have a lane of their own, but compete with its computation.
+    shared = {Lane.DEVICE_UPDATE: Lane.COMPUTE}
     free: dict[Lane | None, float] = defaultdict(float)
     spans: list[Span] = []
     for i, op in enumerate(ops):
         cost = seconds(op)
         if cost < 0:
             raise ValueError(f"{op} takes {cost} s; hint: costs are 0 or more")
-        lane = None if one_at_a_time else op.lane
+        lane = None if one_at_a_time else shared.get(op.lane, op.lane)
         start = max([free[lane], *(ends[j] for j in waits[i])])
         ends.append(start + cost)
         free[lane] = ends[i]

@@ -2,16 +2,19 @@
 
 Units are numbered 0 (prologue), 1 .. layers, layers + 1 (head). The embedding table is unit layers + 2, or
 part of the head if tied. Prologue and layers share a ring of slots; head and embedding table share the outer
-slot, numbered after the ring's.
+slot, numbered after the ring's. Resident units need no weight slot.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 UPDATES = ("sync", "deferred", "eager")
-RECOMPUTE, KEEP, NOTHING = "recompute", "keep", ""
+RECOMPUTE, ATTENTION, PRODUCTS, KEEP, NOTHING = "recompute", "attention", "products", "keep", ""
+SUMS = ("device", "host", "add")
+SUM_SLABS = 2
+_NONE: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class StepSpec:
 
     layers: number of decoder layers.
     uploaded: units with weights to stream (a prologue often has none), including the embedding table's.
+    resident: units that live on the device: never uploaded, updated there.
     trainable: units with a gradient; frozen units have none.
     embedding_unit: unit that owns the embedding table; the head if tied.
     embedding_frozen: the table has no gradient, although other parameters of its unit may.
@@ -28,7 +32,13 @@ class StepSpec:
         used; `eager`: each as soon as its gradient is in host memory.
     grad_slabs: with eager updates, host buffers for the gradients of layers, round-robin; head and embedding
         table share one more.
+    rounds: groups into which the micro-batches are cut, one after the other, with one update at the end.
+    sums: where a gradient waits for the next round: `device`: in a gradient slot of its own; `host`: in host
+        memory, from which it is brought back; `add`: the host adds up the gradients of single micro-batches,
+        and the sum is brought back for the last one (with larger rounds as `host`). Head and embedding table
+        wait in the outer slot.
     kept: layers (units) that keep their activations instead of recomputing them.
+    attention, products: layers that keep only the results of attention, or those of all matrix products too.
     checkpoint_interval: layers per block, recomputed from one stored input.
     spilled: units whose stored inputs wait in host memory between forward and backward.
     boundary_slots: device buffers for restored inputs.
@@ -46,12 +56,17 @@ class StepSpec:
     embedding_frozen: bool = False
     update: str = "sync"
     grad_slabs: int = 2
-    kept: frozenset[int] = field(default_factory=frozenset)
+    kept: frozenset[int] = _NONE
     checkpoint_interval: int = 1
-    spilled: frozenset[int] = field(default_factory=frozenset)
+    spilled: frozenset[int] = _NONE
     boundary_slots: int = 2
     evaluate: bool = False
-    saved: frozenset[int] = field(default_factory=frozenset)
+    saved: frozenset[int] = _NONE
+    resident: frozenset[int] = _NONE
+    rounds: int = 1
+    sums: str = "device"
+    attention: frozenset[int] = _NONE
+    products: frozenset[int] = _NONE
 
     def __post_init__(self) -> None:
         lowest = {
@@ -62,6 +77,7 @@ class StepSpec:
             "grad_slabs": 1,
             "checkpoint_interval": 1,
             "boundary_slots": 1,
+            "rounds": 1,
         }
         for name, bound in lowest.items():
             if getattr(self, name) < bound:
@@ -78,11 +94,23 @@ class StepSpec:
             raise ValueError(
                 f"embedding_unit={self.embedding_unit} is neither the head nor the unit after it"
             )
-        if self.embedding_unit not in self.uploaded:
+        if self.embedding_unit not in self.uploaded | self.resident:
             raise ValueError(
                 f"embedding_unit={self.embedding_unit} is not uploaded; hint: each step reads it"
             )
-        for name in ("kept", "spilled"):
+        both = sorted(self.uploaded & self.resident)
+        if both:
+            raise ValueError(f"unit {both[0]} is uploaded and resident; hint: a unit has one home")
+        if self.rounds > 1 and (self.evaluate or self.rounds != -(-self.micro_batches // self.round_size)):
+            raise ValueError(
+                f"rounds={self.rounds} of micro_batches={self.micro_batches}; hint: StepSpec.round_count"
+            )
+        if self.sums not in SUMS:
+            raise ValueError(f"sums={self.sums!r}; hint: {' | '.join(SUMS)}")
+        policies = (self.kept, self.attention, self.products)
+        if sum(map(len, policies)) != len(frozenset().union(*policies)):
+            raise ValueError("a layer has two policies; hint: kept, attention and products are disjoint")
+        for name in ("kept", "spilled", "attention", "products"):
             strange = sorted(getattr(self, name) - set(range(1, self.head)))
             if strange:
                 raise ValueError(f"{name} holds unit {strange[0]}; hint: layers are 1 to {self.layers}")
@@ -105,6 +133,48 @@ class StepSpec:
         """The gradient slot of the head, then of the embedding table if it is another unit."""
         return self.grad_slots
 
+    @staticmethod
+    def round_count(micro_batches: int, rounds: int) -> int:
+        """The rounds of a step: `rounds`, or fewer if rounds of equal size are enough."""
+        return -(-micro_batches // -(-micro_batches // rounds))
+
+    @property
+    def round_size(self) -> int:
+        """Micro-batches of a round; the last round may have fewer."""
+        return -(-self.micro_batches // self.rounds)
+
+    def micro_batches_of(self, number: int) -> range:
+        """The micro-batches of a round."""
+        start = number * self.round_size
+        return range(start, min(start + self.round_size, self.micro_batches))
+
+    @cached_property
+    def own_grad_slots(self) -> tuple[int, ...]:
+        """Units with a gradient slot of their own, in the order of the slots, which follow the outer one."""
+        return self._waiting if self.sums == "device" else ()
+
+    @cached_property
+    def host_sums(self) -> frozenset[int]:
+        """Units whose gradients wait in host memory between rounds."""
+        return frozenset(() if self.sums == "device" else self._waiting)
+
+    @property
+    def _waiting(self) -> tuple[int, ...]:
+        if self.rounds == 1:
+            return ()
+        return tuple(unit for unit in sorted(self.trainable) if unit < self.head)
+
+    @property
+    def adds_on_host(self) -> bool:
+        """Whether the host adds up gradients: rounds of one micro-batch give it one gradient at a time, so
+        that the order of additions is the same as on the device."""
+        return self.sums == "add" and self.round_size == 1 and bool(self.host_sums)
+
+    def begins(self, unit: int, m: int) -> bool:
+        """Whether the gradient of a micro-batch overwrites its slot rather than being added to it."""
+        alone = self.adds_on_host and unit in self.host_sums and m < self.micro_batches - 1
+        return m == 0 or alone
+
     @property
     def sums_rows(self) -> bool:
         """Whether the step sums gradients of the embedding table's rows."""
@@ -121,15 +191,16 @@ class StepSpec:
     def blocks(self) -> tuple[tuple[int, ...], ...]:
         """The layers with a backward pass, grouped into blocks, lowest first.
 
-        A layer that keeps its activations is a block by itself.
+        A layer that keeps activations is a block by itself.
         """
+        alone = self.kept | self.attention | self.products
         found: list[tuple[int, ...]] = []
         run: list[int] = []
         for unit in range(max(1, self.lowest_backward), self.head):
-            if unit in self.kept or len(run) == self.checkpoint_interval:
+            if unit in alone or len(run) == self.checkpoint_interval:
                 found += [tuple(run)] * bool(run)
                 run = []
-            if unit in self.kept:
+            if unit in alone:
                 found.append((unit,))
             else:
                 run.append(unit)
@@ -147,7 +218,7 @@ class StepSpec:
     def joins_turnaround(self) -> bool:
         """Whether micro-batches pass one by one through the last block, the head and back, so that only one
         holds activations. A block always fits in the ring, and the head has a slot of its own."""
-        return not self.evaluate and self.micro_batches > 1 and bool(self.blocks)
+        return not self.evaluate and self.round_size > 1 and bool(self.blocks)
 
     @cached_property
     def backward_blocks(self) -> tuple[tuple[int, ...], ...]:
@@ -159,16 +230,21 @@ class StepSpec:
 
     def policy(self, unit: int) -> str:
         """What a layer's forward leaves for its backward: `keep` (all it needs), `recompute` (a graph that
-        recomputes it), or nothing (inside a block, and below the lowest unit with a backward pass)."""
+        recomputes it), `attention` or `products` (a graph that recomputes all but these results), or nothing
+        (inside a block, and below the lowest unit with a backward pass)."""
         if self.evaluate or unit < max(1, self.lowest_backward):
             return NOTHING
         if unit in self.kept | self.at_turnaround:
             return KEEP
+        if unit in self.attention:
+            return ATTENTION
+        if unit in self.products:
+            return PRODUCTS
         return RECOMPUTE if unit in self._last_of_blocks else NOTHING
 
     def stores_input(self, unit: int) -> bool:
         """Whether a layer's input is stored from its forward to its backward pass."""
-        return not self.evaluate and unit in self._first_of_blocks | self.kept | self.at_turnaround
+        return not self.evaluate and unit in self._first_of_blocks | self.at_turnaround
 
     def is_spilled(self, unit: int) -> bool:
         """Whether that input waits in host memory. Kept activations are never spilled."""
@@ -182,9 +258,9 @@ class StepSpec:
     def _last_of_blocks(self) -> frozenset[int]:
         return frozenset(block[-1] for block in self.blocks)
 
-    @property
+    @cached_property
     def visits(self) -> list[tuple[int, ...]]:
-        """Units in the order in which the compute lane visits them, grouped by visit."""
+        """Units in the order in which the compute lane visits them in a round, grouped by visit."""
         forward: list[tuple[int, ...]] = [(unit,) for unit in range(self.head + 1)]
         if self.evaluate:
             return forward
@@ -197,7 +273,7 @@ class StepSpec:
         return [*forward, *backward, *prologue]
 
     def slab(self, unit: int) -> int:
-        """The slab of an eager unit's gradient; -1 if it has its own place in the store."""
-        if self.update != "eager":
+        """The slab of an eager unit's gradient; -1 if it has its own place in the store, or is resident."""
+        if self.update != "eager" or unit in self.resident:
             return -1
         return self.grad_slabs if unit >= self.head else unit % self.grad_slabs

@@ -13,6 +13,8 @@ TRANSIENT = frozenset(
         "slot",
         "grad_slot",
         "slab",
+        "sum",
+        "sum_slab",
         "rows",
         "call",
         "input",

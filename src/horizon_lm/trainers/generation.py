@@ -10,6 +10,7 @@ import torch
 
 from horizon_lm.errors import ConfigError, DoesNotFitError
 from horizon_lm.host_model import HostModel
+from horizon_lm.machine.device import free_memory_bytes
 from horizon_lm.memory.slots import WeightSlots
 from horizon_lm.model.kernels import patched
 from horizon_lm.model.skeleton import Skeleton
@@ -33,7 +34,8 @@ def resident(host: HostModel) -> Iterator[Any]:
         stack.enter_context(_unchanged(skeleton))
         stack.enter_context(_without_router_loss(skeleton.model.config))
         stack.enter_context(patched(skeleton.patches))
-        numels = [unit.slot_numel for unit in skeleton.units]
+        is_resident = host.store.is_resident
+        numels = [0 if is_resident(u) else unit.slot_numel for u, unit in enumerate(skeleton.units)]
         slots = WeightSlots(host.store, numels, host.device, alias=host.device.type == "cpu")
         try:
             for unit in range(len(numels)):
@@ -78,10 +80,12 @@ def _without_router_loss(config: Any) -> Iterator[None]:
 
 
 def copy_bytes(host: HostModel) -> int:
-    """Return the device bytes of all weights in the compute dtype; parameters kept in fp32 are joined."""
+    """Return the device bytes of all weights in the compute dtype, without those of resident units;
+    parameters kept in fp32 are joined."""
     units, itemsize = host.skeleton.units, host.store.dtype.itemsize
     wide = [p for unit in units for p in unit.parameters if p.compute_dtype != host.store.dtype]
-    return sum(unit.slot_numel for unit in units) * itemsize + sum(p.numel for p in wide) * 4
+    copied = [unit for u, unit in enumerate(units) if not host.store.is_resident(u)]
+    return sum(unit.slot_numel for unit in copied) * itemsize + sum(p.numel for p in wide) * 4
 
 
 def check_device_memory(host: HostModel, free_bytes: int | None = None) -> None:
@@ -92,8 +96,7 @@ def check_device_memory(host: HostModel, free_bytes: int | None = None) -> None:
     if free_bytes is None:
         if host.device.type != "cuda":
             return  # the store itself is used
-        reserved = torch.cuda.memory_reserved(host.device) - torch.cuda.memory_allocated(host.device)
-        free_bytes = torch.cuda.mem_get_info(host.device)[0] + reserved
+        free_bytes = free_memory_bytes(host.device)
     needed = copy_bytes(host)
     if needed <= free_bytes:
         return
@@ -117,7 +120,7 @@ def named_weights(host: HostModel) -> Iterator[tuple[str, torch.Tensor]]:
     for name in list(host.store.names()):
         unit, parameter = host.store.locate(name)
         wide = parameter.compute_dtype != host.store.dtype
-        value = host.store.master(name) if wide else host.store.weight(name)
+        value = host.store.master(name) if wide else host.store.weight_view(name)
         value = value.to(host.device, copy=host.device.type != "cpu")
         yield name, value
         del value

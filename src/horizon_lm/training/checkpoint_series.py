@@ -18,11 +18,10 @@ from horizon_lm.checkpoint.units import copied_buffers
 from horizon_lm.checkpoint.writer import CheckpointWriter, Outcome, Snapshot
 from horizon_lm.host_model import HostModel
 from horizon_lm.io.leftovers import temporary_folder
-from horizon_lm.memory.store import predict_bytes
+from horizon_lm.memory.store import state_bytes
 from horizon_lm.report.metrics import versions
 from horizon_lm.words import size
 
-_NOT_SAVED = ("grads", "grad_slabs")
 _MARGIN = 1.1  # free disk space wanted, as a multiple of what a checkpoint needs
 
 
@@ -64,8 +63,7 @@ class CheckpointSeries:
             checkpoints.sweep(folder, self._disk)  # leftovers of a killed run; this run holds the lock
         found, _ = checkpoints.list_checkpoints(folder)
         self._serial = 1 + max((c.manifest.serial for c in found), default=0)
-        predicted = predict_bytes(model.store.units, model.store.spec)
-        self.num_bytes = sum(n for name, n in predicted.items() if name not in _NOT_SAVED)
+        self.num_bytes = state_bytes(model.store.units, model.store.spec)
         model.engine.lanes.disk.patience_seconds = patience_seconds
 
     def begin(self, content: Content, keep: Retention, *, background: bool, beside_bytes: int = 0) -> None:

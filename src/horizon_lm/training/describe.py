@@ -82,10 +82,11 @@ def left_out(data: TrainingData) -> list[tuple[str, bool]]:
 
 
 def about_model(model: HostModel) -> str:
-    store = sum(model.store.num_bytes.values())
+    store, resident = (sum(part.values()) for part in (model.store.num_bytes, model.store.device_bytes))
     return (
         f"model: {model.config.model_type}, {parameters(model.num_parameters)}, "
         f"{model.settings.dtype} on {model.device}, {size(store)} in host memory"
+        + (f", {size(resident)} in device memory" if resident else "")
     )
 
 

@@ -26,6 +26,7 @@ from horizon_lm.host_model import HostModel
 from horizon_lm.io import files
 from horizon_lm.io.output import lasting_output
 from horizon_lm.memory.arena import keep_freed_memory
+from horizon_lm.memory.store import state_bytes
 from horizon_lm.memory.ways import next_smaller
 from horizon_lm.model.pretrained import quiet_transformers
 from horizon_lm.plan.run_plan import RunPlan
@@ -158,7 +159,7 @@ def _prepare(asked: _Asked, config: TrainConfig, source: Checkpoint | None) -> _
     check_disk(
         asked.folder,
         model.num_parameters * DTYPES[config.save_dtype or config.dtype].itemsize,
-        sum(model.store.num_bytes.values()) if _will_save(config, data) else 0,
+        state_bytes(model.store.units, model.store.spec) if _will_save(config, data) else 0,
     )
     preferences = None
     if config.is_preference:
