@@ -88,7 +88,7 @@ def lane_lines(found: dict[str, Any]) -> list[str]:
     """Format a breakdown (`ours.breakdown`) as lines of text."""
     lines = [f"one recorded step of {found['seconds'] * 1e3:.1f} ms:"]
     for lane, values in found["lanes"].items():
-        lines.append(f"  {lane:<10}{values['busy_seconds'] * 1e3:>12.1f} ms{values['share']:>8.0%}")
+        lines.append(f"  {lane:<14}{values['busy_seconds'] * 1e3:>12.1f} ms{values['share']:>8.0%}")
     lines.append(f"  {found['hidden']:.0%} of the other lanes' time is hidden under compute")
     moved = {name.replace("_", " "): f"{size / 1e9:.3f} GB" for name, size in found["moved"].items()}
     lines.append("  moved: " + ", ".join(f"{size} {name}" for name, size in moved.items()))
