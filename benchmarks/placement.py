@@ -189,7 +189,11 @@ def residents_in_words(found: Prediction) -> str:
     if not units:
         return "none"
     layers = sorted(u for u in units if 0 < u < spec.head)
-    names = {spec.embedding_unit: "table", spec.head: "table and head" if spec.tied else "head", 0: "prologue"}
+    names = {
+        spec.embedding_unit: "table",
+        spec.head: "table and head" if spec.tied else "head",
+        0: "prologue",
+    }
     words = [name for unit, name in names.items() if unit in units]
     if layers:
         words.append(f"{len(layers)} of {spec.layers} layers")
