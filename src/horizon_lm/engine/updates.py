@@ -60,7 +60,9 @@ class Updates:
         if micro_batch >= 0 and self._is_added_on_host(step, unit) and micro_batch < spec.micro_batches - 1:
             # The narrowest dtype that holds the gradient of one micro-batch.
             is_wide = any(p.compute_dtype != store for p in layout.trainable)
-            return self._accumulating(step, unit, grad_slot, torch.float32 if is_wide else store, in_pairs=False)
+            return self._accumulating(
+                step, unit, grad_slot, torch.float32 if is_wide else store, in_pairs=False
+            )
         dtype = self.policies.gradient_dtype(unit, token_counts, store)
         in_pairs = self.slots.alias and self.policies.adds_gradients(unit, token_counts)
         return self._accumulating(step, unit, grad_slot, dtype, in_pairs=in_pairs)
