@@ -248,7 +248,8 @@ def test_make_bench_leaves_one_file_and_a_failing_part_does_not_end_it(
     monkeypatch.setitem(suite.PARTS, "cpu", fail)
     monkeypatch.setattr(micro, "fill", lambda found, arguments: [["a rate", "5 GB/s"]])
     monkeypatch.setattr(suite.preferences, "fill", lambda found, arguments: [])
-    monkeypatch.setattr(suite.simulated, "fill", lambda found, most=None: None)
+    for part in (suite.simulated, suite.placement):
+        monkeypatch.setattr(part, "fill", lambda found, most=None: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert runner.main([]) == 1
     (file,) = no_results.glob("*-suite.md")
@@ -259,7 +260,8 @@ def test_make_bench_leaves_one_file_and_a_failing_part_does_not_end_it(
 
 
 def test_simulated_tables_say_so_and_name_their_profile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the remedies are worth is another test's matter, and takes as long again."""
+    """Remedies and placement are other tests' matter, and take as long again."""
+    monkeypatch.setattr(suite.placement, "fill", lambda found, most=None: None)
     monkeypatch.setattr(
         remedies, "rows", lambda name, case, hardware: [[name, hardware, "none", "1", "1.000"]]
     )
