@@ -56,7 +56,9 @@ def test_experts_that_ask_for_values_get_an_even_share() -> None:
     flops = {}
     for tokens in (64, 128):
         layer = outline_of("dbrx").measures(1, tokens, 128).layers[0]
-        flops[tokens] = sum(k.flops * n for k, n in layer.recomputed.forward.work.items() if k.kind == "matmul")
+        flops[tokens] = sum(
+            k.flops * n for k, n in layer.recomputed.forward.work.items() if k.kind == "matmul"
+        )
     assert 1.8 < flops[128] / flops[64] < 2.2
     mixtral = outline_of("mixtral").measures(1, 128, 128).layers[0]
     other = sum(k.flops * n for k, n in mixtral.recomputed.forward.work.items() if k.kind == "matmul")

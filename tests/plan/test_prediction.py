@@ -45,7 +45,9 @@ def test_units_are_those_of_the_real_model(name: str) -> None:
     assert outline.units == real.units
     assert outline.built.skeleton.anatomy == real.anatomy
     measures = outline.measures(1, 16, 128)
-    assert all(layer.recomputed.forward.work and layer.recomputed.backward.bytes > 0 for layer in measures.layers)
+    assert all(
+        layer.recomputed.forward.work and layer.recomputed.backward.bytes > 0 for layer in measures.layers
+    )
     assert outline.with_layers(7).units[0] == real.units[0]
     assert len(outline.with_layers(7).units) == len(real.units) + 7 - real.num_layers
     assert outline.with_layers(7).units != outline.units  # the comparison can fail
