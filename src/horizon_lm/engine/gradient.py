@@ -95,7 +95,6 @@ class UnitGradient:
             return square_norm(self.run) if measure else None
         return download_gradient(self.run, target)
 
-
     def round(self, dtype: torch.dtype) -> torch.Tensor:
         """Round the complete gradient to the values of `dtype` where it is, and return its squared norm."""
         self.complete()

@@ -60,7 +60,9 @@ class Updates:
         if micro_batch >= 0 and self._is_added_on_host(step, unit) and micro_batch < spec.micro_batches - 1:
             # The narrowest dtype that holds the gradient of one micro-batch.
             is_wide = any(p.compute_dtype != store for p in layout.trainable)
-            return self._accumulating(step, unit, grad_slot, torch.float32 if is_wide else store, in_pairs=False)
+            return self._accumulating(
+                step, unit, grad_slot, torch.float32 if is_wide else store, in_pairs=False
+            )
         dtype = self.policies.gradient_dtype(unit, token_counts, store)
         in_pairs = self.slots.alias and self.policies.adds_gradients(unit, token_counts)
         return self._accumulating(step, unit, grad_slot, dtype, in_pairs=in_pairs)
@@ -69,8 +71,11 @@ class Updates:
         self, step: Step, unit: int, grad_slot: int, dtype: torch.dtype, *, in_pairs: bool
     ) -> UnitGradient:
         spec, layout = step.spec, self.store.units[unit]
-        # Other units write to a slab before a sum over micro-batches is complete.
-        is_in_slot = spec.update == "eager" and (unit in spec.resident or spec.micro_batches > 1)
+        # In later rounds, and in a block with more layers than slabs, other units write to a slab before a sum
+        # over micro-batches is complete.
+        is_shared = spec.rounds > 1 or spec.checkpoint_interval > spec.grad_slabs
+        is_shared = is_shared and spec.micro_batches > 1
+        is_in_slot = spec.update == "eager" and (unit in spec.resident or is_shared)
         at_home = self.slots.is_alias(dtype) and not is_in_slot
         if at_home:
             run = self.store.gradient_run(unit, spec.slab(unit))
