@@ -36,6 +36,9 @@ MODELS = [
 POLICIES: dict[str, dict[str, Any]] = {
     "recompute": {},
     "keep": {"activations": "keep"},
+    "attention": {"activations": "attention"},
+    "products": {"activations": "products", "boundaries": "host"},
+    "all four": {"activations": ["products", "attention", "recompute", "keep"]},
     "mixed": {"activations": ["recompute*2", "keep*2"], "boundaries": ["host", "device*3"]},
     "host": {"boundaries": "host", "boundary_slots": 1},
     "blocks of 2": {"checkpoint_interval": 2},

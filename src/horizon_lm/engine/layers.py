@@ -157,10 +157,10 @@ class Layer(NamedTuple):
     ) -> LayerForward:
         """Run the layer on hidden [batch, tokens, width].
 
-        policy: `recompute`, `attention`, `products`, `keep`, or nothing. grad: enable gradients even if no graph is left, so the same
-        kernels run as in the backward pass. in_place: the backward pass follows before the slot is reused,
-        so it does not matter where the layer keeps its weights. reruns: the layer is known to store weights
-        where they cannot be replaced.
+        policy: one of `schedule.step_spec`'s, or nothing. grad: enable gradients even if no graph is left, so
+        the same kernels run as in the backward pass. in_place: the backward pass follows before the slot is
+        reused, so it does not matter where the layer keeps its weights. reruns: the layer is known to store
+        weights where they cannot be replaced.
         """
         if policy in _CHECKPOINTED and self.skeleton.is_compiled(self.number):
             done = self.forward(hidden, policy="", grad=grad)

@@ -86,8 +86,8 @@ class Policies:
         activations = _per_unit(settings.activations, ACTIVATIONS, "activations", shape.num_layers)
         boundaries = _per_unit(settings.boundaries, BOUNDARIES, "boundaries", shape.num_layers)
         reason = no_selection(settings)
-        if reason is not None and {ATTENTION, PRODUCTS} & set(activations):
-            word = PRODUCTS if PRODUCTS in activations else ATTENTION
+        if reason is not None and {ATTENTION, PRODUCTS} & set(activations.values()):
+            word = PRODUCTS if PRODUCTS in activations.values() else ATTENTION
             raise ConfigError(
                 f"activations={word} is not supported with {reason}",
                 hint="set activations=keep or activations=recompute",

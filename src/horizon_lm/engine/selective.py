@@ -1,7 +1,7 @@
 """Sub-layer keeping: a layer is recomputed, except for the outputs of its matrix products or attention.
 
-A `Selection` is the pair of contexts that `torch.utils.checkpoint` takes as `context_fn`. It does what torch's
-`create_selective_checkpoint_contexts` does, and differs where streaming needs it to:
+A `Selection` makes the pair of contexts that `torch.utils.checkpoint` takes as `context_fn`. It does what
+torch's `create_selective_checkpoint_contexts` does, with these differences:
 
 - An op that draws random numbers is run again, so that later ops of the recomputation draw the same ones.
 - An output that the layer writes into is computed again; torch raises an error in the backward pass.
@@ -19,6 +19,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -132,19 +133,21 @@ class Selection:
         rule = _rule(self._policy, func)
         if rule.written:
             self.forget(_tensors([_argument(place, args, kwargs) for place in rule.written]))
-        if not rule.keeps or (rule.dropout and _argument(rule.dropout, args, kwargs)):
+        if not rule.keeps:
             return func(*args, **kwargs)
         given = _tensors((args, kwargs))
-        states = _random_states(given) if rule.is_seeded else []
+        state = _random_state(rule, given)
         output = func(*args, **kwargs)
-        kept = tree_map(_detached, output) if states == (_random_states(given) if states else []) else None
+        is_dropped = rule.dropout is not None and _argument(rule.dropout, args, kwargs)
+        draws = is_dropped or _random_state(rule, given) != state
+        kept = None if draws else tree_map(_detached, output)
         self._kept.append(_Kept(func, tuple(t.shape for t in given), kept))
         return output
 
     def run_again(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run an op of the recomputation, or return what it returned."""
         rule = _rule(self._policy, func)
-        if not rule.keeps or not self._kept or (rule.dropout and _argument(rule.dropout, args, kwargs)):
+        if not rule.keeps or not self._kept:
             return func(*args, **kwargs)
         kept = self._kept.popleft()
         if kept.func is not func or kept.given != tuple(t.shape for t in _tensors((args, kwargs))):
@@ -224,10 +227,13 @@ def _argument(place: tuple[int, str], args: tuple, kwargs: dict[str, Any]) -> An
     return args[index] if index < len(args) else kwargs.get(name)
 
 
-def _random_states(tensors: list[torch.Tensor]) -> list[Any]:
-    """State of the generator that an op on these tensors draws from; empty without one."""
-    device = tensors[0].device
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return [torch.cuda.default_generators[index].get_offset()]
-    return []
+def _random_state(rule: _Rule, given: list[torch.Tensor]) -> int | bytes | None:
+    """State of the generator that an op on these tensors may draw from; on CUDA its offset, which the host
+    knows. None if it draws from none, or the tensors have no values."""
+    if not rule.is_seeded or isinstance(given[0], FakeTensor):
+        return None
+    device = given[0].device
+    if device.type != "cuda":
+        return torch.default_generator.get_state().numpy().tobytes()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.cuda.default_generators[index].get_offset()
