@@ -13,11 +13,15 @@ one act:
 
     the kernel      is called by `list.extend`, which files what it returns: one C call in all
     the reference   computes copies; a log then holds what to copy back, and copying twice does no harm
+
+On a CUDA device the programs of a launch mark what they did in device memory, and launching twice does no
+harm (device_kernel.py).
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import logging
 import subprocess
 import sys
@@ -29,9 +33,10 @@ from pathlib import Path
 
 import torch
 
+from horizon_lm.errors import ConfigError
 from horizon_lm.machine.cores import usable_cores
 from horizon_lm.optim import reference
-from horizon_lm.optim.rules import RULES, Numbers, Tensors, check_update, coefficients
+from horizon_lm.optim.rules import RULES, Hyper, Numbers, Tensors, check_update, coefficients
 
 ISAS = ("auto", "plain", "baseline", "avx2", "avx512")  # numbered as in csrc/optimizer.cpp
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -88,15 +93,17 @@ Copies = list[tuple[torch.Tensor, torch.Tensor]]  # target, value
 @dataclass
 class Progress:
     """pieces: into which the update is cut, in a fixed order; known once it has begun. ended: the status of
-    each piece that is made. log: a piece that is computed, but perhaps not copied to its place."""
+    each piece that is made. log: a piece that is computed, but perhaps not copied to its place. on_device: a
+    piece that is launched, but perhaps not entered in `ended`, and the marks of its programs."""
 
     pieces: int = 1
     ended: list[int] = field(default_factory=list)
     log: tuple[int, Copies] | None = None
+    on_device: tuple[int, torch.Tensor] | None = None
 
     @property
     def has_begun(self) -> bool:
-        return bool(self.ended) or self.log is not None
+        return bool(self.ended) or self.log is not None or self.on_device is not None
 
     @property
     def is_done(self) -> bool:
@@ -122,6 +129,12 @@ class Progress:
                 target.copy_(value)
             self.ended.append(0)
         self.log = None
+
+    def marks(self, count: int, device: torch.device) -> torch.Tensor:
+        """int32 [count] for the programs that make the piece: 0, and 1 where one has ended."""
+        if self.on_device is None or self.on_device[0] != len(self.ended):
+            self.on_device = len(self.ended), torch.zeros(count, dtype=torch.int32, device=device)
+        return self.on_device[1]
 
 
 @cache
@@ -222,8 +235,14 @@ def _run(call: _Update, threads: int | None, isa: str, progress: Progress) -> No
 def update_run(
     tensors: Tensors, numbers: Numbers, *, threads: int | None = None, progress: Progress | None = None
 ) -> None:
-    """`update` by the kernel if it was built, else by the torch reference (on torch's own threads)."""
-    if library() is not None:
+    """Update n elements where they are.
+
+    In host memory by the kernel if it was built, else by the torch reference (on torch's own threads); on a
+    CUDA device in its current stream, by the Triton kernel. All have the same bits.
+    """
+    if tensors.weights.device.type == "cuda":
+        update_on_device(tensors, numbers, progress=progress)
+    elif library() is not None:
         update(tensors, numbers, threads=threads, progress=progress)
     elif progress is None:
         reference.update(tensors, numbers)
@@ -233,10 +252,44 @@ def update_run(
         progress.copy(list(zip(tensors.written(), new.written(), strict=True)))
 
 
-def longest_piece() -> int | None:
+def update_on_device(tensors: Tensors, numbers: Numbers, *, progress: Progress | None = None) -> None:
+    """`device_kernel.update`, imported when it is needed: triton comes with torch for CUDA only."""
+    from horizon_lm.optim import device_kernel
+
+    device_kernel.update(tensors, numbers, progress=progress)
+
+
+def longest_piece(device: torch.device) -> int | None:
     """Elements of a run that an update with `progress` may take at once: the reference computes beside it,
     which takes memory. None where there is no limit."""
-    return None if library() is not None else _REFERENCE_PIECE
+    return None if device.type == "cuda" or library() is not None else _REFERENCE_PIECE
+
+
+def check_available(device: torch.device) -> None:
+    """Raise ConfigError unless units on this device can be updated there.
+
+    On CUDA the kernel is tried on a few elements. Triton compiles it on the first use, with a C compiler for
+    what launches it, and keeps it on the disk.
+    """
+    if device.type != "cuda":
+        return
+    way_out = "set resident=0 to keep all weights in host memory"
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigError(
+            f"units cannot live on {device}: the triton package, which updates them there, is not installed",
+            hint=f"pip install triton (torch for CUDA brings it along), or {way_out}",
+        )
+    few = [torch.zeros(8, dtype=torch.bfloat16, device=device) for _ in range(2)]
+    more = [torch.zeros(8, device=device) for _ in range(2)]
+    residual = torch.zeros(8, dtype=torch.int16, device=device)
+    try:
+        update_on_device(Tensors(few[0], residual, few[1], *more), Numbers("adamw", Hyper(0.0), step=1))
+        torch.cuda.synchronize(device)
+    except Exception as error:  # of imports, compilers, the driver
+        raise ConfigError(
+            f"units cannot live on {device}: the update fails there ({type(error).__name__}: {error})",
+            hint=f"triton needs a C compiler (gcc) and a folder that it can write (TRITON_CACHE_DIR); or {way_out}",
+        ) from error
 
 
 def _build() -> int:

@@ -179,12 +179,14 @@ class Optimizer:
     ) -> None:
         """Update the unit's trainable part from `grads * grad_scale`, continuing at `progress`.
 
-        grads: 1-D [trainable_numel], in host memory. grad_scale: the clipping factor.
+        grads: 1-D [trainable_numel], where the unit is: in host memory, or on the device, whose current stream
+        then makes the update. grad_scale: the clipping factor.
         """
         layout = store.units[unit]
         before = sum(u.trainable_numel for u in store.units[:unit])
         tensors = self._tensors(store, unit, grads)
-        pieces = _cut(self._parts(unit, layout.trainable_numel, settings), longest_piece())
+        longest = longest_piece(tensors.weights.device)
+        pieces = _cut(self._parts(unit, layout.trainable_numel, settings), longest)
         progress.pieces = len(pieces)
         progress.end_copies()
         for start, stop, lr, weight_decay in pieces[len(progress.ended) :]:
