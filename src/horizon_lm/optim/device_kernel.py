@@ -7,7 +7,7 @@ device memory is updated.
 
 A repeated launch changes nothing. Each program of a launch writes a mark of its own after its elements, and
 returns at once if it finds the mark. So whoever was interrupted between a launch and its entry in `Progress`
-launches again (optim/kernel.py).
+launches again (optim/progress.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from horizon_lm.optim.kernel import Progress
+from horizon_lm.optim.progress import Progress
 from horizon_lm.optim.reference import rounding_keys
 from horizon_lm.optim.rules import RULES, Numbers, Tensors, check_update, coefficients
 
@@ -158,11 +158,11 @@ def update_kernel(
         else:
             random = tl.full([BLOCK], 0, tl.uint32)
 
-        if (RULE == _ADAM) or (RULE == _SGD):
+        if (RULE == _ADAM) or (RULE == _SGD):  # noqa: SIM109
             grad = grad + master * weight_decay
         else:
             master = master * decay
-        if (RULE == _ADAMW) or (RULE == _ADAM):
+        if (RULE == _ADAMW) or (RULE == _ADAM):  # noqa: SIM109
             m = _lerp(m, grad, take1)
             v = _load(exp_avg_sq, lanes, inside, BF16_MOMENTS) * beta2 + (grad * take2) * grad
             root = tl.sqrt_rn(v) * rescale2

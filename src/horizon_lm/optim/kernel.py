@@ -5,17 +5,6 @@ setup.py builds the library when the package is installed. To build it in a sour
     python -m horizon_lm.optim.kernel --build
 
 Without it `update_run` uses the torch reference: bitwise identical, more slowly.
-
-`Progress` records how far the update of a unit has come, with no gap between the work and its entry. Python
-raises what comes from outside (a KeyboardInterrupt of a signal handler, `PyThreadState_SetAsyncExc`) between
-two bytecodes, so also after a call of the kernel and before a statement that would note it. Here both are
-one act:
-
-    the kernel      is called by `list.extend`, which files what it returns: one C call in all
-    the reference   computes copies; a log then holds what to copy back, and copying twice does no harm
-
-On a CUDA device the programs of a launch mark what they did in device memory, and launching twice does no
-harm (device_kernel.py).
 """
 
 from __future__ import annotations
@@ -25,8 +14,6 @@ import importlib.util
 import logging
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -36,6 +23,7 @@ import torch
 from horizon_lm.errors import ConfigError
 from horizon_lm.machine.cores import usable_cores
 from horizon_lm.optim import reference
+from horizon_lm.optim.progress import Progress
 from horizon_lm.optim.rules import RULES, Hyper, Numbers, Tensors, check_update, coefficients
 
 ISAS = ("auto", "plain", "baseline", "avx2", "avx512")  # numbered as in csrc/optimizer.cpp
@@ -85,56 +73,6 @@ def load(path: Path) -> ctypes.CDLL:
         *(pointer, ctypes.c_int64, number, number),
     ]
     return loaded
-
-
-Copies = list[tuple[torch.Tensor, torch.Tensor]]  # target, value
-
-
-@dataclass
-class Progress:
-    """pieces: into which the update is cut, in a fixed order; known once it has begun. ended: the status of
-    each piece that is made. log: a piece that is computed, but perhaps not copied to its place. on_device: a
-    piece that is launched, but perhaps not entered in `ended`, and the marks of its programs."""
-
-    pieces: int = 1
-    ended: list[int] = field(default_factory=list)
-    log: tuple[int, Copies] | None = None
-    on_device: tuple[int, torch.Tensor] | None = None
-
-    @property
-    def has_begun(self) -> bool:
-        return bool(self.ended) or self.log is not None or self.on_device is not None
-
-    @property
-    def is_done(self) -> bool:
-        return len(self.ended) >= self.pieces
-
-    def call(self, function: Callable[..., int], argument: object) -> int:
-        """Make a piece by one function of C, which is called and noted without a bytecode in between."""
-        self.ended.extend(map(function, (argument,)))
-        return self.ended[-1]
-
-    def copy(self, copies: Copies) -> None:
-        """Make a piece by copying values to their targets, which nothing else writes to meanwhile."""
-        self.log = len(self.ended), copies
-        self.end_copies()
-
-    def end_copies(self) -> None:
-        """Make the piece in the log, whether or not that was begun or even ended before."""
-        if self.log is None:
-            return
-        number, copies = self.log
-        if number == len(self.ended):
-            for target, value in copies:
-                target.copy_(value)
-            self.ended.append(0)
-        self.log = None
-
-    def marks(self, count: int, device: torch.device) -> torch.Tensor:
-        """int32 [count] for the programs that make the piece: 0, and 1 where one has ended."""
-        if self.on_device is None or self.on_device[0] != len(self.ended):
-            self.on_device = len(self.ended), torch.zeros(count, dtype=torch.int32, device=device)
-        return self.on_device[1]
 
 
 @cache
@@ -279,16 +217,15 @@ def check_available(device: torch.device) -> None:
             f"units cannot live on {device}: the triton package, which updates them there, is not installed",
             hint=f"pip install triton (torch for CUDA brings it along), or {way_out}",
         )
-    few = [torch.zeros(8, dtype=torch.bfloat16, device=device) for _ in range(2)]
-    more = [torch.zeros(8, device=device) for _ in range(2)]
-    residual = torch.zeros(8, dtype=torch.int16, device=device)
+    half, full = torch.bfloat16, torch.float32
     try:
-        update_on_device(Tensors(few[0], residual, few[1], *more), Numbers("adamw", Hyper(0.0), step=1))
+        few = (torch.zeros(16, dtype=dtype, device=device) for dtype in (half, torch.int16, half, full, full))
+        update_on_device(Tensors(*few), Numbers("adamw", Hyper(0.0), step=1))
         torch.cuda.synchronize(device)
     except Exception as error:  # of imports, compilers, the driver
         raise ConfigError(
             f"units cannot live on {device}: the update fails there ({type(error).__name__}: {error})",
-            hint=f"triton needs a C compiler (gcc) and a folder that it can write (TRITON_CACHE_DIR); or {way_out}",
+            hint="give triton a C compiler (gcc) and a folder to write to (TRITON_CACHE_DIR), or " + way_out,
         ) from error
 
 
