@@ -16,6 +16,8 @@ import torch
 
 import horizon_lm as hz
 import interpreted
+from emulated_cuda import emulated_cuda as emulated_cuda
+from fake_cuda import fake_cuda as fake_cuda
 from horizon_lm.errors import ConfigError
 from horizon_lm.memory.layout import ALIGN_ELEMENTS
 from horizon_lm.memory.master import split_master
@@ -308,6 +310,16 @@ def test_updates_go_to_the_memory_they_are_in(device_kernel: ModuleType) -> None
     for update in (kernel.update, reference.update):
         with pytest.raises(ValueError, match="weights on meta"):
             on_device.update("adamw", by=update)
+
+
+def test_on_an_emulated_device_the_host_kernel_stands_in(fake_cuda, emulated_cuda) -> None:
+    start = make_run(100, moments=BF16)
+    expected = start.clone().update("adamw")
+    run = Run(*(None if t is None else t.to("cuda") for t in start.tensors()))
+    assert run.weights.device.type == "cuda"
+    progress = Progress()
+    run.update("adamw", by=kernel.update_run, progress=progress)
+    assert progress.is_done and differing(run, expected) == 0
 
 
 def test_without_triton_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
