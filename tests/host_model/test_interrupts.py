@@ -19,7 +19,7 @@ from horizon_lm.engine.step import Update
 from horizon_lm.errors import ConfigError, TornStateError
 from horizon_lm.model.attention import attend
 from horizon_lm.optim import kernel
-from horizon_lm.optim.kernel import Progress
+from horizon_lm.optim.progress import Progress
 from horizon_lm.schedule import Op
 from horizon_lm.training.resume import load_checkpoint
 from known_states import MODES, Copies, Tried, batch, bytes_of, host, runs_of, same

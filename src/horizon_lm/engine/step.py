@@ -17,8 +17,8 @@ from horizon_lm.engine.layers import LayerGraph, Rerun
 from horizon_lm.engine.loss import Asked, Draws, HeadLoss, Metrics, TokenValues
 from horizon_lm.micro_batches import MicroBatch
 from horizon_lm.model.capture import Call
-from horizon_lm.optim.kernel import Progress
 from horizon_lm.optim.optimizer import UpdateSettings
+from horizon_lm.optim.progress import Progress
 from horizon_lm.schedule import Buffer, Op, StepSpec, derive_waits, last_uses
 from horizon_lm.words import count
 
