@@ -13,7 +13,7 @@ import torch
 from horizon_lm.engine.policies import Policies
 from horizon_lm.machine.profile import Profile
 from horizon_lm.memory.slots import gradient_slot_numels, slot_bytes
-from horizon_lm.memory.store import StoreSpec, regions
+from horizon_lm.memory.store import StoreSpec, predict_device_bytes, regions
 from horizon_lm.plan.outline import Measures, Outline
 from horizon_lm.plan.work import ELEMENTWISE, Kernel, Work
 from horizon_lm.plan.working_set import Pass, WorkingSet
@@ -66,14 +66,24 @@ class Costs:
         parts["boundary_slots"] = plan.boundary_slots * self.boundary if spills else 0
         if self.is_cpu:
             parts = {"gradient_slots": self._widened_bytes(), "waiting_gradients": self._waiting_bytes()}
+        else:
+            parts["gradient_slots"] -= self._own_bytes
+        parts["gradient_sums"] = self._own_bytes
+        parts |= predict_device_bytes(self.outline.units, self.spec)
         return {name: size for name, size in parts.items() if size}
+
+    @property
+    def _own_bytes(self) -> int:
+        """Bytes of the gradient slots in which sums wait on the device between rounds."""
+        own = self.plan.own_grad_slots
+        return sum(self.outline.units[u].trainable_numel for u in own) * torch.float32.itemsize
 
     def _widened_bytes(self) -> int:
         """Bytes of gradient slots on the CPU: only gradients wider than the store's need them, those of
         layers in the ring, the head's in the outer slot."""
         wide = {u for u in self.plan.trainable if self._gradient_dtype(u) != self.spec.dtype}
-        *ring, outer = gradient_slot_numels(self.outline.units, self.plan)
-        head = self.plan.head
+        slots, head = gradient_slot_numels(self.outline.units, self.plan), self.plan.head
+        ring, outer = slots[: self.plan.grad_slots], slots[self.plan.outer_grad_slot]
         numel = sum(ring) * bool(wide & {*range(head)}) + outer * (head in wide)
         return numel * torch.float32.itemsize
 
@@ -153,16 +163,50 @@ class Costs:
             return self._download_seconds(op.unit)
         if op.kind == "N":
             return self._norm_seconds()
-        return self.outline.units[op.unit].trainable_numel * self.update_bytes / profile.optimizer
+        numel, is_eager = self.outline.units[op.unit].trainable_numel, self.plan.update == "eager"
+        if op.kind in "PGS":
+            return numel * self._sum_seconds(op)
+        if op.kind == "A":  # eager updates read the fp32 gradient in its slot
+            size = torch.float32.itemsize if is_eager else self.spec.dtype.itemsize
+            return numel * (self.state_bytes + size) / self._device_rate
+        return 0.0 if op.kind == "W" else numel * self.update_bytes / profile.optimizer
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of weights and optimizer state per parameter that an update reads and writes."""
+        return sum(2 * row.dtype.itemsize for row in regions(self.spec) if row.is_state)
 
     @property
     def update_bytes(self) -> int:
         """Bytes per parameter that an update reads and writes; gradients are only read."""
-        of_state = sum(2 * row.dtype.itemsize for row in regions(self.spec) if row.is_state)
-        return of_state + self.spec.dtype.itemsize
+        return self.state_bytes + self.spec.dtype.itemsize
+
+    @property
+    def _device_rate(self) -> float:
+        """Bytes a second that an update or a copy on the device reads and writes."""
+        profile = self.profile
+        return profile.optimizer if self.is_cpu else profile.elementwise.of(self._dtype_name)
+
+    @property
+    def _dtype_name(self) -> str:
+        return str(self.spec.dtype).removeprefix("torch.")
+
+    def _sum_seconds(self, op: Op) -> float:
+        """Seconds per parameter of moving an fp32 sum between rounds, or of adding one micro-batch's gradient,
+        which has the store's dtype, on the host."""
+        profile, size = self.profile, torch.float32.itemsize
+        if op.kind == "S":
+            return (self.spec.dtype.itemsize + 2 * size) / profile.optimizer
+        if op.sum_slab >= 0:
+            size = self.spec.dtype.itemsize
+        if self.is_cpu:
+            return 2 * size / profile.host
+        return size / (profile.d2h if op.kind == "P" else profile.h2d)
 
     def _download_seconds(self, unit: int) -> float:
         numel, size = self.outline.units[unit].trainable_numel, self.spec.dtype.itemsize
+        if not self.is_cpu and unit in self.plan.resident:  # read for its norm, and written rounded
+            return numel * (self._gradient_dtype(unit).itemsize + size) / self._device_rate
         if not self.is_cpu:
             return numel * size / self.profile.d2h
         if self._gradient_dtype(unit) != self.spec.dtype:
@@ -211,8 +255,7 @@ class Costs:
             if op.table_grad >= 0:
                 table = 0 if self.plan.tied else self.outline.units[self.plan.embedding_unit].trainable_numel
                 kinds.append(size * table + (4 * size if self.plan.tied else 2 * size) * self._row_elements)
-        dtype = str(self.spec.dtype).removeprefix("torch.")
-        return Work(Kernel(ELEMENTWISE, dtype, 0, count) for count in kinds)
+        return Work(Kernel(ELEMENTWISE, self._dtype_name, 0, count) for count in kinds)
 
     def _gradient_dtype(self, unit: int) -> torch.dtype:
         counts = [self.measures.batch * self.measures.tokens] * self.plan.micro_batches
