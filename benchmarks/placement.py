@@ -157,7 +157,9 @@ def recomputing_or_keeping(config: TrainConfig, layers: int, cache: OutlineCache
     most = bisect_left(range(1, layers + 1), True, key=lambda kept: keeping(kept) is None)
     plans = [plan for plan in map(keeping, (0, most // 2, most)) if plan is not None]
     if not plans:
-        return plan_run(config.replace(activations="recompute"), HARDWARE, cache=cache)  # raises the shortfall
+        return plan_run(
+            config.replace(activations="recompute"), HARDWARE, cache=cache
+        )  # raises the shortfall
     return min(plans, key=lambda plan: plan.prediction.seconds)
 
 
