@@ -102,7 +102,8 @@ def test_the_order_of_additions_matters() -> None:
 
 @pytest.mark.parametrize("broken", ["_get_back", "_park", "_add"])
 def test_a_sum_that_is_lost_is_noticed(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative controls: the gradient of a round does not reach the host, is not added, does not come back."""
+    """Negative controls: the gradient of a round does not reach the host, is not added, does not come
+    back."""
     sums = "add" if broken == "_add" else "host"
     expected = trained(host("llama", dtype="float32"), "llama", steps=1)
     honest = getattr(Updates, broken)
@@ -130,8 +131,8 @@ def test_a_sum_that_is_lost_is_noticed(broken: str, monkeypatch: pytest.MonkeyPa
 def test_parameters_without_a_gradient_in_some_micro_batches(
     lanes: str, dtype: str, sums: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As experts without tokens: never, in the first, the middle, the last only; and sums of -0.0. The bits of
-    gradients, signs of zeros too, are those of one round; buffers start with NaNs."""
+    """As experts without tokens: never, in the first, the middle, the last only; and sums of -0.0. The bits
+    of gradients, signs of zeros too, are those of one round; buffers start with NaNs."""
     without = {"up_proj": {0, 1, 2, 3, 4}, "gate_proj": {0}, "down_proj": {1, 2}, "o_proj": {0, 1, 2, 3}}
     honest, calls = UnitGradient.add, Counter[str]()
 

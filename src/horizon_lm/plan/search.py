@@ -1,8 +1,8 @@
 """Search for the fastest candidate that fits, by simulation.
 
 Cuts of the step come in the order of their bounds (`plan.bounds`). For each, the number of resident units is
-searched between what host memory requires and what device memory allows; what they leave of device memory goes
-to the policies of layers, the most seconds per byte first. The best candidate is refined at the end.
+searched between what host memory requires and what device memory allows; what they leave of device memory
+goes to the policies of layers, the most seconds per byte first. The best candidate is refined at the end.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ _EQUAL = 0.01  # bounds this close are equal, and the simpler cut comes first
 
 
 class Machine(NamedTuple):
-    """What the search asks of the planner. predict: quickly. rest: bytes left by memory; negative if short."""
+    """What the search asks of the planner. predict: quickly. rest: bytes left by memory; negative if
+    short."""
 
     predict: Callable[[TrainConfig], Prediction]
     rest: Callable[[TrainConfig, Prediction], dict[str, int]]
@@ -78,7 +79,8 @@ class Search:
     # Cuts.
 
     def _is_quick(self, cut: Cut) -> bool:
-        """Whether a simulation of the cut is exact enough: rounds repeat, and of a round few micro-batches."""
+        """Whether a simulation of the cut is exact enough: rounds repeat, and of a round few
+        micro-batches."""
         rounds = min(cut.rounds, 3)
         return cut.micro_batches // cut.rounds * rounds * self.space.layers <= MOST_VISITS
 
@@ -175,8 +177,8 @@ class Search:
         return found
 
     def _range(self, candidate: Candidate) -> tuple[int | None, int]:
-        """Numbers of residents: the fewest with which host memory is enough, and the most that the device holds,
-        recomputing all layers. None: they are not open."""
+        """Numbers of residents: the fewest with which host memory is enough, and the most that the device
+        holds, recomputing all layers. None: they are not open."""
         if self.space.residents() == [None]:
             return None, 0
         if self.space.is_cpu:
