@@ -52,6 +52,7 @@ def _first_checks() -> Iterator[Command]:
     trace = ("--trace", "{folder}/timeline.json")
     yield _check("step", *trace, seconds=60, limit=240)
     yield _check("gradients", seconds=120, limit=420)
+    yield _check("optimizer", seconds=60, limit=240)
 
 
 def _step_16k() -> Iterator[Job]:

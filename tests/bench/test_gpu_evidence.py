@@ -413,7 +413,7 @@ def test_everything_runs_dry_in_one_process(
     assert set(found) == {job.key for jobs in gpu.STAGES.values() for job in jobs()}
     bad = {k: r.get("why") for k, r in found.items() if r["status"] not in ("done", "absent")}
     assert not bad
-    for part in ("step", "lanes", "determinism", "gradients", "sanitizer"):
+    for part in ("step", "lanes", "determinism", "gradients", "optimizer", "sanitizer"):
         result = found[f"gpu-check: {part}"]["result"]
         assert result["dry_run"] and result["passed"], part
     assert json.loads((folder / "timeline.json").read_text())["traceEvents"]
@@ -442,7 +442,7 @@ def test_the_ledger_alone_gives_the_results_file(
     assert gpu.main(["--evidence", "--report", "--out", str(tmp_path)]) == 0
     (file,) = no_results.glob("*-gpu-evidence.md")
     text = file.read_text()
-    assert "- CPU: another one" in text and "Unfinished" in text and "first-checks (1)" in text
+    assert "- CPU: another one" in text and "Unfinished" in text and "first-checks (2)" in text
     assert "step: 1 of 2 passed, FAILED: order" in text and "last words" in text
     assert {p.suffix for p in (tmp_path / "outside").iterdir()} == {".md", ".jsonl"}
     capsys.readouterr()

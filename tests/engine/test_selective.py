@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import Qwen2Config
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import horizon_lm as hz
 import zoo
@@ -178,25 +179,37 @@ def test_an_output_that_is_written_into_is_computed_again(
 
 
 def test_a_product_that_a_layer_returns_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is the next layer's input, whose memory is poisoned once it is spilled. The negative control: kept,
-    it is poisoned too."""
+    """It is the next layer's input, whose memory is released once it is spilled. The negative control: kept,
+    its memory is held until the backward pass."""
+
+    class Bare(LlamaDecoderLayer):
+        def forward(self, hidden: torch.Tensor, **rest: Any) -> torch.Tensor:  # type: ignore[override]
+            output = self.mlp.down_proj(self.mlp.up_proj(hidden))
+            self.self_attn.q_proj(hidden).exp()  # saves a tensor, so recomputation passes the output
+            return output
 
     def without_residual(model: Any) -> None:
         for layer in model.model.layers:
-
-            def forward(hidden: torch.Tensor, layer: Any = layer, **rest: Any) -> torch.Tensor:
-                output = layer.mlp.down_proj(layer.mlp.up_proj(hidden))
-                layer.self_attn.q_proj(hidden).exp()  # saves a tensor, so recomputation passes the output
-                return output
-
-            layer.forward = forward
+            layer.__class__ = Bare
 
     data = batches("llama", 2)
     expected = gradients_of(changed(without_residual, boundaries="host"), data)
+    finish, shared = selective.Selection.finish, list[bool]()
+
+    def finished(self: selective.Selection, output: torch.Tensor) -> None:
+        finish(self, output)
+        kept = [t for each in self._kept for t in selective._tensors(each.output)]
+        assert len(self._kept) == 3  # up, down and query
+        shared.append(any(t.data_ptr() == output.data_ptr() for t in kept))
+
+    monkeypatch.setattr(selective.Selection, "finish", finished)
     settings: dict[str, Any] = {"boundaries": "host", "activations": "products"}
     assert same(gradients_of(changed(without_residual, **settings), data), expected)
+    assert shared and not any(shared)
     monkeypatch.setattr(selective.Selection, "forget", lambda self, tensors: None)
-    assert not same(gradients_of(changed(without_residual, **settings), data), expected)
+    shared.clear()
+    gradients_of(changed(without_residual, **settings), data)
+    assert shared and all(shared)
 
 
 def test_a_layer_that_puts_weights_aside_is_recomputed() -> None:

@@ -27,6 +27,9 @@ from fake_flash import flash_on_the_cpu
 from horizon_lm.engine import layers
 from horizon_lm.memory import arena, store
 from horizon_lm.model import twins, varlen
+from horizon_lm.optim import kernel
+from horizon_lm.optim.progress import Progress
+from horizon_lm.optim.rules import Numbers, Tensors
 from horizon_lm.schedule import Lane, Op
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -277,6 +280,12 @@ def _addmm_in_fp32(
     return out.addmm_(left.float(), right.float())
 
 
+def _update_by_host(tensors: Tensors, numbers: Numbers, *, progress: Progress | None = None) -> None:
+    """Triton's kernel has the bits of the host's (tests/optim/test_device_kernel.py)."""
+    with torch._C.DisableTorchFunction():  # the memory is the host's
+        kernel.update_run(tensors, numbers, threads=1, progress=progress)
+
+
 # Operations that the CPU has not.
 STAND_INS = {
     _aten.histc.default: _histc_of_integers,
@@ -310,6 +319,8 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch, fake_cuda: list[str]) -> Iter
     for module in (arena, store):
         monkeypatch.setattr(module, "pin", cuda.register)
     monkeypatch.setattr(twins, "is_on_device", cuda.is_on_device)
+    monkeypatch.setattr(kernel, "update_on_device", _update_by_host)
+    monkeypatch.setattr(kernel, "check_available", lambda device: None)
 
     def upload(twin: torch.Tensor, device: torch.device) -> torch.Tensor:
         pinned = twin.clone()

@@ -75,12 +75,13 @@ def prepared(plan: StepSpec) -> tuple[list[Op], list[tuple[int, ...]]]:
 
 
 def label(plan: StepSpec) -> str:
-    frozen = sorted(plan.uploaded - plan.trainable)
+    frozen = sorted((plan.uploaded | plan.resident) - plan.trainable)
     return (
         f"layers={plan.layers} prologue={0 in plan.uploaded} tied={plan.embedding_unit == plan.head} "
         f"frozen={frozen}{'+table' * plan.embedding_frozen} micro_batches={plan.micro_batches} "
         f"slots={plan.slots}/{plan.grad_slots} {plan.update} kept={sorted(plan.kept)} "
-        f"block={plan.checkpoint_interval} spilled={sorted(plan.spilled)}"
+        f"block={plan.checkpoint_interval} spilled={sorted(plan.spilled)} resident={sorted(plan.resident)} "
+        f"rounds={plan.rounds} {plan.sums}"
     )
 
 
@@ -92,7 +93,8 @@ def plain(**changes: Any) -> StepSpec:
         "embedding_unit": 5,
         "micro_batches": 2,
     } | changes
-    values.setdefault("uploaded", frozenset({*range(5), values["embedding_unit"]}))
+    units = frozenset({*range(5), values["embedding_unit"]})
+    values.setdefault("uploaded", units - values.get("resident", frozenset()))
     return StepSpec(**values)
 
 
@@ -120,6 +122,7 @@ class Symbols:
     plan: StepSpec
     memory: dict[tuple, Any] = field(default_factory=dict)
     names: dict[Any, int] = field(default_factory=dict)
+    alone: dict[int, Any] = field(default_factory=dict)  # gradients of single micro-batches, by their sum
 
     def name(self, *expression: Any) -> int:
         """A number for an expression, the same for the same one: expressions stay small."""
@@ -132,17 +135,18 @@ class Symbols:
 
     def run(self, op: Op) -> None:
         plan, u, m, memory = self.plan, op.unit, op.micro_batch, self.memory
-        weights = self.get("slot", op.slot) if op.slot >= 0 else None
+        weights = self.weights(u, op.slot)
         data = ("batch", op.step, m)
         if op.kind == "U":
             memory["slot", op.slot] = self.name("U", u, self.get("weights", u))
         elif op.kind in "FC":
             given = self.given(op)
             if u == 0:
-                given = self.name("rows", self.get("slot", op.table), data)
+                table = self.weights(plan.embedding_unit, op.table)
+                given = self.name("rows", table, data)
                 memory["call", m] = (self.name("call", given, weights), None)
                 if m == 0:
-                    memory[("rows",)] = self.get("slot", op.table)
+                    memory[("rows",)] = table
             call = self.get("call", m)
             arguments, routers = call if isinstance(call, tuple) else (call, None)  # not there, or released
             memory["input", u + 1, m] = self.name("F", u, weights, given, arguments)
@@ -166,20 +170,45 @@ class Symbols:
                 memory["loss", op.step, m] = gradient
             memory["input_grad", m] = gradient
             self.add(op, gradient)
+        elif op.kind in "PSG":
+            self.between_rounds(op)
         elif op.kind == "D":
             memory["sqnorm", u] = self.name("D", u, self.get("grad_slot", op.grad_slot))
             memory[self.home(op, u)] = memory["sqnorm", u]
         elif op.kind == "N":
             memory[("clip",)] = self.name("N", *(self.get("sqnorm", k) for k in sorted(plan.trainable)))
-        elif op.kind == "O":
+        elif op.kind == "W":
+            memory["written", op.step, u] = self.get("weights", u), self.get("state", u)
+        elif op.kind in "OA":
             gradient = self.get(*self.home(op, u))
             wanted = (self.get("weights", u), self.get("state", u), gradient, self.scale(op))
             memory["weights", u], memory["state", u] = self.name("O", u, *wanted), self.name("M", u, *wanted)
 
+    def weights(self, unit: int, slot: int) -> Any:
+        """What is in a slot; a resident unit's where it lives."""
+        if unit in self.plan.resident:
+            return self.name("U", unit, self.get("weights", unit))
+        return self.get("slot", slot) if slot >= 0 else None
+
+    def between_rounds(self, op: Op) -> None:
+        memory, u = self.memory, op.unit
+        if op.kind == "P":
+            target = ("sum_slab", op.sum_slab) if op.sum_slab >= 0 else ("sum", u)
+            memory[target] = self.get("grad_slot", op.grad_slot)
+        elif op.kind == "G":
+            memory["grad_slot", op.grad_slot] = self.get("sum", u)
+        else:
+            parked = self.get("sum_slab", op.sum_slab)
+            gradient = self.alone.get(parked, ("a sum already", parked))
+            held = () if op.first else (self.get("sum", u),)
+            memory["sum", u] = self.name("sum", held, gradient)
+
     def add(self, op: Op, gradient: Any) -> None:
         if op.grad_slot >= 0:
             held = () if op.first else (self.get("grad_slot", op.grad_slot),)
-            self.memory["grad_slot", op.grad_slot] = self.name("sum", held, gradient)
+            total = self.memory["grad_slot", op.grad_slot] = self.name("sum", held, gradient)
+            if op.first:
+                self.alone[total] = gradient
 
     def backward_prologue(self, op: Op, weights: Any, data: Any) -> None:
         m, memory = op.micro_batch, self.memory
@@ -201,6 +230,9 @@ class Symbols:
         return self.get("input", op.unit, op.micro_batch)
 
     def home(self, op: Op, unit: int) -> tuple[str, int]:
+        """Where a complete gradient waits for its update."""
+        if self.plan.update == "eager" and unit in self.plan.resident:
+            return "grad_slot", op.grad_slot
         return ("slab", op.slab) if op.slab >= 0 else ("grads", unit)
 
     def scale(self, op: Op) -> Any:
@@ -224,6 +256,8 @@ class Symbols:
             for m in range(self.plan.micro_batches)
         }
         units = [*range(self.plan.head + 2)]
+        written = [("written", s, u) for s in range(steps) for u in self.plan.saved]
+        losses |= {place: self.get(*place) for place in written}
         return losses | {(region, u): self.get(region, u) for region in ("weights", "state") for u in units}
 
 
@@ -235,7 +269,9 @@ def reference(plan: StepSpec, symbols: Symbols) -> dict[tuple, Any]:
     outcome: dict[tuple, Any] = {}
     for step in range(STEPS):
         data = {m: ("batch", step, m) for m in micro_batches}
-        on_device = {u: name("U", u, weights[u]) if u in plan.uploaded else None for u in range(head + 2)}
+        outcome |= {("written", step, u): (weights[u], state[u]) for u in plan.saved}
+        used = plan.uploaded | plan.resident
+        on_device = {u: name("U", u, weights[u]) if u in used else None for u in range(head + 2)}
         gradients: dict[int, list[int]] = {u: [] for u in range(head + 1)}
         for m in micro_batches:
             inputs = [name("rows", on_device[plan.embedding_unit], data[m])]

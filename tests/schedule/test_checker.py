@@ -42,6 +42,14 @@ def mutants(plan: StepSpec) -> Iterator[tuple[str, list[Op]]]:
                 for other in (0, -1):
                     moved = _with(op, region, other, name)
                     yield f"{op} with {name}={other}", [*ops[:i], moved, *ops[i + 1 :]]
+        if op.sum_slab >= 0:
+            moved = _with(op, "sum_slab", 1 - op.sum_slab)
+            yield f"{op} with another slab of sums", [*ops[:i], moved, *ops[i + 1 :]]
+        if op.kind == "S":
+            yield (
+                f"{op} with first={not op.first}",
+                [*ops[:i], replace(op, first=not op.first), *ops[i + 1 :]],
+            )
         if op.boundary_slot >= 0:
             moved = _with(op, "boundary_slot", 1 - op.boundary_slot)
             yield f"{op} with another boundary slot", [*ops[:i], moved, *ops[i + 1 :]]
@@ -88,6 +96,37 @@ def _with(op: Op, region: str, slot: int, name: str | None = None) -> Op:
         plain(embedding_unit=4, trainable=frozenset(range(1, 5)), embedding_frozen=True),
         plain(update="deferred", kept=frozenset({3}), spilled=frozenset({1, 2})),
         plain(update="eager", checkpoint_interval=2, spilled=frozenset({1}), grad_slabs=2),
+        plain(
+            layers=2,
+            embedding_unit=3,
+            trainable=frozenset(range(4)),
+            uploaded=frozenset({0, 2}),
+            resident=frozenset({1, 3}),
+            update="deferred",
+            rounds=2,
+            sums="host",
+        ),
+        plain(
+            layers=2,
+            embedding_unit=4,
+            trainable=frozenset(range(5)),
+            uploaded=frozenset({0, 1, 2, 4}),
+            resident=frozenset({3}),
+            update="eager",
+            micro_batches=3,
+            rounds=3,
+            sums="add",
+        ),
+        plain(
+            layers=2,
+            embedding_unit=3,
+            trainable=frozenset(range(4)),
+            uploaded=frozenset(range(4)),
+            micro_batches=3,
+            rounds=2,
+            sums="device",
+            products=frozenset({1}),
+        ),
     ],
     ids=label,
 )

@@ -5,33 +5,26 @@ setup.py builds the library when the package is installed. To build it in a sour
     python -m horizon_lm.optim.kernel --build
 
 Without it `update_run` uses the torch reference: bitwise identical, more slowly.
-
-`Progress` records how far the update of a unit has come, with no gap between the work and its entry. Python
-raises what comes from outside (a KeyboardInterrupt of a signal handler, `PyThreadState_SetAsyncExc`) between
-two bytecodes, so also after a call of the kernel and before a statement that would note it. Here both are
-one act:
-
-    the kernel      is called by `list.extend`, which files what it returns: one C call in all
-    the reference   computes copies; a log then holds what to copy back, and copying twice does no harm
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import logging
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
 
+from horizon_lm.errors import ConfigError
 from horizon_lm.machine.cores import usable_cores
 from horizon_lm.optim import reference
-from horizon_lm.optim.rules import RULES, Numbers, Tensors, check_update, coefficients
+from horizon_lm.optim.progress import Progress
+from horizon_lm.optim.rules import RULES, Hyper, Numbers, Tensors, check_update, coefficients
 
 ISAS = ("auto", "plain", "baseline", "avx2", "avx512")  # numbered as in csrc/optimizer.cpp
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -80,48 +73,6 @@ def load(path: Path) -> ctypes.CDLL:
         *(pointer, ctypes.c_int64, number, number),
     ]
     return loaded
-
-
-Copies = list[tuple[torch.Tensor, torch.Tensor]]  # target, value
-
-
-@dataclass
-class Progress:
-    """pieces: into which the update is cut, in a fixed order; known once it has begun. ended: the status of
-    each piece that is made. log: a piece that is computed, but perhaps not copied to its place."""
-
-    pieces: int = 1
-    ended: list[int] = field(default_factory=list)
-    log: tuple[int, Copies] | None = None
-
-    @property
-    def has_begun(self) -> bool:
-        return bool(self.ended) or self.log is not None
-
-    @property
-    def is_done(self) -> bool:
-        return len(self.ended) >= self.pieces
-
-    def call(self, function: Callable[..., int], argument: object) -> int:
-        """Make a piece by one function of C, which is called and noted without a bytecode in between."""
-        self.ended.extend(map(function, (argument,)))
-        return self.ended[-1]
-
-    def copy(self, copies: Copies) -> None:
-        """Make a piece by copying values to their targets, which nothing else writes to meanwhile."""
-        self.log = len(self.ended), copies
-        self.end_copies()
-
-    def end_copies(self) -> None:
-        """Make the piece in the log, whether or not that was begun or even ended before."""
-        if self.log is None:
-            return
-        number, copies = self.log
-        if number == len(self.ended):
-            for target, value in copies:
-                target.copy_(value)
-            self.ended.append(0)
-        self.log = None
 
 
 @cache
@@ -222,8 +173,14 @@ def _run(call: _Update, threads: int | None, isa: str, progress: Progress) -> No
 def update_run(
     tensors: Tensors, numbers: Numbers, *, threads: int | None = None, progress: Progress | None = None
 ) -> None:
-    """`update` by the kernel if it was built, else by the torch reference (on torch's own threads)."""
-    if library() is not None:
+    """Update n elements where they are.
+
+    In host memory by the kernel if it was built, else by the torch reference (on torch's own threads); on a
+    CUDA device in its current stream, by the Triton kernel. All have the same bits.
+    """
+    if tensors.weights.device.type == "cuda":
+        update_on_device(tensors, numbers, progress=progress)
+    elif library() is not None:
         update(tensors, numbers, threads=threads, progress=progress)
     elif progress is None:
         reference.update(tensors, numbers)
@@ -233,10 +190,43 @@ def update_run(
         progress.copy(list(zip(tensors.written(), new.written(), strict=True)))
 
 
-def longest_piece() -> int | None:
+def update_on_device(tensors: Tensors, numbers: Numbers, *, progress: Progress | None = None) -> None:
+    """`device_kernel.update`, imported when it is needed: triton comes with torch for CUDA only."""
+    from horizon_lm.optim import device_kernel
+
+    device_kernel.update(tensors, numbers, progress=progress)
+
+
+def longest_piece(device: torch.device) -> int | None:
     """Elements of a run that an update with `progress` may take at once: the reference computes beside it,
     which takes memory. None where there is no limit."""
-    return None if library() is not None else _REFERENCE_PIECE
+    return None if device.type == "cuda" or library() is not None else _REFERENCE_PIECE
+
+
+def check_available(device: torch.device) -> None:
+    """Raise ConfigError unless units on this device can be updated there.
+
+    On CUDA the kernel is tried on a few elements. Triton compiles it on the first use, with a C compiler for
+    what launches it, and keeps it on the disk.
+    """
+    if device.type != "cuda":
+        return
+    way_out = "set resident=0 to keep all weights in host memory"
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigError(
+            f"units cannot live on {device}: the triton package, which updates them there, is not installed",
+            hint=f"pip install triton (torch for CUDA brings it along), or {way_out}",
+        )
+    half, full = torch.bfloat16, torch.float32
+    try:
+        few = (torch.zeros(16, dtype=dtype, device=device) for dtype in (half, torch.int16, half, full, full))
+        update_on_device(Tensors(*few), Numbers("adamw", Hyper(0.0), step=1))
+        torch.cuda.synchronize(device)
+    except Exception as error:  # of imports, compilers, the driver
+        raise ConfigError(
+            f"units cannot live on {device}: the update fails there ({type(error).__name__}: {error})",
+            hint="give triton a C compiler (gcc) and a folder to write to (TRITON_CACHE_DIR), or " + way_out,
+        ) from error
 
 
 def _build() -> int:

@@ -18,7 +18,8 @@ from horizon_lm.errors import ConfigError
 from horizon_lm.machine.cores import choose_threads
 from horizon_lm.memory.layout import Parameter, UnitLayout
 from horizon_lm.memory.store import HostStore
-from horizon_lm.optim.kernel import Progress, longest_piece, update_run
+from horizon_lm.optim.kernel import longest_piece, update_run
+from horizon_lm.optim.progress import Progress
 from horizon_lm.optim.rules import ADAPTIVE_RULES, Hyper, Numbers, Tensors, coefficients
 
 # Below this, waking another thread takes longer than its work.
@@ -179,12 +180,14 @@ class Optimizer:
     ) -> None:
         """Update the unit's trainable part from `grads * grad_scale`, continuing at `progress`.
 
-        grads: 1-D [trainable_numel], in host memory. grad_scale: the clipping factor.
+        grads: 1-D [trainable_numel], in the memory that the unit lives in. On a device the update is launched
+        on the current stream. grad_scale: the clipping factor.
         """
         layout = store.units[unit]
         before = sum(u.trainable_numel for u in store.units[:unit])
         tensors = self._tensors(store, unit, grads)
-        pieces = _cut(self._parts(unit, layout.trainable_numel, settings), longest_piece())
+        longest = longest_piece(tensors.weights.device)
+        pieces = _cut(self._parts(unit, layout.trainable_numel, settings), longest)
         progress.pieces = len(pieces)
         progress.end_copies()
         for start, stop, lr, weight_decay in pieces[len(progress.ended) :]:

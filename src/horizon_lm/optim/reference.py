@@ -124,15 +124,21 @@ def _mend_nan(master: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor
 def random_bits(seed: int, step: int, element: int, count: int) -> torch.Tensor:
     """Return 32 random bits for each of `count` elements from number `element` of the store: int64 [count].
 
-    A function of its arguments alone: two keys from splitmix64 (Steele, Lea and Flood 2014), mixed with
-    the element by Wellons' lowbias32. All elements must lie in one block of 2**32.
+    A function of its arguments alone: two keys, mixed with the element by Wellons' lowbias32. All elements
+    must lie in one block of 2**32.
     """
-    key = _splitmix64(_splitmix64(_splitmix64(seed) ^ step) ^ (element >> 32))
+    first, second = rounding_keys(seed, step, element)
     x = torch.arange(count, dtype=torch.int64) + (element & _MASK32)
-    x ^= key & _MASK32
+    x ^= first
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK32
-    x = ((x ^ (x >> 15) ^ (key >> 32)) * 0x846CA68B) & _MASK32
+    x = ((x ^ (x >> 15) ^ second) * 0x846CA68B) & _MASK32
     return x ^ (x >> 16)
+
+
+def rounding_keys(seed: int, step: int, element: int) -> tuple[int, int]:
+    """Two keys of 32 bits for the element's block of 2**32, by splitmix64 (Steele, Lea and Flood 2014)."""
+    key = _splitmix64(_splitmix64(_splitmix64(seed) ^ step) ^ (element >> 32))
+    return key & _MASK32, key >> 32
 
 
 def _splitmix64(x: int) -> int:

@@ -23,6 +23,7 @@ RULES = ("adamw", "adam", "sgd", "lion")
 ADAPTIVE_RULES = ("adamw", "adam")  # those with a second moment
 _FLOATS = (torch.float32, torch.bfloat16)
 _UINT64 = 1 << 64
+_HOST = torch.device("cpu")
 # What stands for a number in a call: of Python, numpy or torch (one element).
 Number = float | np.number[Any] | torch.Tensor
 
@@ -56,7 +57,7 @@ class Hyper:
 
 @dataclass(frozen=True)
 class Tensors:
-    """The tensors of an update, each 1-D [n], contiguous, in host memory.
+    """The tensors of an update, each 1-D [n], contiguous, all in host memory or all on one device.
 
     weights: bf16 with residual int16 (memory/master.py), or fp32 and residual None. grads: bf16 or fp32.
     exp_avg, exp_avg_sq: fp32, or bf16 with stochastic rounding; exp_avg_sq None for sgd and lion.
@@ -145,8 +146,8 @@ def coefficients(numbers: Numbers) -> Coefficients:
     return Coefficients(**{name: ctypes.c_float(value).value for name, value in vars(exact).items()})
 
 
-def check_update(tensors: Tensors, numbers: Numbers) -> None:
-    """Raise ValueError for what an update cannot use: the kernel works on bare addresses."""
+def check_update(tensors: Tensors, numbers: Numbers, device: torch.device = _HOST) -> None:
+    """Raise ValueError for what an update on `device` cannot use: the kernels work on bare addresses."""
     rule = numbers.rule
     _require(rule in RULES, f"rule={rule!r}", " | ".join(RULES))
     split = tensors.weights.dtype == torch.bfloat16
@@ -171,7 +172,8 @@ def check_update(tensors: Tensors, numbers: Numbers) -> None:
         run: torch.Tensor | None = getattr(tensors, name)
         if run is None:
             continue
-        _require(run.device.type == "cpu", f"{name} on {run.device}", "a tensor in host memory")
+        place = "in host memory" if device == _HOST else f"on {device}"
+        _require(run.device == device, f"{name} on {run.device}", f"a tensor {place}")
         _require(run.dtype in dtypes, f"{name} of {run.dtype}", " or ".join(map(str, dtypes)))
         _require(
             run.dim() == 1 and run.is_contiguous(), f"{name} of shape {tuple(run.shape)}", "1-D, contiguous"

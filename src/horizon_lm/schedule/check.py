@@ -122,8 +122,10 @@ def _check_value(ops: Sequence[Op], spec: StepSpec) -> list[str]:
         ]
         if op.kind == "U" and op.unit not in spec.uploaded:
             errors.append(f"{op} of step {op.step} uploads a unit that is not to be uploaded")
-        if op.kind in "LBD" and op.unit in spec.trainable and op.grad_slot < 0:
+        if op.kind in "LBDPG" and op.unit in spec.trainable and op.grad_slot < 0:
             errors.append(f"{op} of step {op.step} has no gradient slot")
+        if op.kind in "OA" and not any(b.region in ("grads", "slab", "grad_slot") for b in op.reads):
+            errors.append(f"{op} of step {op.step} reads no gradient")
         if op.policy != spec.policy(op.unit) and op.kind == "F" and op.unit:
             errors.append(f"{op} of step {op.step} keeps {op.policy!r} instead of {spec.policy(op.unit)!r}")
         for buffer in op.writes:
@@ -137,10 +139,13 @@ def _note_added(op: Op, added: dict[Buffer, list[int]]) -> list[str]:
     errors = []
     for buffer in sorted(op.writes, reverse=True):  # sums of rows come before the slot that receives them
         before = added.get(buffer, []) if buffer in op.reads else []
+        overwrites = op.kind == "S" or (op.kind in "LB" and buffer.region == "grad_slot")
+        if overwrites and buffer.index != op.table_grad and op.first == (buffer in op.reads):
+            errors.append(f"{op} of step {op.step} has first={op.first}, but declares otherwise")
         if buffer.region == "boundary_slot":
             added[buffer] = [op.micro_batch]
         elif op.kind in "PG":
-            added[buffer] = list(added.get(min(op.reads), []))
+            added[buffer] = [m for source in op.reads for m in added.get(source, [])]
         elif op.kind == "S":
             added[buffer] = [*before, *added.get(Buffer("sum_slab", op.sum_slab), [])]
         elif buffer.region == "row_grads":
@@ -148,8 +153,6 @@ def _note_added(op: Op, added: dict[Buffer, list[int]]) -> list[str]:
         elif buffer.region == "grad_slot" and buffer.index == op.table_grad:
             added[buffer] = [*before, *added.get(Buffer("row_grads"), [])]
         elif buffer.region == "grad_slot" and op.kind in "LB":
-            if op.first == (buffer in op.reads):
-                errors.append(f"{op} of step {op.step} has first={op.first}, but declares otherwise")
             added[buffer] = [*([] if op.first else added.get(buffer, [])), op.micro_batch]
     return errors
 
