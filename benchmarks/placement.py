@@ -143,7 +143,7 @@ def plan_of(case: Case, choices: str, cache: OutlineCache) -> RunPlan:
 
 
 def recomputing_or_keeping(config: TrainConfig, layers: int, cache: OutlineCache) -> RunPlan:
-    """Plan a step whose layers recompute or keep: the fastest of none, half and all that can keep."""
+    """Plan a step whose layers recompute or keep: the fastest of none, half and all that can."""
 
     @lru_cache
     def keeping(kept: int) -> RunPlan | None:

@@ -67,7 +67,8 @@ def _figures(costs: Costs, policy: str) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Bounds of the steps of one cut. costs: those of its ops without residents, recomputing all layers.
+    """Bounds of the steps of one cut. costs: those of its ops, recomputing all layers, without residents but
+    those that the configuration names.
 
     host, device: bytes that may be taken; device is None for a CPU.
     """
@@ -84,11 +85,12 @@ class Bounds:
         return min(self._every(), key=lambda found: found[0])
 
     def _every(self) -> Iterator[tuple[float, int]]:
-        for number in self.residents:
-            left = self._device_left(number or 0)
-            if left < 0 and number:
+        for asked in self.residents:
+            number = len(self.costs.plan.resident) if asked is None else asked
+            left = self._device_left(number)
+            if left < 0 and asked:
                 break
-            yield self._seconds(number or 0, max(0, left)), number or 0
+            yield self._seconds(number, max(0, left)), number
 
     def _device_left(self, residents: int) -> int:
         if self.device is None:
@@ -100,7 +102,9 @@ class Bounds:
 
     @cached_property
     def _order(self) -> list[int]:
-        return resident_order(self.costs.outline)
+        """Units in the order in which they become resident, those that the configuration names first."""
+        named = self.costs.plan.resident
+        return sorted(resident_order(self.costs.outline), key=lambda unit: unit not in named)
 
     def _sums(self, values: Sequence[float]) -> list[float]:
         return list(accumulate(values, initial=0.0))
@@ -112,10 +116,9 @@ class Bounds:
     @cached_property
     def _moved(self) -> dict[str, list[float]]:
         """Seconds by kind of op that residents save (or, for A, take), by their number."""
-        costs, plan = self.costs, self.costs.plan
+        costs = self.costs
         found = {kind: self._sums([costs.seconds(Op(kind, u)) for u in self._order]) for kind in "UDOA"}
         found["U"] = self._sums([costs.seconds(Op("U", u)) * self._uploads(u) for u in self._order])
-        assert plan.resident == frozenset()
         return found
 
     def _uploads(self, unit: int) -> int:
