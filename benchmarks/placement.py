@@ -19,11 +19,12 @@ Columns:
 
 - `/ same arithmetic`: tokens/s over those of an in-memory run with the same micro-batches, rounds and
   activation policies, and so the same products. All units are resident, their updates run on the device, and
-  device memory is unlimited. The difference from 1 is what streaming costs. It can exceed 1
-  slightly: updates on the host run beside compute, those on the device compete with it.
+  device memory is unlimited. The difference from 1 is what streaming costs. It can exceed 1 slightly:
+  updates on the host run beside compute, those on the device compete with it.
 - `/ best in memory`: tokens/s over those of the fastest in-memory run that fits the device: all units are
-  resident, and the planner chooses the rest. `-`: none fits. Above 1, the streamed run is the faster one,
-  because it has more room for activations.
+  resident, and the planner chooses the rest. Gradients that several micro-batches add to are fp32 and take
+  4 bytes per parameter more. `-`: none fits. Above 1, the streamed run is the faster one, because it has more
+  room for activations.
 - executed: FLOPs per token of all matrix products that a step executes (forward, loss, recomputation,
   backward; products with weights only, so not those of attention) / N. N: parameters that multiply a token,
   as in MFU (docs/performance.md). 6 recomputes nothing, about 8 all layers.

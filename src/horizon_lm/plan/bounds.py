@@ -98,7 +98,8 @@ class Bounds:
         plan = self.costs.plan
         fixed = sum(self.costs.fixed_bytes().values()) + int(self.costs.profile.context_bytes)
         stored = 0 if self.can_spill else plan.round_size * plan.layers * self.costs.boundary
-        return self.device - fixed - stored - self._resident_bytes[residents]
+        more = self._resident_bytes[residents] - self._resident_bytes[len(plan.resident)]
+        return self.device - fixed - stored - more
 
     @cached_property
     def _order(self) -> list[int]:
