@@ -8,7 +8,17 @@ import sys
 
 import benchmarks
 
-HELPERS = ("__main__", "report", "jobs", "peers", "remedies", "traced", "micro_layer", "micro_probe")
+HELPERS = (
+    "__main__",
+    "report",
+    "jobs",
+    "peers",
+    "remedies",
+    "placement",
+    "traced",
+    "micro_layer",
+    "micro_probe",
+)
 HELPERS += ("preference_runs", "gpu_parts", "gpu_evidence", "gpu_runner", "gpu_tables", "gpu_goals", "wheels")
 NAMES = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in HELPERS)
 

@@ -1,4 +1,5 @@
-"""Stages of the GPU evidence, the most telling first; estimated at half an hour without the other peers.
+"""Stages of the GPU evidence, the most telling first; those up to the largest model are estimated at half an
+hour.
 
 First the basis of everything else (machine, calibration, gradients), then the main comparison, then large,
 slow or optional jobs. The estimated seconds, which `--list` prints, come from reading the code, not from a
@@ -9,16 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 
 from horizon_lm.bench.jobs import OURS
 from horizon_lm.bench.models import shape
 
-from .gpu_parts import Command, Job, Stage, case_of, largest, megatrain_case, ours, peer
+from .gpu_parts import Command, Job, Stage, case_of, group_of, largest, megatrain_case, ours, peer, placed
 from .peers import PEERS
 
 MICRO, CHECK = "benchmarks.micro", "tests.gpu.check"
-STEP_16K = "qwen3-4b, 16k tokens, 1024 a sequence"
-STEP_64K = "qwen3-4b, 64k tokens, 1024 a sequence"
+STEP_16K, STEP_64K = group_of("qwen3-4b", 16), group_of("qwen3-4b", 64)
 RACE = "qwen3-4b, peers, 16 x 1024, clip 1.0"
 REPETITION = "qwen3-0.6b, 16k tokens, repeated"
 
@@ -68,7 +69,31 @@ def _step_16k() -> Iterator[Job]:
 def _step_64k() -> Iterator[Job]:
     yield peer("torch", "qwen3-4b", 64, 1024, STEP_64K)
     yield ours("qwen3-4b", 64, 1024, STEP_64K)
+
+
+def _placement() -> Iterator[Job]:
+    """Return what residents and rounds are worth: `ours` of the same groups has both."""
+    yield placed("qwen3-4b", 16, "streamed")
+    yield placed("qwen3-4b", 16, "residents")
+    yield placed("qwen3-4b", 64, "streamed")
+
+
+def _more_placement() -> Iterator[Job]:
+    """Return the other sizes of `placement.STEPS` that fit 128 GB of host memory and one H200."""
+    yield replace(ours("qwen2.5-14b", 64, 1024, group_of("qwen2.5-14b", 64)), seconds=150)
+    yield placed("qwen3-4b", 64, "rounds")
+    yield replace(ours("qwen3-4b", 4, 1024, group_of("qwen3-4b", 4)), seconds=60)
+    yield replace(peer("torch", "qwen3-4b", 4, 1024, group_of("qwen3-4b", 4)), seconds=60)
+    yield placed("qwen3-4b", 4, "streamed", seconds=60)
     yield ours("qwen3-4b", 64, 1024, STEP_64K, clip=None)
+
+
+def _half_a_million() -> Iterator[Job]:
+    """Return Qwen2.5-7B at 512k tokens a step, 45 seconds each, and at 16k."""
+    group = group_of("qwen2.5-7b", 512)
+    for job in (ours("qwen2.5-7b", 512, 1024, group), placed("qwen2.5-7b", 512, "streamed")):
+        yield replace(job, case=job.case.replace(warmup=2, steps=2), seconds=215)
+    yield replace(ours("qwen2.5-7b", 16, 1024, group_of("qwen2.5-7b", 16)), seconds=90)
 
 
 def _lanes() -> Iterator[Job | Command]:
@@ -87,7 +112,7 @@ def _seven_billion() -> Iterator[Job]:
 
 
 def _largest() -> Iterator[Job]:
-    yield next(largest())
+    yield from islice(largest(), 2)
 
 
 def _fsdp2() -> Iterator[Job]:
@@ -111,9 +136,12 @@ EVIDENCE: dict[str, Stage] = {
     "first-checks": _first_checks,
     "4b-16k": _step_16k,
     "4b-64k": _step_64k,
+    "placement": _placement,
     "lanes": _lanes,
     "7b": _seven_billion,
     "largest-exact": _largest,
+    "7b-512k": _half_a_million,
+    "placement-more": _more_placement,
     "fsdp2": _fsdp2,
     "sanitizer": _sanitizer,
     "peers": _peers,

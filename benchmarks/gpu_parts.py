@@ -16,6 +16,7 @@ from horizon_lm.bench.models import shape
 from horizon_lm.bench.protocol import Case
 
 from .peers import PEERS
+from .placement import CHOICES
 
 SIZES = ("qwen3-0.6b", "qwen3-4b", "qwen2.5-7b", "llama-3.1-8b")
 TOKENS = {"4k": 4096, "16k": 16384, "64k": 65536, "148k": 148 * 1024}
@@ -87,6 +88,16 @@ def case_of(model: dict[str, Any], sequences: int, length: int, **changes: Any) 
 def ours(size: str, sequences: int, length: int, group: str, **changes: Any) -> Job:
     case = case_of(shape(size), sequences, length, activations="auto", **changes)
     return Job("ours" if case.clip else "ours, clip off", OURS, case, group)
+
+
+def placed(size: str, sequences: int, choices: str, *, seconds: float = 70.0) -> Job:
+    """Return ours with fixed choices of `placement.CHOICES`, in the group of the same tokens."""
+    case = case_of(shape(size), sequences, 1024, activations="auto", extra=dict(CHOICES[choices]))
+    return Job(f"ours, {choices}", OURS, case, group_of(size, sequences), needs="resident", seconds=seconds)
+
+
+def group_of(size: str, sequences: int) -> str:
+    return f"{size}, {sequences}k tokens, 1024 a sequence"
 
 
 def peer(name: str, size: str, sequences: int, length: int, group: str, **changes: Any) -> Job:
@@ -161,16 +172,24 @@ def _depth() -> Iterator[Job]:
 
 
 def largest() -> Iterator[Job]:
-    """Return the deepest models of qwen3-8b's width that train 10 steps, by bytes kept per parameter."""
+    """Return the deepest models of qwen3-8b's width that train 10 steps, by bytes kept per parameter.
+
+    pooled: in host and device memory; the others in host memory alone.
+    """
+    alone, small = {"resident": 0}, {"moment_dtype": "bfloat16"}
     modes: dict[str, dict[str, Any]] = {
-        "exact, clip 1.0": {},
-        "exact, clip off": {"clip": None},
-        "bf16 moments, clip 1.0": {"extra": {"moment_dtype": "bfloat16"}},
-        "bf16 moments, clip off": {"clip": None, "extra": {"moment_dtype": "bfloat16"}},
+        "exact, clip 1.0, pooled": {},
+        "exact, clip 1.0": {"extra": alone},
+        "exact, clip off": {"clip": None, "extra": alone},
+        "bf16 moments, clip 1.0, pooled": {"extra": small},
+        "bf16 moments, clip 1.0": {"extra": alone | small},
+        "bf16 moments, clip off": {"clip": None, "extra": alone | small},
     }
     for name, changes in modes.items():
         case = case_of(shape("qwen3-8b"), 8, 1024, activations="auto", **changes)
-        yield Job(f"ours, {name}", OURS, case.replace(warmup=2, steps=8), "largest", largest=True)
+        seconds = 150.0 if "pooled" in name else 70.0
+        case = case.replace(warmup=2, steps=8)
+        yield Job(f"ours, {name}", OURS, case, "largest", largest=True, seconds=seconds)
 
 
 PARTS: dict[str, Stage] = {

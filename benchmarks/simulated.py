@@ -16,6 +16,7 @@ papers did. If a paper gives no batch size, the planner splits 98,304 tokens per
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
 from itertools import islice
 
@@ -25,7 +26,7 @@ from horizon_lm.config import TrainConfig
 from horizon_lm.errors import DoesNotFitError
 from horizon_lm.plan.run_plan import plan_run
 
-from . import remedies
+from . import placement, remedies
 from .report import Report
 
 QWEN = {"model_type": "qwen2", "vocab_size": 152064, "max_position_embeddings": 131072}
@@ -119,10 +120,15 @@ def row(what: str, model: dict, machine: str, batch: int, published: str) -> lis
 
 
 def main(argv: list[str] | None = None) -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args(argv)
-    report = Report("simulated", __doc__ or "")
-    fill(report)
-    report.write()
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--part", nargs="+", choices=list(PARTS), default=list(PARTS), help="one results file each")
+    for name in parser.parse_args(argv).part:
+        module, title = PARTS[name]
+        command = f"python -m benchmarks simulated --part {name}"
+        report = Report(title, module.__doc__ or "", command=command)
+        module.fill(report)
+        report.write()
 
 
 def fill(report: Report, most: int | None = None) -> None:
@@ -152,6 +158,11 @@ def fill(report: Report, most: int | None = None) -> None:
         found = remedies.rows(f"{name}, {sequences} x 1024 tokens", case, "h200-1.5tb")
         report.table(remedies.HEAD, found)
 
+
+PARTS = {
+    "papers": (sys.modules[__name__], "simulated"),
+    "residents-and-rounds": (placement, "residents-and-rounds-simulated"),
+}
 
 if __name__ == "__main__":
     main()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import cpu, gpu, micro, preferences, simulated
+from . import cpu, gpu, micro, placement, preferences, simulated
 from .report import Report
 
 SIMULATED = """**Nothing in this table was measured.** It is the schedule that the engine runs, simulated with
@@ -60,6 +60,8 @@ def _gpu(report: Report, small: bool) -> list[list[str]]:
 def _simulated(report: Report, small: bool) -> list[list[str]]:
     report.section("Scaling on paper", SIMULATED)
     simulated.fill(report, most=1 if small else None)
+    report.section("Residents and rounds", placement.__doc__ or "")
+    placement.fill(report, most=1 if small else None)
     return [["scaling on paper", "SIMULATED, see the table"]]
 
 

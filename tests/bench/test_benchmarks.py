@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,6 @@ from horizon_lm.bench.figures import Row
 from horizon_lm.bench.jobs import OURS, measure
 from horizon_lm.bench.models import shape
 from horizon_lm.bench.protocol import AbsentError, Case
-from horizon_lm.plan.fit import Limits
-from horizon_lm.plan.run_plan import plan_run
 
 ROOT = Path(__file__).parents[2]
 TINY = Case(shape("tiny"), length=32, sequences=4, rows=2, dtype="float32", warmup=0, steps=6, threads=1)
@@ -224,30 +221,19 @@ def test_goals_say_by_how_much_they_are_missed() -> None:
         found = {"group": group, "name": name, "status": "done", "tokens_per_second": [rate, rate, rate]}
         return found | {"breakdown": {"lanes": lanes}}
 
-    missed = gpu_goals.goals([row("ours", 81.0), row("torch", 100.0)], 1e15)[0]
-    assert missed[2:] == ["0.81", "no, 10.0% short", "update (90%)"]
-    assert gpu_goals.goals([row("ours", 95.0), row("torch", 100.0)], 1e15)[0][3] == "yes"
-    assert gpu_goals.goals([row("ours", 95.0)], 1e15)[0][2] == "not measured"
+    missed = gpu_goals.goals([row("ours", 88.2), row("torch", 100.0)], 1e15)[0]
+    assert missed[2:] == ["0.882", "no, 10.0% short", "update (90%)"]
+    assert gpu_goals.goals([row("ours", 98.0), row("torch", 100.0)], 1e15)[0][3] == "yes"
+    assert gpu_goals.goals([row("ours", 98.0)], 1e15)[0][2] == "not measured"
+    without = gpu_goals.goals([row("ours", 98.0), row("ours, streamed", 80.0)], 1e15)[1]
+    assert without[0] == "the same / without residents and rounds, 16k" and without[2:4] == ["1.225", "yes"]
 
 
-def test_state_in_idle_device_memory_is_simulated() -> None:
-    """Nothing resident gives the plan's own figure; what is resident crosses no bus, and no more of it is
-    than the device has room for."""
-    model = shape("qwen3-4b", num_hidden_layers=12)
-    case = Case(model, length=1024, sequences=16, rows=0, device="cuda", activations="recompute")
-    plan = plan_run(remedies.train_config(case), "h200-1.5tb")
-    assert remedies.tokens_per_second(plan, frozenset()) == pytest.approx(plan.prediction.tokens_per_second)
-    some = remedies.resident_units(plan)
-    trainable = set(plan.prediction.plan.trainable)
-    assert some and some <= trainable
-    rates = [remedies.tokens_per_second(plan, frozenset(sorted(some)[-n:])) for n in (1, 8, len(some))]
-    assert plan.prediction.tokens_per_second <= rates[0] <= rates[1] <= rates[2]
-    assert rates[2] > 1.02 * plan.prediction.tokens_per_second
-    small = replace(plan, planner=replace(plan.planner, limits=Limits(10**12, plan.prediction.device_bytes)))
-    assert not remedies.resident_units(small)
-    (as_it_was, moments, tokens, idle) = remedies.rows("4b", case, "h200-1.5tb")
-    assert as_it_was[-1] == "1.000" and idle[2].startswith(remedies.IDLE) and float(tokens[-1]) > 1.0
-    assert float(idle[-1]) == pytest.approx(rates[2] / plan.prediction.tokens_per_second, abs=1e-3)
+def test_remedies_are_simulated_against_the_run_as_it_was() -> None:
+    model = shape("qwen3-4b", num_hidden_layers=4)
+    case = Case(model, length=1024, sequences=4, rows=0, device="cuda", activations="recompute")
+    as_it_was, moments, tokens = remedies.rows("4b", case, "h200-1.5tb")
+    assert as_it_was[-1] == "1.000" and float(moments[-1]) >= 1.0 and float(tokens[-1]) > 1.0
 
 
 # ---- all of it ------------------------------------------------------------------------------
@@ -262,7 +248,8 @@ def test_make_bench_leaves_one_file_and_a_failing_part_does_not_end_it(
     monkeypatch.setitem(suite.PARTS, "cpu", fail)
     monkeypatch.setattr(micro, "fill", lambda found, arguments: [["a rate", "5 GB/s"]])
     monkeypatch.setattr(suite.preferences, "fill", lambda found, arguments: [])
-    monkeypatch.setattr(suite.simulated, "fill", lambda found, most=None: None)
+    for part in (suite.simulated, suite.placement):
+        monkeypatch.setattr(part, "fill", lambda found, most=None: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert runner.main([]) == 1
     (file,) = no_results.glob("*-suite.md")
@@ -273,7 +260,8 @@ def test_make_bench_leaves_one_file_and_a_failing_part_does_not_end_it(
 
 
 def test_simulated_tables_say_so_and_name_their_profile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the remedies are worth is another test's matter, and takes as long again."""
+    """Remedies and placement are other tests' matter, and take as long again."""
+    monkeypatch.setattr(suite.placement, "fill", lambda found, most=None: None)
     monkeypatch.setattr(
         remedies, "rows", lambda name, case, hardware: [[name, hardware, "none", "1", "1.000"]]
     )

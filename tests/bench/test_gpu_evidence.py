@@ -16,9 +16,10 @@ import pytest
 import torch
 from benchmarks import gpu, gpu_runner, report, wheels
 from benchmarks.gpu_evidence import EVIDENCE
-from benchmarks.gpu_parts import PARTS, Command, Job
+from benchmarks.gpu_parts import PARTS, Command, Job, group_of
 from benchmarks.gpu_runner import Call, run_stages, waiting
 from benchmarks.jobs import InlineWorker, Ledger
+from benchmarks.placement import CHOICES
 from packaging.requirements import Requirement
 
 from horizon_lm.bench import ours
@@ -60,12 +61,38 @@ def test_the_stages_are_in_the_order_of_proof_and_fit_their_limits() -> None:
         assert all(job.seconds < job.limit < 540 for job in found), name
         absent = [job for job in found if isinstance(job, Job) and name == "peers"]
         assert sum(job.seconds for job in found if job not in absent) < 540, name
+    names = list(EVIDENCE)
+    first = names[: names.index("largest-exact") + 1]
+    assert 20 * 60 < sum(job.seconds for name in first for job in EVIDENCE[name]()) <= 30 * 60
     total = sum(job.seconds for name, jobs in EVIDENCE.items() if name != "peers" for job in jobs())
-    assert 20 * 60 < total < 30 * 60
+    assert 45 * 60 < total < 55 * 60
     keys = [job.key for jobs in EVIDENCE.values() for job in jobs()]
     assert len(set(keys)) == len(keys)
-    names = {job.name for job in EVIDENCE["4b-16k"]()}
-    assert names == {"torch", "ours", "ours, cuDNN attention off", "ours, compiled"}
+    of_16k = {job.name for job in EVIDENCE["4b-16k"]()}
+    assert of_16k == {"torch", "ours", "ours, cuDNN attention off", "ours, compiled"}
+
+
+def test_residents_and_rounds_are_measured_alone_and_together() -> None:
+    """`ours` leaves both to the planner; the others of its group fix one or both."""
+    rows = {
+        (job.group, job.name): job.case
+        for jobs in EVIDENCE.values()
+        for job in jobs()
+        if isinstance(job, Job)
+    }
+    for sequences, names in (
+        (4, {"streamed"}),
+        (16, {"streamed", "residents"}),
+        (64, {"streamed", "rounds"}),
+    ):
+        group = group_of("qwen3-4b", sequences)
+        assert {"torch", "ours", *(f"ours, {name}" for name in names)} <= {n for g, n in rows if g == group}
+        both = rows[group, "ours"]
+        for name in names:
+            assert rows[group, f"ours, {name}"] == both.replace(extra=CHOICES[name])
+    assert not rows[group_of("qwen2.5-7b", 512), "ours"].extra
+    pooled, alone = (job.case.extra for job in EVIDENCE["largest-exact"]())
+    assert (pooled, alone) == ({}, {"resident": 0})
 
 
 def test_what_the_evidence_measured_the_whole_suite_does_not_repeat() -> None:
@@ -216,8 +243,14 @@ def test_the_planners_choice_gives_way_before_micro_batches_do() -> None:
     assert second is not None and second.rows == 4
     lean = smaller_micro_batch(case, {"info": {"rows": 8, "recomputed": 1.0}})
     assert lean is not None and (lean.rows, lean.activations) == (4, "recompute")
+    resident = smaller_micro_batch(case, {"info": {"rows": 8, "recomputed": 1.0, "resident": 9}})
+    assert resident is not None and (resident.rows, resident.extra) == (8, {"resident": 4})
     unknown = smaller_micro_batch(case, {})  # it ran out while it was built
-    assert unknown is not None and (unknown.rows, unknown.activations) == (0, "recompute")
+    assert unknown is not None and (unknown.rows, unknown.activations, unknown.extra) == (
+        0,
+        "recompute",
+        {"resident": 0},
+    )
     assert smaller_micro_batch(TINY.replace(rows=1), {}) is None
     least = gpu_runner.fewer_layers(TINY.replace(model=shape("tiny", num_hidden_layers=1)), {})
     assert least is None

@@ -98,6 +98,29 @@ def test_bytes_of_boundaries_are_predicted(policy: str, micro_batches: int) -> N
         assert expected > {"attention": 1.9, "products": 7, "keep": 10}[policy] * one * (many - few)
 
 
+@pytest.mark.parametrize("sums", ["device", "host", "add"])
+@pytest.mark.parametrize("policy", ["recompute", "keep", "spilled"])
+def test_activations_do_not_grow_with_rounds(policy: str, sums: str) -> None:
+    """A step of three times the micro-batches in three times the rounds takes the same memory, within 2 % of
+    what a round's activations take; in one round it takes their number times as much."""
+    settings = {
+        "recompute": {},
+        "keep": {"activations": "keep"},
+        "spilled": {"boundaries": "host"},
+    }[policy]
+    per_round = 1 if sums == "add" else 2
+    found = {}
+    for rounds in (2, 6):
+        more = settings | {"rounds": rounds, "round_sums": sums}
+        found[rounds] = peak_of_step(6, 256, rounds * per_round, **more)
+    (few, one), (many, other) = found[2], found[6]
+    activations = 6 * 256 * 128 * 2 * per_round
+    assert abs(many - few) < 0.02 * activations
+    assert one.memory_bytes()["boundaries"] == other.memory_bytes()["boundaries"]
+    if policy == "keep":
+        assert peak_of_step(6, 256, 6 * per_round, **settings)[0] > few + 2 * activations
+
+
 def test_bytes_of_slots_are_predicted() -> None:
     for settings in ({}, {"slots": 4, "grad_slots": 1}, {"checkpoint_interval": 3}):
         values = {"device": "cpu", "dtype": "bfloat16", "skip_memory_check": True, "lanes": "adversarial"}

@@ -30,11 +30,19 @@ SECONDS = 10.0  # within which a fault must surface
 pytestmark = pytest.mark.usefixtures("one_thread", "no_samples")
 
 KINDS = "UFXLRCBDNOW"
+# Settings, micro-batches, and kinds of ops that only these have.
+PLACEMENTS: dict[str, tuple[dict[str, Any], int, str]] = {
+    "streamed": ({}, 1, ""),
+    "parked": ({"resident": 2, "rounds": 2, "round_sums": "host"}, 3, "APG"),
+    "added": ({"resident": 2, "rounds": 3, "round_sums": "add"}, 3, "APSG"),
+}
 
 
 @pytest.mark.parametrize("lanes", ["inline", "adversarial", "cuda"])
 @pytest.mark.parametrize("update", ["sync", "deferred", "eager"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
 def test_an_error_in_any_op_surfaces_with_its_name(
+    placement: str,
     lanes: str,
     update: str,
     fake_cuda: list[str],
@@ -42,17 +50,18 @@ def test_an_error_in_any_op_surfaces_with_its_name(
     record_property: Callable[[str, object], None],
 ) -> None:
     limit = {"max_grad_norm": None if update == "eager" else 1.0}
-    model = model_on("adversarial" if lanes == "cuda" else lanes, update=update, **limit)
+    more, count, kinds = PLACEMENTS[placement]
+    model = model_on("adversarial" if lanes == "cuda" else lanes, update=update, **limit, **more)
     if lanes == "cuda":
         with_cuda_lanes(model)
-    batch = [zoo.batch("llama", batch_size=1, length=8, seed=1)]
+    batch = [zoo.batch("llama", batch_size=1, length=8, seed=1 + m) for m in range(count)]
     for _ in range(2):  # after which every lane has had ops
         model.save_state(NoSaving(), background=True)
         model.train_step(batch, lr=1e-3)
     model.finish_saving()
     threads, honest = threading.active_count(), dict(model.engine.ops.functions)
     cases = 0
-    for kind in KINDS:
+    for kind in kinds or KINDS:
         where: list[Op] = []
 
         def broken(step: Any, op: Op, kind: str = kind, where: list[Op] = where) -> None:

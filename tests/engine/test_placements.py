@@ -1,7 +1,7 @@
 """Where units live, rounds, sums, update modes and activation policies change no bit, in any combination.
 
-Ten steps with clipping that acts on some, or without, of twelve architectures, against the same steps in place
-with nothing resident and in one round; in program order, or in random orders with poisoned buffers.
+Ten steps with clipping that acts on some, or without, of twelve architectures, against the same steps in
+place with nothing resident and in one round; in program order, or in random orders with poisoned buffers.
 """
 
 from __future__ import annotations

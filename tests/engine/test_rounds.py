@@ -17,6 +17,7 @@ from fake_cuda import fake_cuda as fake_cuda
 from horizon_lm.engine.gradient import UnitGradient
 from horizon_lm.engine.lanes import CudaLanes
 from horizon_lm.engine.updates import Updates
+from horizon_lm.errors import NonFiniteError
 from horizon_lm.optim import optimizer
 from horizon_lm.schedule import Lane
 from known_states import Copies, bytes_of
@@ -101,7 +102,8 @@ def test_the_order_of_additions_matters() -> None:
 
 @pytest.mark.parametrize("broken", ["_get_back", "_park", "_add"])
 def test_a_sum_that_is_lost_is_noticed(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative controls: the gradient of a round does not reach the host, is not added, does not come back."""
+    """Negative controls: the gradient of a round does not reach the host, is not added, does not come
+    back."""
     sums = "add" if broken == "_add" else "host"
     expected = trained(host("llama", dtype="float32"), "llama", steps=1)
     honest = getattr(Updates, broken)
@@ -117,7 +119,10 @@ def test_a_sum_that_is_lost_is_noticed(broken: str, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Updates, broken, without)
     model = host("llama", dtype="float32", rounds=5, round_sums=sums, lanes="adversarial")
-    assert not same(expected, trained(model, "llama", steps=1))
+    try:
+        assert not same(expected, trained(model, "llama", steps=1))
+    except NonFiniteError:  # what was in the slot
+        assert broken == "_get_back"
 
 
 @pytest.mark.parametrize("sums", ["device", "host", "add"])
@@ -126,8 +131,8 @@ def test_a_sum_that_is_lost_is_noticed(broken: str, monkeypatch: pytest.MonkeyPa
 def test_parameters_without_a_gradient_in_some_micro_batches(
     lanes: str, dtype: str, sums: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As experts without tokens: never, in the first, the middle, the last only; and sums of -0.0. The bits of
-    gradients, signs of zeros too, are those of one round; buffers start with NaNs."""
+    """As experts without tokens: never, in the first, the middle, the last only; and sums of -0.0. The bits
+    of gradients, signs of zeros too, are those of one round; buffers start with NaNs."""
     without = {"up_proj": {0, 1, 2, 3, 4}, "gate_proj": {0}, "down_proj": {1, 2}, "o_proj": {0, 1, 2, 3}}
     honest, calls = UnitGradient.add, Counter[str]()
 
@@ -160,23 +165,15 @@ def test_parameters_without_a_gradient_in_some_micro_batches(
 @pytest.mark.parametrize("lanes", ["inline", "adversarial", "cuda"])
 def test_a_checkpoint_beside_a_step(lanes: str, update: str, fake_cuda: list[str]) -> None:
     """Written in the background while the next step runs in rounds: the state before it."""
+    settings = {"dtype": "bfloat16"} | UPDATES[update]
     more = {"rounds": 3, "round_sums": "host", "resident": 3}
-    model = host("llama", dtype="bfloat16", lanes="inline" if lanes == "inline" else "adversarial")
-    states = []
-    placed = host(
-        "llama",
-        dtype="bfloat16",
-        lanes="inline" if lanes == "inline" else "adversarial",
-        **UPDATES[update],
-        **more,
-    )
+    placed = host("llama", lanes="inline" if lanes == "inline" else "adversarial", **settings, **more)
     if lanes == "cuda":
         placed.engine.lanes = CudaLanes(torch.device("cpu"))
-    del model
     placed.train_step(batches("llama", 0), lr=1e-2)
     copies = Copies(placed)
     placed.save_state(copies, background=True)
-    plain = host("llama", dtype="bfloat16", **UPDATES[update])
+    plain = host("llama", **settings)
     plain.train_step(batches("llama", 0), lr=1e-2)
     plain.flush()
     states = bytes_of(plain)

@@ -15,6 +15,12 @@ from adversarial import from_pretrained
 from horizon_lm.errors import TornStateError
 
 MODES = ("deferred", "sync", "eager")
+# Modes with residents and rounds of one micro-batch each: settings, micro-batches.
+PLACED: dict[str, tuple[dict[str, Any], int]] = {
+    "deferred, host sums": ({"resident": 3, "rounds": 2, "round_sums": "host"}, 2),
+    "eager, added": ({"resident": 2, "rounds": 2, "round_sums": "add"}, 2),
+    "sync, own slots": ({"resident": 3, "rounds": 2, "round_sums": "device"}, 2),
+}
 SECONDS = 20.0  # within which a thread must come back
 Bytes = list[torch.Tensor]
 
@@ -34,8 +40,8 @@ def host(update: str, **more: Any) -> hz.HostModel:
     return from_pretrained(source, device="cpu", **{**values, **more})
 
 
-def batch(seed: int) -> list[dict[str, torch.Tensor]]:
-    return [zoo.batch("llama", batch_size=1, length=4, seed=seed + 1)]
+def batch(seed: int, count: int = 1) -> list[dict[str, torch.Tensor]]:
+    return [zoo.batch("llama", batch_size=1, length=4, seed=seed + 1 + 100 * m) for m in range(count)]
 
 
 def runs_of(model: hz.HostModel) -> Bytes:
@@ -80,10 +86,13 @@ class Copies:
 
 
 class Tried:
-    """A model in one update mode, its states after 3 to 5 steps, and a call that leads through them."""
+    """A model in one update mode (of MODES or PLACED), its states after 3 to 5 steps, and a call that leads
+    through them."""
 
-    def __init__(self, update: str) -> None:
-        self.model, self.update, self.torn = host(update), update, 0
+    def __init__(self, mode: str) -> None:
+        more, self.micro_batches = PLACED.get(mode, ({}, 1))
+        self.update, self.torn = mode.partition(",")[0], 0
+        self.model = host(self.update, **more)
         for step in range(3):
             self.train(step)
         self.states = [self.state()]
@@ -93,7 +102,7 @@ class Tried:
         self.copies = Copies(self.model)
 
     def train(self, step: int, **more: Any) -> None:
-        self.model.train_step(batch(step), lr=1e-2, weight_decay=0.1, **more)
+        self.model.train_step(batch(step, self.micro_batches), lr=1e-2, weight_decay=0.1, **more)
 
     def state(self) -> Bytes:
         self.model.flush()

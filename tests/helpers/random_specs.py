@@ -69,5 +69,5 @@ def random_steps(spec: StepSpec, rng: random.Random) -> list[Op]:
 def described(spec: StepSpec) -> dict[str, Any]:
     """A spec to be read in a failure."""
     return {
-        name: sorted(v) if isinstance(v, frozenset) else v for name, v in vars(spec).items() if "_" != name[0]
+        name: sorted(v) if isinstance(v, frozenset) else v for name, v in vars(spec).items() if name[0] != "_"
     }

@@ -22,7 +22,7 @@ from horizon_lm.optim import kernel
 from horizon_lm.optim.progress import Progress
 from horizon_lm.schedule import Op
 from horizon_lm.training.resume import load_checkpoint
-from known_states import MODES, Copies, Tried, batch, bytes_of, host, runs_of, same
+from known_states import MODES, PLACED, Copies, Tried, batch, bytes_of, host, runs_of, same
 from moments import Moments
 from sizes import SOAK, times
 from small_runs import settings, write_text
@@ -53,7 +53,7 @@ def of_the_state(path: str) -> bool:
     return path.startswith(("optim/", "host_model", "training/", *parts))
 
 
-@pytest.mark.parametrize("update", MODES)
+@pytest.mark.parametrize("update", [*MODES, *PLACED])
 def test_an_interrupt_at_any_moment(
     update: str, by: str, tried: Callable[[str], Tried], record_property: Callable[[str, object], None]
 ) -> None:
@@ -76,7 +76,7 @@ def test_an_interrupt_at_any_moment(
     record_property("moments", total)
 
 
-@pytest.mark.parametrize("update", MODES)
+@pytest.mark.parametrize("update", [*MODES, *PLACED])
 def test_a_signal_at_any_time(
     update: str, tried: Callable[[str], Tried], record_property: Callable[[str, object], None]
 ) -> None:
@@ -131,7 +131,7 @@ def test_an_update_is_made_once_wherever_it_is_cut(
 ) -> None:
     """Moments of the updates of all units, in `make soak` every one, and the rest of them twice over."""
     pending = Pending()
-    moments = Moments(lambda path: path.startswith(("optim/", "engine/ops")))
+    moments = Moments(lambda path: path.startswith(("optim/", "engine/ops", "engine/updates")))
     pending.begin()
     moments.run(pending.model.flush)
     total = moments.count

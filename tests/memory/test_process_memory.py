@@ -119,8 +119,8 @@ def test_host_memory_is_what_the_layout_predicts(folder: str, update: str) -> No
         )
         print(f"{name:36}{figures}")
     assert 1.0 < (found["peak"] - found["imported"]) / predicted < 1.03
-    # What the libraries take is a number of bytes and no share of the model: 133 MB with transformers 5.23, which
-    # imports triton where that is installed: 52 MB more, nearly all of it pages of its library's file.
+    # What the libraries take is a number of bytes and no share of the model: 133 MB with transformers 5.23.
+    # It imports triton where that is installed: 52 MB more, nearly all of it pages of its library's file.
     assert found["imported"] - found["torch"] < (220e6 if find_spec("triton") else 160e6)
     # While loading: file, weights and residuals, 6 of 14 bytes a parameter; then the file is gone.
     assert found["loading peak"] < found["imported"] + 0.5 * predicted

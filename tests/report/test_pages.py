@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from horizon_lm.report import html
 from horizon_lm.report.charts import Series, draw, lane_boxes, thin
 from horizon_lm.report.metrics import read_steps
+from horizon_lm.schedule.draw import MEANING
 from report_pages import Line, ended, lines_of, report_of, write_lines
 from report_pages import evaluated as evaluated
 from report_pages import plain as plain
@@ -103,6 +105,14 @@ def test_an_axis_spans_its_values() -> None:
     flat = draw("rate", "", [Series("a", "rate", [1, 2], [0.0, 0.0])], from_zero=True)
     assert flat is not None and all(math.isfinite(top) for _, top in flat.y_ticks)
     assert draw("loss", "", [Series("a", "train", [1], [None])]) is None
+
+
+def test_every_kind_of_op_has_its_own_colour() -> None:
+    text = (Path(html.__file__).parent / "report.html.jinja").read_text()
+    colours = dict(re.findall(r"--([A-Z]): (#[0-9a-f]{6});", text))
+    assert colours.keys() == MEANING.keys()
+    apart = {kind: colour for kind, colour in colours.items() if kind != "E"}  # never beside a loss
+    assert len(set(apart.values())) == len(apart)
 
 
 def test_ops_too_narrow_to_be_seen_share_a_box() -> None:

@@ -7,8 +7,9 @@ import json
 import pytest
 
 from horizon_lm.report.metrics import lane_shares
-from horizon_lm.schedule import Op, StepSpec, build
-from horizon_lm.schedule.draw import busy_seconds, chrome_trace, text_timeline, utilisation
+from horizon_lm.schedule import Lane, Op, StepSpec, build
+from horizon_lm.schedule.draw import MEANING, busy_seconds, chrome_trace, text_timeline, utilisation
+from horizon_lm.schedule.ops import LANE_OF_KIND
 
 UPLOAD, FORWARD = Op("U", 3, slot=1), Op("F", 3, 0, slot=1)
 SPANS = [(UPLOAD, 0.010, 0.040), (FORWARD, 0.040, 0.060), (Op("O", 3), 0.060, 0.110)]
@@ -36,6 +37,34 @@ def test_trace_of_a_whole_step() -> None:
     assert sum(e["ph"] == "X" for e in chrome_trace(spans)["traceEvents"]) == len(ops)
     assert sum(row["ops"] for row in utilisation(spans).values()) == len(ops)
     assert sum(row["share"] for row in utilisation(spans).values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("sums", "kinds"), [("host", "PGA"), ("add", "PSGA")])
+def test_residents_and_rounds_are_drawn(sums: str, kinds: str) -> None:
+    """Ops of a resident unit's update have a row of their own, and every op has a name."""
+    units = frozenset(range(1, 6))
+    spec = StepSpec(
+        layers=3,
+        uploaded=units - {1},
+        trainable=units,
+        embedding_unit=5,
+        micro_batches=4,
+        resident=frozenset({1}),
+        rounds=4,
+        sums=sums,
+    )
+    spans = [(op, float(i), i + 1.0) for i, op in enumerate(build(spec))]
+    events = chrome_trace(spans)["traceEvents"]
+    rows = {e["args"]["name"]: e["tid"] for e in events if e["name"] == "thread_name"}
+    (update,) = (e for e in events if e["name"] == "A1")
+    assert update["tid"] == rows["device_update"] and update["cat"] == "optimizer on the device"
+    assert {op.kind for op, _, _ in spans} >= {*kinds}
+    lines = text_timeline(spans).splitlines()
+    assert len({line.index("ms  ") for line in lines[1:]}) == 1  # columns stay aligned
+
+
+def test_every_kind_has_a_meaning() -> None:
+    assert MEANING.keys() == LANE_OF_KIND.keys() and set(LANE_OF_KIND.values()) == set(Lane)
 
 
 def test_utilisation_counts_overlap_once() -> None:

@@ -24,7 +24,7 @@ import torch
 from horizon_lm.report.flops import measure_peak
 
 # Dense bf16 FLOP/s from data sheets, by a part of the device's name. MFU is quoted against these.
-_PEAKS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "4090": 165e12}
+PEAKS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "4090": 165e12}
 
 HEAD = ["system", "tokens/s, median (least to most)", "MFU", "HFU", "host peak GB", "pinned GB"]
 HEAD += ["device peak GB", "host B/parameter", "speed / in-memory", "loss, last"]
@@ -52,7 +52,7 @@ def peak_of(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """Return (peak FLOP/s, its source): a data sheet, or a large matrix product on this device."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
-        for part, value in _PEAKS.items():
+        for part, value in PEAKS.items():
             if part in name:
                 return value, "data sheet, dense bf16"
     return measure_peak(device, dtype), "a large matrix product on this device"
@@ -88,7 +88,7 @@ def lane_lines(found: dict[str, Any]) -> list[str]:
     """Format a breakdown (`ours.breakdown`) as lines of text."""
     lines = [f"one recorded step of {found['seconds'] * 1e3:.1f} ms:"]
     for lane, values in found["lanes"].items():
-        lines.append(f"  {lane:<10}{values['busy_seconds'] * 1e3:>12.1f} ms{values['share']:>8.0%}")
+        lines.append(f"  {lane:<14}{values['busy_seconds'] * 1e3:>12.1f} ms{values['share']:>8.0%}")
     lines.append(f"  {found['hidden']:.0%} of the other lanes' time is hidden under compute")
     moved = {name.replace("_", " "): f"{size / 1e9:.3f} GB" for name, size in found["moved"].items()}
     lines.append("  moved: " + ", ".join(f"{size} {name}" for name, size in moved.items()))

@@ -18,6 +18,7 @@ from typing import IO
 from horizon_lm.bench.figures import Row, spread
 from horizon_lm.bench.models import work_of
 from horizon_lm.bench.protocol import Case
+from horizon_lm.words import count
 
 OURS, TORCH = "horizon_lm.bench.ours:build", "horizon_lm.bench.plain:build"
 
@@ -152,25 +153,29 @@ Smaller = Callable[[Case, Row], Case | None]
 def smaller_micro_batch(case: Case, row: Row) -> Case | None:
     """Return the case one size smaller than the one in `row`, which ran out of memory; None after the last.
 
-    First, every layer is recomputed instead of following the planner. Then micro-batches are halved, down to
-    one sequence.
+    First, every layer is recomputed instead of following the planner, and half as many units are resident.
+    Then micro-batches are halved, down to one sequence.
     """
     info = row.get("info", {})
     rows = case.rows or int(info.get("rows", 0))
     if case.activations == "auto":
-        recomputes = info.get("recomputed", 0.0) >= 1.0
-        case = case.replace(activations="recompute", rows=rows)
-        if not recomputes:
+        resident = int(info.get("resident", 0))
+        leaner = info.get("recomputed", 0.0) < 1.0 or resident
+        extra = case.extra | {"resident": resident // 2}
+        case = case.replace(activations="recompute", rows=rows, extra=extra)
+        if leaner:
             return case
     rows = rows or case.sequences
     return case.replace(rows=rows // 2) if rows > 1 else None
 
 
 def size_of(case: Case, row: Row) -> str:
-    """Describe the sizes that a retry reduces: depth, micro-batch, activations."""
+    """Describe the sizes that a retry reduces: depth, micro-batch, activations, residents."""
     rows = case.rows or row.get("info", {}).get("rows")
     cut = f"{rows} x {case.length} tokens a micro-batch" if rows else "the planner's micro-batches"
-    return f"{case.model.get('num_hidden_layers')} layers, {cut}, activations {case.activations}"
+    resident = case.extra.get("resident", row.get("info", {}).get("resident", 0))
+    units = f", {count(resident, 'resident unit')}" if isinstance(resident, int) and resident else ""
+    return f"{case.model.get('num_hidden_layers')} layers, {cut}, activations {case.activations}{units}"
 
 
 def measure_fitting(

@@ -43,6 +43,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-4b": _qwen3(2560, 9728, 36, 32),
     "qwen3-8b": _qwen3(4096, 12288, 36, 32) | {"tie_word_embeddings": False},
     "qwen2.5-7b": _llama(3584, 18944, 28, 28, 4, 152064, model_type="qwen2", rms_norm_eps=1e-6),
+    "qwen2.5-14b": _llama(5120, 13824, 48, 40, 8, 152064, model_type="qwen2", rms_norm_eps=1e-6),
+    "qwen3-30b-a3b": _qwen3(2048, 6144, 48, 32)
+    | {"model_type": "qwen3_moe", "num_key_value_heads": 4, "tie_word_embeddings": False}
+    | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True},
     "llama-3.1-8b": _llama(
         4096, 14336, 32, 32, 8, 128256, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}
     ),

@@ -49,15 +49,18 @@ class Ours:
         return breakdown(self.model)
 
     def describe(self) -> dict[str, Any]:
-        """Return the planner's choices, the share of recomputed layers, and memory by part in bytes."""
-        kept = len(self.model.engine.ops.policies.kept)
-        layers = self.model.skeleton.num_layers
+        """Return the planner's choices, the share of layers that repeat matrix products, and memory by part
+        in bytes."""
+        policies, layers = self.model.engine.ops.policies, self.model.skeleton.num_layers
+        kept = len(policies.kept | policies.products)
         memory = self.model.memory_bytes()
         pinned = sum(memory.get(n, 0) for n in ("weights", "grads", "grad_slabs", "boundaries"))
         return {
             "rows": self.rows,
             "recomputed": 1 - kept / layers,
             "update": self.model.settings.update_mode,
+            "resident": len(policies.resident),
+            "rounds": policies.rounds,
             "memory": memory,
             "pinned": pinned if self.model.device.type == "cuda" else 0,
             **self.chosen,

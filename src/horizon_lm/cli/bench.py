@@ -40,7 +40,7 @@ def bench(
     """Measure tokens/s, FLOPs, memory and lanes of training a model here, with random weights and tokens.
 
     Nothing is trained that is kept, and no weights are read. Shapes: tiny, 30m, 100m, 350m, qwen3-0.6b,
-    qwen3-4b, qwen3-8b, qwen2.5-7b, llama-3.1-8b.
+    qwen3-4b, qwen3-8b, qwen3-30b-a3b, qwen2.5-7b, qwen2.5-14b, llama-3.1-8b.
     """
     wanted = against or []
     _one_of("--activations", activations, ("auto", "recompute", "keep"))

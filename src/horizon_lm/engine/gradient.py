@@ -131,8 +131,8 @@ def collecting(
 def download_gradient(
     run: torch.Tensor, target: torch.Tensor, *, through: torch.dtype | None = None
 ) -> torch.Tensor:
-    """Copy a gradient [n] (bf16 or fp32, on the device) to where the update reads it [n], in host memory or on
-    the device, and return its squared norm.
+    """Copy a gradient [n] (bf16 or fp32, on the device) to where the update reads it [n], in host memory or
+    on the device, and return its squared norm.
 
     The norm is of the values the optimizer reads, after rounding to the dtype of target (or `through`), as an
     fp64 scalar on the device, so the host never scans gradients to measure them.

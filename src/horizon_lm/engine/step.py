@@ -94,8 +94,8 @@ class Step:
     are read). router_weight: see `TokenLoss`; router_losses: before that weight. asked, wants_routers: what
     an evaluation computes besides the loss. values: those it found. update: what the O and A ops of this
     schedule apply.
-    gradients: those that accumulate, by unit. parked: by sum slab, those of one micro-batch each that the host
-    adds to host_sums (by unit). resident_gradients: complete ones of resident units (eager updates).
+    gradients: those that accumulate, by unit. parked: by sum slab, those of one micro-batch each that the
+    host adds to host_sums (by unit). resident_gradients: complete ones of resident units (eager updates).
     ends_itself: its gradients are of no use after the call that made them.
     """
 

@@ -1,8 +1,8 @@
 """Ops from a unit's first gradient to its updated weights: D, P, S, G, N, O, A, W.
 
 A gradient accumulates in a slot. Between two rounds it stays there, or waits in host memory: parked (P) and
-brought back (G), or added up there (S) of gradients of single micro-batches. Once complete it is downloaded (D),
-which for a resident unit is a copy within the device.
+brought back (G), or added up there (S) of gradients of single micro-batches. Once complete it is downloaded
+(D), which for a resident unit is a copy within the device.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class Updates:
         self, step: Step, unit: int, grad_slot: int, dtype: torch.dtype, *, in_pairs: bool
     ) -> UnitGradient:
         spec, layout = step.spec, self.store.units[unit]
-        # In later rounds, and in a block with more layers than slabs, other units write to a slab before a sum
-        # over micro-batches is complete.
+        # In later rounds, and in a block with more layers than slabs, other units write to a slab before a
+        # sum over micro-batches is complete.
         is_shared = spec.rounds > 1 or spec.checkpoint_interval > spec.grad_slabs
         is_shared = is_shared and spec.micro_batches > 1
         is_in_slot = spec.update == "eager" and (unit in spec.resident or is_shared)

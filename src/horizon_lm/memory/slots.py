@@ -137,8 +137,8 @@ class BoundarySlots:
     """Host buffers for spilled layer inputs, and `count` device buffers to restore them. With `alias` inputs
     stay where they are.
 
-    All buffers are reused from round to round. Device buffers grow to the largest input seen; host buffers come
-    from a `PinnedPool`.
+    All buffers are reused from round to round. Device buffers grow to the largest input seen; host buffers
+    come from a `PinnedPool`.
     """
 
     def __init__(self, count: int, device: torch.device, alias: bool) -> None:
@@ -168,8 +168,8 @@ class BoundarySlots:
         self._host_bytes, self._round = {}, 0
 
     def begin_round(self, number: int) -> None:
-        """Reclaim the host buffers of the round before. The first spill of a round waits for a layer that runs
-        after all backward passes of the round before, and so after its restores."""
+        """Reclaim the host buffers of the round before. The first spill of a round waits for a layer that
+        runs after all backward passes of the round before, and so after its restores."""
         if number != self._round:
             self._pool.give_back()
             self._round = number

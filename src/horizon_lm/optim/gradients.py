@@ -38,8 +38,8 @@ def add_gradients(
 
 
 def add_gradient(total: torch.Tensor, gradient: torch.Tensor, *, begins: bool) -> None:
-    """Compute total = total + gradient, or copy the gradient if it `begins`: one of `add_gradients`, for which
-    there is no second. Same bits; piece by piece, so that the widened piece stays in the cache."""
+    """Compute total = total + gradient, or copy the gradient if it `begins`: one of `add_gradients`, for
+    which there is no second. Same bits; piece by piece, so that the widened piece stays in the cache."""
     _add(total.view(-1), gradient.reshape(-1), begins)
 
 

@@ -192,7 +192,7 @@ class Costs:
         return str(self.spec.dtype).removeprefix("torch.")
 
     def _sum_seconds(self, op: Op) -> float:
-        """Seconds per parameter of moving an fp32 sum between rounds, or of adding one micro-batch's gradient,
+        """Seconds per parameter of moving an fp32 sum between rounds, or of adding a micro-batch's gradient,
         which has the store's dtype, on the host."""
         profile, size = self.profile, torch.float32.itemsize
         if op.kind == "S":

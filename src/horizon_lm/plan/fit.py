@@ -84,6 +84,11 @@ def shortfalls(config: TrainConfig, prediction: Prediction, limits: Limits) -> l
     return sorted((s for s in compared if s.bytes > 0), key=lambda s: -s.bytes)
 
 
+def rest_bytes(config: TrainConfig, prediction: Prediction, limits: Limits) -> dict[str, int]:
+    """Bytes left of each memory; negative if it is too small."""
+    return {s.memory: -s.bytes for s in _compare(config, prediction, limits)}
+
+
 def room_bytes(config: TrainConfig, prediction: Prediction, limits: Limits) -> int:
     """Bytes left of the memory that has least left; negative if something does not fit."""
     return min(-s.bytes for s in _compare(config, prediction, limits))

@@ -5,20 +5,22 @@ The schedule that the engine would run (`schedule.build`) is simulated with the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
 
 from horizon_lm.config import ModelSettings, TrainConfig
 from horizon_lm.engine.policies import Policies, store_spec
 from horizon_lm.machine.profile import Profile
 from horizon_lm.memory.store import predict_bytes, predict_device_bytes
 from horizon_lm.plan.costs import DEVICE, HOST, Costs
-from horizon_lm.plan.outline import Outline
+from horizon_lm.plan.outline import Measures, Outline
+from horizon_lm.plan.steps import SimulatedStep, simulate_ops, simulate_step
 from horizon_lm.preference.method import Method
 from horizon_lm.preference.reference import TOGETHER
-from horizon_lm.schedule import Lane, Op, Simulation, StepSpec, build, derive_waits, simulate
+from horizon_lm.schedule import Lane, Simulation, StepSpec
 from horizon_lm.schedule.draw import busy_seconds
+
+# Micro-batches times layers that are simulated one by one, which takes about a second.
+MOST_VISITS = 8000
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,14 @@ class Prediction:
     costs: Costs
     host: dict[str, int]
     device: dict[str, int]
-    simulation: Simulation
+    step: SimulatedStep
     kl: Simulation | None = None
     reference: Simulation | None = None
     reference_tokens: int = 0
+
+    @property
+    def simulation(self) -> Simulation:
+        return self.step.simulation
 
     @property
     def plan(self) -> StepSpec:
@@ -82,7 +88,7 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
-        return self.simulation.seconds + self.kl_seconds
+        return self.step.seconds + self.kl_seconds
 
     @property
     def kl_seconds(self) -> float:
@@ -109,7 +115,7 @@ class Prediction:
 
     def lanes(self) -> dict[str, float]:
         """Busy seconds of each lane."""
-        found = {str(lane): 0.0 for lane in Lane} | busy_seconds(self.simulation.spans)
+        found = {str(lane): 0.0 for lane in Lane} | self.step.busy
         for lane, seconds in busy_seconds(self.kl.spans if self.kl is not None else ()).items():
             found[lane] += seconds
         return found
@@ -129,29 +135,24 @@ def predict(
     batch: int,
     tokens: int,
     micro_batches: int,
+    most_visits: int = MOST_VISITS,
 ) -> Prediction:
-    """Predict steps of `micro_batches` micro-batches [batch, tokens]; a pair is two rows, packed or not."""
-    policies, preferences = Policies.of(settings, outline), _preferences(settings)
-    values = None if preferences is None else Method(preferences).values
-    measure = partial(
-        outline.measures,
-        tokens=tokens,
-        loss_chunk=policies.loss_chunk,
-        label_smoothing=settings.label_smoothing_factor,
-        values=values,
-    )
-    spec = store_spec(settings, outline)
-    costs = Costs(outline, measure(batch), policies, policies.step_spec(micro_batches), spec, profile)
-    stored = predict_bytes(outline.units, spec)
+    """Predict steps of `micro_batches` micro-batches [batch, tokens]; a pair is two rows, packed or not.
+
+    most_visits: micro-batches times layers beyond which a shorter step stands for it (`plan.steps`).
+    """
+    preferences = _preferences(settings)
+    costs = costs_of(outline, settings, profile, batch=batch, tokens=tokens, micro_batches=micro_batches)
+    stored = predict_bytes(outline.units, costs.spec)
     has_kl = preferences is not None and preferences.uses_kl
-    simulation = _simulate(costs, replace(costs.plan, update="sync") if has_kl else costs.plan)
-    host, device = _bytes(costs, simulation, stored)
+    step = simulate_step(costs, replace(costs.plan, update="sync") if has_kl else costs.plan, most_visits)
+    host, device = _bytes(costs, step.simulation, stored)
     kl = _simulate_forward(costs, micro_batches) if has_kl else None
     if preferences is None or not preferences.uses_reference:
-        return Prediction(settings, costs, host, device, simulation, kl)
+        return Prediction(settings, costs, host, device, step, kl)
     size = preferences.precompute_ref_batch_size
     batch = batch if size is None else preferences.sides * size
-    costs_of_pass = replace(costs, measures=measure(batch))
+    costs_of_pass = replace(costs, measures=_measures(outline, settings, costs.policies, batch, tokens))
     reference = _simulate_forward(costs_of_pass, TOGETHER)
     stored = {name: size for name, size in stored.items() if name in ("weights", "residual")}
     in_pass = _bytes(costs_of_pass, reference, stored)  # moments and gradients have no pages yet
@@ -160,7 +161,36 @@ def predict(
         for one, other in zip((host, device), in_pass, strict=True)
     )
     total = TOGETHER * batch * tokens
-    return Prediction(settings, costs, host, device, simulation, kl, reference, total)
+    return Prediction(settings, costs, host, device, step, kl, reference, total)
+
+
+def costs_of(
+    outline: Outline,
+    settings: ModelSettings,
+    profile: Profile,
+    *,
+    batch: int,
+    tokens: int,
+    micro_batches: int,
+) -> Costs:
+    """Return the costs of the ops of a step; see `predict`."""
+    policies = Policies.of(settings, outline)
+    measures = _measures(outline, settings, policies, batch, tokens)
+    spec = store_spec(settings, outline)
+    return Costs(outline, measures, policies, policies.step_spec(micro_batches), spec, profile)
+
+
+def _measures(
+    outline: Outline, settings: ModelSettings, policies: Policies, batch: int, tokens: int
+) -> Measures:
+    preferences = _preferences(settings)
+    return outline.measures(
+        batch,
+        tokens,
+        policies.loss_chunk,
+        settings.label_smoothing_factor,
+        None if preferences is None else Method(preferences).values,
+    )
 
 
 def _bytes(
@@ -189,33 +219,4 @@ def _preferences(settings: ModelSettings) -> TrainConfig | None:
 def _simulate_forward(costs: Costs, micro_batches: int) -> Simulation:
     """Simulate a forward pass for log-probabilities."""
     spec = costs.policies.step_spec(micro_batches, evaluate=True)
-    return _simulate(replace(costs, plan=spec), spec)
-
-
-def _simulate(costs: Costs, spec: StepSpec) -> Simulation:
-    """Simulate the ops of `spec`. A pass before each step completes the updates, so that they overlap with
-    nothing: spec says sync then, and costs what the engine does."""
-    # Ops that run one at a time wait for nothing but the op before.
-    ops, waits = (ops_of(spec), None) if costs.is_cpu else schedule_of(spec)
-    return simulate(
-        ops,
-        costs.seconds,
-        num_bytes=costs.num_bytes,
-        working_bytes=costs.working_bytes,
-        waits=waits,
-        one_at_a_time=costs.is_cpu,
-    )
-
-
-@lru_cache(maxsize=256)
-def schedule_of(plan: StepSpec) -> tuple[Sequence[Op], Sequence[tuple[int, ...]]]:
-    """Ops and waits of a step that begins with deferred updates of the step before, as most do."""
-    ops = ops_of(plan)
-    return ops, derive_waits(ops)
-
-
-@lru_cache(maxsize=256)
-def ops_of(plan: StepSpec) -> Sequence[Op]:
-    """The ops of `schedule_of` alone."""
-    pends = plan.update == "deferred" and not plan.evaluate
-    return build(plan, step=1, pending=plan.trainable if pends else ())
+    return simulate_ops(replace(costs, plan=spec), spec)

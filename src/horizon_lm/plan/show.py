@@ -28,7 +28,7 @@ def describe(plan: RunPlan, *, largest: bool = True, timeline: bool = False) -> 
     lines += ["", f"time       {_seconds(found.seconds)} a step, {found.tokens_per_second:,.0f} tokens/s"]
     for lane, seconds in found.lanes().items():
         if seconds:
-            lines.append(f"  {lane:10}{_seconds(seconds):>12}  {seconds / found.seconds:6.1%}")
+            lines.append(f"  {lane:14}{_seconds(seconds):>12}  {seconds / found.seconds:6.1%}")
     lines.append(f"  limited by {found.limit()}")
     lines += _forward_passes(plan)
     if timeline:

@@ -31,6 +31,7 @@ MEANING = {
     "W": "write a checkpoint",
 }
 _COLUMNS = 48
+_NAME = max(map(len, Lane)) + 2
 
 
 def chrome_trace(spans: Iterable[Span]) -> dict[str, Any]:
@@ -98,12 +99,12 @@ def text_timeline(spans: Iterable[Span]) -> str:
         return "no spans were recorded"
     begin, end = _extent(spans)
     width = (end - begin) / _COLUMNS
-    lines = [f"{'lane':<9}{'ops':>6}{'busy':>12}{'share':>8}  0 to {(end - begin) * 1e3:.1f} ms"]
+    lines = [f"{'lane':<{_NAME}}{'ops':>6}{'busy':>12}{'share':>8}  0 to {(end - begin) * 1e3:.1f} ms"]
     for name, row in utilisation(spans).items():
         mine = _merged([span for span in spans if str(span[0].lane) == name])
         bar = "".join(_mark(mine, begin + k * width, width) for k in range(_COLUMNS))
         busy = f"{row['busy_seconds'] * 1e3:.1f} ms"
-        lines.append(f"{name:<9}{row['ops']:>6.0f}{busy:>12}{row['share']:>8.0%}  {bar}")
+        lines.append(f"{name:<{_NAME}}{row['ops']:>6.0f}{busy:>12}{row['share']:>8.0%}  {bar}")
     return "\n".join(lines)
 
 

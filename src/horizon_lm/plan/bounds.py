@@ -1,0 +1,191 @@
+"""Lower bounds of the time of a step, in closed form: which cuts of a step are worth simulating.
+
+The lanes are taken to overlap perfectly, and memory to hold nothing but what it must. The search simulates
+cuts in the order of their bounds, and leaves out those whose bound exceeds the time of the best found.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple
+
+from horizon_lm.engine.policies import resident_order
+from horizon_lm.plan.costs import Costs, work_seconds
+from horizon_lm.plan.space import Cut
+from horizon_lm.schedule.ops import Op
+from horizon_lm.schedule.step_spec import RECOMPUTE
+
+
+class Upgrade(NamedTuple):
+    """A policy in place of a lesser one, for a layer: seconds saved and bytes taken, for a micro-batch."""
+
+    lesser: str
+    policy: str
+    seconds: float
+    bytes: int
+
+    @property
+    def rate(self) -> float:
+        return self.seconds / max(1, self.bytes)
+
+
+def upgrades(costs: Costs, policies: Sequence[str]) -> list[Upgrade]:
+    """List the upgrades worth making, the most seconds per byte first: the upper hull of all policies, each
+    of the average layer."""
+    points = [(policy, *_figures(costs, policy)) for policy in (RECOMPUTE, *policies)]
+    found: list[Upgrade] = []
+    at = 0
+    while True:
+        name, taken, saved = points[at]
+        options = [
+            (Upgrade(name, other, better - saved, int(more - taken)), i)
+            for i, (other, more, better) in enumerate(points)
+            if better > saved
+        ]
+        if not options:
+            return found
+        best, at = max(options, key=lambda option: (option[0].rate, option[0].seconds))
+        found.append(best)
+
+
+def _figures(costs: Costs, policy: str) -> tuple[float, float]:
+    """(bytes held, seconds saved compared with recompute) of the average layer and one micro-batch."""
+    kinds, profile = Counter(costs.outline.kind_of), costs.profile
+    held = saved = 0.0
+    for kind, count in kinds.items():
+        layer = costs.measures.layers[kind]
+        plain, other = layer.under(RECOMPUTE), layer.under(policy)
+        times = [work_seconds(p.forward.work + p.backward.work, profile) for p in (plain, other)]
+        held += count * other.held
+        saved += count * (times[0] - times[1])
+    return held / len(costs.outline.kind_of), saved / len(costs.outline.kind_of)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Bounds of the steps of one cut. costs: those of its ops without residents, recomputing all layers.
+
+    host, device: bytes that may be taken; device is None for a CPU.
+    """
+
+    costs: Costs
+    cut: Cut
+    upgrades: Sequence[Upgrade]
+    residents: Sequence[int | None]
+    can_spill: bool
+    device: int | None
+
+    def best(self) -> tuple[float, int]:
+        """(seconds, number of residents) of the least bound."""
+        return min(self._every(), key=lambda found: found[0])
+
+    def _every(self) -> Iterator[tuple[float, int]]:
+        for number in self.residents:
+            left = self._device_left(number or 0)
+            if left < 0 and number:
+                break
+            yield self._seconds(number or 0, max(0, left)), number or 0
+
+    def _device_left(self, residents: int) -> int:
+        if self.device is None:
+            return 1 << 60
+        plan = self.costs.plan
+        fixed = sum(self.costs.fixed_bytes().values()) + int(self.costs.profile.context_bytes)
+        stored = 0 if self.can_spill else plan.round_size * plan.layers * self.costs.boundary
+        return self.device - fixed - stored - self._resident_bytes[residents]
+
+    @cached_property
+    def _order(self) -> list[int]:
+        return resident_order(self.costs.outline)
+
+    def _sums(self, values: Sequence[float]) -> list[float]:
+        return list(accumulate(values, initial=0.0))
+
+    @cached_property
+    def _resident_bytes(self) -> list[int]:
+        return [int(n) for n in self._sums([unit_bytes(self.costs, u) for u in self._order])]
+
+    @cached_property
+    def _moved(self) -> dict[str, list[float]]:
+        """Seconds by kind of op that residents save (or, for A, take), by their number."""
+        costs, plan = self.costs, self.costs.plan
+        found = {kind: self._sums([costs.seconds(Op(kind, u)) for u in self._order]) for kind in "UDOA"}
+        found["U"] = self._sums([costs.seconds(Op("U", u)) * self._uploads(u) for u in self._order])
+        assert plan.resident == frozenset()
+        return found
+
+    def _uploads(self, unit: int) -> int:
+        """Least number of uploads of a unit in a step."""
+        plan = self.costs.plan
+        return plan.rounds if unit in range(1, plan.head) else 1
+
+    @cached_property
+    def _compute(self) -> tuple[float, float]:
+        """Seconds of the forward and of the backward passes, recomputing all layers."""
+        costs, count = self.costs, self.cut.micro_batches
+        ends, profile = costs.measures.ends, costs.profile
+        forward, backward = (
+            work_seconds(ends.forward.work, profile),
+            work_seconds(ends.backward.work, profile),
+        )
+        backward += work_seconds(ends.loss.work, profile)
+        for kind, layers in Counter(costs.outline.kind_of).items():
+            passes = costs.measures.layers[kind].under(RECOMPUTE)
+            forward += layers * work_seconds(passes.forward.work, profile)
+            backward += layers * work_seconds(passes.backward.work, profile)
+        return count * forward, count * backward
+
+    def _saved(self, left: int) -> float:
+        """Seconds of recomputation that `left` bytes of device memory save in a step."""
+        layers, saved = self.costs.plan.layers, 0.0
+        for upgrade in self.upgrades:
+            each = max(1, upgrade.bytes) * self.costs.plan.round_size
+            count = min(float(layers), left / each)
+            saved += count * upgrade.seconds * self.cut.micro_batches
+            left -= int(count * each)
+            if count < layers:
+                break
+        return saved
+
+    @cached_property
+    def _sum_seconds(self) -> dict[str, float]:
+        """Seconds of P, G and S in a step."""
+        costs, plan = self.costs, self.costs.plan
+        counts = {"P": plan.rounds - 1, "G": plan.rounds - 1, "S": 0}
+        if plan.adds_on_host:
+            counts |= {"G": 1, "S": plan.rounds - 1}
+        slab, units = 0 if plan.adds_on_host else -1, plan.host_sums
+        return {
+            kind: count * sum(costs.seconds(Op(kind, u, sum_slab=-1 if kind == "G" else slab)) for u in units)
+            for kind, count in counts.items()
+        }
+
+    def _seconds(self, residents: int, left: int) -> float:
+        plan = self.costs.plan
+        moved = {kind: (sums[residents], sums[-1]) for kind, sums in self._moved.items()}
+        streamed = {kind: whole - some for kind, (some, whole) in moved.items()}
+        forward, backward = self._compute
+        saved, apply, sums = self._saved(left), moved["A"][0], self._sum_seconds
+        compute, update = forward + backward - saved + apply, streamed["O"] + sums["S"]
+        lanes = [compute, update, streamed["U"] + sums["G"], streamed["D"] + sums["P"]]
+        if self.costs.is_cpu:
+            return sum(lanes)
+        if plan.update == "sync":
+            return max(lanes[2:] + [compute + streamed["O"]])
+        # Updates overlap with the forward pass of the first round, or with the backward pass of the last.
+        overlapping = forward if plan.update == "deferred" else backward - saved
+        return max(*lanes, streamed["O"] + compute - apply - overlapping / plan.rounds)
+
+
+def unit_bytes(costs: Costs, unit: int) -> int:
+    """Bytes of a unit's weights, optimizer state and stored gradient."""
+    layout, spec = costs.outline.units[unit], costs.spec
+    state = layout.numel * spec.dtype.itemsize
+    if spec.dtype.itemsize == 2:
+        state += 2 * layout.residual_numel
+    moments = (1 + spec.second_moment) * spec.moment_dtype.itemsize
+    return state + layout.trainable_numel * (moments + (0 if spec.slabs else spec.dtype.itemsize))

@@ -1,0 +1,315 @@
+"""Search for the fastest candidate that fits, by simulation.
+
+Cuts of the step come in the order of their bounds (`plan.bounds`). For each, the number of resident units is
+searched between what host memory requires and what device memory allows; what they leave of device memory
+goes to the policies of layers, the most seconds per byte first. The best candidate is refined at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple, overload
+
+from horizon_lm.config import TrainConfig
+from horizon_lm.engine.policies import resident_order
+from horizon_lm.plan.bounds import Bounds, Upgrade, unit_bytes, upgrades
+from horizon_lm.plan.costs import Costs
+from horizon_lm.plan.predict import Prediction
+from horizon_lm.plan.space import Candidate, Cut, Space
+from horizon_lm.schedule.step_spec import KEEP
+
+# A gain below this is not measurable: the choice that needs less memory or is simpler stays.
+TIE = 0.002
+MOST_VISITS = 1000  # of a simulation during the search
+_MOST_CUTS = 6  # that are searched; of a CPU as of a GPU
+_EQUAL = 0.01  # bounds this close are equal, and the simpler cut comes first
+
+
+class Machine(NamedTuple):
+    """What the search asks of the planner. predict: quickly. rest: bytes left by memory; negative if
+    short."""
+
+    predict: Callable[[TrainConfig], Prediction]
+    rest: Callable[[TrainConfig, Prediction], dict[str, int]]
+    costs: Callable[[TrainConfig], Costs]
+    device: int | None
+
+
+class Found(NamedTuple):
+    seconds: float
+    candidate: Candidate
+
+
+@dataclass
+class Search:
+    space: Space
+    machine: Machine
+
+    def best(self) -> Candidate | None:
+        """The fastest candidate found; None if none fits."""
+        update, slots = self.space.updates()[0], self.space.slots()[0]
+        found: Found | None = None
+        searched = tried = 0
+        for bound, residents, cut in self._cuts(update, slots):
+            if found is not None and (searched >= _MOST_CUTS or tried >= 3 * _MOST_CUTS):
+                break
+            if found is not None and not self.space.is_cpu and bound > found.seconds * (1 - TIE):
+                continue
+            of_cut = self._of_cut(Candidate(cut, update, slots), residents)
+            searched, tried = searched + (of_cut is not None), tried + 1
+            found = _better(found, of_cut, 0.0 if self.space.is_cpu else TIE)
+        return None if found is None else self._refined(found).candidate
+
+    def least(self) -> Candidate:
+        """The candidate that needs least memory, as far as host and device can share it."""
+        space = self.space
+        cuts = [cut for cut in space.cuts() if self._is_quick(cut)] or space.cuts()[:1]
+        cut = min(cuts, key=lambda cut: (cut.batch, cut.rounds > 1, cut.sums == "device"))
+        candidate = Candidate(cut, space.updates()[0], space.slots()[0], spilled=space.spilled()[-1])
+        return self.pooled(candidate)
+
+    def pooled(self, candidate: Candidate) -> Candidate:
+        """With as few residents as host memory allows; with as many as the device holds if it does not."""
+        low, high = self._range(replace(candidate, resident=self.space.residents()[0]))
+        return replace(candidate, resident=low if low is None else max(0, min(low, high)))
+
+    # Cuts.
+
+    def _is_quick(self, cut: Cut) -> bool:
+        """Whether a simulation of the cut is exact enough: rounds repeat, and of a round few
+        micro-batches."""
+        rounds = min(cut.rounds, 3)
+        return cut.micro_batches // cut.rounds * rounds * self.space.layers <= MOST_VISITS
+
+    def _cuts(self, update: str, slots: int) -> Iterable[tuple[float, int, Cut]]:
+        """(lower bound of the seconds, residents of that bound, cut), the most promising first."""
+        cuts = self.space.cuts()
+        quick = [cut for cut in cuts if self._is_quick(cut)] or cuts[:1]
+        rows = []
+        for cut in quick:
+            if self.space.is_cpu:
+                made = self.space.make(Candidate(cut, update, slots, 0))
+                rows.append((self._seconds(made), 0, cut))
+                continue
+            bounds = self._bounds(Candidate(cut, update, slots, 0))
+            rows.append((*bounds.best(), cut))
+        if self.space.is_cpu:
+            return sorted(rows, key=lambda row: row[0])
+        return sorted(
+            rows,
+            key=lambda row: (
+                math.floor(math.log(max(row[0], 1e-12)) / _EQUAL),
+                row[2].rounds,
+                row[2].micro_batches,
+                row[0],
+            ),
+        )
+
+    def _bounds(self, candidate: Candidate) -> Bounds:
+        costs = self.machine.costs(self.space.make(candidate))
+        residents = self.space.residents() if candidate.resident is not None else [None]
+        can_spill = len(self.space.spilled()) > 1
+        return Bounds(
+            costs, candidate.cut, self._upgrades(candidate), residents, can_spill, self.machine.device
+        )
+
+    def _upgrades(self, candidate: Candidate) -> list[Upgrade]:
+        """Upgrades of a cut's layers. On a CPU those that gain nothing by the profile are made as well."""
+        if self.space.is_cpu:
+            return [Upgrade("", policy, 1.0, 1) for policy in self.space.policies()]
+        key = candidate.cut.batch
+        if key not in self._known_upgrades:
+            costs = self.machine.costs(self.space.make(candidate))
+            self._known_upgrades[key] = upgrades(costs, self.space.policies())
+        return self._known_upgrades[key]
+
+    @cached_property
+    def _known_upgrades(self) -> dict[int, list[Upgrade]]:
+        return {}
+
+    # One cut.
+
+    def _of_cut(self, candidate: Candidate, guess: int) -> Found | None:
+        """The fastest candidate found for a cut; None if none fits."""
+        spills = sorted({self.space.spilled()[0], self.space.spilled()[-1]})
+        found: Found | None = None
+        for spilled in spills:
+            if found is not None and self._is_full(found.candidate):
+                break  # nothing is gained by room for more activations
+            start = replace(candidate, spilled=spilled, resident=self.space.residents()[0])
+            found = _better(found, self._with_residents(start, guess), TIE)
+        return found
+
+    def _is_full(self, candidate: Candidate) -> bool:
+        """Whether every layer has the last of the upgrades."""
+        steps = self._upgrades(candidate)
+        return not steps or getattr(candidate, steps[-1].policy) == self.space.layers
+
+    def _with_residents(self, candidate: Candidate, guess: int) -> Found | None:
+        low, high = self._range(candidate)
+        if low is None:
+            return self._filled(candidate)
+        if low > high:
+            return None
+        tried: dict[int, Found | None] = {}
+
+        def of(number: int) -> float:
+            if number not in tried:
+                tried[number] = self._filled(replace(candidate, resident=number))
+            row = tried[number]
+            return math.inf if row is None else row.seconds
+
+        guess = min(max(low, guess), high)
+        for number in {low, guess, (low + guess) // 2, (guess + high + 1) // 2, high}:
+            of(number)
+        step = max(1, (high - low) // 8)
+        while step >= 1:
+            best = min(tried, key=of)
+            nearby = [n for n in (best - step, best + step) if low <= n <= high]
+            if all(of(n) >= of(best) for n in nearby):
+                step //= 2
+        found: Found | None = None
+        for number in sorted(tried):  # fewer residents are simpler
+            found = _better(found, tried[number], TIE)
+        return found
+
+    def _range(self, candidate: Candidate) -> tuple[int | None, int]:
+        """Numbers of residents: the fewest with which host memory is enough, and the most that the device
+        holds, recomputing all layers. None: they are not open."""
+        if self.space.residents() == [None]:
+            return None, 0
+        if self.space.is_cpu:
+            return 0, 0
+        config = self.space.make(candidate)
+        prediction = self.machine.predict(config)
+        rest = self.machine.rest(config, prediction)
+        sizes = self._resident_sizes(config)
+        most = len(sizes) - 1
+        low = next((n for n in range(most + 1) if rest["host"] + sizes[n] >= 0), most + 1)
+        high = max((n for n in range(most + 1) if rest.get("device", 0) - sizes[n] >= 0), default=-1)
+        while 0 < low <= most and low < most and self._rest(candidate, low)["host"] < 0:
+            low += 1  # slabs of eager updates stay as large until no unit of their size streams
+        while high + 1 <= most and self._rest(candidate, high + 1).get("device", 0) >= 0:
+            high += 1  # slots shrink with the units that stream
+        return low, high
+
+    def _rest(self, candidate: Candidate, residents: int) -> dict[str, int]:
+        config = self.space.make(replace(candidate, resident=residents))
+        return self.machine.rest(config, self.machine.predict(config))
+
+    def _resident_sizes(self, config: TrainConfig) -> list[int]:
+        """Bytes of the first N residents."""
+        costs, found = self.machine.costs(config), [0]
+        for unit in resident_order(self.space.outline):
+            found.append(found[-1] + unit_bytes(costs, unit))
+        return found
+
+    # Policies.
+
+    def _filled(self, candidate: Candidate) -> Found | None:
+        """With as many upgraded layers as fit; None if not even recomputing all layers does."""
+        steps = self._upgrades(candidate)
+
+        def at(level: int) -> Candidate:
+            return self._with_level(candidate, level, steps)
+
+        if not self._fits(candidate):
+            return None
+        guess = None if self.space.is_cpu else self._guessed_level(candidate, steps)
+        level = _last(lambda n: self._fits(at(n)), self.space.layers * len(steps), guess)
+        return self._found(self._least_spilled(at(level)))
+
+    def _with_level(self, candidate: Candidate, level: int, steps: list[Upgrade]) -> Candidate:
+        """The candidate after `level` upgrades of single layers, from the last layer down, one policy after
+        the other."""
+        layers = self.space.layers
+        if not level:
+            return candidate
+        number, some = divmod(level - 1, layers)
+        some += 1
+        counts = {steps[number].policy: some}
+        if number:
+            counts[steps[number - 1].policy] = layers - some
+        kept = counts.get(KEEP, 0)  # which spill nothing
+        return replace(candidate, spilled=min(candidate.spilled, layers - kept)).with_kept(counts)
+
+    def _guessed_level(self, candidate: Candidate, steps: list[Upgrade]) -> int:
+        """The last level that should fit, by what the device has left without upgrades."""
+        config = self.space.make(candidate)
+        left = self.machine.rest(config, self.machine.predict(config)).get("device", 0)
+        size, level = self.machine.costs(config).plan.round_size, 0
+        for step in steps:
+            count = min(self.space.layers, int(left / max(1, step.bytes * size)))
+            level, left = level + count, left - count * step.bytes * size
+            if count < self.space.layers:
+                break
+        return level
+
+    def _least_spilled(self, candidate: Candidate) -> Candidate:
+        low, high = self.space.spilled()[0], candidate.spilled
+        while low < high:
+            middle = (low + high) // 2
+            if self._fits(replace(candidate, spilled=middle)):
+                high = middle
+            else:
+                low = middle + 1
+        return replace(candidate, spilled=low)
+
+    # The end.
+
+    def smaller(self, candidate: Candidate) -> Candidate | None:
+        """With one upgrade or, without any, one resident fewer; None if there is neither."""
+        for policy in (*self.space.policies()[:1], *self.space.policies()[1:]):
+            if getattr(candidate, policy):
+                return replace(candidate, **{policy: getattr(candidate, policy) - 1})
+        return replace(candidate, resident=candidate.resident - 1) if candidate.resident else None
+
+    def _refined(self, found: Found) -> Found:
+        """Try other update modes and one more slot, for which upgrades may give way."""
+        for update in self.space.updates():
+            for slots in self.space.slots():
+                other = replace(found.candidate, update=update, slots=slots)
+                if other == found.candidate:
+                    continue
+                if self._fits(other):
+                    found = _better(found, self._found(other), TIE)
+                elif not self.space.is_cpu and self.space.chooses_policies:
+                    found = _better(found, self._filled(other.with_kept({})), TIE)
+        return found
+
+    def _found(self, candidate: Candidate) -> Found:
+        return Found(self._seconds(self.space.make(candidate)), candidate)
+
+    def _fits(self, candidate: Candidate) -> bool:
+        config = self.space.make(candidate)
+        return min(self.machine.rest(config, self.machine.predict(config)).values()) >= 0
+
+    def _seconds(self, config: TrainConfig) -> float:
+        return self.machine.predict(config).seconds
+
+
+@overload
+def _better(found: Found, other: Found | None, tie: float) -> Found: ...
+@overload
+def _better(found: Found | None, other: Found | None, tie: float) -> Found | None: ...
+def _better(found: Found | None, other: Found | None, tie: float) -> Found | None:
+    """The other if it is faster by more than a tie."""
+    if found is None or other is None:
+        return found or other
+    return other if other.seconds < found.seconds * (1 - tie) else found
+
+
+def _last(fits: Callable[[int], bool], most: int, guess: int | None) -> int:
+    """Find the largest number up to `most` that fits, as every smaller one does; 0 is known to."""
+    low, high, step = 0, most, 1
+    while low < high:
+        number = guess if guess is not None and low < guess <= high else (low + high + 1) // 2
+        if fits(number):
+            low, guess = number, None if guess is None else number + step
+        else:
+            high, guess = number - 1, None if guess is None else number - step
+        step *= 4
+    return low

@@ -1,0 +1,199 @@
+"""The combinations of settings among which the planner chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from horizon_lm.config import TrainConfig
+from horizon_lm.engine.policies import no_selection, resident_order
+from horizon_lm.errors import ConfigError
+from horizon_lm.machine.profile import Profile
+from horizon_lm.plan.outline import Outline
+from horizon_lm.schedule.step_spec import ATTENTION, KEEP, PRODUCTS, RECOMPUTE
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the rows of a step are cut. sums: where gradients wait between rounds; "" with one round."""
+
+    batch: int
+    micro_batches: int
+    rounds: int = 1
+    sums: str = ""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A combination of settings.
+
+    resident: number of units along `resident_order`; None: as configured. keep, products, attention: numbers
+    of layers, from the last one down in this order. spilled: layers, from the first one up, that spill their
+    inputs.
+    """
+
+    cut: Cut
+    update: str
+    slots: int
+    resident: int | None = None
+    keep: int = 0
+    products: int = 0
+    attention: int = 0
+    spilled: int = 0
+
+    def with_kept(self, counts: dict[str, int]) -> Candidate:
+        return replace(self, **({"keep": 0, "products": 0, "attention": 0} | counts))
+
+
+class Space:
+    """What a configuration leaves open on a machine. pinned: keys set explicitly."""
+
+    def __init__(
+        self, config: TrainConfig, outline: Outline, profile: Profile, pinned: frozenset[str]
+    ) -> None:
+        self.config, self.outline, self.profile, self._pinned = config, outline, profile, pinned
+        self.is_cpu = profile.device == "cpu"
+        self.layers = outline.num_layers
+
+    def is_open(self, *keys: str) -> bool:
+        return not self._pinned & set(keys)
+
+    def batches(self) -> list[tuple[int, int]]:
+        """List (rows per micro-batch, micro-batches) that give tokens_per_step, largest first."""
+        config = self.config
+        batch, count = config.per_device_train_batch_size, config.gradient_accumulation_steps
+        if config.tokens_per_step is None:
+            return [(batch, count)]
+        assert config.tokens_per_step != "auto"  # `plan_run` has resolved it
+        rows = max(1, config.tokens_per_step // config.row_tokens)
+        cuts = [(b, rows // b) for b in range(rows, 0, -1) if rows % b == 0]
+        if not self.is_open("per_device_train_batch_size"):
+            cuts = [cut for cut in cuts if cut[0] == batch]
+        if not self.is_open("gradient_accumulation_steps"):
+            cuts = [cut for cut in cuts if cut[1] == count]
+        if not cuts:
+            raise ConfigError(
+                f"tokens_per_step={config.tokens_per_step} ({rows} x {config.row_tokens}) does not go with "
+                f"per_device_train_batch_size={batch}, gradient_accumulation_steps={count}",
+                hint="unset one of the three",
+            )
+        return cuts
+
+    def cuts(self) -> list[Cut]:
+        """List the cuts of a step into micro-batches and rounds, the simplest first."""
+        batches = self.batches()
+        found = [
+            Cut(batch, count, rounds, sums)
+            for batch, count in batches
+            for rounds in self.rounds(count)
+            for sums in self.sums(count, rounds)
+        ]
+        if not found:
+            counts = sorted({count for _, count in batches})
+            raise ConfigError(
+                f"rounds={self.config.rounds} with round_sums={self.config.round_sums} does not suit any cut "
+                f"of the step into micro-batches: there can be {_some(counts)}",
+                hint="set rounds to a divisor of one of these numbers (round_sums=add: to the number), or to "
+                "auto",
+            )
+        return sorted(found, key=lambda cut: cut.rounds)
+
+    def rounds(self, micro_batches: int) -> list[int]:
+        if self.config.rounds != "auto":
+            return [self.config.rounds] if micro_batches % self.config.rounds == 0 else []
+        if self.is_cpu:
+            return [1]
+        return [n for n in range(1, micro_batches + 1) if micro_batches % n == 0]
+
+    def sums(self, micro_batches: int, rounds: int) -> list[str]:
+        if rounds == 1:
+            return [""]
+        options = ["device", "host", *(["add"] if rounds == micro_batches else [])]
+        asked = self.config.round_sums
+        if asked == "auto" and self.is_cpu:
+            return ["device"]
+        return options if asked == "auto" else [asked] if asked in options else []
+
+    def updates(self) -> list[str]:
+        config = self.config
+        if config.update != "auto":
+            return [config.update]
+        return ["deferred", "sync"] if config.update_mode == "deferred" else ["eager", "deferred", "sync"]
+
+    def slots(self) -> list[int]:
+        return [self.config.slots] if self.is_cpu or not self.is_open("slots") else [2, 3]
+
+    def residents(self) -> list[int | None]:
+        """Numbers of units, along `resident_order`, that may live on the device."""
+        if self.config.resident != "auto":
+            return [None]
+        return [0] if self.is_cpu else list(range(len(resident_order(self.outline)) + 1))
+
+    @property
+    def chooses_policies(self) -> bool:
+        return self.config.activations == "auto" and self.config.checkpoint_interval == 1
+
+    def policies(self) -> list[str]:
+        """Policies besides recompute. A CPU computes in the memory that it would keep them in."""
+        if not self.chooses_policies:
+            return []
+        return [KEEP] if self.is_cpu or no_selection(self.config) else [ATTENTION, PRODUCTS, KEEP]
+
+    def kept(self) -> Iterator[dict[str, int]]:
+        """Every number of layers under each policy."""
+        names = self.policies()
+        for counts in product(range(self.layers + 1), repeat=len(names)):
+            if sum(counts) <= self.layers:
+                yield dict(zip(names, counts, strict=True))
+
+    def spilled(self) -> list[int]:
+        """Numbers of layers, from the first one up, that may spill their inputs."""
+        is_open = self.config.boundaries == "auto" and not self.is_cpu
+        return list(range(self.layers + 1)) if is_open else [0]
+
+    def make(self, candidate: Candidate) -> TrainConfig:
+        """The configuration with the choices of a candidate."""
+        config, cut = self.config, candidate.cut
+        changes: dict[str, Any] = {
+            "per_device_train_batch_size": cut.batch,
+            "gradient_accumulation_steps": cut.micro_batches,
+            "update": candidate.update,
+            "slots": candidate.slots,
+            "rounds": cut.rounds,
+        }
+        if cut.sums:
+            changes["round_sums"] = cut.sums
+        if config.resident == "auto":
+            changes["resident"] = candidate.resident or 0
+        if config.activations == "auto":
+            left = self.layers - candidate.keep - candidate.products - candidate.attention
+            counts = (left, candidate.attention, candidate.products, candidate.keep)
+            changes["activations"] = listed((RECOMPUTE, ATTENTION, PRODUCTS, KEEP), counts)
+        threads = self.profile.update_threads if candidate.update != "sync" else None  # or all cores
+        if config.optimizer_threads == "auto" and threads is not None:
+            changes["optimizer_threads"] = threads
+        if config.boundaries == "auto":
+            counts = (candidate.spilled, self.layers - candidate.spilled)
+            changes["boundaries"] = listed(("host", "device"), counts)
+        return config.replace(**changes)
+
+    def every(self) -> Iterator[TrainConfig]:
+        """Enumerate every combination, whether it fits or not."""
+        for cut, update, slots, resident, kept, spilled in product(
+            self.cuts(), self.updates(), self.slots(), self.residents(), self.kept(), self.spilled()
+        ):
+            if spilled + kept.get(KEEP, 0) <= self.layers:  # layers that keep spill nothing
+                yield self.make(Candidate(cut, update, slots, resident, spilled=spilled).with_kept(kept))
+
+
+def listed(words: tuple[str, ...], counts: tuple[int, ...]) -> str | list[str]:
+    """A setting by layer; one word if all layers are alike."""
+    found = [(word, count) for word, count in zip(words, counts, strict=True) if count]
+    return found[0][0] if len(found) == 1 else [f"{word}*{count}" for word, count in found]
+
+
+def _some(counts: list[int]) -> str:
+    shown = [*counts[:4], *(["..."] if len(counts) > 5 else []), *counts[max(4, len(counts) - 1) :]]
+    return ", ".join(map(str, shown))
