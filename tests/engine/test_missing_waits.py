@@ -9,9 +9,21 @@ from typing import Any
 import pytest
 
 from horizon_lm.engine.step import Schedule
+from horizon_lm.errors import NonFiniteError
 from horizon_lm.host_model import HostModel
-from horizon_lm.schedule import Buffer, Lane, Op
-from random_orders import MICRO_BATCHES, MODELS, VARIANTS, Reset, adversarial, host_model, is_wrong, outcome
+from horizon_lm.schedule import Buffer, Op
+from random_orders import (
+    MICRO_BATCHES,
+    MODELS,
+    VARIANTS,
+    Reset,
+    adversarial,
+    batches,
+    bits,
+    host_model,
+    is_wrong,
+    outcome,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,9 +54,9 @@ def put_schedule(model: HostModel, schedule: Schedule) -> None:
 
 
 def forward_backward_waits(model: HostModel) -> list[tuple[int, int]]:
-    """(op, op it waits for); the norm is left out, as it is taken after all else has ended."""
+    """(op, op it waits for); norm and updates are left out, as they come after all else has ended."""
     ops, waits, _ = schedule_of(model)
-    return [(i, j) for i, targets in enumerate(waits) for j in targets if ops[i].lane is not Lane.UPDATE]
+    return [(i, j) for i, targets in enumerate(waits) for j in targets if ops[i].kind not in "NOA"]
 
 
 def without_wait(model: HostModel, i: int, j: int) -> None:
@@ -58,7 +70,11 @@ REMOVED = {("F", "U"), ("U", "F"), ("U", "B"), ("B", "U"), ("D", "B"), ("B", "D"
 
 @pytest.mark.parametrize(
     ("name", "variant"),
-    [*((name, "deferred") for name in MODELS), ("llama", "keep"), ("llama", "mixed"), ("llama", "blocks")],
+    [
+        *((name, "deferred") for name in MODELS),
+        *(("llama", variant) for variant in ("keep", "mixed", "blocks", "resident", "rounds", "rounds-host")),
+        ("llama", "rounds-add"),
+    ],
 )
 def test_every_wait_that_is_removed_gives_other_bits(name: str, variant: str) -> None:
     model = host_model(name, "adversarial", **VARIANTS[variant])
@@ -85,8 +101,47 @@ def test_every_wait_that_is_removed_gives_other_bits(name: str, variant: str) ->
     expected_pairs = {
         "mixed": REMOVED - {("B", "U")} | {("X", "F"), ("R", "X"), ("B", "R"), ("R", "B")},
         "blocks": REMOVED - {("B", "U"), ("U", "B")} | {("X", "F"), ("R", "X"), ("C", "R")},
+        "resident": {("F", "U"), ("D", "L"), ("D", "B"), ("B", "D")},
+        "rounds-host": REMOVED - {("B", "U"), ("B", "D")} | {("P", "B"), ("G", "P"), ("B", "G"), ("B", "P")},
+        "rounds-add": REMOVED - {("B", "D")}
+        | {("P", "B"), ("S", "P"), ("P", "S"), ("G", "S"), ("B", "G"), ("B", "P")},
     }
     assert removed >= expected_pairs.get(variant, REMOVED)
+
+
+def two_steps(model: HostModel, name: str) -> Any:
+    try:
+        found = [model.train_step(batches(name, step), lr=1e-2).loss for step in range(2)]
+    except (NonFiniteError, KeyError, AssertionError, RuntimeError, AttributeError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return [*found, {key: bits(value) for key, value in model.named_parameters()}]
+
+
+@pytest.mark.parametrize("variant", ["resident", "resident-eager"])
+def test_waits_around_an_update_on_the_device(variant: str) -> None:
+    """Without any one, weights are read too early, or gradients are read too early or too late."""
+    model = host_model("llama", "adversarial", **VARIANTS[variant])
+    reset, spec = Reset(model), model.engine.spec(MICRO_BATCHES)
+    adversarial(model).random = random.Random(0)
+    expected = two_steps(model, "llama")
+    pending = variant == "resident"
+    honest = model.engine.schedule(spec, pending=pending)
+    removed = set()
+    for i, targets in enumerate(honest.waits):
+        for j in targets:
+            kinds = (honest.ops[i].kind, honest.ops[j].kind)
+            if "A" in kinds:
+                reset()
+                fewer = [tuple(k for k in one if (n, k) != (i, j)) for n, one in enumerate(honest.waits)]
+                model.engine._schedules[spec, pending] = honest._replace(waits=fewer)
+                adversarial(model).random = Targeted(late=j)
+                what = f"{honest.ops[i]} need not wait for {honest.ops[j]}"
+                assert is_wrong(two_steps(model, "llama"), expected), what
+                removed.add(kinds)
+    model.engine._schedules[spec, pending] = honest
+    reset()
+    assert not is_wrong(two_steps(model, "llama"), expected), "the schedule itself is right"
+    assert removed >= ({("F", "A"), ("L", "A")} if pending else {("A", "D"), ("B", "A")}), removed
 
 
 @pytest.mark.parametrize("kinds", [("U", "F"), ("F", "U"), ("U", "B"), ("B", "U"), ("B", "D"), ("D", "B")])
