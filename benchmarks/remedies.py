@@ -13,8 +13,8 @@ from horizon_lm.bench.protocol import Case
 from horizon_lm.errors import HorizonError
 from horizon_lm.memory.store import predict_bytes
 from horizon_lm.plan.outline_cache import OutlineCache
-from horizon_lm.plan.steps import schedule_of
 from horizon_lm.plan.run_plan import RunPlan, plan_run
+from horizon_lm.plan.steps import schedule_of
 from horizon_lm.schedule import Op, simulate
 
 HEAD = ["run", "profile", "remedy", "tokens/s, SIMULATED", "over as it was, SIMULATED"]

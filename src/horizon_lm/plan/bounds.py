@@ -34,8 +34,8 @@ class Upgrade(NamedTuple):
 
 
 def upgrades(costs: Costs, policies: Sequence[str]) -> list[Upgrade]:
-    """List the upgrades worth making, the most seconds per byte first: the upper hull of all policies, each of
-    the average layer."""
+    """List the upgrades worth making, the most seconds per byte first: the upper hull of all policies, for the
+    average layer."""
     points = [(policy, *_figures(costs, policy)) for policy in (RECOMPUTE, *policies)]
     found: list[Upgrade] = []
     at = 0

@@ -13,9 +13,9 @@ from horizon_lm.machine.profile import Profile
 from horizon_lm.memory.store import predict_bytes, predict_device_bytes
 from horizon_lm.plan.costs import DEVICE, HOST, Costs
 from horizon_lm.plan.outline import Measures, Outline
+from horizon_lm.plan.steps import SimulatedStep, simulate_ops, simulate_step
 from horizon_lm.preference.method import Method
 from horizon_lm.preference.reference import TOGETHER
-from horizon_lm.plan.steps import SimulatedStep, simulate_ops, simulate_step
 from horizon_lm.schedule import Lane, Simulation, StepSpec
 from horizon_lm.schedule.draw import busy_seconds
 

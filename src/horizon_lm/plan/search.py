@@ -1,8 +1,8 @@
 """Search for the fastest candidate that fits, by simulation.
 
-Cuts of the step come in the order of their bounds (`plan.bounds`). For each, the number of resident units is
-searched between what host memory requires and what device memory allows; what they leave of device memory goes
-to the policies of layers, the most seconds per byte first. The best candidate is refined at the end.
+Cuts of the step are tried in the order of their bounds (`plan.bounds`). For each, the number of resident units
+is searched between what host memory requires and what device memory allows. The policies of layers get what
+these leave of device memory, the most seconds saved per byte first. The best candidate is refined at the end.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _EQUAL = 0.01  # bounds this close are equal, and the simpler cut comes first
 
 
 class Machine(NamedTuple):
-    """What the search asks of the planner. predict: quickly. rest: bytes left by memory; negative if short."""
+    """What the search asks of the planner. rest: bytes left by memory, negative if short. device: bytes."""
 
     predict: Callable[[TrainConfig], Prediction]
     rest: Callable[[TrainConfig, Prediction], dict[str, int]]
@@ -78,7 +78,7 @@ class Search:
     # Cuts.
 
     def _is_quick(self, cut: Cut) -> bool:
-        """Whether a simulation of the cut is exact enough: rounds repeat, and of a round few micro-batches."""
+        """Whether a short step can stand for the cut's: rounds repeat, so they need not be few."""
         rounds = min(cut.rounds, 3)
         return cut.micro_batches // cut.rounds * rounds * self.space.layers <= MOST_VISITS
 
@@ -175,8 +175,8 @@ class Search:
         return found
 
     def _range(self, candidate: Candidate) -> tuple[int | None, int]:
-        """Numbers of residents: the fewest with which host memory is enough, and the most that the device holds,
-        recomputing all layers. None: they are not open."""
+        """Return the fewest residents with which host memory is enough, and the most that the device holds
+        while all layers are recomputed; None if they are not open."""
         if self.space.residents() == [None]:
             return None, 0
         if self.space.is_cpu:
