@@ -44,7 +44,8 @@ class Candidate:
     spilled: int = 0
 
     def with_kept(self, counts: dict[str, int]) -> Candidate:
-        return replace(self, **({"keep": 0, "products": 0, "attention": 0} | counts))
+        found = [counts.get(policy, 0) for policy in (KEEP, PRODUCTS, ATTENTION)]
+        return replace(self, keep=found[0], products=found[1], attention=found[2])
 
 
 class Space:
@@ -175,8 +176,8 @@ class Space:
         if config.optimizer_threads == "auto" and threads is not None:
             changes["optimizer_threads"] = threads
         if config.boundaries == "auto":
-            counts = (candidate.spilled, self.layers - candidate.spilled)
-            changes["boundaries"] = listed(("host", "device"), counts)
+            left = self.layers - candidate.spilled
+            changes["boundaries"] = listed(("host", "device"), (candidate.spilled, left))
         return config.replace(**changes)
 
     def every(self) -> Iterator[TrainConfig]:
