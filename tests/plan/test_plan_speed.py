@@ -6,8 +6,7 @@ import pytest
 
 from horizon_lm.config import TrainConfig
 from horizon_lm.machine.profile import load_profile
-from horizon_lm.plan import predict as module
-from horizon_lm.plan import working_set
+from horizon_lm.plan import steps, working_set
 from horizon_lm.plan.outline import Outline, model_config
 from horizon_lm.plan.predict import predict
 from horizon_lm.plan.work import Law, Line, Trace
@@ -32,7 +31,7 @@ def test_ops_one_by_one_need_no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
         assert waits is None
         return simulate(ops, seconds, waits=derive_waits(ops), **rest)
 
-    monkeypatch.setattr(module, "simulate", with_waits)
+    monkeypatch.setattr(steps, "simulate", with_waits)
     slow = predict(outline, config, load_profile("cpu-2core"), **sizes)
     assert (quick.host, quick.simulation.spans) == (slow.host, slow.simulation.spans)
 

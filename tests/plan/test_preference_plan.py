@@ -22,6 +22,7 @@ from horizon_lm.plan.outline import Outline
 from horizon_lm.plan.predict import Prediction
 from horizon_lm.plan.run_plan import plan_run, with_method_of_data
 from horizon_lm.plan.show import describe
+from horizon_lm.plan.space import Space
 from horizon_lm.plan.step_size import assumed_tokens, rows_wanted
 from horizon_lm.preference.method import Method
 from horizon_lm.preference.reference import TOGETHER
@@ -40,17 +41,22 @@ def planner_of(config: TrainConfig, profile: str = "rtx3090") -> Planner:
     return Planner(outline_of(config), load_profile(profile), limits, frozenset(config.model_fields_set))
 
 
+def batches(config: TrainConfig) -> list[tuple[int, int]]:
+    planner = planner_of(config)
+    return Space(config, planner.outline, planner.profile, planner.pinned).batches()
+
+
 # Sizes.
 
 
 def test_a_row_of_pairs_has_two_documents() -> None:
     pairs, single = (config_of(method=m, max_length=128, tokens_per_step=1024) for m in ("dpo", "sft"))
-    assert planner_of(pairs).batches(pairs) == [(4, 1), (2, 2), (1, 4)]
-    assert planner_of(single).batches(single)[0] == (8, 1)
+    assert batches(pairs) == [(4, 1), (2, 2), (1, 4)]
+    assert batches(single)[0] == (8, 1)
     found = planner_of(pairs).predict(pairs.replace(per_device_train_batch_size=4))
     assert (found.batch, found.tokens_per_row, found.tokens) == (8, 128, 1024)
     labelled = config_of(method="kto", max_length=128, tokens_per_step=1024)
-    assert planner_of(labelled).batches(labelled) == planner_of(single).batches(single)
+    assert batches(labelled) == batches(single)
 
 
 def test_the_size_of_a_step_counts_both_documents() -> None:

@@ -38,20 +38,22 @@ TINY |= {
     "max_position_embeddings": 256,
 }
 OSS = {"model_type": "gpt_oss"}
+STREAMED = {"resident": 0, "rounds": 1}
 EAGER = {"attn_implementation": "eager"}
 
 # name: model, settings, host GB, device GB, disk GB, what the refusal is about
 REFUSALS: dict[str, tuple[dict, dict[str, Any], float, float, float, str]] = {
-    "7B on 64 GB": (B7, {}, 64, 80, 500, "host memory"),
-    "7B just short": (B7, {}, 109, 80, 500, "host memory"),
-    "7B in fp32 on 128 GB": (B7, {"dtype": "float32"}, 117, 80, 500, "host memory"),
+    "7B on 64 GB": (B7, STREAMED, 64, 80, 500, "host memory"),
+    "7B just short": (B7, STREAMED, 109, 80, 500, "host memory"),
+    "7B in fp32 on 128 GB": (B7, STREAMED | {"dtype": "float32"}, 117, 80, 500, "host memory"),
     "72B on 512 GB": (B72, {}, 512, 80, 500, "host memory"),
     "120B on 1 TB": (OSS, EAGER, 1000, 141, 500, "host memory"),
     "120B without clipping on 1 TB": (OSS, EAGER | {"max_grad_norm": None}, 1000, 141, 500, "host memory"),
-    "a large reserve": (B7, {"reserve_host_gb": 300.0}, 400, 80, 500, "host memory"),
+    "7B on 64 GB and a small card": (B7, {}, 64, 36, 500, "host memory"),
+    "a large reserve": (B7, STREAMED | {"reserve_host_gb": 300.0}, 400, 80, 500, "host memory"),
     "spilled inputs of a long sequence": (
         B7,
-        {"boundaries": "host", "max_length": 131072, "gradient_accumulation_steps": 16},
+        STREAMED | {"boundaries": "host", "max_length": 131072, "gradient_accumulation_steps": 16},
         400,
         80,
         500,
@@ -73,6 +75,7 @@ REFUSALS: dict[str, tuple[dict, dict[str, Any], float, float, float, str]] = {
     "boundaries pinned": (
         B7,
         {
+            "rounds": 1,
             "boundaries": "device",
             "gradient_accumulation_steps": 96,
             "max_length": 4096,
@@ -146,12 +149,12 @@ def test_a_machine_that_is_large_enough_is_not_refused(monkeypatch: pytest.Monke
 
 def test_120b_with_fp32_masters_fits_1500_gb() -> None:
     """Without clipping, and so without stored gradients; with it, where the moments are bf16."""
-    config = config_of(OSS, **EAGER, max_grad_norm=None)
+    config = config_of(OSS, **EAGER, **STREAMED, max_grad_norm=None)
     plan = plan_run(config, "h200-1.5tb")
     assert plan.planner.outline.num_parameters > 116e9
     assert plan.prediction.host["weights"] + plan.prediction.host["residual"] > 4 * 116e9
     assert plan.prediction.host_bytes < 1.5e12 and plan.prediction.device_bytes < 141e9
-    clipped = config_of(OSS, **EAGER)
+    clipped = config_of(OSS, **EAGER, **STREAMED)
     assert plan.planner.fits(clipped.replace(moment_dtype="bfloat16", update="deferred", boundaries="host"))
     assert not plan.planner.fits(
         clipped.replace(update="deferred", boundaries="host")
@@ -165,7 +168,7 @@ B118 |= {"num_attention_heads": 96, "num_key_value_heads": 96, "vocab_size": 128
 
 def test_118b_refused_on_1500_gb_is_told_that_it_fits_without_clipping() -> None:
     """14 bytes a parameter do not fit and 12 do: `max_grad_norm: null` alone is enough, and stands first."""
-    config = config_of(B118, max_length=512)
+    config = config_of(B118, max_length=512, **STREAMED)
     with pytest.raises(DoesNotFitError, match=r"host memory: a step needs 1\.6\d TB") as caught:
         plan_run(config, "h200-1.5tb")
     hints = (caught.value.hint or "").split("; ")
@@ -307,7 +310,7 @@ profile = load_profile("h100-sxm")
 limits = replace(Limits.of_profile(profile), pinned=arena.pinnable_bytes(), here=True)
 run_plan.machine = lambda config, name: (profile, limits, [])
 model = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4}
-config = TrainConfig(init_model=model, datasets=["none.txt"], max_length=64)
+config = TrainConfig(init_model=model, datasets=["none.txt"], max_length=64, resident=0)
 plan = run_plan.plan_run(config)
 print(*plan.notes, plan.prediction.pinned_bytes)
 arena.pins_beyond = lambda limit: False

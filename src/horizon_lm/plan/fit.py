@@ -74,7 +74,7 @@ class Shortfall:
 def export_bytes(config: TrainConfig, prediction: Prediction) -> int:
     """Disk bytes of the trained model, plus a tenth."""
     size = 2 if (config.save_dtype or config.dtype) == "bfloat16" else 4
-    weights = prediction.host["weights"] // (2 if config.dtype == "bfloat16" else 4)
+    weights = sum(unit.numel for unit in prediction.costs.outline.units)
     return int(weights * size * 1.1)
 
 
