@@ -53,6 +53,7 @@ from horizon_lm.model.kernels import apply_kernels, check_kernels
 from horizon_lm.model.loading import create_model, fill_store, freeze, load_model_of
 from horizon_lm.model.pretrained import check_has_weights
 from horizon_lm.model.skeleton import Skeleton
+from horizon_lm.optim.kernel import check_available
 from horizon_lm.optim.optimizer import UpdateSettings
 from horizon_lm.optim.rules import Number
 from horizon_lm.outputs import (
@@ -102,6 +103,8 @@ class HostModel:
             self.skeleton.tile_mlps(settings.mlp_tile_tokens)
         self.optimizer = make_optimizer(self.skeleton, settings, self.device)
         units, spec = self.skeleton.units, store_spec(settings, self.skeleton)
+        if spec.resident:
+            check_available(self.device)
         if not settings.skip_memory_check:
             check_memory(
                 units,

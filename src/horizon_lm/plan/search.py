@@ -98,8 +98,7 @@ class Search:
             rows.append((*bounds.best(), cut))
         if self.space.is_cpu:
             return sorted(rows, key=lambda row: row[0])
-        return sorted(
-            rows,
+        rows.sort(
             key=lambda row: (
                 math.floor(math.log(max(row[0], 1e-12)) / _EQUAL),
                 row[2].rounds,
@@ -107,6 +106,10 @@ class Search:
                 row[0],
             ),
         )
+        # Bounds take a little memory for none: where it is short, the cut that needs least may be the best.
+        least = min(range(len(rows)), key=lambda n: (rows[n][2].batch, rows[n][2].rounds))
+        rows.insert(min(least, _MOST_CUTS - 1), rows.pop(least))
+        return rows
 
     def _bounds(self, candidate: Candidate) -> Bounds:
         costs = self.machine.costs(self.space.make(candidate))
