@@ -12,11 +12,10 @@ from horizon_lm.config import TrainConfig, check_max_length
 from horizon_lm.config.dataset_info import is_stdlib
 from horizon_lm.data.detect import with_method
 from horizon_lm.errors import ConfigError, HorizonError
-from horizon_lm.machine.cores import lane_cores
 from horizon_lm.machine.memory import lockable_bytes
 from horizon_lm.machine.profile import FALLBACK, Profile, load_profile
-from horizon_lm.plan import fit
 from horizon_lm.plan.choose import Choice, Planner
+from horizon_lm.plan.explain import explain
 from horizon_lm.plan.fit import Limits, largest_that_fits
 from horizon_lm.plan.outline import Outline, model_config
 from horizon_lm.plan.outline_cache import OutlineCache
@@ -25,8 +24,6 @@ from horizon_lm.plan.step_size import assumed_tokens
 from horizon_lm.plan.work import Line
 from horizon_lm.words import count, size
 
-# On a CPU layers are computed in place: there is nothing to choose.
-_OF_DEVICE_MEMORY = frozenset({"boundaries", "slots", "grad_slots", "loss_chunk_tokens"})
 # `largest` stops at these.
 _MOST_ROWS, _MOST_TOKENS, _MOST_LAYERS = 4096, 1 << 20, 1024
 
@@ -211,7 +208,7 @@ def plan_run(
     if config.ref_model_name_or_path is not None:
         notes.append("the reference's pass is planned as if it had the model's size")
     title = _machine(profile, limits, prediction)
-    return RunPlan(chosen, planner, prediction, _explain(config, chosen, planner), notes, title)
+    return RunPlan(chosen, planner, prediction, explain(config, chosen, planner), notes, title)
 
 
 def with_method_of_data(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
@@ -268,93 +265,3 @@ def machine(config: TrainConfig, hardware: str) -> tuple[Profile, Limits, list[s
     if profile.device != device.partition(":")[0]:
         profile = load_profile(FALLBACK if device == "cpu" else "h100-sxm")
     return profile, limits, []
-
-
-def _explain(config: TrainConfig, chosen: TrainConfig, planner: Planner) -> list[Choice]:
-    """Each choice with its reason: what the next choice would have meant."""
-    layers, is_cpu = planner.outline.num_layers, planner.profile.device == "cpu"
-    reasons = {
-        "per_device_train_batch_size": _cut_reason(config, planner),
-        "gradient_accumulation_steps": "a layer is visited once for all micro-batches of a step"
-        if is_cpu
-        else "weights cross the bus once for all micro-batches of a step",
-        "activations": _activation_reason(config, chosen, planner),
-        "boundaries": "device memory is enough"
-        if not _count(chosen.boundaries, "host", layers)
-        else "otherwise the inputs of all layers would not fit device memory, or fewer layers could keep "
-        "their activations",
-        "update": _update_reason(chosen),
-        "slots": "the next layer arrives while one is computed"
-        if chosen.slots == 2
-        else "with two, uploads are late",
-        "grad_slots": "one gradient leaves while the next is computed",
-        "loss_chunk_tokens": _chunk_reason(chosen, planner),
-        "optimizer_threads": _threads_reason(chosen, planner.profile),
-    }
-    open_when_auto = {"activations", "boundaries", "update", "loss_chunk_tokens", "optimizer_threads"}
-    rows = []
-    for key, reason in reasons.items():
-        if is_cpu and key in _OF_DEVICE_MEMORY and key not in planner.pinned:
-            continue
-        named = key in planner.pinned and not (key in open_when_auto and getattr(config, key) == "auto")
-        value = getattr(chosen, key)
-        if key == "optimizer_threads" and value == "auto":
-            value = max(1, planner.profile.cores - lane_cores(planner.profile.device, chosen.update))
-        rows.append(Choice(key, value, "as configured" if named else reason, named))
-    return rows
-
-
-def _threads_reason(chosen: TrainConfig, profile: Profile) -> str:
-    if chosen.optimizer_threads != "auto":
-        return "the fewest that update about as fast as any, by horizon doctor"
-    left = lane_cores(profile.device, chosen.update)
-    return f"{profile.cores} usable cores" + (f", {left} of them left to the lanes" if left else "")
-
-
-def _cut_reason(config: TrainConfig, planner: Planner) -> str:
-    if config.tokens_per_step is None:
-        return "the default; tokens_per_step leaves it to the planner"
-    return f"the fastest cut of {config.tokens_per_step} tokens a step that fits"
-
-
-def _activation_reason(config: TrainConfig, chosen: TrainConfig, planner: Planner) -> str:
-    layers = planner.outline.num_layers
-    kept = _count(chosen.activations, "keep", layers)
-    if kept == layers:
-        return "all layers fit"
-    more = planner.predict(
-        chosen.replace(
-            activations=[f"recompute*{layers - kept - 1}", f"keep*{kept + 1}"]
-            if kept + 1 < layers
-            else "keep"
-        )
-    )
-    short = fit.shortfalls(chosen, more, planner.limits)
-    if short:
-        missing = f"{size(short[0].bytes)} of {short[0].memory} memory"
-        return f"keeping {kept + 1} layers would need {missing} more than is available"
-    return "keeping more would not shorten the step"
-
-
-def _chunk_reason(chosen: TrainConfig, planner: Planner) -> str:
-    if not planner.chooses_chunk:
-        return "as in the resumed run"
-    larger = planner.chunks(chosen.replace(loss_chunk_tokens="auto"))
-    if chosen.loss_chunk_tokens in larger[:1]:
-        return "the largest chunk considered"
-    return "a larger one would not fit"
-
-
-def _update_reason(chosen: TrainConfig) -> str:
-    return {
-        "eager": "without clipping, each layer is updated as its gradient arrives; no gradients are stored",
-        "deferred": "clips exactly, and overlaps with the next forward pass",
-        "sync": "nothing can overlap, so the simple order is equally fast",
-    }[chosen.update]
-
-
-def _count(value: str | list[str], word: str, layers: int) -> int:
-    from horizon_lm.config.memory import ACTIVATIONS, BOUNDARIES, per_layer
-
-    listed = per_layer(value, ACTIVATIONS if word in ACTIVATIONS else BOUNDARIES)
-    return (layers if value == word else 0) if listed is None else listed.count(word)

@@ -23,7 +23,8 @@ from horizon_lm.schedule.step_spec import KEEP
 
 # A gain below this is not measurable: the choice that needs less memory or is simpler stays.
 TIE = 0.002
-MOST_VISITS = 1000  # of a simulation during the search
+MOST_VISITS = 300  # of a simulation during the search; a longer step is shortened (`plan.steps`)
+_MOST_SHORTENED = 10_000  # of the steps that are shortened; finer cuts are not searched
 _MOST_CUTS = 6  # that are searched; of a CPU as of a GPU
 _EQUAL = 0.01  # bounds this close are equal, and the simpler cut comes first
 
@@ -52,15 +53,19 @@ class Search:
         """The fastest candidate found; None if none fits."""
         update, slots = self.space.updates()[0], self.space.slots()[0]
         found: Found | None = None
-        searched = tried = 0
+        searched, too_large = 0, list[Cut]()
         for bound, residents, cut in self._cuts(update, slots):
-            if found is not None and (searched >= _MOST_CUTS or tried >= 3 * _MOST_CUTS):
+            if searched >= _MOST_CUTS:
                 break
             if found is not None and not self.space.is_cpu and bound > found.seconds * (1 - TIE):
                 continue
+            if any(_needs_more(cut, other) for other in too_large):
+                continue
             of_cut = self._of_cut(Candidate(cut, update, slots), residents)
-            searched, tried = searched + (of_cut is not None), tried + 1
-            found = _better(found, of_cut, 0.0 if self.space.is_cpu else TIE)
+            if of_cut is None:
+                too_large.append(cut)
+                continue
+            searched, found = searched + 1, _better(found, of_cut, 0.0 if self.space.is_cpu else TIE)
         return None if found is None else self._refined(found).candidate
 
     def least(self) -> Candidate:
@@ -82,7 +87,7 @@ class Search:
         """Whether a simulation of the cut is exact enough: rounds repeat, and of a round few
         micro-batches."""
         rounds = min(cut.rounds, 3)
-        return cut.micro_batches // cut.rounds * rounds * self.space.layers <= MOST_VISITS
+        return cut.round_size * rounds * self.space.layers <= _MOST_SHORTENED
 
     def _cuts(self, update: str, slots: int) -> Iterable[tuple[float, int, Cut]]:
         """(lower bound of the seconds, residents of that bound, cut), the most promising first."""
@@ -292,6 +297,12 @@ class Search:
 
     def _seconds(self, config: TrainConfig) -> float:
         return self.machine.predict(config).seconds
+
+
+def _needs_more(cut: Cut, other: Cut) -> bool:
+    """Whether a cut needs the memory that another does, or more."""
+    sizes = (cut.batch, other.batch), (cut.round_size, other.round_size)
+    return all(mine >= its for mine, its in sizes) and other.sums in ("", cut.sums)
 
 
 @overload

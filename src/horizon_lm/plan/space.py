@@ -24,6 +24,10 @@ class Cut:
     rounds: int = 1
     sums: str = ""
 
+    @property
+    def round_size(self) -> int:
+        return self.micro_batches // self.rounds
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -140,7 +144,11 @@ class Space:
         """Policies besides recompute. A CPU computes in the memory that it would keep them in."""
         if not self.chooses_policies:
             return []
-        return [KEEP] if self.is_cpu or no_selection(self.config) else [ATTENTION, PRODUCTS, KEEP]
+        if self.is_cpu or no_selection(self.config):
+            return [KEEP]
+        # Eager attention has no kernel whose result could be kept.
+        few = [PRODUCTS, KEEP]
+        return few if self.config.attn_implementation == "eager" else [ATTENTION, *few]
 
     def kept(self) -> Iterator[dict[str, int]]:
         """Every number of layers under each policy."""
