@@ -36,6 +36,25 @@ def test_ops_one_by_one_need_no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (quick.host, quick.simulation.spans) == (slow.host, slow.simulation.spans)
 
 
+@pytest.mark.parametrize("sums", ["host", "device", "add"])
+def test_a_short_step_stands_for_a_long_one(sums: str) -> None:
+    """Seconds, busy lanes and bytes of 24 rounds, from three of them; and the control: they take longer."""
+    count = 24 if sums == "add" else 48
+    values = {"rounds": 24, "round_sums": sums, "resident": 2, "activations": "keep"}
+    config, outline = outline_of(gradient_accumulation_steps=count, **values)
+    sizes = {"batch": 2, "tokens": 32, "micro_batches": count}
+    profile = load_profile("rtx3090")
+    short, whole = (predict(outline, config, profile, most_visits=n, **sizes) for n in (20, 10**6))
+    assert len(short.simulation.spans) < len(whole.simulation.spans) / 4
+    # With `add` the last round alone brings the sums back, behind the host's additions of all others.
+    assert short.seconds == pytest.approx(whole.seconds, rel=1e-2 if sums == "add" else 2e-3)
+    assert short.seconds > 4 * short.simulation.seconds
+    assert short.lanes() == pytest.approx(whole.lanes(), rel=1e-2)
+    assert (short.host_bytes, short.device_bytes) == pytest.approx(
+        (whole.host_bytes, whole.device_bytes), rel=1e-2
+    )
+
+
 def test_keeping_is_measured_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once for each shape, with the figures that it has when it is measured first."""
     run, policies = working_set._run_layer, []

@@ -171,7 +171,7 @@ class Search:
             return math.inf if row is None else row.seconds
 
         guess = min(max(low, guess), high)
-        for number in {low, guess, (low + guess) // 2, (guess + high + 1) // 2, high}:
+        for number in {low, guess, high}:
             of(number)
         step = max(1, (high - low) // 8)
         while step >= 1:
@@ -258,8 +258,9 @@ class Search:
 
     def _least_spilled(self, candidate: Candidate) -> Candidate:
         low, high = self.space.spilled()[0], candidate.spilled
+        guess: int | None = low
         while low < high:
-            middle = (low + high) // 2
+            middle, guess = (low + high) // 2 if guess is None else guess, None
             if self._fits(replace(candidate, spilled=middle)):
                 high = middle
             else:

@@ -1,7 +1,7 @@
 """Simulation of steps, in little time if they have many micro-batches.
 
-A long step is simulated as a short one: of two and of three rounds, whose difference stands for each further
-round, and with few micro-batches per round, each of which stands for several.
+A long step is simulated as a short one: of three rounds, the second of which stands for each further one, and
+with few micro-batches per round, each of which stands for several.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from horizon_lm.plan.costs import Costs
-from horizon_lm.schedule import Buffer, Op, Simulation, StepSpec, build, derive_waits, simulate
-from horizon_lm.schedule.draw import busy_seconds
+from horizon_lm.schedule import Buffer, Lane, Op, Simulation, StepSpec, build, derive_waits, simulate
+from horizon_lm.schedule.draw import Span, busy_seconds
 
 _FEW_ROUNDS = 3
 _OF_EACH_MICRO_BATCH = frozenset("FBCLEXR")
@@ -44,14 +44,23 @@ def simulate_step(costs: Costs, spec: StepSpec, most_visits: int) -> SimulatedSt
     if rounds == spec.rounds or spec.micro_batches % spec.rounds:
         short = replace(spec, micro_batches=size * spec.rounds)
         return replace(_exact(simulate_ops(costs, short, several)), is_exact=False)
-    three, two = (
-        _exact(simulate_ops(costs, replace(spec, rounds=n, micro_batches=n * size), several))
-        for n in (rounds, rounds - 1)
-    )
+    few = _exact(simulate_ops(costs, replace(spec, rounds=rounds, micro_batches=rounds * size), several))
     more = spec.rounds - rounds
-    busy = {lane: t + more * (t - two.busy.get(lane, 0.0)) for lane, t in three.busy.items()}
-    seconds = three.seconds + more * (three.seconds - two.seconds)
-    return SimulatedStep(three.simulation, seconds, busy, is_exact=False)
+    begins = [m * size for m in range(rounds)]
+    each_round, of_lanes = _of_a_round(few.simulation.spans, begins)
+    busy = {lane: t + more * of_lanes.get(lane, 0.0) for lane, t in few.busy.items()}
+    return SimulatedStep(few.simulation, few.seconds + more * each_round, busy, is_exact=False)
+
+
+def _of_a_round(spans: Sequence[Span], begins: Sequence[int]) -> tuple[float, dict[str, float]]:
+    """(seconds, busy seconds by lane) of a round between others: the last but one. begins: the first
+    micro-batch of each round."""
+    firsts = {(0, m) for m in begins}
+    starts = [
+        i for i, (op, _, _) in enumerate(spans) if op.kind == "F" and (op.unit, op.micro_batch) in firsts
+    ]
+    ends = [max(end for op, _, end in spans[:i] if op.lane is Lane.COMPUTE) for i in starts[-2:]]
+    return ends[1] - ends[0], busy_seconds(spans[starts[-2] : starts[-1]])
 
 
 def _exact(simulation: Simulation) -> SimulatedStep:
@@ -86,14 +95,14 @@ def simulate_ops(costs: Costs, spec: StepSpec, several: float = 1.0) -> Simulati
     )
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def schedule_of(plan: StepSpec) -> tuple[Sequence[Op], Sequence[tuple[int, ...]]]:
     """Ops and waits of a step that begins with deferred updates of the step before, as most do."""
     ops = ops_of(plan)
     return ops, derive_waits(ops)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def ops_of(plan: StepSpec) -> Sequence[Op]:
     """The ops of `schedule_of` alone."""
     pends = plan.update == "deferred" and not plan.evaluate

@@ -36,6 +36,10 @@ class Simulation:
     def seconds(self) -> float:
         return max((end for _, _, end in self.spans), default=0.0)
 
+    def without_spans(self) -> Simulation:
+        """Return the peaks alone."""
+        return Simulation([], self.peaks, self.parts)
+
 
 def simulate(
     ops: Sequence[Op],
