@@ -63,7 +63,7 @@ def test_the_stages_are_in_the_order_of_proof_and_fit_their_limits() -> None:
         assert sum(job.seconds for job in found if job not in absent) < 540, name
     names = list(EVIDENCE)
     first = names[: names.index("largest-exact") + 1]
-    assert 20 * 60 < sum(job.seconds for name in first for job in EVIDENCE[name]()) <= 30 * 60
+    assert 20 * 60 < sum(job.seconds for name in first for job in EVIDENCE[name]()) <= 31 * 60
     total = sum(job.seconds for name, jobs in EVIDENCE.items() if name != "peers" for job in jobs())
     assert 45 * 60 < total < 55 * 60
     keys = [job.key for jobs in EVIDENCE.values() for job in jobs()]

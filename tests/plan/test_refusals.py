@@ -161,6 +161,40 @@ def test_120b_with_fp32_masters_fits_1500_gb() -> None:
     )  # 14 bytes a parameter
 
 
+def test_host_and_device_memory_bound_a_model_together() -> None:
+    """128 GiB of RAM beside an H200: 18 B parameters with fp32 moments and clipping, 25 B with bf16 moments.
+    What is larger is refused with the figures, and so is, as the control, half of it without residents."""
+    shape = {"model_type": "llama", "hidden_size": 6144, "intermediate_size": 16384, "vocab_size": 128256}
+    shape |= {"num_attention_heads": 48, "num_key_value_heads": 8, "max_position_embeddings": 4096}
+    for layers, values in ((42, {}), (61, {"moment_dtype": "bfloat16"})):
+        config = config_of(shape | {"num_hidden_layers": layers}, max_length=1024, host_memory_gb=137.4)
+        plan = plan_run(config.replace(**values), "h200-1.5tb")
+        size = 14 if not values else 10
+        homes = (
+            plan.prediction.store_bytes,
+            sum(part for name, part in plan.prediction.device.items() if name.startswith("resident_")),
+        )
+        assert sum(homes) >= size * plan.planner.outline.num_parameters > 1.8 * homes[0]
+        assert sum(homes) < 1.001 * size * plan.planner.outline.num_parameters
+        larger = config.replace(init_model=shape | {"num_hidden_layers": int(layers * 1.15)}, **values)
+        with pytest.raises(DoesNotFitError, match=r"host memory: .* short by [0-9.]+ GB") as caught:
+            plan_run(larger, "h200-1.5tb")
+        assert "max_grad_norm=null" in (caught.value.hint or "")
+    streamed = config_of(shape | {"num_hidden_layers": 24}, max_length=1024, host_memory_gb=137.4, resident=0)
+    with pytest.raises(DoesNotFitError, match="host memory"):
+        plan_run(streamed, "h200-1.5tb")
+
+
+@pytest.mark.parametrize("resident", [32, 500])
+def test_too_many_residents_are_refused_with_the_way_out(resident: int) -> None:
+    """More bytes than the device has; more units than the model has."""
+    config = config_of(B72, max_length=1024, resident=resident)
+    error = DoesNotFitError if resident < 80 else ConfigError
+    with pytest.raises(error, match="device memory" if resident < 80 else "500") as caught:
+        plan_run(config, "h200-1.5tb")
+    assert "resident=" in (caught.value.hint or "")
+
+
 # About 118 B parameters; 1.65 TB with clipping, 1.42 TB without.
 B118 = {"model_type": "llama", "hidden_size": 12288, "intermediate_size": 32768, "num_hidden_layers": 63}
 B118 |= {"num_attention_heads": 96, "num_key_value_heads": 96, "vocab_size": 128256}

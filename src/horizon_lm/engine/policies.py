@@ -90,7 +90,7 @@ class Policies:
             word = PRODUCTS if PRODUCTS in activations.values() else ATTENTION
             raise ConfigError(
                 f"activations={word} is not supported with {reason}",
-                hint="set activations=keep or activations=recompute",
+                hint="set activations to keep or recompute",
             )
         return cls(
             settings,
