@@ -163,7 +163,7 @@ class Selection:
         self._kept.clear()
         return UnsupportedModelError(
             f"{self._name} computes something else when it is run again: {what}",
-            hint="set activations=keep or activations=recompute",
+            hint="set activations to keep or recompute",
         )
 
 
