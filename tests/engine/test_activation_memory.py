@@ -101,8 +101,8 @@ def test_bytes_of_boundaries_are_predicted(policy: str, micro_batches: int) -> N
 @pytest.mark.parametrize("sums", ["device", "host", "add"])
 @pytest.mark.parametrize("policy", ["recompute", "keep", "spilled"])
 def test_activations_do_not_grow_with_rounds(policy: str, sums: str) -> None:
-    """A step of three times the micro-batches in three times the rounds takes the same memory, within 2 % of
-    what a round's activations take; in one round it takes their number times as much."""
+    """A step of three times the micro-batches in three times the rounds takes the same memory, besides their
+    ids and targets, within 2 % of a round's inputs; in one round it takes their number times as much."""
     settings = {
         "recompute": {},
         "keep": {"activations": "keep"},
@@ -115,7 +115,8 @@ def test_activations_do_not_grow_with_rounds(policy: str, sums: str) -> None:
         found[rounds] = peak_of_step(6, 256, rounds * per_round, **more)
     (few, one), (many, other) = found[2], found[6]
     activations = 6 * 256 * 128 * 2 * per_round
-    assert abs(many - few) < 0.02 * activations
+    numbers = 2 * 8 * 256 * per_round * (6 - 2)  # int64
+    assert abs(many - few - numbers) < 0.02 * activations
     assert one.memory_bytes()["boundaries"] == other.memory_bytes()["boundaries"]
     if policy == "keep":
         assert peak_of_step(6, 256, 6 * per_round, **settings)[0] > few + 2 * activations

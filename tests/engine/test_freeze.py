@@ -119,6 +119,7 @@ def test_axolotl_names_what_is_trained() -> None:
 def test_the_planner_counts_it(tmp_path: Path) -> None:
     big = LLAMA | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 4096}
     common = {"init_model": big, "datasets": ["none.txt"], "max_length": 64, "dtype": "bfloat16"}
+    common["resident"] = 0
 
     def plan(**changes: Any) -> Any:
         return plan_run(TrainConfig(**common, **changes), "h100-sxm").prediction

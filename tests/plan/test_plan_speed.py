@@ -8,7 +8,7 @@ from horizon_lm.config import TrainConfig
 from horizon_lm.machine.profile import load_profile
 from horizon_lm.plan import steps, working_set
 from horizon_lm.plan.outline import Outline, model_config
-from horizon_lm.plan.predict import predict
+from horizon_lm.plan.predict import costs_of, predict, prediction_of
 from horizon_lm.plan.work import Law, Line, Trace
 from horizon_lm.schedule import derive_waits, simulate
 
@@ -44,7 +44,8 @@ def test_a_short_step_stands_for_a_long_one(sums: str) -> None:
     config, outline = outline_of(gradient_accumulation_steps=count, **values)
     sizes = {"batch": 2, "tokens": 32, "micro_batches": count}
     profile = load_profile("rtx3090")
-    short, whole = (predict(outline, config, profile, most_visits=n, **sizes) for n in (20, 10**6))
+    costs = costs_of(outline, config, profile, **sizes)
+    short, whole = (prediction_of(costs, most_visits) for most_visits in (20, 10**6))
     assert len(short.simulation.spans) < len(whole.simulation.spans) / 4
     # With `add` the last round alone brings the sums back, behind the host's additions of all others.
     assert short.seconds == pytest.approx(whole.seconds, rel=1e-2 if sums == "add" else 2e-3)

@@ -89,7 +89,9 @@ def test_choices_are_at_most_5_percent_slower_than_the_best(name: str) -> None:
 
 
 def test_the_last_layers_are_kept_as_many_as_fit() -> None:
-    config = config_of(max_length=512, per_device_train_batch_size=2, boundaries="device", slots=2)
+    config = config_of(
+        max_length=512, per_device_train_batch_size=2, boundaries="device", slots=2, resident=0
+    )
     free = planner_of(config, *machine(8, 4000))
     most, least = (
         free.predict(config.replace(activations=policy)).device_bytes for policy in ("keep", "recompute")
@@ -154,7 +156,7 @@ def test_a_choice_that_does_not_exist_is_no_way_out() -> None:
 
 def test_the_plan_of_a_large_model_takes_little_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """14 B with all that `horizon plan` prints: layers run on fake tensors, and schedules simulated.
-    Doubling and halving took 18 and 46."""
+    The largest sizes took 18 and 46 by doubling and halving; the search takes about 70 simulations."""
     from horizon_lm.plan import outline as outline_module
     from horizon_lm.plan import steps as steps_module
 
@@ -175,13 +177,13 @@ def test_the_plan_of_a_large_model_takes_little_work(monkeypatch: pytest.MonkeyP
     model |= {"num_attention_heads": 40, "num_key_value_heads": 8}
     plan = plan_run(config_of(init_model=model, max_length=2048), "h200-1.5tb")
     assert plan.largest()["layers"] > 200
-    assert 2 <= counts["layers"] <= 12 and 10 <= counts["simulations"] <= 45
+    assert 2 <= counts["layers"] <= 12 and 10 <= counts["simulations"] <= 130
 
 
 def test_what_only_device_memory_has_is_not_chosen_on_a_cpu() -> None:
     on_cpu = {choice.key for choice in plan_of(config_of(max_length=128), "cpu-2core").choices}
     on_gpu = {choice.key for choice in plan_of(config_of(max_length=128), "rtx3090").choices}
-    assert on_gpu - on_cpu == {"boundaries", "slots", "grad_slots", "loss_chunk_tokens"}
+    assert on_gpu - on_cpu == {"boundaries", "slots", "grad_slots", "loss_chunk_tokens", "resident", "rounds"}
     pinned = plan_of(config_of(max_length=128, slots=3), "cpu-2core").choices
     assert [choice.pinned for choice in pinned if choice.key == "slots"] == [True]
 
@@ -200,7 +202,7 @@ def test_the_end_of_the_search_is_not_called_the_largest() -> None:
 
 def test_more_tokens_a_step_are_advised_where_the_update_limits() -> None:
     """The advice is what the planner predicts for it; where compute limits there is none."""
-    config = config_of(max_length=16, per_device_train_batch_size=1, max_grad_norm=None)
+    config = config_of(max_length=16, per_device_train_batch_size=1, max_grad_norm=None, resident=0)
     plan = plan_of(config, "h100-sxm")
     assert plan.prediction.limit().startswith("update")
     (advice,) = [note for note in plan.all_notes() if "gradient_accumulation_steps=" in note]
@@ -226,7 +228,7 @@ def test_the_largest_loss_chunk_that_fits_beside_the_rest() -> None:
     many = SMALL | {"vocab_size": 1 << 17}  # at least 1,024 tokens
     config = TrainConfig.from_dict({**config_of(max_length=2048).to_dict(), "init_model": many})
     config = config.replace(
-        per_device_train_batch_size=3, activations="recompute", boundaries="device", slots=2
+        per_device_train_batch_size=3, activations="recompute", boundaries="device", slots=2, resident=0
     )
     free = planner_of(config, *machine(32, 64000))
     needed = {c: free.predict(config.replace(loss_chunk_tokens=c)).device_bytes for c in free.chunks(config)}

@@ -14,6 +14,7 @@ import torch
 
 from horizon_lm import cli
 from horizon_lm.engine.ops import Ops
+from horizon_lm.engine.updates import Updates
 from horizon_lm.errors import NonFiniteError
 from horizon_lm.host_model import HostModel, TrainStepOutput
 from horizon_lm.report.metrics import Metrics, read_steps
@@ -113,8 +114,8 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(
 def test_an_infinite_gradient_norm_is_a_skipped_step(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest, norms = Ops.norm_of, iter([0.0, 0.0, math.inf])
-    monkeypatch.setattr(Ops, "norm_of", lambda self, step: honest(self, step) + next(norms))
+    honest, norms = Updates.norm_of, iter([0.0, 0.0, math.inf])
+    monkeypatch.setattr(Updates, "norm_of", lambda self, step: honest(self, step) + next(norms))
     run_train.train(settings(text, tmp_path / "run", max_steps=2, nonfinite="skip"))
     last = read_steps(tmp_path / "run" / "metrics.jsonl")[-1]
     assert last["grad_norm"] is None and last["skipped_steps"] == 1

@@ -16,7 +16,7 @@ from epoch_runs import text as text
 from horizon_lm import cli
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import DoesNotFitError, StoppedError
-from horizon_lm.plan.choose import Planner
+from horizon_lm.plan.space import Space
 from horizon_lm.plan.step_size import CUT
 from horizon_lm.report.metrics import read_steps
 from horizon_lm.training import prepare
@@ -43,12 +43,12 @@ def cut_of(checkpoint: Path) -> tuple[int, int]:
 
 def another_machine(patch: pytest.MonkeyPatch) -> None:
     """One whose planner takes one sequence at a time, wherever that is open."""
-    honest = Planner.batches
+    honest = Space.batches
 
-    def batches(self: Planner, config: TrainConfig) -> list[tuple[int, int]]:
-        return honest(self, config)[-1:]
+    def batches(self: Space) -> list[tuple[int, int]]:
+        return honest(self)[-1:]
 
-    patch.setattr(Planner, "batches", batches)
+    patch.setattr(Space, "batches", batches)
 
 
 @pytest.fixture(scope="module")

@@ -198,7 +198,7 @@ WAYS = (
     Way(_more_rounds, Results.SAME, _DEVICE),
     Way(_sums_on_the_host, Results.SAME, frozenset({"device"})),
     Way(_sums_on_the_device, Results.SAME, _HOST),
-    Way(_one_round, Results.SAME, _DEVICE),
+    Way(_one_round, Results.SAME, _HOST),
     Way(_more_residents, Results.SAME, _HOST),
     Way(_one_slab, Results.SAME, _HOST),
     Way(_one_gradient_slot, Results.SAME, _DEVICE),

@@ -17,7 +17,7 @@ from horizon_lm.plan import fit, search
 from horizon_lm.plan.costs import Costs
 from horizon_lm.plan.fit import Limits, Predictor
 from horizon_lm.plan.outline import Outline
-from horizon_lm.plan.predict import MOST_VISITS, Prediction, costs_of, predict
+from horizon_lm.plan.predict import MOST_VISITS, Prediction, costs_of, prediction_of
 from horizon_lm.plan.search import Search
 from horizon_lm.plan.space import Candidate, Cut, Space
 from horizon_lm.plan.work import Line
@@ -49,12 +49,10 @@ class Planner:
     _outlines: dict[tuple, Outline] = field(default_factory=dict)
 
     def predict(self, config: TrainConfig, most_visits: int = MOST_VISITS) -> Prediction:
-        """most_visits: see `plan.predict.predict`."""
+        """most_visits: see `prediction_of`."""
         key = config.model_dump_json(), most_visits
         if key not in self._seen:
-            found = predict(
-                self._outline(config), config, self.profile, most_visits=most_visits, **_sizes(config)
-            )
+            found = prediction_of(self.costs(config), most_visits)
             if most_visits < MOST_VISITS:  # one of hundreds, whose ops nobody looks at
                 found = replace(found, step=replace(found.step, simulation=found.simulation.without_spans()))
             self._seen[key] = found

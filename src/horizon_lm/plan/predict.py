@@ -135,19 +135,26 @@ def predict(
     batch: int,
     tokens: int,
     micro_batches: int,
-    most_visits: int = MOST_VISITS,
 ) -> Prediction:
-    """Predict steps of `micro_batches` micro-batches [batch, tokens]; a pair is two rows, packed or not.
+    """Predict steps of `micro_batches` micro-batches [batch, tokens]; a pair is two rows, packed or not."""
+    return prediction_of(
+        costs_of(outline, settings, profile, batch=batch, tokens=tokens, micro_batches=micro_batches)
+    )
+
+
+def prediction_of(costs: Costs, most_visits: int = MOST_VISITS) -> Prediction:
+    """Predict a step by the costs of its ops.
 
     most_visits: micro-batches times layers beyond which a shorter step stands for it (`plan.steps`).
     """
+    outline, settings = costs.outline, costs.policies.settings
+    batch, tokens = costs.measures.batch, costs.measures.tokens
     preferences = _preferences(settings)
-    costs = costs_of(outline, settings, profile, batch=batch, tokens=tokens, micro_batches=micro_batches)
     stored = predict_bytes(outline.units, costs.spec)
     has_kl = preferences is not None and preferences.uses_kl
     step = simulate_step(costs, replace(costs.plan, update="sync") if has_kl else costs.plan, most_visits)
     host, device = _bytes(costs, step.simulation, stored)
-    kl = _simulate_forward(costs, micro_batches) if has_kl else None
+    kl = _simulate_forward(costs, costs.plan.micro_batches) if has_kl else None
     if preferences is None or not preferences.uses_reference:
         return Prediction(settings, costs, host, device, step, kl)
     size = preferences.precompute_ref_batch_size

@@ -90,7 +90,9 @@ class RunPlan:
         """Advise more tokens per step if the update limits it, which takes as long for any number."""
         found, config = self.prediction, self.config
         batches = config.gradient_accumulation_steps
-        update, rest = found.lanes()["update"], max(v for k, v in found.lanes().items() if k != "update")
+        lanes = found.lanes()
+        update = max(lanes.pop("update"), lanes.pop("device_update", 0.0))
+        rest = max(lanes.values())
         if update <= rest:
             return None
         times = min(64, 2 ** math.ceil(math.log2(update / rest))) if rest else 2
