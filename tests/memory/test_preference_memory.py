@@ -58,7 +58,8 @@ class Last:
 common = dict(model_name_or_path=model, device="cpu", max_length=32, max_steps=2, packing=False)
 common |= dict(save_strategy="no", progress="off", plot_loss=False, activations="recompute")
 common |= dict(dataset_cache_dir=None, optimizer_threads=1)
-runs = {"sft": {}, "dpo": {}, "other": {"ref_model_name_or_path": model}}
+# The first run imports the libraries.
+runs = {"first": {}, "sft": {}, "dpo": {}, "other": {"ref_model_name_or_path": model}}
 runs["kept"] = runs["other"]
 Pass.over = over
 for name, more in runs.items():
