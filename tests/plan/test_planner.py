@@ -180,6 +180,25 @@ def test_the_plan_of_a_large_model_takes_little_work(monkeypatch: pytest.MonkeyP
     assert 2 <= counts["layers"] <= 12 and 10 <= counts["simulations"] <= 130
 
 
+def test_the_largest_sizes_of_a_long_step_are_found_by_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    from horizon_lm.plan import steps as steps_module
+
+    values = {"max_length": 128, "gradient_accumulation_steps": 256, "rounds": 1, "resident": 0}
+    simulated: list[int] = []
+    run = steps_module.simulate
+
+    def counted(ops: Any, *args: Any, **kwargs: Any) -> Any:
+        simulated.append(1 + max(op.micro_batch for op in ops))
+        return run(ops, *args, **kwargs)
+
+    monkeypatch.setattr(steps_module, "simulate", counted)
+    plan = plan_run(config_of(**values), "rtx3090")
+    assert max(simulated) == 256  # the step itself, at the end
+    simulated.clear()
+    assert plan.largest()["layers"] > 100
+    assert 0 < max(simulated) <= 100
+
+
 def test_what_only_device_memory_has_is_not_chosen_on_a_cpu() -> None:
     on_cpu = {choice.key for choice in plan_of(config_of(max_length=128), "cpu-2core").choices}
     on_gpu = {choice.key for choice in plan_of(config_of(max_length=128), "rtx3090").choices}

@@ -203,9 +203,9 @@ def _used_units(shape: ModelShape) -> frozenset[int]:
 def resident_order(shape: ModelShape) -> list[int]:
     """Return the units in the order in which they become resident: those whose update stands exposed before a
     step (embedding table, head, prologue), then layers from the first one up."""
-    head = shape.num_layers + 1
+    head, used = shape.num_layers + 1, _used_units(shape)
     order = dict.fromkeys([shape.embedding_unit, head, *range(head)])
-    return [unit for unit in order if unit in _used_units(shape)]
+    return [unit for unit in order if unit in used]
 
 
 def resident_units(settings: ModelSettings, shape: ModelShape) -> frozenset[int]:

@@ -73,8 +73,11 @@ class Planner:
         return not fit.shortfalls(config, self.predict(config), self.limits)
 
     def room_bytes(self, config: TrainConfig) -> int:
-        """Bytes left of the memory that has least left; negative if the run does not fit."""
-        return fit.room_bytes(config, self.predict(config), self.limits)
+        """Bytes left of the memory that has least left; negative if the run does not fit. By a short step."""
+        return fit.room_bytes(config, self._quickly(config), self.limits)
+
+    def _quickly(self, config: TrainConfig) -> Prediction:
+        return self.predict(config, search.MOST_VISITS)
 
     def space(self, config: TrainConfig) -> Iterator[TrainConfig]:
         """Enumerate every combination, whether it fits or not."""
@@ -84,13 +87,10 @@ class Planner:
         return Space(config, self.outline, self.profile, self.pinned)
 
     def _search(self, config: TrainConfig) -> Search:
-        def quickly(settings: TrainConfig) -> Prediction:
-            return self.predict(settings, search.MOST_VISITS)
-
         def rest(settings: TrainConfig, found: Prediction) -> dict[str, int]:
             return fit.rest_bytes(settings, found, self.limits)
 
-        machine = search.Machine(quickly, rest, self.costs, self.limits.device)
+        machine = search.Machine(self._quickly, rest, self.costs, self.limits.device)
         return Search(self._space(config), machine)
 
     # The search.
@@ -145,7 +145,7 @@ class Planner:
         for tokens in self.chunks(chosen):
             self.chooses_chunk = True
             other = chosen.replace(loss_chunk_tokens=tokens)
-            if self.fits(other):
+            if self.room_bytes(other) >= 0 and self.fits(other):
                 return other
         return chosen
 

@@ -227,7 +227,7 @@ class Search:
         if not self._fits(candidate):
             return None
         guess = None if self.space.is_cpu else self._guessed_level(candidate, steps)
-        level = _last(lambda n: self._fits(at(n)), self.space.layers * len(steps), guess)
+        level = _last(lambda n: self._room(at(n)), self.space.layers * len(steps), guess)
         return self._found(self._least_spilled(at(level)))
 
     def _with_level(self, candidate: Candidate, level: int, steps: list[Upgrade]) -> Candidate:
@@ -257,15 +257,10 @@ class Search:
         return level
 
     def _least_spilled(self, candidate: Candidate) -> Candidate:
-        low, high = self.space.spilled()[0], candidate.spilled
-        guess: int | None = low
-        while low < high:
-            middle, guess = (low + high) // 2 if guess is None else guess, None
-            if self._fits(replace(candidate, spilled=middle)):
-                high = middle
-            else:
-                low = middle + 1
-        return replace(candidate, spilled=low)
+        most = candidate.spilled
+        fewer = most - self.space.spilled()[0]
+        saved = _last(lambda n: self._room(replace(candidate, spilled=most - n)), fewer, guess=fewer)
+        return replace(candidate, spilled=most - saved)
 
     # The end.
 
@@ -293,8 +288,12 @@ class Search:
         return Found(self._seconds(self.space.make(candidate)), candidate)
 
     def _fits(self, candidate: Candidate) -> bool:
+        return self._room(candidate) >= 0
+
+    def _room(self, candidate: Candidate) -> int:
+        """Bytes left of the memory that has least left; negative if the candidate does not fit."""
         config = self.space.make(candidate)
-        return min(self.machine.rest(config, self.machine.predict(config)).values()) >= 0
+        return min(self.machine.rest(config, self.machine.predict(config)).values())
 
     def _seconds(self, config: TrainConfig) -> float:
         return self.machine.predict(config).seconds
@@ -317,14 +316,20 @@ def _better(found: Found | None, other: Found | None, tie: float) -> Found | Non
     return other if other.seconds < found.seconds * (1 - tie) else found
 
 
-def _last(fits: Callable[[int], bool], most: int, guess: int | None) -> int:
-    """Find the largest number up to `most` that fits, as every smaller one does; 0 is known to."""
-    low, high, step = 0, most, 1
-    while low < high:
-        number = guess if guess is not None and low < guess <= high else (low + high + 1) // 2
-        if fits(number):
-            low, guess = number, None if guess is None else number + step
-        else:
-            high, guess = number - 1, None if guess is None else number - step
-        step *= 4
+def _last(room: Callable[[int], int], most: int, guess: int | None = None) -> int:
+    """Find the largest number up to `most` that fits, as every smaller one does; 0 is known to.
+
+    room: bytes that a number leaves, negative if it does not fit. It falls nearly linearly, so the next
+    number to try is the zero of the line through the last two, and every third time half-way.
+    """
+    low, high, looks = 0, most + 1, 0
+    last, number = (0, room(0)), (most + 1) // 2 if guess is None else guess
+    while high - low > 1:
+        number = min(max(number, low + 1), high - 1)
+        before, last = last, (number, room(number))
+        low, high = (number, high) if last[1] >= 0 else (low, number)
+        looks += 1
+        each = (before[1] - last[1]) / (last[0] - before[0])
+        is_line = each > 0 and looks % 3
+        number = math.floor(last[0] + last[1] / each) if is_line else (low + high) // 2
     return low

@@ -186,12 +186,12 @@ def _with_restores(spec: StepSpec, ops: list[Op]) -> list[Op]:
 
 def _with_pending(spec: StepSpec, ops: list[Op], pending: Collection[int], step: int) -> list[Op]:
     """Insert the previous step's updates before the first use of each unit's weights."""
-    waiting = {op.unit: op for op in build_flush(spec, step, pending)}
+    waiting = {op.unit: op for op in build_flush(spec, step, pending)}  # in the order of updates
     found: list[Op] = []
     for op in ops:
-        if waiting:
-            used = {buffer.index for buffer in op.reads if buffer.region == "weights"}
-            found += [waiting.pop(unit) for unit in _update_order(spec) if unit in used & waiting.keys()]
+        used = {buffer.index for buffer in op.reads if buffer.region == "weights"} if waiting else set()
+        if not used.isdisjoint(waiting):
+            found += [waiting.pop(unit) for unit in list(waiting) if unit in used]
         found.append(op)
     assert not waiting, "every trainable unit's weights are used"
     return found
