@@ -44,6 +44,7 @@ from horizon_lm.engine.step import Step, Update
 from horizon_lm.errors import ConfigError, NonFiniteError, TornStateError
 from horizon_lm.machine.determinism import prepare
 from horizon_lm.machine.device import resolve_device
+from horizon_lm.machine.memory import available_host_bytes
 from horizon_lm.memory.arena import return_free_memory
 from horizon_lm.memory.preflight import check_memory
 from horizon_lm.memory.store import HostStore
@@ -85,9 +86,10 @@ class HostModel:
     As a context manager it frees its memory on exit (`close`).
     """
 
-    def __init__(self, model: nn.Module, settings: ModelSettings, *, has_host_memory: bool = False) -> None:
+    def __init__(self, model: nn.Module, settings: ModelSettings, *, host_memory: int | None = None) -> None:
         """model: a transformers model in host memory. It is consumed: its parameters move into the store, and
-        using the object again raises an error. has_host_memory: that was checked before it was made."""
+        using the object again raises an error. host_memory: bytes that were available before the model was
+        made; by default those that are now."""
         check_model(model)
         self.settings = settings
         self.device = resolve_device(settings.device)
@@ -104,7 +106,7 @@ class HostModel:
         self.optimizer = make_optimizer(self.skeleton, settings, self.device)
         units, spec = self.skeleton.units, store_spec(settings, self.skeleton)
         if spec.resident:
-            check_available(self.device)
+            check_available(self.device, self.optimizer.rule, spec)
         if not settings.skip_memory_check:
             check_memory(
                 units,
@@ -112,7 +114,7 @@ class HostModel:
                 lambda other: store_spec(other, self.skeleton),
                 device=self.device,
                 slots_of=lambda other: slots_of(other, self.skeleton),
-                available={"host": 1 << 62} if has_host_memory else None,
+                available=None if host_memory is None else {"host": host_memory},
             )
         self.store = HostStore(units, spec, pin_for=self.device, device=self.device)
         self.skeleton.place_buffers(self.device)
@@ -180,7 +182,8 @@ class HostModel:
                 hint="pass one or the other",
             )
         values = dict(values)
-        if not settings.skip_memory_check:  # before the source model takes its own share
+        host_memory = available_host_bytes(settings.host_memory_bytes)  # before the model takes its share
+        if not settings.skip_memory_check:
             check_fits_host(values, settings)
         check_kernels(settings, resolve_device(settings.device))
         model = create_model(
@@ -189,7 +192,7 @@ class HostModel:
             seed=settings.seed,
             attn_implementation=settings.attn_implementation,
         )
-        return cls(model, settings, has_host_memory=True)
+        return cls(model, settings, host_memory=host_memory)
 
     def __repr__(self) -> str:
         if isinstance(self.store, Closed):
@@ -476,8 +479,9 @@ class HostModel:
     def named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (Hugging Face name, gradient) of each trainable parameter.
 
-        Gradients are views into the store in its dtype, valid until the next forward_backward. Raises
-        ConfigError if there are none, after an interrupted step, and with eager updates, which keep none.
+        Gradients are views into the store in its dtype, valid until the next forward_backward; those of
+        resident units lie on the device. Raises ConfigError if there are none, after an interrupted step, and
+        with eager updates, which keep none.
         """
         if self.settings.update_mode == "eager":
             raise ConfigError("update: eager keeps no gradients", hint="update='deferred'")

@@ -81,6 +81,25 @@ def test_mlps_in_tiles_are_recomputed_in_tiles() -> None:
         )
 
 
+def test_nothing_is_kept_of_what_is_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile is recomputed by itself, with its products. The control: what is kept of whole MLPs."""
+    finish, kept = selective.Selection.finish, list[int]()
+
+    def finished(self: selective.Selection, output: torch.Tensor) -> None:
+        finish(self, output)
+        kept.append(len([each for each in self._kept if each.output is not None]))
+
+    monkeypatch.setattr(selective.Selection, "finish", finished)
+    data = [zoo.batch("llama", batch_size=2, length=30, seed=1)]
+    found = {}
+    for tokens in (7, None):
+        kept.clear()
+        gradients_of(host("llama", mlp_tile_tokens=tokens, activations="products"), data)
+        found[tokens] = set(kept)
+    projections = {5}  # query, key, value, attention and its projection
+    assert found == {7: projections, None: {7}}  # gate and up
+
+
 @pytest.mark.parametrize("policy", SELECTIVE)
 def test_torchs_own_contexts_give_the_same_gradients(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`create_selective_checkpoint_contexts` with the same ops, as the authority."""

@@ -320,7 +320,7 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch, fake_cuda: list[str]) -> Iter
         monkeypatch.setattr(module, "pin", cuda.register)
     monkeypatch.setattr(twins, "is_on_device", cuda.is_on_device)
     monkeypatch.setattr(kernel, "update_on_device", _update_by_host)
-    monkeypatch.setattr(kernel, "check_available", lambda device: None)
+    monkeypatch.setattr(kernel, "check_available", lambda device, rule, spec: None)
 
     def upload(twin: torch.Tensor, device: torch.device) -> torch.Tensor:
         pinned = twin.clone()

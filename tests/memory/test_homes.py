@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from pathlib import Path
@@ -15,12 +16,15 @@ import zoo
 from emulated_cuda import CUDA, EmulatedCuda
 from emulated_cuda import emulated_cuda as emulated_cuda
 from fake_cuda import fake_cuda as fake_cuda
+from horizon_lm import host_model
 from horizon_lm.checkpoint import units
 from horizon_lm.checkpoint.disk import Disk, HashedFile
 from horizon_lm.config import ModelSettings, TrainConfig
+from horizon_lm.engine import policies
 from horizon_lm.engine.policies import Policies, resident_order, resident_units, store_spec
 from horizon_lm.errors import ConfigError, DoesNotFitError
 from horizon_lm.host_model import HostModel
+from horizon_lm.memory import preflight
 from horizon_lm.memory.layout import UnitLayout, lay_out
 from horizon_lm.memory.preflight import check_memory
 from horizon_lm.memory.slots import WeightSlots, gradient_slot_numels, weight_slot_numels
@@ -117,10 +121,7 @@ def test_every_home_gives_the_same_host_tensors(
 ) -> None:
     plain, placed = filled(StoreSpec(dtype)), filled(StoreSpec(dtype, resident=resident), CUDA)
     for name in plain.names():
-        readers = [HostStore.weight, HostStore.master]
-        if plain.locate(name)[1].trainable:
-            readers.append(HostStore.gradient)
-        for reader in readers:
+        for reader in (HostStore.weight, HostStore.master):
             one, other = reader(plain, name), reader(placed, name)
             assert torch.equal(one, other) and not emulated_cuda.is_on_device(other)
     for unit in range(len(plain.units)):
@@ -152,7 +153,7 @@ def test_unit_files_are_equal_and_read_into_any_home(
         units.as_bytes(units.entries(placed, unit)[0][1])
 
 
-def test_parameters_of_residents_are_copied_one_at_a_time(
+def test_residents_are_copied_piece_by_piece(
     emulated_cuda: EmulatedCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = filled(StoreSpec(BF16, resident=frozenset({0, 1, 2, 3})), CUDA)
@@ -162,16 +163,19 @@ def test_parameters_of_residents_are_copied_one_at_a_time(
     def counted(tensor: torch.Tensor) -> memoryview:
         assert not [held for held in copies if held() is not None]
         copies.append(weakref.ref(tensor.untyped_storage()))
+        assert tensor.untyped_storage().nbytes() <= 300
         return real(tensor)
 
     monkeypatch.setattr(units, "as_bytes", counted)
+    monkeypatch.setattr(units, "PIECE_BYTES", 300)
     written(store, tmp_path / "files")
-    count = sum(len(units.entries(store, unit)) for unit in range(len(store.units)))
-    assert len(copies) == count
+    entries = [t for unit in range(len(store.units)) for _, t in units.entries(store, unit)]
+    count = sum(max(1, math.ceil(t.nbytes / 300)) for t in entries)
+    assert len(copies) == count > 2 * len(entries)
     read(store, tmp_path / "files")
     assert len(copies) == 2 * count
     # Negative control: two that are held at once are found.
-    held = [tensor.cpu() for _, tensor in units.entries(store, 0)[:2]]
+    held = [tensor.cpu() for _, tensor in units.entries(store, 2)[:2]]
     counted(held[0])
     with pytest.raises(AssertionError):
         counted(held[1])
@@ -216,6 +220,21 @@ def test_a_model_is_read_and_exported_the_same_from_every_home(
         assert left == right
         assert load_file(tmp_path / dtype / "placed" / "model.safetensors")
     assert not emulated_cuda.mixed
+
+
+def test_edited_gradients_count_wherever_a_unit_lives(emulated_cuda: EmulatedCuda) -> None:
+    for resident in (0, 2, 4):
+        source = zoo._from_config(zoo.CASES["llama"].config(), FP32, seed=0, attn="sdpa")
+        model = HostModel.from_pretrained(source, device="cuda", lanes="inline", resident=resident)
+        before = dict(model.named_parameters())
+        model.forward_backward([zoo.batch("llama", length=8)])
+        for _, gradient in model.named_gradients():
+            gradient.zero_()
+        model.step(lr=1e-2, weight_decay=0.0)
+        assert all(torch.equal(before[name], value) for name, value in model.named_parameters())
+    # Negative control: gradients as they are.
+    model.train_step([zoo.batch("llama", length=8)], lr=1e-2)
+    assert not any(torch.equal(before[name], value) for name, value in model.named_parameters())
 
 
 def test_generation_copies_no_resident_unit(emulated_cuda: EmulatedCuda) -> None:
@@ -366,6 +385,40 @@ def test_pooled_memory_holds_what_neither_home_would() -> None:
     with pytest.raises(DoesNotFitError) as caught:
         check((27, 29), resident=2)
     assert caught.value.hint is not None and "fits" not in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("device", "settings", "is_refused"),
+    [
+        ("cuda", {"resident": 1}, True),  # host and device together would hold it
+        ("cuda", {"resident": 4}, False),
+        ("cpu", {"rounds": 2, "round_sums": "host"}, True),  # sums are not known until layers are
+        ("cpu", {"rounds": 2, "round_sums": "device"}, False),
+    ],
+)
+def test_a_model_made_by_its_configuration_needs_room_for_all_of_it(
+    device: str,
+    settings: dict[str, Any],
+    is_refused: bool,
+    emulated_cuda: EmulatedCuda,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = zoo.CASES["llama"].config()
+    plain = HostModel.from_config(config, device="cpu", skip_memory_check=True)
+    host = sum(plain.store.num_bytes.values())
+    host = int(host * (0.5 if device == "cuda" else 1.05))
+    for module in (preflight, policies, host_model):
+        monkeypatch.setattr(module, "available_host_bytes", lambda stated=None: host)
+    monkeypatch.setattr(policies, "free_memory_bytes", lambda device: 1 << 30)
+
+    def make() -> HostModel:
+        return HostModel.from_config(config, device=device, reserve_host_gb=0.0, **settings)
+
+    if not is_refused:
+        assert sum(make().store.num_bytes.values()) <= host
+        return
+    with pytest.raises(DoesNotFitError, match="of host memory"):
+        make()
 
 
 def test_on_the_cpu_both_homes_are_host_memory() -> None:

@@ -239,6 +239,20 @@ def test_blocks_are_exact_and_best_fit_is_chosen(pinning: Runtime) -> None:
     assert len(pinning.registered) == 3
 
 
+@pytest.mark.parametrize("recycled", [True, False])
+def test_recycled_blocks_are_freed_no_sooner_than_they_are_given_back(
+    recycled: bool, pinning: Runtime
+) -> None:
+    """A copy may still read the block that a larger one replaces. The control: blocks that are given back."""
+    pool = PinnedPool(CUDA)
+    pool.reserve(torch.Size([1000]), torch.uint8)
+    (pool.recycle if recycled else pool.give_back)()
+    pool.reserve(torch.Size([2000]), torch.uint8)
+    assert len(pinning.registered) == (2 if recycled else 1)
+    assert pool.num_bytes == (3000 if recycled else 2000)
+    assert bytes_of(pool) == [2000] and len(pinning.registered) == 1
+
+
 def test_taken_tensors_are_copies_of_their_own(pinning: Runtime) -> None:
     pool = PinnedPool(CUDA)
     rows = torch.arange(12).view(3, 4)
@@ -368,6 +382,26 @@ def test_gradients_are_those_of_unpinned_steps(policy: dict[str, Any], pinned_mo
             each.step(lr=1e-3)
     both = zip(model.named_parameters(), plain.named_parameters(), strict=True)
     assert all(torch.equal(one, two) for (_, one), (_, two) in both)
+
+
+@pytest.mark.parametrize("recycle", [PinnedPool.recycle, PinnedPool.give_back])
+def test_no_block_is_freed_between_rounds(
+    recycle: Any, pinned_model: Any, pinning: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The later round has longer inputs. The control: blocks that are given back between rounds."""
+    model = pinned_model(boundaries="host", rounds=2)
+    monkeypatch.setattr(PinnedPool, "recycle", recycle)
+    honest, counts = PinnedPool.reserve, list[int]()
+
+    def reserve(pool: PinnedPool, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        found = honest(pool, shape, dtype)
+        counts.append(len(pinning.registered))
+        return found
+
+    monkeypatch.setattr(PinnedPool, "reserve", reserve)
+    model.forward_backward(batches_of(4, 4, 8, 8))
+    registered = counts[-1]
+    assert (registered == len(pinning.pins)) == (recycle is not PinnedPool.give_back)
 
 
 def test_blocks_given_back_too_early_would_be_seen(

@@ -10,18 +10,21 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 import horizon_lm as hz
 import interpreted
+import zoo
 from emulated_cuda import emulated_cuda as emulated_cuda
 from fake_cuda import fake_cuda as fake_cuda
 from horizon_lm.errors import ConfigError
 from horizon_lm.memory.layout import ALIGN_ELEMENTS
 from horizon_lm.memory.master import split_master
-from horizon_lm.optim import kernel, reference
+from horizon_lm.memory.store import StoreSpec
+from horizon_lm.optim import kernel, optimizer, reference
 from horizon_lm.optim.optimizer import Group, Optimizer, Segment, UpdateSettings
 from horizon_lm.optim.progress import Progress
 from horizon_lm.optim.rules import RULES, Hyper, Numbers, Tensors
@@ -324,18 +327,47 @@ def test_on_an_emulated_device_the_host_kernel_stands_in(fake_cuda, emulated_cud
 
 def test_without_triton_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda", 0)
-    kernel.check_available(torch.device("cpu"))
+    kernel.check_available(torch.device("cpu"), "adamw", StoreSpec(BF16))
     monkeypatch.setattr(kernel.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="triton package") as caught:
-        kernel.check_available(cuda)
+        kernel.check_available(cuda, "adamw", StoreSpec(BF16))
     assert "resident=0" in str(caught.value.hint)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_a_device_that_cannot_be_updated_is_refused_at_the_start() -> None:
     with pytest.raises(ConfigError, match="units cannot live on cuda:0: the update fails there") as caught:
-        kernel.check_available(torch.device("cuda", 0))
+        kernel.check_available(torch.device("cuda", 0), "adamw", StoreSpec(BF16))
     assert "resident=0" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("settings", [{}, {"update": "eager", "max_grad_norm": None}], ids=["", "eager"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("moments", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_variants_that_are_tried_are_those_that_run(
+    dtype: str, moments: str, rule: str, settings: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one micro-batch a gradient has the store's dtype; with several it is summed in fp32."""
+    model = hz.HostModel.from_pretrained(
+        zoo.build("llama"), "cpu", dtype, moment_dtype=moments, optim=rule, resident=4, **settings
+    )
+    ran: set[tuple] = set()
+    update = optimizer.update_run
+
+    def kinds(tensors: Tensors) -> tuple:
+        return tuple(None if t is None else t.dtype for t in vars(tensors).values())
+
+    def recorded(tensors: Tensors, *args: Any, **kwargs: Any) -> None:
+        ran.add(kinds(tensors))
+        update(tensors, *args, **kwargs)
+
+    monkeypatch.setattr(optimizer, "update_run", recorded)
+    for count in (1, 2):
+        model.train_step([zoo.batch("llama", length=8, seed=m) for m in range(count)], lr=1e-3)
+        model.flush()
+    tried = {kinds(t) for t in kernel._variants(model.store.spec, torch.device("cpu"))}
+    assert ran == tried
 
 
 def test_importing_the_package_imports_no_triton() -> None:

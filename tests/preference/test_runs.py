@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+import horizon_lm as hz
 import preference_runs
+import zoo
 from horizon_lm.checkpoint.folder import open_checkpoint
 from horizon_lm.checkpoint.reader import read_small
+from horizon_lm.config import TrainConfig
 from horizon_lm.errors import CheckpointError, ConfigError
 from horizon_lm.preference import kept, reference
 from horizon_lm.preference.reference import Reference
@@ -145,6 +149,31 @@ def test_a_changed_reference_is_computed_anew(key: str, data: dict[str, Path], t
     more = {"resume_from_checkpoint": "latest", "allow_changed_settings": True}
     made = values("run", max_steps=3, **{key: value}, **more)
     assert made.equal(wanted) and not made.equal(before)
+
+
+def test_a_reference_may_have_fewer_layers(tmp_path: Path) -> None:
+    """Settings of the model to train name layers and units that it does not have. The control: they count."""
+    model = zoo.build("llama")
+    model.save_pretrained(tmp_path)
+    per_layer = {"activations": ["keep*6"], "boundaries": ["host*6"], "resident": ["head", "layer 5"]}
+    config = TrainConfig(
+        model_name_or_path="m",
+        ref_model_name_or_path=str(tmp_path),
+        method="dpo",
+        datasets=["pairs.jsonl"],
+        device="cpu",
+        skip_memory_check=True,
+        **per_layer,  # type: ignore[arg-type]
+    )
+    rows: Any = SimpleNamespace(store=SimpleNamespace(ids=torch.zeros(3, dtype=torch.long)))
+    assert (
+        preferences.reference_model(config, 10, rows).skeleton.num_layers
+        == model.config.num_hidden_layers
+        < 5
+    )
+    for key, value in per_layer.items():
+        with pytest.raises(ConfigError):
+            hz.HostModel.from_pretrained(tmp_path, device="cpu", skip_memory_check=True, **{key: value})
 
 
 # The cache.

@@ -15,7 +15,7 @@ from epoch_runs import header_of, run_of
 from epoch_runs import text as text
 from horizon_lm import cli
 from horizon_lm.config import TrainConfig
-from horizon_lm.errors import DoesNotFitError, StoppedError
+from horizon_lm.errors import ConfigError, DoesNotFitError, StoppedError
 from horizon_lm.plan.space import Space
 from horizon_lm.plan.step_size import CUT
 from horizon_lm.report.metrics import read_steps
@@ -84,6 +84,17 @@ def test_a_cut_that_the_planner_made_stays_when_a_run_goes_on(
         train(by_tokens(text, other))  # the control: a new run is cut otherwise there, and has other bits
     assert cut_of(other / "checkpoint-6") == (1, 4)
     assert tensors_of(other / "checkpoint-6") != tensors_of(by_planner / "checkpoint-6")
+
+
+def test_rounds_of_a_step_by_tokens(text: Path, tmp_path: Path) -> None:
+    train(by_tokens(text, tmp_path / "rounds", rounds=2, max_steps=2))
+    batch, count = cut_of(tmp_path / "rounds" / "checkpoint-2")
+    assert count % 2 == 0
+    cut = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": count}
+    train(by_tokens(text, tmp_path / "one", **cut, max_steps=2))
+    assert losses_of(tmp_path / "rounds") == losses_of(tmp_path / "one")
+    with pytest.raises(ConfigError, match="rounds=3"):
+        train(by_tokens(text, tmp_path / "three", rounds=3))
 
 
 def test_another_cut_is_a_change_of_results(

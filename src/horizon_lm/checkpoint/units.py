@@ -114,11 +114,15 @@ def write(file: HashedFile, rows: list[Entry], is_wanted: Callable[[], bool]) ->
 
 
 def _write_tensor(file: HashedFile, tensor: torch.Tensor, is_wanted: Callable[[], bool]) -> None:
-    data = as_bytes(tensor.cpu())
-    for start in range(0, len(data), PIECE_BYTES):
+    for piece in _pieces(tensor):
         if not is_wanted():
             return
-        file.write(data[start : start + PIECE_BYTES])
+        file.write(as_bytes(piece.cpu()))
+
+
+def _pieces(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Views of a contiguous tensor's bytes, `PIECE_BYTES` at most: host memory has room for one of them."""
+    return tensor.reshape(-1).view(torch.uint8).split(PIECE_BYTES)
 
 
 def read(file: int, rows: list[Entry], name: str) -> str:
@@ -142,13 +146,15 @@ def read(file: int, rows: list[Entry], name: str) -> str:
 
 def _read_tensor(file: int, tensor: torch.Tensor, digest: xxhash.xxh3_128) -> bool:
     """Fill a tensor; return whether the file was long enough."""
-    with in_host_memory(tensor) as target:
+    return all(_read_piece(file, piece, digest) for piece in _pieces(tensor))
+
+
+def _read_piece(file: int, piece: torch.Tensor, digest: xxhash.xxh3_128) -> bool:
+    with in_host_memory(piece) as target:
         data = as_bytes(target)
-        for start in range(0, len(data), PIECE_BYTES):
-            piece = data[start : start + PIECE_BYTES]
-            if len(_read_exactly(file, piece)) < len(piece):
-                return False
-            digest.update(piece)
+        if len(_read_exactly(file, data)) < len(data):
+            return False
+        digest.update(data)
     return True
 
 

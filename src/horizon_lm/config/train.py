@@ -346,9 +346,7 @@ class TrainConfig(PreferenceSettings, DataSettings, CheckpointSettings, ModelSet
 
     def _round_faults(self) -> Iterator[PydanticCustomError]:
         rounds, steps = self.rounds, self.gradient_accumulation_steps
-        left_to_planner = self.tokens_per_step is not None
-        left_to_planner = left_to_planner and "gradient_accumulation_steps" not in self.model_fields_set
-        if rounds == "auto" or left_to_planner:
+        if rounds == "auto" or self.tokens_per_step is not None:  # of which the planner makes micro-batches
             return
         if steps % rounds:
             yield fault(

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import _StopRecomputationError
 
 from horizon_lm.errors import UnsupportedModelError
+from horizon_lm.model.tiling import in_tile
 from horizon_lm.schedule.step_spec import PRODUCTS
 
 # Matrix products as the dispatcher sees them: linear, matmul and einsum arrive as these. Convolutions are not
@@ -99,7 +100,7 @@ class Selection:
     """The outputs that one layer keeps from a forward pass to its recomputation.
 
     policy: `attention` or `products`. name: the layer's, for errors. Kept outputs never alias weights, nor
-    the layer's input or output.
+    the layer's input or output. Nothing is kept of an MLP in tiles, each of which is recomputed by itself.
     """
 
     def __init__(self, policy: str, name: str) -> None:
@@ -133,7 +134,7 @@ class Selection:
         rule = _rule(self._policy, func)
         if rule.written:
             self.forget(_tensors([_argument(place, args, kwargs) for place in rule.written]))
-        if not rule.keeps:
+        if not rule.keeps or in_tile():
             return func(*args, **kwargs)
         given = _tensors((args, kwargs))
         state = _random_state(rule, given)
@@ -147,7 +148,7 @@ class Selection:
     def run_again(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run an op of the recomputation, or return what it returned."""
         rule = _rule(self._policy, func)
-        if not rule.keeps or not self._kept:
+        if not rule.keeps or in_tile() or not self._kept:
             return func(*args, **kwargs)
         kept = self._kept.popleft()
         if kept.func is not func or kept.given != tuple(t.shape for t in _tensors((args, kwargs))):

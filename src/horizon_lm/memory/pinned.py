@@ -17,7 +17,8 @@ _here = threading.local()  # pool: in use in this thread
 
 
 class PinnedPool:
-    """Blocks that are reserved during a step and returned together before the next one begins.
+    """Blocks that are reserved during a step and returned together before the next one begins, or recycled
+    within it.
 
     A request gets the smallest free block that is large enough. If there is none, a block of exactly the
     requested size replaces the largest free block, or is added if no block is free. So the pool never has
@@ -31,11 +32,13 @@ class PinnedPool:
         self._device = device
         self._free: list[torch.Tensor] = []  # uint8, the smallest first
         self._reserved: list[torch.Tensor] = []
+        self._replaced: list[torch.Tensor] = []  # which a copy may still be reading
+        self._is_recycled = False
         self._lock = threading.Lock()  # lanes reserve from threads of their own
 
     @property
     def num_bytes(self) -> int:
-        return sum(block.nbytes for block in (*self._free, *self._reserved))
+        return sum(block.nbytes for block in (*self._free, *self._reserved, *self._replaced))
 
     def take(self, tensor: torch.Tensor, most: int = 0) -> torch.Tensor:
         """Return a pinned copy of a host tensor, valid until `give_back`; without CUDA, the tensor itself.
@@ -58,6 +61,8 @@ class PinnedPool:
             if place is not None:
                 block = self._free.pop(place)
             else:
+                if self._is_recycled:
+                    self._replaced += self._free[-1:]
                 self._free[-1:] = []  # released first: both might not fit
                 block = arena.allocate(num_bytes, pin_for=self._device)
             self._reserved.append(block)
@@ -75,7 +80,18 @@ class PinnedPool:
     def give_back(self) -> None:
         """Take back all blocks. Call it only while no copy from or to them is in flight."""
         with self._lock:
-            self._free, self._reserved = sorted([*self._free, *self._reserved], key=lambda b: b.nbytes), []
+            self._collect()
+            self._replaced, self._is_recycled = [], False
+
+    def recycle(self) -> None:
+        """Take back all blocks while copies from them are in flight that later writers wait for on the
+        device. Until `give_back` the blocks are reused, but none is freed."""
+        with self._lock:
+            self._collect()
+            self._is_recycled = True
+
+    def _collect(self) -> None:
+        self._free, self._reserved = sorted([*self._free, *self._reserved], key=lambda b: b.nbytes), []
 
 
 def pinned(tensor: torch.Tensor, most: int = 0) -> torch.Tensor:

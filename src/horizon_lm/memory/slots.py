@@ -171,7 +171,7 @@ class BoundarySlots:
         """Reclaim the host buffers of the round before. The first spill of a round waits for a layer that
         runs after all backward passes of the round before, and so after its restores."""
         if number != self._round:
-            self._pool.give_back()
+            self._pool.recycle()
             self._round = number
 
     def spill(self, unit: int, micro_batch: int, value: torch.Tensor) -> torch.Tensor:

@@ -272,10 +272,9 @@ class HostStore:
         return self.units[unit].view(self.run("weights", unit), parameter)
 
     def gradient(self, name: str, slab: int = -1) -> torch.Tensor:
-        """A trainable parameter's gradient in host memory, shaped as in the model: a view, or a new copy of
-        a resident unit's."""
+        """View of a trainable parameter's gradient, shaped as in the model, wherever it lies."""
         unit, parameter = self._place[name]
-        return self.units[unit].trainable_view(self.gradient_run(unit, slab), parameter).cpu()
+        return self.units[unit].trainable_view(self.gradient_run(unit, slab), parameter)
 
     def wide_residual(self, unit: int) -> torch.Tensor:
         """Residuals of the unit's wide parameters [wide_numel], wherever they lie; empty in an fp32 store."""

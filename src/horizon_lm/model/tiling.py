@@ -7,12 +7,17 @@ arXiv:2506.13996).
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+_here = threading.local()  # in_tile: set while a tile is computed
 
 NAMES = ("mlp", "feed_forward", "ffn", "ff")
 
@@ -55,4 +60,19 @@ def _in_tiles(whole: Any, tile_tokens: int, hidden: torch.Tensor) -> torch.Tenso
     if not torch.is_grad_enabled():
         return torch.cat([whole(tile) for tile in tiles], dim=1)
     run = partial(checkpoint, whole, use_reentrant=False)
-    return torch.cat([run(tile) for tile in tiles], dim=1)
+    with _computing_tiles():
+        return torch.cat([run(tile) for tile in tiles], dim=1)
+
+
+@contextmanager
+def _computing_tiles() -> Iterator[None]:
+    _here.in_tile = True
+    try:
+        yield
+    finally:
+        _here.in_tile = False
+
+
+def in_tile() -> bool:
+    """Whether the calling thread computes a tile, which is recomputed in the backward pass anyway."""
+    return getattr(_here, "in_tile", False)

@@ -14,6 +14,7 @@ import importlib.util
 import logging
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -22,6 +23,8 @@ import torch
 
 from horizon_lm.errors import ConfigError
 from horizon_lm.machine.cores import usable_cores
+from horizon_lm.memory.layout import ALIGN_ELEMENTS
+from horizon_lm.memory.store import StoreSpec
 from horizon_lm.optim import reference
 from horizon_lm.optim.progress import Progress
 from horizon_lm.optim.rules import RULES, Hyper, Numbers, Tensors, check_update, coefficients
@@ -203,11 +206,11 @@ def longest_piece(device: torch.device) -> int | None:
     return None if device.type == "cuda" or library() is not None else _REFERENCE_PIECE
 
 
-def check_available(device: torch.device) -> None:
-    """Raise ConfigError unless units on this device can be updated there.
+def check_available(device: torch.device, rule: str, spec: StoreSpec) -> None:
+    """Raise ConfigError unless units of a store can be updated on this device.
 
-    On CUDA the kernel is tried on a few elements. Triton compiles it on the first use, with a C compiler for
-    what launches it, and keeps it on the disk.
+    On CUDA the variants of the kernel that the store needs are tried on a few elements. Triton compiles them
+    on the first use, with a C compiler for what launches them, and keeps them on the disk.
     """
     if device.type != "cuda":
         return
@@ -217,16 +220,29 @@ def check_available(device: torch.device) -> None:
             f"units cannot live on {device}: the triton package, which updates them there, is not installed",
             hint=f"pip install triton (torch for CUDA brings it along), or {way_out}",
         )
-    half, full = torch.bfloat16, torch.float32
     try:
-        few = (torch.zeros(16, dtype=dtype, device=device) for dtype in (half, torch.int16, half, full, full))
-        update_on_device(Tensors(*few), Numbers("adamw", Hyper(0.0), step=1))
+        for tensors in _variants(spec, device):
+            update_on_device(tensors, Numbers(rule, Hyper(0.0), step=1))
         torch.cuda.synchronize(device)
     except Exception as error:  # of imports, compilers, the driver
         raise ConfigError(
             f"units cannot live on {device}: the update fails there ({type(error).__name__}: {error})",
             hint="give triton a C compiler (gcc) and a folder to write to (TRITON_CACHE_DIR), or " + way_out,
         ) from error
+
+
+def _variants(spec: StoreSpec, device: torch.device) -> Iterator[Tensors]:
+    """A few elements as units of a store have them: aligned, and as many as their runs are multiples of."""
+
+    def few(dtype: torch.dtype, needed: bool = True) -> torch.Tensor | None:
+        return torch.zeros(ALIGN_ELEMENTS, dtype=dtype, device=device) if needed else None
+
+    # Eager updates read gradients where they accumulated, which is in fp32 unless they were written once.
+    for dtype in {spec.dtype, torch.float32} if spec.slabs else {spec.dtype}:
+        weights, grads, exp_avg = few(spec.dtype), few(dtype), few(spec.moment_dtype)
+        assert weights is not None and grads is not None and exp_avg is not None
+        residual = few(torch.int16, needed=spec.dtype == torch.bfloat16)
+        yield Tensors(weights, residual, grads, exp_avg, few(spec.moment_dtype, spec.second_moment))
 
 
 def _build() -> int:

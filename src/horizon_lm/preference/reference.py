@@ -18,7 +18,7 @@ import torch
 import xxhash
 from safetensors.torch import load, save
 
-from horizon_lm.config import TrainConfig
+from horizon_lm.config import ModelSettings, TrainConfig
 from horizon_lm.data.collate import collate
 from horizon_lm.data.rows import Rows
 from horizon_lm.host_model import HostModel
@@ -33,6 +33,12 @@ TOGETHER = 16  # micro-batches per visit of a layer, as in evaluation
 _SECONDS = 30.0  # between two lines about a long pass
 
 Say = Callable[[str], None]
+
+
+def reference_settings(settings: ModelSettings) -> ModelSettings:
+    """Settings of a model that is not trained and may have other layers, beside one that is."""
+    of_layers = {"activations": "recompute", "boundaries": "device", "resident": 0, "rounds": 1}
+    return settings.replace(freeze=[], lr_factors={}, model_revision=None, **of_layers)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from horizon_lm.config.data import IGNORED
 from horizon_lm.errors import ConfigError
 from horizon_lm.host_model import HostModel
 from horizon_lm.model.loading import load_model_of
+from horizon_lm.preference.reference import reference_settings
 from horizon_lm.trainers.base import HorizonMixin, Inputs
 from horizon_lm.trainers.generation import describe_weights, named_weights, resident
 from horizon_lm.trainers.view import evaluate, view_of
@@ -168,11 +169,11 @@ def _refuse(trainer: str, args: Any, ref_model: Any) -> None:
 def reference_of(source: Any, host: HostModel) -> HostModel:
     """Return `source`, or load it as a HostModel with frozen weights: no gradients and no optimizer state.
 
-    Settings are those of `host`.
+    Settings are those of `host`, except for what names layers.
     """
     if isinstance(source, HostModel):
         return source
-    settings = host.settings.replace(freeze=[], model_revision=None)
+    settings = reference_settings(host.settings)
     model = load_model_of(source, settings)
     return HostModel(model.requires_grad_(False), settings)
 

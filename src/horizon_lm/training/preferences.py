@@ -25,7 +25,7 @@ from horizon_lm.host_model import HostModel
 from horizon_lm.micro_batches import MicroBatch
 from horizon_lm.model.loading import grow_vocabulary, load_model_of
 from horizon_lm.preference.method import KL, Method, added, means
-from horizon_lm.preference.reference import Pass, Reference, Say
+from horizon_lm.preference.reference import Pass, Reference, Say, reference_settings
 from horizon_lm.report.display import Progress
 from horizon_lm.report.records import Evaluation
 from horizon_lm.training.resume import Resume, changed_settings
@@ -184,8 +184,7 @@ def reference_model(config: TrainConfig, num_tokens: int, rows: Rows) -> HostMod
     """
     name = config.ref_model_name_or_path
     assert name is not None
-    of_layers = {"activations": "recompute", "boundaries": "device"}  # its number of layers may be another
-    settings = model_settings_of(config).replace(freeze=[], lr_factors={}, model_revision=None, **of_layers)
+    settings = reference_settings(model_settings_of(config))
     loaded = load_model_of(name, settings)
     if config.new_tokens:
         grow_vocabulary(loaded, num_tokens, config.seed)
