@@ -113,6 +113,11 @@ class Planner:
         least = self.chunks(smallest)[-1:]
         return smallest.replace(loss_chunk_tokens=least[0]) if least else smallest
 
+    def with_more(self, config: TrainConfig, chosen: TrainConfig) -> tuple[str, TrainConfig] | None:
+        """(policy, `chosen` with one more layer under it), of what `config` leaves open; None if no further
+        layer would gain by another policy."""
+        return self._search(config).with_more(chosen)
+
     def _pooling(self, config: TrainConfig) -> Predictor:
         """Predictions for which the number of residents, if it is open in `config`, is chosen anew."""
 

@@ -8,6 +8,7 @@ from horizon_lm.machine.cores import lane_cores
 from horizon_lm.machine.profile import Profile
 from horizon_lm.plan import fit
 from horizon_lm.plan.choose import Choice, Planner
+from horizon_lm.schedule.step_spec import KEEP
 from horizon_lm.words import count, size
 
 # On a CPU layers are computed in place: there is nothing to choose.
@@ -102,21 +103,15 @@ def _cut_reason(config: TrainConfig, planner: Planner) -> str:
 
 def _activation_reason(config: TrainConfig, chosen: TrainConfig, planner: Planner) -> str:
     layers = planner.outline.num_layers
-    kept = _count(chosen.activations, "keep", layers)
-    if kept == layers:
+    if _count(chosen.activations, KEEP, layers) == layers:
         return "all layers fit"
-    more = planner.predict(
-        chosen.replace(
-            activations=[f"recompute*{layers - kept - 1}", f"keep*{kept + 1}"]
-            if kept + 1 < layers
-            else "keep"
-        )
-    )
-    short = fit.shortfalls(chosen, more, planner.limits)
-    if short:
-        missing = f"{size(short[0].bytes)} of {short[0].memory} memory"
-        return f"keeping {kept + 1} layers would need {missing} more than is available"
-    return "keeping more would not shorten the step"
+    more = planner.with_more(config, chosen)
+    short = fit.shortfalls(chosen, planner.predict(more[1]), planner.limits) if more is not None else []
+    if more is None or not short:
+        return "keeping more would not shorten the step"
+    policy, number = more[0], _count(more[1].activations, more[0], layers)
+    what = f"keeping {count(number, 'layer')}" if policy == KEEP else f"{policy} in {count(number, 'layer')}"
+    return f"{what} would need {size(short[0].bytes)} of {short[0].memory} memory more than is available"
 
 
 def _chunk_reason(chosen: TrainConfig, planner: Planner) -> str:

@@ -8,23 +8,24 @@ goes to the policies of layers, the most seconds per byte first. The best candid
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, overload
 
 from horizon_lm.config import TrainConfig
+from horizon_lm.config.memory import ACTIVATIONS, per_layer
 from horizon_lm.engine.policies import resident_order
 from horizon_lm.plan.bounds import Bounds, Upgrade, unit_bytes, upgrades
 from horizon_lm.plan.costs import Costs
 from horizon_lm.plan.predict import Prediction
-from horizon_lm.plan.space import Candidate, Cut, Space
-from horizon_lm.schedule.step_spec import KEEP
+from horizon_lm.plan.space import Candidate, Cut, Space, listed
+from horizon_lm.schedule.step_spec import ATTENTION, KEEP, PRODUCTS, RECOMPUTE
 
 # A gain below this is not measurable: the choice that needs less memory or is simpler stays.
 TIE = 0.002
 MOST_VISITS = 300  # of a simulation during the search; a longer step is shortened (`plan.steps`)
-_MOST_SHORTENED = 10_000  # of the steps that are shortened; finer cuts are not searched
 _MOST_CUTS = 6  # that are searched; of a CPU as of a GPU
 _EQUAL = 0.01  # bounds this close are equal, and the simpler cut comes first
 
@@ -71,8 +72,7 @@ class Search:
     def least(self) -> Candidate:
         """The candidate that needs least memory, as far as host and device can share it."""
         space = self.space
-        cuts = [cut for cut in space.cuts() if self._is_quick(cut)] or space.cuts()[:1]
-        cut = min(cuts, key=lambda cut: (cut.batch, cut.rounds > 1, cut.sums == "device"))
+        cut = min(space.cuts(), key=lambda cut: (cut.batch, cut.rounds > 1, cut.sums == "device"))
         candidate = Candidate(cut, space.updates()[0], space.slots()[0], spilled=space.spilled()[-1])
         return self.pooled(candidate)
 
@@ -83,18 +83,10 @@ class Search:
 
     # Cuts.
 
-    def _is_quick(self, cut: Cut) -> bool:
-        """Whether a simulation of the cut is exact enough: rounds repeat, and of a round few
-        micro-batches."""
-        rounds = min(cut.rounds, 3)
-        return cut.round_size * rounds * self.space.layers <= _MOST_SHORTENED
-
     def _cuts(self, update: str, slots: int) -> Iterable[tuple[float, int, Cut]]:
         """(lower bound of the seconds, residents of that bound, cut), the most promising first."""
-        cuts = self.space.cuts()
-        quick = [cut for cut in cuts if self._is_quick(cut)] or cuts[:1]
         rows = []
-        for cut in quick:
+        for cut in self.space.cuts():
             if self.space.is_cpu:
                 made = self.space.make(Candidate(cut, update, slots, 0))
                 rows.append((self._seconds(made), 0, cut))
@@ -261,6 +253,20 @@ class Search:
         fewer = most - self.space.spilled()[0]
         saved = _last(lambda n: self._room(replace(candidate, spilled=most - n)), fewer, guess=fewer)
         return replace(candidate, spilled=most - saved)
+
+    def with_more(self, chosen: TrainConfig) -> tuple[str, TrainConfig] | None:
+        """(policy, the choice with one more layer under it): the upgrade that comes next, if there is one."""
+        cut = Cut(chosen.per_device_train_batch_size, chosen.gradient_accumulation_steps)
+        steps = self._upgrades(Candidate(cut, chosen.update, chosen.slots))
+        words, layers = (RECOMPUTE, ATTENTION, PRODUCTS, KEEP), self.space.layers
+        found = per_layer(chosen.activations, ACTIVATIONS) or [str(chosen.activations)] * layers
+        counts = Counter(found)
+        for number, step in enumerate(steps):
+            if sum(counts[later.policy] for later in steps[number:]) < layers:
+                counts.update({step.lesser or RECOMPUTE: -1, step.policy: 1})
+                made = listed(words, tuple(counts[word] for word in words))
+                return step.policy, chosen.replace(activations=made)
+        return None
 
     # The end.
 

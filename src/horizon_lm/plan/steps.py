@@ -106,4 +106,4 @@ def schedule_of(plan: StepSpec) -> tuple[Sequence[Op], Sequence[tuple[int, ...]]
 def ops_of(plan: StepSpec) -> Sequence[Op]:
     """The ops of `schedule_of` alone."""
     pends = plan.update == "deferred" and not plan.evaluate
-    return build(plan, step=1, pending=plan.trainable if pends else ())
+    return build(plan, step=0, pending=plan.trainable if pends else ())

@@ -7,9 +7,12 @@ from dataclasses import replace
 from horizon_lm.schedule.ops import Buffer, Op
 from horizon_lm.schedule.step_spec import KEEP, StepSpec
 
+_NOTHING = frozenset({None})
+
 
 def _set(*buffers: Buffer | None) -> frozenset[Buffer]:
-    return frozenset(b for b in buffers if b is not None)
+    found = frozenset(buffers)
+    return found - _NOTHING if None in found else found  # type: ignore[return-value]
 
 
 def _slot(slot: int) -> Buffer | None:

@@ -58,21 +58,20 @@ def conflicting_before(ops: Sequence[Op]) -> list[set[int]]:
     """For each op, the earlier ops it conflicts with directly: the last writer of what it reads or writes,
     and the readers since then of what it writes."""
     writer: dict[Buffer, int] = {}
-    readers: dict[Buffer, set[int]] = defaultdict(set)
+    readers: dict[Buffer, list[int]] = defaultdict(list)
     found: list[set[int]] = []
     for i, op in enumerate(ops):
-        mine: set[int] = set()
-        for buffer in op.reads | op.writes:
+        mine = {writer[buffer] for buffer in op.reads if buffer in writer}
+        for buffer in op.writes:
             if buffer in writer:
                 mine.add(writer[buffer])
-        for buffer in op.writes:
-            mine |= readers[buffer]
-        found.append(mine - {i})
+            mine.update(readers[buffer])
+        found.append(mine)
         for buffer in op.reads:
-            readers[buffer].add(i)
+            readers[buffer].append(i)
         for buffer in op.writes:
             writer[buffer] = i
-            readers[buffer] = set()
+            readers[buffer] = []
     return found
 
 
