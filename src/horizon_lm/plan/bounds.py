@@ -7,7 +7,7 @@ cuts in the order of their bounds, and leaves out those whose bound exceeds the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -80,17 +80,16 @@ class Bounds:
     can_spill: bool
     device: int | None
 
-    def best(self) -> tuple[float, int]:
-        """(seconds, number of residents) of the least bound."""
-        return min(self._every(), key=lambda found: found[0])
-
-    def _every(self) -> Iterator[tuple[float, int]]:
+    def by_residents(self) -> dict[int, float]:
+        """Seconds by the number of residents, up to the most that may fit."""
+        found: dict[int, float] = {}
         for asked in self.residents:
             number = len(self.costs.plan.resident) if asked is None else asked
             left = self._device_left(number)
             if left < 0 and asked:
                 break
-            yield self._seconds(number, max(0, left)), number
+            found[number] = self._seconds(number, max(0, left))
+        return found
 
     def _device_left(self, residents: int) -> int:
         if self.device is None:

@@ -62,7 +62,8 @@ class Search:
                 continue
             if any(_needs_more(cut, other) for other in too_large):
                 continue
-            of_cut = self._of_cut(Candidate(cut, update, slots), residents)
+            limit = math.inf if found is None else found.seconds
+            of_cut = self._of_cut(Candidate(cut, update, slots), residents, limit)
             if of_cut is None:
                 too_large.append(cut)
                 continue
@@ -92,7 +93,8 @@ class Search:
                 rows.append((self._seconds(made), 0, cut))
                 continue
             bounds = self._bounds(Candidate(cut, update, slots, 0))
-            rows.append((*bounds.best(), cut))
+            residents = min(bounds, key=bounds.__getitem__)
+            rows.append((bounds[residents], residents, cut))
         if self.space.is_cpu:
             return sorted(rows, key=lambda row: row[0])
         rows.sort(
@@ -108,13 +110,20 @@ class Search:
         rows.insert(min(least, _MOST_CUTS - 1), rows.pop(least))
         return rows
 
-    def _bounds(self, candidate: Candidate) -> Bounds:
-        costs = self.machine.costs(self.space.make(candidate))
-        residents = self.space.residents() if candidate.resident is not None else [None]
-        can_spill = len(self.space.spilled()) > 1
-        return Bounds(
-            costs, candidate.cut, self._upgrades(candidate), residents, can_spill, self.machine.device
-        )
+    def _bounds(self, candidate: Candidate) -> dict[int, float]:
+        """Lower bounds of the seconds of a cut, by the number of residents."""
+        cut = candidate.cut
+        if cut not in self._known_bounds:
+            costs, can_spill = self.machine.costs(self.space.make(candidate)), len(self.space.spilled()) > 1
+            found = Bounds(
+                costs, cut, self._upgrades(candidate), self.space.residents(), can_spill, self.machine.device
+            )
+            self._known_bounds[cut] = found.by_residents()
+        return self._known_bounds[cut]
+
+    @cached_property
+    def _known_bounds(self) -> dict[Cut, dict[int, float]]:
+        return {}
 
     def _upgrades(self, candidate: Candidate) -> list[Upgrade]:
         """Upgrades of a cut's layers. On a CPU those that gain nothing by the profile are made as well."""
@@ -132,15 +141,16 @@ class Search:
 
     # One cut.
 
-    def _of_cut(self, candidate: Candidate, guess: int) -> Found | None:
-        """The fastest candidate found for a cut; None if none fits."""
+    def _of_cut(self, candidate: Candidate, guess: int, limit: float) -> Found | None:
+        """The fastest candidate found for a cut; None if none fits. limit: seconds to beat."""
         spills = sorted({self.space.spilled()[0], self.space.spilled()[-1]})
         found: Found | None = None
         for spilled in spills:
             if found is not None and self._is_full(found.candidate):
                 break  # nothing is gained by room for more activations
             start = replace(candidate, spilled=spilled, resident=self.space.residents()[0])
-            found = _better(found, self._with_residents(start, guess), TIE)
+            found = _better(found, self._with_residents(start, guess, limit), TIE)
+            limit = limit if found is None else min(limit, found.seconds)
         return found
 
     def _is_full(self, candidate: Candidate) -> bool:
@@ -148,22 +158,27 @@ class Search:
         steps = self._upgrades(candidate)
         return not steps or getattr(candidate, steps[-1].policy) == self.space.layers
 
-    def _with_residents(self, candidate: Candidate, guess: int) -> Found | None:
+    def _with_residents(self, candidate: Candidate, guess: int, limit: float) -> Found | None:
         low, high = self._range(candidate)
         if low is None:
             return self._filled(candidate)
         if low > high:
             return None
         tried: dict[int, Found | None] = {}
+        bounds = {} if self.space.is_cpu else self._bounds(candidate)
+
+        def seconds(row: Found | None) -> float:
+            return math.inf if row is None else row.seconds
 
         def of(number: int) -> float:
             if number not in tried:
+                beaten = min([limit, *(seconds(row) for row in tried.values())]) * (1 - TIE)
+                if tried and bounds.get(number, 0.0) > beaten:
+                    return math.inf
                 tried[number] = self._filled(replace(candidate, resident=number))
-            row = tried[number]
-            return math.inf if row is None else row.seconds
+            return seconds(tried[number])
 
-        guess = min(max(low, guess), high)
-        for number in {low, guess, high}:
+        for number in dict.fromkeys([low, min(max(low, guess), high), high]):
             of(number)
         step = max(1, (high - low) // 8)
         while step >= 1:
