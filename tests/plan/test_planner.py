@@ -161,14 +161,10 @@ def test_rounds_that_suit_no_cut_are_refused(values: dict[str, Any], message: st
 def test_a_plan_says_in_words_what_is_resident(resident: list[str], reason: str) -> None:
     config = config_of(max_length=128)
     planner = Planner(outline_of(config), *machine(8, 4000), frozenset())
-    choices = explain(
-        config, config.replace(resident=resident, boundaries="host", update="deferred"), planner
-    )
-    reasons = {choice.key: choice.reason for choice in choices}
+    chosen = config.replace(resident=resident, boundaries="host", update="deferred")
+    reasons = {choice.key: choice.reason for choice in explain(config, chosen, planner)}
     assert reasons["resident"] == reason
-    assert (
-        reasons["boundaries"] == "spilling these inputs to host memory leaves device memory for activations"
-    )
+    assert reasons["boundaries"].startswith("spilling these inputs to host memory leaves device memory")
 
 
 def test_sizes_of_a_plan_stand_in_one_column() -> None:
