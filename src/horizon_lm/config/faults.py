@@ -107,8 +107,8 @@ def _line_of(
         problem = f"{name} is {shown(value)}, expected a path or a mapping with a path"
         return problem, "write - path: FILE.jsonl"
     schema = properties(owner)[leaf]
-    hint = _value_hint(schema, value) or _list_hint(leaf, schema, value)
-    return f"{name} is {shown(value)}, expected {expected(schema)}", hint
+    problem = f"{name} is {shown(value)}, expected {expected(schema)}"
+    return problem, _value_hint(schema, value) or _list_hint(leaf, schema, value)
 
 
 _EXAMPLES = {"datasets": "FILE.jsonl", "path": "FILE.jsonl"}
