@@ -35,6 +35,23 @@ from horizon_lm.config import load_config
             "leave it out for the default, 0.03",
         ),
         (
+            "resident: layer 0",
+            "run.yaml:3: resident is layer 0, expected a whole number >= 0, auto, or a list of units such as "
+            "[head, layer 0]",
+            'resident=["layer 0"]',
+        ),
+        (
+            "resident: embedding, head",
+            "run.yaml:3: resident is embedding, head, expected a whole number >= 0, auto, or a list of units "
+            "such as [head, layer 0]",
+            'resident=["embedding", "head"]',
+        ),
+        (
+            "freeze: 'layers\\.[0-9]{1,2}'",
+            "run.yaml:3: freeze is layers\\.[0-9]{1,2}, expected a list of regular expressions",
+            "leave it out for the default, []",
+        ),
+        (
             "init_model:\n  model_type: llama",
             "run.yaml:1: 'model_name_or_path' and 'init_model' are both given",
             "keep one of them, or set the other to null",

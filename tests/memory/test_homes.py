@@ -288,6 +288,9 @@ def test_residents_by_number_and_name(shape: HostModel) -> None:
         (99, "resident=99, but the model has", "resident=0"),
         (["layer 9"], "'layer 9', which is not a unit", "layer 0 to layer"),
         (["idle"], "'idle', which is not a unit", "head"),
+        (["layer1"], "'layer1', which is not a unit", "did you mean 'layer 1'?"),
+        (["head", "heads"], "'heads', which is not a unit", "did you mean 'head'?"),
+        (["layer9"], "'layer9', which is not a unit", "layer 0 to layer"),
         (["head", "head"], "'head' twice", "once"),
         (-1, "resident", None),
         ("all", "resident", None),
@@ -301,6 +304,22 @@ def test_residents_that_the_model_lacks_are_refused(
         resolve(shape, resident=value)
     if hint is not None:
         assert caught.value.hint is not None and hint in caught.value.hint
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_tied_embedding_table_is_a_name_of_the_head(is_tied: bool) -> None:
+    config = zoo.CASES["llama"].config()
+    config.tie_word_embeddings = is_tied
+    source = zoo._from_config(config, FP32, seed=0, attn="sdpa")
+    host = HostModel.from_pretrained(source, device="cpu", skip_memory_check=True)
+    assert host.skeleton.anatomy.tied == is_tied
+    assert resolve(host, resident=["embedding"]) == ["head" if is_tied else "embedding"]
+    both = ["head"] if is_tied else ["embedding", "head"]
+    assert resolve(host, resident=["embedding", "head"]) == both
+    assert resolve(host, resident=["embedding", "layer 0"]) == [both[0], "layer 0"]
+    with pytest.raises(ConfigError, match="'embeddings', which is not a unit") as caught:
+        resolve(host, resident=["embeddings"])
+    assert caught.value.hint == "did you mean 'embedding'?"
 
 
 def train_config(**settings: Any) -> TrainConfig:

@@ -14,6 +14,7 @@ from horizon_lm.engine.policies import Policies
 from horizon_lm.errors import ConfigError, DoesNotFitError
 from horizon_lm.machine.profile import Profile, load_profile
 from horizon_lm.plan.choose import Planner
+from horizon_lm.plan.explain import explain
 from horizon_lm.plan.fit import Limits
 from horizon_lm.plan.outline import Outline
 from horizon_lm.plan.predict import predict
@@ -113,6 +114,64 @@ def test_pins_that_contradict_each_other_are_refused() -> None:
     config = config_of(max_length=128, tokens_per_step=1024, per_device_train_batch_size=2)
     chosen = planner_of(config, *machine(8, 4000)).choose(config)
     assert (chosen.per_device_train_batch_size, chosen.gradient_accumulation_steps) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("values", "message", "hint"),
+    [
+        (
+            {"rounds": 3},
+            "rounds=3 does not divide any number of micro-batches that tokens_per_step allows "
+            "(1, 2, 4, 8, ..., 64)",
+            "set rounds=2 or rounds=auto",
+        ),
+        (
+            {"rounds": 3, "round_sums": "add", "per_device_train_batch_size": 8},
+            "rounds=3 does not divide any number of micro-batches that tokens_per_step allows (8)",
+            "set rounds=8 or rounds=auto",
+        ),
+        (
+            {"rounds": 4, "round_sums": "add", "per_device_train_batch_size": 8},
+            "round_sums=add needs one micro-batch per round, but rounds=4 is not a number of micro-batches "
+            "that tokens_per_step allows (8)",
+            "set rounds=8 or round_sums=host",
+        ),
+    ],
+)
+def test_rounds_that_suit_no_cut_are_refused(values: dict[str, Any], message: str, hint: str) -> None:
+    values |= {"max_length": 128, "tokens_per_step": 64 * 128}
+    config = config_of(**values)
+    with pytest.raises(ConfigError) as caught:
+        planner_of(config, *machine(8, 4000)).choose(config)
+    assert (caught.value.message, caught.value.hint) == (message, hint)
+    hinted = config_of(**values | {"rounds": int(re.findall(r"rounds=(\d+)", hint)[0])})
+    assert next(iter(planner_of(hinted, *machine(8, 4000)).space(hinted)))
+
+
+@pytest.mark.parametrize(
+    ("resident", "reason"),
+    [
+        (["embedding"], "embedding lives on the device"),
+        (["embedding", "head"], "embedding and head live on the device"),
+        (["layer 2"], "1 of 4 layers lives on the device"),
+        (["layer 2", "layer 0"], "2 of 4 layers live on the device"),
+        (["embedding", "head", "layer 1"], "embedding, head and 1 of 4 layers live on the device"),
+    ],
+)
+def test_a_plan_says_in_words_what_is_resident(resident: list[str], reason: str) -> None:
+    config = config_of(max_length=128)
+    planner = Planner(outline_of(config), *machine(8, 4000), frozenset())
+    chosen = config.replace(resident=resident, boundaries="host", update="deferred")
+    reasons = {choice.key: choice.reason for choice in explain(config, chosen, planner)}
+    assert reasons["resident"] == reason
+    assert reasons["boundaries"].startswith("spilling these inputs to host memory leaves device memory")
+
+
+def test_sizes_of_a_plan_stand_in_one_column() -> None:
+    text = describe(plan_of(config_of(max_length=128, resident=3), "rtx3090"), largest=False)
+    rows = text[text.index("\nhost ") : text.index("\nchoices")].splitlines()
+    assert any(row.startswith("  resident_exp_avg_sq") for row in rows)
+    assert len({len(row) for row in rows if row}) == 1
 
 
 def test_a_plan_gives_its_reasons() -> None:

@@ -19,6 +19,7 @@ from horizon_lm.config.yaml import Document, KeyPath
 from horizon_lm.errors import ConfigError
 
 _MOST_SHOWN = 50  # all that a person wrote; a file of another kind would fill the screen
+_MOST_IN_HINT = 60  # characters of a value
 _ALL_SETTINGS = "'horizon train --help' lists every setting"
 _TYPE_WORDS = {
     "integer": "a whole number",
@@ -106,7 +107,8 @@ def _line_of(
         problem = f"{name} is {shown(value)}, expected a path or a mapping with a path"
         return problem, "write - path: FILE.jsonl"
     schema = properties(owner)[leaf]
-    return f"{name} is {shown(value)}, expected {expected(schema)}", _value_hint(schema, value)
+    problem = f"{name} is {shown(value)}, expected {expected(schema)}"
+    return problem, _value_hint(schema, value) or _list_hint(leaf, schema, value)
 
 
 _EXAMPLES = {"datasets": "FILE.jsonl", "path": "FILE.jsonl"}
@@ -163,6 +165,18 @@ def _value_hint(schema: dict[str, Any], value: Any) -> str | None:
     ):
         return "put it in quotes to make it text"
     return None
+
+
+def _list_hint(key: str, schema: dict[str, Any], value: Any) -> str | None:
+    """Suggest a list of names in place of the same names as text."""
+    parts = schema.get("anyOf", [schema])
+    takes_names = any(part.get("items", {}).get("type") == "string" for part in parts)
+    if not (takes_names and isinstance(value, str) and value.strip()) or len(value) > _MOST_IN_HINT:
+        return None
+    names = [name.strip() for name in value.split(",")]
+    if len(names) > 1 and not all(re.fullmatch(r"[\w ]+", name) for name in names):
+        return None  # a comma may be part of a regular expression
+    return f"{key}={json.dumps(names, ensure_ascii=False)}"
 
 
 # A setting's JSON schema in words.

@@ -45,9 +45,9 @@ class MemorySettings(Settings):
     )
     rounds: int | Literal["auto"] = setting(
         "auto",
-        "Parts into which the micro-batches of a step are cut, each with a forward and backward pass of its "
-        "own; one update follows them all. Activations then need memory for one part only. Results are "
-        "bitwise identical. auto lets the planner choose; without a plan it is 1.",
+        "Groups into which a step's micro-batches are split; must divide their number. Each group runs "
+        "forward and backward; one update follows the last. Activations need memory for one group. Results "
+        "are bitwise identical. auto lets the planner choose; without a plan it is 1.",
         group="Memory and device",
         resume="free",
         expects="a whole number >= 1, or auto",
@@ -89,9 +89,10 @@ class MemorySettings(Settings):
     activations: Literal["auto", "recompute", "attention", "products", "keep"] | list[str] = setting(
         "auto",
         "What each layer keeps for its backward pass: recompute keeps only its input, attention also the "
-        "output of the attention kernel, products those of all matrix products too, keep all that is needed; "
-        'the rest is computed again. A list sets each layer, as in ["recompute*23", "keep*9"]. auto lets the '
-        "planner choose, the most for the last layers; without a plan it is recompute.",
+        "output of the attention kernel, products those of all matrix products too, and keep everything "
+        "the backward pass needs; the rest is computed again. A list sets each layer, as in "
+        '["recompute*23", "keep*9"]. auto lets the planner choose, the most for the last layers; without a '
+        "plan it is recompute.",
         group="Memory and device",
         resume="free",
         expects="auto, recompute, attention, products, keep, or a list such as [recompute*23, keep*9]",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +31,7 @@ from horizon_lm.schedule.step_spec import ATTENTION, KEEP, PRODUCTS
 from horizon_lm.words import count
 
 _SUM_SLABS = 2  # one arrives while the host adds the other
+_DIGITS = re.compile(r"[0-9]+")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -220,16 +223,25 @@ def resident_units(settings: ModelSettings, shape: ModelShape) -> frozenset[int]
                 hint=f"set resident={len(order)} for all of them, or resident=0",
             )
         return frozenset(order[:asked])
-    units = {shape.units[unit].name: unit for unit in order}
+    # A tied embedding table is part of the head, so both names mean one unit.
+    units = {"embedding": shape.embedding_unit} | {shape.units[unit].name: unit for unit in order}
     for i, name in enumerate(asked):
         if name not in units:
+            near = _nearest(name, list(units))
             raise ConfigError(
                 f"resident names {name!r}, which is not a unit of the model",
-                hint=f"units are {_listed(list(units))}",
+                hint=f"did you mean {near!r}?" if near else f"units are {_listed(list(units))}",
             )
         if name in asked[:i]:
             raise ConfigError(f"resident names {name!r} twice", hint="name each unit once")
     return frozenset(units[name] for name in asked)
+
+
+def _nearest(name: str, units: list[str]) -> str | None:
+    """Return the unit that `name` misspells, a layer only if the number is the same; else None."""
+    number = _DIGITS.findall(name)
+    near = get_close_matches(name, [unit for unit in units if _DIGITS.findall(unit) == number], 1)
+    return near[0] if near else None
 
 
 def _listed(names: list[str]) -> str:

@@ -37,8 +37,7 @@ def explain(config: TrainConfig, chosen: TrainConfig, planner: Planner) -> list[
         "activations": _activation_reason(config, chosen, planner),
         "boundaries": "device memory is enough"
         if not _count(chosen.boundaries, "host", layers)
-        else "otherwise the inputs of all layers would not fit device memory, or fewer layers could keep "
-        "their activations",
+        else "spilling these inputs to host memory leaves device memory for activations",
         "update": _update_reason(chosen),
         "slots": "the next layer arrives while one is computed"
         if chosen.slots == 2
@@ -85,7 +84,8 @@ def _resident_reason(chosen: TrainConfig, planner: Planner) -> str:
         names = [f"{names[0]}, {names[1]}", names[2]]
     if not names:
         return "all units stream: the device has no room, or would gain nothing"
-    return f"{' and '.join(names)} live on the device"
+    verb = "lives" if len(names) == 1 and layers <= 1 else "live"
+    return f"{' and '.join(names)} {verb} on the device"
 
 
 def _threads_reason(chosen: TrainConfig, profile: Profile) -> str:

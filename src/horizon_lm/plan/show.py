@@ -28,7 +28,7 @@ def describe(plan: RunPlan, *, largest: bool = True, timeline: bool = False) -> 
     lines += ["", f"time       {_seconds(found.seconds)} a step, {found.tokens_per_second:,.0f} tokens/s"]
     for lane, seconds in found.lanes().items():
         if seconds:
-            lines.append(f"  {lane:14}{_seconds(seconds):>12}  {seconds / found.seconds:6.1%}")
+            lines.append(f"  {lane:20} {_seconds(seconds):>10}  {seconds / found.seconds:6.1%}")
     lines.append(f"  limited by {found.limit()}")
     lines += _forward_passes(plan)
     if timeline:
@@ -82,9 +82,9 @@ def _bytes(name: str, parts: dict[str, int]) -> Iterable[str]:
     if not parts:
         return
     total = sum(parts.values())
-    yield f"{name:18} {size(total):>10}"
+    yield f"{name:22} {size(total):>10}"
     rows = sorted(parts.items(), key=lambda row: -row[1])
-    yield from (f"  {part:16} {size(bytes_):>10}" for part, bytes_ in rows if bytes_ >= total / 2000)
+    yield from (f"  {part:20} {size(bytes_):>10}" for part, bytes_ in rows if bytes_ >= total / 2000)
     yield ""
 
 

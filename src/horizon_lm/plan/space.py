@@ -96,21 +96,33 @@ class Space:
             for sums in self.sums(count, rounds)
         ]
         if not found:
-            counts = sorted({count for _, count in batches})
-            raise ConfigError(
-                f"rounds={self.config.rounds} with round_sums={self.config.round_sums} does not suit any cut "
-                f"of the step into micro-batches: there can be {_some(counts)}",
-                hint="set rounds to a divisor of one of these numbers (round_sums=add: to the number), or to "
-                "auto",
-            )
+            raise self._no_cut(sorted({count for _, count in batches}))
         return sorted(found, key=lambda cut: cut.rounds)
+
+    def _no_cut(self, counts: list[int]) -> ConfigError:
+        """Explain why `rounds` goes with none of the numbers of micro-batches."""
+        rounds, adds = self.config.rounds, self.config.round_sums == "add"
+        assert rounds != "auto"  # one round always goes
+        options = set(counts) if adds else {n for count in counts for n in _divisors(count)}
+        nearest = min(sorted(options), key=lambda n: abs(n - rounds))
+        if any(count % rounds == 0 for count in counts):
+            return ConfigError(
+                f"round_sums=add needs one micro-batch per round, but rounds={rounds} is not a number of "
+                f"micro-batches that tokens_per_step allows ({_some(counts)})",
+                hint=f"set rounds={nearest} or round_sums=host",
+            )
+        return ConfigError(
+            f"rounds={rounds} does not divide any number of micro-batches that tokens_per_step allows "
+            f"({_some(counts)})",
+            hint=f"set rounds={nearest} or rounds=auto",
+        )
 
     def rounds(self, micro_batches: int) -> list[int]:
         if self.config.rounds != "auto":
             return [self.config.rounds] if micro_batches % self.config.rounds == 0 else []
         if self.is_cpu:
             return [1]
-        return [n for n in range(1, micro_batches + 1) if micro_batches % n == 0]
+        return _divisors(micro_batches)
 
     def sums(self, micro_batches: int, rounds: int) -> list[str]:
         if rounds == 1:
@@ -201,6 +213,10 @@ def listed(words: tuple[str, ...], counts: tuple[int, ...]) -> str | list[str]:
     """A setting by layer; one word if all layers are alike."""
     found = [(word, count) for word, count in zip(words, counts, strict=True) if count]
     return found[0][0] if len(found) == 1 else [f"{word}*{count}" for word, count in found]
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _some(counts: list[int]) -> str:
