@@ -15,11 +15,12 @@ from horizon_lm.errors import ConfigError, DoesNotFitError
 from horizon_lm.machine.profile import Profile, load_profile
 from horizon_lm.plan.choose import Planner
 from horizon_lm.plan.explain import explain
-from horizon_lm.plan.fit import Limits
+from horizon_lm.plan.fit import Limits, shortfalls
 from horizon_lm.plan.outline import Outline
 from horizon_lm.plan.predict import predict
 from horizon_lm.plan.run_plan import RunPlan, plan_run
 from horizon_lm.plan.show import describe
+from horizon_lm.words import size
 from planned_models import GB, SMALL, config_of, known, outline_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -105,6 +106,35 @@ def test_the_last_layers_are_kept_as_many_as_fit() -> None:
         assert policies.kept == frozenset(range(5 - len(policies.kept), 5))
         seen.append(len(policies.kept))
     assert seen[0] == 4 and seen == sorted(seen, reverse=True) and seen[-1] < 4
+
+
+@pytest.mark.parametrize("device_mb", [2, 3, 4, 40])
+def test_the_reason_of_activations_is_what_one_more_layer_would_need(device_mb: float) -> None:
+    """Elementwise work is fast here, so that layers keep their products first."""
+    config = config_of(max_length=128, reserve_host_gb=0.0, gradient_accumulation_steps=4, **FEW, **STREAMED)
+    profile, limits = machine(8, device_mb)
+    values = profile.model_dump() | {"elementwise": {"bfloat16": 1e14, "float32": 1e14}}
+    planner = planner_of(config, Profile.model_validate(values), limits)
+    chosen = planner.choose(config)
+    reason = next(c.reason for c in explain(config, chosen, planner) if c.key == "activations")
+    if device_mb == 40:
+        assert (chosen.activations, reason) == ("keep", "all layers fit")
+        return
+    found = re.match(r"(?:keeping|products in) (\d) layers would need (.*) of device memory more", reason)
+    assert found
+    policy, number = "keep" if reason.startswith("keep") else "products", int(found[1])
+    of_policies = Policies.of(chosen, planner.outline)
+    assert number == len(of_policies.kept if policy == "keep" else of_policies.products) + 1
+    lesser = {"keep": "products", "products": "recompute"}[policy]
+    wanted = chosen.replace(activations=[f"{lesser}*{4 - number}", f"{policy}*{number}"])
+    (short,) = shortfalls(wanted, planner.predict(wanted), limits)
+    assert size(short.bytes) == found[2]
+
+
+def test_every_cut_of_a_long_step_is_considered() -> None:
+    config = config_of(max_length=128, gradient_accumulation_steps=8192)
+    cuts = planner_of(config, *machine(8, 4000))._search(config)._cuts("deferred", 2)
+    assert {cut.rounds for _, _, cut in cuts} == {2**n for n in range(14)}
 
 
 def test_pins_that_contradict_each_other_are_refused() -> None:

@@ -274,8 +274,8 @@ class Search:
         cut = Cut(chosen.per_device_train_batch_size, chosen.gradient_accumulation_steps)
         steps = self._upgrades(Candidate(cut, chosen.update, chosen.slots))
         words, layers = (RECOMPUTE, ATTENTION, PRODUCTS, KEEP), self.space.layers
-        found = per_layer(chosen.activations, ACTIVATIONS) or [str(chosen.activations)] * layers
-        counts = Counter(found)
+        word = RECOMPUTE if chosen.activations == "auto" else str(chosen.activations)
+        counts = Counter(per_layer(chosen.activations, ACTIVATIONS) or [word] * layers)
         for number, step in enumerate(steps):
             if sum(counts[later.policy] for later in steps[number:]) < layers:
                 counts.update({step.lesser or RECOMPUTE: -1, step.policy: 1})
