@@ -197,6 +197,32 @@ def test_gradients_in_place_take_no_memory() -> None:
     assert loss_chunks == 0 and "sums" not in model.store.num_bytes
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sums", ["device", "host"])
+@pytest.mark.parametrize("rounds", [1, 2, 5])
+def test_gradients_wait_for_a_second_one_within_a_round_only(
+    rounds: int, sums: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In host memory, those of a unit, or of the units of a joint visit, in their own dtype; an odd number of
+    micro-batches leaves none to wait for the next round."""
+    honest, most = UnitGradient.add, 0
+    gradients: list[UnitGradient] = []
+
+    def add(self: UnitGradient, parameter: Any, gradient: torch.Tensor) -> None:
+        nonlocal most
+        if not any(self is other for other in gradients):
+            gradients.append(self)
+        honest(self, parameter, gradient)
+        most = max(most, sum(t.nbytes for other in gradients for t in other.waiting.values()))
+
+    monkeypatch.setattr(UnitGradient, "add", add)
+    model = host("llama", dtype=dtype, rounds=rounds, round_sums=sums)
+    model.train_step(batches("llama", 0), lr=1e-2)
+    sizes = [sum(p.numel for p in u.trainable) * model.store.dtype.itemsize for u in model.store.units]
+    head, layer = sizes[model.skeleton.num_layers + 1], max(sizes[1:-2])
+    assert most == (max(head, layer) if rounds == 5 else head + layer)
+
+
 def test_blocks_with_fewer_slabs_than_layers() -> None:
     """Gradients of a block's layers add up side by side, so not in slabs that they share."""
     found = []

@@ -86,12 +86,16 @@ class Updates:
     def _is_added_on_host(self, step: Step, unit: int) -> bool:
         return step.spec.adds_on_host and unit in step.spec.host_sums
 
+    def end_round(self, step: Step, op: Op) -> None:
+        """After the last micro-batch of a round, add the gradient that waits for a second one."""
+        if op.grad_slot >= 0 and step.spec.ends_round(op.micro_batch):
+            step.gradients[op.unit].settle()
+
     # Between rounds
 
     def _park(self, step: Step, op: Op) -> None:
         """Copy an unfinished gradient to host memory: as a sum, or for the host to add it to the sum."""
         gradient = step.gradients[op.unit]
-        gradient.settle()
         if op.sum_slab < 0:
             self.store.sum_run(op.unit).copy_(gradient.run, non_blocking=True)
             return

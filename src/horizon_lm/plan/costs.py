@@ -18,6 +18,7 @@ from horizon_lm.plan.outline import Measures, Outline
 from horizon_lm.plan.work import ELEMENTWISE, Kernel, Work
 from horizon_lm.plan.working_set import Pass, WorkingSet
 from horizon_lm.schedule import Buffer, Op, StepSpec
+from horizon_lm.schedule.slots import turnaround
 from horizon_lm.schedule.step_spec import KEEP, RECOMPUTE
 
 DEVICE, HOST = "device", "host"
@@ -88,15 +89,17 @@ class Costs:
         return numel * torch.float32.itemsize
 
     def _waiting_bytes(self) -> int:
-        """On the CPU two gradients are added at a time, and the first waits in autograd's memory: that of one
-        layer, plus the head's if micro-batches pass the turnaround one by one."""
+        """On the CPU two gradients are added at a time, and the first waits in autograd's memory: those of
+        units that are visited together, or of one unit if rounds have one micro-batch."""
         plan, units = self.plan, self.outline.units
-        counts = [self.measures.batch * self.measures.tokens] * plan.micro_batches
-        sizes = {u: units[u].trainable_numel for u in plan.trainable if u <= plan.head}
-        adds = {u: n for u, n in sizes.items() if self.policies.adds_gradients(u, counts)}
-        head = adds.pop(plan.head, 0)
-        layer = max(adds.values(), default=0)
-        return (head + layer if plan.joins_turnaround else max(head, layer)) * self.spec.dtype.itemsize
+        sizes = {
+            u: units[u].trainable_numel
+            for u in plan.trainable
+            if self.policies.adds_gradients(u, self._token_counts)
+        }
+        together = sum if plan.round_size > 1 else max
+        visits = plan.visits[turnaround(plan) :]
+        return max(together(sizes.get(u, 0) for u in visit) for visit in visits) * self.spec.dtype.itemsize
 
     def num_bytes(self, buffer: Buffer, op: Op) -> tuple[str, int] | None:
         """Bytes of a transient buffer, by the op that writes it first; see `schedule.simulate`."""
@@ -257,9 +260,13 @@ class Costs:
                 kinds.append(size * table + (4 * size if self.plan.tied else 2 * size) * self._row_elements)
         return Work(Kernel(ELEMENTWISE, self._dtype_name, 0, count) for count in kinds)
 
+    @property
+    def _token_counts(self) -> list[int]:
+        """Tokens of each micro-batch."""
+        return [self.measures.batch * self.measures.tokens] * self.plan.micro_batches
+
     def _gradient_dtype(self, unit: int) -> torch.dtype:
-        counts = [self.measures.batch * self.measures.tokens] * self.plan.micro_batches
-        return self.policies.gradient_dtype(unit, counts, self.spec.dtype)
+        return self.policies.gradient_dtype(unit, self._token_counts, self.spec.dtype)
 
     def _kind(self, unit: int) -> int:
         return self.outline.kind_of[unit - 1] if 0 < unit < self.plan.head else -1 - (unit > 0)

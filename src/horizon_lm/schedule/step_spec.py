@@ -148,6 +148,10 @@ class StepSpec:
         start = number * self.round_size
         return range(start, min(start + self.round_size, self.micro_batches))
 
+    def ends_round(self, m: int) -> bool:
+        """Whether a micro-batch is the last of its round."""
+        return (m + 1) % self.round_size == 0 or m == self.micro_batches - 1
+
     @cached_property
     def own_grad_slots(self) -> tuple[int, ...]:
         """Units with a gradient slot of their own, in the order of the slots, which follow the outer one."""
