@@ -312,6 +312,10 @@ def test_rounds_of_a_step(shape: HostModel) -> None:
     numels = gradient_slot_numels(shape.store.units, spec)
     own = [shape.store.units[u].trainable_numel for u in spec.own_grad_slots]
     assert len(own) == shape.skeleton.num_layers and numels[spec.grad_slots + 1 :] == own
+    assert set(numels[: spec.grad_slots]) == {0}, "no unit uses the ring"
+    assert of.step_spec(1).own_grad_slots == spec.own_grad_slots, "nor does a step of one round"
+    plain = Policies.of(ModelSettings(device="cpu"), shape.skeleton).step_spec(1)
+    assert gradient_slot_numels(shape.store.units, plain)[:-1] == [max(own)] * plain.grad_slots
     adds = Policies.of(ModelSettings(rounds=4, round_sums="add"), shape.skeleton)
     with pytest.raises(ConfigError, match="needs one micro-batch per round"):
         adds.step_spec(8)

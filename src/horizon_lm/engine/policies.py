@@ -54,7 +54,7 @@ class Policies:
     """Settings resolved for one model.
 
     slots, grad_slots: as settings and blocks of layers require. loss_chunk: tokens. rounds: the most in
-    a step. uploaded, trainable, attention, products, kept, spilled, resident: units.
+    a step. sums: as in `StepSpec`. uploaded, trainable, attention, products, kept, spilled, resident: units.
     """
 
     settings: ModelSettings
@@ -70,7 +70,7 @@ class Policies:
     products: frozenset[int] = frozenset()
     resident: frozenset[int] = frozenset()
     rounds: int = 1
-    sums: str = "device"
+    sums: str = ""
 
     @classmethod
     def of(cls, settings: ModelSettings, shape: ModelShape, device_bytes: int | None = None) -> Policies:
@@ -244,9 +244,9 @@ def _rounds(settings: ModelSettings) -> int:
 
 
 def _sums(settings: ModelSettings) -> str:
-    """Where unfinished gradients wait between rounds."""
+    """Where unfinished gradients wait between rounds; "" without rounds."""
     if _rounds(settings) == 1:
-        return "device"
+        return ""
     if settings.round_sums != "auto":
         return settings.round_sums
     is_cuda = torch.cuda.is_available() if settings.device == "auto" else settings.device != "cpu"
@@ -264,7 +264,7 @@ def store_spec(settings: ModelSettings, shape: ModelShape | None) -> StoreSpec:
     sums: frozenset[int] = frozenset()
     if shape is not None:
         resident = resident_units(settings, shape)
-        if _sums(settings) != "device":
+        if _sums(settings) in ("host", "add"):
             below_head = _used_units(shape) & frozenset(range(shape.num_layers + 1))
             sums = frozenset(u for u in below_head if shape.units[u].trainable_numel)
     return StoreSpec(

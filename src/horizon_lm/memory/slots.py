@@ -33,11 +33,12 @@ def weight_slot_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[int]
 
 
 def gradient_slot_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[int]:
-    """Return the elements of each gradient slot: ring, outer slot, and slots of units of their own."""
+    """Return the elements of each gradient slot: ring, outer slot, and slots of units of their own. The ring
+    fits the units without one; it is empty if there are none."""
     sizes = {u: units[u].trainable_numel for u in plan.trainable}
-    ring, outer = _largest(sizes, range(plan.head)), _largest(sizes, (plan.head, plan.head + 1))
-    own = [sizes[unit] for unit in plan.own_grad_slots]
-    return [ring] * plan.grad_slots + [outer, *own]
+    outer = _largest(sizes, (plan.head, plan.head + 1))
+    own = [sizes.pop(unit) for unit in plan.own_grad_slots]
+    return [_largest(sizes, range(plan.head))] * plan.grad_slots + [outer, *own]
 
 
 def _largest(sizes: Mapping[int, int], units: Iterable[int]) -> int:
