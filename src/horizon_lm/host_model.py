@@ -44,6 +44,7 @@ from horizon_lm.engine.step import Step, Update
 from horizon_lm.errors import ConfigError, NonFiniteError, TornStateError
 from horizon_lm.machine.determinism import prepare
 from horizon_lm.machine.device import resolve_device
+from horizon_lm.machine.memory import available_host_bytes
 from horizon_lm.memory.arena import return_free_memory
 from horizon_lm.memory.preflight import check_memory
 from horizon_lm.memory.store import HostStore
@@ -85,9 +86,12 @@ class HostModel:
     As a context manager it frees its memory on exit (`close`).
     """
 
-    def __init__(self, model: nn.Module, settings: ModelSettings, *, has_host_memory: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, settings: ModelSettings, *, free_host_bytes: int | None = None
+    ) -> None:
         """model: a transformers model in host memory. It is consumed: its parameters move into the store, and
-        using the object again raises an error. has_host_memory: that was checked before it was made."""
+        using the object again raises an error. free_host_bytes: for the memory check; measured by
+        default."""
         check_model(model)
         self.settings = settings
         self.device = resolve_device(settings.device)
@@ -111,8 +115,8 @@ class HostModel:
                 settings,
                 lambda other: store_spec(other, self.skeleton),
                 device=self.device,
-                slots_of=lambda other: slots_of(other, self.skeleton),
-                available={"host": 1 << 62} if has_host_memory else None,
+                slots_of=lambda other: slots_of(other, self.skeleton, self.device),
+                available=None if free_host_bytes is None else {"host": free_host_bytes},
             )
         self.store = HostStore(units, spec, pin_for=self.device, device=self.device)
         self.skeleton.place_buffers(self.device)
@@ -179,9 +183,10 @@ class HostModel:
                 f"HostModel.from_config(): settings and {', '.join(more)} are both given",
                 hint="pass one or the other",
             )
-        values = dict(values)
+        values, available = dict(values), None
         if not settings.skip_memory_check:  # before the source model takes its own share
-            check_fits_host(values, settings)
+            available = available_host_bytes(settings.host_memory_bytes)
+            check_fits_host(values, settings, available)
         check_kernels(settings, resolve_device(settings.device))
         model = create_model(
             values,
@@ -189,7 +194,7 @@ class HostModel:
             seed=settings.seed,
             attn_implementation=settings.attn_implementation,
         )
-        return cls(model, settings, has_host_memory=True)
+        return cls(model, settings, free_host_bytes=available)
 
     def __repr__(self) -> str:
         if isinstance(self.store, Closed):

@@ -71,12 +71,7 @@ class Updates:
         self, step: Step, unit: int, grad_slot: int, dtype: torch.dtype, *, in_pairs: bool
     ) -> UnitGradient:
         spec, layout = step.spec, self.store.units[unit]
-        # In later rounds, and in a block with more layers than slabs, other units write to a slab before a
-        # sum over micro-batches is complete.
-        is_shared = spec.rounds > 1 or spec.checkpoint_interval > spec.grad_slabs
-        is_shared = is_shared and spec.micro_batches > 1
-        is_in_slot = spec.update == "eager" and (unit in spec.resident or is_shared)
-        at_home = self.slots.is_alias(dtype) and not is_in_slot
+        at_home = self.slots.is_alias(dtype) and not spec.accumulates_in_slot(unit)
         if at_home:
             run = self.store.gradient_run(unit, spec.slab(unit))
         else:

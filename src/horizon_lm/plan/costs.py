@@ -12,7 +12,7 @@ import torch
 
 from horizon_lm.engine.policies import Policies
 from horizon_lm.machine.profile import Profile
-from horizon_lm.memory.slots import gradient_slot_numels, slot_bytes
+from horizon_lm.memory.slots import slot_bytes
 from horizon_lm.memory.store import StoreSpec, predict_device_bytes, regions
 from horizon_lm.plan.outline import Measures, Outline
 from horizon_lm.plan.work import ELEMENTWISE, Kernel, Work
@@ -63,30 +63,14 @@ class Costs:
         """Device buffers that live as long as the run."""
         plan = self.plan
         spills = any(plan.is_spilled(u) for u in range(1, plan.head))
-        parts = slot_bytes(self.outline.units, plan, self.spec.dtype)
-        parts["boundary_slots"] = plan.boundary_slots * self.boundary if spills else 0
         if self.is_cpu:
-            parts = {"gradient_slots": self._widened_bytes(), "waiting_gradients": self._waiting_bytes()}
+            parts = self.policies.cpu_slot_bytes(plan, self._token_counts, self.spec.dtype)
+            parts["waiting_gradients"] = self._waiting_bytes()
         else:
-            parts["gradient_slots"] -= self._own_bytes
-        parts["gradient_sums"] = self._own_bytes
+            parts = slot_bytes(self.outline.units, plan, self.spec.dtype)
+            parts["boundary_slots"] = plan.boundary_slots * self.boundary if spills else 0
         parts |= predict_device_bytes(self.outline.units, self.spec)
         return {name: size for name, size in parts.items() if size}
-
-    @property
-    def _own_bytes(self) -> int:
-        """Bytes of the gradient slots in which sums wait on the device between rounds."""
-        own = self.plan.own_grad_slots
-        return sum(self.outline.units[u].trainable_numel for u in own) * torch.float32.itemsize
-
-    def _widened_bytes(self) -> int:
-        """Bytes of gradient slots on the CPU: only gradients wider than the store's need them, those of
-        layers in the ring, the head's in the outer slot."""
-        wide = {u for u in self.plan.trainable if self._gradient_dtype(u) != self.spec.dtype}
-        slots, head = gradient_slot_numels(self.outline.units, self.plan), self.plan.head
-        ring, outer = slots[: self.plan.grad_slots], slots[self.plan.outer_grad_slot]
-        numel = sum(ring) * bool(wide & {*range(head)}) + outer * (head in wide)
-        return numel * torch.float32.itemsize
 
     def _waiting_bytes(self) -> int:
         """On the CPU two gradients are added at a time, and the first waits in autograd's memory: those of

@@ -178,6 +178,15 @@ class StepSpec:
         alone = self.adds_on_host and unit in self.host_sums and m < self.micro_batches - 1
         return m == 0 or alone
 
+    def accumulates_in_slot(self, unit: int) -> bool:
+        """Whether a gradient needs a slot even if the host buffer could hold it: with eager updates, that of
+        a resident unit, and one whose slab other units write to before the sum over micro-batches is
+        complete, as in later rounds and in a block with more layers than slabs."""
+        if self.update != "eager":
+            return False
+        is_shared = self.rounds > 1 or self.checkpoint_interval > self.grad_slabs
+        return unit in self.resident or (is_shared and self.micro_batches > 1)
+
     @property
     def sums_rows(self) -> bool:
         """Whether the step sums gradients of the embedding table's rows."""
