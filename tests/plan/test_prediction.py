@@ -195,6 +195,32 @@ def test_gradient_slots_on_the_cpu_are_predicted_to_the_byte(dtype: str, update:
     assert (allocated == {0}) == (dtype == "float32" and update == "deferred")
 
 
+def test_sums_on_a_gpu_take_the_place_of_the_ring() -> None:
+    """Whatever the number of micro-batches of the step that is predicted."""
+
+    def parts(rounds: int, sums: str, micro_batches: int = 4) -> dict[str, int]:
+        config = config_of(
+            gradient_accumulation_steps=4, device="cuda", rounds=rounds, round_sums=sums, grad_slots=3
+        )
+        costs = costs_of(
+            outline_of(config),
+            config,
+            load_profile("h100-sxm"),
+            batch=1,
+            tokens=16,
+            micro_batches=micro_batches,
+        )
+        found = costs.fixed_bytes()
+        return {name: found[name] for name in ("gradient_slots", "gradient_sums") if name in found}
+
+    sizes = [4 * unit.trainable_numel for unit in outline_of(config_of()).units]
+    layers, outer = sizes[1:-2], max(sizes[-2:])
+    with_ring = {"gradient_slots": 3 * max(layers) + outer}
+    assert parts(1, "device") == parts(1, "host") == parts(2, "host") == with_ring
+    own = {"gradient_slots": outer, "gradient_sums": sum(layers)}
+    assert parts(2, "device") == parts(4, "device") == parts(2, "device", micro_batches=1) == own
+
+
 def test_an_op_at_a_time_and_what_ops_hold() -> None:
     plan = StepSpec(
         layers=2, uploaded=frozenset({1, 2, 3, 4}), trainable=frozenset({1, 2, 3, 4}), embedding_unit=4
