@@ -113,7 +113,7 @@ class HostModel:
                 settings,
                 lambda other: store_spec(other, self.skeleton),
                 device=self.device,
-                slots_of=lambda other: slots_of(other, self.skeleton),
+                slots_of=lambda other: slots_of(other, self.skeleton, self.device),
                 available=None if host_memory is None else {"host": host_memory},
             )
         self.store = HostStore(units, spec, pin_for=self.device, device=self.device)
@@ -184,7 +184,7 @@ class HostModel:
         values = dict(values)
         host_memory = available_host_bytes(settings.host_memory_bytes)  # before the model takes its share
         if not settings.skip_memory_check:
-            check_fits_host(values, settings)
+            check_fits_host(values, settings, host_memory)
         check_kernels(settings, resolve_device(settings.device))
         model = create_model(
             values,

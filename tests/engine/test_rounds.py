@@ -197,6 +197,56 @@ def test_gradients_in_place_take_no_memory() -> None:
     assert loss_chunks == 0 and "sums" not in model.store.num_bytes
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sums", ["device", "host"])
+@pytest.mark.parametrize("rounds", [1, 2, 5])
+def test_gradients_wait_for_a_second_one_within_a_round_only(
+    rounds: int, sums: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In host memory, those of a unit, or of the units of a joint visit, in their own dtype; an odd number of
+    micro-batches leaves none to wait for the next round."""
+    honest, most = UnitGradient.add, 0
+    gradients: list[UnitGradient] = []
+
+    def add(self: UnitGradient, parameter: Any, gradient: torch.Tensor) -> None:
+        nonlocal most
+        if not any(self is other for other in gradients):
+            gradients.append(self)
+        honest(self, parameter, gradient)
+        most = max(most, sum(t.nbytes for other in gradients for t in other.waiting.values()))
+
+    monkeypatch.setattr(UnitGradient, "add", add)
+    model = host("llama", dtype=dtype, rounds=rounds, round_sums=sums)
+    model.train_step(batches("llama", 0), lr=1e-2)
+    sizes = [sum(p.numel for p in u.trainable) * model.store.dtype.itemsize for u in model.store.units]
+    head, layer = sizes[model.skeleton.num_layers + 1], max(sizes[1:-2])
+    assert most == (max(head, layer) if rounds == 5 else head + layer)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lanes", ["inline", "adversarial"])
+def test_gradients_that_wait_on_the_device_need_no_ring(lanes: str, dtype: str, update: str) -> None:
+    """A shorter step of one round uses the slots of the layers' own too; its bits are those without rounds.
+    Sums on the host come and go through a ring."""
+    found, sizes = [], []
+    for more in ({}, {"rounds": 2, "round_sums": "device"}, {"rounds": 2, "round_sums": "host"}):
+        model = host("llama", dtype=dtype, lanes=lanes, **UPDATES[update], **more)
+        numbers: list[float] = []
+        for step, count in enumerate((4, 1, 3, 1)):
+            out = model.train_step(batches("llama", step, count), lr=1e-2, weight_decay=0.1)
+            numbers += [out.loss, out.grad_norm]
+        found.append((numbers, dict(model.named_parameters())))
+        slots = model.engine.ops.gradient_slots
+        sizes.append([0 if b is None else b.nbytes for b in slots._buffers])
+    assert same(found[0], found[1]) and same(found[0], found[2])
+    layers = [4 * unit.trainable_numel for unit in model.store.units[1:-2]]
+    one, own, on_host = sizes
+    assert own[:2] == [0, 0] and len(one) == len(on_host) == 3
+    if lanes == "adversarial":
+        assert own[3:] == layers and one[:2] == on_host[:2] == [max(layers)] * 2
+
+
 def test_blocks_with_fewer_slabs_than_layers() -> None:
     """Gradients of a block's layers add up side by side, so not in slabs that they share."""
     found = []

@@ -350,6 +350,10 @@ def test_rounds_of_a_step(shape: HostModel) -> None:
     numels = gradient_slot_numels(shape.store.units, spec)
     own = [shape.store.units[u].trainable_numel for u in spec.own_grad_slots]
     assert len(own) == shape.skeleton.num_layers and numels[spec.grad_slots + 1 :] == own
+    assert set(numels[: spec.grad_slots]) == {0}, "no unit uses the ring"
+    assert of.step_spec(1).own_grad_slots == spec.own_grad_slots, "nor does a step of one round"
+    plain = Policies.of(ModelSettings(device="cpu"), shape.skeleton).step_spec(1)
+    assert gradient_slot_numels(shape.store.units, plain)[:-1] == [max(own)] * plain.grad_slots
     adds = Policies.of(ModelSettings(rounds=4, round_sums="add"), shape.skeleton)
     with pytest.raises(ConfigError, match="needs one micro-batch per round"):
         adds.step_spec(8)
@@ -372,7 +376,7 @@ def test_sums_take_memory_only_on_the_host(shape: HostModel) -> None:
 
 
 def check(free_gb: tuple[float, float], device: torch.device = CUDA, **settings: Any) -> None:
-    """Four layers of 14 GB each, and slots of 1 GB."""
+    """Four layers of 14 GB each, and slots of 1 GB in device memory."""
     rows = [lay_out(f"layer {i}", [(f"w{i}", (GB,), True, BF16)], BF16) for i in range(4)]
 
     def spec_of(settings: ModelSettings) -> StoreSpec:
@@ -387,7 +391,7 @@ def check(free_gb: tuple[float, float], device: torch.device = CUDA, **settings:
         ModelSettings(reserve_host_gb=0.0, **settings),
         spec_of,
         device=device,
-        slots_of=lambda settings: {"weight_slots": GB},
+        slots_of=lambda settings: {"weight_slots": GB if device == CUDA else 0},
         available={"host": int(free_gb[0] * GB), "device": int(free_gb[1] * GB)},
     )
 
@@ -407,16 +411,17 @@ def test_pooled_memory_holds_what_neither_home_would() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "settings", "is_refused"),
+    ("device", "share", "settings", "is_refused"),
     [
-        ("cuda", {"resident": 1}, True),  # host and device together would hold it
-        ("cuda", {"resident": 4}, False),
-        ("cpu", {"rounds": 2, "round_sums": "host"}, True),  # sums are not known until layers are
-        ("cpu", {"rounds": 2, "round_sums": "device"}, False),
+        ("cuda", 0.5, {"resident": 1}, True),  # host and device together would hold it
+        ("cuda", 0.5, {"resident": 4}, False),
+        ("cpu", 1.1, {"rounds": 2, "round_sums": "host"}, True),  # sums are not known until layers are
+        ("cpu", 2.0, {"rounds": 2, "round_sums": "host"}, False),
     ],
 )
 def test_a_model_made_by_its_configuration_needs_room_for_all_of_it(
     device: str,
+    share: float,
     settings: dict[str, Any],
     is_refused: bool,
     emulated_cuda: EmulatedCuda,
@@ -424,9 +429,8 @@ def test_a_model_made_by_its_configuration_needs_room_for_all_of_it(
 ) -> None:
     config = zoo.CASES["llama"].config()
     plain = HostModel.from_config(config, device="cpu", skip_memory_check=True)
-    host = sum(plain.store.num_bytes.values())
-    host = int(host * (0.5 if device == "cuda" else 1.05))
-    for module in (preflight, policies, host_model):
+    host = int(share * sum(plain.store.num_bytes.values()))
+    for module in (preflight, host_model):
         monkeypatch.setattr(module, "available_host_bytes", lambda stated=None: host)
     monkeypatch.setattr(policies, "free_memory_bytes", lambda device: 1 << 30)
 

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+import zoo
 from horizon_lm.config import ModelSettings
 from horizon_lm.engine.policies import DTYPES, store_spec
 from horizon_lm.errors import ConfigError, DoesNotFitError
+from horizon_lm.host_model import HostModel
 from horizon_lm.machine import memory as hardware
 from horizon_lm.machine.profile import load_profile
 from horizon_lm.memory import arena
@@ -25,6 +27,7 @@ from horizon_lm.memory.preflight import check_memory
 from horizon_lm.memory.store import GradientSlabs, StoreSpec, predict_bytes
 from horizon_lm.plan.fit import Limits
 from horizon_lm.words import size
+from planned_models import SMALL
 
 GB = 10**9
 BF16 = StoreSpec(torch.bfloat16)
@@ -116,6 +119,45 @@ def test_available_is_the_least_of_all_limits(monkeypatch: pytest.MonkeyPatch) -
     assert hardware.available_host_bytes() == 5 * 10**6
     monkeypatch.setattr(hardware, "_process_limits", lambda: [-7])
     assert hardware.available_host_bytes() == 0
+
+
+@pytest.mark.parametrize("made", ["from_config", "from_pretrained"])
+@pytest.mark.parametrize("sums", ["device", "host"])
+@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("update", ["deferred", "eager"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_step_takes_on_the_cpu_is_accepted_to_the_byte(
+    dtype: str, update: str, rounds: int, sums: str, made: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = GB
+    for module in ("memory.preflight", "host_model"):
+        monkeypatch.setattr(f"horizon_lm.{module}.available_host_bytes", lambda stated: free)
+    limit = None if update == "eager" else 1.0
+    settings = ModelSettings(
+        device="cpu",
+        dtype=dtype,
+        update=update,
+        max_grad_norm=limit,
+        rounds=rounds,
+        round_sums=sums,
+        reserve_host_gb=0.0,
+    )
+
+    def make() -> HostModel:
+        if made == "from_config":
+            return HostModel.from_config(SMALL, settings)
+        return HostModel(zoo.build("llama"), settings)
+
+    model = make()
+    ids = torch.arange(8).view(1, 8)
+    model.train_step([{"input_ids": ids, "labels": ids}] * 4, lr=1e-3)
+    parts = model.memory_bytes()
+    assert (parts["gradient_slots"] == 0) == (dtype == "float32" and (update == "deferred" or rounds == 1))
+    free = sum(parts.values())
+    make()
+    free -= 1
+    with pytest.raises(DoesNotFitError, match="short by 1 byte"):
+        make()
 
 
 # The machine's memory, as stated.

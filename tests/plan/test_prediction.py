@@ -12,17 +12,17 @@ import torch
 import horizon_lm as hz
 import zoo
 from horizon_lm.config import ModelSettings
-from horizon_lm.engine.policies import Policies
+from horizon_lm.engine.policies import Policies, slots_of
 from horizon_lm.machine.profile import Profile, load_profile
 from horizon_lm.memory.live import LiveBytes
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.plan import calibrate
 from horizon_lm.plan.costs import kernel_seconds
 from horizon_lm.plan.outline import Outline, model_config
-from horizon_lm.plan.predict import predict
+from horizon_lm.plan.predict import costs_of, predict
 from horizon_lm.plan.work import KINDS, Kernel, Work, WorkMeter
 from horizon_lm.schedule import Buffer, StepSpec, build, simulate
-from planned_models import GB, SMALL, config_of
+from planned_models import GB, SMALL, config_of, outline_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -125,6 +125,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "keep": {"activations": "keep"},
     "blocks": {"checkpoint_interval": 2},
     "micro-batches": {"gradient_accumulation_steps": 3, "activations": "recompute"},
+    "blocks of micro-batches": {"gradient_accumulation_steps": 3, "checkpoint_interval": 3},
     "fp32": {"dtype": "float32", "activations": "keep"},
 }
 
@@ -157,6 +158,67 @@ def test_bytes_of_a_step_are_predicted(name: str) -> None:
     store = {"process", "heap", "weights", "residual", "exp_avg", "exp_avg_sq", "grads", "gradient_slots"}
     predicted = sum(size for part, size in found.host.items() if part not in store)
     assert abs(predicted / live.peak - 1) < 0.06, (predicted, live.peak, found.host)
+
+
+PLACED: dict[str, dict[str, Any]] = {
+    "streamed": {},
+    "residents": {"resident": 3},
+    "blocks": {"checkpoint_interval": 3, "grad_slabs": 1},
+    "a layer frozen": {"freeze": ["layers.1."], "grad_slots": 1},
+}
+
+
+@pytest.mark.parametrize("placed", PLACED)
+@pytest.mark.parametrize("update", ["deferred", "eager"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradient_slots_on_the_cpu_are_predicted_to_the_byte(dtype: str, update: str, placed: str) -> None:
+    """By the plan and by the check before a run, against what a step of four micro-batches allocates."""
+    limit = None if update == "eager" else 1.0
+    allocated = set()
+    for rounds, sums in [(1, "device"), (2, "device"), (2, "host"), (4, "device"), (4, "host"), (4, "add")]:
+        values = {"dtype": dtype, "update": update, "max_grad_norm": limit, "rounds": rounds}
+        values |= {"round_sums": sums} | PLACED[placed]
+        config = config_of(gradient_accumulation_steps=4, device="cpu", max_length=16, **values)
+        model = hz.HostModel.from_config(SMALL, settings_of(skip_memory_check=True, **values))
+        ids = torch.arange(16).view(1, 16)
+        model.train_step([{"input_ids": ids, "labels": ids}] * 4, lr=0.0)
+        found = model.memory_bytes()["gradient_slots"]
+        costs = costs_of(
+            outline_of(config), config, load_profile("cpu-2core"), batch=1, tokens=16, micro_batches=4
+        )
+        planned = costs.fixed_bytes()
+        checked = slots_of(model.settings, model.skeleton, model.device)
+        for parts in (planned, checked):
+            assert parts.get("gradient_slots", 0) + parts.get("gradient_sums", 0) == found, (rounds, sums)
+        allocated.add(found)
+    assert len(allocated) > 1 or allocated == {0}
+    assert (allocated == {0}) == (dtype == "float32" and update == "deferred")
+
+
+def test_sums_on_a_gpu_take_the_place_of_the_ring() -> None:
+    """Whatever the number of micro-batches of the step that is predicted."""
+
+    def parts(rounds: int, sums: str, micro_batches: int = 4) -> dict[str, int]:
+        config = config_of(
+            gradient_accumulation_steps=4, device="cuda", rounds=rounds, round_sums=sums, grad_slots=3
+        )
+        costs = costs_of(
+            outline_of(config),
+            config,
+            load_profile("h100-sxm"),
+            batch=1,
+            tokens=16,
+            micro_batches=micro_batches,
+        )
+        found = costs.fixed_bytes()
+        return {name: found[name] for name in ("gradient_slots", "gradient_sums") if name in found}
+
+    sizes = [4 * unit.trainable_numel for unit in outline_of(config_of()).units]
+    layers, outer = sizes[1:-2], max(sizes[-2:])
+    with_ring = {"gradient_slots": 3 * max(layers) + outer}
+    assert parts(1, "device") == parts(1, "host") == parts(2, "host") == with_ring
+    own = {"gradient_slots": outer, "gradient_sums": sum(layers)}
+    assert parts(2, "device") == parts(4, "device") == parts(2, "device", micro_batches=1) == own
 
 
 def test_an_op_at_a_time_and_what_ops_hold() -> None:

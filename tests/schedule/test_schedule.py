@@ -126,6 +126,25 @@ def test_lower_bounds_of_a_plan() -> None:
         plain(uploaded=frozenset(range(5)))
 
 
+def test_rounds_say_where_gradients_wait() -> None:
+    for sums in ("", "elsewhere"):
+        with pytest.raises(ValueError, match=f"sums='{sums}' with rounds=2; hint: device"):
+            plain(rounds=2, sums=sums)
+
+
+def test_a_step_of_one_round_in_a_run_with_device_sums() -> None:
+    """It uses the slots that units have to themselves, and no slot of the ring."""
+    for update in ("sync", "deferred", "eager"):
+        spec = plain(update=update, sums="device")
+        ops = build_steps(spec, 2)
+        assert check(ops, spec) == []
+        used = {op.unit: op.grad_slot for op in ops if op.kind == "B" and op.unit in spec.trainable}
+        assert used == {unit: spec.outer_grad_slot + 1 + unit for unit in range(spec.head)}
+        ring = build_steps(plain(update=update), 2)
+        assert {op.grad_slot for op in ring if op.kind == "B"} == {0, 1}
+        assert any("too small or too large" in error for error in check(ring, spec))
+
+
 def test_a_step_without_trainable_units_is_forward_and_loss_alone() -> None:
     plan = plain(trainable=frozenset())
     assert {op.kind for op in build(plan)} == set("UFLN")

@@ -71,7 +71,8 @@ class MemorySettings(Settings):
     )
     grad_slots: int = setting(
         2,
-        "Gradient slots on the device; with two, one layer's gradients download while the next are computed.",
+        "Gradient slots on the device; with two, one layer's gradients download while the next are computed. "
+        "With rounds and round_sums: device each layer has its own instead.",
         group="Memory and device",
         resume="free",
         unit="layers",

@@ -184,8 +184,7 @@ class Ops:
         if gradient is not None:
             if m == step.spec.micro_batches - 1:
                 gradient.complete()  # a tied table's gradient waits here for its rows
-            elif (m + 1) % step.spec.round_size == 0:  # the end of a round
-                gradient.settle()
+            self.updates.end_round(step, op)
         step.losses[m] = loss
         step.memory[Buffer("input_grad", -1, m)] = hidden_gradient
 
@@ -216,6 +215,7 @@ class Ops:
             step.memory[Buffer("input_grad", -1, m)] = self._layer(step, op).backward(
                 graph, hidden, gradient, self.updates.gradient(step, op)
             )
+        self.updates.end_round(step, op)
 
     def _backward_prologue(self, step: Step, op: Op, output_gradient: torch.Tensor) -> None:
         m, mine = op.micro_batch, self.updates.gradient(step, op)
@@ -226,6 +226,7 @@ class Ops:
         with host_twins(self.device), step.draws(op, self.device)():
             call = replace(step.call(m), inputs=self._inputs(step, m))  # copied again, for their twins
             ends.backward_prologue(self.skeleton, self._weights(op), embeds, call, output_gradient, mine)
+        self.updates.end_round(step, op)
         if not step.spec.sums_rows:
             return
         del embeds

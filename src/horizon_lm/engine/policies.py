@@ -17,16 +17,16 @@ from horizon_lm.engine.loss import chunk_tokens
 from horizon_lm.errors import ConfigError
 from horizon_lm.machine.cores import lane_cores
 from horizon_lm.machine.device import free_memory_bytes, resolve_device
-from horizon_lm.machine.memory import available_host_bytes
 from horizon_lm.memory.layout import UnitLayout, lay_out
 from horizon_lm.memory.preflight import check_memory
-from horizon_lm.memory.slots import slot_bytes
+from horizon_lm.memory.slots import gradient_slot_bytes, slot_bytes
 from horizon_lm.memory.store import GradientSlabs, StoreSpec
 from horizon_lm.model.loading import count_parameters
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.optim.optimizer import Optimizer, UpdateSettings, check_patterns, group_rule, segments
 from horizon_lm.optim.rules import ADAPTIVE_RULES, finite_number
 from horizon_lm.schedule import StepSpec
+from horizon_lm.schedule.slots import gradient_slots_of
 from horizon_lm.schedule.step_spec import ATTENTION, KEEP, PRODUCTS
 from horizon_lm.words import count
 
@@ -57,7 +57,7 @@ class Policies:
     """Settings resolved for one model.
 
     slots, grad_slots: as settings and blocks of layers require. loss_chunk: tokens. rounds: the most in
-    a step. uploaded, trainable, attention, products, kept, spilled, resident: units.
+    a step. sums: as in `StepSpec`. uploaded, trainable, attention, products, kept, spilled, resident: units.
     """
 
     settings: ModelSettings
@@ -73,7 +73,7 @@ class Policies:
     products: frozenset[int] = frozenset()
     resident: frozenset[int] = frozenset()
     rounds: int = 1
-    sums: str = "device"
+    sums: str = ""
 
     @classmethod
     def of(cls, settings: ModelSettings, shape: ModelShape, device_bytes: int | None = None) -> Policies:
@@ -166,6 +166,19 @@ class Policies:
         chunks = max((-(-tokens // self.loss_chunk) for tokens in token_counts), default=1)
         return unit <= head and (count * max(1, chunks) if unit == head else count) > 1
 
+    def cpu_slot_bytes(
+        self, spec: StepSpec, token_counts: Sequence[int], dtype: torch.dtype
+    ) -> dict[str, int]:
+        """Predict the bytes of slots that a step takes on the CPU. Only gradients need them: those wider than
+        the store's (`dtype`), and those that cannot accumulate in it."""
+        apart = {
+            unit
+            for unit in spec.trainable
+            if spec.accumulates_in_slot(unit) or self.gradient_dtype(unit, token_counts, dtype) != dtype
+        }
+        used = gradient_slots_of(spec, apart) if apart else ()
+        return gradient_slot_bytes(self.shape.units, spec, used)
+
 
 def no_selection(settings: ModelSettings) -> str | None:
     """The setting for which no layer can keep only its products or attention; None if there is none.
@@ -256,9 +269,9 @@ def _rounds(settings: ModelSettings) -> int:
 
 
 def _sums(settings: ModelSettings) -> str:
-    """Where unfinished gradients wait between rounds."""
+    """Where unfinished gradients wait between rounds; "" without rounds."""
     if _rounds(settings) == 1:
-        return "device"
+        return ""
     if settings.round_sums != "auto":
         return settings.round_sums
     is_cuda = torch.cuda.is_available() if settings.device == "auto" else settings.device != "cpu"
@@ -276,7 +289,7 @@ def store_spec(settings: ModelSettings, shape: ModelShape | None) -> StoreSpec:
     sums: frozenset[int] = frozenset()
     if shape is not None:
         resident = resident_units(settings, shape)
-        if _sums(settings) != "device":
+        if _sums(settings) in ("host", "add"):
             below_head = _used_units(shape) & frozenset(range(shape.num_layers + 1))
             sums = frozenset(u for u in below_head if shape.units[u].trainable_numel)
     return StoreSpec(
@@ -290,10 +303,14 @@ def store_spec(settings: ModelSettings, shape: ModelShape | None) -> StoreSpec:
     )
 
 
-def slots_of(settings: ModelSettings, shape: ModelShape) -> dict[str, int]:
-    """Predict the device bytes of weight and gradient slots."""
-    policies = Policies.of(settings, shape)
-    return slot_bytes(shape.units, policies.step_spec(policies.rounds), DTYPES[settings.dtype])
+def slots_of(settings: ModelSettings, shape: ModelShape, device: torch.device) -> dict[str, int]:
+    """Predict the bytes of weight and gradient slots; on the CPU those that steps of several micro-batches
+    take."""
+    policies, dtype = Policies.of(settings, shape), DTYPES[settings.dtype]
+    if device.type != "cpu":
+        return slot_bytes(shape.units, policies.step_spec(policies.rounds), dtype)
+    count = max(2, policies.rounds)
+    return policies.cpu_slot_bytes(policies.step_spec(count), [1] * count, dtype)
 
 
 def make_optimizer(skeleton: Skeleton, settings: ModelSettings, device: torch.device) -> Optimizer:
@@ -324,18 +341,17 @@ def make_optimizer(skeleton: Skeleton, settings: ModelSettings, device: torch.de
     return optimizer
 
 
-def check_fits_host(values: dict[str, Any], settings: ModelSettings) -> None:
+def check_fits_host(values: dict[str, Any], settings: ModelSettings, available_bytes: int) -> None:
     """Raise DoesNotFitError unless the store of a model of this transformers configuration fits."""
     dtype = DTYPES[settings.dtype]
     trained, frozen = count_parameters(values, settings.freeze)
     rows = [("trained", (trained,), True, dtype), ("frozen", (frozen,), False, dtype)]
-    # Left out, since layers are not known yet: slabs of eager updates, and where resident units lie.
+    # Left out, since layers are not known yet: slabs, slots, and where resident units lie.
     device = resolve_device(settings.device)
-    pooled: dict[str, int] = {}
     if settings.resident not in ("auto", 0, []) and device.type != "cpu":
-        pooled["host"] = available_host_bytes(settings.host_memory_bytes) + free_memory_bytes(device)
+        available_bytes += free_memory_bytes(device)
     units = [lay_out("all", rows, dtype)]
-    check_memory(units, settings, lambda other: store_spec(other, None), available=pooled)
+    check_memory(units, settings, lambda other: store_spec(other, None), available={"host": available_bytes})
 
 
 def update_settings(

@@ -71,12 +71,7 @@ class Updates:
         self, step: Step, unit: int, grad_slot: int, dtype: torch.dtype, *, in_pairs: bool
     ) -> UnitGradient:
         spec, layout = step.spec, self.store.units[unit]
-        # In later rounds, and in a block with more layers than slabs, other units write to a slab before a
-        # sum over micro-batches is complete.
-        is_shared = spec.rounds > 1 or spec.checkpoint_interval > spec.grad_slabs
-        is_shared = is_shared and spec.micro_batches > 1
-        is_in_slot = spec.update == "eager" and (unit in spec.resident or is_shared)
-        at_home = self.slots.is_alias(dtype) and not is_in_slot
+        at_home = self.slots.is_alias(dtype) and not spec.accumulates_in_slot(unit)
         if at_home:
             run = self.store.gradient_run(unit, spec.slab(unit))
         else:
@@ -86,12 +81,16 @@ class Updates:
     def _is_added_on_host(self, step: Step, unit: int) -> bool:
         return step.spec.adds_on_host and unit in step.spec.host_sums
 
+    def end_round(self, step: Step, op: Op) -> None:
+        """After the last micro-batch of a round, add the gradient that waits for a second one."""
+        if op.grad_slot >= 0 and step.spec.ends_round(op.micro_batch):
+            step.gradients[op.unit].settle()
+
     # Between rounds
 
     def _park(self, step: Step, op: Op) -> None:
         """Copy an unfinished gradient to host memory: as a sum, or for the host to add it to the sum."""
         gradient = step.gradients[op.unit]
-        gradient.settle()
         if op.sum_slab < 0:
             self.store.sum_run(op.unit).copy_(gradient.run, non_blocking=True)
             return

@@ -30,7 +30,7 @@ def check_memory(
     available: Mapping[str, int] | None = None,
 ) -> None:
     """Raise DoesNotFitError if the store and `reserve_host_gb` exceed the host memory that is available, or
-    resident units and slots the device memory. On the CPU both are host memory, and slots take none.
+    resident units and slots the device memory. On the CPU both are host memory.
 
     spec_of: the store of these units under other settings; slots_of: bytes of the slots. available:
     bytes of "host" and "device"; measured by default.
@@ -45,10 +45,9 @@ def check_memory(
 
     def parts_of(settings: ModelSettings) -> dict[str, dict[str, int]]:
         spec = spec_of(settings)
-        host, resident = predict_bytes(units, spec), predict_device_bytes(units, spec)
-        if not has_memory:
-            return {"host": host | resident}
-        return {"host": host, "device": {**resident, **slots_of(settings)}}
+        host = predict_bytes(units, spec)
+        device_parts = predict_device_bytes(units, spec) | dict(slots_of(settings))
+        return {"host": host, "device": device_parts} if has_memory else {"host": host | device_parts}
 
     def shortages(settings: ModelSettings) -> Mapping[str, int]:
         free = given | {"host": given["host"] - reserve}
@@ -75,7 +74,7 @@ def check_memory(
 
 
 def _table(parts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {size(part)}" for name, part in parts.items())
+    return ", ".join(f"{name} {size(part)}" for name, part in parts.items() if part)
 
 
 def _fitting_residents(

@@ -6,7 +6,7 @@ gradient slot the store's gradient buffer if dtypes match: no copies. Resident u
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,11 +33,12 @@ def weight_slot_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[int]
 
 
 def gradient_slot_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[int]:
-    """Return the elements of each gradient slot: ring, outer slot, and slots of units of their own."""
+    """Return the elements of each gradient slot: ring, outer slot, and slots of units of their own. The ring
+    fits the units without one; it is empty if there are none."""
     sizes = {u: units[u].trainable_numel for u in plan.trainable}
-    ring, outer = _largest(sizes, range(plan.head)), _largest(sizes, (plan.head, plan.head + 1))
-    own = [sizes[unit] for unit in plan.own_grad_slots]
-    return [ring] * plan.grad_slots + [outer, *own]
+    outer = _largest(sizes, (plan.head, plan.head + 1))
+    own = [sizes.pop(unit) for unit in plan.own_grad_slots]
+    return [_largest(sizes, range(plan.head))] * plan.grad_slots + [outer, *own]
 
 
 def _largest(sizes: Mapping[int, int], units: Iterable[int]) -> int:
@@ -45,11 +46,21 @@ def _largest(sizes: Mapping[int, int], units: Iterable[int]) -> int:
 
 
 def slot_bytes(units: Sequence[UnitLayout], plan: StepSpec, dtype: torch.dtype) -> dict[str, int]:
-    """Predict the bytes of the weight and gradient slots. Gradients accumulate in fp32."""
-    return {
-        "weight_slots": sum(weight_slot_numels(units, plan)) * dtype.itemsize,
-        "gradient_slots": sum(gradient_slot_numels(units, plan)) * torch.float32.itemsize,
-    }
+    """Predict the bytes of the weight and gradient slots."""
+    weights = sum(weight_slot_numels(units, plan)) * dtype.itemsize
+    return {"weight_slots": weights, **gradient_slot_bytes(units, plan)}
+
+
+def gradient_slot_bytes(
+    units: Sequence[UnitLayout], plan: StepSpec, used: Collection[int] | None = None
+) -> dict[str, int]:
+    """Predict the bytes of the gradient slots, or of those `used`: `gradient_slots` are ring and outer slot,
+    `gradient_sums` the slots of units of their own. Gradients accumulate in fp32."""
+    sizes = [numel * torch.float32.itemsize for numel in gradient_slot_numels(units, plan)]
+    if used is not None:
+        sizes = [size if slot in used else 0 for slot, size in enumerate(sizes)]
+    own = plan.outer_grad_slot + 1
+    return {"gradient_slots": sum(sizes[:own])} | ({"gradient_sums": sum(sizes[own:])} if sizes[own:] else {})
 
 
 class WeightSlots:
@@ -95,8 +106,9 @@ class GradientSlots:
     """Device buffers of `numels` fp32 elements, each for one unit's gradient while it accumulates.
 
     A gradient that is written once has the store's dtype; one that is added to (several micro-batches or loss
-    chunks) accumulates in fp32. With `alias`, a buffer is allocated only once a gradient needs fp32 in
-    a bf16 store; otherwise immediately, rather than during the first step on another stream.
+    chunks) accumulates in fp32. With `alias`, a buffer is allocated only once a gradient cannot accumulate
+    in the store (`Policies.cpu_slot_bytes` predicts them); otherwise immediately, rather than during the
+    first step on another stream.
     """
 
     def __init__(self, store: HostStore, numels: Sequence[int], device: torch.device, alias: bool) -> None:

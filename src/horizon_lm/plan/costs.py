@@ -12,12 +12,13 @@ import torch
 
 from horizon_lm.engine.policies import Policies
 from horizon_lm.machine.profile import Profile
-from horizon_lm.memory.slots import gradient_slot_numels, slot_bytes
+from horizon_lm.memory.slots import slot_bytes
 from horizon_lm.memory.store import StoreSpec, predict_device_bytes, regions
 from horizon_lm.plan.outline import Measures, Outline
 from horizon_lm.plan.work import ELEMENTWISE, Kernel, Work
 from horizon_lm.plan.working_set import Pass, WorkingSet
 from horizon_lm.schedule import Buffer, Op, StepSpec
+from horizon_lm.schedule.slots import turnaround
 from horizon_lm.schedule.step_spec import KEEP, RECOMPUTE
 
 DEVICE, HOST = "device", "host"
@@ -62,41 +63,27 @@ class Costs:
         """Device buffers that live as long as the run."""
         plan = self.plan
         spills = any(plan.is_spilled(u) for u in range(1, plan.head))
-        parts = slot_bytes(self.outline.units, plan, self.spec.dtype)
-        parts["boundary_slots"] = plan.boundary_slots * self.boundary if spills else 0
         if self.is_cpu:
-            parts = {"gradient_slots": self._widened_bytes(), "waiting_gradients": self._waiting_bytes()}
+            parts = self.policies.cpu_slot_bytes(plan, self._token_counts, self.spec.dtype)
+            parts["waiting_gradients"] = self._waiting_bytes()
         else:
-            parts["gradient_slots"] -= self._own_bytes
-        parts["gradient_sums"] = self._own_bytes
+            parts = slot_bytes(self.outline.units, plan, self.spec.dtype)
+            parts["boundary_slots"] = plan.boundary_slots * self.boundary if spills else 0
         parts |= predict_device_bytes(self.outline.units, self.spec)
         return {name: size for name, size in parts.items() if size}
 
-    @property
-    def _own_bytes(self) -> int:
-        """Bytes of the gradient slots in which sums wait on the device between rounds."""
-        own = self.plan.own_grad_slots
-        return sum(self.outline.units[u].trainable_numel for u in own) * torch.float32.itemsize
-
-    def _widened_bytes(self) -> int:
-        """Bytes of gradient slots on the CPU: only gradients wider than the store's need them, those of
-        layers in the ring, the head's in the outer slot."""
-        wide = {u for u in self.plan.trainable if self._gradient_dtype(u) != self.spec.dtype}
-        slots, head = gradient_slot_numels(self.outline.units, self.plan), self.plan.head
-        ring, outer = slots[: self.plan.grad_slots], slots[self.plan.outer_grad_slot]
-        numel = sum(ring) * bool(wide & {*range(head)}) + outer * (head in wide)
-        return numel * torch.float32.itemsize
-
     def _waiting_bytes(self) -> int:
-        """On the CPU two gradients are added at a time, and the first waits in autograd's memory: that of one
-        layer, plus the head's if micro-batches pass the turnaround one by one."""
+        """On the CPU two gradients are added at a time, and the first waits in autograd's memory: those of
+        units that are visited together, or of one unit if rounds have one micro-batch."""
         plan, units = self.plan, self.outline.units
-        counts = [self.measures.batch * self.measures.tokens] * plan.micro_batches
-        sizes = {u: units[u].trainable_numel for u in plan.trainable if u <= plan.head}
-        adds = {u: n for u, n in sizes.items() if self.policies.adds_gradients(u, counts)}
-        head = adds.pop(plan.head, 0)
-        layer = max(adds.values(), default=0)
-        return (head + layer if plan.joins_turnaround else max(head, layer)) * self.spec.dtype.itemsize
+        sizes = {
+            u: units[u].trainable_numel
+            for u in plan.trainable
+            if self.policies.adds_gradients(u, self._token_counts)
+        }
+        together = sum if plan.round_size > 1 else max
+        visits = plan.visits[turnaround(plan) :]
+        return max(together(sizes.get(u, 0) for u in visit) for visit in visits) * self.spec.dtype.itemsize
 
     def num_bytes(self, buffer: Buffer, op: Op) -> tuple[str, int] | None:
         """Bytes of a transient buffer, by the op that writes it first; see `schedule.simulate`."""
@@ -257,9 +244,13 @@ class Costs:
                 kinds.append(size * table + (4 * size if self.plan.tied else 2 * size) * self._row_elements)
         return Work(Kernel(ELEMENTWISE, self._dtype_name, 0, count) for count in kinds)
 
+    @property
+    def _token_counts(self) -> list[int]:
+        """Tokens of each micro-batch."""
+        return [self.measures.batch * self.measures.tokens] * self.plan.micro_batches
+
     def _gradient_dtype(self, unit: int) -> torch.dtype:
-        counts = [self.measures.batch * self.measures.tokens] * self.plan.micro_batches
-        return self.policies.gradient_dtype(unit, counts, self.spec.dtype)
+        return self.policies.gradient_dtype(unit, self._token_counts, self.spec.dtype)
 
     def _kind(self, unit: int) -> int:
         return self.outline.kind_of[unit - 1] if 0 < unit < self.plan.head else -1 - (unit > 0)

@@ -42,7 +42,9 @@ def explain(config: TrainConfig, chosen: TrainConfig, planner: Planner) -> list[
         "slots": "the next layer arrives while one is computed"
         if chosen.slots == 2
         else "with two, uploads are late",
-        "grad_slots": "one gradient leaves while the next is computed",
+        "grad_slots": "unused: each layer has a gradient slot of its own"
+        if chosen.rounds != 1 and chosen.round_sums == "device"
+        else "one gradient leaves while the next is computed",
         "loss_chunk_tokens": _chunk_reason(chosen, planner),
         "optimizer_threads": _threads_reason(chosen, planner.profile),
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from horizon_lm.schedule.step_spec import StepSpec
 
 
@@ -77,6 +79,12 @@ def place_gradients(spec: StepSpec) -> tuple[list[dict[int, int]], list[list[tup
                 last_visit[slot] = parked[unit] = visit
         placed.append(slots)
     return placed, brought
+
+
+def gradient_slots_of(spec: StepSpec, units: Collection[int]) -> set[int]:
+    """Return the gradient slots in which gradients of `units` accumulate."""
+    found = {slot for slots in place_gradients(spec)[0] for unit, slot in slots.items() if unit in units}
+    return found | {spec.outer_grad_slot} if spec.embedding_unit in units else found
 
 
 def turnaround(spec: StepSpec) -> int:

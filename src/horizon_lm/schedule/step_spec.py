@@ -33,10 +33,11 @@ class StepSpec:
     grad_slabs: with eager updates, host buffers for the gradients of layers, round-robin; head and embedding
         table share one more.
     rounds: groups into which the micro-batches are cut, one after the other, with one update at the end.
-    sums: where a gradient waits for the next round: `device`: in a gradient slot of its own; `host`: in host
-        memory, from which it is brought back; `add`: the host adds up the gradients of single micro-batches,
-        and the sum is brought back for the last one (with larger rounds as `host`). Head and embedding table
-        wait in the outer slot.
+    sums: where a gradient waits for the next round, in this and all other steps of a run: `device`: in
+        a gradient slot of its own, also in a step of one round; `host`: in host memory, from which it is
+        brought back; `add`: the host adds up the gradients of single micro-batches, and the sum is brought
+        back for the last one (with larger rounds as `host`); "" in a run without rounds. Head and embedding
+        table wait in the outer slot.
     kept: layers (units) that keep their activations instead of recomputing them.
     attention, products: layers that keep only the results of attention, or those of all matrix products too.
     checkpoint_interval: layers per block, recomputed from one stored input.
@@ -64,7 +65,7 @@ class StepSpec:
     saved: frozenset[int] = _NONE
     resident: frozenset[int] = _NONE
     rounds: int = 1
-    sums: str = "device"
+    sums: str = ""
     attention: frozenset[int] = _NONE
     products: frozenset[int] = _NONE
 
@@ -105,8 +106,8 @@ class StepSpec:
             raise ValueError(
                 f"rounds={self.rounds} of micro_batches={self.micro_batches}; hint: StepSpec.round_count"
             )
-        if self.sums not in SUMS:
-            raise ValueError(f"sums={self.sums!r}; hint: {' | '.join(SUMS)}")
+        if self.sums not in SUMS and (self.sums or self.rounds > 1):
+            raise ValueError(f"sums={self.sums!r} with rounds={self.rounds}; hint: {' | '.join(SUMS)}")
         policies = (self.kept, self.attention, self.products)
         if sum(map(len, policies)) != len(frozenset().union(*policies)):
             raise ValueError("a layer has two policies; hint: kept, attention and products are disjoint")
@@ -148,20 +149,22 @@ class StepSpec:
         start = number * self.round_size
         return range(start, min(start + self.round_size, self.micro_batches))
 
+    def ends_round(self, m: int) -> bool:
+        """Whether a micro-batch is the last of its round."""
+        return (m + 1) % self.round_size == 0 or m == self.micro_batches - 1
+
     @cached_property
     def own_grad_slots(self) -> tuple[int, ...]:
         """Units with a gradient slot of their own, in the order of the slots, which follow the outer one."""
-        return self._waiting if self.sums == "device" else ()
+        return self._below_head if self.sums == "device" else ()
 
     @cached_property
     def host_sums(self) -> frozenset[int]:
         """Units whose gradients wait in host memory between rounds."""
-        return frozenset(() if self.sums == "device" else self._waiting)
+        return frozenset(self._below_head if self.rounds > 1 and self.sums != "device" else ())
 
     @property
-    def _waiting(self) -> tuple[int, ...]:
-        if self.rounds == 1:
-            return ()
+    def _below_head(self) -> tuple[int, ...]:
         return tuple(unit for unit in sorted(self.trainable) if unit < self.head)
 
     @property
@@ -174,6 +177,15 @@ class StepSpec:
         """Whether the gradient of a micro-batch overwrites its slot rather than being added to it."""
         alone = self.adds_on_host and unit in self.host_sums and m < self.micro_batches - 1
         return m == 0 or alone
+
+    def accumulates_in_slot(self, unit: int) -> bool:
+        """Whether a gradient needs a slot even if the host buffer could hold it: with eager updates, that of
+        a resident unit, and one whose slab other units write to before the sum over micro-batches is
+        complete, as in later rounds and in a block with more layers than slabs."""
+        if self.update != "eager":
+            return False
+        is_shared = self.rounds > 1 or self.checkpoint_interval > self.grad_slabs
+        return unit in self.resident or (is_shared and self.micro_batches > 1)
 
     @property
     def sums_rows(self) -> bool:
