@@ -234,6 +234,23 @@ def test_more_tokens_a_step_are_advised_where_the_update_limits() -> None:
     assert enough.prediction.limit().startswith("compute") and enough.all_notes() == enough.notes
 
 
+@pytest.mark.parametrize("rounds", [2, "auto"])
+def test_the_advice_has_a_round_for_each_micro_batch_if_the_host_adds(rounds: int | str) -> None:
+    """The advice can be pasted: rounds are named if the configuration names them."""
+    values: dict[str, Any] = {"max_length": 16, "max_grad_norm": None, "resident": 0, "round_sums": "add"}
+    values |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
+    config = config_of(**values, rounds=2)
+    slow = load_profile("h100-sxm").model_copy(update={"optimizer": 1e9})
+    planner = planner_of(config.replace(rounds=rounds), slow, Limits.of_profile(slow))
+    planner.choose(config.replace(rounds=rounds))
+    plan = RunPlan(config, planner, planner.predict(config), [], [], "a machine")
+    assert plan.prediction.limit().startswith("update")
+    (advice,) = plan.all_notes()
+    found = re.search(r": (gradient_accumulation_steps=(\d+)( rounds=(\d+))?) \(", advice)
+    assert found is not None and (found[4] == found[2] if rounds == 2 else found[3] is None)
+    assert int(found[2]) > 2
+
+
 def test_this_machine_is_not_called_one_that_is_not_here(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # nothing has been measured
     plan = plan_of(config_of(max_length=128, device="cpu"))

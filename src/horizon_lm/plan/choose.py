@@ -38,6 +38,7 @@ class Planner:
     """One model on one machine.
 
     pinned: keys set explicitly in the configuration. chooses_chunk: whether `choose` chose the loss chunk.
+    opened: settings of residents and rounds that were `auto` for `choose`.
     """
 
     outline: Outline
@@ -45,6 +46,7 @@ class Planner:
     limits: Limits
     pinned: frozenset[str] = frozenset()
     chooses_chunk: bool = False
+    opened: frozenset[str] = frozenset()
     _seen: dict[tuple, Prediction] = field(default_factory=dict)
     _outlines: dict[tuple, Outline] = field(default_factory=dict)
 
@@ -98,6 +100,7 @@ class Planner:
     def choose(self, config: TrainConfig) -> TrainConfig:
         """Return the fastest combination found that fits. Raises DoesNotFitError if there is none."""
         space, found = self._space(config), self._search(config)
+        self.opened = frozenset(key for key in ("resident", "rounds") if getattr(config, key) == "auto")
         batches = [batch * config.sides for batch, _ in space.batches()]
         if len(batches) > 2:
             self.outline.expect(Line("batch", config.max_length, max(2, min(batches)), max(batches) - 1))

@@ -14,6 +14,7 @@ from horizon_lm.data.detect import with_method
 from horizon_lm.errors import ConfigError, HorizonError
 from horizon_lm.machine.memory import lockable_bytes
 from horizon_lm.machine.profile import FALLBACK, Profile, load_profile
+from horizon_lm.memory.ways import written
 from horizon_lm.plan.choose import Choice, Planner
 from horizon_lm.plan.explain import explain
 from horizon_lm.plan.fit import Limits, largest_that_fits
@@ -96,16 +97,20 @@ class RunPlan:
         if update <= rest:
             return None
         times = min(64, 2 ** math.ceil(math.log2(update / rest))) if rest else 2
-        more = self.planner.predict(config.replace(gradient_accumulation_steps=batches * times))
+        changes = {"gradient_accumulation_steps": batches * times}
+        adds = config.round_sums == "add" and config.rounds != 1
+        rounds = {"rounds": batches * times} if adds else {}  # one for each micro-batch
+        more = self.planner.predict(config.replace(**changes, **rounds))
         gain = more.tokens_per_second / found.tokens_per_second - 1
         if gain < 0.05:
             return None
-        key = f"gradient_accumulation_steps={batches * times}"
         if config.tokens_per_step is not None:
-            key = f"tokens_per_step={more.tokens}"
+            changes = {"tokens_per_step": more.tokens}
+        if "rounds" not in self.planner.opened:
+            changes |= rounds
         return (
             f"the update takes {update / found.seconds:.0%} of a step, regardless of its tokens: "
-            f"{key} ({count(more.tokens, 'token')} a step) would "
+            f"{written(changes)} ({count(more.tokens, 'token')} a step) would "
             f"give {more.tokens_per_second:,.0f} tokens/s, {gain:.0%} more"
         )
 
