@@ -154,6 +154,26 @@ def test_a_choice_that_does_not_exist_is_no_way_out() -> None:
         planner_of(config, *machine(0.0001, 4000)).choose(config)
 
 
+@pytest.mark.parametrize(
+    ("resident", "memory", "device_mb"), [(0, "host", 6.7), (1, "host", 6.7), (6, "device", 4)]
+)
+def test_too_few_or_too_many_residents_are_left_to_the_planner(
+    resident: int, memory: str, device_mb: float
+) -> None:
+    """The hint starts with what fits with the same results, and it does fit."""
+    values, host_gb, _ = CASES["residents, little host memory"]
+    config = config_of(max_length=128, reserve_host_gb=0.0, **values)
+    sizes = machine(host_gb, device_mb)
+    asked = config.replace(resident=resident)
+    with pytest.raises(DoesNotFitError, match=f"^{memory} memory") as caught:
+        planner_of(asked, *sizes).choose(asked)
+    hint = caught.value.hint or ""
+    assert re.match(r"resident=auto saves [0-9.]+ [kM]B; ", hint), hint
+    assert not re.search("moment_dtype|optim|max_grad_norm|max_length", hint)
+    planner = planner_of(config, *sizes)
+    assert planner.fits(planner.choose(config))
+
+
 def test_the_plan_of_a_large_model_takes_little_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """14 B with all that `horizon plan` prints: layers run on fake tensors, and schedules simulated.
     The largest sizes took 18 and 46 by doubling and halving; the search takes about 70 simulations."""

@@ -15,7 +15,7 @@ from horizon_lm.engine.loss import chunk_choices
 from horizon_lm.machine.profile import Profile
 from horizon_lm.plan import fit, search
 from horizon_lm.plan.costs import Costs
-from horizon_lm.plan.fit import Limits, Predictor
+from horizon_lm.plan.fit import Limits
 from horizon_lm.plan.outline import Outline
 from horizon_lm.plan.predict import MOST_VISITS, Prediction, costs_of, prediction_of
 from horizon_lm.plan.search import Search
@@ -111,18 +111,16 @@ class Planner:
             return self._with_largest_chunk(space.make(best))
         smallest = space.make(found.least())
         if not config.skip_memory_check:
-            asked = smallest.replace(update=config.update)  # hints start from what the user asked
-            fit.check(asked, self.predict(asked), self.limits, self._pooling(config))
+            # Hints start from what the user asked.
+            residents = "auto" if config.resident == "auto" else smallest.resident
+            asked = smallest.replace(update=config.update, resident=residents)
+            fit.check(asked, self._pooling(asked), self.limits, self._pooling)
         least = self.chunks(smallest)[-1:]
         return smallest.replace(loss_chunk_tokens=least[0]) if least else smallest
 
-    def _pooling(self, config: TrainConfig) -> Predictor:
-        """Predictions for which the number of residents, if it is open in `config`, is chosen anew."""
-
-        def predict(other: TrainConfig) -> Prediction:
-            return self.predict(self.pooled(other) if config.resident == "auto" else other)
-
-        return predict
+    def _pooling(self, config: TrainConfig) -> Prediction:
+        """The prediction, with the number of residents chosen if it is open."""
+        return self.predict(self.pooled(config) if config.resident == "auto" else config)
 
     def pooled(self, config: TrainConfig) -> TrainConfig:
         """The configuration with as few residents as host memory allows, or as many as the device holds."""
