@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from horizon_lm.config import ModelSettings, TrainConfig
 from horizon_lm.engine.policies import Policies
 from horizon_lm.errors import ConfigError, DoesNotFitError
 from horizon_lm.machine.profile import Profile, load_profile
+from horizon_lm.plan import fit
 from horizon_lm.plan.choose import Planner
 from horizon_lm.plan.fit import Limits
+from horizon_lm.plan.largest import Pooled
 from horizon_lm.plan.outline import Outline
 from horizon_lm.plan.predict import predict
 from horizon_lm.plan.run_plan import RunPlan, plan_run
@@ -132,9 +135,57 @@ def test_the_largest_that_fits_is_just_below_what_does_not() -> None:
     most = plan.largest()
     base = plan.config.replace(activations="recompute", boundaries="host")
     batch = most["per_device_train_batch_size"]
-    assert planner.fits(base.replace(per_device_train_batch_size=batch))
-    assert not planner.fits(base.replace(per_device_train_batch_size=int(batch * 1.3) + 2))
+    for rows, fits in ((batch, True), (int(batch * 1.3) + 2, False)):
+        assert planner.fits(planner.pooled(base.replace(per_device_train_batch_size=rows))) == fits
     assert most["layers"] > 4 and most["parameters"] > planner.outline.num_parameters
+
+
+FILLED = {"update": "deferred", "slots": 2, "rounds": 1, "tokens_per_step": 4096, "loss_chunk_tokens": 512}
+# name: settings, host GB, device MB, the fewest layers that `largest` must find
+SHARES: dict[str, tuple[dict[str, Any], float, float, int]] = {
+    "more residents than half the model has": (FILLED, 0.0008, 9, 4),
+    "inputs too large for the host": (FILLED, 0.002, 12, 6),
+    "rounds that only the plan needs": ({"max_length": 1024, "gradient_accumulation_steps": 2}, 0.01, 20, 20),
+    "residents as configured": ({"resident": 4, "per_device_train_batch_size": 4}, 0.0015, 7.5, 4),
+    "residents by name": ({"resident": ["layer 3"]}, 0.003, 4.5, 5),
+}
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_the_largest_sizes_are_at_least_the_plans(name: str) -> None:
+    """And they fit: the planner finds choices for the deepest model."""
+    values, host_gb, device_mb, layers = SHARES[name]
+    config = config_of(**{"max_length": 128, "reserve_host_gb": 0.0} | values)
+    planner = planner_of(config, *machine(host_gb, device_mb))
+    chosen = planner.choose(config)
+    most = RunPlan(chosen, planner, planner.predict(chosen), [], [], "a machine").largest()
+    for key in ("per_device_train_batch_size", "max_length"):
+        assert most[key] >= getattr(chosen, key), key
+    assert layers <= most["layers"] < 1.5 * layers
+    deeper = replace(planner, outline=planner.outline.with_layers(most["layers"]), _seen={}, _outlines={})
+    assert deeper.fits(deeper.choose(config))
+
+
+@pytest.mark.parametrize("values", [{}, {"max_grad_norm": None}, {"rounds": 4, "round_sums": "host"}])
+def test_residents_leave_the_memory_that_a_simulation_with_them_finds(values: dict[str, Any]) -> None:
+    """But for two stored inputs of 16 kB, which other steps free earlier or later."""
+    values = values | {"gradient_accumulation_steps": 4, "activations": "recompute", "boundaries": "host"}
+    config = config_of(max_length=128, reserve_host_gb=0.0, **values)
+    planner = planner_of(config, *machine(0.0023 if "rounds" in values else 0.0015, 8))
+    pooled = planner.pooled(config)
+    assert 2 <= pooled.resident <= 5
+    exact = fit.rest_bytes(pooled, planner.predict(pooled), planner.limits)
+    assert Pooled(planner, config).rest() == pytest.approx(exact, abs=2 << 14)
+
+
+@pytest.mark.parametrize("resident", [5, ["layer 3", "head"]])
+def test_the_largest_sizes_of_a_run_that_does_not_fit_are_smaller(resident: int | list[str]) -> None:
+    """Fewer layers have fewer units than the configuration asks to be resident."""
+    config = config_of(max_length=128, reserve_host_gb=0.0, resident=resident, skip_memory_check=True)
+    planner = planner_of(config, *machine(0.0018, 3))
+    chosen = planner.choose(config)
+    assert not planner.fits(chosen)
+    assert RunPlan(chosen, planner, planner.predict(chosen), [], [], "a machine").most_layers() in (1, 2)
 
 
 def test_costs_of_ops_are_not_negative_and_of_every_kind() -> None:

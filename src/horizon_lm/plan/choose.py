@@ -76,9 +76,10 @@ class Planner:
 
     def room_bytes(self, config: TrainConfig) -> int:
         """Bytes left of the memory that has least left; negative if the run does not fit. By a short step."""
-        return fit.room_bytes(config, self._quickly(config), self.limits)
+        return fit.room_bytes(config, self.quickly(config), self.limits)
 
-    def _quickly(self, config: TrainConfig) -> Prediction:
+    def quickly(self, config: TrainConfig) -> Prediction:
+        """Predict by a short step."""
         return self.predict(config, search.MOST_VISITS)
 
     def space(self, config: TrainConfig) -> Iterator[TrainConfig]:
@@ -92,7 +93,7 @@ class Planner:
         def rest(settings: TrainConfig, found: Prediction) -> dict[str, int]:
             return fit.rest_bytes(settings, found, self.limits)
 
-        machine = search.Machine(self._quickly, rest, self.costs, self.limits.device)
+        machine = search.Machine(self.quickly, rest, self.costs, self.limits.device)
         return Search(self._space(config), machine)
 
     # The search.
