@@ -104,6 +104,25 @@ def test_a_way_that_makes_another_memory_short_is_not_offered() -> None:
     assert texts(suggest(settings(boundaries="host"), shortages)) == ["boundaries=device saves 25 bytes"]
 
 
+@pytest.mark.parametrize("asked", [0, 8, ["head"]])
+def test_residents_are_left_to_the_planner_before_the_results_change(asked: int | list[str]) -> None:
+    """The planner chooses 4, with which all fits; every other way saves some of the host memory too."""
+
+    def shortages(config: TrainConfig) -> dict[str, int]:
+        number = config.resident
+        number = 4 if number == "auto" else len(number) if isinstance(number, list) else number
+        host = 3 - number - (config.optim == "lion") - 3 * (config.moment_dtype == "bfloat16")
+        return {"host": host, "device": number - 5}
+
+    found = texts(suggest(settings(resident=asked), shortages))
+    assert found[0].startswith("resident=auto saves") and "not enough" not in found[0]
+    assert not any("optim" in text or "moment_dtype" in text for text in found)
+    # The controls: on a CPU there is one memory, and a run that the planner has planned needs a number.
+    assert not any("auto" in text for text in texts(suggest(settings(resident=2, device="cpu"), shortages)))
+    assert next_smaller(settings(resident=8)) == "resident=4"
+    assert "auto" not in next_smaller(settings(resident=0))
+
+
 def test_settings_that_do_not_suit_the_model_are_skipped() -> None:
     def shortages(config: TrainConfig) -> dict[str, int]:
         if config.mlp_tile_tokens is not None:

@@ -14,9 +14,9 @@ import pytest
 from horizon_lm import plan as package
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import DoesNotFitError
+from horizon_lm.plan import largest
 from horizon_lm.plan import outline as outline_module
 from horizon_lm.plan import outline_cache as module
-from horizon_lm.plan import run_plan
 from horizon_lm.plan.outline_cache import OutlineCache, outline_cache
 from horizon_lm.plan.run_plan import plan_run
 from horizon_lm.plan.show import describe
@@ -30,8 +30,8 @@ TINY |= {"max_position_embeddings": 64}  # which ends the search for the longest
 def own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache of its own; searches end soon."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(run_plan, "_MOST_ROWS", 8)
-    monkeypatch.setattr(run_plan, "_MOST_LAYERS", 16)
+    monkeypatch.setattr(largest, "_MOST_ROWS", 8)
+    monkeypatch.setattr(largest, "_MOST_LAYERS", 16)
 
 
 def config_of(**values: Any) -> TrainConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from horizon_lm.config import ModelSettings, TrainConfig
 from horizon_lm.engine.policies import Policies
 from horizon_lm.errors import ConfigError, DoesNotFitError
 from horizon_lm.machine.profile import Profile, load_profile
+from horizon_lm.plan import fit
 from horizon_lm.plan.choose import Planner
 from horizon_lm.plan.explain import explain
 from horizon_lm.plan.fit import Limits, shortfalls
+from horizon_lm.plan.largest import Pooled
 from horizon_lm.plan.outline import Outline
 from horizon_lm.plan.predict import predict
 from horizon_lm.plan.run_plan import RunPlan, plan_run
@@ -221,9 +224,57 @@ def test_the_largest_that_fits_is_just_below_what_does_not() -> None:
     most = plan.largest()
     base = plan.config.replace(activations="recompute", boundaries="host")
     batch = most["per_device_train_batch_size"]
-    assert planner.fits(base.replace(per_device_train_batch_size=batch))
-    assert not planner.fits(base.replace(per_device_train_batch_size=int(batch * 1.3) + 2))
+    for rows, fits in ((batch, True), (int(batch * 1.3) + 2, False)):
+        assert planner.fits(planner.pooled(base.replace(per_device_train_batch_size=rows))) == fits
     assert most["layers"] > 4 and most["parameters"] > planner.outline.num_parameters
+
+
+FILLED = {"update": "deferred", "slots": 2, "rounds": 1, "tokens_per_step": 4096, "loss_chunk_tokens": 512}
+# name: settings, host GB, device MB, the fewest layers that `largest` must find
+SHARES: dict[str, tuple[dict[str, Any], float, float, int]] = {
+    "more residents than half the model has": (FILLED, 0.0008, 9, 4),
+    "inputs too large for the host": (FILLED, 0.002, 12, 6),
+    "rounds that only the plan needs": ({"max_length": 1024, "gradient_accumulation_steps": 2}, 0.01, 20, 20),
+    "residents as configured": ({"resident": 4, "per_device_train_batch_size": 4}, 0.0015, 7.5, 4),
+    "residents by name": ({"resident": ["layer 3"]}, 0.003, 4.5, 5),
+}
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_the_largest_sizes_are_at_least_the_plans(name: str) -> None:
+    """And they fit: the planner finds choices for the deepest model."""
+    values, host_gb, device_mb, layers = SHARES[name]
+    config = config_of(**{"max_length": 128, "reserve_host_gb": 0.0} | values)
+    planner = planner_of(config, *machine(host_gb, device_mb))
+    chosen = planner.choose(config)
+    most = RunPlan(chosen, planner, planner.predict(chosen), [], [], "a machine").largest()
+    for key in ("per_device_train_batch_size", "max_length"):
+        assert most[key] >= getattr(chosen, key), key
+    assert layers <= most["layers"] < 1.5 * layers
+    deeper = replace(planner, outline=planner.outline.with_layers(most["layers"]), _seen={}, _outlines={})
+    assert deeper.fits(deeper.choose(config))
+
+
+@pytest.mark.parametrize("values", [{}, {"max_grad_norm": None}, {"rounds": 4, "round_sums": "host"}])
+def test_residents_leave_the_memory_that_a_simulation_with_them_finds(values: dict[str, Any]) -> None:
+    """But for two stored inputs of 16 kB, which other steps free earlier or later."""
+    values = values | {"gradient_accumulation_steps": 4, "activations": "recompute", "boundaries": "host"}
+    config = config_of(max_length=128, reserve_host_gb=0.0, **values)
+    planner = planner_of(config, *machine(0.0023 if "rounds" in values else 0.0015, 8))
+    pooled = planner.pooled(config)
+    assert 2 <= pooled.resident <= 5
+    exact = fit.rest_bytes(pooled, planner.predict(pooled), planner.limits)
+    assert Pooled(planner, config).rest() == pytest.approx(exact, abs=2 << 14)
+
+
+@pytest.mark.parametrize("resident", [5, ["layer 3", "head"]])
+def test_the_largest_sizes_of_a_run_that_does_not_fit_are_smaller(resident: int | list[str]) -> None:
+    """Fewer layers have fewer units than the configuration asks to be resident."""
+    config = config_of(max_length=128, reserve_host_gb=0.0, resident=resident, skip_memory_check=True)
+    planner = planner_of(config, *machine(0.0018, 3))
+    chosen = planner.choose(config)
+    assert not planner.fits(chosen)
+    assert RunPlan(chosen, planner, planner.predict(chosen), [], [], "a machine").most_layers() in (1, 2)
 
 
 def test_costs_of_ops_are_not_negative_and_of_every_kind() -> None:
@@ -241,6 +292,26 @@ def test_a_choice_that_does_not_exist_is_no_way_out() -> None:
     config = config_of(max_length=128)
     with pytest.raises(DoesNotFitError):
         planner_of(config, *machine(0.0001, 4000)).choose(config)
+
+
+@pytest.mark.parametrize(
+    ("resident", "memory", "device_mb"), [(0, "host", 6.7), (1, "host", 6.7), (6, "device", 4)]
+)
+def test_too_few_or_too_many_residents_are_left_to_the_planner(
+    resident: int, memory: str, device_mb: float
+) -> None:
+    """The hint starts with what fits with the same results, and it does fit."""
+    values, host_gb, _ = CASES["residents, little host memory"]
+    config = config_of(max_length=128, reserve_host_gb=0.0, **values)
+    sizes = machine(host_gb, device_mb)
+    asked = config.replace(resident=resident)
+    with pytest.raises(DoesNotFitError, match=f"^{memory} memory") as caught:
+        planner_of(asked, *sizes).choose(asked)
+    hint = caught.value.hint or ""
+    assert re.match(r"resident=auto saves [0-9.]+ [kM]B; ", hint), hint
+    assert not re.search("moment_dtype|optim|max_grad_norm|max_length", hint)
+    planner = planner_of(config, *sizes)
+    assert planner.fits(planner.choose(config))
 
 
 def test_the_plan_of_a_large_model_takes_little_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,6 +392,23 @@ def test_more_tokens_a_step_are_advised_where_the_update_limits() -> None:
     assert rate == f"{found.tokens_per_second:,.0f}" and more.prediction.tokens == int(wanted) * 16
     enough = plan_of(config_of(max_length=128, gradient_accumulation_steps=64), "cpu-2core")
     assert enough.prediction.limit().startswith("compute") and enough.all_notes() == enough.notes
+
+
+@pytest.mark.parametrize("rounds", [2, "auto"])
+def test_the_advice_has_a_round_for_each_micro_batch_if_the_host_adds(rounds: int | str) -> None:
+    """The advice can be pasted: rounds are named if the configuration names them."""
+    values: dict[str, Any] = {"max_length": 16, "max_grad_norm": None, "resident": 0, "round_sums": "add"}
+    values |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1}
+    config = config_of(**values, rounds=2)
+    slow = load_profile("h100-sxm").model_copy(update={"optimizer": 1e9})
+    planner = planner_of(config.replace(rounds=rounds), slow, Limits.of_profile(slow))
+    planner.choose(config.replace(rounds=rounds))
+    plan = RunPlan(config, planner, planner.predict(config), [], [], "a machine")
+    assert plan.prediction.limit().startswith("update")
+    (advice,) = plan.all_notes()
+    found = re.search(r": (gradient_accumulation_steps=(\d+)( rounds=(\d+))?) \(", advice)
+    assert found is not None and (found[4] == found[2] if rounds == 2 else found[3] is None)
+    assert int(found[2]) > 2
 
 
 def test_this_machine_is_not_called_one_that_is_not_here(tmp_path: Path, monkeypatch: Any) -> None:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -234,10 +235,12 @@ def test_ways_out_save_what_they_say(name: str, monkeypatch: pytest.MonkeyPatch)
     place(monkeypatch, 5000, 500, 5000)
     base = plan_run(config)
     limits = Limits(int(host * GB), int(device * GB), None, int(disk * GB))
+    planner = replace(base.planner, limits=limits)
     for text, _, not_enough in ways:
         changes = dict(pair.split("=", 1) for pair in text.split())
         changed = config.replace(**{k: _value(v) for k, v in changes.items()})
-        remaining = shortfalls(changed, base.planner.predict(changed), limits)
+        changed = planner.pooled(changed) if changed.resident == "auto" else changed
+        remaining = shortfalls(changed, planner.predict(changed), limits)
         assert bool(remaining) == bool(not_enough), (text, remaining)
 
 

@@ -22,7 +22,6 @@ Changes = dict[str, Any]  # setting -> value
 Shortages = Callable[[AnySettings], Mapping[str, int]]
 
 _FEWEST_LOSS_TOKENS, _FEWEST_TILE_TOKENS = 256, 1024
-_MOST_RESIDENTS = 512
 _SHOWN = 3  # suggestions in a hint
 
 
@@ -67,18 +66,15 @@ def _inputs_on_the_device(settings: ModelSettings) -> Changes:
     return {} if settings.boundaries in ("auto", "device") else {"boundaries": "device"}
 
 
+def _planned_residents(settings: ModelSettings) -> Changes:
+    """As many as the planner chooses, on a device with memory of its own; none without a plan."""
+    return {} if settings.device == "cpu" or settings.resident == "auto" else {"resident": "auto"}
+
+
 def _fewer_residents(settings: ModelSettings) -> Changes:
     if isinstance(settings.resident, int):
         return {"resident": settings.resident // 2} if settings.resident else {}
     return {"resident": 0} if settings.resident not in ("auto", []) else {}
-
-
-def _more_residents(settings: ModelSettings) -> Changes:
-    """Twice as many, on a device with memory of its own; too many for the model save nothing."""
-    if settings.device == "cpu" or isinstance(settings.resident, list):
-        return {}
-    now = 0 if settings.resident == "auto" else settings.resident
-    return {"resident": max(1, 2 * now)} if now < _MOST_RESIDENTS else {}
 
 
 def _more_rounds(settings: ModelSettings) -> Changes:
@@ -190,6 +186,7 @@ _DEVICE, _HOST, _DISK = frozenset({"device", "host"}), frozenset({"host"}), froz
 # Ways that keep the results come first, then by what they cost in speed or in what is computed.
 WAYS = (
     Way(_fewer_slots, Results.SAME, _DEVICE),
+    Way(_planned_residents, Results.SAME, _DEVICE),
     Way(_fewer_residents, Results.SAME, _DEVICE),
     Way(_no_blocks, Results.SAME, _DEVICE),
     Way(_recompute, Results.SAME, _DEVICE),
@@ -199,7 +196,6 @@ WAYS = (
     Way(_sums_on_the_host, Results.SAME, frozenset({"device"})),
     Way(_sums_on_the_device, Results.SAME, _HOST),
     Way(_one_round, Results.SAME, _HOST),
-    Way(_more_residents, Results.SAME, _HOST),
     Way(_one_slab, Results.SAME, _HOST),
     Way(_one_gradient_slot, Results.SAME, _DEVICE),
     Way(_smaller_micro_batches, Results.ROUNDING, _DEVICE),
@@ -217,11 +213,13 @@ WAYS = (
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Settings that save `bytes`, by one way or by several `together`. is_enough: whether they suffice."""
+    """Settings that save `bytes`, by one way or by several `together`. is_enough: whether they suffice.
+    results: what they do to the trained weights."""
 
     changes: Changes
     bytes: int
     is_enough: bool
+    results: Results
     together: bool = False
 
     def __str__(self) -> str:
@@ -245,18 +243,22 @@ def hint(settings: AnySettings, shortages: Shortages[AnySettings], otherwise: st
 def next_smaller(config: TrainConfig) -> str:
     """The first way to save device memory, as one would write it: for a run whose device ran out of memory.
 
-    How much was missing is not known then, so nothing is said of what it saves.
+    How much was missing is not known then, so nothing is said of what it saves. Settings left to the planner
+    are skipped: it has chosen already.
     """
     found = (way.changes(config) for way in WAYS if "device" in way.memory)
-    return written(next(filter(None, found), {}))
+    return written(next((changes for changes in found if changes and "auto" not in changes.values()), {}))
 
 
 def suggest(settings: AnySettings, shortages: Shortages[AnySettings]) -> list[Suggestion]:
     """Every way that saves some of the memory that is shortest: those that suffice alone in the order of the
     table, then the others, the largest first. If none suffices alone, several that do together come first.
+    If one that keeps the results suffices, no other computation is suggested.
     """
     search = _Search(settings, shortages)
     alone = search.alone()
+    if any(found.is_enough and found.results is Results.SAME for found in alone):
+        alone = [found for found in alone if found.results is not Results.OTHER]
     enough = [found for found in alone if found.is_enough]
     rest = sorted((found for found in alone if not found.is_enough), key=lambda found: -found.bytes)
     return [*(enough or search.together()), *rest]
@@ -285,8 +287,8 @@ class _Search(Generic[AnySettings]):
 
     def alone(self) -> list[Suggestion]:
         """Each way that saves some of the memory that is shortest, in the order of the table."""
-        lefts = (left for _, left in self._useful)
-        return [self._suggestion(left) for left in lefts if left.worst < self._now.worst]
+        found = self._useful
+        return [self._suggestion(left, [way]) for way, left in found if left.worst < self._now.worst]
 
     def together(self) -> list[Suggestion]:
         """The first ways of the table that suffice, without those that the others make needless; or none."""
@@ -305,7 +307,7 @@ class _Search(Generic[AnySettings]):
             left = self._after(fewer)
             if left is not None and left.total == 0:
                 taken, best = fewer, left
-        return [replace(self._suggestion(best), together=True)]
+        return [replace(self._suggestion(best, taken), together=True)]
 
     def _after(self, ways: Sequence[Way]) -> _Left | None:
         """With several ways, each applied after those before it; None for settings that do not suit."""
@@ -321,5 +323,6 @@ class _Search(Generic[AnySettings]):
     def _measured(self, changes: Changes, shortages: Mapping[str, int]) -> _Left:
         return _Left(changes, shortages[self._worst], sum(max(0, short) for short in shortages.values()))
 
-    def _suggestion(self, left: _Left) -> Suggestion:
-        return Suggestion(left.changes, self._now.worst - left.worst, left.total == 0)
+    def _suggestion(self, left: _Left, ways: Sequence[Way]) -> Suggestion:
+        results = max(way.results for way in ways)
+        return Suggestion(left.changes, self._now.worst - left.worst, left.total == 0, results)

@@ -15,7 +15,7 @@ from horizon_lm.engine.loss import chunk_choices
 from horizon_lm.machine.profile import Profile
 from horizon_lm.plan import fit, search
 from horizon_lm.plan.costs import Costs
-from horizon_lm.plan.fit import Limits, Predictor
+from horizon_lm.plan.fit import Limits
 from horizon_lm.plan.outline import Outline
 from horizon_lm.plan.predict import MOST_VISITS, Prediction, costs_of, prediction_of
 from horizon_lm.plan.search import Search
@@ -38,6 +38,7 @@ class Planner:
     """One model on one machine.
 
     pinned: keys set explicitly in the configuration. chooses_chunk: whether `choose` chose the loss chunk.
+    opened: settings of residents and rounds that were `auto` for `choose`.
     """
 
     outline: Outline
@@ -45,6 +46,7 @@ class Planner:
     limits: Limits
     pinned: frozenset[str] = frozenset()
     chooses_chunk: bool = False
+    opened: frozenset[str] = frozenset()
     _seen: dict[tuple, Prediction] = field(default_factory=dict)
     _outlines: dict[tuple, Outline] = field(default_factory=dict)
 
@@ -74,9 +76,10 @@ class Planner:
 
     def room_bytes(self, config: TrainConfig) -> int:
         """Bytes left of the memory that has least left; negative if the run does not fit. By a short step."""
-        return fit.room_bytes(config, self._quickly(config), self.limits)
+        return fit.room_bytes(config, self.quickly(config), self.limits)
 
-    def _quickly(self, config: TrainConfig) -> Prediction:
+    def quickly(self, config: TrainConfig) -> Prediction:
+        """Predict by a short step."""
         return self.predict(config, search.MOST_VISITS)
 
     def space(self, config: TrainConfig) -> Iterator[TrainConfig]:
@@ -90,7 +93,7 @@ class Planner:
         def rest(settings: TrainConfig, found: Prediction) -> dict[str, int]:
             return fit.rest_bytes(settings, found, self.limits)
 
-        machine = search.Machine(self._quickly, rest, self.costs, self.limits.device)
+        machine = search.Machine(self.quickly, rest, self.costs, self.limits.device)
         return Search(self._space(config), machine)
 
     # The search.
@@ -98,6 +101,7 @@ class Planner:
     def choose(self, config: TrainConfig) -> TrainConfig:
         """Return the fastest combination found that fits. Raises DoesNotFitError if there is none."""
         space, found = self._space(config), self._search(config)
+        self.opened = frozenset(key for key in ("resident", "rounds") if getattr(config, key) == "auto")
         batches = [batch * config.sides for batch, _ in space.batches()]
         if len(batches) > 2:
             self.outline.expect(Line("batch", config.max_length, max(2, min(batches)), max(batches) - 1))
@@ -108,8 +112,10 @@ class Planner:
             return self._with_largest_chunk(space.make(best))
         smallest = space.make(found.least())
         if not config.skip_memory_check:
-            asked = smallest.replace(update=config.update)  # hints start from what the user asked
-            fit.check(asked, self.predict(asked), self.limits, self._pooling(config))
+            # Hints start from what the user asked.
+            residents = "auto" if config.resident == "auto" else smallest.resident
+            asked = smallest.replace(update=config.update, resident=residents)
+            fit.check(asked, self._pooling(asked), self.limits, self._pooling)
         least = self.chunks(smallest)[-1:]
         return smallest.replace(loss_chunk_tokens=least[0]) if least else smallest
 
@@ -118,13 +124,9 @@ class Planner:
         layer would gain by another policy."""
         return self._search(config).with_more(chosen)
 
-    def _pooling(self, config: TrainConfig) -> Predictor:
-        """Predictions for which the number of residents, if it is open in `config`, is chosen anew."""
-
-        def predict(other: TrainConfig) -> Prediction:
-            return self.predict(self.pooled(other) if config.resident == "auto" else other)
-
-        return predict
+    def _pooling(self, config: TrainConfig) -> Prediction:
+        """The prediction, with the number of residents chosen if it is open."""
+        return self.predict(self.pooled(config) if config.resident == "auto" else config)
 
     def pooled(self, config: TrainConfig) -> TrainConfig:
         """The configuration with as few residents as host memory allows, or as many as the device holds."""

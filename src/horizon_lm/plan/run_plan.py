@@ -14,18 +14,16 @@ from horizon_lm.data.detect import with_method
 from horizon_lm.errors import ConfigError, HorizonError
 from horizon_lm.machine.memory import lockable_bytes
 from horizon_lm.machine.profile import FALLBACK, Profile, load_profile
+from horizon_lm.memory.ways import written
 from horizon_lm.plan.choose import Choice, Planner
 from horizon_lm.plan.explain import explain
-from horizon_lm.plan.fit import Limits, largest_that_fits
+from horizon_lm.plan.fit import Limits
+from horizon_lm.plan.largest import Largest
 from horizon_lm.plan.outline import Outline, model_config
 from horizon_lm.plan.outline_cache import OutlineCache
 from horizon_lm.plan.predict import Prediction
 from horizon_lm.plan.step_size import assumed_tokens
-from horizon_lm.plan.work import Line
 from horizon_lm.words import count, size
-
-# `largest` stops at these.
-_MOST_ROWS, _MOST_TOKENS, _MOST_LAYERS = 4096, 1 << 20, 1024
 
 
 @dataclass(frozen=True)
@@ -46,40 +44,15 @@ class RunPlan:
 
     def largest(self) -> dict[str, int]:
         """The largest micro-batch, sequence and number of layers that would still fit, one at a time."""
-        planner, base = self.planner, self._leanest()
-        # One below the maximum is odd, as a rule: sizes that are rounded up show there. One sequence is a
-        # special case, whose tensors need fewer copies.
-        rows, tokens, sides = base.per_device_train_batch_size, base.max_length, base.sides
-        planner.outline.expect(Line("batch", tokens, max(2, sides * rows), sides * _MOST_ROWS - 1))
-        planner.outline.expect(Line("tokens", sides, tokens, self._longest() - 1))
-        found = {
-            "per_device_train_batch_size": largest_that_fits(
-                lambda n: planner.room_bytes(base.replace(per_device_train_batch_size=n)),
-                base.per_device_train_batch_size,
-                _MOST_ROWS,
-            ),
-            "max_length": largest_that_fits(
-                lambda n: (
-                    planner.room_bytes(base.replace(max_length=n, per_device_train_batch_size=1))
-                    if n > 1
-                    else -1
-                ),
-                base.max_length,
-                self._longest(),
-            ),
-            "layers": self.most_layers(),
-        }
-        deepest = planner.outline.with_layers(max(1, found["layers"]))
-        found["parameters"] = deepest.num_parameters if found["layers"] else 0
-        return found
+        return Largest(self.config, self.planner).sizes()
+
+    def most_layers(self) -> int:
+        """The largest number of layers that would still fit; 0 if not even one does."""
+        return Largest(self.config, self.planner).layers()
 
     def search_ends(self) -> dict[str, int]:
         """The largest numbers that `largest` tries: a result as large may not be the last that fits."""
-        return {
-            "per_device_train_batch_size": _MOST_ROWS,
-            "max_length": self._longest(),
-            "layers": _MOST_LAYERS,
-        }
+        return Largest(self.config, self.planner).ends()
 
     def all_notes(self) -> list[str]:
         """`notes`, and the advice that needs another prediction."""
@@ -96,43 +69,27 @@ class RunPlan:
         if update <= rest:
             return None
         times = min(64, 2 ** math.ceil(math.log2(update / rest))) if rest else 2
-        more = self.planner.predict(config.replace(gradient_accumulation_steps=batches * times))
+        changes = {"gradient_accumulation_steps": batches * times}
+        adds = config.round_sums == "add" and config.rounds != 1
+        rounds = {"rounds": batches * times} if adds else {}  # one for each micro-batch
+        more = self.planner.predict(config.replace(**changes, **rounds))
         gain = more.tokens_per_second / found.tokens_per_second - 1
         if gain < 0.05:
             return None
-        key = f"gradient_accumulation_steps={batches * times}"
         if config.tokens_per_step is not None:
-            key = f"tokens_per_step={more.tokens}"
+            changes = {"tokens_per_step": more.tokens}
+        if "rounds" not in self.planner.opened:
+            changes |= rounds
         return (
             f"the update takes {update / found.seconds:.0%} of a step, regardless of its tokens: "
-            f"{key} ({count(more.tokens, 'token')} a step) would "
+            f"{written(changes)} ({count(more.tokens, 'token')} a step) would "
             f"give {more.tokens_per_second:,.0f} tokens/s, {gain:.0%} more"
         )
-
-    def most_layers(self) -> int:
-        """The largest number of layers that would still fit; 0 if not even one does."""
-        planner, base = self.planner, self._leanest()
-
-        def room_of_deeper(count: int) -> int:
-            deeper = Planner(planner.outline.with_layers(count), planner.profile, planner.limits)
-            return deeper.room_bytes(base)
-
-        return largest_that_fits(room_of_deeper, planner.outline.num_layers, _MOST_LAYERS)
-
-    def _leanest(self) -> TrainConfig:
-        """The run with the choices that need least memory."""
-        config = self.config
-        chunk = "auto" if self.planner.chooses_chunk else config.loss_chunk_tokens
-        base = config.replace(activations="recompute", boundaries="auto", loss_chunk_tokens=chunk)
-        return base if self.planner.profile.device == "cpu" else base.replace(boundaries="host")
 
     @property
     def has_longest(self) -> bool:
         """Whether the model limits its positions."""
         return self.planner.outline.facts.positions is not None
-
-    def _longest(self) -> int:
-        return self.planner.outline.facts.positions or _MOST_TOKENS
 
     def _figures(self) -> str:
         if self.planner.limits.here and not self.profile.measured:
