@@ -122,7 +122,9 @@ def test_continuous_batching() -> None:
         outputs = model.generate_batch(
             prompts,
             generation_config=GenerationConfig(**GREEDY),
-            continuous_batching_config=ContinuousBatchingConfig(max_memory_percent=0.02),
+            continuous_batching_config=ContinuousBatchingConfig(
+                max_memory_percent=0.02, max_batch_tokens=256
+            ),
             progress_bar=False,
         )
         wanted = [model.generate(torch.tensor([ids]), **GREEDY)[0, len(ids) :].tolist() for ids in prompts]

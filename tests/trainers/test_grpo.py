@@ -157,7 +157,9 @@ def test_resumes_in_the_middle_of_a_rollout(folders: dict[str, Path], tmp_path: 
 
 def test_continuous_batching(folders: dict[str, Path], tmp_path: Path) -> None:
     options = {"use_transformers_continuous_batching": True, "max_steps": 2}
-    options |= {"transformers_continuous_batching_config": {"max_memory_percent": 0.02}}
+    options |= {
+        "transformers_continuous_batching_config": {"max_memory_percent": 0.02, "max_batch_tokens": 256}
+    }
     run = trained(HorizonGRPOTrainer, folders["qwen3"], tmp_path, **options)
     assert [line["completions/mean_length"] > 0 for line in run.log if "reward" in line] == [True, True]
     assert all(parameter.is_meta for parameter in run.trainer.host.skeleton.model.parameters())

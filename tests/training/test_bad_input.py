@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from horizon_lm import cli
+from horizon_lm import cli, host_model
 from horizon_lm.checkpoint import folder as run_folder
 from horizon_lm.errors import DoesNotFitError
 from horizon_lm.host_model import HostModel
@@ -118,7 +118,8 @@ def test_bad_input_ends_with_its_code_and_writes_nothing(
 def test_not_enough_memory_ends_with_3_before_anything_is_written(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(preflight, "available_host_bytes", lambda stated: 100_000)
+    for module in (host_model, preflight):
+        monkeypatch.setattr(module, "available_host_bytes", lambda stated: 100_000)
     (tmp_path / "run.yaml").write_text(settings(text, tmp_path / "run").to_yaml())
     assert cli.main(["train", str(tmp_path / "run.yaml")]) == 3
     assert "short by" in capsys.readouterr().err
