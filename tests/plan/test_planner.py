@@ -23,6 +23,7 @@ from horizon_lm.plan.outline import Outline
 from horizon_lm.plan.predict import predict
 from horizon_lm.plan.run_plan import RunPlan, plan_run
 from horizon_lm.plan.show import describe
+from horizon_lm.plan.space import Candidate, Cut
 from horizon_lm.words import size
 from planned_models import GB, SMALL, config_of, known, outline_of
 
@@ -81,12 +82,26 @@ def machine(host_gb: float, device_mb: float) -> tuple[Profile, Limits]:
     return profile, Limits(int(host_gb * GB), int(device_mb * 1e6))
 
 
+def bound_of(planner: Planner, config: TrainConfig, one: TrainConfig) -> float:
+    """The bound by which the search leaves out a combination; 0 for one of another update or slots."""
+    search, space = planner._search(config), planner._space(config)
+    if (one.update, one.slots) != (space.updates()[0], space.slots()[0]):
+        return 0.0
+    assert isinstance(one.rounds, int) and isinstance(one.resident, int)
+    sums = "" if one.rounds == 1 else one.round_sums
+    cut = Cut(one.per_device_train_batch_size, one.gradient_accumulation_steps, one.rounds, sums)
+    return search._bounds(Candidate(cut, one.update, one.slots, 0))[one.resident]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_choices_are_at_most_5_percent_slower_than_the_best(name: str) -> None:
     values, host_gb, device_mb = CASES[name]
     config = config_of(max_length=128, reserve_host_gb=0.0, **values)
     planner = planner_of(config, *machine(host_gb, device_mb))
-    times = [planner.predict(c).seconds for c in planner.space(config) if planner.fits(c)]
+    fitting = [c for c in planner.space(config) if planner.fits(c)]
+    times = [planner.predict(c).seconds for c in fitting]
+    for one, seconds in zip(fitting, times, strict=True):
+        assert bound_of(planner, config, one) <= seconds * (1 + 1e-9)
     chosen = planner.choose(config)
     assert planner.fits(chosen)
     assert times and planner.predict(chosen).seconds <= 1.05 * min(times)

@@ -17,7 +17,7 @@ from horizon_lm.engine.policies import resident_order
 from horizon_lm.plan.costs import Costs, work_seconds
 from horizon_lm.plan.space import Cut
 from horizon_lm.schedule.ops import Op
-from horizon_lm.schedule.step_spec import RECOMPUTE
+from horizon_lm.schedule.step_spec import KEEP, RECOMPUTE
 
 
 class Upgrade(NamedTuple):
@@ -128,18 +128,25 @@ class Bounds:
 
     @cached_property
     def _compute(self) -> tuple[float, float]:
-        """Seconds of the forward and of the backward passes, recomputing all layers."""
+        """Seconds of the forward and of the backward passes, recomputing all layers but those at the
+        turnaround, which are computed once."""
         costs, count = self.costs, self.cut.micro_batches
         ends, profile = costs.measures.ends, costs.profile
+        seconds = {
+            (kind, policy): (work_seconds(p.forward.work, profile), work_seconds(p.backward.work, profile))
+            for kind, layer in enumerate(costs.measures.layers)
+            for policy in (RECOMPUTE, KEEP)
+            for p in [layer.under(policy)]
+        }
         forward, backward = (
             work_seconds(ends.forward.work, profile),
             work_seconds(ends.backward.work, profile),
         )
         backward += work_seconds(ends.loss.work, profile)
-        for kind, layers in Counter(costs.outline.kind_of).items():
-            passes = costs.measures.layers[kind].under(RECOMPUTE)
-            forward += layers * work_seconds(passes.forward.work, profile)
-            backward += layers * work_seconds(passes.backward.work, profile)
+        for unit, kind in enumerate(costs.outline.kind_of, 1):
+            policy = KEEP if unit in costs.plan.at_turnaround else RECOMPUTE
+            forward += seconds[kind, policy][0]
+            backward += seconds[kind, policy][1]
         return count * forward, count * backward
 
     def _saved(self, left: int) -> float:
