@@ -25,6 +25,7 @@ ORDER = (
     ("config",),
     ("micro_batches",),
     ("machine",),
+    ("distributed",),
     ("schedule",),
     ("memory",),
     ("model",),

@@ -1,0 +1,88 @@
+"""Ranks: this process among those of a run.
+
+Collectives move whole tensors between all ranks and are called by all of them in the same order. Tensors of
+the step's data go through the device's group (NCCL, or Gloo on the CPU), on the network lane alone. Small
+values of the host go through Gloo groups of their own, one per `Channel`, so that threads do not wait for each
+other.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+import torch
+
+
+class Channel(StrEnum):
+    """A group for small values, used by one thread."""
+
+    MAIN = "main"
+    UPDATE = "update"
+    DEVICE_UPDATE = "device_update"
+    DISK = "disk"
+
+
+class Ranks:
+    """One rank alone; the base of `TorchRanks`.
+
+    rank, world: number of this process, and of all. local_rank, local_world: the same among those of its
+    node. bytes_sent: of this rank by tensor collectives so far (what leaves the process).
+    """
+
+    rank = 0
+    world = 1
+    local_rank = 0
+    local_world = 1
+    bytes_sent = 0
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    # Tensors on the device, on the network lane
+
+    def all_gather(self, own: torch.Tensor, out: torch.Tensor) -> None:
+        """Fill out [world * n] with `own` [n] of each rank, in the order of ranks. Any dtype."""
+        out.copy_(own)
+
+    def all_to_all(self, given: torch.Tensor, out: torch.Tensor) -> None:
+        """Send the r-th of `world` equal parts of `given` [world * n] to rank r; out [world * n] is what each
+        rank sent to this one, in the order of ranks. Any dtype."""
+        out.copy_(given)
+
+    def reduce_scatter(self, given: torch.Tensor, out: torch.Tensor) -> None:
+        """Fill out [n] with this rank's part of the sum of `given` [world * n] over ranks, in fp32. The same
+        bits in each run."""
+        out.copy_(given)
+
+    # Tensors of the host: parts of the store for whole views, exports, evaluations
+
+    def gather(self, own: torch.Tensor, channel: Channel = Channel.MAIN) -> list[torch.Tensor] | None:
+        """Return the tensor [n] of each rank on rank 0, None on others. One shape, any dtype, host memory."""
+        return [own]
+
+    def gather_all(self, own: torch.Tensor, channel: Channel = Channel.MAIN) -> list[torch.Tensor]:
+        """Return the tensor [n] of each rank, on all ranks. One shape, any dtype, host memory."""
+        return [own]
+
+    # Small values
+
+    def exchange(self, value: Any, channel: Channel = Channel.MAIN) -> list[Any]:
+        """Return the JSON value of each rank (NaN and infinities included), on all ranks."""
+        return [value]
+
+    def from_first(self, value: Any, channel: Channel = Channel.MAIN) -> Any:
+        """Return rank 0's JSON value on all ranks; others' `value` is ignored."""
+        return value
+
+    def barrier(self, channel: Channel = Channel.MAIN) -> None:
+        """Wait until all ranks are here."""
+
+    def pass_on(self, value: list[float], add: Any, channel: Channel = Channel.UPDATE) -> list[float]:
+        """Pass fp64 numbers from rank to rank: each returns add(numbers of the rank before; `value` on rank
+        0), and all get the last rank's result. For sums whose order of additions is that of one rank."""
+        return list(add(value))
+
+
+ALONE = Ranks()
