@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from horizon_lm.engine.disk_lane import Saving
-from horizon_lm.engine.gradient import UnitGradient, square_norm
+from horizon_lm.engine.gradient import UnitGradient, squares
 from horizon_lm.engine.policies import Policies
 from horizon_lm.engine.step import Step
 from horizon_lm.memory.slots import GradientSlots, gradient_slot_numels
@@ -136,9 +136,9 @@ class Updates:
             step.resident_gradients[op.unit] = gradient.run
             return
         target = self.store.gradient_run(op.unit, op.slab)
-        square = gradient.download(target, measure=eager)
-        if square is not None:
-            step.square_norms[op.unit] = square
+        found = gradient.download(target, measure=eager)
+        if found is not None:
+            step.square_norms[op.unit] = found
 
     def norm_of(self, step: Step) -> float:
         """The global gradient norm of a step whose gradients are complete."""
@@ -150,7 +150,7 @@ class Updates:
     def _measure(self, step: Step, unit: int) -> None:
         """Take the norm of a gradient that accumulated in host memory, so was never downloaded."""
         if unit not in step.square_norms:
-            step.square_norms[unit] = square_norm(self.store.run("grads", unit))
+            step.square_norms[unit] = squares(self.store.run("grads", unit))
 
     def _norm(self, step: Step, op: Op) -> None:
         norm = self.norm_of(step)
