@@ -206,7 +206,9 @@ def _parse(text: str, where: str) -> Profile:
             hint="`horizon doctor --fresh` writes a new one; docs/planning.md has the format",
         ) from error
     named = {name for name in Profile.model_fields if getattr(profile, name) is not None}
-    missing = sorted(named - {"sources", "name", "title", "measured", "device", "node"} - set(profile.sources))
+    missing = sorted(
+        named - {"sources", "name", "title", "measured", "device", "node"} - set(profile.sources)
+    )
     if profile.node is not None:
         of_node = set(Node.model_fields) - {"sources"} - set(profile.node.sources)
         missing += [f"node.{name}" for name in sorted(of_node)]

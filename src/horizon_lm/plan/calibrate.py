@@ -208,7 +208,8 @@ def _costs_of(case: Case, config: Any, settings: ModelSettings, outlines: dict[t
     policies = Policies.of(settings, outline)
     measures = outline.measures(shape.rows, shape.tokens, policies.loss_chunk)
     plan = policies.step_spec(2)
-    return Costs(outline, measures, policies, plan, store_spec(settings, outline), _UNKNOWN)
+    spec = store_spec(settings, outline)
+    return Costs(outline, measures, policies, plan, spec, _UNKNOWN, plan.micro_batches)
 
 
 def fit_rates(samples: list[Sample]) -> tuple[dict[tuple[str, str], float], float]:
