@@ -28,10 +28,12 @@ from horizon_lm.checkpoint.export import choose_dtype, save_model, tokenizer_sav
 from horizon_lm.checkpoint.folder import check_target
 from horizon_lm.config import ModelSettings
 from horizon_lm.config.python import model_settings
+from horizon_lm.distributed.ranks import Ranks
+from horizon_lm.distributed.start import join
 from horizon_lm.engine.disk_lane import Saving
 from horizon_lm.engine.engine import Engine, in_turn
 from horizon_lm.engine.lanes import Span, choose_lanes
-from horizon_lm.engine.loss import Asked, LossFunction, check_loss_function
+from horizon_lm.engine.loss import Asked, LossFunction, TokenValues, check_loss_function
 from horizon_lm.engine.policies import (
     DTYPES,
     check_fits_host,
@@ -40,6 +42,7 @@ from horizon_lm.engine.policies import (
     store_spec,
     update_settings,
 )
+from horizon_lm.engine.results import gather_values
 from horizon_lm.engine.step import Step, Update
 from horizon_lm.errors import ConfigError, NonFiniteError, TornStateError
 from horizon_lm.machine.determinism import prepare
@@ -47,7 +50,9 @@ from horizon_lm.machine.device import resolve_device
 from horizon_lm.machine.memory import available_host_bytes
 from horizon_lm.memory.arena import return_free_memory
 from horizon_lm.memory.preflight import check_memory
+from horizon_lm.memory.shards import Shard
 from horizon_lm.memory.store import HostStore
+from horizon_lm.memory.whole import Whole
 from horizon_lm.micro_batches import Extra, MicroBatches, check_micro_batches
 from horizon_lm.model.consumed import Closed, check_model, refuse_use, take_over
 from horizon_lm.model.kernels import apply_kernels, check_kernels
@@ -86,13 +91,22 @@ class HostModel:
     As a context manager it frees its memory on exit (`close`).
     """
 
-    def __init__(self, model: nn.Module, settings: ModelSettings, *, host_memory: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: ModelSettings,
+        *,
+        host_memory: int | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
         """model: a transformers model in host memory. It is consumed: its parameters move into the store, and
         using the object again raises an error. host_memory: bytes that were available before the model was
-        made; by default those that are now."""
+        made; by default those that are now. ranks: by default those of this run (`distributed.start`)."""
         check_model(model)
+        self.ranks = join(settings.device) if ranks is None else ranks
+        shard = Shard(self.ranks.rank, self.ranks.world)
         self.settings = settings
-        self.device = resolve_device(settings.device)
+        self.device = resolve_device(settings.device, self.ranks)
         if settings.deterministic:
             prepare(self.device)
         check_kernels(settings, self.device)
@@ -104,16 +118,16 @@ class HostModel:
         if settings.mlp_tile_tokens is not None:
             self.skeleton.tile_mlps(settings.mlp_tile_tokens)
         self.optimizer = make_optimizer(self.skeleton, settings, self.device)
-        units, spec = self.skeleton.units, store_spec(settings, self.skeleton)
+        units, spec = self.skeleton.units, store_spec(settings, self.skeleton, shard)
         if spec.resident:
             check_available(self.device, self.optimizer.rule, spec)
         if not settings.skip_memory_check:
             check_memory(
                 units,
                 settings,
-                lambda other: store_spec(other, self.skeleton),
+                lambda other: store_spec(other, self.skeleton, shard),
                 device=self.device,
-                slots_of=lambda other: slots_of(other, self.skeleton, self.device),
+                slots_of=lambda other: slots_of(other, self.skeleton, self.device, shard.world),
                 available=None if host_memory is None else {"host": host_memory},
             )
         self.store = HostStore(units, spec, pin_for=self.device, device=self.device)
@@ -121,7 +135,9 @@ class HostModel:
         refuse_use(model)
         fill_store(self.skeleton, self.store)
         lanes = choose_lanes(settings.lanes, self.device)
-        self.engine = Engine(self.skeleton, self.store, self.optimizer, self.device, lanes, settings)
+        self.engine = Engine(
+            self.skeleton, self.store, self.optimizer, self.device, lanes, settings, self.ranks
+        )
         if settings.compile:
             self.skeleton.compile_layers(settings.compile, self.engine.ops)
         self._turn = threading.RLock()
@@ -445,8 +461,11 @@ class HostModel:
         extra: Extra = "ignore" if ignore_extra else "refuse"
         batches = check_micro_batches(micro_batches, self.skeleton, extra=extra)
         step = self.engine.evaluate(batches, asked, routers=return_router_losses, record=record)
-        wanted = len(batches) if asked.values or return_log_probs else 0
-        found = [step.values[m].cpu() for m in range(wanted)]
+        found: list[TokenValues] = []
+        if asked.values or return_log_probs:
+            shapes = [batch["labels"].shape for batch in batches]
+            names = sorted({"log_probs", *asked.values})
+            found = gather_values(step, self.ranks, shapes, names)
         return EvaluationOutput(
             step.loss,
             step.num_tokens,
@@ -480,7 +499,8 @@ class HostModel:
         """Yield (Hugging Face name, gradient) of each trainable parameter.
 
         Gradients are views into the store in its dtype, valid until the next forward_backward; those of
-        resident units lie on the device. Raises ConfigError if there are none, after an interrupted step, and
+        resident units lie on the device. With several ranks all of them must iterate, and gradients are new
+        tensors in host memory. Raises ConfigError if there are none, after an interrupted step, and
         with eager updates, which keep none.
         """
         if self.settings.update_mode == "eager":
@@ -489,22 +509,25 @@ class HostModel:
             raise ConfigError(
                 "named_gradients() was called without gradients", hint="call forward_backward() before it"
             )
+        whole = Whole(self.store, self.ranks)
         for unit in self.store.units:
             for parameter in unit.trainable:
-                yield parameter.name, self.store.gradient(parameter.name)
+                yield parameter.name, whole.gradient(parameter.name)
 
     def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (Hugging Face name, fp32 master) of each parameter, as new tensors.
 
-        Raises ConfigError if the model is trained meanwhile: they would be of two steps.
+        With several ranks all of them must iterate. Raises ConfigError if the model is trained meanwhile:
+        they would be of two steps.
         """
         steps_done = self.steps_done
         self._warn_of_torn("named_parameters()")
+        whole = Whole(self.store, self.ranks)
         for name in list(self.store.names()):
-            yield name, self._master(name, steps_done)
+            yield name, self._master(whole, name, steps_done)
 
     @in_turn
-    def _master(self, name: str, steps_done: int) -> torch.Tensor:
+    def _master(self, whole: Whole, name: str, steps_done: int) -> torch.Tensor:
         self.engine.flush()
         if self.steps_done != steps_done:
             raise ConfigError(
@@ -512,7 +535,7 @@ class HostModel:
                 f"{self.steps_done:,} now",
                 hint="parameters = dict(model.named_parameters()) between two steps",
             )
-        return self.store.master(name)
+        return whole.master(name)
 
     @in_turn
     def save_pretrained(

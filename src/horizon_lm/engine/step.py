@@ -102,8 +102,8 @@ class Step:
     gradients: those that accumulate, by unit. parked: by sum slab, those of one micro-batch each that the
     host adds to host_sums (by unit). given: those to be added up over ranks, by unit and slot; totals: this
     rank's shards of the sums, by unit. resident_gradients: complete ones of resident units (eager updates).
-    square_norms: squares of complete gradients (`download_gradient`), by unit. ends_itself: its gradients
-    are of no use after the call that made them.
+    square_norms: squares of complete gradients (`download_gradient`), by unit; norm_of_all: their norm, once
+    several ranks have taken it. ends_itself: its gradients are of no use after the call that made them.
     """
 
     spec: StepSpec
@@ -135,6 +135,7 @@ class Step:
     device_metrics: list[Metrics] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)
     square_norms: dict[int, torch.Tensor] = field(default_factory=dict)
+    norm_of_all: float | None = None
 
     def tensor(self, region: str, index: int, micro_batch: int) -> torch.Tensor:
         value = self.memory[Buffer(region, index, micro_batch)]

@@ -29,9 +29,9 @@ Kinds, in the order of a step (u: unit, m: micro-batch):
 A step of several rounds repeats U to V for the micro-batches of each; P, S and G carry the gradients from one
 round to the next. A resident unit has no U, and A instead of O.
 
-J, T and V occur with several ranks only, and are collectives: all ranks run them in the same order. Each rank
-then holds a share of every unit: U brings it to the device, and P, G, D, O and A work on the rank's share of the
-gradient.
+J, T and V occur with several ranks only, and are collectives: all ranks run them in the same order. Each
+rank then holds a share of every unit: U brings it to the device, and P, G, D, O and A work on the rank's
+share of the gradient.
 """
 
 from __future__ import annotations

@@ -108,7 +108,8 @@ def gradient_slots_of(spec: StepSpec, units: Collection[int]) -> set[int]:
     """Return the gradient slots in which gradients of `units` accumulate."""
     shares = place_shares(spec, place_gradients(spec)[0])
     found = {slot for slots in shares for (unit, _), slot in slots.items() if unit in units}
-    return found | {spec.outer_grad_slot} if spec.embedding_unit in units else found
+    adds_rows = spec.world == 1 and spec.embedding_unit in units
+    return found | {spec.outer_grad_slot} if adds_rows else found
 
 
 def turnaround(spec: StepSpec) -> int:

@@ -206,8 +206,8 @@ class StepSpec:
         return m == 0 or alone
 
     def totals(self, unit: int, m: int) -> bool:
-        """Whether the unit's gradients are added up over ranks after a micro-batch. With `fast` after the last
-        one of a round, since other units need the slot; those of the head once, which has its own."""
+        """Whether the unit's gradients are added up over ranks after a micro-batch. With `fast` after the
+        last one of a round, since other units need the slot; those of the head once, which has its own."""
         if self.reduction == FAST:
             return self.ends_round(m) if unit < self.head else m == self.micro_batches - 1
         return self.reduction == EXACT
