@@ -23,6 +23,7 @@ FALLBACK = "cpu-2core"
 HERE = "here"  # the name of this machine's own profile
 
 # Assumed for nodes without figures of their own, in bytes per second and seconds.
+ASSUMED_LINKS = "PCIe between GPUs and 100 Gb/s for each node are assumed, on the CPU Gloo"
 _ETHERNET = 12e9  # 100 Gb/s per node, of which NCCL reaches 12 GB/s (NVIDIA/nccl-tests issue 29)
 _COLLECTIVE_SECONDS = 25e-6  # NCCL's own estimate of a small ring on H100 (NVIDIA/nccl issue 1453)
 _GLOO, _GLOO_SECONDS = 0.5e9, 0.5e-3  # 2 and 4 ranks on 127.0.0.1, torch 2.13, 2 cores, 2026-11-29

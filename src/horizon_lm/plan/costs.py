@@ -39,8 +39,8 @@ def work_seconds(work: Work, profile: Profile) -> float:
 class Costs:
     """Costs of the ops of one step of `plan`, whose micro-batches have one shape.
 
-    With several ranks those of one, which holds a share of each unit. profile: the rank's share of its machine.
-    total: micro-batches of all ranks. network: None with one rank.
+    With several ranks those of one, which holds a share of each unit. profile: the rank's share of its
+    machine. total: micro-batches of all ranks. network: None with one rank.
     """
 
     outline: Outline

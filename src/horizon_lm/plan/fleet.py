@@ -19,6 +19,11 @@ class Fleet:
     def world(self) -> int:
         return self.nodes * self.gpus_per_node
 
+    @property
+    def arguments(self) -> str:
+        """As arguments of `horizon plan`."""
+        return f"nodes={self.nodes} gpus_per_node={self.gpus_per_node}"
+
     def __str__(self) -> str:
         if self.nodes == 1:
             return count(self.gpus_per_node, "GPU")

@@ -38,8 +38,8 @@ class Sizes(NamedTuple):
 class Prediction:
     """Prediction for one steady-state step.
 
-    costs: those of its ops. host, device: bytes by part; device is empty if the device is the CPU. With several
-    ranks all figures are those of one rank, but for tokens, which are those of all.
+    costs: those of its ops. host, device: bytes by part; device is empty if the device is the CPU. With
+    several ranks all figures are those of one rank, but for tokens, which are those of all.
     kl: the forward pass of a KL term, before each step. reference: a piece of the reference's pass over the
     data, of `reference_tokens`. Both only if the method needs them.
     """
@@ -194,8 +194,8 @@ def costs_of(
     sizes: Sizes,
     network: Network | None = None,
 ) -> Costs:
-    """Return the costs of the ops of a step. With a network those of one of its ranks, of which `profile` is the
-    share of the machine (`Profile.of_rank`)."""
+    """Return the costs of the ops of a step. With a network those of one of its ranks, of which `profile` is
+    the share of the machine (`Profile.of_rank`)."""
     world = 1 if network is None else network.fleet.world
     policies = Policies.of(settings, outline, world=world)
     measures = _measures(outline, settings, policies, sizes.batch, sizes.tokens)
