@@ -28,6 +28,7 @@ from horizon_lm.checkpoint.export import choose_dtype, save_model, tokenizer_sav
 from horizon_lm.checkpoint.folder import check_target
 from horizon_lm.config import ModelSettings
 from horizon_lm.config.python import model_settings
+from horizon_lm.distributed.outcomes import in_turns, on_each
 from horizon_lm.distributed.ranks import Ranks
 from horizon_lm.distributed.start import join
 from horizon_lm.engine.disk_lane import Saving
@@ -89,6 +90,12 @@ class HostModel:
     unless `force=True`.
     Calls from several threads are serialised; calls from within a step (a `loss_fn`) are rejected.
     As a context manager it frees its memory on exit (`close`).
+
+    With several ranks (`torchrun`, or a process group of torch.distributed) each holds its share of the model,
+    and every call is collective: all ranks make the same calls with the same arguments, the micro-batches of
+    all ranks included. Rank r computes micro-batches r, r + world, ...; results are those of all, on every
+    rank, and with `reduction: exact` the same bits as on one rank. A loss function is called on the rank that
+    computes the micro-batch.
     """
 
     def __init__(
@@ -106,7 +113,7 @@ class HostModel:
         self.ranks = join(settings.device) if ranks is None else ranks
         shard = Shard(self.ranks.rank, self.ranks.world)
         self.settings = settings
-        self.device = resolve_device(settings.device, self.ranks)
+        self.device = _device_of(settings, self.ranks)
         if settings.deterministic:
             prepare(self.device)
         check_kernels(settings, self.device)
@@ -122,6 +129,8 @@ class HostModel:
         if spec.resident:
             check_available(self.device, self.optimizer.rule, spec)
         if not settings.skip_memory_check:
+            if host_memory is None and self.ranks.world > 1:
+                host_memory = _share_of_memory(settings, self.ranks)
             check_memory(
                 units,
                 settings,
@@ -167,7 +176,15 @@ class HostModel:
                 f"HostModel.from_pretrained(): a {type(source).__name__} is not a model",
                 hint="pass a folder, a name on the Hub, or a transformers model object",
             )
-        return cls(load_model_of(source, resolved), resolved)
+        ranks = join(resolved.device)
+        if ranks.world == 1:
+            return cls(load_model_of(source, resolved), resolved, ranks=ranks)
+        memory = _share_of_memory(resolved, ranks)  # before any rank takes its share
+
+        def load() -> HostModel:
+            return cls(load_model_of(source, resolved), resolved, host_memory=memory, ranks=ranks)
+
+        return in_turns(ranks, load)
 
     @classmethod
     def from_config(
@@ -198,17 +215,22 @@ class HostModel:
                 hint="pass one or the other",
             )
         values = dict(values)
-        host_memory = available_host_bytes(settings.host_memory_bytes)  # before the model takes its share
+        ranks = join(settings.device)
+        host_memory = _share_of_memory(settings, ranks)  # before the model takes its share
         if not settings.skip_memory_check:
-            check_fits_host(values, settings, host_memory)
-        check_kernels(settings, resolve_device(settings.device))
-        model = create_model(
-            values,
-            dtype=DTYPES[settings.dtype],
-            seed=settings.seed,
-            attn_implementation=settings.attn_implementation,
-        )
-        return cls(model, settings, host_memory=host_memory)
+            check_fits_host(values, settings, host_memory, Shard(ranks.rank, ranks.world))
+        check_kernels(settings, _device_of(settings, ranks))
+
+        def create() -> HostModel:
+            model = create_model(
+                values,
+                dtype=DTYPES[settings.dtype],
+                seed=settings.seed,
+                attn_implementation=settings.attn_implementation,
+            )
+            return cls(model, settings, host_memory=host_memory, ranks=ranks)
+
+        return in_turns(ranks, create)
 
     def __repr__(self) -> str:
         if isinstance(self.store, Closed):
@@ -348,8 +370,8 @@ class HostModel:
         """Run `forward_backward` and `step` in one call, in every update mode.
 
         check: called with the loss and its number of tokens; raising skips the update (with `update: eager`
-        it is too late for that). It may evaluate, read and save, but not train. force: train on from torn
-        weights.
+        it is too late for that). It may evaluate, read and save, but not train. With several ranks it is
+        called on each, and what it raises on one ends the call on all. force: train on from torn weights.
 
         Raises NonFiniteError if the loss or the gradient norm is not finite. Nothing has been updated then,
         unless `update: eager` met a non-finite gradient under a finite loss: the error says so
@@ -365,12 +387,12 @@ class HostModel:
         if eager:
             norm = self._finish_eager(step, out, settings, record)
             if check is not None:
-                check(out.loss, out.num_tokens)
+                on_each(self.ranks, lambda: check(out.loss, out.num_tokens))
         else:
             if not math.isfinite(out.loss):
                 raise self._not_finite(f"the loss of step {self.steps_done + 1} is {out.loss}", out)
             if check is not None:
-                check(out.loss, out.num_tokens)
+                on_each(self.ranks, lambda: check(out.loss, out.num_tokens))
                 self._see_gradients_of(step)
             norm = self.engine.ops.updates.norm_of(step)
             if not math.isfinite(norm):
@@ -622,6 +644,16 @@ class HostModel:
             "boundary_slots": ops.boundary_slots.num_bytes,
             "boundaries": ops.boundary_slots.host_bytes,
         }
+
+
+def _device_of(settings: ModelSettings, ranks: Ranks) -> torch.device:
+    """This rank's device."""
+    return resolve_device(settings.device, ranks.local_rank if ranks.world > 1 else None)
+
+
+def _share_of_memory(settings: ModelSettings, ranks: Ranks) -> int:
+    """The host memory that is available to this rank: an equal part of its node's."""
+    return available_host_bytes(settings.host_memory_bytes) // ranks.local_world
 
 
 def _output(step: Step) -> ForwardBackwardOutput:

@@ -374,8 +374,10 @@ def make_optimizer(skeleton: Skeleton, settings: ModelSettings, device: torch.de
     return optimizer
 
 
-def check_fits_host(values: dict[str, Any], settings: ModelSettings, available_bytes: int) -> None:
-    """Raise DoesNotFitError unless the store of a model of this transformers configuration fits."""
+def check_fits_host(
+    values: dict[str, Any], settings: ModelSettings, available_bytes: int, shard: Shard = WHOLE
+) -> None:
+    """Raise DoesNotFitError unless a rank's store of a model of this transformers configuration fits."""
     dtype = DTYPES[settings.dtype]
     trained, frozen = count_parameters(values, settings.freeze)
     rows = [("trained", (trained,), True, dtype), ("frozen", (frozen,), False, dtype)]
@@ -384,7 +386,9 @@ def check_fits_host(values: dict[str, Any], settings: ModelSettings, available_b
     if settings.resident not in ("auto", 0, []) and device.type != "cpu":
         available_bytes += free_memory_bytes(device)
     units = [lay_out("all", rows, dtype)]
-    check_memory(units, settings, lambda other: store_spec(other, None), available={"host": available_bytes})
+    check_memory(
+        units, settings, lambda other: store_spec(other, None, shard), available={"host": available_bytes}
+    )
 
 
 def update_settings(
