@@ -12,6 +12,7 @@ from horizon_lm.checkpoint.identify import check_is_model
 from horizon_lm.checkpoint.model import has_own_code, hollow_model, weights_of
 from horizon_lm.checkpoint.reader import read_small
 from horizon_lm.config import TrainConfig, model_settings_of
+from horizon_lm.distributed.ranks import ALONE, Ranks
 from horizon_lm.engine.policies import DTYPES
 from horizon_lm.errors import CheckpointError, ConfigError
 from horizon_lm.host_model import HostModel
@@ -78,7 +79,7 @@ def _is_whole(checkpoint: Checkpoint) -> bool:
     return "config.json" in files and "tokenizer_config.json" in files
 
 
-def model_without_source(checkpoint: Checkpoint, config: TrainConfig) -> HostModel:
+def model_without_source(checkpoint: Checkpoint, config: TrainConfig, ranks: Ranks = ALONE) -> HostModel:
     """Build the model of a checkpoint without values, which `restore` loads."""
     settings = model_settings_of(config)
     hollow = hollow_model(
@@ -92,17 +93,19 @@ def model_without_source(checkpoint: Checkpoint, config: TrainConfig) -> HostMod
     buffers = weights_of(checkpoint, DTYPES[config.dtype])[-1].load()
     hollow.load_state_dict({**zeros, **buffers}, strict=False, assign=True)
     hollow.tie_weights()
-    return HostModel(hollow, settings)
+    return HostModel(hollow, settings, ranks=ranks)
 
 
-def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> HostModel:
+def build_model(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ranks = ALONE
+) -> HostModel:
     """Read the model to train, or draw random weights (by default with the tokenizer's vocabulary)."""
     settings = model_settings_of(config)
     if config.model_name_or_path is not None:
         model = load_model_of(config.model_name_or_path, settings)
         if config.new_tokens:
             grow_vocabulary(model, len(tokenizer), config.seed)
-        return HostModel(model, settings)
+        return HostModel(model, settings, ranks=ranks)
     assert config.init_model is not None  # checked by TrainConfig
     fitting = {
         "vocab_size": len(tokenizer),
@@ -113,4 +116,4 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Host
     values = {**fitting, **config.init_model}
     if config.new_tokens:
         values["vocab_size"] = max(values["vocab_size"], len(tokenizer))
-    return HostModel.from_config(values, settings)
+    return HostModel.from_config(values, settings, ranks=ranks)
