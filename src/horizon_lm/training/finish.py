@@ -92,9 +92,7 @@ def conclude(ready: Ready, end: RunEnd, completion: str, hub: Upload | None) -> 
         return {key: value for key, value in asdict(result).items() if not isinstance(value, Path)}
 
     values: Mapping[str, Any] = ready.asked.together.first("result", on_first)
-    return TrainResult(
-        **values, output_dir=folder.path, model_dir=folder.model, metrics_path=folder.metrics
-    )
+    return TrainResult(**values, output_dir=folder.path, model_dir=folder.model, metrics_path=folder.metrics)
 
 
 def _result(folder: RunFolder, end: RunEnd) -> TrainResult:

@@ -6,6 +6,8 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from horizon_lm.checkpoint.folder import open_checkpoint
@@ -260,18 +262,23 @@ def _load_best(mark: Mark, run: Run) -> int | None:
     """Load the checkpoint of `mark` and return the tokens it was trained on; None if that fails, with the
     model as it was."""
     assert mark.path is not None
+    together, path = run.together, mark.path
     try:
-        checkpoint = open_checkpoint(mark.path)
-        faults = verify(checkpoint).faults  # before the weights in memory are replaced
-        if faults:
-            raise CheckpointError(faults[0])
-        load_checkpoint(checkpoint, run.state.model)
+        together.first("the best checkpoint", partial(_check_sound, path))  # before weights are replaced
+        checkpoint = together.each("open the best checkpoint", partial(open_checkpoint, path))
+        together.each("load the best checkpoint", partial(load_checkpoint, checkpoint, run.state.model))
         return int(checkpoint.manifest.state["meter"]["sums"][0])
     except CheckpointError as error:
         run.log.progress.warn(
             f"the best model (step {mark.step}) cannot be read: {error.message}; the last one is exported"
         )
         return None
+
+
+def _check_sound(path: Path) -> None:
+    faults = verify(open_checkpoint(path)).faults
+    if faults:
+        raise CheckpointError(faults[0])
 
 
 def _best_in_words(best: Best, mark: Mark, num_steps: int) -> str:

@@ -104,8 +104,8 @@ def check_share(config: TrainConfig, together: Together) -> None:
                 f"a step has {count(number, 'micro-batch', 'micro-batches')} "
                 f"(gradient_accumulation_steps={number}) for {world} ranks, which share them: "
                 f"{world - number} would never have work",
-                hint=f"set gradient_accumulation_steps={world} or a multiple of it, "
-                "with a smaller per_device_train_batch_size for a step of the same size; or start fewer ranks",
+                hint=f"set gradient_accumulation_steps={world} or a multiple of it, with a smaller "
+                "per_device_train_batch_size if the step is to keep its size; or start fewer ranks",
             )
         )
 

@@ -1,7 +1,7 @@
 """Restarts by torchrun: a run that its launcher starts again resumes by itself.
 
-torchrun counts restarts in TORCHELASTIC_RESTART_COUNT. An earlier run in output_dir is not resumed by mistake:
-the first line of metrics.jsonl names the launchers of a run, and one of them must be one of now.
+torchrun counts restarts in TORCHELASTIC_RESTART_COUNT. An earlier run in output_dir is not resumed by
+mistake: the first line of metrics.jsonl names the launchers of a run, and one of them must be one of now.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def launcher(environment: Mapping[str, str] = os.environ) -> str | None:
     parent = os.getppid()
     with suppress(psutil.Error):
         born = psutil.Process(parent).create_time()
-        return str(xxhash.xxh3_64_hexdigest(f"{socket.gethostname()} {parent} {born}"))
+        return str(xxhash.xxh3_64_hexdigest(f"{socket.gethostname()} {parent} {born}".encode()))
     return None
 
 

@@ -6,12 +6,17 @@ rather than wait for each other. A rank alone calls nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
+
+import xxhash
 
 from horizon_lm import errors
 from horizon_lm.distributed.ranks import ALONE, Ranks
-from horizon_lm.errors import HorizonError, RankError
+from horizon_lm.distributed.start import join
+from horizon_lm.errors import ConfigError, HorizonError, RankError
 
 T = TypeVar("T")
 
@@ -79,6 +84,27 @@ class Together:
             self._settled(f"{at} ({number})", (lambda: own.append(work())) if number == turn else None)
         return own[0]
 
+    def agree(self, what: str, values: Mapping[str, Any]) -> None:
+        """Raise ConfigError, with rank and key, unless all ranks have the same JSON-ready values."""
+        if self.is_alone:
+            return
+        own = {key: json.dumps(value, sort_keys=True, default=str) for key, value in values.items()}
+        content = xxhash.xxh3_128_hexdigest(json.dumps(own, sort_keys=True).encode())
+        if len(set(self.exchange(what, content))) == 1:
+            return
+        found = self.exchange(f"{what} in full", own)
+        for rank, other in enumerate(found):
+            keys = [key for key in found[0].keys() | other.keys() if found[0].get(key) != other.get(key)]
+            if keys:
+                key = min(keys)
+                raise shared(
+                    ConfigError(
+                        f"rank {rank} has other {what} than rank 0: {key} is {_short(other.get(key))}, "
+                        f"on rank 0 {_short(found[0].get(key))}",
+                        hint="start all ranks with the same command, files and versions",
+                    )
+                )
+
     def _settled(self, at: str, work: Callable[[], Any] | None) -> list[Any]:
         """Do `work` if given; return the results of all ranks (None without), or raise the first error."""
         error: HorizonError | None = None
@@ -106,6 +132,10 @@ def shared(error: E) -> E:
     return error
 
 
+def _short(text: str | None) -> str:
+    return "absent" if text is None else text if len(text) <= 80 else text[:77] + "..."
+
+
 def _packed(error: HorizonError) -> dict[str, Any]:
     """Return an error as JSON-ready values; from here on it is one of all ranks."""
     error.is_shared = True
@@ -124,3 +154,10 @@ def unpacked(values: dict[str, Any], rank: int) -> HorizonError:
     error.exit_code = values["exit_code"]
     error.is_shared = True
     return error
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Together]:
+    """Connect to the other ranks of this run, if there are any. device: the setting."""
+    ranks = join(device)
+    yield Together(ranks)

@@ -20,7 +20,6 @@ from horizon_lm.data.rows import Rows
 from horizon_lm.data.training_data import pad_id
 from horizon_lm.engine.policies import DTYPES
 from horizon_lm.errors import DoesNotFitError
-from horizon_lm.host_model import HostModel
 from horizon_lm.io.output import lasting_output
 from horizon_lm.memory.arena import keep_freed_memory
 from horizon_lm.memory.ways import next_smaller
@@ -44,8 +43,8 @@ from horizon_lm.training.preferences import Preferences, ReferenceOf, without_dr
 from horizon_lm.training.preferences import small_files as reference_files
 from horizon_lm.training.ready import Asked, Ready
 from horizon_lm.training.restarts import resumed
-from horizon_lm.training.resume import cut_of, find, restore, wants_own_folder, with_chunk_of
 from horizon_lm.training.resume import about as about_resume
+from horizon_lm.training.resume import cut_of, find, restore, wants_own_folder, with_chunk_of
 from horizon_lm.training.run_settings import absolute
 from horizon_lm.training.save import Saver
 from horizon_lm.training.state import Best, RunState
@@ -124,9 +123,7 @@ def _repository(asked: Asked, config: TrainConfig) -> Upload | None:
     """Make the repository of push_to_hub on rank 0."""
     found: list[Upload] = []
     if config.push_to_hub:
-        asked.together.first(
-            "push_to_hub", lambda: found.append(prepare_upload(config, asked.progress.warn))
-        )
+        asked.together.first("push_to_hub", lambda: found.append(prepare_upload(config, asked.progress.warn)))
     return found[0] if found else None
 
 
