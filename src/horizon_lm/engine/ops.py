@@ -76,7 +76,7 @@ class Ops:
         self.skeleton, self.store, self.device, self.ranks = skeleton, store, device, ranks
         self.policies = Policies.of(settings, skeleton, memory_bytes(device), ranks.world)
         numels = weight_slot_numels(store.units, self.policies.step_spec(1))
-        self.weight_slots = WeightSlots(store, numels, device, alias)
+        self.weight_slots = WeightSlots(store, numels, device, alias and ranks.world == 1)
         if ranks.world == 1:
             self.updates = Updates(store, optimizer, self.policies, device, alias)
         else:

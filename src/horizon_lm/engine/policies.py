@@ -336,11 +336,13 @@ def store_spec(settings: ModelSettings, shape: ModelShape | None, shard: Shard =
     )
 
 
-def slots_of(settings: ModelSettings, shape: ModelShape, device: torch.device) -> dict[str, int]:
-    """Predict the bytes of weight and gradient slots; on the CPU those that steps of several micro-batches
-    take."""
-    policies, dtype = Policies.of(settings, shape), DTYPES[settings.dtype]
-    if device.type != "cpu":
+def slots_of(
+    settings: ModelSettings, shape: ModelShape, device: torch.device, world: int = 1
+) -> dict[str, int]:
+    """Predict the bytes of a rank's weight and gradient slots; of one rank on the CPU those that steps of
+    several micro-batches take."""
+    policies, dtype = Policies.of(settings, shape, world=world), DTYPES[settings.dtype]
+    if device.type != "cpu" or world > 1:
         return slot_bytes(shape.units, policies.step_spec(policies.rounds), dtype)
     count = max(2, policies.rounds)
     return policies.cpu_slot_bytes(policies.step_spec(count), [1] * count, dtype)
