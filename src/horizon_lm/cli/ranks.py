@@ -22,9 +22,9 @@ def place() -> tuple[int, int]:
     """Return (rank, number of ranks) of this process."""
     if not any(name in os.environ for name in _LAUNCHERS):
         return 0, 1
-    from horizon_lm.distributed.start import place as place_among_ranks
+    from horizon_lm.distributed import start
 
-    found = place_among_ranks()
+    found = start._place(os.environ)
     return found.rank, found.world
 
 
