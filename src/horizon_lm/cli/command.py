@@ -179,36 +179,36 @@ def main(argv: Sequence[str] | None = None, *, prog_name: str = "horizon") -> in
 
 
 def _run(arguments: list[str], prog_name: str, *, debug: bool) -> int:
-    rank = 0
+    here = ranks.Place()
     try:
-        rank, world = ranks.place()
-        if not ranks.has_work(arguments, rank, world):
+        here = ranks.place()
+        if not ranks.has_work(arguments, here):
             return 0
-        with ranks.silent(rank > 0):
+        with ranks.silent(here.rank > 0):
             result = app(args=arguments, prog_name=prog_name, standalone_mode=False)
         return result if isinstance(result, int) else 0
     except OutputLostError:
         raise
     except StoppedError as stop:
         with lasting_output(after_pipe=True):  # a run's last message
-            if ranks.speaks(stop, rank):
+            if ranks.speaks(stop, here):
                 print(f"{stop.message}; to go on: {stop.hint}", file=sys.stderr)
         return stop.exit_code
     except HorizonError as error:
         if debug:
             traceback.print_exc()
-        if ranks.speaks(error, rank):
-            _report(error.message, error.hint, rank)
+        if ranks.speaks(error, here):
+            _report(error.message, error.hint, here.rank)
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        _report("interrupted", None, rank)
+        _report("interrupted", None, here.rank)
         return 130
     except SystemExit as end:
         if not isinstance(end.__context__, BrokenPipeError):
             raise
-        return _report_exception(end.__context__, rank, debug=debug)  # typer exits for any broken pipe
+        return _report_exception(end.__context__, here.rank, debug=debug)  # typer exits for any broken pipe
     except Exception as error:
-        return _report_exception(error, rank, debug=debug)
+        return _report_exception(error, here.rank, debug=debug)
 
 
 def _report_exception(error: Exception, rank: int, *, debug: bool) -> int:
