@@ -114,3 +114,7 @@ class StoppedError(HorizonError):
     def __init__(self, message: str, hint: str | None = None, exit_code: int = 75) -> None:
         super().__init__(message, hint)
         self.exit_code = exit_code
+
+
+class RankError(HorizonError):
+    """Another rank failed."""
