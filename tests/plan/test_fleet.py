@@ -207,7 +207,13 @@ def test_ranks_share_the_micro_batches_and_the_search_knows_it() -> None:
 
 
 def test_exact_is_chosen_unless_it_costs_much() -> None:
-    config = config_of(gradient_accumulation_steps=32, max_length=64, device="cuda", reserve_host_gb=0.0)
+    config = config_of(
+        gradient_accumulation_steps=32,
+        per_device_train_batch_size=16,
+        max_length=64,
+        device="cuda",
+        reserve_host_gb=0.0,
+    )
     quick, slow = (profile_of(node_of(network=rate, peer=1e11)) for rate in (1e11, 2e7))
     found = {}
     for name, profile in (("quick", quick), ("slow", slow)):
