@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from horizon_lm.config import TrainConfig
+from horizon_lm.distributed.ranks import ALONE
 from horizon_lm.errors import ConfigError, DoesNotFitError
 from horizon_lm.machine.profile import Node, Profile, load_profile
 from horizon_lm.memory.shards import Shard, UnitShard
@@ -293,9 +294,13 @@ def test_a_plan_shows_the_fleet_and_one_rank_shows_none() -> None:
     assert fleet["tokens_per_second_per_gpu"] * 16 == pytest.approx(values["tokens_per_second"])
     assert values["lane_seconds"]["network"] > 0 and values["tokens_per_step"] == 4096
     assert fleet["reduction"]["chosen"] == plan.config.reduction in ("exact", "fast")
-    assert fleet["smallest_fleet"] == {"nodes": 1, "gpus_per_node": 1}
-    json.dumps(values)
-    text = describe(plan, largest=False)
+    assert plan.of_fleet is not None and plan.of_fleet.sizes() == {
+        "smallest_fleet": {"nodes": 1, "gpus_per_node": 1},
+        "smallest_fleet_in_device_memory": {"nodes": 1, "gpus_per_node": 1},
+    }
+    json.dumps(values | plan.of_fleet.sizes())
+    text = describe(plan)
+    assert "device memory: 1 GPU: in-memory training (FSDP2) may be as fast there" in text
     assert "machine    2 nodes x 8 GPUs: H100 SXM" in text and "tokens/s per GPU" in text
     assert "smallest that trains this model: 1 GPU" in text and "network" in text
     assert any(choice.key == "reduction" for choice in plan.choices)
@@ -309,8 +314,7 @@ def test_a_plan_shows_the_fleet_and_one_rank_shows_none() -> None:
 def test_hints_say_when_fewer_gpus_or_device_memory_would_do() -> None:
     plan = plan_of(llama(), "h100-sxm", Fleet(2, 8))
     assert plan.of_fleet is not None
-    notes = " ".join(plan.of_fleet.notes())
-    assert "fit in the device memory of 1 GPU: in-memory training (FSDP2)" in notes
+    assert any("hides the update from" in note for note in plan.of_fleet.notes())
     few = plan_of(llama(per_device_train_batch_size=16, resident=0), "h100-sxm", Fleet(2, 8))
     assert few.of_fleet is not None and few.of_fleet.idle_share == pytest.approx(1 - 4 / 16)
     assert any("75% of the ranks' time is idle" in note for note in few.of_fleet.notes())
@@ -351,6 +355,7 @@ def test_arguments_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert fleet_of("2", "", "h100-sxm") == Fleet(2, 8)
     assert fleet_of("2", "", "rtx4090") == Fleet(2, 1)
     assert fleet_of("", "4", "auto") == Fleet(1, 4)
+    assert Fleet.of_ranks(ALONE) == ONE
     for wrong in ("0", "-1", "two", "1.5"):
         with pytest.raises(ConfigError, match="nodes='"):
             fleet_of(wrong, "", "h100-sxm")
