@@ -37,6 +37,7 @@ class TorchRanks(Ranks):
     ) -> None:
         self.rank, self.world = place.rank, place.world
         self.local_rank, self.local_world = place.local_rank, place.local_world
+        self.core_sharers = place.core_sharers
         self._device, self._channels = device_group, channels
         self._watch = watch
         self._on_host = dist.get_backend(device_group) == "gloo"
