@@ -40,7 +40,7 @@ def test_torchrun_with_restarts() -> None:
     ended = torchrun("ranks.restarted(who=1)", "--nproc-per-node", "2", "--max-restarts", "1")
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout == "exchanged [0, 1]\n" * 2
-    assert "rank 1 was lost" in ended.stderr or "SIGKILL" in ended.stderr or "Signal 9" in ended.stderr
+    assert "exitcode: -9" in ended.stderr  # the first one
 
 
 def test_srun(nursery: Nursery) -> None:
@@ -74,7 +74,7 @@ def test_ranks_with_cores_of_their_own(nursery: Nursery) -> None:
     assert [one.output for one in nursery.run("bound", world=2)] == ["sharers 1\n"] * 2
 
 
-def test_one_rank_makes_no_process_group(tmp_path: Any) -> None:
+def test_one_rank_makes_no_process_group() -> None:
     code = """if True:
         import sys
         import torch
@@ -82,7 +82,7 @@ def test_one_rank_makes_no_process_group(tmp_path: Any) -> None:
         import horizon_lm as hz
         batch = {"input_ids": torch.arange(8)[None], "labels": torch.arange(8)[None]}
         with hz.HostModel(zoo.build("llama"), hz.ModelSettings(device="cpu")) as model:
-            model.train_step([batch])
+            model.train_step([batch], lr=1e-3)
             assert model.ranks.world == 1
         assert not torch.distributed.is_initialized()
         names = [name for name in sys.modules if name.startswith("horizon_lm.distributed.")]

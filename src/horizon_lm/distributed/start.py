@@ -131,6 +131,7 @@ def _connected(here: Place) -> _Session:
     from horizon_lm.distributed import rendezvous
     from horizon_lm.distributed.watch import TIMES, Watch
 
+    store: Any
     is_ours = not dist.is_initialized()
     if is_ours:
         launch = find(os.environ)
