@@ -124,7 +124,7 @@ class HostModel:
         self.skeleton.patches = apply_kernels(self.skeleton.model, settings)
         if settings.mlp_tile_tokens is not None:
             self.skeleton.tile_mlps(settings.mlp_tile_tokens)
-        self.optimizer = make_optimizer(self.skeleton, settings, self.device)
+        self.optimizer = make_optimizer(self.skeleton, settings, self.device, self.ranks.core_sharers)
         units, spec = self.skeleton.units, store_spec(settings, self.skeleton, shard)
         if spec.resident:
             check_available(self.device, self.optimizer.rule, spec)
@@ -653,7 +653,7 @@ def _device_of(settings: ModelSettings, ranks: Ranks) -> torch.device:
 
 def _share_of_memory(settings: ModelSettings, ranks: Ranks) -> int:
     """The host memory that is available to this rank: an equal part of its node's."""
-    return available_host_bytes(settings.host_memory_bytes) // ranks.local_world
+    return available_host_bytes(settings.host_memory_bytes, sharers=ranks.local_world)
 
 
 def _output(step: Step) -> ForwardBackwardOutput:

@@ -129,9 +129,8 @@ def hosted(load: Callable[[], nn.Module], settings: ModelSettings, ranks: Ranks)
     whole model for a moment."""
     if ranks.world == 1:
         return HostModel(load(), settings, ranks=ranks)
-    memory = (
-        available_host_bytes(settings.host_memory_bytes) // ranks.local_world
-    )  # before any takes its share
+    # Before any takes its share.
+    memory = available_host_bytes(settings.host_memory_bytes, sharers=ranks.local_world)
     return in_turns(ranks, lambda: HostModel(load(), settings, host_memory=memory, ranks=ranks))
 
 
