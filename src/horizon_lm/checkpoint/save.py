@@ -32,7 +32,7 @@ def save_model(
 
     dtype None: the store's compute dtype, straight from the store. float32 from a bf16 store reconstructs the
     masters. extra: writes further files (the tokenizer) into the folder. ranks: those of the store; the first
-    one writes, and gathers a unit at a time. Raises DoesNotFitError, ConfigError, and RankError on the others.
+    one writes, and gathers a unit at a time. Raises DoesNotFitError, ConfigError; RankError on the others.
     """
     wanted = store.dtype if dtype is None else DTYPES[dtype]
     whole = Whole(store, ranks, everywhere=False)

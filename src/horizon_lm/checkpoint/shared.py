@@ -17,7 +17,7 @@ _PATIENCE_SECONDS = 30.0  # until other nodes must see a new file: network file 
 
 
 def shared_folder(ranks: Ranks, path: Path) -> None:
-    """Raise ConfigError, on all ranks, unless each sees a file that rank 0 makes in the folder. Collective."""
+    """Raise ConfigError on all ranks unless each sees a file that rank 0 makes in the folder. Collective."""
     if ranks.world == 1:
         return
     name = f".shared-{secrets.token_hex(8)}"
