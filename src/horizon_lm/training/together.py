@@ -146,7 +146,7 @@ def _short(text: str | None) -> str:
 def joined(device: str) -> Iterator[Together]:
     """Connect to the other ranks of this run, if there are any, until they leave together.
 
-    device: the setting. Ranks but the first are silent. An error that ends this rank alone ends the others too.
+    device: the setting. Ranks but the first are silent. An error that ends this rank alone ends the others.
     """
     with start.joined(device) as ranks:
         if ranks.world == 1:
