@@ -362,6 +362,8 @@ class Engine:
 
         def execute(i: int) -> None:
             op = self._inside.op = schedule.ops[i]
+            if self.ranks.world > 1:
+                self.ranks.at(f"{op} of step {step.number + 1}")
             try:
                 with self.pinned.in_use():
                     self.ops.functions[op.kind](step, op)
