@@ -16,7 +16,7 @@ class HorizonError(Exception):
     """The base class. `str()` is the message and, on a second line, the hint, both printable and redacted."""
 
     exit_code: int = 1
-    # Of several ranks: raised on all, of which rank 0 reports it; or on this one alone, which reports it itself.
+    # Of several ranks: raised on all, and reported by rank 0; or on this one alone, which reports it itself.
     is_shared: bool = False
     is_own: bool = False
 
@@ -122,8 +122,10 @@ class StoppedError(HorizonError):
 class RankError(HorizonError):
     """Another rank failed or was lost.
 
-    ranks: the numbers of those that did, empty if unknown. op: that they were at, as far as known.
+    ranks: the numbers of those that did, empty if unknown. op: that they were at, as far as known. is_told: by
+    their own account, so exit_code is that of their error.
     """
 
     ranks: tuple[int, ...] = ()
     op: str = ""
+    is_told: bool = False

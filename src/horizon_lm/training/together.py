@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import xxhash
 
 from horizon_lm.distributed import start
+from horizon_lm.distributed.agreement import difference
 from horizon_lm.distributed.outcomes import packed, settle
 from horizon_lm.distributed.ranks import ALONE, Ranks
 from horizon_lm.errors import ConfigError, HorizonError, RankError
@@ -95,25 +96,20 @@ class Together:
             raise
 
     def agree(self, what: str, values: Mapping[str, Any]) -> None:
-        """Raise ConfigError, with rank and key, unless all ranks have the same JSON-ready values."""
+        """Raise ConfigError on all ranks, with rank and key, unless they have the same JSON-ready values."""
         if self.is_alone:
             return
-        own = {key: json.dumps(value, sort_keys=True, default=str) for key, value in values.items()}
-        content = xxhash.xxh3_128_hexdigest(json.dumps(own, sort_keys=True).encode())
-        if len(set(self.exchange(what, content))) == 1:
+        content = json.dumps(values, sort_keys=True, default=str)
+        digest = xxhash.xxh3_128_hexdigest(content.encode())
+        if len(set(self.exchange(what, digest))) == 1:
             return
-        found = self.exchange(f"{what} in full", own)
-        for rank, other in enumerate(found):
-            keys = [key for key in found[0].keys() | other.keys() if found[0].get(key) != other.get(key)]
-            if keys:
-                key = min(keys)
-                raise shared(
-                    ConfigError(
-                        f"rank {rank} has other {what} than rank 0: {key} is {_short(other.get(key))}, "
-                        f"on rank 0 {_short(found[0].get(key))}",
-                        hint="start all ranks with the same command, files and versions",
-                    )
-                )
+        told = self.exchange(f"{what} in full", json.loads(content))
+        raise shared(
+            ConfigError(
+                str(difference([{what: one} for one in told])),
+                hint="start all ranks with the same command, files and versions",
+            )
+        )
 
     def _settled(self, at: str, work: Callable[[], Any] | None) -> list[Any]:
         """Do `work` if given; return the results of all ranks (None without), or raise the first error."""
@@ -138,15 +134,11 @@ def shared(error: E) -> E:
     return error
 
 
-def _short(text: str | None) -> str:
-    return "absent" if text is None else text if len(text) <= 80 else text[:77] + "..."
-
-
 @contextmanager
 def joined(device: str) -> Iterator[Together]:
     """Connect to the other ranks of this run, if there are any, until they leave together.
 
-    device: the setting. Ranks but the first are silent. An error that ends this rank alone ends the others too.
+    device: the setting. Ranks but the first are silent. An error that ends this rank alone ends the others.
     """
     with start.joined(device) as ranks:
         if ranks.world == 1:
@@ -156,7 +148,13 @@ def joined(device: str) -> Iterator[Together]:
             with silent_output(not ranks.is_first):
                 yield Together(ranks)
         except HorizonError as error:
-            is_of_others = isinstance(error, RankError) and ranks.rank not in error.ranks
-            error.is_shared |= is_of_others
+            error.is_shared |= isinstance(error, RankError) and not _reports(error, ranks)
             error.is_own = not error.is_shared
             raise
+
+
+def _reports(error: RankError, ranks: Ranks) -> bool:
+    """Tell whether this rank reports the failure of others: the lowest that is left, unless rank 0 has said so
+    itself."""
+    first = next((rank for rank in range(ranks.world) if rank not in error.ranks), 0)
+    return ranks.rank == first and not (error.is_told and 0 in error.ranks)
