@@ -1,0 +1,104 @@
+"""Workers for a system on several ranks of this machine, and for ours in another checkout.
+
+Each rank is a process with torchrun's variables. Requests go to all ranks at once; every rank draws the same
+tokens of a step, and an adapter takes its share. A group's seconds are those of its slowest rank, its memory
+the sum.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from horizon_lm.bench.figures import Row
+from horizon_lm.bench.jobs import Worker, environment_of
+from horizon_lm.bench.ours import Ours
+from horizon_lm.bench.protocol import Case
+
+RANKS = "benchmarks.rank_group:build"
+HOST = "127.0.0.1"
+
+
+def free_port() -> int:
+    with socket.socket() as held:
+        held.bind((HOST, 0))
+        return int(held.getsockname()[1])
+
+
+class RankWorker(Worker):
+    """One rank of `world`, whose ranks meet at `port`."""
+
+    def __init__(self, system: str, case: Case, *, deadline: float, place: tuple[int, int, int]) -> None:
+        """place: rank, world, port."""
+        self._place = place
+        super().__init__(system, case, deadline=deadline)
+
+    def environment(self) -> dict[str, str]:
+        rank, world, port = (str(number) for number in self._place)
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        ranks |= {"MASTER_ADDR": HOST, "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu"}
+        return environment_of(self.case) | ranks
+
+
+class RankGroup(Worker):
+    """A system on `world` ranks, in the form of one worker."""
+
+    def __init__(self, system: str, case: Case, *, deadline: float, world: int) -> None:
+        self.system, self.case, self.ready = system, case, Row()
+        port = free_port()
+        places = [(rank, world, port) for rank in range(world)]
+        self._workers = [RankWorker(system, case, deadline=deadline, place=place) for place in places]
+        self._threads = ThreadPoolExecutor(world)
+
+    def __exit__(self, *details: object) -> None:
+        for worker in self._workers:
+            worker.__exit__(*details)
+        self._threads.shutdown()
+
+    def ask(self, request: Row) -> Row:
+        """Ask all ranks; return rank 0's answer with the group's seconds, loss and memory, and `ranks`: all
+        answers. Raises WorkerError as soon as one rank fails."""
+        asked = [self._threads.submit(worker.ask, request) for worker in self._workers]
+        return combined([answer.result() for answer in asked])
+
+
+def combined(answers: list[Row]) -> Row:
+    """Return the answer of a group; see `RankGroup.ask`."""
+    found = answers[0] | {"ranks": answers}
+    if "loss" in found:
+        found["seconds"] = max(answer["seconds"] for answer in answers)
+        found["cpu_seconds"] = sum(answer["cpu_seconds"] for answer in answers)
+        found["loss"] = sum(answer["loss"] for answer in answers) / len(answers)
+    if "peaks" in found:
+        found["peaks"] = {key: sum(a["peaks"][key] for a in answers) for key in found["peaks"]}
+    return found
+
+
+class CheckoutWorker(Worker):
+    """A worker that imports this project from another checkout."""
+
+    def __init__(self, system: str, case: Case, *, deadline: float, checkout: Path) -> None:
+        self._checkout = checkout
+        super().__init__(system, case, deadline=deadline)
+
+    def environment(self) -> dict[str, str]:
+        paths = f"{self._checkout / 'src'}{os.pathsep}{self._checkout}"
+        return environment_of(self.case) | {"PYTHONPATH": paths}
+
+
+def by_threads(total: int) -> Callable[..., Worker]:
+    """Return a kind of worker for `measure`: as many ranks as use `total` threads, case.threads each."""
+
+    def make(system: str, case: Case, *, deadline: float) -> Worker:
+        world = total // (case.threads or total)
+        kind: Callable[..., Worker] = partial(RankGroup, world=world) if world > 1 else Worker
+        return kind(system, case, deadline=deadline)
+
+    return make
