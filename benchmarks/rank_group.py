@@ -102,3 +102,31 @@ def by_threads(total: int) -> Callable[..., Worker]:
         return kind(system, case, deadline=deadline)
 
     return make
+
+
+class RankOurs(Ours):
+    """Ours on one of several ranks, with what it sent and how long it waited in the recorded step."""
+
+    def breakdown(self, micro_batches: list[torch.Tensor]) -> dict[str, Any]:
+        """Return the breakdown of `Ours`, with `network`: (op, seconds) of each collective, `sent` bytes,
+        `exchanges`: seconds in those of small values, and `rows` of the embedding table that the step uses."""
+        ranks = self.model.ranks
+        sent, exchanges = ranks.bytes_sent, sum(ranks.wait_seconds.values())
+        found = super().breakdown(micro_batches)
+        spans = [(str(op), end - start) for op, start, end in self.model.timeline if op.kind in "JTV"]
+        return found | {
+            "network": spans,
+            "sent": ranks.bytes_sent - sent,
+            "exchanges": sum(ranks.wait_seconds.values()) - exchanges,
+            "rows": len(torch.cat([ids.flatten() for ids in micro_batches]).unique()),
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `Ours` says, with `units`: (weights, trainable) of each, of which a rank has a share."""
+        shards = self.model.store.shards
+        units = [(shard.weights_numel, shard.trainable_share) for shard in shards]
+        return super().describe() | {"units": units, "width": self.model.skeleton.config.hidden_size}
+
+
+def build(case: Case) -> RankOurs:
+    return RankOurs(case)
