@@ -16,6 +16,7 @@ class HorizonError(Exception):
     """The base class. `str()` is the message and, on a second line, the hint, both printable and redacted."""
 
     exit_code: int = 1
+    is_shared: bool = False  # raised on all ranks of a run, of which rank 0 reports it
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         message, hint = shown(message), shown(hint) if hint else hint
@@ -114,3 +115,7 @@ class StoppedError(HorizonError):
     def __init__(self, message: str, hint: str | None = None, exit_code: int = 75) -> None:
         super().__init__(message, hint)
         self.exit_code = exit_code
+
+
+class RankError(HorizonError):
+    """Another rank failed."""

@@ -28,10 +28,13 @@ from horizon_lm.checkpoint.export import choose_dtype, save_model, tokenizer_sav
 from horizon_lm.checkpoint.folder import check_target
 from horizon_lm.config import ModelSettings
 from horizon_lm.config.python import model_settings
+from horizon_lm.distributed.outcomes import in_turns, on_each
+from horizon_lm.distributed.ranks import Ranks
+from horizon_lm.distributed.start import join
 from horizon_lm.engine.disk_lane import Saving
 from horizon_lm.engine.engine import Engine, in_turn
 from horizon_lm.engine.lanes import Span, choose_lanes
-from horizon_lm.engine.loss import Asked, LossFunction, check_loss_function
+from horizon_lm.engine.loss import Asked, LossFunction, TokenValues, check_loss_function
 from horizon_lm.engine.policies import (
     DTYPES,
     check_fits_host,
@@ -40,6 +43,7 @@ from horizon_lm.engine.policies import (
     store_spec,
     update_settings,
 )
+from horizon_lm.engine.results import gather_values
 from horizon_lm.engine.step import Step, Update
 from horizon_lm.errors import ConfigError, NonFiniteError, TornStateError
 from horizon_lm.machine.determinism import prepare
@@ -47,7 +51,9 @@ from horizon_lm.machine.device import resolve_device
 from horizon_lm.machine.memory import available_host_bytes
 from horizon_lm.memory.arena import return_free_memory
 from horizon_lm.memory.preflight import check_memory
+from horizon_lm.memory.shards import Shard
 from horizon_lm.memory.store import HostStore
+from horizon_lm.memory.whole import Whole
 from horizon_lm.micro_batches import Extra, MicroBatches, check_micro_batches
 from horizon_lm.model.consumed import Closed, check_model, refuse_use, take_over
 from horizon_lm.model.kernels import apply_kernels, check_kernels
@@ -84,15 +90,30 @@ class HostModel:
     unless `force=True`.
     Calls from several threads are serialised; calls from within a step (a `loss_fn`) are rejected.
     As a context manager it frees its memory on exit (`close`).
+
+    With several ranks (`torchrun`, or a process group of torch.distributed) each holds its share of the model,
+    and every call is collective: all ranks make the same calls with the same arguments, the micro-batches of
+    all ranks included. Rank r computes micro-batches r, r + world, ...; results are those of all, on every
+    rank, and with `reduction: exact` the same bits as on one rank. A loss function is called on the rank that
+    computes the micro-batch.
     """
 
-    def __init__(self, model: nn.Module, settings: ModelSettings, *, host_memory: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: ModelSettings,
+        *,
+        host_memory: int | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
         """model: a transformers model in host memory. It is consumed: its parameters move into the store, and
         using the object again raises an error. host_memory: bytes that were available before the model was
-        made; by default those that are now."""
+        made; by default those that are now. ranks: by default those of this run (`distributed.start`)."""
         check_model(model)
+        self.ranks = join(settings.device) if ranks is None else ranks
+        shard = Shard(self.ranks.rank, self.ranks.world)
         self.settings = settings
-        self.device = resolve_device(settings.device)
+        self.device = _device_of(settings, self.ranks)
         if settings.deterministic:
             prepare(self.device)
         check_kernels(settings, self.device)
@@ -104,16 +125,18 @@ class HostModel:
         if settings.mlp_tile_tokens is not None:
             self.skeleton.tile_mlps(settings.mlp_tile_tokens)
         self.optimizer = make_optimizer(self.skeleton, settings, self.device)
-        units, spec = self.skeleton.units, store_spec(settings, self.skeleton)
+        units, spec = self.skeleton.units, store_spec(settings, self.skeleton, shard)
         if spec.resident:
             check_available(self.device, self.optimizer.rule, spec)
         if not settings.skip_memory_check:
+            if host_memory is None and self.ranks.world > 1:
+                host_memory = _share_of_memory(settings, self.ranks)
             check_memory(
                 units,
                 settings,
-                lambda other: store_spec(other, self.skeleton),
+                lambda other: store_spec(other, self.skeleton, shard),
                 device=self.device,
-                slots_of=lambda other: slots_of(other, self.skeleton, self.device),
+                slots_of=lambda other: slots_of(other, self.skeleton, self.device, shard.world),
                 available=None if host_memory is None else {"host": host_memory},
             )
         self.store = HostStore(units, spec, pin_for=self.device, device=self.device)
@@ -121,7 +144,9 @@ class HostModel:
         refuse_use(model)
         fill_store(self.skeleton, self.store)
         lanes = choose_lanes(settings.lanes, self.device)
-        self.engine = Engine(self.skeleton, self.store, self.optimizer, self.device, lanes, settings)
+        self.engine = Engine(
+            self.skeleton, self.store, self.optimizer, self.device, lanes, settings, self.ranks
+        )
         if settings.compile:
             self.skeleton.compile_layers(settings.compile, self.engine.ops)
         self._turn = threading.RLock()
@@ -151,7 +176,15 @@ class HostModel:
                 f"HostModel.from_pretrained(): a {type(source).__name__} is not a model",
                 hint="pass a folder, a name on the Hub, or a transformers model object",
             )
-        return cls(load_model_of(source, resolved), resolved)
+        ranks = join(resolved.device)
+        if ranks.world == 1:
+            return cls(load_model_of(source, resolved), resolved, ranks=ranks)
+        memory = _share_of_memory(resolved, ranks)  # before any rank takes its share
+
+        def load() -> HostModel:
+            return cls(load_model_of(source, resolved), resolved, host_memory=memory, ranks=ranks)
+
+        return in_turns(ranks, load)
 
     @classmethod
     def from_config(
@@ -182,17 +215,22 @@ class HostModel:
                 hint="pass one or the other",
             )
         values = dict(values)
-        host_memory = available_host_bytes(settings.host_memory_bytes)  # before the model takes its share
+        ranks = join(settings.device)
+        host_memory = _share_of_memory(settings, ranks)  # before the model takes its share
         if not settings.skip_memory_check:
-            check_fits_host(values, settings, host_memory)
-        check_kernels(settings, resolve_device(settings.device))
-        model = create_model(
-            values,
-            dtype=DTYPES[settings.dtype],
-            seed=settings.seed,
-            attn_implementation=settings.attn_implementation,
-        )
-        return cls(model, settings, host_memory=host_memory)
+            check_fits_host(values, settings, host_memory, Shard(ranks.rank, ranks.world))
+        check_kernels(settings, _device_of(settings, ranks))
+
+        def create() -> HostModel:
+            model = create_model(
+                values,
+                dtype=DTYPES[settings.dtype],
+                seed=settings.seed,
+                attn_implementation=settings.attn_implementation,
+            )
+            return cls(model, settings, host_memory=host_memory, ranks=ranks)
+
+        return in_turns(ranks, create)
 
     def __repr__(self) -> str:
         if isinstance(self.store, Closed):
@@ -332,8 +370,8 @@ class HostModel:
         """Run `forward_backward` and `step` in one call, in every update mode.
 
         check: called with the loss and its number of tokens; raising skips the update (with `update: eager`
-        it is too late for that). It may evaluate, read and save, but not train. force: train on from torn
-        weights.
+        it is too late for that). It may evaluate, read and save, but not train. With several ranks it is
+        called on each, and what it raises on one ends the call on all. force: train on from torn weights.
 
         Raises NonFiniteError if the loss or the gradient norm is not finite. Nothing has been updated then,
         unless `update: eager` met a non-finite gradient under a finite loss: the error says so
@@ -349,12 +387,12 @@ class HostModel:
         if eager:
             norm = self._finish_eager(step, out, settings, record)
             if check is not None:
-                check(out.loss, out.num_tokens)
+                on_each(self.ranks, lambda: check(out.loss, out.num_tokens))
         else:
             if not math.isfinite(out.loss):
                 raise self._not_finite(f"the loss of step {self.steps_done + 1} is {out.loss}", out)
             if check is not None:
-                check(out.loss, out.num_tokens)
+                on_each(self.ranks, lambda: check(out.loss, out.num_tokens))
                 self._see_gradients_of(step)
             norm = self.engine.ops.updates.norm_of(step)
             if not math.isfinite(norm):
@@ -445,8 +483,11 @@ class HostModel:
         extra: Extra = "ignore" if ignore_extra else "refuse"
         batches = check_micro_batches(micro_batches, self.skeleton, extra=extra)
         step = self.engine.evaluate(batches, asked, routers=return_router_losses, record=record)
-        wanted = len(batches) if asked.values or return_log_probs else 0
-        found = [step.values[m].cpu() for m in range(wanted)]
+        found: list[TokenValues] = []
+        if asked.values or return_log_probs:
+            shapes = [batch["labels"].shape for batch in batches]
+            names = sorted({"log_probs", *asked.values})
+            found = gather_values(step, self.ranks, shapes, names)
         return EvaluationOutput(
             step.loss,
             step.num_tokens,
@@ -480,7 +521,8 @@ class HostModel:
         """Yield (Hugging Face name, gradient) of each trainable parameter.
 
         Gradients are views into the store in its dtype, valid until the next forward_backward; those of
-        resident units lie on the device. Raises ConfigError if there are none, after an interrupted step, and
+        resident units lie on the device. With several ranks all of them must iterate, and gradients are new
+        tensors in host memory. Raises ConfigError if there are none, after an interrupted step, and
         with eager updates, which keep none.
         """
         if self.settings.update_mode == "eager":
@@ -489,22 +531,25 @@ class HostModel:
             raise ConfigError(
                 "named_gradients() was called without gradients", hint="call forward_backward() before it"
             )
+        whole = Whole(self.store, self.ranks)
         for unit in self.store.units:
             for parameter in unit.trainable:
-                yield parameter.name, self.store.gradient(parameter.name)
+                yield parameter.name, whole.gradient(parameter.name)
 
     def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (Hugging Face name, fp32 master) of each parameter, as new tensors.
 
-        Raises ConfigError if the model is trained meanwhile: they would be of two steps.
+        With several ranks all of them must iterate. Raises ConfigError if the model is trained meanwhile:
+        they would be of two steps.
         """
         steps_done = self.steps_done
         self._warn_of_torn("named_parameters()")
+        whole = Whole(self.store, self.ranks)
         for name in list(self.store.names()):
-            yield name, self._master(name, steps_done)
+            yield name, self._master(whole, name, steps_done)
 
     @in_turn
-    def _master(self, name: str, steps_done: int) -> torch.Tensor:
+    def _master(self, whole: Whole, name: str, steps_done: int) -> torch.Tensor:
         self.engine.flush()
         if self.steps_done != steps_done:
             raise ConfigError(
@@ -512,7 +557,7 @@ class HostModel:
                 f"{self.steps_done:,} now",
                 hint="parameters = dict(model.named_parameters()) between two steps",
             )
-        return self.store.master(name)
+        return whole.master(name)
 
     @in_turn
     def save_pretrained(
@@ -599,6 +644,16 @@ class HostModel:
             "boundary_slots": ops.boundary_slots.num_bytes,
             "boundaries": ops.boundary_slots.host_bytes,
         }
+
+
+def _device_of(settings: ModelSettings, ranks: Ranks) -> torch.device:
+    """This rank's device."""
+    return resolve_device(settings.device, ranks.local_rank if ranks.world > 1 else None)
+
+
+def _share_of_memory(settings: ModelSettings, ranks: Ranks) -> int:
+    """The host memory that is available to this rank: an equal part of its node's."""
+    return available_host_bytes(settings.host_memory_bytes) // ranks.local_world
 
 
 def _output(step: Step) -> ForwardBackwardOutput:

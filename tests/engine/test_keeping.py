@@ -66,7 +66,7 @@ def test_other_users_of_the_store_do_not_end_keeping(policy: str, monkeypatch: p
     assert same(gradients(model), gradients(quiet))
     monkeypatch.setattr(layers, "_private", lambda run: run)
     model.forward_backward(data)
-    assert model.engine.ops.reruns == ALL
+    assert set(model.engine.ops.reruns) == ALL
 
 
 class SlowDisk:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -19,6 +20,9 @@ from horizon_lm.engine.disk_lane import DiskLane
 from horizon_lm.engine.lanes import Execute, OnRelease, Span, Waits, in_op
 from horizon_lm.host_model import HostModel
 from horizon_lm.schedule import Lane, Op
+
+
+_WITH_OTHERS = (Lane.NETWORK, Lane.UPDATE, Lane.DEVICE_UPDATE)  # lanes that wait for other ranks
 
 
 def fill_with_nan(tensors: list[torch.Tensor]) -> None:
@@ -42,6 +46,9 @@ class AdversarialLanes:
     def run(
         self, ops: Sequence[Op], waits: Waits, indices: range, execute: Execute, *, record: bool = False
     ) -> None:
+        if any(ops[i].lane is Lane.NETWORK for i in indices):
+            self._run_with_others(ops, waits, indices, execute)
+            return
         queues: dict[Lane, deque[int]] = defaultdict(deque)
         for i in indices:
             queues[ops[i].lane].append(i)
@@ -60,6 +67,46 @@ class AdversarialLanes:
             queues[ops[i].lane].popleft()
             pending.discard(i)
             self.order.append(i)
+
+    def _run_with_others(
+        self, ops: Sequence[Op], waits: Waits, indices: range, execute: Execute
+    ) -> None:
+        """The same with several ranks: ops of lanes that wait for other ranks run in a thread of their lane,
+        while others go on; two such lanes in one thread could wait for each other."""
+        queues: dict[Lane, deque[int]] = defaultdict(deque)
+        for i in indices:
+            queues[ops[i].lane].append(i)
+        pending, running = set(indices), dict[Lane, Future[None]]()
+        self.order = []
+
+        def run_one(i: int) -> None:
+            self.disk.settle(ops[i].writes)
+            try:
+                execute(i)
+            except BaseException as error:
+                in_op(error, ops[i], [ops[j] for j in self.order])
+                raise
+
+        with ThreadPoolExecutor(len(_WITH_OTHERS)) as threads:
+            while pending:
+                for lane in [lane for lane, future in running.items() if future.done()]:
+                    running.pop(lane).result()
+                    pending.discard(queues[lane].popleft())
+                fronts = [q[0] for lane, q in queues.items() if q and lane not in running]
+                ready = [i for i in fronts if not any(j in pending for j in waits[i])]
+                if not ready:
+                    assert running, "the schedule is deadlocked"
+                    wait(running.values(), return_when=FIRST_COMPLETED)
+                    continue
+                i = self.random.choice(ready)
+                self.order.append(i)
+                if ops[i].lane in _WITH_OTHERS:
+                    running[ops[i].lane] = threads.submit(run_one, i)
+                    if self.random.random() < 0.5:  # else the others always go ahead
+                        wait(running.values(), timeout=0.001 * self.random.random())
+                    continue
+                run_one(i)
+                pending.discard(queues[ops[i].lane].popleft())
 
     def join(self) -> None:
         """Do nothing: ops run in the calling thread."""

@@ -55,11 +55,13 @@ def evaluate(
         if key.replace("-", "_") == "model_name_or_path":
             require_model(name, "model_name_or_path")
     from horizon_lm.training.eval_command import evaluate_target, target_of
+    from horizon_lm.training.together import joined
 
     target, notes = target_of(place, overrides)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    found = evaluate_target(target)
+    with joined(target.config.device) as together:
+        found = evaluate_target(target, together=together)
     if as_json:
         print(json.dumps(found))
     else:

@@ -32,6 +32,15 @@ class MemorySettings(Settings):
         group="Memory and device",
         resume="ask",
     )
+    reduction: Literal["auto", "exact", "fast"] = setting(
+        "auto",
+        "How gradients of several ranks are added. exact: in the order of the micro-batches, so that results "
+        "are bitwise identical for any number of ranks. fast: one fp32 reduce-scatter per unit and step, "
+        "whose last bits depend on the number of ranks. auto is exact, unless a plan finds it more than 15% "
+        "slower. No effect on one rank.",
+        group="Memory and device",
+        resume="ask",
+    )
     resident: int | Literal["auto"] | list[str] = setting(
         "auto",
         "Units that live in device memory with their gradients and optimizer state, and are updated there; "

@@ -2,14 +2,16 @@
 
 Collectives move whole tensors between all ranks and are called by all of them in the same order. Tensors of
 the step's data go through the device's group (NCCL, or Gloo on the CPU), on the network lane alone. Small
-values of the host go through Gloo groups of their own, one per `Channel`, so that threads do not wait for each
-other.
+values of the host go through Gloo groups of their own, one per `Channel`, so that threads do not wait for
+each other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,11 +25,25 @@ class Channel(StrEnum):
     DISK = "disk"
 
 
+class Place(NamedTuple):
+    """The number of this process and of all, and the same among those of its node."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+
+
 class Ranks:
     """One rank alone; the base of `TorchRanks`.
 
     rank, world: number of this process, and of all. local_rank, local_world: the same among those of its
-    node. bytes_sent: of this rank by tensor collectives so far (what leaves the process).
+    node.
+
+    Counters of this rank since the start: bytes_sent: what leaves the process by collectives of the network
+    lane: of an all-gather (world - 1) times its own tensor, of the others (world - 1) / world of the tensor
+    given. network_seconds: in these collectives, waiting for other ranks included (on CUDA: until they are
+    issued). wait_seconds: in exchanges of each channel.
     """
 
     rank = 0
@@ -35,6 +51,8 @@ class Ranks:
     local_rank = 0
     local_world = 1
     bytes_sent = 0
+    network_seconds = 0.0
+    wait_seconds: Mapping[Channel, float] = MappingProxyType(dict.fromkeys(Channel, 0.0))
 
     @property
     def is_first(self) -> bool:

@@ -84,8 +84,8 @@ class Rows(NamedTuple):
     """The rows of the embedding table that a step uses, found on the host before it begins: finding them on
     the device would make its lanes wait for values.
 
-    numbers: [r], ascending. places: per micro-batch, the index in `numbers` of each of its ids [batch,
-    tokens]. padding: the index of the row without a gradient; None if it is not used.
+    numbers: [r], ascending. places: per micro-batch of this rank, the index in `numbers` of each of its ids
+    [batch, tokens]. padding: the index of the row without a gradient; None if it is not used.
     """
 
     numbers: torch.Tensor
@@ -93,13 +93,16 @@ class Rows(NamedTuple):
     padding: int | None
 
     @classmethod
-    def of(cls, ids: Sequence[torch.Tensor], skeleton: Skeleton, pool: PinnedPool) -> Rows:
-        """ids: [batch, tokens] each, on the host. pool: for pinned copies, whose upload does not block."""
+    def of(
+        cls, ids: Sequence[torch.Tensor], mine: Sequence[int], skeleton: Skeleton, pool: PinnedPool
+    ) -> Rows:
+        """ids: [batch, tokens] of each micro-batch of all ranks, on the host. mine: those of this rank.
+        pool: for pinned copies, whose upload does not block."""
         used = torch.zeros(skeleton.embedding.num_embeddings, dtype=torch.bool)
         for batch in ids:
             used[batch.reshape(-1)] = True
         numbers, place = used.nonzero().view(-1), used.cumsum(0) - 1
-        places = [place[batch] for batch in ids]
+        places = [place[ids[g]] for g in mine]
         row = skeleton.padding_row
         padding = int(place[row]) if row is not None and used[row] else None
         most = min(used.numel(), sum(batch.numel() for batch in ids))

@@ -17,6 +17,7 @@ import torch
 
 from horizon_lm.config import ModelSettings
 from horizon_lm.config.data import IGNORED
+from horizon_lm.distributed.ranks import ALONE, Ranks
 from horizon_lm.engine.disk_lane import Saving
 from horizon_lm.engine.ends import Rows
 from horizon_lm.engine.head_gradient import adds_in_fp32
@@ -25,12 +26,13 @@ from horizon_lm.engine.loss import (
     Asked,
     LossFunction,
     TokenLoss,
-    as_numbers,
     cross_entropy,
     custom,
     shifted_targets,
 )
 from horizon_lm.engine.ops import Ops
+from horizon_lm.engine.positions import Positions
+from horizon_lm.engine.results import gather_results
 from horizon_lm.engine.step import Schedule, Step, Update
 from horizon_lm.errors import ConfigError
 from horizon_lm.machine.determinism import DeterministicKernels
@@ -45,7 +47,11 @@ from horizon_lm.schedule import Op, StepSpec, build, build_flush, build_save
 
 
 class Engine:
-    """Executes training steps. device: where units compute; lanes: executor of the ops."""
+    """Executes training steps. device: where units compute; lanes: executor of the ops.
+
+    With several ranks every method that takes a step or reads weights is collective: all call it with the
+    same arguments, micro-batches of all ranks included.
+    """
 
     def __init__(
         self,
@@ -55,11 +61,12 @@ class Engine:
         device: torch.device,
         lanes: Lanes,
         settings: ModelSettings,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.skeleton, self.store, self.device = skeleton, store, device
+        self.skeleton, self.store, self.device, self.ranks = skeleton, store, device, ranks
         self.optimizer, self.lanes, self.settings = optimizer, lanes, settings
         alias = device.type == "cpu" and lanes.in_place
-        self.ops = Ops(skeleton, store, optimizer, settings, device, alias)
+        self.ops = Ops(skeleton, store, optimizer, settings, device, alias, ranks)
         self.pinned = PinnedPool(device)  # for everything but weights that a step copies to the device
         self.trainable = self.ops.policies.trainable
         self._schedules: dict[tuple[StepSpec, bool], Schedule] = {}
@@ -84,7 +91,7 @@ class Engine:
         )
 
     def spec(self, micro_batches: int, *, evaluate: bool = False, save: bool = False) -> StepSpec:
-        """The spec of a step of N micro-batches. save: a checkpoint is written while it runs."""
+        """The spec of a step of N micro-batches of this rank. save: a checkpoint is written while it runs."""
         saved = frozenset(u for u, unit in enumerate(self.store.units) if unit.numel * save)
         return self.ops.policies.step_spec(micro_batches, evaluate=evaluate, saved=saved)
 
@@ -184,7 +191,8 @@ class Engine:
             self.flush()
         self._step = None  # with all that it holds: the memory may be needed
         self._set_mode(training=True)
-        spec = self.spec(len(micro_batches), save=self._begins_to_save)
+        positions = Positions.of(len(micro_batches), self.ranks)
+        spec = self.spec(len(positions), save=self._begins_to_save)
         step = self._begin(spec, micro_batches, self.steps_done, pending=self.has_pending)
         step.ends_itself = ends_itself
         if update is not None:
@@ -204,9 +212,15 @@ class Engine:
                 )
             raise
         self._end_of_writes()
-        step.metrics = [as_numbers(metrics) for metrics in step.device_metrics]
+        self._gather(step)
         self._step = step
         return step
+
+    def _gather(self, step: Step) -> None:
+        """Give each rank the results of all."""
+        fallbacks = gather_results(step, self.ranks, self.ops.reruns)
+        for unit, reason in fallbacks.items():  # policies are equal on all ranks
+            self.ops.fall_back(unit, reason)
 
     def _begin(
         self, spec: StepSpec, micro_batches: Sequence[MicroBatch], number: int, *, pending: bool
@@ -214,18 +228,26 @@ class Engine:
         # No copy is in flight: a run of the lanes ends after its copies.
         self.pinned.give_back()
         self.ops.boundary_slots.begin_step()
+        positions = Positions.of(len(micro_batches), self.ranks)
+        all_targets = [shifted_targets(batch["labels"]) for batch in micro_batches]
         # Copies from pageable memory would block the compute lane.
         take = self.pinned.take
-        targets = [take(shifted_targets(batch["labels"])) for batch in micro_batches]
-        micro_batches = [{n: take(v) for n, v in batch.items() if v is not None} for batch in micro_batches]
-        num_tokens = sum(int((t != IGNORED).sum()) for t in targets)
-        rng_base = self.settings.seed * 1_000_003 + number
-        schedule = self.schedule(spec, pending=pending)
-        rows = None
+        mine = [micro_batches[g] for g in positions.numbers]
+        step = Step(
+            spec,
+            self.schedule(spec, pending=pending),
+            [{n: take(v) for n, v in batch.items() if v is not None} for batch in mine],
+            [take(all_targets[g]) for g in positions.numbers],
+            positions,
+            [targets.numel() for targets in all_targets],
+            sum(int((targets != IGNORED).sum()) for targets in all_targets),
+            number=number,
+            rng_base=self.settings.seed * 1_000_003 + number,
+        )
         if spec.lowest_backward == 0 and not spec.evaluate:
             ids = [batch["input_ids"] for batch in micro_batches]
-            rows = Rows.of(ids, self.skeleton, self.pinned)
-        return Step(spec, schedule, micro_batches, targets, num_tokens, rows, number, rng_base)
+            step.rows = Rows.of(ids, positions.numbers, self.skeleton, self.pinned)
+        return step
 
     def _prepare_losses(self, step: Step, loss_fn: LossFunction | None) -> None:
         step.device_metrics = [{} for _ in step.micro_batches]
@@ -244,16 +266,18 @@ class Engine:
     def evaluate(
         self, micro_batches: Sequence[MicroBatch], asked: Asked, *, routers: bool = False, record: bool
     ) -> Step:
-        """Run forward and loss only, without dropout; the step holds losses and values of the targets.
-        routers: compute the routers' auxiliary losses too."""
+        """Run forward and loss only, without dropout; the step holds losses and, on this rank, values of the
+        targets. routers: compute the routers' auxiliary losses too."""
         self.flush()
-        step = self._begin(self.spec(len(micro_batches), evaluate=True), micro_batches, 0, pending=False)
+        positions = Positions.of(len(micro_batches), self.ranks)
+        step = self._begin(self.spec(len(positions), evaluate=True), micro_batches, 0, pending=False)
         step.asked, step.wants_routers = asked, routers
         self._set_mode(training=False)
         try:
             self._execute(step, range(len(step.schedule.ops)), record)
         finally:
             self._set_mode(training=True)
+        self._gather(step)
         return step
 
     def _set_mode(self, *, training: bool) -> None:

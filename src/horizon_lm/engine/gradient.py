@@ -8,10 +8,11 @@ from contextlib import contextmanager
 import torch
 
 from horizon_lm.memory.layout import Parameter, UnitLayout
+from horizon_lm.memory.shards import BLOCK
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.optim.gradients import add_gradient, add_gradients, move_gradient
 
-_PIECE = 1 << 24  # elements, 64 MB of fp32. Sums of squares are fp32 within a piece, fp64 across pieces.
+_PIECE = 1 << 24  # elements, 64 MB of fp32; whole blocks
 
 
 class UnitGradient:
@@ -86,24 +87,19 @@ class UnitGradient:
             self.run.narrow(0, start, length).zero_()
 
     def download(self, target: torch.Tensor, *, measure: bool) -> torch.Tensor | None:
-        """Copy the complete gradient to its host buffer and return its squared norm.
+        """Copy the complete gradient to its host buffer and return its squares (`download_gradient`).
 
         Returns None if it is there already and `measure` is false: the norm is then taken on demand.
         """
         self.complete()
         if self.at_home:
-            return square_norm(self.run) if measure else None
+            return squares(self.run) if measure else None
         return download_gradient(self.run, target)
 
     def round(self, dtype: torch.dtype) -> torch.Tensor:
-        """Round the complete gradient to the values of `dtype` where it is, and return its squared norm."""
+        """Round the complete gradient to the values of `dtype` where it is, and return its squares."""
         self.complete()
-        if self.run.device.type != "cpu":
-            return download_gradient(self.run, self.run, through=dtype)
-        if self.run.dtype != dtype:
-            for piece in self.run.split(_PIECE):
-                piece.copy_(piece.to(dtype))
-        return square_norm(self.run)
+        return round_gradient(self.run, dtype)
 
 
 @contextmanager
@@ -132,28 +128,53 @@ def download_gradient(
     run: torch.Tensor, target: torch.Tensor, *, through: torch.dtype | None = None
 ) -> torch.Tensor:
     """Copy a gradient [n] (bf16 or fp32, on the device) to where the update reads it [n], in host memory or
-    on the device, and return its squared norm.
+    on the device, and return its squares.
 
-    The norm is of the values the optimizer reads, after rounding to the dtype of target (or `through`), as an
-    fp64 scalar on the device, so the host never scans gradients to measure them.
+    Squares are the sums over each BLOCK elements, fp64 on the device, so the host never scans gradients to
+    measure them. They are of the values the optimizer reads, after rounding to the dtype of target (or
+    `through`). `optim.gradients.ordered_sum` adds them up.
     """
     dtype = through or target.dtype
     if run.device.type == "cpu":
-        return torch.tensor(move_gradient(run, target), dtype=torch.float64)
-    total = torch.zeros((), dtype=torch.float64, device=run.device)
-    size = min(_PIECE, run.numel())
+        return move_gradient(run, target)
+    size = min(_PIECE, -(-run.numel() // BLOCK) * BLOCK)
     rounded = torch.empty(size, dtype=dtype, device=run.device)
     wide = torch.empty(size, dtype=torch.float32, device=run.device)
-    for piece, place in zip(run.split(size), target.split(size), strict=True):
+    found = torch.empty(-(-run.numel() // BLOCK), dtype=torch.float64, device=run.device)
+    for piece, place, block in zip(
+        run.split(size), target.split(size), found.split(size // BLOCK), strict=True
+    ):
         if piece.dtype != dtype:
             piece = rounded[: piece.numel()].copy_(piece)
         place.copy_(piece, non_blocking=True)
-        if piece.dtype != torch.float32:
-            piece = wide[: piece.numel()].copy_(piece)
-        total += torch.dot(piece, piece)
-    return total
+        whole = wide[: block.numel() * BLOCK]
+        whole[: piece.numel()].copy_(piece)
+        whole[piece.numel() :].zero_()
+        block.copy_(_sums_of_squares(whole.view(-1, BLOCK)))
+    return found
 
 
-def square_norm(run: torch.Tensor) -> torch.Tensor:
-    """Squared norm of a gradient [n] (bf16 or fp32) in host memory; an fp64 scalar."""
-    return torch.tensor(move_gradient(run, run), dtype=torch.float64)
+def _sums_of_squares(rows: torch.Tensor) -> torch.Tensor:
+    """Return the sum of squares of each row [n, BLOCK] in fp32, overwriting them. Elementwise operations, so
+    that the bits of a row do not depend on n, as those of torch's reductions do."""
+    rows.square_()
+    while rows.shape[1] > 1:
+        half = rows.shape[1] // 2
+        rows = rows[:, :half].add_(rows[:, half:])
+    return rows[:, 0]
+
+
+def round_gradient(run: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Round a gradient [n] to the values of `dtype` where it is, and return its squares."""
+    if run.device.type != "cpu":
+        return download_gradient(run, run, through=dtype)
+    if run.dtype != dtype:
+        for piece in run.split(_PIECE):
+            piece.copy_(piece.to(dtype))
+    return squares(run)
+
+
+def squares(run: torch.Tensor) -> torch.Tensor:
+    """Squares of a gradient [n] (bf16 or fp32) in host memory, as of `download_gradient`."""
+    return move_gradient(run, run)
+

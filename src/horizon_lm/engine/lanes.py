@@ -129,8 +129,8 @@ def _noted(execute: Execute, i: int, ops: Sequence[Op]) -> None:
 
 
 class CudaLanes:
-    """One thread per lane. Upload, compute, download and device update each issue to their own stream,
-    ordered by events; the update lane runs on the CPU and waits for events.
+    """One thread per lane. Upload, compute, network, download and device update each issue to their own
+    stream, ordered by events; the update lane runs on the CPU and waits for events.
 
     A thread starts when its lane first has ops, and serves all later runs until this object is collected.
     """
@@ -195,9 +195,15 @@ class CudaLanes:
         return made[:count]
 
 
-# Stream priorities; torch's lowest is 0. Casts and norms of downloads, and updates, yield to the compute
-# lane's kernels.
-_PRIORITIES = {Lane.UPLOAD: 0, Lane.COMPUTE: -1, Lane.DOWNLOAD: 0, Lane.DEVICE_UPDATE: 0}
+# Stream priorities; torch's lowest is 0. Casts and norms of downloads, sums over ranks and updates yield to the
+# compute lane's kernels.
+_PRIORITIES = {
+    Lane.UPLOAD: 0,
+    Lane.COMPUTE: -1,
+    Lane.NETWORK: 0,
+    Lane.DOWNLOAD: 0,
+    Lane.DEVICE_UPDATE: 0,
+}
 _all: weakref.WeakSet[CudaLanes] = weakref.WeakSet()
 
 

@@ -14,11 +14,14 @@ from torch.nn import functional as F
 
 from horizon_lm.config import ModelSettings
 from horizon_lm.config.data import IGNORED
+from horizon_lm.distributed.ranks import ALONE, Ranks
 from horizon_lm.engine import ends
+from horizon_lm.engine.gradient import UnitGradient
 from horizon_lm.engine.lanes import reads_on_this_lane
 from horizon_lm.engine.layers import Layer, Rerun
 from horizon_lm.engine.loss import token_values
 from horizon_lm.engine.policies import Policies
+from horizon_lm.engine.sharded import ShardedUpdates
 from horizon_lm.engine.step import Step
 from horizon_lm.engine.updates import Updates
 from horizon_lm.machine.device import memory_bytes
@@ -36,16 +39,28 @@ from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.model.twins import host_twins
 from horizon_lm.optim.optimizer import Optimizer
 from horizon_lm.schedule import Buffer, Op
-from horizon_lm.schedule.step_spec import KEEP
+from horizon_lm.schedule.step_spec import EXACT, KEEP
 
 _log = logging.getLogger(__name__)
+Function = Callable[[Step, Op], None]
 _HOST_REGIONS = {"slab": "grad_slabs", "sum": "sums", "sum_slab": "sum_slabs"}  # of transient buffers
+
+
+def _unless_empty(function: Function) -> Function:
+    """The op's function, except for positions without a micro-batch."""
+
+    def run(step: Step, op: Op) -> None:
+        if not step.positions.is_empty(op.micro_batch):
+            function(step, op)
+
+    return run
 
 
 class Ops:
     """Functions of the ops, and the slots they work on.
 
-    alias: slots alias the store. reruns: layers whose graphs cannot be kept. functions: op kind to function.
+    alias: slots alias the store. reruns: layers whose graphs cannot be kept, and why. functions: op kind to
+    function.
     """
 
     def __init__(
@@ -56,32 +71,41 @@ class Ops:
         settings: ModelSettings,
         device: torch.device,
         alias: bool,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.skeleton, self.store, self.device = skeleton, store, device
-        self.policies = Policies.of(settings, skeleton, memory_bytes(device))
+        self.skeleton, self.store, self.device, self.ranks = skeleton, store, device, ranks
+        self.policies = Policies.of(settings, skeleton, memory_bytes(device), ranks.world)
         numels = weight_slot_numels(store.units, self.policies.step_spec(1))
-        self.weight_slots = WeightSlots(store, numels, device, alias)
-        self.updates = Updates(store, optimizer, self.policies, device, alias)
+        self.weight_slots = WeightSlots(store, numels, device, alias and ranks.world == 1)
+        if ranks.world == 1:
+            self.updates = Updates(store, optimizer, self.policies, device, alias)
+        else:
+            table = self._table if self.policies.step_spec(1).sums_rows else None
+            self.updates = ShardedUpdates(store, optimizer, self.policies, device, ranks, table)
         self.gradient_slots = self.updates.slots
         self.boundary_slots = BoundarySlots(settings.boundary_slots, device, alias)
-        self.reruns: set[int] = set()
+        self.reruns: dict[int, str] = {}
         self.notes: list[str] = []
         self.remarks: list[str] = []
         self.logs_notes = True
-        self.functions: dict[str, Callable[[Step, Op], None]] = {
+        self.functions: dict[str, Function] = {
             "U": self._upload,
-            "F": self._forward,
-            "X": self._spill,
+            "J": self._join,
+            "F": _unless_empty(self._forward),
+            "X": _unless_empty(self._spill),
             "L": self._loss,
-            "E": self._evaluate,
-            "R": self._restore,
-            "C": self._recompute,
+            "E": _unless_empty(self._evaluate),
+            "R": _unless_empty(self._restore),
+            "C": _unless_empty(self._recompute),
             "B": self._backward,
             **self.updates.functions,
         }
 
     def _upload(self, step: Step, op: Op) -> None:
-        self.weight_slots.upload(op.slot, op.unit)
+        self.weight_slots.upload(op.slot if op.shard < 0 else op.shard, op.unit)
+
+    def _join(self, step: Step, op: Op) -> None:
+        self.weight_slots.join(op.slot, op.unit, self.ranks)
 
     def _forward(self, step: Step, op: Op) -> None:
         if op.unit == 0:
@@ -110,13 +134,13 @@ class Ops:
         grad = not step.spec.evaluate and op.unit >= step.spec.lowest_backward
         done = layer.forward(hidden, policy=op.policy, grad=grad, reruns=op.unit in self.reruns)
         if isinstance(done.graph, Rerun) and done.graph.reason is not None:
-            self._fall_back(op.unit, done.graph.reason)
+            self.fall_back(op.unit, done.graph.reason)
         if done.graph is not None:
             step.memory[Buffer("graph", op.unit, op.micro_batch)] = done.graph
         layer.call.routers.append(done.routers)
         return done.output
 
-    def _fall_back(self, unit: int, reason: str) -> None:
+    def fall_back(self, unit: int, reason: str) -> None:
         """Recompute the layer from the next step on, permanently: the cause lies in the layer's own code.
         Noted once, and only if it changes anything."""
         if unit in self.reruns:
@@ -130,7 +154,7 @@ class Ops:
         self.policies = replace(
             self.policies, kept=kept - {unit}, products=products - {unit}, attention=attention - {unit}
         )
-        self.reruns.add(unit)
+        self.reruns[unit] = reason
 
     def tell(self, note: str) -> None:
         """Note a deviation from the settings; logged unless `HostModel.take_notes` collects notes."""
@@ -164,9 +188,16 @@ class Ops:
         step.memory[Buffer("input", op.unit + 1, op.micro_batch)] = done.output
 
     def _loss(self, step: Step, op: Op) -> None:
+        gradient = self.updates.gradient(step, op)
+        if not step.positions.is_empty(op.micro_batch):
+            self._loss_of(step, op, gradient)
+        if gradient is not None:
+            self.updates.end_micro_batch(step, op)
+
+    def _loss_of(self, step: Step, op: Op, gradient: UnitGradient | None) -> None:
         m, skeleton, call = op.micro_batch, self.skeleton, step.call(op.micro_batch)
         hidden, targets = step.tensor("input", op.unit, m), step.targets[m]
-        gradient, draws = self.updates.gradient(step, op), step.draws(op, self.device)
+        draws = step.draws(op, self.device)
         with (
             torch.enable_grad(),
             ends.bound_for_backward(skeleton, op.unit, self._weights(op), gradient),
@@ -181,10 +212,6 @@ class Ops:
                     found = ends.router_loss_and_backward(skeleton, call, hidden, weight, draws)
                 loss += found * weight
                 step.router_losses[m] = found
-        if gradient is not None:
-            if m == step.spec.micro_batches - 1:
-                gradient.complete()  # a tied table's gradient waits here for its rows
-            self.updates.end_round(step, op)
         step.losses[m] = loss
         step.memory[Buffer("input_grad", -1, m)] = hidden_gradient
 
@@ -205,20 +232,28 @@ class Ops:
         step.losses[m] = -F.pad(found.log_probs, (0, 1)).double().sum() / max(1, step.num_tokens)
 
     def _backward(self, step: Step, op: Op) -> None:
-        m = op.micro_batch
-        gradient = step.tensor("input_grad", -1, m)
+        gradient, is_empty = self.updates.gradient(step, op), step.positions.is_empty(op.micro_batch)
         if op.unit == 0:
-            self._backward_prologue(step, op, gradient)
-            return
+            rows = None if is_empty else self._backward_prologue(step, op, gradient)
+            if step.spec.sums_rows:
+                self._sum_rows(step, op, rows)
+        elif not is_empty:
+            self._backward_layer(step, op, gradient)
+        if gradient is not None:
+            self.updates.end_micro_batch(step, op)
+
+    def _backward_layer(self, step: Step, op: Op, gradient: UnitGradient | None) -> None:
+        m = op.micro_batch
         with step.draws(op, self.device)():
             graph, hidden = step.graph(op.unit, m), self._stored_input(step, op)
             step.memory[Buffer("input_grad", -1, m)] = self._layer(step, op).backward(
-                graph, hidden, gradient, self.updates.gradient(step, op)
+                graph, hidden, step.tensor("input_grad", -1, m), gradient
             )
-        self.updates.end_round(step, op)
 
-    def _backward_prologue(self, step: Step, op: Op, output_gradient: torch.Tensor) -> None:
-        m, mine = op.micro_batch, self.updates.gradient(step, op)
+    def _backward_prologue(self, step: Step, op: Op, mine: UnitGradient | None) -> torch.Tensor | None:
+        """Run the prologue backward; return the gradient of the rows [r, width], None for a frozen table or
+        one that got nothing."""
+        m, output_gradient = op.micro_batch, step.tensor("input_grad", -1, op.micro_batch)
         assert step.rows is not None
         leaf = step.tensor("rows", -1, -1).detach().requires_grad_(step.spec.sums_rows)
         with torch.enable_grad():
@@ -226,16 +261,21 @@ class Ops:
         with host_twins(self.device), step.draws(op, self.device)():
             call = replace(step.call(m), inputs=self._inputs(step, m))  # copied again, for their twins
             ends.backward_prologue(self.skeleton, self._weights(op), embeds, call, output_gradient, mine)
-        self.updates.end_round(step, op)
-        if not step.spec.sums_rows:
-            return
-        del embeds
-        found = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-        if m == 0:
-            several = step.spec.micro_batches > 1
-            step.memory[Buffer("row_grads")] = found.float() if several else found
-        else:
+        return leaf.grad
+
+    def _sum_rows(self, step: Step, op: Op, found: torch.Tensor | None) -> None:
+        """Add the gradient of the rows to that of earlier micro-batches, unless it goes to other ranks first.
+        found: [r, width]; None: zeros."""
+        assert step.rows is not None
+        buffer, adds = Buffer("row_grads"), step.positions.total > 1 and step.spec.reduction != EXACT
+        if found is None:
+            width = self.skeleton.embedding.embedding_dim
+            shape = len(step.rows.numbers), width
+            found = torch.zeros(shape, dtype=self.store.dtype, device=self.device)
+        if adds and buffer in step.memory:
             step.tensor("row_grads", -1, -1).add_(found)
+        else:
+            step.memory[buffer] = found.float() if adds else found
         if op.table_grad >= 0:
             self._add_rows(step, op)
 

@@ -19,6 +19,7 @@ from horizon_lm.machine.cores import lane_cores
 from horizon_lm.machine.device import free_memory_bytes, resolve_device
 from horizon_lm.memory.layout import UnitLayout, lay_out
 from horizon_lm.memory.preflight import check_memory
+from horizon_lm.memory.shards import WHOLE, Shard
 from horizon_lm.memory.slots import gradient_slot_bytes, slot_bytes
 from horizon_lm.memory.store import GradientSlabs, StoreSpec
 from horizon_lm.model.loading import count_parameters
@@ -27,7 +28,7 @@ from horizon_lm.optim.optimizer import Optimizer, UpdateSettings, check_patterns
 from horizon_lm.optim.rules import ADAPTIVE_RULES, finite_number
 from horizon_lm.schedule import StepSpec
 from horizon_lm.schedule.slots import gradient_slots_of
-from horizon_lm.schedule.step_spec import ATTENTION, KEEP, PRODUCTS
+from horizon_lm.schedule.step_spec import ATTENTION, EXACT, FAST, KEEP, PRODUCTS
 from horizon_lm.words import count
 
 _SUM_SLABS = 2  # one arrives while the host adds the other
@@ -58,6 +59,7 @@ class Policies:
 
     slots, grad_slots: as settings and blocks of layers require. loss_chunk: tokens. rounds: the most in
     a step. sums: as in `StepSpec`. uploaded, trainable, attention, products, kept, spilled, resident: units.
+    world: number of ranks.
     """
 
     settings: ModelSettings
@@ -74,10 +76,13 @@ class Policies:
     resident: frozenset[int] = frozenset()
     rounds: int = 1
     sums: str = ""
+    world: int = 1
 
     @classmethod
-    def of(cls, settings: ModelSettings, shape: ModelShape, device_bytes: int | None = None) -> Policies:
-        """device_bytes: memory of the GPU, for `auto` settings without a plan.
+    def of(
+        cls, settings: ModelSettings, shape: ModelShape, device_bytes: int | None = None, world: int = 1
+    ) -> Policies:
+        """device_bytes: memory of the GPU, for `auto` settings without a plan. world: number of ranks.
 
         Raises ConfigError if a list of policies does not name each layer once, and for residents that the
         model does not have.
@@ -113,18 +118,26 @@ class Policies:
             resident=resident,
             rounds=_rounds(settings),
             sums=_sums(settings),
+            world=world,
         )
+
+    @property
+    def reduction(self) -> str:
+        """How gradients of several ranks are added; "" with one rank."""
+        if self.world == 1:
+            return ""
+        return EXACT if self.settings.reduction == "auto" else self.settings.reduction
 
     def step_spec(
         self, micro_batches: int, *, evaluate: bool = False, saved: frozenset[int] = frozenset()
     ) -> StepSpec:
-        """The spec of a step of N micro-batches. saved: units written to a checkpoint meanwhile.
+        """The spec of a step of N micro-batches of each rank. saved: units written to a checkpoint meanwhile.
 
         Raises ConfigError for rounds of several micro-batches whose gradients the host is to add up.
         """
         of_round = micro_batches if evaluate else -(-micro_batches // self.rounds)
         rounds = -(-micro_batches // of_round)
-        if rounds > 1 and of_round > 1 and self.sums == "add":
+        if rounds > 1 and of_round > 1 and self.sums == "add" and self.world == 1:
             raise ConfigError(
                 f"round_sums=add needs one micro-batch per round, but rounds={self.rounds} cuts "
                 f"{count(micro_batches, 'micro-batch', 'micro-batches')} into rounds of {of_round}",
@@ -152,12 +165,31 @@ class Policies:
             sums=self.sums,
             attention=self.attention,
             products=self.products,
+            world=self.world,
+            reduction=self.reduction,
         )
 
     def gradient_dtype(self, unit: int, token_counts: Sequence[int], dtype: torch.dtype) -> torch.dtype:
         """In which dtype a unit's gradient accumulates: the store's (`dtype`) if written once, fp32 if added
         to. token_counts: tokens of each micro-batch."""
         return torch.float32 if self.adds_gradients(unit, token_counts) else dtype
+
+    def contribution_dtype(
+        self, unit: int, token_counts: Sequence[int], dtype: torch.dtype, *, adds_in_fp32: bool
+    ) -> torch.dtype:
+        """In which dtype ranks send a unit's gradient for each other to add: the narrowest that holds what
+        one rank alone would add. That is the store's (`dtype`), unless a parameter is computed in fp32, the
+        head's gradient is itself a sum (over loss chunks), or its products end in fp32 (`adds_in_fp32`).
+        Sums over micro-batches (`reduction: fast`) are fp32. token_counts: as in `gradient_dtype`."""
+        is_wide = any(p.compute_dtype != dtype for p in self.shape.units[unit].trainable)
+        if is_wide or self.reduction == FAST:
+            return torch.float32
+        is_sum = unit == self.shape.num_layers + 1 and (
+            adds_in_fp32
+            and self.adds_gradients(unit, token_counts)
+            or any(self.adds_gradients(unit, [tokens]) for tokens in token_counts)
+        )
+        return torch.float32 if is_sum else dtype
 
     def adds_gradients(self, unit: int, token_counts: Sequence[int]) -> bool:
         """Whether a unit's gradient is a sum over micro-batches or, in the head, over loss chunks. An
@@ -278,8 +310,8 @@ def _sums(settings: ModelSettings) -> str:
     return "host" if is_cuda else "device"
 
 
-def store_spec(settings: ModelSettings, shape: ModelShape | None) -> StoreSpec:
-    """What the store holds per parameter; if the model is unknown, without residents, the slabs of eager
+def store_spec(settings: ModelSettings, shape: ModelShape | None, shard: Shard = WHOLE) -> StoreSpec:
+    """What a rank's store holds per parameter; if the model is unknown, without residents, the slabs of eager
     updates, and sums between rounds."""
     slabs = None
     if settings.update_mode == "eager":
@@ -299,15 +331,18 @@ def store_spec(settings: ModelSettings, shape: ModelShape | None) -> StoreSpec:
         slabs=slabs,
         resident=resident,
         sums=sums,
-        sum_slabs=_SUM_SLABS if sums and _sums(settings) == "add" else 0,
+        sum_slabs=_SUM_SLABS if sums and _sums(settings) == "add" and shard.world == 1 else 0,
+        shard=shard,
     )
 
 
-def slots_of(settings: ModelSettings, shape: ModelShape, device: torch.device) -> dict[str, int]:
-    """Predict the bytes of weight and gradient slots; on the CPU those that steps of several micro-batches
-    take."""
-    policies, dtype = Policies.of(settings, shape), DTYPES[settings.dtype]
-    if device.type != "cpu":
+def slots_of(
+    settings: ModelSettings, shape: ModelShape, device: torch.device, world: int = 1
+) -> dict[str, int]:
+    """Predict the bytes of a rank's weight and gradient slots; of one rank on the CPU those that steps of
+    several micro-batches take."""
+    policies, dtype = Policies.of(settings, shape, world=world), DTYPES[settings.dtype]
+    if device.type != "cpu" or world > 1:
         return slot_bytes(shape.units, policies.step_spec(policies.rounds), dtype)
     count = max(2, policies.rounds)
     return policies.cpu_slot_bytes(policies.step_spec(count), [1] * count, dtype)
@@ -341,8 +376,10 @@ def make_optimizer(skeleton: Skeleton, settings: ModelSettings, device: torch.de
     return optimizer
 
 
-def check_fits_host(values: dict[str, Any], settings: ModelSettings, available_bytes: int) -> None:
-    """Raise DoesNotFitError unless the store of a model of this transformers configuration fits."""
+def check_fits_host(
+    values: dict[str, Any], settings: ModelSettings, available_bytes: int, shard: Shard = WHOLE
+) -> None:
+    """Raise DoesNotFitError unless a rank's store of a model of this transformers configuration fits."""
     dtype = DTYPES[settings.dtype]
     trained, frozen = count_parameters(values, settings.freeze)
     rows = [("trained", (trained,), True, dtype), ("frozen", (frozen,), False, dtype)]
@@ -351,7 +388,9 @@ def check_fits_host(values: dict[str, Any], settings: ModelSettings, available_b
     if settings.resident not in ("auto", 0, []) and device.type != "cpu":
         available_bytes += free_memory_bytes(device)
     units = [lay_out("all", rows, dtype)]
-    check_memory(units, settings, lambda other: store_spec(other, None), available={"host": available_bytes})
+    check_memory(
+        units, settings, lambda other: store_spec(other, None, shard), available={"host": available_bytes}
+    )
 
 
 def update_settings(

@@ -15,8 +15,10 @@ from horizon_lm.engine.ends import Rows
 from horizon_lm.engine.gradient import UnitGradient
 from horizon_lm.engine.layers import LayerGraph, Rerun
 from horizon_lm.engine.loss import Asked, Draws, HeadLoss, Metrics, TokenValues
+from horizon_lm.engine.positions import Positions
 from horizon_lm.micro_batches import MicroBatch
 from horizon_lm.model.capture import Call
+from horizon_lm.optim.gradients import ordered_sum
 from horizon_lm.optim.optimizer import UpdateSettings
 from horizon_lm.optim.progress import Progress
 from horizon_lm.schedule import Buffer, Op, StepSpec, derive_waits, last_uses
@@ -88,21 +90,28 @@ class Update:
 class Step:
     """A running step: its schedule, micro-batches and transient buffers.
 
-    targets: [batch, tokens] on the host per micro-batch. num_tokens: targets that count. rows: the embedding
-    rows used, if they or the prologue need gradients. number: steps done before it. head_losses: one per
+    With several ranks, `spec`, ops and what follows are of this rank's `positions`; of all ranks are
+    token_counts (tokens of each micro-batch), num_tokens (targets that count) and rows (the embedding rows
+    used, if they or the prologue need gradients).
+    targets: [batch, tokens] on the host per micro-batch. number: steps done before it. head_losses: one per
     micro-batch. metrics: what a loss function returns besides the loss (device_metrics: the same before they
     are read). router_weight: see `TokenLoss`; router_losses: before that weight. asked, wants_routers: what
     an evaluation computes besides the loss. values: those it found. update: what the O and A ops of this
-    schedule apply.
+    schedule apply. Once the step has run, losses, router_losses, metrics and, if asked for, values are those
+    of all ranks' micro-batches, by their numbers (`engine.results`).
     gradients: those that accumulate, by unit. parked: by sum slab, those of one micro-batch each that the
-    host adds to host_sums (by unit). resident_gradients: complete ones of resident units (eager updates).
-    ends_itself: its gradients are of no use after the call that made them.
+    host adds to host_sums (by unit). given: those to be added up over ranks, by unit and slot; totals: this
+    rank's shards of the sums, by unit. resident_gradients: complete ones of resident units (eager updates).
+    square_norms: squares of complete gradients (`download_gradient`), by unit; norm_of_all: their norm, once
+    several ranks have taken it. ends_itself: its gradients are of no use after the call that made them.
     """
 
     spec: StepSpec
     schedule: Schedule
     micro_batches: Sequence[MicroBatch] = ()
     targets: list[torch.Tensor] = field(default_factory=list)
+    positions: Positions = Positions()
+    token_counts: Sequence[int] = ()
     num_tokens: int = 0
     rows: Rows | None = None
     number: int = 0
@@ -114,6 +123,8 @@ class Step:
     gradients: dict[int, UnitGradient] = field(default_factory=dict)
     parked: dict[int, UnitGradient] = field(default_factory=dict)
     host_sums: dict[int, UnitGradient] = field(default_factory=dict)
+    given: dict[tuple[int, int], UnitGradient] = field(default_factory=dict)
+    totals: dict[int, torch.Tensor] = field(default_factory=dict)
     resident_gradients: dict[int, torch.Tensor] = field(default_factory=dict)
     losses: dict[int, torch.Tensor] = field(default_factory=dict)
     router_weight: float | None = None
@@ -124,6 +135,7 @@ class Step:
     device_metrics: list[Metrics] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)
     square_norms: dict[int, torch.Tensor] = field(default_factory=dict)
+    norm_of_all: float | None = None
 
     def tensor(self, region: str, index: int, micro_batch: int) -> torch.Tensor:
         value = self.memory[Buffer(region, index, micro_batch)]
@@ -142,7 +154,7 @@ class Step:
 
     def draws(self, op: Op, device: torch.device) -> Draws:
         """The random state of the op's unit on its micro-batch."""
-        return partial(random_state, device, self.rng_base, op.unit, op.micro_batch)
+        return partial(random_state, device, self.rng_base, op.unit, self.positions.number(op.micro_batch))
 
     @property
     def loss(self) -> float:
@@ -151,7 +163,7 @@ class Step:
 
     def norm(self) -> float:
         """Global gradient norm, summed in a fixed order regardless of the order of downloads."""
-        return sum(float(self.square_norms[unit]) for unit in sorted(self.square_norms)) ** 0.5
+        return sum(ordered_sum(self.square_norms[unit]) for unit in sorted(self.square_norms)) ** 0.5
 
     def is_finite(self, unit: int) -> bool:
         """Whether the loss, and the gradient of the unit, are finite (eager updates).
@@ -159,7 +171,7 @@ class Step:
         The loss is known before any update, so it is looked at only once.
         """
         assert self.update is not None
-        finite = math.isfinite(float(self.square_norms[unit]))
+        finite = bool(self.square_norms[unit].isfinite().all())
         return finite and (self.update.has_begun or math.isfinite(self.loss))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from horizon_lm.engine.disk_lane import Saving
-from horizon_lm.engine.gradient import UnitGradient, square_norm
+from horizon_lm.engine.gradient import UnitGradient, squares
 from horizon_lm.engine.policies import Policies
 from horizon_lm.engine.step import Step
 from horizon_lm.memory.slots import GradientSlots, gradient_slot_numels
@@ -55,7 +55,7 @@ class Updates:
 
     def new_gradient(self, step: Step, unit: int, grad_slot: int, micro_batch: int = -1) -> UnitGradient:
         """micro_batch: the first that it receives; -1 is the sum of all."""
-        spec, token_counts = step.spec, [t.numel() for t in step.targets]
+        spec, token_counts = step.spec, step.token_counts
         layout, store = self.store.units[unit], self.store.dtype
         if micro_batch >= 0 and self._is_added_on_host(step, unit) and micro_batch < spec.micro_batches - 1:
             # The narrowest dtype that holds the gradient of one micro-batch.
@@ -81,10 +81,13 @@ class Updates:
     def _is_added_on_host(self, step: Step, unit: int) -> bool:
         return step.spec.adds_on_host and unit in step.spec.host_sums
 
-    def end_round(self, step: Step, op: Op) -> None:
+    def end_micro_batch(self, step: Step, op: Op) -> None:
         """After the last micro-batch of a round, add the gradient that waits for a second one."""
-        if op.grad_slot >= 0 and step.spec.ends_round(op.micro_batch):
-            step.gradients[op.unit].settle()
+        gradient = step.gradients[op.unit]
+        if op.kind == "L" and op.micro_batch == step.spec.micro_batches - 1:
+            gradient.complete()  # a tied table's gradient waits here for its rows
+        if step.spec.ends_round(op.micro_batch):
+            gradient.settle()
 
     # Between rounds
 
@@ -136,9 +139,9 @@ class Updates:
             step.resident_gradients[op.unit] = gradient.run
             return
         target = self.store.gradient_run(op.unit, op.slab)
-        square = gradient.download(target, measure=eager)
-        if square is not None:
-            step.square_norms[op.unit] = square
+        found = gradient.download(target, measure=eager)
+        if found is not None:
+            step.square_norms[op.unit] = found
 
     def norm_of(self, step: Step) -> float:
         """The global gradient norm of a step whose gradients are complete."""
@@ -150,7 +153,7 @@ class Updates:
     def _measure(self, step: Step, unit: int) -> None:
         """Take the norm of a gradient that accumulated in host memory, so was never downloaded."""
         if unit not in step.square_norms:
-            step.square_norms[unit] = square_norm(self.store.run("grads", unit))
+            step.square_norms[unit] = squares(self.store.run("grads", unit))
 
     def _norm(self, step: Step, op: Op) -> None:
         norm = self.norm_of(step)
@@ -162,17 +165,22 @@ class Updates:
         update = step.update
         assert update is not None
         eager = step.spec.update == "eager"
-        if eager:  # one that is not finite ends the updates of the step
-            if update.stopped_at is None and not step.is_finite(op.unit):
-                update.stopped_at = op.unit
-            if update.stopped_at is not None:
-                return
+        if eager and not self._may_update(step, op):
+            return
         progress = update.progress[op.unit]
         if eager and op.unit in step.spec.resident:
             grads = step.resident_gradients[op.unit]
         else:
             grads = self.store.gradient_run(op.unit, op.slab)
         self.optimizer.update_unit(self.store, op.unit, grads, update.settings, update.grad_scale, progress)
+
+    def _may_update(self, step: Step, op: Op) -> bool:
+        """Whether an eager update may run: a gradient that is not finite ends those of the step."""
+        update = step.update
+        assert update is not None
+        if update.stopped_at is None and not step.is_finite(op.unit):
+            update.stopped_at = op.unit
+        return update.stopped_at is None
 
     def _write(self, step: Step, op: Op) -> None:
         assert self.saving is not None

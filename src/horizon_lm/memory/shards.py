@@ -7,8 +7,8 @@ blocks, of which rank r holds the r-th; the last ranges are padded, so that coll
     cut     [ r0 | r1 | r2 ] [ r0 | r1 ..] [ r0          | r1           | r2    ]pad
 
 A rank's run of weights is its range of the frozen part, then its range of the trainable one; its run of
-residuals the range of the frozen wide part, then the trainable one. One rank holds whole units without
-padding, in today's order.
+residuals the range of the frozen wide part, then the trainable one; its runs of moments and gradients the
+range of the trainable part. One rank holds whole units without padding.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ WHOLE = Shard()
 
 
 class Piece(NamedTuple):
-    """Elements of a parameter that a rank holds: [start, stop) of the flattened parameter, at `offset` in the
-    rank's run of the region."""
+    """Elements that a rank holds: [start, stop) of a flattened parameter or of a unit's whole run, at
+    `offset` in the rank's run of the region."""
 
     start: int
     stop: int
@@ -89,6 +89,72 @@ class UnitShard:
     def trainable_range(self) -> tuple[int, int]:
         """The elements [start, stop) of the unit's trainable part that this rank holds."""
         return self.shard.range(self.layout.trainable_numel)
+
+    @property
+    def trainable_held(self) -> int:
+        """Elements of moments and gradients without padding; they come first."""
+        start, stop = self.trainable_range
+        return stop - start
+
+    # Gathering. The padding of the frozen part lands where the trainable part is written next, so a slot is
+    # the unit's whole run, with room for the padding at its end.
+
+    @property
+    def wide_share(self) -> int:
+        """Elements at the start of a rank's trainable residuals that, gathered, contain all wide ones."""
+        frozen_wide = self.layout.trainable_offset - self.layout.wide_offset
+        return min(self.trainable_share, self.layout.wide_numel - frozen_wide)
+
+    @property
+    def wide_numel(self) -> int:
+        """Elements at the start of a rank's run of residuals that are gathered for wide parameters."""
+        return self.frozen_wide_share + self.wide_share
+
+    @property
+    def gathered_weights_numel(self) -> int:
+        """Elements of the unit's weights in a slot, room for padding included."""
+        world, begin = self.shard.world, self.layout.trainable_offset
+        return max(world * self.frozen_share, begin + world * self.trainable_share)
+
+    @property
+    def gathered_wide_numel(self) -> int:
+        """Elements of its wide residuals in a slot, room for padding included."""
+        world, begin = self.shard.world, self.layout.trainable_offset - self.layout.wide_offset
+        return max(world * self.frozen_wide_share, begin + world * self.wide_share)
+
+    @property
+    def slot_numel(self) -> int:
+        """Elements of a device slot: weights, and residuals of wide parameters."""
+        return self.gathered_weights_numel + self.gathered_wide_numel
+
+    @property
+    def gathered_trainable_numel(self) -> int:
+        """Elements of a gradient that is sent to its owners: each rank's share, padding included."""
+        return self.shard.world * self.trainable_share
+
+    # Where elements lie
+
+    def of_rank(self, rank: int) -> UnitShard:
+        """What another rank holds of the unit."""
+        return UnitShard(self.layout, Shard(rank, self.shard.world))
+
+    def pieces(self, region: str) -> list[Piece]:
+        """The elements of the unit's whole run in a region of the store that this rank holds."""
+        layout = self.layout
+        begin = {"weights": 0, "residual": layout.wide_offset}.get(region, layout.trainable_offset)
+        middle, found, offset = layout.trainable_offset - begin, [], 0
+        for start, stop in ((0, middle), (middle, layout.numel - begin)):
+            first, last = self.shard.range(stop - start)
+            if first < last:
+                found.append(Piece(start + first, start + last, offset))
+            offset += self.shard.share(stop - start)
+        return found
+
+    def piece(self, region: str, parameter: Parameter) -> Piece | None:
+        """Where the rank's run of a region holds elements of the parameter; None if it holds none."""
+        if region == "weights":
+            return self.weights_piece(parameter)
+        return self.residual_piece(parameter) if region == "residual" else self.trainable_piece(parameter)
 
     def weights_piece(self, parameter: Parameter) -> Piece | None:
         """Where the rank's run of weights holds elements of the parameter; None if it holds none."""

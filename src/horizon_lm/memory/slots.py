@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 import torch
 
+from horizon_lm.distributed.ranks import Ranks
 from horizon_lm.memory.layout import UnitLayout
 from horizon_lm.memory.pinned import PinnedPool
+from horizon_lm.memory.shards import Shard, UnitShard
 from horizon_lm.memory.store import HostStore
 from horizon_lm.schedule import StepSpec
 
@@ -28,16 +30,36 @@ class UnitWeights(NamedTuple):
 def weight_slot_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[int]:
     """Return the elements of each weight slot: ring slots fit prologue and layers, the outer one head and
     table."""
-    sizes = {u: units[u].slot_numel for u in plan.uploaded}
+    sizes = {u: _shard(units[u], plan).slot_numel for u in plan.in_slots}
     return [_largest(sizes, range(plan.head))] * plan.slots + [_largest(sizes, (plan.head, plan.head + 1))]
 
 
 def gradient_slot_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[int]:
     """Return the elements of each gradient slot: ring, outer slot, and slots of units of their own. The ring
     fits the units without one; it is empty if there are none."""
-    sizes = {u: units[u].trainable_numel for u in plan.trainable}
+    sizes = {u: _shard(units[u], plan).gathered_trainable_numel for u in plan.trainable}
+    if plan.world > 1:
+        sizes.pop(plan.head + 1, None)  # the embedding table's gradient is its rows'
     outer = _largest(sizes, (plan.head, plan.head + 1))
     own = [sizes.pop(unit) for unit in plan.own_grad_slots]
+    return [_largest(sizes, range(plan.head))] * plan.grad_slots + [outer, *own]
+
+
+def _shard(unit: UnitLayout, plan: StepSpec) -> UnitShard:
+    return UnitShard(unit, Shard(0, plan.world))
+
+
+def shard_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[int]:
+    """Return the elements of each buffer for a rank's share of weights."""
+    sizes = {u: _shard(units[u], plan).weights_numel + _shard(units[u], plan).wide_numel for u in plan.uploaded}
+    return [_largest(sizes, range(plan.head))] * plan.slots + [_largest(sizes, (plan.head, plan.head + 1))]
+
+
+def gradient_shard_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[int]:
+    """Return the elements of each fp32 buffer for a rank's share of a gradient, as `gradient_slot_numels`."""
+    sizes = {u: _shard(units[u], plan).trainable_share for u in plan.trainable}
+    outer = _largest(sizes, (plan.head, plan.head + 1))
+    own = [sizes.pop(unit) for unit in plan.own_grad_shards]
     return [_largest(sizes, range(plan.head))] * plan.grad_slots + [outer, *own]
 
 
@@ -72,6 +94,7 @@ class WeightSlots:
         self._buffers = []
         if not alias:
             self._buffers = [torch.empty(n, dtype=store.dtype, device=device) for n in numels]
+        self._shards: list[torch.Tensor] = []
 
     @property
     def num_bytes(self) -> int:
@@ -83,23 +106,78 @@ class WeightSlots:
         resident unit."""
         if self._alias or self._store.is_resident(unit):
             return
+        if self._store.spec.shard.world > 1:
+            if self._shards:
+                weights, residual = self._own(slot, unit)
+                weights.copy_(self._store.run("weights", unit), non_blocking=True)
+                residual.copy_(self._store.wide_residual(unit), non_blocking=True)
+            return
         target = self.unit(slot, unit)
         target.weights.copy_(self._store.run("weights", unit), non_blocking=True)
         if target.wide_residual.numel():
             target.wide_residual.copy_(self._store.wide_residual(unit), non_blocking=True)
 
+    def _own(self, slot: int, unit: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rank's share of a unit on the device: weights and wide residuals."""
+        if not self._shards or self._store.is_resident(unit):
+            return self._store.run("weights", unit), self._store.wide_residual(unit)
+        buffer, numel = self._shards[slot], self._store.shards[unit].weights_numel
+        wide = self._store.wide_residual(unit).numel()
+        return buffer[:numel], buffer[numel : numel + wide].view(torch.int16)
+
+    def join(self, slot: int, unit: int, ranks: Ranks) -> None:
+        """Gather the unit's weights of all ranks in a slot."""
+        shard, buffer = self._store.shards[unit], self._buffers[slot]
+        weights, residual = self._own(slot, unit)
+        _gather(ranks, weights, buffer, shard.frozen_share, shard.layout.trainable_offset, shard.trainable_share)
+        if residual.numel():
+            place = buffer[shard.gathered_weights_numel :].view(torch.int16)
+            frozen_wide = shard.layout.trainable_offset - shard.layout.wide_offset
+            _gather(ranks, residual, place, shard.frozen_wide_share, frozen_wide, shard.wide_share)
+
     def unit(self, slot: int, unit: int) -> UnitWeights:
         """The unit's weights in a slot; a resident unit's in the store, whatever the slot."""
-        if self._alias or self._store.is_resident(unit):
+        world = self._store.spec.shard.world
+        if self._alias or (self._store.is_resident(unit) and world == 1):
             return UnitWeights(self._store.run("weights", unit), self._store.wide_residual(unit))
         layout, buffer = self._store.units[unit], self._buffers[slot]
-        if not layout.wide_numel:
+        if not layout.wide_numel or not self._store.has("residual"):
             return UnitWeights(buffer[: layout.numel], torch.empty(0, dtype=torch.int16))
-        return UnitWeights(buffer[: layout.numel], buffer[layout.numel : layout.slot_numel].view(torch.int16))
+        begin = self._store.shards[unit].gathered_weights_numel if world > 1 else layout.numel
+        return UnitWeights(buffer[: layout.numel], buffer[begin : begin + layout.wide_numel].view(torch.int16))
 
     def tensors(self, slot: int) -> list[torch.Tensor]:
         """The slot's buffer; none if it aliases the store."""
         return [] if self._alias else [self._buffers[slot]]
+
+
+def _gather(
+    ranks: Ranks, own: torch.Tensor, place: torch.Tensor, first: int, begin: int, second: int
+) -> None:
+    if first:
+        ranks.all_gather(own[:first], place[: first * ranks.world])
+    if second:
+        ranks.all_gather(own[first : first + second], place[begin : begin + second * ranks.world])
+
+
+class GradientShards:
+    """Device buffers for a rank's share of gradients, fp32, and one for what other ranks send."""
+
+    def __init__(self, store: HostStore, plan: StepSpec, device: torch.device) -> None:
+        self._store = store
+        numels = gradient_shard_numels(store.units, plan)
+        self._buffers = [torch.empty(n, dtype=torch.float32, device=device) for n in numels]
+        most = max(gradient_slot_numels(store.units, plan))
+        self._received = torch.empty(most * 4, dtype=torch.uint8, device=device)
+
+    def run(self, grad_shard: int, unit: int) -> torch.Tensor:
+        return self._buffers[grad_shard][: self._store.shards[unit].trainable_share]
+
+    def received(self, unit: int, dtype: torch.dtype) -> torch.Tensor:
+        return self._received.view(dtype)[: self._store.shards[unit].gathered_trainable_numel]
+
+    def tensors(self, grad_shard: int) -> list[torch.Tensor]:
+        return [self._buffers[grad_shard]]
 
 
 class GradientSlots:
@@ -138,6 +216,9 @@ class GradientSlots:
     def run(self, grad_slot: int, unit: int, dtype: torch.dtype) -> torch.Tensor:
         """The slot as the unit's gradient buffer [trainable_numel] of `dtype`."""
         return self._buffer(grad_slot).view(dtype)[: self._store.units[unit].trainable_numel]
+
+    def gathered(self, grad_slot: int, unit: int, dtype: torch.dtype) -> torch.Tensor:
+        return self._buffer(grad_slot).view(dtype)[: self._store.shards[unit].gathered_trainable_numel]
 
     def tensors(self, grad_slot: int) -> list[torch.Tensor]:
         """The slot's buffer, as fp32; none if none was allocated."""

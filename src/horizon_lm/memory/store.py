@@ -13,6 +13,9 @@ units, in device memory as one block:
 `weights` covers all parameters, the other regions only trainable ones, except that `residual` includes frozen
 wide ones. Eager updates replace `grads` by a few slabs in host memory (`GradientSlabs`); gradients of
 resident units then stay in their slots. `sum_slabs` are buffers for gradients that the host adds to `sums`.
+
+Of several ranks each holds its share of every unit (memory/shards.py): `units` are the whole layouts, the
+buffers those of the rank. `whole` and `Whole` (memory/whole.py) gather.
 """
 
 from __future__ import annotations
@@ -24,11 +27,13 @@ from functools import partial
 
 import torch
 
+from horizon_lm.distributed.ranks import Ranks
 from horizon_lm.errors import DoesNotFitError
 from horizon_lm.memory import arena
 from horizon_lm.memory.layout import Parameter, UnitLayout
 from horizon_lm.memory.master import join_master, split_master
 from horizon_lm.memory.registration import pin
+from horizon_lm.memory.shards import WHOLE, Shard, UnitShard
 from horizon_lm.words import count, size
 
 _NONE: frozenset[int] = frozenset()
@@ -43,9 +48,13 @@ class GradientSlabs:
     count: int
     outer: frozenset[int]
 
-    def numels(self, units: Sequence[UnitLayout], resident: frozenset[int] = _NONE) -> list[int]:
+    def numels(
+        self, units: Sequence[UnitLayout], resident: frozenset[int] = _NONE, shard: Shard = WHOLE
+    ) -> list[int]:
         """Elements of each slab, the shared one last."""
-        streamed = [(u, unit.trainable_numel) for u, unit in enumerate(units) if u not in resident]
+        streamed = [
+            (u, shard.share(unit.trainable_numel)) for u, unit in enumerate(units) if u not in resident
+        ]
         inner = max((numel for u, numel in streamed if u not in self.outer), default=0)
         outer = max((numel for u, numel in streamed if u in self.outer), default=0)
         return [inner] * self.count + [outer]
@@ -57,7 +66,7 @@ class StoreSpec:
 
     dtype: weight and gradient dtype, bf16 or fp32. resident: units that live in device memory. sums: units
     whose unfinished gradients wait in host memory between rounds. sum_slabs: buffers for gradients that the
-    host adds to them.
+    host adds to them. shard: the rank's share of each unit.
     """
 
     dtype: torch.dtype
@@ -67,6 +76,7 @@ class StoreSpec:
     resident: frozenset[int] = _NONE
     sums: frozenset[int] = _NONE
     sum_slabs: int = 0
+    shard: Shard = WHOLE
 
     def __post_init__(self) -> None:
         for name in ("dtype", "moment_dtype"):
@@ -98,42 +108,39 @@ class Region:
         return [numel if u in self.resident else 0 for u, numel in enumerate(self.numels(units))]
 
 
-def _all(units: Sequence[UnitLayout]) -> list[int]:
-    return [unit.numel for unit in units]
-
-
-def _trainable(units: Sequence[UnitLayout]) -> list[int]:
-    return [unit.trainable_numel for unit in units]
-
-
-def _with_residual(units: Sequence[UnitLayout]) -> list[int]:
-    return [unit.residual_numel for unit in units]
+def _of_each(
+    spec: StoreSpec, numel_of: Callable[[UnitShard], int]
+) -> Callable[[Sequence[UnitLayout]], list[int]]:
+    return lambda units: [numel_of(UnitShard(unit, spec.shard)) for unit in units]
 
 
 def regions(spec: StoreSpec) -> list[Region]:
     """List the regions of a store."""
     resident = spec.resident
-    rows = [Region("weights", spec.dtype, _all, pinned=True, resident=resident)]
+    trainable = _of_each(spec, lambda unit: unit.trainable_share)
+    weights = _of_each(spec, lambda unit: unit.weights_numel)
+    rows = [Region("weights", spec.dtype, weights, pinned=True, resident=resident)]
     if spec.dtype == torch.bfloat16:
-        rows.append(Region("residual", torch.int16, _with_residual, resident=resident))
-    rows.append(Region("exp_avg", spec.moment_dtype, _trainable, resident=resident))
+        residual = _of_each(spec, lambda unit: unit.residual_numel)
+        rows.append(Region("residual", torch.int16, residual, resident=resident))
+    rows.append(Region("exp_avg", spec.moment_dtype, trainable, resident=resident))
     if spec.second_moment:
-        rows.append(Region("exp_avg_sq", spec.moment_dtype, _trainable, resident=resident))
-    return [*rows, *_gradient_regions(spec)]
-
-
-def _gradient_regions(spec: StoreSpec) -> Iterator[Region]:
-    slabs = spec.slabs
-    if slabs is None:
-        yield Region("grads", spec.dtype, _trainable, pinned=True, resident=spec.resident, is_state=False)
+        rows.append(Region("exp_avg_sq", spec.moment_dtype, trainable, resident=resident))
+    if spec.slabs is None:
+        rows.append(Region("grads", spec.dtype, trainable, pinned=True, resident=resident, is_state=False))
     else:
-        numels = partial(slabs.numels, resident=spec.resident)
-        yield Region("grad_slabs", spec.dtype, numels, pinned=True, is_state=False)
+        slabs = partial(spec.slabs.numels, resident=resident, shard=spec.shard)
+        rows.append(Region("grad_slabs", spec.dtype, slabs, pinned=True, is_state=False))
+    return [*rows, *_sum_regions(spec)]
+
+
+def _sum_regions(spec: StoreSpec) -> Iterator[Region]:
     if not spec.sums:
         return
 
     def sums(units: Sequence[UnitLayout]) -> list[int]:
-        return [unit.trainable_numel if u in spec.sums else 0 for u, unit in enumerate(units)]
+        shares = (spec.shard.share(unit.trainable_numel) for unit in units)
+        return [share if u in spec.sums else 0 for u, share in enumerate(shares)]
 
     yield Region("sums", torch.float32, sums, pinned=True, is_state=False)
     if spec.sum_slabs:
@@ -147,12 +154,12 @@ def _gradient_regions(spec: StoreSpec) -> Iterator[Region]:
 
 
 def predict_bytes(units: Sequence[UnitLayout], spec: StoreSpec) -> dict[str, int]:
-    """Predict host bytes by region."""
+    """Predict the host bytes of a rank by region."""
     return {row.name: sum(row.host_numels(units)) * row.dtype.itemsize for row in regions(spec)}
 
 
 def predict_device_bytes(units: Sequence[UnitLayout], spec: StoreSpec) -> dict[str, int]:
-    """Predict device bytes of resident units by region; empty without them."""
+    """Predict the device bytes of a rank's resident units by region; empty without them."""
     return {
         f"resident_{row.name}": sum(row.device_numels(units)) * row.dtype.itemsize
         for row in regions(spec)
@@ -161,12 +168,15 @@ def predict_device_bytes(units: Sequence[UnitLayout], spec: StoreSpec) -> dict[s
 
 
 def state_bytes(units: Sequence[UnitLayout], spec: StoreSpec) -> int:
-    """Predict the bytes of weights and optimizer state, wherever they lie."""
+    """Predict the bytes of a rank's weights and optimizer state, wherever they lie."""
     return sum(sum(row.numels(units)) * row.dtype.itemsize for row in regions(spec) if row.is_state)
 
 
 class HostStore:
-    """All parameters of a model, their gradients and optimizer state."""
+    """All parameters of a model, their gradients and optimizer state; of several ranks, a share of each.
+
+    units: the whole layouts. shards: what this rank holds of them.
+    """
 
     def __init__(
         self,
@@ -179,6 +189,7 @@ class HostStore:
         """pin_for: the device to which weights are copied. device: where resident units live."""
         self.units = tuple(units)
         self.spec = spec
+        self.shards = tuple(UnitShard(unit, spec.shard) for unit in units)
         self._runs: dict[str, list[torch.Tensor]] = {}
         self._num_bytes: dict[str, int] = {}
         self._device_bytes: dict[str, int] = {}
@@ -220,21 +231,42 @@ class HostStore:
         return unit in self.spec.resident
 
     def run(self, region: str, unit: int) -> torch.Tensor:
-        """The unit's flat buffer in a region, wherever it lies: [numel], or [trainable_numel]."""
+        """The rank's flat buffer of a unit in a region, wherever it lies.
+
+        With one rank [numel], [residual_numel] or [trainable_numel]; else, padding included, as `shards`
+        have it: [weights_numel], [residual_numel] or [trainable_share].
+        """
         return self._runs[region][unit]
 
     def host_copy(self, region: str, unit: int) -> torch.Tensor:
         """The same in host memory: the buffer itself, or a new copy of a resident unit's."""
         return self.run(region, unit).cpu()
 
+    def whole(self, region: str, unit: int, ranks: Ranks, everywhere: bool) -> torch.Tensor | None:
+        """Gather a unit's whole flat buffer in host memory, as one rank alone would hold it: on all ranks, or
+        on the first (None on others). A view into the store if it holds all of it. All ranks call this."""
+        own, shard = self.host_copy(region, unit), self.shards[unit]
+        assert ranks.world == shard.shard.world, "the ranks are not those of the store"
+        if ranks.world == 1:
+            return own
+        runs = ranks.gather_all(own) if everywhere else ranks.gather(own)
+        if runs is None:
+            return None
+        parts = [shard.of_rank(rank).pieces(region) for rank in range(ranks.world)]
+        found = own.new_empty(max((part.stop for pieces in parts for part in pieces), default=0))
+        for run, pieces in zip(runs, parts, strict=True):
+            for start, stop, offset in pieces:
+                found[start:stop] = run[offset : offset + stop - start]
+        return found
+
     def gradient_run(self, unit: int, slab: int = -1) -> torch.Tensor:
-        """The flat buffer of the unit's gradient [trainable_numel]: in a slab, or its own."""
+        """The flat buffer of the rank's gradient of a unit [trainable_share]: in a slab, or its own."""
         if slab < 0:
             return self.run("grads", unit)
-        return self.run("grad_slabs", slab)[: self.units[unit].trainable_numel]
+        return self.run("grad_slabs", slab)[: self.shards[unit].trainable_share]
 
     def sum_run(self, unit: int) -> torch.Tensor:
-        """Host buffer of the unit's unfinished gradient, fp32 [trainable_numel]."""
+        """Host buffer of the rank's unfinished gradient of a unit, fp32 [trainable_share]."""
         return self.run("sums", unit)
 
     def sum_slab(self, slab: int) -> torch.Tensor:
@@ -261,6 +293,8 @@ class HostStore:
     def names(self) -> Iterator[str]:
         return iter(self._place)
 
+    # Whole parameters: with several ranks, gathered by `Whole`
+
     def weight(self, name: str) -> torch.Tensor:
         """The parameter's compute copy in host memory, shaped as in the model: a view, or a new copy of
         a resident unit's."""
@@ -268,36 +302,23 @@ class HostStore:
 
     def weight_view(self, name: str) -> torch.Tensor:
         """View of the parameter's compute copy, wherever it lies."""
-        unit, parameter = self._place[name]
+        unit, parameter = self._whole_place(name)
         return self.units[unit].view(self.run("weights", unit), parameter)
 
     def gradient(self, name: str, slab: int = -1) -> torch.Tensor:
         """View of a trainable parameter's gradient, shaped as in the model, wherever it lies."""
-        unit, parameter = self._place[name]
+        unit, parameter = self._whole_place(name)
         return self.units[unit].trainable_view(self.gradient_run(unit, slab), parameter)
 
-    def wide_residual(self, unit: int) -> torch.Tensor:
-        """Residuals of the unit's wide parameters [wide_numel], wherever they lie; empty in an fp32 store."""
-        if not self.has("residual") or not self.units[unit].wide_numel:
-            return torch.empty(0, dtype=torch.int16)
-        return self.run("residual", unit)[: self.units[unit].wide_numel]
-
     def _residual_view(self, name: str) -> torch.Tensor | None:
-        unit, parameter = self._place[name]
+        unit, parameter = self._whole_place(name)
         if not self.has("residual") or parameter.offset < self.units[unit].wide_offset:
             return None
         return self.units[unit].residual_view(self.run("residual", unit), parameter)
 
-    def adopt(self, name: str, value: torch.Tensor) -> None:
-        """Copy a parameter in host memory into the store as its fp32 master, residual included."""
-        weight, residual = self.weight_view(name), self._residual_view(name)
-        if residual is not None and value.dtype != torch.bfloat16:  # fp16 has more digits than bf16
-            with in_host_memory(weight) as one, in_host_memory(residual) as other:
-                split_master(value, one, other)
-        else:
-            weight.copy_(value)  # same dtype, or exact widening
-            if residual is not None:
-                residual.zero_()
+    def _whole_place(self, name: str) -> tuple[int, Parameter]:
+        assert self.spec.shard.world == 1, "a rank holds a share: gather the parameter (memory/whole.py)"
+        return self._place[name]
 
     def master(self, name: str) -> torch.Tensor:
         """The parameter's fp32 master as a new tensor in host memory, shaped as in the model."""
@@ -305,6 +326,36 @@ class HostStore:
         if residual is None:
             return weight.to(torch.float32, copy=True)
         return join_master(weight, residual.cpu())
+
+    def wide_residual(self, unit: int) -> torch.Tensor:
+        """The rank's residuals of the unit's wide parameters [wide_numel of its shard], wherever they lie;
+        empty in an fp32 store."""
+        if not self.has("residual") or not self.units[unit].wide_numel:
+            return torch.empty(0, dtype=torch.int16)
+        return self.run("residual", unit)[: self.shards[unit].wide_numel]
+
+    def adopt(self, name: str, value: torch.Tensor) -> None:
+        """Copy a whole parameter in host memory into the store as its fp32 master, residual included.
+
+        Of several ranks each copies what it holds, and reads nothing else of a contiguous value.
+        """
+        unit, parameter = self._place[name]
+        piece = self.shards[unit].weights_piece(parameter)
+        if piece is None:
+            return
+        value = value.expand(parameter.shape).reshape(-1)[piece.start : piece.stop]
+        weight = self.run("weights", unit).narrow(0, piece.offset, piece.numel)
+        place = self.shards[unit].residual_piece(parameter) if self.has("residual") else None
+        if place is None:
+            weight.copy_(value)  # same dtype, or exact widening
+            return
+        residual = self.run("residual", unit).narrow(0, place.offset, place.numel)
+        if value.dtype == torch.bfloat16:  # fp16 has more digits
+            weight.copy_(value)
+            residual.zero_()
+        else:
+            with in_host_memory(weight) as one, in_host_memory(residual) as other:
+                split_master(value, one, other)
 
 
 @contextmanager

@@ -43,11 +43,12 @@ def add_gradient(total: torch.Tensor, gradient: torch.Tensor, *, begins: bool) -
     _add(total.view(-1), gradient.reshape(-1), begins)
 
 
-def move_gradient(source: torch.Tensor, target: torch.Tensor, *, isa: str = "auto") -> float:
-    """Copy a gradient [n] to target [n], each bf16 or fp32 in host memory, and return its squared norm.
+def move_gradient(source: torch.Tensor, target: torch.Tensor, *, isa: str = "auto") -> torch.Tensor:
+    """Copy a gradient [n] to target [n], each bf16 or fp32 in host memory, and return its squares: the sums
+    over each 4096 elements, fp64.
 
-    The norm is that of the rounded values (to nearest, ties to even), which the update reads. Sums are fp32
-    over 64 elements and fp64 beyond. If target is source, it is only measured.
+    They are of the rounded values (to nearest, ties to even), which the update reads. Sums are fp32 over 64
+    elements and fp64 beyond. If target is source, it is only measured.
     """
     squares = torch.empty(-(-source.numel() // _BLOCK), dtype=torch.float64)
     lib = _library(source, target)
@@ -57,8 +58,15 @@ def move_gradient(source: torch.Tensor, target: torch.Tensor, *, isa: str = "aut
         runs = source.data_ptr(), _DTYPES.index(source.dtype), target.data_ptr(), _DTYPES.index(target.dtype)
         rest = squares.data_ptr(), source.numel(), ISAS.index(isa), torch.get_num_threads()
         _check(lib.horizon_move_gradient(*runs, *rest), isa)
-    # In order for any number of threads: torch's own sum is split over them.
-    return float(np.cumsum(squares.numpy())[-1]) if squares.numel() else 0.0
+    return squares
+
+
+def ordered_sum(squares: torch.Tensor, start: float = 0.0) -> float:
+    """Add squares [blocks] to `start` one by one, in fp64; waits for the device.
+
+    A sum of several parts is thus that of the whole, and the same for any number of threads.
+    """
+    return float(np.cumsum(np.concatenate(([start], squares.cpu().numpy())))[-1])
 
 
 def _library(*tensors: torch.Tensor) -> ctypes.CDLL | None:

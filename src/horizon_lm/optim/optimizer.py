@@ -184,10 +184,17 @@ class Optimizer:
         on the current stream. grad_scale: the clipping factor.
         """
         layout = store.units[unit]
-        before = sum(u.trainable_numel for u in store.units[:unit])
+        shard = store.shards[unit]
+        first, last = shard.trainable_range
+        before = sum(u.trainable_numel for u in store.units[:unit]) + first
         tensors = self._tensors(store, unit, grads)
         longest = longest_piece(tensors.weights.device)
-        pieces = _cut(self._parts(unit, layout.trainable_numel, settings), longest)
+        parts = [
+            (max(start, first) - first, min(stop, last) - first, lr, wd)
+            for start, stop, lr, wd in self._parts(unit, layout.trainable_numel, settings)
+            if max(start, first) < min(stop, last)
+        ]
+        pieces = _cut(parts, longest)
         progress.pieces = len(pieces)
         progress.end_copies()
         for start, stop, lr, weight_decay in pieces[len(progress.ended) :]:
@@ -198,12 +205,11 @@ class Optimizer:
 
     def _tensors(self, store: HostStore, unit: int, grads: torch.Tensor) -> Tensors:
         """The trainable part of a unit."""
-        layout = store.units[unit]
         residual = None
         if store.has("residual"):  # which also covers frozen parameters before the trainable ones
-            residual = store.run("residual", unit)[layout.trainable_offset - layout.wide_offset :]
+            residual = store.run("residual", unit)[store.shards[unit].frozen_wide_share :]
         return Tensors(
-            store.run("weights", unit)[layout.trainable_offset :],
+            store.run("weights", unit)[store.shards[unit].frozen_share :],
             residual,
             grads,
             store.run("exp_avg", unit),

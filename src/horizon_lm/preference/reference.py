@@ -22,6 +22,7 @@ from horizon_lm.config import ModelSettings, TrainConfig
 from horizon_lm.data.collate import collate
 from horizon_lm.data.rows import Rows
 from horizon_lm.host_model import HostModel
+from horizon_lm.memory.whole import Whole
 from horizon_lm.micro_batches import MicroBatch
 from horizon_lm.preference.documents import sums, with_places
 from horizon_lm.preference.kept import Kept
@@ -73,15 +74,16 @@ class Reference:
 
 def weights_hash(model: HostModel) -> str:
     """Hash what the model computes with: its parameters in the precision of their computation, buffers and
-    configuration."""
+    configuration. The same on any number of ranks."""
     digest = xxhash.xxh3_128()
     model.flush()
-    store = model.store
+    store, ranks = model.store, model.ranks
+    whole = Whole(store, ranks, everywhere=False)
     for name in store.names():
         digest.update(name.encode())
-        digest.update(_bytes(store.weight(name)))
+        digest.update(_bytes(whole.weight(name)))
     for unit in range(len(store.units)):
-        digest.update(_bytes(store.wide_residual(unit)))
+        digest.update(_bytes(whole.wide_residual(unit)))
     for name, buffer in model.skeleton.model.named_buffers():
         if not buffer.is_meta:
             digest.update(name.encode())
@@ -89,10 +91,12 @@ def weights_hash(model: HostModel) -> str:
     unimportant = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
     values = {k: v for k, v in model.config.to_dict().items() if k not in unimportant}
     digest.update(json.dumps(values, sort_keys=True, default=str).encode())
-    return str(digest.hexdigest())
+    return str(ranks.from_first(str(digest.hexdigest())))
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
+def _bytes(tensor: torch.Tensor) -> memoryview | bytes:
+    if tensor.is_meta:  # another rank has the values, and hashes them
+        return b""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
@@ -121,15 +125,17 @@ class Pass:
     warn: Say
 
     def over(self, model: HostModel, parts: Mapping[str, Rows], into: Reference) -> None:
-        """Add the values of `parts` to `into`, kept ones first."""
-        weights = weights_hash(model)
+        """Add the values of `parts` to `into`, kept ones first. Of several ranks rank 0 keeps them."""
+        weights, ranks = weights_hash(model), model.ranks
         for part, rows in parts.items():
             folder = None
-            if self.cache is not None:
+            if self.cache is not None and ranks.is_first:
                 folder = self.cache / f"reference-{key_of(rows, self.config, weights)}"
             kept = Kept(folder, self.warn)
             values = np.full((rows.store.num_samples, 2), np.nan, np.float32)
             kept.load(values)
+            if ranks.from_first(bool((~np.isnan(values)).any())):
+                values = ranks.gather_all(torch.from_numpy(values))[0].numpy()
             self._fill(model, rows, values, kept, "" if part == "train" else " of evaluation data")
             into.add(part, rows, torch.from_numpy(values))
 

@@ -7,7 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
@@ -97,11 +97,12 @@ class PlainProgress(Progress):
             *_rewards(metrics.preferences),
             f"lr {metrics.learning_rate:.2e}",
             f"grad norm {number(metrics.grad_norm)}",
-            f"{rate(metrics.tokens_per_second)} tokens/s",
+            f"{rate(metrics.tokens_per_second)} tokens/s{_each(metrics.ranks)}",
             *([f"mfu {metrics.mfu:.0%}"] if math.isfinite(metrics.mfu) else []),
             f"left {clock(self.seconds_left(metrics.step))}",
             f"host {size(metrics.host_rss_bytes)}",
             *([f"device {size(metrics.device_bytes)}"] if metrics.device_bytes else []),
+            *([f"slowest {slowest(metrics.ranks)}"] if metrics.ranks else []),
         )
         return "  ".join(fields)
 
@@ -198,10 +199,11 @@ class _Bar(RichBar):
             **{name: (value, "") for name, _, value in map(_cut, _rewards(metrics.preferences))},
             "rate": (f"{metrics.learning_rate:.2e}", ""),
             "grad norm": (number(metrics.grad_norm), ""),
-            "tokens/s": (rate(metrics.tokens_per_second), ""),
+            "tokens/s": (rate(metrics.tokens_per_second) + _each(metrics.ranks), ""),
             **({"mfu": (f"{metrics.mfu:.0%}", "")} if math.isfinite(metrics.mfu) else {}),
             "host": (size(metrics.host_rss_bytes), ""),
             **({"device": (size(metrics.device_bytes), "")} if metrics.device_bytes else {}),
+            **({"slowest": (slowest(metrics.ranks), "")} if metrics.ranks else {}),
         }
         table = Table.grid(padding=(0, 2))
         for _ in fields:
@@ -248,6 +250,19 @@ def _rewards(metrics: Mapping[str, float]) -> list[str]:
     if "rewards/accuracies" in metrics:
         found.append(f"accuracy {metrics['rewards/accuracies']:.0%}")
     return found
+
+
+def _each(ranks: Mapping[str, Any]) -> str:
+    """Show the speed of each rank of several."""
+    return f" ({rate(ranks['tokens_per_second_each'])} per rank)" if ranks else ""
+
+
+def slowest(ranks: Mapping[str, Any]) -> str:
+    """Name the slowest rank and its busiest lane; `-` if the step was not recorded."""
+    if ranks.get("slowest") is None:
+        return "-"
+    lane = ranks.get("slowest_lane")
+    return f"rank {ranks['slowest']}" + (f" ({lane})" if lane else "")
 
 
 def _cut(text: str) -> tuple[str, str, str]:

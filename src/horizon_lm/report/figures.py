@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -249,6 +250,42 @@ def lanes(history: History) -> dict[str, Any]:
         predicted = f"{said[lane] / whole:.1%}" if lane in said and whole else "–"
         rows.append((lane, round(100 * share, 1), f"{share:.1%}", predicted))
     return {"lanes": rows, "limited_by": plan.get("limited_by", "")}
+
+
+def ranks(history: History) -> dict[str, Any]:
+    """Return the table of a run on several ranks: means over the records, and the slowest rank in words."""
+    world = (history.steps[-1].get("ranks") or {}).get("world", 1)
+    lines = [line["ranks"] for line in history.steps[1:] or history.steps if line.get("ranks")]
+    lines = [line for line in lines if line["world"] == world]
+    if not lines:
+        return {"ranks": [], "about_ranks": []}
+    rows = []
+    for rank in range(world):
+        network, waiting, host = (
+            [line[key][rank] for line in lines if len(line.get(key, ())) > rank]
+            for key in ("network_seconds", "waiting_seconds", "host_rss_bytes")
+        )
+        rows.append((rank, _mean(network), _mean(waiting), size(max(host)) if host else "–"))
+    return {"ranks": rows, "about_ranks": _about_ranks(lines)}
+
+
+def _about_ranks(lines: Sequence[Line]) -> list[str]:
+    slow = [(line["slowest"], line.get("slowest_lane")) for line in lines if line.get("slowest") is not None]
+    sent = [line["bytes_sent"] for line in lines if line.get("bytes_sent")]
+    found = []
+    if slow:
+        (rank, lane), times = Counter(slow).most_common(1)[0]
+        found.append(
+            f"Others waited most for rank {rank}{f', busiest on the lane {lane}' if lane else ''}: "
+            f"in {times / len(slow):.0%} of the recorded steps."
+        )
+    if sent:
+        found.append(f"A rank sent up to {size(statistics.fmean(sent))} per step.")
+    return found
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.3f}" if values else "–"
 
 
 def _column(lines: Sequence[Line], key: str) -> list[Any]:

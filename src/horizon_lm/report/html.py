@@ -73,6 +73,7 @@ def render(folder: RunFolder, history: History) -> str:
         **figures.curves(history),
         **figures.memory(history),
         **figures.lanes(history),
+        **figures.ranks(history),
         **tables(history, folder),
     )
 

@@ -26,7 +26,7 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -43,6 +43,7 @@ from horizon_lm.errors import DataError, StoppedError
 from horizon_lm.host_model import HostModel
 from horizon_lm.io import files
 from horizon_lm.preference.method import added, means
+from horizon_lm.report.by_rank import figures_of_all
 from horizon_lm.report.flops import ModelFlops
 from horizon_lm.report.records import REMOVE_LINE, Evaluation, StepRecord, check
 from horizon_lm.schedule.draw import busy_seconds
@@ -64,6 +65,8 @@ class Metrics:
     device_bytes: peak on a CUDA device, else size of the slots (0 if they share the store's memory)
     lanes: busy share of each lane in the last step, if it was recorded
     preferences: metrics of a method on preferences, which the line has beside the others
+    ranks: figures of the ranks of a run on several, see `by_rank`; host_rss_bytes, device_bytes and lanes are
+    those of rank 0, tokens and mfu of all
     """
 
     step: int
@@ -81,14 +84,17 @@ class Metrics:
     device_bytes: int
     lanes: dict[str, float] = field(default_factory=dict)
     preferences: dict[str, float] = field(default_factory=dict)
+    ranks: dict[str, Any] = field(default_factory=dict)
 
     def to_line(self) -> dict[str, Any]:
         """Return names and values as in a line of metrics.jsonl."""
-        return {**_without(asdict(self)), **self.preferences}
+        ranks = {"ranks": self.ranks} if self.ranks else {}
+        return {**_without(asdict(self)), **self.preferences, **ranks}
 
     def to_json(self) -> dict[str, Any]:
-        """Return the values for a checkpoint."""
-        values: dict[str, Any] = finite_or_none(asdict(self))
+        """Return the values for a checkpoint, the same on any number of ranks."""
+        values: dict[str, Any] = finite_or_none(asdict(replace(self, ranks={})))
+        del values["ranks"]
         return values if self.preferences else _without(values)
 
     @classmethod
@@ -99,8 +105,8 @@ class Metrics:
 
 
 def _without(values: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what only runs on preferences have."""
-    return {k: v for k, v in values.items() if k not in ("preferences", "sums", "num_samples")}
+    """Leave out what only runs on preferences or on several ranks have."""
+    return {k: v for k, v in values.items() if k not in ("preferences", "ranks", "sums", "num_samples")}
 
 
 @dataclass(frozen=True)
@@ -156,34 +162,38 @@ class Meter:
             flops = math.nan if values["flops"] is None else values["flops"]
         return _Computed(values["tokens"], flops)
 
-    def add(self, record: StepRecord) -> Metrics | None:
+    def is_due(self, step: int) -> bool:
+        """Tell whether `add` returns metrics for this step."""
+        return step % self._every == 0 or step in (1, self.num_steps)
+
+    def add(self, record: StepRecord, by_rank: Sequence[Mapping[str, Any]] = ()) -> Metrics | None:
+        """Add a step. by_rank: figures of each rank since the last line, of a run on several."""
         size = self._loader.size
         self._window.append((record, _Computed(size.tokens, self._flops.of(size))))
         self._num_tokens += size.tokens
         self._num_targets += record.num_tokens
         self._seconds += record.seconds
         self._skipped += record.skipped
-        if record.step % self._every and record.step not in (1, self.num_steps):
-            return None
-        return self._line()
+        return self._line(by_rank) if self.is_due(record.step) else None
 
     def rest(self) -> Metrics:
         """Return metrics of the steps since the last line, at least one, for a run that ends early."""
         return self._line(with_lanes=False)
 
-    def _line(self, *, with_lanes: bool = True) -> Metrics:
+    def _line(self, by_rank: Sequence[Mapping[str, Any]] = (), *, with_lanes: bool = True) -> Metrics:
         record = self._window[-1][0]
         window, self._window = self._window, []
         learned = [r for r, _ in window if not r.skipped]
         weight = sum(r.weight for r in learned)
         seconds = sum(r.seconds for r, _ in window)
+        speed = sum(done.tokens for _, done in window) / seconds
         return Metrics(
             step=record.step,
             epoch=record.epoch,
             loss=sum(r.loss * r.weight for r in learned) / weight if weight else math.nan,
             grad_norm=record.grad_norm,
             learning_rate=record.learning_rate,
-            tokens_per_second=sum(done.tokens for _, done in window) / seconds,
+            tokens_per_second=speed,
             mfu=sum(done.flops for _, done in window) / seconds / self._peak,
             num_tokens=self._num_tokens,
             num_target_tokens=self._num_targets,
@@ -195,6 +205,7 @@ class Meter:
             if with_lanes and not record.skipped
             else {},
             preferences=means(added(r.sums for r in learned)),
+            ranks=figures_of_all(by_rank, len(window), speed) if by_rank else {},
         )
 
 
@@ -304,6 +315,19 @@ class MetricsFile:
             if not self._fault:
                 self._warn(f"{self._path}: {error.strerror or error}; its lines wait, the run continues")
             self._fault = error.strerror or str(error)
+
+
+class SilentFile(MetricsFile):
+    """metrics.jsonl on a rank that does not write it."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(), begin=lambda: None, header={})
+
+    def open(self) -> None:
+        """Open nothing."""
+
+    def _write(self, event: str, values: dict[str, Any]) -> None:
+        """Write nothing."""
 
 
 def _ending(error: BaseException | None) -> dict[str, Any]:

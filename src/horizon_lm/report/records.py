@@ -168,6 +168,17 @@ class _OfStep(_Line):
     step: Step
 
 
+class _Ranks(_Part):
+    world: Annotated[int, Field(ge=1, le=1 << 20)]
+    tokens_per_second_each: Number = None
+    bytes_sent: Real = 0.0
+    network_seconds: list[Real] = []
+    waiting_seconds: list[Real] = []
+    host_rss_bytes: list[Real] = []
+    slowest: Count | None = None
+    slowest_lane: Annotated[str, Field(max_length=40)] = ""
+
+
 class _Step(_OfStep):
     epoch: Number = None
     loss: Number = None
@@ -182,6 +193,7 @@ class _Step(_OfStep):
     host_rss_bytes: Number = None
     device_bytes: Number = None
     lanes: dict[str, Real] | None = None
+    ranks: _Ranks | None = None
 
 
 class _Evaluation(_OfStep):

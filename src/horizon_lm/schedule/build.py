@@ -6,10 +6,11 @@ Waits are not set here: they follow from what the ops read and write (`waits`).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import NamedTuple
 
 from horizon_lm.schedule import make
 from horizon_lm.schedule.ops import Op
-from horizon_lm.schedule.slots import place_gradients, place_in_slots, turnaround
+from horizon_lm.schedule.slots import place_gradients, place_in_slots, place_shares, turnaround
 from horizon_lm.schedule.step_spec import SUM_SLABS, StepSpec
 
 
@@ -62,16 +63,17 @@ def _visits(spec: StepSpec) -> Iterator[list[Op]]:
     """Yield the ops of each visit of each round: what is copied to the device before it, work on the round's
     micro-batches, copies to the host."""
     slots, uploads_before = place_in_slots(spec)
-    grad_slots, brought_before = place_gradients(spec)
+    grad_places, brought_before = place_gradients(spec)
+    grad_slots = place_shares(spec, grad_places)
     _place_outer_uploads(spec, uploads_before)
     head_visit = turnaround(spec)
     for visit in range(len(spec.visits) * spec.rounds):
         number, place = divmod(visit, len(spec.visits))
         units, micro_batches = spec.visits[place], spec.micro_batches_of(number)
-        ops = [make.upload(unit, slot) for unit, slot in uploads_before[visit]]
-        if spec.head in spec.uploaded and units[-1] == spec.head:
+        ops = [op for unit, slot in uploads_before[visit] for op in _fetch(spec, unit, slot)]
+        if spec.head in spec.in_slots and units[-1] == spec.head:
             slots[visit][spec.head] = spec.outer_slot
-        ops += [make.get_back(unit, m, slot) for unit, m, slot in brought_before[visit]]
+        ops += [make.get_back(spec, unit, m, slot) for unit, m, slot in brought_before[visit]]
         if place < head_visit:
             yield ops + _forward(spec, units[0], slots[visit].get(units[0], -1), micro_batches)
             continue
@@ -79,19 +81,35 @@ def _visits(spec: StepSpec) -> Iterator[list[Op]]:
             slot = slots[visit].get(spec.head, -1)
             yield ops + [make.evaluate(spec, m, slot) for m in micro_batches]
             continue
-        yield ops + _backward(spec, units, slots[visit], grad_slots[visit], micro_batches)
+        places = Places(slots[visit], grad_slots[visit], grad_places[visit])
+        yield ops + _backward(spec, units, places, micro_batches)
+
+
+class Places(NamedTuple):
+    """Where a visit's units are: weight slots by unit; gradient slots by unit and micro-batch; where their
+    gradients become complete, slots or with several ranks shards, by unit."""
+
+    slots: dict[int, int]
+    grad_slots: dict[tuple[int, int], int]
+    complete: dict[int, int]
+
+
+def _fetch(spec: StepSpec, unit: int, slot: int) -> list[Op]:
+    """Return the ops that bring a unit's weights into a slot."""
+    upload = [make.upload(spec, unit, slot)] if unit in spec.uploaded else []
+    return upload + [make.join(spec, unit, slot)] if spec.world > 1 else upload
 
 
 def _place_outer_uploads(spec: StepSpec, uploads_before: list[list[tuple[int, int]]]) -> None:
     """Add the uploads of table and head, which share the outer slot: each once, or once a round if they
     alternate."""
     table, head = spec.embedding_unit, spec.head
-    alternate = not spec.tied and {table, head} <= spec.uploaded
+    alternate = not spec.tied and {table, head} <= spec.in_slots
     for number in range(spec.rounds if alternate else 1):
         begin = number * len(spec.visits)
-        if table in spec.uploaded:
+        if table in spec.in_slots:
             uploads_before[begin].insert(0, (table, spec.outer_slot))
-        if not spec.tied and head in spec.uploaded:  # after the table's readers and all layers' uploads
+        if not spec.tied and head in spec.in_slots:  # after the table's readers and all layers' uploads
             before = begin + max(1, turnaround(spec) - spec.slots + 1)
             uploads_before[before].append((head, spec.outer_slot))
 
@@ -103,13 +121,7 @@ def _forward(spec: StepSpec, unit: int, slot: int, micro_batches: range) -> list
     return ops
 
 
-def _backward(
-    spec: StepSpec,
-    units: tuple[int, ...],
-    slots: dict[int, int],
-    grad_slots: dict[int, int],
-    micro_batches: range,
-) -> list[Op]:
+def _backward(spec: StepSpec, units: tuple[int, ...], places: Places, micro_batches: range) -> list[Op]:
     """Backward visit of the head, the prologue, a layer, or a block of layers.
 
     Each micro-batch runs the block forward, then backward; the last one adds the copies to the host. For the
@@ -118,44 +130,49 @@ def _backward(
     ops: list[Op] = []
     for m in micro_batches:
         for unit in units[:-1]:
-            slot = slots.get(unit, -1)
+            slot = places.slots.get(unit, -1)
             first = units[-1] == spec.head
             ops.append(make.forward(spec, unit, m, slot) if first else make.recompute(spec, unit, m, slot))
         for unit in reversed(units):
-            slot, grad_slot = slots.get(unit, -1), grad_slots.get(unit, -1)
+            slot, grad_slot = places.slots.get(unit, -1), places.grad_slots.get((unit, m), -1)
+            complete = places.complete.get(unit, -1)
             if unit == spec.head:
                 ops.append(make.loss(spec, unit, m, slot, grad_slot))
             elif unit:
                 ops.append(make.backward(spec, unit, m, slot, grad_slot))
             else:
                 ops.append(make.backward_prologue(spec, m, slot, grad_slot))
+            if unit in spec.trainable and spec.totals(unit, m):
+                ops.append(make.total(spec, unit, m, grad_slot, complete))
+            if unit == 0 and spec.totals_rows(m):
+                ops.append(make.total_rows(spec, m))
             if m == spec.micro_batches - 1:
-                ops += _downloads(spec, unit, grad_slot)
+                ops += _downloads(spec, unit, complete)
             elif m == micro_batches[-1] and unit in spec.host_sums:
-                ops += _parks(spec, unit, m, grad_slot)
+                ops += _parks(spec, unit, m, complete)
     return ops
 
 
-def _parks(spec: StepSpec, unit: int, m: int, grad_slot: int) -> list[Op]:
+def _parks(spec: StepSpec, unit: int, m: int, place: int) -> list[Op]:
     """Return the ops that keep a gradient in host memory until the next round."""
     if not spec.adds_on_host:
-        return [make.park(spec, unit, m, grad_slot, -1)]
+        return [make.park(spec, unit, m, place, -1)]
     sum_slab = unit % SUM_SLABS
-    return [make.park(spec, unit, m, grad_slot, sum_slab), make.add(unit, m, sum_slab)]
+    return [make.park(spec, unit, m, place, sum_slab), make.add(unit, m, sum_slab)]
 
 
-def _downloads(spec: StepSpec, unit: int, grad_slot: int) -> list[Op]:
+def _downloads(spec: StepSpec, unit: int, place: int) -> list[Op]:
     """Return downloads, and eager updates, of the gradients that a unit's last backward op completes."""
-    complete = [(unit, grad_slot)] if unit in spec.trainable else []
+    complete = [(unit, place)] if unit in spec.trainable else []
     if spec.sums_rows and unit == spec.embedding_unit:
         complete = []  # a tied head: the rows' gradients come last
     if spec.sums_rows and unit == 0:
         complete.append((spec.embedding_unit, spec.outer_grad_slot))
     ops = []
-    for one, place in complete:
-        ops.append(make.download(spec, one, place))
+    for one, where in complete:
+        ops.append(make.download(spec, one, where))
         if spec.update == "eager":
-            ops.append(make.optimize(spec, one, place))
+            ops.append(make.optimize(spec, one, where))
     return ops
 
 

@@ -7,14 +7,33 @@ consecutive steps to check the seam between them too.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from horizon_lm.schedule.ops import Buffer, Lane, Op
-from horizon_lm.schedule.step_spec import SUM_SLABS, StepSpec
+from horizon_lm.schedule.step_spec import EXACT, SUM_SLABS, StepSpec
 from horizon_lm.schedule.waits import derive_waits
 
 # Regions that persist between steps; all others must be written in a step before they are read.
 PERSISTENT = frozenset({"weights", "state"})
+_GRADIENTS = ("grad_slot", "grad_shard", "slab", "sum", "sum_slab")
+# Kinds with `first`, and the region that they overwrite then.
+_BEGUN_BY_FIRST = {
+    ("L", "grad_slot"),
+    ("B", "grad_slot"),
+    ("S", "sum"),
+    ("T", "grad_shard"),
+    ("V", "row_sums"),
+}
+# With several ranks: the kinds of op for which a region holds the right elements, whole units or shares.
+_USERS_OF_SHARES = {
+    "weights": "UJOAW",
+    "shard": "UJ",
+    "slot": "JFLECB",
+    "grad_slot": "LBT",
+    "grad_shard": "TVPGDA",
+    "row_grads": "BV",
+    "row_sums": "V",
+}
 
 
 def check(ops: Sequence[Op], spec: StepSpec, waits: Sequence[tuple[int, ...]] | None = None) -> list[str]:
@@ -74,64 +93,77 @@ def _check_value(ops: Sequence[Op], spec: StepSpec) -> list[str]:
     errors = []
     first_step = min((op.step for op in ops), default=0)
     holds: dict[Buffer, tuple[int, int]] = {}  # (unit, step) of the last writer
-    added: dict[Buffer, list[int]] = {}  # micro-batches whose gradient is in a gradient slot
+    added: dict[Buffer, list[int]] = {}  # micro-batches whose gradient is in a buffer
     for op in ops:
+        where = f"{op} of step {op.step}"
         for buffer in sorted(op.reads):
             unit, step = holds.get(buffer, (-1, first_step - 1))
-            where = f"{op} of step {op.step}"
-            owner = _owner(op, buffer, spec)
-            if buffer.region == "slot" and (unit, step) != (owner, op.step):
-                errors.append(f"{where} needs unit {owner} in {buffer}, which holds {unit} of step {step}")
-            elif buffer.region in ("grad_slot", "slab", "sum", "sum_slab") and (unit, step) != (
-                owner,
-                op.step,
-            ):
-                errors.append(
-                    f"{where} needs the gradient of unit {owner} in {buffer}, "
-                    f"which holds that of unit {unit} of step {step}"
-                )
-            elif buffer.region == "boundary_slot" and (unit, added.get(buffer)) != (
-                op.unit,
-                [op.micro_batch],
-            ):
-                errors.append(
-                    f"{where} needs the input of unit {op.unit} in {buffer}, which holds that of {unit} "
-                    f"and micro-batches {added.get(buffer)}"
-                )
-            elif buffer.region in PERSISTENT:
-                if buffer.index in spec.trainable and step != op.step - 1:
-                    errors.append(f"{where} reads {buffer} of after step {step} instead of {op.step - 1}")
-            elif step != op.step:
-                errors.append(f"{where} reads {buffer}, which this step has not written")
-            elif buffer.region == "input_grad" and unit != op.unit + 1:
-                errors.append(
-                    f"{where} reads {buffer}, which comes from unit {unit} instead of {op.unit + 1}"
-                )
-            if op.kind == "D" and added.get(buffer) != _wanted(op, spec):
+            fault = _wrong_content(op, buffer, (unit, step), added.get(buffer), spec)
+            errors += [f"{where} {fault}"] * bool(fault)
+            wanted = _wanted(op, buffer, spec)
+            if wanted is not None and added.get(buffer) != wanted:
                 errors.append(f"{where} takes {buffer} with micro-batches {added.get(buffer, [])} in it")
-        if op.kind in "FLECB" and op.unit in spec.uploaded and op.slot < 0:
-            errors.append(f"{op} of step {op.step} has no slot to read its weights from")
-        table = op.kind == "F" and op.unit == 0
-        if table and op.table < 0 and spec.embedding_unit in spec.uploaded:
-            errors.append(f"{op} of step {op.step} has no slot to read the embedding table from")
-        read = {op.unit, spec.embedding_unit} if table else {op.unit} if op.kind in "FLECB" else set()
-        errors += [
-            f"{op} of step {op.step} does not read weights.{unit}, where the unit lives"
-            for unit in sorted(read & spec.resident)
-            if Buffer("weights", unit) not in op.reads
-        ]
-        if op.kind == "U" and op.unit not in spec.uploaded:
-            errors.append(f"{op} of step {op.step} uploads a unit that is not to be uploaded")
-        if op.kind in "LBDPG" and op.unit in spec.trainable and op.grad_slot < 0:
-            errors.append(f"{op} of step {op.step} has no gradient slot")
-        if op.kind in "OA" and not any(b.region in ("grads", "slab", "grad_slot") for b in op.reads):
-            errors.append(f"{op} of step {op.step} reads no gradient")
-        if op.policy != spec.policy(op.unit) and op.kind == "F" and op.unit:
-            errors.append(f"{op} of step {op.step} keeps {op.policy!r} instead of {spec.policy(op.unit)!r}")
+        errors += [f"{where} {fault}" for fault in _wrong_places(op, spec)]
         for buffer in op.writes:
             holds[buffer] = _owner(op, buffer, spec), op.step
         errors += _note_added(op, added)
     return errors
+
+
+def _wrong_content(
+    op: Op, buffer: Buffer, held: tuple[int, int], added: list[int] | None, spec: StepSpec
+) -> str:
+    """Say what is wrong with what an op reads. held: unit and step of its last writer."""
+    unit, step = held
+    owner = _owner(op, buffer, spec)
+    if buffer.region in ("slot", "shard") and held != (owner, op.step):
+        return f"needs unit {owner} in {buffer}, which holds {unit} of step {step}"
+    if buffer.region in _GRADIENTS and held != (owner, op.step):
+        return (
+            f"needs the gradient of unit {owner} in {buffer}, which holds that of unit {unit} of step {step}"
+        )
+    if buffer.region == "boundary_slot" and (unit, added) != (op.unit, [op.micro_batch]):
+        return (
+            f"needs the input of unit {op.unit} in {buffer}, which holds that of {unit} "
+            f"and micro-batches {added}"
+        )
+    if buffer.region in PERSISTENT:
+        if buffer.index in spec.trainable and step != op.step - 1:
+            return f"reads {buffer} of after step {step} instead of {op.step - 1}"
+    elif step != op.step:
+        return f"reads {buffer}, which this step has not written"
+    elif buffer.region == "input_grad" and unit != op.unit + 1:
+        return f"reads {buffer}, which comes from unit {unit} instead of {op.unit + 1}"
+    return ""
+
+
+def _wrong_places(op: Op, spec: StepSpec) -> Iterator[str]:
+    """Yield what is wrong with where an op finds and puts its unit's weights and gradient."""
+    shared = spec.world > 1
+    computes, table = op.kind in "FLECB", op.kind == "F" and op.unit == 0
+    if (computes or op.kind == "J") and op.unit in spec.in_slots and op.slot < 0:
+        yield "has no slot to read its weights from" if computes else "has no slot"
+    if table and op.table < 0 and spec.embedding_unit in spec.in_slots:
+        yield "has no slot to read the embedding table from"
+    read = {op.unit, spec.embedding_unit} if table else {op.unit} if computes else set()
+    for unit in sorted(({op.unit} if op.kind == "J" else set() if shared else read) & spec.resident):
+        if Buffer("weights", unit) not in op.reads:
+            yield f"does not read weights.{unit}, where the unit lives"
+    if op.kind == "U" and op.unit not in spec.uploaded:
+        yield "uploads a unit that is not to be uploaded"
+    if shared and op.kind in "UJ" and op.unit in spec.uploaded and op.shard < 0:
+        yield "has no buffer of the rank's share"
+    if op.kind in ("LBT" if shared else "LBDPG") and op.unit in spec.trainable and op.grad_slot < 0:
+        yield "has no gradient slot"
+    if shared and op.kind in "TDPG" and op.grad_shard < 0:
+        yield "has no buffer of the rank's share of the gradient"
+    if op.kind in "OA" and not any(b.region in ("grads", *_GRADIENTS) for b in op.reads):
+        yield "reads no gradient"
+    if op.policy != spec.policy(op.unit) and op.kind == "F" and op.unit:
+        yield f"keeps {op.policy!r} instead of {spec.policy(op.unit)!r}"
+    for buffer in sorted(op.reads | op.writes) if shared else ():
+        if op.kind not in _USERS_OF_SHARES.get(buffer.region, op.kind):
+            yield f"works on {buffer}, which with several ranks it cannot"
 
 
 def _note_added(op: Op, added: dict[Buffer, list[int]]) -> list[str]:
@@ -139,8 +171,8 @@ def _note_added(op: Op, added: dict[Buffer, list[int]]) -> list[str]:
     errors = []
     for buffer in sorted(op.writes, reverse=True):  # sums of rows come before the slot that receives them
         before = added.get(buffer, []) if buffer in op.reads else []
-        overwrites = op.kind == "S" or (op.kind in "LB" and buffer.region == "grad_slot")
-        if overwrites and buffer.index != op.table_grad and op.first == (buffer in op.reads):
+        overwrites = (op.kind, buffer.region) in _BEGUN_BY_FIRST and buffer.index != op.table_grad
+        if overwrites and op.first == (buffer in op.reads):
             errors.append(f"{op} of step {op.step} has first={op.first}, but declares otherwise")
         if buffer.region == "boundary_slot":
             added[buffer] = [op.micro_batch]
@@ -148,6 +180,12 @@ def _note_added(op: Op, added: dict[Buffer, list[int]]) -> list[str]:
             added[buffer] = [m for source in op.reads for m in added.get(source, [])]
         elif op.kind == "S":
             added[buffer] = [*before, *added.get(Buffer("sum_slab", op.sum_slab), [])]
+        elif op.kind == "T" and buffer.region == "grad_shard":
+            added[buffer] = [*before, *added.get(Buffer("grad_slot", op.grad_slot), [])]
+        elif op.kind == "V":
+            has_sums = buffer.region == "grad_shard" and Buffer("row_sums") in op.writes
+            source = Buffer("row_sums") if has_sums else Buffer("row_grads")
+            added[buffer] = [*before, *added.get(source, [])]
         elif buffer.region == "row_grads":
             added[buffer] = [*before, op.micro_batch]
         elif buffer.region == "grad_slot" and buffer.index == op.table_grad:
@@ -160,20 +198,27 @@ def _note_added(op: Op, added: dict[Buffer, list[int]]) -> list[str]:
 def _owner(op: Op, buffer: Buffer, spec: StepSpec) -> int:
     """Return the unit whose weights or gradient an op reads or writes in a slot."""
     of_table = {("slot", op.table), ("grad_slot", op.table_grad)}
+    if op.kind == "V":
+        of_table.add(("grad_shard", op.grad_shard))
     return spec.embedding_unit if (buffer.region, buffer.index) in of_table else op.unit
 
 
-def _wanted(op: Op, spec: StepSpec) -> list[int]:
-    """Return the micro-batches in a complete gradient; a tied table has the head's, then those of its
-    rows."""
-    twice = spec.tied and spec.sums_rows and op.unit == spec.embedding_unit
-    return [*range(spec.micro_batches)] * (2 if twice else 1)
+def _wanted(op: Op, buffer: Buffer, spec: StepSpec) -> list[int] | None:
+    """Return the micro-batches that an op must find in a gradient: all in a complete one, after which a tied
+    table has those of its rows as well; None if any will do."""
+    if op.kind == "D":
+        twice = spec.tied and spec.sums_rows and op.unit == spec.embedding_unit
+        return [*range(spec.micro_batches)] * (2 if twice else 1)
+    if spec.reduction == EXACT and (op.kind, buffer.region) in (("T", "grad_slot"), ("V", "row_grads")):
+        return [op.micro_batch]  # each is added by itself
+    return None
 
 
 def _check_complete(ops: Sequence[Op], spec: StepSpec) -> list[str]:
     """Check that each unit works exactly once per step and micro-batch, and that nothing else runs."""
     expected = _expected(spec)
-    counts = Counter((op.step, op.kind, op.unit, op.micro_batch) for op in ops if op.kind != "U")
+    fetches = "U" if spec.world == 1 else "UJ"
+    counts = Counter((op.step, op.kind, op.unit, op.micro_batch) for op in ops if op.kind not in fetches)
     wanted = {(step, *key) for step in {op.step for op in ops} for key in expected}
     return [
         f"step {step} runs {Op(kind, unit, m)} {counts[step, kind, unit, m]} times instead of "
@@ -184,7 +229,7 @@ def _check_complete(ops: Sequence[Op], spec: StepSpec) -> list[str]:
 
 
 def _expected(spec: StepSpec) -> set[tuple[str, int, int]]:
-    """(kind, unit, micro-batch) of all ops of a step except uploads."""
+    """(kind, unit, micro-batch) of all ops of a step except uploads and joins."""
     micro_batches = range(spec.micro_batches)
     per_micro_batch = {("F", u) for u in range(spec.head)}
     if spec.evaluate:
@@ -198,7 +243,10 @@ def _expected(spec: StepSpec) -> set[tuple[str, int, int]]:
         if last < spec.micro_batches - 1:
             kinds = "PS" if spec.adds_on_host else "P"
             expected |= {(kind, u, last) for u in spec.host_sums for kind in kinds}
-        expected |= {("G", u, first) for u in spec.host_sums if not spec.begins(u, first)}
+        expected |= {("G", u, first) for u in spec.host_sums if spec.continues(u, first)}
+    given = {u for u in spec.trainable if u <= spec.head}
+    expected |= {("T", u, m) for u in given for m in micro_batches if spec.totals(u, m)}
+    expected |= {("V", 0, m) for m in micro_batches if spec.totals_rows(m)}
     expected |= {("D", u, -1) for u in spec.trainable}
     expected |= {("W", u, -1) for u in spec.saved}
     return expected | {("N", -1, -1)} | {("A" if u in spec.resident else "O", u, -1) for u in spec.trainable}
@@ -216,7 +264,7 @@ def _check_waste(ops: Sequence[Op], waits: Sequence[tuple[int, ...]]) -> list[st
                 errors.append(
                     f"{unread[buffer]} fills {buffer} and nothing reads it before {op} overwrites it"
                 )
-            if op.kind in "URG":
+            if op.kind in "UJRG":
                 unread[buffer] = op
     errors += [f"{op} fills {buffer} and nothing reads it" for buffer, op in unread.items()]
     minimal = derive_waits(ops)
@@ -230,10 +278,15 @@ def _check_waste(ops: Sequence[Op], waits: Sequence[tuple[int, ...]]) -> list[st
 def _check_room(ops: Sequence[Op], spec: StepSpec) -> list[str]:
     """Check that slots are within those allocated, and that ops use the slots they declare."""
     errors = []
+    shared = spec.world > 1
+    grad_slots = spec.grad_slots + 1 + len(spec.own_grad_slots)
+    grad_shards = spec.grad_slots + 1 + len(spec.own_grad_shards)
     for op in ops:
         for region, own, count in (
             ("slot", (op.slot, op.table), spec.slots + 1),
-            ("grad_slot", (op.grad_slot, op.table_grad), spec.grad_slots + 1 + len(spec.own_grad_slots)),
+            ("shard", (op.shard,), spec.slots + 1 if shared else 0),
+            ("grad_slot", (op.grad_slot, op.table_grad), grad_slots),
+            ("grad_shard", (op.grad_shard,), grad_shards if shared else 0),
             ("sum_slab", (op.sum_slab,), SUM_SLABS if spec.adds_on_host else 0),
             ("slab", (op.slab,), spec.grad_slabs + 1 if spec.update == "eager" else 0),
             ("boundary_slot", (op.boundary_slot,), spec.boundary_slots),
@@ -256,11 +309,10 @@ def _check_room(ops: Sequence[Op], spec: StepSpec) -> list[str]:
 def _suits(region: str, number: int, unit: int, spec: StepSpec) -> bool:
     """Whether a slot is one of those for the unit: the outer one for head and table, its own if it has one,
     else one of the ring."""
-    outer = {"slot": spec.outer_slot, "grad_slot": spec.outer_grad_slot}.get(region)
-    if outer is None:
+    if region not in ("slot", "shard", "grad_slot", "grad_shard"):
         return True
+    outer = spec.outer_grad_slot if region.startswith("grad") else spec.outer_slot
     if unit >= spec.head:
         return number == outer
-    if region == "grad_slot" and unit in spec.own_grad_slots:
-        return number == outer + 1 + spec.own_grad_slots.index(unit)
-    return number < outer
+    own = {"grad_slot": spec.own_grad_slots, "grad_shard": spec.own_grad_shards}.get(region, ())
+    return number == outer + 1 + own.index(unit) if unit in own else number < outer

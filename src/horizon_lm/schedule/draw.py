@@ -14,6 +14,7 @@ from horizon_lm.schedule.ops import Lane, Op
 Span = tuple[Op, float, float]
 MEANING = {
     "U": "upload weights",
+    "J": "gather weights from all ranks",
     "F": "forward",
     "X": "spill a layer's input",
     "L": "loss",
@@ -21,6 +22,8 @@ MEANING = {
     "R": "restore a layer's input",
     "C": "recompute",
     "B": "backward",
+    "T": "add up gradients of all ranks",
+    "V": "add up gradients of embedding rows",
     "P": "park gradients between rounds",
     "S": "add gradients of a micro-batch",
     "G": "get gradients back",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from horizon_lm.schedule.ops import Buffer, Op
-from horizon_lm.schedule.step_spec import KEEP, StepSpec
+from horizon_lm.schedule.step_spec import EXACT, FAST, KEEP, StepSpec
 
 _NOTHING = frozenset({None})
 
@@ -21,7 +21,7 @@ def _slot(slot: int) -> Buffer | None:
 
 def _weights(spec: StepSpec, unit: int, slot: int) -> Buffer | None:
     """Where an op finds the unit's weights: at their home if that is the device, else in a slot."""
-    return Buffer("weights", unit) if unit in spec.resident else _slot(slot)
+    return Buffer("weights", unit) if unit in spec.resident - spec.in_slots else _slot(slot)
 
 
 def _grad_slot(grad_slot: int) -> Buffer | None:
@@ -33,13 +33,21 @@ def _added_to(spec: StepSpec, unit: int, m: int, grad_slot: int) -> Buffer | Non
     return None if spec.begins(unit, m) else _grad_slot(grad_slot)
 
 
-def _gradient(spec: StepSpec, unit: int, grad_slot: int) -> Buffer:
+def _held(spec: StepSpec, place: int) -> tuple[Buffer, int, int]:
+    """The buffer on the device in which a gradient becomes complete, a slot or the rank's shard, and an op's
+    `grad_slot` and `grad_shard` for it."""
+    if spec.world == 1:
+        return Buffer("grad_slot", place), place, -1
+    return Buffer("grad_shard", place), -1, place
+
+
+def _gradient(spec: StepSpec, unit: int, place: int) -> Buffer:
     """The buffer from which a unit's update reads its gradient.
 
-    Eager updates of a resident unit read it in its slot.
+    Eager updates of a resident unit read it on the device.
     """
     if spec.update == "eager" and unit in spec.resident:
-        return Buffer("grad_slot", grad_slot)
+        return _held(spec, place)[0]
     slab = spec.slab(unit)
     return Buffer("grads", unit) if slab < 0 else Buffer("slab", slab)
 
@@ -49,8 +57,19 @@ def _call(m: int) -> Buffer:
     return Buffer("call", -1, m)
 
 
-def upload(unit: int, slot: int) -> Op:
-    return Op("U", unit, reads=_set(Buffer("weights", unit)), writes=_set(_slot(slot)), slot=slot)
+def upload(spec: StepSpec, unit: int, slot: int) -> Op:
+    """With several ranks: of the rank's share, into the buffer with the number of the slot."""
+    reads = _set(Buffer("weights", unit))
+    if spec.world == 1:
+        return Op("U", unit, reads=reads, writes=_set(_slot(slot)), slot=slot)
+    return Op("U", unit, reads=reads, writes=_set(Buffer("shard", slot)), shard=slot)
+
+
+def join(spec: StepSpec, unit: int, slot: int) -> Op:
+    """Reads a resident's share at its home, like A."""
+    shard = -1 if unit in spec.resident else slot
+    share = Buffer("weights", unit) if shard < 0 else Buffer("shard", shard)
+    return Op("J", unit, reads=_set(share), writes=_set(_slot(slot)), slot=slot, shard=shard)
 
 
 def forward(spec: StepSpec, unit: int, m: int, slot: int) -> Op:
@@ -58,7 +77,7 @@ def forward(spec: StepSpec, unit: int, m: int, slot: int) -> Op:
     if unit == 0:
         # The first micro-batch's op takes the rows of all: another unit may replace the table.
         rows = Buffer("rows") if m == 0 and spec.lowest_backward == 0 and not spec.evaluate else None
-        table = spec.outer_slot if spec.embedding_unit in spec.uploaded else -1
+        table = spec.outer_slot if spec.embedding_unit in spec.in_slots else -1
         reads = _set(_weights(spec, 0, slot), _weights(spec, spec.embedding_unit, table))
         return Op("F", 0, m, reads, _set(_call(m), output, rows), slot, table=table)
     graph = Buffer("graph", unit, m) if policy else None
@@ -106,15 +125,35 @@ def backward(spec: StepSpec, unit: int, m: int, slot: int, grad_slot: int) -> Op
 
 def backward_prologue(spec: StepSpec, m: int, slot: int, grad_slot: int) -> Op:
     """Backward of the prologue. The last micro-batch's op adds the summed rows to the table's gradient in the
-    outer slot, which for a tied table already holds the head's gradient."""
+    outer slot, which for a tied table already holds the head's gradient; with several ranks, V does."""
     sums = Buffer("row_grads") if spec.sums_rows else None
-    table_grad = spec.outer_grad_slot if spec.sums_rows and m == spec.micro_batches - 1 else -1
+    adds_to_table = spec.sums_rows and m == spec.micro_batches - 1 and spec.world == 1
+    table_grad = spec.outer_grad_slot if adds_to_table else -1
     table, weights = _grad_slot(table_grad), _weights(spec, 0, slot)
     reads = _set(weights, _call(m), Buffer("rows"), Buffer("input_grad", -1, m))
-    reads |= _set(_added_to(spec, 0, m, grad_slot), sums if m else None, table if spec.tied else None)
+    earlier = sums if m and not spec.totals_rows(m - 1) else None
+    reads |= _set(_added_to(spec, 0, m, grad_slot), earlier, table if spec.tied else None)
     writes = _set(_grad_slot(grad_slot), sums, table)
     first = spec.begins(0, m)
     return Op("B", 0, m, reads, writes, slot, grad_slot, table_grad=table_grad, first=first)
+
+
+def total(spec: StepSpec, unit: int, m: int, grad_slot: int, grad_shard: int) -> Op:
+    # Writes to the slot as well: parameters without a gradient are zeroed there.
+    given, shard, first = _grad_slot(grad_slot), Buffer("grad_shard", grad_shard), spec.begins_total(unit, m)
+    reads, writes = _set(given, None if first else shard), _set(given, shard)
+    return Op("T", unit, m, reads, writes, grad_slot=grad_slot, grad_shard=grad_shard, first=first)
+
+
+def total_rows(spec: StepSpec, m: int) -> Op:
+    """The last one adds the rows to the rank's share of the table's gradient, which for a tied table already
+    holds the head's."""
+    sums = Buffer("row_sums") if spec.reduction == EXACT else None
+    grad_shard = spec.outer_grad_slot if m == spec.micro_batches - 1 else -1
+    table = Buffer("grad_shard", grad_shard) if grad_shard >= 0 else None
+    first = m == 0 or spec.reduction == FAST
+    reads = _set(Buffer("row_grads"), None if first else sums, table if spec.tied else None)
+    return Op("V", 0, m, reads, _set(sums, table), grad_shard=grad_shard, first=first)
 
 
 def from_boundary_slot(op: Op, boundary_slot: int) -> Op:
@@ -124,11 +163,12 @@ def from_boundary_slot(op: Op, boundary_slot: int) -> Op:
     return replace(op, reads=reads, boundary_slot=boundary_slot)
 
 
-def park(spec: StepSpec, unit: int, m: int, grad_slot: int, sum_slab: int) -> Op:
-    """The gradient after a round; m: its last micro-batch. sum_slab: where the host adds it up."""
+def park(spec: StepSpec, unit: int, m: int, place: int, sum_slab: int) -> Op:
+    """The gradient after a round; m: its last micro-batch. place: slot or shard. sum_slab: where the host
+    adds it up."""
     target = Buffer("sum_slab", sum_slab) if spec.adds_on_host else Buffer("sum", unit)
-    reads = _set(_grad_slot(grad_slot))
-    return Op("P", unit, m, reads, _set(target), grad_slot=grad_slot, sum_slab=sum_slab)
+    held, slot, shard = _held(spec, place)
+    return Op("P", unit, m, _set(held), _set(target), grad_slot=slot, grad_shard=shard, sum_slab=sum_slab)
 
 
 def add(unit: int, m: int, sum_slab: int) -> Op:
@@ -136,16 +176,19 @@ def add(unit: int, m: int, sum_slab: int) -> Op:
     return Op("S", unit, m, reads, _set(Buffer("sum", unit)), sum_slab=sum_slab, first=m == 0)
 
 
-def get_back(unit: int, m: int, grad_slot: int) -> Op:
-    """Runs before the first micro-batch m of a round adds to the gradient."""
-    return Op("G", unit, m, _set(Buffer("sum", unit)), _set(_grad_slot(grad_slot)), grad_slot=grad_slot)
+def get_back(spec: StepSpec, unit: int, m: int, place: int) -> Op:
+    """Runs before the first micro-batch m of a round adds to the gradient. place: slot or shard."""
+    held, slot, shard = _held(spec, place)
+    return Op("G", unit, m, _set(Buffer("sum", unit)), _set(held), grad_slot=slot, grad_shard=shard)
 
 
-def download(spec: StepSpec, unit: int, grad_slot: int) -> Op:
+def download(spec: StepSpec, unit: int, place: int) -> Op:
+    """place: slot or shard."""
+    held, slot, shard = _held(spec, place)
     # Writes to the slot as well: parameters without a gradient are zeroed there.
-    writes = _set(_gradient(spec, unit, grad_slot), Buffer("sqnorm", unit), _grad_slot(grad_slot))
+    writes = _set(_gradient(spec, unit, place), Buffer("sqnorm", unit), held)
     slab = spec.slab(unit)
-    return Op("D", unit, reads=_set(_grad_slot(grad_slot)), writes=writes, grad_slot=grad_slot, slab=slab)
+    return Op("D", unit, reads=_set(held), writes=writes, grad_slot=slot, grad_shard=shard, slab=slab)
 
 
 def norm(spec: StepSpec) -> Op:
@@ -155,13 +198,13 @@ def norm(spec: StepSpec) -> Op:
     return Op("N", reads=frozenset(norms), writes=_set(Buffer("clip")))
 
 
-def optimize(spec: StepSpec, unit: int, grad_slot: int = -1) -> Op:
+def optimize(spec: StepSpec, unit: int, place: int = -1) -> Op:
     """Eager updates read the loss and their own gradient's norm, others the global norm.
 
-    grad_slot: of an eager update on the device.
+    place: slot or shard of an eager update on the device.
     """
     state, weights = Buffer("state", unit), Buffer("weights", unit)
-    gradient = _gradient(spec, unit, grad_slot)
+    gradient = _gradient(spec, unit, place)
     reads = {gradient, state, weights}
     if spec.update == "eager":
         reads |= {Buffer("loss", -1, m) for m in range(spec.micro_batches)}
@@ -171,8 +214,8 @@ def optimize(spec: StepSpec, unit: int, grad_slot: int = -1) -> Op:
     writes = _set(state, weights)
     if unit not in spec.resident:
         return Op("O", unit, reads=frozenset(reads), writes=writes, slab=spec.slab(unit))
-    grad_slot = gradient.index if gradient.region == "grad_slot" else -1
-    return Op("A", unit, reads=frozenset(reads), writes=writes, grad_slot=grad_slot)
+    slot, shard = _held(spec, place)[1:] if spec.update == "eager" else (-1, -1)
+    return Op("A", unit, reads=frozenset(reads), writes=writes, grad_slot=slot, grad_shard=shard)
 
 
 def write(spec: StepSpec, unit: int) -> Op:

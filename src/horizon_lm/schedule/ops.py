@@ -6,6 +6,7 @@ pass of unit 3 on micro-batch 1. Independent of torch, streams and threads.
 Kinds, in the order of a step (u: unit, m: micro-batch):
 
     Uu     upload    weights of unit u into a device slot                      upload
+    Ju     join      the shares of unit u's weights of all ranks into a slot   network
     Fu.m   forward   look-up and prologue (u = 0), or a decoder layer            compute
     Xu.m   spill     the layer's input to host memory                           download
     Lu.m   loss      head: final norm, logits and loss by chunks, their gradients compute
@@ -14,6 +15,8 @@ Kinds, in the order of a step (u: unit, m: micro-batch):
     Cu.m   recompute a layer of a block, for the inputs of the layers above it   compute
     Bu.m   backward  recompute what was not kept, then the gradients of unit u
                      (u = 0: of the embedding table's rows as well)              compute
+    Tu.m   total     the gradients of unit u of all ranks: each its share of the sum  network
+    V0.m   rows      those of the embedding table's rows                        network
     Pu.m   park      the gradient of unit u that later rounds add to, to host memory download
     Su.m   sum       add that of one micro-batch to the sum in host memory        update
     Gu.m   get back  that sum into a gradient slot                               upload
@@ -23,8 +26,12 @@ Kinds, in the order of a step (u: unit, m: micro-batch):
     Au     apply     optimizer step of unit u on the device, where it lives      device_update
     Wu     write     weights and optimizer state of unit u to a checkpoint      disk
 
-A step of several rounds repeats U to B for the micro-batches of each; P, S and G carry the gradients from one
+A step of several rounds repeats U to V for the micro-batches of each; P, S and G carry the gradients from one
 round to the next. A resident unit has no U, and A instead of O.
+
+J, T and V occur with several ranks only, and are collectives: all ranks run them in the same order. Each
+rank then holds a share of every unit: U brings it to the device, and P, G, D, O and A work on the rank's
+share of the gradient.
 """
 
 from __future__ import annotations
@@ -44,6 +51,7 @@ class Lane(StrEnum):
     UPDATE = "update"
     DEVICE_UPDATE = "device_update"
     DISK = "disk"
+    NETWORK = "network"
 
 
 LANE_OF_KIND = {
@@ -63,6 +71,9 @@ LANE_OF_KIND = {
     "O": Lane.UPDATE,
     "A": Lane.DEVICE_UPDATE,
     "W": Lane.DISK,
+    "J": Lane.NETWORK,
+    "T": Lane.NETWORK,
+    "V": Lane.NETWORK,
 }
 
 
@@ -90,8 +101,12 @@ class Op:
     eager A). slab: host buffer of an eager unit's gradient (D, O). sum_slab: host buffer of a gradient to be
     added on the host (P, S). boundary_slot: device slot of a stored input (R, C, B). table, table_grad:
     weight slot (F0) and gradient slot (the last B0) of the embedding table.
-    first: overwrites the gradient; later ops add to it. policy: what F and C leave for the backward pass
-    (`StepSpec.policy`). step: the step whose data or gradients the op works on.
+    first: overwrites the gradient or the sum; later ops add to it. policy: what F and C leave for the
+    backward pass (`StepSpec.policy`). step: the step whose data or gradients the op works on.
+
+    With several ranks, U fills `shard`, a device buffer of the rank's share, and J gathers shares from it
+    (residents: from their home) into `slot`. T takes gradients from `grad_slot` (L, B, T) and adds the
+    rank's share to `grad_shard`, on which the last V, P, G, D and eager A work too.
     """
 
     kind: str
@@ -109,6 +124,8 @@ class Op:
     first: bool = False
     policy: str = ""
     step: int = 0
+    shard: int = -1
+    grad_shard: int = -1
 
     @property
     def lane(self) -> Lane:

@@ -13,9 +13,9 @@ def place_in_slots(spec: StepSpec) -> tuple[list[dict[int, int]], list[list[tupl
 
     An upload is issued up to `slots - 1` visits ahead, into a slot that none of those visits uses; among
     several, the one whose unit is needed last (Belady 1966). A unit still in its slot, as at the
-    turnaround and between two rounds, is not uploaded again.
+    turnaround and between two rounds, is not uploaded again. With several ranks, units are joined then.
     """
-    visits = [[u for u in units if u in spec.uploaded and u < spec.head] for units in spec.visits]
+    visits = [[u for u in units if u in spec.in_slots and u < spec.head] for units in spec.visits]
     visits = visits * spec.rounds
     ahead = spec.slots - 1
     holds: list[int | None] = [None] * spec.slots
@@ -48,12 +48,14 @@ def place_in_slots(spec: StepSpec) -> tuple[list[dict[int, int]], list[list[tupl
 
 
 def place_gradients(spec: StepSpec) -> tuple[list[dict[int, int]], list[list[tuple[int, int, int]]]]:
-    """Assign a gradient slot to each trainable unit of each backward visit of all rounds; return slots by
-    visit, and before each visit the gradients to bring back: (unit, first micro-batch to add, slot).
+    """Assign a gradient slot, or with several ranks a shard, to each trainable unit of each backward visit of
+    all rounds; return slots by visit, and before each visit the gradients to bring back: (unit, first
+    micro-batch to add, slot).
 
     They are brought back as soon as their slot is free, at most `grad_slots - 1` visits ahead.
     """
-    own = {unit: spec.grad_slots + 1 + k for k, unit in enumerate(spec.own_grad_slots)}
+    own_places = spec.own_grad_slots or spec.own_grad_shards
+    own = {unit: spec.grad_slots + 1 + k for k, unit in enumerate(own_places)}
     placed: list[dict[int, int]] = []
     brought: list[list[tuple[int, int, int]]] = [[] for _ in spec.visits * spec.rounds]
     last_visit = [-1] * spec.grad_slots  # that used the slot
@@ -73,7 +75,7 @@ def place_gradients(spec: StepSpec) -> tuple[list[dict[int, int]], list[list[tup
             else:
                 slots[unit] = slot = count % spec.grad_slots
                 count += 1
-                if unit in spec.host_sums and not spec.begins(unit, m):
+                if spec.continues(unit, m):
                     earliest = max(last_visit[slot] + 1, parked[unit] + 1, visit - spec.grad_slots + 1)
                     brought[earliest].append((unit, m, slot))
                 last_visit[slot] = parked[unit] = visit
@@ -81,10 +83,33 @@ def place_gradients(spec: StepSpec) -> tuple[list[dict[int, int]], list[list[tup
     return placed, brought
 
 
+def place_shares(spec: StepSpec, placed: list[dict[int, int]]) -> list[dict[tuple[int, int], int]]:
+    """Return, for each visit, the gradient slot of each unit and micro-batch. placed: by `place_gradients`.
+
+    One rank adds up all micro-batches in the unit's slot. With several ranks, the gradients between two sums
+    over ranks take the next slot of the ring.
+    """
+    found: list[dict[tuple[int, int], int]] = []
+    count = 0
+    for visit, places in enumerate(placed):
+        slots: dict[tuple[int, int], int] = {}
+        now = dict(places)
+        for m in spec.micro_batches_of(visit // len(spec.visits)):
+            for unit in places:
+                if spec.world > 1 and unit < spec.head and spec.begins(unit, m):
+                    now[unit] = count % spec.grad_slots
+                    count += 1
+                slots[unit, m] = now[unit]
+        found.append(slots)
+    return found
+
+
 def gradient_slots_of(spec: StepSpec, units: Collection[int]) -> set[int]:
     """Return the gradient slots in which gradients of `units` accumulate."""
-    found = {slot for slots in place_gradients(spec)[0] for unit, slot in slots.items() if unit in units}
-    return found | {spec.outer_grad_slot} if spec.embedding_unit in units else found
+    shares = place_shares(spec, place_gradients(spec)[0])
+    found = {slot for slots in shares for (unit, _), slot in slots.items() if unit in units}
+    adds_rows = spec.world == 1 and spec.embedding_unit in units
+    return found | {spec.outer_grad_slot} if adds_rows else found
 
 
 def turnaround(spec: StepSpec) -> int:

@@ -2,7 +2,7 @@
 
 Units are numbered 0 (prologue), 1 .. layers, layers + 1 (head). The embedding table is unit layers + 2, or
 part of the head if tied. Prologue and layers share a ring of slots; head and embedding table share the outer
-slot, numbered after the ring's. Resident units need no weight slot.
+slot, numbered after the ring's. Resident units need no weight slot, unless several ranks hold shares of them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import cached_property
 UPDATES = ("sync", "deferred", "eager")
 RECOMPUTE, ATTENTION, PRODUCTS, KEEP, NOTHING = "recompute", "attention", "products", "keep", ""
 SUMS = ("device", "host", "add")
+EXACT, FAST = "exact", "fast"
 SUM_SLABS = 2
 _NONE: frozenset[int] = frozenset()
 
@@ -27,7 +28,8 @@ class StepSpec:
     trainable: units with a gradient; frozen units have none.
     embedding_unit: unit that owns the embedding table; the head if tied.
     embedding_frozen: the table has no gradient, although other parameters of its unit may.
-    slots, grad_slots: number of slots in the ring.
+    micro_batches: of each rank.
+    slots, grad_slots: number of slots in the ring, and of buffers for shares of weights and of gradients.
     update: `sync`: all updates at the end of the step; `deferred`: in the next step, each before its unit is
         used; `eager`: each as soon as its gradient is in host memory.
     grad_slabs: with eager updates, host buffers for the gradients of layers, round-robin; head and embedding
@@ -36,8 +38,8 @@ class StepSpec:
     sums: where a gradient waits for the next round, in this and all other steps of a run: `device`: in
         a gradient slot of its own, also in a step of one round; `host`: in host memory, from which it is
         brought back; `add`: the host adds up the gradients of single micro-batches, and the sum is brought
-        back for the last one (with larger rounds as `host`); "" in a run without rounds. Head and embedding
-        table wait in the outer slot.
+        back for the last one (with larger rounds or several ranks as `host`); "" in a run without rounds.
+        Head and embedding table wait in the outer slot. With several ranks, shares of gradients wait.
     kept: layers (units) that keep their activations instead of recomputing them.
     attention, products: layers that keep only the results of attention, or those of all matrix products too.
     checkpoint_interval: layers per block, recomputed from one stored input.
@@ -45,6 +47,9 @@ class StepSpec:
     boundary_slots: device buffers for restored inputs.
     evaluate: forward pass and loss only.
     saved: units written to a checkpoint during this step, as the previous step left them.
+    world: number of ranks, each of which holds a share of every unit.
+    reduction: how several ranks add up gradients: `exact`: each micro-batch's, in the order of all ranks'
+        micro-batches; `fast`: each rank adds up its own of a round first; "" with one rank.
     """
 
     layers: int
@@ -68,6 +73,8 @@ class StepSpec:
     sums: str = ""
     attention: frozenset[int] = _NONE
     products: frozenset[int] = _NONE
+    world: int = 1
+    reduction: str = ""
 
     def __post_init__(self) -> None:
         lowest = {
@@ -79,6 +86,7 @@ class StepSpec:
             "checkpoint_interval": 1,
             "boundary_slots": 1,
             "rounds": 1,
+            "world": 1,
         }
         for name, bound in lowest.items():
             if getattr(self, name) < bound:
@@ -108,6 +116,12 @@ class StepSpec:
             )
         if self.sums not in SUMS and (self.sums or self.rounds > 1):
             raise ValueError(f"sums={self.sums!r} with rounds={self.rounds}; hint: {' | '.join(SUMS)}")
+        reductions = (EXACT, FAST) if self.world > 1 else ("",)
+        if self.reduction not in reductions:
+            raise ValueError(
+                f"reduction={self.reduction!r} with world={self.world}; hint: "
+                + (" | ".join(reductions) if self.world > 1 else "only several ranks add up gradients")
+            )
         policies = (self.kept, self.attention, self.products)
         if sum(map(len, policies)) != len(frozenset().union(*policies)):
             raise ValueError("a layer has two policies; hint: kept, attention and products are disjoint")
@@ -124,6 +138,11 @@ class StepSpec:
     def tied(self) -> bool:
         return self.embedding_unit == self.head
 
+    @cached_property
+    def in_slots(self) -> frozenset[int]:
+        """Units whose weights are read in a slot; residents only if the rank holds but a share of them."""
+        return self.uploaded | self.resident if self.world > 1 else self.uploaded
+
     @property
     def outer_slot(self) -> int:
         """The weight slot of the embedding table, then of the head if it is another unit."""
@@ -131,7 +150,8 @@ class StepSpec:
 
     @property
     def outer_grad_slot(self) -> int:
-        """The gradient slot of the head, then of the embedding table if it is another unit."""
+        """The gradient slot of the head, then of the embedding table if it is another unit. With several
+        ranks, this is the number of their shard, and of a slot of the head."""
         return self.grad_slots
 
     @staticmethod
@@ -156,7 +176,12 @@ class StepSpec:
     @cached_property
     def own_grad_slots(self) -> tuple[int, ...]:
         """Units with a gradient slot of their own, in the order of the slots, which follow the outer one."""
-        return self._below_head if self.sums == "device" else ()
+        return self._below_head if self.sums == "device" and self.world == 1 else ()
+
+    @cached_property
+    def own_grad_shards(self) -> tuple[int, ...]:
+        """The same for shards of gradients, with several ranks."""
+        return self._below_head if self.sums == "device" and self.world > 1 else ()
 
     @cached_property
     def host_sums(self) -> frozenset[int]:
@@ -170,13 +195,36 @@ class StepSpec:
     @property
     def adds_on_host(self) -> bool:
         """Whether the host adds up gradients: rounds of one micro-batch give it one gradient at a time, so
-        that the order of additions is the same as on the device."""
-        return self.sums == "add" and self.round_size == 1 and bool(self.host_sums)
+        that the order of additions is the same as on the device. Never with several ranks."""
+        return self.sums == "add" and self.round_size == 1 and self.world == 1 and bool(self.host_sums)
 
     def begins(self, unit: int, m: int) -> bool:
         """Whether the gradient of a micro-batch overwrites its slot rather than being added to it."""
+        if self.world > 1:
+            return self.totals(unit, m - 1) if m else True
         alone = self.adds_on_host and unit in self.host_sums and m < self.micro_batches - 1
         return m == 0 or alone
+
+    def totals(self, unit: int, m: int) -> bool:
+        """Whether the unit's gradients are added up over ranks after a micro-batch. With `fast` after the
+        last one of a round, since other units need the slot; those of the head once, which has its own."""
+        if self.reduction == FAST:
+            return self.ends_round(m) if unit < self.head else m == self.micro_batches - 1
+        return self.reduction == EXACT
+
+    def begins_total(self, unit: int, m: int) -> bool:
+        """Whether the sum over ranks after a micro-batch overwrites the unit's shard."""
+        if self.reduction == FAST:
+            return m < self.round_size or unit == self.head
+        return m == 0
+
+    def totals_rows(self, m: int) -> bool:
+        """Whether gradients of the embedding's rows are added up over ranks after a micro-batch."""
+        return self.sums_rows and self.totals(self.head, m)
+
+    def continues(self, unit: int, m: int) -> bool:
+        """Whether a round that begins with micro-batch m adds to a gradient that waited in host memory."""
+        return unit in self.host_sums and m > 0 and (self.world > 1 or not self.begins(unit, m))
 
     def accumulates_in_slot(self, unit: int) -> bool:
         """Whether a gradient needs a slot even if the host buffer could hold it: with eager updates, that of

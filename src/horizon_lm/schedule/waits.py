@@ -11,7 +11,9 @@ from horizon_lm.schedule.ops import Buffer, Lane, Op
 TRANSIENT = frozenset(
     {
         "slot",
+        "shard",
         "grad_slot",
+        "grad_shard",
         "slab",
         "sum",
         "sum_slab",
@@ -23,6 +25,7 @@ TRANSIENT = frozenset(
         "boundary_slot",
         "input_grad",
         "row_grads",
+        "row_sums",
     }
 )
 

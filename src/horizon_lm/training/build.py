@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from horizon_lm.checkpoint.folder import Checkpoint
 from horizon_lm.checkpoint.identify import check_is_model
 from horizon_lm.checkpoint.model import has_own_code, hollow_model, weights_of
 from horizon_lm.checkpoint.reader import read_small
-from horizon_lm.config import TrainConfig, model_settings_of
+from horizon_lm.config import ModelSettings, TrainConfig, model_settings_of
+from horizon_lm.distributed.outcomes import in_turns
+from horizon_lm.distributed.ranks import ALONE, Ranks
 from horizon_lm.engine.policies import DTYPES
 from horizon_lm.errors import CheckpointError, ConfigError
 from horizon_lm.host_model import HostModel
+from horizon_lm.machine.memory import available_host_bytes
 from horizon_lm.model.loading import grow_vocabulary, load_model_of
 from horizon_lm.training.resume import Resume
 
@@ -78,9 +83,16 @@ def _is_whole(checkpoint: Checkpoint) -> bool:
     return "config.json" in files and "tokenizer_config.json" in files
 
 
-def model_without_source(checkpoint: Checkpoint, config: TrainConfig) -> HostModel:
+def model_without_source(checkpoint: Checkpoint, config: TrainConfig, ranks: Ranks = ALONE) -> HostModel:
     """Build the model of a checkpoint without values, which `restore` loads."""
-    settings = model_settings_of(config)
+
+    def load() -> nn.Module:
+        return _without_values(checkpoint, config)
+
+    return hosted(load, model_settings_of(config), ranks)
+
+
+def _without_values(checkpoint: Checkpoint, config: TrainConfig) -> nn.Module:
     hollow = hollow_model(
         checkpoint,
         trust_remote_code=config.trust_remote_code,
@@ -92,25 +104,46 @@ def model_without_source(checkpoint: Checkpoint, config: TrainConfig) -> HostMod
     buffers = weights_of(checkpoint, DTYPES[config.dtype])[-1].load()
     hollow.load_state_dict({**zeros, **buffers}, strict=False, assign=True)
     hollow.tie_weights()
-    return HostModel(hollow, settings)
+    return hollow
 
 
-def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> HostModel:
+def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, ranks: Ranks = ALONE) -> HostModel:
     """Read the model to train, or draw random weights (by default with the tokenizer's vocabulary)."""
     settings = model_settings_of(config)
-    if config.model_name_or_path is not None:
-        model = load_model_of(config.model_name_or_path, settings)
+    name = config.model_name_or_path
+    if name is None:
+        assert config.init_model is not None  # checked by TrainConfig
+        return HostModel.from_config(_fitting(config, tokenizer), settings)
+
+    def load() -> nn.Module:
+        model = load_model_of(name, settings)
         if config.new_tokens:
             grow_vocabulary(model, len(tokenizer), config.seed)
-        return HostModel(model, settings)
-    assert config.init_model is not None  # checked by TrainConfig
+        return model
+
+    return hosted(load, settings, ranks)
+
+
+def hosted(load: Callable[[], nn.Module], settings: ModelSettings, ranks: Ranks) -> HostModel:
+    """Load a model and move it to the store. The ranks of a node do so one after another, since each has the
+    whole model for a moment."""
+    if ranks.world == 1:
+        return HostModel(load(), settings, ranks=ranks)
+    memory = (
+        available_host_bytes(settings.host_memory_bytes) // ranks.local_world
+    )  # before any takes its share
+    return in_turns(ranks, lambda: HostModel(load(), settings, host_memory=memory, ranks=ranks))
+
+
+def _fitting(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return init_model with the tokenizer's vocabulary and special tokens as defaults."""
     fitting = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    values = {**fitting, **config.init_model}
+    values = {**fitting, **(config.init_model or {})}
     if config.new_tokens:
         values["vocab_size"] = max(values["vocab_size"], len(tokenizer))
-    return HostModel.from_config(values, settings)
+    return values

@@ -66,6 +66,10 @@ class Callbacks:
         self.error: CallbackError | None = None
         self._saved: list[Path] = []
 
+    @property
+    def are_any(self) -> bool:
+        return bool(self._callbacks)
+
     def step_ended(self, record: StepRecord, metrics: Metrics | None) -> None:
         """Call on_log if there are metrics, then on_step_end."""
         step = record.step if record.rolled_back_to is None else record.rolled_back_to
@@ -103,6 +107,7 @@ class Callbacks:
             else "fix the callback, then start the run again",
         )
         found.__cause__ = self.error.__cause__
+        found.is_shared = True
         return found
 
     def _call(self, event: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from horizon_lm.checkpoint.units import copied_buffers
 from horizon_lm.checkpoint.writer import CheckpointWriter, Outcome, Snapshot
 from horizon_lm.host_model import HostModel
 from horizon_lm.io.leftovers import temporary_folder
+from horizon_lm.memory.shards import WHOLE
 from horizon_lm.memory.store import state_bytes
 from horizon_lm.report.metrics import versions
+from horizon_lm.training.together import Together
 from horizon_lm.words import size
 
 _MARGIN = 1.1  # free disk space wanted, as a multiple of what a checkpoint needs
@@ -41,7 +43,10 @@ class Content:
 
 
 class CheckpointSeries:
-    """Writer of a folder's checkpoints. `report` is told how each one ended."""
+    """Writer of a folder's checkpoints. `report` is told how each one ended.
+
+    All ranks of a run write each checkpoint together; what else changes the folder, rank 0 does alone.
+    """
 
     def __init__(
         self,
@@ -51,20 +56,35 @@ class CheckpointSeries:
         *,
         patience_seconds: float,
         replaces: bool = False,
+        together: Together | None = None,
     ) -> None:
         """replaces: see `CheckpointWriter`."""
+        self._together = together or Together()
         self.folder, self._model, self._report, self._replaces = folder, model, report, replaces
         self._patience_seconds = patience_seconds
         self._disk = Disk()
         self._versions = versions()
         self._writer: CheckpointWriter | None = None
         self.failed_in_a_row = 0
-        with suppress(OSError):
-            checkpoints.sweep(folder, self._disk)  # leftovers of a killed run; this run holds the lock
-        found, _ = checkpoints.list_checkpoints(folder)
-        self._serial = 1 + max((c.manifest.serial for c in found), default=0)
-        self.num_bytes = state_bytes(model.store.units, model.store.spec)
+        self._serial = self._together.first("serial number of the next checkpoint", self._next_serial)
+        self.num_bytes = checkpoint_bytes(model)
         model.engine.lanes.disk.patience_seconds = patience_seconds
+
+    def _next_serial(self) -> int:
+        with suppress(OSError):
+            checkpoints.sweep(self.folder, self._disk)  # leftovers of a killed run; this run holds the lock
+        found, _ = checkpoints.list_checkpoints(self.folder)
+        return 1 + max((c.manifest.serial for c in found), default=0)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no checkpoint is being written, or the one that is has ended unreported."""
+        writer = self._writer
+        return writer is None or writer.outcome is not None or self._is_stuck(writer)
+
+    def _is_stuck(self, writer: CheckpointWriter) -> bool:
+        """Tell whether the engine has given up a writer that still waits for the disk."""
+        return writer.was_abandoned and not self._model.is_saving
 
     def begin(self, content: Content, keep: Retention, *, background: bool, beside_bytes: int = 0) -> None:
         """Write a checkpoint of the model's state, after the one before has ended.
@@ -72,7 +92,9 @@ class CheckpointSeries:
         keep: see `CheckpointWriter`. beside_bytes: what else the disk needs room for.
         """
         self.finish()
-        problem = self._no_room(beside_bytes)
+        problem = self._together.first(
+            f"room for the checkpoint of step {content.step}", lambda: self._no_room(beside_bytes)
+        )
         if problem is not None:
             self._ended(Outcome(content.step, None, problem, 0, 0.0))
             return
@@ -114,7 +136,7 @@ class CheckpointSeries:
         writer = self._writer
         if writer is None:
             return
-        if writer.outcome is None and writer.was_abandoned and not self._model.is_saving:
+        if writer.outcome is None and self._is_stuck(writer):
             seconds = self._patience_seconds
             writer.give_up(f"the disk has not answered for {seconds:g} s (save_patience_seconds)")
         if writer.outcome is not None:
@@ -143,6 +165,11 @@ class CheckpointSeries:
     def _ended(self, outcome: Outcome) -> None:
         self.failed_in_a_row = 0 if outcome.error is None else self.failed_in_a_row + 1
         self._report(outcome)
+
+
+def checkpoint_bytes(model: HostModel) -> int:
+    """Return the bytes of a checkpoint, of all ranks together."""
+    return state_bytes(model.store.units, replace(model.store.spec, shard=WHOLE))
 
 
 def small_files(model: HostModel, save_tokenizer: Callable[[Path], object]) -> dict[str, bytes]:

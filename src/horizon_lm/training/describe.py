@@ -20,6 +20,7 @@ from horizon_lm.report.display import clock, number
 from horizon_lm.report.flops import FORMULA
 from horizon_lm.report.metrics import Metrics, mean_of_tail, read_evaluations, read_steps, versions
 from horizon_lm.text import redact
+from horizon_lm.training.ready import Ready
 from horizon_lm.words import count, parameters, size
 
 
@@ -90,15 +91,11 @@ def about_model(model: HostModel) -> str:
     )
 
 
-def header(
-    config: TrainConfig,
-    notes: Sequence[str],
-    data: TrainingData,
-    model: HostModel,
-    num_steps: int,
-    peak: float,
-) -> dict[str, Any]:
+def header(ready: Ready, notes: Sequence[str], num_steps: int, peak: float) -> dict[str, Any]:
+    """Return the first line of metrics.jsonl. peak: FLOP/s of one device."""
+    config, data, model, asked = ready.config, ready.data, ready.model, ready.asked
     is_cuda = model.device.type == "cuda"
+    world = asked.together.ranks.world
     return {
         "run_name": config.run_name,
         "versions": versions(),
@@ -120,7 +117,19 @@ def header(
         "data": data_record(config, data),
         "settings": config.to_dict(),
         "named": sorted(config.model_fields_set),
+        **({"plan": ready.plan.to_dict()} if ready.plan is not None else {}),
+        **({"world": world} if world > 1 else {}),
+        **({"launched_by": asked.launchers} if asked.launchers else {}),
     }
+
+
+def share_of_ranks(micro_batches: int, world: int) -> str:
+    """Say how the micro-batches of a step are shared out."""
+    each, rest = -(-micro_batches // world), micro_batches % world
+    return (
+        f"{count(micro_batches, 'micro-batch', 'micro-batches')} a step, {'up to ' if rest else ''}{each} on "
+        f"each of {world} ranks"
+    )
 
 
 def data_record(config: TrainConfig, data: TrainingData) -> dict[str, Any]:

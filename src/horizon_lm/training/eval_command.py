@@ -32,19 +32,22 @@ from horizon_lm.data.training_data import (
     pad_id,
     tokenizer_of,
 )
+from horizon_lm.distributed.ranks import Ranks
 from horizon_lm.errors import CheckpointError, ConfigError
-from horizon_lm.host_model import HostModel
 from horizon_lm.io import files
 from horizon_lm.model.loading import grow_vocabulary, load_model_of
 from horizon_lm.model.pretrained import quiet_transformers
 from horizon_lm.preference.method import Method
 from horizon_lm.preference.reference import Reference
 from horizon_lm.report.display import say
+from horizon_lm.report.metrics import versions
 from horizon_lm.report.records import Evaluation
+from horizon_lm.training.build import hosted
 from horizon_lm.training.evaluate import evaluate
 from horizon_lm.training.generate import model_folder
 from horizon_lm.training.preferences import Preferences, pass_of, reference_model
 from horizon_lm.training.run_settings import given_keys, read_settings
+from horizon_lm.training.together import Together
 from horizon_lm.words import count
 
 if TYPE_CHECKING:
@@ -168,15 +171,20 @@ def evaluate_model(config: TrainConfig) -> dict[str, Any]:
 
 
 def evaluate_target(
-    target: Target, warn: Callable[[str], None] = lambda text: say(f"warning: {text}", sys.stderr)
+    target: Target,
+    warn: Callable[[str], None] = lambda text: say(f"warning: {text}", sys.stderr),
+    together: Together | None = None,
 ) -> dict[str, Any]:
     """Evaluate on eval_datasets; else on what val_size holds out; else on datasets.
 
     Returns eval_loss (mean cross-entropy in nats over all target tokens), eval_perplexity, eval_tokens,
     eval_sequences, eval_seconds, and in words: model, data, dtype. On preferences eval_loss is that of the
-    method, with its metrics in place of the perplexity. Raises ConfigError, DataError and CheckpointError.
+    method, with its metrics in place of the perplexity. On several ranks each holds its share of the model,
+    and all return the same. Raises ConfigError, DataError and CheckpointError.
     """
+    together = together or Together()
     config = target.config
+    together.agree("settings", {"model": target.what, **config.to_dict(), **versions()})
     evaluated = config.datasets if config.val_size or not config.eval_datasets else config.eval_datasets
     config = config.replace(method=with_method(config.replace(datasets=evaluated)).method)
     if config.model_name_or_path is None:
@@ -187,11 +195,8 @@ def evaluate_target(
     if not target.checkpoints:
         config = config.replace(model_name_or_path=str(model_folder(config.model_name_or_path, "eval")))
     tokenizer = tokenizer_of(config)
-    if config.val_size:
-        rows = load_training_data(config, tokenizer).eval_rows
-        assert rows is not None
-    else:
-        rows = load_eval_rows(config, make_encoder(config, tokenizer))
+    rows = together.in_order("data", lambda: _rows(config, tokenizer))
+    together.agree("data", {"data": rows.fingerprint})
     data = _data_in_words(config)
     size = f"{count(len(rows), 'sequence')}, {count(rows.num_tokens, 'token')}"
     say(f"evaluating {target.what} on {data}: {size}", sys.stderr)
@@ -199,15 +204,32 @@ def evaluate_target(
         say(f"{'warning: ' if remark.is_warning else ''}{remark}", sys.stderr)
     settings = model_settings_of(config)
     with quiet_transformers():
-        measure = _measure_of(target, config, rows, tokenizer, warn)
-        model, what = _load(target, config, settings, len(tokenizer), warn)
-    model.requires_grad_(False)  # allocates neither gradients nor moments
-    settings = settings.replace(freeze=[], lr_factors={})  # these name trained parameters
+        measure = _measure_of(target, config, rows, tokenizer, warn, together.ranks)
+        names: list[str] = []
+
+        def load() -> nn.Module:
+            model, what = _load(target, config, settings, len(tokenizer), warn)
+            names.append(what)
+            return model.requires_grad_(False)  # allocates neither gradients nor moments
+
+        plain = settings.replace(freeze=[], lr_factors={})  # these name trained parameters
+        model = hosted(load, plain, together.ranks)
+    what = names[0]
+    together.agree("model", {"model": what})
     batch = config.per_device_eval_batch_size or config.per_device_train_batch_size
-    found = measure(HostModel(model, settings), rows, micro_batch_size=batch, pad_id=pad_id(tokenizer))
+    found = measure(model, rows, micro_batch_size=batch, pad_id=pad_id(tokenizer))
     line = {**found.to_line(), "eval_sequences": len(rows)}
     del line["step"]
     return {**line, "model": what, "data": data, "dtype": config.dtype}
+
+
+def _rows(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """Return the sequences to evaluate on."""
+    if not config.val_size:
+        return load_eval_rows(config, make_encoder(config, tokenizer))
+    rows = load_training_data(config, tokenizer).eval_rows
+    assert rows is not None
+    return rows
 
 
 def _measure_of(
@@ -216,6 +238,7 @@ def _measure_of(
     rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
     warn: Callable[[str], None],
+    ranks: Ranks,
 ) -> Callable[..., Evaluation]:
     """Return what evaluates the model. On preferences it compares with a reference, which runs first.
 
@@ -234,7 +257,7 @@ def _measure_of(
         say(f"reference: {name}", sys.stderr)
         config = config.replace(ref_model_name_or_path=name)
         reference = Reference()
-        with reference_model(config, len(tokenizer), rows) as model:
+        with reference_model(config, len(tokenizer), rows, ranks) as model:
             passes = pass_of(config, pad_id(tokenizer), lambda text: say(text, sys.stderr), warn)
             passes.over(model, {"eval": rows}, reference)
     return Preferences(Method(config), reference).evaluate

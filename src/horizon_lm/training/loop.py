@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from horizon_lm.checkpoint.folder import open_checkpoint
@@ -16,9 +18,11 @@ from horizon_lm.errors import CheckpointError, LossSpikeError, NonFiniteError
 from horizon_lm.machine.heap import frozen_heap
 from horizon_lm.optim.curves import Curve
 from horizon_lm.preference.method import Sums
+from horizon_lm.report.by_rank import OwnFigures
 from horizon_lm.report.display import number
 from horizon_lm.report.metrics import Metrics
 from horizon_lm.report.records import Evaluation, StepRecord
+from horizon_lm.training.decisions import Decisions
 from horizon_lm.training.evaluate import Evaluator
 from horizon_lm.training.log import RunLog
 from horizon_lm.training.preferences import Preferences
@@ -26,14 +30,14 @@ from horizon_lm.training.resume import load_checkpoint
 from horizon_lm.training.save import Saver
 from horizon_lm.training.signals import watched
 from horizon_lm.training.state import Best, LossGuard, Mark, RunState
+from horizon_lm.training.together import Together
 
 
 @dataclass(frozen=True)
 class Run:
     """A run ready for its first step; `train` assembles it.
 
-    in_place: the run goes on in a folder that is its own already. started: `time.monotonic()` at the call of
-    `train`, from which the deadline counts.
+    in_place: the run goes on in a folder that is its own already.
     """
 
     config: TrainConfig
@@ -44,8 +48,8 @@ class Run:
     log: RunLog
     saver: Saver
     in_place: bool
-    started: float
     preferences: Preferences | None = None
+    together: Together = field(default_factory=Together)
 
 
 @dataclass(frozen=True)
@@ -68,20 +72,26 @@ def run_loop(run: Run) -> RunEnd:
     """
     state, log, saver, best = run.state, run.log, run.saver, run.state.best
     with log, saver, frozen_heap(), watched() as request:
+        figures = OwnFigures(state.model, run.together.ranks)
+        told = Decisions(run.together, request, saver, log.callbacks, figures)
         _begin(run)
         stopped_by = best.reason_to_stop  # set if the run was killed after early stopping
         while state.step < run.num_steps and stopped_by is None:
             record = _step(run)
-            metrics = state.meter.add(record)
+            told.meet(f"step {record.step}", is_logged=state.meter.is_due(record.step))
+            metrics = state.meter.add(record, told.by_rank)
             state.last = metrics or state.last
             log.step(record, metrics)
             if record.step == recorded_step(run.num_steps):
                 log.file.write_timeline(record.step, state.model.timeline)
 
+            told.tell_callbacks(f"callbacks of step {record.step}")
             evaluation = _evaluate(run, record)
             is_best = evaluation is not None and best.add(evaluation)
             if evaluation is not None:
                 log.evaluation(evaluation)
+                told.meet(f"evaluation of step {record.step}")
+                told.tell_callbacks(f"callbacks of the evaluation of step {record.step}")
 
             if state.step < run.num_steps:
                 stopped_by = log.callbacks.stopped_by or best.reason_to_stop
@@ -89,12 +99,12 @@ def run_loop(run: Run) -> RunEnd:
             if is_last and metrics is None:
                 state.last = log.rest(state.meter.rest())
 
-            saver.after(record, is_last=is_last, is_best=is_best)
-            _call_on_save(run)
-            if request.signal is not None or not is_last and saver.is_deadline_near(run.started):
-                raise saver.stop(request, state.step)
+            saver.after(record, told.due, is_last=is_last, is_best=is_best)
+            _call_on_save(run, told)
+            if told.stop.signal is not None or not is_last and told.due.is_deadline_near:
+                raise saver.stop(told.stop, state.step)
         saver.finish()
-        _call_on_save(run)
+        _call_on_save(run, told)
         log.file.open()  # also if there was no step left
         return _finish(run, stopped_by)
 
@@ -216,10 +226,11 @@ def _evaluate(run: Run, record: StepRecord) -> Evaluation | None:
     return run.evaluator.after(record.step, record.epoch, is_last=is_last)
 
 
-def _call_on_save(run: Run) -> None:
+def _call_on_save(run: Run, told: Decisions) -> None:
     """Call on_save for new checkpoints, then save and raise if a callback has failed."""
     callbacks = run.log.callbacks
     callbacks.saved()
+    told.tell_callbacks(f"callbacks of the checkpoints up to step {run.state.step}")
     if callbacks.error is not None:
         raise callbacks.fault(run.saver.secure(run.state.step), run.log.folder.path)
 
@@ -251,18 +262,23 @@ def _load_best(mark: Mark, run: Run) -> int | None:
     """Load the checkpoint of `mark` and return the tokens it was trained on; None if that fails, with the
     model as it was."""
     assert mark.path is not None
+    together, path = run.together, mark.path
     try:
-        checkpoint = open_checkpoint(mark.path)
-        faults = verify(checkpoint).faults  # before the weights in memory are replaced
-        if faults:
-            raise CheckpointError(faults[0])
-        load_checkpoint(checkpoint, run.state.model)
+        together.first("the best checkpoint", partial(_check_sound, path))  # before weights are replaced
+        checkpoint = together.each("open the best checkpoint", partial(open_checkpoint, path))
+        together.each("load the best checkpoint", partial(load_checkpoint, checkpoint, run.state.model))
         return int(checkpoint.manifest.state["meter"]["sums"][0])
     except CheckpointError as error:
         run.log.progress.warn(
             f"the best model (step {mark.step}) cannot be read: {error.message}; the last one is exported"
         )
         return None
+
+
+def _check_sound(path: Path) -> None:
+    faults = verify(open_checkpoint(path)).faults
+    if faults:
+        raise CheckpointError(faults[0])
 
 
 def _best_in_words(best: Best, mark: Mark, num_steps: int) -> str:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
+from torch import nn
 
 from horizon_lm.checkpoint.folder import Checkpoint
 from horizon_lm.checkpoint.reader import read_small
@@ -19,6 +21,7 @@ from horizon_lm.data import TrainingData
 from horizon_lm.data.collate import in_order
 from horizon_lm.data.rows import Rows
 from horizon_lm.data.training_data import cache_dir, pad_id
+from horizon_lm.distributed.ranks import ALONE, Ranks
 from horizon_lm.engine.loss import TokenLoss
 from horizon_lm.errors import CheckpointError, ConfigError
 from horizon_lm.host_model import HostModel
@@ -28,7 +31,9 @@ from horizon_lm.preference.method import KL, Method, added, means
 from horizon_lm.preference.reference import Pass, Reference, Say, reference_settings
 from horizon_lm.report.display import Progress
 from horizon_lm.report.records import Evaluation
+from horizon_lm.training.build import hosted
 from horizon_lm.training.resume import Resume, changed_settings
+from horizon_lm.training.together import Together
 from horizon_lm.words import count
 
 FILE = "reference.safetensors"  # of a checkpoint
@@ -120,14 +125,20 @@ class ReferenceOf:
     config: TrainConfig
     data: TrainingData
     progress: Progress
+    together: Together
     found: Reference
 
     @classmethod
     def begin(
-        cls, config: TrainConfig, data: TrainingData, resume: Resume | None, progress: Progress
+        cls,
+        config: TrainConfig,
+        data: TrainingData,
+        resume: Resume | None,
+        progress: Progress,
+        together: Together,
     ) -> ReferenceOf | None:
-        """Take what a checkpoint has, unless a changed setting gives other values. None for a method without
-        a reference."""
+        """Take what a checkpoint has, unless a changed setting gives other values, or a rank cannot read it.
+        None for a method without a reference."""
         if not config.uses_reference:
             return None
         found = Reference()
@@ -137,7 +148,11 @@ class ReferenceOf:
             with suppress(CheckpointError, ValueError, KeyError):
                 found = Reference.from_bytes(read_small(checkpoint, FILE))
                 break
-        return cls(config, data, progress, found)
+        if not together.is_alone:
+            content = xxhash.xxh3_128_hexdigest(found.to_bytes())
+            if len(set(together.exchange("reference of the checkpoint", content))) > 1:
+                found = Reference()
+        return cls(config, data, progress, together, found)
 
     @property
     def missing(self) -> dict[str, Rows]:
@@ -150,7 +165,8 @@ class ReferenceOf:
         if name is None or not self.missing:
             return
         self.progress.stage(f"loading the reference {name}")
-        with reference_model(self.config, len(self.data.tokenizer), self.data.rows) as model:
+        ranks = self.together.ranks
+        with reference_model(self.config, len(self.data.tokenizer), self.data.rows, ranks) as model:
             self._run(model)
 
     def by(self, model: HostModel, source: Checkpoint | None) -> Reference:
@@ -177,7 +193,7 @@ def pass_of(config: TrainConfig, pad: int, say: Say, warn: Say) -> Pass:
     return Pass(config, None if folder is None else Path(folder).expanduser(), pad, say, warn)
 
 
-def reference_model(config: TrainConfig, num_tokens: int, rows: Rows) -> HostModel:
+def reference_model(config: TrainConfig, num_tokens: int, rows: Rows, ranks: Ranks = ALONE) -> HostModel:
     """Load ref_model_name_or_path without gradients and moments.
 
     num_tokens: of the tokenizer. Raises ConfigError if the model lacks a token of `rows`.
@@ -185,7 +201,11 @@ def reference_model(config: TrainConfig, num_tokens: int, rows: Rows) -> HostMod
     name = config.ref_model_name_or_path
     assert name is not None
     settings = reference_settings(model_settings_of(config))
-    loaded = load_model_of(name, settings)
+    return hosted(lambda: _loaded_reference(name, config, num_tokens, rows), settings, ranks)
+
+
+def _loaded_reference(name: str, config: TrainConfig, num_tokens: int, rows: Rows) -> nn.Module:
+    loaded = load_model_of(name, reference_settings(model_settings_of(config)))
     if config.new_tokens:
         grow_vocabulary(loaded, num_tokens, config.seed)
     of_model: Any = loaded.config
@@ -196,8 +216,7 @@ def reference_model(config: TrainConfig, num_tokens: int, rows: Rows) -> HostMod
             f"holds token {highest}",
             hint="choose a reference with the tokenizer of the model to train",
         )
-    loaded.requires_grad_(False)
-    return HostModel(loaded, settings)
+    return loaded.requires_grad_(False)
 
 
 def small_files(reference: Reference | None) -> dict[str, bytes]:

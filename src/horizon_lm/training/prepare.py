@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from horizon_lm.checkpoint.folder import Checkpoint, claim
 from horizon_lm.config import TrainConfig
 from horizon_lm.data import Loader, StreamLoader, TrainingData, load_training_data
 from horizon_lm.data.detect import with_method
 from horizon_lm.data.formats import KIND_WORDS
-from horizon_lm.errors import DoesNotFitError, HorizonError, UnsupportedModelError
+from horizon_lm.data.training_data import cache_dir
+from horizon_lm.errors import ConfigError, DoesNotFitError, HorizonError, UnsupportedModelError
 from horizon_lm.optim.curves import Curve, count_warmup_steps, learning_rates
 from horizon_lm.plan.outline_cache import outline_cache
 from horizon_lm.plan.run_plan import RunPlan, plan_run
@@ -20,6 +22,7 @@ from horizon_lm.report.display import Progress
 from horizon_lm.schedule import build_steps, check
 from horizon_lm.training import describe as words_of
 from horizon_lm.training.checks import check_sources
+from horizon_lm.training.together import Together, shared
 from horizon_lm.words import count, size
 
 _FEW = 20  # steps: with fewer, a model learns little and the learning rate curve has no room
@@ -37,52 +40,74 @@ def with_method_of_data(config: TrainConfig, progress: Progress) -> TrainConfig:
 
 
 def plan_and_read(
-    config: TrainConfig, progress: Progress, cut: Mapping[str, int]
+    config: TrainConfig, progress: Progress, cut: Mapping[str, int], together: Together
 ) -> tuple[TrainConfig, RunPlan | None, TrainingData]:
     """Return the resolved settings, the plan behind them, and the data.
 
     A run that does not fit is rejected before its data is tokenised, unless the data decides the size of a
     step (tokens_per_step=auto, or more than an epoch). cut: batch size and accumulation of the run that is
-    resumed, fixed on any machine since the bits depend on them; empty for a new run. Raises as `settle` and
-    `load_training_data` do.
+    resumed, fixed on any machine since the bits depend on them; empty for a new run. Of several ranks rank 0
+    plans, and the others have no plan. Raises as `settle` and `load_training_data` do.
     """
     asked = config.tokens_per_step
     if cut:
         rows = cut[CUT[0]] * cut[CUT[1]]
         config = config.replace(**cut, tokens_per_step=rows * config.row_tokens)
-        config, plan = settle(config, progress, pinned=frozenset({*config.model_fields_set, *cut}))
+        pinned = frozenset({*config.model_fields_set, *cut})
+        config, plan = settle(config, progress, together, pinned=pinned)
         config = config.replace(tokens_per_step=asked)
-        return config, plan, read_data(config, progress)
+        return config, plan, read_data(config, progress, together)
     data = None
     if asked != "auto":
         try:
-            found, plan = settle(config, progress)
+            found, plan = settle(config, progress, together)
         except DoesNotFitError:
-            if not _might_fit_less(config):
+            if not together.first("plan of the smallest step", lambda: _might_fit_less(config)):
                 raise
-            data = read_data(config, progress)
+            data = read_data(config, progress, together)
             if not _is_sized_by_data(config, data):
                 raise
         else:
-            data = read_data(found, progress)
+            data = read_data(found, progress, together)
             if not _is_sized_by_data(config, data):
                 return found, plan, data
-    data = read_data(config, progress) if data is None else data
+    data = read_data(config, progress, together) if data is None else data
     tokens = wanted_rows(config, data) * config.row_tokens
     progress.stage(f"tokens_per_step={asked}: {count(tokens, 'token')} a step for this data")
-    found, plan = settle(config.replace(tokens_per_step=tokens), progress)
+    found, plan = settle(config.replace(tokens_per_step=tokens), progress, together)
     data.loader.cut(found.per_device_train_batch_size, found.gradient_accumulation_steps)
     return found.replace(tokens_per_step=asked), plan, data
 
 
-def read_data(config: TrainConfig, progress: Progress) -> TrainingData:
-    """Read and tokenise the data, and say what was read and left out. Raises DataError and ConfigError."""
+def read_data(config: TrainConfig, progress: Progress, together: Together) -> TrainingData:
+    """Read and tokenise the data, and say what was read and left out.
+
+    Rank 0 fills the cache of tokens, one rank of each node fills that of its node if it is another one, and
+    all others find it. Raises DataError and ConfigError.
+    """
     progress.stage("reading the data")
-    data = load_training_data(config)
+    is_cached = not config.streaming and cache_dir(config.dataset_cache_dir) is not None
+    read = together.in_order if is_cached else together.each
+    data = read("data", lambda: load_training_data(config))
     progress.stage(words_of.about_data(data))
     for text, is_warning in words_of.left_out(data):
         (progress.warn if is_warning else progress.stage)(text)
     return data
+
+
+def check_share(config: TrainConfig, together: Together) -> None:
+    """Raise ConfigError if a step has fewer micro-batches than there are ranks."""
+    world, number = together.ranks.world, config.gradient_accumulation_steps
+    if number < world:
+        raise shared(
+            ConfigError(
+                f"a step has {count(number, 'micro-batch', 'micro-batches')} "
+                f"(gradient_accumulation_steps={number}) for {world} ranks, which share them: "
+                f"{world - number} would never have work",
+                hint=f"set gradient_accumulation_steps={world} or a multiple of it, with a smaller "
+                "per_device_train_batch_size if the step is to keep its size; or start fewer ranks",
+            )
+        )
 
 
 def wanted_rows(config: TrainConfig, data: TrainingData) -> int:
@@ -109,14 +134,31 @@ def _is_sized_by_data(config: TrainConfig, data: TrainingData) -> bool:
 
 
 def settle(
-    config: TrainConfig, progress: Progress, pinned: frozenset[str] | None = None
+    config: TrainConfig,
+    progress: Progress,
+    together: Together,
+    pinned: frozenset[str] | None = None,
 ) -> tuple[TrainConfig, RunPlan | None]:
-    """Return the resolved settings and the plan behind them.
+    """Return the resolved settings and, on rank 0, the plan behind them.
 
     pinned: keys that stay as they are; by default those that the user set. A model that cannot be outlined
     without its weights runs as configured, with a warning; if it cannot be streamed, loading it says so.
     Raises ConfigError and DoesNotFitError.
     """
+    own: list[tuple[TrainConfig, RunPlan | None]] = []
+
+    def plan_here() -> dict[str, Any]:
+        own.append(_settle(config, progress, pinned))
+        before, after = config.to_dict(), own[0][0].to_dict()
+        return {key: value for key, value in after.items() if value != before[key]}
+
+    changes = together.first("plan", plan_here)
+    return own[0] if own else (config.replace(**changes), None)
+
+
+def _settle(
+    config: TrainConfig, progress: Progress, pinned: frozenset[str] | None
+) -> tuple[TrainConfig, RunPlan | None]:
     try:
         plan = _planned(config, pinned, counted=True)
     except UnsupportedModelError as error:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from horizon_lm.host_model import HostModel
 from horizon_lm.plan.step_size import CUT
 from horizon_lm.training.run_settings import AUTO, LATEST, is_template_file, places_of
 from horizon_lm.training.state import RunState
+from horizon_lm.training.together import Together, shared
 from horizon_lm.words import count
 
 FREE = resumable(TrainConfig, "free")
@@ -44,8 +46,39 @@ def wants_own_folder(config: TrainConfig) -> bool:
     return source is not None and _lies_in(Path(source).expanduser(), Path(config.output_dir).expanduser())
 
 
-def find(config: TrainConfig, folder: RunFolder, warn: Callable[[str], None]) -> Resume | None:
-    """Find the checkpoints to resume from; None for a new run. Raises CheckpointError, ConfigError."""
+def find(
+    config: TrainConfig, folder: RunFolder, warn: Callable[[str], None], together: Together
+) -> Resume | None:
+    """Find the checkpoints to resume from, as rank 0 sees them; None for a new run.
+
+    Raises CheckpointError, ConfigError.
+    """
+
+    def look() -> tuple[list[str], bool] | None:
+        found = _find(config, folder, warn)
+        return None if found is None else ([str(one.path) for one in found.checkpoints], found.in_place)
+
+    told = together.first("checkpoints to resume from", look)
+    return None if told is None else Resume(tuple(_opened(told[0], together)), bool(told[1]))
+
+
+def list_together(run: Path, together: Together) -> tuple[list[Checkpoint], list[Rejected]]:
+    """Return the checkpoints of a run, latest first, and the invalid ones, as rank 0 sees them."""
+
+    def look() -> tuple[list[str], list[tuple[str, str]]]:
+        found, rejected = checkpoints.list_checkpoints(run)
+        return [str(one.path) for one in found], [(str(one.path), one.reason) for one in rejected]
+
+    paths, rejected = together.first("checkpoints of the run", look)
+    return _opened(paths, together), [Rejected(Path(path), reason) for path, reason in rejected]
+
+
+def _opened(paths: Sequence[str], together: Together) -> list[Checkpoint]:
+    """Open checkpoints that rank 0 has found. Raises CheckpointError if another rank cannot."""
+    return together.each("open checkpoints", lambda: [checkpoints.open_checkpoint(Path(p)) for p in paths])
+
+
+def _find(config: TrainConfig, folder: RunFolder, warn: Callable[[str], None]) -> Resume | None:
     source = config.resume_from_checkpoint
     if source is None:
         return None
@@ -220,32 +253,43 @@ def restore(
     small_files: Mapping[str, bytes],
     asked: TrainConfig,
     warn: Callable[[str], None],
+    together: Together,
 ) -> Checkpoint:
     """Load the best checkpoint whose content is right into the model and the state of the run.
 
     small_files: configuration and tokenizer of now. asked: the settings as given. Raises CheckpointError if
-    no content is right, DataError if data or tokenizer have changed, ConfigError if the model has.
+    no content is right, DataError if data or tokenizer have changed, ConfigError if the model has. A
+    checkpoint that one rank cannot read is skipped by all.
     """
     rejected = []
     for checkpoint in resume.checkpoints:
         try:
-            _check_model(checkpoint, small_files, asked)
-            load_checkpoint(checkpoint, state.model)
-            _check_tokenizer(checkpoint, small_files)
-            try:
-                state.load(checkpoint.manifest)
-            except DataError:
-                raise
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise damaged(checkpoint.path, f"its state cannot be read: {error!r}") from error
+            together.each(
+                f"load {checkpoint.path.name}", partial(_load_all, checkpoint, state, small_files, asked)
+            )
             break
         except CheckpointError as error:
             warn(f"skipped {error.message}")
             rejected.append(Rejected(checkpoint.path, error.message))
     else:
-        raise checkpoints.none_valid(resume.checkpoints[0].path.parent, rejected)
+        raise shared(checkpoints.none_valid(resume.checkpoints[0].path.parent, rejected))
     state.best.restore(checkpoint)
     return checkpoint
+
+
+def _load_all(
+    checkpoint: Checkpoint, state: RunState, small_files: Mapping[str, bytes], asked: TrainConfig
+) -> None:
+    """Load a checkpoint on this rank; raises as `restore`."""
+    _check_model(checkpoint, small_files, asked)
+    load_checkpoint(checkpoint, state.model)
+    _check_tokenizer(checkpoint, small_files)
+    try:
+        state.load(checkpoint.manifest)
+    except DataError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise damaged(checkpoint.path, f"its state cannot be read: {error!r}") from error
 
 
 def _check_tokenizer(checkpoint: Checkpoint, small_files: Mapping[str, bytes]) -> None:

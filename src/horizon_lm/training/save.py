@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -14,17 +16,32 @@ from horizon_lm.engine.policies import DTYPES
 from horizon_lm.errors import CheckpointError, DoesNotFitError, StoppedError
 from horizon_lm.report.records import StepRecord
 from horizon_lm.training.checkpoint_series import CheckpointSeries, Content
-from horizon_lm.training.resume import load_checkpoint
+from horizon_lm.training.resume import list_together, load_checkpoint
 from horizon_lm.training.run_settings import absolute
 from horizon_lm.training.signals import REQUEUE, StopRequest
 from horizon_lm.training.state import RunState
+from horizon_lm.training.together import Together, shared
 from horizon_lm.words import count
 
 _SMALL = 1_000_000_000  # bytes: save_last=auto saves the end of any run whose checkpoint takes no more
 
 
+@dataclass(frozen=True)
+class Due:
+    """What the clock says. has_ended: the checkpoint in the background is done, or there is none; is_time:
+    save_minutes are over; is_deadline_near: only two more steps and a checkpoint are left."""
+
+    has_ended: bool
+    is_time: bool
+    is_deadline_near: bool
+
+
 class Saver:
-    """Checkpoints of one run: when they are due, how they end, what to return to."""
+    """Checkpoints of one run: when they are due, how they end, what to return to.
+
+    All ranks of a run call the same methods at the same step; which checkpoints there are, and whether the
+    disk has room, is as rank 0 says.
+    """
 
     def __init__(
         self,
@@ -33,16 +50,22 @@ class Saver:
         *,
         small_files: Mapping[str, bytes],
         report: Callable[[Outcome], None],
+        started: float,
         parent: Path | None = None,
+        together: Together | None = None,
     ) -> None:
-        """small_files: configuration and tokenizer. report: is told how each checkpoint ended. parent: the
-        checkpoint that the run began from."""
+        """small_files: configuration and tokenizer. report: is told how each checkpoint ended. started:
+        `time.monotonic()` from which the deadline counts. parent: the checkpoint that the run began from."""
         self._run, self._state, self._model, self._config = run, state, state.model, state.config
+        self._together = together or Together()
+        self._started = started
         self._small_files, self._report = small_files, report
         self._parent = str(parent) if parent is not None else None
         self._settings = absolute(state.config).to_dict()
         patience = self._config.save_patience_seconds
-        self._series = CheckpointSeries(run, state.model, self._ended, patience_seconds=patience)
+        self._series = CheckpointSeries(
+            run, state.model, self._ended, patience_seconds=patience, together=self._together
+        )
         self._is_extra = False  # a failed save of the end must not fail the run
         self._saved_step = -1
         self._epochs = int(state.loader.state_dict().get("epoch", 0))
@@ -63,22 +86,35 @@ class Saver:
 
     # After a step.
 
-    def after(self, record: StepRecord, *, is_last: bool, is_best: bool = False) -> None:
+    def due(self) -> Due:
+        """Look at the clock and at the checkpoint in the background."""
+        since = time.monotonic() - self._last_save
+        return Due(self._series.has_ended, since >= 60 * self._config.save_minutes, self._is_deadline_near())
+
+    def _is_deadline_near(self) -> bool:
+        minutes = self._config.deadline_minutes
+        if minutes is None:
+            return False
+        needed = 2 * self._step_seconds + 1.5 * self._save_seconds + 1.0
+        return time.monotonic() + needed >= self._started + 60 * minutes
+
+    def after(self, record: StepRecord, due: Due, *, is_last: bool, is_best: bool = False) -> None:
         """Save if that is due, and report what has ended meanwhile.
 
         is_best: the evaluation was the best, so save, unless the model is exported now anyway. Raises
         DoesNotFitError after too many failures.
         """
         self._step_seconds = max(record.seconds, 0.5 * self._step_seconds)
-        self.poll()
+        if due.has_ended:
+            self._series.poll()
         if record.rolled_back_to is not None:
             return
-        if self._is_due(record) or is_best and not is_last:
+        if self._is_due(record, due) or is_best and not is_last:
             self.save(record.step, background=self._config.save_in_background and not is_last)
         elif is_last and self._keeps_end(record.step):
             self._save_end(record.step)
 
-    def _is_due(self, record: StepRecord) -> bool:
+    def _is_due(self, record: StepRecord, due: Due) -> bool:
         config = self._config
         crossed, self._epochs = int(record.epoch) > self._epochs, int(record.epoch)
         if config.save_strategy == "no":
@@ -88,7 +124,7 @@ class Saver:
         return {
             "steps": record.step % config.save_steps == 0,
             "epoch": crossed,
-            "time": time.monotonic() - self._last_save >= 60 * config.save_minutes,
+            "time": due.is_time,
         }[config.save_strategy]
 
     def _keeps_end(self, num_steps: int) -> bool:
@@ -116,10 +152,6 @@ class Saver:
         keep = Retention(config.save_total_limit, config.save_keep_every, self._state.best.keep(step))
         self._series.begin(content, keep, background=background, beside_bytes=beside_bytes)
 
-    def poll(self) -> None:
-        """Report a checkpoint that has ended in the background."""
-        self._series.poll()
-
     def finish(self) -> None:
         """Wait for the checkpoint that is being written, and report it."""
         self._series.finish()
@@ -131,10 +163,13 @@ class Saver:
         self._saved_step = outcome.step if outcome.path is not None else self._saved_step
         limit, failed = self._config.max_failed_saves, self._series.failed_in_a_row
         if limit is not None and failed > limit and not self._is_extra:
-            raise DoesNotFitError(
-                f"{failed} checkpoints in a row could not be saved "
-                f"(max_failed_saves={limit}); the last: {outcome.error}",
-                hint=f"free disk space, then horizon resume {self._run}: the last good checkpoint is intact",
+            raise shared(
+                DoesNotFitError(
+                    f"{failed} checkpoints in a row could not be saved "
+                    f"(max_failed_saves={limit}); the last: {outcome.error}",
+                    hint=f"free disk space, then horizon resume {self._run}: the last good checkpoint is "
+                    "intact",
+                )
             )
 
     # After a failed step, or when the run must stop.
@@ -145,24 +180,19 @@ class Saver:
         Raises CheckpointError if there is none.
         """
         self.finish()
-        found, rejected = checkpoints.list_checkpoints(self._run)
+        found, rejected = list_together(self._run, self._together)
         for checkpoint in found:
             try:
-                load_checkpoint(checkpoint, self._model)
-                self._state.load_guard(checkpoint.manifest)
-                self._state.best.restore(checkpoint)
-                return checkpoint.manifest.step
+                self._together.each(
+                    f"go back to {checkpoint.path.name}", partial(load_checkpoint, checkpoint, self._model)
+                )
             except CheckpointError as error:
                 rejected.append(checkpoints.Rejected(checkpoint.path, error.message))
-        raise checkpoints.none_valid(self._run, rejected)
-
-    def is_deadline_near(self, started: float) -> bool:
-        """Tell whether time is left only for two more steps and a checkpoint. started: start of the run."""
-        minutes = self._config.deadline_minutes
-        if minutes is None:
-            return False
-        needed = 2 * self._step_seconds + 1.5 * self._save_seconds + 1.0
-        return time.monotonic() + needed >= started + 60 * minutes
+                continue
+            self._state.load_guard(checkpoint.manifest)
+            self._state.best.restore(checkpoint)
+            return checkpoint.manifest.step
+        raise shared(checkpoints.none_valid(self._run, rejected))
 
     def secure(self, step: int) -> str | None:
         """Save, unless done or not wanted; say what there is to resume from, None if nothing."""
@@ -170,6 +200,10 @@ class Saver:
         wanted = self._config.save_on_signal and self._config.save_strategy != "no"
         if wanted and self._saved_step != step:
             self.save(step, background=False)
+        return self._together.first("the latest checkpoint", lambda: self._latest(step))
+
+    def _latest(self, step: int) -> str | None:
+        """Say what there is to resume from after `step`."""
         found, _ = checkpoints.list_checkpoints(self._run)
         if not found:
             return None
@@ -186,8 +220,10 @@ class Saver:
         code = request.exit_code if request.signal is not None else REQUEUE
         what = f"stopped by {why} after step {step}"
         if saved is None:
-            raise CheckpointError(
-                f"{what}; no checkpoint was saved",
-                hint="check save_strategy, save_on_signal and disk space",
+            raise shared(
+                CheckpointError(
+                    f"{what}; no checkpoint was saved",
+                    hint="check save_strategy, save_on_signal and disk space",
+                )
             )
-        return StoppedError(f"{what}: {saved}", f"horizon resume {self._run}", code)
+        return shared(StoppedError(f"{what}: {saved}", f"horizon resume {self._run}", code))

@@ -1,0 +1,163 @@
+"""What the ranks of a run do together: rank 0 acts and tells, each tells how it went.
+
+Every call is collective, and named: ranks that are at different places of a run fail with the names of both
+rather than wait for each other. A rank alone calls nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import xxhash
+
+from horizon_lm import errors
+from horizon_lm.distributed.ranks import ALONE, Ranks
+from horizon_lm.distributed.start import join
+from horizon_lm.errors import ConfigError, HorizonError, RankError
+
+T = TypeVar("T")
+
+
+class Together:
+    """The ranks of a run, as one that decides."""
+
+    def __init__(self, ranks: Ranks = ALONE) -> None:
+        self.ranks = ranks
+
+    @property
+    def is_alone(self) -> bool:
+        return self.ranks.world == 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which speaks and writes."""
+        return self.ranks.is_first
+
+    def exchange(self, at: str, value: Any) -> list[Any]:
+        """Return the JSON value of each rank. at: the place in the run, equal on all ranks."""
+        if self.is_alone:
+            return [value]
+        found = self.ranks.exchange([at, value])
+        odd = next((rank for rank, (place, _) in enumerate(found) if place != found[0][0]), None)
+        if odd is not None:
+            raise RankError(
+                f"rank {odd} is at {found[odd][0]!r}, rank 0 at {found[0][0]!r}",
+                hint="report this with the output of `horizon env`",
+            )
+        return [one for _, one in found]
+
+    def first(self, at: str, work: Callable[[], T]) -> T:
+        """Return what `work` returns on rank 0 (JSON-ready), or raise its HorizonError on all ranks."""
+        if self.is_alone:
+            return work()
+        return self._settled(at, work if self.is_first else None)[0]
+
+    def each(self, at: str, work: Callable[[], T]) -> T:
+        """Return what `work` returns on this rank; raise the HorizonError of the lowest rank that failed.
+
+        `work` must not use the ranks: those that go on would wait for one that failed.
+        """
+        if self.is_alone:
+            return work()
+        own: list[T] = []
+
+        def keep() -> None:
+            own.append(work())
+
+        self._settled(at, keep)
+        return own[0]
+
+    def in_order(self, at: str, work: Callable[[], T]) -> T:
+        """Like `each`: rank 0 first, then one rank of each other node, then all others.
+
+        For what leaves files that the next ones find.
+        """
+        if self.is_alone:
+            return work()
+        local = self.ranks.local_rank
+        turn = 0 if self.is_first else 1 if local == 0 else 2
+        own: list[T] = []
+        for number in range(3):
+            self._settled(f"{at} ({number})", (lambda: own.append(work())) if number == turn else None)
+        return own[0]
+
+    def agree(self, what: str, values: Mapping[str, Any]) -> None:
+        """Raise ConfigError, with rank and key, unless all ranks have the same JSON-ready values."""
+        if self.is_alone:
+            return
+        own = {key: json.dumps(value, sort_keys=True, default=str) for key, value in values.items()}
+        content = xxhash.xxh3_128_hexdigest(json.dumps(own, sort_keys=True).encode())
+        if len(set(self.exchange(what, content))) == 1:
+            return
+        found = self.exchange(f"{what} in full", own)
+        for rank, other in enumerate(found):
+            keys = [key for key in found[0].keys() | other.keys() if found[0].get(key) != other.get(key)]
+            if keys:
+                key = min(keys)
+                raise shared(
+                    ConfigError(
+                        f"rank {rank} has other {what} than rank 0: {key} is {_short(other.get(key))}, "
+                        f"on rank 0 {_short(found[0].get(key))}",
+                        hint="start all ranks with the same command, files and versions",
+                    )
+                )
+
+    def _settled(self, at: str, work: Callable[[], Any] | None) -> list[Any]:
+        """Do `work` if given; return the results of all ranks (None without), or raise the first error."""
+        error: HorizonError | None = None
+        result = None
+        if work is not None:
+            try:
+                result = work()
+            except HorizonError as found:
+                error = found
+        told = self.exchange(at, {"error": _packed(error)} if error is not None else {"result": result})
+        failed = next((rank for rank, one in enumerate(told) if "error" in one), None)
+        if failed is None:
+            return [one["result"] for one in told]
+        if error is not None and failed == self.ranks.rank:
+            raise error
+        raise unpacked(told[failed]["error"], failed)
+
+
+E = TypeVar("E", bound=HorizonError)
+
+
+def shared(error: E) -> E:
+    """Mark an error that all ranks raise at the same place of the run."""
+    error.is_shared = True
+    return error
+
+
+def _short(text: str | None) -> str:
+    return "absent" if text is None else text if len(text) <= 80 else text[:77] + "..."
+
+
+def _packed(error: HorizonError) -> dict[str, Any]:
+    """Return an error as JSON-ready values; from here on it is one of all ranks."""
+    error.is_shared = True
+    return {
+        "kind": type(error).__name__,
+        "message": error.message,
+        "hint": error.hint,
+        "exit_code": error.exit_code,
+    }
+
+
+def unpacked(values: dict[str, Any], rank: int) -> HorizonError:
+    """Return the error of another rank, of its kind and with its exit code."""
+    message = values["message"] if rank == 0 else f"rank {rank}: {values['message']}"
+    error: HorizonError = getattr(errors, values["kind"], HorizonError)(message, values["hint"])
+    error.exit_code = values["exit_code"]
+    error.is_shared = True
+    return error
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Together]:
+    """Connect to the other ranks of this run, if there are any. device: the setting."""
+    ranks = join(device)
+    yield Together(ranks)
