@@ -271,7 +271,8 @@ class Search:
 
     def with_more(self, chosen: TrainConfig) -> tuple[str, TrainConfig] | None:
         """(policy, the choice with one more layer under it): the upgrade that comes next, if there is one."""
-        cut = Cut(chosen.per_device_train_batch_size, chosen.gradient_accumulation_steps)
+        batch, count = chosen.per_device_train_batch_size, chosen.gradient_accumulation_steps
+        cut = Cut(batch, count, world=self.space.world)
         steps = self._upgrades(Candidate(cut, chosen.update, chosen.slots))
         words, layers = (RECOMPUTE, ATTENTION, PRODUCTS, KEEP), self.space.layers
         word = RECOMPUTE if chosen.activations == "auto" else str(chosen.activations)
