@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -57,7 +58,7 @@ class Planners:
 @dataclass(frozen=True)
 class RunPlan:
     """config: with the choices resolved. notes: caveats about the figures. machine: what the plan is for, and
-    how reliable its figures are, in words. asked, planners: of which it was made."""
+    how reliable its figures are, in words. make_fleet_plan: given for several ranks."""
 
     config: TrainConfig
     planner: Planner
@@ -65,16 +66,12 @@ class RunPlan:
     choices: list[Choice]
     notes: list[str]
     machine: str
-    asked: TrainConfig
-    planners: Planners
+    make_fleet_plan: Callable[[], FleetPlan] | None = None
 
     @cached_property
     def of_fleet(self) -> FleetPlan | None:
-        """What only a plan for several ranks has; None with one rank."""
-        network = self.planner.network
-        return (
-            None if network is None else FleetPlan.of(self.asked, self.config, self.planners, network.fleet)
-        )
+        """What only a plan for several ranks has, found by further predictions; None with one rank."""
+        return None if self.make_fleet_plan is None else self.make_fleet_plan()
 
     @property
     def profile(self) -> Profile:
@@ -219,8 +216,8 @@ def plan_run(
         title = f"{fleet}: {title}"
         if profile.node is None:
             notes.append(f"{profile.name} has no figures of links between GPUs and nodes: {ASSUMED_LINKS}")
-    choices = explain(config, chosen, planner)
-    return RunPlan(chosen, planner, prediction, choices, notes, title, config, planners)
+    of_fleet = None if fleet == ONE else partial(FleetPlan.of, config, chosen, planners, fleet)
+    return RunPlan(chosen, planner, prediction, explain(config, chosen, planner), notes, title, of_fleet)
 
 
 def _add_smallest(error: DoesNotFitError, config: TrainConfig, planners: Planners, fleet: Fleet) -> None:
