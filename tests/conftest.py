@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from rank_pool import four_ranks, two_ranks  # noqa: F401
+
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
