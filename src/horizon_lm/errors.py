@@ -16,7 +16,9 @@ class HorizonError(Exception):
     """The base class. `str()` is the message and, on a second line, the hint, both printable and redacted."""
 
     exit_code: int = 1
-    is_shared: bool = False  # raised on all ranks of a run, of which rank 0 reports it
+    # Of several ranks: raised on all, of which rank 0 reports it; or on this one alone, which reports it itself.
+    is_shared: bool = False
+    is_own: bool = False
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         message, hint = shown(message), shown(hint) if hint else hint

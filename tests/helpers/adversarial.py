@@ -95,7 +95,7 @@ class AdversarialLanes:
                 fronts = [q[0] for lane, q in queues.items() if q and lane not in running]
                 ready = [i for i in fronts if not any(j in pending for j in waits[i])]
                 if not ready:
-                    assert running, "the schedule is deadlocked"
+                    assert running or not pending, "the schedule is deadlocked"
                     wait(running.values(), return_when=FIRST_COMPLETED)
                     continue
                 i = self.random.choice(ready)

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 from horizon_lm.schedule import Op, StepSpec, build, build_flush, build_steps
-from schedule_authorities import STEPS
+from symbolic_steps import STEPS
 
 
 def random_spec(rng: random.Random, *, layers: int = 6, micro_batches: int = 6) -> StepSpec:

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from horizon_lm.schedule import Buffer, Op, StepSpec, build_steps, check, derive_waits
-from schedule_authorities import STEPS, Waits, label, plain, run_symbolically
+from schedule_authorities import Waits, label, plain
+from symbolic_steps import STEPS, run_symbolically
 
 
 def mutants(plan: StepSpec) -> Iterator[tuple[str, list[Op]]]:

@@ -9,8 +9,9 @@ import pytest
 
 from horizon_lm.schedule import Op, StepSpec, build, check, derive_waits, last_uses
 from random_specs import described, random_spec, random_steps
-from schedule_authorities import random_order, run_symbolically
+from schedule_authorities import random_order
 from sizes import SOAK, times
+from symbolic_steps import run_symbolically
 
 
 def specs(request: pytest.FixtureRequest, count: int, **most: int) -> list[tuple[StepSpec, list[Op]]]:

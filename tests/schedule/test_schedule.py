@@ -18,9 +18,9 @@ from schedule_authorities import (
     plain,
     prepared,
     random_order,
-    run_symbolically,
 )
 from sizes import times
+from symbolic_steps import run_symbolically
 
 # Coprime to the number of values of each setting: all of them are among these.
 GRID = EVERY[:: times(5, 1)]

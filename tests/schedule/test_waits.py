@@ -20,9 +20,9 @@ from schedule_authorities import (
     plain,
     prepared,
     random_order,
-    run_symbolically,
 )
 from sizes import times
+from symbolic_steps import run_symbolically
 
 
 def unordered_conflicts(ops: Sequence[Op], waits: Waits) -> int:

@@ -202,8 +202,8 @@ def test_steps_and_checkpoints_leave_nothing_behind(
     process, seen = psutil.Process(), []
     after = saver.Saver.after
 
-    def look(self: Any, record: Any, *, is_last: bool, **more: Any) -> None:
-        after(self, record, is_last=is_last, **more)
+    def look(self: Any, record: Any, due: Any, *, is_last: bool, **more: Any) -> None:
+        after(self, record, due, is_last=is_last, **more)
         if record.step % 10 == 9 and not is_last:  # no checkpoint is being written
             self.finish()
             gc.collect()

@@ -56,9 +56,9 @@ def test_skipped_steps_update_nothing_and_are_reported(
     seen: list[dict[str, torch.Tensor]] = []
     add = run_train.Meter.add
 
-    def look(self: Any, record: StepRecord) -> Metrics | None:
+    def look(self: Any, record: StepRecord, *ranks: Any) -> Metrics | None:
         seen.append(dict(built[0].named_parameters()))
-        return add(self, record)
+        return add(self, record, *ranks)
 
     monkeypatch.setattr(run_train.Meter, "add", look)
     config = settings(
@@ -80,11 +80,11 @@ def test_steps_are_not_held_up_by_the_garbage_collector(
     """What was there before the first step is frozen, and no longer when the run has ended, or failed."""
     add, frozen = run_train.Meter.add, []
 
-    def look(self: Any, record: StepRecord) -> Metrics | None:
+    def look(self: Any, record: StepRecord, *ranks: Any) -> Metrics | None:
         frozen.append(gc.get_freeze_count())
         if record.step == 3:
             raise RuntimeError("no luck")
-        return add(self, record)
+        return add(self, record, *ranks)
 
     monkeypatch.setattr(run_train.Meter, "add", look)
     run_train.train(settings(text, tmp_path / "run", max_steps=2))

@@ -17,6 +17,7 @@ from typing import Any
 import typer
 
 from horizon_lm import plan as plan_package
+from horizon_lm.cli import ranks
 from horizon_lm.cli.bench import bench
 from horizon_lm.cli.data import data_app, init
 from horizon_lm.cli.model import EvalCommand, chat, evaluate, generate
@@ -150,10 +151,11 @@ def _version() -> str:
     return getattr(horizon_lm, "__version__", None) or _installed("horizon-lm") or "unknown"
 
 
-def _report(message: str, hint: str | None) -> None:
+def _report(message: str, hint: str | None, rank: int = 0) -> None:
+    who = f"rank {rank}: " if rank else ""
     for title, text in (("error", message), ("hint", hint)):
         if text:  # may quote names with lines that look like another title
-            print(f"{title}: " + re.sub(r"\n(?! )", "\n  ", text), file=sys.stderr)
+            print(f"{who}{title}: " + re.sub(r"\n(?! )", "\n  ", text), file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None, *, prog_name: str = "horizon") -> int:
@@ -177,35 +179,42 @@ def main(argv: Sequence[str] | None = None, *, prog_name: str = "horizon") -> in
 
 
 def _run(arguments: list[str], prog_name: str, *, debug: bool) -> int:
+    here = ranks.Place()
     try:
-        result = app(args=arguments, prog_name=prog_name, standalone_mode=False)
+        here = ranks.place()
+        if not ranks.has_work(arguments, here):
+            return 0
+        with ranks.silent(here.rank > 0):
+            result = app(args=arguments, prog_name=prog_name, standalone_mode=False)
         return result if isinstance(result, int) else 0
     except OutputLostError:
         raise
     except StoppedError as stop:
         with lasting_output(after_pipe=True):  # a run's last message
-            print(f"{stop.message}; to go on: {stop.hint}", file=sys.stderr)
+            if ranks.speaks(stop, here):
+                print(f"{stop.message}; to go on: {stop.hint}", file=sys.stderr)
         return stop.exit_code
     except HorizonError as error:
         if debug:
             traceback.print_exc()
-        _report(error.message, error.hint)
+        if ranks.speaks(error, here):
+            _report(error.message, error.hint, here.rank)
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        _report("interrupted", None)
+        _report("interrupted", None, here.rank)
         return 130
     except SystemExit as end:
         if not isinstance(end.__context__, BrokenPipeError):
             raise
-        return _report_exception(end.__context__, debug=debug)  # typer exits for any broken pipe
+        return _report_exception(end.__context__, here.rank, debug=debug)  # typer exits for any broken pipe
     except Exception as error:
-        return _report_exception(error, debug=debug)
+        return _report_exception(error, here.rank, debug=debug)
 
 
-def _report_exception(error: Exception, *, debug: bool) -> int:
+def _report_exception(error: Exception, rank: int, *, debug: bool) -> int:
     """Report an exception that no code of ours explains."""
     if isinstance(error, OSError) and error.errno in _FAULTS_OF_PLACES and error.filename and not debug:
-        _report(f"{os.fsdecode(error.filename):.200}: {error.strerror}", "give another path")
+        _report(f"{os.fsdecode(error.filename):.200}: {error.strerror}", "give another path", rank)
         return 2
     if isinstance(error, _usage_errors()):
         return _report_usage(error)
@@ -214,6 +223,7 @@ def _report_exception(error: Exception, *, debug: bool) -> int:
     _report(
         f"this is a bug in horizon: {type(error).__name__}: {error}{where}",
         "please report it with 'horizon env'",
+        rank,
     )
     return 1
 

@@ -112,6 +112,9 @@ def train(
     """Train a model and save it in Hugging Face format.
 
     Settings come from CONFIG.yaml, if given; key=value, --key value or --key=value override it.
+
+    On several GPUs: torchrun --nproc-per-node N -m horizon_lm train CONFIG.yaml, with the same bits as on
+    one. torchrun itself exits with 1 for any exit code of a rank, also for 75 and 130 (stopped and saved).
     """
     config, notes = load_settings(settings)
     if config.resume_from_checkpoint is None:  # a checkpoint can replace the model's folder

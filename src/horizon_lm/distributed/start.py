@@ -6,10 +6,12 @@ import os
 import sys
 from collections.abc import Mapping
 from datetime import timedelta
+from typing import Any
 
 from horizon_lm.distributed.ranks import ALONE, Channel, Place, Ranks
 from horizon_lm.errors import ConfigError
 
+_joined: dict[tuple[Any, str], Ranks] = {}  # by default group and backend
 _TIMEOUT = timedelta(hours=12)  # heartbeats find lost ranks; others may work alone for long
 
 
@@ -17,7 +19,7 @@ def join(device: str) -> Ranks:
     """Return the ranks of this run; ALONE if there is one.
 
     device: setting `device`. Uses the default process group if there is one, else makes it from the variables
-    of torchrun. Collective.
+    of torchrun. Collective the first time.
     """
     place = _place(os.environ)
     if place.world == 1:
@@ -30,9 +32,12 @@ def join(device: str) -> Ranks:
     if not dist.is_initialized():
         dist.init_process_group("gloo", rank=place.rank, world_size=place.world, timeout=_TIMEOUT)
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    group = dist.new_group(backend="nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
-    channels = {channel: dist.new_group(backend="gloo", timeout=_TIMEOUT) for channel in Channel}
-    return TorchRanks(place, group, channels)
+    key = dist.group.WORLD, "nccl" if on_gpu else "gloo"
+    if key not in _joined:
+        group = dist.new_group(backend=key[1], timeout=_TIMEOUT)
+        channels = {channel: dist.new_group(backend="gloo", timeout=_TIMEOUT) for channel in Channel}
+        _joined[key] = TorchRanks(place, group, channels)
+    return _joined[key]
 
 
 def _place(environment: Mapping[str, str]) -> Place:

@@ -41,8 +41,8 @@ def is_collective(op: Op) -> bool:
 def check_world(lists: Sequence[Sequence[Op]], waits: Sequence[Waits] | None = None) -> list[str]:
     """Return all errors in the schedules of all ranks (program order, by rank); empty if they end.
 
-    Each lane must run the same collectives in the same order on all ranks; and no op may wait for itself, each
-    collective being one op. waits: by rank, as `derive_waits` gives.
+    Each lane must run the same collectives in the same order on all ranks; and no op may wait for itself
+    when each collective is one op. waits: by rank, as `derive_waits` gives.
     """
     if waits is None:
         waits = [derive_waits(ops) for ops in lists]
@@ -84,7 +84,7 @@ def _check_ends(lists: Sequence[Sequence[Op]], waits: Sequence[Waits]) -> list[s
         path.append(min(before[path[-1]] & left))
     circle = [text if rank == _ALL else f"{text} of rank {rank}" for rank, _, text, _ in path]
     start = path.index(path[-1])
-    return [f"ops wait for each other: {' for '.join(circle[start:])}"]
+    return [f"no rank can go on: {', which waits for '.join(circle[start:])}"]
 
 
 def _nodes(rank: int, ops: Sequence[Op]) -> list[_Node]:
