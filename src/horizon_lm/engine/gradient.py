@@ -177,4 +177,3 @@ def round_gradient(run: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def squares(run: torch.Tensor) -> torch.Tensor:
     """Squares of a gradient [n] (bf16 or fp32) in host memory, as of `download_gradient`."""
     return move_gradient(run, run)
-

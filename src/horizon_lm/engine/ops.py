@@ -31,6 +31,7 @@ from horizon_lm.memory.slots import (
     GradientSlots,
     UnitWeights,
     WeightSlots,
+    shard_numels,
     weight_slot_numels,
 )
 from horizon_lm.memory.store import HostStore
@@ -75,12 +76,13 @@ class Ops:
     ) -> None:
         self.skeleton, self.store, self.device, self.ranks = skeleton, store, device, ranks
         self.policies = Policies.of(settings, skeleton, memory_bytes(device), ranks.world)
-        numels = weight_slot_numels(store.units, self.policies.step_spec(1))
-        self.weight_slots = WeightSlots(store, numels, device, alias and ranks.world == 1)
+        spec = self.policies.step_spec(1)
+        numels, shards = weight_slot_numels(store.units, spec), shard_numels(store.units, spec)
+        self.weight_slots = WeightSlots(store, numels, device, alias, shards)
         if ranks.world == 1:
             self.updates = Updates(store, optimizer, self.policies, device, alias)
         else:
-            table = self._table if self.policies.step_spec(1).sums_rows else None
+            table = self._table if spec.sums_rows else None
             self.updates = ShardedUpdates(store, optimizer, self.policies, device, ranks, table)
         self.gradient_slots = self.updates.slots
         self.boundary_slots = BoundarySlots(settings.boundary_slots, device, alias)
@@ -331,6 +333,10 @@ class Ops:
         }
         if buffer.region in slots:
             return slots[buffer.region].tensors(buffer.index)
+        if buffer.region == "shard":
+            return self.weight_slots.shard_tensors(buffer.index)
+        if buffer.region == "grad_shard" and isinstance(self.updates, ShardedUpdates):
+            return self.updates.shards.tensors(buffer.index)
         if buffer.region in _HOST_REGIONS:
             return [self.store.run(_HOST_REGIONS[buffer.region], buffer.index)]
         value = step.memory.get(buffer)

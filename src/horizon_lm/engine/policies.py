@@ -343,7 +343,8 @@ def slots_of(
     several micro-batches take."""
     policies, dtype = Policies.of(settings, shape, world=world), DTYPES[settings.dtype]
     if device.type != "cpu" or world > 1:
-        return slot_bytes(shape.units, policies.step_spec(policies.rounds), dtype)
+        spec = policies.step_spec(policies.rounds)
+        return slot_bytes(shape.units, spec, dtype, stages=device.type != "cpu")
     count = max(2, policies.rounds)
     return policies.cpu_slot_bytes(policies.step_spec(count), [1] * count, dtype)
 

@@ -2,6 +2,10 @@
 
 Slots live as long as the model. With `alias` (on the CPU) a weight slot is the store's own buffer, and a
 gradient slot the store's gradient buffer if dtypes match: no copies. Resident units have no weight slot.
+
+With several ranks, a weight slot is filled with the shares of all ranks (`WeightSlots.join`), of residents
+too, and a gradient slot is sent to the owners of its shares, which add up in `GradientShards`. Only the
+rank's own share of the weights aliases the store then.
 """
 
 from __future__ import annotations
@@ -17,6 +21,9 @@ from horizon_lm.memory.pinned import PinnedPool
 from horizon_lm.memory.shards import Shard, UnitShard
 from horizon_lm.memory.store import HostStore
 from horizon_lm.schedule import StepSpec
+from horizon_lm.schedule.step_spec import EXACT
+
+_FP32 = torch.float32.itemsize
 
 
 class UnitWeights(NamedTuple):
@@ -27,21 +34,45 @@ class UnitWeights(NamedTuple):
     wide_residual: torch.Tensor
 
 
+# Sizes. A ring of buffers serves prologue and layers, the outer one head and embedding table.
+
+
 def weight_slot_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[int]:
     """Return the elements of each weight slot: ring slots fit prologue and layers, the outer one head and
     table."""
     sizes = {u: _shard(units[u], plan).slot_numel for u in plan.in_slots}
-    return [_largest(sizes, range(plan.head))] * plan.slots + [_largest(sizes, (plan.head, plan.head + 1))]
+    return [_largest(sizes, range(plan.head))] * plan.slots + [_outer(sizes, plan)]
+
+
+def shard_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[int]:
+    """Return the elements of each buffer for a rank's share of weights, one for each slot; none with one
+    rank."""
+    if plan.world == 1:
+        return []
+    shards = {u: _shard(units[u], plan) for u in plan.uploaded}
+    sizes = {u: shard.weights_numel + shard.wide_numel for u, shard in shards.items()}
+    return [_largest(sizes, range(plan.head))] * plan.slots + [_outer(sizes, plan)]
 
 
 def gradient_slot_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[int]:
-    """Return the elements of each gradient slot: ring, outer slot, and slots of units of their own. The ring
-    fits the units without one; it is empty if there are none."""
-    sizes = {u: _shard(units[u], plan).gathered_trainable_numel for u in plan.trainable}
+    """Return the fp32 elements that each gradient slot has room for: ring, outer slot, and slots of units of
+    their own. The ring fits the units without one; it is empty if there are none."""
+    sizes = {u: _sent_bytes(units[u], u, plan) // _FP32 for u in plan.trainable}
     if plan.world > 1:
-        sizes.pop(plan.head + 1, None)  # the embedding table's gradient is its rows'
-    outer = _largest(sizes, (plan.head, plan.head + 1))
+        sizes.pop(plan.head + 1, None)  # the embedding table's gradient is that of its rows
+    outer = _outer(sizes, plan)
     own = [sizes.pop(unit) for unit in plan.own_grad_slots]
+    return [_largest(sizes, range(plan.head))] * plan.grad_slots + [outer, *own]
+
+
+def gradient_shard_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[int]:
+    """Return the elements of each fp32 buffer for a rank's share of a gradient, as `gradient_slot_numels`;
+    none with one rank."""
+    if plan.world == 1:
+        return []
+    sizes = {u: _shard(units[u], plan).trainable_share for u in plan.trainable}
+    outer = _outer(sizes, plan)
+    own = [sizes.pop(unit) for unit in plan.own_grad_shards]
     return [_largest(sizes, range(plan.head))] * plan.grad_slots + [outer, *own]
 
 
@@ -49,135 +80,155 @@ def _shard(unit: UnitLayout, plan: StepSpec) -> UnitShard:
     return UnitShard(unit, Shard(0, plan.world))
 
 
-def shard_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[int]:
-    """Return the elements of each buffer for a rank's share of weights."""
-    sizes = {u: _shard(units[u], plan).weights_numel + _shard(units[u], plan).wide_numel for u in plan.uploaded}
-    return [_largest(sizes, range(plan.head))] * plan.slots + [_largest(sizes, (plan.head, plan.head + 1))]
+def _sent_bytes(layout: UnitLayout, unit: int, plan: StepSpec) -> int:
+    """Bytes of a gradient while it accumulates: in fp32, unless its slot holds one micro-batch's (several
+    ranks, `exact`), which has the dtype of the unit's weights. The head's may be a sum over loss chunks."""
+    numel = _shard(layout, plan).gathered_trainable_numel
+    if plan.reduction != EXACT or unit == plan.head:
+        return numel * _FP32
+    return numel * max((p.compute_dtype.itemsize for p in layout.trainable), default=_FP32)
 
 
-def gradient_shard_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[int]:
-    """Return the elements of each fp32 buffer for a rank's share of a gradient, as `gradient_slot_numels`."""
-    sizes = {u: _shard(units[u], plan).trainable_share for u in plan.trainable}
-    outer = _largest(sizes, (plan.head, plan.head + 1))
-    own = [sizes.pop(unit) for unit in plan.own_grad_shards]
-    return [_largest(sizes, range(plan.head))] * plan.grad_slots + [outer, *own]
+def _received_bytes(units: Sequence[UnitLayout], plan: StepSpec) -> int:
+    """Bytes of the buffer for what other ranks send: gradients like this rank's own, or with `fast` one share
+    of their sum, for units that add to an earlier one."""
+    if plan.reduction == EXACT:
+        return max(gradient_slot_numels(units, plan), default=0) * _FP32
+    adding = [u for u in plan.trainable if u < plan.head and plan.rounds > 1]
+    return max((_shard(units[u], plan).trainable_share for u in adding), default=0) * _FP32
 
 
 def _largest(sizes: Mapping[int, int], units: Iterable[int]) -> int:
     return max((sizes.get(unit, 0) for unit in units), default=0)
 
 
-def slot_bytes(units: Sequence[UnitLayout], plan: StepSpec, dtype: torch.dtype) -> dict[str, int]:
-    """Predict the bytes of the weight and gradient slots."""
-    weights = sum(weight_slot_numels(units, plan)) * dtype.itemsize
-    return {"weight_slots": weights, **gradient_slot_bytes(units, plan)}
+def _outer(sizes: Mapping[int, int], plan: StepSpec) -> int:
+    return _largest(sizes, (plan.head, plan.head + 1))
+
+
+def slot_bytes(
+    units: Sequence[UnitLayout], plan: StepSpec, dtype: torch.dtype, *, stages: bool = True
+) -> dict[str, int]:
+    """Predict the bytes of the weight and gradient slots, and with several ranks of the buffers for shares.
+    stages: a rank's share of weights has a buffer on the device, as everywhere but on the CPU."""
+    found = {"weight_slots": sum(weight_slot_numels(units, plan)) * dtype.itemsize}
+    if stages and plan.world > 1:
+        found["weight_shards"] = sum(shard_numels(units, plan)) * dtype.itemsize
+    return {**found, **gradient_slot_bytes(units, plan)}
 
 
 def gradient_slot_bytes(
     units: Sequence[UnitLayout], plan: StepSpec, used: Collection[int] | None = None
 ) -> dict[str, int]:
     """Predict the bytes of the gradient slots, or of those `used`: `gradient_slots` are ring and outer slot,
-    `gradient_sums` the slots of units of their own. Gradients accumulate in fp32."""
-    sizes = [numel * torch.float32.itemsize for numel in gradient_slot_numels(units, plan)]
+    `gradient_sums` the slots of units of their own. Gradients accumulate in fp32.
+
+    With several ranks, `gradient_shards` and `gradient_sums` are those of a rank's shares, and `exchange` is
+    the buffer for what other ranks send.
+    """
+    sizes = [numel * _FP32 for numel in gradient_slot_numels(units, plan)]
     if used is not None:
         sizes = [size if slot in used else 0 for slot, size in enumerate(sizes)]
     own = plan.outer_grad_slot + 1
-    return {"gradient_slots": sum(sizes[:own])} | ({"gradient_sums": sum(sizes[own:])} if sizes[own:] else {})
+    found, sums = {"gradient_slots": sum(sizes[:own])}, sizes[own:]
+    if plan.world > 1:
+        sizes = [numel * _FP32 for numel in gradient_shard_numels(units, plan)]
+        found["gradient_shards"], sums = sum(sizes[:own]), sizes[own:]
+        found["exchange"] = _received_bytes(units, plan)
+    return found | ({"gradient_sums": sum(sums)} if sums else {})
 
 
 class WeightSlots:
-    """Device buffers of `numels` elements each."""
+    """Device buffers of `numels` elements each, and with several ranks of `shard_numels` for the rank's own
+    shares, one for each slot. With `alias` these are in the store, and with one rank the slots too."""
 
-    def __init__(self, store: HostStore, numels: Sequence[int], device: torch.device, alias: bool) -> None:
-        self._store = store
-        self._alias = alias
-        self._buffers = []
-        if not alias:
-            self._buffers = [torch.empty(n, dtype=store.dtype, device=device) for n in numels]
-        self._shards: list[torch.Tensor] = []
+    def __init__(
+        self,
+        store: HostStore,
+        numels: Sequence[int],
+        device: torch.device,
+        alias: bool,
+        shard_numels: Sequence[int] = (),
+    ) -> None:
+        self._store, self._stages = store, not alias
+        self._is_sharded = store.spec.shard.world > 1
+        self._alias = alias and not self._is_sharded
+
+        def buffers(numels: Sequence[int]) -> list[torch.Tensor]:
+            return [torch.empty(n, dtype=store.dtype, device=device) for n in numels]
+
+        self._buffers = [] if self._alias else buffers(numels)
+        self._shards = buffers(shard_numels) if self._stages and self._is_sharded else []
 
     @property
     def num_bytes(self) -> int:
         """Device bytes of the slots; 0 if they alias the store."""
         return sum(buffer.nbytes for buffer in self._buffers)
 
+    @property
+    def shard_bytes(self) -> int:
+        """Device bytes of the buffers for the rank's shares; 0 with one rank, or if they alias the store."""
+        return sum(buffer.nbytes for buffer in self._shards)
+
     def upload(self, slot: int, unit: int) -> None:
         """Copy the unit's weights into the slot, asynchronously if the host memory is pinned; nothing for a
-        resident unit."""
-        if self._alias or self._store.is_resident(unit):
+        resident unit. With several ranks, copy the rank's share into the buffer of that number."""
+        store = self._store
+        if self._alias or store.is_resident(unit) or (self._is_sharded and not self._stages):
             return
-        if self._store.spec.shard.world > 1:
-            if self._shards:
-                weights, residual = self._own(slot, unit)
-                weights.copy_(self._store.run("weights", unit), non_blocking=True)
-                residual.copy_(self._store.wide_residual(unit), non_blocking=True)
-            return
-        target = self.unit(slot, unit)
-        target.weights.copy_(self._store.run("weights", unit), non_blocking=True)
+        target = self._own(slot, unit) if self._is_sharded else self.unit(slot, unit)
+        target.weights.copy_(store.run("weights", unit), non_blocking=True)
         if target.wide_residual.numel():
-            target.wide_residual.copy_(self._store.wide_residual(unit), non_blocking=True)
-
-    def _own(self, slot: int, unit: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rank's share of a unit on the device: weights and wide residuals."""
-        if not self._shards or self._store.is_resident(unit):
-            return self._store.run("weights", unit), self._store.wide_residual(unit)
-        buffer, numel = self._shards[slot], self._store.shards[unit].weights_numel
-        wide = self._store.wide_residual(unit).numel()
-        return buffer[:numel], buffer[numel : numel + wide].view(torch.int16)
+            target.wide_residual.copy_(store.wide_residual(unit), non_blocking=True)
 
     def join(self, slot: int, unit: int, ranks: Ranks) -> None:
-        """Gather the unit's weights of all ranks in a slot."""
+        """Gather the unit's weights in the slot, from the shares of all ranks. They call this together.
+
+        The padding of each frozen part is overwritten by the trainable part, which comes second.
+        """
         shard, buffer = self._store.shards[unit], self._buffers[slot]
-        weights, residual = self._own(slot, unit)
-        _gather(ranks, weights, buffer, shard.frozen_share, shard.layout.trainable_offset, shard.trainable_share)
-        if residual.numel():
-            place = buffer[shard.gathered_weights_numel :].view(torch.int16)
-            frozen_wide = shard.layout.trainable_offset - shard.layout.wide_offset
-            _gather(ranks, residual, place, shard.frozen_wide_share, frozen_wide, shard.wide_share)
+        weights, wide_residual = self._own(slot, unit)
+        place = buffer[: shard.gathered_weights_numel]
+        _gather(ranks, weights, place, shard.frozen_share, shard.layout.trainable_offset)
+        if wide_residual.numel():
+            place = buffer[shard.gathered_weights_numel : shard.slot_numel].view(torch.int16)
+            begin = shard.layout.trainable_offset - shard.layout.wide_offset
+            _gather(ranks, wide_residual, place, shard.frozen_wide_share, begin)
 
     def unit(self, slot: int, unit: int) -> UnitWeights:
-        """The unit's weights in a slot; a resident unit's in the store, whatever the slot."""
-        world = self._store.spec.shard.world
-        if self._alias or (self._store.is_resident(unit) and world == 1):
-            return UnitWeights(self._store.run("weights", unit), self._store.wide_residual(unit))
-        layout, buffer = self._store.units[unit], self._buffers[slot]
-        if not layout.wide_numel or not self._store.has("residual"):
-            return UnitWeights(buffer[: layout.numel], torch.empty(0, dtype=torch.int16))
-        begin = self._store.shards[unit].gathered_weights_numel if world > 1 else layout.numel
-        return UnitWeights(buffer[: layout.numel], buffer[begin : begin + layout.wide_numel].view(torch.int16))
+        """The unit's weights in a slot; with one rank, a resident unit's in the store, whatever the slot."""
+        store = self._store
+        if self._alias or (store.is_resident(unit) and not self._is_sharded):
+            return UnitWeights(store.run("weights", unit), store.wide_residual(unit))
+        layout, buffer, begin = store.units[unit], self._buffers[slot], store.shards[unit]
+        wide = torch.empty(0, dtype=torch.int16)
+        if layout.wide_numel and store.has("residual"):
+            wide = buffer[begin.gathered_weights_numel :][: layout.wide_numel].view(torch.int16)
+        return UnitWeights(buffer[: layout.numel], wide)
+
+    def _own(self, slot: int, unit: int) -> UnitWeights:
+        """The rank's share of the unit's weights [weights_numel] and wide residuals, padding included."""
+        weights, wide = self._store.run("weights", unit), self._store.wide_residual(unit)
+        if not self._stages or self._store.is_resident(unit):
+            return UnitWeights(weights, wide)
+        buffer, begin = self._shards[slot], weights.numel()
+        return UnitWeights(buffer[:begin], buffer[begin : begin + wide.numel()].view(torch.int16))
 
     def tensors(self, slot: int) -> list[torch.Tensor]:
         """The slot's buffer; none if it aliases the store."""
         return [] if self._alias else [self._buffers[slot]]
 
-
-def _gather(
-    ranks: Ranks, own: torch.Tensor, place: torch.Tensor, first: int, begin: int, second: int
-) -> None:
-    if first:
-        ranks.all_gather(own[:first], place[: first * ranks.world])
-    if second:
-        ranks.all_gather(own[first : first + second], place[begin : begin + second * ranks.world])
+    def shard_tensors(self, shard: int) -> list[torch.Tensor]:
+        """The buffer of a rank's share; none if it is in the store."""
+        return [self._shards[shard]] if self._shards else []
 
 
-class GradientShards:
-    """Device buffers for a rank's share of gradients, fp32, and one for what other ranks send."""
-
-    def __init__(self, store: HostStore, plan: StepSpec, device: torch.device) -> None:
-        self._store = store
-        numels = gradient_shard_numels(store.units, plan)
-        self._buffers = [torch.empty(n, dtype=torch.float32, device=device) for n in numels]
-        most = max(gradient_slot_numels(store.units, plan))
-        self._received = torch.empty(most * 4, dtype=torch.uint8, device=device)
-
-    def run(self, grad_shard: int, unit: int) -> torch.Tensor:
-        return self._buffers[grad_shard][: self._store.shards[unit].trainable_share]
-
-    def received(self, unit: int, dtype: torch.dtype) -> torch.Tensor:
-        return self._received.view(dtype)[: self._store.shards[unit].gathered_trainable_numel]
-
-    def tensors(self, grad_shard: int) -> list[torch.Tensor]:
-        return [self._buffers[grad_shard]]
+def _gather(ranks: Ranks, own: torch.Tensor, place: torch.Tensor, first: int, begin: int) -> None:
+    """Gather the two parts of `own` of all ranks in `place`: its first elements from 0 on, the others from
+    `begin` on."""
+    for part, start in ((own[:first], 0), (own[first:], begin)):
+        if part.numel():
+            ranks.all_gather(part, place[start : start + part.numel() * ranks.world])
 
 
 class GradientSlots:
@@ -205,7 +256,7 @@ class GradientSlots:
     def _buffer(self, grad_slot: int) -> torch.Tensor:
         found = self._buffers[grad_slot]
         if found is None:
-            size = self._numels[grad_slot] * torch.float32.itemsize
+            size = self._numels[grad_slot] * _FP32
             found = self._buffers[grad_slot] = torch.empty(size, dtype=torch.uint8, device=self._device)
         return found
 
@@ -218,12 +269,43 @@ class GradientSlots:
         return self._buffer(grad_slot).view(dtype)[: self._store.units[unit].trainable_numel]
 
     def gathered(self, grad_slot: int, unit: int, dtype: torch.dtype) -> torch.Tensor:
+        """The same with room for padding [world * trainable_share]: a share for each rank."""
         return self._buffer(grad_slot).view(dtype)[: self._store.shards[unit].gathered_trainable_numel]
 
     def tensors(self, grad_slot: int) -> list[torch.Tensor]:
         """The slot's buffer, as fp32; none if none was allocated."""
         found = self._buffers[grad_slot]
         return [] if found is None else [found.view(torch.float32)]
+
+
+class GradientShards:
+    """Device buffers for a rank's shares of summed gradients, in fp32, and one for what other ranks send,
+    which only the network lane uses."""
+
+    def __init__(self, store: HostStore, plan: StepSpec, device: torch.device) -> None:
+        self._store, self._is_exact = store, plan.reduction == EXACT
+        numels = gradient_shard_numels(store.units, plan)
+        self._buffers = [torch.empty(n, dtype=torch.float32, device=device) for n in numels]
+        size = _received_bytes(store.units, plan)
+        self._received = torch.empty(size, dtype=torch.uint8, device=device)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in (*self._buffers, self._received))
+
+    def run(self, grad_shard: int, unit: int) -> torch.Tensor:
+        """The rank's share of the unit's gradient, fp32 [trainable_share]."""
+        return self._buffers[grad_shard][: self._store.shards[unit].trainable_share]
+
+    def received(self, unit: int, dtype: torch.dtype) -> torch.Tensor:
+        """Room for what other ranks send of the unit's gradient: with `exact` a share of each rank's
+        [world * trainable_share], with `fast` one of their sum [trainable_share], for later rounds."""
+        shard = self._store.shards[unit]
+        numel = shard.gathered_trainable_numel if self._is_exact else shard.trainable_share
+        return self._received.view(dtype)[:numel]
+
+    def tensors(self, grad_shard: int) -> list[torch.Tensor]:
+        return [self._buffers[grad_shard]]
 
 
 class BoundarySlots:
