@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 from horizon_lm.schedule import Op, StepSpec, build, build_flush, build_steps
@@ -46,6 +47,12 @@ def random_spec(rng: random.Random, *, layers: int = 6, micro_batches: int = 6) 
             for name in ("kept", "attention", "products")
         },
     )
+
+
+def random_world_spec(rng: random.Random, **most: int) -> StepSpec:
+    """The same for a rank of several."""
+    spec = random_spec(rng, **most)
+    return replace(spec, world=rng.choice([2, 3, 4, 8]), reduction=rng.choice(["exact", "fast"]))
 
 
 _WORDS = ["recompute", "recompute", "recompute", "kept", "attention", "products"]

@@ -109,14 +109,15 @@ def closure(ops: Sequence[Op], waits: Waits) -> list[set[int]]:
     return before
 
 
-def random_order(ops: Sequence[Op], waits: Waits, rng: random.Random) -> list[int]:
-    """Any order that lanes and waits allow."""
+def random_order(ops: Sequence[Op], waits: Waits, rng: random.Random, late: Lane | None = None) -> list[int]:
+    """Any order that lanes and waits allow. late: a lane that runs only when no other can."""
     queues = {lane: [i for i, op in enumerate(ops) if op.lane == lane] for lane in Lane}
     done: set[int] = set()
     order: list[int] = []
     while len(order) < len(ops):
         ready = [queue for queue in queues.values() if queue and done.issuperset(waits[queue[0]])]
-        i = rng.choice(ready).pop(0)
+        others = [queue for queue in ready if ops[queue[0]].lane is not late]
+        i = rng.choice(others or ready).pop(0)
         done.add(i)
         order.append(i)
     return order

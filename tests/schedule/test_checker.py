@@ -43,6 +43,10 @@ def mutants(plan: StepSpec) -> Iterator[tuple[str, list[Op]]]:
                 for other in (0, -1):
                     moved = _with(op, region, other, name)
                     yield f"{op} with {name}={other}", [*ops[:i], moved, *ops[i + 1 :]]
+        for region in ("shard", "grad_shard"):
+            if getattr(op, region) >= 0:
+                for other in ((getattr(op, region) + 1) % (plan.grad_slots + 1), -1):
+                    yield f"{op} with {region}={other}", [*ops[:i], _with(op, region, other), *ops[i + 1 :]]
         if op.sum_slab >= 0:
             moved = _with(op, "sum_slab", 1 - op.sum_slab)
             yield f"{op} with another slab of sums", [*ops[:i], moved, *ops[i + 1 :]]
@@ -60,7 +64,7 @@ def mutants(plan: StepSpec) -> Iterator[tuple[str, list[Op]]]:
         if op.kind == "F" and op.unit:
             other = replace(op, policy="" if op.policy else "keep")
             yield f"{op} with another policy", [*ops[:i], other, *ops[i + 1 :]]
-        if op.kind in "LB":
+        if op.kind in "LBTV":
             yield (
                 f"{op} with first={not op.first}",
                 [*ops[:i], replace(op, first=not op.first), *ops[i + 1 :]],
@@ -127,6 +131,33 @@ def _with(op: Op, region: str, slot: int, name: str | None = None) -> Op:
             rounds=2,
             sums="device",
             products=frozenset({1}),
+        ),
+        plain(world=2, reduction="exact"),
+        plain(
+            layers=2,
+            embedding_unit=3,
+            trainable=frozenset(range(4)),
+            uploaded=frozenset({0, 2}),
+            resident=frozenset({1, 3}),
+            update="eager",
+            micro_batches=3,
+            rounds=2,
+            sums="host",
+            world=2,
+            reduction="exact",
+        ),
+        plain(
+            layers=2,
+            embedding_unit=4,
+            trainable=frozenset(range(1, 5)),
+            uploaded=frozenset({0, 1, 2, 4}),
+            resident=frozenset({3}),
+            update="deferred",
+            micro_batches=4,
+            rounds=2,
+            sums="device",
+            world=4,
+            reduction="fast",
         ),
     ],
     ids=label,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -61,6 +62,22 @@ def test_residents_and_rounds_are_drawn(sums: str, kinds: str) -> None:
     assert {op.kind for op, _, _ in spans} >= {*kinds}
     lines = text_timeline(spans).splitlines()
     assert len({line.index("ms  ") for line in lines[1:]}) == 1  # columns stay aligned
+
+
+def test_collectives_have_a_row_of_their_own() -> None:
+    """Only with several ranks."""
+    spec = StepSpec(3, frozenset(range(1, 6)), frozenset(range(1, 6)), 5)
+    alone = [(op, float(i), i + 1.0) for i, op in enumerate(build(spec))]
+    ops = build(replace(spec, world=2, reduction="exact"))
+    spans = [(op, float(i), i + 1.0) for i, op in enumerate(ops)]
+    events = chrome_trace(spans)["traceEvents"]
+    rows = {e["args"]["name"]: e["tid"] for e in events if e["name"] == "thread_name"}
+    (total,) = (e for e in events if e["name"] == "T3.0")
+    assert total["tid"] == rows["network"] and total["cat"] == "add up gradients of all ranks"
+    assert total["args"] == {"unit": 3, "micro_batch": 0, "grad_slot": 0, "grad_shard": 0}
+    row = utilisation(spans)["network"]
+    assert row["ops"] == sum(op.kind in "JTV" for op in ops) and "network" in text_timeline(spans)
+    assert "network" not in utilisation(alone) and "network" not in text_timeline(alone)
 
 
 def test_every_kind_has_a_meaning() -> None:

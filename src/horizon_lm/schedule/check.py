@@ -171,7 +171,8 @@ def _note_added(op: Op, added: dict[Buffer, list[int]]) -> list[str]:
     errors = []
     for buffer in sorted(op.writes, reverse=True):  # sums of rows come before the slot that receives them
         before = added.get(buffer, []) if buffer in op.reads else []
-        overwrites = (op.kind, buffer.region) in _BEGUN_BY_FIRST and buffer.index != op.table_grad
+        is_table = buffer == Buffer("grad_slot", op.table_grad)
+        overwrites = (op.kind, buffer.region) in _BEGUN_BY_FIRST and not is_table
         if overwrites and op.first == (buffer in op.reads):
             errors.append(f"{op} of step {op.step} has first={op.first}, but declares otherwise")
         if buffer.region == "boundary_slot":

@@ -53,7 +53,8 @@ def chrome_trace(spans: Iterable[Span]) -> dict[str, Any]:
         events.append({**place, "name": "thread_name", "args": {"name": str(lane)}})
         events.append({**place, "name": "thread_sort_index", "args": {"sort_index": rows[lane]}})
     for op, start, end in spans:
-        numbers = {"unit": op.unit, "micro_batch": op.micro_batch, "slot": op.slot, "grad_slot": op.grad_slot}
+        names = ("unit", "micro_batch", "slot", "grad_slot", "shard", "grad_shard")
+        numbers = {name: getattr(op, name) for name in names}
         events.append(
             {
                 "ph": "X",

@@ -6,7 +6,7 @@ pass of unit 3 on micro-batch 1. Independent of torch, streams and threads.
 Kinds, in the order of a step (u: unit, m: micro-batch):
 
     Uu     upload    weights of unit u into a device slot                      upload
-    Ju     join      the shares of unit u's weights of all ranks into a slot   network
+    Ju     join      gather unit u's weights from all ranks into the slot       network
     Fu.m   forward   look-up and prologue (u = 0), or a decoder layer            compute
     Xu.m   spill     the layer's input to host memory                           download
     Lu.m   loss      head: final norm, logits and loss by chunks, their gradients compute
@@ -15,8 +15,8 @@ Kinds, in the order of a step (u: unit, m: micro-batch):
     Cu.m   recompute a layer of a block, for the inputs of the layers above it   compute
     Bu.m   backward  recompute what was not kept, then the gradients of unit u
                      (u = 0: of the embedding table's rows as well)              compute
-    Tu.m   total     the gradients of unit u of all ranks: each its share of the sum  network
-    V0.m   rows      those of the embedding table's rows                        network
+    Tu.m   total     add up gradients of unit u over ranks, each its share      network
+    V0.m   rows      the same for the embedding table's rows                    network
     Pu.m   park      the gradient of unit u that later rounds add to, to host memory download
     Su.m   sum       add that of one micro-batch to the sum in host memory        update
     Gu.m   get back  that sum into a gradient slot                               upload
