@@ -16,7 +16,7 @@ import xxhash
 from horizon_lm.errors import CheckpointError
 from horizon_lm.io import files
 
-PIECE_BYTES = 16 << 20  # written between two checks whether the checkpoint is still wanted
+PIECE_BYTES = 16 << 20  # written between two checks whether the checkpoint is still wanted; read at once
 _BLOCK = 4096  # bytes: alignment of direct writes
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _spare: list[np.ndarray] = []  # the last file's buffer: a new one costs a page fault per 4 KB
@@ -25,10 +25,12 @@ _spare: list[np.ndarray] = []  # the last file's buffer: a new one costs a page 
 class Disk:
     """The disk. `before` is called ahead of each call, with its name and path.
 
-    buffer_bytes: size of the staging buffer of an open file; a multiple of 4096.
+    buffer_bytes: size of the staging buffer of an open file; a multiple of 4096. block_bytes: part of a file
+    of many ranks that is verified by itself.
     """
 
     buffer_bytes = 4 << 20
+    block_bytes = 16 << 20
 
     def before(self, what: str, path: Path) -> None:
         """Do nothing; tests override it."""
@@ -74,16 +76,20 @@ class Disk:
 
 
 class HashedFile:
-    """A new file whose size and checksum are known when it is closed.
+    """A new file whose size and checksums are known when it is closed.
+
+    blocks: checksum of each `Disk.block_bytes` of the file, if asked for (`in_blocks`).
 
     Writes go through a small buffer and, if the file system supports O_DIRECT, past the page cache: the store
     has most of the memory, nobody reads the file soon, and copying into the cache costs several times the CPU
     time of a direct write.
     """
 
-    def __init__(self, disk: Disk, path: Path) -> None:
-        self._disk, self._path = disk, path
+    def __init__(self, disk: Disk, path: Path, *, in_blocks: bool = False) -> None:
+        self._disk, self._path, self._in_blocks = disk, path, in_blocks
         self._hash = xxhash.xxh3_128()
+        self._block, self._block_filled = xxhash.xxh3_128(), 0
+        self.blocks: list[str] = []
         self.size = 0
         self._file = disk.create(path)
         self._buffer = _take_buffer(disk.buffer_bytes)
@@ -104,6 +110,7 @@ class HashedFile:
     def close(self) -> tuple[int, str]:
         try:
             self._flush()
+            self._end_block()
         finally:
             os.close(self._file)
             if not _spare:
@@ -114,12 +121,27 @@ class HashedFile:
         data = memoryview(self._buffer)[: self._filled]  # type: ignore[arg-type]
         self._filled = 0
         self._hash.update(data)
+        if self._in_blocks:
+            self._update_blocks(data)
         whole = len(data) - len(data) % _BLOCK if self.is_direct else len(data)
         if whole:
             self._write(data[:whole])
         if whole < len(data):  # the end of the file
             self._set_direct(False)
             self._write(data[whole:])
+
+    def _update_blocks(self, data: memoryview) -> None:
+        while len(data):
+            taken = min(len(data), self._disk.block_bytes - self._block_filled)
+            self._block.update(data[:taken])
+            data, self._block_filled = data[taken:], self._block_filled + taken
+            if self._block_filled == self._disk.block_bytes:
+                self._end_block()
+
+    def _end_block(self) -> None:
+        if self._block_filled:
+            self.blocks.append(self._block.hexdigest())
+            self._block, self._block_filled = xxhash.xxh3_128(), 0
 
     def _write(self, data: memoryview) -> None:
         try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -19,12 +20,15 @@ from horizon_lm.io import files
 from horizon_lm.words import size
 
 NAME = "manifest.json"
-FORMAT, VERSION = "horizon-checkpoint", 1
+FORMAT, VERSION, RANKS_VERSION = "horizon-checkpoint", 1, 2  # written by one rank; by many
+INDEX = "index.json"  # in the folder of each rank: see `index`
+UNIT_FILE = re.compile(r"unit-[0-9]{5,9}\.safetensors")
 _MAX_BYTES = 64 << 20
 _SEAL = "manifest_xxh3_128"
 # At most one folder deep; no name can leave the folder, hide in it, or act as an option of a program.
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127})?")
-_CHECKSUM = re.compile(r"[0-9a-f]{32}")
+_RANK_FOLDER = re.compile(r"rank-[0-9]{5,9}")
+CHECKSUM = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Manifest:
     """step: optimizer steps done, skipped ones included. serial: grows with every checkpoint of a run folder;
     the highest is the latest, whatever the folders are called. files: name -> (bytes, xxh3-128). config: the
     resolved settings. state: state of the run (JSON). created: UTC, for people. parent: the checkpoint that
-    the run was resumed from, if any."""
+    the run was resumed from, if any. ranks: how many wrote it; more than one have a folder each."""
 
     step: int
     serial: int
@@ -42,13 +46,17 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     created: str = ""
     parent: str | None = None
+    ranks: int = 1
 
     @property
     def num_bytes(self) -> int:
         return sum(num_bytes for num_bytes, _ in self.files.values())
 
     def to_bytes(self) -> bytes:
-        values = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        version = VERSION if self.ranks == 1 else RANKS_VERSION
+        values = {"format": FORMAT, "version": version, **asdict(self)}
+        if self.ranks == 1:
+            del values["ranks"]
         values[_SEAL] = _seal(values)
         return (json.dumps(values, indent=1, allow_nan=False) + "\n").encode()
 
@@ -67,9 +75,10 @@ def parse(data: bytes, place: str) -> Manifest:
         raise damaged(place, "is not JSON") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise damaged(place, "is not the manifest of a checkpoint")
-    if values.get("version") != VERSION:
+    version = values.get("version")
+    if type(version) is not int or version not in (VERSION, RANKS_VERSION):
         raise CheckpointError(
-            f"{place}: has format version {values.get('version')!r}, expected {VERSION}",
+            f"{place}: has format version {version!r:.60}, expected {VERSION} or {RANKS_VERSION}",
             hint="use the version of horizon-lm that wrote it",
         )
     if values.get(_SEAL) != _seal(values):
@@ -85,8 +94,33 @@ def parse(data: bytes, place: str) -> Manifest:
     if wrong is not None:
         raise damaged(place, wrong)
     files = {name: _file(name, entry, place) for name, entry in values["files"].items()}
+    ranks = _ranks(values.get("ranks"), files, place) if version == RANKS_VERSION else 1
     known = {"parent": values.get("parent"), **{key: values[key] for key in kinds}}
-    return Manifest(**{**known, "files": files})
+    return Manifest(**{**known, "files": files, "ranks": ranks})
+
+
+def rank_folder(rank: int) -> str:
+    return f"rank-{rank:05}"
+
+
+def _ranks(ranks: Any, names: Collection[str], place: str) -> int:
+    """Return the number of ranks after a check that each has its folder, and nobody else a file of a unit."""
+    if type(ranks) is not int or not 2 <= ranks <= len(names):
+        raise damaged(place, f"ranks is {ranks!r:.60}")
+    folders = {rank_folder(rank) for rank in range(ranks)}
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        is_unit = UNIT_FILE.fullmatch(file) is not None
+        if _RANK_FOLDER.fullmatch(folder):
+            fits = folder in folders and (is_unit or file == INDEX)
+        else:
+            fits = not is_unit
+        if not fits:
+            raise damaged(place, f"{name} is not a file of one of its {ranks} ranks")
+    missing = folders - {name.rpartition("/")[0] for name in names if name.endswith(f"/{INDEX}")}
+    if missing:
+        raise damaged(place, f"has no {min(missing)}/{INDEX}")
+    return ranks
 
 
 def _file(name: str, entry: Any, place: str) -> tuple[int, str]:
@@ -97,7 +131,7 @@ def _file(name: str, entry: Any, place: str) -> tuple[int, str]:
     except (TypeError, ValueError):
         num_bytes = digest = None
     ok = type(num_bytes) is int and num_bytes >= 0 and isinstance(digest, str)
-    if not ok or not _CHECKSUM.fullmatch(digest):
+    if not ok or not CHECKSUM.fullmatch(digest):
         raise damaged(place, f"size or checksum of {name} is {entry!r:.80}")
     return num_bytes, digest
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from horizon_lm.checkpoint.disk import damaged
 from horizon_lm.checkpoint.folder import Checkpoint
+from horizon_lm.checkpoint.manifest import UNIT_FILE
 from horizon_lm.checkpoint.reader import corrupt, file_checksum, read_small
 from horizon_lm.checkpoint.units import BUFFERS
 from horizon_lm.engine.policies import DTYPES
@@ -30,7 +30,6 @@ CONFIGURATIONS = ("config.json", "generation_config.json")
 # What `trainers` adds to a checkpoint; no part of a model.
 TRAINER_FILES = ("trainer_state.json", "trainer.json", "trainer.safetensors", "training_args.json")
 _FLOATS = ("BF16", "F16", "F32")  # dtypes of weights, as safetensors names them
-_UNIT_FILE = re.compile(r"unit-[0-9]{5,9}\.safetensors")
 
 Tensors = dict[str, torch.Tensor]
 
@@ -114,7 +113,7 @@ def weights_of(checkpoint: Checkpoint, wanted: torch.dtype) -> list[Group]:
     """Return the weights of a checkpoint, one group per unit, and its buffers. wanted: their dtype."""
     own = DTYPES[str(checkpoint.manifest.config.get("dtype", "bfloat16"))]
     wide = frozenset(checkpoint.manifest.state.get("kept_in_fp32", ()))
-    names = [name for name in checkpoint.manifest.files if _UNIT_FILE.fullmatch(name)] + [BUFFERS]
+    names = [name for name in checkpoint.manifest.files if UNIT_FILE.fullmatch(name)] + [BUFFERS]
     if BUFFERS not in checkpoint.manifest.files:
         raise damaged(checkpoint.path / BUFFERS, "is not part of the checkpoint")
     return [_group(checkpoint, name, wanted, own, wide) for name in names]

@@ -1,28 +1,28 @@
-"""Units of the store as safetensors files, written and read without a copy in memory; parameters of resident
-units pass through one in host memory, one at a time.
+"""Units of the store as safetensors files, written without a copy in memory; parameters of resident units pass
+through one in host memory, one at a time.
 
     weights.NAME  residual.NAME  exp_avg.NAME  exp_avg_sq.NAME      for each parameter NAME of the unit
 
-The header of a file follows from the store's layout alone, so that reading needs no parser: a file with any
-other header does not fit the model. Padding between parameters is always zero and not in the file.
+One rank writes whole tensors in their shapes; of many, each writes the elements that it holds, as flat
+tensors. Padding between parameters, and at the end of a rank's share, is zero and not in the file.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
-import xxhash
 from torch import nn
 
-from horizon_lm.checkpoint.disk import PIECE_BYTES, HashedFile, damaged
-from horizon_lm.memory.layout import Parameter
-from horizon_lm.memory.store import HostStore, in_host_memory
+from horizon_lm.checkpoint.disk import PIECE_BYTES, HashedFile
+from horizon_lm.memory.layout import Parameter, UnitLayout
+from horizon_lm.memory.shards import Piece, Shard, UnitShard
+from horizon_lm.memory.store import HostStore, StoreSpec, regions
 
-_DTYPE_NAMES = {
+DTYPE_NAMES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.float32: "F32",
@@ -34,43 +34,86 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_MAX_HEADER_BYTES = 100_000_000  # the limit of safetensors
 
 BUFFERS = "buffers.safetensors"
 
 Entry = tuple[str, torch.Tensor]
 
 
+class Part(NamedTuple):
+    """Elements [start, stop) of a flattened tensor. shape: that of the whole tensor."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def num_bytes(self) -> int:
+        return (self.stop - self.start) * self.dtype.itemsize
+
+    @property
+    def is_whole(self) -> bool:
+        return (self.start, self.stop) == (0, prod(self.shape))
+
+    def hollow(self, *, flat: bool) -> torch.Tensor:
+        """Return the tensor of the file on `meta`: flat, or a whole one in its shape."""
+        shape = (self.stop - self.start,) if flat else self.shape
+        return torch.empty(shape, dtype=self.dtype, device="meta")
+
+
 def file_name(unit: int) -> str:
     return f"unit-{unit:05}.safetensors"
 
 
-def entries(store: HostStore, unit: int) -> list[Entry]:
-    """Return (key, view into the store, wherever it lies) of all tensors of a unit in the order of the file.
+def unit_number(name: str) -> int:
+    """Return the number in a name that matches `manifest.UNIT_FILE`."""
+    return int(name.removeprefix("unit-").removesuffix(".safetensors"))
+
+
+def parts(layout: UnitLayout, spec: StoreSpec, shard: Shard) -> list[tuple[Part, int]]:
+    """Return the parts of a unit's tensors that a rank holds, in the order of its file, each with its first
+    element in the rank's buffer of the region.
 
     Larger elements come first, so that each tensor starts at a multiple of its element size, which readers
     that map the file need.
     """
-    return sorted(_entries(store, unit), key=lambda row: -row[1].element_size())
+    return sorted(_parts(layout, spec, shard), key=lambda row: -row[0].dtype.itemsize)
 
 
-def _entries(store: HostStore, unit: int) -> Iterator[Entry]:
-    layout = store.units[unit]
-    views: dict[str, Callable[[torch.Tensor, Parameter], torch.Tensor]] = {
-        "weights": layout.view,
-        "residual": layout.residual_view,
-        "exp_avg": layout.trainable_view,
-        "exp_avg_sq": layout.trainable_view,
+def _parts(layout: UnitLayout, spec: StoreSpec, shard: Shard) -> Iterator[tuple[Part, int]]:
+    cut = UnitShard(layout, shard)
+    piece_of: dict[str, Callable[[Parameter], Piece | None]] = {
+        "weights": cut.weights_piece,
+        "residual": cut.residual_piece,
+        "exp_avg": cut.trainable_piece,
+        "exp_avg_sq": cut.trainable_piece,
     }
-    for region, view in views.items():
-        if not store.has(region):
+    for region in regions(spec):
+        if not region.is_state:
             continue
         for parameter in layout.parameters:
-            if region == "residual" and parameter.offset < layout.wide_offset:
+            if region.name == "residual" and parameter.offset < layout.wide_offset:
                 continue
-            if region.startswith("exp_avg") and not parameter.trainable:
+            if region.name.startswith("exp_avg") and not parameter.trainable:
                 continue
-            yield f"{region}.{parameter.name}", view(store.run(region, unit), parameter)
+            # A parameter without elements is named by every rank.
+            piece = piece_of[region.name](parameter) if parameter.numel else Piece(0, 0, 0)
+            if piece is not None:
+                key = f"{region.name}.{parameter.name}"
+                yield Part(key, region.dtype, parameter.shape, piece.start, piece.stop), piece.offset
+
+
+def entries(store: HostStore, unit: int) -> list[Entry]:
+    """Return (key, view into the store, wherever it lies) of all tensors of a unit in the order of the file:
+    whole ones in their shapes, or the elements that this rank holds."""
+    found = []
+    shard = store.spec.shard
+    for part, offset in parts(store.units[unit], store.spec, shard):
+        view = store.run(part.key.partition(".")[0], unit).narrow(0, offset, part.stop - part.start)
+        found.append((part.key, view if shard.world > 1 else view.view(part.shape)))
+    return found
 
 
 def persistent_buffers(module: nn.Module) -> list[Entry]:
@@ -94,7 +137,7 @@ def header(rows: Sequence[Entry], metadata: dict[str, str] | None = None) -> byt
     end = 0
     for key, tensor in rows:
         start, end = end, end + tensor.nbytes
-        entry = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        entry = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
         table[key] = {**entry, "data_offsets": [start, end]}
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -114,78 +157,12 @@ def write(file: HashedFile, rows: list[Entry], is_wanted: Callable[[], bool]) ->
 
 
 def _write_tensor(file: HashedFile, tensor: torch.Tensor, is_wanted: Callable[[], bool]) -> None:
-    for piece in _pieces(tensor):
+    for piece in pieces_of(tensor):
         if not is_wanted():
             return
         file.write(as_bytes(piece.cpu()))
 
 
-def _pieces(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def pieces_of(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Views of a contiguous tensor's bytes, `PIECE_BYTES` at most: host memory has room for one of them."""
     return tensor.reshape(-1).view(torch.uint8).split(PIECE_BYTES)
-
-
-def read(file: int, rows: list[Entry], name: str) -> str:
-    """Fill rows from an open file that `write` made; return the checksum of the bytes read.
-
-    Raises CheckpointError if the file does not hold these rows.
-    """
-    expected = header(rows)
-    digest = xxhash.xxh3_128()
-    found = _read_exactly(file, bytearray(len(expected)))
-    digest.update(found)
-    if found != expected:
-        raise damaged(name, _difference(file, bytes(found), rows))
-    for key, tensor in rows:
-        if not _read_tensor(file, tensor, digest):
-            raise damaged(name, f"ends within {key}")
-    if os.read(file, 1):
-        raise damaged(name, "continues after its last tensor")
-    return str(digest.hexdigest())
-
-
-def _read_tensor(file: int, tensor: torch.Tensor, digest: xxhash.xxh3_128) -> bool:
-    """Fill a tensor; return whether the file was long enough."""
-    return all(_read_piece(file, piece, digest) for piece in _pieces(tensor))
-
-
-def _read_piece(file: int, piece: torch.Tensor, digest: xxhash.xxh3_128) -> bool:
-    with in_host_memory(piece) as target:
-        data = as_bytes(target)
-        if len(_read_exactly(file, data)) < len(data):
-            return False
-        digest.update(data)
-    return True
-
-
-def _read_exactly(file: int, target: bytearray | memoryview) -> memoryview:
-    """Fill `target` as far as the file goes; return the filled part."""
-    view, filled = memoryview(target), 0
-    while filled < len(view):
-        count = os.readv(file, [view[filled:]])
-        if not count:
-            break
-        filled += count
-    return view[:filled]
-
-
-def _difference(file: int, start: bytes, rows: list[Entry]) -> str:
-    """Describe how the header of a file differs from that of `rows`."""
-    size = int.from_bytes(start[:8], "little")
-    if len(start) < 8 or size > _MAX_HEADER_BYTES:
-        return "is not a safetensors file"
-    text = start[8 : 8 + size]
-    text += bytes(_read_exactly(file, bytearray(max(0, size - len(text)))))
-    try:
-        table = json.loads(text)
-        found = {key: (entry["dtype"], tuple(entry["shape"])) for key, entry in table.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return "its header is damaged"
-    for key, tensor in rows:
-        wanted = _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
-        if key not in found:
-            return f"has no tensor {key}"
-        if found[key] != wanted:
-            return f"{key} is {found[key][0]} {list(found[key][1])}, expected {wanted[0]} {list(wanted[1])}"
-    strange = sorted(found.keys() - {key for key, _ in rows})
-    return f"holds {strange[0]}, which the model does not have" if strange else "its header is damaged"
