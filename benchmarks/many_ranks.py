@@ -1,21 +1,27 @@
 """Several ranks on the CPUs of this machine (Gloo, loopback): bytes, collectives, speed, memory.
 
-bytes: what each rank sends in a step, counted, beside the formula of docs/guides/many-gpus.md and the sum over
-the step's collectives. network: seconds of a step in collectives; waiting is what a rank spends in them beyond
-the fastest rank. speed: two ranks of one thread beside one rank of two threads and beside FSDP2 with CPU offload
-and DeepSpeed ZeRO-3, two ranks each; steps of all alternate. memory: peak resident memory of each rank beside
-the plan's. alone: one rank beside one of an earlier checkout (`--before FOLDER`), alternating.
+All ranks share two cores and one loopback device: ratios tell what several ranks cost, not what a network
+gives. Nothing here ran on a GPU, and NCCL has not run.
 
-Both ranks share the cores, memory and loopback of one machine: ratios say what several ranks cost, not what a
-network gives. Nothing here ran on a GPU, and NCCL has not run.
+- bytes: what each rank sends in a step, counted; the sum over the step's collectives; the formula of
+  docs/guides/many-gpus.md.
+- speed: two ranks of one thread each, one rank of two threads, FSDP2 with CPU offload and DeepSpeed ZeRO-3 (two
+  ranks each). Steps of all alternate. Of our ranks: seconds of one more step in collectives, and waiting: what
+  a rank spends in them beyond the fastest rank.
+- memory: the peak of each rank's process beside the planner's prediction for a rank.
+- alone: one rank beside one of an earlier checkout (`--before FOLDER`); steps alternate.
+
+Results are kept by commit and machine in build/bench; `--fresh` repeats them.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
+import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,22 +29,31 @@ from typing import Any
 import torch
 
 from horizon_lm.bench.figures import Row, spread
-from horizon_lm.bench.jobs import OURS, TORCH, Worker, measure
+from horizon_lm.bench.jobs import OURS, TORCH, measure
 from horizon_lm.bench.models import shape
 from horizon_lm.bench.protocol import Case
 
+from .jobs import Ledger
 from .peers import PEERS
-from .rank_group import RANKS, CheckoutWorker, RankGroup, by_threads
-from .report import Report
+from .rank_group import PLANNED, RANKS, RankGroup, by_threads, checkouts
+from .report import Report, commit, cpu_name
 
+WORK = Path(__file__).parent.parent / "build" / "bench"
 WANTED = 0.85  # of the speed of one rank, for two ranks on the same cores
+NEAR = 0.03  # of the predicted memory
 PEER_NAMES = ("fsdp2-offload", "zero3-offload")
+EXACT, FAST = "ours, 2 ranks, exact", "ours, 2 ranks, fast"
 
 
 def case_of(size: str, dtype: str, rows: int, **changes: Any) -> Case:
     """Return a step of 2,048 tokens: 4 sequences of 512, `rows` in a micro-batch."""
-    case = Case(shape(size), length=512, sequences=4, rows=rows, dtype=dtype, warmup=2, steps=7, lr=3e-4)
+    case = Case(shape(size), length=512, sequences=4, rows=rows, dtype=dtype, warmup=2, lr=3e-4, threads=1)
     return case.replace(**changes)
+
+
+def group_of(world: int) -> Any:
+    """Return the kind of worker that runs a system on `world` ranks."""
+    return partial(RankGroup, world=world)
 
 
 # ---- bytes ----------------------------------------------------------------------------------
@@ -47,8 +62,8 @@ def case_of(size: str, dtype: str, rows: int, **changes: Any) -> Case:
 def formula(parameters: int, layers: int, world: int, positions: int, fast: bool, size: int) -> float:
     """Return the bytes that a rank sends in a step, by the guide's formula.
 
-    parameters, layers: trainable ones of the whole model, and those of its layers alone. positions:
-    micro-batches of a rank. size: bytes of a weight, and of a micro-batch's gradient.
+    parameters, layers: of the whole model, and of its layers alone. positions: micro-batches of a rank. size:
+    bytes of a weight, and of a gradient of one micro-batch.
     """
     weights = size * (parameters + layers)  # layers once more, for their backward pass
     gradients = 4 * parameters if fast else size * parameters * positions
@@ -56,42 +71,28 @@ def formula(parameters: int, layers: int, world: int, positions: int, fast: bool
 
 
 def by_ops(row: Row, world: int, fast: bool, size: int) -> float:
-    """Return the bytes of the collectives that the recorded step ran."""
+    """Return the bytes of the collectives of the recorded step."""
     units, found = row["info"]["units"], row["breakdown"]
     rows = math.ceil(found["rows"] * row["info"]["width"] / world)
-    total, last = 0.0, None
+    gradient = 4 if fast else size
+    total, has_rows = 0.0, False
     for name, _ in found["network"]:
-        kind, unit = name[0], int(name[1:].partition(".")[0])
-        weights, trainable = units[unit]
-        if kind == "J":
-            total += size * weights
-        elif kind == "T":
-            total += (4 if fast else size) * trainable
-        else:
-            total, last = total + (4 if fast else size) * rows, rows
-    total += 4 * (last or 0)  # the sums of rows go to all ranks
+        weights, trainable = units[int(name[1:].partition(".")[0])]
+        parts = {"J": size * weights, "T": gradient * trainable, "V": gradient * rows}
+        total += parts[name[0]]
+        has_rows |= name[0] == "V"
+    total += 4 * rows * has_rows  # the sums of rows go to all ranks
     return (world - 1) * total
 
 
-def count_bytes(report: Report, arguments: argparse.Namespace) -> None:
-    """Count what ranks send at several worlds, dtypes and reductions."""
-    rows = []
-    for world in (2, 3, 4):
-        for dtype in ("float32", "bfloat16"):
-            for reduction in ("exact", "fast"):
-                case = case_of(arguments.sizes[0], dtype, 1, warmup=1, steps=1, threads=1, length=128)
-                case = case.replace(extra={"reduction": reduction})
-                rows.append(_bytes_row(world, reduction, case))
-                print(" | ".join(rows[-1]), flush=True)
-    head = ["ranks", "dtype", "reduction", "micro-batches", "MB sent by a rank", "collectives, MB", "formula, MB"]
-    report.section("Bytes sent in a step")
-    report.table([*head, "sent / formula"], rows)
+def bytes_job(world: int, case: Case) -> Callable[[], Row]:
+    return lambda: measure([(RANKS, case)], kind=group_of(world))[0] | {"world": world}
 
 
-def _bytes_row(world: int, reduction: str, case: Case) -> list[str]:
-    kind: Any = partial(RankGroup, world=world)
-    row = measure([(RANKS, case)], kind=kind)[0]
-    name = [str(world), case.dtype, reduction, str(case.sequences)]
+def bytes_cells(row: Row) -> list[str]:
+    case, world = Case.from_json(row["case"]), row["world"]
+    reduction = case.extra["reduction"]
+    name = [str(world), case.dtype, reduction]
     if row["status"] != "done":
         return [*name, f"{row['status']}: {row.get('why')}", "", "", ""]
     fast, size = reduction == "fast", case.torch_dtype.itemsize
@@ -99,133 +100,192 @@ def _bytes_row(world: int, reduction: str, case: Case) -> list[str]:
     numels = [trainable * world for _, trainable in row["info"]["units"]]
     positions = -(-case.sequences // world)
     wanted = formula(row["parameters"], sum(numels[1 : layers + 1]), world, positions, fast, size)
-    sent = {answer["breakdown"]["sent"] for answer in row["ranks"]}
+    sent = [answer["breakdown"]["sent"] for answer in row["ranks"]]
     counted = by_ops(row, world, fast, size)
-    cells = [f"{min(sent) / 1e6:.2f}", f"{counted / 1e6:.2f}", f"{wanted / 1e6:.2f}"]
-    return [*name, *cells, f"{min(sent) / wanted:.3f}"]
+    shown = [f"{value / 1e6:.2f}" for value in (max(sent), counted, wanted)]
+    return [*name, *shown, f"{max(sent) / wanted:.3f}"]
 
 
-# ---- collectives and speed ------------------------------------------------------------------
+# ---- speed ----------------------------------------------------------------------------------
 
 
-def network_cells(row: Row) -> list[str]:
-    """Return, for each rank of the recorded step, seconds in collectives and waiting, and of the step."""
-    breakdowns = [answer["breakdown"] for answer in row["ranks"]]
-    spans = [[seconds for _, seconds in found["network"]] for found in breakdowns]
-    fastest = [min(each) for each in zip(*spans, strict=True)]
-    waits = [sum(own) - sum(fastest) for own in spans]
-    exchanges = [found["exchanges"] for found in breakdowns]
-    step = max(found["seconds"] for found in breakdowns)
-    shown: Callable[[Sequence[float]], str] = lambda values: ", ".join(f"{v:.3f}" for v in values)  # noqa: E731
-    return [f"{sum(fastest):.3f}", shown(waits), shown(exchanges), f"{step:.3f}", f"{sum(fastest) / step:.1%}"]
-
-
-def compare(report: Report, arguments: argparse.Namespace) -> list[list[str]]:
-    """Alternate two ranks, one rank, plain torch and the peers."""
-    rows, network = [], []
-    for size in arguments.sizes:
-        for dtype in arguments.dtypes:
-            for per_micro_batch in arguments.rows:
-                found = _measured(size, dtype, per_micro_batch, arguments)
-                name = [size, dtype, f"{4 // per_micro_batch} x {per_micro_batch * 512}"]
-                rows += [[*name, *cells] for cells in speed_rows(found)]
-                print("\n".join(" | ".join(r) for r in rows[-len(found) :]), flush=True)
-                exact = found["ours, 2 ranks, exact"], found["ours, 2 ranks, fast"]
-                for what, row in zip(("exact", "fast"), exact, strict=True):
-                    if row["status"] == "done":
-                        network.append([*name, what, *network_cells(row)])
-    report.section("Speed at 2,048 tokens a step, on two cores")
-    head = ["model", "dtype", "micro-batches", "system", "tokens/s", "ratio to one rank (least to most)"]
-    note = "One rank: ours, two threads. Ranks: two processes of one thread. Medians of the steps' ratios."
-    report.table([*head, "CPU time ratio", "losses differ by", "wanted", "met"], rows, note=note)
-    report.section("Collectives of a step, two ranks")
-    head = ["model", "dtype", "micro-batches", "reduction", "s in collectives", "s waiting, by rank"]
-    report.table([*head, "s in exchanges of small values, by rank", "step, s", "share"], network)
-    return rows
-
-
-def _measured(size: str, dtype: str, rows: int, arguments: argparse.Namespace) -> dict[str, Row]:
-    case = case_of(size, dtype, rows, steps=arguments.steps, activations=arguments.activations)
-    one, two = case.replace(threads=2), case.replace(threads=1)
+def speed_job(case: Case, peers: list[str]) -> Callable[[], Row]:
+    one = case.replace(threads=2)
     systems = {
         "ours, 1 rank": (OURS, one),
-        "ours, 2 ranks, exact": (RANKS, two.replace(extra={"reduction": "exact"})),
-        "ours, 2 ranks, fast": (RANKS, two.replace(extra={"reduction": "fast"})),
+        EXACT: (RANKS, case.replace(extra={"reduction": "exact"})),
+        FAST: (RANKS, case.replace(extra={"reduction": "fast"})),
         "plain torch, 1 process": (TORCH, one),
     }
-    systems |= {f"{name}, 2 ranks": (PEERS[name].target, two) for name in arguments.peers}
-    found = measure(list(systems.values()), kind=by_threads(2))  # type: ignore[arg-type]
-    return dict(zip(systems, found, strict=True))
+    systems |= {f"{name}, 2 ranks": (PEERS[name].target, case) for name in peers}
+
+    def run() -> Row:
+        before = os.getloadavg()[0]
+        rows = measure(list(systems.values()), kind=by_threads(2))  # type: ignore[arg-type]
+        load = [before, os.getloadavg()[0]]
+        return {"status": "done", "load": load, "systems": dict(zip(systems, rows, strict=True))}
+
+    return run
 
 
-def speed_rows(found: dict[str, Row]) -> list[list[str]]:
+def speed_cells(job: str, row: Row) -> list[list[str]]:
+    found = row["systems"]
     base, rows = found["ours, 1 rank"], []
-    for name, row in found.items():
-        if row["status"] != "done" or base["status"] != "done":
-            rows.append([name, f"{row['status']}: {row.get('why', '')}", "", "", "", "", ""])
+    for name, own in found.items():
+        if own["status"] != "done" or base["status"] != "done":
+            rows.append([job, name, f"{own['status']}: {own.get('why', '')}", "", "", "", "", ""])
             continue
-        ratios = [
-            spread([a / b for a, b in zip(base[clock], row[clock], strict=True)])
+        wall, cpu = (
+            spread([a / b for a, b in zip(base[clock], own[clock], strict=True)])
             for clock in ("seconds", "cpu_seconds")
-        ]
-        apart = max(abs(a - b) / abs(b) for a, b in zip(row["losses"], base["losses"], strict=True))
-        wanted = name == "ours, 2 ranks, exact"
-        met = "yes" if ratios[0].median >= WANTED else f"NO, {1 - ratios[0].median / WANTED:.0%} short"
-        cells = [f"{row['tokens_per_second'][0]:,.0f}", ratios[0].text(3), f"{ratios[1].median:.2f}"]
-        rows.append([name, *cells, f"{apart:.0e}", f"{WANTED}" if wanted else "", met if wanted else ""])
+        )
+        apart = max(abs(a - b) / abs(b) for a, b in zip(own["losses"], base["losses"], strict=True))
+        cells = [f"{own['tokens_per_second'][0]:,.0f}", wall.text(3), f"{cpu.median:.3f}", f"{apart:.0e}"]
+        goal = ["", ""]
+        if name == EXACT:
+            short = f"NO, {1 - wall.median / WANTED:.1%} short"
+            goal = [str(WANTED), "yes" if wall.median >= WANTED else short]
+        rows.append([job, name, *cells, *goal])
     return rows
+
+
+def network_cells(job: str, row: Row) -> list[list[str]]:
+    """Return, for each reduction, seconds of the recorded step in collectives, and waiting by rank."""
+    rows = []
+    for name in (EXACT, FAST):
+        if row["systems"][name]["status"] != "done":
+            continue
+        found = [answer["breakdown"] for answer in row["systems"][name]["ranks"]]
+        spans = [[seconds for _, seconds in own["network"]] for own in found]
+        moving = sum(min(each) for each in zip(*spans, strict=True))
+        waits = [sum(own) - moving for own in spans]
+        step = max(own["seconds"] for own in found)
+        lists = (waits, [own["exchanges"] for own in found])
+        shown = [", ".join(f"{value:.3f}" for value in values) for values in lists]
+        rows.append([job, name, f"{moving:.3f}", *shown, f"{step:.3f}", f"{moving / step:.1%}"])
+    return rows
+
+
+# ---- memory ---------------------------------------------------------------------------------
+
+
+def memory_job(world: int, case: Case) -> Callable[[], Row]:
+    """Run three groups: placement in the heap is random."""
+
+    def run() -> Row:
+        rows = [measure([(PLANNED, case)], kind=group_of(world))[0] for _ in range(3)]
+        failed = next((row for row in rows if row["status"] != "done"), None)
+        if failed is not None:
+            return failed
+        peaks = [[answer["peaks"]["host"] for answer in row["ranks"]] for row in rows]
+        middle = [statistics.median(of_rank) for of_rank in zip(*peaks, strict=True)]
+        return rows[0] | {"world": world, "measured": middle}
+
+    return run
+
+
+def memory_cells(job: str, row: Row) -> list[str]:
+    if row["status"] != "done":
+        return [job, f"{row['status']}: {row.get('why')}", "", "", ""]
+    predicted, measured = row["info"]["predicted"], row["measured"]
+    errors = [predicted / each - 1 for each in measured]
+    worst = max(errors, key=abs)
+    shown = ", ".join(f"{each / 1e6:,.0f}" for each in measured)
+    met = "yes" if abs(worst) <= NEAR else f"NO, {abs(worst):.1%}"
+    return [job, shown, f"{predicted / 1e6:,.0f}", f"{worst:+.1%}", met]
 
 
 # ---- one rank, before and after -------------------------------------------------------------
 
 
-def alone(report: Report, arguments: argparse.Namespace) -> list[list[str]]:
-    """Alternate one rank with one of an earlier checkout: the same case, the same machine."""
-    if arguments.before is None:
-        report.section("One rank, before and after", "Not measured: no `--before FOLDER`.")
-        return []
-    rows = []
-    for size in arguments.sizes:
-        for dtype in arguments.dtypes:
-            case = case_of(size, dtype, 1, steps=2 * arguments.steps, threads=2, activations=arguments.activations)
-            before = case.replace(extra=dict(case.extra))
-            now, then = measure([(OURS, case), (OURS, before)], kind=_one_of(arguments.before))  # type: ignore[arg-type]
-            ratios = [
-                spread([b / a for a, b in zip(now[clock], then[clock], strict=True)]).text(3)
-                for clock in ("seconds", "cpu_seconds")
-            ]
-            same = "yes" if now["losses"] == then["losses"] else "NO"
-            peaks = now["peaks"]["host"] / then["peaks"]["host"]
-            rows.append([size, dtype, f"{now['tokens_per_second'][0]:,.0f}", *ratios, same, f"{peaks:.3f}"])
-            print(" | ".join(rows[-1]), flush=True)
-    report.section("One rank, before and after", f"Before: the checkout `{arguments.before.name}`.")
-    head = ["model", "dtype", "tokens/s", "now / before, wall", "CPU time", "equal losses", "peak memory"]
-    report.table(head, rows, note="Above 1: faster now. Two threads; steps alternate.")
-    return rows
+def alone_job(case: Case, before: Path) -> Callable[[], Row]:
+    def run() -> Row:
+        load = os.getloadavg()[0]
+        now, then = measure([(OURS, case)] * 2, kind=checkouts([None, before]))  # type: ignore[arg-type]
+        return {"status": "done", "load": [load, os.getloadavg()[0]], "now": now, "then": then}
+
+    return run
 
 
-def _one_of(checkout: Path) -> Callable[..., Worker]:
-    """Return a kind of worker whose second instance is of the checkout."""
-    made: list[Worker] = []
+def alone_cells(job: str, row: Row) -> list[str]:
+    now, then = row["now"], row["then"]
+    if {now["status"], then["status"]} != {"done"}:
+        return [job, f"{now.get('why', '')} {then.get('why', '')}", "", "", "", ""]
+    ratios = [
+        spread([b / a for a, b in zip(now[clock], then[clock], strict=True)]).text(3)
+        for clock in ("seconds", "cpu_seconds")
+    ]
+    same = "yes" if now["losses"] == then["losses"] else "NO"
+    peaks = now["peaks"]["host"] / then["peaks"]["host"]
+    return [job, f"{now['tokens_per_second'][0]:,.0f}", *ratios, same, f"{peaks:.3f}"]
 
-    def make(system: str, case: Case, *, deadline: float) -> Worker:
-        kind: Any = partial(CheckoutWorker, checkout=checkout.resolve()) if made else Worker
-        made.append(kind(system, case, deadline=deadline))
-        return made[-1]
 
-    return make
+# ---- all ------------------------------------------------------------------------------------
 
 
-PARTS: dict[str, Callable[[Report, argparse.Namespace], object]] = {
-    "bytes": count_bytes,
-    "speed": compare,
-    "alone": alone,
-}
+def jobs_of(arguments: argparse.Namespace) -> dict[str, Callable[[], Row]]:
+    """Return the measurements by name."""
+    found: dict[str, Callable[[], Row]] = {}
+    for dtype in arguments.dtypes:
+        for world in (2, 3, 4) if "bytes" in arguments.parts else ():
+            for reduction in ("exact", "fast"):
+                case = case_of(arguments.sizes[0], dtype, 1, warmup=1, steps=1, length=128)
+                job = bytes_job(world, case.replace(extra={"reduction": reduction}))
+                found[f"bytes/{arguments.sizes[0]}/{dtype}/{world}/{reduction}"] = job
+        for size in arguments.sizes:
+            for rows in arguments.rows if "speed" in arguments.parts else ():
+                case = case_of(size, dtype, rows, steps=arguments.steps, activations=arguments.activations)
+                name = f"{size}, {dtype}, {4 // rows} micro-batches"
+                found[f"speed/{name}"] = speed_job(case, arguments.peers)
+            for world in (1, 2) if "memory" in arguments.parts else ():
+                case = case_of(size, dtype, 1, steps=1, activations="recompute")
+                found[f"memory/{size}, {dtype}, world {world}"] = memory_job(world, case)
+            if "alone" in arguments.parts and arguments.before is not None:
+                case = case_of(size, dtype, 1, steps=2 * arguments.steps, threads=2)
+                found[f"alone/{size}, {dtype}"] = alone_job(case, arguments.before)
+    return found
+
+
+def fill(report: Report, ledger: Ledger) -> None:
+    """Add the tables of all results."""
+    rows = {name: list(_of(ledger, name)) for name in ("bytes", "speed", "memory", "alone")}
+    if rows["bytes"]:
+        report.section("Bytes that a rank sends in a step")
+        head = ["ranks", "dtype", "reduction", "MB, counted", "MB, sum of its collectives", "MB, formula"]
+        note = "4 micro-batches of 128 tokens. The sum of the step's collectives holds to the byte."
+        cells = [bytes_cells(row) for _, row in rows["bytes"]]
+        report.table([*head, "counted / formula"], cells, note=note)
+    if rows["speed"]:
+        report.section("Speed at 2,048 tokens a step, on two cores")
+        head = ["case", "system", "tokens/s", "ratio to one rank (least to most)", "ratio of CPU time"]
+        cells = [each for job, row in rows["speed"] for each in speed_cells(job, row)]
+        loads = "; ".join(f"{job}: {', '.join(f'{x:.1f}' for x in row['load'])}" for job, row in rows["speed"])
+        note = "One rank has two threads, two ranks have one each. Medians of the steps' ratios; above 1 is "
+        note += f"faster than one rank. Load of the machine before and after (others use it): {loads}."
+        report.table([*head, "losses differ by", "wanted", "met"], cells, note=note)
+        report.section("Collectives of one step, two ranks")
+        head = ["case", "system", "s in collectives", "s waiting, by rank", "s in small values, by rank"]
+        cells = [each for job, row in rows["speed"] for each in network_cells(job, row)]
+        report.table([*head, "step, s", "collectives / step"], cells)
+    if rows["memory"]:
+        report.section("Memory of a rank")
+        head = ["case", "MB of each rank, measured", "predicted", "largest error", "within 3 %"]
+        report.table(head, [memory_cells(job, row) for job, row in rows["memory"]])
+    if rows["alone"]:
+        report.section("One rank, before and after")
+        head = ["case", "tokens/s", "now / before, wall", "CPU time", "equal losses", "peak memory"]
+        note = "Above 1 is faster now. Two threads, 4 micro-batches of 512 tokens; steps alternate."
+        report.table(head, [alone_cells(job, row) for job, row in rows["alone"]], note=note)
+
+
+def _of(ledger: Ledger, part: str) -> list[tuple[str, Row]]:
+    return [(job.partition("/")[2], row) for job, row in ledger.rows.items() if job.startswith(f"{part}/")]
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser = argparse.ArgumentParser(description="Several ranks on the CPUs of this machine.")
+    parts = ["bytes", "speed", "memory", "alone"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--sizes", nargs="+", default=["30m", "100m"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 2], help="sequences in a micro-batch")
@@ -233,6 +293,8 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--peers", nargs="*", choices=PEER_NAMES, default=list(PEER_NAMES))
     parser.add_argument("--before", type=Path, help="an earlier checkout, with its C++ optimizer built")
+    parser.add_argument("--fresh", action="store_true", help="repeat these measurements of this commit")
+    parser.set_defaults(work=WORK)
     return parser.parse_args(argv)
 
 
@@ -240,11 +302,14 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     arguments = options(argv)
     torch.set_num_threads(1)
-    shown = [Path(word).name if "/" in word else word for word in argv]
-    report = Report("many-ranks-cpu", __doc__ or "", command=" ".join(["python -m benchmarks many_ranks", *shown]))
-    for part in arguments.parts:
-        print(f"== {part}", flush=True)
-        PARTS[part](report, arguments)
+    ledger = Ledger(arguments.work / "many-ranks.jsonl", f"{commit()}, {cpu_name()}")
+    shown = [Path(word).name if os.sep in word else word for word in argv]
+    command = " ".join(["python -m benchmarks many_ranks", *shown])
+    for job, run in jobs_of(arguments).items():
+        if arguments.fresh or ledger.get(job) is None:
+            print(f"{job}: {ledger.add(job, run()).get('status')}", flush=True)
+    report = Report("many-ranks-cpu", __doc__ or "", command=command)
+    fill(report, ledger)
     report.write()
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from horizon_lm.bench.ours import Ours
 from horizon_lm.bench.protocol import Case
 
 RANKS = "benchmarks.rank_group:build"
+PLANNED = "benchmarks.rank_group:build_planned"
 HOST = "127.0.0.1"
 
 
@@ -43,8 +43,8 @@ class RankWorker(Worker):
     def environment(self) -> dict[str, str]:
         rank, world, port = (str(number) for number in self._place)
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-        ranks |= {"MASTER_ADDR": HOST, "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu"}
-        return environment_of(self.case) | ranks
+        meeting = {"MASTER_ADDR": HOST, "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+        return environment_of(self.case) | ranks | meeting | {"DS_ACCELERATOR": "cpu"}
 
 
 class RankGroup(Worker):
@@ -85,7 +85,7 @@ class CheckoutWorker(Worker):
     """A worker that imports this project from another checkout."""
 
     def __init__(self, system: str, case: Case, *, deadline: float, checkout: Path) -> None:
-        self._checkout = checkout
+        self._checkout = checkout.resolve()
         super().__init__(system, case, deadline=deadline)
 
     def environment(self) -> dict[str, str]:
@@ -98,8 +98,22 @@ def by_threads(total: int) -> Callable[..., Worker]:
 
     def make(system: str, case: Case, *, deadline: float) -> Worker:
         world = total // (case.threads or total)
-        kind: Callable[..., Worker] = partial(RankGroup, world=world) if world > 1 else Worker
-        return kind(system, case, deadline=deadline)
+        if world == 1:
+            return Worker(system, case, deadline=deadline)
+        return RankGroup(system, case, deadline=deadline, world=world)
+
+    return make
+
+
+def checkouts(folders: Sequence[Path | None]) -> Callable[..., Worker]:
+    """Return a kind of worker for `measure`: the n-th one is of the n-th checkout, None is this one."""
+    left = iter(folders)
+
+    def make(system: str, case: Case, *, deadline: float) -> Worker:
+        folder = next(left)
+        if folder is None:
+            return Worker(system, case, deadline=deadline)
+        return CheckoutWorker(system, case, deadline=deadline, checkout=folder)
 
     return make
 
@@ -108,25 +122,51 @@ class RankOurs(Ours):
     """Ours on one of several ranks, with what it sent and how long it waited in the recorded step."""
 
     def breakdown(self, micro_batches: list[torch.Tensor]) -> dict[str, Any]:
-        """Return the breakdown of `Ours`, with `network`: (op, seconds) of each collective, `sent` bytes,
-        `exchanges`: seconds in those of small values, and `rows` of the embedding table that the step uses."""
+        """Return the breakdown of `Ours`, and more of the same step.
+
+        network: (op, seconds) of each collective. sent: bytes. exchanges: seconds in exchanges of small values.
+        rows: of the embedding table that the step uses.
+        """
         ranks = self.model.ranks
         sent, exchanges = ranks.bytes_sent, sum(ranks.wait_seconds.values())
         found = super().breakdown(micro_batches)
-        spans = [(str(op), end - start) for op, start, end in self.model.timeline if op.kind in "JTV"]
         return found | {
-            "network": spans,
+            "network": [(str(op), end - start) for op, start, end in self.model.timeline if op.kind in "JTV"],
             "sent": ranks.bytes_sent - sent,
             "exchanges": sum(ranks.wait_seconds.values()) - exchanges,
             "rows": len(torch.cat([ids.flatten() for ids in micro_batches]).unique()),
         }
 
     def describe(self) -> dict[str, Any]:
-        """Return what `Ours` says, with `units`: (weights, trainable) of each, of which a rank has a share."""
+        """Return what `Ours` says, and `units`: a rank's weights and trainable elements of each."""
         shards = self.model.store.shards
         units = [(shard.weights_numel, shard.trainable_share) for shard in shards]
-        return super().describe() | {"units": units, "width": self.model.skeleton.config.hidden_size}
+        return super().describe() | {"units": units, "width": self.case.model["hidden_size"]}
 
 
 def build(case: Case) -> RankOurs:
     return RankOurs(case)
+
+
+class Planned(RankOurs):
+    """Ours as `horizon train` builds it from a configuration, with the planner's bytes for a rank."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, config = case, train_config(case)
+        self.rows, self.chosen = case.rows, {"predicted": predicted_bytes(case, config)}
+        self.model = HostModel.from_config(dict(case.model), model_settings_of(config))
+        keep_freed_memory()
+
+
+def predicted_bytes(case: Case, config: TrainConfig) -> int:
+    """Return the host bytes of a rank, by the profile of this machine."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    profile = machine_profile(config.device)
+    network = Network.of(Fleet(1, world), profile) if world > 1 else None
+    sizes = Sizes(case.rows, case.length, case.sequences // case.rows)
+    outline = Outline(model_config(config), config)
+    return prediction_of(costs_of(outline, config, profile.of_rank(world), sizes, network)).host_bytes
+
+
+def build_planned(case: Case) -> Planned:
+    return Planned(case)

@@ -25,7 +25,7 @@ import horizon_lm as hz
 from gpu.common import Part, Place, deterministic, free, llama, random_batches, same
 from horizon_lm.config import ModelSettings
 from horizon_lm.distributed.ranks import ALONE, Ranks
-from horizon_lm.memory.whole import Whole
+from horizon_lm.model.loading import create_model
 
 SECONDS = 240.0  # of all ranks of one world
 STEPS = 3
@@ -92,9 +92,9 @@ def _states(place: Place, ranks: Ranks, cases: dict[str, dict[str, Any]]) -> dic
 def _state(place: Place, ranks: Ranks, values: dict[str, Any], settings: dict[str, Any]) -> Found:
     given = {"max_grad_norm": 0.5, "slots": 2, "skip_memory_check": True, "deterministic": True} | settings
     device = str(place.device) if place.dry else f"cuda:{ranks.local_rank}"
-    model = hz.HostModel.from_config(
-        values, ModelSettings(device=device, dtype="bfloat16", **given), ranks=ranks
-    )
+    source = create_model(values, dtype=torch.bfloat16, seed=0, attn_implementation="sdpa")
+    settings_of_all = ModelSettings(device=device, dtype="bfloat16", **given)
+    model = hz.HostModel(source, settings_of_all, ranks=ranks)
     rows, tokens = (1, 32) if place.dry else (2, 512)
     losses, norms = [], []
     for step in range(STEPS):
@@ -103,11 +103,10 @@ def _state(place: Place, ranks: Ranks, values: dict[str, Any], settings: dict[st
         norms.append(out.grad_norm)
     model.flush()
     found: Found = {"losses": losses, "norms": norms}
-    whole = Whole(model.store, ranks)
     for region in filter(model.store.has, REGIONS):
         digest = hashlib.sha256()
         for unit in range(len(model.store.units)):
-            run = whole.run(region, unit, everywhere=True)
+            run = model.store.whole(region, unit, ranks, everywhere=True)
             assert run is not None
             digest.update(run.contiguous().view(torch.uint8).numpy().tobytes())
         found[region] = digest.hexdigest()
@@ -178,13 +177,11 @@ def run_child(text: str) -> None:
 
 def _ranks_of(mode: str, place: Place) -> Ranks:
     """Return the ranks of this process's world: with a device each, or all on the first one."""
+    from gpu.staged import Staged
     from horizon_lm.distributed.start import join
 
-    if mode == "own":
-        return join(place.device.type)
-    from gpu.staged import Staged
-
-    return Staged.of_this_process()
+    kinds = {"own": lambda: join(place.device.type), "shared": Staged.of_this_process}
+    return kinds[mode]()
 
 
 def _collectives(place: Place) -> dict[str, bool]:
