@@ -120,4 +120,10 @@ class StoppedError(HorizonError):
 
 
 class RankError(HorizonError):
-    """Another rank failed."""
+    """Another rank failed or was lost.
+
+    ranks: the numbers of those that did, empty if unknown. op: that they were at, as far as known.
+    """
+
+    ranks: tuple[int, ...] = ()
+    op: str = ""

@@ -19,7 +19,9 @@ def pretend(patch: pytest.MonkeyPatch, rank: int, world: int = 2, local_rank: in
         patch.setenv(name, str(value))
 
 
-@pytest.mark.parametrize("command", [["version"], ["env"], ["config", "docs"], ["train", "--help"], ["--help"]])
+@pytest.mark.parametrize(
+    "command", [["version"], ["env"], ["config", "docs"], ["train", "--help"], ["--help"]]
+)
 def test_rank_0_answers_and_others_do_nothing(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -158,7 +158,6 @@ def _forked(rank: int, one: dict[str, Any]) -> int:
         os.dup2(null, 0)
         os.environ.update(one["variables"])
         import rank_faults
-
         from horizon_lm import cli
 
         if one["fault"] is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import weakref
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,11 @@ from emulated_cuda import CUDA, EmulatedCuda
 from emulated_cuda import emulated_cuda as emulated_cuda
 from fake_cuda import fake_cuda as fake_cuda
 from horizon_lm import host_model
-from horizon_lm.checkpoint import units
-from horizon_lm.checkpoint.disk import Disk, HashedFile
+from horizon_lm.checkpoint import sources, units
+from horizon_lm.checkpoint.disk import Disk, HashedFile, checksum
+from horizon_lm.checkpoint.folder import Checkpoint
+from horizon_lm.checkpoint.manifest import Manifest
+from horizon_lm.checkpoint.reader import load_units
 from horizon_lm.config import ModelSettings, TrainConfig
 from horizon_lm.engine import policies
 from horizon_lm.engine.policies import Policies, resident_order, resident_units, store_spec
@@ -77,10 +79,9 @@ def written(store: HostStore, folder: Path) -> dict[str, bytes]:
 
 
 def read(store: HostStore, folder: Path) -> None:
-    for unit in range(len(store.units)):
-        file = os.open(folder / units.file_name(unit), os.O_RDONLY)
-        units.read(file, units.entries(store, unit), units.file_name(unit))
-        os.close(file)
+    content = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = {name: (len(data), checksum(data)) for name, data in content.items()}
+    load_units(Checkpoint(folder, Manifest(0, 0, files, {}, {})), store)
 
 
 @pytest.mark.parametrize("resident", PLACEMENTS)
@@ -166,8 +167,9 @@ def test_residents_are_copied_piece_by_piece(
         assert tensor.untyped_storage().nbytes() <= 300
         return real(tensor)
 
-    monkeypatch.setattr(units, "as_bytes", counted)
-    monkeypatch.setattr(units, "PIECE_BYTES", 300)
+    for module in (units, sources):
+        monkeypatch.setattr(module, "as_bytes", counted)
+        monkeypatch.setattr(module, "PIECE_BYTES", 300)
     written(store, tmp_path / "files")
     entries = [t for unit in range(len(store.units)) for _, t in units.entries(store, unit)]
     count = sum(max(1, math.ceil(t.nbytes / 300)) for t in entries)

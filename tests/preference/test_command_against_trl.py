@@ -210,9 +210,9 @@ def test_only_one_model_is_ever_loaded(place: Path, tmp_path: Path, monkeypatch:
     most = 0
     make, close = HostModel.__init__, HostModel.close
 
-    def made(self: HostModel, *arguments: Any) -> None:
+    def made(self: HostModel, *arguments: Any, **others: Any) -> None:
         nonlocal most
-        make(self, *arguments)
+        make(self, *arguments, **others)
         alive.append(self)
         most = max(most, len(alive))
 

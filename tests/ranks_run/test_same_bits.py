@@ -64,9 +64,7 @@ def left_by(run: Path) -> Left:
         for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
         if line["event"] in kinds
     ]
-    states = {
-        path.name: (logical_state(path), place_of(path)) for path in sorted(run.glob("checkpoint-*"))
-    }
+    states = {path.name: (logical_state(path), place_of(path)) for path in sorted(run.glob("checkpoint-*"))}
     return Left(lines, exported(run / "model"), states)
 
 

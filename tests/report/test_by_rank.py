@@ -80,7 +80,9 @@ def test_progress_shows_each_rank_and_the_slowest(ranks: dict[str, Any], is_show
         rich.start(8)
         rich.step(record, metrics(ranks))
         columns = [str(column.header) for column in rich._bar._numbers(metrics(ranks)).columns]
-        cells = " ".join(str(c) for column in rich._bar._numbers(metrics(ranks)).columns for c in column.cells)
+        cells = " ".join(
+            str(c) for column in rich._bar._numbers(metrics(ranks)).columns for c in column.cells
+        )
     assert ("rank 1 (update)" in cells) is is_shown and ("1,500 per rank" in cells) is is_shown
     assert columns is not None
 

@@ -154,9 +154,9 @@ def read(folder: Path) -> Manifest:
 # Schemas of state and settings. Unknown keys pass unchecked; all keys may be missing, since checkpoints of
 # earlier versions lack some.
 
-_MOST = 1 << 53  # steps, rows, tokens: integers that floats hold exactly
+MOST = 1 << 53  # steps, rows, tokens: integers that floats hold exactly
 
-Count = Annotated[int, Field(ge=0, le=_MOST)]
+Count = Annotated[int, Field(ge=0, le=MOST)]
 Real = Annotated[float, Field(ge=-1e60, le=1e60)]
 Number = Real | None  # null: not finite
 
@@ -176,7 +176,7 @@ class _Loader(_Part):
     position: Count = 0
     document: Count = 0
     seed: Annotated[int, Field(ge=0, le=1 << 64)] = 0
-    rows: Annotated[int, Field(ge=1, le=_MOST)] | None = None
+    rows: Annotated[int, Field(ge=1, le=MOST)] | None = None
     crosses_epochs: bool = True
     counted: list[Count] = Field(default=[0, 0], min_length=2, max_length=2)
 

@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from horizon_lm.checkpoint.disk import damaged
 from horizon_lm.checkpoint.folder import Checkpoint
 from horizon_lm.checkpoint.manifest import UNIT_FILE
-from horizon_lm.checkpoint.reader import corrupt, file_checksum, read_small
-from horizon_lm.checkpoint.units import BUFFERS
+from horizon_lm.checkpoint.reader import file_checksum, read_small, sources_of_ranks
+from horizon_lm.checkpoint.sources import Source, Wanted, corrupt, fill, whole_tensors
+from horizon_lm.checkpoint.units import BUFFERS, DTYPE_NAMES
 from horizon_lm.engine.policies import DTYPES
 from horizon_lm.errors import ConfigError, HorizonError
 from horizon_lm.io import files
@@ -113,10 +114,16 @@ def weights_of(checkpoint: Checkpoint, wanted: torch.dtype) -> list[Group]:
     """Return the weights of a checkpoint, one group per unit, and its buffers. wanted: their dtype."""
     own = DTYPES[str(checkpoint.manifest.config.get("dtype", "bfloat16"))]
     wide = frozenset(checkpoint.manifest.state.get("kept_in_fp32", ()))
-    names = [name for name in checkpoint.manifest.files if UNIT_FILE.fullmatch(name)] + [BUFFERS]
     if BUFFERS not in checkpoint.manifest.files:
         raise damaged(checkpoint.path / BUFFERS, "is not part of the checkpoint")
-    return [_group(checkpoint, name, wanted, own, wide) for name in names]
+    names = [BUFFERS]
+    groups: list[Group] = []
+    if checkpoint.manifest.ranks > 1:
+        by_unit = sources_of_ranks(checkpoint).values()
+        groups = [_group_of_ranks(checkpoint.path, sources, wanted, own, wide) for sources in by_unit]
+    else:
+        names = [name for name in checkpoint.manifest.files if UNIT_FILE.fullmatch(name)] + names
+    return groups + [_group(checkpoint, name, wanted, own, wide) for name in names]
 
 
 def model_of(checkpoint: Checkpoint, *, trust_remote_code: bool, attn_implementation: str) -> PreTrainedModel:
@@ -158,6 +165,38 @@ def _group(
         return found
 
     return Group(dict(_shapes(path, prefix, wanted, wide)), load)
+
+
+def _group_of_ranks(
+    place: Path, sources: list[Source], wanted: torch.dtype, own: torch.dtype, wide: frozenset[str]
+) -> Group:
+    """Return the weights of a unit in the files of several ranks, which are verified when they are loaded."""
+    parts = whole_tensors(place, sources)
+    hollow = {}
+    for key, part in parts.items():
+        region, _, name = key.partition(".")
+        if region != "weights":
+            continue
+        if not part.dtype.is_floating_point:
+            raise damaged(place, f"{key} is {DTYPE_NAMES[part.dtype]}, not a dtype of weights")
+        dtype = torch.float32 if name in wide else wanted
+        hollow[name] = torch.empty(part.shape, dtype=dtype, device="meta")
+    needed = [f"weights.{name}" for name in hollow]
+    if own == torch.bfloat16:
+        rests = (f"residual.{name}" for name, tensor in hollow.items() if tensor.dtype == torch.float32)
+        needed += [rest for rest in rests if rest in parts]
+
+    def load() -> Tensors:
+        found = {key: torch.empty(parts[key].shape, dtype=parts[key].dtype) for key in needed}
+        for source in sources:
+            fill(source, {key: Wanted(0, tensor.view(-1)) for key, tensor in found.items()})
+        loaded = {}
+        for name, tensor in hollow.items():
+            weight, rest = found.pop(f"weights.{name}"), found.pop(f"residual.{name}", None)
+            loaded[name] = (weight if rest is None else _joined(weight, rest, place)).to(tensor.dtype)
+        return loaded
+
+    return Group(hollow, load)
 
 
 def _joined(weight: torch.Tensor, rest: torch.Tensor, path: Path) -> torch.Tensor:

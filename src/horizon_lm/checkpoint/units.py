@@ -1,5 +1,5 @@
-"""Units of the store as safetensors files, written without a copy in memory; parameters of resident units pass
-through one in host memory, one at a time.
+"""Units of the store as safetensors files, written without a copy in memory; those of resident units pass
+through a small one in host memory.
 
     weights.NAME  residual.NAME  exp_avg.NAME  exp_avg_sq.NAME      for each parameter NAME of the unit
 

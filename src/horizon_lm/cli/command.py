@@ -36,7 +36,7 @@ from horizon_lm.cli.run import (
     verify,
 )
 from horizon_lm.errors import HorizonError, OutputLostError, StoppedError
-from horizon_lm.io.output import command_output, lasting_output
+from horizon_lm.io.output import command_output, lasting_output, silent_output
 
 _ENV_PACKAGES = (
     *("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "datasets", "trl", "numpy"),
@@ -184,7 +184,7 @@ def _run(arguments: list[str], prog_name: str, *, debug: bool) -> int:
         here = ranks.place()
         if not ranks.has_work(arguments, here):
             return 0
-        with ranks.silent(here.rank > 0):
+        with silent_output(here.rank > 0):
             result = app(args=arguments, prog_name=prog_name, standalone_mode=False)
         return result if isinstance(result, int) else 0
     except OutputLostError:

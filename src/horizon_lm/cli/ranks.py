@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from horizon_lm.errors import ConfigError, HorizonError
@@ -48,16 +47,6 @@ def has_work(arguments: Sequence[str], here: Place) -> bool:
         error.is_shared = True
         raise error
     return here.rank == 0 or verb in _TOGETHER and not asks and "--dry-run" not in arguments
-
-
-@contextmanager
-def silent(is_silent: bool) -> Iterator[None]:
-    """Discard what is printed, if `is_silent`."""
-    if not is_silent:
-        yield
-        return
-    with open(os.devnull, "w", encoding="utf-8") as null, redirect_stdout(null), redirect_stderr(null):
-        yield
 
 
 def speaks(error: HorizonError, here: Place) -> bool:

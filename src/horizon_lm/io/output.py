@@ -11,7 +11,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, TextIO, cast
 
 from horizon_lm.errors import OutputLostError
@@ -189,6 +189,16 @@ def lasting_output(*, after_pipe: bool = False) -> Iterator[None]:
         sys.stdout, sys.stderr = before
         out.instead = err.instead = None
         out.is_result = was_result and out.fault is None  # lost text was redirected
+
+
+@contextmanager
+def silent_output(is_silent: bool = True) -> Iterator[None]:
+    """Discard what is printed, if `is_silent`: by ranks but the first."""
+    if not is_silent:
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as null, redirect_stdout(null), redirect_stderr(null):
+        yield
 
 
 def _outlasting(stream: TextIO | None, name: str) -> Output:

@@ -99,7 +99,12 @@ class CheckpointSeries:
             self._ended(Outcome(content.step, None, problem, 0, 0.0))
             return
         self._writer = CheckpointWriter(
-            self.folder, self._snapshot(content), self._disk, keep, replaces=self._replaces
+            self.folder,
+            self._snapshot(content),
+            self._disk,
+            keep,
+            replaces=self._replaces,
+            ranks=self._together.ranks,
         )
         self._serial += 1
         self._model.save_state(self._writer, background=background)

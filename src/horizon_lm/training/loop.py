@@ -30,7 +30,7 @@ from horizon_lm.training.resume import load_checkpoint
 from horizon_lm.training.save import Saver
 from horizon_lm.training.signals import watched
 from horizon_lm.training.state import Best, LossGuard, Mark, RunState
-from horizon_lm.training.together import Together
+from horizon_lm.training.together import Together, shared
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def run_loop(run: Run) -> RunEnd:
     NonFiniteError, CallbackError, DoesNotFitError.
     """
     state, log, saver, best = run.state, run.log, run.saver, run.state.best
-    with log, saver, frozen_heap(), watched() as request:
+    with log, saver, frozen_heap(), watched() as request, run.together.telling():
         figures = OwnFigures(state.model, run.together.ranks)
         told = Decisions(run.together, request, saver, log.callbacks, figures)
         _begin(run)
@@ -197,19 +197,23 @@ def _answer(error: NonFiniteError, run: Run) -> int | None:
     if policy == "rollback":
         loop.rollbacks += 1
         if loop.rollbacks > config.max_rollbacks:
-            raise NonFiniteError(
-                f"rollback limit reached (max_rollbacks={config.max_rollbacks}): {error.message}",
-                hint="lower learning_rate or inspect the data",
+            raise shared(
+                NonFiniteError(
+                    f"rollback limit reached (max_rollbacks={config.max_rollbacks}): {error.message}",
+                    hint="lower learning_rate or inspect the data",
+                )
             ) from error
         loop.skipped_in_a_row = 0
         return run.saver.roll_back()
     if policy != "skip" or not error.state_intact:
-        raise error
+        raise shared(error)
     loop.skipped_in_a_row += 1
     if loop.skipped_in_a_row > config.max_skipped_steps:
-        raise NonFiniteError(
-            f"skip limit reached (max_skipped_steps={config.max_skipped_steps} in a row): {error.message}",
-            hint="look for NaN in the model's weights, or lower learning_rate",
+        raise shared(
+            NonFiniteError(
+                f"skip limit reached (max_skipped_steps={config.max_skipped_steps} in a row): {error.message}",
+                hint="look for NaN in the model's weights, or lower learning_rate",
+            )
         ) from error
     return None
 

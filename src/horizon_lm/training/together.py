@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 
 import xxhash
 
-from horizon_lm import errors
+from horizon_lm.distributed import start
+from horizon_lm.distributed.outcomes import packed, settle
 from horizon_lm.distributed.ranks import ALONE, Ranks
-from horizon_lm.distributed.start import join
 from horizon_lm.errors import ConfigError, HorizonError, RankError
+from horizon_lm.io.output import silent_output
 
 T = TypeVar("T")
 
@@ -84,6 +85,15 @@ class Together:
             self._settled(f"{at} ({number})", (lambda: own.append(work())) if number == turn else None)
         return own[0]
 
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Tell the other ranks at once of an error that is this rank's own, before anything is wound up."""
+        try:
+            yield
+        except BaseException as error:
+            self.ranks.publish_failure(error)
+            raise
+
     def agree(self, what: str, values: Mapping[str, Any]) -> None:
         """Raise ConfigError, with rank and key, unless all ranks have the same JSON-ready values."""
         if self.is_alone:
@@ -114,13 +124,9 @@ class Together:
                 result = work()
             except HorizonError as found:
                 error = found
-        told = self.exchange(at, {"error": _packed(error)} if error is not None else {"result": result})
-        failed = next((rank for rank, one in enumerate(told) if "error" in one), None)
-        if failed is None:
-            return [one["result"] for one in told]
-        if error is not None and failed == self.ranks.rank:
-            raise error
-        raise unpacked(told[failed]["error"], failed)
+        told = self.exchange(at, [packed(error), result])
+        settle(self.ranks, error, [one for one, _ in told])
+        return [one for _, one in told]
 
 
 E = TypeVar("E", bound=HorizonError)
@@ -136,28 +142,21 @@ def _short(text: str | None) -> str:
     return "absent" if text is None else text if len(text) <= 80 else text[:77] + "..."
 
 
-def _packed(error: HorizonError) -> dict[str, Any]:
-    """Return an error as JSON-ready values; from here on it is one of all ranks."""
-    error.is_shared = True
-    return {
-        "kind": type(error).__name__,
-        "message": error.message,
-        "hint": error.hint,
-        "exit_code": error.exit_code,
-    }
-
-
-def unpacked(values: dict[str, Any], rank: int) -> HorizonError:
-    """Return the error of another rank, of its kind and with its exit code."""
-    message = values["message"] if rank == 0 else f"rank {rank}: {values['message']}"
-    error: HorizonError = getattr(errors, values["kind"], HorizonError)(message, values["hint"])
-    error.exit_code = values["exit_code"]
-    error.is_shared = True
-    return error
-
-
 @contextmanager
 def joined(device: str) -> Iterator[Together]:
-    """Connect to the other ranks of this run, if there are any. device: the setting."""
-    ranks = join(device)
-    yield Together(ranks)
+    """Connect to the other ranks of this run, if there are any, until they leave together.
+
+    device: the setting. Ranks but the first are silent. An error that ends this rank alone ends the others too.
+    """
+    with start.joined(device) as ranks:
+        if ranks.world == 1:
+            yield Together(ranks)
+            return
+        try:
+            with silent_output(not ranks.is_first):
+                yield Together(ranks)
+        except HorizonError as error:
+            is_of_others = isinstance(error, RankError) and ranks.rank not in error.ranks
+            error.is_shared |= is_of_others
+            error.is_own = not error.is_shared
+            raise
