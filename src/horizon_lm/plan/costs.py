@@ -76,12 +76,12 @@ class Costs:
         """Device buffers that live as long as the run."""
         plan = self.plan
         spills = any(plan.is_spilled(u) for u in range(1, plan.head))
-        if self.is_cpu:
+        if self.is_cpu and plan.world == 1:
             parts = self.policies.cpu_slot_bytes(plan, self._token_counts, self.spec.dtype)
             parts["waiting_gradients"] = self._waiting_bytes()
         else:
-            parts = slot_bytes(self.outline.units, plan, self.spec.dtype)
-            parts["boundary_slots"] = plan.boundary_slots * self.boundary if spills else 0
+            parts = slot_bytes(self.outline.units, plan, self.spec.dtype, stages=not self.is_cpu)
+            parts["boundary_slots"] = plan.boundary_slots * self.boundary if spills and not self.is_cpu else 0
         parts |= predict_device_bytes(self.outline.units, self.spec)
         return {name: size for name, size in parts.items() if size}
 
