@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 
 import horizon_lm as hz
 import placements
 import rank_pool
+from horizon_lm.engine import sharded
+from horizon_lm.engine.positions import Positions
+from horizon_lm.engine.sharded import ShardedUpdates
+from horizon_lm.optim.gradients import ordered_sum
 from placements import SOURCES, Numbers
 
 STEPS = 8
+_known: dict[str, Found] = {}
 
 
 @dataclass(frozen=True)
@@ -27,10 +35,14 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     lanes: str | int = "inline"
 
+    def __str__(self) -> str:
+        return json.dumps({**vars(self), "numbers": vars(self.numbers)})
+
 
 @dataclass
 class Found:
-    """Losses, norms, router losses; digests of the state at the end and of gradients of one more step."""
+    """What a run computes. numbers: losses, norms, router losses of each step. state: on rank 0, digests of
+    weights, residuals and moments at the end. gradients: those of one more step, unless updates are eager."""
 
     numbers: list[float]
     state: dict[str, str]
@@ -51,29 +63,29 @@ def digest(value: torch.Tensor) -> str:
 
 
 def model(case: Case) -> hz.HostModel:
-    # One chunk of the loss per micro-batch: the sum of several is rounded before ranks add it.
+    # One chunk of the loss per micro-batch: ranks add each micro-batch's sum of several.
     source = replace(SOURCES[case.source], loss_chunk_tokens=64)
-    settings = dict(case.settings)
     lanes = case.lanes if isinstance(case.lanes, str) else "adversarial"
-    host = placements.model(source, case.numbers, lanes=lanes, **settings)
+    host = placements.model(source, case.numbers, lanes=lanes, **case.settings)
     if not isinstance(case.lanes, str):
         host.engine.lanes.random.seed(case.lanes + host.ranks.rank)
     return host
 
 
 def state(host: hz.HostModel) -> dict[str, str]:
-    """Every region that outlives a step, whole."""
+    """Every region that outlives a step, whole; empty on other ranks than the first."""
     host.flush()
-    store = host.store
-    found = {}
+    store, found = host.store, {}
     for region in ("weights", "residual", "exp_avg", "exp_avg_sq"):
         for unit in range(len(store.units)) if store.has(region) else ():
-            whole = store.whole(region, unit, host.ranks, everywhere=True)
-            found[f"{region}.{store.units[unit].name}"] = digest(whole)
+            whole = store.whole(region, unit, host.ranks, everywhere=False)
+            if whole is not None:
+                found[f"{region}.{store.units[unit].name}"] = digest(whole)
     return found
 
 
 def trained(case: Case) -> Found:
+    """Train, and compute the gradients of one more step."""
     host, source = model(case), SOURCES[case.source]
     numbers: list[float] = []
     for step, count in enumerate(case.counts):
@@ -88,8 +100,73 @@ def trained(case: Case) -> Found:
     return Found(numbers, end, gradients)
 
 
-def on_ranks(cases: list[Case]) -> list[Found]:
-    """Run in a pool: the outcomes of these cases on this rank."""
+def alone(case: Case) -> Found:
+    """The outcome on one rank, in place and in program order, with what changes no bit at its default."""
+    plain = replace(case, settings={"update": "deferred"}, lanes="inline")
+    key = str(plain)
+    if key not in _known:
+        _known[key] = trained(plain)
+    return _known[key]
+
+
+def on_ranks(cases: list[Case], wrong: str = "") -> list[Found]:
+    """In a pool: the outcomes of these cases. wrong: what is done wrongly on all ranks."""
     rank_pool.ranks()
     torch.set_num_threads(1)
-    return [trained(case) for case in cases]
+    with pytest.MonkeyPatch.context() as patch:
+        if wrong:
+            _WRONG[wrong](patch)
+        return [trained(case) for case in cases]
+
+
+# Negative controls
+
+
+def _reversed(patch: pytest.MonkeyPatch) -> None:
+    honest = sharded.add_in_order
+    patch.setattr(
+        sharded,
+        "add_in_order",
+        lambda total, parts, *, begins: honest(total, list(reversed(parts)), begins=begins),
+    )
+
+
+def _positions_as_seeds(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Positions, "number", lambda self, position: position)
+    patch.setattr(Positions, "is_empty", lambda self, m: m * self.world + self.rank >= self.total)
+
+
+def _one_left_out(patch: pytest.MonkeyPatch) -> None:
+    honest = Positions.present
+    patch.setattr(Positions, "present", lambda self, position: max(1, honest(self, position) - 1))
+
+
+def _norms_added(patch: pytest.MonkeyPatch) -> None:
+    """Each rank adds its own squares, and then the sums are added."""
+
+    def norm_of(self: ShardedUpdates, step: Any) -> float:
+        own = [ordered_sum(step.square_norms[unit]) for unit in sorted(step.square_norms)]
+        return sum(sum(rank) for rank in self.ranks.exchange(own)) ** 0.5
+
+    patch.setattr(ShardedUpdates, "norm_of", norm_of)
+
+
+def _rows_unrounded(patch: pytest.MonkeyPatch) -> None:
+    """A tied table's rows are added to the head's gradient in fp32."""
+    honest = ShardedUpdates._add_rows
+
+    def add_rows(self: ShardedUpdates, *args: Any) -> None:
+        dtype, self.store.spec = self.store.spec, replace(self.store.spec, dtype=torch.float32)
+        honest(self, *args)
+        self.store.spec = dtype
+
+    patch.setattr(ShardedUpdates, "_add_rows", add_rows)
+
+
+_WRONG: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "parts in reverse order": _reversed,
+    "seeds by position": _positions_as_seeds,
+    "the last of each position left out": _one_left_out,
+    "norms of ranks added": _norms_added,
+    "rows added without rounding": _rows_unrounded,
+}

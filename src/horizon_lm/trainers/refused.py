@@ -12,6 +12,7 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from horizon_lm.errors import ConfigError
+from horizon_lm.host_model import HostModel
 from horizon_lm.trainers.settings import OPTIMIZERS
 
 _ALONE = "run one process on one GPU, with this argument unset"
@@ -133,5 +134,10 @@ def _data(given: Mapping[str, Any], args: Any) -> Iterator[tuple[str, str]]:
 
 
 def _distribution(given: Mapping[str, Any], args: Any) -> Iterator[tuple[str, str]]:
-    if args.world_size > 1:
-        yield f"a run of {args.world_size} processes", "start one process; it streams through one GPU"
+    model = given.get("model")
+    world = max(args.world_size, model.ranks.world if isinstance(model, HostModel) else 1)
+    if world > 1:
+        yield (
+            f"a run of {world} processes",
+            "start one process; `torchrun -m horizon_lm train CONFIG` trains on several GPUs",
+        )
