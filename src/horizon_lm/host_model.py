@@ -24,8 +24,9 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
-from horizon_lm.checkpoint.export import choose_dtype, save_model, tokenizer_saver
+from horizon_lm.checkpoint.export import choose_dtype, tokenizer_saver
 from horizon_lm.checkpoint.folder import check_target
+from horizon_lm.checkpoint.save import save_model
 from horizon_lm.config import ModelSettings
 from horizon_lm.config.python import model_settings
 from horizon_lm.distributed.outcomes import in_turns, on_each
@@ -577,11 +578,11 @@ class HostModel:
         extra: writes further files into the folder before it is put in place. force: save torn weights.
         Raises ConfigError, before anything is written, for invalid values and for a folder that holds
         something other than a model; TornStateError for torn weights; DoesNotFitError if the disk is full.
+        With several ranks all of them must call this; rank 0 writes.
         """
         self._refuse_torn("save_pretrained()", force)
-        target = check_target(folder)
         wanted = choose_dtype(dtype, max_shard_size)
-        save_tokenizer = tokenizer_saver(tokenizer, self.settings.trust_remote_code)
+        target, save_tokenizer = on_each(self.ranks, lambda: self._target_and_saver(folder, tokenizer))
 
         def write_more(staging: Path) -> None:
             save_tokenizer(staging)
@@ -590,8 +591,20 @@ class HostModel:
 
         self.engine.flush()
         save_model(
-            self.skeleton, self.store, target, dtype=wanted, max_shard_size=max_shard_size, extra=write_more
+            *(self.skeleton, self.store, target),
+            dtype=wanted,
+            max_shard_size=max_shard_size,
+            extra=write_more,
+            ranks=self.ranks,
         )
+
+    def _target_and_saver(
+        self, folder: str | os.PathLike[str], tokenizer: Any
+    ) -> tuple[Path, Callable[[Path], object]]:
+        """Check the folder and load the tokenizer on the rank that writes."""
+        if not self.ranks.is_first:
+            return Path(folder), lambda target: None
+        return check_target(folder), tokenizer_saver(tokenizer, self.settings.trust_remote_code)
 
     @in_turn
     def save_state(self, saving: Saving, *, background: bool = False, force: bool = False) -> None:

@@ -21,7 +21,6 @@ from horizon_lm.engine.lanes import Execute, OnRelease, Span, Waits, in_op
 from horizon_lm.host_model import HostModel
 from horizon_lm.schedule import Lane, Op
 
-
 _WITH_OTHERS = (Lane.NETWORK, Lane.UPDATE, Lane.DEVICE_UPDATE)  # lanes that wait for other ranks
 
 

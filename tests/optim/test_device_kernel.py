@@ -21,8 +21,9 @@ import zoo
 from emulated_cuda import emulated_cuda as emulated_cuda
 from fake_cuda import fake_cuda as fake_cuda
 from horizon_lm.errors import ConfigError
-from horizon_lm.memory.layout import ALIGN_ELEMENTS
+from horizon_lm.memory.layout import ALIGN_ELEMENTS, UnitLayout
 from horizon_lm.memory.master import split_master
+from horizon_lm.memory.shards import UnitShard
 from horizon_lm.memory.store import StoreSpec
 from horizon_lm.optim import kernel, optimizer, reference
 from horizon_lm.optim.optimizer import Group, Optimizer, Segment, UpdateSettings
@@ -253,7 +254,8 @@ class OneUnit:
         numel = run.weights.numel()
         self.buffers = {"weights": run.weights, "residual": run.residual}
         self.buffers |= {"exp_avg": run.exp_avg, "exp_avg_sq": run.exp_avg_sq}
-        self.units = [type("Layout", (), {"trainable_numel": numel, "trainable_offset": 0, "wide_offset": 0})]
+        self.units = [UnitLayout("unit", (), numel, 0, 0, 0)]
+        self.shards = [UnitShard(self.units[0])]
 
     def has(self, region: str) -> bool:
         return self.buffers[region] is not None

@@ -7,8 +7,6 @@ those of a rank first, and then one sum over ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from horizon_lm.distributed.ranks import Channel, Ranks
@@ -21,7 +19,7 @@ from horizon_lm.engine.updates import Updates
 from horizon_lm.memory.layout import Parameter
 from horizon_lm.memory.slots import GradientShards
 from horizon_lm.memory.store import HostStore
-from horizon_lm.optim.gradients import add_gradient, add_gradients, ordered_sum
+from horizon_lm.optim.gradients import add_in_order, ordered_sum
 from horizon_lm.optim.optimizer import Optimizer
 from horizon_lm.schedule import Buffer, Op
 from horizon_lm.schedule.step_spec import FAST
@@ -173,25 +171,6 @@ class ShardedUpdates(Updates):
         if step.update.stopped_at is None:
             step.update.stopped_at = op.unit
         return False
-
-
-def add_in_order(total: torch.Tensor, parts: Sequence[torch.Tensor], *, begins: bool) -> None:
-    """Add gradients [n] (bf16 or fp32) to total [n] (fp32) one after the other; overwrite it if it `begins`.
-
-    In host memory two at a time, with the same bits (`add_gradients`).
-    """
-    if total.device.type != "cpu":
-        for i, part in enumerate(parts):
-            if begins and i == 0:
-                total.copy_(part)
-            else:
-                total.add_(part)
-        return
-    while len(parts) >= 2:
-        add_gradients(total, parts[0], parts[1], begins=begins)
-        parts, begins = parts[2:], False
-    for part in parts:
-        add_gradient(total, part, begins=begins)
 
 
 def held_rows(

@@ -94,7 +94,7 @@ def _received_bytes(units: Sequence[UnitLayout], plan: StepSpec) -> int:
     of their sum, for units that add to an earlier one."""
     if plan.reduction == EXACT:
         return max(gradient_slot_numels(units, plan), default=0) * _FP32
-    adding = [u for u in plan.trainable if u < plan.head and plan.rounds > 1]
+    adding = [u for u in plan.trainable if u < plan.head] if plan.reduction and plan.rounds > 1 else []
     return max((_shard(units[u], plan).trainable_share for u in adding), default=0) * _FP32
 
 

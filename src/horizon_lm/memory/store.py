@@ -340,22 +340,32 @@ class HostStore:
         Of several ranks each copies what it holds, and reads nothing else of a contiguous value.
         """
         unit, parameter = self._place[name]
-        piece = self.shards[unit].weights_piece(parameter)
-        if piece is None:
+        regions = ["weights", *(["residual"] if self.has("residual") else [])]
+        pieces = {region: self.shards[unit].piece(region, parameter) for region in regions}
+        value = value.expand(parameter.shape).reshape(-1)
+        # Pieces differ where several ranks hold a frozen wide parameter.
+        for start, stop in {(piece.start, piece.stop) for piece in pieces.values() if piece is not None}:
+            targets = {
+                region: self.run(region, unit).narrow(0, piece.offset, piece.numel)
+                for region, piece in pieces.items()
+                if piece is not None and (piece.start, piece.stop) == (start, stop)
+            }
+            self._write_master(value[start:stop], targets.get("weights"), targets.get("residual"))
+
+    def _write_master(
+        self, value: torch.Tensor, weight: torch.Tensor | None, residual: torch.Tensor | None
+    ) -> None:
+        """Write the halves of fp32 masters [n] that the rank holds."""
+        if residual is None or value.dtype == torch.bfloat16:  # fp16 has more digits than bf16
+            if weight is not None:
+                weight.copy_(value)  # rounded to nearest, as `split_master` does
+            if residual is not None:
+                residual.zero_()
             return
-        value = value.expand(parameter.shape).reshape(-1)[piece.start : piece.stop]
-        weight = self.run("weights", unit).narrow(0, piece.offset, piece.numel)
-        place = self.shards[unit].residual_piece(parameter) if self.has("residual") else None
-        if place is None:
-            weight.copy_(value)  # same dtype, or exact widening
-            return
-        residual = self.run("residual", unit).narrow(0, place.offset, place.numel)
-        if value.dtype == torch.bfloat16:  # fp16 has more digits
-            weight.copy_(value)
-            residual.zero_()
-        else:
-            with in_host_memory(weight) as one, in_host_memory(residual) as other:
-                split_master(value, one, other)
+        if weight is None:
+            weight = torch.empty(value.shape, dtype=self.dtype)
+        with in_host_memory(weight) as one, in_host_memory(residual) as other:
+            split_master(value, one, other)
 
 
 @contextmanager

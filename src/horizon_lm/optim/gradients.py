@@ -7,15 +7,17 @@ identical for any instruction set and number of threads.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from horizon_lm.memory.shards import BLOCK
 from horizon_lm.optim.kernel import ISAS, library
 
 _DTYPES = (torch.float32, torch.bfloat16)
-_BLOCK, _LANES = 4096, 64  # as in csrc/gradients.cpp
+_LANES = 64  # as in csrc/gradients.cpp
 _CHUNK = 1 << 18  # elements of the reference's temporaries; whole blocks
 
 
@@ -43,6 +45,23 @@ def add_gradient(total: torch.Tensor, gradient: torch.Tensor, *, begins: bool) -
     _add(total.view(-1), gradient.reshape(-1), begins)
 
 
+def add_in_order(total: torch.Tensor, parts: Sequence[torch.Tensor], *, begins: bool) -> None:
+    """Add gradients [n] (bf16 or fp32) to total [n] (fp32) one after the other; the first overwrites it if it
+    `begins`. In host memory or on a device; in host memory two at a time (`add_gradients`), same bits."""
+    if total.device.type != "cpu":
+        for i, part in enumerate(parts):
+            if begins and i == 0:
+                total.copy_(part)
+            else:
+                total.add_(part)
+        return
+    while len(parts) >= 2:
+        add_gradients(total, parts[0], parts[1], begins=begins)
+        parts, begins = parts[2:], False
+    for part in parts:
+        add_gradient(total, part, begins=begins)
+
+
 def move_gradient(source: torch.Tensor, target: torch.Tensor, *, isa: str = "auto") -> torch.Tensor:
     """Copy a gradient [n] to target [n], each bf16 or fp32 in host memory, and return its squares: the sums
     over each 4096 elements, fp64.
@@ -50,7 +69,7 @@ def move_gradient(source: torch.Tensor, target: torch.Tensor, *, isa: str = "aut
     They are of the rounded values (to nearest, ties to even), which the update reads. Sums are fp32 over 64
     elements and fp64 beyond. If target is source, it is only measured.
     """
-    squares = torch.empty(-(-source.numel() // _BLOCK), dtype=torch.float64)
+    squares = torch.empty(-(-source.numel() // BLOCK), dtype=torch.float64)
     lib = _library(source, target)
     if lib is None:
         _move(source, target, squares)
@@ -109,9 +128,9 @@ def _add(total: torch.Tensor, gradient: torch.Tensor, begins: bool) -> None:
 def _move(source: torch.Tensor, target: torch.Tensor, squares: torch.Tensor) -> None:
     if source.data_ptr() != target.data_ptr():
         target.copy_(source)
-    runs = zip(target.split(_CHUNK), squares.split(_CHUNK // _BLOCK), strict=True)
+    runs = zip(target.split(_CHUNK), squares.split(_CHUNK // BLOCK), strict=True)
     for piece, found in runs:
-        whole = torch.zeros(found.numel() * _BLOCK)
+        whole = torch.zeros(found.numel() * BLOCK)
         whole[: piece.numel()] = piece
         lanes = torch.zeros(found.numel(), _LANES)
         for row in whole.view(found.numel(), -1, _LANES).unbind(1):

@@ -178,23 +178,17 @@ class Optimizer:
         grad_scale: float,
         progress: Progress,
     ) -> None:
-        """Update the unit's trainable part from `grads * grad_scale`, continuing at `progress`.
+        """Update what the rank holds of the unit's trainable part from `grads * grad_scale`, continuing at
+        `progress`.
 
-        grads: 1-D [trainable_numel], in the memory that the unit lives in. On a device the update is launched
+        grads: 1-D [trainable_share], in the memory that the unit lives in. On a device the update is launched
         on the current stream. grad_scale: the clipping factor.
         """
-        layout = store.units[unit]
-        shard = store.shards[unit]
-        first, last = shard.trainable_range
+        first, stop = store.shards[unit].trainable_range
         before = sum(u.trainable_numel for u in store.units[:unit]) + first
         tensors = self._tensors(store, unit, grads)
-        longest = longest_piece(tensors.weights.device)
-        parts = [
-            (max(start, first) - first, min(stop, last) - first, lr, wd)
-            for start, stop, lr, wd in self._parts(unit, layout.trainable_numel, settings)
-            if max(start, first) < min(stop, last)
-        ]
-        pieces = _cut(parts, longest)
+        parts = _within(self._parts(unit, store.units[unit].trainable_numel, settings), first, stop)
+        pieces = _cut(parts, longest_piece(tensors.weights.device))
         progress.pieces = len(pieces)
         progress.end_copies()
         for start, stop, lr, weight_decay in pieces[len(progress.ended) :]:
@@ -204,12 +198,12 @@ class Optimizer:
             update_run(tensors.part(start, stop), numbers, threads=threads, progress=progress)
 
     def _tensors(self, store: HostStore, unit: int, grads: torch.Tensor) -> Tensors:
-        """The trainable part of a unit."""
-        residual = None
+        """What the rank holds of a unit's trainable part, padding included."""
+        residual, shard = None, store.shards[unit]
         if store.has("residual"):  # which also covers frozen parameters before the trainable ones
-            residual = store.run("residual", unit)[store.shards[unit].frozen_wide_share :]
+            residual = store.run("residual", unit)[shard.frozen_wide_share :]
         return Tensors(
-            store.run("weights", unit)[store.shards[unit].frozen_share :],
+            store.run("weights", unit)[shard.frozen_share :],
             residual,
             grads,
             store.run("exp_avg", unit),
@@ -227,6 +221,16 @@ class Optimizer:
             else:
                 parts.append((segment.start, segment.stop, lr, weight_decay))
         return parts or [(0, numel, settings.lr, settings.weight_decay)]
+
+
+def _within(parts: list[Part], first: int, stop: int) -> list[Part]:
+    """The parts of the elements [first, stop) of a unit, counted from there; an empty one if there are none."""
+    found = [
+        (max(start, first) - first, min(end, stop) - first, lr, weight_decay)
+        for start, end, lr, weight_decay in parts
+        if max(start, first) < min(end, stop)
+    ]
+    return found or [(0, 0, *parts[0][2:])]
 
 
 def _cut(parts: list[Part], longest: int | None) -> list[Part]:
