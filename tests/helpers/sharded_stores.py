@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -52,3 +53,20 @@ def filled(spec: StoreSpec, shard: Shard = WHOLE, device: torch.device = CPU) ->
                 place = store.run(region, number)[piece.offset : piece.offset + piece.numel]
                 place.copy_(value.view(-1)[piece.start : piece.stop])
     return store
+
+
+def gathered(stores: Sequence[HostStore], region: str, number: int) -> torch.Tensor:
+    """A unit's whole run in a region, from the stores of all ranks."""
+    parts = [(store, piece) for store in stores for piece in store.shards[number].pieces(region)]
+    found = stores[0].run(region, number).new_zeros(max((p.stop for _, p in parts), default=0))
+    for store, (start, stop, offset) in parts:
+        found[start:stop] = store.run(region, number)[offset : offset + stop - start]
+    return found
+
+
+def padding(store: HostStore, region: str, number: int) -> torch.Tensor:
+    """The elements of a rank's run that are none of the unit's."""
+    is_held = torch.zeros(store.run(region, number).numel(), dtype=torch.bool)
+    for start, stop, offset in store.shards[number].pieces(region):
+        is_held[offset : offset + stop - start] = True
+    return store.run(region, number)[~is_held]

@@ -24,6 +24,7 @@ from horizon_lm.machine.profile import load_profile
 from horizon_lm.memory import arena
 from horizon_lm.memory.layout import UnitLayout, lay_out
 from horizon_lm.memory.preflight import check_memory
+from horizon_lm.memory.shards import Shard
 from horizon_lm.memory.store import GradientSlabs, StoreSpec, predict_bytes
 from horizon_lm.plan.fit import Limits
 from horizon_lm.words import size
@@ -94,6 +95,27 @@ def test_refusal_in_fp32_names_what_bf16_saves() -> None:
     with pytest.raises(DoesNotFitError) as caught:
         check(10**9, 15 * GB, dtype="float32")
     assert caught.value.hint is not None and "dtype=bfloat16 saves 2.00 GB" in caught.value.hint
+
+
+def test_every_rank_needs_its_share() -> None:
+    """To the byte, padding included: 10**9 elements are 61,035.2 blocks for each of 4 ranks."""
+    spec = StoreSpec(torch.bfloat16, shard=Shard(3, 4))
+    needed = 14 * 61_036 * 4096
+    assert sum(predict_bytes(units(10**9), spec).values()) == needed > 14 * 10**9 // 4
+
+    def check_rank(available: int, **settings: Any) -> None:
+        asked = ModelSettings(reserve_host_gb=0.0, **settings)
+        of = partial(store_spec, shape=None, shard=Shard(3, 4))
+        check_memory(units(10**9), asked, of, available={"host": available})
+
+    check_rank(needed)
+    with pytest.raises(DoesNotFitError, match=r"^each of 4 ranks needs 3.50 GB of host memory") as caught:
+        check_rank(needed - 1)
+    assert caught.value.hint is not None and "moment_dtype=bfloat16" in caught.value.hint
+    with pytest.raises(DoesNotFitError) as caught:
+        check_rank(10**9, max_grad_norm=None, moment_dtype="bfloat16", optim="lion")
+    hint = "free 500 MB of memory, use more ranks, or use a smaller model; "
+    assert caught.value.hint is not None and caught.value.hint.startswith(hint)
 
 
 def test_eager_updates_need_slabs_in_place_of_gradients() -> None:

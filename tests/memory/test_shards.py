@@ -168,6 +168,11 @@ def test_a_rank_takes_its_part_of_the_bytes(
         for region in regions(own):
             runs = [store.run(region.name, i).numel() for i in range(len(region.numels(units)))]
             assert runs == region.numels(units)
+            numel_of = {"weights": "weights_numel", "residual": "residual_numel"}.get(
+                region.name, "trainable_share"
+            )
+            if region.name in REGIONS:
+                assert runs == [getattr(held, numel_of) for held in store.shards]
     assert all(sizes == found[0] for sizes in found)
     # All ranks together: what one takes, and the padding of each part of each unit.
     padding = {key: 0 for key in ("weights", "residual", "trainable")}

@@ -32,8 +32,8 @@ def check_memory(
     """Raise DoesNotFitError if the store and `reserve_host_gb` exceed the host memory that is available, or
     resident units and slots the device memory. On the CPU both are host memory.
 
-    spec_of: the store of these units under other settings; slots_of: bytes of the slots. available:
-    bytes of "host" and "device"; measured by default.
+    spec_of: the rank's store of these units under other settings; slots_of: bytes of the slots. available:
+    bytes of "host" and "device" that this rank may take; measured by default.
     """
     has_memory = device.type != "cpu"
     given = dict(available or {})
@@ -58,10 +58,12 @@ def check_memory(
         return
     worst = max(short, key=lambda memory: short[memory])
     parts = parts_of(settings)[worst]
-    otherwise = f"free {size(short[worst])} of memory, or use a smaller model"
+    world = spec_of(settings).shard.world
+    who, more = ("the model", "") if world == 1 else (f"each of {world:,} ranks", "use more ranks, ")
+    otherwise = f"free {size(short[worst])} of memory, {more}or use a smaller model"
     ways = _fitting_residents(settings, shortages, len(units)) if has_memory else ""
     ways += hint(settings, shortages, otherwise)
-    needed = f"the model needs {size(sum(parts.values()))} of {worst} memory ({_table(parts)})"
+    needed = f"{who} needs {size(sum(parts.values()))} of {worst} memory ({_table(parts)})"
     free = f"only {size(given[worst])} are available"
     missing = f"short by {size(short[worst])}"
     if worst == "device":

@@ -90,12 +90,6 @@ class UnitShard:
         """The elements [start, stop) of the unit's trainable part that this rank holds."""
         return self.shard.range(self.layout.trainable_numel)
 
-    @property
-    def trainable_held(self) -> int:
-        """Elements of moments and gradients without padding; they come first."""
-        start, stop = self.trainable_range
-        return stop - start
-
     # Gathering. The padding of the frozen part lands where the trainable part is written next, so a slot is
     # the unit's whole run, with room for the padding at its end.
 

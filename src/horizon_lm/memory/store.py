@@ -108,20 +108,20 @@ class Region:
         return [numel if u in self.resident else 0 for u, numel in enumerate(self.numels(units))]
 
 
-def _of_each(
-    spec: StoreSpec, numel_of: Callable[[UnitShard], int]
-) -> Callable[[Sequence[UnitLayout]], list[int]]:
-    return lambda units: [numel_of(UnitShard(unit, spec.shard)) for unit in units]
+def _of_each(numel_of: Callable[[UnitLayout], int]) -> Callable[[Sequence[UnitLayout]], list[int]]:
+    return lambda units: [numel_of(unit) for unit in units]
 
 
 def regions(spec: StoreSpec) -> list[Region]:
-    """List the regions of a store."""
-    resident = spec.resident
-    trainable = _of_each(spec, lambda unit: unit.trainable_share)
-    weights = _of_each(spec, lambda unit: unit.weights_numel)
+    """List the regions of a store, their buffers as `UnitShard` has them."""
+    resident, share = spec.resident, spec.shard.share
+    trainable = _of_each(lambda unit: share(unit.trainable_numel))
+    weights = _of_each(lambda unit: share(unit.trainable_offset) + share(unit.trainable_numel))
     rows = [Region("weights", spec.dtype, weights, pinned=True, resident=resident)]
     if spec.dtype == torch.bfloat16:
-        residual = _of_each(spec, lambda unit: unit.residual_numel)
+        residual = _of_each(
+            lambda unit: share(unit.trainable_offset - unit.wide_offset) + share(unit.trainable_numel)
+        )
         rows.append(Region("residual", torch.int16, residual, resident=resident))
     rows.append(Region("exp_avg", spec.moment_dtype, trainable, resident=resident))
     if spec.second_moment:

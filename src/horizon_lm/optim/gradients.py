@@ -133,6 +133,6 @@ def _move(source: torch.Tensor, target: torch.Tensor, squares: torch.Tensor) -> 
         whole = torch.zeros(found.numel() * BLOCK)
         whole[: piece.numel()] = piece
         lanes = torch.zeros(found.numel(), _LANES)
-        for row in whole.view(found.numel(), -1, _LANES).unbind(1):
+        for row in whole.view(found.numel(), BLOCK // _LANES, _LANES).unbind(1):
             lanes += row * row
         found.copy_(lanes.double().cumsum(1)[:, -1])

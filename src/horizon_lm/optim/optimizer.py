@@ -224,7 +224,7 @@ class Optimizer:
 
 
 def _within(parts: list[Part], first: int, stop: int) -> list[Part]:
-    """The parts of the elements [first, stop) of a unit, counted from there; an empty one if there are none."""
+    """The parts of the elements [first, stop) of a unit, counted from there; if none, an empty one."""
     found = [
         (max(start, first) - first, min(end, stop) - first, lr, weight_decay)
         for start, end, lr, weight_decay in parts
