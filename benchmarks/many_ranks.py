@@ -5,9 +5,9 @@ gives. Nothing here ran on a GPU, and NCCL has not run.
 
 - bytes: what each rank sends in a step, counted; the sum over the step's collectives; the formula of
   docs/guides/many-gpus.md.
-- speed: two ranks of one thread each, one rank of two threads, FSDP2 with CPU offload and DeepSpeed ZeRO-3 (two
-  ranks each). Steps of all alternate. Of our ranks: seconds of one more step in collectives, and waiting: what
-  a rank spends in them beyond the fastest rank.
+- speed: two ranks of one thread each, one rank of two threads, FSDP2 with CPU offload and DeepSpeed ZeRO-3
+  (two ranks each). Steps of all alternate. Of our ranks: seconds of one more step in collectives, and of
+  waiting, which is what a rank spends in them beyond the fastest rank.
 - memory: the peak of each rank's process beside the planner's prediction for a rank.
 - alone: one rank beside one of an earlier checkout (`--before FOLDER`); steps alternate.
 
@@ -259,7 +259,9 @@ def fill(report: Report, ledger: Ledger) -> None:
         report.section("Speed at 2,048 tokens a step, on two cores")
         head = ["case", "system", "tokens/s", "ratio to one rank (least to most)", "ratio of CPU time"]
         cells = [each for job, row in rows["speed"] for each in speed_cells(job, row)]
-        loads = "; ".join(f"{job}: {', '.join(f'{x:.1f}' for x in row['load'])}" for job, row in rows["speed"])
+        loads = "; ".join(
+            f"{job}: {', '.join(f'{x:.1f}' for x in row['load'])}" for job, row in rows["speed"]
+        )
         note = "One rank has two threads, two ranks have one each. Medians of the steps' ratios; above 1 is "
         note += f"faster than one rank. Load of the machine before and after (others use it): {loads}."
         report.table([*head, "losses differ by", "wanted", "met"], cells, note=note)

@@ -18,8 +18,15 @@ import torch
 
 from horizon_lm.bench.figures import Row
 from horizon_lm.bench.jobs import Worker, environment_of
-from horizon_lm.bench.ours import Ours
+from horizon_lm.bench.ours import Ours, train_config
 from horizon_lm.bench.protocol import Case
+from horizon_lm.config import TrainConfig, model_settings_of
+from horizon_lm.host_model import HostModel
+from horizon_lm.machine.profile import cache_path, load_profile, read_profile
+from horizon_lm.memory.arena import keep_freed_memory
+from horizon_lm.plan.fleet import Fleet, Network
+from horizon_lm.plan.outline import Outline, model_config
+from horizon_lm.plan.predict import Sizes, costs_of, prediction_of
 
 RANKS = "benchmarks.rank_group:build"
 PLANNED = "benchmarks.rank_group:build_planned"
@@ -124,7 +131,7 @@ class RankOurs(Ours):
     def breakdown(self, micro_batches: list[torch.Tensor]) -> dict[str, Any]:
         """Return the breakdown of `Ours`, and more of the same step.
 
-        network: (op, seconds) of each collective. sent: bytes. exchanges: seconds in exchanges of small values.
+        network: (op, seconds) of each collective. sent: bytes. exchanges: seconds in those of small values.
         rows: of the embedding table that the step uses.
         """
         ranks = self.model.ranks
@@ -159,9 +166,9 @@ class Planned(RankOurs):
 
 
 def predicted_bytes(case: Case, config: TrainConfig) -> int:
-    """Return the host bytes of a rank, by the profile of this machine."""
+    """Return the host bytes of a rank, by the profile of `horizon doctor`, or else by a shipped one."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    profile = machine_profile(config.device)
+    profile = read_profile(cache_path()) if cache_path().is_file() else load_profile("cpu-2core")
     network = Network.of(Fleet(1, world), profile) if world > 1 else None
     sizes = Sizes(case.rows, case.length, case.sequences // case.rows)
     outline = Outline(model_config(config), config)

@@ -143,7 +143,7 @@ def _run(place: Place, mode: str, world: int) -> tuple[list[Any], str]:
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> str:
-    """Wait for all; when one fails or time is out, end the others. Return the reason, empty if all succeeded."""
+    """Wait for all; end the others if one fails or time is out. Return the reason, empty if all succeeded."""
     end = time.monotonic() + SECONDS
     try:
         while any(process.poll() is None for process in processes):

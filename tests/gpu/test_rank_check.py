@@ -1,5 +1,6 @@
-"""The check of ranks notices other bits, ranks that fail and ranks that hang (its dry run is part of that of the
-whole suite)."""
+"""The check of ranks notices other bits, ranks that fail and ranks that hang.
+
+Its dry run is part of that of the whole suite: tests/bench/test_gpu_evidence.py."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from gpu import ranks
 from gpu.common import Part, Place
 
@@ -41,7 +43,9 @@ def test_a_rank_that_fails_ends_the_others_and_is_named() -> None:
 @pytest.mark.parametrize("code", ["import time; time.sleep(60)", "raise SystemExit(3)"])
 def test_no_process_is_left(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     monkeypatch.setattr(ranks, "SECONDS", 0.5)
-    processes = [subprocess.Popen([sys.executable, "-c", text]) for text in (code, "import time; time.sleep(60)")]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", text]) for text in (code, "import time; time.sleep(60)")
+    ]
     why = ranks._wait(processes)
     assert why == ("rank 0 failed" if "Exit" in code else "not done after 0 s")
     assert all(process.returncode is not None for process in processes)

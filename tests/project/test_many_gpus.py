@@ -127,7 +127,12 @@ def test_the_task_of_skypilot_starts_all_nodes() -> None:
     (words,) = launched(task["run"])
     check(words)
     assert "output_dir=/shared/run" in words and "/shared" in task["volumes"]
-    variables = {"SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK", "SKYPILOT_NUM_GPUS_PER_NODE", "SKYPILOT_NODE_IPS"}
+    variables = {
+        "SKYPILOT_NUM_NODES",
+        "SKYPILOT_NODE_RANK",
+        "SKYPILOT_NUM_GPUS_PER_NODE",
+        "SKYPILOT_NODE_IPS",
+    }
     assert set(re.findall(r"\$(SKYPILOT_\w+)", task["run"])) == variables
 
 
