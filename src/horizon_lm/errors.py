@@ -16,7 +16,7 @@ class HorizonError(Exception):
     """The base class. `str()` is the message and, on a second line, the hint, both printable and redacted."""
 
     exit_code: int = 1
-    # Of several ranks: raised on all, of which rank 0 reports it; or on this one alone, which reports it itself.
+    # Of several ranks: raised on all, and reported by rank 0; or on this one alone, which reports it itself.
     is_shared: bool = False
     is_own: bool = False
 

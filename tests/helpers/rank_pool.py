@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from horizon_lm.distributed.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
+# What processes of ranks import from.
+PATH = os.pathsep.join(str(ROOT / folder) for folder in ("src", ".", "tests/helpers"))
 _ADDRESS = "RANK_POOL_ADDRESS"
 _START_SECONDS = 120
 _joined: Ranks | None = None
@@ -118,11 +120,10 @@ class RankPool:
             return
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         address = os.path.join(self._folder.name, "pool")
-        path = os.pathsep.join([str(ROOT / "src"), str(ROOT), str(ROOT / "tests/helpers")])
         shared = {
             **os.environ,
-            **{"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", _ADDRESS: address},
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(self.world)},
+            **{"PYTHONPATH": PATH, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", _ADDRESS: address},
+            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(self.world)},
             "LOCAL_WORLD_SIZE": str(self.world),
         }
         with Listener(address, "AF_UNIX", backlog=self.world) as listener:
@@ -193,7 +194,8 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nothing listens on."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])

@@ -28,7 +28,7 @@ def place() -> Place:
         return Place()
     from horizon_lm.distributed import start
 
-    found = start._place(os.environ)
+    found = start.place()
     return Place(found.rank, found.world, found.local_rank)
 
 

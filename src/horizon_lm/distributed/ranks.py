@@ -58,6 +58,16 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    def at(self, op: str) -> None:
+        """Name the op at work, for messages of all ranks should it fail. Costs next to nothing."""
+
+    def publish_failure(self, error: BaseException) -> None:
+        """Tell the other ranks that this one failed, so that they end with its number, op and error.
+
+        Errors that are raised on all ranks (`is_shared`, stops) are not told. Call it where an error ends the
+        run of this rank.
+        """
+
     # Tensors on the device, on the network lane
 
     def all_gather(self, own: torch.Tensor, out: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from horizon_lm.distributed.ranks import Channel, Place, Ranks
+from horizon_lm.distributed.watch import Watch
 
 # A value of up to this many bytes as JSON is exchanged in one collective, with its size in front of it.
 _FRAME = 248
@@ -27,22 +28,34 @@ _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather
 class TorchRanks(Ranks):
     """The ranks of a process group.
 
-    device_group: for tensors of the step, on the network lane. channels: a Gloo group for each channel.
+    device_group: for tensors of the step, on the network lane. channels: a Gloo group for each channel. With
+    a watch every collective raises RankError, which names the rank, if one failed or was lost.
     """
 
-    def __init__(self, place: Place, device_group: Any, channels: dict[Channel, Any]) -> None:
+    def __init__(
+        self, place: Place, device_group: Any, channels: dict[Channel, Any], watch: Watch | None = None
+    ) -> None:
         self.rank, self.world = place.rank, place.world
         self.local_rank, self.local_world = place.local_rank, place.local_world
         self._device, self._channels = device_group, channels
+        self._watch = watch
         self._on_host = dist.get_backend(device_group) == "gloo"
         self._pieces: torch.Tensor | None = None
         self.wait_seconds: dict[Channel, float] = dict.fromkeys(Channel, 0.0)
+
+    def at(self, op: str) -> None:
+        if self._watch is not None:
+            self._watch.label = op
+
+    def publish_failure(self, error: BaseException) -> None:
+        if self._watch is not None:
+            self._watch.tell(error)
 
     # Tensors on the device
 
     def all_gather(self, own: torch.Tensor, out: torch.Tensor) -> None:
         assert out.numel() == own.numel() * self.world and out.dtype == own.dtype
-        with self._on_network(own.nbytes * (self.world - 1)):
+        with self._on_network("all-gather", own.nbytes * (self.world - 1)):
             if self._on_host:
                 self._swap(self._repeated(own), _bytes(out).view(self.world, -1), self._device)
             else:
@@ -50,12 +63,12 @@ class TorchRanks(Ranks):
 
     def all_to_all(self, given: torch.Tensor, out: torch.Tensor) -> None:
         assert out.numel() == given.numel() and given.numel() % self.world == 0 and out.dtype == given.dtype
-        with self._on_network(given.nbytes // self.world * (self.world - 1)):
+        with self._on_network("all-to-all", given.nbytes // self.world * (self.world - 1)):
             dist.all_to_all_single(_bytes(out), _bytes(given), group=self._device)
 
     def reduce_scatter(self, given: torch.Tensor, out: torch.Tensor) -> None:
         assert given.numel() == out.numel() * self.world and given.dtype == out.dtype == torch.float32
-        with self._on_network(given.nbytes // self.world * (self.world - 1)):
+        with self._on_network("reduce-scatter", given.nbytes // self.world * (self.world - 1)):
             if self._on_host:
                 self._add_parts(given.view(self.world, -1), out)
             else:
@@ -101,14 +114,14 @@ class TorchRanks(Ranks):
         own = own.contiguous()
         parts = [torch.empty_like(own) for _ in range(self.world)] if self.is_first else None
         if own.numel():
-            with self._on_channel(channel) as group:
+            with self._on_channel("gather", channel) as group:
                 dist.gather(_bytes(own), parts and [_bytes(part) for part in parts], group=group)
         return parts
 
     def gather_all(self, own: torch.Tensor, channel: Channel = Channel.MAIN) -> list[torch.Tensor]:
         own = own.contiguous()
         parts = own.new_empty(self.world, *own.shape)
-        with self._on_channel(channel) as group:
+        with self._on_channel("gather", channel) as group:
             self._swap(self._repeated(own), _bytes(parts).view(self.world, -1), group)
         return list(parts.unbind())
 
@@ -124,7 +137,7 @@ class TorchRanks(Ranks):
 
     def from_first(self, value: Any, channel: Channel = Channel.MAIN) -> Any:
         text = json.dumps(value).encode() if self.is_first else b""
-        with self._on_channel(channel) as group:
+        with self._on_channel("broadcast", channel) as group:
             size = torch.tensor([len(text)], dtype=torch.int64)
             dist.broadcast(size, 0, group=group)
             body = _tensor(text) if self.is_first else torch.empty(int(size), dtype=torch.uint8)
@@ -132,14 +145,14 @@ class TorchRanks(Ranks):
         return json.loads(body.numpy().tobytes())
 
     def barrier(self, channel: Channel = Channel.MAIN) -> None:
-        with self._on_channel(channel) as group:
+        with self._on_channel("barrier", channel) as group:
             dist.barrier(group=group)
 
     def pass_on(
         self, value: list[float], add: Callable[[list[float]], list[float]], channel: Channel = Channel.UPDATE
     ) -> list[float]:
         numbers = torch.tensor(value, dtype=torch.float64)
-        with self._on_channel(channel) as group:
+        with self._on_channel("chain", channel) as group:
             if self.rank > 0:
                 dist.recv(numbers, self.rank - 1, group=group)
             numbers.copy_(torch.tensor(add(numbers.tolist()), dtype=torch.float64))
@@ -155,17 +168,45 @@ class TorchRanks(Ranks):
         return [(int.from_bytes(frame[:_SIZE], "little"), frame[_SIZE:]) for frame in frames]
 
     @contextmanager
-    def _on_network(self, sent: int) -> Iterator[None]:
+    def _on_network(self, kind: str, sent: int) -> Iterator[None]:
         start = time.perf_counter()
-        yield
+        with self._watched("network", kind):
+            yield
         self.bytes_sent += sent
         self.network_seconds += time.perf_counter() - start
 
     @contextmanager
-    def _on_channel(self, channel: Channel) -> Iterator[Any]:
+    def _on_channel(self, kind: str, channel: Channel) -> Iterator[Any]:
         start = time.perf_counter()
-        yield self._channels[channel]
+        with self._watched(channel, kind):
+            yield self._channels[channel]
         self.wait_seconds[channel] += time.perf_counter() - start
+
+    @contextmanager
+    def _watched(self, where: str, kind: str) -> Iterator[None]:
+        """Raise RankError for a lost connection, and instead of a collective after a failure."""
+        watch = self._watch
+        if watch is None:
+            yield
+            return
+        begun = f"{kind} on {where}"
+        at = f"{watch.label} ({begun})" if watch.label else begun
+        if watch.failure is not None:
+            raise watch.error(at)
+        watch.blocked[where] = begun
+        try:
+            yield
+        except RuntimeError as error:
+            if not _is_lost_connection(error):
+                raise
+            raise watch.cause(error, at) from error
+        finally:
+            watch.blocked.pop(where, None)
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """Tell errors of Gloo and NCCL from others (memory, shapes)."""
+    return isinstance(error, dist.DistError) or "gloo/" in str(error) or "NCCL" in str(error)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,8 +19,8 @@ def free_memory_bytes(device: torch.device) -> int:
 
 
 def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
-    """Resolve `auto` to the CPU or a CUDA device: the current one or, of several ranks on this machine, that of
-    `local_rank` (the only one if each rank sees only its own). Raises ConfigError if the device is missing."""
+    """Resolve `auto` to the CPU or a CUDA device: the current one or, of several ranks on this machine, that
+    of `local_rank` (the only one if each rank sees only its own). Raises ConfigError if it is missing."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
@@ -31,11 +31,18 @@ def resolve_device(name: str, local_rank: int | None = None) -> torch.device:
             )
         if local_rank is not None and device.index is not None:
             raise ConfigError(
-                f"device={name!r} is one GPU for several ranks", hint="set device=cuda; each rank takes its own"
+                f"device={name!r} is one GPU for several ranks",
+                hint="set device=cuda; each rank takes its own",
             )
         index = device.index if device.index is not None else torch.cuda.current_device()
         if local_rank is not None:
             index = local_rank if torch.cuda.device_count() > 1 else 0
+            if index >= torch.cuda.device_count():
+                raise ConfigError(
+                    f"device={name!r}: ranks of this machine: at least {local_rank + 1}, CUDA devices: "
+                    f"{torch.cuda.device_count()}",
+                    hint="start one rank per GPU (--nproc-per-node), or set device=cpu",
+                )
         if index >= torch.cuda.device_count():
             raise ConfigError(
                 f"device={name!r}, but CUDA devices: {torch.cuda.device_count()}", hint="set device=cuda:0"
