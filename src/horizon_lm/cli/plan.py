@@ -52,7 +52,10 @@ def plan(
         if json:
             import json as writer
 
-            text = writer.dumps(found.to_dict() | {"largest": found.largest()}, indent=2)
+            sizes = {"largest": found.largest()}
+            if found.of_fleet is not None:
+                sizes |= found.of_fleet.sizes()
+            text = writer.dumps(found.to_dict() | sizes, indent=2)
         else:
             text = describe(found)
     print(text)

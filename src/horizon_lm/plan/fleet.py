@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from horizon_lm.distributed.ranks import Ranks
 from horizon_lm.machine.profile import Node, Profile
 from horizon_lm.words import count
 
@@ -14,6 +15,11 @@ class Fleet:
 
     nodes: int = 1
     gpus_per_node: int = 1
+
+    @classmethod
+    def of_ranks(cls, ranks: Ranks) -> Fleet:
+        """That of a run, by the number of ranks on this node."""
+        return cls(-(-ranks.world // ranks.local_world), ranks.local_world)
 
     @property
     def world(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from horizon_lm.config import TrainConfig
@@ -46,33 +47,40 @@ def break_even(costs: Costs) -> BreakEven:
 
 @dataclass(frozen=True)
 class FleetPlan:
-    """exact, fast: seconds of a step by either reduction, all else as planned. smallest: the smallest fleet
-    of this hardware that trains the model by these settings; in_memory: the smallest that does with all units
-    resident. None: not found."""
+    """asked, chosen: settings before and after the planner of the fleet chose. planner_of: those of fleets of
+    the same hardware."""
 
+    asked: TrainConfig
+    chosen: TrainConfig
+    planner_of: PlannerOf
     fleet: Fleet
-    prediction: Prediction
-    exact: float
-    fast: float
-    smallest: Fleet | None
-    in_memory: Fleet | None
 
-    @classmethod
-    def of(cls, config: TrainConfig, chosen: TrainConfig, planner_of: PlannerOf, fleet: Fleet) -> FleetPlan:
-        """config: as asked; chosen: by the planner of the fleet."""
-        planner = planner_of(fleet)
-        exact, fast = planner.seconds_by_reduction(chosen)
-        everything = len(resident_order(planner.outline))
-        return cls(
-            fleet,
-            planner.predict(chosen),
-            exact,
-            fast,
-            smallest(config, planner_of, fleet.gpus_per_node),
-            smallest(config.replace(resident=everything), planner_of, fleet.gpus_per_node)
-            if planner.limits.device is not None
-            else None,
-        )
+    @property
+    def _planner(self) -> Planner:
+        return self.planner_of(self.fleet)
+
+    @property
+    def prediction(self) -> Prediction:
+        return self._planner.predict(self.chosen)
+
+    @cached_property
+    def smallest(self) -> Fleet | None:
+        """The smallest fleet that trains the model by these settings; None if none was found."""
+        return smallest(self.asked, self.planner_of, self.fleet.gpus_per_node)
+
+    @cached_property
+    def in_memory(self) -> Fleet | None:
+        """The smallest with all units in device memory."""
+        if self._planner.limits.device is None:
+            return None
+        everything = len(resident_order(self._planner.outline))
+        asked = self.asked.replace(resident=everything)
+        return smallest(asked, self.planner_of, self.fleet.gpus_per_node)
+
+    @property
+    def seconds_by_reduction(self) -> tuple[float, float]:
+        """Of a step: gradients added exactly, and fast; all else as planned."""
+        return self._planner.seconds_by_reduction(self.chosen)
 
     @property
     def node_bytes(self) -> int:
@@ -103,33 +111,30 @@ class FleetPlan:
                 f"the forward pass hides the update from {count(even.update, 'token')} a step on, on any "
                 "number of nodes; with fewer tokens, fewer GPUs of each are nearly as fast"
             )
-        if self.in_memory is not None and self.in_memory.world <= self.fleet.world:
-            notes.append(
-                f"weights, gradients and optimizer state fit in the device memory of {self.in_memory}: "
-                "in-memory training (FSDP2) may be as fast there"
-            )
         return notes
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         found = self.prediction
         even = break_even(found.costs)
+        exact, fast = self.seconds_by_reduction
         return {
             "nodes": self.fleet.nodes,
             "gpus_per_node": self.fleet.gpus_per_node,
             "micro_batches_per_rank": found.plan.micro_batches,
             "host_bytes_per_node": self.node_bytes,
             "tokens_per_second_per_gpu": self.rate_of_each,
-            "reduction": {
-                "chosen": found.plan.reduction,
-                "exact_seconds": self.exact,
-                "fast_seconds": self.fast,
-            },
+            "reduction": {"chosen": found.plan.reduction, "exact_seconds": exact, "fast_seconds": fast},
             "break_even": {
                 "update_tokens_per_step": even.update,
                 "network_tokens_per_gpu": even.network,
                 "upload_tokens_per_gpu": even.upload,
             },
+        }
+
+    def sizes(self) -> dict[str, Any]:
+        """The smallest fleets, for JSON."""
+        return {
             "smallest_fleet": _values(self.smallest),
             "smallest_fleet_in_device_memory": _values(self.in_memory),
         }

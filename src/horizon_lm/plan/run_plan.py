@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ class Planners:
 @dataclass(frozen=True)
 class RunPlan:
     """config: with the choices resolved. notes: caveats about the figures. machine: what the plan is for, and
-    how reliable its figures are, in words. make_fleet_plan: given for several ranks."""
+    how reliable its figures are, in words. of_fleet: what only a plan for several ranks has."""
 
     config: TrainConfig
     planner: Planner
@@ -66,12 +65,7 @@ class RunPlan:
     choices: list[Choice]
     notes: list[str]
     machine: str
-    make_fleet_plan: Callable[[], FleetPlan] | None = None
-
-    @cached_property
-    def of_fleet(self) -> FleetPlan | None:
-        """What only a plan for several ranks has, found by further predictions; None with one rank."""
-        return None if self.make_fleet_plan is None else self.make_fleet_plan()
+    of_fleet: FleetPlan | None = None
 
     @property
     def profile(self) -> Profile:
@@ -216,7 +210,7 @@ def plan_run(
         title = f"{fleet}: {title}"
         if profile.node is None:
             notes.append(f"{profile.name} has no figures of links between GPUs and nodes: {ASSUMED_LINKS}")
-    of_fleet = None if fleet == ONE else partial(FleetPlan.of, config, chosen, planners, fleet)
+    of_fleet = None if fleet == ONE else FleetPlan(config, chosen, planners, fleet)
     return RunPlan(chosen, planner, prediction, explain(config, chosen, planner), notes, title, of_fleet)
 
 

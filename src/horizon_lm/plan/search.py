@@ -92,7 +92,7 @@ class Search:
         return any(map(self._has_room, found))
 
     def _has_room(self, candidate: Candidate) -> bool:
-        """Whether a candidate fits with some number of spilled inputs; those that are not stay on the device."""
+        """Whether a candidate fits with some number of spilled inputs; the others stay on the device."""
         least, most = self.space.spilled()[0], self.space.spilled()[-1]
 
         def rest(fewer: int) -> dict[str, int]:
