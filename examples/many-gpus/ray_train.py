@@ -16,11 +16,11 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 
-def train(given: dict[str, Any]) -> None:
+def work(given: dict[str, Any]) -> None:
     """Train as one of the workers, which Ray has connected."""
-    import horizon_lm
+    from horizon_lm import TrainConfig, train
 
-    horizon_lm.train(given["config"], **given["settings"])
+    train(TrainConfig.from_yaml(given["config"], given["settings"]))
 
 
 def main() -> None:
@@ -31,12 +31,11 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("settings", nargs="*", metavar="key=value")
     options = parser.parse_args()
-    settings = dict(word.split("=", 1) for word in options.settings)
     trainer = TorchTrainer(
-        train,
+        work,
         train_loop_config={
             "config": str(options.config.resolve()),
-            "settings": {"resume_from_checkpoint": "auto"} | settings,
+            "settings": ["resume_from_checkpoint=auto", *options.settings],
         },
         scaling_config=ScalingConfig(num_workers=options.workers, use_gpu=not options.cpu),
         torch_config=TorchConfig(backend="gloo" if options.cpu else "nccl"),

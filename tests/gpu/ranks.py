@@ -91,9 +91,8 @@ def _states(place: Place, ranks: Ranks, cases: dict[str, dict[str, Any]]) -> dic
 
 def _state(place: Place, ranks: Ranks, values: dict[str, Any], settings: dict[str, Any]) -> Found:
     given = {"max_grad_norm": 0.5, "slots": 2, "skip_memory_check": True, "deterministic": True} | settings
-    device = str(place.device) if place.dry else f"cuda:{ranks.local_rank}"
     source = create_model(values, dtype=torch.bfloat16, seed=0, attn_implementation="sdpa")
-    settings_of_all = ModelSettings(device=device, dtype="bfloat16", **given)
+    settings_of_all = ModelSettings(device=place.device.type, dtype="bfloat16", **given)
     model = hz.HostModel(source, settings_of_all, ranks=ranks)
     rows, tokens = (1, 32) if place.dry else (2, 512)
     losses, norms = [], []

@@ -96,19 +96,17 @@ def test_torchrun_is_started_for_one_node_and_for_several(tmp_path: Path) -> Non
 def test_a_slurm_job_goes_back_into_the_queue_only_if_it_was_stopped(
     tmp_path: Path, code: int, is_requeued: bool
 ) -> None:
-    stand_in(tmp_path, "srun", f'env | grep ^MASTER_ | sort >> "$LOG"; exit {code}')
-    stand_in(tmp_path, "scontrol", 'test "$1" = requeue || printf "node-a\\nnode-b\\n"')
+    stand_in(tmp_path, "srun", f"exit {code}")
+    stand_in(tmp_path, "scontrol", "exit 0")
     found, called = run(
         tmp_path,
         "slurm.sbatch",
         "run.yaml",
         "max_steps=3",
         SLURM_JOB_ID="123",
-        SLURM_JOB_NODELIST="node-[a-b]",
         SLURM_CPUS_PER_TASK="12",
     )
     assert found == code and ("scontrol requeue 123" in called) == is_requeued
-    assert "MASTER_ADDR=node-a" in called and "MASTER_PORT=20123" in called
     (started,) = [line for line in called if line.startswith("srun")]
     assert "--kill-on-bad-exit=0 --cpus-per-task=12" in started
     assert started.endswith("-m horizon_lm train run.yaml max_steps=3 resume_from_checkpoint=auto")
