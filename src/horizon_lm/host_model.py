@@ -32,8 +32,9 @@ from horizon_lm.config.python import model_settings
 from horizon_lm.distributed.outcomes import in_turns, on_each
 from horizon_lm.distributed.ranks import Ranks
 from horizon_lm.distributed.start import join
+from horizon_lm.engine.calls import in_turn
 from horizon_lm.engine.disk_lane import Saving
-from horizon_lm.engine.engine import Engine, in_turn
+from horizon_lm.engine.engine import Engine
 from horizon_lm.engine.lanes import Span, choose_lanes
 from horizon_lm.engine.loss import Asked, LossFunction, TokenValues, check_loss_function
 from horizon_lm.engine.policies import (
@@ -92,11 +93,11 @@ class HostModel:
     Calls from several threads are serialised; calls from within a step (a `loss_fn`) are rejected.
     As a context manager it frees its memory on exit (`close`).
 
-    With several ranks (`torchrun`, or a process group of torch.distributed) each holds its share of the model,
-    and every call is collective: all ranks make the same calls with the same arguments, the micro-batches of
-    all ranks included. Rank r computes micro-batches r, r + world, ...; results are those of all, on every
-    rank, and with `reduction: exact` the same bits as on one rank. A loss function is called on the rank that
-    computes the micro-batch.
+    With several ranks (`torchrun`, or a process group of torch.distributed) each holds its share of the
+    model, and every call is collective: all ranks make the same calls with the same arguments, the
+    micro-batches of all ranks included. Rank r computes micro-batches r, r + world, ...; results are those
+    of all, on every rank, and with `reduction: exact` the same bits as on one rank. A loss function is called
+    on the rank that computes the micro-batch.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class HostModel:
         self.skeleton.patches = apply_kernels(self.skeleton.model, settings)
         if settings.mlp_tile_tokens is not None:
             self.skeleton.tile_mlps(settings.mlp_tile_tokens)
-        self.optimizer = make_optimizer(self.skeleton, settings, self.device)
+        self.optimizer = make_optimizer(self.skeleton, settings, self.device, self.ranks.core_sharers)
         units, spec = self.skeleton.units, store_spec(settings, self.skeleton, shard)
         if spec.resident:
             check_available(self.device, self.optimizer.rule, spec)
@@ -666,7 +667,7 @@ def _device_of(settings: ModelSettings, ranks: Ranks) -> torch.device:
 
 def _share_of_memory(settings: ModelSettings, ranks: Ranks) -> int:
     """The host memory that is available to this rank: an equal part of its node's."""
-    return available_host_bytes(settings.host_memory_bytes) // ranks.local_world
+    return available_host_bytes(settings.host_memory_bytes, sharers=ranks.local_world)
 
 
 def _output(step: Step) -> ForwardBackwardOutput:

@@ -10,6 +10,7 @@ import re
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -417,8 +418,10 @@ def test_blocks_given_back_too_early_would_be_seen(
         return found
 
     monkeypatch.setattr(PinnedPool, "reserve", hasty)
-    batches = batches_of(8, 8)
-    assert model.forward_backward(batches).loss != plain.forward_backward(batches).loss
+    batches, found = batches_of(8, 8), None
+    with suppress(IndexError):  # where targets overwrite ids: -100 is no token
+        found = model.forward_backward(batches).loss
+    assert found != plain.forward_backward(batches).loss
 
 
 def test_no_source_pins_outside_of_the_arena() -> None:

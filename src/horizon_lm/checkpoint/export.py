@@ -124,7 +124,7 @@ def _export(
 
     def write(folder: Path) -> None:
         write_model(model, _aliases(model), groups, folder, wanted, max_shard_size)
-        for name in manifest.files:
+        for name in manifest.small_files:
             is_known = name in CONFIGURATIONS or name in TRAINER_FILES
             if not name.endswith(".safetensors") and not is_known:  # tokenizer and templates
                 files.write_file(folder / name, read_small(checkpoint, name), below=folder)

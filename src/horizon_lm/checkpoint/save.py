@@ -10,6 +10,7 @@ import torch
 from horizon_lm.checkpoint import units
 from horizon_lm.checkpoint.export import write_folder, write_model
 from horizon_lm.checkpoint.model import Group, Tensors
+from horizon_lm.distributed.outcomes import packed, unpacked
 from horizon_lm.distributed.ranks import ALONE, Ranks
 from horizon_lm.engine.policies import DTYPES
 from horizon_lm.errors import RankError
@@ -32,7 +33,7 @@ def save_model(
 
     dtype None: the store's compute dtype, straight from the store. float32 from a bf16 store reconstructs the
     masters. extra: writes further files (the tokenizer) into the folder. ranks: those of the store; the first
-    one writes, and gathers a unit at a time. Raises DoesNotFitError, ConfigError; RankError on the others.
+    one writes, and gathers a unit at a time. Raises DoesNotFitError and ConfigError, on all ranks.
     """
     wanted = store.dtype if dtype is None else DTYPES[dtype]
     whole = Whole(store, ranks, everywhere=False)
@@ -79,7 +80,7 @@ def _lead(ranks: Ranks, groups: Sequence[Group], save: Callable[[Sequence[Group]
     except RankError:
         raise  # nobody listens any more
     except Exception as error:
-        ranks.from_first({"error": f"{type(error).__name__}: {error}"})
+        ranks.from_first({"error": packed(error)})
         raise
     ranks.from_first({"error": None})
 
@@ -89,7 +90,7 @@ def _follow(ranks: Ranks, groups: Sequence[Group]) -> None:
     while "load" in (told := ranks.from_first(None)):
         groups[told["load"]].load()
     if told["error"] is not None:
-        raise RankError(f"rank 0 failed: {told['error']}", hint="see the output of rank 0")
+        raise unpacked(told["error"], 0)
 
 
 def _hollow(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

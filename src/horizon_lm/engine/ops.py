@@ -103,6 +103,11 @@ class Ops:
             **self.updates.functions,
         }
 
+    def set_loss_chunk(self, tokens: int) -> None:
+        """Use another chunk than what the settings resolved to on this rank."""
+        self.policies = replace(self.policies, loss_chunk=tokens)
+        self.updates.policies = self.policies
+
     def _upload(self, step: Step, op: Op) -> None:
         self.weight_slots.upload(op.slot if op.shard < 0 else op.shard, op.unit)
 
