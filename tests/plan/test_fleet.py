@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from horizon_lm import cli
 from horizon_lm.config import TrainConfig
 from horizon_lm.distributed.ranks import ALONE
 from horizon_lm.errors import ConfigError, DoesNotFitError
@@ -21,7 +23,7 @@ from horizon_lm.plan.predict import Sizes, costs_of, prediction_of
 from horizon_lm.plan.run_plan import Planners, RunPlan, fleet_of, plan_run
 from horizon_lm.plan.show import describe
 from horizon_lm.schedule import Op
-from planned_models import config_of, known, outline_of
+from planned_models import SMALL, config_of, known, outline_of
 from rank_pool import RankPool
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -260,9 +262,7 @@ def test_a_node_that_suffices_is_given_with_its_fewest_gpus() -> None:
     assert smallest(config, planners_of(config, nothing), 4) is None
 
 
-def test_a_refusal_names_the_smallest_fleet(
-    tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_refusal_names_the_smallest_fleet(tmp_path: Path) -> None:
     config, profile = tight(resident=0)
     found = smallest(config, planners_of(config, profile), 4)
     assert found is not None
@@ -359,3 +359,23 @@ def test_arguments_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     for wrong in ("0", "-1", "two", "1.5"):
         with pytest.raises(ConfigError, match="nodes='"):
             fleet_of(wrong, "", "h100-sxm")
+
+
+def test_the_command_plans_fleets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = load_profile("h100-sxm").model_dump() | {"host_bytes": 3e9, "device_bytes": 7e8}  # a short search
+    small["node"] |= {"gpus": 4, "host_bytes": 1.2e10}
+    file = tmp_path / "small.yaml"
+    file.write_text(Profile.model_validate(small).to_yaml())
+    words = ["plan", f"init_model={json.dumps(SMALL)}", "datasets=none.txt", "max_length=64", "device=cuda"]
+    words += ["tokens_per_step=4096", f"hardware={file}"]
+    assert cli.main([*words, "nodes=2", "gpus_per_node=2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["fleet"]["nodes"], found["fleet"]["gpus_per_node"]) == (2, 2)
+    assert found["smallest_fleet"] == {"nodes": 1, "gpus_per_node": 1}
+    assert cli.main([*words, "nodes=2"]) == 0
+    assert "2 nodes x 4 GPUs" in capsys.readouterr().out
+    assert cli.main([*words, "--json"]) == 0
+    assert not {"fleet", "smallest_fleet"} & set(json.loads(capsys.readouterr().out))
+    assert cli.main([*words, "nodes=2", "host_memory_gb=2.001"]) == 3
+    assert "for each of 4 ranks" in capsys.readouterr().err
+    assert cli.main([*words, "nodes=none"]) == 2
