@@ -19,7 +19,16 @@ HELPERS = (
     "micro_layer",
     "micro_probe",
 )
-HELPERS += ("preference_runs", "gpu_parts", "gpu_evidence", "gpu_runner", "gpu_tables", "gpu_goals", "wheels")
+HELPERS += (
+    "preference_runs",
+    "rank_group",
+    "gpu_parts",
+    "gpu_evidence",
+    "gpu_runner",
+    "gpu_tables",
+    "gpu_goals",
+    "wheels",
+)
 NAMES = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in HELPERS)
 
 

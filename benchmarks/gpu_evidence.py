@@ -107,6 +107,11 @@ def _lanes() -> Iterator[Job | Command]:
     yield Job("ours, default kernels, twice", OURS, case, REPETITION, repeats=2, seconds=60)
 
 
+def _ranks() -> Iterator[Command]:
+    """Return NCCL with one rank, ranks that share a GPU, and one rank per GPU where there are several."""
+    yield _check("ranks", seconds=75, limit=480)
+
+
 def _seven_billion() -> Iterator[Job]:
     yield Job("ours", OURS, megatrain_case(), "qwen2.5-7b, 148 x 1024", seconds=130)
 
@@ -140,6 +145,7 @@ EVIDENCE: dict[str, Stage] = {
     "lanes": _lanes,
     "7b": _seven_billion,
     "largest-exact": _largest,
+    "ranks": _ranks,
     "7b-512k": _half_a_million,
     "placement-more": _more_placement,
     "fsdp2": _fsdp2,

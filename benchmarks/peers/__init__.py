@@ -130,13 +130,36 @@ def need_cuda(case: Case) -> torch.device:
     return torch.device("cuda", 0)
 
 
-def one_rank(backend: str) -> None:
-    """Open a process group of this process alone, without a network."""
+def device_of_rank(case: Case) -> torch.device:
+    """Return `need_cuda`'s device, or the CPU for one of several ranks whose case is for the CPU."""
+    if world() > 1 and case.device == "cpu":
+        return torch.device("cpu")
+    return need_cuda(case)
+
+
+def world() -> int:
+    """Return the number of ranks that the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def share_of(micro_batches: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return this rank's micro-batches of a step. Raises AbsentError unless all ranks have as many."""
+    if len(micro_batches) % world():
+        raise AbsentError("takes as many micro-batches on each rank")
+    return micro_batches[int(os.environ.get("RANK", "0")) :: world()]
+
+
+def open_group(backend: str) -> None:
+    """Open a process group: that of the launcher's ranks, or one of this process alone, without a network."""
     import tempfile
 
     import torch.distributed as dist
 
     os.environ.setdefault("LOCAL_RANK", "0")
-    if not dist.is_initialized():
-        place = Path(tempfile.mkdtemp()) / "rendezvous"
-        dist.init_process_group(backend, init_method=f"file://{place}", rank=0, world_size=1)
+    if dist.is_initialized():
+        return
+    if world() > 1:
+        dist.init_process_group(backend if torch.cuda.is_available() else "gloo")
+        return
+    place = Path(tempfile.mkdtemp()) / "rendezvous"
+    dist.init_process_group(backend, init_method=f"file://{place}", rank=0, world_size=1)

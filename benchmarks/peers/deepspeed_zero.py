@@ -19,7 +19,7 @@ from horizon_lm.bench.models import own, source_model
 from horizon_lm.bench.plain import decay_groups, prepare
 from horizon_lm.bench.protocol import Case
 
-from . import check_takes, installed, need_cuda, one_rank
+from . import check_takes, device_of_rank, installed, open_group, share_of, world
 
 _CPU = {"device": "cpu", "pin_memory": True}
 _COMMON = {"overlap_comm": True, "contiguous_gradients": True}
@@ -45,7 +45,7 @@ def settings_of(case: Case, zero: dict[str, Any]) -> dict[str, Any]:
     rows = case.rows or case.sequences
     return {
         "train_micro_batch_size_per_gpu": rows,
-        "gradient_accumulation_steps": -(-case.sequences // rows),
+        "gradient_accumulation_steps": -(-case.sequences // rows) // world(),
         "gradient_clipping": case.clip or 0.0,
         "bf16": {"enabled": True},
         "zero_optimization": zero,
@@ -59,9 +59,9 @@ class DeepSpeed:
     """DeepSpeed's engine. zero: the `zero_optimization` part of the configuration."""
 
     def __init__(self, case: Case, zero: dict[str, Any]) -> None:
-        self.case, self.device = case, need_cuda(case)
+        self.case, self.device = case, device_of_rank(case)
         deepspeed, ops = installed("deepspeed"), installed("deepspeed.ops.adam")
-        one_rank("nccl")
+        open_group("nccl")
         model = prepare(own(source_model(case), torch.bfloat16), case)
         groups = decay_groups(model, case.weight_decay)
         settings = settings_of(case, zero)
@@ -80,7 +80,7 @@ class DeepSpeed:
         self.engine, *_ = deepspeed.initialize(model=model, config=settings, **given)
 
     def step(self, micro_batches: list[torch.Tensor]) -> float:
-        loss = 0.0
+        loss, micro_batches = 0.0, share_of(micro_batches)
         for ids in micro_batches:  # of equal size: the engine divides by their number
             ids = ids.to(self.device)
             part = self.engine(input_ids=ids, labels=ids).loss

@@ -1,5 +1,6 @@
-"""FSDP2 with `CPUOffloadPolicy` on one rank: fp32 sharded parameters in pinned host memory, bf16 compute,
-fused AdamW on the CPU. Each decoder layer is a unit of its own."""
+"""FSDP2 with `CPUOffloadPolicy`: fp32 sharded parameters in pinned host memory, bf16 compute, fused AdamW on
+the CPU. Each decoder layer is a unit of its own. On one rank, or on several (`many_ranks.py`), which may be
+CPUs; gradients are then reduced in each micro-batch, as CPU offload asks for."""
 
 from __future__ import annotations
 
@@ -12,18 +13,21 @@ from horizon_lm.bench.models import own, source_model
 from horizon_lm.bench.plain import adam_options, backward, decay_groups, prepare
 from horizon_lm.bench.protocol import Case
 
-from . import check_takes, need_cuda, one_rank
+from . import check_takes, device_of_rank, open_group, share_of
 
 
 class Fsdp2:
     def __init__(self, case: Case) -> None:
-        self.case, self.device = case, need_cuda(case)
+        self.case, self.device = case, device_of_rank(case)
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-        one_rank("cpu:gloo,cuda:nccl")  # gloo: the norm of gradients that lie on the CPU
+        open_group("cpu:gloo,cuda:nccl")  # gloo: the norm of gradients that lie on the CPU
+        on_cuda = self.device.type == "cuda"
         model = prepare(own(source_model(case), torch.float32), case)
         policy = MixedPrecisionPolicy(param_dtype=case.torch_dtype, reduce_dtype=torch.float32)
-        options = {"mp_policy": policy, "offload_policy": CPUOffloadPolicy(pin_memory=True)}
+        options = {"mp_policy": policy, "offload_policy": CPUOffloadPolicy(pin_memory=on_cuda)}
+        options["mesh"] = init_device_mesh(self.device.type, (torch.distributed.get_world_size(),))
         for layer in model.get_decoder().layers:
             fully_shard(layer, **options)
         self.model = fully_shard(model, **options)
@@ -35,7 +39,7 @@ class Fsdp2:
         self.optimizer = torch.optim.AdamW(groups, **adam_options(case))
 
     def step(self, micro_batches: list[torch.Tensor]) -> float:
-        loss = backward(self.model, micro_batches, self.device)
+        loss = backward(self.model, share_of(micro_batches), self.device)
         if self.case.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.case.clip)
         self.optimizer.step()

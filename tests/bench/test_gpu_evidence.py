@@ -413,7 +413,7 @@ def test_everything_runs_dry_in_one_process(
     assert set(found) == {job.key for jobs in gpu.STAGES.values() for job in jobs()}
     bad = {k: r.get("why") for k, r in found.items() if r["status"] not in ("done", "absent")}
     assert not bad
-    for part in ("step", "lanes", "determinism", "gradients", "optimizer", "sanitizer"):
+    for part in ("step", "lanes", "determinism", "gradients", "optimizer", "ranks", "sanitizer"):
         result = found[f"gpu-check: {part}"]["result"]
         assert result["dry_run"] and result["passed"], part
     assert json.loads((folder / "timeline.json").read_text())["traceEvents"]

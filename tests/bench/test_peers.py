@@ -253,7 +253,8 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> None:
         adapter = importlib.import_module(peer.target.partition(":")[0])
         stand_ins = {
             "need_cuda": lambda case: torch.device("cpu"),
-            "one_rank": lambda backend: peers.one_rank("gloo"),
+            "device_of_rank": lambda case: torch.device("cpu"),
+            "open_group": lambda backend: peers.open_group("gloo"),
             "installed": modules.__getitem__,
             "from_checkout": lambda variable, name, subfolder="": modules[name],
         }
@@ -322,12 +323,8 @@ def test_torchao_is_absent_where_it_cannot_do_what_is_asked() -> None:
 
 
 @pytest.mark.usefixtures("packages")
-def test_fsdp2_itself_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fsdp2_itself_on_the_cpu() -> None:
     """Real FSDP2 with its offload policy, without pinning, which needs CUDA."""
-    from torch.distributed import fsdp
-
-    policy = fsdp.CPUOffloadPolicy
-    monkeypatch.setattr(fsdp, "CPUOffloadPolicy", lambda pin_memory: policy(pin_memory=False))
     system = build("fsdp2-offload", CASE)
     try:
         assert curve(system, CASE) == pytest.approx(curve(Plain(CASE), CASE), rel=1e-6)
@@ -392,7 +389,8 @@ def test_a_missing_package_is_a_row_with_the_reason(name: str, monkeypatch: pyte
     for package in ("deepspeed", "deepspeed.ops.adam", "torchao.optim", "trainstream", "pyllmq", "roundpipe"):
         monkeypatch.setitem(sys.modules, package, None)
     adapter = importlib.import_module(peers.PEERS[name].target.partition(":")[0])
-    monkeypatch.setattr(adapter, "need_cuda", lambda case: torch.device("cpu"))
+    for name_of_place in ("need_cuda", "device_of_rank"):
+        monkeypatch.setattr(adapter, name_of_place, lambda case: torch.device("cpu"), raising=False)
     with pytest.raises(AbsentError, match=PACKAGES[name]):
         build(name, CASE.replace(model=QWEN2, rows=4, clip=None))
 

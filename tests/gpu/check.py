@@ -27,7 +27,7 @@ for _path in (str(_TESTS), str(_TESTS / "helpers"), str(_TESTS.parent / "src")):
     if _path not in sys.path:
         sys.path.insert(0, _path)
 
-PARTS = ("gradients", "determinism", "lanes", "optimizer", "sanitizer", "step")
+PARTS = ("gradients", "determinism", "lanes", "optimizer", "ranks", "sanitizer", "step")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,9 +45,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--model", action="append", help="only these of part `gradients` (may be repeated)")
     parser.add_argument("--sanitized-child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--rank-child", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
 
     import torch
+
+    if options.rank_child:
+        from gpu.ranks import run_child
+
+        run_child(options.rank_child)
 
     if options.sanitized_child:
         from gpu.sanitizer import run_sanitized
@@ -121,6 +127,7 @@ def _functions(place, repeats: int, trace: Path | None, models: list[str] | None
     from gpu.gradients import check_gradients
     from gpu.lanes import check_lanes
     from gpu.optimizer import check_optimizer
+    from gpu.ranks import check_ranks
     from gpu.sanitizer import check_sanitizer
     from gpu.step import check_step
 
@@ -129,6 +136,7 @@ def _functions(place, repeats: int, trace: Path | None, models: list[str] | None
         "determinism": lambda: check_determinism(place, repeats),
         "lanes": lambda: check_lanes(place, repeats),
         "optimizer": lambda: check_optimizer(place),
+        "ranks": lambda: check_ranks(place),
         "sanitizer": lambda: check_sanitizer(place),
         "step": lambda: check_step(place, trace),
     }

@@ -28,7 +28,9 @@ def _check(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.timeout(620)
-@pytest.mark.parametrize("part", ["gradients", "determinism", "lanes", "optimizer", "sanitizer", "step"])
+@pytest.mark.parametrize(
+    "part", ["gradients", "determinism", "lanes", "optimizer", "ranks", "sanitizer", "step"]
+)
 def test_part(part: str, tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     done = _check("--part", part, "--out", str(out))

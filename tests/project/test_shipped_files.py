@@ -105,7 +105,8 @@ def test_a_command_of_the_pages_is_understood(command: str, monkeypatch: pytest.
             "config"
         }
         return
-    rest = [word for word in rest if word not in ("--dry-run", "--json") and not word.startswith("hardware=")]
+    of_plan = ("hardware=", "nodes=", "gpus_per_node=") if verb == "plan" else ()
+    rest = [word for word in rest if word not in ("--dry-run", "--json") and not word.startswith(of_plan)]
     if "--help" in rest:
         return
     file, overrides = split_arguments(rest)

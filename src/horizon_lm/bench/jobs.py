@@ -44,11 +44,15 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=environment_of(case),
+            env=self.environment(),
         )
         self._answers: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
         self.ready: Row = {}
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment of the process."""
+        return environment_of(self.case)
 
     def _read(self) -> None:
         assert self._process.stdout is not None
