@@ -24,15 +24,17 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
-from horizon_lm.checkpoint.export import choose_dtype, save_model, tokenizer_saver
+from horizon_lm.checkpoint.export import choose_dtype, tokenizer_saver
 from horizon_lm.checkpoint.folder import check_target
+from horizon_lm.checkpoint.save import save_model
 from horizon_lm.config import ModelSettings
 from horizon_lm.config.python import model_settings
 from horizon_lm.distributed.outcomes import in_turns, on_each
 from horizon_lm.distributed.ranks import Ranks
 from horizon_lm.distributed.start import join
+from horizon_lm.engine.calls import in_turn
 from horizon_lm.engine.disk_lane import Saving
-from horizon_lm.engine.engine import Engine, in_turn
+from horizon_lm.engine.engine import Engine
 from horizon_lm.engine.lanes import Span, choose_lanes
 from horizon_lm.engine.loss import Asked, LossFunction, TokenValues, check_loss_function
 from horizon_lm.engine.policies import (
@@ -91,11 +93,11 @@ class HostModel:
     Calls from several threads are serialised; calls from within a step (a `loss_fn`) are rejected.
     As a context manager it frees its memory on exit (`close`).
 
-    With several ranks (`torchrun`, or a process group of torch.distributed) each holds its share of the model,
-    and every call is collective: all ranks make the same calls with the same arguments, the micro-batches of
-    all ranks included. Rank r computes micro-batches r, r + world, ...; results are those of all, on every
-    rank, and with `reduction: exact` the same bits as on one rank. A loss function is called on the rank that
-    computes the micro-batch.
+    With several ranks (`torchrun`, or a process group of torch.distributed) each holds its share of the
+    model, and every call is collective: all ranks make the same calls with the same arguments, the
+    micro-batches of all ranks included. Rank r computes micro-batches r, r + world, ...; results are those
+    of all, on every rank, and with `reduction: exact` the same bits as on one rank. A loss function is called
+    on the rank that computes the micro-batch.
     """
 
     def __init__(
@@ -124,7 +126,7 @@ class HostModel:
         self.skeleton.patches = apply_kernels(self.skeleton.model, settings)
         if settings.mlp_tile_tokens is not None:
             self.skeleton.tile_mlps(settings.mlp_tile_tokens)
-        self.optimizer = make_optimizer(self.skeleton, settings, self.device)
+        self.optimizer = make_optimizer(self.skeleton, settings, self.device, self.ranks.core_sharers)
         units, spec = self.skeleton.units, store_spec(settings, self.skeleton, shard)
         if spec.resident:
             check_available(self.device, self.optimizer.rule, spec)
@@ -236,7 +238,7 @@ class HostModel:
         if isinstance(self.store, Closed):
             return f"HostModel({self.skeleton.model_type}, closed)"
         memory = self.memory_bytes()
-        return describe_model(self.skeleton, self.settings, self.device, memory, self.steps_done)
+        return describe_model(self.skeleton, self.settings, self.device, memory, self.steps_done, self.ranks)
 
     def __enter__(self) -> Self:
         return self
@@ -577,11 +579,11 @@ class HostModel:
         extra: writes further files into the folder before it is put in place. force: save torn weights.
         Raises ConfigError, before anything is written, for invalid values and for a folder that holds
         something other than a model; TornStateError for torn weights; DoesNotFitError if the disk is full.
+        With several ranks all of them must call this; rank 0 writes.
         """
         self._refuse_torn("save_pretrained()", force)
-        target = check_target(folder)
         wanted = choose_dtype(dtype, max_shard_size)
-        save_tokenizer = tokenizer_saver(tokenizer, self.settings.trust_remote_code)
+        target, save_tokenizer = on_each(self.ranks, lambda: self._target_and_saver(folder, tokenizer))
 
         def write_more(staging: Path) -> None:
             save_tokenizer(staging)
@@ -590,8 +592,20 @@ class HostModel:
 
         self.engine.flush()
         save_model(
-            self.skeleton, self.store, target, dtype=wanted, max_shard_size=max_shard_size, extra=write_more
+            *(self.skeleton, self.store, target),
+            dtype=wanted,
+            max_shard_size=max_shard_size,
+            extra=write_more,
+            ranks=self.ranks,
         )
+
+    def _target_and_saver(
+        self, folder: str | os.PathLike[str], tokenizer: Any
+    ) -> tuple[Path, Callable[[Path], object]]:
+        """Check the folder and load the tokenizer on the rank that writes."""
+        if not self.ranks.is_first:
+            return Path(folder), lambda target: None
+        return check_target(folder), tokenizer_saver(tokenizer, self.settings.trust_remote_code)
 
     @in_turn
     def save_state(self, saving: Saving, *, background: bool = False, force: bool = False) -> None:
@@ -633,14 +647,13 @@ class HostModel:
         self.engine.replaced(steps_done)
 
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes by part: host regions of the store and spilled boundaries; resident units and slots on the
-        device."""
+        """Bytes of this rank by part: host regions of the store and spilled boundaries; resident units and
+        slots on the device."""
         ops = self.engine.ops
         return {
             **self.store.num_bytes,
             **self.store.device_bytes,
-            "weight_slots": ops.weight_slots.num_bytes,
-            "gradient_slots": ops.gradient_slots.num_bytes,
+            **ops.slot_bytes,
             "boundary_slots": ops.boundary_slots.num_bytes,
             "boundaries": ops.boundary_slots.host_bytes,
         }
@@ -653,7 +666,7 @@ def _device_of(settings: ModelSettings, ranks: Ranks) -> torch.device:
 
 def _share_of_memory(settings: ModelSettings, ranks: Ranks) -> int:
     """The host memory that is available to this rank: an equal part of its node's."""
-    return available_host_bytes(settings.host_memory_bytes) // ranks.local_world
+    return available_host_bytes(settings.host_memory_bytes, sharers=ranks.local_world)
 
 
 def _output(step: Step) -> ForwardBackwardOutput:

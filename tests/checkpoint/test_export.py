@@ -13,19 +13,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zoo
 from horizon_lm import cli
 from horizon_lm.checkpoint.card import model_card
 from horizon_lm.checkpoint.disk import Disk
-from horizon_lm.checkpoint.manifest import Manifest
-from horizon_lm.checkpoint.units import copied_buffers
-from horizon_lm.checkpoint.writer import CheckpointWriter, Snapshot
+from horizon_lm.checkpoint.writer import CheckpointWriter
 from horizon_lm.host_model import HostModel
-from horizon_lm.training.checkpoint_series import small_files
+from horizon_lm.memory.shards import Shard
 from horizon_lm.training.train import train
+from rank_checkpoints import share, write
+from rank_saves import large_model, snapshot_of
 from small_runs import settings, write_text
+from threaded_ranks import ThreadedRanks, on_ranks
 
 # dense, tied, mixtures whose experts are fused in memory and apart on disk, parameters kept in fp32
 MODELS = ["llama", "gpt2", "gemma3_text", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "phimoe"]
@@ -170,33 +171,20 @@ print(peak - start)
 """
 
 
-def test_an_export_takes_the_memory_of_a_unit_and_not_of_the_model(tmp_path: Path) -> None:
-    """25 M parameters in fp32 from bf16: 100 MB of weights, of which no unit has more than 8 MB."""
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=384,
-        intermediate_size=1152,
-        num_hidden_layers=13,
-        num_attention_heads=6,
-        num_key_value_heads=6,
-    )
-    source = LlamaForCausalLM(config)
+@pytest.mark.parametrize("world", [1, 3])
+def test_an_export_takes_the_memory_of_a_unit_and_not_of_the_model(world: int, tmp_path: Path) -> None:
+    """25 M parameters in fp32 from bf16: 100 MB of weights, of which no unit has more than 8 MB. world: ranks
+    that wrote the checkpoint."""
     model = HostModel.from_pretrained(
-        source, device="cpu", moment_dtype="bfloat16", optim="sgd", skip_memory_check=True
+        large_model(), device="cpu", moment_dtype="bfloat16", optim="sgd", skip_memory_check=True
     )
     (tmp_path / "run").mkdir()
-    content = Manifest(1, 1, {}, config={"dtype": "bfloat16", "datasets": []}, state={"steps_done": 0})
-    writer = CheckpointWriter(
-        tmp_path / "run",
-        Snapshot(
-            content,
-            model.store,
-            copied_buffers(model.skeleton.model),
-            small_files(model, lambda folder: None),
-        ),
-        Disk(),
-    )
-    model.save_state(writer)
+
+    def save(ranks: ThreadedRanks) -> None:
+        snapshot = snapshot_of(model, share(model.store, Shard(ranks.rank, world)))
+        write(CheckpointWriter(tmp_path / "run", snapshot, Disk(), ranks=ranks), len(model.store.units))
+
+    on_ranks(world, save)
     script = MEMORY.format(
         path=[str(Path(__file__).parents[1] / "helpers")],
         source=str(tmp_path / "run"),

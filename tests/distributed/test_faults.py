@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Iterator
 
 import pytest
 
@@ -13,12 +12,6 @@ from lost_ranks import Ended, Nursery
 
 ALL_SECONDS = 30 / 10 + 5  # watches of these tests are ten times as fast; ends of processes are not
 NAMED = r"rank {who} {what}, at J5 of step 3; rank {rank} was at J5 of step 3 \(gather on main\)"
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    with Nursery() as ranks:
-        yield ranks
 
 
 def check_others(ended: list[Ended], who: int, what: str) -> None:

@@ -282,3 +282,54 @@ def restarted(who: int) -> None:
         if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             signalled(who, "SIGKILL")
     _command(lambda ranks: print("exchanged", ranks.exchange(ranks.rank)))
+
+
+def under_srun() -> None:
+    """With srun's variables only."""
+    given = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    os.environ |= {"SLURM_PROCID": given["RANK"], "SLURM_NTASKS": given["WORLD_SIZE"], "SLURM_STEP_ID": "0"}
+    os.environ |= {"SLURM_LOCALID": given["LOCAL_RANK"], "SLURM_JOB_ID": "17"}
+    _command(lambda ranks: print("exchanged", ranks.exchange(ranks.rank)))
+
+
+def in_a_group() -> None:
+    """Others have made the process group, without a word on local ranks."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    del os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]
+    _command(lambda ranks: print("exchanged", ranks.exchange(ranks.rank)))
+    dist.barrier()
+    print("still there")
+    dist.destroy_process_group()
+
+
+def joined_twice() -> None:
+    from horizon_lm.distributed import start
+
+    first = start.join("cpu")
+    is_same = start.join("auto") is first
+    before = first.exchange(first.rank)
+    start.leave()
+    second = start.join("cpu")
+    print(is_same, second is first, before, second.exchange(second.rank))
+    start.leave()
+
+
+def bound() -> None:
+    """Each rank on a core of its own."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(os.environ["RANK"])]})
+    _command(lambda ranks: print("sharers", ranks.core_sharers))
+
+
+def without_gpu() -> None:
+    from horizon_lm.distributed.start import joined
+    from horizon_lm.errors import HorizonError
+
+    try:
+        with joined("cuda" if os.environ["RANK"] == "1" else "cpu"):
+            pass
+    except HorizonError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -164,8 +164,8 @@ def _spoil_loss(step: int, value: float) -> None:
 
 
 def _on_disk(at: str, step: int, act: Callable[[], None], rank: int) -> None:
-    """Act while the checkpoint of a step is written: in a call of the disk, or around the rename of the folder,
-    which rank 0 does and others see."""
+    """Act while the checkpoint of a step is written: in a call of the disk, or around the rename of the
+    folder, which rank 0 does and others see."""
     from horizon_lm.checkpoint.disk import Disk
 
     name = f"checkpoint-{step}"

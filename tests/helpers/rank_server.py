@@ -3,8 +3,8 @@
     with RankServer() as server:
         ended = server.run(2, settings_file, faults={1: {"kind": "kill", "at": "forward", "step": 3}})
 
-A rank is a process of its own, with the variables of torchrun, that calls the command line. Faults are those of
-`rank_faults`.
+A rank is a process of its own, with the variables of torchrun, that calls the command line. Faults are those
+of `rank_faults`.
 """
 
 from __future__ import annotations

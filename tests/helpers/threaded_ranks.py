@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
 
 from horizon_lm.distributed.ranks import Channel, Ranks
+from horizon_lm.errors import RankError
 
 Result = TypeVar("Result")
 
@@ -23,15 +25,32 @@ class _Board:
 
 
 class ThreadedRanks(Ranks):
-    def __init__(self, rank: int, world: int, board: _Board) -> None:
-        self.rank, self.world, self._board = rank, world, board
+    """boards: one for each channel, which a thread of its own may use."""
 
-    def _share(self, value: Any) -> list[Any]:
-        self._board.shown[self.rank] = value
-        self._board.barrier.wait()
-        found = list(self._board.shown)
-        self._board.barrier.wait()
+    def __init__(self, rank: int, world: int, boards: Mapping[Channel, _Board]) -> None:
+        self.rank, self.world, self._boards = rank, world, boards
+
+    def _share(self, value: Any, channel: Channel = Channel.MAIN) -> list[Any]:
+        board = self._boards[channel]
+        board.shown[self.rank] = value
+        board.barrier.wait()
+        found = list(board.shown)
+        board.barrier.wait()
         return found
+
+    def exchange(self, value: Any, channel: Channel = Channel.MAIN) -> list[Any]:
+        try:
+            return [json.loads(text) for text in self._share(json.dumps(value), channel)]
+        except threading.BrokenBarrierError as error:
+            raise RankError("another rank is lost") from error
+
+    def from_first(self, value: Any, channel: Channel = Channel.MAIN) -> Any:
+        return self.exchange(value if self.is_first else None, channel)[0]
+
+    def leave(self) -> None:
+        """Be lost to the others."""
+        for board in self._boards.values():
+            board.barrier.abort()
 
     def all_gather(self, own: torch.Tensor, out: torch.Tensor) -> None:
         assert out.numel() == self.world * own.numel()
@@ -42,36 +61,39 @@ class ThreadedRanks(Ranks):
         out.copy_(torch.cat([other.chunk(self.world)[self.rank] for other in self._share(given.clone())]))
 
     def gather(self, own: torch.Tensor, channel: Channel = Channel.MAIN) -> list[torch.Tensor] | None:
-        found = self.gather_all(own)
+        found = self.gather_all(own, channel)
         return found if self.is_first else None
 
     def gather_all(self, own: torch.Tensor, channel: Channel = Channel.MAIN) -> list[torch.Tensor]:
-        found: list[torch.Tensor] = self._share(own.clone())
+        found: list[torch.Tensor] = self._share(own.clone(), channel)
         assert len({(value.shape, value.dtype) for value in found}) == 1
         return found
 
     def pass_on(self, value: list[float], add: Any, channel: Channel = Channel.UPDATE) -> list[float]:
         for rank in range(self.world):
-            value = self._share(list(add(value)) if rank == self.rank else None)[rank]
+            value = self._share(list(add(value)) if rank == self.rank else None, channel)[rank]
         return value
 
 
 def on_ranks(world: int, function: Callable[[ThreadedRanks], Result]) -> list[Result]:
     """Call the function on each of `world` ranks at once; its results, by rank."""
-    board = _Board(world)
+    boards = {channel: _Board(world) for channel in Channel}
 
     def call(rank: int) -> Result:
+        ranks = ThreadedRanks(rank, world, boards)
         try:
-            return function(ThreadedRanks(rank, world, board))
+            return function(ranks)
         except BaseException:
-            board.barrier.abort()
+            ranks.leave()
             raise
 
     with ThreadPoolExecutor(world) as pool:
         jobs = [pool.submit(call, rank) for rank in range(world)]
     errors = [error for job in jobs if (error := job.exception()) is not None]
     for error in errors:
-        if not isinstance(error, threading.BrokenBarrierError):  # which follows another rank's error
+        if not isinstance(
+            error, threading.BrokenBarrierError | RankError
+        ):  # which follows another rank's error
             raise error
     if errors:
         raise errors[0]

@@ -433,7 +433,7 @@ def test_a_model_made_by_its_configuration_needs_room_for_all_of_it(
     plain = HostModel.from_config(config, device="cpu", skip_memory_check=True)
     host = int(share * sum(plain.store.num_bytes.values()))
     for module in (preflight, host_model):
-        monkeypatch.setattr(module, "available_host_bytes", lambda stated=None: host)
+        monkeypatch.setattr(module, "available_host_bytes", lambda stated=None, **_: host)
     monkeypatch.setattr(policies, "free_memory_bytes", lambda device: 1 << 30)
 
     def make() -> HostModel:

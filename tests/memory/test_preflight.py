@@ -127,7 +127,7 @@ def test_eager_updates_need_slabs_in_place_of_gradients() -> None:
 
 
 def test_nothing_is_measured_when_the_figure_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("horizon_lm.memory.preflight.available_host_bytes", lambda stated: 0)
+    monkeypatch.setattr("horizon_lm.memory.preflight.available_host_bytes", lambda stated, **_: 0)
     check(100, GB)
     with pytest.raises(DoesNotFitError):
         check_memory(units(100), ModelSettings(), partial(store_spec, shape=None))
@@ -153,7 +153,7 @@ def test_what_a_step_takes_on_the_cpu_is_accepted_to_the_byte(
 ) -> None:
     free = GB
     for module in ("memory.preflight", "host_model"):
-        monkeypatch.setattr(f"horizon_lm.{module}.available_host_bytes", lambda stated: free)
+        monkeypatch.setattr(f"horizon_lm.{module}.available_host_bytes", lambda stated, **_: free)
     limit = None if update == "eager" else 1.0
     settings = ModelSettings(
         device="cpu",

@@ -119,7 +119,7 @@ def test_not_enough_memory_ends_with_3_before_anything_is_written(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for module in (host_model, preflight):
-        monkeypatch.setattr(module, "available_host_bytes", lambda stated: 100_000)
+        monkeypatch.setattr(module, "available_host_bytes", lambda stated, **_: 100_000)
     (tmp_path / "run.yaml").write_text(settings(text, tmp_path / "run").to_yaml())
     assert cli.main(["train", str(tmp_path / "run.yaml")]) == 3
     assert "short by" in capsys.readouterr().err

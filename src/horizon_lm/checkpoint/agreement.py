@@ -48,8 +48,8 @@ class Agreement:
         """Give rank 0's result, if it has come to that. `ended` has been called on return."""
         self._ended(Agreed(self._reports, own))
 
-    def give_up(self, reason: str) -> None:
-        """Take part in all meetings to come without the disk, as failed."""
+    def give_up(self, own: Values) -> None:
+        """Give this, which has an error, to all meetings to come, without the disk."""
 
 
 class JointAgreement(Agreement):
@@ -78,9 +78,9 @@ class JointAgreement(Agreement):
     def end(self, own: Values | None) -> None:
         self._meet(2, own or {})
 
-    def give_up(self, reason: str) -> None:
+    def give_up(self, own: Values) -> None:
         for meeting in range(3):
-            self._give(meeting, {"files": {}, "error": reason})
+            self._give(meeting, own)
 
     def _meet(self, meeting: int, own: Values) -> Any:
         """Raises RankError if another rank is lost."""

@@ -39,9 +39,7 @@ from horizon_lm.engine.policies import DTYPES
 from horizon_lm.errors import CheckpointError, ConfigError, DoesNotFitError
 from horizon_lm.io import files
 from horizon_lm.io.leftovers import OwnedFolder
-from horizon_lm.memory.store import HostStore
 from horizon_lm.model.pretrained import quiet_transformers
-from horizon_lm.model.skeleton import Skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,41 +85,6 @@ def tokenizer_saver(tokenizer: Any, trust_remote_code: bool) -> Callable[[Path],
     return save
 
 
-def save_model(
-    skeleton: Skeleton,
-    store: HostStore,
-    folder: Path,
-    *,
-    dtype: str | None,
-    max_shard_size: int | str,
-    extra: Callable[[Path], None] | None = None,
-) -> None:
-    """Write config, generation config and sharded safetensors to `folder` atomically.
-
-    dtype None: the store's compute dtype, straight from the store. float32 from a bf16 store reconstructs the
-    masters. extra: writes further files (the tokenizer) into the folder.
-    """
-    wanted = store.dtype if dtype is None else DTYPES[dtype]
-
-    def group(names: Sequence[str]) -> Group:
-        hollow = {name: _hollow(*_described(store, name, wanted)) for name in names}
-        return Group(hollow, lambda: {name: _exported(store, name, wanted) for name in names})
-
-    buffers = dict(units.persistent_buffers(skeleton.model))
-    groups = [group([p.name for p in unit.parameters]) for unit in store.units]
-    groups.append(Group({n: _hollow(b.shape, b.dtype) for n, b in buffers.items()}, lambda: buffers))
-
-    def write(target: Path) -> None:
-        try:
-            write_model(skeleton.model, skeleton.aliases, groups, target, wanted, max_shard_size)
-        finally:
-            skeleton.config.dtype = store.dtype
-        if extra is not None:
-            extra(target)
-
-    write_folder(folder, write)
-
-
 def export_checkpoint(
     place: Path,
     target: Path,
@@ -161,7 +124,7 @@ def _export(
 
     def write(folder: Path) -> None:
         write_model(model, _aliases(model), groups, folder, wanted, max_shard_size)
-        for name in manifest.files:
+        for name in manifest.small_files:
             is_known = name in CONFIGURATIONS or name in TRAINER_FILES
             if not name.endswith(".safetensors") and not is_known:  # tokenizer and templates
                 files.write_file(folder / name, read_small(checkpoint, name), below=folder)
@@ -292,25 +255,6 @@ def _kept_names(
 
 def _renamed(tensors: Tensors, kept: Mapping[str, str]) -> Tensors:
     return {kept[name]: tensor for name, tensor in tensors.items() if name in kept}
-
-
-def _hollow(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(tuple(shape), dtype=dtype, device="meta")
-
-
-def _described(store: HostStore, name: str, dtype: torch.dtype) -> tuple[Sequence[int], torch.dtype]:
-    _, parameter = store.locate(name)
-    wide = parameter.compute_dtype != store.dtype
-    return parameter.shape, torch.float32 if wide else dtype
-
-
-def _exported(store: HostStore, name: str, dtype: torch.dtype) -> torch.Tensor:
-    _, parameter = store.locate(name)
-    if parameter.compute_dtype != store.dtype:
-        return store.master(name)  # one of the few weights that transformers keeps in fp32
-    if dtype == store.dtype:
-        return store.weight(name)
-    return store.master(name).to(dtype)
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:

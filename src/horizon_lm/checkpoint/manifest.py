@@ -52,6 +52,11 @@ class Manifest:
     def num_bytes(self) -> int:
         return sum(num_bytes for num_bytes, _ in self.files.values())
 
+    @property
+    def small_files(self) -> list[str]:
+        """Names of files that do not grow with the model: configuration, tokenizer, buffers and others."""
+        return [name for name in self.files if not _is_of_units(name)]
+
     def to_bytes(self) -> bytes:
         version = VERSION if self.ranks == 1 else RANKS_VERSION
         values = {"format": FORMAT, "version": version, **asdict(self)}
@@ -97,6 +102,11 @@ def parse(data: bytes, place: str) -> Manifest:
     ranks = _ranks(values.get("ranks"), files, place) if version == RANKS_VERSION else 1
     known = {"parent": values.get("parent"), **{key: values[key] for key in kinds}}
     return Manifest(**{**known, "files": files, "ranks": ranks})
+
+
+def _is_of_units(name: str) -> bool:
+    folder, _, file = name.rpartition("/")
+    return UNIT_FILE.fullmatch(file) is not None or _RANK_FOLDER.fullmatch(folder) is not None
 
 
 def rank_folder(rank: int) -> str:

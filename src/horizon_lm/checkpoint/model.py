@@ -114,16 +114,24 @@ def weights_of(checkpoint: Checkpoint, wanted: torch.dtype) -> list[Group]:
     """Return the weights of a checkpoint, one group per unit, and its buffers. wanted: their dtype."""
     own = DTYPES[str(checkpoint.manifest.config.get("dtype", "bfloat16"))]
     wide = frozenset(checkpoint.manifest.state.get("kept_in_fp32", ()))
-    if BUFFERS not in checkpoint.manifest.files:
-        raise damaged(checkpoint.path / BUFFERS, "is not part of the checkpoint")
-    names = [BUFFERS]
-    groups: list[Group] = []
     if checkpoint.manifest.ranks > 1:
         by_unit = sources_of_ranks(checkpoint).values()
         groups = [_group_of_ranks(checkpoint.path, sources, wanted, own, wide) for sources in by_unit]
     else:
-        names = [name for name in checkpoint.manifest.files if UNIT_FILE.fullmatch(name)] + names
-    return groups + [_group(checkpoint, name, wanted, own, wide) for name in names]
+        names = [name for name in checkpoint.manifest.files if UNIT_FILE.fullmatch(name)]
+        groups = [_group(checkpoint, name, wanted, own, wide) for name in names]
+    return [*groups, _buffers(checkpoint)]
+
+
+def buffers_of(checkpoint: Checkpoint) -> Tensors:
+    """Return the persistent buffers of a checkpoint."""
+    return _buffers(checkpoint).load()
+
+
+def _buffers(checkpoint: Checkpoint) -> Group:
+    if BUFFERS not in checkpoint.manifest.files:
+        raise damaged(checkpoint.path / BUFFERS, "is not part of the checkpoint")
+    return _group(checkpoint, BUFFERS, torch.float32, torch.float32, frozenset())
 
 
 def model_of(checkpoint: Checkpoint, *, trust_remote_code: bool, attn_implementation: str) -> PreTrainedModel:

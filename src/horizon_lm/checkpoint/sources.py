@@ -137,26 +137,38 @@ def _read_block(
     digests = [xxhash.xxh3_128(), *([also] if also is not None else [])]
     for segment in segments:
         if segment.key is None:
-            data = _read_exactly(file, bytearray(segment.end - segment.begin), segment.begin)
-            if data != source.header[segment.begin : segment.end]:
+            expected = source.header[segment.begin : segment.end]
+            if _read_exactly(file, bytearray(len(expected)), segment.begin) != expected:
                 raise damaged(source.path, _difference(file, source))
             for digest in digests:
-                digest.update(data)
-            continue
-        target = segment.target
-        if target is None:
-            target = torch.empty(min(PIECE_BYTES, segment.end - segment.begin), dtype=torch.uint8)
-        for begin in range(segment.begin, segment.end, PIECE_BYTES):
-            count = min(PIECE_BYTES, segment.end - begin)
-            at = begin - segment.begin if segment.target is not None else 0
-            with in_host_memory(target[at : at + count]) as place:
-                data = _read_exactly(file, as_bytes(place), begin)
-                if len(data) < count:
-                    raise damaged(source.path, f"ends within {segment.key}")
-                for digest in digests:
-                    digest.update(data)
+                digest.update(expected)
+        elif not _read_segment(file, segment, digests):
+            raise damaged(source.path, f"ends within {segment.key}")
     if digests[0].hexdigest() != check.digest:
         raise corrupt(source.path)
+
+
+def _read_segment(file: int, segment: _Segment, digests: Sequence[xxhash.xxh3_128]) -> bool:
+    """Fill a segment, a piece at a time; return whether the file was long enough."""
+    size, target = segment.end - segment.begin, segment.target
+    if target is None:  # every piece to one buffer
+        buffer = torch.empty(min(PIECE_BYTES, size), dtype=torch.uint8)
+    for start in range(0, size, PIECE_BYTES):
+        count = min(PIECE_BYTES, size - start)
+        piece = buffer[:count] if target is None else target[start : start + count]
+        if not _read_piece(file, piece, segment.begin + start, digests):
+            return False
+    return True
+
+
+def _read_piece(file: int, piece: torch.Tensor, begin: int, digests: Sequence[xxhash.xxh3_128]) -> bool:
+    with in_host_memory(piece) as place:
+        data = as_bytes(place)
+        if len(_read_exactly(file, data, begin)) < len(data):
+            return False
+        for digest in digests:
+            digest.update(data)
+    return True
 
 
 def _read_exactly(file: int, target: bytearray | memoryview, begin: int) -> memoryview:

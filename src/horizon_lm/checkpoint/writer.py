@@ -117,7 +117,7 @@ class CheckpointWriter:
     def abandon(self) -> None:
         self._abandoned = True
         if self._ranks.world > 1:  # also called if the disk does not answer: `finish` may never come
-            self._agreement.give_up(f"{_STEP_FAILED}, or the disk did not answer in time")
+            self._agreement.give_up(self._failed(f"{_STEP_FAILED}, or the disk did not answer in time"))
 
     @property
     def was_abandoned(self) -> bool:
@@ -127,10 +127,10 @@ class CheckpointWriter:
         """Treat the checkpoint as ended: the disk does not answer. Waits for the other ranks."""
         self._abandoned, self._error = True, reason
         if self._ranks.world > 1:
-            self._agreement.give_up(reason)
+            self._agreement.give_up(self._failed(reason))
             self._agreement.end(None)
         else:
-            self._end(Agreed([{**self._report(), "files": {}}], None))
+            self._end(Agreed([self._failed(reason)], None))
 
     # On the disk lane.
 
@@ -226,6 +226,9 @@ class CheckpointWriter:
     def _report(self) -> Values:
         error = self._error or (_STEP_FAILED if self._abandoned else None)
         return {"files": self._files, "error": error, "seconds": self._seconds()}
+
+    def _failed(self, reason: str) -> Values:
+        return {"files": {}, "error": reason, "seconds": self._seconds()}
 
     def _commit(self, reports: Sequence[Values]) -> Values:
         """Write the manifest and put the folder in place; return the end of the checkpoint."""

@@ -85,9 +85,8 @@ def _first_node(environment: Mapping[str, str], hint: str) -> str:
 
 def first_node(nodes: str) -> str:
     """Return the first node of a list as Slurm writes it: `gpu[003-007,12],login1` gives gpu003."""
-    first = re.match(r"[^,\[\]]*(?:\[[^\]]*\][^,\[\]]*)*", nodes.strip())
-    assert first is not None  # it may match nothing
-    name = re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0])
+    first = re.fullmatch(r"([^,\[\]]*(?:\[[^\]]+\][^,\[\]]*)*)(?:,.*)?", nodes.strip())
+    name = re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[1]) if first else ""
     if not re.fullmatch(r"[\w.:-]+", name):
         raise ConfigError(
             f"cannot read the list of nodes {nodes!r}", hint="set MASTER_ADDR=NAME of the first node"

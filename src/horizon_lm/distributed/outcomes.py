@@ -23,8 +23,8 @@ def on_each(ranks: Ranks, work: Callable[[], T]) -> T:
 def in_turns(ranks: Ranks, work: Callable[[], T], turns: int | None = None) -> T:
     """Do `work` on the ranks of each node one after another, as `on_each`: for work that takes much memory.
 
-    turns: groups of ranks that work at the same time; by default one rank of each node. `work` must not use the
-    ranks.
+    turns: groups of ranks that work at the same time; by default one rank of each node. `work` must not use
+    the ranks.
     """
     if ranks.world == 1:
         return work()

@@ -26,19 +26,21 @@ class Channel(StrEnum):
 
 
 class Place(NamedTuple):
-    """The number of this process and of all, and the same among those of its node."""
+    """The number of this process and of all, and the same among those of its node. core_sharers: processes of
+    the node that may run on the cores of this one, itself included."""
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
     local_world: int = 1
+    core_sharers: int = 1
 
 
 class Ranks:
     """One rank alone; the base of `TorchRanks`.
 
     rank, world: number of this process, and of all. local_rank, local_world: the same among those of its
-    node.
+    node. core_sharers: processes that share the cores of this one, itself included.
 
     Counters of this rank since the start: bytes_sent: what leaves the process by collectives of the network
     lane: of an all-gather (world - 1) times its own tensor, of the others (world - 1) / world of the tensor
@@ -50,6 +52,7 @@ class Ranks:
     world = 1
     local_rank = 0
     local_world = 1
+    core_sharers = 1
     bytes_sent = 0
     network_seconds = 0.0
     wait_seconds: Mapping[Channel, float] = MappingProxyType(dict.fromkeys(Channel, 0.0))
@@ -59,7 +62,7 @@ class Ranks:
         return self.rank == 0
 
     def at(self, op: str) -> None:
-        """Name the op at work, for messages of all ranks should it fail. Costs next to nothing."""
+        """Name the op of this thread, for the messages of all ranks if one fails. Costs next to nothing."""
 
     def publish_failure(self, error: BaseException) -> None:
         """Tell the other ranks that this one failed, so that they end with its number, op and error.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch.distributed as dist
@@ -18,8 +19,10 @@ from horizon_lm.errors import ConfigError, RankError
 _POLL_SECONDS = 0.05
 
 
+@cache
 def connect(launch: Launch, seconds: float) -> Any:
-    """Return a client of the store at a launch's address; rank 0 serves it unless the launcher does.
+    """Return the store at a launch's address. Rank 0 serves it until its process ends, unless the launcher
+    does.
 
     seconds: to wait for it. Raises ConfigError if the address or the port cannot be used.
     """

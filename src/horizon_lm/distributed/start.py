@@ -16,6 +16,7 @@ import torch
 from horizon_lm.distributed.launch import Launch, find
 from horizon_lm.distributed.ranks import ALONE, Channel, Place, Ranks
 from horizon_lm.errors import ConfigError
+from horizon_lm.machine.cores import affinity
 from horizon_lm.machine.device import resolve_device
 
 if TYPE_CHECKING:
@@ -130,10 +131,11 @@ def _connected(here: Place) -> _Session:
     from horizon_lm.distributed import rendezvous
     from horizon_lm.distributed.watch import TIMES, Watch
 
+    store: Any
     is_ours = not dist.is_initialized()
     if is_ours:
         launch = find(os.environ)
-        store = rendezvous.connect(launch, _START_SECONDS)
+        store = dist.PrefixStore(f"group-{_sessions}", rendezvous.connect(launch, _START_SECONDS))
     else:
         launch = Launch(is_served=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
         store = dist.distributed_c10d._get_default_store()
@@ -149,9 +151,11 @@ def _connected(here: Place) -> _Session:
 
 def _settle(ranks: TorchRanks, device: str) -> Place:
     """Return the place among the ranks of this machine, once all have a device that fits. Collective."""
-    hosts = ranks.exchange(socket.gethostname())
+    told = ranks.exchange([socket.gethostname(), sum(1 << core for core in affinity())])
+    hosts, cores = [host for host, _ in told], told[ranks.rank][1]
     peers = [rank for rank, host in enumerate(hosts) if host == hosts[ranks.rank]]
-    found = Place(ranks.rank, ranks.world, peers.index(ranks.rank), len(peers))
+    sharers = sum(bool(told[rank][1] & cores) for rank in peers)  # srun gives each task cores of its own
+    found = Place(ranks.rank, ranks.world, peers.index(ranks.rank), len(peers), sharers)
     own = {"name": "", "gpu": "", "error": "", "hint": None}
     try:
         resolved = resolve_device(device, found.local_rank)

@@ -37,6 +37,7 @@ class TorchRanks(Ranks):
     ) -> None:
         self.rank, self.world = place.rank, place.world
         self.local_rank, self.local_world = place.local_rank, place.local_world
+        self.core_sharers = place.core_sharers
         self._device, self._channels = device_group, channels
         self._watch = watch
         self._on_host = dist.get_backend(device_group) == "gloo"
@@ -45,7 +46,7 @@ class TorchRanks(Ranks):
 
     def at(self, op: str) -> None:
         if self._watch is not None:
-            self._watch.label = op
+            self._watch.at(op)
 
     def publish_failure(self, error: BaseException) -> None:
         if self._watch is not None:
@@ -185,23 +186,16 @@ class TorchRanks(Ranks):
     @contextmanager
     def _watched(self, where: str, kind: str) -> Iterator[None]:
         """Raise RankError for a lost connection, and instead of a collective after a failure."""
-        watch = self._watch
-        if watch is None:
+        if self._watch is None:
             yield
             return
-        begun = f"{kind} on {where}"
-        at = f"{watch.label} ({begun})" if watch.label else begun
-        if watch.failure is not None:
-            raise watch.error(at)
-        watch.blocked[where] = begun
-        try:
-            yield
-        except RuntimeError as error:
-            if not _is_lost_connection(error):
-                raise
-            raise watch.cause(error, at) from error
-        finally:
-            watch.blocked.pop(where, None)
+        with self._watch.collective(kind, where) as name:
+            try:
+                yield
+            except RuntimeError as error:
+                if not _is_lost_connection(error):
+                    raise
+                raise self._watch.cause(error, name) from error
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:

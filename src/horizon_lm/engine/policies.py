@@ -355,7 +355,9 @@ def slots_of(
     return policies.cpu_slot_bytes(policies.step_spec(count), [1] * count, dtype)
 
 
-def make_optimizer(skeleton: Skeleton, settings: ModelSettings, device: torch.device) -> Optimizer:
+def make_optimizer(
+    skeleton: Skeleton, settings: ModelSettings, device: torch.device, core_sharers: int = 1
+) -> Optimizer:
     """Build the optimizer that the settings describe.
 
     Raises ConfigError for a pattern of lr_factors that matches nothing.
@@ -378,6 +380,7 @@ def make_optimizer(skeleton: Skeleton, settings: ModelSettings, device: torch.de
         tuple(segments(unit, rule) for unit in skeleton.units),
         None if settings.optimizer_threads == "auto" else settings.optimizer_threads,
         lane_cores(device.type, settings.update_mode),
+        core_sharers,
     )
     optimizer.check(UpdateSettings(1, 0.0, None, 0.0))
     return optimizer

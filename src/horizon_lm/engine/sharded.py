@@ -78,8 +78,8 @@ class ShardedUpdates(Updates):
     def _add_up(
         self, step: Step, op: Op, run: torch.Tensor, total: torch.Tensor, received: torch.Tensor
     ) -> None:
-        """run: [world * n] of this rank. total: fp32 [n], overwritten by the first op. received: a buffer like
-        `run`."""
+        """run: [world * n] of this rank. total: fp32 [n], overwritten by the first op. received: a buffer
+        like `run`."""
         if step.spec.reduction == FAST:
             found = total if op.first else received[: total.numel()]
             self.ranks.reduce_scatter(run, found)

@@ -11,14 +11,21 @@ from pathlib import Path
 from horizon_lm.machine import cgroup
 
 
-def usable_cores(root: Path = cgroup.ROOT, listing: Path = cgroup.LISTING) -> int:
+def usable_cores(root: Path = cgroup.ROOT, listing: Path = cgroup.LISTING, *, sharers: int = 1) -> int:
     """Return the least of the process's affinity and every cgroup quota above it; at least 1.
 
     A quota of 2.5 cores counts as 2: the kernel would stop threads beyond it one by one, and all wait for the
-    last.
+    last. sharers: processes that share these cores equally (`Ranks.core_sharers`).
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([cores, *(int(quota) for quota in _cgroup_quotas(root, listing))]))
+    cores = min([len(affinity()), *(int(quota) for quota in _cgroup_quotas(root, listing))])
+    return max(1, cores // sharers)
+
+
+def affinity() -> set[int]:
+    """Return the numbers of the cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
 
 
 def lane_cores(device: str, update: str) -> int:
@@ -29,9 +36,9 @@ def lane_cores(device: str, update: str) -> int:
     return 0 if device == "cpu" or update == "sync" else 3
 
 
-def choose_threads(requested: int | None = None, *, spare: int = 0, **places: Path) -> int:
+def choose_threads(requested: int | None = None, *, spare: int = 0, sharers: int = 1, **places: Path) -> int:
     """Limit `requested` threads to the usable cores. None: all usable cores less `spare`, at least one."""
-    usable = usable_cores(**places)
+    usable = usable_cores(**places, sharers=sharers)
     if requested is None:
         return max(1, usable - spare)
     if requested < 1:

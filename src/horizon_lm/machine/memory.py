@@ -11,16 +11,18 @@ from horizon_lm.machine import cgroup
 _NO_LIMIT = 1 << 60
 
 
-def available_host_bytes(stated: int | None = None) -> int:
+def available_host_bytes(stated: int | None = None, *, sharers: int = 1) -> int:
     """Return the least of free RAM, the headroom of every cgroup above this process, and its own limits.
 
     stated: the machine's RAM, counted as free except for what this process holds. By default free RAM is what
-    the system reports (MemAvailable), which some virtual machines raise only as memory is used.
+    the system reports (MemAvailable), which some virtual machines raise only as memory is used. sharers:
+    processes that share RAM and cgroups equally (`Ranks.local_world`); all ask before any takes its share.
     """
-    free = psutil.virtual_memory().available
+    shared = [psutil.virtual_memory().available // sharers]
     if stated is not None:
-        free = stated - psutil.Process().memory_info().rss
-    return max(0, min([free, *_cgroup_headrooms(), *_process_limits()]))
+        shared = [stated // sharers - psutil.Process().memory_info().rss]
+    shared += [headroom // sharers for headroom in _cgroup_headrooms()]
+    return max(0, min([*shared, *_process_limits()]))
 
 
 def total_host_bytes() -> int:

@@ -116,7 +116,8 @@ class Optimizer:
     """A rule with the settings of a whole run; the others come with each step.
 
     rule: adamw, adam, sgd or lion. segments: per unit, the parts that are treated alike. threads: None
-    uses all usable cores but `spare_cores` (results do not depend on it).
+    uses all usable cores but `spare_cores` (results do not depend on it). core_sharers: processes that share
+    the cores equally.
     """
 
     rule: str = "adamw"
@@ -128,6 +129,7 @@ class Optimizer:
     segments: tuple[tuple[Segment, ...], ...] = ()
     threads: int | None = None
     spare_cores: int = 0
+    core_sharers: int = 1
 
     @property
     def second_moment(self) -> bool:
@@ -136,7 +138,7 @@ class Optimizer:
     @cached_property
     def _threads(self) -> int:
         # choose_threads reads files: too slow for every unit of every step.
-        return choose_threads(self.threads, spare=self.spare_cores)
+        return choose_threads(self.threads, spare=self.spare_cores, sharers=self.core_sharers)
 
     @cached_property
     def _groups(self) -> frozenset[Group]:

@@ -62,9 +62,8 @@ def _load(checkpoint: Checkpoint, host: HostModel) -> Resumed:
             hint=f"horizon resume {checkpoint.path.parent}; or horizon export {checkpoint.path} OUT, and "
             "pass OUT as the model",
         )
-    for name in checkpoint.manifest.files:  # before the model is touched
-        if not name.startswith("unit-"):
-            read_small(checkpoint, name)
+    for name in checkpoint.manifest.small_files:  # before the model is touched
+        read_small(checkpoint, name)
     try:
         state = load_state(checkpoint, host.device)
     except (KeyError, TypeError, ValueError) as error:

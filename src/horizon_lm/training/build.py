@@ -11,12 +11,11 @@ from torch import nn
 
 from horizon_lm.checkpoint.folder import Checkpoint
 from horizon_lm.checkpoint.identify import check_is_model
-from horizon_lm.checkpoint.model import has_own_code, hollow_model, weights_of
+from horizon_lm.checkpoint.model import buffers_of, has_own_code, hollow_model
 from horizon_lm.checkpoint.reader import read_small
 from horizon_lm.config import ModelSettings, TrainConfig, model_settings_of
 from horizon_lm.distributed.outcomes import in_turns
 from horizon_lm.distributed.ranks import ALONE, Ranks
-from horizon_lm.engine.policies import DTYPES
 from horizon_lm.errors import CheckpointError, ConfigError
 from horizon_lm.host_model import HostModel
 from horizon_lm.machine.memory import available_host_bytes
@@ -75,9 +74,8 @@ def _is_whole(checkpoint: Checkpoint) -> bool:
     """Tell whether configuration, tokenizer and buffers of a checkpoint are complete and sound."""
     files = checkpoint.manifest.files
     try:
-        for name in files:
-            if not name.startswith("unit-"):
-                read_small(checkpoint, name)
+        for name in checkpoint.manifest.small_files:
+            read_small(checkpoint, name)
     except CheckpointError:
         return False
     return "config.json" in files and "tokenizer_config.json" in files
@@ -101,7 +99,7 @@ def _without_values(checkpoint: Checkpoint, config: TrainConfig) -> nn.Module:
     # Zeros that take no memory: parts of the model run while it is inspected.
     zeros = {n: torch.zeros((), dtype=p.dtype).expand(p.shape) for n, p in hollow.named_parameters()}
     # Saved buffers: equal ones of a new model would share memory from then on.
-    buffers = weights_of(checkpoint, DTYPES[config.dtype])[-1].load()
+    buffers = buffers_of(checkpoint)
     hollow.load_state_dict({**zeros, **buffers}, strict=False, assign=True)
     hollow.tie_weights()
     return hollow
@@ -129,9 +127,8 @@ def hosted(load: Callable[[], nn.Module], settings: ModelSettings, ranks: Ranks)
     whole model for a moment."""
     if ranks.world == 1:
         return HostModel(load(), settings, ranks=ranks)
-    memory = (
-        available_host_bytes(settings.host_memory_bytes) // ranks.local_world
-    )  # before any takes its share
+    # Before any takes its share.
+    memory = available_host_bytes(settings.host_memory_bytes, sharers=ranks.local_world)
     return in_turns(ranks, lambda: HostModel(load(), settings, host_memory=memory, ranks=ranks))
 
 

@@ -211,7 +211,8 @@ def _answer(error: NonFiniteError, run: Run) -> int | None:
     if loop.skipped_in_a_row > config.max_skipped_steps:
         raise shared(
             NonFiniteError(
-                f"skip limit reached (max_skipped_steps={config.max_skipped_steps} in a row): {error.message}",
+                f"skip limit reached (max_skipped_steps={config.max_skipped_steps} in a row): "
+                f"{error.message}",
                 hint="look for NaN in the model's weights, or lower learning_rate",
             )
         ) from error
