@@ -50,9 +50,9 @@ def random_spec(rng: random.Random, *, layers: int = 6, micro_batches: int = 6) 
 
 
 def random_world_spec(rng: random.Random, **most: int) -> StepSpec:
-    """The same for a rank of several."""
-    spec = random_spec(rng, **most)
-    return replace(spec, world=rng.choice([2, 3, 4, 8]), reduction=rng.choice(["exact", "fast"]))
+    """The same for shared steps: of several ranks, or of one with `exact`."""
+    spec, world = random_spec(rng, **most), rng.choice([1, 2, 3, 4, 8])
+    return replace(spec, world=world, reduction=rng.choice(["exact", "fast"]) if world > 1 else "exact")
 
 
 _WORDS = ["recompute", "recompute", "recompute", "kept", "attention", "products"]

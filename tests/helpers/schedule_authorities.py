@@ -77,7 +77,7 @@ def label(plan: StepSpec) -> str:
         f"frozen={frozen}{'+table' * plan.embedding_frozen} micro_batches={plan.micro_batches} "
         f"slots={plan.slots}/{plan.grad_slots} {plan.update} kept={sorted(plan.kept)} "
         f"block={plan.checkpoint_interval} spilled={sorted(plan.spilled)} resident={sorted(plan.resident)} "
-        f"rounds={plan.rounds} {plan.sums}" + f" world={plan.world} {plan.reduction}" * (plan.world > 1)
+        f"rounds={plan.rounds} {plan.sums}" + f" world={plan.world} {plan.reduction}" * plan.is_shared
     )
 
 

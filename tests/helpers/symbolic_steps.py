@@ -38,7 +38,7 @@ class Symbols:
         plan, u, m, memory = self.plan, op.unit, op.micro_batch, self.memory
         weights = self.weights(u, op.slot)
         data = ("batch", op.step, m, *self.mark)
-        if op.kind == "U" and plan.world > 1:
+        if op.kind == "U" and plan.is_shared:
             memory["shard", op.shard] = self.get("weights", u)
         elif op.kind == "U":
             memory["slot", op.slot] = self.name("U", u, self.get("weights", u))
@@ -94,7 +94,7 @@ class Symbols:
 
     def weights(self, unit: int, slot: int) -> Any:
         """What is in a slot; a resident unit's where it lives, unless that is a share."""
-        if unit in self.plan.resident and self.plan.world == 1:
+        if unit in self.plan.resident and not self.plan.is_shared:
             return self.name("U", unit, self.get("weights", unit))
         return self.get("slot", slot) if slot >= 0 else None
 
@@ -146,7 +146,7 @@ class Symbols:
 
     def held(self, op: Op) -> tuple[str, int]:
         """Where a gradient becomes complete on the device."""
-        return ("grad_shard", op.grad_shard) if self.plan.world > 1 else ("grad_slot", op.grad_slot)
+        return ("grad_shard", op.grad_shard) if self.plan.is_shared else ("grad_slot", op.grad_slot)
 
     def losses(self, step: int) -> list[Any]:
         return [self.get("loss", step, m) for m in range(self.plan.micro_batches)]

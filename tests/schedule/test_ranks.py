@@ -35,8 +35,9 @@ from sizes import SOAK, times
 from symbolic_steps import STEPS, run_symbolically
 
 EXACT, FAST = {"world": 4, "reduction": "exact"}, {"world": 4, "reduction": "fast"}
+ALONE = {"reduction": "exact"}  # one rank that works as one of several
 TIED = {"embedding_unit": 4, "trainable": frozenset(range(5))}
-# Every kind of op and all ways to update, with several ranks.
+# Every kind of op and all ways to update, in shared steps.
 PLANS = [
     plain(**EXACT),
     plain(**FAST, micro_batches=3),
@@ -48,6 +49,7 @@ PLANS = [
     plain(
         **EXACT, micro_batches=3, rounds=3, sums="add", trainable=frozenset({0, 2, 4}), saved=frozenset({2})
     ),
+    plain(**ALONE, update="deferred", micro_batches=4, rounds=2, sums="add", resident=frozenset({1, 5})),
 ]
 
 
@@ -80,8 +82,11 @@ def test_what_a_spec_says_of_ranks() -> None:
     for reduction in ("", "sum"):
         with pytest.raises(ValueError, match=f"reduction='{reduction}' with world=2; hint: exact | fast"):
             plain(world=2, reduction=reduction)
-    with pytest.raises(ValueError, match="reduction='exact' with world=1; hint: only several ranks"):
-        plain(reduction="exact")
+    for reduction in ("fast", "sum"):
+        with pytest.raises(ValueError, match=f"reduction='{reduction}' with world=1; hint: \"\" | exact"):
+            plain(reduction=reduction)
+    shared = (plain(**EXACT), plain(**FAST), plain(reduction="exact"))
+    assert all(spec.is_shared for spec in shared) and not plain().is_shared
 
 
 # Each rank's schedule.

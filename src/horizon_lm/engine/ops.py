@@ -79,7 +79,7 @@ class Ops:
         spec = self.policies.step_spec(1)
         numels, shards = weight_slot_numels(store.units, spec), shard_numels(store.units, spec)
         self.weight_slots = WeightSlots(store, numels, device, alias, shards)
-        if ranks.world == 1:
+        if not spec.is_shared:
             self.updates = Updates(store, optimizer, self.policies, device, alias)
         else:
             table = self._table if spec.sums_rows else None
@@ -110,7 +110,7 @@ class Ops:
 
     @property
     def slot_bytes(self) -> dict[str, int]:
-        """Device bytes of slots for weights and gradients; with several ranks, of buffers for shares too."""
+        """Device bytes of slots for weights and gradients; in shared steps, of buffers for shares too."""
         found = {"weight_slots": self.weight_slots.num_bytes, "gradient_slots": self.gradient_slots.num_bytes}
         if isinstance(self.updates, ShardedUpdates):
             found |= {

@@ -123,10 +123,8 @@ class Policies:
 
     @property
     def reduction(self) -> str:
-        """How gradients of several ranks are added; "" with one rank."""
-        if self.world == 1:
-            return ""
-        return EXACT if self.settings.reduction == "auto" else self.settings.reduction
+        """How gradients of ranks are added; "" if one rank adds them where they are."""
+        return reduction_of(self.settings, self.world)
 
     def step_spec(
         self, micro_batches: int, *, evaluate: bool = False, saved: frozenset[int] = frozenset()
@@ -137,7 +135,7 @@ class Policies:
         """
         of_round = micro_batches if evaluate else -(-micro_batches // self.rounds)
         rounds = -(-micro_batches // of_round)
-        if rounds > 1 and of_round > 1 and self.sums == "add" and self.world == 1:
+        if rounds > 1 and of_round > 1 and self.sums == "add" and not self.reduction:
             raise ConfigError(
                 f"round_sums=add needs one micro-batch per round, but rounds={self.rounds} cuts "
                 f"{count(micro_batches, 'micro-batch', 'micro-batches')} into rounds of {of_round}",
@@ -300,6 +298,13 @@ def _rounds(settings: ModelSettings) -> int:
     return 1 if settings.rounds == "auto" else settings.rounds
 
 
+def reduction_of(settings: ModelSettings, world: int) -> str:
+    """Resolve `reduction` for a number of ranks; "" if one rank adds gradients where they are."""
+    if world == 1:
+        return EXACT if settings.reduction == EXACT else ""
+    return EXACT if settings.reduction == "auto" else settings.reduction
+
+
 def _sums(settings: ModelSettings) -> str:
     """Where unfinished gradients wait between rounds; "" without rounds."""
     if _rounds(settings) == 1:
@@ -324,6 +329,7 @@ def store_spec(settings: ModelSettings, shape: ModelShape | None, shard: Shard =
         if _sums(settings) in ("host", "add"):
             below_head = _used_units(shape) & frozenset(range(shape.num_layers + 1))
             sums = frozenset(u for u in below_head if shape.units[u].trainable_numel)
+    adds = _sums(settings) == "add" and not reduction_of(settings, shard.world)
     return StoreSpec(
         DTYPES[settings.dtype],
         moment_dtype=DTYPES[settings.moment_dtype],
@@ -331,7 +337,7 @@ def store_spec(settings: ModelSettings, shape: ModelShape | None, shard: Shard =
         slabs=slabs,
         resident=resident,
         sums=sums,
-        sum_slabs=_SUM_SLABS if sums and _sums(settings) == "add" and shard.world == 1 else 0,
+        sum_slabs=_SUM_SLABS if sums and adds else 0,
         shard=shard,
     )
 
@@ -339,10 +345,10 @@ def store_spec(settings: ModelSettings, shape: ModelShape | None, shard: Shard =
 def slots_of(
     settings: ModelSettings, shape: ModelShape, device: torch.device, world: int = 1
 ) -> dict[str, int]:
-    """Predict the bytes of a rank's weight and gradient slots; of one rank on the CPU those that steps of
-    several micro-batches take."""
+    """Predict the bytes of a rank's weight and gradient slots; of one rank on the CPU, unless its steps are
+    shared, those that steps of several micro-batches take."""
     policies, dtype = Policies.of(settings, shape, world=world), DTYPES[settings.dtype]
-    if device.type != "cpu" or world > 1:
+    if device.type != "cpu" or policies.reduction:
         spec = policies.step_spec(policies.rounds)
         return slot_bytes(shape.units, spec, dtype, stages=device.type != "cpu")
     count = max(2, policies.rounds)

@@ -1,4 +1,4 @@
-"""Ops from a unit's gradient to its updated weights, with several ranks: T, V, and P, G, D, O, A on shards.
+"""Ops from a unit's gradient to its updated weights in shared steps: T and V, and P, G, D, O, A on shards.
 
 Each rank owns a shard of every gradient's sum. `exact` sends the gradients of the ranks' micro-batches at one
 position to their owners, who add them in the order of the micro-batches, as one rank alone does. `fast` adds
@@ -26,8 +26,8 @@ from horizon_lm.schedule.step_spec import FAST
 
 
 class ShardedUpdates(Updates):
-    """`Updates` with several ranks. table: the unit of the embedding table and the table, if it has a
-    gradient."""
+    """`Updates` of shared steps (`StepSpec.is_shared`). table: the unit of the embedding table and the table,
+    if it has a gradient."""
 
     def __init__(
         self,

@@ -3,9 +3,9 @@
 Slots live as long as the model. With `alias` (on the CPU) a weight slot is the store's own buffer, and a
 gradient slot the store's gradient buffer if dtypes match: no copies. Resident units have no weight slot.
 
-With several ranks, a weight slot is filled with the shares of all ranks (`WeightSlots.join`), of residents
-too, and a gradient slot is sent to the owners of its shares, which add up in `GradientShards`. Only the
-rank's own share of the weights aliases the store then.
+In shared steps (`StepSpec.is_shared`) a weight slot is filled with the shares of all ranks
+(`WeightSlots.join`), of residents too, and a gradient slot is sent to the owners of its shares, which add up
+in `GradientShards`. Only the rank's own share of the weights aliases the store then.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def weight_slot_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[int]
 
 
 def shard_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[int]:
-    """Return the elements of each buffer for a rank's share of weights, one for each slot; none with one
-    rank."""
-    if plan.world == 1:
+    """Return the elements of each buffer for a rank's share of weights, one for each slot; none unless the
+    step is shared."""
+    if not plan.is_shared:
         return []
     shards = {u: _shard(units[u], plan) for u in plan.uploaded}
     sizes = {u: shard.weights_numel + shard.wide_numel for u, shard in shards.items()}
@@ -58,7 +58,7 @@ def gradient_slot_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[in
     """Return the fp32 elements that each gradient slot has room for: ring, outer slot, and slots of units of
     their own. The ring fits the units without one; it is empty if there are none."""
     sizes = {u: _sent_bytes(units[u], u, plan) // _FP32 for u in plan.trainable}
-    if plan.world > 1:
+    if plan.is_shared:
         sizes.pop(plan.head + 1, None)  # the embedding table's gradient is that of its rows
     outer = _outer(sizes, plan)
     own = [sizes.pop(unit) for unit in plan.own_grad_slots]
@@ -67,8 +67,8 @@ def gradient_slot_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[in
 
 def gradient_shard_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[int]:
     """Return the elements of each fp32 buffer for a rank's share of a gradient, as `gradient_slot_numels`;
-    none with one rank."""
-    if plan.world == 1:
+    none unless the step is shared."""
+    if not plan.is_shared:
         return []
     sizes = {u: _shard(units[u], plan).trainable_share for u in plan.trainable}
     outer = _outer(sizes, plan)
@@ -81,8 +81,8 @@ def _shard(unit: UnitLayout, plan: StepSpec) -> UnitShard:
 
 
 def _sent_bytes(layout: UnitLayout, unit: int, plan: StepSpec) -> int:
-    """Bytes of a gradient while it accumulates: in fp32, unless its slot holds one micro-batch's (several
-    ranks, `exact`), which has the dtype of the unit's weights. The head's may be a sum over loss chunks."""
+    """Bytes of a gradient while it accumulates: in fp32, unless its slot holds one micro-batch's
+    (`exact`), which has the dtype of the unit's weights. The head's may be a sum over loss chunks."""
     numel = _shard(layout, plan).gathered_trainable_numel
     if plan.reduction != EXACT or unit == plan.head:
         return numel * _FP32
@@ -109,10 +109,10 @@ def _outer(sizes: Mapping[int, int], plan: StepSpec) -> int:
 def slot_bytes(
     units: Sequence[UnitLayout], plan: StepSpec, dtype: torch.dtype, *, stages: bool = True
 ) -> dict[str, int]:
-    """Predict the bytes of the weight and gradient slots, and with several ranks of the buffers for shares.
+    """Predict the bytes of the weight and gradient slots, and of the buffers for shares.
     stages: a rank's share of weights has a buffer on the device, as everywhere but on the CPU."""
     found = {"weight_slots": sum(weight_slot_numels(units, plan)) * dtype.itemsize}
-    if stages and plan.world > 1:
+    if stages and plan.is_shared:
         found["weight_shards"] = sum(shard_numels(units, plan)) * dtype.itemsize
     return {**found, **gradient_slot_bytes(units, plan)}
 
@@ -123,7 +123,7 @@ def gradient_slot_bytes(
     """Predict the bytes of the gradient slots, or of those `used`: `gradient_slots` are ring and outer slot,
     `gradient_sums` the slots of units of their own. Gradients accumulate in fp32.
 
-    With several ranks, `gradient_shards` and `gradient_sums` are those of a rank's shares, and `exchange` is
+    In a shared step, `gradient_shards` and `gradient_sums` are those of a rank's shares, and `exchange` is
     the buffer for what other ranks send.
     """
     sizes = [numel * _FP32 for numel in gradient_slot_numels(units, plan)]
@@ -131,7 +131,7 @@ def gradient_slot_bytes(
         sizes = [size if slot in used else 0 for slot, size in enumerate(sizes)]
     own = plan.outer_grad_slot + 1
     found, sums = {"gradient_slots": sum(sizes[:own])}, sizes[own:]
-    if plan.world > 1:
+    if plan.is_shared:
         sizes = [numel * _FP32 for numel in gradient_shard_numels(units, plan)]
         found["gradient_shards"], sums = sum(sizes[:own]), sizes[own:]
         found["exchange"] = _received_bytes(units, plan)
@@ -139,8 +139,8 @@ def gradient_slot_bytes(
 
 
 class WeightSlots:
-    """Device buffers of `numels` elements each, and with several ranks of `shard_numels` for the rank's own
-    shares, one for each slot. With `alias` these are in the store, and with one rank the slots too."""
+    """Device buffers of `numels` elements each, and for shared steps of `shard_numels` for the rank's own
+    shares, one for each slot. With `alias` these are in the store, and without them the slots are."""
 
     def __init__(
         self,
@@ -151,14 +151,14 @@ class WeightSlots:
         shard_numels: Sequence[int] = (),
     ) -> None:
         self._store, self._stages = store, not alias
-        self._is_sharded = store.spec.shard.world > 1
-        self._alias = alias and not self._is_sharded
+        self._joins = bool(shard_numels)  # each slot is filled from shares
+        self._alias = alias and not self._joins
 
         def buffers(numels: Sequence[int]) -> list[torch.Tensor]:
             return [torch.empty(n, dtype=store.dtype, device=device) for n in numels]
 
         self._buffers = [] if self._alias else buffers(numels)
-        self._shards = buffers(shard_numels) if self._stages and self._is_sharded else []
+        self._shards = buffers(shard_numels) if self._stages and self._joins else []
 
     @property
     def num_bytes(self) -> int:
@@ -167,16 +167,16 @@ class WeightSlots:
 
     @property
     def shard_bytes(self) -> int:
-        """Device bytes of the buffers for the rank's shares; 0 with one rank, or if they alias the store."""
+        """Device bytes of the buffers for the rank's shares; 0 if they alias the store."""
         return sum(buffer.nbytes for buffer in self._shards)
 
     def upload(self, slot: int, unit: int) -> None:
         """Copy the unit's weights into the slot, asynchronously if the host memory is pinned; nothing for a
-        resident unit. With several ranks, copy the rank's share into the buffer of that number."""
+        resident unit. For a shared step, copy the rank's share into the buffer of that number."""
         store = self._store
-        if self._alias or store.is_resident(unit) or (self._is_sharded and not self._stages):
+        if self._alias or store.is_resident(unit) or (self._joins and not self._stages):
             return
-        target = self._own(slot, unit) if self._is_sharded else self.unit(slot, unit)
+        target = self._own(slot, unit) if self._joins else self.unit(slot, unit)
         target.weights.copy_(store.run("weights", unit), non_blocking=True)
         if target.wide_residual.numel():
             target.wide_residual.copy_(store.wide_residual(unit), non_blocking=True)
@@ -196,9 +196,9 @@ class WeightSlots:
             _gather(ranks, wide_residual, place, shard.frozen_wide_share, begin)
 
     def unit(self, slot: int, unit: int) -> UnitWeights:
-        """The unit's weights in a slot; with one rank, a resident unit's in the store, whatever the slot."""
+        """The unit's weights in a slot; unless it is filled from shares, a resident unit's in the store."""
         store = self._store
-        if self._alias or (store.is_resident(unit) and not self._is_sharded):
+        if self._alias or (store.is_resident(unit) and not self._joins):
             return UnitWeights(store.run("weights", unit), store.wide_residual(unit))
         layout, buffer, begin = store.units[unit], self._buffers[slot], store.shards[unit]
         wide = torch.empty(0, dtype=torch.int16)

@@ -165,7 +165,7 @@ class Bounds:
     def _network(self) -> float:
         """Seconds of J and T in a step, of all units."""
         costs, plan = self.costs, self.costs.plan
-        if plan.world == 1:
+        if not plan.is_shared:
             return 0.0
         joins = sum(costs.seconds(Op("J", unit)) * self._uploads(unit) for unit in self._order)
         positions = range(plan.micro_batches)

@@ -15,7 +15,7 @@ from horizon_lm.machine.profile import Profile
 from horizon_lm.memory.shards import UnitShard
 from horizon_lm.memory.slots import slot_bytes
 from horizon_lm.memory.store import StoreSpec, predict_device_bytes, regions
-from horizon_lm.plan.fleet import Network
+from horizon_lm.plan.fleet import Copies, Network
 from horizon_lm.plan.outline import Measures, Outline
 from horizon_lm.plan.work import ELEMENTWISE, Kernel, Work
 from horizon_lm.plan.working_set import Pass, WorkingSet
@@ -40,7 +40,7 @@ class Costs:
     """Costs of the ops of one step of `plan`, whose micro-batches have one shape.
 
     With several ranks those of one, which holds a share of each unit. profile: the rank's share of its
-    machine. total: micro-batches of all ranks. network: None with one rank.
+    machine. total: micro-batches of all ranks. network: None with one rank, whose collectives copy.
     """
 
     outline: Outline
@@ -76,7 +76,7 @@ class Costs:
         """Device buffers that live as long as the run."""
         plan = self.plan
         spills = any(plan.is_spilled(u) for u in range(1, plan.head))
-        if self.is_cpu and plan.world == 1:
+        if self.is_cpu and not plan.is_shared:
             parts = self.policies.cpu_slot_bytes(plan, self._token_counts, self.spec.dtype)
             parts["waiting_gradients"] = self._waiting_bytes()
         else:
@@ -189,8 +189,7 @@ class Costs:
 
     def _network_seconds(self, op: Op) -> float:
         """J gathers weights; T and V send gradients to their owners, who add them (engine/sharded.py)."""
-        network, world = self.network, self.plan.world
-        assert network is not None
+        network, world = self.network or self._copies, self.plan.world
         if op.kind == "J":
             share = self.shards[op.unit]
             sizes = (share.frozen_share, share.trainable_share, share.frozen_wide_share, share.wide_share)
@@ -207,6 +206,11 @@ class Costs:
         if op.kind == "V" and op.grad_shard >= 0:
             seconds += network.gather_seconds(world * numel * 4)
         return seconds + adds / self._device_rate
+
+    @property
+    def _copies(self) -> Copies:
+        """What one rank does in place of collectives."""
+        return Copies(self._device_rate)
 
     def _contribution(self, unit: int) -> torch.dtype:
         """In which dtype ranks send a unit's gradient; 0: those of rows."""
@@ -253,7 +257,7 @@ class Costs:
             return numel * (self._gradient_dtype(unit).itemsize + size) / self._device_rate
         if not self.is_cpu:
             return numel * size / self.profile.d2h
-        if self._gradient_dtype(unit) != self.spec.dtype or self.plan.world > 1:
+        if self._gradient_dtype(unit) != self.spec.dtype or self.plan.is_shared:
             return numel * (4 + size) / self.profile.host
         return numel * size / self.profile.host if self.plan.update == "eager" else 0.0
 

@@ -8,7 +8,7 @@ from horizon_lm.machine.cores import lane_cores
 from horizon_lm.machine.profile import Profile
 from horizon_lm.plan import fit
 from horizon_lm.plan.choose import Choice, Planner
-from horizon_lm.schedule.step_spec import FAST, KEEP
+from horizon_lm.schedule.step_spec import EXACT, FAST, KEEP
 from horizon_lm.words import count, size
 
 # On a CPU layers are computed in place: there is nothing to choose.
@@ -48,7 +48,7 @@ def explain(config: TrainConfig, chosen: TrainConfig, planner: Planner) -> list[
         "loss_chunk_tokens": _chunk_reason(chosen, planner),
         "optimizer_threads": _threads_reason(chosen, planner.profile),
     }
-    if planner.world > 1:
+    if planner.world > 1 or chosen.reduction == EXACT:
         reasons["reduction"] = _reduction_reason(chosen, planner)
     open_when_auto = {"activations", "boundaries", "update", "loss_chunk_tokens", "optimizer_threads"}
     open_when_auto |= {"resident", "rounds", "round_sums", "reduction"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from horizon_lm.distributed.ranks import Ranks
 from horizon_lm.machine.profile import Node, Profile
@@ -37,6 +38,20 @@ class Fleet:
 
 
 ONE = Fleet()
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Seconds of the collectives of one rank, which copy on its device at `rate`, bytes read and written a
+    second."""
+
+    rate: float
+    least_seconds: ClassVar[float] = 0.0
+
+    def gather_seconds(self, num_bytes: float) -> float:
+        return 2 * num_bytes / self.rate
+
+    all_to_all_seconds = gather_seconds
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ class Prediction:
 
     def lanes(self) -> dict[str, float]:
         """Busy seconds of each lane."""
-        lanes = [lane for lane in Lane if lane is not Lane.NETWORK or self.plan.world > 1]
+        lanes = [lane for lane in Lane if lane is not Lane.NETWORK or self.plan.is_shared]
         found = {str(lane): 0.0 for lane in lanes} | self.step.busy
         for lane, seconds in busy_seconds(self.kl.spans if self.kl is not None else ()).items():
             found[lane] += seconds

@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 from horizon_lm.config import TrainConfig
-from horizon_lm.engine.policies import no_selection, resident_order
+from horizon_lm.engine.policies import no_selection, reduction_of, resident_order
 from horizon_lm.errors import ConfigError
 from horizon_lm.machine.profile import Profile
 from horizon_lm.plan.outline import Outline
@@ -75,6 +75,11 @@ class Space:
         self.is_cpu = profile.device == "cpu"
         self.layers = outline.num_layers
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether steps work on shares of units, as in `StepSpec`."""
+        return reduction_of(self.config, self.world) != ""
+
     def is_open(self, *keys: str) -> bool:
         return not self._pinned & set(keys)
 
@@ -114,7 +119,7 @@ class Space:
 
     def _no_cut(self, counts: list[int]) -> ConfigError:
         """Explain why `rounds` goes with none of the numbers of micro-batches (of each rank)."""
-        rounds, adds = self.config.rounds, self.config.round_sums == "add" and self.world == 1
+        rounds, adds = self.config.rounds, self.config.round_sums == "add" and not self.is_shared
         assert rounds != "auto"  # one round always goes
         options = set(counts) if adds else {n for count in counts for n in _divisors(count)}
         nearest = min(sorted(options), key=lambda n: abs(n - rounds))
@@ -147,11 +152,11 @@ class Space:
     def sums(self, micro_batches: int, rounds: int) -> list[str]:
         if rounds == 1:
             return [""]
-        options = ["device", "host", *(["add"] if rounds == micro_batches and self.world == 1 else [])]
+        options = ["device", "host", *(["add"] if rounds == micro_batches and not self.is_shared else [])]
         asked = self.config.round_sums
         if asked == "auto" and self.is_cpu:
             return ["device"]
-        if asked == "add" and self.world > 1:  # as `host` then
+        if asked == "add" and self.is_shared:  # as `host` then
             return [asked]
         return options if asked == "auto" else [asked] if asked in options else []
 

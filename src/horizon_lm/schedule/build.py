@@ -87,7 +87,7 @@ def _visits(spec: StepSpec) -> Iterator[list[Op]]:
 
 class Places(NamedTuple):
     """Where a visit's units are: weight slots by unit; gradient slots by unit and micro-batch; where their
-    gradients become complete, slots or with several ranks shards, by unit."""
+    gradients become complete, slots, or shards if it is shared, by unit."""
 
     slots: dict[int, int]
     grad_slots: dict[tuple[int, int], int]
@@ -97,7 +97,7 @@ class Places(NamedTuple):
 def _fetch(spec: StepSpec, unit: int, slot: int) -> list[Op]:
     """Return the ops that bring a unit's weights into a slot."""
     upload = [make.upload(spec, unit, slot)] if unit in spec.uploaded else []
-    return upload + [make.join(spec, unit, slot)] if spec.world > 1 else upload
+    return upload + [make.join(spec, unit, slot)] if spec.is_shared else upload
 
 
 def _place_outer_uploads(spec: StepSpec, uploads_before: list[list[tuple[int, int]]]) -> None:

@@ -24,7 +24,7 @@ _BEGUN_BY_FIRST = {
     ("T", "grad_shard"),
     ("V", "row_sums"),
 }
-# With several ranks: the kinds of op for which a region holds the right elements, whole units or shares.
+# In a shared step: the kinds of op for which a region holds the right elements, whole units or shares.
 _USERS_OF_SHARES = {
     "weights": "UJOAW",
     "shard": "UJ",
@@ -139,7 +139,7 @@ def _wrong_content(
 
 def _wrong_places(op: Op, spec: StepSpec) -> Iterator[str]:
     """Yield what is wrong with where an op finds and puts its unit's weights and gradient."""
-    shared = spec.world > 1
+    shared = spec.is_shared
     computes, table = op.kind in "FLECB", op.kind == "F" and op.unit == 0
     if (computes or op.kind == "J") and op.unit in spec.in_slots and op.slot < 0:
         yield "has no slot to read its weights from" if computes else "has no slot"
@@ -163,7 +163,7 @@ def _wrong_places(op: Op, spec: StepSpec) -> Iterator[str]:
         yield f"keeps {op.policy!r} instead of {spec.policy(op.unit)!r}"
     for buffer in sorted(op.reads | op.writes) if shared else ():
         if op.kind not in _USERS_OF_SHARES.get(buffer.region, op.kind):
-            yield f"works on {buffer}, which with several ranks it cannot"
+            yield f"works on {buffer}, which in a shared step it cannot"
 
 
 def _note_added(op: Op, added: dict[Buffer, list[int]]) -> list[str]:
@@ -218,7 +218,7 @@ def _wanted(op: Op, buffer: Buffer, spec: StepSpec) -> list[int] | None:
 def _check_complete(ops: Sequence[Op], spec: StepSpec) -> list[str]:
     """Check that each unit works exactly once per step and micro-batch, and that nothing else runs."""
     expected = _expected(spec)
-    fetches = "U" if spec.world == 1 else "UJ"
+    fetches = "UJ" if spec.is_shared else "U"
     counts = Counter((op.step, op.kind, op.unit, op.micro_batch) for op in ops if op.kind not in fetches)
     wanted = {(step, *key) for step in {op.step for op in ops} for key in expected}
     return [
@@ -279,7 +279,7 @@ def _check_waste(ops: Sequence[Op], waits: Sequence[tuple[int, ...]]) -> list[st
 def _check_room(ops: Sequence[Op], spec: StepSpec) -> list[str]:
     """Check that slots are within those allocated, and that ops use the slots they declare."""
     errors = []
-    shared = spec.world > 1
+    shared = spec.is_shared
     grad_slots = spec.grad_slots + 1 + len(spec.own_grad_slots)
     grad_shards = spec.grad_slots + 1 + len(spec.own_grad_shards)
     for op in ops:

@@ -36,7 +36,7 @@ def _added_to(spec: StepSpec, unit: int, m: int, grad_slot: int) -> Buffer | Non
 def _held(spec: StepSpec, place: int) -> tuple[Buffer, int, int]:
     """The buffer on the device in which a gradient becomes complete, a slot or the rank's shard, and an op's
     `grad_slot` and `grad_shard` for it."""
-    if spec.world == 1:
+    if not spec.is_shared:
         return Buffer("grad_slot", place), place, -1
     return Buffer("grad_shard", place), -1, place
 
@@ -58,9 +58,9 @@ def _call(m: int) -> Buffer:
 
 
 def upload(spec: StepSpec, unit: int, slot: int) -> Op:
-    """With several ranks: of the rank's share, into the buffer with the number of the slot."""
+    """In a shared step: of the rank's share, into the buffer with the number of the slot."""
     reads = _set(Buffer("weights", unit))
-    if spec.world == 1:
+    if not spec.is_shared:
         return Op("U", unit, reads=reads, writes=_set(_slot(slot)), slot=slot)
     return Op("U", unit, reads=reads, writes=_set(Buffer("shard", slot)), shard=slot)
 
@@ -125,9 +125,9 @@ def backward(spec: StepSpec, unit: int, m: int, slot: int, grad_slot: int) -> Op
 
 def backward_prologue(spec: StepSpec, m: int, slot: int, grad_slot: int) -> Op:
     """Backward of the prologue. The last micro-batch's op adds the summed rows to the table's gradient in the
-    outer slot, which for a tied table already holds the head's gradient; with several ranks, V does."""
+    outer slot, which for a tied table already holds the head's gradient; in a shared step V does."""
     sums = Buffer("row_grads") if spec.sums_rows else None
-    adds_to_table = spec.sums_rows and m == spec.micro_batches - 1 and spec.world == 1
+    adds_to_table = spec.sums_rows and m == spec.micro_batches - 1 and not spec.is_shared
     table_grad = spec.outer_grad_slot if adds_to_table else -1
     table, weights = _grad_slot(table_grad), _weights(spec, 0, slot)
     reads = _set(weights, _call(m), Buffer("rows"), Buffer("input_grad", -1, m))

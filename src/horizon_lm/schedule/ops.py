@@ -29,9 +29,9 @@ Kinds, in the order of a step (u: unit, m: micro-batch):
 A step of several rounds repeats U to V for the micro-batches of each; P, S and G carry the gradients from one
 round to the next. A resident unit has no U, and A instead of O.
 
-J, T and V occur with several ranks only, and are collectives: all ranks run them in the same order. Each
-rank then holds a share of every unit: U brings it to the device, and P, G, D, O and A work on the rank's
-share of the gradient.
+J, T and V are collectives: all ranks run them in the same order. They occur in shared steps only
+(`StepSpec.is_shared`), where a rank holds a share of every unit: U brings it to the device, and P, G, D, O
+and A work on the rank's share of the gradient.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Op:
     first: overwrites the gradient or the sum; later ops add to it. policy: what F and C leave for the
     backward pass (`StepSpec.policy`). step: the step whose data or gradients the op works on.
 
-    With several ranks, U fills `shard`, a device buffer of the rank's share, and J gathers shares from it
+    In a shared step, U fills `shard`, a device buffer of the rank's share, and J gathers shares from it
     (residents: from their home) into `slot`. T takes gradients from `grad_slot` (L, B, T) and adds the
     rank's share to `grad_shard`, on which the last V, P, G, D and eager A work too.
     """

@@ -13,7 +13,7 @@ def place_in_slots(spec: StepSpec) -> tuple[list[dict[int, int]], list[list[tupl
 
     An upload is issued up to `slots - 1` visits ahead, into a slot that none of those visits uses; among
     several, the one whose unit is needed last (Belady 1966). A unit still in its slot, as at the
-    turnaround and between two rounds, is not uploaded again. With several ranks, units are joined then.
+    turnaround and between two rounds, is not uploaded again. Units of a shared step are joined then.
     """
     visits = [[u for u in units if u in spec.in_slots and u < spec.head] for units in spec.visits]
     visits = visits * spec.rounds
@@ -48,7 +48,7 @@ def place_in_slots(spec: StepSpec) -> tuple[list[dict[int, int]], list[list[tupl
 
 
 def place_gradients(spec: StepSpec) -> tuple[list[dict[int, int]], list[list[tuple[int, int, int]]]]:
-    """Assign a gradient slot, or with several ranks a shard, to each trainable unit of each backward visit of
+    """Assign a gradient slot, or in a shared step a shard, to each trainable unit of each backward visit of
     all rounds; return slots by visit, and before each visit the gradients to bring back: (unit, first
     micro-batch to add, slot).
 
@@ -86,8 +86,8 @@ def place_gradients(spec: StepSpec) -> tuple[list[dict[int, int]], list[list[tup
 def place_shares(spec: StepSpec, placed: list[dict[int, int]]) -> list[dict[tuple[int, int], int]]:
     """Return, for each visit, the gradient slot of each unit and micro-batch. placed: by `place_gradients`.
 
-    One rank adds up all micro-batches in the unit's slot. With several ranks, the gradients between two sums
-    over ranks take the next slot of the ring.
+    All micro-batches add to the unit's slot. In a shared step the gradients between two sums over ranks take
+    the next slot of the ring.
     """
     found: list[dict[tuple[int, int], int]] = []
     count = 0
@@ -96,7 +96,7 @@ def place_shares(spec: StepSpec, placed: list[dict[int, int]]) -> list[dict[tupl
         now = dict(places)
         for m in spec.micro_batches_of(visit // len(spec.visits)):
             for unit in places:
-                if spec.world > 1 and unit < spec.head and spec.begins(unit, m):
+                if spec.is_shared and unit < spec.head and spec.begins(unit, m):
                     now[unit] = count % spec.grad_slots
                     count += 1
                 slots[unit, m] = now[unit]
@@ -108,7 +108,7 @@ def gradient_slots_of(spec: StepSpec, units: Collection[int]) -> set[int]:
     """Return the gradient slots in which gradients of `units` accumulate."""
     shares = place_shares(spec, place_gradients(spec)[0])
     found = {slot for slots in shares for (unit, _), slot in slots.items() if unit in units}
-    adds_rows = spec.world == 1 and spec.embedding_unit in units
+    adds_rows = not spec.is_shared and spec.embedding_unit in units
     return found | {spec.outer_grad_slot} if adds_rows else found
 
 

@@ -2,7 +2,7 @@
 
 Units are numbered 0 (prologue), 1 .. layers, layers + 1 (head). The embedding table is unit layers + 2, or
 part of the head if tied. Prologue and layers share a ring of slots; head and embedding table share the outer
-slot, numbered after the ring's. Resident units need no weight slot, unless several ranks hold shares of them.
+slot, numbered after the ring's. Resident units need no weight slot, unless they are gathered from shares.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class StepSpec:
     sums: where a gradient waits for the next round, in this and all other steps of a run: `device`: in
         a gradient slot of its own, also in a step of one round; `host`: in host memory, from which it is
         brought back; `add`: the host adds up the gradients of single micro-batches, and the sum is brought
-        back for the last one (with larger rounds or several ranks as `host`); "" in a run without rounds.
-        Head and embedding table wait in the outer slot. With several ranks, shares of gradients wait.
+        back for the last one (with larger rounds or in a shared step as `host`); "" in a run without rounds.
+        Head and embedding table wait in the outer slot. In a shared step, shares of gradients wait.
     kept: layers (units) that keep their activations instead of recomputing them.
     attention, products: layers that keep only the results of attention, or those of all matrix products too.
     checkpoint_interval: layers per block, recomputed from one stored input.
@@ -48,8 +48,9 @@ class StepSpec:
     evaluate: forward pass and loss only.
     saved: units written to a checkpoint during this step, as the previous step left them.
     world: number of ranks, each of which holds a share of every unit.
-    reduction: how several ranks add up gradients: `exact`: each micro-batch's, in the order of all ranks'
-        micro-batches; `fast`: each rank adds up its own of a round first; "" with one rank.
+    reduction: how ranks add up gradients: `exact`: each micro-batch's, in the order of all ranks'
+        micro-batches; `fast`: each rank adds up its own of a round first. One rank adds them up where they
+        are (""), or as one of several would (`exact`).
     """
 
     layers: int
@@ -116,11 +117,11 @@ class StepSpec:
             )
         if self.sums not in SUMS and (self.sums or self.rounds > 1):
             raise ValueError(f"sums={self.sums!r} with rounds={self.rounds}; hint: {' | '.join(SUMS)}")
-        reductions = (EXACT, FAST) if self.world > 1 else ("",)
+        reductions = (EXACT, FAST) if self.world > 1 else ("", EXACT)
         if self.reduction not in reductions:
             raise ValueError(
                 f"reduction={self.reduction!r} with world={self.world}; hint: "
-                + (" | ".join(reductions) if self.world > 1 else "only several ranks add up gradients")
+                + " | ".join(name or '""' for name in reductions)
             )
         policies = (self.kept, self.attention, self.products)
         if sum(map(len, policies)) != len(frozenset().union(*policies)):
@@ -138,10 +139,16 @@ class StepSpec:
     def tied(self) -> bool:
         return self.embedding_unit == self.head
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether weights are gathered in slots from shares of units, and gradients added up by the owners of
+        shares: on several ranks, and on one with `exact`, whose shares are whole units."""
+        return self.reduction != ""
+
     @cached_property
     def in_slots(self) -> frozenset[int]:
-        """Units whose weights are read in a slot; residents only if the rank holds but a share of them."""
-        return self.uploaded | self.resident if self.world > 1 else self.uploaded
+        """Units whose weights are read in a slot; residents only if they are gathered from shares."""
+        return self.uploaded | self.resident if self.is_shared else self.uploaded
 
     @property
     def outer_slot(self) -> int:
@@ -150,8 +157,8 @@ class StepSpec:
 
     @property
     def outer_grad_slot(self) -> int:
-        """The gradient slot of the head, then of the embedding table if it is another unit. With several
-        ranks, this is the number of their shard, and of a slot of the head."""
+        """The gradient slot of the head, then of the embedding table if it is another unit. In a shared step,
+        this is the number of their shard, and of a slot of the head."""
         return self.grad_slots
 
     @staticmethod
@@ -176,12 +183,12 @@ class StepSpec:
     @cached_property
     def own_grad_slots(self) -> tuple[int, ...]:
         """Units with a gradient slot of their own, in the order of the slots, which follow the outer one."""
-        return self._below_head if self.sums == "device" and self.world == 1 else ()
+        return self._below_head if self.sums == "device" and not self.is_shared else ()
 
     @cached_property
     def own_grad_shards(self) -> tuple[int, ...]:
-        """The same for shards of gradients, with several ranks."""
-        return self._below_head if self.sums == "device" and self.world > 1 else ()
+        """The same for shards of gradients, in a shared step."""
+        return self._below_head if self.sums == "device" and self.is_shared else ()
 
     @cached_property
     def host_sums(self) -> frozenset[int]:
@@ -195,12 +202,12 @@ class StepSpec:
     @property
     def adds_on_host(self) -> bool:
         """Whether the host adds up gradients: rounds of one micro-batch give it one gradient at a time, so
-        that the order of additions is the same as on the device. Never with several ranks."""
-        return self.sums == "add" and self.round_size == 1 and self.world == 1 and bool(self.host_sums)
+        that the order of additions is the same as on the device. Never in a shared step."""
+        return self.sums == "add" and self.round_size == 1 and not self.is_shared and bool(self.host_sums)
 
     def begins(self, unit: int, m: int) -> bool:
         """Whether the gradient of a micro-batch overwrites its slot rather than being added to it."""
-        if self.world > 1:
+        if self.is_shared:
             return self.totals(unit, m - 1) if m else True
         alone = self.adds_on_host and unit in self.host_sums and m < self.micro_batches - 1
         return m == 0 or alone
@@ -224,7 +231,7 @@ class StepSpec:
 
     def continues(self, unit: int, m: int) -> bool:
         """Whether a round that begins with micro-batch m adds to a gradient that waited in host memory."""
-        return unit in self.host_sums and m > 0 and (self.world > 1 or not self.begins(unit, m))
+        return unit in self.host_sums and m > 0 and (self.is_shared or not self.begins(unit, m))
 
     def accumulates_in_slot(self, unit: int) -> bool:
         """Whether a gradient needs a slot even if the host buffer could hold it: with eager updates, that of
