@@ -30,7 +30,7 @@ def save_model(
 ) -> None:
     """Write config, generation config and sharded safetensors to `folder` atomically.
 
-    whole: where the first rank, which writes, gathers a unit at a time. dtype None: the store's compute dtype,
+    whole: where the first rank, which writes, gathers each unit. dtype None: the store's compute dtype,
     straight from the store. float32 from a bf16 store reconstructs the masters. extra: writes further files
     (the tokenizer) into the folder. Raises DoesNotFitError and ConfigError, on all ranks.
     """
