@@ -53,7 +53,7 @@ def test_equal_values_agree(two_ranks: RankPool) -> None:
 def test_a_difference_is_named_with_its_rank(two_ranks: RankPool) -> None:
     mine, other = {"lr": 1e-5, "seed": 1}, {"lr": 1e-4, "seed": 1}
     found = two_ranks.run_each(f"{CASES}:agree", [(mine,), (other,)])
-    message = "rank 1 has other settings than rank 0: lr is 0.0001, on rank 0 1e-05"
+    message = "rank 1 differs from rank 0 in settings: lr=0.0001 instead of lr=1e-05"
     assert [one[:2] for one in found] == [("ConfigError", message)] * 2
 
 

@@ -16,7 +16,8 @@ import sys
 import threading
 import time
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from horizon_lm.distributed.ranks import Place
@@ -32,7 +33,7 @@ class Times(NamedTuple):
     silence, which has taken its time already."""
 
     beat: float = 1.0
-    lost: float = 20.0
+    lost: float = 18.0
     probe: float = 2.5
     patience: float = 15.0
     grace: float = 3.0
@@ -43,12 +44,13 @@ TIMES = Times()
 
 class Failure(NamedTuple):
     """ranks: that failed, by their own account (reason: the error) or another's. op: that they were at.
-    is_silent: found by missing heartbeats alone."""
+    is_silent: found by missing heartbeats alone. exit_code: of the error, by their own account; else None."""
 
     ranks: tuple[int, ...]
     reason: str
     op: str = ""
     is_silent: bool = False
+    exit_code: int | None = None
 
     def __str__(self) -> str:
         if not self.ranks:
@@ -77,13 +79,13 @@ class _Beat(NamedTuple):
 class Watch:
     """The watch of one rank. store: a client of its own, that no other thread uses (torch.distributed.Store).
 
-    is_host: rank 0's process serves the store. `label` is the op at work, for messages; `blocked` names
-    collectives that have begun.
+    is_host: rank 0's process serves the store.
     """
 
     def __init__(self, store: Any, place: Place, is_host: bool, times: Times = TIMES) -> None:
-        self.label = ""
-        self.blocked: dict[str, str] = {}
+        self._labels: dict[int, str] = {}  # the last op of each thread
+        self._label = ""  # and of all
+        self._begun: dict[str, str] = {}  # collectives at work, by channel
         self.failure: Failure | None = None
         self._store, self._rank, self._world = store, place.rank, place.world
         self._is_host, self._times = is_host, times
@@ -104,9 +106,25 @@ class Watch:
 
     @property
     def op(self) -> str:
-        """The op at work, and the collectives begun."""
-        begun = ", ".join(tuple(self.blocked.values()))
-        return f"{self.label} ({begun})" if self.label and begun else self.label or begun
+        """The collectives at work, or else the last op."""
+        return ", ".join(tuple(self._begun.values())) or self._label
+
+    def at(self, op: str) -> None:
+        """Name the op of this thread."""
+        self._labels[threading.get_ident()] = self._label = op
+
+    @contextmanager
+    def collective(self, kind: str, where: str) -> Iterator[str]:
+        """Name a collective that is at work; yields the name, with the op of this thread."""
+        label = self._labels.get(threading.get_ident(), "")
+        name = f"{label} ({kind} on {where})" if label else f"{kind} on {where}"
+        if self.failure is not None:
+            raise self.error(name)
+        self._begun[where] = name
+        try:
+            yield name
+        finally:
+            self._begun.pop(where, None)
 
     @property
     def is_failed(self) -> bool:
@@ -152,7 +170,8 @@ class Watch:
         message = error.message if isinstance(error, HorizonError) else str(error)
         kind = "" if isinstance(error, HorizonError) else f"{type(error).__name__}: "
         self._is_own = True
-        self._fail(Failure((self._rank,), f"failed: {kind}{message:.2000}", self.op), tell=True)
+        reason = f"failed: {kind}{message:.2000}".removesuffix(": ")
+        self._fail(Failure((self._rank,), reason, self.op, exit_code=_code_of(error)), tell=True)
         deadline = time.monotonic() + 2
         while self._to_tell and self._store_error is None and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -312,4 +331,15 @@ def _error(failure: Failure, rank: int, at: str) -> RankError:
     of = f"see the output of rank {failure.ranks[0]}; " if failure.ranks else ""
     error = RankError(f"{failure}{here}", hint=f"{of}resume from the last checkpoint")
     error.ranks, error.op = failure.ranks, failure.op
+    error.is_told = failure.exit_code is not None
+    error.exit_code = failure.exit_code or error.exit_code
     return error
+
+
+def _code_of(error: BaseException) -> int:
+    """Return the exit code with which an error ends a process."""
+    if isinstance(error, HorizonError):
+        return error.exit_code
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    return 130 if isinstance(error, KeyboardInterrupt) else 1

@@ -6,17 +6,15 @@ rather than wait for each other. A rank alone calls nothing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import xxhash
-
 from horizon_lm.distributed import start
+from horizon_lm.distributed.agreement import agree
 from horizon_lm.distributed.outcomes import packed, settle
 from horizon_lm.distributed.ranks import ALONE, Ranks
-from horizon_lm.errors import ConfigError, HorizonError, RankError
+from horizon_lm.errors import HorizonError, RankError
 from horizon_lm.io.output import silent_output
 
 T = TypeVar("T")
@@ -41,6 +39,7 @@ class Together:
         """Return the JSON value of each rank. at: the place in the run, equal on all ranks."""
         if self.is_alone:
             return [value]
+        self.ranks.at(at)
         found = self.ranks.exchange([at, value])
         odd = next((rank for rank, (place, _) in enumerate(found) if place != found[0][0]), None)
         if odd is not None:
@@ -96,24 +95,9 @@ class Together:
 
     def agree(self, what: str, values: Mapping[str, Any]) -> None:
         """Raise ConfigError, with rank and key, unless all ranks have the same JSON-ready values."""
-        if self.is_alone:
-            return
-        own = {key: json.dumps(value, sort_keys=True, default=str) for key, value in values.items()}
-        content = xxhash.xxh3_128_hexdigest(json.dumps(own, sort_keys=True).encode())
-        if len(set(self.exchange(what, content))) == 1:
-            return
-        found = self.exchange(f"{what} in full", own)
-        for rank, other in enumerate(found):
-            keys = [key for key in found[0].keys() | other.keys() if found[0].get(key) != other.get(key)]
-            if keys:
-                key = min(keys)
-                raise shared(
-                    ConfigError(
-                        f"rank {rank} has other {what} than rank 0: {key} is {_short(other.get(key))}, "
-                        f"on rank 0 {_short(found[0].get(key))}",
-                        hint="start all ranks with the same command, files and versions",
-                    )
-                )
+        if not self.is_alone:
+            self.exchange(what, None)
+            agree(self.ranks, {what: values})
 
     def _settled(self, at: str, work: Callable[[], Any] | None) -> list[Any]:
         """Do `work` if given; return the results of all ranks (None without), or raise the first error."""
@@ -138,10 +122,6 @@ def shared(error: E) -> E:
     return error
 
 
-def _short(text: str | None) -> str:
-    return "absent" if text is None else text if len(text) <= 80 else text[:77] + "..."
-
-
 @contextmanager
 def joined(device: str) -> Iterator[Together]:
     """Connect to the other ranks of this run, if there are any, until they leave together.
@@ -156,7 +136,13 @@ def joined(device: str) -> Iterator[Together]:
             with silent_output(not ranks.is_first):
                 yield Together(ranks)
         except HorizonError as error:
-            is_of_others = isinstance(error, RankError) and ranks.rank not in error.ranks
-            error.is_shared |= is_of_others
+            error.is_shared |= isinstance(error, RankError) and not _reports(error, ranks)
             error.is_own = not error.is_shared
             raise
+
+
+def _reports(error: RankError, ranks: Ranks) -> bool:
+    """Tell whether this rank reports the failure of others: the lowest that is left does, unless rank 0 has
+    told of it itself."""
+    first = next((rank for rank in range(ranks.world) if rank not in error.ranks), 0)
+    return ranks.rank == first and not (error.is_told and 0 in error.ranks)
