@@ -7,9 +7,9 @@ on GPUs. Kernel launches, contention for host memory between lanes, congestion o
 fragmentation are ignored, so times are lower bounds.
 
 Models are known by their configuration alone: the shapes of Llama 3.1 (8 B, 70 B, 405 B) and Mistral Large
-(123 B) as published, and a dense model of 1 T parameters (192 layers of width 20480) that nobody has
-published. bf16, fp32 masters and moments, clipping at 1.0, deferred updates, sequences of 4096 tokens
-without padding, one rank per GPU.
+(123 B) as published, and two dense models of 1 T parameters that nobody has published: 312 layers of the
+405 B model, or 192 layers of width 20480. bf16, fp32 masters and moments, clipping at 1.0, deferred updates,
+sequences of 4096 tokens without padding, one rank per GPU.
 
 | rates | matrix products | attention and elementwise operations | PCIe up / down | choices |
 | --- | --- | --- | --- | --- |
@@ -71,7 +71,8 @@ SETTINGS = (
     Setting("70B", llama(8192, 28672, 80, 64), 1, 1 << 18, (1009, 1.35)),
     Setting("123B", llama(12288, 28672, 88, 96, 32768), 2, 1 << 18, (573, 1.16)),
     Setting("405B", llama(16384, 53248, 126, 128), 4, 1 << 18, (173, 1.72)),
-    Setting("1T dense", llama(20480, 69632, 192, 160), 16, 1 << 20, (70, 1.30)),
+    Setting("1T dense", llama(16384, 53248, 312, 128), 16, 1 << 20, (70, 1.30)),
+    Setting("1T dense, wider", llama(20480, 69632, 192, 160), 16, 1 << 20, (70, 1.30)),
 )
 AS_CALCULATED = {"resident": 0, "rounds": 1, "activations": "recompute", "reduction": "exact"}
 HEAD = [
@@ -206,8 +207,8 @@ def sizes(setting: Setting, cache: OutlineCache) -> list[str]:
         planners = planners_of(config, load_profile(hardware), cache)
         plan = FleetPlan(config, config, planners, Fleet(setting.nodes, GPUS))
         if hardware == HARDWARE:
-            cells.append(str(smallest(config, planners, GPUS)))
-        cells.append(str(plan.in_memory))
+            cells.append(str(smallest(config, planners, GPUS) or "none"))
+        cells.append(str(plan.in_memory or "none"))
     return cells
 
 
@@ -269,5 +270,6 @@ each node updates its share."""
 SMALLEST = """The smallest fleet on which the setting's step fits at all, of one node or of whole nodes of
 eight GPUs; and the smallest with all units resident, so that nothing crosses PCIe: 14 bytes per parameter,
 slots, and activations, recomputing all layers. Other in-memory training needs more: with fp32 gradients 18
-bytes per parameter. H200: nodes of eight with 2 TB."""
+bytes per parameter. H200: nodes of eight with 2 TB. None: no number of nodes suffices, since each GPU needs
+slots for two layers and the head."""
 TOKENS = "Streamed: no residents, one round, recomputing all layers. Both with the shipped rates."
