@@ -238,7 +238,7 @@ class HostModel:
         if isinstance(self.store, Closed):
             return f"HostModel({self.skeleton.model_type}, closed)"
         memory = self.memory_bytes()
-        return describe_model(self.skeleton, self.settings, self.device, memory, self.steps_done)
+        return describe_model(self.skeleton, self.settings, self.device, memory, self.steps_done, self.ranks)
 
     def __enter__(self) -> Self:
         return self
@@ -647,14 +647,13 @@ class HostModel:
         self.engine.replaced(steps_done)
 
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes by part: host regions of the store and spilled boundaries; resident units and slots on the
-        device."""
+        """Bytes of this rank by part: host regions of the store and spilled boundaries; resident units and
+        slots on the device."""
         ops = self.engine.ops
         return {
             **self.store.num_bytes,
             **self.store.device_bytes,
-            "weight_slots": ops.weight_slots.num_bytes,
-            "gradient_slots": ops.gradient_slots.num_bytes,
+            **ops.slot_bytes,
             "boundary_slots": ops.boundary_slots.num_bytes,
             "boundaries": ops.boundary_slots.host_bytes,
         }

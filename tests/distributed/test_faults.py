@@ -43,7 +43,7 @@ def test_killed(nursery: Nursery, who: int) -> None:
 def test_stopped(nursery: Nursery, who: int) -> None:
     """Nothing is closed, so others are blocked in a collective, and the watch ends them."""
     ended = nursery.run("signalled", who=who, name="SIGSTOP")
-    what = "its rendezvous store does not answer" if who == 0 else "no sign of life for 2 s"
+    what = "its rendezvous store does not answer" if who == 0 else "no sign of life for 1.8 s"
     check_others(ended, who, rf"was lost \({what}\)")
 
 

@@ -33,7 +33,7 @@ class Times(NamedTuple):
     silence, which has taken its time already."""
 
     beat: float = 1.0
-    lost: float = 20.0
+    lost: float = 18.0
     probe: float = 2.5
     patience: float = 15.0
     grace: float = 3.0
