@@ -142,7 +142,7 @@ def joined(device: str) -> Iterator[Together]:
 
 
 def _reports(error: RankError, ranks: Ranks) -> bool:
-    """Tell whether this rank reports the failure of others: the lowest that is left, unless rank 0 has said so
-    itself."""
+    """Tell whether this rank reports the failure of others: the lowest that is left does, unless rank 0 has
+    told of it itself."""
     first = next((rank for rank in range(ranks.world) if rank not in error.ranks), 0)
     return ranks.rank == first and not (error.is_told and 0 in error.ranks)
