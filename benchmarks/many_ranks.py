@@ -276,12 +276,10 @@ def fill(report: Report, ledger: Ledger) -> None:
     if rows["memory"]:
         report.section("Memory of a rank")
         head = ["case", "MB of each rank, measured", "predicted", "largest error", "within 3 %"]
-        note = "VmHWM, medians of three runs; 4 micro-batches of 512 tokens. The prediction is the planner's, with "
         size, share = rows["memory"][0][1]["process"]
-        note += (
-            f"{size / 1e6:,.0f} MB for a process without a model and {share:.0%} of transient memory for the "
-        )
-        note += "heap, measured on this machine with one rank."
+        note = "VmHWM, medians of runs; 4 micro-batches of 512 tokens. The prediction is the planner's, with "
+        note += f"{size / 1e6:,.0f} MB for a process without a model and {share:.0%} of transient memory for "
+        note += "the heap, measured on this machine with one rank."
         report.table(head, [memory_cells(job, row) for job, row in rows["memory"]], note=note)
     if rows["alone"]:
         report.section("One rank, before and after")
