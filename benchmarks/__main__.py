@@ -22,6 +22,7 @@ HELPERS = (
 HELPERS += (
     "preference_runs",
     "rank_group",
+    "rank_memory",
     "gpu_parts",
     "gpu_evidence",
     "gpu_runner",

@@ -19,10 +19,9 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import statistics
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,12 @@ from horizon_lm.bench.figures import Row, spread
 from horizon_lm.bench.jobs import OURS, TORCH, measure
 from horizon_lm.bench.models import shape
 from horizon_lm.bench.protocol import Case
+from horizon_lm.plan.calibrate import process_memory
 
+from . import rank_memory
 from .jobs import Ledger
 from .peers import PEERS
-from .rank_group import PLANNED, RANKS, RankGroup, by_threads, checkouts
+from .rank_group import RANKS, RankGroup, by_threads, checkouts
 from .report import Report, commit, cpu_name
 
 WORK = Path(__file__).parent.parent / "build" / "bench"
@@ -169,25 +170,25 @@ def network_cells(job: str, row: Row) -> list[list[str]]:
 # ---- memory ---------------------------------------------------------------------------------
 
 
-def memory_job(world: int, case: Case) -> Callable[[], Row]:
-    """Run three groups: placement in the heap is random."""
+def memory_job(
+    world: int, case: Case, runs: int, process: Callable[..., tuple[int, float]]
+) -> Callable[[], Row]:
+    """process: measures bytes of a process before it has a model, and the heap's share."""
 
     def run() -> Row:
-        rows = [measure([(PLANNED, case)], kind=group_of(world))[0] for _ in range(3)]
-        failed = next((row for row in rows if row["status"] != "done"), None)
-        if failed is not None:
-            return failed
-        peaks = [[answer["peaks"]["host"] for answer in row["ranks"]] for row in rows]
-        middle = [statistics.median(of_rank) for of_rank in zip(*peaks, strict=True)]
-        return rows[0] | {"world": world, "measured": middle}
+        found = process("cpu", runs)
+        return {
+            "status": "done",
+            "process": found,
+            "measured": rank_memory.measured(case, world, runs),
+            "predicted": rank_memory.predicted(case, world, *found),
+        }
 
     return run
 
 
 def memory_cells(job: str, row: Row) -> list[str]:
-    if row["status"] != "done":
-        return [job, f"{row['status']}: {row.get('why')}", "", "", ""]
-    predicted, measured = row["info"]["predicted"], row["measured"]
+    predicted, measured = row["predicted"], row["measured"]
     errors = [predicted / each - 1 for each in measured]
     worst = max(errors, key=abs)
     shown = ", ".join(f"{each / 1e6:,.0f}" for each in measured)
@@ -226,6 +227,7 @@ def alone_cells(job: str, row: Row) -> list[str]:
 def jobs_of(arguments: argparse.Namespace) -> dict[str, Callable[[], Row]]:
     """Return the measurements by name."""
     found: dict[str, Callable[[], Row]] = {}
+    process = cache(process_memory)
     for dtype in arguments.dtypes:
         for world in (2, 3, 4) if "bytes" in arguments.parts else ():
             for reduction in ("exact", "fast"):
@@ -237,9 +239,11 @@ def jobs_of(arguments: argparse.Namespace) -> dict[str, Callable[[], Row]]:
                 case = case_of(size, dtype, rows, steps=arguments.steps, activations=arguments.activations)
                 name = f"{size}, {dtype}, {4 // rows} micro-batches"
                 found[f"speed/{name}"] = speed_job(case, arguments.peers)
-            for world in (1, 2) if "memory" in arguments.parts else ():
-                case = case_of(size, dtype, 1, steps=1, activations="recompute")
-                found[f"memory/{size}, {dtype}, world {world}"] = memory_job(world, case)
+            for world in (1, 2, 4) if "memory" in arguments.parts else ():
+                case = case_of(size, dtype, 1, activations="recompute")
+                found[f"memory/{size}, {dtype}, ranks: {world}"] = memory_job(
+                    world, case, arguments.runs, process
+                )
             if "alone" in arguments.parts and arguments.before is not None:
                 case = case_of(size, dtype, 1, steps=2 * arguments.steps, threads=2)
                 found[f"alone/{size}, {dtype}"] = alone_job(case, arguments.before)
@@ -272,7 +276,11 @@ def fill(report: Report, ledger: Ledger) -> None:
     if rows["memory"]:
         report.section("Memory of a rank")
         head = ["case", "MB of each rank, measured", "predicted", "largest error", "within 3 %"]
-        report.table(head, [memory_cells(job, row) for job, row in rows["memory"]])
+        size, share = rows["memory"][0][1]["process"]
+        note = "VmHWM, medians of runs; 4 micro-batches of 512 tokens. The prediction is the planner's, with "
+        note += f"{size / 1e6:,.0f} MB for a process without a model and {share:.0%} of transient memory for "
+        note += "the heap, measured on this machine with one rank."
+        report.table(head, [memory_cells(job, row) for job, row in rows["memory"]], note=note)
     if rows["alone"]:
         report.section("One rank, before and after")
         head = ["case", "tokens/s", "now / before, wall", "CPU time", "equal losses", "peak memory"]
@@ -293,6 +301,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 2], help="sequences in a micro-batch")
     parser.add_argument("--activations", default="recompute")
     parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--runs", type=int, default=3, help="processes whose memory is measured")
     parser.add_argument("--peers", nargs="*", choices=PEER_NAMES, default=list(PEER_NAMES))
     parser.add_argument("--before", type=Path, help="an earlier checkout, with its C++ optimizer built")
     parser.add_argument("--fresh", action="store_true", help="repeat these measurements of this commit")

@@ -18,18 +18,10 @@ import torch
 
 from horizon_lm.bench.figures import Row
 from horizon_lm.bench.jobs import Worker, environment_of
-from horizon_lm.bench.ours import Ours, train_config
+from horizon_lm.bench.ours import Ours
 from horizon_lm.bench.protocol import Case
-from horizon_lm.config import TrainConfig, model_settings_of
-from horizon_lm.host_model import HostModel
-from horizon_lm.machine.profile import cache_path, load_profile, read_profile
-from horizon_lm.memory.arena import keep_freed_memory
-from horizon_lm.plan.fleet import Fleet, Network
-from horizon_lm.plan.outline import Outline, model_config
-from horizon_lm.plan.predict import Sizes, costs_of, prediction_of
 
 RANKS = "benchmarks.rank_group:build"
-PLANNED = "benchmarks.rank_group:build_planned"
 HOST = "127.0.0.1"
 
 
@@ -37,6 +29,13 @@ def free_port() -> int:
     with socket.socket() as held:
         held.bind((HOST, 0))
         return int(held.getsockname()[1])
+
+
+def variables(rank: int, world: int, port: int) -> dict[str, str]:
+    """Return what torchrun sets for a rank of this machine."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    meeting = {"MASTER_ADDR": HOST, "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    return {name: str(value) for name, value in (ranks | meeting).items()}
 
 
 class RankWorker(Worker):
@@ -48,10 +47,7 @@ class RankWorker(Worker):
         super().__init__(system, case, deadline=deadline)
 
     def environment(self) -> dict[str, str]:
-        rank, world, port = (str(number) for number in self._place)
-        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-        meeting = {"MASTER_ADDR": HOST, "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
-        return environment_of(self.case) | ranks | meeting | {"DS_ACCELERATOR": "cpu"}
+        return environment_of(self.case) | variables(*self._place) | {"DS_ACCELERATOR": "cpu"}
 
 
 class RankGroup(Worker):
@@ -153,27 +149,3 @@ class RankOurs(Ours):
 
 def build(case: Case) -> RankOurs:
     return RankOurs(case)
-
-
-class Planned(RankOurs):
-    """Ours as `horizon train` builds it from a configuration, with the planner's bytes for a rank."""
-
-    def __init__(self, case: Case) -> None:
-        self.case, config = case, train_config(case)
-        self.rows, self.chosen = case.rows, {"predicted": predicted_bytes(case, config)}
-        self.model = HostModel.from_config(dict(case.model), model_settings_of(config))
-        keep_freed_memory()
-
-
-def predicted_bytes(case: Case, config: TrainConfig) -> int:
-    """Return the host bytes of a rank, by the profile of `horizon doctor`, or else by a shipped one."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    profile = read_profile(cache_path()) if cache_path().is_file() else load_profile("cpu-2core")
-    network = Network.of(Fleet(1, world), profile) if world > 1 else None
-    sizes = Sizes(case.rows, case.length, case.sequences // case.rows)
-    outline = Outline(model_config(config), config)
-    return prediction_of(costs_of(outline, config, profile.of_rank(world), sizes, network)).host_bytes
-
-
-def build_planned(case: Case) -> Planned:
-    return Planned(case)
