@@ -146,9 +146,7 @@ class HostModel:
         refuse_use(model)
         fill_store(self.skeleton, self.store)
         lanes = choose_lanes(settings.lanes, self.device)
-        self.engine = Engine(
-            self.skeleton, self.store, self.optimizer, self.device, lanes, settings, self.ranks
-        )
+        self.engine = Engine(self.skeleton, self.store, self.optimizer, lanes, settings, self.ranks)
         if settings.compile:
             self.skeleton.compile_layers(settings.compile, self.engine.ops)
         self._turn = threading.RLock()

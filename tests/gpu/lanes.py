@@ -143,7 +143,6 @@ def _restart(
         model.skeleton,
         model.store,
         old.optimizer,
-        model.device,
         choose_lanes(lanes, place.device),
         model.settings.replace(**settings),
     )

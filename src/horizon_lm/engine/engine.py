@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
-
 from horizon_lm.config import ModelSettings
 from horizon_lm.config.data import IGNORED
 from horizon_lm.distributed.agreement import agree
@@ -50,7 +48,7 @@ from horizon_lm.words import count
 
 
 class Engine:
-    """Executes training steps. device: where units compute; lanes: executor of the ops.
+    """Executes training steps. lanes: executor of the ops.
 
     With several ranks every method that takes a step or reads weights is collective: all call it with the
     same arguments, micro-batches of all ranks included.
@@ -61,15 +59,15 @@ class Engine:
         skeleton: Skeleton,
         store: HostStore,
         optimizer: Optimizer,
-        device: torch.device,
         lanes: Lanes,
         settings: ModelSettings,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.skeleton, self.store, self.device, self.ranks = skeleton, store, device, ranks
+        self.skeleton, self.store, self.ranks = skeleton, store, ranks
+        device = self.device = store.device
         self.optimizer, self.lanes, self.settings = optimizer, lanes, settings
         alias = device.type == "cpu" and lanes.in_place
-        self.ops = Ops(skeleton, store, optimizer, settings, device, alias, ranks)
+        self.ops = Ops(skeleton, store, optimizer, settings, alias, ranks)
         self.pinned = PinnedPool(device)  # for everything but weights that a step copies to the device
         self.trainable = self.ops.policies.trainable
         self._schedules: dict[tuple[StepSpec, bool], Schedule] = {}

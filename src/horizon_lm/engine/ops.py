@@ -70,11 +70,11 @@ class Ops:
         store: HostStore,
         optimizer: Optimizer,
         settings: ModelSettings,
-        device: torch.device,
         alias: bool,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.skeleton, self.store, self.device, self.ranks = skeleton, store, device, ranks
+        self.skeleton, self.store, self.ranks = skeleton, store, ranks
+        device = self.device = store.device
         self.policies = Policies.of(settings, skeleton, memory_bytes(device), ranks.world)
         spec = self.policies.step_spec(1)
         numels, shards = weight_slot_numels(store.units, spec), shard_numels(store.units, spec)

@@ -175,7 +175,8 @@ def state_bytes(units: Sequence[UnitLayout], spec: StoreSpec) -> int:
 class HostStore:
     """All parameters of a model, their gradients and optimizer state; of several ranks, a share of each.
 
-    units: the whole layouts. shards: what this rank holds of them.
+    units: the whole layouts. shards: what this rank holds of them. device: where units compute, and resident
+    ones live.
     """
 
     def __init__(
@@ -186,7 +187,8 @@ class HostStore:
         pin_for: torch.device | None = None,
         device: torch.device = _CPU,
     ) -> None:
-        """pin_for: the device to which weights are copied. device: where resident units live."""
+        """pin_for: the device to which weights are copied."""
+        self.device = device
         self.units = tuple(units)
         self.spec = spec
         self.shards = tuple(UnitShard(unit, spec.shard) for unit in units)

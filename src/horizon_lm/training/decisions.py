@@ -78,4 +78,4 @@ class Decisions:
         stopped_by, message = self._together.first(at, lambda: [callbacks.stopped_by, error])
         callbacks.stopped_by = stopped_by
         if message is not None and callbacks.error is None:
-            callbacks.error = CallbackError(message)
+            callbacks.error = CallbackError(message, hint="see the output of rank 0")

@@ -52,12 +52,11 @@ class Saver:
         report: Callable[[Outcome], None],
         started: float,
         parent: Path | None = None,
-        together: Together | None = None,
     ) -> None:
         """small_files: configuration and tokenizer. report: is told how each checkpoint ended. started:
         `time.monotonic()` from which the deadline counts. parent: the checkpoint that the run began from."""
         self._run, self._state, self._model, self._config = run, state, state.model, state.config
-        self._together = together or Together()
+        self._together = Together(state.model.ranks)
         self._started = started
         self._small_files, self._report = small_files, report
         self._parent = str(parent) if parent is not None else None

@@ -221,7 +221,6 @@ def _assemble(ready: Ready, config_notes: Sequence[str], callbacks: Sequence[obj
         report=log.checkpoint,
         started=started,
         parent=found.path if found is not None else None,
-        together=together,
     )
     in_place = resume is not None and resume.in_place
     return Run(
