@@ -88,6 +88,7 @@ class RankServer:
                 **os.environ,
                 **{"PYTHONPATH": PATH, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
                 **{"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"},
+                "TORCH_CPP_LOG_LEVEL": "ERROR",  # as the command line sets it before it imports torch
             }
             process = self._process = subprocess.Popen(
                 [sys.executable, "-c", "import rank_server; rank_server.serve()"],

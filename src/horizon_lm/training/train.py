@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from horizon_lm.checkpoint.folder import Checkpoint, RunFolder, check_disk, claim
+from horizon_lm.checkpoint.shared import shared_folder
 from horizon_lm.config import TrainConfig
 from horizon_lm.config.python import ConfigSource, as_train_config
 from horizon_lm.data import TrainingData
@@ -116,6 +117,7 @@ def _claimed(config: TrainConfig, own: bool, together: Together) -> Iterator[Run
             held.enter_context(claim(config.output_dir, overwrite=overwrite, resume=own))
 
         together.first("output_dir", take)
+        shared_folder(together.ranks, folder.path)
         yield folder
 
 
