@@ -267,7 +267,7 @@ class Engine:
         )
         if spec.lowest_backward == 0 and not spec.evaluate:
             ids = [batch["input_ids"] for batch in micro_batches]
-            step.rows = Rows.of(ids, positions.numbers, self.skeleton, self.pinned)
+            step.rows = Rows.of(ids, self.skeleton, self.pinned, positions.numbers)
         return step
 
     def _prepare_losses(self, step: Step, loss_fn: LossFunction | None) -> None:
