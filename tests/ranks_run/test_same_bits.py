@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16 eager": {"dtype": "bfloat16", "update": "eager", "max_grad_norm": 0},
     "dropout, 5 micro-batches": {"init_model": GPT2_DROPOUT, "gradient_accumulation_steps": 5},
+    "streamed": {"streaming": True, "buffer_size": 50},
     "by epochs, evaluated": {
         "max_steps": -1,
         "num_train_epochs": 0.5,
@@ -90,6 +91,23 @@ def test_rank_0_says_how_the_step_is_shared(server: RankServer, text: Path, tmp_
         assert ranks["world"] == 4 and ranks["bytes_sent"] > 0 and ranks["slowest"] in range(4)
         assert all(len(ranks[key]) == 4 for key in ("network_seconds", "waiting_seconds", "host_rss_bytes"))
         assert ranks["tokens_per_second_each"] == pytest.approx(line["tokens_per_second"] / 4)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_planner_cuts_a_step_for_all_ranks(
+    world: int, server: RankServer, text: Path, tmp_path: Path
+) -> None:
+    config = settings(text, tmp_path / "run", max_steps=2)
+    file = tmp_path / "run.yaml"
+    cut = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    lines = write_settings(config, file).read_text().splitlines()
+    file.write_text("\n".join(line for line in lines if not line.startswith(cut)))
+    ended = server.run(world, ["train", str(file), "tokens_per_step=128"])
+    assert ended.codes == [0] * world, ended.said()
+    assert f"{world} micro-batches a step, 1 on each of {world} ranks" in ended.outputs[0]
+    ended = server.run(world, ["train", str(file), "tokens_per_step=16", "overwrite_output_dir=true"])
+    assert ended.codes == [2] * world, ended.said()
+    assert "hint: set a larger tokens_per_step; or start fewer ranks" in ended.errors[0]
 
 
 def test_a_step_with_fewer_micro_batches_than_ranks_is_refused(
