@@ -32,8 +32,9 @@ from horizon_lm.config.python import model_settings
 from horizon_lm.distributed.outcomes import in_turns, on_each
 from horizon_lm.distributed.ranks import Ranks
 from horizon_lm.distributed.start import join
+from horizon_lm.engine.calls import in_turn
 from horizon_lm.engine.disk_lane import Saving
-from horizon_lm.engine.engine import Engine, in_turn
+from horizon_lm.engine.engine import Engine
 from horizon_lm.engine.lanes import Span, choose_lanes
 from horizon_lm.engine.loss import Asked, LossFunction, TokenValues, check_loss_function
 from horizon_lm.engine.policies import (
@@ -92,11 +93,11 @@ class HostModel:
     Calls from several threads are serialised; calls from within a step (a `loss_fn`) are rejected.
     As a context manager it frees its memory on exit (`close`).
 
-    With several ranks (`torchrun`, or a process group of torch.distributed) each holds its share of the model,
-    and every call is collective: all ranks make the same calls with the same arguments, the micro-batches of
-    all ranks included. Rank r computes micro-batches r, r + world, ...; results are those of all, on every
-    rank, and with `reduction: exact` the same bits as on one rank. A loss function is called on the rank that
-    computes the micro-batch.
+    With several ranks (`torchrun`, or a process group of torch.distributed) each holds its share of the
+    model, and every call is collective: all ranks make the same calls with the same arguments, the
+    micro-batches of all ranks included. Rank r computes micro-batches r, r + world, ...; results are those
+    of all, on every rank, and with `reduction: exact` the same bits as on one rank. A loss function is called
+    on the rank that computes the micro-batch.
     """
 
     def __init__(
@@ -237,7 +238,7 @@ class HostModel:
         if isinstance(self.store, Closed):
             return f"HostModel({self.skeleton.model_type}, closed)"
         memory = self.memory_bytes()
-        return describe_model(self.skeleton, self.settings, self.device, memory, self.steps_done)
+        return describe_model(self.skeleton, self.settings, self.device, memory, self.steps_done, self.ranks)
 
     def __enter__(self) -> Self:
         return self
@@ -646,14 +647,13 @@ class HostModel:
         self.engine.replaced(steps_done)
 
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes by part: host regions of the store and spilled boundaries; resident units and slots on the
-        device."""
+        """Bytes of this rank by part: host regions of the store and spilled boundaries; resident units and
+        slots on the device."""
         ops = self.engine.ops
         return {
             **self.store.num_bytes,
             **self.store.device_bytes,
-            "weight_slots": ops.weight_slots.num_bytes,
-            "gradient_slots": ops.gradient_slots.num_bytes,
+            **ops.slot_bytes,
             "boundary_slots": ops.boundary_slots.num_bytes,
             "boundaries": ops.boundary_slots.host_bytes,
         }

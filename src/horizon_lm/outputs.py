@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from horizon_lm.config import ModelSettings
+from horizon_lm.distributed.ranks import Ranks
 from horizon_lm.engine.loss import TokenValues
 from horizon_lm.errors import NonFiniteError
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.words import count, parameters, size
 
 # Parts of `HostModel.memory_bytes` that are on the device.
-_ON_DEVICE = ("weight_slots", "gradient_slots", "boundary_slots")
+_ON_DEVICE = ("weight_slots", "weight_shards", "gradient_slots", "gradient_shards", "boundary_slots")
 
 
 def _shown(output: Any, **values: Any) -> str:
@@ -24,6 +26,11 @@ def _shown(output: Any, **values: Any) -> str:
         f"{n}={v:.6g}" if isinstance(v, float) else f"{n}={v}" for n, v in values.items() if v not in ("", [])
     ]
     return f"{type(output).__name__}({', '.join(parts)})"
+
+
+def bytes_of_slots(memory: Mapping[str, int]) -> int:
+    """Return the bytes of slots on the device. memory: as `HostModel.memory_bytes` gives it."""
+    return sum(memory.get(name, 0) for name in _ON_DEVICE)
 
 
 def perplexity(loss: float) -> float:
@@ -115,8 +122,10 @@ def describe_model(
     device: torch.device,
     memory: dict[str, int],
     steps_done: int,
+    ranks: Ranks,
 ) -> str:
-    """Model type, parameters, device, dtype, memory by place, and how and when updates run.
+    """Model type, parameters, device, dtype, memory by place, and how and when updates run. With several
+    ranks, memory is this rank's.
 
     memory: bytes by part, as `HostModel.memory_bytes` gives them.
     """
@@ -127,7 +136,7 @@ def describe_model(
     if trainable != total:
         numbers += f" ({parameters(trainable).removesuffix(' parameters')} trainable)"
     kind = type(skeleton.model).__name__
-    slots = sum(memory[name] for name in _ON_DEVICE)
+    slots = bytes_of_slots(memory)
     parts = ", ".join(f"{n} {size(b)}" for n, b in memory.items() if b and n not in _ON_DEVICE)
     clipping = f"max_grad_norm {settings.max_grad_norm:g}" if settings.max_grad_norm else "no clipping"
     lines = [
@@ -137,6 +146,8 @@ def describe_model(
         f"device memory: {size(slots)} in slots" if slots else "device memory: none, the host's is used",
         f"updates: {settings.optim}, {settings.update_mode}, {clipping}; {count(steps_done, 'step')} done",
     ]
+    if ranks.world > 1:
+        lines.append(f"rank {ranks.rank} of {ranks.world}, which hold a share each")
     return "HostModel(\n" + "".join(f"  {line}\n" for line in lines) + ")"
 
 

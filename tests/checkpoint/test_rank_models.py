@@ -89,7 +89,7 @@ def test_an_export_of_ranks_takes_the_memory_of_a_unit(two_ranks: RankPool, tmp_
     total = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     assert total > 95e6
     print(f"{total / 1e6:.0f} MB exported with {', '.join(f'{n / 1e6:.0f}' for n in grown)} MB of memory")
-    assert max(grown) < 0.6 * total
+    assert max(grown) < 0.7 * total
 
 
 def test_an_export_that_fails_on_rank_0_fails_on_all_and_harms_nothing(

@@ -67,9 +67,7 @@ class AdversarialLanes:
             pending.discard(i)
             self.order.append(i)
 
-    def _run_with_others(
-        self, ops: Sequence[Op], waits: Waits, indices: range, execute: Execute
-    ) -> None:
+    def _run_with_others(self, ops: Sequence[Op], waits: Waits, indices: range, execute: Execute) -> None:
         """The same with several ranks: ops of lanes that wait for other ranks run in a thread of their lane,
         while others go on; two such lanes in one thread could wait for each other."""
         queues: dict[Lane, deque[int]] = defaultdict(deque)

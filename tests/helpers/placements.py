@@ -21,12 +21,14 @@ LR, WEIGHT_DECAY, CLIPPED_AT = 1e-2, 0.1, 2.0
 
 @dataclass(frozen=True)
 class Source:
-    """name: of zoo.yaml. frozen: parts of the names of frozen parameters. dropout: of each dropout module."""
+    """name: of zoo.yaml. frozen: parts of the names of frozen parameters. dropout: of each dropout module.
+    is_large: tables of many blocks, whose ranges of several ranks begin within a row."""
 
     name: str
     frozen: tuple[str, ...] = ()
     dropout: float = 0.0
     loss_chunk_tokens: int = 64
+    is_large: bool = False
 
 
 SOURCES: dict[str, Source] = {
@@ -64,14 +66,31 @@ NUMBERS = [
 ]
 
 
+_LARGE = {
+    "vocab_size": 700,
+    "hidden_size": 56,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 14,
+    "intermediate_size": 300,
+}
+
+
 @cache
-def _built(name: str) -> Any:
-    return zoo.build(name)
+def _built(name: str, is_large: bool) -> Any:
+    if not is_large:
+        return zoo.build(name)
+    config = zoo.CASES[name].config()
+    for key, value in _LARGE.items():
+        setattr(config, key, value)
+    made = zoo._from_config(config, torch.float32, seed=0, attn="sdpa")
+    zoo._perturb(made, torch.Generator().manual_seed(1))
+    return made.train()
 
 
 def model(source: Source, numbers: Numbers, seed: int = 0, **settings: Any) -> hz.HostModel:
     """seed: of the order of ops, if lanes are adversarial."""
-    made = copy.deepcopy(_built(source.name))
+    made = copy.deepcopy(_built(source.name, source.is_large))
     for key, parameter in made.named_parameters():
         parameter.requires_grad_(not any(part in key for part in source.frozen))
     for module in made.modules():
@@ -93,7 +112,13 @@ def model(source: Source, numbers: Numbers, seed: int = 0, **settings: Any) -> h
 
 
 def batches(source: Source, step: int, count: int) -> list[dict[str, torch.Tensor]]:
-    return [zoo.batch(source.name, batch_size=1, length=7, seed=100 * step + m + 1) for m in range(count)]
+    made = [zoo.batch(source.name, batch_size=1, length=7, seed=100 * step + m + 1) for m in range(count)]
+    if source.is_large:  # ids of the whole vocabulary
+        for batch in made:
+            for name in ("input_ids", "labels"):
+                ids = batch[name]
+                batch[name] = torch.where(ids < 0, ids, ids * 37 % _LARGE["vocab_size"])
+    return made
 
 
 def bits(value: torch.Tensor) -> torch.Tensor:

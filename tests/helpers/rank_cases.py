@@ -1,4 +1,4 @@
-"""Steps of a model on several ranks, run in the processes of a `RankPool`, and what they compute as digests."""
+"""Steps of a model on several ranks, run in the processes of a `RankPool`; what they compute, as digests."""
 
 from __future__ import annotations
 
@@ -15,12 +15,19 @@ import horizon_lm as hz
 import placements
 import rank_pool
 from horizon_lm.engine import sharded
+from horizon_lm.engine import step as engine_step
 from horizon_lm.engine.positions import Positions
 from horizon_lm.engine.sharded import ShardedUpdates
 from horizon_lm.optim.gradients import ordered_sum
-from placements import SOURCES, Numbers
+from horizon_lm.schedule import Lane, Op
+from placements import Numbers, Source
 
 STEPS = 8
+SOURCES = {
+    **placements.SOURCES,
+    "large, untied": Source("llama", is_large=True),
+    "large, tied": Source("qwen2", is_large=True),
+}
 _known: dict[str, Found] = {}
 
 
@@ -141,12 +148,12 @@ def _one_left_out(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Positions, "present", lambda self, position: max(1, honest(self, position) - 1))
 
 
-def _norms_added(patch: pytest.MonkeyPatch) -> None:
-    """Each rank adds its own squares, and then the sums are added."""
+def _squares_in_fp32(patch: pytest.MonkeyPatch) -> None:
+    """In fp32."""
 
     def norm_of(self: ShardedUpdates, step: Any) -> float:
-        own = [ordered_sum(step.square_norms[unit]) for unit in sorted(step.square_norms)]
-        return sum(sum(rank) for rank in self.ranks.exchange(own)) ** 0.5
+        own = sum(ordered_sum(found) for found in step.square_norms.values())
+        return float(torch.tensor(self.ranks.exchange(own)).sum()) ** 0.5
 
     patch.setattr(ShardedUpdates, "norm_of", norm_of)
 
@@ -163,10 +170,21 @@ def _rows_unrounded(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ShardedUpdates, "_add_rows", add_rows)
 
 
+def _no_waits_for_the_network(patch: pytest.MonkeyPatch) -> None:
+    honest = engine_step.derive_waits
+
+    def derive(ops: list[Op]) -> list[tuple[int, ...]]:
+        found = honest(ops)
+        return [tuple(j for j in waits if ops[j].lane is not Lane.NETWORK) for waits in found]
+
+    patch.setattr(engine_step, "derive_waits", derive)
+
+
 _WRONG: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "parts in reverse order": _reversed,
     "seeds by position": _positions_as_seeds,
     "the last of each position left out": _one_left_out,
-    "norms of ranks added": _norms_added,
+    "squares of ranks added in fp32": _squares_in_fp32,
     "rows added without rounding": _rows_unrounded,
+    "no waits for the network": _no_waits_for_the_network,
 }

@@ -10,14 +10,17 @@ import random
 
 import pytest
 
-from placements import CLIPPED_AT, NUMBERS, SOURCES, Numbers, sampled
-from rank_cases import STEPS, Case, alone
+from placements import CLIPPED_AT, NUMBERS, Numbers, sampled
+from rank_cases import SOURCES, STEPS, Case, alone
 from rank_pool import RankPool
 from sizes import SOAK, times
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-KINDS = ("untied", "tied", "experts, router's loss", "frozen parts", "learned positions, dropout")
+KINDS = (
+    *("large, untied", "large, tied", "experts, router's loss", "frozen parts"),
+    "learned positions, dropout",
+)
 DTYPES = (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"))
 MODES, COUNTS = ("sync", "deferred", "eager"), (1, 3, 4)
 
@@ -84,11 +87,11 @@ def test_no_placement_changes_a_bit(world: int, request: pytest.FixtureRequest) 
 # Negative controls: each is wrong in one place only.
 
 WRONG = {
-    "parts in reverse order": Case("untied", counts=(4, 4)),
+    "parts in reverse order": Case("large, untied", counts=(4, 4)),
     "seeds by position": Case("learned positions, dropout", counts=(2,)),
-    "the last of each position left out": Case("untied", counts=(3, 3)),
-    "norms of ranks added": Case("untied", counts=(2,) * 4),
-    "rows added without rounding": Case("tied", Numbers("bfloat16"), counts=(2, 2)),
+    "the last of each position left out": Case("large, untied", counts=(3, 3)),
+    "squares of ranks added in fp32": Case("large, untied", counts=(2,) * 4),
+    "rows added without rounding": Case("large, tied", Numbers("bfloat16"), counts=(2, 2)),
 }
 
 

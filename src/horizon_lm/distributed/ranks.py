@@ -62,7 +62,7 @@ class Ranks:
         return self.rank == 0
 
     def at(self, op: str) -> None:
-        """Name the op at work, for messages of all ranks should it fail. Costs next to nothing."""
+        """Name the op of this thread, for the messages of all ranks if one fails. Costs next to nothing."""
 
     def publish_failure(self, error: BaseException) -> None:
         """Tell the other ranks that this one failed, so that they end with its number, op and error.

@@ -21,8 +21,9 @@ from horizon_lm.distributed.watch import Watch
 _FRAME = 248
 _SIZE = 8  # bytes of a size
 _PIECE = 1 << 20  # elements of a rank that a reduction on the host receives at once
-# The first was renamed in torch 2.13.
+# Renamed in torch 2.13.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class TorchRanks(Ranks):
@@ -46,7 +47,7 @@ class TorchRanks(Ranks):
 
     def at(self, op: str) -> None:
         if self._watch is not None:
-            self._watch.label = op
+            self._watch.at(op)
 
     def publish_failure(self, error: BaseException) -> None:
         if self._watch is not None:
@@ -73,7 +74,7 @@ class TorchRanks(Ranks):
             if self._on_host:
                 self._add_parts(given.view(self.world, -1), out)
             else:
-                dist.reduce_scatter_tensor(out, given, group=self._device)
+                _reduce_scatter_single(out, given, group=self._device)
 
     def _add_parts(self, given: torch.Tensor, out: torch.Tensor) -> None:
         """Fill out [n] with the sum of given[rank] [n] of each rank, added in their order, piece by piece.
@@ -186,23 +187,16 @@ class TorchRanks(Ranks):
     @contextmanager
     def _watched(self, where: str, kind: str) -> Iterator[None]:
         """Raise RankError for a lost connection, and instead of a collective after a failure."""
-        watch = self._watch
-        if watch is None:
+        if self._watch is None:
             yield
             return
-        begun = f"{kind} on {where}"
-        at = f"{watch.label} ({begun})" if watch.label else begun
-        if watch.failure is not None:
-            raise watch.error(at)
-        watch.blocked[where] = begun
-        try:
-            yield
-        except RuntimeError as error:
-            if not _is_lost_connection(error):
-                raise
-            raise watch.cause(error, at) from error
-        finally:
-            watch.blocked.pop(where, None)
+        with self._watch.collective(kind, where) as name:
+            try:
+                yield
+            except RuntimeError as error:
+                if not _is_lost_connection(error):
+                    raise
+                raise self._watch.cause(error, name) from error
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:

@@ -16,7 +16,8 @@ import sys
 import threading
 import time
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from horizon_lm.distributed.ranks import Place
@@ -32,7 +33,7 @@ class Times(NamedTuple):
     silence, which has taken its time already."""
 
     beat: float = 1.0
-    lost: float = 20.0
+    lost: float = 18.0
     probe: float = 2.5
     patience: float = 15.0
     grace: float = 3.0
@@ -78,13 +79,13 @@ class _Beat(NamedTuple):
 class Watch:
     """The watch of one rank. store: a client of its own, that no other thread uses (torch.distributed.Store).
 
-    is_host: rank 0's process serves the store. `label` is the op at work, for messages; `blocked` names
-    collectives that have begun.
+    is_host: rank 0's process serves the store.
     """
 
     def __init__(self, store: Any, place: Place, is_host: bool, times: Times = TIMES) -> None:
-        self.label = ""
-        self.blocked: dict[str, str] = {}
+        self._labels: dict[int, str] = {}  # the last op of each thread
+        self._label = ""  # and of all
+        self._begun: dict[str, str] = {}  # collectives at work, by channel
         self.failure: Failure | None = None
         self._store, self._rank, self._world = store, place.rank, place.world
         self._is_host, self._times = is_host, times
@@ -105,9 +106,25 @@ class Watch:
 
     @property
     def op(self) -> str:
-        """The op at work, and the collectives begun."""
-        begun = ", ".join(tuple(self.blocked.values()))
-        return f"{self.label} ({begun})" if self.label and begun else self.label or begun
+        """The collectives at work, or else the last op."""
+        return ", ".join(tuple(self._begun.values())) or self._label
+
+    def at(self, op: str) -> None:
+        """Name the op of this thread."""
+        self._labels[threading.get_ident()] = self._label = op
+
+    @contextmanager
+    def collective(self, kind: str, where: str) -> Iterator[str]:
+        """Name a collective that is at work; yields the name, with the op of this thread."""
+        label = self._labels.get(threading.get_ident(), "")
+        name = f"{label} ({kind} on {where})" if label else f"{kind} on {where}"
+        if self.failure is not None:
+            raise self.error(name)
+        self._begun[where] = name
+        try:
+            yield name
+        finally:
+            self._begun.pop(where, None)
 
     @property
     def is_failed(self) -> bool:

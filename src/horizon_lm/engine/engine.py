@@ -9,15 +9,17 @@ the work, where the note could be lost, but read off the work itself: weights by
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from functools import partial, wraps
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 
 from horizon_lm.config import ModelSettings
 from horizon_lm.config.data import IGNORED
+from horizon_lm.distributed.agreement import agree
 from horizon_lm.distributed.ranks import ALONE, Ranks
+from horizon_lm.engine.agreed import of_data, of_model
 from horizon_lm.engine.disk_lane import Saving
 from horizon_lm.engine.ends import Rows
 from horizon_lm.engine.head_gradient import adds_in_fp32
@@ -34,7 +36,6 @@ from horizon_lm.engine.ops import Ops
 from horizon_lm.engine.positions import Positions
 from horizon_lm.engine.results import gather_results
 from horizon_lm.engine.step import Schedule, Step, Update
-from horizon_lm.errors import ConfigError
 from horizon_lm.machine.determinism import DeterministicKernels
 from horizon_lm.memory.pinned import PinnedPool
 from horizon_lm.memory.store import HostStore
@@ -44,6 +45,8 @@ from horizon_lm.model.capture import drop_captures
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.optim.optimizer import Optimizer, UpdateSettings
 from horizon_lm.schedule import Op, StepSpec, build, build_flush, build_save
+from horizon_lm.schedule.world import digest
+from horizon_lm.words import count
 
 
 class Engine:
@@ -74,6 +77,7 @@ class Engine:
         self._steps_before = 0  # steps done before `_update`
         self._update: Update | None = None  # the last one decided on, or running (eager)
         self._is_mixed = False
+        self._has_met = False  # whether ranks have compared their models
         self._is_training: bool | None = True  # mode of the model's modules; None if unknown
         self._begins_to_save = False
         self._has_run_writes = False
@@ -99,8 +103,24 @@ class Engine:
         """The schedule of a step, built once. pending: it starts with the updates of the step before."""
         if (spec, pending) not in self._schedules:
             ops = build(spec, step=1, pending=spec.trainable if pending else ())
-            self._schedules[spec, pending] = Schedule.of(ops)
+            made = Schedule.of(ops)
+            self._schedules[spec, pending] = made._replace(digest=digest(ops) if spec.world > 1 else "")
         return self._schedules[spec, pending]
+
+    def _agree(self, call: str, step: Step | None = None, update: UpdateSettings | None = None) -> None:
+        """Raise the same ConfigError on all ranks unless they make the same call on the same data."""
+        if self.ranks.world == 1:
+            return
+        if not self._has_met:
+            agree(self.ranks, of_model(self.store.units, self.settings))
+            # `auto` depends on the memory of the device.
+            self.ops.set_loss_chunk(min(self.ranks.exchange(self.ops.policies.loss_chunk)))
+            self._has_met = True
+        values: dict[str, Any] = {"call": f"{call} after {count(self.steps_done, 'step')}"}
+        values["update"] = update and vars(update)
+        if step is not None:
+            values |= {"micro-batches": step.data, "schedule": step.schedule.digest}
+        agree(self.ranks, values)
 
     # State between calls
 
@@ -194,6 +214,8 @@ class Engine:
         positions = Positions.of(len(micro_batches), self.ranks)
         spec = self.spec(len(positions), save=self._begins_to_save)
         step = self._begin(spec, micro_batches, self.steps_done, pending=self.has_pending)
+        with_own = "a loss function" if loss_fn is not None else "cross-entropy"
+        self._agree(f"forward_backward with {with_own}", step, update)
         step.ends_itself = ends_itself
         if update is not None:
             self._update = step.update = Update.of(self.trainable, update, eager=True)
@@ -243,6 +265,7 @@ class Engine:
             sum(int((targets != IGNORED).sum()) for targets in all_targets),
             number=number,
             rng_base=self.settings.seed * 1_000_003 + number,
+            data=of_data(micro_batches) if self.ranks.world > 1 else [],
         )
         if spec.lowest_backward == 0 and not spec.evaluate:
             ids = [batch["input_ids"] for batch in micro_batches]
@@ -272,6 +295,7 @@ class Engine:
         positions = Positions.of(len(micro_batches), self.ranks)
         step = self._begin(self.spec(len(positions), evaluate=True), micro_batches, 0, pending=False)
         step.asked, step.wants_routers = asked, routers
+        self._agree(f"evaluate of {sorted(asked.values)} at temperature {asked.temperature}", step)
         self._set_mode(training=False)
         try:
             self._execute(step, range(len(step.schedule.ops)), record)
@@ -292,6 +316,7 @@ class Engine:
         step. Taking the norm decides the update; `flush` completes it."""
         assert self.holds_gradients_of(step), "update() needs a forward_backward() before it"
         if step.spec.update != "eager":
+            self._agree("update", update=settings)
             step.update = Update.of(self.trainable, settings)
         norm, end = step.schedule.norm, len(step.schedule.ops)
         self._execute(step, range(norm, norm + 1), record)
@@ -362,6 +387,8 @@ class Engine:
 
         def execute(i: int) -> None:
             op = self._inside.op = schedule.ops[i]
+            if self.ranks.world > 1:
+                self.ranks.at(f"{op} of step {step.number + 1}")
             try:
                 with self.pinned.in_use():
                     self.ops.functions[op.kind](step, op)
@@ -384,39 +411,3 @@ class Engine:
             self.spans, self._spans_origin = [], self.lanes.origin
         later = self.lanes.origin - self._spans_origin  # an update's spans follow those of its gradients
         self.spans += [(op, start + later, end + later) for op, start, end in self.lanes.spans]
-
-
-class _OneAtATime(Protocol):
-    """A HostModel, as far as `in_turn` needs it."""
-
-    engine: Engine
-    _turn: threading.RLock
-
-
-_M = TypeVar("_M", bound=_OneAtATime)
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-def in_turn(method: Callable[Concatenate[_M, _P], _R]) -> Callable[Concatenate[_M, _P], _R]:
-    """Serialise calls of one HostModel across threads, and reject calls from within a step.
-
-    A call from `check` belongs to the call it is made in. Code inside an op (a loss function, a layer, the
-    writing of a unit) may run in another thread, and sees weights and gradients half-way.
-    """
-
-    @wraps(method)
-    def call(self: _M, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        op = self.engine.op_at_work
-        if op is not None:
-            raise ConfigError(
-                f"HostModel.{method.__name__}() was called in the middle of a step of the same model (in op "
-                f"{op})",
-                hint="call it between two steps, or in train_step(check=...); a loss_fn has what it needs in "
-                "its arguments",
-            )
-        with self._turn:
-            self.engine.come_back()
-            return method(self, *args, **kwargs)
-
-    return call

@@ -195,8 +195,8 @@ class CudaLanes:
         return made[:count]
 
 
-# Stream priorities; torch's lowest is 0. Casts and norms of downloads, sums over ranks and updates yield to the
-# compute lane's kernels.
+# Stream priorities; torch's lowest is 0. Casts and norms of downloads, sums over ranks and updates yield to
+# the compute lane's kernels.
 _PRIORITIES = {
     Lane.UPLOAD: 0,
     Lane.COMPUTE: -1,

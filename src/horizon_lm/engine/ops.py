@@ -103,6 +103,22 @@ class Ops:
             **self.updates.functions,
         }
 
+    def set_loss_chunk(self, tokens: int) -> None:
+        """Use another chunk than what the settings resolved to on this rank."""
+        self.policies = replace(self.policies, loss_chunk=tokens)
+        self.updates.policies = self.policies
+
+    @property
+    def slot_bytes(self) -> dict[str, int]:
+        """Device bytes of slots for weights and gradients; with several ranks, of buffers for shares too."""
+        found = {"weight_slots": self.weight_slots.num_bytes, "gradient_slots": self.gradient_slots.num_bytes}
+        if isinstance(self.updates, ShardedUpdates):
+            found |= {
+                "weight_shards": self.weight_slots.shard_bytes,
+                "gradient_shards": self.updates.shards.num_bytes,
+            }
+        return found
+
     def _upload(self, step: Step, op: Op) -> None:
         self.weight_slots.upload(op.slot if op.shard < 0 else op.shard, op.unit)
 

@@ -11,8 +11,8 @@ from horizon_lm.distributed.ranks import ALONE, Ranks
 class Positions:
     """Micro-batch g of a step's `total` is at position g // world of rank g % world.
 
-    Every rank has the same number of positions. Those beyond the last micro-batch are empty: their ops compute
-    nothing and their gradients count nowhere.
+    Every rank has the same number of positions. Those beyond the last micro-batch are empty: their ops
+    compute nothing and their gradients count nowhere.
     """
 
     total: int = 0

@@ -1,4 +1,4 @@
-"""Ops from a unit's gradient to its updated weights, with several ranks: T and V, and P, G, D, O, A on shards.
+"""Ops from a unit's gradient to its updated weights, with several ranks: T, V, and P, G, D, O, A on shards.
 
 Each rank owns a shard of every gradient's sum. `exact` sends the gradients of the ranks' micro-batches at one
 position to their owners, who add them in the order of the micro-batches, as one rank alone does. `fast` adds
@@ -78,8 +78,8 @@ class ShardedUpdates(Updates):
     def _add_up(
         self, step: Step, op: Op, run: torch.Tensor, total: torch.Tensor, received: torch.Tensor
     ) -> None:
-        """run: [world * n] of this rank. total: fp32 [n], overwritten by the first op. received: a buffer like
-        `run`."""
+        """run: [world * n] of this rank. total: fp32 [n], overwritten by the first op. received: a buffer
+        like `run`."""
         if step.spec.reduction == FAST:
             found = total if op.first else received[: total.numel()]
             self.ranks.reduce_scatter(run, found)

@@ -26,11 +26,15 @@ from horizon_lm.words import count
 
 
 class Schedule(NamedTuple):
-    """Ops in program order, the ops each waits for, and the buffers each is the last to use."""
+    """Ops in program order, the ops each waits for, and the buffers each is the last to use.
+
+    digest: of the ops, for several ranks to compare.
+    """
 
     ops: list[Op]
     waits: list[tuple[int, ...]]
     ends: list[tuple[Buffer, ...]]
+    digest: str = ""
 
     @classmethod
     def of(cls, ops: list[Op]) -> Schedule:
@@ -92,7 +96,7 @@ class Step:
 
     With several ranks, `spec`, ops and what follows are of this rank's `positions`; of all ranks are
     token_counts (tokens of each micro-batch), num_tokens (targets that count) and rows (the embedding rows
-    used, if they or the prologue need gradients).
+    used, if they or the prologue need gradients); data: hashes of all micro-batches, for ranks to compare.
     targets: [batch, tokens] on the host per micro-batch. number: steps done before it. head_losses: one per
     micro-batch. metrics: what a loss function returns besides the loss (device_metrics: the same before they
     are read). router_weight: see `TokenLoss`; router_losses: before that weight. asked, wants_routers: what
@@ -116,6 +120,7 @@ class Step:
     rows: Rows | None = None
     number: int = 0
     rng_base: int = 0
+    data: list[str] = field(default_factory=list)
     head_losses: list[HeadLoss] = field(default_factory=list)
     update: Update | None = None
     ends_itself: bool = False

@@ -42,6 +42,7 @@ from horizon_lm.engine.lanes import Span
 from horizon_lm.errors import DataError, StoppedError
 from horizon_lm.host_model import HostModel
 from horizon_lm.io import files
+from horizon_lm.outputs import bytes_of_slots
 from horizon_lm.preference.method import added, means
 from horizon_lm.report.by_rank import figures_of_all
 from horizon_lm.report.flops import ModelFlops
@@ -413,8 +414,7 @@ def device_bytes(model: HostModel) -> int:
     """Return peak bytes on a CUDA device, else the size of slots outside the store."""
     if model.device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(model.device))
-    memory = model.memory_bytes()
-    return memory["weight_slots"] + memory["gradient_slots"]
+    return bytes_of_slots(model.memory_bytes())
 
 
 def finite_or_none(value: Any) -> Any:

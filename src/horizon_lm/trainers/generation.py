@@ -14,6 +14,7 @@ from horizon_lm.machine.device import free_memory_bytes
 from horizon_lm.memory.slots import WeightSlots
 from horizon_lm.model.kernels import patched
 from horizon_lm.model.skeleton import Skeleton
+from horizon_lm.outputs import bytes_of_slots
 from horizon_lm.words import count, size
 
 
@@ -100,8 +101,7 @@ def check_device_memory(host: HostModel, free_bytes: int | None = None) -> None:
     needed = copy_bytes(host)
     if needed <= free_bytes:
         return
-    parts = host.memory_bytes()
-    slots = sum(parts[name] for name in ("weight_slots", "gradient_slots", "boundary_slots"))
+    slots = bytes_of_slots(host.memory_bytes())
     raise DoesNotFitError(
         f"generation needs all weights on the device: {size(needed)}, but only {size(free_bytes)} are free "
         f"beside {size(slots)} of slots: short by {size(needed - free_bytes)}",

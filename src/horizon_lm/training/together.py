@@ -6,18 +6,15 @@ rather than wait for each other. A rank alone calls nothing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import xxhash
-
 from horizon_lm.distributed import start
-from horizon_lm.distributed.agreement import difference
+from horizon_lm.distributed.agreement import agree
 from horizon_lm.distributed.outcomes import packed, settle
 from horizon_lm.distributed.ranks import ALONE, Ranks
-from horizon_lm.errors import ConfigError, HorizonError, RankError
+from horizon_lm.errors import HorizonError, RankError
 from horizon_lm.io.output import silent_output
 
 T = TypeVar("T")
@@ -42,6 +39,7 @@ class Together:
         """Return the JSON value of each rank. at: the place in the run, equal on all ranks."""
         if self.is_alone:
             return [value]
+        self.ranks.at(at)
         found = self.ranks.exchange([at, value])
         odd = next((rank for rank, (place, _) in enumerate(found) if place != found[0][0]), None)
         if odd is not None:
@@ -96,20 +94,10 @@ class Together:
             raise
 
     def agree(self, what: str, values: Mapping[str, Any]) -> None:
-        """Raise ConfigError on all ranks, with rank and key, unless they have the same JSON-ready values."""
-        if self.is_alone:
-            return
-        content = json.dumps(values, sort_keys=True, default=str)
-        digest = xxhash.xxh3_128_hexdigest(content.encode())
-        if len(set(self.exchange(what, digest))) == 1:
-            return
-        told = self.exchange(f"{what} in full", json.loads(content))
-        raise shared(
-            ConfigError(
-                str(difference([{what: one} for one in told])),
-                hint="start all ranks with the same command, files and versions",
-            )
-        )
+        """Raise ConfigError, with rank and key, unless all ranks have the same JSON-ready values."""
+        if not self.is_alone:
+            self.exchange(what, None)
+            agree(self.ranks, {what: values})
 
     def _settled(self, at: str, work: Callable[[], Any] | None) -> list[Any]:
         """Do `work` if given; return the results of all ranks (None without), or raise the first error."""
@@ -154,7 +142,7 @@ def joined(device: str) -> Iterator[Together]:
 
 
 def _reports(error: RankError, ranks: Ranks) -> bool:
-    """Tell whether this rank reports the failure of others: the lowest that is left, unless rank 0 has said so
-    itself."""
+    """Tell whether this rank reports the failure of others: the lowest that is left does, unless rank 0 has
+    told of it itself."""
     first = next((rank for rank in range(ranks.world) if rank not in error.ranks), 0)
     return ranks.rank == first and not (error.is_told and 0 in error.ranks)
