@@ -37,7 +37,7 @@ def case(seed: int) -> Case:
 def test_random_orders_give_the_bits_of_one_rank(world: str, request: pytest.FixtureRequest) -> None:
     pool = request.getfixturevalue(world)
     for seed in range(ORDERS):
-        for rank, (found,) in enumerate(pool.run("rank_cases:on_ranks", [case(seed)])):
+        for rank, (found,) in enumerate(pool.run("rank_cases:on_ranks", [case(seed)], timeout=600)):
             assert not alone(case(seed)).differences(found), f"{case(seed)} on rank {rank}"
 
 
