@@ -1,8 +1,8 @@
 """Faults of runs on several ranks: the cases, what each must leave, and the check of one.
 
 A run of 6 steps with a checkpoint of every second one, in the background, meets a fault in step 5, or while
-the checkpoint of step 4 is written. All ranks end in time and with the right exit codes, checkpoints of before
-are whole, and a resumed run on another number of ranks ends with the bits of an undisturbed one.
+the checkpoint of step 4 is written. All ranks end in time and with the right exit codes, checkpoints of
+before are whole, and a resumed run on another number of ranks ends with the bits of an undisturbed one.
 """
 
 from __future__ import annotations

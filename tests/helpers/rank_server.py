@@ -9,6 +9,7 @@ of `rank_faults`.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -171,6 +172,7 @@ def _forked(rank: int, one: dict[str, Any]) -> int:
 
         traceback.print_exc()
     finally:
+        atexit._run_exitfuncs()  # as at the end of any process: a rank tells the others how it ended
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

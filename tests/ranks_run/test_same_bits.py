@@ -13,7 +13,7 @@ import pytest
 from rank_runs import lines_of, write_settings
 from rank_server import RankServer
 from rank_states import exported, logical_state
-from small_runs import GPT2_DROPOUT, place_of, settings, write_text
+from small_runs import GPT2_DROPOUT, place_of, settings
 
 WORLDS = (2, 4)
 STEPS = 8
@@ -43,17 +43,6 @@ class Left:
     lines: list[dict[str, Any]]
     model: Mapping[str, bytes]
     states: Mapping[str, Any]
-
-
-@pytest.fixture(scope="module")
-def server() -> Any:
-    with RankServer() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("data") / "text.txt")
 
 
 def left_by(run: Path) -> Left:
