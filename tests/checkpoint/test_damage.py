@@ -219,8 +219,8 @@ def test_numbers_that_are_not_finite_are_found_by_verify(
 def test_checkpoints_of_all_versions_can_be_read_for_ever(
     name: str, moments: str, expected: str, tmp_path: Path
 ) -> None:
-    """Those that the first code of each version wrote. If this fails, the format has changed: add a version to
-    `manifest`, read all, and add a fixture."""
+    """Those that the first code of each version wrote. If this fails, the format has changed: add a version
+    to `manifest`, read all, and add a fixture."""
     folder = Path(__file__).parents[1] / "fixtures" / name
     config = AutoConfig.from_pretrained(folder)
     source = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
