@@ -11,7 +11,7 @@ gives. Nothing here ran on a GPU, and NCCL has not run.
 - memory: the peak of each rank's process beside the planner's prediction for a rank.
 - alone: one rank beside one of an earlier checkout (`--before FOLDER`); steps alternate.
 
-Results are kept by commit and machine in build/bench; `--fresh` repeats them.
+Results are kept by sources and machine in build/bench; `--fresh` repeats them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from . import rank_memory
 from .jobs import Ledger
 from .peers import PEERS
 from .rank_group import RANKS, RankGroup, by_threads, checkouts
-from .report import Report, commit, cpu_name
+from .report import Report, cpu_name, sources
 
 WORK = Path(__file__).parent.parent / "build" / "bench"
 WANTED = 0.85  # of the speed of one rank, for two ranks on the same cores
@@ -313,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     arguments = options(argv)
     torch.set_num_threads(1)
-    ledger = Ledger(arguments.work / "many-ranks.jsonl", f"{commit()}, {cpu_name()}")
+    ledger = Ledger(arguments.work / "many-ranks.jsonl", f"{sources()}, {cpu_name()}")
     shown = [Path(word).name if os.sep in word else word for word in argv]
     command = " ".join(["python -m benchmarks many_ranks", *shown])
     for job, run in jobs_of(arguments).items():
