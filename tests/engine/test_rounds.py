@@ -265,6 +265,8 @@ def test_blocks_with_fewer_slabs_than_layers() -> None:
         {"resident": 3, "rounds": 3, "round_sums": "device"},
         {"resident": 2, "rounds": 5, "round_sums": "host", "activations": "keep"},
         {"resident": 3, "rounds": 5, "round_sums": "add"},
+        {"reduction": "exact", "loss_chunk_tokens": 8},
+        {"reduction": "exact", "resident": 3, "rounds": 3, "round_sums": "host"},
     ],
     ids=lambda more: " ".join(f"{k}={v}" for k, v in more.items()),
 )

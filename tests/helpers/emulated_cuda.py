@@ -195,7 +195,6 @@ _SPECIAL: dict[Any, Callable[[EmulatedCuda, Any, tuple, dict], Any]] = {
     torch.Tensor.numpy: _numpy,
     torch.Tensor.pin_memory: _pin_memory,
     torch.Tensor.is_pinned: lambda cuda, func, args, kwargs: cuda.is_pinned(args[0]),
-    torch.Tensor.record_stream: lambda cuda, func, args, kwargs: None,
 }
 
 
@@ -316,6 +315,7 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch, fake_cuda: list[str]) -> Iter
     }
     for name, value in replaced.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
     for module in (arena, store):
         monkeypatch.setattr(module, "pin", cuda.register)
     monkeypatch.setattr(twins, "is_on_device", cuda.is_on_device)

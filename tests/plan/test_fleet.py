@@ -16,37 +16,20 @@ from horizon_lm.machine.profile import Node, Profile, load_profile
 from horizon_lm.memory.shards import Shard, UnitShard
 from horizon_lm.memory.store import predict_bytes
 from horizon_lm.plan.costs import Costs
-from horizon_lm.plan.fit import Limits
 from horizon_lm.plan.fleet import ONE, Fleet, Network
 from horizon_lm.plan.fleet_plan import break_even, smallest
 from horizon_lm.plan.predict import Sizes, costs_of, prediction_of
-from horizon_lm.plan.run_plan import Planners, RunPlan, fleet_of, plan_run
+from horizon_lm.plan.run_plan import RunPlan, fleet_of, plan_run
 from horizon_lm.plan.show import describe
 from horizon_lm.plan.space import Candidate, Cut
 from horizon_lm.schedule import Op
 from planned_models import SMALL, config_of, known, outline_of
+from planned_ranks import node_of, planners_of, profile_of
 from rank_pool import RankPool
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TWO_NODES = Fleet(2, 4)
-
-
-def node_of(**values: Any) -> Node:
-    rates = {"gpus": 4, "cores": 32, "host_bytes": 1e9, "optimizer": 8e9, "peer": 1e10, "network": 1e9}
-    seconds = {"peer_seconds": 1e-5, "network_seconds": 3e-5, "message_seconds": 1e-4}
-    return Node.model_validate(rates | seconds | {"sources": {}} | values)
-
-
-def profile_of(node: Node | None = None, **values: Any) -> Profile:
-    """A GPU as slow as the model is small."""
-    found = load_profile("rtx3090").model_dump() | {"process_bytes": 0.0, "context_bytes": 0.0}
-    found |= {"h2d": 2e9, "d2h": 2e9, "host": 2e10, "optimizer": 1e10} | values
-    found |= {
-        "matmul": {"bfloat16": 5e12, "float32": 2e12},
-        "elementwise": {"bfloat16": 1e11, "float32": 1e11},
-    }
-    return Profile.model_validate(found).model_copy(update={"node": node or node_of()})
 
 
 def plan_of(config: TrainConfig, hardware: str, fleet: Fleet) -> RunPlan:
@@ -186,11 +169,6 @@ def test_what_a_rank_allocates_is_predicted_to_the_byte(two_ranks: RankPool) -> 
 
 
 # Choices
-
-
-def planners_of(config: TrainConfig, profile: Profile) -> Planners:
-    limits = Limits.of_profile(profile)
-    return Planners(outline_of(config), profile, limits, frozenset(config.model_fields_set), None)
 
 
 def test_ranks_share_the_micro_batches_and_the_search_knows_it() -> None:

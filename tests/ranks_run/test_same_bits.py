@@ -26,6 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16 eager": {"dtype": "bfloat16", "update": "eager", "max_grad_norm": 0},
     "dropout, 5 micro-batches": {"init_model": GPT2_DROPOUT, "gradient_accumulation_steps": 5},
     "streamed": {"streaming": True, "buffer_size": 50},
+    "several loss chunks": {"reduction": "exact", "loss_chunk_tokens": 8},
     "by epochs, evaluated": {
         "max_steps": -1,
         "num_train_epochs": 0.5,
