@@ -97,7 +97,8 @@ class HostModel:
     model, and every call is collective: all ranks make the same calls with the same arguments, the
     micro-batches of all ranks included. Rank r computes micro-batches r, r + world, ...; results are those
     of all, on every rank, and with `reduction: exact` the same bits as on one rank. A loss function is called
-    on the rank that computes the micro-batch.
+    on the rank that computes the micro-batch. What is raised in the middle of a step, Ctrl-C included, ends
+    all ranks: the others report it, and no rank can go on.
     """
 
     def __init__(
@@ -158,12 +159,15 @@ class HostModel:
         source: str | os.PathLike[str] | nn.Module,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "bfloat16",
+        *,
+        ranks: Ranks | None = None,
         **settings: Any,
     ) -> HostModel:
         """Load a Hugging Face folder or Hub name, or consume a transformers model object.
 
-        settings: configuration keys (docs/configuration.md). Masters keep the precision of the source: an
-        fp32 checkpoint gives fp32 masters whatever `dtype` is.
+        ranks: by default those of this run; `horizon_lm.distributed.ranks.ALONE` for a model of this process
+        alone. settings: configuration keys (docs/configuration.md). Masters keep the precision of the source:
+        an fp32 checkpoint gives fp32 masters whatever `dtype` is.
         Raises ConfigError, UnsupportedModelError, DoesNotFitError, DataError.
         """
         resolved = model_settings("HostModel.from_pretrained()", device, dtype, settings)
@@ -176,7 +180,7 @@ class HostModel:
                 f"HostModel.from_pretrained(): a {type(source).__name__} is not a model",
                 hint="pass a folder, a name on the Hub, or a transformers model object",
             )
-        ranks = join(resolved.device)
+        ranks = join(resolved.device) if ranks is None else ranks
         if ranks.world == 1:
             return cls(load_model_of(source, resolved), resolved, ranks=ranks)
         memory = _share_of_memory(resolved, ranks)  # before any rank takes its share
@@ -193,12 +197,14 @@ class HostModel:
         settings: ModelSettings | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "bfloat16",
+        *,
+        ranks: Ranks | None = None,
         **more: Any,
     ) -> HostModel:
         """Create a model with random weights (by `seed`).
 
         values: a transformers configuration, or its values as a mapping with `model_type`. settings: replaces
-        device, dtype and the keyword settings. Raises as `from_pretrained` does.
+        device, dtype and the keyword settings. Otherwise as `from_pretrained`.
         """
         if not isinstance(values, Mapping):
             if not hasattr(values, "to_dict"):
@@ -215,11 +221,15 @@ class HostModel:
                 hint="pass one or the other",
             )
         values = dict(values)
-        ranks = join(settings.device)
+        ranks = join(settings.device) if ranks is None else ranks
         host_memory = _share_of_memory(settings, ranks)  # before the model takes its share
-        if not settings.skip_memory_check:
-            check_fits_host(values, settings, host_memory, Shard(ranks.rank, ranks.world))
-        check_kernels(settings, _device_of(settings, ranks))
+
+        def check() -> None:
+            if not settings.skip_memory_check:
+                check_fits_host(values, settings, host_memory, Shard(ranks.rank, ranks.world))
+            check_kernels(settings, _device_of(settings, ranks))
+
+        on_each(ranks, check)
 
         def create() -> HostModel:
             model = create_model(
@@ -371,7 +381,8 @@ class HostModel:
 
         check: called with the loss and its number of tokens; raising skips the update (with `update: eager`
         it is too late for that). It may evaluate, read and save, but not train. With several ranks it is
-        called on each, and what it raises on one ends the call on all. force: train on from torn weights.
+        called on each, and what it raises on one ends the call on all; one that evaluates or reads must do so
+        on all before it raises. force: train on from torn weights.
 
         Raises NonFiniteError if the loss or the gradient norm is not finite. Nothing has been updated then,
         unless `update: eager` met a non-finite gradient under a finite loss: the error says so
@@ -531,10 +542,19 @@ class HostModel:
             raise ConfigError(
                 "named_gradients() was called without gradients", hint="call forward_backward() before it"
             )
-        whole = Whole(self.store, self.ranks)
+        whole, step = Whole(self.store, self.ranks), self.engine.last_step
         for unit in self.store.units:
             for parameter in unit.trainable:
-                yield parameter.name, whole.gradient(parameter.name)
+                yield parameter.name, self._gradient(whole, parameter.name, step)
+
+    @in_turn
+    def _gradient(self, whole: Whole, name: str, step: Step | None) -> torch.Tensor:
+        if self.engine.last_step is not step:
+            raise ConfigError(
+                "the model was trained while named_gradients() was read",
+                hint="gradients = dict(model.named_gradients()) before the next forward_backward()",
+            )
+        return whole.gradient(name)
 
     def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (Hugging Face name, fp32 master) of each parameter, as new tensors.

@@ -37,8 +37,8 @@ class MemorySettings(Settings):
         "How gradients of several ranks are added. exact: in the order of the micro-batches, so that results "
         "are bitwise identical for any number of ranks. fast: one fp32 reduce-scatter per unit and step, "
         "whose last bits depend on the number of ranks. auto is exact, unless a plan finds it more than 15% "
-        "slower. One rank adds up in place with auto and fast, which gives the bits of several ranks unless a "
-        "micro-batch has several loss chunks; with exact it always does, at the cost of copies of weights and "
+        "slower. One rank adds up in place with auto and fast: the bits of several unless a micro-batch "
+        "has several loss chunks. With exact it always has them, at the cost of copies of weights and "
         "gradients and of memory for a few more units.",
         group="Memory and device",
         resume="ask",
@@ -67,8 +67,8 @@ class MemorySettings(Settings):
         "auto",
         "Where gradients of layers wait between rounds, 4 bytes per parameter: in device memory, in host "
         "memory from which they return in the next round, or in host memory where the host adds to them "
-        "(needs one micro-batch per round). auto lets the planner choose; without a plan it is device on a "
-        "CPU and host on a GPU.",
+        "(needs one micro-batch per round; on several ranks as host). auto lets the planner choose; without "
+        "a plan it is device on a CPU and host on a GPU.",
         group="Memory and device",
         resume="free",
     )

@@ -59,7 +59,8 @@ def packed(error: Exception | None) -> dict[str, Any] | None:
     if not isinstance(error, HorizonError):
         return {"kind": "", "message": f"{type(error).__name__}: {error}", "hint": None, "exit_code": 1}
     error.is_shared = True
-    kind, code = type(error).__name__, error.exit_code
+    kind = next(cls.__name__ for cls in type(error).__mro__ if hasattr(errors, cls.__name__))
+    code = error.exit_code
     return {"kind": kind, "message": error.message, "hint": error.hint, "exit_code": code}
 
 

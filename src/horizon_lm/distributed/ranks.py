@@ -17,7 +17,8 @@ import torch
 
 
 class Channel(StrEnum):
-    """A group for small values, used by one thread."""
+    """A group for values of the host, used by one thread at a time: DISK by that of the disk, UPDATE and
+    DEVICE_UPDATE by those of their lanes (UPDATE also by the caller, between steps), MAIN by the caller."""
 
     MAIN = "main"
     UPDATE = "update"

@@ -110,7 +110,8 @@ class Engine:
         if self.ranks.world == 1:
             return
         if not self._has_met:
-            agree(self.ranks, of_model(self.store.units, self.settings))
+            products = {"sums of products in fp32": adds_in_fp32(self.device, self.store.dtype)}
+            agree(self.ranks, of_model(self.store.units, self.settings) | products)
             # `auto` depends on the memory of the device.
             self.ops.set_loss_chunk(min(self.ranks.exchange(self.ops.policies.loss_chunk)))
             self._has_met = True
@@ -144,6 +145,11 @@ class Engine:
     def holds_gradients(self) -> bool:
         """Whether the store holds the gradients of one step, applied or not."""
         return self._step is not None
+
+    @property
+    def last_step(self) -> Step | None:
+        """That step."""
+        return self._step
 
     def holds_gradients_of(self, step: Step) -> bool:
         return self._step is step
@@ -390,6 +396,10 @@ class Engine:
             try:
                 with self.pinned.in_use():
                     self.ops.functions[op.kind](step, op)
+            except BaseException as error:
+                # At once: others wait for this rank in a collective, and so may this rank's own device.
+                self.ranks.publish_failure(error)
+                raise
             finally:
                 self._inside.op = None
             for buffer in schedule.ends[i]:
@@ -401,8 +411,10 @@ class Engine:
         try:
             with self._kernels:
                 self.lanes.run(schedule.ops, schedule.waits, indices, execute, record=record)
-        except Exception:  # everything was restored while it propagated
-            self._is_at_work = False
+        except BaseException as error:
+            self.ranks.publish_failure(error)  # of an interrupt between two ops
+            if isinstance(error, Exception):  # everything was restored while it propagated
+                self._is_at_work = False
             raise
         self._is_at_work = False
         if indices.start == 0:

@@ -1,7 +1,8 @@
 """Schedule executors. All honour the same derived waits, and run `W` ops on a `DiskLane`.
 
     InlineLanes  one thread, program order; CPU default, CudaLanes reference
-    CudaLanes    one thread per lane (`LaneThread`); streams for upload, compute, download, device update
+    CudaLanes    one thread per lane (`LaneThread`); streams for upload, compute, download, device update,
+                 network
 
 Tests add a third (`tests/helpers/adversarial.py`): random legal order, which exposes missing waits.
 """

@@ -33,7 +33,8 @@ def digest(ops: Sequence[Op]) -> str:
 
 def is_collective(op: Op) -> bool:
     """Whether an op of a schedule of several ranks ends only once all ranks run it: they exchange weights and
-    gradients (J, T, V), parts of the norm (N), and of eager updates whether gradients are finite (O, A)."""
+    gradients (J, T, V), parts of the norm (N, unless the caller has asked for it), and of eager updates
+    whether gradients are finite (O, A)."""
     eager = op.kind in "OA" and any(buffer.region == "sqnorm" for buffer in op.reads)
     return op.lane is Lane.NETWORK or op.kind == "N" or eager
 
