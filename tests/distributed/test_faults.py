@@ -71,6 +71,18 @@ def test_scripts_that_know_nothing_of_it(nursery: Nursery, who: int) -> None:
         assert ended[rank].code == 1
 
 
+@pytest.mark.parametrize("kind", ("error", "interrupt"))
+def test_a_step_that_fails_on_one_rank_is_over_on_all(nursery: Nursery, kind: str) -> None:
+    """Also if the script catches the error, which could be met with the next step's data."""
+    ended = nursery.run("step_failing", who=1, kind=kind)
+    own = "ValueError" if kind == "error" else "KeyboardInterrupt"
+    for rank, one in enumerate(ended):
+        assert one.output.count("done") == 1, one.output
+        assert f"step 1 {own}" in one.output if rank == 1 else "rank 1 failed" in one.output, one.output
+        assert one.seconds < ALL_SECONDS
+    assert "step 2 RankError rank 1 failed" in ended[1].output, ended[1].output
+
+
 def test_ranks_that_never_come_to_a_collective_are_ended(nursery: Nursery) -> None:
     ended = nursery.run("failing_alone", who=1)
     assert ended[1].code == 4

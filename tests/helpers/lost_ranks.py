@@ -86,6 +86,8 @@ def serve() -> Callable[[], None]:
     watch.TIMES = start.TIMES = watch.Times(*(seconds / 10 for seconds in watch.TIMES))
     for line in sys.stdin:
         scenario, keywords, world, variables, folder = json.loads(line)
+        if scenario == "step_failing":
+            import horizon_lm.host_model  # noqa: F401  # once, for all ranks
         pids = []
         for rank in range(world):
             pid = os.fork()
@@ -198,6 +200,36 @@ def script_ending(who: int) -> None:
     from horizon_lm.distributed.start import join
 
     _until_failure(join("cpu"), who, lambda: sys.exit(0))
+
+
+def step_failing(who: int, kind: str) -> None:
+    """A loss function fails on rank `who` in the second step; the script catches everything and goes on."""
+    import torch
+
+    import horizon_lm as hz
+
+    values = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64}
+    values |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = hz.HostModel.from_config(values, dtype="float32", device="cpu")
+    ids = torch.arange(16).view(2, 8)
+    calls = 0
+
+    def loss_fn(log_probs: torch.Tensor, batch: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if model.ranks.rank == who and calls == 2:
+            Path("fault").write_text(str(time.time()))
+            raise {"error": ValueError, "interrupt": KeyboardInterrupt}[kind]("of the script")
+        return -log_probs.sum()
+
+    for step in range(3):
+        try:
+            model.train_step(
+                [{"input_ids": ids + m, "labels": ids + m} for m in range(3)], 0.1, loss_fn=loss_fn
+            )
+            print("step", step, "done")
+        except BaseException as error:
+            print("step", step, type(error).__name__, error, flush=True)
 
 
 def failing_alone(who: int) -> None:
