@@ -18,6 +18,8 @@ FILES = [
     "tests/schedule",
     "tests/memory/test_master.py",
     "tests/memory/test_store.py",
+    "tests/ranks/test_bits.py",
+    "tests/ranks/test_orders.py",
     "tests/engine/test_activations.py",
     "tests/engine/test_cuda_lanes_logic.py",
     "tests/engine/test_lanes.py",

@@ -122,8 +122,10 @@ class StoppedError(HorizonError):
 class RankError(HorizonError):
     """Another rank failed or was lost.
 
-    ranks: the numbers of those that did, empty if unknown. op: that they were at, as far as known.
+    ranks: the numbers of those that did, empty if unknown. op: that they were at, as far as known. is_told:
+    by their own account, so exit_code is that of their error.
     """
 
     ranks: tuple[int, ...] = ()
     op: str = ""
+    is_told: bool = False

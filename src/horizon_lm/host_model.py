@@ -592,11 +592,10 @@ class HostModel:
 
         self.engine.flush()
         save_model(
-            *(self.skeleton, self.store, target),
+            *(self.skeleton, Whole(self.store, self.ranks, everywhere=False), target),
             dtype=wanted,
             max_shard_size=max_shard_size,
             extra=write_more,
-            ranks=self.ranks,
         )
 
     def _target_and_saver(

@@ -209,15 +209,26 @@ def test_numbers_that_are_not_finite_are_found_by_verify(
     assert "has 2 values that are not finite" in shown and "exp_avg." in shown
 
 
-def test_a_checkpoint_of_version_1_can_be_read_for_ever(tmp_path: Path) -> None:
-    """One that the first version wrote. If this fails, the format has changed: raise `manifest.VERSION`, read
-    both, and add a fixture."""
-    folder = Path(__file__).parents[1] / "fixtures" / "checkpoint-v1"
+@pytest.mark.parametrize(
+    ("name", "moments", "expected"),
+    [
+        ("checkpoint-v1", "float32", "3cf15b228b777a4e98904941a16da742"),
+        ("checkpoint-v2", "bfloat16", "8104257bf18e781eeac8bffb67884aa8"),  # of two ranks
+    ],
+)
+def test_checkpoints_of_all_versions_can_be_read_for_ever(
+    name: str, moments: str, expected: str, tmp_path: Path
+) -> None:
+    """Those that the first code of each version wrote. If this fails, the format has changed: add a version
+    to `manifest`, read all, and add a fixture."""
+    folder = Path(__file__).parents[1] / "fixtures" / name
     config = AutoConfig.from_pretrained(folder)
     source = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    target = HostModel.from_pretrained(source, device="cpu", dtype="bfloat16", skip_memory_check=True)
+    target = HostModel.from_pretrained(
+        source, device="cpu", dtype="bfloat16", moment_dtype=moments, skip_memory_check=True
+    )
     load_checkpoint(open_checkpoint(folder), target)
     masters = b"".join(tensor.numpy().tobytes() for _, tensor in target.named_parameters())
-    assert checksum(masters) == "3cf15b228b777a4e98904941a16da742" and target.steps_done == 2
+    assert checksum(masters) == expected and target.steps_done == 2
     assert cli.main(["verify", str(folder)]) == 0
     assert cli.main(["export", str(folder), str(tmp_path / "out")]) == 0

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from horizon_lm.checkpoint import shared
+from horizon_lm.checkpoint.folder import claim
 from horizon_lm.checkpoint.shared import shared_folder
-from horizon_lm.distributed.ranks import ALONE
+from horizon_lm.distributed.ranks import ALONE, Channel
 from horizon_lm.errors import ConfigError
 from threaded_ranks import ThreadedRanks, on_ranks
 
@@ -36,7 +38,8 @@ def test_a_folder_of_another_node_is_named(tmp_path: Path, monkeypatch: pytest.M
         said.append(error.value)
 
     on_ranks(3, work)
-    assert len(said) == 3 and all("another folder on node1" in error.message for error in said)
+    assert len(said) == 3 and all(error.is_shared for error in said)  # rank 0 alone reports it
+    assert all("another folder on node1" in error.message for error in said)
     assert all("all nodes share" in (error.hint or "") for error in said)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
@@ -47,6 +50,32 @@ def test_a_folder_that_rank_0_cannot_use_fails_on_all(tmp_path: Path) -> None:
             shared_folder(ranks, tmp_path / "absent")
 
     on_ranks(2, work)
+
+
+def test_what_a_kill_leaves_does_not_close_the_folder(tmp_path: Path) -> None:
+    """A run may begin in a folder where an earlier one was killed while it looked."""
+
+    class Killed(ThreadedRanks):
+        def exchange(self, value: Any, channel: Channel = Channel.MAIN) -> list[Any]:
+            if self.is_first and value == ["here", True]:
+                left.extend(path.name for path in tmp_path.iterdir())
+            return super().exchange(value, channel)
+
+    left: list[str] = []
+
+    def work(ranks: ThreadedRanks) -> None:
+        shared_folder(Killed(ranks.rank, ranks.world, ranks._boards), tmp_path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared.socket, "gethostname", lambda: "here")
+        on_ranks(2, work)
+    (name,) = left
+    (tmp_path / name).touch()
+    with claim(str(tmp_path), overwrite=False):
+        pass
+    (tmp_path / "notes.txt").touch()  # the control
+    with pytest.raises(ConfigError, match="not empty"), claim(str(tmp_path), overwrite=False):
+        pass
 
 
 def test_a_file_may_become_visible_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ from horizon_lm.errors import ConfigError, StoppedError
 def pretend(patch: pytest.MonkeyPatch, rank: int, world: int = 2, local_rank: int | None = None) -> None:
     patch.setattr("torch.distributed.is_initialized", lambda: False)
     local = rank if local_rank is None else local_rank
-    for name, value in {"RANK": rank, "LOCAL_RANK": local, "WORLD_SIZE": world}.items():
+    place = {"RANK": rank, "LOCAL_RANK": local, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": 2}
+    for name, value in {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}.items():
         patch.setenv(name, str(value))
 
 

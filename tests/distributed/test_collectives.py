@@ -24,6 +24,18 @@ def test_reduction_adds_in_rank_order(two_ranks: RankPool, four_ranks: RankPool)
         assert pool.run("collective_cases:reduction", 5000) == pool.run("collective_cases:reduction", 5000)
 
 
+def test_counters(four_ranks: RankPool) -> None:
+    """What leaves a process: 4,000 bytes to three others each; three quarters of 8,000 and 16,000."""
+    wanted = [
+        (12_000, True, []),
+        (6_000, True, []),
+        (12_000, True, []),
+        (0, False, ["disk"]),
+        (0, False, ["main"]),
+    ]
+    assert four_ranks.run("collective_cases:counters") == [wanted] * 4
+
+
 @pytest.mark.parametrize("channel", Channel)
 def test_values(two_ranks: RankPool, channel: Channel) -> None:
     assert two_ranks.run("collective_cases:values", channel) == [[0], [0]]

@@ -10,15 +10,17 @@ import pytest
 from horizon_lm.distributed.watch import TIMES
 from lost_ranks import Ended, Nursery
 
-ALL_SECONDS = 30 / 10 + 5  # watches of these tests are ten times as fast; ends of processes are not
+# Watches of these tests are ten times as fast; ends of processes on a busy machine are not.
+ALL_SECONDS = 3 + 17
 NAMED = r"rank {who} {what}, at J5 of step 3; rank {rank} was at J5 of step 3 \(gather on main\)"
 
 
-def check_others(ended: list[Ended], who: int, what: str) -> None:
-    """All others ended in time with an error that names the rank, what happened to it, and both ops."""
+def check_others(ended: list[Ended], who: int, what: str, code: int = 1) -> None:
+    """All others ended in time with an error that names the rank, what happened to it, and both ops, and with
+    the exit code of the rank that told its error."""
     for rank, one in enumerate(ended):
         if rank != who:
-            assert one.code == 1, one.output
+            assert one.code == code, one.output
             assert re.search(NAMED.format(who=who, what=what, rank=rank), one.output), one.output
             assert one.output.count("error:") == 1, one.output
             assert one.seconds < ALL_SECONDS
@@ -42,7 +44,7 @@ def test_killed(nursery: Nursery, who: int) -> None:
 def test_stopped(nursery: Nursery, who: int) -> None:
     """Nothing is closed, so others are blocked in a collective, and the watch ends them."""
     ended = nursery.run("signalled", who=who, name="SIGSTOP")
-    what = "its rendezvous store does not answer" if who == 0 else "no sign of life for 2 s"
+    what = "its rendezvous store does not answer" if who == 0 else "no sign of life for 1.8 s"
     check_others(ended, who, rf"was lost \({what}\)")
 
 
@@ -50,7 +52,7 @@ def test_stopped(nursery: Nursery, who: int) -> None:
 def test_errors_are_told(nursery: Nursery, who: int) -> None:
     ended = nursery.run("failing", who=who, is_ours=True)
     assert ended[who].code == 4 and "error: row 7 is empty" in ended[who].output
-    check_others(ended, who, "failed: row 7 is empty")
+    check_others(ended, who, "failed: row 7 is empty", code=4)
     ended = nursery.run("failing", who=who, is_ours=False)
     assert ended[who].code == 1 and "Traceback" in ended[who].output
     check_others(ended, who, "failed: ZeroDivisionError: no tokens")
@@ -73,7 +75,7 @@ def test_ranks_that_never_come_to_a_collective_are_ended(nursery: Nursery) -> No
     ended = nursery.run("failing_alone", who=1)
     assert ended[1].code == 4
     for rank in (0, 2):
-        assert ended[rank].code == 1 and ended[rank].seconds < ALL_SECONDS
+        assert ended[rank].code == 4 and ended[rank].seconds < ALL_SECONDS
         assert f"rank {rank}: error: rank 1 failed: row 7 is empty, at F3.1" in ended[rank].output
 
 

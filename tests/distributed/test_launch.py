@@ -46,6 +46,7 @@ def test_torchrun() -> None:
 
 def test_srun() -> None:
     assert find(SRUN) == Launch(PLACE, "gpu07", 15_000 + 1234567 % 15_000)
+    assert find(SRUN | {"SLURM_NTASKS_PER_NODE": "99"}).place == Place(5, 8, 1, 8)  # of the job, not the step
     assert find(SRUN | {"MASTER_ADDR": "a", "MASTER_PORT": "9"}) == Launch(PLACE, "a", 9)
     assert find(SRUN | {"SLURM_STEP_NUM_TASKS": "6"}).place == Place(5, 6, 1, 4)
     assert find(SRUN | {"SLURM_STEP_ID": "1"}).port == find(SRUN).port + 1  # another run of the same job
@@ -98,7 +99,6 @@ def test_srun_without_nodes() -> None:
     (
         ({"RANK": "8"}, "rank 8 of 8"),
         ({"LOCAL_RANK": "4"}, "4 of 4 on its node"),
-        ({"LOCAL_WORLD_SIZE": "9"}, "1 of 9 on its node"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' is not a number"),
         ({"WORLD_SIZE": "-8"}, "WORLD_SIZE='-8' is not a number"),
         ({"WORLD_SIZE": "0"}, "rank 5 of 0"),

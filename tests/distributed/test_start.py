@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,22 +23,21 @@ from rank_pool import PATH, RankPool, free_port
 SECONDS = 120
 
 
-def call(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+def call(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": PATH, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.run(
-        command, env=environment | variables, capture_output=True, text=True, timeout=SECONDS, check=False
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
     )
 
 
-def torchrun(scenario: str, *options: str) -> subprocess.CompletedProcess[str]:
-    where = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    script = ["--no-python", sys.executable, "-c", f"import lost_ranks as ranks; {scenario}"]
-    return call([sys.executable, "-m", "torch.distributed.run", *where, *options, *script])
-
-
-def test_torchrun_with_restarts() -> None:
+def test_torchrun_with_restarts(tmp_path: Path) -> None:
     """A rank is killed in the first attempt. The second one, through the same store, knows nothing of it."""
-    ended = torchrun("ranks.restarted(who=1)", "--nproc-per-node", "2", "--max-restarts", "1")
+    where = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    where += ["--nproc-per-node", "2", "--max-restarts", "1", "--no-python"]
+    code = "import lost_ranks; lost_ranks.restarted(who=1)"
+    ended = call(
+        [sys.executable, "-m", "torch.distributed.run", *where, sys.executable, "-c", code], tmp_path
+    )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout == "exchanged [0, 1]\n" * 2
     assert "exitcode: -9" in ended.stderr  # the first one
@@ -74,7 +74,7 @@ def test_ranks_with_cores_of_their_own(nursery: Nursery) -> None:
     assert [one.output for one in nursery.run("bound", world=2)] == ["sharers 1\n"] * 2
 
 
-def test_one_rank_makes_no_process_group() -> None:
+def test_one_rank_makes_no_process_group(tmp_path: Path) -> None:
     code = """if True:
         import sys
         import torch
@@ -88,7 +88,7 @@ def test_one_rank_makes_no_process_group() -> None:
         names = [name for name in sys.modules if name.startswith("horizon_lm.distributed.")]
         print(sorted(name.rpartition(".")[2] for name in names))
     """
-    ended = call([sys.executable, "-c", code])
+    ended = call([sys.executable, "-c", code], tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert not {"torch_ranks", "rendezvous"} & set(re.findall(r"\w+", ended.stdout))
 

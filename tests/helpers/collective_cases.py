@@ -96,6 +96,28 @@ def passed_on(terms: list[list[float]]) -> list[float]:
     return this.pass_on([0.5, 0.0], add)
 
 
+def counters() -> list[tuple[int, bool, list[str]]]:
+    """What each kind of collective adds: bytes, whether time on the network, channels with time."""
+    this, found = ranks(), []
+    own, whole = torch.ones(1000), torch.ones(1000 * this.world)
+    for call in (
+        lambda: this.all_gather(own, whole),
+        lambda: this.all_to_all(whole.bfloat16(), whole.bfloat16()),
+        lambda: this.reduce_scatter(whole, own),
+        lambda: this.exchange(1, Channel.DISK),
+        lambda: this.gather_all(own),
+    ):
+        before = this.bytes_sent, this.network_seconds, dict(this.wait_seconds)
+        call()
+        sent, waited = (
+            this.bytes_sent - before[0],
+            {c for c in Channel if this.wait_seconds[c] > before[2][c]},
+        )
+        on_network = this.network_seconds > before[1]
+        found.append((sent, on_network, sorted(waited)))
+    return found
+
+
 def place() -> tuple[int, ...]:
     this = ranks()
     return this.rank, this.world, this.local_rank, this.local_world, this.core_sharers

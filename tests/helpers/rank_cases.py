@@ -15,9 +15,11 @@ import horizon_lm as hz
 import placements
 import rank_pool
 from horizon_lm.engine import sharded
+from horizon_lm.engine import step as engine_step
 from horizon_lm.engine.positions import Positions
 from horizon_lm.engine.sharded import ShardedUpdates
 from horizon_lm.optim.gradients import ordered_sum
+from horizon_lm.schedule import Lane, Op
 from placements import Numbers, Source
 
 STEPS = 8
@@ -169,10 +171,21 @@ def _rows_unrounded(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ShardedUpdates, "_add_rows", add_rows)
 
 
+def _no_waits_for_the_network(patch: pytest.MonkeyPatch) -> None:
+    honest = engine_step.derive_waits
+
+    def derive(ops: list[Op]) -> list[tuple[int, ...]]:
+        found = honest(ops)
+        return [tuple(j for j in waits if ops[j].lane is not Lane.NETWORK) for waits in found]
+
+    patch.setattr(engine_step, "derive_waits", derive)
+
+
 _WRONG: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "parts in reverse order": _reversed,
     "seeds by position": _positions_as_seeds,
     "the last of each position left out": _one_left_out,
     "squares of ranks added in fp32": _squares_in_fp32,
     "rows added without rounding": _rows_unrounded,
+    "no waits for the network": _no_waits_for_the_network,
 }

@@ -6,7 +6,7 @@ at: forward, backward, update (an op of that step), write, fsync, before_rename,
 checkpoint of that step), exchange (the meeting of that step).
 kinds: kill (SIGKILL), stop (SIGSTOP), term, int, usr1 (to itself); raise (a bug), memory (MemoryError); full
 (ENOSPC, from the disk); nan (the rank's loss); data (DataError from the loader); no_targets (every rank: the
-micro-batches of rank `of` have no target in that step).
+micro-batches of rank `of` have no target in that step); other_data (at the same path as on other ranks).
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def install(fault: Mapping[str, Any], rank: int) -> None:
     kind, at, step = fault["kind"], fault.get("at", "forward"), fault.get("step", 1)
     if kind == "no_targets":
         return _without_targets(step, fault["of"], fault["world"])
+    if kind == "other_data":
+        return _read_other_data()
     if kind == "nan":
         return _spoil_loss(step, fault.get("value", math.nan))
     act = _action(kind)
@@ -145,6 +147,20 @@ def _without_targets(step: int, of: int, world: int) -> None:
         return batches
 
     TokenLoader.__next__ = following  # type: ignore[method-assign]
+
+
+def _read_other_data() -> None:
+    from horizon_lm.training import prepare
+
+    honest = prepare.load_training_data
+
+    def load(config: Any) -> Any:
+        place = Path(config.datasets[0].path).with_suffix(f".{os.environ['RANK']}.txt")
+        place.write_text("other words\n" * 300)
+        entry = {**config.to_dict()["datasets"][0], "path": str(place)}
+        return honest(config.replace(datasets=[entry]))
+
+    prepare.load_training_data = load  # type: ignore[assignment]
 
 
 def _spoil_loss(step: int, value: float) -> None:

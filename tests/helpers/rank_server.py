@@ -9,6 +9,7 @@ of `rank_faults`.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -88,6 +89,7 @@ class RankServer:
                 **os.environ,
                 **{"PYTHONPATH": PATH, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
                 **{"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"},
+                "TORCH_CPP_LOG_LEVEL": "ERROR",  # as the command line sets it before it imports torch
             }
             process = self._process = subprocess.Popen(
                 [sys.executable, "-c", "import rank_server; rank_server.serve()"],
@@ -170,6 +172,7 @@ def _forked(rank: int, one: dict[str, Any]) -> int:
 
         traceback.print_exc()
     finally:
+        atexit._run_exitfuncs()  # as at the end of any process: a rank tells the others how it ended
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

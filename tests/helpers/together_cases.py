@@ -1,4 +1,4 @@
-"""What ranks do together (`training.together`, `training.decisions`), run in the processes of a `RankPool`."""
+"""What ranks do together (`training.together`, `training.decisions`), in the processes of a `RankPool`."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Agreement:
         self._ended(Agreed(self._reports, own))
 
     def give_up(self, own: Values) -> None:
-        """Give this, which has an error, to all meetings to come, without the disk."""
+        """Give this, which has an error, to all meetings to come. One rank has nobody to tell."""
 
 
 class JointAgreement(Agreement):

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from horizon_lm.checkpoint.disk import damaged
 from horizon_lm.checkpoint.manifest import CHECKSUM, MOST, UNIT_FILE
 from horizon_lm.checkpoint.units import DTYPE_NAMES, Part, header
+from horizon_lm.words import count
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
@@ -108,5 +109,5 @@ def parse(data: bytes, place: str, sizes: Mapping[str, int]) -> tuple[int, dict[
             raise damaged(place, f"{name} has a tensor twice")
         num_bytes = files[name].num_bytes
         if num_bytes != sizes[name] or len(file.blocks) != -(-num_bytes // found.block_bytes):
-            raise damaged(place, f"pieces and blocks of {name} do not make its {sizes[name]:,} bytes")
+            raise damaged(place, f"pieces and blocks of {name} do not make its {count(sizes[name], 'byte')}")
     return found.block_bytes, files

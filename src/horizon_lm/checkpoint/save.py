@@ -11,7 +11,7 @@ from horizon_lm.checkpoint import units
 from horizon_lm.checkpoint.export import write_folder, write_model
 from horizon_lm.checkpoint.model import Group, Tensors
 from horizon_lm.distributed.outcomes import packed, unpacked
-from horizon_lm.distributed.ranks import ALONE, Ranks
+from horizon_lm.distributed.ranks import Ranks
 from horizon_lm.engine.policies import DTYPES
 from horizon_lm.errors import RankError
 from horizon_lm.memory.store import HostStore
@@ -21,26 +21,25 @@ from horizon_lm.model.skeleton import Skeleton
 
 def save_model(
     skeleton: Skeleton,
-    store: HostStore,
+    whole: Whole,
     folder: Path,
     *,
     dtype: str | None,
     max_shard_size: int | str,
     extra: Callable[[Path], None] | None = None,
-    ranks: Ranks = ALONE,
 ) -> None:
     """Write config, generation config and sharded safetensors to `folder` atomically.
 
-    dtype None: the store's compute dtype, straight from the store. float32 from a bf16 store reconstructs the
-    masters. extra: writes further files (the tokenizer) into the folder. ranks: those of the store; the first
-    one writes, and gathers a unit at a time. Raises DoesNotFitError and ConfigError, on all ranks.
+    whole: where the first rank, which writes, gathers each unit. dtype None: the store's compute dtype,
+    straight from the store. float32 from a bf16 store reconstructs the masters. extra: writes further files
+    (the tokenizer) into the folder. Raises DoesNotFitError and ConfigError, on all ranks.
     """
+    store, ranks = whole.store, whole.ranks
     wanted = store.dtype if dtype is None else DTYPES[dtype]
-    whole = Whole(store, ranks, everywhere=False)
 
     def group(names: Sequence[str]) -> Group:
         hollow = {name: _hollow(*_described(store, name, wanted)) for name in names}
-        return Group(hollow, lambda: {name: _exported(whole, store, name, wanted) for name in names})
+        return Group(hollow, lambda: {name: _exported(whole, name, wanted) for name in names})
 
     buffers = dict(units.persistent_buffers(skeleton.model))
     groups = [group([p.name for p in unit.parameters]) for unit in store.units]
@@ -103,10 +102,10 @@ def _described(store: HostStore, name: str, dtype: torch.dtype) -> tuple[Sequenc
     return parameter.shape, torch.float32 if wide else dtype
 
 
-def _exported(whole: Whole, store: HostStore, name: str, dtype: torch.dtype) -> torch.Tensor:
-    _, parameter = store.locate(name)
-    if parameter.compute_dtype != store.dtype:
+def _exported(whole: Whole, name: str, dtype: torch.dtype) -> torch.Tensor:
+    _, parameter = whole.store.locate(name)
+    if parameter.compute_dtype != whole.store.dtype:
         return whole.master(name)  # one of the few weights that transformers keeps in fp32
-    if dtype == store.dtype:
+    if dtype == whole.store.dtype:
         return whole.weight(name)
     return whole.master(name).to(dtype)

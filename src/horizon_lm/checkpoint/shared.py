@@ -20,7 +20,7 @@ def shared_folder(ranks: Ranks, path: Path) -> None:
     """Raise ConfigError on all ranks unless each sees a file that rank 0 makes in the folder. Collective."""
     if ranks.world == 1:
         return
-    name = f".shared-{secrets.token_hex(8)}"
+    name = f".horizon-{secrets.token_hex(8)}.tmp"  # `files.STAGED`: swept if a kill leaves it
     problem = _made(path / name) if ranks.is_first else None
     name, problem = ranks.from_first([name, problem])
     try:
@@ -32,15 +32,21 @@ def shared_folder(ranks: Ranks, path: Path) -> None:
             with suppress(OSError):
                 (path / name).unlink(missing_ok=True)
     if problem is not None:
-        raise ConfigError(f"rank 0 cannot write to {path}: {problem}", hint="choose another output_dir")
+        raise _on_all(f"rank 0 cannot write to {path}: {problem}", "choose another output_dir")
     blind = [rank for rank, (_, seen) in enumerate(told) if not seen]
     if blind:
         nodes = ", ".join(sorted({told[rank][0] for rank in blind}))
-        raise ConfigError(
+        raise _on_all(
             f"rank {blind[0]} does not see what rank 0 on {told[0][0]} writes to {path}: "
             f"it is another folder on {nodes}",
-            hint="set output_dir to a folder on a file system that all nodes share",
+            "set output_dir to a folder on a file system that all nodes share",
         )
+
+
+def _on_all(message: str, hint: str) -> ConfigError:
+    error = ConfigError(message, hint=hint)
+    error.is_shared = True
+    return error
 
 
 def _made(path: Path) -> str | None:

@@ -116,8 +116,8 @@ class CheckpointWriter:
 
     def abandon(self) -> None:
         self._abandoned = True
-        if self._ranks.world > 1:  # also called if the disk does not answer: `finish` may never come
-            self._agreement.give_up(self._failed(f"{_STEP_FAILED}, or the disk did not answer in time"))
+        # Also called if the disk does not answer: `finish` may never come.
+        self._agreement.give_up(self._failed(f"{_STEP_FAILED}, or the disk did not answer in time"))
 
     @property
     def was_abandoned(self) -> bool:

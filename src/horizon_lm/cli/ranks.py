@@ -26,6 +26,8 @@ def place() -> Place:
     """Find this process among the ranks of a run. Raises ConfigError for incomplete variables."""
     if not any(name in os.environ for name in _LAUNCHERS):
         return Place()
+    # Or torch prints stacks of C++ for each connection to a rank that was lost.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from horizon_lm.distributed import start
 
     found = start.place()

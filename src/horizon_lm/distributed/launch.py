@@ -15,6 +15,8 @@ from horizon_lm.errors import ConfigError
 
 # Ports that a job of Slurm may get: above those of services, below those that systems give to clients.
 _PORTS = range(15_000, 30_000)
+_TORCHRUN = "start with torchrun, or unset WORLD_SIZE for one process"
+_SRUN = "start with srun, or unset SLURM_PROCID for one process"
 
 
 class Launch(NamedTuple):
@@ -30,57 +32,65 @@ class Launch(NamedTuple):
     attempt: int = 0
 
 
-def find(environment: Mapping[str, str]) -> Launch:
-    """Return how this process was started; one rank alone if nothing says otherwise.
+def place_of(environment: Mapping[str, str]) -> Place:
+    """Return this process's place; one rank alone if nothing says otherwise.
 
     Raises ConfigError for variables that are incomplete or contradict each other.
     """
     if "WORLD_SIZE" in environment:
-        return _torchrun(environment)
-    if "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:  # a batch script has no step
-        return _srun(environment)
-    return Launch()
+        world, names, hint = "WORLD_SIZE", ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), _TORCHRUN
+    elif _is_srun(environment):
+        world = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
+        names, hint = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"), _SRUN
+    else:
+        return Place()
+    number = _number(environment, world, hint)
+    if number == 1:
+        return Place()
+    rank, local_rank = (_number(environment, name, hint) for name in names[:2])
+    local_world = _number(environment, names[2], hint, default=local_rank + 1)
+    if not (rank < number and local_rank < min(local_world, number)):
+        raise ConfigError(
+            f"rank {rank} of {number}, and {local_rank} of {local_world} on its node: the variables of the "
+            "launcher contradict each other",
+            hint=hint,
+        )
+    return Place(rank, number, local_rank, min(local_world, number))
 
 
-def _torchrun(environment: Mapping[str, str]) -> Launch:
-    hint = "start with torchrun, or unset WORLD_SIZE for one process"
-    world = _number(environment, "WORLD_SIZE", hint)
-    if world == 1:
+def find(environment: Mapping[str, str]) -> Launch:
+    """Return how this process was started, and where the ranks gather. Raises ConfigError as `place_of`."""
+    place = place_of(environment)
+    if place.world == 1:
         return Launch()
-    local_rank = _number(environment, "LOCAL_RANK", hint)
-    local_world = _number(environment, "LOCAL_WORLD_SIZE", hint, default=max(1, local_rank + 1))
-    place = _checked(Place(_number(environment, "RANK", hint), world, local_rank, local_world), hint)
+    if "WORLD_SIZE" not in environment:
+        return _srun(environment, place)
     return Launch(
         place,
-        _text(environment, "MASTER_ADDR", hint),
-        _number(environment, "MASTER_PORT", hint),
+        _text(environment, "MASTER_ADDR", _TORCHRUN),
+        _number(environment, "MASTER_PORT", _TORCHRUN),
         is_served=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-        attempt=_number(environment, "TORCHELASTIC_RESTART_COUNT", hint, default=0),
+        attempt=_number(environment, "TORCHELASTIC_RESTART_COUNT", _TORCHRUN, default=0),
     )
 
 
-def _srun(environment: Mapping[str, str]) -> Launch:
-    hint = "start with srun, or unset SLURM_PROCID for one process"
-    name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
-    world = _number(environment, name, hint)
-    if world == 1:
-        return Launch()
-    local_rank = _number(environment, "SLURM_LOCALID", hint)
-    local_world = _number(environment, "SLURM_NTASKS_PER_NODE", hint, default=local_rank + 1)
-    place = Place(
-        _number(environment, "SLURM_PROCID", hint), world, local_rank, max(local_world, local_rank + 1)
-    )
-    address = environment.get("MASTER_ADDR") or _first_node(environment, hint)
-    job = _number(environment, "SLURM_JOB_ID", hint, default=0) + _number(environment, "SLURM_STEP_ID", hint)
-    port = _number(environment, "MASTER_PORT", hint, default=_PORTS[job % len(_PORTS)])
-    return Launch(_checked(place, hint), address, port)
+def _is_srun(environment: Mapping[str, str]) -> bool:
+    """Tell whether srun started this process. A batch script has a number too, but no step."""
+    return "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment
 
 
-def _first_node(environment: Mapping[str, str], hint: str) -> str:
+def _srun(environment: Mapping[str, str], place: Place) -> Launch:
+    address = environment.get("MASTER_ADDR") or _first_node(environment)
+    numbers = (_number(environment, name, _SRUN, default=0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    port = _number(environment, "MASTER_PORT", _SRUN, default=_PORTS[sum(numbers) % len(_PORTS)])
+    return Launch(place, address, port)
+
+
+def _first_node(environment: Mapping[str, str]) -> str:
     for name in ("SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NODELIST"):
         if environment.get(name):
             return first_node(environment[name])
-    raise ConfigError("srun: neither MASTER_ADDR nor SLURM_STEP_NODELIST is set", hint=hint)
+    raise ConfigError("srun: neither MASTER_ADDR nor SLURM_STEP_NODELIST is set", hint=_SRUN)
 
 
 def first_node(nodes: str) -> str:
@@ -92,16 +102,6 @@ def first_node(nodes: str) -> str:
             f"cannot read the list of nodes {nodes!r}", hint="set MASTER_ADDR=NAME of the first node"
         )
     return name
-
-
-def _checked(place: Place, hint: str) -> Place:
-    if not (0 <= place.rank < place.world and 0 <= place.local_rank < place.local_world <= place.world):
-        raise ConfigError(
-            f"rank {place.rank} of {place.world}, and {place.local_rank} of {place.local_world} on its node: "
-            "the variables of the launcher contradict each other",
-            hint=hint,
-        )
-    return place
 
 
 def _text(environment: Mapping[str, str], name: str, hint: str) -> str:

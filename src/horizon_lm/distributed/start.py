@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from horizon_lm.distributed.launch import Launch, find
+from horizon_lm.distributed.launch import Launch, find, place_of
 from horizon_lm.distributed.ranks import ALONE, Channel, Place, Ranks
 from horizon_lm.errors import ConfigError
 from horizon_lm.machine.cores import affinity
@@ -72,7 +72,7 @@ def place() -> Place:
     dist = torch.distributed
     if dist.is_available() and dist.is_initialized():
         return Place(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.get_world_size())
-    return find(os.environ).place
+    return place_of(os.environ)
 
 
 def join(device: str) -> Ranks:

@@ -21,8 +21,9 @@ from horizon_lm.distributed.watch import Watch
 _FRAME = 248
 _SIZE = 8  # bytes of a size
 _PIECE = 1 << 20  # elements of a rank that a reduction on the host receives at once
-# The first was renamed in torch 2.13.
+# Renamed in torch 2.13.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class TorchRanks(Ranks):
@@ -73,7 +74,7 @@ class TorchRanks(Ranks):
             if self._on_host:
                 self._add_parts(given.view(self.world, -1), out)
             else:
-                dist.reduce_scatter_tensor(out, given, group=self._device)
+                _reduce_scatter_single(out, given, group=self._device)
 
     def _add_parts(self, given: torch.Tensor, out: torch.Tensor) -> None:
         """Fill out [n] with the sum of given[rank] [n] of each rank, added in their order, piece by piece.

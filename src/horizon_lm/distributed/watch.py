@@ -33,7 +33,7 @@ class Times(NamedTuple):
     silence, which has taken its time already."""
 
     beat: float = 1.0
-    lost: float = 20.0
+    lost: float = 18.0
     probe: float = 2.5
     patience: float = 15.0
     grace: float = 3.0
@@ -44,12 +44,13 @@ TIMES = Times()
 
 class Failure(NamedTuple):
     """ranks: that failed, by their own account (reason: the error) or another's. op: that they were at.
-    is_silent: found by missing heartbeats alone."""
+    is_silent: found by missing heartbeats alone. exit_code: of the error, by their own account; else None."""
 
     ranks: tuple[int, ...]
     reason: str
     op: str = ""
     is_silent: bool = False
+    exit_code: int | None = None
 
     def __str__(self) -> str:
         if not self.ranks:
@@ -169,7 +170,8 @@ class Watch:
         message = error.message if isinstance(error, HorizonError) else str(error)
         kind = "" if isinstance(error, HorizonError) else f"{type(error).__name__}: "
         self._is_own = True
-        self._fail(Failure((self._rank,), f"failed: {kind}{message:.2000}", self.op), tell=True)
+        reason = f"failed: {kind}{message:.2000}".removesuffix(": ")
+        self._fail(Failure((self._rank,), reason, self.op, exit_code=_code_of(error)), tell=True)
         deadline = time.monotonic() + 2
         while self._to_tell and self._store_error is None and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -329,4 +331,15 @@ def _error(failure: Failure, rank: int, at: str) -> RankError:
     of = f"see the output of rank {failure.ranks[0]}; " if failure.ranks else ""
     error = RankError(f"{failure}{here}", hint=f"{of}resume from the last checkpoint")
     error.ranks, error.op = failure.ranks, failure.op
+    error.is_told = failure.exit_code is not None
+    error.exit_code = failure.exit_code or error.exit_code
     return error
+
+
+def _code_of(error: BaseException) -> int:
+    """Return the exit code with which an error ends a process."""
+    if isinstance(error, HorizonError):
+        return error.exit_code
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    return 130 if isinstance(error, KeyboardInterrupt) else 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -193,12 +194,17 @@ def lasting_output(*, after_pipe: bool = False) -> Iterator[None]:
 
 @contextmanager
 def silent_output(is_silent: bool = True) -> Iterator[None]:
-    """Discard what is printed, if `is_silent`: by ranks but the first."""
+    """Discard what is printed or logged, up to warnings, if `is_silent`: by ranks but the first."""
     if not is_silent:
         yield
         return
+    before = logging.root.manager.disable
     with open(os.devnull, "w", encoding="utf-8") as null, redirect_stdout(null), redirect_stderr(null):
-        yield
+        logging.disable(max(before, logging.WARNING))  # handlers keep the streams that they were made with
+        try:
+            yield
+        finally:
+            logging.disable(before)
 
 
 def _outlasting(stream: TextIO | None, name: str) -> Output:

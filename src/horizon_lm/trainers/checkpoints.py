@@ -88,18 +88,18 @@ class HorizonCheckpoints(_Base):
     @contextmanager
     def _saving(self) -> Iterator[None]:
         """Hold the folder's lock; finish what is being written at the end, or drop it after Ctrl-C."""
-        kind: type[BaseException] | None = None
+        ended_by: BaseException | None = None
         run = Path(self.args.output_dir)
         run.mkdir(parents=True, exist_ok=True)
         with locked(run):
             try:
                 yield
             except BaseException as error:
-                kind = type(error)
+                ended_by = error
                 raise
             finally:
                 if self._series is not None:
-                    self._series.close(kind)
+                    self._series.close(ended_by)
 
     def _finalize_training(self, *args: Any, **named: Any) -> Any:
         """Finish the last checkpoint, then do as Trainer does."""

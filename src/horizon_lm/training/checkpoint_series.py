@@ -16,6 +16,7 @@ from horizon_lm.checkpoint.folder import Retention
 from horizon_lm.checkpoint.manifest import Manifest
 from horizon_lm.checkpoint.units import copied_buffers
 from horizon_lm.checkpoint.writer import CheckpointWriter, Outcome, Snapshot
+from horizon_lm.errors import HorizonError
 from horizon_lm.host_model import HostModel
 from horizon_lm.io.leftovers import temporary_folder
 from horizon_lm.memory.shards import WHOLE
@@ -154,17 +155,19 @@ class CheckpointSeries:
             self._model.finish_saving()
             self.poll()
 
-    def close(self, kind: type[BaseException] | None = None) -> None:
-        """Finish what is being written, also after an error; abandon it if the run ends at once.
+    def close(self, error: BaseException | None = None) -> None:
+        """Finish what is being written, also after an error; abandon it if the run ends at once, or if other
+        ranks do not end with it.
 
-        kind: the error that ends the run, which is reported rather than one of the checkpoint.
+        error: what ends the run, which is reported rather than an error of the checkpoint.
         """
         if self._writer is None:
             return
-        if kind is not None and not issubclass(kind, Exception):
+        is_shared = isinstance(error, HorizonError) and error.is_shared or self._together.is_alone
+        if error is not None and not (isinstance(error, Exception) and is_shared):
             self._writer.abandon()
             return
-        with suppress(*(() if kind is None else (Exception,))):
+        with suppress(*(() if error is None else (Exception,))):
             self.finish()
 
     def _ended(self, outcome: Outcome) -> None:

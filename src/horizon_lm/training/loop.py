@@ -25,6 +25,7 @@ from horizon_lm.report.records import Evaluation, StepRecord
 from horizon_lm.training.decisions import Decisions
 from horizon_lm.training.evaluate import Evaluator
 from horizon_lm.training.log import RunLog
+from horizon_lm.training.memory_faults import memory_faults
 from horizon_lm.training.preferences import Preferences
 from horizon_lm.training.resume import load_checkpoint
 from horizon_lm.training.save import Saver
@@ -71,7 +72,8 @@ def run_loop(run: Run) -> RunEnd:
     NonFiniteError, CallbackError, DoesNotFitError.
     """
     state, log, saver, best = run.state, run.log, run.saver, run.state.best
-    with log, saver, frozen_heap(), watched() as request, run.together.telling():
+    telling = run.together.telling()
+    with log, saver, frozen_heap(), watched() as request, telling, memory_faults(run.config):
         figures = OwnFigures(state.model, run.together.ranks)
         told = Decisions(run.together, request, saver, log.callbacks, figures)
         _begin(run)

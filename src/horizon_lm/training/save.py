@@ -80,9 +80,9 @@ class Saver:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         """Finish what is being written, also after an error; abandon it if the run ends at once."""
-        self._series.close(kind)
+        self._series.close(error)
 
     # After a step.
 

@@ -136,7 +136,13 @@ def joined(device: str) -> Iterator[Together]:
             with silent_output(not ranks.is_first):
                 yield Together(ranks)
         except HorizonError as error:
-            is_of_others = isinstance(error, RankError) and ranks.rank not in error.ranks
-            error.is_shared |= is_of_others
+            error.is_shared |= isinstance(error, RankError) and not _reports(error, ranks)
             error.is_own = not error.is_shared
             raise
+
+
+def _reports(error: RankError, ranks: Ranks) -> bool:
+    """Tell whether this rank reports the failure of others: the lowest that is left does, unless rank 0 has
+    told of it itself."""
+    first = next((rank for rank in range(ranks.world) if rank not in error.ranks), 0)
+    return ranks.rank == first and not (error.is_told and 0 in error.ranks)

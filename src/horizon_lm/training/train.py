@@ -10,19 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from horizon_lm.checkpoint.folder import Checkpoint, RunFolder, check_disk, claim
+from horizon_lm.checkpoint.shared import shared_folder
 from horizon_lm.config import TrainConfig
 from horizon_lm.config.python import ConfigSource, as_train_config
 from horizon_lm.data import TrainingData
 from horizon_lm.data.rows import Rows
 from horizon_lm.data.training_data import pad_id
 from horizon_lm.engine.policies import DTYPES
-from horizon_lm.errors import DoesNotFitError
 from horizon_lm.io.output import lasting_output
 from horizon_lm.memory.arena import keep_freed_memory
-from horizon_lm.memory.ways import next_smaller
 from horizon_lm.model.pretrained import quiet_transformers
 from horizon_lm.preference.method import Method
 from horizon_lm.report.display import Progress, choose_progress
@@ -39,6 +36,7 @@ from horizon_lm.training.evaluate import Evaluator, evaluate
 from horizon_lm.training.finish import conclude, export, save_tokenizer
 from horizon_lm.training.log import RunLog
 from horizon_lm.training.loop import Run, run_loop
+from horizon_lm.training.memory_faults import memory_faults
 from horizon_lm.training.preferences import Preferences, ReferenceOf, without_dropout
 from horizon_lm.training.preferences import small_files as reference_files
 from horizon_lm.training.ready import Asked, Ready
@@ -92,7 +90,7 @@ def _train(
     together.agree("settings", {**config.to_dict(), **versions()})
     config, launchers, is_restarted = resumed(config, together)
     own = is_restarted or wants_own_folder(config)
-    with _claimed(config, own, together) as folder, quiet_transformers(), _memory_faults(config):
+    with _claimed(config, own, together) as folder, quiet_transformers(), memory_faults(config):
         resume = find(config, folder, progress.warn, together)
         readable, source = stand_in(config, resume)
         together.each("sources", partial(check_sources, readable, folder))
@@ -116,6 +114,7 @@ def _claimed(config: TrainConfig, own: bool, together: Together) -> Iterator[Run
             held.enter_context(claim(config.output_dir, overwrite=overwrite, resume=own))
 
         together.first("output_dir", take)
+        shared_folder(together.ranks, folder.path)
         yield folder
 
 
@@ -286,23 +285,3 @@ def _open_log(ready: Ready, header: Callable[[], dict[str, Any]], callbacks: Cal
     )
     loggers = Loggers(ready.config, folder.path, progress.warn)
     return RunLog(folder, file, loggers, progress, callbacks)
-
-
-@contextmanager
-def _memory_faults(config: TrainConfig) -> Iterator[None]:
-    """Turns what torch and Python raise when memory runs out into DoesNotFitError. Nothing is lost by it: a
-    step that fails leaves the last checkpoint as it is."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        run = RunFolder(Path(config.output_dir).expanduser())
-        hint = f"next smaller: {next_smaller(config)}"
-        if run.path.is_dir() and run.has_checkpoints:
-            hint += f"; horizon resume {run.path} goes on from the last checkpoint with it"
-        raise DoesNotFitError(
-            f"the device is out of memory: {str(error).splitlines()[0]}", hint=hint
-        ) from error
-    except MemoryError as error:
-        raise DoesNotFitError(
-            "the host is out of memory", hint="free memory, or read less (max_train_bytes)"
-        ) from error

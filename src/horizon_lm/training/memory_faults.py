@@ -1,0 +1,34 @@
+"""Errors of torch and Python for a lack of memory, as errors that a user can act on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from horizon_lm.checkpoint.folder import RunFolder
+from horizon_lm.config import TrainConfig
+from horizon_lm.errors import DoesNotFitError
+from horizon_lm.memory.ways import next_smaller
+
+
+@contextmanager
+def memory_faults(config: TrainConfig) -> Iterator[None]:
+    """Turn what torch and Python raise when memory runs out into DoesNotFitError. Nothing is lost by it: a
+    step that fails leaves the last checkpoint as it is."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        run = RunFolder(Path(config.output_dir).expanduser())
+        hint = f"next smaller: {next_smaller(config)}"
+        if run.path.is_dir() and run.has_checkpoints:
+            hint += f"; horizon resume {run.path} goes on from the last checkpoint with it"
+        raise DoesNotFitError(
+            f"the device is out of memory: {str(error).splitlines()[0]}", hint=hint
+        ) from error
+    except MemoryError as error:
+        raise DoesNotFitError(
+            "the host is out of memory", hint="free memory, or read less (max_train_bytes)"
+        ) from error
