@@ -37,7 +37,7 @@ class MemorySettings(Settings):
         "How gradients of several ranks are added. exact: in the order of the micro-batches, so that results "
         "are bitwise identical for any number of ranks. fast: one fp32 reduce-scatter per unit and step, "
         "whose last bits depend on the number of ranks. auto is exact, unless a plan finds it more than 15% "
-        "slower. With auto or fast, one rank adds up in place, to the bits of several ranks with exact unless "
+        "slower. With auto or fast, one rank adds up in place: to the bits of several with exact, unless "
         "a micro-batch has several loss chunks. With exact, one rank has their bits then too, for copies of "
         "weights and of each micro-batch's gradients, and memory for a few more units.",
         group="Memory and device",
