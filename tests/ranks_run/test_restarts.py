@@ -52,7 +52,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 
 def values(text: Path, run: Path, **changes: Any) -> Any:
-    more = {"gradient_accumulation_steps": 2, "max_steps": STEPS, "save_steps": 2, "logging_steps": 1}
+    more = {"gradient_accumulation_steps": 2, "max_steps": STEPS, "save_steps": 2, "reduction": "exact"}
     return settings(text, run, dataset_cache_dir=str(text.parent / "cache"), **{**more, **changes})
 
 

@@ -199,7 +199,7 @@ def _planned(
 
 
 def _in_words(plan: RunPlan) -> list[str]:
-    shown = ("activations", "boundaries", "update")
+    shown = ("activations", "boundaries", "update", "reduction")
     return [
         f"{c.key} {' '.join(c.value) if isinstance(c.value, list) else c.value}"
         for c in plan.choices
