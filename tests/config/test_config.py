@@ -362,6 +362,7 @@ def test_errors_carry_message_hint_and_code() -> None:
         "LossSpikeError": 6,
         "UploadError": 7,
         "CallbackError": 1,
+        "RankError": 1,
         "OutputLostError": 1,
         "StoppedError": 75,
     }

@@ -34,8 +34,8 @@ _known: dict[str, Found] = {}
 @dataclass(frozen=True)
 class Case:
     """source: of `placements.SOURCES`. counts: micro-batches of each step. lanes: `inline`, or the seed of
-    adversarial ones, to which each rank adds its number. chunk: tokens of a chunk of the loss; one takes a
-    micro-batch of `placements.batches`, since ranks alone add each micro-batch's sum of several."""
+    adversarial ones, to which each rank adds its number. chunk: tokens of a loss chunk; by default one chunk
+    per micro-batch."""
 
     source: str
     numbers: Numbers = Numbers()
