@@ -207,6 +207,7 @@ class Matrix:
             "gradient_accumulation_steps": 4,
             "max_steps": STEPS,
             "save_steps": 2,
+            "reduction": "exact",
             "dataset_cache_dir": str(self._place / "cache"),
             **changes,
         }
