@@ -88,9 +88,13 @@ def _built(name: str, is_large: bool) -> Any:
     return made.train()
 
 
+def built(source: Source) -> Any:
+    return copy.deepcopy(_built(source.name, source.is_large))
+
+
 def model(source: Source, numbers: Numbers, seed: int = 0, **settings: Any) -> hz.HostModel:
     """seed: of the order of ops, if lanes are adversarial."""
-    made = copy.deepcopy(_built(source.name, source.is_large))
+    made = built(source)
     for key, parameter in made.named_parameters():
         parameter.requires_grad_(not any(part in key for part in source.frozen))
     for module in made.modules():

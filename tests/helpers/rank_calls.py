@@ -129,6 +129,26 @@ def checked_on_ranks(case: Case, failing: int) -> list[Any]:
     return [*found, host.train_step(data(case, 0, 3), lr=1e-2).loss]
 
 
+def cut_short_on_ranks(case: Case) -> list[str]:
+    """Errors of a step whose loss function raises, of one after it, and of a read of the parameters."""
+    rank_pool.ranks()
+    host = model(case)
+    host.train_step(data(case, 0, 2), lr=1e-2)
+    before = {name: digest(value) for name, value in host.named_parameters()}
+
+    def fails(log_probs: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        raise ValueError("no loss")
+
+    found = []
+    for loss_fn in (fails, None):
+        try:
+            host.train_step(data(case, 1, 2), lr=1e-2, loss_fn=loss_fn)
+        except (ValueError, HorizonError) as error:
+            found.append(f"{type(error).__name__}: {error}")
+    after = {name: digest(value) for name, value in host.named_parameters()}
+    return [*found, "same" if before == after else "changed"]
+
+
 def differing_on_ranks(case: Case, what: str) -> str:
     """The error of a step in which rank 1 gives other arguments than the others."""
     rank = rank_pool.ranks().rank

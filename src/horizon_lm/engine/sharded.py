@@ -196,6 +196,6 @@ def held_rows(
         if chosen.start < chosen.stop:
             begin = row * width + left - start
             rows = held[begin : begin + (end - row) * (right - left)].view(end - row, right - left)
-            places = (numbers[chosen] - row).to(held.device, non_blocking=True)
+            places = numbers[chosen].to(held.device, non_blocking=True) - row
             found.append((rows, values[chosen, left:right], places))
     return found
