@@ -26,7 +26,7 @@ from horizon_lm.config import TrainConfig
 from horizon_lm.errors import DoesNotFitError
 from horizon_lm.plan.run_plan import plan_run
 
-from . import placement, remedies
+from . import many_gpus, placement, remedies
 from .report import Report
 
 QWEN = {"model_type": "qwen2", "vocab_size": 152064, "max_position_embeddings": 131072}
@@ -162,6 +162,7 @@ def fill(report: Report, most: int | None = None) -> None:
 PARTS = {
     "papers": (sys.modules[__name__], "simulated"),
     "residents-and-rounds": (placement, "residents-and-rounds-simulated"),
+    "many-gpus": (many_gpus, "many-gpus-simulated"),
 }
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from horizon_lm.config import TrainConfig
 from horizon_lm.machine.profile import load_profile
 from horizon_lm.plan import steps, working_set
 from horizon_lm.plan.outline import Outline, model_config
-from horizon_lm.plan.predict import costs_of, predict, prediction_of
+from horizon_lm.plan.predict import Sizes, costs_of, predict, prediction_of
 from horizon_lm.plan.work import Law, Line, Trace
 from horizon_lm.schedule import derive_waits, simulate
 
@@ -42,9 +42,7 @@ def test_a_short_step_stands_for_a_long_one(sums: str) -> None:
     count = 24 if sums == "add" else 48
     values = {"rounds": 24, "round_sums": sums, "resident": 2, "activations": "keep"}
     config, outline = outline_of(gradient_accumulation_steps=count, **values)
-    sizes = {"batch": 2, "tokens": 32, "micro_batches": count}
-    profile = load_profile("rtx3090")
-    costs = costs_of(outline, config, profile, **sizes)
+    costs = costs_of(outline, config, load_profile("rtx3090"), Sizes(2, 32, count))
     short, whole = (prediction_of(costs, most_visits) for most_visits in (20, 10**6))
     assert len(short.simulation.spans) < len(whole.simulation.spans) / 4
     # With `add` the last round alone brings the sums back, behind the host's additions of all others.

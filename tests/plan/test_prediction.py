@@ -19,7 +19,7 @@ from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.plan import calibrate
 from horizon_lm.plan.costs import kernel_seconds
 from horizon_lm.plan.outline import Outline, model_config
-from horizon_lm.plan.predict import costs_of, predict
+from horizon_lm.plan.predict import Sizes, costs_of, predict
 from horizon_lm.plan.work import KINDS, Kernel, Work, WorkMeter
 from horizon_lm.schedule import Buffer, StepSpec, build, simulate
 from planned_models import GB, SMALL, config_of, outline_of
@@ -183,9 +183,7 @@ def test_gradient_slots_on_the_cpu_are_predicted_to_the_byte(dtype: str, update:
         ids = torch.arange(16).view(1, 16)
         model.train_step([{"input_ids": ids, "labels": ids}] * 4, lr=0.0)
         found = model.memory_bytes()["gradient_slots"]
-        costs = costs_of(
-            outline_of(config), config, load_profile("cpu-2core"), batch=1, tokens=16, micro_batches=4
-        )
+        costs = costs_of(outline_of(config), config, load_profile("cpu-2core"), Sizes(1, 16, 4))
         planned = costs.fixed_bytes()
         checked = slots_of(model.settings, model.skeleton, model.device)
         for parts in (planned, checked):
@@ -202,14 +200,8 @@ def test_sums_on_a_gpu_take_the_place_of_the_ring() -> None:
         config = config_of(
             gradient_accumulation_steps=4, device="cuda", rounds=rounds, round_sums=sums, grad_slots=3
         )
-        costs = costs_of(
-            outline_of(config),
-            config,
-            load_profile("h100-sxm"),
-            batch=1,
-            tokens=16,
-            micro_batches=micro_batches,
-        )
+        sizes = Sizes(batch=1, tokens=16, micro_batches=micro_batches)
+        costs = costs_of(outline_of(config), config, load_profile("h100-sxm"), sizes)
         found = costs.fixed_bytes()
         return {name: found[name] for name in ("gradient_slots", "gradient_sums") if name in found}
 

@@ -15,6 +15,7 @@ from rank_states import logical_state
 
 TIMES = ("seconds", "tokens_per_second", "mfu", "host_rss_bytes", "device_bytes", "lanes", "time", "ranks")
 TIMES += ("eval_seconds",)
+BITS: dict[str, Any] = {"gradient_accumulation_steps": 4, "reduction": "exact"}
 
 
 def numbers_of(run: Path) -> list[dict[str, Any]]:
@@ -31,7 +32,7 @@ def test_preferences_on_any_number_of_ranks(method: str, server: RankServer, tmp
     for world in (1, 2, 4):
         run = tmp_path / f"on-{world}" / "run"
         run.parent.mkdir()
-        config = settings(data, run, method=method, gradient_accumulation_steps=4, save_steps=4, **held_out)
+        config = settings(data, run, method=method, save_steps=4, **BITS, **held_out)
         file = write_settings(config, run.parent / "run.yaml")
         ended = server.run(world, ["train", str(file)])
         assert ended.codes == [0] * world, ended.said()
@@ -53,7 +54,7 @@ def test_values_kept_by_one_rank_serve_several(server: RankServer, tmp_path: Pat
     """The key of what is kept is that of the whole model, however it is shared out."""
     data = write_pairs(tmp_path)
     for world, is_kept in ((1, False), (4, True)):
-        config = settings(data, tmp_path / f"run-{world}", method="dpo", gradient_accumulation_steps=4)
+        config = settings(data, tmp_path / f"run-{world}", method="dpo", **BITS)
         file = write_settings(config, tmp_path / f"{world}.yaml")
         ended = server.run(world, ["train", str(file)])
         assert ended.codes == [0] * world, ended.said()

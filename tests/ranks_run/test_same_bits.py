@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16 eager": {"dtype": "bfloat16", "update": "eager", "max_grad_norm": 0},
     "dropout, 5 micro-batches": {"init_model": GPT2_DROPOUT, "gradient_accumulation_steps": 5},
+    "streamed": {"streaming": True, "buffer_size": 50},
     "by epochs, evaluated": {
         "max_steps": -1,
         "num_train_epochs": 0.5,
@@ -63,7 +64,8 @@ def test_runs_on_any_number_of_ranks_leave_the_same_bits(
     found = {}
     for world in (1, *WORLDS):
         run = tmp_path / f"run-{world}"
-        changes = {"gradient_accumulation_steps": 4, "save_steps": 4, "max_steps": STEPS, **CASES[case]}
+        common = {"gradient_accumulation_steps": 4, "save_steps": 4, "max_steps": STEPS}
+        changes = {**common, "reduction": "exact", **CASES[case]}
         if "eval_strategy" in changes:
             changes["eval_datasets"] = str(text)
         config = settings(text, run, dataset_cache_dir=str(tmp_path / "cache"), **changes)
@@ -92,6 +94,23 @@ def test_rank_0_says_how_the_step_is_shared(server: RankServer, text: Path, tmp_
         assert ranks["tokens_per_second_each"] == pytest.approx(line["tokens_per_second"] / 4)
 
 
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_planner_cuts_a_step_for_all_ranks(
+    world: int, server: RankServer, text: Path, tmp_path: Path
+) -> None:
+    config = settings(text, tmp_path / "run", max_steps=2)
+    file = tmp_path / "run.yaml"
+    cut = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    lines = write_settings(config, file).read_text().splitlines()
+    file.write_text("\n".join(line for line in lines if not line.startswith(cut)))
+    ended = server.run(world, ["train", str(file), "tokens_per_step=128"])
+    assert ended.codes == [0] * world, ended.said()
+    assert f"{world} micro-batches a step, 1 on each of {world} ranks" in ended.outputs[0]
+    ended = server.run(world, ["train", str(file), "tokens_per_step=16", "overwrite_output_dir=true"])
+    assert ended.codes == [2] * world, ended.said()
+    assert "hint: set a larger tokens_per_step; or start fewer ranks" in ended.errors[0]
+
+
 def test_a_step_with_fewer_micro_batches_than_ranks_is_refused(
     server: RankServer, text: Path, tmp_path: Path
 ) -> None:
@@ -102,3 +121,37 @@ def test_a_step_with_fewer_micro_batches_than_ranks_is_refused(
     assert "gradient_accumulation_steps=4" in ended.errors[0]
     assert not any(ended.errors[1:]), ended.said()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_keeps_its_reduction(server: RankServer, text: Path, tmp_path: Path) -> None:
+    """What a planner chose for the first ranks, other ranks keep; what one rank began goes on exactly."""
+    changes = {"gradient_accumulation_steps": 4, "save_steps": 4, "lr_scheduler_type": "constant"}
+    straight = tmp_path / "straight"
+    config = settings(text, straight, **changes)
+    assert server.run(1, ["train", str(write_settings(config, tmp_path / "straight.yaml"))]).codes == [0]
+    for name, reductions, worlds in (
+        ("fast", {"reduction": "fast"}, (2, 4)),
+        ("exact", {"reduction": "exact"}, (4, 2)),
+        ("exact", {}, (1, 2)),
+    ):
+        run = tmp_path / f"{name}-{worlds[0]}"
+        file = write_settings(settings(text, run, **changes), run.with_suffix(".yaml"))
+        arguments = [f"{key}={value}" for key, value in reductions.items()]
+        first, then = worlds
+        ended = server.run(first, ["train", str(file), "max_steps=4", *arguments])
+        assert ended.codes == [0] * first, ended.said()
+        ended = server.run(then, ["train", str(file), "max_steps=8", "resume_from_checkpoint=latest"])
+        assert ended.codes == [0] * then, ended.said()
+        start = lines_of(run, "start")[-1]
+        assert start["settings"]["reduction"] == name
+        is_same = logical_state(run / "checkpoint-8") == logical_state(straight / "checkpoint-8")
+        assert is_same or name == "fast"
+
+
+def test_another_reduction_needs_to_be_asked_for(server: RankServer, text: Path, tmp_path: Path) -> None:
+    run, changes = tmp_path / "run", {"gradient_accumulation_steps": 2, "save_steps": 1, "max_steps": 1}
+    file = write_settings(settings(text, run, **changes), tmp_path / "run.yaml")
+    assert server.run(2, ["train", str(file), "reduction=exact"]).codes == [0, 0]
+    ended = server.run(2, ["resume", str(run), "max_steps=2", "reduction=fast"])
+    assert ended.codes == [2, 2]
+    assert "reduction was 'exact', is 'fast'" in ended.errors[0]

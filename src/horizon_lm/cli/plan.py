@@ -16,7 +16,8 @@ class PlanCommand(SettingsCommand):
     """`plan`, which takes settings and a machine."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        return ["[CONFIG.yaml]", "[KEY=VALUE]...", "[hardware=NAME]", "[--json]"]
+        fleet = ["[nodes=N]", "[gpus_per_node=N]"]
+        return ["[CONFIG.yaml]", "[KEY=VALUE]...", "[hardware=NAME]", *fleet, "[--json]"]
 
 
 def plan(
@@ -25,30 +26,36 @@ def plan(
 ) -> None:
     """Predict the memory and speed of a run without allocating anything.
 
-    hardware=NAME plans for another machine: a shipped profile, or a file with one.
+    hardware=NAME plans for another machine: a shipped profile, or a file with one. nodes=N gpus_per_node=N
+    plans for several of them, with one rank per GPU.
     """
-    hardware, rest = "auto", []
+    named, rest = {"hardware": "auto", "nodes": "", "gpus_per_node": ""}, []
     for argument in settings or ():
         name, _, value = argument.removeprefix("--").partition("=")
-        if name == "hardware" and value:
-            hardware = value
+        if name in named and value:
+            named[name] = value
         else:
             rest.append(argument)
+    hardware = named["hardware"]
     config, _ = load_settings(rest)
     require_named_model(config)
     from horizon_lm.machine.heap import frozen_heap
     from horizon_lm.plan.outline_cache import outline_cache
-    from horizon_lm.plan.run_plan import plan_run, with_method_of_data
+    from horizon_lm.plan.run_plan import fleet_of, plan_run, with_method_of_data
     from horizon_lm.plan.show import describe
 
+    fleet = fleet_of(named["nodes"], named["gpus_per_node"], hardware)
     with frozen_heap(), outline_cache(config) as cache:
         config, notes = with_method_of_data(config)
-        found = plan_run(config, hardware, cache=cache)
+        found = plan_run(config, hardware, cache=cache, fleet=fleet)
         found.notes.extend(notes)
         if json:
             import json as writer
 
-            text = writer.dumps(found.to_dict() | {"largest": found.largest()}, indent=2)
+            sizes = {"largest": found.largest()}
+            if found.of_fleet is not None:
+                sizes |= found.of_fleet.sizes()
+            text = writer.dumps(found.to_dict() | sizes, indent=2)
         else:
             text = describe(found)
     print(text)

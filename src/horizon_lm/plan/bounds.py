@@ -130,7 +130,7 @@ class Bounds:
     def _compute(self) -> tuple[float, float]:
         """Seconds of the forward and of the backward passes, recomputing all layers but those at the
         turnaround, which are computed once."""
-        costs, count = self.costs, self.cut.micro_batches
+        costs, count = self.costs, self.cut.positions
         ends, profile = costs.measures.ends, costs.profile
         seconds = {
             (kind, policy): (work_seconds(p.forward.work, profile), work_seconds(p.backward.work, profile))
@@ -155,11 +155,25 @@ class Bounds:
         for upgrade in self.upgrades:
             each = max(1, upgrade.bytes) * self.costs.plan.round_size
             count = min(float(layers), left / each)
-            saved += count * upgrade.seconds * self.cut.micro_batches
+            saved += count * upgrade.seconds * self.cut.positions
             left -= int(count * each)
             if count < layers:
                 break
         return saved
+
+    @cached_property
+    def _network(self) -> float:
+        """Seconds of J and T in a step, of all units."""
+        costs, plan = self.costs, self.costs.plan
+        if plan.world == 1:
+            return 0.0
+        joins = sum(costs.seconds(Op("J", unit)) * self._uploads(unit) for unit in self._order)
+        positions = range(plan.micro_batches)
+        totals = (
+            costs.seconds(Op("T", unit)) * sum(plan.totals(unit, m) for m in positions)
+            for unit in plan.trainable
+        )
+        return joins + sum(totals)
 
     @cached_property
     def _sum_seconds(self) -> dict[str, float]:
@@ -183,19 +197,20 @@ class Bounds:
         compute, update = forward + backward - saved + apply, streamed["O"] + sums["S"]
         lanes = [compute, update, streamed["U"] + sums["G"], streamed["D"] + sums["P"]]
         if self.costs.is_cpu:
-            return sum(lanes)
+            return sum(lanes) + self._network
         if plan.update == "sync":
-            return max(lanes[2:] + [compute + streamed["O"]])
+            return max([*lanes[2:], self._network, compute + streamed["O"]])
         # Updates overlap with the forward pass of the first round, or with the backward pass of the last.
         overlapping = forward if plan.update == "deferred" else backward - saved
+        lanes.append(self._network)
         return max(*lanes, streamed["O"] + compute - apply - overlapping / plan.rounds)
 
 
 def unit_bytes(costs: Costs, unit: int) -> int:
-    """Bytes of a unit's weights, optimizer state and stored gradient."""
-    layout, spec = costs.outline.units[unit], costs.spec
-    state = layout.numel * spec.dtype.itemsize
+    """Bytes of a rank's share of a unit: weights, optimizer state and stored gradient."""
+    share, spec = costs.shards[unit], costs.spec
+    state = share.weights_numel * spec.dtype.itemsize
     if spec.dtype.itemsize == 2:
-        state += 2 * layout.residual_numel
+        state += 2 * share.residual_numel
     moments = (1 + spec.second_moment) * spec.moment_dtype.itemsize
-    return state + layout.trainable_numel * (moments + (0 if spec.slabs else spec.dtype.itemsize))
+    return state + share.trainable_share * (moments + (0 if spec.slabs else spec.dtype.itemsize))

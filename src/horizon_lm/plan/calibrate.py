@@ -208,7 +208,8 @@ def _costs_of(case: Case, config: Any, settings: ModelSettings, outlines: dict[t
     policies = Policies.of(settings, outline)
     measures = outline.measures(shape.rows, shape.tokens, policies.loss_chunk)
     plan = policies.step_spec(2)
-    return Costs(outline, measures, policies, plan, store_spec(settings, outline), _UNKNOWN)
+    spec = store_spec(settings, outline)
+    return Costs(outline, measures, policies, plan, spec, _UNKNOWN, plan.micro_batches)
 
 
 def fit_rates(samples: list[Sample]) -> tuple[dict[tuple[str, str], float], float]:
@@ -287,6 +288,7 @@ def measure(
         heap_share=heap_share,
         context_bytes=0.0 if is_cpu else float(total - free - torch.cuda.memory_reserved()),
         **{kind: _rates(rates, kind) for kind in KINDS},
+        node=None,
         operation_seconds=operation,
         h2d=up,
         d2h=down,
@@ -406,6 +408,7 @@ _UNKNOWN = Profile(
     heap_share=0.0,
     context_bytes=0.0,
     **dict.fromkeys(KINDS, Rates(bfloat16=1.0, float32=1.0)),
+    node=None,
     operation_seconds=0.0,
     h2d=1.0,
     d2h=1.0,

@@ -16,11 +16,15 @@ from horizon_lm.machine.profile import Profile
 from horizon_lm.plan import fit, search
 from horizon_lm.plan.costs import Costs
 from horizon_lm.plan.fit import Limits
+from horizon_lm.plan.fleet import Network
 from horizon_lm.plan.outline import Outline
-from horizon_lm.plan.predict import MOST_VISITS, Prediction, costs_of, prediction_of
+from horizon_lm.plan.predict import MOST_VISITS, Prediction, Sizes, costs_of, prediction_of
 from horizon_lm.plan.search import Search
 from horizon_lm.plan.space import Candidate, Cut, Space
 from horizon_lm.plan.work import Line
+from horizon_lm.schedule.step_spec import EXACT, FAST
+
+MOST_FOR_EXACT = 0.15  # the share of time that `reduction: auto` spends on bits that ranks do not change
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,9 @@ class Choice:
 class Planner:
     """One model on one machine.
 
-    pinned: keys set explicitly in the configuration. chooses_chunk: whether `choose` chose the loss chunk.
-    opened: settings of residents and rounds that were `auto` for `choose`.
+    With several ranks, one of them: profile is its share of the machine (`Profile.of_rank`). network: None
+    with one rank. pinned: keys set explicitly in the configuration. chooses_chunk: whether `choose` chose the
+    loss chunk. opened: settings of residents and rounds that were `auto` for `choose`.
     """
 
     outline: Outline
@@ -47,6 +52,7 @@ class Planner:
     pinned: frozenset[str] = frozenset()
     chooses_chunk: bool = False
     opened: frozenset[str] = frozenset()
+    network: Network | None = None
     _seen: dict[tuple, Prediction] = field(default_factory=dict)
     _outlines: dict[tuple, Outline] = field(default_factory=dict)
 
@@ -61,7 +67,7 @@ class Planner:
         return self._seen[key]
 
     def costs(self, config: TrainConfig) -> Costs:
-        return costs_of(self._outline(config), config, self.profile, **_sizes(config))
+        return costs_of(self._outline(config), config, self.profile, _sizes(config), self.network)
 
     def _outline(self, config: TrainConfig) -> Outline:
         """The model under settings that change its structure."""
@@ -70,6 +76,10 @@ class Planner:
         if key not in self._outlines:
             self._outlines[key] = Outline(self.outline.config, config).with_layers(self.outline.num_layers)
         return self._outlines[key]
+
+    @property
+    def world(self) -> int:
+        return 1 if self.network is None else self.network.fleet.world
 
     def fits(self, config: TrainConfig) -> bool:
         return not fit.shortfalls(config, self.predict(config), self.limits)
@@ -87,7 +97,7 @@ class Planner:
         return self._space(config).every()
 
     def _space(self, config: TrainConfig) -> Space:
-        return Space(config, self.outline, self.profile, self.pinned)
+        return Space(config, self.outline, self.profile, self.pinned, self.world)
 
     def _search(self, config: TrainConfig) -> Search:
         def rest(settings: TrainConfig, found: Prediction) -> dict[str, int]:
@@ -99,7 +109,28 @@ class Planner:
     # The search.
 
     def choose(self, config: TrainConfig) -> TrainConfig:
-        """Return the fastest combination found that fits. Raises DoesNotFitError if there is none."""
+        """Return the fastest combination found that fits. Raises DoesNotFitError if there is none.
+
+        With several ranks `reduction: auto` is exact, unless fast makes the same combination much faster.
+        """
+        if self.network is None or config.reduction != "auto":
+            return self._choose(config)
+        chosen = self._choose(config.replace(reduction=EXACT))
+        exact, fast = self.seconds_by_reduction(chosen)
+        return (
+            chosen if exact <= fast * (1 + MOST_FOR_EXACT) else self._choose(config.replace(reduction=FAST))
+        )
+
+    def seconds_by_reduction(self, config: TrainConfig) -> tuple[float, float]:
+        """Seconds of a step with gradients added exactly, and fast."""
+        exact, fast = (self.predict(config.replace(reduction=reduction)) for reduction in (EXACT, FAST))
+        return exact.seconds, fast.seconds
+
+    def has_room(self, config: TrainConfig) -> bool:
+        """Whether anything fits, by the leanest combinations alone: faster than `choose`."""
+        return self._search(config).has_room()
+
+    def _choose(self, config: TrainConfig) -> TrainConfig:
         space, found = self._space(config), self._search(config)
         self.opened = frozenset(key for key in ("resident", "rounds") if getattr(config, key) == "auto")
         batches = [batch * config.sides for batch, _ in space.batches()]
@@ -131,7 +162,8 @@ class Planner:
     def pooled(self, config: TrainConfig) -> TrainConfig:
         """The configuration with as few residents as host memory allows, or as many as the device holds."""
         rounds = 1 if config.rounds == "auto" else config.rounds
-        cut = Cut(config.per_device_train_batch_size, config.gradient_accumulation_steps, rounds)
+        batch, count = config.per_device_train_batch_size, config.gradient_accumulation_steps
+        cut = Cut(batch, count, rounds, world=self.world)
         found = self._search(config.replace(resident="auto"))
         pooled = found.pooled(Candidate(cut, config.update, config.slots))
         return config.replace(resident=pooled.resident or 0)
@@ -157,9 +189,9 @@ class Planner:
         return chosen
 
 
-def _sizes(config: TrainConfig) -> dict[str, int]:
-    return {
-        "batch": config.sides * config.per_device_train_batch_size,
-        "tokens": config.max_length,
-        "micro_batches": config.gradient_accumulation_steps,
-    }
+def _sizes(config: TrainConfig) -> Sizes:
+    return Sizes(
+        batch=config.sides * config.per_device_train_batch_size,
+        tokens=config.max_length,
+        micro_batches=config.gradient_accumulation_steps,
+    )

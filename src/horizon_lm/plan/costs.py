@@ -12,14 +12,16 @@ import torch
 
 from horizon_lm.engine.policies import Policies
 from horizon_lm.machine.profile import Profile
+from horizon_lm.memory.shards import UnitShard
 from horizon_lm.memory.slots import slot_bytes
 from horizon_lm.memory.store import StoreSpec, predict_device_bytes, regions
+from horizon_lm.plan.fleet import Network
 from horizon_lm.plan.outline import Measures, Outline
 from horizon_lm.plan.work import ELEMENTWISE, Kernel, Work
 from horizon_lm.plan.working_set import Pass, WorkingSet
 from horizon_lm.schedule import Buffer, Op, StepSpec
 from horizon_lm.schedule.slots import turnaround
-from horizon_lm.schedule.step_spec import KEEP, RECOMPUTE
+from horizon_lm.schedule.step_spec import EXACT, FAST, KEEP, RECOMPUTE
 
 DEVICE, HOST = "device", "host"
 
@@ -35,7 +37,11 @@ def work_seconds(work: Work, profile: Profile) -> float:
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of the ops of one step of `plan`, whose micro-batches have one shape."""
+    """Costs of the ops of one step of `plan`, whose micro-batches have one shape.
+
+    With several ranks those of one, which holds a share of each unit. profile: the rank's share of its
+    machine. total: micro-batches of all ranks. network: None with one rank.
+    """
 
     outline: Outline
     measures: Measures
@@ -43,6 +49,8 @@ class Costs:
     plan: StepSpec
     spec: StoreSpec
     profile: Profile
+    total: int
+    network: Network | None = None
 
     @property
     def is_cpu(self) -> bool:
@@ -57,18 +65,23 @@ class Costs:
     def device_memory(self) -> str:
         return HOST if self.is_cpu else DEVICE
 
+    @cached_property
+    def shards(self) -> tuple[UnitShard, ...]:
+        """What the rank holds of each unit."""
+        return tuple(UnitShard(unit, self.spec.shard) for unit in self.outline.units)
+
     # Bytes.
 
     def fixed_bytes(self) -> dict[str, int]:
         """Device buffers that live as long as the run."""
         plan = self.plan
         spills = any(plan.is_spilled(u) for u in range(1, plan.head))
-        if self.is_cpu:
+        if self.is_cpu and plan.world == 1:
             parts = self.policies.cpu_slot_bytes(plan, self._token_counts, self.spec.dtype)
             parts["waiting_gradients"] = self._waiting_bytes()
         else:
-            parts = slot_bytes(self.outline.units, plan, self.spec.dtype)
-            parts["boundary_slots"] = plan.boundary_slots * self.boundary if spills else 0
+            parts = slot_bytes(self.outline.units, plan, self.spec.dtype, stages=not self.is_cpu)
+            parts["boundary_slots"] = plan.boundary_slots * self.boundary if spills and not self.is_cpu else 0
         parts |= predict_device_bytes(self.outline.units, self.spec)
         return {name: size for name, size in parts.items() if size}
 
@@ -93,9 +106,11 @@ class Costs:
         if region == "boundary":
             return HOST, self.boundary
         if region in ("rows", "row_grads"):
-            several = region == "row_grads" and self.plan.micro_batches > 1
+            several = region == "row_grads" and self._sums_rows_here
             dtype = torch.float32 if several else self.spec.dtype
             return self.device_memory, self._row_elements * dtype.itemsize
+        if region == "row_sums":
+            return self.device_memory, self._row_share * torch.float32.itemsize
         if region == "call":
             return self.device_memory, self.measures.ends.call
         if region == "graph":
@@ -105,6 +120,8 @@ class Costs:
     def working_bytes(self, op: Op) -> tuple[str, int] | None:
         """Bytes that an op takes besides its inputs and results."""
         given = 0
+        if op.kind == "V":
+            return self.device_memory, self._rows_bytes(op)
         if op.kind not in "FBCLE":
             return None
         found = self._pass(op)
@@ -123,13 +140,18 @@ class Costs:
         if op.kind == "F":
             return found.bytes
         measured = self._table_elements * self.spec.dtype.itemsize if self.plan.sums_rows else 0
-        size, several = self.spec.dtype.itemsize, self.plan.micro_batches > 1
+        size, several = self.spec.dtype.itemsize, self._sums_rows_here
         # The gradient of all rows, in addition to their sum; with one micro-batch they are the same.
         most = found.bytes - measured + self._row_elements * size * (several and self.plan.sums_rows)
         if op.table_grad >= 0:
             last = (size if several else 0) + (size + (4 if several else size) if self.plan.tied else 0)
             most = max(most, self._row_elements * last)
         return max(0, most)
+
+    def _rows_bytes(self, op: Op) -> int:
+        """V: the gradients of rows that are sent and received, then the sums of all ranks."""
+        size, elements = self._contribution(0).itemsize, self._row_share * self.plan.world
+        return elements * (max(2 * size, size + 4) if op.grad_shard >= 0 else 2 * size)
 
     # Seconds.
 
@@ -142,21 +164,56 @@ class Costs:
             return self._seconds[key]
         profile = self.profile
         if op.kind == "U":
-            unit = self.outline.units[op.unit]
-            return 0.0 if self.is_cpu else unit.slot_numel * self.spec.dtype.itemsize / profile.h2d
+            return 0.0 if self.is_cpu else self._weight_bytes(op.unit) / profile.h2d
+        if op.kind in "JTV":
+            return self._network_seconds(op)
         if op.kind in "XR":
             return 0.0 if self.is_cpu else self.boundary / (profile.d2h if op.kind == "X" else profile.h2d)
         if op.kind == "D":
             return self._download_seconds(op.unit)
         if op.kind == "N":
             return self._norm_seconds()
-        numel, is_eager = self.outline.units[op.unit].trainable_numel, self.plan.update == "eager"
+        numel, is_eager = self.shards[op.unit].trainable_share, self.plan.update == "eager"
         if op.kind in "PGS":
             return numel * self._sum_seconds(op)
+        agreed = self.network.exchange_seconds if is_eager and self.network is not None else 0.0
         if op.kind == "A":  # eager updates read the fp32 gradient in its slot
             size = torch.float32.itemsize if is_eager else self.spec.dtype.itemsize
-            return numel * (self.state_bytes + size) / self._device_rate
-        return 0.0 if op.kind == "W" else numel * self.update_bytes / profile.optimizer
+            return numel * (self.state_bytes + size) / self._device_rate + agreed
+        return 0.0 if op.kind == "W" else numel * self.update_bytes / profile.optimizer + agreed
+
+    def _weight_bytes(self, unit: int) -> int:
+        """Bytes of a unit's weights that the rank holds: what it uploads, residuals of wide ones included."""
+        share = self.shards[unit]
+        return (share.weights_numel + share.wide_numel) * self.spec.dtype.itemsize
+
+    def _network_seconds(self, op: Op) -> float:
+        """J gathers weights; T and V send gradients to their owners, who add them (engine/sharded.py)."""
+        network, world = self.network, self.plan.world
+        assert network is not None
+        if op.kind == "J":
+            share = self.shards[op.unit]
+            sizes = (share.frozen_share, share.trainable_share, share.frozen_wide_share, share.wide_share)
+            least = network.least_seconds * (sum(map(bool, sizes)) - 1)
+            return network.gather_seconds(world * self._weight_bytes(op.unit)) + least
+        numel = self._row_share if op.kind == "V" else self.shards[op.unit].trainable_share
+        size = self._contribution(op.unit).itemsize
+        if self.plan.reduction == FAST:
+            seconds = network.gather_seconds(world * numel * size)
+            adds = 0 if op.first else numel * 12
+        else:
+            seconds = network.all_to_all_seconds(world * numel * size)
+            adds = numel * (world * (size + 8) - 4 * op.first)  # each reads its part, and the sum again
+        if op.kind == "V" and op.grad_shard >= 0:
+            seconds += network.gather_seconds(world * numel * 4)
+        return seconds + adds / self._device_rate
+
+    def _contribution(self, unit: int) -> torch.dtype:
+        """In which dtype ranks send a unit's gradient; 0: those of rows."""
+        adds_in_fp32 = not self.is_cpu
+        return self.policies.contribution_dtype(
+            unit, self._token_counts, self.spec.dtype, adds_in_fp32=adds_in_fp32
+        )
 
     @property
     def state_bytes(self) -> int:
@@ -191,17 +248,20 @@ class Costs:
         return size / (profile.d2h if op.kind == "P" else profile.h2d)
 
     def _download_seconds(self, unit: int) -> float:
-        numel, size = self.outline.units[unit].trainable_numel, self.spec.dtype.itemsize
+        numel, size = self.shards[unit].trainable_share, self.spec.dtype.itemsize
         if not self.is_cpu and unit in self.plan.resident:  # read for its norm, and written rounded
             return numel * (self._gradient_dtype(unit).itemsize + size) / self._device_rate
         if not self.is_cpu:
             return numel * size / self.profile.d2h
-        if self._gradient_dtype(unit) != self.spec.dtype:
+        if self._gradient_dtype(unit) != self.spec.dtype or self.plan.world > 1:
             return numel * (4 + size) / self.profile.host
         return numel * size / self.profile.host if self.plan.update == "eager" else 0.0
 
     def _norm_seconds(self) -> float:
-        """A pass over gradients written in the store; the others were measured as they were copied there."""
+        """A pass over gradients written in the store; the others were measured as they were copied there.
+        With several ranks, sums from rank to rank."""
+        if self.network is not None:
+            return self.network.pass_on_seconds
         if not self.is_cpu or self.plan.update == "eager":
             return 0.0
         units = self.outline.units
@@ -223,7 +283,17 @@ class Costs:
     def _row_elements(self) -> int:
         """Maximum elements of the embedding rows that a step can use."""
         rows = self.outline.facts.rows * self.outline.width
-        return min(self._table_elements * self.plan.micro_batches, rows)
+        return min(self._table_elements * self.total, rows)
+
+    @property
+    def _row_share(self) -> int:
+        """Those of which each rank adds up the gradients."""
+        return -(-self._row_elements // self.plan.world)
+
+    @property
+    def _sums_rows_here(self) -> bool:
+        """Whether the rank adds up gradients of rows over its micro-batches, in fp32."""
+        return self.total > 1 and self.plan.reduction != EXACT
 
     def _touches_rows(self, op: Op) -> int:
         """A code for what a prologue op does with all rows of the step: take them, add to their sum, add the
@@ -232,7 +302,7 @@ class Costs:
 
     def _row_work(self, op: Op) -> Work:
         """Work of an op on all rows of the step (see `_touches_rows`): bytes read and written."""
-        size, several = self.spec.dtype.itemsize, self.plan.micro_batches > 1
+        size, several = self.spec.dtype.itemsize, self._sums_rows_here
         kinds: list[int] = []
         if op.kind == "F" and self._touches_rows(op):
             kinds.append(2 * size * self._row_elements)
@@ -246,8 +316,8 @@ class Costs:
 
     @property
     def _token_counts(self) -> list[int]:
-        """Tokens of each micro-batch."""
-        return [self.measures.batch * self.measures.tokens] * self.plan.micro_batches
+        """Tokens of each micro-batch of all ranks."""
+        return [self.measures.batch * self.measures.tokens] * self.total
 
     def _gradient_dtype(self, unit: int) -> torch.dtype:
         return self.policies.gradient_dtype(unit, self._token_counts, self.spec.dtype)

@@ -8,7 +8,7 @@ from horizon_lm.machine.cores import lane_cores
 from horizon_lm.machine.profile import Profile
 from horizon_lm.plan import fit
 from horizon_lm.plan.choose import Choice, Planner
-from horizon_lm.schedule.step_spec import KEEP
+from horizon_lm.schedule.step_spec import FAST, KEEP
 from horizon_lm.words import count, size
 
 # On a CPU layers are computed in place: there is nothing to choose.
@@ -48,8 +48,10 @@ def explain(config: TrainConfig, chosen: TrainConfig, planner: Planner) -> list[
         "loss_chunk_tokens": _chunk_reason(chosen, planner),
         "optimizer_threads": _threads_reason(chosen, planner.profile),
     }
+    if planner.world > 1:
+        reasons["reduction"] = _reduction_reason(chosen, planner)
     open_when_auto = {"activations", "boundaries", "update", "loss_chunk_tokens", "optimizer_threads"}
-    open_when_auto |= {"resident", "rounds", "round_sums"}
+    open_when_auto |= {"resident", "rounds", "round_sums", "reduction"}
     rows = []
     for key, reason in reasons.items():
         if is_cpu and key in _OF_DEVICE_MEMORY and key not in planner.pinned:
@@ -62,6 +64,15 @@ def explain(config: TrainConfig, chosen: TrainConfig, planner: Planner) -> list[
             value = max(1, planner.profile.cores - lane_cores(planner.profile.device, chosen.update))
         rows.append(Choice(key, value, "as configured" if named else reason, named))
     return rows
+
+
+def _reduction_reason(chosen: TrainConfig, planner: Planner) -> str:
+    exact, fast = planner.seconds_by_reduction(chosen)
+    more = exact / fast - 1
+    if chosen.reduction == FAST:
+        return f"exact would be {more:.0%} slower"
+    cost = f"; fast would be {1 - fast / exact:.1%} faster" if more >= 0.001 else ", as fast as fast"
+    return f"bitwise identical for any number of ranks{cost}"
 
 
 def _rounds_reason(chosen: TrainConfig) -> str:

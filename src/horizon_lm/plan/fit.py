@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from horizon_lm.machine.profile import Profile
 from horizon_lm.memory.arena import pinnable_bytes
 from horizon_lm.memory.preflight import stating_hint, whole_memory
 from horizon_lm.memory.ways import hint
+from horizon_lm.plan.fleet import ONE, Fleet
 from horizon_lm.plan.predict import Prediction
 from horizon_lm.words import size
 
@@ -30,13 +31,15 @@ _DEVICE_SHARE = 0.95
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes; None: unknown or unlimited. host: if `here`, beyond what the process holds now; else in all."""
+    """Bytes; None: unknown or unlimited. host: if `here`, beyond what the process holds now; else in all.
+    ranks: processes of the run that share `host`."""
 
     host: int
     device: int | None = None
     pinned: int | None = None
     disk: int | None = None
     here: bool = False
+    ranks: int = 1
 
     @classmethod
     def of_profile(cls, profile: Profile, stated: int | None = None) -> Limits:
@@ -57,10 +60,20 @@ class Limits:
         pinned = pinnable_bytes() if device.startswith("cuda") else None
         return cls(available_host_bytes(stated), free, pinned, shutil.disk_usage(place).free, here=True)
 
+    def of_fleet(self, fleet: Fleet, profile: Profile, stated: int | None = None) -> Limits:
+        """Those of a node of a fleet of such machines. stated: as in `of_profile`, of each node."""
+        if fleet == ONE:
+            return self
+        node = profile.as_node(fleet.gpus_per_node)
+        is_own = self.here or stated is not None
+        host = self.host if is_own else int(node.host_bytes)
+        return replace(self, host=host, ranks=fleet.gpus_per_node)
+
 
 @dataclass(frozen=True)
 class Shortfall:
-    """memory: host, device, locked or disk. All in bytes."""
+    """memory: host, device, locked or disk. All in bytes; of host memory what each of a node's ranks needs,
+    and its share of what there is."""
 
     memory: str
     needed: int
@@ -96,7 +109,7 @@ def room_bytes(config: TrainConfig, prediction: Prediction, limits: Limits) -> i
 
 def _compare(config: TrainConfig, prediction: Prediction, limits: Limits) -> list[Shortfall]:
     host = prediction.host_bytes - (prediction.host["process"] if limits.here else 0)
-    room = limits.host - int(config.reserve_host_gb * _GB)
+    room = (limits.host - int(config.reserve_host_gb * _GB)) // limits.ranks
     found = [Shortfall("host", host, room)]
     if limits.device is not None:
         found.append(Shortfall("device", prediction.device_bytes, limits.device))
@@ -133,6 +146,7 @@ def check(config: TrainConfig, prediction: Prediction, limits: Limits, predictor
         seen = (f"{name} {size(part)}" for name, part in rows if part >= worst.needed / 2000)
         table = f" ({', '.join(seen)})"
     kept = f" beside the {config.reserve_host_gb:g} GB of reserve_host_gb" if worst.memory == "host" else ""
+    each = f" for each of {limits.ranks} ranks" if worst.memory == "host" and limits.ranks > 1 else ""
     is_ours = worst.memory == "host" and limits.here
     if is_ours:
         kept += f", of {whole_memory(config)}"
@@ -140,7 +154,7 @@ def check(config: TrainConfig, prediction: Prediction, limits: Limits, predictor
     place = "disk space" if worst.memory == "disk" else f"{worst.memory} memory"
     raise DoesNotFitError(
         f"{worst.memory} memory: a step needs {size(worst.needed)}{table}, and "
-        f"{size(max(0, worst.available))} are there{kept}: short by {size(worst.bytes)}{also}"
+        f"{size(max(0, worst.available))} are there{each}{kept}: short by {size(worst.bytes)}{also}"
         if worst.memory != "disk"
         else f"disk: the trained model needs {size(worst.needed)} in {config.output_dir!r}, and "
         f"{size(worst.available)} are free: short by {size(worst.bytes)}{also}",

@@ -6,12 +6,15 @@ The schedule that the engine would run (`schedule.build`) is simulated with the 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from horizon_lm.config import ModelSettings, TrainConfig
 from horizon_lm.engine.policies import Policies, store_spec
 from horizon_lm.machine.profile import Profile
+from horizon_lm.memory.shards import WHOLE, Shard
 from horizon_lm.memory.store import predict_bytes, predict_device_bytes
 from horizon_lm.plan.costs import DEVICE, HOST, Costs
+from horizon_lm.plan.fleet import Network
 from horizon_lm.plan.outline import Measures, Outline
 from horizon_lm.plan.steps import SimulatedStep, simulate_ops, simulate_step
 from horizon_lm.preference.method import Method
@@ -23,11 +26,20 @@ from horizon_lm.schedule.draw import busy_seconds
 MOST_VISITS = 8000
 
 
+class Sizes(NamedTuple):
+    """A step of micro-batches [batch, tokens], of all ranks together."""
+
+    batch: int
+    tokens: int
+    micro_batches: int
+
+
 @dataclass(frozen=True)
 class Prediction:
     """Prediction for one steady-state step.
 
-    costs: those of its ops. host, device: bytes by part; device is empty if the device is the CPU.
+    costs: those of its ops. host, device: bytes by part; device is empty if the device is the CPU. With
+    several ranks all figures are those of one rank, but for tokens, which are those of all.
     kl: the forward pass of a KL term, before each step. reference: a piece of the reference's pass over the
     data, of `reference_tokens`. Both only if the method needs them.
     """
@@ -52,6 +64,11 @@ class Prediction:
     @property
     def profile(self) -> Profile:
         return self.costs.profile
+
+    @property
+    def micro_batches(self) -> int:
+        """Of all ranks."""
+        return self.costs.total
 
     @property
     def batch(self) -> int:
@@ -84,7 +101,7 @@ class Prediction:
 
     @property
     def tokens(self) -> int:
-        return self.batch * self.tokens_per_row * self.plan.micro_batches
+        return self.batch * self.tokens_per_row * self.micro_batches
 
     @property
     def seconds(self) -> float:
@@ -115,7 +132,8 @@ class Prediction:
 
     def lanes(self) -> dict[str, float]:
         """Busy seconds of each lane."""
-        found = {str(lane): 0.0 for lane in Lane} | self.step.busy
+        lanes = [lane for lane in Lane if lane is not Lane.NETWORK or self.plan.world > 1]
+        found = {str(lane): 0.0 for lane in lanes} | self.step.busy
         for lane, seconds in busy_seconds(self.kl.spans if self.kl is not None else ()).items():
             found[lane] += seconds
         return found
@@ -137,9 +155,7 @@ def predict(
     micro_batches: int,
 ) -> Prediction:
     """Predict steps of `micro_batches` micro-batches [batch, tokens]; a pair is two rows, packed or not."""
-    return prediction_of(
-        costs_of(outline, settings, profile, batch=batch, tokens=tokens, micro_batches=micro_batches)
-    )
+    return prediction_of(costs_of(outline, settings, profile, Sizes(batch, tokens, micro_batches)))
 
 
 def prediction_of(costs: Costs, most_visits: int = MOST_VISITS) -> Prediction:
@@ -154,7 +170,7 @@ def prediction_of(costs: Costs, most_visits: int = MOST_VISITS) -> Prediction:
     has_kl = preferences is not None and preferences.uses_kl
     step = simulate_step(costs, replace(costs.plan, update="sync") if has_kl else costs.plan, most_visits)
     host, device = _bytes(costs, step.simulation, stored)
-    kl = _simulate_forward(costs, costs.plan.micro_batches) if has_kl else None
+    kl = _simulate_forward(costs, costs.total) if has_kl else None
     if preferences is None or not preferences.uses_reference:
         return Prediction(settings, costs, host, device, step, kl)
     size = preferences.precompute_ref_batch_size
@@ -175,16 +191,17 @@ def costs_of(
     outline: Outline,
     settings: ModelSettings,
     profile: Profile,
-    *,
-    batch: int,
-    tokens: int,
-    micro_batches: int,
+    sizes: Sizes,
+    network: Network | None = None,
 ) -> Costs:
-    """Return the costs of the ops of a step; see `predict`."""
-    policies = Policies.of(settings, outline)
-    measures = _measures(outline, settings, policies, batch, tokens)
-    spec = store_spec(settings, outline)
-    return Costs(outline, measures, policies, policies.step_spec(micro_batches), spec, profile)
+    """Return the costs of the ops of a step. With a network those of one of its ranks, of which `profile` is
+    the share of the machine (`Profile.of_rank`)."""
+    world = 1 if network is None else network.fleet.world
+    policies = Policies.of(settings, outline, world=world)
+    measures = _measures(outline, settings, policies, sizes.batch, sizes.tokens)
+    spec = store_spec(settings, outline, WHOLE if world == 1 else Shard(0, world))
+    plan = policies.step_spec(-(-sizes.micro_batches // world))
+    return Costs(outline, measures, policies, plan, spec, profile, sizes.micro_batches, network)
 
 
 def _measures(
@@ -224,6 +241,6 @@ def _preferences(settings: ModelSettings) -> TrainConfig | None:
 
 
 def _simulate_forward(costs: Costs, micro_batches: int) -> Simulation:
-    """Simulate a forward pass for log-probabilities."""
-    spec = costs.policies.step_spec(micro_batches, evaluate=True)
-    return simulate_ops(replace(costs, plan=spec), spec)
+    """Simulate a forward pass of all ranks' micro-batches for log-probabilities."""
+    spec = costs.policies.step_spec(-(-micro_batches // costs.plan.world), evaluate=True)
+    return simulate_ops(replace(costs, plan=spec, total=micro_batches), spec)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,15 @@ from typing import Any
 from horizon_lm.config import TrainConfig, check_max_length
 from horizon_lm.config.dataset_info import is_stdlib
 from horizon_lm.data.detect import with_method
-from horizon_lm.errors import ConfigError, HorizonError
+from horizon_lm.errors import ConfigError, DoesNotFitError, HorizonError
 from horizon_lm.machine.memory import lockable_bytes
-from horizon_lm.machine.profile import FALLBACK, Profile, load_profile
+from horizon_lm.machine.profile import ASSUMED_LINKS, FALLBACK, Profile, load_profile
 from horizon_lm.memory.ways import written
 from horizon_lm.plan.choose import Choice, Planner
 from horizon_lm.plan.explain import explain
 from horizon_lm.plan.fit import Limits
+from horizon_lm.plan.fleet import ONE, Fleet, Network
+from horizon_lm.plan.fleet_plan import FleetPlan, smallest
 from horizon_lm.plan.largest import Largest
 from horizon_lm.plan.outline import Outline, model_config
 from horizon_lm.plan.outline_cache import OutlineCache
@@ -26,10 +28,36 @@ from horizon_lm.plan.step_size import assumed_tokens
 from horizon_lm.words import count, size
 
 
+@dataclass
+class Planners:
+    """Planners of one model on fleets of one kind of machine. stated: host bytes of each node that the
+    configuration names."""
+
+    outline: Outline
+    profile: Profile
+    limits: Limits
+    pinned: frozenset[str]
+    stated: int | None
+    _made: dict[Fleet, Planner] = field(default_factory=dict)
+
+    def __call__(self, fleet: Fleet) -> Planner:
+        if fleet not in self._made:
+            self._made[fleet] = self._make(fleet)
+        return self._made[fleet]
+
+    def _make(self, fleet: Fleet) -> Planner:
+        if fleet == ONE:
+            return Planner(self.outline, self.profile, self.limits, self.pinned)
+        network = Network.of(fleet, self.profile)
+        limits = self.limits.of_fleet(fleet, self.profile, self.stated)
+        profile = self.profile.of_rank(fleet.gpus_per_node)
+        return Planner(self.outline, profile, limits, self.pinned, network=network)
+
+
 @dataclass(frozen=True)
 class RunPlan:
     """config: with the choices resolved. notes: caveats about the figures. machine: what the plan is for, and
-    how reliable its figures are, in words."""
+    how reliable its figures are, in words. of_fleet: what only a plan for several ranks has."""
 
     config: TrainConfig
     planner: Planner
@@ -37,6 +65,7 @@ class RunPlan:
     choices: list[Choice]
     notes: list[str]
     machine: str
+    of_fleet: FleetPlan | None = None
 
     @property
     def profile(self) -> Profile:
@@ -57,7 +86,8 @@ class RunPlan:
     def all_notes(self) -> list[str]:
         """`notes`, and the advice that needs another prediction."""
         advice = self._advice()
-        return [*self.notes, *([advice] if advice else [])]
+        of_fleet = self.of_fleet.notes() if self.of_fleet is not None else []
+        return [*self.notes, *of_fleet, *([advice] if advice else [])]
 
     def _advice(self) -> str | None:
         """Advise more tokens per step if the update limits it, which takes as long for any number."""
@@ -132,6 +162,7 @@ class RunPlan:
             "tokens_per_second": found.tokens_per_second,
             **self._forward_passes(),
             "limited_by": found.limit(),
+            **({"fleet": self.of_fleet.to_dict()} if self.of_fleet is not None else {}),
             "notes": self.all_notes(),
         }
 
@@ -141,11 +172,13 @@ def plan_run(
     hardware: str = "auto",
     pinned: frozenset[str] | None = None,
     cache: OutlineCache | None = None,
+    fleet: Fleet = ONE,
 ) -> RunPlan:
     """Plan a run for this machine (`auto`), a shipped profile, or a profile in a file.
 
-    pinned: the keys that the user named; by default those given to `config`. cache: earlier findings.
-    Raises ConfigError, UnsupportedModelError, and DoesNotFitError if nothing fits.
+    pinned: the keys that the user named; by default those given to `config`. cache: earlier findings. fleet:
+    how many of these machines, and ranks of each. Raises ConfigError, UnsupportedModelError, and
+    DoesNotFitError if nothing fits.
     """
     pinned = frozenset(config.model_fields_set) if pinned is None else pinned
     profile, limits, notes = machine(config, hardware)
@@ -155,8 +188,14 @@ def plan_run(
         notes.append(note)
     outline = Outline(partial(model_config, config), config, cache)
     check_max_length(config, outline.facts.positions)
-    planner = Planner(outline, profile, limits, pinned)
-    chosen = planner.choose(config)
+    planners = Planners(outline, profile, limits, pinned, config.host_memory_bytes)
+    planner = planners(fleet)
+    try:
+        chosen = planner.choose(config)
+    except DoesNotFitError as error:
+        if fleet != ONE or hardware != "auto":
+            _add_smallest(error, config, planners, fleet)
+        raise
     prediction = planner.predict(chosen)
     lockable = lockable_bytes() if limits.here else None
     if lockable is not None and lockable < prediction.pinned_bytes:
@@ -167,7 +206,36 @@ def plan_run(
     if config.ref_model_name_or_path is not None:
         notes.append("the reference's pass is planned as if it had the model's size")
     title = _machine(profile, limits, prediction)
-    return RunPlan(chosen, planner, prediction, explain(config, chosen, planner), notes, title)
+    if fleet != ONE:
+        title = f"{fleet}: {title}"
+        if profile.node is None:
+            notes.append(f"{profile.name} has no figures of links between GPUs and nodes: {ASSUMED_LINKS}")
+    of_fleet = None if fleet == ONE else FleetPlan(config, chosen, planners, fleet)
+    return RunPlan(chosen, planner, prediction, explain(config, chosen, planner), notes, title, of_fleet)
+
+
+def _add_smallest(error: DoesNotFitError, config: TrainConfig, planners: Planners, fleet: Fleet) -> None:
+    """Add to the hint on which fleet the run would fit."""
+    node = planners.profile.node
+    gpus = fleet.gpus_per_node if fleet != ONE or node is None else node.gpus
+    found = smallest(config, planners, gpus)
+    if found is not None:
+        error.hint = f"{error.hint}; the smallest fleet that trains it is {found}: {found.arguments}"
+
+
+def fleet_of(nodes: str, gpus_per_node: str, hardware: str) -> Fleet:
+    """Return the fleet that arguments of `horizon plan` name, "" those that are not given: one node; if there
+    are several, all GPUs of the machine. Raises ConfigError."""
+    values: dict[str, int] = {}
+    for key, text in (("nodes", nodes), ("gpus_per_node", gpus_per_node)):
+        if text:
+            if not text.isdecimal() or not int(text):
+                raise ConfigError(f"{key}={text!r} is not a number of at least 1", hint=f"set {key}=8")
+            values[key] = int(text)
+    if "nodes" in values and "gpus_per_node" not in values:
+        node = load_profile(hardware).node
+        values["gpus_per_node"] = 1 if node is None else node.gpus
+    return Fleet(**values)
 
 
 def with_method_of_data(config: TrainConfig) -> tuple[TrainConfig, list[str]]:

@@ -77,6 +77,34 @@ class Search:
         candidate = Candidate(cut, space.updates()[0], space.slots()[0], spilled=space.spilled()[-1])
         return self.pooled(candidate)
 
+    def has_room(self) -> bool:
+        """Whether a cut with the smallest micro-batches fits, recomputing all layers: in one round, or in as
+        many as can be."""
+        cuts = self.space.cuts()
+        small = [cut for cut in cuts if cut.batch == min(cut.batch for cut in cuts)]
+        ends = {min(small, key=lambda cut: cut.rounds)}
+        for sums in {cut.sums for cut in small}:
+            ends.add(max((cut for cut in small if cut.sums == sums), key=lambda cut: cut.rounds))
+        update, slots = self.space.updates()[0], self.space.slots()[0]
+        found = (
+            Candidate(cut, update, slots) for cut in sorted(ends, key=lambda cut: (cut.rounds, cut.sums))
+        )
+        return any(map(self._has_room, found))
+
+    def _has_room(self, candidate: Candidate) -> bool:
+        """Whether a candidate fits with some number of spilled inputs; the others stay on the device."""
+        least, most = self.space.spilled()[0], self.space.spilled()[-1]
+
+        def rest(fewer: int) -> dict[str, int]:
+            return self._rest_of(self.pooled(replace(candidate, spilled=most - fewer)))
+
+        if min(rest(0).values()) >= 0:
+            return True
+        if most == least or rest(0).get("device", 0) < 0:
+            return False
+        fewer = _last(lambda number: rest(number).get("device", 0), most - least)
+        return fewer > 0 and min(rest(fewer).values()) >= 0
+
     def pooled(self, candidate: Candidate) -> Candidate:
         """With as few residents as host memory allows; with as many as the device holds if it does not."""
         low, high = self._range(replace(candidate, resident=self.space.residents()[0]))
@@ -212,7 +240,11 @@ class Search:
         return low, high
 
     def _rest(self, candidate: Candidate, residents: int) -> dict[str, int]:
-        config = self.space.make(replace(candidate, resident=residents))
+        return self._rest_of(replace(candidate, resident=residents))
+
+    def _rest_of(self, candidate: Candidate) -> dict[str, int]:
+        """Bytes left of each memory."""
+        config = self.space.make(candidate)
         return self.machine.rest(config, self.machine.predict(config))
 
     def _resident_sizes(self, config: TrainConfig) -> list[int]:
@@ -271,7 +303,8 @@ class Search:
 
     def with_more(self, chosen: TrainConfig) -> tuple[str, TrainConfig] | None:
         """(policy, the choice with one more layer under it): the upgrade that comes next, if there is one."""
-        cut = Cut(chosen.per_device_train_batch_size, chosen.gradient_accumulation_steps)
+        batch, count = chosen.per_device_train_batch_size, chosen.gradient_accumulation_steps
+        cut = Cut(batch, count, world=self.space.world)
         steps = self._upgrades(Candidate(cut, chosen.update, chosen.slots))
         words, layers = (RECOMPUTE, ATTENTION, PRODUCTS, KEEP), self.space.layers
         word = RECOMPUTE if chosen.activations == "auto" else str(chosen.activations)
@@ -313,8 +346,7 @@ class Search:
 
     def _room(self, candidate: Candidate) -> int:
         """Bytes left of the memory that has least left; negative if the candidate does not fit."""
-        config = self.space.make(candidate)
-        return min(self.machine.rest(config, self.machine.predict(config)).values())
+        return min(self._rest_of(candidate).values())
 
     def _seconds(self, config: TrainConfig) -> float:
         return self.machine.predict(config).seconds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from horizon_lm.plan.fleet_plan import FleetPlan, break_even
 from horizon_lm.plan.run_plan import RunPlan
 from horizon_lm.schedule.draw import text_timeline
 from horizon_lm.words import count, parameters, size
@@ -16,7 +17,8 @@ def describe(plan: RunPlan, *, largest: bool = True, timeline: bool = False) -> 
         f"model      {outline.facts.model_type}, {parameters(outline.num_parameters)}, "
         f"{count(outline.num_layers, 'layer')}",
         f"machine    {plan.machine}",
-        f"step       {found.plan.micro_batches} x {_shape(plan)} = {count(found.tokens, 'token')}",
+        f"step       {found.micro_batches} x {_shape(plan)} = {count(found.tokens, 'token')}"
+        + (f", {found.plan.micro_batches} of each rank" if plan.of_fleet is not None else ""),
         "",
         *_bytes("host", found.host),
         *_bytes("device", found.device),
@@ -31,11 +33,36 @@ def describe(plan: RunPlan, *, largest: bool = True, timeline: bool = False) -> 
             lines.append(f"  {lane:20} {_seconds(seconds):>10}  {seconds / found.seconds:6.1%}")
     lines.append(f"  limited by {found.limit()}")
     lines += _forward_passes(plan)
+    lines += _fleet(plan.of_fleet, largest)
     if timeline:
         lines += ["", text_timeline(found.simulation.spans)]
     if largest:
         lines += ["", "largest that fits, one at a time, recomputing all layers", *_largest(plan)]
     return "\n".join([*lines, *(f"note: {note}" for note in plan.all_notes())])
+
+
+def _fleet(plan: FleetPlan | None, smallest: bool) -> Iterable[str]:
+    """What only a plan for several ranks has; smallest: include the smallest fleets that would do."""
+    if plan is None:
+        return
+    even, ranks = break_even(plan.prediction.costs), plan.fleet.gpus_per_node
+    exact, fast = plan.seconds_by_reduction
+    yield f"  {plan.rate_of_each:,.0f} tokens/s per GPU"
+    yield ""
+    yield f"fleet      {size(plan.node_bytes)} of host memory in each node ({count(ranks, 'rank')})"
+    yield f"  gradients added exactly {_seconds(exact)} a step, fast {_seconds(fast)}"
+    yield (
+        f"  the forward pass hides the update from {count(even.update, 'token')} a step on, the network from "
+        f"{even.network:,} a GPU, uploads from {even.upload:,}"
+    )
+    if not smallest:
+        return
+    if plan.smallest is not None:
+        yield f"  smallest that trains this model: {plan.smallest}"
+    held = plan.in_memory
+    if held is not None:
+        hint = ": in-memory training (FSDP2) may be as fast there" if held.world <= plan.fleet.world else ""
+        yield f"  smallest that holds all of it in device memory: {held}{hint}"
 
 
 def _shape(plan: RunPlan) -> str:

@@ -17,16 +17,23 @@ from horizon_lm.schedule.step_spec import ATTENTION, KEEP, PRODUCTS, RECOMPUTE
 
 @dataclass(frozen=True)
 class Cut:
-    """How the rows of a step are cut. sums: where gradients wait between rounds; "" with one round."""
+    """How the rows of a step are cut. sums: where gradients wait between rounds; "" with one round. world:
+    ranks, among which the micro-batches are divided."""
 
     batch: int
     micro_batches: int
     rounds: int = 1
     sums: str = ""
+    world: int = 1
+
+    @property
+    def positions(self) -> int:
+        """Micro-batches of each rank."""
+        return -(-self.micro_batches // self.world)
 
     @property
     def round_size(self) -> int:
-        return self.micro_batches // self.rounds
+        return self.positions // self.rounds
 
 
 @dataclass(frozen=True)
@@ -56,9 +63,15 @@ class Space:
     """What a configuration leaves open on a machine. pinned: keys set explicitly."""
 
     def __init__(
-        self, config: TrainConfig, outline: Outline, profile: Profile, pinned: frozenset[str]
+        self,
+        config: TrainConfig,
+        outline: Outline,
+        profile: Profile,
+        pinned: frozenset[str],
+        world: int = 1,
     ) -> None:
         self.config, self.outline, self.profile, self._pinned = config, outline, profile, pinned
+        self.world = world
         self.is_cpu = profile.device == "cpu"
         self.layers = outline.num_layers
 
@@ -90,18 +103,18 @@ class Space:
         """List the cuts of a step into micro-batches and rounds, the simplest first."""
         batches = self.batches()
         found = [
-            Cut(batch, count, rounds, sums)
+            Cut(batch, count, rounds, sums, self.world)
             for batch, count in batches
             for rounds in self.rounds(count)
             for sums in self.sums(count, rounds)
         ]
         if not found:
-            raise self._no_cut(sorted({count for _, count in batches}))
+            raise self._no_cut(sorted({-(-count // self.world) for _, count in batches}))
         return sorted(found, key=lambda cut: cut.rounds)
 
     def _no_cut(self, counts: list[int]) -> ConfigError:
-        """Explain why `rounds` goes with none of the numbers of micro-batches."""
-        rounds, adds = self.config.rounds, self.config.round_sums == "add"
+        """Explain why `rounds` goes with none of the numbers of micro-batches (of each rank)."""
+        rounds, adds = self.config.rounds, self.config.round_sums == "add" and self.world == 1
         assert rounds != "auto"  # one round always goes
         options = set(counts) if adds else {n for count in counts for n in _divisors(count)}
         nearest = min(sorted(options), key=lambda n: abs(n - rounds))
@@ -118,19 +131,28 @@ class Space:
         )
 
     def rounds(self, micro_batches: int) -> list[int]:
+        """Numbers of rounds into which the micro-batches of each rank can be cut."""
+        positions = -(-micro_batches // self.world)
         if self.config.rounds != "auto":
-            return [self.config.rounds] if micro_batches % self.config.rounds == 0 else []
+            return [self.config.rounds] if positions % self.config.rounds == 0 else []
         if self.is_cpu:
             return [1]
-        return _divisors(micro_batches)
+        # Configured micro-batches may leave some ranks with fewer; settings know the rounds of all of them.
+        return [
+            n
+            for n in _divisors(positions)
+            if micro_batches % n == 0 or self.config.tokens_per_step is not None
+        ]
 
     def sums(self, micro_batches: int, rounds: int) -> list[str]:
         if rounds == 1:
             return [""]
-        options = ["device", "host", *(["add"] if rounds == micro_batches else [])]
+        options = ["device", "host", *(["add"] if rounds == micro_batches and self.world == 1 else [])]
         asked = self.config.round_sums
         if asked == "auto" and self.is_cpu:
             return ["device"]
+        if asked == "add" and self.world > 1:  # as `host` then
+            return [asked]
         return options if asked == "auto" else [asked] if asked in options else []
 
     def updates(self) -> list[str]:

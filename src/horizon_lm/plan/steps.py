@@ -13,9 +13,11 @@ from functools import lru_cache
 from horizon_lm.plan.costs import Costs
 from horizon_lm.schedule import Buffer, Lane, Op, Simulation, StepSpec, build, derive_waits, simulate
 from horizon_lm.schedule.draw import Span, busy_seconds
+from horizon_lm.schedule.step_spec import EXACT
 
 _FEW_ROUNDS = 3
 _OF_EACH_MICRO_BATCH = frozenset("FBCLEXR")
+_OF_EACH_IF_EXACT = _OF_EACH_MICRO_BATCH | frozenset("TV")  # `StepSpec.reduction`
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,10 @@ def simulate_ops(costs: Costs, spec: StepSpec, several: float = 1.0) -> Simulati
     # Ops that run one at a time wait for nothing but the op before.
     ops, waits = (ops_of(spec), None) if costs.is_cpu else schedule_of(spec)
     alone = spec.at_turnaround if spec.joins_turnaround else frozenset()
+    of_each = _OF_EACH_IF_EXACT if spec.reduction == EXACT else _OF_EACH_MICRO_BATCH
 
     def seconds(op: Op) -> float:
-        return costs.seconds(op) * several if op.kind in _OF_EACH_MICRO_BATCH else costs.seconds(op)
+        return costs.seconds(op) * several if op.kind in of_each else costs.seconds(op)
 
     def num_bytes(buffer: Buffer, op: Op) -> tuple[str, int] | None:
         found = costs.num_bytes(buffer, op)

@@ -12,8 +12,10 @@ from horizon_lm.data import Loader, StreamLoader, TrainingData, load_training_da
 from horizon_lm.data.detect import with_method
 from horizon_lm.data.formats import KIND_WORDS
 from horizon_lm.data.training_data import cache_dir
+from horizon_lm.distributed.start import place
 from horizon_lm.errors import ConfigError, DoesNotFitError, HorizonError, UnsupportedModelError
 from horizon_lm.optim.curves import Curve, count_warmup_steps, learning_rates
+from horizon_lm.plan.fleet import ONE, Fleet
 from horizon_lm.plan.outline_cache import outline_cache
 from horizon_lm.plan.run_plan import RunPlan, plan_run
 from horizon_lm.plan.show import describe
@@ -62,7 +64,8 @@ def plan_and_read(
         try:
             found, plan = settle(config, progress, together)
         except DoesNotFitError:
-            if not together.first("plan of the smallest step", lambda: _might_fit_less(config)):
+            fleet = Fleet.of_ranks(together.ranks)
+            if not together.first("plan of the smallest step", lambda: _might_fit_less(config, fleet)):
                 raise
             data = read_data(config, progress, together)
             if not _is_sized_by_data(config, data):
@@ -98,16 +101,22 @@ def read_data(config: TrainConfig, progress: Progress, together: Together) -> Tr
 def check_share(config: TrainConfig, together: Together) -> None:
     """Raise ConfigError if a step has fewer micro-batches than there are ranks."""
     world, number = together.ranks.world, config.gradient_accumulation_steps
-    if number < world:
-        raise shared(
-            ConfigError(
-                f"a step has {count(number, 'micro-batch', 'micro-batches')} "
-                f"(gradient_accumulation_steps={number}) for {world} ranks, which share them: "
-                f"{world - number} would never have work",
-                hint=f"set gradient_accumulation_steps={world} or a multiple of it, with a smaller "
-                "per_device_train_batch_size if the step is to keep its size; or start fewer ranks",
-            )
+    if number >= world:
+        return
+    way = (
+        f"set gradient_accumulation_steps={world} or a multiple of it, with a smaller "
+        "per_device_train_batch_size if the step is to keep its size"
+    )
+    if config.tokens_per_step is not None and CUT[1] not in config.model_fields_set:
+        way = "set a larger tokens_per_step"
+    raise shared(
+        ConfigError(
+            f"a step has {count(number, 'micro-batch', 'micro-batches')} "
+            f"(gradient_accumulation_steps={number}) for {world} ranks, which share them: "
+            f"{world - number} would never have work",
+            hint=f"{way}; or start fewer ranks",
         )
+    )
 
 
 def wanted_rows(config: TrainConfig, data: TrainingData) -> int:
@@ -116,12 +125,12 @@ def wanted_rows(config: TrainConfig, data: TrainingData) -> int:
     return rows_wanted(config, sequences, data.store.counts.is_text)
 
 
-def _might_fit_less(config: TrainConfig) -> bool:
+def _might_fit_less(config: TrainConfig, fleet: Fleet) -> bool:
     """Tell whether the smallest step would fit, so that reading the data is worthwhile."""
     if config.tokens_per_step is None or config.streaming:
         return False
     tokens = rows_wanted(config, 1, False) * config.row_tokens
-    smallest = _planned(config.replace(tokens_per_step=tokens, skip_memory_check=True))
+    smallest = _planned(config.replace(tokens_per_step=tokens, skip_memory_check=True), fleet=fleet)
     return smallest.planner.fits(smallest.config)
 
 
@@ -148,7 +157,7 @@ def settle(
     own: list[tuple[TrainConfig, RunPlan | None]] = []
 
     def plan_here() -> dict[str, Any]:
-        own.append(_settle(config, progress, pinned))
+        own.append(_settle(config, progress, pinned, Fleet.of_ranks(together.ranks)))
         before, after = config.to_dict(), own[0][0].to_dict()
         return {key: value for key, value in after.items() if value != before[key]}
 
@@ -157,10 +166,10 @@ def settle(
 
 
 def _settle(
-    config: TrainConfig, progress: Progress, pinned: frozenset[str] | None
+    config: TrainConfig, progress: Progress, pinned: frozenset[str] | None, fleet: Fleet
 ) -> tuple[TrainConfig, RunPlan | None]:
     try:
-        plan = _planned(config, pinned, counted=True)
+        plan = _planned(config, pinned, fleet, counted=True)
     except UnsupportedModelError as error:
         if config.tokens_per_step is not None:
             raise
@@ -175,17 +184,23 @@ def _settle(
     return plan.config, plan
 
 
-def _planned(config: TrainConfig, pinned: frozenset[str] | None = None, *, counted: bool = False) -> RunPlan:
+def _planned(
+    config: TrainConfig,
+    pinned: frozenset[str] | None = None,
+    fleet: Fleet = ONE,
+    *,
+    counted: bool = False,
+) -> RunPlan:
     """Plan the run. counted: count the FLOPs of its layers, if possible."""
     with outline_cache(config) as cache:
-        plan = plan_run(config, pinned=pinned, cache=cache)
+        plan = plan_run(config, pinned=pinned, cache=cache, fleet=fleet)
         if counted:
             plan.planner.outline.count()
         return plan
 
 
 def _in_words(plan: RunPlan) -> list[str]:
-    shown = ("activations", "boundaries", "update")
+    shown = ("activations", "boundaries", "update", "reduction")
     return [
         f"{c.key} {' '.join(c.value) if isinstance(c.value, list) else c.value}"
         for c in plan.choices
@@ -196,11 +211,14 @@ def _in_words(plan: RunPlan) -> list[str]:
 def dry_run(config: TrainConfig) -> str:
     """Plan a run, check the schedule of two consecutive steps and simulate one; return what to print.
 
-    Nothing is trained and nothing stays on the disk. Raises as `train` does before it starts.
+    Nothing is trained and nothing stays on the disk. Under torchrun rank 0 plans for all ranks. Raises as
+    `train` does before it starts.
     """
+    here = place()
+    fleet = Fleet(-(-here.world // here.local_world), here.local_world)
     with claim(config.output_dir, overwrite=config.overwrite_output_dir) as folder:
         check_sources(config, folder)
-        plan = _planned(with_method(config))
+        plan = _planned(with_method(config), fleet=fleet)
     step = plan.prediction.plan
     ops = build_steps(step, 2)
     faults = check(ops, step)

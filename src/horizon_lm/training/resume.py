@@ -165,6 +165,19 @@ def with_chunk_of(resume: Resume | None, config: TrainConfig) -> TrainConfig:
     return config.replace(loss_chunk_tokens=saved)
 
 
+def with_reduction_of(resume: Resume | None, config: TrainConfig, world: int) -> TrainConfig:
+    """Keep the reduction that was chosen for the resumed run; a run of one rank goes on with its bits."""
+    if resume is None or config.reduction != "auto" or world == 1:
+        return config
+    return config.replace(reduction=_reduction_of(resume.checkpoints[0].manifest.config))
+
+
+def _reduction_of(saved: Mapping[str, Any]) -> str:
+    """Return the reduction of a saved run: one rank has none, and its bits are those of exact."""
+    found = str(saved.get("reduction", "auto"))
+    return "exact" if found == "auto" else found
+
+
 def _default(key: str) -> Any:
     return TrainConfig.model_fields[key].default
 
@@ -184,6 +197,9 @@ def changed_settings(config: TrainConfig, checkpoint: Checkpoint) -> dict[str, t
         now |= {key: saved[key] for key in CUT if key not in config.model_fields_set}
     if config.loss_chunk_tokens == "auto":
         now["loss_chunk_tokens"] = saved.get("loss_chunk_tokens", "auto")
+    saved["reduction"] = _reduction_of(saved)
+    if config.reduction == "auto":
+        now["reduction"] = saved["reduction"]
     fields = TrainConfig.model_fields.items()
     newer: dict[str, Any] = {
         k: field.get_default(call_default_factory=True)

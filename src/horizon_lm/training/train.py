@@ -42,7 +42,14 @@ from horizon_lm.training.preferences import small_files as reference_files
 from horizon_lm.training.ready import Asked, Ready
 from horizon_lm.training.restarts import resumed
 from horizon_lm.training.resume import about as about_resume
-from horizon_lm.training.resume import cut_of, find, restore, wants_own_folder, with_chunk_of
+from horizon_lm.training.resume import (
+    cut_of,
+    find,
+    restore,
+    wants_own_folder,
+    with_chunk_of,
+    with_reduction_of,
+)
 from horizon_lm.training.run_settings import absolute
 from horizon_lm.training.save import Saver
 from horizon_lm.training.state import Best, RunState
@@ -132,7 +139,7 @@ def _prepare(asked: Asked, config: TrainConfig, source: Checkpoint | None) -> Re
     config, source: see `stand_in`.
     """
     progress, resume, together = asked.progress, asked.resume, asked.together
-    config = with_chunk_of(resume, config)
+    config = with_reduction_of(resume, with_chunk_of(resume, config), together.ranks.world)
     config = together.each("method", partial(prepare.with_method_of_data, config, progress))
     if config.tokens_per_step is None:  # else the planner cuts the step
         prepare.check_share(config, together)
