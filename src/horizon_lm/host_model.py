@@ -347,6 +347,7 @@ class HostModel:
                 "step() was called without gradients", hint="call forward_backward() before each step()"
             )
         settings = self._update_settings("step()", lr, max_grad_norm, weight_decay)
+        self.engine.agree_on(settings)
         norm = self.engine.ops.updates.norm_of(step)
         if not math.isfinite(norm):
             raise NonFiniteError(
@@ -396,6 +397,7 @@ class HostModel:
             if check is not None:
                 on_each(self.ranks, lambda: check(out.loss, out.num_tokens))
                 self._see_gradients_of(step)
+            self.engine.agree_on(settings)
             norm = self.engine.ops.updates.norm_of(step)
             if not math.isfinite(norm):
                 raise self._not_finite(

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import ProcessorMixin, TrainingArguments
 
+from horizon_lm.distributed.ranks import Ranks
 from horizon_lm.errors import ConfigError
 from horizon_lm.host_model import HostModel
 from horizon_lm.trainers import refused as refused_names
@@ -109,6 +110,13 @@ def test_the_guide_names_them_all() -> None:
 def test_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))
     check(refused("sft", tmp_path, {}, {}), "sft", "a run of 2 processes")
+
+
+def test_a_model_of_several_ranks(tmp_path: Path) -> None:
+    with HostModel.from_pretrained(small_model("llama"), device="cpu", dtype="float32") as model:
+        model.ranks = Ranks()
+        model.ranks.world = 4
+        check(refused("sft", tmp_path, {}, {"model": model}), "sft", "a run of 4 processes")
 
 
 def test_the_control_is_accepted(tmp_path: Path) -> None:

@@ -94,15 +94,19 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(
-        cls, ids: Sequence[torch.Tensor], mine: Sequence[int], skeleton: Skeleton, pool: PinnedPool
+        cls,
+        ids: Sequence[torch.Tensor],
+        skeleton: Skeleton,
+        pool: PinnedPool,
+        mine: Sequence[int] | None = None,
     ) -> Rows:
-        """ids: [batch, tokens] of each micro-batch of all ranks, on the host. mine: those of this rank.
-        pool: for pinned copies, whose upload does not block."""
+        """ids: [batch, tokens] of each micro-batch of all ranks, on the host. pool: for pinned copies, whose
+        upload does not block. mine: micro-batches of this rank; None: all."""
         used = torch.zeros(skeleton.embedding.num_embeddings, dtype=torch.bool)
         for batch in ids:
             used[batch.reshape(-1)] = True
         numbers, place = used.nonzero().view(-1), used.cumsum(0) - 1
-        places = [place[ids[g]] for g in mine]
+        places = [place[ids[g]] for g in (range(len(ids)) if mine is None else mine)]
         row = skeleton.padding_row
         padding = int(place[row]) if row is not None and used[row] else None
         most = min(used.numel(), sum(batch.numel() for batch in ids))

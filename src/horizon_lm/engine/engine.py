@@ -36,6 +36,7 @@ from horizon_lm.engine.ops import Ops
 from horizon_lm.engine.positions import Positions
 from horizon_lm.engine.results import gather_results
 from horizon_lm.engine.step import Schedule, Step, Update
+from horizon_lm.errors import RankError
 from horizon_lm.machine.determinism import DeterministicKernels
 from horizon_lm.memory.pinned import PinnedPool
 from horizon_lm.memory.store import HostStore
@@ -78,6 +79,7 @@ class Engine:
         self._update: Update | None = None  # the last one decided on, or running (eager)
         self._is_mixed = False
         self._has_met = False  # whether ranks have compared their models
+        self._is_apart = False  # in a step of several ranks, or after one that was cut short
         self._is_training: bool | None = True  # mode of the model's modules; None if unknown
         self._begins_to_save = False
         self._has_run_writes = False
@@ -107,10 +109,19 @@ class Engine:
             self._schedules[spec, pending] = made._replace(digest=digest(ops) if spec.world > 1 else "")
         return self._schedules[spec, pending]
 
+    def agree_on(self, update: UpdateSettings) -> None:
+        """Raise ConfigError on all ranks unless they are about to make the same update. Collective."""
+        self._agree("update", update=update)
+
     def _agree(self, call: str, step: Step | None = None, update: UpdateSettings | None = None) -> None:
         """Raise the same ConfigError on all ranks unless they make the same call on the same data."""
         if self.ranks.world == 1:
             return
+        if self._is_apart:
+            raise RankError(
+                "an earlier step was cut short, and ranks may have stopped at different ops",
+                hint="start all ranks again, from the last checkpoint",
+            )
         if not self._has_met:
             agree(self.ranks, of_model(self.store.units, self.settings))
             # `auto` depends on the memory of the device.
@@ -269,7 +280,7 @@ class Engine:
         )
         if spec.lowest_backward == 0 and not spec.evaluate:
             ids = [batch["input_ids"] for batch in micro_batches]
-            step.rows = Rows.of(ids, positions.numbers, self.skeleton, self.pinned)
+            step.rows = Rows.of(ids, self.skeleton, self.pinned, positions.numbers)
         return step
 
     def _prepare_losses(self, step: Step, loss_fn: LossFunction | None) -> None:
@@ -316,7 +327,6 @@ class Engine:
         step. Taking the norm decides the update; `flush` completes it."""
         assert self.holds_gradients_of(step), "update() needs a forward_backward() before it"
         if step.spec.update != "eager":
-            self._agree("update", update=settings)
             step.update = Update.of(self.trainable, settings)
         norm, end = step.schedule.norm, len(step.schedule.ops)
         self._execute(step, range(norm, norm + 1), record)
@@ -399,7 +409,7 @@ class Engine:
                     self.lanes.on_release(self.ops.tensors_of(step, buffer))
                 step.memory.pop(buffer, None)
 
-        self._is_at_work = True
+        self._is_at_work, self._is_apart = True, self._is_apart or bool(schedule.digest)
         try:
             with self._kernels:
                 self.lanes.run(schedule.ops, schedule.waits, indices, execute, record=record)
@@ -407,6 +417,8 @@ class Engine:
             self._is_at_work = False
             raise
         self._is_at_work = False
+        if schedule.digest:
+            self._is_apart = False
         if indices.start == 0:
             self.spans, self._spans_origin = [], self.lanes.origin
         later = self.lanes.origin - self._spans_origin  # an update's spans follow those of its gradients
