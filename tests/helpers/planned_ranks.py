@@ -17,7 +17,7 @@ from planned_models import SMALL, outline_of
 def node_of(**values: Any) -> Node:
     rates = {"gpus": 4, "cores": 32, "host_bytes": 1e9, "optimizer": 8e9, "peer": 1e10, "network": 1e9}
     seconds = {"peer_seconds": 1e-5, "network_seconds": 3e-5, "message_seconds": 1e-4}
-    return Node.model_validate(rates | seconds | {"sources": {}} | values)
+    return Node.model_validate(rates | seconds | {"sources": {"peer": "test"}} | values)
 
 
 def profile_of(node: Node | None = None, **values: Any) -> Profile:
