@@ -129,26 +129,6 @@ def checked_on_ranks(case: Case, failing: int) -> list[Any]:
     return [*found, host.train_step(data(case, 0, 3), lr=1e-2).loss]
 
 
-def cut_short_on_ranks(case: Case) -> list[str]:
-    """Errors of a step whose loss function raises, of one after it, and of a read of the parameters."""
-    rank_pool.ranks()
-    host = model(case)
-    host.train_step(data(case, 0, 2), lr=1e-2)
-    before = {name: digest(value) for name, value in host.named_parameters()}
-
-    def fails(log_probs: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        raise ValueError("no loss")
-
-    found = []
-    for loss_fn in (fails, None):
-        try:
-            host.train_step(data(case, 1, 2), lr=1e-2, loss_fn=loss_fn)
-        except (ValueError, HorizonError) as error:
-            found.append(f"{type(error).__name__}: {error}")
-    after = {name: digest(value) for name, value in host.named_parameters()}
-    return [*found, "same" if before == after else "changed"]
-
-
 def differing_on_ranks(case: Case, what: str) -> str:
     """The error of a step in which rank 1 gives other arguments than the others."""
     rank = rank_pool.ranks().rank
@@ -173,11 +153,17 @@ def differing_on_ranks(case: Case, what: str) -> str:
 
 
 def memory_on_ranks(case: Case) -> dict[str, tuple[int, int]]:
+    rank_pool.ranks()
+    return memory(case)
+
+
+def memory(case: Case) -> dict[str, tuple[int, int]]:
     """(predicted, allocated) bytes of this rank's store and slots, after a step."""
-    ranks, host = rank_pool.ranks(), model(case)
+    host = model(case)
+    ranks = host.ranks
     host.train_step(data(case, 0, 3), lr=1e-2)
     units, spec = host.store.units, store_spec(host.settings, host.skeleton, Shard(ranks.rank, ranks.world))
-    memory = host.memory_bytes()
+    allocated = host.memory_bytes()
     slots = slots_of(host.settings, host.skeleton, host.device, ranks.world)
     named = ("weight_slots", "weight_shards", "gradient_slots", "gradient_shards")
     return {
@@ -186,6 +172,6 @@ def memory_on_ranks(case: Case) -> dict[str, tuple[int, int]]:
             sum(predict_device_bytes(units, spec).values()),
             sum(host.store.device_bytes.values()),
         ),
-        "slots": (sum(slots.values()), sum(memory.get(name, 0) for name in named)),
+        "slots": (sum(slots.values()), sum(allocated.get(name, 0) for name in named)),
         "whole": (sum(predict_bytes(units, store_spec(host.settings, host.skeleton)).values()), 0),
     }

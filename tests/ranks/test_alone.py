@@ -11,7 +11,7 @@ import torch
 
 import horizon_lm as hz
 import placements
-import rank_calls
+import rank_results
 from horizon_lm.engine import gradient, sharded
 from horizon_lm.engine.updates import Updates
 from placements import NUMBERS, Numbers, sampled
@@ -106,7 +106,7 @@ def test_no_placement_changes_a_bit(request: pytest.FixtureRequest) -> None:
 def test_calls_return_what_they_do_in_place() -> None:
     """Evaluations, losses of functions of one's own, gradients."""
     for case in (Case("experts, router's loss"), Case("large, tied", Numbers("bfloat16"))):
-        assert rank_calls.results(replace(case, settings=EXACT)) == rank_calls.results(case)
+        assert rank_results.results(replace(case, settings=EXACT)) == rank_results.results(case)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,9 @@ def test_memory_is_predicted_to_the_byte(settings: dict[str, Any]) -> None:
     numbers = Numbers("bfloat16", clips=settings.get("update") != "eager")
     for source in ("large, tied", "wide fp32 parameters"):
         in_place = Case(source, numbers, settings=settings)
-        found = {name: rank_calls.memory(replace(in_place, settings=settings | more)) for name, more in MODES}
+        found = {
+            name: rank_results.memory(replace(in_place, settings=settings | more)) for name, more in MODES
+        }
         for parts in found.values():
             assert all(predicted == allocated for predicted, allocated in parts.values() if allocated), parts
         assert found["exact"]["slots"] > found["auto"]["slots"] == found["fast"]["slots"]

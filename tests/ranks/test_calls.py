@@ -81,13 +81,6 @@ def test_ranks_that_differ_are_named(what: str, named: str, two_ranks: RankPool)
     assert two_ranks.run("rank_results:differing_on_ranks", Case("untied"), "nothing") == ["", ""]
 
 
-def test_no_step_follows_one_that_was_cut_short(two_ranks: RankPool) -> None:
-    """Ranks may have stopped at different collectives; weights can be read and saved."""
-    for first, second, weights in two_ranks.run("rank_results:cut_short_on_ranks", Case("untied")):
-        assert first == "ValueError: no loss" and weights == "same"
-        assert second.startswith("RankError: an earlier step was cut short")
-
-
 @pytest.mark.parametrize("reduction", ["exact", "fast"])
 @pytest.mark.parametrize(
     "settings",

@@ -20,7 +20,7 @@ BITS: dict[str, Any] = {"gradient_accumulation_steps": 4, "reduction": "exact"}
 def test_all_ranks_return_the_same_result(server: RankServer, text: Path, tmp_path: Path) -> None:
     config = settings(text, tmp_path / "run", eval_datasets=str(text), eval_strategy="epoch", **BITS)
     file = write_settings(config, tmp_path / "run.yaml")
-    ended = server.run(2, ["call", "ranks_by_python:plain", str(file)])
+    ended = server.run(2, ["call", "rank_calls:plain", str(file)])
     assert ended.codes == [0, 0], ended.said()
     first, second = (json.loads(out.splitlines()[-1]) for out in ended.outputs)
     assert first == second and first["num_steps"] == 8 and first["eval_loss"] > 0
@@ -29,7 +29,7 @@ def test_all_ranks_return_the_same_result(server: RankServer, text: Path, tmp_pa
 
 def test_a_group_of_torch_is_used_and_left_alone(server: RankServer, text: Path, tmp_path: Path) -> None:
     file = write_settings(settings(text, tmp_path / "run", **BITS), tmp_path / "run.yaml")
-    ended = server.run(2, ["call", "ranks_by_python:in_a_group_of_torch", str(file)])
+    ended = server.run(2, ["call", "rank_calls:in_a_group_of_torch", str(file)])
     assert ended.codes == [0, 0], ended.said()
     assert lines_of(tmp_path / "run", "start")[0]["world"] == 2
 
@@ -41,7 +41,7 @@ def test_callbacks_run_on_rank_0_and_stop_all(server: RankServer, text: Path, tm
         run, seen = tmp_path / f"run-{world}", tmp_path / f"seen-{world}"
         file = write_settings(settings(text, run, save_steps=2, **held_out, **BITS), run.with_suffix(".yaml"))
         variables = {"RANK": "0"} if world == 1 else {}
-        arguments = ["call", "ranks_by_python:watched", str(file), str(seen), "5", "0"]
+        arguments = ["call", "rank_calls:watched", str(file), str(seen), "5", "0"]
         ended = server.run(world, arguments, variables=variables)
         assert ended.codes == [0] * world, ended.said()
         result = json.loads(ended.outputs[-1].splitlines()[-1])
@@ -56,7 +56,7 @@ def test_callbacks_run_on_rank_0_and_stop_all(server: RankServer, text: Path, tm
 def test_a_failing_callback_ends_all(server: RankServer, text: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     file = write_settings(settings(text, run, save_steps=100, **BITS), tmp_path / "run.yaml")
-    ended = server.run(2, ["call", "ranks_by_python:watched", str(file), str(tmp_path / "seen"), "0", "3"])
+    ended = server.run(2, ["call", "rank_calls:watched", str(file), str(tmp_path / "seen"), "0", "3"])
     assert ended.codes == [1, 1], ended.said()
     for output in ended.outputs:
         told = json.loads(output.splitlines()[-1])
@@ -73,7 +73,7 @@ def test_a_callback_that_fails_at_a_checkpoint_ends_all(
     file = write_settings(
         settings(text, tmp_path / "run", save_steps=save_steps, save_last=True, **BITS), tmp_path / "run.yaml"
     )
-    ended = server.run(2, ["call", "ranks_by_python:fails_to_save", str(file), ""])
+    ended = server.run(2, ["call", "rank_calls:fails_to_save", str(file), ""])
     assert ended.codes == [1, 1], ended.said()
     for output in ended.outputs:
         assert "Bad.on_save failed after step" in json.loads(output.splitlines()[-1])["message"]

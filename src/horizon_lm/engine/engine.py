@@ -34,7 +34,6 @@ from horizon_lm.engine.ops import Ops
 from horizon_lm.engine.positions import Positions
 from horizon_lm.engine.results import gather_results
 from horizon_lm.engine.step import Schedule, Step, Update
-from horizon_lm.errors import RankError
 from horizon_lm.machine.determinism import DeterministicKernels
 from horizon_lm.memory.pinned import PinnedPool
 from horizon_lm.memory.store import HostStore
@@ -77,7 +76,6 @@ class Engine:
         self._update: Update | None = None  # the last one decided on, or running (eager)
         self._is_mixed = False
         self._has_met = False  # whether ranks have compared their models
-        self._is_apart = False  # in a step of several ranks, or after one that was cut short
         self._is_training: bool | None = True  # mode of the model's modules; None if unknown
         self._begins_to_save = False
         self._has_run_writes = False
@@ -115,11 +113,6 @@ class Engine:
         """Raise the same ConfigError on all ranks unless they make the same call on the same data."""
         if self.ranks.world == 1:
             return
-        if self._is_apart:
-            raise RankError(
-                "an earlier step was cut short, and ranks may have stopped at different ops",
-                hint="start all ranks again, from the last checkpoint",
-            )
         if not self._has_met:
             products = {"sums of products in fp32": adds_in_fp32(self.device, self.store.dtype)}
             agree(self.ranks, of_model(self.store.units, self.settings) | products)
@@ -417,7 +410,7 @@ class Engine:
                     self.lanes.on_release(self.ops.tensors_of(step, buffer))
                 step.memory.pop(buffer, None)
 
-        self._is_at_work, self._is_apart = True, self._is_apart or bool(schedule.digest)
+        self._is_at_work = True
         try:
             with self._kernels:
                 self.lanes.run(schedule.ops, schedule.waits, indices, execute, record=record)
@@ -427,8 +420,6 @@ class Engine:
                 self._is_at_work = False
             raise
         self._is_at_work = False
-        if schedule.digest:
-            self._is_apart = False
         if indices.start == 0:
             self.spans, self._spans_origin = [], self.lanes.origin
         later = self.lanes.origin - self._spans_origin  # an update's spans follow those of its gradients
