@@ -32,6 +32,7 @@ from horizon_lm.errors import CheckpointError, ConfigError, DoesNotFitError
 from horizon_lm.host_model import HostModel
 from horizon_lm.trainers import HorizonTrainer, checkpoints, trainer_state
 from horizon_lm.training.resume import find
+from horizon_lm.training.together import Together
 from saved_models import new_model, save
 from small_runs import settings
 from trainer_runs import digests, history, make, model_folder, texts, tokenizer
@@ -451,7 +452,7 @@ def test_a_run_and_a_trainer_refuse_each_others(sft: Straight, tmp_path: Path, c
         sft.resumed(tmp_path / "run", str(tmp_path / "run" / "checkpoint-1"))
     config = settings(tmp_path / "text", tmp_path / "other", resume_from_checkpoint=str(sft.run))
     with pytest.raises(CheckpointError, match="checkpoint-10 is a checkpoint of HorizonSFTTrainer"):
-        find(config, RunFolder(tmp_path / "other"), print)
+        find(config, RunFolder(tmp_path / "other"), print, Together())
     assert cli.main(["resume", str(sft.run)]) == 5
     assert "trainer.train(resume_from_checkpoint=True)" in capsys.readouterr().err
 
