@@ -30,5 +30,11 @@ def test_every_figure_of_a_shipped_profile_has_a_source(tmp_path: Path) -> None:
     file.write_text(text.replace("h2d:", "h2x:", 1))
     with pytest.raises(ConfigError, match="is not a profile"):
         read_profile(file)
+    node = load_profile("h100-sxm").to_yaml()
+    file.write_text(node)
+    assert load_profile(str(file)) == load_profile("h100-sxm")
+    file.write_text(node.replace("    peer: 'NCCL", "    pear: 'NCCL"))
+    with pytest.raises(ConfigError, match="no source for node.peer"):
+        read_profile(file)
     with pytest.raises(ConfigError, match="neither a profile nor a file"):
         load_profile("h300")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from horizon_lm.plan.fleet_plan import break_even, smallest
 from horizon_lm.plan.predict import Sizes, costs_of, prediction_of
 from horizon_lm.plan.run_plan import Planners, RunPlan, fleet_of, plan_run
 from horizon_lm.plan.show import describe
+from horizon_lm.plan.space import Candidate, Cut
 from horizon_lm.schedule import Op
 from planned_models import SMALL, config_of, known, outline_of
 from rank_pool import RankPool
@@ -34,7 +36,7 @@ TWO_NODES = Fleet(2, 4)
 def node_of(**values: Any) -> Node:
     rates = {"gpus": 4, "cores": 32, "host_bytes": 1e9, "optimizer": 8e9, "peer": 1e10, "network": 1e9}
     seconds = {"peer_seconds": 1e-5, "network_seconds": 3e-5, "message_seconds": 1e-4}
-    return Node.model_validate(rates | seconds | {"sources": {}} | values)
+    return Node.model_validate(rates | seconds | {"sources": {"peer": "test"}} | values)
 
 
 def profile_of(node: Node | None = None, **values: Any) -> Profile:
@@ -195,18 +197,25 @@ def planners_of(config: TrainConfig, profile: Profile) -> Planners:
 def test_ranks_share_the_micro_batches_and_the_search_knows_it() -> None:
     """The choice is at most 5 % slower than the best of a space that can be searched through."""
     config = config_of(
-        tokens_per_step=1024, max_length=64, device="cuda", update="deferred", slots=2, boundaries="device"
+        tokens_per_step=768, max_length=64, device="cuda", update="deferred", slots=2, boundaries="device"
     ).replace(reserve_host_gb=0.0)
     profile = profile_of(device_bytes=6e6)
-    planner = planners_of(config, profile)(Fleet(1, 4))
+    planner = planners_of(config, profile)(Fleet(1, 3))
     exact = config.replace(reduction="exact")
     fitting = [c for c in planner.space(exact) if planner.fits(c)]
     times = [planner.predict(c).seconds for c in fitting]
+    search = planner._search(exact)
+    for one, seconds in zip(fitting, times, strict=True):
+        batch, count, rounds = one.per_device_train_batch_size, one.gradient_accumulation_steps, one.rounds
+        assert isinstance(rounds, int) and isinstance(one.resident, int)
+        cut = Cut(batch, count, rounds, "" if rounds == 1 else one.round_sums, world=3)
+        bound = search._bounds(Candidate(cut, one.update, one.slots, 0))[one.resident]
+        assert bound <= seconds * (1 + 1e-9)
     chosen = planner.choose(exact)
     assert planner.fits(chosen) and planner.predict(chosen).seconds <= 1.05 * min(times)
     assert min(times) < 0.9 * max(times)
-    assert {c.rounds for c in fitting} >= {1, 2, 4}  # of four positions, not of sixteen micro-batches
-    assert max(c.rounds for c in fitting if c.gradient_accumulation_steps == 16) == 4
+    assert {c.rounds for c in fitting} == {1, 2, 4}  # of four positions, not of twelve micro-batches
+    assert max(c.rounds for c in fitting if c.gradient_accumulation_steps == 12) == 4
 
 
 def test_exact_is_chosen_unless_it_costs_much() -> None:
@@ -227,6 +236,15 @@ def test_exact_is_chosen_unless_it_costs_much() -> None:
         assert planner.choose(config.replace(reduction="exact")).reduction == "exact"
     assert found["quick"][0] == "exact" and found["quick"][1] <= 1.15
     assert found["slow"][0] == "fast" and found["slow"][1] > 1.15
+    # Assumed links, and those of another machine, do not decide which bits a run has.
+    assumed = slow.model_copy(update={"node": slow.as_node(4).model_copy(update={"sources": {}})})
+    assert planners_of(config, assumed)(TWO_NODES).choose(config).reduction == "exact"
+    here = planners_of(config, slow)(TWO_NODES)
+    here.limits = replace(here.limits, here=True)
+    assert here.choose(config).reduction == "exact"
+    here = planners_of(config, slow.model_copy(update={"measured": True}))(TWO_NODES)
+    here.limits = replace(here.limits, here=True)
+    assert here.choose(config).reduction == "fast"
 
 
 # The smallest fleet
