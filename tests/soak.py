@@ -42,6 +42,7 @@ FILES = [
     "tests/optim/test_parity.py",
     "tests/report/test_flops.py",
     "tests/trainers/test_grpo.py",
+    "tests/ranks_run",
 ]
 
 

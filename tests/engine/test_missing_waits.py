@@ -55,7 +55,7 @@ def put_schedule(model: HostModel, schedule: Schedule) -> None:
 
 def forward_backward_waits(model: HostModel) -> list[tuple[int, int]]:
     """(op, op it waits for); norm and updates are left out, as they come after all else has ended."""
-    ops, waits, _ = schedule_of(model)
+    ops, waits, *_ = schedule_of(model)
     return [(i, j) for i, targets in enumerate(waits) for j in targets if ops[i].kind not in "NOA"]
 
 

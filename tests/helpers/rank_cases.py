@@ -34,13 +34,15 @@ _known: dict[str, Found] = {}
 @dataclass(frozen=True)
 class Case:
     """source: of `placements.SOURCES`. counts: micro-batches of each step. lanes: `inline`, or the seed of
-    adversarial ones, to which each rank adds its number."""
+    adversarial ones, to which each rank adds its number. chunk: tokens of a loss chunk; by default one chunk
+    per micro-batch."""
 
     source: str
     numbers: Numbers = Numbers()
     counts: tuple[int, ...] = (3,) * STEPS
     settings: dict[str, Any] = field(default_factory=dict)
     lanes: str | int = "inline"
+    chunk: int = 64
 
     def __str__(self) -> str:
         return json.dumps({**vars(self), "numbers": vars(self.numbers)})
@@ -70,8 +72,7 @@ def digest(value: torch.Tensor) -> str:
 
 
 def model(case: Case) -> hz.HostModel:
-    # One chunk of the loss per micro-batch: ranks add each micro-batch's sum of several.
-    source = replace(SOURCES[case.source], loss_chunk_tokens=64)
+    source = replace(SOURCES[case.source], loss_chunk_tokens=case.chunk)
     lanes = case.lanes if isinstance(case.lanes, str) else "adversarial"
     host = placements.model(source, case.numbers, lanes=lanes, **case.settings)
     if not isinstance(case.lanes, str):

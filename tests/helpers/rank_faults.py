@@ -17,6 +17,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ SIGNALS = {
 }
 _KINDS = {"forward": "F", "backward": "B"}
 _step = 0  # that is being trained
+_visits: Counter[int] = Counter()  # of each step: a rollback brings one back
 
 
 def install(fault: Mapping[str, Any], rank: int) -> None:
@@ -79,6 +81,7 @@ def _count_steps() -> None:
     def step(run: Any) -> Any:
         global _step
         _step = run.state.step + 1
+        _visits[_step] += 1
         return honest(run)
 
     loop._step = step
@@ -164,7 +167,7 @@ def _read_other_data() -> None:
 
 
 def _spoil_loss(step: int, value: float) -> None:
-    """Make this rank's losses of a step another value."""
+    """Make this rank's losses of a step another value, the first time."""
     import torch
 
     from horizon_lm.engine.ops import Ops
@@ -173,7 +176,7 @@ def _spoil_loss(step: int, value: float) -> None:
 
     def loss(self: Ops, given: Any, op: Any) -> None:
         honest(self, given, op)
-        if _step == step:
+        if _step == step and _visits[step] == 1:
             given.losses[op.micro_batch] = torch.tensor(value)
 
     Ops._loss = loss  # type: ignore[method-assign]

@@ -3,13 +3,14 @@
     with RankServer() as server:
         ended = server.run(2, settings_file, faults={1: {"kind": "kill", "at": "forward", "step": 3}})
 
-A rank is a process of its own, with the variables of torchrun, that calls the command line. Faults are those
-of `rank_faults`.
+A rank is a process of its own, with the variables of torchrun, that calls the command line, or a function by
+["call", "module:function", argument, ...]. Faults are those of `rank_faults`.
 """
 
 from __future__ import annotations
 
 import atexit
+import importlib
 import json
 import os
 import signal
@@ -58,7 +59,8 @@ class RankServer:
     ) -> Ended:
         """Run `horizon COMMAND` on all ranks, or commands[r] on rank r, and wait.
 
-        seconds: a rank that is still there after this time is killed, and the test fails.
+        seconds: a rank that is still there after this time is killed, and the test fails. One whose fault was
+        to stop is killed after the others.
         """
         port = str(free_port())
         ranks = []
@@ -76,7 +78,8 @@ class RankServer:
                     "err": err,
                 }
             )
-        answer = self._ask({"ranks": ranks, "seconds": seconds})
+        stopped = [rank for rank, fault in (faults or {}).items() if fault["kind"] == "stop"]
+        answer = self._ask({"ranks": ranks, "seconds": seconds, "stopped": stopped})
         outputs, errors = ([Path(one[kind]).read_text() for one in ranks] for kind in ("out", "err"))
         ended = Ended(answer["codes"], outputs, errors, answer["seconds"])
         assert not answer["late"], f"ranks {answer['late']} hang\n{ended.said()}"
@@ -121,6 +124,10 @@ def serve() -> None:
                 codes[children.index(pid)] = os.waitstatus_to_exitcode(status)
             elif pid == 0:
                 time.sleep(0.01)
+                left = set(range(len(children))) - set(codes)
+                if left == set(request["stopped"]):
+                    for rank in left:
+                        os.kill(children[rank], signal.SIGKILL)
                 if time.monotonic() - started > request["seconds"] and not late:
                     late = [rank for rank in range(len(children)) if rank not in codes]
                     for rank in late:
@@ -164,7 +171,12 @@ def _forked(rank: int, one: dict[str, Any]) -> int:
 
         if one["fault"] is not None:
             rank_faults.install(one["fault"], rank)
-        code = cli.main(one["command"])
+        verb, *arguments = one["command"]
+        if verb == "call":
+            module, _, name = arguments[0].partition(":")
+            code = getattr(importlib.import_module(module), name)(*arguments[1:])
+        else:
+            code = cli.main(one["command"])
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ TWO_NODES = Fleet(2, 4)
 def node_of(**values: Any) -> Node:
     rates = {"gpus": 4, "cores": 32, "host_bytes": 1e9, "optimizer": 8e9, "peer": 1e10, "network": 1e9}
     seconds = {"peer_seconds": 1e-5, "network_seconds": 3e-5, "message_seconds": 1e-4}
-    return Node.model_validate(rates | seconds | {"sources": {}} | values)
+    return Node.model_validate(rates | seconds | {"sources": {"peer": "test"}} | values)
 
 
 def profile_of(node: Node | None = None, **values: Any) -> Profile:
@@ -235,6 +236,15 @@ def test_exact_is_chosen_unless_it_costs_much() -> None:
         assert planner.choose(config.replace(reduction="exact")).reduction == "exact"
     assert found["quick"][0] == "exact" and found["quick"][1] <= 1.15
     assert found["slow"][0] == "fast" and found["slow"][1] > 1.15
+    # Assumed links, and those of another machine, do not decide which bits a run has.
+    assumed = slow.model_copy(update={"node": slow.as_node(4).model_copy(update={"sources": {}})})
+    assert planners_of(config, assumed)(TWO_NODES).choose(config).reduction == "exact"
+    here = planners_of(config, slow)(TWO_NODES)
+    here.limits = replace(here.limits, here=True)
+    assert here.choose(config).reduction == "exact"
+    here = planners_of(config, slow.model_copy(update={"measured": True}))(TWO_NODES)
+    here.limits = replace(here.limits, here=True)
+    assert here.choose(config).reduction == "fast"
 
 
 # The smallest fleet

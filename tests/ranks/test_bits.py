@@ -84,6 +84,17 @@ def test_no_placement_changes_a_bit(world: int, request: pytest.FixtureRequest) 
     check(pool, cases)
 
 
+def test_loss_chunks_are_added_within_a_micro_batch_first(two_ranks: RankPool, four_ranks: RankPool) -> None:
+    """The known limit: with several chunks per micro-batch, and several micro-batches, one rank alone adds
+    the head's gradient chunk by chunk. Several ranks agree with each other."""
+    for kind in ("large, untied", "large, tied"):
+        one, several = (Case(kind, counts=(count,) * 3, chunk=4) for count in (1, 3))
+        check(two_ranks, [one])
+        two, four = (pool.run("rank_cases:on_ranks", [several])[0][0] for pool in (two_ranks, four_ranks))
+        assert not two.differences(four)
+        assert alone(several).differences(two)
+
+
 # Negative controls: each is wrong in one place only.
 
 WRONG = {

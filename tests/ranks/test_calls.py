@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-import rank_calls
+import rank_results
 from placements import Numbers
 from rank_cases import Case
 from rank_pool import RankPool
@@ -27,8 +27,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("world", ["two_ranks", "four_ranks"])
 def test_results_are_those_of_one_rank(case: Case, world: str, request: pytest.FixtureRequest) -> None:
     """Losses, log-probabilities and other values, router losses, metrics, gradients, parameters."""
-    expected = rank_calls.results(case)
-    for found in request.getfixturevalue(world).run("rank_calls:results_on_ranks", case):
+    expected = rank_results.results(case)
+    for found in request.getfixturevalue(world).run("rank_results:results_on_ranks", case):
         assert found == expected
 
 
@@ -36,15 +36,15 @@ EAGER = Case("large, untied", Numbers(clips=False), settings={"update": "eager",
 
 
 @pytest.mark.parametrize("case", [Case("untied"), EAGER], ids=["deferred", "eager"])
-@pytest.mark.parametrize("kind", rank_calls.SPOILT)
+@pytest.mark.parametrize("kind", rank_results.SPOILT)
 @pytest.mark.parametrize("micro_batch", [0, 1])
 def test_all_ranks_find_what_is_not_finite(
     case: Case, kind: str, micro_batch: int, two_ranks: RankPool
 ) -> None:
     """With the same error, and the state that one rank alone is left in."""
-    expected = rank_calls.spoilt(case, kind, micro_batch)
+    expected = rank_results.spoilt(case, kind, micro_batch)
     assert expected[0] == "NonFiniteError"
-    first, second = two_ranks.run("rank_calls:spoilt_on_ranks", case, kind, micro_batch)
+    first, second = two_ranks.run("rank_results:spoilt_on_ranks", case, kind, micro_batch)
     assert first == expected
     assert second == [*expected[:-2], {}, expected[-1]]
 
@@ -54,11 +54,11 @@ def test_a_check_that_raises_on_one_rank_ends_the_call_on_all(update: str, two_r
     case = Case("untied", Numbers(clips=update != "eager"), settings={"update": update})
     done = int(update == "eager")  # too late for the update
     for failing in range(2):
-        results = two_ranks.run("rank_calls:checked_on_ranks", case, failing)
+        results = two_ranks.run("rank_results:checked_on_ranks", case, failing)
         for rank, (error, steps_done, loss) in enumerate(results):
             assert "enough" in error and (rank == failing or f"rank {failing}" in error)
             assert (steps_done, loss) == (done, results[0][2])
-    without = two_ranks.run("rank_calls:checked_on_ranks", case, -1)
+    without = two_ranks.run("rank_results:checked_on_ranks", case, -1)
     assert [found[0] for found in without] == [1, 1]
 
 
@@ -75,15 +75,15 @@ def test_a_check_that_raises_on_one_rank_ends_the_call_on_all(update: str, two_r
 def test_ranks_that_differ_are_named(what: str, named: str, two_ranks: RankPool) -> None:
     eager = Case("untied", Numbers(clips=False), settings={"update": "eager"})
     for case in (Case("untied"), eager) if what == "rate" else (Case("untied"),):
-        errors = two_ranks.run("rank_calls:differing_on_ranks", case, what)
+        errors = two_ranks.run("rank_results:differing_on_ranks", case, what)
         assert len(set(errors)) == 1 and "ConfigError: rank 1 differs from rank 0" in errors[0]
         assert named in errors[0]
-    assert two_ranks.run("rank_calls:differing_on_ranks", Case("untied"), "nothing") == ["", ""]
+    assert two_ranks.run("rank_results:differing_on_ranks", Case("untied"), "nothing") == ["", ""]
 
 
 def test_no_step_follows_one_that_was_cut_short(two_ranks: RankPool) -> None:
     """Ranks may have stopped at different collectives; weights can be read and saved."""
-    for first, second, weights in two_ranks.run("rank_calls:cut_short_on_ranks", Case("untied")):
+    for first, second, weights in two_ranks.run("rank_results:cut_short_on_ranks", Case("untied")):
         assert first == "ValueError: no loss" and weights == "same"
         assert second.startswith("RankError: an earlier step was cut short")
 
@@ -105,7 +105,7 @@ def test_memory_is_predicted_to_the_byte(
     numbers = Numbers("bfloat16", clips=settings.get("update") != "eager")
     for source in ("large, tied", "wide fp32 parameters"):
         case = Case(source, numbers, settings={**settings, "reduction": reduction})
-        for found in four_ranks.run("rank_calls:memory_on_ranks", case):
+        for found in four_ranks.run("rank_results:memory_on_ranks", case):
             whole, _ = found.pop("whole")
             assert all(predicted == allocated for predicted, allocated in found.values()), found
             assert found["host"][0] < 0.6 * whole  # small units are padded

@@ -111,15 +111,22 @@ class Planner:
     def choose(self, config: TrainConfig) -> TrainConfig:
         """Return the fastest combination found that fits. Raises DoesNotFitError if there is none.
 
-        With several ranks `reduction: auto` is exact, unless fast makes the same combination much faster.
+        With several ranks `reduction: auto` is exact, unless fast makes the same combination much faster by
+        figures of this hardware's links: bits do not follow from assumptions.
         """
         if self.network is None or config.reduction != "auto":
             return self._choose(config)
         chosen = self._choose(config.replace(reduction=EXACT))
         exact, fast = self.seconds_by_reduction(chosen)
-        return (
-            chosen if exact <= fast * (1 + MOST_FOR_EXACT) else self._choose(config.replace(reduction=FAST))
-        )
+        if exact <= fast * (1 + MOST_FOR_EXACT) or not self.knows_links:
+            return chosen
+        return self._choose(config.replace(reduction=FAST))
+
+    @property
+    def knows_links(self) -> bool:
+        """Whether the profile has figures of links between ranks, of this machine if the plan is for it."""
+        is_known = self.network is not None and bool(self.network.node.sources)
+        return is_known and (self.profile.measured or not self.limits.here)
 
     def seconds_by_reduction(self, config: TrainConfig) -> tuple[float, float]:
         """Seconds of a step with gradients added exactly, and fast."""

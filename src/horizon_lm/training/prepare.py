@@ -12,6 +12,7 @@ from horizon_lm.data import Loader, StreamLoader, TrainingData, load_training_da
 from horizon_lm.data.detect import with_method
 from horizon_lm.data.formats import KIND_WORDS
 from horizon_lm.data.training_data import cache_dir
+from horizon_lm.distributed.start import place
 from horizon_lm.errors import ConfigError, DoesNotFitError, HorizonError, UnsupportedModelError
 from horizon_lm.optim.curves import Curve, count_warmup_steps, learning_rates
 from horizon_lm.plan.fleet import ONE, Fleet
@@ -210,11 +211,14 @@ def _in_words(plan: RunPlan) -> list[str]:
 def dry_run(config: TrainConfig) -> str:
     """Plan a run, check the schedule of two consecutive steps and simulate one; return what to print.
 
-    Nothing is trained and nothing stays on the disk. Raises as `train` does before it starts.
+    Nothing is trained and nothing stays on the disk. Under torchrun rank 0 plans for all ranks. Raises as
+    `train` does before it starts.
     """
+    here = place()
+    fleet = Fleet(-(-here.world // here.local_world), here.local_world)
     with claim(config.output_dir, overwrite=config.overwrite_output_dir) as folder:
         check_sources(config, folder)
-        plan = _planned(with_method(config))
+        plan = _planned(with_method(config), fleet=fleet)
     step = plan.prediction.plan
     ops = build_steps(step, 2)
     faults = check(ops, step)
