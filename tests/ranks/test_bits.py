@@ -42,7 +42,7 @@ def check(pool: RankPool, cases: list[Case]) -> None:
     """Fail unless every rank of the pool computes what one alone does."""
     for start in range(0, len(cases), 20):
         some = cases[start : start + 20]
-        outcomes = pool.run("rank_cases:on_ranks", some, timeout=300)
+        outcomes = pool.run("rank_cases:on_ranks", some, timeout=900)
         different = {
             f"rank {rank}: {one}": alone(one).differences(found)[:9]
             for rank, founds in enumerate(outcomes)
