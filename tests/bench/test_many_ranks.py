@@ -65,12 +65,12 @@ def test_a_group_is_as_slow_as_its_slowest_rank() -> None:
 
 
 def test_the_formula_is_that_of_the_guide() -> None:
-    """By hand: 10 parameters, 6 of them in layers, bf16."""
-    formula = many_ranks.formula
-    assert formula(10, 6, 2, 2, False, 2) == 0.5 * (2 * 16 + 2 * 10 * 2)
-    assert formula(10, 6, 4, 1, False, 2) == 0.75 * (2 * 16 + 2 * 10)
-    assert formula(10, 6, 2, 2, True, 2) == 0.5 * (2 * 16 + 4 * 10)
-    assert formula(10, 6, 1, 4, False, 2) == 0  # one rank sends nothing
+    """By hand: 10 parameters, 6 of them in layers and 2 in the embedding table, bf16."""
+    formula, sizes = many_ranks.formula, (10, 6, 2)
+    assert formula(sizes, 2, 2, False, 2) == 0.5 * (2 * 16 + 2 * 8 * 2)
+    assert formula(sizes, 4, 1, False, 2) == 0.75 * (2 * 16 + 2 * 8)
+    assert formula(sizes, 2, 2, True, 2) == 0.5 * (2 * 16 + 4 * 8)
+    assert formula(sizes, 1, 4, False, 2) == 0  # one rank sends nothing
 
 
 def test_workers_of_another_checkout_import_from_it(tmp_path: Path) -> None:
