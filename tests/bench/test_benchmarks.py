@@ -94,7 +94,9 @@ def test_missing_packages_and_checkouts_say_so(monkeypatch: pytest.MonkeyPatch, 
 def test_adapters_are_small_and_import_nothing_of_a_peer() -> None:
     files = sorted((ROOT / "benchmarks" / "peers").glob("*.py"))
     # Each also checks its settings against the installed package.
-    assert len(files) >= 8 and all(len(f.read_text().splitlines()) <= 150 for f in files)
+    lines = {f.name: len(f.read_text().splitlines()) for f in files}
+    assert lines.pop("__init__.py") <= 180  # the list of all
+    assert len(lines) >= 8 and max(lines.values()) <= 150
     modules = sorted({peer.target.partition(":")[0] for peer in PEERS.values()})
     theirs = ("deepspeed", "torchao", "trainstream", "offload_adam", "infinity", "accelerate")
     check = f"import sys, importlib; [importlib.import_module(m) for m in {modules}]; "

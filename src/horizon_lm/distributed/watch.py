@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from horizon_lm.distributed.ranks import Place
-from horizon_lm.errors import HorizonError, RankError, StoppedError
+from horizon_lm.errors import DoesNotFitError, HorizonError, RankError, StoppedError
 
 _LEFT = "left"
 _ENDED = "has ended before others"
@@ -167,10 +167,8 @@ class Watch:
             return
         if self.failure is not None or (isinstance(error, RankError) and error.ranks):
             return
-        message = error.message if isinstance(error, HorizonError) else str(error)
-        kind = "" if isinstance(error, HorizonError) else f"{type(error).__name__}: "
         self._is_own = True
-        reason = f"failed: {kind}{message:.2000}".removesuffix(": ")
+        reason = f"failed: {_message_of(error):.2000}"
         self._fail(Failure((self._rank,), reason, self.op, exit_code=_code_of(error)), tell=True)
         deadline = time.monotonic() + 2
         while self._to_tell and self._store_error is None and time.monotonic() < deadline:
@@ -336,10 +334,27 @@ def _error(failure: Failure, rank: int, at: str) -> RankError:
     return error
 
 
+def _message_of(error: BaseException) -> str:
+    """Return an error in words, as commands report it."""
+    if isinstance(error, HorizonError):
+        return error.message
+    if isinstance(error, MemoryError):
+        return "the host is out of memory"
+    message = f"{type(error).__name__}: {error}".removesuffix(": ")
+    return f"the device is out of memory: {error}" if _is_of_device(error) else message
+
+
+def _is_of_device(error: BaseException) -> bool:
+    """Whether the device is out of memory. By name: torch need not be imported here."""
+    return type(error).__name__ == "OutOfMemoryError"
+
+
 def _code_of(error: BaseException) -> int:
     """Return the exit code with which an error ends a process."""
     if isinstance(error, HorizonError):
         return error.exit_code
+    if isinstance(error, MemoryError) or _is_of_device(error):
+        return DoesNotFitError.exit_code
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code
     return 130 if isinstance(error, KeyboardInterrupt) else 1
