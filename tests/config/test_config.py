@@ -364,4 +364,5 @@ def test_errors_carry_message_hint_and_code() -> None:
         "CallbackError": 1,
         "OutputLostError": 1,
         "StoppedError": 75,
+        "RankError": 1,
     }

@@ -30,7 +30,7 @@ from horizon_lm.report.display import RichProgress, choose_progress
 from horizon_lm.report.loggers import Loggers
 from horizon_lm.report.metrics import Metrics, MetricsFile, read_lines, read_steps
 from horizon_lm.report.records import StepRecord
-from horizon_lm.training import sample
+from horizon_lm.training import finish, sample
 from horizon_lm.training import train as run_train
 from horizon_lm.training.describe import TrainResult
 from horizon_lm.training.signals import watched
@@ -394,7 +394,7 @@ def test_a_run_that_is_saved_does_not_fail_for_its_extras(
         return write(file, data)
 
     monkeypatch.setattr(sample, "complete", fail)
-    monkeypatch.setattr(run_train, "plot_loss", fail)
+    monkeypatch.setattr(finish, "plot_loss", fail)
     monkeypatch.setattr(metrics.os, "write", full)
     error = io.StringIO()
     config = settings(text, tmp_path / "run", max_steps=4, plot_loss=True)

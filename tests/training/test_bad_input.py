@@ -16,6 +16,7 @@ from horizon_lm.checkpoint import folder as run_folder
 from horizon_lm.errors import DoesNotFitError
 from horizon_lm.host_model import HostModel
 from horizon_lm.memory import preflight
+from horizon_lm.training import finish
 from horizon_lm.training import train as run_train
 from tiny_runs import RUN_FILES, Run, entries, settings
 from tiny_runs import run as run
@@ -140,7 +141,7 @@ def test_a_full_disk_at_the_export_leaves_metrics_and_no_half_model(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run_train, "_save_beside", full)
+    monkeypatch.setattr(finish, "_save_beside", full)
     with pytest.raises(DoesNotFitError, match="No space left"):
         run_train.train(settings(text, tmp_path / "run", max_steps=2))
     assert entries(tmp_path / "run") == {"config.resolved.yaml", "metrics.jsonl", "checkpoint-2"}

@@ -271,7 +271,8 @@ def saved_with(config: dict[str, Any], run: Path) -> Checkpoint:
 def test_every_setting_says_whether_a_resume_may_change_it(rule: ResumeRule, tmp_path: Path) -> None:
     """A new setting is declared `ask` until somebody shows that it changes no bit."""
     config = settings(tmp_path / "text.txt", tmp_path / "run")
-    config = config.replace(loss_chunk_tokens=64, method="sft")  # auto takes over the saved run's
+    # auto takes over the saved run's
+    config = config.replace(loss_chunk_tokens=64, reduction="fast", method="sft")
     allowing = config.replace(allow_changed_settings=True)
     for key in resumable(TrainConfig, rule) - {"allow_changed_settings"}:
         then = saved_with({**config.to_dict(), key: ["another", "value"]}, tmp_path)

@@ -84,15 +84,6 @@ class Together:
             self._settled(f"{at} ({number})", (lambda: own.append(work())) if number == turn else None)
         return own[0]
 
-    @contextmanager
-    def telling(self) -> Iterator[None]:
-        """Tell the other ranks at once of an error that is this rank's own, before anything is wound up."""
-        try:
-            yield
-        except BaseException as error:
-            self.ranks.publish_failure(error)
-            raise
-
     def agree(self, what: str, values: Mapping[str, Any]) -> None:
         """Raise ConfigError, with rank and key, unless all ranks have the same JSON-ready values."""
         if not self.is_alone:
