@@ -70,6 +70,15 @@ class Together:
         self._settled(at, keep)
         return own[0]
 
+    def alike(self, work: Callable[[], T]) -> T:
+        """Return what `work` returns. It may use the ranks: values that are equal on all decide whether it
+        fails, so it fails on all of them."""
+        try:
+            return work()
+        except HorizonError as error:
+            error.is_shared |= not self.is_alone and not isinstance(error, RankError)
+            raise
+
     def in_order(self, at: str, work: Callable[[], T]) -> T:
         """Like `each`: rank 0 first, then one rank of each other node, then all others.
 
