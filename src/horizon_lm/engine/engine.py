@@ -11,15 +11,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 
 from horizon_lm.config import ModelSettings
 from horizon_lm.config.data import IGNORED
-from horizon_lm.distributed.agreement import agree
 from horizon_lm.distributed.ranks import ALONE, Ranks
-from horizon_lm.engine.agreed import of_data, of_model
+from horizon_lm.engine.agreed import Agreed, of_data
 from horizon_lm.engine.disk_lane import Saving
 from horizon_lm.engine.ends import Rows
 from horizon_lm.engine.head_gradient import adds_in_fp32
@@ -36,7 +34,6 @@ from horizon_lm.engine.ops import Ops
 from horizon_lm.engine.positions import Positions
 from horizon_lm.engine.results import gather_results
 from horizon_lm.engine.step import Schedule, Step, Update
-from horizon_lm.errors import RankError
 from horizon_lm.machine.determinism import DeterministicKernels
 from horizon_lm.memory.pinned import PinnedPool
 from horizon_lm.memory.store import HostStore
@@ -47,7 +44,6 @@ from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.optim.optimizer import Optimizer, UpdateSettings
 from horizon_lm.schedule import Op, StepSpec, build, build_flush, build_save
 from horizon_lm.schedule.world import digest
-from horizon_lm.words import count
 
 
 class Engine:
@@ -78,8 +74,7 @@ class Engine:
         self._steps_before = 0  # steps done before `_update`
         self._update: Update | None = None  # the last one decided on, or running (eager)
         self._is_mixed = False
-        self._has_met = False  # whether ranks have compared their models
-        self._is_apart = False  # in a step of several ranks, or after one that was cut short
+        self._agreed = Agreed(ranks, store.units, settings, self.ops)
         self._is_training: bool | None = True  # mode of the model's modules; None if unknown
         self._begins_to_save = False
         self._has_run_writes = False
@@ -111,27 +106,7 @@ class Engine:
 
     def agree_on(self, update: UpdateSettings) -> None:
         """Raise ConfigError on all ranks unless they are about to make the same update. Collective."""
-        self._agree("update", update=update)
-
-    def _agree(self, call: str, step: Step | None = None, update: UpdateSettings | None = None) -> None:
-        """Raise the same ConfigError on all ranks unless they make the same call on the same data."""
-        if self.ranks.world == 1:
-            return
-        if self._is_apart:
-            raise RankError(
-                "an earlier step was cut short, and ranks may have stopped at different ops",
-                hint="start all ranks again, from the last checkpoint",
-            )
-        if not self._has_met:
-            agree(self.ranks, of_model(self.store.units, self.settings))
-            # `auto` depends on the memory of the device.
-            self.ops.set_loss_chunk(min(self.ranks.exchange(self.ops.policies.loss_chunk)))
-            self._has_met = True
-        values: dict[str, Any] = {"call": f"{call} after {count(self.steps_done, 'step')}"}
-        values["update"] = update and vars(update)
-        if step is not None:
-            values |= {"micro-batches": step.data, "schedule": step.schedule.digest}
-        agree(self.ranks, values)
+        self._agreed.on("update", self.steps_done, update=update)
 
     # State between calls
 
@@ -226,7 +201,7 @@ class Engine:
         spec = self.spec(len(positions), save=self._begins_to_save)
         step = self._begin(spec, micro_batches, self.steps_done, pending=self.has_pending)
         with_own = "a loss function" if loss_fn is not None else "cross-entropy"
-        self._agree(f"forward_backward with {with_own}", step, update)
+        self._agreed.on(f"forward_backward with {with_own}", self.steps_done, step, update)
         step.ends_itself = ends_itself
         if update is not None:
             self._update = step.update = Update.of(self.trainable, update, eager=True)
@@ -306,7 +281,8 @@ class Engine:
         positions = Positions.of(len(micro_batches), self.ranks)
         step = self._begin(self.spec(len(positions), evaluate=True), micro_batches, 0, pending=False)
         step.asked, step.wants_routers = asked, routers
-        self._agree(f"evaluate of {sorted(asked.values)} at temperature {asked.temperature}", step)
+        call = f"evaluate of {sorted(asked.values)} at temperature {asked.temperature}"
+        self._agreed.on(call, self.steps_done, step)
         self._set_mode(training=False)
         try:
             self._execute(step, range(len(step.schedule.ops)), record)
@@ -409,7 +385,8 @@ class Engine:
                     self.lanes.on_release(self.ops.tensors_of(step, buffer))
                 step.memory.pop(buffer, None)
 
-        self._is_at_work, self._is_apart = True, self._is_apart or bool(schedule.digest)
+        self._is_at_work = True
+        self._agreed.is_apart |= bool(schedule.digest)
         try:
             with self._kernels:
                 self.lanes.run(schedule.ops, schedule.waits, indices, execute, record=record)
@@ -418,7 +395,7 @@ class Engine:
             raise
         self._is_at_work = False
         if schedule.digest:
-            self._is_apart = False
+            self._agreed.is_apart = False
         if indices.start == 0:
             self.spans, self._spans_origin = [], self.lanes.origin
         later = self.lanes.origin - self._spans_origin  # an update's spans follow those of its gradients
