@@ -12,7 +12,7 @@ import pytest
 from rank_runs import lines_of, train, write_settings
 from rank_server import RankServer
 from rank_states import logical_state
-from small_runs import losses_of, settings
+from small_runs import LLAMA, losses_of, settings
 
 BITS: dict[str, Any] = {"gradient_accumulation_steps": 4, "reduction": "exact"}
 
@@ -93,6 +93,26 @@ def test_a_policy_for_nan_does_on_ranks_what_it_does_on_one(
         assert ("back to step 4" if policy == "rollback" else "not updated") in ended.outputs[0]
         found.append((losses_of(run), logical_state(run / "checkpoint-8")))
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        ({"init_model": {**LLAMA, "vocab_size": 50}}, 4, "outside the model's vocabulary of 50"),
+        ({"lr_factors": {".*": 0.0}}, 2, "makes the learning rate of every parameter 0"),
+        ({"max_length": 4096}, 2, "max_position_embeddings"),
+        ({"datasets": "absent.txt"}, 4, "absent.txt"),
+        ({"output_dir": "/proc/run"}, 2, "/proc/run"),
+    ],
+)
+def test_a_fault_that_all_ranks_have_is_said_once(
+    changes: dict[str, Any], code: int, message: str, server: RankServer, text: Path, tmp_path: Path
+) -> None:
+    config = settings(text, tmp_path / "run", **BITS).replace(**changes)
+    ended = server.run(2, ["train", str(write_settings(config, tmp_path / "run.yaml"))])
+    assert ended.codes == [code, code], ended.said()
+    assert message in ended.errors[0] and not ended.errors[1], ended.said()
+    assert ended.errors[0].count("error: ") == 1
 
 
 def test_a_deadline_stops_all_with_a_checkpoint(server: RankServer, text: Path, tmp_path: Path) -> None:

@@ -156,5 +156,5 @@ def test_a_device_that_runs_out_of_memory_ends_with_3(
     monkeypatch.setattr(HostModel, "train_step", out)
     with pytest.raises(DoesNotFitError, match="Tried to allocate") as caught:
         run_train.train(settings(text, tmp_path / "run"))
-    assert caught.value.hint == "next smaller: activations=recompute"
+    assert caught.value.hint == "next smaller: boundaries=host"
     assert not (tmp_path / "run").exists()

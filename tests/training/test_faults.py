@@ -135,9 +135,9 @@ def test_a_device_out_of_memory_leaves_the_checkpoint_and_names_the_next_smaller
         with pytest.raises(DoesNotFitError, match="Tried to allocate 2 GiB") as caught:
             train(settings(text, tmp_path / "run", **common))
     assert caught.value.exit_code == 3 and caught.value.hint is not None
-    assert caught.value.hint.startswith("next smaller: activations=recompute; horizon resume ")
+    assert caught.value.hint.startswith("next smaller: boundaries=host; horizon resume ")
     assert cli.main(["verify", str(tmp_path / "run")]) == 0
-    assert cli.main(["resume", str(tmp_path / "run"), "activations=recompute"]) == 0
+    assert cli.main(["resume", str(tmp_path / "run"), "boundaries=host"]) == 0
     one, two = tmp_path / "straight" / "checkpoint-6", tmp_path / "run" / "checkpoint-6"
     assert tensors_of(one) == tensors_of(two)
 

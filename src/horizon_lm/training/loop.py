@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from horizon_lm.report.records import Evaluation, StepRecord
 from horizon_lm.training.decisions import Decisions
 from horizon_lm.training.evaluate import Evaluator
 from horizon_lm.training.log import RunLog
-from horizon_lm.training.memory_faults import memory_faults
+from horizon_lm.training.memory_faults import explained
 from horizon_lm.training.preferences import Preferences
 from horizon_lm.training.resume import load_checkpoint
 from horizon_lm.training.save import Saver
@@ -72,8 +73,7 @@ def run_loop(run: Run) -> RunEnd:
     NonFiniteError, CallbackError, DoesNotFitError.
     """
     state, log, saver, best = run.state, run.log, run.saver, run.state.best
-    telling = run.together.telling()
-    with log, saver, frozen_heap(), watched() as request, telling, memory_faults(run.config):
+    with log, saver, frozen_heap(), watched() as request, _telling(run):
         figures = OwnFigures(state.model, run.together.ranks)
         told = Decisions(run.together, request, saver, log.callbacks, figures)
         _begin(run)
@@ -109,6 +109,16 @@ def run_loop(run: Run) -> RunEnd:
         _call_on_save(run, told)
         log.file.open()  # also if there was no step left
         return _finish(run, stopped_by)
+
+
+@contextmanager
+def _telling(run: Run) -> Iterator[None]:
+    """Tell other ranks at once of an error that is this rank's own, before anything is wound up."""
+    try:
+        yield
+    except BaseException as error:
+        run.together.ranks.publish_failure(explained(error, run.config))
+        raise
 
 
 def _begin(run: Run) -> None:

@@ -20,15 +20,20 @@ def memory_faults(config: TrainConfig) -> Iterator[None]:
     step that fails leaves the last checkpoint as it is."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise explained(error, config) from error
+
+
+def explained(error: BaseException, config: TrainConfig) -> BaseException:
+    """Return DoesNotFitError for a lack of memory, other errors as they are."""
+    if isinstance(error, torch.OutOfMemoryError):
         run = RunFolder(Path(config.output_dir).expanduser())
         hint = f"next smaller: {next_smaller(config)}"
         if run.path.is_dir() and run.has_checkpoints:
             hint += f"; horizon resume {run.path} goes on from the last checkpoint with it"
-        raise DoesNotFitError(
-            f"the device is out of memory: {str(error).splitlines()[0]}", hint=hint
-        ) from error
-    except MemoryError as error:
-        raise DoesNotFitError(
+        return DoesNotFitError(f"the device is out of memory: {str(error).splitlines()[0]}", hint=hint)
+    if isinstance(error, MemoryError):
+        return DoesNotFitError(
             "the host is out of memory", hint="free memory, or read less (max_train_bytes)"
-        ) from error
+        )
+    return error

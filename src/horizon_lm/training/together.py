@@ -70,6 +70,15 @@ class Together:
         self._settled(at, keep)
         return own[0]
 
+    def alike(self, work: Callable[[], T]) -> T:
+        """Return what `work` returns. It may use the ranks: values that are equal on all decide whether it
+        fails, so it fails on all of them."""
+        try:
+            return work()
+        except HorizonError as error:
+            error.is_shared |= not self.is_alone and not isinstance(error, RankError)
+            raise
+
     def in_order(self, at: str, work: Callable[[], T]) -> T:
         """Like `each`: rank 0 first, then one rank of each other node, then all others.
 
@@ -83,15 +92,6 @@ class Together:
         for number in range(3):
             self._settled(f"{at} ({number})", (lambda: own.append(work())) if number == turn else None)
         return own[0]
-
-    @contextmanager
-    def telling(self) -> Iterator[None]:
-        """Tell the other ranks at once of an error that is this rank's own, before anything is wound up."""
-        try:
-            yield
-        except BaseException as error:
-            self.ranks.publish_failure(error)
-            raise
 
     def agree(self, what: str, values: Mapping[str, Any]) -> None:
         """Raise ConfigError, with rank and key, unless all ranks have the same JSON-ready values."""

@@ -149,10 +149,11 @@ def _prepare(asked: Asked, config: TrainConfig, source: Checkpoint | None) -> Re
         progress.stage(describe.share_of_ranks(config.gradient_accumulation_steps, together.ranks.world))
     together.agree("data", {"data": data.rows.fingerprint, "evaluation data": _fingerprint(data.eval_rows)})
     if resume is None:  # else the checkpoint says by which rule the steps are counted
-        prepare.curve(config, data.loader, prepare.count_steps(config, data.loader))
+        num_steps = prepare.count_steps(config, data.loader)
+        together.each("learning rates", lambda: prepare.curve(config, data.loader, num_steps))
     reference = ReferenceOf.begin(config, data, resume, progress, together)
     if reference is not None:
-        reference.before()
+        together.alike(reference.before)
     if source is None:
         model = build_model(config, data.tokenizer, together.ranks)
     else:
@@ -163,16 +164,16 @@ def _prepare(asked: Asked, config: TrainConfig, source: Checkpoint | None) -> Re
         keep_freed_memory()
     config = config.replace(**{key: getattr(asked.config, key) for key in NAMES})
     progress.stage(describe.about_model(model))
-    check_together(config, data, model)
-    check_factors(config, model)
-    check_separation(model, data.rows)
+    together.each("data and model", lambda: check_together(config, data, model))
+    together.each("factors", lambda: check_factors(config, model))
+    together.alike(lambda: check_separation(model, data.rows))
     exported = model.num_parameters * DTYPES[config.save_dtype or config.dtype].itemsize
     saved = checkpoint_bytes(model) if _will_save(config, data) else 0
     together.first("disk space", lambda: check_disk(asked.folder, exported, saved))
     preferences = None
     if config.is_preference:
         without_dropout(model)
-        found = reference.by(model, source) if reference is not None else None
+        found = None if reference is None else together.alike(partial(reference.by, model, source))
         preferences = Preferences(Method(config), found)
     return Ready(asked, config, plan, data, model, preferences)
 
@@ -206,7 +207,8 @@ def _assemble(ready: Ready, config_notes: Sequence[str], callbacks: Sequence[obj
     num_steps = meter.num_steps = prepare.count_steps(config, loader)
     rates = prepare.curve(config, loader, num_steps)
     if found is not None:
-        for line in about_resume(found, asked.config, folder, state.step, num_steps, rates):
+        about = partial(about_resume, found, asked.config, folder, state.step, num_steps, rates)
+        for line in together.each("length", about):
             progress.stage(line)
     remarks = prepare.remarks(config, data, num_steps, rates)
     for remark in remarks:
