@@ -19,7 +19,19 @@ from horizon_lm.checkpoint.folder import open_checkpoint
 from horizon_lm.errors import CheckpointError
 from horizon_lm.host_model import HostModel
 from horizon_lm.training.resume import load_checkpoint
-from saved_models import empty, flip, new_model, regions, remove, resealed, save, truncate
+from saved_models import (
+    empty,
+    flip,
+    lengthen,
+    link,
+    new_model,
+    noise,
+    regions,
+    remove,
+    resealed,
+    save,
+    truncate,
+)
 from saved_models import model as model
 from saved_models import sound as sound
 
@@ -40,24 +52,9 @@ def zero_page(file: Path, rng: random.Random) -> None:
     file.write_bytes(data)
 
 
-def lengthen(file: Path, rng: random.Random) -> None:
-    with file.open("ab") as end:
-        end.write(rng.randbytes(rng.randrange(1, 100)))
-
-
-def link(file: Path, rng: random.Random) -> None:
-    data = file.with_suffix(".elsewhere")
-    file.rename(data)
-    file.symlink_to(data)
-
-
 def folder_instead(file: Path, rng: random.Random) -> None:
     file.unlink()
     file.mkdir()
-
-
-def noise(file: Path, rng: random.Random) -> None:
-    file.write_bytes(rng.randbytes(file.stat().st_size))
 
 
 def swap(file: Path, rng: random.Random) -> None:

@@ -22,7 +22,7 @@ from horizon_lm.memory.shards import Shard
 from horizon_lm.memory.store import HostStore
 from rank_checkpoints import bits, content, load, save
 from rank_checkpoints import empty as empty_store
-from saved_models import empty, flip, remove, resealed, truncate
+from saved_models import empty, flip, lengthen, link, noise, remove, resealed, truncate
 
 DAMAGES = 300
 
@@ -39,21 +39,6 @@ def sound(whole: HostStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("sound")
     save(run, whole, 3)
     return run / "checkpoint-1"
-
-
-def noise(file: Path, rng: random.Random) -> None:
-    file.write_bytes(rng.randbytes(file.stat().st_size))
-
-
-def lengthen(file: Path, rng: random.Random) -> None:
-    with file.open("ab") as end:
-        end.write(rng.randbytes(rng.randrange(1, 100)))
-
-
-def link(file: Path, rng: random.Random) -> None:
-    data = file.with_suffix(".elsewhere")
-    file.rename(data)
-    file.symlink_to(data)
 
 
 def of_another_rank(file: Path, rng: random.Random) -> None:

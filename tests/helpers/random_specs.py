@@ -6,8 +6,18 @@ import random
 from dataclasses import replace
 from typing import Any
 
-from horizon_lm.schedule import Op, StepSpec, build, build_flush, build_steps
-from symbolic_steps import STEPS
+from horizon_lm.schedule import (
+    Op,
+    StepSpec,
+    build,
+    build_flush,
+    build_steps,
+    check,
+    derive_waits,
+    last_uses,
+)
+from schedule_authorities import random_order
+from symbolic_steps import STEPS, run_symbolically
 
 
 def random_spec(rng: random.Random, *, layers: int = 6, micro_batches: int = 6) -> StepSpec:
@@ -78,3 +88,13 @@ def described(spec: StepSpec) -> dict[str, Any]:
     return {
         name: sorted(v) if isinstance(v, frozenset) else v for name, v in vars(spec).items() if name[0] != "_"
     }
+
+
+def check_by_running(spec: StepSpec, ops: list[Op], rng: random.Random) -> None:
+    """Assert that steps are sound, and give the values of a plain loop in program order and in a random one
+    with poisoned buffers."""
+    waits, ends = derive_waits(ops), last_uses(ops)
+    assert check(ops, spec, waits) == [], described(spec)
+    assert run_symbolically(spec, ops)[0], described(spec)
+    same, order = run_symbolically(spec, ops, random_order(ops, waits, rng), ends)
+    assert same, f"{described(spec)} in the order {' '.join(str(ops[i]) for i in order)}"

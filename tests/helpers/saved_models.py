@@ -76,6 +76,21 @@ def flip(file: Path, rng: random.Random) -> None:
     file.write_bytes(data)
 
 
+def lengthen(file: Path, rng: random.Random) -> None:
+    with file.open("ab") as end:
+        end.write(rng.randbytes(rng.randrange(1, 100)))
+
+
+def link(file: Path, rng: random.Random) -> None:
+    data = file.with_suffix(".elsewhere")
+    file.rename(data)
+    file.symlink_to(data)
+
+
+def noise(file: Path, rng: random.Random) -> None:
+    file.write_bytes(rng.randbytes(file.stat().st_size))
+
+
 def truncate(file: Path, rng: random.Random) -> None:
     os.truncate(file, rng.randrange(file.stat().st_size))
 

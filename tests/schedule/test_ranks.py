@@ -28,7 +28,7 @@ from horizon_lm.schedule import (
 )
 from horizon_lm.schedule.check import ends_before
 from horizon_lm.schedule.world import is_collective
-from random_specs import described, random_spec, random_steps, random_world_spec
+from random_specs import check_by_running, described, random_spec, random_steps, random_world_spec
 from ranks_in_random_order import Stuck, random_order_of_ranks, run_ranks
 from schedule_authorities import EVERY, Waits, plain, prepared, random_order
 from sizes import SOAK, times
@@ -97,11 +97,7 @@ def test_random_schedules_are_sound_and_right(request: pytest.FixtureRequest) ->
     plain nested loop."""
     rng, kinds = random.Random(0), Counter[str]()
     for spec, ops in specs(request, times(500, 10_000)):
-        waits, ends = derive_waits(ops), last_uses(ops)
-        assert check(ops, spec, waits) == [], described(spec)
-        assert run_symbolically(spec, ops)[0], described(spec)
-        same, order = run_symbolically(spec, ops, random_order(ops, waits, rng), ends)
-        assert same, f"{described(spec)} in the order {' '.join(str(ops[i]) for i in order)}"
+        check_by_running(spec, ops, rng)
         kinds.update({op.kind for op in ops})
     assert set("UJFXLRCBTVPGDNOAW") == kinds.keys() and min(kinds.values()) > 30, kinds
 
