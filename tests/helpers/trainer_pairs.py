@@ -136,7 +136,8 @@ def assert_equal(ours: Trained, theirs: Trained) -> None:
     """Parameters within 3e-6 where they moved by 1e-3; metrics within 1e-5 of their size.
 
     Rewards and the KL are beta times a difference of log-probabilities, which are larger by far: they are
-    compared with the size of these.
+    compared with the size of these. Before the first update the policy is the reference, and which of two
+    equal rewards is larger is left to roundoff. Mean logits are sums of numbers of both signs near 1.
     """
     assert max(float(moved.max()) for moved in theirs.moved.values()) > 3e-3
     for name, value in theirs.parameters.items():
@@ -148,7 +149,9 @@ def assert_equal(ours: Trained, theirs: Trained) -> None:
         for name in wanted:
             if any(part in name for part in _APART) and (is_eval or "aux_loss" not in name):
                 continue
-            size = abs(wanted[name])
+            if name == "rewards/accuracies" and wanted["rewards/margins"] == 0:
+                continue
+            size = max(abs(wanted[name]), 1e-2 if "logits" in name else 0.0)
             if "rewards" in name or name in ("kl", "eval_kl"):
                 size = theirs.beta * max(abs(v) for k, v in wanted.items() if "logps" in k)
             assert abs(mine[name] - wanted[name]) <= 1e-5 * max(size, 1e-3), (name, mine[name], wanted[name])

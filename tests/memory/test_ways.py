@@ -160,5 +160,5 @@ def test_no_other_module_lists_ways() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 assert not any(word in node.value for word in listed), (path, node.value)
-    for user in ("memory/preflight.py", "plan/fit.py", "training/train.py"):
+    for user in ("memory/preflight.py", "plan/fit.py", "training/memory_faults.py"):
         assert "from horizon_lm.memory.ways import" in (package / user).read_text(encoding="utf-8")

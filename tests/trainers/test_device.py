@@ -52,6 +52,8 @@ def test_steps_and_evaluations_on_a_device(
     assert not emulated_cuda.mixed
     names = ("loss", "grad_norm", "eval_loss")
     mine, wanted = (
-        [{n: line.get(n) for n in names} for line in one.state.log_history] for one in (trainer, on_cpu)
+        [line[name] for line in one.state.log_history for name in names if name in line]
+        for one in (trainer, on_cpu)
     )
-    assert mine == wanted and any(line["eval_loss"] for line in mine)
+    # A CPU uses the weights in place; MKL may multiply copies of them in another way: 1 ulp on an EPYC.
+    assert mine == pytest.approx(wanted, rel=3e-7) and len(mine) == 6
