@@ -6,17 +6,18 @@ import random
 
 import pytest
 
+from collective_cases import DTYPES
 from horizon_lm.distributed.ranks import Channel
 from rank_pool import RankPool
 
 
 @pytest.mark.parametrize("numel", (0, 1, 4096, 70_001))
 def test_tensors(two_ranks: RankPool, numel: int) -> None:
-    two_ranks.run("collective_cases:tensors", numel)
+    assert two_ranks.run("collective_cases:tensors", numel) == [list(DTYPES)] * 2
 
 
 def test_tensors_of_four(four_ranks: RankPool) -> None:
-    four_ranks.run("collective_cases:tensors", 4099)
+    assert four_ranks.run("collective_cases:tensors", 4099) == [list(DTYPES)] * 4
 
 
 def test_reduction_adds_in_rank_order(two_ranks: RankPool, four_ranks: RankPool) -> None:
@@ -42,7 +43,7 @@ def test_values(two_ranks: RankPool, channel: Channel) -> None:
 
 
 def test_values_of_four(four_ranks: RankPool) -> None:
-    four_ranks.run("collective_cases:values", Channel.MAIN)
+    assert four_ranks.run("collective_cases:values", Channel.MAIN) == [[0]] * 4
 
 
 def test_sums_are_those_of_one_rank(four_ranks: RankPool) -> None:

@@ -33,7 +33,8 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
-def tensors(numel: int) -> None:
+def tensors(numel: int) -> list[torch.dtype]:
+    """Return the dtypes that arrived unchanged."""
     this = ranks()
     for dtype in DTYPES:
         all_of = [content(rank, numel, dtype) for rank in range(this.world)]
@@ -49,6 +50,7 @@ def tensors(numel: int) -> None:
         assert (gathered is None) == (this.rank > 0)
         for found in (gathered, everywhere):
             assert found is None or all(same(a, b) for a, b in zip(found, all_of, strict=True)), dtype
+    return list(DTYPES)
 
 
 def reduction(numel: int) -> bytes:
