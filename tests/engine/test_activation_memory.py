@@ -24,6 +24,7 @@ from horizon_lm.plan.outline import Outline
 from horizon_lm.plan.predict import predict
 from horizon_lm.plan.working_set import Built, layer_working_set
 from policy_models import gradients, host, same
+from sizes import paired
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,8 +62,10 @@ def peak_of_step(
     return live.peak, model
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
-@pytest.mark.parametrize("policy", ["device", "host", "attention", "products", "keep", "blocks"])
+@pytest.mark.parametrize(
+    ("policy", "micro_batches"),
+    paired(["device", "host", "attention", "products", "keep", "blocks"], [2, 1]),
+)
 def test_bytes_of_boundaries_are_predicted(policy: str, micro_batches: int) -> None:
     """A layer more costs its input (device), nothing (host), or what it keeps; within 1 %. The planner's
     own simulation, for a device with memory of its own, as these lanes have."""
@@ -98,8 +101,9 @@ def test_bytes_of_boundaries_are_predicted(policy: str, micro_batches: int) -> N
         assert expected > {"attention": 1.9, "products": 7, "keep": 10}[policy] * one * (many - few)
 
 
-@pytest.mark.parametrize("sums", ["device", "host", "add"])
-@pytest.mark.parametrize("policy", ["recompute", "keep", "spilled"])
+@pytest.mark.parametrize(
+    ("policy", "sums"), paired(["recompute", "keep", "spilled"], ["device", "host", "add"])
+)
 def test_activations_do_not_grow_with_rounds(policy: str, sums: str) -> None:
     """A step of three times the micro-batches in three times the rounds takes the same memory, besides their
     ids and targets, within 2 % of a round's inputs; in one round it takes their number times as much."""

@@ -21,7 +21,7 @@ from horizon_lm.errors import NonFiniteError
 from horizon_lm.optim import optimizer
 from horizon_lm.schedule import Lane
 from known_states import Copies, bytes_of
-from sizes import times
+from sizes import paired, times
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -75,8 +75,7 @@ def same(one: Any, two: Any) -> bool:
     return one[0] == two[0] and all(torch.equal(value, two[1][name]) for name, value in one[1].items())
 
 
-@pytest.mark.parametrize("update", UPDATES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "update"), paired(CASES, UPDATES))
 def test_no_bit_depends_on_placement_and_rounds(case: str, update: str) -> None:
     name, dtype, frozen = CASES[case]
     settings = {"dtype": dtype} | UPDATES[update]

@@ -13,17 +13,13 @@ from sizes import SOAK
 FEW = (
     "kill -9 of rank 1 of 2, forward",
     "kill -9 of rank 0 of 2, backward",
-    "kill -9 of rank 1 of 2, exchange",
     "kill -9 of rank 0 of 2, before_rename",
     "kill -9 of rank 3 of 4, write",
     "NaN on rank 1 of 2",
     "no target tokens on rank 1 of 2",
     "disk full on rank 1 of 2",
     "SIGTERM to (1,) of 2",
-    "SIGINT to (0, 1) of 2",
-    "memory on rank 1 of 2",
     "data on rank 0 of 2",
-    "other learning_rate on rank 1 of 2",
     "other data on rank 3 of 4",
 )
 

@@ -12,6 +12,7 @@ from preference_runs import settings, write_labelled, write_pairs
 from rank_runs import lines_of, write_settings
 from rank_server import RankServer
 from rank_states import logical_state
+from sizes import SOAK
 
 TIMES = ("seconds", "tokens_per_second", "mfu", "host_rss_bytes", "device_bytes", "lanes", "time", "ranks")
 TIMES += ("eval_seconds",)
@@ -23,7 +24,7 @@ def numbers_of(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
-@pytest.mark.parametrize("method", ["dpo", "kto", "simpo"])
+@pytest.mark.parametrize("method", ["dpo", "kto", "simpo"] if SOAK else ["dpo", "kto"])
 def test_preferences_on_any_number_of_ranks(method: str, server: RankServer, tmp_path: Path) -> None:
     write = write_labelled if method == "kto" else write_pairs
     data = write(tmp_path)

@@ -13,6 +13,7 @@ import pytest
 from rank_runs import lines_of, write_settings
 from rank_server import RankServer
 from rank_states import exported, logical_state
+from sizes import SOAK
 from small_runs import GPT2_DROPOUT, place_of, settings
 
 WORLDS = (2, 4)
@@ -36,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
         "save_steps": 3,
     },
 }
+FEW = ("bf16 eager", "dropout, 5 micro-batches", "by epochs, evaluated")  # the others in `make soak`
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def left_by(run: Path) -> Left:
     return Left(lines, exported(run / "model"), states)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES if SOAK else FEW)
 def test_runs_on_any_number_of_ranks_leave_the_same_bits(
     case: str, server: RankServer, text: Path, tmp_path: Path
 ) -> None:

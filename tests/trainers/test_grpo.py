@@ -46,10 +46,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("kind", "model", "accumulation"),
     [
-        (GRPOTrainer, "llama", 1),
         (GRPOTrainer, "llama", 4),
         (GRPOTrainer, "qwen3", 1),
-        (GRPOTrainer, "qwen3", 4),
         (RLOOTrainer, "llama", 4),
         (RLOOTrainer, "qwen3", 1),
     ],
