@@ -1,6 +1,7 @@
 """Part `ranks`: several ranks give the bits of one, each rank in a process of its own.
 
-1. NCCL with a world of one: its collectives on a stream of their own, beside those of a rank alone.
+1. NCCL with a world of one: its collectives on a stream of their own, beside those of a rank alone, and steps
+   with `reduction: exact`, whose ops are those of several ranks.
 2. Two ranks that share one GPU: everything of several ranks but NCCL, which refuses a second rank on a GPU.
    Collectives pass through host memory over Gloo.
 3. One rank per GPU over NCCL, if the machine has several GPUs.
@@ -45,6 +46,7 @@ def check_ranks(place: Place) -> Part:
     for name, passed in (found[0] if found else {"collectives": False}).items():
         part.add(f"{_backend(place)}, world of one: {name}", passed, why)
     wanted = _states(place, ALONE, dict(_cases(place)))
+    _compare(part, place, "one", 1, wanted)
     _compare(part, place, "shared", 2, wanted)
     gpus = 2 if place.dry else torch.cuda.device_count()
     if gpus > 1:
@@ -60,12 +62,17 @@ def _backend(place: Place) -> str:
 
 
 def _compare(part: Part, place: Place, mode: str, world: int, wanted: dict[str, Found]) -> None:
-    where = "share a device, gloo" if mode == "shared" else f"have one each, {_backend(place)}"
+    backend = _backend(place)
+    who = {
+        "one": f"1 rank over {backend}",
+        "shared": f"{world} ranks share a device, gloo",
+        "own": f"{world} ranks have one each, {backend}",
+    }[mode]
     found, why = _run(place, mode, world)
     for name, one in wanted.items():
         apart = [key for key in one if any(rank.get(name, {}).get(key) != one[key] for rank in found)]
         passed = bool(found) and not apart
-        part.add(f"{world} ranks {where}: {name}", passed, why or ", ".join(apart), steps=STEPS)
+        part.add(f"{who}: {name}", passed, why or ", ".join(apart), steps=STEPS)
 
 
 def _cases(place: Place) -> list[tuple[str, dict[str, Any]]]:
@@ -80,7 +87,7 @@ def _cases(place: Place) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _states(place: Place, ranks: Ranks, cases: dict[str, dict[str, Any]]) -> dict[str, Found]:
-    """Train a few steps in each case; return what all ranks agree on."""
+    """Train a few steps in each case; return what all ranks agree on. ALONE adds gradients in place."""
     found: dict[str, Found] = {}
     with deterministic():
         for name, case in cases.items():
@@ -91,6 +98,8 @@ def _states(place: Place, ranks: Ranks, cases: dict[str, dict[str, Any]]) -> dic
 
 def _state(place: Place, ranks: Ranks, values: dict[str, Any], settings: dict[str, Any]) -> Found:
     given = {"max_grad_norm": 0.5, "slots": 2, "skip_memory_check": True, "deterministic": True} | settings
+    if ranks is not ALONE:
+        given["reduction"] = "exact"
     source = create_model(values, dtype=torch.bfloat16, seed=0, attn_implementation="sdpa")
     settings_of_all = ModelSettings(device=place.device.type, dtype="bfloat16", **given)
     model = hz.HostModel(source, settings_of_all, ranks=ranks)
@@ -101,6 +110,7 @@ def _state(place: Place, ranks: Ranks, values: dict[str, Any], settings: dict[st
         losses.append(out.loss)
         norms.append(out.grad_norm)
     model.flush()
+    assert ranks is ALONE or ranks.network_seconds > 0
     found: Found = {"losses": losses, "norms": norms}
     for region in filter(model.store.has, REGIONS):
         digest = hashlib.sha256()
@@ -175,11 +185,15 @@ def run_child(text: str) -> None:
 
 
 def _ranks_of(mode: str, place: Place) -> Ranks:
-    """Return the ranks of this process's world: with a device each, or all on the first one."""
-    from gpu.staged import Staged
+    """Return the ranks of this process's world: one, several with a device each, or all on the first one."""
+    from gpu.staged import Staged, world_of_one
     from horizon_lm.distributed.start import join
 
-    kinds = {"own": lambda: join(place.device.type), "shared": Staged.of_this_process}
+    kinds = {
+        "one": lambda: world_of_one(_backend(place)),
+        "own": lambda: join(place.device.type),
+        "shared": Staged.of_this_process,
+    }
     return kinds[mode]()
 
 
