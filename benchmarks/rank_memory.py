@@ -1,5 +1,4 @@
-"""Host memory of ranks: the peak of their processes, and the planner's prediction; what the model adds to a
-process, and what it says that it allocated.
+"""Host memory of ranks: the peak of their processes, and the planner's prediction.
 
 As `plan.calibrate.process_memory`, which finds what a process takes before it has a model. Each rank loads
 what a run loads, and nothing of the benchmark.
@@ -26,26 +25,19 @@ from .rank_group import free_port, variables
 
 _RUN = """
 import torch, json, sys
-import transformers.models.llama.modeling_llama
 from horizon_lm import HostModel
 from horizon_lm.config import ModelSettings
-from horizon_lm.distributed.start import join
 from horizon_lm.memory.arena import keep_freed_memory
-def memory(name):
-    lines = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)
-    return int(lines[name].split()[0]) * 1024
 values, settings, shape, count = json.loads(sys.argv[1])
 torch.set_num_threads(1)
-join("cpu")
-before = memory("VmRSS")
 model = HostModel.from_config(values, ModelSettings(**settings))
 keep_freed_memory()  # as `train` does
 for step in range(3):
     torch.manual_seed(step)
     ids = [torch.randint(0, values["vocab_size"], shape) for _ in range(count)]
     model.train_step([dict(input_ids=i, labels=i) for i in ids], lr=1e-5)
-    del ids
-print([memory("VmHWM"), memory("VmRSS") - before, sum(model.memory_bytes().values())])
+lines = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)
+print(int(lines["VmHWM"].split()[0]) * 1024)
 """
 
 
@@ -55,11 +47,8 @@ def settings_of(case: Case) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if value != usual[key]}
 
 
-def measured(case: Case, world: int, runs: int = 3) -> list[list[int]]:
-    """Return bytes of each rank: its peak, what it grew by with the model, what the model allocated.
-
-    Medians of several runs, since the heap's layout is random.
-    """
+def measured(case: Case, world: int, runs: int = 3) -> list[int]:
+    """Return the peak bytes of each rank, medians of several runs, since the heap's layout is random."""
     shape, count = [case.rows, case.length], case.sequences // case.rows
     given = json.dumps([dict(case.model), settings_of(case), shape, count])
     found = []
@@ -70,9 +59,8 @@ def measured(case: Case, world: int, runs: int = 3) -> list[list[int]]:
             environment = environment_of(case) | (variables(rank, world, port) if world > 1 else {})
             command = [sys.executable, "-c", _RUN, given]
             processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-        found.append([json.loads(process.communicate()[0].splitlines()[-1]) for process in processes])
-    ranks = zip(*found, strict=True)
-    return [[int(statistics.median(each)) for each in zip(*runs_of, strict=True)] for runs_of in ranks]
+        found.append([int(process.communicate()[0].split()[-1]) for process in processes])
+    return [int(statistics.median(of_rank)) for of_rank in zip(*found, strict=True)]
 
 
 def predicted(case: Case, world: int, process_bytes: float, heap_share: float) -> int:
