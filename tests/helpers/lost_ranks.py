@@ -308,12 +308,17 @@ def started(absent: Sequence[int] = (), twice: int | None = None) -> None:
     _command(lambda ranks: ranks.barrier())
 
 
+def _exchange(ranks: Any) -> None:
+    text = f"exchanged {ranks.exchange(ranks.rank)}\n"
+    sys.stdout.write(text)  # at once: under torchrun all ranks write to the same pipe
+
+
 def restarted(who: int) -> None:
     """Under torchrun: rank `who` is killed the first time."""
     with suppress(KeyError):
         if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             signalled(who, "SIGKILL")
-    _command(lambda ranks: print("exchanged", ranks.exchange(ranks.rank)))
+    _command(_exchange)
 
 
 def under_srun() -> None:
@@ -321,7 +326,7 @@ def under_srun() -> None:
     given = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
     os.environ |= {"SLURM_PROCID": given["RANK"], "SLURM_NTASKS": given["WORLD_SIZE"], "SLURM_STEP_ID": "0"}
     os.environ |= {"SLURM_LOCALID": given["LOCAL_RANK"], "SLURM_JOB_ID": "17"}
-    _command(lambda ranks: print("exchanged", ranks.exchange(ranks.rank)))
+    _command(_exchange)
 
 
 def in_a_group() -> None:
@@ -330,7 +335,7 @@ def in_a_group() -> None:
 
     dist.init_process_group("gloo")
     del os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"]
-    _command(lambda ranks: print("exchanged", ranks.exchange(ranks.rank)))
+    _command(_exchange)
     dist.barrier()
     print("still there")
     dist.destroy_process_group()
