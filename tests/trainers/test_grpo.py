@@ -48,6 +48,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     [
         (GRPOTrainer, "llama", 4),
         (GRPOTrainer, "qwen3", 1),
+        *([(GRPOTrainer, "llama", 1), (GRPOTrainer, "qwen3", 4)] if SOAK else []),
         (RLOOTrainer, "llama", 4),
         (RLOOTrainer, "qwen3", 1),
     ],
