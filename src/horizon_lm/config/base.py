@@ -26,7 +26,7 @@ from horizon_lm.errors import ConfigError
 from horizon_lm.text import redacted
 
 GROUPS = (
-    *("Model", "Data", "Preferences", "Batch and schedule", "Optimizer", "Evaluation"),
+    *("Model", "Adapters", "Data", "Preferences", "Batch and schedule", "Optimizer", "Evaluation"),
     "Memory and device",
     *("Checkpoints and faults", "Output"),
 )

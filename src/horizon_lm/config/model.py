@@ -10,8 +10,8 @@ from typing import Any, Literal
 from pydantic import field_validator
 from pydantic_core import PydanticCustomError
 
+from horizon_lm.config.adapters import AdapterSettings
 from horizon_lm.config.base import fault, setting
-from horizon_lm.config.memory import MemorySettings
 
 # Values that `deterministic` allows. Compiled kernels are chosen by timing.
 _REPEATABLE: dict[str, tuple[Any, ...]] = {
@@ -26,7 +26,7 @@ HUB_KERNEL = re.compile(
 )
 
 
-class ModelSettings(MemorySettings):
+class ModelSettings(AdapterSettings):
     """The settings of `TrainConfig` that `HostModel.from_pretrained` takes as well."""
 
     dtype: Literal["bfloat16", "float32"] = setting(
@@ -95,14 +95,6 @@ class ModelSettings(MemorySettings):
         " they are ignored.",
         group="Model",
         resume="free",
-        expects="a list of regular expressions",
-    )
-    freeze: list[str] = setting(
-        [],
-        "Parameters not to train, as regular expressions searched in their names; they need no memory for "
-        "gradients or moments.",
-        group="Optimizer",
-        resume="fixed",
         expects="a list of regular expressions",
     )
     neftune_noise_alpha: float | None = setting(

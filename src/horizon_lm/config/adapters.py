@@ -1,0 +1,85 @@
+"""Settings of what is trained: all of a model, some of its parameters, or an adapter on a frozen base."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from horizon_lm.config.base import setting
+from horizon_lm.config.memory import MemorySettings
+
+
+class AdapterSettings(MemorySettings):
+    """The part of `ModelSettings` that says which parameters are trained, and how the others are stored."""
+
+    adapter: Literal["none", "lora", "dora"] = setting(
+        "none",
+        "Train an adapter of PEFT instead of the model: lora adds a product of two small matrices to each "
+        "target module, dora also learns the magnitude of its weights. The model itself stays frozen.",
+        group="Adapters",
+        resume="fixed",
+    )
+    adapter_name_or_path: str | None = setting(
+        None,
+        "Adapter to train further, a folder or a name on the Hub (adapter_config.json and "
+        "adapter_model.safetensors); null begins a new one.",
+        group="Adapters",
+        resume="ask",
+    )
+    lora_r: int = setting(16, "Rank of the adapter's matrices.", group="Adapters", resume="fixed", ge=1)
+    lora_alpha: float = setting(
+        32.0, "The adapter's output is scaled by lora_alpha / lora_r.", group="Adapters", resume="fixed", gt=0
+    )
+    lora_dropout: float = setting(
+        0.0,
+        "Dropout on the adapter's input in training.",
+        group="Adapters",
+        resume="fixed",
+        ge=0,
+        lt=1,
+    )
+    target_modules: str | list[str] = setting(
+        "all-linear",
+        "Modules that get an adapter: the ends of their names, one regular expression for whole names, or "
+        "all-linear for all linear layers but the output layer.",
+        group="Adapters",
+        resume="fixed",
+        expects="all-linear, a list of names such as [q_proj, v_proj], or a regular expression",
+    )
+    modules_to_save: list[str] = setting(
+        [],
+        "Modules outside the adapter that are trained whole and saved with it, such as lm_head.",
+        group="Adapters",
+        resume="fixed",
+        expects="a list of names of modules",
+    )
+    freeze: list[str] = setting(
+        [],
+        "Parameters not to train, as regular expressions searched in their names; they need no memory for "
+        "gradients or moments.",
+        group="Adapters",
+        resume="fixed",
+        expects="a list of regular expressions",
+    )
+    train: list[str] = setting(
+        [],
+        "The only parameters to train, as regular expressions searched in their names; an empty list trains "
+        "all that freeze leaves.",
+        group="Adapters",
+        resume="fixed",
+        expects="a list of regular expressions",
+    )
+    base_dtype: Literal["auto", "bfloat16", "int8", "nf4"] = setting(
+        "auto",
+        "How frozen linear weights of decoder layers are stored: auto is dtype; int8 and nf4 are blockwise "
+        "formats of bitsandbytes, of about 1.06 and 0.52 bytes per parameter, which are unpacked on the device "
+        "before a layer runs.",
+        group="Adapters",
+        resume="fixed",
+    )
+    base_cache_dir: str | None = setting(
+        None,
+        "Folder that keeps weights packed by base_dtype, so that the next run reads them instead of packing "
+        "again; null packs in each run.",
+        group="Adapters",
+        resume="free",
+    )
