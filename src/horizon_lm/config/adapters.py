@@ -70,8 +70,8 @@ class AdapterSettings(MemorySettings):
     )
     base_dtype: Literal["auto", "bfloat16", "int8", "nf4"] = setting(
         "auto",
-        "How frozen linear weights of decoder layers are stored: auto is dtype; int8 and nf4 are blockwise "
-        "formats of bitsandbytes, of about 1.06 and 0.52 bytes per parameter, which are unpacked on the device "
+        "How frozen linear weights of layers are stored: auto is dtype; int8 and nf4 are blockwise formats "
+        "of bitsandbytes, of about 1.06 and 0.52 bytes per parameter, which are unpacked on the device "
         "before a layer runs.",
         group="Adapters",
         resume="fixed",
