@@ -26,7 +26,7 @@ RUNS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("sft", "qwen3", {"use_dora": True, "target_modules": ["q_proj", "down_proj"]}, STEPS),
     ("plain", "gemma", {"target_modules": ["q_proj", "v_proj"]}, STEPS),
     ("dpo", "llama", {}, {**STEPS, "eval_strategy": "steps", "eval_steps": 5}),
-    ("dpo", "mixtral", {"modules_to_save": ["lm_head"]}, STEPS),
+    ("dpo", "mixtral", {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}, STEPS),
     ("kto", "qwen3", {"rank_pattern": {"v_proj": 2}}, STEPS),
 ]
 
