@@ -163,8 +163,8 @@ def _refuse(trainer: str, args: Any, ref_model: Any, *, has_base: bool) -> None:
     if args.beta and ref_model is None and not has_base:
         raise ConfigError(
             f"{trainer}: beta={args.beta:g} needs a reference model, a second copy of the weights in memory",
-            hint=f"beta=0.0 trains without it; {trainer}(..., ref_model=FOLDER) takes the host memory for it; "
-            "peft_config trains a new adapter, whose base is the reference",
+            hint=f"beta=0.0 trains without it; {trainer}(..., ref_model=FOLDER) takes the host memory for "
+            "it; peft_config trains a new adapter, whose base is the reference",
         )
     if ref_model is not None and not args.beta:
         raise ConfigError(

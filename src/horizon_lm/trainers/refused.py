@@ -46,7 +46,7 @@ _ARGUMENTS = {
     "compute_loss_func": "override compute_loss, which gets log-probabilities of the labels",
     "model_init": "pass a model",
     "optimizer_cls_and_kwargs": "choose the update by optim, adam_beta1, adam_beta2 and adam_epsilon",
-    "quantization_config": "leave it out; HostModel.from_pretrained(..., base_dtype='nf4') packs frozen weights",
+    "quantization_config": "HostModel.from_pretrained(..., base_dtype='nf4') packs frozen weights",
 }
 
 

@@ -53,7 +53,8 @@ def _with_adapter(model: Any, peft_config: Any, seed: int) -> Any:
         return get_peft_model(model, peft_config)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
         raise ConfigError(
-            f"peft_config was refused by PEFT: {error}", hint="correct it; target_modules='all-linear' always works"
+            f"peft_config was refused by PEFT: {error}",
+            hint="correct it; target_modules='all-linear' always works",
         ) from error
 
 
