@@ -11,6 +11,7 @@ import torch
 from horizon_lm.errors import ConfigError, DataError, HorizonError
 from horizon_lm.io.files import read_bytes
 from horizon_lm.io.hub import require_reachable
+from horizon_lm.machine.libraries import load_peft
 from horizon_lm.model.configuration import reason_of
 from horizon_lm.model.folder import check_model_folder
 
@@ -24,8 +25,7 @@ def read_adapter_config(name: str) -> Any:
     No entry makes anything else be read, imported or downloaded. Raises ConfigError for a place without an
     adapter, DataError for a damaged file.
     """
-    import peft
-
+    peft = load_peft()
     path = _file(name, CONFIG)
     try:
         values = json.loads(read_bytes(path))

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from torch import nn
 from horizon_lm.config import ModelSettings
 from horizon_lm.config.patterns import nearest
 from horizon_lm.errors import ConfigError, DataError, UnsupportedModelError
+from horizon_lm.machine.libraries import load_peft
 from horizon_lm.model.adapter_files import read_adapter_config, read_adapter_weights
 from horizon_lm.model.configuration import reason_of
 from horizon_lm.model.pretrained import seeded
@@ -47,7 +48,7 @@ class Adapter:
     def __init__(self, peft_model: Any, *, keeps_dtypes: bool) -> None:
         self.peft_model, self.keeps_dtypes = peft_model, keeps_dtypes
         self.name = str(peft_model.active_adapters[0])
-        self._switches = [m for m in self.model.modules() if isinstance(m, _layer_classes())]
+        self._switches: list[Any] = [m for m in self.model.modules() if isinstance(m, _layer_classes())]
 
     @property
     def model(self) -> Any:
@@ -142,8 +143,7 @@ def _layer_classes() -> tuple[type, ...]:
 
 def _given(model: Any, settings: ModelSettings) -> Adapter:
     """Take the adapter of a PeftModel."""
-    import peft
-
+    peft = load_peft()
     if settings.has_adapter:
         raise ConfigError(
             f"the {type(model).__name__} has an adapter, and the settings ask for another",
@@ -176,8 +176,7 @@ def _added(model: Any, settings: ModelSettings, has_values: bool) -> Adapter | N
         )
     if not settings.has_adapter:
         return None
-    import peft
-
+    peft = load_peft()
     config, name = _configured(settings), settings.adapter_name_or_path
     _check_config(config)
     weights = None if name is None or not has_values else read_adapter_weights(name, config)
@@ -213,14 +212,14 @@ def _move_from_meta(model: nn.Module, device: torch.device) -> None:
 
 def _configured(settings: ModelSettings) -> Any:
     """PEFT's configuration of the adapter that the settings ask for."""
-    import peft
-
+    peft = load_peft()
     name = settings.adapter_name_or_path
     if name is None:
         targets = settings.target_modules
+        alpha: Any = int(settings.lora_alpha) if settings.lora_alpha.is_integer() else settings.lora_alpha
         return peft.LoraConfig(
             r=settings.lora_r,
-            lora_alpha=settings.lora_alpha,
+            lora_alpha=alpha,
             lora_dropout=settings.lora_dropout,
             target_modules=targets if isinstance(targets, str) else list(targets),
             modules_to_save=list(settings.modules_to_save) or None,
@@ -243,9 +242,10 @@ def _load(adapter: Adapter, name: str, weights: dict[str, torch.Tensor]) -> None
     """Put the weights of a saved adapter in. Raises DataError if they do not fit."""
     from peft import set_peft_model_state_dict
 
-    for wrapper in adapter.model.modules():  # their copies have the dtype of the base
-        if hasattr(wrapper, "modules_to_save") and isinstance(wrapper, _layer_classes()):
-            wrapper.modules_to_save.float()
+    for module in adapter.model.modules():
+        copies = getattr(module, "modules_to_save", None)
+        if isinstance(copies, nn.ModuleDict) and isinstance(module, _layer_classes()):
+            copies.float()  # they have the dtype of the base, which would round the saved values
     try:
         result: Any = set_peft_model_state_dict(adapter.peft_model, weights, adapter_name=adapter.name)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -314,7 +314,8 @@ def _check(adapter: Adapter) -> None:
         )
     output: Any = model.get_output_embeddings()
     table = model.get_input_embeddings().weight
-    if isinstance(output, _layer_classes()) and any(p is table for p in output.parameters()):
+    is_changed = isinstance(output, _layer_classes())
+    if is_changed and any(p is table for p in cast(nn.Module, output).parameters()):
         raise _refuse(
             "it changes the output layer, which is tied to the embedding table",
             "leave lm_head out of target_modules and modules_to_save",
