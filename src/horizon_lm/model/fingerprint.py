@@ -6,20 +6,21 @@ same. Values count as they were loaded, in their own dtype, so that no setting o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import xxhash
 
-from horizon_lm.distributed.ranks import Ranks
-from horizon_lm.model.adapters import base_name
+from horizon_lm.distributed.ranks import ALONE, Ranks
+from horizon_lm.memory.layout import UnitLayout
+from horizon_lm.model.adapters import Adapter, base_name
 
 Fingerprint = dict[str, str]  # unit -> xxh3-128 of its parameters, in hexadecimal digits
 
 
 class Fingerprinter:
-    """Takes the parameters of the base as they are loaded; of several ranks, each takes the units that are its
+    """Takes the parameters of the base as they are loaded; of several ranks, each takes the units of its
     turn."""
 
     def __init__(self, rank: int = 0, world: int = 1) -> None:
@@ -31,7 +32,7 @@ class Fingerprinter:
         if number % self._world == self._rank:
             self._found.setdefault(unit, {})[base_name(name)] = _digest(value)
 
-    def of_all(self, ranks: Ranks) -> Fingerprint:
+    def of_all(self, ranks: Ranks = ALONE) -> Fingerprint:
         """Return the fingerprint of the whole base. All ranks call this."""
         told: list[dict[str, str]] = [self._own()]
         if ranks.world > 1:
@@ -43,6 +44,14 @@ class Fingerprinter:
             unit: xxhash.xxh3_128_hexdigest(repr(sorted(digests.items())).encode())
             for unit, digests in self._found.items()
         }
+
+
+def saved_names(units: Iterable[UnitLayout], adapter: Adapter | None) -> frozenset[str] | None:
+    """Return the names of the parameters that a checkpoint holds; None for all of a model without adapter."""
+    if adapter is None:
+        return None
+    named = [parameter for unit in units for parameter in unit.parameters]
+    return frozenset(p.name for p in named if p.trainable or adapter.is_part(p.name))
 
 
 def _digest(value: torch.Tensor) -> str:
