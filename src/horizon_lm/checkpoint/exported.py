@@ -73,7 +73,13 @@ def export_checkpoint(
 
 
 def merge_folder(
-    folder: Path, target: Path, *, dtype: str | None, max_shard_size: str, trust_remote_code: bool, merge: Merge
+    folder: Path,
+    target: Path,
+    *,
+    dtype: str | None,
+    max_shard_size: str,
+    trust_remote_code: bool,
+    merge: Merge,
 ) -> str:
     """Write the base of PEFT's folder with the adapter in its weights to `target` atomically; return the base's
     name.

@@ -255,7 +255,9 @@ def check_is_model(key: str, name: str | None) -> None:
         return
     hint = f"{key}={place.model}"
     if place.is_adapter and key == "model_name_or_path":
-        hint = f"horizon export {place.path} OUT --merge, then {key}=OUT; or adapter_name_or_path={place.model}"
+        hint = (
+            f"horizon export {place.path} OUT --merge, then {key}=OUT; or adapter_name_or_path={place.model}"
+        )
     if place.model is None:
         hint = f"horizon export {place.path} OUT, then {key}=OUT"
     raise ConfigError(f"{key}={name!r} is not the folder of a model: {place.what}", hint=hint)

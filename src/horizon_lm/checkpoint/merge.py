@@ -26,6 +26,7 @@ from horizon_lm.model.skeleton import Skeleton
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
 class Merged(NamedTuple):
     """A model without values, its weights with an adapter in them (a group per unit), and their dtype."""
 
@@ -87,7 +88,9 @@ class _Merger:
 
     def __init__(self, skeleton: Skeleton, adapter: Adapter) -> None:
         self._skeleton, self._adapter = skeleton, adapter
-        self._named = {base_name(n): p for n, p in skeleton.model.named_parameters() if not adapter.is_part(n)}
+        self._named = {
+            base_name(n): p for n, p in skeleton.model.named_parameters() if not adapter.is_part(n)
+        }
 
     @property
     def groups(self) -> list[Group]:

@@ -258,9 +258,7 @@ def check_weights(
             found.add(name)
             shape = tuple(tensor.shape)
             if shape != expected[name]:
-                raise damaged(
-                    checkpoint.path, f"{name} is {list(shape)}, expected {list(expected[name])}"
-                )
+                raise damaged(checkpoint.path, f"{name} is {list(shape)}, expected {list(expected[name])}")
     missing = [name for name in needed if name not in found]
     if missing:
         raise damaged(checkpoint.path, f"has no weights of {missing[0]}")

@@ -5,6 +5,7 @@ The layers of an adapter are PEFT's own, inside the transformers model; so are t
 
 from __future__ import annotations
 
+import copy
 import shutil
 import sys
 import warnings
@@ -57,6 +58,13 @@ class Adapter:
         """The folder or name of the base, as PEFT writes it into adapter_config.json."""
         return self.config.base_model_name_or_path or None
 
+    @property
+    def words(self) -> str:
+        """Its kind, as in "lora r=16"."""
+        kind = "dora" if getattr(self.config, "use_dora", False) else str(self.config.peft_type.value).lower()
+        rank = getattr(self.config, "r", None)
+        return kind if rank is None else f"{kind} r={rank}"
+
     def is_part(self, name: str) -> bool:
         """Whether a parameter, by its name in the model, is not one of the base."""
         return is_adapters(name, self.name)
@@ -77,6 +85,12 @@ class Adapter:
         finally:
             for module in self._switches:
                 module._disable_adapters = False
+
+    def save_config(self, folder: Path) -> None:
+        """Write adapter_config.json into a folder."""
+        config = copy.copy(self.config)
+        config.inference_mode = True
+        config.save_pretrained(str(folder))
 
     def save(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write PEFT's files into a new folder: adapter_config.json, adapter_model.safetensors, README.md.
