@@ -305,7 +305,7 @@ class HostModel:
         return sum(self.store.locate(name)[1].numel for name in saved)
 
     def base_fingerprint(self) -> Fingerprint | None:
-        """Return the digest of each unit of the base under an adapter, as it was loaded; None without an adapter.
+        """Return a digest of each unit of the base under an adapter, as it was loaded; None without adapter.
 
         With several ranks the first call is collective.
         """

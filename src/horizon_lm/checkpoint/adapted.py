@@ -69,7 +69,7 @@ def _values(folder: Path) -> dict[str, Any]:
 
 
 def base_name_of(checkpoint: Checkpoint) -> str:
-    """Return the folder or Hub name of the base of a checkpoint's adapter. Raises ConfigError if it has none."""
+    """Return the folder or Hub name of the base of a checkpoint's adapter. Raises ConfigError."""
     name = checkpoint.manifest.config.get("model_name_or_path")
     if not isinstance(name, str):
         raise ConfigError(
@@ -78,10 +78,10 @@ def base_name_of(checkpoint: Checkpoint) -> str:
     return name
 
 
-def check_base(checkpoint: Checkpoint, now: Fingerprint, name: str | None) -> None:
+def check_base(checkpoint: Checkpoint, now: Fingerprint | None, name: str | None) -> None:
     """Raise OtherBaseError unless the base, which is called `name`, is that of a checkpoint's adapter."""
     then = checkpoint.manifest.base or {}
-    units = differing(then, now)
+    units = differing(then, now or {})
     if not units:
         return
     shown = ", ".join(units[:3]) + (f" and {len(units) - 3:,} more" if len(units) > 3 else "")

@@ -1,4 +1,4 @@
-"""Write a model in Hugging Face format one unit at a time, from the store, a checkpoint or a base with an adapter.
+"""Write a model in Hugging Face format one unit at a time.
 
 It takes the memory of one layer. Names and shapes are those of transformers' own `save_pretrained`: its
 rules for tied weights and its renames (fused experts are split again) are applied first to `meta` tensors, to

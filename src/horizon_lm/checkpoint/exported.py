@@ -1,4 +1,4 @@
-"""Export: the model of a checkpoint, its adapter, or the adapter added to its base, in Hugging Face format."""
+"""Export the model of a checkpoint, its adapter, or its base with the adapter in it, as transformers does."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from horizon_lm.io import files
 
 @dataclass(frozen=True)
 class Merge:
-    """Ask for a plain model instead of an adapter. base: folder or Hub name of the model to add the adapter to;
-    None for the one that the run names."""
+    """Ask for a plain model instead of an adapter. base: folder or Hub name of the model to add it to; None
+    for the one that the run names."""
 
     base: str | None = None
 
@@ -53,8 +53,8 @@ def export_checkpoint(
     merge: Merge | None = None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> Checkpoint:
-    """Write the model of a checkpoint (or of a run's latest sound one) to `target` atomically; of a run with an
-    adapter the adapter, or with `merge` the model with the adapter in its weights.
+    """Write the model of a checkpoint (or of a run's latest sound one) to `target` atomically; of a run with
+    an adapter the adapter, or with `merge` the model with the adapter in its weights.
 
     dtype: None for that of the run; float32 for its masters. Raises CheckpointError, ConfigError, DataError,
     DoesNotFitError.
@@ -81,8 +81,8 @@ def merge_folder(
     trust_remote_code: bool,
     merge: Merge,
 ) -> str:
-    """Write the base of PEFT's folder with the adapter in its weights to `target` atomically; return the base's
-    name.
+    """Write the base of PEFT's folder with the adapter in its weights to `target` atomically; return the name
+    of the base.
 
     dtype: None for that of the base. Raises ConfigError, DataError, DoesNotFitError.
     """

@@ -38,8 +38,8 @@ class Manifest:
     """step: optimizer steps done, skipped ones included. serial: grows with every checkpoint of a run folder;
     the highest is the latest, whatever the folders are called. files: name -> (bytes, xxh3-128). config: the
     resolved settings. state: state of the run (JSON). created: UTC, for people. parent: the checkpoint that
-    the run was resumed from, if any. ranks: how many wrote it; more than one have a folder each. base: None if
-    it holds the whole model; if only what is trained, unit -> digest of what it lacks (`model.fingerprint`)."""
+    the run was resumed from, if any. ranks: how many wrote it; more than one have a folder each. base: of a
+    checkpoint that holds an adapter alone, unit -> digest of the base (`model.fingerprint`)."""
 
     step: int
     serial: int

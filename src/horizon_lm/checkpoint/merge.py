@@ -1,14 +1,14 @@
 """Add an adapter to the weights of its base and write a plain model, one unit at a time.
 
-The base is mapped from its files, and the sums are PEFT's own (`merge` of its layers) in fp32, rounded once to
-the dtype that is written. So it takes the memory of the adapter and of one unit.
+The base is mapped from its files, and the sums are PEFT's own (`merge` of its layers) in fp32, rounded once
+to the dtype that is written. So it takes the memory of the adapter and of one unit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from horizon_lm.engine.policies import DTYPES
 from horizon_lm.model.adapters import Adapter, base_name, prepare
 from horizon_lm.model.fingerprint import Fingerprint, Fingerprinter, saved_names
 from horizon_lm.model.loading import load_model_of
+from horizon_lm.model.pretrained import quiet_transformers
 from horizon_lm.model.skeleton import Skeleton
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def merged(
     base: folder or Hub name. dtype: of the weights; None for that of the base. check: gets the fingerprint of
     the base, and raises if it is another. Raises ConfigError, DataError.
     """
-    model: Any = load_model_of(base, settings)
+    with quiet_transformers():
+        model: Any = load_model_of(base, settings)
     if dtype is None:
         dtype = "bfloat16" if model.dtype == torch.bfloat16 else "float32"
     hollow = _hollow(model)
@@ -62,7 +64,7 @@ def _hollow(model: PreTrainedModel) -> PreTrainedModel:
         hollow: PreTrainedModel = type(model)(model.config)
     hollow.tie_weights()
     hollow.generation_config = model.generation_config
-    hollow._weight_conversions = getattr(model, "_weight_conversions", None)
+    vars(hollow)["_weight_conversions"] = getattr(model, "_weight_conversions", None)
     return hollow
 
 
@@ -100,7 +102,7 @@ class _Merger:
             names = [p.name for p in unit.parameters if not self._adapter.is_part(p.name)]
             wide = {base_name(p.name) for p in unit.parameters if p.compute_dtype == torch.float32}
             hollow = {base_name(name): self._described(base_name(name), wide) for name in names}
-            groups.append(Group(hollow, lambda hollow=hollow: self._load(hollow)))
+            groups.append(Group(hollow, partial(self._load, hollow)))
         buffers = {base_name(name): buffer for name, buffer in persistent_buffers(self._skeleton.model)}
         hollow = {name: torch.empty_like(buffer, device="meta") for name, buffer in buffers.items()}
         return [*groups, Group(hollow, lambda: buffers)]

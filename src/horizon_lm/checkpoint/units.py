@@ -75,8 +75,8 @@ def unit_number(name: str) -> int:
 
 
 def parts(layout: UnitLayout, spec: StoreSpec, shard: Shard) -> list[tuple[Part, int]]:
-    """Return the parts of a unit's saved tensors that a rank holds, in the order of its file, each with its first
-    element in the rank's buffer of the region.
+    """Return the parts of a unit's saved tensors that a rank holds, in the order of its file, each with its
+    first element in the rank's buffer of the region.
 
     Larger elements come first, so that each tensor starts at a multiple of its element size, which readers
     that map the file need.

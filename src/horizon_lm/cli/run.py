@@ -221,8 +221,8 @@ def export(
 ) -> None:
     """Write the model of a checkpoint in Hugging Face format, with tokenizer and model card.
 
-    Of a run with an adapter this is PEFT's folder; --merge writes a model that needs no adapter, from the base
-    in its own precision. --merge also takes PEFT's folder in place of a run.
+    Of a run with an adapter this is PEFT's folder; --merge writes a model that needs no adapter, from the
+    base in its own precision. --merge also takes PEFT's folder in place of a run.
     """
     import re
 

@@ -60,7 +60,8 @@ def _digest(value: torch.Tensor) -> str:
     head = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} ".encode()
     digest = xxhash.xxh3_128(head)
     if value.numel():
-        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy())
+        data: Any = value.contiguous().view(-1).view(torch.uint8).numpy()
+        digest.update(data)
     return str(digest.hexdigest())
 
 

@@ -64,8 +64,8 @@ def _check_not_gone(config: TrainConfig, checkpoint: Checkpoint, gone: Sequence[
         return
     if "model_name_or_path" in gone:
         raise ConfigError(
-            f"model_name_or_path={config.model_name_or_path!r} does not exist, and {checkpoint.path} holds the "
-            "adapter alone, without the model under it",
+            f"model_name_or_path={config.model_name_or_path!r} does not exist, and {checkpoint.path} holds "
+            "the adapter alone, without the model under it",
             hint="model_name_or_path=NEW, the folder where it is now; its weights must be the same",
         )
     name = config.adapter_name_or_path

@@ -184,8 +184,8 @@ def checkpoint_bytes(model: HostModel) -> int:
 
 
 def small_files(model: HostModel, save_tokenizer: Callable[[Path], object]) -> dict[str, bytes]:
-    """Return configuration and tokenizer as files, which make a checkpoint exportable on its own; of an adapter
-    with its configuration."""
+    """Return configuration and tokenizer as files, which make a checkpoint exportable on its own; with an
+    adapter also its configuration."""
     with temporary_folder("horizon-files-") as folder:
         if model.skeleton.adapter is not None:
             model.skeleton.adapter.save_config(folder)

@@ -93,8 +93,8 @@ def about_model(model: HostModel) -> str:
 
 
 def about_trained(model: HostModel) -> str:
-    """Say what is trained, as in "adapter lora r=16, 1.2 M of 110 M parameters trained (1.1 %)"; empty for all
-    parameters."""
+    """Say what is trained, as in "adapter lora r=16, 1.2 M of 110 M parameters trained (1.1 %)"; empty if all
+    parameters are."""
     trained, total = model.num_trained, model.num_parameters
     adapter = model.skeleton.adapter
     if adapter is None and trained == total:

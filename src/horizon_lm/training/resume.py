@@ -215,7 +215,7 @@ def changed_settings(config: TrainConfig, checkpoint: Checkpoint) -> dict[str, t
 
 def _is_other_path(key: str, then: Any, now: Any, checkpoint: Checkpoint, config: TrainConfig) -> bool:
     """Tell whether only the path differs, of something that is compared by content: tokens and their marks by
-    fingerprint, a tokenizer by its file, a model by its configuration, the one under an adapter by its fingerprint."""
+    fingerprint, a tokenizer by its file, a model by its configuration, under an adapter by fingerprint."""
     if key == "datasets":
         if len(then) != len(now):
             return False
