@@ -20,6 +20,7 @@ from torch import nn
 from horizon_lm.config import ModelSettings
 from horizon_lm.errors import ConfigError, DataError, HorizonError, UnsupportedModelError
 from horizon_lm.io.hub import require_reachable
+from horizon_lm.machine.libraries import load_peft
 from horizon_lm.model.configuration import reason_of
 from horizon_lm.model.pretrained import seeded
 from horizon_lm.model.trained import choose_trained
@@ -149,8 +150,7 @@ def _layer_classes() -> tuple[type, ...]:
 
 def _given(model: Any, settings: ModelSettings) -> Adapter:
     """Take the adapter of a PeftModel."""
-    import peft
-
+    peft = load_peft()
     if settings.has_adapter:
         raise ConfigError(
             f"the {type(model).__name__} has an adapter, and the settings ask for another",
@@ -183,8 +183,7 @@ def _added(model: Any, settings: ModelSettings, has_values: bool) -> Adapter | N
         )
     if not settings.has_adapter:
         return None
-    import peft
-
+    peft = load_peft()
     config = _configured(settings)
     _check_config(config)
     device = next(model.parameters()).device
@@ -217,8 +216,7 @@ def _move_from_meta(model: nn.Module, device: torch.device) -> None:
 
 def _configured(settings: ModelSettings) -> Any:
     """PEFT's configuration of the adapter that the settings ask for."""
-    import peft
-
+    peft = load_peft()
     name = settings.adapter_name_or_path
     if name is None:
         targets = settings.target_modules
@@ -246,8 +244,7 @@ def _configured(settings: ModelSettings) -> Any:
 
 def read_adapter_config(name: str) -> Any:
     """Read adapter_config.json of a folder or Hub name as PEFT's configuration. Raises ConfigError."""
-    import peft
-
+    peft = load_peft()
     place = str(Path(name).expanduser())
     if not Path(place).exists():
         require_reachable(name, "adapter_name_or_path")
