@@ -6,6 +6,8 @@ The layers of an adapter are PEFT's own, inside the transformers model; so are t
 from __future__ import annotations
 
 import copy
+import json
+import os
 import shutil
 import sys
 import warnings
@@ -19,6 +21,7 @@ from torch import nn
 
 from horizon_lm.config import ModelSettings
 from horizon_lm.errors import ConfigError, DataError, HorizonError, UnsupportedModelError
+from horizon_lm.io import files
 from horizon_lm.io.hub import require_reachable
 from horizon_lm.machine.libraries import load_peft
 from horizon_lm.model.configuration import reason_of
@@ -92,6 +95,7 @@ class Adapter:
         config = copy.copy(self.config)
         config.inference_mode = True
         config.save_pretrained(str(folder))
+        _tidy(folder / CONFIG)
 
     def save(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write PEFT's files into a new folder: adapter_config.json, adapter_model.safetensors, README.md.
@@ -106,6 +110,20 @@ class Adapter:
             for file in list((folder / self.name).iterdir()):
                 shutil.move(str(file), str(folder / file.name))
             (folder / self.name).rmdir()
+        _tidy(folder / CONFIG)
+
+
+def _tidy(path: Path) -> None:
+    """Give the modules in adapter_config.json an order, which PEFT leaves to chance, and the base a path that
+    is valid anywhere."""
+    values = json.loads(files.read_bytes(path))
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(values.get(key), list):
+            values[key] = sorted(values[key])
+    base = values.get("base_model_name_or_path")
+    if isinstance(base, str) and Path(base).is_dir():
+        values["base_model_name_or_path"] = os.path.abspath(base)
+    files.write_file(path, json.dumps(values, indent=2, sort_keys=True))
 
 
 def prepare(model: Any, settings: ModelSettings, *, has_values: bool = True) -> tuple[Any, Adapter | None]:
