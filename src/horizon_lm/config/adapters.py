@@ -42,6 +42,12 @@ class AdapterSettings(MemorySettings):
         ge=0,
         lt=1,
     )
+    use_rslora: bool = setting(
+        False,
+        "Scale the adapter's output by lora_alpha / sqrt(lora_r) instead.",
+        group="Adapters",
+        resume="fixed",
+    )
     target_modules: str | list[str] = setting(
         "all-linear",
         "Modules that get an adapter: the ends of their names, one regular expression for whole names, or "

@@ -65,6 +65,13 @@ class Adapter:
         return self.peft_model.peft_config[self.name]
 
     @property
+    def rewritten(self) -> frozenset[int]:
+        """Ids of the modules of which PEFT takes a parameter away while they run, to add the adapter's to it
+        (fused experts, routers)."""
+        wrappers = [module for module in self._switches if hasattr(module, "parameter_name")]
+        return frozenset(id(module.get_base_layer()) for module in wrappers)
+
+    @property
     def base_name_or_path(self) -> str | None:
         """The folder or name of the base, as PEFT writes it into adapter_config.json."""
         return self.config.base_model_name_or_path or None
@@ -255,6 +262,7 @@ def _configured(settings: ModelSettings) -> Any:
             lora_dropout=settings.lora_dropout,
             target_modules=targets if isinstance(targets, str) else list(targets),
             modules_to_save=list(settings.modules_to_save) or None,
+            use_rslora=settings.use_rslora,
             use_dora=settings.adapter == "dora",
             task_type="CAUSAL_LM",
         )
