@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, set_seed
 
 import horizon_lm as hz
 import zoo
-from horizon_lm.errors import ConfigError
+from horizon_lm.errors import CheckpointError, ConfigError
 from horizon_lm.preference.reference import weights_hash
 from horizon_lm.trainers import resident
 from trainer_pairs import Trained, assert_equal, build, parameters_of, rows, small_model
+from trainer_runs import digests, history
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -189,3 +191,90 @@ def test_save_model_writes_what_peft_loads(tmp_path: Path) -> None:
     whole.save_model(str(folder))
     assert not list(folder.glob("adapter_*"))
     assert logits(AutoModelForCausalLM.from_pretrained(folder)).equal(logits(small_model("llama").eval()))
+
+
+# Checkpoints.
+
+
+EVERY = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
+
+
+def trained(method: str, folder: Path, *, resume: str | None = None, **changes: Any) -> Any:
+    """Our trainer after training with a new adapter, whose layers have dropout."""
+    config = LoraConfig(**LORA, lora_dropout=0.1, modules_to_save=["lm_head"])
+    trainer = build(
+        method, "llama", folder, ours=True, trainer={"peft_config": config}, **{**EVERY, **changes}
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_a_checkpoint_holds_the_adapter_and_resumes_bit_for_bit(method: str, tmp_path: Path) -> None:
+    straight = trained(method, tmp_path / "straight")
+    checkpoint = tmp_path / "straight" / "checkpoint-4"
+    keys = {key.partition(".")[2] for file in checkpoint.glob("unit-*") for key in load_file(file)}
+    assert keys == {p.name for unit in straight.host.skeleton.units for p in unit.trainable}
+    resumed = trained(method, tmp_path / "resumed", resume=str(checkpoint))
+    assert digests(resumed.host) == digests(straight.host)
+    assert history(resumed)[-2:] == history(straight)[-2:]
+
+
+def test_a_checkpoint_of_another_adapter_or_base_is_refused(tmp_path: Path) -> None:
+    trained("sft", tmp_path, max_steps=2)
+    checkpoint = str(tmp_path / "checkpoint-2")
+    for arguments, said in (
+        ({"peft_config": LoraConfig(**{**LORA, "r": 2})}, r"expected F32 \[2, 32\]"),
+        ({"peft_config": LoraConfig(**LORA), "model": changed_base()}, "adapter of another base"),
+        ({}, "holds an adapter, and a model without one is trained"),
+    ):
+        trainer = build("sft", "llama", tmp_path / "new", ours=True, trainer=arguments, **EVERY)
+        with pytest.raises(CheckpointError, match=said):
+            trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def changed_base() -> Any:
+    model = small_model("llama")
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    return model
+
+
+def test_the_best_adapter_is_loaded_at_the_end(tmp_path: Path) -> None:
+    """From a checkpoint of ours, and from the folder of PEFT that save_only_model leaves."""
+    found = []
+    for only_model in (False, True):
+        changes = {
+            "learning_rate": 0.5,
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "load_best_model_at_end": True,
+        }
+        trainer = trained("sft", tmp_path / str(only_model), save_only_model=only_model, **changes)
+        best = Path(trainer.state.best_model_checkpoint)
+        assert best.name == "checkpoint-2"  # with such a learning rate
+        assert (best / "adapter_model.safetensors").exists() == only_model
+        found.append(parameters_of(trainer))
+    assert all(found[0][name].equal(value) for name, value in found[1].items())
+    last = parameters_of(trained("sft", tmp_path / "last", learning_rate=0.5))
+    assert any(not last[name].equal(value) for name, value in found[0].items())  # the control
+
+
+def test_the_folder_of_an_adapter_is_trained_further(tmp_path: Path) -> None:
+    """As the PeftModel that is loaded from it; the base is the one that it names."""
+    folder, base = tmp_path / "adapter", tmp_path / "base"
+    small_model("llama").save_pretrained(base)
+    loaded = AutoModelForCausalLM.from_pretrained(base)
+    peft = get_peft_model(loaded, LoraConfig(**LORA, init_lora_weights=False))
+    peft.save_pretrained(folder)
+    results = []
+    for model in (
+        str(folder),
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder, is_trainable=True),
+    ):
+        trainer = build("dpo", "llama", tmp_path / "run", ours=True, trainer={"model": model}, max_steps=3)
+        assert not trainer.begins_adapter
+        trainer.train()
+        results.append(digests(trainer.host))
+        assert trainer.state.log_history[0]["rewards/chosen"] == 0
+    assert results[0] == results[1]

@@ -104,6 +104,18 @@ class Adapter:
             for module in self._switches:
                 module._disable_adapters = False
 
+    def names_in_files(self) -> dict[str, str]:
+        """Name in adapter_model.safetensors -> name in the model."""
+        from peft import get_peft_model_state_dict
+
+        named = [name for name, _ in self.model.named_parameters() if self.is_part(name)]
+        marks = {_PREFIX + name: torch.empty(0) for name in named}
+        found: Any = get_peft_model_state_dict(
+            self.peft_model, state_dict=dict(marks), adapter_name=self.name, save_embedding_layers=False
+        )
+        names = {id(mark): name.removeprefix(_PREFIX) for name, mark in marks.items()}
+        return {key: names[id(mark)] for key, mark in found.items()}
+
     def save_config(self, folder: Path) -> None:
         """Write adapter_config.json into a folder."""
         config = copy.copy(self.config)
