@@ -134,5 +134,6 @@ def _hollow_adapter(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Adapt
         settings = ModelSettings(adapter_name_or_path=str(folder))
         with torch.device("meta"):
             _, adapter = prepare(model, settings, has_values=False)
-    assert adapter is not None
+        assert adapter is not None
+        adapter.config.base_model_name_or_path = base_of(folder)  # it knows only a temporary folder
     return adapter
