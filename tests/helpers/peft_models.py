@@ -21,17 +21,14 @@ def adapted(name: str, *, dtype: torch.dtype = torch.float32, dropout: float = 0
     """The zoo's model as a PeftModel whose adapter has gradients everywhere: its matrices are random, where
     PEFT begins one of each pair with zeros."""
     peft = load_peft()
-    values = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config}
+    values = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", **config}
     if "type" in values:
-        made = getattr(peft, values.pop("type"))(**{k: v for k, v in values.items() if k not in _OF_LORA})
+        made = getattr(peft, values.pop("type"))(**values)
     else:
-        made = peft.LoraConfig(lora_dropout=dropout, **values)
+        made = peft.LoraConfig(**{"r": 3, "lora_alpha": 5, "lora_dropout": dropout, **values})
     model = peft.get_peft_model(zoo.build(name, dtype=dtype), made, autocast_adapter_dtype=False)
     shake(model)
     return model.train()
-
-
-_OF_LORA = ("lora_alpha",)
 
 
 def shake(model: Any, seed: int = 7) -> None:
