@@ -64,7 +64,8 @@ class Skeleton:
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False
         separate_documents(model)
-        self.anatomy: Anatomy = analyse(model, None if adapter is None else adapter.off)
+        with torch.random.fork_rng(devices=[]):  # its trial runs may draw noise
+            self.anatomy: Anatomy = analyse(model, None if adapter is None else adapter.off)
         self.own_head: OwnHead | None = find_head(model, self.anatomy)
         layers: nn.ModuleList = model.get_submodule(self.anatomy.layers_path)
         self.layers: list[nn.Module] = list(layers)
