@@ -1,4 +1,4 @@
-"""GRPO and RLOO with adapters: TRL's own parameters and logs, generation, and the weights that vLLM is sent."""
+"""GRPO and RLOO with adapters: TRL's own parameters and logs, generation, and the weights sent to vLLM."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import zoo
 from horizon_lm.errors import ConfigError
 from horizon_lm.trainers import HorizonGRPOTrainer, resident
 from horizon_lm.trainers.generation import describe_weights, named_weights
-from rollout_runs import OURS, TINY, built, differences, trained
+from rollout_runs import OURS, TINY, differences, trained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-STEPS = {"num_iterations": 2, "gradient_accumulation_steps": 2, "learning_rate": 5e-3}
+STEPS = {"num_iterations": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3}
 LORA: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
@@ -68,7 +68,7 @@ def test_a_new_adapter(
 
     theirs, ours = run(kind, beta), run(OURS[kind], beta)
     assert differences(theirs, ours) == []
-    assert max(float(value.abs().max()) for value in lora_of(theirs)) > 1e-3
+    assert max(float(value.abs().max()) for value in lora_of(theirs)) > 2e-3
     assert ours.trainer.ref_model.host is ours.trainer.host and any(line.get("kl") for line in ours.log)
     assert differences(theirs, run(OURS[kind], 2 * beta))  # the control
 
@@ -144,19 +144,3 @@ def test_what_vllm_is_sent_is_the_merged_model(case: str, dtype: str) -> None:
         assert float((sent[name].float() - value).abs().max()) <= 4 * bits * float(value.abs().max()), name
     assert any(not sent[name].equal(bare[name]) for name in sent)
     assert all(after[name].equal(value) for name, value in before.items())
-
-
-def test_vllm_is_fed_by_it(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With use_vllm, TRL's weight transfer iterates over the merged weights."""
-    from types import SimpleNamespace
-
-    from trl.generation import vllm_generation
-
-    for module in ("trl.trainer.grpo_trainer",):
-        monkeypatch.setattr(f"{module}.is_vllm_available", lambda *args, **more: True, raising=False)
-        monkeypatch.setattr(f"{module}.VLLMGeneration", lambda **more: SimpleNamespace(), raising=False)
-    monkeypatch.setattr(vllm_generation, "is_vllm_available", lambda *args, **more: True, raising=False)
-    given = {"trainer": {"peft_config": LoraConfig(**LORA)}, "use_vllm": True, "vllm_mode": "server"}
-    trainer = built(HorizonGRPOTrainer, folders["llama"], tmp_path, **given)
-    names = [name for name, _ in trainer.vllm_generation._iter_named_params()]
-    assert names == [name for name, _ in AutoModelForCausalLM.from_pretrained(folders["llama"]).named_parameters()]

@@ -154,7 +154,8 @@ def merged_layer(layer: Any, adapter: str) -> Iterator[Tensors]:
     try:
         for parameter, value in own.items():
             parameter.data = value.to(torch.float32, copy=True)
-        layer.merge(safe_merge=False, adapter_names=[adapter])
+        for one in _nested(layer):
+            one.merge(safe_merge=False, adapter_names=[adapter])
         yield {name: p.detach() for name, p in inner.named_parameters()}
     finally:
         for parameter, value in own.items():
@@ -162,3 +163,12 @@ def merged_layer(layer: Any, adapter: str) -> Iterator[Tensors]:
         for module in layer.modules():
             if hasattr(module, "merged_adapters"):
                 module.merged_adapters.clear()
+
+
+def _nested(layer: Any) -> list[Any]:
+    """Return a layer of PEFT and those in it, one for each parameter of fused experts, innermost first."""
+    found = []
+    while hasattr(layer, "base_layer"):
+        found.append(layer)
+        layer = layer.base_layer
+    return found[::-1]

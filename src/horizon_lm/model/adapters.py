@@ -175,9 +175,10 @@ def is_peft(model: Any) -> bool:
 
 def is_adapters(name: str, adapter: str) -> bool:
     """Whether a name in a model belongs to the adapter's own parameters: PEFT writes the adapter's name
-    behind its modules and parameters (`lora_A.default.weight`, `modules_to_save.default.weight`)."""
-    parts = name.split(".")
-    return "base_layer" not in parts and "original_module" not in parts and adapter in parts[1:]
+    behind its modules and parameters (`lora_A.default.weight`, `modules_to_save.default.weight`). Layers of
+    fused experts lie in each other (`experts.base_layer.lora_A.default.weight`)."""
+    parts = re.split(r"\.(?:base_layer|original_module)\.", name)[-1].split(".")
+    return adapter in parts[1:]
 
 
 def base_name(name: str) -> str:
