@@ -103,7 +103,7 @@ def test_a_peft_model_is_consumed() -> None:
             call(model)
             pytest.fail(use)
     streamed.train_step([zoo.batch("llama")], lr=1e-3)
-    assert "trainable" in repr(streamed)
+    assert "trainable" in repr(streamed) and "adapter: lora r=3" in repr(streamed)
 
 
 # Switched off.

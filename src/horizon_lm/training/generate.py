@@ -17,6 +17,7 @@ from horizon_lm.data.tokenizer import load_tokenizer
 from horizon_lm.errors import ConfigError, DataError, HorizonError
 from horizon_lm.io import files
 from horizon_lm.machine.device import resolve_device
+from horizon_lm.machine.libraries import load_peft
 from horizon_lm.model.configuration import reason_of
 from horizon_lm.model.pretrained import TO_GENERATE, quiet_transformers, read_pretrained
 from horizon_lm.words import count, size
@@ -137,9 +138,7 @@ class Generator:
 
 
 def _with_adapter(model: Any, folder: Path) -> Any:
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
+    return load_peft().PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
 
 
 @contextmanager
