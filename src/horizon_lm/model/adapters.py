@@ -90,12 +90,6 @@ class Adapter:
     @contextmanager
     def off(self) -> Iterator[None]:
         """While open, the layers run as the base alone."""
-        if getattr(self.config, "bias", "none") != "none":
-            raise ConfigError(
-                f"the adapter trains biases of the base (bias={self.config.bias}), which has none of its own "
-                "any more",
-                hint="make the adapter with bias='none'",
-            )
         try:
             for module in self._switches:  # as PEFT's own switch, but for requires_grad
                 module._disable_adapters = True
@@ -143,7 +137,7 @@ def _tidy(path: Path) -> None:
     """Give the modules in adapter_config.json an order, which PEFT leaves to chance, and the base a path that
     is valid anywhere."""
     values = json.loads(files.read_bytes(path))
-    for key in ("target_modules", "exclude_modules"):
+    for key in ("target_modules", "exclude_modules", "target_parameters"):
         if isinstance(values.get(key), list):
             values[key] = sorted(values[key])
     base = values.get("base_model_name_or_path")

@@ -22,7 +22,7 @@ from horizon_lm.model.adapter_files import CONFIG, read_adapter_config
 from horizon_lm.model.adapters import prepare
 from horizon_lm.model.configuration import configuration_of, reason_of
 from horizon_lm.model.fingerprint import Fingerprinter
-from horizon_lm.model.folder import INDEX, names_in
+from horizon_lm.model.folder import INDEX, check_is_model, names_in
 from horizon_lm.model.kernels import check_kernels
 from horizon_lm.model.pretrained import Allowed, read_pretrained, seeded, without_messages
 from horizon_lm.model.skeleton import Skeleton
@@ -123,11 +123,7 @@ def _check_folder(folder: Path) -> None:
             f"model_name_or_path={str(folder)!r} is not a folder",
             hint="check the path; it is taken from where you are",
         )
-    if (folder / CONFIG).is_file() and not (folder / "config.json").exists():
-        raise ConfigError(
-            f"model_name_or_path={str(folder)!r} holds an adapter, not a model",
-            hint=f"set model_name_or_path to its base, and adapter_name_or_path={folder}",
-        )
+    check_is_model(folder)
     if not (folder / "config.json").is_file():
         raise ConfigError(
             f"model_name_or_path={str(folder)!r} holds no config.json",

@@ -25,7 +25,7 @@ from horizon_lm.io.hub import require_reachable
 from horizon_lm.memory.layout import UnitLayout
 from horizon_lm.model.adapters import prepare
 from horizon_lm.model.configuration import configuration_of, read_configuration, reason_of
-from horizon_lm.model.folder import check_model_folder
+from horizon_lm.model.folder import check_is_model, check_model_folder
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.plan.model_flops import Counted, count_layers, kinds_of_layers
 from horizon_lm.plan.outline_cache import Facts, OutlineCache, TraceKey
@@ -239,6 +239,7 @@ def model_config(config: TrainConfig) -> Any:
             assert config.model_name_or_path is not None  # TrainConfig has seen to it
             name = str(Path(config.model_name_or_path).expanduser())
             require_reachable(name, "model_name_or_path")
+            check_is_model(name)
             check_model_folder(name)
             options = {} if config.model_revision is None else {"revision": config.model_revision}
             found = read_configuration(
