@@ -59,6 +59,8 @@ class Outline:
     cache lacks.
     """
 
+    has_adapter = False
+
     def __init__(
         self, config: Any | Callable[[], Any], settings: ModelSettings, cache: OutlineCache | None = None
     ) -> None:
