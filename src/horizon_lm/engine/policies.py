@@ -16,7 +16,7 @@ from horizon_lm.engine.loss import chunk_tokens
 from horizon_lm.errors import ConfigError
 from horizon_lm.machine.cores import lane_cores
 from horizon_lm.machine.device import free_memory_bytes, resolve_device
-from horizon_lm.memory.layout import UnitLayout, lay_out
+from horizon_lm.memory.layout import lay_out
 from horizon_lm.memory.preflight import check_memory
 from horizon_lm.memory.shards import WHOLE, Shard
 from horizon_lm.memory.slots import gradient_slot_bytes, slot_bytes
@@ -27,7 +27,7 @@ from horizon_lm.optim.optimizer import Optimizer, UpdateSettings, check_patterns
 from horizon_lm.optim.rules import ADAPTIVE_RULES, finite_number
 from horizon_lm.schedule import StepSpec
 from horizon_lm.schedule.slots import gradient_slots_of
-from horizon_lm.schedule.step_spec import ATTENTION, EXACT, FAST, KEEP, PRODUCTS
+from horizon_lm.schedule.step_spec import ATTENTION, FAST, KEEP, PRODUCTS
 from horizon_lm.words import count
 
 _SUM_SLABS = 2  # one arrives while the host adds the other
