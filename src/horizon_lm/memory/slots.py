@@ -190,7 +190,8 @@ class WeightSlots:
 
     def upload(self, slot: int, unit: int) -> None:
         """Copy the unit's weights into the slot, asynchronously if the host memory is pinned; of a split unit
-        the frozen part, of a resident one nothing. For a shared step, copy the rank's share into the buffer of that number."""
+        the frozen part, of a resident one nothing. For a shared step, copy the rank's share into the buffer
+        of that number."""
         store = self._store
         if store.is_split(unit) and not self._alias:
             frozen = store.run("frozen", unit)
@@ -218,8 +219,8 @@ class WeightSlots:
             _gather(ranks, wide_residual, place, shard.frozen_wide_share, begin)
 
     def unit(self, slot: int, unit: int) -> UnitWeights:
-        """The unit's weights in a slot; unless it is filled from shares, a resident unit's in the store, and a
-        split unit's in both."""
+        """The unit's weights in a slot; unless it is filled from shares, a resident unit's in the store, and
+        a split unit's in both."""
         store = self._store
         if self._alias or (store.is_resident(unit) and not self._joins):
             home, wide = store.run("weights", unit), store.wide_residual(unit)

@@ -69,9 +69,10 @@ class GradientSlabs:
 class StoreSpec:
     """What a store holds per parameter, and where.
 
-    dtype: weight and gradient dtype, bf16 or fp32. resident: units that live in device memory; of `split`
-    ones, the trainable part and frozen wide parameters. sums: units whose unfinished gradients wait in host memory between rounds. sum_slabs: buffers for gradients that the
-    host adds to them. shard: the rank's share of each unit.
+    dtype: weight and gradient dtype, bf16 or fp32. resident: units that live in device memory; of those in
+    `split`, the trainable part and frozen wide parameters. sums: units whose unfinished gradients wait in
+    host memory between rounds. sum_slabs: buffers for gradients that the host adds to them. shard: the rank's
+    share of each unit.
     """
 
     dtype: torch.dtype

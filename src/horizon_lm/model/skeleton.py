@@ -179,7 +179,7 @@ class Skeleton:
     @property
     def has_adapter(self) -> bool:
         """Whether an adapter is trained, on a frozen model."""
-        return getattr(self, "adapter", None) is not None
+        return self.adapter is not None
 
     def name_of(self, module: nn.Module, local: str) -> str:
         """Return the full name of a module's parameter (the first, if tied); empty if there is none."""

@@ -183,8 +183,8 @@ class Costs:
         return 0.0 if op.kind == "W" else numel * self.update_bytes / profile.optimizer + agreed
 
     def _weight_bytes(self, unit: int) -> int:
-        """Bytes of a unit's weights that the rank holds: what it uploads, residuals of wide ones included; of a
-        split unit the frozen part."""
+        """Bytes of a unit's weights that the rank holds: what it uploads, residuals of wide ones included;
+        of a split unit the frozen part."""
         share = self.shards[unit]
         if unit in self.plan.split:
             return share.layout.wide_offset * self.spec.dtype.itemsize
