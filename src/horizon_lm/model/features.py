@@ -116,6 +116,8 @@ def _images(output: Any) -> list[dict[str, torch.Tensor]]:
     """Features of each image from what `get_image_features` returns."""
     found = [{"features": rows.flatten(0, -2)} for rows in output.pooler_output]
     for number, layer in enumerate(getattr(output, "deepstack_features", None) or ()):
+        if isinstance(layer, torch.Tensor):  # as transformers 5.17 returns them
+            layer = layer.split([len(image["features"]) for image in found])
         for image, rows in zip(found, layer, strict=True):
             image[f"deepstack_{number}"] = rows
     return found
