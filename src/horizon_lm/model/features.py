@@ -77,8 +77,9 @@ def _projected(
     """The projector's output [rows, width] for what a tower gave."""
     assert skeleton.pictures is not None
     projector = skeleton.model.get_submodule(skeleton.pictures.projector)
-    _, *others = inspect.signature(type(projector).forward).parameters
-    more = {name: inputs[name] for name in others[1:] if name in inputs}
+    wrapped = getattr(projector, "original_module", projector)  # PEFT's copies take any arguments
+    _, _, *others = inspect.signature(type(wrapped).forward).parameters
+    more = {name: inputs[name] for name in others if name in inputs}
     output: torch.Tensor = projector(features, **more)
     return output.reshape(-1, output.shape[-1])
 
