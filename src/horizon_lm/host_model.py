@@ -35,6 +35,7 @@ from horizon_lm.distributed.ranks import Ranks
 from horizon_lm.distributed.start import join
 from horizon_lm.engine.calls import in_turn
 from horizon_lm.engine.disk_lane import Saving
+from horizon_lm.engine.encode import encode_images
 from horizon_lm.engine.engine import Engine
 from horizon_lm.engine.homes import packing_of
 from horizon_lm.engine.lanes import Span, choose_lanes
@@ -297,6 +298,20 @@ class HostModel:
         return sum(p.numel for unit in self.store.units for p in unit.parameters)
 
     @in_turn
+    def encode_images(self, inputs: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
+        """Compute the features of the images of a vision-language model, all at once, without gradients.
+
+        inputs: what the model's processor returned for n images: pixel_values, and where it has them
+        image_grid_thw, image_sizes; other keys are ignored. Returns per image, in host memory, "features"
+        [tokens, width] and, if the model has them, "deepstack_0", ...; lists of them are the
+        `image_features` of micro-batches. With a trained projector (`train_projector`) features are the
+        vision tower's, before it. With several ranks all of them must call this.
+        Raises ConfigError for a model of text alone, DataError for inputs without pixels and for videos,
+        UnsupportedModelError for a tower that draws random numbers.
+        """
+        return encode_images(self.skeleton, self.store, self.ranks, inputs)
+
+    @in_turn
     def forward_backward(
         self,
         micro_batches: MicroBatches,
@@ -340,7 +355,7 @@ class HostModel:
     ) -> Step:
         check_loss_function(loss_fn, self.settings.label_smoothing_factor)
         extra: Extra = "refuse" if loss_fn is None else "keep"
-        batches = check_micro_batches(micro_batches, self.skeleton, extra=extra)
+        batches = check_micro_batches(micro_batches, self.skeleton, extra=extra, encode=self.encode_images)
         return self.engine.forward_backward(
             batches, update=update, loss_fn=loss_fn, record=record, ends_itself=ends_itself
         )
@@ -509,7 +524,7 @@ class HostModel:
         asked = Asked.of("evaluate()", values, temperature)
         self._warn_of_torn("evaluate()")
         extra: Extra = "ignore" if ignore_extra else "refuse"
-        batches = check_micro_batches(micro_batches, self.skeleton, extra=extra)
+        batches = check_micro_batches(micro_batches, self.skeleton, extra=extra, encode=self.encode_images)
         with nullcontext() if adapter else self.skeleton.without_adapter():
             step = self.engine.evaluate(batches, asked, routers=return_router_losses, record=record)
         found: list[TokenValues] = []

@@ -23,6 +23,7 @@ from horizon_lm.errors import ConfigError, DataError, UnsupportedModelError
 from horizon_lm.machine.libraries import load_peft
 from horizon_lm.model.adapter_files import read_adapter_config, read_adapter_weights
 from horizon_lm.model.configuration import reason_of
+from horizon_lm.model.pictures import excluded_modules, freeze_vision
 from horizon_lm.model.pretrained import seeded
 from horizon_lm.model.trained import choose_trained
 
@@ -119,7 +120,9 @@ def prepare(model: Any, settings: ModelSettings, *, has_values: bool = True) -> 
     base = model if adapter is None else adapter.model
     if adapter is not None:
         _check(adapter)
-    choose_trained(base, settings, None if adapter is None else adapter.is_part)
+    is_adapters = None if adapter is None else adapter.is_part
+    choose_trained(base, settings, is_adapters)
+    freeze_vision(base, settings, is_adapters)
     return base, adapter
 
 
@@ -185,6 +188,8 @@ def _added(model: Any, settings: ModelSettings, has_values: bool) -> Adapter | N
         return None
     peft = load_peft()
     config, name = _configured(settings), settings.adapter_name_or_path
+    if name is None:
+        config.exclude_modules = excluded_modules(model)  # the vision part is not trained
     _check_config(config)
     weights = None if name is None or not has_values else read_adapter_weights(name, config)
     device = next(model.parameters()).device

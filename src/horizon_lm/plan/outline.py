@@ -27,6 +27,7 @@ from horizon_lm.memory.layout import UnitLayout
 from horizon_lm.model.adapters import prepare
 from horizon_lm.model.configuration import configuration_of, read_configuration, reason_of
 from horizon_lm.model.folder import check_model_folder
+from horizon_lm.model.pretrained import model_class
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.plan.model_flops import Counted, count_layers, kinds_of_layers
 from horizon_lm.plan.outline_cache import Facts, OutlineCache, TraceKey
@@ -275,12 +276,11 @@ def _with_new_tokens(config: TrainConfig, model: Any) -> Any:
 
 
 def _build(config: Any, dtype: torch.dtype, settings: ModelSettings) -> nn.Module:
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     try:
         with no_init_weights():
-            model = AutoModelForCausalLM.from_config(
+            model = model_class(config).from_config(
                 config,
                 dtype=dtype,
                 attn_implementation=settings.attn_implementation,
