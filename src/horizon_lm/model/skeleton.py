@@ -81,6 +81,7 @@ class Skeleton:
                 "router logits are",
                 hint="set output_router_logits: false in the model's configuration",
             )
+        self._rewritten = frozenset[int]() if adapter is None else adapter.rewritten
         self._owners, self.aliases = _owners(model)
         self.units: tuple[UnitLayout, ...] = self._lay_out()
         self._bound_at: dict[int, list[tuple[Parameter, list[Owner]]]] = {
@@ -314,7 +315,9 @@ class Skeleton:
                 if grad and parameter.trainable:
                     value.requires_grad_()
                 tensors[parameter.name] = value
-                if aliased:
+                if any(id(owner) in self._rewritten for owner, _ in owners):
+                    value = nn.Parameter(value, value.requires_grad)  # which PEFT puts back as it was
+                elif aliased:
                     value = value.view_as(value)
                 for owner, local in owners:
                     owner._parameters[local] = value  # type: ignore[assignment]
