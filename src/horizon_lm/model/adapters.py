@@ -5,6 +5,7 @@ The layers of an adapter are PEFT's own, inside the transformers model; so are t
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
 import sys
@@ -21,7 +22,7 @@ from horizon_lm.config import ModelSettings
 from horizon_lm.config.patterns import nearest
 from horizon_lm.errors import ConfigError, DataError, UnsupportedModelError
 from horizon_lm.machine.libraries import load_peft
-from horizon_lm.model.adapter_files import read_adapter_config, read_adapter_weights
+from horizon_lm.model.adapter_files import read_adapter_config, read_adapter_weights, tidy_config
 from horizon_lm.model.configuration import reason_of
 from horizon_lm.model.pictures import excluded_modules, freeze_vision
 from horizon_lm.model.pretrained import seeded
@@ -73,6 +74,13 @@ class Adapter:
         """The folder or name of the base, as PEFT writes it into adapter_config.json."""
         return self.config.base_model_name_or_path or None
 
+    @property
+    def words(self) -> str:
+        """Its kind, as in "lora r=16"."""
+        kind = "dora" if getattr(self.config, "use_dora", False) else str(self.config.peft_type.value).lower()
+        rank = getattr(self.config, "r", None)
+        return kind if rank is None else f"{kind} r={rank}"
+
     def is_part(self, name: str) -> bool:
         """Whether a parameter, by its name in the model, is not one of the base."""
         return is_adapters(name, self.name)
@@ -94,6 +102,13 @@ class Adapter:
             for module in self._switches:
                 module._disable_adapters = False
 
+    def save_config(self, folder: Path) -> None:
+        """Write adapter_config.json into a folder."""
+        config = copy.copy(self.config)
+        config.inference_mode = True
+        config.save_pretrained(str(folder))
+        tidy_config(folder)
+
     def save(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write PEFT's files into a new folder: adapter_config.json, adapter_model.safetensors, README.md.
 
@@ -107,6 +122,7 @@ class Adapter:
             for file in list((folder / self.name).iterdir()):
                 shutil.move(str(file), str(folder / file.name))
             (folder / self.name).rmdir()
+        tidy_config(folder)
 
 
 def prepare(model: Any, settings: ModelSettings, *, has_values: bool = True) -> tuple[Any, Adapter | None]:

@@ -22,6 +22,7 @@ from horizon_lm.model.adapter_files import CONFIG, read_adapter_config
 from horizon_lm.model.adapters import prepare
 from horizon_lm.model.base_cache import BaseCache
 from horizon_lm.model.configuration import configuration_of, reason_of
+from horizon_lm.model.fingerprint import Fingerprinter
 from horizon_lm.model.folder import INDEX, names_in
 from horizon_lm.model.kernels import check_kernels
 from horizon_lm.model.pretrained import Allowed, model_class, read_pretrained, seeded, without_messages
@@ -221,19 +222,34 @@ def grow_vocabulary(model: Any, tokens: int, seed: int) -> None:
         ) from error
 
 
-def fill_store(skeleton: Skeleton, store: HostStore, base_cache: BaseCache | None = None) -> None:
-    """Adopt all parameters unit by unit, freeing the model object's own on the way. base_cache: keeps packed
-    units from run to run."""
+def fill_store(
+    skeleton: Skeleton,
+    store: HostStore,
+    base: Fingerprinter | None = None,
+    base_cache: BaseCache | None = None,
+) -> None:
+    """Adopt all parameters unit by unit, freeing the model object's own on the way.
+
+    base: is told those that checkpoints leave out. base_cache: keeps packed units from run to run.
+    """
     for unit in range(len(store.units)):
-        _adopt_unit(skeleton, store, unit, base_cache)
+        _adopt_unit(skeleton, store, unit, base, base_cache)
     return_free_memory()
 
 
-def _adopt_unit(skeleton: Skeleton, store: HostStore, unit: int, base_cache: BaseCache | None) -> None:
-    layout = store.units[unit]
+def _adopt_unit(
+    skeleton: Skeleton,
+    store: HostStore,
+    unit: int,
+    base: Fingerprinter | None,
+    base_cache: BaseCache | None,
+) -> None:
+    layout, saved = store.units[unit], store.spec.saved
     # Zeros, since gaps are packed as well.
     values = torch.zeros(layout.packed_numel, dtype=store.dtype)
     for name, value in skeleton.take(unit):
+        if base is not None and saved is not None and name not in saved:
+            base.add(unit, layout.name, name, value)
         parameter = store.locate(name)[1]
         if parameter.offset < layout.packed_numel:
             layout.view(values, parameter).copy_(value)

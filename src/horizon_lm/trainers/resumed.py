@@ -13,7 +13,7 @@ from horizon_lm.checkpoint.folder import Checkpoint, Rejected, candidates, is_na
 from horizon_lm.checkpoint.manifest import NAME as MANIFEST
 from horizon_lm.checkpoint.reader import read_small
 from horizon_lm.checkpoint.units import persistent_buffers
-from horizon_lm.errors import CheckpointError
+from horizon_lm.errors import CheckpointError, OtherBaseError
 from horizon_lm.host_model import HostModel
 from horizon_lm.model.loading import load_model_of
 from horizon_lm.trainers.trainer_state import load_state
@@ -48,7 +48,7 @@ def load(
         try:
             return _load(checkpoint, host)
         except CheckpointError as error:
-            if len(found) == 1:
+            if len(found) == 1 or isinstance(error, OtherBaseError):
                 raise
             warn(f"skipped {error.message}")
             rejected.append(Rejected(checkpoint.path, error.message))
