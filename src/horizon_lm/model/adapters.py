@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -40,7 +40,7 @@ class Adapter:
     def __init__(self, peft_model: Any, *, keeps_dtypes: bool) -> None:
         self.peft_model, self.keeps_dtypes = peft_model, keeps_dtypes
         self.name = str(peft_model.active_adapters[0])
-        self._switches = [m for m in self.model.modules() if isinstance(m, _layer_classes())]
+        self._switches: list[Any] = [m for m in self.model.modules() if isinstance(m, _layer_classes())]
 
     @property
     def model(self) -> Any:
@@ -213,9 +213,10 @@ def _configured(settings: ModelSettings) -> Any:
     name = settings.adapter_name_or_path
     if name is None:
         targets = settings.target_modules
+        alpha: Any = int(settings.lora_alpha) if settings.lora_alpha.is_integer() else settings.lora_alpha
         return peft.LoraConfig(
             r=settings.lora_r,
-            lora_alpha=settings.lora_alpha,
+            lora_alpha=alpha,
             lora_dropout=settings.lora_dropout,
             target_modules=targets if isinstance(targets, str) else list(targets),
             modules_to_save=list(settings.modules_to_save) or None,
@@ -257,9 +258,10 @@ def _load(adapter: Adapter, name: str) -> None:
     from peft import load_peft_weights, set_peft_model_state_dict
 
     place = str(Path(name).expanduser())
-    for wrapper in adapter.model.modules():  # their copies have the dtype of the base
-        if hasattr(wrapper, "modules_to_save") and isinstance(wrapper, _layer_classes()):
-            wrapper.modules_to_save.float()
+    for module in adapter.model.modules():
+        copies = getattr(module, "modules_to_save", None)
+        if isinstance(copies, nn.ModuleDict) and isinstance(module, _layer_classes()):
+            copies.float()  # they have the dtype of the base, which would round the saved values
     try:
         weights = load_peft_weights(
             place if Path(place).exists() else name, device="cpu", use_safetensors=True
@@ -306,7 +308,8 @@ def _check(adapter: Adapter) -> None:
         )
     output: Any = model.get_output_embeddings()
     table = model.get_input_embeddings().weight
-    if isinstance(output, _layer_classes()) and any(p is table for p in output.parameters()):
+    is_changed = isinstance(output, _layer_classes())
+    if is_changed and any(p is table for p in cast(nn.Module, output).parameters()):
         raise _refuse(
             "it changes the output layer, which is tied to the embedding table",
             "leave lm_head out of target_modules and modules_to_save",
