@@ -19,6 +19,7 @@ from horizon_lm.machine.device import resolve_device
 from horizon_lm.memory.arena import return_free_memory
 from horizon_lm.memory.store import HostStore
 from horizon_lm.model.adapters import prepare
+from horizon_lm.model.base_cache import BaseCache
 from horizon_lm.model.configuration import configuration_of, reason_of
 from horizon_lm.model.folder import INDEX, names_in
 from horizon_lm.model.kernels import check_kernels
@@ -193,13 +194,26 @@ def grow_vocabulary(model: Any, tokens: int, seed: int) -> None:
         ) from error
 
 
-def fill_store(skeleton: Skeleton, store: HostStore) -> None:
-    """Adopt all parameters unit by unit, freeing the model object's own on the way."""
+def fill_store(skeleton: Skeleton, store: HostStore, base_cache: BaseCache | None = None) -> None:
+    """Adopt all parameters unit by unit, freeing the model object's own on the way. base_cache: keeps packed
+    units from run to run."""
     for unit in range(len(store.units)):
-        _adopt_unit(skeleton, store, unit)
+        _adopt_unit(skeleton, store, unit, base_cache)
     return_free_memory()
 
 
-def _adopt_unit(skeleton: Skeleton, store: HostStore, unit: int) -> None:
+def _adopt_unit(skeleton: Skeleton, store: HostStore, unit: int, base_cache: BaseCache | None) -> None:
+    layout = store.units[unit]
+    # Zeros, since gaps are packed as well.
+    values = torch.zeros(layout.packed_numel, dtype=store.dtype)
     for name, value in skeleton.take(unit):
-        store.adopt(name, value)
+        parameter = store.locate(name)[1]
+        if parameter.offset < layout.packed_numel:
+            layout.view(values, parameter).copy_(value)
+        else:
+            store.adopt(name, value)
+    if not layout.packed_numel or (base_cache and base_cache.read(values, store.run("packed", unit))):
+        return
+    store.pack(unit, values)
+    if base_cache is not None:
+        base_cache.write(values, store.run("packed", unit))
