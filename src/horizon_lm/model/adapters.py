@@ -155,6 +155,11 @@ def is_adapters(name: str, adapter: str) -> bool:
     return "base_layer" not in parts and "original_module" not in parts and adapter in parts[1:]
 
 
+def is_replaced(name: str) -> bool:
+    """Whether a name in a model belongs to a module of the base that the adapter trains a copy of."""
+    return "original_module" in name.split(".")
+
+
 def base_name(name: str) -> str:
     """The name that a parameter of the base has without an adapter."""
     return ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module"))

@@ -18,6 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from horizon_lm.config import ModelSettings, TrainConfig
+from horizon_lm.config.adapters import AdapterSettings
 from horizon_lm.data.training_data import tokenizer_of
 from horizon_lm.engine.homes import packing_of
 from horizon_lm.engine.policies import DTYPES
@@ -66,7 +67,7 @@ class Outline:
     ) -> None:
         self._config, self._settings = config, settings
         self.dtype = DTYPES[settings.dtype]
-        self.dtype_name, self.mlp_tile_tokens = settings.dtype, settings.mlp_tile_tokens
+        self.mlp_tile_tokens, self.structure = settings.mlp_tile_tokens, structure_of(settings)
         self.has_adapter = settings.has_adapter
         self._cache = cache = cache or OutlineCache()
         if cache.facts is None:
@@ -226,6 +227,12 @@ class Outline:
                 low, high = (self._trace(part, *line.shape(n), measure) for n in (line.low, line.high))
                 self._laws[part, line] = Law.of(line, low, high)
         return self._laws[part, line]
+
+
+def structure_of(settings: ModelSettings) -> str:
+    """The settings that decide on a model's units and their work, as text."""
+    trained = {key: getattr(settings, key) for key in AdapterSettings.__annotations__}
+    return repr((settings.dtype, settings.attn_implementation, settings.mlp_tile_tokens, trained))
 
 
 def model_config(config: TrainConfig) -> Any:
