@@ -6,6 +6,8 @@ The layers of an adapter are PEFT's own, inside the transformers model; so are t
 from __future__ import annotations
 
 import copy
+import json
+import os
 import re
 import shutil
 import sys
@@ -21,8 +23,9 @@ from torch import nn
 from horizon_lm.config import ModelSettings
 from horizon_lm.config.patterns import nearest
 from horizon_lm.errors import ConfigError, DataError, UnsupportedModelError
+from horizon_lm.io import files
 from horizon_lm.machine.libraries import load_peft
-from horizon_lm.model.adapter_files import read_adapter_config, read_adapter_weights, tidy_config
+from horizon_lm.model.adapter_files import CONFIG, read_adapter_config, read_adapter_weights, tidy_config
 from horizon_lm.model.configuration import reason_of
 from horizon_lm.model.pictures import excluded_modules, freeze_vision
 from horizon_lm.model.pretrained import seeded
@@ -101,6 +104,18 @@ class Adapter:
         finally:
             for module in self._switches:
                 module._disable_adapters = False
+
+    def names_in_files(self) -> dict[str, str]:
+        """Name in adapter_model.safetensors -> name in the model."""
+        from peft import get_peft_model_state_dict
+
+        named = [name for name, _ in self.model.named_parameters() if self.is_part(name)]
+        marks = {_PREFIX + name: torch.empty(0) for name in named}
+        found: Any = get_peft_model_state_dict(
+            self.peft_model, state_dict=dict(marks), adapter_name=self.name, save_embedding_layers=False
+        )
+        names = {id(mark): name.removeprefix(_PREFIX) for name, mark in marks.items()}
+        return {key: names[id(mark)] for key, mark in found.items()}
 
     def save_config(self, folder: Path) -> None:
         """Write adapter_config.json into a folder."""
