@@ -34,6 +34,7 @@ from horizon_lm.distributed.ranks import Ranks
 from horizon_lm.distributed.start import join
 from horizon_lm.engine.calls import in_turn
 from horizon_lm.engine.disk_lane import Saving
+from horizon_lm.engine.encode import encode_images
 from horizon_lm.engine.engine import Engine
 from horizon_lm.engine.lanes import Span, choose_lanes
 from horizon_lm.engine.loss import Asked, LossFunction, TokenValues, check_loss_function
@@ -60,6 +61,7 @@ from horizon_lm.micro_batches import Extra, MicroBatches, check_micro_batches
 from horizon_lm.model.consumed import Closed, check_model, refuse_use, take_over
 from horizon_lm.model.kernels import apply_kernels, check_kernels
 from horizon_lm.model.loading import create_model, fill_store, freeze, load_model_of
+from horizon_lm.model.pictures import freeze_vision
 from horizon_lm.model.pretrained import check_has_weights
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.optim.kernel import check_available
@@ -122,6 +124,7 @@ class HostModel:
         check_kernels(settings, self.device)
         check_has_weights(model)
         freeze(model, settings.freeze)
+        freeze_vision(model, train_projector=settings.train_projector)
         self.skeleton = Skeleton(take_over(model), DTYPES[settings.dtype])
         self.skeleton.neftune_noise_alpha = settings.neftune_noise_alpha
         self.skeleton.patches = apply_kernels(self.skeleton.model, settings)
@@ -284,6 +287,20 @@ class HostModel:
         return sum(p.numel for unit in self.store.units for p in unit.parameters)
 
     @in_turn
+    def encode_images(self, inputs: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
+        """Compute the features of the images of a vision-language model, all at once, without gradients.
+
+        inputs: what the model's processor returned for n images: pixel_values, and where it has them
+        image_grid_thw, image_sizes; other keys are ignored. Returns per image, in host memory, "features"
+        [tokens, width] and, if the model has them, "deepstack_0", ...; lists of them are the
+        `image_features` of micro-batches. With a trained projector (`train_projector`) features are the
+        vision tower's, before it. With several ranks all of them must call this.
+        Raises ConfigError for a model of text alone, DataError for inputs without pixels and for videos,
+        UnsupportedModelError for a tower that draws random numbers.
+        """
+        return encode_images(self.skeleton, self.store, self.ranks, inputs)
+
+    @in_turn
     def forward_backward(
         self,
         micro_batches: MicroBatches,
@@ -327,7 +344,7 @@ class HostModel:
     ) -> Step:
         check_loss_function(loss_fn, self.settings.label_smoothing_factor)
         extra: Extra = "refuse" if loss_fn is None else "keep"
-        batches = check_micro_batches(micro_batches, self.skeleton, extra=extra)
+        batches = check_micro_batches(micro_batches, self.skeleton, extra=extra, encode=self.encode_images)
         return self.engine.forward_backward(
             batches, update=update, loss_fn=loss_fn, record=record, ends_itself=ends_itself
         )
@@ -494,7 +511,7 @@ class HostModel:
         asked = Asked.of("evaluate()", values, temperature)
         self._warn_of_torn("evaluate()")
         extra: Extra = "ignore" if ignore_extra else "refuse"
-        batches = check_micro_batches(micro_batches, self.skeleton, extra=extra)
+        batches = check_micro_batches(micro_batches, self.skeleton, extra=extra, encode=self.encode_images)
         step = self.engine.evaluate(batches, asked, routers=return_router_losses, record=record)
         found: list[TokenValues] = []
         if asked.values or return_log_probs:

@@ -68,6 +68,13 @@ class AdapterSettings(MemorySettings):
         resume="fixed",
         expects="a list of regular expressions",
     )
+    train_projector: bool = setting(
+        False,
+        "Vision-language models: train the projector between vision tower and language model too; the tower "
+        "stays frozen.",
+        group="Adapters",
+        resume="fixed",
+    )
     base_dtype: Literal["auto", "bfloat16", "int8", "nf4"] = setting(
         "auto",
         "How frozen linear weights of layers are stored: auto is dtype; int8 and nf4 are blockwise formats "

@@ -24,7 +24,7 @@ from horizon_lm.memory.store import HostStore
 from horizon_lm.model.configuration import configuration_of, reason_of
 from horizon_lm.model.folder import INDEX, names_in
 from horizon_lm.model.kernels import check_kernels
-from horizon_lm.model.pretrained import Allowed, read_pretrained, without_messages
+from horizon_lm.model.pretrained import Allowed, model_class, read_pretrained, without_messages
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.words import count
 
@@ -143,13 +143,11 @@ def create_model(
     Draws weights in fp32 whatever the compute dtype. Raises ConfigError for a configuration that transformers
     rejects, DoesNotFitError if memory does not suffice.
     """
-    from transformers import AutoModelForCausalLM
-
     kind = values.get("model_type")
     try:
         config = configuration_of(values, attn_implementation)
         with _seeded(seed):
-            model = AutoModelForCausalLM.from_config(
+            model = model_class(config).from_config(
                 config, dtype=torch.float32, attn_implementation=attn_implementation
             )
     except HorizonError:

@@ -26,6 +26,8 @@ from horizon_lm.memory.layout import UnitLayout
 from horizon_lm.model.configuration import configuration_of, read_configuration, reason_of
 from horizon_lm.model.folder import check_model_folder
 from horizon_lm.model.loading import freeze
+from horizon_lm.model.pictures import freeze_vision
+from horizon_lm.model.pretrained import model_class
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.plan.model_flops import Counted, count_layers, kinds_of_layers
 from horizon_lm.plan.outline_cache import Facts, OutlineCache, TraceKey
@@ -88,6 +90,7 @@ class Outline:
         with mode:
             model = _build(self.config, self.dtype, self._settings)
             freeze(model, self._settings.freeze)
+            freeze_vision(model, train_projector=self._settings.train_projector)
             skeleton = Skeleton(model, self.dtype, is_new=True)
             if self.mlp_tile_tokens is not None:
                 skeleton.tile_mlps(self.mlp_tile_tokens)
@@ -272,12 +275,11 @@ def _with_new_tokens(config: TrainConfig, model: Any) -> Any:
 
 
 def _build(config: Any, dtype: torch.dtype, settings: ModelSettings) -> nn.Module:
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     try:
         with no_init_weights():
-            model = AutoModelForCausalLM.from_config(
+            model = model_class(config).from_config(
                 config,
                 dtype=dtype,
                 attn_implementation=settings.attn_implementation,
