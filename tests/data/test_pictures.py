@@ -112,7 +112,10 @@ def test_placeholders_are_never_trained_on(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_prompt_and_completion(name: str, tmp_path: Path) -> None:
     names = saved(tmp_path, 1)
-    row = {"prompt": [{"role": "user", "content": QUESTION}], "completion": [{"role": "assistant", "content": "A cat."}]}
+    row = {
+        "prompt": [{"role": "user", "content": QUESTION}],
+        "completion": [{"role": "assistant", "content": "A cat."}],
+    }
     (one,) = encoded(write_rows(tmp_path / "a.jsonl", [{**row, "images": names}]), name)
     batch = theirs(name, [{**row, "images": pictures(1)}], completion_only_loss=True)
     text = processor(name).tokenizer.decode

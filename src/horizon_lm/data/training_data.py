@@ -55,7 +55,7 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase |
     datasets = limited(config, config.datasets)
     if tokenizer is None:
         tokenizer = _tokenizer_for(config, _documents(config, datasets))
-    processor, encoder = _with_processor(config, tokenizer)
+    processor, encoder = with_processor(config, tokenizer)
     config = with_method(config)
     require_suitable(config, config.data_kind)
     seed = data_seed(config)
@@ -94,7 +94,7 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase |
     return TrainingData(tokenizer, encoder, store, rows, eval_rows, loader, was_cached, processor)
 
 
-def _with_processor(
+def with_processor(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Processor | None, Encoder]:
     """Return the model's processor, if any, and an encoder that uses it if the data has pictures."""
