@@ -89,7 +89,7 @@ class Encoder:
         added = tokenizer("").input_ids
         self._start = added[:1] if added and added[0] == tokenizer.bos_token_id else []
         self._end = [tokenizer.eos_token_id]
-        self._before, self._after = _special_around(tokenizer)
+        self._before, self._after = special_around(tokenizer)
 
     @property
     def chat(self) -> ChatTemplate:
@@ -320,7 +320,7 @@ def _content_of(tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
-def _special_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def special_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Return the special tokens that a tokenizer adds before and after a text."""
     bare = list(tokenizer("a", add_special_tokens=False).input_ids)
     full = list(tokenizer("a").input_ids)

@@ -18,7 +18,7 @@ from typing import Any
 
 from horizon_lm.data.examples import Chat, Example
 from horizon_lm.data.messages import CORRECT
-from horizon_lm.data.pictures import Picture, picture_of, pictures_of
+from horizon_lm.data.pictures import picture_of, pictures_of
 from horizon_lm.errors import DataError
 from horizon_lm.words import count
 
@@ -145,11 +145,11 @@ def _bare(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "content": [{"type": "image"} if p["type"] == "image" else p for p in content]}
 
 
-def picture_message(words: str, pictures: Sequence[Picture]) -> dict[str, Any]:
-    """Return a question about pictures: at their marks, or before the words."""
-    if words.count(MARK) == len(pictures) and pictures:
+def picture_message(words: str, number: int) -> dict[str, Any]:
+    """Return a question about pictures, which are at their marks or before the words."""
+    if not number:
+        return {"role": "user", "content": words}
+    if words.count(MARK) == number:
         return {"role": "user", "content": _parts(words)}
-    return {
-        "role": "user",
-        "content": [*([{"type": "image"}] * len(pictures)), {"type": "text", "text": words}],
-    }
+    marks = [{"type": "image"}] * number
+    return {"role": "user", "content": [*marks, {"type": "text", "text": words}]}

@@ -9,6 +9,7 @@ text are mapped back to the characters before it, where the spans of the assista
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -127,10 +128,21 @@ class Processor:
             hint=f"take {self.mark} out of the words; templates show pictures in the user's messages only",
         )
 
-    def inputs(self, picture: Opened) -> dict[str, torch.Tensor]:
-        """Return the inputs of the model's tower for one picture: pixel_values and what describes them."""
-        found = self.own(text=[self.mark], images=[[picture.image]], return_tensors="pt")
+    def inputs(self, *pictures: Opened) -> dict[str, torch.Tensor]:
+        """Return the inputs of the model's tower: pixel_values and what describes them."""
+        images = [[picture.image for picture in pictures]]
+        found = self.own(text=[self.mark * len(pictures)], images=images, return_tensors="pt")
         return {name: value for name, value in found.items() if name not in _OF_TOKENS}
+
+    def collapsed(self, text: str) -> str:
+        """Write the placeholders of each picture in a decoded text as <image × 256>."""
+        tokens = [token for token in self.own.image_token_ids if token is not None]
+        names = [re.escape(name) for name in self.tokenizer.convert_ids_to_tokens(tokens)]
+
+        def short(run: re.Match[str]) -> str:
+            return f"<image × {max(len(re.findall(name, run[0])) for name in names)}>"
+
+        return re.sub(f"(?:{'|'.join(names)})+", short, text)
 
     def save(self, folder: Path, chat_template: str | None) -> None:
         """Write the processor and its tokenizer. chat_template: in place of its own."""
