@@ -58,6 +58,7 @@ from horizon_lm.memory.store import HostStore
 from horizon_lm.memory.whole import Whole
 from horizon_lm.micro_batches import Extra, MicroBatches, check_micro_batches
 from horizon_lm.model.consumed import Closed, check_model, refuse_use, take_over
+from horizon_lm.model.experts import choose_experts
 from horizon_lm.model.kernels import apply_kernels, check_kernels
 from horizon_lm.model.loading import create_model, fill_store, freeze, load_model_of
 from horizon_lm.model.pretrained import check_has_weights
@@ -122,6 +123,7 @@ class HostModel:
         check_kernels(settings, self.device)
         check_has_weights(model)
         freeze(model, settings.freeze)
+        choose_experts(model, settings)
         self.skeleton = Skeleton(take_over(model), DTYPES[settings.dtype])
         self.skeleton.neftune_noise_alpha = settings.neftune_noise_alpha
         self.skeleton.patches = apply_kernels(self.skeleton.model, settings)

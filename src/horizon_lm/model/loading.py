@@ -176,7 +176,7 @@ def _no_memory(error: Exception) -> DoesNotFitError | None:
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Freeze the parameters whose names contain a match of any pattern.
+    """Freeze the parameters whose names contain a match of any pattern; `experts` stands for all experts.
 
     Every name of a tied weight counts. Raises ConfigError for a pattern that matches no parameter, and if
     nothing would be left to train.

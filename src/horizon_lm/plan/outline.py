@@ -24,6 +24,7 @@ from horizon_lm.errors import ConfigError, HorizonError, UnsupportedModelError
 from horizon_lm.io.hub import require_reachable
 from horizon_lm.memory.layout import UnitLayout
 from horizon_lm.model.configuration import configuration_of, read_configuration, reason_of
+from horizon_lm.model.experts import choose_experts
 from horizon_lm.model.folder import check_model_folder
 from horizon_lm.model.loading import freeze
 from horizon_lm.model.skeleton import Skeleton
@@ -87,6 +88,7 @@ class Outline:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode:
             model = _build(self.config, self.dtype, self._settings)
+            choose_experts(model, self._settings)
             freeze(model, self._settings.freeze)
             skeleton = Skeleton(model, self.dtype, is_new=True)
             if self.mlp_tile_tokens is not None:

@@ -168,7 +168,10 @@ def _key(config: TrainConfig) -> str | None:
     decides = {
         "format": _FORMAT,
         "model": model,
-        "settings": [config.dtype, config.attn_implementation, config.freeze, config.mlp_tile_tokens],
+        "settings": [
+            *(config.dtype, config.attn_implementation, config.experts_implementation),
+            *(config.freeze, config.mlp_tile_tokens),
+        ],
         "machine": [sys.version, platform.machine(), torch.__version__],
         "environment": sorted(item for item in os.environ.items() if item[0].startswith(_VARIABLES)),
         "installed": _installed(),

@@ -16,6 +16,7 @@ from horizon_lm.data.preview import remarks, used
 from horizon_lm.errors import DataError
 from horizon_lm.host_model import HostModel
 from horizon_lm.machine.identity import commit, machine
+from horizon_lm.model.experts import InUse, experts_in_use
 from horizon_lm.report.display import clock, number
 from horizon_lm.report.flops import FORMULA
 from horizon_lm.report.metrics import Metrics, mean_of_tail, read_evaluations, read_steps, versions
@@ -88,7 +89,12 @@ def about_model(model: HostModel) -> str:
         f"model: {model.config.model_type}, {parameters(model.num_parameters)}, "
         f"{model.settings.dtype} on {model.device}, {size(store)} in host memory"
         + (f", {size(resident)} in device memory" if resident else "")
+        + (f"\nexperts: {experts}" if (experts := _experts(model)) else "")
     )
+
+
+def _experts(model: HostModel) -> InUse | None:
+    return experts_in_use(model.skeleton.model, model.settings, model.device)
 
 
 def header(ready: Ready, notes: Sequence[str], num_steps: int, peak: float) -> dict[str, Any]:
@@ -105,6 +111,7 @@ def header(ready: Ready, notes: Sequence[str], num_steps: int, peak: float) -> d
         "num_threads": torch.get_num_threads(),
         "model_type": model.config.model_type,
         "num_parameters": model.num_parameters,
+        **({"experts": str(experts)} if (experts := _experts(model)) else {}),
         "num_sequences": len(data.rows),
         "max_length": data.rows.max_length,
         "packing": data.rows.strategy,
