@@ -92,14 +92,22 @@ def choose_experts(model: nn.Module, settings: ModelSettings) -> None:
         module.config._experts_implementation_internal = name
 
 
-def experts_in_use(model: nn.Module, settings: ModelSettings, device: torch.device) -> InUse | None:
-    """Return the implementation by which the model's experts run under these settings; None without experts."""
+def implementation_of(model: nn.Module) -> str | None:
+    """Return the name of the implementation that computes the model's experts; None without experts."""
     module = next(_interfaces(model), None)
     if module is None:
+        return "eager" if experts_of(model) else None
+    return str(module.config._experts_implementation or "eager")
+
+
+def experts_in_use(model: nn.Module, settings: ModelSettings, device: torch.device) -> InUse | None:
+    """Return the implementation by which the model's experts run under these settings; None without experts."""
+    name = implementation_of(model)
+    if name is None:
+        return None
+    if next(_interfaces(model), None) is None:
         paths = (type(m).__name__ for path, m in model.named_modules() if path and _holds_experts(path, m))
-        name = next(paths, None) or (type(model).__name__ if experts_of(model) else None)
-        return None if name is None else InUse("eager", f"transformers computes {name} in no other way")
-    name = str(module.config._experts_implementation or "eager")
+        return InUse(name, f"transformers computes {next(paths, type(model).__name__)} in no other way")
     if name == "grouped_mm":
         dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
         return InUse(name, grouped_kernel(device, dtype, compiled=bool(settings.compile)))

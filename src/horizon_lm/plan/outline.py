@@ -24,7 +24,7 @@ from horizon_lm.errors import ConfigError, HorizonError, UnsupportedModelError
 from horizon_lm.io.hub import require_reachable
 from horizon_lm.memory.layout import UnitLayout
 from horizon_lm.model.configuration import configuration_of, read_configuration, reason_of
-from horizon_lm.model.experts import choose_experts
+from horizon_lm.model.experts import choose_experts, implementation_of
 from horizon_lm.model.folder import check_model_folder
 from horizon_lm.model.loading import freeze
 from horizon_lm.model.skeleton import Skeleton
@@ -309,4 +309,5 @@ def _facts(config: Any, skeleton: Skeleton) -> Facts:
         vocabulary=skeleton.vocabulary,
         max_head_tokens=skeleton.max_head_tokens,
         positions=longest if isinstance(longest, int) and longest > 0 else None,
+        experts=implementation_of(skeleton.model),
     )

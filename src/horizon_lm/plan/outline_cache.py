@@ -45,7 +45,8 @@ class Facts:
     """What a plan needs of a model besides its traces.
 
     kinds: the first layer of each kind. kind_of: the kind of each layer. rows, width: the embedding table's.
-    vocabulary: the head's outputs. positions: max_position_embeddings, if the model has it.
+    vocabulary: the head's outputs. positions: max_position_embeddings, if the model has it. experts: the
+    implementation of its experts, if it has any.
     """
 
     model_type: str
@@ -59,6 +60,7 @@ class Facts:
     vocabulary: int
     max_head_tokens: int
     positions: int | None
+    experts: str | None = None
 
     @property
     def embedding_unit(self) -> int:
