@@ -17,6 +17,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -57,10 +58,11 @@ from horizon_lm.memory.shards import Shard
 from horizon_lm.memory.store import HostStore
 from horizon_lm.memory.whole import Whole
 from horizon_lm.micro_batches import Extra, MicroBatches, check_micro_batches
+from horizon_lm.model.adapters import prepare as add_adapter
 from horizon_lm.model.consumed import Closed, check_model, refuse_use, take_over
 from horizon_lm.model.experts import choose_experts
 from horizon_lm.model.kernels import apply_kernels, check_kernels
-from horizon_lm.model.loading import create_model, fill_store, freeze, load_model_of
+from horizon_lm.model.loading import base_of, create_model, fill_store, load_model_of
 from horizon_lm.model.pretrained import check_has_weights
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.optim.kernel import check_available
@@ -110,9 +112,10 @@ class HostModel:
         host_memory: int | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        """model: a transformers model in host memory. It is consumed: its parameters move into the store, and
-        using the object again raises an error. host_memory: bytes that were available before the model was
-        made; by default those that are now. ranks: by default those of this run (`distributed.start`)."""
+        """model: a transformers model or PeftModel in host memory. It is consumed: its parameters move into
+        the store, and using the object again raises an error. host_memory: bytes that were available before
+        the model was made; by default those that are now. ranks: by default those of this run
+        (`distributed.start`)."""
         check_model(model)
         self.ranks = join(settings.device) if ranks is None else ranks
         shard = Shard(self.ranks.rank, self.ranks.world)
@@ -122,9 +125,10 @@ class HostModel:
             prepare(self.device)
         check_kernels(settings, self.device)
         check_has_weights(model)
-        freeze(model, settings.freeze)
-        choose_experts(model, settings)
-        self.skeleton = Skeleton(take_over(model), DTYPES[settings.dtype])
+        own = take_over(model)
+        choose_experts(own, settings)
+        own, adapter = add_adapter(own, settings)
+        self.skeleton = Skeleton(own, DTYPES[settings.dtype], adapter=adapter)
         self.skeleton.neftune_noise_alpha = settings.neftune_noise_alpha
         self.skeleton.patches = apply_kernels(self.skeleton.model, settings)
         if settings.mlp_tile_tokens is not None:
@@ -165,7 +169,9 @@ class HostModel:
         ranks: Ranks | None = None,
         **settings: Any,
     ) -> HostModel:
-        """Load a Hugging Face folder or Hub name, or consume a transformers model object.
+        """Load a Hugging Face folder or Hub name, or consume a transformers model object or a PeftModel.
+
+        The folder of an adapter (adapter_config.json) loads the base that it names, and trains the adapter.
 
         ranks: by default those of this run; `horizon_lm.distributed.ranks.ALONE` for a model of this process
         alone. settings: configuration keys (docs/configuration.md). Masters keep the precision of the source:
@@ -182,6 +188,8 @@ class HostModel:
                 f"HostModel.from_pretrained(): a {type(source).__name__} is not a model",
                 hint="pass a folder, a name on the Hub, or a transformers model object",
             )
+        if not isinstance(source, nn.Module):
+            source, resolved = base_of(source, resolved)
         ranks = join(resolved.device) if ranks is None else ranks
         if ranks.world == 1:
             return cls(load_model_of(source, resolved), resolved, ranks=ranks)
@@ -484,20 +492,23 @@ class HostModel:
         return_router_losses: bool = False,
         ignore_extra: bool = False,
         record: bool = False,
+        adapter: bool = True,
     ) -> EvaluationOutput:
         """Compute the mean cross-entropy over all target tokens, without dropout or gradients.
 
         micro_batches: as in `forward_backward`. values: names of the `TokenValues` to return. temperature:
         divides the logits before all else. return_router_losses: compute the routers' auxiliary losses, which
-        are not part of the loss. ignore_extra: leave aside tensors that only a loss function takes. Leaves
-        the gradients of an unfinished step alone.
+        are not part of the loss. ignore_extra: leave aside tensors that only a loss function takes.
+        adapter: false evaluates the base model alone, without its adapter. Leaves the gradients of an
+        unfinished step alone.
         Raises DataError for micro-batches without any target, ConfigError for invalid values.
         """
         asked = Asked.of("evaluate()", values, temperature)
         self._warn_of_torn("evaluate()")
         extra: Extra = "ignore" if ignore_extra else "refuse"
         batches = check_micro_batches(micro_batches, self.skeleton, extra=extra)
-        step = self.engine.evaluate(batches, asked, routers=return_router_losses, record=record)
+        with nullcontext() if adapter else self.skeleton.without_adapter():
+            step = self.engine.evaluate(batches, asked, routers=return_router_losses, record=record)
         found: list[TokenValues] = []
         if asked.values or return_log_probs:
             shapes = [batch["labels"].shape for batch in batches]
@@ -594,7 +605,8 @@ class HostModel:
         extra: Callable[[Path], None] | None = None,
         force: bool = False,
     ) -> None:
-        """Write a Hugging Face folder (safetensors, config, generation config) atomically.
+        """Write a Hugging Face folder (safetensors, config, generation config) atomically; of a model with an
+        adapter, PEFT's folder of the adapter alone (adapter_config.json, adapter_model.safetensors).
 
         dtype: bfloat16 or float32; default: the compute dtype. max_shard_size: per file, as "5GB" or bytes.
         tokenizer: saved alongside; a tokenizer or processor, or the folder or name of one.
