@@ -18,7 +18,8 @@ from horizon_lm.io.hub import require_reachable
 from horizon_lm.machine.device import resolve_device
 from horizon_lm.memory.arena import return_free_memory
 from horizon_lm.memory.store import HostStore
-from horizon_lm.model.adapters import CONFIG, prepare, read_adapter_config
+from horizon_lm.model.adapter_files import CONFIG, read_adapter_config
+from horizon_lm.model.adapters import prepare
 from horizon_lm.model.configuration import configuration_of, reason_of
 from horizon_lm.model.folder import INDEX, names_in
 from horizon_lm.model.kernels import check_kernels
