@@ -136,7 +136,7 @@ class Ops:
     def _forward_prologue(self, step: Step, op: Op) -> torch.Tensor:
         m = op.micro_batch
         unit, parameter = self._table
-        table = self.store.units[unit].view(self._weights_of(unit, op.table).weights, parameter)
+        table = self._weights_of(unit, op.table).view(self.store.units[unit], parameter)
         with torch.no_grad(), host_twins(self.device):
             inputs = self._inputs(step, m)
             if step.rows is not None and m == 0:  # of all micro-batches: another unit may replace the table
@@ -319,7 +319,7 @@ class Ops:
         return self._weights_of(op.unit, op.slot) if has_weights else None
 
     def _weights_of(self, unit: int, slot: int) -> UnitWeights:
-        """Where a unit's weights are: in a slot, or a resident unit's at their home."""
+        """Where a unit's weights are: in a slot, at a resident unit's home, or a split unit's in both."""
         return self.weight_slots.unit(slot, unit)
 
     def _stored_input(self, step: Step, op: Op) -> torch.Tensor:

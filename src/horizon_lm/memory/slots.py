@@ -1,7 +1,8 @@
 """Slots: device buffers for weights, gradients and stored inputs.
 
 Slots live as long as the model. With `alias` (on the CPU) a weight slot is the store's own buffer, and a
-gradient slot the store's gradient buffer if dtypes match: no copies. Resident units have no weight slot.
+gradient slot the store's gradient buffer if dtypes match: no copies. Resident units have no weight slot; that
+of a split unit has its frozen part.
 
 In shared steps (`StepSpec.is_shared`) a weight slot is filled with the shares of all ranks
 (`WeightSlots.join`), of residents too, and a gradient slot is sent to the owners of its shares, which add up
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from horizon_lm.distributed.ranks import Ranks
-from horizon_lm.memory.layout import UnitLayout
+from horizon_lm.memory.layout import Parameter, UnitLayout
 from horizon_lm.memory.pinned import PinnedPool
 from horizon_lm.memory.shards import Shard, UnitShard
 from horizon_lm.memory.store import HostStore
@@ -28,10 +29,24 @@ _FP32 = torch.float32.itemsize
 
 class UnitWeights(NamedTuple):
     """A unit's weights on the device: 1-D [numel], and the residuals of its wide parameters (int16
-    [wide_numel])."""
+    [wide_numel]). more: further runs, each with its first element, if the weights lie in several places."""
 
     weights: torch.Tensor
     wide_residual: torch.Tensor
+    more: tuple[tuple[int, torch.Tensor], ...] = ()
+
+    @property
+    def runs(self) -> list[torch.Tensor]:
+        """All runs, in the order of their elements."""
+        return [self.weights, *(run for _, run in self.more)]
+
+    def view(self, layout: UnitLayout, parameter: Parameter) -> torch.Tensor:
+        """View of a parameter, in the run that has it."""
+        begin, found = 0, self.weights
+        for first, run in self.more:
+            if parameter.offset >= first:
+                begin, found = first, run
+        return layout.view(found, parameter, begin)
 
 
 # Sizes. A ring of buffers serves prologue and layers, the outer one head and embedding table.
@@ -40,7 +55,10 @@ class UnitWeights(NamedTuple):
 def weight_slot_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[int]:
     """Return the elements of each weight slot: ring slots fit prologue and layers, the outer one head and
     table."""
-    sizes = {u: _shard(units[u], plan).slot_numel for u in plan.in_slots}
+    sizes = {
+        u: units[u].wide_offset if u in plan.split else _shard(units[u], plan).slot_numel
+        for u in plan.in_slots
+    }
     return [_largest(sizes, range(plan.head))] * plan.slots + [_outer(sizes, plan)]
 
 
@@ -171,9 +189,13 @@ class WeightSlots:
         return sum(buffer.nbytes for buffer in self._shards)
 
     def upload(self, slot: int, unit: int) -> None:
-        """Copy the unit's weights into the slot, asynchronously if the host memory is pinned; nothing for a
-        resident unit. For a shared step, copy the rank's share into the buffer of that number."""
+        """Copy the unit's weights into the slot, asynchronously if the host memory is pinned; of a split unit
+        the frozen part, of a resident one nothing. For a shared step, copy the rank's share into the buffer
+        of that number."""
         store = self._store
+        if store.is_split(unit) and not self._alias:
+            frozen = store.run("frozen", unit)
+            self._buffers[slot][: frozen.numel()].copy_(frozen, non_blocking=True)
         if self._alias or store.is_resident(unit) or (self._joins and not self._stages):
             return
         target = self._own(slot, unit) if self._joins else self.unit(slot, unit)
@@ -187,7 +209,8 @@ class WeightSlots:
         The padding of each frozen part is overwritten by the trainable part, which comes second.
         """
         shard, buffer = self._store.shards[unit], self._buffers[slot]
-        weights, wide_residual = self._own(slot, unit)
+        own = self._own(slot, unit)
+        weights, wide_residual = own.weights, own.wide_residual
         place = buffer[: shard.gathered_weights_numel]
         _gather(ranks, weights, place, shard.frozen_share, shard.layout.trainable_offset)
         if wide_residual.numel():
@@ -196,10 +219,16 @@ class WeightSlots:
             _gather(ranks, wide_residual, place, shard.frozen_wide_share, begin)
 
     def unit(self, slot: int, unit: int) -> UnitWeights:
-        """The unit's weights in a slot; unless it is filled from shares, a resident unit's in the store."""
+        """The unit's weights in a slot; unless it is filled from shares, a resident unit's in the store, and
+        a split unit's in both."""
         store = self._store
         if self._alias or (store.is_resident(unit) and not self._joins):
-            return UnitWeights(store.run("weights", unit), store.wide_residual(unit))
+            home, wide = store.run("weights", unit), store.wide_residual(unit)
+            if not store.is_split(unit):
+                return UnitWeights(home, wide)
+            first = store.units[unit].wide_offset
+            frozen = store.run("frozen", unit) if self._alias else self._buffers[slot][:first]
+            return UnitWeights(frozen, wide, ((first, home),))
         layout, buffer, begin = store.units[unit], self._buffers[slot], store.shards[unit]
         wide = torch.empty(0, dtype=torch.int16)
         if layout.wide_numel and store.has("residual"):

@@ -177,6 +177,11 @@ class Skeleton:
         """Whether the embedding table has a gradient."""
         return any(p.name == self.anatomy.embedding for p in self.units[self.embedding_unit].trainable)
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is trained, on a frozen model."""
+        return self.adapter is not None
+
     def name_of(self, module: nn.Module, local: str) -> str:
         """Return the full name of a module's parameter (the first, if tied); empty if there is none."""
         owned = ((name, o, at) for name, owners in self._owners.items() for o, at in owners)
@@ -309,7 +314,7 @@ class Skeleton:
             for parameter, owners in placed:
                 assert source is not None, f"unit {unit} has weights but no slot"
                 layout = self.units[unit]
-                value = layout.view(source.weights, parameter).detach()
+                value = source.view(layout, parameter).detach()
                 if parameter.compute_dtype != self.dtype:
                     value = join_master(value, layout.residual_view(source.wide_residual, parameter))
                 if grad and parameter.trainable:

@@ -66,6 +66,7 @@ class Outline:
         self._config, self._settings = config, settings
         self.dtype = DTYPES[settings.dtype]
         self.dtype_name, self.mlp_tile_tokens = settings.dtype, settings.mlp_tile_tokens
+        self.has_adapter = settings.has_adapter
         self._cache = cache = cache or OutlineCache()
         if cache.facts is None:
             cache.facts = _facts(self.config, self.built.skeleton)

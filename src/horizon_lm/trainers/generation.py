@@ -35,8 +35,7 @@ def resident(host: HostModel) -> Iterator[Any]:
         stack.enter_context(_unchanged(skeleton))
         stack.enter_context(_without_router_loss(skeleton.model.config))
         stack.enter_context(patched(skeleton.patches))
-        is_resident = host.store.is_resident
-        numels = [0 if is_resident(u) else unit.slot_numel for u, unit in enumerate(skeleton.units)]
+        numels = [host.store.streamed_numel(unit) for unit in range(len(skeleton.units))]
         slots = WeightSlots(host.store, numels, host.device, alias=host.device.type == "cpu")
         try:
             for unit in range(len(numels)):
@@ -81,12 +80,12 @@ def _without_router_loss(config: Any) -> Iterator[None]:
 
 
 def copy_bytes(host: HostModel) -> int:
-    """Return the device bytes of all weights in the compute dtype, without those of resident units;
-    parameters kept in fp32 are joined."""
+    """Return the device bytes of all weights in the compute dtype, without those that live there; parameters
+    kept in fp32 are joined."""
     units, itemsize = host.skeleton.units, host.store.dtype.itemsize
     wide = [p for unit in units for p in unit.parameters if p.compute_dtype != host.store.dtype]
-    copied = [unit for u, unit in enumerate(units) if not host.store.is_resident(u)]
-    return sum(unit.slot_numel for unit in copied) * itemsize + sum(p.numel for p in wide) * 4
+    copied = sum(host.store.streamed_numel(unit) for unit in range(len(units)))
+    return copied * itemsize + sum(p.numel for p in wide) * 4
 
 
 def check_device_memory(host: HostModel, free_bytes: int | None = None) -> None:
