@@ -65,6 +65,7 @@ from horizon_lm.micro_batches import Extra, MicroBatches, check_micro_batches
 from horizon_lm.model.adapters import prepare as add_adapter
 from horizon_lm.model.base_cache import BaseCache
 from horizon_lm.model.consumed import Closed, check_model, refuse_use, take_over
+from horizon_lm.model.experts import choose_experts
 from horizon_lm.model.fingerprint import Fingerprint, Fingerprinter, saved_names
 from horizon_lm.model.kernels import apply_kernels, check_kernels
 from horizon_lm.model.loading import base_of, create_model, fill_store, load_model_of
@@ -130,7 +131,9 @@ class HostModel:
             prepare(self.device)
         check_kernels(settings, self.device)
         check_has_weights(model)
-        own, adapter = add_adapter(take_over(model), settings)
+        own = take_over(model)
+        choose_experts(own, settings)
+        own, adapter = add_adapter(own, settings)
         packing = packing_of(settings)
         if packing:
             check_installed(packing)

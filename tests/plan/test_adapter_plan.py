@@ -9,10 +9,7 @@ import torch
 
 import horizon_lm as hz
 from horizon_lm.config import ModelSettings, TrainConfig
-from horizon_lm.engine.policies import Policies
 from horizon_lm.machine.profile import load_profile
-from horizon_lm.memory.live import LiveBytes
-from horizon_lm.plan.outline import Outline, model_config
 from horizon_lm.plan.predict import Sizes, costs_of, predict
 from planned_models import SMALL, config_of, outline_of
 

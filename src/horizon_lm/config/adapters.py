@@ -66,7 +66,8 @@ class AdapterSettings(MemorySettings):
     freeze: list[str] = setting(
         [],
         "Parameters not to train, as regular expressions searched in their names; they need no memory for "
-        "gradients or moments.",
+        "gradients or moments. experts stands for all experts of a mixture, shared ones included, without "
+        "routers.",
         group="Adapters",
         resume="fixed",
         expects="a list of regular expressions",

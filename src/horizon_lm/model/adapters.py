@@ -6,8 +6,6 @@ The layers of an adapter are PEFT's own, inside the transformers model; so are t
 from __future__ import annotations
 
 import copy
-import json
-import os
 import re
 import shutil
 import sys
@@ -23,9 +21,8 @@ from torch import nn
 from horizon_lm.config import ModelSettings
 from horizon_lm.config.patterns import nearest
 from horizon_lm.errors import ConfigError, DataError, UnsupportedModelError
-from horizon_lm.io import files
 from horizon_lm.machine.libraries import load_peft
-from horizon_lm.model.adapter_files import CONFIG, read_adapter_config, read_adapter_weights, tidy_config
+from horizon_lm.model.adapter_files import read_adapter_config, read_adapter_weights, tidy_config
 from horizon_lm.model.configuration import reason_of
 from horizon_lm.model.pictures import excluded_modules, freeze_vision
 from horizon_lm.model.pretrained import seeded

@@ -27,6 +27,7 @@ from horizon_lm.io.hub import require_reachable
 from horizon_lm.memory.layout import UnitLayout
 from horizon_lm.model.adapters import prepare
 from horizon_lm.model.configuration import configuration_of, read_configuration, reason_of
+from horizon_lm.model.experts import choose_experts, implementation_of
 from horizon_lm.model.folder import check_model_folder
 from horizon_lm.model.pretrained import model_class
 from horizon_lm.model.skeleton import Skeleton
@@ -91,6 +92,7 @@ class Outline:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode:
             model = _build(self.config, self.dtype, self._settings)
+            choose_experts(model, self._settings)
             model, adapter = prepare(model, self._settings, has_values=False)
             packs = bool(packing_of(self._settings))
             skeleton = Skeleton(model, self.dtype, is_new=True, adapter=adapter, packs=packs)
@@ -317,4 +319,5 @@ def _facts(config: Any, skeleton: Skeleton) -> Facts:
         vocabulary=skeleton.vocabulary,
         max_head_tokens=skeleton.max_head_tokens,
         positions=longest if isinstance(longest, int) and longest > 0 else None,
+        experts=implementation_of(skeleton.model),
     )
