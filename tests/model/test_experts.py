@@ -77,7 +77,9 @@ def test_experts_in_a_list_of_modules() -> None:
     assert found.keys() == wanted | {"0.shared_expert.weight", "0.shared_expert.bias"}
 
 
-@pytest.mark.parametrize("name", ["mixtral-aux", "qwen2_moe-sliding-aux", "jetmoe-aux", "dbrx", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "name", ["mixtral-aux", "qwen2_moe-sliding-aux", "jetmoe-aux", "dbrx", "deepseek_v3"]
+)
 def test_frozen_experts_leave_all_other_gradients_as_they_are(name: str) -> None:
     """Bitwise those of autograd with the experts frozen, routers and their losses included."""
     model, batch = zoo.build(name), zoo.batch(name)

@@ -159,4 +159,6 @@ def test_vllm_is_fed_by_it(folders: dict[str, Path], tmp_path: Path, monkeypatch
     given = {"trainer": {"peft_config": LoraConfig(**LORA)}, "use_vllm": True, "vllm_mode": "server"}
     trainer = built(HorizonGRPOTrainer, folders["llama"], tmp_path, **given)
     names = [name for name, _ in trainer.vllm_generation._iter_named_params()]
-    assert names == [name for name, _ in AutoModelForCausalLM.from_pretrained(folders["llama"]).named_parameters()]
+    assert names == [
+        name for name, _ in AutoModelForCausalLM.from_pretrained(folders["llama"]).named_parameters()
+    ]
