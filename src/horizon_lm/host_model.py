@@ -36,7 +36,9 @@ from horizon_lm.distributed.ranks import Ranks
 from horizon_lm.distributed.start import join
 from horizon_lm.engine.calls import in_turn
 from horizon_lm.engine.disk_lane import Saving
+from horizon_lm.engine.encode import encode_images
 from horizon_lm.engine.engine import Engine
+from horizon_lm.engine.homes import packing_of
 from horizon_lm.engine.lanes import Span, choose_lanes
 from horizon_lm.engine.loss import Asked, LossFunction, TokenValues, check_loss_function
 from horizon_lm.engine.policies import (
@@ -54,13 +56,16 @@ from horizon_lm.machine.determinism import prepare
 from horizon_lm.machine.device import resolve_device
 from horizon_lm.machine.memory import available_host_bytes
 from horizon_lm.memory.arena import return_free_memory
+from horizon_lm.memory.packed import check_installed
 from horizon_lm.memory.preflight import check_memory
 from horizon_lm.memory.shards import Shard
 from horizon_lm.memory.store import HostStore
 from horizon_lm.memory.whole import Whole
 from horizon_lm.micro_batches import Extra, MicroBatches, check_micro_batches
 from horizon_lm.model.adapters import prepare as add_adapter
+from horizon_lm.model.base_cache import BaseCache
 from horizon_lm.model.consumed import Closed, check_model, refuse_use, take_over
+from horizon_lm.model.experts import choose_experts
 from horizon_lm.model.fingerprint import Fingerprint, Fingerprinter, saved_names
 from horizon_lm.model.kernels import apply_kernels, check_kernels
 from horizon_lm.model.loading import base_of, create_model, fill_store, load_model_of
@@ -126,8 +131,13 @@ class HostModel:
             prepare(self.device)
         check_kernels(settings, self.device)
         check_has_weights(model)
-        own, adapter = add_adapter(take_over(model), settings)
-        self.skeleton = Skeleton(own, DTYPES[settings.dtype], adapter=adapter)
+        own = take_over(model)
+        choose_experts(own, settings)
+        own, adapter = add_adapter(own, settings)
+        packing = packing_of(settings)
+        if packing:
+            check_installed(packing)
+        self.skeleton = Skeleton(own, DTYPES[settings.dtype], adapter=adapter, packs=bool(packing))
         self.skeleton.neftune_noise_alpha = settings.neftune_noise_alpha
         self.skeleton.patches = apply_kernels(self.skeleton.model, settings)
         if settings.mlp_tile_tokens is not None:
@@ -154,7 +164,7 @@ class HostModel:
         refuse_use(model)
         self._base = None if adapter is None else Fingerprinter(self.ranks.rank, self.ranks.world)
         self._fingerprint: Fingerprint | None = None
-        fill_store(self.skeleton, self.store, self._base)
+        fill_store(self.skeleton, self.store, self._base, _base_cache(settings))
         lanes = choose_lanes(settings.lanes, self.device)
         self.engine = Engine(self.skeleton, self.store, self.optimizer, lanes, settings, self.ranks)
         if settings.compile:
@@ -319,6 +329,20 @@ class HostModel:
         return self._fingerprint
 
     @in_turn
+    def encode_images(self, inputs: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
+        """Compute the features of the images of a vision-language model, all at once, without gradients.
+
+        inputs: what the model's processor returned for n images: pixel_values, and where it has them
+        image_grid_thw, image_sizes; other keys are ignored. Returns per image, in host memory, "features"
+        [tokens, width] and, if the model has them, "deepstack_0", ...; lists of them are the
+        `image_features` of micro-batches. With a trained projector (`train_projector`) features are the
+        vision tower's, before it. With several ranks all of them must call this.
+        Raises ConfigError for a model of text alone, DataError for inputs without pixels and for videos,
+        UnsupportedModelError for a tower that draws random numbers.
+        """
+        return encode_images(self.skeleton, self.store, self.ranks, inputs)
+
+    @in_turn
     def forward_backward(
         self,
         micro_batches: MicroBatches,
@@ -362,7 +386,7 @@ class HostModel:
     ) -> Step:
         check_loss_function(loss_fn, self.settings.label_smoothing_factor)
         extra: Extra = "refuse" if loss_fn is None else "keep"
-        batches = check_micro_batches(micro_batches, self.skeleton, extra=extra)
+        batches = check_micro_batches(micro_batches, self.skeleton, extra=extra, encode=self.encode_images)
         return self.engine.forward_backward(
             batches, update=update, loss_fn=loss_fn, record=record, ends_itself=ends_itself
         )
@@ -531,7 +555,7 @@ class HostModel:
         asked = Asked.of("evaluate()", values, temperature)
         self._warn_of_torn("evaluate()")
         extra: Extra = "ignore" if ignore_extra else "refuse"
-        batches = check_micro_batches(micro_batches, self.skeleton, extra=extra)
+        batches = check_micro_batches(micro_batches, self.skeleton, extra=extra, encode=self.encode_images)
         with nullcontext() if adapter else self.skeleton.without_adapter():
             step = self.engine.evaluate(batches, asked, routers=return_router_losses, record=record)
         found: list[TokenValues] = []
@@ -641,6 +665,12 @@ class HostModel:
         With several ranks all of them must call this; rank 0 writes.
         """
         self._refuse_torn("save_pretrained()", force)
+        if self.store.spec.packing and not self.skeleton.has_adapter:
+            raise ConfigError(
+                f"save_pretrained(): with base_dtype={self.store.spec.packing} the frozen weights are not "
+                "those of the model any more, and there is no adapter that could be saved without them",
+                hint="train an adapter (adapter: lora), or leave base_dtype out",
+            )
         wanted = choose_dtype(dtype, max_shard_size)
         target, save_tokenizer = on_each(self.ranks, lambda: self._target_and_saver(folder, tokenizer))
 
@@ -715,6 +745,12 @@ class HostModel:
             "boundary_slots": ops.boundary_slots.num_bytes,
             "boundaries": ops.boundary_slots.host_bytes,
         }
+
+
+def _base_cache(settings: ModelSettings) -> BaseCache | None:
+    """Where packed units are kept from run to run; None without such a folder."""
+    packing, folder = packing_of(settings), settings.base_cache_dir
+    return BaseCache(Path(folder), packing) if packing and folder is not None else None
 
 
 def _device_of(settings: ModelSettings, ranks: Ranks) -> torch.device:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -303,6 +303,8 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch, fake_cuda: list[str]) -> Iter
 
     Needs the fixture `fake_cuda`, whose streams and events it uses.
     """
+    with suppress(ImportError):  # what imports it later would look for a real device
+        import bitsandbytes  # noqa: F401
     cuda = EmulatedCuda()
     generator = torch.Generator()
     replaced: dict[str, Any] = {

@@ -23,7 +23,8 @@ from horizon_lm.checkpoint.manifest import Manifest
 from horizon_lm.checkpoint.reader import load_units
 from horizon_lm.config import ModelSettings, TrainConfig
 from horizon_lm.engine import policies
-from horizon_lm.engine.policies import Policies, resident_order, resident_units, store_spec
+from horizon_lm.engine.homes import resident_order, resident_units
+from horizon_lm.engine.policies import Policies, store_spec
 from horizon_lm.errors import ConfigError, DoesNotFitError
 from horizon_lm.host_model import HostModel
 from horizon_lm.memory import preflight

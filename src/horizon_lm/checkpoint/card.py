@@ -18,7 +18,7 @@ _SHOWN = (
     *("num_train_epochs", "max_steps", "dtype", "moment_dtype", "seed"),
 )
 
-_ADAPTER = ("lora_r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")
+_ADAPTER = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save")
 _PREFERENCES = ("method", "loss_type", "beta", "ref_model_name_or_path")  # shown for methods on these
 
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # names that the Hub accepts as a base model
@@ -43,6 +43,14 @@ _TEMPLATE = """---
 
 {{ versions }}
 """
+
+
+def _sees(model_type: str) -> bool:
+    """Whether models of this type are loaded as vision-language models."""
+    from transformers.models.auto import modeling_auto as auto
+
+    kind = auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
+    return kind is not None and auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, kind) == kind
 
 
 class Part(NamedTuple):
@@ -90,7 +98,7 @@ def model_card(
     card_data = ModelCardData(
         base_model=base if base and _REPOSITORY.fullmatch(base) else None,
         library_name=part.library,
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if _sees(model_type) else "text-generation",
         tags=["horizon-lm", *part.tags, *([method] if is_preference else [])],
     )
     card = ModelCard.from_template(

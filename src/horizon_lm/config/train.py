@@ -446,18 +446,6 @@ class TrainConfig(PreferenceSettings, DataSettings, CheckpointSettings, ModelSet
                 key="model_name_or_path",
                 hint="keep one of them, or set the other to null",
             )
-        if self.init_model is not None and self.has_adapter:
-            yield fault(
-                "an adapter is trained on a model that exists, and init_model makes a new one",
-                key="adapter",
-                hint="train a model first, then set model_name_or_path=FOLDER in place of init_model",
-            )
-        if self.new_tokens and self.has_adapter:
-            yield fault(
-                "new_tokens makes rows of the embedding table, which is frozen under an adapter",
-                key="new_tokens",
-                hint="train the whole model (adapter: none), or leave new_tokens out",
-            )
         if self.init_model is not None and not isinstance(self.init_model.get("model_type"), str):
             yield fault(
                 "init_model has no 'model_type'", key="init_model", hint="for example 'model_type: llama'"

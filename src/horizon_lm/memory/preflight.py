@@ -85,7 +85,7 @@ def _fitting_residents(
     """Return the start of a hint: the number of resident units closest to today's with which all fits; empty
     if there is none."""
     asked = settings.resident
-    now = len(asked) if isinstance(asked, list) else 0 if asked == "auto" else asked
+    now = len(asked) if isinstance(asked, list) else 0 if isinstance(asked, str) else asked
     for number in sorted(range(most + 1), key=lambda number: abs(number - now)):
         with suppress(ConfigError):  # more than the model has
             if number != asked and max(shortages(settings.replace(resident=number)).values()) <= 0:

@@ -11,7 +11,16 @@ units, in device memory as one block:
     sums        fp32            4             unfinished gradients between rounds, in host memory, pinned
 
 `weights` covers all parameters, the other regions only trainable ones, except that `residual` includes frozen
-wide ones. Eager updates replace `grads` by a few slabs in host memory (`GradientSlabs`); gradients of
+wide ones. Of a split unit, `weights` has the same elements as `residual`, with which it lives on the device,
+and the others are in a region of their own, which is streamed:
+
+    frozen      bf16 (or fp32)  2 (4) bytes   pinned
+
+Parameters that are stored in few bits (memory/packed.py) are only in
+
+    packed      uint8           1.06, 0.52    with scales; pinned
+
+ Eager updates replace `grads` by a few slabs in host memory (`GradientSlabs`); gradients of
 resident units then stay in their slots. `sum_slabs` are buffers for gradients that the host adds to `sums`.
 
 Of several ranks each holds its share of every unit (memory/shards.py): `units` are the whole layouts, the
@@ -32,6 +41,7 @@ from horizon_lm.errors import DoesNotFitError
 from horizon_lm.memory import arena
 from horizon_lm.memory.layout import Parameter, UnitLayout
 from horizon_lm.memory.master import join_master, split_master
+from horizon_lm.memory.packed import pack, packed_bytes, unpack
 from horizon_lm.memory.registration import pin
 from horizon_lm.memory.shards import WHOLE, Shard, UnitShard
 from horizon_lm.words import count, size
@@ -64,10 +74,11 @@ class GradientSlabs:
 class StoreSpec:
     """What a store holds per parameter, and where.
 
-    dtype: weight and gradient dtype, bf16 or fp32. resident: units that live in device memory. sums: units
-    whose unfinished gradients wait in host memory between rounds. sum_slabs: buffers for gradients that the
-    host adds to them. shard: the rank's share of each unit. saved: names of the parameters in a checkpoint,
-    if the others can be read again; None for all.
+    dtype: weight and gradient dtype, bf16 or fp32. resident: units that live in device memory; of those in
+    `split`, the trainable part and frozen wide parameters. sums: units whose unfinished gradients wait in
+    host memory between rounds. sum_slabs: buffers for gradients that the host adds to them. shard: the rank's
+    share of each unit. packing: the format of packed parts; "" without any. saved: names of the parameters in
+    a checkpoint, if the others can be read again; None for all.
     """
 
     dtype: torch.dtype
@@ -75,9 +86,11 @@ class StoreSpec:
     second_moment: bool = True
     slabs: GradientSlabs | None = None
     resident: frozenset[int] = _NONE
+    split: frozenset[int] = _NONE
     sums: frozenset[int] = _NONE
     sum_slabs: int = 0
     shard: Shard = WHOLE
+    packing: str = ""
     saved: frozenset[str] | None = None
 
     def __post_init__(self) -> None:
@@ -85,13 +98,19 @@ class StoreSpec:
             if getattr(self, name) not in (torch.bfloat16, torch.float32):
                 raise ValueError(f"{name}={getattr(self, name)}; hint: bfloat16 or float32")
 
+    def cut(self, unit: int, layout: UnitLayout) -> UnitShard:
+        """What the rank holds of a unit in its regions."""
+        begin = layout.wide_offset if unit in self.split else layout.packed_numel
+        return UnitShard(layout, self.shard, begin)
+
 
 @dataclass(frozen=True)
 class Region:
     """One row of the memory table, used to allocate, report and predict.
 
     numels: elements of each flat buffer; one per unit, or per slab. resident: units whose buffers lie in
-    device memory. is_state: whether the region is part of what training changes, rather than a gradient.
+    device memory. is_state: whether the region is part of the model or of what training changes, rather than
+    a gradient. is_frozen: nothing changes it.
     """
 
     name: str
@@ -100,6 +119,12 @@ class Region:
     pinned: bool = False
     resident: frozenset[int] = _NONE
     is_state: bool = True
+    is_frozen: bool = False
+
+    @property
+    def is_updated(self) -> bool:
+        """Whether updates read and write the region."""
+        return self.is_state and not self.is_frozen
 
     def host_numels(self, units: Sequence[UnitLayout]) -> list[int]:
         """Elements of each buffer in host memory; 0 for those on the device."""
@@ -118,8 +143,21 @@ def regions(spec: StoreSpec) -> list[Region]:
     """List the regions of a store, their buffers as `UnitShard` has them."""
     resident, share = spec.resident, spec.shard.share
     trainable = _of_each(lambda unit: share(unit.trainable_numel))
-    weights = _of_each(lambda unit: share(unit.trainable_offset) + share(unit.trainable_numel))
+
+    def weights(units: Sequence[UnitLayout]) -> list[int]:
+        return [spec.cut(u, unit).weights_numel for u, unit in enumerate(units)]
+
+    def frozen(units: Sequence[UnitLayout]) -> list[int]:
+        return [
+            unit.wide_offset - unit.packed_numel if u in spec.split else 0 for u, unit in enumerate(units)
+        ]
+
     rows = [Region("weights", spec.dtype, weights, pinned=True, resident=resident)]
+    if spec.packing:
+        sizes = _of_each(lambda unit: packed_bytes(unit.packed_numel, spec.packing))
+        rows.append(Region("packed", torch.uint8, sizes, pinned=True, is_frozen=True))
+    if spec.split:
+        rows.append(Region("frozen", spec.dtype, frozen, pinned=True, is_frozen=True))
     if spec.dtype == torch.bfloat16:
         residual = _of_each(
             lambda unit: share(unit.trainable_offset - unit.wide_offset) + share(unit.trainable_numel)
@@ -171,13 +209,14 @@ def predict_device_bytes(units: Sequence[UnitLayout], spec: StoreSpec) -> dict[s
 
 def state_bytes(units: Sequence[UnitLayout], spec: StoreSpec) -> int:
     """Predict the bytes of a rank's weights and optimizer state in a checkpoint, wherever they lie."""
-    rows = [row for row in regions(spec) if row.is_state]
     if spec.saved is None:
+        rows = [row for row in regions(spec) if row.is_state and row.name != "packed"]
         return sum(sum(row.numels(units)) * row.dtype.itemsize for row in rows)
     return sum(
         spec.shard.share(parameter.numel) * row.dtype.itemsize
         for unit in units
-        for row in rows
+        for row in regions(spec)
+        if row.is_updated
         for parameter in saved_in(row.name, unit, spec)
     )
 
@@ -186,6 +225,8 @@ def saved_in(region: str, unit: UnitLayout, spec: StoreSpec) -> Iterator[Paramet
     """Yield the parameters whose values in a region are part of a checkpoint."""
     for parameter in unit.parameters:
         if spec.saved is not None and parameter.name not in spec.saved:
+            continue
+        if parameter.offset < unit.packed_numel:  # packed again from the model
             continue
         if region == "residual" and parameter.offset < unit.wide_offset:
             continue
@@ -213,7 +254,7 @@ class HostStore:
         self.device = device
         self.units = tuple(units)
         self.spec = spec
-        self.shards = tuple(UnitShard(unit, spec.shard) for unit in units)
+        self.shards = tuple(spec.cut(u, unit) for u, unit in enumerate(units))
         self._runs: dict[str, list[torch.Tensor]] = {}
         self._num_bytes: dict[str, int] = {}
         self._device_bytes: dict[str, int] = {}
@@ -251,8 +292,19 @@ class HostStore:
         return self.spec.dtype
 
     def is_resident(self, unit: int) -> bool:
-        """Whether the unit's regions lie in device memory."""
+        """Whether the unit's regions lie in device memory, but for the frozen part of a split unit."""
         return unit in self.spec.resident
+
+    def is_split(self, unit: int) -> bool:
+        return unit in self.spec.split
+
+    def streamed_numel(self, unit: int) -> int:
+        """Elements of a slot for what is streamed of a unit: all of it, residuals of wide parameters
+        included, the frozen part of a split unit, nothing of a resident one."""
+        layout = self.units[unit]
+        if self.is_split(unit):
+            return layout.wide_offset
+        return 0 if self.is_resident(unit) else layout.slot_numel
 
     def run(self, region: str, unit: int) -> torch.Tensor:
         """The rank's flat buffer of a unit in a region, wherever it lies.
@@ -321,13 +373,24 @@ class HostStore:
 
     def weight(self, name: str) -> torch.Tensor:
         """The parameter's compute copy in host memory, shaped as in the model: a view, or a new copy of
-        a resident unit's."""
+        a resident unit's or a packed one."""
         return self.weight_view(name).cpu()
 
     def weight_view(self, name: str) -> torch.Tensor:
-        """View of the parameter's compute copy, wherever it lies."""
+        """View of the parameter's compute copy, wherever it lies; a new tensor of a packed one."""
         unit, parameter = self._whole_place(name)
-        return self.units[unit].view(self.run("weights", unit), parameter)
+        layout, begin, region = self.units[unit], self.shards[unit].begin, "weights"
+        if parameter.offset < layout.packed_numel:
+            return self._unpacked(unit, parameter)
+        if parameter.offset < begin:
+            region, begin = "frozen", layout.packed_numel
+        return layout.view(self.run(region, unit), parameter, begin)
+
+    def _unpacked(self, unit: int, parameter: Parameter) -> torch.Tensor:
+        value = torch.empty(parameter.numel, dtype=self.dtype)
+        numel = self.units[unit].packed_numel
+        unpack(self.run("packed", unit), numel, self.spec.packing, value, parameter.offset)
+        return value.view(parameter.shape)
 
     def gradient(self, name: str, slab: int = -1) -> torch.Tensor:
         """View of a trainable parameter's gradient, shaped as in the model, wherever it lies."""
@@ -364,6 +427,10 @@ class HostStore:
         Of several ranks each copies what it holds, and reads nothing else of a contiguous value.
         """
         unit, parameter = self._place[name]
+        assert parameter.offset >= self.units[unit].packed_numel, "a unit is packed as a whole"
+        if parameter.offset < self.shards[unit].begin:
+            self.weight_view(name).copy_(value)
+            return
         regions = ["weights", *(["residual"] if self.has("residual") else [])]
         pieces = {region: self.shards[unit].piece(region, parameter) for region in regions}
         value = value.expand(parameter.shape).reshape(-1)
@@ -375,6 +442,10 @@ class HostStore:
                 if piece is not None and (piece.start, piece.stop) == (start, stop)
             }
             self._write_master(value[start:stop], targets.get("weights"), targets.get("residual"))
+
+    def pack(self, unit: int, values: torch.Tensor) -> None:
+        """Store the packed part of a unit: values [packed_numel] in host memory, in the store's dtype."""
+        pack(values, self.run("packed", unit), self.spec.packing, self.device)
 
     def _write_master(
         self, value: torch.Tensor, weight: torch.Tensor | None, residual: torch.Tensor | None

@@ -6,8 +6,6 @@ The layers of an adapter are PEFT's own, inside the transformers model; so are t
 from __future__ import annotations
 
 import copy
-import json
-import os
 import re
 import shutil
 import sys
@@ -23,10 +21,10 @@ from torch import nn
 from horizon_lm.config import ModelSettings
 from horizon_lm.config.patterns import nearest
 from horizon_lm.errors import ConfigError, DataError, UnsupportedModelError
-from horizon_lm.io import files
 from horizon_lm.machine.libraries import load_peft
-from horizon_lm.model.adapter_files import CONFIG, read_adapter_config, read_adapter_weights
+from horizon_lm.model.adapter_files import read_adapter_config, read_adapter_weights, tidy_config
 from horizon_lm.model.configuration import reason_of
+from horizon_lm.model.pictures import excluded_modules, freeze_vision
 from horizon_lm.model.pretrained import seeded
 from horizon_lm.model.trained import choose_trained
 
@@ -115,7 +113,7 @@ class Adapter:
         config = copy.copy(self.config)
         config.inference_mode = True
         config.save_pretrained(str(folder))
-        _tidy(folder / CONFIG)
+        tidy_config(folder)
 
     def save(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write PEFT's files into a new folder: adapter_config.json, adapter_model.safetensors, README.md.
@@ -130,20 +128,7 @@ class Adapter:
             for file in list((folder / self.name).iterdir()):
                 shutil.move(str(file), str(folder / file.name))
             (folder / self.name).rmdir()
-        _tidy(folder / CONFIG)
-
-
-def _tidy(path: Path) -> None:
-    """Give the modules in adapter_config.json an order, which PEFT leaves to chance, and the base a path that
-    is valid anywhere."""
-    values = json.loads(files.read_bytes(path))
-    for key in ("target_modules", "exclude_modules", "target_parameters"):
-        if isinstance(values.get(key), list):
-            values[key] = sorted(values[key])
-    base = values.get("base_model_name_or_path")
-    if isinstance(base, str) and Path(base).is_dir():
-        values["base_model_name_or_path"] = os.path.abspath(base)
-    files.write_file(path, json.dumps(values, indent=2, sort_keys=True))
+        tidy_config(folder)
 
 
 def prepare(model: Any, settings: ModelSettings, *, has_values: bool = True) -> tuple[Any, Adapter | None]:
@@ -157,7 +142,9 @@ def prepare(model: Any, settings: ModelSettings, *, has_values: bool = True) -> 
     base = model if adapter is None else adapter.model
     if adapter is not None:
         _check(adapter)
-    choose_trained(base, settings, None if adapter is None else adapter.is_part)
+    is_adapters = None if adapter is None else adapter.is_part
+    choose_trained(base, settings, is_adapters)
+    freeze_vision(base, settings, is_adapters)
     return base, adapter
 
 
@@ -173,6 +160,11 @@ def is_adapters(name: str, adapter: str) -> bool:
     fused experts lie in each other (`experts.base_layer.lora_A.default.weight`)."""
     parts = re.split(r"\.(?:base_layer|original_module)\.", name)[-1].split(".")
     return adapter in parts[1:]
+
+
+def is_replaced(name: str) -> bool:
+    """Whether a name in a model belongs to a module of the base that the adapter trains a copy of."""
+    return "original_module" in name.split(".")
 
 
 def base_name(name: str) -> str:
@@ -235,6 +227,8 @@ def _added(model: Any, settings: ModelSettings, has_values: bool) -> Adapter | N
         return None
     peft = load_peft()
     config, name = _configured(settings), settings.adapter_name_or_path
+    if name is None:
+        config.exclude_modules = excluded_modules(model)  # the vision part is not trained
     _check_config(config)
     weights = None if name is None or not has_values else read_adapter_weights(name, config)
     device = next(model.parameters()).device

@@ -68,7 +68,7 @@ class Costs:
     @cached_property
     def shards(self) -> tuple[UnitShard, ...]:
         """What the rank holds of each unit."""
-        return tuple(UnitShard(unit, self.spec.shard) for unit in self.outline.units)
+        return tuple(self.spec.cut(u, unit) for u, unit in enumerate(self.outline.units))
 
     # Bytes.
 
@@ -183,8 +183,11 @@ class Costs:
         return 0.0 if op.kind == "W" else numel * self.update_bytes / profile.optimizer + agreed
 
     def _weight_bytes(self, unit: int) -> int:
-        """Bytes of a unit's weights that the rank holds: what it uploads, residuals of wide ones included."""
+        """Bytes of a unit's weights that the rank holds: what it uploads, residuals of wide ones included;
+        of a split unit the frozen part."""
         share = self.shards[unit]
+        if unit in self.plan.split:
+            return share.layout.wide_offset * self.spec.dtype.itemsize
         return (share.weights_numel + share.wide_numel) * self.spec.dtype.itemsize
 
     def _network_seconds(self, op: Op) -> float:
@@ -222,7 +225,7 @@ class Costs:
     @property
     def state_bytes(self) -> int:
         """Bytes of weights and optimizer state per parameter that an update reads and writes."""
-        return sum(2 * row.dtype.itemsize for row in regions(self.spec) if row.is_state)
+        return sum(2 * row.dtype.itemsize for row in regions(self.spec) if row.is_updated)
 
     @property
     def update_bytes(self) -> int:
