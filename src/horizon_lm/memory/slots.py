@@ -246,7 +246,7 @@ class WeightSlots:
         return UnitWeights(buffer[: layout.numel], wide)
 
     def _streamed_runs(self, slot: int, unit: int) -> list[tuple[int, torch.Tensor]]:
-        """The parts of a unit that are not in its run of weights in the store, each with its first element."""
+        """The parts of a unit that are not in its run of weights, each with its first element."""
         store, layout = self._store, self._store.units[unit]
         if not self._alias:
             return [(0, self._buffers[slot][: layout.wide_offset])] if store.is_split(unit) else []
