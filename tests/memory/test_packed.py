@@ -23,7 +23,8 @@ from horizon_lm.checkpoint import units
 from horizon_lm.engine.policies import slots_of, store_spec
 from horizon_lm.errors import ConfigError
 from horizon_lm.memory import packed
-from horizon_lm.memory.store import HostStore, predict_bytes, predict_device_bytes
+from horizon_lm.memory.regions import predict_bytes, predict_device_bytes
+from horizon_lm.memory.store import HostStore
 from parts import LORA, batches, bits, dequantised, host, source
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,10 +13,10 @@ import torch
 from horizon_lm.engine.policies import Policies
 from horizon_lm.machine.profile import Profile
 from horizon_lm.memory.packed import unpacking_bytes
+from horizon_lm.memory.regions import StoreSpec, predict_device_bytes, regions
 from horizon_lm.memory.shards import UnitShard
 from horizon_lm.memory.slots import slot_bytes
 from horizon_lm.memory.staging import staged_bytes
-from horizon_lm.memory.store import StoreSpec, predict_device_bytes, regions
 from horizon_lm.plan.fleet import Copies, Network
 from horizon_lm.plan.outline import Measures, Outline
 from horizon_lm.plan.work import ELEMENTWISE, Kernel, Work
