@@ -26,7 +26,7 @@ ALIGN_BYTES = 256
 BLOCK = 64  # values with a common scale
 CHUNK = 1 << 26  # values; kernels count in 32 bits
 _NESTED = 256  # scales with a common scale
-_PIECE = 1 << 20  # values that are packed, or unpacked on a CPU, at once: temporary tensors stay in caches
+_PIECE = 1 << 18  # values that are packed, or unpacked on a CPU, at once: temporary tensors stay in caches
 
 
 class _Array(NamedTuple):
@@ -52,6 +52,13 @@ class _Chunk(NamedTuple):
 def packed_bytes(numel: int, kind: str) -> int:
     """Bytes of `numel` packed values (a multiple of 64), scales included."""
     return max((chunk.end for chunk in _chunks(numel, kind)), default=0)
+
+
+def unpacking_bytes(numel: int, kind: str, dtype: torch.dtype, is_cpu: bool) -> int:
+    """Bytes that unpacking takes for a moment: scales of a chunk, and on a CPU a piece of its values."""
+    count = min(numel, CHUNK)
+    scales = -(-count // BLOCK) * 4 if kind == "nf4" else 0
+    return scales + min(count, _PIECE) * dtype.itemsize * is_cpu
 
 
 def _chunks(numel: int, kind: str) -> Iterator[_Chunk]:

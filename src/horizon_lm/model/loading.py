@@ -224,25 +224,26 @@ def fill_store(
     base: Fingerprinter | None = None,
     base_cache: BaseCache | None = None,
 ) -> None:
-    """Adopt all parameters unit by unit, freeing the model object's own on the way.
-
-    base: is told those that checkpoints leave out. base_cache: keeps packed units from run to run.
-    """
-    for unit in range(len(store.units)):
-        _adopt_unit(skeleton, store, unit, base, base_cache)
+    """Adopt all parameters unit by unit, freeing the model object's own on the way. base: is told those that
+    checkpoints leave out. base_cache: keeps packed units from run to run."""
+    room = torch.empty(max(unit.packed_numel for unit in store.units), dtype=store.dtype)
+    for unit, layout in enumerate(store.units):
+        values = room[: layout.packed_numel].zero_()  # gaps are packed as well
+        _adopt_unit(skeleton, store, unit, values, base)
+        stored = store.run("packed", unit) if layout.packed_numel else values
+        if not layout.packed_numel or (base_cache is not None and base_cache.read(values, stored)):
+            continue
+        store.pack(unit, values)
+        if base_cache is not None:
+            base_cache.write(values, stored)
     return_free_memory()
 
 
 def _adopt_unit(
-    skeleton: Skeleton,
-    store: HostStore,
-    unit: int,
-    base: Fingerprinter | None,
-    base_cache: BaseCache | None,
+    skeleton: Skeleton, store: HostStore, unit: int, values: torch.Tensor, base: Fingerprinter | None
 ) -> None:
+    """Adopt a unit's parameters; those to be packed go to values [packed_numel]."""
     layout, saved = store.units[unit], store.spec.saved
-    # Zeros, since gaps are packed as well.
-    values = torch.zeros(layout.packed_numel, dtype=store.dtype)
     for name, value in skeleton.take(unit):
         if base is not None and saved is not None and name not in saved:
             base.add(unit, layout.name, name, value)
@@ -251,8 +252,3 @@ def _adopt_unit(
             layout.view(values, parameter).copy_(value)
         else:
             store.adopt(name, value)
-    if not layout.packed_numel or (base_cache and base_cache.read(values, store.run("packed", unit))):
-        return
-    store.pack(unit, values)
-    if base_cache is not None:
-        base_cache.write(values, store.run("packed", unit))
