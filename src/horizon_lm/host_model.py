@@ -62,7 +62,7 @@ from horizon_lm.micro_batches import Extra, MicroBatches, check_micro_batches
 from horizon_lm.model.adapters import prepare as add_adapter
 from horizon_lm.model.consumed import Closed, check_model, refuse_use, take_over
 from horizon_lm.model.kernels import apply_kernels, check_kernels
-from horizon_lm.model.loading import create_model, fill_store, load_model_of
+from horizon_lm.model.loading import base_of, create_model, fill_store, load_model_of
 from horizon_lm.model.pretrained import check_has_weights
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.optim.kernel import check_available
@@ -112,9 +112,10 @@ class HostModel:
         host_memory: int | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        """model: a transformers model in host memory. It is consumed: its parameters move into the store, and
-        using the object again raises an error. host_memory: bytes that were available before the model was
-        made; by default those that are now. ranks: by default those of this run (`distributed.start`)."""
+        """model: a transformers model or PeftModel in host memory. It is consumed: its parameters move into
+        the store, and using the object again raises an error. host_memory: bytes that were available before
+        the model was made; by default those that are now. ranks: by default those of this run
+        (`distributed.start`)."""
         check_model(model)
         self.ranks = join(settings.device) if ranks is None else ranks
         shard = Shard(self.ranks.rank, self.ranks.world)
@@ -166,7 +167,9 @@ class HostModel:
         ranks: Ranks | None = None,
         **settings: Any,
     ) -> HostModel:
-        """Load a Hugging Face folder or Hub name, or consume a transformers model object.
+        """Load a Hugging Face folder or Hub name, or consume a transformers model object or a PeftModel.
+
+        The folder of an adapter (adapter_config.json) loads the base that it names, and trains the adapter.
 
         ranks: by default those of this run; `horizon_lm.distributed.ranks.ALONE` for a model of this process
         alone. settings: configuration keys (docs/configuration.md). Masters keep the precision of the source:
@@ -183,6 +186,8 @@ class HostModel:
                 f"HostModel.from_pretrained(): a {type(source).__name__} is not a model",
                 hint="pass a folder, a name on the Hub, or a transformers model object",
             )
+        if not isinstance(source, nn.Module):
+            source, resolved = base_of(source, resolved)
         ranks = join(resolved.device) if ranks is None else ranks
         if ranks.world == 1:
             return cls(load_model_of(source, resolved), resolved, ranks=ranks)
@@ -612,7 +617,8 @@ class HostModel:
         extra: Callable[[Path], None] | None = None,
         force: bool = False,
     ) -> None:
-        """Write a Hugging Face folder (safetensors, config, generation config) atomically.
+        """Write a Hugging Face folder (safetensors, config, generation config) atomically; of a model with an
+        adapter, PEFT's folder of the adapter alone (adapter_config.json, adapter_model.safetensors).
 
         dtype: bfloat16 or float32; default: the compute dtype. max_shard_size: per file, as "5GB" or bytes.
         tokenizer: saved alongside; a tokenizer or processor, or the folder or name of one.

@@ -15,6 +15,7 @@ from horizon_lm.model.head import forward_replaced
 from horizon_lm.model.pictures import image_features_are, refuse
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.picture_batches import Pictures
+from horizon_lm.words import count
 
 
 class Added(NamedTuple):
@@ -168,8 +169,8 @@ def _parts(skeleton: Skeleton, features: torch.Tensor, sizes: list[int]) -> list
     each, rest = divmod(len(features), sum(sizes))
     if features.dim() != 2 or rest:
         raise DataError(
-            f"the pictures' {len(features):,} patches are not a whole number for each of "
-            f"{sum(sizes):,} tokens",
+            f"the pictures' {count(len(features), 'patch', 'patches')} are not a whole number for each of "
+            f"{count(sum(sizes), 'token')}",
             hint="encode pictures of other sizes apart",
         )
     return list(features.split([size * each for size in sizes]))

@@ -18,6 +18,7 @@ from horizon_lm.io.hub import require_reachable
 from horizon_lm.machine.device import resolve_device
 from horizon_lm.memory.arena import return_free_memory
 from horizon_lm.memory.store import HostStore
+from horizon_lm.model.adapter_files import CONFIG, read_adapter_config
 from horizon_lm.model.adapters import prepare
 from horizon_lm.model.configuration import configuration_of, reason_of
 from horizon_lm.model.folder import INDEX, names_in
@@ -92,11 +93,39 @@ def load_model_of(source: str | Path | nn.Module, settings: ModelSettings) -> nn
     )
 
 
+def base_of(source: str | Path, settings: ModelSettings) -> tuple[str | Path, ModelSettings]:
+    """Of the folder of an adapter, return the base that it names, and settings with the adapter.
+
+    Returns any other source as it is. Raises ConfigError for a folder that names no base, and for settings
+    with an adapter of their own.
+    """
+    folder = Path(source).expanduser()
+    if not (folder / CONFIG).is_file() or (folder / "config.json").exists():
+        return source, settings
+    if settings.has_adapter:
+        raise ConfigError(
+            f"{str(folder)!r} holds an adapter, and the settings ask for another",
+            hint="leave adapter and adapter_name_or_path out, or name the base model",
+        )
+    base = read_adapter_config(str(folder)).base_model_name_or_path
+    if not base:
+        raise ConfigError(
+            f"the adapter {str(folder)!r} names no base model",
+            hint=f"HostModel.from_pretrained(BASE, adapter_name_or_path={str(folder)!r})",
+        )
+    return str(base), settings.replace(adapter_name_or_path=str(folder))
+
+
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise ConfigError(
             f"model_name_or_path={str(folder)!r} is not a folder",
             hint="check the path; it is taken from where you are",
+        )
+    if (folder / CONFIG).is_file() and not (folder / "config.json").exists():
+        raise ConfigError(
+            f"model_name_or_path={str(folder)!r} holds an adapter, not a model",
+            hint=f"set model_name_or_path to its base, and adapter_name_or_path={folder}",
         )
     if not (folder / "config.json").is_file():
         raise ConfigError(

@@ -70,7 +70,8 @@ class Skeleton:
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False
         separate_documents(model)
-        self.anatomy: Anatomy = analyse(model, self.pictures, None if adapter is None else adapter.off)
+        with torch.random.fork_rng(devices=[]):  # its trial runs may draw noise
+            self.anatomy: Anatomy = analyse(model, self.pictures, None if adapter is None else adapter.off)
         self.own_head: OwnHead | None = find_head(model, self.anatomy)
         layers: nn.ModuleList = model.get_submodule(self.anatomy.layers_path)
         self.layers: list[nn.Module] = list(layers)
@@ -87,6 +88,7 @@ class Skeleton:
                 "router logits are",
                 hint="set output_router_logits: false in the model's configuration",
             )
+        self._rewritten = frozenset[int]() if adapter is None else adapter.rewritten
         self._owners, self.aliases = _owners(model)
         self.units: tuple[UnitLayout, ...] = self._lay_out()
         self._bound_at: dict[int, list[tuple[Parameter, list[Owner]]]] = {
@@ -360,7 +362,9 @@ class Skeleton:
                 if grad and parameter.trainable:
                     value.requires_grad_()
                 tensors[parameter.name] = value
-                if aliased:
+                if any(id(owner) in self._rewritten for owner, _ in owners):
+                    value = nn.Parameter(value, value.requires_grad)  # which PEFT puts back as it was
+                elif aliased:
                     value = value.view_as(value)
                 for owner, local in owners:
                     owner._parameters[local] = value  # type: ignore[assignment]

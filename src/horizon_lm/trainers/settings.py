@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, AutoProcessor, TrainingArguments
+from transformers import AutoConfig, AutoProcessor, TrainingArguments, set_seed
 
 from horizon_lm.config.python import model_settings
 from horizon_lm.errors import ConfigError
@@ -25,11 +25,11 @@ OPTIMIZERS = {
 _SHARED = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim", "neftune_noise_alpha")
 
 
-def host_of(model: Any, args: TrainingArguments) -> HostModel:
+def host_of(model: Any, args: TrainingArguments, peft_config: Any = None) -> HostModel:
     """Return `model`, or make it a HostModel as the arguments say.
 
-    Raises ConfigError for a HostModel that was built with other settings, and the errors of
-    `HostModel.from_pretrained`.
+    peft_config: of a new adapter, which gets the values that TRL's trainers give it. Raises ConfigError for a
+    HostModel that was built with other settings, and the errors of `HostModel.from_pretrained`.
     """
     args._n_gpu = min(1, args.n_gpu)  # the engine uses one device
     if isinstance(model, HostModel):
@@ -39,7 +39,30 @@ def host_of(model: Any, args: TrainingArguments) -> HostModel:
     settings = model_settings("the trainer's model", values.pop("device"), values.pop("dtype"), values)
     loaded: Any = load_model_of(model, settings)
     _ask_for_router_loss(loaded, args)
+    if peft_config is not None:
+        loaded = _with_adapter(loaded, peft_config, args.seed)
     return HostModel(loaded, settings)
+
+
+def _with_adapter(model: Any, peft_config: Any, seed: int) -> Any:
+    """Return the PeftModel that TRL makes of a model. Raises ConfigError if PEFT refuses."""
+    from peft import get_peft_model
+
+    set_seed(seed)
+    try:
+        return get_peft_model(model, peft_config)
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+        raise ConfigError(
+            f"peft_config was refused by PEFT: {error}",
+            hint="correct it; target_modules='all-linear' always works",
+        ) from error
+
+
+def begins_adapter(model: Any) -> bool:
+    """Whether a trainer's `model` has an adapter that its settings began and no step has changed."""
+    if not isinstance(model, HostModel):
+        return False
+    return model.settings.begins_adapter and model.steps_done == 0
 
 
 def decayed_otherwise(host: HostModel, names: Iterable[str]) -> list[str]:
@@ -181,5 +204,6 @@ def _ask_for_router_loss(model: Any, args: Any) -> None:
     if wants is None:
         return
     model.config.output_router_logits = wants
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PeftModel
     if args.router_aux_loss_coef is not None:  # models keep a copy of it
         model.config.router_aux_loss_coef = model.router_aux_loss_coef = args.router_aux_loss_coef
