@@ -21,6 +21,7 @@ from horizon_lm.memory.store import HostStore
 from horizon_lm.model.adapter_files import CONFIG, read_adapter_config
 from horizon_lm.model.adapters import prepare
 from horizon_lm.model.configuration import configuration_of, reason_of
+from horizon_lm.model.fingerprint import Fingerprinter
 from horizon_lm.model.folder import INDEX, names_in
 from horizon_lm.model.kernels import check_kernels
 from horizon_lm.model.pretrained import Allowed, model_class, read_pretrained, seeded, without_messages
@@ -220,13 +221,17 @@ def grow_vocabulary(model: Any, tokens: int, seed: int) -> None:
         ) from error
 
 
-def fill_store(skeleton: Skeleton, store: HostStore) -> None:
-    """Adopt all parameters unit by unit, freeing the model object's own on the way."""
+def fill_store(skeleton: Skeleton, store: HostStore, base: Fingerprinter | None = None) -> None:
+    """Adopt all parameters unit by unit, freeing the model object's own on the way. base: is told those that
+    checkpoints leave out."""
     for unit in range(len(store.units)):
-        _adopt_unit(skeleton, store, unit)
+        _adopt_unit(skeleton, store, unit, base)
     return_free_memory()
 
 
-def _adopt_unit(skeleton: Skeleton, store: HostStore, unit: int) -> None:
+def _adopt_unit(skeleton: Skeleton, store: HostStore, unit: int, base: Fingerprinter | None) -> None:
+    saved = store.spec.saved
     for name, value in skeleton.take(unit):
+        if base is not None and saved is not None and name not in saved:
+            base.add(unit, store.units[unit].name, name, value)
         store.adopt(name, value)
