@@ -51,25 +51,26 @@ class _PerImage(tuple):
 @contextmanager
 def features_given(
     skeleton: Skeleton, pictures: Pictures | None, inputs: Mapping[str, torch.Tensor]
-) -> Iterator[None]:
-    """While open, the model's forward uses these features in place of those it would compute.
+) -> Iterator[list[int]]:
+    """While open, the model's forward uses these features in place of those it would compute. Yields a list
+    with an entry per use.
 
     inputs: the micro-batch's others, some of which a projector takes. The prologue must be bound.
     """
     if pictures is None:
-        yield
+        yield []
         return
     assert skeleton.pictures is not None, "a micro-batch of a model of text alone was checked"
     rows = pictures.features
     if skeleton.trains_projector:
-        rows = _projected(skeleton, rows, inputs)
+        rows = _projected(skeleton, rows.to(skeleton.dtype), inputs)
         rows = rows if pictures.order is None else rows[pictures.order]
     given = SimpleNamespace(
         pooler_output=_PerImage(rows.split(pictures.sizes)),
         deepstack_features=[_PerImage(layer.split(pictures.sizes)) for layer in pictures.deepstack],
     )
-    with image_features_are(skeleton.pictures.base, given):
-        yield
+    with image_features_are(skeleton.pictures.base, given) as uses:
+        yield uses
 
 
 def _projected(
