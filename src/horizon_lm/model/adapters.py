@@ -247,7 +247,7 @@ def _added(model: Any, settings: ModelSettings, has_values: bool) -> Adapter | N
         _move_from_meta(model, device)
     adapter = Adapter(peft_model, keeps_dtypes=False)
     if name is None:
-        _check_names(adapter)
+        _check_names(adapter, settings)
     if weights is not None:
         _load(adapter, str(name), weights)
     return adapter
@@ -333,12 +333,12 @@ def _check_config(config: Any) -> None:
         raise _refuse(f"bias={bias!r} trains the base's own biases", "bias='none'")
 
 
-def _check_names(adapter: Adapter) -> None:
+def _check_names(adapter: Adapter, settings: ModelSettings) -> None:
     """Refuse a name of the settings that is that of no module, which PEFT passes over."""
     kinds = dict(zip(("target_modules", "modules_to_save"), _layer_classes(), strict=True))
     paths = [path for path, _ in adapter.model.named_modules()]
     for key, kind in kinds.items():
-        names = getattr(adapter.config, key) or ()
+        names = getattr(settings, key)  # PEFT's list of all-linear also names excluded modules
         found = [path for path, module in adapter.model.named_modules() if isinstance(module, kind)]
         for name in () if isinstance(names, str) else sorted(names):
             if not any(f".{path}".endswith(f".{name}") for path in found):
