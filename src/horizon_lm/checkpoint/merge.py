@@ -78,13 +78,6 @@ def _fingerprint(skeleton: Skeleton) -> Fingerprint:
     return found.of_all()
 
 
-class _Layer(NamedTuple):
-    """A layer of PEFT. path: of the module in the base that it is in place of."""
-
-    path: str
-    module: Any
-
-
 class _Merger:
     """Weights of the base with the adapter in them."""
 
@@ -114,10 +107,10 @@ class _Merger:
     def _load(self, hollow: Tensors) -> Tensors:
         """Return the merged weights of a unit."""
         changed: Tensors = {}
-        for layer in self._layers:
-            prefix = f"{layer.path}." if layer.path else ""
+        for path, module in self._layers.items():
+            prefix = f"{path}."
             if any(name.startswith(prefix) for name in hollow):
-                with _merged(layer.module, self._adapter.name) as weights:
+                with merged_layer(module, self._adapter.name) as weights:
                     for local, value in weights.items():
                         name = prefix + local
                         if name in hollow:
@@ -128,24 +121,29 @@ class _Merger:
         }
 
     @cached_property
-    def _layers(self) -> list[_Layer]:
-        """The outermost layers of PEFT."""
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils.other import ModulesToSaveWrapper
+    def _layers(self) -> dict[str, Any]:
+        return outermost_layers(self._skeleton.model)
 
-        found: list[_Layer] = []
-        within = ""
-        for path, module in self._skeleton.model.named_modules():
-            if within and path.startswith(within):
-                continue
-            if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
-                found.append(_Layer(path, module))
-                within = f"{path}."
-        return found
+
+def outermost_layers(model: nn.Module) -> dict[str, Any]:
+    """Return the outermost layers of PEFT by the paths of the modules in the base that they are in place
+    of."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    found: dict[str, Any] = {}
+    within = ""
+    for path, module in model.named_modules():
+        if within and path.startswith(within):
+            continue
+        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
+            found[path] = module
+            within = f"{path}."
+    return found
 
 
 @contextmanager
-def _merged(layer: Any, adapter: str) -> Iterator[Tensors]:
+def merged_layer(layer: Any, adapter: str) -> Iterator[Tensors]:
     """Yield the weights of a layer of PEFT with its adapter in them, by their names in the base's module; the
     layer is as before afterwards."""
     if hasattr(layer, "modules_to_save"):
@@ -156,7 +154,8 @@ def _merged(layer: Any, adapter: str) -> Iterator[Tensors]:
     try:
         for parameter, value in own.items():
             parameter.data = value.to(torch.float32, copy=True)
-        layer.merge(safe_merge=False, adapter_names=[adapter])
+        for one in _nested(layer):
+            one.merge(safe_merge=False, adapter_names=[adapter])
         yield {name: p.detach() for name, p in inner.named_parameters()}
     finally:
         for parameter, value in own.items():
@@ -164,3 +163,12 @@ def _merged(layer: Any, adapter: str) -> Iterator[Tensors]:
         for module in layer.modules():
             if hasattr(module, "merged_adapters"):
                 module.merged_adapters.clear()
+
+
+def _nested(layer: Any) -> list[Any]:
+    """Return a layer of PEFT and those in it, one for each parameter of fused experts, innermost first."""
+    found = []
+    while hasattr(layer, "base_layer"):
+        found.append(layer)
+        layer = layer.base_layer
+    return found[::-1]

@@ -101,6 +101,18 @@ class Adapter:
             for module in self._switches:
                 module._disable_adapters = False
 
+    def names_in_files(self) -> dict[str, str]:
+        """Name in adapter_model.safetensors -> name in the model."""
+        from peft import get_peft_model_state_dict
+
+        named = [name for name, _ in self.model.named_parameters() if self.is_part(name)]
+        marks = {_PREFIX + name: torch.empty(0) for name in named}
+        found: Any = get_peft_model_state_dict(
+            self.peft_model, state_dict=dict(marks), adapter_name=self.name, save_embedding_layers=False
+        )
+        names = {id(mark): name.removeprefix(_PREFIX) for name, mark in marks.items()}
+        return {key: names[id(mark)] for key, mark in found.items()}
+
     def save_config(self, folder: Path) -> None:
         """Write adapter_config.json into a folder."""
         config = copy.copy(self.config)
@@ -147,9 +159,10 @@ def is_peft(model: Any) -> bool:
 
 def is_adapters(name: str, adapter: str) -> bool:
     """Whether a name in a model belongs to the adapter's own parameters: PEFT writes the adapter's name
-    behind its modules and parameters (`lora_A.default.weight`, `modules_to_save.default.weight`)."""
-    parts = name.split(".")
-    return "base_layer" not in parts and "original_module" not in parts and adapter in parts[1:]
+    behind its modules and parameters (`lora_A.default.weight`, `modules_to_save.default.weight`). Layers of
+    fused experts lie in each other (`experts.base_layer.lora_A.default.weight`)."""
+    parts = re.split(r"\.(?:base_layer|original_module)\.", name)[-1].split(".")
+    return adapter in parts[1:]
 
 
 def base_name(name: str) -> str:
@@ -182,12 +195,23 @@ def _given(model: Any, settings: ModelSettings) -> Adapter:
             f"the model has {len(active)} active adapters ({', '.join(active)})", "set_adapter(NAME)"
         )
     adapter = Adapter(model, keeps_dtypes=True)
+    _check_is_distinct(adapter)
     if not any(p.requires_grad for p in adapter.model.parameters()):
         raise ConfigError(
             f"no parameter of the adapter {adapter.name!r} is trained",
             hint="PeftModel.from_pretrained(model, folder, is_trainable=True)",
         )
     return adapter
+
+
+def _check_is_distinct(adapter: Adapter) -> None:
+    """Refuse a name of an adapter by which its parameters cannot be told from the model's."""
+    for path, module in adapter.model.named_modules():
+        if adapter.name in module._modules and not isinstance(module, nn.ModuleDict):
+            raise _refuse(
+                f"it is called {adapter.name!r}, as a module of {path or 'the model'} is",
+                "choose another name",
+            )
 
 
 def _added(model: Any, settings: ModelSettings, has_values: bool) -> Adapter | None:
