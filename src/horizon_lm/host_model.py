@@ -162,7 +162,7 @@ class HostModel:
         self.store = HostStore(units, spec, pin_for=self.device, device=self.device)
         self.skeleton.place_buffers(self.device)
         refuse_use(model)
-        self._base = None if adapter is None else Fingerprinter(self.ranks.rank, self.ranks.world)
+        self._base = None if saved is None else Fingerprinter(self.ranks.rank, self.ranks.world)
         self._fingerprint: Fingerprint | None = None
         fill_store(self.skeleton, self.store, self._base, _base_cache(settings))
         lanes = choose_lanes(settings.lanes, self.device)
@@ -315,12 +315,13 @@ class HostModel:
     def num_exported(self) -> int:
         """Parameters that `save_pretrained` writes: all, or those of the adapter."""
         saved = self.store.spec.saved
-        if saved is None:
+        if saved is None or self.skeleton.adapter is None:
             return self.num_parameters
         return sum(self.store.locate(name)[1].numel for name in saved)
 
     def base_fingerprint(self) -> Fingerprint | None:
-        """Return a digest of each unit of the base under an adapter, as it was loaded; None without adapter.
+        """Return a digest of each unit of what checkpoints leave out, as it was loaded: the base under an
+        adapter, packed weights; None if they hold all.
 
         With several ranks the first call is collective.
         """

@@ -191,8 +191,6 @@ def saved_in(region: str, unit: UnitLayout, spec: StoreSpec) -> Iterator[Paramet
     for parameter in unit.parameters:
         if spec.saved is not None and parameter.name not in spec.saved:
             continue
-        if parameter.offset < unit.packed_numel:  # packed again from the model
-            continue
         if region == "residual" and parameter.offset < unit.wide_offset:
             continue
         if region.startswith("exp_avg") and not parameter.trainable:
