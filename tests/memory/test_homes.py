@@ -30,8 +30,9 @@ from horizon_lm.host_model import HostModel
 from horizon_lm.memory import preflight
 from horizon_lm.memory.layout import UnitLayout, lay_out
 from horizon_lm.memory.preflight import check_memory
+from horizon_lm.memory.regions import GradientSlabs, StoreSpec, predict_bytes, predict_device_bytes
 from horizon_lm.memory.slots import WeightSlots, gradient_slot_numels, weight_slot_numels
-from horizon_lm.memory.store import GradientSlabs, HostStore, StoreSpec, predict_bytes, predict_device_bytes
+from horizon_lm.memory.store import HostStore
 from horizon_lm.preference.reference import weights_hash
 
 BF16, FP32 = torch.bfloat16, torch.float32

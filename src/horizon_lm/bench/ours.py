@@ -13,7 +13,7 @@ from horizon_lm.config import ModelSettings, TrainConfig, model_settings_of
 from horizon_lm.errors import ConfigError, UnsupportedModelError
 from horizon_lm.host_model import HostModel
 from horizon_lm.memory.arena import keep_freed_memory
-from horizon_lm.memory.store import regions
+from horizon_lm.memory.regions import regions
 from horizon_lm.optim import kernel
 from horizon_lm.plan.run_plan import plan_run
 from horizon_lm.schedule import Lane

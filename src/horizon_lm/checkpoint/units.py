@@ -19,8 +19,9 @@ from torch import nn
 
 from horizon_lm.checkpoint.disk import PIECE_BYTES, HashedFile
 from horizon_lm.memory.layout import Parameter, UnitLayout
+from horizon_lm.memory.regions import StoreSpec, regions
 from horizon_lm.memory.shards import Piece, Shard, UnitShard
-from horizon_lm.memory.store import HostStore, StoreSpec, regions
+from horizon_lm.memory.store import HostStore
 
 DTYPE_NAMES = {
     torch.bfloat16: "BF16",

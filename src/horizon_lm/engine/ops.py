@@ -25,9 +25,9 @@ from horizon_lm.engine.sharded import ShardedUpdates
 from horizon_lm.engine.step import Step
 from horizon_lm.engine.updates import Updates
 from horizon_lm.machine.device import memory_bytes
+from horizon_lm.memory.boundaries import BoundarySlots
 from horizon_lm.memory.layout import Parameter
 from horizon_lm.memory.slots import (
-    BoundarySlots,
     GradientSlots,
     UnitWeights,
     WeightSlots,

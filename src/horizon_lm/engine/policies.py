@@ -18,9 +18,9 @@ from horizon_lm.machine.cores import lane_cores
 from horizon_lm.machine.device import free_memory_bytes, resolve_device
 from horizon_lm.memory.layout import lay_out
 from horizon_lm.memory.preflight import check_memory
+from horizon_lm.memory.regions import GradientSlabs, StoreSpec
 from horizon_lm.memory.shards import WHOLE, Shard
 from horizon_lm.memory.slots import gradient_slot_bytes, slot_bytes, weight_slot_numels
-from horizon_lm.memory.store import GradientSlabs, StoreSpec
 from horizon_lm.model.loading import count_parameters
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.optim.optimizer import Optimizer, UpdateSettings, check_patterns, group_rule, segments

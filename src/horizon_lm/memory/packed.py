@@ -26,7 +26,7 @@ ALIGN_BYTES = 256
 BLOCK = 64  # values with a common scale
 CHUNK = 1 << 26  # values; kernels count in 32 bits
 _NESTED = 256  # scales with a common scale
-PIECE = 1 << 20  # values that are packed, or unpacked on a CPU, at once: temporary tensors stay in caches
+_PIECE = 1 << 18  # values that are packed, or unpacked on a CPU, at once: temporary tensors stay in caches
 
 
 class _Array(NamedTuple):
@@ -52,6 +52,13 @@ class _Chunk(NamedTuple):
 def packed_bytes(numel: int, kind: str) -> int:
     """Bytes of `numel` packed values (a multiple of 64), scales included."""
     return max((chunk.end for chunk in _chunks(numel, kind)), default=0)
+
+
+def unpacking_bytes(numel: int, kind: str, dtype: torch.dtype, is_cpu: bool) -> int:
+    """Bytes that unpacking takes for a moment: scales of a chunk, and on a CPU a piece of its values."""
+    count = min(numel, CHUNK)
+    scales = -(-count // BLOCK) * 4 if kind == "nf4" else 0
+    return scales + min(count, _PIECE) * dtype.itemsize * is_cpu
 
 
 def _chunks(numel: int, kind: str) -> Iterator[_Chunk]:
@@ -116,8 +123,8 @@ def pack(values: torch.Tensor, stored: torch.Tensor, kind: str, device: torch.de
         absmax = torch.empty((chunk.stop - chunk.start) // BLOCK, dtype=torch.float32, device=device)
         target, *scales = (array.of(stored) for array in chunk.arrays)
         per_byte = 2 if kind == "nf4" else 1
-        for start in range(0, chunk.stop - chunk.start, PIECE):
-            piece = values[chunk.start + start : min(chunk.start + start + PIECE, chunk.stop)].to(device)
+        for start in range(0, chunk.stop - chunk.start, _PIECE):
+            piece = values[chunk.start + start : min(chunk.start + start + _PIECE, chunk.stop)].to(device)
             if kind == "nf4":
                 found, state = functions.quantize_4bit(piece, blocksize=BLOCK, quant_type="nf4")
             else:
@@ -143,7 +150,7 @@ def unpack(stored: torch.Tensor, numel: int, kind: str, target: torch.Tensor, be
         if start < stop:
             absmax = _scales(stored, chunk, kind)
             part, first = target[start - begin : stop - begin], start - chunk.start
-            size = PIECE if target.device.type == "cpu" else CHUNK
+            size = _PIECE if target.device.type == "cpu" else CHUNK
             for place in part.split(size):
                 _unpack_piece(chunk.arrays[0].of(stored), absmax, first, place, kind)
                 first += place.numel()

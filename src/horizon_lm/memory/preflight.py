@@ -12,7 +12,7 @@ from horizon_lm.errors import ConfigError, DoesNotFitError
 from horizon_lm.machine.device import free_memory_bytes
 from horizon_lm.machine.memory import available_host_bytes, total_host_bytes
 from horizon_lm.memory.layout import UnitLayout
-from horizon_lm.memory.store import StoreSpec, predict_bytes, predict_device_bytes
+from horizon_lm.memory.regions import StoreSpec, predict_bytes, predict_device_bytes
 from horizon_lm.memory.ways import hint
 from horizon_lm.words import size
 

@@ -226,23 +226,25 @@ def grow_vocabulary(model: Any, tokens: int, seed: int) -> None:
 def fill_store(skeleton: Skeleton, store: HostStore, base_cache: BaseCache | None = None) -> None:
     """Adopt all parameters unit by unit, freeing the model object's own on the way. base_cache: keeps packed
     units from run to run."""
-    for unit in range(len(store.units)):
-        _adopt_unit(skeleton, store, unit, base_cache)
+    room = torch.empty(max(unit.packed_numel for unit in store.units), dtype=store.dtype)
+    for unit, layout in enumerate(store.units):
+        values = room[: layout.packed_numel].zero_()  # gaps are packed as well
+        _adopt_unit(skeleton, store, unit, values)
+        stored = store.run("packed", unit) if layout.packed_numel else values
+        if not layout.packed_numel or (base_cache is not None and base_cache.read(values, stored)):
+            continue
+        store.pack(unit, values)
+        if base_cache is not None:
+            base_cache.write(values, stored)
     return_free_memory()
 
 
-def _adopt_unit(skeleton: Skeleton, store: HostStore, unit: int, base_cache: BaseCache | None) -> None:
+def _adopt_unit(skeleton: Skeleton, store: HostStore, unit: int, values: torch.Tensor) -> None:
+    """Adopt a unit's parameters; those to be packed go to values [packed_numel]."""
     layout = store.units[unit]
-    # Zeros, since gaps are packed as well.
-    values = torch.zeros(layout.packed_numel, dtype=store.dtype)
     for name, value in skeleton.take(unit):
         parameter = store.locate(name)[1]
         if parameter.offset < layout.packed_numel:
             layout.view(values, parameter).copy_(value)
         else:
             store.adopt(name, value)
-    if not layout.packed_numel or (base_cache and base_cache.read(values, store.run("packed", unit))):
-        return
-    store.pack(unit, values)
-    if base_cache is not None:
-        base_cache.write(values, store.run("packed", unit))

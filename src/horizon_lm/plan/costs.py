@@ -12,11 +12,11 @@ import torch
 
 from horizon_lm.engine.policies import Policies
 from horizon_lm.machine.profile import Profile
-from horizon_lm.memory.packed import BLOCK, CHUNK, PIECE, packed_bytes
+from horizon_lm.memory.packed import packed_bytes, unpacking_bytes
+from horizon_lm.memory.regions import StoreSpec, predict_device_bytes, regions
 from horizon_lm.memory.shards import UnitShard
 from horizon_lm.memory.slots import slot_bytes
 from horizon_lm.memory.staging import staged_bytes
-from horizon_lm.memory.store import StoreSpec, predict_device_bytes, regions
 from horizon_lm.plan.fleet import Copies, Network
 from horizon_lm.plan.outline import Measures, Outline
 from horizon_lm.plan.work import ELEMENTWISE, Kernel, Work
@@ -85,10 +85,8 @@ class Costs:
             parts = self.policies.cpu_slot_bytes(plan, self._token_counts, self.spec.dtype)
             parts["waiting_gradients"] = self._waiting_bytes()
         else:
-            packing = self.spec.packing
-            parts = slot_bytes(
-                self.outline.units, plan, self.spec.dtype, stages=not self.is_cpu, packing=packing
-            )
+            packing, dtype = self.spec.packing, self.spec.dtype
+            parts = slot_bytes(self.outline.units, plan, dtype, stages=not self.is_cpu, packing=packing)
             parts["boundary_slots"] = plan.boundary_slots * self.boundary if spills and not self.is_cpu else 0
         parts |= predict_device_bytes(self.outline.units, self.spec)
         return {name: size for name, size in parts.items() if size}
@@ -131,7 +129,8 @@ class Costs:
         if op.kind == "V":
             return self.device_memory, self._rows_bytes(op)
         if op.kind == "Q":
-            return self.device_memory, self._unpacking_bytes(op.unit)
+            numel = self.shards[op.unit].layout.packed_numel
+            return self.device_memory, unpacking_bytes(numel, self.spec.packing, self.spec.dtype, self.is_cpu)
         if op.kind not in "FBCLE":
             return None
         found = self._pass(op)
@@ -196,29 +195,23 @@ class Costs:
 
     def _weight_bytes(self, unit: int) -> int:
         """Bytes of a unit's weights that the rank holds: what it uploads, residuals of wide ones included;
-        of a split unit the frozen part. Packed parts as they are stored."""
-        share, dtype = self.shards[unit], self.spec.dtype
-        is_split = unit in self.plan.split
+        of a split unit the frozen part, packed parts as they are stored."""
+        share, spec = self.shards[unit], self.spec
         if unit in self.plan.packed:
-            return staged_bytes(share.layout, is_split, dtype, self.spec.packing)
-        if is_split:
-            return share.layout.wide_offset * dtype.itemsize
-        return (share.weights_numel + share.wide_numel) * dtype.itemsize
+            return staged_bytes(share.layout, unit in self.plan.split, spec.dtype, spec.packing)
+        if unit in self.plan.split:
+            return share.layout.wide_offset * spec.dtype.itemsize
+        return (share.weights_numel + share.wide_numel) * self.spec.dtype.itemsize
 
     def _unpacking_seconds(self, unit: int) -> float:
         """Q reads what was uploaded and writes the weights; on the CPU of packed parts alone."""
-        layout, size, profile = self.outline.units[unit], self.spec.dtype.itemsize, self.profile
+        layout, spec = self.outline.units[unit], self.spec
         if self.is_cpu:
-            read = packed_bytes(layout.packed_numel, self.spec.packing)
-            return (read + layout.packed_numel * size) / (profile.host * _CPU_UNPACKING[self.spec.packing])
+            moved = packed_bytes(layout.packed_numel, spec.packing)
+            moved += layout.packed_numel * spec.dtype.itemsize
+            return moved / (self.profile.host * _CPU_UNPACKING[spec.packing])
         numel = layout.wide_offset if unit in self.plan.split else layout.slot_numel
-        return (self._weight_bytes(unit) + numel * size) / self._device_rate
-
-    def _unpacking_bytes(self, unit: int) -> int:
-        """Scales of a chunk, and on the CPU a piece of the weights."""
-        numel = self.outline.units[unit].packed_numel
-        scales = min(numel, CHUNK) // BLOCK * torch.float32.itemsize * (self.spec.packing == "nf4")
-        return scales + (min(numel, PIECE) * self.spec.dtype.itemsize if self.is_cpu else 0)
+        return (self._weight_bytes(unit) + numel * spec.dtype.itemsize) / self._device_rate
 
     def _network_seconds(self, op: Op) -> float:
         """J gathers weights; T and V send gradients to their owners, who add them (engine/sharded.py)."""
