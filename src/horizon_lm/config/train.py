@@ -434,6 +434,13 @@ class TrainConfig(PreferenceSettings, DataSettings, CheckpointSettings, ModelSet
             )
 
     def _model_faults(self) -> Iterator[PydanticCustomError]:
+        trains_all = not self.has_adapter and not self.freeze and not self.train
+        if self.base_dtype in ("int8", "nf4") and trains_all:
+            yield fault(
+                f"base_dtype: {self.base_dtype} packs frozen weights, and all weights are trained",
+                key="base_dtype",
+                hint="set adapter=lora, or freeze=PATTERNS; or leave base_dtype out",
+            )
         if self.model_name_or_path is None and self.init_model is None:
             yield fault(
                 "no model: neither 'model_name_or_path' nor 'init_model' is given",

@@ -206,8 +206,7 @@ def evaluate_target(
     say(f"evaluating {target.what} on {data}: {size}", sys.stderr)
     for remark in remarks(rows):
         say(f"{'warning: ' if remark.is_warning else ''}{remark}", sys.stderr)
-    # These name trained parameters.
-    settings = model_settings_of(config).replace(freeze=[], train=[], lr_factors={}, adapter="none")
+    settings = model_settings_of(config).untrained()
     with quiet_transformers(), ExitStack() as stack:
         measure = _measure_of(target, config, rows, tokenizer, warn, together.ranks)
         added = stack.enter_context(_adapter_of(target, config, warn))
@@ -259,16 +258,18 @@ def _measure_of(
         return evaluate
     reference = None
     if config.uses_reference:
-        name = config.ref_model_name_or_path or target.reference
+        name, adapter = config.ref_model_name_or_path, None
+        if name is None:
+            name, adapter = target.reference, config.adapter_name_or_path
         if name is None:
             raise ConfigError(
                 f"method: {config.method} compares the model with a reference, and there is none",
                 hint="set ref_model_name_or_path=FOLDER, the model before training",
             )
-        say(f"reference: {name}", sys.stderr)
+        say(f"reference: {name}{'' if adapter is None else f' with {adapter}'}", sys.stderr)
         config = config.replace(ref_model_name_or_path=name)
         reference = Reference()
-        with reference_model(config, len(tokenizer), rows, ranks) as model:
+        with reference_model(config, len(tokenizer), rows, ranks, adapter=adapter) as model:
             passes = pass_of(config, pad_id(tokenizer), lambda text: say(text, sys.stderr), warn)
             passes.over(model, {"eval": rows}, reference)
     return Preferences(Method(config), reference).evaluate
