@@ -1,4 +1,4 @@
-"""Adapters in and out of `HostModel`: settings, a PeftModel, a folder; switched off, saved, trained further."""
+"""Adapters in and out of `HostModel`: by settings, as a PeftModel, from a folder; switched off and saved."""
 
 from __future__ import annotations
 
@@ -271,6 +271,11 @@ def two_active() -> Any:
     return model
 
 
+def called(name: str) -> Any:
+    config = adapted("llama").peft_config["default"]
+    return peft.get_peft_model(zoo.build("llama"), config, adapter_name=name)
+
+
 def for_inference() -> Any:
     model = adapted("llama")
     for parameter in model.parameters():
@@ -295,6 +300,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "shared parts": (vera, {}, "VERA"),
     "merged": (merged, {}, "merged"),
     "two active adapters": (two_active, {}, "2 active adapters"),
+    "a name of the model's own": (lambda: called("mlp"), {}, "is called 'mlp'"),
     "nothing trained": (for_inference, {}, "is trained"),
     "an adapter on top": (lambda: adapted("llama"), {"adapter": "lora"}, "ask for another"),
     "the base of a PeftModel": (lambda: adapted("llama").get_base_model(), {}, "has layers of an adapter"),

@@ -211,12 +211,23 @@ def _given(model: Any, settings: ModelSettings) -> Adapter:
             f"the model has {len(active)} active adapters ({', '.join(active)})", "set_adapter(NAME)"
         )
     adapter = Adapter(model, keeps_dtypes=True)
+    _check_is_distinct(adapter)
     if not any(p.requires_grad for p in adapter.model.parameters()):
         raise ConfigError(
             f"no parameter of the adapter {adapter.name!r} is trained",
             hint="PeftModel.from_pretrained(model, folder, is_trainable=True)",
         )
     return adapter
+
+
+def _check_is_distinct(adapter: Adapter) -> None:
+    """Refuse a name of an adapter by which its parameters cannot be told from the model's."""
+    for path, module in adapter.model.named_modules():
+        if adapter.name in module._modules and not isinstance(module, nn.ModuleDict):
+            raise _refuse(
+                f"it is called {adapter.name!r}, as a module of {path or 'the model'} is",
+                "choose another name",
+            )
 
 
 def _added(model: Any, settings: ModelSettings, has_values: bool) -> Adapter | None:
