@@ -1,5 +1,4 @@
-"""Combinations of adapters, frozen and packed parts that cannot work are refused by name: what, its value, and
-a way out."""
+"""Combinations of adapters, frozen and packed parts that cannot work are refused by name, with a way out."""
 
 from __future__ import annotations
 
