@@ -172,7 +172,7 @@ def _check_layers(model: nn.Module, chosen: Collection[str]) -> None:
         name = getattr(type(module), "kernel_layer_name", None)
         if name in chosen and any(hasattr(inner, "base_layer") for inner in module.modules()):
             raise ConfigError(
-                f"hub_kernels: {name} computes a whole {type(module).__name__}, and would leave out the adapter "
+                f"hub_kernels: {name} computes a whole {type(module).__name__}, and leaves out the adapter "
                 "within it",
                 hint=f"leave {name} out of hub_kernels, or choose target_modules outside of it",
             )
