@@ -22,8 +22,9 @@ import torch
 from horizon_lm.machine.cores import choose_threads
 from horizon_lm.memory import arena
 from horizon_lm.memory.layout import lay_out
+from horizon_lm.memory.regions import StoreSpec
 from horizon_lm.memory.slots import WeightSlots
-from horizon_lm.memory.store import HostStore, StoreSpec
+from horizon_lm.memory.store import HostStore
 from horizon_lm.optim import kernel
 from horizon_lm.plan.rates import link_rates
 from horizon_lm.report.flops import measure_peak

@@ -12,7 +12,7 @@ from benchmarks.report import Report
 from horizon_lm.bench.models import shape, work_of
 from horizon_lm.bench.ours import train_config
 from horizon_lm.bench.protocol import Case
-from horizon_lm.engine.policies import resident_order
+from horizon_lm.engine.homes import resident_order
 from horizon_lm.plan.outline_cache import OutlineCache
 from horizon_lm.plan.run_plan import RunPlan, plan_run
 

@@ -38,6 +38,10 @@ def model_of(base: Path, **changes: Any) -> HostModel:
     return HostModel.from_pretrained(base, device="cpu", **asked)
 
 
+def plain_model(base: Path) -> HostModel:
+    return HostModel.from_pretrained(base, device="cpu", dtype="float32", skip_memory_check=True)
+
+
 def test_a_checkpoint_holds_the_adapter_alone(run: Path, base: Path, text: Path, tmp_path: Path) -> None:
     place = run / "checkpoint-6"
     found = {key: t for file in sorted(place.glob("unit-*")) for key, t in load_file(file).items()}
@@ -75,7 +79,7 @@ def test_a_fingerprint_tells_bases_apart_and_nothing_else(base: Path, tmp_path: 
     assert other is not None and differing(expected, other) == ["layer 1"]
     rounded = model_of(make_base(tmp_path / "rounded", dtype=torch.bfloat16)).base_fingerprint()
     assert rounded is not None and differing(expected, rounded) == list(expected)
-    assert model_of(base, adapter="none").base_fingerprint() is None
+    assert plain_model(base).base_fingerprint() is None
     saved = model_of(base, modules_to_save=["lm_head"]).base_fingerprint()
     assert saved == expected  # its first values are the base's too
 
@@ -136,7 +140,6 @@ def test_a_base_that_is_gone_is_named(run: Path, base: Path, tmp_path: Path, cap
         ({"lora_r": 2}, "lora_r was 4, is 2"),
         ({"target_modules": ["q_proj"]}, "target_modules was 'all-linear', is ['q_proj']"),
         ({"adapter": "dora"}, "adapter was 'lora', is 'dora'"),
-        ({"adapter": "none"}, "adapter was 'lora', is 'none'"),
     ],
 )
 def test_another_adapter_is_refused_by_its_settings(
@@ -160,10 +163,11 @@ def test_another_adapter_is_refused_by_its_tensors(run: Path, base: Path, tmp_pa
         ({"lora_r": 2}, r"lora_A.default.weight is F32 \[4, 32\], expected F32 \[2, 32\]"),
         ({"target_modules": ["q_proj"]}, "which the model does not have"),
         ({"target_modules": "all-linear", "adapter": "dora"}, "has no tensor .*lora_magnitude_vector"),
-        ({"adapter": "none"}, "holds an adapter, and a model without one is trained"),
     ):
         with pytest.raises(CheckpointError, match=said):
             load_checkpoint(checkpoint, model_of(base, **change))
+    with pytest.raises(CheckpointError, match="holds an adapter, and a model without one is trained"):
+        load_checkpoint(checkpoint, plain_model(base))
     with pytest.raises(OtherBaseError, match="layer 1"):
         load_checkpoint(checkpoint, model_of(changed_copy(base, tmp_path / "other")))
     load_checkpoint(checkpoint, model_of(base))  # the control
@@ -171,7 +175,7 @@ def test_another_adapter_is_refused_by_its_tensors(run: Path, base: Path, tmp_pa
 
 def test_a_whole_model_is_not_the_checkpoint_of_an_adapter(base: Path, text: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
-    train(adapter_settings(text, whole, base, adapter="none", max_steps=1))
+    train(adapter_settings(text, whole, base, adapter=None, max_steps=1))
     with pytest.raises(CheckpointError, match="holds a whole model, and an adapter is trained"):
         load_checkpoint(open_checkpoint(whole / "checkpoint-1"), model_of(base))
 

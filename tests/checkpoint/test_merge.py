@@ -153,7 +153,7 @@ def test_other_families_are_merged(name: str, tmp_path: Path) -> None:
 def test_wrong_merges_are_one_line(run: Path, base: Path, text: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out"
     whole = tmp_path / "whole"
-    train(adapter_settings(text, whole, base, adapter="none", max_steps=1))
+    train(adapter_settings(text, whole, base, adapter=None, max_steps=1))
     other = changed_copy(base, tmp_path / "other")
     moved = shutil.copytree(run, tmp_path / "moved")
     torn = shutil.copytree(run / "model", tmp_path / "torn")

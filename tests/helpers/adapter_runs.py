@@ -29,10 +29,12 @@ def make_base(folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0
 
 
 def adapter_values(text: Path, run: Path, base: Path, **changes: Any) -> dict[str, Any]:
-    """Settings of a run that trains LoRA on `base`, or what `changes` say."""
+    """Settings of a run that trains LoRA on `base`; all of it with adapter=None."""
     asked = {"adapter": "lora", "lora_r": 4, "model_name_or_path": str(base), **changes}
-    found = values(text, run, **asked)
-    return {k: v for k, v in found.items() if k not in ("init_model", "train_tokenizer_vocab_size")}
+    left_out = ["init_model", "train_tokenizer_vocab_size"]
+    if asked["adapter"] is None:
+        left_out += ["adapter", "lora_r"]
+    return {k: v for k, v in values(text, run, **asked).items() if k not in left_out}
 
 
 def adapter_settings(text: Path, run: Path, base: Path, **changes: Any) -> TrainConfig:

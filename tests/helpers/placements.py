@@ -13,6 +13,7 @@ import torch
 import horizon_lm as hz
 import zoo
 from adversarial import from_pretrained
+from horizon_lm.memory.store import HostStore
 
 Bits = dict[str, torch.Tensor]
 MICRO_BATCHES = (5, 3, 4, 1, 5, 2, 5, 4, 3, 5)  # of each of the ten steps
@@ -134,12 +135,19 @@ def state(host: hz.HostModel) -> Bits:
     host.flush()
     store = host.store
     found = {
-        f"{region}.{store.units[unit].name}": bits(store.host_copy(region, unit))
+        f"{region}.{store.units[unit].name}": bits(_whole(store, region, unit))
         for region in ("weights", "residual", "exp_avg", "exp_avg_sq")
         if store.has(region)
         for unit in range(len(store.units))
     }
     return found | {name: bits(value) for name, value in host.named_parameters()}
+
+
+def _whole(store: HostStore, region: str, unit: int) -> torch.Tensor:
+    """A unit's flat buffer; of a split unit, both parts of its weights."""
+    found = store.host_copy(region, unit)
+    is_cut = region == "weights" and store.is_split(unit)
+    return torch.cat([store.host_copy("frozen", unit), found]) if is_cut else found
 
 
 @dataclass
@@ -204,6 +212,7 @@ def sampled(rng: random.Random, source: Source, numbers: Numbers) -> dict[str, A
             rng.randrange(len(names) + 1),
             len(names),
             rng.sample(names, rng.randint(1, len(names))),
+            *(["trainable", ["trainable", *rng.sample(names, 1)]] if source.frozen else []),
         ]
     )
     rounds = rng.choice([1, 2, 3, 5])

@@ -20,7 +20,14 @@ from schedule_authorities import random_order
 from symbolic_steps import STEPS, run_symbolically
 
 
-def random_spec(rng: random.Random, *, layers: int = 6, micro_batches: int = 6) -> StepSpec:
+def random_spec(rng: random.Random, **most: int) -> StepSpec:
+    """The same with split units and packed ones."""
+    spec = whole_spec(rng, **most)
+    uploaded = spec.uploaded | _some(rng, spec.resident, [0.0, 0.0, 0.5, 1.0])
+    return replace(spec, uploaded=uploaded, packed=_some(rng, uploaded, [0.0, 0.0, 0.5, 1.0]))
+
+
+def whole_spec(rng: random.Random, *, layers: int = 6, micro_batches: int = 6) -> StepSpec:
     """Any combination of settings; at most this many layers and micro-batches."""
     layers, micro_batches = rng.randint(1, layers), rng.randint(1, micro_batches)
     head = layers + 1
@@ -61,7 +68,7 @@ def random_spec(rng: random.Random, *, layers: int = 6, micro_batches: int = 6) 
 
 def random_world_spec(rng: random.Random, **most: int) -> StepSpec:
     """The same for shared steps: of several ranks, or of one with `exact`."""
-    spec, world = random_spec(rng, **most), rng.choice([1, 2, 3, 4, 8])
+    spec, world = whole_spec(rng, **most), rng.choice([1, 2, 3, 4, 8])
     return replace(spec, world=world, reduction=rng.choice(["exact", "fast"]) if world > 1 else "exact")
 
 

@@ -17,8 +17,9 @@ from horizon_lm.checkpoint.reader import load_units
 from horizon_lm.checkpoint.writer import CheckpointWriter, Outcome, Snapshot
 from horizon_lm.distributed.ranks import ALONE, Ranks
 from horizon_lm.host_model import HostModel
+from horizon_lm.memory.regions import StoreSpec
 from horizon_lm.memory.shards import WHOLE, Shard
-from horizon_lm.memory.store import HostStore, StoreSpec
+from horizon_lm.memory.store import HostStore
 from sharded_stores import BF16, FP32, layouts
 from threaded_ranks import on_ranks
 

@@ -14,8 +14,8 @@ import placements
 import rank_pool
 from horizon_lm.engine.policies import slots_of, store_spec
 from horizon_lm.errors import HorizonError
+from horizon_lm.memory.regions import predict_bytes, predict_device_bytes
 from horizon_lm.memory.shards import Shard
-from horizon_lm.memory.store import predict_bytes, predict_device_bytes
 from rank_cases import SOURCES, Case, digest, model, state
 
 VALUES = ("entropy", "mean_logits", "is_top1")

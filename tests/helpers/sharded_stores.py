@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 
 from horizon_lm.memory.layout import UnitLayout, lay_out
+from horizon_lm.memory.regions import StoreSpec
 from horizon_lm.memory.shards import WHOLE, Shard
-from horizon_lm.memory.store import HostStore, StoreSpec
+from horizon_lm.memory.store import HostStore
 
 BF16, FP32 = torch.bfloat16, torch.float32
 WORLDS = (1, 2, 3, 4, 64)

@@ -41,7 +41,15 @@ class Symbols:
         if op.kind == "U" and plan.is_shared:
             memory["shard", op.shard] = self.get("weights", u)
         elif op.kind == "U":
-            memory["slot", op.slot] = self.name("U", u, self.get("weights", u))
+            frozen = self.name("frozen", u)
+            value = frozen if u in plan.split else self.name("U", u, self.get("weights", u))
+            if u in plan.packed:
+                memory["staging", op.staging] = ("packed", value)
+            else:
+                memory["slot", op.slot] = value
+        elif op.kind == "Q":
+            staged = self.get("staging", op.staging)
+            memory["slot", op.slot] = staged[1] if isinstance(staged, tuple) else ("not packed", staged)
         elif is_collective(op):
             meet([self], [op])
         elif op.kind in "FC":
@@ -95,7 +103,10 @@ class Symbols:
     def weights(self, unit: int, slot: int) -> Any:
         """What is in a slot; a resident unit's where it lives, unless that is a share."""
         if unit in self.plan.resident and not self.plan.is_shared:
-            return self.name("U", unit, self.get("weights", unit))
+            home = self.name("U", unit, self.get("weights", unit))
+            frozen = self.name("frozen", unit)
+            streamed = self.get("slot", slot) if unit in self.plan.split else frozen
+            return home if streamed == frozen else self.name("not its frozen part", streamed, home)
         return self.get("slot", slot) if slot >= 0 else None
 
     def between_rounds(self, op: Op) -> None:

@@ -23,14 +23,16 @@ from horizon_lm.checkpoint.manifest import Manifest
 from horizon_lm.checkpoint.reader import load_units
 from horizon_lm.config import ModelSettings, TrainConfig
 from horizon_lm.engine import policies
-from horizon_lm.engine.policies import Policies, resident_order, resident_units, store_spec
+from horizon_lm.engine.homes import resident_order, resident_units
+from horizon_lm.engine.policies import Policies, store_spec
 from horizon_lm.errors import ConfigError, DoesNotFitError
 from horizon_lm.host_model import HostModel
 from horizon_lm.memory import preflight
 from horizon_lm.memory.layout import UnitLayout, lay_out
 from horizon_lm.memory.preflight import check_memory
+from horizon_lm.memory.regions import GradientSlabs, StoreSpec, predict_bytes, predict_device_bytes
 from horizon_lm.memory.slots import WeightSlots, gradient_slot_numels, weight_slot_numels
-from horizon_lm.memory.store import GradientSlabs, HostStore, StoreSpec, predict_bytes, predict_device_bytes
+from horizon_lm.memory.store import HostStore
 from horizon_lm.preference.reference import weights_hash
 
 BF16, FP32 = torch.bfloat16, torch.float32

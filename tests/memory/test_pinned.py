@@ -29,7 +29,8 @@ from horizon_lm.errors import DoesNotFitError
 from horizon_lm.memory import arena, registration
 from horizon_lm.memory.layout import UnitLayout, lay_out
 from horizon_lm.memory.pinned import PinnedPool
-from horizon_lm.memory.store import HostStore, StoreSpec, predict_bytes
+from horizon_lm.memory.regions import StoreSpec, predict_bytes
+from horizon_lm.memory.store import HostStore
 
 BF16, FP32 = torch.bfloat16, torch.float32
 KB = 1 << 10

@@ -24,8 +24,8 @@ from horizon_lm.machine.profile import load_profile
 from horizon_lm.memory import arena
 from horizon_lm.memory.layout import UnitLayout, lay_out
 from horizon_lm.memory.preflight import check_memory
+from horizon_lm.memory.regions import GradientSlabs, StoreSpec, predict_bytes
 from horizon_lm.memory.shards import Shard
-from horizon_lm.memory.store import GradientSlabs, StoreSpec, predict_bytes
 from horizon_lm.plan.fit import Limits
 from horizon_lm.words import size
 from planned_models import SMALL

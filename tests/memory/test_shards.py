@@ -13,6 +13,14 @@ from hypothesis import strategies as st
 
 from horizon_lm.distributed.ranks import ALONE, Ranks
 from horizon_lm.memory.layout import UnitLayout, lay_out
+from horizon_lm.memory.regions import (
+    GradientSlabs,
+    StoreSpec,
+    predict_bytes,
+    predict_device_bytes,
+    regions,
+    state_bytes,
+)
 from horizon_lm.memory.shards import BLOCK, WHOLE, Shard, UnitShard
 from horizon_lm.memory.slots import (
     GradientShards,
@@ -23,15 +31,7 @@ from horizon_lm.memory.slots import (
     slot_bytes,
     weight_slot_numels,
 )
-from horizon_lm.memory.store import (
-    GradientSlabs,
-    HostStore,
-    StoreSpec,
-    predict_bytes,
-    predict_device_bytes,
-    regions,
-    state_bytes,
-)
+from horizon_lm.memory.store import HostStore
 from horizon_lm.memory.whole import Whole
 from horizon_lm.schedule import StepSpec
 from sharded_stores import BF16, CPU, FP32, REGIONS, WORLDS, filled, layouts

@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from horizon_lm.host_model import HostModel
 from horizon_lm.memory import arena
 from horizon_lm.memory.layout import ALIGN_ELEMENTS, UnitLayout, lay_out
-from horizon_lm.memory.store import HostStore, StoreSpec, predict_bytes, regions
+from horizon_lm.memory.regions import StoreSpec, predict_bytes, regions
+from horizon_lm.memory.store import HostStore
 from stored_bits import is_moved
 
 BF16, FP32 = torch.bfloat16, torch.float32

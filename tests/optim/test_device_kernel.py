@@ -23,8 +23,8 @@ from fake_cuda import fake_cuda as fake_cuda
 from horizon_lm.errors import ConfigError
 from horizon_lm.memory.layout import ALIGN_ELEMENTS, UnitLayout
 from horizon_lm.memory.master import split_master
+from horizon_lm.memory.regions import StoreSpec
 from horizon_lm.memory.shards import UnitShard
-from horizon_lm.memory.store import StoreSpec
 from horizon_lm.optim import kernel, optimizer, reference
 from horizon_lm.optim.optimizer import Group, Optimizer, Segment, UpdateSettings
 from horizon_lm.optim.progress import Progress

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from horizon_lm.engine.gradient import UnitGradient, _sums_of_squares
+from horizon_lm.memory.regions import StoreSpec
 from horizon_lm.memory.shards import BLOCK, Shard
-from horizon_lm.memory.store import HostStore, StoreSpec
+from horizon_lm.memory.store import HostStore
 from horizon_lm.optim import gradients, kernel, optimizer
 from horizon_lm.optim.gradients import add_in_order, move_gradient, ordered_sum
 from horizon_lm.optim.optimizer import Group, Optimizer, UpdateSettings, segments

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from horizon_lm.machine.profile import load_profile
-from horizon_lm.memory.store import predict_bytes
+from horizon_lm.memory.regions import predict_bytes
 from horizon_lm.plan.costs import Costs
 from horizon_lm.plan.fleet import ONE
 from horizon_lm.plan.predict import Sizes, costs_of, prediction_of

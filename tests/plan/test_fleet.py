@@ -14,8 +14,8 @@ from horizon_lm.config import TrainConfig
 from horizon_lm.distributed.ranks import ALONE
 from horizon_lm.errors import ConfigError, DoesNotFitError
 from horizon_lm.machine.profile import Node, Profile, load_profile
+from horizon_lm.memory.regions import predict_bytes
 from horizon_lm.memory.shards import Shard, UnitShard
-from horizon_lm.memory.store import predict_bytes
 from horizon_lm.plan.costs import Costs
 from horizon_lm.plan.fleet import ONE, Fleet, Network
 from horizon_lm.plan.fleet_plan import break_even, smallest

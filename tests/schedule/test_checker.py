@@ -43,7 +43,7 @@ def mutants(plan: StepSpec) -> Iterator[tuple[str, list[Op]]]:
                 for other in (0, -1):
                     moved = _with(op, region, other, name)
                     yield f"{op} with {name}={other}", [*ops[:i], moved, *ops[i + 1 :]]
-        for region in ("shard", "grad_shard"):
+        for region in ("shard", "grad_shard", "staging"):
             if getattr(op, region) >= 0:
                 for other in ((getattr(op, region) + 1) % (plan.grad_slots + 1), -1):
                     yield f"{op} with {region}={other}", [*ops[:i], _with(op, region, other), *ops[i + 1 :]]
@@ -131,6 +131,25 @@ def _with(op: Op, region: str, slot: int, name: str | None = None) -> Op:
             rounds=2,
             sums="device",
             products=frozenset({1}),
+        ),
+        plain(
+            layers=2,
+            embedding_unit=4,
+            trainable=frozenset({1, 2}),
+            uploaded=frozenset(range(5)),
+            resident=frozenset({1, 2}),
+            packed=frozenset({2}),
+            update="deferred",
+        ),
+        plain(
+            layers=2,
+            embedding_unit=3,
+            embedding_frozen=True,
+            trainable=frozenset(range(4)),
+            uploaded=frozenset(range(4)),
+            resident=frozenset({2, 3}),
+            packed=frozenset({1, 2}),
+            update="eager",
         ),
         plain(world=2, reduction="exact"),
         plain(
@@ -345,3 +364,76 @@ def test_fault_swapped_ops(ops: list[Op]) -> None:
     i, j = place(ops, "N"), place(ops, "D5")
     ops[i], ops[j] = ops[j], ops[i]
     assert "N of step 0 reads sqnorm.5, which this step has not written" in faults_of(ops)
+
+
+# Units in parts.
+
+PARTS = plain(trainable=frozenset({1, 2, 3}), uploaded=frozenset(range(6)), resident=frozenset({1, 2, 3}))
+PACKED = replace(PARTS, packed=frozenset({2, 3}))
+
+
+def changed(ops: list[Op], text: str, **values: object) -> list[Op]:
+    i = place(ops, text)
+    return [*ops[:i], replace(ops[i], **values), *ops[i + 1 :]]  # type: ignore[arg-type]
+
+
+def test_fault_split_unit_read_in_one_part_only() -> None:
+    ops = build_steps(PARTS, STEPS)
+    reads = ops[place(ops, "B2.0")].reads
+    assert faults_of(ops, PARTS) == ""
+    fault = "B2.0 of step 0 does not read weights.2, where the unit lives"
+    assert fault in faults_of(changed(ops, "B2.0", reads=reads - {Buffer("weights", 2)}), PARTS)
+    i = place(ops, "B2.0")
+    fault = "B2.0 of step 0 has no slot to read its weights from"
+    assert fault in faults_of([*ops[:i], with_slot(ops[i], -1), *ops[i + 1 :]], PARTS)
+
+
+def test_fault_split_unit_uploaded_whole() -> None:
+    ops = build_steps(PARTS, STEPS)
+    found = faults_of(changed(ops, "U2", reads=frozenset({Buffer("weights", 2)})), PARTS)
+    assert "U2 of step 0 reads weights.2 instead of frozen.2" in found
+    found = faults_of(changed(ops, "U2", reads=frozenset({Buffer("frozen", 3)})), PARTS)
+    assert "U2 of step 0 reads frozen.3 of another unit" in found
+
+
+def test_fault_frozen_part_overwritten() -> None:
+    ops = build_steps(PARTS, STEPS)
+    writes = ops[place(ops, "A2")].writes | {Buffer("frozen", 2)}
+    assert "A2 of step 0 writes to frozen weights" in faults_of(changed(ops, "A2", writes=writes), PARTS)
+
+
+def test_fault_packed_unit_not_unpacked() -> None:
+    ops = build_steps(PACKED, STEPS)
+    assert faults_of(ops, PACKED) == ""
+    found = faults_of([op for op in ops if str(op) != "Q2"], PACKED)
+    assert "F2.0 of step 0 needs unit 2 in slot" in found and "U2 fills staging" in found
+
+
+def test_fault_packed_unit_unpacked_before_it_arrives() -> None:
+    ops = build_steps(PACKED, STEPS)
+    i = place(ops, "Q3")
+    early = [
+        *ops[: place(ops, "U3")],
+        ops[i],
+        *[op for k, op in enumerate(ops) if k >= place(ops, "U3") and k != i],
+    ]
+    assert "Q3 of step 0 needs unit 3 in staging" in faults_of(early, PACKED)
+
+
+def test_fault_plain_unit_unpacked() -> None:
+    ops = build_steps(PACKED, STEPS)
+    fault = "Q2 of step 0 has staging slot 0 for a unit that is not packed"
+    assert fault in faults_of(ops, replace(PACKED, packed=frozenset({3})))
+    fault = "U1 of step 0 has staging slot -1 for a unit that is packed"
+    assert fault in faults_of(ops, replace(PACKED, packed=frozenset({1, 2, 3})))
+
+
+def test_what_a_spec_says_of_parts() -> None:
+    with pytest.raises(ValueError, match="unit 1 is split; hint: a rank's share of a unit has one home"):
+        replace(PARTS, reduction="exact")
+    with pytest.raises(ValueError, match="unit 2 is packed; hint: a rank's share of a unit has one home"):
+        plain(packed=frozenset({2}), world=2, reduction="fast")
+    with pytest.raises(
+        ValueError, match="unit 2 is packed, but not uploaded; hint: packed parts are streamed"
+    ):
+        plain(packed=frozenset({2}), resident=frozenset({2}))

@@ -27,7 +27,7 @@ def test_random_schedules_are_sound_and_right(request: pytest.FixtureRequest) ->
     for spec, ops in specs(request, times(300, 10_000)):
         check_by_running(spec, ops, rng)
         kinds.update({op.kind for op in ops})
-    assert set("UFXLRCBPSGDNOAW") == kinds.keys() and min(kinds.values()) > 20, kinds
+    assert set("UQFXLRCBPSGDNOAW") == kinds.keys() and min(kinds.values()) > 20, kinds
 
 
 def test_removing_a_wait_from_a_random_schedule_is_found(request: pytest.FixtureRequest) -> None:
@@ -43,7 +43,7 @@ def test_removing_a_wait_from_a_random_schedule_is_found(request: pytest.Fixture
                 f"{ops[i]} need not wait for {ops[j]}: {described(spec)}"
             )
             removed[ops[i].kind + ops[j].kind] += 1
-    pairs = {"PB", "SP", "PS", "GS", "GP", "BG", "AN", "AD", "FA", "WA", "DB", "UO"}
+    pairs = {"PB", "SP", "PS", "GS", "GP", "BG", "AN", "AD", "FA", "WA", "DB", "UO", "QU", "UQ"}
     assert pairs <= removed.keys(), pairs - removed.keys()
 
 
@@ -54,16 +54,37 @@ def test_evaluations_of_random_specs_are_sound(request: pytest.FixtureRequest) -
         spec = replace(spec, evaluate=True, rounds=1, saved=frozenset())
         ops = build(spec)
         assert check(ops, spec) == [], described(spec)
-        assert {op.kind for op in ops} <= set("UFE")
+        assert {op.kind for op in ops} <= set("UQFE")
         assert {op.unit for op in ops if op.kind == "U"} == spec.uploaded
 
 
 def test_a_resident_crosses_no_bus_and_is_updated_where_it_lives(request: pytest.FixtureRequest) -> None:
+    """Of a split unit the frozen part does, and its updates never wait for that, nor that for them."""
+    split = 0
     for spec, ops in specs(request, times(100, 1_000)):
+        waits = derive_waits(ops)
         for unit in spec.resident:
             kinds = Counter(op.kind for op in ops if op.unit == unit)
-            assert not kinds["U"] and not kinds["O"]
+            assert bool(kinds["U"]) == (unit in spec.split) and not kinds["O"]
             assert kinds["A"] == (2 if unit in spec.trainable else 0), described(spec)
+        for i, targets in enumerate(waits):
+            if ops[i].unit in spec.split and ops[i].kind in "UA":
+                split += 1
+                assert not {ops[j].kind for j in targets} & ({"A", "O"} if ops[i].kind == "U" else {"U"})
+    assert split > 100
+
+
+def test_a_packed_unit_is_unpacked_once_for_each_upload(request: pytest.FixtureRequest) -> None:
+    """By the first op that the compute lane runs of its visit; others have neither op nor staging slot."""
+    seen = 0
+    for spec, ops in specs(request, times(100, 1_000)):
+        for unit in spec.uploaded:
+            uploads = [op for op in ops if op.kind == "U" and op.unit == unit]
+            unpacks = [op for op in ops if op.kind == "Q" and op.unit == unit]
+            assert len(unpacks) == (len(uploads) if unit in spec.packed else 0), described(spec)
+            assert all((op.staging >= 0) == (unit in spec.packed) for op in uploads)
+            seen += len(unpacks)
+    assert seen > 100
 
 
 def test_uploads_of_rounds(request: pytest.FixtureRequest) -> None:

@@ -13,7 +13,7 @@ from horizon_lm.config import ModelSettings, TrainConfig, model_settings_of
 from horizon_lm.errors import ConfigError, UnsupportedModelError
 from horizon_lm.host_model import HostModel
 from horizon_lm.memory.arena import keep_freed_memory
-from horizon_lm.memory.store import regions
+from horizon_lm.memory.regions import regions
 from horizon_lm.optim import kernel
 from horizon_lm.plan.run_plan import plan_run
 from horizon_lm.schedule import Lane
@@ -159,7 +159,7 @@ def moved_bytes(model: HostModel, spans: Iterable[Span]) -> dict[str, int]:
     store, engine = model.store, model.engine
     size = store.dtype.itemsize
     # State is read and written, gradients are read.
-    per_parameter = size + sum(2 * row.dtype.itemsize for row in regions(store.spec) if row.is_state)
+    per_parameter = size + sum(2 * row.dtype.itemsize for row in regions(store.spec) if row.is_updated)
     streamed = model.device.type != "cpu"
     found = {"to_device": 0, "from_device": 0, "update": 0}
     for op, _, _ in spans:
@@ -168,7 +168,7 @@ def moved_bytes(model: HostModel, spans: Iterable[Span]) -> dict[str, int]:
         elif not streamed:
             continue
         elif op.kind == "U":
-            found["to_device"] += store.units[op.unit].slot_numel * size
+            found["to_device"] += store.streamed_numel(op.unit) * size
         elif op.kind == "D":
             downloaded = 0 if store.is_resident(op.unit) else store.units[op.unit].trainable_numel
             found["from_device"] += downloaded * size

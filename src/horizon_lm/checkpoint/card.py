@@ -18,7 +18,7 @@ _SHOWN = (
     *("num_train_epochs", "max_steps", "dtype", "moment_dtype", "seed"),
 )
 
-_ADAPTER = ("lora_r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")
+_ADAPTER = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save")
 _PREFERENCES = ("method", "loss_type", "beta", "ref_model_name_or_path")  # shown for methods on these
 
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # names that the Hub accepts as a base model

@@ -21,8 +21,9 @@ from torch import nn
 
 from horizon_lm.checkpoint.disk import PIECE_BYTES, HashedFile
 from horizon_lm.memory.layout import Parameter, UnitLayout
+from horizon_lm.memory.regions import StoreSpec, regions, saved_in
 from horizon_lm.memory.shards import Piece, Shard, UnitShard
-from horizon_lm.memory.store import HostStore, StoreSpec, regions, saved_in
+from horizon_lm.memory.store import HostStore
 
 DTYPE_NAMES = {
     torch.bfloat16: "BF16",
@@ -85,7 +86,7 @@ def parts(layout: UnitLayout, spec: StoreSpec, shard: Shard) -> list[tuple[Part,
 
 
 def _parts(layout: UnitLayout, spec: StoreSpec, shard: Shard) -> Iterator[tuple[Part, int]]:
-    cut = UnitShard(layout, shard)
+    cut = UnitShard(layout, shard)  # whichever units are split
     piece_of: dict[str, Callable[[Parameter], Piece | None]] = {
         "weights": cut.weights_piece,
         "residual": cut.residual_piece,
@@ -93,7 +94,7 @@ def _parts(layout: UnitLayout, spec: StoreSpec, shard: Shard) -> Iterator[tuple[
         "exp_avg_sq": cut.trainable_piece,
     }
     for region in regions(spec):
-        if not region.is_state:
+        if not region.is_updated:
             continue
         for parameter in saved_in(region.name, layout, spec):
             # A parameter without elements is named by every rank.
@@ -109,7 +110,11 @@ def entries(store: HostStore, unit: int) -> list[Entry]:
     found = []
     shard = store.spec.shard
     for part, offset in parts(store.units[unit], store.spec, shard):
-        view = store.run(part.key.partition(".")[0], unit).narrow(0, offset, part.stop - part.start)
+        region, _, name = part.key.partition(".")
+        if region == "weights" and shard.world == 1:
+            found.append((part.key, store.weight_view(name)))
+            continue
+        view = store.run(region, unit).narrow(0, offset, part.stop - part.start)
         found.append((part.key, view if shard.world > 1 else view.view(part.shape)))
     return found
 

@@ -11,6 +11,7 @@ from horizon_lm.config.base import Settings, setting
 
 ACTIVATIONS = ("recompute", "attention", "products", "keep")
 BOUNDARIES = ("device", "host")
+TRAINABLE = "trainable"  # of `resident`: the trainable parts of all units
 
 
 class MemorySettings(Settings):
@@ -43,16 +44,17 @@ class MemorySettings(Settings):
         group="Memory and device",
         resume="ask",
     )
-    resident: int | Literal["auto"] | list[str] = setting(
+    resident: int | Literal["auto", "trainable"] | list[str] = setting(
         "auto",
         "Units that live in device memory with their gradients and optimizer state, and are updated there; "
         "results are bitwise identical. N takes embedding table, head and prologue, then layers from the "
-        'first one up; a list names them, as in [embedding, head, "layer 0"]. auto lets the planner choose; '
-        "without a plan it is 0.",
+        'first one up; a list names them, as in [embedding, head, "layer 0"]. trainable, alone or in a list, '
+        "is the trainable parts of all units, while their frozen parts are streamed. auto is trainable for "
+        "an adapter on a GPU; otherwise it lets the planner choose, and is 0 without a plan.",
         group="Memory and device",
         resume="free",
         unit="units",
-        expects="a whole number >= 0, auto, or a list of units such as [head, layer 0]",
+        expects="a whole number >= 0, auto, trainable, or a list of units such as [head, layer 0]",
     )
     rounds: int | Literal["auto"] = setting(
         "auto",

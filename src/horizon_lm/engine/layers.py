@@ -53,9 +53,10 @@ class _Entry(torch.autograd.Function):
 
 
 class _Handle(NamedTuple):
-    """Location of a saved weight: in the unit's flat buffer (name None), or in the wide parameter `name`."""
+    """Location of a saved weight: in a run of the unit's weights (its number), or in the wide parameter of
+    this name."""
 
-    name: str | None
+    place: int | str
     offset: int
     shape: torch.Size
     stride: tuple[int, ...]
@@ -64,22 +65,24 @@ class _Handle(NamedTuple):
 class _Weights:
     """Saved-tensor hooks that replace weights by handles, and handles by the current weights."""
 
-    def __init__(self, run: torch.Tensor, bound: dict[str, torch.Tensor]) -> None:
-        self._run = run
-        self.storage = _storage_of(run)
+    def __init__(self, runs: list[torch.Tensor], bound: dict[str, torch.Tensor]) -> None:
+        self._runs = runs
+        self._numbers = {_storage_of(run): number for number, run in enumerate(runs)}
         storages = {name: _storage_of(tensor) for name, tensor in bound.items()}
-        self._wide = {storage: name for name, storage in storages.items() if storage != self.storage}
+        self._wide = {storage: name for name, storage in storages.items() if storage not in self._numbers}
         self.unbindable: torch.dtype | None = None
-        self._now: tuple[torch.Tensor, dict[str, torch.Tensor]] | None = None
+        self._now: tuple[list[torch.Tensor], dict[str, torch.Tensor]] | None = None
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor | _Handle:
         storage = _storage_of(tensor)
-        if storage == self.storage:
-            if tensor.dtype != self._run.dtype:  # the same bytes under another type
+        if storage in self._numbers:
+            number = self._numbers[storage]
+            run = self._runs[number]
+            if tensor.dtype != run.dtype:  # the same bytes under another type
                 self.unbindable = tensor.dtype
                 return tensor
-            offset = int(tensor.storage_offset() - self._run.storage_offset())
-            return _Handle(None, offset, tensor.shape, tensor.stride())
+            offset = int(tensor.storage_offset() - run.storage_offset())
+            return _Handle(number, offset, tensor.shape, tensor.stride())
         if storage in self._wide:
             return _Handle(self._wide[storage], int(tensor.storage_offset()), tensor.shape, tensor.stride())
         # Detached: an output saved by its own node would form a cycle with it, and a graph that is never run
@@ -90,14 +93,14 @@ class _Weights:
         if isinstance(saved, torch.Tensor):
             return saved
         assert self._now is not None, "a backward pass without its weights"
-        run, wide = self._now
-        base = run if saved.name is None else wide[saved.name]
+        runs, wide = self._now
+        base = runs[saved.place] if isinstance(saved.place, int) else wide[saved.place]
         return base.as_strided(saved.shape, saved.stride, saved.offset + base.storage_offset())
 
     @contextmanager
-    def rebound(self, run: torch.Tensor, bound: dict[str, torch.Tensor]) -> Iterator[None]:
+    def rebound(self, runs: list[torch.Tensor], bound: dict[str, torch.Tensor]) -> Iterator[None]:
         """While open, resolve handles to these weights."""
-        self._now = run, {name: tensor.detach() for name, tensor in bound.items()}
+        self._now = runs, {name: tensor.detach() for name, tensor in bound.items()}
         try:
             yield
         finally:
@@ -167,15 +170,15 @@ class Layer(NamedTuple):
             return replace(done, graph=Rerun(None))
         skeleton, weights, box, saved = self.skeleton, self.weights, _Box(hidden), None
         if weights is not None and policy and not in_place:
-            weights = weights._replace(weights=_private(weights.weights))
-        shared = _sharing([] if weights is None else [weights.weights])
+            weights = _private_weights(weights)
+        shared = _sharing([] if weights is None else weights.runs)
         with (
             torch.set_grad_enabled(grad),
             skeleton.bound(self.number + 1, weights, grad=grad, aliased=bool(policy)) as bound,
             capture_routers(skeleton, self.number) as routers,
         ):
             if policy == KEEP and weights is not None:
-                saved = _Weights(weights.weights, bound)
+                saved = _Weights(weights.runs, bound)
             output = self._run(box, policy, grad, saved)
         plain = [r._replace(logits=r.logits.detach()) for r in routers]
         if not policy:
@@ -249,7 +252,7 @@ class Layer(NamedTuple):
         with (
             self.skeleton.bound(unit, self.weights, grad=True) as bound,
             collecting(self.skeleton, unit, graph.leaves, gradient),
-            graph.saved.rebound(self.weights.weights, bound)
+            graph.saved.rebound(self.weights.runs, bound)
             if graph.saved is not None and self.weights is not None
             else nullcontext(),
         ):
@@ -263,11 +266,11 @@ def _has_put_aside(
 ) -> bool:
     """Whether a layer still holds weights, other than its leaves, after its forward pass.
 
-    shared: tensors over the weights' storage before it. The count is exact: the storage is private to this
-    pass (`_private`), so no other thread adds to it, and garbage in cycles is collected first.
+    shared: tensors over the weights' storages before it. The count is exact: the storages are private to this
+    pass (`_private`), so no other thread adds to them, and garbage in cycles is collected first.
     """
-    flat = _storage_of(weights.weights)
-    tensors = [weights.weights, *(t for t in leaves.values() if _storage_of(t) != flat)]
+    flat = {_storage_of(run) for run in weights.runs}
+    tensors = [*weights.runs, *(t for t in leaves.values() if _storage_of(t) not in flat)]
 
     def is_more() -> bool:
         return _sharing(tensors) - shared > len(leaves)
@@ -275,6 +278,12 @@ def _has_put_aside(
     if is_more() and not is_known:
         gc.collect()
     return is_more()
+
+
+def _private_weights(weights: UnitWeights) -> UnitWeights:
+    """The same weights in runs that are known to this pass only."""
+    more = tuple((begin, _private(run)) for begin, run in weights.more)
+    return weights._replace(weights=_private(weights.weights), more=more)
 
 
 def _private(run: torch.Tensor) -> torch.Tensor:

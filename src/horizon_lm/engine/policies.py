@@ -3,54 +3,35 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from horizon_lm.config.memory import ACTIVATIONS, BOUNDARIES, per_layer
 from horizon_lm.config.model import ModelSettings
+from horizon_lm.engine.homes import Homes, ModelShape, packing_of, reduction_of, used_units
 from horizon_lm.engine.loss import chunk_tokens
 from horizon_lm.errors import ConfigError
 from horizon_lm.machine.cores import lane_cores
 from horizon_lm.machine.device import free_memory_bytes, resolve_device
-from horizon_lm.memory.layout import UnitLayout, lay_out
+from horizon_lm.memory.layout import lay_out
 from horizon_lm.memory.preflight import check_memory
+from horizon_lm.memory.regions import GradientSlabs, StoreSpec
 from horizon_lm.memory.shards import WHOLE, Shard
-from horizon_lm.memory.slots import gradient_slot_bytes, slot_bytes
-from horizon_lm.memory.store import GradientSlabs, StoreSpec
+from horizon_lm.memory.slots import gradient_slot_bytes, slot_bytes, weight_slot_numels
 from horizon_lm.model.loading import count_parameters
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.optim.optimizer import Optimizer, UpdateSettings, check_patterns, group_rule, segments
 from horizon_lm.optim.rules import ADAPTIVE_RULES, finite_number
 from horizon_lm.schedule import StepSpec
 from horizon_lm.schedule.slots import gradient_slots_of
-from horizon_lm.schedule.step_spec import ATTENTION, EXACT, FAST, KEEP, PRODUCTS
+from horizon_lm.schedule.step_spec import ATTENTION, FAST, KEEP, PRODUCTS
 from horizon_lm.words import count
 
 _SUM_SLABS = 2  # one arrives while the host adds the other
-_DIGITS = re.compile(r"[0-9]+")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-class ModelShape(Protocol):
-    """What resolving needs of a model: a `Skeleton`, or the planner's outline."""
-
-    @property
-    def units(self) -> Sequence[UnitLayout]: ...
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def embedding_unit(self) -> int: ...
-    @property
-    def embedding_trainable(self) -> bool: ...
-    @property
-    def vocabulary(self) -> int: ...
-    @property
-    def max_head_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -58,7 +39,8 @@ class Policies:
     """Settings resolved for one model.
 
     slots, grad_slots: as settings and blocks of layers require. loss_chunk: tokens. rounds: the most in
-    a step. sums: as in `StepSpec`. uploaded, trainable, attention, products, kept, spilled, resident: units.
+    a step. sums: as in `StepSpec`. uploaded, trainable, attention, products, kept, spilled, resident, packed:
+    units.
     world: number of ranks.
     """
 
@@ -74,6 +56,7 @@ class Policies:
     attention: frozenset[int] = frozenset()
     products: frozenset[int] = frozenset()
     resident: frozenset[int] = frozenset()
+    packed: frozenset[int] = frozenset()
     rounds: int = 1
     sums: str = ""
     world: int = 1
@@ -89,8 +72,8 @@ class Policies:
         """
         # All layers of a block are on the device together, while the next block's first is uploaded.
         block = settings.checkpoint_interval
-        used = _used_units(shape)
-        resident = resident_units(settings, shape)
+        used = used_units(shape)
+        homes = Homes.of(settings, shape, world)
         activations = _per_unit(settings.activations, ACTIVATIONS, "activations", shape.num_layers)
         boundaries = _per_unit(settings.boundaries, BOUNDARIES, "boundaries", shape.num_layers)
         reason = no_selection(settings)
@@ -109,13 +92,14 @@ class Policies:
                 chunk_tokens(settings.loss_chunk_tokens, shape.vocabulary, device_bytes),
                 shape.max_head_tokens,
             ),
-            uploaded=used - resident,
+            uploaded=homes.uploaded,
             trainable=frozenset(u for u in used if shape.units[u].trainable_numel),
             kept=_set_to(KEEP, activations),
             spilled=_set_to("host", boundaries),
             attention=_set_to(ATTENTION, activations),
             products=_set_to(PRODUCTS, activations),
-            resident=resident,
+            resident=homes.resident,
+            packed=homes.packed,
             rounds=_rounds(settings),
             sums=_sums(settings),
             world=world,
@@ -159,6 +143,7 @@ class Policies:
             evaluate=evaluate,
             saved=saved,
             resident=self.resident,
+            packed=self.packed,
             rounds=rounds,
             sums=self.sums,
             attention=self.attention,
@@ -199,15 +184,19 @@ class Policies:
     def cpu_slot_bytes(
         self, spec: StepSpec, token_counts: Sequence[int], dtype: torch.dtype
     ) -> dict[str, int]:
-        """Predict the bytes of slots that a step takes on the CPU. Only gradients need them: those wider than
-        the store's (`dtype`), and those that cannot accumulate in it."""
+        """Predict the bytes of slots that a step takes on the CPU. Only packed weights and gradients need
+        them: those wider than the store's (`dtype`), and those that cannot accumulate in it."""
         apart = {
             unit
             for unit in spec.trainable
             if spec.accumulates_in_slot(unit) or self.gradient_dtype(unit, token_counts, dtype) != dtype
         }
         used = gradient_slots_of(spec, apart) if apart else ()
-        return gradient_slot_bytes(self.shape.units, spec, used)
+        found = gradient_slot_bytes(self.shape.units, spec, used)
+        if spec.packed:
+            numels = weight_slot_numels(self.shape.units, spec, alias=True)
+            found["weight_slots"] = sum(numels) * dtype.itemsize
+        return found
 
 
 def no_selection(settings: ModelSettings) -> str | None:
@@ -240,69 +229,8 @@ def _set_to(word: str, words: dict[int, str]) -> frozenset[int]:
     return frozenset(unit for unit, found in words.items() if found == word)
 
 
-def _used_units(shape: ModelShape) -> frozenset[int]:
-    """Units with weights that a step reads: not those that the model holds without using them."""
-    units = {*range(shape.num_layers + 2), shape.embedding_unit}
-    return frozenset(u for u in units if shape.units[u].numel)
-
-
-def resident_order(shape: ModelShape) -> list[int]:
-    """Return the units in the order in which they become resident: those whose update stands exposed before a
-    step (embedding table, head, prologue), then layers from the first one up."""
-    head, used = shape.num_layers + 1, _used_units(shape)
-    order = dict.fromkeys([shape.embedding_unit, head, *range(head)])
-    return [unit for unit in order if unit in used]
-
-
-def resident_units(settings: ModelSettings, shape: ModelShape) -> frozenset[int]:
-    """Resolve `resident`; auto is none. Raises ConfigError for units that the model does not have."""
-    order, asked = resident_order(shape), settings.resident
-    if asked == "auto":
-        return frozenset()
-    if isinstance(asked, int):
-        if asked > len(order):
-            raise ConfigError(
-                f"resident={asked}, but the model has {count(len(order), 'unit')}",
-                hint=f"set resident={len(order)} for all of them, or resident=0",
-            )
-        return frozenset(order[:asked])
-    # A tied embedding table is part of the head, so both names mean one unit.
-    units = {"embedding": shape.embedding_unit} | {shape.units[unit].name: unit for unit in order}
-    for i, name in enumerate(asked):
-        if name not in units:
-            near = _nearest(name, list(units))
-            raise ConfigError(
-                f"resident names {name!r}, which is not a unit of the model",
-                hint=f"did you mean {near!r}?" if near else f"units are {_listed(list(units))}",
-            )
-        if name in asked[:i]:
-            raise ConfigError(f"resident names {name!r} twice", hint="name each unit once")
-    return frozenset(units[name] for name in asked)
-
-
-def _nearest(name: str, units: list[str]) -> str | None:
-    """Return the unit that `name` misspells, a layer only if the number is the same; else None."""
-    number = _DIGITS.findall(name)
-    near = get_close_matches(name, [unit for unit in units if _DIGITS.findall(unit) == number], 1)
-    return near[0] if near else None
-
-
-def _listed(names: list[str]) -> str:
-    """List names, the layers by the first and the last."""
-    layers = [name for name in names if name.startswith("layer ")]
-    others = [name for name in names if name not in layers]
-    return ", ".join([*others, *([f"{layers[0]} to {layers[-1]}"] if len(layers) > 1 else layers)])
-
-
 def _rounds(settings: ModelSettings) -> int:
     return 1 if settings.rounds == "auto" else settings.rounds
-
-
-def reduction_of(settings: ModelSettings, world: int) -> str:
-    """Resolve `reduction` for a number of ranks; "" if one rank adds gradients where they are."""
-    if world == 1:
-        return EXACT if settings.reduction == EXACT else ""
-    return EXACT if settings.reduction == "auto" else settings.reduction
 
 
 def _sums(settings: ModelSettings) -> str:
@@ -322,12 +250,12 @@ def store_spec(settings: ModelSettings, shape: ModelShape | None, shard: Shard =
     if settings.update_mode == "eager":
         outer = frozenset() if shape is None else frozenset({shape.num_layers + 1, shape.embedding_unit})
         slabs = GradientSlabs(settings.grad_slabs if shape is not None else 0, outer)
-    resident: frozenset[int] = frozenset()
+    homes = Homes()
     sums: frozenset[int] = frozenset()
     if shape is not None:
-        resident = resident_units(settings, shape)
+        homes = Homes.of(settings, shape, shard.world)
         if _sums(settings) in ("host", "add"):
-            below_head = _used_units(shape) & frozenset(range(shape.num_layers + 1))
+            below_head = used_units(shape) & frozenset(range(shape.num_layers + 1))
             sums = frozenset(u for u in below_head if shape.units[u].trainable_numel)
     adds = _sums(settings) == "add" and not reduction_of(settings, shard.world)
     return StoreSpec(
@@ -335,7 +263,9 @@ def store_spec(settings: ModelSettings, shape: ModelShape | None, shard: Shard =
         moment_dtype=DTYPES[settings.moment_dtype],
         second_moment=settings.optim in ADAPTIVE_RULES,
         slabs=slabs,
-        resident=resident,
+        resident=homes.resident,
+        split=homes.split,
+        packing=packing_of(settings) if homes.packed else "",
         sums=sums,
         sum_slabs=_SUM_SLABS if sums and adds else 0,
         shard=shard,
@@ -350,7 +280,8 @@ def slots_of(
     policies, dtype = Policies.of(settings, shape, world=world), DTYPES[settings.dtype]
     if device.type != "cpu" or policies.reduction:
         spec = policies.step_spec(policies.rounds)
-        return slot_bytes(shape.units, spec, dtype, stages=device.type != "cpu")
+        packing = packing_of(settings)
+        return slot_bytes(shape.units, spec, dtype, stages=device.type != "cpu", packing=packing)
     count = max(2, policies.rounds)
     return policies.cpu_slot_bytes(policies.step_spec(count), [1] * count, dtype)
 

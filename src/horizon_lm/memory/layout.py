@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -38,12 +38,13 @@ class UnitLayout:
     moments cover only the trainable part.
 
     The few parameters that a bf16 model keeps in fp32 ("wide") are adjacent where the two parts meet, since
-    their residuals go to the device too:
+    their residuals go to the device too. Frozen parameters that are stored in few bits come first:
 
-        frozen | frozen wide | trainable wide | trainable
-               ^ wide_offset ^ trainable_offset
-               [ wide_numel elements          ]
-               [ residual ...                            ] numel
+        packed | frozen | frozen wide | trainable wide | trainable
+               |        ^ wide_offset ^ trainable_offset
+               |        [ wide_numel elements          ]
+               |        [ residual ...                            ] numel
+               ^ packed_numel
 
     numel: elements of the whole buffer.
     """
@@ -54,6 +55,7 @@ class UnitLayout:
     trainable_offset: int
     wide_offset: int
     wide_numel: int
+    packed_numel: int = 0
 
     @property
     def trainable_numel(self) -> int:
@@ -73,9 +75,9 @@ class UnitLayout:
     def trainable(self) -> tuple[Parameter, ...]:
         return tuple(p for p in self.parameters if p.trainable)
 
-    def view(self, run: torch.Tensor, parameter: Parameter) -> torch.Tensor:
-        """View the parameter in `run`, a buffer of the whole unit [numel]."""
-        return run.narrow(0, parameter.offset, parameter.numel).view(parameter.shape)
+    def view(self, run: torch.Tensor, parameter: Parameter, begin: int = 0) -> torch.Tensor:
+        """View the parameter in `run`, a buffer of the whole unit [numel], or of what begins at `begin`."""
+        return run.narrow(0, parameter.offset - begin, parameter.numel).view(parameter.shape)
 
     def trainable_view(self, run: torch.Tensor, parameter: Parameter) -> torch.Tensor:
         """View the parameter in `run`, a buffer of the trainable part [trainable_numel]."""
@@ -97,14 +99,19 @@ class UnitLayout:
 
 
 def lay_out(
-    name: str, parameters: Iterable[tuple[str, tuple[int, ...], bool, torch.dtype]], dtype: torch.dtype
+    name: str,
+    parameters: Iterable[tuple[str, tuple[int, ...], bool, torch.dtype]],
+    dtype: torch.dtype,
+    packed: Collection[str] = (),
 ) -> UnitLayout:
-    """Pack (name, shape, trainable, compute dtype) rows into a unit of a store of `dtype`, keeping their
-    order within each of the four parts."""
-    parts: list[list[tuple[str, tuple[int, ...], bool, torch.dtype]]] = [[], [], [], []]
+    """Lay out (name, shape, trainable, compute dtype) rows as a unit of a store of `dtype`, keeping their
+    order within each of the five parts. packed: names of parameters to be stored in few bits, of those that
+    are frozen and not wide."""
+    parts: list[list[tuple[str, tuple[int, ...], bool, torch.dtype]]] = [[], [], [], [], []]
     for row in parameters:
         trainable, wide = row[2], row[3] != dtype
-        parts[(2 if wide else 3) if trainable else (1 if wide else 0)].append(row)
+        frozen = 2 if wide else 0 if row[0] in packed else 1
+        parts[(3 if wide else 4) if trainable else frozen].append(row)
     placed: list[Parameter] = []
     starts = []
     offset = 0
@@ -113,4 +120,4 @@ def lay_out(
         for row_name, shape, trainable, compute in part:
             placed.append(Parameter(row_name, tuple(shape), offset, trainable, compute))
             offset += -(-prod(shape) // ALIGN_ELEMENTS) * ALIGN_ELEMENTS
-    return UnitLayout(name, tuple(placed), offset, starts[2], starts[1], starts[3] - starts[1])
+    return UnitLayout(name, tuple(placed), offset, starts[3], starts[2], starts[4] - starts[2], starts[1])

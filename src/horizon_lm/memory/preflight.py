@@ -12,7 +12,7 @@ from horizon_lm.errors import ConfigError, DoesNotFitError
 from horizon_lm.machine.device import free_memory_bytes
 from horizon_lm.machine.memory import available_host_bytes, total_host_bytes
 from horizon_lm.memory.layout import UnitLayout
-from horizon_lm.memory.store import StoreSpec, predict_bytes, predict_device_bytes
+from horizon_lm.memory.regions import StoreSpec, predict_bytes, predict_device_bytes
 from horizon_lm.memory.ways import hint
 from horizon_lm.words import size
 
@@ -85,7 +85,7 @@ def _fitting_residents(
     """Return the start of a hint: the number of resident units closest to today's with which all fits; empty
     if there is none."""
     asked = settings.resident
-    now = len(asked) if isinstance(asked, list) else 0 if asked == "auto" else asked
+    now = len(asked) if isinstance(asked, list) else 0 if isinstance(asked, str) else asked
     for number in sorted(range(most + 1), key=lambda number: abs(number - now)):
         with suppress(ConfigError):  # more than the model has
             if number != asked and max(shortages(settings.replace(resident=number)).values()) <= 0:

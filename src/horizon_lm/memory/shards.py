@@ -58,15 +58,17 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class UnitShard:
-    """What a rank holds of a unit."""
+    """What a rank holds of a unit. begin: elements of the unit before its run of weights, which one rank
+    alone may store elsewhere: packed ones, and the frozen ones of a split unit."""
 
     layout: UnitLayout
     shard: Shard = WHOLE
+    begin: int = 0
 
     @property
     def frozen_share(self) -> int:
         """Elements of the frozen part, padding included."""
-        return self.shard.share(self.layout.trainable_offset)
+        return self.shard.share(self.layout.trainable_offset - self.begin)
 
     @property
     def frozen_wide_share(self) -> int:
@@ -130,12 +132,12 @@ class UnitShard:
 
     def of_rank(self, rank: int) -> UnitShard:
         """What another rank holds of the unit."""
-        return UnitShard(self.layout, Shard(rank, self.shard.world))
+        return UnitShard(self.layout, Shard(rank, self.shard.world), self.begin)
 
     def pieces(self, region: str) -> list[Piece]:
         """The elements of the unit's whole run in a region of the store that this rank holds."""
         layout = self.layout
-        begin = {"weights": 0, "residual": layout.wide_offset}.get(region, layout.trainable_offset)
+        begin = {"weights": self.begin, "residual": layout.wide_offset}.get(region, layout.trainable_offset)
         middle, found, offset = layout.trainable_offset - begin, [], 0
         for start, stop in ((0, middle), (middle, layout.numel - begin)):
             first, last = self.shard.range(stop - start)
@@ -154,7 +156,9 @@ class UnitShard:
         """Where the rank's run of weights holds elements of the parameter; None if it holds none."""
         if parameter.trainable:
             return self._piece(parameter, self.layout.trainable_offset, self.layout.numel, self.frozen_share)
-        return self._piece(parameter, 0, self.layout.trainable_offset, 0)
+        if parameter.offset < self.begin:
+            return None
+        return self._piece(parameter, self.begin, self.layout.trainable_offset, 0)
 
     def residual_piece(self, parameter: Parameter) -> Piece | None:
         """The same in the run of residuals; None also for a parameter without residual."""

@@ -1,7 +1,8 @@
-"""Slots: device buffers for weights, gradients and stored inputs.
+"""Slots: device buffers for weights and gradients.
 
 Slots live as long as the model. With `alias` (on the CPU) a weight slot is the store's own buffer, and a
-gradient slot the store's gradient buffer if dtypes match: no copies. Resident units have no weight slot.
+gradient slot the store's gradient buffer if dtypes match: no copies. Resident units have no weight slot; that
+of a split unit has its frozen part.
 
 In shared steps (`StepSpec.is_shared`) a weight slot is filled with the shares of all ranks
 (`WeightSlots.join`), of residents too, and a gradient slot is sent to the owners of its shares, which add up
@@ -16,9 +17,9 @@ from typing import NamedTuple
 import torch
 
 from horizon_lm.distributed.ranks import Ranks
-from horizon_lm.memory.layout import UnitLayout
-from horizon_lm.memory.pinned import PinnedPool
+from horizon_lm.memory.layout import Parameter, UnitLayout
 from horizon_lm.memory.shards import Shard, UnitShard
+from horizon_lm.memory.staging import staging_slot_bytes
 from horizon_lm.memory.store import HostStore
 from horizon_lm.schedule import StepSpec
 from horizon_lm.schedule.step_spec import EXACT
@@ -28,19 +29,38 @@ _FP32 = torch.float32.itemsize
 
 class UnitWeights(NamedTuple):
     """A unit's weights on the device: 1-D [numel], and the residuals of its wide parameters (int16
-    [wide_numel])."""
+    [wide_numel]). more: further runs, each with its first element, if the weights lie in several places."""
 
     weights: torch.Tensor
     wide_residual: torch.Tensor
+    more: tuple[tuple[int, torch.Tensor], ...] = ()
+
+    @property
+    def runs(self) -> list[torch.Tensor]:
+        """All runs, in the order of their elements."""
+        return [self.weights, *(run for _, run in self.more)]
+
+    def view(self, layout: UnitLayout, parameter: Parameter) -> torch.Tensor:
+        """View of a parameter, in the run that has it."""
+        begin, found = 0, self.weights
+        for first, run in self.more:
+            if parameter.offset >= first:
+                begin, found = first, run
+        return layout.view(found, parameter, begin)
 
 
 # Sizes. A ring of buffers serves prologue and layers, the outer one head and embedding table.
 
 
-def weight_slot_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[int]:
+def weight_slot_numels(units: Sequence[UnitLayout], plan: StepSpec, *, alias: bool = False) -> list[int]:
     """Return the elements of each weight slot: ring slots fit prologue and layers, the outer one head and
-    table."""
-    sizes = {u: _shard(units[u], plan).slot_numel for u in plan.in_slots}
+    table. alias: all but packed parts are read in the store."""
+    sizes = {
+        u: units[u].wide_offset if u in plan.split else _shard(units[u], plan).slot_numel
+        for u in plan.in_slots
+    }
+    if alias and not plan.is_shared:
+        sizes = {u: units[u].packed_numel for u in plan.packed}
     return [_largest(sizes, range(plan.head))] * plan.slots + [_outer(sizes, plan)]
 
 
@@ -107,11 +127,19 @@ def _outer(sizes: Mapping[int, int], plan: StepSpec) -> int:
 
 
 def slot_bytes(
-    units: Sequence[UnitLayout], plan: StepSpec, dtype: torch.dtype, *, stages: bool = True
+    units: Sequence[UnitLayout],
+    plan: StepSpec,
+    dtype: torch.dtype,
+    *,
+    stages: bool = True,
+    packing: str = "",
 ) -> dict[str, int]:
-    """Predict the bytes of the weight and gradient slots, and of the buffers for shares.
-    stages: a rank's share of weights has a buffer on the device, as everywhere but on the CPU."""
+    """Predict the bytes of the weight and gradient slots, and of the buffers for shares and packed weights.
+    stages: a rank's share of weights has a buffer on the device, as everywhere but on the CPU. packing: the
+    format of packed parts."""
     found = {"weight_slots": sum(weight_slot_numels(units, plan)) * dtype.itemsize}
+    if plan.packed:
+        found["staging_slots"] = sum(staging_slot_bytes(units, plan, dtype, packing))
     if stages and plan.is_shared:
         found["weight_shards"] = sum(shard_numels(units, plan)) * dtype.itemsize
     return {**found, **gradient_slot_bytes(units, plan)}
@@ -140,7 +168,8 @@ def gradient_slot_bytes(
 
 class WeightSlots:
     """Device buffers of `numels` elements each, and for shared steps of `shard_numels` for the rank's own
-    shares, one for each slot. With `alias` these are in the store, and without them the slots are."""
+    shares, one for each slot. With `alias` these are in the store, and without them the slots are, but for
+    packed parts."""
 
     def __init__(
         self,
@@ -157,12 +186,12 @@ class WeightSlots:
         def buffers(numels: Sequence[int]) -> list[torch.Tensor]:
             return [torch.empty(n, dtype=store.dtype, device=device) for n in numels]
 
-        self._buffers = [] if self._alias else buffers(numels)
+        self._buffers = [] if self._alias and not store.spec.packing else buffers(numels)
         self._shards = buffers(shard_numels) if self._stages and self._joins else []
 
     @property
     def num_bytes(self) -> int:
-        """Device bytes of the slots; 0 if they alias the store."""
+        """Device bytes of the slots; of those that alias the store, the packed parts'."""
         return sum(buffer.nbytes for buffer in self._buffers)
 
     @property
@@ -171,9 +200,13 @@ class WeightSlots:
         return sum(buffer.nbytes for buffer in self._shards)
 
     def upload(self, slot: int, unit: int) -> None:
-        """Copy the unit's weights into the slot, asynchronously if the host memory is pinned; nothing for a
-        resident unit. For a shared step, copy the rank's share into the buffer of that number."""
+        """Copy the unit's weights into the slot, asynchronously if the host memory is pinned; of a split unit
+        the frozen part, of a resident one nothing. For a shared step, copy the rank's share into the buffer
+        of that number."""
         store = self._store
+        if store.is_split(unit) and not self._alias:
+            frozen = store.run("frozen", unit)
+            self._buffers[slot][: frozen.numel()].copy_(frozen, non_blocking=True)
         if self._alias or store.is_resident(unit) or (self._joins and not self._stages):
             return
         target = self._own(slot, unit) if self._joins else self.unit(slot, unit)
@@ -187,7 +220,8 @@ class WeightSlots:
         The padding of each frozen part is overwritten by the trainable part, which comes second.
         """
         shard, buffer = self._store.shards[unit], self._buffers[slot]
-        weights, wide_residual = self._own(slot, unit)
+        own = self._own(slot, unit)
+        weights, wide_residual = own.weights, own.wide_residual
         place = buffer[: shard.gathered_weights_numel]
         _gather(ranks, weights, place, shard.frozen_share, shard.layout.trainable_offset)
         if wide_residual.numel():
@@ -196,15 +230,31 @@ class WeightSlots:
             _gather(ranks, wide_residual, place, shard.frozen_wide_share, begin)
 
     def unit(self, slot: int, unit: int) -> UnitWeights:
-        """The unit's weights in a slot; unless it is filled from shares, a resident unit's in the store."""
+        """The unit's weights in a slot; unless it is filled from shares, a resident unit's in the store, and
+        a split unit's in both."""
         store = self._store
         if self._alias or (store.is_resident(unit) and not self._joins):
-            return UnitWeights(store.run("weights", unit), store.wide_residual(unit))
+            runs = self._streamed_runs(slot, unit) if slot >= 0 else []
+            runs.append((store.shards[unit].begin, store.run("weights", unit)))
+            first, *more = [(begin, run) for begin, run in runs if run.numel()] or runs
+            return UnitWeights(first[1], store.wide_residual(unit), tuple(more))
         layout, buffer, begin = store.units[unit], self._buffers[slot], store.shards[unit]
         wide = torch.empty(0, dtype=torch.int16)
         if layout.wide_numel and store.has("residual"):
             wide = buffer[begin.gathered_weights_numel :][: layout.wide_numel].view(torch.int16)
         return UnitWeights(buffer[: layout.numel], wide)
+
+    def _streamed_runs(self, slot: int, unit: int) -> list[tuple[int, torch.Tensor]]:
+        """The parts of a unit that are not in its run of weights, each with its first element."""
+        store, layout = self._store, self._store.units[unit]
+        if not self._alias:
+            return [(0, self._buffers[slot][: layout.wide_offset])] if store.is_split(unit) else []
+        runs = [(0, self.buffer(slot)[: layout.packed_numel])] if layout.packed_numel else []
+        return [*runs, (layout.packed_numel, store.run("frozen", unit))] if store.is_split(unit) else runs
+
+    def buffer(self, slot: int) -> torch.Tensor:
+        """The whole slot, 1-D; into it packed units are unpacked."""
+        return self._buffers[slot]
 
     def _own(self, slot: int, unit: int) -> UnitWeights:
         """The rank's share of the unit's weights [weights_numel] and wide residuals, padding included."""
@@ -215,8 +265,8 @@ class WeightSlots:
         return UnitWeights(buffer[:begin], buffer[begin : begin + wide.numel()].view(torch.int16))
 
     def tensors(self, slot: int) -> list[torch.Tensor]:
-        """The slot's buffer; none if it aliases the store."""
-        return [] if self._alias else [self._buffers[slot]]
+        """The slot's buffer; none if there is none."""
+        return [self._buffers[slot]] if self._buffers else []
 
     def shard_tensors(self, shard: int) -> list[torch.Tensor]:
         """The buffer of a rank's share; none if it is in the store."""
@@ -306,73 +356,3 @@ class GradientShards:
 
     def tensors(self, grad_shard: int) -> list[torch.Tensor]:
         return [self._buffers[grad_shard]]
-
-
-class BoundarySlots:
-    """Host buffers for spilled layer inputs, and `count` device buffers to restore them. With `alias` inputs
-    stay where they are.
-
-    All buffers are reused from round to round. Device buffers grow to the largest input seen; host buffers
-    come from a `PinnedPool`.
-    """
-
-    def __init__(self, count: int, device: torch.device, alias: bool) -> None:
-        self._device, self._alias = device, alias
-        self._pool = PinnedPool(device)
-        self._round = 0
-        self._host_bytes: dict[tuple[int, int], int] = {}  # in this step, by unit and micro-batch
-        self._buffers: list[torch.Tensor] = [torch.empty(0, dtype=torch.uint8, device=device)] * count
-        self._held: list[torch.Tensor | None] = [None] * count
-
-    @property
-    def num_bytes(self) -> int:
-        """Device bytes of the buffers."""
-        return sum(buffer.nbytes for buffer in self._buffers)
-
-    @property
-    def host_bytes(self) -> int:
-        return self._pool.num_bytes
-
-    def host_bytes_of(self, unit: int, micro_batch: int) -> int:
-        """Host bytes of one input in the last step; 0 if it was not spilled."""
-        return self._host_bytes.get((unit, micro_batch), 0)
-
-    def begin_step(self) -> None:
-        """Reclaim the host buffers of the last step, whose copies have ended."""
-        self._pool.give_back()
-        self._host_bytes, self._round = {}, 0
-
-    def begin_round(self, number: int) -> None:
-        """Reclaim the host buffers of the round before. The first spill of a round waits for a layer that
-        runs after all backward passes of the round before, and so after its restores."""
-        if number != self._round:
-            self._pool.recycle()
-            self._round = number
-
-    def spill(self, unit: int, micro_batch: int, value: torch.Tensor) -> torch.Tensor:
-        """Copy a layer's input to host memory, asynchronously from a GPU, and return the copy."""
-        if self._alias:
-            return value
-        self._host_bytes[unit, micro_batch] = value.nbytes
-        return self._pool.reserve(value.shape, value.dtype).copy_(value, non_blocking=True)
-
-    def restore(self, slot: int, host: torch.Tensor) -> None:
-        """Copy a spilled input into a device buffer."""
-        if self._alias:
-            self._held[slot] = host
-            return
-        # Replacing a buffer is safe: this op has waited for the last ops that read it.
-        if self._buffers[slot].nbytes < host.nbytes:
-            self._buffers[slot] = torch.empty(host.nbytes, dtype=torch.uint8, device=self._device)
-        place = self._buffers[slot][: host.nbytes].view(host.dtype).view(host.shape)
-        self._held[slot] = place.copy_(host, non_blocking=True)
-
-    def held(self, slot: int) -> torch.Tensor:
-        value = self._held[slot]
-        assert value is not None, f"boundary slot {slot} is empty"
-        return value
-
-    def tensors(self, slot: int) -> list[torch.Tensor]:
-        """The input in a slot; none if it stayed where it was."""
-        value = self._held[slot]
-        return [] if value is None or self._alias else [value]

@@ -11,7 +11,16 @@ units, in device memory as one block:
     sums        fp32            4             unfinished gradients between rounds, in host memory, pinned
 
 `weights` covers all parameters, the other regions only trainable ones, except that `residual` includes frozen
-wide ones. Eager updates replace `grads` by a few slabs in host memory (`GradientSlabs`); gradients of
+wide ones. Of a split unit, `weights` has the same elements as `residual`, with which it lives on the device,
+and the others are in a region of their own, which is streamed:
+
+    frozen      bf16 (or fp32)  2 (4) bytes   pinned
+
+Parameters that are stored in few bits (memory/packed.py) are only in
+
+    packed      uint8           1.06, 0.52    with scales; pinned
+
+ Eager updates replace `grads` by a few slabs in host memory (`GradientSlabs`); gradients of
 resident units then stay in their slots. `sum_slabs` are buffers for gradients that the host adds to `sums`.
 
 Of several ranks each holds its share of every unit (memory/shards.py): `units` are the whole layouts, the
@@ -20,10 +29,8 @@ buffers those of the rank. `whole` and `Whole` (memory/whole.py) gather.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -32,166 +39,13 @@ from horizon_lm.errors import DoesNotFitError
 from horizon_lm.memory import arena
 from horizon_lm.memory.layout import Parameter, UnitLayout
 from horizon_lm.memory.master import join_master, split_master
+from horizon_lm.memory.packed import pack, unpack
+from horizon_lm.memory.regions import Region, StoreSpec, regions
 from horizon_lm.memory.registration import pin
-from horizon_lm.memory.shards import WHOLE, Shard, UnitShard
 from horizon_lm.words import count, size
 
 _NONE: frozenset[int] = frozenset()
 _CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class GradientSlabs:
-    """Host buffers for the gradients of eager updates: `count` for layers and prologue, round-robin, and one
-    shared by the units `outer` (head and embedding table). Resident units have none."""
-
-    count: int
-    outer: frozenset[int]
-
-    def numels(
-        self, units: Sequence[UnitLayout], resident: frozenset[int] = _NONE, shard: Shard = WHOLE
-    ) -> list[int]:
-        """Elements of each slab, the shared one last."""
-        streamed = [
-            (u, shard.share(unit.trainable_numel)) for u, unit in enumerate(units) if u not in resident
-        ]
-        inner = max((numel for u, numel in streamed if u not in self.outer), default=0)
-        outer = max((numel for u, numel in streamed if u in self.outer), default=0)
-        return [inner] * self.count + [outer]
-
-
-@dataclass(frozen=True)
-class StoreSpec:
-    """What a store holds per parameter, and where.
-
-    dtype: weight and gradient dtype, bf16 or fp32. resident: units that live in device memory. sums: units
-    whose unfinished gradients wait in host memory between rounds. sum_slabs: buffers for gradients that the
-    host adds to them. shard: the rank's share of each unit. saved: names of the parameters in a checkpoint,
-    if the others can be read again; None for all.
-    """
-
-    dtype: torch.dtype
-    moment_dtype: torch.dtype = torch.float32
-    second_moment: bool = True
-    slabs: GradientSlabs | None = None
-    resident: frozenset[int] = _NONE
-    sums: frozenset[int] = _NONE
-    sum_slabs: int = 0
-    shard: Shard = WHOLE
-    saved: frozenset[str] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("dtype", "moment_dtype"):
-            if getattr(self, name) not in (torch.bfloat16, torch.float32):
-                raise ValueError(f"{name}={getattr(self, name)}; hint: bfloat16 or float32")
-
-
-@dataclass(frozen=True)
-class Region:
-    """One row of the memory table, used to allocate, report and predict.
-
-    numels: elements of each flat buffer; one per unit, or per slab. resident: units whose buffers lie in
-    device memory. is_state: whether the region is part of what training changes, rather than a gradient.
-    """
-
-    name: str
-    dtype: torch.dtype
-    numels: Callable[[Sequence[UnitLayout]], list[int]]
-    pinned: bool = False
-    resident: frozenset[int] = _NONE
-    is_state: bool = True
-
-    def host_numels(self, units: Sequence[UnitLayout]) -> list[int]:
-        """Elements of each buffer in host memory; 0 for those on the device."""
-        return [0 if u in self.resident else numel for u, numel in enumerate(self.numels(units))]
-
-    def device_numels(self, units: Sequence[UnitLayout]) -> list[int]:
-        """Elements of each buffer in device memory; 0 for those on the host."""
-        return [numel if u in self.resident else 0 for u, numel in enumerate(self.numels(units))]
-
-
-def _of_each(numel_of: Callable[[UnitLayout], int]) -> Callable[[Sequence[UnitLayout]], list[int]]:
-    return lambda units: [numel_of(unit) for unit in units]
-
-
-def regions(spec: StoreSpec) -> list[Region]:
-    """List the regions of a store, their buffers as `UnitShard` has them."""
-    resident, share = spec.resident, spec.shard.share
-    trainable = _of_each(lambda unit: share(unit.trainable_numel))
-    weights = _of_each(lambda unit: share(unit.trainable_offset) + share(unit.trainable_numel))
-    rows = [Region("weights", spec.dtype, weights, pinned=True, resident=resident)]
-    if spec.dtype == torch.bfloat16:
-        residual = _of_each(
-            lambda unit: share(unit.trainable_offset - unit.wide_offset) + share(unit.trainable_numel)
-        )
-        rows.append(Region("residual", torch.int16, residual, resident=resident))
-    rows.append(Region("exp_avg", spec.moment_dtype, trainable, resident=resident))
-    if spec.second_moment:
-        rows.append(Region("exp_avg_sq", spec.moment_dtype, trainable, resident=resident))
-    if spec.slabs is None:
-        rows.append(Region("grads", spec.dtype, trainable, pinned=True, resident=resident, is_state=False))
-    else:
-        slabs = partial(spec.slabs.numels, resident=resident, shard=spec.shard)
-        rows.append(Region("grad_slabs", spec.dtype, slabs, pinned=True, is_state=False))
-    return [*rows, *_sum_regions(spec)]
-
-
-def _sum_regions(spec: StoreSpec) -> Iterator[Region]:
-    if not spec.sums:
-        return
-
-    def sums(units: Sequence[UnitLayout]) -> list[int]:
-        shares = (spec.shard.share(unit.trainable_numel) for unit in units)
-        return [share if u in spec.sums else 0 for u, share in enumerate(shares)]
-
-    yield Region("sums", torch.float32, sums, pinned=True, is_state=False)
-    if spec.sum_slabs:
-        yield Region(
-            "sum_slabs",
-            torch.float32,
-            lambda units: [max(sums(units))] * spec.sum_slabs,
-            pinned=True,
-            is_state=False,
-        )
-
-
-def predict_bytes(units: Sequence[UnitLayout], spec: StoreSpec) -> dict[str, int]:
-    """Predict the host bytes of a rank by region."""
-    return {row.name: sum(row.host_numels(units)) * row.dtype.itemsize for row in regions(spec)}
-
-
-def predict_device_bytes(units: Sequence[UnitLayout], spec: StoreSpec) -> dict[str, int]:
-    """Predict the device bytes of a rank's resident units by region; empty without them."""
-    return {
-        f"resident_{row.name}": sum(row.device_numels(units)) * row.dtype.itemsize
-        for row in regions(spec)
-        if row.resident
-    }
-
-
-def state_bytes(units: Sequence[UnitLayout], spec: StoreSpec) -> int:
-    """Predict the bytes of a rank's weights and optimizer state in a checkpoint, wherever they lie."""
-    rows = [row for row in regions(spec) if row.is_state]
-    if spec.saved is None:
-        return sum(sum(row.numels(units)) * row.dtype.itemsize for row in rows)
-    return sum(
-        spec.shard.share(parameter.numel) * row.dtype.itemsize
-        for unit in units
-        for row in rows
-        for parameter in saved_in(row.name, unit, spec)
-    )
-
-
-def saved_in(region: str, unit: UnitLayout, spec: StoreSpec) -> Iterator[Parameter]:
-    """Yield the parameters whose values in a region are part of a checkpoint."""
-    for parameter in unit.parameters:
-        if spec.saved is not None and parameter.name not in spec.saved:
-            continue
-        if region == "residual" and parameter.offset < unit.wide_offset:
-            continue
-        if region.startswith("exp_avg") and not parameter.trainable:
-            continue
-        yield parameter
 
 
 class HostStore:
@@ -213,7 +67,7 @@ class HostStore:
         self.device = device
         self.units = tuple(units)
         self.spec = spec
-        self.shards = tuple(UnitShard(unit, spec.shard) for unit in units)
+        self.shards = tuple(spec.cut(u, unit) for u, unit in enumerate(units))
         self._runs: dict[str, list[torch.Tensor]] = {}
         self._num_bytes: dict[str, int] = {}
         self._device_bytes: dict[str, int] = {}
@@ -251,8 +105,19 @@ class HostStore:
         return self.spec.dtype
 
     def is_resident(self, unit: int) -> bool:
-        """Whether the unit's regions lie in device memory."""
+        """Whether the unit's regions lie in device memory, but for the frozen part of a split unit."""
         return unit in self.spec.resident
+
+    def is_split(self, unit: int) -> bool:
+        return unit in self.spec.split
+
+    def streamed_numel(self, unit: int) -> int:
+        """Elements of a slot for what is streamed of a unit: all of it, residuals of wide parameters
+        included, the frozen part of a split unit, nothing of a resident one."""
+        layout = self.units[unit]
+        if self.is_split(unit):
+            return layout.wide_offset
+        return 0 if self.is_resident(unit) else layout.slot_numel
 
     def run(self, region: str, unit: int) -> torch.Tensor:
         """The rank's flat buffer of a unit in a region, wherever it lies.
@@ -321,13 +186,24 @@ class HostStore:
 
     def weight(self, name: str) -> torch.Tensor:
         """The parameter's compute copy in host memory, shaped as in the model: a view, or a new copy of
-        a resident unit's."""
+        a resident unit's or a packed one."""
         return self.weight_view(name).cpu()
 
     def weight_view(self, name: str) -> torch.Tensor:
-        """View of the parameter's compute copy, wherever it lies."""
+        """View of the parameter's compute copy, wherever it lies; a new tensor of a packed one."""
         unit, parameter = self._whole_place(name)
-        return self.units[unit].view(self.run("weights", unit), parameter)
+        layout, begin, region = self.units[unit], self.shards[unit].begin, "weights"
+        if parameter.offset < layout.packed_numel:
+            return self._unpacked(unit, parameter)
+        if parameter.offset < begin:
+            region, begin = "frozen", layout.packed_numel
+        return layout.view(self.run(region, unit), parameter, begin)
+
+    def _unpacked(self, unit: int, parameter: Parameter) -> torch.Tensor:
+        value = torch.empty(parameter.numel, dtype=self.dtype)
+        numel = self.units[unit].packed_numel
+        unpack(self.run("packed", unit), numel, self.spec.packing, value, parameter.offset)
+        return value.view(parameter.shape)
 
     def gradient(self, name: str, slab: int = -1) -> torch.Tensor:
         """View of a trainable parameter's gradient, shaped as in the model, wherever it lies."""
@@ -364,6 +240,10 @@ class HostStore:
         Of several ranks each copies what it holds, and reads nothing else of a contiguous value.
         """
         unit, parameter = self._place[name]
+        assert parameter.offset >= self.units[unit].packed_numel, "a unit is packed as a whole"
+        if parameter.offset < self.shards[unit].begin:
+            self.weight_view(name).copy_(value)
+            return
         regions = ["weights", *(["residual"] if self.has("residual") else [])]
         pieces = {region: self.shards[unit].piece(region, parameter) for region in regions}
         value = value.expand(parameter.shape).reshape(-1)
@@ -375,6 +255,10 @@ class HostStore:
                 if piece is not None and (piece.start, piece.stop) == (start, stop)
             }
             self._write_master(value[start:stop], targets.get("weights"), targets.get("residual"))
+
+    def pack(self, unit: int, values: torch.Tensor) -> None:
+        """Store the packed part of a unit: values [packed_numel] in host memory, in the store's dtype."""
+        pack(values, self.run("packed", unit), self.spec.packing, self.device)
 
     def _write_master(
         self, value: torch.Tensor, weight: torch.Tensor | None, residual: torch.Tensor | None

@@ -47,11 +47,15 @@ class Fingerprinter:
 
 
 def saved_names(units: Iterable[UnitLayout], adapter: Adapter | None) -> frozenset[str] | None:
-    """Return the names of the parameters that a checkpoint holds; None for all of a model without adapter."""
-    if adapter is None:
+    """Return the names of the parameters in a checkpoint: of a model with an adapter what is trained and
+    the adapter, else what is not packed; None for all."""
+    units = list(units)
+    if adapter is not None:
+        named = [parameter for unit in units for parameter in unit.parameters]
+        return frozenset(p.name for p in named if p.trainable or adapter.is_part(p.name))
+    if not any(unit.packed_numel for unit in units):
         return None
-    named = [parameter for unit in units for parameter in unit.parameters]
-    return frozenset(p.name for p in named if p.trainable or adapter.is_part(p.name))
+    return frozenset(p.name for unit in units for p in unit.parameters if p.offset >= unit.packed_numel)
 
 
 def _digest(value: torch.Tensor) -> str:

@@ -24,7 +24,7 @@ import torch
 from horizon_lm.errors import ConfigError
 from horizon_lm.machine.cores import usable_cores
 from horizon_lm.memory.layout import ALIGN_ELEMENTS
-from horizon_lm.memory.store import StoreSpec
+from horizon_lm.memory.regions import StoreSpec
 from horizon_lm.optim import reference
 from horizon_lm.optim.progress import Progress
 from horizon_lm.optim.rules import RULES, Hyper, Numbers, Tensors, check_update, coefficients

@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
-from horizon_lm.engine.policies import resident_order
+from horizon_lm.engine.homes import resident_order
 from horizon_lm.plan.costs import Costs, work_seconds
 from horizon_lm.plan.space import Cut
 from horizon_lm.schedule.ops import Op

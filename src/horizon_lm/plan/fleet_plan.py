@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from horizon_lm.config import TrainConfig
-from horizon_lm.engine.policies import resident_order
+from horizon_lm.engine.homes import resident_order
 from horizon_lm.plan.choose import Planner
 from horizon_lm.plan.costs import Costs
 from horizon_lm.plan.fleet import Fleet

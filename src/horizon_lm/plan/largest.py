@@ -9,8 +9,8 @@ from itertools import accumulate
 
 from horizon_lm.config import TrainConfig
 from horizon_lm.config.memory import BOUNDARIES, per_layer
-from horizon_lm.engine.policies import resident_order
-from horizon_lm.memory.store import predict_bytes
+from horizon_lm.engine.homes import resident_order
+from horizon_lm.memory.regions import predict_bytes
 from horizon_lm.plan import fit
 from horizon_lm.plan.bounds import unit_bytes
 from horizon_lm.plan.choose import Planner

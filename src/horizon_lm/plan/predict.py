@@ -11,8 +11,8 @@ from typing import NamedTuple
 from horizon_lm.config import ModelSettings, TrainConfig
 from horizon_lm.engine.policies import Policies, store_spec
 from horizon_lm.machine.profile import Profile
+from horizon_lm.memory.regions import predict_bytes, predict_device_bytes
 from horizon_lm.memory.shards import WHOLE, Shard
-from horizon_lm.memory.store import predict_bytes, predict_device_bytes
 from horizon_lm.plan.costs import DEVICE, HOST, Costs
 from horizon_lm.plan.fleet import Network
 from horizon_lm.plan.outline import Measures, Outline

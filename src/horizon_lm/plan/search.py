@@ -16,7 +16,7 @@ from typing import NamedTuple, overload
 
 from horizon_lm.config import TrainConfig
 from horizon_lm.config.memory import ACTIVATIONS, per_layer
-from horizon_lm.engine.policies import resident_order
+from horizon_lm.engine.homes import resident_order
 from horizon_lm.plan.bounds import Bounds, Upgrade, unit_bytes, upgrades
 from horizon_lm.plan.costs import Costs
 from horizon_lm.plan.predict import Prediction

@@ -8,7 +8,8 @@ from itertools import product
 from typing import Any
 
 from horizon_lm.config import TrainConfig
-from horizon_lm.engine.policies import no_selection, reduction_of, resident_order
+from horizon_lm.engine.homes import reduction_of, resident_order
+from horizon_lm.engine.policies import no_selection
 from horizon_lm.errors import ConfigError
 from horizon_lm.machine.profile import Profile
 from horizon_lm.plan.outline import Outline

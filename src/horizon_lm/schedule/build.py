@@ -67,10 +67,14 @@ def _visits(spec: StepSpec) -> Iterator[list[Op]]:
     grad_slots = place_shares(spec, grad_places)
     _place_outer_uploads(spec, uploads_before)
     head_visit = turnaround(spec)
+    waiting: dict[int, int] = {}  # packed units in a staging slot, and which
     for visit in range(len(spec.visits) * spec.rounds):
         number, place = divmod(visit, len(spec.visits))
         units, micro_batches = spec.visits[place], spec.micro_batches_of(number)
         ops = [op for unit, slot in uploads_before[visit] for op in _fetch(spec, unit, slot)]
+        waiting |= {unit: slot for unit, slot in uploads_before[visit] if unit in spec.packed}
+        used = {spec.embedding_unit, *units} if units == (0,) else {*units}
+        ops += [make.unpack(unit, waiting.pop(unit)) for unit in sorted(used & waiting.keys())]
         if spec.head in spec.in_slots and units[-1] == spec.head:
             slots[visit][spec.head] = spec.outer_slot
         ops += [make.get_back(spec, unit, m, slot) for unit, m, slot in brought_before[visit]]

@@ -7,7 +7,7 @@ consecutive steps to check the seam between them too.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from horizon_lm.schedule.ops import Buffer, Lane, Op
 from horizon_lm.schedule.step_spec import EXACT, SUM_SLABS, StepSpec
@@ -15,6 +15,7 @@ from horizon_lm.schedule.waits import derive_waits
 
 # Regions that persist between steps; all others must be written in a step before they are read.
 PERSISTENT = frozenset({"weights", "state"})
+_FROZEN = frozenset({"frozen", "packed"})  # those of them that nothing writes
 _GRADIENTS = ("grad_slot", "grad_shard", "slab", "sum", "sum_slab")
 # Kinds with `first`, and the region that they overwrite then.
 _BEGUN_BY_FIRST = {
@@ -116,7 +117,7 @@ def _wrong_content(
     """Say what is wrong with what an op reads. held: unit and step of its last writer."""
     unit, step = held
     owner = _owner(op, buffer, spec)
-    if buffer.region in ("slot", "shard") and held != (owner, op.step):
+    if buffer.region in ("slot", "staging", "shard") and held != (owner, op.step):
         return f"needs unit {owner} in {buffer}, which holds {unit} of step {step}"
     if buffer.region in _GRADIENTS and held != (owner, op.step):
         return (
@@ -127,6 +128,8 @@ def _wrong_content(
             f"needs the input of unit {op.unit} in {buffer}, which holds that of {unit} "
             f"and micro-batches {added}"
         )
+    if buffer.region in _FROZEN:
+        return f"reads {buffer} of another unit" if buffer.index != op.unit else ""
     if buffer.region in PERSISTENT:
         if buffer.index in spec.trainable and step != op.step - 1:
             return f"reads {buffer} of after step {step} instead of {op.step - 1}"
@@ -151,6 +154,17 @@ def _wrong_places(op: Op, spec: StepSpec) -> Iterator[str]:
             yield f"does not read weights.{unit}, where the unit lives"
     if op.kind == "U" and op.unit not in spec.uploaded:
         yield "uploads a unit that is not to be uploaded"
+    if op.kind in "UQ" and (op.staging >= 0) != (op.unit in spec.packed):
+        yield f"has staging slot {op.staging} for a unit that is {'' if op.staging < 0 else 'not '}packed"
+    if op.kind == "U":
+        source = "frozen" if op.unit in spec.split else "weights"
+        wanted = {Buffer(source, op.unit)} | (
+            {Buffer("packed", op.unit)} if op.unit in spec.packed else set()
+        )
+        if op.reads != wanted:
+            yield f"reads {_listed(op.reads)} instead of {_listed(wanted)}"
+    if _FROZEN & {buffer.region for buffer in op.writes}:
+        yield "writes to frozen weights"
     if shared and op.kind in "UJ" and op.unit in spec.uploaded and op.shard < 0:
         yield "has no buffer of the rank's share"
     if op.kind in ("LBT" if shared else "LBDPG") and op.unit in spec.trainable and op.grad_slot < 0:
@@ -164,6 +178,10 @@ def _wrong_places(op: Op, spec: StepSpec) -> Iterator[str]:
     for buffer in sorted(op.reads | op.writes) if shared else ():
         if op.kind not in _USERS_OF_SHARES.get(buffer.region, op.kind):
             yield f"works on {buffer}, which in a shared step it cannot"
+
+
+def _listed(buffers: Iterable[Buffer]) -> str:
+    return ", ".join(map(str, sorted(buffers))) or "nothing"
 
 
 def _note_added(op: Op, added: dict[Buffer, list[int]]) -> list[str]:
@@ -218,7 +236,7 @@ def _wanted(op: Op, buffer: Buffer, spec: StepSpec) -> list[int] | None:
 def _check_complete(ops: Sequence[Op], spec: StepSpec) -> list[str]:
     """Check that each unit works exactly once per step and micro-batch, and that nothing else runs."""
     expected = _expected(spec)
-    fetches = "UJ" if spec.is_shared else "U"
+    fetches = "UJ" if spec.is_shared else "UQ"
     counts = Counter((op.step, op.kind, op.unit, op.micro_batch) for op in ops if op.kind not in fetches)
     wanted = {(step, *key) for step in {op.step for op in ops} for key in expected}
     return [
@@ -265,7 +283,7 @@ def _check_waste(ops: Sequence[Op], waits: Sequence[tuple[int, ...]]) -> list[st
                 errors.append(
                     f"{unread[buffer]} fills {buffer} and nothing reads it before {op} overwrites it"
                 )
-            if op.kind in "UJRG":
+            if op.kind in "UQJRG":
                 unread[buffer] = op
     errors += [f"{op} fills {buffer} and nothing reads it" for buffer, op in unread.items()]
     minimal = derive_waits(ops)
@@ -285,6 +303,7 @@ def _check_room(ops: Sequence[Op], spec: StepSpec) -> list[str]:
     for op in ops:
         for region, own, count in (
             ("slot", (op.slot, op.table), spec.slots + 1),
+            ("staging", (op.staging,), spec.slots + 1 if spec.packed else 0),
             ("shard", (op.shard,), spec.slots + 1 if shared else 0),
             ("grad_slot", (op.grad_slot, op.table_grad), grad_slots),
             ("grad_shard", (op.grad_shard,), grad_shards if shared else 0),
@@ -310,7 +329,7 @@ def _check_room(ops: Sequence[Op], spec: StepSpec) -> list[str]:
 def _suits(region: str, number: int, unit: int, spec: StepSpec) -> bool:
     """Whether a slot is one of those for the unit: the outer one for head and table, its own if it has one,
     else one of the ring."""
-    if region not in ("slot", "shard", "grad_slot", "grad_shard"):
+    if region not in ("slot", "staging", "shard", "grad_slot", "grad_shard"):
         return True
     outer = spec.outer_grad_slot if region.startswith("grad") else spec.outer_slot
     if unit >= spec.head:

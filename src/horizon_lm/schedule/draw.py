@@ -15,6 +15,7 @@ Span = tuple[Op, float, float]
 MEANING = {
     "U": "upload weights",
     "J": "gather weights from all ranks",
+    "Q": "unpack weights",
     "F": "forward",
     "X": "spill a layer's input",
     "L": "loss",

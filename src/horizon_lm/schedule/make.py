@@ -19,9 +19,11 @@ def _slot(slot: int) -> Buffer | None:
     return Buffer("slot", slot) if slot >= 0 else None
 
 
-def _weights(spec: StepSpec, unit: int, slot: int) -> Buffer | None:
-    """Where an op finds the unit's weights: at their home if that is the device, else in a slot."""
-    return Buffer("weights", unit) if unit in spec.resident - spec.in_slots else _slot(slot)
+def _weights(spec: StepSpec, unit: int, slot: int) -> frozenset[Buffer]:
+    """Where an op finds the unit's weights: at their home if that is the device, else in a slot; those of a
+    split unit in both."""
+    home = Buffer("weights", unit) if unit in spec.resident and not spec.is_shared else None
+    return _set(home, _slot(slot) if home is None or unit in spec.split else None)
 
 
 def _grad_slot(grad_slot: int) -> Buffer | None:
@@ -58,11 +60,22 @@ def _call(m: int) -> Buffer:
 
 
 def upload(spec: StepSpec, unit: int, slot: int) -> Op:
-    """In a shared step: of the rank's share, into the buffer with the number of the slot."""
-    reads = _set(Buffer("weights", unit))
+    """In a shared step: of the rank's share, into the buffer with the number of the slot. Of a packed unit:
+    into the staging slot of that number."""
+    source = "frozen" if unit in spec.split else "weights"
+    reads = _set(Buffer(source, unit), Buffer("packed", unit) if unit in spec.packed else None)
+    if unit in spec.packed:
+        return Op("U", unit, reads=reads, writes=_set(Buffer("staging", slot)), staging=slot)
     if not spec.is_shared:
         return Op("U", unit, reads=reads, writes=_set(_slot(slot)), slot=slot)
     return Op("U", unit, reads=reads, writes=_set(Buffer("shard", slot)), shard=slot)
+
+
+def unpack(unit: int, slot: int) -> Op:
+    """From the staging slot into the weight slot of the same number."""
+    return Op(
+        "Q", unit, reads=_set(Buffer("staging", slot)), writes=_set(_slot(slot)), slot=slot, staging=slot
+    )
 
 
 def join(spec: StepSpec, unit: int, slot: int) -> Op:
@@ -78,10 +91,10 @@ def forward(spec: StepSpec, unit: int, m: int, slot: int) -> Op:
         # The first micro-batch's op takes the rows of all: another unit may replace the table.
         rows = Buffer("rows") if m == 0 and spec.lowest_backward == 0 and not spec.evaluate else None
         table = spec.outer_slot if spec.embedding_unit in spec.in_slots else -1
-        reads = _set(_weights(spec, 0, slot), _weights(spec, spec.embedding_unit, table))
+        reads = _weights(spec, 0, slot) | _weights(spec, spec.embedding_unit, table)
         return Op("F", 0, m, reads, _set(_call(m), output, rows), slot, table=table)
     graph = Buffer("graph", unit, m) if policy else None
-    reads = _set(_weights(spec, unit, slot), _call(m), Buffer("input", unit, m))
+    reads = _weights(spec, unit, slot) | _set(_call(m), Buffer("input", unit, m))
     return Op("F", unit, m, reads, _set(output, _call(m), graph), slot, policy=policy)
 
 
@@ -98,18 +111,18 @@ def restore(unit: int, m: int, boundary_slot: int) -> Op:
 
 def loss(spec: StepSpec, unit: int, m: int, slot: int, grad_slot: int) -> Op:
     added_to = _added_to(spec, unit, m, grad_slot)
-    reads = _set(_weights(spec, unit, slot), _call(m), Buffer("input", unit, m), added_to)
+    reads = _weights(spec, unit, slot) | _set(_call(m), Buffer("input", unit, m), added_to)
     writes = _set(_call(m), Buffer("input_grad", -1, m), Buffer("loss", -1, m), _grad_slot(grad_slot))
     return Op("L", unit, m, reads, writes, slot, grad_slot, first=spec.begins(unit, m))
 
 
 def evaluate(spec: StepSpec, m: int, slot: int) -> Op:
-    reads = _set(_weights(spec, spec.head, slot), _call(m), Buffer("input", spec.head, m))
+    reads = _weights(spec, spec.head, slot) | _set(_call(m), Buffer("input", spec.head, m))
     return Op("E", spec.head, m, reads, _set(Buffer("loss", -1, m)), slot)
 
 
 def recompute(spec: StepSpec, unit: int, m: int, slot: int) -> Op:
-    reads = _set(_weights(spec, unit, slot), _call(m), Buffer("input", unit, m))
+    reads = _weights(spec, unit, slot) | _set(_call(m), Buffer("input", unit, m))
     writes = _set(Buffer("graph", unit, m), Buffer("input", unit + 1, m))
     return Op("C", unit, m, reads, writes, slot, policy=KEEP)
 
@@ -118,7 +131,7 @@ def backward(spec: StepSpec, unit: int, m: int, slot: int, grad_slot: int) -> Op
     """Reads the layer's input even if nothing is recomputed, since its graph may hold it."""
     gradient, given, graph = Buffer("input_grad", -1, m), Buffer("input", unit, m), Buffer("graph", unit, m)
     weights, added_to = _weights(spec, unit, slot), _added_to(spec, unit, m, grad_slot)
-    reads = _set(weights, _call(m), graph, given, gradient, added_to)
+    reads = weights | _set(_call(m), graph, given, gradient, added_to)
     writes = _set(gradient, _grad_slot(grad_slot))
     return Op("B", unit, m, reads, writes, slot, grad_slot, first=spec.begins(unit, m))
 
@@ -130,7 +143,7 @@ def backward_prologue(spec: StepSpec, m: int, slot: int, grad_slot: int) -> Op:
     adds_to_table = spec.sums_rows and m == spec.micro_batches - 1 and not spec.is_shared
     table_grad = spec.outer_grad_slot if adds_to_table else -1
     table, weights = _grad_slot(table_grad), _weights(spec, 0, slot)
-    reads = _set(weights, _call(m), Buffer("rows"), Buffer("input_grad", -1, m))
+    reads = weights | _set(_call(m), Buffer("rows"), Buffer("input_grad", -1, m))
     earlier = sums if m and not spec.totals_rows(m - 1) else None
     reads |= _set(_added_to(spec, 0, m, grad_slot), earlier, table if spec.tied else None)
     writes = _set(_grad_slot(grad_slot), sums, table)

@@ -7,6 +7,7 @@ Kinds, in the order of a step (u: unit, m: micro-batch):
 
     Uu     upload    weights of unit u into a device slot                      upload
     Ju     join      gather unit u's weights from all ranks into the slot       network
+    Qu     unpack    the packed weights of unit u from a staging slot into one   compute
     Fu.m   forward   look-up and prologue (u = 0), or a decoder layer            compute
     Xu.m   spill     the layer's input to host memory                           download
     Lu.m   loss      head: final norm, logits and loss by chunks, their gradients compute
@@ -27,7 +28,8 @@ Kinds, in the order of a step (u: unit, m: micro-batch):
     Wu     write     weights and optimizer state of unit u to a checkpoint      disk
 
 A step of several rounds repeats U to V for the micro-batches of each; P, S and G carry the gradients from one
-round to the next. A resident unit has no U, and A instead of O.
+round to the next. A resident unit has no U, and A instead of O; a split one has U for its frozen part.
+Where units are packed, U fills a staging slot, and Q the weight slot.
 
 J, T and V are collectives: all ranks run them in the same order. They occur in shared steps only
 (`StepSpec.is_shared`), where a rank holds a share of every unit: U brings it to the device, and P, G, D, O
@@ -56,6 +58,7 @@ class Lane(StrEnum):
 
 LANE_OF_KIND = {
     "U": Lane.UPLOAD,
+    "Q": Lane.COMPUTE,
     "F": Lane.COMPUTE,
     "L": Lane.COMPUTE,
     "E": Lane.COMPUTE,
@@ -97,10 +100,11 @@ class Buffer(NamedTuple):
 class Op:
     """A scheduled action.
 
-    slot: weight slot (U, F, L, E, C, B); none of a resident unit. grad_slot: gradient slot (L, B, P, G, D,
-    eager A). slab: host buffer of an eager unit's gradient (D, O). sum_slab: host buffer of a gradient to be
-    added on the host (P, S). boundary_slot: device slot of a stored input (R, C, B). table, table_grad:
-    weight slot (F0) and gradient slot (the last B0) of the embedding table.
+    slot: weight slot (U, Q, F, L, E, C, B); none of a resident unit. staging: slot of packed weights (U, Q).
+    grad_slot: gradient slot (L, B, P, G, D, eager A). slab: host buffer of an eager unit's gradient (D, O).
+    sum_slab: host buffer of a gradient to be added on the host (P, S). boundary_slot: device slot of a stored
+    input (R, C, B). table, table_grad: weight slot (F0) and gradient slot (the last B0) of the embedding
+    table.
     first: overwrites the gradient or the sum; later ops add to it. policy: what F and C leave for the
     backward pass (`StepSpec.policy`). step: the step whose data or gradients the op works on.
 
@@ -126,6 +130,7 @@ class Op:
     step: int = 0
     shard: int = -1
     grad_shard: int = -1
+    staging: int = -1
 
     @property
     def lane(self) -> Lane:

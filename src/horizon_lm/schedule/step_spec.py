@@ -2,7 +2,8 @@
 
 Units are numbered 0 (prologue), 1 .. layers, layers + 1 (head). The embedding table is unit layers + 2, or
 part of the head if tied. Prologue and layers share a ring of slots; head and embedding table share the outer
-slot, numbered after the ring's. Resident units need no weight slot, unless they are gathered from shares.
+slot, numbered after the ring's. Resident units need no weight slot, unless they are gathered from shares. A
+split unit is uploaded and resident: its frozen part is streamed, the rest lives on the device.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ class StepSpec:
 
     layers: number of decoder layers.
     uploaded: units with weights to stream (a prologue often has none), including the embedding table's.
-    resident: units that live on the device: never uploaded, updated there.
+    resident: units that live on the device and are updated there; of those that are uploaded as well, the
+        trainable part.
+    packed: uploaded units whose frozen part, or some of it, is stored in few bits: uploaded into a staging
+        slot, and unpacked into the weight slot.
     trainable: units with a gradient; frozen units have none.
     embedding_unit: unit that owns the embedding table; the head if tied.
     embedding_frozen: the table has no gradient, although other parameters of its unit may.
@@ -70,6 +74,7 @@ class StepSpec:
     evaluate: bool = False
     saved: frozenset[int] = _NONE
     resident: frozenset[int] = _NONE
+    packed: frozenset[int] = _NONE
     rounds: int = 1
     sums: str = ""
     attention: frozenset[int] = _NONE
@@ -108,9 +113,7 @@ class StepSpec:
             raise ValueError(
                 f"embedding_unit={self.embedding_unit} is not uploaded; hint: each step reads it"
             )
-        both = sorted(self.uploaded & self.resident)
-        if both:
-            raise ValueError(f"unit {both[0]} is uploaded and resident; hint: a unit has one home")
+        self._check_parts()
         if self.rounds > 1 and (self.evaluate or self.rounds != -(-self.micro_batches // self.round_size)):
             raise ValueError(
                 f"rounds={self.rounds} of micro_batches={self.micro_batches}; hint: StepSpec.round_count"
@@ -131,9 +134,24 @@ class StepSpec:
             if strange:
                 raise ValueError(f"{name} holds unit {strange[0]}; hint: layers are 1 to {self.layers}")
 
+    def _check_parts(self) -> None:
+        """Raise ValueError for units in parts where there are only whole ones."""
+        for name in ("split", "packed"):
+            units = sorted(getattr(self, name))
+            if units and self.is_shared:
+                raise ValueError(f"unit {units[0]} is {name}; hint: a rank's share of a unit has one home")
+        if not self.packed <= self.uploaded:
+            unit = min(self.packed - self.uploaded)
+            raise ValueError(f"unit {unit} is packed, but not uploaded; hint: packed parts are streamed")
+
     @property
     def head(self) -> int:
         return self.layers + 1
+
+    @cached_property
+    def split(self) -> frozenset[int]:
+        """Units whose frozen part is streamed, and whose trainable part lives on the device."""
+        return self.uploaded & self.resident
 
     @property
     def tied(self) -> bool:

@@ -11,6 +11,7 @@ from horizon_lm.schedule.ops import Buffer, Lane, Op
 TRANSIENT = frozenset(
     {
         "slot",
+        "staging",
         "shard",
         "grad_slot",
         "grad_shard",

@@ -19,8 +19,8 @@ from horizon_lm.checkpoint.writer import CheckpointWriter, Outcome, Snapshot
 from horizon_lm.errors import HorizonError
 from horizon_lm.host_model import HostModel
 from horizon_lm.io.leftovers import temporary_folder
+from horizon_lm.memory.regions import state_bytes
 from horizon_lm.memory.shards import WHOLE
-from horizon_lm.memory.store import state_bytes
 from horizon_lm.report.metrics import versions
 from horizon_lm.training.together import Together
 from horizon_lm.words import size

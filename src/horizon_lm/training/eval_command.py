@@ -21,6 +21,7 @@ from horizon_lm.checkpoint.folder import Checkpoint
 from horizon_lm.checkpoint.identify import Identified, has_adapter, identify, may_be_on_hub, no_model
 from horizon_lm.checkpoint.model import model_of
 from horizon_lm.config import DatasetConfig, ModelSettings, TrainConfig, model_settings_of
+from horizon_lm.config.adapters import AdapterSettings
 from horizon_lm.config.base import collect, keys_of
 from horizon_lm.config.dataset_info import SUFFIXES
 from horizon_lm.config.yaml import Document
@@ -206,10 +207,10 @@ def evaluate_target(
     say(f"evaluating {target.what} on {data}: {size}", sys.stderr)
     for remark in remarks(rows):
         say(f"{'warning: ' if remark.is_warning else ''}{remark}", sys.stderr)
-    settings = model_settings_of(config).untrained()
     with quiet_transformers(), ExitStack() as stack:
         measure = _measure_of(target, config, rows, tokenizer, warn, together.ranks)
         added = stack.enter_context(_adapter_of(target, config, warn))
+        settings = _settings_of(config, added)
         names: list[str] = []
 
         def load() -> nn.Module:
@@ -220,8 +221,7 @@ def evaluate_target(
             names.append(what)
             return model.requires_grad_(False)  # allocates neither gradients nor moments
 
-        folder = None if added is None else str(added.folder)
-        model = hosted(load, settings.replace(adapter_name_or_path=folder), together.ranks)
+        model = hosted(load, settings, together.ranks)
         if added is not None and added.checkpoint is not None:
             check_base(added.checkpoint, model.base_fingerprint(), added.base)
     what = names[0]
@@ -303,6 +303,16 @@ def _adapter_of(target: Target, config: TrainConfig, warn: Callable[[str], None]
         return
     with ExitStack() as stack:
         yield _sound_adapter(target, config, warn, stack)
+
+
+def _settings_of(config: TrainConfig, added: _Added | None) -> ModelSettings:
+    """Settings of a model that is not trained, with a saved adapter or without any."""
+    settings = model_settings_of(config)
+    changes = {key: AdapterSettings.model_fields[key].default for key in AdapterSettings.__annotations__}
+    if added is not None:
+        kept = ("base_dtype", "base_cache_dir")
+        changes |= {"adapter_name_or_path": str(added.folder), **{k: getattr(settings, k) for k in kept}}
+    return settings.replace(**changes, lr_factors={})
 
 
 def _sound_adapter(
