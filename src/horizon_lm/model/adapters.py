@@ -30,7 +30,7 @@ from horizon_lm.model.trained import choose_trained
 
 _PREFIX = "base_model.model."  # of the base model's names in a PeftModel
 _CHANGE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # ways to begin that write into the base
-_FAULTS = (ValueError, TypeError, KeyError, AttributeError, ImportError, re.error)
+FAULTS = (ValueError, TypeError, KeyError, AttributeError, ImportError, re.error)
 _REFUSED = (
     *("trainable_token_indices", "alora_invocation_tokens", "layer_replication"),
     "megatron_config",  # for which PEFT imports the module that the configuration names
@@ -238,7 +238,7 @@ def _added(model: Any, settings: ModelSettings, has_values: bool) -> Adapter | N
             # PEFT moves new parameters to the dtype of the base: fake ones cannot be moved
             with nullcontext() if has_values else torch.device("meta"):
                 peft_model = peft.get_peft_model(model, config, autocast_adapter_dtype=has_values)
-    except (*_FAULTS, RuntimeError) as error:
+    except (*FAULTS, RuntimeError) as error:
         raise ConfigError(
             f"PEFT refuses the adapter: {reason_of(error)}",
             hint="target_modules: all-linear, or ends of the names of linear layers, as in [q_proj, v_proj]",
