@@ -17,6 +17,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -58,10 +59,10 @@ from horizon_lm.memory.shards import Shard
 from horizon_lm.memory.store import HostStore
 from horizon_lm.memory.whole import Whole
 from horizon_lm.micro_batches import Extra, MicroBatches, check_micro_batches
+from horizon_lm.model.adapters import prepare as add_adapter
 from horizon_lm.model.consumed import Closed, check_model, refuse_use, take_over
 from horizon_lm.model.kernels import apply_kernels, check_kernels
-from horizon_lm.model.loading import create_model, fill_store, freeze, load_model_of
-from horizon_lm.model.pictures import freeze_vision
+from horizon_lm.model.loading import create_model, fill_store, load_model_of
 from horizon_lm.model.pretrained import check_has_weights
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.optim.kernel import check_available
@@ -123,9 +124,8 @@ class HostModel:
             prepare(self.device)
         check_kernels(settings, self.device)
         check_has_weights(model)
-        freeze(model, settings.freeze)
-        freeze_vision(model, train_projector=settings.train_projector)
-        self.skeleton = Skeleton(take_over(model), DTYPES[settings.dtype])
+        own, adapter = add_adapter(take_over(model), settings)
+        self.skeleton = Skeleton(own, DTYPES[settings.dtype], adapter=adapter)
         self.skeleton.neftune_noise_alpha = settings.neftune_noise_alpha
         self.skeleton.patches = apply_kernels(self.skeleton.model, settings)
         if settings.mlp_tile_tokens is not None:
@@ -499,20 +499,23 @@ class HostModel:
         return_router_losses: bool = False,
         ignore_extra: bool = False,
         record: bool = False,
+        adapter: bool = True,
     ) -> EvaluationOutput:
         """Compute the mean cross-entropy over all target tokens, without dropout or gradients.
 
         micro_batches: as in `forward_backward`. values: names of the `TokenValues` to return. temperature:
         divides the logits before all else. return_router_losses: compute the routers' auxiliary losses, which
-        are not part of the loss. ignore_extra: leave aside tensors that only a loss function takes. Leaves
-        the gradients of an unfinished step alone.
+        are not part of the loss. ignore_extra: leave aside tensors that only a loss function takes.
+        adapter: false evaluates the base model alone, without its adapter. Leaves the gradients of an
+        unfinished step alone.
         Raises DataError for micro-batches without any target, ConfigError for invalid values.
         """
         asked = Asked.of("evaluate()", values, temperature)
         self._warn_of_torn("evaluate()")
         extra: Extra = "ignore" if ignore_extra else "refuse"
         batches = check_micro_batches(micro_batches, self.skeleton, extra=extra, encode=self.encode_images)
-        step = self.engine.evaluate(batches, asked, routers=return_router_losses, record=record)
+        with nullcontext() if adapter else self.skeleton.without_adapter():
+            step = self.engine.evaluate(batches, asked, routers=return_router_losses, record=record)
         found: list[TokenValues] = []
         if asked.values or return_log_probs:
             shapes = [batch["labels"].shape for batch in batches]

@@ -162,6 +162,10 @@ def tokens(name: str, number: int) -> int:
     return 4 if name in ("llava", "gemma3", "internvl") else height // 8 * (width // 8)
 
 
+# Models that tell pictures apart by what is between their placeholders.
+_KEPT_APART = ("gemma3", "qwen2_5_vl", "qwen3_vl")
+
+
 def batch(
     name: str, rows: Sequence[Sequence[int]], *, length: int = 64, seed: int = 1, padded: bool = False
 ) -> dict[str, torch.Tensor]:
@@ -177,7 +181,7 @@ def batch(
         for i, number in enumerate(images):
             end = place + tokens(name, number)
             row[place:end] = token
-            place = end + (0 if i % 2 and not name.startswith("gemma") else 2)
+            place = end + (0 if i % 2 and name not in _KEPT_APART else 2)
         assert place <= length - 8
     labels = ids.masked_fill(ids == token, -100)
     found = {"input_ids": ids, "labels": labels}

@@ -28,7 +28,8 @@ def save_model(
     max_shard_size: int | str,
     extra: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write config, generation config and sharded safetensors to `folder` atomically.
+    """Write config, generation config and sharded safetensors to `folder` atomically; of a model with an
+    adapter, the adapter alone in PEFT's files.
 
     whole: where the first rank, which writes, gathers each unit. dtype None: the store's compute dtype,
     straight from the store. float32 from a bf16 store reconstructs the masters. extra: writes further files
@@ -41,12 +42,21 @@ def save_model(
         hollow = {name: _hollow(*_described(store, name, wanted)) for name in names}
         return Group(hollow, lambda: {name: _exported(whole, name, wanted) for name in names})
 
-    buffers = dict(units.persistent_buffers(skeleton.model))
-    groups = [group([p.name for p in unit.parameters]) for unit in store.units]
+    adapter = skeleton.adapter
+    buffers = dict(units.persistent_buffers(skeleton.model)) if adapter is None else {}
+    groups = [
+        group([p.name for p in unit.parameters if adapter is None or adapter.is_part(p.name)])
+        for unit in store.units
+    ]
     groups.append(Group({n: _hollow(b.shape, b.dtype) for n, b in buffers.items()}, lambda: buffers))
 
     def save(groups: Sequence[Group]) -> None:
         def write(target: Path) -> None:
+            if adapter is not None:
+                adapter.save(target, {name: t for group in groups for name, t in group.load().items()})
+                if extra is not None:
+                    extra(target)
+                return
             try:
                 write_model(skeleton.model, skeleton.aliases, groups, target, wanted, max_shard_size)
             finally:

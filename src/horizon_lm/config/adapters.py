@@ -90,3 +90,8 @@ class AdapterSettings(MemorySettings):
         group="Adapters",
         resume="free",
     )
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is trained, new or saved."""
+        return self.adapter != "none" or self.adapter_name_or_path is not None

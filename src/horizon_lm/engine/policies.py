@@ -391,7 +391,7 @@ def check_fits_host(
 ) -> None:
     """Raise DoesNotFitError unless a rank's store of a model of this transformers configuration fits."""
     dtype = DTYPES[settings.dtype]
-    trained, frozen = count_parameters(values, settings.freeze)
+    trained, frozen = count_parameters(values, settings)
     rows = [("trained", (trained,), True, dtype), ("frozen", (frozen,), False, dtype)]
     # Left out, since layers are not known yet: slabs, slots, and where resident units lie.
     device = resolve_device(settings.device)

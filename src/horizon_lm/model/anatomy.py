@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -128,11 +128,16 @@ def _accepted_names(forward: Callable) -> frozenset[str] | None:
     return frozenset(parameters)
 
 
-def analyse(model: Any, pictures: PictureParts | None = None) -> Anatomy:
+def analyse(
+    model: Any,
+    pictures: PictureParts | None = None,
+    adapter_off: Callable[[], AbstractContextManager] | None = None,
+) -> Anatomy:
     """Find where to cut `model` (parameters in memory, any device).
 
-    pictures: the parts of a vision-language model, which is cut by its language model. Raises
-    UnsupportedModelError, with model type and reason, if it cannot be streamed.
+    pictures: the parts of a vision-language model, which is cut by its language model. adapter_off: switches
+    the model's adapter off while it is open; what runs only then belongs to the same part of the model.
+    Raises UnsupportedModelError, with model type and reason, if it cannot be streamed.
     """
     path, layers = _find_layers(model, "" if pictures is None else f"{pictures.language}.")
     names = _unique_names(model)
@@ -152,8 +157,13 @@ def analyse(model: Any, pictures: PictureParts | None = None) -> Anatomy:
 
     with _requiring_grad(list(outside.values())):
         outputs, first_hidden, logits, head_entry = _probe(model, layers, embedding_module)
-    used_before = {names[i] for i in _leaves(first_hidden) if i in outside}
-    used_after = {names[i] for i in _leaves(logits) if i in outside}
+        before, after = _leaves(first_hidden), _leaves(logits)
+        if adapter_off is not None:
+            with adapter_off():
+                _, *ends, _ = _probe(model, layers, embedding_module)
+            before, after = before | _leaves(ends[0]), after | _leaves(ends[1])
+    used_before = {names[i] for i in before if i in outside}
+    used_after = {names[i] for i in after if i in outside}
     if embedding in used_before or used_before & used_after:
         shared = sorted({embedding} & used_before | used_before & used_after)
         raise _refuse(model, f"{', '.join(shared)} is used both before and after the decoder layers")

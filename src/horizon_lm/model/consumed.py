@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NoReturn
 
 from torch import nn
 
 from horizon_lm.errors import ConfigError
+from horizon_lm.model.adapters import is_peft
 
 # Methods that need weights, or would change the modules that HostModel runs -> what to use instead.
 _HINTS = {
@@ -25,6 +27,10 @@ _HINTS = {
     "gradient_checkpointing_enable": "set activations='recompute' in HostModel.from_pretrained",
     "resize_token_embeddings": "resize before HostModel.from_pretrained(model)",
     "tie_weights": "tie weights before HostModel.from_pretrained(model)",
+    "merge_and_unload": "use HostModel.save_pretrained(folder), then PeftModel.from_pretrained(base, folder)",
+    "load_adapter": "load adapters before HostModel.from_pretrained(model)",
+    "set_adapter": "set the adapter before HostModel.from_pretrained(model)",
+    "disable_adapter": "use HostModel.evaluate(micro_batches, adapter=False)",
 }
 _SHOWN = {"forward": "a call", "_apply": "to()", "train": "train() or eval()"}
 _MARK = "_handed_to_host_model"
@@ -57,17 +63,34 @@ def check_model(model: nn.Module) -> None:
 def take_over(model: Any) -> Any:
     """Return another object over the same modules, parameters and buffers.
 
-    So the caller's object can reject use (`refuse_use`) while ours still runs.
+    So the caller's object can reject use (`refuse_use`) while ours still runs. Of a PeftModel its tuner and
+    the model in it are other objects too.
     """
-    return copy.copy(model)
+    own = copy.copy(model)
+    for holder, name in _inner(own):
+        holder.__dict__["_modules"] = {**holder._modules, name: copy.copy(holder._modules[name])}
+    return own
+
+
+def _base(peft_model: Any) -> Any:
+    return peft_model.base_model.model
+
+
+def _inner(model: Any) -> Iterator[tuple[Any, str]]:
+    """The objects around the transformers model in a PeftModel, each with the name of the next."""
+    if is_peft(model):
+        yield model, "base_model"
+        yield model._modules["base_model"], "model"
 
 
 def refuse_use(model: nn.Module) -> None:
     """Make the caller's object, and its direct children, raise ConfigError if called, saved or moved.
 
     Grandchildren are shared and stay usable; so do the children of an object whose forward was replaced by
-    its own, since that calls them.
+    its own, since that calls them. In a PeftModel the model does too.
     """
+    if is_peft(model):
+        refuse_use(_base(model))
     is_own = "forward" in model.__dict__
     below = {} if is_own else model._modules
     children = {name: copy.copy(child) for name, child in below.items() if child is not None}

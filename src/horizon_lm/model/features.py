@@ -77,8 +77,9 @@ def _projected(
     """The projector's output [rows, width] for what a tower gave."""
     assert skeleton.pictures is not None
     projector = skeleton.model.get_submodule(skeleton.pictures.projector)
-    _, *others = inspect.signature(type(projector).forward).parameters
-    more = {name: inputs[name] for name in others[1:] if name in inputs}
+    wrapped = getattr(projector, "original_module", projector)  # PEFT's copies take any arguments
+    _, _, *others = inspect.signature(type(wrapped).forward).parameters
+    more = {name: inputs[name] for name in others if name in inputs}
     output: torch.Tensor = projector(features, **more)
     return output.reshape(-1, output.shape[-1])
 
@@ -116,6 +117,8 @@ def _images(output: Any) -> list[dict[str, torch.Tensor]]:
     """Features of each image from what `get_image_features` returns."""
     found = [{"features": rows.flatten(0, -2)} for rows in output.pooler_output]
     for number, layer in enumerate(getattr(output, "deepstack_features", None) or ()):
+        if isinstance(layer, torch.Tensor):  # as transformers 5.17 returns them
+            layer = layer.split([len(image["features"]) for image in found])
         for image, rows in zip(found, layer, strict=True):
             image[f"deepstack_{number}"] = rows
     return found

@@ -6,8 +6,6 @@ the source is freed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +13,16 @@ import torch
 from torch import nn
 
 from horizon_lm.config import ModelSettings
-from horizon_lm.config.patterns import compiled, nearest
 from horizon_lm.errors import ConfigError, DataError, DoesNotFitError, HorizonError, UnsupportedModelError
 from horizon_lm.io.hub import require_reachable
 from horizon_lm.machine.device import resolve_device
 from horizon_lm.memory.arena import return_free_memory
 from horizon_lm.memory.store import HostStore
+from horizon_lm.model.adapters import prepare
 from horizon_lm.model.configuration import configuration_of, reason_of
 from horizon_lm.model.folder import INDEX, names_in
 from horizon_lm.model.kernels import check_kernels
-from horizon_lm.model.pretrained import Allowed, model_class, read_pretrained, without_messages
+from horizon_lm.model.pretrained import Allowed, model_class, read_pretrained, seeded, without_messages
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.words import count
 
@@ -125,12 +123,12 @@ def _check_index(folder: Path) -> None:
             )
 
 
-def count_parameters(values: dict[str, Any], frozen: Sequence[str] = ()) -> tuple[int, int]:
-    """Count (trained, frozen) parameters of a transformers configuration, without memory. frozen: as
-    `freeze`."""
+def count_parameters(values: dict[str, Any], settings: ModelSettings) -> tuple[int, int]:
+    """Count (trained, frozen) parameters of a transformers configuration under the settings, without
+    memory."""
     with torch.device("meta"):
         model = create_model(values, dtype=torch.float32, seed=0, attn_implementation="eager")
-    freeze(model, frozen)
+        model, _ = prepare(model, settings, has_values=False)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return trained, sum(p.numel() for p in model.parameters()) - trained
 
@@ -146,7 +144,7 @@ def create_model(
     kind = values.get("model_type")
     try:
         config = configuration_of(values, attn_implementation)
-        with _seeded(seed):
+        with seeded(seed):
             model = model_class(config).from_config(
                 config, dtype=torch.float32, attn_implementation=attn_implementation
             )
@@ -173,30 +171,6 @@ def _no_memory(error: Exception) -> DoesNotFitError | None:
     )
 
 
-def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Freeze the parameters whose names contain a match of any pattern.
-
-    Every name of a tied weight counts. Raises ConfigError for a pattern that matches no parameter, and if
-    nothing would be left to train.
-    """
-    named = dict(model.named_parameters(remove_duplicate=False))
-    for pattern in patterns:
-        expression = compiled(pattern, "freeze")
-        found = [parameter for name, parameter in named.items() if expression.search(name)]
-        if not found:
-            raise ConfigError(
-                f"freeze: {pattern!r} is found in the name of no parameter",
-                hint=f"the nearest names are {', '.join(nearest(pattern, list(named)))}",
-            )
-        for parameter in found:
-            parameter.requires_grad_(False)
-    if patterns and not any(parameter.requires_grad for parameter in named.values()):
-        raise ConfigError(
-            f"freeze leaves no parameter to train: {', '.join(map(repr, patterns))}",
-            hint="'^(?!lm_head)' freezes all but the names that begin with lm_head",
-        )
-
-
 def grow_vocabulary(model: Any, tokens: int, seed: int) -> None:
     """Grow the embeddings to at least `tokens` rows, new ones drawn by transformers (seed).
 
@@ -207,7 +181,7 @@ def grow_vocabulary(model: Any, tokens: int, seed: int) -> None:
     try:
         with (
             without_messages("new embeddings will be init", "new lm_head weights will be init"),
-            _seeded(seed),
+            seeded(seed),
         ):
             model.resize_token_embeddings(tokens)
     except (NotImplementedError, TypeError, ValueError, AttributeError) as error:
@@ -215,13 +189,6 @@ def grow_vocabulary(model: Any, tokens: int, seed: int) -> None:
             f"the embeddings of a {type(model).__name__} cannot grow to {count(tokens, 'row')}: {error}",
             hint="leave new_tokens out",
         ) from error
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 def fill_store(skeleton: Skeleton, store: HostStore) -> None:

@@ -8,13 +8,16 @@ embeddings, and what lies beside it is the vision part.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from horizon_lm.config import ModelSettings
+from horizon_lm.config.patterns import compiled
 from horizon_lm.errors import ConfigError, UnsupportedModelError
 from horizon_lm.model.pretrained import model_class
 from horizon_lm.picture_batches import PictureInputs
@@ -112,57 +115,96 @@ def vision_modules(model: Any) -> tuple[str, ...]:
     return () if parts is None else parts.vision
 
 
-def freeze_vision(model: Any, *, train_projector: bool, has_adapter: bool = False) -> None:
+def excluded_modules(model: Any) -> str | None:
+    """An expression for names of modules of the vision part, as PEFT's `exclude_modules` takes it; None for a
+    model of text alone."""
+    paths = vision_modules(model)
+    return rf"({'|'.join(map(re.escape, paths))})(\..*)?" if paths else None
+
+
+def freeze_vision(
+    model: Any, settings: ModelSettings, is_adapters: Callable[[str], bool] | None = None
+) -> None:
     """Freeze the vision part, except for a projector that is to be trained.
 
-    With an adapter nothing changes: what is trainable are its own parameters, which may lie in the projector.
-    Raises ConfigError for a model without a projector, and for parameters of the tower that would be trained.
+    is_adapters: whether a name is the adapter's. With an adapter, its own parameters are trained, in the
+    language model or in the projector. Raises ConfigError for a model without one projector, for parameters
+    of the tower that would be trained, and if nothing is left to train.
     """
     parts = picture_parts(model)
-    if train_projector and (parts is None or not parts.projector):
-        what = "a model of text alone" if parts is None else "none of its modules is called a projector"
-        raise ConfigError(
-            f"train_projector: {type(model).__name__} has no projector: {what}", hint="leave it out"
-        )
+    if settings.train_projector:
+        _check_projector(model, parts)
     if parts is None:
         return
-    if train_projector and has_adapter:
-        name = parts.projector.rpartition(".")[2]
-        raise ConfigError(
-            "train_projector trains weights of the model, and an adapter's folder holds those of the adapter "
-            "alone",
-            hint=f"modules_to_save: [{name}] trains and saves a copy of the projector with the adapter",
-        )
+    _refuse_patterns(parts, settings)
     named = [(name, p) for name, p in model.named_parameters() if name in parts.names]
-    if has_adapter:
-        odd = next((name for name, p in named if p.requires_grad and not parts.is_projector(name)), None)
-        if odd is not None:
-            raise ConfigError(
-                f"the adapter would train {odd}, a part of the vision tower, which is not trained",
-                hint="name the language model's modules in target_modules",
-            )
+    if is_adapters is not None:
+        _check_adapter(parts, settings, [name for name, p in named if p.requires_grad])
         return
     for name, parameter in named:
-        parameter.requires_grad_(train_projector and parts.is_projector(name) and parameter.requires_grad)
-
-
-def refuse_to_train_tower(model: Any, matches: dict[str, list[str]]) -> None:
-    """Raise ConfigError if a pattern of `train` names a parameter of the vision tower.
-
-    matches: the names that each pattern was found in.
-    """
-    parts = picture_parts(model)
-    if parts is None:
-        return
-    for pattern, names in matches.items():
-        odd = next((name for name in names if parts.is_vision(name)), None)
-        if odd is None:
-            continue
-        way = "train_projector: true" if parts.is_projector(odd) else f"'{parts.language}.*{pattern}'"
+        parameter.requires_grad_(settings.train_projector and parts.is_projector(name))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
-            f"train: {pattern!r} is found in {odd}, a part of the vision tower, which is not trained",
-            hint=f"{way} is what can be trained",
+            "no parameter is left to train: the vision tower is never trained",
+            hint="let freeze and train leave some of the language model",
         )
+
+
+def _check_projector(model: Any, parts: PictureParts | None) -> None:
+    kind = getattr(model.config, "model_type", type(model).__name__)
+    if parts is None:
+        raise ConfigError(
+            f"train_projector: {kind} has no projector: it is a model of text alone", hint="leave it out"
+        )
+    others = [name for name in sorted(parts.names) if "deepstack" in name]
+    if others:
+        raise ConfigError(
+            f"train_projector: the tower of {kind} has several projectors, between its layers ({others[0]})",
+            hint="leave it out: the language model is trained",
+        )
+    if not parts.projector:
+        raise ConfigError(
+            f"train_projector: none of the modules of {kind} beside its language model is known as a "
+            f"projector: {', '.join(parts.vision)}",
+            hint="leave it out: the language model is trained",
+        )
+
+
+def _check_adapter(parts: PictureParts, settings: ModelSettings, trained: Sequence[str]) -> None:
+    if settings.train_projector:
+        name = parts.projector.rpartition(".")[2]
+        raise ConfigError(
+            "train_projector trains weights of the model, and an adapter is saved without them",
+            hint=f"modules_to_save: [{name}] trains a copy of the projector, and saves it with the adapter",
+        )
+    odd = next((name for name in trained if not parts.is_projector(name)), None)
+    if odd is not None:
+        raise ConfigError(
+            f"the adapter would train {odd}, a part of the vision tower, which is not trained",
+            hint="name modules of the language model in target_modules and modules_to_save",
+        )
+
+
+def _refuse_patterns(parts: PictureParts, settings: ModelSettings) -> None:
+    """Refuse patterns that contradict what is trained of the vision part."""
+    for pattern in settings.train:
+        expression = compiled(pattern, "train")
+        names = sorted(name for name in parts.names if expression.search(name))
+        tower = [n for n in names if not (parts.is_projector(n) and settings.train_projector)]
+        if tower:
+            way = f"train: ['{parts.language}.*{pattern}']"
+            raise ConfigError(
+                f"train: {pattern!r} matches {tower[0]}, a part of the vision tower, which is not trained",
+                hint="train_projector: true" if parts.is_projector(tower[0]) else way,
+            )
+    for pattern in settings.freeze if settings.train_projector else ():
+        expression = compiled(pattern, "freeze")
+        odd = next((n for n in parts.names if parts.is_projector(n) and expression.search(n)), None)
+        if odd is not None:
+            raise ConfigError(
+                f"freeze: {pattern!r} matches {odd}, and train_projector trains it",
+                hint="leave one of them out",
+            )
 
 
 @contextmanager

@@ -83,8 +83,7 @@ def read_pretrained(name: str, allowed: Allowed, *, seed: int = 0, **options: An
     unexpected = [compiled(pattern, "allow_unexpected") for pattern in allowed.unexpected]
     method = _quantisation(name, config)
     _check_size(name, config, options)
-    with without_messages("LOAD REPORT") as reports, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with without_messages("LOAD REPORT") as reports, seeded(seed):
         try:
             loaded: Any = model_class(config).from_pretrained(
                 name,
@@ -118,6 +117,14 @@ def read_pretrained(name: str, allowed: Allowed, *, seed: int = 0, **options: An
     if lacking:
         _log.warning("%s: random values (allow_missing) for %s: %s", name, _count(lacking), _some(lacking))
     return model
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """While open, torch draws from `seed` on the CPU."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def check_has_weights(model: nn.Module) -> None:

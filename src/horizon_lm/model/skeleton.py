@@ -15,10 +15,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from horizon_lm.errors import UnsupportedModelError
+from horizon_lm.errors import ConfigError, UnsupportedModelError
 from horizon_lm.memory.layout import Parameter, UnitLayout, lay_out
 from horizon_lm.memory.master import join_master
 from horizon_lm.memory.slots import UnitWeights
+from horizon_lm.model.adapters import Adapter, base_name
 from horizon_lm.model.anatomy import Anatomy, analyse
 from horizon_lm.model.compiled import CompiledLayers, Listener, Mode
 from horizon_lm.model.head import OwnHead, find_head
@@ -44,10 +45,13 @@ class Skeleton:
     model: the transformers model. `take` replaces its parameters by `meta` ones, unit by unit; its buffers
     stay (they are small, and shared if identical). dtype: compute dtype, bf16 or fp32. Raises
     UnsupportedModelError if the model cannot be streamed. is_new: whether `model` was just created from its
-    configuration in `dtype`.
+    configuration in `dtype`. adapter: the adapter whose layers it has.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype, *, is_new: bool = False) -> None:
+    def __init__(
+        self, model: Any, dtype: torch.dtype, *, is_new: bool = False, adapter: Adapter | None = None
+    ) -> None:
+        self.adapter = adapter
         self.model = model.train()
         self._is_new = is_new
         self.config = model.config
@@ -66,7 +70,7 @@ class Skeleton:
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False
         separate_documents(model)
-        self.anatomy: Anatomy = analyse(model, self.pictures)
+        self.anatomy: Anatomy = analyse(model, self.pictures, None if adapter is None else adapter.off)
         self.own_head: OwnHead | None = find_head(model, self.anatomy)
         layers: nn.ModuleList = model.get_submodule(self.anatomy.layers_path)
         self.layers: list[nn.Module] = list(layers)
@@ -112,6 +116,14 @@ class Skeleton:
         call = self.layers[layer] if self.compiled is None else partial(self.compiled.run, layer)
         with patched(self.patches):
             return call(*args, **kwargs)
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """While open, the base model runs alone. Raises ConfigError if there is no adapter."""
+        if self.adapter is None:
+            raise ConfigError("the model has no adapter to switch off", hint="leave adapter=False out")
+        with self.adapter.off():
+            yield
 
     @property
     def text_config(self) -> Any:
@@ -263,14 +275,18 @@ class Skeleton:
         """
         if self.dtype == torch.float32:
             return lambda name, parameter: True
-        dtypes = {parameter.dtype for parameter in self.model.parameters()}
+        adapter = self.adapter  # one of the settings follows the model's dtype, whatever that of its files
+        theirs = adapter.is_part if adapter is not None and not adapter.keeps_dtypes else lambda name: False
+        dtypes = {p.dtype for name, p in self.model.named_parameters() if not theirs(name)}
         if torch.bfloat16 in dtypes and len(dtypes) > 1:
-            return lambda name, parameter: parameter.dtype == torch.float32
+            return lambda name, parameter: parameter.dtype == torch.float32 and not theirs(name)
         globs = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
         words = [glob.replace("*", ".*") for glob in globs]  # expressions, as to the loader
         strict = re.compile("|".join(words) or "(?!)")
         created = {name for name, dtype in self._created.items() if dtype == torch.float32}
-        return lambda name, parameter: name in created or strict.search(name) is not None
+        return lambda name, parameter: (
+            not theirs(name) and (base_name(name) in created or strict.search(name) is not None)
+        )
 
     def _parameter(self, name: str) -> nn.Parameter:
         owner, local = self._owners[name][0]
@@ -297,7 +313,7 @@ class Skeleton:
             for local, buffer in module._buffers.items():
                 if buffer is None:
                     continue
-                dtype = self._created.get(f"{path}.{local}" if path else local, buffer.dtype)
+                dtype = self._created.get(base_name(f"{path}.{local}" if path else local), buffer.dtype)
                 value = buffer.to(device=device, dtype=dtype)
                 alike = seen.setdefault((type(module), local), [])
                 twin = next((t for t in alike if t.dtype == dtype and torch.equal(t, value)), None)

@@ -58,7 +58,8 @@ class LayerFlops:
 
 @dataclass(frozen=True)
 class Counted:
-    """layers: by kind. kind_of: the kind of each layer. lookups: parameters used only to look up rows."""
+    """layers: by kind. kind_of: the kind of each layer. lookups: parameters used only to look up rows, and
+    those of a projector of pictures: no token of the text visits them."""
 
     layers: tuple[LayerFlops, ...]
     kind_of: tuple[int, ...]
@@ -111,7 +112,13 @@ def count_layers(built: Built, kind_of: Sequence[int]) -> Counted:
     )
     tied = {skeleton.anatomy.embedding} if skeleton.anatomy.tied else set()
     names = (p.name for unit in skeleton.units for p in unit.parameters)
-    lookups = tuple(name for name in names if name not in tied and skeleton.is_embedding(name))
+    parts = skeleton.pictures
+
+    def is_visited(name: str) -> bool:
+        sees = parts is not None and parts.is_vision(name)
+        return name in tied or not (sees or skeleton.is_embedding(name))
+
+    lookups = tuple(name for name in names if not is_visited(name))
     return Counted(layers, tuple(found), lookups)
 
 

@@ -23,10 +23,9 @@ from horizon_lm.engine.policies import DTYPES
 from horizon_lm.errors import ConfigError, HorizonError, UnsupportedModelError
 from horizon_lm.io.hub import require_reachable
 from horizon_lm.memory.layout import UnitLayout
+from horizon_lm.model.adapters import prepare
 from horizon_lm.model.configuration import configuration_of, read_configuration, reason_of
 from horizon_lm.model.folder import check_model_folder
-from horizon_lm.model.loading import freeze
-from horizon_lm.model.pictures import freeze_vision
 from horizon_lm.model.pretrained import model_class
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.plan.model_flops import Counted, count_layers, kinds_of_layers
@@ -89,9 +88,8 @@ class Outline:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode:
             model = _build(self.config, self.dtype, self._settings)
-            freeze(model, self._settings.freeze)
-            freeze_vision(model, train_projector=self._settings.train_projector)
-            skeleton = Skeleton(model, self.dtype, is_new=True)
+            model, adapter = prepare(model, self._settings, has_values=False)
+            skeleton = Skeleton(model, self.dtype, is_new=True, adapter=adapter)
             if self.mlp_tile_tokens is not None:
                 skeleton.tile_mlps(self.mlp_tile_tokens)
             for unit in range(len(skeleton.units)):

@@ -24,6 +24,7 @@ import torch
 
 from horizon_lm import plan as package
 from horizon_lm.config import TrainConfig
+from horizon_lm.config.adapters import AdapterSettings
 from horizon_lm.io import files
 from horizon_lm.io.leftovers import sweep_files
 from horizon_lm.machine.profile import cache_path
@@ -118,7 +119,7 @@ def outline_cache(config: TrainConfig) -> Iterator[OutlineCache]:
     """Load the cache of the run's model, and save new findings at the end.
 
     It is empty and not saved in a program other than `horizon`, for a model that files alone do not determine
-    (custom code, tokens to be added), and if the file cannot be read or written.
+    (custom code, tokens to be added, a saved adapter), and if the file cannot be read or written.
     """
     key = _key(config) if package.models_are_stock else None
     path = None if key is None else cache_folder() / f"{key}.json.gz"
@@ -156,7 +157,7 @@ def _write(path: Path, data: bytes) -> None:
 
 def _key(config: TrainConfig) -> str | None:
     """Hash of everything that an outline depends on; None if files do not tell."""
-    if config.trust_remote_code or config.new_tokens:
+    if config.trust_remote_code or config.new_tokens or config.adapter_name_or_path:
         return None
     if config.init_model is not None:
         model: Any = [config.init_model, config.train_tokenizer_vocab_size]
@@ -168,7 +169,8 @@ def _key(config: TrainConfig) -> str | None:
     decides = {
         "format": _FORMAT,
         "model": model,
-        "settings": [config.dtype, config.attn_implementation, config.freeze, config.mlp_tile_tokens],
+        "settings": [config.dtype, config.attn_implementation, config.mlp_tile_tokens],
+        "trained": [[key, getattr(config, key)] for key in AdapterSettings.__annotations__],
         "machine": [sys.version, platform.machine(), torch.__version__],
         "environment": sorted(item for item in os.environ.items() if item[0].startswith(_VARIABLES)),
         "installed": _installed(),

@@ -1,0 +1,327 @@
+"""Adapters of PEFT: put into a model, taken out of a `PeftModel`, switched off, and saved.
+
+The layers of an adapter are PEFT's own, inside the transformers model; so are their names and files.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from horizon_lm.config import ModelSettings
+from horizon_lm.errors import ConfigError, DataError, HorizonError, UnsupportedModelError
+from horizon_lm.io.hub import require_reachable
+from horizon_lm.model.configuration import reason_of
+from horizon_lm.model.pictures import excluded_modules, freeze_vision
+from horizon_lm.model.pretrained import seeded
+from horizon_lm.model.trained import choose_trained
+
+CONFIG = "adapter_config.json"
+_PREFIX = "base_model.model."  # of the base model's names in a PeftModel
+# Kinds of PEFT whose parameters all lie in the layers they change.
+_KINDS = ("LORA", "LOHA", "LOKR", "IA3", "OFT", "HRA", "LN_TUNING")
+
+
+class Adapter:
+    """An adapter inside a model.
+
+    peft_model: the `PeftModel` around the model. name: PEFT's name of the adapter that is trained.
+    keeps_dtypes: whether its parameters are computed in the dtype they have, as in a PeftModel of the
+    caller's, and not in that of the model.
+    """
+
+    def __init__(self, peft_model: Any, *, keeps_dtypes: bool) -> None:
+        self.peft_model, self.keeps_dtypes = peft_model, keeps_dtypes
+        self.name = str(peft_model.active_adapters[0])
+        self._switches: list[Any] = [m for m in self.model.modules() if isinstance(m, _layer_classes())]
+
+    @property
+    def model(self) -> Any:
+        """The transformers model with the adapter's layers in it."""
+        return self.peft_model.base_model.model
+
+    @property
+    def config(self) -> Any:
+        """PEFT's configuration of the adapter."""
+        return self.peft_model.peft_config[self.name]
+
+    @property
+    def base_name_or_path(self) -> str | None:
+        """The folder or name of the base, as PEFT writes it into adapter_config.json."""
+        return self.config.base_model_name_or_path or None
+
+    def is_part(self, name: str) -> bool:
+        """Whether a parameter, by its name in the model, is not one of the base."""
+        return is_adapters(name, self.name)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """While open, the layers run as the base alone."""
+        if getattr(self.config, "bias", "none") != "none":
+            raise ConfigError(
+                f"the adapter trains biases of the base (bias={self.config.bias}), which has none of its own "
+                "any more",
+                hint="make the adapter with bias='none'",
+            )
+        try:
+            for module in self._switches:  # as PEFT's own switch, but for requires_grad
+                module._disable_adapters = True
+            yield
+        finally:
+            for module in self._switches:
+                module._disable_adapters = False
+
+    def save(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write PEFT's files into a new folder: adapter_config.json, adapter_model.safetensors, README.md.
+
+        tensors: the adapter's parameters by their names in the model.
+        """
+        state = {_PREFIX + name: tensor for name, tensor in tensors.items()}
+        self.peft_model.save_pretrained(
+            str(folder), selected_adapters=[self.name], state_dict=state, save_embedding_layers=False
+        )
+        if self.name != "default":  # PEFT's own folder for it
+            for file in list((folder / self.name).iterdir()):
+                shutil.move(str(file), str(folder / file.name))
+            (folder / self.name).rmdir()
+
+
+def prepare(model: Any, settings: ModelSettings, *, has_values: bool = True) -> tuple[Any, Adapter | None]:
+    """Put the adapter of the settings into `model`, and mark which parameters are trained.
+
+    model: a transformers model, which is changed, or a PeftModel, which is taken as it is. has_values: false
+    for fake and meta tensors, for which no adapter's weights are read. Returns the transformers model, and
+    its adapter if it has one. Raises ConfigError, DataError and UnsupportedModelError.
+    """
+    adapter = _given(model, settings) if is_peft(model) else _added(model, settings, has_values)
+    base = model if adapter is None else adapter.model
+    if adapter is not None:
+        _check(adapter)
+    is_adapters = None if adapter is None else adapter.is_part
+    choose_trained(base, settings, is_adapters)
+    freeze_vision(base, settings, is_adapters)
+    return base, adapter
+
+
+def is_peft(model: Any) -> bool:
+    """Whether `model` is a PeftModel. Does not import PEFT."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel))
+
+
+def is_adapters(name: str, adapter: str) -> bool:
+    """Whether a name in a model belongs to the adapter's own parameters: PEFT writes the adapter's name
+    behind its modules and parameters (`lora_A.default.weight`, `modules_to_save.default.weight`)."""
+    parts = name.split(".")
+    return "base_layer" not in parts and "original_module" not in parts and adapter in parts[1:]
+
+
+def base_name(name: str) -> str:
+    """The name that a parameter of the base has without an adapter."""
+    return ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module"))
+
+
+def _layer_classes() -> tuple[type, ...]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return BaseTunerLayer, AuxiliaryTrainingWrapper
+
+
+def _given(model: Any, settings: ModelSettings) -> Adapter:
+    """Take the adapter of a PeftModel."""
+    import peft
+
+    if settings.has_adapter:
+        raise ConfigError(
+            f"the {type(model).__name__} has an adapter, and the settings ask for another",
+            hint="leave adapter and adapter_name_or_path out, or pass the base model",
+        )
+    if isinstance(model, peft.PeftMixedModel):
+        raise _refuse(f"a {type(model).__name__} mixes adapters of several kinds")
+    if model.active_peft_config.is_prompt_learning:
+        raise _refuse_kind(model.active_peft_config)
+    active = list(model.active_adapters)
+    if len(active) != 1:
+        raise _refuse(
+            f"the model has {len(active)} active adapters ({', '.join(active)})", "set_adapter(NAME)"
+        )
+    adapter = Adapter(model, keeps_dtypes=True)
+    if not any(p.requires_grad for p in adapter.model.parameters()):
+        raise ConfigError(
+            f"no parameter of the adapter {adapter.name!r} is trained",
+            hint="PeftModel.from_pretrained(model, folder, is_trainable=True)",
+        )
+    return adapter
+
+
+def _added(model: Any, settings: ModelSettings, has_values: bool) -> Adapter | None:
+    """Put a new adapter into a model, or one that was saved."""
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise ConfigError(
+            f"this {type(model).__name__} has layers of an adapter",
+            hint="pass the PeftModel itself (peft.get_peft_model), not its base model",
+        )
+    if not settings.has_adapter:
+        return None
+    import peft
+
+    config = _configured(settings)
+    if settings.adapter_name_or_path is None:
+        config.exclude_modules = excluded_modules(model)  # the vision part is not trained
+    _check_config(config)
+    device = next(model.parameters()).device
+    try:
+        with warnings.catch_warnings(), seeded(settings.seed):
+            warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path`")
+            # PEFT moves new parameters to the dtype of the base: fake ones cannot be moved
+            with nullcontext() if has_values else torch.device("meta"):
+                peft_model = peft.get_peft_model(model, config, autocast_adapter_dtype=has_values)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise ConfigError(
+            f"PEFT refuses the adapter: {reason_of(error)}",
+            hint="target_modules: all-linear, or ends of the names of linear layers, as in [q_proj, v_proj]",
+        ) from error
+    if not has_values:
+        _move_from_meta(model, device)
+    adapter = Adapter(peft_model, keeps_dtypes=False)
+    if settings.adapter_name_or_path is not None and has_values:
+        _load(adapter, settings.adapter_name_or_path)
+    return adapter
+
+
+def _move_from_meta(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            if value is not None and value.is_meta and device.type != "meta":
+                moved = torch.empty(value.shape, dtype=value.dtype, device=device)
+                module._parameters[name] = nn.Parameter(moved, requires_grad=value.requires_grad)
+
+
+def _configured(settings: ModelSettings) -> Any:
+    """PEFT's configuration of the adapter that the settings ask for."""
+    import peft
+
+    name = settings.adapter_name_or_path
+    if name is None:
+        targets = settings.target_modules
+        alpha: Any = int(settings.lora_alpha) if settings.lora_alpha.is_integer() else settings.lora_alpha
+        return peft.LoraConfig(
+            r=settings.lora_r,
+            lora_alpha=alpha,
+            lora_dropout=settings.lora_dropout,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            modules_to_save=list(settings.modules_to_save) or None,
+            use_dora=settings.adapter == "dora",
+            task_type="CAUSAL_LM",
+        )
+    config = read_adapter_config(name)
+    kind = {"none": None, "lora": False, "dora": True}[settings.adapter]
+    if kind is not None and (config.peft_type != "LORA" or bool(config.use_dora) != kind):
+        found = "dora" if getattr(config, "use_dora", False) else str(config.peft_type.value).lower()
+        raise ConfigError(
+            f"adapter is {settings.adapter}, and adapter_name_or_path={name!r} holds a {found} adapter",
+            hint="leave adapter out: the folder tells",
+        )
+    config.inference_mode = False
+    return config
+
+
+def read_adapter_config(name: str) -> Any:
+    """Read adapter_config.json of a folder or Hub name as PEFT's configuration. Raises ConfigError."""
+    import peft
+
+    place = str(Path(name).expanduser())
+    if not Path(place).exists():
+        require_reachable(name, "adapter_name_or_path")
+    try:
+        return peft.PeftConfig.from_pretrained(place if Path(place).exists() else name)
+    except HorizonError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"adapter_name_or_path={name!r} holds no adapter: {reason_of(error)}",
+            hint=f"name a folder with {CONFIG} and adapter_model.safetensors",
+        ) from error
+
+
+def _load(adapter: Adapter, name: str) -> None:
+    """Read the adapter's weights. Raises DataError if they do not fit."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    place = str(Path(name).expanduser())
+    for module in adapter.model.modules():
+        copies = getattr(module, "modules_to_save", None)
+        if isinstance(copies, nn.ModuleDict) and isinstance(module, _layer_classes()):
+            copies.float()  # they have the dtype of the base, which would round the saved values
+    try:
+        weights = load_peft_weights(
+            place if Path(place).exists() else name, device="cpu", use_safetensors=True
+        )
+        result: Any = set_peft_model_state_dict(adapter.peft_model, weights, adapter_name=adapter.name)
+    except HorizonError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"the weights of the adapter {name!r} could not be read: {reason_of(error)}",
+            hint="save it with safetensors; it must have been trained on this model",
+        ) from error
+    missing = [name for name in result.missing_keys if is_adapters(name, adapter.name)]
+    if missing or result.unexpected_keys:
+        wrong = [*missing, *result.unexpected_keys]
+        raise DataError(
+            f"the adapter {name!r} does not fit the model: {len(missing)} of its weights are missing and "
+            f"{len(result.unexpected_keys)} are unknown, {wrong[0]} for example",
+            hint="name the model that it was trained on",
+        )
+
+
+def _check_config(config: Any) -> None:
+    """Refuse an adapter whose layers cannot run one at a time."""
+    if str(config.peft_type.value) not in _KINDS:
+        raise _refuse_kind(config)
+    for key in ("trainable_token_indices", "alora_invocation_tokens", "layer_replication"):
+        if getattr(config, key, None):
+            raise _refuse(f"{key} is set", f"leave {key} out; modules_to_save trains a module whole")
+
+
+def _check(adapter: Adapter) -> None:
+    """Refuse what cannot be trained in parts, by the adapter's layers."""
+    _check_config(adapter.config)
+    if any(getattr(module, "merged", False) for module in adapter.model.modules()):
+        raise _refuse(
+            "the adapter is merged into the model", "unmerge_adapter(), or load the base and the adapter"
+        )
+    model = adapter.model
+    if not isinstance(model.get_input_embeddings(), nn.Embedding):
+        raise _refuse(
+            "it changes or trains the embedding table",
+            "leave the embeddings out of target_modules and modules_to_save",
+        )
+    output: Any = model.get_output_embeddings()
+    table = model.get_input_embeddings().weight
+    is_changed = isinstance(output, _layer_classes())
+    if is_changed and any(p is table for p in cast(nn.Module, output).parameters()):
+        raise _refuse(
+            "it changes the output layer, which is tied to the embedding table",
+            "leave lm_head out of target_modules and modules_to_save",
+        )
+
+
+def _refuse_kind(config: Any) -> UnsupportedModelError:
+    return _refuse(
+        f"its kind is {config.peft_type.value}",
+        f"choose one whose parameters lie in the layers: {', '.join(kind.lower() for kind in _KINDS)}",
+    )
+
+
+def _refuse(reason: str, hint: str = "train one LoRA adapter: adapter: lora") -> UnsupportedModelError:
+    return UnsupportedModelError(f"the adapter cannot be trained layer by layer: {reason}", hint=hint)
