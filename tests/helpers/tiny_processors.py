@@ -85,7 +85,7 @@ def gemma3() -> Any:
     }
     tokenizer = small_tokenizer("<start_of_turn>", "<end_of_turn>", *names.values(), **names)
     return transformers.Gemma3Processor(
-        images, tokenizer, image_seq_length=8, chat_template=trl_template("gemma3")
+        images, tokenizer, image_seq_length=16, chat_template=trl_template("gemma3")
     )
 
 
