@@ -1,6 +1,6 @@
 """Pictures of one or two shapes with captions, and the share of captions that a trained model gets right.
 
-    python examples/vision_shapes.py draw               # runs/shapes: pictures, rows, a tokenizer and processor
+    python examples/vision_shapes.py draw          # runs/shapes: pictures, rows, tokenizer and processor
     horizon train configs/vision_sft.yaml
     python examples/vision_shapes.py score runs/vision_sft
 
@@ -144,8 +144,8 @@ def score(run: str, folder: Path, number: int) -> float:
         if said != expected:
             print(f"{row['images'][0]}: {expected}; said: {said}")
     print(
-        f"exact captions {right / len(rows):.1%} ({right} of {len(rows)} pictures, of pairs of shapes that are "
-        "not in the training data)"
+        f"exact captions {right / len(rows):.1%} ({right} of {len(rows)} pictures, of pairs of shapes that "
+        "are not in the training data)"
     )
     return right / len(rows)
 

@@ -89,7 +89,7 @@ def test_embedded_pictures_are_kept_beside_the_tokens(tmp_path: Path) -> None:
     path.unlink()  # the store holds what it needs
     shown = data.store.pictures
     assert shown is not None and len(shown) == 2
-    assert [shown.open(i).image.size for i in range(2)] == [p.size for p in pictures(2)]
+    assert [shown.load(i).image.size for i in range(2)] == [p.size for p in pictures(2)]
 
 
 @pytest.mark.parametrize("name", ["sources.jsonl", "pictures.bin", "shown.bin"])

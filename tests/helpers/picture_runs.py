@@ -19,15 +19,9 @@ _TEXT = {
     "head_dim": 8,
     "max_position_embeddings": 128,
 }
-_TOWER = {
-    "model_type": "siglip_vision_model",
-    "hidden_size": 24,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "vision_use_head": False,
-}
+_BARE = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+_PIXTRAL = {"model_type": "pixtral", "image_size": 48, "patch_size": 8, "head_dim": 12}
+_TOWER = {**_BARE, "model_type": "siglip_vision_model", "image_size": 32, "vision_use_head": False}
 
 
 def model(name: str, tokenizer: Any) -> dict[str, Any]:
@@ -41,6 +35,32 @@ def model(name: str, tokenizer: Any) -> dict[str, Any]:
             "vision_feature_select_strategy": "full",
             "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
         }
+    token = tokenizer.convert_tokens_to_ids
+    if name == "mistral3":
+        return {
+            "model_type": "mistral3",
+            "text_config": {"model_type": "mistral", "sliding_window": None, **_TEXT},
+            "vision_config": {
+                **_BARE,
+                "model_type": "pixtral",
+                "image_size": 48,
+                "patch_size": 8,
+                "head_dim": 12,
+            },
+            "spatial_merge_size": 2,
+            "image_token_index": token("[IMG]"),
+        }
+    if name == "internvl":
+        return {
+            "model_type": "internvl",
+            "text_config": {"model_type": "qwen2", **_TEXT},
+            "vision_config": {**_BARE, "image_size": [32, 32], "patch_size": [8, 8]},
+            "downsample_ratio": 0.5,
+            "vision_feature_layer": -1,
+            "image_token_id": token("<IMG_CONTEXT>"),
+        }
+    if name.startswith("qwen"):
+        return _qwen(name, token("<|image_pad|>"), token("<|video_pad|>"))
     more = {"sliding_window": 16, "query_pre_attn_scalar": 8, "tie_word_embeddings": False}
     return {
         "model_type": "gemma3",
@@ -50,6 +70,22 @@ def model(name: str, tokenizer: Any) -> dict[str, Any]:
         "image_token_index": tokenizer.convert_tokens_to_ids("<image_soft_token>"),
         "boi_token_index": tokenizer.convert_tokens_to_ids("<start_of_image>"),
         "eoi_token_index": tokenizer.convert_tokens_to_ids("<end_of_image>"),
+    }
+
+
+def _qwen(name: str, image: int, video: int) -> dict[str, Any]:
+    vision = {"hidden_size": 24, "intermediate_size": 32, "depth": 2, "num_heads": 2, "out_hidden_size": 32}
+    if name == "qwen2_5_vl":
+        vision |= {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]}
+    else:
+        vision |= {"patch_size": 16, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    return {
+        "model_type": name,
+        "text_config": {**_TEXT, "rope_parameters": rope},
+        "vision_config": vision,
+        "image_token_id": image,
+        "video_token_id": video,
     }
 
 
@@ -73,7 +109,7 @@ def settings(folder: Path, name: str = "llava", **changes: Any) -> TrainConfig:
     """Settings of a run in `folder`, whose data and processor are made if missing."""
     own = PROCESSORS[name]()
     if not (folder / "processor").exists():
-        own.save_pretrained(folder / "processor")
+        (own if name in ("llava", "gemma3") else own.tokenizer).save_pretrained(folder / "processor")
         rows(folder)
     values: dict[str, Any] = {
         "init_model": model(name, own.tokenizer),

@@ -152,7 +152,7 @@ def internvl() -> Any:
     }
     tokenizer = small_tokenizer("<|im_start|>", "<|im_end|>", *names.values(), **names)
     return _without_video(
-        transformers.InternVLProcessor, images, tokenizer, None, image_seq_length=3, chat_template=INTERN
+        transformers.InternVLProcessor, images, tokenizer, None, image_seq_length=4, chat_template=INTERN
     )
 
 

@@ -12,15 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl import get_training_chat_template
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from horizon_lm import cli
 from horizon_lm.config import TrainConfig
+from horizon_lm.data import picture_checks
+from horizon_lm.data.processor import Processor
 from horizon_lm.errors import ConfigError, DataError
+from horizon_lm.training import finish
 from horizon_lm.training.train import train
 from picture_runs import rows, settings
 from small_runs import tensors_of
-from tiny_processors import LLAVA, pictures
+from tiny_processors import LLAVA, MISTRAL, PROCESSORS, pictures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,16 +48,14 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Trained(folder, config, "")
 
 
-def loss_of_transformers(folder: Path) -> float:
+def loss_of_transformers(folder: Path, processor: Any = None) -> float:
     """The loss of a saved model in plain transformers, with pixels, over TRL's batches of all rows."""
-    processor = AutoProcessor.from_pretrained(folder / "run/model")
+    processor = processor or AutoProcessor.from_pretrained(folder / "run/model")
     model = AutoModelForImageTextToText.from_pretrained(folder / "run/model", dtype=torch.float32)
     has_marks = "generation %}" in processor.chat_template
     template = processor.chat_template
     if not has_marks:
-        from trl import get_training_chat_template
-
-        template = get_training_chat_template(processor)
+        template = MARKED.get(type(processor).__name__) or get_training_chat_template(processor)
     collate = DataCollatorForVisionLanguageModeling(
         processor, assistant_only_loss=True, chat_template=template
     )
@@ -70,6 +72,37 @@ def loss_of_transformers(folder: Path) -> float:
         total, tokens = total + float(loss), tokens + int(kept.sum())
         assert bool(shown) == (i % 3 != 2)
     return total / tokens
+
+
+MARKED = {
+    "PixtralProcessor": MISTRAL.replace(
+        "{{ message['content'][0]['text'] + eos_token }}",
+        "{% generation %}{{ message['content'][0]['text'] + eos_token }}{% endgeneration %}",
+    ),
+    "InternVLProcessor": "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'][0]['text'] + '<|im_end|>\n' }}"
+    "{% endgeneration %}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "{{ '<IMG_CONTEXT>\n' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", ["mistral3", "qwen2_5_vl", "qwen3_vl", "internvl"])
+def test_families_whose_processors_need_torchvision(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures of several sizes, tokens of several kinds, features between layers: the loss is that of
+    transformers with pixels. The processor is made without its part for videos."""
+    own = PROCESSORS[name]()
+    monkeypatch.setattr(own, "save_pretrained", own.tokenizer.save_pretrained)
+    monkeypatch.setattr(
+        picture_checks, "load_processor", lambda name, tokenizer, **_: Processor(own, tokenizer)
+    )
+    monkeypatch.setattr(finish, "_sample", lambda ready: "")
+    config = settings(tmp_path, name, train_projector=False, max_steps=2)
+    train(config)
+    evaluated = lines(tmp_path, "eval_loss")[-1]
+    assert loss_of_transformers(tmp_path, own) == pytest.approx(evaluated, rel=2e-6)
 
 
 def test_the_saved_folder_is_the_model_with_its_processor(trained: Trained) -> None:

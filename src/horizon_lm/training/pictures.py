@@ -157,7 +157,7 @@ class _Encoding:
         yield keys, batch
 
     def _inputs(self, pictures: Pictures, number: int) -> dict[str, torch.Tensor]:
-        return self._processor.inputs(pictures.open(number))
+        return self._processor.inputs(pictures.load(number))
 
     def _check(self, features: Features, pictures: Pictures, number: int) -> None:
         """Raise DataError unless there is a feature for each placeholder."""
