@@ -24,7 +24,7 @@ from horizon_lm.training import finish
 from horizon_lm.training.train import train
 from picture_runs import rows, settings
 from small_runs import tensors_of
-from tiny_processors import LLAVA, MISTRAL, PROCESSORS, pictures
+from tiny_processors import INTERN, LLAVA, MISTRAL, PROCESSORS, pictures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,17 +79,21 @@ MARKED = {
         "{{ message['content'][0]['text'] + eos_token }}",
         "{% generation %}{{ message['content'][0]['text'] + eos_token }}{% endgeneration %}",
     ),
-    "InternVLProcessor": "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'][0]['text'] + '<|im_end|>\n' }}"
-    "{% endgeneration %}{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
-    "{{ '<IMG_CONTEXT>\n' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endif %}"
-    "{% endfor %}",
+    "InternVLProcessor": INTERN.replace(
+        "{%- for part in message['content'] %}",
+        "{%- if message['role'] == 'assistant' %}{% generation %}{{ message['content'][0]['text'] }}"
+        "{{- '<|im_end|>\n' }}{% endgeneration %}{% continue %}{% endif %}"
+        "{%- for part in message['content'] %}",
+    ),
 }
 
 
-@pytest.mark.parametrize("name", ["mistral3", "qwen2_5_vl", "qwen3_vl", "internvl"])
+@pytest.mark.parametrize(
+    ("name", "projector"),
+    [("mistral3", True), ("qwen2_5_vl", True), ("qwen3_vl", False), ("internvl", True), ("internvl", False)],
+)
 def test_families_whose_processors_need_torchvision(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, projector: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pictures of several sizes, tokens of several kinds, features between layers: the loss is that of
     transformers with pixels. The processor is made without its part for videos."""
@@ -99,7 +103,7 @@ def test_families_whose_processors_need_torchvision(
         picture_checks, "load_processor", lambda name, tokenizer, **_: Processor(own, tokenizer)
     )
     monkeypatch.setattr(finish, "_sample", lambda ready: "")
-    config = settings(tmp_path, name, train_projector=False, max_steps=2)
+    config = settings(tmp_path, name, train_projector=projector, max_steps=2)
     train(config)
     evaluated = lines(tmp_path, "eval_loss")[-1]
     assert loss_of_transformers(tmp_path, own) == pytest.approx(evaluated, rel=2e-6)
