@@ -141,9 +141,10 @@ def freeze_vision(
     if is_adapters is not None:
         _check_adapter(parts, settings, [name for name, p in named if p.requires_grad])
         return
+    is_trained = any(parameter.requires_grad for parameter in model.parameters())  # not to be evaluated only
     for name, parameter in named:
         parameter.requires_grad_(settings.train_projector and parts.is_projector(name))
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    if is_trained and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
             "no parameter is left to train: the vision tower is never trained",
             hint="let freeze and train leave some of the language model",
