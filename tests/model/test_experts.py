@@ -17,7 +17,7 @@ import zoo
 from horizon_lm.config import ModelSettings, TrainConfig
 from horizon_lm.errors import ConfigError, UnsupportedModelError
 from horizon_lm.model import experts
-from horizon_lm.model.experts import choose_experts, experts_in_use, experts_of, implementation_of
+from horizon_lm.model.experts import experts_in_use, experts_of, implementation_of
 
 CPU = torch.device("cpu")
 ALONE = ("dbrx", "doge-moe", "jetmoe", "llama4_text", "longcat_flash")  # families without the interface
@@ -77,7 +77,9 @@ def test_experts_in_a_list_of_modules() -> None:
     assert found.keys() == wanted | {"0.shared_expert.weight", "0.shared_expert.bias"}
 
 
-@pytest.mark.parametrize("name", ["mixtral-aux", "qwen2_moe-sliding-aux", "jetmoe-aux", "dbrx", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "name", ["mixtral-aux", "qwen2_moe-sliding-aux", "jetmoe-aux", "dbrx", "deepseek_v3"]
+)
 def test_frozen_experts_leave_all_other_gradients_as_they_are(name: str) -> None:
     """Bitwise those of autograd with the experts frozen, routers and their losses included."""
     model, batch = zoo.build(name), zoo.batch(name)
