@@ -36,6 +36,7 @@ from horizon_lm.distributed.start import join
 from horizon_lm.engine.calls import in_turn
 from horizon_lm.engine.disk_lane import Saving
 from horizon_lm.engine.engine import Engine
+from horizon_lm.engine.homes import packing_of
 from horizon_lm.engine.lanes import Span, choose_lanes
 from horizon_lm.engine.loss import Asked, LossFunction, TokenValues, check_loss_function
 from horizon_lm.engine.policies import (
@@ -53,12 +54,14 @@ from horizon_lm.machine.determinism import prepare
 from horizon_lm.machine.device import resolve_device
 from horizon_lm.machine.memory import available_host_bytes
 from horizon_lm.memory.arena import return_free_memory
+from horizon_lm.memory.packed import check_installed
 from horizon_lm.memory.preflight import check_memory
 from horizon_lm.memory.shards import Shard
 from horizon_lm.memory.store import HostStore
 from horizon_lm.memory.whole import Whole
 from horizon_lm.micro_batches import Extra, MicroBatches, check_micro_batches
 from horizon_lm.model.adapters import prepare as add_adapter
+from horizon_lm.model.base_cache import BaseCache
 from horizon_lm.model.consumed import Closed, check_model, refuse_use, take_over
 from horizon_lm.model.experts import choose_experts
 from horizon_lm.model.kernels import apply_kernels, check_kernels
@@ -128,7 +131,10 @@ class HostModel:
         own = take_over(model)
         choose_experts(own, settings)
         own, adapter = add_adapter(own, settings)
-        self.skeleton = Skeleton(own, DTYPES[settings.dtype], adapter=adapter)
+        packing = packing_of(settings)
+        if packing:
+            check_installed(packing)
+        self.skeleton = Skeleton(own, DTYPES[settings.dtype], adapter=adapter, packs=bool(packing))
         self.skeleton.neftune_noise_alpha = settings.neftune_noise_alpha
         self.skeleton.patches = apply_kernels(self.skeleton.model, settings)
         if settings.mlp_tile_tokens is not None:
@@ -151,7 +157,7 @@ class HostModel:
         self.store = HostStore(units, spec, pin_for=self.device, device=self.device)
         self.skeleton.place_buffers(self.device)
         refuse_use(model)
-        fill_store(self.skeleton, self.store)
+        fill_store(self.skeleton, self.store, _base_cache(settings))
         lanes = choose_lanes(settings.lanes, self.device)
         self.engine = Engine(self.skeleton, self.store, self.optimizer, lanes, settings, self.ranks)
         if settings.compile:
@@ -616,6 +622,12 @@ class HostModel:
         With several ranks all of them must call this; rank 0 writes.
         """
         self._refuse_torn("save_pretrained()", force)
+        if self.store.spec.packing and not self.skeleton.has_adapter:
+            raise ConfigError(
+                f"save_pretrained(): with base_dtype={self.store.spec.packing} the frozen weights are not "
+                "those of the model any more, and there is no adapter that could be saved without them",
+                hint="train an adapter (adapter: lora), or leave base_dtype out",
+            )
         wanted = choose_dtype(dtype, max_shard_size)
         target, save_tokenizer = on_each(self.ranks, lambda: self._target_and_saver(folder, tokenizer))
 
@@ -690,6 +702,12 @@ class HostModel:
             "boundary_slots": ops.boundary_slots.num_bytes,
             "boundaries": ops.boundary_slots.host_bytes,
         }
+
+
+def _base_cache(settings: ModelSettings) -> BaseCache | None:
+    """Where packed units are kept from run to run; None without such a folder."""
+    packing, folder = packing_of(settings), settings.base_cache_dir
+    return BaseCache(Path(folder), packing) if packing and folder is not None else None
 
 
 def _device_of(settings: ModelSettings, ranks: Ranks) -> torch.device:

@@ -36,14 +36,14 @@ from horizon_lm.config import load_config
         ),
         (
             "resident: layer 0",
-            "run.yaml:3: resident is layer 0, expected a whole number >= 0, auto, or a list of units such as "
-            "[head, layer 0]",
+            "run.yaml:3: resident is layer 0, expected a whole number >= 0, auto, trainable, or a "
+            "list of units such as [head, layer 0]",
             'resident=["layer 0"]',
         ),
         (
             "resident: embedding, head",
-            "run.yaml:3: resident is embedding, head, expected a whole number >= 0, auto, or a list of units "
-            "such as [head, layer 0]",
+            "run.yaml:3: resident is embedding, head, expected a whole number >= 0, auto, trainable, or a "
+            "list of units such as [head, layer 0]",
             'resident=["embedding", "head"]',
         ),
         (

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 import fake_cuda
 from fake_flash import flash_on_the_cpu
 from horizon_lm.engine import layers
-from horizon_lm.memory import arena, store
+from horizon_lm.memory import arena, packed, store
 from horizon_lm.model import twins, varlen
 from horizon_lm.optim import kernel
 from horizon_lm.optim.progress import Progress
@@ -285,8 +285,18 @@ def _update_by_host(tensors: Tensors, numbers: Numbers, *, progress: Progress | 
         kernel.update_run(tensors, numbers, threads=1, progress=progress)
 
 
+def _without_out(operation: Any) -> Callable[..., Any]:
+    """A kernel of bitsandbytes that writes to `out`, on the CPU."""
+
+    def run(*args: Any, **kwargs: Any) -> None:
+        *given, out = [*args, *kwargs.values()]
+        out.copy_(operation(*given).view(out.shape))
+
+    return run
+
+
 # Operations that the CPU has not.
-STAND_INS = {
+STAND_INS: dict[Any, Callable[..., Any]] = {
     _aten.histc.default: _histc_of_integers,
     _aten.mm.dtype_out: _mm_in_fp32,
     _aten.addmm.dtype_out: _addmm_in_fp32,
@@ -305,6 +315,11 @@ def emulated_cuda(monkeypatch: pytest.MonkeyPatch, fake_cuda: list[str]) -> Iter
     """
     with suppress(ImportError):  # what imports it later would look for a real device
         import bitsandbytes  # noqa: F401
+
+        for name in ("dequantize_4bit", "dequantize_blockwise"):
+            operation = getattr(torch.ops.bitsandbytes, name)
+            monkeypatch.setitem(STAND_INS, operation.out, _without_out(operation.default))
+    packed._code.cache_clear()  # of another emulated device
     cuda = EmulatedCuda()
     generator = torch.Generator()
     replaced: dict[str, Any] = {

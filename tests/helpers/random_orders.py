@@ -70,6 +70,7 @@ class Reset:
         ops = self.model.engine.ops
         for slots, count in (
             (ops.weight_slots, ops.policies.slots + 1),
+            (ops.staging_slots, len(ops.staging_slots._buffers)),
             (ops.gradient_slots, len(ops.gradient_slots._buffers)),
             (ops.boundary_slots, ops.policies.settings.boundary_slots),
         ):

@@ -94,6 +94,8 @@ def _parts(layout: UnitLayout, spec: StoreSpec, shard: Shard) -> Iterator[tuple[
         if not region.is_updated:
             continue
         for parameter in layout.parameters:
+            if parameter.offset < layout.packed_numel:  # packed again from the model
+                continue
             if region.name == "residual" and parameter.offset < layout.wide_offset:
                 continue
             if region.name.startswith("exp_avg") and not parameter.trainable:

@@ -14,6 +14,7 @@ from horizon_lm.config.memory import TRAINABLE
 from horizon_lm.config.model import ModelSettings
 from horizon_lm.errors import ConfigError
 from horizon_lm.memory.layout import UnitLayout
+from horizon_lm.memory.packed import FORMATS
 from horizon_lm.schedule.step_spec import EXACT
 from horizon_lm.words import count
 
@@ -60,12 +61,43 @@ class Homes:
         ConfigError for units that the model does not have, and for trainable parts where ranks hold shares.
         """
         used, whole = used_units(shape), resident_units(settings, shape)
-        packed = frozenset(u for u in used if shape.units[u].packed_numel)
+        packed = _packed(settings, shape, world)
         trainable = frozenset(u for u in used if shape.units[u].trainable_numel)
         parts = trainable if _splits(settings, shape, world) else _NONE
         resident = whole - (packed - trainable) | parts
         whole = frozenset(u for u in resident if u in whole or not shape.units[u].wide_offset)
         return cls(used - (whole - packed), resident, packed)
+
+
+def packing_of(settings: ModelSettings) -> str:
+    """The format of packed parts; "" without any. Raises ConfigError for a dtype that cannot be unpacked
+    to."""
+    if settings.base_dtype == "bfloat16" and settings.dtype == "float32":
+        raise ConfigError(
+            "base_dtype=bfloat16 is not supported with dtype=float32",
+            hint="set dtype=bfloat16, whose masters are fp32, or leave base_dtype out",
+        )
+    return settings.base_dtype if settings.base_dtype in FORMATS else ""
+
+
+def _packed(settings: ModelSettings, shape: ModelShape, world: int) -> frozenset[int]:
+    """Units with a packed part. Raises ConfigError where there can be none."""
+    packing = packing_of(settings)
+    if not packing:
+        return _NONE
+    if reduction_of(settings, world):
+        reason = f"{world:,} ranks" if world > 1 else "reduction=exact"
+        raise ConfigError(
+            f"base_dtype={packing} is not supported with {reason}",
+            hint="leave base_dtype out: ranks share the host memory of a bfloat16 base",
+        )
+    found = frozenset(u for u in used_units(shape) if shape.units[u].packed_numel)
+    if not found:
+        raise ConfigError(
+            f"base_dtype={packing} packs frozen linear weights of layers, and none are frozen",
+            hint="set adapter: lora, freeze: [PATTERN], or leave base_dtype out",
+        )
+    return found
 
 
 def _splits(settings: ModelSettings, shape: ModelShape, world: int) -> bool:

@@ -34,6 +34,7 @@ from horizon_lm.memory.slots import (
     shard_numels,
     weight_slot_numels,
 )
+from horizon_lm.memory.staging import StagingSlots, staging_slot_bytes
 from horizon_lm.memory.store import HostStore
 from horizon_lm.model.capture import run_router_loss
 from horizon_lm.model.skeleton import Skeleton
@@ -77,8 +78,10 @@ class Ops:
         device = self.device = store.device
         self.policies = Policies.of(settings, skeleton, memory_bytes(device), ranks.world)
         spec = self.policies.step_spec(1)
-        numels, shards = weight_slot_numels(store.units, spec), shard_numels(store.units, spec)
+        numels, shards = weight_slot_numels(store.units, spec, alias=alias), shard_numels(store.units, spec)
         self.weight_slots = WeightSlots(store, numels, device, alias, shards)
+        staged = staging_slot_bytes(store.units, spec, store.dtype, store.spec.packing)
+        self.staging_slots = StagingSlots(store, staged, device, alias)
         if not spec.is_shared:
             self.updates = Updates(store, optimizer, self.policies, device, alias)
         else:
@@ -92,6 +95,7 @@ class Ops:
         self.logs_notes = True
         self.functions: dict[str, Function] = {
             "U": self._upload,
+            "Q": self._unpack,
             "J": self._join,
             "F": _unless_empty(self._forward),
             "X": _unless_empty(self._spill),
@@ -110,8 +114,11 @@ class Ops:
 
     @property
     def slot_bytes(self) -> dict[str, int]:
-        """Device bytes of slots for weights and gradients; in shared steps, of buffers for shares too."""
+        """Device bytes of slots for weights and gradients; of staging slots if weights are packed, and in
+        shared steps of buffers for shares."""
         found = {"weight_slots": self.weight_slots.num_bytes, "gradient_slots": self.gradient_slots.num_bytes}
+        if self.store.spec.packing:
+            found["staging_slots"] = self.staging_slots.num_bytes
         if isinstance(self.updates, ShardedUpdates):
             found |= {
                 "weight_shards": self.weight_slots.shard_bytes,
@@ -120,7 +127,13 @@ class Ops:
         return found
 
     def _upload(self, step: Step, op: Op) -> None:
-        self.weight_slots.upload(op.slot if op.shard < 0 else op.shard, op.unit)
+        if op.staging >= 0:
+            self.staging_slots.upload(op.staging, op.unit)
+        else:
+            self.weight_slots.upload(op.slot if op.shard < 0 else op.shard, op.unit)
+
+    def _unpack(self, step: Step, op: Op) -> None:
+        self.staging_slots.unpack(op.staging, op.unit, self.weight_slots.buffer(op.slot))
 
     def _join(self, step: Step, op: Op) -> None:
         self.weight_slots.join(op.slot, op.unit, self.ranks)
@@ -342,8 +355,9 @@ class Ops:
 
     def tensors_of(self, step: Step, buffer: Buffer) -> list[torch.Tensor]:
         """The tensors behind a transient buffer; none if it aliases the store."""
-        slots: dict[str, WeightSlots | GradientSlots | BoundarySlots] = {
+        slots: dict[str, WeightSlots | StagingSlots | GradientSlots | BoundarySlots] = {
             "slot": self.weight_slots,
+            "staging": self.staging_slots,
             "grad_slot": self.gradient_slots,
             "boundary_slot": self.boundary_slots,
         }

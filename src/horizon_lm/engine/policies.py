@@ -11,7 +11,7 @@ import torch
 
 from horizon_lm.config.memory import ACTIVATIONS, BOUNDARIES, per_layer
 from horizon_lm.config.model import ModelSettings
-from horizon_lm.engine.homes import Homes, ModelShape, reduction_of, used_units
+from horizon_lm.engine.homes import Homes, ModelShape, packing_of, reduction_of, used_units
 from horizon_lm.engine.loss import chunk_tokens
 from horizon_lm.errors import ConfigError
 from horizon_lm.machine.cores import lane_cores
@@ -19,7 +19,7 @@ from horizon_lm.machine.device import free_memory_bytes, resolve_device
 from horizon_lm.memory.layout import lay_out
 from horizon_lm.memory.preflight import check_memory
 from horizon_lm.memory.shards import WHOLE, Shard
-from horizon_lm.memory.slots import gradient_slot_bytes, slot_bytes
+from horizon_lm.memory.slots import gradient_slot_bytes, slot_bytes, weight_slot_numels
 from horizon_lm.memory.store import GradientSlabs, StoreSpec
 from horizon_lm.model.loading import count_parameters
 from horizon_lm.model.skeleton import Skeleton
@@ -184,15 +184,19 @@ class Policies:
     def cpu_slot_bytes(
         self, spec: StepSpec, token_counts: Sequence[int], dtype: torch.dtype
     ) -> dict[str, int]:
-        """Predict the bytes of slots that a step takes on the CPU. Only gradients need them: those wider than
-        the store's (`dtype`), and those that cannot accumulate in it."""
+        """Predict the bytes of slots that a step takes on the CPU. Only packed weights and gradients need
+        them: those wider than the store's (`dtype`), and those that cannot accumulate in it."""
         apart = {
             unit
             for unit in spec.trainable
             if spec.accumulates_in_slot(unit) or self.gradient_dtype(unit, token_counts, dtype) != dtype
         }
         used = gradient_slots_of(spec, apart) if apart else ()
-        return gradient_slot_bytes(self.shape.units, spec, used)
+        found = gradient_slot_bytes(self.shape.units, spec, used)
+        if spec.packed:
+            numels = weight_slot_numels(self.shape.units, spec, alias=True)
+            found["weight_slots"] = sum(numels) * dtype.itemsize
+        return found
 
 
 def no_selection(settings: ModelSettings) -> str | None:
@@ -261,6 +265,7 @@ def store_spec(settings: ModelSettings, shape: ModelShape | None, shard: Shard =
         slabs=slabs,
         resident=homes.resident,
         split=homes.split,
+        packing=packing_of(settings) if homes.packed else "",
         sums=sums,
         sum_slabs=_SUM_SLABS if sums and adds else 0,
         shard=shard,
@@ -275,7 +280,8 @@ def slots_of(
     policies, dtype = Policies.of(settings, shape, world=world), DTYPES[settings.dtype]
     if device.type != "cpu" or policies.reduction:
         spec = policies.step_spec(policies.rounds)
-        return slot_bytes(shape.units, spec, dtype, stages=device.type != "cpu")
+        packing = packing_of(settings)
+        return slot_bytes(shape.units, spec, dtype, stages=device.type != "cpu", packing=packing)
     count = max(2, policies.rounds)
     return policies.cpu_slot_bytes(policies.step_spec(count), [1] * count, dtype)
 

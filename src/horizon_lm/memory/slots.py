@@ -20,6 +20,7 @@ from horizon_lm.distributed.ranks import Ranks
 from horizon_lm.memory.layout import Parameter, UnitLayout
 from horizon_lm.memory.pinned import PinnedPool
 from horizon_lm.memory.shards import Shard, UnitShard
+from horizon_lm.memory.staging import staging_slot_bytes
 from horizon_lm.memory.store import HostStore
 from horizon_lm.schedule import StepSpec
 from horizon_lm.schedule.step_spec import EXACT
@@ -52,13 +53,15 @@ class UnitWeights(NamedTuple):
 # Sizes. A ring of buffers serves prologue and layers, the outer one head and embedding table.
 
 
-def weight_slot_numels(units: Sequence[UnitLayout], plan: StepSpec) -> list[int]:
+def weight_slot_numels(units: Sequence[UnitLayout], plan: StepSpec, *, alias: bool = False) -> list[int]:
     """Return the elements of each weight slot: ring slots fit prologue and layers, the outer one head and
-    table."""
+    table. alias: all but packed parts are read in the store."""
     sizes = {
         u: units[u].wide_offset if u in plan.split else _shard(units[u], plan).slot_numel
         for u in plan.in_slots
     }
+    if alias and not plan.is_shared:
+        sizes = {u: units[u].packed_numel for u in plan.packed}
     return [_largest(sizes, range(plan.head))] * plan.slots + [_outer(sizes, plan)]
 
 
@@ -125,11 +128,19 @@ def _outer(sizes: Mapping[int, int], plan: StepSpec) -> int:
 
 
 def slot_bytes(
-    units: Sequence[UnitLayout], plan: StepSpec, dtype: torch.dtype, *, stages: bool = True
+    units: Sequence[UnitLayout],
+    plan: StepSpec,
+    dtype: torch.dtype,
+    *,
+    stages: bool = True,
+    packing: str = "",
 ) -> dict[str, int]:
-    """Predict the bytes of the weight and gradient slots, and of the buffers for shares.
-    stages: a rank's share of weights has a buffer on the device, as everywhere but on the CPU."""
+    """Predict the bytes of the weight and gradient slots, and of the buffers for shares and packed weights.
+    stages: a rank's share of weights has a buffer on the device, as everywhere but on the CPU. packing: the
+    format of packed parts."""
     found = {"weight_slots": sum(weight_slot_numels(units, plan)) * dtype.itemsize}
+    if plan.packed:
+        found["staging_slots"] = sum(staging_slot_bytes(units, plan, dtype, packing))
     if stages and plan.is_shared:
         found["weight_shards"] = sum(shard_numels(units, plan)) * dtype.itemsize
     return {**found, **gradient_slot_bytes(units, plan)}
@@ -158,7 +169,8 @@ def gradient_slot_bytes(
 
 class WeightSlots:
     """Device buffers of `numels` elements each, and for shared steps of `shard_numels` for the rank's own
-    shares, one for each slot. With `alias` these are in the store, and without them the slots are."""
+    shares, one for each slot. With `alias` these are in the store, and without them the slots are, but for
+    packed parts."""
 
     def __init__(
         self,
@@ -175,12 +187,12 @@ class WeightSlots:
         def buffers(numels: Sequence[int]) -> list[torch.Tensor]:
             return [torch.empty(n, dtype=store.dtype, device=device) for n in numels]
 
-        self._buffers = [] if self._alias else buffers(numels)
+        self._buffers = [] if self._alias and not store.spec.packing else buffers(numels)
         self._shards = buffers(shard_numels) if self._stages and self._joins else []
 
     @property
     def num_bytes(self) -> int:
-        """Device bytes of the slots; 0 if they alias the store."""
+        """Device bytes of the slots; of those that alias the store, the packed parts'."""
         return sum(buffer.nbytes for buffer in self._buffers)
 
     @property
@@ -223,17 +235,27 @@ class WeightSlots:
         a split unit's in both."""
         store = self._store
         if self._alias or (store.is_resident(unit) and not self._joins):
-            home, wide = store.run("weights", unit), store.wide_residual(unit)
-            if not store.is_split(unit):
-                return UnitWeights(home, wide)
-            first = store.units[unit].wide_offset
-            frozen = store.run("frozen", unit) if self._alias else self._buffers[slot][:first]
-            return UnitWeights(frozen, wide, ((first, home),))
+            runs = self._streamed_runs(slot, unit) if slot >= 0 else []
+            runs.append((store.shards[unit].begin, store.run("weights", unit)))
+            first, *more = [(begin, run) for begin, run in runs if run.numel()] or runs
+            return UnitWeights(first[1], store.wide_residual(unit), tuple(more))
         layout, buffer, begin = store.units[unit], self._buffers[slot], store.shards[unit]
         wide = torch.empty(0, dtype=torch.int16)
         if layout.wide_numel and store.has("residual"):
             wide = buffer[begin.gathered_weights_numel :][: layout.wide_numel].view(torch.int16)
         return UnitWeights(buffer[: layout.numel], wide)
+
+    def _streamed_runs(self, slot: int, unit: int) -> list[tuple[int, torch.Tensor]]:
+        """The parts of a unit that are not in its run of weights, each with its first element."""
+        store, layout = self._store, self._store.units[unit]
+        if not self._alias:
+            return [(0, self._buffers[slot][: layout.wide_offset])] if store.is_split(unit) else []
+        runs = [(0, self.buffer(slot)[: layout.packed_numel])] if layout.packed_numel else []
+        return [*runs, (layout.packed_numel, store.run("frozen", unit))] if store.is_split(unit) else runs
+
+    def buffer(self, slot: int) -> torch.Tensor:
+        """The whole slot, 1-D; into it packed units are unpacked."""
+        return self._buffers[slot]
 
     def _own(self, slot: int, unit: int) -> UnitWeights:
         """The rank's share of the unit's weights [weights_numel] and wide residuals, padding included."""
@@ -244,8 +266,8 @@ class WeightSlots:
         return UnitWeights(buffer[:begin], buffer[begin : begin + wide.numel()].view(torch.int16))
 
     def tensors(self, slot: int) -> list[torch.Tensor]:
-        """The slot's buffer; none if it aliases the store."""
-        return [] if self._alias else [self._buffers[slot]]
+        """The slot's buffer; none if there is none."""
+        return [self._buffers[slot]] if self._buffers else []
 
     def shard_tensors(self, shard: int) -> list[torch.Tensor]:
         """The buffer of a rank's share; none if it is in the store."""

@@ -16,6 +16,10 @@ and the others are in a region of their own, which is streamed:
 
     frozen      bf16 (or fp32)  2 (4) bytes   pinned
 
+Parameters that are stored in few bits (memory/packed.py) are only in
+
+    packed      uint8           1.06, 0.52    with scales; pinned
+
  Eager updates replace `grads` by a few slabs in host memory (`GradientSlabs`); gradients of
 resident units then stay in their slots. `sum_slabs` are buffers for gradients that the host adds to `sums`.
 
@@ -37,6 +41,7 @@ from horizon_lm.errors import DoesNotFitError
 from horizon_lm.memory import arena
 from horizon_lm.memory.layout import Parameter, UnitLayout
 from horizon_lm.memory.master import join_master, split_master
+from horizon_lm.memory.packed import pack, packed_bytes, unpack
 from horizon_lm.memory.registration import pin
 from horizon_lm.memory.shards import WHOLE, Shard, UnitShard
 from horizon_lm.words import count, size
@@ -72,7 +77,7 @@ class StoreSpec:
     dtype: weight and gradient dtype, bf16 or fp32. resident: units that live in device memory; of those in
     `split`, the trainable part and frozen wide parameters. sums: units whose unfinished gradients wait in
     host memory between rounds. sum_slabs: buffers for gradients that the host adds to them. shard: the rank's
-    share of each unit.
+    share of each unit. packing: the format of packed parts; "" without any.
     """
 
     dtype: torch.dtype
@@ -84,6 +89,7 @@ class StoreSpec:
     sums: frozenset[int] = _NONE
     sum_slabs: int = 0
     shard: Shard = WHOLE
+    packing: str = ""
 
     def __post_init__(self) -> None:
         for name in ("dtype", "moment_dtype"):
@@ -145,6 +151,9 @@ def regions(spec: StoreSpec) -> list[Region]:
         ]
 
     rows = [Region("weights", spec.dtype, weights, pinned=True, resident=resident)]
+    if spec.packing:
+        sizes = _of_each(lambda unit: packed_bytes(unit.packed_numel, spec.packing))
+        rows.append(Region("packed", torch.uint8, sizes, pinned=True, is_frozen=True))
     if spec.split:
         rows.append(Region("frozen", spec.dtype, frozen, pinned=True, is_frozen=True))
     if spec.dtype == torch.bfloat16:
@@ -339,16 +348,24 @@ class HostStore:
 
     def weight(self, name: str) -> torch.Tensor:
         """The parameter's compute copy in host memory, shaped as in the model: a view, or a new copy of
-        a resident unit's."""
+        a resident unit's or a packed one."""
         return self.weight_view(name).cpu()
 
     def weight_view(self, name: str) -> torch.Tensor:
-        """View of the parameter's compute copy, wherever it lies."""
+        """View of the parameter's compute copy, wherever it lies; a new tensor of a packed one."""
         unit, parameter = self._whole_place(name)
         layout, begin, region = self.units[unit], self.shards[unit].begin, "weights"
+        if parameter.offset < layout.packed_numel:
+            return self._unpacked(unit, parameter)
         if parameter.offset < begin:
             region, begin = "frozen", layout.packed_numel
         return layout.view(self.run(region, unit), parameter, begin)
+
+    def _unpacked(self, unit: int, parameter: Parameter) -> torch.Tensor:
+        value = torch.empty(parameter.numel, dtype=self.dtype)
+        numel = self.units[unit].packed_numel
+        unpack(self.run("packed", unit), numel, self.spec.packing, value, parameter.offset)
+        return value.view(parameter.shape)
 
     def gradient(self, name: str, slab: int = -1) -> torch.Tensor:
         """View of a trainable parameter's gradient, shaped as in the model, wherever it lies."""
@@ -385,6 +402,7 @@ class HostStore:
         Of several ranks each copies what it holds, and reads nothing else of a contiguous value.
         """
         unit, parameter = self._place[name]
+        assert parameter.offset >= self.units[unit].packed_numel, "a unit is packed as a whole"
         if parameter.offset < self.shards[unit].begin:
             self.weight_view(name).copy_(value)
             return
@@ -399,6 +417,10 @@ class HostStore:
                 if piece is not None and (piece.start, piece.stop) == (start, stop)
             }
             self._write_master(value[start:stop], targets.get("weights"), targets.get("residual"))
+
+    def pack(self, unit: int, values: torch.Tensor) -> None:
+        """Store the packed part of a unit: values [packed_numel] in host memory, in the store's dtype."""
+        pack(values, self.run("packed", unit), self.spec.packing, self.device)
 
     def _write_master(
         self, value: torch.Tensor, weight: torch.Tensor | None, residual: torch.Tensor | None

@@ -20,6 +20,7 @@ from horizon_lm.memory.arena import return_free_memory
 from horizon_lm.memory.store import HostStore
 from horizon_lm.model.adapter_files import CONFIG, read_adapter_config
 from horizon_lm.model.adapters import prepare
+from horizon_lm.model.base_cache import BaseCache
 from horizon_lm.model.configuration import configuration_of, reason_of
 from horizon_lm.model.folder import INDEX, names_in
 from horizon_lm.model.kernels import check_kernels
@@ -222,13 +223,28 @@ def grow_vocabulary(model: Any, tokens: int, seed: int) -> None:
         ) from error
 
 
-def fill_store(skeleton: Skeleton, store: HostStore) -> None:
-    """Adopt all parameters unit by unit, freeing the model object's own on the way."""
-    for unit in range(len(store.units)):
-        _adopt_unit(skeleton, store, unit)
+def fill_store(skeleton: Skeleton, store: HostStore, base_cache: BaseCache | None = None) -> None:
+    """Adopt all parameters unit by unit, freeing the model object's own on the way. base_cache: keeps packed
+    units from run to run."""
+    room = torch.empty(max(unit.packed_numel for unit in store.units), dtype=store.dtype)
+    for unit, layout in enumerate(store.units):
+        values = room[: layout.packed_numel].zero_()  # gaps are packed as well
+        _adopt_unit(skeleton, store, unit, values)
+        stored = store.run("packed", unit) if layout.packed_numel else values
+        if not layout.packed_numel or (base_cache is not None and base_cache.read(values, stored)):
+            continue
+        store.pack(unit, values)
+        if base_cache is not None:
+            base_cache.write(values, stored)
     return_free_memory()
 
 
-def _adopt_unit(skeleton: Skeleton, store: HostStore, unit: int) -> None:
+def _adopt_unit(skeleton: Skeleton, store: HostStore, unit: int, values: torch.Tensor) -> None:
+    """Adopt a unit's parameters; those to be packed go to values [packed_numel]."""
+    layout = store.units[unit]
     for name, value in skeleton.take(unit):
-        store.adopt(name, value)
+        parameter = store.locate(name)[1]
+        if parameter.offset < layout.packed_numel:
+            layout.view(values, parameter).copy_(value)
+        else:
+            store.adopt(name, value)

@@ -27,6 +27,7 @@ from horizon_lm.model.kernels import Patch, packs_one_row_only, patched
 from horizon_lm.model.rope import separate_documents
 from horizon_lm.model.tiling import tile_mlps
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 # transformers writes most norms itself: CohereLayerNorm, LlamaRMSNorm, MambaRMSNormGated, NemotronLayerNorm1P
 _NORM_NAME = re.compile(r"(?i)norm(gated|1p|[123]d)?$")
@@ -41,13 +42,20 @@ class Skeleton:
     model: the transformers model. `take` replaces its parameters by `meta` ones, unit by unit; its buffers
     stay (they are small, and shared if identical). dtype: compute dtype, bf16 or fp32. Raises
     UnsupportedModelError if the model cannot be streamed. is_new: whether `model` was just created from its
-    configuration in `dtype`. adapter: the adapter whose layers it has.
+    configuration in `dtype`. adapter: the adapter whose layers it has. packs: whether frozen linear weights
+    and fused experts of layers are stored in few bits.
     """
 
     def __init__(
-        self, model: Any, dtype: torch.dtype, *, is_new: bool = False, adapter: Adapter | None = None
+        self,
+        model: Any,
+        dtype: torch.dtype,
+        *,
+        is_new: bool = False,
+        adapter: Adapter | None = None,
+        packs: bool = False,
     ) -> None:
-        self.adapter = adapter
+        self.adapter, self._packs = adapter, packs
         self.model = model.train()
         self._is_new = is_new
         self.config = model.config
@@ -218,8 +226,18 @@ class Skeleton:
                 rows.append(
                     (name, tuple(parameter.shape), parameter.requires_grad and unit != "idle", compute)
                 )
-            units.append(lay_out(unit, rows, self.dtype))
+            packs = self._packs and unit.startswith("layer ")
+            packed = {row[0] for row in rows if packs and self._is_matrix(row[0])}
+            units.append(lay_out(unit, rows, self.dtype, packed))
         return tuple(units)
+
+    def _is_matrix(self, name: str) -> bool:
+        """Whether a parameter is the weight of a linear map, or of several in one tensor (fused experts)."""
+        shape, (owner, local) = self._parameter(name).shape, self._owners[name][0]
+        if len(shape) == 3:
+            return not isinstance(owner, _CONVOLUTIONS)
+        linear = isinstance(owner, nn.Linear) or type(owner).__name__ == "Conv1D"  # of GPT-2
+        return len(shape) == 2 and linear and local == "weight"
 
     @cached_property
     def _created(self) -> dict[str, torch.dtype]:

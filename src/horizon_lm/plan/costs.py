@@ -12,8 +12,10 @@ import torch
 
 from horizon_lm.engine.policies import Policies
 from horizon_lm.machine.profile import Profile
+from horizon_lm.memory.packed import unpacking_bytes
 from horizon_lm.memory.shards import UnitShard
 from horizon_lm.memory.slots import slot_bytes
+from horizon_lm.memory.staging import staged_bytes
 from horizon_lm.memory.store import StoreSpec, predict_device_bytes, regions
 from horizon_lm.plan.fleet import Copies, Network
 from horizon_lm.plan.outline import Measures, Outline
@@ -80,7 +82,8 @@ class Costs:
             parts = self.policies.cpu_slot_bytes(plan, self._token_counts, self.spec.dtype)
             parts["waiting_gradients"] = self._waiting_bytes()
         else:
-            parts = slot_bytes(self.outline.units, plan, self.spec.dtype, stages=not self.is_cpu)
+            packing, dtype = self.spec.packing, self.spec.dtype
+            parts = slot_bytes(self.outline.units, plan, dtype, stages=not self.is_cpu, packing=packing)
             parts["boundary_slots"] = plan.boundary_slots * self.boundary if spills and not self.is_cpu else 0
         parts |= predict_device_bytes(self.outline.units, self.spec)
         return {name: size for name, size in parts.items() if size}
@@ -122,6 +125,9 @@ class Costs:
         given = 0
         if op.kind == "V":
             return self.device_memory, self._rows_bytes(op)
+        if op.kind == "Q":
+            numel = self.shards[op.unit].layout.packed_numel
+            return self.device_memory, unpacking_bytes(numel, self.spec.packing, self.spec.dtype, self.is_cpu)
         if op.kind not in "FBCLE":
             return None
         found = self._pass(op)
@@ -165,6 +171,8 @@ class Costs:
         profile = self.profile
         if op.kind == "U":
             return 0.0 if self.is_cpu else self._weight_bytes(op.unit) / profile.h2d
+        if op.kind == "Q":
+            return self._unpacked_bytes(op.unit) / self._device_rate
         if op.kind in "JTV":
             return self._network_seconds(op)
         if op.kind in "XR":
@@ -184,11 +192,18 @@ class Costs:
 
     def _weight_bytes(self, unit: int) -> int:
         """Bytes of a unit's weights that the rank holds: what it uploads, residuals of wide ones included;
-        of a split unit the frozen part."""
-        share = self.shards[unit]
+        of a split unit the frozen part, packed parts as they are stored."""
+        share, spec = self.shards[unit], self.spec
+        if unit in self.plan.packed:
+            return staged_bytes(share.layout, unit in self.plan.split, spec.dtype, spec.packing)
         if unit in self.plan.split:
-            return share.layout.wide_offset * self.spec.dtype.itemsize
+            return share.layout.wide_offset * spec.dtype.itemsize
         return (share.weights_numel + share.wide_numel) * self.spec.dtype.itemsize
+
+    def _unpacked_bytes(self, unit: int) -> int:
+        """Bytes that unpacking a unit reads and writes."""
+        unpacked = self.shards[unit].layout.packed_numel * self.spec.dtype.itemsize
+        return self._weight_bytes(unit) + unpacked
 
     def _network_seconds(self, op: Op) -> float:
         """J gathers weights; T and V send gradients to their owners, who add them (engine/sharded.py)."""

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from horizon_lm.config import ModelSettings, TrainConfig
 from horizon_lm.data.training_data import tokenizer_of
+from horizon_lm.engine.homes import packing_of
 from horizon_lm.engine.policies import DTYPES
 from horizon_lm.errors import ConfigError, HorizonError, UnsupportedModelError
 from horizon_lm.io.hub import require_reachable
@@ -91,7 +92,8 @@ class Outline:
             model = _build(self.config, self.dtype, self._settings)
             choose_experts(model, self._settings)
             model, adapter = prepare(model, self._settings, has_values=False)
-            skeleton = Skeleton(model, self.dtype, is_new=True, adapter=adapter)
+            packs = bool(packing_of(self._settings))
+            skeleton = Skeleton(model, self.dtype, is_new=True, adapter=adapter, packs=packs)
             if self.mlp_tile_tokens is not None:
                 skeleton.tile_mlps(self.mlp_tile_tokens)
             for unit in range(len(skeleton.units)):

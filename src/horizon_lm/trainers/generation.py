@@ -12,6 +12,7 @@ from horizon_lm.errors import ConfigError, DoesNotFitError
 from horizon_lm.host_model import HostModel
 from horizon_lm.machine.device import free_memory_bytes
 from horizon_lm.memory.slots import WeightSlots
+from horizon_lm.memory.staging import StagingSlots, staged_bytes
 from horizon_lm.model.kernels import patched
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.outputs import bytes_of_slots
@@ -35,21 +36,37 @@ def resident(host: HostModel) -> Iterator[Any]:
         stack.enter_context(_unchanged(skeleton))
         stack.enter_context(_without_router_loss(skeleton.model.config))
         stack.enter_context(patched(skeleton.patches))
-        numels = [host.store.streamed_numel(unit) for unit in range(len(skeleton.units))]
-        slots = WeightSlots(host.store, numels, host.device, alias=host.device.type == "cpu")
+        slots, staging = _slots_for_all(host, alias=host.device.type == "cpu")
         try:
-            for unit in range(len(numels)):
-                slots.upload(unit, unit)
+            for unit, layout in enumerate(skeleton.units):
+                if layout.packed_numel:
+                    staging.upload(0, unit)
+                    staging.unpack(0, unit, slots.buffer(unit))
+                else:
+                    slots.upload(unit, unit)
                 stack.enter_context(skeleton.bound(unit, slots.unit(unit, unit), grad=False))
             yield skeleton.model.eval()
         finally:
-            del slots  # the frame may live on in a traceback
+            del slots, staging  # the frame may live on in a traceback
     if host.steps_done != steps_done:
         raise ConfigError(
             f"the model was trained while it generated: {count(steps_done, 'step')} done at first, "
             f"{host.steps_done:,} now",
             hint="close resident(model) before the next step",
         )
+
+
+def _slots_for_all(host: HostModel, *, alias: bool) -> tuple[WeightSlots, StagingSlots]:
+    """A slot for each unit, and one staging slot for the packed ones in turn."""
+    store = host.store
+    numels = [unit.packed_numel if alias else store.streamed_numel(u) for u, unit in enumerate(store.units)]
+    staged = [
+        staged_bytes(unit, store.is_split(u), store.dtype, store.spec.packing)
+        for u, unit in enumerate(store.units)
+        if unit.packed_numel
+    ]
+    slots = WeightSlots(store, numels, host.device, alias)
+    return slots, StagingSlots(store, [max(staged)] if staged else [], host.device, alias)
 
 
 @contextmanager
