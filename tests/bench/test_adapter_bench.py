@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
 from benchmarks import adapters, report
+
 from horizon_lm.bench.models import shape
 from horizon_lm.bench.protocol import Case
 
