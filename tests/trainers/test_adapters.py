@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import set_seed
 
-import horizon_lm as hz
-from horizon_lm.errors import ConfigError
-from horizon_lm.trainers import HorizonDPOTrainer
-from trainer_pairs import Trained, arguments, assert_equal, build, parameters_of, rows, small_model
-from trainer_runs import tokenizer
+from trainer_pairs import Trained, assert_equal, build, parameters_of, small_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
