@@ -18,6 +18,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -35,6 +36,7 @@ from horizon_lm.distributed.ranks import Ranks
 from horizon_lm.distributed.start import join
 from horizon_lm.engine.calls import in_turn
 from horizon_lm.engine.disk_lane import Saving
+from horizon_lm.engine.encode import encode_images
 from horizon_lm.engine.engine import Engine
 from horizon_lm.engine.homes import packing_of
 from horizon_lm.engine.lanes import Span, choose_lanes
@@ -64,6 +66,7 @@ from horizon_lm.model.adapters import prepare as add_adapter
 from horizon_lm.model.base_cache import BaseCache
 from horizon_lm.model.consumed import Closed, check_model, refuse_use, take_over
 from horizon_lm.model.experts import choose_experts
+from horizon_lm.model.fingerprint import Fingerprint, Fingerprinter, saved_names
 from horizon_lm.model.kernels import apply_kernels, check_kernels
 from horizon_lm.model.loading import base_of, create_model, fill_store, load_model_of
 from horizon_lm.model.pretrained import check_has_weights
@@ -140,7 +143,9 @@ class HostModel:
         if settings.mlp_tile_tokens is not None:
             self.skeleton.tile_mlps(settings.mlp_tile_tokens)
         self.optimizer = make_optimizer(self.skeleton, settings, self.device, self.ranks.core_sharers)
-        units, spec = self.skeleton.units, store_spec(settings, self.skeleton, shard)
+        units = self.skeleton.units
+        saved = saved_names(units, adapter)
+        spec = replace(store_spec(settings, self.skeleton, shard), saved=saved)
         if spec.resident:
             check_available(self.device, self.optimizer.rule, spec)
         if not settings.skip_memory_check:
@@ -157,7 +162,9 @@ class HostModel:
         self.store = HostStore(units, spec, pin_for=self.device, device=self.device)
         self.skeleton.place_buffers(self.device)
         refuse_use(model)
-        fill_store(self.skeleton, self.store, _base_cache(settings))
+        self._base = None if adapter is None else Fingerprinter(self.ranks.rank, self.ranks.world)
+        self._fingerprint: Fingerprint | None = None
+        fill_store(self.skeleton, self.store, self._base, _base_cache(settings))
         lanes = choose_lanes(settings.lanes, self.device)
         self.engine = Engine(self.skeleton, self.store, self.optimizer, lanes, settings, self.ranks)
         if settings.compile:
@@ -299,6 +306,42 @@ class HostModel:
     def num_parameters(self) -> int:
         return sum(p.numel for unit in self.store.units for p in unit.parameters)
 
+    @property
+    def num_trained(self) -> int:
+        """Parameters that steps update."""
+        return sum(p.numel for unit in self.store.units for p in unit.trainable)
+
+    @property
+    def num_exported(self) -> int:
+        """Parameters that `save_pretrained` writes: all, or those of the adapter."""
+        saved = self.store.spec.saved
+        if saved is None:
+            return self.num_parameters
+        return sum(self.store.locate(name)[1].numel for name in saved)
+
+    def base_fingerprint(self) -> Fingerprint | None:
+        """Return a digest of each unit of the base under an adapter, as it was loaded; None without adapter.
+
+        With several ranks the first call is collective.
+        """
+        if self._fingerprint is None and self._base is not None:
+            self._fingerprint = self._base.of_all(self.ranks)
+        return self._fingerprint
+
+    @in_turn
+    def encode_images(self, inputs: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
+        """Compute the features of the images of a vision-language model, all at once, without gradients.
+
+        inputs: what the model's processor returned for n images: pixel_values, and where it has them
+        image_grid_thw, image_sizes; other keys are ignored. Returns per image, in host memory, "features"
+        [tokens, width] and, if the model has them, "deepstack_0", ...; lists of them are the
+        `image_features` of micro-batches. With a trained projector (`train_projector`) features are the
+        vision tower's, before it. With several ranks all of them must call this.
+        Raises ConfigError for a model of text alone, DataError for inputs without pixels and for videos,
+        UnsupportedModelError for a tower that draws random numbers.
+        """
+        return encode_images(self.skeleton, self.store, self.ranks, inputs)
+
     @in_turn
     def forward_backward(
         self,
@@ -343,7 +386,7 @@ class HostModel:
     ) -> Step:
         check_loss_function(loss_fn, self.settings.label_smoothing_factor)
         extra: Extra = "refuse" if loss_fn is None else "keep"
-        batches = check_micro_batches(micro_batches, self.skeleton, extra=extra)
+        batches = check_micro_batches(micro_batches, self.skeleton, extra=extra, encode=self.encode_images)
         return self.engine.forward_backward(
             batches, update=update, loss_fn=loss_fn, record=record, ends_itself=ends_itself
         )
@@ -512,7 +555,7 @@ class HostModel:
         asked = Asked.of("evaluate()", values, temperature)
         self._warn_of_torn("evaluate()")
         extra: Extra = "ignore" if ignore_extra else "refuse"
-        batches = check_micro_batches(micro_batches, self.skeleton, extra=extra)
+        batches = check_micro_batches(micro_batches, self.skeleton, extra=extra, encode=self.encode_images)
         with nullcontext() if adapter else self.skeleton.without_adapter():
             step = self.engine.evaluate(batches, asked, routers=return_router_losses, record=record)
         found: list[TokenValues] = []

@@ -81,7 +81,9 @@ def test_a_wait_for_the_bus_is_answered_by_tokens() -> None:
     waiting = RunPlan(plan.config, plan.planner, plan.planner.predict(plan.config), plan.choices, [], "slow")
     assert not waiting.prediction.limit().startswith("update")
     (advice,) = waiting.all_notes()
-    found = re.search(r"waits for (\d+)% .* _steps=(\d+) .* give ([\d,]+) tokens/s", advice)
+    found = re.search(
+        r"waits for (\d+)% .* gradient_accumulation_steps=(\d+) .* give ([\d,]+) tokens/s", advice
+    )
     assert found is not None and waiting.busy is not None
     assert found[3] == f"{waiting.busy.tokens_per_second:,.0f}"
     more = plan.config.replace(gradient_accumulation_steps=int(found[2]))

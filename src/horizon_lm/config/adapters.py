@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from horizon_lm.config.base import fault, setting
 from horizon_lm.config.memory import MemorySettings
 
-_OF_NEW = ("lora_r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")
+_OF_NEW = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save")
 
 
 class AdapterSettings(MemorySettings):
@@ -80,6 +80,13 @@ class AdapterSettings(MemorySettings):
         resume="fixed",
         expects="a list of regular expressions",
     )
+    train_projector: bool = setting(
+        False,
+        "Vision-language models: train the projector between vision tower and language model too; the tower "
+        "stays frozen.",
+        group="Adapters",
+        resume="fixed",
+    )
     base_dtype: Literal["auto", "bfloat16", "int8", "nf4"] = setting(
         "auto",
         "How frozen linear weights of layers are stored: auto is dtype; int8 and nf4 are blockwise formats "
@@ -117,6 +124,13 @@ class AdapterSettings(MemorySettings):
             else:
                 why, way = "adapter: none", "leave the key out, or set adapter=lora"
             yield fault(f"{key} has no effect with {why}", key=key, hint=way)
+        trains_all = not self.has_adapter and not self.freeze and not self.train
+        if self.base_dtype in ("int8", "nf4") and trains_all:
+            yield fault(
+                f"base_dtype: {self.base_dtype} packs frozen weights, and all weights are trained",
+                key="base_dtype",
+                hint="set adapter=lora, or freeze=PATTERNS; or leave base_dtype out",
+            )
         if self.base_cache_dir is not None and self.base_dtype in ("auto", "bfloat16"):
             yield fault(
                 f"base_cache_dir has no effect with base_dtype: {self.base_dtype}, which packs nothing",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from horizon_lm.errors import ConfigError, DataError, HorizonError
-from horizon_lm.io.files import read_bytes
+from horizon_lm.io.files import read_bytes, write_file
 from horizon_lm.io.hub import require_reachable
 from horizon_lm.machine.libraries import load_peft
 from horizon_lm.model.configuration import reason_of
@@ -65,6 +66,20 @@ def read_adapter_weights(name: str, config: Any) -> dict[str, torch.Tensor]:
             hint="download or save the adapter again",
         )
     return weights
+
+
+def tidy_config(folder: Path) -> None:
+    """Give the modules in adapter_config.json an order, which PEFT leaves to chance, and the base a path that
+    is valid anywhere."""
+    path = folder / CONFIG
+    values = json.loads(read_bytes(path))
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(values.get(key), list):
+            values[key] = sorted(values[key])
+    base = values.get("base_model_name_or_path")
+    if isinstance(base, str) and Path(base).is_dir():
+        values["base_model_name_or_path"] = os.path.abspath(base)
+    write_file(path, json.dumps(values, indent=2, sort_keys=True))
 
 
 def _file(name: str, file: str) -> Path:

@@ -5,6 +5,7 @@ The layers of an adapter are PEFT's own, inside the transformers model; so are t
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
 import sys
@@ -21,8 +22,9 @@ from horizon_lm.config import ModelSettings
 from horizon_lm.config.patterns import nearest
 from horizon_lm.errors import ConfigError, DataError, UnsupportedModelError
 from horizon_lm.machine.libraries import load_peft
-from horizon_lm.model.adapter_files import read_adapter_config, read_adapter_weights
+from horizon_lm.model.adapter_files import read_adapter_config, read_adapter_weights, tidy_config
 from horizon_lm.model.configuration import reason_of
+from horizon_lm.model.pictures import excluded_modules, freeze_vision
 from horizon_lm.model.pretrained import seeded
 from horizon_lm.model.trained import choose_trained
 
@@ -72,6 +74,13 @@ class Adapter:
         """The folder or name of the base, as PEFT writes it into adapter_config.json."""
         return self.config.base_model_name_or_path or None
 
+    @property
+    def words(self) -> str:
+        """Its kind, as in "lora r=16"."""
+        kind = "dora" if getattr(self.config, "use_dora", False) else str(self.config.peft_type.value).lower()
+        rank = getattr(self.config, "r", None)
+        return kind if rank is None else f"{kind} r={rank}"
+
     def is_part(self, name: str) -> bool:
         """Whether a parameter, by its name in the model, is not one of the base."""
         return is_adapters(name, self.name)
@@ -93,6 +102,25 @@ class Adapter:
             for module in self._switches:
                 module._disable_adapters = False
 
+    def names_in_files(self) -> dict[str, str]:
+        """Name in adapter_model.safetensors -> name in the model."""
+        from peft import get_peft_model_state_dict
+
+        named = [name for name, _ in self.model.named_parameters() if self.is_part(name)]
+        marks = {_PREFIX + name: torch.empty(0) for name in named}
+        found: Any = get_peft_model_state_dict(
+            self.peft_model, state_dict=dict(marks), adapter_name=self.name, save_embedding_layers=False
+        )
+        names = {id(mark): name.removeprefix(_PREFIX) for name, mark in marks.items()}
+        return {key: names[id(mark)] for key, mark in found.items()}
+
+    def save_config(self, folder: Path) -> None:
+        """Write adapter_config.json into a folder."""
+        config = copy.copy(self.config)
+        config.inference_mode = True
+        config.save_pretrained(str(folder))
+        tidy_config(folder)
+
     def save(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write PEFT's files into a new folder: adapter_config.json, adapter_model.safetensors, README.md.
 
@@ -106,6 +134,7 @@ class Adapter:
             for file in list((folder / self.name).iterdir()):
                 shutil.move(str(file), str(folder / file.name))
             (folder / self.name).rmdir()
+        tidy_config(folder)
 
 
 def prepare(model: Any, settings: ModelSettings, *, has_values: bool = True) -> tuple[Any, Adapter | None]:
@@ -119,7 +148,9 @@ def prepare(model: Any, settings: ModelSettings, *, has_values: bool = True) -> 
     base = model if adapter is None else adapter.model
     if adapter is not None:
         _check(adapter)
-    choose_trained(base, settings, None if adapter is None else adapter.is_part)
+    is_adapters = None if adapter is None else adapter.is_part
+    choose_trained(base, settings, is_adapters)
+    freeze_vision(base, settings, is_adapters)
     return base, adapter
 
 
@@ -134,6 +165,11 @@ def is_adapters(name: str, adapter: str) -> bool:
     behind its modules and parameters (`lora_A.default.weight`, `modules_to_save.default.weight`)."""
     parts = name.split(".")
     return "base_layer" not in parts and "original_module" not in parts and adapter in parts[1:]
+
+
+def is_replaced(name: str) -> bool:
+    """Whether a name in a model belongs to a module of the base that the adapter trains a copy of."""
+    return "original_module" in name.split(".")
 
 
 def base_name(name: str) -> str:
@@ -185,6 +221,8 @@ def _added(model: Any, settings: ModelSettings, has_values: bool) -> Adapter | N
         return None
     peft = load_peft()
     config, name = _configured(settings), settings.adapter_name_or_path
+    if name is None:
+        config.exclude_modules = excluded_modules(model)  # the vision part is not trained
     _check_config(config)
     weights = None if name is None or not has_values else read_adapter_weights(name, config)
     device = next(model.parameters()).device

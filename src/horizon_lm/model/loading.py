@@ -22,9 +22,10 @@ from horizon_lm.model.adapter_files import CONFIG, read_adapter_config
 from horizon_lm.model.adapters import prepare
 from horizon_lm.model.base_cache import BaseCache
 from horizon_lm.model.configuration import configuration_of, reason_of
+from horizon_lm.model.fingerprint import Fingerprinter
 from horizon_lm.model.folder import INDEX, names_in
 from horizon_lm.model.kernels import check_kernels
-from horizon_lm.model.pretrained import Allowed, read_pretrained, seeded, without_messages
+from horizon_lm.model.pretrained import Allowed, model_class, read_pretrained, seeded, without_messages
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.words import count
 
@@ -171,13 +172,11 @@ def create_model(
     Draws weights in fp32 whatever the compute dtype. Raises ConfigError for a configuration that transformers
     rejects, DoesNotFitError if memory does not suffice.
     """
-    from transformers import AutoModelForCausalLM
-
     kind = values.get("model_type")
     try:
         config = configuration_of(values, attn_implementation)
         with seeded(seed):
-            model = AutoModelForCausalLM.from_config(
+            model = model_class(config).from_config(
                 config, dtype=torch.float32, attn_implementation=attn_implementation
             )
     except HorizonError:
@@ -223,28 +222,41 @@ def grow_vocabulary(model: Any, tokens: int, seed: int) -> None:
         ) from error
 
 
-def fill_store(skeleton: Skeleton, store: HostStore, base_cache: BaseCache | None = None) -> None:
-    """Adopt all parameters unit by unit, freeing the model object's own on the way. base_cache: keeps packed
-    units from run to run."""
-    room = torch.empty(max(unit.packed_numel for unit in store.units), dtype=store.dtype)
-    for unit, layout in enumerate(store.units):
-        values = room[: layout.packed_numel].zero_()  # gaps are packed as well
-        _adopt_unit(skeleton, store, unit, values)
-        stored = store.run("packed", unit) if layout.packed_numel else values
-        if not layout.packed_numel or (base_cache is not None and base_cache.read(values, stored)):
-            continue
-        store.pack(unit, values)
-        if base_cache is not None:
-            base_cache.write(values, stored)
+def fill_store(
+    skeleton: Skeleton,
+    store: HostStore,
+    base: Fingerprinter | None = None,
+    base_cache: BaseCache | None = None,
+) -> None:
+    """Adopt all parameters unit by unit, freeing the model object's own on the way.
+
+    base: is told those that checkpoints leave out. base_cache: keeps packed units from run to run.
+    """
+    for unit in range(len(store.units)):
+        _adopt_unit(skeleton, store, unit, base, base_cache)
     return_free_memory()
 
 
-def _adopt_unit(skeleton: Skeleton, store: HostStore, unit: int, values: torch.Tensor) -> None:
-    """Adopt a unit's parameters; those to be packed go to values [packed_numel]."""
-    layout = store.units[unit]
+def _adopt_unit(
+    skeleton: Skeleton,
+    store: HostStore,
+    unit: int,
+    base: Fingerprinter | None,
+    base_cache: BaseCache | None,
+) -> None:
+    layout, saved = store.units[unit], store.spec.saved
+    # Zeros, since gaps are packed as well.
+    values = torch.zeros(layout.packed_numel, dtype=store.dtype)
     for name, value in skeleton.take(unit):
+        if base is not None and saved is not None and name not in saved:
+            base.add(unit, layout.name, name, value)
         parameter = store.locate(name)[1]
         if parameter.offset < layout.packed_numel:
             layout.view(values, parameter).copy_(value)
         else:
             store.adopt(name, value)
+    if not layout.packed_numel or (base_cache and base_cache.read(values, store.run("packed", unit))):
+        return
+    store.pack(unit, values)
+    if base_cache is not None:
+        base_cache.write(values, store.run("packed", unit))

@@ -8,29 +8,34 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
+from horizon_lm.checkpoint.adapted import adapter_folder, base_name_of, base_of, check_base
 from horizon_lm.checkpoint.folder import Checkpoint
-from horizon_lm.checkpoint.identify import Identified, identify, may_be_on_hub, no_model
+from horizon_lm.checkpoint.identify import Identified, has_adapter, identify, may_be_on_hub, no_model
 from horizon_lm.checkpoint.model import model_of
 from horizon_lm.config import DatasetConfig, ModelSettings, TrainConfig, model_settings_of
+from horizon_lm.config.adapters import AdapterSettings
 from horizon_lm.config.base import collect, keys_of
 from horizon_lm.config.dataset_info import SUFFIXES
 from horizon_lm.config.yaml import Document
 from horizon_lm.data.detect import with_method
 from horizon_lm.data.preview import remarks
+from horizon_lm.data.processor import Processor
 from horizon_lm.data.rows import Rows
 from horizon_lm.data.training_data import (
     load_eval_rows,
     load_training_data,
-    make_encoder,
     pad_id,
     tokenizer_of,
+    with_processor,
 )
 from horizon_lm.distributed.ranks import Ranks
 from horizon_lm.errors import CheckpointError, ConfigError
@@ -45,6 +50,7 @@ from horizon_lm.report.records import Evaluation
 from horizon_lm.training.build import hosted
 from horizon_lm.training.evaluate import evaluate
 from horizon_lm.training.generate import model_folder
+from horizon_lm.training.pictures import encode_pictures
 from horizon_lm.training.preferences import Preferences, pass_of, reference_model
 from horizon_lm.training.run_settings import given_keys, read_settings
 from horizon_lm.training.together import Together
@@ -154,7 +160,9 @@ def _fitted(config: TrainConfig, given: set[str]) -> TrainConfig:
     if name is None or "max_length" in given or "max_length" in config.model_fields_set:
         return config
     try:
-        values = json.loads(files.read_text(Path(model_folder(name)) / "config.json"))
+        folder = Path(model_folder(name))
+        base = Path(base_of(folder)) if has_adapter(folder) else folder
+        values = json.loads(files.read_text(base / "config.json"))
         longest = values.get("max_position_embeddings", values.get("n_positions"))
     except (OSError, ValueError, ConfigError):
         return config
@@ -195,27 +203,34 @@ def evaluate_target(
     if not target.checkpoints:
         config = config.replace(model_name_or_path=str(model_folder(config.model_name_or_path, "eval")))
     tokenizer = tokenizer_of(config)
-    rows = together.in_order("data", lambda: _rows(config, tokenizer))
+    processor, rows = together.in_order("data", lambda: _rows(config, tokenizer))
     together.agree("data", {"data": rows.fingerprint})
     data = _data_in_words(config)
     size = f"{count(len(rows), 'sequence')}, {count(rows.num_tokens, 'token')}"
     say(f"evaluating {target.what} on {data}: {size}", sys.stderr)
     for remark in remarks(rows):
         say(f"{'warning: ' if remark.is_warning else ''}{remark}", sys.stderr)
-    settings = model_settings_of(config)
-    with quiet_transformers():
+    with quiet_transformers(), ExitStack() as stack:
         measure = _measure_of(target, config, rows, tokenizer, warn, together.ranks)
+        added = stack.enter_context(_adapter_of(target, config, warn))
+        settings = _settings_of(config, added)
         names: list[str] = []
 
         def load() -> nn.Module:
-            model, what = _load(target, config, settings, len(tokenizer), warn)
+            if added is not None:
+                model, what = load_model_of(added.base, settings), added.what
+            else:
+                model, what = _load(target, config, settings, len(tokenizer), warn)
             names.append(what)
             return model.requires_grad_(False)  # allocates neither gradients nor moments
 
-        plain = settings.replace(freeze=[], lr_factors={})  # these name trained parameters
-        model = hosted(load, plain, together.ranks)
+        model = hosted(load, settings, together.ranks)
+        if added is not None and added.checkpoint is not None:
+            check_base(added.checkpoint, model.base_fingerprint(), added.base)
     what = names[0]
     together.agree("model", {"model": what})
+    shown = partial(say, stream=sys.stderr)
+    encode_pictures(model, (rows,), processor, config, together, shown)
     batch = config.per_device_eval_batch_size or config.per_device_train_batch_size
     found = measure(model, rows, micro_batch_size=batch, pad_id=pad_id(tokenizer))
     line = {**found.to_line(), "eval_sequences": len(rows)}
@@ -223,13 +238,14 @@ def evaluate_target(
     return {**line, "model": what, "data": data, "dtype": config.dtype}
 
 
-def _rows(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Rows:
-    """Return the sequences to evaluate on."""
+def _rows(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Processor | None, Rows]:
+    """Return the model's processor, if any, and the sequences to evaluate on."""
     if not config.val_size:
-        return load_eval_rows(config, make_encoder(config, tokenizer))
-    rows = load_training_data(config, tokenizer).eval_rows
-    assert rows is not None
-    return rows
+        processor, encoder = with_processor(config, tokenizer)
+        return processor, load_eval_rows(config, encoder)
+    data = load_training_data(config, tokenizer)
+    assert data.eval_rows is not None
+    return data.processor, data.eval_rows
 
 
 def _measure_of(
@@ -261,6 +277,65 @@ def _measure_of(
             passes = pass_of(config, pad_id(tokenizer), lambda text: say(text, sys.stderr), warn)
             passes.over(model, {"eval": rows}, reference)
     return Preferences(Method(config), reference).evaluate
+
+
+class _Added(NamedTuple):
+    """An adapter, in PEFT's folder, and its base. checkpoint: where it is from, if not from that folder."""
+
+    folder: Path
+    base: str
+    what: str
+    checkpoint: Checkpoint | None = None
+
+
+@contextmanager
+def _adapter_of(target: Target, config: TrainConfig, warn: Callable[[str], None]) -> Iterator[_Added | None]:
+    """Yield the adapter to evaluate, None for a whole model. Of several checkpoints it is that of the first
+    sound one. Raises CheckpointError, ConfigError."""
+    if not target.checkpoints:
+        folder = Path(str(config.model_name_or_path))
+        if not has_adapter(folder):
+            yield None
+            return
+        base, reference = base_of(folder), target.reference
+        if reference is not None and not Path(base).is_dir():
+            base = reference  # found next to a run that was moved
+        yield _Added(folder, base, target.what)
+        return
+    if target.checkpoints[0].manifest.base is None:
+        yield None
+        return
+    with ExitStack() as stack:
+        yield _sound_adapter(target, config, warn, stack)
+
+
+def _settings_of(config: TrainConfig, added: _Added | None) -> ModelSettings:
+    """Settings of a model that is not trained, with a saved adapter or without any."""
+    settings = model_settings_of(config)
+    changes = {key: AdapterSettings.model_fields[key].default for key in AdapterSettings.__annotations__}
+    if added is not None:
+        kept = ("base_dtype", "base_cache_dir")
+        changes |= {"adapter_name_or_path": str(added.folder), **{k: getattr(settings, k) for k in kept}}
+    return settings.replace(**changes, lr_factors={})
+
+
+def _sound_adapter(
+    target: Target, config: TrainConfig, warn: Callable[[str], None], stack: ExitStack
+) -> _Added:
+    last: CheckpointError | None = None
+    for number, checkpoint in enumerate(target.checkpoints):
+        try:
+            opened = adapter_folder(checkpoint, trust_remote_code=config.trust_remote_code)
+            folder = stack.enter_context(opened)
+        except CheckpointError as error:
+            warn(f"skipped {error.message}")
+            last = error
+            continue
+        base = target.reference or base_name_of(checkpoint)
+        step = f"{checkpoint.path}, step {checkpoint.manifest.step:,}"
+        return _Added(folder, base, target.what if number == 0 else step, checkpoint)
+    assert last is not None
+    raise last
 
 
 def _load(

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from horizon_lm.checkpoint.card import model_card
+from horizon_lm.checkpoint.card import WHOLE, adapter_part, model_card
 from horizon_lm.checkpoint.folder import RunFolder
 from horizon_lm.data import TrainingData
 from horizon_lm.data.chat import without_marks
@@ -27,8 +27,12 @@ from horizon_lm.training.upload import Upload
 
 
 def save_tokenizer(data: TrainingData, target: Path) -> None:
-    """Save the tokenizer, with the chat template that was trained on if one was given."""
+    """Save the tokenizer, or the processor with it, with the chat template that was trained on if one was
+    given."""
     tokenizer, given = data.tokenizer, data.encoder.chat_template_to_save
+    if data.processor is not None:
+        data.processor.save(target, None if given is None else without_marks(given))
+        return
     own = tokenizer.chat_template
     if given is not None:
         tokenizer.chat_template = without_marks(given)
@@ -62,12 +66,14 @@ def export(ready: Ready, end: RunEnd) -> str:
 def _save_beside(ready: Ready, end: RunEnd, target: Path) -> None:
     """Write what a model folder has besides the model: the tokenizer and a card."""
     save_tokenizer(ready.data, target)
+    adapter = ready.model.skeleton.adapter
     card = model_card(
         ready.config.to_dict(),
         model_type=str(ready.model.config.model_type),
         step=end.exported_step,
         num_tokens=end.exported_tokens,
         versions=versions(),
+        part=WHOLE if adapter is None else adapter_part(adapter.words),
     )
     files.write_file(target / "README.md", card)
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from horizon_lm.checkpoint.adapted import base_of
+from horizon_lm.checkpoint.identify import has_adapter
 from horizon_lm.config import TrainConfig
 from horizon_lm.config.data import IGNORED
 from horizon_lm.data import TrainingData
@@ -58,7 +60,16 @@ def reason_to_skip(folder: Path, stated: int | None = None) -> str | None:
 
 
 def weight_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    """Return the bytes of the weights in a folder; those of an adapter with its base."""
+    own = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if not has_adapter(folder):
+        return own
+    from huggingface_hub import try_to_load_from_cache
+
+    base = base_of(folder)
+    if not Path(base).is_dir():
+        base = str(Path(str(try_to_load_from_cache(base, "config.json"))).parent)
+    return own + sum(file.stat().st_size for file in Path(base).glob("*.safetensors"))
 
 
 def complete(
@@ -84,6 +95,8 @@ def sample_of_run(config: TrainConfig, folder: Path, data: TrainingData, device:
     if reason is not None:
         return f"no sample completion: {reason}"
     prompt, is_chat = config.sample_prompt, False
+    if prompt is None and data.rows.store.pictures is not None:
+        return _of_row(config, folder, data, device)
     if prompt is None:
         prompt, is_chat = piece_of_data(data.rows.row(0), data.tokenizer)
     made = complete(
@@ -95,6 +108,23 @@ def sample_of_run(config: TrainConfig, folder: Path, data: TrainingData, device:
         special_tokens=not is_chat,
     )
     return f"{_quoted('sample prompt', made.prompt)}\n{_quoted('completion', made.completion)}"
+
+
+def _of_row(config: TrainConfig, folder: Path, data: TrainingData, device: torch.device) -> str:
+    """Return a completion of the first sequence's prompt, with its pictures, in words."""
+    row = data.rows.row(0)
+    assert row.pictures is not None and data.processor is not None
+    first = max(1, int(np.argmax(row.labels != IGNORED)))
+    shown = row.shown if first > 1 else ()
+    ids = row.ids[: first if first > 1 else min(PROMPT_TOKENS, len(row.ids) // 2)].tolist()
+    generator = Generator.load(folder, device=device, trust_remote_code=config.trust_remote_code)
+    said = generator.complete_tokens(
+        ids,
+        Sampling(max_new_tokens=config.sample_max_new_tokens, temperature=TEMPERATURE),
+        pictures=[row.pictures.open(number) for number in shown],
+    )
+    prompt = data.processor.collapsed(str(data.tokenizer.decode(ids, skip_special_tokens=False)))
+    return f"{_quoted('sample prompt', prompt)}\n{_quoted('completion', said)}"
 
 
 def _quoted(title: str, text: str) -> str:
