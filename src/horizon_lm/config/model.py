@@ -47,9 +47,9 @@ class ModelSettings(AdapterSettings):
     )
     experts_implementation: Literal["auto", "grouped_mm", "eager", "batched_mm"] = setting(
         "auto",
-        "Computation of a mixture's experts, by its transformers name: grouped_mm sorts tokens by expert, eager "
-        "loops over experts, batched_mm copies the weights of each token's experts. auto is grouped_mm if the "
-        "model's class has it, else eager. `horizon doctor CONFIG` and the run say which one runs.",
+        "Computation of a mixture's experts, by its transformers name: grouped_mm sorts tokens by expert, "
+        "eager loops over experts, batched_mm copies the weights of each token's experts. auto is grouped_mm "
+        "if the model's class has it, else eager. `horizon doctor CONFIG` and the run say which one runs.",
         group="Model",
         resume="ask",
     )
