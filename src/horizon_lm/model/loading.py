@@ -252,8 +252,3 @@ def _adopt_unit(
             layout.view(values, parameter).copy_(value)
         else:
             store.adopt(name, value)
-    if not layout.packed_numel or (base_cache and base_cache.read(values, store.run("packed", unit))):
-        return
-    store.pack(unit, values)
-    if base_cache is not None:
-        base_cache.write(values, store.run("packed", unit))
