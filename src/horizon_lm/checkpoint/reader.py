@@ -29,8 +29,9 @@ from horizon_lm.checkpoint.sources import (
 )
 from horizon_lm.checkpoint.units import DTYPE_NAMES, Part
 from horizon_lm.errors import CheckpointError
+from horizon_lm.memory.regions import saved_in
 from horizon_lm.memory.shards import WHOLE
-from horizon_lm.memory.store import HostStore, saved_in
+from horizon_lm.memory.store import HostStore
 
 # Into a store.
 
