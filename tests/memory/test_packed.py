@@ -383,7 +383,7 @@ def test_a_folder_that_cannot_be_written_is_only_warned_of(
 @pytest.mark.parametrize(
     ("settings", "message", "hint"),
     [
-        ({"adapter": "none", "base_dtype": "nf4"}, "packs frozen linear weights of layers", "adapter: lora"),
+        ({"adapter": "none", "base_dtype": "nf4"}, "packs frozen weights, and all weights", "adapter=lora"),
         (
             {"adapter": "none", "freeze": ["embed", "norm"], "base_dtype": "int8"},
             "packs frozen linear weights of layers, and none are frozen",
@@ -417,11 +417,13 @@ def test_a_run_without_an_adapter_is_refused_at_once(tmp_path: Path) -> None:
     from horizon_lm.config import TrainConfig
     from horizon_lm.training.checks import check_sources
 
-    config = TrainConfig(datasets=["python-stdlib"], init_model={"model_type": "llama"}, freeze=["mlp"])
-    check_sources(config, RunFolder(tmp_path))
+    folder, run = tmp_path / "base", RunFolder(tmp_path / "run")
+    folder.mkdir()
+    config = TrainConfig(datasets=["python-stdlib"], model_name_or_path=str(folder), freeze=["mlp"])
+    check_sources(config, run)
     with pytest.raises(ConfigError, match="base_dtype=nf4 without an adapter: the run would end with"):
-        check_sources(config.replace(base_dtype="nf4"), RunFolder(tmp_path))
-    check_sources(config.replace(base_dtype="nf4", adapter="lora", freeze=[]), RunFolder(tmp_path))
+        check_sources(config.replace(base_dtype="nf4"), run)
+    check_sources(config.replace(base_dtype="nf4", adapter="lora", freeze=[]), run)
 
 
 def test_ranks_are_refused_before_anything_is_loaded() -> None:
