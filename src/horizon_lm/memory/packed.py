@@ -12,7 +12,6 @@ bitsandbytes is imported when first used.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from horizon_lm.errors import ConfigError
+from horizon_lm.machine.libraries import load_bitsandbytes
 
 FORMATS = ("int8", "nf4")
 ALIGN_BYTES = 256
@@ -85,19 +85,13 @@ def check_installed(kind: str) -> None:
 @cache
 def _functions(kind: str) -> Any:
     """bitsandbytes.functional. kind: what it is needed for."""
-    log = logging.getLogger("bitsandbytes")
-    level = log.level
-    log.setLevel(logging.ERROR)  # it warns of kernels for other purposes
     try:
-        import bitsandbytes.functional as functions
+        return load_bitsandbytes().functional
     except ImportError as error:
         raise ConfigError(
             f"base_dtype={kind} needs the package bitsandbytes, which is not installed",
             hint="pip install 'horizon-lm[lowbit]'",
         ) from error
-    finally:
-        log.setLevel(level)
-    return functions
 
 
 @cache
