@@ -26,7 +26,8 @@ ALIGN_BYTES = 256
 BLOCK = 64  # values with a common scale
 CHUNK = 1 << 26  # values; kernels count in 32 bits
 _NESTED = 256  # scales with a common scale
-_PIECE = 1 << 18  # values that are packed, or unpacked on a CPU, at once: temporary tensors stay in caches
+_PIECE = 1 << 18  # values that a CPU packs or unpacks at once: temporary tensors stay in caches
+_DEVICE_PIECE = 1 << 24  # values that a GPU packs at once
 
 
 class _Array(NamedTuple):
@@ -117,8 +118,9 @@ def pack(values: torch.Tensor, stored: torch.Tensor, kind: str, device: torch.de
         absmax = torch.empty((chunk.stop - chunk.start) // BLOCK, dtype=torch.float32, device=device)
         target, *scales = (array.of(stored) for array in chunk.arrays)
         per_byte = 2 if kind == "nf4" else 1
-        for start in range(0, chunk.stop - chunk.start, _PIECE):
-            piece = values[chunk.start + start : min(chunk.start + start + _PIECE, chunk.stop)].to(device)
+        size = _PIECE if device.type == "cpu" else _DEVICE_PIECE
+        for start in range(0, chunk.stop - chunk.start, size):
+            piece = values[chunk.start + start : min(chunk.start + start + size, chunk.stop)].to(device)
             if kind == "nf4":
                 found, state = functions.quantize_4bit(piece, blocksize=BLOCK, quant_type="nf4")
             else:
