@@ -133,7 +133,7 @@ def test_evaluation_and_log_probabilities(name: str) -> None:
 def test_qwen3_vl_without_its_additions_trains_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control of the features that Qwen3-VL adds between layers: text alone has none."""
     model, host = model_of("qwen3_vl"), host_of("qwen3_vl", activations="recompute")
-    monkeypatch.setattr("horizon_lm.model.capture._find_added", lambda *args: {})
+    monkeypatch.setattr("horizon_lm.model.prologue._find_added", lambda *args: {})
     for rows, is_wrong in ((ROWS["several"], True), (ROWS["none"], False)):
         tokens, pixels = inputs("qwen3_vl", rows)
         _, gradients = plain(model, tokens | pixels)
