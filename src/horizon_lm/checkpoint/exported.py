@@ -120,10 +120,16 @@ class _How(NamedTuple):
 
 
 def _export(checkpoint: Checkpoint, target: Path, how: _How) -> None:
-    if checkpoint.manifest.base is None:
+    manifest = checkpoint.manifest
+    if "adapter" not in manifest.state:
+        if manifest.base is not None:
+            raise ConfigError(
+                f"{checkpoint.path} holds {manifest.holds}, which is no model by itself",
+                hint="train an adapter (adapter: lora) on packed weights",
+            )
         if how.merge is not None:
             raise ConfigError(
-                f"{checkpoint.path} holds a whole model: there is no adapter to merge",
+                f"{checkpoint.path} holds {manifest.holds}: there is no adapter to merge",
                 hint=f"horizon export {checkpoint.path} {target}",
             )
         _export_model(checkpoint, target, how)
