@@ -6,6 +6,7 @@ from functools import cache, partial
 from typing import Any
 
 from horizon_lm.config import TrainConfig
+from horizon_lm.config.adapters import AdapterSettings
 from horizon_lm.plan.outline import Outline, model_config
 from horizon_lm.plan.outline_cache import OutlineCache
 
@@ -37,8 +38,8 @@ def known(config: TrainConfig) -> OutlineCache:
         config.init_model,
         config.dtype,
         config.attn_implementation,
-        config.freeze,
         config.mlp_tile_tokens,
+        *(getattr(config, key) for key in AdapterSettings.__annotations__),
     )
     return _known(repr(decides))
 

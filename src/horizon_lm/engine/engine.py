@@ -276,7 +276,7 @@ class Engine:
             data=of_data(micro_batches) if self.ranks.world > 1 else [],
         )
         if spec.lowest_backward == 0 and not spec.evaluate:
-            ids = [batch["input_ids"] for batch in micro_batches]
+            ids = [self.skeleton.table_ids(batch["input_ids"]) for batch in micro_batches]
             step.rows = Rows.of(ids, self.skeleton, self.pinned, positions.numbers)
         return step
 

@@ -125,6 +125,7 @@ def key_of(rows: Rows, config: TrainConfig, weights: str) -> str:
         "dtype": config.dtype,
         "attention": config.attn_implementation,
         "kernels": config.kernels,
+        **({"experts": config.experts_implementation} if config.experts_implementation != "auto" else {}),
         "ld_alpha": config.ld_alpha,
     }
     return str(xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode()))
