@@ -341,7 +341,8 @@ class HostModel:
         Raises ConfigError for a model of text alone, DataError for inputs without pixels and for videos,
         UnsupportedModelError for a tower that draws random numbers.
         """
-        return encode_images(self.skeleton, self.store, self.ranks, inputs)
+        with self.engine.at_work():
+            return encode_images(self.skeleton, self.store, self.ranks, inputs)
 
     @in_turn
     def forward_backward(

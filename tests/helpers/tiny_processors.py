@@ -85,7 +85,7 @@ def gemma3() -> Any:
     }
     tokenizer = small_tokenizer("<start_of_turn>", "<end_of_turn>", *names.values(), **names)
     return transformers.Gemma3Processor(
-        images, tokenizer, image_seq_length=8, chat_template=trl_template("gemma3")
+        images, tokenizer, image_seq_length=16, chat_template=trl_template("gemma3")
     )
 
 
@@ -152,7 +152,7 @@ def internvl() -> Any:
     }
     tokenizer = small_tokenizer("<|im_start|>", "<|im_end|>", *names.values(), **names)
     return _without_video(
-        transformers.InternVLProcessor, images, tokenizer, None, image_seq_length=3, chat_template=INTERN
+        transformers.InternVLProcessor, images, tokenizer, None, image_seq_length=4, chat_template=INTERN
     )
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import horizon_lm as hz
 import zoo
 from horizon_lm.errors import ConfigError, DataError, HorizonError, UnsupportedModelError
+from horizon_lm.training.generate import Generator
 from sizes import times
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -140,6 +141,29 @@ def test_the_base_that_an_adapter_names_is_not_read(
     load(folder)
     assert any(str(folder) in path for path in opened)
     assert not [path for path in opened if str(base) in path]
+
+
+def test_code_of_the_base_that_an_adapter_names_is_not_run(source: Path, tmp_path: Path) -> None:
+    """Its folder alone says which model is loaded, and no setting trusts that one."""
+    base, folder, canary = tmp_path / "base", tmp_path / "adapter", tmp_path / "canary"
+    zoo.build("llama").save_pretrained(base)
+    shutil.copytree(source, folder)
+    configured(base_model_name_or_path=str(base))(folder)
+    hz.HostModel.from_pretrained(folder, device="cpu").close()  # the control
+    values = json.loads((base / "config.json").read_text())
+    code = {"AutoConfig": "trap.Trap", "AutoModelForCausalLM": "trap.Trap"}
+    (base / "config.json").write_text(json.dumps({**values, "model_type": "trap", "auto_map": code}))
+    (base / "trap.py").write_text(f"import os\nos.mkdir({str(canary)!r})\n")
+    for run in (
+        lambda: hz.HostModel.from_pretrained(folder, device="cpu"),
+        lambda: Generator.load(folder, device="cpu"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            run()
+        assert caught.value.hint and not canary.exists()
+    with pytest.raises(Exception):  # noqa: B017  (the control: the code is no model)
+        hz.HostModel.from_pretrained(folder, device="cpu", trust_remote_code=True)
+    assert canary.exists()
 
 
 REFUSED: dict[str, tuple[Change, str]] = {

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers.integrations import hub_kernels
 from transformers.modeling_flash_attention_utils import _is_packed_sequence
 from transformers.models.llama import modeling_llama
@@ -207,6 +208,23 @@ def test_kernels_of_the_hub_that_cannot_be_used(
         hub["error"] = error
     with pytest.raises(kind, match=message):
         kernels.apply_kernels(source("llama", layers=1), settings(kernels="hub", hub_kernels=named))
+
+
+def test_a_kernel_in_place_of_layers_with_an_adapter_is_refused(
+    hub: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of a whole MLP reads its weights itself. Norms beside the adapter are served."""
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "kernel_layer_name", "MLP", raising=False)
+    chosen = {**NORM, "MLP": f"kernels-community/mlp@{COMMIT}:FastMLP"}
+    adapter = LoraConfig(target_modules=["gate_proj"])
+    model = get_peft_model(source("llama", layers=1), adapter).get_base_model()
+    with pytest.raises(ConfigError, match="hub_kernels: MLP computes a whole LlamaMLP.*\n  hint: leave MLP"):
+        kernels.apply_kernels(model, settings(kernels="hub", hub_kernels=chosen))
+    assert not hub
+    kernels.apply_kernels(model, settings(kernels="hub", hub_kernels=NORM))
+    outside = get_peft_model(source("llama", layers=1), LoraConfig(target_modules=["q_proj"]))
+    kernels.apply_kernels(outside.get_base_model(), settings(kernels="hub", hub_kernels=chosen))
+    assert hub["mapping"].keys() == chosen.keys()
 
 
 def test_documents_in_several_rows_are_refused_under_flash_attention() -> None:

@@ -222,17 +222,14 @@ def test_a_kept_reference_is_that_of_a_base(place: Path, tmp_path: Path, evaluat
         train(settings(place, tmp_path / name, max_steps=1, save_strategy="no", **changes))
         return len(evaluated)
 
-    whole = {"adapter": "none", "lora_r": 16, "lora_alpha": 32.0}
     assert computed("first") == ROWS
-    same: list[dict[str, Any]] = [{"lora_r": 2}, {"seed": 7, "data_seed": 42}, {"adapter": "dora"}, whole]
+    whole = {"adapter": "none", "lora_r": 16, "lora_alpha": 32.0}
+    same: list[dict[str, Any]] = [{"adapter": "dora", "seed": 7, "data_seed": 42}, whole]
     for number, changes in enumerate(same):
         assert computed(f"same-{number}", **changes) == 0, changes
-    saved = {"adapter_name_or_path": str(place / "adapter")}
-    for number, changes in enumerate(
-        ({"model_name_or_path": str(place / "other")}, saved, {"dtype": "bfloat16"})
-    ):
+    other = {"model_name_or_path": str(place / "other")}, {"adapter_name_or_path": str(place / "adapter")}
+    for number, changes in enumerate(other):
         assert computed(f"other-{number}", **changes) == ROWS, changes
-        assert computed(f"again-{number}", **changes) == 0, changes
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])

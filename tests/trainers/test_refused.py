@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from peft import PromptTuningConfig
 from transformers import ProcessorMixin, TrainingArguments
 
 from horizon_lm.distributed.ranks import Ranks
@@ -26,8 +27,9 @@ class Pictures(ProcessorMixin):
         pass
 
 
-class PeftModel:
+class WithAdapter:
     config = SimpleNamespace(_name_or_path="")
+    _hf_peft_config_loaded = True
 
 
 # (trainer, changed fields of the configuration, changed arguments of the constructor, what is named)
@@ -62,9 +64,10 @@ ARGUMENTS: list[tuple[str, dict[str, Any], str]] = [
     ("plain", {"model_init": len}, "model_init"),
     ("dpo", {"optimizers": (object(), None)}, "optimizers"),
     ("plain", {"optimizer_cls_and_kwargs": (object, {})}, "optimizer_cls_and_kwargs"),
-    ("dpo", {"peft_config": object()}, "peft_config"),
+    ("dpo", {"peft_config": object()}, "object as peft_config"),
+    ("sft", {"peft_config": PromptTuningConfig(num_virtual_tokens=2)}, "peft_config of kind PROMPT_TUNING"),
     ("kto", {"quantization_config": object()}, "quantization_config"),
-    ("sft", {"model": PeftModel()}, "model with adapters"),
+    ("sft", {"model": WithAdapter()}, "model with adapters"),
     ("sft", {"model": None}, "without a model"),
     ("dpo", {"ref_model": small_model("llama")}, "ref_model as a model object"),
     ("dpo", {"train_dataset": IterableDataset.from_generator(dict)}, "IterableDataset"),

@@ -121,7 +121,7 @@ def doctor(
 
 
 def _examined(arguments: list[str] | None) -> TrainConfig | None:
-    """Return the settings that arguments of `doctor` name; those of a model alone get data that nobody reads."""
+    """Return the settings that arguments of `doctor` name; a model alone gets data that nobody reads."""
     if not arguments:
         return None
     place, rest = split_arguments(arguments)

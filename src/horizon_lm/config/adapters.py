@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from horizon_lm.config.base import fault, setting
 from horizon_lm.config.memory import MemorySettings
 
-_OF_NEW = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save")
+OF_NEW = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save")
 
 
 class AdapterSettings(MemorySettings):
@@ -116,7 +116,7 @@ class AdapterSettings(MemorySettings):
     def faults(self) -> Iterator[PydanticCustomError]:
         yield from super().faults()
         fields = type(self).model_fields
-        for key in _OF_NEW if not self.begins_adapter else ():
+        for key in OF_NEW if not self.begins_adapter else ():
             if getattr(self, key) == fields[key].default:
                 continue
             if self.has_adapter:
@@ -124,13 +124,6 @@ class AdapterSettings(MemorySettings):
             else:
                 why, way = "adapter: none", "leave the key out, or set adapter=lora"
             yield fault(f"{key} has no effect with {why}", key=key, hint=way)
-        trains_all = not self.has_adapter and not self.freeze and not self.train
-        if self.base_dtype in ("int8", "nf4") and trains_all:
-            yield fault(
-                f"base_dtype: {self.base_dtype} packs frozen weights, and all weights are trained",
-                key="base_dtype",
-                hint="set adapter=lora, or freeze=PATTERNS; or leave base_dtype out",
-            )
         if self.base_cache_dir is not None and self.base_dtype in ("auto", "bfloat16"):
             yield fault(
                 f"base_cache_dir has no effect with base_dtype: {self.base_dtype}, which packs nothing",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import field_validator
 from pydantic_core import PydanticCustomError
 
-from horizon_lm.config.adapters import AdapterSettings
+from horizon_lm.config.adapters import OF_NEW, AdapterSettings
 from horizon_lm.config.base import fault, setting
 
 # Values that `deterministic` allows. Compiled kernels are chosen by timing.
@@ -47,9 +47,9 @@ class ModelSettings(AdapterSettings):
     )
     experts_implementation: Literal["auto", "grouped_mm", "eager", "batched_mm"] = setting(
         "auto",
-        "Computation of a mixture's experts, by its transformers name: grouped_mm sorts tokens by expert, eager "
-        "loops over experts, batched_mm copies the weights of each token's experts. auto is grouped_mm if the "
-        "model's class has it, else eager. `horizon doctor CONFIG` and the run say which one runs.",
+        "Computation of a mixture's experts, by its transformers name: grouped_mm sorts tokens by expert, "
+        "eager loops over experts, batched_mm copies the weights of each token's experts. auto is grouped_mm "
+        "if the model's class has it, else eager. `horizon doctor CONFIG` and the run say which one runs.",
         group="Model",
         resume="ask",
     )
@@ -280,6 +280,12 @@ class ModelSettings(AdapterSettings):
                 key="hub_kernels",
                 hint="set kernels=hub and hub_kernels, or neither",
             )
+
+    def untrained(self) -> Self:
+        """Return these settings for a model that is not trained: without those of an adapter, and without
+        names of trained parameters."""
+        own = ("adapter", "adapter_name_or_path", *OF_NEW, "freeze", "train", "lr_factors")
+        return self.replace(**{key: ModelSettings.model_fields[key].default for key in own})
 
     @property
     def update_mode(self) -> str:

@@ -434,6 +434,13 @@ class TrainConfig(PreferenceSettings, DataSettings, CheckpointSettings, ModelSet
             )
 
     def _model_faults(self) -> Iterator[PydanticCustomError]:
+        trains_all = not self.has_adapter and not self.freeze and not self.train
+        if self.base_dtype in ("int8", "nf4") and trains_all:
+            yield fault(
+                f"base_dtype: {self.base_dtype} packs frozen weights, and all weights are trained",
+                key="base_dtype",
+                hint="set adapter=lora, or freeze=PATTERNS; or leave base_dtype out",
+            )
         if self.model_name_or_path is None and self.init_model is None:
             yield fault(
                 "no model: neither 'model_name_or_path' nor 'init_model' is given",
@@ -445,6 +452,18 @@ class TrainConfig(PreferenceSettings, DataSettings, CheckpointSettings, ModelSet
                 "'model_name_or_path' and 'init_model' are both given",
                 key="model_name_or_path",
                 hint="keep one of them, or set the other to null",
+            )
+        if self.init_model is not None and self.has_adapter:
+            yield fault(
+                "an adapter is trained on a model that exists, and init_model makes a new one",
+                key="adapter",
+                hint="train a model first, then set model_name_or_path=FOLDER in place of init_model",
+            )
+        if self.new_tokens and self.has_adapter:
+            yield fault(
+                "new_tokens makes rows of the embedding table, which is frozen under an adapter",
+                key="new_tokens",
+                hint="train the whole model (adapter: none), or leave new_tokens out",
             )
         if self.init_model is not None and not isinstance(self.init_model.get("model_type"), str):
             yield fault(

@@ -79,11 +79,10 @@ class FeatureCache:
         names: dict[bytes, list[str]] = {}
         for name in shard.keys():  # noqa: SIM118  (a method of safetensors)
             names.setdefault(bytes.fromhex(name.partition(".")[0]), []).append(name)
-        for picture, own in names.items():
-            place = (shard, {name: hashes[name] for name in own})
-            if check:
-                self._read(*place)
-            self._places[picture] = place
+        places = {key: (shard, {name: hashes[name] for name in own}) for key, own in names.items()}
+        for place in places.values() if check else ():
+            self._read(*place)
+        self._places |= places
 
     def __contains__(self, picture: bytes) -> bool:
         return picture in self._places or picture in self._new

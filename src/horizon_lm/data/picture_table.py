@@ -160,7 +160,7 @@ class Pictures:
                 return False
         return True
 
-    def open(self, number: int) -> Opened:
+    def load(self, number: int) -> Opened:
         """Read a picture again. Raises DataError if its content has changed."""
         source = self.sources[number]
         if "path" in source:

@@ -52,7 +52,7 @@ def _cells(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Ima
         for picture in row.shown[:left]:
             source = pictures.sources[picture]
             about = f"{source['pixels'][0]} x {source['pixels'][1]}, {count(source['count'], 'token')}"
-            yield pictures.open(picture).image, [about, *_wrapped(words)]
+            yield pictures.load(picture).image, [about, *_wrapped(words)]
             left -= 1
         if not left:
             return

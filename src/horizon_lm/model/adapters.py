@@ -30,7 +30,7 @@ from horizon_lm.model.trained import choose_trained
 
 _PREFIX = "base_model.model."  # of the base model's names in a PeftModel
 _CHANGE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # ways to begin that write into the base
-_FAULTS = (ValueError, TypeError, KeyError, AttributeError, ImportError, re.error)
+FAULTS = (ValueError, TypeError, KeyError, AttributeError, ImportError, re.error)
 _REFUSED = (
     *("trainable_token_indices", "alora_invocation_tokens", "layer_replication"),
     "megatron_config",  # for which PEFT imports the module that the configuration names
@@ -238,7 +238,7 @@ def _added(model: Any, settings: ModelSettings, has_values: bool) -> Adapter | N
             # PEFT moves new parameters to the dtype of the base: fake ones cannot be moved
             with nullcontext() if has_values else torch.device("meta"):
                 peft_model = peft.get_peft_model(model, config, autocast_adapter_dtype=has_values)
-    except (*_FAULTS, RuntimeError) as error:
+    except (*FAULTS, RuntimeError) as error:
         raise ConfigError(
             f"PEFT refuses the adapter: {reason_of(error)}",
             hint="target_modules: all-linear, or ends of the names of linear layers, as in [q_proj, v_proj]",
@@ -247,7 +247,7 @@ def _added(model: Any, settings: ModelSettings, has_values: bool) -> Adapter | N
         _move_from_meta(model, device)
     adapter = Adapter(peft_model, keeps_dtypes=False)
     if name is None:
-        _check_names(adapter)
+        _check_names(adapter, settings)
     if weights is not None:
         _load(adapter, str(name), weights)
     return adapter
@@ -333,12 +333,12 @@ def _check_config(config: Any) -> None:
         raise _refuse(f"bias={bias!r} trains the base's own biases", "bias='none'")
 
 
-def _check_names(adapter: Adapter) -> None:
+def _check_names(adapter: Adapter, settings: ModelSettings) -> None:
     """Refuse a name of the settings that is that of no module, which PEFT passes over."""
     kinds = dict(zip(("target_modules", "modules_to_save"), _layer_classes(), strict=True))
     paths = [path for path, _ in adapter.model.named_modules()]
     for key, kind in kinds.items():
-        names = getattr(adapter.config, key) or ()
+        names = getattr(settings, key)  # PEFT's list of all-linear also names excluded modules
         found = [path for path, module in adapter.model.named_modules() if isinstance(module, kind)]
         for name in () if isinstance(names, str) else sorted(names):
             if not any(f".{path}".endswith(f".{name}") for path in found):

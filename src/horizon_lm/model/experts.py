@@ -1,7 +1,7 @@
 """Mixtures of experts: the parameters of their experts, and the implementation that computes them.
 
-transformers chooses an implementation for classes that use its experts interface, and falls back to another one
-without a word; `experts_in_use` says which one runs.
+transformers chooses an implementation for classes that use its experts interface, and falls back to another
+one without a word; `experts_in_use` says which one runs.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ _EACH = "one product per expert"
 
 
 class InUse(NamedTuple):
-    """implementation: grouped_mm, eager, batched_mm, or the name of another one of transformers. remark: how or
-    why."""
+    """implementation: grouped_mm, eager, batched_mm, or another one of transformers. remark: how or why."""
 
     implementation: str
     remark: str
@@ -36,7 +35,7 @@ class InUse(NamedTuple):
 
 
 def experts_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of all experts, routed and shared, under each of their names; routers are excluded.
+    """Return the parameters of all experts, routed and shared, under each of their names, without routers.
 
     Empty for a model without routed experts.
     """
@@ -101,7 +100,7 @@ def implementation_of(model: nn.Module) -> str | None:
 
 
 def experts_in_use(model: nn.Module, settings: ModelSettings, device: torch.device) -> InUse | None:
-    """Return the implementation by which the model's experts run under these settings; None without experts."""
+    """Return the implementation by which the model's experts run here; None without experts."""
     name = implementation_of(model)
     if name is None:
         return None

@@ -6,7 +6,7 @@ All are opt-in. Only kernels named in the settings are downloaded, and no kernel
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
@@ -145,6 +145,7 @@ def _apply_hub(model: nn.Module, chosen: dict[str, str], *, compiled: bool) -> N
             f"{', '.join(sorted(marked)) or 'none'}",
             hint="correct hub_kernels, or set kernels=none",
         )
+    _check_layers(model, chosen)
     mapping = {}
     for layer, source in chosen.items():
         match = HUB_KERNEL.fullmatch(source)
@@ -162,6 +163,19 @@ def _apply_hub(model: nn.Module, chosen: dict[str, str], *, compiled: bool) -> N
             f"a kernel of hub_kernels could not be loaded: {reason_of(error)}",
             hint="connect to the Hub once, or set kernels=none",
         ) from error
+
+
+def _check_layers(model: nn.Module, chosen: Collection[str]) -> None:
+    """Raise ConfigError for a kernel in place of a layer within which an adapter lies: it reads the weights
+    itself, and would leave the adapter out."""
+    for module in model.modules():
+        name = getattr(type(module), "kernel_layer_name", None)
+        if name in chosen and any(hasattr(inner, "base_layer") for inner in module.modules()):
+            raise ConfigError(
+                f"hub_kernels: {name} computes a whole {type(module).__name__}, and leaves out the adapter "
+                "within it",
+                hint=f"leave {name} out of hub_kernels, or choose target_modules outside of it",
+            )
 
 
 def packs_one_row_only(config: Any) -> bool:

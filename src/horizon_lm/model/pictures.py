@@ -141,9 +141,10 @@ def freeze_vision(
     if is_adapters is not None:
         _check_adapter(parts, settings, [name for name, p in named if p.requires_grad])
         return
+    is_trained = any(parameter.requires_grad for parameter in model.parameters())  # not to be evaluated only
     for name, parameter in named:
         parameter.requires_grad_(settings.train_projector and parts.is_projector(name))
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    if is_trained and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
             "no parameter is left to train: the vision tower is never trained",
             hint="let freeze and train leave some of the language model",
@@ -208,11 +209,18 @@ def _refuse_patterns(parts: PictureParts, settings: ModelSettings) -> None:
 
 
 @contextmanager
-def image_features_are(base: Any, features: Any) -> Iterator[None]:
-    """While open, `get_image_features` of the module returns `features`."""
-    base.get_image_features = lambda *args, **kwargs: features
+def image_features_are(base: Any, features: Any) -> Iterator[list[int]]:
+    """While open, `get_image_features` of the module returns `features`. Yields a list with an entry per
+    call."""
+    calls: list[int] = []
+
+    def give(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return features
+
+    base.get_image_features = give
     try:
-        yield
+        yield calls
     finally:
         base.__dict__.pop("get_image_features", None)
 
@@ -220,5 +228,5 @@ def image_features_are(base: Any, features: Any) -> Iterator[None]:
 def refuse(model_type: str, reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{model_type} cannot be trained with pictures: {reason}",
-        hint="docs/vision.md lists the models that can",
+        hint="docs/architectures.md lists the models that can",
     )

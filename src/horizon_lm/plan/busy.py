@@ -31,11 +31,12 @@ def compute_share(found: Prediction) -> float:
 
 
 def busy_from(planner: Planner, chosen: TrainConfig, opened: Collection[str]) -> TrainConfig | None:
-    """Return `chosen` with the fewest micro-batches a step of which the device computes `BUSY`, to one part in
-    16; None on a CPU, for several ranks, and if no step of up to 32 million tokens that fits is such a step.
+    """Return `chosen` with the fewest micro-batches a step of which the device computes `BUSY`, to one part
+    in 16; None on a CPU, for several ranks, and if no step of up to 32 million tokens that fits is such a
+    step.
 
-    opened: settings that may change. If so many micro-batches do not fit on the device, inputs of layers go to
-    host memory, and then all layers are recomputed.
+    opened: settings that may change. If so many micro-batches do not fit on the device, inputs of layers go
+    to host memory, and then all layers are recomputed.
     """
     if planner.profile.device == "cpu" or planner.network is not None:
         return None

@@ -87,7 +87,8 @@ def examine(
 
     fresh: measure again. thorough: measure again without a time limit. seconds: time limit otherwise, kept
     even on a busy machine (default: `SECONDS`). out: also write the profile to this file, for a planner on
-    another machine. config: also examine its model, without reading weights. say: called with each measurement's name before it, and with name and figure after it.
+    another machine. config: also examine its model, without reading weights. say: called with each
+    measurement's name before it, and with name and figure after it.
     Raises Interrupted, and for a model of `config` ConfigError and UnsupportedModelError.
     """
     import torch

@@ -187,8 +187,8 @@ class Search:
         found: Found | None = None
         spills = sorted({self.space.spilled()[0], self.space.spilled()[-1]})
         for placed, spilled in product(self._placed(candidate), spills):
-            if found is not None and self._is_full(found.candidate):
-                break  # nothing is gained by room for more activations
+            if found is not None and (found.candidate.split > placed.split or self._is_full(found.candidate)):
+                break  # small parts live on the device if they fit; or no room for activations is needed
             start = replace(placed, spilled=spilled, resident=self.space.residents()[0])
             found = _better(found, self._with_residents(start, guess, limit), TIE)
             limit = limit if found is None else min(limit, found.seconds)

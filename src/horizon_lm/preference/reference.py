@@ -19,7 +19,6 @@ import xxhash
 from safetensors.torch import load, save
 
 from horizon_lm.config import ModelSettings, TrainConfig
-from horizon_lm.config.adapters import AdapterSettings
 from horizon_lm.data.collate import collate
 from horizon_lm.data.rows import Rows
 from horizon_lm.host_model import HostModel
@@ -39,11 +38,9 @@ Say = Callable[[str], None]
 
 
 def reference_settings(settings: ModelSettings) -> ModelSettings:
-    """Settings of a model that is not trained and may have other layers, beside one that is. It is stored
-    whole, without adapter and unpacked."""
+    """Settings of a model that is not trained and may have other layers, beside one that is."""
     of_layers = {"activations": "recompute", "boundaries": "device", "resident": 0, "rounds": 1}
-    of_adapters = {key: AdapterSettings.model_fields[key].default for key in AdapterSettings.__annotations__}
-    return settings.replace(**of_adapters, lr_factors={}, model_revision=None, **of_layers)
+    return settings.untrained().replace(model_revision=None, **of_layers)
 
 
 @dataclass(frozen=True)
@@ -128,6 +125,8 @@ def key_of(rows: Rows, config: TrainConfig, weights: str) -> str:
         **({"experts": config.experts_implementation} if config.experts_implementation != "auto" else {}),
         "ld_alpha": config.ld_alpha,
     }
+    if config.base_dtype not in ("auto", "bfloat16"):  # of a model of its own, which the weights do not tell
+        parts["base_dtype"] = config.base_dtype
     return str(xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode()))
 
 

@@ -13,6 +13,7 @@ from horizon_lm.config import ModelSettings
 from horizon_lm.config.python import model_settings
 from horizon_lm.errors import ConfigError
 from horizon_lm.host_model import HostModel
+from horizon_lm.model.adapters import FAULTS
 from horizon_lm.model.loading import base_of, load_model_of
 from horizon_lm.optim.optimizer import group_rule
 
@@ -54,10 +55,10 @@ def _with_adapter(model: Any, peft_config: Any, seed: int) -> Any:
     set_seed(seed)
     try:
         return get_peft_model(model, peft_config)
-    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+    except (*FAULTS, RuntimeError) as error:
         raise ConfigError(
-            f"peft_config was refused by PEFT: {error}",
-            hint="correct it; target_modules='all-linear' always works",
+            f"PEFT refuses peft_config: {error}",
+            hint="correct it; target_modules='all-linear' fits all models",
         ) from error
 
 

@@ -264,16 +264,18 @@ def _measure_of(
         return evaluate
     reference = None
     if config.uses_reference:
-        name = config.ref_model_name_or_path or target.reference
+        name, adapter = config.ref_model_name_or_path, None
+        if name is None:
+            name, adapter = target.reference, config.adapter_name_or_path
         if name is None:
             raise ConfigError(
                 f"method: {config.method} compares the model with a reference, and there is none",
                 hint="set ref_model_name_or_path=FOLDER, the model before training",
             )
-        say(f"reference: {name}", sys.stderr)
+        say(f"reference: {name}{'' if adapter is None else f' with {adapter}'}", sys.stderr)
         config = config.replace(ref_model_name_or_path=name)
         reference = Reference()
-        with reference_model(config, len(tokenizer), rows, ranks) as model:
+        with reference_model(config, len(tokenizer), rows, ranks, adapter=adapter) as model:
             passes = pass_of(config, pad_id(tokenizer), lambda text: say(text, sys.stderr), warn)
             passes.over(model, {"eval": rows}, reference)
     return Preferences(Method(config), reference).evaluate

@@ -157,7 +157,7 @@ class _Encoding:
         yield keys, batch
 
     def _inputs(self, pictures: Pictures, number: int) -> dict[str, torch.Tensor]:
-        return self._processor.inputs(pictures.open(number))
+        return self._processor.inputs(pictures.load(number))
 
     def _check(self, features: Features, pictures: Pictures, number: int) -> None:
         """Raise DataError unless there is a feature for each placeholder."""
@@ -195,7 +195,7 @@ def _per_picture(found: list[Features], batch: Sequence[Mapping[str, Any]]) -> l
     joined = []
     for number in tiles:
         own = [next(parts) for _ in range(number)]
-        begins = np.cumsum([0, *(len(one["features"]) for one in own)]).tolist()
+        begins = np.cumsum([0, *(len(one.get("order", ())) for one in own)]).tolist()
         merged = {name: torch.cat([one[name] for one in own]) for name in own[0]}
         if "order" in merged:
             merged["order"] = torch.cat([one["order"] + b for one, b in zip(own, begins, strict=False)])

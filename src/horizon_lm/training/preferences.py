@@ -195,14 +195,17 @@ def pass_of(config: TrainConfig, pad: int, say: Say, warn: Say) -> Pass:
     return Pass(config, None if folder is None else Path(folder).expanduser(), pad, say, warn)
 
 
-def reference_model(config: TrainConfig, num_tokens: int, rows: Rows, ranks: Ranks = ALONE) -> HostModel:
+def reference_model(
+    config: TrainConfig, num_tokens: int, rows: Rows, ranks: Ranks = ALONE, *, adapter: str | None = None
+) -> HostModel:
     """Load ref_model_name_or_path without gradients and moments.
 
-    num_tokens: of the tokenizer. Raises ConfigError if the model lacks a token of `rows`.
+    num_tokens: of the tokenizer. adapter: folder or Hub name of one to add. Raises ConfigError if the model
+    lacks a token of `rows`.
     """
     name = config.ref_model_name_or_path
     assert name is not None
-    settings = reference_settings(model_settings_of(config))
+    settings = reference_settings(model_settings_of(config)).replace(adapter_name_or_path=adapter)
     return hosted(lambda: _loaded_reference(name, config, num_tokens, rows), settings, ranks)
 
 

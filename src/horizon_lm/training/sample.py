@@ -121,7 +121,7 @@ def _of_row(config: TrainConfig, folder: Path, data: TrainingData, device: torch
     said = generator.complete_tokens(
         ids,
         Sampling(max_new_tokens=config.sample_max_new_tokens, temperature=TEMPERATURE),
-        pictures=[row.pictures.open(number) for number in shown],
+        pictures=[row.pictures.load(number) for number in shown],
     )
     prompt = data.processor.collapsed(str(data.tokenizer.decode(ids, skip_special_tokens=False)))
     return f"{_quoted('sample prompt', prompt)}\n{_quoted('completion', said)}"
