@@ -265,8 +265,9 @@ def test_packed_weights_need_an_adapter(base: Path, text: Path, tmp_path: Path) 
     Python trains, and its checkpoint leaves the packed weights out."""
     packed = {"freeze": ["mlp"], "base_dtype": "int8"}
     with pytest.raises(ConfigError) as error:
-        adapter_settings(text, tmp_path / "run", base, adapter=None, **packed)
-    assert "base_dtype: int8 packs frozen weights" in error.value.message and error.value.hint
+        train(adapter_settings(text, tmp_path / "run", base, adapter=None, **packed))
+    assert "base_dtype" in error.value.message and "adapter: lora" in str(error.value.hint)
+    assert not (tmp_path / "run").exists()
     common = {"device": "cpu", "dtype": "float32", "skip_memory_check": True}
     model = HostModel.from_pretrained(base, **common, **packed)
     saved, fingerprint = model.store.spec.saved, model.base_fingerprint()
