@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 import horizon_lm as hz
 import small_runs
 import vision_zoo as vision
-from horizon_lm.checkpoint.exported import export_checkpoint
+from horizon_lm.checkpoint.exported import Form, export_checkpoint
 from horizon_lm.config import TrainConfig
 from horizon_lm.config.python import model_settings
 from horizon_lm.model.pictures import vision_modules
@@ -99,7 +99,7 @@ def test_a_run_on_text_is_resumed_and_exported(tmp_path: Path) -> None:
         (tmp_path / "run" / rest).rename(tmp_path / f"straight-{rest}")
     train(settings(tmp_path / "model", tmp_path / "run", resume_from_checkpoint="latest"))
     assert small_runs.tensors_of(tmp_path / "run" / "checkpoint-3") == whole
-    export_checkpoint(tmp_path / "run", tmp_path / "exported", dtype=None, max_shard_size="5GB")
+    export_checkpoint(tmp_path / "run", tmp_path / "exported", Form())
     assert "pipeline_tag: image-text-to-text" in (tmp_path / "exported" / "README.md").read_text()
     folders = (tmp_path / "exported", tmp_path / "straight-model")
     exported, saved = map(AutoModelForImageTextToText.from_pretrained, folders)
