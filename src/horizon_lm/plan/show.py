@@ -16,6 +16,7 @@ def describe(plan: RunPlan, *, largest: bool = True, timeline: bool = False) -> 
     lines = [
         f"model      {outline.facts.model_type}, {parameters(outline.num_parameters)}, "
         f"{count(outline.num_layers, 'layer')}",
+        *_trained(plan),
         f"machine    {plan.machine}",
         f"step       {found.micro_batches} x {_shape(plan)} = {count(found.tokens, 'token')}"
         + (f", {found.plan.micro_batches} of each rank" if plan.of_fleet is not None else ""),
@@ -39,6 +40,15 @@ def describe(plan: RunPlan, *, largest: bool = True, timeline: bool = False) -> 
     if largest:
         lines += ["", "largest that fits, one at a time, recomputing all layers", *_largest(plan)]
     return "\n".join([*lines, *(f"note: {note}" for note in plan.all_notes())])
+
+
+def _trained(plan: RunPlan) -> Iterable[str]:
+    """Which parameters are trained, and how the others are stored, if not all are trained."""
+    trained, total = plan.planner.outline.num_trained, plan.planner.outline.num_parameters
+    if trained < total:
+        packing = plan.prediction.costs.spec.packing
+        frozen = f"{parameters(total - trained)} frozen" + (f", in {packing} where packed" if packing else "")
+        yield f"trained    {parameters(trained)} ({trained / total:.2%}); {frozen}"
 
 
 def _fleet(plan: FleetPlan | None, smallest: bool) -> Iterable[str]:
