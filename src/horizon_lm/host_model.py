@@ -18,6 +18,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -63,6 +64,7 @@ from horizon_lm.micro_batches import Extra, MicroBatches, check_micro_batches
 from horizon_lm.model.adapters import prepare as add_adapter
 from horizon_lm.model.base_cache import BaseCache
 from horizon_lm.model.consumed import Closed, check_model, refuse_use, take_over
+from horizon_lm.model.fingerprint import Fingerprint, Fingerprinter, saved_names
 from horizon_lm.model.kernels import apply_kernels, check_kernels
 from horizon_lm.model.loading import base_of, create_model, fill_store, load_model_of
 from horizon_lm.model.pretrained import check_has_weights
@@ -137,7 +139,9 @@ class HostModel:
         if settings.mlp_tile_tokens is not None:
             self.skeleton.tile_mlps(settings.mlp_tile_tokens)
         self.optimizer = make_optimizer(self.skeleton, settings, self.device, self.ranks.core_sharers)
-        units, spec = self.skeleton.units, store_spec(settings, self.skeleton, shard)
+        units = self.skeleton.units
+        saved = saved_names(units, adapter)
+        spec = replace(store_spec(settings, self.skeleton, shard), saved=saved)
         if spec.resident:
             check_available(self.device, self.optimizer.rule, spec)
         if not settings.skip_memory_check:
@@ -154,7 +158,9 @@ class HostModel:
         self.store = HostStore(units, spec, pin_for=self.device, device=self.device)
         self.skeleton.place_buffers(self.device)
         refuse_use(model)
-        fill_store(self.skeleton, self.store, _base_cache(settings))
+        self._base = None if adapter is None else Fingerprinter(self.ranks.rank, self.ranks.world)
+        self._fingerprint: Fingerprint | None = None
+        fill_store(self.skeleton, self.store, self._base, _base_cache(settings))
         lanes = choose_lanes(settings.lanes, self.device)
         self.engine = Engine(self.skeleton, self.store, self.optimizer, lanes, settings, self.ranks)
         if settings.compile:
@@ -295,6 +301,28 @@ class HostModel:
     @property
     def num_parameters(self) -> int:
         return sum(p.numel for unit in self.store.units for p in unit.parameters)
+
+    @property
+    def num_trained(self) -> int:
+        """Parameters that steps update."""
+        return sum(p.numel for unit in self.store.units for p in unit.trainable)
+
+    @property
+    def num_exported(self) -> int:
+        """Parameters that `save_pretrained` writes: all, or those of the adapter."""
+        saved = self.store.spec.saved
+        if saved is None:
+            return self.num_parameters
+        return sum(self.store.locate(name)[1].numel for name in saved)
+
+    def base_fingerprint(self) -> Fingerprint | None:
+        """Return a digest of each unit of the base under an adapter, as it was loaded; None without adapter.
+
+        With several ranks the first call is collective.
+        """
+        if self._fingerprint is None and self._base is not None:
+            self._fingerprint = self._base.of_all(self.ranks)
+        return self._fingerprint
 
     @in_turn
     def forward_backward(

@@ -17,7 +17,14 @@ from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.words import count, parameters, size
 
 # Parts of `HostModel.memory_bytes` that are on the device.
-_ON_DEVICE = ("weight_slots", "weight_shards", "gradient_slots", "gradient_shards", "boundary_slots")
+_ON_DEVICE = (
+    "weight_slots",
+    "staging_slots",
+    "weight_shards",
+    "gradient_slots",
+    "gradient_shards",
+    "boundary_slots",
+)
 
 
 def _shown(output: Any, **values: Any) -> str:
@@ -146,6 +153,8 @@ def describe_model(
         f"device memory: {size(slots)} in slots" if slots else "device memory: none, the host's is used",
         f"updates: {settings.optim}, {settings.update_mode}, {clipping}; {count(steps_done, 'step')} done",
     ]
+    if skeleton.adapter is not None:
+        lines.insert(1, f"adapter: {skeleton.adapter.words}")
     if ranks.world > 1:
         lines.append(f"rank {ranks.rank} of {ranks.world}, which hold a share each")
     return "HostModel(\n" + "".join(f"  {line}\n" for line in lines) + ")"

@@ -26,7 +26,9 @@ def adapted(name: str, *, dtype: torch.dtype = torch.float32, dropout: float = 0
         made = getattr(peft, values.pop("type"))(**values)
     else:
         made = peft.LoraConfig(**{"r": 3, "lora_alpha": 5, "lora_dropout": dropout, **values})
-    model = peft.get_peft_model(zoo.build(name, dtype=dtype), made, autocast_adapter_dtype=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        model = peft.get_peft_model(zoo.build(name, dtype=dtype), made, autocast_adapter_dtype=False)
     shake(model)
     return model.train()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import os
 import subprocess
@@ -23,7 +22,8 @@ from horizon_lm.checkpoint import units
 from horizon_lm.engine.policies import slots_of, store_spec
 from horizon_lm.errors import ConfigError
 from horizon_lm.memory import packed
-from horizon_lm.memory.regions import predict_bytes, predict_device_bytes
+from horizon_lm.memory.layout import lay_out
+from horizon_lm.memory.regions import StoreSpec, predict_bytes, predict_device_bytes
 from horizon_lm.memory.store import HostStore
 from parts import LORA, batches, bits, dequantised, host, source
 
@@ -101,17 +101,34 @@ def test_bytes_of_a_parameter() -> None:
         assert packed.packed_bytes(0, kind) == 0 and packed.packed_bytes(128, kind) % packed.ALIGN_BYTES == 0
 
 
-def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = builtins.__import__
+def test_70b_takes_40_gb_of_host_memory() -> None:
+    """Llama 3.1 70B with adapters of rank 16 on a GPU; scaled down, `test_memory_is_as_predicted`."""
+    width, inner, keys, rank = 8192, 28_672, 1024, 16
+    shapes = [(width, width)] * 2 + [(keys, width)] * 2 + [(inner, width)] * 2 + [(width, inner)]
+    rows = [(f"w{i}", shape, False, BF16) for i, shape in enumerate(shapes)]
+    rows += [(f"norm{i}", (width,), False, BF16) for i in range(2)]
+    rows += [(f"a{i}", (rank, inside), True, BF16) for i, (_, inside) in enumerate(shapes)]
+    rows += [(f"b{i}", (outside, rank), True, BF16) for i, (outside, _) in enumerate(shapes)]
+    names = [f"w{i}" for i in range(len(shapes))]
+    layers = [lay_out(f"layer {i}", rows, BF16, names) for i in range(80)]
+    tables = [lay_out(name, [(name, (128_256, width), False, BF16)], BF16) for name in ("head", "embedding")]
+    parts = frozenset(range(80))
+    spec = StoreSpec(BF16, resident=parts, split=parts, packing="nf4")
+    host_bytes = predict_bytes([*layers, *tables], spec)
+    assert host_bytes["packed"] == pytest.approx(35.3e9, rel=0.002)
+    assert sum(host_bytes.values()) < 40e9
+    assert sum(predict_device_bytes([*layers, *tables], spec).values()) < 3e9
+    plain = [lay_out(unit.name, rows, BF16) for unit in layers]
+    assert predict_bytes([*plain, *tables], StoreSpec(BF16))["weights"] > 140e9  # without packing
 
-    def refused(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("bitsandbytes"):
-            raise ImportError(name)
-        return honest(name, *args, **kwargs)
+
+def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> None:
+        raise ImportError("bitsandbytes")
 
     packed._functions.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(builtins, "__import__", refused)
+        patch.setattr(packed, "load_bitsandbytes", refused)
         with pytest.raises(ConfigError, match="base_dtype=nf4 needs the package bitsandbytes") as caught:
             packed.check_installed("nf4")
     assert caught.value.hint == "pip install 'horizon-lm[lowbit]'"
@@ -192,16 +209,15 @@ def test_an_adapter_is_saved_and_a_packed_model_is_not(tmp_path: Path) -> None:
 def test_files_of_units_are_equal_from_every_home(kind: str) -> None:
     """A checkpoint of one home is read into another; packed weights are in none."""
     homes = (0, "trainable", ["trainable", "head"])
-    models = [host("llama", base_dtype=kind, resident=resident) for resident in homes]
+    frozen = {"adapter": "none", "freeze": ["mlp"], "base_dtype": kind}
+    models = [host("llama", resident=resident, **frozen) for resident in homes]
     for unit in range(len(models[0].store.units)):
         one, *others = ([(key, bits(t)) for key, t in units.entries(m.store, unit)] for m in models)
         for other in others:
             assert [key for key, _ in one] == [key for key, _ in other]
             assert all(torch.equal(a, b) for (_, a), (_, b) in zip(one, other, strict=True))
         keys = {key for key, _ in one}
-        assert ("weights.model.layers.0.mlp.up_proj.base_layer.weight" in keys) == (
-            kind == "auto" and unit == 1
-        )
+        assert ("weights.model.layers.0.mlp.up_proj.weight" in keys) == (kind == "auto" and unit == 1)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -362,7 +378,7 @@ def test_a_folder_that_cannot_be_written_is_only_warned_of(
 @pytest.mark.parametrize(
     ("settings", "message", "hint"),
     [
-        ({"adapter": "none", "base_dtype": "nf4"}, "packs frozen linear weights of layers", "adapter: lora"),
+        ({"adapter": "none", "base_dtype": "nf4"}, "packs frozen weights, and all weights", "adapter=lora"),
         (
             {"adapter": "none", "freeze": ["embed", "norm"], "base_dtype": "int8"},
             "packs frozen linear weights of layers, and none are frozen",
@@ -389,6 +405,20 @@ def test_refused_by_name(settings: dict[str, Any], message: str, hint: str) -> N
     with pytest.raises(ConfigError, match=message) as caught:
         host("llama", **settings)
     assert hint in str(caught.value.hint)
+
+
+def test_a_run_without_an_adapter_is_refused_at_once(tmp_path: Path) -> None:
+    from horizon_lm.checkpoint.folder import RunFolder
+    from horizon_lm.config import TrainConfig
+    from horizon_lm.training.checks import check_sources
+
+    folder, run = tmp_path / "base", RunFolder(tmp_path / "run")
+    folder.mkdir()
+    config = TrainConfig(datasets=["python-stdlib"], model_name_or_path=str(folder), freeze=["mlp"])
+    check_sources(config, run)
+    with pytest.raises(ConfigError, match="base_dtype=nf4 without an adapter: the run would end with"):
+        check_sources(config.replace(base_dtype="nf4"), run)
+    check_sources(config.replace(base_dtype="nf4", adapter="lora", freeze=[]), run)
 
 
 def test_ranks_are_refused_before_anything_is_loaded() -> None:

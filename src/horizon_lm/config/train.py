@@ -306,8 +306,6 @@ class TrainConfig(PreferenceSettings, DataSettings, CheckpointSettings, ModelSet
         yield from self.preference_faults()
         if self.is_preference:
             yield from self._sft_only_faults()
-        if self.has_adapter:
-            yield from self._base_faults()
         if self.method != "auto":
             yield from self._metric_faults()
 
@@ -324,21 +322,7 @@ class TrainConfig(PreferenceSettings, DataSettings, CheckpointSettings, ModelSet
                 key="label_smoothing_factor",
                 hint="leave the key out; label_smoothing is that of preferences",
             )
-
-    def _base_faults(self) -> Iterator[PydanticCustomError]:
-        if self.init_model is not None:
-            yield fault(
-                "init_model begins with random weights, which an adapter leaves as they are",
-                key="init_model",
-                hint="set model_name_or_path to the model that the adapter is for, or adapter=none",
-            )
-        if self.new_tokens:
-            yield fault(
-                "new_tokens begin with random rows of the embeddings, which an adapter does not train",
-                key="new_tokens",
-                hint="leave the key out, or set adapter=none",
-            )
-        if self.lora_dropout and self.is_preference:
+        if self.lora_dropout:
             yield fault(
                 f"lora_dropout has no effect with method: {self.method}, which is without dropout",
                 key="lora_dropout",
@@ -461,6 +445,18 @@ class TrainConfig(PreferenceSettings, DataSettings, CheckpointSettings, ModelSet
                 "'model_name_or_path' and 'init_model' are both given",
                 key="model_name_or_path",
                 hint="keep one of them, or set the other to null",
+            )
+        if self.init_model is not None and self.has_adapter:
+            yield fault(
+                "an adapter is trained on a model that exists, and init_model makes a new one",
+                key="adapter",
+                hint="train a model first, then set model_name_or_path=FOLDER in place of init_model",
+            )
+        if self.new_tokens and self.has_adapter:
+            yield fault(
+                "new_tokens makes rows of the embedding table, which is frozen under an adapter",
+                key="new_tokens",
+                hint="train the whole model (adapter: none), or leave new_tokens out",
             )
         if self.init_model is not None and not isinstance(self.init_model.get("model_type"), str):
             yield fault(

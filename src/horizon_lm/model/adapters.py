@@ -5,6 +5,9 @@ The layers of an adapter are PEFT's own, inside the transformers model; so are t
 
 from __future__ import annotations
 
+import copy
+import json
+import os
 import re
 import shutil
 import sys
@@ -20,8 +23,9 @@ from torch import nn
 from horizon_lm.config import ModelSettings
 from horizon_lm.config.patterns import nearest
 from horizon_lm.errors import ConfigError, DataError, UnsupportedModelError
+from horizon_lm.io import files
 from horizon_lm.machine.libraries import load_peft
-from horizon_lm.model.adapter_files import read_adapter_config, read_adapter_weights
+from horizon_lm.model.adapter_files import CONFIG, read_adapter_config, read_adapter_weights
 from horizon_lm.model.configuration import reason_of
 from horizon_lm.model.pretrained import seeded
 from horizon_lm.model.trained import choose_trained
@@ -72,6 +76,13 @@ class Adapter:
         """The folder or name of the base, as PEFT writes it into adapter_config.json."""
         return self.config.base_model_name_or_path or None
 
+    @property
+    def words(self) -> str:
+        """Its kind, as in "lora r=16"."""
+        kind = "dora" if getattr(self.config, "use_dora", False) else str(self.config.peft_type.value).lower()
+        rank = getattr(self.config, "r", None)
+        return kind if rank is None else f"{kind} r={rank}"
+
     def is_part(self, name: str) -> bool:
         """Whether a parameter, by its name in the model, is not one of the base."""
         return is_adapters(name, self.name)
@@ -93,6 +104,25 @@ class Adapter:
             for module in self._switches:
                 module._disable_adapters = False
 
+    def names_in_files(self) -> dict[str, str]:
+        """Name in adapter_model.safetensors -> name in the model."""
+        from peft import get_peft_model_state_dict
+
+        named = [name for name, _ in self.model.named_parameters() if self.is_part(name)]
+        marks = {_PREFIX + name: torch.empty(0) for name in named}
+        found: Any = get_peft_model_state_dict(
+            self.peft_model, state_dict=dict(marks), adapter_name=self.name, save_embedding_layers=False
+        )
+        names = {id(mark): name.removeprefix(_PREFIX) for name, mark in marks.items()}
+        return {key: names[id(mark)] for key, mark in found.items()}
+
+    def save_config(self, folder: Path) -> None:
+        """Write adapter_config.json into a folder."""
+        config = copy.copy(self.config)
+        config.inference_mode = True
+        config.save_pretrained(str(folder))
+        _tidy(folder / CONFIG)
+
     def save(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write PEFT's files into a new folder: adapter_config.json, adapter_model.safetensors, README.md.
 
@@ -106,6 +136,20 @@ class Adapter:
             for file in list((folder / self.name).iterdir()):
                 shutil.move(str(file), str(folder / file.name))
             (folder / self.name).rmdir()
+        _tidy(folder / CONFIG)
+
+
+def _tidy(path: Path) -> None:
+    """Give the modules in adapter_config.json an order, which PEFT leaves to chance, and the base a path that
+    is valid anywhere."""
+    values = json.loads(files.read_bytes(path))
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(values.get(key), list):
+            values[key] = sorted(values[key])
+    base = values.get("base_model_name_or_path")
+    if isinstance(base, str) and Path(base).is_dir():
+        values["base_model_name_or_path"] = os.path.abspath(base)
+    files.write_file(path, json.dumps(values, indent=2, sort_keys=True))
 
 
 def prepare(model: Any, settings: ModelSettings, *, has_values: bool = True) -> tuple[Any, Adapter | None]:
@@ -131,9 +175,10 @@ def is_peft(model: Any) -> bool:
 
 def is_adapters(name: str, adapter: str) -> bool:
     """Whether a name in a model belongs to the adapter's own parameters: PEFT writes the adapter's name
-    behind its modules and parameters (`lora_A.default.weight`, `modules_to_save.default.weight`)."""
-    parts = name.split(".")
-    return "base_layer" not in parts and "original_module" not in parts and adapter in parts[1:]
+    behind its modules and parameters (`lora_A.default.weight`, `modules_to_save.default.weight`). Layers of
+    fused experts lie in each other (`experts.base_layer.lora_A.default.weight`)."""
+    parts = re.split(r"\.(?:base_layer|original_module)\.", name)[-1].split(".")
+    return adapter in parts[1:]
 
 
 def is_replaced(name: str) -> bool:
@@ -171,12 +216,23 @@ def _given(model: Any, settings: ModelSettings) -> Adapter:
             f"the model has {len(active)} active adapters ({', '.join(active)})", "set_adapter(NAME)"
         )
     adapter = Adapter(model, keeps_dtypes=True)
+    _check_is_distinct(adapter)
     if not any(p.requires_grad for p in adapter.model.parameters()):
         raise ConfigError(
             f"no parameter of the adapter {adapter.name!r} is trained",
             hint="PeftModel.from_pretrained(model, folder, is_trainable=True)",
         )
     return adapter
+
+
+def _check_is_distinct(adapter: Adapter) -> None:
+    """Refuse a name of an adapter by which its parameters cannot be told from the model's."""
+    for path, module in adapter.model.named_modules():
+        if adapter.name in module._modules and not isinstance(module, nn.ModuleDict):
+            raise _refuse(
+                f"it is called {adapter.name!r}, as a module of {path or 'the model'} is",
+                "choose another name",
+            )
 
 
 def _added(model: Any, settings: ModelSettings, has_values: bool) -> Adapter | None:

@@ -22,6 +22,7 @@ from horizon_lm.model.adapter_files import CONFIG, read_adapter_config
 from horizon_lm.model.adapters import prepare
 from horizon_lm.model.base_cache import BaseCache
 from horizon_lm.model.configuration import configuration_of, reason_of
+from horizon_lm.model.fingerprint import Fingerprinter
 from horizon_lm.model.folder import INDEX, names_in
 from horizon_lm.model.kernels import check_kernels
 from horizon_lm.model.pretrained import Allowed, read_pretrained, seeded, without_messages
@@ -223,13 +224,18 @@ def grow_vocabulary(model: Any, tokens: int, seed: int) -> None:
         ) from error
 
 
-def fill_store(skeleton: Skeleton, store: HostStore, base_cache: BaseCache | None = None) -> None:
-    """Adopt all parameters unit by unit, freeing the model object's own on the way. base_cache: keeps packed
-    units from run to run."""
+def fill_store(
+    skeleton: Skeleton,
+    store: HostStore,
+    base: Fingerprinter | None = None,
+    base_cache: BaseCache | None = None,
+) -> None:
+    """Adopt all parameters unit by unit, freeing the model object's own on the way. base: is told those that
+    checkpoints leave out. base_cache: keeps packed units from run to run."""
     room = torch.empty(max(unit.packed_numel for unit in store.units), dtype=store.dtype)
     for unit, layout in enumerate(store.units):
         values = room[: layout.packed_numel].zero_()  # gaps are packed as well
-        _adopt_unit(skeleton, store, unit, values)
+        _adopt_unit(skeleton, store, unit, values, base)
         stored = store.run("packed", unit) if layout.packed_numel else values
         if not layout.packed_numel or (base_cache is not None and base_cache.read(values, stored)):
             continue
@@ -239,10 +245,14 @@ def fill_store(skeleton: Skeleton, store: HostStore, base_cache: BaseCache | Non
     return_free_memory()
 
 
-def _adopt_unit(skeleton: Skeleton, store: HostStore, unit: int, values: torch.Tensor) -> None:
+def _adopt_unit(
+    skeleton: Skeleton, store: HostStore, unit: int, values: torch.Tensor, base: Fingerprinter | None
+) -> None:
     """Adopt a unit's parameters; those to be packed go to values [packed_numel]."""
-    layout = store.units[unit]
+    layout, saved = store.units[unit], store.spec.saved
     for name, value in skeleton.take(unit):
+        if base is not None and saved is not None and name not in saved:
+            base.add(unit, layout.name, name, value)
         parameter = store.locate(name)[1]
         if parameter.offset < layout.packed_numel:
             layout.view(values, parameter).copy_(value)

@@ -7,7 +7,7 @@ then parameters that no forward pass uses.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any, cast
@@ -301,6 +301,19 @@ class Skeleton:
                 if twin is None:
                     alike.append(value)
                 module._buffers[local] = value if twin is None else twin
+
+    @contextmanager
+    def holding(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """While open, the modules hold these tensors, by the names of their parameters."""
+        placed = [(*owner, tensor) for name, tensor in tensors.items() for owner in self._owners[name]]
+        hollow = [owner._parameters[local] for owner, local, _ in placed]
+        try:
+            for owner, local, tensor in placed:
+                owner._parameters[local] = tensor  # type: ignore[assignment]
+            yield
+        finally:
+            for (owner, local, _), was in zip(placed, hollow, strict=True):
+                owner._parameters[local] = was
 
     def restorer(self) -> Callable[[], None]:
         """Return a function that restores the modules' current state after an interrupt."""

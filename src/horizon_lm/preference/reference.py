@@ -25,6 +25,7 @@ from horizon_lm.data.rows import Rows
 from horizon_lm.host_model import HostModel
 from horizon_lm.memory.whole import Whole
 from horizon_lm.micro_batches import MicroBatch
+from horizon_lm.model.adapters import base_name
 from horizon_lm.preference.documents import sums, with_places
 from horizon_lm.preference.kept import Kept
 from horizon_lm.preference.method import kl_batch
@@ -77,28 +78,31 @@ class Reference:
 
 def weights_hash(model: HostModel, *, adapter: bool = True) -> str:
     """Hash what the model computes with: its parameters in the precision of their computation, buffers and
-    configuration. The same on any number of ranks. adapter: False for the base of a model with an adapter."""
+    configuration. The same on any number of ranks.
+
+    adapter: False for the base of a model with an adapter, which has the hash of the same model without one,
+    unless parts of it are computed in fp32 in a bf16 model.
+    """
     digest = xxhash.xxh3_128()
     model.flush()
     store, ranks = model.store, model.ranks
     whole = Whole(store, ranks, everywhere=False)
-    of_adapter = model.skeleton.adapter
-    skipped = {n for n in store.names() if not adapter and of_adapter is not None and of_adapter.is_part(n)}
+    off = None if adapter else model.skeleton.adapter
     for name in store.names():
-        if name not in skipped:
-            digest.update(name.encode())
+        if off is None or not off.is_part(name):
+            digest.update((name if off is None else base_name(name)).encode())
             digest.update(_bytes(whole.weight(name)))
     for unit, layout in enumerate(store.units):
         residual = whole.wide_residual(unit)
-        if not skipped:
+        if off is None:
             digest.update(_bytes(residual))
             continue
         for parameter in layout.parameters:
-            if parameter.compute_dtype != store.dtype and parameter.name not in skipped:
+            if parameter.compute_dtype != store.dtype and not off.is_part(parameter.name):
                 digest.update(_bytes(layout.residual_view(residual, parameter)))
     for name, buffer in model.skeleton.model.named_buffers():
         if not buffer.is_meta:
-            digest.update(name.encode())
+            digest.update((name if off is None else base_name(name)).encode())
             digest.update(_bytes(buffer))
     unimportant = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
     values = {k: v for k, v in model.config.to_dict().items() if k not in unimportant}

@@ -18,7 +18,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from horizon_lm.config.data import IGNORED
 from horizon_lm.errors import ConfigError
 from horizon_lm.host_model import HostModel
-from horizon_lm.model.loading import load_model_of
+from horizon_lm.model.loading import base_of, load_model_of
 from horizon_lm.preference.reference import reference_settings
 from horizon_lm.trainers.base import HorizonMixin, Inputs
 from horizon_lm.trainers.generation import describe_weights, named_weights, resident
@@ -179,7 +179,7 @@ def reference_of(source: Any, host: HostModel) -> HostModel:
     """
     if isinstance(source, HostModel):
         return source
-    settings = reference_settings(host.settings)
+    source, settings = base_of(source, reference_settings(host.settings))
     model = load_model_of(source, settings)
     return HostModel(model.requires_grad_(False), settings)
 

@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, TrainingArguments, set_seed
 
+from horizon_lm.config import ModelSettings
 from horizon_lm.config.python import model_settings
 from horizon_lm.errors import ConfigError
 from horizon_lm.host_model import HostModel
-from horizon_lm.model.loading import load_model_of
+from horizon_lm.model.loading import base_of, load_model_of
 from horizon_lm.optim.optimizer import group_rule
 
 # Names of transformers -> ours. The implementation does not matter.
@@ -37,6 +38,8 @@ def host_of(model: Any, args: TrainingArguments, peft_config: Any = None) -> Hos
         return model
     values = settings_of(args, model)
     settings = model_settings("the trainer's model", values.pop("device"), values.pop("dtype"), values)
+    if not isinstance(model, nn.Module):
+        model, settings = base_of(model, settings)
     loaded: Any = load_model_of(model, settings)
     _ask_for_router_loss(loaded, args)
     if peft_config is not None:
@@ -81,8 +84,11 @@ def decayed_otherwise(host: HostModel, names: Iterable[str]) -> list[str]:
 
 def tokenizer_of(model: Any, args: Any) -> Any:
     """Load the tokenizer or processor of a model, as TRL's trainers do if none is given."""
-    name = model if isinstance(model, str) else model.config._name_or_path
-    revision = (getattr(args, "model_init_kwargs", None) or {}).get("revision") if name is model else None
+    name, revision = model, (getattr(args, "model_init_kwargs", None) or {}).get("revision")
+    if isinstance(model, str):
+        name, _ = base_of(model, ModelSettings())
+    else:
+        name, revision = model.config._name_or_path, None
     return AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=_trust(args))
 
 

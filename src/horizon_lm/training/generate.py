@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from horizon_lm.checkpoint.identify import identify, may_be_on_hub, no_model
+from horizon_lm.checkpoint.adapted import base_here
+from horizon_lm.checkpoint.identify import has_adapter, identify, may_be_on_hub, no_model
 from horizon_lm.data.chat import ChatTemplate
 from horizon_lm.data.tokenizer import load_tokenizer
 from horizon_lm.errors import ConfigError, DataError, HorizonError
 from horizon_lm.io import files
 from horizon_lm.machine.device import resolve_device
+from horizon_lm.machine.libraries import load_peft
 from horizon_lm.model.configuration import reason_of
 from horizon_lm.model.pretrained import TO_GENERATE, quiet_transformers, read_pretrained
 from horizon_lm.words import count, size
@@ -59,16 +61,20 @@ class Generator:
         """
         place = model_folder(source, verb)
         tokenizer = load_tokenizer(str(place), trust_remote_code=trust_remote_code, key="model")
+        adapter = Path(place) if has_adapter(Path(place)) else None
+        weights = str(place) if adapter is None else base_here(adapter)
         try:
             with quiet_transformers():
                 model: Any = read_pretrained(
-                    str(place),
+                    weights,
                     TO_GENERATE,
                     dtype="auto",
                     use_safetensors=True,
                     trust_remote_code=trust_remote_code,
-                    local_files_only=Path(place).is_dir(),
+                    local_files_only=Path(weights).is_dir(),
                 )
+                if adapter is not None:
+                    model = _with_adapter(model, adapter)
         except HorizonError:
             raise
         except Exception as error:  # transformers raises many kinds of errors
@@ -129,6 +135,10 @@ class Generator:
         template = str(self.tokenizer.chat_template or "")
         stops |= {known[mark] for mark in _END_OF_TURN if mark in known and mark in template}
         return sorted(stop for stop in stops if stop is not None)
+
+
+def _with_adapter(model: Any, folder: Path) -> Any:
+    return load_peft().PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
 
 
 @contextmanager
