@@ -18,6 +18,7 @@ def describe(plan: RunPlan, *, largest: bool = True, timeline: bool = False) -> 
         f"model      {outline.facts.model_type}, {parameters(outline.num_parameters)}, "
         f"{count(outline.num_layers, 'layer')}"
         + (f", experts by {outline.facts.experts}" if outline.facts.experts else ""),
+        *_trained(plan),
         f"machine    {plan.machine}",
         f"step       {found.micro_batches} x {_shape(plan)} = {count(found.tokens, 'token')}"
         + (f", {found.plan.micro_batches} of each rank" if plan.of_fleet is not None else ""),
@@ -51,6 +52,15 @@ def _vision(units: Sequence[UnitLayout]) -> Iterable[str]:
     seeing = sum(p.numel for unit in units for p in unit.parameters if unit.name == "vision")
     if seeing:
         yield f"pictures   {parameters(seeing)} of these see pictures: frozen, no part of a step or its FLOPs"
+
+
+def _trained(plan: RunPlan) -> Iterable[str]:
+    """Which parameters are trained, and how the others are stored, if not all are trained."""
+    trained, total = plan.planner.outline.num_trained, plan.planner.outline.num_parameters
+    if trained < total:
+        packing = plan.prediction.costs.spec.packing
+        frozen = f"{parameters(total - trained)} frozen" + (f", in {packing} where packed" if packing else "")
+        yield f"trained    {parameters(trained)} ({trained / total:.2%}); {frozen}"
 
 
 def _fleet(plan: FleetPlan | None, smallest: bool) -> Iterable[str]:
