@@ -15,7 +15,8 @@ import horizon_lm as hz
 import peft_models
 import zoo
 from horizon_lm import cli
-from horizon_lm.config import TrainConfig
+from horizon_lm.config import ModelSettings, TrainConfig
+from horizon_lm.engine.homes import Homes
 from horizon_lm.errors import ConfigError, DataError, HorizonError, UnsupportedModelError
 from trainer_pairs import build, small_model
 
@@ -51,6 +52,22 @@ def host(model: Any = None, **settings: Any) -> Callable[[Path], object]:
         return hz.HostModel.from_pretrained(found, device="cpu", dtype="float32", **values)
 
     return run
+
+
+def of_ranks(**settings: Any) -> Callable[[Path], object]:
+    """Where the parts of the zoo's llama are to be on two ranks."""
+
+    def run(_: Path) -> object:
+        with hz.HostModel.from_pretrained(zoo.build("llama"), device="cpu", adapter="lora") as model:
+            return Homes.of(ModelSettings(device="cpu", **settings), model.skeleton, 2)
+
+    return run
+
+
+def saved(place: Path) -> object:
+    model: Any = host(freeze=["mlp"], base_dtype="int8")(place)
+    with model:
+        return model.save_pretrained(place / "out")
 
 
 def given(**config: Any) -> Callable[[Path], Any]:
@@ -208,6 +225,29 @@ CASES: dict[str, Case] = {
         ),
         ("no adapter",),
         "adapter=False",
+    ),
+    # Packed parts.
+    "a whole model, packed": Case(
+        host(base_dtype="nf4"), ("base_dtype=nf4", "none are frozen"), "set adapter: lora"
+    ),
+    "a packed base in an exact reduction": Case(
+        host(adapter="lora", base_dtype="int8", reduction="exact"),
+        ("base_dtype=int8", "reduction=exact"),
+        "leave base_dtype out",
+    ),
+    "a packed base on two ranks": Case(
+        of_ranks(adapter="lora", base_dtype="nf4"), ("base_dtype=nf4", "2 ranks"), "leave base_dtype out"
+    ),
+    "trainable parts apart on two ranks": Case(
+        of_ranks(adapter="lora", resident="trainable"), ("resident", "trainable"), "resident"
+    ),
+    "a base in less than the model's dtype": Case(
+        host(adapter="lora", base_dtype="bfloat16"),
+        ("base_dtype=bfloat16", "dtype=float32"),
+        "dtype=bfloat16",
+    ),
+    "a packed model, saved": Case(
+        lambda place: saved(place), ("base_dtype=int8", "frozen weights"), "adapter: lora"
     ),
     # Files.
     "another kind than the folder's": Case(
