@@ -1,7 +1,8 @@
 """`make bench`: everything that this machine can run, in one dated file, with a table at the end.
 
 Parts: micro (rates of the machine), cpu (plain transformers and the Trainer), preferences (and TRL's
-trainers), gpu (if there is one; it has its own file), simulated (scaling on paper: other machines).
+trainers), adapters (LoRA, and PEFT), gpu (if there is one; it has its own file), simulated (scaling on paper:
+other machines).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import cpu, gpu, micro, placement, preferences, simulated
+from . import adapters, cpu, gpu, micro, placement, preferences, simulated
 from .report import Report
 
 SIMULATED = """**Nothing in this table was measured.** It is the schedule that the engine runs, simulated with
@@ -47,6 +48,12 @@ def _preferences(report: Report, small: bool) -> list[list[str]]:
     ]
 
 
+def _adapters(report: Report, small: bool) -> list[list[str]]:
+    report.section("Adapters, on the CPU", adapters.__doc__ or "")
+    arguments = adapters.options(["--sizes", "tiny", "--length", "32", "--threads", "1"] if small else [])
+    return [["CPU: " + name, value] for name, value in adapters.summary(adapters.fill(report, arguments))]
+
+
 def _gpu(report: Report, small: bool) -> list[list[str]]:
     report.section("GPU")
     if torch.cuda.is_available() and not small:
@@ -69,6 +76,7 @@ PARTS: dict[str, Callable[[Report, bool], list[list[str]]]] = {
     "micro": _micro,
     "cpu": _cpu,
     "preferences": _preferences,
+    "adapters": _adapters,
     "gpu": _gpu,
     "simulated": _simulated,
 }

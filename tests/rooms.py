@@ -23,6 +23,7 @@ ORDER = (
     ("errors",),
     ("io",),
     ("config",),
+    ("picture_batches",),
     ("micro_batches",),
     ("machine",),
     ("distributed",),

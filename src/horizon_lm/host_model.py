@@ -36,6 +36,7 @@ from horizon_lm.distributed.ranks import Ranks
 from horizon_lm.distributed.start import join
 from horizon_lm.engine.calls import in_turn
 from horizon_lm.engine.disk_lane import Saving
+from horizon_lm.engine.encode import encode_images
 from horizon_lm.engine.engine import Engine
 from horizon_lm.engine.homes import packing_of
 from horizon_lm.engine.lanes import Span, choose_lanes
@@ -64,6 +65,7 @@ from horizon_lm.micro_batches import Extra, MicroBatches, check_micro_batches
 from horizon_lm.model.adapters import prepare as add_adapter
 from horizon_lm.model.base_cache import BaseCache
 from horizon_lm.model.consumed import Closed, check_model, refuse_use, take_over
+from horizon_lm.model.experts import choose_experts
 from horizon_lm.model.fingerprint import Fingerprint, Fingerprinter, saved_names
 from horizon_lm.model.kernels import apply_kernels, check_kernels
 from horizon_lm.model.loading import base_of, create_model, fill_store, load_model_of
@@ -129,7 +131,9 @@ class HostModel:
             prepare(self.device)
         check_kernels(settings, self.device)
         check_has_weights(model)
-        own, adapter = add_adapter(take_over(model), settings)
+        own = take_over(model)
+        choose_experts(own, settings)
+        own, adapter = add_adapter(own, settings)
         packing = packing_of(settings)
         if packing:
             check_installed(packing)
@@ -326,6 +330,21 @@ class HostModel:
         return self._fingerprint
 
     @in_turn
+    def encode_images(self, inputs: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
+        """Compute the features of the images of a vision-language model, all at once, without gradients.
+
+        inputs: what the model's processor returned for n images: pixel_values, and where it has them
+        image_grid_thw, image_sizes; other keys are ignored. Returns per image, in host memory, "features"
+        [tokens, width] and, if the model has them, "deepstack_0", ...; lists of them are the
+        `image_features` of micro-batches. With a trained projector (`train_projector`) features are the
+        vision tower's, before it. With several ranks all of them must call this.
+        Raises ConfigError for a model of text alone, DataError for inputs without pixels and for videos,
+        UnsupportedModelError for a tower that draws random numbers.
+        """
+        with self.engine.at_work():
+            return encode_images(self.skeleton, self.store, self.ranks, inputs)
+
+    @in_turn
     def forward_backward(
         self,
         micro_batches: MicroBatches,
@@ -369,7 +388,7 @@ class HostModel:
     ) -> Step:
         check_loss_function(loss_fn, self.settings.label_smoothing_factor)
         extra: Extra = "refuse" if loss_fn is None else "keep"
-        batches = check_micro_batches(micro_batches, self.skeleton, extra=extra)
+        batches = check_micro_batches(micro_batches, self.skeleton, extra=extra, encode=self.encode_images)
         return self.engine.forward_backward(
             batches, update=update, loss_fn=loss_fn, record=record, ends_itself=ends_itself
         )
@@ -538,7 +557,7 @@ class HostModel:
         asked = Asked.of("evaluate()", values, temperature)
         self._warn_of_torn("evaluate()")
         extra: Extra = "ignore" if ignore_extra else "refuse"
-        batches = check_micro_batches(micro_batches, self.skeleton, extra=extra)
+        batches = check_micro_batches(micro_batches, self.skeleton, extra=extra, encode=self.encode_images)
         with nullcontext() if adapter else self.skeleton.without_adapter():
             step = self.engine.evaluate(batches, asked, routers=return_router_losses, record=record)
         found: list[TokenValues] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -12,6 +12,13 @@ from torch._subclasses import FakeTensor
 
 from horizon_lm.config.data import IGNORED
 from horizon_lm.errors import DataError, HorizonError
+from horizon_lm.picture_batches import (
+    FEATURES,
+    PictureInputs,
+    check_pictures,
+    flattened,
+    refuse_other_media,
+)
 
 MicroBatch = dict[str, torch.Tensor]
 # What calls of `HostModel` take: one micro-batch, or those of a step.
@@ -45,18 +52,29 @@ class ModelLimits(Protocol):
     def extends_positions(self) -> bool: ...
     @property
     def packs_one_row_only(self) -> bool: ...
+    @property
+    def picture_inputs(self) -> PictureInputs | None: ...
+
+
+# Computes the features of each image of a micro-batch from the processor's outputs.
+Encode = Callable[[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]
 
 
 def check_micro_batches(
-    micro_batches: MicroBatches, model: ModelLimits, *, extra: Extra = "refuse"
+    micro_batches: MicroBatches,
+    model: ModelLimits,
+    *,
+    extra: Extra = "refuse",
+    encode: Encode | None = None,
 ) -> list[MicroBatch]:
     """Convert the micro-batches of a step to host tensors; token ids become int64 [batch, tokens].
 
     micro_batches: a mapping such as a BatchEncoding, or an iterable of them (a list, a generator, a
     DataLoader). Values are tensors on any device, numpy arrays or nested lists; None means absent.
-    extra: what becomes of tensors of other names, of any shape. Raises DataError.
+    extra: what becomes of tensors of other names, of any shape. encode: for pixels of a vision-language
+    model; its pictures leave in flat form (`picture_batches`). Raises DataError.
     """
-    batches = [_checked(m, batch, model, extra) for m, batch in _each(micro_batches)]
+    batches = [_checked(m, batch, model, extra, encode) for m, batch in _each(micro_batches)]
     if not batches:
         raise DataError("a step was given no micro-batch", hint=f"pass at least one, as in {_EXAMPLE}")
     if not any(bool((batch["labels"][:, 1:] != IGNORED).any()) for batch in batches):
@@ -86,9 +104,10 @@ def _each(given: Any) -> Iterator[tuple[int, Any]]:
         raise
 
 
-def _checked(m: int, given: Any, model: ModelLimits, extra: Extra) -> MicroBatch:
+def _checked(m: int, given: Any, model: ModelLimits, extra: Extra, encode: Encode | None) -> MicroBatch:
     """Convert a micro-batch to host tensors and check it."""
-    batch = _tensors(m, given, extra)
+    pictures = model.picture_inputs
+    batch = _tensors(m, given, extra, pictures)
     shape = batch["input_ids"].shape
     if len(shape) != 2 or shape[0] < 1 or shape[1] < 2:
         raise DataError(
@@ -96,8 +115,9 @@ def _checked(m: int, given: Any, model: ModelLimits, extra: Extra) -> MicroBatch
             hint="[batch, tokens] with at least 2 tokens, in at least one row"
             + ("; one row is input_ids[None]" if len(shape) == 1 else ""),
         )
+    of_tokens = _KNOWN if pictures is None else _KNOWN | set(pictures.per_token)
     for name, value in batch.items():
-        if value.shape != shape and name in _KNOWN:
+        if value.shape != shape and name in of_tokens:
             raise DataError(
                 f"micro-batch {m}: {name} of shape {tuple(value.shape)}, input_ids of {tuple(shape)}",
                 hint="all have the shape [batch, tokens]",
@@ -107,14 +127,35 @@ def _checked(m: int, given: Any, model: ModelLimits, extra: Extra) -> MicroBatch
             batch[name] = _whole(m, name, batch[name])
     if "attention_mask" in batch:
         batch["attention_mask"] = _mask(m, batch["attention_mask"])
-    labels = batch["labels"]
-    _check_range(m, "input_ids", batch["input_ids"], model.embedding.num_embeddings)
+    labels, ids = batch["labels"], batch["input_ids"]
+    if pictures is not None:
+        _add_pictures(m, given, batch, pictures, encode)
+        ids = ids[ids != pictures.placeholder] if pictures.placeholder is not None else ids
+    _check_range(m, "input_ids", ids, model.embedding.num_embeddings)
     _check_range(m, "labels", labels[labels != IGNORED], model.vocabulary)
     _check_positions(m, batch, model)
     return batch
 
 
-def _tensors(m: int, given: Any, extra: Extra) -> MicroBatch:
+def _add_pictures(
+    m: int, given: Mapping[str, Any], batch: MicroBatch, inputs: PictureInputs, encode: Encode | None
+) -> None:
+    """Put the features of the pictures into the micro-batch, computing them from pixels if need be."""
+    features, names = given.get(FEATURES), inputs.pixels[:1]
+    pixels = {name: batch.pop(name) for name in inputs.pixels if name in batch}
+    if pixels and features is not None:
+        raise DataError(
+            f"micro-batch {m} has both {FEATURES} and {', '.join(pixels)}", hint="pass one or the other"
+        )
+    if pixels and encode is not None and names and len(pixels[names[0]]):
+        sizes = {name: batch[name] for name in inputs.per_image if name in batch}
+        features = encode(pixels | sizes)
+    if features is not None:
+        batch.update(flattened(m, features))
+    check_pictures(m, batch, inputs)
+
+
+def _tensors(m: int, given: Any, extra: Extra, pictures: PictureInputs | None) -> MicroBatch:
     """Convert the present values to host tensors. Raises DataError for missing and unknown keys."""
     if not isinstance(given, Mapping):
         raise DataError(
@@ -132,15 +173,20 @@ def _tensors(m: int, given: Any, extra: Extra) -> MicroBatch:
                 f"micro-batch {m} has no {what}", hint=f"{ways[name]}; its keys are {sorted(map(str, given))}"
             )
     present = {name: value for name, value in given.items() if value is not None}
-    unknown = present.keys() - _KNOWN
+    known = _KNOWN if pictures is None else _KNOWN | pictures.names
+    unknown = present.keys() - known
+    if unknown and pictures is not None:
+        refuse_other_media(f"micro-batch {m}", list(present))
     if extra == "ignore":
-        present = {name: value for name, value in present.items() if name in _KNOWN}
+        present = {name: value for name, value in present.items() if name in known}
     elif unknown and extra == "refuse":
         raise DataError(
             f"micro-batch {m} has unknown keys {sorted(map(str, unknown))}",
             hint="leave them out: input_ids, labels, attention_mask and position_ids are taken, and with "
             "train_step(..., loss_fn=...) tensors of any name for that function",
         )
+    if pictures is not None:
+        present.pop(FEATURES, None)  # a list per image
     return {name: _tensor(f"micro-batch {m}: {name}", value).contiguous() for name, value in present.items()}
 
 

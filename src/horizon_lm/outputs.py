@@ -146,6 +146,8 @@ def describe_model(
         f"device memory: {size(slots)} in slots" if slots else "device memory: none, the host's is used",
         f"updates: {settings.optim}, {settings.update_mode}, {clipping}; {count(steps_done, 'step')} done",
     ]
+    if skeleton.adapter is not None:
+        lines.insert(1, f"adapter: {skeleton.adapter.words}")
     if ranks.world > 1:
         lines.append(f"rank {ranks.rank} of {ranks.world}, which hold a share each")
     return "HostModel(\n" + "".join(f"  {line}\n" for line in lines) + ")"

@@ -249,7 +249,8 @@ def test_make_bench_leaves_one_file_and_a_failing_part_does_not_end_it(
 
     monkeypatch.setitem(suite.PARTS, "cpu", fail)
     monkeypatch.setattr(micro, "fill", lambda found, arguments: [["a rate", "5 GB/s"]])
-    monkeypatch.setattr(suite.preferences, "fill", lambda found, arguments: [])
+    for part in (suite.preferences, suite.adapters):
+        monkeypatch.setattr(part, "fill", lambda found, arguments: [])
     for part in (suite.simulated, suite.placement):
         monkeypatch.setattr(part, "fill", lambda found, most=None: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -198,3 +198,25 @@ def test_a_dry_run_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert cli.main(["train", *values, "--dry-run"]) == 0
     assert "were checked; nothing was trained" in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_doctor_says_how_experts_run(
+    measured: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """On this machine, of a model's folder, and of a run's settings."""
+    import zoo
+
+    def line(*arguments: str) -> str:
+        assert cli.main(["doctor", *arguments]) in (0, 3)
+        return str(re.search(r"^PASS  experts +(.*)$", capsys.readouterr().out, re.M)[1])  # type: ignore[index]
+
+    assert line().startswith("grouped_mm (")
+    for name, words in (("mixtral", "grouped_mm ("), ("dbrx", "eager ("), ("llama", "llama has none")):
+        zoo.build(name).config.save_pretrained(tmp_path / name)
+        assert line(str(tmp_path / name), "device=cpu").startswith(words)
+    assert line(str(tmp_path / "mixtral"), "experts_implementation=eager") == "eager (a loop over experts)"
+    run = tmp_path / "run.yaml"
+    run.write_text(f"model_name_or_path: {tmp_path / 'dbrx'}\ndatasets: none.txt\n")
+    assert line(str(run)) == "eager (transformers computes DbrxExperts in no other way)"
+    assert cli.main(["doctor", str(run), "experts_implementation=grouped_mm"]) == 2
+    assert "its experts run only as eager" in capsys.readouterr().err

@@ -188,10 +188,10 @@ FILES: dict[str, tuple[str, bytes, str]] = {
         r"messages\[0\]: the role is 'narrator'",
     ),
     "a role that is a number": ("a.jsonl", messages({"role": 1, "content": "a"}), r"the role is 1"),
-    "a picture": (
+    "a video": (
         "a.jsonl",
-        messages({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}),
-        r"messages\[0\]: 'content' has a part that is not text: 'image_url'",
+        messages({"role": "user", "content": [{"type": "video", "video": "x"}]}),
+        r"messages\[0\]: 'content' has a part that is not text: 'video'",
     ),
     "output that is an object": (
         "a.jsonl",

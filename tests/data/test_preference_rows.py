@@ -352,9 +352,9 @@ BAD_PAIRS: dict[str, tuple[dict[str, Any], str]] = {
         {"prompt": [Q], "chosen": [said("assistant", None)], "rejected": [B]},
         "'content' is null",
     ),
-    "a picture": (
-        {"prompt": [said("user", [{"type": "image"}])], **LISTS},
-        r"prompt\[0\]: 'content' has a part that is not text: 'image'",
+    "a video": (
+        {"prompt": [said("user", [{"type": "video"}])], **LISTS},
+        r"prompt\[0\]: 'content' has a part that is not text: 'video'",
     ),
     "tools are not JSON": ({"prompt": [Q], **LISTS, "tools": "{"}, "tools: '{' is not valid JSON"),
     "tools are text": (

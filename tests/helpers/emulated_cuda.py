@@ -51,6 +51,8 @@ class EmulatedCuda:
         self.mixed: list[str] = []
 
     def is_on_device(self, tensor: torch.Tensor) -> bool:
+        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # inside of vmap
+            tensor = torch._C._functorch.get_unwrapped(tensor)
         return tensor.untyped_storage()._cdata in self._device
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:

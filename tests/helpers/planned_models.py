@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import json
+import shutil
+import tempfile
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 from horizon_lm.config import TrainConfig
+from horizon_lm.config.adapters import AdapterSettings
 from horizon_lm.plan.outline import Outline, model_config
 from horizon_lm.plan.outline_cache import OutlineCache
 
@@ -23,8 +29,19 @@ SMALL = {
 
 
 def config_of(**values: Any) -> TrainConfig:
+    """Settings of a model that need not exist: an adapter's base is a folder with a configuration alone."""
     model = values.pop("init_model", SMALL)
-    return TrainConfig(init_model=model, datasets=["none.txt"], **values)
+    if values.get("adapter", "none") == "none":
+        return TrainConfig(init_model=model, datasets=["none.txt"], **values)
+    return TrainConfig(model_name_or_path=_folder_of(json.dumps(model)), datasets=["none.txt"], **values)
+
+
+@cache
+def _folder_of(model: str) -> str:
+    folder = Path(tempfile.mkdtemp(prefix="planned-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / "config.json").write_text(model)
+    return str(folder)
 
 
 def outline_of(config: TrainConfig) -> Outline:
@@ -34,11 +51,11 @@ def outline_of(config: TrainConfig) -> Outline:
 
 def known(config: TrainConfig) -> OutlineCache:
     decides = (
-        config.init_model,
+        config.init_model or config.model_name_or_path,
         config.dtype,
         config.attn_implementation,
-        config.freeze,
         config.mlp_tile_tokens,
+        *(getattr(config, key) for key in AdapterSettings.__annotations__),
     )
     return _known(repr(decides))
 

@@ -15,10 +15,10 @@ import torch
 
 import horizon_lm as hz
 import zoo
-from horizon_lm.config import ModelSettings
+from horizon_lm.config import ModelSettings, TrainConfig
 from horizon_lm.errors import ConfigError, DataError, HorizonError, UnsupportedModelError
 from horizon_lm.model.loading import count_parameters
-from horizon_lm.plan.outline import Outline
+from horizon_lm.plan.outline import Outline, model_config
 from peft_models import PREFIX, adapted, differing, host, shake, trained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -103,7 +103,7 @@ def test_a_peft_model_is_consumed() -> None:
             call(model)
             pytest.fail(use)
     streamed.train_step([zoo.batch("llama")], lr=1e-3)
-    assert "trainable" in repr(streamed)
+    assert "trainable" in repr(streamed) and "adapter: lora r=3" in repr(streamed)
 
 
 # Switched off.
@@ -219,6 +219,8 @@ def test_an_adapter_is_trained_further(bases: Callable[[str], Path], tmp_path: P
         assert out.grad_norm > 0
     with pytest.raises(ConfigError, match="holds an adapter, not a model"):
         load(tmp_path / "tuned")
+    with pytest.raises(ConfigError, match="holds an adapter, not a model"):
+        model_config(TrainConfig(model_name_or_path=str(tmp_path / "tuned"), datasets="a.txt"))
     with pytest.raises(ConfigError, match="ask for another"):
         hz.HostModel.from_pretrained(tmp_path / "tuned", device="cpu", adapter="lora")
 

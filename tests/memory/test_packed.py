@@ -23,7 +23,8 @@ from horizon_lm.checkpoint import units
 from horizon_lm.engine.policies import slots_of, store_spec
 from horizon_lm.errors import ConfigError
 from horizon_lm.memory import packed
-from horizon_lm.memory.regions import predict_bytes, predict_device_bytes
+from horizon_lm.memory.layout import lay_out
+from horizon_lm.memory.regions import StoreSpec, predict_bytes, predict_device_bytes
 from horizon_lm.memory.store import HostStore
 from parts import LORA, batches, bits, dequantised, host, source
 
@@ -99,6 +100,27 @@ def test_bytes_of_a_parameter() -> None:
     assert found == {"int8": pytest.approx(1.0625, rel=1e-5), "nf4": pytest.approx(0.51587, rel=1e-4)}
     for kind in packed.FORMATS:
         assert packed.packed_bytes(0, kind) == 0 and packed.packed_bytes(128, kind) % packed.ALIGN_BYTES == 0
+
+
+def test_70b_takes_40_gb_of_host_memory() -> None:
+    """Llama 3.1 70B with adapters of rank 16 on a GPU; scaled down, `test_memory_is_as_predicted`."""
+    width, inner, keys, rank = 8192, 28_672, 1024, 16
+    shapes = [(width, width)] * 2 + [(keys, width)] * 2 + [(inner, width)] * 2 + [(width, inner)]
+    rows = [(f"w{i}", shape, False, BF16) for i, shape in enumerate(shapes)]
+    rows += [(f"norm{i}", (width,), False, BF16) for i in range(2)]
+    rows += [(f"a{i}", (rank, inside), True, BF16) for i, (_, inside) in enumerate(shapes)]
+    rows += [(f"b{i}", (outside, rank), True, BF16) for i, (outside, _) in enumerate(shapes)]
+    names = [f"w{i}" for i in range(len(shapes))]
+    layers = [lay_out(f"layer {i}", rows, BF16, names) for i in range(80)]
+    tables = [lay_out(name, [(name, (128_256, width), False, BF16)], BF16) for name in ("head", "embedding")]
+    parts = frozenset(range(80))
+    spec = StoreSpec(BF16, resident=parts, split=parts, packing="nf4")
+    host_bytes = predict_bytes([*layers, *tables], spec)
+    assert host_bytes["packed"] == pytest.approx(35.3e9, rel=0.002)
+    assert sum(host_bytes.values()) < 40e9
+    assert sum(predict_device_bytes([*layers, *tables], spec).values()) < 3e9
+    plain = [lay_out(unit.name, rows, BF16) for unit in layers]
+    assert predict_bytes([*plain, *tables], StoreSpec(BF16))["weights"] > 140e9  # without packing
 
 
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,6 +411,18 @@ def test_refused_by_name(settings: dict[str, Any], message: str, hint: str) -> N
     with pytest.raises(ConfigError, match=message) as caught:
         host("llama", **settings)
     assert hint in str(caught.value.hint)
+
+
+def test_a_run_without_an_adapter_is_refused_at_once(tmp_path: Path) -> None:
+    from horizon_lm.checkpoint.folder import RunFolder
+    from horizon_lm.config import TrainConfig
+    from horizon_lm.training.checks import check_sources
+
+    config = TrainConfig(datasets=["python-stdlib"], init_model={"model_type": "llama"}, freeze=["mlp"])
+    check_sources(config, RunFolder(tmp_path))
+    with pytest.raises(ConfigError, match="base_dtype=nf4 without an adapter: the run would end with"):
+        check_sources(config.replace(base_dtype="nf4"), RunFolder(tmp_path))
+    check_sources(config.replace(base_dtype="nf4", adapter="lora", freeze=[]), RunFolder(tmp_path))
 
 
 def test_ranks_are_refused_before_anything_is_loaded() -> None:

@@ -1,4 +1,4 @@
-"""A layer that receives more than the output of the one before it is refused, never trained wrongly."""
+"""A layer receives the output of the one before it, with something added or not; all else is refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -80,17 +79,29 @@ def in_place(outputs: list[torch.Tensor]) -> torch.Tensor:
 
 LAST = 3
 CASES: dict[str, tuple[dict[str, Any], str]] = {
-    "added between": (
-        {"between": after(0, lambda o: o[-1] + 0.5)},
-        "layer 1 receives something else than the output of layer 0",
+    "scaled between": (
+        {"between": after(0, lambda o: o[-1] * 1.5)},
+        "layer 1 receives something else than the output of layer 0, and it is not that output with",
     ),
-    "added later": (
-        {"between": after(1, lambda o: o[-1] + 0.5)},
+    "scaled a little": (
+        {"between": after(1, lambda o: o[-1] * (1 + 2e-7) + 0.5)},
+        "layer 2 receives something else than the output of layer 1, and it is not that output with",
+    ),
+    "an earlier layer added": (
+        {"between": after(1, lambda o: o[-1] + o[1])},
+        "layer 2 receives something else than the output of layer 1, and it is not that output with",
+    ),
+    "embeddings added": (
+        {"between": after(1, lambda o: o[-1] + o[0])},
+        "layer 2 receives something else than the output of layer 1",
+    ),
+    "something of another shape": (
+        {"between": after(1, lambda o: o[-1].expand(2, *o[-1].shape)[0][:1])},
         "layer 2 receives something else than the output of layer 1",
     ),
     "written into": ({"between": after(0, in_place)}, "the output of layer 0 is written into before layer 1"),
-    "added at the end": (
-        {"between": after(LAST, lambda o: o[-1] + 0.5)},
+    "scaled at the end": (
+        {"between": after(LAST, lambda o: o[-1] * 1.5)},
         "the head receives something else than the output of layer 3",
     ),
     "written into at the end": (
@@ -109,18 +120,18 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def host(model: Any) -> hz.HostModel:
+def host(model: Any, **settings: Any) -> hz.HostModel:
     return hz.HostModel.from_pretrained(
-        copy.deepcopy(model), device="cpu", dtype="float32", skip_memory_check=True
+        copy.deepcopy(model), device="cpu", dtype="float32", skip_memory_check=True, **settings
     )
 
 
-def differing(model: Any, data: dict[str, torch.Tensor]) -> set[str]:
+def differing(model: Any, data: dict[str, torch.Tensor], **settings: Any) -> set[str]:
     """Names of parameters whose streamed gradient differs from ordinary autograd's in any bit."""
     model.zero_grad()
     model(**data, use_cache=False).loss.backward()
     wanted = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    streamed = host(model)
+    streamed = host(model, **settings)
     streamed.forward_backward([data])
     found = dict(streamed.named_gradients())
     assert set(wanted) <= set(found)  # else nothing would be compared
@@ -158,48 +169,33 @@ def test_a_model_that_does_nothing_of_it_is_streamed() -> None:
     assert not differing(build(between=lambda outputs, i: outputs[-1]), batch(True))
 
 
-def picture_model() -> nn.Module:
-    """A small Qwen3-VL that is given one picture's features, as transformers takes them."""
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-    from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
-
-    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 96}
-    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
-    vision = {"hidden_size": 16, "intermediate_size": 16, "depth": 1, "num_heads": 2, "out_hidden_size": 32}
-    config = Qwen3VLConfig(text_config=text, vision_config=vision, image_token_id=TRIGGER)
-    torch.manual_seed(0)
-    model = Qwen3VLForConditionalGeneration(config)
-    features = torch.randn(2, 1, 32)
-    forward = model.forward
-
-    def with_picture(
-        input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **kwargs: Any
-    ) -> Any:
-        pictures: dict[str, Any] = {}
-        if (input_ids == TRIGGER).any():
-            pictures["image"] = BaseModelOutputWithDeepstackFeatures(
-                pooler_output=[features[0]], deepstack_features=[[features[1]]]
-            )
-        return forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            labels=labels,
-            mm_encoder_outputs=pictures,
-            **kwargs,
-        )
-
-    model.forward = with_picture  # type: ignore[method-assign]
-    return model.train()
+def some_rows(outputs: list[torch.Tensor]) -> torch.Tensor:
+    """As Qwen3-VL adds features of pictures."""
+    places = torch.zeros(outputs[-1].shape[:2], dtype=torch.bool)
+    places[0, 3:5] = True
+    hidden = outputs[-1].clone()
+    hidden[places] = hidden[places] + torch.linspace(-1, 1, hidden.shape[-1])
+    return hidden
 
 
-def test_additions_of_qwen3_vl_are_refused() -> None:
-    zoo.need("pictures given as features")
-    model = picture_model()
-    values = {"device": "cpu", "dtype": "float32", "skip_memory_check": True}
-    plain = model(**batch(True), use_cache=False).loss
-    assert torch.isfinite(plain)
-    streamed = hz.HostModel.from_pretrained(model, **values)
-    streamed.forward_backward([batch(False)])
-    with pytest.raises(UnsupportedModelError, match="layer 1 receives something else than the output of la"):
-        streamed.forward_backward([batch(True)])
+ADDITIONS = {
+    "after the first": after(0, lambda o: o[-1] + 0.5),
+    "after the second": after(1, some_rows),
+    "after all but the last": lambda outputs, i: some_rows(outputs) if i < LAST else outputs[-1],
+    "after the last": after(LAST, some_rows),
+}
+
+
+@pytest.mark.parametrize("where", ADDITIONS)
+@pytest.mark.parametrize("activations", ["recompute", "keep"])
+def test_additions_have_the_bits_of_autograd(where: str, activations: str) -> None:
+    model = build(between=ADDITIONS[where])
+    assert not differing(model, batch(True), activations=activations)
+    assert not differing(model, batch(False), activations=activations)
+
+
+def test_without_its_additions_a_model_trains_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: layers that run without what is added to their outputs give other gradients."""
+    model = build(between=ADDITIONS["after all but the last"])
+    monkeypatch.setattr("horizon_lm.model.capture._find_added", lambda *args: {})
+    assert len(differing(model, batch(True))) > 30

@@ -11,6 +11,7 @@ import pytest
 from transformers import LlamaConfig
 
 from horizon_lm.config import ModelSettings, TrainConfig
+from horizon_lm.config.memory import TRAINABLE
 from horizon_lm.engine.policies import Policies
 from horizon_lm.errors import ConfigError, DoesNotFitError
 from horizon_lm.machine.profile import Profile, load_profile
@@ -41,6 +42,8 @@ def plan_of(config: TrainConfig, hardware: str = "auto") -> RunPlan:
 
 STREAMED = {"resident": 0, "rounds": 1}
 FEW = {"update": "deferred", "slots": 2, "boundaries": "device"}
+LORA = {"adapter": "lora", "target_modules": ["q_proj", "v_proj"]}
+FROZEN = {"freeze": ["embed_tokens", r"layers\.[01]\."], "slots": 2, "boundaries": "auto"}
 # name: settings, host GB, device MB; each leaves a space that can be searched through
 CASES: dict[str, tuple[dict[str, Any], float, float]] = {
     "ample": (STREAMED | {"tokens_per_step": 256}, 8, 4000),
@@ -63,6 +66,11 @@ CASES: dict[str, tuple[dict[str, Any], float, float]] = {
     "both": (FEW | {"tokens_per_step": 512}, 8, 4.2),
     "both, little host memory": (FEW | {"gradient_accumulation_steps": 4}, 0.0015, 6.0),
     "both, ample": (FEW | {"gradient_accumulation_steps": 4}, 8, 4000),
+    "an adapter": (FEW | LORA | {"rounds": 1, "tokens_per_step": 512}, 8, 2.2),
+    "an adapter on four bits": (FEW | LORA | {"tokens_per_step": 256, "base_dtype": "nf4"}, 8, 2.2),
+    "an adapter, little host memory": (FEW | LORA | {"gradient_accumulation_steps": 4}, 0.0005, 2),
+    "an adapter, ample": (FEW | LORA | {"rounds": 1, "tokens_per_step": 512}, 8, 4000),
+    "frozen layers": (FEW | FROZEN | {"rounds": 1, "tokens_per_step": 256}, 8, 3),
 }
 # The others in `make soak`.
 FEW_CASES = ("some layers keep", "tight", "no clipping", "slots pinned", "residents, little host memory")
@@ -88,13 +96,16 @@ def machine(host_gb: float, device_mb: float) -> tuple[Profile, Limits]:
 
 def bound_of(planner: Planner, config: TrainConfig, one: TrainConfig) -> float:
     """The bound by which the search leaves out a combination; 0 for one of another update or slots."""
-    search, space = planner._search(config), planner._space(config)
+    search, space = planner._search(config), planner.space_of(config)
     if (one.update, one.slots) != (space.updates()[0], space.slots()[0]):
         return 0.0
-    assert isinstance(one.rounds, int) and isinstance(one.resident, int)
+    assert isinstance(one.rounds, int) and one.resident != "auto"
     sums = "" if one.rounds == 1 else one.round_sums
     cut = Cut(one.per_device_train_batch_size, one.gradient_accumulation_steps, one.rounds, sums)
-    return search._bounds(Candidate(cut, one.update, one.slots, 0))[one.resident]
+    named = [one.resident] if isinstance(one.resident, str) else one.resident
+    split = isinstance(named, list) and TRAINABLE in named
+    number = named if isinstance(named, int) else len(named) - split
+    return search._bounds(Candidate(cut, one.update, one.slots, 0, split))[number]
 
 
 @pytest.mark.parametrize("name", CASES if SOAK else FEW_CASES)

@@ -45,6 +45,14 @@ _TEMPLATE = """---
 """
 
 
+def _sees(model_type: str) -> bool:
+    """Whether models of this type are loaded as vision-language models."""
+    from transformers.models.auto import modeling_auto as auto
+
+    kind = auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
+    return kind is not None and auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, kind) == kind
+
+
 class Part(NamedTuple):
     """Which part of the base was trained, in words, and how it is stored: the library that reads it."""
 
@@ -90,7 +98,7 @@ def model_card(
     card_data = ModelCardData(
         base_model=base if base and _REPOSITORY.fullmatch(base) else None,
         library_name=part.library,
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if _sees(model_type) else "text-generation",
         tags=["horizon-lm", *part.tags, *([method] if is_preference else [])],
     )
     card = ModelCard.from_template(

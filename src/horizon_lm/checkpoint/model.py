@@ -24,6 +24,7 @@ from horizon_lm.io import files
 from horizon_lm.io.leftovers import temporary_folder
 from horizon_lm.memory.master import join_master
 from horizon_lm.model.configuration import read_configuration, reason_of
+from horizon_lm.model.pretrained import model_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,7 +59,7 @@ def hollow_model(
     untrusted remote code.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     with temporary_folder("horizon-files-") as folder:
         for file in CONFIGURATIONS:
@@ -81,7 +82,7 @@ def hollow_model(
             )
             dtype = DTYPES[str(checkpoint.manifest.config.get("dtype", "bfloat16"))]
             with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
-                model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                model: PreTrainedModel = model_class(config).from_config(
                     config, dtype=dtype, trust_remote_code=trust_remote_code
                 )
             model.tie_weights()

@@ -21,7 +21,7 @@ from horizon_lm.cli import ranks
 from horizon_lm.cli.bench import bench
 from horizon_lm.cli.data import data_app, init
 from horizon_lm.cli.model import EvalCommand, chat, evaluate, generate
-from horizon_lm.cli.plan import PlanCommand, doctor, plan, report
+from horizon_lm.cli.plan import DoctorCommand, PlanCommand, doctor, plan, report
 from horizon_lm.cli.run import (
     HELP,
     PASS_OPTIONS,
@@ -67,7 +67,7 @@ app.add_typer(data_app, name="data")
 
 app.command("train", cls=TrainCommand, context_settings=PASS_OPTIONS)(train)
 app.command("plan", cls=PlanCommand, context_settings=PASS_OPTIONS)(plan)
-app.command("doctor")(doctor)
+app.command("doctor", cls=DoctorCommand)(doctor)
 app.command("report")(report)
 app.command("bench")(bench)
 app.command("init")(init)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,8 +15,12 @@ from horizon_lm.cli.run import (
     load_settings,
     require_named_model,
 )
+from horizon_lm.errors import ConfigError
 from horizon_lm.io.hub import require_model
 from horizon_lm.io.output import lasting_output
+
+if TYPE_CHECKING:
+    from horizon_lm.data import TrainingData
 
 data_app = typer.Typer(help="Look at training data.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -30,6 +34,10 @@ def _data() -> None:
 def preview(
     settings: SettingsArguments = None,
     samples: Annotated[int, typer.Option(min=0, help="Sequences to show.")] = 3,
+    images: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT.png", help="Draw a sheet of thumbnails of the data's pictures."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON instead.")] = False,
 ) -> None:
     """Show what a run would train on.
@@ -52,6 +60,22 @@ def preview(
         print(summary_json(data))
     else:
         print_preview(data, samples, sys.stdout)
+    if images is not None:
+        _draw(data, images)
+
+
+def _draw(data: TrainingData, target: Path) -> None:
+    """Write a sheet of thumbnails. Raises ConfigError if there are no pictures, or no file."""
+    if data.rows.store.pictures is None:
+        raise ConfigError("--images: the data has no pictures", hint="leave it out")
+    from horizon_lm.data.thumbnails import sheet
+    from horizon_lm.io.files import write_output
+
+    try:
+        write_output(target, sheet(data.rows, data.tokenizer))
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be written: {error.strerror}", "choose another file") from error
+    print(f"thumbnails: {target}", file=sys.stderr)
 
 
 def init(

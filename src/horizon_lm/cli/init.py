@@ -19,7 +19,9 @@ from horizon_lm.data import Documents, load_tokenizer, load_training_data
 from horizon_lm.data.documents import METHODS, two_kinds
 from horizon_lm.data.examples import Chat, Example, Text, sides, texts
 from horizon_lm.data.formats import kind_of
+from horizon_lm.data.pictures import Picture, open_picture
 from horizon_lm.data.preview import WARN_ABOVE
+from horizon_lm.data.processor import load_processor
 from horizon_lm.errors import ConfigError, DataError, HorizonError
 from horizon_lm.io import files
 from horizon_lm.io.hub import require_reachable
@@ -31,6 +33,7 @@ _LONGEST = 4096  # tokens of a training sequence; longer ones only if the user a
 _LOOKED_AT = 1000  # rows of a dataset, for its format and longest row
 _COUNTED_ROWS, _COUNTED_CHARACTERS = 50_000, 20_000_000  # beyond: large data
 _TOKENISED_CHARACTERS = 2_000_000  # beyond, tokens are estimated from characters
+_PICTURE_TOKENS = 576  # of a picture, if the processor cannot tell
 _CHARACTERS_A_TOKEN = 3  # a low estimate, so that few documents exceed max_length
 _PREFERENCES = {"beta": 0.1, "learning_rate": 1e-6}  # TRL's defaults for DPO and KTO
 _NOUNS = {"documents": "row", "pairs": "pair", "labelled": "sample"}
@@ -41,12 +44,13 @@ _OMITTED: dict[DataKind, tuple[str, ...]] = {
     "pairs": ("loss_on",),
     "labelled": ("loss_on", "packing", "packing_strategy"),
 }
+_WITH_PICTURES, _WITHOUT = ("packing", "packing_strategy"), ("on_bad_image",)  # further ones
 _KEYS: dict[str, tuple[str, ...]] = {
     "preferences": ("method", "beta"),
     "model": ("model_name_or_path", "dtype", "attn_implementation", "device", "seed"),
     "data": (
         *("datasets", "max_length", "packing", "packing_strategy", "truncation", "loss_on", "chat_template"),
-        *("on_bad_row", "val_size"),
+        *("on_bad_row", "on_bad_image", "val_size"),
     ),
     "batch and schedule": (
         *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
@@ -70,8 +74,10 @@ def write_config(model: str, datasets: Sequence[str], output: Path, *, overwrite
     else:
         _require_on_hub(model)
     values: dict[str, Any] = {"model_name_or_path": model, "output_dir": f"runs/{name}-tuned"}
-    seen = _look_at_data(datasets)
+    seen = _look_at_data(datasets, model)
     notes.append(f"data: {count(seen['rows'], 'row')} looked at, format {', '.join(seen['formats'])}")
+    if seen["pictures"]:
+        notes.append(f"pictures: {seen['pictures']:,} in them; such data is not packed")
     values["datasets"] = [
         {"path": path, "format": format} for path, format in zip(datasets, seen["formats"], strict=True)
     ]
@@ -84,7 +90,7 @@ def write_config(model: str, datasets: Sequence[str], output: Path, *, overwrite
     notes += _about_long_rows(seen, values["max_length"])
     if seen["rows"] >= 100:
         values["val_size"] = 0.05
-    if seen["is_chat"]:
+    if seen["is_chat"] and not seen["pictures"]:
         template = _template_for(model)
         values["chat_template"] = template
         if template is not None:
@@ -94,7 +100,7 @@ def write_config(model: str, datasets: Sequence[str], output: Path, *, overwrite
     values.update(_when(values, sequences))
     if sequences is not None:
         notes.append(_in_words(values, seen, sequences, how))
-    text = _text(values, _OMITTED[seen["kind"]])
+    text = _text(values, (*_OMITTED[seen["kind"]], *(_WITH_PICTURES if seen["pictures"] else _WITHOUT)))
     config = TrainConfig.from_dict(values)  # what is written is valid
     assert config.datasets
     try:
@@ -111,9 +117,11 @@ def write_config(model: str, datasets: Sequence[str], output: Path, *, overwrite
     ]
 
 
-def _look_at_data(datasets: Sequence[str]) -> dict[str, Any]:
+def _look_at_data(datasets: Sequence[str], model: str) -> dict[str, Any]:
+    """Look at the rows. Raises DataError, and ConfigError for pictures and a model of text alone."""
     formats, rows, longest, characters, is_chat, is_all = [], 0, 0, 0, False, True
     sizes: list[int] = []  # of documents that are not split when too long
+    pictures, each = 0, 0  # and characters in place of one
     for path in datasets:
         documents = Documents([DatasetConfig(path=path)])
         is_here = Path(path).expanduser().exists()  # else more rows would be downloaded
@@ -124,7 +132,11 @@ def _look_at_data(datasets: Sequence[str]) -> dict[str, Any]:
                 break
             found += 1
             is_chat = is_chat or any(isinstance(e, Chat) for e in _documents(placed.example))
-            size = max(_size(document) for document in _documents(placed.example))
+            own = placed.example.pictures if isinstance(placed.example, Chat) else ()
+            if own and not pictures:
+                each = _CHARACTERS_A_TOKEN * _tokens_of(model, own[0], placed.place)
+            pictures += len(own)
+            size = max(_size(document) for document in _documents(placed.example)) + each * len(own)
             longest = max(longest, size if found <= _LOOKED_AT else 0)
             if not isinstance(placed.example, Text):
                 sizes.append(size)
@@ -147,6 +159,7 @@ def _look_at_data(datasets: Sequence[str]) -> dict[str, Any]:
         "is_chat": is_chat,
         "is_all": is_all,
         "sizes": sizes,
+        "pictures": pictures,
     }
 
 
@@ -157,7 +170,23 @@ def _documents(example: Example) -> tuple[Example, ...]:
 
 def _size(example: Example) -> int:
     """Return about as many characters as the tokens of a document will have."""
-    return len(json.dumps(example.__dict__, default=str, ensure_ascii=False))
+    shown = {key: value for key, value in example.__dict__.items() if key != "pictures"}
+    return len(json.dumps(shown, default=str, ensure_ascii=False))
+
+
+def _tokens_of(model: str, picture: Picture, place: str) -> int:
+    """Return the tokens of a picture. Raises ConfigError for a model that takes none, DataError."""
+    try:
+        tokenizer = load_tokenizer(model)
+        processor = load_processor(model, tokenizer)
+    except HorizonError:
+        return _PICTURE_TOKENS  # unavailable, or it needs a library that is not installed
+    if processor is None:
+        raise ConfigError(
+            f"{place} has pictures, and {model} has no processor for them: it is a model of text alone",
+            hint="choose a vision-language model",
+        )
+    return len(processor.tokens(processor.mark, [open_picture(picture, place)], place).ids)
 
 
 def _about_long_rows(seen: dict[str, Any], max_length: int) -> list[str]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from horizon_lm.cli.run import SettingsArguments, SettingsCommand, split_arguments
-from horizon_lm.errors import ConfigError
+from horizon_lm.errors import ConfigError, HorizonError
 from horizon_lm.io.hub import require_model
 from horizon_lm.text import json_text, shown
 from horizon_lm.words import count
+
+if TYPE_CHECKING:
+    from horizon_lm.training.generate import Generator
 
 Model = Annotated[
     str, typer.Argument(help="A folder in Hugging Face format, a run's output_dir, or a Hub name.")
@@ -23,6 +26,9 @@ TopP = Annotated[
     float, typer.Option(min=0.01, max=1, help="Draw from the likeliest tokens of this total share.")
 ]
 Penalty = Annotated[float, typer.Option(min=1, help="Above 1: earlier tokens become less likely.")]
+Images = Annotated[
+    list[str] | None, typer.Option("--image", metavar="FILE", help="A picture for the prompt. Repeatable.")
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the draw; the same seed gives the same text.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 TrustRemoteCode = Annotated[
@@ -85,6 +91,7 @@ def generate(
     prompt: Annotated[list[str], typer.Option(help="Text to continue; @FILE: one per line. Repeatable.")],
     as_chat: Annotated[bool, typer.Option("--chat", help="Send it as a user message.")] = False,
     system: Annotated[str | None, typer.Option(help="System prompt, with --chat.")] = None,
+    image: Images = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.7,
     top_p: TopP = 1.0,
@@ -94,27 +101,33 @@ def generate(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per prompt.")] = False,
 ) -> None:
-    """Complete prompts with a model."""
+    """Complete prompts with a model.
+
+    Pictures are at the <image> marks of a prompt, or before it.
+    """
     require_model(model, "model")
     from horizon_lm.training.generate import Chat, Generator, Sampling, prompts_of
 
     prompts = prompts_of(prompt)
     generator = Generator.load(model, device=device, trust_remote_code=trust_remote_code)
+    files = image or []
+    pictures = generator.pictures(files)
     sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty, seed)
     for text in prompts:
         write = None if as_json else _write
         if not as_json and len(prompts) > 1:
             print(f"--- {text}")
         if as_chat:
-            completion = Chat(generator, system).say(text, sampling, write)
+            completion = Chat(generator, system).say(text, sampling, write, files)
         else:
-            completion = generator.complete(text, sampling, on_text=write)
+            completion = generator.complete(text, sampling, on_text=write, pictures=pictures)
         print(json_text({"prompt": text, "completion": completion}) if as_json else "")
 
 
 def chat(
     model: Model,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    image: Images = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.7,
     top_p: TopP = 1.0,
@@ -125,7 +138,8 @@ def chat(
 ) -> None:
     """Chat with a model.
 
-    /reset clears the conversation; /quit or the end of input exits.
+    /image FILE shows a picture with the next message; /reset clears the conversation; /quit or the end of
+    input exits.
     """
     require_model(model, "model")
     from horizon_lm.training.generate import Chat, Generator, Sampling
@@ -138,6 +152,8 @@ def chat(
     conversation = Chat(generator, system)
     sampling = Sampling(max_new_tokens, temperature, top_p, repetition_penalty, seed)
     is_terminal = sys.stdin.isatty()
+    waiting = list(image or [])  # pictures for the next message
+    generator.pictures(waiting)
     while True:
         try:
             text = input("you> " if is_terminal else "").strip()
@@ -147,10 +163,24 @@ def chat(
             return
         if text == "/reset":
             conversation.reset()
+            waiting = []
+        elif text.startswith("/image "):
+            waiting += _readable(generator, text.removeprefix("/image ").strip())
         elif text:
             print("model> " if is_terminal else "", end="", flush=True)
-            conversation.say(text, sampling, _write)
+            conversation.say(text, sampling, _write, waiting)
+            waiting = []
             print()
+
+
+def _readable(generator: Generator, file: str) -> list[str]:
+    """Return the file if it is a picture that the model takes; else say why not."""
+    try:
+        generator.pictures([file])
+    except HorizonError as error:
+        print(error, file=sys.stderr)
+        return []
+    return [file]
 
 
 def _write(text: str) -> None:

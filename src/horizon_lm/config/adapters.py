@@ -66,7 +66,8 @@ class AdapterSettings(MemorySettings):
     freeze: list[str] = setting(
         [],
         "Parameters not to train, as regular expressions searched in their names; they need no memory for "
-        "gradients or moments.",
+        "gradients or moments. experts stands for all experts of a mixture, shared ones included, without "
+        "routers.",
         group="Adapters",
         resume="fixed",
         expects="a list of regular expressions",
@@ -78,6 +79,13 @@ class AdapterSettings(MemorySettings):
         group="Adapters",
         resume="fixed",
         expects="a list of regular expressions",
+    )
+    train_projector: bool = setting(
+        False,
+        "Vision-language models: train the projector between vision tower and language model too; the tower "
+        "stays frozen.",
+        group="Adapters",
+        resume="fixed",
     )
     base_dtype: Literal["auto", "bfloat16", "int8", "nf4"] = setting(
         "auto",

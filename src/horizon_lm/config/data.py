@@ -63,6 +63,11 @@ class DatasetConfig(BaseModel):
     text_column: str = Field(
         default="text", min_length=1, description="Column that holds the text of plain-text rows."
     )
+    image_dir: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder that relative paths of pictures start at; null is the folder of the data.",
+    )
     follow_links: bool = Field(
         default=False,
         description="Also read files outside a data folder to which its links or file lists "
@@ -179,6 +184,13 @@ class DataSettings(Settings):
     on_bad_row: Literal["raise", "skip"] = setting(
         "raise",
         "Response to an unusable row: end the run, or skip and count it.",
+        group="Data",
+        resume="ask",
+    )
+    on_bad_image: Literal["raise", "skip"] = setting(
+        "raise",
+        "Response to a picture that is missing, damaged or too large: end the run, or skip its row and count "
+        "it.",
         group="Data",
         resume="ask",
     )

@@ -4,7 +4,8 @@
               "columns": {...}, "tags": {...}, "split", "subset", "revision", "num_samples": ...}}
 
 A name that the file lacks is a path (in the working directory or beside the file) or a Hub name with its
-owner. Columns mean what they mean there: if an entry names any, the others are not read.
+owner. Columns mean what they mean there: if an entry names any, the others are not read. Paths of pictures
+start at the folder of the file.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ _FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "openai": "messages"}
 _TAKEN = {"split": "split", "subset": "name", "revision": "revision", "num_samples": "max_samples"}
 _SOURCES = ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 _KEYS = (*_SOURCES, *_TAKEN, "file_sha1", "folder", "ranking", "formatting", "columns", "tags")
-_MEDIA = ("images", "videos", "audios")
+_MEDIA = ("videos", "audios")
+_PICTURES = {"images": "images"}
 
 
 def is_stdlib(name: str) -> bool:
@@ -146,6 +148,8 @@ def _described(name: str, entry: dict[str, Any], folder: str, *, follow_links: b
         result["format"], known = "labelled", {**known, **_LABEL}
     else:
         result["format"] = _FORMATS[formatting]
+    if columns.get("images"):
+        known, result["image_dir"] = {**known, **_PICTURES}, folder
     renamed = _renamed(known, columns, unnamed)
     if is_preference:
         renamed = {**dict.fromkeys(c for c in _UNREAD if c not in columns.values()), **renamed}
@@ -174,8 +178,9 @@ def _check(entry: dict[str, Any], at: str) -> None:
     columns = entry.get("columns") or {}
     for key in columns:
         if key in _MEDIA:
-            raise InfoError(f"{at} has {key}, but only text is supported", "choose a dataset of text")
-        if key not in _COLUMNS[formatting] and key not in _PREFERRED and key not in _LABEL:
+            hint = "choose a dataset of text or pictures"
+            raise InfoError(f"{at} has {key}, but only text and pictures are supported", hint)
+        if not any(key in known for known in (_COLUMNS[formatting], _PREFERRED, _LABEL, _PICTURES)):
             raise InfoError(
                 f"{at}: columns has the unknown key {key!r} for {formatting}",
                 f"use {', '.join(_COLUMNS[formatting])}",

@@ -45,6 +45,14 @@ class ModelSettings(AdapterSettings):
         "kernels-community/NAME[@COMMIT]",
         pattern=f"^({'|'.join(ATTENTION)}|{HUB_ATTENTION.pattern})$",
     )
+    experts_implementation: Literal["auto", "grouped_mm", "eager", "batched_mm"] = setting(
+        "auto",
+        "Computation of a mixture's experts, by its transformers name: grouped_mm sorts tokens by expert, "
+        "eager loops over experts, batched_mm copies the weights of each token's experts. auto is grouped_mm "
+        "if the model's class has it, else eager. `horizon doctor CONFIG` and the run say which one runs.",
+        group="Model",
+        resume="ask",
+    )
     compile: bool | Literal["max-autotune"] = setting(
         False,
         "Compile decoder layers with torch.compile, once for all of the same structure; max-autotune also "

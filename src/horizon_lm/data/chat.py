@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from horizon_lm.data.examples import Chat
+from horizon_lm.data.examples import Chat, words_of
+from horizon_lm.data.pictures import Picture
+from horizon_lm.data.processor import Processor
 from horizon_lm.data.template_limits import TemplateLimitError, limit
 from horizon_lm.errors import ConfigError, DataError
 
@@ -73,9 +75,10 @@ class Rendered:
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer, or `template` (Jinja text) in its place.
+    """The chat template of a tokenizer or a processor, or `template` (Jinja text) in its place.
 
-    kwargs: further template variables, such as enable_thinking.
+    kwargs: further template variables, such as enable_thinking. processor: that of a vision-language model,
+    whose templates take the content of messages in parts.
     """
 
     def __init__(
@@ -83,9 +86,11 @@ class ChatTemplate:
         tokenizer: PreTrainedTokenizerBase,
         template: str | None = None,
         kwargs: Mapping[str, Any] | None = None,
+        processor: Processor | None = None,
     ) -> None:
-        own = tokenizer.chat_template
+        own = tokenizer.chat_template if processor is None else processor.chat_template
         given = template or (own.get("default") if isinstance(own, dict) else own)
+        self._in_parts = processor is not None
         if not given:
             raise DataError(
                 "the data holds conversations, but the tokenizer has no chat template",
@@ -99,7 +104,8 @@ class ChatTemplate:
         self.source = "generation marks"
         self.template = self._given = str(given)
         if not _MARK.search(self.template):
-            self.template, self.source = _training_variant(tokenizer, self.template)
+            owner = tokenizer if processor is None else processor.own
+            self.template, self.source = _training_variant(owner, self.template)
         self._has_marks = bool(_MARK.search(self.template))
         self._knows_developer = "developer" in self.template
         self._kwargs = {**tokenizer.special_tokens_map, **(kwargs or {})}
@@ -109,17 +115,20 @@ class ChatTemplate:
         """Everything that decides the text, for the cache."""
         return repr((self.template, sorted(self._kwargs.items(), key=str)))
 
-    def prompt(self, messages: Sequence[dict[str, Any]], tools: Any = None) -> str:
+    def prompt(self, messages: Sequence[dict[str, Any]], pictures: Sequence[Picture] = ()) -> str:
         """Render a prompt for the assistant's next turn."""
-        return self._render(list(messages), tools, "the prompt", ask=True)[0]
+        chat = Chat(list(messages), pictures=tuple(pictures))
+        return self._render(
+            self._fitting(chat) if self._in_parts else chat.messages, None, "the prompt", ask=True
+        )[0]
 
     def text(self, chat: Chat, place: str) -> str:
         """Render the whole conversation."""
-        return self._render(self._fitting(chat.messages), chat.tools, place)[0]
+        return self._render(self._fitting(chat), chat.tools, place)[0]
 
     def render(self, chat: Chat, place: str) -> Rendered:
         """Render the conversation, with the spans of assistant turns. Raises DataError naming `place`."""
-        messages = self._fitting(chat.messages)
+        messages = self._fitting(chat)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         text, spans = self._render(messages, chat.tools, place)
         if self._has_marks:
@@ -134,7 +143,7 @@ class ChatTemplate:
 
     def last_turn(self, chat: Chat, rendered: Rendered, place: str) -> list[Span]:
         """Return the spans of the assistant's last turn."""
-        messages = self._fitting(chat.messages)
+        messages = self._fitting(chat)
         last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=0)
         if not self._has_marks or not last:
             return rendered.spans[-1:] if not self._has_marks else rendered.spans
@@ -154,7 +163,7 @@ class ChatTemplate:
         The answer may deviate from the generation prompt (such as an opened thought) but not from the
         prompt's messages, or the user's words would count as completion. Raises DataError.
         """
-        messages = self._fitting(chat.messages)
+        messages = self._fitting(chat)
         prompt = messages[: chat.num_prompt]
         whole = self._render(messages, chat.tools, place, own=True)[0]
         asked = self._render(prompt, chat.tools, place, ask=True, own=True)[0]
@@ -187,21 +196,27 @@ class ChatTemplate:
 
         That is all up to its first word, or up to the end of a generation prompt before it.
         """
-        trial = [{"role": "user", "content": "first question"}]
+        trial = self._fitting(Chat([{"role": "user", "content": "first question"}]))
         alone, asked = (self._render(trial, tools, place, ask=ask)[0] for ask in (False, True))
         header = asked[len(alone) :] if asked.startswith(alone) else ""
-        words = opening["content"].strip()
+        words = words_of(opening).strip()
         said = through.find(words) if words else len(through)
         at = through.rfind(header, 0, said) if header and said >= 0 else -1
         if at >= 0:
             return through[: at + len(header)]
         return through[:said] if words and said >= 0 else None
 
-    def _fitting(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Rename `developer`, a newer name of the system role, for templates that do not know it."""
-        if self._knows_developer:
+    def _fitting(self, chat: Chat) -> list[dict[str, Any]]:
+        """Rename `developer`, a newer name of the system role, for templates that do not know it; put the
+        content in parts, as TRL does, for the template of a processor."""
+        messages = chat.messages
+        if not self._knows_developer:
+            messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+        if not self._in_parts:
             return messages
-        return [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+        from trl.data_utils import prepare_multimodal_messages
+
+        return list(prepare_multimodal_messages(messages, list(chat.pictures)))
 
     def _render(
         self, messages: list[dict[str, Any]], tools: Any, place: str, *, ask: bool = False, own: bool = False
@@ -235,8 +250,8 @@ class ChatTemplate:
         return texts[0], [(int(a), int(b)) for a, b in spans[0]] if spans else []
 
 
-def _training_variant(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, str]:
-    """Return (template to train with, source of the mask)."""
+def _training_variant(tokenizer: Any, template: str) -> tuple[str, str]:
+    """Return (template to train with, source of the mask). tokenizer: or processor."""
     from trl import get_training_chat_template
 
     with suppress(Exception):  # rendering reports the error

@@ -53,7 +53,8 @@ def collate(rows: Sequence[Row], strategy: str, pad_id: int) -> tuple[MicroBatch
     have, int64 and in one order, `samples` [samples], their numbers in the store, and `documents`
     [documents, 3], the row, first position and tokens of each document, of pairs all chosen, then all
     rejected. Labelled ones have `label` [samples] of bool and, with a KL term, a micro-batch of mismatched
-    documents with names that begin with `KL_`.
+    documents with names that begin with `KL_`. Those of data with pictures have their features and what else
+    the model takes with them: see `picture_table.Pictures.inputs`.
     """
     if rows[0].samples is None:
         return _padded(rows, strategy, pad_id)
@@ -93,6 +94,9 @@ def _padded(rows: Sequence[Row], strategy: str, pad_id: int) -> tuple[MicroBatch
         batch["position_ids"] = torch.from_numpy(np.stack([_positions(row, longest, limit) for row in rows]))
     elif strategy == "none" or not mask.all():
         batch["attention_mask"] = torch.from_numpy(mask)
+    pictures = rows[0].pictures
+    if pictures is not None:
+        batch |= pictures.inputs(ids, [number for row in rows for number in row.shown])
     return batch, StepSize(int(mask.sum()), mask.size, tuple(lengths), len(rows))
 
 

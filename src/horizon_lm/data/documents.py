@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,14 @@ from horizon_lm.config.preference import DataKind
 from horizon_lm.data.examples import Example, Text, texts
 from horizon_lm.data.file_content import FileHashes
 from horizon_lm.data.formats import KIND_WORDS, convert, detect, kind_of
+from horizon_lm.data.picture_rows import has_pictures, with_pictures
+from horizon_lm.data.pictures import BadPictureError, folder_of
 from horizon_lm.data.readers import Row
 from horizon_lm.data.sources import ShardOrder, content, rows
-from horizon_lm.errors import DataError
+from horizon_lm.errors import ConfigError, DataError
 
 _SHOWN_BAD_ROWS = 5
+_LOOKED_AT = 100  # rows of a dataset, for pictures
 _OF_MESSAGES = frozenset({"messages", "conversations", "prompt", "completion", "chosen", "rejected"})
 METHODS = {"documents": "sft", "pairs": "dpo", "labelled": "kto"}
 _TAGGED_ROLES = {
@@ -50,8 +55,9 @@ class Documents:
 
     max_bytes: limit for the UTF-8 bytes of all texts; a document that crosses it is cut, a conversation
     dropped. shards: read as a stream, in this order. Of the latest iteration: num_empty (texts, skipped),
-    num_bad and bad_rows (first messages, with on_bad_row "skip"), formats (of each dataset, once known).
-    kind: the kind of data that the method takes; None: that of the first dataset, once known.
+    num_bad and bad_rows (first messages, with on_bad_row "skip"), the same of rows with a bad picture
+    (on_bad_image), formats (of each dataset, once known). kind: the kind of data that the method takes; None:
+    that of the first dataset, once known.
 
     Iterating raises `DataError` for data that is missing, empty, malformed or not text.
     """
@@ -62,6 +68,7 @@ class Documents:
         max_bytes: int | None = None,
         *,
         on_bad_row: str = "raise",
+        on_bad_image: str = "raise",
         shards: ShardOrder | None = None,
         kind: DataKind | None = None,
     ) -> None:
@@ -69,7 +76,8 @@ class Documents:
             raise DataError("no dataset given", hint=f"set datasets to a file, a folder or {PYTHON_STDLIB}")
         self.datasets = list(datasets)
         self._max_bytes = max_bytes
-        self._skip = on_bad_row == "skip"
+        self._skip, self._skips_pictures = on_bad_row == "skip", on_bad_image == "skip"
+        self._folders = [folder_of(dataset.path, dataset.image_dir) for dataset in self.datasets]
         self._shards = shards
         self.kind, self._wanted = kind, kind
         self._begin()
@@ -77,6 +85,8 @@ class Documents:
     def _begin(self) -> None:
         self.num_empty = self.num_bad = 0
         self.bad_rows: list[str] = []
+        self.num_bad_pictures = 0
+        self.bad_pictures: list[str] = []
         self.formats: list[str | None] = [None] * len(self.datasets)
 
     def __iter__(self) -> Iterator[Placed]:
@@ -127,7 +137,9 @@ class Documents:
             format = format or ("text" if dataset.text_column != "text" else detect(row, place, self._wanted))
             self._check_kind(format, number)
             self.formats[number] = format
-        return convert(row, format, place)
+        if kind_of(format) != "documents" and has_pictures(row):
+            raise _preferred_pictures(place)
+        return with_pictures(convert(row, format, place), row, self._folders[number], place, format)
 
     def _check_kind(self, format: str, number: int) -> None:
         """Raise DataError if a dataset is of another kind than the method takes, or than those before it."""
@@ -144,6 +156,13 @@ class Documents:
 
     def skip(self, error: DataError) -> None:
         """Count a bad row and skip it, or raise."""
+        if isinstance(error, BadPictureError):
+            if not self._skips_pictures:
+                raise error
+            self.num_bad_pictures += 1
+            if len(self.bad_pictures) < _SHOWN_BAD_ROWS:
+                self.bad_pictures.append(error.message)
+            return
         if not self._skip:
             raise error
         self.num_bad += 1
@@ -154,6 +173,25 @@ class Documents:
         """Yield every text, for training a tokenizer."""
         for placed in self:
             yield from texts(placed.example)
+
+    @property
+    def picture_folders(self) -> list[str]:
+        """Where relative paths of pictures start, by dataset."""
+        return [str(folder) for folder in self._folders]
+
+    def first_with_pictures(self) -> str | None:
+        """Return the place of the first row with pictures among the first of each dataset, if any."""
+        for number, dataset in enumerate(self.datasets):
+            for row, place in islice(rows(dataset, self._shards), _LOOKED_AT):
+                if isinstance(row, DataError):
+                    continue
+                row = renamed(row, dataset)
+                format = dataset.format if dataset.format != "auto" else self.formats[number]
+                with suppress(DataError):
+                    format = format or detect(row, place)
+                if format not in (None, "text") and has_pictures(row):
+                    return place
+        return None
 
     def fingerprint(self, cache_dir: Path | None = None) -> str:
         """Hash the content of all files and how it is read; paths do not matter.
@@ -171,6 +209,13 @@ class Documents:
                 digest.update(part)
         hashes.save()
         return digest.hexdigest()
+
+
+def _preferred_pictures(place: str) -> ConfigError:
+    return ConfigError(
+        f"{place} is a preference with pictures, which is not supported",
+        hint="set method: sft, or leave pictures out with columns: {images: null}",
+    )
 
 
 def two_kinds(first: str, its_kind: str, second: str, kind: str) -> DataError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,9 @@ import xxhash
 from horizon_lm.data.chat import ChatTemplate, Span, check_template, read_template
 from horizon_lm.data.documents import Placed
 from horizon_lm.data.examples import Answered, Chat, Labelled, Pair, Preference, Text, sides
+from horizon_lm.data.picture_table import Shown
+from horizon_lm.data.pictures import Picture, open_picture
+from horizon_lm.data.processor import OUTSIDE, Processor
 from horizon_lm.errors import ConfigError, DataError
 from horizon_lm.io.leftovers import temporary_folder
 
@@ -31,7 +34,8 @@ Finished = tuple[list[int], np.ndarray | None]  # ids, and the loss mask; None: 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens of one document. trained: [tokens] of bool; None: all. label: of a labelled sample."""
+    """Tokens of one document. trained: [tokens] of bool; None: all. label: of a labelled sample. pictures: in
+    the order of their placeholders."""
 
     ids: np.ndarray
     trained: np.ndarray | None
@@ -39,23 +43,26 @@ class Encoded:
     dataset: int
     is_text: bool
     label: bool | None = None
+    pictures: tuple[Shown, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Job:
     """Texts to tokenise for an example, with or without offsets; `finish` takes their tokens and returns
-    those of its documents."""
+    those of its documents. pictures: of each text, the first ones that its marks stand for."""
 
     texts: tuple[str, ...]
     finish: Callable[..., list[Finished]]
     with_offsets: bool = False
+    pictures: tuple[Picture, ...] = ()
 
 
 class Encoder:
     """Tokenizer of examples; `key` identifies everything that decides the tokens.
 
     loss_on: auto | all | completion | assistant | last_assistant. auto trains on every token of a text, on
-    completions of pairs, and on every assistant turn.
+    completions of pairs, and on every assistant turn. processor: of a vision-language model, for rows with
+    pictures; placeholders are never trained on.
     """
 
     def __init__(
@@ -65,8 +72,9 @@ class Encoder:
         loss_on: str = "auto",
         chat_template: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        processor: Processor | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.processor = tokenizer, processor
         self._loss_on = loss_on
         self._template_text = None if chat_template is None else read_template(chat_template)
         if chat_template == "chatml" and "<|im_end|>" not in tokenizer.get_added_vocab():
@@ -81,13 +89,14 @@ class Encoder:
         added = tokenizer("").input_ids
         self._start = added[:1] if added and added[0] == tokenizer.bos_token_id else []
         self._end = [tokenizer.eos_token_id]
-        self._before, self._after = _special_around(tokenizer)
+        self._before, self._after = special_around(tokenizer)
 
     @property
     def chat(self) -> ChatTemplate:
         """The chat template. Raises DataError and ConfigError."""
         if self._chat is None:
-            self._chat = ChatTemplate(self.tokenizer, self._template_text, self._template_kwargs)
+            options = (self._template_text, self._template_kwargs, self.processor)
+            self._chat = ChatTemplate(self.tokenizer, *options)
         return self._chat
 
     @property
@@ -126,7 +135,8 @@ class Encoder:
             sorted(self._template_kwargs.items(), key=str),
         )
         made_by = (format, version("trl"))  # TRL provides training variants of templates
-        return xxhash.xxh3_128(repr((parts, template, self._loss_on, made_by)).encode()).hexdigest()
+        seen = () if self.processor is None else (self.processor.key, self.processor.chat_template)
+        return xxhash.xxh3_128(repr((parts, template, self._loss_on, made_by, *seen)).encode()).hexdigest()
 
     def encode(self, batch: Sequence[Placed]) -> list[Encoded | DataError]:
         """Encode each example of `batch`, in order, a preference as two documents; an unusable one gives its
@@ -142,16 +152,18 @@ class Encoder:
                 jobs.append((i, self._job(placed)))
             except DataError as error:
                 results[i] = error
-        texts = [text for _, job in jobs for text in job.texts]
-        if texts:
-            with_offsets = any(job.with_offsets for _, job in jobs)
-            tokens = iter(_tokenised(self.tokenizer, texts, with_offsets=with_offsets))
-            for i, job in jobs:
-                own = [next(tokens) for _ in job.texts]
-                try:
+        texts = [text for _, job in jobs for text in job.texts if not job.pictures]
+        with_offsets = any(job.with_offsets for _, job in jobs)
+        tokens = iter(_tokenised(self.tokenizer, texts, with_offsets=with_offsets) if texts else ())
+        for i, job in jobs:
+            own = [next(tokens) for _ in job.texts] if not job.pictures else []
+            try:
+                if job.pictures:
+                    results[i] = self._with_pictures(job, batch[i])
+                else:
                     results[i] = self._encoded(job.finish(*own), batch[i])
-                except DataError as error:
-                    results[i] = error
+            except DataError as error:
+                results[i] = error
         return [found for result in results for found in (result if isinstance(result, list) else [result])]
 
     def get_ready(self, batch: Sequence[Placed]) -> None:
@@ -182,7 +194,41 @@ class Encoder:
             for ids, trained in documents
         ]
 
+    def _with_pictures(self, job: _Job, placed: Placed) -> list[Encoded]:
+        """Encode a conversation with pictures. Raises DataError, also for a bad picture."""
+        assert self.processor is not None
+        opened = [open_picture(picture, placed.place) for picture in job.pictures]
+        own = []
+        for text in job.texts:  # a prompt, then the whole conversation; the answer may have pictures as well
+            found = self.processor.tokens(text, opened[: text.count(self.processor.mark)], placed.place)
+            own.append(found)
+        whole = own[-1]
+        if len(whole.counts) != len(opened):
+            raise self.processor.marks_differ(len(whole.counts), len(opened), placed.place)
+        shown = np.array([span != OUTSIDE for span in whole.offsets])
+        finished = [
+            (ids, shown if trained is None else trained & shown)
+            for ids, trained in job.finish(*((part.ids, part.offsets) for part in own))
+        ]
+        pictures = tuple(
+            Shown.of(*parts) for parts in zip(job.pictures, opened, whole.counts, whole.sizes, strict=True)
+        )
+        return [replace(found, pictures=pictures) for found in self._encoded(finished, placed)]
+
     def _job(self, placed: Placed) -> _Job:
+        """Prepare an example. Raises DataError."""
+        job = self._prepared(placed)
+        pictures = placed.example.pictures if isinstance(placed.example, Chat) else ()
+        if pictures and self.processor is None:
+            raise DataError(
+                f"{placed.place} has pictures, and the first rows of the data have none",
+                hint="move a row with pictures among the first of its dataset",
+            )
+        if self.processor is not None and not pictures and any(self.processor.mark in t for t in job.texts):
+            raise self.processor.marks_differ(1, 0, placed.place)
+        return replace(job, pictures=pictures)
+
+    def _prepared(self, placed: Placed) -> _Job:
         example = placed.example
         if isinstance(example, Text):
             return _Job((example.text,), lambda tokens: [([*self._start, *tokens[0], *self._end], None)])
@@ -274,7 +320,7 @@ def _content_of(tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
-def _special_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def special_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Return the special tokens that a tokenizer adds before and after a text."""
     bare = list(tokenizer("a", add_special_tokens=False).input_ids)
     full = list(tokenizer("a").input_ids)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from horizon_lm.data.pictures import Picture
+
 
 @dataclass(frozen=True)
 class Text:
@@ -24,11 +26,23 @@ class Pair:
 
 @dataclass(frozen=True)
 class Chat:
-    """Messages as chat templates take them; the first `num_prompt` are the prompt."""
+    """Messages as chat templates take them; the first `num_prompt` are the prompt.
+
+    With pictures their content is a list of parts: {type: text, text}, and {type: image} for each picture.
+    """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     num_prompt: int = 0
+    pictures: tuple[Picture, ...] = ()
+
+
+def words_of(message: dict[str, Any]) -> str:
+    """Return the text of a message."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
 
 
 Answered = Pair | Chat  # a prompt with its completion
@@ -68,7 +82,7 @@ def texts(example: Example) -> Iterator[str]:
         yield example.prompt
         yield example.completion
     elif isinstance(example, Chat):
-        yield from (message["content"] for message in example.messages)
+        yield from map(words_of, example.messages)
     elif isinstance(example, Labelled):
         yield from texts(example.answer)
     else:
@@ -80,4 +94,4 @@ def _completion(answered: Answered) -> Iterator[str]:
     if isinstance(answered, Pair):
         yield answered.completion
     else:
-        yield from (message["content"] for message in answered.messages[answered.num_prompt :])
+        yield from map(words_of, answered.messages[answered.num_prompt :])

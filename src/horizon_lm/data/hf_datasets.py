@@ -1,7 +1,7 @@
 """Datasets read by the `datasets` library: names on the Hugging Face Hub, and folders it has saved.
 
 Rows are plain Python values, regardless of `set_format`. Media are not decoded, as each kind needs a library:
-their columns hold a placeholder, so that they may stand beside text.
+their columns hold a placeholder, so that they may stand beside text; that of a picture has its bytes or path.
 """
 
 from __future__ import annotations
@@ -145,6 +145,7 @@ class ArrowRows:
             features = {column: features[column] for column in dataset.format["columns"]}
         kinds = {column: _media_kind(feature) for column, feature in features.items()}
         self._media = {column: Media(kind) for column, kind in kinds.items() if kind}
+        self._pictures = [column for column, kind in kinds.items() if kind == "Image"]
         self._features = datasets.Features(
             {column: _undecoded(feature) for column, feature in features.items() if not kinds[column]}
         )
@@ -154,7 +155,7 @@ class ArrowRows:
             has_media = any(_undecoded(feature) != feature for feature in features.values())
             self._stream = dataset.decode(False) if has_media else dataset
         else:
-            self._stored = dataset.with_format("arrow", columns=list(self._features))
+            self._stored = dataset.with_format("arrow", columns=[*self._features, *self._pictures])
 
     @property
     def is_stream(self) -> bool:
@@ -174,7 +175,8 @@ class ArrowRows:
             for row in self._stream if self._stream is not None else self._checked():
                 number += 1
                 decoded = self._features.decode_example({k: row[k] for k in self._features if k in row})
-                yield without_filling({**row, **decoded, **self._media}), f"{self._name}: row {number}"
+                media = {**self._media, **{c: Media("Image", row.get(c)) for c in self._pictures}}
+                yield without_filling({**row, **decoded, **media}), f"{self._name}: row {number}"
         except DataError:
             raise
         except Exception as error:  # from Arrow, the library or, in a stream, the network
@@ -187,7 +189,7 @@ class ArrowRows:
     def _checked(self) -> Iterator[dict[str, Any]]:
         """Validate each table before reading it: Arrow follows damaged offsets anywhere."""
         assert self._stored is not None
-        if not self._features:
+        if not self._features and not self._pictures:
             yield from ({} for _ in range(len(self._stored)))
             return
         for table in self._stored.iter(_ROWS_AT_A_TIME):

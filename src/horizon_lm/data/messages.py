@@ -25,6 +25,7 @@ _ROLES = {
     "observation": "tool",
     "function_call": "function_call",
 }
+_PICTURES = ("image", "path", "url", "image_url", "base64")  # keys of a part that hold its picture
 REMOVE = "remove the row, or set on_bad_row: skip"
 NULL = f"write text there, {REMOVE}"
 CORRECT = "correct the row, or set on_bad_row: skip"
@@ -59,7 +60,7 @@ def _message(entry: Any, at: str) -> dict[str, Any]:
     if role == "function_call":  # a tool call of the assistant in sharegpt
         if content is None:
             raise _without(entry, ("content", "value"), at)
-        said = _parsed(content, at)
+        said = _parsed(content if isinstance(content, str) else None, at)
         calls = said if isinstance(said, list) else [said]
         return {"role": "assistant", "content": "", "tool_calls": [_call(call, at) for call in calls]}
     message.pop("value", None)
@@ -84,17 +85,27 @@ def _without(entry: Mapping[str, Any], names: tuple[str, str], at: str) -> DataE
     )
 
 
-def _content(value: Any, at: str) -> str | None:
-    """Return text; joins OpenAI's list of parts if all are text."""
+def _content(value: Any, at: str) -> str | list[dict[str, Any]] | None:
+    """Return text; joins OpenAI's list of parts if all are text, and else returns the parts."""
     if value is None:
         return None
-    if isinstance(value, list):
-        for part in value:
-            if not isinstance(part, dict) or part.get("type") != "text":
-                what = part.get("type") if isinstance(part, dict) else kind(part)
-                raise DataError(f"{at}: 'content' has a part that is not text: {what!r}"[:200], hint=REMOVE)
-        value = "".join(checked_text(part.get("text"), "content", at) for part in value)
-    return checked_text(value, "content", at)
+    if not isinstance(value, list):
+        return checked_text(value, "content", at)
+    parts = [_part(part, at) for part in value]
+    if any(part["type"] == "image" for part in parts):
+        return parts
+    return "".join(part["text"] for part in parts)
+
+
+def _part(part: Any, at: str) -> dict[str, Any]:
+    """Return a part as {type: text, text} or {type: image}, the latter with `image` if it names its own."""
+    what = part.get("type") if isinstance(part, dict) else kind(part)
+    if what == "text":
+        return {"type": "text", "text": checked_text(part.get("text"), "content", at)}
+    if what not in ("image", "image_url"):
+        raise DataError(f"{at}: 'content' has a part that is not text: {what!r}"[:200], hint=REMOVE)
+    own = next((part[key] for key in _PICTURES if part.get(key) is not None), None)
+    return {"type": "image"} if own is None else {"type": "image", "image": own}
 
 
 def _call(call: Any, at: str) -> dict[str, Any]:

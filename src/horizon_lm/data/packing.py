@@ -6,7 +6,8 @@
   stays within each document. Pairs are packed whole into sequences of 2 * `max_length`.
 - `none`: one document, or one pair, per sequence.
 
-In the last two, `truncation` decides about documents longer than `max_length`.
+In the last two, `truncation` decides about documents longer than `max_length`; those with pictures are
+dropped. Data with pictures is not packed.
 """
 
 from __future__ import annotations
@@ -90,6 +91,12 @@ def _truncated(
     """Return (starts, lengths) of the kept pieces of documents, in order, and what was dropped."""
     starts, lengths = store.starts[documents], store.lengths[documents]
     total = int(lengths.sum())
+    if store.pictures is not None:  # a cut could go through the placeholders of a picture
+        kept = (lengths <= max_length) | (store.pictures.of_documents[documents] == 0)
+        if not kept.all():
+            starts, lengths, left = _truncated(store, documents[kept], max_length, truncation)
+            gone = int((~kept).sum())
+            return starts, lengths, left.more(gone, total - int(store.lengths[documents[kept]].sum()))
     is_long = lengths > max_length
     if truncation == "drop":
         starts, lengths = starts[~is_long], lengths[~is_long]

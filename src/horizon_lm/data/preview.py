@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 WARN_ABOVE = 0.05  # share of the documents
 _BARS = 12
 _BAR_WIDTH = 40
+_FIRST_FIVE = "correct them; horizon data preview shows the first five"
 _SAMPLE_TOKENS = 400  # longer sequences are cut
 
 Piece = tuple[str, bool, int]  # text, whether it is trained on, number of its document
@@ -104,9 +105,13 @@ def remarks(rows: Rows, *, with_bad_rows: bool = True) -> list[Remark]:
         found.append(Remark(text, f"{count(left.tokens, 'token')} are left out", False))
     if counts.num_bad and with_bad_rows:
         all_rows = rows.store.num_samples + counts.num_empty + counts.num_bad
-        hint = "correct them; horizon data preview shows the first five"
+        hint = _FIRST_FIVE
         reason = f"bad rows, the first: {counts.bad_rows[0]}"
         found.append(_remark(counts.num_bad, all_rows, reason, hint, "rows"))
+    if counts.num_bad_pictures and with_bad_rows:
+        all_rows = rows.store.num_samples + counts.num_bad_pictures
+        reason = f"bad pictures, the first: {counts.bad_pictures[0]}"
+        found.append(_remark(counts.num_bad_pictures, all_rows, reason, _FIRST_FIVE, "rows"))
     return found
 
 
@@ -119,7 +124,8 @@ def _remark(count: int, of: int, reason: str, hint: str, what: str) -> Remark:
 def summary(data: TrainingData) -> dict[str, Any]:
     """Summarise as JSON-ready values. documents, tokens, trained_tokens: trained on, per epoch;
     documents_read: including those held out or left out; of preferences, both are samples. Lengths cover all
-    documents. Only of preferences: kind, and chosen and rejected (lengths) or desirable (of all samples)."""
+    documents. Only of preferences: kind, and chosen and rejected (lengths) or desirable (of all samples);
+    only of data with pictures: pictures, see `_of_pictures`."""
     counts, rows = data.store.counts, data.rows
     lengths = data.store.trained_lengths
     inside = used(rows)
@@ -136,6 +142,7 @@ def summary(data: TrainingData) -> dict[str, Any]:
         "empty_texts": counts.num_empty,
         "bad_rows": counts.num_bad,
         "bad_row_messages": counts.bad_rows,
+        **_of_pictures(rows),
         **{f"length_{name}": value for name, value in _spread(lengths).items()},
         "max_length": rows.max_length,
         "packing": rows.strategy,
@@ -157,6 +164,29 @@ def summary(data: TrainingData) -> dict[str, Any]:
 
 def _spread(lengths: np.ndarray) -> dict[str, float]:
     return {"min": int(lengths.min()), "median": float(np.median(lengths)), "max": int(lengths.max())}
+
+
+def _of_pictures(rows: Rows) -> dict[str, Any]:
+    """Summarise the pictures that are trained on: shown (with repetitions) and distinct, rows (documents with
+    some), tokens in all and of one, width and height; and those skipped."""
+    pictures, counts = rows.store.pictures, rows.store.counts
+    if pictures is None:
+        return {}
+    shown = rows.shown
+    used = np.unique(shown)
+    pixels = np.array([pictures.sources[number]["pixels"] for number in used.tolist()]).reshape(-1, 2)
+    found: dict[str, Any] = {
+        "shown": len(shown),
+        "distinct": len(used),
+        "documents": int((pictures.of_documents[rows.samples] > 0).sum()),
+        "tokens": int(pictures.counts[shown].sum()),
+        "skipped": counts.num_bad_pictures,
+        "skipped_messages": counts.bad_pictures,
+    }
+    if len(used):
+        spreads = {"tokens_each": pictures.counts[used], "width": pixels[:, 0], "height": pixels[:, 1]}
+        found |= {name: _spread(values) for name, values in spreads.items()}
+    return {"pictures": found}
 
 
 def _of_preferences(store: TokenStore) -> dict[str, Any]:
@@ -189,6 +219,7 @@ def print_preview(data: TrainingData, samples: int, stream: TextIO) -> None:
     console.print("\ndocuments by length in tokens")
     for line in histogram(data.store.trained_lengths, data.rows.max_length):
         console.print(line)
+    collapsed = data.processor.collapsed if data.rows.store.pictures is not None and data.processor else str
     step = max(1, len(data.rows) // max(1, samples))
     for number in range(0, min(samples * step, len(data.rows)), step):
         row = data.rows.row(number)
@@ -199,8 +230,11 @@ def print_preview(data: TrainingData, samples: int, stream: TextIO) -> None:
         title = f"\nsequence {number}: {len(row.ids)} tokens, {trained} trained on"
         if data.rows.is_separate:
             title += f", {len(row.lengths)} documents" if len(row.lengths) > 1 else ", 1 document"
+        if row.shown:
+            title += f", {count(len(row.shown), 'picture')}"
         console.print(title, style="bold")
-        console.print(_coloured(_cut(row), data.tokenizer, is_terminal=console.is_terminal))
+        shortened = row if row.shown else _cut(row)
+        console.print(_coloured(shortened, data.tokenizer, collapsed, is_terminal=console.is_terminal))
     if not console.is_terminal and samples:
         console.print("\n«marks tokens that are trained on»")
 
@@ -227,7 +261,7 @@ def _print_sample(row: Row, tokenizer: PreTrainedTokenizerBase, console: Console
     title = f"\n{noun}, number {int(row.samples[0])}: prompt {count(borders[0], 'token')}, {', '.join(sizes)}"
     console.print(title, style="bold")
     prompt = Row(documents[0].ids[: borders[0]], documents[0].labels[: borders[0]], np.array([borders[0]]))
-    console.print(_coloured(_cut(prompt), tokenizer, is_terminal=console.is_terminal))
+    console.print(_coloured(_cut(prompt), tokenizer, str, is_terminal=console.is_terminal))
     for name, document, border in zip(names, documents, borders, strict=False):
         console.print(f"---- {name}", style="dim")
         ids = document.ids[border : border + _SAMPLE_TOKENS].tolist()
@@ -235,12 +269,14 @@ def _print_sample(row: Row, tokenizer: PreTrainedTokenizerBase, console: Console
         console.print(text if console.is_terminal else f"«{text}»", style="green")
 
 
-def _coloured(row: Row, tokenizer: PreTrainedTokenizerBase, *, is_terminal: bool) -> Text:
+def _coloured(
+    row: Row, tokenizer: PreTrainedTokenizerBase, collapsed: Callable[[str], str], *, is_terminal: bool
+) -> Text:
     from rich.text import Text
 
     text, last = Text(), 0
     for found, trained, document in pieces(row, tokenizer):
-        piece = printable(found)
+        piece = printable(collapsed(found))
         if document != last:
             text.append("\n---- next document\n", style="dim")
             last = document
@@ -276,6 +312,7 @@ def _figures(found: dict[str, Any]) -> Iterator[str]:
     if "desirable" in found:
         read = count(found["documents_read"], "sample")
         yield f"labels       {found['desirable']:,} of {read} read are true"
+    yield from _picture_figures(found.get("pictures"))
     spreads = {"lengths": {name: found[f"length_{name}"] for name in ("min", "median", "max")}}
     spreads |= {side: found[side] for side in ("chosen", "rejected") if side in found}
     for name, spread in spreads.items():
@@ -301,6 +338,25 @@ def _figures(found: dict[str, Any]) -> Iterator[str]:
     if found["bad_rows"] > 1:
         yield "bad rows     the first of them:"
         yield from (f"  {message}" for message in found["bad_row_messages"])
+    skipped = found.get("pictures", {})
+    if skipped.get("skipped", 0) > 1:
+        yield "bad pictures the first of them:"
+        yield from (f"  {message}" for message in skipped["skipped_messages"])
+
+
+def _picture_figures(found: dict[str, Any] | None) -> Iterator[str]:
+    if found is None:
+        return
+    line = f"{count(found['shown'], 'picture')} in {count(found['documents'], 'document')}"
+    if found["distinct"] != found["shown"]:
+        line += f", {found['distinct']:,} different"
+    if "width" in found:
+        width, height, each = found["width"], found["height"], found["tokens_each"]
+        sides = [f"{width[end]:,} x {height[end]:,}" for end in ("min", "max")]
+        tokens = [f"{each['min']:,}"] * (each["min"] < each["max"]) + [count(each["max"], "token")]
+        line += f", {' to '.join(dict.fromkeys(sides))} pixels; {' to '.join(tokens)} each"
+        line += f", {found['tokens']:,} in all"
+    yield f"pictures     {line}"
 
 
 def histogram(lengths: np.ndarray, max_length: int) -> Iterator[str]:

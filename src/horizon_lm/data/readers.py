@@ -18,7 +18,7 @@ import csv
 import errno
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,9 +52,10 @@ PlacedRow = tuple[Row, str]
 
 @dataclass(frozen=True)
 class Media:
-    """Placeholder for media in a row, which is not decoded. kind: `Image`, `Audio`, ..."""
+    """Media in a row, which are not decoded. kind: `Image`, `Audio`, ... value: of an `Image`, as stored."""
 
     kind: str
+    value: Any = field(default=None, repr=False, compare=False)
 
 
 def read_file(path: Path) -> Iterator[PlacedRow]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import xxhash
 
 from horizon_lm.config.data import IGNORED
+from horizon_lm.data.picture_table import Pictures
 from horizon_lm.data.tokens import TokenStore
 from horizon_lm.errors import DataError
 from horizon_lm.words import count
@@ -29,7 +30,8 @@ class Row:
     """A training sequence: ids and labels [tokens], int64; lengths [segments] of its documents.
 
     Of samples also: samples, their numbers in the store; label (labelled samples); mismatched, the document
-    of the KL term. A pair has two documents, chosen and rejected.
+    of the KL term. A pair has two documents, chosen and rejected. Of data with pictures: shown, the numbers
+    in `pictures` of its own, in the order of their placeholders.
     """
 
     ids: np.ndarray
@@ -38,6 +40,8 @@ class Row:
     samples: np.ndarray | None = None
     label: bool | None = None
     mismatched: Row | None = None
+    shown: tuple[int, ...] = ()
+    pictures: Pictures | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,15 @@ class Left:
     too_long: int = 0
     full: int = 0
     equal: int = 0
+
+    def more(self, too_long: int, tokens: int) -> Left:
+        """Add documents that were dropped for their length."""
+        return replace(
+            self,
+            documents=self.documents + too_long,
+            tokens=self.tokens + tokens,
+            too_long=self.too_long + too_long,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +122,13 @@ class Rows:
         return int(self.lengths.sum())
 
     @property
+    def shown(self) -> np.ndarray:
+        """Numbers of all pictures in the sequences, in order; they may repeat."""
+        if self.store.pictures is None:
+            return np.empty(0, np.int64)
+        return self.store.pictures.in_documents(self.samples)
+
+    @property
     def fill(self) -> float:
         """Share of positions that hold a token, with every row padded to its longest length."""
         return self.num_tokens / (len(self) * self.num_positions) if len(self) else 0.0
@@ -117,6 +137,11 @@ class Rows:
         begin, end = self.offsets[number], self.offsets[number + 1]
         lengths = self.segment_lengths[begin:end]
         ids, labels = self._tokens(self.starts[begin:end], lengths)
+        pictures = self.store.pictures
+        if pictures is not None:
+            documents = np.searchsorted(self.store.starts, self.starts[begin:end], side="right") - 1
+            shown = tuple(pictures.in_documents(documents).tolist())
+            return Row(ids, labels, lengths, shown=shown, pictures=pictures)
         if self.store.kind == "documents":
             return Row(ids, labels, lengths)
         samples = self.samples[begin // self.sides : end // self.sides]
@@ -169,6 +194,9 @@ class Rows:
         }
 
 
+_OF_PICTURES = ("pictures.bin", "shown.bin")
+
+
 def data_has_changed(state: Mapping[str, Any], rows: Rows) -> DataError:
     """Return the error for a loader state saved with other sequences, naming what changed.
 
@@ -209,6 +237,11 @@ def _what_has_changed(state: Mapping[str, Any], rows: Rows) -> tuple[str, str]:
             f"then, {now['trained_tokens']:,} now"
         )
         hint = "restore loss_on, the chat template and the versions of trl and horizon-lm, or start a new run"
+    elif [then["files"].get(n) for n in _OF_PICTURES] != [now["files"].get(n) for n in _OF_PICTURES]:
+        what, hint = (
+            "the tokens are the same, but the pictures differ",
+            "restore their files, or start a new run",
+        )
     elif then["files"].get("labels.bin") != now["files"].get("labels.bin"):
         what, hint = (
             "the tokens are the same, but the labels of samples differ",

@@ -25,7 +25,7 @@ from horizon_lm.data.loader import not_a_place, numbers_of
 from horizon_lm.data.packing import Layout, make_rows
 from horizon_lm.data.rows import Rows
 from horizon_lm.data.sources import ShardOrder
-from horizon_lm.data.tokens import TokenWriter, batches
+from horizon_lm.data.tokens import TokenStore, TokenWriter, batches
 from horizon_lm.errors import DataError
 from horizon_lm.micro_batches import MicroBatch
 from horizon_lm.words import count
@@ -48,11 +48,11 @@ class _Window:
 
 @dataclass(frozen=True)
 class Stream:
-    """The data of a stream, and how windows become sequences. layout: by whether all documents are text."""
+    """The data of a stream, and how windows become sequences. layout: of the tokens of a window."""
 
     datasets: Sequence[DatasetConfig]
     encoder: Encoder
-    layout: Callable[[bool], Layout]
+    layout: Callable[[TokenStore], Layout]
     buffer_size: int
     max_bytes: int | None = None
     on_bad_row: str = "raise"
@@ -282,9 +282,7 @@ class StreamLoader:
         if not num_documents:
             return None
         try:
-            return make_rows(
-                store, np.arange(num_documents), keep_rest=True, **self._stream.layout(store.counts.is_text)
-            )
+            return make_rows(store, np.arange(num_documents), keep_rest=True, **self._stream.layout(store))
         except DataError:  # nothing usable in this window
             return None
 

@@ -4,6 +4,7 @@
     trained.bin   one byte per token, whether it is trained on; absent if all are
     documents.bin int64 [documents, 2]: length, number of the dataset
     labels.bin    one byte per labelled sample
+    pictures.bin, shown.bin, sources.jsonl, embedded.bin: see `data.picture_table`
     meta.json     counts, size and xxh3 hash of each file, and a hash of meta.json itself; the kind and the
                   documents of a sample, unless samples are documents
 
@@ -26,7 +27,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -38,14 +39,17 @@ import xxhash
 from horizon_lm.config.preference import DataKind
 from horizon_lm.data.documents import Documents, Placed
 from horizon_lm.data.encode import Encoded, Encoder
-from horizon_lm.data.examples import texts
+from horizon_lm.data.examples import Chat, texts
 from horizon_lm.data.mismatched import with_mismatched
+from horizon_lm.data.picture_table import Pictures, PictureWriter
+from horizon_lm.data.processor import Processor
 from horizon_lm.errors import DataError, DoesNotFitError
 from horizon_lm.io.files import create, open_file, put_folder, read_text, write_file
 from horizon_lm.io.leftovers import OwnedFolder
 from horizon_lm.machine.cores import usable_cores
 
 _BATCH_CHARACTERS = 1 << 19  # per task of a worker
+_PICTURE_CHARACTERS = 1 << 14  # about as many take as long as a picture
 _SMALL_BATCHES = 8  # fewer are done in this process: starting workers takes longer
 # Increment when the same samples of preferences give other tokens, masks or documents.
 _SAMPLES = 1
@@ -69,6 +73,8 @@ class Counts:
     bad_rows: list[str]
     formats: list[str | None]
     is_text: bool
+    num_bad_pictures: int = 0
+    bad_pictures: list[str] = field(default_factory=list)
 
 
 class TokenStore:
@@ -76,7 +82,7 @@ class TokenStore:
 
     A sample is `sides` adjacent documents: of the kind "pairs" 2, chosen and rejected, each with the prompt;
     of "labelled" 1 or, for the KL term, 2, its own and its prompt with the completion of another sample.
-    labels: [samples] of bool, of labelled ones.
+    labels: [samples] of bool, of labelled ones. pictures: those that documents show, if any does.
     """
 
     def __init__(self, folder: Path, keep_alive: Any = None) -> None:
@@ -101,6 +107,8 @@ class TokenStore:
         self.lengths = documents[:, 0]
         self.datasets = documents[:, 1]
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)])[:-1]
+        about = meta.get("pictures")
+        self.pictures = None if about is None else Pictures(folder, about, len(self.lengths))
         has_labels = "labels.bin" in meta["files"]
         self.labels = np.fromfile(folder / "labels.bin", bool) if has_labels else None
 
@@ -153,11 +161,16 @@ def _hash(path: Path) -> list[Any]:
 class TokenWriter:
     """Writer of encoded documents to a folder staged beside `place`, or to a temporary one.
 
-    kind, sides: see `TokenStore`.
+    kind, sides: see `TokenStore`. processor: of data with pictures.
     """
 
     def __init__(
-        self, place: Path | None, dtype: np.dtype[Any], kind: DataKind = "documents", sides: int = 1
+        self,
+        place: Path | None,
+        dtype: np.dtype[Any],
+        kind: DataKind = "documents",
+        sides: int = 1,
+        processor: Processor | None = None,
     ) -> None:
         self._place, self._dtype = place, dtype
         self._kind, self._sides = kind, sides
@@ -177,6 +190,7 @@ class TokenWriter:
             ) from error
         self._tokens: BinaryIO = create(self._folder / "tokens.bin")
         self._trained: BinaryIO | None = None
+        self._pictures = None if processor is None else PictureWriter(self._folder, processor)
         self._documents: list[tuple[int, int]] = []
         self._labels: list[bool] = []
         self._num_tokens = self._num_trained = 0
@@ -211,6 +225,8 @@ class TokenWriter:
         if self._trained is not None:
             trained = document.trained
             self._trained.write(b"\x01" * len(document.ids) if trained is None else trained.tobytes())
+        if document.pictures and self._pictures is not None:
+            self._pictures.add(len(self._documents), document.pictures)
         self._documents.append((len(document.ids), document.dataset))
         if document.label is not None:
             self._labels.append(document.label)
@@ -225,9 +241,13 @@ class TokenWriter:
         num_bad: int,
         bad_rows: list[str],
         formats: list[Any],
+        bad_pictures: tuple[int, list[str]] = (0, []),
         is_kept: bool = False,
     ) -> TokenStore:
-        """Rename the folder into place (is_kept) and open it, or the one another process put there first."""
+        """Rename the folder into place (is_kept) and open it, or the one another process put there first.
+
+        bad_pictures: (number of rows skipped for them, first messages).
+        """
         documents = np.asarray(self._documents, np.int64).reshape(-1, 2)
         write_file(self._folder / "documents.bin", lambda file: file.write(documents.data))
         if self._kind == "labelled":
@@ -244,11 +264,16 @@ class TokenWriter:
             bad_rows=bad_rows,
             formats=formats,
             is_text=self._is_text,
+            num_bad_pictures=bad_pictures[0],
+            bad_pictures=bad_pictures[1],
         )
+        pictures = None if self._pictures is None else self._pictures.finish()
         hashes = {path.name: _hash(path) for path in sorted(self._folder.glob("*.bin"))}
         meta: dict[str, Any] = {"dtype": self._dtype.name, "counts": asdict(counts), "files": hashes}
         if self._kind != "documents":
             meta |= {"kind": self._kind, "sides": self._sides}
+        if pictures is not None:
+            meta["pictures"] = pictures
         meta["hash"] = _meta_hash(meta)
         write_file(self._folder / _META, json.dumps(meta))
         if self._place is None or not is_kept:
@@ -266,7 +291,11 @@ def open_cached(place: Path) -> TokenStore | None:
     if not place.exists():
         return None
     try:
-        return TokenStore(place)
+        store = TokenStore(place)
+        if store.pictures is None or store.pictures.is_current():
+            return store
+        shutil.rmtree(place, ignore_errors=True)
+        return None
     except (DataError, ValueError, KeyError, TypeError, AttributeError, OSError):
         shutil.rmtree(place, ignore_errors=True)
         return None
@@ -294,18 +323,19 @@ def tokenise(
         kept = Path(cache_dir).expanduser()
         content = documents.fingerprint(kept)
         how = "" if kind == "documents" else repr((kind, sides, kl_block, _SAMPLES))
+        how += "" if encoder.processor is None else repr(documents.picture_folders)
         place = kept / xxhash.xxh3_128((content + encoder.key() + how).encode()).hexdigest()
         found = open_cached(place)
         if found is not None:
             return found, True
-    with TokenWriter(place, encoder.dtype, kind, sides) as writer:
+    with TokenWriter(place, encoder.dtype, kind, sides, encoder.processor) as writer:
         num_documents = 0
         usable = _usable(documents, _encoded(documents, encoder, num_proc or usable_cores()))
         for encoded in with_mismatched(usable, kl_block) if kl_block else usable:
             num_documents += len(encoded)
             writer.add(encoded)
         if not num_documents:
-            bad = documents.bad_rows
+            bad = documents.bad_rows + documents.bad_pictures
             reason = f"every row is bad; the first: {bad[0]}" if bad else "it is empty"
             raise DataError(
                 f"the data holds no document to train on: {reason}",
@@ -316,6 +346,7 @@ def tokenise(
             num_bad=documents.num_bad,
             bad_rows=documents.bad_rows,
             formats=documents.formats,
+            bad_pictures=(documents.num_bad_pictures, documents.bad_pictures),
             is_kept=kept is not None and documents.fingerprint(kept) == content,
         )
     return store, False
@@ -349,6 +380,8 @@ def batches(documents: Iterable[Placed], size: int | None = None) -> Iterator[li
     for placed in documents:
         batch.append(placed)
         characters += sum(len(text) for text in texts(placed.example))
+        if isinstance(placed.example, Chat):
+            characters += _PICTURE_CHARACTERS * len(placed.example.pictures)
         if characters >= size:
             yield batch
             batch, characters = [], 0

@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
 from horizon_lm.config import DatasetConfig, TrainConfig
-from horizon_lm.config.preference import DataKind
+from horizon_lm.data import picture_checks
 from horizon_lm.data.detect import require_suitable, with_method
 from horizon_lm.data.documents import Documents
 from horizon_lm.data.encode import Encoder
 from horizon_lm.data.loader import TokenLoader
 from horizon_lm.data.mismatched import BLOCK
 from horizon_lm.data.packing import Layout, make_rows, split_off, weighted
+from horizon_lm.data.processor import Processor
 from horizon_lm.data.rows import Rows
 from horizon_lm.data.streaming import Stream, StreamLoader
 from horizon_lm.data.tokenizer import add_new_tokens, load_tokenizer, train_tokenizer
@@ -32,7 +33,7 @@ class TrainingData:
     """Data of a training run. rows: training sequences (of a stream: its first window); eval_rows: held out.
 
     store: tokens of all documents read for training. loader: yields steps. was_cached: the tokens came from
-    the cache.
+    the cache. processor: of a vision-language model, saved with it.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -42,6 +43,7 @@ class TrainingData:
     eval_rows: Rows | None
     loader: TokenLoader | StreamLoader
     was_cached: bool
+    processor: Processor | None = None
 
 
 def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> TrainingData:
@@ -53,7 +55,7 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase |
     datasets = limited(config, config.datasets)
     if tokenizer is None:
         tokenizer = _tokenizer_for(config, _documents(config, datasets))
-    encoder = make_encoder(config, tokenizer)
+    processor, encoder = with_processor(config, tokenizer)
     config = with_method(config)
     require_suitable(config, config.data_kind)
     seed = data_seed(config)
@@ -68,27 +70,39 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase |
         stream = Stream(
             datasets,
             encoder,
-            lambda is_text: layout(config, is_text),
+            lambda store: layout(config, store),
             config.buffer_size,
             config.max_train_bytes,
             config.on_bad_row,
         )
-        loader = StreamLoader(stream, **batch)
-        rows = loader.first_rows
+        streamed = StreamLoader(stream, **batch)
+        rows = streamed.first_rows
         eval_rows = _eval_rows(config, encoder)
-        return TrainingData(tokenizer, encoder, rows.store, rows, eval_rows, loader, False)
+        return TrainingData(tokenizer, encoder, rows.store, rows, eval_rows, streamed, False, processor)
     store, was_cached = _tokens(config, _documents(config, datasets), encoder)
     numbers = np.arange(store.num_samples)
     held_out: np.ndarray | None = None
     if config.val_size:
         numbers, held_out = split_off(len(numbers), config.val_size, seed, store.noun)
     weights = [dataset.weight for dataset in config.datasets]
-    how = layout(config, store.counts.is_text, store.kind)
+    how = layout(config, store)
     rows = make_rows(store, weighted(store, numbers, weights, seed), **how)
     eval_rows = _eval_rows(config, encoder)
     if held_out is not None:
         eval_rows = make_rows(store, held_out, keep_rest=True, **how)
-    return TrainingData(tokenizer, encoder, store, rows, eval_rows, TokenLoader(rows, **batch), was_cached)
+    loader = TokenLoader(rows, **batch)
+    return TrainingData(tokenizer, encoder, store, rows, eval_rows, loader, was_cached, processor)
+
+
+def with_processor(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Processor | None, Encoder]:
+    """Return the model's processor, if any, and an encoder that uses it if the data has pictures."""
+    place = picture_checks.first_with_pictures(config)
+    processor = picture_checks.processor_of(config, tokenizer, place)
+    if place is not None:
+        picture_checks.require_suitable(config, place)
+    return processor, make_encoder(config, tokenizer, processor if place is not None else None)
 
 
 def _eval_rows(config: TrainConfig, encoder: Encoder) -> Rows | None:
@@ -98,16 +112,16 @@ def _eval_rows(config: TrainConfig, encoder: Encoder) -> Rows | None:
 
 
 def load_eval_rows(config: TrainConfig, encoder: Encoder) -> Rows:
-    """Load all sequences of eval_datasets or, without any, of datasets."""
+    """Load all sequences of eval_datasets or, without any, of datasets. Raises DataError, ConfigError."""
     config = with_method(config)
     require_suitable(config, config.data_kind)
     if config.eval_datasets:
         datasets = limited(config, config.eval_datasets)
-        documents = Documents(datasets, on_bad_row=config.on_bad_row, kind=config.data_kind)
+        documents = Documents(datasets, kind=config.data_kind, **_on_bad(config))
     else:
         documents = _documents(config, limited(config, config.datasets))
     store, _ = _tokens(config, documents, encoder)
-    how = layout(config, store.counts.is_text, store.kind)
+    how = layout(config, store)
     return make_rows(store, np.arange(store.num_samples), keep_rest=True, **how)
 
 
@@ -125,7 +139,16 @@ def limited(config: TrainConfig, datasets: list[DatasetConfig]) -> list[DatasetC
 
 def _documents(config: TrainConfig, datasets: list[DatasetConfig]) -> Documents:
     kind = None if config.method == "auto" else config.data_kind
-    return Documents(datasets, config.max_train_bytes, on_bad_row=config.on_bad_row, kind=kind)
+    return Documents(datasets, config.max_train_bytes, kind=kind, **_on_bad(config))
+
+
+class _OnBad(TypedDict):
+    on_bad_row: str
+    on_bad_image: str
+
+
+def _on_bad(config: TrainConfig) -> _OnBad:
+    return {"on_bad_row": config.on_bad_row, "on_bad_image": config.on_bad_image}
 
 
 def _tokens(config: TrainConfig, documents: Documents, encoder: Encoder) -> tuple[TokenStore, bool]:
@@ -146,19 +169,24 @@ def cache_dir(setting: str | None) -> str | None:
     return str(Path(base, "horizon-lm", "tokens").expanduser())
 
 
-def make_encoder(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+def make_encoder(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, processor: Processor | None = None
+) -> Encoder:
     return Encoder(
         tokenizer,
         loss_on=config.loss_on,
         chat_template=config.chat_template,
         chat_template_kwargs=config.chat_template_kwargs,
+        processor=processor,
     )
 
 
-def layout(config: TrainConfig, is_text: bool, kind: DataKind = "documents") -> Layout:
-    """Resolve how documents become sequences: `auto` depends on whether all are text. Labelled samples are
-    not packed."""
-    strategy = config.packing_strategy if config.packing and kind != "labelled" else "none"
+def layout(config: TrainConfig, store: TokenStore) -> Layout:
+    """Resolve how documents become sequences: `auto` depends on whether all are text. Labelled samples and
+    data with pictures are not packed."""
+    is_text = store.counts.is_text
+    is_packed = config.packing and store.kind != "labelled" and store.pictures is None
+    strategy = config.packing_strategy if is_packed else "none"
     if strategy == "auto":
         strategy = "wrapped" if is_text else "bfd"
     truncation = config.truncation

@@ -70,7 +70,7 @@ def backward_prologue(
     """Run the prologue backward, into the graph of `embeds` [batch, tokens, width]. It is first rerun with a
     graph, unless it passed `embeds` on unchanged."""
     with torch.enable_grad(), bound_for_backward(skeleton, 0, weights, gradient):
-        first = None if call.is_untouched else run_prologue(skeleton, embeds, call.inputs)[0]
+        first = None if call.is_untouched else run_prologue(skeleton, embeds, call.inputs, call.added)[0]
         first = embeds if first is None else first
         if first.requires_grad:
             first.backward(output_gradient)

@@ -40,6 +40,7 @@ from horizon_lm.model.capture import run_router_loss
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.model.twins import host_twins
 from horizon_lm.optim.optimizer import Optimizer
+from horizon_lm.picture_batches import is_flat
 from horizon_lm.schedule import Buffer, Op
 from horizon_lm.schedule.step_spec import EXACT, KEEP
 
@@ -154,7 +155,7 @@ class Ops:
             inputs = self._inputs(step, m)
             if step.rows is not None and m == 0:  # of all micro-batches: another unit may replace the table
                 step.memory[Buffer("rows")] = table.index_select(0, self._on_device(step.rows.numbers))
-            embeds = ends.look_up(self.skeleton, table, inputs["input_ids"])
+            embeds = ends.look_up(self.skeleton, table, self.skeleton.table_ids(inputs["input_ids"]))
             with step.draws(op, self.device)():
                 output, call = ends.forward_prologue(self.skeleton, self._weights(op), embeds, inputs)
         step.memory[Buffer("call", -1, m)] = call
@@ -349,9 +350,14 @@ class Ops:
         return indices.to(self.device, non_blocking=True)
 
     def _inputs(self, step: Step, m: int) -> dict[str, torch.Tensor]:
-        names = ("input_ids", "attention_mask", "position_ids")
-        batch = step.micro_batches[m]
-        return {n: batch[n].to(self.device, non_blocking=True) for n in names if batch.get(n) is not None}
+        names, inputs = {"input_ids", "attention_mask", "position_ids"}, self.skeleton.picture_inputs
+        if inputs is not None:
+            names |= {*inputs.per_token, *inputs.per_image}
+        return {
+            n: value.to(self.device, non_blocking=True)
+            for n, value in step.micro_batches[m].items()
+            if (n in names or (inputs is not None and is_flat(n))) and value is not None
+        }
 
     def tensors_of(self, step: Step, buffer: Buffer) -> list[torch.Tensor]:
         """The tensors behind a transient buffer; none if it aliases the store."""

@@ -64,10 +64,10 @@ def write_file(path: Path, content: Content, *, below: Path | None = None) -> No
             os.close(lock)
 
 
-def write_output(path: Path, text: str) -> None:
+def write_output(path: Path, content: str | bytes) -> None:
     """Write a file that the user named, also through a link or into a device. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def create(path: Path) -> BinaryIO:

@@ -174,6 +174,29 @@ def _fewer_micro_batches(settings: ModelSettings) -> Changes:
     return {"gradient_accumulation_steps": fewer} | ({"rounds": 1} if fewer % rounds else {})
 
 
+def _has_frozen(settings: ModelSettings) -> bool:
+    """Whether part of the model is frozen, as far as settings tell."""
+    return settings.adapter != "none" or bool(settings.freeze or settings.train)
+
+
+def _adapter(settings: ModelSettings) -> Changes:
+    """An adapter instead of the model, whose parameters then need neither gradients nor moments."""
+    return {} if settings.adapter != "none" else {"adapter": "lora"}
+
+
+def _eight_bits(settings: ModelSettings) -> Changes:
+    is_wide = settings.base_dtype in ("auto", "bfloat16")
+    return {"base_dtype": "int8"} if is_wide and _has_frozen(settings) else {}
+
+
+def _four_bits(settings: ModelSettings) -> Changes:
+    return {"base_dtype": "nf4"} if settings.base_dtype != "nf4" and _has_frozen(settings) else {}
+
+
+def _adapter_on_four_bits(settings: ModelSettings) -> Changes:
+    return {"adapter": "lora", "base_dtype": "nf4"} if not _has_frozen(settings) else {}
+
+
 def _narrow_export(settings: ModelSettings) -> Changes:
     """The disk's: the trained model in two bytes a parameter."""
     if not isinstance(settings, TrainConfig) or (settings.save_dtype or settings.dtype) == "bfloat16":
@@ -205,6 +228,10 @@ WAYS = (
     Way(_narrow_moments, Results.OTHER, _HOST),
     Way(_narrow_weights, Results.OTHER, _DEVICE),
     Way(_one_moment, Results.OTHER, _HOST),
+    Way(_adapter, Results.OTHER, _DEVICE),
+    Way(_eight_bits, Results.OTHER, _HOST),
+    Way(_four_bits, Results.OTHER, _HOST),
+    Way(_adapter_on_four_bits, Results.OTHER, _HOST),
     Way(_narrow_export, Results.OTHER, _DISK),
     Way(_shorter_rows, Results.OTHER, _DEVICE),
     Way(_fewer_micro_batches, Results.OTHER, _DEVICE),

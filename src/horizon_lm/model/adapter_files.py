@@ -73,7 +73,7 @@ def tidy_config(folder: Path) -> None:
     is valid anywhere."""
     path = folder / CONFIG
     values = json.loads(read_bytes(path))
-    for key in ("target_modules", "exclude_modules"):
+    for key in ("target_modules", "exclude_modules", "target_parameters"):
         if isinstance(values.get(key), list):
             values[key] = sorted(values[key])
     base = values.get("base_model_name_or_path")

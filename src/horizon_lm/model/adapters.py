@@ -24,6 +24,7 @@ from horizon_lm.errors import ConfigError, DataError, UnsupportedModelError
 from horizon_lm.machine.libraries import load_peft
 from horizon_lm.model.adapter_files import read_adapter_config, read_adapter_weights, tidy_config
 from horizon_lm.model.configuration import reason_of
+from horizon_lm.model.pictures import excluded_modules, freeze_vision
 from horizon_lm.model.pretrained import seeded
 from horizon_lm.model.trained import choose_trained
 
@@ -87,12 +88,6 @@ class Adapter:
     @contextmanager
     def off(self) -> Iterator[None]:
         """While open, the layers run as the base alone."""
-        if getattr(self.config, "bias", "none") != "none":
-            raise ConfigError(
-                f"the adapter trains biases of the base (bias={self.config.bias}), which has none of its own "
-                "any more",
-                hint="make the adapter with bias='none'",
-            )
         try:
             for module in self._switches:  # as PEFT's own switch, but for requires_grad
                 module._disable_adapters = True
@@ -147,7 +142,9 @@ def prepare(model: Any, settings: ModelSettings, *, has_values: bool = True) -> 
     base = model if adapter is None else adapter.model
     if adapter is not None:
         _check(adapter)
-    choose_trained(base, settings, None if adapter is None else adapter.is_part)
+    is_adapters = None if adapter is None else adapter.is_part
+    choose_trained(base, settings, is_adapters)
+    freeze_vision(base, settings, is_adapters)
     return base, adapter
 
 
@@ -163,6 +160,11 @@ def is_adapters(name: str, adapter: str) -> bool:
     fused experts lie in each other (`experts.base_layer.lora_A.default.weight`)."""
     parts = re.split(r"\.(?:base_layer|original_module)\.", name)[-1].split(".")
     return adapter in parts[1:]
+
+
+def is_replaced(name: str) -> bool:
+    """Whether a name in a model belongs to a module of the base that the adapter trains a copy of."""
+    return "original_module" in name.split(".")
 
 
 def base_name(name: str) -> str:
@@ -225,6 +227,8 @@ def _added(model: Any, settings: ModelSettings, has_values: bool) -> Adapter | N
         return None
     peft = load_peft()
     config, name = _configured(settings), settings.adapter_name_or_path
+    if name is None:
+        config.exclude_modules = excluded_modules(model)  # the vision part is not trained
     _check_config(config)
     weights = None if name is None or not has_values else read_adapter_weights(name, config)
     device = next(model.parameters()).device
@@ -243,7 +247,7 @@ def _added(model: Any, settings: ModelSettings, has_values: bool) -> Adapter | N
         _move_from_meta(model, device)
     adapter = Adapter(peft_model, keeps_dtypes=False)
     if name is None:
-        _check_names(adapter)
+        _check_names(adapter, settings)
     if weights is not None:
         _load(adapter, str(name), weights)
     return adapter
@@ -329,12 +333,12 @@ def _check_config(config: Any) -> None:
         raise _refuse(f"bias={bias!r} trains the base's own biases", "bias='none'")
 
 
-def _check_names(adapter: Adapter) -> None:
+def _check_names(adapter: Adapter, settings: ModelSettings) -> None:
     """Refuse a name of the settings that is that of no module, which PEFT passes over."""
     kinds = dict(zip(("target_modules", "modules_to_save"), _layer_classes(), strict=True))
     paths = [path for path, _ in adapter.model.named_modules()]
     for key, kind in kinds.items():
-        names = getattr(adapter.config, key) or ()
+        names = getattr(settings, key)  # PEFT's list of all-linear also names excluded modules
         found = [path for path, module in adapter.model.named_modules() if isinstance(module, kind)]
         for name in () if isinstance(names, str) else sorted(names):
             if not any(f".{path}".endswith(f".{name}") for path in found):

@@ -19,6 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from horizon_lm.errors import UnsupportedModelError
+from horizon_lm.model.pictures import PictureParts
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Anatomy:
     head_takes_one_token: the head runs on hidden states of any length, whatever its dummy input.
     head_entry: path of the first module after the layers, if it receives the last layer's output itself;
     empty if the forward computes something else first.
-    prologue, head, idle: parameters used before the layers, after them, and by neither.
+    prologue, head, idle: parameters used before the layers, after them, and by neither. vision: those that
+    only pictures need; a projector that is trained is part of the prologue instead.
     embedding: name of the input embedding table. tied: the head uses it too.
     """
 
@@ -45,6 +47,7 @@ class Anatomy:
     layers: tuple[tuple[str, ...], ...]
     head: tuple[str, ...]
     idle: tuple[str, ...]
+    vision: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -125,13 +128,18 @@ def _accepted_names(forward: Callable) -> frozenset[str] | None:
     return frozenset(parameters)
 
 
-def analyse(model: Any, adapter_off: Callable[[], AbstractContextManager] | None = None) -> Anatomy:
+def analyse(
+    model: Any,
+    pictures: PictureParts | None = None,
+    adapter_off: Callable[[], AbstractContextManager] | None = None,
+) -> Anatomy:
     """Find where to cut `model` (parameters in memory, any device).
 
-    adapter_off: switches the model's adapter off while it is open; what runs only then belongs to the same
-    part of the model. Raises UnsupportedModelError, with model type and reason, if it cannot be streamed.
+    pictures: the parts of a vision-language model, which is cut by its language model. adapter_off: switches
+    the model's adapter off while it is open; what runs only then belongs to the same part of the model.
+    Raises UnsupportedModelError, with model type and reason, if it cannot be streamed.
     """
-    path, layers = _find_layers(model)
+    path, layers = _find_layers(model, "" if pictures is None else f"{pictures.language}.")
     names = _unique_names(model)
     embedding_module = model.get_input_embeddings()
     if not isinstance(embedding_module, nn.Embedding) or id(embedding_module.weight) not in names:
@@ -160,6 +168,9 @@ def analyse(model: Any, adapter_off: Callable[[], AbstractContextManager] | None
         shared = sorted({embedding} & used_before | used_before & used_after)
         raise _refuse(model, f"{', '.join(shared)} is used both before and after the decoder layers")
     order = [names[i] for i in outside]
+    unused = [n for n in order if n not in used_before | used_after | {embedding}]
+    vision = [n for n in unused if pictures is not None and n in pictures.names]
+    trained = _trained_projector(model, vision, pictures)
     return Anatomy(
         layers_path=path,
         layer_outputs=outputs,
@@ -169,11 +180,20 @@ def analyse(model: Any, adapter_off: Callable[[], AbstractContextManager] | None
         head_entry=head_entry,
         embedding=embedding,
         tied=embedding in used_after,
-        prologue=tuple(n for n in order if n in used_before),
+        prologue=tuple(n for n in order if n in used_before or n in trained),
         layers=layer_names,
         head=tuple(n for n in order if n in used_after),
-        idle=tuple(n for n in order if n not in used_before | used_after | {embedding}),
+        idle=tuple(n for n in unused if n not in vision),
+        vision=tuple(n for n in vision if n not in trained),
     )
+
+
+def _trained_projector(model: Any, vision: list[str], pictures: PictureParts | None) -> set[str]:
+    """Parameters of the projector if any of them is trained."""
+    if pictures is None:
+        return set()
+    projector = {name for name in vision if pictures.is_projector(name)}
+    return projector if any(p.requires_grad for n, p in model.named_parameters() if n in projector) else set()
 
 
 def _refuse(model: Any, reason: str) -> UnsupportedModelError:
@@ -184,12 +204,13 @@ def _refuse(model: Any, reason: str) -> UnsupportedModelError:
     )
 
 
-def _find_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """Find the outermost module list with the most parameters."""
+def _find_layers(model: Any, below: str) -> tuple[str, nn.ModuleList]:
+    """Find the outermost module list with the most parameters. below: beginning of its path."""
     found: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
         if (
-            isinstance(module, nn.ModuleList)
+            path.startswith(below)
+            and isinstance(module, nn.ModuleList)
             and len(module)
             and not any(path.startswith(f"{p}.") for p in found)
         ):

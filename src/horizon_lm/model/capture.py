@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import UserDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,7 +33,9 @@ from horizon_lm.model.anatomy import (
     tensors_in,
 )
 from horizon_lm.model.attention import attention_by_intervals
+from horizon_lm.model.features import Added, features_given
 from horizon_lm.model.skeleton import Skeleton
+from horizon_lm.picture_batches import pictures_of
 
 
 class RouterLogits(NamedTuple):
@@ -49,7 +51,8 @@ class Call:
     """The layers' arguments other than hidden states for one micro-batch, and their router logits.
 
     layers: per layer, (positional, named) arguments without hidden states.
-    inputs: arguments of the model's forward (input_ids, attention_mask, position_ids).
+    inputs: arguments of the model's forward (input_ids, attention_mask, position_ids), without pictures.
+    added: what the model adds to the output of a layer (0-based).
     routers: per layer, its routers' logits if the auxiliary loss is on; replaced by their gradients once the
     loss is computed. is_untouched: layer 0 receives the embeddings unchanged.
     """
@@ -58,6 +61,7 @@ class Call:
     inputs: dict[str, torch.Tensor]
     routers: list[list[RouterLogits]] = field(default_factory=list)
     is_untouched: bool = False
+    added: Mapping[int, Added] = field(default_factory=dict)
 
 
 class _Enough(Exception):
@@ -65,30 +69,51 @@ class _Enough(Exception):
 
 
 def run_prologue(
-    skeleton: Skeleton, embeds: torch.Tensor, inputs: dict[str, torch.Tensor]
+    skeleton: Skeleton,
+    embeds: torch.Tensor,
+    inputs: dict[str, torch.Tensor],
+    added: Mapping[int, Added] | None = None,
 ) -> tuple[torch.Tensor | None, Call]:
     """Run what comes before layer 0; its parameters must be bound.
 
-    embeds: [batch, tokens, hidden]. inputs: input_ids, optionally attention_mask and position_ids. Returns
-    layer 0's input [batch, tokens, hidden] (None if that is `embeds` itself) and the captured call.
+    embeds: [batch, tokens, hidden]. inputs: input_ids, optionally attention_mask, position_ids and pictures.
+    added: what an earlier run found to be added between layers. Returns layer 0's input [batch, tokens,
+    hidden] (None if that is `embeds` itself) and the captured call.
     Raises UnsupportedModelError if a layer, or what follows the last one, would receive anything but the
-    output of the layer before.
+    output of the layer before, or that and something added to it.
     """
-    model = skeleton.model
     work = _with_neftune_noise(skeleton, embeds.clone())  # a copy: some models scale it in place
-    given = accepted(model, use_cache=False, output_router_logits=False, **inputs)
+    recorder = _Recorder(skeleton)
+    _record(skeleton, work, inputs, recorder)
+    first = recorder.finish()
+    if added is None and recorder.changed:
+        added = _find_added(skeleton, embeds, inputs, recorder)
+    untouched = first is work and work._version == 0 and skeleton.neftune_noise_alpha is None
+    _, others = pictures_of(inputs)  # pictures are copied again where they are needed again
+    return None if untouched else first, Call(recorder.calls, others, added=added or {})
+
+
+def _record(
+    skeleton: Skeleton, embeds: torch.Tensor, inputs: dict[str, torch.Tensor], recorder: _Recorder
+) -> None:
+    """Run the model's forward on these embeddings with its layers replaced by the recorder."""
+    model = skeleton.model
+    pictures, plain = pictures_of(inputs)
+    given = accepted(model, use_cache=False, output_router_logits=False, **plain)
     # A forward that swallows any keyword would silently ignore position_ids.
-    missing = inputs.keys() - inspect.signature(model.forward).parameters.keys()
+    missing = plain.keys() - inspect.signature(model.forward).parameters.keys()
     if missing:
         raise UnsupportedModelError(
             f"{skeleton.model_type} does not take {', '.join(sorted(missing))}",
             hint="leave it out of the micro-batches",
         )
-    recorder = _Recorder(skeleton)
+    if pictures is not None:
+        given["pixel_values"] = pictures.features  # any tensor: the features are given
     try:
         with (
             attention_by_intervals(),
-            embedding_gives(skeleton.embedding, work),
+            embedding_gives(skeleton.embedding, embeds),
+            features_given(skeleton, pictures, plain) as uses,
             intercept(skeleton.layers, recorder.layer),
             recorder.head_watched(),
             suppress(_Enough),
@@ -97,10 +122,44 @@ def run_prologue(
     except (RuntimeError, NotImplementedError) as error:
         if "meta" in str(error) and recorder.first is not None:
             raise _refuse(skeleton, f"weights of the head are used after layer {recorder.last}") from error
+        if "meta" in str(error) and pictures is not None:
+            raise _refuse(skeleton, "its forward computes features of pictures by other functions") from error
         raise
-    first = recorder.finish()
-    untouched = first is work and work._version == 0 and skeleton.neftune_noise_alpha is None
-    return None if untouched else first, Call(recorder.calls, inputs)
+    if pictures is not None and len(uses) != 1:
+        raise _refuse(skeleton, f"its forward asks for the features of pictures {len(uses)} times")
+
+
+def _find_added(
+    skeleton: Skeleton, embeds: torch.Tensor, inputs: dict[str, torch.Tensor], seen: _Recorder
+) -> dict[int, Added]:
+    """What the model's forward adds to the outputs of layers (Qwen3-VL adds features of pictures).
+
+    Two more runs tell: after layers that return zeros, a layer receives what is added; after layers that
+    return random numbers, it must receive the same bits as those numbers with that added. The first run
+    requires gradients of all that is trained before the layers, which what is added must not depend on.
+    """
+    probe = partial(_Recorder, skeleton)
+    zeros, noise = probe(give=torch.zeros_like), probe(give=torch.randn_like)
+    with torch.enable_grad(), skeleton.requiring_grad(0):
+        leaf = embeds.detach().requires_grad_(skeleton.embedding_trainable)
+        _record(skeleton, _with_neftune_noise(skeleton, leaf.clone()), inputs, zeros)
+    with torch.no_grad():
+        _record(skeleton, _with_neftune_noise(skeleton, embeds.clone()), inputs, noise)
+    found: dict[int, Added] = {}
+    for layer in seen.changed:
+        after = "the head" if layer == skeleton.num_layers - 1 else f"layer {layer + 1}"
+        value, changed = zeros.changed.get(layer), noise.changed.get(layer)
+        if value is None or changed is None or value.requires_grad:
+            raise _refuse(skeleton, f"{after} receives something else than the output of layer {layer}")
+        with torch.no_grad():
+            found[layer] = Added.of(value)
+            if not torch.equal(found[layer].to(noise.given[layer]), changed):
+                raise _refuse(
+                    skeleton,
+                    f"{after} receives something else than the output of layer {layer}, and it is not that "
+                    "output with something added",
+                )
+    return found
 
 
 def _with_neftune_noise(skeleton: Skeleton, embeds: torch.Tensor) -> torch.Tensor:
@@ -116,16 +175,24 @@ def _with_neftune_noise(skeleton: Skeleton, embeds: torch.Tensor) -> torch.Tenso
 
 
 class _Recorder:
-    """Replaces the layers while the prologue runs. Records the arguments of each, and checks that its hidden
-    states are the output of the layer before: the same tensor, unmodified."""
+    """Replaces the layers while the prologue runs. Records the arguments of each, and notes if its hidden
+    states are not the output of the layer before: the same tensor, unmodified.
 
-    def __init__(self, skeleton: Skeleton) -> None:
-        self.skeleton = skeleton
+    give: makes a layer's output like layer 0's input; without it each returns that input. given: the outputs.
+    changed: layers whose successor (or the head) receives another tensor, and that tensor.
+    """
+
+    def __init__(
+        self, skeleton: Skeleton, give: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> None:
+        self.skeleton, self._give = skeleton, give
         self.calls: list[tuple[tuple, dict[str, Any]]] = []
         self.first: torch.Tensor | None = None
+        self.given: list[torch.Tensor] = []
+        self.changed: dict[int, torch.Tensor] = {}
         self._version = 0
         self._done = False
-        self._given: dict[int, tuple[int, torch.Tensor, int]] = {}  # layer, tensor, version by identity
+        self._besides: dict[int, tuple[int, torch.Tensor, int]] = {}  # layer, tensor, version by identity
 
     @property
     def last(self) -> int:
@@ -137,34 +204,42 @@ class _Recorder:
         if i != len(self.calls):
             raise _refuse(self.skeleton, f"layer {i} runs after layer {self.last}")
         if self.first is None:
-            self.first, self._version = hidden, hidden._version
-        self._check(hidden, f"layer {i}")
+            self.first = hidden
+        else:
+            self._check(hidden, f"layer {i}")
         with torch._C.DisableTorchFunctionSubclass():
             for tensor in tensors_in([rest, named]):
                 if tensor.requires_grad:
                     shape = tuple(tensor.shape)
                     raise _refuse(self.skeleton, f"layer {i} receives a second activation of shape {shape}")
-                self._given.setdefault(id(tensor), (i, tensor, tensor._version))
+                self._besides.setdefault(id(tensor), (i, tensor, tensor._version))
         self.calls.append((rest, named))
         if self._complete and not self.skeleton.anatomy.head_entry:
             self._done = True
             raise _Enough
-        return as_layer_output(hidden, self.skeleton.anatomy.layer_outputs)
+        output = self.first if self._give is None else self._give(self.first.detach())
+        if self._give is not None:
+            self.given.append(output)
+        self._passed, self._version = output, output._version
+        return as_layer_output(output, self.skeleton.anatomy.layer_outputs)
 
     @property
     def _complete(self) -> bool:
         return len(self.calls) == self.skeleton.num_layers
 
     def _check(self, hidden: Any, who: str) -> None:
-        """Check that `who` receives layer 0's input, which every stand-in returns."""
-        if self.first is None or hidden is not self.first:
-            raise _refuse(
-                self.skeleton, f"{who} receives something else than the output of layer {self.last}"
-            )
-        if hidden._version != self._version:
+        """Note whether `who` receives what the stand-in for the last layer returned."""
+        if self._passed._version != self._version:
             raise _refuse(
                 self.skeleton, f"the output of layer {self.last} is written into before {who} receives it"
             )
+        if hidden is self._passed:
+            return
+        if getattr(hidden, "shape", None) != self._passed.shape or hidden.dtype != self._passed.dtype:
+            raise _refuse(
+                self.skeleton, f"{who} receives something else than the output of layer {self.last}"
+            )
+        self.changed[self.last] = hidden
 
     @contextmanager
     def head_watched(self) -> Iterator[None]:
@@ -181,7 +256,7 @@ class _Recorder:
             if not self._complete:  # also used before the layers
                 return (own or partial(type(module).forward, module))(*args, **kwargs)
             given = list(tensors_in([args, kwargs]))
-            same = next((t for t in given if t is self.first), given[0] if given else None)
+            same = next((t for t in given if t is self._passed), given[0] if given else None)
             self._check(same, "the head")
             self._done = True
             raise _Enough
@@ -204,7 +279,7 @@ class _Recorder:
         if not self._done:
             raise _refuse(self.skeleton, "its head does not receive the output of the last layer")
         with torch._C.DisableTorchFunctionSubclass():
-            for layer, tensor, version in self._given.values():
+            for layer, tensor, version in self._besides.values():
                 if tensor._version != version:
                     raise _refuse(
                         self.skeleton,
@@ -244,7 +319,8 @@ def run_layer(skeleton: Skeleton, layer: int, call: Call, hidden: torch.Tensor) 
         raise _refuse(skeleton, f"layer {layer} passes on more than hidden states")
     if [len(value) for value in shared] != before:
         raise _refuse(skeleton, f"layer {layer} leaves something behind for later layers")
-    return output[0] if outputs else output
+    output = output[0] if outputs else output
+    return call.added[layer].to(output) if layer in call.added else output
 
 
 def _emptied(value: Any) -> Any:
@@ -368,4 +444,5 @@ def run_router_loss(
     # All labels ignored and summed: only the auxiliary part of the model's loss remains.
     nothing = torch.full((batch, 1), IGNORED, device=hidden.device)
     options = {"output_router_logits": True, "logits_to_keep": 1, "labels": nothing, "num_items_in_batch": 1}
-    return _run_after_layers(skeleton, replay, hidden, batch, tokens, options | call.inputs).loss
+    _, inputs = pictures_of(call.inputs)  # as an op copied them again
+    return _run_after_layers(skeleton, replay, hidden, batch, tokens, options | inputs).loss

@@ -208,7 +208,7 @@ def by_the_user(config: Any, attn_implementation: str | None, where: str) -> Any
     for key, value in sorted(named - {(_ATTENTION[1], attn_implementation or "sdpa")}):
         if (where, value) not in _said:
             _said.add((where, value))
-            ours = used if key == _ATTENTION[1] else "transformers' default"
+            ours = used if key == _ATTENTION[1] else "by the setting of that name"
             _log.warning(
                 "note: %s sets %s to %s, which is ignored: it is %s", where, key, one_line(value), ours
             )

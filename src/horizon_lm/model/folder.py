@@ -12,9 +12,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from horizon_lm.errors import DataError
+from horizon_lm.errors import ConfigError, DataError
 from horizon_lm.io.files import check_is_file, read_bytes
 
+ADAPTER = "adapter_config.json"
 _WEIGHTS = "model.safetensors"
 INDEX = f"{_WEIGHTS}.index.json"
 _TEMPLATES = "additional_chat_templates"
@@ -32,6 +33,16 @@ def check_model_folder(name: str | os.PathLike[str]) -> None:
     index = _index_in_use(folder)
     if index is not None:
         names_in(index)
+
+
+def check_is_model(name: str | os.PathLike[str]) -> None:
+    """Raise ConfigError for the folder of an adapter in place of a model's."""
+    folder = Path(name).expanduser()
+    if (folder / ADAPTER).is_file() and not (folder / "config.json").exists():
+        raise ConfigError(
+            f"model_name_or_path={str(folder)!r} holds an adapter, not a model",
+            hint=f"set model_name_or_path to its base, and adapter_name_or_path={folder}",
+        )
 
 
 def _check_entry(path: Path) -> None:

@@ -23,9 +23,9 @@ from horizon_lm.model.adapters import prepare
 from horizon_lm.model.base_cache import BaseCache
 from horizon_lm.model.configuration import configuration_of, reason_of
 from horizon_lm.model.fingerprint import Fingerprinter
-from horizon_lm.model.folder import INDEX, names_in
+from horizon_lm.model.folder import INDEX, check_is_model, names_in
 from horizon_lm.model.kernels import check_kernels
-from horizon_lm.model.pretrained import Allowed, read_pretrained, seeded, without_messages
+from horizon_lm.model.pretrained import Allowed, model_class, read_pretrained, seeded, without_messages
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.words import count
 
@@ -124,11 +124,7 @@ def _check_folder(folder: Path) -> None:
             f"model_name_or_path={str(folder)!r} is not a folder",
             hint="check the path; it is taken from where you are",
         )
-    if (folder / CONFIG).is_file() and not (folder / "config.json").exists():
-        raise ConfigError(
-            f"model_name_or_path={str(folder)!r} holds an adapter, not a model",
-            hint=f"set model_name_or_path to its base, and adapter_name_or_path={folder}",
-        )
+    check_is_model(folder)
     if not (folder / "config.json").is_file():
         raise ConfigError(
             f"model_name_or_path={str(folder)!r} holds no config.json",
@@ -172,13 +168,11 @@ def create_model(
     Draws weights in fp32 whatever the compute dtype. Raises ConfigError for a configuration that transformers
     rejects, DoesNotFitError if memory does not suffice.
     """
-    from transformers import AutoModelForCausalLM
-
     kind = values.get("model_type")
     try:
         config = configuration_of(values, attn_implementation)
         with seeded(seed):
-            model = AutoModelForCausalLM.from_config(
+            model = model_class(config).from_config(
                 config, dtype=torch.float32, attn_implementation=attn_implementation
             )
     except HorizonError:

@@ -51,15 +51,26 @@ class Allowed:
 TO_GENERATE = Allowed(unexpected=("",), by_settings=False)
 
 
+def model_class(config: Any) -> Any:
+    """The class of transformers (`AutoModelForCausalLM`, ...) that makes the model of a configuration.
+
+    Vision-language models that are no causal language models have a class of their own.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    has_own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    is_text = has_own or type(config) in AutoModelForCausalLM._model_mapping
+    sees = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if sees and not is_text else AutoModelForCausalLM
+
+
 def read_pretrained(name: str, allowed: Allowed, *, seed: int = 0, **options: Any) -> nn.Module:
-    """Load the causal language model of a folder or Hub name.
+    """Load the language model, or vision-language model, of a folder or Hub name.
 
     seed: for allowed missing weights. options: for transformers' `from_pretrained`. Raises DataError, with
     names, if checkpoint and model do not fit, UnsupportedModelError for quantised weights, and whatever
     transformers raises.
     """
-    from transformers import AutoModelForCausalLM
-
     check_model_folder(name)
     given = {key: options[key] for key in ("revision", "local_files_only") if key in options}
     config = read_configuration(
@@ -74,7 +85,7 @@ def read_pretrained(name: str, allowed: Allowed, *, seed: int = 0, **options: An
     _check_size(name, config, options)
     with without_messages("LOAD REPORT") as reports, seeded(seed):
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = model_class(config).from_pretrained(
                 name,
                 config=config,
                 output_loading_info=True,
@@ -261,14 +272,13 @@ def _quantisation(name: str, config: Any) -> Any:
 def _check_size(name: str, config: Any, options: dict[str, Any]) -> None:
     """Raise DataError for a folder whose files hold almost nothing of what its configuration describes, which
     transformers would fill with random values."""
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     held = sum(file.stat().st_size for file in Path(name).glob("*.safetensors"))
     if not held or options.get("trust_remote_code"):
         return
     with torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16)
+        model = model_class(config).from_config(copy.deepcopy(config), dtype=torch.bfloat16)
     number = sum(p.numel() for p in model.parameters())
     if number > _MOST_PER_BYTE * held + _ALWAYS:
         raise DataError(

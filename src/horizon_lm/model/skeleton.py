@@ -1,7 +1,7 @@
 """Skeleton: a transformers model with `meta` parameters, which binds weights from slots to run.
 
 Units are numbered as in the schedule: 0 prologue, 1 .. layers, the head, then the embedding table if untied,
-then parameters that no forward pass uses.
+then parameters that no forward pass uses, then those that see pictures (`engine.encode`).
 """
 
 from __future__ import annotations
@@ -24,13 +24,17 @@ from horizon_lm.model.anatomy import Anatomy, analyse
 from horizon_lm.model.compiled import CompiledLayers, Listener, Mode
 from horizon_lm.model.head import OwnHead, find_head
 from horizon_lm.model.kernels import Patch, packs_one_row_only, patched
+from horizon_lm.model.pictures import picture_parts
 from horizon_lm.model.rope import separate_documents
 from horizon_lm.model.tiling import tile_mlps
+from horizon_lm.picture_batches import PictureInputs
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 # transformers writes most norms itself: CohereLayerNorm, LlamaRMSNorm, MambaRMSNormGated, NemotronLayerNorm1P
 _NORM_NAME = re.compile(r"(?i)norm(gated|1p|[123]d)?$")
+
+_UNTRAINED = frozenset({"idle", "vision"})  # units that no step uses
 
 Owner = tuple[nn.Module, str]
 Router = tuple[nn.Module, int]  # a router and the index of its logits in its output
@@ -59,11 +63,13 @@ class Skeleton:
         self.model = model.train()
         self._is_new = is_new
         self.config = model.config
+        self.pictures = picture_parts(model)
         self.dtype = dtype
         self.neftune_noise_alpha: float | None = None
         self.compiled: CompiledLayers | None = None
         self.patches: list[Patch] = []  # applied while layers run
-        if any("layerdrop" in name and value for name, value in vars(self.config).items()):
+        of_text = vars(self.text_config).items()
+        if any("layerdrop" in name and value for name, value in of_text):
             raise UnsupportedModelError(
                 f"{self.model_type} skips layers at random (layerdrop)",
                 hint="set layerdrop: 0 in the model's configuration",
@@ -73,7 +79,7 @@ class Skeleton:
                 module.gradient_checkpointing = False
         separate_documents(model)
         with torch.random.fork_rng(devices=[]):  # its trial runs may draw noise
-            self.anatomy: Anatomy = analyse(model, None if adapter is None else adapter.off)
+            self.anatomy: Anatomy = analyse(model, self.pictures, None if adapter is None else adapter.off)
         self.own_head: OwnHead | None = find_head(model, self.anatomy)
         layers: nn.ModuleList = model.get_submodule(self.anatomy.layers_path)
         self.layers: list[nn.Module] = list(layers)
@@ -130,6 +136,35 @@ class Skeleton:
             yield
 
     @property
+    def text_config(self) -> Any:
+        """The configuration of the language model."""
+        return self.config if self.pictures is None else self.config.get_text_config()
+
+    @property
+    def picture_inputs(self) -> PictureInputs | None:
+        """The inputs that carry pictures; None for a model of text alone."""
+        return None if self.pictures is None else self.pictures.inputs
+
+    @property
+    def vision(self) -> int | None:
+        """The unit of the vision tower and projector, if there is one."""
+        return len(self.units) - 1 if self.anatomy.vision else None
+
+    @property
+    def trains_projector(self) -> bool:
+        """Whether the projector is part of the prologue, so that features are those before it."""
+        parts = self.pictures
+        return parts is not None and any(parts.is_projector(p.name) for p in self.units[0].parameters)
+
+    def table_ids(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the embedding table for token ids: a placeholder of pictures beyond the table has row 0,
+        whose embedding is replaced by a feature."""
+        token = None if self.pictures is None else self.pictures.inputs.placeholder
+        if token is None or token < self.embedding.num_embeddings:
+            return ids
+        return ids.masked_fill(ids == token, 0)
+
+    @property
     def num_layers(self) -> int:
         return len(self.layers)
 
@@ -149,16 +184,18 @@ class Skeleton:
         input must be as long as the hidden states, and so within the model's positions."""
         if self.own_head is not None or self.anatomy.head_takes_one_token:
             return 1 << 62
-        return int(getattr(self.config, "max_position_embeddings", 1024))
+        return int(getattr(self.text_config, "max_position_embeddings", 1024))
 
     @cached_property
     def max_positions(self) -> int | None:
         """Rows of the table of positions; None without one (rotary, alibi)."""
         tables = [(p.name, len(p.shape)) for p in self.units[0].parameters]
-        tables += [(name, buffer.dim()) for name, buffer in self.model.named_buffers()]
+        buffers = self.model.named_buffers()
+        parts = self.pictures
+        tables += [(n, b.dim()) for n, b in buffers if parts is None or not parts.is_vision(n)]
         words = ("wpe", "position", "pos_encoding")
         has_table = any(dim == 2 and any(word in name for word in words) for name, dim in tables)
-        end = getattr(self.config, "max_position_embeddings", None)
+        end = getattr(self.text_config, "max_position_embeddings", None)
         return end if has_table and isinstance(end, int) else None
 
     @cached_property
@@ -169,12 +206,12 @@ class Skeleton:
     @property
     def packs_one_row_only(self) -> bool:
         """Whether packed documents are kept apart only in micro-batches of one row."""
-        return packs_one_row_only(self.config)
+        return packs_one_row_only(self.text_config)
 
     @property
     def has_router_loss(self) -> bool:
         """Whether the configuration enables the mixture-of-experts auxiliary loss."""
-        return bool(getattr(self.config, "output_router_logits", False))
+        return bool(getattr(self.text_config, "output_router_logits", False))
 
     @property
     def embedding_unit(self) -> int:
@@ -217,6 +254,8 @@ class Skeleton:
             groups.append(("embedding", (cut.embedding,)))
         if cut.idle:
             groups.append(("idle", cut.idle))
+        if cut.vision:
+            groups.append(("vision", cut.vision))
         kept = self._kept_in_fp32()
         units = []
         for unit, names in groups:
@@ -225,7 +264,12 @@ class Skeleton:
                 parameter = self._parameter(name)
                 compute = torch.float32 if kept(name, parameter) else self.dtype
                 rows.append(
-                    (name, tuple(parameter.shape), parameter.requires_grad and unit != "idle", compute)
+                    (
+                        name,
+                        tuple(parameter.shape),
+                        parameter.requires_grad and unit not in _UNTRAINED,
+                        compute,
+                    )
                 )
             packs = self._packs and unit.startswith("layer ")
             packed = {row[0] for row in rows if packs and self._is_matrix(row[0])}
@@ -320,6 +364,8 @@ class Skeleton:
         kept = [(m, dict(m._parameters), m.__dict__.get("forward")) for m in self.model.modules()]
 
         def restore() -> None:
+            if self.pictures is not None:
+                self.pictures.base.__dict__.pop("get_image_features", None)
             for module, parameters, forward in kept:
                 module._parameters.update(parameters)
                 if forward is None:
@@ -364,6 +410,24 @@ class Skeleton:
             for (_, owners), old in zip(placed, hollow, strict=True):
                 for (owner, local), was in zip(owners, old, strict=True):
                     owner._parameters[local] = was
+
+    @contextmanager
+    def requiring_grad(self, unit: int) -> Iterator[None]:
+        """While open, the bound trainable parameters of the unit require a gradient."""
+        bound = [
+            owner._parameters[local]
+            for parameter, owners in self._bound_at[unit]
+            for owner, local in owners
+            if parameter.trainable
+        ]
+        changed = [tensor for tensor in bound if tensor is not None and not tensor.requires_grad]
+        try:
+            for tensor in changed:
+                tensor.requires_grad_()
+            yield
+        finally:
+            for tensor in changed:
+                tensor.requires_grad_(False)
 
 
 def _is_norm(module: nn.Module) -> bool:

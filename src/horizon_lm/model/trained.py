@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
 from horizon_lm.config import ModelSettings
 from horizon_lm.config.patterns import compiled, nearest
 from horizon_lm.errors import ConfigError
+from horizon_lm.model.experts import WORD, experts_of
 
 Named = dict[str, nn.Parameter]
 
@@ -17,7 +18,7 @@ def choose_trained(
     model: nn.Module, settings: ModelSettings, is_adapters: Callable[[str], bool] | None = None
 ) -> None:
     """Freeze the parameters whose names contain a match of a pattern of `freeze`, and with `train` those
-    without a match of its patterns.
+    without a match of its patterns. The pattern `experts` stands for all experts (`experts_of`).
 
     Every name of a tied weight counts. is_adapters: whether a name is the adapter's; the base is frozen
     then. Raises ConfigError for a pattern that matches no parameter, or with an adapter none of its own, for
@@ -26,8 +27,9 @@ def choose_trained(
     if not settings.freeze and not settings.train:
         return
     named = dict(model.named_parameters(remove_duplicate=False))
-    frozen = _matched(named, settings.freeze, "freeze", is_adapters)
-    trained = _matched(named, settings.train, "train", is_adapters)
+    words = {WORD: list(experts_of(model))} if WORD in (*settings.freeze, *settings.train) else {}
+    frozen = _matched(named, settings.freeze, "freeze", words, is_adapters)
+    trained = _matched(named, settings.train, "train", words, is_adapters)
     at = {id(named[name]): name for name in frozen}
     both = next((name for name in trained if id(named[name]) in at), None)
     if both is not None:
@@ -48,13 +50,17 @@ def choose_trained(
 
 
 def _matched(
-    named: Named, patterns: Sequence[str], key: str, is_adapters: Callable[[str], bool] | None
+    named: Named,
+    patterns: Sequence[str],
+    key: str,
+    words: Mapping[str, list[str]],
+    is_adapters: Callable[[str], bool] | None,
 ) -> dict[str, str]:
-    """Names that a pattern matches -> the first such pattern."""
+    """Names that a pattern matches -> the first such pattern. words: names that a word stands for."""
     found: dict[str, str] = {}
     for pattern in patterns:
         expression = compiled(pattern, key)
-        names = [name for name in named if expression.search(name)]
+        names = words.get(pattern) or [name for name in named if expression.search(name)]
         if not names:
             raise ConfigError(
                 f"{key}: {pattern!r} is found in the name of no parameter",

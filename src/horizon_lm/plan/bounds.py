@@ -7,13 +7,12 @@ cuts in the order of their bounds, and leaves out those whose bound exceeds the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
-from horizon_lm.engine.homes import resident_order
 from horizon_lm.plan.costs import Costs, work_seconds
 from horizon_lm.plan.space import Cut
 from horizon_lm.schedule.ops import Op
@@ -68,15 +67,17 @@ def _figures(costs: Costs, policy: str) -> tuple[float, float]:
 @dataclass(frozen=True)
 class Bounds:
     """Bounds of the steps of one cut. costs: those of its ops, recomputing all layers, without residents but
-    those that the configuration names.
+    those that the configuration names, and trainable parts.
 
-    host, device: bytes that may be taken; device is None for a CPU.
+    order: units that may become resident as a whole, in this order. device: bytes that may be taken; None for
+    a CPU.
     """
 
     costs: Costs
     cut: Cut
     upgrades: Sequence[Upgrade]
     residents: Sequence[int | None]
+    order: Sequence[int]
     can_spill: bool
     device: int | None
 
@@ -84,7 +85,7 @@ class Bounds:
         """Seconds by the number of residents, up to the most that may fit."""
         found: dict[int, float] = {}
         for asked in self.residents:
-            number = len(self.costs.plan.resident) if asked is None else asked
+            number = len(self._named) if asked is None else asked
             left = self._device_left(number)
             if left < 0 and asked:
                 break
@@ -96,15 +97,23 @@ class Bounds:
             return 1 << 60
         plan = self.costs.plan
         fixed = sum(self.costs.fixed_bytes().values()) + int(self.costs.profile.context_bytes)
-        stored = 0 if self.can_spill else plan.round_size * plan.layers * self.costs.boundary
-        more = self._resident_bytes[residents] - self._resident_bytes[len(plan.resident)]
+        with_backward = range(max(1, plan.lowest_backward), plan.head)
+        stored = 0 if self.can_spill else plan.round_size * len(with_backward) * self.costs.boundary
+        more = self._resident_bytes[residents] - self._resident_bytes[len(self._named)]
         return self.device - fixed - stored - more
 
     @cached_property
+    def _named(self) -> frozenset[int]:
+        """Units that the configuration makes resident as a whole."""
+        return self.costs.plan.resident - self.costs.plan.split
+
+    @cached_property
     def _order(self) -> list[int]:
-        """Units in the order in which they become resident, those that the configuration names first."""
-        named = self.costs.plan.resident
-        return sorted(resident_order(self.costs.outline), key=lambda unit: unit not in named)
+        """All units that a step reads: those that the configuration names, then others in the order in which
+        they become resident, then those that never do."""
+        plan = self.costs.plan
+        rest = (unit for unit in self.order if unit not in self._named)
+        return list(dict.fromkeys([*sorted(self._named), *rest, *sorted(plan.uploaded)]))
 
     def _sums(self, values: Sequence[float]) -> list[float]:
         return list(accumulate(values, initial=0.0))
@@ -116,10 +125,21 @@ class Bounds:
     @cached_property
     def _moved(self) -> dict[str, list[float]]:
         """Seconds by kind of op that residents save (or, for A, take), by their number."""
-        costs = self.costs
-        found = {kind: self._sums([costs.seconds(Op(kind, u)) for u in self._order]) for kind in "UDOA"}
-        found["U"] = self._sums([costs.seconds(Op("U", u)) * self._uploads(u) for u in self._order])
-        return found
+        costs, split = self.costs, self.costs.plan.split
+
+        def sums(kind: str, times: Callable[[int], int]) -> list[float]:
+            return self._sums([costs.seconds(Op(kind, u)) * times(u) for u in self._order])
+
+        found = {kind: sums(kind, lambda u: u not in split) for kind in "OA"}
+        return found | {"D": sums("D", lambda u: 1), "U": sums("U", self._uploads)}
+
+    @cached_property
+    def _of_parts(self) -> float:
+        """Seconds on the compute lane, whatever is resident: updates of parts that live on the device, and
+        unpacking."""
+        costs, plan = self.costs, self.costs.plan
+        updates = sum(costs.seconds(Op("A", u)) for u in plan.split & plan.trainable)
+        return updates + sum(costs.seconds(Op("Q", u)) * self._uploads(u) for u in plan.packed)
 
     def _uploads(self, unit: int) -> int:
         """Least number of uploads of a unit in a step."""
@@ -146,7 +166,7 @@ class Bounds:
         for unit, kind in enumerate(costs.outline.kind_of, 1):
             policy = KEEP if unit in costs.plan.at_turnaround else RECOMPUTE
             forward += seconds[kind, policy][0]
-            backward += seconds[kind, policy][1]
+            backward += seconds[kind, policy][1] * (unit >= costs.plan.lowest_backward)
         return count * forward, count * backward
 
     def _saved(self, left: int) -> float:
@@ -193,7 +213,7 @@ class Bounds:
         moved = {kind: (sums[residents], sums[-1]) for kind, sums in self._moved.items()}
         streamed = {kind: whole - some for kind, (some, whole) in moved.items()}
         forward, backward = self._compute
-        saved, apply, sums = self._saved(left), moved["A"][0], self._sum_seconds
+        saved, apply, sums = self._saved(left), moved["A"][0] + self._of_parts, self._sum_seconds
         compute, update = forward + backward - saved + apply, streamed["O"] + sums["S"]
         lanes = [compute, update, streamed["U"] + sums["G"], streamed["D"] + sums["P"]]
         if self.costs.is_cpu:
@@ -207,8 +227,11 @@ class Bounds:
 
 
 def unit_bytes(costs: Costs, unit: int) -> int:
-    """Bytes of a rank's share of a unit: weights, optimizer state and stored gradient."""
+    """Bytes that a rank's share of a unit takes where it lives: weights, optimizer state and stored gradient;
+    of a split unit its frozen part."""
     share, spec = costs.shards[unit], costs.spec
+    if unit in spec.split:
+        return (share.layout.wide_offset - share.layout.packed_numel) * spec.dtype.itemsize
     state = share.weights_numel * spec.dtype.itemsize
     if spec.dtype.itemsize == 2:
         state += 2 * share.residual_numel

@@ -17,10 +17,10 @@ from horizon_lm.plan import fit, search
 from horizon_lm.plan.costs import Costs
 from horizon_lm.plan.fit import Limits
 from horizon_lm.plan.fleet import Network
-from horizon_lm.plan.outline import Outline
+from horizon_lm.plan.outline import Outline, structure_of
 from horizon_lm.plan.predict import MOST_VISITS, Prediction, Sizes, costs_of, prediction_of
 from horizon_lm.plan.search import Search
-from horizon_lm.plan.space import Candidate, Cut, Space
+from horizon_lm.plan.space import Cut, Space
 from horizon_lm.plan.work import Line
 from horizon_lm.schedule.step_spec import EXACT, FAST
 
@@ -54,7 +54,7 @@ class Planner:
     opened: frozenset[str] = frozenset()
     network: Network | None = None
     _seen: dict[tuple, Prediction] = field(default_factory=dict)
-    _outlines: dict[tuple, Outline] = field(default_factory=dict)
+    _outlines: dict[str, Outline] = field(default_factory=dict)
 
     def predict(self, config: TrainConfig, most_visits: int = MOST_VISITS) -> Prediction:
         """most_visits: see `prediction_of`."""
@@ -71,8 +71,8 @@ class Planner:
 
     def _outline(self, config: TrainConfig) -> Outline:
         """The model under settings that change its structure."""
-        key = config.dtype, config.mlp_tile_tokens
-        self._outlines.setdefault((self.outline.dtype_name, self.outline.mlp_tile_tokens), self.outline)
+        key = structure_of(config)
+        self._outlines.setdefault(self.outline.structure, self.outline)
         if key not in self._outlines:
             self._outlines[key] = Outline(self.outline.config, config).with_layers(self.outline.num_layers)
         return self._outlines[key]
@@ -94,17 +94,17 @@ class Planner:
 
     def space(self, config: TrainConfig) -> Iterator[TrainConfig]:
         """Enumerate every combination, whether it fits or not."""
-        return self._space(config).every()
+        return self.space_of(config).every()
 
-    def _space(self, config: TrainConfig) -> Space:
-        return Space(config, self.outline, self.profile, self.pinned, self.world)
+    def space_of(self, config: TrainConfig) -> Space:
+        return Space(config, self._outline(config), self.profile, self.pinned, self.world)
 
     def _search(self, config: TrainConfig) -> Search:
         def rest(settings: TrainConfig, found: Prediction) -> dict[str, int]:
             return fit.rest_bytes(settings, found, self.limits)
 
         machine = search.Machine(self.quickly, rest, self.costs, self.limits.device)
-        return Search(self._space(config), machine)
+        return Search(self.space_of(config), machine)
 
     # The search.
 
@@ -138,7 +138,7 @@ class Planner:
         return self._search(config).has_room()
 
     def _choose(self, config: TrainConfig) -> TrainConfig:
-        space, found = self._space(config), self._search(config)
+        space, found = self.space_of(config), self._search(config)
         self.opened = frozenset(key for key in ("resident", "rounds") if getattr(config, key) == "auto")
         batches = [batch * config.sides for batch, _ in space.batches()]
         if len(batches) > 2:
@@ -172,8 +172,8 @@ class Planner:
         batch, count = config.per_device_train_batch_size, config.gradient_accumulation_steps
         cut = Cut(batch, count, rounds, world=self.world)
         found = self._search(config.replace(resident="auto"))
-        pooled = found.pooled(Candidate(cut, config.update, config.slots))
-        return config.replace(resident=pooled.resident or 0)
+        roomiest = found.roomiest(cut, config)
+        return config.replace(resident=found.space.placed(roomiest.resident or 0, roomiest.split))
 
     def chunks(self, config: TrainConfig) -> list[int]:
         """List the loss chunks to choose from, largest first; empty if there is no choice.

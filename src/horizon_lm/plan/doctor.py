@@ -9,10 +9,12 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
 
+from horizon_lm.config import TrainConfig
 from horizon_lm.io import files
 from horizon_lm.io.leftovers import sweep_files
 from horizon_lm.machine.memory import available_host_bytes, lockable_bytes
@@ -78,14 +80,16 @@ def examine(
     thorough: bool = False,
     seconds: float | None = None,
     out: Path | None = None,
+    config: TrainConfig | None = None,
     say: Callable[[str, str | None], None] | None = None,
 ) -> Examination:
     """Examine everything; rates are measured once and kept for `horizon plan` and `horizon train`.
 
     fresh: measure again. thorough: measure again without a time limit. seconds: time limit otherwise, kept
     even on a busy machine (default: `SECONDS`). out: also write the profile to this file, for a planner on
-    another machine. say: called with each measurement's name before it, and with name and figure after it.
-    Raises Interrupted.
+    another machine. config: also examine its model, without reading weights. say: called with each
+    measurement's name before it, and with name and figure after it.
+    Raises Interrupted, and for a model of `config` ConfigError and UnsupportedModelError.
     """
     import torch
 
@@ -95,6 +99,7 @@ def examine(
     path = cache_path()
     cached = path.is_file() and not (fresh or thorough)
     findings = [*_memory(), *_process_limits(device), *_processor(), *_device(), *_disk()]
+    findings.append(_experts(config))
     if cached:
         profile = read_profile(path)
         if out:
@@ -269,6 +274,25 @@ def _device() -> list[Finding]:
             "train small models only; horizon plan hardware=NAME plans for a GPU",
         )
     ]
+
+
+def _experts(config: TrainConfig | None) -> Finding:
+    """How experts of mixtures run here: those of a configuration's model, or of any."""
+    import torch
+
+    from horizon_lm.machine.device import resolve_device
+    from horizon_lm.model.experts import experts_in_use, grouped_kernel
+
+    device = resolve_device("auto" if config is None else config.device)
+    if config is None:
+        half, full = (grouped_kernel(device, dtype) for dtype in (torch.bfloat16, torch.float32))
+        text = half if half == full else f"bfloat16: {half}; float32: {full}"
+        return Finding(PASS, "experts", f"grouped_mm ({text})")
+    from horizon_lm.plan.outline import Outline, model_config
+
+    outline = Outline(partial(model_config, config), config)
+    in_use = experts_in_use(outline.built.skeleton.model, config, device)
+    return Finding(PASS, "experts", f"{outline.facts.model_type} has none" if in_use is None else str(in_use))
 
 
 def _disk() -> list[Finding]:

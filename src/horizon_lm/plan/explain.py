@@ -85,20 +85,20 @@ def _resident_reason(chosen: TrainConfig, planner: Planner) -> str:
     """Which units live on the device, in words."""
     policies = Policies.of(chosen, planner.outline)
     head = planner.outline.num_layers + 1
-    layers = len([unit for unit in policies.resident if 0 < unit < head])
-    names = [
+    whole = policies.resident - policies.uploaded
+    layers = len([unit for unit in whole if 0 < unit < head])
+    names = ["trainable parts"] if policies.uploaded & policies.resident else []
+    names += [
         word
         for word, unit in (("embedding", planner.outline.embedding_unit), ("head", head))
-        if unit in policies.resident and (word == "embedding" or unit != planner.outline.embedding_unit)
+        if unit in whole and (word == "embedding" or unit != planner.outline.embedding_unit)
     ]
     if layers:
         names.append(f"{layers} of {count(planner.outline.num_layers, 'layer')}")
-    if len(names) == 3:
-        names = [f"{names[0]}, {names[1]}", names[2]]
     if not names:
         return "all units stream: the device has no room, or would gain nothing"
-    verb = "lives" if len(names) == 1 and layers <= 1 else "live"
-    return f"{' and '.join(names)} {verb} on the device"
+    verb = "lives" if len(names) == 1 and layers <= 1 and names[0] != "trainable parts" else "live"
+    return f"{' and '.join([', '.join(names[:-1])] * (len(names) > 1) + names[-1:])} {verb} on the device"
 
 
 def _threads_reason(chosen: TrainConfig, profile: Profile) -> str:

@@ -85,9 +85,12 @@ class Shortfall:
 
 
 def export_bytes(config: TrainConfig, prediction: Prediction) -> int:
-    """Disk bytes of the trained model, plus a tenth."""
-    size = 2 if (config.save_dtype or config.dtype) == "bfloat16" else 4
-    weights = sum(unit.numel for unit in prediction.costs.outline.units)
+    """Disk bytes of the trained model, or of the adapter alone, plus a tenth."""
+    size, units = (
+        2 if (config.save_dtype or config.dtype) == "bfloat16" else 4,
+        prediction.costs.outline.units,
+    )
+    weights = sum(unit.trainable_numel if config.has_adapter else unit.numel for unit in units)
     return int(weights * size * 1.1)
 
 

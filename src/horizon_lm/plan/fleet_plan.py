@@ -36,12 +36,12 @@ def break_even(costs: Costs) -> BreakEven:
     tokens = costs.measures.batch * costs.measures.tokens
     forward = [Op("F", unit, policy=plan.policy(unit)) for unit in range(1, plan.head)]
     each = sum(costs.seconds(op) for op in forward) / tokens
-    streamed = [unit for unit in units if unit not in plan.resident]
+    streamed = [unit for unit in units if unit in plan.uploaded]
 
     def of(kind: str, of_units: list[int]) -> int:
         return round(sum(costs.seconds(Op(kind, unit)) for unit in of_units) / each)
 
-    updated = [unit for unit in streamed if unit in plan.trainable]
+    updated = [unit for unit in units if unit in plan.trainable - plan.resident]
     return BreakEven(plan.world * of("O", updated), of("J", units), of("U", streamed))
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import accumulate
 
 from horizon_lm.config import TrainConfig
-from horizon_lm.config.memory import BOUNDARIES, per_layer
+from horizon_lm.config.memory import BOUNDARIES, TRAINABLE, per_layer
 from horizon_lm.engine.homes import resident_order
 from horizon_lm.memory.regions import predict_bytes
 from horizon_lm.plan import fit
@@ -16,7 +16,7 @@ from horizon_lm.plan.bounds import unit_bytes
 from horizon_lm.plan.choose import Planner
 from horizon_lm.plan.fit import largest_that_fits
 from horizon_lm.plan.predict import Prediction
-from horizon_lm.plan.space import listed
+from horizon_lm.plan.space import Space, listed, splits_units
 from horizon_lm.plan.work import Line
 
 # The search stops at these.
@@ -123,7 +123,7 @@ class Largest:
         units = [planner.outline.units[unit].name for unit in resident_order(planner.outline)]
         asked = self.chosen.resident
         if isinstance(asked, list):
-            return [name for name in asked if name in units]
+            return [name for name in asked if name == TRAINABLE or name in units]
         return min(asked, len(units)) if isinstance(asked, int) else asked
 
     def _boundaries(self, planner: Planner) -> str | list[str]:
@@ -135,8 +135,9 @@ class Largest:
 
 @dataclass(frozen=True)
 class Pooled:
-    """A run with as few residents as host memory allows. One step, without residents, is simulated: what they
-    change of memory are the store and the slots."""
+    """A run with as few units resident as a whole as host memory allows; trainable parts are resident if they
+    are in `config`. One step, without such units, is simulated: what they change of memory are the store and
+    the slots."""
 
     planner: Planner
     config: TrainConfig
@@ -155,16 +156,23 @@ class Pooled:
         if left >= 0:
             return
         costs = self._streamed.costs
-        sizes = list(accumulate(unit_bytes(costs, unit) for unit in resident_order(self.planner.outline)))
+        sizes = list(accumulate(unit_bytes(costs, unit) for unit in self._space.order()))
         first = next((n for n, size in enumerate(sizes, 1) if left + size >= 0), len(sizes))
         yield from range(first, min(first + 2, len(sizes) + 1))
 
     @cached_property
     def _streamed(self) -> Prediction:
-        return self.planner.quickly(self.config.replace(resident=0))
+        return self.planner.quickly(self.config.replace(resident=self._placed(0)))
+
+    @cached_property
+    def _space(self) -> Space:
+        return self.planner.space_of(self.config)
+
+    def _placed(self, residents: int) -> int | str | list[str]:
+        return self._space.placed(residents, splits_units(self.config))
 
     def _rest(self, residents: int) -> dict[str, int]:
-        config, found = self.config.replace(resident=residents), self._streamed
+        config, found = self.config.replace(resident=self._placed(residents)), self._streamed
         if residents:
             costs = self.planner.costs(config)
             stored, fixed = predict_bytes(costs.outline.units, costs.spec), found.costs.fixed_bytes()

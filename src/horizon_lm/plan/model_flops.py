@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from horizon_lm.model.adapters import is_replaced
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.plan.products import Counting, Seen, TooManyOperationsError
 from horizon_lm.plan.working_set import Built
@@ -58,7 +59,8 @@ class LayerFlops:
 
 @dataclass(frozen=True)
 class Counted:
-    """layers: by kind. kind_of: the kind of each layer. lookups: parameters used only to look up rows."""
+    """layers: by kind. kind_of: the kind of each layer. lookups: parameters that multiply no token of text:
+    tables of rows, modules of the base that an adapter trains a copy of, and a projector of pictures."""
 
     layers: tuple[LayerFlops, ...]
     kind_of: tuple[int, ...]
@@ -110,8 +112,15 @@ def count_layers(built: Built, kind_of: Sequence[int]) -> Counted:
         _conclude(skeleton, layer, run, most) for layer, run, most in zip(places, runs, selected, strict=True)
     )
     tied = {skeleton.anatomy.embedding} if skeleton.anatomy.tied else set()
-    names = (p.name for unit in skeleton.units for p in unit.parameters)
-    lookups = tuple(name for name in names if name not in tied and skeleton.is_embedding(name))
+    names = [p.name for unit in skeleton.units for p in unit.parameters]
+    parts = skeleton.pictures
+
+    def is_visited(name: str) -> bool:
+        if is_replaced(name) or (parts is not None and parts.is_vision(name)):
+            return False
+        return name in tied or not skeleton.is_embedding(name)
+
+    lookups = tuple(name for name in names if not is_visited(name))
     return Counted(layers, tuple(found), lookups)
 
 

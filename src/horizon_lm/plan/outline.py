@@ -18,6 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from horizon_lm.config import ModelSettings, TrainConfig
+from horizon_lm.config.adapters import AdapterSettings
 from horizon_lm.data.training_data import tokenizer_of
 from horizon_lm.engine.homes import packing_of
 from horizon_lm.engine.policies import DTYPES
@@ -26,7 +27,9 @@ from horizon_lm.io.hub import require_reachable
 from horizon_lm.memory.layout import UnitLayout
 from horizon_lm.model.adapters import prepare
 from horizon_lm.model.configuration import configuration_of, read_configuration, reason_of
-from horizon_lm.model.folder import check_model_folder
+from horizon_lm.model.experts import choose_experts, implementation_of
+from horizon_lm.model.folder import check_is_model, check_model_folder
+from horizon_lm.model.pretrained import model_class
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.plan.model_flops import Counted, count_layers, kinds_of_layers
 from horizon_lm.plan.outline_cache import Facts, OutlineCache, TraceKey
@@ -65,7 +68,7 @@ class Outline:
     ) -> None:
         self._config, self._settings = config, settings
         self.dtype = DTYPES[settings.dtype]
-        self.dtype_name, self.mlp_tile_tokens = settings.dtype, settings.mlp_tile_tokens
+        self.mlp_tile_tokens, self.structure = settings.mlp_tile_tokens, structure_of(settings)
         self.has_adapter = settings.has_adapter
         self._cache = cache = cache or OutlineCache()
         if cache.facts is None:
@@ -89,6 +92,7 @@ class Outline:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode:
             model = _build(self.config, self.dtype, self._settings)
+            choose_experts(model, self._settings)
             model, adapter = prepare(model, self._settings, has_values=False)
             packs = bool(packing_of(self._settings))
             skeleton = Skeleton(model, self.dtype, is_new=True, adapter=adapter, packs=packs)
@@ -227,6 +231,12 @@ class Outline:
         return self._laws[part, line]
 
 
+def structure_of(settings: ModelSettings) -> str:
+    """The settings that decide on a model's units and their work, as text."""
+    trained = {key: getattr(settings, key) for key in AdapterSettings.__annotations__}
+    return repr((settings.dtype, settings.attn_implementation, settings.mlp_tile_tokens, trained))
+
+
 def model_config(config: TrainConfig) -> Any:
     """Return the transformers configuration of a run; weights are not read.
 
@@ -242,6 +252,7 @@ def model_config(config: TrainConfig) -> Any:
             assert config.model_name_or_path is not None  # TrainConfig has seen to it
             name = str(Path(config.model_name_or_path).expanduser())
             require_reachable(name, "model_name_or_path")
+            check_is_model(name)
             check_model_folder(name)
             options = {} if config.model_revision is None else {"revision": config.model_revision}
             found = read_configuration(
@@ -275,12 +286,11 @@ def _with_new_tokens(config: TrainConfig, model: Any) -> Any:
 
 
 def _build(config: Any, dtype: torch.dtype, settings: ModelSettings) -> nn.Module:
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     try:
         with no_init_weights():
-            model = AutoModelForCausalLM.from_config(
+            model = model_class(config).from_config(
                 config,
                 dtype=dtype,
                 attn_implementation=settings.attn_implementation,
@@ -310,4 +320,5 @@ def _facts(config: Any, skeleton: Skeleton) -> Facts:
         vocabulary=skeleton.vocabulary,
         max_head_tokens=skeleton.max_head_tokens,
         positions=longest if isinstance(longest, int) and longest > 0 else None,
+        experts=implementation_of(skeleton.model),
     )

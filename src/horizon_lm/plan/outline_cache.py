@@ -46,7 +46,8 @@ class Facts:
     """What a plan needs of a model besides its traces.
 
     kinds: the first layer of each kind. kind_of: the kind of each layer. rows, width: the embedding table's.
-    vocabulary: the head's outputs. positions: max_position_embeddings, if the model has it.
+    vocabulary: the head's outputs. positions: max_position_embeddings, if the model has it. experts: the
+    implementation of its experts, if it has any.
     """
 
     model_type: str
@@ -60,6 +61,7 @@ class Facts:
     vocabulary: int
     max_head_tokens: int
     positions: int | None
+    experts: str | None = None
 
     @property
     def embedding_unit(self) -> int:
@@ -169,7 +171,8 @@ def _key(config: TrainConfig) -> str | None:
     decides = {
         "format": _FORMAT,
         "model": model,
-        "settings": [config.dtype, config.attn_implementation, config.mlp_tile_tokens],
+        "settings": [config.dtype, config.attn_implementation, config.experts_implementation],
+        "tiles": config.mlp_tile_tokens,
         "trained": [[key, getattr(config, key)] for key in AdapterSettings.__annotations__],
         "machine": [sys.version, platform.machine(), torch.__version__],
         "environment": sorted(item for item in os.environ.items() if item[0].startswith(_VARIABLES)),

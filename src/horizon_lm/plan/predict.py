@@ -86,13 +86,15 @@ class Prediction:
     @property
     def store_bytes(self) -> int:
         """Host bytes of weights, gradients and optimizer state."""
-        names = ("weights", "residual", "exp_avg", "exp_avg_sq", "grads", "grad_slabs", "sums", "sum_slabs")
-        return sum(self.host.get(name, 0) for name in names)
+        names = ("weights", "frozen", "packed", "residual", "exp_avg", "exp_avg_sq", "grads", "grad_slabs")
+        return sum(self.host.get(name, 0) for name in (*names, "sums", "sum_slabs"))
 
     @property
     def pinned_bytes(self) -> int:
         """Host bytes that are locked for copies from and to a device with its own memory."""
-        names = ("weights", "grads", "grad_slabs", "sums", "sum_slabs", "boundary") if self.device else ()
+        if not self.device:
+            return 0
+        names = ("weights", "frozen", "packed", "grads", "grad_slabs", "sums", "sum_slabs", "boundary")
         return sum(self.host.get(name, 0) for name in names)
 
     @property
@@ -177,7 +179,8 @@ def prediction_of(costs: Costs, most_visits: int = MOST_VISITS) -> Prediction:
     batch = batch if size is None else preferences.sides * size
     costs_of_pass = replace(costs, measures=_measures(outline, settings, costs.policies, batch, tokens))
     reference = _simulate_forward(costs_of_pass, TOGETHER)
-    stored = {name: size for name, size in stored.items() if name in ("weights", "residual")}
+    kept = ("weights", "frozen", "packed", "residual")
+    stored = {name: size for name, size in stored.items() if name in kept}
     in_pass = _bytes(costs_of_pass, reference, stored)  # moments and gradients have no pages yet
     host, device = (
         max(one, other, key=lambda parts: sum(parts.values()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from horizon_lm.errors import ConfigError, DoesNotFitError, HorizonError
 from horizon_lm.machine.memory import lockable_bytes
 from horizon_lm.machine.profile import ASSUMED_LINKS, FALLBACK, Profile, load_profile
 from horizon_lm.memory.ways import written
+from horizon_lm.plan.busy import BUSY, busy_from, compute_share
 from horizon_lm.plan.choose import Choice, Planner
 from horizon_lm.plan.explain import explain
 from horizon_lm.plan.fit import Limits
@@ -89,7 +90,47 @@ class RunPlan:
         of_fleet = self.of_fleet.notes() if self.of_fleet is not None else []
         return [*self.notes, *of_fleet, *([advice] if advice else [])]
 
+    @cached_property
+    def busy(self) -> Prediction | None:
+        """Prediction for the smallest step found of which the GPU computes nearly all the time; see
+        `busy_from`."""
+        opened = {choice.key for choice in self.choices if not choice.pinned}
+        settings = busy_from(self.planner, self.config, opened)
+        return None if settings is None else self.planner.predict(settings)
+
+    def busy_line(self) -> str | None:
+        """`busy` in words."""
+        busy = self.busy
+        if busy is None:
+            return None
+        leaner = "" if busy.settings.activations == self.config.activations else ", recomputing all layers"
+        why = "; each step moves all experts" if self.planner.outline.facts.experts else ""
+        return f"the GPU computes {BUSY:.0%} of steps from {count(busy.tokens, 'token')} on{leaner}{why}"
+
     def _advice(self) -> str | None:
+        return self._advice_on_update() or self._advice_on_bus()
+
+    def _advice_on_bus(self) -> str | None:
+        """Advise more tokens per step if the GPU waits for what takes as long for any number."""
+        found, busy = self.prediction, self.busy
+        if busy is None or compute_share(found) >= BUSY or busy.tokens <= found.tokens:
+            return None
+        gain = busy.tokens_per_second / found.tokens_per_second - 1
+        if gain < 0.05:
+            return None
+        return (
+            f"the GPU waits for {1 - compute_share(found):.0%} of a step: {self._written(busy)} "
+            f"({count(busy.tokens, 'token')} a step) would give {busy.tokens_per_second:,.0f} tokens/s, "
+            f"{gain:.0%} more"
+        )
+
+    def _written(self, more: Prediction) -> str:
+        """The settings of a step with more tokens."""
+        if self.config.tokens_per_step is not None:
+            return written({"tokens_per_step": more.tokens})
+        return written({"gradient_accumulation_steps": more.micro_batches})
+
+    def _advice_on_update(self) -> str | None:
         """Advise more tokens per step if the update limits it, which takes as long for any number."""
         found, config = self.prediction, self.config
         batches = config.gradient_accumulation_steps
@@ -150,6 +191,7 @@ class RunPlan:
                 "type": outline.facts.model_type,
                 "parameters": outline.num_parameters,
                 "layers": outline.num_layers,
+                **({"experts": outline.facts.experts} if outline.facts.experts else {}),
             },
             "choices": [vars(choice) for choice in self.choices],
             "host_bytes": found.host,
@@ -162,6 +204,7 @@ class RunPlan:
             "tokens_per_second": found.tokens_per_second,
             **self._forward_passes(),
             "limited_by": found.limit(),
+            **({"busy_tokens_per_step": self.busy.tokens} if self.busy is not None else {}),
             **({"fleet": self.of_fleet.to_dict()} if self.of_fleet is not None else {}),
             "notes": self.all_notes(),
         }

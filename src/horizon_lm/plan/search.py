@@ -12,11 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import NamedTuple, overload
 
 from horizon_lm.config import TrainConfig
 from horizon_lm.config.memory import ACTIVATIONS, per_layer
-from horizon_lm.engine.homes import resident_order
 from horizon_lm.plan.bounds import Bounds, Upgrade, unit_bytes, upgrades
 from horizon_lm.plan.costs import Costs
 from horizon_lm.plan.predict import Prediction
@@ -75,7 +75,8 @@ class Search:
         space = self.space
         cut = min(space.cuts(), key=lambda cut: (cut.batch, cut.rounds > 1, cut.sums == "device"))
         candidate = Candidate(cut, space.updates()[0], space.slots()[0], spilled=space.spilled()[-1])
-        return self.pooled(candidate)
+        found = [self.pooled(placed) for placed in self._placed(candidate)]
+        return found[0] if len(found) == 1 else max(found, key=self._room)
 
     def has_room(self) -> bool:
         """Whether a cut with the smallest micro-batches fits, recomputing all layers: in one round, or in as
@@ -86,10 +87,15 @@ class Search:
         for sums in {cut.sums for cut in small}:
             ends.add(max((cut for cut in small if cut.sums == sums), key=lambda cut: cut.rounds))
         update, slots = self.space.updates()[0], self.space.slots()[0]
-        found = (
-            Candidate(cut, update, slots) for cut in sorted(ends, key=lambda cut: (cut.rounds, cut.sums))
+        return any(
+            self._has_room(candidate)
+            for cut in sorted(ends, key=lambda cut: (cut.rounds, cut.sums))
+            for candidate in self._placed(Candidate(cut, update, slots))
         )
-        return any(map(self._has_room, found))
+
+    def _placed(self, candidate: Candidate) -> list[Candidate]:
+        """The candidate with trainable parts where they may live."""
+        return [replace(candidate, split=split) for split in self.space.splits()]
 
     def _has_room(self, candidate: Candidate) -> bool:
         """Whether a candidate fits with some number of spilled inputs; the others stay on the device."""
@@ -104,6 +110,12 @@ class Search:
             return False
         fewer = _last(lambda number: rest(number).get("device", 0), most - least)
         return fewer > 0 and min(rest(fewer).values()) >= 0
+
+    def roomiest(self, cut: Cut, config: TrainConfig) -> Candidate:
+        """Residents that leave most room for a cut: as few as host memory allows, or as many as can be."""
+        placed = self._placed(Candidate(cut, config.update, config.slots))
+        found = [self.pooled(candidate) for candidate in placed]
+        return found[0] if len(found) == 1 else max(found, key=self._room)
 
     def pooled(self, candidate: Candidate) -> Candidate:
         """With as few residents as host memory allows; with as many as the device holds if it does not."""
@@ -120,7 +132,8 @@ class Search:
                 made = self.space.make(Candidate(cut, update, slots, 0))
                 rows.append((self._seconds(made), 0, cut))
                 continue
-            bounds = self._bounds(Candidate(cut, update, slots, 0))
+            placed = self._placed(Candidate(cut, update, slots, 0))
+            bounds = min(map(self._bounds, placed), key=lambda bounds: min(bounds.values()))
             residents = min(bounds, key=bounds.__getitem__)
             rows.append((bounds[residents], residents, cut))
         if self.space.is_cpu:
@@ -140,17 +153,17 @@ class Search:
 
     def _bounds(self, candidate: Candidate) -> dict[int, float]:
         """Lower bounds of the seconds of a cut, by the number of residents."""
-        cut = candidate.cut
-        if cut not in self._known_bounds:
-            costs, can_spill = self.machine.costs(self.space.make(candidate)), len(self.space.spilled()) > 1
-            found = Bounds(
-                costs, cut, self._upgrades(candidate), self.space.residents(), can_spill, self.machine.device
-            )
-            self._known_bounds[cut] = found.by_residents()
-        return self._known_bounds[cut]
+        key = candidate.cut, candidate.split
+        if key not in self._known_bounds:
+            space, costs = self.space, self.machine.costs(self.space.make(replace(candidate, resident=0)))
+            steps, can_spill = self._upgrades(candidate), len(space.spilled()) > 1
+            residents, order = space.residents(), space.order()
+            found = Bounds(costs, candidate.cut, steps, residents, order, can_spill, self.machine.device)
+            self._known_bounds[key] = found.by_residents()
+        return self._known_bounds[key]
 
     @cached_property
-    def _known_bounds(self) -> dict[Cut, dict[int, float]]:
+    def _known_bounds(self) -> dict[tuple[Cut, bool], dict[int, float]]:
         return {}
 
     def _upgrades(self, candidate: Candidate) -> list[Upgrade]:
@@ -171,12 +184,12 @@ class Search:
 
     def _of_cut(self, candidate: Candidate, guess: int, limit: float) -> Found | None:
         """The fastest candidate found for a cut; None if none fits. limit: seconds to beat."""
-        spills = sorted({self.space.spilled()[0], self.space.spilled()[-1]})
         found: Found | None = None
-        for spilled in spills:
-            if found is not None and self._is_full(found.candidate):
-                break  # nothing is gained by room for more activations
-            start = replace(candidate, spilled=spilled, resident=self.space.residents()[0])
+        spills = sorted({self.space.spilled()[0], self.space.spilled()[-1]})
+        for placed, spilled in product(self._placed(candidate), spills):
+            if found is not None and (found.candidate.split > placed.split or self._is_full(found.candidate)):
+                break  # small parts live on the device if they fit; or no room for activations is needed
+            start = replace(placed, spilled=spilled, resident=self.space.residents()[0])
             found = _better(found, self._with_residents(start, guess, limit), TIE)
             limit = limit if found is None else min(limit, found.seconds)
         return found
@@ -250,7 +263,7 @@ class Search:
     def _resident_sizes(self, config: TrainConfig) -> list[int]:
         """Bytes of the first N residents."""
         costs, found = self.machine.costs(config), [0]
-        for unit in resident_order(self.space.outline):
+        for unit in self.space.order():
             found.append(found[-1] + unit_bytes(costs, unit))
         return found
 

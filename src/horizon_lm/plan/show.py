@@ -15,7 +15,8 @@ def describe(plan: RunPlan, *, largest: bool = True, timeline: bool = False) -> 
     found, outline = plan.prediction, plan.planner.outline
     lines = [
         f"model      {outline.facts.model_type}, {parameters(outline.num_parameters)}, "
-        f"{count(outline.num_layers, 'layer')}",
+        f"{count(outline.num_layers, 'layer')}"
+        + (f", experts by {outline.facts.experts}" if outline.facts.experts else ""),
         f"machine    {plan.machine}",
         f"step       {found.micro_batches} x {_shape(plan)} = {count(found.tokens, 'token')}"
         + (f", {found.plan.micro_batches} of each rank" if plan.of_fleet is not None else ""),
@@ -32,6 +33,8 @@ def describe(plan: RunPlan, *, largest: bool = True, timeline: bool = False) -> 
         if seconds:
             lines.append(f"  {lane:20} {_seconds(seconds):>10}  {seconds / found.seconds:6.1%}")
     lines.append(f"  limited by {found.limit()}")
+    if busy := plan.busy_line():
+        lines.append(f"  {busy}")
     lines += _forward_passes(plan)
     lines += _fleet(plan.of_fleet, largest)
     if timeline:

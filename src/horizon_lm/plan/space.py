@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any
 
 from horizon_lm.config import TrainConfig
+from horizon_lm.config.memory import TRAINABLE
 from horizon_lm.engine.homes import reduction_of, resident_order
 from horizon_lm.engine.policies import no_selection
 from horizon_lm.errors import ConfigError
@@ -41,15 +42,16 @@ class Cut:
 class Candidate:
     """A combination of settings.
 
-    resident: number of units along `resident_order`; None: as configured. keep, products, attention: numbers
-    of layers, from the last one down in this order. spilled: layers, from the first one up, that spill their
-    inputs.
+    resident: number of whole units along `Space.order`; None: as configured. split: the trainable parts of
+    all units are resident too. keep, products, attention: numbers of layers, from the last one down in this
+    order. spilled: layers, from the first one up, that spill their inputs.
     """
 
     cut: Cut
     update: str
     slots: int
     resident: int | None = None
+    split: bool = False
     keep: int = 0
     products: int = 0
     attention: int = 0
@@ -174,7 +176,25 @@ class Space:
         """Numbers of units, along `resident_order`, that may live on the device."""
         if self.config.resident != "auto":
             return [None]
-        return [0] if self.is_cpu else list(range(len(resident_order(self.outline)) + 1))
+        return [0] if self.is_cpu else list(range(len(self.order()) + 1))
+
+    def splits(self) -> list[bool]:
+        """Whether trainable parts may be resident while frozen parts are streamed: those of an adapter, which
+        are small."""
+        can_split = self.config.has_adapter and not self.is_cpu and not self.is_shared
+        return [True, False] if can_split and self.config.resident == "auto" else [False]
+
+    def order(self) -> list[int]:
+        """Units in the order in which they become resident as a whole. Packed ones never do."""
+        return [u for u in resident_order(self.outline) if not self.outline.units[u].packed_numel]
+
+    def placed(self, number: int, split: bool) -> int | str | list[str]:
+        """The setting `resident` for that many whole units, and trainable parts: a number if that says it."""
+        order = self.order()[:number]
+        names = [self.outline.units[unit].name for unit in order]
+        if split:
+            return [TRAINABLE, *names] if names else TRAINABLE
+        return number if order == resident_order(self.outline)[:number] else names
 
     @property
     def chooses_policies(self) -> bool:
@@ -215,7 +235,7 @@ class Space:
         if cut.sums:
             changes["round_sums"] = cut.sums
         if config.resident == "auto":
-            changes["resident"] = candidate.resident or 0
+            changes["resident"] = self.placed(candidate.resident or 0, candidate.split)
         if config.activations == "auto":
             left = self.layers - candidate.keep - candidate.products - candidate.attention
             counts = (left, candidate.attention, candidate.products, candidate.keep)
@@ -230,11 +250,19 @@ class Space:
 
     def every(self) -> Iterator[TrainConfig]:
         """Enumerate every combination, whether it fits or not."""
-        for cut, update, slots, resident, kept, spilled in product(
-            self.cuts(), self.updates(), self.slots(), self.residents(), self.kept(), self.spilled()
+        homes = list(product(self.residents(), self.splits()))
+        for cut, update, slots, (resident, split), kept, spilled in product(
+            self.cuts(), self.updates(), self.slots(), homes, self.kept(), self.spilled()
         ):
             if spilled + kept.get(KEEP, 0) <= self.layers:  # layers that keep spill nothing
-                yield self.make(Candidate(cut, update, slots, resident, spilled=spilled).with_kept(kept))
+                found = Candidate(cut, update, slots, resident, split, spilled=spilled)
+                yield self.make(found.with_kept(kept))
+
+
+def splits_units(config: TrainConfig) -> bool:
+    """Whether the setting `resident` names the trainable parts of all units."""
+    asked = config.resident
+    return asked == TRAINABLE or (isinstance(asked, list) and TRAINABLE in asked)
 
 
 def listed(words: tuple[str, ...], counts: tuple[int, ...]) -> str | list[str]:

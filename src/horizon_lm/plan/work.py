@@ -74,12 +74,15 @@ _ADDED: dict[Any, Callable[..., int]] = {
 }
 
 
+_ANSWER = "_horizon_answer"  # attribute of a comparison's result
+
+
 class WorkMeter(TorchDispatchMode):
     """While open, counts the operations of this thread.
 
     Questions about values, which fake tensors cannot answer, are answered as if work were shared evenly: a
     bool is true, a mask cut out of a larger one selects its even share (an expert its share of the tokens),
-    and an index is the first.
+    an index is the first, and only the first equals 0.
     """
 
     @classmethod
@@ -102,7 +105,7 @@ class WorkMeter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default and args[0].dtype == torch.bool:
-            return True
+            return getattr(args[0], _ANSWER, True)
         if func is aten._local_scalar_dense.default and not args[0].dtype.is_floating_point:
             return 0
         if func is aten.nonzero.default:
@@ -113,6 +116,8 @@ class WorkMeter(TorchDispatchMode):
             out = _grouped_output(*args, **kwargs)
         else:
             out = func(*args, **kwargs)
+        if func is aten.eq.Scalar and not args[0].dim() and not args[0].dtype.is_floating_point:
+            setattr(out, _ANSWER, args[1] == 0)
         self._record(func, args, kwargs, out)
         return out
 

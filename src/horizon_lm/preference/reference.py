@@ -122,6 +122,7 @@ def key_of(rows: Rows, config: TrainConfig, weights: str) -> str:
         "dtype": config.dtype,
         "attention": config.attn_implementation,
         "kernels": config.kernels,
+        **({"experts": config.experts_implementation} if config.experts_implementation != "auto" else {}),
         "ld_alpha": config.ld_alpha,
     }
     if config.base_dtype not in ("auto", "bfloat16"):  # of a model of its own, which the weights do not tell

@@ -6,7 +6,8 @@ seconds / peak. Recomputation and padding are not counted. `plan.model_flops` me
 multiplies, so
 
 - N counts a parameter once per visit of a token: an expert for its share of the tokens, lookup tables never,
-  an embedding table only if the output layer shares it;
+  an embedding table only if the output layer shares it; of a vision-language model the language model alone,
+  without the vision tower and the projector;
 - L d sums over the layers with attention, as (d of queries and keys + d of values) / 2 if these differ;
 - if a query sees at most w keys (a window, or selected keys), l² is w (2 l - w) for l > w; if it sees its
   chunk, the sum of the squared chunks;
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
     from horizon_lm.host_model import HostModel
 
 FORMULA = (
-    "(6 N tokens + 6 L d sum of squared lengths) / seconds / peak; N without the embedding table, experts by "
-    "the tokens that visit them; L d over layers of attention, lengths within windows"
+    "(6 N tokens + 6 L d sum of squared lengths) / seconds / peak; N without the embedding table and the "
+    "vision part, experts by the tokens that visit them; L d over layers of attention, lengths within windows"
 )
 
 

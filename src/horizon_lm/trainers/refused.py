@@ -19,7 +19,8 @@ _ALONE = "run one process on one GPU, with this argument unset"
 _LOGITS = "compute the metric from the saved model; streamed training never has the logits of all tokens"
 _FULL_EVAL = "leave it out; evaluation runs in the dtype of training"
 # Keys of model_init_kwargs that have an equivalent. A device_map of None is ignored.
-_INIT_KEYS = {"attn_implementation", "dtype", "torch_dtype", "revision", "trust_remote_code"}
+_INIT_KEYS = {"attn_implementation", "experts_implementation"}
+_INIT_KEYS |= {"dtype", "torch_dtype", "revision", "trust_remote_code"}
 
 # Fields of the configuration that must be unset: name -> the way out.
 _FIELDS = {

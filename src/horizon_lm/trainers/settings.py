@@ -136,6 +136,7 @@ def settings_of(args: TrainingArguments, model: Any = None) -> dict[str, Any]:
         "device": "cpu" if args.device.type == "cpu" else str(args.device),
         "dtype": "bfloat16" if is_bf16 else "float32",
         "attn_implementation": attention,
+        "experts_implementation": chosen.get("experts_implementation") or "auto",
         "trust_remote_code": _trust(args),
         "model_revision": chosen.get("revision"),
         "activations": "recompute" if recompute else "auto",

@@ -159,7 +159,17 @@ def _fitting(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> dict[st
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    values = {**fitting, **(config.init_model or {})}
+    given = dict(config.init_model or {})
+    text = given.get("text_config")
+    if isinstance(text, dict):  # a vision-language model: its tokens are those of the language model
+        inner = _with_tokens({**fitting, **text}, config, tokenizer)
+        return {**given, "text_config": inner}
+    return _with_tokens({**fitting, **given}, config, tokenizer)
+
+
+def _with_tokens(
+    values: dict[str, Any], config: TrainConfig, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
     if config.new_tokens:
         values["vocab_size"] = max(values["vocab_size"], len(tokenizer))
     return values

@@ -16,6 +16,7 @@ from horizon_lm.data.preview import remarks, used
 from horizon_lm.errors import DataError
 from horizon_lm.host_model import HostModel
 from horizon_lm.machine.identity import commit, machine
+from horizon_lm.model.experts import InUse, experts_in_use
 from horizon_lm.report.display import clock, number
 from horizon_lm.report.flops import FORMULA
 from horizon_lm.report.metrics import Metrics, mean_of_tail, read_evaluations, read_steps, versions
@@ -89,6 +90,7 @@ def about_model(model: HostModel) -> str:
         + "".join(f"{words}, " for words in [about_trained(model)] if words)
         + f"{model.settings.dtype} on {model.device}, {size(store)} in host memory"
         + (f", {size(resident)} in device memory" if resident else "")
+        + (f"\nexperts: {experts}" if (experts := _experts(model)) else "")
     )
 
 
@@ -102,6 +104,10 @@ def about_trained(model: HostModel) -> str:
     kind = "" if adapter is None else f"adapter {adapter.words}, "
     few = parameters(trained).removesuffix(" parameters").removesuffix(" parameter")
     return f"{kind}{few} of {parameters(total)} trained ({100 * trained / total:.2g} %)"
+
+
+def _experts(model: HostModel) -> InUse | None:
+    return experts_in_use(model.skeleton.model, model.settings, model.device)
 
 
 def header(ready: Ready, notes: Sequence[str], num_steps: int, peak: float) -> dict[str, Any]:
@@ -120,6 +126,7 @@ def header(ready: Ready, notes: Sequence[str], num_steps: int, peak: float) -> d
         "num_parameters": model.num_parameters,
         **({"num_trained": trained} if (trained := model.num_trained) != model.num_parameters else {}),
         **({"adapter": adapter.words} if (adapter := model.skeleton.adapter) is not None else {}),
+        **({"experts": str(experts)} if (experts := _experts(model)) else {}),
         "num_sequences": len(data.rows),
         "max_length": data.rows.max_length,
         "packing": data.rows.strategy,

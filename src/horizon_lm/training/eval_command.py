@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,13 +28,14 @@ from horizon_lm.config.dataset_info import SUFFIXES
 from horizon_lm.config.yaml import Document
 from horizon_lm.data.detect import with_method
 from horizon_lm.data.preview import remarks
+from horizon_lm.data.processor import Processor
 from horizon_lm.data.rows import Rows
 from horizon_lm.data.training_data import (
     load_eval_rows,
     load_training_data,
-    make_encoder,
     pad_id,
     tokenizer_of,
+    with_processor,
 )
 from horizon_lm.distributed.ranks import Ranks
 from horizon_lm.errors import CheckpointError, ConfigError
@@ -48,6 +50,7 @@ from horizon_lm.report.records import Evaluation
 from horizon_lm.training.build import hosted
 from horizon_lm.training.evaluate import evaluate
 from horizon_lm.training.generate import model_folder
+from horizon_lm.training.pictures import encode_pictures
 from horizon_lm.training.preferences import Preferences, pass_of, reference_model
 from horizon_lm.training.run_settings import given_keys, read_settings
 from horizon_lm.training.together import Together
@@ -200,7 +203,7 @@ def evaluate_target(
     if not target.checkpoints:
         config = config.replace(model_name_or_path=str(model_folder(config.model_name_or_path, "eval")))
     tokenizer = tokenizer_of(config)
-    rows = together.in_order("data", lambda: _rows(config, tokenizer))
+    processor, rows = together.in_order("data", lambda: _rows(config, tokenizer))
     together.agree("data", {"data": rows.fingerprint})
     data = _data_in_words(config)
     size = f"{count(len(rows), 'sequence')}, {count(rows.num_tokens, 'token')}"
@@ -226,6 +229,8 @@ def evaluate_target(
             check_base(added.checkpoint, model.base_fingerprint(), added.base)
     what = names[0]
     together.agree("model", {"model": what})
+    shown = partial(say, stream=sys.stderr)
+    encode_pictures(model, (rows,), processor, config, together, shown)
     batch = config.per_device_eval_batch_size or config.per_device_train_batch_size
     found = measure(model, rows, micro_batch_size=batch, pad_id=pad_id(tokenizer))
     line = {**found.to_line(), "eval_sequences": len(rows)}
@@ -233,13 +238,14 @@ def evaluate_target(
     return {**line, "model": what, "data": data, "dtype": config.dtype}
 
 
-def _rows(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Rows:
-    """Return the sequences to evaluate on."""
+def _rows(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Processor | None, Rows]:
+    """Return the model's processor, if any, and the sequences to evaluate on."""
     if not config.val_size:
-        return load_eval_rows(config, make_encoder(config, tokenizer))
-    rows = load_training_data(config, tokenizer).eval_rows
-    assert rows is not None
-    return rows
+        processor, encoder = with_processor(config, tokenizer)
+        return processor, load_eval_rows(config, encoder)
+    data = load_training_data(config, tokenizer)
+    assert data.eval_rows is not None
+    return data.processor, data.eval_rows
 
 
 def _measure_of(

@@ -27,8 +27,12 @@ from horizon_lm.training.upload import Upload
 
 
 def save_tokenizer(data: TrainingData, target: Path) -> None:
-    """Save the tokenizer, with the chat template that was trained on if one was given."""
+    """Save the tokenizer, or the processor with it, with the chat template that was trained on if one was
+    given."""
     tokenizer, given = data.tokenizer, data.encoder.chat_template_to_save
+    if data.processor is not None:
+        data.processor.save(target, None if given is None else without_marks(given))
+        return
     own = tokenizer.chat_template
     if given is not None:
         tokenizer.chat_template = without_marks(given)

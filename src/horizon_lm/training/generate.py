@@ -13,10 +13,15 @@ import torch
 from horizon_lm.checkpoint.adapted import base_here
 from horizon_lm.checkpoint.identify import has_adapter, identify, may_be_on_hub, no_model
 from horizon_lm.data.chat import ChatTemplate
+from horizon_lm.data.encode import special_around
+from horizon_lm.data.picture_rows import MARK, picture_message
+from horizon_lm.data.pictures import Opened, Picture, open_picture, picture_of
+from horizon_lm.data.processor import Processor, load_processor
 from horizon_lm.data.tokenizer import load_tokenizer
 from horizon_lm.errors import ConfigError, DataError, HorizonError
 from horizon_lm.io import files
 from horizon_lm.machine.device import resolve_device
+from horizon_lm.machine.libraries import load_peft
 from horizon_lm.model.configuration import reason_of
 from horizon_lm.model.pretrained import TO_GENERATE, quiet_transformers, read_pretrained
 from horizon_lm.words import count, size
@@ -39,10 +44,16 @@ class Sampling:
 
 
 class Generator:
-    """A whole model on one device, and its tokenizer."""
+    """A whole model on one device, its tokenizer and, of a vision-language model, its processor."""
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
-        self._model, self.tokenizer, self.device = model, tokenizer, device
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+        processor: Processor | None = None,
+    ) -> None:
+        self._model, self.tokenizer, self.device, self.processor = model, tokenizer, device, processor
 
     @classmethod
     def load(
@@ -62,6 +73,8 @@ class Generator:
         tokenizer = load_tokenizer(str(place), trust_remote_code=trust_remote_code, key="model")
         adapter = Path(place) if has_adapter(Path(place)) else None
         weights = str(place) if adapter is None else base_here(adapter)
+        with quiet_transformers():
+            processor = load_processor(str(place), tokenizer, trust_remote_code=trust_remote_code)
         try:
             with quiet_transformers():
                 model: Any = read_pretrained(
@@ -82,7 +95,20 @@ class Generator:
                 hint="pass a folder in Hugging Face format or a run's output_dir",
             ) from error
         chosen = _device_for(model, device)
-        return cls(model.to(chosen).eval(), tokenizer, chosen)
+        return cls(model.to(chosen).eval(), tokenizer, chosen, processor)
+
+    def pictures(self, files: Sequence[str]) -> list[Opened]:
+        """Read pictures for a prompt. Raises ConfigError for a model of text alone, and DataError."""
+        if files and self.processor is None:
+            raise ConfigError(
+                f"a {self._model.config.model_type} model is one of text alone, or comes without a "
+                "processor: it takes no pictures",
+                hint="leave out --image, or name a vision-language model",
+            )
+        try:
+            return [open_picture(picture_of(file, Path.cwd(), "--image"), "--image") for file in files]
+        except DataError as error:
+            raise DataError(error.message, hint="pass a file that PIL can read, as --image FILE") from error
 
     def complete(
         self,
@@ -91,22 +117,50 @@ class Generator:
         *,
         special_tokens: bool = True,
         on_text: Callable[[str], None] | None = None,
+        pictures: Sequence[Opened] = (),
     ) -> str:
         """Complete `prompt`. `on_text` gets the completion piece by piece.
 
-        special_tokens: let the tokenizer add its own; False for a prompt made by a chat template.
+        special_tokens: let the tokenizer add its own; False for a prompt made by a chat template. pictures:
+        at the marks of the processor, or at <image> marks, or before the prompt.
         """
-        ids = self.tokenizer(prompt, add_special_tokens=special_tokens).input_ids
+        if pictures:
+            ids = self._with_placeholders(prompt, pictures, special_tokens=special_tokens)
+        else:
+            ids = self.tokenizer(prompt, add_special_tokens=special_tokens).input_ids
         ids = ids or [self.tokenizer.eos_token_id]  # an empty prompt: a new document
+        return self.complete_tokens(ids, sampling, on_text=on_text, pictures=pictures)
+
+    def _with_placeholders(
+        self, prompt: str, pictures: Sequence[Opened], *, special_tokens: bool
+    ) -> list[int]:
+        assert self.processor is not None
+        mark = self.processor.mark
+        if mark not in prompt:
+            prompt = prompt.replace(MARK, mark) if MARK in prompt else mark * len(pictures) + prompt
+        ids = self.processor.tokens(prompt, pictures, "the prompt").ids
+        return [*special_around(self.tokenizer)[0], *ids] if special_tokens else ids
+
+    def complete_tokens(
+        self,
+        ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        on_text: Callable[[str], None] | None = None,
+        pictures: Sequence[Opened] = (),
+    ) -> str:
+        """Complete a prompt of tokens, which has the placeholders of its pictures."""
         rows = int(self._model.get_input_embeddings().weight.shape[0])
-        if max(ids) >= rows:
-            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+        placeholder = getattr(self._model.config, "image_token_id", None) if pictures else None
+        largest = max((token for token in ids if token != placeholder), default=0)
+        if largest >= rows:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
             raise DataError(
-                f"the prompt has token {max(ids)} ({token!r}), and the model's embeddings have "
+                f"the prompt has token {largest} ({token!r}), and the model's embeddings have "
                 f"{count(rows, 'row')}",
                 hint="use the tokenizer that the model was trained with",
             )
-        inputs = torch.tensor([ids], device=self.device)
+        inputs = torch.tensor([list(ids)], device=self.device)
         draw: dict[str, Any] = {"do_sample": False}
         if sampling.temperature:
             draw = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
@@ -115,6 +169,7 @@ class Generator:
             output = self._model.generate(
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),
+                **self._seen(inputs, pictures),
                 max_new_tokens=sampling.max_new_tokens,
                 repetition_penalty=sampling.repetition_penalty,
                 num_beams=1,  # generation_config.json may ask for 10^9, and a streamer supports one
@@ -125,6 +180,17 @@ class Generator:
                 **draw,
             )
         return str(self.tokenizer.decode(output[0, inputs.shape[1] :].tolist(), skip_special_tokens=True))
+
+    def _seen(self, ids: torch.Tensor, pictures: Sequence[Opened]) -> dict[str, torch.Tensor]:
+        """Return the inputs of a prompt with pictures besides its tokens."""
+        if not pictures or self.processor is None:
+            return {}
+        found = self.processor.inputs(*pictures)
+        if self.processor.types is not None:
+            name, tokens = self.processor.types
+            found[name] = torch.isin(ids, torch.tensor(tokens, device=ids.device)).long()
+        dtype = self._model.dtype
+        return {n: t.to(self.device, dtype if t.is_floating_point() else None) for n, t in found.items()}
 
     def _stops(self) -> list[int]:
         """Return the tokens that end a text: the model's, the tokenizer's, and a chat's end of turn."""
@@ -137,9 +203,7 @@ class Generator:
 
 
 def _with_adapter(model: Any, folder: Path) -> Any:
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
+    return load_peft().PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
 
 
 @contextmanager
@@ -163,7 +227,7 @@ class Chat:
     def __init__(self, generator: Generator, system: str | None = None) -> None:
         self._generator = generator
         try:
-            self._template = ChatTemplate(generator.tokenizer)
+            self._template = ChatTemplate(generator.tokenizer, processor=generator.processor)
         except DataError as error:
             raise ConfigError(
                 "the tokenizer of this model has no chat template",
@@ -171,17 +235,28 @@ class Chat:
             ) from error
         self.system = system
         self.messages: list[dict[str, Any]] = []
+        self._pictures: list[Opened] = []
 
     def reset(self) -> None:
-        self.messages = []
+        self.messages, self._pictures = [], []
 
-    def say(self, text: str, sampling: Sampling, on_text: Callable[[str], None] | None = None) -> str:
-        """Return the model's answer to `text` and add both to the conversation."""
-        asked = [*self.messages, {"role": "user", "content": text}]
+    def say(
+        self,
+        text: str,
+        sampling: Sampling,
+        on_text: Callable[[str], None] | None = None,
+        images: Sequence[str] = (),
+    ) -> str:
+        """Return the model's answer to `text` and add both to the conversation. images: files of pictures."""
+        pictures = [*self._pictures, *self._generator.pictures(images)]
+        asked = [*self.messages, picture_message(text, len(images))]
         system = [{"role": "system", "content": self.system}] if self.system else []
-        prompt = self._template.prompt([*system, *asked])
-        answer = self._generator.complete(prompt, sampling, special_tokens=False, on_text=on_text).strip()
+        prompt = self._template.prompt([*system, *asked], [Picture("")] * len(pictures))
+        answer = self._generator.complete(
+            prompt, sampling, special_tokens=False, on_text=on_text, pictures=pictures
+        ).strip()
         self.messages = [*asked, {"role": "assistant", "content": answer}]
+        self._pictures = pictures
         return answer
 
 

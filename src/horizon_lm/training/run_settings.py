@@ -152,6 +152,8 @@ def _mapped(
 
 
 def _entry(key: str, entry: Any, change: Callable[[str, str], str], unsure: bool) -> Any:
+    if isinstance(entry, Mapping) and isinstance(entry.get("image_dir"), str):
+        entry = {**entry, "image_dir": change(key, entry["image_dir"])}
     text = entry["path"] if isinstance(entry, Mapping) and "path" in entry else entry
     if not isinstance(text, str) or not _is_path(key, text, unsure):
         return entry

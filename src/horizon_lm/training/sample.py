@@ -95,6 +95,8 @@ def sample_of_run(config: TrainConfig, folder: Path, data: TrainingData, device:
     if reason is not None:
         return f"no sample completion: {reason}"
     prompt, is_chat = config.sample_prompt, False
+    if prompt is None and data.rows.store.pictures is not None:
+        return _of_row(config, folder, data, device)
     if prompt is None:
         prompt, is_chat = piece_of_data(data.rows.row(0), data.tokenizer)
     made = complete(
@@ -106,6 +108,23 @@ def sample_of_run(config: TrainConfig, folder: Path, data: TrainingData, device:
         special_tokens=not is_chat,
     )
     return f"{_quoted('sample prompt', made.prompt)}\n{_quoted('completion', made.completion)}"
+
+
+def _of_row(config: TrainConfig, folder: Path, data: TrainingData, device: torch.device) -> str:
+    """Return a completion of the first sequence's prompt, with its pictures, in words."""
+    row = data.rows.row(0)
+    assert row.pictures is not None and data.processor is not None
+    first = max(1, int(np.argmax(row.labels != IGNORED)))
+    shown = row.shown if first > 1 else ()
+    ids = row.ids[: first if first > 1 else min(PROMPT_TOKENS, len(row.ids) // 2)].tolist()
+    generator = Generator.load(folder, device=device, trust_remote_code=config.trust_remote_code)
+    said = generator.complete_tokens(
+        ids,
+        Sampling(max_new_tokens=config.sample_max_new_tokens, temperature=TEMPERATURE),
+        pictures=[row.pictures.load(number) for number in shown],
+    )
+    prompt = data.processor.collapsed(str(data.tokenizer.decode(ids, skip_special_tokens=False)))
+    return f"{_quoted('sample prompt', prompt)}\n{_quoted('completion', said)}"
 
 
 def _quoted(title: str, text: str) -> str:

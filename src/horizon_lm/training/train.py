@@ -37,6 +37,7 @@ from horizon_lm.training.finish import conclude, export, save_tokenizer
 from horizon_lm.training.log import RunLog
 from horizon_lm.training.loop import Run, run_loop
 from horizon_lm.training.memory_faults import memory_faults
+from horizon_lm.training.pictures import check_model_sees, encode_pictures
 from horizon_lm.training.preferences import Preferences, ReferenceOf, without_dropout
 from horizon_lm.training.preferences import small_files as reference_files
 from horizon_lm.training.ready import Asked, Ready
@@ -165,6 +166,7 @@ def _prepare(asked: Asked, config: TrainConfig, source: Checkpoint | None) -> Re
     config = config.replace(**{key: getattr(asked.config, key) for key in NAMES})
     progress.stage(describe.about_model(model))
     together.each("data and model", lambda: check_together(config, data, model))
+    together.each("pictures", lambda: check_model_sees(model, (data.rows, data.eval_rows)))
     together.each("factors", lambda: check_factors(config, model))
     together.alike(lambda: check_separation(model, data.rows))
     exported = model.num_exported * DTYPES[config.save_dtype or config.dtype].itemsize
@@ -204,6 +206,8 @@ def _assemble(ready: Ready, config_notes: Sequence[str], callbacks: Sequence[obj
     if resume is not None:
         found = restore(resume, state, small, asked.config, progress.warn, together)
         prepare.count_on(loader, found, state.step)
+    # A checkpoint may hold the vision tower.
+    encode_pictures(model, (data.rows, data.eval_rows), data.processor, config, together, progress.stage)
     num_steps = meter.num_steps = prepare.count_steps(config, loader)
     rates = prepare.curve(config, loader, num_steps)
     if found is not None:

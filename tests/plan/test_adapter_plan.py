@@ -1,0 +1,121 @@
+"""Plans of models with adapters, frozen parts and bases in few bits: the bytes that training allocates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import horizon_lm as hz
+from adversarial import adversarial_lanes
+from horizon_lm.config import ModelSettings, TrainConfig
+from horizon_lm.machine.profile import load_profile
+from horizon_lm.plan.predict import Sizes, costs_of, prediction_of
+from planned_models import SMALL, config_of, outline_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": SMALL,
+    "tied": SMALL | {"model_type": "qwen2", "tie_word_embeddings": True},
+    "experts": SMALL | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+TRAINED: dict[str, dict[str, Any]] = {
+    "lora": {"adapter": "lora", "lora_r": 4, "target_modules": ATTENTION},
+    "dora": {"adapter": "dora", "lora_r": 2, "target_modules": ["q_proj", "v_proj"]},
+    "a module whole": {"adapter": "lora", "target_modules": ["v_proj"], "modules_to_save": ["k_proj"]},
+    "frozen layers": {"freeze": [r"layers\.[01]\.", "embed_tokens"]},
+    "two modules": {"train": [r"layers\.3\.self_attn", "norm"]},
+}
+
+
+def model_of(values: dict[str, Any], settings: dict[str, Any]) -> hz.HostModel:
+    return hz.HostModel.from_config(values, ModelSettings(device="cpu", skip_memory_check=True, **settings))
+
+
+def steps(config: TrainConfig, tokens: int, count: int) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(0, 256, (1, tokens), generator=generator) for _ in range(count)]
+    return [{"input_ids": one, "labels": one} for one in ids]
+
+
+PARTS = ("weights", "frozen", "packed", "residual", "exp_avg", "exp_avg_sq", "grads", "gradient_slots")
+CPU = "cpu-2core"
+
+
+def check_bytes(values: dict[str, Any], settings: dict[str, Any]) -> dict[str, int]:
+    """Compare the planned host bytes of a step of two micro-batches, by part, with those of a model that did
+    one; return them."""
+    config = config_of(
+        init_model=values, device="cpu", max_length=16, gradient_accumulation_steps=2, **settings
+    )
+    model, outline = model_of(values, settings), outline_of(config)
+    assert outline.units == model.skeleton.units
+    costs = costs_of(outline, config, load_profile(CPU), Sizes(1, 16, 2))
+    assert costs.plan == model.engine.spec(2)
+    model.train_step(steps(config, 16, 2), lr=0.0)
+    found, planned = model.memory_bytes(), prediction_of(costs).host
+    for part in (*PARTS, "weight_slots", *(name for name in found if name.startswith("resident_"))):
+        assert planned.get(part, 0) == found.get(part, 0), part
+    return planned
+
+
+@pytest.mark.parametrize("trained", TRAINED)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_store_takes_the_planned_bytes(name: str, trained: str) -> None:
+    """To the byte. Frozen parameters take two bytes, and no moments or gradients."""
+    values, settings = MODELS[name], TRAINED[trained]
+    planned = check_bytes(values, settings)
+    units = outline_of(config_of(init_model=values, max_length=16, **settings)).units
+    trainable, numel = (sum(map(of, units)) for of in (lambda u: u.trainable_numel, lambda u: u.numel))
+    assert trainable < 0.7 * numel
+    assert (planned["weights"], planned["exp_avg"], planned["grads"]) == (
+        2 * numel,
+        4 * trainable,
+        2 * trainable,
+    )
+
+
+NF4, APART = {"base_dtype": "nf4"}, {"resident": "trainable"}
+PACKED: dict[str, tuple[str, dict[str, Any], float]] = {
+    "nf4": ("llama", TRAINED["lora"] | NF4, 0.532),
+    "int8": ("experts", TRAINED["lora"] | {"base_dtype": "int8"}, 1.064),
+    "frozen layers in nf4": ("tied", TRAINED["frozen layers"] | NF4, 0.532),
+    "trainable parts apart": ("llama", TRAINED["lora"] | APART, 2),
+    "nf4 and trainable parts apart": ("llama", TRAINED["lora"] | NF4 | APART, 0.532),
+}
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_packed_and_split_units_take_the_planned_bytes(case: str) -> None:
+    """And a packed parameter takes about half a byte, or one, with its scales; padding counts in so small
+    a model."""
+    name, settings, each = PACKED[case]
+    planned = check_bytes(MODELS[name], settings)
+    units = outline_of(config_of(init_model=MODELS[name], max_length=16, **settings)).units
+    packed = sum(unit.packed_numel for unit in units)
+    assert (packed > 0) == ("base_dtype" in settings) == ("packed" in planned)
+    if packed:
+        assert planned["packed"] == pytest.approx(each * packed, rel=0.03)
+        assert planned["weights"] + planned.get("frozen", 0) + planned.get("resident_weights", 0) == 2 * (
+            sum(unit.numel for unit in units) - packed
+        )
+
+
+@pytest.mark.parametrize("more", ["", "resident", "nf4", "int8 resident"])
+def test_device_buffers_take_the_planned_bytes(more: str) -> None:
+    """As on a GPU: adversarial lanes have slots apart from the store, staging slots among them."""
+    settings = TRAINED["lora"] | ({"resident": "trainable"} if "resident" in more else {"resident": 0})
+    settings |= {"base_dtype": more.split()[0]} if more.startswith(("nf4", "int8")) else {}
+    config = config_of(device="cuda", max_length=16, **settings)
+    costs = costs_of(outline_of(config), config, load_profile("h100-sxm"), Sizes(1, 16, 1))
+    with adversarial_lanes():
+        model = model_of(SMALL, settings)
+    found, planned = model.engine.ops.slot_bytes, costs.fixed_bytes()
+    assert {name: planned.get(name, 0) for name in found} == found
+    assert ("staging_slots" in found) == ("base_dtype" in settings)
+    homes = {name: size for name, size in model.store.device_bytes.items() if size}
+    assert {name: planned[name] for name in homes} == homes
+    assert bool(homes) == ("resident" in more)
