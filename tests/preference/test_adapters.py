@@ -267,3 +267,13 @@ def test_horizon_eval_measures_what_the_run_did(is_new: bool, place: Path, tmp_p
     names = [name for name in line if name.startswith("eval_") and name != "eval_seconds"]
     assert {n: found[n] for n in names} == pytest.approx({n: line[n] for n in names}, rel=1e-4, abs=1e-5)
     assert abs(found["eval_rewards/margins"]) > 1e-3
+
+
+def test_a_packed_base_is_the_reference_as_it_is_packed(place: Path, tmp_path: Path) -> None:
+    """Also by its name: a reference of its own is stored as the base is."""
+    packed = {"base_dtype": "nf4", "dtype": "bfloat16"}
+    found = values_of(place, tmp_path / "run", **packed)
+    named = values_of(place, tmp_path / "named", **packed, ref_model_name_or_path=str(place / "model"))
+    plain = values_of(place, tmp_path / "plain", dtype="bfloat16")
+    assert found.equal(named)
+    assert 1e-2 < float((found - plain).abs().max()) < 0.5 * float(plain.abs().max())
