@@ -337,19 +337,23 @@ def _check_config(config: Any) -> None:
 def _check_names(adapter: Adapter, settings: ModelSettings) -> None:
     """Refuse a name of the settings that is that of no module, which PEFT passes over."""
     kinds = dict(zip(("target_modules", "modules_to_save"), _layer_classes(), strict=True))
-    paths = [path for path, _ in adapter.model.named_modules()]
     for key, kind in kinds.items():
         names = getattr(settings, key)  # PEFT's list of all-linear also names excluded modules
         found = [path for path, module in adapter.model.named_modules() if isinstance(module, kind)]
         for name in () if isinstance(names, str) else sorted(names):
             if not any(f".{path}".endswith(f".{name}") for path in found):
-                ends = sorted({path.split(".")[-1] for path in paths} - {"", "default"})
-                raise ConfigError(
-                    f"{key}: {name!r} is the name of no module that could have an adapter"
-                    if key == "target_modules"
-                    else f"{key}: {name!r} is the name of no module",
-                    hint=f"the nearest names are {', '.join(nearest(name, ends))}",
-                )
+                raise _no_module(adapter, key, name)
+
+
+def _no_module(adapter: Adapter, key: str, name: str) -> ConfigError:
+    ends = sorted({path.split(".")[-1] for path, _ in adapter.model.named_modules()} - {"", "default"})
+    way = f"the nearest names are {', '.join(nearest(name, ends))}"
+    what = "is the name of no module"
+    if key == "target_modules":
+        what += " that could have an adapter"
+        if name in ends:
+            way = "name linear layers of the language model; all-linear takes them all"
+    return ConfigError(f"{key}: {name!r} {what}", hint=way)
 
 
 def _check(adapter: Adapter) -> None:
