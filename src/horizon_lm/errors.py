@@ -60,6 +60,10 @@ class CheckpointError(HorizonError):
     exit_code = 5
 
 
+class OtherBaseError(CheckpointError):
+    """A checkpoint holds an adapter, and the model under it is not the one it was trained on."""
+
+
 class TornStateError(HorizonError):
     """The weights belong to no step: an update or the loading of a state was cut short.
 

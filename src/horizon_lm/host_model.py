@@ -18,6 +18,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -61,8 +62,9 @@ from horizon_lm.memory.whole import Whole
 from horizon_lm.micro_batches import Extra, MicroBatches, check_micro_batches
 from horizon_lm.model.adapters import prepare as add_adapter
 from horizon_lm.model.consumed import Closed, check_model, refuse_use, take_over
+from horizon_lm.model.fingerprint import Fingerprint, Fingerprinter, saved_names
 from horizon_lm.model.kernels import apply_kernels, check_kernels
-from horizon_lm.model.loading import create_model, fill_store, load_model_of
+from horizon_lm.model.loading import base_of, create_model, fill_store, load_model_of
 from horizon_lm.model.pretrained import check_has_weights
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.optim.kernel import check_available
@@ -112,9 +114,10 @@ class HostModel:
         host_memory: int | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        """model: a transformers model in host memory. It is consumed: its parameters move into the store, and
-        using the object again raises an error. host_memory: bytes that were available before the model was
-        made; by default those that are now. ranks: by default those of this run (`distributed.start`)."""
+        """model: a transformers model or PeftModel in host memory. It is consumed: its parameters move into
+        the store, and using the object again raises an error. host_memory: bytes that were available before
+        the model was made; by default those that are now. ranks: by default those of this run
+        (`distributed.start`)."""
         check_model(model)
         self.ranks = join(settings.device) if ranks is None else ranks
         shard = Shard(self.ranks.rank, self.ranks.world)
@@ -131,7 +134,9 @@ class HostModel:
         if settings.mlp_tile_tokens is not None:
             self.skeleton.tile_mlps(settings.mlp_tile_tokens)
         self.optimizer = make_optimizer(self.skeleton, settings, self.device, self.ranks.core_sharers)
-        units, spec = self.skeleton.units, store_spec(settings, self.skeleton, shard)
+        units = self.skeleton.units
+        saved = saved_names(units, adapter)
+        spec = replace(store_spec(settings, self.skeleton, shard), saved=saved)
         if spec.resident:
             check_available(self.device, self.optimizer.rule, spec)
         if not settings.skip_memory_check:
@@ -148,7 +153,9 @@ class HostModel:
         self.store = HostStore(units, spec, pin_for=self.device, device=self.device)
         self.skeleton.place_buffers(self.device)
         refuse_use(model)
-        fill_store(self.skeleton, self.store)
+        self._base = None if adapter is None else Fingerprinter(self.ranks.rank, self.ranks.world)
+        self._fingerprint: Fingerprint | None = None
+        fill_store(self.skeleton, self.store, self._base)
         lanes = choose_lanes(settings.lanes, self.device)
         self.engine = Engine(self.skeleton, self.store, self.optimizer, lanes, settings, self.ranks)
         if settings.compile:
@@ -166,7 +173,9 @@ class HostModel:
         ranks: Ranks | None = None,
         **settings: Any,
     ) -> HostModel:
-        """Load a Hugging Face folder or Hub name, or consume a transformers model object.
+        """Load a Hugging Face folder or Hub name, or consume a transformers model object or a PeftModel.
+
+        The folder of an adapter (adapter_config.json) loads the base that it names, and trains the adapter.
 
         ranks: by default those of this run; `horizon_lm.distributed.ranks.ALONE` for a model of this process
         alone. settings: configuration keys (docs/configuration.md). Masters keep the precision of the source:
@@ -183,6 +192,8 @@ class HostModel:
                 f"HostModel.from_pretrained(): a {type(source).__name__} is not a model",
                 hint="pass a folder, a name on the Hub, or a transformers model object",
             )
+        if not isinstance(source, nn.Module):
+            source, resolved = base_of(source, resolved)
         ranks = join(resolved.device) if ranks is None else ranks
         if ranks.world == 1:
             return cls(load_model_of(source, resolved), resolved, ranks=ranks)
@@ -286,6 +297,28 @@ class HostModel:
     def num_parameters(self) -> int:
         return sum(p.numel for unit in self.store.units for p in unit.parameters)
 
+    @property
+    def num_trained(self) -> int:
+        """Parameters that steps update."""
+        return sum(p.numel for unit in self.store.units for p in unit.trainable)
+
+    @property
+    def num_exported(self) -> int:
+        """Parameters that `save_pretrained` writes: all, or those of the adapter."""
+        saved = self.store.spec.saved
+        if saved is None:
+            return self.num_parameters
+        return sum(self.store.locate(name)[1].numel for name in saved)
+
+    def base_fingerprint(self) -> Fingerprint | None:
+        """Return a digest of each unit of the base under an adapter, as it was loaded; None without adapter.
+
+        With several ranks the first call is collective.
+        """
+        if self._fingerprint is None and self._base is not None:
+            self._fingerprint = self._base.of_all(self.ranks)
+        return self._fingerprint
+
     @in_turn
     def encode_images(self, inputs: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
         """Compute the features of the images of a vision-language model, all at once, without gradients.
@@ -298,7 +331,8 @@ class HostModel:
         Raises ConfigError for a model of text alone, DataError for inputs without pixels and for videos,
         UnsupportedModelError for a tower that draws random numbers.
         """
-        return encode_images(self.skeleton, self.store, self.ranks, inputs)
+        with self.engine.at_work():
+            return encode_images(self.skeleton, self.store, self.ranks, inputs)
 
     @in_turn
     def forward_backward(
@@ -612,7 +646,8 @@ class HostModel:
         extra: Callable[[Path], None] | None = None,
         force: bool = False,
     ) -> None:
-        """Write a Hugging Face folder (safetensors, config, generation config) atomically.
+        """Write a Hugging Face folder (safetensors, config, generation config) atomically; of a model with an
+        adapter, PEFT's folder of the adapter alone (adapter_config.json, adapter_model.safetensors).
 
         dtype: bfloat16 or float32; default: the compute dtype. max_shard_size: per file, as "5GB" or bytes.
         tokenizer: saved alongside; a tokenizer or processor, or the folder or name of one.

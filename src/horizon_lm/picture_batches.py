@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from horizon_lm.errors import DataError
+from horizon_lm.words import count
 
 FEATURES = "image_features"
 # Keys of the flat form: the tensors of all images one after the other, the tokens of each image and, for a
@@ -156,8 +157,8 @@ def check_pictures(m: int, batch: dict[str, torch.Tensor], inputs: PictureInputs
     if sizes is None:
         if places:
             raise DataError(
-                f"micro-batch {m} has {places:,} placeholders of pictures (token {inputs.placeholder}) and "
-                f"no {FEATURES}",
+                f"micro-batch {m} has {count(places, 'placeholder')} of pictures (token "
+                f"{inputs.placeholder}) and no {FEATURES}",
                 hint=f"pass {FEATURES} or pixel_values for its pictures, or take the placeholders out",
             )
         for name in inputs.per_image:
@@ -165,8 +166,8 @@ def check_pictures(m: int, batch: dict[str, torch.Tensor], inputs: PictureInputs
         return
     if places != int(sizes.sum()):
         raise DataError(
-            f"micro-batch {m} has {places:,} placeholders of pictures (token {inputs.placeholder}), its "
-            f"{FEATURES} are of {int(sizes.sum()):,} tokens in {len(sizes):,} images",
+            f"micro-batch {m} has {count(places, 'placeholder')} of pictures (token {inputs.placeholder}), "
+            f"its {FEATURES} are of {count(int(sizes.sum()), 'token')} in {count(len(sizes), 'image')}",
             hint="pass the features of all its images, in the order of their placeholders, row by row",
         )
     needed = [*inputs.per_token, *(("image_grid_thw",) if inputs.makes_positions else ())]
@@ -178,7 +179,8 @@ def check_pictures(m: int, batch: dict[str, torch.Tensor], inputs: PictureInputs
     for name in inputs.per_image:
         if name in batch and len(batch[name]) != len(sizes):
             raise DataError(
-                f"micro-batch {m}: {name} of {len(batch[name]):,} images, {FEATURES} of {len(sizes):,}",
+                f"micro-batch {m}: {name} of {count(len(batch[name]), 'image')}, {FEATURES} of "
+                f"{len(sizes):,}",
                 hint="one row per image",
             )
     _check_positions(m, batch, inputs)

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save
 from horizon_lm import cli
 from horizon_lm.checkpoint import manifest as manifests
 from horizon_lm.checkpoint.disk import checksum
-from horizon_lm.checkpoint.export import export_checkpoint
+from horizon_lm.checkpoint.exported import export_checkpoint
 from horizon_lm.checkpoint.folder import RunFolder
 from horizon_lm.errors import CheckpointError, HorizonError
 from horizon_lm.report import figures

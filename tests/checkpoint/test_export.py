@@ -154,7 +154,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from horizon_lm.checkpoint import disk
-from horizon_lm.checkpoint.export import export_checkpoint
+from horizon_lm.checkpoint.exported import export_checkpoint
 def anonymous():
     line = next(l for l in open("/proc/self/status") if l.startswith("RssAnon"))
     return int(line.split()[1]) * 1024

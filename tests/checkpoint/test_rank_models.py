@@ -8,7 +8,7 @@ import pytest
 
 import rank_saves
 import zoo
-from horizon_lm.checkpoint.export import export_checkpoint
+from horizon_lm.checkpoint.exported import export_checkpoint
 from horizon_lm.checkpoint.folder import open_checkpoint
 from horizon_lm.checkpoint.model import model_of
 from horizon_lm.config import TrainConfig

@@ -6,14 +6,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from config_files import BASE, write
 from horizon_lm.config import DatasetConfig, TrainConfig, load_config
 from horizon_lm.config.aliases import ALIASES, DROPPED, UNAVAILABLE
 from horizon_lm.errors import ConfigError
 
+JOINED = ("adapter", "base_dtype", "target_modules")
+ADAPTER_KEYS = ("lora_r", "use_rslora", "target_modules", "modules_to_save", "base_dtype")
 ALIAS_VALUES: dict[str, tuple[Any, Any]] = {
-    "unfrozen_parameters": (["lm_head", "model.norm"], ["^(?!(?:lm_head)|(?:model.norm))"]),
+    "unfrozen_parameters": (["lm_head", "model.norm"], ["^(?:lm_head)", "^(?:model.norm)"]),
+    "trainable_parameters": (["model.norm"], [r"^model\.norm"]),
+    "trainable_parameters_regex": ("norm, lm_head", ["norm", "lm_head"]),
+    "finetuning_type": ("lora", "lora"),
+    "use_peft": (True, "lora"),
+    "use_dora": (True, "dora"),
+    "peft_use_dora": (True, "dora"),
+    "peft_use_rslora": (True, True),
+    "lora_target": ("q_proj,v_proj", ["q_proj", "v_proj"]),
+    "lora_target_modules": (r".*\.q_proj", r".*\.q_proj"),
+    "lora_target_linear": (True, "all-linear"),
+    "lora_modules_to_save": (["lm_head"], ["lm_head"]),
+    "additional_target": ("lm_head,norm", ["lm_head", "norm"]),
+    "load_in_4bit": (True, "nf4"),
+    "load_in_8bit": (True, "int8"),
+    "quantization_bit": (4, "nf4"),
     "freeze_parameters": (["model.embed"], [r"^model\.embed"]),
     "freeze_parameters_regex": ("experts", ["experts"]),
     "tokens": (["<a>"], ["<a>"]),
@@ -123,9 +141,14 @@ def test_every_alias_is_read_as_its_setting(alias: str) -> None:
         alias, (7, 7) if kind in (int, float, int | float, float | None) else ("a", "a")
     )
     rest = {name: value for name, value in BASE.items() if name != key}
+    if key in ADAPTER_KEYS:
+        rest["adapter"] = "lora"
     config = TrainConfig.from_dict({**rest, alias: given_value})
     assert getattr(config, key) == expected
     assert alias not in config.to_yaml().replace(key, "").split(":")[0]
+    if key in JOINED:  # which two keys of another trainer may set together
+        assert getattr(TrainConfig.from_dict({**rest, key: expected, alias: given_value}), key) == expected
+        return
     with pytest.raises(ConfigError, match=f"'{key}' and '{alias}' are the same setting"):
         TrainConfig.from_dict({**rest, key: expected, alias: given_value})
 
@@ -161,3 +184,90 @@ def test_aliases_refuse_what_they_cannot_mean() -> None:
             TrainConfig.from_dict({**BASE, key: "x"})
     assert not set(ALIASES) & set(TrainConfig.model_fields)
     assert {alias.key for alias in ALIASES.values()} <= set(TrainConfig.model_fields)
+
+
+# Adapters as other trainers write them -> our settings.
+ADAPTERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "axolotl": (
+        {
+            **{
+                "adapter": "lora",
+                "lora_r": 32,
+                "lora_alpha": 16,
+                "lora_dropout": 0.05,
+                "lora_model_dir": None,
+            },
+            **{"lora_target_modules": ["q_proj"], "lora_target_linear": True, "load_in_8bit": False},
+            **{"lora_fan_in_fan_out": None, "lora_modules_to_save": ["lm_head"], "peft_use_dora": False},
+        },
+        {"adapter": "lora", "lora_r": 32, "target_modules": "all-linear", "modules_to_save": ["lm_head"]},
+    ),
+    "axolotl's qlora": (
+        {"adapter": "qlora", "load_in_4bit": True, "lora_r": 8, "lora_target_linear": True},
+        {"adapter": "lora", "base_dtype": "nf4", "lora_r": 8},
+    ),
+    "qlora alone": ({"adapter": "qlora"}, {"adapter": "lora", "base_dtype": "nf4"}),
+    "axolotl's empty adapter": ({"adapter": None}, {"adapter": "none", "base_dtype": "auto"}),
+    "axolotl's dora": ({"adapter": "lora", "peft_use_dora": True}, {"adapter": "dora"}),
+    "llama-factory": (
+        {"finetuning_type": "lora", "lora_rank": 8, "lora_target": "all", "quantization_bit": 4},
+        {"adapter": "lora", "lora_r": 8, "target_modules": "all-linear", "base_dtype": "nf4"},
+    ),
+    "llama-factory's names": (
+        {
+            "finetuning_type": "lora",
+            "use_dora": True,
+            "lora_target": "q_proj,v_proj",
+            "quantization_bit": None,
+        },
+        {"adapter": "dora", "target_modules": ["q_proj", "v_proj"], "base_dtype": "auto"},
+    ),
+    "llama-factory's full": ({"finetuning_type": "full"}, {"adapter": "none"}),
+    "trl": (
+        {
+            **{"use_peft": True, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "use_rslora": True},
+            **{"lora_task_type": "CAUSAL_LM", "use_dora": False, "load_in_4bit": False},
+            **{"lora_target_modules": ["all-linear"], "lora_modules_to_save": None},
+        },
+        {"adapter": "lora", "lora_alpha": 32, "use_rslora": True, "target_modules": "all-linear"},
+    ),
+    "trl without": ({"use_peft": False, "use_dora": False, "load_in_8bit": False}, {"adapter": "none"}),
+}
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_adapters_of_other_trainers(case: str, tmp_path: Path) -> None:
+    theirs, ours = ADAPTERS[case]
+    base = {key: value for key, value in BASE.items() if key != "init_model"} | {"model_name_or_path": "m"}
+    config = TrainConfig.from_dict({**base, **theirs})
+    assert {key: getattr(config, key) for key in ours} == ours
+    path = write(tmp_path, yaml.safe_dump({**base, **theirs}))
+    found, notes = load_config(path)
+    assert {key: getattr(found, key) for key in ours} == ours
+    assert (
+        TrainConfig.from_dict(yaml.safe_load(found.to_yaml())) == found
+    )  # ours alone, and they say the same
+    renamed = set(theirs) - set(TrainConfig.model_fields)
+    for key in renamed:
+        if theirs[key] is not None:
+            assert sum(f"'{key}' is" in note for note in notes) == 1, (key, notes)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "words"),
+    [
+        ({"finetuning_type": "freeze"}, r"train: \[patterns\]"),
+        ({"finetuning_type": "oft"}, "PeftModel"),
+        ({"quantization_bit": 3}, "expected 4 or 8"),
+        ({"use_peft": "yes"}, "expected true or false"),
+        ({"adapter": "lora", "use_peft": False}, "'adapter' and 'use_peft' are the same setting"),
+        ({"adapter": "lora", "load_in_4bit": True, "load_in_8bit": True}, "are the same setting"),
+        ({"adapter": "qlora", "load_in_8bit": True, "base_dtype": "nf4"}, "are the same setting"),
+        ({"lora_rank": 8, "lora_r": 8, "adapter": "lora"}, "are the same setting"),
+        ({"adapter": "llama-adapter"}, "adapter"),
+        ({"unfrozen_parameters": ["^model.embed_tokens.weight$[:32000]"]}, r"\[a:b\]"),
+    ],
+)
+def test_adapters_that_mean_nothing_here(theirs: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        TrainConfig.from_dict({**BASE, **theirs})

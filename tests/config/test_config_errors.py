@@ -199,8 +199,10 @@ def test_a_file_of_axolotl_with_keys_left_empty_is_read(tmp_path: Path) -> None:
 
 
 def test_what_is_switched_on_elsewhere_and_missing_here_is_still_refused(tmp_path: Path) -> None:
+    message, hint = message_of(AXOLOTL.replace("strict: false", "relora: true"), tmp_path)
+    assert message == "run.yaml:5: unknown key 'relora'" and "leave the key out" in str(hint)
     message, hint = message_of(AXOLOTL.replace("load_in_8bit: false", "load_in_8bit: true"), tmp_path)
-    assert message == "run.yaml:4: unknown key 'load_in_8bit'" and "leave the key out" in str(hint)
+    assert "all weights are trained" in message and "adapter=lora" in str(hint)
     message, _ = message_of(GOOD + "max_grad_norm:\nlearning_rate: null\nslots: []\n", tmp_path)
     assert message.startswith("run.yaml:5: slots is []")  # null is a value of max_grad_norm
     config, notes = load_config(write(tmp_path, GOOD + "max_grad_norm:\n"))

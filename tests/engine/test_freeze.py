@@ -101,18 +101,19 @@ def test_patterns_that_make_no_sense(patterns: list[str], words: str, hint: str)
 
 def test_axolotl_names_what_is_trained() -> None:
     config = ModelSettings.from_dict({"unfrozen_parameters": ["^lm_head.weight$", "model.layers.3"]})
-    streamed = host(zoo.build("llama"), freeze=config.freeze)
+    assert config.freeze == []
+    streamed = host(zoo.build("llama"), train=config.train)
     trained = {p.name for unit in streamed.store.units for p in unit.trainable}
     assert trained == {
         name
         for name, _ in zoo.build("llama").named_parameters()
         if name.startswith(("lm_head.weight", "model.layers.3"))
     }
-    assert ModelSettings.from_dict({"unfrozen_parameters": []}).freeze == []
+    assert ModelSettings.from_dict({"unfrozen_parameters": []}).train == []
     with pytest.raises(ConfigError, match=r"\[a:b\]"):
         ModelSettings.from_dict({"unfrozen_parameters": ["^model.embed_tokens.weight$[:32000]"]})
     for key in ("finetuning_type", "freeze_trainable_layers"):
-        with pytest.raises(ConfigError, match=r"freeze: \[patterns\]"):
+        with pytest.raises(ConfigError, match=r"train: \[patterns\]"):
             TrainConfig.from_dict({"model_name_or_path": "m", "datasets": "d", key: "freeze"})
 
 

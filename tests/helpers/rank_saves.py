@@ -42,7 +42,7 @@ def snapshot_of(model: HostModel, store: HostStore) -> Snapshot:
     state = {"steps_done": model.steps_done, "kept_in_fp32": model.kept_in_fp32}
     config = {"dtype": model.settings.dtype, "datasets": []}
     return Snapshot(
-        Manifest(model.steps_done, 1, {}, config=config, state=state),
+        Manifest(model.steps_done, 1, {}, config=config, state=state, base=model.base_fingerprint()),
         store,
         copied_buffers(model.skeleton.model),
         small_files(model, lambda folder: None),

@@ -41,7 +41,8 @@ def built(kind: type, folder: Path, out: Path, rewards: Any = variety, **changes
     values |= {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False}
     given = {"train_dataset": PROMPTS, "processing_class": grpo_toy.tokenizer(), "reward_funcs": rewards}
     given |= changes.pop("trainer", {})
-    trainer = kind(model=str(folder), args=CONFIGS[base](str(out), **(values | changes)), **given)
+    given = {"model": str(folder), **given}
+    trainer = kind(args=CONFIGS[base](str(out), **(values | changes)), **given)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -59,7 +60,8 @@ def result(trainer: Any) -> Run:
     if isinstance(trainer, tuple(OURS.values())):
         parameters = dict(trainer.host.named_parameters())
     else:
-        parameters = {name: p.detach() for name, p in trainer.model.named_parameters()}
+        named = trainer.model.named_parameters()
+        parameters = {name.removeprefix("base_model.model."): p.detach() for name, p in named}
     return Run(trainer=trainer, parameters=parameters, log=trainer.state.log_history)
 
 

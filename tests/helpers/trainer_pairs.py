@@ -89,24 +89,40 @@ def arguments(method: str, folder: Path, **changes: Any) -> Any:
     return TRAINERS[method][2](**values)
 
 
-def build(method: str, kind: str, folder: Path, *, ours: bool, **changes: Any) -> Any:
-    """Make a trainer, with rows to evaluate on whose last batch is short."""
+def build(
+    method: str,
+    kind: str,
+    folder: Path,
+    *,
+    ours: bool,
+    trainer: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Any:
+    """Make a trainer, with rows to evaluate on whose last batch is short. trainer: its arguments; the changes
+    are those of its configuration."""
     mine, theirs, _ = TRAINERS[method]
     more: dict[str, Any] = {}
     if method in ("dpo", "kto") and not ours:
         more["ref_model"] = small_model(kind)
+    more = {"model": small_model(kind), **more}
     if method == "plain":
         from transformers import DataCollatorForSeq2Seq
 
         more["data_collator"] = DataCollatorForSeq2Seq(tokenizer())
     return (mine if ours else theirs)(
-        model=small_model(kind),
         args=arguments(method, folder, **changes),
         train_dataset=rows(method, 40, 1),
         eval_dataset=rows(method, 10, 2),
         processing_class=tokenizer(),
-        **more,
+        **{**more, **(trainer or {})},
     )
+
+
+def parameters_of(trainer: Any) -> dict[str, torch.Tensor]:
+    """Copies of all parameters by their names in the transformers model."""
+    source = trainer.host if hasattr(trainer, "host") else trainer.model
+    named = source.named_parameters()
+    return {name.removeprefix("base_model.model."): value.detach().clone() for name, value in named}
 
 
 @dataclass
@@ -119,11 +135,10 @@ class Trained:
     beta: float = 0.0
 
     @classmethod
-    def by(cls, trainer: Any, kind: str) -> Trained:
-        before = {name: p.detach().clone() for name, p in small_model(kind).named_parameters()}
+    def by(cls, trainer: Any) -> Trained:
+        before = parameters_of(trainer)
         trainer.train()
-        source = trainer.host if hasattr(trainer, "host") else trainer.model
-        after = {name: value.detach() for name, value in source.named_parameters()}
+        after = parameters_of(trainer)
         moved = {name: (after[name] - before[name]).abs() for name in before}
         return cls(after, moved, trainer.state.log_history, getattr(trainer.args, "beta", 0.0))
 

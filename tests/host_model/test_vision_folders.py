@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 import horizon_lm as hz
 import small_runs
 import vision_zoo as vision
-from horizon_lm.checkpoint.export import export_checkpoint
+from horizon_lm.checkpoint.exported import export_checkpoint
 from horizon_lm.config import TrainConfig
 from horizon_lm.config.python import model_settings
 from horizon_lm.model.pictures import vision_modules

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from horizon_lm.checkpoint.export import export_checkpoint
+from horizon_lm.checkpoint.exported import export_checkpoint
 from horizon_lm.config import TrainConfig
 from horizon_lm.data import load_training_data
 from horizon_lm.data.tokenizer import add_new_tokens, load_tokenizer, train_tokenizer

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import grpo_toy
+from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOTrainer, RLOOTrainer
 from trl.generation import vllm_generation
@@ -271,6 +272,23 @@ def test_vllm_is_fed_from_the_store(
             assert weight.dtype == wanted[name].dtype
             torch.testing.assert_close(weight, wanted[name], rtol=0, atol=3e-6)
     assert not torch.equal(mine.synced[0]["model.norm.weight"], mine.synced[1]["model.norm.weight"])
+
+
+def test_vllm_is_fed_an_adapter_in_its_base(
+    engines: list[FakeEngine], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    changes = {"use_vllm": True, "vllm_mode": "server", "max_steps": 2, "trainer": {"peft_config": config}}
+    for kind in (HorizonGRPOTrainer, GRPOTrainer):
+        trained(kind, folders["llama"], tmp_path, vowels, **changes)
+    mine, plain = engines
+    assert mine.most_alive == 1
+    for fed, wanted in zip(mine.synced, plain.synced, strict=True):
+        assert fed.keys() == wanted.keys()
+        for name, weight in fed.items():
+            torch.testing.assert_close(weight, wanted[name], rtol=0, atol=3e-6)
+    changed = {name for name, weight in mine.synced[0].items() if not weight.equal(mine.synced[1][name])}
+    assert {name.split(".")[-2] for name in changed} == {"q_proj", "down_proj"}
 
 
 def test_the_example_differs_from_trl_by_two_lines(

@@ -31,14 +31,14 @@ RUNS: list[tuple[str, str, dict[str, Any]]] = [
     ("method", "kind", "changes"), RUNS, ids=[f"{method}-{kind}" for method, kind, _ in RUNS]
 )
 def test_ten_steps(method: str, kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    ours = Trained.by(build(method, kind, tmp_path, ours=True, **changes), kind)
-    theirs = Trained.by(build(method, kind, tmp_path, ours=False, **changes), kind)
+    ours = Trained.by(build(method, kind, tmp_path, ours=True, **changes))
+    theirs = Trained.by(build(method, kind, tmp_path, ours=False, **changes))
     assert_equal(ours, theirs)
 
 
 def test_another_beta_is_seen(tmp_path: Path) -> None:
-    ours = Trained.by(build("dpo", "llama", tmp_path, ours=True, beta=0.11), "llama")
-    theirs = Trained.by(build("dpo", "llama", tmp_path, ours=False, beta=0.1), "llama")
+    ours = Trained.by(build("dpo", "llama", tmp_path, ours=True, beta=0.11))
+    theirs = Trained.by(build("dpo", "llama", tmp_path, ours=False, beta=0.1))
     with pytest.raises(AssertionError):
         assert_equal(ours, theirs)
     theirs.log = ours.log  # by the parameters alone

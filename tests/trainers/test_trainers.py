@@ -199,8 +199,8 @@ def test_a_reference_of_its_own(
         processing_class=tokenizer(),
     )
     theirs.precompute_ref_logps = False
-    mine = Trained.by(ours, "llama")
-    wanted = Trained.by(theirs, "llama")
+    mine = Trained.by(ours)
+    wanted = Trained.by(theirs)
     assert_equal(mine, wanted)
     assert wanted.log[0]["rewards/margins"] != 0
 

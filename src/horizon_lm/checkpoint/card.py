@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from horizon_lm.text import code_span, markdown, redact
 from horizon_lm.words import count
@@ -18,6 +18,7 @@ _SHOWN = (
     *("num_train_epochs", "max_steps", "dtype", "moment_dtype", "seed"),
 )
 
+_ADAPTER = ("lora_r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")
 _PREFERENCES = ("method", "loss_type", "beta", "ref_model_name_or_path")  # shown for methods on these
 
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # names that the Hub accepts as a base model
@@ -52,8 +53,33 @@ def _sees(model_type: str) -> bool:
     return kind is not None and auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, kind) == kind
 
 
+class Part(NamedTuple):
+    """Which part of the base was trained, in words, and how it is stored: the library that reads it."""
+
+    what: str
+    library: str = "transformers"
+    tags: tuple[str, ...] = ()
+
+
+WHOLE = Part("All parameters")
+
+
+def adapter_part(words: str, *, is_merged: bool = False) -> Part:
+    """Return the part of an adapter. words: such as "lora r=16". is_merged: it was added to the weights."""
+    kind = words.partition(" ")[0]
+    if is_merged:
+        return Part(f"An adapter ({markdown(words)}), added to the weights", tags=(kind,))
+    return Part(f"An adapter ({markdown(words)})", "peft", (kind,))
+
+
 def model_card(
-    config: dict[str, Any], *, model_type: str, step: int, num_tokens: int | None, versions: dict[str, str]
+    config: dict[str, Any],
+    *,
+    model_type: str,
+    step: int,
+    num_tokens: int | None,
+    versions: dict[str, str],
+    part: Part = WHOLE,
 ) -> str:
     """Return the text of README.md. config: the resolved settings."""
     from huggingface_hub import ModelCard, ModelCardData
@@ -64,21 +90,22 @@ def model_card(
     data = [f"- {markdown(_public(entry['path']) or '')}" for entry in config.get("datasets", [])]
     method = config.get("method", "sft")
     is_preference = method not in ("auto", "sft")
-    shown = [*(_PREFERENCES if is_preference else ()), *_SHOWN]
+    has_settings = part != WHOLE and config.get("adapter_name_or_path") is None
+    shown = [*(_ADAPTER if has_settings else ()), *(_PREFERENCES if is_preference else ()), *_SHOWN]
     values = {**config, "ref_model_name_or_path": _public(config.get("ref_model_name_or_path"))}
     rows = [f"| {key} | {markdown(str(values[key]))} |" for key in shown if key in config]
     how = f" on preferences, method: {method}," if is_preference else ""
     card_data = ModelCardData(
         base_model=base if base and _REPOSITORY.fullmatch(base) else None,
-        library_name="transformers",
+        library_name=part.library,
         pipeline_tag="image-text-to-text" if _sees(model_type) else "text-generation",
-        tags=["horizon-lm", *([method] if is_preference else [])],
+        tags=["horizon-lm", *part.tags, *([method] if is_preference else [])],
     )
     card = ModelCard.from_template(
         card_data,
         template_str=_TEMPLATE,
         name=markdown(_public(config.get("run_name")) or Path(str(config.get("output_dir", "model"))).name),
-        what=f"All parameters of {origin}, trained{how} for {count(step, 'step')}{tokens} with horizon-lm.",
+        what=f"{part.what} of {origin}, trained{how} for {count(step, 'step')}{tokens} with horizon-lm.",
         data="\n".join(data) or "Not recorded.",
         table="\n".join(["| setting | value |", "| --- | --- |", *rows]),
         versions="\n".join(f"- {name} {version}" for name, version in versions.items()),

@@ -1,4 +1,4 @@
-"""Write a model in Hugging Face format one unit at a time, from the store or from a checkpoint.
+"""Write a model in Hugging Face format one unit at a time.
 
 It takes the memory of one layer. Names and shapes are those of transformers' own `save_pretrained`: its
 rules for tied weights and its renames (fused experts are split again) are applied first to `meta` tensors, to
@@ -22,21 +22,10 @@ import torch
 from torch import nn
 
 from horizon_lm.checkpoint import units
-from horizon_lm.checkpoint.card import model_card
 from horizon_lm.checkpoint.disk import Disk, HashedFile
-from horizon_lm.checkpoint.folder import Checkpoint, candidates
-from horizon_lm.checkpoint.model import (
-    CONFIGURATIONS,
-    TRAINER_FILES,
-    Group,
-    Tensors,
-    check_weights,
-    hollow_model,
-    weights_of,
-)
-from horizon_lm.checkpoint.reader import read_small
+from horizon_lm.checkpoint.model import Group, Tensors
 from horizon_lm.engine.policies import DTYPES
-from horizon_lm.errors import CheckpointError, ConfigError, DoesNotFitError
+from horizon_lm.errors import ConfigError, DoesNotFitError
 from horizon_lm.io import files
 from horizon_lm.io.leftovers import OwnedFolder
 from horizon_lm.model.pretrained import quiet_transformers
@@ -85,63 +74,7 @@ def tokenizer_saver(tokenizer: Any, trust_remote_code: bool) -> Callable[[Path],
     return save
 
 
-def export_checkpoint(
-    place: Path,
-    target: Path,
-    *,
-    dtype: str | None,
-    max_shard_size: str,
-    trust_remote_code: bool = False,
-    warn: Callable[[str], None] = lambda text: None,
-) -> Checkpoint:
-    """Write the model of a checkpoint (or of a run's latest sound one) to `target` atomically.
-
-    dtype: None for that of the run; float32 for its masters. Raises CheckpointError, ConfigError,
-    DoesNotFitError.
-    """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target} exists and is not empty", hint="export to a new folder")
-    found = candidates(place, warn)
-    for checkpoint in found:
-        try:
-            _export(checkpoint, target, dtype, max_shard_size, trust_remote_code)
-            return checkpoint
-        except CheckpointError as error:
-            if len(found) == 1:
-                raise
-            warn(f"skipped {error.message}")
-    raise CheckpointError(f"{place}: no checkpoint could be exported", hint=f"horizon verify {place}")
-
-
-def _export(
-    checkpoint: Checkpoint, target: Path, dtype: str | None, max_shard_size: str, trust_remote_code: bool
-) -> None:
-    manifest = checkpoint.manifest
-    wanted = DTYPES[dtype or str(manifest.config.get("dtype", "bfloat16"))]
-    model = hollow_model(checkpoint, trust_remote_code=trust_remote_code)
-    groups = weights_of(checkpoint, wanted)
-    check_weights(checkpoint, groups, model)
-
-    def write(folder: Path) -> None:
-        write_model(model, _aliases(model), groups, folder, wanted, max_shard_size)
-        for name in manifest.small_files:
-            is_known = name in CONFIGURATIONS or name in TRAINER_FILES
-            if not name.endswith(".safetensors") and not is_known:  # tokenizer and templates
-                files.write_file(folder / name, read_small(checkpoint, name), below=folder)
-        tokens = manifest.state.get("meter", {}).get("sums", [None])[0]
-        card = model_card(
-            manifest.config,
-            model_type=str(model.config.model_type),
-            step=manifest.step,
-            num_tokens=tokens,
-            versions=manifest.versions,
-        )
-        files.write_file(folder / "README.md", card)
-
-    write_folder(target, write)
-
-
-def _aliases(model: nn.Module) -> dict[str, list[str]]:
+def aliases_of(model: nn.Module) -> dict[str, list[str]]:
     """Map the first name of each parameter to its other names."""
     first: dict[int, str] = {}
     found: dict[str, list[str]] = {}

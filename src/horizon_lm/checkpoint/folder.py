@@ -2,7 +2,7 @@
 
 config.resolved.yaml    every setting of the run; also marks a folder as a run of ours
 metrics.jsonl           see `report.metrics`
-model/                  the trained model and its tokenizer, in Hugging Face format
+model/                  the trained model, or the adapter alone, and its tokenizer, in Hugging Face format
 loss.png                the loss curve
 report.html, trace.json written by `horizon report` from metrics.jsonl
 tensorboard/, wandb/    if report_to names them
@@ -35,6 +35,7 @@ from horizon_lm.words import count, size
 
 _NAME = re.compile(r"checkpoint-[0-9]+(-[0-9]+)?")
 _LEFTOVER = re.compile(r"\.(tmp|del)-checkpoint-[0-9]+(-[0-9]+)?")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -387,7 +388,8 @@ def check_target(folder: str | os.PathLike[str]) -> Path:
         return path
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path} is a file", hint="choose another folder")
-    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
+    names = ("config.json", ADAPTER_CONFIG)
+    if path.is_dir() and any(path.iterdir()) and not any((path / name).is_file() for name in names):
         raise ConfigError(
             f"{path} holds something other than a model, and saving replaces the whole folder",
             hint=f"choose a new folder such as {path / 'model'}",

@@ -55,7 +55,7 @@ class Identified:
             return self._run()
         return {
             "checkpoint": f"it is a checkpoint of step {self.step:,}",
-            "model": "it is a model in Hugging Face format",
+            "model": f"it is {self._kind_of_model()} in Hugging Face format",
             "configuration": "it is a configuration file",
             "file": "it is a file, not a folder",
             "empty": "the folder is empty",
@@ -63,10 +63,19 @@ class Identified:
             "absent": "it does not exist",
         }[self.kind]
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether its model is an adapter, without the base."""
+        return self.model is not None and has_adapter(self.model)
+
+    def _kind_of_model(self) -> str:
+        return "an adapter" if self.is_adapter else "a model"
+
     def _run(self) -> str:
         of = f" of {self.num_steps:,}" if self.num_steps is not None else ""
         if self.is_finished and self.model is not None:
-            return f"this run is finished ({self.step:,}{of} steps); its model is in {self.model}"
+            kind = "adapter" if self.is_adapter else "model"
+            return f"this run is finished ({self.step:,}{of} steps); its {kind} is in {self.model}"
         done = "all steps of this run are done" if self.is_finished else "this run is not finished"
         found = f"{done} (step {self.step:,}{of})"
         if self.checkpoints:
@@ -94,14 +103,20 @@ def identify(place: str | Path) -> Identified:
             step = found[0].manifest.step
         return Identified(path, "run", tuple(found), tuple(rejected), model, step, num_steps, is_finished)
     for folder in (path, run.model):  # the second: a run folder of which only the model was kept
-        if (folder / "config.json").is_file():
+        if (folder / "config.json").is_file() or has_adapter(folder):
             return Identified(path, "model", model=folder)
     return Identified(path, "folder" if any(path.iterdir()) else "empty")
 
 
 def has_model(folder: Path) -> bool:
-    """Tell whether a folder holds a model with its weights."""
-    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    """Tell whether a folder holds a model with its weights, or an adapter."""
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors")) or has_adapter(folder)
+
+
+def has_adapter(folder: Path) -> bool:
+    """Tell whether a folder holds an adapter of PEFT with its weights, and no model."""
+    names = (checkpoints.ADAPTER_CONFIG, checkpoints.ADAPTER_WEIGHTS)
+    return all((folder / name).is_file() for name in names) and not (folder / "config.json").exists()
 
 
 def may_be_on_hub(name: str) -> bool:
@@ -194,8 +209,11 @@ def new_run(place: Identified) -> str:
     settings = RunFolder(place.path).settings
     written = _values(settings)
     off = "".join(f" {key}=null" for key in _NOT_OF_A_NEW_RUN if written.get(key) is not None)
+    key = "adapter_name_or_path" if place.is_adapter else "model_name_or_path"
+    if place.is_adapter:
+        off = ""
     return (
-        f"a new run can begin with its model: horizon train {settings} model_name_or_path={place.model}{off} "
+        f"a new run can begin with its model: horizon train {settings} {key}={place.model}{off} "
         "output_dir=NEW; save_last=true keeps a checkpoint of the end"
     )
 
@@ -236,6 +254,10 @@ def check_is_model(key: str, name: str | None) -> None:
     if place is None or place.kind not in ("run", "checkpoint"):
         return
     hint = f"{key}={place.model}"
+    if place.is_adapter and key == "model_name_or_path":
+        hint = (
+            f"horizon export {place.path} OUT --merge, then {key}=OUT; or adapter_name_or_path={place.model}"
+        )
     if place.model is None:
         hint = f"horizon export {place.path} OUT, then {key}=OUT"
     raise ConfigError(f"{key}={name!r} is not the folder of a model: {place.what}", hint=hint)

@@ -20,7 +20,9 @@ from horizon_lm.io import files
 from horizon_lm.words import size
 
 NAME = "manifest.json"
-FORMAT, VERSION, RANKS_VERSION = "horizon-checkpoint", 1, 2  # written by one rank; by many
+FORMAT = "horizon-checkpoint"
+# Written by one rank; by many. The same without the frozen base (`Manifest.base`).
+VERSION, RANKS_VERSION, PART_VERSION, RANKS_PART_VERSION = VERSIONS = (1, 2, 3, 4)
 INDEX = "index.json"  # in the folder of each rank: see `index`
 UNIT_FILE = re.compile(r"unit-[0-9]{5,9}\.safetensors")
 _MAX_BYTES = 64 << 20
@@ -36,7 +38,8 @@ class Manifest:
     """step: optimizer steps done, skipped ones included. serial: grows with every checkpoint of a run folder;
     the highest is the latest, whatever the folders are called. files: name -> (bytes, xxh3-128). config: the
     resolved settings. state: state of the run (JSON). created: UTC, for people. parent: the checkpoint that
-    the run was resumed from, if any. ranks: how many wrote it; more than one have a folder each."""
+    the run was resumed from, if any. ranks: how many wrote it; more than one have a folder each. base: of a
+    checkpoint that holds an adapter alone, unit -> digest of the base (`model.fingerprint`)."""
 
     step: int
     serial: int
@@ -47,6 +50,7 @@ class Manifest:
     created: str = ""
     parent: str | None = None
     ranks: int = 1
+    base: dict[str, str] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -58,10 +62,12 @@ class Manifest:
         return [name for name in self.files if not _is_of_units(name)]
 
     def to_bytes(self) -> bytes:
-        version = VERSION if self.ranks == 1 else RANKS_VERSION
+        version = VERSIONS[(self.ranks > 1) + 2 * (self.base is not None)]
         values = {"format": FORMAT, "version": version, **asdict(self)}
         if self.ranks == 1:
             del values["ranks"]
+        if self.base is None:
+            del values["base"]
         values[_SEAL] = _seal(values)
         return (json.dumps(values, indent=1, allow_nan=False) + "\n").encode()
 
@@ -81,9 +87,9 @@ def parse(data: bytes, place: str) -> Manifest:
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise damaged(place, "is not the manifest of a checkpoint")
     version = values.get("version")
-    if type(version) is not int or version not in (VERSION, RANKS_VERSION):
+    if type(version) is not int or version not in VERSIONS:
         raise CheckpointError(
-            f"{place}: has format version {version!r:.60}, expected {VERSION} or {RANKS_VERSION}",
+            f"{place}: has format version {version!r:.60}, expected {VERSIONS[0]} to {VERSIONS[-1]}",
             hint="use the version of horizon-lm that wrote it",
         )
     if values.get(_SEAL) != _seal(values):
@@ -99,9 +105,22 @@ def parse(data: bytes, place: str) -> Manifest:
     if wrong is not None:
         raise damaged(place, wrong)
     files = {name: _file(name, entry, place) for name, entry in values["files"].items()}
-    ranks = _ranks(values.get("ranks"), files, place) if version == RANKS_VERSION else 1
+    of_many = version in (RANKS_VERSION, RANKS_PART_VERSION)
+    ranks = _ranks(values.get("ranks"), files, place) if of_many else 1
+    is_part = version in (PART_VERSION, RANKS_PART_VERSION)
+    base = _base(values.get("base"), place) if is_part else None
     known = {"parent": values.get("parent"), **{key: values[key] for key in kinds}}
-    return Manifest(**{**known, "files": files, "ranks": ranks})
+    return Manifest(**{**known, "files": files, "ranks": ranks, "base": base})
+
+
+def _base(values: Any, place: str) -> dict[str, str]:
+    """Return the digests of a frozen base after a check."""
+    if not isinstance(values, dict) or not values:
+        raise damaged(place, f"base is {values!r:.60}")
+    for name, digest in values.items():
+        if not isinstance(digest, str) or not CHECKSUM.fullmatch(digest):
+            raise damaged(place, f"base.{name:.60} is {digest!r:.60}")
+    return values
 
 
 def _is_of_units(name: str) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from horizon_lm.checkpoint.disk import damaged
 from horizon_lm.checkpoint.folder import Checkpoint
@@ -34,6 +35,7 @@ TRAINER_FILES = ("trainer_state.json", "trainer.json", "trainer.safetensors", "t
 _FLOATS = ("BF16", "F16", "F32")  # dtypes of weights, as safetensors names them
 
 Tensors = dict[str, torch.Tensor]
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -113,15 +115,18 @@ def has_own_code(checkpoint: Checkpoint) -> bool:
 
 def weights_of(checkpoint: Checkpoint, wanted: torch.dtype) -> list[Group]:
     """Return the weights of a checkpoint, one group per unit, and its buffers. wanted: their dtype."""
+    return [*weights_of_units(checkpoint, wanted), _buffers(checkpoint)]
+
+
+def weights_of_units(checkpoint: Checkpoint, wanted: torch.dtype) -> list[Group]:
+    """Return the weights of a checkpoint, one group per unit. wanted: their dtype."""
     own = DTYPES[str(checkpoint.manifest.config.get("dtype", "bfloat16"))]
     wide = frozenset(checkpoint.manifest.state.get("kept_in_fp32", ()))
     if checkpoint.manifest.ranks > 1:
         by_unit = sources_of_ranks(checkpoint).values()
-        groups = [_group_of_ranks(checkpoint.path, sources, wanted, own, wide) for sources in by_unit]
-    else:
-        names = [name for name in checkpoint.manifest.files if UNIT_FILE.fullmatch(name)]
-        groups = [_group(checkpoint, name, wanted, own, wide) for name in names]
-    return [*groups, _buffers(checkpoint)]
+        return [_group_of_ranks(checkpoint.path, sources, wanted, own, wide) for sources in by_unit]
+    names = [name for name in checkpoint.manifest.files if UNIT_FILE.fullmatch(name)]
+    return [_group(checkpoint, name, wanted, own, wide) for name in names]
 
 
 def buffers_of(checkpoint: Checkpoint) -> Tensors:
@@ -144,7 +149,7 @@ def model_of(checkpoint: Checkpoint, *, trust_remote_code: bool, attn_implementa
         checkpoint, trust_remote_code=trust_remote_code, attn_implementation=attn_implementation
     )
     groups = weights_of(checkpoint, DTYPES[str(checkpoint.manifest.config.get("dtype", "bfloat16"))])
-    check_weights(checkpoint, groups, model)
+    check_weights(checkpoint, groups, shapes_of(model), [name for name, _ in model.named_parameters()])
     for group in groups:
         model.load_state_dict(group.load(), strict=False, assign=True)
     model.tie_weights()
@@ -235,19 +240,26 @@ def _shapes(
     return found
 
 
-def check_weights(checkpoint: Checkpoint, groups: list[Group], model: PreTrainedModel) -> None:
-    """Raise CheckpointError unless the groups hold each weight of the model once."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
-    found: dict[str, tuple[int, ...]] = {}
+def shapes_of(model: nn.Module) -> Shapes:
+    """Return the shape of each parameter and buffer of a model by name."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
+def check_weights(
+    checkpoint: Checkpoint, groups: Sequence[Group], expected: Shapes, needed: Iterable[str]
+) -> None:
+    """Raise CheckpointError unless the groups hold each needed weight once, and no weight of another name or
+    shape than expected."""
+    found: set[str] = set()
     for group in groups:
         for name, tensor in group.hollow.items():
             if name in found or name not in expected:
                 what = "is in two of its files" if name in found else "is of no part of the model"
                 raise damaged(checkpoint.path, f"{name} {what}")
-            found[name] = tuple(tensor.shape)
-            if found[name] != expected[name]:
-                shapes = f"{list(found[name])}, expected {list(expected[name])}"
-                raise damaged(checkpoint.path, f"{name} is {shapes}")
-    missing = [name for name, _ in model.named_parameters() if name not in found]
+            found.add(name)
+            shape = tuple(tensor.shape)
+            if shape != expected[name]:
+                raise damaged(checkpoint.path, f"{name} is {list(shape)}, expected {list(expected[name])}")
+    missing = [name for name in needed if name not in found]
     if missing:
         raise damaged(checkpoint.path, f"has no weights of {missing[0]}")

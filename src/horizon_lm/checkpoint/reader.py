@@ -30,7 +30,7 @@ from horizon_lm.checkpoint.sources import (
 from horizon_lm.checkpoint.units import DTYPE_NAMES, Part
 from horizon_lm.errors import CheckpointError
 from horizon_lm.memory.shards import WHOLE
-from horizon_lm.memory.store import HostStore
+from horizon_lm.memory.store import HostStore, saved_in
 
 # Into a store.
 
@@ -53,7 +53,7 @@ def load_units(checkpoint: Checkpoint, store: HostStore) -> None:
 def _by_one(checkpoint: Checkpoint, store: HostStore) -> dict[int, list[Source]]:
     """Return the file of each unit, which has whole tensors."""
     files = checkpoint.manifest.files
-    wanted = {units.file_name(u): u for u, unit in enumerate(store.units) if unit.numel}
+    wanted = {units.file_name(u): u for u in _saved_units(store)}
     listed = {name for name in files if name.startswith("unit-")}
     for name in sorted(wanted.keys() ^ listed):
         what = "is not part of the checkpoint" if name in wanted else "belongs to no unit of this model"
@@ -67,7 +67,7 @@ def _by_one(checkpoint: Checkpoint, store: HostStore) -> dict[int, list[Source]]
 def _by_many(checkpoint: Checkpoint, store: HostStore) -> dict[int, list[Source]]:
     """Return the files of each unit, after a check that they have all of it between them."""
     found = sources_of_ranks(checkpoint)
-    wanted = {u for u, unit in enumerate(store.units) if unit.numel}
+    wanted = set(_saved_units(store))
     for unit in sorted(wanted ^ found.keys()):
         what = "is in no file" if unit in wanted else "belongs to no unit of this model"
         raise damaged(checkpoint.path, f"{units.file_name(unit)} {what}")
@@ -77,6 +77,11 @@ def _by_many(checkpoint: Checkpoint, store: HostStore) -> dict[int, list[Source]
         if problem is not None:
             raise damaged(checkpoint.path, f"{units.file_name(unit)} {problem}")
     return found
+
+
+def _saved_units(store: HostStore) -> list[int]:
+    """Return the units that have a file."""
+    return [u for u, unit in enumerate(store.units) if any(saved_in("weights", unit, store.spec))]
 
 
 def _expected(store: HostStore, unit: int) -> list[Part]:

@@ -3,6 +3,8 @@ through a small one in host memory.
 
     weights.NAME  residual.NAME  exp_avg.NAME  exp_avg_sq.NAME      for each parameter NAME of the unit
 
+`StoreSpec.saved` names those parameters if they are not all; a unit with none of them has no file.
+
 One rank writes whole tensors in their shapes; of many, each writes the elements that it holds, as flat
 tensors. Padding between parameters, and at the end of a rank's share, is zero and not in the file.
 """
@@ -20,7 +22,7 @@ from torch import nn
 from horizon_lm.checkpoint.disk import PIECE_BYTES, HashedFile
 from horizon_lm.memory.layout import Parameter, UnitLayout
 from horizon_lm.memory.shards import Piece, Shard, UnitShard
-from horizon_lm.memory.store import HostStore, StoreSpec, regions
+from horizon_lm.memory.store import HostStore, StoreSpec, regions, saved_in
 
 DTYPE_NAMES = {
     torch.bfloat16: "BF16",
@@ -73,8 +75,8 @@ def unit_number(name: str) -> int:
 
 
 def parts(layout: UnitLayout, spec: StoreSpec, shard: Shard) -> list[tuple[Part, int]]:
-    """Return the parts of a unit's tensors that a rank holds, in the order of its file, each with its first
-    element in the rank's buffer of the region.
+    """Return the parts of a unit's saved tensors that a rank holds, in the order of its file, each with its
+    first element in the rank's buffer of the region.
 
     Larger elements come first, so that each tensor starts at a multiple of its element size, which readers
     that map the file need.
@@ -93,11 +95,7 @@ def _parts(layout: UnitLayout, spec: StoreSpec, shard: Shard) -> Iterator[tuple[
     for region in regions(spec):
         if not region.is_state:
             continue
-        for parameter in layout.parameters:
-            if region.name == "residual" and parameter.offset < layout.wide_offset:
-                continue
-            if region.name.startswith("exp_avg") and not parameter.trainable:
-                continue
+        for parameter in saved_in(region.name, layout, spec):
             # A parameter without elements is named by every rank.
             piece = piece_of[region.name](parameter) if parameter.numel else Piece(0, 0, 0)
             if piece is not None:
@@ -106,8 +104,8 @@ def _parts(layout: UnitLayout, spec: StoreSpec, shard: Shard) -> Iterator[tuple[
 
 
 def entries(store: HostStore, unit: int) -> list[Entry]:
-    """Return (key, view into the store, wherever it lies) of all tensors of a unit in the order of the file:
-    whole ones in their shapes, or the elements that this rank holds."""
+    """Return (key, view into the store, wherever it lies) of the saved tensors of a unit in the order of the
+    file: whole ones in their shapes, or the elements that this rank holds."""
     found = []
     shard = store.spec.shard
     for part, offset in parts(store.units[unit], store.spec, shard):

@@ -209,11 +209,21 @@ def export(
     output: Annotated[str, typer.Argument(metavar="OUT", help="A new or empty folder.")],
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32; the run's by default.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Add an adapter to the weights of its base: a plain model.")
+    ] = False,
+    base: Annotated[
+        str | None, typer.Option(help="With --merge: the base, if it is no longer where the run read it.")
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that ships with the model.")
     ] = False,
 ) -> None:
-    """Write the model of a checkpoint in Hugging Face format, with tokenizer and model card."""
+    """Write the model of a checkpoint in Hugging Face format, with tokenizer and model card.
+
+    Of a run with an adapter this is PEFT's folder; --merge writes a model that needs no adapter, from the
+    base in its own precision. --merge also takes PEFT's folder in place of a run.
+    """
     import re
 
     if dtype not in (None, "bfloat16", "float32"):
@@ -224,18 +234,35 @@ def export(
         )
     from horizon_lm.checkpoint.identify import identify, no_checkpoint
 
+    if base is not None and not merge:
+        raise ConfigError("command line: --base is given without --merge", "add --merge, or leave --base out")
     looked = identify(checkpoint)
-    if not looked.checkpoints and not looked.rejected:
+    is_folder = not looked.checkpoints and not looked.rejected
+    if is_folder and not (merge and looked.is_adapter):
+        if merge and looked.model is not None:
+            raise ConfigError(
+                f"{looked.model} is a whole model: there is no adapter to merge",
+                hint="use it as it is: --merge is for runs with an adapter",
+            )
         raise no_checkpoint(looked, "export")
-    from horizon_lm.checkpoint.export import export_checkpoint
+    from horizon_lm.checkpoint.exported import Merge, export_checkpoint, merge_folder
 
+    target = Path(output).expanduser()
+    how: dict[str, Any] = {
+        "dtype": dtype,
+        "max_shard_size": max_shard_size,
+        "trust_remote_code": trust_remote_code,
+    }
     with lasting_output():
+        if is_folder:
+            assert looked.model is not None
+            name = merge_folder(looked.model, target, **how, merge=Merge(base))
+            return print(f"{looked.model}, added to {name}, is now {output}")
         done = export_checkpoint(
-            Path(checkpoint).expanduser(),
-            Path(output).expanduser(),
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            trust_remote_code=trust_remote_code,
+            looked.path,
+            target,
+            **how,
+            merge=Merge(base) if merge else None,
             warn=lambda text: print(f"warning: {text}", file=sys.stderr),
         )
         print(f"{done.path}, step {done.manifest.step}, is now {output}")

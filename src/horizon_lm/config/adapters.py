@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
-from horizon_lm.config.base import setting
+from pydantic_core import PydanticCustomError
+
+from horizon_lm.config.base import fault, setting
 from horizon_lm.config.memory import MemorySettings
+
+_OF_NEW = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save")
 
 
 class AdapterSettings(MemorySettings):
@@ -36,6 +41,12 @@ class AdapterSettings(MemorySettings):
         resume="fixed",
         ge=0,
         lt=1,
+    )
+    use_rslora: bool = setting(
+        False,
+        "Scale the adapter's output by lora_alpha / sqrt(lora_r) instead.",
+        group="Adapters",
+        resume="fixed",
     )
     target_modules: str | list[str] = setting(
         "all-linear",
@@ -95,3 +106,33 @@ class AdapterSettings(MemorySettings):
     def has_adapter(self) -> bool:
         """Whether an adapter is trained, new or saved."""
         return self.adapter != "none" or self.adapter_name_or_path is not None
+
+    @property
+    def begins_adapter(self) -> bool:
+        """Whether a new adapter is trained, so that its base is the model before training."""
+        return self.adapter != "none" and self.adapter_name_or_path is None
+
+    def faults(self) -> Iterator[PydanticCustomError]:
+        yield from super().faults()
+        fields = type(self).model_fields
+        for key in _OF_NEW if not self.begins_adapter else ():
+            if getattr(self, key) == fields[key].default:
+                continue
+            if self.has_adapter:
+                why, way = "adapter_name_or_path, whose adapter_config.json says it", "leave the key out"
+            else:
+                why, way = "adapter: none", "leave the key out, or set adapter=lora"
+            yield fault(f"{key} has no effect with {why}", key=key, hint=way)
+        trains_all = not self.has_adapter and not self.freeze and not self.train
+        if self.base_dtype in ("int8", "nf4") and trains_all:
+            yield fault(
+                f"base_dtype: {self.base_dtype} packs frozen weights, and all weights are trained",
+                key="base_dtype",
+                hint="set adapter=lora, or freeze=PATTERNS; or leave base_dtype out",
+            )
+        if self.base_cache_dir is not None and self.base_dtype in ("auto", "bfloat16"):
+            yield fault(
+                f"base_cache_dir has no effect with base_dtype: {self.base_dtype}, which packs nothing",
+                key="base_cache_dir",
+                hint="leave the key out, or set base_dtype=int8 or nf4",
+            )

@@ -6,11 +6,11 @@ setting in one place are an error, except that of two switches one that is off y
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from horizon_lm.config import adapter_names as names
 from horizon_lm.config.yaml import Document, KeyPath
 from horizon_lm.errors import ConfigError
 
@@ -66,28 +66,6 @@ def _choice(yes: str, no: str) -> Callable[[Any], str]:
         return yes if value else no
 
     return convert
-
-
-def _texts(value: Any) -> Any:
-    """Convert to a list; LLaMA-Factory writes one comma-separated text."""
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    return [] if value is None else value
-
-
-def _prefixes(value: Any) -> Any:
-    """Convert name prefixes, as in ms-swift, to patterns."""
-    return [f"^{re.escape(text)}" for text in _texts(value)]
-
-
-def _all_but(value: Any) -> Any:
-    """Convert Axolotl's patterns of trained parameters, matched from the start of a name, to `freeze`."""
-    patterns = _texts(value)
-    if not isinstance(patterns, list) or any(not isinstance(p, str) for p in patterns):
-        raise ValueError("expected a list of regular expressions")
-    if any(re.search(r"\[[0-9]*:[0-9]*\]$", p) for p in patterns):
-        raise ValueError("parts of a parameter ([a:b]) cannot be trained alone")
-    return [f"^(?!{'|'.join(f'(?:{p})' for p in patterns)})"] if patterns else []
 
 
 def _method(value: Any) -> Any:
@@ -167,15 +145,32 @@ ALIASES: dict[str, Alias] = {
     "max_norm": Alias("max_grad_norm"),
     "gradient_clipping": Alias("max_grad_norm"),
     "optimizer": Alias("optim"),
-    "unfrozen_parameters": Alias("freeze", _all_but),
-    "freeze_parameters": Alias("freeze", _prefixes),
-    "freeze_parameters_regex": Alias("freeze", _texts),
+    "finetuning_type": Alias("adapter", names.kind),
+    "use_peft": Alias("adapter", names.switched("lora")),
+    "use_dora": Alias("adapter", names.only_if_on("dora")),
+    "peft_use_dora": Alias("adapter", names.only_if_on("dora")),
+    "lora_model_dir": Alias("adapter_name_or_path"),
+    "lora_rank": Alias("lora_r"),
+    "peft_use_rslora": Alias("use_rslora"),
+    "lora_target": Alias("target_modules", names.targets),
+    "lora_target_modules": Alias("target_modules", names.targets),
+    "lora_target_linear": Alias("target_modules", names.only_if_on("all-linear")),
+    "lora_modules_to_save": Alias("modules_to_save", names.texts),
+    "additional_target": Alias("modules_to_save", names.texts),
+    "load_in_4bit": Alias("base_dtype", names.only_if_on("nf4")),
+    "load_in_8bit": Alias("base_dtype", names.only_if_on("int8")),
+    "quantization_bit": Alias("base_dtype", names.bits),
+    "unfrozen_parameters": Alias("train", names.from_the_start),
+    "trainable_parameters": Alias("train", names.prefixes),
+    "trainable_parameters_regex": Alias("train", names.texts),
+    "freeze_parameters": Alias("freeze", names.prefixes),
+    "freeze_parameters_regex": Alias("freeze", names.texts),
     "noisy_embedding_alpha": Alias("neftune_noise_alpha"),
     "neftune_alpha": Alias("neftune_noise_alpha"),
-    "tokens": Alias("new_tokens", _texts),
-    "add_tokens": Alias("new_tokens", _texts),
-    "new_special_tokens": Alias("new_tokens", _texts),
-    "add_special_tokens": Alias("new_tokens", _texts),
+    "tokens": Alias("new_tokens", names.texts),
+    "add_tokens": Alias("new_tokens", names.texts),
+    "new_special_tokens": Alias("new_tokens", names.texts),
+    "add_special_tokens": Alias("new_tokens", names.texts),
     "resume": Alias("resume_from_checkpoint"),
     "push_to_hub_model_id": Alias("hub_model_id"),
     "export_hub_model_id": Alias("hub_model_id"),
@@ -207,6 +202,9 @@ ALIASES: dict[str, Alias] = {
 _READ = "unneeded columns are never read"
 _PADDED = "a batch is padded to its longest sequence"
 _TYPE = "it is read from the model's files"
+_LAYER = "the kind of layer tells"
+_DOUBLE = "the scales of nf4 are always packed too"
+_KERNEL = "PEFT's own layers are used"
 DROPPED: dict[str, str] = {
     "model_type": _TYPE,
     "tokenizer_type": _TYPE,
@@ -231,11 +229,25 @@ DROPPED: dict[str, str] = {
     "precompute_ref_log_probs": "the reference's log-probabilities are always computed before the first step",
     "disable_dropout": "dropout is always off when preferences are trained on",
     "hub_strategy": "the model is uploaded once, at the end of the run",
+    "lora_fan_in_fan_out": _LAYER,
+    "lora_task_type": "the model is a causal language model",
+    "double_quantization": _DOUBLE,
+    "use_bnb_nested_quant": _DOUBLE,
+    "bnb_4bit_use_double_quant": _DOUBLE,
+    "bnb_4bit_compute_dtype": "packed weights are computed with in dtype",
+    "quantization_method": "packed weights have the formats of bitsandbytes",
+    "lora_mlp_kernel": _KERNEL,
+    "lora_qkv_kernel": _KERNEL,
+    "lora_o_kernel": _KERNEL,
 }
 
 # Settings of other trainers without a counterpart -> the hint of the unknown-key error.
-_WHOLE = "leave the key out: all parameters are trained, in full precision"
-_PART = "leave the key out: all parameters are trained, except those in 'freeze: [patterns]'"
+_PART = (
+    "leave the key out and write 'train: [patterns]' or 'freeze: [patterns]', as in 'train: [layers.3[01]]'"
+)
+_ADAPTER = "leave the key out: a new adapter begins as PEFT's LoRA does; 'adapter_name_or_path' names another"
+_EXPERTS = "leave the key out: 'target_modules: all-linear' includes fused experts and their routers"
+_TARGETS = "leave the key out: a regular expression in target_modules names layers and modules"
 _LIMIT = "leave the key out: max_length limits prompt and completion together"
 _FIXED_REFERENCE = "leave the key out: the reference stays as it is"
 _TOKEN = "leave the key out: the token comes from HF_TOKEN or 'hf auth login', never from a configuration"
@@ -252,11 +264,27 @@ UNAVAILABLE: dict[str, str] = {
     "group_by_length": "leave the key out: 'packing: true' needs no padding",
     "train_sampling_strategy": "leave the key out: rows come in a seeded random order",
     "fsdp_config": _HOST,
-    "lora_model_dir": _WHOLE,
-    "lora_target": _WHOLE,
-    "lora_target_linear": _WHOLE,
-    "qlora": _WHOLE,
-    "relora": _WHOLE,
+    "relora": "leave the key out: adapters are not merged during a run",
+    "qlora": "leave the key out and write 'adapter: lora' and 'base_dtype: nf4'",
+    "create_new_adapter": _ADAPTER,
+    "pissa_init": _ADAPTER,
+    "pissa_convert": _ADAPTER,
+    "peft_init_lora_weights": _ADAPTER,
+    "init_lora_weights": _ADAPTER,
+    "loftq_config": _ADAPTER,
+    "target_parameters": _EXPERTS,
+    "lora_target_parameters": _EXPERTS,
+    "peft_layers_to_transform": _TARGETS,
+    "layers_to_transform": _TARGETS,
+    "peft_layer_replication": "leave the key out: layers are used once",
+    "trainable_token_indices": "leave the key out: modules_to_save trains a module whole",
+    "peft_trainable_token_indices": "leave the key out: modules_to_save trains a module whole",
+    "loraplus_lr_ratio": "leave the key out and write 'lr_factors: {lora_B: 16}'",
+    "loraplus_lr_embedding": "leave the key out and write 'lr_factors: {PATTERN: FACTOR}'",
+    "quantization_type": "leave the key out: 'base_dtype: nf4' is the only format of four bits",
+    "bnb_4bit_quant_type": "leave the key out: 'base_dtype: nf4' is the only format of four bits",
+    "bnb_config_kwargs": "leave the key out: 'base_dtype: nf4' is the only format of four bits",
+    "finetuned_lora_rank": "leave the key out and write lora_r",
     "xformers_attention": "leave the key out and choose attn_implementation",
     "sdp_attention": "leave the key out: attn_implementation is sdpa unless it is set",
     "s2_attention": "leave the key out and choose attn_implementation",
@@ -280,20 +308,12 @@ UNAVAILABLE: dict[str, str] = {
     "generate_during_eval": "leave the key out: 'horizon generate' completes prompts",
     "do_train": "leave the key out: 'horizon train' trains and 'horizon eval' evaluates",
     "do_eval": "leave the key out: 'horizon train' trains and 'horizon eval' evaluates",
-    "finetuning_type": _PART,
     "freeze_trainable_layers": _PART,
     "freeze_trainable_modules": _PART,
     "freeze_extra_modules": _PART,
     "freeze_layers": _PART,
     "freeze_parameters_ratio": _PART,
-    "trainable_parameters": _PART,
-    "trainable_parameters_regex": _PART,
     "special_tokens": "leave the key out: the tokenizer keeps its own; 'new_tokens: [...]' adds more",
-    "use_peft": _WHOLE,
-    "load_in_4bit": _WHOLE,
-    "load_in_8bit": _WHOLE,
-    "lora_rank": _WHOLE,
-    "lora_target_modules": _WHOLE,
     "template": "leave the key out: the tokenizer's own chat template is used; 'chat_template' replaces it",
     "dataset_text_field": "leave the key out and write 'datasets: [{path: ..., text_column: ...}]'",
     "dataset_train_split": "leave the key out and write 'datasets: [{path: ..., split: ...}]'",
@@ -392,7 +412,7 @@ def drop_or_note(key: str, place: str, value: Any) -> tuple[bool, str | None]:
     """Return whether `key: value` has no effect, and the note to print about it, if any."""
     if key in DROPPED:
         return True, f"{place}: '{key}' is ignored, {DROPPED[key]}"
-    if key in UNAVAILABLE and (value is None or value is False):
+    if key in names.SILENT | UNAVAILABLE.keys() and (value is None or value is False):
         return True, f"{place}: '{key}' is ignored, it is off"
     if key in ALIASES:
         return False, f"{place}: '{key}' is read as '{ALIASES[key].key}'"
@@ -410,7 +430,7 @@ def canonicalise(document: Document) -> tuple[Document, list[str]]:
     notes: list[str] = []
     faults: list[ConfigError] = []
     lost: set[str | int] = set()
-    for key, value in document.values.items():
+    for key, value in names.expanded(document.values).items():
         place = document.where.get((key,), where[()])
         dropped, note = drop_or_note(key, place, value)
         if note:
@@ -422,6 +442,10 @@ def canonicalise(document: Document) -> tuple[Document, list[str]]:
             meant = canonical_value(key, value, place)
             if name in written:
                 earlier = written[name]
+                both = names.joined(name, values[name], meant)
+                if both is not None:
+                    values[name] = both
+                    continue
                 if name in (earlier, key) or document.values[earlier] is not False and value is not False:
                     raise conflict(earlier, key, place)
                 if value is False:

@@ -255,6 +255,12 @@ class ModelSettings(AdapterSettings):
                     key="deterministic",
                     hint=f"set {key}={_written(fixed[0])} or deterministic=false",
                 )
+        if self.allow_missing and self.has_adapter:
+            yield fault(
+                "allow_missing begins with random values, and an adapter neither trains nor saves them",
+                key="allow_missing",
+                hint="leave the key out; name a model with all its weights",
+            )
         yield from self._kernel_faults()
 
     def _kernel_faults(self) -> Iterator[PydanticCustomError]:

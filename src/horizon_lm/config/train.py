@@ -322,6 +322,12 @@ class TrainConfig(PreferenceSettings, DataSettings, CheckpointSettings, ModelSet
                 key="label_smoothing_factor",
                 hint="leave the key out; label_smoothing is that of preferences",
             )
+        if self.lora_dropout:
+            yield fault(
+                f"lora_dropout has no effect with method: {self.method}, which is without dropout",
+                key="lora_dropout",
+                hint="leave the key out",
+            )
 
     def _metric_faults(self) -> Iterator[PydanticCustomError]:
         metric = self.metric_for_best_model
@@ -439,6 +445,18 @@ class TrainConfig(PreferenceSettings, DataSettings, CheckpointSettings, ModelSet
                 "'model_name_or_path' and 'init_model' are both given",
                 key="model_name_or_path",
                 hint="keep one of them, or set the other to null",
+            )
+        if self.init_model is not None and self.has_adapter:
+            yield fault(
+                "an adapter is trained on a model that exists, and init_model makes a new one",
+                key="adapter",
+                hint="train a model first, then set model_name_or_path=FOLDER in place of init_model",
+            )
+        if self.new_tokens and self.has_adapter:
+            yield fault(
+                "new_tokens makes rows of the embedding table, which is frozen under an adapter",
+                key="new_tokens",
+                hint="train the whole model (adapter: none), or leave new_tokens out",
             )
         if self.init_model is not None and not isinstance(self.init_model.get("model_type"), str):
             yield fault(

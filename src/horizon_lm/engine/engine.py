@@ -9,7 +9,8 @@ the work, where the note could be lost, but read off the work itself: weights by
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -388,6 +389,19 @@ class Engine:
         self._begins_to_save = self._has_run_writes = False
 
     # Ops
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """While open, the caller runs parts of the model between steps; what an interrupt leaves behind is
+        cleared by the next call."""
+        self._is_at_work = True
+        try:
+            with self._kernels:
+                yield
+        except BaseException as error:
+            self._is_at_work = not isinstance(error, Exception)  # everything was restored meanwhile
+            raise
+        self._is_at_work = False
 
     def _execute(self, step: Step, indices: range, record: bool) -> None:
         schedule = step.schedule

@@ -66,7 +66,8 @@ class StoreSpec:
 
     dtype: weight and gradient dtype, bf16 or fp32. resident: units that live in device memory. sums: units
     whose unfinished gradients wait in host memory between rounds. sum_slabs: buffers for gradients that the
-    host adds to them. shard: the rank's share of each unit.
+    host adds to them. shard: the rank's share of each unit. saved: names of the parameters in a checkpoint,
+    if the others can be read again; None for all.
     """
 
     dtype: torch.dtype
@@ -77,6 +78,7 @@ class StoreSpec:
     sums: frozenset[int] = _NONE
     sum_slabs: int = 0
     shard: Shard = WHOLE
+    saved: frozenset[str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("dtype", "moment_dtype"):
@@ -168,8 +170,28 @@ def predict_device_bytes(units: Sequence[UnitLayout], spec: StoreSpec) -> dict[s
 
 
 def state_bytes(units: Sequence[UnitLayout], spec: StoreSpec) -> int:
-    """Predict the bytes of a rank's weights and optimizer state, wherever they lie."""
-    return sum(sum(row.numels(units)) * row.dtype.itemsize for row in regions(spec) if row.is_state)
+    """Predict the bytes of a rank's weights and optimizer state in a checkpoint, wherever they lie."""
+    rows = [row for row in regions(spec) if row.is_state]
+    if spec.saved is None:
+        return sum(sum(row.numels(units)) * row.dtype.itemsize for row in rows)
+    return sum(
+        spec.shard.share(parameter.numel) * row.dtype.itemsize
+        for unit in units
+        for row in rows
+        for parameter in saved_in(row.name, unit, spec)
+    )
+
+
+def saved_in(region: str, unit: UnitLayout, spec: StoreSpec) -> Iterator[Parameter]:
+    """Yield the parameters whose values in a region are part of a checkpoint."""
+    for parameter in unit.parameters:
+        if spec.saved is not None and parameter.name not in spec.saved:
+            continue
+        if region == "residual" and parameter.offset < unit.wide_offset:
+            continue
+        if region.startswith("exp_avg") and not parameter.trainable:
+            continue
+        yield parameter
 
 
 class HostStore:

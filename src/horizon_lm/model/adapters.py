@@ -5,6 +5,10 @@ The layers of an adapter are PEFT's own, inside the transformers model; so are t
 
 from __future__ import annotations
 
+import copy
+import json
+import os
+import re
 import shutil
 import sys
 import warnings
@@ -17,15 +21,23 @@ import torch
 from torch import nn
 
 from horizon_lm.config import ModelSettings
-from horizon_lm.errors import ConfigError, DataError, HorizonError, UnsupportedModelError
-from horizon_lm.io.hub import require_reachable
+from horizon_lm.config.patterns import nearest
+from horizon_lm.errors import ConfigError, DataError, UnsupportedModelError
+from horizon_lm.io import files
+from horizon_lm.machine.libraries import load_peft
+from horizon_lm.model.adapter_files import CONFIG, read_adapter_config, read_adapter_weights
 from horizon_lm.model.configuration import reason_of
 from horizon_lm.model.pictures import excluded_modules, freeze_vision
 from horizon_lm.model.pretrained import seeded
 from horizon_lm.model.trained import choose_trained
 
-CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."  # of the base model's names in a PeftModel
+_CHANGE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # ways to begin that write into the base
+_FAULTS = (ValueError, TypeError, KeyError, AttributeError, ImportError, re.error)
+_REFUSED = (
+    *("trainable_token_indices", "alora_invocation_tokens", "layer_replication"),
+    "megatron_config",  # for which PEFT imports the module that the configuration names
+)
 # Kinds of PEFT whose parameters all lie in the layers they change.
 _KINDS = ("LORA", "LOHA", "LOKR", "IA3", "OFT", "HRA", "LN_TUNING")
 
@@ -54,9 +66,23 @@ class Adapter:
         return self.peft_model.peft_config[self.name]
 
     @property
+    def rewritten(self) -> frozenset[int]:
+        """Ids of the modules of which PEFT takes a parameter away while they run, to add the adapter's to it
+        (fused experts, routers)."""
+        wrappers = [module for module in self._switches if hasattr(module, "parameter_name")]
+        return frozenset(id(module.get_base_layer()) for module in wrappers)
+
+    @property
     def base_name_or_path(self) -> str | None:
         """The folder or name of the base, as PEFT writes it into adapter_config.json."""
         return self.config.base_model_name_or_path or None
+
+    @property
+    def words(self) -> str:
+        """Its kind, as in "lora r=16"."""
+        kind = "dora" if getattr(self.config, "use_dora", False) else str(self.config.peft_type.value).lower()
+        rank = getattr(self.config, "r", None)
+        return kind if rank is None else f"{kind} r={rank}"
 
     def is_part(self, name: str) -> bool:
         """Whether a parameter, by its name in the model, is not one of the base."""
@@ -79,6 +105,25 @@ class Adapter:
             for module in self._switches:
                 module._disable_adapters = False
 
+    def names_in_files(self) -> dict[str, str]:
+        """Name in adapter_model.safetensors -> name in the model."""
+        from peft import get_peft_model_state_dict
+
+        named = [name for name, _ in self.model.named_parameters() if self.is_part(name)]
+        marks = {_PREFIX + name: torch.empty(0) for name in named}
+        found: Any = get_peft_model_state_dict(
+            self.peft_model, state_dict=dict(marks), adapter_name=self.name, save_embedding_layers=False
+        )
+        names = {id(mark): name.removeprefix(_PREFIX) for name, mark in marks.items()}
+        return {key: names[id(mark)] for key, mark in found.items()}
+
+    def save_config(self, folder: Path) -> None:
+        """Write adapter_config.json into a folder."""
+        config = copy.copy(self.config)
+        config.inference_mode = True
+        config.save_pretrained(str(folder))
+        _tidy(folder / CONFIG)
+
     def save(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write PEFT's files into a new folder: adapter_config.json, adapter_model.safetensors, README.md.
 
@@ -92,6 +137,20 @@ class Adapter:
             for file in list((folder / self.name).iterdir()):
                 shutil.move(str(file), str(folder / file.name))
             (folder / self.name).rmdir()
+        _tidy(folder / CONFIG)
+
+
+def _tidy(path: Path) -> None:
+    """Give the modules in adapter_config.json an order, which PEFT leaves to chance, and the base a path that
+    is valid anywhere."""
+    values = json.loads(files.read_bytes(path))
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(values.get(key), list):
+            values[key] = sorted(values[key])
+    base = values.get("base_model_name_or_path")
+    if isinstance(base, str) and Path(base).is_dir():
+        values["base_model_name_or_path"] = os.path.abspath(base)
+    files.write_file(path, json.dumps(values, indent=2, sort_keys=True))
 
 
 def prepare(model: Any, settings: ModelSettings, *, has_values: bool = True) -> tuple[Any, Adapter | None]:
@@ -119,9 +178,10 @@ def is_peft(model: Any) -> bool:
 
 def is_adapters(name: str, adapter: str) -> bool:
     """Whether a name in a model belongs to the adapter's own parameters: PEFT writes the adapter's name
-    behind its modules and parameters (`lora_A.default.weight`, `modules_to_save.default.weight`)."""
-    parts = name.split(".")
-    return "base_layer" not in parts and "original_module" not in parts and adapter in parts[1:]
+    behind its modules and parameters (`lora_A.default.weight`, `modules_to_save.default.weight`). Layers of
+    fused experts lie in each other (`experts.base_layer.lora_A.default.weight`)."""
+    parts = re.split(r"\.(?:base_layer|original_module)\.", name)[-1].split(".")
+    return adapter in parts[1:]
 
 
 def base_name(name: str) -> str:
@@ -138,8 +198,7 @@ def _layer_classes() -> tuple[type, ...]:
 
 def _given(model: Any, settings: ModelSettings) -> Adapter:
     """Take the adapter of a PeftModel."""
-    import peft
-
+    peft = load_peft()
     if settings.has_adapter:
         raise ConfigError(
             f"the {type(model).__name__} has an adapter, and the settings ask for another",
@@ -155,12 +214,23 @@ def _given(model: Any, settings: ModelSettings) -> Adapter:
             f"the model has {len(active)} active adapters ({', '.join(active)})", "set_adapter(NAME)"
         )
     adapter = Adapter(model, keeps_dtypes=True)
+    _check_is_distinct(adapter)
     if not any(p.requires_grad for p in adapter.model.parameters()):
         raise ConfigError(
             f"no parameter of the adapter {adapter.name!r} is trained",
             hint="PeftModel.from_pretrained(model, folder, is_trainable=True)",
         )
     return adapter
+
+
+def _check_is_distinct(adapter: Adapter) -> None:
+    """Refuse a name of an adapter by which its parameters cannot be told from the model's."""
+    for path, module in adapter.model.named_modules():
+        if adapter.name in module._modules and not isinstance(module, nn.ModuleDict):
+            raise _refuse(
+                f"it is called {adapter.name!r}, as a module of {path or 'the model'} is",
+                "choose another name",
+            )
 
 
 def _added(model: Any, settings: ModelSettings, has_values: bool) -> Adapter | None:
@@ -172,12 +242,12 @@ def _added(model: Any, settings: ModelSettings, has_values: bool) -> Adapter | N
         )
     if not settings.has_adapter:
         return None
-    import peft
-
-    config = _configured(settings)
-    if settings.adapter_name_or_path is None:
+    peft = load_peft()
+    config, name = _configured(settings), settings.adapter_name_or_path
+    if name is None:
         config.exclude_modules = excluded_modules(model)  # the vision part is not trained
     _check_config(config)
+    weights = None if name is None or not has_values else read_adapter_weights(name, config)
     device = next(model.parameters()).device
     try:
         with warnings.catch_warnings(), seeded(settings.seed):
@@ -185,7 +255,7 @@ def _added(model: Any, settings: ModelSettings, has_values: bool) -> Adapter | N
             # PEFT moves new parameters to the dtype of the base: fake ones cannot be moved
             with nullcontext() if has_values else torch.device("meta"):
                 peft_model = peft.get_peft_model(model, config, autocast_adapter_dtype=has_values)
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (*_FAULTS, RuntimeError) as error:
         raise ConfigError(
             f"PEFT refuses the adapter: {reason_of(error)}",
             hint="target_modules: all-linear, or ends of the names of linear layers, as in [q_proj, v_proj]",
@@ -193,8 +263,10 @@ def _added(model: Any, settings: ModelSettings, has_values: bool) -> Adapter | N
     if not has_values:
         _move_from_meta(model, device)
     adapter = Adapter(peft_model, keeps_dtypes=False)
-    if settings.adapter_name_or_path is not None and has_values:
-        _load(adapter, settings.adapter_name_or_path)
+    if name is None:
+        _check_names(adapter, settings)
+    if weights is not None:
+        _load(adapter, str(name), weights)
     return adapter
 
 
@@ -208,8 +280,7 @@ def _move_from_meta(model: nn.Module, device: torch.device) -> None:
 
 def _configured(settings: ModelSettings) -> Any:
     """PEFT's configuration of the adapter that the settings ask for."""
-    import peft
-
+    peft = load_peft()
     name = settings.adapter_name_or_path
     if name is None:
         targets = settings.target_modules
@@ -220,6 +291,7 @@ def _configured(settings: ModelSettings) -> Any:
             lora_dropout=settings.lora_dropout,
             target_modules=targets if isinstance(targets, str) else list(targets),
             modules_to_save=list(settings.modules_to_save) or None,
+            use_rslora=settings.use_rslora,
             use_dora=settings.adapter == "dora",
             task_type="CAUSAL_LM",
         )
@@ -235,44 +307,20 @@ def _configured(settings: ModelSettings) -> Any:
     return config
 
 
-def read_adapter_config(name: str) -> Any:
-    """Read adapter_config.json of a folder or Hub name as PEFT's configuration. Raises ConfigError."""
-    import peft
+def _load(adapter: Adapter, name: str, weights: dict[str, torch.Tensor]) -> None:
+    """Put the weights of a saved adapter in. Raises DataError if they do not fit."""
+    from peft import set_peft_model_state_dict
 
-    place = str(Path(name).expanduser())
-    if not Path(place).exists():
-        require_reachable(name, "adapter_name_or_path")
-    try:
-        return peft.PeftConfig.from_pretrained(place if Path(place).exists() else name)
-    except HorizonError:
-        raise
-    except Exception as error:
-        raise ConfigError(
-            f"adapter_name_or_path={name!r} holds no adapter: {reason_of(error)}",
-            hint=f"name a folder with {CONFIG} and adapter_model.safetensors",
-        ) from error
-
-
-def _load(adapter: Adapter, name: str) -> None:
-    """Read the adapter's weights. Raises DataError if they do not fit."""
-    from peft import load_peft_weights, set_peft_model_state_dict
-
-    place = str(Path(name).expanduser())
     for module in adapter.model.modules():
         copies = getattr(module, "modules_to_save", None)
         if isinstance(copies, nn.ModuleDict) and isinstance(module, _layer_classes()):
             copies.float()  # they have the dtype of the base, which would round the saved values
     try:
-        weights = load_peft_weights(
-            place if Path(place).exists() else name, device="cpu", use_safetensors=True
-        )
         result: Any = set_peft_model_state_dict(adapter.peft_model, weights, adapter_name=adapter.name)
-    except HorizonError:
-        raise
-    except Exception as error:
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"the weights of the adapter {name!r} could not be read: {reason_of(error)}",
-            hint="save it with safetensors; it must have been trained on this model",
+            f"the adapter {name!r} does not fit the model: {reason_of(error)}",
+            hint="name the model that it was trained on",
         ) from error
     missing = [name for name in result.missing_keys if is_adapters(name, adapter.name)]
     if missing or result.unexpected_keys:
@@ -288,9 +336,36 @@ def _check_config(config: Any) -> None:
     """Refuse an adapter whose layers cannot run one at a time."""
     if str(config.peft_type.value) not in _KINDS:
         raise _refuse_kind(config)
-    for key in ("trainable_token_indices", "alora_invocation_tokens", "layer_replication"):
+    for key in _REFUSED:
         if getattr(config, key, None):
             raise _refuse(f"{key} is set", f"leave {key} out; modules_to_save trains a module whole")
+    start = getattr(config, "init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(_CHANGE_BASE):
+        raise _refuse(
+            f"init_lora_weights={start!r} changes the base, which is not saved",
+            "init_lora_weights=True, or save a base with these changes and begin from it",
+        )
+    bias = getattr(config, "bias", "none")
+    if bias != "none":
+        raise _refuse(f"bias={bias!r} trains the base's own biases", "bias='none'")
+
+
+def _check_names(adapter: Adapter, settings: ModelSettings) -> None:
+    """Refuse a name of the settings that is that of no module, which PEFT passes over."""
+    kinds = dict(zip(("target_modules", "modules_to_save"), _layer_classes(), strict=True))
+    paths = [path for path, _ in adapter.model.named_modules()]
+    for key, kind in kinds.items():
+        names = getattr(settings, key)  # PEFT's list of all-linear also names excluded modules
+        found = [path for path, module in adapter.model.named_modules() if isinstance(module, kind)]
+        for name in () if isinstance(names, str) else sorted(names):
+            if not any(f".{path}".endswith(f".{name}") for path in found):
+                ends = sorted({path.split(".")[-1] for path in paths} - {"", "default"})
+                raise ConfigError(
+                    f"{key}: {name!r} is the name of no module that could have an adapter"
+                    if key == "target_modules"
+                    else f"{key}: {name!r} is the name of no module",
+                    hint=f"the nearest names are {', '.join(nearest(name, ends))}",
+                )
 
 
 def _check(adapter: Adapter) -> None:

@@ -51,8 +51,8 @@ class Call:
     """The layers' arguments other than hidden states for one micro-batch, and their router logits.
 
     layers: per layer, (positional, named) arguments without hidden states.
-    inputs: arguments of the model's forward (input_ids, attention_mask, position_ids), and pictures in flat
-    form (`picture_batches`). added: what the model adds to the output of a layer (0-based).
+    inputs: arguments of the model's forward (input_ids, attention_mask, position_ids), without pictures.
+    added: what the model adds to the output of a layer (0-based).
     routers: per layer, its routers' logits if the auxiliary loss is on; replaced by their gradients once the
     loss is computed. is_untouched: layer 0 receives the embeddings unchanged.
     """
@@ -89,7 +89,8 @@ def run_prologue(
     if added is None and recorder.changed:
         added = _find_added(skeleton, embeds, inputs, recorder)
     untouched = first is work and work._version == 0 and skeleton.neftune_noise_alpha is None
-    return None if untouched else first, Call(recorder.calls, inputs, added=added or {})
+    _, others = pictures_of(inputs)  # pictures are copied again where they are needed again
+    return None if untouched else first, Call(recorder.calls, others, added=added or {})
 
 
 def _record(
@@ -112,7 +113,7 @@ def _record(
         with (
             attention_by_intervals(),
             embedding_gives(skeleton.embedding, embeds),
-            features_given(skeleton, pictures, plain),
+            features_given(skeleton, pictures, plain) as uses,
             intercept(skeleton.layers, recorder.layer),
             recorder.head_watched(),
             suppress(_Enough),
@@ -121,7 +122,11 @@ def _record(
     except (RuntimeError, NotImplementedError) as error:
         if "meta" in str(error) and recorder.first is not None:
             raise _refuse(skeleton, f"weights of the head are used after layer {recorder.last}") from error
+        if "meta" in str(error) and pictures is not None:
+            raise _refuse(skeleton, "its forward computes features of pictures by other functions") from error
         raise
+    if pictures is not None and len(uses) != 1:
+        raise _refuse(skeleton, f"its forward asks for the features of pictures {len(uses)} times")
 
 
 def _find_added(
@@ -439,5 +444,5 @@ def run_router_loss(
     # All labels ignored and summed: only the auxiliary part of the model's loss remains.
     nothing = torch.full((batch, 1), IGNORED, device=hidden.device)
     options = {"output_router_logits": True, "logits_to_keep": 1, "labels": nothing, "num_items_in_batch": 1}
-    _, inputs = pictures_of(call.inputs)
+    _, inputs = pictures_of(call.inputs)  # as an op copied them again
     return _run_after_layers(skeleton, replay, hidden, batch, tokens, options | inputs).loss

@@ -15,6 +15,7 @@ from horizon_lm.model.head import forward_replaced
 from horizon_lm.model.pictures import image_features_are, refuse
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.picture_batches import Pictures
+from horizon_lm.words import count
 
 
 class Added(NamedTuple):
@@ -50,25 +51,26 @@ class _PerImage(tuple):
 @contextmanager
 def features_given(
     skeleton: Skeleton, pictures: Pictures | None, inputs: Mapping[str, torch.Tensor]
-) -> Iterator[None]:
-    """While open, the model's forward uses these features in place of those it would compute.
+) -> Iterator[list[int]]:
+    """While open, the model's forward uses these features in place of those it would compute. Yields a list
+    with an entry per use.
 
     inputs: the micro-batch's others, some of which a projector takes. The prologue must be bound.
     """
     if pictures is None:
-        yield
+        yield []
         return
     assert skeleton.pictures is not None, "a micro-batch of a model of text alone was checked"
     rows = pictures.features
     if skeleton.trains_projector:
-        rows = _projected(skeleton, rows, inputs)
+        rows = _projected(skeleton, rows.to(skeleton.dtype), inputs)
         rows = rows if pictures.order is None else rows[pictures.order]
     given = SimpleNamespace(
         pooler_output=_PerImage(rows.split(pictures.sizes)),
         deepstack_features=[_PerImage(layer.split(pictures.sizes)) for layer in pictures.deepstack],
     )
-    with image_features_are(skeleton.pictures.base, given):
-        yield
+    with image_features_are(skeleton.pictures.base, given) as uses:
+        yield uses
 
 
 def _projected(
@@ -168,8 +170,8 @@ def _parts(skeleton: Skeleton, features: torch.Tensor, sizes: list[int]) -> list
     each, rest = divmod(len(features), sum(sizes))
     if features.dim() != 2 or rest:
         raise DataError(
-            f"the pictures' {len(features):,} patches are not a whole number for each of "
-            f"{sum(sizes):,} tokens",
+            f"the pictures' {count(len(features), 'patch', 'patches')} are not a whole number for each of "
+            f"{count(sum(sizes), 'token')}",
             hint="encode pictures of other sizes apart",
         )
     return list(features.split([size * each for size in sizes]))

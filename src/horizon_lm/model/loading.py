@@ -18,8 +18,10 @@ from horizon_lm.io.hub import require_reachable
 from horizon_lm.machine.device import resolve_device
 from horizon_lm.memory.arena import return_free_memory
 from horizon_lm.memory.store import HostStore
+from horizon_lm.model.adapter_files import CONFIG, read_adapter_config
 from horizon_lm.model.adapters import prepare
 from horizon_lm.model.configuration import configuration_of, reason_of
+from horizon_lm.model.fingerprint import Fingerprinter
 from horizon_lm.model.folder import INDEX, names_in
 from horizon_lm.model.kernels import check_kernels
 from horizon_lm.model.pretrained import Allowed, model_class, read_pretrained, seeded, without_messages
@@ -92,11 +94,39 @@ def load_model_of(source: str | Path | nn.Module, settings: ModelSettings) -> nn
     )
 
 
+def base_of(source: str | Path, settings: ModelSettings) -> tuple[str | Path, ModelSettings]:
+    """Of the folder of an adapter, return the base that it names, and settings with the adapter.
+
+    Returns any other source as it is. Raises ConfigError for a folder that names no base, and for settings
+    with an adapter of their own.
+    """
+    folder = Path(source).expanduser()
+    if not (folder / CONFIG).is_file() or (folder / "config.json").exists():
+        return source, settings
+    if settings.has_adapter:
+        raise ConfigError(
+            f"{str(folder)!r} holds an adapter, and the settings ask for another",
+            hint="leave adapter and adapter_name_or_path out, or name the base model",
+        )
+    base = read_adapter_config(str(folder)).base_model_name_or_path
+    if not base:
+        raise ConfigError(
+            f"the adapter {str(folder)!r} names no base model",
+            hint=f"HostModel.from_pretrained(BASE, adapter_name_or_path={str(folder)!r})",
+        )
+    return str(base), settings.replace(adapter_name_or_path=str(folder))
+
+
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise ConfigError(
             f"model_name_or_path={str(folder)!r} is not a folder",
             hint="check the path; it is taken from where you are",
+        )
+    if (folder / CONFIG).is_file() and not (folder / "config.json").exists():
+        raise ConfigError(
+            f"model_name_or_path={str(folder)!r} holds an adapter, not a model",
+            hint=f"set model_name_or_path to its base, and adapter_name_or_path={folder}",
         )
     if not (folder / "config.json").is_file():
         raise ConfigError(
@@ -191,13 +221,17 @@ def grow_vocabulary(model: Any, tokens: int, seed: int) -> None:
         ) from error
 
 
-def fill_store(skeleton: Skeleton, store: HostStore) -> None:
-    """Adopt all parameters unit by unit, freeing the model object's own on the way."""
+def fill_store(skeleton: Skeleton, store: HostStore, base: Fingerprinter | None = None) -> None:
+    """Adopt all parameters unit by unit, freeing the model object's own on the way. base: is told those that
+    checkpoints leave out."""
     for unit in range(len(store.units)):
-        _adopt_unit(skeleton, store, unit)
+        _adopt_unit(skeleton, store, unit, base)
     return_free_memory()
 
 
-def _adopt_unit(skeleton: Skeleton, store: HostStore, unit: int) -> None:
+def _adopt_unit(skeleton: Skeleton, store: HostStore, unit: int, base: Fingerprinter | None) -> None:
+    saved = store.spec.saved
     for name, value in skeleton.take(unit):
+        if base is not None and saved is not None and name not in saved:
+            base.add(unit, store.units[unit].name, name, value)
         store.adopt(name, value)

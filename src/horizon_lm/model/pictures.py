@@ -209,11 +209,18 @@ def _refuse_patterns(parts: PictureParts, settings: ModelSettings) -> None:
 
 
 @contextmanager
-def image_features_are(base: Any, features: Any) -> Iterator[None]:
-    """While open, `get_image_features` of the module returns `features`."""
-    base.get_image_features = lambda *args, **kwargs: features
+def image_features_are(base: Any, features: Any) -> Iterator[list[int]]:
+    """While open, `get_image_features` of the module returns `features`. Yields a list with an entry per
+    call."""
+    calls: list[int] = []
+
+    def give(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return features
+
+    base.get_image_features = give
     try:
-        yield
+        yield calls
     finally:
         base.__dict__.pop("get_image_features", None)
 
@@ -221,5 +228,5 @@ def image_features_are(base: Any, features: Any) -> Iterator[None]:
 def refuse(model_type: str, reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{model_type} cannot be trained with pictures: {reason}",
-        hint="docs/vision.md lists the models that can",
+        hint="docs/architectures.md lists the models that can",
     )

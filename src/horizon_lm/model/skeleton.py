@@ -7,7 +7,7 @@ then parameters that no forward pass uses, then those that see pictures (`engine
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any, cast
@@ -70,7 +70,8 @@ class Skeleton:
             if getattr(module, "gradient_checkpointing", False):
                 module.gradient_checkpointing = False
         separate_documents(model)
-        self.anatomy: Anatomy = analyse(model, self.pictures, None if adapter is None else adapter.off)
+        with torch.random.fork_rng(devices=[]):  # its trial runs may draw noise
+            self.anatomy: Anatomy = analyse(model, self.pictures, None if adapter is None else adapter.off)
         self.own_head: OwnHead | None = find_head(model, self.anatomy)
         layers: nn.ModuleList = model.get_submodule(self.anatomy.layers_path)
         self.layers: list[nn.Module] = list(layers)
@@ -87,6 +88,7 @@ class Skeleton:
                 "router logits are",
                 hint="set output_router_logits: false in the model's configuration",
             )
+        self._rewritten = frozenset[int]() if adapter is None else adapter.rewritten
         self._owners, self.aliases = _owners(model)
         self.units: tuple[UnitLayout, ...] = self._lay_out()
         self._bound_at: dict[int, list[tuple[Parameter, list[Owner]]]] = {
@@ -321,6 +323,19 @@ class Skeleton:
                     alike.append(value)
                 module._buffers[local] = value if twin is None else twin
 
+    @contextmanager
+    def holding(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """While open, the modules hold these tensors, by the names of their parameters."""
+        placed = [(*owner, tensor) for name, tensor in tensors.items() for owner in self._owners[name]]
+        hollow = [owner._parameters[local] for owner, local, _ in placed]
+        try:
+            for owner, local, tensor in placed:
+                owner._parameters[local] = tensor  # type: ignore[assignment]
+            yield
+        finally:
+            for (owner, local, _), was in zip(placed, hollow, strict=True):
+                owner._parameters[local] = was
+
     def restorer(self) -> Callable[[], None]:
         """Return a function that restores the modules' current state after an interrupt."""
         kept = [(m, dict(m._parameters), m.__dict__.get("forward")) for m in self.model.modules()]
@@ -360,7 +375,9 @@ class Skeleton:
                 if grad and parameter.trainable:
                     value.requires_grad_()
                 tensors[parameter.name] = value
-                if aliased:
+                if any(id(owner) in self._rewritten for owner, _ in owners):
+                    value = nn.Parameter(value, value.requires_grad)  # which PEFT puts back as it was
+                elif aliased:
                     value = value.view_as(value)
                 for owner, local in owners:
                     owner._parameters[local] = value  # type: ignore[assignment]

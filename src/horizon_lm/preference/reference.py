@@ -19,11 +19,13 @@ import xxhash
 from safetensors.torch import load, save
 
 from horizon_lm.config import ModelSettings, TrainConfig
+from horizon_lm.config.adapters import AdapterSettings
 from horizon_lm.data.collate import collate
 from horizon_lm.data.rows import Rows
 from horizon_lm.host_model import HostModel
 from horizon_lm.memory.whole import Whole
 from horizon_lm.micro_batches import MicroBatch
+from horizon_lm.model.adapters import base_name
 from horizon_lm.preference.documents import sums, with_places
 from horizon_lm.preference.kept import Kept
 from horizon_lm.preference.method import kl_batch
@@ -37,9 +39,11 @@ Say = Callable[[str], None]
 
 
 def reference_settings(settings: ModelSettings) -> ModelSettings:
-    """Settings of a model that is not trained and may have other layers, beside one that is."""
+    """Settings of a model that is not trained and may have other layers, beside one that is. It is stored
+    whole, without adapter and unpacked."""
     of_layers = {"activations": "recompute", "boundaries": "device", "resident": 0, "rounds": 1}
-    return settings.replace(freeze=[], lr_factors={}, model_revision=None, **of_layers)
+    of_adapters = {key: AdapterSettings.model_fields[key].default for key in AdapterSettings.__annotations__}
+    return settings.replace(**of_adapters, lr_factors={}, model_revision=None, **of_layers)
 
 
 @dataclass(frozen=True)
@@ -72,21 +76,33 @@ class Reference:
             raise ValueError(f"no reference log-probabilities: {error}") from error
 
 
-def weights_hash(model: HostModel) -> str:
+def weights_hash(model: HostModel, *, adapter: bool = True) -> str:
     """Hash what the model computes with: its parameters in the precision of their computation, buffers and
-    configuration. The same on any number of ranks."""
+    configuration. The same on any number of ranks.
+
+    adapter: False for the base of a model with an adapter, which has the hash of the same model without one,
+    unless parts of it are computed in fp32 in a bf16 model.
+    """
     digest = xxhash.xxh3_128()
     model.flush()
     store, ranks = model.store, model.ranks
     whole = Whole(store, ranks, everywhere=False)
+    off = None if adapter else model.skeleton.adapter
     for name in store.names():
-        digest.update(name.encode())
-        digest.update(_bytes(whole.weight(name)))
-    for unit in range(len(store.units)):
-        digest.update(_bytes(whole.wide_residual(unit)))
+        if off is None or not off.is_part(name):
+            digest.update((name if off is None else base_name(name)).encode())
+            digest.update(_bytes(whole.weight(name)))
+    for unit, layout in enumerate(store.units):
+        residual = whole.wide_residual(unit)
+        if off is None:
+            digest.update(_bytes(residual))
+            continue
+        for parameter in layout.parameters:
+            if parameter.compute_dtype != store.dtype and not off.is_part(parameter.name):
+                digest.update(_bytes(layout.residual_view(residual, parameter)))
     for name, buffer in model.skeleton.model.named_buffers():
         if not buffer.is_meta:
-            digest.update(name.encode())
+            digest.update((name if off is None else base_name(name)).encode())
             digest.update(_bytes(buffer))
     unimportant = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
     values = {k: v for k, v in model.config.to_dict().items() if k not in unimportant}
@@ -116,17 +132,19 @@ def key_of(rows: Rows, config: TrainConfig, weights: str) -> str:
 
 @dataclass(frozen=True)
 class Pass:
-    """How the reference runs over data. cache: folder of the token cache, or None. pad_id: of a batch."""
+    """How the reference runs over data. cache: folder of the token cache, or None. pad_id: of a batch.
+    adapter: whether the model runs with its adapter; without it the base is the reference."""
 
     config: TrainConfig
     cache: Path | None
     pad_id: int
     say: Say
     warn: Say
+    adapter: bool = True
 
     def over(self, model: HostModel, parts: Mapping[str, Rows], into: Reference) -> None:
         """Add the values of `parts` to `into`, kept ones first. Of several ranks rank 0 keeps them."""
-        weights, ranks = weights_hash(model), model.ranks
+        weights, ranks = weights_hash(model, adapter=self.adapter), model.ranks
         for part, rows in parts.items():
             folder = None
             if self.cache is not None and ranks.is_first:
@@ -153,7 +171,7 @@ class Pass:
         started = said = time.monotonic()
         done = 0
         while group := list(islice(batches, TOGETHER)):
-            numbers = _evaluate(model, group, self.config.ld_alpha, values)
+            numbers = _evaluate(model, group, self.config.ld_alpha, values, self.adapter)
             kept.add(numbers, values)
             done += len(numbers)
             if time.monotonic() - said >= _SECONDS:
@@ -200,7 +218,7 @@ def _missing(rows: Rows, values: np.ndarray) -> np.ndarray:
 
 
 def _evaluate(
-    model: HostModel, group: list[MicroBatch], ld_alpha: float | None, values: np.ndarray
+    model: HostModel, group: list[MicroBatch], ld_alpha: float | None, values: np.ndarray, adapter: bool
 ) -> np.ndarray:
     """Fill in the values of the samples of micro-batches; return their numbers."""
     others = [kl_batch(batch) for batch in group if "KL_input_ids" in batch]
@@ -208,7 +226,7 @@ def _evaluate(
         if not batches:
             continue
         plain = [{k: v for k, v in batch.items() if not k.startswith("KL_")} for batch in batches]
-        out = model.evaluate(plain, return_log_probs=True, ignore_extra=True)
+        out = model.evaluate(plain, return_log_probs=True, ignore_extra=True, adapter=adapter)
         assert out.log_probs is not None
         for log_probs, batch in zip(out.log_probs, plain, strict=True):
             found = sums(log_probs, with_places(batch), ld_alpha).numpy()

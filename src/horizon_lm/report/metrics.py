@@ -51,7 +51,7 @@ from horizon_lm.schedule.draw import busy_seconds
 from horizon_lm.words import count
 
 _MOST_UNWRITTEN = 16 << 20  # bytes
-_PACKAGES = ("horizon-lm", "torch", "transformers", "tokenizers", "safetensors", "datasets", "trl")
+_PACKAGES = ("horizon-lm", "torch", "transformers", "tokenizers", "safetensors", "datasets", "trl", "peft")
 
 
 @dataclass(frozen=True)

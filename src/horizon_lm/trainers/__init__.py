@@ -3,10 +3,14 @@
 Importing this package imports trl, which takes seconds; `import horizon_lm` does not.
 """
 
-from horizon_lm.trainers.base import HorizonSFTTrainer, HorizonTrainer
-from horizon_lm.trainers.generation import resident
-from horizon_lm.trainers.grpo import HorizonGRPOTrainer, HorizonRLOOTrainer
-from horizon_lm.trainers.preferences import HorizonDPOTrainer, HorizonKTOTrainer
+from horizon_lm.machine.libraries import load_peft
+
+load_peft()  # before trl does
+
+from horizon_lm.trainers.base import HorizonSFTTrainer, HorizonTrainer  # noqa: E402
+from horizon_lm.trainers.generation import resident  # noqa: E402
+from horizon_lm.trainers.grpo import HorizonGRPOTrainer, HorizonRLOOTrainer  # noqa: E402
+from horizon_lm.trainers.preferences import HorizonDPOTrainer, HorizonKTOTrainer  # noqa: E402
 
 __all__ = [
     "HorizonDPOTrainer",

@@ -27,7 +27,7 @@ from horizon_lm.host_model import HostModel
 from horizon_lm.outputs import ForwardBackwardOutput
 from horizon_lm.trainers.checkpoints import HorizonCheckpoints
 from horizon_lm.trainers.refused import refuse
-from horizon_lm.trainers.settings import decayed_otherwise, host_of, loaded_already
+from horizon_lm.trainers.settings import begins_adapter, decayed_otherwise, host_of, loaded_already
 from horizon_lm.trainers.view import MODEL_INPUTS, Answer, evaluate, view_of
 from horizon_lm.words import count
 
@@ -69,14 +69,17 @@ class HostOptimizer(torch.optim.Optimizer):
 class HorizonMixin(HorizonCheckpoints):
     """A Trainer over a `HostModel`, which is `host`.
 
-    Comes before the trainer's class. model: a folder, a name on the Hub, a transformers model object (it is
-    consumed) or a `HostModel`. The other arguments are the trainer's; docs/guides/trl.md has those that are
-    refused. Raises ConfigError for them, and the errors of `HostModel.from_pretrained`.
+    Comes before the trainer's class. model: a folder, a name on the Hub, a transformers or PEFT model object
+    (it is consumed) or a `HostModel`. The other arguments are the trainer's; docs/guides/trl.md has those
+    that are refused. begins_adapter: whether the model has an adapter that is new, so that its base is what
+    it is before training. Raises ConfigError for refused arguments, and the errors of
+    `HostModel.from_pretrained`.
     """
 
     config_class: ClassVar[type[TrainingArguments]] = TrainingArguments
     token_values: ClassVar[tuple[str, ...]] = ()
     host: HostModel
+    begins_adapter: bool
     model: Any
     args: Any
     router_aux_loss_coef: float  # those with such a loss
@@ -84,7 +87,9 @@ class HorizonMixin(HorizonCheckpoints):
 
     def __init__(self, model: Any = None, *positional: Any, **named: Any) -> None:
         given = self._given(model, positional, named)
-        self.host = host_of(given["model"], given["args"])
+        peft_config = given.pop("peft_config", None)
+        self.begins_adapter = peft_config is not None or begins_adapter(given["model"])
+        self.host = host_of(given["model"], given["args"], peft_config)
         self._micro_batches: list[MicroBatch] = []
         self._coming: Iterator[Inputs] = iter(())
         with loaded_already(given):

@@ -52,6 +52,11 @@ _SETTINGS = (
     *("learning_rate", "weight_decay", "max_grad_norm", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "max_steps", "max_length", "seed", "output_dir"),
 )
+# What a folder has of a model or an adapter.
+_OF_MODELS = (
+    *("*.safetensors.index.json", "model*.safetensors"),
+    *("adapter_config.json", "adapter_model.safetensors"),
+)
 _STRATEGIES = (SaveStrategy.STEPS, SaveStrategy.EPOCH, SaveStrategy.BEST)
 
 
@@ -232,7 +237,8 @@ class HorizonCheckpoints(_Base):
         try:
             made = owned.path / "model"
             save(made, tokenizer=self._processor, extra=self._write_arguments)
-            for old in [*folder.glob("*.safetensors.index.json"), *folder.glob("model*.safetensors")]:
+            olds = (path for pattern in _OF_MODELS for path in folder.glob(pattern))
+            for old in list(olds):
                 files.remove(old)  # the index first: half a model must not look like a whole one
             for file in sorted(made.iterdir(), key=lambda path: path.suffix == ".json"):
                 os.replace(file, folder / file.name)

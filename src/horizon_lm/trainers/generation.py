@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 
+from horizon_lm.checkpoint.merge import merged_layer, outermost_layers
 from horizon_lm.errors import ConfigError, DoesNotFitError
 from horizon_lm.host_model import HostModel
 from horizon_lm.machine.device import free_memory_bytes
+from horizon_lm.memory.layout import Parameter
 from horizon_lm.memory.slots import WeightSlots
+from horizon_lm.model.adapters import base_name
 from horizon_lm.model.kernels import patched
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.outputs import bytes_of_slots
@@ -113,20 +116,60 @@ def check_device_memory(host: HostModel, free_bytes: int | None = None) -> None:
 def named_weights(host: HostModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (Hugging Face name, weight in the compute dtype on the device), one at a time.
 
-    The weights are those after the last step. Each is copied when it is asked for, and kept by the caller
-    alone. A tied weight comes once, under its first name.
+    The weights are those after the last step, with an adapter those of the base with the adapter added. Each
+    is copied when it is asked for, and kept by the caller alone. A tied weight comes once, under its first
+    name.
     """
     host.flush()
-    for name in list(host.store.names()):
-        unit, parameter = host.store.locate(name)
+    merger = None if host.skeleton.adapter is None else _Merger(host)
+    for name, parameter in _sent(host):
         wide = parameter.compute_dtype != host.store.dtype
-        value = host.store.master(name) if wide else host.store.weight_view(name)
-        value = value.to(host.device, copy=host.device.type != "cpu")
-        yield name, value
+        value = None if merger is None else merger.weight(name)
+        if value is None:
+            value = host.store.master(name) if wide else host.store.weight_view(name)
+        value = value.to(parameter.compute_dtype).to(host.device, copy=host.device.type != "cpu")
+        yield base_name(name), value
         del value
+
+
+def _sent(host: HostModel) -> Iterator[tuple[str, Parameter]]:
+    """Yield name and layout of the parameters that a model without adapter has."""
+    adapter = host.skeleton.adapter
+    for name in list(host.store.names()):
+        if adapter is None or not adapter.is_part(name):
+            yield name, host.store.locate(name)[1]
+
+
+class _Merger:
+    """Weights of an adapter's layers with the adapter added, in host memory: one layer of PEFT at a time."""
+
+    def __init__(self, host: HostModel) -> None:
+        assert host.skeleton.adapter is not None
+        self._host, self._adapter = host, host.skeleton.adapter
+        self._layers = outermost_layers(host.skeleton.model)
+        self._ready: dict[str, torch.Tensor] = {}
+
+    def weight(self, name: str) -> torch.Tensor | None:
+        """Return a parameter in fp32; None if no layer of PEFT has it."""
+        parts = base_name(name).split(".")
+        path = next((p for n in range(len(parts)) if (p := ".".join(parts[:n])) in self._layers), None)
+        if path is None:
+            return None
+        if base_name(name) not in self._ready:
+            self._ready |= self._merged(path)
+        return self._ready.pop(base_name(name))
+
+    def _merged(self, path: str) -> dict[str, torch.Tensor]:
+        skeleton, store = self._host.skeleton, self._host.store
+        masters = {name: store.master(name) for name in store.names() if name.startswith(f"{path}.")}
+        with (
+            skeleton.holding(masters),
+            merged_layer(self._layers[path], self._adapter.name) as weights,
+        ):
+            return {f"{path}.{local}": value for local, value in weights.items()}
 
 
 def describe_weights(host: HostModel) -> list[tuple[str, str, list[int]]]:
     """Return (name, dtype, shape) of what `named_weights` yields, without a copy."""
-    located = [host.store.locate(name)[1] for name in host.store.names()]
-    return [(p.name, str(p.compute_dtype).removeprefix("torch."), list(p.shape)) for p in located]
+    dtypes = {name: str(p.compute_dtype).removeprefix("torch.") for name, p in _sent(host)}
+    return [(base_name(name), dtypes[name], list(p.shape)) for name, p in _sent(host)]

@@ -18,10 +18,11 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from horizon_lm.config.data import IGNORED
 from horizon_lm.errors import ConfigError
 from horizon_lm.host_model import HostModel
-from horizon_lm.model.loading import load_model_of
+from horizon_lm.model.loading import base_of, load_model_of
 from horizon_lm.preference.reference import reference_settings
 from horizon_lm.trainers.base import HorizonMixin, Inputs
 from horizon_lm.trainers.generation import describe_weights, named_weights, resident
+from horizon_lm.trainers.settings import begins_adapter
 from horizon_lm.trainers.view import evaluate, view_of
 
 # Log-probabilities and entropies [batch, tokens of completions], and the routers' loss.
@@ -40,7 +41,7 @@ class HorizonRollouts(HorizonMixin):
     """Parts common to GRPO and RLOO.
 
     ref_model: the reference for a `beta` above 0: a `HostModel`, or a folder or name on the Hub, whose frozen
-    weights take host memory as a second model.
+    weights take host memory as a second model. The base of a new adapter needs none.
     """
 
     token_values = ("entropy",)
@@ -57,9 +58,12 @@ class HorizonRollouts(HorizonMixin):
     def __init__(self, model: Any = None, *positional: Any, ref_model: Any = None, **named: Any) -> None:
         self._reference = ref_model
         super().__init__(model, *positional, **named)
-        if ref_model is not None:
+        if self._beta:
             self.beta = self.args.beta = self._beta
-            self.ref_model = view_of(reference_of(ref_model, self.host), ())
+            if ref_model is not None:
+                self.ref_model = view_of(reference_of(ref_model, self.host), ())
+            else:
+                self.ref_model = view_of(self.host, (), adapter=False)
             self.ref_model.temperature = self.temperature
         if self.use_vllm:
             self.vllm_generation._iter_named_params = partial(named_weights, self.host)
@@ -67,7 +71,8 @@ class HorizonRollouts(HorizonMixin):
 
     def _given(self, model: Any, positional: Any, named: Any) -> dict[str, Any]:
         given = super()._given(model, positional, named)
-        _refuse(type(self).__name__, given["args"], self._reference)
+        has_base = given.get("peft_config") is not None or begins_adapter(given["model"])
+        _refuse(type(self).__name__, given["args"], self._reference, has_base=has_base)
         return given
 
     def _arguments(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -150,15 +155,16 @@ def _scored(input_ids: torch.Tensor, attention_mask: torch.Tensor, completion: i
     return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
 
 
-def _refuse(trainer: str, args: Any, ref_model: Any) -> None:
-    """Raise ConfigError for what rollouts have no equivalent of."""
+def _refuse(trainer: str, args: Any, ref_model: Any, *, has_base: bool) -> None:
+    """Raise ConfigError for what rollouts have no equivalent of. has_base: of a new adapter."""
     for name, hint in _FIELDS.items():
         if getattr(args, name, False):
             raise ConfigError(f"{trainer}: {name}={getattr(args, name)} is not supported", hint=hint)
-    if args.beta and ref_model is None:
+    if args.beta and ref_model is None and not has_base:
         raise ConfigError(
             f"{trainer}: beta={args.beta:g} needs a reference model, a second copy of the weights in memory",
-            hint=f"beta=0.0 trains without it; {trainer}(..., ref_model=FOLDER) takes the host memory for it",
+            hint=f"beta=0.0 trains without it; {trainer}(..., ref_model=FOLDER) takes the host memory for "
+            "it; peft_config trains a new adapter, whose base is the reference",
         )
     if ref_model is not None and not args.beta:
         raise ConfigError(
@@ -173,7 +179,7 @@ def reference_of(source: Any, host: HostModel) -> HostModel:
     """
     if isinstance(source, HostModel):
         return source
-    settings = reference_settings(host.settings)
+    source, settings = base_of(source, reference_settings(host.settings))
     model = load_model_of(source, settings)
     return HostModel(model.requires_grad_(False), settings)
 

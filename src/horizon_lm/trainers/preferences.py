@@ -22,6 +22,7 @@ from horizon_lm.trainers.view import view_of
 class HorizonPreferences(HorizonMixin):
     """What the trainers with a reference share: the model as it is before training, or `ref_model`.
 
+    Of a model with a new adapter the reference is its base, with the adapter switched off, at any time.
     ref_model: a folder, a name on the Hub or a `HostModel`. A folder or name is evaluated and freed before a
     `model` given by its folder or name is loaded. Datasets with log-probabilities of a reference keep them.
     """
@@ -36,13 +37,16 @@ class HorizonPreferences(HorizonMixin):
             given.update(self._evaluated(given))
             self._reference_is_gone = True
         super().__init__(**given)
-        self.ref_model = None
+        if not self._is_base:
+            self.ref_model = None
 
     def _evaluated(self, given: dict[str, Any]) -> dict[str, Any]:
         """Return the datasets with columns of the reference."""
         if given.get("processing_class") is None:
             given["processing_class"] = tokenizer_of(given["model"], given["args"])
         changes = {"model": given["ref_model"], "ref_model": None, "callbacks": None}
+        if "peft_config" in given:
+            changes["peft_config"] = None
         trainer = type(self)(**{**given, **changes, "args": copy.copy(given["args"])})
         if not isinstance(given["ref_model"], HostModel):
             trainer.host.close()
@@ -52,8 +56,16 @@ class HorizonPreferences(HorizonMixin):
     def _arguments(self, given: dict[str, Any]) -> dict[str, Any]:
         given["args"].precompute_ref_log_probs = True
         # TRL hashes a reference's state_dict, and evaluates it.
-        view = view_of(self.host, (), lambda: _identity(self.host, given["args"]))
+        adapter = not self._is_base
+        view = view_of(
+            self.host, (), lambda: _identity(self.host, given["args"], adapter=adapter), adapter=adapter
+        )
         return {**super()._arguments(given), "ref_model": view}
+
+    @property
+    def _is_base(self) -> bool:
+        """Whether the reference is the base of the adapter that is trained."""
+        return self.begins_adapter and not self._reference_is_gone
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if self.reference[0] in dataset.column_names:
@@ -110,10 +122,10 @@ def _call(inputs: Inputs, prefix: str = "") -> Inputs:
     }
 
 
-def _identity(host: HostModel, args: Any) -> bytes:
+def _identity(host: HostModel, args: Any, *, adapter: bool) -> bytes:
     """Hash what log-probabilities of a dataset depend on: weights, dtypes, attention and lengths."""
     names = ("max_length", "truncation_mode", "ld_alpha")
     settings = host.settings
     parts = [getattr(args, name, None) for name in names]
     parts += [settings.dtype, settings.attn_implementation, settings.kernels, host.device.type]
-    return hashlib.sha256(repr([*parts, weights_hash(host)]).encode()).digest()
+    return hashlib.sha256(repr([*parts, weights_hash(host, adapter=adapter)]).encode()).digest()

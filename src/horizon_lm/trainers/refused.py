@@ -46,9 +46,7 @@ _ARGUMENTS = {
     "compute_loss_func": "override compute_loss, which gets log-probabilities of the labels",
     "model_init": "pass a model",
     "optimizer_cls_and_kwargs": "choose the update by optim, adam_beta1, adam_beta2 and adam_epsilon",
-    "quantization_config": "leave it out; weights are kept in host memory, in bf16 and fp32",
-    "peft_config": "leave it out: all parameters are trained, or those that "
-    "HostModel.from_pretrained(..., freeze=[...]) leaves",
+    "quantization_config": "HostModel.from_pretrained(..., base_dtype='nf4') packs frozen weights",
 }
 
 
@@ -66,16 +64,11 @@ def _found(given: Mapping[str, Any], args: Any) -> Iterator[tuple[str, str]]:
         value = getattr(args, name, None)
         if value:
             yield f"{name}={value}", hint
-    for rule in (_model, _optimizer, _data, _distribution):
+    for rule in (_model, _adapters, _optimizer, _data, _distribution):
         yield from rule(given, args)
 
 
 def _model(given: Mapping[str, Any], args: Any) -> Iterator[tuple[str, str]]:
-    for name in ("model", "ref_model"):
-        one = given.get(name)
-        is_peft = any(kind.__name__ == "PeftModel" for kind in type(one).__mro__)
-        if is_peft or getattr(one, "_hf_peft_config_loaded", False):
-            yield f"{name} with adapters", "pass model.merge_and_unload(), which trains all parameters"
     if given.get("model") is None:
         yield "a trainer without a model", "pass a folder, a name on the Hub, a model object or a HostModel"
     if isinstance(given.get("ref_model"), nn.Module):
@@ -102,6 +95,32 @@ def _model(given: Mapping[str, Any], args: Any) -> Iterator[tuple[str, str]]:
             "gradient_checkpointing_kwargs['selective']",
             "HostModel.from_pretrained(..., activations=[...]) chooses the layers to recompute",
         )
+
+
+def _adapters(given: Mapping[str, Any], args: Any) -> Iterator[tuple[str, str]]:
+    model, peft_config = given.get("model"), given.get("peft_config")
+    if getattr(model, "_hf_peft_config_loaded", False) and not _is_peft(model):
+        yield "model with adapters of add_adapter()", "pass peft.get_peft_model(model, config)"
+    if peft_config is None:
+        return
+    if isinstance(model, HostModel):
+        yield (
+            "peft_config with a HostModel",
+            "HostModel.from_pretrained(..., adapter='lora'), or HostModel.from_pretrained(peft_model)",
+        )
+    elif _is_peft(model):
+        yield (
+            "peft_config with a PeftModel",
+            "leave it out to train the adapter that the model has, or pass model.merge_and_unload()",
+        )
+    elif not hasattr(peft_config, "is_prompt_learning"):
+        yield f"a {type(peft_config).__name__} as peft_config", "pass a peft.LoraConfig"
+    elif peft_config.is_prompt_learning:
+        yield f"peft_config of kind {peft_config.peft_type.value}", "pass a peft.LoraConfig"
+
+
+def _is_peft(model: Any) -> bool:
+    return any(kind.__name__ == "PeftModel" for kind in type(model).__mro__)
 
 
 def _optimizer(given: Mapping[str, Any], args: Any) -> Iterator[tuple[str, str]]:

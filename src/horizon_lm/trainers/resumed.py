@@ -13,8 +13,9 @@ from horizon_lm.checkpoint.folder import Checkpoint, Rejected, candidates, is_na
 from horizon_lm.checkpoint.manifest import NAME as MANIFEST
 from horizon_lm.checkpoint.reader import read_small
 from horizon_lm.checkpoint.units import persistent_buffers
-from horizon_lm.errors import CheckpointError
+from horizon_lm.errors import CheckpointError, OtherBaseError
 from horizon_lm.host_model import HostModel
+from horizon_lm.model.adapter_files import read_adapter_weights
 from horizon_lm.model.loading import load_model_of
 from horizon_lm.trainers.trainer_state import load_state
 from horizon_lm.training.resume import load_checkpoint
@@ -48,7 +49,7 @@ def load(
         try:
             return _load(checkpoint, host)
         except CheckpointError as error:
-            if len(found) == 1:
+            if len(found) == 1 or isinstance(error, OtherBaseError):
                 raise
             warn(f"skipped {error.message}")
             rejected.append(Rejected(checkpoint.path, error.message))
@@ -105,18 +106,25 @@ def _not_ours(path: Path) -> CheckpointError:
 
 
 def load_weights(folder: Path, host: HostModel) -> None:
-    """Fill the model with the weights of a Hugging Face folder; the optimizer's state stays.
+    """Fill the model, or its adapter, with the weights of a folder of it; the optimizer's state stays.
 
     Raises CheckpointError for a folder of another model.
     """
-    source = load_model_of(folder, host.settings)
-    weights, buffers = dict(source.named_parameters()), dict(source.named_buffers())
-    missing = sorted(set(host.store.names()) - weights.keys())
+    adapter, buffers = host.skeleton.adapter, {}
+    if adapter is not None:
+        saved, names = read_adapter_weights(str(folder), adapter.config), adapter.names_in_files()
+        weights = {names[key]: value for key, value in saved.items() if key in names}
+        wanted = set(names.values())
+    else:
+        source = load_model_of(folder, host.settings)
+        weights = {name: parameter.data for name, parameter in source.named_parameters()}
+        wanted, buffers = set(host.store.names()), dict(source.named_buffers())
+    missing = sorted(wanted - weights.keys())
     if missing:
         raise damaged(folder, f"has no weights of {missing[0]}")
     host.state_is_being_replaced()
-    for name in host.store.names():
-        host.store.adopt(name, weights[name].data)
-    for name, buffer in persistent_buffers(host.skeleton.model):
+    for name in sorted(wanted):
+        host.store.adopt(name, weights[name])
+    for name, buffer in persistent_buffers(host.skeleton.model) if adapter is None else ():
         buffer.copy_(buffers[name])
     host.state_was_replaced(host.steps_done)

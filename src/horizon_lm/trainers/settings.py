@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, AutoProcessor, TrainingArguments
+from transformers import AutoConfig, AutoProcessor, TrainingArguments, set_seed
 
+from horizon_lm.config import ModelSettings
 from horizon_lm.config.python import model_settings
 from horizon_lm.errors import ConfigError
 from horizon_lm.host_model import HostModel
-from horizon_lm.model.loading import load_model_of
+from horizon_lm.model.loading import base_of, load_model_of
 from horizon_lm.optim.optimizer import group_rule
 
 # Names of transformers -> ours. The implementation does not matter.
@@ -25,11 +26,11 @@ OPTIMIZERS = {
 _SHARED = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim", "neftune_noise_alpha")
 
 
-def host_of(model: Any, args: TrainingArguments) -> HostModel:
+def host_of(model: Any, args: TrainingArguments, peft_config: Any = None) -> HostModel:
     """Return `model`, or make it a HostModel as the arguments say.
 
-    Raises ConfigError for a HostModel that was built with other settings, and the errors of
-    `HostModel.from_pretrained`.
+    peft_config: of a new adapter, which gets the values that TRL's trainers give it. Raises ConfigError for a
+    HostModel that was built with other settings, and the errors of `HostModel.from_pretrained`.
     """
     args._n_gpu = min(1, args.n_gpu)  # the engine uses one device
     if isinstance(model, HostModel):
@@ -37,9 +38,34 @@ def host_of(model: Any, args: TrainingArguments) -> HostModel:
         return model
     values = settings_of(args, model)
     settings = model_settings("the trainer's model", values.pop("device"), values.pop("dtype"), values)
+    if not isinstance(model, nn.Module):
+        model, settings = base_of(model, settings)
     loaded: Any = load_model_of(model, settings)
     _ask_for_router_loss(loaded, args)
+    if peft_config is not None:
+        loaded = _with_adapter(loaded, peft_config, args.seed)
     return HostModel(loaded, settings)
+
+
+def _with_adapter(model: Any, peft_config: Any, seed: int) -> Any:
+    """Return the PeftModel that TRL makes of a model. Raises ConfigError if PEFT refuses."""
+    from peft import get_peft_model
+
+    set_seed(seed)
+    try:
+        return get_peft_model(model, peft_config)
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+        raise ConfigError(
+            f"peft_config was refused by PEFT: {error}",
+            hint="correct it; target_modules='all-linear' always works",
+        ) from error
+
+
+def begins_adapter(model: Any) -> bool:
+    """Whether a trainer's `model` has an adapter that its settings began and no step has changed."""
+    if not isinstance(model, HostModel):
+        return False
+    return model.settings.begins_adapter and model.steps_done == 0
 
 
 def decayed_otherwise(host: HostModel, names: Iterable[str]) -> list[str]:
@@ -58,8 +84,11 @@ def decayed_otherwise(host: HostModel, names: Iterable[str]) -> list[str]:
 
 def tokenizer_of(model: Any, args: Any) -> Any:
     """Load the tokenizer or processor of a model, as TRL's trainers do if none is given."""
-    name = model if isinstance(model, str) else model.config._name_or_path
-    revision = (getattr(args, "model_init_kwargs", None) or {}).get("revision") if name is model else None
+    name, revision = model, (getattr(args, "model_init_kwargs", None) or {}).get("revision")
+    if isinstance(model, str):
+        name, _ = base_of(model, ModelSettings())
+    else:
+        name, revision = model.config._name_or_path, None
     return AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=_trust(args))
 
 
@@ -181,5 +210,6 @@ def _ask_for_router_loss(model: Any, args: Any) -> None:
     if wants is None:
         return
     model.config.output_router_logits = wants
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PeftModel
     if args.router_aux_loss_coef is not None:  # models keep a copy of it
         model.config.router_aux_loss_coef = model.router_aux_loss_coef = args.router_aux_loss_coef

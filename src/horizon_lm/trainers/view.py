@@ -49,6 +49,7 @@ class StreamedView:
 
     asked: names of the `TokenValues` to compute. answers: for the calls to come; each is used once.
     identity: makes what `state_dict` holds in place of the weights, of which TRL takes a hash.
+    adapter: whether the model runs with its adapter.
     whole: the `resident` model while a rollout has it open, else nothing.
     """
 
@@ -57,6 +58,7 @@ class StreamedView:
     temperature: float
     answers: list[Answer]
     identity: Callable[[], bytes] | None
+    adapter: bool
     whole: list[Any]
 
     def answer(
@@ -124,7 +126,13 @@ class StreamedView:
             super().__setattr__(name, value)
 
 
-def view_of(host: HostModel, asked: Sequence[str], identity: Callable[[], bytes] | None = None) -> Any:
+def view_of(
+    host: HostModel,
+    asked: Sequence[str],
+    identity: Callable[[], bytes] | None = None,
+    *,
+    adapter: bool = True,
+) -> Any:
     """Make the view of a `HostModel`; arguments as for the class."""
     view: Any = copy.copy(host.skeleton.model)
     base: Any = type(view)
@@ -136,6 +144,7 @@ def view_of(host: HostModel, asked: Sequence[str], identity: Callable[[], bytes]
     # A class of the same name: transformers looks at names and at the signature of forward.
     view.__class__ = type(base.__name__, (StreamedView, base), {"forward": forward})
     view.__dict__.update(host=host, asked=asked, temperature=1.0, answers=[], identity=identity, whole=[])
+    view.__dict__["adapter"] = adapter
     view.__dict__.pop("forward", None)
     return view
 
@@ -145,7 +154,9 @@ def evaluate(
 ) -> list[Answer]:
     """Evaluate micro-batches in one pass over the weights. asked: default: what the view's calls return."""
     values = ("log_probs", *(view.asked if asked is None else asked))
-    found = view.host.evaluate(batches, values=values, temperature=view.temperature).values
+    found = view.host.evaluate(
+        batches, values=values, temperature=view.temperature, adapter=view.adapter
+    ).values
     return [Answer(batch, one) for batch, one in zip(batches, found, strict=True)]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ def stand_in(config: TrainConfig, resume: Resume | None) -> tuple[TrainConfig, C
         return config, None
     revision = config.model_revision
     gone = [key for key, name in names.items() if name is not None and not _is_here(name, revision)]
+    _check_not_gone(config, resume.checkpoints[0], gone)
     checkpoint = next((one for one in resume.checkpoints if _is_whole(one)), None) if gone else None
     if checkpoint is None:
         return config, None
@@ -57,7 +58,25 @@ def stand_in(config: TrainConfig, resume: Resume | None) -> tuple[TrainConfig, C
     return found, checkpoint if "model_name_or_path" in gone else None
 
 
-def _is_here(name: str, revision: str | None) -> bool:
+def _check_not_gone(config: TrainConfig, checkpoint: Checkpoint, gone: Sequence[str]) -> None:
+    """Raise ConfigError if what the checkpoint of an adapter does not hold is gone."""
+    if checkpoint.manifest.base is None:
+        return
+    if "model_name_or_path" in gone:
+        raise ConfigError(
+            f"model_name_or_path={config.model_name_or_path!r} does not exist, and {checkpoint.path} holds "
+            "the adapter alone, without the model under it",
+            hint="model_name_or_path=NEW, the folder where it is now; its weights must be the same",
+        )
+    name = config.adapter_name_or_path
+    if name is not None and not _is_here(name, None, "adapter_config.json"):
+        raise ConfigError(
+            f"adapter_name_or_path={name!r} does not exist",
+            hint=f"horizon export {checkpoint.path} OUT, then adapter_name_or_path=OUT",
+        )
+
+
+def _is_here(name: str, revision: str | None, file: str = "config.json") -> bool:
     """Tell whether a model's folder exists, or the cache has the Hub model."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -65,7 +84,7 @@ def _is_here(name: str, revision: str | None) -> bool:
     if Path(name).expanduser().is_dir():
         return True
     try:
-        return isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
+        return isinstance(try_to_load_from_cache(name, file, revision=revision), str)
     except HFValidationError:
         return False
 

@@ -69,6 +69,7 @@ class CheckpointSeries:
         self.failed_in_a_row = 0
         self._serial = self._together.first("serial number of the next checkpoint", self._next_serial)
         self.num_bytes = checkpoint_bytes(model)
+        self._base = model.base_fingerprint()
         model.engine.lanes.disk.patience_seconds = patience_seconds
 
     def _next_serial(self) -> int:
@@ -113,15 +114,17 @@ class CheckpointSeries:
             self.finish()
 
     def _snapshot(self, content: Content) -> Snapshot:
+        adapter = self._model.skeleton.adapter
         manifest = Manifest(
             step=content.step,
             serial=self._serial,
             files={},
             config=dict(content.config),
-            state=dict(content.state),
+            state={**content.state, **({"adapter": adapter.name} if adapter is not None else {})},
             versions=self._versions,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             parent=content.parent,
+            base=self._base,
         )
         buffers = copied_buffers(self._model.skeleton.model)
         return Snapshot(manifest, self._model.store, buffers, content.small_files)
@@ -181,8 +184,11 @@ def checkpoint_bytes(model: HostModel) -> int:
 
 
 def small_files(model: HostModel, save_tokenizer: Callable[[Path], object]) -> dict[str, bytes]:
-    """Return configuration and tokenizer as files, which make a checkpoint exportable on its own."""
+    """Return configuration and tokenizer as files, which make a checkpoint exportable on its own; with an
+    adapter also its configuration."""
     with temporary_folder("horizon-files-") as folder:
+        if model.skeleton.adapter is not None:
+            model.skeleton.adapter.save_config(folder)
         model.config.save_pretrained(folder)
         if model.skeleton.model.can_generate():
             model.skeleton.model.generation_config.save_pretrained(folder)

@@ -35,7 +35,7 @@ _HINT = "set packing: false, or packing_strategy: wrapped, in which documents do
 def check_sources(config: TrainConfig, folder: RunFolder) -> None:
     """Check what needs neither data nor weights. Raises ConfigError and DataError."""
     resolve_device(config.device)
-    keys = ["model_name_or_path", "tokenizer_name_or_path"]
+    keys = ["model_name_or_path", "tokenizer_name_or_path", "adapter_name_or_path"]
     if config.resume_from_checkpoint is None:  # else the checkpoint has what the reference said
         keys.append("ref_model_name_or_path")
     for key in keys:

@@ -86,9 +86,22 @@ def about_model(model: HostModel) -> str:
     store, resident = (sum(part.values()) for part in (model.store.num_bytes, model.store.device_bytes))
     return (
         f"model: {model.config.model_type}, {parameters(model.num_parameters)}, "
-        f"{model.settings.dtype} on {model.device}, {size(store)} in host memory"
+        + "".join(f"{words}, " for words in [about_trained(model)] if words)
+        + f"{model.settings.dtype} on {model.device}, {size(store)} in host memory"
         + (f", {size(resident)} in device memory" if resident else "")
     )
+
+
+def about_trained(model: HostModel) -> str:
+    """Say what is trained, as in "adapter lora r=16, 1.2 M of 110 M parameters trained (1.1 %)"; empty if all
+    parameters are."""
+    trained, total = model.num_trained, model.num_parameters
+    adapter = model.skeleton.adapter
+    if adapter is None and trained == total:
+        return ""
+    kind = "" if adapter is None else f"adapter {adapter.words}, "
+    few = parameters(trained).removesuffix(" parameters").removesuffix(" parameter")
+    return f"{kind}{few} of {parameters(total)} trained ({100 * trained / total:.2g} %)"
 
 
 def header(ready: Ready, notes: Sequence[str], num_steps: int, peak: float) -> dict[str, Any]:
@@ -105,6 +118,8 @@ def header(ready: Ready, notes: Sequence[str], num_steps: int, peak: float) -> d
         "num_threads": torch.get_num_threads(),
         "model_type": model.config.model_type,
         "num_parameters": model.num_parameters,
+        **({"num_trained": trained} if (trained := model.num_trained) != model.num_parameters else {}),
+        **({"adapter": adapter.words} if (adapter := model.skeleton.adapter) is not None else {}),
         "num_sequences": len(data.rows),
         "max_length": data.rows.max_length,
         "packing": data.rows.strategy,

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
+from horizon_lm.checkpoint.adapted import adapter_folder, base_name_of, base_of, check_base
 from horizon_lm.checkpoint.folder import Checkpoint
-from horizon_lm.checkpoint.identify import Identified, identify, may_be_on_hub, no_model
+from horizon_lm.checkpoint.identify import Identified, has_adapter, identify, may_be_on_hub, no_model
 from horizon_lm.checkpoint.model import model_of
 from horizon_lm.config import DatasetConfig, ModelSettings, TrainConfig, model_settings_of
 from horizon_lm.config.base import collect, keys_of
@@ -157,7 +159,9 @@ def _fitted(config: TrainConfig, given: set[str]) -> TrainConfig:
     if name is None or "max_length" in given or "max_length" in config.model_fields_set:
         return config
     try:
-        values = json.loads(files.read_text(Path(model_folder(name)) / "config.json"))
+        folder = Path(model_folder(name))
+        base = Path(base_of(folder)) if has_adapter(folder) else folder
+        values = json.loads(files.read_text(base / "config.json"))
         longest = values.get("max_position_embeddings", values.get("n_positions"))
     except (OSError, ValueError, ConfigError):
         return config
@@ -205,19 +209,26 @@ def evaluate_target(
     say(f"evaluating {target.what} on {data}: {size}", sys.stderr)
     for remark in remarks(rows):
         say(f"{'warning: ' if remark.is_warning else ''}{remark}", sys.stderr)
-    settings = model_settings_of(config)
-    with quiet_transformers():
+    # These name trained parameters.
+    none = {"freeze": [], "train": [], "lr_factors": {}, "adapter": "none", "train_projector": False}
+    settings = model_settings_of(config).replace(**none)
+    with quiet_transformers(), ExitStack() as stack:
         measure = _measure_of(target, config, rows, tokenizer, warn, together.ranks)
+        added = stack.enter_context(_adapter_of(target, config, warn))
         names: list[str] = []
 
         def load() -> nn.Module:
-            model, what = _load(target, config, settings, len(tokenizer), warn)
+            if added is not None:
+                model, what = load_model_of(added.base, settings), added.what
+            else:
+                model, what = _load(target, config, settings, len(tokenizer), warn)
             names.append(what)
             return model.requires_grad_(False)  # allocates neither gradients nor moments
 
-        # These name trained parameters.
-        plain = settings.replace(freeze=[], lr_factors={}, train_projector=False)
-        model = hosted(load, plain, together.ranks)
+        folder = None if added is None else str(added.folder)
+        model = hosted(load, settings.replace(adapter_name_or_path=folder), together.ranks)
+        if added is not None and added.checkpoint is not None:
+            check_base(added.checkpoint, model.base_fingerprint(), added.base)
     what = names[0]
     together.agree("model", {"model": what})
     shown = partial(say, stream=sys.stderr)
@@ -268,6 +279,55 @@ def _measure_of(
             passes = pass_of(config, pad_id(tokenizer), lambda text: say(text, sys.stderr), warn)
             passes.over(model, {"eval": rows}, reference)
     return Preferences(Method(config), reference).evaluate
+
+
+class _Added(NamedTuple):
+    """An adapter, in PEFT's folder, and its base. checkpoint: where it is from, if not from that folder."""
+
+    folder: Path
+    base: str
+    what: str
+    checkpoint: Checkpoint | None = None
+
+
+@contextmanager
+def _adapter_of(target: Target, config: TrainConfig, warn: Callable[[str], None]) -> Iterator[_Added | None]:
+    """Yield the adapter to evaluate, None for a whole model. Of several checkpoints it is that of the first
+    sound one. Raises CheckpointError, ConfigError."""
+    if not target.checkpoints:
+        folder = Path(str(config.model_name_or_path))
+        if not has_adapter(folder):
+            yield None
+            return
+        base, reference = base_of(folder), target.reference
+        if reference is not None and not Path(base).is_dir():
+            base = reference  # found next to a run that was moved
+        yield _Added(folder, base, target.what)
+        return
+    if target.checkpoints[0].manifest.base is None:
+        yield None
+        return
+    with ExitStack() as stack:
+        yield _sound_adapter(target, config, warn, stack)
+
+
+def _sound_adapter(
+    target: Target, config: TrainConfig, warn: Callable[[str], None], stack: ExitStack
+) -> _Added:
+    last: CheckpointError | None = None
+    for number, checkpoint in enumerate(target.checkpoints):
+        try:
+            opened = adapter_folder(checkpoint, trust_remote_code=config.trust_remote_code)
+            folder = stack.enter_context(opened)
+        except CheckpointError as error:
+            warn(f"skipped {error.message}")
+            last = error
+            continue
+        base = target.reference or base_name_of(checkpoint)
+        step = f"{checkpoint.path}, step {checkpoint.manifest.step:,}"
+        return _Added(folder, base, target.what if number == 0 else step, checkpoint)
+    assert last is not None
+    raise last
 
 
 def _load(

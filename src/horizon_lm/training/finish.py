@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from horizon_lm.checkpoint.card import model_card
+from horizon_lm.checkpoint.card import WHOLE, adapter_part, model_card
 from horizon_lm.checkpoint.folder import RunFolder
 from horizon_lm.data import TrainingData
 from horizon_lm.data.chat import without_marks
@@ -66,12 +66,14 @@ def export(ready: Ready, end: RunEnd) -> str:
 def _save_beside(ready: Ready, end: RunEnd, target: Path) -> None:
     """Write what a model folder has besides the model: the tokenizer and a card."""
     save_tokenizer(ready.data, target)
+    adapter = ready.model.skeleton.adapter
     card = model_card(
         ready.config.to_dict(),
         model_type=str(ready.model.config.model_type),
         step=end.exported_step,
         num_tokens=end.exported_tokens,
         versions=versions(),
+        part=WHOLE if adapter is None else adapter_part(adapter.words),
     )
     files.write_file(target / "README.md", card)
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from horizon_lm.checkpoint.identify import identify, may_be_on_hub, no_model
+from horizon_lm.checkpoint.adapted import base_here
+from horizon_lm.checkpoint.identify import has_adapter, identify, may_be_on_hub, no_model
 from horizon_lm.data.chat import ChatTemplate
 from horizon_lm.data.encode import special_around
 from horizon_lm.data.picture_rows import MARK, picture_message
@@ -69,18 +70,22 @@ class Generator:
         """
         place = model_folder(source, verb)
         tokenizer = load_tokenizer(str(place), trust_remote_code=trust_remote_code, key="model")
+        adapter = Path(place) if has_adapter(Path(place)) else None
+        weights = str(place) if adapter is None else base_here(adapter)
         with quiet_transformers():
             processor = load_processor(str(place), tokenizer, trust_remote_code=trust_remote_code)
         try:
             with quiet_transformers():
                 model: Any = read_pretrained(
-                    str(place),
+                    weights,
                     TO_GENERATE,
                     dtype="auto",
                     use_safetensors=True,
                     trust_remote_code=trust_remote_code,
-                    local_files_only=Path(place).is_dir(),
+                    local_files_only=Path(weights).is_dir(),
                 )
+                if adapter is not None:
+                    model = _with_adapter(model, adapter)
         except HorizonError:
             raise
         except Exception as error:  # transformers raises many kinds of errors
@@ -194,6 +199,12 @@ class Generator:
         template = str(self.tokenizer.chat_template or "")
         stops |= {known[mark] for mark in _END_OF_TURN if mark in known and mark in template}
         return sorted(stop for stop in stops if stop is not None)
+
+
+def _with_adapter(model: Any, folder: Path) -> Any:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -115,12 +115,14 @@ def without_dropout(model: HostModel) -> None:
 
 # The reference.
 
-_DECIDING = frozenset({"ref_model_name_or_path", "ld_alpha"})  # on its values, besides the data
+# On its values, besides the data.
+_DECIDING = frozenset({"ref_model_name_or_path", "adapter_name_or_path", "ld_alpha"})
 
 
 @dataclass
 class ReferenceOf:
-    """The reference of a run: `before` runs a model of its own, `by` the one to train."""
+    """The reference of a run: `before` runs a model of its own, `by` the one to train, whose new adapter is
+    switched off."""
 
     config: TrainConfig
     data: TrainingData
@@ -167,7 +169,7 @@ class ReferenceOf:
         self.progress.stage(f"loading the reference {name}")
         ranks = self.together.ranks
         with reference_model(self.config, len(self.data.tokenizer), self.data.rows, ranks) as model:
-            self._run(model)
+            self._run(model, adapter=True)
 
     def by(self, model: HostModel, source: Checkpoint | None) -> Reference:
         """Run the model to train, as it is before the first step. source: the checkpoint that replaces its
@@ -179,12 +181,12 @@ class ReferenceOf:
                 hint="set model_name_or_path to the folder where the model before training is now",
             )
         if self.missing:
-            self._run(model)
+            self._run(model, adapter=not self.config.begins_adapter)
         return self.found
 
-    def _run(self, model: HostModel) -> None:
+    def _run(self, model: HostModel, *, adapter: bool) -> None:
         passes = pass_of(self.config, pad_id(self.data.tokenizer), self.progress.stage, self.progress.warn)
-        passes.over(model, self.missing, self.found)
+        replace(passes, adapter=adapter).over(model, self.missing, self.found)
 
 
 def pass_of(config: TrainConfig, pad: int, say: Say, warn: Say) -> Pass:

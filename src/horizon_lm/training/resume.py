@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from horizon_lm.checkpoint import folder as checkpoints
+from horizon_lm.checkpoint.adapted import check_base
 from horizon_lm.checkpoint.disk import checksum, damaged
 from horizon_lm.checkpoint.folder import Checkpoint, Rejected, RunFolder
 from horizon_lm.checkpoint.identify import identify, no_checkpoint, refuse_trainer
 from horizon_lm.checkpoint.reader import load_buffers, load_units, read_small
 from horizon_lm.config import DatasetConfig, TrainConfig
 from horizon_lm.config.base import resumable
-from horizon_lm.errors import CheckpointError, ConfigError, DataError
+from horizon_lm.errors import CheckpointError, ConfigError, DataError, OtherBaseError
 from horizon_lm.host_model import HostModel
 from horizon_lm.plan.step_size import CUT
 from horizon_lm.training.run_settings import AUTO, LATEST, is_template_file, places_of
@@ -214,7 +215,7 @@ def changed_settings(config: TrainConfig, checkpoint: Checkpoint) -> dict[str, t
 
 def _is_other_path(key: str, then: Any, now: Any, checkpoint: Checkpoint, config: TrainConfig) -> bool:
     """Tell whether only the path differs, of something that is compared by content: tokens and their marks by
-    fingerprint, a tokenizer by its file, a model by its configuration."""
+    fingerprint, a tokenizer by its file, a model by its configuration, under an adapter by fingerprint."""
     if key == "datasets":
         if len(then) != len(now):
             return False
@@ -229,7 +230,7 @@ def _is_other_path(key: str, then: Any, now: Any, checkpoint: Checkpoint, config
         return "tokenizer.json" in checkpoint.manifest.files or _is_same_path(then, now, checkpoint)
     if key == "chat_template":
         return is_template_file(then) and is_template_file(now)
-    return key == "model_name_or_path"
+    return key in ("model_name_or_path", "adapter_name_or_path")
 
 
 def _is_same_path(then: str, now: str, checkpoint: Checkpoint) -> bool:
@@ -278,12 +279,15 @@ def restore(
     checkpoint that one rank cannot read is skipped by all.
     """
     rejected = []
+    state.model.base_fingerprint()  # all ranks together
     for checkpoint in resume.checkpoints:
         try:
             together.each(
                 f"load {checkpoint.path.name}", partial(_load_all, checkpoint, state, small_files, asked)
             )
             break
+        except OtherBaseError:
+            raise  # an earlier checkpoint has the same base
         except CheckpointError as error:
             warn(f"skipped {error.message}")
             rejected.append(Rejected(checkpoint.path, error.message))
@@ -320,7 +324,9 @@ def _check_tokenizer(checkpoint: Checkpoint, small_files: Mapping[str, bytes]) -
 
 
 def load_checkpoint(checkpoint: Checkpoint, model: HostModel) -> None:
-    """Fill the model's store and buffers. Raises CheckpointError."""
+    """Fill the model's store and buffers. Raises CheckpointError; OtherBaseError, before anything is changed,
+    for an adapter of another model."""
+    _check_part(checkpoint, model)
     model.state_is_being_replaced()
     load_units(checkpoint, model.store)
     load_buffers(checkpoint, model.skeleton.model)
@@ -329,6 +335,20 @@ def load_checkpoint(checkpoint: Checkpoint, model: HostModel) -> None:
     except (KeyError, TypeError, ValueError):
         raise damaged(checkpoint.path, "its state has no steps_done") from None
     model.state_was_replaced(steps_done)
+
+
+def _check_part(checkpoint: Checkpoint, model: HostModel) -> None:
+    """Raise CheckpointError unless the checkpoint holds what the model trains, on the same base."""
+    has_adapter = checkpoint.manifest.base is not None
+    if has_adapter != (model.store.spec.saved is not None):
+        what = ("an adapter", "a model without one") if has_adapter else ("a whole model", "an adapter")
+        raise CheckpointError(
+            f"{checkpoint.path} holds {what[0]}, and {what[1]} is trained",
+            hint="resume with the settings of the run; horizon export writes what it holds",
+        )
+    if has_adapter:
+        name = getattr(model.config, "_name_or_path", None)
+        check_base(checkpoint, model.base_fingerprint(), name or None)
 
 
 # In words.

@@ -29,13 +29,18 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "model_name_or_path": (),
     "tokenizer_name_or_path": (),
     "ref_model_name_or_path": (),
+    "adapter_name_or_path": (),
+    "base_cache_dir": (),
     "chat_template": (),  # nor the built-in ones
     "dataset_cache_dir": ("auto",),
     "output_dir": (),
     "resume_from_checkpoint": (LATEST, AUTO),
 }
 _LISTS = ("datasets", "eval_datasets")
-_MAY_BE_NAMES = ("model_name_or_path", "tokenizer_name_or_path", "ref_model_name_or_path", *_LISTS)
+_MAY_BE_NAMES = (
+    *("model_name_or_path", "tokenizer_name_or_path", "ref_model_name_or_path", "adapter_name_or_path"),
+    *_LISTS,
+)
 
 
 def run_of(place: str) -> tuple[str, str]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from horizon_lm.checkpoint.adapted import base_of
+from horizon_lm.checkpoint.identify import has_adapter
 from horizon_lm.config import TrainConfig
 from horizon_lm.config.data import IGNORED
 from horizon_lm.data import TrainingData
@@ -58,7 +60,16 @@ def reason_to_skip(folder: Path, stated: int | None = None) -> str | None:
 
 
 def weight_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    """Return the bytes of the weights in a folder; those of an adapter with its base."""
+    own = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if not has_adapter(folder):
+        return own
+    from huggingface_hub import try_to_load_from_cache
+
+    base = base_of(folder)
+    if not Path(base).is_dir():
+        base = str(Path(str(try_to_load_from_cache(base, "config.json"))).parent)
+    return own + sum(file.stat().st_size for file in Path(base).glob("*.safetensors"))
 
 
 def complete(

@@ -136,7 +136,7 @@ class Saver:
 
     def _save_end(self, step: int) -> None:
         """Save the end of the run if the disk has room for it and the model; ignore failures."""
-        model = self._model.num_parameters * DTYPES[self._config.save_dtype or self._config.dtype].itemsize
+        model = self._model.num_exported * DTYPES[self._config.save_dtype or self._config.dtype].itemsize
         self._is_extra = True
         self.save(step, background=False, beside_bytes=model)
 

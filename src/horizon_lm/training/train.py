@@ -169,7 +169,7 @@ def _prepare(asked: Asked, config: TrainConfig, source: Checkpoint | None) -> Re
     together.each("pictures", lambda: check_model_sees(model, (data.rows, data.eval_rows)))
     together.each("factors", lambda: check_factors(config, model))
     together.alike(lambda: check_separation(model, data.rows))
-    exported = model.num_parameters * DTYPES[config.save_dtype or config.dtype].itemsize
+    exported = model.num_exported * DTYPES[config.save_dtype or config.dtype].itemsize
     saved = checkpoint_bytes(model) if _will_save(config, data) else 0
     together.first("disk space", lambda: check_disk(asked.folder, exported, saved))
     preferences = None
