@@ -263,3 +263,18 @@ def test_text_rows_of_a_vision_model_train_and_keep_its_processor(tmp_path: Path
     changes = {"datasets": str(text), "eval_datasets": [], "chat_template": "plain", "max_length": 64}
     result = train(config.replace(**changes))
     assert result.num_steps == 3 and AutoProcessor.from_pretrained(result.model_dir).image_processor
+
+
+def test_a_checkpoint_is_exported_with_the_processor(trained: Trained) -> None:
+    out = trained.folder / "exported"
+    assert cli.main(["export", str(trained.folder / "run/checkpoint-3"), str(out)]) == 0
+    own, exported = (load_file(path / "model.safetensors") for path in (trained.folder / "run/model", out))
+    assert own.keys() == exported.keys() and all(torch.equal(exported[name], own[name]) for name in own)
+    assert AutoProcessor.from_pretrained(out).image_processor is not None
+
+
+def test_a_folder_named_as_tokenizer_gives_its_processor(trained: Trained, tmp_path: Path) -> None:
+    from horizon_lm.checkpoint.export import tokenizer_saver
+
+    tokenizer_saver(str(trained.folder / "run/model"), False)(tmp_path)
+    assert AutoProcessor.from_pretrained(tmp_path).image_processor is not None
