@@ -39,6 +39,7 @@ def test_there_is_a_configuration_for_each_task() -> None:
         "sft_sharegpt",
         "dpo",
         "kto",
+        "vision_sft",
     }
     assert {path.stem for path in CONFIGS} >= tasks
 
