@@ -39,11 +39,8 @@ def test_there_is_a_configuration_for_each_task() -> None:
         "sft_sharegpt",
         "dpo",
         "kto",
-<<<<<<< HEAD
         "lora",
-=======
         "vision_sft",
->>>>>>> r20-pictures
     }
     assert {path.stem for path in CONFIGS} >= tasks
 

@@ -210,12 +210,6 @@ def evaluate_target(
     say(f"evaluating {target.what} on {data}: {size}", sys.stderr)
     for remark in remarks(rows):
         say(f"{'warning: ' if remark.is_warning else ''}{remark}", sys.stderr)
-<<<<<<< HEAD
-=======
-    # These name trained parameters.
-    none = {"freeze": [], "train": [], "lr_factors": {}, "adapter": "none", "train_projector": False}
-    settings = model_settings_of(config).replace(**none)
->>>>>>> r20-pictures
     with quiet_transformers(), ExitStack() as stack:
         measure = _measure_of(target, config, rows, tokenizer, warn, together.ranks)
         added = stack.enter_context(_adapter_of(target, config, warn))
@@ -230,12 +224,7 @@ def evaluate_target(
             names.append(what)
             return model.requires_grad_(False)  # allocates neither gradients nor moments
 
-<<<<<<< HEAD
         model = hosted(load, settings, together.ranks)
-=======
-        folder = None if added is None else str(added.folder)
-        model = hosted(load, settings.replace(adapter_name_or_path=folder), together.ranks)
->>>>>>> r20-pictures
         if added is not None and added.checkpoint is not None:
             check_base(added.checkpoint, model.base_fingerprint(), added.base)
     what = names[0]

@@ -74,17 +74,12 @@ class Generator:
         tokenizer = load_tokenizer(str(place), trust_remote_code=trust_remote_code, key="model")
         adapter = Path(place) if has_adapter(Path(place)) else None
         weights = str(place) if adapter is None else base_here(adapter)
-<<<<<<< HEAD
-        with quiet_transformers():
-            processor = load_processor(str(place), tokenizer, trust_remote_code=trust_remote_code)
-=======
         processor, problem = None, None
         try:
             with quiet_transformers():
                 processor = load_processor(str(place), tokenizer, trust_remote_code=trust_remote_code)
         except ConfigError as error:  # text needs none
             problem = error
->>>>>>> r20-pictures
         try:
             with quiet_transformers():
                 model: Any = read_pretrained(
