@@ -200,8 +200,8 @@ def unit_names(name: str) -> tuple[str, ...]:
     return tuple(unit.name for unit in host.store.units if unit.numel)
 
 
-def sampled(rng: random.Random, source: Source, numbers: Numbers) -> dict[str, Any]:
-    """Random settings that change no bit."""
+def sampled(rng: random.Random, source: Source, numbers: Numbers, *, parts: bool = False) -> dict[str, Any]:
+    """Random settings that change no bit. parts: frozen parts may be streamed alone, as on one rank only."""
     names = unit_names(source.name)
     outer = [name for name in names if not name.startswith("layer ")]
     layers = len(names) - len(outer)
@@ -212,7 +212,7 @@ def sampled(rng: random.Random, source: Source, numbers: Numbers) -> dict[str, A
             rng.randrange(len(names) + 1),
             len(names),
             rng.sample(names, rng.randint(1, len(names))),
-            *(["trainable", ["trainable", *rng.sample(names, 1)]] if source.frozen else []),
+            *(["trainable", ["trainable", *rng.sample(names, 1)]] if parts and source.frozen else []),
         ]
     )
     rounds = rng.choice([1, 2, 3, 5])
