@@ -105,16 +105,15 @@ def build(
     if method in ("dpo", "kto") and not ours:
         more["ref_model"] = small_model(kind)
     more = {"model": small_model(kind), **more}
+    data = {"train_dataset": rows(method, 40, 1), "eval_dataset": rows(method, 10, 2)}
     if method == "plain":
         from transformers import DataCollatorForSeq2Seq
 
         more["data_collator"] = DataCollatorForSeq2Seq(tokenizer())
     return (mine if ours else theirs)(
         args=arguments(method, folder, **changes),
-        train_dataset=rows(method, 40, 1),
-        eval_dataset=rows(method, 10, 2),
         processing_class=tokenizer(),
-        **{**more, **(trainer or {})},
+        **{**data, **more, **(trainer or {})},
     )
 
 

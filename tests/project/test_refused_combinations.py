@@ -9,13 +9,17 @@ from typing import Any
 
 import peft
 import pytest
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 import horizon_lm as hz
 import peft_models
+import vision_zoo
 import zoo
 from horizon_lm import cli
-from horizon_lm.config import TrainConfig
+from horizon_lm.config import ModelSettings, TrainConfig
+from horizon_lm.data.picture_checks import processor_of
+from horizon_lm.engine.homes import Homes
 from horizon_lm.errors import ConfigError, DataError, HorizonError, UnsupportedModelError
 from trainer_pairs import build, small_model
 
@@ -51,6 +55,22 @@ def host(model: Any = None, **settings: Any) -> Callable[[Path], object]:
         return hz.HostModel.from_pretrained(found, device="cpu", dtype="float32", **values)
 
     return run
+
+
+def of_ranks(**settings: Any) -> Callable[[Path], object]:
+    """Where the parts of the zoo's llama are to be on two ranks."""
+
+    def run(_: Path) -> object:
+        with hz.HostModel.from_pretrained(zoo.build("llama"), device="cpu", adapter="lora") as model:
+            return Homes.of(ModelSettings(device="cpu", **settings), model.skeleton, 2)
+
+    return run
+
+
+def saved(place: Path) -> object:
+    model: Any = host(freeze=["mlp"], base_dtype="int8")(place)
+    with model:
+        return model.save_pretrained(place / "out")
 
 
 def given(**config: Any) -> Callable[[Path], Any]:
@@ -208,6 +228,58 @@ CASES: dict[str, Case] = {
         ),
         ("no adapter",),
         "adapter=False",
+    ),
+    # Packed parts.
+    "a whole model, packed": Case(
+        host(base_dtype="nf4"), ("base_dtype=nf4", "none are frozen"), "set adapter: lora"
+    ),
+    "a packed base in an exact reduction": Case(
+        host(adapter="lora", base_dtype="int8", reduction="exact"),
+        ("base_dtype=int8", "reduction=exact"),
+        "leave base_dtype out",
+    ),
+    "a packed base on two ranks": Case(
+        of_ranks(adapter="lora", base_dtype="nf4"), ("base_dtype=nf4", "2 ranks"), "leave base_dtype out"
+    ),
+    "trainable parts apart on two ranks": Case(
+        of_ranks(adapter="lora", resident="trainable"), ("resident", "trainable"), "resident"
+    ),
+    "a base in less than the model's dtype": Case(
+        host(adapter="lora", base_dtype="bfloat16"),
+        ("base_dtype=bfloat16", "dtype=float32"),
+        "dtype=bfloat16",
+    ),
+    "a packed model, saved": Case(
+        lambda place: saved(place), ("base_dtype=int8", "frozen weights"), "adapter: lora"
+    ),
+    # Pictures.
+    "a projector in a model of text": Case(
+        host(train_projector=True), ("train_projector: llama has no projector",), "leave it out"
+    ),
+    "a projector under an adapter": Case(
+        host(lambda _: vision_zoo.build("llava"), adapter="lora", train_projector=True),
+        ("train_projector", "adapter"),
+        "modules_to_save",
+    ),
+    "projectors between the layers": Case(
+        host(lambda _: vision_zoo.build("qwen3_vl"), train_projector=True),
+        ("train_projector", "qwen3_vl", "several projectors"),
+        "leave it out",
+    ),
+    "an adapter of the tower": Case(
+        host(lambda _: vision_zoo.build("llava"), adapter="lora", target_modules=["fc1", "q_proj"]),
+        ("target_modules: 'fc1'",),
+        "language model",
+    ),
+    "pictures for a model of text": Case(
+        lambda place: processor_of(asked(model_name_or_path=str(place / "base"))(place), None, "rows:1"),
+        ("rows:1 has pictures", "base has no processor"),
+        "choose a vision-language model",
+    ),
+    "pictures for a trainer": Case(
+        trainer(train_dataset=lambda _: Dataset.from_dict({"text": ["a"], "images": [["a.png"]]})),
+        ("train_dataset with pictures",),
+        "remove the columns",
     ),
     # Files.
     "another kind than the folder's": Case(

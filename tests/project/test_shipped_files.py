@@ -40,6 +40,7 @@ def test_there_is_a_configuration_for_each_task() -> None:
         "dpo",
         "kto",
         "lora",
+        "vision_sft",
     }
     assert {path.stem for path in CONFIGS} >= tasks
 

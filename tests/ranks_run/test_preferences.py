@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from adapter_runs import make_base
 from preference_runs import settings, write_labelled, write_pairs
 from rank_runs import lines_of, write_settings
 from rank_server import RankServer
@@ -60,6 +61,22 @@ def test_values_kept_by_one_rank_serve_several(server: RankServer, tmp_path: Pat
         ended = server.run(world, ["train", str(file)])
         assert ended.codes == [0] * world, ended.said()
         assert ("reference log-probabilities: 24 samples, from the cache" in ended.outputs[0]) is is_kept
+
+
+def test_the_base_of_an_adapter_on_two_ranks(server: RankServer, tmp_path: Path) -> None:
+    """The same reference, found again by its key, and the same numbers."""
+    data, base = write_pairs(tmp_path), make_base(tmp_path / "base")
+    own = {"init_model": None, "train_tokenizer_vocab_size": None, "model_name_or_path": str(base)}
+    found = []
+    for world in (1, 2):
+        run = tmp_path / f"run-{world}"
+        adapter = {"adapter": "lora", "lora_r": 64}
+        config = settings(data, run, method="dpo", save_steps=4, **BITS, **own, **adapter)
+        ended = server.run(world, ["train", str(write_settings(config, tmp_path / f"{world}.yaml"))])
+        assert ended.codes == [0] * world, ended.said()
+        assert ("samples, from the cache" in ended.outputs[0]) is (world == 2)
+        found.append((numbers_of(run), (run / "checkpoint-4" / "reference.safetensors").read_bytes()))
+    assert found[0] == found[1]
 
 
 def test_evaluations_on_any_number_of_ranks(server: RankServer, text: Path, tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 import trl
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from sizes import SOAK
 from trainer_pairs import rows, small_model
 from trainer_runs import tokenizer
 
@@ -43,6 +45,10 @@ def run(script: Path, method: str, model: Path, folder: Path, monkeypatch: pytes
     flags += ["--eval_strategy", "no"]
     monkeypatch.setattr(sys, "argv", [str(script), *flags, "--output_dir", str(folder / "run")])
     runpy.run_path(str(script), run_name="__main__")
+    if "--use_peft" in FLAGS:
+        weights = load_file(folder / "run" / "adapter_model.safetensors")
+        assert any(value.any() for name, value in weights.items() if "lora_B" in name)
+        return
     trained = AutoModelForCausalLM.from_pretrained(folder / "run", dtype=torch.float32)
     before = dict(small_model("llama").named_parameters())
     assert any(not torch.equal(value, before[name]) for name, value in trained.named_parameters())
@@ -89,6 +95,14 @@ def test_the_script_of_trl_itself(
     script = tmp_path / "script.py"
     script.write_text(changed(theirs, SCRIPTS[method]))
     run(script, method, model, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("method", SCRIPTS if SOAK else ["dpo"])
+def test_the_script_of_trl_with_an_adapter(
+    method: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "FLAGS", f"{FLAGS} --use_peft --lora_r 4")
+    test_the_script_of_trl_itself(method, model, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("method", METHODS)

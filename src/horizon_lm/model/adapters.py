@@ -218,10 +218,11 @@ def _check_is_distinct(adapter: Adapter) -> None:
 
 def _added(model: Any, settings: ModelSettings, has_values: bool) -> Adapter | None:
     """Put a new adapter into a model, or one that was saved."""
-    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+    if "peft" in sys.modules and any(isinstance(m, _layer_classes()) for m in model.modules()):
         raise ConfigError(
             f"this {type(model).__name__} has layers of an adapter",
-            hint="pass the PeftModel itself (peft.get_peft_model), not its base model",
+            hint="pass the PeftModel itself (peft.get_peft_model), not its base model; after a call that "
+            "failed, load the model again",
         )
     if not settings.has_adapter:
         return None
@@ -336,19 +337,23 @@ def _check_config(config: Any) -> None:
 def _check_names(adapter: Adapter, settings: ModelSettings) -> None:
     """Refuse a name of the settings that is that of no module, which PEFT passes over."""
     kinds = dict(zip(("target_modules", "modules_to_save"), _layer_classes(), strict=True))
-    paths = [path for path, _ in adapter.model.named_modules()]
     for key, kind in kinds.items():
         names = getattr(settings, key)  # PEFT's list of all-linear also names excluded modules
         found = [path for path, module in adapter.model.named_modules() if isinstance(module, kind)]
         for name in () if isinstance(names, str) else sorted(names):
             if not any(f".{path}".endswith(f".{name}") for path in found):
-                ends = sorted({path.split(".")[-1] for path in paths} - {"", "default"})
-                raise ConfigError(
-                    f"{key}: {name!r} is the name of no module that could have an adapter"
-                    if key == "target_modules"
-                    else f"{key}: {name!r} is the name of no module",
-                    hint=f"the nearest names are {', '.join(nearest(name, ends))}",
-                )
+                raise _no_module(adapter, key, name)
+
+
+def _no_module(adapter: Adapter, key: str, name: str) -> ConfigError:
+    ends = sorted({path.split(".")[-1] for path, _ in adapter.model.named_modules()} - {"", "default"})
+    way = f"the nearest names are {', '.join(nearest(name, ends))}"
+    what = "is the name of no module"
+    if key == "target_modules":
+        what += " that could have an adapter"
+        if name in ends:
+            way = "name linear layers of the language model; all-linear takes them all"
+    return ConfigError(f"{key}: {name!r} {what}", hint=way)
 
 
 def _check(adapter: Adapter) -> None:

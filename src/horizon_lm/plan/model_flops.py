@@ -59,8 +59,8 @@ class LayerFlops:
 
 @dataclass(frozen=True)
 class Counted:
-    """layers: by kind. kind_of: the kind of each layer. lookups: parameters that multiply no token of the
-    text: tables of rows, modules of the base that an adapter trains a copy of, and a projector of pictures."""
+    """layers: by kind. kind_of: the kind of each layer. lookups: parameters that multiply no token of text:
+    tables of rows, modules of the base that an adapter trains a copy of, and a projector of pictures."""
 
     layers: tuple[LayerFlops, ...]
     kind_of: tuple[int, ...]
