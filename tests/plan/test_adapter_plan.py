@@ -17,7 +17,9 @@ from horizon_lm.memory.shards import Shard, UnitShard
 from horizon_lm.plan.costs import Costs
 from horizon_lm.plan.fleet import Fleet, Network
 from horizon_lm.plan.predict import Sizes, costs_of, predict, prediction_of
-from planned_models import SMALL, config_of, outline_of
+from horizon_lm.plan.run_plan import plan_run
+from horizon_lm.plan.show import describe
+from planned_models import SMALL, config_of, known, outline_of
 from planned_ranks import profile_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -179,3 +181,15 @@ def test_ranks_hold_shares_of_whole_units() -> None:
         costs(base_dtype="nf4")
     with pytest.raises(ConfigError, match="resident=trainable is not supported with 8 ranks"):
         costs(resident="trainable")
+
+
+def test_a_plan_says_what_is_trained() -> None:
+    """Only if something is frozen; and with which memory, where `host_memory_gb` replaces the profile's."""
+    config = config_of(max_length=16, host_memory_gb=32, **TRAINED["lora"], base_dtype="nf4")
+    plan = plan_run(config, "rtx3090", cache=known(config))
+    text = describe(plan, largest=False)
+    assert "trained    7,168 parameters (3.37%)" in text and "frozen, in nf4 where packed" in text, text
+    assert "note: 32.0 GB of host memory as host_memory_gb states, whatever rtx3090 has" in text
+    assert "trainable parts" in text and plan.to_dict()["model"]["trained_parameters"] == 7168
+    full = config_of(max_length=16)
+    assert "\ntrained " not in describe(plan_run(full, "rtx3090", cache=known(full)), largest=False)
