@@ -10,9 +10,17 @@ import torch
 import horizon_lm as hz
 from adversarial import adversarial_lanes
 from horizon_lm.config import ModelSettings, TrainConfig
+from horizon_lm.errors import ConfigError
 from horizon_lm.machine.profile import load_profile
-from horizon_lm.plan.predict import Sizes, costs_of, prediction_of
-from planned_models import SMALL, config_of, outline_of
+from horizon_lm.memory.live import LiveBytes
+from horizon_lm.memory.shards import Shard, UnitShard
+from horizon_lm.plan.costs import Costs
+from horizon_lm.plan.fleet import Fleet, Network
+from horizon_lm.plan.predict import Sizes, costs_of, predict, prediction_of
+from horizon_lm.plan.run_plan import plan_run
+from horizon_lm.plan.show import describe
+from planned_models import SMALL, config_of, known, outline_of
+from planned_ranks import profile_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -119,3 +127,69 @@ def test_device_buffers_take_the_planned_bytes(more: str) -> None:
     homes = {name: size for name, size in model.store.device_bytes.items() if size}
     assert {name: planned[name] for name in homes} == homes
     assert bool(homes) == ("resident" in more)
+
+
+STEPS: dict[str, dict[str, Any]] = {
+    "lora": {"adapter": "lora", "target_modules": ATTENTION, "activations": "recompute"},
+    "lora, all kept": {"adapter": "lora", "activations": "keep"},
+    "dora": {"adapter": "dora", "target_modules": ["q_proj", "down_proj"], "activations": "recompute"},
+    "nf4": {"adapter": "lora", "base_dtype": "nf4", "activations": "recompute"},
+    "frozen layers": {"freeze": [r"layers\.[012]\.", "embed_tokens"], "activations": "keep"},
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_bytes_of_a_step_with_an_adapter_are_predicted(name: str) -> None:
+    """All that a step allocates beside store and slots, against torch's own allocations, within 6 %."""
+    wide = SMALL | {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6}
+    settings = STEPS[name]
+    config = config_of(init_model=wide, max_length=512, device="cpu", **settings)
+    model, batches = model_of(wide, settings), steps(config, 512, 1)
+    model.train_step(batches, lr=0.0)  # buffers that stay are made in the first step
+    with LiveBytes() as live:
+        model.train_step(batches, lr=0.0)
+    planned = predict(
+        outline_of(config), config, load_profile(CPU), batch=1, tokens=512, micro_batches=1
+    ).host
+    taken = sum(
+        size for part, size in planned.items() if part not in {*PARTS, "process", "heap", "weight_slots"}
+    )
+    assert taken == pytest.approx(live.peak, rel=0.06), planned
+
+
+def test_ranks_hold_shares_of_whole_units() -> None:
+    """An eighth of the frozen parameters each, with the trainable ones; few bits are refused by name."""
+    fleet, profile = Fleet(2, 4), profile_of()
+    network = Network.of(fleet, profile)
+
+    def costs(**values: Any) -> Costs:
+        config = config_of(device="cuda", **TRAINED["lora"] | values)
+        return costs_of(outline_of(config), config, profile.of_rank(4), Sizes(1, 64, 8), network)
+
+    found = costs()
+    units = found.outline.units
+    assert not found.plan.split and not found.spec.split and found.plan.world == 8
+    host = prediction_of(found).host
+    wanted = [UnitShard(unit, Shard(0, 8)) for unit in units]
+    assert (
+        host["weights"]
+        == 2 * sum(share.weights_numel for share in wanted)
+        >= 2 * sum(u.numel for u in units) / 8
+    )
+    assert host["exp_avg"] == 4 * sum(share.trainable_share for share in wanted)
+    with pytest.raises(ConfigError, match="base_dtype=nf4 is not supported with 8 ranks"):
+        costs(base_dtype="nf4")
+    with pytest.raises(ConfigError, match="resident=trainable is not supported with 8 ranks"):
+        costs(resident="trainable")
+
+
+def test_a_plan_says_what_is_trained() -> None:
+    """Only if something is frozen; and with which memory, where `host_memory_gb` replaces the profile's."""
+    config = config_of(max_length=16, host_memory_gb=32, **TRAINED["lora"], base_dtype="nf4")
+    plan = plan_run(config, "rtx3090", cache=known(config))
+    text = describe(plan, largest=False)
+    assert "trained    7,168 parameters (3.37%)" in text and "frozen, in nf4 where packed" in text, text
+    assert "note: 32.0 GB of host memory as host_memory_gb states, whatever rtx3090 has" in text
+    assert "trainable parts" in text and plan.to_dict()["model"]["trained_parameters"] == 7168
+    full = config_of(max_length=16)
+    assert "\ntrained " not in describe(plan_run(full, "rtx3090", cache=known(full)), largest=False)

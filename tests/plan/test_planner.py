@@ -74,6 +74,7 @@ CASES: dict[str, tuple[dict[str, Any], float, float]] = {
 }
 # The others in `make soak`.
 FEW_CASES = ("some layers keep", "tight", "no clipping", "slots pinned", "residents, little host memory")
+FEW_CASES += ("an adapter on four bits", "frozen layers")
 FEW_CASES += ("residents and spills", "rounds on a small device", "both, little host memory")
 
 
@@ -267,6 +268,7 @@ SHARES: dict[str, tuple[dict[str, Any], float, float, int]] = {
     "rounds that only the plan needs": ({"max_length": 1024, "gradient_accumulation_steps": 2}, 0.01, 20, 20),
     "residents as configured": ({"resident": 4, "per_device_train_batch_size": 4}, 0.0015, 7.5, 4),
     "residents by name": ({"resident": ["layer 3"]}, 0.003, 4.5, 5),
+    "an adapter": (LORA | {"loss_chunk_tokens": 512}, 0.0006, 2.5, 12),
 }
 
 

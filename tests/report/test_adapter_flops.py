@@ -29,7 +29,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "all linear layers": ("llama", {}, 0),
     "two modules": ("llama", {"target_modules": ["q_proj", "v_proj"]}, 1),  # the keys are those of the base
     "with the output layer": ("llama", {"modules_to_save": ["lm_head"]}, 0),
-    "experts": ("mixtral", {"target_modules": [*QKV, "o_proj"]}, 0),
+    "attention beside experts": ("mixtral", {"target_modules": [*QKV, "o_proj"]}, 0),
 }
 
 
@@ -103,6 +103,22 @@ def test_flops_with_an_adapter_are_those_that_torch_counts(case: str) -> None:
     assert of_matrices * TOKENS + attention * TOKENS**2 - entry == torchs
     full = sum(p.numel * visits * 6 for _, p, visits in rows)
     assert full * TOKENS + attention * TOKENS**2 > 1.2 * torchs  # the control: training all of it
+
+
+def test_experts_with_an_adapter_are_visited_as_without() -> None:
+    """It is added to the experts' weights before these multiply tokens, each of which visits two of four."""
+    outline, plain = outline_of("mixtral", **LORA), outline_of("mixtral")
+    visits = [
+        {
+            p.name.replace("base_layer.", ""): times
+            for p, times in zip(one.units[1].parameters, one.count().layers[0].visits, strict=True)  # type: ignore[union-attr]
+        }
+        for one in (outline, plain)
+    ]
+    experts = {name: times for name, times in visits[1].items() if ".experts." in name}
+    assert set(experts.values()) == {0.5}
+    assert {name: visits[0][name] for name in experts} == experts
+    assert outline.count().layers[0].states == plain.count().layers[0].states  # type: ignore[union-attr]
 
 
 def test_a_frozen_weight_takes_four_flops_a_token_and_six_with_recomputation() -> None:

@@ -20,7 +20,7 @@ from horizon_lm.plan.fleet import Network
 from horizon_lm.plan.outline import Outline, structure_of
 from horizon_lm.plan.predict import MOST_VISITS, Prediction, Sizes, costs_of, prediction_of
 from horizon_lm.plan.search import Search
-from horizon_lm.plan.space import Cut, Space
+from horizon_lm.plan.space import Candidate, Cut, Space
 from horizon_lm.plan.work import Line
 from horizon_lm.schedule.step_spec import EXACT, FAST
 
@@ -172,7 +172,7 @@ class Planner:
         batch, count = config.per_device_train_batch_size, config.gradient_accumulation_steps
         cut = Cut(batch, count, rounds, world=self.world)
         found = self._search(config.replace(resident="auto"))
-        roomiest = found.roomiest(cut, config)
+        roomiest = found.roomiest(Candidate(cut, config.update, config.slots))
         return config.replace(resident=found.space.placed(roomiest.resident or 0, roomiest.split))
 
     def chunks(self, config: TrainConfig) -> list[int]:

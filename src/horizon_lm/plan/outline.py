@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,7 @@ class Outline:
         other = object.__new__(Outline)
         other.__dict__.update(self.__dict__)
         other.__dict__.pop("embedding_unit", None)
-        layers = [self.units[1 + i % self.num_layers] for i in range(count)]
+        layers = [replace(self.units[1 + i % self.num_layers], name=f"layer {i}") for i in range(count)]
         other.units = (self.units[0], *layers, *self.units[self.head :])
         other.kind_of = [self.kind_of[i % self.num_layers] for i in range(count)]
         return other

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -176,12 +176,10 @@ class ProductMeter(WorkMeter):
         kind, flops = flops_of_call(func, args, kwargs, results[0]) if results else (ELEMENTWISE, 0)
         if kind != ELEMENTWISE:
             self._note_product(func, args, kind, flops, results[0])
-        elif tensors and all(owners):  # a parameter in another dtype, order or scale
-            every = tuple(sorted({place for some in owners for place in some}))
+        elif tensors and all(self._is_of_parameters(t) for t in tensors):
+            # A parameter in another dtype, order or scale, or with the product of an adapter's added.
             for result in results:
-                if _storage(result) not in self._owners:
-                    self._held.append(result)
-                    self._owners[_storage(result)] = partial(_always, every)
+                self._own(result, {place for some in owners for place in some})
 
     def _note_product(self, func: Any, args: tuple, kind: str, flops: int, out: torch.Tensor) -> None:
         assert self._seen is not None
@@ -190,7 +188,9 @@ class ProductMeter(WorkMeter):
         first, fused = int(func._overloadpacket in _WITH_BIAS), kind == ATTENTION
         a, b = args[first : first + 2]
         sides = self._owned(a), self._owned(b)
-        if all(sides):  # once, regardless of the tokens
+        if self._is_of_parameters(a) and self._is_of_parameters(b):  # once, regardless of the tokens
+            if not first or self._is_of_parameters(args[0]):
+                self._own(out, self._owned(args[0]) if first else ())
             return
         owners = sides[0] or sides[1]
         if not owners and not fused and a.shape[-1] == 1:  # an outer product: nothing is summed
@@ -199,6 +199,16 @@ class ProductMeter(WorkMeter):
         groups = weight.shape[0] if owners and out.dim() == 3 and weight.dim() == 3 else 1
         wide = not fused and self._seen.length in (*a.shape[-2:], *b.shape[-2:])
         self._products.append(Product(flops, out, owners, groups, fused, wide))
+
+    def _is_of_parameters(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is made of parameters alone."""
+        return _storage(tensor) in self._owners
+
+    def _own(self, tensor: torch.Tensor, places: Iterable[int]) -> None:
+        """Note that a tensor is made of parameters alone: a copy of those at `places`, or of none."""
+        if _storage(tensor) not in self._owners:
+            self._held.append(tensor)
+            self._owners[_storage(tensor)] = partial(_always, tuple(sorted(places)))
 
     def _owned(self, tensor: torch.Tensor) -> tuple[int, ...]:
         """The unit's parameters of which a tensor is a part or a copy."""

@@ -75,8 +75,7 @@ class Search:
         space = self.space
         cut = min(space.cuts(), key=lambda cut: (cut.batch, cut.rounds > 1, cut.sums == "device"))
         candidate = Candidate(cut, space.updates()[0], space.slots()[0], spilled=space.spilled()[-1])
-        found = [self.pooled(placed) for placed in self._placed(candidate)]
-        return found[0] if len(found) == 1 else max(found, key=self._room)
+        return self.roomiest(candidate)
 
     def has_room(self) -> bool:
         """Whether a cut with the smallest micro-batches fits, recomputing all layers: in one round, or in as
@@ -111,10 +110,9 @@ class Search:
         fewer = _last(lambda number: rest(number).get("device", 0), most - least)
         return fewer > 0 and min(rest(fewer).values()) >= 0
 
-    def roomiest(self, cut: Cut, config: TrainConfig) -> Candidate:
-        """Residents that leave most room for a cut: as few as host memory allows, or as many as can be."""
-        placed = self._placed(Candidate(cut, config.update, config.slots))
-        found = [self.pooled(candidate) for candidate in placed]
+    def roomiest(self, candidate: Candidate) -> Candidate:
+        """With residents that leave most room, trainable parts among them or not."""
+        found = [self.pooled(placed) for placed in self._placed(candidate)]
         return found[0] if len(found) == 1 else max(found, key=self._room)
 
     def pooled(self, candidate: Candidate) -> Candidate:
