@@ -35,6 +35,8 @@ FILES = [
     "tests/model/test_hostile_folders.py",
     "tests/model/test_parameter_kinds.py",
     "tests/training/test_kills.py",
+    "tests/training/test_adapters.py",
+    "tests/checkpoint/test_merge.py",
     "tests/training/test_faults.py",
     "tests/training/test_resume.py",
     "tests/training/test_stops.py",

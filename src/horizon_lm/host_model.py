@@ -357,8 +357,11 @@ class HostModel:
 
         micro_batches: dicts of input_ids and labels [batch, tokens] (integers, labels aligned with
         input_ids, -100 ignored), optionally attention_mask and position_ids of that shape; with `loss_fn`
-        any other tensors. One dict (a BatchEncoding) or an iterable of them (a list, a DataLoader); values
-        are tensors on any device, numpy arrays or nested lists.
+        any other tensors. Those of vision-language models may hold `image_features`, a list of what
+        `encode_images` returns for each image in the order of their placeholders, row by row (or
+        pixel_values, which are encoded first), and the processor's image_grid_thw, image_sizes,
+        token_type_ids and mm_token_type_ids. One dict (a BatchEncoding) or an iterable of them (a list, a
+        DataLoader); values are tensors on any device, numpy arrays or nested lists.
         loss_fn: called per micro-batch as loss_fn(log_probs, batch), with log p(label) in fp32
         [batch, tokens - 1] on the device, aligned with labels[:, 1:], 0 where ignored. Returns a scalar, or
         a pair of it and a dict of metrics; the step's loss is the sum over its micro-batches. A `TokenLoss`

@@ -17,7 +17,14 @@ from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.words import count, parameters, size
 
 # Parts of `HostModel.memory_bytes` that are on the device.
-_ON_DEVICE = ("weight_slots", "weight_shards", "gradient_slots", "gradient_shards", "boundary_slots")
+_ON_DEVICE = (
+    "weight_slots",
+    "staging_slots",
+    "weight_shards",
+    "gradient_slots",
+    "gradient_shards",
+    "boundary_slots",
+)
 
 
 def _shown(output: Any, **values: Any) -> str:

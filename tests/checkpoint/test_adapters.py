@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from adapter_runs import adapter_settings, changed_copy, make_base, manifest_of, state_of
+from adapter_runs import adapter_settings, by_peft, changed_copy, make_base, manifest_of, state_of
 from adapter_runs import base as base
 from adapter_runs import run as run
 from adapter_runs import text as text
@@ -129,7 +129,7 @@ def test_a_base_that_is_gone_is_named(run: Path, base: Path, tmp_path: Path, cap
     assert (
         f"model_name_or_path='{tmp_path / 'gone'}' does not exist, and {copy / 'checkpoint-6'} holds" in shown
     )
-    assert "the adapter alone" in shown and "hint: model_name_or_path=NEW" in shown
+    assert "holds an adapter" in shown and "hint: model_name_or_path=NEW" in shown
     shutil.copytree(base, moved)
     assert cli.main(["resume", str(copy), f"model_name_or_path={moved}", "max_steps=7"]) == 0
 
@@ -166,7 +166,7 @@ def test_another_adapter_is_refused_by_its_tensors(run: Path, base: Path, tmp_pa
     ):
         with pytest.raises(CheckpointError, match=said):
             load_checkpoint(checkpoint, model_of(base, **change))
-    with pytest.raises(CheckpointError, match="holds an adapter, and a model without one is trained"):
+    with pytest.raises(CheckpointError, match="holds an adapter, and a model without adapter is trained"):
         load_checkpoint(checkpoint, plain_model(base))
     with pytest.raises(OtherBaseError, match="layer 1"):
         load_checkpoint(checkpoint, model_of(changed_copy(base, tmp_path / "other")))
@@ -233,3 +233,43 @@ def test_a_run_and_a_folder_with_an_adapter_are_identified(run: Path, base: Path
     (tmp_path / "half").mkdir()
     shutil.copy(run / "model" / "adapter_config.json", tmp_path / "half")
     assert identify(tmp_path / "half").kind == "folder"  # no weights
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_packed_bases_resume_and_merge_as_they_were(
+    kind: str, base: Path, text: Path, tmp_path: Path
+) -> None:
+    """The base is packed again from the model; merging reads it in its own precision."""
+    common = {"base_dtype": kind, "dtype": "bfloat16", "save_steps": 2, "lr_scheduler_type": "constant"}
+    common["save_dtype"] = "float32"
+    straight, place = tmp_path / "straight", tmp_path / "run"
+    train(adapter_settings(text, straight, base, max_steps=4, **common))
+    train(adapter_settings(text, place, base, max_steps=2, **common))
+    assert cli.main(["resume", str(place), "max_steps=4"]) == 0
+    assert state_of(place / "checkpoint-4") == state_of(straight / "checkpoint-4")
+    assert losses_of(place) == losses_of(straight)
+    names = {key for file in (place / "checkpoint-4").glob("unit-*") for key in load_file(file)}
+    assert names and all(".lora_" in name for name in names)
+    plain = model_of(base).base_fingerprint()
+    assert manifest_of(place / "checkpoint-4")["base"] == plain
+    assert cli.main(["export", str(place), str(tmp_path / "out"), "--merge", "--dtype", "float32"]) == 0
+    expected = dict(by_peft(place / "model", base).merge_and_unload().named_parameters())
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    other = changed_copy(base, tmp_path / "other")
+    assert cli.main(["resume", str(place), "max_steps=5", f"model_name_or_path={other}"]) == 5
+
+
+def test_packed_weights_need_an_adapter(base: Path, text: Path, tmp_path: Path) -> None:
+    """They are not those of the model any more: nothing could be saved at the end of a run. A model in
+    Python trains, and its checkpoint leaves the packed weights out."""
+    packed = {"freeze": ["mlp"], "base_dtype": "int8"}
+    with pytest.raises(ConfigError) as error:
+        train(adapter_settings(text, tmp_path / "run", base, adapter=None, **packed))
+    assert "base_dtype" in error.value.message and "adapter: lora" in str(error.value.hint)
+    assert not (tmp_path / "run").exists()
+    common = {"device": "cpu", "dtype": "float32", "skip_memory_check": True}
+    model = HostModel.from_pretrained(base, **common, **packed)
+    saved, fingerprint = model.store.spec.saved, model.base_fingerprint()
+    assert saved is not None and fingerprint is not None and list(fingerprint) == ["layer 0", "layer 1"]
+    assert not any("mlp" in name for name in saved) and "lm_head.weight" in saved

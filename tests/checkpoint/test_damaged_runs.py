@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save
 from horizon_lm import cli
 from horizon_lm.checkpoint import manifest as manifests
 from horizon_lm.checkpoint.disk import checksum
-from horizon_lm.checkpoint.exported import export_checkpoint
+from horizon_lm.checkpoint.exported import Form, export_checkpoint
 from horizon_lm.checkpoint.folder import RunFolder
 from horizon_lm.errors import CheckpointError, HorizonError
 from horizon_lm.report import figures
@@ -219,7 +219,7 @@ def sealed(source: Path, target: Path, change: Callable[[dict[str, Any]], None],
 def export(checkpoint: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     with redirect_stderr(io.StringIO()):
-        export_checkpoint(checkpoint, target, dtype=None, max_shard_size="5GB")
+        export_checkpoint(checkpoint, target, Form())
 
 
 @pytest.mark.parametrize(

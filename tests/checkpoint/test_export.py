@@ -154,7 +154,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from horizon_lm.checkpoint import disk
-from horizon_lm.checkpoint.exported import export_checkpoint
+from horizon_lm.checkpoint.exported import Form, export_checkpoint
 def anonymous():
     line = next(l for l in open("/proc/self/status") if l.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
@@ -166,7 +166,7 @@ def watched(self, data):
     peak = max(peak, anonymous())
     write(self, data)
 disk.HashedFile.write = watched
-export_checkpoint(Path({source!r}), Path({target!r}), dtype="float32", max_shard_size="40MB")
+export_checkpoint(Path({source!r}), Path({target!r}), Form("float32", "40MB"))
 print(peak - start)
 """
 

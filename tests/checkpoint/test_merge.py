@@ -189,7 +189,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from horizon_lm.checkpoint import disk
-from horizon_lm.checkpoint.exported import Merge, export_checkpoint
+from horizon_lm.checkpoint.exported import Form, Merge, export_checkpoint
 import transformers.models.llama.modeling_llama, peft
 def anonymous():
     line = next(l for l in open("/proc/self/status") if l.startswith("RssAnon"))
@@ -202,7 +202,7 @@ def watched(self, data):
     write(self, data)
 disk.HashedFile.write = watched
 export_checkpoint(
-    Path({source!r}), Path({target!r}), dtype="float32", max_shard_size="40MB", merge=Merge({base!r})
+    Path({source!r}), Path({target!r}), Form("float32", "40MB", merge=Merge({base!r}))
 )
 print(peak - start)
 """

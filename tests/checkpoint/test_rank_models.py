@@ -8,7 +8,7 @@ import pytest
 
 import rank_saves
 import zoo
-from horizon_lm.checkpoint.exported import export_checkpoint
+from horizon_lm.checkpoint.exported import Form, export_checkpoint
 from horizon_lm.checkpoint.folder import open_checkpoint
 from horizon_lm.checkpoint.model import model_of
 from horizon_lm.config import TrainConfig
@@ -68,7 +68,7 @@ def test_one_process_exports_a_checkpoint_of_several_ranks(
     outcome, _ = four_ranks.run("rank_saves:saved", name, dtype, str(tmp_path), "5GB")[0]
     for folder, wanted in (("model", None), ("masters", "float32")):
         target = tmp_path / f"exported {folder}"
-        export_checkpoint(outcome.path, target, dtype=wanted, max_shard_size="5GB")
+        export_checkpoint(outcome.path, target, Form(wanted))
         assert exported(target) == exported(tmp_path / folder)
     checkpoint, attention = open_checkpoint(outcome.path), zoo._find(name).attn
     weights = model_of(checkpoint, trust_remote_code=False, attn_implementation=attention)

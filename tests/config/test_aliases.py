@@ -10,10 +10,10 @@ import yaml
 
 from config_files import BASE, write
 from horizon_lm.config import DatasetConfig, TrainConfig, load_config
+from horizon_lm.config.adapter_names import JOINED
 from horizon_lm.config.aliases import ALIASES, DROPPED, UNAVAILABLE
 from horizon_lm.errors import ConfigError
 
-JOINED = ("adapter", "base_dtype", "target_modules")
 ADAPTER_KEYS = ("lora_r", "use_rslora", "target_modules", "modules_to_save", "base_dtype")
 ALIAS_VALUES: dict[str, tuple[Any, Any]] = {
     "unfrozen_parameters": (["lm_head", "model.norm"], ["^(?:lm_head)", "^(?:model.norm)"]),
@@ -271,3 +271,16 @@ def test_adapters_of_other_trainers(case: str, tmp_path: Path) -> None:
 def test_adapters_that_mean_nothing_here(theirs: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         TrainConfig.from_dict({**BASE, **theirs})
+
+
+def test_adapters_on_the_command_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "model_name_or_path: m\ndatasets: a.txt\nadapter: lora\nlora_r: 4\n")
+    assert load_config(path, ["use_dora=true"])[0].adapter == "dora"
+    assert load_config(path, ["use_dora=false"])[0].adapter == "lora"
+    assert load_config(path, ["adapter=lora", "use_dora=true"])[0].adapter == "dora"
+    found = load_config(path, ["adapter=qlora", "lora_rank=8"])[0]
+    assert (found.adapter, found.base_dtype, found.lora_r) == ("lora", "nf4", 8)
+    assert load_config(path, ["load_in_8bit=true"])[0].base_dtype == "int8"
+    for wrong in (["adapter=lora", "use_peft=false"], ["load_in_4bit=true", "load_in_8bit=true"]):
+        with pytest.raises(ConfigError, match="are the same setting"):
+            load_config(path, wrong)

@@ -27,7 +27,7 @@ for _path in (str(_TESTS), str(_TESTS / "helpers"), str(_TESTS.parent / "src")):
     if _path not in sys.path:
         sys.path.insert(0, _path)
 
-PARTS = ("gradients", "determinism", "lanes", "optimizer", "ranks", "sanitizer", "step")
+PARTS = ("gradients", "determinism", "lanes", "optimizer", "packed", "ranks", "sanitizer", "step")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -127,6 +127,7 @@ def _functions(place, repeats: int, trace: Path | None, models: list[str] | None
     from gpu.gradients import check_gradients
     from gpu.lanes import check_lanes
     from gpu.optimizer import check_optimizer
+    from gpu.packed import check_packed
     from gpu.ranks import check_ranks
     from gpu.sanitizer import check_sanitizer
     from gpu.step import check_step
@@ -136,6 +137,7 @@ def _functions(place, repeats: int, trace: Path | None, models: list[str] | None
         "determinism": lambda: check_determinism(place, repeats),
         "lanes": lambda: check_lanes(place, repeats),
         "optimizer": lambda: check_optimizer(place),
+        "packed": lambda: check_packed(place),
         "ranks": lambda: check_ranks(place),
         "sanitizer": lambda: check_sanitizer(place),
         "step": lambda: check_step(place, trace),

@@ -29,7 +29,7 @@ def _check(*arguments: str) -> subprocess.CompletedProcess[str]:
 @needs_gpu
 @pytest.mark.timeout(620)
 @pytest.mark.parametrize(
-    "part", ["gradients", "determinism", "lanes", "optimizer", "ranks", "sanitizer", "step"]
+    "part", ["gradients", "determinism", "lanes", "optimizer", "packed", "ranks", "sanitizer", "step"]
 )
 def test_part(part: str, tmp_path: Path) -> None:
     out = tmp_path / "result.json"

@@ -43,14 +43,20 @@ def source(name: str, layers: int = 3) -> Any:
 
 
 def host(name: str, values: Bits | None = None, **settings: Any) -> hz.HostModel:
-    """An adapter of three layers. values: of the base, by the names without an adapter."""
+    """A model of three layers with an adapter, unless the settings say `adapter: none`. values: of the base,
+    by the names without an adapter."""
     made = source(name)
     if values is not None:
         with torch.no_grad():
             for key, parameter in made.named_parameters():
                 parameter.copy_(values[key])
     given = {"device": "cpu", "dtype": "bfloat16", "skip_memory_check": True, "loss_chunk_tokens": 8}
-    return from_pretrained(made, **(given | LORA | settings))
+    if (
+        name.startswith("mixtral") and "adapter" not in settings
+    ):  # whose experts PEFT would take for linear layers
+        given["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    adapter = {} if settings.get("adapter") == "none" else LORA
+    return from_pretrained(made, **(adapter | given | settings))
 
 
 def base_values(model: hz.HostModel) -> Bits:

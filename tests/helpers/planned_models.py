@@ -33,7 +33,12 @@ def config_of(**values: Any) -> TrainConfig:
     model = values.pop("init_model", SMALL)
     if values.get("adapter", "none") == "none":
         return TrainConfig(init_model=model, datasets=["none.txt"], **values)
-    return TrainConfig(model_name_or_path=_folder_of(json.dumps(model)), datasets=["none.txt"], **values)
+    return TrainConfig(model_name_or_path=folder_of(model), datasets=["none.txt"], **values)
+
+
+def folder_of(model: dict[str, Any]) -> str:
+    """A folder with the model's configuration, and no weights."""
+    return _folder_of(json.dumps(model))
 
 
 @cache

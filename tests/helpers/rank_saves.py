@@ -39,7 +39,10 @@ def trained(name: str, dtype: str, steps: int = 1) -> HostModel:
 
 
 def snapshot_of(model: HostModel, store: HostStore) -> Snapshot:
-    state = {"steps_done": model.steps_done, "kept_in_fp32": model.kept_in_fp32}
+    adapter = model.skeleton.adapter
+    state: dict[str, Any] = {"steps_done": model.steps_done, "kept_in_fp32": model.kept_in_fp32}
+    if adapter is not None:
+        state["adapter"] = adapter.name
     config = {"dtype": model.settings.dtype, "datasets": []}
     return Snapshot(
         Manifest(model.steps_done, 1, {}, config=config, state=state, base=model.base_fingerprint()),

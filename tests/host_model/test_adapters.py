@@ -343,6 +343,16 @@ def test_what_cannot_be_trained_is_refused_by_name(case: str) -> None:
     assert caught.value.hint
 
 
+def test_a_second_try_does_not_nest_adapters() -> None:
+    """A call that fails has put the adapter into the object already."""
+    model = zoo.build("llama")
+    with pytest.raises(ConfigError, match="not a unit of the model"):
+        hz.HostModel.from_pretrained(model, device="cpu", adapter="lora", resident=["nothing"])
+    with pytest.raises(ConfigError, match="has layers of an adapter") as caught:
+        hz.HostModel.from_pretrained(model, device="cpu", adapter="lora")
+    assert "load the model again" in str(caught.value.hint)
+
+
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     host(adapted("llama")).save_pretrained(tmp_path / "tuned")
     with pytest.raises(HorizonError) as caught:

@@ -13,11 +13,13 @@ from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 import horizon_lm as hz
 import small_runs
 import vision_zoo as vision
-from horizon_lm.checkpoint.exported import export_checkpoint
+from horizon_lm.checkpoint.exported import Form, export_checkpoint
 from horizon_lm.config import TrainConfig
 from horizon_lm.config.python import model_settings
 from horizon_lm.model.pictures import vision_modules
 from horizon_lm.plan.outline import Outline
+from horizon_lm.plan.run_plan import plan_run
+from horizon_lm.plan.show import describe
 from horizon_lm.report.flops import model_flops
 from horizon_lm.training.train import train
 from plain_gradients import stream
@@ -89,13 +91,15 @@ def test_a_run_on_text_is_resumed_and_exported(tmp_path: Path) -> None:
     made.pre_tokenizer = pre_tokenizers.ByteLevel()
     made.train_from_iterator([text.read_text()], trainers.BpeTrainer(vocab_size=80, special_tokens=["</s>"]))
     PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>").save_pretrained(tmp_path / "model")
+    text_of_plan = describe(plan_run(settings(tmp_path / "model", tmp_path / "run")))
+    assert "qwen3_vl, 82,112 parameters, 3 layers\npictures   52,656 parameters of these see" in text_of_plan
     train(settings(tmp_path / "model", tmp_path / "run"))
     whole = small_runs.tensors_of(tmp_path / "run" / "checkpoint-3")
     for rest in ("checkpoint-3", "model"):
         (tmp_path / "run" / rest).rename(tmp_path / f"straight-{rest}")
     train(settings(tmp_path / "model", tmp_path / "run", resume_from_checkpoint="latest"))
     assert small_runs.tensors_of(tmp_path / "run" / "checkpoint-3") == whole
-    export_checkpoint(tmp_path / "run", tmp_path / "exported", dtype=None, max_shard_size="5GB")
+    export_checkpoint(tmp_path / "run", tmp_path / "exported", Form())
     assert "pipeline_tag: image-text-to-text" in (tmp_path / "exported" / "README.md").read_text()
     folders = (tmp_path / "exported", tmp_path / "straight-model")
     exported, saved = map(AutoModelForImageTextToText.from_pretrained, folders)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import os
 import subprocess
@@ -124,16 +123,12 @@ def test_70b_takes_40_gb_of_host_memory() -> None:
 
 
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = builtins.__import__
-
-    def refused(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("bitsandbytes"):
-            raise ImportError(name)
-        return honest(name, *args, **kwargs)
+    def refused() -> None:
+        raise ImportError("bitsandbytes")
 
     packed._functions.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(builtins, "__import__", refused)
+        patch.setattr(packed, "load_bitsandbytes", refused)
         with pytest.raises(ConfigError, match="base_dtype=nf4 needs the package bitsandbytes") as caught:
             packed.check_installed("nf4")
     assert caught.value.hint == "pip install 'horizon-lm[lowbit]'"
@@ -214,16 +209,15 @@ def test_an_adapter_is_saved_and_a_packed_model_is_not(tmp_path: Path) -> None:
 def test_files_of_units_are_equal_from_every_home(kind: str) -> None:
     """A checkpoint of one home is read into another; packed weights are in none."""
     homes = (0, "trainable", ["trainable", "head"])
-    models = [host("llama", base_dtype=kind, resident=resident) for resident in homes]
+    frozen = {"adapter": "none", "freeze": ["mlp"], "base_dtype": kind}
+    models = [host("llama", resident=resident, **frozen) for resident in homes]
     for unit in range(len(models[0].store.units)):
         one, *others = ([(key, bits(t)) for key, t in units.entries(m.store, unit)] for m in models)
         for other in others:
             assert [key for key, _ in one] == [key for key, _ in other]
             assert all(torch.equal(a, b) for (_, a), (_, b) in zip(one, other, strict=True))
         keys = {key for key, _ in one}
-        assert ("weights.model.layers.0.mlp.up_proj.base_layer.weight" in keys) == (
-            kind == "auto" and unit == 1
-        )
+        assert ("weights.model.layers.0.mlp.up_proj.weight" in keys) == (kind == "auto" and unit == 1)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -384,7 +378,7 @@ def test_a_folder_that_cannot_be_written_is_only_warned_of(
 @pytest.mark.parametrize(
     ("settings", "message", "hint"),
     [
-        ({"adapter": "none", "base_dtype": "nf4"}, "packs frozen linear weights of layers", "adapter: lora"),
+        ({"adapter": "none", "base_dtype": "nf4"}, "packs frozen weights, and all weights", "adapter=lora"),
         (
             {"adapter": "none", "freeze": ["embed", "norm"], "base_dtype": "int8"},
             "packs frozen linear weights of layers, and none are frozen",
@@ -418,11 +412,13 @@ def test_a_run_without_an_adapter_is_refused_at_once(tmp_path: Path) -> None:
     from horizon_lm.config import TrainConfig
     from horizon_lm.training.checks import check_sources
 
-    config = TrainConfig(datasets=["python-stdlib"], init_model={"model_type": "llama"}, freeze=["mlp"])
-    check_sources(config, RunFolder(tmp_path))
+    folder, run = tmp_path / "base", RunFolder(tmp_path / "run")
+    folder.mkdir()
+    config = TrainConfig(datasets=["python-stdlib"], model_name_or_path=str(folder), freeze=["mlp"])
+    check_sources(config, run)
     with pytest.raises(ConfigError, match="base_dtype=nf4 without an adapter: the run would end with"):
-        check_sources(config.replace(base_dtype="nf4"), RunFolder(tmp_path))
-    check_sources(config.replace(base_dtype="nf4", adapter="lora", freeze=[]), RunFolder(tmp_path))
+        check_sources(config.replace(base_dtype="nf4"), run)
+    check_sources(config.replace(base_dtype="nf4", adapter="lora", freeze=[]), run)
 
 
 def test_ranks_are_refused_before_anything_is_loaded() -> None:

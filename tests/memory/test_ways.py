@@ -50,7 +50,8 @@ def texts(found: list[Suggestion]) -> list[str]:
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.changes.__name__)
 def test_each_way_applies_and_then_no_more(way: Way) -> None:
     """What it changes is valid; applied until it ends, it ends."""
-    for lavish in (settings(**LAVISH), settings(max_grad_norm=None, grad_slabs=3, boundaries="host")):
+    others = settings(max_grad_norm=None, grad_slabs=3, boundaries="host"), settings(adapter="lora")
+    for lavish in (settings(**LAVISH), *others):
         steps = 0
         while changes := way.changes(lavish):
             lavish, steps = lavish.replace(**changes), steps + 1
@@ -140,6 +141,25 @@ def test_eager_updates_take_what_they_need() -> None:
         "nonfinite": "raise",
         "update": "eager",
     }
+
+
+def test_an_adapter_and_a_base_in_few_bits_are_offered_once() -> None:
+    """Not what the settings have already; and few bits only where something is frozen."""
+
+    def host(config: TrainConfig) -> dict[str, int]:
+        base = {"auto": 20, "bfloat16": 20, "int8": 11, "nf4": 6}[config.base_dtype]
+        return {"host": base - 10 + (0 if config.adapter != "none" or config.freeze else 120)}
+
+    full = texts(suggest(settings(), host))
+    assert full[0] == "adapter=lora base_dtype=nf4 saves 134 bytes"
+    assert full[1] == "adapter=lora saves 120 bytes (not enough alone)" and len(full) == 2
+    adapted = texts(suggest(settings(adapter="lora"), host))
+    assert adapted == ["base_dtype=nf4 saves 14 bytes", "base_dtype=int8 saves 9 bytes (not enough alone)"]
+    assert texts(suggest(settings(freeze=["mlp"]), host)) == adapted
+    assert texts(suggest(settings(adapter="lora", base_dtype="int8"), host)) == [
+        "base_dtype=nf4 saves 5 bytes"
+    ]
+    assert suggest(settings(adapter="lora", base_dtype="nf4"), lambda config: {"host": 1}) == []
 
 
 def test_the_next_smaller_choice_is_of_the_table() -> None:

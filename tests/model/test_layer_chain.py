@@ -197,5 +197,5 @@ def test_additions_have_the_bits_of_autograd(where: str, activations: str) -> No
 def test_without_its_additions_a_model_trains_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: layers that run without what is added to their outputs give other gradients."""
     model = build(between=ADDITIONS["after all but the last"])
-    monkeypatch.setattr("horizon_lm.model.capture._find_added", lambda *args: {})
+    monkeypatch.setattr("horizon_lm.model.prologue._find_added", lambda *args: {})
     assert len(differing(model, batch(True))) > 30

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from horizon_lm.checkpoint.exported import export_checkpoint
+from horizon_lm.checkpoint.exported import Form, export_checkpoint
 from horizon_lm.config import TrainConfig
 from horizon_lm.data import load_training_data
 from horizon_lm.data.tokenizer import add_new_tokens, load_tokenizer, train_tokenizer
@@ -76,7 +76,7 @@ def test_a_run_grows_tokenizer_and_embeddings(
     train(config.replace(output_dir=str(tmp_path / "b"), resume_from_checkpoint=source))
     one, two = (tensors_of(tmp_path / run / "checkpoint-4") for run in ("run", "b"))
     assert one == two
-    export_checkpoint(tmp_path / "run", tmp_path / "exported", dtype=None, max_shard_size="5GB")
+    export_checkpoint(tmp_path / "run", tmp_path / "exported", Form())
     assert load_tokenizer(str(tmp_path / "exported")).get_added_vocab().keys() >= set(NEW)
     assert json.loads((tmp_path / "exported" / "config.json").read_text())["vocab_size"] == size + 3
     # The trained model has the tokens now: the same settings change nothing more.

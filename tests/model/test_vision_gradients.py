@@ -133,7 +133,7 @@ def test_evaluation_and_log_probabilities(name: str) -> None:
 def test_qwen3_vl_without_its_additions_trains_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control of the features that Qwen3-VL adds between layers: text alone has none."""
     model, host = model_of("qwen3_vl"), host_of("qwen3_vl", activations="recompute")
-    monkeypatch.setattr("horizon_lm.model.capture._find_added", lambda *args: {})
+    monkeypatch.setattr("horizon_lm.model.prologue._find_added", lambda *args: {})
     for rows, is_wrong in ((ROWS["several"], True), (ROWS["none"], False)):
         tokens, pixels = inputs("qwen3_vl", rows)
         _, gradients = plain(model, tokens | pixels)
@@ -163,6 +163,45 @@ def test_a_projector_is_trained_exactly(name: str) -> None:
     assert all(not gradient.any() for n, gradient in host.named_gradients() if n in projector)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"activations": "products"},
+        {"activations": "attention"},
+        {"boundaries": "host", "checkpoint_interval": 2},
+    ],
+    ids=["products", "attention", "blocks"],
+)
+def test_additions_under_other_policies(settings: dict[str, Any]) -> None:
+    host = stream(model_of("qwen3_vl"), **settings)
+    tokens, pixels = inputs("qwen3_vl", ROWS["several"], padded=True)
+    loss, gradients = plain(model_of("qwen3_vl"), tokens | pixels)
+    assert host.forward_backward([tokens | pixels]).loss == loss
+    assert not differing(host, gradients)
+
+
+def test_the_routers_of_a_mixture_of_experts_see_pictures() -> None:
+    """qwen3_vl_moe with the routers' auxiliary loss, which runs the forward once more."""
+    import transformers
+
+    config = vision.FAMILIES["qwen3_vl"].config()
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    text = config.text_config.to_dict() | experts | {"decoder_sparse_step": 1, "output_router_logits": True}
+    parts = {"text_config": text, "vision_config": config.vision_config.to_dict()}
+    for part in parts.values():
+        del part["model_type"]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(
+        transformers.Qwen3VLMoeConfig(**parts, image_token_id=vision.PICTURE)
+    ).train()
+    tokens, pixels = inputs("qwen3_vl", ROWS["several"])
+    loss, gradients = plain(model, tokens | pixels | {"output_router_logits": True})
+    host = stream(model)
+    found = host.forward_backward([tokens | pixels])
+    assert found.loss == pytest.approx(loss, rel=1e-6) and found.router_losses[0] > 0
+    assert not differing(host, gradients)
+
+
 def test_the_language_model_is_streamed_even_if_the_tower_is_larger() -> None:
     config = vision.FAMILIES["llava"].config()
     config.vision_config.num_hidden_layers, config.vision_config.hidden_size = 6, 64
@@ -189,4 +228,20 @@ def test_a_model_object_is_left_as_it_was_after_a_failed_step() -> None:
     with pytest.raises(RuntimeError, match="stop"):
         host.forward_backward([copy.copy(tokens) | pixels], loss_fn=fails)
     assert "get_image_features" not in vars(host.skeleton.pictures.base)
+    assert host.forward_backward([tokens | pixels]).loss == loss
+
+
+def test_an_interrupted_encoding_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = stream(model_of("qwen3_vl"))
+    tokens, pixels = inputs("qwen3_vl", ROWS["one"])
+    loss = host.forward_backward([tokens | pixels]).loss
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(host.skeleton.pictures.base.visual), "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            host.forward_backward([tokens | pixels])
+    assert all(parameter.is_meta for parameter in host.skeleton.model.parameters())
     assert host.forward_backward([tokens | pixels]).loss == loss

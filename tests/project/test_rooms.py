@@ -73,7 +73,14 @@ def test_each_room_has_one_place() -> None:
 # Public interfaces: one call of the library, and commands whose parameters are their options.
 PUBLIC = {"host_model.train_step", "host_model.evaluate"}
 KERNELS = {"optim.device_kernel.update_kernel"}  # Triton takes pointers and numbers one by one
-MANY_PARAMETERS = {*PUBLIC, *KERNELS, "cli.model.generate", "cli.model.chat", "cli.bench.bench"}
+MANY_PARAMETERS = {
+    *PUBLIC,
+    *KERNELS,
+    "cli.model.generate",
+    "cli.model.chat",
+    "cli.bench.bench",
+    "cli.run.export",
+}
 
 
 def crowded(source: str) -> list[str]:

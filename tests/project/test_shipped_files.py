@@ -39,13 +39,15 @@ def test_there_is_a_configuration_for_each_task() -> None:
         "sft_sharegpt",
         "dpo",
         "kto",
+        "lora",
+        "vision_sft",
     }
     assert {path.stem for path in CONFIGS} >= tasks
 
 
 def test_the_data_of_the_offline_configurations_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    for name in ("quickstart", "sft", "dpo", "kto"):
+    for name in ("quickstart", "sft", "lora", "dpo", "kto"):
         config = TrainConfig.from_yaml(f"configs/{name}.yaml")
         for dataset in [*config.datasets, *config.eval_datasets]:
             check_exists(dataset)

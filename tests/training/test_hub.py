@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
+from adapter_runs import adapter_settings, make_base
 from horizon_lm import cli
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import ConfigError
@@ -153,6 +154,21 @@ def test_the_model_folder_is_uploaded(
     no_trace_of_the_token(tmp_path, shown.out + shown.err)
     checked = next(i for i, asked in enumerate(hub.asked) if "auth-check" in asked)
     assert checked < next(i for i, asked in enumerate(hub.asked) if "/commit/" in asked)
+
+
+def test_an_adapter_is_uploaded_alone(
+    hub: Hub, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a warning, since its base is a path that others do not have."""
+    base = make_base(tmp_path / "base")
+    config = adapter_settings(text, tmp_path / "my-run", base, max_steps=1, push_to_hub=True)
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
+    assert cli.main(["train", str(tmp_path / "run.yaml")]) == 0
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= hub.files.keys()
+    assert "model.safetensors" not in hub.files and "config.json" not in hub.files
+    shown = capsys.readouterr().out
+    assert f"the adapter names its base by a path on this machine, {base}" in shown
+    no_trace_of_the_token(tmp_path, shown)
 
 
 def test_a_failed_upload_leaves_the_model_and_says_how_to_go_on(

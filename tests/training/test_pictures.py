@@ -263,3 +263,36 @@ def test_text_rows_of_a_vision_model_train_and_keep_its_processor(tmp_path: Path
     changes = {"datasets": str(text), "eval_datasets": [], "chat_template": "plain", "max_length": 64}
     result = train(config.replace(**changes))
     assert result.num_steps == 3 and AutoProcessor.from_pretrained(result.model_dir).image_processor
+
+
+def test_a_checkpoint_is_exported_with_the_processor(trained: Trained) -> None:
+    out = trained.folder / "exported"
+    assert cli.main(["export", str(trained.folder / "run/checkpoint-3"), str(out)]) == 0
+    own, exported = (load_file(path / "model.safetensors") for path in (trained.folder / "run/model", out))
+    assert own.keys() == exported.keys() and all(torch.equal(exported[name], own[name]) for name in own)
+    assert AutoProcessor.from_pretrained(out).image_processor is not None
+
+
+def test_a_folder_named_as_tokenizer_gives_its_processor(trained: Trained, tmp_path: Path) -> None:
+    from horizon_lm.checkpoint.export import tokenizer_saver
+
+    tokenizer_saver(str(trained.folder / "run/model"), False)(tmp_path)
+    assert AutoProcessor.from_pretrained(tmp_path).image_processor is not None
+
+
+def test_a_processor_that_cannot_be_loaded_is_no_obstacle_to_text(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of Qwen without torchvision: only pictures need it, and the error names what is missing."""
+    from horizon_lm.training.generate import Generator, Sampling
+
+    def from_pretrained(*args: Any, **others: Any) -> Any:
+        raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library: pip install torchvision")
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", from_pretrained)
+    generator = Generator.load(str(trained.folder / "run"))
+    assert isinstance(generator.complete("a", Sampling(max_new_tokens=2, temperature=0)), str)
+    with pytest.raises(ConfigError, match="the processor of .* needs torchvision"):
+        generator.pictures([str(trained.folder / "0.png")])
+    with pytest.raises(ConfigError, match="needs torchvision"):
+        train(trained.config.replace(output_dir=str(trained.folder / "none")))

@@ -14,9 +14,11 @@ from horizon_lm.errors import ConfigError, UnsupportedModelError
 from horizon_lm.host_model import HostModel
 from horizon_lm.memory.arena import keep_freed_memory
 from horizon_lm.memory.regions import regions
+from horizon_lm.memory.staging import staged_bytes
+from horizon_lm.memory.store import HostStore
 from horizon_lm.optim import kernel
 from horizon_lm.plan.run_plan import plan_run
-from horizon_lm.schedule import Lane
+from horizon_lm.schedule import Lane, Op
 from horizon_lm.schedule.draw import Span, utilisation
 
 
@@ -168,7 +170,7 @@ def moved_bytes(model: HostModel, spans: Iterable[Span]) -> dict[str, int]:
         elif not streamed:
             continue
         elif op.kind == "U":
-            found["to_device"] += store.streamed_numel(op.unit) * size
+            found["to_device"] += _uploaded_bytes(store, op)
         elif op.kind == "D":
             downloaded = 0 if store.is_resident(op.unit) else store.units[op.unit].trainable_numel
             found["from_device"] += downloaded * size
@@ -179,6 +181,13 @@ def moved_bytes(model: HostModel, spans: Iterable[Span]) -> dict[str, int]:
             size_on_host = engine.ops.boundary_slots.host_bytes_of(op.unit, op.micro_batch)
             found["to_device" if op.kind == "R" else "from_device"] += size_on_host
     return found
+
+
+def _uploaded_bytes(store: HostStore, op: Op) -> int:
+    layout, spec = store.units[op.unit], store.spec
+    if op.staging >= 0:
+        return staged_bytes(layout, store.is_split(op.unit), spec.dtype, spec.packing)
+    return store.streamed_numel(op.unit) * spec.dtype.itemsize
 
 
 def breakdown(model: HostModel) -> dict[str, Any]:

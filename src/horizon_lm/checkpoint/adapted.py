@@ -73,21 +73,22 @@ def base_name_of(checkpoint: Checkpoint) -> str:
     name = checkpoint.manifest.config.get("model_name_or_path")
     if not isinstance(name, str):
         raise ConfigError(
-            f"{checkpoint.path} holds an adapter and does not name its base", hint="pass --base FOLDER"
+            f"{checkpoint.path} holds {checkpoint.manifest.holds} and does not name its base",
+            hint="pass --merge --base FOLDER",
         )
     return name
 
 
 def check_base(checkpoint: Checkpoint, now: Fingerprint | None, name: str | None) -> None:
-    """Raise OtherBaseError unless the base, which is called `name`, is that of a checkpoint's adapter."""
+    """Raise OtherBaseError unless the base, which is called `name`, is that of a checkpoint."""
     then = checkpoint.manifest.base or {}
     units = differing(then, now or {})
     if not units:
         return
     shown = ", ".join(units[:3]) + (f" and {len(units) - 3:,} more" if len(units) > 3 else "")
     raise OtherBaseError(
-        f"{checkpoint.path} holds an adapter of another base than {name or 'this model'}: other weights in "
-        f"{shown} ({len(units)} of {len(then)} parts)",
+        f"{checkpoint.path} holds {checkpoint.manifest.holds} of another base than {name or 'this model'}: "
+        f"other weights in {shown} ({len(units)} of {len(then)} parts)",
         hint="set model_name_or_path to the model that the run began with, unchanged",
     )
 

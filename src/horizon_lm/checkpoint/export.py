@@ -62,9 +62,13 @@ def tokenizer_saver(tokenizer: Any, trust_remote_code: bool) -> Callable[[Path],
     if tokenizer is None:
         return lambda target: None
     if isinstance(tokenizer, (str, os.PathLike)):
-        from horizon_lm.data.tokenizer import load_tokenizer  # with all of `data`
+        from horizon_lm.data.processor import load_processor  # with all of `data`
+        from horizon_lm.data.tokenizer import load_tokenizer
 
-        tokenizer = load_tokenizer(os.fspath(tokenizer), trust_remote_code=trust_remote_code)
+        name = os.fspath(tokenizer)
+        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+        processor = load_processor(name, tokenizer, trust_remote_code=trust_remote_code)
+        tokenizer = tokenizer if processor is None else processor.own
     if not callable(getattr(tokenizer, "save_pretrained", None)):
         raise ConfigError(
             f"tokenizer is a {type(tokenizer).__name__}, which cannot be saved",

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from horizon_lm.checkpoint.adapted import (
     adapter_folder,
@@ -43,27 +42,33 @@ class Merge:
     base: str | None = None
 
 
+@dataclass(frozen=True)
+class Form:
+    """How to write a model. dtype: None for that of the run; float32 for its masters. max_shard_size: of a
+    weight file, as in "5GB". trust_remote_code: run code of the model. merge: add an adapter to its base."""
+
+    dtype: str | None = None
+    max_shard_size: str = "5GB"
+    trust_remote_code: bool = False
+    merge: Merge | None = None
+
+    def dtype_of(self, checkpoint: Checkpoint) -> str:
+        return self.dtype or str(checkpoint.manifest.config.get("dtype", "bfloat16"))
+
+
 def export_checkpoint(
-    place: Path,
-    target: Path,
-    *,
-    dtype: str | None,
-    max_shard_size: str,
-    trust_remote_code: bool = False,
-    merge: Merge | None = None,
-    warn: Callable[[str], None] = lambda text: None,
+    place: Path, target: Path, form: Form, warn: Callable[[str], None] = lambda text: None
 ) -> Checkpoint:
     """Write the model of a checkpoint (or of a run's latest sound one) to `target` atomically; of a run with
-    an adapter the adapter, or with `merge` the model with the adapter in its weights.
+    an adapter the adapter, or with `form.merge` the model with the adapter in its weights.
 
-    dtype: None for that of the run; float32 for its masters. Raises CheckpointError, ConfigError, DataError,
-    DoesNotFitError.
+    Raises CheckpointError, ConfigError, DataError, DoesNotFitError.
     """
     _check_new(target)
     found = candidates(place, warn)
     for checkpoint in found:
         try:
-            _export(checkpoint, target, _How(dtype, max_shard_size, trust_remote_code, merge))
+            _export(checkpoint, target, form)
             return checkpoint
         except CheckpointError as error:
             if len(found) == 1 or isinstance(error, OtherBaseError):
@@ -72,27 +77,20 @@ def export_checkpoint(
     raise CheckpointError(f"{place}: no checkpoint could be exported", hint=f"horizon verify {place}")
 
 
-def merge_folder(
-    folder: Path,
-    target: Path,
-    *,
-    dtype: str | None,
-    max_shard_size: str,
-    trust_remote_code: bool,
-    merge: Merge,
-) -> str:
+def merge_folder(folder: Path, target: Path, form: Form) -> str:
     """Write the base of PEFT's folder with the adapter in its weights to `target` atomically; return the name
     of the base.
 
-    dtype: None for that of the base. Raises ConfigError, DataError, DoesNotFitError.
+    form: its dtype None is that of the base. Raises ConfigError, DataError, DoesNotFitError.
     """
     _check_new(target)
-    base = merge.base or base_of(folder)
-    settings = ModelSettings(adapter_name_or_path=str(folder), trust_remote_code=trust_remote_code)
-    made = merged(settings, base, dtype, lambda found: None)
+    base = (form.merge.base if form.merge is not None else None) or base_of(folder)
+    settings = ModelSettings(adapter_name_or_path=str(folder), trust_remote_code=form.trust_remote_code)
+    made = merged(settings, base, form.dtype, lambda found: None)
 
     def write(staging: Path) -> None:
-        write_model(made.hollow, aliases_of(made.hollow), made.groups, staging, made.dtype, max_shard_size)
+        aliases = aliases_of(made.hollow)
+        write_model(made.hollow, aliases, made.groups, staging, made.dtype, form.max_shard_size)
         for path in sorted(folder.iterdir()):
             is_adapters = path.name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md")
             if path.is_file() and not is_adapters and not path.name.endswith(".safetensors"):
@@ -107,70 +105,64 @@ def _check_new(target: Path) -> None:
         raise ConfigError(f"{target} exists and is not empty", hint="export to a new folder")
 
 
-class _How(NamedTuple):
-    """Arguments of `export_checkpoint`."""
-
-    dtype: str | None
-    max_shard_size: str
-    trust_remote_code: bool
-    merge: Merge | None
-
-    def dtype_of(self, checkpoint: Checkpoint) -> str:
-        return self.dtype or str(checkpoint.manifest.config.get("dtype", "bfloat16"))
-
-
-def _export(checkpoint: Checkpoint, target: Path, how: _How) -> None:
-    if checkpoint.manifest.base is None:
-        if how.merge is not None:
+def _export(checkpoint: Checkpoint, target: Path, form: Form) -> None:
+    manifest = checkpoint.manifest
+    if "adapter" not in manifest.state:
+        if manifest.base is not None:
             raise ConfigError(
-                f"{checkpoint.path} holds a whole model: there is no adapter to merge",
+                f"{checkpoint.path} holds {manifest.holds}, which is no model by itself",
+                hint="train an adapter (adapter: lora) on packed weights",
+            )
+        if form.merge is not None:
+            raise ConfigError(
+                f"{checkpoint.path} holds {manifest.holds}: there is no adapter to merge",
                 hint=f"horizon export {checkpoint.path} {target}",
             )
-        _export_model(checkpoint, target, how)
-    elif how.merge is None:
-        _export_adapter(checkpoint, target, how)
+        _export_model(checkpoint, target, form)
+    elif form.merge is None:
+        _export_adapter(checkpoint, target, form)
     else:
-        _export_merged(checkpoint, target, how)
+        _export_merged(checkpoint, target, form)
 
 
-def _export_model(checkpoint: Checkpoint, target: Path, how: _How) -> None:
-    wanted = DTYPES[how.dtype_of(checkpoint)]
-    model = hollow_model(checkpoint, trust_remote_code=how.trust_remote_code)
+def _export_model(checkpoint: Checkpoint, target: Path, form: Form) -> None:
+    wanted = DTYPES[form.dtype_of(checkpoint)]
+    model = hollow_model(checkpoint, trust_remote_code=form.trust_remote_code)
     groups = weights_of(checkpoint, wanted)
     check_weights(checkpoint, groups, shapes_of(model), [name for name, _ in model.named_parameters()])
 
     def write(folder: Path) -> None:
-        write_model(model, aliases_of(model), groups, folder, wanted, how.max_shard_size)
+        write_model(model, aliases_of(model), groups, folder, wanted, form.max_shard_size)
         _write_beside(checkpoint, folder, str(model.config.model_type), WHOLE)
 
     write_folder(target, write)
 
 
-def _export_adapter(checkpoint: Checkpoint, target: Path, how: _How) -> None:
-    wanted = DTYPES[how.dtype_of(checkpoint)]
+def _export_adapter(checkpoint: Checkpoint, target: Path, form: Form) -> None:
+    wanted = DTYPES[form.dtype_of(checkpoint)]
 
     def write(folder: Path) -> None:
-        write_adapter(checkpoint, folder, wanted, trust_remote_code=how.trust_remote_code)
+        write_adapter(checkpoint, folder, wanted, trust_remote_code=form.trust_remote_code)
         _write_beside(checkpoint, folder, "", adapter_part(words_of(folder)))
 
     write_folder(target, write)
 
 
-def _export_merged(checkpoint: Checkpoint, target: Path, how: _How) -> None:
-    assert how.merge is not None
-    base = how.merge.base or base_name_of(checkpoint)
-    with adapter_folder(checkpoint, trust_remote_code=how.trust_remote_code) as adapter:
+def _export_merged(checkpoint: Checkpoint, target: Path, form: Form) -> None:
+    assert form.merge is not None
+    base = form.merge.base or base_name_of(checkpoint)
+    with adapter_folder(checkpoint, trust_remote_code=form.trust_remote_code) as adapter:
         settings = ModelSettings(
             adapter_name_or_path=str(adapter),
-            trust_remote_code=how.trust_remote_code,
+            trust_remote_code=form.trust_remote_code,
             model_revision=checkpoint.manifest.config.get("model_revision"),
         )
         check = partial(check_base, checkpoint, name=base)
-        made = merged(settings, base, how.dtype_of(checkpoint), check)
+        made = merged(settings, base, form.dtype_of(checkpoint), check)
         hollow = made.hollow
 
         def write(folder: Path) -> None:
-            write_model(hollow, aliases_of(hollow), made.groups, folder, made.dtype, how.max_shard_size)
+            write_model(hollow, aliases_of(hollow), made.groups, folder, made.dtype, form.max_shard_size)
             part = adapter_part(words_of(adapter), is_merged=True)
             _write_beside(checkpoint, folder, str(hollow.config.model_type), part)
 

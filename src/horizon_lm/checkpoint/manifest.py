@@ -39,7 +39,7 @@ class Manifest:
     the highest is the latest, whatever the folders are called. files: name -> (bytes, xxh3-128). config: the
     resolved settings. state: state of the run (JSON). created: UTC, for people. parent: the checkpoint that
     the run was resumed from, if any. ranks: how many wrote it; more than one have a folder each. base: of a
-    checkpoint that holds an adapter alone, unit -> digest of the base (`model.fingerprint`)."""
+    checkpoint without all parameters, unit -> digest of what it lacks (`model.fingerprint`)."""
 
     step: int
     serial: int
@@ -60,6 +60,13 @@ class Manifest:
     def small_files(self) -> list[str]:
         """Names of files that do not grow with the model: configuration, tokenizer, buffers and others."""
         return [name for name in self.files if not _is_of_units(name)]
+
+    @property
+    def holds(self) -> str:
+        """What it holds of the run's parameters, in words."""
+        if self.base is None:
+            return "a whole model"
+        return "an adapter" if "adapter" in self.state else "all but the packed weights of a model"
 
     def to_bytes(self) -> bytes:
         version = VERSIONS[(self.ranks > 1) + 2 * (self.base is not None)]

@@ -6,7 +6,7 @@ to the dtype that is written. So it takes the memory of the adapter and of one u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -52,7 +52,7 @@ def merged(
     own, adapter = prepare(model, settings)
     assert adapter is not None
     skeleton = Skeleton(own, DTYPES[dtype], adapter=adapter)
-    check(_fingerprint(skeleton))
+    check(_fingerprint(skeleton, saved_names(skeleton.units, adapter) or ()))
     return Merged(hollow, _Merger(skeleton, adapter).groups, DTYPES[dtype])
 
 
@@ -68,9 +68,9 @@ def _hollow(model: PreTrainedModel) -> PreTrainedModel:
     return hollow
 
 
-def _fingerprint(skeleton: Skeleton) -> Fingerprint:
+def _fingerprint(skeleton: Skeleton, saved: Collection[str]) -> Fingerprint:
+    """saved: parameters that the checkpoint has."""
     found, named = Fingerprinter(), dict(skeleton.model.named_parameters())
-    saved = saved_names(skeleton.units, skeleton.adapter) or ()
     for number, unit in enumerate(skeleton.units):
         for parameter in unit.parameters:
             if parameter.name not in saved:

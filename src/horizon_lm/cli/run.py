@@ -245,24 +245,19 @@ def export(
                 hint="use it as it is: --merge is for runs with an adapter",
             )
         raise no_checkpoint(looked, "export")
-    from horizon_lm.checkpoint.exported import Merge, export_checkpoint, merge_folder
+    from horizon_lm.checkpoint.exported import Form, Merge, export_checkpoint, merge_folder
 
     target = Path(output).expanduser()
-    how: dict[str, Any] = {
-        "dtype": dtype,
-        "max_shard_size": max_shard_size,
-        "trust_remote_code": trust_remote_code,
-    }
+    form = Form(dtype, max_shard_size, trust_remote_code, Merge(base) if merge else None)
     with lasting_output():
         if is_folder:
             assert looked.model is not None
-            name = merge_folder(looked.model, target, **how, merge=Merge(base))
+            name = merge_folder(looked.model, target, form)
             return print(f"{looked.model}, added to {name}, is now {output}")
         done = export_checkpoint(
             looked.path,
             target,
-            **how,
-            merge=Merge(base) if merge else None,
+            form,
             warn=lambda text: print(f"warning: {text}", file=sys.stderr),
         )
         print(f"{done.path}, step {done.manifest.step}, is now {output}")

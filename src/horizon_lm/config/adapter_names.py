@@ -95,11 +95,15 @@ SILENT = frozenset(
 )
 
 
+# Settings that other trainers write as two keys.
+JOINED = ("adapter", "base_dtype", "target_modules")
+
+
 def joined(key: str, first: Any, second: Any) -> Any:
-    """The value of a setting that other trainers write as two keys; None if these contradict each other."""
+    """The value of two keys that are one of `JOINED`; None if they contradict each other."""
     pair = (first, second)
     if key == "adapter" and pair in (("lora", "dora"), ("dora", "lora")):
         return "dora"
     if key == "target_modules" and "all-linear" in pair:
         return "all-linear"
-    return first if key in ("adapter", "base_dtype", "target_modules") and first == second else None
+    return first if key in JOINED and first == second else None

@@ -257,6 +257,7 @@ _MIN_LR = (
 )
 _HOST = "leave the key out: weights and optimizer state are in host memory already"
 _EPOCH_PARTS = "leave the key out and write eval_strategy, eval_steps, save_strategy and save_steps"
+_PROCESSOR = "leave the key out: the model's processor decides, by its processor_config.json"
 UNAVAILABLE: dict[str, str] = {
     "evals_per_epoch": _EPOCH_PARTS,
     "saves_per_epoch": _EPOCH_PARTS,
@@ -327,6 +328,9 @@ UNAVAILABLE: dict[str, str] = {
     "min_lr_rate": _MIN_LR,
     "min_lr": _MIN_LR,
     "padding_free": "leave the key out: 'packing: true' needs no padding",
+    "media_dir": "leave the key out and write 'datasets: [{path: ..., image_dir: ...}]'",
+    "image_max_pixels": _PROCESSOR,
+    "image_min_pixels": _PROCESSOR,
 }
 
 

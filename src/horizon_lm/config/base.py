@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
+from horizon_lm.config.adapter_names import JOINED, expanded, joined
 from horizon_lm.config.aliases import (
     DROPPED,
     canonical_name,
@@ -281,7 +282,8 @@ def _override(
     if dropped:
         return
     name = canonical_name(key)
-    if written.setdefault(name, key) != key:
+    is_second = written.setdefault(name, key) != key
+    if is_second and name not in JOINED:
         raise conflict(written[name], key, place)
     target, leaf = document.values, name
     for part in inner:
@@ -295,6 +297,12 @@ def _override(
         value = read_value(raw, f"{place}: {text}")
     else:
         value = canonical_value(key, _value_of(name, raw, text_keys), place)
+        if is_second and (value := joined(name, target[name], value)) is None:
+            raise conflict(written[name], key, place)
+        both = expanded({name: value}) if name == "adapter" else {name: value}
+        value = both.pop(name)
+        for other, more in both.items():
+            document.values.setdefault(other, more)
     target[leaf] = value
     written_path: KeyPath = (name, *inner)
     for old in [old for old in document.where if old[: len(written_path)] == written_path]:

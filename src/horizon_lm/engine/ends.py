@@ -14,7 +14,8 @@ from horizon_lm.engine.head_gradient import projection_into
 from horizon_lm.engine.loss import Draws
 from horizon_lm.memory.pinned import PinnedPool
 from horizon_lm.memory.slots import UnitWeights
-from horizon_lm.model.capture import Call, run_prologue, run_router_loss
+from horizon_lm.model.capture import Call, run_router_loss
+from horizon_lm.model.prologue import run_prologue
 from horizon_lm.model.skeleton import Skeleton
 
 

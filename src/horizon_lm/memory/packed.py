@@ -12,7 +12,6 @@ bitsandbytes is imported when first used.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
@@ -20,13 +19,15 @@ from typing import Any, NamedTuple
 import torch
 
 from horizon_lm.errors import ConfigError
+from horizon_lm.machine.libraries import load_bitsandbytes
 
 FORMATS = ("int8", "nf4")
 ALIGN_BYTES = 256
 BLOCK = 64  # values with a common scale
 CHUNK = 1 << 26  # values; kernels count in 32 bits
 _NESTED = 256  # scales with a common scale
-_PIECE = 1 << 18  # values that are packed, or unpacked on a CPU, at once: temporary tensors stay in caches
+_PIECE = 1 << 18  # values that a CPU packs or unpacks at once: temporary tensors stay in caches
+_DEVICE_PIECE = 1 << 24  # values that a GPU packs at once
 
 
 class _Array(NamedTuple):
@@ -85,19 +86,13 @@ def check_installed(kind: str) -> None:
 @cache
 def _functions(kind: str) -> Any:
     """bitsandbytes.functional. kind: what it is needed for."""
-    log = logging.getLogger("bitsandbytes")
-    level = log.level
-    log.setLevel(logging.ERROR)  # it warns of kernels for other purposes
     try:
-        import bitsandbytes.functional as functions
+        return load_bitsandbytes().functional
     except ImportError as error:
         raise ConfigError(
             f"base_dtype={kind} needs the package bitsandbytes, which is not installed",
             hint="pip install 'horizon-lm[lowbit]'",
         ) from error
-    finally:
-        log.setLevel(level)
-    return functions
 
 
 @cache
@@ -123,8 +118,9 @@ def pack(values: torch.Tensor, stored: torch.Tensor, kind: str, device: torch.de
         absmax = torch.empty((chunk.stop - chunk.start) // BLOCK, dtype=torch.float32, device=device)
         target, *scales = (array.of(stored) for array in chunk.arrays)
         per_byte = 2 if kind == "nf4" else 1
-        for start in range(0, chunk.stop - chunk.start, _PIECE):
-            piece = values[chunk.start + start : min(chunk.start + start + _PIECE, chunk.stop)].to(device)
+        size = _PIECE if device.type == "cpu" else _DEVICE_PIECE
+        for start in range(0, chunk.stop - chunk.start, size):
+            piece = values[chunk.start + start : min(chunk.start + start + size, chunk.stop)].to(device)
             if kind == "nf4":
                 found, state = functions.quantize_4bit(piece, blocksize=BLOCK, quant_type="nf4")
             else:

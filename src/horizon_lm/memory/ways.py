@@ -176,12 +176,12 @@ def _fewer_micro_batches(settings: ModelSettings) -> Changes:
 
 def _has_frozen(settings: ModelSettings) -> bool:
     """Whether part of the model is frozen, as far as settings tell."""
-    return settings.adapter != "none" or bool(settings.freeze or settings.train)
+    return settings.has_adapter or bool(settings.freeze or settings.train)
 
 
 def _adapter(settings: ModelSettings) -> Changes:
     """An adapter instead of the model, whose parameters then need neither gradients nor moments."""
-    return {} if settings.adapter != "none" else {"adapter": "lora"}
+    return {} if settings.has_adapter else {"adapter": "lora"}
 
 
 def _eight_bits(settings: ModelSettings) -> Changes:

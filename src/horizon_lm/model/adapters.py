@@ -218,10 +218,11 @@ def _check_is_distinct(adapter: Adapter) -> None:
 
 def _added(model: Any, settings: ModelSettings, has_values: bool) -> Adapter | None:
     """Put a new adapter into a model, or one that was saved."""
-    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+    if "peft" in sys.modules and any(isinstance(m, _layer_classes()) for m in model.modules()):
         raise ConfigError(
             f"this {type(model).__name__} has layers of an adapter",
-            hint="pass the PeftModel itself (peft.get_peft_model), not its base model",
+            hint="pass the PeftModel itself (peft.get_peft_model), not its base model; after a call that "
+            "failed, load the model again",
         )
     if not settings.has_adapter:
         return None

@@ -279,6 +279,8 @@ class Skeleton:
     def _is_matrix(self, name: str) -> bool:
         """Whether a parameter is the weight of a linear map, or of several in one tensor (fused experts)."""
         shape, (owner, local) = self._parameter(name).shape, self._owners[name][0]
+        if self.adapter is not None and self.adapter.is_part(name):  # frozen by `train` or `freeze`
+            return False
         if len(shape) == 3:
             return not isinstance(owner, _CONVOLUTIONS)
         linear = isinstance(owner, nn.Linear) or type(owner).__name__ == "Conv1D"  # of GPT-2

@@ -145,6 +145,10 @@ class Outline:
         return sum(p.numel for unit in self.units for p in unit.parameters)
 
     @property
+    def num_trained(self) -> int:
+        return sum(p.numel for unit in self.units for p in unit.trainable)
+
+    @property
     def width(self) -> int:
         return self.facts.width
 

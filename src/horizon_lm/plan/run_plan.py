@@ -190,6 +190,7 @@ class RunPlan:
             "model": {
                 "type": outline.facts.model_type,
                 "parameters": outline.num_parameters,
+                "trained_parameters": outline.num_trained,
                 "layers": outline.num_layers,
                 **({"experts": outline.facts.experts} if outline.facts.experts else {}),
             },
@@ -314,12 +315,13 @@ def _machine(profile: Profile, limits: Limits, prediction: Prediction) -> str:
 def machine(config: TrainConfig, hardware: str) -> tuple[Profile, Limits, list[str]]:
     """Return the profile, its limits, and notes about them."""
     if hardware != "auto":
-        profile = load_profile(hardware)
-        return (
-            profile,
-            Limits.of_profile(profile, config.host_memory_bytes),
-            [f"{profile.name}: {profile.kind}"],
-        )
+        profile, stated = load_profile(hardware), config.host_memory_bytes
+        notes = [f"{profile.name}: {profile.kind}"]
+        if stated is not None:
+            notes.append(
+                f"{size(stated)} of host memory as host_memory_gb states, whatever {profile.name} has"
+            )
+        return profile, Limits.of_profile(profile, stated), notes
     import torch
 
     device = config.device

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from horizon_lm.memory.layout import UnitLayout
 from horizon_lm.plan.fleet_plan import FleetPlan, break_even
 from horizon_lm.plan.run_plan import RunPlan
 from horizon_lm.schedule.draw import text_timeline
@@ -17,6 +18,7 @@ def describe(plan: RunPlan, *, largest: bool = True, timeline: bool = False) -> 
         f"model      {outline.facts.model_type}, {parameters(outline.num_parameters)}, "
         f"{count(outline.num_layers, 'layer')}"
         + (f", experts by {outline.facts.experts}" if outline.facts.experts else ""),
+        *_trained(plan),
         f"machine    {plan.machine}",
         f"step       {found.micro_batches} x {_shape(plan)} = {count(found.tokens, 'token')}"
         + (f", {found.plan.micro_batches} of each rank" if plan.of_fleet is not None else ""),
@@ -25,6 +27,7 @@ def describe(plan: RunPlan, *, largest: bool = True, timeline: bool = False) -> 
         *_bytes("device", found.device),
         "choices",
     ]
+    lines[1:1] = _vision(outline.units)
     for choice in plan.choices:
         value = " ".join(choice.value) if isinstance(choice.value, list) else choice.value
         lines.append(f"  {choice.key + ' = ' + str(value):44} {choice.reason}")
@@ -42,6 +45,22 @@ def describe(plan: RunPlan, *, largest: bool = True, timeline: bool = False) -> 
     if largest:
         lines += ["", "largest that fits, one at a time, recomputing all layers", *_largest(plan)]
     return "\n".join([*lines, *(f"note: {note}" for note in plan.all_notes())])
+
+
+def _vision(units: Sequence[UnitLayout]) -> Iterable[str]:
+    """What a vision-language model has besides its language model."""
+    seeing = sum(p.numel for unit in units for p in unit.parameters if unit.name == "vision")
+    if seeing:
+        yield f"pictures   {parameters(seeing)} of these see pictures: frozen, no part of a step or its FLOPs"
+
+
+def _trained(plan: RunPlan) -> Iterable[str]:
+    """Which parameters are trained, and how the others are stored, if not all are trained."""
+    trained, total = plan.planner.outline.num_trained, plan.planner.outline.num_parameters
+    if trained < total:
+        packing = plan.prediction.costs.spec.packing
+        frozen = f"{parameters(total - trained)} frozen" + (f", in {packing} where packed" if packing else "")
+        yield f"trained    {parameters(trained)} ({trained / total:.2%}); {frozen}"
 
 
 def _fleet(plan: FleetPlan | None, smallest: bool) -> Iterable[str]:

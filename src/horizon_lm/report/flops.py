@@ -17,6 +17,8 @@ Documents that only run forward (KTO's KL term) count a third: 2 N tokens + 2 L 
 
 A frozen parameter counts 4 instead of 6, because its own gradient is not computed, and 2 if no parameter
 before it is trained, because no gradient passes. So does what only selects (an indexer of sparse attention).
+Recomputation executes 2 more of each: 6 N for a frozen base under an adapter. A module of the base that the
+adapter trains a copy of counts nothing.
 """
 
 from __future__ import annotations

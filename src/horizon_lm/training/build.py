@@ -59,13 +59,13 @@ def stand_in(config: TrainConfig, resume: Resume | None) -> tuple[TrainConfig, C
 
 
 def _check_not_gone(config: TrainConfig, checkpoint: Checkpoint, gone: Sequence[str]) -> None:
-    """Raise ConfigError if what the checkpoint of an adapter does not hold is gone."""
+    """Raise ConfigError if what a checkpoint does not hold is gone."""
     if checkpoint.manifest.base is None:
         return
     if "model_name_or_path" in gone:
         raise ConfigError(
             f"model_name_or_path={config.model_name_or_path!r} does not exist, and {checkpoint.path} holds "
-            "the adapter alone, without the model under it",
+            f"{checkpoint.manifest.holds}",
             hint="model_name_or_path=NEW, the folder where it is now; its weights must be the same",
         )
     name = config.adapter_name_or_path

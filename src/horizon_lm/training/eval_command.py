@@ -304,9 +304,15 @@ def _adapter_of(target: Target, config: TrainConfig, warn: Callable[[str], None]
             base = reference  # found next to a run that was moved
         yield _Added(folder, base, target.what)
         return
-    if target.checkpoints[0].manifest.base is None:
+    best = target.checkpoints[0]
+    if best.manifest.base is None:
         yield None
         return
+    if "adapter" not in best.manifest.state:
+        raise ConfigError(
+            f"{best.path} holds {best.manifest.holds}, which is no model by itself",
+            hint="train an adapter (adapter: lora) on packed weights",
+        )
     with ExitStack() as stack:
         yield _sound_adapter(target, config, warn, stack)
 

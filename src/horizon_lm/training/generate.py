@@ -54,6 +54,7 @@ class Generator:
         processor: Processor | None = None,
     ) -> None:
         self._model, self.tokenizer, self.device, self.processor = model, tokenizer, device, processor
+        self._no_processor: ConfigError | None = None  # why it could not be loaded
 
     @classmethod
     def load(
@@ -73,8 +74,12 @@ class Generator:
         tokenizer = load_tokenizer(str(place), trust_remote_code=trust_remote_code, key="model")
         adapter = Path(place) if has_adapter(Path(place)) else None
         weights = str(place) if adapter is None else base_here(adapter)
-        with quiet_transformers():
-            processor = load_processor(str(place), tokenizer, trust_remote_code=trust_remote_code)
+        processor, problem = None, None
+        try:
+            with quiet_transformers():
+                processor = load_processor(str(place), tokenizer, trust_remote_code=trust_remote_code)
+        except ConfigError as error:  # text needs none
+            problem = error
         try:
             with quiet_transformers():
                 model: Any = read_pretrained(
@@ -95,10 +100,14 @@ class Generator:
                 hint="pass a folder in Hugging Face format or a run's output_dir",
             ) from error
         chosen = _device_for(model, device)
-        return cls(model.to(chosen).eval(), tokenizer, chosen, processor)
+        made = cls(model.to(chosen).eval(), tokenizer, chosen, processor)
+        made._no_processor = problem
+        return made
 
     def pictures(self, files: Sequence[str]) -> list[Opened]:
         """Read pictures for a prompt. Raises ConfigError for a model of text alone, and DataError."""
+        if files and self._no_processor is not None:
+            raise self._no_processor
         if files and self.processor is None:
             raise ConfigError(
                 f"a {self._model.config.model_type} model is one of text alone, or comes without a "

@@ -126,7 +126,7 @@ class _Encoding:
             found = _per_picture(self._model.encode_images(_joined(batch)), batch)
             for key, features in zip(keys, found, strict=True):
                 pictures, number = todo[key]
-                self._check(features, pictures, number)
+                self._together.alike(partial(_check, features, pictures, number))
                 tokens += int(pictures.counts[number])
                 if self._writes:
                     self._cache.add(key, features)
@@ -159,16 +159,17 @@ class _Encoding:
     def _inputs(self, pictures: Pictures, number: int) -> dict[str, torch.Tensor]:
         return self._processor.inputs(pictures.load(number))
 
-    def _check(self, features: Features, pictures: Pictures, number: int) -> None:
-        """Raise DataError unless there is a feature for each placeholder."""
-        found = len(features["order"] if "order" in features else features["features"])
-        expected = int(pictures.counts[number])
-        if found != expected:
-            raise DataError(
-                f"the model gives {found:,} features for a picture that the processor writes {expected:,} "
-                "placeholders for",
-                hint="use the model's own processor, with the patch size of its config.json",
-            )
+
+def _check(features: Features, pictures: Pictures, number: int) -> None:
+    """Raise DataError unless there is a feature for each placeholder."""
+    found = len(features["order"] if "order" in features else features["features"])
+    expected = int(pictures.counts[number])
+    if found != expected:
+        raise DataError(
+            f"the model gives {found:,} features for a picture that the processor writes {expected:,} "
+            "placeholders for",
+            hint="use the model's own processor, with the patch size of its config.json",
+        )
 
 
 def _fits(batch: Sequence[Mapping[str, torch.Tensor]], own: Mapping[str, torch.Tensor]) -> bool:

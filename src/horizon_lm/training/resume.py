@@ -339,14 +339,16 @@ def load_checkpoint(checkpoint: Checkpoint, model: HostModel) -> None:
 
 def _check_part(checkpoint: Checkpoint, model: HostModel) -> None:
     """Raise CheckpointError unless the checkpoint holds what the model trains, on the same base."""
-    has_adapter = checkpoint.manifest.base is not None
-    if has_adapter != (model.store.spec.saved is not None):
-        what = ("an adapter", "a model without one") if has_adapter else ("a whole model", "an adapter")
+    has_part = checkpoint.manifest.base is not None
+    has_adapter = "adapter" in checkpoint.manifest.state
+    trains_adapter = model.skeleton.adapter is not None
+    if has_part != (model.store.spec.saved is not None) or has_adapter != trains_adapter:
+        trained = "an adapter" if trains_adapter else "a model without adapter"
         raise CheckpointError(
-            f"{checkpoint.path} holds {what[0]}, and {what[1]} is trained",
+            f"{checkpoint.path} holds {checkpoint.manifest.holds}, and {trained} is trained",
             hint="resume with the settings of the run; horizon export writes what it holds",
         )
-    if has_adapter:
+    if has_part:
         name = getattr(model.config, "_name_or_path", None)
         check_base(checkpoint, model.base_fingerprint(), name or None)
 
