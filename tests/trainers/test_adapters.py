@@ -275,7 +275,8 @@ def test_the_folder_of_an_adapter_is_trained_further(tmp_path: Path) -> None:
     results = []
     loaded = AutoModelForCausalLM.from_pretrained(base)
     for model in (str(folder), PeftModel.from_pretrained(loaded, folder, is_trainable=True)):
-        trainer = build("dpo", "llama", tmp_path / "run", ours=True, trainer={"model": model}, max_steps=3)
+        changes = {"max_steps": 3, "model_init_kwargs": {"dtype": "auto"} if model == str(folder) else None}
+        trainer = build("dpo", "llama", tmp_path / "run", ours=True, trainer={"model": model}, **changes)
         assert not trainer.begins_adapter
         trainer.train()
         results.append(digests(trainer.host))
