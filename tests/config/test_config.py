@@ -358,6 +358,7 @@ def test_errors_carry_message_hint_and_code() -> None:
         "DataError": 4,
         "CheckpointError": 5,
         "TornStateError": 5,
+        "OtherBaseError": 5,
         "NonFiniteError": 6,
         "LossSpikeError": 6,
         "UploadError": 7,

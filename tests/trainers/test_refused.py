@@ -179,6 +179,7 @@ def test_settings_of_the_arguments(tmp_path: Path) -> None:
         "device": "cpu",
         "dtype": "float32",
         "attn_implementation": "eager",
+        "experts_implementation": "auto",
         "trust_remote_code": True,
         "model_revision": "abc",
         "activations": "auto",

@@ -37,11 +37,10 @@ def host_of(model: Any, args: TrainingArguments, peft_config: Any = None) -> Hos
     if isinstance(model, HostModel):
         _check(model, args)
         return model
-    values = settings_of(args, model)
+    base, own = (model, ModelSettings()) if isinstance(model, nn.Module) else base_of(model, ModelSettings())
+    values = {**settings_of(args, base), "adapter_name_or_path": own.adapter_name_or_path}
     settings = model_settings("the trainer's model", values.pop("device"), values.pop("dtype"), values)
-    if not isinstance(model, nn.Module):
-        model, settings = base_of(model, settings)
-    loaded: Any = load_model_of(model, settings)
+    loaded: Any = load_model_of(base, settings)
     _ask_for_router_loss(loaded, args)
     if peft_config is not None:
         loaded = _with_adapter(loaded, peft_config, args.seed)
