@@ -18,6 +18,8 @@ from horizon_lm.config import TrainConfig
 from horizon_lm.config.python import model_settings
 from horizon_lm.model.pictures import vision_modules
 from horizon_lm.plan.outline import Outline
+from horizon_lm.plan.run_plan import plan_run
+from horizon_lm.plan.show import describe
 from horizon_lm.report.flops import model_flops
 from horizon_lm.training.train import train
 from plain_gradients import stream
@@ -89,6 +91,8 @@ def test_a_run_on_text_is_resumed_and_exported(tmp_path: Path) -> None:
     made.pre_tokenizer = pre_tokenizers.ByteLevel()
     made.train_from_iterator([text.read_text()], trainers.BpeTrainer(vocab_size=80, special_tokens=["</s>"]))
     PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>").save_pretrained(tmp_path / "model")
+    text_of_plan = describe(plan_run(settings(tmp_path / "model", tmp_path / "run")))
+    assert "qwen3_vl, 82,112 parameters, 3 layers\npictures   52,656 parameters of these see" in text_of_plan
     train(settings(tmp_path / "model", tmp_path / "run"))
     whole = small_runs.tensors_of(tmp_path / "run" / "checkpoint-3")
     for rest in ("checkpoint-3", "model"):

@@ -229,3 +229,19 @@ def test_a_model_object_is_left_as_it_was_after_a_failed_step() -> None:
         host.forward_backward([copy.copy(tokens) | pixels], loss_fn=fails)
     assert "get_image_features" not in vars(host.skeleton.pictures.base)
     assert host.forward_backward([tokens | pixels]).loss == loss
+
+
+def test_an_interrupted_encoding_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = stream(model_of("qwen3_vl"))
+    tokens, pixels = inputs("qwen3_vl", ROWS["one"])
+    loss = host.forward_backward([tokens | pixels]).loss
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(host.skeleton.pictures.base.visual), "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            host.forward_backward([tokens | pixels])
+    assert all(parameter.is_meta for parameter in host.skeleton.model.parameters())
+    assert host.forward_backward([tokens | pixels]).loss == loss

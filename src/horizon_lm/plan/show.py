@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from horizon_lm.memory.layout import UnitLayout
 from horizon_lm.plan.fleet_plan import FleetPlan, break_even
 from horizon_lm.plan.run_plan import RunPlan
 from horizon_lm.schedule.draw import text_timeline
@@ -24,6 +25,7 @@ def describe(plan: RunPlan, *, largest: bool = True, timeline: bool = False) -> 
         *_bytes("device", found.device),
         "choices",
     ]
+    lines[1:1] = _vision(outline.units)
     for choice in plan.choices:
         value = " ".join(choice.value) if isinstance(choice.value, list) else choice.value
         lines.append(f"  {choice.key + ' = ' + str(value):44} {choice.reason}")
@@ -39,6 +41,13 @@ def describe(plan: RunPlan, *, largest: bool = True, timeline: bool = False) -> 
     if largest:
         lines += ["", "largest that fits, one at a time, recomputing all layers", *_largest(plan)]
     return "\n".join([*lines, *(f"note: {note}" for note in plan.all_notes())])
+
+
+def _vision(units: Sequence[UnitLayout]) -> Iterable[str]:
+    """What a vision-language model has besides its language model."""
+    seeing = sum(p.numel for unit in units for p in unit.parameters if unit.name == "vision")
+    if seeing:
+        yield f"pictures   {parameters(seeing)} of these see pictures: frozen, no part of a step or its FLOPs"
 
 
 def _fleet(plan: FleetPlan | None, smallest: bool) -> Iterable[str]:
