@@ -31,7 +31,7 @@ from horizon_lm.bench.protocol import Case, System, tokens_of
 from horizon_lm.engine.policies import store_spec
 from horizon_lm.host_model import HostModel
 from horizon_lm.memory.arena import keep_freed_memory
-from horizon_lm.memory.store import regions
+from horizon_lm.memory.regions import regions
 from horizon_lm.model.configuration import configuration_of
 from horizon_lm.plan.outline import Outline
 

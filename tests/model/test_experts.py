@@ -114,6 +114,15 @@ def test_experts_are_no_word_for_a_dense_model() -> None:
     assert names == {n for n, _ in zoo.build("mixtral").named_parameters() if re.search("experts|lm_head", n)}
 
 
+@pytest.mark.parametrize("name", ["phimoe", "llama4_text", "deepseek_v4"])
+def test_routers_and_grouped_products_are_not_taken_for_linear_layers(name: str) -> None:
+    """PEFT's all-linear wraps every subclass of nn.Linear, and its forward then fails."""
+    with pytest.raises(UnsupportedModelError, match="which is not linear"):
+        host(name, adapter="lora")
+    host(name, adapter="lora", target_modules=["down_proj"] if name != "phimoe" else ["q_proj"])
+    assert host("falcon", adapter="lora", lora_r=2).num_parameters  # its own subclass is linear
+
+
 # ---- implementations -------------------------------------------------------------------------
 
 

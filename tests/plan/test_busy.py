@@ -12,6 +12,7 @@ from horizon_lm.config import ModelSettings, TrainConfig
 from horizon_lm.machine.profile import load_profile
 from horizon_lm.plan.busy import BUSY, compute_share
 from horizon_lm.plan.outline import Outline
+from horizon_lm.plan.predict import Prediction
 from horizon_lm.plan.run_plan import RunPlan, plan_run
 from horizon_lm.plan.show import describe
 
@@ -24,6 +25,11 @@ MIXTURE |= {"num_local_experts": 16, "num_experts_per_tok": 2}
 DENSE = COMMON | {"model_type": "llama", "intermediate_size": 1024}
 SETTINGS: dict[str, Any] = {"datasets": ["none.txt"], "max_length": 256, "resident": 0, "max_grad_norm": None}
 SETTINGS |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "rounds": 1}
+
+
+def settings_of(found: Prediction) -> TrainConfig:
+    assert isinstance(found.settings, TrainConfig)
+    return found.settings
 
 
 def plan_of(model: dict[str, Any], hardware: str = "h100-pcie", **settings: Any) -> RunPlan:
@@ -42,10 +48,10 @@ def test_the_gpu_is_busy_from_there_on_and_not_before(kind: str, plans: dict[str
     busy = plan.busy
     assert busy is not None and compute_share(plan.prediction) < BUSY <= compute_share(busy)
     number = busy.micro_batches
-    assert number > 1 and plan.planner.fits(busy.settings)
+    assert number > 1 and plan.planner.fits(settings_of(busy))
 
     def share(micro_batches: int) -> float:
-        changed = busy.settings.replace(gradient_accumulation_steps=micro_batches)
+        changed = settings_of(busy).replace(gradient_accumulation_steps=micro_batches)
         return compute_share(plan.planner.predict(changed))
 
     assert share(number - max(1, number // 16) - 1) < BUSY
@@ -87,9 +93,9 @@ def test_a_wait_for_the_bus_is_answered_by_tokens() -> None:
     assert found is not None and waiting.busy is not None
     assert found[3] == f"{waiting.busy.tokens_per_second:,.0f}"
     more = plan.config.replace(gradient_accumulation_steps=int(found[2]))
-    assert compute_share(waiting.planner.predict(waiting.busy.settings)) >= BUSY
+    assert compute_share(waiting.planner.predict(settings_of(waiting.busy))) >= BUSY
     assert waiting.planner.predict(more).tokens == waiting.busy.tokens
-    enough = RunPlan(waiting.busy.settings, plan.planner, waiting.busy, plan.choices, [], "slow")
+    enough = RunPlan(settings_of(waiting.busy), plan.planner, waiting.busy, plan.choices, [], "slow")
     assert enough.all_notes() == []
     on_cpu = plan_of(DENSE, "cpu-2core", resident="auto")
     assert on_cpu.busy is None and "the GPU" not in describe(on_cpu, largest=False)

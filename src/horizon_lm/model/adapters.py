@@ -26,6 +26,7 @@ from horizon_lm.model.adapter_files import read_adapter_config, read_adapter_wei
 from horizon_lm.model.configuration import reason_of
 from horizon_lm.model.pictures import excluded_modules, freeze_vision
 from horizon_lm.model.pretrained import seeded
+from horizon_lm.model.targets import odd_target
 from horizon_lm.model.trained import choose_trained
 
 _PREFIX = "base_model.model."  # of the base model's names in a PeftModel
@@ -364,6 +365,8 @@ def _check(adapter: Adapter) -> None:
             "the adapter is merged into the model", "unmerge_adapter(), or load the base and the adapter"
         )
     model = adapter.model
+    if (odd := odd_target(model)) is not None:
+        raise _refuse(f"it changes {odd}, which is not linear", "list linear layers alone in target_modules")
     if not isinstance(model.get_input_embeddings(), nn.Embedding):
         raise _refuse(
             "it changes or trains the embedding table",
