@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -45,11 +45,11 @@ class Adapter:
 
     peft_model: the `PeftModel` around the model. name: PEFT's name of the adapter that is trained.
     keeps_dtypes: whether its parameters are computed in the dtype they have, as in a PeftModel of the
-    caller's, and not in that of the model.
+    caller's, and not in that of the model. is_new: whether it was made just now, so that it changes nothing.
     """
 
-    def __init__(self, peft_model: Any, *, keeps_dtypes: bool) -> None:
-        self.peft_model, self.keeps_dtypes = peft_model, keeps_dtypes
+    def __init__(self, peft_model: Any, *, keeps_dtypes: bool, is_new: bool = False) -> None:
+        self.peft_model, self.keeps_dtypes, self.is_new = peft_model, keeps_dtypes, is_new
         self.name = str(peft_model.active_adapters[0])
         self._switches: list[Any] = [m for m in self.model.modules() if isinstance(m, _layer_classes())]
 
@@ -85,6 +85,17 @@ class Adapter:
     def is_part(self, name: str) -> bool:
         """Whether a parameter, by its name in the model, is not one of the base."""
         return is_adapters(name, self.name)
+
+    def magnitude(self, name: str, weight: Callable[[str], torch.Tensor]) -> torch.Tensor | None:
+        """Return the value with which a new DoRA's magnitude begins on the base's weights; None for any other
+        parameter. name: in the model. weight: returns a parameter by its name in the model."""
+        path, found, _ = name.partition(f".lora_magnitude_vector.{self.name}.weight")
+        if not found or not self.is_new:
+            return None
+        dora = self.model.get_submodule(path).lora_magnitude_vector[self.name]
+        base = weight(f"{path}.base_layer.weight")
+        norm: torch.Tensor = dora.get_weight_norm(base, torch.zeros((), dtype=base.dtype), 1.0)
+        return norm
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -247,7 +258,7 @@ def _added(model: Any, settings: ModelSettings, has_values: bool) -> Adapter | N
         ) from error
     if not has_values:
         _move_from_meta(model, device)
-    adapter = Adapter(peft_model, keeps_dtypes=False)
+    adapter = Adapter(peft_model, keeps_dtypes=False, is_new=name is None)
     if name is None:
         _check_names(adapter, settings)
     if weights is not None:

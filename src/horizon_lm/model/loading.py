@@ -230,12 +230,9 @@ def fill_store(
     for unit, layout in enumerate(store.units):
         values = room[: layout.packed_numel].zero_()  # gaps are packed as well
         _adopt_unit(skeleton, store, unit, values, base)
-        stored = store.run("packed", unit) if layout.packed_numel else values
-        if not layout.packed_numel or (base_cache is not None and base_cache.read(values, stored)):
-            continue
-        store.pack(unit, values)
-        if base_cache is not None:
-            base_cache.write(values, stored)
+        if layout.packed_numel:
+            _pack(store, unit, values, base_cache)
+            _adopt_magnitudes(skeleton, store, unit)
     return_free_memory()
 
 
@@ -252,3 +249,24 @@ def _adopt_unit(
             layout.view(values, parameter).copy_(value)
         else:
             store.adopt(name, value)
+
+
+def _pack(store: HostStore, unit: int, values: torch.Tensor, base_cache: BaseCache | None) -> None:
+    stored = store.run("packed", unit)
+    if base_cache is not None and base_cache.read(values, stored):
+        return
+    store.pack(unit, values)
+    if base_cache is not None:
+        base_cache.write(values, stored)
+
+
+def _adopt_magnitudes(skeleton: Skeleton, store: HostStore, unit: int) -> None:
+    """Let a new DoRA begin with the magnitudes of the weights as they are packed, not as they were: only so
+    does it change nothing at first."""
+    adapter = skeleton.adapter
+    if adapter is None:
+        return
+    for parameter in store.units[unit].trainable:
+        value = adapter.magnitude(parameter.name, store.weight)
+        if value is not None:
+            store.adopt(parameter.name, value)
