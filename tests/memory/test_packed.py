@@ -195,6 +195,21 @@ def test_a_packed_weight_is_read_as_it_is_computed_with() -> None:
     assert 0 < error < 0.3 * plain[f"{name}.weight"].abs().max()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_new_dora_changes_nothing_at_first(dtype: str) -> None:
+    """Its magnitudes are those of the packed weights: with those of the weights as they were, it would."""
+    model = host("llama", adapter="dora", base_dtype="nf4", dtype=dtype)
+    batch = batches("llama", 0, 1)
+    with_adapter = model.evaluate(batch).loss
+    assert with_adapter == model.evaluate(batch, adapter=False).loss
+    before = host("llama", adapter="dora", dtype=dtype)
+    masters = {name: value for name, value in before.named_parameters() if "magnitude" in name}
+    assert masters
+    for name, value in masters.items():
+        model.store.adopt(name, value)
+    assert model.evaluate(batch).loss != with_adapter
+
+
 def test_an_adapter_is_saved_and_a_packed_model_is_not(tmp_path: Path) -> None:
     host("llama", base_dtype="nf4").save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
