@@ -231,7 +231,7 @@ CASES: dict[str, Case] = {
     ),
     # Packed parts.
     "a whole model, packed": Case(
-        host(base_dtype="nf4"), ("base_dtype=nf4", "none are frozen"), "set adapter: lora"
+        host(base_dtype="nf4"), ("base_dtype=nf4", "none are frozen"), "set adapter=lora"
     ),
     "a packed base in an exact reduction": Case(
         host(adapter="lora", base_dtype="int8", reduction="exact"),

@@ -95,7 +95,7 @@ def _packed(settings: ModelSettings, shape: ModelShape, world: int) -> frozenset
     if not found:
         raise ConfigError(
             f"base_dtype={packing} packs frozen linear weights of layers, and none are frozen",
-            hint="set adapter: lora, freeze: [PATTERN], or leave base_dtype out",
+            hint="set adapter=lora or freeze=[PATTERN], or leave base_dtype out",
         )
     return found
 

@@ -256,6 +256,7 @@ def _pack(store: HostStore, unit: int, values: torch.Tensor, base_cache: BaseCac
     if base_cache is not None and base_cache.read(values, stored):
         return
     store.pack(unit, values)
+    return_free_memory()  # pieces of a unit would leave holes among those of the next
     if base_cache is not None:
         base_cache.write(values, stored)
 
