@@ -241,7 +241,8 @@ def evaluate_target(
 def _rows(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Processor | None, Rows]:
     """Return the model's processor, if any, and the sequences to evaluate on."""
     if not config.val_size:
-        processor, encoder = with_processor(config, tokenizer)
+        read = config.replace(datasets=config.eval_datasets) if config.eval_datasets else config
+        processor, encoder = with_processor(read, tokenizer)
         return processor, load_eval_rows(config, encoder)
     data = load_training_data(config, tokenizer)
     assert data.eval_rows is not None
