@@ -265,7 +265,7 @@ class ModelSettings(AdapterSettings):
                 )
         if self.allow_missing and self.has_adapter:
             yield fault(
-                "allow_missing leaves random weights in the base, and an adapter neither trains nor saves them",
+                "allow_missing puts random weights in the base; an adapter neither trains nor saves them",
                 key="allow_missing",
                 hint="leave the key out; name a model with all its weights",
             )
