@@ -311,7 +311,7 @@ def _adapter_of(target: Target, config: TrainConfig, warn: Callable[[str], None]
         return
     if "adapter" not in best.manifest.state:
         raise ConfigError(
-            f"{best.path} holds {best.manifest.holds}, which is no model by itself",
+            f"{best.path} holds {best.manifest.holds}, which is not a model by itself",
             hint="train an adapter (adapter: lora) on packed weights",
         )
     with ExitStack() as stack:
