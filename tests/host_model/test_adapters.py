@@ -285,6 +285,12 @@ def for_inference() -> Any:
     return model
 
 
+def trained_beside() -> Any:
+    model = adapted("llama")
+    model.get_base_model().model.norm.weight.requires_grad_(True)
+    return model
+
+
 def prompts() -> Any:
     return peft.get_peft_model(
         zoo.build("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
@@ -304,6 +310,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "two active adapters": (two_active, {}, "2 active adapters"),
     "a name of the model's own": (lambda: called("mlp"), {}, "is called 'mlp'"),
     "nothing trained": (for_inference, {}, "is trained"),
+    "a weight of the base": (trained_beside, {}, "norm.weight is trained too"),
     "an adapter on top": (lambda: adapted("llama"), {"adapter": "lora"}, "ask for another"),
     "the base of a PeftModel": (lambda: adapted("llama").get_base_model(), {}, "has layers of an adapter"),
     "table": (lambda: adapted("llama", modules_to_save=["embed_tokens"]), {}, "embedding table"),

@@ -164,13 +164,37 @@ def test_a_saved_adapter_is_trained_further(
     assert [step for step, _ in losses_of(further)] == [1, 2, 3, 4]
 
 
+def test_a_saved_adapter_of_other_settings_does_not_go_on(
+    run: Path, text: Path, base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Its tensors fit, and it would compute something else."""
+    further, folder = tmp_path / "further", shutil.copytree(run / "model", tmp_path / "adapter")
+    values = adapter_values(text, further, base, adapter_name_or_path=str(folder), max_steps=1)
+    train({k: v for k, v in values.items() if k not in ("adapter", "lora_r")})
+    config = json.loads((folder / "adapter_config.json").read_text())
+    changed = {**config, "lora_alpha": 1, "a_new_key": 1, "peft_version": "9"}
+    (folder / "adapter_config.json").write_text(json.dumps(changed))
+    capsys.readouterr()
+    assert cli.main(["resume", str(further), "max_steps=2"]) == 2
+    shown = capsys.readouterr().err
+    assert f"adapter_name_or_path='{folder}' is not the adapter of" in shown
+    assert "lora_alpha was 32, is 1" in shown and "hint: horizon export" in shown
+    (folder / "adapter_config.json").write_text(json.dumps({**changed, "lora_alpha": 32}))
+    assert cli.main(["resume", str(further), "max_steps=2"]) == 0  # the control
+
+
 def test_a_finished_run_names_the_way_on(run: Path, tmp_path: Path, capsys: Any) -> None:
     copy = shutil.copytree(run, tmp_path / "run")
     for checkpoint in copy.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     capsys.readouterr()
     assert cli.main(["resume", str(copy)]) == 0
-    assert f"adapter_name_or_path={copy / 'model'}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"adapter_name_or_path={copy / 'model'}" in shown
+    command = shown[shown.index("horizon train ") : shown.index("; save_last")].split()[1:]
+    assert "lora_r=16" in command  # which the run had set, and the adapter's folder says
+    command = [text.replace("=NEW", f"={tmp_path / 'new'}") for text in command]
+    assert cli.main([*command, "--dry-run"]) == 0
     assert (
         cli.main(["train", f"model_name_or_path={copy}", "datasets=a.jsonl", f"output_dir={tmp_path / 'a'}"])
         == 2
