@@ -33,6 +33,7 @@ from horizon_lm.config import ModelSettings
 from horizon_lm.engine.policies import DTYPES
 from horizon_lm.errors import CheckpointError, ConfigError, OtherBaseError
 from horizon_lm.io import files
+from horizon_lm.model.adapter_files import read_adapter_config
 
 # Weights, and pickles that trainers leave beside an adapter.
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -88,8 +89,13 @@ def merge_folder(folder: Path, target: Path, form: Form) -> str:
     form: its dtype None is that of the base. Raises ConfigError, DataError, DoesNotFitError.
     """
     _check_new(target)
-    base = (form.merge.base if form.merge is not None else None) or base_of(folder)
-    settings = ModelSettings(adapter_name_or_path=str(folder), trust_remote_code=form.trust_remote_code)
+    given = form.merge.base if form.merge is not None else None
+    base = given or base_of(folder)
+    settings = ModelSettings(
+        adapter_name_or_path=str(folder),
+        trust_remote_code=form.trust_remote_code,
+        model_revision=None if given else read_adapter_config(str(folder)).revision,
+    )
     made = merged(settings, base, form.dtype, lambda found: None)
 
     def write(staging: Path) -> None:

@@ -290,6 +290,7 @@ def _configured(settings: ModelSettings) -> Any:
             use_rslora=settings.use_rslora,
             use_dora=settings.adapter == "dora",
             task_type="CAUSAL_LM",
+            revision=settings.model_revision,  # of the base, as PEFT reads it
         )
     config = read_adapter_config(name)
     kind = {"none": None, "lora": False, "dora": True}[settings.adapter]

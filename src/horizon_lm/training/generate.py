@@ -77,6 +77,10 @@ class Generator:
         tokenizer = load_tokenizer(str(place), trust_remote_code=trust_remote_code, key="model")
         adapter = Path(place) if has_adapter(Path(place)) else None
         weights = str(place) if adapter is None else base_here(adapter)
+        options: dict[str, Any] = {"local_files_only": Path(weights).is_dir()}
+        revision = None if adapter is None else read_adapter_config(str(adapter)).revision
+        if revision and not options["local_files_only"]:
+            options["revision"] = revision
         processor, problem = None, None
         try:
             with quiet_transformers():
@@ -91,7 +95,7 @@ class Generator:
                     dtype="auto",
                     use_safetensors=True,
                     trust_remote_code=trust_remote_code,
-                    local_files_only=Path(weights).is_dir(),
+                    **options,
                 )
                 if adapter is not None:
                     model = _with_adapter(model, adapter)
