@@ -19,6 +19,7 @@ from horizon_lm.config import ModelSettings, TrainConfig
 from horizon_lm.errors import ConfigError, DataError, HorizonError, UnsupportedModelError
 from horizon_lm.model.loading import count_parameters
 from horizon_lm.plan.outline import Outline, model_config
+from horizon_lm.trainers.generation import named_weights
 from peft_models import PREFIX, adapted, differing, host, shake, trained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -255,6 +256,8 @@ def test_another_adapter_of_the_model_stays_as_it_is(tmp_path: Path) -> None:
     streamed.save_pretrained(tmp_path / "tuned")
     assert {path.name for path in (tmp_path / "tuned").iterdir()} >= {"adapter_model.safetensors"}
     peft.PeftModel.from_pretrained(zoo.build("llama"), tmp_path / "tuned")
+    sent = [name for name, _ in named_weights(streamed)]
+    assert sorted(sent) == sorted(name for name, _ in zoo.build("llama").named_parameters())
 
 
 # What is refused, by name.
