@@ -21,10 +21,13 @@ from adapter_runs import run as run
 from adapter_runs import text as text
 from horizon_lm import cli
 from horizon_lm.checkpoint.disk import Disk
+from horizon_lm.checkpoint.exported import Form, Merge, merge_folder
 from horizon_lm.checkpoint.writer import CheckpointWriter
 from horizon_lm.host_model import HostModel
 from horizon_lm.memory.shards import Shard
+from horizon_lm.trainers.generation import named_weights
 from horizon_lm.training.train import train
+from peft_models import adapted, host
 from rank_checkpoints import share, write
 from rank_saves import large_model, snapshot_of
 from sizes import SOAK
@@ -146,6 +149,39 @@ def test_other_families_are_merged(name: str, tmp_path: Path) -> None:
     assert contents(tmp_path / "out").keys() == contents(tmp_path / "base").keys()
     own = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "base").named_parameters())
     assert any(not torch.equal(p, own[key]) for key, p in found.named_parameters())  # the control
+
+
+def test_layers_that_are_exchanged_are_merged(tmp_path: Path) -> None:
+    """LN_TUNING puts a module in the place of another; and weights for another engine are the same, twice."""
+    zoo.build("llama").save_pretrained(tmp_path / "base")
+    model = adapted("llama", type="LNTuningConfig", target_modules=["input_layernorm", "norm"])
+    model.save_pretrained(tmp_path / "adapter")
+    expected = by_peft(tmp_path / "adapter", tmp_path / "base").merge_and_unload()
+    weights = {name: p.detach() for name, p in expected.named_parameters()}
+    merge_folder(tmp_path / "adapter", tmp_path / "out", Form(merge=Merge(str(tmp_path / "base"))))
+    assert same(contents(tmp_path / "out"), weights)
+    assert not same(contents(tmp_path / "base"), weights)  # the control
+    streamed = host(model)
+    for _ in range(2):
+        assert same({name: value.clone() for name, value in named_weights(streamed)}, weights)
+
+
+def test_a_merged_folder_has_a_tokenizer_and_no_pickles(run: Path, base: Path, tmp_path: Path) -> None:
+    """PEFT and other trainers save pickles and no tokenizer beside an adapter."""
+    folder = shutil.copytree(run / "model", tmp_path / "adapter")
+    for path in folder.glob("*token*"):
+        path.unlink()
+    for name in ("training_args.bin", "optimizer.pt", "rng_state.pth", "trainer_state.json"):
+        (folder / name).write_bytes(b"0")
+    (folder / "generation_config.json").write_bytes(b"0")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert cli.main(["export", str(folder), str(tmp_path / "out"), "--merge"]) == 0
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    wanted = {"config.json", "generation_config.json", "model.safetensors", "chat_template.jinja"}
+    assert found - wanted == {"tokenizer.json", "tokenizer_config.json"}
+    own, theirs = (AutoTokenizer.from_pretrained(place) for place in (tmp_path / "out", base))
+    assert own("the store").input_ids == theirs("the store").input_ids
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 def test_wrong_merges_are_one_line(run: Path, base: Path, text: Path, tmp_path: Path, capsys: Any) -> None:

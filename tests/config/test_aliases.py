@@ -207,6 +207,10 @@ ADAPTERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"adapter": "lora", "base_dtype": "nf4", "lora_r": 8},
     ),
     "qlora alone": ({"adapter": "qlora"}, {"adapter": "lora", "base_dtype": "nf4"}),
+    "qlora, and not int8": (
+        {"adapter": "qlora", "load_in_8bit": False},
+        {"adapter": "lora", "base_dtype": "nf4"},
+    ),
     "axolotl's empty adapter": ({"adapter": None}, {"adapter": "none", "base_dtype": "auto"}),
     "axolotl's dora": ({"adapter": "lora", "peft_use_dora": True}, {"adapter": "dora"}),
     "llama-factory": (
@@ -284,3 +288,25 @@ def test_adapters_on_the_command_line(tmp_path: Path) -> None:
     for wrong in (["adapter=lora", "use_peft=false"], ["load_in_4bit=true", "load_in_8bit=true"]):
         with pytest.raises(ConfigError, match="are the same setting"):
             load_config(path, wrong)
+
+
+@pytest.mark.parametrize(
+    ("lines", "override", "key", "meant"),
+    [
+        ("use_dora: true", "use_dora=false", "adapter", "lora"),
+        ("peft_use_dora: true", "peft_use_dora=false", "adapter", "lora"),
+        ("load_in_4bit: true", "load_in_4bit=false", "base_dtype", "auto"),
+        ("load_in_8bit: true", "load_in_8bit=false", "base_dtype", "auto"),
+        ("quantization_bit: 4", "quantization_bit=null", "base_dtype", "auto"),
+        ("load_in_8bit: true", "load_in_4bit=false", "base_dtype", "int8"),
+    ],
+)
+def test_the_command_line_switches_off_what_a_file_switched_on(
+    lines: str, override: str, key: str, meant: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path, f"model_name_or_path: m\ndatasets: a.txt\nadapter: lora\n{lines}\n")
+    config, notes = load_config(path, [override])
+    assert getattr(config, key) == meant
+    name = override.partition("=")[0]
+    is_said = f"command line: '{name}' is off, so {key} is {meant}" in notes
+    assert is_said == (meant != "int8"), notes

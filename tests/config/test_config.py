@@ -344,6 +344,12 @@ def test_model_settings_are_a_subset_of_the_same_names() -> None:
     assert "horizon train" in (caught.value.hint or "")
 
 
+def test_a_model_that_is_not_trained_has_nothing_that_is() -> None:
+    asked = {"adapter": "dora", "lora_r": 3, "use_rslora": True, "freeze": ["a"], "train": ["b"]}
+    asked |= {"train_projector": True, "lr_factors": {"a": 2.0}}
+    assert ModelSettings(**asked, base_dtype="nf4").untrained() == ModelSettings(base_dtype="nf4")
+
+
 def test_errors_carry_message_hint_and_code() -> None:
     error = errors.DataError("no text", "give a file")
     assert str(error) == "no text\n  hint: give a file"

@@ -19,6 +19,7 @@ from horizon_lm.config import ModelSettings, TrainConfig
 from horizon_lm.errors import ConfigError, DataError, HorizonError, UnsupportedModelError
 from horizon_lm.model.loading import count_parameters
 from horizon_lm.plan.outline import Outline, model_config
+from horizon_lm.trainers.generation import named_weights
 from peft_models import PREFIX, adapted, differing, host, shake, trained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -255,6 +256,8 @@ def test_another_adapter_of_the_model_stays_as_it_is(tmp_path: Path) -> None:
     streamed.save_pretrained(tmp_path / "tuned")
     assert {path.name for path in (tmp_path / "tuned").iterdir()} >= {"adapter_model.safetensors"}
     peft.PeftModel.from_pretrained(zoo.build("llama"), tmp_path / "tuned")
+    sent = [name for name, _ in named_weights(streamed)]
+    assert sorted(sent) == sorted(name for name, _ in zoo.build("llama").named_parameters())
 
 
 # What is refused, by name.
@@ -285,6 +288,12 @@ def for_inference() -> Any:
     return model
 
 
+def trained_beside() -> Any:
+    model = adapted("llama")
+    model.get_base_model().model.norm.weight.requires_grad_(True)
+    return model
+
+
 def prompts() -> Any:
     return peft.get_peft_model(
         zoo.build("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
@@ -304,6 +313,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "two active adapters": (two_active, {}, "2 active adapters"),
     "a name of the model's own": (lambda: called("mlp"), {}, "is called 'mlp'"),
     "nothing trained": (for_inference, {}, "is trained"),
+    "a weight of the base": (trained_beside, {}, "norm.weight is trained too"),
     "an adapter on top": (lambda: adapted("llama"), {"adapter": "lora"}, "ask for another"),
     "the base of a PeftModel": (lambda: adapted("llama").get_base_model(), {}, "has layers of an adapter"),
     "table": (lambda: adapted("llama", modules_to_save=["embed_tokens"]), {}, "embedding table"),

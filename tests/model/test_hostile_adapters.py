@@ -16,9 +16,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import horizon_lm as hz
 import zoo
+from adapter_runs import make_base
 from horizon_lm.errors import ConfigError, DataError, HorizonError, UnsupportedModelError
 from horizon_lm.training.generate import Generator
 from sizes import times
@@ -164,6 +166,47 @@ def test_code_of_the_base_that_an_adapter_names_is_not_run(source: Path, tmp_pat
     with pytest.raises(Exception):  # noqa: B017  (the control: the code is no model)
         hz.HostModel.from_pretrained(folder, device="cpu", trust_remote_code=True)
     assert canary.exists()
+
+
+def test_an_adapter_that_is_run_reads_nothing_else(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kinds of PEFT that load further adapters, vectors or modules, which it looks for itself."""
+    base, folder, canary = make_base(tmp_path / "base"), tmp_path / "adapter", tmp_path / "canary"
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    honest = (folder / CONFIG).read_text()
+    Generator.load(folder, device="cpu")  # the control
+    (tmp_path / "path" / "megatron").mkdir(parents=True)
+    for name in ("__init__.py", "trap.py"):
+        text = f"import os\nos.mkdir({str(canary)!r})\n"
+        (tmp_path / "path" / "megatron" / name).write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path / "path"))
+    for changes, said in (
+        ({"megatron_config": {"a": 1}, "megatron_core": "megatron.trap"}, "megatron_config"),
+        ({"peft_type": "XLORA", "hidden_size": 8, "adapters": {"a": str(source)}}, "XLORA"),
+        ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}, "PROMPT_TUNING"),
+    ):
+        configured(**changes)(folder)
+        with pytest.raises(UnsupportedModelError, match=said) as caught:
+            Generator.load(folder, device="cpu")
+        assert caught.value.hint and not canary.exists()
+        (folder / CONFIG).write_text(honest)
+
+
+def test_an_adapter_that_is_run_is_whole(tmp_path: Path) -> None:
+    """PEFT would go on without the missing weights."""
+    base, folder = make_base(tmp_path / "base"), tmp_path / "adapter"
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    weights = load_file(folder / WEIGHTS)
+    save_file({name: w for name, w in weights.items() if "v_proj" not in name}, folder / WEIGHTS)
+    with pytest.raises(HorizonError, match="missing adapter keys"):
+        Generator.load(folder, device="cpu")
 
 
 REFUSED: dict[str, tuple[Change, str]] = {

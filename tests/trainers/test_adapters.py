@@ -238,6 +238,20 @@ def test_a_checkpoint_of_another_adapter_or_base_is_refused(tmp_path: Path) -> N
             trainer.train(resume_from_checkpoint=checkpoint)
 
 
+def test_a_foreign_checkpoint_of_an_adapter_is_refused_by_name(tmp_path: Path) -> None:
+    """As transformers' own Trainer leaves it, and a folder of PEFT alone; both are the way on."""
+    folder = tmp_path / "run" / "checkpoint-3"
+    adapted("llama").save_pretrained(folder)
+    trainer = build("sft", "llama", tmp_path / "new", ours=True, trainer={"peft_config": LoraConfig(**LORA)})
+    with pytest.raises(CheckpointError, match="holds an adapter without the optimizer's state") as caught:
+        trainer.train(resume_from_checkpoint=str(folder))
+    assert caught.value.hint and f"pass {folder} as the trainer's model" in caught.value.hint
+    (folder / "optimizer.pt").write_bytes(b"0")
+    for place in (folder, folder.parent):
+        with pytest.raises(CheckpointError, match=r"whose optimizer\.pt is a pickle"):
+            trainer.train(resume_from_checkpoint=str(place))
+
+
 def changed_base() -> Any:
     model = small_model("llama")
     with torch.no_grad():

@@ -18,9 +18,16 @@ from adapter_runs import text as text
 from faulty_runs import events
 from faulty_runs import losses as losses
 from horizon_lm import cli
+from horizon_lm.checkpoint.exported import Form, Merge, merge_folder
 from horizon_lm.checkpoint.folder import list_checkpoints
 from horizon_lm.checkpoint.units import as_bytes
+from horizon_lm.config import ModelSettings
 from horizon_lm.errors import ConfigError
+from horizon_lm.host_model import HostModel
+from horizon_lm.model import loading
+from horizon_lm.model.loading import base_of
+from horizon_lm.training import generate
+from horizon_lm.training.eval_command import target_of
 from horizon_lm.training.generate import Generator, Sampling
 from horizon_lm.training.sample import weight_bytes
 from horizon_lm.training.train import train
@@ -164,13 +171,72 @@ def test_a_saved_adapter_is_trained_further(
     assert [step for step, _ in losses_of(further)] == [1, 2, 3, 4]
 
 
+def test_a_saved_adapter_of_other_settings_does_not_go_on(
+    run: Path, text: Path, base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Its tensors fit, and it would compute something else."""
+    further, folder = tmp_path / "further", shutil.copytree(run / "model", tmp_path / "adapter")
+    values = adapter_values(text, further, base, adapter_name_or_path=str(folder), max_steps=1)
+    train({k: v for k, v in values.items() if k not in ("adapter", "lora_r")})
+    config = json.loads((folder / "adapter_config.json").read_text())
+    changed = {**config, "lora_alpha": 1, "a_new_key": 1, "peft_version": "9"}
+    (folder / "adapter_config.json").write_text(json.dumps(changed))
+    capsys.readouterr()
+    assert cli.main(["resume", str(further), "max_steps=2"]) == 2
+    shown = capsys.readouterr().err
+    assert f"adapter_name_or_path='{folder}' is not the adapter of" in shown
+    assert "lora_alpha was 32, is 1" in shown and "hint: horizon export" in shown
+    (folder / "adapter_config.json").write_text(json.dumps({**changed, "lora_alpha": 32}))
+    assert cli.main(["resume", str(further), "max_steps=2"]) == 0  # the control
+
+
+def test_the_revision_of_a_base_is_kept(
+    run: Path, text: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the adapter's folder, as PEFT has it, and whoever loads the base by its name asks for it."""
+    place, commit = tmp_path / "run", "a" * 40
+    train(adapter_settings(text, place, base, max_steps=1, model_revision=commit))
+    folder = place / "model"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["revision"] == commit
+    assert target_of(str(place), [])[0].config.model_revision == commit
+    assert target_of(str(place / "checkpoint-1"), [])[0].config.model_revision == commit
+    assert base_of(folder, ModelSettings())[1].model_revision == commit
+    config["base_model_name_or_path"] = "owner/base"
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    found: list[Any] = []
+
+    def stop(*_: Any, **options: Any) -> None:
+        found.append(options.get("revision"))
+        raise ConfigError("stopped", hint="none")
+
+    monkeypatch.setattr(generate, "base_here", lambda _: "owner/base")
+    monkeypatch.setattr(generate, "read_pretrained", stop)
+    monkeypatch.setattr(loading, "read_pretrained", stop)
+    monkeypatch.setattr(loading, "require_reachable", lambda *_: None)
+    for load in (
+        lambda: Generator.load(folder, device="cpu"),
+        lambda: HostModel.from_pretrained(folder, device="cpu"),
+        lambda: merge_folder(folder, tmp_path / "out", Form(merge=Merge())),
+        lambda: merge_folder(folder, tmp_path / "out", Form(merge=Merge("other/base"))),  # the control
+    ):
+        with pytest.raises(ConfigError, match="stopped"):
+            load()
+    assert found == [commit, commit, commit, None]
+
+
 def test_a_finished_run_names_the_way_on(run: Path, tmp_path: Path, capsys: Any) -> None:
     copy = shutil.copytree(run, tmp_path / "run")
     for checkpoint in copy.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     capsys.readouterr()
     assert cli.main(["resume", str(copy)]) == 0
-    assert f"adapter_name_or_path={copy / 'model'}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"adapter_name_or_path={copy / 'model'}" in shown
+    command = shown[shown.index("horizon train ") : shown.index("; save_last")].split()[1:]
+    assert "lora_r=16" in command  # which the run had set, and the adapter's folder says
+    command = [text.replace("=NEW", f"={tmp_path / 'new'}") for text in command]
+    assert cli.main([*command, "--dry-run"]) == 0
     assert (
         cli.main(["train", f"model_name_or_path={copy}", "datasets=a.jsonl", f"output_dir={tmp_path / 'a'}"])
         == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from horizon_lm.checkpoint.adapted import (
     write_adapter,
 )
 from horizon_lm.checkpoint.card import WHOLE, Part, adapter_part, model_card
-from horizon_lm.checkpoint.export import aliases_of, write_folder, write_model
+from horizon_lm.checkpoint.export import aliases_of, tokenizer_saver, write_folder, write_model
 from horizon_lm.checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, candidates
 from horizon_lm.checkpoint.merge import merged
 from horizon_lm.checkpoint.model import (
@@ -32,6 +33,10 @@ from horizon_lm.config import ModelSettings
 from horizon_lm.engine.policies import DTYPES
 from horizon_lm.errors import CheckpointError, ConfigError, OtherBaseError
 from horizon_lm.io import files
+from horizon_lm.model.adapter_files import read_adapter_config
+
+# Weights, and pickles that trainers leave beside an adapter.
+_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -84,17 +89,26 @@ def merge_folder(folder: Path, target: Path, form: Form) -> str:
     form: its dtype None is that of the base. Raises ConfigError, DataError, DoesNotFitError.
     """
     _check_new(target)
-    base = (form.merge.base if form.merge is not None else None) or base_of(folder)
-    settings = ModelSettings(adapter_name_or_path=str(folder), trust_remote_code=form.trust_remote_code)
+    given = form.merge.base if form.merge is not None else None
+    base = given or base_of(folder)
+    settings = ModelSettings(
+        adapter_name_or_path=str(folder),
+        trust_remote_code=form.trust_remote_code,
+        model_revision=None if given else read_adapter_config(str(folder)).revision,
+    )
     made = merged(settings, base, form.dtype, lambda found: None)
 
     def write(staging: Path) -> None:
         aliases = aliases_of(made.hollow)
         write_model(made.hollow, aliases, made.groups, staging, made.dtype, form.max_shard_size)
         for path in sorted(folder.iterdir()):
-            is_adapters = path.name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md")
-            if path.is_file() and not is_adapters and not path.name.endswith(".safetensors"):
+            is_known = path.name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, "README.md", *TRAINER_FILES)
+            is_new = not is_known and path.suffix not in _NOT_COPIED and not (staging / path.name).exists()
+            if is_new and path.is_file():
                 files.write_file(staging / path.name, files.read_bytes(path), below=staging)
+        if not (staging / "tokenizer_config.json").exists():  # PEFT saves none
+            with suppress(ConfigError):
+                tokenizer_saver(base, form.trust_remote_code)(staging)
 
     write_folder(target, write)
     return base
@@ -155,7 +169,7 @@ def _export_merged(checkpoint: Checkpoint, target: Path, form: Form) -> None:
         settings = ModelSettings(
             adapter_name_or_path=str(adapter),
             trust_remote_code=form.trust_remote_code,
-            model_revision=checkpoint.manifest.config.get("model_revision"),
+            model_revision=None if form.merge.base else checkpoint.manifest.config.get("model_revision"),
         )
         check = partial(check_base, checkpoint, name=base)
         made = merged(settings, base, form.dtype_of(checkpoint), check)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from horizon_lm.checkpoint import folder as checkpoints
 from horizon_lm.checkpoint import manifest
 from horizon_lm.checkpoint.folder import Checkpoint, Rejected, RunFolder
+from horizon_lm.config.adapters import OF_NEW, AdapterSettings
 from horizon_lm.errors import CheckpointError, ConfigError, HorizonError
 from horizon_lm.io import files
 from horizon_lm.io.hub import REPOSITORY
@@ -210,8 +211,11 @@ def new_run(place: Identified) -> str:
     written = _values(settings)
     off = "".join(f" {key}=null" for key in _NOT_OF_A_NEW_RUN if written.get(key) is not None)
     key = "adapter_name_or_path" if place.is_adapter else "model_name_or_path"
-    if place.is_adapter:
-        off = ""
+    if place.is_adapter:  # whose configuration says what these would
+        fields = AdapterSettings.model_fields
+        defaults = {k: fields[k].default for k in OF_NEW}
+        back = {k: value for k, value in defaults.items() if written.get(k, value) != value}
+        off = "".join(f" {k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in back.items())
     return (
         f"a new run can begin with its model: horizon train {settings} {key}={place.model}{off} "
         "output_dir=NEW; save_last=true keeps a checkpoint of the end"

@@ -156,8 +156,11 @@ def merged_layer(layer: Any, adapter: str) -> Iterator[Tensors]:
             parameter.data = value.to(torch.float32, copy=True)
         for one in _nested(layer):
             one.merge(safe_merge=False, adapter_names=[adapter])
-        yield {name: p.detach() for name, p in inner.named_parameters()}
+        merged: nn.Module = layer.get_base_layer()  # of LN_TUNING another module takes the place of `inner`
+        yield {name: p.detach() for name, p in merged.named_parameters()}
     finally:
+        if layer.get_base_layer() is not inner:
+            layer.unmerge()
         for parameter, value in own.items():
             parameter.data = value
         for module in layer.modules():

@@ -84,7 +84,7 @@ def expanded(values: dict[str, Any]) -> dict[str, Any]:
     name = values["adapter"]
     if name == "qlora":
         said = ("base_dtype", "load_in_4bit", "load_in_8bit", "quantization_bit")
-        base = {} if any(key in values for key in said) else {"base_dtype": "nf4"}
+        base = {} if any(values.get(key) for key in said) else {"base_dtype": "nf4"}
         return {**values, "adapter": "lora", **base}
     return {**values, "adapter": "none"} if name is None else values
 
@@ -93,6 +93,15 @@ def expanded(values: dict[str, Any]) -> dict[str, Any]:
 SILENT = frozenset(
     {*("use_dora", "peft_use_dora", "load_in_4bit", "load_in_8bit", "quantization_bit", "lora_target_linear")}
 )
+
+# Of these, the values that being off takes back on the command line -> what the setting is then.
+TAKEN_BACK: dict[str, tuple[tuple[str, ...], str]] = {
+    "use_dora": (("dora",), "lora"),
+    "peft_use_dora": (("dora",), "lora"),
+    "load_in_4bit": (("nf4",), "auto"),
+    "load_in_8bit": (("int8",), "auto"),
+    "quantization_bit": (("int8", "nf4"), "auto"),
+}
 
 
 # Settings that other trainers write as two keys.

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
-from horizon_lm.config.adapter_names import JOINED, expanded, joined
+from horizon_lm.config.adapter_names import JOINED, TAKEN_BACK, expanded, joined
 from horizon_lm.config.aliases import (
     DROPPED,
     canonical_name,
@@ -277,11 +277,16 @@ def _override(
     place = "command line"
     (key, *inner), raw = split_override(text)
     dropped, note = drop_or_note(key, place, _off(raw))
+    name = canonical_name(key)
+    if dropped and not inner and key in TAKEN_BACK:
+        values, off = TAKEN_BACK[key]
+        if document.values.get(name) in values:
+            document.values[name], note = off, f"{place}: '{key}' is off, so {name} is {off}"
+            document.where[(name,)] = place
     if note and note not in notes:
         notes.append(note)
     if dropped:
         return
-    name = canonical_name(key)
     is_second = written.setdefault(name, key) != key
     if is_second and name not in JOINED:
         raise conflict(written[name], key, place)

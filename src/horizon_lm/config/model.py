@@ -284,7 +284,7 @@ class ModelSettings(AdapterSettings):
     def untrained(self) -> Self:
         """Return these settings for a model that is not trained: without those of an adapter, and without
         names of trained parameters."""
-        own = ("adapter", "adapter_name_or_path", *OF_NEW, "freeze", "train", "lr_factors")
+        own = ("adapter", "adapter_name_or_path", *OF_NEW, "freeze", "train", "train_projector", "lr_factors")
         return self.replace(**{key: ModelSettings.model_fields[key].default for key in own})
 
     @property

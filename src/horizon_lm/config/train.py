@@ -439,7 +439,7 @@ class TrainConfig(PreferenceSettings, DataSettings, CheckpointSettings, ModelSet
             yield fault(
                 f"base_dtype: {self.base_dtype} packs frozen weights, and all weights are trained",
                 key="base_dtype",
-                hint="set adapter=lora, or freeze=PATTERNS; or leave base_dtype out",
+                hint="set adapter=lora, or leave base_dtype out",
             )
         if self.model_name_or_path is None and self.init_model is None:
             yield fault(

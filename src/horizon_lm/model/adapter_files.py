@@ -30,8 +30,8 @@ def read_adapter_config(name: str) -> Any:
     path = _file(name, CONFIG)
     try:
         values = json.loads(read_bytes(path))
-        base = values.get("base_model_name_or_path")
-        if not isinstance(values["peft_type"], str) or not isinstance(base, str | None):
+        texts = (values.get("base_model_name_or_path"), values.get("revision"))
+        if not isinstance(values["peft_type"], str) or not all(isinstance(t, str | None) for t in texts):
             raise TypeError("an entry has another type than text")
         return peft.PeftConfig.from_pretrained(str(path.parent))
     except Exception as error:

@@ -290,6 +290,7 @@ def _configured(settings: ModelSettings) -> Any:
             use_rslora=settings.use_rslora,
             use_dora=settings.adapter == "dora",
             task_type="CAUSAL_LM",
+            revision=settings.model_revision,  # of the base, as PEFT reads it
         )
     config = read_adapter_config(name)
     kind = {"none": None, "lora": False, "dora": True}[settings.adapter]
@@ -325,6 +326,18 @@ def _load(adapter: Adapter, name: str, weights: dict[str, torch.Tensor]) -> None
             f"the adapter {name!r} does not fit the model: {len(missing)} of its weights are missing and "
             f"{len(result.unexpected_keys)} are unknown, {wrong[0]} for example",
             hint="name the model that it was trained on",
+        )
+
+
+def check_reads_nothing_else(config: Any) -> None:
+    """Refuse an adapter that is only to be run if it could name other files or code to PEFT. Raises
+    UnsupportedModelError."""
+    kind = str(config.peft_type.value)
+    if kind not in _KINDS or getattr(config, "megatron_config", None):
+        what = f"an adapter of kind {kind}" if kind not in _KINDS else "an adapter with megatron_config"
+        raise UnsupportedModelError(
+            f"{what} may name other files or code, and is not loaded",
+            hint=f"use PEFT itself; kinds that are loaded: {', '.join(kind.lower() for kind in _KINDS)}",
         )
 
 
@@ -378,6 +391,12 @@ def _check(adapter: Adapter) -> None:
     model = adapter.model
     if (odd := odd_target(model)) is not None:
         raise _refuse(f"it changes {odd}, which is not linear", "list linear layers alone in target_modules")
+    trained = (name for name, p in model.named_parameters() if p.requires_grad and not adapter.is_part(name))
+    if (own := next(trained, None)) is not None:
+        raise _refuse(
+            f"{own} is trained too, and the adapter's folder would not hold it",
+            "requires_grad_(False), or modules_to_save=[NAME], which trains a copy and saves it",
+        )
     if not isinstance(model.get_input_embeddings(), nn.Embedding):
         raise _refuse(
             "it changes or trains the embedding table",

@@ -109,13 +109,15 @@ def base_of(source: str | Path, settings: ModelSettings) -> tuple[str | Path, Mo
             f"{str(folder)!r} holds an adapter, and the settings ask for another",
             hint="leave adapter and adapter_name_or_path out, or name the base model",
         )
-    base = read_adapter_config(str(folder)).base_model_name_or_path
+    config = read_adapter_config(str(folder))
+    base = config.base_model_name_or_path
     if not base:
         raise ConfigError(
             f"the adapter {str(folder)!r} names no base model",
             hint=f"HostModel.from_pretrained(BASE, adapter_name_or_path={str(folder)!r})",
         )
-    return str(base), settings.replace(adapter_name_or_path=str(folder))
+    revision = settings.model_revision or config.revision
+    return str(base), settings.replace(adapter_name_or_path=str(folder), model_revision=revision)
 
 
 def _check_folder(folder: Path) -> None:

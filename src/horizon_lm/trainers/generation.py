@@ -15,7 +15,7 @@ from horizon_lm.machine.device import free_memory_bytes
 from horizon_lm.memory.layout import Parameter
 from horizon_lm.memory.slots import WeightSlots
 from horizon_lm.memory.staging import StagingSlots, staged_bytes
-from horizon_lm.model.adapters import base_name
+from horizon_lm.model.adapters import base_name, is_adapters
 from horizon_lm.model.kernels import patched
 from horizon_lm.model.skeleton import Skeleton
 from horizon_lm.outputs import bytes_of_slots
@@ -151,8 +151,9 @@ def named_weights(host: HostModel) -> Iterator[tuple[str, torch.Tensor]]:
 def _sent(host: HostModel) -> Iterator[tuple[str, Parameter]]:
     """Yield name and layout of the parameters that a model without adapter has."""
     adapter = host.skeleton.adapter
+    adapters = () if adapter is None else tuple(adapter.peft_model.peft_config)  # the trained one and others
     for name in list(host.store.names()):
-        if adapter is None or not adapter.is_part(name):
+        if not any(is_adapters(name, one) for one in adapters):
             yield name, host.store.locate(name)[1]
 
 

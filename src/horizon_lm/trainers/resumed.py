@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from horizon_lm.checkpoint.disk import damaged
-from horizon_lm.checkpoint.folder import Checkpoint, Rejected, candidates, is_name, none_valid
+from horizon_lm.checkpoint.folder import ADAPTER_CONFIG, Checkpoint, Rejected, candidates, is_name, none_valid
 from horizon_lm.checkpoint.manifest import NAME as MANIFEST
 from horizon_lm.checkpoint.reader import read_small
 from horizon_lm.checkpoint.units import persistent_buffers
@@ -90,7 +90,8 @@ def _ours(place: Path) -> Iterator[Path]:
 def _foreign(place: Path) -> Iterator[Path]:
     """Yield folders that a Trainer could have written, without our manifest."""
     for path in _folders(place):
-        if not (path / MANIFEST).exists() and (path / "config.json").is_file():
+        has_model = any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
+        if has_model and not (path / MANIFEST).exists():
             yield path
 
 
@@ -99,7 +100,8 @@ def _not_ours(path: Path) -> CheckpointError:
     if pickled is not None:
         what = f"is a checkpoint of transformers' own Trainer, whose {pickled} is a pickle and is not read"
     else:
-        what = "holds a model without the optimizer's state (save_only_model)"
+        held = "a model" if (path / "config.json").is_file() else "an adapter"
+        what = f"holds {held} without the optimizer's state (save_only_model)"
     return CheckpointError(
         f"{path} {what}", hint=f"start a new run from its weights: pass {path} as the trainer's model"
     )

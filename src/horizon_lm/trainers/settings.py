@@ -39,6 +39,7 @@ def host_of(model: Any, args: TrainingArguments, peft_config: Any = None) -> Hos
         return model
     base, own = (model, ModelSettings()) if isinstance(model, nn.Module) else base_of(model, ModelSettings())
     values = {**settings_of(args, base), "adapter_name_or_path": own.adapter_name_or_path}
+    values["model_revision"] = values["model_revision"] or own.model_revision
     settings = model_settings("the trainer's model", values.pop("device"), values.pop("dtype"), values)
     loaded: Any = load_model_of(base, settings)
     _ask_for_router_loss(loaded, args)

@@ -127,6 +127,8 @@ def _of_run(looked: Identified, overrides: Sequence[str]) -> tuple[Document, lis
 def _model_of_run(looked: Identified) -> tuple[dict[str, Any], str, tuple[Checkpoint, ...]]:
     """Return (settings that name the model, the model in words, checkpoints to read it from)."""
     none = {"init_model": None, "train_tokenizer_vocab_size": None, "model_revision": None}
+    if looked.is_adapter or any(one.manifest.base is not None for one in looked.checkpoints):
+        del none["model_revision"]  # of the base
     if looked.model is not None and looked.is_finished:
         names = {"model_name_or_path": str(looked.model), "tokenizer_name_or_path": None}
         return {**none, **names}, f"{looked.model} (the run is finished, {count(looked.step, 'step')})", ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from horizon_lm.errors import ConfigError, DataError, HorizonError
 from horizon_lm.io import files
 from horizon_lm.machine.device import resolve_device
 from horizon_lm.machine.libraries import load_peft
+from horizon_lm.model.adapter_files import read_adapter_config
+from horizon_lm.model.adapters import check_reads_nothing_else
 from horizon_lm.model.configuration import reason_of
 from horizon_lm.model.pretrained import TO_GENERATE, quiet_transformers, read_pretrained
 from horizon_lm.words import count, size
@@ -74,6 +77,10 @@ class Generator:
         tokenizer = load_tokenizer(str(place), trust_remote_code=trust_remote_code, key="model")
         adapter = Path(place) if has_adapter(Path(place)) else None
         weights = str(place) if adapter is None else base_here(adapter)
+        options: dict[str, Any] = {"local_files_only": Path(weights).is_dir()}
+        revision = None if adapter is None else read_adapter_config(str(adapter)).revision
+        if revision and not options["local_files_only"]:
+            options["revision"] = revision
         processor, problem = None, None
         try:
             with quiet_transformers():
@@ -88,7 +95,7 @@ class Generator:
                     dtype="auto",
                     use_safetensors=True,
                     trust_remote_code=trust_remote_code,
-                    local_files_only=Path(weights).is_dir(),
+                    **options,
                 )
                 if adapter is not None:
                     model = _with_adapter(model, adapter)
@@ -212,7 +219,12 @@ class Generator:
 
 
 def _with_adapter(model: Any, folder: Path) -> Any:
-    return load_peft().PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
+    """Put a saved adapter into its base. Raises ConfigError, DataError, UnsupportedModelError."""
+    check_reads_nothing_else(read_adapter_config(str(folder)))
+    with warnings.catch_warnings():
+        # PEFT would go on with random values in their place.
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        return load_peft().PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
 
 
 @contextmanager

@@ -259,6 +259,27 @@ def _check_model(checkpoint: Checkpoint, small_files: Mapping[str, bytes], confi
         )
 
 
+def _check_adapter(checkpoint: Checkpoint, small_files: Mapping[str, bytes], config: TrainConfig) -> None:
+    """Reject a saved adapter whose configuration differs; its weights do not matter."""
+    name = checkpoints.ADAPTER_CONFIG
+    if config.adapter_name_or_path is None or config.allow_changed_settings:
+        return
+    if name not in small_files or name not in checkpoint.manifest.files:
+        return
+    old, new = json.loads(read_small(checkpoint, name)), json.loads(small_files[name])
+    unimportant = ("base_model_name_or_path", "peft_version", "revision", "inference_mode", "auto_mapping")
+    # Each version of PEFT has keys of its own.
+    keys = sorted(k for k in old.keys() & new.keys() if k not in unimportant and old[k] != new[k])
+    if keys:
+        what = "; ".join(f"{key} was {_short(old[key])}, is {_short(new[key])}" for key in keys)
+        raise ConfigError(
+            f"adapter_name_or_path={config.adapter_name_or_path!r} is not the adapter of {checkpoint.path}: "
+            f"{what}",
+            hint=f"horizon export {checkpoint.path} OUT, then adapter_name_or_path=OUT; "
+            "allow_changed_settings=true resumes anyway",
+        )
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -302,6 +323,7 @@ def _load_all(
 ) -> None:
     """Load a checkpoint on this rank; raises as `restore`."""
     _check_model(checkpoint, small_files, asked)
+    _check_adapter(checkpoint, small_files, asked)
     load_checkpoint(checkpoint, state.model)
     _check_tokenizer(checkpoint, small_files)
     try:

@@ -68,7 +68,10 @@ def weight_bytes(folder: Path) -> int:
 
     base = base_of(folder)
     if not Path(base).is_dir():
-        base = str(Path(str(try_to_load_from_cache(base, "config.json"))).parent)
+        found = try_to_load_from_cache(base, "config.json")
+        if not isinstance(found, str):  # nothing of it is here
+            return own
+        base = str(Path(found).parent)
     return own + sum(file.stat().st_size for file in Path(base).glob("*.safetensors"))
 
 
