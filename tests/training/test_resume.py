@@ -293,7 +293,11 @@ def test_each_rule_has_its_settings() -> None:
     assert sum(map(len, names.values())) == len(TrainConfig.model_fields)  # each has one
     assert frozenset.union(*names.values()) == TrainConfig.model_fields.keys()
     assert {"learning_rate", "seed", "datasets", "max_length", "warmup_steps", "device"} < names["ask"]
-    assert names["fixed"] == {"dtype", "moment_dtype", "optim", "init_model", "freeze", "new_tokens"}
+    adapter = {"adapter", "lora_r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules"}
+    trained = {"modules_to_save", "train", "train_projector", "freeze", "base_dtype"}
+    assert (
+        names["fixed"] == {"dtype", "moment_dtype", "optim", "init_model", "new_tokens"} | adapter | trained
+    )
     assert names["length"] == {"max_steps", "num_train_epochs"}
 
 
