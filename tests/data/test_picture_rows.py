@@ -284,6 +284,20 @@ def test_rows_of_bad_pictures_are_skipped_and_counted(tmp_path: Path) -> None:
         load_training_data(settings(tmp_path, rows, on_bad_row="skip"))  # another setting
 
 
+def test_cached_tokens_do_not_hide_bad_pictures(tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(png())
+    rows = [{"images": [name], "messages": [ASKED, SAID]} for name in ("1.png", "2.png")]
+    cached = {"dataset_cache_dir": str(tmp_path / "cache")}
+    skipping = settings(tmp_path, rows, on_bad_image="skip", **cached)
+    assert [load_training_data(skipping).was_cached for _ in range(2)] == [False, True]
+    with pytest.raises(BadPictureError, match=r"2\.png does not exist"):
+        load_training_data(settings(tmp_path, rows, **cached))
+    (tmp_path / "2.png").write_bytes(png(1))
+    data = load_training_data(skipping)
+    assert len(data.rows) == 2 and data.store.counts.num_bad_pictures == 0
+    assert load_training_data(skipping).was_cached
+
+
 def test_rows_too_long_for_their_placeholders_are_dropped(tmp_path: Path) -> None:
     (tmp_path / "1.png").write_bytes(png())
     long = {"role": "assistant", "content": "A cat. " * 40}
