@@ -332,15 +332,17 @@ def test_settings_that_pictures_do_not_allow(changes: dict[str, Any], message: s
     assert load_training_data(settings(tmp_path, rows)).rows.strategy == "none", "packing is off by itself"
 
 
-def test_models_of_text_refuse_pictures(tmp_path: Path) -> None:
+@pytest.mark.parametrize("column", ["images", "image"])
+def test_models_of_text_refuse_pictures(column: str, tmp_path: Path) -> None:
     (tmp_path / "1.png").write_bytes(png())
     llava().tokenizer.save_pretrained(tmp_path / "text")
-    rows = [{"images": ["1.png"], "messages": [ASKED, SAID]}]
+    rows = [{column: ["1.png"], "messages": [ASKED, SAID]}]
     changes = {"tokenizer_name_or_path": str(tmp_path / "text"), "chat_template": "plain"}
-    with pytest.raises(ConfigError, match=r"a\.jsonl:1 has pictures, and .*it is a model of text alone"):
+    with pytest.raises(ConfigError, match=r"a\.jsonl:1 has pictures, and .*it is a model of text alone") as caught:
         load_training_data(settings(tmp_path, rows, **changes))
+    assert f"{{{column}: null}}" in str(caught.value.hint)
     path = str(tmp_path / "a.jsonl")
-    left_out = {"datasets": [{"path": path, "columns": {"images": None}}], "packing": False}
+    left_out = {"datasets": [{"path": path, "columns": {column: None}}], "packing": False}
     assert load_training_data(settings(tmp_path, rows, **changes, **left_out)).store.pictures is None
 
 

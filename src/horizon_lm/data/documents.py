@@ -18,7 +18,7 @@ from horizon_lm.data.examples import Example, Text, texts
 from horizon_lm.data.file_content import FileHashes
 from horizon_lm.data.formats import KIND_WORDS, convert, detect, kind_of
 from horizon_lm.data.picture_rows import has_pictures, with_pictures
-from horizon_lm.data.pictures import BadPictureError, folder_of, stamp
+from horizon_lm.data.pictures import LEAVE_OUT, BadPictureError, folder_of, stamp
 from horizon_lm.data.readers import Row
 from horizon_lm.data.sources import ShardOrder, content, rows
 from horizon_lm.errors import ConfigError, DataError
@@ -218,7 +218,7 @@ class Documents:
 def _preferred_pictures(place: str) -> ConfigError:
     return ConfigError(
         f"{place} is a preference with pictures, which is not supported",
-        hint="set method: sft, or leave pictures out with columns: {images: null}",
+        hint=f"set method: sft, or leave pictures out with {LEAVE_OUT}",
     )
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LARGEST_FILE = 1 << 28  # bytes
+LEAVE_OUT = "columns: {images: null}, or {image: null} if that is the column"
 SKIP = "correct or remove it, or set on_bad_image: skip"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _LONGEST_PATH = 4096

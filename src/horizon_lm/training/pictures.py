@@ -15,6 +15,7 @@ import xxhash
 from horizon_lm.config import TrainConfig
 from horizon_lm.data.feature_cache import FeatureCache, Features, FeaturesOf
 from horizon_lm.data.picture_table import Pictures
+from horizon_lm.data.pictures import LEAVE_OUT
 from horizon_lm.data.processor import Processor
 from horizon_lm.data.rows import Rows
 from horizon_lm.data.training_data import cache_dir
@@ -36,7 +37,7 @@ def check_model_sees(model: HostModel, rows: Sequence[Rows | None]) -> None:
     if model.skeleton.picture_inputs is None and _with_pictures(rows):
         raise ConfigError(
             f"the data has pictures, and a {model.config.model_type} model is one of text alone",
-            hint="choose a vision-language model, or leave the pictures out with columns: {images: null}",
+            hint=f"choose a vision-language model, or leave the pictures out with {LEAVE_OUT}",
         )
 
 
