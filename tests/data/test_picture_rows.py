@@ -338,7 +338,9 @@ def test_models_of_text_refuse_pictures(column: str, tmp_path: Path) -> None:
     llava().tokenizer.save_pretrained(tmp_path / "text")
     rows = [{column: ["1.png"], "messages": [ASKED, SAID]}]
     changes = {"tokenizer_name_or_path": str(tmp_path / "text"), "chat_template": "plain"}
-    with pytest.raises(ConfigError, match=r"a\.jsonl:1 has pictures, and .*it is a model of text alone") as caught:
+    with pytest.raises(
+        ConfigError, match=r"a\.jsonl:1 has pictures, and .*it is a model of text alone"
+    ) as caught:
         load_training_data(settings(tmp_path, rows, **changes))
     assert f"{{{column}: null}}" in str(caught.value.hint)
     path = str(tmp_path / "a.jsonl")
