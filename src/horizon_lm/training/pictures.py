@@ -27,6 +27,7 @@ from horizon_lm.words import count
 
 _TOGETHER = 32  # pictures per call of the tower, at most
 _PIXELS_TOGETHER = 1 << 24  # numbers of their pixels, at most
+_TOKENS_TOGETHER = 1 << 24  # of text, searched for placeholders
 _SAY_SECONDS = 10.0
 
 Say = Callable[[str], None]
@@ -39,6 +40,25 @@ def check_model_sees(model: HostModel, rows: Sequence[Rows | None]) -> None:
             f"the data has pictures, and a {model.config.model_type} model is one of text alone",
             hint=f"choose a vision-language model, or leave the pictures out with {LEAVE_OUT}",
         )
+
+
+def check_texts(model: HostModel, rows: Sequence[Rows | None]) -> None:
+    """Raise DataError if text without any picture has the token that stands for one, which no step takes."""
+    inputs = model.skeleton.picture_inputs
+    if inputs is None or inputs.placeholder is None:
+        return
+    for one in rows:
+        if one is None or one.store.pictures is not None:
+            continue
+        for start in range(0, len(one.store.ids), _TOKENS_TOGETHER):
+            places = np.flatnonzero(one.store.ids[start : start + _TOKENS_TOGETHER] == inputs.placeholder)
+            if len(places):
+                document = int(np.searchsorted(one.store.starts, start + places[0], side="right"))
+                raise DataError(
+                    f"document {document:,} of the data is text without pictures, and has the token that "
+                    f"stands for one in {model.config.model_type} (number {inputs.placeholder})",
+                    hint="take the token out of the text, or give the row its pictures",
+                )
 
 
 def _with_pictures(rows: Sequence[Rows | None]) -> list[tuple[Rows, Pictures]]:
@@ -58,6 +78,7 @@ def encode_pictures(
     All ranks call the model together; one of each node writes. Raises DataError, ConfigError and
     DoesNotFitError.
     """
+    together.each("placeholders", lambda: check_texts(model, rows))
     found = _with_pictures(rows)
     if not found:
         return
