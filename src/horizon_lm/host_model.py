@@ -672,8 +672,8 @@ class HostModel:
         self._refuse_torn("save_pretrained()", force)
         if self.store.spec.packing and not self.skeleton.has_adapter:
             raise ConfigError(
-                f"save_pretrained(): with base_dtype={self.store.spec.packing} the frozen weights are not "
-                "those of the model any more, and there is no adapter that could be saved without them",
+                f"save_pretrained(): base_dtype={self.store.spec.packing} packed the frozen weights, which "
+                "cannot be saved as a model, and there is no adapter to save alone",
                 hint="train an adapter (adapter: lora), or leave base_dtype out",
             )
         wanted = choose_dtype(dtype, max_shard_size)

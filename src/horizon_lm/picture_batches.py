@@ -136,7 +136,7 @@ def _check_image(where: str, image: Any, first: Any) -> None:
         )
     for name, value in image.items():
         if not isinstance(value, torch.Tensor) or value.dim() < 1 or value.dtype != first[name].dtype:
-            raise DataError(f"{where}: {name} is no tensor like the first image's", hint="encode it again")
+            raise DataError(f"{where}: {name} is not a tensor like the first image's", hint="encode it again")
         if value.shape[-1:] != first[name].shape[-1:] and name != "order":
             raise DataError(
                 f"{where}: {name} of shape {tuple(value.shape)}, the first image's of "
@@ -144,7 +144,7 @@ def _check_image(where: str, image: Any, first: Any) -> None:
                 hint="encode all images with the same model",
             )
         if name.startswith(_DEEPSTACK) and len(value) != len(image["features"]):
-            raise DataError(f"{where}: {name} has another number of tokens", hint="encode it again")
+            raise DataError(f"{where}: {name} has a different number of tokens", hint="encode it again")
 
 
 def check_pictures(m: int, batch: dict[str, torch.Tensor], inputs: PictureInputs) -> None:

@@ -338,9 +338,7 @@ def test_models_of_text_refuse_pictures(column: str, tmp_path: Path) -> None:
     llava().tokenizer.save_pretrained(tmp_path / "text")
     rows = [{column: ["1.png"], "messages": [ASKED, SAID]}]
     changes = {"tokenizer_name_or_path": str(tmp_path / "text"), "chat_template": "plain"}
-    with pytest.raises(
-        ConfigError, match=r"a\.jsonl:1 has pictures, and .*it is a model of text alone"
-    ) as caught:
+    with pytest.raises(ConfigError, match=r"a\.jsonl:1 has pictures, .*it is a text-only model") as caught:
         load_training_data(settings(tmp_path, rows, **changes))
     assert f"{{{column}: null}}" in str(caught.value.hint)
     path = str(tmp_path / "a.jsonl")
@@ -362,5 +360,7 @@ def test_the_mark_in_the_words_is_refused(tmp_path: Path) -> None:
     asked = {"role": "user", "content": [IMAGE, {"type": "text", "text": "What?"}]}
     for second in ({"messages": [ASKED, told]}, {"images": ["1.png"], "messages": [asked, told]}):
         rows = [{"images": ["1.png"], "messages": [asked, SAID]}, second]
-        with pytest.raises(DataError, match=r"a\.jsonl:2: .*it has <image> \d times? for \d picture"):
+        with pytest.raises(
+            DataError, match=r"a\.jsonl:2: .*the conversation has <image> \d times? for \d picture"
+        ):
             load_training_data(settings(tmp_path, rows))

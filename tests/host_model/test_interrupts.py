@@ -85,10 +85,11 @@ def test_a_signal_at_any_time(
     before = signal.signal(signal.SIGVTALRM, signal.default_int_handler)
     rng = random.Random()
     try:
-        one.begin()
-        began = time.process_time()
-        one.call()
-        seconds = time.process_time() - began
+        for _ in range(2):  # the first call takes longer
+            one.begin()
+            began = time.process_time()
+            one.call()
+            seconds = time.process_time() - began
         for _ in range(times(5, 150)):
             one.begin()
             try:

@@ -216,7 +216,7 @@ def test_an_adapter_is_saved_and_a_packed_model_is_not(tmp_path: Path) -> None:
     model = hz.HostModel.from_pretrained(
         source("llama"), "cpu", skip_memory_check=True, base_dtype="int8", freeze=["mlp"]
     )
-    with pytest.raises(ConfigError, match="with base_dtype=int8 the frozen weights are not those") as caught:
+    with pytest.raises(ConfigError, match="base_dtype=int8 packed the frozen weights") as caught:
         model.save_pretrained(tmp_path / "model")
     assert "adapter: lora" in str(caught.value.hint) and not (tmp_path / "model").exists()
 
@@ -373,10 +373,10 @@ def test_a_damaged_or_foreign_cache_is_made_again(
     packs.clear()
     assert equal(stored(host("llama", **settings)), first) and sorted(packs) == [1, 2, 3]
     told = sorted(record.getMessage().split(".safetensors ")[1] for record in caplog.records)
-    assert told[0].startswith("cannot be read and is made again: ")
+    assert told[0].startswith("cannot be read and will be replaced: ")
     assert told[1:] == [
-        "is damaged (checksum mismatch); it is made again",
-        "is not the unit that its name says; it is made again",
+        "is damaged (checksum mismatch) and will be replaced",
+        "is not the layer that its name says and will be replaced",
     ]
     assert equal(stored(host("llama", **settings)), first) and len(packs) == 3
 
@@ -439,7 +439,7 @@ def test_a_run_without_an_adapter_is_refused_at_once(tmp_path: Path) -> None:
     folder.mkdir()
     config = TrainConfig(datasets=["python-stdlib"], model_name_or_path=str(folder), freeze=["mlp"])
     check_sources(config, run)
-    with pytest.raises(ConfigError, match="base_dtype=nf4 without an adapter: the run would end with"):
+    with pytest.raises(ConfigError, match="base_dtype=nf4 without an adapter: the packed weights could not"):
         check_sources(config.replace(base_dtype="nf4"), run)
     check_sources(config.replace(base_dtype="nf4", adapter="lora", freeze=[]), run)
 

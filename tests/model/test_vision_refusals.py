@@ -140,7 +140,7 @@ def test_a_model_of_text_takes_no_pictures() -> None:
     host = stream(zoo.build("llama"))
     with pytest.raises(DataError, match="unknown keys \\['image_features'\\]"):
         host.forward_backward([zoo.batch("llama") | {"image_features": features_of("llava")}])
-    with pytest.raises(ConfigError, match="llama is a model of text alone"):
+    with pytest.raises(ConfigError, match="llama is a text-only model"):
         host.encode_images(vision.pixels("llava", [0]))
     assert vision_modules(host.skeleton.model) == () and picture_inputs(host.config) is None
 

@@ -188,7 +188,7 @@ def test_a_plan_says_what_is_trained() -> None:
     config = config_of(max_length=16, host_memory_gb=32, **TRAINED["lora"], base_dtype="nf4")
     plan = plan_run(config, "rtx3090", cache=known(config))
     text = describe(plan, largest=False)
-    assert "trained    7,168 parameters (3.37%)" in text and "frozen, in nf4 where packed" in text, text
+    assert "trained    7,168 parameters (3.37%)" in text and "frozen, linear layers in nf4" in text, text
     assert "note: 32.0 GB of host memory as host_memory_gb states, whatever rtx3090 has" in text
     assert "trainable parts" in text and plan.to_dict()["model"]["trained_parameters"] == 7168
     full = config_of(max_length=16)

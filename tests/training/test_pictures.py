@@ -239,7 +239,7 @@ def test_damaged_features_are_computed_again(tmp_path: Path, capfd: pytest.Captu
 def test_a_text_model_is_refused_by_name(tmp_path: Path) -> None:
     from tiny_runs import LLAMA
 
-    with pytest.raises(ConfigError, match="a llama model is one of text alone"):
+    with pytest.raises(ConfigError, match="a llama model is text-only"):
         train(settings(tmp_path, init_model=LLAMA, train_projector=False, max_length=64))
 
 

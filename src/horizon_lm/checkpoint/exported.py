@@ -110,7 +110,7 @@ def _export(checkpoint: Checkpoint, target: Path, form: Form) -> None:
     if "adapter" not in manifest.state:
         if manifest.base is not None:
             raise ConfigError(
-                f"{checkpoint.path} holds {manifest.holds}, which is no model by itself",
+                f"{checkpoint.path} holds {manifest.holds}, which is not a model by itself",
                 hint="train an adapter (adapter: lora) on packed weights",
             )
         if form.merge is not None:

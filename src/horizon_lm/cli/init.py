@@ -183,7 +183,7 @@ def _tokens_of(model: str, picture: Picture, place: str) -> int:
         return _PICTURE_TOKENS  # unavailable, or it needs a library that is not installed
     if processor is None:
         raise ConfigError(
-            f"{place} has pictures, and {model} has no processor for them: it is a model of text alone",
+            f"{place} has pictures, and {model} has no processor for them: it is a text-only model",
             hint="choose a vision-language model",
         )
     return len(processor.tokens(processor.mark, [open_picture(picture, place)], place).ids)

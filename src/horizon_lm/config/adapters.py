@@ -18,15 +18,16 @@ class AdapterSettings(MemorySettings):
 
     adapter: Literal["none", "lora", "dora"] = setting(
         "none",
-        "Train an adapter of PEFT instead of the model: lora adds a product of two small matrices to each "
-        "target module, dora also learns the magnitude of its weights. The model itself stays frozen.",
+        "Train a PEFT adapter instead of the model: lora adds a product of two small matrices to each target "
+        "module, dora also learns the magnitude of its weights. The model itself stays frozen. Adapters "
+        "usually need a learning_rate of 1e-4 to 2e-4.",
         group="Adapters",
         resume="fixed",
     )
     adapter_name_or_path: str | None = setting(
         None,
         "Adapter to train further, a folder or a name on the Hub (adapter_config.json and "
-        "adapter_model.safetensors); null begins a new one.",
+        "adapter_model.safetensors); null starts a new one.",
         group="Adapters",
         resume="ask",
     )
@@ -50,15 +51,15 @@ class AdapterSettings(MemorySettings):
     )
     target_modules: str | list[str] = setting(
         "all-linear",
-        "Modules that get an adapter: the ends of their names, one regular expression for whole names, or "
-        "all-linear for all linear layers but the output layer.",
+        "Modules that get an adapter: suffixes of their names, one regular expression for whole names, or "
+        "all-linear for all linear layers except the output layer.",
         group="Adapters",
         resume="fixed",
         expects="all-linear, a list of names such as [q_proj, v_proj], or a regular expression",
     )
     modules_to_save: list[str] = setting(
         [],
-        "Modules outside the adapter that are trained whole and saved with it, such as lm_head.",
+        "Modules of the base to train in full and save with the adapter, such as lm_head.",
         group="Adapters",
         resume="fixed",
         expects="a list of names of modules",
@@ -66,7 +67,7 @@ class AdapterSettings(MemorySettings):
     freeze: list[str] = setting(
         [],
         "Parameters not to train, as regular expressions searched in their names; they need no memory for "
-        "gradients or moments. experts stands for all experts of a mixture, shared ones included, without "
+        "gradients or moments. experts means all experts of a mixture, including shared ones but not "
         "routers.",
         group="Adapters",
         resume="fixed",
@@ -75,30 +76,30 @@ class AdapterSettings(MemorySettings):
     train: list[str] = setting(
         [],
         "The only parameters to train, as regular expressions searched in their names; an empty list trains "
-        "all that freeze leaves.",
+        "all that freeze does not match.",
         group="Adapters",
         resume="fixed",
         expects="a list of regular expressions",
     )
     train_projector: bool = setting(
         False,
-        "Vision-language models: train the projector between vision tower and language model too; the tower "
+        "Vision-language models: also train the projector between vision tower and language model; the tower "
         "stays frozen.",
         group="Adapters",
         resume="fixed",
     )
     base_dtype: Literal["auto", "bfloat16", "int8", "nf4"] = setting(
         "auto",
-        "How frozen linear weights of layers are stored: auto is dtype; int8 and nf4 are blockwise formats "
-        "of bitsandbytes, of about 1.06 and 0.52 bytes per parameter, which are unpacked on the device "
-        "before a layer runs.",
+        "Storage format of the frozen linear weights of layers: auto is dtype; int8 and nf4 are blockwise "
+        "formats of bitsandbytes, with about 1.06 and 0.52 bytes per parameter, which are unpacked on the "
+        "device before a layer runs.",
         group="Adapters",
         resume="fixed",
     )
     base_cache_dir: str | None = setting(
         None,
-        "Folder that keeps weights packed by base_dtype, so that the next run reads them instead of packing "
-        "again; null packs in each run.",
+        "Folder that keeps the weights packed by base_dtype, so the next run need not pack them again; null "
+        "packs them in each run.",
         group="Adapters",
         resume="free",
     )
@@ -120,7 +121,7 @@ class AdapterSettings(MemorySettings):
             if getattr(self, key) == fields[key].default:
                 continue
             if self.has_adapter:
-                why, way = "adapter_name_or_path, whose adapter_config.json says it", "leave the key out"
+                why, way = "adapter_name_or_path, whose adapter_config.json sets it", "leave the key out"
             else:
                 why, way = "adapter: none", "leave the key out, or set adapter=lora"
             yield fault(f"{key} has no effect with {why}", key=key, hint=way)

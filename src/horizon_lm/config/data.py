@@ -66,7 +66,7 @@ class DatasetConfig(BaseModel):
     image_dir: str | None = Field(
         default=None,
         min_length=1,
-        description="Folder that relative paths of pictures start at; null is the folder of the data.",
+        description="Folder for relative paths of pictures; null is the folder of the data.",
     )
     follow_links: bool = Field(
         default=False,

@@ -49,8 +49,8 @@ class MemorySettings(Settings):
         "Units that live in device memory with their gradients and optimizer state, and are updated there; "
         "results are bitwise identical. N takes embedding table, head and prologue, then layers from the "
         'first one up; a list names them, as in [embedding, head, "layer 0"]. trainable, alone or in a list, '
-        "is the trainable parts of all units, while their frozen parts are streamed. auto is trainable for "
-        "an adapter on a GPU; otherwise it lets the planner choose, and is 0 without a plan.",
+        "means the trainable parts of all units; frozen parts are streamed. auto is trainable for an adapter "
+        "on a GPU; otherwise it lets the planner choose, and is 0 without a plan.",
         group="Memory and device",
         resume="free",
         unit="units",

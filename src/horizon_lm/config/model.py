@@ -49,7 +49,7 @@ class ModelSettings(AdapterSettings):
         "auto",
         "Computation of a mixture's experts, by its transformers name: grouped_mm sorts tokens by expert, "
         "eager loops over experts, batched_mm copies the weights of each token's experts. auto is grouped_mm "
-        "if the model's class has it, else eager. `horizon doctor CONFIG` and the run say which one runs.",
+        "if the model's class has it, else eager. `horizon doctor CONFIG` and the run show which one runs.",
         group="Model",
         resume="ask",
     )
@@ -265,7 +265,7 @@ class ModelSettings(AdapterSettings):
                 )
         if self.allow_missing and self.has_adapter:
             yield fault(
-                "allow_missing begins with random values, and an adapter neither trains nor saves them",
+                "allow_missing puts random weights in the base; an adapter neither trains nor saves them",
                 key="allow_missing",
                 hint="leave the key out; name a model with all its weights",
             )

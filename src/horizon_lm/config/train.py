@@ -324,7 +324,7 @@ class TrainConfig(PreferenceSettings, DataSettings, CheckpointSettings, ModelSet
             )
         if self.lora_dropout:
             yield fault(
-                f"lora_dropout has no effect with method: {self.method}, which is without dropout",
+                f"lora_dropout has no effect with method: {self.method}, which disables dropout",
                 key="lora_dropout",
                 hint="leave the key out",
             )
@@ -455,13 +455,13 @@ class TrainConfig(PreferenceSettings, DataSettings, CheckpointSettings, ModelSet
             )
         if self.init_model is not None and self.has_adapter:
             yield fault(
-                "an adapter is trained on a model that exists, and init_model makes a new one",
+                "an adapter needs a trained base, and init_model creates a model with random weights",
                 key="adapter",
-                hint="train a model first, then set model_name_or_path=FOLDER in place of init_model",
+                hint="set model_name_or_path=FOLDER instead of init_model",
             )
         if self.new_tokens and self.has_adapter:
             yield fault(
-                "new_tokens makes rows of the embedding table, which is frozen under an adapter",
+                "new_tokens adds rows to the embedding table, which an adapter leaves frozen",
                 key="new_tokens",
                 hint="train the whole model (adapter: none), or leave new_tokens out",
             )

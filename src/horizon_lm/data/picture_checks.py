@@ -44,7 +44,7 @@ def processor_of(
     if place is not None:
         name = config.model_name_or_path or config.tokenizer_name_or_path or "the model"
         raise ConfigError(
-            f"{place} has pictures, and {name} has no processor for them: it is a model of text alone",
+            f"{place} has pictures, and {name} has no processor for them: it is a text-only model",
             hint=f"choose a vision-language model, or leave the pictures out with {LEAVE_OUT}",
         )
     return None

@@ -123,9 +123,9 @@ class Processor:
     def marks_differ(self, marks: int, pictures: int, place: str) -> DataError:
         """Return the error for a rendered conversation that shows another number of pictures than it has."""
         return DataError(
-            f"{place}: rendered by the chat template, it has {self.mark} {count(marks, 'time')} for "
-            f"{count(pictures, 'picture')}",
-            hint=f"take {self.mark} out of the words; templates show pictures in the user's messages only",
+            f"{place}: rendered by the chat template, the conversation has {self.mark} "
+            f"{count(marks, 'time')} for {count(pictures, 'picture')}",
+            hint=f"remove {self.mark} from the text; templates show pictures only in the user's messages",
         )
 
     def inputs(self, *pictures: Opened) -> dict[str, torch.Tensor]:
@@ -248,7 +248,7 @@ def load_processor(
         if "torchvision" in str(error):
             what, hint = (
                 f"the processor of {name} needs torchvision",
-                "pip install torchvision, as fits torch",
+                "pip install torchvision, in the version for your torch",
             )
         raise ConfigError(what, hint) from error
     if not hasattr(own, "tokenizer") or getattr(own, "image_processor", None) is None:

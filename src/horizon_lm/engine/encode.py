@@ -23,7 +23,7 @@ def encode_images(
     names = skeleton.picture_inputs
     if names is None or skeleton.vision is None:
         raise ConfigError(
-            f"encode_images(): {skeleton.model_type} is a model of text alone",
+            f"encode_images(): {skeleton.model_type} is a text-only model",
             hint="load a vision-language model, such as llava or gemma3",
         )
     refuse_other_media("encode_images()", list(inputs))

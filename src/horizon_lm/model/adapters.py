@@ -361,7 +361,7 @@ def _check_names(adapter: Adapter, settings: ModelSettings) -> None:
 def _no_module(adapter: Adapter, key: str, name: str) -> ConfigError:
     ends = sorted({path.split(".")[-1] for path, _ in adapter.model.named_modules()} - {"", "default"})
     way = f"the nearest names are {', '.join(nearest(name, ends))}"
-    what = "is the name of no module"
+    what = "matches no module"
     if key == "target_modules":
         what += " that could have an adapter"
         if name in ends:

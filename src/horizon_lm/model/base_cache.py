@@ -43,10 +43,10 @@ class BaseCache:
         except FileNotFoundError:
             return False
         except (OSError, SafetensorError, ValueError) as error:
-            _log.warning("%s cannot be read and is made again: %s", path, error)
+            _log.warning("%s cannot be read and will be replaced: %s", path, error)
             return False
-        reason = "damaged (checksum mismatch)" if fits else "not the unit that its name says"
-        _log.warning("%s is %s; it is made again", path, reason)
+        reason = "damaged (checksum mismatch)" if fits else "not the layer that its name says"
+        _log.warning("%s is %s and will be replaced", path, reason)
         return False
 
     def write(self, values: torch.Tensor, stored: torch.Tensor) -> None:

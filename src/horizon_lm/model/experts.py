@@ -84,7 +84,7 @@ def choose_experts(model: nn.Module, settings: ModelSettings) -> None:
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         only = "its experts run only as eager" if experts_of(model) else "it has no experts"
         raise UnsupportedModelError(
-            f"experts_implementation={name} does not suit {kind}: {only}",
+            f"experts_implementation={name} is not supported for {kind}: {only}",
             hint="set experts_implementation=auto",
         )
     for module in found:

@@ -155,7 +155,7 @@ def _check_projector(model: Any, parts: PictureParts | None) -> None:
     kind = getattr(model.config, "model_type", type(model).__name__)
     if parts is None:
         raise ConfigError(
-            f"train_projector: {kind} has no projector: it is a model of text alone", hint="leave it out"
+            f"train_projector: {kind} has no projector: it is a text-only model", hint="leave it out"
         )
     others = [name for name in sorted(parts.names) if "deepstack" in name]
     if others:

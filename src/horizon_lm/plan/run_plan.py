@@ -105,7 +105,8 @@ class RunPlan:
             return None
         leaner = "" if busy.settings.activations == self.config.activations else ", recomputing all layers"
         why = "; each step moves all experts" if self.planner.outline.facts.experts else ""
-        return f"the GPU computes {BUSY:.0%} of steps from {count(busy.tokens, 'token')} on{leaner}{why}"
+        tokens = count(busy.tokens, "token")
+        return f"the GPU computes for {BUSY:.0%} of a step of {tokens} or more{leaner}{why}"
 
     def _advice(self) -> str | None:
         return self._advice_on_update() or self._advice_on_bus()

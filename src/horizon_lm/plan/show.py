@@ -51,7 +51,7 @@ def _vision(units: Sequence[UnitLayout]) -> Iterable[str]:
     """What a vision-language model has besides its language model."""
     seeing = sum(p.numel for unit in units for p in unit.parameters if unit.name == "vision")
     if seeing:
-        yield f"pictures   {parameters(seeing)} of these see pictures: frozen, no part of a step or its FLOPs"
+        yield f"vision     {parameters(seeing)} of these, frozen; not part of a step or its FLOPs"
 
 
 def _trained(plan: RunPlan) -> Iterable[str]:
@@ -59,7 +59,8 @@ def _trained(plan: RunPlan) -> Iterable[str]:
     trained, total = plan.planner.outline.num_trained, plan.planner.outline.num_parameters
     if trained < total:
         packing = plan.prediction.costs.spec.packing
-        frozen = f"{parameters(total - trained)} frozen" + (f", in {packing} where packed" if packing else "")
+        packed = f", linear layers in {packing}" if packing else ""
+        frozen = f"{parameters(total - trained)} frozen{packed}"
         yield f"trained    {parameters(trained)} ({trained / total:.2%}); {frozen}"
 
 

@@ -56,8 +56,8 @@ def check_sources(config: TrainConfig, folder: RunFolder) -> None:
             )
     if config.base_dtype in FORMATS and not config.has_adapter:
         raise ConfigError(
-            f"base_dtype={config.base_dtype} without an adapter: the run would end with a whole model, whose "
-            "packed weights are not those it began with",
+            f"base_dtype={config.base_dtype} without an adapter: the packed weights could not be saved as a "
+            "whole model at the end",
             hint="set adapter: lora, or leave base_dtype out",
         )
     check_installed(config.report_to)

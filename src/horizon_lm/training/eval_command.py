@@ -241,7 +241,8 @@ def evaluate_target(
 def _rows(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Processor | None, Rows]:
     """Return the model's processor, if any, and the sequences to evaluate on."""
     if not config.val_size:
-        processor, encoder = with_processor(config, tokenizer)
+        read = config.replace(datasets=config.eval_datasets) if config.eval_datasets else config
+        processor, encoder = with_processor(read, tokenizer)
         return processor, load_eval_rows(config, encoder)
     data = load_training_data(config, tokenizer)
     assert data.eval_rows is not None
@@ -310,7 +311,7 @@ def _adapter_of(target: Target, config: TrainConfig, warn: Callable[[str], None]
         return
     if "adapter" not in best.manifest.state:
         raise ConfigError(
-            f"{best.path} holds {best.manifest.holds}, which is no model by itself",
+            f"{best.path} holds {best.manifest.holds}, which is not a model by itself",
             hint="train an adapter (adapter: lora) on packed weights",
         )
     with ExitStack() as stack:

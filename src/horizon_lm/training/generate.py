@@ -110,9 +110,9 @@ class Generator:
             raise self._no_processor
         if files and self.processor is None:
             raise ConfigError(
-                f"a {self._model.config.model_type} model is one of text alone, or comes without a "
-                "processor: it takes no pictures",
-                hint="leave out --image, or name a vision-language model",
+                f"a {self._model.config.model_type} model takes no pictures: it is text-only, or has "
+                "no processor",
+                hint="leave out --image, or use a vision-language model",
             )
         try:
             return [open_picture(picture_of(file, Path.cwd(), "--image"), "--image") for file in files]

@@ -37,7 +37,7 @@ def check_model_sees(model: HostModel, rows: Sequence[Rows | None]) -> None:
     """Raise ConfigError if there are pictures, and the model is one of text alone."""
     if model.skeleton.picture_inputs is None and _with_pictures(rows):
         raise ConfigError(
-            f"the data has pictures, and a {model.config.model_type} model is one of text alone",
+            f"the data has pictures, and a {model.config.model_type} model is text-only",
             hint=f"choose a vision-language model, or leave the pictures out with {LEAVE_OUT}",
         )
 

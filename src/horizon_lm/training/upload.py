@@ -85,8 +85,8 @@ def prepare_upload(config: TrainConfig, warn: Callable[[str], None]) -> Upload:
         is_private = api.model_info(repo.repo_id).private
     if config.has_adapter and Path(str(config.model_name_or_path)).expanduser().is_dir():
         warn(
-            f"the adapter names its base by a path on this machine, {config.model_name_or_path}: whoever "
-            "loads it needs that model, and base_model_name_or_path in adapter_config.json set to it"
+            f"the adapter names its base by a path on this machine, {config.model_name_or_path}; to load it "
+            "elsewhere, set base_model_name_or_path in adapter_config.json to that model"
         )
     if config.hub_private_repo and not is_private:
         warn(f"{repo} exists and is public; hub_private_repo has no effect on a repository that exists")
