@@ -284,6 +284,20 @@ def test_rows_of_bad_pictures_are_skipped_and_counted(tmp_path: Path) -> None:
         load_training_data(settings(tmp_path, rows, on_bad_row="skip"))  # another setting
 
 
+def test_cached_tokens_do_not_hide_bad_pictures(tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(png())
+    rows = [{"images": [name], "messages": [ASKED, SAID]} for name in ("1.png", "2.png")]
+    cached = {"dataset_cache_dir": str(tmp_path / "cache")}
+    skipping = settings(tmp_path, rows, on_bad_image="skip", **cached)
+    assert [load_training_data(skipping).was_cached for _ in range(2)] == [False, True]
+    with pytest.raises(BadPictureError, match=r"2\.png does not exist"):
+        load_training_data(settings(tmp_path, rows, **cached))
+    (tmp_path / "2.png").write_bytes(png(1))
+    data = load_training_data(skipping)
+    assert len(data.rows) == 2 and data.store.counts.num_bad_pictures == 0
+    assert load_training_data(skipping).was_cached
+
+
 def test_rows_too_long_for_their_placeholders_are_dropped(tmp_path: Path) -> None:
     (tmp_path / "1.png").write_bytes(png())
     long = {"role": "assistant", "content": "A cat. " * 40}
@@ -318,15 +332,17 @@ def test_settings_that_pictures_do_not_allow(changes: dict[str, Any], message: s
     assert load_training_data(settings(tmp_path, rows)).rows.strategy == "none", "packing is off by itself"
 
 
-def test_models_of_text_refuse_pictures(tmp_path: Path) -> None:
+@pytest.mark.parametrize("column", ["images", "image"])
+def test_models_of_text_refuse_pictures(column: str, tmp_path: Path) -> None:
     (tmp_path / "1.png").write_bytes(png())
     llava().tokenizer.save_pretrained(tmp_path / "text")
-    rows = [{"images": ["1.png"], "messages": [ASKED, SAID]}]
+    rows = [{column: ["1.png"], "messages": [ASKED, SAID]}]
     changes = {"tokenizer_name_or_path": str(tmp_path / "text"), "chat_template": "plain"}
-    with pytest.raises(ConfigError, match=r"a\.jsonl:1 has pictures, and .*it is a text-only model"):
+    with pytest.raises(ConfigError, match=r"a\.jsonl:1 has pictures, .*it is a text-only model") as caught:
         load_training_data(settings(tmp_path, rows, **changes))
+    assert f"{{{column}: null}}" in str(caught.value.hint)
     path = str(tmp_path / "a.jsonl")
-    left_out = {"datasets": [{"path": path, "columns": {"images": None}}], "packing": False}
+    left_out = {"datasets": [{"path": path, "columns": {column: None}}], "packing": False}
     assert load_training_data(settings(tmp_path, rows, **changes, **left_out)).store.pictures is None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,12 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "experts": ("mixtral", {"adapter": "lora"}, {}),
 }
+
+
+def test_a_new_adapter_is_made_without_warnings(recwarn: pytest.WarningsRecorder) -> None:
+    warnings.simplefilter("always")
+    host(zoo.build("llama"), adapter="lora")
+    assert not [str(warning.message) for warning in recwarn if "checkpointing" in str(warning.message)]
 
 
 @pytest.mark.parametrize("case", SETTINGS)

@@ -245,3 +245,25 @@ def test_an_interrupted_encoding_leaves_the_model_as_it_was(monkeypatch: pytest.
             host.forward_backward([tokens | pixels])
     assert all(parameter.is_meta for parameter in host.skeleton.model.parameters())
     assert host.forward_backward([tokens | pixels]).loss == loss
+
+
+@pytest.mark.parametrize("name", vision.FAMILIES)
+def test_packed_documents_of_text_do_not_see_one_another(name: str) -> None:
+    host, first = host_of(name, activations="recompute"), 10
+    ids = torch.randint(3, 80, (1, 24), generator=torch.Generator().manual_seed(3))
+    documents = [ids[:, :first], ids[:, first:]]
+    alone = [host.evaluate([{"input_ids": d, "labels": d}], return_log_probs=True) for d in documents]
+    labels = ids.clone()
+    labels[:, first] = -100
+    positions = torch.cat([torch.arange(d.shape[1]) for d in documents])[None]
+    packed = {"input_ids": ids, "labels": labels, "position_ids": positions}
+    found = host.evaluate([packed], return_log_probs=True)
+    assert found.log_probs is not None
+    parts = found.log_probs[0][:, : first - 1], found.log_probs[0][:, first:]
+    for part, own in zip(parts, alone, strict=True):
+        assert own.log_probs is not None
+        assert (part - own.log_probs[0]).abs().max() < 1e-5
+    # Negative control: without positions the second document sees the first.
+    whole = host.evaluate([{"input_ids": ids, "labels": labels}], return_log_probs=True)
+    assert whole.log_probs is not None
+    assert (whole.log_probs[0][:, first:] - parts[1]).abs().max() > 1e-3

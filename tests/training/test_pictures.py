@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import get_training_chat_template
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from data_helpers import write_rows
 from horizon_lm import cli
 from horizon_lm.config import TrainConfig
 from horizon_lm.data import picture_checks
@@ -263,6 +264,17 @@ def test_text_rows_of_a_vision_model_train_and_keep_its_processor(tmp_path: Path
     changes = {"datasets": str(text), "eval_datasets": [], "chat_template": "plain", "max_length": 64}
     result = train(config.replace(**changes))
     assert result.num_steps == 3 and AutoProcessor.from_pretrained(result.model_dir).image_processor
+
+
+def test_the_token_of_a_picture_in_text_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    config = settings(tmp_path, train_projector=False)
+    said = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A cat."}]
+    marked = [{"role": "user", "content": "Is <image> a mark?"}, said[1]]
+    path = write_rows(tmp_path / "text.jsonl", [{"messages": said}] * 20 + [{"messages": marked}])
+    config = config.replace(datasets=str(path), eval_datasets=[], chat_template="plain", packing=False)
+    with pytest.raises(DataError, match="document 21 of the data is text without pictures") as caught:
+        train(config)
+    assert caught.value.hint and not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_is_exported_with_the_processor(trained: Trained) -> None:

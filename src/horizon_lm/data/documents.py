@@ -18,7 +18,7 @@ from horizon_lm.data.examples import Example, Text, texts
 from horizon_lm.data.file_content import FileHashes
 from horizon_lm.data.formats import KIND_WORDS, convert, detect, kind_of
 from horizon_lm.data.picture_rows import has_pictures, with_pictures
-from horizon_lm.data.pictures import BadPictureError, folder_of
+from horizon_lm.data.pictures import LEAVE_OUT, BadPictureError, folder_of, stamp
 from horizon_lm.data.readers import Row
 from horizon_lm.data.sources import ShardOrder, content, rows
 from horizon_lm.errors import ConfigError, DataError
@@ -56,7 +56,8 @@ class Documents:
     max_bytes: limit for the UTF-8 bytes of all texts; a document that crosses it is cut, a conversation
     dropped. shards: read as a stream, in this order. Of the latest iteration: num_empty (texts, skipped),
     num_bad and bad_rows (first messages, with on_bad_row "skip"), the same of rows with a bad picture
-    (on_bad_image), formats (of each dataset, once known). kind: the kind of data that the method takes; None:
+    (on_bad_image), skipped_files (pictures of those rows, size and time of each), formats (of each dataset,
+    once known). kind: the kind of data that the method takes; None:
     that of the first dataset, once known.
 
     Iterating raises `DataError` for data that is missing, empty, malformed or not text.
@@ -87,6 +88,7 @@ class Documents:
         self.bad_rows: list[str] = []
         self.num_bad_pictures = 0
         self.bad_pictures: list[str] = []
+        self.skipped_files: dict[str, list[int] | None] = {}
         self.formats: list[str | None] = [None] * len(self.datasets)
 
     def __iter__(self) -> Iterator[Placed]:
@@ -160,6 +162,7 @@ class Documents:
             if not self._skips_pictures:
                 raise error
             self.num_bad_pictures += 1
+            self.skipped_files |= {path: stamp(path) for path in error.files}
             if len(self.bad_pictures) < _SHOWN_BAD_ROWS:
                 self.bad_pictures.append(error.message)
             return
@@ -204,6 +207,7 @@ class Documents:
             # Only if set, so that earlier fingerprints stay valid.
             reading += [sorted(dataset.tags.items())] if dataset.tags else []
             reading += [dataset.max_samples] if dataset.max_samples else []
+            reading += ["on_bad_image: skip"] if self._skips_pictures else []
             digest.update(repr((reading, self._max_bytes, self._skip)).encode())
             for part in content(dataset, hashes):
                 digest.update(part)
@@ -214,7 +218,7 @@ class Documents:
 def _preferred_pictures(place: str) -> ConfigError:
     return ConfigError(
         f"{place} is a preference with pictures, which is not supported",
-        hint="set method: sft, or leave pictures out with columns: {images: null}",
+        hint=f"set method: sft, or leave pictures out with {LEAVE_OUT}",
     )
 
 

@@ -14,7 +14,7 @@ from horizon_lm.data.chat import ChatTemplate, Span, check_template, read_templa
 from horizon_lm.data.documents import Placed
 from horizon_lm.data.examples import Answered, Chat, Labelled, Pair, Preference, Text, sides
 from horizon_lm.data.picture_table import Shown
-from horizon_lm.data.pictures import Picture, open_picture
+from horizon_lm.data.pictures import BadPictureError, Picture, open_picture
 from horizon_lm.data.processor import OUTSIDE, Processor
 from horizon_lm.errors import ConfigError, DataError
 from horizon_lm.io.leftovers import temporary_folder
@@ -163,6 +163,8 @@ class Encoder:
                 else:
                     results[i] = self._encoded(job.finish(*own), batch[i])
             except DataError as error:
+                if isinstance(error, BadPictureError):
+                    error.files = tuple(p.path for p in job.pictures if p.path is not None)
                 results[i] = error
         return [found for result in results for found in (result if isinstance(result, list) else [result])]
 

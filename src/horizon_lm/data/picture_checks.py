@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from horizon_lm.config import TrainConfig
 from horizon_lm.data.documents import Documents
+from horizon_lm.data.pictures import LEAVE_OUT
 from horizon_lm.data.processor import Processor, load_processor
 from horizon_lm.data.sources import ShardOrder
 from horizon_lm.errors import ConfigError
@@ -44,7 +45,7 @@ def processor_of(
         name = config.model_name_or_path or config.tokenizer_name_or_path or "the model"
         raise ConfigError(
             f"{place} has pictures, and {name} has no processor for them: it is a text-only model",
-            hint="choose a vision-language model, or leave the pictures out with columns: {images: null}",
+            hint=f"choose a vision-language model, or leave the pictures out with {LEAVE_OUT}",
         )
     return None
 

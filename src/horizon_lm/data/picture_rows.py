@@ -18,7 +18,7 @@ from typing import Any
 
 from horizon_lm.data.examples import Chat, Example
 from horizon_lm.data.messages import CORRECT
-from horizon_lm.data.pictures import picture_of, pictures_of
+from horizon_lm.data.pictures import LEAVE_OUT, picture_of, pictures_of
 from horizon_lm.errors import DataError
 from horizon_lm.words import count
 
@@ -57,7 +57,8 @@ def with_pictures(example: Example, row: Mapping[str, Any], folder: Path, place:
         if given:
             raise DataError(
                 f"{place} has pictures, but its prompt and completion are text",
-                hint="write them as messages: [{role: user, content: ...}] and [{role: assistant, ...}]",
+                hint="write them as messages: [{role: user, content: ...}] and [{role: assistant, ...}], or "
+                f"leave the pictures out with {LEAVE_OUT}",
             )
         return example
     messages = example.messages

@@ -27,13 +27,16 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LARGEST_FILE = 1 << 28  # bytes
+LEAVE_OUT = "columns: {images: null}, or {image: null} if that is the column"
 SKIP = "correct or remove it, or set on_bad_image: skip"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _LONGEST_PATH = 4096
 
 
 class BadPictureError(DataError):
-    """A picture that cannot be used; `on_bad_image` decides what follows."""
+    """A picture that cannot be used; `on_bad_image` decides what follows. files: of its row's pictures."""
+
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,15 @@ def folder_of(path: str, image_dir: str | None) -> Path:
             return Path(*parts).resolve()
         parts.append(part)
     return (place if place.is_dir() else place.parent).resolve()
+
+
+def stamp(path: str) -> list[int] | None:
+    """Return size and time of a file; None if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns]
 
 
 def pictures_of(row: Mapping[str, Any]) -> list[Any]:

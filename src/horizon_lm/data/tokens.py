@@ -23,7 +23,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -42,6 +42,7 @@ from horizon_lm.data.encode import Encoded, Encoder
 from horizon_lm.data.examples import Chat, texts
 from horizon_lm.data.mismatched import with_mismatched
 from horizon_lm.data.picture_table import Pictures, PictureWriter
+from horizon_lm.data.pictures import stamp
 from horizon_lm.data.processor import Processor
 from horizon_lm.errors import DataError, DoesNotFitError
 from horizon_lm.io.files import create, open_file, put_folder, read_text, write_file
@@ -109,6 +110,7 @@ class TokenStore:
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)])[:-1]
         about = meta.get("pictures")
         self.pictures = None if about is None else Pictures(folder, about, len(self.lengths))
+        self._skipped_files: dict[str, list[int] | None] = meta.get("skipped_files", {})
         has_labels = "labels.bin" in meta["files"]
         self.labels = np.fromfile(folder / "labels.bin", bool) if has_labels else None
 
@@ -125,6 +127,12 @@ class TokenStore:
     def noun(self) -> str:
         """Word for a sample."""
         return _NOUNS[self.kind]
+
+    def is_current(self) -> bool:
+        """Tell whether all pictures are as they were, those of skipped rows included."""
+        if any(stamp(path) != then for path, then in self._skipped_files.items()):
+            return False
+        return self.pictures is None or self.pictures.is_current()
 
     @cached_property
     def prompt_lengths(self) -> np.ndarray:
@@ -242,11 +250,13 @@ class TokenWriter:
         bad_rows: list[str],
         formats: list[Any],
         bad_pictures: tuple[int, list[str]] = (0, []),
+        skipped_files: Mapping[str, list[int] | None] | None = None,
         is_kept: bool = False,
     ) -> TokenStore:
         """Rename the folder into place (is_kept) and open it, or the one another process put there first.
 
-        bad_pictures: (number of rows skipped for them, first messages).
+        bad_pictures: (number of rows skipped for them, first messages). skipped_files: their pictures, size
+        and time of each.
         """
         documents = np.asarray(self._documents, np.int64).reshape(-1, 2)
         write_file(self._folder / "documents.bin", lambda file: file.write(documents.data))
@@ -274,6 +284,8 @@ class TokenWriter:
             meta |= {"kind": self._kind, "sides": self._sides}
         if pictures is not None:
             meta["pictures"] = pictures
+        if skipped_files:
+            meta["skipped_files"] = dict(skipped_files)
         meta["hash"] = _meta_hash(meta)
         write_file(self._folder / _META, json.dumps(meta))
         if self._place is None or not is_kept:
@@ -292,7 +304,7 @@ def open_cached(place: Path) -> TokenStore | None:
         return None
     try:
         store = TokenStore(place)
-        if store.pictures is None or store.pictures.is_current():
+        if store.is_current():
             return store
         shutil.rmtree(place, ignore_errors=True)
         return None
@@ -347,6 +359,7 @@ def tokenise(
             bad_rows=documents.bad_rows,
             formats=documents.formats,
             bad_pictures=(documents.num_bad_pictures, documents.bad_pictures),
+            skipped_files=documents.skipped_files,
             is_kept=kept is not None and documents.fingerprint(kept) == content,
         )
     return store, False

@@ -248,6 +248,7 @@ def _added(model: Any, settings: ModelSettings, has_values: bool) -> Adapter | N
     try:
         with warnings.catch_warnings(), seeded(settings.seed):
             warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path`")
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             # PEFT moves new parameters to the dtype of the base: fake ones cannot be moved
             with nullcontext() if has_values else torch.device("meta"):
                 peft_model = peft.get_peft_model(model, config, autocast_adapter_dtype=has_values)

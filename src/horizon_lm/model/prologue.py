@@ -76,6 +76,8 @@ def _record(
         )
     if pictures is not None:
         given["pixel_values"] = pictures.features  # any tensor: the features are given
+    if "position_ids" in given:
+        given["position_ids"] = _positions(skeleton, given["position_ids"])
     try:
         with (
             attention_by_intervals(),
@@ -94,6 +96,17 @@ def _record(
         raise
     if pictures is not None and len(uses) != 1:
         raise refuse(skeleton, f"its forward asks for the features of pictures {len(uses)} times")
+
+
+def _positions(skeleton: Skeleton, positions: torch.Tensor) -> torch.Tensor:
+    """Positions [batch, tokens] as the model takes them.
+
+    Models with rotary embeddings of several axes (Qwen2.5-VL) find packed documents in a row of positions of
+    their own before those of the axes, and else let documents see one another.
+    """
+    rope = getattr(skeleton.text_config, "rope_parameters", None)
+    axes = rope.get("mrope_section") if isinstance(rope, dict) and skeleton.pictures is not None else None
+    return positions.expand(1 + len(axes), -1, -1) if axes else positions
 
 
 def _find_added(

@@ -15,6 +15,7 @@ import xxhash
 from horizon_lm.config import TrainConfig
 from horizon_lm.data.feature_cache import FeatureCache, Features, FeaturesOf
 from horizon_lm.data.picture_table import Pictures
+from horizon_lm.data.pictures import LEAVE_OUT
 from horizon_lm.data.processor import Processor
 from horizon_lm.data.rows import Rows
 from horizon_lm.data.training_data import cache_dir
@@ -26,6 +27,7 @@ from horizon_lm.words import count
 
 _TOGETHER = 32  # pictures per call of the tower, at most
 _PIXELS_TOGETHER = 1 << 24  # numbers of their pixels, at most
+_TOKENS_TOGETHER = 1 << 24  # of text, searched for placeholders
 _SAY_SECONDS = 10.0
 
 Say = Callable[[str], None]
@@ -36,8 +38,27 @@ def check_model_sees(model: HostModel, rows: Sequence[Rows | None]) -> None:
     if model.skeleton.picture_inputs is None and _with_pictures(rows):
         raise ConfigError(
             f"the data has pictures, and a {model.config.model_type} model is text-only",
-            hint="choose a vision-language model, or leave the pictures out with columns: {images: null}",
+            hint=f"choose a vision-language model, or leave the pictures out with {LEAVE_OUT}",
         )
+
+
+def check_texts(model: HostModel, rows: Sequence[Rows | None]) -> None:
+    """Raise DataError if text without any picture has the token that stands for one, which no step takes."""
+    inputs = model.skeleton.picture_inputs
+    if inputs is None or inputs.placeholder is None:
+        return
+    for one in rows:
+        if one is None or one.store.pictures is not None:
+            continue
+        for start in range(0, len(one.store.ids), _TOKENS_TOGETHER):
+            places = np.flatnonzero(one.store.ids[start : start + _TOKENS_TOGETHER] == inputs.placeholder)
+            if len(places):
+                document = int(np.searchsorted(one.store.starts, start + places[0], side="right"))
+                raise DataError(
+                    f"document {document:,} of the data is text without pictures, and has the token that "
+                    f"stands for one in {model.config.model_type} (number {inputs.placeholder})",
+                    hint="take the token out of the text, or give the row its pictures",
+                )
 
 
 def _with_pictures(rows: Sequence[Rows | None]) -> list[tuple[Rows, Pictures]]:
@@ -57,6 +78,7 @@ def encode_pictures(
     All ranks call the model together; one of each node writes. Raises DataError, ConfigError and
     DoesNotFitError.
     """
+    together.each("placeholders", lambda: check_texts(model, rows))
     found = _with_pictures(rows)
     if not found:
         return
