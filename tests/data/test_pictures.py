@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import io
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
+import PIL.Image
 import pytest
 from trl import get_training_chat_template
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
@@ -16,6 +19,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from data_helpers import dataset, write_rows
 from horizon_lm.data import Documents
 from horizon_lm.data.encode import Encoded, Encoder
+from horizon_lm.data.pictures import decoded
 from horizon_lm.data.processor import Processor
 from horizon_lm.errors import DataError
 from tiny_processors import PROCESSORS, pictures
@@ -125,3 +129,13 @@ def test_prompt_and_completion(name: str, tmp_path: Path) -> None:
         return
     assert one.ids.tolist() == batch["input_ids"][0].tolist()
     assert one.trained.tolist() == (batch["labels"][0] != -100).tolist()
+
+
+def test_a_format_that_starts_a_program_is_not_read() -> None:
+    """PIL has Ghostscript draw EPS. It knows the file: only the list of formats keeps it out."""
+    content = io.BytesIO()
+    PIL.Image.new("RGB", (8, 8), "red").save(content, "EPS")
+    with PIL.Image.open(io.BytesIO(content.getvalue())) as image:
+        assert image.format == "EPS"
+    with pytest.raises(PIL.UnidentifiedImageError):
+        decoded(content.getvalue())

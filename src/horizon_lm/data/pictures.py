@@ -26,6 +26,8 @@ from horizon_lm.words import size as in_bytes
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# PIL's names of those that are read. Not EPS above all, for which PIL runs Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "ICO", "JPEG2000", "AVIF")
 LARGEST_FILE = 1 << 28  # bytes
 LEAVE_OUT = "columns: {images: null}, or {image: null} if that is the column"
 SKIP = "correct or remove it, or set on_bad_image: skip"
@@ -125,7 +127,7 @@ def decoded(content: bytes) -> Image:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-        with PIL.Image.open(io.BytesIO(content)) as image:
+        with PIL.Image.open(io.BytesIO(content), formats=FORMATS) as image:
             most = PIL.Image.MAX_IMAGE_PIXELS
             width, height = image.size
             if most is not None and width * height > most:
@@ -147,7 +149,7 @@ def _faults(picture: Picture, place: str) -> Iterator[None]:
 
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         if isinstance(error, PIL.UnidentifiedImageError):
-            reason = "not a picture in a format that PIL knows"
+            reason = f"not a picture in one of the formats {', '.join(FORMATS)}"
         elif type(error).__name__ == "DecompressionBombError":
             reason = "too many pixels (a decompression bomb)"
         raise BadPictureError(

@@ -119,7 +119,9 @@ def _key(model: HostModel, processor: Processor) -> str:
             assert whole is not None
             digest.update(whole.cpu().contiguous().view(torch.uint8).numpy().data)
     made_by = [str(model.store.dtype), model.skeleton.trains_projector, model.device.type, torch.__version__]
-    made_by += [str(model.config.vision_config), str(getattr(model.config, "vision_feature_layer", None))]
+    values = model.config.to_dict()
+    about = {key: value for key, value in values.items() if key not in ("text_config", "_name_or_path")}
+    made_by += [model.settings.attn_implementation, sorted(map(str, about.items()))]
     digest.update(repr(made_by).encode())
     return digest.hexdigest()
 
