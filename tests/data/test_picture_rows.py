@@ -235,8 +235,8 @@ def bad(folder: Path) -> dict[str, str]:
     (folder / "zero.png").write_bytes(bytes(zero))
     return {
         "cut.png": "truncated",
-        "empty.png": "not a picture in a format that PIL knows",
-        "text.png": "not a picture in a format that PIL knows",
+        "empty.png": "not a picture in one of the formats JPEG, ",
+        "text.png": "not a picture in one of the formats JPEG, ",
         "folder.png": "it is a folder, not a file",
         "huge.png": "90 x 80 pixels, and PIL's limit is 5,000",
         "bomb.png": "too many pixels",

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # PIL's names of those that are read. Not EPS above all, for which PIL runs Ghostscript.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "ICO", "JPEG2000", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "JPEG2000", "AVIF")
 LARGEST_FILE = 1 << 28  # bytes
 LEAVE_OUT = "columns: {images: null}, or {image: null} if that is the column"
 SKIP = "correct or remove it, or set on_bad_image: skip"
@@ -127,7 +127,9 @@ def decoded(content: bytes) -> Image:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-        with PIL.Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        PIL.Image.init()
+        formats = [name for name in FORMATS if name in PIL.Image.OPEN]  # some builds lack one
+        with PIL.Image.open(io.BytesIO(content), formats=formats) as image:
             most = PIL.Image.MAX_IMAGE_PIXELS
             width, height = image.size
             if most is not None and width * height > most:
