@@ -46,7 +46,7 @@ from horizon_lm.bench.models import shape, work_of
 from horizon_lm.bench.ours import train_config
 from horizon_lm.bench.protocol import Case
 from horizon_lm.config import TrainConfig
-from horizon_lm.engine.policies import resident_order
+from horizon_lm.engine.homes import resident_order
 from horizon_lm.errors import DoesNotFitError
 from horizon_lm.plan.outline_cache import OutlineCache
 from horizon_lm.plan.predict import Prediction
