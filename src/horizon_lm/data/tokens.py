@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 import xxhash
@@ -60,6 +60,15 @@ _STAGED = ".horizon-tokens-"  # one prefix for all staged folders, so that any t
 _EARLIER = re.compile(r"\.[0-9a-f]{32}\.[a-z0-9_]{8}")  # names of staged folders in earlier versions
 
 Result = list[Encoded | DataError]
+
+
+class Skipped(NamedTuple):
+    """Rows skipped for their pictures: how many, the first messages, and the pictures, with size and time of
+    each (None for a missing one)."""
+
+    rows: int
+    messages: list[str]
+    files: Mapping[str, list[int] | None]
 
 
 @dataclass(frozen=True)
@@ -249,15 +258,14 @@ class TokenWriter:
         num_bad: int,
         bad_rows: list[str],
         formats: list[Any],
-        bad_pictures: tuple[int, list[str]] = (0, []),
-        skipped_files: Mapping[str, list[int] | None] | None = None,
+        skipped: Skipped | None = None,
         is_kept: bool = False,
     ) -> TokenStore:
         """Rename the folder into place (is_kept) and open it, or the one another process put there first.
 
-        bad_pictures: (number of rows skipped for them, first messages). skipped_files: their pictures, size
-        and time of each.
+        skipped: rows skipped for their pictures.
         """
+        skipped = skipped or Skipped(0, [], {})
         documents = np.asarray(self._documents, np.int64).reshape(-1, 2)
         write_file(self._folder / "documents.bin", lambda file: file.write(documents.data))
         if self._kind == "labelled":
@@ -274,8 +282,8 @@ class TokenWriter:
             bad_rows=bad_rows,
             formats=formats,
             is_text=self._is_text,
-            num_bad_pictures=bad_pictures[0],
-            bad_pictures=bad_pictures[1],
+            num_bad_pictures=skipped.rows,
+            bad_pictures=skipped.messages,
         )
         pictures = None if self._pictures is None else self._pictures.finish()
         hashes = {path.name: _hash(path) for path in sorted(self._folder.glob("*.bin"))}
@@ -284,8 +292,8 @@ class TokenWriter:
             meta |= {"kind": self._kind, "sides": self._sides}
         if pictures is not None:
             meta["pictures"] = pictures
-        if skipped_files:
-            meta["skipped_files"] = dict(skipped_files)
+        if skipped.files:
+            meta["skipped_files"] = dict(skipped.files)
         meta["hash"] = _meta_hash(meta)
         write_file(self._folder / _META, json.dumps(meta))
         if self._place is None or not is_kept:
@@ -358,8 +366,7 @@ def tokenise(
             num_bad=documents.num_bad,
             bad_rows=documents.bad_rows,
             formats=documents.formats,
-            bad_pictures=(documents.num_bad_pictures, documents.bad_pictures),
-            skipped_files=documents.skipped_files,
+            skipped=Skipped(documents.num_bad_pictures, documents.bad_pictures, documents.skipped_files),
             is_kept=kept is not None and documents.fingerprint(kept) == content,
         )
     return store, False
