@@ -408,7 +408,9 @@ def test_the_end_of_the_search_is_not_called_the_largest() -> None:
     planner = planner_of(config, *machine(0.05, 40))
     chosen = planner.choose(config.replace(reserve_host_gb=0.0))
     small = describe(RunPlan(chosen, planner, planner.predict(chosen), [], [], "a small machine"))
-    assert "or more" not in small and "0.000" not in small and "0.00 " not in small.replace("0.00 ms", "")
+    largest = small[small.index("largest that fits") :]
+    assert "layers of this kind" in largest and "or more" not in largest
+    assert "0.000" not in small and "0.00 " not in small.replace("0.00 ms", "")
 
 
 def test_more_tokens_a_step_are_advised_where_the_update_limits() -> None:
