@@ -4,8 +4,9 @@ The systems take turns step by step in one process, in an order that rotates, so
 machine's speed affect all; ratios are those of the steps of one turn. All have the same model, tokens,
 attention (sdpa), clipping at 1.0 and AdamW with fp32 masters; adapters have rank 16 in all linear layers and
 are computed in the model's dtype. `lora` and `full` are ours, recomputing every layer or (`keep`) none;
-`peft` is a PeftModel in memory whose layers transformers recomputes, with torch's fused AdamW. A step
-includes its update.
+`peft` is a PeftModel in memory whose layers transformers recomputes, with torch's fused AdamW. `peft keep`
+and `plain keep` are a PeftModel and the model itself in memory, recomputing nothing: what an adapter saves
+where nothing is streamed. A step includes its update.
 
 Bytes: what a store holds of frozen parameters in layers, as the planner says from the configuration alone,
 and as it is allocated.
@@ -26,7 +27,7 @@ from torch import nn
 from horizon_lm.bench.figures import spread
 from horizon_lm.bench.models import own, shape, source_model, work_of
 from horizon_lm.bench.ours import Ours, settle
-from horizon_lm.bench.plain import adam_options, backward, prepare
+from horizon_lm.bench.plain import Plain, adam_options, backward, prepare
 from horizon_lm.bench.protocol import Case, System, tokens_of
 from horizon_lm.engine.policies import store_spec
 from horizon_lm.host_model import HostModel
@@ -41,7 +42,13 @@ STEPS = {"tiny": (1, 2), "30m": (2, 7), "100m": (2, 7), "350m": (1, 5)}
 LORA = {"adapter": "lora", "lora_r": 16, "lora_alpha": 32.0, "target_modules": "all-linear"}
 # What is compared -> the least ratio that is wanted. `horizon train` keeps activations if memory allows; of
 # steps that recompute all layers, the arithmetic alone is 8 to 6.
-GOALS = {"lora keep / full keep": 1.25, "lora / full": None, "lora / peft": 1.0}
+GOALS = {
+    "lora keep / full keep": 1.25,
+    "peft keep / plain keep": None,
+    "lora keep / peft keep": None,
+    "lora / full": None,
+    "lora / peft": 1.0,
+}
 HEAD = ["parameters", "dtype", "compared", "tokens/s", "of the other", "ratio, wall (least to most)"]
 HEAD += ["ratio, CPU time", "wanted", "met"]
 BYTES = {"auto": 2.0, "int8": 1.1, "nf4": 0.6}
@@ -94,7 +101,8 @@ class Peft:
 def systems_of(case: Case, activations: str) -> dict[str, System]:
     case = case.replace(activations=activations)
     if activations == "keep":
-        return {"lora keep": Lora(case), "full keep": Ours(case)}
+        peers: dict[str, System] = {"peft keep": Peft(case), "plain keep": Plain(case)}
+        return {"lora keep": Lora(case), "full keep": Ours(case), **peers}
     return {"lora": Lora(case), "full": Ours(case), "peft": Peft(case)}
 
 
