@@ -154,13 +154,15 @@ def test_every_alias_is_read_as_its_setting(alias: str) -> None:
 
 
 def test_each_alias_is_reported_once(tmp_path: Path) -> None:
-    path = write(tmp_path, "model: folder\ndatasets: a.txt\nlr: 1e-4\ngradient_checkpointing_kwargs: null\n")
+    text = "model: folder\ndatasets: a.txt\nlr: 1e-4\ngradient_checkpointing_kwargs: null\nlora_rank: 16\n"
+    path = write(tmp_path, text)
     config, notes = load_config(path, ["num-epochs=2", "num_epochs=3"])
     assert config.learning_rate == 1e-4 and config.num_train_epochs == 3
     assert notes == [
         f"{path}:1: 'model' is read as 'model_name_or_path'",
         f"{path}:3: 'lr' is read as 'learning_rate'",
         f"{path}:4: 'gradient_checkpointing_kwargs' is ignored, {DROPPED['gradient_checkpointing_kwargs']}",
+        f"{path}:5: 'lora_rank' is read as 'lora_r'{ALIASES['lora_rank'].remark}",
         "command line: 'num_epochs' is read as 'num_train_epochs'",
     ]
 

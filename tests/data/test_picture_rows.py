@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -18,6 +19,7 @@ from horizon_lm.config import TrainConfig
 from horizon_lm.data import Documents, load_training_data
 from horizon_lm.data.examples import Chat
 from horizon_lm.data.pictures import BadPictureError, Picture, open_picture
+from horizon_lm.data.processor import Processor
 from horizon_lm.errors import ConfigError, DataError
 from tiny_processors import llava, pictures
 
@@ -253,6 +255,20 @@ def test_bad_pictures_are_one_line_with_file_row_and_reason(tmp_path: Path) -> N
         said = caught.value.message
         assert said.startswith("a.jsonl:7: the picture ") and name in said and reason in said, said
         assert "\n" not in said and caught.value.hint
+
+
+@pytest.mark.parametrize("error", [IndexError("3"), KeyError("w"), AssertionError(), ZeroDivisionError("0")])
+def test_what_a_processor_raises_is_a_bad_picture(error: Exception) -> None:
+    class Own:
+        image_token = "<image>"
+
+        def __call__(self, **_: Any) -> None:
+            raise error
+
+    opened: Any = SimpleNamespace(image=None)
+    with pytest.raises(BadPictureError, match="a.jsonl:7: a picture is rejected by Own: ") as caught:
+        Processor(Own(), SimpleNamespace()).tokens("<image>", [opened], "a.jsonl:7")  # type: ignore[arg-type]
+    assert caught.value.__cause__ is error
 
 
 def processor_folder(tmp_path: Path) -> Path:

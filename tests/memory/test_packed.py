@@ -132,7 +132,7 @@ def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(packed, "load_bitsandbytes", refused)
         with pytest.raises(ConfigError, match="base_dtype=nf4 needs the package bitsandbytes") as caught:
             packed.check_installed("nf4")
-    assert caught.value.hint == "pip install 'horizon-lm[lowbit]'"
+    assert caught.value.hint == "pip install bitsandbytes"
     packed.check_installed("nf4")
 
 

@@ -16,7 +16,7 @@ import preference_runs
 import zoo
 from horizon_lm.checkpoint.folder import open_checkpoint
 from horizon_lm.checkpoint.reader import read_small
-from horizon_lm.config import TrainConfig
+from horizon_lm.config import ModelSettings, TrainConfig
 from horizon_lm.errors import CheckpointError, ConfigError
 from horizon_lm.preference import kept, reference
 from horizon_lm.preference.reference import Reference
@@ -174,6 +174,31 @@ def test_a_reference_may_have_fewer_layers(tmp_path: Path) -> None:
     for key, value in per_layer.items():
         with pytest.raises(ConfigError):
             hz.HostModel.from_pretrained(tmp_path, device="cpu", skip_memory_check=True, **{key: value})
+
+
+def test_a_reference_of_the_same_name_has_the_same_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: another name is read at its newest."""
+    asked: list[str | None] = []
+
+    def stop(_: str, settings: ModelSettings) -> None:
+        asked.append(settings.model_revision)
+        raise ConfigError("stopped", hint="none")
+
+    monkeypatch.setattr(preferences, "load_model_of", stop)
+    rows: Any = SimpleNamespace(store=SimpleNamespace(ids=torch.zeros(3, dtype=torch.long)))
+    for name in ("owner/model", "owner/other"):
+        config = TrainConfig(
+            model_name_or_path="owner/model",
+            model_revision="a" * 40,
+            ref_model_name_or_path=name,
+            method="dpo",
+            datasets=["pairs.jsonl"],
+            device="cpu",
+            skip_memory_check=True,
+        )
+        with pytest.raises(ConfigError, match="stopped"):
+            preferences.reference_model(config, 10, rows)
+    assert asked == ["a" * 40, None]
 
 
 # The cache.

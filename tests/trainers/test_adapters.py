@@ -16,6 +16,7 @@ import zoo
 from horizon_lm.errors import CheckpointError, ConfigError
 from horizon_lm.preference.reference import weights_hash
 from horizon_lm.trainers import resident
+from horizon_lm.trainers.resumed import load_weights
 from sizes import SOAK
 from trainer_pairs import Trained, assert_equal, build, parameters_of, rows, small_model
 from trainer_runs import digests, history
@@ -277,6 +278,22 @@ def test_the_best_adapter_is_loaded_at_the_end(tmp_path: Path) -> None:
     assert all(found[0][name].equal(value) for name, value in found[1].items())
     last = parameters_of(trained("sft", tmp_path / "last", learning_rate=0.5))
     assert any(not last[name].equal(value) for name, value in found[0].items())  # the control
+
+
+def test_an_adapter_of_another_rank_is_not_spread_over_the_model(tmp_path: Path) -> None:
+    """Of rank 1, its matrices could be broadcast. The control is the same rank."""
+    settings = hz.ModelSettings(device="cpu", skip_memory_check=True)
+
+    def of_rank(rank: int) -> Any:
+        return get_peft_model(small_model("llama"), LoraConfig(**LORA | {"r": rank}))
+
+    of_rank(1).save_pretrained(tmp_path)
+    load_weights(tmp_path, hz.HostModel(of_rank(1), settings))
+    other = hz.HostModel(of_rank(4), settings)
+    before = digests(other)
+    with pytest.raises(CheckpointError, match=r"in the shape \[1, \d+\], and the model has it as \[4, \d+\]"):
+        load_weights(tmp_path, other)
+    assert digests(other) == before
 
 
 def test_the_folder_of_an_adapter_is_trained_further(tmp_path: Path) -> None:

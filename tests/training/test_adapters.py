@@ -21,7 +21,7 @@ from horizon_lm import cli
 from horizon_lm.checkpoint.exported import Form, Merge, merge_folder
 from horizon_lm.checkpoint.folder import list_checkpoints
 from horizon_lm.checkpoint.units import as_bytes
-from horizon_lm.config import ModelSettings
+from horizon_lm.config import ModelSettings, TrainConfig
 from horizon_lm.errors import ConfigError
 from horizon_lm.host_model import HostModel
 from horizon_lm.model import loading
@@ -68,6 +68,18 @@ def test_a_run_says_what_it_trains(text: Path, base: Path, tmp_path: Path, capsy
     assert "llama, 34,720 parameters, float32 on cpu" in capsys.readouterr().out
     (start,) = events(tmp_path / "whole", "start")
     assert "num_trained" not in start and "adapter" not in start
+
+
+def test_the_usual_learning_rate_of_adapters_is_named(text: Path, base: Path, tmp_path: Path) -> None:
+    said = []
+    for number, changes in enumerate(({}, {"learning_rate": 1e-5}, {"adapter": None})):
+        values = adapter_values(text, tmp_path / str(number), base, max_steps=1, **changes)
+        if "learning_rate" not in changes:
+            values.pop("learning_rate", None)
+        train(TrainConfig.from_dict(values))
+        (start,) = events(tmp_path / str(number), "start")
+        said.append("adapters are usually trained with more" in " ".join(start["notes"]))
+    assert said == [True, False, False]
 
 
 def test_an_adapter_needs_a_model_that_exists(text: Path, base: Path, tmp_path: Path) -> None:

@@ -17,10 +17,14 @@ from horizon_lm.errors import ConfigError
 
 @dataclass(frozen=True)
 class Alias:
-    """The canonical name, and the conversion of an alias's value (ValueError if there is none)."""
+    """The canonical name, and the conversion of an alias's value (ValueError if there is none).
+
+    remark: what the note on the alias adds.
+    """
 
     key: str
     convert: Callable[[Any], Any] | None = None
+    remark: str = ""
 
 
 def _dtype(value: Any) -> Any:
@@ -150,7 +154,7 @@ ALIASES: dict[str, Alias] = {
     "use_dora": Alias("adapter", names.only_if_on("dora")),
     "peft_use_dora": Alias("adapter", names.only_if_on("dora")),
     "lora_model_dir": Alias("adapter_name_or_path"),
-    "lora_rank": Alias("lora_r"),
+    "lora_rank": Alias("lora_r", remark="; lora_alpha does not follow it, and is 32 unless it is set"),
     "peft_use_rslora": Alias("use_rslora"),
     "lora_target": Alias("target_modules", names.targets),
     "lora_target_modules": Alias("target_modules", names.targets),
@@ -257,7 +261,11 @@ _MIN_LR = (
 )
 _HOST = "leave the key out: weights and optimizer state are in host memory already"
 _EPOCH_PARTS = "leave the key out and write eval_strategy, eval_steps, save_strategy and save_steps"
+_SPIKES = (
+    "leave the key out and write 'loss_spike: stop', which compares with recent losses (loss_spike_sigmas)"
+)
 _PROCESSOR = "leave the key out: the model's processor decides, by its processor_config.json"
+_VIDEOS = "leave the key out: rows have pictures, not videos"
 UNAVAILABLE: dict[str, str] = {
     "evals_per_epoch": _EPOCH_PARTS,
     "saves_per_epoch": _EPOCH_PARTS,
@@ -329,6 +337,15 @@ UNAVAILABLE: dict[str, str] = {
     "min_lr": _MIN_LR,
     "padding_free": "leave the key out: 'packing: true' needs no padding",
     "media_dir": "leave the key out and write 'datasets: [{path: ..., image_dir: ...}]'",
+    "loss_watchdog_threshold": _SPIKES,
+    "loss_watchdog_patience": _SPIKES,
+    "eval_sample_packing": "leave the key out: evaluation data is packed as training data is",
+    "save_only_model": "leave the key out: output_dir/model is the model alone; 'save_strategy: \"no\"' "
+    "writes no checkpoints",
+    "video_max_pixels": _VIDEOS,
+    "video_min_pixels": _VIDEOS,
+    "video_fps": _VIDEOS,
+    "video_maxlen": _VIDEOS,
     "image_max_pixels": _PROCESSOR,
     "image_min_pixels": _PROCESSOR,
 }
@@ -419,7 +436,7 @@ def drop_or_note(key: str, place: str, value: Any) -> tuple[bool, str | None]:
     if key in names.SILENT | UNAVAILABLE.keys() and (value is None or value is False):
         return True, f"{place}: '{key}' is ignored, it is off"
     if key in ALIASES:
-        return False, f"{place}: '{key}' is read as '{ALIASES[key].key}'"
+        return False, f"{place}: '{key}' is read as '{ALIASES[key].key}'{ALIASES[key].remark}"
     return False, None
 
 

@@ -39,6 +39,8 @@ _OF_TOKENS = frozenset(
 )
 _TYPES = ("mm_token_type_ids", "token_type_ids")
 _PIXELS = "pixel"
+# What processors raise for pictures that they cannot take: most divide, index and assert without a check.
+_REJECTED = (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AssertionError)
 
 Span = tuple[int, int]
 
@@ -108,7 +110,7 @@ class Processor:
                 return_offsets_mapping=True,
                 return_text_replacement_offsets=True,
             )
-        except (ValueError, TypeError, RuntimeError, ZeroDivisionError, OverflowError) as error:
+        except _REJECTED as error:
             raise BadPictureError(
                 f"{place}: a picture is rejected by {type(self.own).__name__}: {reason_of(error)}", hint=SKIP
             ) from error

@@ -91,7 +91,7 @@ def _functions(kind: str) -> Any:
     except ImportError as error:
         raise ConfigError(
             f"base_dtype={kind} needs the package bitsandbytes, which is not installed",
-            hint="pip install 'horizon-lm[lowbit]'",
+            hint="pip install bitsandbytes",
         ) from error
 
 

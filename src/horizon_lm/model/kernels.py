@@ -56,11 +56,11 @@ def check_kernels(settings: ModelSettings, device: torch.device) -> None:
     who = f"kernels={settings.kernels}"
     if device.type != "cuda":
         raise ConfigError(f"{who} needs a GPU, and device is {device.type}", hint="set kernels=none")
-    package = {"liger": "liger_kernel", "hub": "kernels"}[settings.kernels]
-    if find_spec(package) is None:
+    package = {"liger": "liger-kernel", "hub": "kernels"}[settings.kernels]
+    if find_spec(package.replace("-", "_")) is None:
         raise ConfigError(
-            f"{who} needs the package {package.replace('_', '-')}, which is not installed",
-            hint=f"pip install 'horizon-lm[{settings.kernels}]', or set kernels=none",
+            f"{who} needs the package {package}, which is not installed",
+            hint=f"pip install {package}, or set kernels=none",
         )
 
 
@@ -83,7 +83,7 @@ def _check_attention(name: str, device: torch.device) -> None:
     if find_spec("kernels") is None:
         raise ConfigError(
             f"{who} needs the package kernels, which is not installed",
-            hint=f"pip install 'horizon-lm[hub]', or {_SDPA}",
+            hint=f"pip install kernels, or {_SDPA}",
         )
     from transformers.integrations.hub_kernels import load_and_register_attn_kernel
 

@@ -124,6 +124,13 @@ def load_weights(folder: Path, host: HostModel) -> None:
     missing = sorted(wanted - weights.keys())
     if missing:
         raise damaged(folder, f"has no weights of {missing[0]}")
+    for name in sorted(wanted):
+        found, expected = list(weights[name].shape), list(host.store.locate(name)[1].shape)
+        if found != expected:
+            raise CheckpointError(
+                f"{folder} has {name} in the shape {found}, and the model has it as {expected}",
+                hint="load a folder that this trainer saved",
+            )
     host.state_is_being_replaced()
     for name in sorted(wanted):
         host.store.adopt(name, weights[name])

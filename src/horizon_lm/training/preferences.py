@@ -210,7 +210,9 @@ def reference_model(
 
 
 def _loaded_reference(name: str, config: TrainConfig, num_tokens: int, rows: Rows) -> nn.Module:
-    loaded = load_model_of(name, reference_settings(model_settings_of(config)))
+    revision = config.model_revision if name == config.model_name_or_path else None
+    settings = reference_settings(model_settings_of(config)).replace(model_revision=revision)
+    loaded = load_model_of(name, settings)
     if config.new_tokens:
         grow_vocabulary(loaded, num_tokens, config.seed)
     of_model: Any = loaded.config

@@ -264,6 +264,11 @@ def remarks(config: TrainConfig, data: TrainingData, num_steps: int, rates: Curv
             f"learning_rate={config.learning_rate:g} is the default of supervised tuning; preferences are "
             "usually trained on with less, 1e-6 in TRL"
         )
+    elif config.has_adapter and "learning_rate" not in config.model_fields_set:
+        found.append(
+            f"learning_rate={config.learning_rate:g} is the default of training all parameters; adapters are "
+            "usually trained with more, 1e-4 to 2e-4"
+        )
     if isinstance(data.loader, StreamLoader) or data.loader.crosses_epochs:
         by_epochs = False
     elif isinstance(config.tokens_per_step, int) and config.tokens_per_step // config.row_tokens > sequences:
