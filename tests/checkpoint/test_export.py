@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +14,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zoo
+from export_memory import contents, measure_export, save_on_ranks
 from horizon_lm import cli
 from horizon_lm.checkpoint.card import model_card
-from horizon_lm.checkpoint.disk import Disk
-from horizon_lm.checkpoint.writer import CheckpointWriter
 from horizon_lm.host_model import HostModel
-from horizon_lm.memory.shards import Shard
 from horizon_lm.training.train import train
-from rank_checkpoints import share, write
-from rank_saves import large_model, snapshot_of
+from rank_saves import large_model
 from small_runs import settings, write_text
-from threaded_ranks import ThreadedRanks, on_ranks
 
 # dense, tied, mixtures whose experts are fused in memory and apart on disk, parameters kept in fp32
 MODELS = ["llama", "gpt2", "gemma3_text", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "phimoe"]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_samples")
-
-
-def contents(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for file in folder.glob("*.safetensors"):
-        found |= load_file(file)
-    return found
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -147,30 +134,6 @@ def test_a_damaged_checkpoint_is_not_exported(run: Path, tmp_path: Path) -> None
     assert "trained for 2 steps" in (tmp_path / "out" / "README.md").read_text()
 
 
-MEMORY = """
-import sys
-sys.path[:0] = {path!r}
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from horizon_lm.checkpoint import disk
-from horizon_lm.checkpoint.exported import Form, export_checkpoint
-def anonymous():
-    line = next(l for l in open("/proc/self/status") if l.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
-import transformers.models.llama.modeling_llama
-peak, start = 0, anonymous()
-write = disk.HashedFile.write
-def watched(self, data):
-    global peak
-    peak = max(peak, anonymous())
-    write(self, data)
-disk.HashedFile.write = watched
-export_checkpoint(Path({source!r}), Path({target!r}), Form("float32", "40MB"))
-print(peak - start)
-"""
-
-
 @pytest.mark.parametrize("world", [1, 3])
 def test_an_export_takes_the_memory_of_a_unit_and_not_of_the_model(world: int, tmp_path: Path) -> None:
     """25 M parameters in fp32 from bf16: 100 MB of weights, of which no unit has more than 8 MB. world: ranks
@@ -178,22 +141,7 @@ def test_an_export_takes_the_memory_of_a_unit_and_not_of_the_model(world: int, t
     model = HostModel.from_pretrained(
         large_model(), device="cpu", moment_dtype="bfloat16", optim="sgd", skip_memory_check=True
     )
-    (tmp_path / "run").mkdir()
-
-    def save(ranks: ThreadedRanks) -> None:
-        snapshot = snapshot_of(model, share(model.store, Shard(ranks.rank, world)))
-        write(CheckpointWriter(tmp_path / "run", snapshot, Disk(), ranks=ranks), len(model.store.units))
-
-    on_ranks(world, save)
-    script = MEMORY.format(
-        path=[str(Path(__file__).parents[1] / "helpers")],
-        source=str(tmp_path / "run"),
-        target=str(tmp_path / "out"),
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    grown = int(done.stdout.split()[-1])
-    total = sum(value.nbytes for value in contents(tmp_path / "out").values())
+    save_on_ranks(model, tmp_path / "run", world)
+    total, grown = measure_export(tmp_path / "run", tmp_path / "out", "Form('float32', '40MB')")
     assert total > 95e6
-    print(f"{total / 1e6:.0f} MB exported with {grown / 1e6:.0f} MB of memory")
     assert grown < 0.5 * total

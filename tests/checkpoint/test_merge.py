@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zoo
@@ -19,25 +16,17 @@ from adapter_runs import adapter_settings, by_peft, changed_copy, logits, make_b
 from adapter_runs import base as base
 from adapter_runs import run as run
 from adapter_runs import text as text
+from export_memory import contents, measure_export, save_on_ranks
 from horizon_lm import cli
-from horizon_lm.checkpoint.disk import Disk
 from horizon_lm.checkpoint.exported import Form, Merge, merge_folder
-from horizon_lm.checkpoint.writer import CheckpointWriter
 from horizon_lm.host_model import HostModel
-from horizon_lm.memory.shards import Shard
 from horizon_lm.trainers.generation import named_weights
 from horizon_lm.training.train import train
 from peft_models import adapted, host
-from rank_checkpoints import share, write
-from rank_saves import large_model, snapshot_of
+from rank_saves import large_model
 from sizes import SOAK
-from threaded_ranks import ThreadedRanks, on_ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_samples")
-
-
-def contents(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: t for file in sorted(folder.glob("*.safetensors")) for k, t in load_file(file).items()}
 
 
 def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
@@ -216,31 +205,6 @@ def test_wrong_merges_are_one_line(run: Path, base: Path, text: Path, tmp_path: 
 
 # Memory.
 
-MEMORY = """
-import sys
-sys.path[:0] = {path!r}
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from horizon_lm.checkpoint import disk
-from horizon_lm.checkpoint.exported import Form, Merge, export_checkpoint
-import transformers.models.llama.modeling_llama, peft
-def anonymous():
-    line = next(l for l in open("/proc/self/status") if l.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
-peak, start = 0, anonymous()
-write = disk.HashedFile.write
-def watched(self, data):
-    global peak
-    peak = max(peak, anonymous())
-    write(self, data)
-disk.HashedFile.write = watched
-export_checkpoint(
-    Path({source!r}), Path({target!r}), Form("float32", "40MB", merge=Merge({base!r}))
-)
-print(peak - start)
-"""
-
 
 @pytest.mark.parametrize("world", [1, 2] if SOAK else [1])
 def test_a_merge_takes_the_memory_of_a_unit_and_not_of_the_model(world: int, tmp_path: Path) -> None:
@@ -250,23 +214,8 @@ def test_a_merge_takes_the_memory_of_a_unit_and_not_of_the_model(world: int, tmp
     large_model().save_pretrained(base)
     asked = {"adapter": "lora", "lora_r": 4, "dtype": "float32", "skip_memory_check": True}
     model = HostModel.from_pretrained(base, device="cpu", **asked)
-    (tmp_path / "run").mkdir()
-
-    def save(ranks: ThreadedRanks) -> None:
-        snapshot = snapshot_of(model, share(model.store, Shard(ranks.rank, world)))
-        write(CheckpointWriter(tmp_path / "run", snapshot, Disk(), ranks=ranks), len(model.store.units))
-
-    on_ranks(world, save)
-    script = MEMORY.format(
-        path=[str(Path(__file__).parents[1] / "helpers")],
-        source=str(tmp_path / "run"),
-        target=str(tmp_path / "out"),
-        base=str(base),
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    grown = int(done.stdout.split()[-1])
-    total = sum(value.nbytes for value in contents(tmp_path / "out").values())
+    save_on_ranks(model, tmp_path / "run", world)
+    form = f"Form('float32', '40MB', merge=Merge({str(base)!r}))"
+    total, grown = measure_export(tmp_path / "run", tmp_path / "out", form)
     assert total > 95e6
-    print(f"{total / 1e6:.0f} MB merged with {grown / 1e6:.0f} MB of memory")
     assert grown < 0.5 * total

@@ -61,12 +61,11 @@ for line in sys.stdin:  # one attempt in a child of its own: what is imported is
 """
 
 
-class Victim:
-    """A process that tries the run again and again, killed or not."""
+class Attempts:
+    """A process of a script that answers each line of JSON with an exit code, and says first that it is
+    ready."""
 
-    def __init__(self, more: str = "") -> None:
-        """more: lines that import what the runs need, once for all."""
-        script = KILLED_RUN.format(path=[str(Path(__file__).parent)], more=more)
+    def __init__(self, script: str) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-c", script],
             stdin=subprocess.PIPE,
@@ -74,23 +73,34 @@ class Victim:
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
-        assert self.answer() == "ready"
+        assert self._answer() == "ready"
 
-    def answer(self) -> str:
+    def _answer(self) -> str:
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
-    def attempt(self, config: dict[str, Any], delay: float, number: int = signal.SIGKILL) -> int:
-        """delay: seconds from the first step to the kill; negative for none. The exit code."""
+    def ask(self, *values: Any) -> int:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps([delay, config, number]) + "\n")
+        self.process.stdin.write(json.dumps(values) + "\n")
         self.process.stdin.flush()
-        return int(self.answer())
+        return int(self._answer())
 
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
         assert self.process.wait(60) == 0
+
+
+class Victim(Attempts):
+    """A process that tries the run again and again, killed or not."""
+
+    def __init__(self, more: str = "") -> None:
+        """more: lines that import what the runs need, once for all."""
+        super().__init__(KILLED_RUN.format(path=[str(Path(__file__).parent)], more=more))
+
+    def attempt(self, config: dict[str, Any], delay: float, number: int = signal.SIGKILL) -> int:
+        """delay: seconds from the first step to the kill; negative for none. The exit code."""
+        return self.ask(delay, config, number)
 
 
 def killed_runs(

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 from horizon_lm.checkpoint.folder import list_checkpoints
+from killed_runs import Attempts
 from sizes import times
 from small_runs import tensors_of
 from trainer_runs import model_folder
@@ -49,35 +46,15 @@ for line in sys.stdin:
 """
 
 
-class Victim:
+class Victim(Attempts):
     """A process that trains again and again, killed or not."""
 
     def __init__(self) -> None:
-        script = SCRIPT.format(path=[str(Path(__file__).parents[1] / "helpers")])
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", script],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert self.answer() == "ready"
-
-    def answer(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
+        super().__init__(SCRIPT.format(path=[str(Path(__file__).parents[1] / "helpers")]))
 
     def attempt(self, model: Path, run: Path, last: int | None = None) -> int:
         """last: the call of the disk at which it is killed, if it is. Return the exit code."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps([last, str(model), str(run)]) + "\n")
-        self.process.stdin.flush()
-        return int(self.answer())
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        assert self.process.wait(20) == 0
+        return self.ask(last, str(model), str(run))
 
 
 def test_killed_at_random_calls_of_the_disk(tmp_path: Path) -> None:
