@@ -149,6 +149,9 @@ _APART = ("runtime", "per_second", "total_flos", "preparation_time", "aux_loss")
 def assert_equal(ours: Trained, theirs: Trained) -> None:
     """Parameters within 3e-6 where they moved by 1e-3; metrics within 1e-5 of their size.
 
+    One entry of a parameter may be off by up to 1e-5: roundoff, which differs by CPU, decides Adam's step where
+    the gradient is near zero. (Measured: 4.2e-6 in one of 1,555 entries, the next 9e-8.)
+
     Rewards and the KL are beta times a difference of log-probabilities, which are larger by far: they are
     compared with the size of these. Before the first update the policy is the reference, and which of two
     equal rewards is larger is left to roundoff. Mean logits are sums of numbers of both signs near 1.
@@ -156,7 +159,8 @@ def assert_equal(ours: Trained, theirs: Trained) -> None:
     assert max(float(moved.max()) for moved in theirs.moved.values()) > 3e-3
     for name, value in theirs.parameters.items():
         off = (ours.parameters[name] - value).abs()
-        assert _largest(off, theirs.moved[name]) <= 3e-6, (name, _largest(off, theirs.moved[name]))
+        first, second = _two_largest(off, theirs.moved[name])
+        assert first <= 1e-5 and second <= 3e-6, (name, first, second)
     assert len(ours.log) == len(theirs.log)
     for mine, wanted in zip(ours.log, theirs.log, strict=True):
         is_eval = any(name.startswith("eval_") for name in wanted)
@@ -171,5 +175,6 @@ def assert_equal(ours: Trained, theirs: Trained) -> None:
             assert abs(mine[name] - wanted[name]) <= 1e-5 * max(size, 1e-3), (name, mine[name], wanted[name])
 
 
-def _largest(off: torch.Tensor, moved: torch.Tensor) -> float:
-    return float(off[moved > 1e-3].max()) if bool((moved > 1e-3).any()) else 0.0
+def _two_largest(off: torch.Tensor, moved: torch.Tensor) -> tuple[float, float]:
+    first, second = torch.cat([off[moved > 1e-3].float(), torch.zeros(2)]).topk(2).values.tolist()
+    return first, second
