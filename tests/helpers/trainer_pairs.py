@@ -149,8 +149,8 @@ _APART = ("runtime", "per_second", "total_flos", "preparation_time", "aux_loss")
 def assert_equal(ours: Trained, theirs: Trained) -> None:
     """Parameters within 3e-6 where they moved by 1e-3; metrics within 1e-5 of their size.
 
-    One entry of a parameter may be off by up to 1e-5: roundoff, which differs by CPU, decides Adam's step where
-    the gradient is near zero. (Measured: 4.2e-6 in one of 1,555 entries, the next 9e-8.)
+    One entry of a parameter may be off by up to 1e-5: roundoff, which differs by CPU, decides Adam's step
+    where the gradient is near zero. (Measured: 4.2e-6 in one of 1,555 entries, the next 9e-8.)
 
     Rewards and the KL are beta times a difference of log-probabilities, which are larger by far: they are
     compared with the size of these. Before the first update the policy is the reference, and which of two
