@@ -40,10 +40,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def load(folder: Path | str) -> None:
-    hz.HostModel.from_pretrained(
+def load(folder: Path | str) -> list[str]:
+    """Names of the adapter's parameters in the model."""
+    with hz.HostModel.from_pretrained(
         zoo.build("llama"), device="cpu", dtype="float32", adapter_name_or_path=str(folder)
-    ).close()
+    ) as model:
+        return [name for name in model.store.names() if ".lora_" in name]
 
 
 def refused(source: Path, place: Path, change: Change) -> HorizonError:
@@ -73,7 +75,8 @@ class Bomb:
 
 
 def test_the_control_is_read(source: Path) -> None:
-    load(source)
+    found = load(source)
+    assert len(found) == 4 * zoo.build("llama").config.num_hidden_layers, found
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS, PICKLED])
