@@ -9,7 +9,7 @@
         out = model.train_step(micro_batches, lr=1e-5)
     model.save_pretrained("tuned", tokenizer=tokenizer)
 
-`horizon_lm.errors` has the errors that a user can act on; docs/python.md describes the interface.
+`horizon_lm.errors` has the errors that a user can act on; docs/guides/python.md describes the interface.
 """
 
 from __future__ import annotations

@@ -238,13 +238,13 @@ def test_a_run_from_a_file_and_names(tmp_path: Path, no_samples: None) -> None:
     assert hz.TrainConfig.from_yaml(result.output_dir / "config.resolved.yaml").max_steps == 2
 
 
-# ---- docs/python.md -------------------------------------------------------------------------
+# ---- docs/guides/python.md ------------------------------------------------------------------
 
 
 def test_the_code_of_the_page_runs(
     tokenizer: Any, tmp_path: Path, no_samples: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = Path(__file__).parents[2] / "docs" / "python.md"
+    page = Path(__file__).parents[2] / "docs" / "guides" / "python.md"
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
     monkeypatch.chdir(tmp_path)
     write_text(tmp_path / "text.txt")

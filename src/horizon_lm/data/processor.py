@@ -259,7 +259,7 @@ def load_processor(
         raise ConfigError(
             f"{type(own).__name__} does not tell which tokens stand for a picture, with transformers "
             f"{version('transformers')}",
-            hint="use transformers>=5.18, and a model of docs/vision.md",
+            hint="use transformers>=5.18, and a model of docs/guides/pictures.md",
         )
     return Processor(own, tokenizer)
 
