@@ -365,6 +365,36 @@ def test_init_for_preferences(kind: str, method: str, model: Path, tmp_path: Pat
     assert "a run trains on one kind" in capsys.readouterr().err
 
 
+def test_init_takes_settings(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "run.yaml"
+    arguments = ["init", "--model", str(model), "--dataset", str(data), "-o", str(out), "--overwrite"]
+    assert cli.main([*arguments, "adapter=lora", "--lora_r=4", "base_dtype=nf4", "optimizer_threads=1"]) == 0
+    text, config = out.read_text(), TrainConfig.from_yaml(out)
+    assert (config.adapter, config.lora_r, config.base_dtype) == ("lora", 4, "nf4")
+    assert config.learning_rate == 2e-4 and config.optimizer_threads == 1
+    assert "# -- adapter" in text and "# -- others" in text
+    for line in text.splitlines():
+        assert not line or "#" in line, line
+    assert cli.main([*arguments, "qlora"]) == 2 and "'qlora' is not key=value" in capsys.readouterr().err
+    # An adapter's given learning rate stays, another program's name is understood, a full run has no adapter keys.
+    assert cli.main([*arguments, "adapter=qlora", "learning_rate=1e-3", "cutoff_len=64"]) == 0
+    config = TrainConfig.from_yaml(out)
+    assert (config.adapter, config.base_dtype) == ("lora", "nf4")
+    assert config.learning_rate == 1e-3 and config.max_length == 64
+    assert cli.main([*arguments, "tokens_per_step=512", "num_train_epochs=2"]) == 0
+    assert "adapter" not in out.read_text() and "per_device_train_batch_size" not in out.read_text()
+    assert TrainConfig.from_yaml(out).tokens_per_step == 512
+    before = out.read_bytes()
+    for wrong, words in [
+        ("lora_r=8", "lora_r has no effect"),
+        ("learning_rat=1", "did you mean"),
+        ("datasets=x", "--dataset"),
+        ("resume_from_checkpoint=latest", "horizon resume"),
+    ]:
+        assert cli.main([*arguments, wrong]) == 2
+        assert words in capsys.readouterr().err and out.read_bytes() == before
+
+
 def test_init_says_how_many_rows_may_be_left_out(model: Path, tmp_path: Path, capsys: Any) -> None:
     long = {"messages": [ROWS[0]["messages"][0], {"role": "assistant", "content": "b c " * 4000}]}
     path = write_rows(tmp_path / "rows.jsonl", [*ROWS, long, long, long])

@@ -37,7 +37,9 @@ def bench(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print a JSON line for each system.")] = False,
 ) -> None:
-    """Measure tokens/s, FLOPs, memory and lanes of training a model here, with random weights and tokens.
+    """Measure tokens/s, FLOPs, memory and lanes of training.
+
+    Trains a model with random weights on random tokens.
 
     Nothing is trained that is kept, and no weights are read. Shapes: tiny, 30m, 100m, 350m, qwen3-0.6b,
     qwen3-4b, qwen3-8b, qwen3-30b-a3b, qwen2.5-7b, qwen2.5-14b, llama-3.1-8b.

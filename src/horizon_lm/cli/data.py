@@ -79,15 +79,22 @@ def _draw(data: TrainingData, target: Path) -> None:
 
 
 def init(
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to write, as for train.")
+    ] = None,
+    *,
     model: Annotated[str, typer.Option(help="Folder or Hub name of the model to train.")],
     dataset: Annotated[list[str], typer.Option(help="Training data. Repeatable.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("horizon.yaml"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
 ) -> None:
-    """Write a commented configuration for a model and data."""
+    """Write a commented configuration for a model and data.
+
+    adapter=lora (and base_dtype=nf4) writes one for LoRA (or QLoRA).
+    """
     require_model(model, "--model")
     from horizon_lm.cli.init import write_config
 
     with lasting_output():
-        for line in write_config(model, dataset, output, overwrite=overwrite):
+        for line in write_config(model, dataset, output, overwrite=overwrite, settings=settings or ()):
             print(line)

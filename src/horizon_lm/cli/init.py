@@ -12,7 +12,9 @@ from typing import Any
 
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+from horizon_lm.cli.run import split_arguments
 from horizon_lm.config import DatasetConfig, TrainConfig
+from horizon_lm.config.base import REPLACES, collect, keys_of
 from horizon_lm.config.preference import DataKind
 from horizon_lm.config.yaml import dump
 from horizon_lm.data import Documents, load_tokenizer, load_training_data
@@ -36,6 +38,11 @@ _TOKENISED_CHARACTERS = 2_000_000  # beyond, tokens are estimated from character
 _PICTURE_TOKENS = 576  # of a picture, if the processor cannot tell
 _CHARACTERS_A_TOKEN = 3  # a low estimate, so that few documents exceed max_length
 _PREFERENCES = {"beta": 0.1, "learning_rate": 1e-6}  # TRL's defaults for DPO and KTO
+_OF_ADAPTERS = {
+    "documents": 2e-4,
+    "pairs": 1e-5,
+    "labelled": 1e-5,
+}  # learning_rate: ten times a full run's and more
 _NOUNS = {"documents": "row", "pairs": "pair", "labelled": "sample"}
 
 # The keys written, by group, and those that a kind of data has no use for.
@@ -45,9 +52,11 @@ _OMITTED: dict[DataKind, tuple[str, ...]] = {
     "labelled": ("loss_on", "packing", "packing_strategy"),
 }
 _WITH_PICTURES, _WITHOUT = ("packing", "packing_strategy"), ("on_bad_image",)  # further ones
+_OF_ARGUMENTS = {"model_name_or_path": "--model", "datasets": "--dataset", "resume_from_checkpoint": ""}
 _KEYS: dict[str, tuple[str, ...]] = {
     "preferences": ("method", "beta"),
     "model": ("model_name_or_path", "dtype", "attn_implementation", "device", "seed"),
+    "adapter": ("adapter", "lora_r", "lora_alpha", "target_modules", "base_dtype"),
     "data": (
         *("datasets", "max_length", "packing", "packing_strategy", "truncation", "loss_on", "chat_template"),
         *("on_bad_row", "on_bad_image", "val_size"),
@@ -62,45 +71,35 @@ _KEYS: dict[str, tuple[str, ...]] = {
 }
 
 
-def write_config(model: str, datasets: Sequence[str], output: Path, *, overwrite: bool) -> list[str]:
-    """Write the file and return notes about it. Raises ConfigError and DataError."""
+def write_config(
+    model: str, datasets: Sequence[str], output: Path, *, overwrite: bool, settings: Sequence[str] = ()
+) -> list[str]:
+    """Write the file and return notes about it. settings: key=value. Raises ConfigError and DataError."""
     if output.exists() and not overwrite:
         raise ConfigError(f"{output} exists", hint="add --overwrite, or -o FILE")
-    notes = []
+    given, notes = _given(settings)
     name = Path(model).name
     model = str(model_folder(model, "init --model"))
     if Path(model).is_dir():  # the file may be used from another folder
         model = os.path.abspath(model)
     else:
         _require_on_hub(model)
-    values: dict[str, Any] = {"model_name_or_path": model, "output_dir": f"runs/{name}-tuned"}
     seen = _look_at_data(datasets, model)
-    notes.append(f"data: {count(seen['rows'], 'row')} looked at, format {', '.join(seen['formats'])}")
-    if seen["pictures"]:
-        notes.append(f"pictures: {seen['pictures']:,} in them; such data is not packed")
-    values["datasets"] = [
-        {"path": path, "format": format} for path, format in zip(datasets, seen["formats"], strict=True)
-    ]
-    if seen["kind"] != "documents":
-        values |= {"method": METHODS[seen["kind"]], **_PREFERENCES}
-        others = ", or for pairs ipo, apo, orpo, simpo and cpo" if seen["kind"] == "pairs" else ""
-        notes.append(f"method: {values['method']}{others}")
-    limit = _longest_position(model)
-    values["max_length"] = _length(seen, limit)
-    notes += _about_long_rows(seen, values["max_length"])
-    if seen["rows"] >= 100:
-        values["val_size"] = 0.05
-    if seen["is_chat"] and not seen["pictures"]:
-        template = _template_for(model)
-        values["chat_template"] = template
-        if template is not None:
-            notes.append("the tokenizer has no chat template: 'plain' is used; chatml and alpaca are others")
+    values: dict[str, Any] = {"model_name_or_path": model, "output_dir": f"runs/{name}-tuned"}
+    values |= _of_data(datasets, seen, model, has_adapter=given.get("adapter", "none") != "none") | given
+    notes += _about_data(seen, values, given)
     sequences, how = _count_sequences(values, seen)
-    values.update(_batch(values["max_length"], sequences, seen))
-    values.update(_when(values, sequences))
+    values = _batch(values["max_length"], sequences, seen) | values
+    replaced = [other for key in given for other in REPLACES.get(key, ())]
+    if replaced:
+        values, sequences = {key: value for key, value in values.items() if key not in replaced}, None
+    values = _when(values, sequences) | values
     if sequences is not None:
         notes.append(_in_words(values, seen, sequences, how))
-    text = _text(values, (*_OMITTED[seen["kind"]], *(_WITH_PICTURES if seen["pictures"] else _WITHOUT)))
+    omitted = (*_OMITTED[seen["kind"]], *(_WITH_PICTURES if seen["pictures"] else _WITHOUT), *replaced)
+    if values.get("adapter", "none") == "none":
+        omitted += _KEYS["adapter"]
+    text = _text(values, tuple(key for key in omitted if key not in given))
     config = TrainConfig.from_dict(values)  # what is written is valid
     assert config.datasets
     try:
@@ -115,6 +114,60 @@ def write_config(model: str, datasets: Sequence[str], output: Path, *, overwrite
         f"next: horizon data preview {output}",
         f"      horizon train {output}",
     ]
+
+
+def _of_data(
+    datasets: Sequence[str], seen: dict[str, Any], model: str, *, has_adapter: bool
+) -> dict[str, Any]:
+    """Choose the settings that depend on what the data is."""
+    kind = seen["kind"]
+    values: dict[str, Any] = {
+        "datasets": [
+            {"path": path, "format": format} for path, format in zip(datasets, seen["formats"], strict=True)
+        ],
+        "max_length": _length(seen, _longest_position(model)),
+    }
+    if kind != "documents":
+        values |= {"method": METHODS[kind], **_PREFERENCES}
+    if has_adapter:
+        values["learning_rate"] = _OF_ADAPTERS[kind]
+    if seen["rows"] >= 100:
+        values["val_size"] = 0.05
+    if seen["is_chat"] and not seen["pictures"]:
+        values["chat_template"] = _template_for(model)
+    return values
+
+
+def _about_data(seen: dict[str, Any], values: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    """Say what was found in the data, and what was chosen for it."""
+    notes = [f"data: {count(seen['rows'], 'row')} looked at, format {', '.join(seen['formats'])}"]
+    if seen["pictures"]:
+        notes.append(f"pictures: {seen['pictures']:,} in them; such data is not packed")
+    if seen["kind"] != "documents" and "method" not in given:
+        others = ", or for pairs ipo, apo, orpo, simpo and cpo" if seen["kind"] == "pairs" else ""
+        notes.append(f"method: {values['method']}{others}")
+    notes += _about_long_rows(seen, values["max_length"])
+    if values.get("chat_template") is not None and "chat_template" not in given:
+        notes.append("the tokenizer has no chat template: 'plain' is used; chatml and alpaca are others")
+    return notes
+
+
+def _given(settings: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings given on the command line and notes about their names. Raises ConfigError."""
+    file, overrides = split_arguments(settings)
+    if file is not None:
+        raise ConfigError(f"command line: '{file}' is not key=value", hint="write settings as key=value")
+    document, notes = collect(None, overrides, keys_of(TrainConfig))
+    for key, option in _OF_ARGUMENTS.items():
+        if key in document.values:
+            raise ConfigError(
+                f"command line: {key} cannot be set here",
+                hint=f"use {option}" if option else "horizon resume RUN resumes a run",
+            )
+    given = dict(document.values)
+    document.values.update(model_name_or_path="model", datasets=["data"])
+    TrainConfig.from_document(document)  # unknown keys and wrong values, before any data is read
+    return given, notes
 
 
 def _look_at_data(datasets: Sequence[str], model: str) -> dict[str, Any]:
@@ -312,7 +365,9 @@ def _text(values: dict[str, Any], omitted: tuple[str, ...]) -> str:
         "# Written by `horizon init`. Change any key here or on the command line (key=value);",
         "# `horizon train --help` lists the others.",
     ]
-    for group, known in _KEYS.items():
+    listed = {key for known in _KEYS.values() for key in known}
+    others = tuple(key for key in values if key not in listed)
+    for group, known in {**_KEYS, "others": others}.items():
         keys = [key for key in known if key not in omitted]
         if not keys:
             continue

@@ -47,7 +47,9 @@ def evaluate(
     settings: SettingsArguments = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:
-    """Print loss and perplexity of a model; on preferences, its loss, reward margin and accuracy.
+    """Print loss and perplexity of a model.
+
+    On preferences: loss, reward margin and accuracy.
 
     RUN: its trained model, or the latest checkpoint of an unfinished run. MODEL: a folder in Hugging Face
     format or a Hub name. CONFIG.yaml, or no file: the model of model_name_or_path.

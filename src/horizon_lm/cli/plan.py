@@ -40,7 +40,7 @@ def plan(
     settings: SettingsArguments = None,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Predict the memory and speed of a run without allocating anything.
+    """Predict the memory and speed of a run; allocate nothing.
 
     hardware=NAME plans for another machine: a shipped profile, or a file with one. nodes=N gpus_per_node=N
     plans for several of them, with one rank per GPU.
@@ -92,7 +92,9 @@ def doctor(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Examine this machine: its hardware, its speed, what limits a run and how to fix it.
+    """Measure this machine and say what to fix.
+
+    Its hardware, its speed, and what limits a run.
 
     With the settings of a run, or a model, it also says how the model's experts run here.
     Measuring is limited to 30 seconds, or 100 on a GPU. --thorough runs each model five times instead of
@@ -141,9 +143,9 @@ def _say_measured(what: str, figure: str | None) -> None:
 
 
 def report(run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.")]) -> None:
-    """Write RUN/report.html, a self-contained page, and RUN/trace.json for ui.perfetto.dev.
+    """Write the report of a run, an HTML page, and its trace.
 
-    Works for running, stopped and killed runs too.
+    RUN/report.html is self-contained; RUN/trace.json is for ui.perfetto.dev. Works for running, stopped and killed runs too.
     """
     from horizon_lm.report.html import write_report
 

@@ -180,7 +180,10 @@ def resume(settings: SettingsArguments = None) -> None:
 
 
 def verify(checkpoint: RunOrCheckpoint) -> None:
-    """Check a checkpoint, or all of a run: checksums, tensor headers, numbers; exit code 5 if corrupt."""
+    """Check a checkpoint, or all those of a run.
+
+    Checksums, tensor headers, numbers; exit code 5 if corrupt.
+    """
     from horizon_lm.checkpoint.identify import identify, no_checkpoint
     from horizon_lm.checkpoint.reader import verify as verify_checkpoint
 
@@ -219,7 +222,9 @@ def export(
         bool, typer.Option("--trust-remote-code", help="Run code that ships with the model.")
     ] = False,
 ) -> None:
-    """Write the model of a checkpoint in Hugging Face format, with tokenizer and model card.
+    """Write a model in Hugging Face format from a checkpoint.
+
+    With tokenizer and model card.
 
     Of a run with an adapter this is PEFT's folder; --merge writes a model that needs no adapter, from the
     base in its own precision. --merge also takes PEFT's folder in place of a run.
