@@ -376,7 +376,7 @@ def test_init_takes_settings(model: Path, data: Path, tmp_path: Path, capsys: An
     for line in text.splitlines():
         assert not line or "#" in line, line
     assert cli.main([*arguments, "qlora"]) == 2 and "'qlora' is not key=value" in capsys.readouterr().err
-    # An adapter's given learning rate stays, another program's name is understood, a full run has no adapter keys.
+    # A given learning rate stays, other programs' names are understood, a full run has no adapter keys.
     assert cli.main([*arguments, "adapter=qlora", "learning_rate=1e-3", "cutoff_len=64"]) == 0
     config = TrainConfig.from_yaml(out)
     assert (config.adapter, config.base_dtype) == ("lora", "nf4")

@@ -145,7 +145,8 @@ def _say_measured(what: str, figure: str | None) -> None:
 def report(run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run.")]) -> None:
     """Write the report of a run, an HTML page, and its trace.
 
-    RUN/report.html is self-contained; RUN/trace.json is for ui.perfetto.dev. Works for running, stopped and killed runs too.
+    RUN/report.html is self-contained; RUN/trace.json is for ui.perfetto.dev. Works for running, stopped and
+    killed runs too.
     """
     from horizon_lm.report.html import write_report
 
