@@ -1,7 +1,7 @@
 """Bring files from outside docs/ into the site, so that links work there as they do in the repository.
 
-CHANGELOG.md and benchmarks/results/*.md become pages. Any other file or folder that a page links to becomes a page
-that shows it. MkDocs calls the functions whose names begin with `on_`.
+CHANGELOG.md and benchmarks/results/*.md become pages. Any other file or folder that a page links to becomes a
+page that shows it. MkDocs calls the functions whose names begin with `on_`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from mkdocs.structure.pages import Page
 
 RESULTS = "benchmarks/results/"
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)")
-_LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".json": "json", ".jsonl": "json", ".cpp": "cpp"}
-_LANGUAGES |= {".sh": "sh", ".sbatch": "sh", ".toml": "toml"}
+_LANGUAGES = {".yml": "yaml", ".jsonl": "json", ".sbatch": "sh"}  # others are called as their suffix
 
 
 def origin_of(uri: str) -> str:
@@ -80,7 +79,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Lead the links of a page to where the site has their targets."""
+    """Lead the links of a page to where the site has their targets; hide a navigation of one page."""
+    if page.parent is None:
+        page.meta["hide"] = ["navigation"]
     uri = page.file.src_uri
     folder = posixpath.dirname(origin_of(uri))
 
@@ -102,8 +103,13 @@ def _text(root: Path, origin: str) -> str:
 
 
 def _index(root: Path) -> str:
-    lines = ["# Measurements", "", "Each page names its command, commit and machine. No GPU has been measured yet;"]
-    lines += ["pages of GPUs are simulations or dry runs.", "", "| date | benchmark | about |", "| --- | --- | --- |"]
+    lines = [
+        "# Measurements",
+        "",
+        "Each page names its command, commit and machine. No GPU has been measured",
+    ]
+    lines += ["yet: pages about GPUs are simulations or dry runs.", ""]
+    lines += ["| date | benchmark | about |", "| --- | --- | --- |"]
     for path in results(root):
         paragraphs = path.read_text(encoding="utf-8").split("\n\n")
         about = " ".join(paragraphs[1].split()) if len(paragraphs) > 1 else ""
@@ -122,7 +128,7 @@ def _shown(root: Path, path: str) -> str:
         cells = json.loads(place.read_text(encoding="utf-8"))["cells"]
         sources = [("".join(cell["source"]), cell["cell_type"] == "code") for cell in cells]
         return head + "\n\n".join(_fenced(text, "python") if is_code else text for text, is_code in sources)
-    return head + _fenced(place.read_text(encoding="utf-8"), _LANGUAGES.get(place.suffix, "text"))
+    return head + _fenced(place.read_text(encoding="utf-8"), _LANGUAGES.get(place.suffix, place.suffix[1:]))
 
 
 def _fenced(text: str, language: str) -> str:

@@ -107,7 +107,7 @@ def _constants() -> dict[str, str]:
 
 
 def _filled(node: ast.expr) -> str:
-    """Name a value: {rows} for `rows`, `self.rows`, `len(rows)` and `', '.join(rows)`; {n} rows for a count."""
+    """Name a value: {rows} for `rows`, `self.rows`, `len(rows)`, `', '.join(rows)`; {n} rows for a count."""
     match node:
         case ast.Constant():
             return str(node.value)
@@ -115,12 +115,13 @@ def _filled(node: ast.expr) -> str:
             return yes if not no else no if not yes else f"{yes}/{no}"
         case ast.Call(func=ast.Name(id="count"), args=[number, ast.Constant(value=noun), *_]):
             return f"{_filled(number)} {noun}{'es' if str(noun).endswith(('ch', 's')) else 's'}"
-        case ast.Call(args=[ast.expr() as first, *_]) if not isinstance(first, ast.Constant | ast.GeneratorExp):
+        case ast.Call(args=[ast.Name() | ast.Attribute() | ast.Call() | ast.Subscript() as first, *_]):
             return _filled(first)
         case ast.Call(func=ast.Attribute(value=value)) if not isinstance(value, ast.Constant):
             return _filled(value)
     skipped = {"self", "join", "for", "in", "if", "else", "not", "and", "or", "repr"}
-    names = [name for name in re.findall(r"(?<!['\"])\b[a-zA-Z]\w*", ast.unparse(node)) if name not in skipped]
+    words = re.findall(r"(?<!['\"])\b[a-zA-Z]\w*", ast.unparse(node))
+    names = [word for word in words if word not in skipped]
     if not names:
         return "{...}"
     return "{" + (names[-1] if isinstance(node, ast.Attribute) else names[0]) + "}"

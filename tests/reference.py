@@ -1,7 +1,8 @@
 """Write the generated pages of the documentation: `make reference`.
 
-docs/configuration.md is printed by `horizon config docs`, docs/reference/commands.md comes from the commands' own help,
-and docs/reference/errors.md from the places in the source that build an error (tests/raises.py).
+docs/configuration.md is what `horizon config docs` prints, docs/reference/commands.md comes from the help
+of the commands, and docs/reference/errors.md from the places in the source that build an error
+(tests/raises.py).
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from tests.raises import CLASSES, Raised, all_raised, pattern
+
 from horizon_lm.config.reference import markdown
 from horizon_lm.errors import HorizonError
-from tests.raises import CLASSES, Raised, all_raised, pattern
 
 ROOT = Path(__file__).parents[1]
 _AREAS = {
@@ -35,7 +37,7 @@ _AREAS = {
 }
 _LIBRARY = "Python interface and engine"  # host_model, micro_batches, engine, memory, optim, ...
 _CODES = {
-    1: "a callback, another rank, or output",
+    1: "a bug, a callback, another rank, or output",
     2: "configuration or usage",
     3: "does not fit",
     4: "data",
@@ -49,12 +51,13 @@ _COMMANDS = f"""# Commands
 
 {_NOTE.format("the commands in src/horizon_lm/cli/")}
 
-`horizon COMMAND --help` prints the same. `horizon train --help` also lists [all settings](../configuration.md). Commands that
-read a configuration take `key=value`, `--key value` and `--key=value` to override it. `--debug`, anywhere, shows a
-traceback with every error.
+`horizon COMMAND --help` prints the same. `horizon train --help` also lists [all
+settings](../configuration.md). Commands that read a configuration take `key=value`, `--key value` and
+`--key=value` to override it. `--debug`, anywhere, shows a traceback with every error.
 
-Exit codes: 0 done, 1 a bug, 2 configuration or usage, 3 does not fit, 4 data, 5 checkpoint, 6 non-finite numbers, 7 trained
-and saved but not uploaded, 75 and 130 stopped from outside and saved ([what to do](../troubleshooting.md#exit-codes)).
+Exit codes: 0 done, 1 a bug, 2 configuration or usage, 3 does not fit, 4 data, 5 checkpoint, 6 non-finite
+numbers, 7 trained and saved but not uploaded, 75 and 130 stopped from outside and saved ([what to
+do](../troubleshooting.md#exit-codes)).
 
 | command | action |
 | --- | --- |
@@ -64,9 +67,9 @@ _ERRORS = f"""# Errors
 
 {_NOTE.format("the errors where the source raises them")}
 
-Every error that the commands and the library raise for users, with its hint, grouped by exit code and part of the program.
-*Italic* words are filled in. `/` separates alternatives. [Troubleshooting](../troubleshooting.md) explains the exit codes
-and the most common errors.
+Every error that the commands and the library raise for users, with its hint, grouped by exit code and part
+of the program. *Italic* words are filled in. `/` separates alternatives.
+[Troubleshooting](../troubleshooting.md) explains the exit codes and the most common errors.
 """
 
 
@@ -80,7 +83,8 @@ def commands() -> str:
     )
     sections = re.split(r"^(?=##+ )", done.stdout, flags=re.M)[1:]
     table = [_command_row(text) for text in sections if not _has_commands(text)]
-    return _COMMANDS + "\n".join(table) + "\n\n" + "\n".join(_command(text) for text in sections).rstrip() + "\n"
+    texts = "\n".join(_command(text) for text in sections)
+    return _COMMANDS + "\n".join(table) + f"\n\n{texts.rstrip()}\n"
 
 
 def _has_commands(section: str) -> bool:
@@ -114,7 +118,8 @@ def errors(found: Iterable[Raised] | None = None) -> str:
         hint = "" if re.fullmatch(r"(\{[^{}]*\}[:; /]*)*", hint) else hint
         area = _AREAS.get(one.file.split("/")[0], _LIBRARY)
         cls: type[HorizonError] = CLASSES[one.name]
-        rows.setdefault((cls.exit_code, area), {})[f"| {_cell(message)} | {_cell(hint) or 'names the case'} |"] = None
+        row = f"| {_cell(message)} | {_cell(hint) or 'depends on the case'} |"
+        rows.setdefault((cls.exit_code, area), {})[row] = None
     return _ERRORS + "\n".join(_error_lines(rows)) + "\n"
 
 
