@@ -71,10 +71,9 @@ map: ## print the package's rooms and the imports between them
 types: setup ## check types
 	@$(PY) -m mypy
 
-# Needs no network. The variable silences an announcement of Material's successor.
+# Needs no network. With --quiet, --strict would let warnings pass. The variable silences news of Material's successor.
 docs: setup ## build the documentation site in build/site, strictly
-	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
-	@echo "build/site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 docs-serve: setup ## show the documentation site while it is being edited
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve $(ARGS)

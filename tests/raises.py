@@ -113,8 +113,8 @@ def _filled(node: ast.expr) -> str:
             return str(node.value)
         case ast.IfExp(body=ast.Constant(value=str(yes)), orelse=ast.Constant(value=str(no))):
             return yes if not no else no if not yes else f"{yes}/{no}"
-        case ast.Call(func=ast.Name(id="count"), args=[number, ast.Constant(value=noun), *_]):
-            return f"{_filled(number)} {noun}{'es' if str(noun).endswith(('ch', 's')) else 's'}"
+        case ast.Call(func=ast.Name(id="count"), args=[number, ast.Constant(value=noun), *plural]):
+            return f"{_filled(number)} {_filled(plural[0]) if plural else f'{noun}s'}"
         case ast.Call(args=[ast.Name() | ast.Attribute() | ast.Call() | ast.Subscript() as first, *_]):
             return _filled(first)
         case ast.Call(func=ast.Attribute(value=value)) if not isinstance(value, ast.Constant):
