@@ -79,10 +79,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Lead the links of a page to where the site has their targets; hide a navigation of one page."""
+    """Lead the links of a page to where the site has their targets.
+
+    Also hide a navigation of one page, and let search show measurements and the changelog last.
+    """
+    uri = page.file.src_uri
     if page.parent is None:
         page.meta["hide"] = ["navigation"]
-    uri = page.file.src_uri
+    if uri.startswith("results/") or uri in ("changelog.md", "lab.md"):
+        page.meta["search"] = {"boost": 0.2}
     folder = posixpath.dirname(origin_of(uri))
 
     def moved(link: re.Match[str]) -> str:
@@ -113,7 +118,8 @@ def _index(root: Path) -> str:
     for path in results(root):
         paragraphs = path.read_text(encoding="utf-8").split("\n\n")
         about = " ".join(paragraphs[1].split()) if len(paragraphs) > 1 else ""
-        lines.append(f"| {path.stem[:10]} | [{path.stem[11:]}]({path.name}) | {about} |")
+        date = path.stem[:10].replace("-", "\u2011")  # a hyphen at which no line ends
+        lines.append(f"| {date} | [{path.stem[11:]}]({path.name}) | {about} |")
     return "\n".join(lines) + "\n"
 
 

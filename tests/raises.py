@@ -33,11 +33,8 @@ class Raised(NamedTuple):
 
 def raised(text: str, file: str = "") -> Iterator[Raised]:
     """Yield the errors that a module builds from a message, in order; not those it builds from `*args`."""
-    tree = ast.parse(text)
-    scopes = [tree, *(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))]
-    scope_of = {node: scope for scope in scopes for node in ast.walk(scope)}  # the innermost is written last
-    found = []
-    for node in ast.walk(tree):
+    tree, found = ast.parse(text), []
+    for node, scope in _with_scopes(tree, tree):
         if not isinstance(node, ast.Call) or not node.args or isinstance(node.args[0], ast.Starred):
             continue
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
@@ -46,8 +43,16 @@ def raised(text: str, file: str = "") -> Iterator[Raised]:
         if isinstance(hint, ast.Constant) and hint.value is None:
             hint = None
         if name in CLASSES:
-            found.append(Raised(file, node.lineno, name, node.args[0], hint, scope_of[node]))
+            found.append(Raised(file, node.lineno, name, node.args[0], hint, scope))
     yield from sorted(found, key=lambda one: one.line)
+
+
+def _with_scopes(node: ast.AST, scope: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
+    """Yield what is in a module or function, each with the innermost function that it is in."""
+    yield node, scope
+    inner = node if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else scope
+    for child in ast.iter_child_nodes(node):
+        yield from _with_scopes(child, inner)
 
 
 def all_raised() -> Iterator[Raised]:

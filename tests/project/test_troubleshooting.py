@@ -178,3 +178,8 @@ def test_what_nobody_says_is_noticed() -> None:
     """The negative control."""
     assert is_quoted("hint: did you mean 'learning_rate'?")
     assert not is_quoted("error: command line: unknown setting 'learnig_rate'")
+
+
+def test_no_message_is_quoted_that_is_not_provoked() -> None:
+    """Besides: torchrun's own message, and a signal's, which tests/training/test_stops.py has."""
+    assert PAGE.count("```text") == len(COMMANDS) + 5 + 2
