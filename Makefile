@@ -13,8 +13,8 @@ ARGS ?=
 WORKERS ?= $(shell unset OMP_NUM_THREADS; nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: audit compat help setup quickstart test lint map types format bench bench-gpu bench-optimizer soak gpu-check \
-    gpu-evidence gpu-wheels clean
+.PHONY: audit compat help setup quickstart test lint map types format docs docs-serve reference bench bench-gpu \
+    bench-optimizer soak gpu-check gpu-evidence gpu-wheels clean
 
 help: ## list all targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -70,6 +70,16 @@ map: ## print the package's rooms and the imports between them
 
 types: setup ## check types
 	@$(PY) -m mypy
+
+# Needs no network. With --quiet, --strict would let warnings pass. The variable silences news of Material's successor.
+docs: setup ## build the documentation site in build/site, strictly
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+docs-serve: setup ## show the documentation site while it is being edited
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve $(ARGS)
+
+reference: setup ## write the generated pages: settings, commands, errors
+	@PYTHONPATH=src $(PY) -m tests.reference
 
 format: setup ## reformat and apply automatic fixes
 	@$(PY) -m ruff check --fix .

@@ -76,7 +76,11 @@ class TornStateError(HorizonError):
 class NonFiniteError(HorizonError):
     """A loss or a gradient norm is NaN or infinite.
 
-    loss, grad_norm, num_tokens: those of the step; NaN and 0 if unknown. state_intact: no weight was updated.
+    Attributes:
+        loss: that of the step; NaN if unknown.
+        grad_norm: that of the step; NaN if unknown.
+        num_tokens: target tokens of the step; 0 if unknown.
+        state_intact: no weight was updated.
     """
 
     exit_code = 6
@@ -93,8 +97,9 @@ class LossSpikeError(NonFiniteError):
 class OutputLostError(HorizonError):
     """Standard output, to which a command prints its result, accepts no more text.
 
-    exit_code: 3 for a full disk, 2 for an unwritable stream, 1 without a message (is_silent) if the reader of
-    a pipe is gone.
+    Attributes:
+        exit_code: 3 for a full disk, 2 for an unwritable stream, 1 if the reader of a pipe is gone.
+        is_silent: nothing is printed, as the reader is gone.
     """
 
     is_silent: bool = True
@@ -113,7 +118,8 @@ class CallbackError(HorizonError):
 class StoppedError(HorizonError):
     """A signal or the deadline stopped the run; the message says what was saved.
 
-    exit_code: 75 (EX_TEMPFAIL of sysexits.h), or 130 after Ctrl-C.
+    Attributes:
+        exit_code: 75 (EX_TEMPFAIL of sysexits.h), or 130 after Ctrl-C.
     """
 
     exit_code = 75
@@ -126,8 +132,10 @@ class StoppedError(HorizonError):
 class RankError(HorizonError):
     """Another rank failed or was lost.
 
-    ranks: the numbers of those that did, empty if unknown. op: that they were at, as far as known. is_told:
-    by their own account, so exit_code is that of their error.
+    Attributes:
+        ranks: the numbers of those that did, empty if unknown.
+        op: that they were at, as far as known.
+        is_told: by their own account, so exit_code is that of their error.
     """
 
     ranks: tuple[int, ...] = ()

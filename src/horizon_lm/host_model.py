@@ -185,10 +185,16 @@ class HostModel:
         """Load a Hugging Face folder or Hub name, or consume a transformers model object or a PeftModel.
 
         The folder of an adapter (adapter_config.json) loads the base that it names, and trains the adapter.
+        Masters keep the precision of the source: an fp32 checkpoint gives fp32 masters whatever `dtype` is.
 
-        ranks: by default those of this run; `horizon_lm.distributed.ranks.ALONE` for a model of this process
-        alone. settings: configuration keys (docs/configuration.md). Masters keep the precision of the source:
-        an fp32 checkpoint gives fp32 masters whatever `dtype` is.
+        Args:
+            source: a folder, a name on the Hub, or a model object.
+            device: auto (a GPU if available), cpu or cuda.
+            dtype: of weights and computation, bfloat16 or float32.
+            ranks: by default those of this run; `horizon_lm.distributed.ranks.ALONE` for a model of this
+                process alone.
+            **settings: configuration keys (docs/configuration.md).
+
         Raises ConfigError, UnsupportedModelError, DoesNotFitError, DataError.
         """
         resolved = model_settings("HostModel.from_pretrained()", device, dtype, settings)
@@ -226,8 +232,13 @@ class HostModel:
     ) -> HostModel:
         """Create a model with random weights (by `seed`).
 
-        values: a transformers configuration, or its values as a mapping with `model_type`. settings: replaces
-        device, dtype and the keyword settings. Otherwise as `from_pretrained`.
+        Args:
+            values: a transformers configuration, or its values as a mapping with `model_type`.
+            settings: replaces device, dtype and the keyword settings.
+            device: as in `from_pretrained`.
+            dtype: as in `from_pretrained`.
+            ranks: as in `from_pretrained`.
+            **more: configuration keys.
         """
         if not isinstance(values, Mapping):
             if not hasattr(values, "to_dict"):
@@ -333,11 +344,15 @@ class HostModel:
     def encode_images(self, inputs: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
         """Compute the features of the images of a vision-language model, all at once, without gradients.
 
-        inputs: what the model's processor returned for n images: pixel_values, and where it has them
-        image_grid_thw, image_sizes; other keys are ignored. Returns per image, in host memory, "features"
-        [tokens, width] and, if the model has them, "deepstack_0", ...; lists of them are the
-        `image_features` of micro-batches. With a trained projector (`train_projector`) features are the
-        vision tower's, before it. With several ranks all of them must call this.
+        Returns per image, in host memory, "features" [tokens, width] and, if the model has them,
+        "deepstack_0", ...; lists of them are the `image_features` of micro-batches. With a trained projector
+        (`train_projector`) features are the vision tower's, before it. With several ranks all of them must
+        call this.
+
+        Args:
+            inputs: what the model's processor returned for n images: pixel_values, and if it has them
+                image_grid_thw, image_sizes; other keys are ignored.
+
         Raises ConfigError for a model of text alone, DataError for inputs without pixels and for videos,
         UnsupportedModelError for a tower that draws random numbers.
         """
@@ -355,19 +370,25 @@ class HostModel:
     ) -> ForwardBackwardOutput:
         """Compute gradients of the mean loss over all target tokens of all micro-batches of a step.
 
-        micro_batches: dicts of input_ids and labels [batch, tokens] (integers, labels aligned with
-        input_ids, -100 ignored), optionally attention_mask and position_ids of that shape; with `loss_fn`
-        any other tensors. Those of vision-language models may hold `image_features`, a list of what
-        `encode_images` returns for each image in the order of their placeholders, row by row (or
-        pixel_values, which are encoded first), and the processor's image_grid_thw, image_sizes,
-        token_type_ids and mm_token_type_ids. One dict (a BatchEncoding) or an iterable of them (a list, a
-        DataLoader); values are tensors on any device, numpy arrays or nested lists.
-        loss_fn: called per micro-batch as loss_fn(log_probs, batch), with log p(label) in fp32
-        [batch, tokens - 1] on the device, aligned with labels[:, 1:], 0 where ignored. Returns a scalar, or
-        a pair of it and a dict of metrics; the step's loss is the sum over its micro-batches. A `TokenLoss`
-        is called with entropies and other `TokenValues` in place of the log-probabilities.
-        record: record the `timeline`. force: train on from torn weights.
         A second call before `step` replaces the gradients of the first.
+
+        Args:
+            micro_batches: one dict (a BatchEncoding) or an iterable of them (a list, a DataLoader). Each
+                holds input_ids and labels [batch, tokens] (integers, labels aligned with input_ids, -100
+                ignored), optionally attention_mask and position_ids of that shape, and with `loss_fn` any
+                other tensors. Values are tensors on any device, numpy arrays or nested lists. Micro-batches
+                of vision-language models may hold `image_features`, a list of what `encode_images` returns
+                for each image in the order of their placeholders, row by row (or pixel_values, which are
+                encoded first), and the processor's image_grid_thw, image_sizes, token_type_ids and
+                mm_token_type_ids.
+            loss_fn: called per micro-batch as loss_fn(log_probs, batch), with log p(label) in fp32 [batch,
+                tokens - 1] on the device, aligned with labels[:, 1:], 0 where ignored. Returns a scalar, or a
+                pair of it and a dict of metrics; the step's loss is the sum over its micro-batches. A
+                `TokenLoss` is called with entropies and other `TokenValues` in place of the
+                log-probabilities.
+            record: record the `timeline`.
+            force: train on from torn weights.
+
         Raises DataError for micro-batches that cannot be trained on, ConfigError with eager updates,
         TornStateError for torn weights.
         """
@@ -407,9 +428,15 @@ class HostModel:
     ) -> StepOutput:
         """Clip the gradients by their global norm and update all trainable parameters.
 
-        lr, weight_decay, max_grad_norm: numbers or one-element tensors, finite and at least 0. max_grad_norm:
-        None or 0 turns clipping off; default: the setting. With `update: deferred` the update runs during
-        the next forward_backward, or when parameters are read.
+        With `update: deferred` the update runs during the next forward_backward, or when parameters are read.
+        Numbers may be one-element tensors; they are finite and at least 0.
+
+        Args:
+            lr: learning rate.
+            max_grad_norm: None or 0 turns clipping off; default: the setting.
+            weight_decay: decoupled from the gradient; 0 by default.
+            record: record the `timeline`.
+
         Raises ConfigError for an invalid number, and NonFiniteError, without updating anything, if the norm
         is NaN or infinite.
         """
@@ -444,10 +471,18 @@ class HostModel:
     ) -> TrainStepOutput:
         """Run `forward_backward` and `step` in one call, in every update mode.
 
-        check: called with the loss and its number of tokens; raising skips the update (with `update: eager`
-        it is too late for that). It may evaluate, read and save, but not train. With several ranks it is
-        called on each, and what it raises on one ends the call on all; one that evaluates or reads must do so
-        on all before it raises. force: train on from torn weights.
+        Args:
+            micro_batches: as in `forward_backward`.
+            lr: as in `step`.
+            max_grad_norm: as in `step`.
+            weight_decay: as in `step`.
+            loss_fn: as in `forward_backward`.
+            record: record the `timeline`.
+            check: called with the loss and its number of tokens; raising skips the update (with `update:
+                eager` it is too late for that). It may evaluate, read and save, but not train. With several
+                ranks it is called on each, and what it raises on one ends the call on all; one that evaluates
+                or reads must do so on all before it raises.
+            force: train on from torn weights.
 
         Raises NonFiniteError if the loss or the gradient norm is not finite. Nothing has been updated then,
         unless `update: eager` met a non-finite gradient under a finite loss: the error says so
@@ -550,11 +585,18 @@ class HostModel:
     ) -> EvaluationOutput:
         """Compute the mean cross-entropy over all target tokens, without dropout or gradients.
 
-        micro_batches: as in `forward_backward`. values: names of the `TokenValues` to return. temperature:
-        divides the logits before all else. return_router_losses: compute the routers' auxiliary losses, which
-        are not part of the loss. ignore_extra: leave aside tensors that only a loss function takes.
-        adapter: false evaluates the base model alone, without its adapter. Leaves the gradients of an
-        unfinished step alone.
+        Leaves the gradients of an unfinished step alone.
+
+        Args:
+            micro_batches: as in `forward_backward`.
+            values: names of the `TokenValues` to return.
+            temperature: divides the logits before all else.
+            return_log_probs: return the log-probability of each target.
+            return_router_losses: compute the routers' auxiliary losses, which are not part of the loss.
+            ignore_extra: leave aside tensors that only a loss function takes.
+            record: record the `timeline`.
+            adapter: false evaluates the base model alone, without its adapter.
+
         Raises DataError for micro-batches without any target, ConfigError for invalid values.
         """
         asked = Asked.of("evaluate()", values, temperature)
@@ -659,12 +701,19 @@ class HostModel:
         extra: Callable[[Path], None] | None = None,
         force: bool = False,
     ) -> None:
-        """Write a Hugging Face folder (safetensors, config, generation config) atomically; of a model with an
-        adapter, PEFT's folder of the adapter alone (adapter_config.json, adapter_model.safetensors).
+        """Write a Hugging Face folder (safetensors, config, generation config) atomically.
 
-        dtype: bfloat16 or float32; default: the compute dtype. max_shard_size: per file, as "5GB" or bytes.
-        tokenizer: saved alongside; a tokenizer or processor, or the folder or name of one.
-        extra: writes further files into the folder before it is put in place. force: save torn weights.
+        For a model with an adapter, write PEFT's folder of the adapter alone (adapter_config.json,
+        adapter_model.safetensors).
+
+        Args:
+            folder: a new or empty folder, or one with a model, which is replaced.
+            dtype: bfloat16 or float32; default: the compute dtype.
+            max_shard_size: per file, as "5GB" or bytes.
+            tokenizer: saved alongside; a tokenizer or processor, or the folder or name of one.
+            extra: writes further files into the folder before it is put in place.
+            force: save torn weights.
+
         Raises ConfigError, before anything is written, for invalid values and for a folder that holds
         something other than a model; TornStateError for torn weights; DoesNotFitError if the disk is full.
         With several ranks all of them must call this; rank 0 writes.
@@ -740,8 +789,10 @@ class HostModel:
         self.engine.replaced(steps_done)
 
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes of this rank by part: host regions of the store and spilled boundaries; resident units and
-        slots on the device."""
+        """Bytes of this rank by part.
+
+        Host regions of the store and spilled boundaries; resident units and slots on the device.
+        """
         ops = self.engine.ops
         return {
             **self.store.num_bytes,

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
-from horizon_lm import errors
-from horizon_lm.errors import HorizonError
+from tests.raises import SOURCES, raised
 
-SOURCES = Path(__file__).parents[2] / "src" / "horizon_lm"
-CLASSES = {
-    name: value
-    for name, value in vars(errors).items()
-    if isinstance(value, type) and issubclass(value, HorizonError)
-}
 # (file, class) -> why it may be raised without one.
 ALLOWED = {
     ("io/output.py", "OutputLostError"): "the reader of the pipe is gone: nothing is printed",
@@ -26,14 +17,7 @@ ALLOWED = {
 
 def without_hint(text: str) -> Iterator[tuple[str, int]]:
     """Yield class and line of each error that is built from a message alone, or with None as its hint."""
-    for node in ast.walk(ast.parse(text)):
-        if not isinstance(node, ast.Call) or not node.args or isinstance(node.args[0], ast.Starred):
-            continue
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        hints = [*node.args[1:2], *(keyword.value for keyword in node.keywords if keyword.arg == "hint")]
-        is_none = any(isinstance(hint, ast.Constant) and hint.value is None for hint in hints)
-        if name in CLASSES and (not hints or is_none):
-            yield name, node.lineno
+    yield from ((one.name, one.line) for one in raised(text) if one.hint is None)
 
 
 def test_every_error_has_a_hint() -> None:

@@ -41,11 +41,15 @@ Metrics = dict[str, float | torch.Tensor]
 class TokenValues:
     """Values of the target tokens, each [batch, tokens - 1], aligned with labels[:, 1:] and 0 where ignored.
 
-    They belong to the distribution whose logits are the model's, in fp32, divided by the temperature.
-    log_probs: log p(label) in nats; gradients flow through it alone. entropy: in nats. mean_logits: the mean
-    logit of the vocabulary. log_sum_sq_probs: log of the sum of p(v)^2. is_top1: whether the label has the
-    largest logit; the first one of equals counts as larger (bool). All but log_probs are None unless asked
-    for. Source: `FusedCausalLMOutput` of TRL.
+    They belong to the distribution whose logits are the model's, in fp32, divided by the temperature. All but
+    log_probs are None unless asked for. Source: `FusedCausalLMOutput` of TRL.
+
+    Attributes:
+        log_probs: log p(label) in nats; gradients flow through it alone.
+        entropy: in nats.
+        mean_logits: the mean logit of the vocabulary.
+        log_sum_sq_probs: log of the sum of p(v)^2.
+        is_top1: whether the label has the largest logit; the first one of equals counts as larger (bool).
     """
 
     log_probs: torch.Tensor
@@ -85,10 +89,14 @@ class Asked(NamedTuple):
 class TokenLoss:
     """A loss function that is called as function(values, batch), with `TokenValues` of each target.
 
-    It returns a scalar, or a pair of it and a dict of metrics. values: names of those it uses besides
-    log_probs. temperature: divides the logits before all else. router_weight: factor of the routers'
-    auxiliary loss of each micro-batch, if the model asks for that loss; None: the micro-batch's share of the
-    step's targets. Raises ConfigError for invalid values.
+    It returns a scalar, or a pair of it and a dict of metrics. Raises ConfigError for invalid values.
+
+    Attributes:
+        function: the loss function.
+        values: names of those it uses besides log_probs.
+        temperature: divides the logits before all else.
+        router_weight: factor of the routers' auxiliary loss of each micro-batch, if the model asks for that
+            loss; None: the micro-batch's share of the step's targets.
     """
 
     function: Callable[[TokenValues, dict[str, torch.Tensor]], Any]

@@ -69,11 +69,14 @@ class HostOptimizer(torch.optim.Optimizer):
 class HorizonMixin(HorizonCheckpoints):
     """A Trainer over a `HostModel`, which is `host`.
 
-    Comes before the trainer's class. model: a folder, a name on the Hub, a transformers or PEFT model object
-    (it is consumed) or a `HostModel`. The other arguments are the trainer's; docs/guides/trl.md has those
-    that are refused. begins_adapter: whether the model has an adapter that is new, so that its base is what
-    it is before training. Raises ConfigError for refused arguments, and the errors of
-    `HostModel.from_pretrained`.
+    Comes before the trainer's class. Its `model` is a folder, a name on the Hub, a transformers or PEFT model
+    object (it is consumed) or a `HostModel`. The other arguments are the trainer's; docs/guides/trl.md has
+    those that are refused. Raises ConfigError for these, and the errors of `HostModel.from_pretrained`.
+
+    Attributes:
+        host: the `HostModel`.
+        begins_adapter: whether the model has an adapter that is new, so that its base is what it is before
+            training.
     """
 
     config_class: ClassVar[type[TrainingArguments]] = TrainingArguments

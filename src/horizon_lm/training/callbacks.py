@@ -33,9 +33,13 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 class CallbackState:
     """Progress of the run, read-only.
 
-    step: optimizer steps done, of num_steps. epoch: passes over the data. metrics, evaluation: the latest
-    lines of metrics.jsonl (`loss`, `learning_rate`, ...; `eval_loss`, ...), empty before the first.
-    checkpoint: the latest one saved.
+    Attributes:
+        step: optimizer steps done, of num_steps.
+        num_steps: steps of the whole run.
+        epoch: passes over the data.
+        metrics: the latest line of metrics.jsonl (`loss`, `learning_rate`, ...), empty before the first.
+        evaluation: its latest line of an evaluation (`eval_loss`, ...), empty before the first.
+        checkpoint: the latest one saved.
     """
 
     step: int
@@ -48,7 +52,11 @@ class CallbackState:
 
 @dataclass(slots=True)
 class CallbackControl:
-    """should_training_stop: set it to True to end the run after this step, as a finished one ends."""
+    """What a callback may ask of the run.
+
+    Attributes:
+        should_training_stop: set it to True to end the run after this step, as a finished one ends.
+    """
 
     should_training_stop: bool = False
 

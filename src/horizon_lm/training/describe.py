@@ -27,13 +27,20 @@ from horizon_lm.words import count, parameters, size
 
 @dataclass(frozen=True)
 class TrainResult:
-    """final_loss: of the last line of metrics_path; tail_loss: mean over the last tenth of its lines, since
-    single steps are noisy. eval_loss: of the exported model, None without evaluation data. num_tokens: real
-    tokens, without padding. seconds: in steps, without loading, evaluation and export. exported_step: step
-    of the exported model; with load_best_model_at_end that of the best evaluation. stopped_by: what ended
-    the run before its last step, in words; None if it was not stopped.
+    """Result of a run.
 
-    model_dir holds the trained model and its tokenizer in Hugging Face format.
+    Attributes:
+        final_loss: of the last line of metrics_path.
+        tail_loss: mean over the last tenth of its lines, since single steps are noisy.
+        eval_loss: of the exported model; None without evaluation data.
+        num_steps: optimizer steps done.
+        num_tokens: real tokens, without padding.
+        seconds: in steps, without loading, evaluation and export.
+        output_dir: folder of the run.
+        model_dir: the trained model and its tokenizer in Hugging Face format.
+        metrics_path: metrics.jsonl of the run.
+        exported_step: step of the exported model; with load_best_model_at_end that of the best evaluation.
+        stopped_by: what ended the run before its last step, in words; None if it was not stopped.
     """
 
     final_loss: float

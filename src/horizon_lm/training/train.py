@@ -67,10 +67,12 @@ def train(
 ) -> TrainResult:
     """Train as `config` says and leave the run in its output_dir.
 
-    config: a TrainConfig, the path of a YAML file, or a dict of settings. settings: further ones by name,
-    which win, as in train("run.yaml", max_steps=100). callbacks: objects with some of the methods
-    on_step_end, on_log, on_evaluate and on_save, each called as method(state, control); see `callbacks`.
-    config_notes: remarks on how the settings were read, kept with the metrics.
+    Args:
+        config: a TrainConfig, the path of a YAML file, or a dict of settings.
+        callbacks: objects with some of the methods on_step_end, on_log, on_evaluate and on_save, each called
+            as method(state, control); see `callbacks`.
+        config_notes: remarks on how the settings were read, kept with the metrics.
+        **settings: further settings by name, which win, as in train("run.yaml", max_steps=100).
 
     Raises ConfigError, UnsupportedModelError, DataError, DoesNotFitError, CheckpointError, NonFiniteError,
     CallbackError for an exception in a callback, and StoppedError if a signal or the deadline ended the run.
