@@ -93,7 +93,7 @@ MEMORY = {
         "Memory to train Qwen3-8B",
         "qwen3-8b",
         "rtx4090",
-        _cut(16, 4) | _PLAIN | {"resident": 1, "boundaries": "host", "loss_chunk_tokens": 1024},
+        _cut(8, 8) | _PLAIN | {"resident": 1, "boundaries": "host", "loss_chunk_tokens": 1024},
     )
 }
 
