@@ -43,7 +43,8 @@ class Scene:
         found = plan.prediction
         cut = f", {self.layers} of its layers" if self.layers else ""
         step = f"{found.micro_batches} × {found.batch} sequences of {found.tokens_per_row:,} tokens"
-        return Caption(self.title, (f"{NAMES[self.model]}{cut} · {step}", f"rates of {plan.profile.title}"), mark)
+        machine = f"{'rates of ' * (mark == 'SIMULATED')}{plan.profile.title}"
+        return Caption(self.title, (f"{NAMES[self.model]}{cut} · {step}", machine), mark)
 
 
 NAMES = {"qwen3-4b": "Qwen3-4B", "qwen3-8b": "Qwen3-8B"}
