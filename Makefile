@@ -91,7 +91,7 @@ bench-optimizer: ## compare the host update with memory speed and other optimize
 	@PYTHONPATH=src $(PYTHON) -m horizon_lm.optim.kernel --build
 	@PYTHONPATH=src $(PYTHON) -m benchmarks.optimizer $(ARGS)
 
-# RUN=runs/quickstart also draws the step that this run recorded: step-light.svg, step-dark.svg.
+# RUN=runs/quickstart also draws the step that this run recorded.
 drawings: ## draw the simulated steps of docs/assets again
 	@PYTHONPATH=src $(PYTHON) -m benchmarks.drawings $(if $(RUN),--run $(RUN)) $(ARGS)
 

@@ -1,8 +1,8 @@
 """The drawings in docs/assets: `make drawings`.
 
 Those of planned steps and memory are **simulated** with the rates of shipped profiles; nothing in them ran on a GPU.
-They are drawn with theme `auto`. `step-light.svg` and `step-dark.svg` show a step that a run of
-configs/quickstart.yaml recorded on this machine; `--run RUN` draws them.
+They are drawn with theme `auto`. `step-light.svg`, `step-dark.svg` and `step-recorded.svg` show one step that a run of
+configs/quickstart.yaml recorded; `--run RUN` draws them.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def _few(title: str, cut: dict[str, Any], hardware: str = "rtx4090", **settings:
 UPDATES = {
     "step-deferred": _few("Deferred updates: during the next forward pass", _cut(8, 2), update="deferred"),
     "step-sync": _few("Sync updates: after the backward pass", _cut(8, 2), update="sync"),
-    "step-eager": _few("Eager updates: during the backward pass", _cut(8, 2), update="eager", max_grad_norm=None),
+    "step-eager": _few(
+        "Eager updates: during the backward pass", _cut(8, 2), update="eager", max_grad_norm=None
+    ),
 }
 PLACES = {
     "step-streamed": _few("One round, everything streamed", _cut(4, 4), "h100-sxm"),
@@ -104,7 +106,9 @@ def steps(scenes: dict[str, Scene]) -> dict[str, str]:
     plans = {name: scene.plan() for name, scene in scenes.items()}
     until = max(plan.prediction.seconds for plan in plans.values())
     return {
-        name: draw_step(plan.prediction.simulation.spans, scenes[name].caption(plan), rows="lanes", until=until)
+        name: draw_step(
+            plan.prediction.simulation.spans, scenes[name].caption(plan), rows="lanes", until=until
+        )
         for name, plan in plans.items()
     }
 
@@ -120,11 +124,12 @@ def memories(scenes: dict[str, Scene]) -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, help="also draw the recorded step of this run, light and dark")
+    parser.add_argument("--run", type=Path, help="also draw the step that this run recorded")
     run = parser.parse_args(argv).run
     drawings = steps(UPDATES) | steps(PLACES) | steps(WHOLE) | memories(MEMORY)
     if run is not None:
-        drawings |= {f"step-{theme}": draw_run(run, theme=theme) for theme in ("light", "dark")}
+        themes = {"light": "light", "dark": "dark", "recorded": "auto"}
+        drawings |= {f"step-{name}": draw_run(run, theme=theme) for name, theme in themes.items()}
     for name, drawing in drawings.items():
         (ASSETS / f"{name}.svg").write_text(drawing)
         print(f"written: docs/assets/{name}.svg")

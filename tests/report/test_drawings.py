@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from benchmarks import drawings
+
 from horizon_lm import cli
 from horizon_lm.report import svg
 from horizon_lm.report.memory_drawing import GROUPS, OTHER, Memory, describe, draw_memory, group_of, segments
@@ -130,7 +130,9 @@ def test_widths_and_places_are_proportional_to_time() -> None:
 
 def test_a_longer_axis_makes_the_same_step_shorter() -> None:
     def loss(drawing: str) -> float:
-        return float(re.findall(r'<rect class="L" x="([\d.]+)" y="[\d.]+" width="[\d.]+" height="36"', drawing)[0])
+        return float(
+            re.findall(r'<rect class="L" x="([\d.]+)" y="[\d.]+" width="[\d.]+" height="36"', drawing)[0]
+        )
 
     seconds = max(end for _, _, end in SPANS)
     whole, half = (draw_step(SPANS, CAPTION, rows="lanes", until=until) for until in (0, 2 * seconds))
@@ -185,7 +187,9 @@ def test_thousands_of_ops_make_a_small_drawing() -> None:
     (row,) = (row for row in rows_drawn if row.name == "compute")
     assert 300 < len(row.boxes) <= 2 * (RIGHT - LEFT)
     busy = sum(end - start for op, start, end in spans if op.lane is Lane.COMPUTE)
-    assert sum(box.width for box in row.boxes) == pytest.approx(busy * scale, rel=0.05)  # merged, not left out
+    assert sum(box.width for box in row.boxes) == pytest.approx(
+        busy * scale, rel=0.05
+    )  # merged, not left out
 
 
 @pytest.mark.parametrize("seconds", [3e-6, 0.0021, 0.3, 1.0, 7.11, 31.9, 86_400.0])
@@ -210,13 +214,28 @@ def test_a_drawing_is_one_self_contained_file(theme: str) -> None:
     ids = {e.get("id"): e for e in root.iter() if e.get("id")}
     title, desc = (ids[i].text or "" for i in str(root.get("aria-labelledby")).split())
     assert title == "A step, simulated" and "compute" in desc
-    assert {e.tag.removeprefix(SVG) for e in root.iter()} <= {"svg", "title", "desc", "style", "rect", "path", "text"}
+    assert {e.tag.removeprefix(SVG) for e in root.iter()} <= {
+        "svg",
+        "title",
+        "desc",
+        "style",
+        "rect",
+        "path",
+        "text",
+    }
     assert not re.search(r"url\(|@import|@font-face|href|<script|\bon\w+=", drawing)
     assert drawing.count("http") == 1  # the name space
     assert ("prefers-color-scheme" in drawing) == (theme == "auto")
-    assert {"SIMULATED", "A step", "a model", "a machine", "upload", "compute", "forward", "optimizer"} <= set(
-        texts(drawing)
-    )
+    assert {
+        "SIMULATED",
+        "A step",
+        "a model",
+        "a machine",
+        "upload",
+        "compute",
+        "forward",
+        "optimizer",
+    } <= set(texts(drawing))
 
 
 def test_themes_differ_in_colours_alone() -> None:
@@ -324,7 +343,9 @@ def test_every_kind_of_op_has_a_colour() -> None:
 
 # ---- memory -----------------------------------------------------------------------------------
 
-HOST = Memory("Host memory", {"weights": 20, "residual": 20, "exp_avg": 30, "exp_avg_sq": 10, "process": 1}, 100)
+HOST = Memory(
+    "Host memory", {"weights": 20, "residual": 20, "exp_avg": 30, "exp_avg_sq": 10, "process": 1}, 100
+)
 
 
 def test_a_bar_is_divided_in_proportion() -> None:
@@ -373,9 +394,27 @@ def test_committed_drawings_are_what_the_planner_simulates_now(now: dict[str, st
         assert (ASSETS / f"{name}.svg").read_text() == drawing, name
 
 
-def test_deferred_updates_shorten_the_step_that_is_drawn() -> None:
-    seconds = {name: scene.plan().prediction.seconds for name, scene in drawings.UPDATES.items()}
-    assert seconds["step-deferred"] < seconds["step-sync"] and seconds["step-eager"] < seconds["step-sync"]
+def test_the_page_gives_the_seconds_of_its_drawings() -> None:
+    page = (ASSETS.parent / "how-it-works.md").read_text()
+    scenes = drawings.UPDATES | drawings.PLACES
+    seconds = {name: scene.plan().prediction.seconds for name, scene in scenes.items()}
+    for name in drawings.UPDATES:
+        assert f"({seconds[name]:.2f} s" in page, name
+    streamed, rounds = (round(seconds[name] * 1e3) for name in drawings.PLACES)
+    assert f"from {streamed} to {rounds} ms" in page
+    compute = drawings.WHOLE["step-whole"].plan().prediction
+    assert f"{compute.lanes()['compute'] / compute.seconds:.0%}".replace("%", " %") + " of this step" in page
+
+
+def test_the_page_shows_every_drawing_that_is_committed() -> None:
+    page = (ASSETS.parent / "how-it-works.md").read_text()
+    shown = set(re.findall(r"\(assets/([\w-]+)\.svg\)", page))
+    made = {*drawings.UPDATES, *drawings.PLACES, *drawings.WHOLE, *drawings.MEMORY}
+    assert shown == made | {"step-recorded"}
+    for name in made:
+        assert ("PLANNED" if "memory" in name else "SIMULATED") in texts((ASSETS / f"{name}.svg").read_text())
+    for name in ("step-light", "step-dark", "step-recorded"):
+        assert "MEASURED" in texts((ASSETS / f"{name}.svg").read_text())
 
 
 def test_every_group_of_the_planned_memory_is_known() -> None:
@@ -413,7 +452,10 @@ def test_a_recorded_step_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "a CPU · 1 thread · 2026-11-30" in shown
     other = tmp_path / "new" / "other.svg"
     assert cli.main(["draw", str(run), "--rows", "lanes", "--theme", "dark", "--out", str(other)]) == 0
-    assert "compute" in texts(other.read_text()) and "#ffffff}" not in other.read_text().partition(".frame")[2][:40]
+    assert (
+        "compute" in texts(other.read_text())
+        and "#ffffff}" not in other.read_text().partition(".frame")[2][:40]
+    )
 
 
 def test_a_drawing_in_a_run_replaces_a_link(tmp_path: Path) -> None:

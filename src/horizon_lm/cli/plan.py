@@ -85,7 +85,9 @@ def _named(arguments: Sequence[str], defaults: dict[str, str]) -> tuple[dict[str
     return found, rest
 
 
-def _of_plan(use: Callable[[RunPlan], T], config: TrainConfig, hardware: str, fleet: Fleet | None = None) -> T:
+def _of_plan(
+    use: Callable[[RunPlan], T], config: TrainConfig, hardware: str, fleet: Fleet | None = None
+) -> T:
     """Plan a run and return what `use` makes of the plan."""
     from horizon_lm.machine.heap import frozen_heap
     from horizon_lm.plan.fleet import ONE
@@ -186,7 +188,8 @@ class DrawCommand(SettingsCommand):
 def draw(
     settings: SettingsArguments = None,
     memory: Annotated[
-        bool, typer.Option("--memory", help="Draw where a planned run's bytes are, in host and device memory.")
+        bool,
+        typer.Option("--memory", help="Draw where a planned run's bytes are, in host and device memory."),
     ] = False,
     rows: Annotated[
         str, typer.Option(help="lanes, units, or auto: units if ops run one at a time, as on the CPU.")
@@ -225,7 +228,10 @@ def draw(
                 return draw_planned_memory(plan, theme=theme)
             return draw_planned_step(plan, theme=theme, rows=rows)
 
-        drawing, target = _of_plan(drawn, config, named["hardware"]), Path("memory.svg" if memory else "step.svg")
+        drawing, target = (
+            _of_plan(drawn, config, named["hardware"]),
+            Path("memory.svg" if memory else "step.svg"),
+        )
     with lasting_output():
         write_drawing(out or target, drawing)
         print(f"written: {out or target}")

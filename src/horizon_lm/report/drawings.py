@@ -94,7 +94,11 @@ def _caption_of_run(folder: RunFolder, history: History) -> Caption:
     header, line = history.header, history.timeline
     assert line is not None, "a run with spans has a timeline"
     name = str(header.get("run_name") or folder.path.resolve().name)
-    step = f"step {line['step']:,} of {header['num_steps']:,}" if header.get("num_steps") else f"step {line['step']:,}"
+    step = (
+        f"step {line['step']:,} of {header['num_steps']:,}"
+        if header.get("num_steps")
+        else f"step {line['step']:,}"
+    )
     tokens = next((s.get("num_tokens") for s in history.steps if s["step"] == 1), None)
     about = [str(header["model_type"])] if header.get("model_type") else []
     about += [parameters(header["num_parameters"])] if header.get("num_parameters") else []

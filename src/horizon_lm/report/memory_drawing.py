@@ -118,4 +118,6 @@ def _draw_words(canvas: Canvas, part: Segment, y: float) -> None:
     color = "soft" if part.kind == "free" else f"on-{part.kind}"
     for number, words in enumerate(lines):
         below = 16 * number - 8 * (len(lines) - 1) + 4
-        canvas.text(part.x + part.width / 2, y + _BAR / 2 + below, words, "in", anchor="middle", more=color + " wide")
+        canvas.text(
+            part.x + part.width / 2, y + _BAR / 2 + below, words, "in", anchor="middle", more=color + " wide"
+        )

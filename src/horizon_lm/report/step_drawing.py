@@ -1,7 +1,7 @@
 """A training step as an SVG timeline: one row per lane, or one per unit.
 
-Rows of lanes show what runs at the same time. Rows of units show the order: forward leads down the model, backward
-up again.
+Rows of lanes show what runs at the same time. Rows of units show the order: forward leads down the model,
+backward up again.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _LANE_HEIGHT, _LANE_GAP = 36.0, 10.0
 
 @dataclass(frozen=True)
 class Box:
-    """A box of a row, in units of the drawing. kind: of its op, or of most of the ops that share it. label: may be
-    drawn if it fits."""
+    """A box of a row, in units of the drawing. kind: of its op, or of most of the ops that share it. label: the op,
+    drawn if it fits; "" if several share the box."""
 
     kind: str
     x: float
@@ -55,10 +55,9 @@ def draw_step(
 ) -> str:
     """Return a drawing of a step.
 
-    spans: (op, start, end) in seconds. rows: `lanes`, `units`, or `auto`: units if ops run one at a time, as on
-    the CPU. until: end of the time axis in seconds after
-    the first start, to compare drawings; at least the last end. Raises ValueError without spans, and for
-    another theme or kind of rows.
+    spans: (op, start, end) in seconds. rows: `lanes`, `units`, or `auto`: units if ops run one at a time, as
+    on the CPU. until: end of the time axis in seconds after the first start, to compare drawings; at least
+    the last end. Raises ValueError without spans, and for another theme or kind of rows.
     """
     if not spans:
         raise ValueError("no spans; hint: pass those of a recorded or simulated step")
@@ -176,7 +175,8 @@ def _clusters(spans: Sequence[Span]) -> list[list[Span]]:
         end = max(end, span[2])
     joined: list[list[Span]] = []  # groups of one span, which need one track, are one
     for alone, groups in groupby(found, key=lambda group: len(group) == 1):
-        joined += [[s for group in groups for s in group]] if alone else groups
+        several = list(groups)
+        joined += [[s for group in several for s in group]] if alone else several
     return joined
 
 
@@ -210,7 +210,8 @@ def _merged(boxes: Sequence[Box]) -> list[Box]:
 
 
 def _widened(box: Box, low: float, high: float) -> Box:
-    """Widen a box that is hard to see, within its neighbours: to the right, or at the end of the row to the left."""
+    """Widen a box that is hard to see: to the right, or at the end of the row to the left. low, high: where
+    its neighbours end and begin."""
     if box.width >= _LEAST:
         return box
     x = max(low, min(box.x, RIGHT - _LEAST))
@@ -270,7 +271,9 @@ def _draw_axis(canvas: Canvas, seconds: float, top: float, bottom: float, scale:
         x = LEFT + k * step * scale
         canvas.line(x, top, x, bottom)
         anchor = "end" if x > RIGHT - 20 else "middle"
-        canvas.text(x, bottom + 17, f"{k * step * factor:,.{digits}f} {unit}", "tick", anchor=anchor, more="soft")
+        canvas.text(
+            x, bottom + 17, f"{k * step * factor:,.{digits}f} {unit}", "tick", anchor=anchor, more="soft"
+        )
     return bottom + 24
 
 

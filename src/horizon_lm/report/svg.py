@@ -99,7 +99,9 @@ class Canvas:
         """kind: a class of `_TEXTS`; more: other classes; anchor: middle or end."""
         placed = f' text-anchor="{anchor}"' if anchor else ""
         classes = f"{kind} {more}".strip()
-        self.elements.append(f'<text class="{classes}" x="{num(x)}" y="{num(y)}"{placed}>{safe(words)}</text>')
+        self.elements.append(
+            f'<text class="{classes}" x="{num(x)}" y="{num(y)}"{placed}>{safe(words)}</text>'
+        )
 
     def line(self, x1: float, y1: float, x2: float, y2: float) -> None:
         path = f"M{num(x1)} {num(y1)}L{num(x2)} {num(y2)}"
