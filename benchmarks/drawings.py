@@ -1,8 +1,8 @@
 """The drawings in docs/assets: `make drawings`.
 
-Those of planned steps and memory are **simulated** with the rates of shipped profiles; nothing in them ran on a GPU.
-They are drawn with theme `auto`. `step-light.svg`, `step-dark.svg` and `step-recorded.svg` show one step that a run of
-configs/quickstart.yaml recorded; `--run RUN` draws them.
+Those of planned steps and memory are **simulated** with the rates of shipped profiles; nothing in them ran on
+a GPU. Their theme is `auto`. `step-light.svg`, `step-dark.svg` and `step-recorded.svg` show one step that a
+run of configs/quickstart.yaml recorded; `--run RUN` draws them.
 """
 
 from __future__ import annotations
@@ -105,12 +105,11 @@ def steps(scenes: dict[str, Scene]) -> dict[str, str]:
     """Return the drawings of planned steps by name, with one time axis."""
     plans = {name: scene.plan() for name, scene in scenes.items()}
     until = max(plan.prediction.seconds for plan in plans.values())
-    return {
-        name: draw_step(
-            plan.prediction.simulation.spans, scenes[name].caption(plan), rows="lanes", until=until
-        )
-        for name, plan in plans.items()
-    }
+    found = {}
+    for name, plan in plans.items():
+        spans, caption = plan.prediction.simulation.spans, scenes[name].caption(plan)
+        found[name] = draw_step(spans, caption, rows="lanes", until=until)
+    return found
 
 
 def memories(scenes: dict[str, Scene]) -> dict[str, str]:

@@ -10,12 +10,10 @@ from horizon_lm.config import TrainConfig
 from horizon_lm.errors import DataError
 from horizon_lm.io import files
 from horizon_lm.plan.run_plan import RunPlan
-from horizon_lm.report.history import History, Line
+from horizon_lm.report.history import History
 from horizon_lm.report.memory_drawing import Memory, draw_memory
 from horizon_lm.report.step_drawing import draw_step
 from horizon_lm.report.svg import Caption
-from horizon_lm.schedule.draw import Span
-from horizon_lm.schedule.ops import Op, parse_op
 from horizon_lm.words import count, parameters
 
 
@@ -26,13 +24,12 @@ def draw_run(run: Path, *, theme: str = "auto", rows: str = "auto") -> str:
     """
     folder = RunFolder(run.expanduser())
     history = History.read(folder)
-    spans = spans_of(history.timeline)
-    if not spans:
+    if not history.spans:
         raise DataError(
             f"{folder.path} has no recorded step",
             hint=f"draw the planned step: horizon draw {folder.settings}",
         )
-    return draw_step(spans, _caption_of_run(folder, history), theme=theme, rows=rows)
+    return draw_step(history.spans, _caption_of_run(folder, history), theme=theme, rows=rows)
 
 
 def draw_planned_step(plan: RunPlan, *, theme: str = "auto", rows: str = "auto", until: float = 0.0) -> str:
@@ -59,8 +56,10 @@ def memories_of(plan: RunPlan) -> list[Memory]:
 
 
 def write_drawing(path: Path, drawing: str) -> None:
-    """Write a file that a user named, or a result in a run's folder. Raises ConfigError, or DoesNotFitError if the
-    disk is full."""
+    """Write a file that a user named, or a result in a run's folder.
+
+    Raises ConfigError, and DoesNotFitError if the disk is full.
+    """
     with writing(path, "choose another file with --out FILE"):
         if (path.parent / "metrics.jsonl").is_file():  # never through a link
             files.write_file(path, drawing)
@@ -68,14 +67,8 @@ def write_drawing(path: Path, drawing: str) -> None:
             files.write_output(path, drawing)
 
 
-def spans_of(timeline: Line | None) -> list[Span]:
-    """Return the spans of a line `timeline` of metrics.jsonl."""
-    spans = timeline["spans"] if timeline is not None else ()
-    return [(Op(*parse_op(name)), start, end) for name, _, start, end in spans]
-
-
 def model_name(config: TrainConfig) -> str:
-    """Name a model: its folder's or Hub name's last part, or the type of one that starts from random weights."""
+    """Name a model: the last part of its folder's or Hub name, or the type of one with random weights."""
     if config.model_name_or_path is not None:
         return config.model_name_or_path.rstrip("/").rpartition("/")[2] or config.model_name_or_path
     values: Any = config.init_model

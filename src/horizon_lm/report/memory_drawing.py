@@ -115,9 +115,7 @@ def _draw_bar(canvas: Canvas, memory: Memory, y: float) -> float:
 def _draw_words(canvas: Canvas, part: Segment, y: float) -> None:
     """Write name and size into a segment, if they fit."""
     lines = [words for words in (part.name, size(part.bytes)) if svg.text_width(words, 12) + 10 <= part.width]
-    color = "soft" if part.kind == "free" else f"on-{part.kind}"
+    more = "soft wide" if part.kind == "free" else f"on-{part.kind} wide"
+    x, y = part.x + part.width / 2, y + _BAR / 2 + 12 - 8 * len(lines)
     for number, words in enumerate(lines):
-        below = 16 * number - 8 * (len(lines) - 1) + 4
-        canvas.text(
-            part.x + part.width / 2, y + _BAR / 2 + below, words, "in", anchor="middle", more=color + " wide"
-        )
+        canvas.text(x, y + 16 * number, words, "in", anchor="middle", more=more)

@@ -28,8 +28,11 @@ _LANE_HEIGHT, _LANE_GAP = 36.0, 10.0
 
 @dataclass(frozen=True)
 class Box:
-    """A box of a row, in units of the drawing. kind: of its op, or of most of the ops that share it. label: the op,
-    drawn if it fits; "" if several share the box."""
+    """A box of a row, in units of the drawing.
+
+    kind: of its op, or of the longest of the ops that share it. label: the op, drawn if it fits; "" if
+    several share the box.
+    """
 
     kind: str
     x: float

@@ -1,7 +1,7 @@
 """Self-contained SVG: themes, colours, escaped text, and the frame of a drawing.
 
-A drawing is 900 units wide. It uses no scripts, links or fonts from elsewhere. Below 560 pixels its text grows
-and its details hide. With theme `auto` it follows the reader's colour scheme.
+A drawing is 900 units wide. It uses no scripts, links or fonts from elsewhere. Below 560 pixels its text
+grows and its details hide. With theme `auto` it follows the reader's colour scheme.
 
 The colours start from those of Okabe and Ito (Color Universal Design, 2008); a test simulates three kinds of
 colour blindness and compares all that may lie next to each other.
@@ -158,7 +158,8 @@ def document(canvas: Canvas, height: float, caption: Caption, description: str, 
             f'<title id="t">{safe(title)}</title>',
             f'<desc id="d">{safe(description)}</desc>',
             f"<style>{_style(theme, canvas.fills)}</style>",
-            f'<rect class="frame" x=".5" y=".5" width="{num(WIDTH - 1)}" height="{num(height - 1)}" rx="10"/>',
+            f'<rect class="frame" x=".5" y=".5" width="{num(WIDTH - 1)}" height="{num(height - 1)}" '
+            'rx="10"/>',
             *canvas.elements,
             "</svg>\n",
         ]
