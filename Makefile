@@ -13,7 +13,7 @@ ARGS ?=
 WORKERS ?= $(shell unset OMP_NUM_THREADS; nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: audit compat help setup quickstart test lint map types format docs docs-serve reference bench bench-gpu \
+.PHONY: audit compat help setup quickstart test lint map types format docs docs-serve reference drawings bench bench-gpu \
     bench-optimizer soak gpu-check gpu-evidence gpu-wheels clean
 
 help: ## list all targets
@@ -100,6 +100,10 @@ gpu-wheels: ## download wheels that a GPU machine without a network lacks: FOLDE
 bench-optimizer: ## compare the host update with memory speed and other optimizers
 	@PYTHONPATH=src $(PYTHON) -m horizon_lm.optim.kernel --build
 	@PYTHONPATH=src $(PYTHON) -m benchmarks.optimizer $(ARGS)
+
+# RUN=runs/quickstart also draws the step that this run recorded.
+drawings: ## draw the simulated steps of docs/assets again
+	@PYTHONPATH=src $(PYTHON) -m benchmarks.drawings $(if $(RUN),--run $(RUN)) $(ARGS)
 
 soak: ## repeat the random tests many times with new seeds; GRPO learns a task
 	@PYTHONPATH=src $(PYTHON) -m tests.soak $(ARGS)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from horizon_lm.report import html
 from horizon_lm.report.charts import Series, draw, lane_boxes, thin
 from horizon_lm.report.metrics import read_steps
+from horizon_lm.report.svg import FILLS
 from horizon_lm.schedule.draw import MEANING
 from report_pages import Line, ended, lines_of, report_of, write_lines
 from report_pages import evaluated as evaluated
@@ -107,12 +107,12 @@ def test_an_axis_spans_its_values() -> None:
     assert draw("loss", "", [Series("a", "train", [1], [None])]) is None
 
 
-def test_every_kind_of_op_has_its_own_colour() -> None:
-    text = (Path(html.__file__).parent / "report.html.jinja").read_text()
-    colours = dict(re.findall(r"--([A-Z]): (#[0-9a-f]{6});", text))
-    assert colours.keys() == MEANING.keys()
-    apart = {kind: colour for kind, colour in colours.items() if kind != "E"}  # never beside a loss
-    assert len(set(apart.values())) == len(apart)
+def test_ops_have_the_colours_of_drawings(plain: Path, tmp_path: Path) -> None:
+    run = write_lines(tmp_path / "run", lines_of(plain))
+    report_of(run)
+    light, dark = (run / "report.html").read_text().split("@media (prefers-color-scheme: dark)")
+    for kind in MEANING:
+        assert f"--{kind}: {FILLS[kind][0]};" in light and f"--{kind}: {FILLS[kind][1]};" in dark
 
 
 def test_ops_too_narrow_to_be_seen_share_a_box() -> None:

@@ -209,6 +209,10 @@ class RunFolder:
         return self.path / "trace.json"
 
     @property
+    def drawing(self) -> Path:
+        return self.path / "step.svg"
+
+    @property
     def has_checkpoints(self) -> bool:
         return bool(list_checkpoints(self.path)[0])
 
@@ -224,7 +228,7 @@ class RunFolder:
     def results(self) -> tuple[Path, ...]:
         return (
             *(self.settings, self.metrics, self.model, self.picture, self.tensorboard),
-            *(self.report, self.trace),
+            *(self.report, self.trace, self.drawing),
         )
 
     @property
@@ -352,15 +356,15 @@ def _missing(path: Path) -> list[Path]:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, hint: str = "choose another output_dir") -> Iterator[None]:
     """Turn an OSError into DoesNotFitError (the disk is full) or ConfigError (the path is not usable)."""
     try:
         yield
     except OSError as error:
         reason = f"writing {path} failed: {error.strerror or error}"
         if error.errno in _NO_ROOM:
-            raise DoesNotFitError(reason, hint="free disk space or choose another output_dir") from error
-        raise ConfigError(reason, hint="choose another output_dir") from error
+            raise DoesNotFitError(reason, hint=f"free disk space or {hint}") from error
+        raise ConfigError(reason, hint=hint) from error
 
 
 def check_disk(folder: RunFolder, num_bytes: int, checkpoint_bytes: int = 0) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from horizon_lm.errors import ConfigError
+from horizon_lm.cli.run import one_of
 
 # Other systems that need only this package.
 AGAINST = ("torch", "torch-keep")
@@ -45,11 +45,11 @@ def bench(
     qwen3-4b, qwen3-8b, qwen3-30b-a3b, qwen2.5-7b, qwen2.5-14b, llama-3.1-8b.
     """
     wanted = against or []
-    _one_of("--activations", activations, ("auto", "recompute", "keep"))
-    _one_of("--dtype", dtype, ("bfloat16", "float32"))
-    _one_of("--device", device, ("auto", "cpu", "cuda"))
+    one_of("--activations", activations, ("auto", "recompute", "keep"))
+    one_of("--dtype", dtype, ("bfloat16", "float32"))
+    one_of("--device", device, ("auto", "cpu", "cuda"))
     for name in wanted:
-        _one_of("--against", name, AGAINST)
+        one_of("--against", name, AGAINST)
     from horizon_lm.bench import user
 
     case = user.make_case(
@@ -68,9 +68,3 @@ def bench(
     )
     if user.run(case, wanted, as_json=json) != "done":
         raise typer.Exit(3)
-
-
-def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
-    """Raises ConfigError unless an option has one of its words."""
-    if value not in known:
-        raise ConfigError(f"{option} {value!r} is not known", f"one of {', '.join(known)}")

@@ -21,7 +21,7 @@ from horizon_lm.cli import ranks
 from horizon_lm.cli.bench import bench
 from horizon_lm.cli.data import data_app, init
 from horizon_lm.cli.model import EvalCommand, chat, evaluate, generate
-from horizon_lm.cli.plan import DoctorCommand, PlanCommand, doctor, plan, report
+from horizon_lm.cli.plan import DoctorCommand, DrawCommand, PlanCommand, doctor, draw, plan, report
 from horizon_lm.cli.run import (
     HELP,
     PASS_OPTIONS,
@@ -69,6 +69,7 @@ app.command("train", cls=TrainCommand, context_settings=PASS_OPTIONS)(train)
 app.command("plan", cls=PlanCommand, context_settings=PASS_OPTIONS)(plan)
 app.command("doctor", cls=DoctorCommand)(doctor)
 app.command("report")(report)
+app.command("draw", cls=DrawCommand, context_settings=PASS_OPTIONS)(draw)
 app.command("bench")(bench)
 app.command("init", context_settings=PASS_OPTIONS)(init)
 app.command("eval", cls=EvalCommand, context_settings=PASS_OPTIONS)(evaluate)

@@ -1,10 +1,12 @@
-"""The verbs `plan`, `doctor` and `report`."""
+"""The verbs `plan`, `doctor`, `report` and `draw`."""
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -12,13 +14,19 @@ from horizon_lm.cli.run import (
     SettingsArguments,
     SettingsCommand,
     load_settings,
+    one_of,
     require_named_model,
     split_arguments,
 )
+from horizon_lm.errors import ConfigError
 from horizon_lm.io.output import lasting_output
 
 if TYPE_CHECKING:
     from horizon_lm.config import TrainConfig
+    from horizon_lm.plan.fleet import Fleet
+    from horizon_lm.plan.run_plan import RunPlan
+
+T = TypeVar("T")
 
 
 class PlanCommand(SettingsCommand):
@@ -45,36 +53,52 @@ def plan(
     hardware=NAME plans for another machine: a shipped profile, or a file with one. nodes=N gpus_per_node=N
     plans for several of them, with one rank per GPU.
     """
-    named, rest = {"hardware": "auto", "nodes": "", "gpus_per_node": ""}, []
-    for argument in settings or ():
-        name, _, value = argument.removeprefix("--").partition("=")
-        if name in named and value:
-            named[name] = value
-        else:
-            rest.append(argument)
+    named, rest = _named(settings or (), {"hardware": "auto", "nodes": "", "gpus_per_node": ""})
     hardware = named["hardware"]
     config, _ = load_settings(rest)
     require_named_model(config)
-    from horizon_lm.machine.heap import frozen_heap
-    from horizon_lm.plan.outline_cache import outline_cache
-    from horizon_lm.plan.run_plan import fleet_of, plan_run, with_method_of_data
+    from horizon_lm.plan.run_plan import fleet_of
     from horizon_lm.plan.show import describe
 
-    fleet = fleet_of(named["nodes"], named["gpus_per_node"], hardware)
+    def text(found: RunPlan) -> str:
+        if not json:
+            return describe(found)
+        import json as writer
+
+        sizes = {"largest": found.largest()}
+        if found.of_fleet is not None:
+            sizes |= found.of_fleet.sizes()
+        return writer.dumps(found.to_dict() | sizes, indent=2)
+
+    print(_of_plan(text, config, hardware, fleet_of(named["nodes"], named["gpus_per_node"], hardware)))
+
+
+def _named(arguments: Sequence[str], defaults: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Split arguments NAME=VALUE, which are not settings, from the others."""
+    found, rest = dict(defaults), []
+    for argument in arguments:
+        name, _, value = argument.removeprefix("--").partition("=")
+        if name in found and value:
+            found[name] = value
+        else:
+            rest.append(argument)
+    return found, rest
+
+
+def _of_plan(
+    use: Callable[[RunPlan], T], config: TrainConfig, hardware: str, fleet: Fleet | None = None
+) -> T:
+    """Plan a run and return what `use` makes of the plan."""
+    from horizon_lm.machine.heap import frozen_heap
+    from horizon_lm.plan.fleet import ONE
+    from horizon_lm.plan.outline_cache import outline_cache
+    from horizon_lm.plan.run_plan import plan_run, with_method_of_data
+
     with frozen_heap(), outline_cache(config) as cache:
         config, notes = with_method_of_data(config)
-        found = plan_run(config, hardware, cache=cache, fleet=fleet)
+        found = plan_run(config, hardware, cache=cache, fleet=fleet or ONE)
         found.notes.extend(notes)
-        if json:
-            import json as writer
-
-            sizes = {"largest": found.largest()}
-            if found.of_fleet is not None:
-                sizes |= found.of_fleet.sizes()
-            text = writer.dumps(found.to_dict() | sizes, indent=2)
-        else:
-            text = describe(found)
-    print(text)
+        return use(found)
 
 
 def doctor(
@@ -155,3 +179,62 @@ def report(run: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a r
         print(report.text)
         for path in report.written:
             print(f"written: {path}")
+
+
+class DrawCommand(SettingsCommand):
+    """`draw`, which takes a run, or settings and a machine."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return ["[RUN | CONFIG.yaml]", "[KEY=VALUE]...", "[hardware=NAME]", "[OPTIONS]"]
+
+
+def draw(
+    settings: SettingsArguments = None,
+    memory: Annotated[
+        bool,
+        typer.Option("--memory", help="Draw where a planned run's bytes are, in host and device memory."),
+    ] = False,
+    rows: Annotated[
+        str, typer.Option(help="lanes, units, or auto: units if ops run one at a time, as on the CPU.")
+    ] = "auto",
+    theme: Annotated[str, typer.Option(help="light, dark, or auto: the reader's.")] = "auto",
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write; RUN/step.svg, step.svg or memory.svg by default.")
+    ] = None,
+) -> None:
+    """Draw a training step as SVG: recorded by RUN, or planned for CONFIG.yaml and simulated.
+
+    hardware=NAME plans for another machine, as for horizon plan.
+    """
+    one_of("--rows", rows, ("auto", "lanes", "units"))
+    one_of("--theme", theme, ("auto", "light", "dark"))
+    named, rest = _named(settings or (), {"hardware": "auto"})
+    place, overrides = split_arguments(rest)
+    if place is None and not overrides:
+        raise ConfigError("command line: 'draw' needs a run or settings", "write horizon draw RUN")
+    if place is not None and os.path.isdir(place):
+        if overrides or memory or named["hardware"] != "auto":
+            raise ConfigError(
+                f"{place} is a folder: --memory and settings are for plans",
+                hint=f"draw the plan: horizon draw {os.path.join(place, 'config.resolved.yaml')} ...",
+            )
+        from horizon_lm.report.drawings import draw_run, write_drawing
+
+        drawing, target = draw_run(Path(place), theme=theme, rows=rows), Path(place) / "step.svg"
+    else:
+        config, _ = load_settings(rest)
+        require_named_model(config)
+        from horizon_lm.report.drawings import draw_planned_memory, draw_planned_step, write_drawing
+
+        def drawn(plan: RunPlan) -> str:
+            if memory:
+                return draw_planned_memory(plan, theme=theme)
+            return draw_planned_step(plan, theme=theme, rows=rows)
+
+        drawing, target = (
+            _of_plan(drawn, config, named["hardware"]),
+            Path("memory.svg" if memory else "step.svg"),
+        )
+    with lasting_output():
+        write_drawing(out or target, drawing)
+        print(f"written: {out or target}")

@@ -93,6 +93,12 @@ def require_named_model(config: TrainConfig) -> None:
         require_model(config.model_name_or_path, "model_name_or_path")
 
 
+def one_of(option: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise ConfigError unless an option has one of its words."""
+    if value not in known:
+        raise ConfigError(f"{option} {value!r} is not known", f"one of {', '.join(known)}")
+
+
 class TrainCommand(SettingsCommand):
     """`train`, whose help ends with all settings."""
 

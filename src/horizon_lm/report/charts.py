@@ -232,7 +232,7 @@ def lane_boxes(spans: Sequence[tuple[str, str, float, float]], most: int = 700) 
                 boxes[-1] = (kind, left, x + width - left, title.removesuffix(" ...") + " ...")
             else:
                 boxes.append((name[:1], x, width, f"{name} {(stop - start) * 1e3:,.3f} ms"))
-        found[lane] = [(k, round(x, 2), max(0.4, round(width, 2)), title) for k, x, width, title in boxes]
+        found[lane] = [(k, round(x, 2), max(1.5, round(width, 2)), title) for k, x, width, title in boxes]
     return found
 
 

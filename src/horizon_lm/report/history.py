@@ -14,6 +14,8 @@ from horizon_lm.config.yaml import read_file
 from horizon_lm.errors import DataError
 from horizon_lm.report.metrics import read_lines, still_true
 from horizon_lm.report.records import check_settings
+from horizon_lm.schedule.draw import Span
+from horizon_lm.schedule.ops import Op, parse_op
 
 _STEPS = ("step", "eval", "checkpoint", "fault", "rollback", "resume", "end")
 _KNOWN = (*_STEPS, "start", "timeline", "note", "stopped", "best")
@@ -92,6 +94,12 @@ class History:
     @property
     def header(self) -> Line:
         return self.sessions[-1].header
+
+    @property
+    def spans(self) -> list[Span]:
+        """Spans of the recorded step; empty without one."""
+        lines = self.timeline["spans"] if self.timeline is not None else ()
+        return [(Op(*parse_op(name)), start, end) for name, _, start, end in lines]
 
     def of(self, event: str) -> list[Line]:
         return [line for line in self.events if line.get("event") == event]

@@ -23,8 +23,8 @@ from horizon_lm.report.display import number
 from horizon_lm.report.figures import moment, or_dash
 from horizon_lm.report.history import History, Line
 from horizon_lm.report.metrics import mean_of_tail
-from horizon_lm.schedule.draw import MEANING, Span, chrome_trace, utilisation
-from horizon_lm.schedule.ops import Op, parse_op
+from horizon_lm.report.svg import FILLS
+from horizon_lm.schedule.draw import MEANING, chrome_trace, utilisation
 from horizon_lm.words import count, size
 
 _MOST_ROWS, _MOST_NOTES = 60, 50
@@ -46,8 +46,8 @@ def write_report(run: Path) -> Report:
     folder = RunFolder(run.expanduser())
     history = History.read(folder)
     texts = {folder.report: render(folder, history)}
-    if history.timeline and history.timeline["spans"]:
-        texts[folder.trace] = json.dumps(chrome_trace(_ops(history.timeline)))
+    if history.spans:
+        texts[folder.trace] = json.dumps(chrome_trace(history.spans))
     for path, text in texts.items():
         with writing(path):
             files.write_file(path, text)
@@ -69,6 +69,7 @@ def render(folder: RunFolder, history: History) -> str:
         resume=_resume(folder, history),
         timeline=_timeline(history),
         kinds=list(MEANING),
+        fills=FILLS,
         **figures.head(history),
         **figures.curves(history),
         **figures.memory(history),
@@ -117,12 +118,8 @@ def _timeline(history: History) -> Line | None:
         "length": _duration(seconds),
         "kinds": [(kind, meaning) for kind, meaning in MEANING.items() if kind in used],
         "rows": list(lane_boxes(spans).items()),
-        "shares": {lane: f"{row['share']:.0%}" for lane, row in utilisation(_ops(line)).items()},
+        "shares": {lane: f"{row['share']:.0%}" for lane, row in utilisation(history.spans).items()},
     }
-
-
-def _ops(timeline: dict[str, Any]) -> list[Span]:
-    return [(Op(*parse_op(name)), start, end) for name, _, start, end in timeline["spans"]]
 
 
 def _duration(seconds: float) -> str:
