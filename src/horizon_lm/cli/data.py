@@ -89,7 +89,7 @@ def init(
     example: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Write a configuration of the package instead: quickstart, sft ..."
+            metavar="NAME", help="Write a ready-made configuration instead: quickstart, sft, ..."
         ),
     ] = None,
 ) -> None:
