@@ -1,4 +1,4 @@
-"""What pip installs: dependencies are those that are imported, files are complete, the version has one place."""
+"""What pip installs: each import is declared, all files are packed, the version has one place."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ from horizon_lm.report import metrics
 from horizon_lm.version import VERSION
 
 ROOT = Path(__file__).parents[2]
-SOURCES = {
-    str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "src/horizon_lm").rglob("*.py")
-}
+SOURCES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "src/horizon_lm").rglob("*.py")}
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 
@@ -52,13 +50,10 @@ def imported(sources: Iterable[str]) -> set[str]:
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 found.add(str(node.module).split(".")[0])
-            elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
-                "import_module",
-                "find_spec",
-            ):
-                found |= {
-                    str(a.value).split(".")[0] for a in node.args[:1] if isinstance(a, ast.Constant) and a.value
-                }
+            elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+                function = getattr(node.func, "attr", getattr(node.func, "id", ""))
+                if function in ("import_module", "find_spec"):
+                    found.add(str(node.args[0].value).split(".")[0])
     found = {MODULES.get(name, name) for name in found}
     return {name for name in found if name and name not in {*sys.stdlib_module_names, "horizon_lm"}}
 

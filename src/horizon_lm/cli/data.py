@@ -88,9 +88,7 @@ def init(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     example: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME", help="Write a ready-made configuration instead: quickstart, sft, ..."
-        ),
+        typer.Option(metavar="NAME", help="Write a ready-made configuration instead: quickstart, sft, ..."),
     ] = None,
 ) -> None:
     """Write a commented configuration for a model and data, or a ready-made one."""
