@@ -238,7 +238,7 @@ def test_with_the_library_there_is_nothing_to_tell(caplog):
 def test_the_way_to_the_library_fits_the_place(monkeypatch, tmp_path):
     assert "--build" in kernel.way_to_build()  # in a checkout
     monkeypatch.setattr(kernel, "_ROOT", tmp_path)
-    assert "pip install" in kernel.way_to_build() and "--build" not in kernel.way_to_build()
+    assert "--force-reinstall" in kernel.way_to_build() and "--build" not in kernel.way_to_build()
 
 
 def test_what_is_not_the_library_is_an_error(tmp_path):

@@ -37,7 +37,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 _VERSION = 4  # of the C interface
 _REFERENCE_PIECE = 1 << 22  # elements: 50 MB and less, and few enough pieces
 _BUILD = "python -m horizon_lm.optim.kernel --build"
-_INSTALL = "pip install --force-reinstall --no-deps --no-cache-dir horizon-lm"
+_REINSTALL = "install the package again, with pip's --force-reinstall --no-deps --no-cache-dir"
 _ROOT = Path(__file__).resolve().parents[3]  # of the sources, in a source tree
 _log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
 
 def way_to_build() -> str:
     """How to get the library, in one imperative line."""
-    return f"install g++, then run {_BUILD if (_ROOT / 'setup.py').exists() else _INSTALL}"
+    return "install g++, then " + (f"run {_BUILD}" if (_ROOT / "setup.py").exists() else _REINSTALL)
 
 
 def notice() -> str | None:
