@@ -4,6 +4,11 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp
 
+# The Python that .venv is made with, as in: make setup BASE_PYTHON=python3.13
+# By default the first of these that is 3.11 or newer. CONSTRAINTS= installs the newest versions, not the tested ones.
+BASE_PYTHON ?= python3.11 python3.12 python3
+CONSTRAINTS ?= constraints.txt
+
 # gpu-check, gpu-evidence, bench and soak also run offline without .venv, on any Python that has torch:
 # make gpu-check PYTHON=python3
 PYTHON ?= $(if $(wildcard $(PY)),$(PY),python3)
@@ -26,11 +31,11 @@ setup: $(STAMP) ## create .venv and install everything in it
 # CPU-only build through pip's own settings (PIP_EXTRA_INDEX_URL).
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	@found=; \
-	for python in python3.11 python3.12 python3; do \
+	for python in $(BASE_PYTHON); do \
 	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
 	done; \
 	if [ -z "$$found" ]; then \
-	    echo "Python 3.11 or newer not found."; \
+	    echo "Python 3.11 or newer not found (tried: $(BASE_PYTHON))."; \
 	    echo "  hint: sudo apt-get install python3 python3-venv"; exit 1; \
 	fi; \
 	if ! $$found -c 'import ensurepip, venv' 2>/dev/null; then \
@@ -43,11 +48,11 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	    $$found -m venv --clear $(VENV) || exit 1; \
 	fi; \
 	echo "Installing into $(VENV); the first time takes some minutes"
-	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(PY) -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS)) -e '.[dev]'
 	@touch $@
 
 quickstart: setup ## train a small model on this machine in a few minutes
-	@$(VENV)/bin/horizon train configs/quickstart.yaml
+	@$(VENV)/bin/horizon train quickstart
 
 # One thread per worker: the models are small, and two at once are faster than one on two threads.
 # No test may use the network. Without bytecode each worker and each process of a test would compile all files anew.

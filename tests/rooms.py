@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "horizon_lm"
 
 # From the ground up. A room (a folder, or a module at the top) imports from itself and from lines above.
 ORDER = (
-    ("text", "words"),
+    ("text", "words", "version"),
     ("errors",),
     ("io",),
     ("config",),

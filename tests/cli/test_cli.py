@@ -18,7 +18,7 @@ import pytest
 import horizon_lm
 from horizon_lm import cli, errors
 from horizon_lm.cli import run as run_verbs
-from horizon_lm.config import TrainConfig
+from horizon_lm.config import TrainConfig, shipped
 from horizon_lm.config import yaml as config_yaml
 
 SOURCE = str(Path(horizon_lm.__file__).parent.parent)
@@ -138,6 +138,52 @@ def test_a_fault_in_a_file_names_file_and_line(config_file: Path) -> None:
     ]
     assert "Traceback" not in done.stderr
     assert "Traceback" in horizon("train", "--debug", str(config_file)).stderr
+
+
+def test_a_shipped_configuration_is_run_by_its_name(
+    training: list[tuple[TrainConfig, list[str]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any folder, as after `pip install`; a file of that name comes first."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "quickstart", "max_steps=3"]) == 0
+    configs = Path(__file__).parents[2] / "configs"
+    expected = TrainConfig.from_yaml(configs / "quickstart.yaml").replace(max_steps=3)
+    assert training[0] == (expected, [])
+    Path("quickstart").write_text("model_name_or_path: mine\ndatasets: text.jsonl\n")
+    assert cli.main(["train", "quickstart"]) == 0
+    assert training[1][0].model_name_or_path == "mine"
+
+
+def test_each_file_of_configs_has_its_name() -> None:
+    names = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").glob("*.yaml"))
+    assert shipped.names() == names and len(names) >= 10
+
+
+def test_init_writes_a_shipped_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["init", "--example", "quickstart"]) == 0
+    written = Path("quickstart.yaml").read_text()
+    assert written == (Path(__file__).parents[2] / "configs/quickstart.yaml").read_text()
+    assert "next: horizon train quickstart.yaml" in capsys.readouterr().out
+    assert cli.main(["init", "--example", "quickstart"]) == 2  # is there
+    assert cli.main(["init", "--example", "quickstart", "-o", "deeper.yaml"]) == 0
+    assert cli.main(["init", "--example", "quickstart", "--model", "m"]) == 2
+    assert cli.main(["init", "--example", "absent"]) == 2 and "| sft |" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deeper.yaml", "quickstart.yaml"]
+    for missing in ([], ["--model", "m"], ["--dataset", "d"]):
+        assert cli.main(["init", *missing]) == 2
+        assert "--example quickstart" in capsys.readouterr().err
+
+
+def test_a_file_of_the_checkout_that_is_not_here_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pages name `configs/sft.yaml`, which only a checkout has."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "configs/sft.yaml"]) == 2
+    assert "hint: write sft, without folder and suffix" in capsys.readouterr().err
 
 
 def test_no_arguments_print_help_and_end_with_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import pytest
@@ -16,6 +17,16 @@ BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.int16: to
 HYPER = Hyper(lr=1e-3, weight_decay=0.1, momentum=0.9)
 _NUMBERS = {field.name for field in fields(Numbers)}
 needs_kernel = pytest.mark.skipif(kernel.library() is None, reason="no C++ compiler here")
+
+
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The C++ library is hidden, and nobody has been told yet."""
+    monkeypatch.setattr(kernel, "EXTENSION_SUFFIXES", [])
+    monkeypatch.setattr(kernel, "_is_told", False)
+    kernel._found.cache_clear()
+    yield
+    kernel._found.cache_clear()
 
 
 @dataclass

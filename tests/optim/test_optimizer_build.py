@@ -26,10 +26,13 @@ def test_the_package_builds_without_a_compiler(tmp_path):
     """As `pip install` does: the extension is optional, so its failure is a warning."""
     pytest.importorskip("setuptools")
     command = [sys.executable, "setup.py", "build_ext", f"--build-lib={tmp_path}", f"--build-temp={tmp_path}"]
-    missing = {"CC": "/nowhere/cc", "CXX": "/nowhere/c++"}
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **missing}, capture_output=True, text=True)
+    missing = {**os.environ, "CC": "/nowhere/cc", "CXX": "/nowhere/c++"}
+    done = subprocess.run(command, cwd=ROOT, env=missing, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "failed" in done.stderr and not list(tmp_path.rglob("_optimizer*"))
+    required = {**missing, "HORIZON_REQUIRE_KERNEL": "1"}  # as wheels are built that are to be published
+    done = subprocess.run(command, cwd=ROOT, env=required, capture_output=True, text=True)
+    assert done.returncode != 0 and "/nowhere/c" in done.stderr
 
 
 def test_threads_follow_affinity_and_cgroup_quotas(tmp_path):

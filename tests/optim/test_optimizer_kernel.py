@@ -17,6 +17,7 @@ from horizon_lm.memory.master import split_master
 from horizon_lm.optim import kernel, reference
 from horizon_lm.optim.rules import RULES, Hyper
 from optimizer_runs import BF16, FP32, HYPER, Run, make_run, needs_kernel
+from optimizer_runs import no_library as no_library
 
 NAN_BITS = 0x7FC00000
 
@@ -206,21 +207,41 @@ def test_an_isa_that_is_not_here_is_refused(monkeypatch):
             make_run(8).update("adamw", isa=isa)
 
 
-def test_without_the_library_the_reference_serves_and_says_so_once(monkeypatch, caplog, tmp_path):
+def test_without_the_library_the_reference_serves_and_says_so_once(no_library, caplog):
     expected = make_run(100).update("adamw", by=reference.update)
-    monkeypatch.setattr(kernel, "EXTENSION_SUFFIXES", [])
-    kernel.library.cache_clear()
-    try:
-        with caplog.at_level(logging.WARNING):
-            runs = [make_run(100).update("adamw", by=kernel.update_run, threads=1) for _ in range(2)]
-        assert [r.levelname for r in caplog.records] == ["WARNING"]
-        assert "--build" in caplog.text and "\n" not in caplog.records[0].getMessage()
-        assert all(same_bits(run, expected) for run in runs)
-        assert kernel.describe() == "torch reference" and kernel.available_isas() == ()
-        with pytest.raises(RuntimeError, match="hint"):
-            make_run(8).update("adamw")
-    finally:
-        kernel.library.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        runs = [make_run(100).update("adamw", by=kernel.update_run, threads=1) for _ in range(2)]
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "--build" in caplog.text and "\n" not in caplog.records[0].getMessage()
+    assert all(same_bits(run, expected) for run in runs)
+    assert kernel.describe() == "torch reference" and kernel.available_isas() == ()
+    with pytest.raises(RuntimeError, match="hint"):
+        make_run(8).update("adamw")
+
+
+def test_a_caller_that_tells_the_user_keeps_the_log_silent(no_library, caplog):
+    text = kernel.notice()
+    assert text is not None and "ten times slower" in text and text.endswith(kernel.way_to_build())
+    assert kernel.notice() == text  # for each run of a process
+    with caplog.at_level(logging.WARNING):
+        make_run(100).update("adamw", by=kernel.update_run, threads=1)
+    assert not caplog.records
+
+
+@needs_kernel
+def test_with_the_library_there_is_nothing_to_tell(caplog):
+    with caplog.at_level(logging.WARNING):
+        make_run(100).update("adamw", by=kernel.update_run, threads=1)
+    assert kernel.notice() is None and not caplog.records
+
+
+def test_the_way_to_the_library_fits_the_place(monkeypatch, tmp_path):
+    assert "--build" in kernel.way_to_build()  # in a checkout
+    monkeypatch.setattr(kernel, "_ROOT", tmp_path)
+    assert "--force-reinstall" in kernel.way_to_build() and "--build" not in kernel.way_to_build()
+
+
+def test_what_is_not_the_library_is_an_error(tmp_path):
     other = tmp_path / "other.so"
     other.write_bytes(b"not a library")
     with pytest.raises(OSError):

@@ -37,6 +37,7 @@ from horizon_lm.cli.run import (
 )
 from horizon_lm.errors import HorizonError, OutputLostError, StoppedError
 from horizon_lm.io.output import command_output, lasting_output, silent_output
+from horizon_lm.version import VERSION
 
 _ENV_PACKAGES = (
     *("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "datasets", "trl", "numpy"),
@@ -118,7 +119,7 @@ def env() -> None:
     from horizon_lm.machine.cores import usable_cores
 
     lines = [
-        ("horizon-lm", _version()),
+        ("horizon-lm", VERSION),
         ("python", platform.python_version()),
         ("platform", platform.platform()),
     ]
@@ -133,7 +134,7 @@ def env() -> None:
 @app.command()
 def version() -> None:
     """Print the version of horizon-lm."""
-    print(_version())
+    print(VERSION)
 
 
 def _installed(package: str) -> str | None:
@@ -144,12 +145,6 @@ def _installed(package: str) -> str | None:
         return installed_version(package)
     except PackageNotFoundError:
         return None
-
-
-def _version() -> str:
-    import horizon_lm
-
-    return getattr(horizon_lm, "__version__", None) or _installed("horizon-lm") or "unknown"
 
 
 def _report(message: str, hint: str | None, rank: int = 0) -> None:

@@ -83,18 +83,57 @@ def init(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to write, as for train.")
     ] = None,
     *,
-    model: Annotated[str, typer.Option(help="Folder or Hub name of the model to train.")],
-    dataset: Annotated[list[str], typer.Option(help="Training data. Repeatable.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("horizon.yaml"),
+    model: Annotated[str | None, typer.Option(help="Folder or Hub name of the model to train.")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="Training data. Repeatable.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The file to write.  [default: horizon.yaml, or NAME.yaml]"),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    example: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Write a ready-made configuration instead: quickstart, sft, ..."),
+    ] = None,
 ) -> None:
-    """Write a commented configuration for a model and data.
+    """Write a commented configuration for a model and data, or a ready-made one.
 
     adapter=lora (and base_dtype=nf4) writes one for LoRA (or QLoRA).
     """
+    if example is not None:
+        is_alone = model is None and not dataset and not settings
+        _write_example(example, output, overwrite, is_alone=is_alone)
+        return
+    if model is None or not dataset:
+        missing = "--model" if model is None else "--dataset"
+        raise ConfigError(
+            f"command line: 'init' needs {missing}",
+            hint="write horizon init --model PATH --dataset FILE, or horizon init --example quickstart",
+        )
     require_model(model, "--model")
     from horizon_lm.cli.init import write_config
 
     with lasting_output():
-        for line in write_config(model, dataset, output, overwrite=overwrite, settings=settings or ()):
+        target = output or Path("horizon.yaml")
+        for line in write_config(model, dataset, target, overwrite=overwrite, settings=settings or ()):
             print(line)
+
+
+def _write_example(name: str, output: Path | None, overwrite: bool, *, is_alone: bool) -> None:
+    """Copy a configuration of the package. Raises ConfigError."""
+    from horizon_lm.config.shipped import text_of
+    from horizon_lm.io.files import write_output
+
+    if not is_alone:
+        raise ConfigError(
+            "command line: --example is a whole configuration",
+            hint="leave out --model, --dataset and settings, and change the file",
+        )
+    text, target = text_of(name), output or Path(f"{name}.yaml")
+    if target.exists() and not overwrite:
+        raise ConfigError(f"{target} exists", hint="add --overwrite, or -o FILE")
+    try:
+        write_output(target, text)
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be written: {error.strerror}", "choose another file") from error
+    with lasting_output():
+        print(f"written: {target}\nnext: horizon train {target}")

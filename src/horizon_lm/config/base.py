@@ -22,6 +22,7 @@ from horizon_lm.config.aliases import (
     drop_or_note,
 )
 from horizon_lm.config.faults import explain
+from horizon_lm.config.shipped import located
 from horizon_lm.config.yaml import Document, KeyPath, dump, read_file, read_value, split_override
 from horizon_lm.errors import ConfigError
 from horizon_lm.text import redacted
@@ -239,7 +240,7 @@ def collect(
     path: str | os.PathLike[str] | None, overrides: Iterable[str], keys: Keys
 ) -> tuple[Document, list[str]]:
     """Read the settings of a file (or of none), put overrides on top; return them and one-line notes."""
-    document = Document({}, {(): "command line"}) if path is None else read_file(path)
+    document = Document({}, {(): "command line"}) if path is None else read_file(located(path))
     empty = _drop_empty(document, keys) if path is not None else []
     document, notes = canonicalise(document)
     if empty:

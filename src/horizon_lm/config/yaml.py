@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from horizon_lm.config.shipped import hint_for
 from horizon_lm.errors import ConfigError
 from horizon_lm.io import files
 
@@ -211,9 +212,7 @@ def read_file(path: str | os.PathLike[str]) -> Document:
     try:
         raw = files.read_stream(path, MAX_BYTES + 1)
     except FileNotFoundError:
-        raise ConfigError(
-            f"{place}: no such file", "give the path of a YAML file, or key=value pairs"
-        ) from None
+        raise ConfigError(f"{place}: no such file", hint_for(place)) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{place}: cannot be read: {reason}", _IS_OTHER) from None

@@ -4,7 +4,9 @@ setup.py builds the library when the package is installed. To build it in a sour
 
     python -m horizon_lm.optim.kernel --build
 
-Without it `update_run` uses the torch reference: bitwise identical, more slowly.
+Without it `update_run` uses the torch reference: bitwise identical, more slowly. `notice` has what a user is
+told: `horizon train` shows it at the start of a run and `horizon doctor` as a finding; for other callers the
+first update logs it.
 """
 
 from __future__ import annotations
@@ -28,12 +30,15 @@ from horizon_lm.memory.regions import StoreSpec
 from horizon_lm.optim import reference
 from horizon_lm.optim.progress import Progress
 from horizon_lm.optim.rules import RULES, Hyper, Numbers, Tensors, check_update, coefficients
+from horizon_lm.text import one_line
 
 ISAS = ("auto", "plain", "baseline", "avx2", "avx512")  # numbered as in csrc/optimizer.cpp
 _DTYPES = (torch.float32, torch.bfloat16)
 _VERSION = 4  # of the C interface
 _REFERENCE_PIECE = 1 << 22  # elements: 50 MB and less, and few enough pieces
 _BUILD = "python -m horizon_lm.optim.kernel --build"
+_REINSTALL = "install the package again, with pip's --force-reinstall --no-deps --no-cache-dir"
+_ROOT = Path(__file__).resolve().parents[3]  # of the sources, in a source tree
 _log = logging.getLogger(__name__)
 
 
@@ -78,20 +83,50 @@ def load(path: Path) -> ctypes.CDLL:
     return loaded
 
 
-@cache
 def library() -> ctypes.CDLL | None:
-    """The library built for this Python, or None, with one line in the log that says why."""
+    """The library built for this Python, or None."""
+    return _found()[0]
+
+
+@cache
+def _found() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and the reason."""
     package = Path(__file__).parent.parent
     reason = "it was not built"
     for suffix in EXTENSION_SUFFIXES:
         path = package / f"_optimizer{suffix}"
         if path.exists():
             try:
-                return load(path)
+                return load(path), ""
             except OSError as error:
-                reason = str(error)
-    _log.warning("no C++ optimizer (%s): the torch reference serves, more slowly; hint: %s", reason, _BUILD)
-    return None
+                reason = one_line(str(error))
+    return None, reason
+
+
+def way_to_build() -> str:
+    """How to get the library, in one imperative line."""
+    return "install g++, then " + (f"run {_BUILD}" if (_ROOT / "setup.py").exists() else _REINSTALL)
+
+
+def notice() -> str | None:
+    """What to tell a user if there is no library; the caller shows it, and the log does not repeat it."""
+    global _is_told
+    lib, reason = _found()
+    if lib is not None:
+        return None
+    _is_told = True
+    return (
+        f"no C++ update kernel ({reason}): updates run in torch, about ten times slower, with the same bits; "
+        + way_to_build()
+    )
+
+
+_is_told = False  # in this process
+
+
+def _log_once() -> None:
+    if not _is_told and (text := notice()) is not None:
+        _log.warning(text)
 
 
 def available_isas() -> tuple[str, ...]:
@@ -183,9 +218,12 @@ def update_run(
     """
     if tensors.weights.device.type == "cuda":
         update_on_device(tensors, numbers, progress=progress)
-    elif library() is not None:
+        return
+    if library() is not None:
         update(tensors, numbers, threads=threads, progress=progress)
-    elif progress is None:
+        return
+    _log_once()
+    if progress is None:
         reference.update(tensors, numbers)
     else:
         new = tensors.copied()
@@ -247,12 +285,11 @@ def _variants(spec: StoreSpec, device: torch.device) -> Iterator[Tensors]:
 
 def _build() -> int:
     """Build the library beside the package, by the recipe in setup.py; the exit status."""
-    root = Path(__file__).resolve().parents[3]
-    if not (root / "setup.py").exists():
-        print(f"No sources in {root}; hint: pip install the package again where a C++ compiler is found")
+    if not (_ROOT / "setup.py").exists():
+        print(f"no sources in {_ROOT}; hint: {way_to_build()}")
         return 1
     status = subprocess.run(
-        [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=root
+        [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=_ROOT
     ).returncode
     print(describe())
     return status or int(library() is None)

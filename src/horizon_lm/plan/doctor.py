@@ -210,24 +210,19 @@ def judge_memlock(limit: int | None, device: str) -> Finding:
 
 def _processor() -> list[Finding]:
     from horizon_lm.machine.cores import usable_cores
-    from horizon_lm.optim.kernel import library
+    from horizon_lm.optim.kernel import describe, notice, way_to_build
 
     usable, there = usable_cores(), os.cpu_count() or 1
     status = WARN if usable < there else PASS
     fix = "a cgroup quota or taskset withholds cores from the optimizer" if usable < there else ""
     nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
     found = [Finding(status, "cores", f"{usable} of {there} usable, {max(1, nodes)} NUMA node(s)", fix)]
-    if library() is not None:
-        found.append(Finding(PASS, "update kernel", "the C++ kernel is built"))
-    else:
-        found.append(
-            Finding(
-                WARN,
-                "update kernel",
-                "not built: updates run in torch, several times slower",
-                "install g++ and reinstall horizon-lm",
-            )
-        )
+    missing = notice()
+    found.append(
+        Finding(PASS, "update kernel", describe())
+        if missing is None
+        else Finding(WARN, "update kernel", missing.removesuffix(f"; {way_to_build()}"), way_to_build())
+    )
     load = os.getloadavg()[0]
     if load > 1.5 * usable:
         found.append(

@@ -48,10 +48,11 @@ from horizon_lm.report.by_rank import figures_of_all
 from horizon_lm.report.flops import ModelFlops
 from horizon_lm.report.records import REMOVE_LINE, Evaluation, StepRecord, check
 from horizon_lm.schedule.draw import busy_seconds
+from horizon_lm.version import VERSION
 from horizon_lm.words import count
 
 _MOST_UNWRITTEN = 16 << 20  # bytes
-_PACKAGES = ("horizon-lm", "torch", "transformers", "tokenizers", "safetensors", "datasets", "trl", "peft")
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "trl", "peft")
 
 
 @dataclass(frozen=True)
@@ -397,7 +398,7 @@ def _not_finite(name: str) -> None:
 
 def versions() -> dict[str, str]:
     """Return versions of Python and of the packages that affect the numbers."""
-    return {"python": platform.python_version(), **_installed()}
+    return {"python": platform.python_version(), "horizon-lm": VERSION, **_installed()}
 
 
 @cache

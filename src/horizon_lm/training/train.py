@@ -21,6 +21,7 @@ from horizon_lm.engine.policies import DTYPES
 from horizon_lm.io.output import lasting_output
 from horizon_lm.memory.arena import keep_freed_memory
 from horizon_lm.model.pretrained import quiet_transformers
+from horizon_lm.optim import kernel
 from horizon_lm.preference.method import Method
 from horizon_lm.report.display import Progress, choose_progress
 from horizon_lm.report.flops import UNKNOWN, flops_of, measure_peak
@@ -106,6 +107,9 @@ def _train(
         together.each("sources", partial(check_sources, readable, folder))
         asked = Asked(config, folder, progress, resume, together, launchers)
         hub = _repository(asked, readable)
+        if (slower := kernel.notice()) is not None:
+            progress.warn(slower)
+            config_notes = [*config_notes, slower]
         ready = _prepare(asked, readable, source)
         with closing(ready.data.loader):
             end = run_loop(_assemble(ready, config_notes, callbacks, started))
