@@ -80,7 +80,7 @@ def _draw(data: TrainingData, target: Path) -> None:
 
 def init(
     settings: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to write, as for train.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings to write, as for train.")
     ] = None,
     *,
     model: Annotated[str | None, typer.Option(help="Folder or Hub name of the model to train.")] = None,
