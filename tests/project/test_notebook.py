@@ -17,7 +17,7 @@ from sizes import SOAK
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
-STEPS = ('"max_steps": 150,', '"max_steps": 25,')  # outside soak
+STEPS = ("max_steps=150,", "max_steps=25,")  # outside soak
 
 
 def execute(notebook: Any, folder: Path) -> Any:
@@ -76,7 +76,7 @@ def test_a_run_is_one_area_and_a_few_lines(executed: Any) -> None:
     areas = [out for out in train.outputs if out.output_type == "display_data"]
     assert len(areas) == 1
     page, text = areas[0].data["text/html"], areas[0].data["text/plain"]
-    steps = re.search(r"max_steps\": (\d+)", train.source)[1]  # type: ignore[index]
+    steps = re.search(r"max_steps=(\d+)", train.source)[1]  # type: ignore[index]
     assert f"step {steps}/{steps}, epoch" in page and "left" not in page
     first, last = re.findall(r"loss from ([\d.]+) to ([\d.]+)", page)[0]
     assert float(last) < float(first) - 0.3 and f"loss {float(last):.1f}"[:7] in text
