@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import zoo
 from adversarial import from_pretrained
 from horizon_lm.config.python import as_train_config
 from horizon_lm.errors import ConfigError
-from python_calls import HALVES, ROWS, host
+from python_calls import ROWS, host
 from python_calls import tokenizer as tokenizer
 from small_runs import values, write_text
 
@@ -236,33 +235,3 @@ def test_a_run_from_a_file_and_names(tmp_path: Path, no_samples: None) -> None:
     result = hz.train(file, max_steps=2, progress="off")
     assert result.num_steps == 2 and result.output_dir == tmp_path / "run"
     assert hz.TrainConfig.from_yaml(result.output_dir / "config.resolved.yaml").max_steps == 2
-
-
-# ---- docs/guides/python.md ------------------------------------------------------------------
-
-
-def test_the_code_of_the_page_runs(
-    tokenizer: Any, tmp_path: Path, no_samples: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = Path(__file__).parents[2] / "docs" / "guides" / "python.md"
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
-    monkeypatch.chdir(tmp_path)
-    write_text(tmp_path / "text.txt")
-    run = values(Path("text.txt"), Path("run"), save_strategy="no", progress="off")
-    (tmp_path / "run.yaml").write_text(hz.TrainConfig.from_dict(run).to_yaml())
-    host().save_pretrained(tmp_path / "path/to/model")
-    tokenizer.pad_token = tokenizer.eos_token
-    rows = [{"input_ids": ROWS["input_ids"][i].tolist()} for i in range(2)]
-    names = {
-        "hz": hz,
-        "torch": torch,
-        "loader": [HALVES],
-        "held_out": ROWS,
-        "tokenizer": tokenizer,
-        "rows": rows,
-    }
-    for block in blocks:
-        exec(block, names)
-    assert len(blocks) == 4 and names["out"].metrics[0]["entropy"] > 0
-    assert (tmp_path / "tuned/tokenizer.json").exists()
-    assert (tmp_path / "run/model/config.json").exists()

@@ -65,8 +65,9 @@ def _with_resume(arguments: Sequence[str]) -> list[str]:
             continue
         following = found[i + 1] if i + 1 < len(found) else "--"
         is_value = not following.startswith("-") and "=" not in following
+        found[i] = "--resume_from_checkpoint"
         if not is_value or following.endswith((".yaml", ".yml")):
-            found[i] = "--resume=latest"
+            found[i] += "=latest"
     return found
 
 

@@ -243,7 +243,7 @@ class TrainConfig(PreferenceSettings, DataSettings, CheckpointSettings, ModelSet
     )
     progress: Literal["auto", "rich", "plain", "off"] = setting(
         "auto",
-        "Progress display; auto is rich on a terminal and plain elsewhere.",
+        "Progress display; auto is rich on a terminal, redrawn in place in Jupyter, else plain.",
         group="Output",
         resume="free",
     )

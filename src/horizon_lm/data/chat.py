@@ -24,6 +24,7 @@ from horizon_lm.data.pictures import Picture
 from horizon_lm.data.processor import Processor
 from horizon_lm.data.template_limits import TemplateLimitError, limit
 from horizon_lm.errors import ConfigError, DataError
+from horizon_lm.machine.libraries import before_peft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -214,6 +215,7 @@ class ChatTemplate:
             messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
         if not self._in_parts:
             return messages
+        before_peft()
         from trl.data_utils import prepare_multimodal_messages
 
         return list(prepare_multimodal_messages(messages, list(chat.pictures)))
@@ -252,6 +254,7 @@ class ChatTemplate:
 
 def _training_variant(tokenizer: Any, template: str) -> tuple[str, str]:
     """Return (template to train with, source of the mask). tokenizer: or processor."""
+    before_peft()
     from trl import get_training_chat_template
 
     with suppress(Exception):  # rendering reports the error

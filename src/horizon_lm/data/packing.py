@@ -20,6 +20,7 @@ from horizon_lm.data.hf_datasets import quiet
 from horizon_lm.data.rows import Left, Rows, Segments
 from horizon_lm.data.tokens import TokenStore
 from horizon_lm.errors import DataError
+from horizon_lm.machine.libraries import before_peft
 
 # Documents packed at once: TRL takes about 0.1 ms for each, and this many fill more than 99.9 % of each
 # sequence.
@@ -202,6 +203,8 @@ def _best_fit(lengths: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndar
     """Return (order of pieces, offsets of rows in it) from TRL's best fit decreasing on piece numbers."""
     import datasets
     import pyarrow
+
+    before_peft()
     from trl import pack_dataset
 
     orders, counts = [], []

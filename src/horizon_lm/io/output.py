@@ -70,7 +70,8 @@ class Output:
             return OSError(errno.EBADF, _CLOSED) if text else None
         try:
             try:
-                self.stream.write(text)
+                if text:  # a kernel's stream may only be flushed once its thread has ended
+                    self.stream.write(text)
             except UnicodeEncodeError:
                 encoding = self.encoding
                 self.stream.write(text.encode(encoding, "replace").decode(encoding))

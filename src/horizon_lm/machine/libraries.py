@@ -12,10 +12,16 @@ from typing import Any
 
 def load_peft() -> Any:
     """Import PEFT, which imports bitsandbytes if that is installed."""
+    before_peft()
+    return importlib.import_module("peft")
+
+
+def before_peft() -> None:
+    """Load bitsandbytes, if installed, before another library imports PEFT: TRL, or transformers' schedules
+    and trainer."""
     if "peft" not in sys.modules:
         with suppress(ImportError):
             load_bitsandbytes()
-    return importlib.import_module("peft")
 
 
 def load_bitsandbytes() -> Any:

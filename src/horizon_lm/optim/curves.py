@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from horizon_lm.config import TrainConfig
 from horizon_lm.errors import ConfigError
+from horizon_lm.machine.libraries import before_peft
 
 Curve = Callable[[int], float]
 
@@ -26,6 +27,7 @@ def learning_rates(config: TrainConfig, num_steps: int, *, as_before: bool = Fal
     not finite at some step, and if the rate is 0 in every step. as_before: the warmup of versions before
     28 November 2026, which could fill the whole run, and no check for 0.
     """
+    before_peft()
     from transformers import get_scheduler
 
     dummy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)

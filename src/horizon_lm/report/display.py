@@ -1,4 +1,4 @@
-"""Progress of a run: a live display on a terminal, plain lines elsewhere."""
+"""Progress of a run: a live display on a terminal or in a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from rich.text import Text
 
 from horizon_lm.io.output import raw_stream
 from horizon_lm.report.metrics import Metrics
+from horizon_lm.report.notebook import Area, below_notebook, in_notebook, progress_html
 from horizon_lm.report.records import Evaluation, StepRecord
 from horizon_lm.text import shown
 from horizon_lm.words import count, size
 
 _PLAIN_SECONDS = 1.0  # least time between plain lines
 _RECENT_STEPS = 50
+_REDRAWN_SECONDS = 0.25  # least time between two states of a notebook's display
 
 
 class Progress:
@@ -105,6 +107,46 @@ class PlainProgress(Progress):
             *([f"slowest {slowest(metrics.ranks)}"] if metrics.ranks else []),
         )
         return "  ".join(fields)
+
+
+class NotebookProgress(PlainProgress):
+    """In Jupyter: a bar, the loss curve and the latest numbers, redrawn in place; the rest as lines."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._area = Area()
+        self._losses: list[float] = []
+        self._metrics: Metrics | None = None
+        self._step = 0
+        self._started = self._drawn = -math.inf
+
+    def __exit__(self, *_: object) -> None:
+        if self._step:
+            self._draw()
+
+    def start(self, num_steps: int) -> None:
+        super().start(num_steps)
+        self._started = time.monotonic()
+        self._draw()
+
+    def step(self, record: StepRecord, metrics: Metrics | None) -> None:
+        Progress.step(self, record, metrics)
+        self._step = record.step
+        if metrics is not None:
+            self._metrics = metrics
+            self._losses.append(metrics.loss)
+        if time.monotonic() - self._drawn >= _REDRAWN_SECONDS:
+            self._draw()
+
+    def _draw(self) -> None:
+        self._drawn, metrics = time.monotonic(), self._metrics
+        words = f"step {self._step}/{self.num_steps}"
+        if metrics is not None:
+            words += f", epoch {metrics.epoch:.2f}, {clock(self._drawn - self._started)} elapsed"
+            words += f", {clock(self.seconds_left(self._step))} left" if self._step < self.num_steps else ""
+        values = {} if metrics is None else _values(metrics)
+        html = progress_html(self._step, self.num_steps, words, values, self._losses)
+        self._area.show(html, words if metrics is None else self._line(metrics))
 
 
 class RichProgress(Progress):
@@ -193,17 +235,11 @@ class _Bar(RichBar):
         )
 
     def _numbers(self, metrics: Metrics) -> Table:
+        values = _values(metrics)
         fields = {
-            "loss": (number(metrics.loss), "bold cyan"),
+            "loss": (values.pop("loss"), "bold cyan"),
             "": (f"{sparkline(list(self._losses)):12}", "cyan"),
-            **{name: (value, "") for name, _, value in map(_cut, _rewards(metrics.preferences))},
-            "rate": (f"{metrics.learning_rate:.2e}", ""),
-            "grad norm": (number(metrics.grad_norm), ""),
-            "tokens/s": (rate(metrics.tokens_per_second) + _each(metrics.ranks), ""),
-            **({"mfu": (f"{metrics.mfu:.0%}", "")} if math.isfinite(metrics.mfu) else {}),
-            "host": (size(metrics.host_rss_bytes), ""),
-            **({"device": (size(metrics.device_bytes), "")} if metrics.device_bytes else {}),
-            **({"slowest": (slowest(metrics.ranks), "")} if metrics.ranks else {}),
+            **{name: (value, "") for name, value in values.items()},
         }
         table = Table.grid(padding=(0, 2))
         for _ in fields:
@@ -229,8 +265,10 @@ def choose_progress(mode: str, stream: TextIO | None = None) -> Progress:
         return RichProgress(stream)
     if mode == "auto":
         console = Console(file=stream)
-        if console.is_terminal and not console.is_dumb_terminal:
+        if console.is_terminal and not console.is_dumb_terminal and not below_notebook():
             return RichProgress(stream)
+        if in_notebook(stream):
+            return NotebookProgress(stream)
     return PlainProgress(stream)
 
 
@@ -240,6 +278,21 @@ def evaluation_line(evaluation: Evaluation) -> str:
         parts.append(f"perplexity {number(evaluation.eval_perplexity)}")
     tokens = count(evaluation.eval_tokens, "token")
     return f"evaluation after step {evaluation.step}: {', '.join(parts)} over {tokens}"
+
+
+def _values(metrics: Metrics) -> dict[str, str]:
+    """Return the latest numbers by name, as the live displays show them."""
+    return {
+        "loss": number(metrics.loss),
+        **{name: value for name, _, value in map(_cut, _rewards(metrics.preferences))},
+        "rate": f"{metrics.learning_rate:.2e}",
+        "grad norm": number(metrics.grad_norm),
+        "tokens/s": rate(metrics.tokens_per_second) + _each(metrics.ranks),
+        **({"mfu": f"{metrics.mfu:.0%}"} if math.isfinite(metrics.mfu) else {}),
+        "host": size(metrics.host_rss_bytes),
+        **({"device": size(metrics.device_bytes)} if metrics.device_bytes else {}),
+        **({"slowest": slowest(metrics.ranks)} if metrics.ranks else {}),
+    }
 
 
 def _rewards(metrics: Mapping[str, float]) -> list[str]:

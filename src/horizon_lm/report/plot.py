@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +30,6 @@ def plot_loss(metrics: Path, picture: Path, *, title: str) -> None:
 def draw_loss(metrics: Path, *, title: str) -> Figure:
     """Draw training loss, held-out loss if any, and learning rate over the steps of a metrics file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     records = read_steps(metrics)
@@ -36,7 +37,7 @@ def draw_loss(metrics: Path, *, title: str) -> Figure:
     losses = [math.nan if record.get("loss") is None else record["loss"] for record in records]
     smooth = smoothed(losses)
 
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    figure = _inline_figure()(figsize=(8, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     rates = axes.twinx()
@@ -74,6 +75,21 @@ def draw_loss(metrics: Path, *, title: str) -> Figure:
     axes.legend(framealpha=0.8, edgecolor="none", loc="upper right")
     axes.set_title(one_line(title), fontsize=11, parse_math=False)
     return figure
+
+
+@cache
+def _inline_figure() -> type[Figure]:
+    """Return a Figure that Jupyter shows without `%matplotlib` and pyplot's global state."""
+    from matplotlib.figure import Figure
+
+    class InlineFigure(Figure):
+        def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+            """Return the picture and its width in CSS pixels."""
+            buffer = io.BytesIO()
+            self.savefig(buffer, format="png")
+            return buffer.getvalue(), {"width": round(self.get_figwidth() * 96)}
+
+    return InlineFigure
 
 
 def smoothed(values: Sequence[float]) -> list[float]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,9 +21,14 @@ from horizon_lm.model.experts import InUse, experts_in_use
 from horizon_lm.report.display import clock, number
 from horizon_lm.report.flops import FORMULA
 from horizon_lm.report.metrics import Metrics, mean_of_tail, read_evaluations, read_steps, versions
+from horizon_lm.report.notebook import table_html
+from horizon_lm.report.plot import draw_loss
 from horizon_lm.text import redact
 from horizon_lm.training.ready import Ready
 from horizon_lm.words import count, parameters, size
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,26 @@ class TrainResult:
     metrics_path: Path
     exported_step: int
     stopped_by: str | None = None
+
+    def plot_loss(self, title: str | None = None) -> Figure:
+        """Draw training loss, held-out loss and learning rate over the steps; Jupyter shows the figure.
+
+        Returns a matplotlib Figure, which `savefig` writes. title: by default the name of output_dir.
+        """
+        return draw_loss(self.metrics_path, title=self.output_dir.name if title is None else title)
+
+    def _repr_html_(self) -> str:
+        """Return a table, for Jupyter."""
+        values = {
+            "steps": f"{self.num_steps:,}",
+            "loss (last tenth)": number(self.tail_loss),
+            **({} if self.eval_loss is None else {"held-out loss": number(self.eval_loss)}),
+            "tokens": f"{self.num_tokens:,}",
+            "time": clock(self.seconds),
+            "model": str(self.model_dir),
+        }
+        stopped = f"<div>{escape(self.stopped_by)}</div>" if self.stopped_by else ""
+        return table_html(values) + stopped
 
 
 def about_data(data: TrainingData) -> str:
