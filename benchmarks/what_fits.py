@@ -53,6 +53,8 @@ MODES: dict[str, dict[str, Any]] = {
     "LoRA": {"adapter": "lora"},
     "LoRA, nf4": {"adapter": "lora", "base_dtype": "nf4"},
 }
+# Bytes of host memory per parameter, about: where the search begins.
+BYTES = dict(zip(MODES, (14, 12, 10, 8, 2, 0.6), strict=True))
 # The leanest of what the planner would choose: what fits with any choice fits with these, found faster.
 LEAN = {"activations": "recompute", "slots": 2}
 
@@ -137,19 +139,25 @@ class Model:
         planner = self.planner(card, ram)
         return planner.fits(planner.choose(self.config.replace(skip_memory_check=True)))
 
-    def smallest(self, card: str) -> int | None:
-        """Return the smallest size of LADDER that is accepted. `has_room` is faster than a plan and at most a
-        size too low."""
-        if not self.planner(card, UNLIMITED).has_room(self.config):
+    def smallest(self, card: str, mode: str) -> int | None:
+        """Return the smallest size of LADDER that is accepted, searched from where it should be."""
+        at = self._guess(card, mode)
+        if self.is_accepted(card, LADDER[at]):
+            while at and self._has_room(card, LADDER[at - 1]) and self.is_accepted(card, LADDER[at - 1]):
+                at -= 1
+            return LADDER[at]
+        if not self._has_room(card, UNLIMITED):
             return None
-        low, high = 0, len(LADDER) - 1
-        while low < high:
-            middle = (low + high) // 2
-            if self.planner(card, LADDER[middle]).has_room(self.config):
-                high = middle
-            else:
-                low = middle + 1
-        return next((ram for ram in LADDER[low:] if self.is_accepted(card, ram)), None)
+        return next((ram for ram in LADDER[at + 1 :] if self.is_accepted(card, ram)), None)
+
+    def _guess(self, card: str, mode: str) -> int:
+        held, device = BYTES[mode] * self.outline.num_parameters, load_profile(CARDS[card]).device_bytes
+        needed = held - max(0.0, 0.9 * device - 10 * GB) + 4 * GB
+        return next(i for i, ram in enumerate(LADDER) if ram * GB >= needed)
+
+    def _has_room(self, card: str, ram: int) -> bool:
+        """Whether anything fits: faster than `is_accepted`, and now and then true where that is false."""
+        return self.planner(card, ram).has_room(self.config)
 
 
 def models_of(name: str, folder: Path) -> Iterator[tuple[str, Model]]:
@@ -168,7 +176,7 @@ def fill(name: str) -> Tables:
         for mode, model in models_of(name, Path(folder)):
             tables.billions.setdefault(name, f"{model.outline.num_parameters / 1e9:.1f}")
             for card in CARDS:
-                tables.ram[Cell(card, name, mode)] = found = model.smallest(card)
+                tables.ram[Cell(card, name, mode)] = found = model.smallest(card, mode)
                 print(f"{name}, {card}, {mode}: {found}", flush=True)
     return tables
 
@@ -252,7 +260,10 @@ def parse(page: str) -> Tables:
     """Read the tables by card of docs/what-fits.md."""
     tables = Tables()
     for card, profile in CARDS.items():
-        head, _, *rows = [_cells(line) for line in block_of(page, f"ram-{profile}").splitlines()]
+        lines = block_of(page, f"ram-{profile}").splitlines()
+        if len(lines) < 2:
+            continue  # not written yet
+        head, _, *rows = [_cells(line) for line in lines]
         for model, billions, *sizes in rows:
             tables.billions[model] = billions
             for mode, ram in zip(head[2:], sizes, strict=True):
@@ -289,10 +300,11 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join([*wrong, f"{len(wrong)} cells differ"]))
             return int(bool(wrong))
         found = dict(zip(names, pool.map(fill, names), strict=True))
-    tables = parse(page) if arguments.write and len(names) < len(MODELS) else Tables()
-    for name in (name for name in MODELS if name in found):
-        tables.ram |= found[name].ram
-        tables.billions |= found[name].billions
+    tables, billions = parse(page), {name: one.billions[name] for name, one in found.items()}
+    for one in found.values():
+        tables.ram |= one.ram
+    known = tables.billions | billions
+    tables.billions = {name: known[name] for name in MODELS if name in known}
     if arguments.write:
         write(tables)
     print(short(tables))

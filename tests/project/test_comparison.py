@@ -42,14 +42,15 @@ def without_source(page: str) -> list[str]:
 
 
 def of_no_file(page: str) -> list[str]:
-    """Return figures of ours and measured ones of others that the linked file does not have."""
+    """Return cells of ours and measured ones of others whose figures are not all in one line of the linked
+    file."""
     wrong = []
-    found = rows(page, "| run | simulated") + rows(page, "| run | ours")
-    for _, *cells, link in found:
-        file = PAGE.parent / re.findall(r"\((\S+)\)", link)[0]
-        known = set(re.findall(FIGURE, file.read_text()))
-        figures = [figure for cell in cells for figure in re.findall(rf"(?<![\w.]){FIGURE}", cell)]
-        wrong += [figure for figure in figures if figure not in known]
+    for _, *cells, link in rows(page, "| run | simulated") + rows(page, "| run | ours"):
+        lines = (PAGE.parent / re.findall(r"\((\S+)\)", link)[0]).read_text().splitlines()
+        for cell in cells:
+            figures = set(re.findall(rf"(?<![\w.]){FIGURE}", cell))
+            if not figures or not any(figures <= set(re.findall(FIGURE, line)) for line in lines):
+                wrong.append(cell)
     return wrong
 
 
@@ -84,10 +85,13 @@ def test_each_figure_is_in_its_file() -> None:
     assert all("simulated" in row[-1] for row in rows(page, "| run | simulated"))
 
 
-@pytest.mark.parametrize(("old", "new"), [("| 736 |", "| 737 |"), ("56.3% MFU", "56.4% MFU"), ("6,516", "6,517")])
+@pytest.mark.parametrize(
+    ("old", "new"), [("| 736 |", "| 737 |"), ("56.3% MFU", "56.4% MFU"), ("6,516", "6,517")]
+)
 def test_a_changed_figure_is_found(old: str, new: str) -> None:
     page = PAGE.read_text()
-    assert of_no_file(page.replace(old, new, 1)) == re.findall(FIGURE, new)
+    wrong = of_no_file(page.replace(old, new, 1))
+    assert len(wrong) == 1 and new.strip("| ") in wrong[0]
 
 
 def test_the_readme_says_the_same() -> None:
