@@ -76,6 +76,7 @@ _RANKS = "tests/project/test_many_gpus.py, with stand-ins for the programs"
 ELSEWHERE = {
     r"make [a-z-]+.*": "test_shipped_files.py checks that the target exists",
     r"\. \.venv/bin/activate": "installation",
+    r"pip install \.": "installation; tests/project/test_package.py checks what is installed",
     r"python examples/\w+_trl\.py .*": "tests/trainers/test_trl_examples.py",
     r"python examples/vision_shapes\.py .*": _SHAPES,
     r"horizon train configs/vision_sft\.yaml": _SHAPES,

@@ -62,7 +62,7 @@ def test_a_workflow_names_what_exists_and_asks_for_little(path: Path) -> None:
     commands = [step["run"] for step in steps(workflow) if "run" in step]
     for name in re.findall(r"^\.ci/\S+", "\n".join(commands), re.M):
         assert (ROOT / name).is_file()
-    assert make_targets(commands) <= TARGETS | {"docs"}
+    assert make_targets(commands) <= TARGETS
 
 
 def test_the_pythons_are_those_of_the_classifiers() -> None:
