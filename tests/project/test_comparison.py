@@ -1,4 +1,4 @@
-"""docs/comparison.md: every statement about another system has a source, and every figure of ours its file."""
+"""docs/comparison.md: statements about other systems have sources, and figures of ours their files."""
 
 from __future__ import annotations
 
