@@ -1,4 +1,4 @@
-"""docs/comparison.md: statements about other systems have a source, and figures of ours their file."""
+"""docs/comparison.md: statements about other systems have sources, and figures of ours their files."""
 
 from __future__ import annotations
 
