@@ -97,8 +97,8 @@ class Page:
         assert words[0] == "horizon", f"{where}: neither run nor listed in ELSEWHERE"
         if words[1] == "init":  # which replaces no file
             Path(words[words.index("-o") + 1]).unlink(missing_ok=True)
-        if words[1] == "doctor":  # the profile that it keeps is for this page
-            self.patch.setenv("XDG_CACHE_HOME", str(Path("cache").absolute()))
+        if words[1] == "doctor":  # other tests plan without the profile that it keeps
+            self.patch.setenv("XDG_CACHE_HOME", str(self.world.folder / "cache"))
         if words[1] == "export":
             shutil.rmtree("OUT", ignore_errors=True)
         words = [self.last_run if is_run(word) and not Path(word).exists() else word for word in words]

@@ -36,6 +36,7 @@ STAND_INS = [
     (r"\b(?:NAME|PATH)-tuned\b", "{model}-tuned"),
     (r"\bRUN\b", "{run}"),
     (r"\bCONFIG\b(?!\.yaml)", "CONFIG.yaml"),
+    (r"(?<=horizon bench )(?:100m|qwen3-4b)\b", "{model}"),
     (r"\bpath/to/model\b|\bMODEL\b|\bPATH\b|\bQwen/Qwen3-8B\b", "{model}"),
     (r"=FILE\b", "=held_out.jsonl"),
     (r"=FOLDER\b", "=texts"),

@@ -66,7 +66,7 @@ def test_the_notebook_shows_what_it_says(executed: Any) -> None:
     assert "8.03 B parameters" in text and "simulated: not measured here" in text
     check_gradients(text)
     before, after = re.findall(r"held-out loss ([\d.]+) before saving, ([\d.]+) in", text)[0]
-    assert abs(float(before) - float(after)) < 1e-5
+    assert abs(float(before) - float(after)) < 2e-4
     losses = [float(loss) for loss in re.findall(r"step \d  loss ([\d.]+)", text)]
     assert len(losses) == 5 and all(loss < 9 for loss in losses)
 
