@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,6 @@ def test_the_planner_itself_agrees(tables: Tables, tmp_path: Path) -> None:
     config = config.replace(activations="auto", slots=2)
     plan = plan_run(config.replace(host_memory_gb=float(ram)), CARDS[cell.card], frozenset(given), cache)
     assert plan.prediction.host_bytes < (ram - config.reserve_host_gb) * what_fits.GB
-    smaller = config.replace(host_memory_gb=float(LADDER[LADDER.index(ram) - 1]))
+    planner = what_fits.Model(config, cache).planner(cell.card, LADDER[LADDER.index(ram) - 1])
     with pytest.raises(DoesNotFitError, match="host memory"):
-        plan_run(smaller, CARDS[cell.card], frozenset(given), cache)
+        replace(planner, pinned=frozenset(given)).choose(config)
