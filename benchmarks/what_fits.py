@@ -95,7 +95,7 @@ class Cell:
 
 @dataclass
 class Tables:
-    """ram: GB of host memory, of LADDER; None if the device is too small. billions: parameters of each model."""
+    """ram: GB of host memory, of LADDER; None if the device is too small. billions: parameters of a model."""
 
     ram: dict[Cell, int | None] = field(default_factory=dict)
     billions: dict[str, str] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""docs/comparison.md: every statement about another system has a source, and every figure of ours its file."""
+"""docs/comparison.md: statements about other systems have a source, and figures of ours their file."""
 
 from __future__ import annotations
 
