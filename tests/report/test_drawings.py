@@ -238,6 +238,29 @@ def test_a_drawing_is_one_self_contained_file(theme: str) -> None:
     } <= set(texts(drawing))
 
 
+def shown(drawing: str, pixels: int) -> list[str]:
+    """Return the words of a drawing that a page of this width shows."""
+    hidden = "wide" if pixels <= svg._NARROW else "narrow"
+    assert f".{hidden}{{display:none}}" in drawing
+    return [
+        t.text or ""
+        for t in ET.fromstring(drawing).iter(f"{SVG}text")
+        if hidden not in str(t.get("class")).split()
+    ]
+
+
+@pytest.mark.parametrize("pixels", [420, 900])
+def test_simulated_is_said_once_on_every_page(pixels: int) -> None:
+    drawing = draw_step(SPANS, CAPTION)
+    assert shown(drawing, pixels).count("SIMULATED") == 1
+    unsaid = drawing.replace("soft narrow", "soft wide")  # the mark of wide pages alone
+    assert shown(unsaid, 420).count("SIMULATED") == 0
+    long = svg.Caption(CAPTION.title, ["x" * 200, "y" * 200], "SIMULATED")
+    last = [words for words in shown(draw_step(SPANS, long), 420) if words.startswith("yy")][0]
+    room = svg.WIDTH - 2 * svg.MARGIN - svg.text_width("SIMULATED", 18)
+    assert svg.text_width(last, 17) <= room < svg.text_width("y" * 200, 17)
+
+
 def test_themes_differ_in_colours_alone() -> None:
     def body(drawing: str) -> str:
         return re.sub(r"<style>.*?</style>", "", drawing, flags=re.S)

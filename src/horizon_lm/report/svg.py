@@ -1,7 +1,8 @@
 """Self-contained SVG: themes, colours, escaped text, and the frame of a drawing.
 
 A drawing is 900 units wide. It uses no scripts, links or fonts from elsewhere. Below 560 pixels its text
-grows and its details hide. With theme `auto` it follows the reader's colour scheme.
+grows and its details hide; the mark (SIMULATED and so on) moves below the title. With theme `auto` it follows
+the reader's colour scheme.
 
 The colours start from those of Okabe and Ito (Color Universal Design, 2008); a test simulates three kinds of
 colour blindness and compares all that may lie next to each other.
@@ -65,6 +66,7 @@ _TEXTS = {
     "key": (13.0, 14.0, ""),
     "in": (11.0, 11.0, ""),
     "pill": (11.5, 11.5, "font-weight:600;letter-spacing:.06em"),
+    "mark": (13.0, 18.0, "font-weight:600"),
 }
 _NARROW = 560  # pixels
 _SLIM, _BROAD = frozenset("il.,:;'|!()[]tfjrI ·"), frozenset("mwMW@%—")
@@ -115,7 +117,8 @@ class Canvas:
 
 def draw_caption(canvas: Canvas, caption: Caption) -> float:
     """Draw title, lines and mark; return the height that they take."""
-    pill = 0.0
+    pill, lines = 0.0, caption.lines[:2]
+    last = 36.0 + 23 * len(lines)
     if caption.mark:
         pill = text_width(caption.mark, 11.5) * 1.12 + 22
         x = WIDTH - MARGIN - pill
@@ -123,11 +126,13 @@ def draw_caption(canvas: Canvas, caption: Caption) -> float:
             f'<rect class="pill-edge wide" x="{num(x)}" y="19" width="{num(pill)}" height="22" rx="11"/>'
         )
         canvas.text(x + pill / 2, 34, caption.mark, "pill", anchor="middle", more="soft wide")
+        canvas.text(WIDTH - MARGIN, last, caption.mark, "mark", anchor="end", more="soft narrow")
     canvas.text(MARGIN, 36, clipped(caption.title, 18, WIDTH - 2 * MARGIN - pill - 16), "title")
     y = 36.0
-    for words in caption.lines[:2]:
+    for words in lines:
         y += 23
-        canvas.text(MARGIN, y, clipped(words, 17, WIDTH - 2 * MARGIN), "line", more="soft")
+        room = WIDTH - 2 * MARGIN - (1.6 * pill if y == last else 0)  # 1.6: the narrow page's larger letters
+        canvas.text(MARGIN, y, clipped(words, 17, room), "line", more="soft")
     return y + 20
 
 
@@ -172,11 +177,11 @@ def _style(theme: str, fills: set[str]) -> str:
         raise ValueError(f"theme {theme!r}; hint: one of {', '.join(THEMES)}")
     rules = [f"text{{font-family:{FONT};font-variant-numeric:tabular-nums}}"]
     rules += [f".{name}{{font-size:{num(wide)}px;{more}}}" for name, (wide, _, more) in _TEXTS.items()]
-    rules += [_colours(theme == "dark", fills)]
+    rules += [".narrow{display:none}", _colours(theme == "dark", fills)]
     if theme == "auto":
         rules.append(f"@media (prefers-color-scheme:dark){{{_colours(True, fills)}}}")
     grown = "".join(f".{name}{{font-size:{num(size)}px}}" for name, (_, size, _) in _TEXTS.items())
-    rules.append(f"@media (max-width:{_NARROW}px){{{grown}.wide{{display:none}}}}")
+    rules.append(f"@media (max-width:{_NARROW}px){{{grown}.wide{{display:none}}.narrow{{display:inline}}}}")
     return "".join(rules)
 
 
