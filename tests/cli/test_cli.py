@@ -255,7 +255,10 @@ def test_config_verbs(config_file: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_env_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["version"]) == 0
-    assert capsys.readouterr().out.strip()[0].isdigit()
+    printed = capsys.readouterr().out
+    assert printed.strip()[0].isdigit()
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == printed
     assert cli.main(["env"]) == 0
     listed = capsys.readouterr().out
     for name in ("python:", "platform:", "torch:", "transformers:"):
