@@ -261,6 +261,6 @@ def test_env_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == printed
     assert cli.main(["env"]) == 0
     listed = capsys.readouterr().out
-    for name in ("python:", "platform:", "torch:", "transformers:"):
+    for name in ("update kernel:", "python:", "platform:", "torch:", "transformers:", "peft:"):
         assert f"\n{name}" in listed
     assert str(Path.home()) + os.sep not in listed

@@ -40,8 +40,8 @@ from horizon_lm.io.output import command_output, lasting_output, silent_output
 from horizon_lm.version import VERSION
 
 _ENV_PACKAGES = (
-    *("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "datasets", "trl", "numpy"),
-    *("pydantic", "PyYAML", "typer", "rich", "matplotlib"),
+    *("torch", "transformers", "tokenizers", "safetensors", "huggingface-hub", "datasets", "trl", "peft"),
+    *("accelerate", "bitsandbytes", "numpy", "pydantic", "PyYAML", "typer", "rich", "matplotlib"),
 )
 
 # Errors of a path from the user, wherever it is first used.
@@ -52,7 +52,8 @@ _FAULTS_OF_PLACES = frozenset(
 app = typer.Typer(
     name="horizon",
     help="Train large language models on one GPU, with the weights in host memory.",
-    epilog="--debug, anywhere, shows a traceback with every error.",
+    epilog="Begin with 'horizon train quickstart', or with 'horizon init' for your own model and data. "
+    "--debug, anywhere, shows a traceback with every error.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -84,19 +85,20 @@ def options(
     """Take the options that stand before a command."""
 
 
+# In the order in which a newcomer needs them.
+app.command("init", context_settings=PASS_OPTIONS)(init)
 app.command("train", cls=TrainCommand, context_settings=PASS_OPTIONS)(train)
-app.command("plan", cls=PlanCommand, context_settings=PASS_OPTIONS)(plan)
-app.command("doctor", cls=DoctorCommand)(doctor)
+app.command("resume", cls=ResumeCommand, context_settings=PASS_OPTIONS)(resume)
+app.command("chat")(chat)
+app.command("generate")(generate)
+app.command("eval", cls=EvalCommand, context_settings=PASS_OPTIONS)(evaluate)
+app.command("export")(export)
+app.command("verify")(verify)
 app.command("report")(report)
 app.command("draw", cls=DrawCommand, context_settings=PASS_OPTIONS)(draw)
+app.command("plan", cls=PlanCommand, context_settings=PASS_OPTIONS)(plan)
+app.command("doctor", cls=DoctorCommand)(doctor)
 app.command("bench")(bench)
-app.command("init", context_settings=PASS_OPTIONS)(init)
-app.command("eval", cls=EvalCommand, context_settings=PASS_OPTIONS)(evaluate)
-app.command("generate")(generate)
-app.command("chat")(chat)
-app.command("resume", cls=ResumeCommand, context_settings=PASS_OPTIONS)(resume)
-app.command("verify")(verify)
-app.command("export")(export)
 
 
 @config_app.command("show", cls=SettingsCommand, context_settings=PASS_OPTIONS)
@@ -133,11 +135,15 @@ def config_docs() -> None:
 def env() -> None:
     """Print the versions that a bug report needs."""
     import platform
+    from importlib.machinery import EXTENSION_SUFFIXES
 
     from horizon_lm.machine.cores import usable_cores
 
+    package = Path(__file__).parent.parent
+    is_built = any((package / f"_optimizer{suffix}").exists() for suffix in EXTENSION_SUFFIXES)
     lines = [
         ("horizon-lm", VERSION),
+        ("update kernel", "built" if is_built else "not built"),
         ("python", platform.python_version()),
         ("platform", platform.platform()),
     ]

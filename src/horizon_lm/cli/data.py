@@ -95,9 +95,9 @@ def init(
         typer.Option(metavar="NAME", help="Write a ready-made configuration instead: quickstart, sft, ..."),
     ] = None,
 ) -> None:
-    """Write a commented configuration for a model and data, or a ready-made one.
+    """Write a commented configuration for a model and data.
 
-    adapter=lora (and base_dtype=nf4) writes one for LoRA (or QLoRA).
+    adapter=lora (and base_dtype=nf4) writes one for LoRA (or QLoRA); --example, a ready-made one.
     """
     if example is not None:
         is_alone = model is None and not dataset and not settings

@@ -199,12 +199,15 @@ def draw(
     ] = "auto",
     theme: Annotated[str, typer.Option(help="light, dark, or auto: the reader's.")] = "auto",
     out: Annotated[
-        Path | None, typer.Option(help="The file to write; RUN/step.svg, step.svg or memory.svg by default.")
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="The file to write; RUN/step.svg, step.svg or memory.svg by default."
+        ),
     ] = None,
 ) -> None:
-    """Draw a training step as SVG: recorded by RUN, or planned for CONFIG.yaml and simulated.
+    """Draw a training step as SVG, recorded or simulated.
 
-    hardware=NAME plans for another machine, as for horizon plan.
+    Recorded by RUN, or planned for CONFIG.yaml and simulated. hardware=NAME plans for another machine, as for horizon plan.
     """
     one_of("--rows", rows, ("auto", "lanes", "units"))
     one_of("--theme", theme, ("auto", "light", "dark"))
