@@ -47,6 +47,8 @@ FILES = [
     "tests/checkpoint/test_damage.py",
     "tests/checkpoint/test_damaged_runs.py",
     "tests/optim/test_parity.py",
+    "tests/project/test_documented.py",
+    "tests/project/test_notebook.py",
     "tests/report/test_flops.py",
     "tests/trainers/test_grpo.py",
     "tests/ranks_run",

@@ -19,6 +19,7 @@ import picture_runs
 from data_helpers import write_rows
 from horizon_lm import cli
 from preference_runs import write_pairs
+from sizes import SOAK
 from small_runs import write_text
 from tiny_processors import PROCESSORS, small_tokenizer
 
@@ -59,7 +60,10 @@ _TINY_LLAMA = "{model_type: llama, hidden_size: 32, intermediate_size: 64, num_h
 _FROM_NOTHING = [f"init_model={_TINY_LLAMA}", "train_tokenizer_vocab_size=300", "max_length=64"]
 _FROM_NOTHING += ["max_train_bytes=100000"]
 
+_TINY_BENCH = ["--layers", "1", "--length", "16", "--sequences", "2", "--steps", "1", "--warmup", "0"]
+
 # Arguments that make a command small, by its beginning. Settings that the page gives stay, except max_steps.
+# What measures this machine does so in soak, else its options are read (tests/cli, tests/bench run it).
 SMALLER: dict[str, list[str]] = {
     "horizon train": ["max_steps=2", "device=cpu", "sample_max_new_tokens=2", "overwrite_output_dir=true"],
     "horizon train configs/quickstart.yaml": _FROM_NOTHING,
@@ -67,8 +71,8 @@ SMALLER: dict[str, list[str]] = {
     "horizon resume": ["max_steps={steps}"],
     "horizon generate": ["--max-new-tokens", "2"],
     "horizon chat": ["--max-new-tokens", "2"],
-    "horizon doctor": ["--seconds", "1"],
-    "horizon bench": ["--layers", "1", "--length", "16", "--sequences", "2", "--steps", "1", "--warmup", "0"],
+    "horizon doctor": ["--seconds", "1"] if SOAK else ["--help"],
+    "horizon bench": _TINY_BENCH if SOAK else ["--help"],
 }
 
 # Commands that are not run here, by pattern, with the reason. A test holds that each occurs on some page.

@@ -36,6 +36,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("world"))
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_works_as_written(page: str, world: World, tmp_path: Path) -> None:
     here, _ = run_page(page, PAGES[page], tmp_path, world)
@@ -65,6 +66,7 @@ def test_there_are_pages_of_every_kind() -> None:
 # ---- negative controls ----------------------------------------------------------------------
 
 BROKEN = {
+    "an option of a command that only soak runs": ("    horizon bench 100m --agianst torch\n", "exit code 2"),
     "an unknown setting": ("    horizon train run.yaml no_such_setting=1\n", "exit code 2"),
     "an unknown option": ("```bash\nhorizon export RUN OUT --mrege\n```\n", "exit code 2"),
     "a run that is not there": ("    horizon verify nowhere/run\n", "exit code"),

@@ -131,9 +131,13 @@ assert in_notebook(sys.stdout) and not in_notebook(io.StringIO())
 assert type(choose_progress("auto", io.StringIO())) is PlainProgress
 print(type(choose_progress("auto")).__name__, type(choose_progress("plain")).__name__)
 """
-BELOW = '!python -c "import sys; from horizon_lm.report.display import choose_progress as c; ' + (
-    "print(sys.stdout.isatty(), type(c('auto')).__name__)\""
-)
+BELOW = """
+import sys
+python = sys.executable
+code = "import sys; from horizon_lm.report.display import choose_progress as choose; "
+code += "print(sys.stdout.isatty(), type(choose('auto')).__name__)"
+!"{python}" -c "{code}"
+"""
 
 
 def test_a_kernel_redraws_and_a_process_that_it_starts_prints_lines(tmp_path: Path) -> None:
