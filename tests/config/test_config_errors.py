@@ -23,6 +23,16 @@ from horizon_lm.config import load_config
         ),
         ("slots: 4.0", "run.yaml:3: slots is 4.0, expected a whole number >= 2", "write 4"),
         ("dtype: bf16", "run.yaml:3: dtype is bf16, expected bfloat16 | float32", "did you mean 'bfloat16'?"),
+        (
+            "learning_rate: '1e-5'",
+            "run.yaml:3: learning_rate is 1e-5, expected a number >= 0",
+            "write the number without quotes",
+        ),
+        (
+            "learning_rate: '1e-5x'",
+            "run.yaml:3: learning_rate is 1e-5x, expected a number >= 0",
+            "leave it out for the default, 1e-05",
+        ),
         ("plot_loss: yes", "run.yaml:3: plot_loss is yes, expected true or false", "write true"),
         (
             "run_name: 5",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import pytest
 from data_helpers import write_parquet
 from horizon_lm import cli
 from horizon_lm.data import train_tokenizer
+from horizon_lm.data.readers import read_file
+from horizon_lm.errors import DataError
 from horizon_lm.training import train as run_train
 
 GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
@@ -414,3 +417,24 @@ def test_text_that_would_be_code_is_only_text(end_with_a_line: Callable[..., str
     (tmp_path / "a.jsonl").write_bytes(lines(*[row] * 5))
     end_with_a_line(tmp_path / "a.jsonl", "max_length=512", begins=True)
     assert not Path("owned").exists()
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_the_hint_of_another_encoding_works(tmp_path: Path, encoding: str) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes('{"text": "é"}\n'.encode(encoding))
+    refused = next(read_file(file))[0]
+    assert isinstance(refused, DataError)
+    command = str(refused.hint).partition("example: ")[2]
+    new = tmp_path / "b.jsonl"
+    command = command.replace("FILE", str(file)).replace("NEW", str(new))
+    subprocess.run(command, shell=True, check=True, env={**os.environ, "LC_ALL": "C.UTF-8"})
+    assert [row for row, _ in read_file(new)] == [{"text": "é"}]
+
+
+def test_the_hint_of_a_compressed_file_names_the_ending(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(gzip.compress(GOOD_LINE))
+    refused = next(read_file(file))[0]
+    assert isinstance(refused, DataError)
+    assert refused.hint == "it is compressed with gzip: add .gz to its name"

@@ -7,12 +7,14 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from fnmatch import fnmatch
-from importlib.metadata import PackageNotFoundError
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 import horizon_lm
 from horizon_lm.report import metrics
@@ -110,6 +112,24 @@ def test_there_are_the_extras_that_users_type() -> None:
 def of_ourselves(requirement: str) -> list[str]:
     found = re.fullmatch(r"horizon-lm\[(.*)\]", requirement)
     return found[1].split(",") if found else []
+
+
+def needing_newer_python(requires: Mapping[str, str | None], python: str) -> set[str]:
+    """Return the packages whose Requires-Python excludes `python`."""
+    return {name for name, range_ in requires.items() if range_ and not SpecifierSet(range_).contains(python)}
+
+
+def test_pinned_versions_install_on_the_oldest_python_of_a_distribution() -> None:
+    """Debian 12 has Python 3.11.2; a pin that needs 3.11.5 makes `make quickstart` fail there."""
+    pins = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    requires = {}
+    for name, version in pins:
+        with suppress(PackageNotFoundError):
+            if (found := metadata(name))["Version"] == version:
+                requires[name] = found["Requires-Python"]
+    assert len(requires) > 60  # most of the pins are installed where tests run
+    assert not needing_newer_python(requires, "3.11.2")
+    assert needing_newer_python({"a": ">=3.11.5", "b": ">=3.11", "c": None}, "3.11.2") == {"a"}
 
 
 def test_the_extras_that_pages_and_hints_name_exist() -> None:

@@ -76,6 +76,8 @@ def test_init_then_train_trains(
     file = tmp_path / "run.yaml"
     assert cli.main(["init", "--model", str(model), "--dataset", str(rows), "-o", str(file)]) == 0
     said = capsys.readouterr().out
+    # A run's model is named after the run; all of them lie in folders called "model".
+    assert TrainConfig.from_yaml(file).output_dir == f"runs/{model.parent.name}-tuned"
     more = ["device=cpu", "dtype=float32", "reserve_host_gb=0", f"output_dir={tmp_path / 'run'}"]
     more += ["dataset_cache_dir=null", "peak_tflops=1", "plot_loss=false", "learning_rate=1e-3"]
     assert cli.main(["train", str(file), *more]) == 0

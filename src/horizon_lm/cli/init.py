@@ -78,7 +78,7 @@ def write_config(
     if output.exists() and not overwrite:
         raise ConfigError(f"{output} exists", hint="add --overwrite, or -o FILE")
     given, notes = _given(settings)
-    name = Path(model).name
+    name = _short_name(model)
     model = str(model_folder(model, "init --model"))
     if Path(model).is_dir():  # the file may be used from another folder
         model = os.path.abspath(model)
@@ -114,6 +114,12 @@ def write_config(
         f"next: horizon data preview {output}",
         f"      horizon train {output}",
     ]
+
+
+def _short_name(model: str) -> str:
+    """Name a model by the last part of its path; RUN/model by that of RUN."""
+    path = Path(os.path.abspath(model))
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
 
 
 def _of_data(

@@ -147,6 +147,9 @@ def _default_hint(cls: type[BaseModel], path: KeyPath = ()) -> str:
     return f"leave it out for the default, {shown(field.get_default(call_default_factory=True))}"
 
 
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
 def _value_hint(schema: dict[str, Any], value: Any) -> str | None:
     types = {part.get("type") for part in schema.get("anyOf", [schema])}
     if isinstance(value, str):
@@ -155,6 +158,10 @@ def _value_hint(schema: dict[str, Any], value: Any) -> str | None:
             return f"did you mean '{near[0]}'?"
         if "boolean" in types and value.lower() in ("yes", "no", "on", "off"):
             return f"write {'true' if value.lower() in ('yes', 'on') else 'false'}"
+        if types & {"number", "integer"} and re.fullmatch(
+            r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", value.lower()
+        ):
+            return "write the number without quotes"
     if isinstance(value, float) and value.is_integer() and "integer" in types and "number" not in types:
         return f"write {int(value)}"
     if (

@@ -138,13 +138,22 @@ def _row(value: Any, place: str) -> dict[str, Any]:
     return value
 
 
+def _conversion(start: bytes = b"") -> str:
+    """Return the hint for data that begins with `start` and is not UTF-8."""
+    if start == b"\x1f\x8b":
+        return "it is compressed with gzip: add .gz to its name"
+    encoding = "UTF-16" if start in (b"\xff\xfe", b"\xfe\xff") else "LATIN1"
+    # Without -f, iconv expects the locale's encoding, mostly UTF-8 again.
+    return f"convert it, for example: iconv -f {encoding} -t UTF-8 FILE > NEW"
+
+
 def _decode(data: bytes, place: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{place} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}",
-            hint="convert it first, for example with iconv -t UTF-8",
+            hint=_conversion(data[:2]),
         ) from error
 
 
@@ -236,7 +245,7 @@ def _check_utf8(cells: list[str], place: str) -> None:
             if "\udc80" <= character <= "\udcff":
                 raise DataError(
                     f"{place} is not UTF-8: byte {ord(character) - 0xDC00:#04x}",
-                    hint="convert it first, for example with iconv -t UTF-8",
+                    hint=_conversion(),
                 )
 
 
