@@ -258,19 +258,38 @@ def test_a_node_that_suffices_is_given_with_its_fewest_gpus() -> None:
     assert smallest(config, planners_of(config, nothing), 4) is None
 
 
+def file_of(profile: Profile, folder: Path) -> str:
+    """Write a file with the profile of a tight machine."""
+    sources = dict.fromkeys(Profile.model_fields, "test") | profile.sources
+    node = node_of(host_bytes=2e6, sources=dict.fromkeys(Node.model_fields, "test"))
+    file = folder / "machine.yaml"
+    file.write_text(profile.model_copy(update={"sources": sources, "node": node}).to_yaml())
+    return str(file)
+
+
+def test_a_refusal_passes_by_fleets_among_which_rounds_cannot_be_divided(tmp_path: Path) -> None:
+    """Each of two ranks would have two of the four micro-batches, and four rounds."""
+    cut = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4}
+    config, profile = tight(resident=0, rounds=4, **cut)
+    planners = planners_of(config, profile)
+    with pytest.raises(ConfigError, match="rounds=4"):
+        planners(Fleet(1, 2)).has_room(config)
+    assert smallest(config, planners, 4) is None
+    with pytest.raises(DoesNotFitError) as error:
+        plan_of(config, file_of(profile, tmp_path), ONE)
+    assert error.value.hint and "smallest fleet" not in error.value.hint
+
+
 def test_a_refusal_names_the_smallest_fleet(tmp_path: Path) -> None:
     config, profile = tight(resident=0)
     found = smallest(config, planners_of(config, profile), 4)
     assert found is not None
-    file = tmp_path / "machine.yaml"
-    sources = dict.fromkeys(Profile.model_fields, "test") | profile.sources
-    node = node_of(host_bytes=2e6, sources=dict.fromkeys(Node.model_fields, "test"))
-    file.write_text(profile.model_copy(update={"sources": sources, "node": node}).to_yaml())
+    file = file_of(profile, tmp_path)
     with pytest.raises(DoesNotFitError) as error:
-        plan_of(config, str(file), Fleet(1, 4))
+        plan_of(config, file, Fleet(1, 4))
     assert error.value.exit_code == 3
     assert f"smallest fleet that trains it is {found}: {found.arguments}" in (error.value.hint or "")
-    plan = plan_of(config, str(file), found)
+    plan = plan_of(config, file, found)
     assert plan.of_fleet is not None and plan.of_fleet.smallest == found
 
 

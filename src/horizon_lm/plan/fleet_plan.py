@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from horizon_lm.config import TrainConfig
 from horizon_lm.engine.homes import resident_order
+from horizon_lm.errors import ConfigError
 from horizon_lm.plan.choose import Planner
 from horizon_lm.plan.costs import Costs
 from horizon_lm.plan.fleet import Fleet
@@ -149,7 +150,10 @@ def smallest(config: TrainConfig, planner_of: PlannerOf, gpus_per_node: int) -> 
     with `gpus_per_node` each. None if not even thousands of nodes do."""
 
     def fits(fleet: Fleet) -> bool:
-        return planner_of(fleet).has_room(config)
+        try:
+            return planner_of(fleet).has_room(config)
+        except ConfigError:  # `rounds` does not divide the micro-batches of each of its ranks
+            return False
 
     for gpus in range(1, gpus_per_node + 1):
         if fits(Fleet(1, gpus)):
