@@ -207,7 +207,8 @@ def draw(
 ) -> None:
     """Draw a training step as SVG, recorded or simulated.
 
-    Recorded by RUN, or planned for CONFIG.yaml and simulated. hardware=NAME plans for another machine, as for horizon plan.
+    Recorded by RUN, or planned for CONFIG.yaml and simulated. hardware=NAME plans for another machine, as for
+    horizon plan.
     """
     one_of("--rows", rows, ("auto", "lanes", "units"))
     one_of("--theme", theme, ("auto", "light", "dark"))
