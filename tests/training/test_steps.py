@@ -81,6 +81,10 @@ def test_init_then_train_trains(
     more = ["device=cpu", "dtype=float32", "reserve_host_gb=0", f"output_dir={tmp_path / 'run'}"]
     more += ["dataset_cache_dir=null", "peak_tflops=1", "plot_loss=false", "learning_rate=1e-3"]
     assert cli.main(["train", str(file), *more]) == 0
+    shown = capsys.readouterr().out
+    try_it = f"horizon chat {tmp_path / 'run'}"
+    assert (try_it in shown) == (tmp_path / "run" / "model" / "chat_template.jinja").exists()
+    assert try_it in shown or f"horizon generate {tmp_path / 'run'} --prompt" in shown
     steps = read_steps(tmp_path / "run" / "metrics.jsonl")
     sequences = header_of(tmp_path / "run")["num_sequences"]
     length = TrainConfig.from_yaml(file).max_length

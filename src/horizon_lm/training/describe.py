@@ -256,4 +256,7 @@ def summary(config: TrainConfig, folder: RunFolder, result: TrainResult, remarks
     if config.plot_loss:
         lines.append(f"  loss curve  {folder.picture}")
     lines.append(f"  report      horizon report {folder.path}")
+    is_chat = (folder.model / "chat_template.jinja").exists()
+    use = f"chat {folder.path}" if is_chat else f"generate {folder.path} --prompt TEXT"
+    lines.append(f"  try it      horizon {use}")
     return "\n".join(lines)
