@@ -135,8 +135,14 @@ def test_pinned_versions_install_on_the_oldest_python_of_a_distribution() -> Non
 def test_the_extras_that_pages_and_hints_name_exist() -> None:
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     text = "\n".join([*(page.read_text() for page in pages), *SOURCES.values()])
-    named = {name for found in re.findall(r"horizon-lm\[([\w,-]+)\]", text) for name in found.split(",")}
-    assert named <= EXTRAS.keys() and "liger" in named
+    assert extras_in(text) <= EXTRAS.keys() and "liger" in extras_in(text)
+    assert extras_in("pip install '.[ligre]' 'horizon-lm[hub,x]'") == {"ligre", "hub", "x"}  # the control
+
+
+def extras_in(text: str) -> set[str]:
+    """Return the extras that commands install, as `.[liger]` or `horizon-lm[liger]`."""
+    found = re.findall(r"(?:horizon-lm|(?<=[\s'\"])\.)\[([\w,-]+)\]", text)
+    return {name for names in found for name in names.split(",")}
 
 
 def test_the_version_has_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
