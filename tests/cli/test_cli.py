@@ -149,6 +149,9 @@ def test_a_shipped_configuration_is_run_by_its_name(
     configs = Path(__file__).parents[2] / "configs"
     expected = TrainConfig.from_yaml(configs / "quickstart.yaml").replace(max_steps=3)
     assert training[0] == (expected, [])
+    Path("quickstart").mkdir()  # a folder does not hide it
+    assert cli.main(["train", "quickstart", "max_steps=3"]) == 0 and training.pop() == (expected, [])
+    Path("quickstart").rmdir()
     Path("quickstart").write_text("model_name_or_path: mine\ndatasets: text.jsonl\n")
     assert cli.main(["train", "quickstart"]) == 0
     assert training[1][0].model_name_or_path == "mine"

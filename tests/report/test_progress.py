@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from horizon_lm.report.display import RichProgress, choose_progress, clock, say, sparkline
+from horizon_lm.report.display import NotebookProgress, RichProgress, choose_progress, clock, say, sparkline
 from horizon_lm.report.metrics import Metrics, read_steps
+from horizon_lm.report.notebook import Area
 from horizon_lm.report.plot import smoothed
 from horizon_lm.report.records import StepRecord
 
@@ -68,6 +69,24 @@ def test_rich_progress_shows_the_numbers_and_no_progress_shows_none() -> None:
         progress.start(1)
         progress.step(record(1), metrics(1))
     assert silent.getvalue() == ""
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_run_outlives_a_front_end_that_fails(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: one that works is shown no lines."""
+
+    def show(self: Area, html: str, text: str) -> None:
+        if fails:
+            raise RuntimeError("the front end is gone")
+
+    monkeypatch.setattr(Area, "show", show)
+    stream = io.StringIO()
+    with NotebookProgress(stream) as progress:
+        progress.start(500)
+        for step in range(1, 501):
+            progress.step(record(step), metrics(step))
+    lines = stream.getvalue().splitlines()
+    assert (len(lines) == 2 and lines[1].startswith("step 500/500")) if fails else not lines
 
 
 def test_small_formats() -> None:

@@ -120,6 +120,7 @@ def init(
 
 def _write_example(name: str, output: Path | None, overwrite: bool, *, is_alone: bool) -> None:
     """Copy a configuration of the package. Raises ConfigError."""
+    from horizon_lm.checkpoint.folder import writing
     from horizon_lm.config.shipped import text_of
     from horizon_lm.io.files import write_output
 
@@ -131,9 +132,7 @@ def _write_example(name: str, output: Path | None, overwrite: bool, *, is_alone:
     text, target = text_of(name), output or Path(f"{name}.yaml")
     if target.exists() and not overwrite:
         raise ConfigError(f"{target} exists", hint="add --overwrite, or -o FILE")
-    try:
+    with writing(target, "choose another file with -o FILE"):
         write_output(target, text)
-    except OSError as error:
-        raise ConfigError(f"{target} cannot be written: {error.strerror}", "choose another file") from error
     with lasting_output():
         print(f"written: {target}\nnext: horizon train {target}")

@@ -74,9 +74,10 @@ def _with_resume(arguments: Sequence[str]) -> list[str]:
 def load_settings(arguments: Sequence[str] | None) -> tuple[TrainConfig, list[str]]:
     """Read the settings of a verb and print notes about aliases. Raises ConfigError."""
     from horizon_lm.config import load_config
+    from horizon_lm.config.shipped import located
 
     place, overrides = split_arguments(arguments or ())
-    if place is not None and os.path.isdir(place):
+    if place is not None and os.path.isdir(place) and located(place) == place:
         from horizon_lm.checkpoint.identify import no_settings
 
         raise no_settings(place)

@@ -25,7 +25,7 @@ def located(place: str | os.PathLike[str]) -> str | os.PathLike[str]:
     A file of that name in the current folder comes first.
     """
     name = os.fspath(place)
-    return _FOLDER / f"{name}.yaml" if name in names() and not os.path.exists(name) else place
+    return _FOLDER / f"{name}.yaml" if name in names() and not os.path.isfile(name) else place
 
 
 def text_of(name: str) -> str:

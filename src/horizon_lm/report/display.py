@@ -110,18 +110,21 @@ class PlainProgress(Progress):
 
 
 class NotebookProgress(PlainProgress):
-    """In Jupyter: a bar, the loss curve and the latest numbers, redrawn in place; the rest as lines."""
+    """In Jupyter: a bar, the loss curve and the latest numbers, redrawn in place; the rest as lines.
+
+    Once the front end fails, plain lines.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
-        self._area = Area()
+        self._area, self._is_shown = Area(), True
         self._losses: list[float] = []
         self._metrics: Metrics | None = None
         self._step = 0
         self._started = self._drawn = -math.inf
 
     def __exit__(self, *_: object) -> None:
-        if self._step:
+        if self._step and self._is_shown:
             self._draw()
 
     def start(self, num_steps: int) -> None:
@@ -130,6 +133,8 @@ class NotebookProgress(PlainProgress):
         self._draw()
 
     def step(self, record: StepRecord, metrics: Metrics | None) -> None:
+        if not self._is_shown:
+            return super().step(record, metrics)
         Progress.step(self, record, metrics)
         self._step = record.step
         if metrics is not None:
@@ -146,7 +151,10 @@ class NotebookProgress(PlainProgress):
             words += f", {clock(self.seconds_left(self._step))} left" if self._step < self.num_steps else ""
         values = {} if metrics is None else _values(metrics)
         html = progress_html(self._step, self.num_steps, words, values, self._losses)
-        self._area.show(html, words if metrics is None else self._line(metrics))
+        try:
+            self._area.show(html, words if metrics is None else self._line(metrics))
+        except Exception:  # whatever a front end raises, the run goes on
+            self._is_shown = False
 
 
 class RichProgress(Progress):

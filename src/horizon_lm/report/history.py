@@ -7,6 +7,7 @@ so all but step numbers have defaults.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from horizon_lm.checkpoint.folder import RunFolder
@@ -95,7 +96,7 @@ class History:
     def header(self) -> Line:
         return self.sessions[-1].header
 
-    @property
+    @cached_property
     def spans(self) -> list[Span]:
         """Spans of the recorded step; empty without one."""
         lines = self.timeline["spans"] if self.timeline is not None else ()
