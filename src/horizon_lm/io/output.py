@@ -70,7 +70,8 @@ class Output:
             return OSError(errno.EBADF, _CLOSED) if text else None
         try:
             try:
-                if text:  # a kernel's stream may only be flushed once its thread has ended
+                # Once its thread has ended, a stream of Jupyter's kernel may only be flushed.
+                if text or not hasattr(self.stream, "pub_thread"):
                     self.stream.write(text)
             except UnicodeEncodeError:
                 encoding = self.encoding
