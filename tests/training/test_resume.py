@@ -345,10 +345,14 @@ def test_other_times_to_save(text: Path, tmp_path: Path) -> None:
 def test_resume_without_a_value_means_latest() -> None:
     from horizon_lm.cli.run import split_arguments
 
-    assert split_arguments(["a.yaml", "--resume"]) == ("a.yaml", ["--resume=latest"])
-    assert split_arguments(["--resume", "a.yaml", "x=1"]) == ("a.yaml", ["--resume=latest", "x=1"])
-    assert split_arguments(["a.yaml", "--resume", "x=1"]) == ("a.yaml", ["--resume=latest", "x=1"])
-    assert split_arguments(["a.yaml", "--resume", "runs/a"]) == ("a.yaml", ["--resume=runs/a"])
+    latest = "--resume_from_checkpoint=latest"
+    assert split_arguments(["a.yaml", "--resume"]) == ("a.yaml", [latest])
+    assert split_arguments(["--resume", "a.yaml", "x=1"]) == ("a.yaml", [latest, "x=1"])
+    assert split_arguments(["a.yaml", "--resume", "x=1"]) == ("a.yaml", [latest, "x=1"])
+    assert split_arguments(["a.yaml", "--resume", "runs/a"]) == (
+        "a.yaml",
+        ["--resume_from_checkpoint=runs/a"],
+    )
 
 
 @pytest.mark.parametrize("arguments", [[], ["absent"], ["."], ["--lr=1"]])
