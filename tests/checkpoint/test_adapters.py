@@ -196,7 +196,7 @@ def test_a_torn_checkpoint_is_skipped(run: Path, tmp_path: Path, capsys: Any) ->
         capsys.readouterr()
         assert cli.main(["export", str(copy), str(tmp_path / f"out-{number}")]) == 0
         said = capsys.readouterr()
-        assert "checkpoint-4, step 4, is now" in said.out and str(file) in said.err, tear
+        assert "checkpoint-4 (step 4) to" in said.out and str(file) in said.err, tear
         if tear != "config":
             assert cli.main(["resume", str(copy), "max_steps=7"]) == 0
             assert state_of(copy / "checkpoint-4") == state_of(run / "checkpoint-4")

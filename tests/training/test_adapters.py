@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +298,10 @@ def test_an_adapter_writes_text_on_its_base(run: Path, base: Path, tmp_path: Pat
         return Generator.load(place, device="cpu").complete("the store", sampling)
 
     expected = text_of(tmp_path / "merged")
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        text_of(run)
+    assert not [str(one.message) for one in shown if "checkpointing" in str(one.message)]
     assert text_of(run) == text_of(run / "model") == expected != text_of(base)
     assert weight_bytes(run / "model") > weight_bytes(base) > 0
     gone = shutil.copytree(run / "model", tmp_path / "gone")

@@ -266,11 +266,11 @@ def export(
         if is_folder:
             assert looked.model is not None
             name = merge_folder(looked.model, target, form)
-            return print(f"{looked.model}, added to {name}, is now {output}")
+            return print(f"exported {looked.model}, merged into {name}, to {output}")
         done = export_checkpoint(
             looked.path,
             target,
             form,
             warn=lambda text: print(f"warning: {text}", file=sys.stderr),
         )
-        print(f"{done.path}, step {done.manifest.step}, is now {output}")
+        print(f"exported {done.path} (step {done.manifest.step}) to {output}")

@@ -224,6 +224,7 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     with warnings.catch_warnings():
         # PEFT would go on with random values in their place.
         warnings.filterwarnings("error", message="Found missing adapter keys")
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         return load_peft().PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
 
 
