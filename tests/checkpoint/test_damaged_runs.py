@@ -126,7 +126,7 @@ def show(folder: RunFolder) -> None:
     report._timeline(history)
     report._in_words(folder, history)
     if history.timeline is not None:
-        chrome_trace(report._ops(history.timeline))
+        chrome_trace(history.spans)
 
 
 def test_odd_metrics_are_shown_or_refused(run: Path, tmp_path: Path) -> None:
