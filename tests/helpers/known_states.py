@@ -109,9 +109,10 @@ class Tried:
         return bytes_of(self.model)
 
     def begin(self) -> None:
-        for run, value in zip(runs_of(self.model), self.states[0], strict=True):
-            run.view(torch.uint8).copy_(value)
-        self.model.state_was_replaced(3)
+        with self.model._turn:  # a thread that reads the model meanwhile waits
+            for run, value in zip(runs_of(self.model), self.states[0], strict=True):
+                run.view(torch.uint8).copy_(value)
+            self.model.state_was_replaced(3)
         self.model.finish_saving()
         self.copies = Copies(self.model)
 

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +33,25 @@ def tried() -> Callable[[str], Tried]:
 def trained_beside(one: Tried, turns: int) -> bool:
     """Whether steps have their own bits while another thread evaluates, reads and saves."""
     one.begin()
-    stop, seen = threading.Event(), []
+    stop, looked, seen = threading.Event(), threading.Event(), []
 
     def look() -> None:
-        while not stop.is_set():
-            copies = Copies(one.model)
-            seen.append(one.model.evaluate(batch(9)).loss)
-            one.model.save_state(copies)
-            assert any(copies.are(state) for state in one.states)
+        try:
+            while not stop.is_set():
+                copies = Copies(one.model)
+                seen.append(one.model.evaluate(batch(9)).loss)
+                one.model.save_state(copies)
+                assert any(copies.are(state) for state in one.states)
+                looked.set()
+        finally:
+            looked.set()
 
     wait = in_thread(look)
+    began = time.monotonic()
     try:
-        for _ in range(turns):
+        for turn in count():
+            if turn >= turns and (looked.is_set() or time.monotonic() - began > SECONDS):
+                break
             one.begin()
             for step in (3, 4):
                 one.train(step)
