@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -20,6 +21,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     from horizon_lm import plan
 
     plan.models_are_stock = True
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heard_interrupts() -> None:
+    """Ctrl-C is tested also where a shell that starts tests in the background has it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
