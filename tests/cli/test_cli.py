@@ -267,3 +267,26 @@ def test_env_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("update kernel:", "python:", "platform:", "torch:", "transformers:", "peft:"):
         assert f"\n{name}" in listed
     assert str(Path.home()) + os.sep not in listed
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "9"}, "9"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_spin_briefly(
+    given: dict[str, str], spins: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the user has decided; in a process of the command's own, before torch is there to read it."""
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["version"]) == 0
+    assert os.environ.get("GOMP_SPINCOUNT") == given.get("GOMP_SPINCOUNT")
+    look = """
+import os, sys
+from horizon_lm.cli import main
+assert "torch" not in sys.modules
+print(main(), os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules)
+"""
+    assert python("-c", look, "version").stdout.split()[1:] == ["0", str(spins), "False"]

@@ -37,6 +37,7 @@ from horizon_lm.cli.run import (
 )
 from horizon_lm.errors import HorizonError, OutputLostError, StoppedError
 from horizon_lm.io.output import command_output, lasting_output, silent_output
+from horizon_lm.machine.cores import spin_briefly
 from horizon_lm.version import VERSION
 
 _ENV_PACKAGES = (
@@ -184,7 +185,9 @@ def main(argv: Sequence[str] | None = None, *, prog_name: str = "horizon") -> in
     prog_name: the command's name in help texts.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    plan_package.models_are_stock |= argv is None
+    if argv is None:  # this process is the command's own
+        plan_package.models_are_stock = True
+        spin_briefly()
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     with command_output():

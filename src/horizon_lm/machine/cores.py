@@ -46,6 +46,18 @@ def choose_threads(requested: int | None = None, *, spare: int = 0, sharers: int
     return min(requested, usable)
 
 
+def spin_briefly() -> None:
+    """Have OpenMP's threads, of torch and of the optimizer kernel, go to sleep sooner when they wait.
+
+    With GCC's OpenMP a waiting thread spins 300,000 times. Beside other programs it so keeps a core from the
+    thread it waits for, and steps take up to several times as long. 10,000 cost nothing on a quiet machine
+    (benchmarks/results/2026-11-30-busy-machine-cpu.md). OpenMP reads the variable once, when `import torch`
+    loads it, so call this first. A policy that the user has set stays.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
+        os.environ["GOMP_SPINCOUNT"] = "10000"
+
+
 def _cgroup_quotas(root: Path, listing: Path) -> list[float]:
     """Cores that this process's groups and their parents allow: v2 `cpu.max`, v1 `cpu.cfs_quota_us`."""
     found = [_quota(folder, v1) for folder, v1 in cgroup.levels("cpu", root, listing)]
