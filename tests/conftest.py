@@ -31,12 +31,21 @@ def heard_interrupts() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def quick_to_freeze() -> None:
-    """Runs freeze Python's heap without a look through it: it holds all that the tests have imported, and the
-    look takes as long as ten of their steps."""
+def no_thaw() -> None:
+    """Runs leave the heap as `short_collections` made it."""
     from horizon_lm.machine import heap
 
-    heap.gc = SimpleNamespace(collect=lambda: 0, freeze=gc.freeze, unfreeze=gc.unfreeze)  # type: ignore[assignment]
+    calls = {"collect": lambda: 0, "freeze": lambda: None, "unfreeze": lambda: None}
+    limits = {"get_threshold": gc.get_threshold, "set_threshold": gc.set_threshold}
+    heap.gc = SimpleNamespace(**calls, **limits)  # type: ignore[assignment]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_collections(no_thaw: None) -> None:
+    """Leave out of garbage collection what tests have imported: a full collection took a third of a second,
+    and every TRL trainer asks for one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

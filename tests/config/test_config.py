@@ -323,6 +323,13 @@ def test_python_values_become_plain_ones() -> None:
         config.dtype = "float32"
 
 
+def test_a_copy_takes_names_of_other_trainers() -> None:
+    config = TrainConfig.from_dict(BASE)
+    assert config.replace(micro_batch_size=3).per_device_train_batch_size == 3
+    with pytest.raises(ConfigError, match="are the same setting"):
+        config.replace(micro_batch_size=3, per_device_train_batch_size=2)
+
+
 def test_a_copy_holds_no_secret_that_a_change_brings() -> None:
     """What stays was redacted before."""
     config = TrainConfig.from_dict({**BASE, "model_revision": "https://u:first-password@h/a"})

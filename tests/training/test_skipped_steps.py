@@ -17,6 +17,7 @@ from horizon_lm.engine.ops import Ops
 from horizon_lm.engine.updates import Updates
 from horizon_lm.errors import NonFiniteError
 from horizon_lm.host_model import HostModel, TrainStepOutput
+from horizon_lm.machine import heap
 from horizon_lm.report.metrics import Metrics, read_steps
 from horizon_lm.report.records import StepRecord
 from horizon_lm.training import train as run_train
@@ -87,6 +88,7 @@ def test_steps_are_not_held_up_by_the_garbage_collector(
         return add(self, record, *ranks)
 
     monkeypatch.setattr(run_train.Meter, "add", look)
+    monkeypatch.setattr(heap, "gc", gc)  # tests have another one
     run_train.train(settings(text, tmp_path / "run", max_steps=2))
     assert gc.get_freeze_count() == 0
     with pytest.raises(RuntimeError, match="no luck"):

@@ -162,7 +162,8 @@ class Settings(BaseModel):
         `model_fields_set` stays what the user set: changes made here do not count.
         """
         own = self.to_dict()
-        document, _ = canonicalise(Document(plain(own | changes, self._source), {(): self._source}))
+        document, _ = canonicalise(Document(plain(changes, self._source), {(): self._source}))
+        document = Document(own | document.values, document.where, document.faults)
         copy = type(self).__new__(type(self))
         copy._fill(document, redacted_keys=own.keys() - map(canonical_name, changes))
         copy.__pydantic_fields_set__.intersection_update(self.model_fields_set)

@@ -12,6 +12,7 @@ from horizon_lm.config import TrainConfig, check_max_length
 from horizon_lm.config.dataset_info import is_stdlib
 from horizon_lm.data.detect import with_method
 from horizon_lm.errors import ConfigError, DoesNotFitError, HorizonError
+from horizon_lm.machine.heap import rare_collections
 from horizon_lm.machine.memory import lockable_bytes
 from horizon_lm.machine.profile import ASSUMED_LINKS, FALLBACK, Profile, load_profile
 from horizon_lm.memory.ways import written
@@ -212,6 +213,7 @@ class RunPlan:
         }
 
 
+@rare_collections()
 def plan_run(
     config: TrainConfig,
     hardware: str = "auto",
