@@ -89,12 +89,12 @@ def _of_plan(
     use: Callable[[RunPlan], T], config: TrainConfig, hardware: str, fleet: Fleet | None = None
 ) -> T:
     """Plan a run and return what `use` makes of the plan."""
-    from horizon_lm.machine.heap import frozen_heap
+    from horizon_lm.machine.heap import frozen_heap, rare_collections
     from horizon_lm.plan.fleet import ONE
     from horizon_lm.plan.outline_cache import outline_cache
     from horizon_lm.plan.run_plan import plan_run, with_method_of_data
 
-    with frozen_heap(), outline_cache(config) as cache:
+    with frozen_heap(), rare_collections(), outline_cache(config) as cache:
         config, notes = with_method_of_data(config)
         found = plan_run(config, hardware, cache=cache, fleet=fleet or ONE)
         found.notes.extend(notes)
