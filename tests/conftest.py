@@ -31,13 +31,15 @@ def heard_interrupts() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_thaw() -> None:
+def no_thaw() -> Iterator[None]:
     """Runs leave the heap as `short_collections` made it."""
     from horizon_lm.machine import heap
 
     calls = {"collect": lambda: 0, "freeze": lambda: None, "unfreeze": lambda: None}
     limits = {"get_threshold": gc.get_threshold, "set_threshold": gc.set_threshold}
     heap.gc = SimpleNamespace(**calls, **limits)  # type: ignore[assignment]
+    yield
+    gc.unfreeze()  # some libraries complain of objects that outlive them
 
 
 @pytest.fixture(scope="module", autouse=True)
