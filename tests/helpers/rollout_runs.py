@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from horizon_lm.trainers import HorizonGRPOTrainer, HorizonRLOOTrainer
+from trainer_pairs import ONE_ENTRY
 
 Run = SimpleNamespace
 OURS = {GRPOTrainer: HorizonGRPOTrainer, RLOOTrainer: HorizonRLOOTrainer}
@@ -69,13 +70,13 @@ def differences(theirs: Run, ours: Run) -> list[str]:
     """What differs: parameters by more than 3e-6, logged numbers by more than 1e-5 of their value.
 
     Roundoff decides Adam's step of an entry whose gradient is near zero: one entry of a parameter may differ
-    by up to 1e-5, where entries move by 1e-3.
+    by up to ONE_ENTRY, where entries move by 1e-3.
     """
     found = []
     for name, value in theirs.parameters.items():
         off = (value - ours.parameters[name]).abs()
         worst = float(off.max())
-        if not worst <= 1e-5 or int((off > 3e-6).sum()) > 1:
+        if not worst <= ONE_ENTRY or int((off > 3e-6).sum()) > 1:
             found.append(f"{name}: {worst:.1e}")
     if len(theirs.log) != len(ours.log):
         found.append("lines")

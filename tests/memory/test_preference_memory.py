@@ -55,9 +55,10 @@ class Last:
         if state.step == state.num_steps:
             found[name]["peak"] = max(resident_peak(), *found[name].values())
 
-common = dict(model_name_or_path=model, device="cpu", max_length=32, max_steps=2, packing=False)
+common = dict(model_name_or_path=model, device="cpu", max_length=16, max_steps=2, packing=False)
 common |= dict(save_strategy="no", progress="off", plot_loss=False, activations="recompute")
-common |= dict(dataset_cache_dir=None, optimizer_threads=1)
+common |= dict(dataset_cache_dir=None, optimizer_threads=1, gradient_accumulation_steps=1)
+common |= dict(per_device_train_batch_size=1, per_device_eval_batch_size=1)
 # The first run imports the libraries.
 runs = {"first": {}, "sft": {}, "dpo": {}, "other": {"ref_model_name_or_path": model}}
 runs["kept"] = runs["other"]
@@ -79,7 +80,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of 67 M parameters, whose values do not matter, and rows of 32 tokens."""
+    """A model of 67 M parameters, whose values do not matter, and short rows."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -96,7 +97,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(path / "model")
-    half = " ".join(f"w{i}" for i in range(2, 18))
+    half = " ".join(f"w{i}" for i in range(2, 6))
     pair = {"prompt": half, "chosen": " w20 w21", "rejected": " w22"}
     (path / "dpo.jsonl").write_text(8 * (json.dumps(pair) + "\n"))
     (path / "sft.jsonl").write_text(8 * (json.dumps({"prompt": half, "completion": " w20"}) + "\n"))

@@ -22,7 +22,7 @@ from horizon_lm.config import TrainConfig
 from horizon_lm.data import train_tokenizer
 from horizon_lm.errors import ConfigError, DataError
 from horizon_lm.outputs import perplexity
-from horizon_lm.report import loggers
+from horizon_lm.report import flops, loggers
 from horizon_lm.report.flops import measure_peak
 from horizon_lm.report.metrics import read_evaluations, read_steps
 from horizon_lm.training import train as run_train
@@ -389,3 +389,14 @@ def test_a_logger_that_is_not_installed_is_refused_at_once(
 def test_the_peak_is_a_rate() -> None:
     peak = measure_peak(torch.device("cpu"), torch.float32)
     assert 1e8 < peak < 1e15
+
+
+def test_a_slow_device_is_measured_in_half_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(one: torch.Tensor, other: torch.Tensor) -> None:
+        clock.append(clock[-1] + 0.2)
+
+    clock = [0.0]
+    monkeypatch.setattr(flops.time, "perf_counter", lambda: clock[-1])
+    monkeypatch.setattr(torch, "mm", slow)
+    assert measure_peak(torch.device("cpu"), torch.float32) == pytest.approx(2 * 1024**3 / 0.2)
+    assert len(clock) - 1 == 3  # not six

@@ -11,6 +11,7 @@ import torch
 from adapter_runs import adapter_settings, by_peft, logits, make_base, state_of
 from adapter_runs import text as text
 from horizon_lm.errors import ConfigError, StoppedError
+from horizon_lm.memory import packed
 from horizon_lm.memory.store import HostStore
 from horizon_lm.training.train import train
 from small_runs import losses_of
@@ -62,3 +63,21 @@ def test_a_run_that_is_cut_ends_with_the_bits_of_one_that_is_not(
     assert torch.isfinite(found).all() and torch.equal(found, logits(by_peft(straight / "model", base)))
     with pytest.raises(ConfigError, match="base_dtype"):
         go(cut, base_dtype="auto", max_steps=STEPS + 2, resume_from_checkpoint="auto")
+
+
+def test_a_missing_bitsandbytes_is_named_before_data_is_read(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused() -> None:
+        raise ImportError("bitsandbytes")
+
+    monkeypatch.setattr(packed, "load_bitsandbytes", refused)
+    base = make_base(tmp_path / "base")
+    values = adapter_settings(text, tmp_path / "run", base, base_dtype="nf4", max_steps=1)
+    packed._functions.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr("horizon_lm.training.train._prepare", None)  # what reads the data
+        with pytest.raises(ConfigError, match="base_dtype=nf4 needs the package bitsandbytes") as caught:
+            train(values)
+    assert caught.value.hint == "pip install bitsandbytes"
+    assert not (tmp_path / "run").exists()

@@ -20,7 +20,7 @@ from horizon_lm.data.sources import check_exists
 from horizon_lm.errors import ConfigError, DataError
 from horizon_lm.host_model import HostModel
 from horizon_lm.machine.device import resolve_device
-from horizon_lm.memory.packed import FORMATS
+from horizon_lm.memory import packed
 from horizon_lm.micro_batches import MicroBatch
 from horizon_lm.report.loggers import check_installed
 
@@ -54,12 +54,14 @@ def check_sources(config: TrainConfig, folder: RunFolder) -> None:
                 f"{key}={name!r} lies in output_dir={str(folder.path)!r}, whose model this run replaces",
                 hint="choose another output_dir",
             )
-    if config.base_dtype in FORMATS and not config.has_adapter:
-        raise ConfigError(
-            f"base_dtype={config.base_dtype} without an adapter: the packed weights could not be saved as a "
-            "whole model at the end",
-            hint="set adapter: lora, or leave base_dtype out",
-        )
+    if config.base_dtype in packed.FORMATS:
+        if not config.has_adapter:
+            raise ConfigError(
+                f"base_dtype={config.base_dtype} without an adapter: the packed weights could not be saved "
+                "as a whole model at the end",
+                hint="set adapter: lora, or leave base_dtype out",
+            )
+        packed.check_installed(config.base_dtype)
     check_installed(config.report_to)
     for key in ("datasets", "eval_datasets"):
         for dataset in getattr(config, key):
