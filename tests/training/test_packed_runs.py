@@ -75,9 +75,8 @@ def test_a_missing_bitsandbytes_is_named_before_data_is_read(
     base = make_base(tmp_path / "base")
     values = adapter_settings(text, tmp_path / "run", base, base_dtype="nf4", max_steps=1)
     packed._functions.cache_clear()
-    with monkeypatch.context() as patch:
-        patch.setattr("horizon_lm.training.train._prepare", None)  # what reads the data
-        with pytest.raises(ConfigError, match="base_dtype=nf4 needs the package bitsandbytes") as caught:
-            train(values)
+    monkeypatch.setattr("horizon_lm.training.train._prepare", None)  # what reads the data
+    with pytest.raises(ConfigError, match="base_dtype=nf4 needs the package bitsandbytes") as caught:
+        train(values)
     assert caught.value.hint == "pip install bitsandbytes"
     assert not (tmp_path / "run").exists()
